@@ -1,0 +1,156 @@
+"""The whole configuration system: dataclass defaults <- YAML files <- `key=value`, unknown keys refused.
+
+A job's schema is a dataclass that extends `JobConfig`. `load` composes it with OmegaConf and leaves OmegaConf behind
+at the edge: what a job receives is a plain dataclass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from mesocosm.errors import UsageError, nearest
+
+T = TypeVar("T")
+
+
+@dataclass
+class StorageConfig:
+    root: str = ".mesocosm"
+    """A folder, or `s3://bucket/prefix`."""
+
+
+@dataclass
+class TrackingConfig:
+    uri: str | None = None
+    """An MLflow tracking URI; None is a sqlite file under `storage.root`."""
+    experiment: str = "mesocosm"
+
+
+@dataclass
+class RayConfig:
+    address: str | None = None
+    """None starts a private local Ray; otherwise an address as `ray.init` takes it."""
+    cpus: int | None = None
+    """Logical CPUs of a local Ray; None is the machine's own count."""
+
+
+@dataclass
+class JobConfig:
+    """What every job's config holds. `storage`, `tracking` and `ray` say where, and are no part of an artifact's id."""
+
+    seed: int = 0
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    ray: RayConfig = field(default_factory=RayConfig)
+    force: bool = False
+    """Make the artifact again though it is there."""
+
+
+WHERE = ("storage", "tracking", "ray", "force")
+"""Top-level keys that say where a job runs rather than what it makes."""
+
+
+def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> T:
+    """Compose `schema`'s defaults, then `files` in order, then `overrides` (`a.b=value`); later ones win.
+
+    Raises UsageError naming the file or override, the key, its value and the nearest known key.
+    """
+    merged = cast(DictConfig, OmegaConf.structured(schema))
+    known = _known_keys(schema)
+    for path in files:
+        try:
+            layer = OmegaConf.load(path)
+        except OSError as error:
+            raise UsageError(f"config file {str(path)!r} cannot be read ({error.strerror}); check the path given to -c") from error
+        except Exception as error:
+            raise UsageError(f"config file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        merged = _merge(merged, layer, f"config file {str(path)!r}", known)
+    for override in overrides:
+        if "=" not in override.lstrip("="):
+            raise UsageError(f"override {override!r} is not of the form key=value{nearest(override, known)}")
+        try:
+            layer = OmegaConf.from_dotlist([override])
+        except Exception as error:
+            raise UsageError(f"override {override!r} cannot be parsed: {' '.join(str(error).split())}") from error
+        merged = _merge(merged, layer, f"override {override!r}", known)
+    try:
+        return cast(T, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise UsageError(f"config key {getattr(error, 'full_key', '')!r}: {_first_line(error)}") from error
+
+
+def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> DictConfig:
+    try:
+        return cast(DictConfig, OmegaConf.merge(base, layer))
+    except ConfigKeyError as error:
+        key = str(error.full_key)
+        raise UsageError(f"{source}: unknown config key {key!r}{nearest(key, known)}") from error
+    except OmegaConfBaseException as error:
+        raise UsageError(f"{source}: config key {error.full_key!r}: {_first_line(error)}") from error
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{source}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _known_keys(schema: type[Any]) -> list[str]:
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        for key in node:
+            full = f"{prefix}{key}"
+            yield full
+            child = node._get_node(key)
+            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
+                yield from walk(child, full + ".")
+
+    return list(walk(OmegaConf.structured(schema), ""))
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass config as plain JSON-able dicts and lists."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
+
+
+def to_yaml(config: Any) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def identity(config: JobConfig, *, without: Sequence[str] = ()) -> dict[str, Any]:
+    """The part of a config that says *what* is made: without `storage`, `tracking`, `ray` and the keys in `without`."""
+    return {k: v for k, v in to_dict(config).items() if k not in WHERE and k not in without}
+
+
+def fingerprint(*parts: Any) -> str:
+    """16 hex digits that identify plain values (None, bool, int, float, str, lists, dicts, dataclasses).
+
+    Raises TypeError on anything without a stable identity, rather than hashing its `repr`.
+    """
+    text = json.dumps([_stable(part) for part in parts], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _stable(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _stable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"a mapping with non-string keys has no stable identity: {value!r}")
+        return {key: _stable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_stable(item) for item in value]
+    raise TypeError(f"{type(value).__name__} has no stable identity: {value!r}")

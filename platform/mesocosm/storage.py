@@ -1,0 +1,246 @@
+"""Storage is the truth: artifacts that appear whole or not at all, and small durable records.
+
+    ROOT/<kind>/<id>/...            an artifact; COMMIT.json (checksums, lineage) is written last
+    ROOT/runs/<job>/<id>/...        a run's config.yaml, status.json, metrics.jsonl, log.txt, checkpoints
+    ROOT/ledgers/<id>/NNNNNNNN.json an append-only journal: record n is created exclusively
+
+The only module that knows fsspec, s3fs and pyarrow.fs. A root is a folder or `s3://bucket/prefix`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.fs as pafs
+
+from mesocosm import __version__
+from mesocosm.errors import ArtifactError, UsageError, nearest
+
+KINDS = ("datasets", "worlds", "laws", "plans", "agents", "evaluations")
+COMMIT = "COMMIT.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact. `path` is a local, checksum-verified folder (a cache, where the root is remote)."""
+
+    kind: str
+    id: str
+    path: Path
+    uri: str
+    meta: dict[str, Any] = field(default_factory=dict)
+    """What its maker recorded: lineage (`inputs`), config, counts."""
+
+    @property
+    def name(self) -> str:
+        """`kind/id`, which `Storage.artifact` accepts."""
+        return f"{self.kind}/{self.id}"
+
+
+class Storage:
+    """One root. Safe to open in any process; holds no state but the filesystem."""
+
+    def __init__(self, root: str):
+        self.root = root if "://" in root else str(Path(root).absolute())
+        self.remote = "://" in root
+        try:
+            self.fs, self._base = fsspec.core.url_to_fs(self.root)
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"storage.root {root!r} cannot be opened: {error}; use a folder or s3://bucket/prefix") from error
+
+    # -- names ---------------------------------------------------------------------------------------------------
+
+    def url(self, *parts: str) -> str:
+        return "/".join([self.root.rstrip("/"), *parts])
+
+    def _path(self, *parts: str) -> str:
+        return "/".join([self._base.rstrip("/"), *parts])
+
+    def local_path(self, *parts: str) -> Path:
+        """A local folder for scratch and caches of this root: inside the root when it is local."""
+        base = Path(self.root) if not self.remote else Path(tempfile.gettempdir()) / ("mesocosm-" + hashlib.sha256(self.root.encode()).hexdigest()[:12])
+        return base.joinpath(*parts)
+
+    def arrow(self) -> tuple[pafs.FileSystem, str]:
+        """The filesystem and base path to give to Ray (`storage_filesystem`, `storage_path`)."""
+        if not self.remote:
+            return pafs.LocalFileSystem(), self._base
+        return pafs.PyFileSystem(pafs.FSSpecHandler(self.fs)), self._base
+
+    # -- small durable files -------------------------------------------------------------------------------------
+
+    def write(self, path: str, data: bytes) -> None:
+        """Write a small file whole: a reader sees the old content or the new, and it outlives a crash."""
+        full = self._path(path)
+        if self.remote:
+            self.fs.pipe_file(full, data)
+            return
+        os.makedirs(os.path.dirname(full), exist_ok=True)
+        temporary = f"{full}.{uuid.uuid4().hex}.tmp"
+        _write_synced(temporary, data)
+        os.replace(temporary, full)
+
+    def create(self, path: str, data: bytes) -> bool:
+        """Write a small file whole only if it is not there yet; False if it is. Exclusive among all processes."""
+        full = self._path(path)
+        if self.remote:
+            try:
+                self.fs.pipe_file(full, data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+        os.makedirs(os.path.dirname(full), exist_ok=True)
+        temporary = f"{full}.{uuid.uuid4().hex}.tmp"
+        _write_synced(temporary, data)
+        try:
+            os.link(temporary, full)
+        except FileExistsError:
+            return False
+        finally:
+            os.unlink(temporary)
+        return True
+
+    def read(self, path: str) -> bytes | None:
+        """The file's bytes, or None where there is none."""
+        try:
+            return bytes(self.fs.cat_file(self._path(path)))
+        except FileNotFoundError:
+            return None
+
+    def list(self, path: str) -> list[str]:
+        """Sorted base names in a folder of the root; empty where there is none. Unfinished temporary files are left out."""
+        try:
+            if self.remote:
+                self.fs.invalidate_cache(self._path(path))
+            entries = self.fs.ls(self._path(path), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(name for name in (str(e).rstrip("/").rsplit("/", 1)[-1] for e in entries) if not name.endswith(".tmp"))
+
+    # -- artifacts -----------------------------------------------------------------------------------------------
+
+    def find(self, kind: str, id: str) -> Artifact | None:
+        """The finished artifact, verified against its checksums; None where none was committed."""
+        raw = self.read(f"{kind}/{id}/{COMMIT}")
+        if raw is None:
+            return None
+        commit = json.loads(raw)
+        path = self._verified(kind, id, commit)
+        return Artifact(kind, id, path, self.url(kind, id), commit["meta"])
+
+    def artifact(self, kind: str, ref: str) -> Artifact:
+        """The artifact that `ref` names: an id, `kind/id`, or a unique prefix of an id. Raises UsageError if there is none."""
+        id = ref.removeprefix(f"{kind}/")
+        ids = [name for name in self.list(kind) if self.read(f"{kind}/{name}/{COMMIT}") is not None]
+        matches = [name for name in ids if name == id] or [name for name in ids if id and name.startswith(id)]
+        if len(matches) > 1:
+            raise UsageError(f"{kind} id {ref!r} is ambiguous in {self.root!r}: {', '.join(matches[:5])}")
+        if not matches:
+            unfinished = " (it was begun and never finished: run its job again)" if id in self.list(kind) else ""
+            raise UsageError(f"no artifact {kind}/{id} in storage.root {self.root!r}{unfinished}{nearest(id, ids)}")
+        found = self.find(kind, matches[0])
+        assert found is not None
+        return found
+
+    def make(self, kind: str, id: str, meta: Mapping[str, Any], fill: Callable[[Path], None], *, force: bool = False) -> Artifact:
+        """Find the artifact, or fill a scratch folder with `fill` and commit it whole.
+
+        Two makers at once: the commit marker is created exclusively, the first wins, and the other gets the winner's.
+        """
+        assert kind in KINDS, kind
+        if not force:
+            done = self.find(kind, id)
+            if done is not None:
+                return done
+        elif self.fs.exists(self._path(kind, id)):
+            if self.fs.exists(self._path(kind, id, COMMIT)):
+                self.fs.rm_file(self._path(kind, id, COMMIT))
+            self.fs.rm(self._path(kind, id), recursive=True)
+        with self.scratch() as folder:
+            fill(folder)
+            self._commit(kind, id, folder, dict(meta))
+        found = self.find(kind, id)
+        assert found is not None
+        return found
+
+    def _commit(self, kind: str, id: str, folder: Path, meta: dict[str, Any]) -> None:
+        files = {str(p.relative_to(folder)): {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(folder.rglob("*")) if p.is_file()}
+        commit = {"schema": SCHEMA, "kind": kind, "id": id, "code": __version__, "created": datetime.now(UTC).isoformat(), "files": files, "meta": meta}
+        data = json.dumps(commit, indent=1, sort_keys=True).encode()
+        target = self._path(kind, id)
+        if self.remote:
+            for name in files:
+                self.fs.put_file(str(folder / name), f"{target}/{name}")
+            self.create(f"{kind}/{id}/{COMMIT}", data)
+            return
+        (folder / COMMIT).write_bytes(data)
+        _sync_tree(folder)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if os.path.isdir(target) and not os.path.exists(os.path.join(target, COMMIT)):
+            shutil.rmtree(target, ignore_errors=True)
+        try:
+            os.rename(folder, target)
+        except OSError:
+            if not os.path.exists(os.path.join(target, COMMIT)):
+                raise
+
+    def _verified(self, kind: str, id: str, commit: Mapping[str, Any]) -> Path:
+        local = Path(self._path(kind, id)) if not self.remote else self.local_path("cache", kind, id)
+        for name, entry in commit["files"].items():
+            path = local / name
+            if self.remote and (not path.exists() or _sha256(path) != entry["sha256"]):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+                self.fs.get_file(self._path(kind, id, name), str(temporary))
+                os.replace(temporary, path)
+            if not path.exists() or _sha256(path) != entry["sha256"]:
+                raise ArtifactError(
+                    f"{kind}/{id}: file {name!r} is missing or damaged (checksum differs); make it again with --force, or restore it from a copy"
+                )
+        return local
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A local folder on the root's filesystem (where local), removed afterwards."""
+        base = self.local_path("scratch")
+        base.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(dir=base))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_synced(path: str, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

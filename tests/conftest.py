@@ -1,0 +1,38 @@
+"""Shared fixtures: one private local Ray a session, and a fresh storage root a test."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    """A fresh storage root."""
+    return str(tmp_path / "root")
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A private local Ray with four logical CPUs, ended with the session."""
+    import ray
+
+    from mesocosm import cluster
+    from mesocosm.config import RayConfig
+
+    folder = tempfile.mkdtemp(prefix="mesoray-")
+    cluster.ensure(RayConfig(cpus=4), temp_dir=folder)
+    yield
+    cluster.shutdown()
+    assert not ray.is_initialized()
+    shutil.rmtree(folder, ignore_errors=True)
