@@ -1,0 +1,100 @@
+"""The only module that connects to Ray: one connection a process, a preflight of resources, a clean end.
+
+A local Ray is private to this process: loopback only, its own temporary folder, no dashboard, no usage report. What
+it started ends with `shutdown`, which also runs at exit.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from mesocosm.config import RayConfig
+from mesocosm.errors import UsageError
+
+_temp_dir: str | None = None
+
+
+def worker_env() -> dict[str, str]:
+    """Environment of every worker: one thread a process, the venv's tools (ninja) on PATH, one cache of compiled ops."""
+    scripts = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", "")
+    return {
+        "OMP_NUM_THREADS": "1",
+        "PATH": path if scripts in path.split(os.pathsep) else scripts + os.pathsep + path,
+        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "mesocosm" / "torch_extensions")),
+        "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
+    """Connect to `config.address`, or start a private local Ray; a second call is a no-op.
+
+    Raises UsageError when an address does not answer.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
+    os.environ.update(worker_env())
+    if config.address is not None:
+        try:
+            ray.init(address=config.address, runtime_env={"env_vars": _remote_env()}, log_to_driver=True, logging_level=logging.WARNING)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            raise UsageError(f"ray.address {config.address!r} does not answer ({error}); start the cluster or leave ray.address unset") from error
+        return
+    global _temp_dir
+    if temp_dir is None:
+        temp_dir = _temp_dir = tempfile.mkdtemp(prefix="mesocosm-ray-")
+    ray.init(
+        address="local",
+        num_cpus=config.cpus or max(4, os.cpu_count() or 1),
+        include_dashboard=False,
+        _temp_dir=temp_dir,
+        _node_ip_address="127.0.0.1",
+        object_store_memory=512 * 1024**2,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+    atexit.register(shutdown)
+
+
+def _remote_env() -> dict[str, str]:
+    """What of `worker_env` means the same on another machine."""
+    return {name: value for name, value in worker_env().items() if name not in ("PATH", "TORCH_EXTENSIONS_DIR")}
+
+
+def preflight(*, what: str, cpus: float = 0, gpus: float = 0) -> None:
+    """Raise UsageError, naming `what` (the config key and value that asks), when the cluster can never grant it."""
+    import ray
+
+    have = ray.cluster_resources()
+    for name, need in (("CPU", cpus), ("GPU", gpus)):
+        if need > have.get(name, 0):
+            raise UsageError(f"{what} asks for {need:g} {name}s and the cluster has {have.get(name, 0):g}; lower it, or use a larger cluster")
+
+
+def shutdown() -> None:
+    """End what `ensure` started. Safe to call twice."""
+    global _temp_dir
+    if "ray" in sys.modules:
+        import ray
+
+        if ray.is_initialized():
+            serve = sys.modules.get("ray.serve")
+            if serve is not None:
+                serve.shutdown()
+            ray.shutdown()
+    if _temp_dir is not None:
+        shutil.rmtree(_temp_dir, ignore_errors=True)
+        _temp_dir = None
