@@ -1,0 +1,85 @@
+"""Runs and their MLflow mirror, against a real sqlite MLflow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from mesocosm import tracking
+from mesocosm.config import JobConfig, StorageConfig, TrackingConfig
+from mesocosm.storage import Storage
+
+
+def _config(root: str, uri: str | None = None) -> JobConfig:
+    return JobConfig(storage=StorageConfig(root), tracking=TrackingConfig(uri=uri))
+
+
+def _runs(config: JobConfig) -> dict[str, object]:
+    client = MlflowClient(tracking_uri=tracking.uri_of(config))
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    return {run.data.tags["mesocosm.run"]: run for run in client.search_runs([experiment.experiment_id])}
+
+
+def test_runs_are_mirrored_with_params_metrics_lineage_and_end(root: str) -> None:
+    config = _config(root)
+    with tracking.start("loop", config, id="outer", quiet=True) as run:
+        run.log({"return": 1.5}, step=3)
+        run.record(artifact="worlds/abc")
+        note = run.folder / "note.html"
+        note.write_text("x")
+        run.artifact(note)
+        with run.child("collect", config, id="inner") as child:
+            child.log({"steps": 7}, step=1)
+        with pytest.raises(ZeroDivisionError), run.child("pretrain", config, id="bad"):
+            1 / 0  # noqa: B018
+        world = Storage(root).make("worlds", "w1", {}, lambda folder: None)
+        tracking.register_world(run, world)
+    runs = _runs(config)
+    outer, inner, bad = runs["loop/outer"], runs["collect/inner"], runs["pretrain/bad"]
+    assert outer.info.status == "FINISHED" and inner.info.status == "FINISHED" and bad.info.status == "FAILED"
+    assert inner.data.tags["mlflow.parentRunId"] == outer.info.run_id
+    assert outer.data.metrics["return"] == 1.5 and inner.data.metrics["steps"] == 7
+    assert outer.data.params["seed"] == "0" and outer.data.tags["mesocosm.artifact"] == "worlds/abc"
+    client = MlflowClient(tracking_uri=tracking.uri_of(config))
+    assert {f.path for f in client.list_artifacts(outer.info.run_id)} >= {"note.html", "config.yaml", "log.txt"}
+    versions = client.search_model_versions("name = 'mesocosm-world'")
+    assert [v.source for v in versions] == [world.uri]
+    status = json.loads((Storage(root).local_path("runs", "pretrain", "bad") / "status.json").read_text())
+    assert status["state"] == "failed" and "division" in status["error"]
+
+
+def test_mlflow_away_loses_nothing(root: str, tmp_path: Path) -> None:
+    away = _config(root, uri="http://127.0.0.1:9")
+    with tracking.start("collect", away, id="a", quiet=True) as run:
+        run.log({"steps": 5}, step=2)
+    assert (run.folder / "mlflow.pending").exists() and "is away" in (run.folder / "log.txt").read_text()
+    back = _config(root)
+    assert tracking.replay_pending(back) == 1
+    mirrored = _runs(back)["collect/a"]
+    assert mirrored.data.metrics["steps"] == 5 and mirrored.info.status == "FINISHED"
+    assert tracking.replay_pending(back) == 0
+
+
+def test_a_killed_run_is_failed_not_running(root: str) -> None:
+    config = _config(root)
+    with tracking.start("pretrain", config, id="k", quiet=True) as run:
+        pass
+    status = json.loads((run.folder / "status.json").read_text())
+    status.update(state="running", pid=2**22 + 12345)
+    (run.folder / "status.json").write_text(json.dumps(status))
+    (run.folder / "mlflow.pending").write_text('{"files": [], "worlds": []}')
+    assert tracking.replay_pending(config) == 1
+    assert _runs(config)["pretrain/k"].info.status == "FAILED"
+
+
+def test_values_that_are_not_finite_stay_in_the_truth_only(root: str) -> None:
+    config = _config(root)
+    with tracking.start("pretrain", config, id="n", quiet=True) as run:
+        run.log({"loss": float("nan"), "ok": 1.0}, step=0)
+    line = json.loads((run.folder / "metrics.jsonl").read_text())
+    assert line["loss"] == "nan"
+    assert set(_runs(config)["pretrain/n"].data.metrics) == {"ok"}
