@@ -1,0 +1,262 @@
+"""The ledger: what reality has cost, by purpose, exact under any number of processes and after any crash.
+
+An append-only journal `ROOT/ledgers/<id>/NNNNNNNN.json`. A record reserves real steps and resets *before* they happen,
+confirms an earlier reservation with what was truly used, or does both. Record n is created exclusively, by whoever has
+read records 0..n-1 and found budget left in them, so the records are one agreed sequence and the budget holds without
+a lock or a server. A reservation that was never confirmed (its process died, or is still at work) counts as spent in
+full and is listed apart: never over budget, never under-counted, exact without a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mesocosm.errors import ArtifactError, BudgetSpent, UsageError
+from mesocosm.reality.config import BudgetConfig, PriceConfig
+from mesocosm.storage import Storage
+
+PURPOSES = ("collect", "baseline", "select", "judge")
+BUDGETED = ("collect", "select")
+"""What `reality.budget.steps` bounds together; any purpose may have a bound of its own beside it."""
+
+
+@dataclass(frozen=True)
+class Reservation:
+    """Leave to take `steps` real steps and `resets` resets; `number` is its record's."""
+
+    number: int
+    purpose: str
+    steps: int
+    resets: int
+    holder: str = ""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What was truly used of a reservation. `seconds` are measured inside the environment's step and reset."""
+
+    reservation: Reservation
+    steps: int
+    resets: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PurposeTotals:
+    """All that one purpose has spent. The unconfirmed part is *included* in steps, resets and price."""
+
+    steps: int = 0
+    resets: int = 0
+    seconds: float = 0.0
+    price: float = 0.0
+    unconfirmed_steps: int = 0
+    unconfirmed_resets: int = 0
+    unconfirmed_price: float = 0.0
+
+
+@dataclass(frozen=True)
+class LedgerTotals:
+    ledger: str
+    currency: str
+    purposes: dict[str, PurposeTotals]
+    """For each of PURPOSES."""
+    unconfirmed: tuple[Reservation, ...]
+    """Reservations nobody has confirmed: of crashed processes, or of live ones."""
+    spent: int
+    """Steps of collect and select, the unconfirmed included."""
+    remaining: int | None
+    """Steps that the budget leaves to collect and select; None without a budget."""
+
+    @property
+    def steps(self) -> int:
+        """Real steps of all purposes."""
+        return sum(p.steps for p in self.purposes.values())
+
+    @property
+    def price(self) -> float:
+        return sum(p.price for p in self.purposes.values())
+
+    def to_json(self) -> dict[str, Any]:
+        data = asdict(self)
+        data["unconfirmed"] = [asdict(r) for r in self.unconfirmed]
+        return {**data, "steps": self.steps, "price": self.price}
+
+
+@dataclass
+class _Sum:
+    steps: int = 0
+    resets: int = 0
+    seconds: float = 0.0
+
+
+class Ledger:
+    """One open ledger. Safe between threads; other processes open their own by the same id.
+
+    Args:
+        budget: bounds collect and select together.
+        bounds: bounds of single purposes, e.g. `{"baseline": 20000}`.
+
+    The budget and the prices are the caller's, not the journal's: a later run may raise a budget.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        ledger_id: str,
+        budget: BudgetConfig | None = None,
+        price: PriceConfig | None = None,
+        bounds: Mapping[str, int] | None = None,
+    ):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", ledger_id):
+            raise UsageError(f"ledger {ledger_id!r} is not a name for a ledger; use letters, digits, '.', '_' and '-'")
+        self.storage, self.id = storage, ledger_id
+        self.budget, self.price = budget or BudgetConfig(), price or PriceConfig()
+        self.bounds = dict(bounds or {})
+        assert set(self.bounds) <= set(PURPOSES), self.bounds
+        self._lock = threading.RLock()  # re-entrant: the garbage collector may close a forgotten environment while we append
+        self._next = 0
+        self._open: dict[int, Reservation] = {}
+        self._confirmed = {purpose: _Sum() for purpose in PURPOSES}
+
+    # -- spending ------------------------------------------------------------------------------------------------
+
+    def reserve(self, purpose: str, steps: int, resets: int = 0, *, exact: bool = False, holder: str = "", confirming: Usage | None = None) -> Reservation:
+        """Reserve up to `steps` (at least 1) real steps, durably, before they are taken.
+
+        Grants what the budget leaves when that is less, unless `exact`. `confirming` confirms an earlier reservation in
+        the same record. Raises BudgetSpent, reserving and confirming nothing, when no step is left (or `exact` cannot be met).
+        """
+        assert purpose in PURPOSES and steps >= 1 and resets >= 0, (purpose, steps, resets)
+        with self._lock:
+            while True:
+                self._catch_up()
+                left = self._remaining(purpose, confirming)
+                granted = steps if left is None else min(steps, left)
+                if granted < 1 or (exact and granted < steps):
+                    raise BudgetSpent(self._refusal(purpose, steps, max(granted, 0)))
+                number = self._append({"purpose": purpose, "steps": granted, "resets": resets, "holder": holder}, confirming)
+                if number is not None:
+                    return self._open[number]
+
+    def confirm(self, reservation: Reservation, steps: int, resets: int = 0, seconds: float = 0.0) -> None:
+        """Say what was used of a reservation; the rest returns to the budget. Of two confirmations the first holds."""
+        usage = Usage(reservation, steps, resets, seconds)
+        with self._lock:
+            self._catch_up()
+            while reservation.number in self._open and self._append(None, usage) is None:
+                self._catch_up()
+
+    # -- looking -------------------------------------------------------------------------------------------------
+
+    def totals(self) -> LedgerTotals:
+        """Everything spent so far, by everyone."""
+        with self._lock:
+            self._catch_up()
+            purposes = {}
+            for purpose, done in self._confirmed.items():
+                waiting = [r for r in self._open.values() if r.purpose == purpose]
+                steps, resets = sum(r.steps for r in waiting), sum(r.resets for r in waiting)
+                apart = self._cost(steps, resets)
+                purposes[purpose] = PurposeTotals(
+                    done.steps + steps, done.resets + resets, done.seconds, self._cost(done.steps, done.resets) + apart, steps, resets, apart
+                )
+            spent = sum(purposes[p].steps for p in BUDGETED)
+            remaining = None if self.budget.steps is None else max(0, self.budget.steps - spent)
+            return LedgerTotals(self.id, self.price.currency, purposes, tuple(self._open.values()), spent, remaining)
+
+    def remaining(self, purpose: str) -> int | None:
+        """Steps left to a purpose under every bound that applies to it; None if none does."""
+        with self._lock:
+            self._catch_up()
+            return self._remaining(purpose, None)
+
+    def outstanding(self, holder: str) -> list[Reservation]:
+        """The unconfirmed reservations of one holder."""
+        with self._lock:
+            self._catch_up()
+            return [r for r in self._open.values() if r.holder == holder]
+
+    # -- the journal ---------------------------------------------------------------------------------------------
+
+    def _path(self, number: int) -> str:
+        return f"ledgers/{self.id}/{number:08d}.json"
+
+    def _catch_up(self) -> None:
+        """Read the records that others have appended since we last looked."""
+        while (raw := self.storage.read(self._path(number := self._next))) is not None:
+            self._apply(number, self._parse(number, raw))
+
+    def _parse(self, number: int, raw: bytes) -> dict[str, Any]:
+        try:
+            record = json.loads(raw)
+            assert isinstance(record, dict) and {"reserve", "confirm", "nonce"} <= set(record)
+        except (ValueError, AssertionError) as error:
+            raise ArtifactError(f"{self._path(number)} in {self.storage.root!r} is damaged; restore it from a copy, or use another ledger") from error
+        return record
+
+    def _append(self, reserve: dict[str, Any] | None, confirm: Usage | None) -> int | None:
+        """Create the next record; its number, or None if another process was first."""
+        record: dict[str, Any] = {"schema": 1, "nonce": uuid.uuid4().hex, "time": round(time.time(), 3), "reserve": reserve, "confirm": None}
+        if confirm is not None:
+            held = confirm.reservation
+            assert 0 <= confirm.steps <= held.steps and 0 <= confirm.resets <= held.resets, confirm
+            record["confirm"] = {"of": held.number, "steps": confirm.steps, "resets": confirm.resets, "seconds": round(confirm.seconds, 6)}
+        number = self._next
+        if not self.storage.create(self._path(number), json.dumps(record).encode()):
+            # A remote store may answer "there" to its own retry of our request: the nonce tells.
+            raw = self.storage.read(self._path(number))
+            if raw is None or self._parse(number, raw)["nonce"] != record["nonce"]:
+                return None
+        self._apply(number, record)
+        return number
+
+    def _apply(self, number: int, record: Mapping[str, Any]) -> None:
+        if number != self._next:  # a re-entrant call has applied it already
+            return
+        self._next += 1
+        confirm, reserve = record["confirm"], record["reserve"]
+        if confirm is not None and (held := self._open.pop(confirm["of"], None)) is not None:
+            done = self._confirmed[held.purpose]
+            done.steps += confirm["steps"]
+            done.resets += confirm["resets"]
+            done.seconds += confirm["seconds"]
+        if reserve is not None:
+            self._open[number] = Reservation(number, reserve["purpose"], reserve["steps"], reserve["resets"], reserve["holder"])
+
+    # -- the budget ----------------------------------------------------------------------------------------------
+
+    def _limits(self, purpose: str) -> list[tuple[str, tuple[str, ...], int]]:
+        """(name of the bound, the purposes under it, steps)"""
+        limits: list[tuple[str, tuple[str, ...], int]] = []
+        if purpose in BUDGETED and self.budget.steps is not None:
+            limits.append(("reality.budget.steps", BUDGETED, self.budget.steps))
+        if purpose in self.bounds:
+            limits.append((f"the bound of {purpose}", (purpose,), self.bounds[purpose]))
+        return limits
+
+    def _spent(self, purposes: tuple[str, ...], without: Usage | None = None) -> int:
+        total = sum(self._confirmed[p].steps for p in purposes) + sum(r.steps for r in self._open.values() if r.purpose in purposes)
+        if without is not None and without.reservation.purpose in purposes and without.reservation.number in self._open:
+            total -= without.reservation.steps - without.steps
+        return total
+
+    def _remaining(self, purpose: str, confirming: Usage | None) -> int | None:
+        return min((bound - self._spent(purposes, confirming) for _, purposes, bound in self._limits(purpose)), default=None)
+
+    def _refusal(self, purpose: str, steps: int, left: int) -> str:
+        name, purposes, bound = min(self._limits(purpose), key=lambda limit: limit[2] - self._spent(limit[1]))
+        apart = sum(r.steps for r in self._open.values() if r.purpose in purposes)
+        return (
+            f"ledger {self.id!r}: {name}={bound} is spent ({self._spent(purposes)} real steps by {' and '.join(purposes)}, {apart} of them unconfirmed; "
+            f"{steps} more asked for {purpose}, {left} left); raise it or use another ledger"
+        )
+
+    def _cost(self, steps: int, resets: int) -> float:
+        return steps * self.price.per_step + resets * self.price.per_reset

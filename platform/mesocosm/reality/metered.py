@@ -1,0 +1,192 @@
+"""Environments that pay: every real step and reset goes through a `Meter`, which has reserved it in the ledger before."""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
+
+from mesocosm.errors import BudgetSpent, MesocosmError
+from mesocosm.reality.config import RealityConfig
+from mesocosm.reality.env import TaskSampler, make_env
+from mesocosm.reality.ledger import Ledger, Reservation, Usage
+from mesocosm.storage import Storage
+
+RESETS_A_BLOCK = 8
+"""Resets reserved with a block of steps. They have no bound of their own; a crash over-counts at most so many."""
+
+
+class Meter:
+    """Reserves blocks before use, counts what is used, confirms. `stopped` from a second thread freezes the count.
+
+    Args:
+        block: steps a reservation: what a crash over-counts at most.
+        limit: steps this meter may use in all; it never reserves beyond.
+        holder: who reserves, as the ledger's records will say.
+    """
+
+    def __init__(self, ledger: Ledger, purpose: str, *, block: int = 64, limit: int | None = None, holder: str = ""):
+        assert block >= 1, block
+        self.ledger, self.purpose, self.block, self.limit, self.holder = ledger, purpose, block, limit, holder
+        self.steps = 0
+        """Steps used by this meter so far."""
+        self._held: Reservation | None = None
+        self._used = (0, 0, 0.0)
+        self._busy_since: float | None = None
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def use(self, *, steps: int = 0, resets: int = 0) -> Iterator[None]:
+        """Around the real thing. Counted even if it raises: it may have happened. Raises BudgetSpent before it happens."""
+        with self._lock:
+            self._check_running()
+            self._ensure(steps, resets)
+            used = self._used
+            self._used = (used[0] + steps, used[1] + resets, used[2])
+            self.steps += steps
+            self._busy_since = began = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy_since = None
+                if not self._stopped:
+                    self._used = (*self._used[:2], self._used[2] + time.monotonic() - began)
+        self._check_running()
+
+    def _check_running(self) -> None:
+        if self._stopped:
+            raise MesocosmError("this meter was stopped: its environment had hung")
+
+    def _ensure(self, steps: int, resets: int) -> None:
+        held = self._held
+        if held is not None and self._used[0] + steps <= held.steps and self._used[1] + resets <= held.resets:
+            return
+        own = None if self.limit is None else self.limit - self.steps
+        need = max(steps, 1)
+        if own is not None and own < need:
+            raise BudgetSpent(f"this environment's own limit of {self.limit} real steps is spent; it may take no more for {self.purpose}")
+        wanted = max(self.block, need) if own is None else min(max(self.block, need), own)
+        usage = self._usage()
+        try:
+            granted = self.ledger.reserve(self.purpose, wanted, max(RESETS_A_BLOCK, resets), holder=self.holder, confirming=usage)
+        except BudgetSpent:
+            self._release(usage)
+            raise
+        self._held, self._used = granted, (0, 0, 0.0)
+        if granted.steps < need:
+            self._release(self._usage())
+            raise BudgetSpent(
+                f"ledger {self.ledger.id!r} leaves {granted.steps} real steps for {self.purpose}, fewer than the {need} that step together; "
+                "use fewer environments or raise the budget"
+            )
+
+    def _usage(self) -> Usage | None:
+        return None if self._held is None else Usage(self._held, *self._used)
+
+    def _release(self, usage: Usage | None) -> None:
+        if usage is not None:
+            self.ledger.confirm(usage.reservation, usage.steps, usage.resets, usage.seconds)
+        self._held, self._used = None, (0, 0, 0.0)
+
+    def close(self) -> None:
+        """Confirm what was used and give the rest back. The meter can go on afterwards, with a new reservation."""
+        with self._lock:
+            if not self._stopped:
+                self._release(self._usage())
+
+    def busy_s(self) -> float:
+        """Seconds since the step or reset under way began; 0 if none is."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    def stop_if_hung(self, timeout_s: float) -> Usage | None:
+        """From another thread: if a step has been under way for longer than `timeout_s`, freeze the meter (no further step
+        can begin) and return what was used of its reservation, the hanging step included, for the caller to confirm."""
+        with self._lock:
+            busy = self.busy_s()
+            if busy <= timeout_s or self._held is None:
+                return None
+            self._stopped = True
+            return Usage(self._held, self._used[0], self._used[1], self._used[2] + busy)
+
+
+class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """One environment of reality. Raises BudgetSpent in place of a step or reset that is not paid for."""
+
+    def __init__(self, env: gymnasium.Env[Any, Any], ledger: Ledger, purpose: str, block: int = 64, *, limit: int | None = None, holder: str = ""):
+        super().__init__(env)
+        self.meter = Meter(ledger, purpose, block=block, limit=limit, holder=holder)
+        self._finalizer = weakref.finalize(self, self.meter.close)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        with self.meter.use(resets=1):
+            return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        with self.meter.use(steps=1):
+            return self.env.step(action)
+
+    def close(self) -> None:
+        self.meter.close()
+        self.env.close()
+
+
+class MeteredVectorEnv(VectorWrapper):
+    """A vector of environments of reality in NEXT_STEP autoreset mode, under one meter.
+
+    A vector step counts one real step for each environment that steps, and one reset for each that had ended and is only
+    reset by it. All step or none does: BudgetSpent is raised when fewer steps are left than would step.
+    """
+
+    def __init__(self, env: VectorEnv[Any, Any, Any], ledger: Ledger, purpose: str, block: int | None = None, *, limit: int | None = None, holder: str = ""):
+        super().__init__(env)
+        assert env.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP, env.metadata
+        self.meter = Meter(ledger, purpose, block=block or 16 * env.num_envs, limit=limit, holder=holder)
+        self._ended = np.zeros(env.num_envs, dtype=np.bool_)
+        self._finalizer = weakref.finalize(self, self.meter.close)
+
+    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        mask = np.ones(self.num_envs, dtype=np.bool_) if options is None or "reset_mask" not in options else options["reset_mask"]
+        with self.meter.use(resets=int(mask.sum())):
+            result = self.env.reset(seed=seed, options=options)
+        self._ended = self._ended & ~mask
+        return result
+
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        resets = int(self._ended.sum())
+        with self.meter.use(steps=self.num_envs - resets, resets=resets):
+            observation, reward, terminated, truncated, info = self.env.step(actions)
+        self._ended = np.logical_or(terminated, truncated)
+        return observation, reward, terminated, truncated, info
+
+    def close(self, **kwargs: Any) -> None:
+        self.meter.close()
+        self.env.close(**kwargs)
+
+
+def make_metered_vector(
+    config: RealityConfig, root: str, ledger_id: str, purpose: str, num_envs: int, bounds: Mapping[str, int] | None = None, *, limit: int | None = None
+) -> MeteredVectorEnv:
+    """`num_envs` environments of reality behind one meter, from plain picklable values: what an RLlib env runner needs.
+
+    `bounds` and `config.budget` bind as in `Ledger`; `limit` bounds this vector alone. Call `close()` to confirm the last block.
+    Raises UsageError as `make_env` does.
+    """
+    ledger = Ledger(Storage(root), ledger_id, config.budget, config.price, bounds)
+    make = partial(_member, config)
+    return MeteredVectorEnv(SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP), ledger, purpose, limit=limit)
+
+
+def _member(config: RealityConfig) -> gymnasium.Env[Any, Any]:
+    env = make_env(config)
+    return TaskSampler(env, config) if config.task_options else env
