@@ -1,0 +1,43 @@
+# make run   the whole loop on this machine: install, then a world, an agent, a report
+# make test  the tests (under 15 minutes on 2 cores); make test-all adds the slow ones
+# make lint  ruff and a strict type check
+# make bench ratios, each measured in one run
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export OMP_NUM_THREADS := 1
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: install run test test-all lint bench bench-agents bench-world bench-serve bench-mup clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m mesocosm.pretrain.ops
+	touch $(STAMP)
+
+run: install
+	$(BIN)/mesocosm loop -c configs/loop/quickstart.yaml
+
+test: install
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: bench-serve bench-world
+
+bench-agents bench-world bench-serve bench-mup: install
+	$(BIN)/python tests/bench/$(subst -,_,$@).py
+
+clean:
+	rm -rf $(VENV) .mesocosm

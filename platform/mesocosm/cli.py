@@ -1,0 +1,177 @@
+"""The command line: `mesocosm JOB -c FILE key=value ...`. Exit status 0 done, 1 failed, 2 wrong use.
+
+A job is a module with a config dataclass, `run(config, run)`, and `plan(config)`, which says what a run would do, its
+size and its price, and does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from mesocosm import __version__, config
+from mesocosm.errors import MesocosmError, UsageError, nearest
+
+
+@dataclass(frozen=True)
+class Job:
+    module: str
+    schema: str
+    help: str
+    example: str
+
+
+JOBS = {
+    "collect": Job("mesocosm.data.collect", "CollectConfig", "metered real steps into a dataset", "-c configs/collect/pendulum.yaml steps=2000"),
+    "pretrain": Job(
+        "mesocosm.pretrain.run", "PretrainConfig", "a dataset into a world, by DeepSpeed under Ray Train", "-c configs/pretrain/pendulum.yaml model.size=1m"
+    ),
+    "serve": Job("mesocosm.serving.run", "ServeConfig", "a world on Ray Serve, until Ctrl-C", "-c configs/serve/pendulum.yaml replicas=2"),
+    "train-agent": Job("mesocosm.agents.train", "AgentConfig", "an RLlib agent inside a world", "-c configs/agent/pendulum-ppo.yaml iterations=20"),
+    "baseline": Job("mesocosm.agents.baseline", "BaselineConfig", "model-free RLlib on reality, through the ledger", "-c configs/baseline/pendulum-ppo.yaml"),
+    "evaluate": Job("mesocosm.evaluation.run", "EvaluateConfig", "is the world faithful, is the agent better in reality", "-c configs/evaluate/pendulum.yaml"),
+    "loop": Job("mesocosm.loop", "LoopConfig", "the whole circle, and a report", "-c configs/loop/quickstart.yaml"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # an environment of the user's own is `module:Id` beside where they stand
+    try:
+        return _main(arguments)
+    except MesocosmError as error:
+        print(f"mesocosm: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("mesocosm: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    finally:
+        _end_ray()
+
+
+def job(name: str) -> NoReturn:
+    """The entry point of `jobs/<name>.py`."""
+    sys.exit(main([name, *sys.argv[1:]]))
+
+
+def _main(arguments: list[str]) -> int:
+    parser = _parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in {*JOBS, "doctor"}:
+        raise UsageError(f"unknown command {arguments[0]!r}{nearest(arguments[0], [*JOBS, 'doctor'])}; see mesocosm --help")
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 2
+    if options.command == "doctor":
+        from mesocosm.doctor import doctor
+
+        return doctor(config.load(config.JobConfig, options.config, options.overrides), as_json=options.json)
+    return _run_job(JOBS[options.command], options)
+
+
+def _run_job(job: Job, options: argparse.Namespace) -> int:
+    module = importlib.import_module(job.module)
+    loaded: config.JobConfig = config.load(getattr(module, job.schema), options.config, options.overrides)
+    if options.force:
+        loaded.force = True
+    if options.dry_run:
+        _show(module.plan(loaded), options.json)
+        return 0
+    from mesocosm import tracking
+
+    _terminate_like_interrupt()
+    threading.Thread(target=tracking.replay_pending, args=(loaded,), daemon=True).start()
+    with tracking.start(options.command, loaded, quiet=options.json) as run:
+        made = module.run(loaded, run)
+        facts = {"run": f"{run.job}/{run.id}", **run.facts}
+        if made is not None:
+            facts.update(artifact=made.name, path=str(made.path))
+    if options.json:
+        _show(facts, as_json=True)
+    elif made is not None:
+        tracking.console.print(f"{made.name}  {made.path}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mesocosm",
+        description="The platform on which world models are scaled and put to work.",
+        epilog="mesocosm JOB --help shows a job's keys and examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"mesocosm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, job in JOBS.items():
+        sub = commands.add_parser(name, help=job.help, description=job.help, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_Epilog(name, job))
+        _common(sub)
+        sub.add_argument("--dry-run", action="store_true", help="print what would happen, its size and its price, and do nothing")
+        sub.add_argument("--force", action="store_true", help="make the artifact again though it is there")
+    _common(commands.add_parser("doctor", help="is this machine and its storage ready"))
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="a YAML config; may be repeated, later files win")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a config key")
+    parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+
+
+class _Epilog(str):
+    """A job's examples and keys, read from its schema only when its help is printed."""
+
+    def __new__(cls, name: str, job: Job) -> _Epilog:
+        text = super().__new__(cls, " ")
+        text._name, text._job = name, job  # type: ignore[attr-defined]
+        return text
+
+    def __mod__(self, _: Any) -> str:
+        return str(self)
+
+    def __contains__(self, item: object) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        job: Job = self._job  # type: ignore[attr-defined]
+        schema = getattr(importlib.import_module(job.module), job.schema)
+        return f"example:\n  mesocosm {self._name} {job.example}\n\nkeys and defaults:\n" + "\n".join(  # type: ignore[attr-defined]
+            "  " + line for line in config.to_yaml(schema()).splitlines()
+        )
+
+
+def _show(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(facts, indent=1, default=str))
+        return
+    width = max((len(key) for key in facts), default=0)
+    for key, value in facts.items():
+        print(f"{key:<{width}}  {value}")
+
+
+def _terminate_like_interrupt() -> None:
+    """SIGTERM ends a job as Ctrl-C does: the run is marked stopped and Ray is ended."""
+
+    def handler(signum: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _end_ray() -> None:
+    if "mesocosm.cluster" in sys.modules:
+        from mesocosm import cluster
+
+        cluster.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
