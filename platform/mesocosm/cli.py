@@ -109,9 +109,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="mesocosm JOB --help shows a job's keys and examples.",
     )
     parser.add_argument("--version", action="version", version=f"mesocosm {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_JobParser)
     for name, job in JOBS.items():
-        sub = commands.add_parser(name, help=job.help, description=job.help, formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_Epilog(name, job))
+        sub = commands.add_parser(name, help=job.help, description=job.help)
+        sub.job = (name, job)
         _common(sub)
         sub.add_argument("--dry-run", action="store_true", help="print what would happen, its size and its price, and do nothing")
         sub.add_argument("--force", action="store_true", help="make the artifact again though it is there")
@@ -125,26 +126,19 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
 
 
-class _Epilog(str):
-    """A job's examples and keys, read from its schema only when its help is printed."""
+class _JobParser(argparse.ArgumentParser):
+    """Help ends with an example and the job's keys, read from its schema only when asked."""
 
-    def __new__(cls, name: str, job: Job) -> _Epilog:
-        text = super().__new__(cls, " ")
-        text._name, text._job = name, job  # type: ignore[attr-defined]
-        return text
+    job: tuple[str, Job] | None = None
 
-    def __mod__(self, _: Any) -> str:
-        return str(self)
-
-    def __contains__(self, item: object) -> bool:
-        return False
-
-    def __str__(self) -> str:
-        job: Job = self._job  # type: ignore[attr-defined]
+    def format_help(self) -> str:
+        text = super().format_help()
+        if self.job is None:
+            return text
+        name, job = self.job
         schema = getattr(importlib.import_module(job.module), job.schema)
-        return f"example:\n  mesocosm {self._name} {job.example}\n\nkeys and defaults:\n" + "\n".join(  # type: ignore[attr-defined]
-            "  " + line for line in config.to_yaml(schema()).splitlines()
-        )
+        keys = "".join(f"  {line}\n" for line in config.to_yaml(schema()).splitlines())
+        return f"{text}\nexample:\n  mesocosm {name} {job.example}\n\nkeys and defaults:\n{keys}"
 
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:
