@@ -1,0 +1,55 @@
+"""Keyed permutations of 0..n-1 in O(1) memory, and the 64-bit mixer they are made of. Vectorised numpy, no state."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+U64 = NDArray[np.uint64]
+ROUNDS = 4
+MASK = 2**64 - 1
+
+
+def mix(values: NDArray[Any]) -> U64:
+    """splitmix64's finaliser (Steele, Lea and Flood 2014) over an integer array: a bijection of 64-bit integers with full avalanche."""
+    z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(z ^ (z >> np.uint64(31)))
+
+
+def key(*parts: NDArray[Any] | int) -> U64:
+    """Fold integers, and integer arrays broadcast against each other, into 64-bit keys of at least one dimension."""
+    state = np.zeros(1, np.uint64)
+    for part in parts:
+        array = np.array([part & MASK], np.uint64) if isinstance(part, int) else part
+        state = mix(state ^ mix(array))
+    return state
+
+
+def permute(index: NDArray[Any], n: int, keys: U64) -> NDArray[np.int64]:
+    """Where position `index` [B] goes under the permutation of 0..n-1 that `keys` ([B] or [1]) names: [B] int64.
+
+    A Feistel network over Z_a x Z_b with a*b the least such product near n (a = ceil(sqrt n)), as in Black and Rogaway's "Ciphers with
+    Arbitrary Finite Domains" (2002), and cycle walking over the fewer than a values above n.
+    """
+    assert n > 0
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    keys = np.broadcast_to(keys, np.shape(index))
+    out = _feistel(np.asarray(index).astype(np.uint64), a, b, keys)
+    while (outside := np.flatnonzero(out >= n)).size:
+        out[outside] = _feistel(out[outside], a, b, keys[outside])
+    return out.astype(np.int64)
+
+
+def _feistel(x: U64, a: int, b: int, keys: U64) -> U64:
+    left, right = x % np.uint64(a), x // np.uint64(a)
+    for round in range(ROUNDS):
+        salt = keys + np.uint64(2 * round)
+        left = (left + mix(right ^ salt) % np.uint64(a)) % np.uint64(a)
+        right = (right + mix(left ^ (salt + np.uint64(1))) % np.uint64(b)) % np.uint64(b)
+    return right * np.uint64(a) + left
