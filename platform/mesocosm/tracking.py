@@ -269,6 +269,16 @@ def _client(where: JobConfig) -> Any:
     return MlflowClient(tracking_uri=uri_of(where), registry_uri=uri_of(where))
 
 
+def ping(where: JobConfig) -> None:
+    """Raise OSError when MLflow does not answer at the configured URI."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        _client(where).search_experiments(max_results=1)
+    except MlflowException as error:
+        raise OSError(f"MLflow at {uri_of(where)} does not answer: {error}") from error
+
+
 def _create(client: Any, folder: Path, status: Mapping[str, Any], where: JobConfig) -> str:
     """The MLflow run that mirrors this one: found again by its tag, or created with the frozen config as its params."""
     name = where.tracking.experiment

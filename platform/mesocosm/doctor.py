@@ -1,0 +1,93 @@
+"""`mesocosm doctor`: is this machine, its storage and its tracking ready? A checklist with fixes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+from mesocosm import cluster, tracking
+from mesocosm.config import JobConfig
+from mesocosm.errors import MesocosmError
+from mesocosm.storage import Storage
+
+
+@dataclass(frozen=True)
+class Check:
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+
+def doctor(config: JobConfig, *, as_json: bool) -> int:
+    """Print the checklist; exit status 0 if every check passed, 1 otherwise."""
+    checks = []
+    for check in _checks(config):
+        checks.append(check)
+        if not as_json:
+            mark = "[green]ok[/]  " if check.ok else "[red]FIX[/] "
+            tracking.console.print(f"{mark} {check.name:<12} {check.found}" + ("" if check.ok else f"\n     -> {check.fix}"))
+    if as_json:
+        print(json.dumps([asdict(check) for check in checks], indent=1))
+    return 0 if all(check.ok for check in checks) else 1
+
+
+def _checks(config: JobConfig) -> Iterator[Check]:
+    version = sys.version_info
+    yield Check("python", (3, 11) <= version < (3, 13), platform.python_version(), "use Python 3.11 or 3.12")
+    for package in ("ray", "torch", "deepspeed", "mlflow", "gymnasium", "mujoco", "s3fs", "omegaconf"):
+        try:
+            yield Check(package, True, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(package, False, "not installed", "run `make install`")
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    yield Check("compiler", compiler is not None, compiler or "none", "install a C++ compiler (g++): DeepSpeed builds its ops with it")
+    tools = cluster.worker_env()["PATH"]
+    ninja = shutil.which("ninja", path=tools)
+    yield Check("ninja", ninja is not None, ninja or "none", "run `make install`: ninja is one of its packages")
+    yield _guarded(
+        "storage", lambda: _storage(config), "set storage.root to a folder you may write to, or s3://bucket/prefix with credentials in the environment"
+    )
+    yield _guarded("mlflow", lambda: _mlflow(config), "set tracking.uri to a server that answers, or leave it unset; jobs run without it and replay later")
+    yield _guarded("ray", lambda: _ray(config), "set ray.address to a cluster that answers, or leave it unset")
+    free = shutil.disk_usage(os.getcwd()).free / 2**30
+    yield Check("disk", free > 5, f"{free:.0f} GiB free here", "free some space: checkpoints and Ray's files need about 5 GiB")
+
+
+def _guarded(name: str, look: Callable[[], str], fix: str) -> Check:
+    try:
+        return Check(name, True, look())
+    except (OSError, MesocosmError, RuntimeError, ValueError, ImportError) as error:
+        return Check(name, False, " ".join(str(error).split())[:200], fix)
+
+
+def _storage(config: JobConfig) -> str:
+    storage = Storage(config.storage.root)
+    path = f"scratch/doctor-{uuid.uuid4().hex}"
+    storage.write(path, b"x")
+    try:
+        if storage.read(path) != b"x":
+            raise OSError("what was written was not read back")
+    finally:
+        storage.fs.rm_file(storage._path(path))
+    return storage.root
+
+
+def _mlflow(config: JobConfig) -> str:
+    tracking.ping(config)
+    return tracking.uri_of(config)
+
+
+def _ray(config: JobConfig) -> str:
+    import ray
+
+    cluster.ensure(config.ray)
+    have = ray.cluster_resources()
+    return f"{have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs, {have.get('memory', 0) / 2**30:.0f} GiB"
