@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mesocosm.model.config import ModelConfig
+from mesocosm.model.heads import RewardHead, StartModel, TerminationHead, inputs
 from mesocosm.model.rng import member_mask
 from mesocosm.model.spec import Parts, Spec, Windows
 
@@ -85,7 +85,7 @@ class Losses:
         return parts | {"total": torch.stack(list(parts.values())).sum()}
 
 
-class Cache(ABC):
+class Cache:
     """What a family keeps between steps of a vector of environments, in columns 0 .. W-1 that all environments share."""
 
 
@@ -102,8 +102,6 @@ class WorldNet(nn.Module, ABC):
     def __init__(self, spec: Spec, config: ModelConfig, *, hidden: int, features: int):
         """`hidden`: width of the reward and termination networks; `features`: width of `context`, 0 without history."""
         super().__init__()
-        from mesocosm.model.heads import RewardHead, StartModel, TerminationHead
-
         self.spec = spec
         self.config = config
         self.members = config.members
@@ -156,16 +154,18 @@ class WorldNet(nn.Module, ABC):
 
         features = self.context(transition)
         dynamics, duration = self.log_prob(features, transition, outcome, base)
-        reward = self.reward.log_prob(transition, outcome.observation, features, windows.reward)
-        termination, termination_objective = self.termination.losses(windows, transition, outcome.observation, features)
+        parts = inputs(transition.observation, transition.action, transition.task, outcome.observation)
+        flat = None if features is None else features.flatten(0, 1)
+        reward = self.reward.log_prob(parts, flat, windows.reward.flatten()).view(dynamics.shape)
+        termination, termination_objective = self.termination.losses(windows, parts, flat)
         start = torch.where(windows.start, self.start.log_prob(windows.task, windows.observation[:, 0]), 0.0)
 
-        parts = {"dynamics": nats(dynamics), "reward": nats(reward), "termination": nats(termination), "task": -start.detach().sum()}
+        sums = {"dynamics": nats(dynamics), "reward": nats(reward), "termination": nats(termination.view(dynamics.shape)), "task": -start.detach().sum()}
         total = objective(dynamics) + objective(reward) + termination_objective - start.sum() / valid.numel()
         if duration is not None:
-            parts["duration"] = nats(duration)
+            sums["duration"] = nats(duration)
             total = total + objective(duration)
-        return Losses(total, parts, valid.sum(), windows.start.float().sum())
+        return Losses(total, sums, valid.sum(), windows.start.float().sum())
 
 
 def unroll(windows: Windows) -> tuple[Transition, Outcome]:

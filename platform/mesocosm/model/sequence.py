@@ -1,0 +1,180 @@
+"""The sequence family: a causal transformer over environment steps, with a decoder inside the step.
+
+One token a step holds (o_t, a_t, task); its features h_t condition K decoders of o_{t+1} (and the duration). RMSNorm, RoPE,
+SwiGLU and SDPA; widths and depths share hyperparameters as `ladder` says.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mesocosm.model import rng
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.decoder import Decoder, Layout, Scale
+from mesocosm.model.ladder import HEAD, Dims, dims
+from mesocosm.model.layers import Constant, Linear, PartsEmbedding, RMSNorm, flatten
+from mesocosm.model.net import BaseOut, Cache, Draw, Outcome, Transition, WorldNet
+from mesocosm.model.spec import Parts, Spec
+
+ROPE_BASE = 10000.0
+
+
+class KeyValues(Cache):
+    """`data` [layers, 2, B, heads, W, HEAD]: rotated keys, and values."""
+
+    def __init__(self, data: Tensor):
+        self.data = data
+
+
+class Block(nn.Module):
+    """Attention over steps, then SwiGLU: [B, T, d] -> the same."""
+
+    def __init__(self, dims: Dims):
+        super().__init__()
+        width, depth, d = dims.width, dims.depth, dims.d_model
+        self.heads = dims.heads
+        self.multiplier = dims.residual_multiplier
+        self.norm_1 = RMSNorm(d, m_width=width, m_depth=depth)
+        self.qkv = Linear(d, 3 * d, "hidden", width=width, depth=depth)
+        self.out = Linear(d, d, "hidden", width=width, depth=depth, multiplier=self.multiplier)
+        self.norm_2 = RMSNorm(d, m_width=width, m_depth=depth)
+        self.up = Linear(d, 2 * dims.d_ff, "hidden", width=width, depth=depth)
+        self.down = Linear(dims.d_ff, d, "hidden", width=width, depth=depth, multiplier=self.multiplier)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        """Within windows: every step sees the steps before it."""
+        q, k, v = self._qkv(x, rope)
+        return self._rest(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+    def cached(self, x: Tensor, rope: tuple[Tensor, Tensor], data: Tensor, column: int, seen: Tensor) -> Tensor:
+        """Write columns `column` .. `column` + T - 1 of `data` [2, B, heads, W, HEAD] and attend to what `seen` [B, 1, T, C] (added to
+        the scores) allows of the first C."""
+        q, k, v = self._qkv(x, rope)
+        end = column + x.shape[1]
+        data[0, :, :, column:end] = k
+        data[1, :, :, column:end] = v
+        return self._rest(x, F.scaled_dot_product_attention(q, data[0, :, :, :end], data[1, :, :, :end], attn_mask=seen))
+
+    def _qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        b, t, _ = x.shape
+        q, k, v = self.qkv(self.norm_1(x)).view(b, t, 3, self.heads, HEAD).permute(2, 0, 3, 1, 4)
+        return rotate(q, rope), rotate(k, rope), v
+
+    def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        gate, up = self.up(self.norm_2(x)).chunk(2, -1)
+        return cast(Tensor, x + self.down(F.silu(gate) * up))
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of [..., T, HEAD], in float32."""
+    cos, sin = rope
+    wide = x.float()
+    a, b = wide.chunk(2, -1)
+    return (wide * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+
+class Sequence(WorldNet):
+    """See the module. `dims`: its rung of the ladder; `memory` = W = `config.context`."""
+
+    def __init__(self, spec: Spec, config: ModelConfig):
+        rung = dims(config.size)
+        super().__init__(spec, config, hidden=2 * rung.d_model, features=rung.d_model)
+        self.dims = rung
+        self.memory = config.context
+        self.embed = PartsEmbedding(spec.observation, spec.action, spec.task, width=rung.d_model)
+        self.blocks = nn.ModuleList(Block(rung) for _ in range(rung.layers))
+        self.norm = RMSNorm(rung.d_model, m_width=rung.width, m_depth=1.0)
+        o, extra = spec.observation, int(spec.durations)
+        order = [("number", j) for j in range(o.numbers)] + [("category", j) for j in range(len(o.categories))] + [("number", o.numbers)] * extra
+        layout = Layout(tuple(order), o.bins + (spec.duration_bin,) * extra, o.categories, o.texts)
+        self.decoder = Decoder(layout, rung, members=config.members, components=config.components, inputs=rung.d_model)
+        angle = torch.arange(self.memory).unsqueeze(-1) / ROPE_BASE ** (torch.arange(0, HEAD, 2) / HEAD)
+        self._cos, self._sin = Constant(angle.cos().repeat(1, 2)), Constant(angle.sin().repeat(1, 2))
+
+    # -- history -----------------------------------------------------------------------------------------------------
+
+    def context(self, transition: Transition) -> Tensor:
+        x = self._embed(transition)
+        rope = self._rope(x, slice(0, x.shape[1]))
+        for block in self.blocks:
+            x = checkpoint(block, x, rope, use_reentrant=False) if self.checkpoint_activations and torch.is_grad_enabled() else block(x, rope)
+        return self.norm(x)
+
+    def new_cache(self, batch: int) -> KeyValues:
+        weight = self.norm.weight
+        return KeyValues(torch.zeros(self.dims.layers, 2, batch, self.dims.heads, self.memory, HEAD, device=weight.device, dtype=weight.dtype))
+
+    def advance(self, cache: Cache | None, column: int, start_column: Tensor, token: Transition) -> Tensor:
+        assert isinstance(cache, KeyValues) and column < self.memory
+        columns = torch.arange(column + 1, device=start_column.device)
+        seen = torch.zeros(len(start_column), column + 1, device=start_column.device).masked_fill_(columns < start_column.unsqueeze(-1), -torch.inf)
+        x = self._embed(token).unsqueeze(1)
+        return self._cached(x, cache, column, seen[:, None, None].to(x.dtype)).squeeze(1)
+
+    def rebuild(self, cache: Cache | None, start_column: Tensor, tokens: Transition) -> None:
+        assert isinstance(cache, KeyValues)
+        x = self._embed(tokens)
+        columns = torch.arange(x.shape[1], device=x.device)
+        # A column before its environment's present episode sees only itself; nobody will look at it.
+        before = columns <= columns.unsqueeze(-1)
+        allowed = (before & (columns >= start_column[:, None, None])) | (columns == columns.unsqueeze(-1))
+        seen = torch.zeros(allowed.shape, device=x.device, dtype=x.dtype).masked_fill_(~allowed, -torch.inf)
+        self._cached(x, cache, 0, seen.unsqueeze(1))
+
+    def _cached(self, x: Tensor, cache: KeyValues, column: int, seen: Tensor) -> Tensor:
+        rope = self._rope(x, slice(column, column + x.shape[1]))
+        for layer, block in enumerate(cast(list[Block], list(self.blocks))):
+            x = block.cached(x, rope, cache.data[layer], column, seen)
+        return self.norm(x)
+
+    def _embed(self, token: Transition) -> Tensor:
+        embedded: Tensor = self.embed(token.observation, token.action, token.task)
+        return embedded
+
+    def _rope(self, x: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+        return self._cos(x)[columns], self._sin(x)[columns]
+
+    # -- what comes next ---------------------------------------------------------------------------------------------
+
+    def _scale(self, base: BaseOut) -> Scale:
+        """The decoder's numbers are the changes, and the duration as it is."""
+        shift, scale = base.change.flatten(1, -2).float(), base.scale.float()
+        if self.spec.durations:
+            shift, scale = F.pad(shift, (0, 1)), F.pad(scale, (0, 1), value=1.0)
+        return Scale(shift, scale)
+
+    def log_prob(self, features: Tensor | None, transition: Transition, outcome: Outcome, base: BaseOut) -> tuple[Tensor, Tensor | None]:
+        assert features is not None
+        now, after = flatten(transition.observation), flatten(outcome.observation)
+        change, absolute = after.numbers - now.numbers, after.numbers
+        if self.spec.durations:
+            duration = outcome.duration.flatten().unsqueeze(-1)
+            change, absolute = torch.cat((change, duration), -1), torch.cat((absolute, duration), -1)
+        log_prob = self.decoder.log_prob(features.flatten(0, -2), change, after.categories, self._scale(base), absolute)
+        log_prob = log_prob.unflatten(1, features.shape[:-1])
+        if not self.spec.durations:
+            return log_prob.sum(-1), None
+        return log_prob[..., :-1].sum(-1), log_prob[..., -1]
+
+    def draw(self, features: Tensor | None, transition: Transition, base: BaseOut, member: Tensor, keys: Tensor) -> Draw:
+        n = self.spec.observation.numbers
+        slots = torch.arange(2 * self.decoder.slots, device=keys.device) + rng.OBSERVATION
+        u = rng.uniform(keys.unsqueeze(-1), slots).view(-1, self.decoder.slots, 2)
+        now = transition.observation.numbers
+        seen = F.pad(now, (0, 1)) if self.spec.durations else now
+        change, categories, log_prob = self.decoder.draw(features, self._scale(base), member, u, seen)
+        duration = change[:, n] if self.spec.durations else change.new_zeros(len(change))
+        joint = log_prob[..., : self.spec.observation.slots].sum(-1)
+        return Draw(Parts(now + change[:, :n], categories), duration, disagreement(joint, member))
+
+
+def disagreement(log_prob: Tensor, member: Tensor) -> Tensor:
+    """[K, B] log-likelihoods of samples and the member [B] that drew each -> log p_m - log mean_k p_k, [B] nats."""
+    own = log_prob.gather(0, member.unsqueeze(0)).squeeze(0)
+    return own - torch.logsumexp(log_prob, 0) + float(torch.log(torch.tensor(float(len(log_prob)))))
