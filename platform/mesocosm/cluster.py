@@ -54,8 +54,13 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
             raise UsageError(f"ray.address {config.address!r} does not answer ({error}); start the cluster or leave ray.address unset") from error
         return
     global _temp_dir
+    from ray._private import ray_constants
+
     if temp_dir is None:
         temp_dir = _temp_dir = tempfile.mkdtemp(prefix="mesocosm-ray-")
+    # Ray on Linux turns 127.0.0.1 into the machine's own address and listens on every interface; on macOS and Windows it
+    # stays on loopback. A laptop's private Ray is given that behaviour here: nobody else may reach it.
+    ray_constants.ENABLE_RAY_CLUSTER = False
     ray.init(
         address="local",
         num_cpus=config.cpus or max(4, os.cpu_count() or 1),
