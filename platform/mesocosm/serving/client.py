@@ -1,0 +1,299 @@
+"""A served world as a Gymnasium vector environment, and as a single one.
+
+Importing this module registers `mesocosm/World-v0`:
+
+    import gymnasium, mesocosm.serving.client
+    envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="<id>", horizon=200)
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+from numpy.typing import NDArray
+
+from mesocosm.data.codec import Codec
+from mesocosm.errors import MesocosmError, UsageError, nearest
+from mesocosm.model import rng
+from mesocosm.model.spec import Parts
+from mesocosm.model.world import World
+from mesocosm.serving.connection import Connection, InProcess, Served
+from mesocosm.serving.context import Mirror
+from mesocosm.serving.protocol import Message, get, put
+from mesocosm.serving.session import START, OneWorld, Sessions, Worlds
+
+ID = "mesocosm/World-v0"
+BACKENDS = ("serve", "local")
+
+
+class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
+    """B imagined environments of one world, stepped in one call.
+
+    world: an artifact id, a unique prefix of one, a folder, or a `World` in memory (which implies "local"); "" is the
+        application's default. It is pinned at `reset`; `reset(options={"world": id})` pins another one.
+    root: the storage root in which "local" finds the world; a served world is found by its replicas.
+    backend: "serve" (Ray Serve application `app`, on this process's Ray or on the one at `address`) or "local" (in this process).
+    horizon: steps after which an episode is truncated; None: never.
+    starts: logged starts (task, observation), [N, ...] parts each, of which every episode begins with one by hash; None: the world's own.
+    seed: of the first `reset` where that is given none. Environment i is number `first_env` + i: clients that share a seed and
+        differ in `first_env` imagine different episodes.
+    autoreset_mode: NEXT_STEP (an ended environment's next step is its reset) or SAME_STEP (it is reset at once, and
+        infos["final_obs"] has the last observation).
+    penalty: reward becomes reward - penalty * disagreement, and infos["raw_reward"] keeps the world's own.
+    deadline_s: how long a replica may take, its replacement included.
+
+    infos: "disagreement" [B] float32, nats; "duration" [B] where the world has durations; each with its `_` mask. A trajectory
+    is a function of (world, seed, first_env, B, actions): it is the same on both backends, and on whichever replica.
+    """
+
+    def __init__(
+        self,
+        num_envs: int,
+        world: str | Path | World = "",
+        *,
+        root: str = ".mesocosm",
+        backend: str = "serve",
+        app: str = "mesocosm",
+        address: str | None = None,
+        horizon: int | None = None,
+        starts: tuple[Parts, Parts] | None = None,
+        seed: int = 0,
+        first_env: int = 0,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
+        penalty: float = 0.0,
+        deadline_s: float = 120.0,
+    ):
+        if num_envs < 1:
+            raise UsageError(f"num_envs={num_envs} must be at least 1")
+        if horizon is not None and horizon < 1:
+            raise UsageError(f"horizon={horizon} must be at least 1, or None for no truncation")
+        if backend not in BACKENDS:
+            raise UsageError(f"backend={backend!r} is unknown, use one of {', '.join(BACKENDS)}{nearest(backend, BACKENDS)}")
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        if self.autoreset_mode is AutoresetMode.DISABLED:
+            raise UsageError("autoreset_mode='Disabled' is not supported, use 'NextStep' or 'SameStep'")
+        self.num_envs = num_envs
+        self.horizon = horizon
+        self.penalty = penalty
+        self.deadline_s = deadline_s
+        self._seed = seed
+        self._first_env = first_env
+        self._connection: Connection
+        if isinstance(world, World):
+            self._world, self._connection = "", InProcess(Sessions(OneWorld(world)))
+        else:
+            self._world = str(world)
+            self._connection = InProcess(Sessions(Worlds(root))) if backend == "local" else Served(app, address, deadline_s)
+        self._routed = uuid.uuid4().hex
+        self._generation = 0
+        self._describe(self._world)
+        self.metadata = {"autoreset_mode": self.autoreset_mode, "render_modes": []}
+        self._starts = starts
+        if starts is not None:
+            self._check_starts(starts)
+        self._episode: NDArray[np.int64] | None = None
+
+    def _describe(self, world: str) -> None:
+        reply = self._call({"op": "describe", "world": world})
+        codec = Codec.from_json(reply["codec"])
+        if self._generation and (codec.observation_space != self.single_observation_space or codec.action_space != self.single_action_space):
+            raise UsageError(
+                f"world {reply['world']!r} has other spaces ({codec.observation_space}, {codec.action_space}) than this client's "
+                f"({self.single_observation_space}, {self.single_action_space}); make a new client for it"
+            )
+        self._codec = codec
+        self._world = reply["world"]
+        self._mirror = Mirror(reply["context"])
+        if not self._generation:
+            self.single_observation_space, self.single_action_space = codec.observation_space, codec.action_space
+            self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+            self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    def _check_starts(self, starts: tuple[Parts, Parts]) -> None:
+        for name, parts, spec in (("task", starts[0], self._codec.spec.task), ("observation", starts[1], self._codec.spec.observation)):
+            got = (len(parts.numbers), parts.numbers.shape[1], parts.categories.shape[1])
+            want = (len(starts[1].numbers), spec.numbers, len(spec.categories))
+            if got != want or not got[0]:
+                raise UsageError(
+                    f"starts: the {name} parts have (rows, numbers, categories) = {got} where the world has {want}; encode them with its own codec"
+                )
+
+    # -- the environment -----------------------------------------------------------------------------------------------
+
+    @property
+    def world(self) -> str:
+        """The world version that this client is pinned to."""
+        return self._world
+
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin new episodes everywhere. `seed` makes what follows a function of it; without, episodes go on being numbered.
+
+        options: {"world": id} pins another version of the world. Raises UsageError for one of other spaces.
+        """
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer)):
+            raise UsageError(f"seed={seed!r} must be one integer: the environments of a world are told apart by their numbers")
+        options = dict(options or {})
+        if unknown := sorted(options.keys() - {"world"}):
+            raise UsageError(f"reset option {unknown[0]!r} is unknown{nearest(unknown[0], ['world'])}; a world takes 'world'")
+        super().reset(seed=None if seed is None else int(seed))
+        if "world" in options and options["world"] != self._world:
+            self._describe(str(options["world"]))
+        if seed is not None or self._episode is None:
+            self._seed = self._seed if seed is None else int(seed)
+            self._episode = np.zeros(self.num_envs, np.int64)
+        else:
+            self._episode = self._episode + 1
+        replaces, self._generation = self._session, self._generation + 1
+        request: Message = {"op": "begin", "session": self._session, "replaces": replaces, "world": self._world}
+        request |= {"seed": self._seed, "first_env": self._first_env, "episode": self._episode}
+        self._put_starts(request, self._episode)
+        reply = self._call(request)
+        self._task, observation = get(reply, "task"), get(reply, "observation")
+        self._steps = np.zeros(self.num_envs, np.int64)
+        self._ended = np.zeros(self.num_envs, np.bool_)
+        self._mirror.begin(self._task, observation)
+        return self._codec.decode_observation(observation, self._task), {}
+
+    def step(self, actions: Any) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+        """One step of every environment; see the class for `infos`. Raises MesocosmError for actions that the space does not hold."""
+        if self._episode is None:
+            raise ResetNeeded("call reset() before step()")
+        same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
+        action = self._codec.action(actions)
+        if len(action.numbers) != self.num_envs:
+            raise UsageError(f"{len(action.numbers)} actions for num_envs={self.num_envs}; give one to each environment")
+        after = self._steps + 1
+        late = after >= self.horizon if self.horizon is not None else np.zeros(self.num_envs, np.bool_)
+        cut = late if same_step else self._ended
+        request: Message = {"op": "step", "session": self._session, "clock": self._mirror.clock, "mode": self.autoreset_mode.value}
+        request |= {"episode": self._episode, "step": self._steps, "cut": cut}
+        put(request, "action", action)
+        if same_step or cut.any():
+            self._put_starts(request, self._episode + 1)
+        reply = self._step(request)
+
+        terminated = reply["terminated"]
+        restarted = cut | terminated if same_step else cut
+        truncated = late & ~terminated if same_step else late & ~terminated & ~cut
+        observation, disagreement = get(reply, "observation"), reply["disagreement"]
+        reward = reply["reward"].astype(np.float64)
+        told = ~cut if not same_step else np.ones(self.num_envs, np.bool_)
+        infos: dict[str, Any] = {"disagreement": disagreement, "_disagreement": told}
+        if self.penalty:
+            infos |= {"raw_reward": reward, "_raw_reward": told}
+            reward = reward - self.penalty * disagreement
+        if self._codec.spec.durations:
+            infos |= {"duration": reply["duration"], "_duration": told}
+        if restarted.any():
+            if same_step:
+                infos = self._final(reply, restarted, infos)
+            self._steps = np.where(restarted, 0, after)
+            self._episode = self._episode + restarted
+            self._task = _rows(restarted, get(reply, "task"), self._task)
+        else:
+            self._steps = after
+        self._ended = terminated | truncated
+        self._mirror.step(action, observation, self._task, restarted)
+        return self._codec.decode_observation(observation, self._task), reward, terminated, truncated, infos
+
+    def _final(self, reply: Message, restarted: NDArray[np.bool_], infos: dict[str, Any]) -> dict[str, Any]:
+        """SAME_STEP's infos: what the last step of an ended episode said goes under "final_info", its observation under "final_obs"."""
+        last = self._codec.decode_observation(get(reply, "final"), self._task)
+        final = np.full(self.num_envs, None, dtype=object)
+        for i, value in enumerate(iterate(self.observation_space, last)):
+            if restarted[i]:
+                final[i] = value
+        now, then = {}, {}
+        for name in [name for name in infos if not name.startswith("_")]:
+            now |= {name: infos[name], f"_{name}": ~restarted}
+            then |= {name: infos[name], f"_{name}": restarted}
+        return now | {"final_obs": final, "_final_obs": restarted, "final_info": then, "_final_info": restarted}
+
+    def close_extras(self, **_: Any) -> None:
+        """End the session (a replica that is away forgets it by itself)."""
+        self._connection.close({"op": "end", "session": self._session})
+
+    # -- the protocol --------------------------------------------------------------------------------------------------
+
+    @property
+    def _session(self) -> str:
+        return f"{self._routed}-{self._generation}"
+
+    def _put_starts(self, request: Message, episode: NDArray[np.int64]) -> None:
+        if self._starts is None:
+            return
+        env = self._first_env + np.arange(self.num_envs)
+        chosen = ((rng.bits(rng.keys(self._seed, env, episode, START), rng.TASK) >> 32) & 0x7FFFFFFF) % len(self._starts[1].numbers)
+        put(request, "start_task", self._starts[0][chosen])
+        put(request, "start", self._starts[1][chosen])
+
+    def _step(self, request: Message) -> Message:
+        deadline = time.monotonic() + self.deadline_s
+        while True:
+            reply = self._call(request)
+            if not reply.get("missing"):
+                return reply
+            if time.monotonic() > deadline:
+                raise MesocosmError(f"world {self._world!r}: no replica kept the session for {self.deadline_s:g} s; raise serve.max_sessions")
+            restore: Message = {"op": "restore", "session": self._session, "world": self._world, "seed": self._seed, "first_env": self._first_env}
+            self._call(restore | {"episode": self._episode} | self._mirror.message())
+
+    def _call(self, request: Message) -> Message:
+        reply = self._connection.call(request)
+        if "error" in reply:
+            raise (UsageError if reply["kind"] == "usage" else MesocosmError)(reply["error"])
+        return reply
+
+
+def _rows(mask: NDArray[np.bool_], new: Parts, old: Parts) -> Parts:
+    """`new` where `mask` [B] is true, `old` elsewhere."""
+    return new.where(torch.from_numpy(mask), old)
+
+
+class WorldEnv(gymnasium.Env[Any, Any]):
+    """One imagined environment; arguments as `WorldVectorEnv` has them, but for the number and the autoreset."""
+
+    def __init__(self, world: str | Path | World = "", **arguments: Any):
+        for name in ("num_envs", "autoreset_mode"):
+            if name in arguments:
+                raise UsageError(f"{name}={arguments[name]!r} is no argument of a single environment, which never resets itself; use gymnasium.make_vec")
+        self._vector = WorldVectorEnv(1, world, **arguments)
+        self.observation_space = self._vector.single_observation_space
+        self.action_space = self._vector.single_action_space
+        self.metadata = {"render_modes": []}
+        self._over = False
+
+    def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        observation, infos = self._vector.reset(seed=seed, options=options)
+        self._over = False
+        return self._first(observation), infos
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        if self._over:
+            raise ResetNeeded("the episode is over: call reset() before step()")
+        batch = concatenate(self.action_space, [action], create_empty_array(self.action_space, 1))
+        observation, reward, terminated, truncated, infos = self._vector.step(batch)
+        self._over = bool(terminated[0] or truncated[0])
+        info = {name: value[0] for name, value in infos.items() if not name.startswith("_")}
+        return self._first(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
+
+    def _first(self, batch: Any) -> Any:
+        return next(iter(iterate(self._vector.observation_space, batch)))
+
+    def close(self) -> None:
+        self._vector.close()
+
+
+if ID not in gymnasium.registry:
+    gymnasium.register(ID, entry_point="mesocosm.serving.client:WorldEnv", vector_entry_point="mesocosm.serving.client:WorldVectorEnv")

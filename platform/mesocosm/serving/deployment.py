@@ -1,0 +1,116 @@
+"""The Ray Serve deployment: replicas that hold worlds and sessions, and the line by which clients reach them."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import logging
+import os
+import secrets
+import socket
+import threading
+from typing import Any
+
+import torch
+
+from mesocosm import cluster
+from mesocosm.serving.config import ServeConfig
+from mesocosm.serving.connection import receive_frame, send_frame
+from mesocosm.serving.protocol import pack, unpack
+from mesocosm.serving.session import Sessions, Worlds, find_world
+from mesocosm.storage import Storage
+
+logger = logging.getLogger(__name__)
+ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+
+
+class Replica:
+    """One replica: `call` answers a packed request, `connect` gives a client the line that does the same faster."""
+
+    def __init__(self, root: str, world: str, threads: int, max_sessions: int, max_worlds: int, device: str):
+        torch.set_num_threads(threads)
+        worlds = Worlds(root, world, max_worlds, device)
+        if world:
+            worlds.get(world)
+        self.sessions = Sessions(worlds, max_sessions)
+        self._token = secrets.token_bytes(32)
+        self._listener = socket.create_server((_host(), 0), backlog=128)
+        threading.Thread(target=self._accept, name="line", daemon=True).start()
+
+    def call(self, data: bytes | bytearray) -> bytes:
+        try:
+            return pack(self.sessions.handle(unpack(data)))
+        except Exception as error:  # a bug of ours, or bytes that are no message: the client must hear of it and not try again
+            logger.exception("a request failed")
+            return pack({"error": f"the replica failed: {type(error).__name__}: {error}", "kind": "failed"})
+
+    def connect(self) -> dict[str, Any]:
+        """Host, port and token of this replica's line, and its pid. Who can call this may call the world anyway."""
+        host, port = self._listener.getsockname()[:2]
+        return {"host": host, "port": port, "token": self._token, "pid": os.getpid()}
+
+    def _accept(self) -> None:
+        while True:
+            line, _ = self._listener.accept()
+            threading.Thread(target=self._answer, args=(line,), name="line", daemon=True).start()
+
+    def _answer(self, line: socket.socket) -> None:
+        """Requests of one client, one after another, until it hangs up."""
+        with line, contextlib.suppress(OSError):
+            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            line.settimeout(10.0)
+            token = receive_frame(line)
+            if token is None or not hmac.compare_digest(token, self._token):
+                return
+            line.settimeout(None)
+            while (data := receive_frame(line)) is not None:
+                send_frame(line, self.call(data))
+
+
+def _host() -> str:
+    """Where the line listens: loopback while the cluster is this machine alone, this node's address otherwise."""
+    import ray
+
+    return "127.0.0.1" if len(ray.nodes()) == 1 else ray.util.get_node_ip_address()
+
+
+def deploy(config: ServeConfig) -> str:
+    """Deploy `config.world` on Ray Serve, without any HTTP or gRPC ingress, and wait until it answers; gives the application's name.
+
+    A second call with the same config is a no-op, and one with another config replaces the replicas. An empty `config.world` deploys
+    without a default: every client names its own. Raises UsageError before anything starts.
+    """
+    if config.world:
+        find_world(Storage(config.storage.root), config.world)
+    cluster.ensure(config.ray)
+    cluster.preflight(what=f"serve.replicas={config.replicas} with serve.cpus={config.cpus:g}", cpus=config.replicas * config.cpus)
+
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
+    serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
+    deployment = serve.deployment(Replica).options(  # type: ignore[attr-defined]
+        name="world",
+        num_replicas=config.replicas,
+        max_ongoing_requests=256,
+        ray_actor_options={
+            "num_cpus": config.cpus,
+            "num_gpus": 1 if config.device.startswith("cuda") else 0,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(config.threads)}},
+        },
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+    )
+    root = Storage(config.storage.root).root
+    application = deployment.bind(root, config.world, config.threads, config.max_sessions, config.max_worlds, config.device)
+    serve.run(application, name=config.name, route_prefix=None)
+    return config.name
+
+
+def undeploy(name: str) -> None:
+    """End the application `name` and its replicas; nothing happens where it is gone already."""
+    import ray
+    from ray import serve
+
+    if ray.is_initialized() and name in serve.status().applications:
+        serve.delete(name)

@@ -1,0 +1,49 @@
+"""The job `serve`: a world on Ray Serve, until Ctrl-C."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.serving.config import ServeConfig
+from mesocosm.serving.deployment import deploy, undeploy
+from mesocosm.serving.session import find_world
+from mesocosm.storage import Storage
+from mesocosm.tracking import Run
+
+
+def run(config: ServeConfig, run: Run) -> None:
+    """Deploy, say how to connect, and wait. Raises UsageError before anything starts, MesocosmError when the application fails later."""
+    import ray
+    from ray import serve
+
+    if not config.world:
+        raise UsageError("serve.world='' names no world; set world=<artifact id>")
+    deploy(config)
+    address = ray.get_runtime_context().gcs_address
+    run.record(app=config.name, address=address, inputs={"world": config.world})
+    run.say(f"world {config.world} is served as {config.name!r} by {config.replicas} replica(s); Ctrl-C ends it. From Python on this machine:")
+    run.say(
+        '  import gymnasium, mesocosm.serving.client\n'
+        f'  envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="{config.world}", app="{config.name}", address="{address}", horizon=200)'
+    )
+    try:
+        while True:
+            time.sleep(1.0)
+            state = serve.status().applications.get(config.name)
+            if state is None or state.status == "DEPLOY_FAILED":
+                raise MesocosmError(f"application {config.name!r} is gone ({state.message if state else 'deleted'}); see the replicas' logs, and serve it again")
+    except KeyboardInterrupt:
+        run.say("ending")
+    finally:
+        undeploy(config.name)
+
+
+def plan(config: ServeConfig) -> dict[str, Any]:
+    """What `run` would deploy, and the CPUs that it takes."""
+    if not config.world:
+        raise UsageError("serve.world='' names no world; set world=<artifact id>")
+    id, folder = find_world(Storage(config.storage.root), config.world)
+    return {"world": id, "path": str(folder), "app": config.name, "replicas": config.replicas, "cpus": config.replicas * config.cpus, "price": 0.0}

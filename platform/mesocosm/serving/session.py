@@ -1,0 +1,208 @@
+"""A world's side of the protocol: sessions, each one client's vector of environments, pinned to one world version.
+
+`Sessions.handle` takes a request and gives a reply (see `protocol`); a replica and the in-process backend both are one.
+A session's carry is a cache: whatever it holds follows from the context that the client holds too, so that any replica
+goes on where another died, and a session evicted for room is only slower.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.model import rng
+from mesocosm.model.spec import Parts
+from mesocosm.model.world import Carry, World
+from mesocosm.serving.protocol import Message, get, put
+from mesocosm.storage import Storage
+
+START = -1
+"""The step of the key from which an episode's start is drawn; transitions count from 0."""
+
+
+def find_world(storage: Storage, ref: str) -> tuple[str, Path]:
+    """(id, folder) of the world that `ref` names: an artifact id, a unique prefix of one, or a folder. Raises UsageError if there is none."""
+    if not ref:
+        raise UsageError("world='' names no world; give an artifact id, or a folder that holds a world.json")
+    folder = Path(ref)
+    if (folder / "world.json").is_file():
+        return str(folder.absolute()), folder
+    if folder.is_absolute():
+        raise UsageError(f"world {ref!r} is a folder without a world.json; give a world's folder, or an artifact id")
+    artifact = storage.artifact("worlds", ref)
+    return artifact.id, artifact.path
+
+
+class Worlds:
+    """Loaded world versions by id, the `keep` most recently used."""
+
+    def __init__(self, root: str, default: str = "", keep: int = 3, device: str = "cpu"):
+        self.storage = Storage(root)
+        self.default = default
+        self.keep = keep
+        self.device = device
+        self._loaded: OrderedDict[str, World] = OrderedDict()
+        self._ids: dict[str, str] = {}
+
+    def get(self, ref: str) -> tuple[str, World]:
+        """(id, world); an empty `ref` is the default. A full id that is loaded costs no look at the storage."""
+        ref = ref or self.default
+        id = self._ids.get(ref, ref)
+        if id not in self._loaded:
+            id, folder = find_world(self.storage, ref)
+            self._ids[ref] = id
+            if id not in self._loaded:
+                self._loaded[id] = World.load(folder, self.device)
+        self._loaded.move_to_end(id)
+        while len(self._loaded) > self.keep:
+            self._loaded.popitem(last=False)
+        return id, self._loaded[id]
+
+
+class OneWorld(Worlds):
+    """A world that is in memory already, in no storage."""
+
+    def __init__(self, world: World):
+        self.world = world
+
+    def get(self, ref: str) -> tuple[str, World]:
+        return "in-process", self.world
+
+
+@dataclass
+class Session:
+    world: World
+    seed: int
+    env: NDArray[np.int64]
+    """[B] numbers of the environments"""
+    carry: Carry
+    clock: int
+    """Steps taken since `begin`"""
+    reply: Message | None
+    """To the step before `clock`; None right after `begin` and `restore`"""
+
+
+class Sessions:
+    """All sessions of one process. Safe to call from several threads: requests are handled one at a time."""
+
+    def __init__(self, worlds: Worlds, max_sessions: int = 64):
+        self.worlds = worlds
+        self.max_sessions = max_sessions
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def handle(self, request: Message) -> Message:
+        """Answer one request. What a user got wrong comes back as {"error", "kind"}; a bug raises."""
+        operations = {"describe": self._describe, "begin": self._begin, "step": self._step, "restore": self._restore, "end": self._end}
+        operation = operations.get(request["op"])
+        if operation is None:
+            return {"error": f"op={request['op']!r} is unknown, use one of {', '.join(operations)}", "kind": "usage"}
+        try:
+            with self._lock, torch.inference_mode():
+                return operation(request)
+        except MesocosmError as error:
+            return {"error": str(error), "kind": "usage" if isinstance(error, UsageError) else "failed"}
+
+    def _describe(self, request: Message) -> Message:
+        id, world = self.worlds.get(request["world"])
+        return {"world": id, "codec": world.codec, "context": world.config.context, "members": world.config.members}
+
+    def _begin(self, request: Message) -> Message:
+        id, world = self.worlds.get(request["world"])
+        self._sessions.pop(request["replaces"], None)
+        seed, episode = request["seed"], request["episode"]
+        env = request["first_env"] + np.arange(len(episode))
+        task, observation = self._starts(world, request, seed, env, episode)
+        carry = world.begin(task, observation, torch.from_numpy(rng.member_of(seed, env, episode, world.config.members)))
+        self._keep(request["session"], Session(world, seed, env, carry, 0, None))
+        reply: Message = {"world": id}
+        put(reply, "task", task)
+        put(reply, "observation", observation)
+        return reply
+
+    def _restore(self, request: Message) -> Message:
+        _, world = self.worlds.get(request["world"])
+        seed, episode = request["seed"], request["episode"]
+        env = request["first_env"] + np.arange(len(episode))
+        context = get_context(request, torch.from_numpy(rng.member_of(seed, env, episode, world.config.members)))
+        self._keep(request["session"], Session(world, seed, env, world.restore(context), request["clock"], None))
+        return {"clock": request["clock"]}
+
+    def _step(self, request: Message) -> Message:
+        name, clock = request["session"], request["clock"]
+        session = self._sessions.get(name)
+        if session is None:
+            return {"missing": True}
+        self._sessions.move_to_end(name)
+        if session.clock == clock + 1 and session.reply is not None:
+            return session.reply
+        if session.clock != clock:
+            return {"missing": True}
+        del self._sessions[name]  # an exception may leave the carry half changed: the session comes back only after a whole step
+        reply = self._advance(session, request)
+        session.clock, session.reply = clock + 1, reply
+        self._sessions[name] = session
+        return reply
+
+    def _advance(self, session: Session, request: Message) -> Message:
+        """One step of all environments, then new episodes for those that end here (SAME_STEP) or ended before (NEXT_STEP)."""
+        world, episode = session.world, request["episode"]
+        keys = torch.from_numpy(rng.keys(session.seed, session.env, episode, request["step"]))
+        session.carry, out = world.step(session.carry, get(request, "action"), keys)
+        observation = out.observation
+        reply: Message = {name: getattr(out, name).numpy(force=True) for name in ("reward", "terminated", "p_terminated", "duration", "disagreement")}
+        mask = request["cut"]
+        if request["mode"] == "SameStep":
+            mask = mask | reply["terminated"]
+        if mask.any():
+            if request["mode"] == "SameStep":
+                put(reply, "final", observation)
+            else:
+                for name in ("reward", "terminated", "p_terminated", "duration", "disagreement"):
+                    reply[name] = np.where(mask, np.zeros(1, reply[name].dtype), reply[name])
+            task, start = self._starts(world, request, session.seed, session.env, episode + 1, mask)
+            chosen = torch.from_numpy(mask)
+            member = torch.from_numpy(rng.member_of(session.seed, session.env, episode + 1, world.config.members))
+            session.carry = world.reset(session.carry, chosen, task, start, member)
+            observation = start.where(chosen, observation)
+            put(reply, "task", task)
+        put(reply, "observation", observation)
+        return reply
+
+    def _starts(
+        self, world: World, request: Message, seed: int, env: NDArray[np.int64], episode: NDArray[np.int64], mask: NDArray[np.bool_] | None = None
+    ) -> tuple[Parts, Parts]:
+        """(task, observation) [B] that begin `episode`: the request's own (logged starts), or the world's. Rows outside `mask` are zeros."""
+        if "start.numbers" in request:
+            return get(request, "start_task"), get(request, "start")
+        keys = rng.keys(seed, env, episode, START)
+        if mask is None:
+            return world.sample_start(torch.from_numpy(keys))
+        # Only the masked rows are drawn: at 256 environments some episode ends at nearly every step.
+        task, observation = world.sample_start(torch.from_numpy(keys[mask]))
+        return _spread(task, mask), _spread(observation, mask)
+
+    def _end(self, request: Message) -> Message:
+        self._sessions.pop(request["session"], None)
+        return {}
+
+    def _keep(self, name: str, session: Session) -> None:
+        self._sessions[name] = session
+        self._sessions.move_to_end(name)
+        while len(self._sessions) > self.max_sessions:
+            self._sessions.popitem(last=False)
+
+
+def _spread(parts: Parts, mask: NDArray[np.bool_]) -> Parts:
+    """[n, ...] rows at the n true places of `mask` [B], zeros elsewhere."""
+    rows = torch.from_numpy(np.flatnonzero(mask)).to(parts.device)
+    numbers = parts.numbers.new_zeros(len(mask), parts.numbers.shape[1])
+    categories = parts.categories.new_zeros(len(mask), parts.categories.shape[1])
+    return Parts(numbers.index_copy(0, rows, parts.numbers), categories.index_copy(0, rows, parts.categories))
