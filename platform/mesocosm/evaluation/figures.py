@@ -1,0 +1,261 @@
+"""The report's plots, each an SVG string drawn from the summary alone. Imports matplotlib without a display."""
+
+from __future__ import annotations
+
+import html
+import io
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+INK, MUTED, GRID = "#1c2430", "#667085", "#e6e9ee"
+WORLD = ("#1457c2", "#4a86e0", "#88b1ee")
+FREE = ("#c2570c", "#8a6d1f", "#8b3fa8", "#4d7c0f", "#be185d", "#57534e")
+ROUNDS = ("#b9cdf0", "#8fb0e6", "#6694da", "#3d77cd", "#1457c2", "#0f4191", "#0a2b61")
+PARTS = ("#1457c2", "#0f766e", "#c2570c", "#8b3fa8", "#be185d", "#4d7c0f", "#57534e")
+
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10.5,
+    "axes.edgecolor": "#c3c9d2",
+    "axes.labelcolor": MUTED,
+    "axes.titlesize": 10.5,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+}
+
+
+def returns(summary: Mapping[str, Any]) -> str:
+    """Return in reality against real steps spent: the world's agent with its intervals, model-free runs through the same ledger."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _canvas(9.2, 4.5)
+        world, free = summary["curves"]["world"], summary["curves"]["model_free"]
+        steps = [p["real_steps"] for curve in [*world, *free] for p in curve["points"] if p["real_steps"] > 0]
+        names = list(dict.fromkeys(curve["name"] for curve in free))
+        seen: set[str] = set()
+
+        def label(name: str) -> str | None:
+            return None if name in seen or seen.add(name) else name  # type: ignore[func-returns-value]
+
+        for curve in free:
+            xs, ys = _points(curve)
+            colour = FREE[names.index(curve["name"]) % len(FREE)]
+            axes.plot(xs, ys, color=colour, linewidth=1.5, alpha=0.85, label=label(curve["name"]))
+            if curve["censored"] and xs:
+                axes.plot(xs[-1], ys[-1], marker=">", markersize=9, markerfacecolor="white", markeredgecolor=colour, markeredgewidth=1.6, clip_on=False)
+                axes.annotate("stopped", (xs[-1], ys[-1]), textcoords="offset points", xytext=(-5, 9), ha="right", color=colour, fontsize=9.5)
+        for number, curve in enumerate(world):
+            xs, ys = _points(curve)
+            colour = WORLD[number % len(WORLD)]
+            spans = [(p["real_steps"], p["mean"], p["interval"]) for p in curve["points"] if p["interval"] is not None]
+            if spans:
+                down, up = [m - i[0] for _, m, i in spans], [i[1] - m for _, m, i in spans]
+                axes.errorbar([x for x, _, _ in spans], [m for _, m, _ in spans], yerr=[down, up], fmt="none", ecolor=colour, elinewidth=1.4, capsize=3)
+            axes.plot(xs, ys, color=colour, marker="o", markersize=6, linewidth=2.2, label=label(curve["name"]))
+            if curve["censored"] and xs:
+                axes.plot(xs[-1], ys[-1], marker=">", markersize=11, markerfacecolor="white", markeredgecolor=colour, markeredgewidth=1.8, clip_on=False)
+        if steps and max(steps) > 6 * min(steps):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
+        if summary["target"] is not None:
+            axes.axhline(summary["target"], color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
+            axes.annotate(
+                f"target {summary['target']:g}",
+                (0, summary["target"]),
+                xycoords=("axes fraction", "data"),
+                textcoords="offset points",
+                xytext=(4, 4),
+                fontsize=9.5,
+            )
+        axes.set_xlabel("real steps spent")
+        axes.set_ylabel("return in reality")
+        _legend(axes)
+        return _svg(figure, "returns", "Return in reality against real steps spent")
+
+
+def losses(summary: Mapping[str, Any]) -> str | None:
+    """Validation nats a transition by part, over rounds; None below two rounds, where the table says it all."""
+    rows = summary["losses"]
+    parts = list(dict.fromkeys(part for row in rows for part in row["parts"]))
+    if len(rows) < 2 or not parts:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(9.2, 2.5), layout="constrained")
+        for number, part in enumerate(parts):
+            axes = figure.add_subplot(1, len(parts), number + 1)
+            pairs = [(row["round"], row["parts"][part]) for row in rows if row["parts"].get(part) is not None]
+            axes.plot([r for r, _ in pairs], [v for _, v in pairs], color=PARTS[number % len(PARTS)], marker="o", markersize=4.5)
+            axes.set_title(part)
+            axes.set_xlabel("round")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+            if number == 0:
+                axes.set_ylabel("nats a transition")
+        return _svg(figure, "losses", "Validation loss by part over rounds")
+
+
+def open_loop(summary: Mapping[str, Any]) -> str | None:
+    """RMSE over persistence's RMSE against the horizon, one line a round; 1 is no better than predicting no change."""
+    rounds = [entry for entry in summary["open_loop"] if any(row["ratio"] for row in entry["table"]["rows"])]
+    if not rounds:
+        return None
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _canvas(9.2, 3.6)
+        for number, entry in enumerate(rounds):
+            rows = [row for row in entry["table"]["rows"] if row["ratio"]]
+            colour = ROUNDS[-1 - min(len(rounds) - 1 - number, len(ROUNDS) - 1) - 2] if len(rounds) <= 5 else ROUNDS[min(number, len(ROUNDS) - 1)]
+            xs, ys = [row["steps"] for row in rows], [row["ratio"] for row in rows]
+            name = "the world" if entry["round"] is None else f"round {entry['round']}"
+            axes.plot(xs, ys, color=colour, marker="o", markersize=5, label=name)
+            if number == len(rounds) - 1:
+                spans = [row for row in rows if row["interval"] is not None]
+                axes.fill_between(
+                    [r["steps"] for r in spans], [r["interval"][0] for r in spans], [r["interval"][1] for r in spans], color=colour, alpha=0.15, linewidth=0
+                )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.axhline(1, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
+        axes.annotate(
+            "persistence: no change",
+            (0, 1),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            xytext=(4, 4),
+            fontsize=9.5,
+        )
+        ticks = sorted({row["steps"] for entry in rounds for row in entry["table"]["rows"] if row["ratio"]})
+        axes.set_xticks(ticks, [short(t) for t in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.set_xlabel("steps ahead")
+        axes.set_ylabel("RMSE / persistence's")
+        _legend(axes)
+        return _svg(figure, "openloop", "Open-loop error by horizon")
+
+
+def trajectories(group: Mapping[str, Any], number: int) -> str | None:
+    """Reality (dark) and imagined rollouts (blue) of one agent from the same first states: a row a dimension, a column an episode."""
+    episodes, names = group["episodes"], group["names"]
+    if not episodes or not names:
+        return None
+    with matplotlib.rc_context(_STYLE | {"font.size": 9.5, "axes.titlesize": 9.5}):
+        figure = Figure(figsize=(9.2, 1.35 * len(names) + 0.6), layout="constrained")
+        grid = figure.subplots(len(names), len(episodes), squeeze=False, sharex="col", sharey="row")
+        for column, episode in enumerate(episodes):
+            for row, name in enumerate(names):
+                axes = grid[row][column]
+                real = [state[row] for state in episode["reality"]]
+                for sample in episode["imagined"]:
+                    values = [state[row] for state in sample]
+                    axes.plot(range(len(values)), values, color=WORLD[0], linewidth=1.0, alpha=0.55)
+                axes.plot(range(len(real)), real, color=INK, linewidth=1.6)
+                seen = [*real, *(state[row] for sample in episode["imagined"] for state in sample[: len(real)])]
+                pad = 0.06 * (max(seen) - min(seen) or 1.0)
+                low, high = axes.get_ylim() if column else (float("inf"), float("-inf"))
+                axes.set_ylim(min(low, min(seen) - pad), max(high, max(seen) + pad))
+                axes.yaxis.set_major_locator(MaxNLocator(nbins=3))
+                axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=4))
+                if column == 0:
+                    axes.set_ylabel(name, rotation=0, ha="right", va="center")
+                if row == 0:
+                    axes.set_title(episode["title"])
+                if row == len(names) - 1:
+                    axes.set_xlabel("step")
+        figure.align_ylabels()
+        return _svg(figure, f"trajectories{number}", f"{group['title']}: reality and imagination")
+
+
+def stages(summary: Mapping[str, Any]) -> str | None:
+    """Wall seconds by stage, one bar a stage, split by round."""
+    rows = summary["wall"]["stages"]
+    if not rows:
+        return None
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    rounds = sorted({row["round"] for row in rows if row["round"] is not None})
+    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+        figure, axes = _canvas(9.2, 0.38 * len(names) + 0.8)
+        for place, name in enumerate(names):
+            left = 0.0
+            for row in (row for row in rows if row["name"] == name):
+                shade = ROUNDS[2 + rounds.index(row["round"]) % 4] if row["round"] is not None else MUTED
+                axes.barh(place, row["seconds"], left=left, height=0.62, color=shade, edgecolor="white", linewidth=0.8)
+                left += row["seconds"]
+            axes.annotate(f"{left:.0f} s", (left, place), textcoords="offset points", xytext=(5, 0), va="center", color=MUTED)
+        axes.set_yticks(range(len(names)), names)
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.invert_yaxis()
+        axes.set_xlabel("wall seconds" + (", a shade a round" if len(rounds) > 1 else ""))
+        axes.margins(x=0.08)
+        axes.spines["left"].set_visible(False)
+        return _svg(figure, "stages", "Wall seconds by stage")
+
+
+def short(value: float) -> str:
+    """1500 -> 1.5k, 2000000 -> 2M."""
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.3g}"
+
+
+def _points(curve: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    kept = [p for p in curve["points"] if p["mean"] is not None]
+    return [p["real_steps"] for p in kept], [p["mean"] for p in kept]
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _legend(axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        axes.legend(
+            handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(len(handles), 4), handlelength=1.6, columnspacing=1.8, borderaxespad=0.2
+        )
+
+
+def _svg(figure: Figure, name: str, title: str) -> str:
+    """The figure as an inline <svg>: no prologue, scalable, ids unique in the page, the same bytes for the same figure."""
+    buffer = io.StringIO()
+    fonts = logging.getLogger("matplotlib.font_manager")
+    level = fonts.level
+    fonts.setLevel(logging.ERROR)
+    try:
+        with matplotlib.rc_context({"svg.hashsalt": name}):
+            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
+    finally:
+        fonts.setLevel(level)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
+    text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    head = f'<svg class="plot" {spaces} role="img" aria-label="{html.escape(title)}"'
+    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', lambda match: f'{head} viewBox="{match[1]}">', text, count=1)

@@ -1,0 +1,181 @@
+"""Judge a policy in reality: whole episodes through the ledger, the same ones for the same seed."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from mesocosm.agents.policy import Acts
+from mesocosm.config import fingerprint
+from mesocosm.data.episode import Episode
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.evaluation import stats
+from mesocosm.reality.config import RealityConfig
+from mesocosm.reality.env import Env, EpisodeError, make_env, run_episode
+from mesocosm.reality.ledger import Ledger
+from mesocosm.reality.metered import MeteredEnv
+
+MAX_EPISODE_STEPS = 10_000
+"""Where an environment sets no time limit, an episode is cut here, so that a policy that never fails can be judged."""
+BLOCK = 256
+"""Real steps reserved at a time: what a crash over-counts at most."""
+
+
+@dataclass(frozen=True)
+class JudgeResult:
+    """What reality said of a policy."""
+
+    episodes: tuple[Episode, ...]
+    steps: int
+    """Real steps taken, also those of dropped episodes: what the ledger was charged."""
+    resets: int
+    dropped: tuple[str, ...]
+    """Why episodes were dropped: the environment crashed, hung or gave NaN."""
+
+    @property
+    def returns(self) -> tuple[float, ...]:
+        return tuple(episode.total_reward for episode in self.episodes)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return tuple(len(episode) for episode in self.episodes)
+
+    @property
+    def successes(self) -> int | None:
+        """Episodes that met `reality.success`; None where it is not set."""
+        flags = [episode.success for episode in self.episodes if episode.success is not None]
+        return sum(flags) if flags else None
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.returns))
+
+    @property
+    def interval(self) -> stats.Interval | None:
+        """90% bootstrap interval of the mean return; None for a single episode."""
+        return stats.mean_interval(self.returns)
+
+    def to_json(self) -> dict[str, Any]:
+        cut = sum(episode.outcome == "unfinished" for episode in self.episodes)
+        return {
+            **stats.describe(self.returns),
+            "returns": list(self.returns),
+            "lengths": list(self.lengths),
+            "successes": self.successes,
+            "steps": self.steps,
+            "resets": self.resets,
+            "dropped": list(self.dropped),
+            "cut": cut,
+        }
+
+
+def judge(
+    policy: Acts,
+    reality: RealityConfig,
+    ledger: Ledger,
+    *,
+    episodes: int,
+    seed: int,
+    purpose: str = "judge",
+    max_episode_steps: int | None = None,
+    progress: Callable[[int, str], None] | None = None,
+) -> JudgeResult:
+    """Run `episodes` episodes of `policy`, acting greedily, one after the other in this process.
+
+    Their seeds are of a stream of (purpose, seed), apart from collection's and from each other purpose's. A step or reset
+    that takes longer than `reality.step_timeout_s` drops its episode, as a crash does (in the main thread; elsewhere a
+    thread cannot be interrupted and a hang hangs).
+
+    Raises UsageError, before a real step, where the policy is of other spaces; BudgetSpent; MesocosmError if every episode was dropped.
+    """
+    if episodes < 1:
+        raise UsageError(f"episodes={episodes} judges nothing; give at least 1")
+    bare = make_env(reality)
+    check_spaces(policy, bare, reality)
+    timed = reality.horizon is not None or (bare.spec is not None and bare.spec.max_episode_steps is not None)
+    limit = max_episode_steps or (None if timed else MAX_EPISODE_STEPS)
+    own_seed = int(fingerprint(purpose, seed)[:8], 16)
+    act = _greedy(policy)
+    done: list[Episode] = []
+    dropped: list[str] = []
+    steps = resets = 0
+    env = MeteredEnv(_Timed(bare, reality.step_timeout_s), ledger, purpose, BLOCK, holder=f"{purpose}-{seed}")
+    try:
+        for k in range(episodes):
+            before = env.meter.steps
+            resets += 1
+            try:
+                done.append(run_episode(env, act, k=k, seed=own_seed, behaviour="policy", max_steps=limit, config=reality))
+            except EpisodeError as error:
+                dropped.append(str(error))
+                steps += env.meter.steps - before
+                with suppress(Exception):  # what has crashed may fail to close; the meter closes first
+                    env.close()
+                env = MeteredEnv(_Timed(make_env(reality), reality.step_timeout_s), ledger, purpose, BLOCK, holder=f"{purpose}-{seed}")
+            else:
+                steps += env.meter.steps - before
+            if progress is not None:
+                progress(k + 1, f"mean return {np.mean([e.total_reward for e in done]):.1f}" if done else "")
+    finally:
+        env.close()
+    if not done:
+        raise MesocosmError(f"reality.env={reality.env!r}: all {episodes} judged episodes were dropped; the last: {dropped[-1]}")
+    return JudgeResult(tuple(done), steps, resets, tuple(dropped))
+
+
+def check_spaces(policy: Any, env: Env, reality: RealityConfig) -> None:
+    """Raise UsageError unless `policy` is of the environment's spaces. Takes no real step."""
+    for what in ("observation_space", "action_space"):
+        theirs, own = getattr(policy, what, None), getattr(env, what)
+        if theirs is not None and theirs != own:
+            raise UsageError(
+                f"the policy's {what} {theirs} is not that of reality.env={reality.env!r}, {own}; judge it where it was trained, or train one here"
+            )
+
+
+def _greedy(policy: Any) -> Callable[[Any, np.random.Generator], Any]:
+    def act(observation: Any, rng: np.random.Generator) -> Any:
+        return policy.act_one(observation, False, rng)
+
+    return act
+
+
+class _Timed(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Raises TimeoutError in place of a step or reset that takes too long."""
+
+    def __init__(self, env: Env, timeout_s: float):
+        super().__init__(env)
+        self._timeout_s = timeout_s
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        with _time_limit(self._timeout_s):
+            return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        with _time_limit(self._timeout_s):
+            return self.env.step(action)
+
+
+@contextmanager
+def _time_limit(timeout_s: float) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: Any) -> None:
+        raise TimeoutError(f"took longer than reality.step_timeout_s={timeout_s:g}")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
