@@ -112,8 +112,9 @@ class Sequence(WorldNet):
 
     def advance(self, cache: Cache | None, column: int, start_column: Tensor, token: Transition) -> Tensor:
         assert isinstance(cache, KeyValues) and column < self.memory
-        columns = torch.arange(column + 1, device=start_column.device)
-        seen = torch.zeros(len(start_column), column + 1, device=start_column.device).masked_fill_(columns < start_column.unsqueeze(-1), -torch.inf)
+        # A step always sees itself: replayed columns from before an environment's present episode must stay finite.
+        hidden = torch.arange(column + 1, device=start_column.device) < start_column.clamp(max=column).unsqueeze(-1)
+        seen = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
         x = self._embed(token).unsqueeze(1)
         return self._cached(x, cache, column, seen[:, None, None].to(x.dtype)).squeeze(1)
 
