@@ -78,13 +78,18 @@ class SpaceCodec:
         """The category columns that hold texts."""
         found = []
         for leaf in self.leaves:
-            if isinstance(leaf.space, spaces.Text):
+            if isinstance(leaf.space, spaces.Text) and leaf.cardinalities:
                 found.append(TextSpan(leaf.categories.start, leaf.space.max_length, leaf.space.min_length))
         return found
 
     def number_names(self) -> list[str]:
         """The key path of each number column, for messages."""
         return [leaf.name for leaf in self.leaves for _ in range(leaf.numbers.stop - leaf.numbers.start)]
+
+    def matching(self, name: str) -> list[Leaf]:
+        """The leaves at or under the key path `name` ("goal", "camera.pose"); none where the space has no such key."""
+        paths = [".".join(str(key) for key in leaf.path) for leaf in self.leaves]
+        return [leaf for leaf, path in zip(self.leaves, paths, strict=True) if path == name or path.startswith(name + ".")]
 
     def _collect(self, space: Space, path: Path, name: str) -> None:
         if isinstance(space, spaces.Dict):
@@ -263,7 +268,7 @@ def _decode_leaf(leaf: Leaf, numbers: Array, categories: Array) -> Any:
 def _decode_text(leaf: Leaf, characters: Array, codes: Array) -> tuple[str, ...]:
     assert isinstance(leaf.space, spaces.Text)
     width = leaf.space.max_length
-    if width == 0:
+    if width == 0 or not len(characters):
         return ("",) * len(codes)
     ended = codes == 0
     ended[:, : leaf.space.min_length] = False

@@ -1,0 +1,307 @@
+"""Writes a dataset, episode by episode, in memory bounded by one shard.
+
+    manifest.json                      what it is
+    episodes.npy                       one record an episode (`manifest.EPISODES`)
+    task_numbers.npy, task_values.npy  [episodes, options] float64 and int32, where the task is made of reset options
+    shards/00000/*.npy                 memory-mapped training arrays (`manifest.ARRAYS`)
+    episodes/00000.parquet             the same episodes for people and other tools, one file a shard
+
+The Parquet schema, one row an observation (T+1 rows an episode of T transitions), in order of episode and step:
+
+    episode      int64           which episode (`Episode.index`)
+    step         int32           0..T
+    observation  the space       Box, MultiDiscrete, MultiBinary: nested lists of the space's dtype (a scalar where the shape is ());
+                                 Discrete: int64, counted from its start; Text: string; Dict: struct; Tuple: struct of "0", "1", ...
+    action       the space       null in an episode's last row, as are the next four
+    reward       double
+    terminated   bool            the environment ended the episode here
+    truncated    bool            a time limit ended it here; an episode whose end has neither is unfinished
+    duration     double          seconds; the column is there only where the environment gives durations
+    behaviour    string          who acted
+    seed         int64           of `env.reset`
+    success      bool            of the episode; null where not said
+    task         struct          the reset options of the episode; there only where the task has any
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from mesocosm.data.episode import Episode
+from mesocosm.data.manifest import ARRAYS, EPISODES, MANIFEST, OUTCOMES, SPLITS, Behaviour, Counts, Environment, Manifest, Shard, TaskOption
+from mesocosm.data.permutation import key
+from mesocosm.data.spaces import SpaceCodec, space_to_json
+from mesocosm.errors import MesocosmError
+
+Array = NDArray[Any]
+SHARD_ROWS = 1 << 20
+SHARD_BYTES = 1 << 28
+"""A shard is closed at whichever comes first, so that the writer's memory is bounded for wide observations too."""
+
+
+def write_dataset(folder: Path, episodes: Iterable[Episode], *, dropped: int = 0, **facts: Any) -> Manifest:
+    """Write `episodes` (a list or a stream) into `folder`; `facts` are `DatasetWriter`'s."""
+    writer = DatasetWriter(folder, **facts)
+    for episode in episodes:
+        writer.add(episode)
+    return writer.close(dropped=dropped)
+
+
+class DatasetWriter:
+    """`add` episodes in a fixed order, then `close`. The same episodes in the same order give the same bytes.
+
+    The split is by a hash of (seed, episode index, behaviour), with at least one validation episode whenever there are two episodes, and one to train on.
+    Raises UsageError at once where a space is not supported.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        id: str,
+        environment: Environment,
+        observation_space: gymnasium.Space[Any],
+        action_space: gymnasium.Space[Any],
+        seed: int,
+        valid_fraction: float = 0.1,
+        shard_rows: int = SHARD_ROWS,
+    ):
+        self._folder = folder
+        self._id, self._environment, self._seed, self._valid_fraction = id, environment, seed, valid_fraction
+        self._observation = SpaceCodec(observation_space, "observation")
+        self._action = SpaceCodec(action_space, "action")
+        self._options = [name for name in environment.task if not self._observation.matching(name)]
+        row_bytes = 8 * (self._observation.numbers + self._action.numbers + 4) + 4 * (self._observation.categories + self._action.categories)
+        self._shard_rows = min(shard_rows, SHARD_BYTES // row_bytes)
+        self._buffer: list[dict[str, Array]] = []
+        self._pending: list[int] = []
+        self._rows = 0
+        self._shards: list[Shard] = []
+        self._table: list[tuple[Any, ...]] = []
+        self._tasks: list[dict[str, Any]] = []
+        self._success: list[bool | None] = []
+        self._behaviours: dict[str, Behaviour] = {}
+        self._indices: set[int] = set()
+        self._durations = True
+        self._empty = 0
+
+    def add(self, episode: Episode) -> None:
+        """Raises MesocosmError naming episode and step where a value is not finite or not of its space."""
+        if len(episode) == 0:
+            self._empty += 1
+            return
+        where = f"episode {episode.index} (behaviour {episode.behaviour!r})"
+        if episode.index in self._indices:
+            raise MesocosmError(f"{where} comes twice; episode indices must be unique in a dataset")
+        try:
+            rows = self._encode(episode, where)
+        except MesocosmError as error:
+            raise MesocosmError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+        self._indices.add(episode.index)
+        behaviour = self._behaviours.setdefault(episode.behaviour, Behaviour(name=episode.behaviour))
+        behaviour.episodes += 1
+        behaviour.transitions += len(episode)
+        success = -1 if episode.success is None else int(episode.success)
+        position = list(self._behaviours).index(episode.behaviour)
+        outcome, total = OUTCOMES.index(episode.outcome), episode.total_reward
+        hashed = int(key(_word(self._id), episode.index).view(np.int64)[0])
+        self._pending.append(len(self._table))
+        self._table.append((episode.index, episode.seed, len(self._shards), self._rows, len(episode), position, outcome, success, 0, total, hashed))
+        self._tasks.append({name: _plain(episode.task[name]) for name in self._options})
+        self._buffer.append(rows)
+        self._rows += len(episode) + 1
+        if self._rows >= self._shard_rows:
+            self._flush()
+
+    def _encode(self, episode: Episode, where: str) -> dict[str, Array]:
+        length = len(episode)
+        if len(episode.observations) != length + 1 or len(episode.actions) != length:
+            counts = f"{len(episode.observations)} observations and {len(episode.actions)} actions"
+            raise MesocosmError(f"{where} has {length} rewards but {counts}; T rewards need T+1 observations and T actions")
+        if set(episode.task) != set(self._options):
+            raise MesocosmError(f"{where} has the reset options {sorted(episode.task)} where reality.task names {sorted(self._options)}")
+        rows: dict[str, Array] = {}
+        last = np.zeros((1,), np.float64)
+        for prefix, codec, values in (("obs", self._observation, episode.observations), ("act", self._action, episode.actions)):
+            numbers, categories = codec.encode_list(values)
+            _refuse_nonfinite(numbers, codec.number_names(), where)
+            widest = np.min_scalar_type(max(codec.cardinalities, default=1) - 1)
+            if prefix == "act":
+                numbers, categories = (np.concatenate([a, np.zeros((1, a.shape[1]), a.dtype)]) for a in (numbers, categories))
+            rows[f"{prefix}_num"], rows[f"{prefix}_cat"] = numbers, categories.astype(widest)
+        rewards = np.asarray(episode.rewards, np.float64)
+        _refuse_nonfinite(rewards[:, None], ["reward"], where)
+        rows["reward"] = np.concatenate([rewards, last])
+        rows["terminated"] = np.concatenate([episode.terminated, last.astype(bool)])
+        if episode.durations is None:
+            rows["duration"] = np.full(length + 1, np.nan)
+            self._durations = False
+        else:
+            durations = np.asarray(episode.durations, np.float64)
+            _refuse_nonfinite(durations[:, None], ["duration"], where)
+            rows["duration"] = np.concatenate([durations, last])
+        rows["step"] = np.arange(length + 1, dtype=np.int32)
+        return rows
+
+    def _flush(self) -> None:
+        if not self._buffer:
+            return
+        name = f"{len(self._shards):05d}"
+        folder = self._folder / "shards" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        arrays = {field: np.concatenate([rows[field] for rows in self._buffer]) for field in ARRAYS}
+        self._buffer.clear()
+        for field, array in arrays.items():
+            np.save(folder / f"{field}.npy", array, allow_pickle=False)
+        (self._folder / "episodes").mkdir(exist_ok=True)
+        pq.write_table(self._parquet(arrays), self._folder / "episodes" / f"{name}.parquet", compression="zstd")
+        self._shards.append(Shard(name=name, rows=self._rows))
+        self._pending.clear()
+        self._rows = 0
+
+    def _parquet(self, arrays: dict[str, Array]) -> pa.Table:
+        records = np.array([self._table[i] for i in self._pending], EPISODES)
+        repeats = records["length"] + 1
+        last = np.zeros(len(arrays["step"]), bool)
+        last[np.cumsum(repeats) - 1] = True
+        truncated = np.zeros(len(last), bool)
+        ended = records["outcome"] == OUTCOMES.index("truncated")
+        truncated[(np.cumsum(repeats) - 2)[ended]] = True
+        names = np.array(list(self._behaviours))
+        columns: dict[str, pa.Array] = {
+            "episode": pa.array(np.repeat(records["index"], repeats)),
+            "step": pa.array(arrays["step"]),
+            "observation": _arrow(self._observation.space, self._observation.decode(arrays["obs_num"], arrays["obs_cat"])),
+            "action": _arrow(self._action.space, self._action.decode(arrays["act_num"], arrays["act_cat"]), last),
+            "reward": pa.array(arrays["reward"], mask=last),
+            "terminated": pa.array(arrays["terminated"], mask=last),
+            "truncated": pa.array(truncated, mask=last),
+            "behaviour": pa.array(np.repeat(names[records["behaviour"]], repeats), pa.string()),
+            "seed": pa.array(np.repeat(records["seed"], repeats)),
+            "success": pa.array(np.repeat(records["success"] == 1, repeats), mask=np.repeat(records["success"] < 0, repeats)),
+        }
+        if not np.isnan(arrays["duration"]).all():
+            columns["duration"] = pa.array(arrays["duration"], mask=last | np.isnan(arrays["duration"]))
+        if self._options:
+            tasks = pa.array([self._tasks[i] for i in self._pending])
+            columns["task"] = tasks.take(pa.array(np.repeat(np.arange(len(records)), repeats)))
+        return pa.table(columns)
+
+    def close(self, *, dropped: int = 0) -> Manifest:
+        """Write what is left, the episode table and the manifest. `dropped`: episodes that crashed or hung, for the counts."""
+        if not self._table:
+            raise MesocosmError(f"no episode has a single transition ({dropped} dropped, {self._empty} empty); nothing to write")
+        self._flush()
+        table = np.array(self._table, EPISODES)
+        table["split"] = self._split(table)
+        np.save(self._folder / "episodes.npy", table, allow_pickle=False)
+        options = self._write_options()
+        by_split = {name: table[table["split"] == i] for i, name in enumerate(SPLITS)}
+        manifest = Manifest(
+            id=self._id,
+            environment=self._environment,
+            observation_space=space_to_json(self._observation.space),
+            action_space=space_to_json(self._action.space),
+            seed=self._seed,
+            valid_fraction=self._valid_fraction,
+            counts=Counts(
+                episodes={name: len(rows) for name, rows in by_split.items()},
+                transitions={name: int(rows["length"].sum()) for name, rows in by_split.items()},
+                outcomes={name: int((table["outcome"] == i).sum()) for i, name in enumerate(OUTCOMES)},
+                dropped=dropped,
+                empty=self._empty,
+            ),
+            behaviours=list(self._behaviours.values()),
+            durations=self._durations,
+            task_options=options,
+            shards=self._shards,
+        )
+        (self._folder / MANIFEST).write_text(manifest.model_dump_json(indent=1))
+        return manifest
+
+    def _split(self, table: Array) -> Array:
+        names = np.array([_word(name) for name in self._behaviours], np.uint64)
+        hashes = key(self._seed, table["index"], names[table["behaviour"]])
+        valid = hashes.astype(np.float64) / 2.0**64 < self._valid_fraction
+        if len(table) > 1 and not valid.any():
+            valid[hashes.argmin()] = True
+        if valid.all():
+            valid[hashes.argmax()] = False
+        return valid.astype(np.uint8)
+
+    def _write_options(self) -> list[TaskOption]:
+        """Floats are numbers (so are the integers beside them); anything else is a category over the values seen."""
+        options = []
+        numbers = np.zeros((len(self._tasks), len(self._options)))
+        values = np.zeros((len(self._tasks), len(self._options)), np.int32)
+        for column, name in enumerate(self._options):
+            raw = [task[name] for task in self._tasks]
+            if any(isinstance(value, float) for value in raw):
+                if not all(isinstance(value, float | int) and np.isfinite(value) for value in raw):
+                    raise MesocosmError(f"the reset option {name!r} mixes finite numbers with other values; give one kind")
+                numbers[:, column] = raw
+                options.append(TaskOption(name=name))
+                continue
+            distinct = sorted(set(raw), key=sort_key)
+            if len({type(value) for value in distinct}) > 1:
+                raise MesocosmError(f"the reset option {name!r} has values of several kinds, such as {distinct[0]!r} and {distinct[-1]!r}; give one kind")
+            values[:, column] = [distinct.index(value) for value in raw]
+            options.append(TaskOption(name=name, values=distinct))
+        if self._options:
+            np.save(self._folder / "task_numbers.npy", numbers, allow_pickle=False)
+            np.save(self._folder / "task_values.npy", values, allow_pickle=False)
+        return options
+
+
+def sort_key(value: Any) -> tuple[str, Any]:
+    """Sorts values of several kinds."""
+    return type(value).__name__, value
+
+
+def _word(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
+
+
+def _plain(value: Any) -> bool | int | float | str:
+    plain = value.item() if isinstance(value, np.generic | np.ndarray) and np.size(value) == 1 else value
+    if not isinstance(plain, bool | int | float | str):
+        raise MesocosmError(f"the reset option value {value!r} is a {type(value).__name__}; a task is made of numbers, strings and booleans")
+    return plain
+
+
+def _refuse_nonfinite(values: Array, names: list[str], where: str) -> None:
+    if np.isfinite(values).all():
+        return
+    step, column = np.argwhere(~np.isfinite(values))[0]
+    raise MesocosmError(f"{where}, step {step}: {names[column]} is {values[step, column]}; drop the episode, or fix the environment")
+
+
+def _arrow(space: gymnasium.Space[Any], batch: Any, null: Array | None = None) -> pa.Array:
+    """A batch (vector layout) as a nested Arrow array; `null` [B] marks missing rows."""
+    mask = None if null is None else pa.array(null)
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        children = list(space.spaces.items()) if isinstance(space, spaces.Dict) else [(str(i), child) for i, child in enumerate(space.spaces)]
+        items = batch.values() if isinstance(space, spaces.Dict) else batch
+        arrays = [_arrow(child, item) for (_, child), item in zip(children, items, strict=True)]
+        return pa.StructArray.from_arrays(arrays, [name for name, _ in children], mask=mask)
+    if isinstance(space, spaces.Text):
+        return pa.array([None if null is not None and null[i] else text for i, text in enumerate(batch)], pa.string())
+    array = np.asarray(batch)
+    if array.ndim == 1:
+        return pa.array(array, mask=null)
+    nested = pa.array(array.reshape(-1))
+    for axis in range(array.ndim - 1, 0, -1):
+        outer = int(np.prod(array.shape[:axis]))
+        offsets = pa.array(np.arange(outer + 1, dtype=np.int32) * array.shape[axis])
+        nested = pa.ListArray.from_arrays(offsets, nested, mask=mask if axis == 1 else None)
+    return nested
