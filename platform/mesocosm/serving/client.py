@@ -29,11 +29,12 @@ from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.serving.connection import Connection, InProcess, Served
 from mesocosm.serving.context import Mirror
-from mesocosm.serving.protocol import Message, get, put
-from mesocosm.serving.session import START, OneWorld, Sessions, Worlds
+from mesocosm.serving.protocol import CONTEXT, Message, get, put
+from mesocosm.serving.session import START, Sessions, Worlds
 
 ID = "mesocosm/World-v0"
 BACKENDS = ("serve", "local")
+IN_MEMORY = "in-memory"
 
 
 class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
@@ -88,12 +89,13 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self.deadline_s = deadline_s
         self._seed = seed
         self._first_env = first_env
+        self._env = first_env + np.arange(num_envs)
         self._connection: Connection
         if isinstance(world, World):
-            self._world, self._connection = "", InProcess(Sessions(OneWorld(world)))
+            self._world, self._connection = "", InProcess(Sessions(lambda _: (IN_MEMORY, world)))
         else:
             self._world = str(world)
-            self._connection = InProcess(Sessions(Worlds(root))) if backend == "local" else Served(app, address, deadline_s)
+            self._connection = InProcess(Sessions(Worlds(root).get)) if backend == "local" else Served(app, address, deadline_s)
         self._routed = uuid.uuid4().hex
         self._generation = 0
         self._describe(self._world)
@@ -113,7 +115,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             )
         self._codec = codec
         self._world = reply["world"]
-        self._mirror = Mirror(reply["context"])
+        self._mirror = Mirror(reply["memory"])
+        self._members = reply["members"]
         if not self._generation:
             self.single_observation_space, self.single_action_space = codec.observation_space, codec.action_space
             self.observation_space = batch_space(self.single_observation_space, self.num_envs)
@@ -161,7 +164,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._task, observation = get(reply, "task"), get(reply, "observation")
         self._steps = np.zeros(self.num_envs, np.int64)
         self._ended = np.zeros(self.num_envs, np.bool_)
-        self._mirror.begin(self._task, observation)
+        self._mirror.begin(self._task, observation, self._codec.spec.action)
         return self._codec.decode_observation(observation, self._task), {}
 
     def step(self, actions: Any) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
@@ -213,7 +216,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         for i, value in enumerate(iterate(self.observation_space, last)):
             if restarted[i]:
                 final[i] = value
-        now, then = {}, {}
+        now: dict[str, Any] = {}
+        then: dict[str, Any] = {}
         for name in [name for name in infos if not name.startswith("_")]:
             now |= {name: infos[name], f"_{name}": ~restarted}
             then |= {name: infos[name], f"_{name}": restarted}
@@ -232,8 +236,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     def _put_starts(self, request: Message, episode: NDArray[np.int64]) -> None:
         if self._starts is None:
             return
-        env = self._first_env + np.arange(self.num_envs)
-        chosen = ((rng.bits(rng.keys(self._seed, env, episode, START), rng.TASK) >> 32) & 0x7FFFFFFF) % len(self._starts[1].numbers)
+        chosen = ((rng.bits(rng.keys(self._seed, self._env, episode, START), rng.TASK) >> 32) & 0x7FFFFFFF) % len(self._starts[1].numbers)
         put(request, "start_task", self._starts[0][chosen])
         put(request, "start", self._starts[1][chosen])
 
@@ -245,8 +248,9 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
                 return reply
             if time.monotonic() > deadline:
                 raise MesocosmError(f"world {self._world!r}: no replica kept the session for {self.deadline_s:g} s; raise serve.max_sessions")
+            member = rng.member_of(self._seed, self._env, self._episode, self._members)
             restore: Message = {"op": "restore", "session": self._session, "world": self._world, "seed": self._seed, "first_env": self._first_env}
-            self._call(restore | {"episode": self._episode} | self._mirror.message())
+            self._call(restore | {f"{CONTEXT}{name}": value for name, value in self._mirror.context(member).to_numpy().items()})
 
     def _call(self, request: Message) -> Message:
         reply = self._connection.call(request)

@@ -32,7 +32,7 @@ class Replica:
         worlds = Worlds(root, world, max_worlds, device)
         if world:
             worlds.get(world)
-        self.sessions = Sessions(worlds, max_sessions)
+        self.sessions = Sessions(worlds.get, max_sessions)
         self._token = secrets.token_bytes(32)
         self._listener = socket.create_server((_host(), 0), backlog=128)
         threading.Thread(target=self._accept, name="line", daemon=True).start()
@@ -98,7 +98,7 @@ def deploy(config: ServeConfig) -> str:
             "num_gpus": 1 if config.device.startswith("cuda") else 0,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(config.threads)}},
         },
-        request_router_config=RequestRouterConfig(request_router_class=ROUTER),
+        request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     root = Storage(config.storage.root).root

@@ -7,12 +7,12 @@ A message is a flat dict of JSON scalars and numpy arrays (float32, int64, bool)
 
 Requests (`op`) and their replies, for B environments:
 
-    describe  world                                    -> world, codec (JSON), context (JSON), members
+    describe  world                                    -> world, codec (JSON), memory, members
     begin     session, world, seed, first_env, replaces, episode [B], start
                                                        -> observation, task
     step      session, clock, mode, episode [B], step [B], action, cut [B], start
                                                        -> observation, reward, terminated, duration, disagreement (+ task, final)
-    restore   session, world, seed, first_env, the context's arrays
+    restore   session, world, seed, first_env, context.*
                                                        -> clock
     end       session                                  -> nothing
 
@@ -29,13 +29,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mesocosm.model.spec import Parts
 
 Message = dict[str, Any]
 MAGIC = b"MSC1"
-DTYPES = {"f": np.dtype("<f4"), "i": np.dtype("<i8"), "b": np.dtype("?")}
+CONTEXT = "context."
+"""Prefix of a context's arrays (`model.world.Context.to_numpy`) in a message."""
+DTYPES: dict[str, np.dtype[Any]] = {"f": np.dtype("<f4"), "i": np.dtype("<i8"), "b": np.dtype("?")}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -72,7 +73,7 @@ def unpack(data: bytes | bytearray) -> Message:
         message: Message = header["values"]
         offset = 8 + length
         for name, code, shape in header["arrays"]:
-            dtype = DTYPES[code]
+            dtype: np.dtype[Any] = DTYPES[code]
             count = 1
             for size in shape:
                 count *= size
@@ -93,6 +94,3 @@ def put(message: Message, name: str, parts: Parts) -> None:
 def get(message: Message, name: str) -> Parts:
     """The parts of that name, sharing memory with the message."""
     return Parts(torch.from_numpy(message[f"{name}.numbers"]), torch.from_numpy(message[f"{name}.categories"]))
-
-
-Arrays = dict[str, NDArray[Any]]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from typing import Any
 
-
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.deployment import deploy, undeploy
@@ -26,7 +25,7 @@ def run(config: ServeConfig, run: Run) -> None:
     run.record(app=config.name, address=address, inputs={"world": config.world})
     run.say(f"world {config.world} is served as {config.name!r} by {config.replicas} replica(s); Ctrl-C ends it. From Python on this machine:")
     run.say(
-        '  import gymnasium, mesocosm.serving.client\n'
+        "  import gymnasium, mesocosm.serving.client\n"
         f'  envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="{config.world}", app="{config.name}", address="{address}", horizon=200)'
     )
     try:
@@ -34,7 +33,9 @@ def run(config: ServeConfig, run: Run) -> None:
             time.sleep(1.0)
             state = serve.status().applications.get(config.name)
             if state is None or state.status == "DEPLOY_FAILED":
-                raise MesocosmError(f"application {config.name!r} is gone ({state.message if state else 'deleted'}); see the replicas' logs, and serve it again")
+                raise MesocosmError(
+                    f"application {config.name!r} is gone ({state.message if state else 'deleted'}); see the replicas' logs, and serve it again"
+                )
     except KeyboardInterrupt:
         run.say("ending")
     finally:

@@ -1,11 +1,11 @@
 """A world for Stable-Baselines3, which has a vector interface of its own. Needs the `sb3` extra.
 
-    from stable_baselines3 import PPO
-    from mesocosm.serving.client import WorldVectorEnv
-    from mesocosm.serving.sb3 import WorldVecEnv
+from stable_baselines3 import PPO
+from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serving.sb3 import WorldVecEnv
 
-    env = WorldVecEnv(WorldVectorEnv(64, "<world id>", horizon=200, autoreset_mode="SameStep"))
-    PPO("MlpPolicy", env).learn(100_000)
+env = WorldVecEnv(WorldVectorEnv(64, "<world id>", horizon=200, autoreset_mode="SameStep"))
+PPO("MlpPolicy", env).learn(100_000)
 """
 
 from __future__ import annotations

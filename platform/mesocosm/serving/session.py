@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
-from mesocosm.model.world import Carry, World
-from mesocosm.serving.protocol import Message, get, put
+from mesocosm.model.world import Carry, Context, World
+from mesocosm.serving.protocol import CONTEXT, Message, get, put
 from mesocosm.storage import Storage
 
 START = -1
@@ -66,16 +67,6 @@ class Worlds:
         return id, self._loaded[id]
 
 
-class OneWorld(Worlds):
-    """A world that is in memory already, in no storage."""
-
-    def __init__(self, world: World):
-        self.world = world
-
-    def get(self, ref: str) -> tuple[str, World]:
-        return "in-process", self.world
-
-
 @dataclass
 class Session:
     world: World
@@ -92,8 +83,9 @@ class Session:
 class Sessions:
     """All sessions of one process. Safe to call from several threads: requests are handled one at a time."""
 
-    def __init__(self, worlds: Worlds, max_sessions: int = 64):
-        self.worlds = worlds
+    def __init__(self, world: Callable[[str], tuple[str, World]], max_sessions: int = 64):
+        """`world`: a reference to (id, world), as `Worlds.get`."""
+        self.world = world
         self.max_sessions = max_sessions
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
@@ -111,11 +103,11 @@ class Sessions:
             return {"error": str(error), "kind": "usage" if isinstance(error, UsageError) else "failed"}
 
     def _describe(self, request: Message) -> Message:
-        id, world = self.worlds.get(request["world"])
-        return {"world": id, "codec": world.codec, "context": world.config.context, "members": world.config.members}
+        id, world = self.world(request["world"])
+        return {"world": id, "codec": world.codec, "memory": world.net.memory, "members": world.config.members}
 
     def _begin(self, request: Message) -> Message:
-        id, world = self.worlds.get(request["world"])
+        id, world = self.world(request["world"])
         self._sessions.pop(request["replaces"], None)
         seed, episode = request["seed"], request["episode"]
         env = request["first_env"] + np.arange(len(episode))
@@ -128,12 +120,11 @@ class Sessions:
         return reply
 
     def _restore(self, request: Message) -> Message:
-        _, world = self.worlds.get(request["world"])
-        seed, episode = request["seed"], request["episode"]
-        env = request["first_env"] + np.arange(len(episode))
-        context = get_context(request, torch.from_numpy(rng.member_of(seed, env, episode, world.config.members)))
-        self._keep(request["session"], Session(world, seed, env, world.restore(context), request["clock"], None))
-        return {"clock": request["clock"]}
+        _, world = self.world(request["world"])
+        context = Context.from_numpy({name.removeprefix(CONTEXT): value for name, value in request.items() if name.startswith(CONTEXT)})
+        env = request["first_env"] + np.arange(len(context.member))
+        self._keep(request["session"], Session(world, request["seed"], env, world.restore(context), context.clock, None))
+        return {"clock": context.clock}
 
     def _step(self, request: Message) -> Message:
         name, clock = request["session"], request["clock"]
