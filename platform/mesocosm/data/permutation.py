@@ -11,14 +11,20 @@ from numpy.typing import NDArray
 U64 = NDArray[np.uint64]
 ROUNDS = 4
 MASK = 2**64 - 1
+GOLDEN, M1, M2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+S30, S27, S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def mix(values: NDArray[Any]) -> U64:
     """splitmix64's finaliser (Steele, Lea and Flood 2014) over an integer array: a bijection of 64-bit integers with full avalanche."""
-    z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return np.asarray(z ^ (z >> np.uint64(31)))
+    z = values.astype(np.uint64)
+    z += GOLDEN
+    z ^= z >> S30
+    z *= M1
+    z ^= z >> S27
+    z *= M2
+    z ^= z >> S31
+    return z
 
 
 def key(*parts: NDArray[Any] | int) -> U64:
@@ -47,9 +53,10 @@ def permute(index: NDArray[Any], n: int, keys: U64) -> NDArray[np.int64]:
 
 
 def _feistel(x: U64, a: int, b: int, keys: U64) -> U64:
-    left, right = x % np.uint64(a), x // np.uint64(a)
+    ua, ub = np.uint64(a), np.uint64(b)
+    right, left = np.divmod(x, ua)
     for round in range(ROUNDS):
         salt = keys + np.uint64(2 * round)
-        left = (left + mix(right ^ salt) % np.uint64(a)) % np.uint64(a)
-        right = (right + mix(left ^ (salt + np.uint64(1))) % np.uint64(b)) % np.uint64(b)
-    return right * np.uint64(a) + left
+        left = (left + mix(right ^ salt) % ua) % ua
+        right = (right + mix(left ^ ~salt) % ub) % ub
+    return right * ua + left
