@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -129,6 +129,12 @@ class Storage:
         except FileNotFoundError:
             return []
         return sorted(name for name in (str(e).rstrip("/").rsplit("/", 1)[-1] for e in entries) if not name.endswith(".tmp"))
+
+    def remove(self, path: str) -> None:
+        """Remove a file or a folder under the root, where there is one. For what runs leave behind; artifacts are never removed so."""
+        assert path.split("/")[0] not in KINDS, path
+        with suppress(FileNotFoundError):
+            self.fs.rm(self._path(path), recursive=True)
 
     # -- artifacts -----------------------------------------------------------------------------------------------
 

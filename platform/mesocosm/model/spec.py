@@ -130,6 +130,8 @@ class Windows:
     episode: Tensor
     """[B] int64: a hash of the episode, from which members draw their bootstrap masks"""
     events: Events | None = None
+    seen: Parts | None = None
+    """[B, W, ...]: o_t as the network reads it, where training corrupts its history; None: as it was. What is to be predicted is never corrupted."""
 
     def to(self, device: torch.device | str) -> Windows:
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if getattr(self, f.name) is not None}
