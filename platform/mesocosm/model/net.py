@@ -172,7 +172,7 @@ def unroll(windows: Windows) -> tuple[Transition, Outcome]:
     """The [B, W] transitions of windows, the task repeated along W."""
     steps = windows.mask.shape[1]
     task = Parts(windows.task.numbers.unsqueeze(1).expand(-1, steps, -1), windows.task.categories.unsqueeze(1).expand(-1, steps, -1))
-    transition = Transition(windows.observation[:, :-1], windows.action, task)
+    transition = Transition(windows.observation[:, :-1] if windows.seen is None else windows.seen, windows.action, task)
     return transition, Outcome(windows.observation[:, 1:], windows.duration)
 
 
@@ -187,8 +187,11 @@ def apply_base(base: nn.Module, windows: Windows) -> BaseOut:
 
 def build(spec: Spec, config: ModelConfig) -> WorldNet:
     """A new network of `config.family`, initialised from torch's global generator. Raises UsageError on an unknown family or size."""
-    from mesocosm.model.ensemble import Ensemble
-    from mesocosm.model.sequence import Sequence
-
     config.validate()
-    return Sequence(spec, config) if config.family == "sequence" else Ensemble(spec, config)
+    if config.family == "sequence":
+        from mesocosm.model.sequence import Sequence
+
+        return Sequence(spec, config)
+    from mesocosm.model.ensemble import Ensemble
+
+    return Ensemble(spec, config)

@@ -59,9 +59,9 @@ def _fold(state: Any, fields: list[Any]) -> Any:
     return state
 
 
-def bits(key: Ints, slot: Ints | int) -> Ints:
+def bits(key: Any, slot: Any) -> Any:
     """int64 of the broadcast shape: the hash of (key, slot), from which `uniform` takes its bits."""
-    return mix(key + (slot + 1) * _GOLDEN)
+    return mix(key + (_signed((slot + 1) * _GOLDEN) if isinstance(slot, int) else (slot + 1) * _GOLDEN))
 
 
 def uniform(key: Any, slot: Any) -> Any:
