@@ -18,11 +18,22 @@ from mesocosm.evaluation.report import Curve, Episode, Point, PurposeRow, Report
 def table(scale: float) -> dict[str, Any]:
     rows = [
         {"horizon": str(h), "steps": h, "ratio": r * scale, "interval": [r * scale * 0.8, r * scale * 1.2], "single": r * scale * 1.4}
-        | {"accuracy": 0.75, "persistence": 0.1 * h, "starts": 64, "episodes": 8}
+        | {"accuracy": 0.75, "persistence_accuracy": 0.5, "persistence": 0.1 * h, "starts": 64, "episodes": 8}
         for h, r in ((1, 0.125), (5, 0.25), (50, 4.0))
     ]
     rows.append(
-        {"horizon": "full", "steps": 90, "ratio": None, "interval": None, "single": None, "accuracy": None, "persistence": 0.0, "starts": 3, "episodes": 3}
+        {
+            "horizon": "full",
+            "steps": 90,
+            "ratio": None,
+            "interval": None,
+            "single": None,
+            "accuracy": None,
+            "persistence_accuracy": None,
+            "persistence": 0.0,
+            "starts": 3,
+            "episodes": 3,
+        }
     )
     return {"rows": rows, "notes": ["full: persistence made no error, so the ratio is undefined."]}
 

@@ -129,14 +129,14 @@ def _fidelity(summary: Mapping[str, Any]) -> str:
             ratio(line["ratio"]),
             span(line["interval"], ratio),
             ratio(line["single"]),
-            *([UNDEFINED if line["accuracy"] is None else f"{line['accuracy']:.1%}"] if discrete else []),
+            *([f"{line['accuracy']:.1%} ({line['persistence_accuracy']:.1%})" if line["accuracy"] is not None else UNDEFINED] if discrete else []),
             number(line["persistence"], 3),
             f"{count(line['starts'])} / {count(line['episodes'])}",
         ]
         for line in last["table"]["rows"]
     ]
     named = "steps ahead" if last["round"] is None or len(entries) == 1 else f"ahead, round {last['round']}"
-    right = ["categories right"] if discrete else []
+    right = ["categories right (no change)"] if discrete else []
     head = [named, "RMSE / persistence's", "90% interval", "single rollout", *right, "RMSE of no change", "starts / episodes"]
     body += table(head, rows) + "".join(f"<p class='why'>{html.escape(note)}</p>" for note in last["table"]["notes"])
     return section("Open-loop error by horizon", body + _checks(summary))
@@ -154,6 +154,7 @@ def _checks(summary: Mapping[str, Any]) -> str:
             text("–" if c["round"] is None else c["round"]),
             count(c["transitions"]),
             count(c["terminals"]),
+            number(c["expected_terminals"]),
             share(c["precision"]),
             share(c["recall"]),
             UNDEFINED if c["reward_accuracy"] is None else f"{c['reward_accuracy']:.1%}",
@@ -161,7 +162,7 @@ def _checks(summary: Mapping[str, Any]) -> str:
         ]
         for c in summary["checks"]
     ]
-    head = ["round", "transitions", "terminal", "termination precision", "recall", "reward right", "reward R²"]
+    head = ["round", "transitions", "terminal", "expected", "termination precision", "recall", "reward right", "reward R²"]
     notes = dict.fromkeys(note for c in summary["checks"] for note in c["notes"])
     return table(head, rows) + "".join(f"<p class='why'>{html.escape(note)}</p>" for note in notes)
 

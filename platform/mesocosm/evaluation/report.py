@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.evaluation import page, stats
+from mesocosm.reality.ledger import LedgerTotals
 
 SUMMARY, PAGE = "summary.json", "report.html"
 
@@ -115,6 +116,15 @@ class ReportInput:
     lineage: Sequence[tuple[str, str]] = ()
     """(what, id or uri), in order"""
     notes: Sequence[str] = ()
+
+
+def purpose_rows(totals: LedgerTotals) -> list[PurposeRow]:
+    """The purposes that spent anything."""
+    return [
+        PurposeRow(name, spent.steps, spent.resets, spent.seconds, spent.price, spent.unconfirmed_steps)
+        for name, spent in totals.purposes.items()
+        if spent.steps or spent.resets
+    ]
 
 
 def write(report: ReportInput, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,152 @@
+"""The job `evaluate`: is the world faithful on validation data, and what does an agent reach in reality -> a report."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from rich.table import Table
+
+from mesocosm import __version__
+from mesocosm.agents.policy import Policy
+from mesocosm.config import fingerprint, identity
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset
+from mesocosm.evaluation import imagine, page, report
+from mesocosm.evaluation.config import EvaluateConfig
+from mesocosm.evaluation.fidelity import Fidelity, fidelity
+from mesocosm.evaluation.judge import JudgeResult, check_spaces, judge
+from mesocosm.evaluation.open_loop import check_dataset, codec_of
+from mesocosm.model.world import World
+from mesocosm.reality.config import RealityConfig
+from mesocosm.reality.env import make_env
+from mesocosm.reality.ledger import Ledger
+from mesocosm.storage import SCHEMA, Artifact
+from mesocosm.tracking import Run, console
+
+FREE = ("budget", "step_timeout_s")
+"""Keys of `reality` that change what may be spent or waited for, not what is found."""
+
+
+def run(cfg: EvaluateConfig, run: Run) -> Artifact:
+    """Evaluate, or find the evaluation that was made so before. The artifact holds summary.json and report.html.
+
+    Raises UsageError before any real step: a wrong config, a missing artifact, datasets or an agent of other spaces.
+    """
+    cfg.validate()
+    storage = run.storage
+    made = storage.artifact("worlds", cfg.world)
+    trained = storage.artifact("agents", cfg.agent) if cfg.agent is not None else None
+    datasets = [storage.artifact("datasets", ref) for ref in (cfg.datasets or made.meta["inputs"]["datasets"])]
+    world, dataset = World.load(made.path), Dataset([artifact.path for artifact in datasets])
+    codec = codec_of(world)
+    check_dataset(dataset, codec)
+    policy, reality = None, cfg.reality
+    if trained is not None:
+        policy, reality = Policy.load(trained.path), reality_of(cfg.reality, codec)
+        env = make_env(reality)
+        check_spaces(policy, env, reality)
+        env.close()
+    inputs = {"worlds": [made.id], "agents": [trained.id] if trained is not None else [], "datasets": [artifact.id for artifact in datasets]}
+    what = identity(cfg, without=["world", "agent", "datasets", "ledger"])
+    what["reality"] = {key: value for key, value in what["reality"].items() if key not in FREE}
+    id = fingerprint("evaluations", what, inputs, __version__, SCHEMA)
+    if not cfg.force and (found := storage.find("evaluations", id)) is not None:
+        run.say(f"found {found.name}: nothing was evaluated; the report is {found.path / report.PAGE}")
+        run.record(artifact=found.name, inputs=inputs)
+        return found
+
+    with run.progress("fidelity", None) as update:
+        faithful = fidelity(world, dataset, horizons=[*cfg.horizons, *(["full"] if cfg.full else [])], starts=cfg.starts, samples=cfg.samples, seed=cfg.seed)
+        update(1, f"{faithful.losses['total']:.3f} nats a transition")
+    result, ledger = None, None
+    if policy is not None:
+        ledger = Ledger(storage, cfg.ledger or id, reality.budget, reality.price)
+        with run.progress("judge", cfg.episodes) as update:
+            result = judge(policy, reality, ledger, episodes=cfg.episodes, seed=cfg.seed, progress=update)
+    spent = dataset.transitions + sum(int(drop["steps"]) for artifact in datasets for drop in artifact.meta.get("dropped", []))
+    about = _report(cfg, codec, world, faithful, policy, result, ledger, spent, inputs)
+    figures = _log(run, faithful, result)
+    meta = {"inputs": inputs, "config": identity(cfg), "job": "evaluate", "run": run.id, "figures": figures}
+    artifact = storage.make("evaluations", id, meta, lambda folder: _ignore(report.write(about, folder)), force=cfg.force)
+    run.artifact(artifact.path / report.PAGE)
+    run.artifact(artifact.path / report.SUMMARY)
+    run.record(artifact=artifact.name, inputs=inputs)
+    if not run.quiet:
+        console.print(_table(faithful, result))
+    run.say(f"{artifact.name}: {artifact.path / report.PAGE}")
+    return artifact
+
+
+def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
+    """`reality` as given, or where it names no environment the one that the world is of, at the given price and budget."""
+    if reality.env:
+        return reality
+    own = codec.environment
+    return replace(reality, env=own["id"], kwargs=own["kwargs"], task=own["task"], horizon=own["max_episode_steps"], success=own["success"])
+
+
+def _report(
+    cfg: EvaluateConfig,
+    codec: Codec,
+    world: World,
+    faithful: Fidelity,
+    policy: Policy | None,
+    result: JudgeResult | None,
+    ledger: Ledger | None,
+    spent: int,
+    inputs: dict[str, list[str]],
+) -> report.ReportInput:
+    found = faithful.to_json()
+    parts = {name: value for name, value in faithful.losses.items() if name != "total"} | {"total": faithful.losses["total"]}
+    about = report.ReportInput(
+        title=f"Evaluation of worlds/{inputs['worlds'][0]}",
+        environment=codec.environment["id"],
+        target=cfg.target,
+        losses=[{"round": None, "parts": parts}],
+        open_loop=[{"round": None, "table": found["open_loop"]}],
+        checks=[{"round": None, **found["one_step"]}],
+        lineage=[(kind, f"{kind}/{id}") for kind, ids in inputs.items() for id in ids] + [("code", f"mesocosm {__version__}")],
+    )
+    if policy is None or result is None or ledger is None:
+        return about
+    totals = ledger.totals()
+    name = f"{policy.algo} in the world"
+    return replace(
+        about,
+        agent=[report.Curve(name, [report.Point.of(spent, result.returns)])],
+        purposes=report.purpose_rows(totals),
+        currency=totals.currency,
+        trajectories=[imagine.side_by_side(world, policy, result.episodes, title=name, seed=cfg.seed)],
+        notes=[f"episode dropped: {reason}" for reason in result.dropped],
+    )
+
+
+def _log(run: Run, faithful: Fidelity, result: JudgeResult | None) -> dict[str, float]:
+    """The evaluation's figures, logged and returned; undefined ones are left out."""
+    found: dict[str, float | None] = {f"valid/{name}": value for name, value in faithful.losses.items()}
+    found |= {f"open_loop/{row.horizon}": row.ratio for row in faithful.open_loop.rows}
+    one = faithful.one_step
+    found |= {"termination/precision": one.precision, "termination/recall": one.recall, "reward/accuracy": one.reward_accuracy, "reward/r2": one.reward_r2}
+    if result is not None:
+        found |= {"return/mean": result.mean, "real_steps/judge": float(result.steps)}
+        if result.interval is not None:
+            found |= {"return/low": result.interval[0], "return/high": result.interval[1]}
+    figures = {name: value for name, value in found.items() if value is not None}
+    run.log(figures)
+    return figures
+
+
+def _table(faithful: Fidelity, result: JudgeResult | None) -> Table:
+    table = Table("steps ahead", "RMSE / persistence's", "90% interval", "single rollout", box=None, header_style="dim", pad_edge=False)
+    for row in faithful.open_loop.rows:
+        table.add_row(row.horizon, page.ratio(row.ratio), page.span(row.interval, page.ratio), page.ratio(row.single))
+    if result is not None:
+        table.caption = (
+            f"return in reality {page.number(result.mean)} ({page.span(result.interval)}), {len(result.returns)} episodes, {result.steps} real steps"
+        )
+    return table
+
+
+def _ignore(value: Any) -> None:
+    return None

@@ -1,0 +1,157 @@
+"""Open-loop error against worlds whose error is known, and against a real one with and without its base."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset
+from mesocosm.errors import UsageError
+from mesocosm.evaluation.fidelity import fidelity, losses, one_step
+from mesocosm.evaluation.imagine import imagine, side_by_side, starts_of
+from mesocosm.evaluation.open_loop import Log, begin_at, open_loop
+from mesocosm.model import mup
+from mesocosm.model.base import Base
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.net import build
+from mesocosm.model.world import World
+from mesocosm.pretrain.prepare import transitions
+
+from .worlds import KnownWorld, Walk, collect
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return collect(tmp_path_factory.mktemp("data") / "walks", 40)
+
+
+def by_horizon(table: Any) -> dict[str, Any]:
+    return {row.horizon: row for row in table.rows}
+
+
+def test_a_known_error_is_found_at_every_horizon(walks: Dataset) -> None:
+    codec, bias = Codec.fit(walks), 0.01
+    table = by_horizon(open_loop(KnownWorld(codec, bias=bias), walks, horizons=(1, 5, 15, "full"), starts=10_000, samples=2, seed=0))
+    episodes = [walks.episode(int(e)) for e in walks.episodes("valid")]
+    std = np.concatenate([e.observations for e in (walks.episode(int(e)) for e in walks.episodes("train"))]).std(0)
+    for name, row in table.items():
+        spans = [(e.observations, t, t + int(name)) for e in episodes for t in range(len(e) - int(name) + 1)] if name != "full" else []
+        spans = spans or [(e.observations, 0, len(e)) for e in episodes]
+        moved = math.sqrt(np.mean([(((o[b] - o[a]) / std) ** 2).mean() for o, a, b in spans]))
+        wrong = math.sqrt(np.mean([((b - a) * bias / std[0]) ** 2 / 2 for _, a, b in spans]))
+        assert row.starts == len(spans) and row.episodes == len({id(o) for o, _, _ in spans})
+        assert row.persistence == pytest.approx(moved, rel=1e-4)
+        assert row.ratio == pytest.approx(wrong / moved, rel=1e-3) == row.single, name
+        assert row.interval[0] <= row.ratio <= row.interval[1]
+    exact = by_horizon(open_loop(KnownWorld(codec), walks, horizons=(1, "full"), samples=1))
+    assert exact["1"].ratio < 1e-5 and exact["full"].ratio < 1e-5
+
+
+def test_the_mean_of_rollouts_and_a_single_one_are_told_apart(walks: Dataset) -> None:
+    row = open_loop(KnownWorld(Codec.fit(walks), noise=0.2), walks, horizons=(3,), starts=10_000, samples=16).rows[0]
+    assert row.single / row.ratio == pytest.approx(4.0, rel=0.1), "independent noise averages out as the square root of 16"
+
+
+def test_what_cannot_be_measured_is_said(walks: Dataset, tmp_path: Path) -> None:
+    codec = Codec.fit(walks)
+    table = open_loop(KnownWorld(codec), walks, horizons=(500,))
+    assert table.rows[0].ratio is None and table.notes == ("horizon 500: no validation episode is that long.",)
+    few = collect(tmp_path / "few", 5, valid_fraction=0.01)
+    assert len(few.episodes("valid")) < 2
+    table = open_loop(KnownWorld(codec), few, horizons=(1,))
+    assert table.split == "train" and "on the training split" in table.notes[0] and table.rows[0].ratio is not None
+    still = collect(tmp_path / "still", 8, valid_fraction=0.4, constant=True)
+    table = open_loop(KnownWorld(codec), still, horizons=(1,))
+    assert table.rows[0].ratio is None and "persistence makes no error" in table.notes[0]
+
+
+def test_reward_and_termination_a_step_ahead(walks: Dataset) -> None:
+    codec = Codec.fit(walks)
+    exact = one_step(KnownWorld(codec), walks)
+    assert exact.terminals == sum(walks.episode(int(e)).outcome == "terminated" for e in walks.episodes("valid")) > 0
+    assert exact.precision == exact.recall == 1.0 and exact.expected_terminals == exact.terminals and exact.transitions == walks.count("valid")
+    assert exact.reward_r2 == pytest.approx(1.0, abs=1e-6) and exact.reward_accuracy is None
+    early = one_step(KnownWorld(codec, bias=-10.0), walks)
+    assert early.recall == 0.0 and early.precision is None and "no termination was predicted" in early.notes[0] and early.reward_r2 < 0
+
+
+def test_imagination_of_the_true_dynamics_is_reality(walks: Dataset) -> None:
+    world = KnownWorld(Codec.fit(walks))
+
+    class Drift:
+        def act(self, observations: Any, explore: bool = False, rng: Any = None) -> Any:
+            return np.clip(0.3 - 0.1 * observations, -1, 1)
+
+    env, episodes = Walk(), []
+    from mesocosm.reality.config import RealityConfig
+    from mesocosm.reality.env import run_episode
+
+    for k in range(4):
+        act = lambda o, rng: Drift().act(o)  # noqa: E731
+        episodes.append(run_episode(env, act, k=k, seed=5, behaviour="policy", max_steps=None, config=RealityConfig(env="walk")))
+    shown = side_by_side(world, Drift(), episodes, title="t", seed=0, count=4, samples=2)
+    assert len(shown.episodes) == 4 and shown.names == ["observation[0]", "observation[1]"]
+    for pair, episode in zip(shown.episodes, episodes, strict=True):
+        assert len(pair.imagined) == 2
+        for rollout in pair.imagined:
+            np.testing.assert_allclose(rollout, pair.reality, atol=1e-5)
+            assert len(rollout) == len(episode) + 1
+    paths = imagine(world, Drift(), starts_of(world, episodes), horizon=3, seed=0)
+    assert [len(p[0]) for p in paths] == [min(3, len(e)) + 1 for e in episodes]
+
+
+@pytest.fixture(scope="module", params=["sequence", "ensemble"])
+def untrained(request: pytest.FixtureRequest, walks: Dataset) -> dict[bool, World]:
+    codec, worlds = Codec.fit(walks), {}
+    for base in (True, False):
+        config = ModelConfig(family=request.param, size="10k", members=2, base=base, base_steps=0, context=6)
+        net = build(codec.spec, config)
+        mup.init_(net, 0)
+        worlds[base] = World(net, Base.fit(codec.spec, config, transitions(walks, codec), seed=0), codec.to_json())
+    return worlds
+
+
+def test_a_real_world_with_the_right_base_is_good_before_training_and_without_it_is_not(walks: Dataset, untrained: dict[bool, World]) -> None:
+    good, bad = (by_horizon(open_loop(untrained[base], walks, horizons=(1, 5), starts=32, samples=4, seed=1)) for base in (True, False))
+    assert good["1"].ratio < 0.05 and good["5"].ratio < 0.1
+    assert bad["1"].ratio > 0.5
+    again = by_horizon(open_loop(untrained[True], walks, horizons=(1, 5), starts=32, samples=4, seed=1))
+    assert again == good, "the same seed gives the same table"
+
+
+def test_history_is_given_before_a_start(walks: Dataset, untrained: dict[bool, World]) -> None:
+    world = untrained[True]
+    log = Log(walks, Codec.fit(walks), "valid")
+    step = np.array([0, 1, 9])
+    episode = np.array([int(np.flatnonzero(log.lengths > 12)[0])] * 3)
+    member = torch.zeros(3, dtype=torch.int64)
+    carry = begin_at(world, log, episode, step, member, warmup=3)
+    assert torch.equal(carry.observation.numbers, log.observation(episode, step).numbers)
+    if not world.net.memory:
+        assert carry.clock == 0
+        return
+    assert carry.position == 3 and carry.start_column.tolist() == [3, 2, 0], "columns before an episode's start are hidden"
+    assert torch.equal(carry.past_observation.numbers[2, :3], log.observation(episode[2:], np.array([[6, 7, 8]])).numbers[0])
+    assert torch.equal(carry.past_action.numbers[1, 2], log.action(episode[:1], np.array([0])).numbers[0])
+
+
+def test_fidelity_on_real_components_adds_up(walks: Dataset, untrained: dict[bool, World]) -> None:
+    found = fidelity(untrained[True], walks, horizons=(1,), starts=16, samples=2)
+    assert found.losses["total"] == pytest.approx(sum(v for k, v in found.losses.items() if k != "total"))
+    assert {"dynamics", "reward", "termination", "task"} <= set(found.losses) and all(math.isfinite(v) and v >= 0 for v in found.losses.values())
+    assert found.losses == losses(untrained[True], walks, batch=7) or found.losses == pytest.approx(losses(untrained[True], walks, batch=7), rel=1e-4)
+    assert found.losses["dynamics"] < losses(untrained[False], walks)["dynamics"], "the base knows the dynamics"
+
+
+def test_a_world_of_other_spaces_is_refused(walks: Dataset) -> None:
+    world = KnownWorld(Codec.fit(walks))
+    world.codec["action_space"] = {"kind": "Discrete", "n": 3, "start": 0, "dtype": "int64"}
+    world.codec["scalings"]["action"] = {"mean": [], "scale": [], "precision": []}
+    with pytest.raises(UsageError, match=r"walks has action_space Box.*the world Discrete\(3\)"):
+        open_loop(world, walks)

@@ -1,0 +1,89 @@
+"""What the evaluation's tests share: an environment whose dynamics are known, and worlds of known error in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from mesocosm.agents.policy import RandomPolicy
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset, Environment, write_dataset
+from mesocosm.data.episode import Episode
+from mesocosm.model.spec import Parts
+from mesocosm.model.world import StepOut
+from mesocosm.reality.config import RealityConfig
+from mesocosm.reality.env import run_episode
+
+ACTIONS = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)
+OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+
+
+class Walk(gym.Env[Any, Any]):
+    """o' = o + a in two dimensions. Reward o'[0]; ends when o'[0] > 2, or after `limit` steps."""
+
+    observation_space, action_space = OBSERVATIONS, ACTIONS
+
+    def __init__(self, limit: int = 30, constant: bool = False):
+        self.limit, self.constant = limit, constant
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.state, self.t = self.np_random.normal(size=2), 0
+        return self.state.copy(), {}
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        if not self.constant:
+            self.state = self.state + np.asarray(action)
+        return self.state.copy(), float(self.state[0]), bool(self.state[0] > 2), self.t >= self.limit, {}
+
+
+def collect(folder: Path, episodes: int, valid_fraction: float = 0.3, **kwargs: Any) -> Dataset:
+    env, policy = Walk(**kwargs), RandomPolicy(ACTIONS)
+    done: list[Episode] = []
+    for k in range(episodes):
+        act = lambda observation, rng: policy.act_one(observation, True, rng)  # noqa: E731
+        done.append(run_episode(env, act, k=k, seed=0, behaviour="random", max_steps=None, config=RealityConfig(env="walk")))
+    environment = Environment(id="worlds:Walk", max_episode_steps=kwargs.get("limit", 30))
+    write_dataset(
+        folder, done, id=folder.name, environment=environment, observation_space=OBSERVATIONS, action_space=ACTIONS, seed=0, valid_fraction=valid_fraction
+    )
+    return Dataset([folder])
+
+
+@dataclass
+class State:
+    observation: Parts
+
+
+class KnownWorld:
+    """The true dynamics of `Walk`, off by `bias` a step in the first dimension and by fresh noise of `noise` at every look (raw units)."""
+
+    def __init__(self, codec: Codec, bias: float = 0.0, noise: float = 0.0):
+        self.codec, self.bias, self.noise = codec.to_json(), bias, noise
+        self.fitted = codec
+        self.spec, self.device = codec.spec, torch.device("cpu")
+        self.config = SimpleNamespace(members=2, context=4)
+        self.net = SimpleNamespace(memory=0)
+        self.generator = torch.Generator().manual_seed(0)
+        self.steps = 0
+
+    def begin(self, task: Parts, observation: Parts, member: Tensor) -> State:
+        return State(observation)
+
+    def step(self, carry: State, action: Parts, keys: Tensor) -> tuple[State, StepOut]:
+        self.steps += len(keys)
+        raw = self.fitted.decode_observation(carry.observation) + self.fitted.decode_action(action) + np.array([self.bias, 0.0])
+        noisy = raw + self.noise * torch.randn(raw.shape, generator=self.generator, dtype=torch.float64).numpy()
+        seen = torch.from_numpy(noisy[:, 0])
+        p = (seen > 2).float()
+        zeros = torch.zeros(len(keys))
+        out = StepOut(self.fitted.observation(noisy), seen.float(), p > 0.5, p, zeros, zeros)
+        return State(self.fitted.observation(raw)), out
