@@ -1,0 +1,167 @@
+"""The base predicts real Gymnasium dynamics, reproducibly, and stays bounded far outside its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.spec import Parts, PartSpec, Spec
+
+torch.set_num_threads(1)
+CONFIG = ModelConfig(base_steps=300)
+
+
+def numbers(values: Any) -> Parts:
+    values = torch.as_tensor(np.asarray(values), dtype=torch.float32)
+    return Parts(values, torch.zeros(len(values), 0, dtype=torch.int64))
+
+
+def nothing(rows: int) -> Parts:
+    return Parts(torch.zeros(rows, 0), torch.zeros(rows, 0, dtype=torch.int64))
+
+
+def rollouts(env_id: str, steps: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Random episodes, and every second one half under a controller that stays up longer."""
+    env, rng = gymnasium.make(env_id), np.random.default_rng(seed)
+    discrete = isinstance(env.action_space, gymnasium.spaces.Discrete)
+    episodes: list[tuple[np.ndarray, np.ndarray]] = []
+    while sum(len(a) for _, a in episodes) < steps:
+        o, _ = env.reset(seed=int(rng.integers(2**31)))
+        observations, actions, done = [o], [], False
+        while not done and len(actions) < 100:
+            if discrete:
+                act: Any = int(rng.integers(2)) if len(episodes) % 2 == 0 or rng.random() < 0.5 else int(o[2] + 0.5 * o[3] > 0)
+            else:
+                mean = 0.0 if len(episodes) % 2 == 0 else 6 * o[1] + o[3] + 0.3 * o[0] + 0.4 * o[2]
+                act = np.clip(rng.normal(mean, 1.0, 1), -3, 3).astype(np.float32)
+            o, _, done, _, _ = env.step(act)
+            observations.append(o)
+            actions.append(act)
+        episodes.append((np.array(observations, dtype=np.float64), np.array(actions, dtype=np.float64).reshape(len(actions), -1)))
+    return episodes
+
+
+class Data:
+    def __init__(self, env_id: str, steps: int = 3000) -> None:
+        self.train, self.test = rollouts(env_id, steps, 0), rollouts(env_id, 1000, 1)
+        states = np.concatenate([o for o, _ in self.train])
+        self.mean, self.std = states.mean(0), states.std(0)
+        self.discrete = env_id == "CartPole-v1"
+        action = PartSpec(categories=(2,)) if self.discrete else PartSpec(1, (1e-3,))
+        self.spec = Spec(PartSpec(4, tuple(1e-4 for _ in range(4))), action)
+
+    def observations(self, values: np.ndarray) -> Parts:
+        return numbers((values - self.mean) / self.std)
+
+    def actions(self, values: np.ndarray) -> Parts:
+        return Parts(torch.zeros(len(values), 0), torch.tensor(values, dtype=torch.int64)) if self.discrete else numbers(values)
+
+    def transitions(self, episodes: list[tuple[np.ndarray, np.ndarray]]) -> Transitions:
+        before, after = (self.observations(np.concatenate([o[cut] for o, _ in episodes])) for cut in (slice(None, -1), slice(1, None)))
+        actions = self.actions(np.concatenate([a for _, a in episodes]))
+        hashes = torch.cat([torch.full((len(a),), i * 7919 + 13) for i, (_, a) in enumerate(episodes)])
+        return before, actions, nothing(len(hashes)), after, hashes
+
+
+def one_step_error(base: Base, transitions: Transitions) -> tuple[float, float]:
+    """Member 0's RMSE and median absolute error, over persistence's RMSE."""
+    o, a, task, after, _ = transitions
+    change = after.numbers - o.numbers
+    error, size = base(o, a, task)[0] - change, change.pow(2).mean().sqrt()
+    return float(error.pow(2).mean().sqrt() / size), float(error.abs().median() / size)
+
+
+@pytest.mark.parametrize(("env_id", "bound", "measure"), [("CartPole-v1", 0.002, 0), ("InvertedPendulum-v5", 0.2, 1)])
+def test_real_dynamics(env_id: str, bound: float, measure: int) -> None:
+    """The MLP is worth having: by RMSE on the smooth CartPole, by the median where impacts with the rail's end own the RMSE."""
+    data = Data(env_id)
+    base = Base.fit(data.spec, CONFIG, data.transitions(data.train), seed=0)
+    ridge = Base.fit(data.spec, CONFIG, data.transitions(data.train), seed=0, steps=0)
+    held_out = data.transitions(data.test)
+    errors = one_step_error(base, held_out)
+    assert errors[0] < bound
+    assert errors[measure] < 0.7 * one_step_error(ridge, held_out)[measure]
+
+
+def linear(rows: int = 800, noise: float = 0.0, seed: int = 0) -> tuple[Spec, Transitions]:
+    g = torch.Generator().manual_seed(seed)
+    o, a, t = torch.randn(rows, 3, generator=g), torch.randint(3, (rows, 1), generator=g), torch.randn(rows, 1, generator=g)
+    change = 0.1 * o @ torch.randn(3, 3, generator=g) + torch.randn(3, 3, generator=g)[a[:, 0]] + t + noise * torch.randn(rows, 3, generator=g)
+    spec = Spec(PartSpec(3, (1e-4, 1e-4, 1e-4)), PartSpec(categories=(3,)), PartSpec(1, (1e-4,)))
+    empty = torch.zeros(rows, 0, dtype=torch.int64)
+    return spec, (Parts(o, empty), Parts(torch.zeros(rows, 0), a), Parts(t, empty), Parts(o + change, empty), torch.arange(rows) // 20)
+
+
+def test_linear_dynamics_are_exact_and_the_scale_is_the_noise() -> None:
+    spec, exact = linear()
+    assert one_step_error(Base.fit(spec, CONFIG, exact, 0), exact)[0] < 1e-3
+    spec, noisy = linear(2000, noise=0.05)
+    scale = Base.fit(spec, CONFIG, noisy, 0).residual_scale
+    assert torch.all((scale > 0.045) & (scale < 0.07)), scale
+
+
+def test_same_input_same_bits_and_members_differ(tmp_path: Path) -> None:
+    spec, data = linear(noise=0.1)
+    config = ModelConfig(base_steps=20, members=3, base_hidden=32)
+    a, b, other = (Base.fit(spec, config, data, seed) for seed in (0, 0, 1))
+    out = a(*data[:3])
+    assert out.shape == (3, 800, 3) and torch.equal(out, b(*data[:3])) and not torch.equal(out, other(*data[:3]))
+    assert not torch.allclose(out[0], out[1], atol=1e-4)
+    save_file(a.state_dict(), tmp_path / "base.safetensors")
+    loaded = Base(spec, config)
+    loaded.load_state_dict(load_file(tmp_path / "base.safetensors"))
+    assert torch.equal(loaded(*data[:3]), out) and torch.equal(loaded.residual_scale, a.residual_scale)
+    assert not list(a.parameters())  # frozen: nothing for an optimiser
+
+
+def test_any_leading_shape() -> None:
+    spec, data = linear(64, noise=0.1)
+    base = Base.fit(spec, ModelConfig(base_steps=5), data, 0)
+    flat = base(*data[:3])
+
+    def folded(part: Parts) -> Parts:
+        return Parts(part.numbers.reshape(4, 16, -1), part.categories.reshape(4, 16, -1))
+
+    o, a, t, _, _ = data
+    assert torch.allclose(base(folded(o), folded(a), folded(t)), flat.reshape(4, 4, 16, 3), atol=1e-6)
+    assert torch.allclose(base(o[0], a[0], t[0]), flat[:, 0], atol=1e-6)
+
+
+def test_the_mlp_is_bounded_far_outside_the_data() -> None:
+    data = Data("InvertedPendulum-v5", 300)
+    base = Base.fit(data.spec, ModelConfig(base_steps=100), data.transitions(data.train), 0)
+    far = numbers(torch.randn(256, 4, generator=torch.Generator().manual_seed(0)) * 1e4)
+    act = numbers(torch.zeros(256, 1))
+    linear_part = torch.matmul(base.features(far, act, nothing(256)), base.ridge)
+    bound = base.weight2.abs().sum(1, keepdim=True) * base.scale + base.bias2.abs() * base.scale  # type: ignore[operator, union-attr]
+    assert isinstance(bound, Tensor)
+    assert torch.all((base(far, act, nothing(256)) - linear_part).abs() <= bound + 1e-3 * linear_part.abs())
+
+
+def test_without_a_base_the_scale_is_the_changes_own() -> None:
+    spec, data = linear(noise=0.3)
+    base = Base.fit(spec, ModelConfig(base=False), data, 0)
+    assert torch.equal(base(*data[:3]), torch.zeros(4, 800, 3))
+    assert torch.allclose(base.residual_scale, (data[3].numbers - data[0].numbers).std(0, correction=0))
+
+
+def test_no_numbers_one_episode_and_many_rows() -> None:
+    spec = Spec(PartSpec(categories=(5,)), PartSpec(categories=(2,)))
+    o = Parts(torch.zeros(10, 0), torch.randint(5, (10, 1)))
+    a = Parts(torch.zeros(10, 0), torch.randint(2, (10, 1)))
+    empty = Base.fit(spec, ModelConfig(), (o, a, nothing(10), o, torch.zeros(10, dtype=torch.int64)), 0)
+    assert empty(o, a, nothing(10)).shape == (4, 10, 0) and empty.residual_scale.shape == (0,)
+
+    spec, data = linear(MAX_TRANSITIONS + 1000, noise=0.1)
+    single = (*data[:4], torch.zeros(len(data[4]), dtype=torch.int64))
+    base = Base.fit(spec, ModelConfig(base_steps=10, base_hidden=8), single, 0)
+    assert torch.isfinite(base(*data[:3])).all() and torch.all(base.residual_scale < 0.2)
