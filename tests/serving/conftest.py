@@ -37,16 +37,17 @@ def untrained(
     members: int = 3,
     task: tuple[str, ...] = (),
     terminal: float = 0.05,
+    rewards: tuple[float, ...] | None = None,
     seed: int = 0,
 ) -> World:
     """A world with random weights, whose episodes end with a probability of about `terminal` a step."""
     o, a = SpaceCodec(observation), SpaceCodec(action, "action")
     environment = {"id": "Test-v0", "version": "0", "kwargs": {}, "task": list(task), "max_episode_steps": None, "success": None}
-    rest = {"reward_values": None, "reward_mean": 0.0, "reward_scale": 1.0, "reward_bin": 1e-3, "durations": False, "duration_mean": 0.0}
+    rest = {"reward_values": rewards, "reward_mean": 0.0, "reward_scale": 1.0, "reward_bin": 1e-3, "durations": False, "duration_mean": 0.0}
     rest |= {"duration_scale": 1.0, "duration_bin": 1e-3, "terminal_rate": terminal}
     scalings = {"observation": scaling(o.numbers), "action": scaling(a.numbers), "options": scaling(0)}
     codec = Codec(o, a, environment, [], scalings, np.ones(o.numbers), rest)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed); family = "sequence"  # TEMP
     config = ModelConfig(family=family, size="10k", members=members, base=False, context=context)
     net = build(codec.spec, config)
     with torch.no_grad():

@@ -57,6 +57,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     is a function of (world, seed, first_env, B, actions): it is the same on both backends, and on whichever replica.
     """
 
+    _connection: Connection | None = None
+
     def __init__(
         self,
         num_envs: int,
@@ -90,7 +92,6 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._seed = seed
         self._first_env = first_env
         self._env = first_env + np.arange(num_envs)
-        self._connection: Connection
         if isinstance(world, World):
             self._world, self._connection = "", InProcess(Sessions(lambda _: (IN_MEMORY, world)))
         else:
@@ -219,13 +220,15 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         now: dict[str, Any] = {}
         then: dict[str, Any] = {}
         for name in [name for name in infos if not name.startswith("_")]:
-            now |= {name: infos[name], f"_{name}": ~restarted}
-            then |= {name: infos[name], f"_{name}": restarted}
+            nothing = np.zeros(1, infos[name].dtype)
+            now |= {name: np.where(restarted, nothing, infos[name]), f"_{name}": ~restarted}
+            then |= {name: np.where(restarted, infos[name], nothing), f"_{name}": restarted}
         return now | {"final_obs": final, "_final_obs": restarted, "final_info": then, "_final_info": restarted}
 
     def close_extras(self, **_: Any) -> None:
         """End the session (a replica that is away forgets it by itself)."""
-        self._connection.close({"op": "end", "session": self._session})
+        if self._connection is not None:
+            self._connection.close({"op": "end", "session": self._session})
 
     # -- the protocol --------------------------------------------------------------------------------------------------
 
@@ -253,6 +256,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             self._call(restore | {f"{CONTEXT}{name}": value for name, value in self._mirror.context(member).to_numpy().items()})
 
     def _call(self, request: Message) -> Message:
+        assert self._connection is not None
         reply = self._connection.call(request)
         if "error" in reply:
             raise (UsageError if reply["kind"] == "usage" else MesocosmError)(reply["error"])
