@@ -142,18 +142,30 @@ def source_hash(thing: Any) -> str:
 
 
 def task_keys(config: RealityConfig, observation_space: gymnasium.Space[Any]) -> list[str]:
-    """Those names of `reality.task` that are keys of the observation; the others are reset options.
+    """Those names of `reality.task` that are keys of the observation (dotted where nested); the others are reset options.
 
     Raises UsageError on a name that is neither.
     """
-    keys = list(observation_space.spaces) if isinstance(observation_space, gymnasium.spaces.Dict) else []
+    keys = _keys(observation_space)
     for name in config.task:
+        if name in keys and name in config.task_options:
+            raise UsageError(f"reality.task_options.{name} is drawn, and {name!r} is a key of the observation too; rename the option, or remove it")
         if name not in keys and name not in config.task_options:
             raise UsageError(
                 f"reality.task names {name!r}, which is no key of the observation (it has {keys}) and has no reality.task_options.{name} to draw it from"
                 f"{nearest(name, [*keys, *config.task_options])}"
             )
-    return [name for name in config.task if name in keys and name not in config.task_options]
+    return [name for name in config.task if name in keys]
+
+
+def _keys(space: gymnasium.Space[Any], prefix: str = "") -> list[str]:
+    if isinstance(space, gymnasium.spaces.Dict):
+        children = list(space.spaces.items())
+    elif isinstance(space, gymnasium.spaces.Tuple) and prefix:
+        children = [(str(i), child) for i, child in enumerate(space.spaces)]
+    else:
+        return []
+    return [key for name, child in children for key in (f"{prefix}{name}", *_keys(child, f"{prefix}{name}."))]
 
 
 def draw_options(config: RealityConfig, rng: np.random.Generator) -> dict[str, Any]:

@@ -124,6 +124,7 @@ class Ledger:
         self._next = 0
         self._open: dict[int, Reservation] = {}
         self._confirmed = {purpose: _Sum() for purpose in PURPOSES}
+        self._holders: dict[str, int] = {}
 
     # -- spending ------------------------------------------------------------------------------------------------
 
@@ -177,11 +178,11 @@ class Ledger:
             self._catch_up()
             return self._remaining(purpose, None)
 
-    def outstanding(self, holder: str) -> list[Reservation]:
-        """The unconfirmed reservations of one holder."""
+    def spent_by(self, holder: str) -> int:
+        """Steps that one holder has spent, its unconfirmed reservations included."""
         with self._lock:
             self._catch_up()
-            return [r for r in self._open.values() if r.holder == holder]
+            return self._holders.get(holder, 0) + sum(r.steps for r in self._open.values() if r.holder == holder)
 
     # -- the journal ---------------------------------------------------------------------------------------------
 
@@ -227,6 +228,7 @@ class Ledger:
             done.steps += confirm["steps"]
             done.resets += confirm["resets"]
             done.seconds += confirm["seconds"]
+            self._holders[held.holder] = self._holders.get(held.holder, 0) + confirm["steps"]
         if reserve is not None:
             self._open[number] = Reservation(number, reserve["purpose"], reserve["steps"], reserve["resets"], reserve["holder"])
 

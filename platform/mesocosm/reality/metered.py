@@ -7,6 +7,7 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ RESETS_A_BLOCK = 8
 
 
 class Meter:
-    """Reserves blocks before use, counts what is used, confirms. `stopped` from a second thread freezes the count.
+    """Reserves blocks before use, counts what is used, confirms. Another thread may watch it and stop it.
 
     Args:
         block: steps a reservation: what a crash over-counts at most.
@@ -87,7 +88,7 @@ class Meter:
             self._release(self._usage())
             raise BudgetSpent(
                 f"ledger {self.ledger.id!r} leaves {granted.steps} real steps for {self.purpose}, fewer than the {need} that step together; "
-                "use fewer environments or raise the budget"
+                "use fewer environments, or raise the budget"
             )
 
     def _usage(self) -> Usage | None:
@@ -113,11 +114,17 @@ class Meter:
         """From another thread: if a step has been under way for longer than `timeout_s`, freeze the meter (no further step
         can begin) and return what was used of its reservation, the hanging step included, for the caller to confirm."""
         with self._lock:
-            busy = self.busy_s()
-            if busy <= timeout_s or self._held is None:
-                return None
-            self._stopped = True
-            return Usage(self._held, self._used[0], self._used[1], self._used[2] + busy)
+            return self._freeze() if self.busy_s() > timeout_s else None
+
+    def stop(self) -> Usage | None:
+        """As `stop_if_hung`, whatever is under way; None if nothing is reserved."""
+        with self._lock:
+            return self._freeze()
+
+    def _freeze(self) -> Usage | None:
+        busy, usage = self.busy_s(), self._usage()
+        self._stopped = True
+        return None if usage is None else replace(usage, seconds=usage.seconds + busy)
 
 
 class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):

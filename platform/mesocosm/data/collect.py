@@ -1,0 +1,208 @@
+"""The job `collect`: metered real steps by a mix of behaviours, in parallel lanes -> a dataset.
+
+The same config and seed make the same episodes, whatever the number of workers. A collection that was killed is simply run
+again: it starts anew, and the ledger keeps counting the steps that were spent.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from mesocosm import __version__, cluster
+from mesocosm.config import JobConfig, fingerprint, identity
+from mesocosm.data import behaviours as acting
+from mesocosm.data.behaviours import BehaviourConfig
+from mesocosm.data.lanes import Attempt, Plan, run_here, run_on_ray, split
+from mesocosm.data.manifest import Environment
+from mesocosm.data.spaces import SpaceCodec
+from mesocosm.data.writer import write_dataset
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.reality.config import RealityConfig
+from mesocosm.reality.env import environment_version, make_env, source_hash
+from mesocosm.reality.ledger import Ledger
+from mesocosm.storage import SCHEMA, Artifact, Storage
+from mesocosm.tracking import Run
+
+FREE = ("budget", "price", "step_timeout_s")
+"""Keys of `reality` that change what is paid or waited for, not what is collected."""
+
+
+@dataclass
+class CollectConfig(JobConfig):
+    reality: RealityConfig = field(default_factory=RealityConfig)
+    steps: int = 1000
+    """Real steps to take, those of dropped episodes included."""
+    lanes: int = 2
+    """The steps are shared out to so many sequences of episodes: part of what is collected."""
+    workers: int = 1
+    """Ray actors that run the lanes; 0 runs them in this process (where a step that hangs cannot be ended)."""
+    behaviours: list[BehaviourConfig] = field(default_factory=lambda: [BehaviourConfig()])
+    valid_fraction: float = 0.1
+    """Share of the episodes held out for validation."""
+    ledger: str | None = None
+    """The ledger that counts the steps; None is one named as the dataset."""
+
+
+def check(cfg: CollectConfig) -> None:
+    """Raise UsageError on the first value that cannot be meant. Makes no environment."""
+    for name, least in (("steps", 1), ("lanes", 1), ("workers", 0)):
+        if getattr(cfg, name) < least:
+            raise UsageError(f"{name}={getattr(cfg, name)} cannot be; give at least {least}")
+    if cfg.lanes > cfg.steps:
+        raise UsageError(f"lanes={cfg.lanes} are more than steps={cfg.steps}; give each lane at least one step")
+    if not 0 <= cfg.valid_fraction < 1:
+        raise UsageError(f"valid_fraction={cfg.valid_fraction} is no share; give a number from 0 to below 1")
+    acting.check(cfg.behaviours)
+
+
+def run(cfg: CollectConfig, run: Run) -> Artifact:
+    """Collect `cfg.steps` real steps, or find the dataset that was collected so before.
+
+    Raises UsageError before any step: a wrong config, no such environment, an unsupported space, too small a budget, more
+    workers than the cluster has. MesocosmError after: an environment that keeps failing, a behaviour that raises.
+    """
+    check(cfg)
+    storage = run.storage
+    env = make_env(cfg.reality)
+    observation_space, action_space, version = env.observation_space, env.action_space, environment_version(env)
+    horizon = env.spec.max_episode_steps if env.spec is not None else cfg.reality.horizon
+    env.close()
+    for space, name in ((observation_space, "observation"), (action_space, "action")):
+        SpaceCodec(space, name)
+    chosen, sources = _resolve(cfg.behaviours, storage, observation_space, action_space)
+    what = identity(cfg, without=["workers", "ledger"])
+    what["reality"] = {key: value for key, value in what["reality"].items() if key not in FREE}
+    what["behaviours"] = [vars(b) for b in chosen]
+    id = fingerprint("datasets", what, sources, version, __version__, SCHEMA)
+    if not cfg.force and (found := storage.find("datasets", id)) is not None:
+        run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was collected")
+        run.record(artifact=found.name, inputs=found.meta["inputs"])
+        return found
+    ledger = Ledger(storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
+    _check_budget(cfg, ledger, run)
+    plan = Plan(cfg.reality, chosen, cfg.seed, cfg.storage.root, ledger.id, f"{run.id}-{uuid.uuid4().hex[:8]}", os.getcwd())
+    attempts = _collect(cfg, plan, run)
+    episodes = [a.episode for a in attempts if a.episode is not None]
+    dropped = [{"index": a.index, "behaviour": a.behaviour, "steps": a.steps, "reason": a.reason} for a in attempts if a.episode is None]
+    if not episodes:
+        raise MesocosmError(f"all {len(dropped)} episodes were dropped, the last because {dropped[-1]['reason']}; correct reality.env={cfg.reality.env!r}")
+    for episode in episodes:
+        run.log({"collect/return": episode.total_reward, "collect/length": len(episode)}, step=episode.index)
+    totals = ledger.totals().to_json()
+    counts = _counts(attempts)
+    meta = {
+        "inputs": {"agents": sorted(b.policy.removeprefix("agents/") for b in chosen if b.policy is not None)},
+        "config": {**identity(cfg), "behaviours": what["behaviours"]},
+        "job": "collect",
+        "run": run.id,
+        "counts": counts,
+        "dropped": dropped,
+        "ledger": totals,
+    }
+    environment = Environment(
+        id=cfg.reality.env,
+        version=version,
+        kwargs=dict(cfg.reality.kwargs),
+        task=list(cfg.reality.task),
+        max_episode_steps=horizon,
+        success=cfg.reality.success,
+    )
+
+    def fill(folder: Path) -> None:
+        write_dataset(
+            folder,
+            episodes,
+            dropped=len(dropped),
+            id=id,
+            environment=environment,
+            observation_space=observation_space,
+            action_space=action_space,
+            seed=cfg.seed,
+            valid_fraction=cfg.valid_fraction,
+        )
+
+    artifact = storage.make("datasets", id, meta, fill, force=cfg.force)
+    run.record(artifact=artifact.name, inputs=meta["inputs"], ledger=totals, counts=counts)
+    run.say(f"{artifact.name}: {_sentence(counts)}; ledger {ledger.id!r}: {totals['spent']} steps, price {totals['price']:g} {totals['currency']}")
+    return artifact
+
+
+def _resolve(
+    configs: Sequence[BehaviourConfig], storage: Storage, observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any]
+) -> tuple[list[BehaviourConfig], list[str]]:
+    """The behaviours with their policies' full ids, and the hash of each one's code; each is built once, to refuse it before any step."""
+    chosen, sources = [], []
+    for config in configs:
+        policy = None if config.policy is None else storage.artifact("agents", config.policy).name
+        config = BehaviourConfig(config.kind, config.weight, config.noise, policy, config.function)
+        acting.build(config, observation_space, action_space, storage)
+        chosen.append(config)
+        sources.append("" if config.function is None else source_hash(acting.load_function(config.function)))
+    return chosen, sources
+
+
+def _check_budget(cfg: CollectConfig, ledger: Ledger, run: Run) -> None:
+    totals = ledger.totals()
+    if cfg.ledger is None and totals.purposes["collect"].steps:
+        run.say(f"ledger {ledger.id!r} already counts {totals.purposes['collect'].steps} steps of an earlier collection of this dataset; they stay spent")
+    left = ledger.remaining("collect")
+    if left is not None and left < cfg.steps:
+        apart = sum(r.steps for r in totals.unconfirmed)
+        raise UsageError(
+            f"reality.budget.steps={cfg.reality.budget.steps} leaves {left} real steps in ledger {ledger.id!r} "
+            f"({totals.spent} spent, {apart} of them unconfirmed), fewer than steps={cfg.steps}; lower steps, raise the budget, or name another ledger"
+        )
+
+
+def _collect(cfg: CollectConfig, plan: Plan, run: Run) -> list[Attempt]:
+    """Every episode tried, by index."""
+    lanes = split(cfg.steps, cfg.lanes)
+    if cfg.workers > cfg.lanes:
+        run.say(f"workers={cfg.workers}: only lanes={cfg.lanes} can work at once")
+    with run.progress(f"collect {cfg.reality.env}", cfg.steps) as update:
+
+        def report(attempts: Sequence[Attempt], steps: int) -> None:
+            update(steps, f"{steps}/{cfg.steps} real steps, {_sentence(_counts(attempts))}")
+
+        if cfg.workers == 0:
+            attempts = run_here(plan, lanes, report)
+        else:
+            cluster.ensure(cfg.ray)
+            workers = min(cfg.workers, cfg.lanes)
+            cluster.preflight(cpus=workers, what=f"workers={cfg.workers}")
+            attempts = run_on_ray(plan, lanes, workers, report)
+        attempts.sort(key=lambda attempt: attempt.index)
+        report(attempts, sum(lane.used for lane in lanes))
+    return attempts
+
+
+def _counts(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    episodes = [a.episode for a in attempts if a.episode is not None]
+    outcomes = Counter(episode.outcome for episode in episodes)
+    successes = [episode.success for episode in episodes if episode.success is not None]
+    return {
+        "steps": sum(a.steps for a in attempts),
+        "transitions": sum(len(episode) for episode in episodes),
+        "episodes": len(episodes),
+        "dropped": len(attempts) - len(episodes),
+        "dropped_steps": sum(a.steps for a in attempts if a.episode is None),
+        "outcomes": {outcome: outcomes[outcome] for outcome in ("terminated", "truncated", "unfinished")},
+        "behaviours": dict(sorted(Counter(episode.behaviour for episode in episodes).items())),
+        "mean_return": float(np.mean([episode.total_reward for episode in episodes])) if episodes else None,
+        "success_rate": float(np.mean(successes)) if successes else None,
+    }
+
+
+def _sentence(counts: dict[str, Any]) -> str:
+    mean = "" if counts["mean_return"] is None else f", mean return {counts['mean_return']:.4g}"
+    dropped = f", {counts['dropped']} dropped" if counts["dropped"] else ""
+    return f"{counts['episodes']} episodes of {counts['transitions']} transitions{dropped}{mean}"

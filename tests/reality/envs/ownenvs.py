@@ -1,0 +1,101 @@
+"""A user's own environments, which misbehave on demand. The tests run in this folder, as a user would."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box, Dict
+
+
+class Line(gymnasium.Env):
+    """A walk on a line that ends beyond 1. `trouble` maps a reset seed (as text) to what happens at that episode's third step."""
+
+    observation_space = Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = Box(-1.0, 1.0, (1,), np.float32)
+
+    def __init__(self, trouble: dict[str, str] | None = None, stretch: float = 0.2):
+        self.trouble, self.stretch = trouble or {}, stretch
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        self.mishap = self.trouble.get(str(seed))
+        if self.mishap == "reset":
+            raise RuntimeError("the arm is jammed")
+        self.t, self.x = 0, float(self.np_random.uniform(-0.5, 0.5))
+        self.buffer = np.array([self.x, 0.0], np.float32)
+        return self.buffer, {}
+
+    def step(self, action: Any):
+        self.t += 1
+        self.x += self.stretch * float(action[0])
+        self.buffer[:] = self.x, self.t  # the same array each time
+        if self.t == 3 and self.mishap:
+            match self.mishap:
+                case "crash":
+                    raise RuntimeError("the arm fell off")
+                case "hang":
+                    time.sleep(3600)
+                case "die":
+                    os._exit(11)
+                case "nan":
+                    self.buffer[0] = np.nan
+                case "reward":
+                    return self.buffer, float("inf"), False, False, {}
+        return self.buffer, -abs(self.x), abs(self.x) > 1, False, {}
+
+
+class Reach(Line):
+    """A Dict observation with a goal, an info with durations and success."""
+
+    observation_space = Dict({"state": Box(-np.inf, np.inf, (2,), np.float32), "goal": Box(-1, 1, (1,), np.float32)})
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        state, info = super().reset(seed=seed)
+        self.goal = np.array([self.np_random.uniform(-1, 1)], np.float32)
+        return {"state": state, "goal": self.goal}, info
+
+    def step(self, action: Any):
+        state, reward, terminated, truncated, _ = super().step(action)
+        near = abs(self.x - float(self.goal[0])) < 0.1
+        return {"state": state, "goal": self.goal}, reward, terminated or near, truncated, {"duration": 0.25 * self.t, "reached": near}
+
+
+class Windy(Line):
+    """Takes the reset options wind (a float) and side (a choice)."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        observation, info = super().reset(seed=seed)
+        self.options = options
+        return observation, info
+
+    def step(self, action: Any):
+        assert self.options is not None
+        self.x += self.options["wind"] * (1 if self.options["side"] == "east" else -1)
+        return super().step(action)
+
+
+def make_line(**kwargs: Any) -> gymnasium.Env:
+    return gymnasium.wrappers.TimeLimit(Line(**kwargs), 7)
+
+
+def not_an_env() -> int:
+    return 3
+
+
+def push_left(observation: Any, rng: np.random.Generator) -> Any:
+    return np.array([-0.5])
+
+
+def too_far(observation: Any, rng: np.random.Generator) -> Any:
+    return np.array([7.0])
+
+
+def broken(observation: Any, rng: np.random.Generator) -> Any:
+    raise KeyError("no such joint")
+
+
+gymnasium.register("OwnLine-v0", entry_point=Line, max_episode_steps=30)

@@ -1,0 +1,202 @@
+"""The ledger is exact under parallel processes, and forgets nothing that a killed one may have done."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mesocosm.errors import ArtifactError, BudgetSpent, UsageError
+from mesocosm.reality.config import BudgetConfig, PriceConfig
+from mesocosm.reality.ledger import PURPOSES, Ledger, Usage
+from mesocosm.storage import Storage
+
+fork = multiprocessing.get_context("fork")
+
+
+def _spend(root: str, budget: int, block: int, purpose: str, out: str) -> None:
+    """Reserve and use blocks, sometimes not wholly, until the budget is spent; write what was really used."""
+    ledger, used, turn = Ledger(Storage(root), "shared", BudgetConfig(budget)), 0, 0
+    try:
+        while True:
+            turn += 1
+            held = ledger.reserve(purpose, block, resets=1)
+            steps = held.steps if turn % 3 else held.steps // 2
+            ledger.confirm(held, steps, 1, 0.001)
+            used += steps
+    except BudgetSpent:
+        Path(out).write_text(str(used))
+
+
+def test_four_processes_spend_exactly_the_budget(root: str, tmp_path: Path) -> None:
+    budget = 997
+    started = [
+        fork.Process(target=_spend, args=(root, budget, block, purpose, str(tmp_path / f"{block}")))
+        for block, purpose in ((7, "collect"), (16, "select"), (33, "collect"), (64, "select"))
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+        assert process.exitcode == 0
+    used = [int((tmp_path / f"{block}").read_text()) for block in (7, 16, 33, 64)]
+    totals = Ledger(Storage(root), "shared", BudgetConfig(budget)).totals()
+    # A process that finds nothing left stops though another may still give some back: never over, and what is counted was used.
+    assert totals.spent == sum(used) <= budget
+    assert budget - totals.spent < 64
+    assert totals.unconfirmed == () and totals.remaining == budget - totals.spent
+    rest = Ledger(Storage(root), "shared", BudgetConfig(budget))
+    if totals.remaining:
+        assert rest.reserve("collect", 1000).steps == totals.remaining
+    with pytest.raises(BudgetSpent, match=r"reality.budget.steps=997 is spent"):
+        rest.reserve("collect", 1)
+    names = Storage(root).list("ledgers/shared")
+    assert names == [f"{n:08d}.json" for n in range(len(names))]
+
+
+def _hold(root: str, granted: str) -> None:
+    ledger, total = Ledger(Storage(root), "shared", BudgetConfig(500)), 0
+    try:
+        while True:
+            total += ledger.reserve("collect", 11).steps
+    except BudgetSpent:
+        Path(granted).write_text(str(total))
+
+
+def test_parallel_grants_add_up_to_the_budget(root: str, tmp_path: Path) -> None:
+    started = [fork.Process(target=_hold, args=(root, str(tmp_path / str(i)))) for i in range(4)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert sum(int((tmp_path / str(i)).read_text()) for i in range(4)) == 500
+
+
+def _die_mid_block(root: str, ready: str) -> None:
+    ledger = Ledger(Storage(root), "shared", BudgetConfig(300))
+    ledger.confirm(ledger.reserve("collect", 64, resets=8), 64, 2, 0.5)
+    ledger.reserve("collect", 64, resets=3)
+    Path(ready).write_text("")
+    time.sleep(600)
+
+
+def test_a_killed_process_is_never_forgotten(root: str, tmp_path: Path) -> None:
+    process = fork.Process(target=_die_mid_block, args=(root, str(tmp_path / "ready")))
+    process.start()
+    while not (tmp_path / "ready").exists():
+        assert process.is_alive()
+        time.sleep(0.01)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    ledger = Ledger(Storage(root), "shared", BudgetConfig(300), PriceConfig(0.5, 10.0, "EUR"))
+    totals = ledger.totals()
+    collect = totals.purposes["collect"]
+    assert (collect.steps, collect.unconfirmed_steps, collect.resets, collect.unconfirmed_resets) == (128, 64, 5, 3)
+    assert (collect.price, collect.unconfirmed_price, collect.seconds) == (64 + 50, 32 + 30, 0.5)
+    assert totals.spent == 128 and totals.remaining == 172
+    assert [(r.purpose, r.steps) for r in totals.unconfirmed] == [("collect", 64)]
+    assert json.loads(json.dumps(totals.to_json()))["price"] == 114
+    assert ledger.reserve("select", 1000).steps == 172
+    with pytest.raises(BudgetSpent, match="236 of them unconfirmed"):
+        ledger.reserve("collect", 1)
+
+
+OPERATIONS = st.lists(
+    st.tuples(st.integers(0, 2), st.sampled_from(PURPOSES), st.integers(1, 40), st.floats(0, 1), st.sampled_from(["reserve", "confirm", "both", "exact"])),
+    max_size=40,
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(operations=OPERATIONS, budget=st.integers(0, 200), bound=st.integers(0, 60))
+def test_any_interleaving_agrees_with_a_plain_count(tmp_path_factory: pytest.TempPathFactory, operations: list, budget: int, bound: int) -> None:
+    """Three ledgers open on one journal against a model in plain integers."""
+    storage = Storage(str(tmp_path_factory.mktemp("ledger")))
+    ledgers = [Ledger(storage, "x", BudgetConfig(budget), bounds={"judge": bound, "select": bound}) for _ in range(3)]
+    done, held = dict.fromkeys(PURPOSES, 0), []
+
+    def spent(*purposes: str) -> int:
+        return sum(done[p] for p in purposes) + sum(r.steps for r in held if r.purpose in purposes)
+
+    def left(purpose: str) -> int:
+        limits = [budget - spent("collect", "select")] if purpose in ("collect", "select") else []
+        return min([*limits, *([bound - spent(purpose)] if purpose in ("judge", "select") else [])], default=10**9)
+
+    for who, purpose, steps, share, what in operations:
+        ledger = ledgers[who]
+        assert (ledger.remaining(purpose) if left(purpose) < 10**9 else 10**9) == left(purpose)
+        usage = None
+        if what in ("confirm", "both") and held:
+            first = held[0]
+            usage = Usage(first, int(share * first.steps), 0, 0.0)
+        if what == "confirm":
+            if usage is not None:
+                ledger.confirm(usage.reservation, usage.steps)
+                held.remove(usage.reservation)
+                done[usage.reservation.purpose] += usage.steps
+            continue
+        if usage is not None:
+            held.remove(usage.reservation)
+            done[usage.reservation.purpose] += usage.steps
+        allowed = left(purpose)
+        try:
+            granted = ledger.reserve(purpose, steps, exact=what == "exact", confirming=usage)
+        except BudgetSpent:
+            assert allowed < (steps if what == "exact" else 1)
+            if usage is not None:  # a refusal confirms nothing either
+                held.insert(0, usage.reservation)
+                done[usage.reservation.purpose] -= usage.steps
+        else:
+            assert granted.steps == min(steps, allowed)
+            held.append(granted)
+    for ledger in ledgers:
+        totals = ledger.totals()
+        assert {p: totals.purposes[p].steps for p in PURPOSES} == {p: spent(p) for p in PURPOSES}
+        assert totals.spent == spent("collect", "select") <= budget
+        assert sorted(r.number for r in totals.unconfirmed) == sorted(r.number for r in held)
+
+
+def test_of_two_confirmations_the_first_holds(root: str) -> None:
+    one, two = Ledger(Storage(root), "x"), Ledger(Storage(root), "x")
+    held = one.reserve("collect", 10)
+    two.confirm(held, 4)
+    one.confirm(held, 9)
+    assert one.totals().steps == two.totals().steps == 4
+
+
+def test_appending_reads_only_what_is_new(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(Storage(root), "x")
+    for _ in range(30):
+        ledger.confirm(ledger.reserve("collect", 1), 1)
+    reads: list[str] = []
+    read = ledger.storage.read
+    monkeypatch.setattr(ledger.storage, "read", lambda path: reads.append(path) or read(path))
+    ledger.reserve("collect", 1)
+    assert len(reads) == 1
+
+
+def test_no_budget_is_no_bound_and_bounds_are_by_purpose(root: str) -> None:
+    ledger = Ledger(Storage(root), "x", bounds={"baseline": 5})
+    assert ledger.reserve("collect", 10**6).steps == 10**6 and ledger.remaining("collect") is None and ledger.totals().remaining is None
+    assert ledger.reserve("baseline", 9).steps == 5
+    with pytest.raises(BudgetSpent, match="the bound of baseline=5 is spent"):
+        ledger.reserve("baseline", 1)
+    assert ledger.reserve("judge", 7).steps == 7
+
+
+def test_bad_names_and_damage_are_said(root: str) -> None:
+    with pytest.raises(UsageError, match="'a/b' is not a name"):
+        Ledger(Storage(root), "a/b")
+    ledger = Ledger(Storage(root), "x")
+    ledger.reserve("collect", 1)
+    (Path(root) / "ledgers" / "x" / "00000000.json").write_text("{")
+    with pytest.raises(ArtifactError, match=r"00000000.json.*damaged"):
+        Ledger(Storage(root), "x").totals()
