@@ -271,6 +271,18 @@ def _trajectories(group: Trajectories) -> dict[str, Any]:
     return {"title": group.title, "names": [group.names[k] for k in kept], "episodes": episodes}
 
 
+def trajectories_of(summary: Mapping[str, Any]) -> list[Trajectories]:
+    """The trajectories of a written summary, to be shown in another."""
+    return [
+        Trajectories(
+            group["title"],
+            group["names"],
+            [Episode(e["title"], np.asarray(e["reality"]), [np.asarray(i) for i in e["imagined"]]) for e in group["episodes"]],
+        )
+        for group in summary["trajectories"]
+    ]
+
+
 def clean(value: Any) -> Any:
     """Plain JSON values; a float that is not finite becomes None."""
     if isinstance(value, np.generic):

@@ -1,0 +1,294 @@
+"""The job `loop`: the whole circle on one machine or a cluster, and a report.
+
+    collect -> pretrain -> serve -> train-agent -> evaluate in reality -> collect with the new agent -> ... -> report
+
+Each arrow is the job of that name, run as a child of this one; each result is an artifact, found again when the loop is
+run again. What is spent on data is counted by one ledger, and what model-free training spends, for comparison, by its own.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.table import Table
+
+from mesocosm import __version__, cluster
+from mesocosm.agents import baseline as model_free
+from mesocosm.agents import train as agents
+from mesocosm.agents.config import AgentConfig, BaselineConfig
+from mesocosm.config import JobConfig, fingerprint, identity
+from mesocosm.data import collect as collecting
+from mesocosm.data.behaviours import BehaviourConfig
+from mesocosm.data.collect import CollectConfig
+from mesocosm.errors import UsageError
+from mesocosm.evaluation import page, report
+from mesocosm.evaluation import run as evaluation
+from mesocosm.evaluation.config import EvaluateConfig
+from mesocosm.pretrain import run as pretraining
+from mesocosm.pretrain.config import PretrainConfig
+from mesocosm.reality import config as reality_config
+from mesocosm.reality.config import RealityConfig
+from mesocosm.reality.ledger import Ledger
+from mesocosm.serving.config import ServeConfig
+from mesocosm.serving.deployment import deploy, undeploy
+from mesocosm.storage import SCHEMA, Artifact
+from mesocosm.tracking import Run, console
+
+J = TypeVar("J", bound=JobConfig)
+
+
+@dataclass
+class LoopConfig(JobConfig):
+    """A job's own block holds what is particular to it; `reality`, `seed`, `storage`, `tracking` and `ray` are said once, here."""
+
+    reality: RealityConfig = field(default_factory=RealityConfig)
+    rounds: int = 3
+    target: float | None = None
+    """A mean return in reality: drawn in the report, and what "real steps to target" means."""
+    stop_at_target: bool = False
+    """End after the first round whose judged mean return reaches the target."""
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    """The first round's data."""
+    explore: CollectConfig = field(default_factory=lambda: CollectConfig(steps=500, behaviours=[BehaviourConfig(kind="noisy")]))
+    """Every later round's; a behaviour that wants a policy and names none gets the last round's agent."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    warm_start: bool = True
+    """Later rounds go on from the last round's agent; otherwise each begins anew."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    baselines: list[BaselineConfig] = field(default_factory=list)
+    """Model-free training on reality, for comparison."""
+
+
+SHARED = ("reality", "seed", "storage", "tracking", "ray", "force")
+
+
+def check(cfg: LoopConfig) -> None:
+    """Raise UsageError on the first value that cannot be meant, in any stage, before anything starts."""
+    if cfg.rounds < 1:
+        raise UsageError(f"rounds={cfg.rounds} makes no round; give at least 1")
+    if cfg.stop_at_target and cfg.target is None:
+        raise UsageError("stop_at_target=true needs a target; set target to a mean return")
+    reality_config.check(cfg.reality)
+    blocks = [(name, getattr(cfg, name)) for name in ("collect", "explore", "pretrain", "serve", "agent", "evaluate")]
+    for name, block in [*blocks, *((f"baselines[{i}]", b) for i, b in enumerate(cfg.baselines))]:
+        default = type(block)()
+        for key in SHARED:
+            if hasattr(block, key) and getattr(block, key) != getattr(default, key):
+                raise UsageError(f"{name}.{key} is the loop's own to fill; set {key} at the top of the config")
+    budget, needed = cfg.reality.budget.steps, cfg.collect.steps + (cfg.rounds - 1) * cfg.explore.steps
+    if budget is not None and needed > budget:
+        raise UsageError(f"reality.budget.steps={budget} is less than the {needed} steps of {cfg.rounds} rounds; raise it, or lower rounds or explore.steps")
+    collecting.check(_fill(cfg.collect, cfg, 0))
+    replace(cfg.pretrain, data=replace(cfg.pretrain.data, datasets=["?"])).validate()
+    for i, b in enumerate(cfg.baselines):
+        model_free.check(_fill(b, cfg, i))
+
+
+def plan(cfg: LoopConfig) -> dict[str, Any]:
+    """What a run would spend; nothing is started."""
+    check(cfg)
+    steps = cfg.collect.steps + (cfg.rounds - 1) * cfg.explore.steps
+    price = cfg.reality.price
+    free = sum(b.steps for b in cfg.baselines)
+    return {
+        "rounds": cfg.rounds,
+        "real steps": steps,
+        "price": f"{steps * price.per_step:g} {price.currency} and {price.per_reset:g} a reset",
+        "judged episodes": cfg.rounds * cfg.evaluate.episodes,
+        "model-free real steps": f"at most {free}, {free * price.per_step:g} {price.currency}",
+        "model": f"{cfg.pretrain.model.family} {cfg.pretrain.model.size}, {cfg.pretrain.train.steps} steps a round",
+        "imagined steps": cfg.rounds * cfg.agent.iterations * cfg.agent.num_envs * cfg.agent.rollout,
+    }
+
+
+def run(cfg: LoopConfig, run: Run) -> Artifact:
+    """Go round `cfg.rounds` times and write the report; a finished loop is found, a broken-off one goes on where it was."""
+    check(cfg)
+    id = fingerprint("loop", identity(cfg), __version__, SCHEMA)
+    if not cfg.force and (found := run.storage.find("evaluations", id)) is not None:
+        run.say(f"found {found.name}: the loop was finished before")
+        return _done(found, run)
+    return _done(_Loop(cfg, run, id).go(), run)
+
+
+def _done(artifact: Artifact, run: Run) -> Artifact:
+    summary = json.loads((artifact.path / report.SUMMARY).read_text())
+    run.record(artifact=artifact.name, inputs=artifact.meta["inputs"], ledger=artifact.meta["ledger"])
+    for name in (report.PAGE, report.SUMMARY):
+        run.artifact(artifact.path / name)
+    if not run.quiet:
+        console.print(_table(summary))
+    run.say(f"report: {artifact.path / report.PAGE}")
+    return artifact
+
+
+def _fill(block: J, cfg: LoopConfig, round: int) -> J:
+    """A stage's config with what is said once at the top of the loop's; each round has a seed of its own."""
+    shared: dict[str, Any] = {key: getattr(cfg, key) for key in SHARED if any(f.name == key for f in fields(block))}
+    return replace(block, **(shared | {"seed": cfg.seed * 1000 + round}))
+
+
+class _Loop:
+    def __init__(self, cfg: LoopConfig, run: Run, id: str):
+        self.cfg, self.run, self.id = cfg, run, id
+        self.ledger_id = f"loop-{id}"
+        self.ledger = Ledger(run.storage, self.ledger_id, cfg.reality.budget, cfg.reality.price)
+        self.stages: list[report.Stage] = []
+        self.lineage: list[tuple[str, str]] = []
+        self.inputs: dict[str, list[str]] = {"datasets": [], "worlds": [], "agents": [], "evaluations": []}
+        self.served = False
+
+    def go(self) -> Artifact:
+        cfg, run = self.cfg, self.run
+        points: list[report.Point] = []
+        judged: list[dict[str, Any]] = []
+        agent: Artifact | None = None
+        cluster.ensure(cfg.ray)
+        try:
+            for round in range(cfg.rounds):
+                run.say(f"[bold]round {round + 1} of {cfg.rounds}[/]" if not run.quiet else f"round {round + 1} of {cfg.rounds}")
+                self._stage("collect", round, "datasets", lambda r=round, a=agent: self._collect(r, a))
+                world = self._stage("pretrain", round, "worlds", lambda r=round: self._pretrain(r))
+                agent = self._stage("train-agent", round, "agents", lambda r=round, w=world, a=agent: self._train(r, w, a))
+                spent = int(self._once(f"spent-{round}", self.ledger.totals().spent))
+                evaluated = self._stage("evaluate", round, "evaluations", lambda r=round, w=world, a=agent: self._evaluate(r, w, a))
+                judged.append(json.loads((evaluated.path / report.SUMMARY).read_text()))
+                returns = judged[-1]["curves"]["world"][0]["points"][0]["returns"]
+                points.append(report.Point.of(spent, returns, round=round, wall_seconds=sum(s.seconds for s in self.stages)))
+                run.log({"loop/real_steps": spent, "loop/return": points[-1].mean}, step=round)
+                run.say(f"  after {spent} real steps: mean return {points[-1].mean:.1f} in reality")
+                if cfg.stop_at_target and cfg.target is not None and points[-1].mean >= cfg.target:
+                    break
+        finally:
+            if self.served:
+                undeploy(cfg.serve.name)
+        curves = [self._baseline(i, b) for i, b in enumerate(cfg.baselines)]
+        return self._report(points, judged, curves)
+
+    # -- stages --------------------------------------------------------------------------------------------------------
+
+    def _collect(self, round: int, agent: Artifact | None) -> Artifact:
+        block = self.cfg.collect if agent is None else self.cfg.explore
+        named = [b if b.kind == "random" or b.function or b.policy or agent is None else replace(b, policy=agent.name) for b in block.behaviours]
+        config = replace(_fill(block, self.cfg, round), behaviours=named, ledger=self.ledger_id)
+        with self.run.child("collect", config) as child:
+            return collecting.run(config, child)
+
+    def _pretrain(self, round: int) -> Artifact:
+        config = _fill(self.cfg.pretrain, self.cfg, round)
+        config = replace(config, data=replace(config.data, datasets=list(self.inputs["datasets"])))
+        with self.run.child("pretrain", config) as child:
+            return pretraining.run(config, child)
+
+    def _train(self, round: int, world: Artifact, former: Artifact | None) -> Artifact:
+        if not self.served and self.cfg.agent.backend == "serve":
+            deploy(replace(_fill(self.cfg.serve, self.cfg, round), world=world.id))
+            self.served = True
+        init = former.name if former is not None and self.cfg.warm_start else self.cfg.agent.init
+        config = replace(_fill(self.cfg.agent, self.cfg, round), world=world.id, app=self.cfg.serve.name, init=init)
+        with self.run.child("train-agent", config) as child:
+            return agents.run(config, child)
+
+    def _evaluate(self, round: int, world: Artifact, agent: Artifact) -> Artifact:
+        config = replace(_fill(self.cfg.evaluate, self.cfg, round), world=world.id, agent=agent.id, ledger=self.ledger_id)
+        with self.run.child("evaluate", config) as child:
+            return evaluation.run(config, child)
+
+    def _baseline(self, index: int, block: BaselineConfig) -> report.Curve:
+        config = _fill(block, self.cfg, index)
+        # The same ledger, under its own purpose; nothing is selected, so the curve is what training alone cost.
+        config = replace(config, target=config.target if config.target is not None else self.cfg.target, ledger=self.ledger_id, select_episodes=0)
+
+        def train() -> Artifact:
+            with self.run.child("baseline", config) as child:
+                return model_free.run(config, child)
+
+        artifact = self._stage(f"baseline {config.algo}", None, "evaluations", train)
+        curve = json.loads((artifact.path / "curve.json").read_text())
+        points = [report.Point(p["steps"], p["return"], wall_seconds=p["seconds"]) for p in curve["points"] if p["return"] is not None]
+        seconds = points[-1].wall_seconds if points else None
+        settings = ", ".join(f"{key} {value}" for key, value in config.params.items())
+        return report.Curve(
+            f"model-free {config.algo}", points, censored=config.target is not None and curve["reached"] is None, wall_seconds=seconds, settings=settings
+        )
+
+    def _stage(self, name: str, round: int | None, kind: str, make: Callable[[], Artifact]) -> Artifact:
+        """Make an artifact and remember how long it took when it was made, also when it is only found now."""
+        began = time.monotonic()
+        artifact = make()
+        self.stages.append(report.Stage(name, self._once(f"seconds-{kind}-{artifact.id}", time.monotonic() - began), round))
+        self.lineage.append((name if round is None else f"{name}, round {round + 1}", artifact.name))
+        self.inputs[kind].append(artifact.id)
+        return artifact
+
+    def _once(self, name: str, value: float) -> float:
+        """The value as it was the first time the loop came by here: a figure measured once is not measured again on resume."""
+        path = f"runs/loop/{self.id}/{name}.json"
+        self.run.storage.create(path, json.dumps(value).encode())
+        raw = self.run.storage.read(path)
+        assert raw is not None
+        return float(json.loads(raw))
+
+    # -- the report ----------------------------------------------------------------------------------------------------
+
+    def _report(self, points: list[report.Point], judged: list[dict[str, Any]], curves: list[report.Curve]) -> Artifact:
+        cfg, totals = self.cfg, self.ledger.totals()
+        reached = cfg.target is not None and any(p.mean >= cfg.target for p in points)
+        world = report.Curve(
+            "in the world",
+            points,
+            censored=cfg.target is not None and not reached,
+            wall_seconds=sum(s.seconds for s in self.stages if s.round is not None),
+            settings=f"{cfg.pretrain.model.family} {cfg.pretrain.model.size}, {cfg.agent.algo}",
+        )
+        given = report.ReportInput(
+            title=f"From reality to a better agent: {cfg.reality.env}",
+            environment=cfg.reality.env,
+            target=cfg.target,
+            agent=[world],
+            model_free=curves,
+            purposes=report.purpose_rows(totals),
+            currency=cfg.reality.price.currency,
+            budget=cfg.reality.budget.steps,
+            remaining=totals.remaining,
+            losses=_by_round(judged, "losses"),
+            open_loop=_by_round(judged, "open_loop"),
+            checks=_by_round(judged, "checks"),
+            trajectories=report.trajectories_of(judged[-1]),
+            stages=self.stages,
+            wall_seconds=sum(s.seconds for s in self.stages),
+            lineage=self.lineage,
+        )
+        meta = {"inputs": self.inputs, "config": identity(cfg), "job": "loop", "run": self.run.id, "ledger": totals.to_json()}
+
+        def fill(folder: Path) -> None:
+            report.write(given, folder)
+
+        return self.run.storage.make("evaluations", self.id, meta, fill, force=cfg.force)
+
+
+def _by_round(judged: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
+    return [{**row, "round": i} for i, summary in enumerate(judged) for row in summary[key]]
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    """Return in reality against real steps spent, the world's agent beside model-free training."""
+    table = Table("trained", "real steps", "return in reality", "90% interval", "wall so far", box=None, header_style="dim", pad_edge=False)
+    for curve in summary["curves"]["world"]:
+        for point in curve["points"]:
+            table.add_row(
+                "in the world", page.count(point["real_steps"]), page.number(point["mean"]), page.span(point["interval"]), page.seconds(point["wall_seconds"])
+            )
+    for curve in summary["curves"]["model_free"]:
+        points = curve["points"]
+        for point in [points[round(i * (len(points) - 1) / 4)] for i in range(5)] if len(points) > 5 else points:
+            table.add_row(curve["name"], page.count(point["real_steps"]), page.number(point["mean"]), "", page.seconds(point["wall_seconds"]))
+    table.caption = "\n".join(summary["verdict"]["text"])
+    return table
