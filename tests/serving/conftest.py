@@ -21,7 +21,7 @@ from mesocosm.storage import Artifact, Storage
 
 Space = gymnasium.Space[Any]
 BOX = spaces.Box(-np.inf, np.inf, (3,), np.float32)
-DICT = spaces.Dict({"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4, start=1), "flags": spaces.MultiBinary(2)})
+TWO = spaces.Discrete(2)
 
 
 def scaling(n: int) -> Scaling:
@@ -30,7 +30,7 @@ def scaling(n: int) -> Scaling:
 
 def untrained(
     observation: Space = BOX,
-    action: Space = spaces.Discrete(2),
+    action: Space = TWO,
     family: str = "ensemble",
     *,
     context: int = 6,
@@ -47,7 +47,7 @@ def untrained(
     rest |= {"duration_scale": 1.0, "duration_bin": 1e-3, "terminal_rate": terminal}
     scalings = {"observation": scaling(o.numbers), "action": scaling(a.numbers), "options": scaling(0)}
     codec = Codec(o, a, environment, [], scalings, np.ones(o.numbers), rest)
-    torch.manual_seed(seed); family = "sequence"  # TEMP
+    torch.manual_seed(seed)
     config = ModelConfig(family=family, size="10k", members=members, base=False, context=context)
     net = build(codec.spec, config)
     with torch.no_grad():

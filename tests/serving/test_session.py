@@ -1,0 +1,215 @@
+"""Messages without pickle, the client's mirror of a context, and sessions that are lost, repeated and restored."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from mesocosm.errors import MesocosmError
+from mesocosm.model import rng
+from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serving.connection import InProcess
+from mesocosm.serving.protocol import Message, pack, unpack
+from mesocosm.serving.session import Sessions, Worlds
+
+DICT = spaces.Dict({"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)})
+
+
+class Meddling(InProcess):
+    """A way to the sessions that goes through bytes, counts, and may do something before and after each call."""
+
+    def __init__(self, *sessions: Sessions):
+        self.replicas = list(sessions)
+        self.asked: list[str] = []
+        self.before: Any = lambda request: None
+        super().__init__(sessions[0])
+
+    def call(self, request: Message) -> Message:
+        self.asked.append(request["op"])
+        self.before(request)
+        return unpack(pack(self.sessions.handle(unpack(pack(request)))))
+
+
+def client(world: Any, *, sessions: int = 1, max_sessions: int = 8, **arguments: Any) -> tuple[WorldVectorEnv, Meddling]:
+    env = WorldVectorEnv(3, world, horizon=9, **arguments)
+    connection = Meddling(*(Sessions(lambda _: ("in-memory", world), max_sessions) for _ in range(sessions)))
+    env._connection = connection
+    return env, connection
+
+
+def bits(told: list[Any]) -> bytes:
+    """A rollout's every byte."""
+    arrays: list[bytes] = []
+
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            for name in sorted(value):
+                walk(value[name])
+        elif isinstance(value, tuple | list) or (isinstance(value, np.ndarray) and value.dtype == object):
+            for item in value:
+                walk(item)
+        else:
+            arrays.append(np.asarray(value).tobytes() if value is not None else b"-")
+
+    walk(told)
+    return b"|".join(arrays)
+
+
+def rollout(env: WorldVectorEnv, steps: int, seed: int = 3) -> bytes:
+    env.action_space.seed(0)
+    return bits([env.reset(seed=seed)] + [env.step(env.action_space.sample()) for _ in range(steps)])
+
+
+def test_messages() -> None:
+    message = {"op": "step", "clock": 3, "text": "ä", "none": None, "codec": {"a": [1.5, None]}}
+    arrays = {
+        "f": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "i": np.array([-(2**62)]),
+        "b": np.array([True, False, True]),
+        "empty": np.zeros((3, 0), np.float32),
+    }
+    arrays |= {"scalar": np.asarray(7, np.int64), "strided": np.arange(8, dtype=np.float32)[::2]}
+    back = unpack(pack(message | arrays))
+    assert {name: back[name] for name in message} == message
+    for name, array in arrays.items():
+        assert back[name].dtype == array.dtype and back[name].flags.writeable
+        np.testing.assert_array_equal(back[name], array)
+    with pytest.raises(TypeError, match="'d' has dtype float64"):
+        pack({"d": np.zeros(2)})
+    for damaged in (b"", b"GET / HTTP/1.1", pack(message | arrays)[:-20], b"MSC1\xff\xff\xff\xff", pack(message)[:9]):
+        with pytest.raises(ValueError, match="message"):
+            unpack(damaged)
+
+
+@pytest.mark.parametrize("family", ["ensemble", "sequence"])
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_mirror(make_world: Any, family: str, mode: str) -> None:
+    """The client's context is the world's own at every clock, through resets and rebuilds."""
+    env, connection = client(make_world(DICT, family=family, terminal=0.2), autoreset_mode=mode)
+    env.action_space.seed(0)
+    env.reset(seed=0)
+    for _ in range(40):
+        env.step(env.action_space.sample())
+        carry = connection.sessions._sessions[env._session].carry
+        ours = env._mirror.context(rng.member_of(0, env._env, env._episode, 3)).to_numpy()
+        theirs = carry.context.to_numpy()
+        assert ours.keys() == theirs.keys()
+        for name, array in theirs.items():
+            np.testing.assert_array_equal(ours[name], array, err_msg=f"{name} at clock {env._mirror.clock}")
+
+
+@pytest.mark.parametrize("family", ["ensemble", "sequence"])
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_lost_session(make_world: Any, family: str, mode: str) -> None:
+    """Whichever step the session is lost at (the window of 6 is rebuilt before steps 6, 9, 12, ...), not one bit changes."""
+    world = make_world(DICT, family=family, terminal=0.1)
+    expected = rollout(WorldVectorEnv(3, world, horizon=9, autoreset_mode=mode), 20)
+    env, connection = client(world, autoreset_mode=mode)
+    assert rollout(env, 20) == expected, "through bytes"
+
+    for lost in (0, 1, 5, 6, 7, 12, 19):
+
+        def lose(request: Message, lost: int = lost) -> None:
+            if request["op"] == "step" and request["clock"] == lost:
+                connection.sessions._sessions.clear()
+                connection.before = lambda request: None
+
+        connection.before, connection.asked = lose, []
+        assert rollout(env, 20) == expected, f"lost before step {lost}"
+        assert connection.asked.count("restore") == 1 and connection.asked.count("step") == 21
+
+
+def test_moved_session(make_world: Any) -> None:
+    """Two replicas, and every call goes to another one by chance: stale sessions are refused and restored."""
+    world = make_world(DICT, family="sequence", terminal=0.1)
+    env, connection = client(world, sessions=2)
+    chance = np.random.default_rng(0)
+
+    def move(request: Message) -> None:
+        connection.sessions = connection.replicas[int(chance.integers(2))]
+
+    connection.before = move
+    expected = rollout(WorldVectorEnv(3, world, horizon=9), 30)
+    # "restore" and the step after it may part ways too: the client asks again until a replica has both.
+    assert rollout(env, 30) == expected
+    assert connection.asked.count("restore") > 5
+
+
+def test_repeated_request(make_world: Any) -> None:
+    """A request sent twice is stepped once: the second gets the stored reply."""
+    world = make_world(DICT, family="sequence")
+    env, connection = client(world)
+    expected = rollout(WorldVectorEnv(3, world, horizon=9), 15)
+    connection.before = lambda request: connection.sessions.handle(unpack(pack(request)))
+    assert rollout(env, 15) == expected
+    assert "restore" not in connection.asked
+
+
+def test_failed_step(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that raised half-way leaves no half-changed session behind."""
+    world = make_world(DICT, family="sequence")
+    env, connection = client(world)
+    expected = rollout(WorldVectorEnv(3, world, horizon=9), 12)
+    draw = world.net.draw
+
+    def fail(*arguments: Any) -> Any:
+        monkeypatch.setattr(world.net, "draw", draw)
+        raise MesocosmError("the device went away")
+
+    env.action_space.seed(0)
+    told = [env.reset(seed=3)]
+    for step in range(12):
+        action = env.action_space.sample()
+        if step == 8:
+            monkeypatch.setattr(world.net, "draw", fail)
+            with pytest.raises(MesocosmError, match="the device went away"):
+                env.step(action)
+        told.append(env.step(action))
+    assert bits(told) == expected
+    assert connection.asked.count("restore") == 1
+
+
+def test_eviction(make_world: Any) -> None:
+    """More clients than sessions: the least recently used goes, and a client that comes back goes on with the same bits."""
+    world = make_world(DICT, family="sequence", terminal=0.1)
+    sessions = Sessions(lambda _: ("in-memory", world), 2)
+    envs = [WorldVectorEnv(3, world, horizon=9, first_env=3 * i) for i in range(3)]
+    expected = [rollout(env, 12) for env in envs]
+    for env in envs:
+        env._connection = Meddling(sessions)
+        env.action_space.seed(0)
+    told = [[env.reset(seed=3)] for env in envs]
+    for _ in range(12):
+        for env, kept in zip(envs, told, strict=True):
+            kept.append(env.step(env.action_space.sample()))
+            assert len(sessions._sessions) <= 2
+    assert [bits(kept) for kept in told] == expected
+    assert all(env._connection.asked.count("restore") == 12 for env in envs)
+    envs[0].close()
+    assert not any(name.startswith(envs[0]._routed) for name in sessions._sessions), "a closed client's session must be gone"
+
+
+def test_sessions_do_not_pile_up(make_world: Any) -> None:
+    env, connection = client(make_world())
+    for _ in range(5):
+        env.reset()
+    assert len(connection.sessions._sessions) == 1
+
+
+def test_worlds(make_world: Any, store: Any, root: str) -> None:
+    """Versions are loaded when asked for, and the least recently used is let go."""
+    for i in range(3):
+        store(f"world{i}", make_world(seed=i))
+    worlds = Worlds(root, default="world0", keep=2)
+    assert worlds.get("")[0] == "world0"
+    first = worlds.get("world0")[1]
+    assert worlds.get("world1")[0] == "world1" and worlds.get("worlds/world0")[1] is first
+    worlds.get("world2")
+    assert list(worlds._loaded) == ["world0", "world2"]
+    assert worlds.get("world0")[1] is first
+    reply = Sessions(worlds.get).handle({"op": "describe", "world": "world9"})
+    assert reply["kind"] == "usage" and "no artifact worlds/world9" in reply["error"]
+    assert "op='sing' is unknown" in Sessions(worlds.get).handle({"op": "sing"})["error"]
