@@ -1,0 +1,103 @@
+"""The DeepSpeed engine: how it is configured, started, resumed, and how float32 weights leave it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mesocosm.model import mup
+from mesocosm.model.net import WorldNet
+from mesocosm.pretrain import checkpoint
+from mesocosm.pretrain.checkpoint import Progress
+from mesocosm.pretrain.config import TrainConfig
+from mesocosm.pretrain.ops import import_deepspeed
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Which of the group's workers this is."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+
+def settings(options: TrainConfig, world_size: int, universal: bool) -> dict[str, Any]:
+    """DeepSpeed's config. bf16 is autocast: parameters, densities and the optimiser's state stay float32."""
+    return {
+        "train_batch_size": options.batch,
+        "train_micro_batch_size_per_gpu": options.batch // (world_size * options.accumulate),
+        "gradient_accumulation_steps": options.accumulate,
+        "gradient_clipping": options.clip,
+        "zero_optimization": {"stage": options.zero_stage, "overlap_comm": False},
+        "torch_autocast": {"enabled": options.precision == "bf16", "dtype": "bfloat16"},
+        "checkpoint": {"load_universal": universal},
+        "steps_per_print": 10**12,
+    }
+
+
+def start(net: WorldNet, options: TrainConfig, own: Rank, kept: Path | None, id: str) -> tuple[Any, list[float], Progress | None]:
+    """The engine, each parameter group's full learning rate, and the progress of the checkpoint `kept` (a local folder) that it went on from."""
+    deepspeed = import_deepspeed()
+    before = None
+    if kept is not None:
+        checkpoint.verify(kept)
+        before = checkpoint.read_progress(kept)
+    universal = before is not None and checkpoint.needs_universal(before, own.world_size)
+    groups = mup.param_groups(net, options.lr, options.weight_decay)
+    rates = [group["lr"] for group in groups]
+    optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=BETAS)
+    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings(options, own.world_size, universal), dist_init_required=False)
+    if kept is None or before is None:
+        return engine, rates, None
+    if universal:
+        folder = Path(tempfile.gettempdir()) / f"mesocosm-universal-{id}-{before.step}"
+        if own.local_rank == 0:
+            checkpoint.to_universal(kept, folder)
+        dist.barrier()
+        checkpoint.load_running(engine, folder, checkpoint.UNIVERSAL)
+        dist.barrier()
+        if own.local_rank == 0:
+            checkpoint.discard(folder)
+    else:
+        checkpoint.load_running(engine, kept / "ds", checkpoint.TAG)
+    if before.world_size == own.world_size:
+        checkpoint.load_random(kept, own.rank)
+    return engine, rates, replace(before, world_size=own.world_size)
+
+
+def step(engine: Any) -> float:
+    """Take the optimiser's step; the gradient's global norm before it was clipped."""
+    if engine.zero_optimization_stage():
+        engine.step()
+        return float(engine.get_global_grad_norm())
+    # Without ZeRO, DeepSpeed clips and keeps no norm.
+    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return float(norm)
+
+
+def weights(engine: Any, own: Rank) -> dict[str, Tensor] | None:
+    """All float32 parameters and buffers on the CPU, on rank 0; None elsewhere. Every rank must call it: ZeRO 3 gathers one parameter at a time."""
+    import deepspeed
+
+    net: WorldNet = engine.module
+    full: dict[str, Tensor] = {}
+    for name, parameter in net.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if own.rank == 0:
+                full[name] = parameter.detach().float().cpu().clone()
+    if own.rank != 0:
+        return None
+    kept = net.state_dict().keys()
+    full |= {name: buffer.detach().cpu().clone() for name, buffer in net.named_buffers() if name in kept}
+    return {name: value.contiguous() for name, value in full.items()}

@@ -1,0 +1,87 @@
+"""From the last checkpoint to the world artifact, and the check that its episodes end where reality's do."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset
+from mesocosm.data.loader import Loader
+from mesocosm.model.base import Base
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.heads import inputs
+from mesocosm.model.net import build, unroll
+from mesocosm.model.world import World
+
+CHECK_WINDOWS = 4096
+BATCH = 128
+
+
+def world_of(weights: Path, base: Base, codec: Codec, config: ModelConfig) -> World:
+    """The world of the float32 `weights` file."""
+    net = build(codec.spec, config)
+    net.load_state_dict(load_file(weights))
+    return World(net, base, codec.to_json())
+
+
+@dataclass(frozen=True)
+class TerminationCheck:
+    """Terminals among real transitions that the world calls terminal (p > 0.5), and the other way round."""
+
+    terminals: int
+    found: int
+    called: int
+    measured_on: str
+
+    @property
+    def recall(self) -> float | None:
+        return self.found / self.terminals if self.terminals else None
+
+    @property
+    def precision(self) -> float | None:
+        return self.found / self.called if self.called else None
+
+    @property
+    def verdict(self) -> str:
+        """`passed`, `not applicable: ...` or `failed: ...`"""
+        if not self.terminals:
+            return "not applicable: no episode of the data terminates"
+        if not self.found:
+            return f"failed: of {self.terminals} terminal transitions ({self.measured_on}) the world ends none, so its episodes never end; train longer or with more train.events"
+        return "passed"
+
+
+def check_termination(world: World, dataset: Dataset, codec: Codec, seed: int) -> TerminationCheck:
+    """On the validation split; on training transitions where that holds no terminal."""
+    counted = torch.zeros(3, dtype=torch.int64)
+    with torch.inference_mode():
+        if len(dataset.episodes("valid")):
+            loader = Loader(dataset, codec, "valid", world.config.context, BATCH, seed)
+            for windows in itertools.islice(loader.eval_batches(), CHECK_WINDOWS // BATCH):
+                transition, outcome = unroll(windows)
+                features = world.net.context(transition)
+                parts = inputs(transition.observation, transition.action, transition.task, outcome.observation)
+                logit = world.net.termination.logit(parts, None if features is None else features.flatten(0, 1))
+                counted += _count(logit, windows.terminated.flatten(), windows.mask.flatten())
+        measured_on = "validation"
+        if counted[0] == 0:
+            events = Loader(dataset, codec, "train", world.config.context, 1, seed, events=3 * BATCH).batch(0).events
+            assert events is not None
+            logit = world.net.termination.logit(inputs(events.observation, events.action, events.task, events.next_observation))
+            counted = _count(logit, events.terminated, torch.ones_like(events.terminated, dtype=torch.bool))
+            measured_on = "training"
+    terminals, found, called = counted.tolist()
+    return TerminationCheck(terminals, found, called, measured_on)
+
+
+def _count(logit: Tensor, terminated: Tensor, mask: Tensor) -> Tensor:
+    """logit [K, N] -> (terminals, found, called), [3] int64."""
+    called = (torch.sigmoid(logit).mean(0) > 0.5) & mask
+    terminal = (terminated > 0.5) & mask
+    return torch.stack([terminal.sum(), (called & terminal).sum(), called.sum()])

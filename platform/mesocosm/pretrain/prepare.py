@@ -1,0 +1,80 @@
+"""What is fitted before the network trains: the codec, the frozen base. Kept in the run's folder, so that a resume uses the very same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load, save
+
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset
+from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.spec import Spec
+from mesocosm.storage import Storage
+
+BASE = "base.safetensors"
+CODEC = "codec.json"
+
+
+def open_datasets(storage: Storage, ids: list[str]) -> Dataset:
+    """The finished datasets, as one. Raises UsageError or ArtifactError naming what is missing, damaged or of another environment."""
+    return Dataset([Path(storage.artifact("datasets", id).path) for id in ids])
+
+
+def transitions(dataset: Dataset, codec: Codec, limit: int = MAX_TRANSITIONS) -> Transitions:
+    """At most `limit` transitions of the training split, spread evenly over it, in order."""
+    episodes = dataset.episodes("train")
+    lengths: NDArray[np.int64] = dataset.table["length"][episodes].astype(np.int64)
+    ends = np.cumsum(lengths)
+    total = int(ends[-1])
+    chosen = np.arange(total) if total <= limit else np.arange(limit) * total // limit
+    position = np.searchsorted(ends, chosen, "right")
+    number = episodes[position]
+    shards = dataset.table["shard"][number]
+    rows = dataset.table["first_row"][number] + chosen - (ends - lengths)[position]
+
+    def gather(name: str, offset: int = 0) -> NDArray[Any]:
+        return dataset.gather(name, shards, rows + offset)
+
+    options = codec.option_rows(dataset.options, dataset.option_numbers, dataset.option_values)
+    numbers, categories = gather("obs_num"), gather("obs_cat")
+    return (
+        codec.observation_parts(numbers, categories),
+        codec.action_parts(gather("act_num"), gather("act_cat")),
+        codec.task_parts(numbers, categories, options[number]),
+        codec.observation_parts(gather("obs_num", 1), gather("obs_cat", 1)),
+        torch.from_numpy(dataset.table["hash"][number].astype(np.int64)),
+    )
+
+
+def fitted_codec(storage: Storage, folder: str, dataset: Dataset) -> Codec:
+    """The codec in the run's folder, or one fitted on the training split and kept there."""
+    kept = storage.read(f"{folder}/{CODEC}")
+    if kept is not None:
+        return Codec.from_json(json.loads(kept))
+    codec = Codec.fit(dataset)
+    storage.write(f"{folder}/{CODEC}", json.dumps(codec.to_json()).encode())
+    return codec
+
+
+def fit_base(storage: Storage, folder: str, dataset: Dataset, codec: Codec, config: ModelConfig, seed: int) -> None:
+    """Fit the base, unless the run's folder holds it."""
+    if storage.read(f"{folder}/{BASE}") is None:
+        base = Base.fit(codec.spec, config, transitions(dataset, codec), seed)
+        storage.write(f"{folder}/{BASE}", save(base.state_dict()))
+
+
+def read_base(storage: Storage, folder: str, spec: Spec, config: ModelConfig) -> Base | None:
+    """The base in the run's folder; None as long as it is not there."""
+    kept = storage.read(f"{folder}/{BASE}")
+    if kept is None:
+        return None
+    base = Base(spec, config)
+    base.load_state_dict(load(kept))
+    return base.eval()

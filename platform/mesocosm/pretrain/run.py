@@ -1,0 +1,252 @@
+"""The pretrain job: datasets -> a world, by DeepSpeed under Ray Train.
+
+Training state lives under `runs/checkpoints/<world id>`, so that the same command run again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from mesocosm import __version__, cluster, tracking
+from mesocosm.config import fingerprint
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset
+from mesocosm.data.loader import Loader
+from mesocosm.errors import MesocosmError
+from mesocosm.model import counts
+from mesocosm.pretrain import checkpoint, prepare
+from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig, what
+from mesocosm.pretrain.export import check_termination, world_of
+from mesocosm.pretrain.feed import Feed
+from mesocosm.pretrain.worker import Work
+from mesocosm.storage import SCHEMA, Artifact, Storage
+
+__all__ = ["PretrainConfig", "plan", "run"]
+
+
+def plan(config: PretrainConfig) -> dict[str, Any]:
+    """What `run` would do, and its size. Raises UsageError as `run` does before it starts."""
+    config.validate()
+    storage = Storage(config.storage.root)
+    dataset = prepare.open_datasets(storage, config.data.datasets)
+    codec = Codec.fit(dataset)
+    steps, loader = _steps(config, dataset, codec)
+    sizes = counts.counts(codec.spec, config.model)
+    return {
+        "world": f"worlds/{_id(config, dataset, _gpus(config))}",
+        "datasets": ", ".join(dataset.ids),
+        "params": sizes.params,
+        "steps": steps,
+        "transitions": loader.transitions_seen(steps),
+        "unique": loader.transitions_per_epoch,
+        "epochs": round(steps * config.train.batch / loader.windows_per_epoch, 2),
+        "flops": steps * counts.training_flops(codec.spec, config.model, config.train.batch),
+    }
+
+
+def run(config: PretrainConfig, run: tracking.Run) -> Artifact:
+    """Pretrain, or find, the world that `config` describes. Raises UsageError before anything starts, MesocosmError after."""
+    config.validate()
+    storage = run.storage
+    dataset = prepare.open_datasets(storage, config.data.datasets)
+    if config.ray.address is not None:
+        cluster.ensure(config.ray)
+    gpus = _gpus(config)
+    id = _id(config, dataset, gpus)
+    run.record(inputs={"datasets": dataset.ids}, artifact=f"worlds/{id}")
+    found = None if config.force else storage.find("worlds", id)
+    if found is not None:
+        run.say(f"found {found.name}")
+        return found
+
+    folder = checkpoint.folder_of(id)
+    if config.force:
+        storage.remove(folder)
+    last = checkpoint.latest(storage, id)
+    if last is not None:
+        checkpoint.refuse_other_stage(last[1], config.train.zero_stage)
+    codec = prepare.fitted_codec(storage, folder, dataset)
+    steps, loader = _steps(config, dataset, codec)
+    if last is None or not last[1].done:
+        cluster.ensure(config.ray)
+        cluster.preflight(what=f"train.workers={config.train.workers}", cpus=config.train.workers, gpus=config.train.workers * gpus)
+        if last is not None:
+            run.say(f"going on from step {last[1].step} of {steps}")
+        train = replace(config.train, precision=_precision(config, gpus))
+        work = Work(id, storage.root, dataset.ids, config.model, train, steps, config.seed)
+        _train(work, config, run, dataset, codec, gpus)
+        last = checkpoint.latest(storage, id)
+    if last is None or not last[1].done:
+        raise MesocosmError(f"training of worlds/{id} ended before step {steps}; run the same command again to go on")
+    artifact = _export(config, run, dataset, codec, loader, id, *last)
+    tracking.register_world(run, artifact)
+    storage.remove(folder)
+    return artifact
+
+
+def _train(work: Work, config: PretrainConfig, run: tracking.Run, dataset: Dataset, codec: Codec, gpus: float) -> None:
+    """Train on the cluster, mirroring what rank 0 says into `run`; fits the base while the workers start."""
+    folder = checkpoint.folder_of(work.id)
+    feed = Feed(run.storage, folder)
+    feed.clear()
+    trainer = _trainer(work, config, run.storage, gpus)
+    errors: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    failed: str | None = None
+    with run.progress(f"pretrain {work.model.family} {work.model.size}", total=work.steps) as update:
+        try:
+            thread.start()
+            prepare.fit_base(run.storage, folder, dataset, codec, work.model, work.seed)
+            alive = True
+            while alive and failed is None:
+                thread.join(0.2)
+                alive = thread.is_alive()
+                for record in feed.take():
+                    failed = record.get("failed", failed)
+                    if "step" in record:
+                        step = record.pop("step")
+                        run.log(record, step)
+                        update(step, _note(record))
+        except BaseException:
+            feed.stop("the driver was interrupted")
+            raise
+        finally:
+            thread.join(60)
+    if failed is not None:
+        raise MesocosmError(failed)
+    if errors:
+        last = str(errors[0]).strip().splitlines()[-1:] or [type(errors[0]).__name__]
+        raise MesocosmError(f"pretraining's workers failed more than train.max_failures={work.train.max_failures} times: {last[0]}; run again to go on") from errors[0]
+
+
+def _trainer(work: Work, config: PretrainConfig, storage: Storage, gpus: float) -> Any:
+    # A poll every 2 s and the watch for preempted nodes (a process of its own) cost seconds of every run.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    if config.ray.address is None:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    from mesocosm.pretrain.worker import train_loop
+
+    class Trainer(TorchTrainer):  # type: ignore[misc]
+        def _create_default_callbacks(self) -> list[Any]:
+            """A private Ray has no dashboard, without which the cleaner (another process) only logs failed queries; the whole Ray ends with us."""
+            callbacks = super()._create_default_callbacks()
+            return [c for c in callbacks if config.ray.address is not None or not isinstance(c, PlacementGroupCleanerCallback)]
+
+    filesystem, base = storage.arrow()
+    path, _, name = checkpoint.folder_of(work.id).rpartition("/")
+    return Trainer(
+        train_loop,
+        train_loop_config={"work": work},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=work.train.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=f"{base}/{path}",
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=work.train.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=work.train.keep_checkpoints),
+        ),
+    )
+
+
+def _export(
+    config: PretrainConfig, run: tracking.Run, dataset: Dataset, codec: Codec, loader: Loader, id: str, path: str, progress: checkpoint.Progress
+) -> Artifact:
+    import ray.train
+
+    storage = run.storage
+    base = prepare.read_base(storage, checkpoint.folder_of(id), codec.spec, config.model)
+    assert base is not None, "a finished training has its base"
+    filesystem, prefix = storage.arrow()
+    with ray.train.Checkpoint(f"{prefix}/{path}", filesystem).as_directory() as folder:
+        checkpoint.verify(Path(folder))
+        world = world_of(Path(folder) / checkpoint.MODEL, base, codec, config.model)
+    ending = check_termination(world, dataset, codec, config.seed)
+    last = dict(progress.validations[-1]) if progress.validations else {}
+    last.pop("step", None)
+    facts = {"termination_recall": ending.recall, "termination_precision": ending.precision}
+    metrics = last | progress.measured | {name: value for name, value in facts.items() if value is not None}
+    sizes = counts.counts(codec.spec, config.model)
+    seen = loader.transitions_seen(progress.steps)
+    meta = {
+        "inputs": {"datasets": dataset.ids},
+        "config": what(config, progress.precision),
+        "job": "pretrain",
+        "run": run.id,
+        "codec": codec.id,
+        "metrics": metrics,
+        "checks": {"termination": ending.verdict},
+        "counts": {**asdict(sizes), "data": seen, "unique": loader.transitions_per_epoch, "epochs": seen / loader.transitions_per_epoch, "steps": progress.steps},
+        "seconds": progress.seconds,
+    }
+    artifact = storage.make("worlds", id, meta, world.save, force=config.force)
+    run.log(metrics, progress.steps)
+    run.record(metrics=metrics, checks=meta["checks"])
+    if ending.verdict.startswith("failed"):
+        run.say(f"warning: termination check {ending.verdict}")
+    elif ending.recall is not None:
+        run.say(f"termination ({ending.measured_on}): recall {ending.recall:.2f}, precision {(ending.precision or 0):.2f}")
+    return artifact
+
+
+def _note(record: dict[str, Any]) -> str:
+    note = f"loss {record['train/loss']:.3f} nats"
+    if "transitions_per_s" in record:
+        note += f"  {record['transitions_per_s']:,.0f} transitions/s"
+    return note
+
+
+def _id(config: PretrainConfig, dataset: Dataset, gpus: float) -> str:
+    said = what(config, _precision(config, gpus)) | {"data": dataset.ids}
+    return fingerprint("worlds", said, __version__, SCHEMA)
+
+
+def _steps(config: PretrainConfig, dataset: Dataset, codec: Codec) -> tuple[int, Loader]:
+    """How many steps, and the loader that they walk."""
+    train = config.train
+    loader = Loader(dataset, codec, "train", config.model.context, train.batch, config.seed)
+    if train.epochs is not None:
+        return max(1, math.ceil(train.epochs * loader.windows_per_epoch / train.batch)), loader
+    return train.steps or DEFAULT_STEPS, loader
+
+
+def _gpus(config: PretrainConfig) -> float:
+    """GPUs a worker."""
+    if config.train.gpus_per_worker is not None:
+        return config.train.gpus_per_worker
+    if config.ray.address is not None:
+        import ray
+
+        cluster.ensure(config.ray)
+        have = float(ray.cluster_resources().get("GPU", 0))
+    else:
+        import torch
+
+        have = float(torch.cuda.device_count())
+    return 1.0 if have >= config.train.workers else 0.0
+
+
+def _precision(config: PretrainConfig, gpus: float) -> str:
+    if config.train.precision != "auto":
+        return config.train.precision
+    return "bf16" if gpus else "fp32"
