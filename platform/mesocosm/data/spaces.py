@@ -194,13 +194,12 @@ class SpaceCodec:
 
     def unbatch(self, batch: Any) -> list[Any]:
         """A batch as the list of its raw values."""
-        columns = [_descend(batch, leaf) for leaf in self.leaves]
-        return [self._build(self.space, iter([_item(column, i) for column in columns])) for i in range(len(columns[0]))]
+        columns = [(leaf, _descend(batch, leaf)) for leaf in self.leaves]
+        return [self._build(self.space, iter([_item(leaf, column[i]) for leaf, column in columns])) for i in range(len(columns[0][1]))]
 
 
-def _item(column: Any, index: int) -> Any:
-    value = column[index]
-    return value.copy() if isinstance(value, np.ndarray) else value
+def _item(leaf: Leaf, value: Any) -> Any:
+    return value if isinstance(leaf.space, spaces.Text | spaces.Discrete) else np.array(value)
 
 
 def _descend(value: Any, leaf: Leaf) -> Any:
@@ -300,7 +299,7 @@ def space_to_json(space: Space) -> dict[str, Any]:
     if isinstance(space, spaces.MultiDiscrete):
         return {"kind": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist(), "dtype": np.dtype(space.dtype).name}
     if isinstance(space, spaces.MultiBinary):
-        return {"kind": "MultiBinary", "shape": list(space.shape)}
+        return {"kind": "MultiBinary", "n": space.n if isinstance(space.n, int) else list(space.shape)}
     if isinstance(space, spaces.Text):
         return {"kind": "Text", "min_length": space.min_length, "max_length": space.max_length, "charset": "".join(sorted(space.character_set))}
     raise UsageError(f"the space {space} ({type(space).__name__}) is not supported; use Box, Discrete, MultiDiscrete, MultiBinary, Text, Dict and Tuple")
@@ -310,7 +309,7 @@ def space_from_json(data: Mapping[str, Any]) -> Space:
     """The space that `space_to_json` wrote; equal to it."""
     kind = data["kind"]
     if kind == "Dict":
-        return spaces.Dict({key: space_from_json(child) for key, child in data["spaces"]})
+        return spaces.Dict([(key, space_from_json(child)) for key, child in data["spaces"]])  # pairs keep their order; a dict would be sorted
     if kind == "Tuple":
         return spaces.Tuple([space_from_json(child) for child in data["spaces"]])
     if kind == "Box":
@@ -327,7 +326,7 @@ def space_from_json(data: Mapping[str, Any]) -> Space:
         dtype = np.dtype(data["dtype"])
         return spaces.MultiDiscrete(np.array(data["nvec"], dtype), dtype=data["dtype"], start=np.array(data["start"], dtype))
     if kind == "MultiBinary":
-        return spaces.MultiBinary(data["shape"])
+        return spaces.MultiBinary(data["n"])
     if kind == "Text":
         return spaces.Text(data["max_length"], min_length=data["min_length"], charset=data["charset"])
     raise UsageError(f"space kind {kind!r} is unknown; the file was written by another version")

@@ -1,0 +1,62 @@
+"""Small made-up episodes whose every value says where it stands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from mesocosm.data.dataset import Dataset, Environment, write_dataset
+from mesocosm.data.episode import Episode, Outcome
+
+INTEGERS = spaces.Box(-(10**6), 10**6, (2,), np.int64)
+
+
+def counted_episode(index: int, length: int, outcome: Outcome = "terminated", **rest: Any) -> Episode:
+    """Observation t of episode k is [k, t], its action t % 3, its reward t + 0.5: exact through any codec."""
+    return Episode(
+        index=index,
+        seed=1000 + index,
+        behaviour=rest.pop("behaviour", "random"),
+        observations=[np.array([index, t], np.int64) for t in range(length + 1)],
+        actions=[np.int64(t % 3) for t in range(length)],
+        rewards=np.arange(length) + 0.5,
+        outcome=outcome,
+        **rest,
+    )
+
+
+@pytest.fixture
+def counted() -> Callable[..., Episode]:
+    return counted_episode
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """Write episodes into a fresh folder: `write(episodes, id="d", observation_space=..., ...)`."""
+
+    def make(episodes: Sequence[Episode], id: str = "d", **facts: Any) -> Path:
+        defaults: dict[str, Any] = {
+            "environment": Environment(id="Counted-v0", task=facts.pop("task", [])),
+            "observation_space": INTEGERS,
+            "action_space": spaces.Discrete(3),
+            "seed": 0,
+        }
+        write_dataset(tmp_path / id, episodes, id=id, **(defaults | facts))
+        return tmp_path / id
+
+    return make
+
+
+@pytest.fixture
+def counted_dataset(write: Callable[..., Path]) -> Callable[..., Dataset]:
+    """A dataset of counted episodes of the given lengths."""
+
+    def make(lengths: Sequence[int], outcome: Outcome = "terminated", **facts: Any) -> Dataset:
+        return Dataset([write([counted_episode(k, length, outcome) for k, length in enumerate(lengths)], **facts)])
+
+    return make

@@ -1,0 +1,199 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset
+from mesocosm.data.episode import Episode
+from mesocosm.errors import UsageError
+
+Write = Callable[..., Path]
+GOAL = spaces.Dict(
+    goal=spaces.Dict(at=spaces.Box(-9, 9, (1,), np.float64), name=spaces.Text(3, charset="ab")),
+    body=spaces.Box(-np.inf, np.inf, (3,), np.float64),
+    word=spaces.Text(4, min_length=2, charset="xyz"),
+    lamp=spaces.Discrete(2),
+)
+
+
+def goal_episodes(count: int = 12, seed: int = 0, **rest: Any) -> list[Episode]:
+    """body = (large offset, constant, unit normal); the goal is constant in an episode."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for k in range(count):
+        length = 20
+        goal = {"at": np.array([k / 4]), "name": "ab"[: 1 + k % 2]}
+        body = np.stack([1e6 + 50 * rng.normal(size=length + 1), np.full(length + 1, 7.0), rng.normal(size=length + 1)], 1)
+        observations = [{"goal": goal, "body": row, "word": "xyz"[: 2 + t % 2], "lamp": np.int64(t % 2)} for t, row in enumerate(body)]
+        actions = [rng.normal(size=2).astype(np.float32) for _ in range(length)]
+        arguments: dict[str, Any] = {"rewards": rng.normal(3, 2, length), "outcome": "terminated" if k % 2 else "truncated"} | rest
+        made.append(Episode(index=k, seed=k, behaviour="random", observations=observations, actions=actions, **arguments))
+    return made
+
+
+def fitted(write: Write, episodes: list[Episode], **facts: Any) -> tuple[Codec, Dataset]:
+    dataset = Dataset([write(episodes, observation_space=GOAL, action_space=spaces.Box(-1, 1, (2,)), **facts)])
+    return Codec.fit(dataset), dataset
+
+
+def test_statistics_are_the_training_splits(write: Write) -> None:
+    codec, dataset = fitted(write, goal_episodes())
+    train = list(dataset.iter_episodes("train"))
+    body = np.concatenate([[o["body"] for o in e.observations] for e in train])
+    numbers = codec.observations_list([o for e in train for o in e.observations]).numbers.double().numpy()
+    # columns in the space's own order: goal.at, then the three of the body
+    np.testing.assert_allclose(numbers[:, [1, 3]], (body[:, [0, 2]] - body[:, [0, 2]].mean(0)) / body[:, [0, 2]].std(0), atol=1e-6)
+    assert (numbers[:, 2] == 0).all()
+    std = body.std(0)
+    assert codec.spec.observation.bins[1] == pytest.approx(1e-3 / std[0])  # 10**floor(log10(1e-4 * 50))
+    assert codec.spec.observation.bins[3] == pytest.approx(10 ** np.floor(np.log10(1e-4 * std[2])) / std[2])
+    assert codec.spec.observation.bins[2] == pytest.approx(1e-4), "a constant has scale 1"
+    change = np.concatenate([np.diff([o["body"] for o in e.observations], axis=0) for e in train])
+    np.testing.assert_allclose(codec.delta_scale[1:], change.std(0) / [std[0], 1, std[2]], rtol=1e-9)
+    ends = [e.outcome == "terminated" for e in train]
+    assert codec.spec.terminal_rate == pytest.approx(sum(ends) / sum(map(len, train)))
+    assert codec.spec.reward_values is None
+    rewards = np.concatenate([e.rewards for e in train])
+    assert (codec.spec.reward_mean, codec.spec.reward_scale) == pytest.approx((rewards.mean(), rewards.std()))
+
+
+def test_integers_have_precision_one(counted_dataset: Callable[..., Dataset]) -> None:
+    codec = Codec.fit(counted_dataset([30, 30, 30]))
+    (first, second) = codec.spec.observation.bins
+    assert codec.decode_observation(codec.observation(np.array([[0, 0], [1, 1]]))).tolist() == [[0, 0], [1, 1]]
+    steps = codec.observation(np.array([[0, 0], [1, 1]])).numbers.diff(dim=0)[0]
+    assert steps.tolist() == pytest.approx([first, second]), "one bin is one unit"
+
+
+def test_values_round_trip_also_far_outside_the_data(write: Write) -> None:
+    codec, dataset = fitted(write, goal_episodes())
+    values = [o for e in dataset.iter_episodes() for o in e.observations[:3]]
+    values.append({**values[0], "body": np.array([1e6 + 5e5, -40.0, 1e4])})
+    back = codec.decode_observation(codec.observations_list(values))
+    np.testing.assert_allclose(back["body"], [v["body"] for v in values], rtol=1e-6, atol=1e-4)
+    assert back["word"] == tuple(v["word"] for v in values) and back["lamp"].tolist() == [v["lamp"] for v in values]
+    again = codec.observation(back)
+    np.testing.assert_allclose(again.numbers, codec.observations_list(values).numbers, rtol=1e-6, atol=1e-6)
+    actions = np.array([[0.25, -3], [9, 0.5]], np.float32)
+    decoded = codec.decode_action(codec.action(actions))
+    assert decoded.dtype == np.float32
+    np.testing.assert_allclose(decoded, actions, rtol=1e-6)
+
+
+def test_few_reward_values_are_exact_categories(write: Write) -> None:
+    values = np.array([-1 / 3, 0.0, 0.1, 1e9])
+    codec, _ = fitted(write, goal_episodes(rewards=values[np.arange(20) % 4], outcome="terminated"))
+    assert codec.spec.reward_values == tuple(values)
+    codes = codec.reward(values[[2, 0, 3]])
+    assert codes.dtype == torch.float32 and codes.tolist() == [2, 0, 3]
+    assert codec.reward_raw(codes).tolist() == values[[2, 0, 3]].tolist()
+    assert codec.reward(np.array([0.09, -7.0, 1e12])).tolist() == [2, 0, 3], "an unseen reward is the nearest"
+
+
+def test_the_64th_reward_value_is_a_category_and_the_65th_is_not(write: Write) -> None:
+    for distinct in (64, 65):
+        episodes = goal_episodes(count=24)
+        for i, episode in enumerate(episodes):
+            episode.rewards = (np.arange(20) + 20 * i) % distinct + 0.25
+        codec, _ = fitted(write, episodes, id=f"r{distinct}")
+        assert (codec.spec.reward_values is not None) == (distinct == 64)
+        raw = np.array([3.25, 50.25])
+        assert codec.reward_raw(codec.reward(raw)).tolist() == pytest.approx(raw.tolist(), abs=1e-4)
+
+
+def test_durations(write: Write) -> None:
+    durations = np.linspace(0.5, 1.5, 20)
+    codec, _ = fitted(write, goal_episodes(durations=durations))
+    assert codec.spec.durations
+    assert codec.duration(durations).mean().item() == pytest.approx(0, abs=1e-6)
+    assert codec.duration_raw(codec.duration(durations)).tolist() == pytest.approx(durations.tolist())
+    without, _ = fitted(write, goal_episodes(), id="without")
+    assert not without.spec.durations and without.duration(durations).tolist() == [0.0] * 20
+
+
+def test_a_task_of_observation_keys_leaves_the_observation_and_comes_back(write: Write) -> None:
+    codec, dataset = fitted(write, goal_episodes(), task=["goal"])
+    spec = codec.spec
+    assert (spec.observation.numbers, spec.observation.categories) == (3, (4, 4, 4, 4, 2))
+    assert (spec.task.numbers, spec.task.categories) == (1, (3, 3, 3))
+    (text,) = spec.observation.texts
+    assert (text.start, text.length, text.min_length) == (0, 4, 2)
+    assert [(t.start, t.length) for t in spec.task.texts] == [(0, 3)]
+    assert len(spec.task.bins) == 1 and len(codec.delta_scale) == 3
+    task, observation = dataset.start_parts(codec, "train")
+    back = codec.decode_observation(observation, task)
+    starts = [e.observations[0] for e in dataset.iter_episodes("train")]
+    np.testing.assert_allclose(back["goal"]["at"], [s["goal"]["at"] for s in starts], rtol=1e-6)
+    assert back["goal"]["name"] == tuple(s["goal"]["name"] for s in starts)
+    np.testing.assert_allclose(back["body"], [s["body"] for s in starts], rtol=1e-6)
+    again = codec.task(back)
+    torch.testing.assert_close(again.numbers, task.numbers, rtol=1e-5, atol=1e-6)
+    assert torch.equal(again.categories, task.categories)
+    assert codec.task_options(task) == [{}] * len(starts)
+    nested, _ = fitted(write, goal_episodes(), id="nested", task=["goal.name"])
+    assert (nested.spec.task.numbers, nested.spec.observation.numbers) == (0, 4)
+
+
+def test_a_task_key_that_changes_is_refused(write: Write) -> None:
+    for key in ("body", "lamp"):
+        with pytest.raises(UsageError, match=f"{key}.*changes within an episode"):
+            fitted(write, goal_episodes(), id=key, task=[key])
+    with pytest.raises(UsageError, match="leave at least one"):
+        fitted(write, [e for e in goal_episodes() if _freeze(e)], id="all", task=["goal", "body", "word", "lamp"])
+
+
+def _freeze(episode: Episode) -> bool:
+    episode.observations = [episode.observations[0]] * len(episode.observations)
+    return True
+
+
+def test_a_task_of_reset_options(write: Write) -> None:
+    episodes = goal_episodes()
+    for k, episode in enumerate(episodes):
+        episode.task = {"map": ["hill", "lake", "road"][k % 3], "mass": k / 2, "level": k % 4}
+    codec, dataset = fitted(write, episodes, task=["map", "mass", "level"])
+    assert (codec.spec.task.numbers, codec.spec.task.categories) == (1, (3, 4))
+    assert codec.spec.observation.numbers == 4
+    task, _ = dataset.start_parts(codec, "train")
+    told = codec.task_options(task)
+    for options, episode in zip(told, dataset.iter_episodes("train"), strict=True):
+        assert (options["map"], options["level"]) == (episode.task["map"], episode.task["level"])
+        assert options["mass"] == pytest.approx(episode.task["mass"], abs=1e-6)
+    batch = codec.decode_observation(dataset.start_parts(codec, "train")[1], task)
+    again = codec.task(batch, told)
+    assert torch.equal(again.categories, task.categories)
+    torch.testing.assert_close(again.numbers, task.numbers)
+    with pytest.raises(UsageError, match=r"map='moon'.*hill"):
+        codec.task(batch, [{**options, "map": "moon"} for options in told])
+    with pytest.raises(UsageError, match="reset options were expected"):
+        codec.task(batch)
+
+
+def test_a_world_refuses_data_with_an_unknown_choice(write: Write, counted: Callable[..., Episode]) -> None:
+    old = Dataset([write([counted(k, 5, task={"map": "ab"[k % 2]}) for k in range(6)], id="old", task=["map"])])
+    new = Dataset([write([counted(k, 5, task={"map": "ac"[k % 2]}) for k in range(6)], id="new", task=["map"])])
+    codec = Codec.fit(old)
+    with pytest.raises(UsageError, match="map='c'"):
+        new.start_parts(codec, "train")
+
+
+def test_the_id_says_what_is_in_it(write: Write) -> None:
+    codec, dataset = fitted(write, goal_episodes(), task=["goal"])
+    text = json.dumps(codec.to_json(), allow_nan=False)
+    back = Codec.from_json(json.loads(text))
+    assert back.id == codec.id and back.spec == codec.spec and back.delta_scale == codec.delta_scale
+    assert json.dumps(back.to_json(), allow_nan=False) == text
+    assert back.environment == {"id": "Counted-v0", "version": "", "kwargs": {}, "task": ["goal"], "max_episode_steps": None, "success": None}
+    assert Codec.fit(dataset).id == codec.id
+    assert fitted(write, goal_episodes(seed=1), id="other", task=["goal"])[0].id != codec.id
+    assert fitted(write, goal_episodes(), id="without")[0].id != codec.id
+    with pytest.raises(UsageError, match="schema 0"):
+        Codec.from_json({**codec.to_json(), "schema": 0})
