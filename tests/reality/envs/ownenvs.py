@@ -98,4 +98,18 @@ def broken(observation: Any, rng: np.random.Generator) -> Any:
     raise KeyError("no such joint")
 
 
+def always_one(observation: Any, rng: np.random.Generator) -> Any:
+    return 1
+
+
+FAIL = False
+
+
+def sometimes(observation: Any, rng: np.random.Generator) -> Any:
+    """Raises at an episode's ninth step while FAIL is set."""
+    if FAIL and observation[1] == 8:
+        raise ValueError("the script has a bug")
+    return np.zeros(1)
+
+
 gymnasium.register("OwnLine-v0", entry_point=Line, max_episode_steps=30)

@@ -1,0 +1,236 @@
+"""Collecting: the same dataset whatever the workers, exact in steps, and alive through crashes and hangs."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mesocosm import tracking
+from mesocosm.config import load
+from mesocosm.data.behaviours import BehaviourConfig, build, choose
+from mesocosm.data.collect import CollectConfig, run
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.reality.config import BudgetConfig, RealityConfig
+from mesocosm.reality.env import episode_seed, spaces_of
+from mesocosm.reality.ledger import Ledger
+from mesocosm.storage import Artifact, Storage
+
+OWN = Path(__file__).parent.parent / "reality" / "envs"
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tracking.Run]:
+    config = CollectConfig()
+    config.storage.root = str(tmp_path_factory.mktemp("run"))
+    with tracking.start("collect", config, quiet=True) as started:
+        yield started
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in the folder of a user's own module, `ownenvs`."""
+    monkeypatch.chdir(OWN)
+    monkeypatch.syspath_prepend(str(OWN))
+
+
+def config(root: str, env: str = "CartPole-v1", **changes: Any) -> CollectConfig:
+    cfg = CollectConfig(
+        reality=RealityConfig(env=env, **changes.pop("reality", {})), steps=changes.pop("steps", 200), workers=changes.pop("workers", 0), **changes
+    )
+    cfg.storage.root = root
+    return cfg
+
+
+def collect(cfg: CollectConfig, a_run: tracking.Run) -> Artifact:
+    a_run.storage = Storage(cfg.storage.root)
+    return run(cfg, a_run)
+
+
+def checksums(artifact: Artifact) -> dict[str, Any]:
+    return json.loads((artifact.path / "COMMIT.json").read_text())["files"]
+
+
+def spent(cfg: CollectConfig, artifact: Artifact) -> Any:
+    return Ledger(Storage(cfg.storage.root), cfg.ledger or artifact.id).totals()
+
+
+def troubled(trouble: dict[int, str], **more: Any) -> dict[str, Any]:
+    """What happens in which episode (of seed 0)."""
+    return {"kwargs": {"trouble": {str(episode_seed(0, k)): what for k, what in trouble.items()}}, "horizon": 12, **more}
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "InvertedPendulum-v5"])
+def test_steps_are_exact_and_a_second_time_is_free(root: str, a_run: tracking.Run, env: str) -> None:
+    cfg = config(root, env, steps=301, lanes=3)
+    made = collect(cfg, a_run)
+    counts = made.meta["counts"]
+    assert counts["steps"] == counts["transitions"] == 301 and counts["dropped"] == 0
+    assert sum(counts["outcomes"].values()) == counts["episodes"] and counts["outcomes"]["unfinished"] <= 3
+    totals = spent(cfg, made)
+    assert totals.purposes["collect"].steps == 301 and totals.purposes["collect"].resets == counts["episodes"] and totals.unconfirmed == ()
+    assert made.meta["ledger"]["purposes"]["collect"]["steps"] == 301
+    rows = pq.read_table(made.path / "episodes").to_pylist()
+    assert len(rows) == 301 + counts["episodes"]
+    again = collect(cfg, a_run)
+    assert again.id == made.id and spent(cfg, made).steps == 301
+    forced = collect(config(root, env, steps=301, lanes=3, force=True), a_run)
+    assert forced.id == made.id and checksums(forced) == checksums(made) and spent(cfg, made).steps == 602
+
+
+def test_the_same_dataset_whatever_the_workers(root: str, tmp_path: Path, own: None, a_run: tracking.Run, ray_local: None) -> None:
+    made = []
+    for workers in (0, 1, 2):
+        cfg = config(str(tmp_path / str(workers)), "ownenvs:Reach", workers=workers, lanes=3, seed=0, reality=troubled({4: "crash", 9: "nan"}, task=["goal"]))
+        cfg.behaviours = [BehaviourConfig(), BehaviourConfig("noisy", weight=2, noise=0.3, function="ownenvs:push_left")]
+        made.append(collect(cfg, a_run))
+        totals = spent(cfg, made[-1])
+        assert totals.steps == 200 and totals.unconfirmed == ()
+    assert len({artifact.id for artifact in made}) == 1
+    assert checksums(made[0]) == checksums(made[1]) == checksums(made[2])
+    dropped = made[0].meta["dropped"]
+    assert [(d["index"], d["steps"]) for d in dropped] == [(4, 3), (9, 3)] and "the arm fell off" in dropped[0]["reason"]
+    counts = made[0].meta["counts"]
+    assert counts["steps"] == 200 and counts["transitions"] == 194 and set(counts["behaviours"]) == {"random", "noisy ownenvs:push_left 0.3"}
+    other = collect(config(str(tmp_path / "other"), "ownenvs:Reach", lanes=2, reality=troubled({}, task=["goal"])), a_run)
+    assert other.id != made[0].id
+
+
+def test_a_hang_and_a_death_cost_their_episodes(root: str, own: None, a_run: tracking.Run, ray_local: None) -> None:
+    cfg = config(root, "ownenvs:Line", workers=2, lanes=2, reality=troubled({2: "hang", 5: "die", 8: "reset"}, step_timeout_s=1.5), steps=150)
+    made = collect(cfg, a_run)
+    dropped = {d["index"]: d for d in made.meta["dropped"]}
+    assert set(dropped) == {2, 5, 8}
+    assert "step took longer than reality.step_timeout_s=1.5" in dropped[2]["reason"] and dropped[2]["steps"] == 3
+    assert "process died" in dropped[5]["reason"] and dropped[8]["steps"] == 0
+    totals = spent(cfg, made)
+    # The hanging step was counted and the rest of its block given back; the dead process's block stays, apart.
+    assert totals.steps == 150 == made.meta["counts"]["steps"]
+    assert totals.purposes["collect"].unconfirmed_steps == sum(r.steps for r in totals.unconfirmed) > 0
+    kept = set(pq.read_table(made.path / "episodes")["episode"].to_pylist())
+    assert kept >= {0, 1, 3, 4, 6, 7} and not kept & {2, 5, 8}
+
+
+def test_an_environment_that_always_fails_ends_the_job(root: str, own: None, a_run: tracking.Run) -> None:
+    cfg = config(root, "ownenvs:Line", reality=troubled(dict.fromkeys(range(40), "crash")), ledger="mine")
+    with pytest.raises(MesocosmError, match=r"5 episodes in a row failed .*the arm fell off.*steps stay spent"):
+        collect(cfg, a_run)
+    assert Storage(root).list("datasets") == []
+    totals = Ledger(Storage(root), "mine").totals()
+    assert totals.steps == 15 and totals.unconfirmed == ()
+
+
+def test_a_budget_is_refused_before_anything_starts(root: str, own: None, a_run: tracking.Run) -> None:
+    def cfg(seed: int, steps: int) -> CollectConfig:
+        return config(root, "ownenvs:Line", seed=seed, steps=steps, ledger="mine", reality={"budget": BudgetConfig(250), "horizon": 12})
+
+    collect(cfg(0, 200), a_run)
+    with pytest.raises(
+        UsageError, match=r"reality.budget.steps=250 leaves 50 real steps in ledger 'mine' \(200 spent, 0 of them unconfirmed\), fewer than steps=51"
+    ):
+        collect(cfg(1, 51), a_run)
+    collect(cfg(1, 50), a_run)
+    assert Ledger(Storage(root), "mine").totals().steps == 250
+
+
+def test_a_collection_that_failed_is_run_again_and_its_steps_stay_spent(root: str, own: None, a_run: tracking.Run) -> None:
+    cfg = config(
+        root, "ownenvs:Line", reality={"horizon": 12, "budget": BudgetConfig(390)}, behaviours=[BehaviourConfig("scripted", function="ownenvs:sometimes")]
+    )
+    import ownenvs  # type: ignore[import-not-found]
+
+    ownenvs.FAIL = True
+    with pytest.raises(MesocosmError, match="behaviour 'scripted ownenvs:sometimes' raised ValueError"):
+        collect(cfg, a_run)
+    ownenvs.FAIL = False
+    ledger = Storage(root).list("ledgers")[0]
+    wasted = Ledger(Storage(root), ledger).totals()
+    assert 0 < wasted.steps < 190 and wasted.unconfirmed == ()
+    made = collect(cfg, a_run)
+    assert made.id == ledger and spent(cfg, made).steps == 200 + wasted.steps
+    assert f"already counts {wasted.steps} steps" in (a_run.folder / "log.txt").read_text()
+
+
+def test_the_mixture_is_a_function_of_seed_and_episode() -> None:
+    mix = [BehaviourConfig(weight=1), BehaviourConfig("noisy", weight=3, function="a:b"), BehaviourConfig("scripted", weight=6, function="a:b")]
+    drawn = [choose(mix, 3, k) for k in range(1500)]
+    assert drawn[:200] == [choose(mix, 3, k) for k in range(200)] != [choose(mix, 4, k) for k in range(200)]
+    share = Counter(drawn)
+    assert [round(share[i] / 1500, 1) for i in range(3)] == [0.1, 0.3, 0.6]
+
+
+def test_noise(root: str, own: None) -> None:
+    spaces = spaces_of(RealityConfig(env="Pendulum-v1"))
+    act = build(BehaviourConfig("noisy", noise=0.1, function="ownenvs:push_left"), *spaces, Storage(root))
+    rng = np.random.default_rng(0)
+    drawn = np.array([act(np.zeros(3, np.float32), rng) for _ in range(2000)])
+    assert drawn.dtype == np.float32 and abs(drawn.mean() + 0.5) < 0.02 and abs(drawn.std() - 0.2) < 0.02
+    wild = build(BehaviourConfig("noisy", noise=5.0, function="ownenvs:push_left"), *spaces, Storage(root))
+    assert all(spaces[1].contains(wild(np.zeros(3, np.float32), rng)) for _ in range(200))
+    spaces = spaces_of(RealityConfig(env="CartPole-v1"))
+    act = build(BehaviourConfig("noisy", noise=0.4, function="ownenvs:always_one"), *spaces, Storage(root))
+    act.start(0, rng)  # type: ignore[attr-defined]
+    assert abs(np.mean([act(np.zeros(4, np.float32), rng) for _ in range(2000)]) - 0.8) < 0.04
+
+
+def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
+    from mesocosm.agents.policy import Layout, Policy
+
+    spaces = spaces_of(RealityConfig(env="CartPole-v1"))
+    torch.manual_seed(0)
+    policy = Policy("PPO", *spaces, Layout("categorical", [{"kind": "linear", "in": 4, "out": 2, "bias": True}]))
+    with torch.no_grad():  # push towards the side to which the pole falls: far better than chance
+        policy.network.trunk[0].weight.copy_(torch.tensor([[0.0, 0, -9, -9], [0, 0, 9, 9]]))
+        policy.network.trunk[0].bias.zero_()
+    agent = Storage(root).make("agents", "feed0123feed0123", {}, policy.save)
+    made = collect(config(root, steps=600, behaviours=[BehaviourConfig("trained", policy="agents/feed")]), a_run)
+    assert made.meta["inputs"] == {"agents": [agent.id]} and made.meta["counts"]["behaviours"].keys() == {f"trained {agent.name}"}
+    assert made.meta["counts"]["mean_return"] > 60
+    best = collect(config(root, steps=600, behaviours=[BehaviourConfig("noisy", noise=0.0, policy="agents/feed")]), a_run)
+    assert best.id != made.id and best.meta["counts"]["mean_return"] > 60
+    with pytest.raises(UsageError, match="was made for the observation space"):
+        collect(config(root, "Pendulum-v1", behaviours=[BehaviourConfig("trained", policy="agents/feed")]), a_run)
+    with pytest.raises(UsageError, match="no artifact agents/beef"):
+        collect(config(root, behaviours=[BehaviourConfig("trained", policy="agents/beef")]), a_run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["reality.env=CartPol-v1"], "did you mean 'CartPole-v1'"),
+        (["steps=0"], "steps=0 cannot be"),
+        (["lanes=0"], "lanes=0 cannot be"),
+        (["workers=-1"], "workers=-1 cannot be"),
+        (["lanes=2000"], "lanes=2000 are more than steps=1000"),
+        (["valid_fraction=1"], "valid_fraction=1"),
+        (["behaviours=[]"], "leaves nobody to act"),
+        (["behaviours=[{kind: randm}]"], "did you mean 'random'"),
+        (["behaviours=[{weight: -1}]"], r"behaviours\[0\].weight=-1"),
+        (["behaviours=[{policy: agents/x}]"], r"behaviours\[0\].policy='agents/x' is not used by kind 'random'"),
+        (["behaviours=[{kind: noisy}]"], "function or behaviours.*policy"),
+        (["behaviours=[{kind: scripted, function: 'ownenvs:push_lef'}]"], "did you mean 'push_left'"),
+        (["behaviours=[{kind: scripted, function: ownenvs}]"], "not of the form module:function"),
+        (["behaviours=[{kind: trained, policy: agents/none}]"], "no artifact agents/none"),
+        (["reality.success=win"], "reality.success='win'"),
+        (["ledger=a/b"], "'a/b' is not a name for a ledger"),
+        (["workers=4000", "lanes=1000", "steps=1000"], "workers=4000 asks for"),
+    ],
+)
+def test_what_bad_input_gets(root: str, own: None, a_run: tracking.Run, ray_local: None, changes: list[str], said: str) -> None:
+    cfg = load(CollectConfig, overrides=["reality.env=CartPole-v1", f"storage.root={root}", "workers=0", *changes])
+    with pytest.raises(UsageError, match=said):
+        collect(cfg, a_run)
+    assert Storage(root).list("ledgers") == Storage(root).list("datasets") == []
+
+
+@pytest.mark.parametrize(("function", "said"), [("too_far", r"gave the action array\(\[7.\].*not in the action space"), ("broken", "raised KeyError")])
+def test_a_behaviour_that_is_wrong(root: str, own: None, a_run: tracking.Run, function: str, said: str) -> None:
+    with pytest.raises(MesocosmError, match=said):
+        collect(config(root, "ownenvs:Line", behaviours=[BehaviourConfig("scripted", function=f"ownenvs:{function}")]), a_run)
