@@ -10,10 +10,12 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from ray import tune
@@ -38,45 +40,72 @@ TRAINING_STATE = "training.safetensors"
 """All weights of the learner's module (critics and target networks too), from which another training can start."""
 
 
+@dataclass
+class Statistics:
+    """What one or several AgentEnvs saw since they were last asked."""
+
+    steps: int = 0
+    """Steps taken (an ended environment's reset is none)."""
+    disagreement: float = 0.0
+    """Sum over the steps, in nats; 0 outside worlds."""
+    returns: list[float] = field(default_factory=list)
+    """Undiscounted returns, without penalty, of the episodes that ended."""
+    lengths: list[int] = field(default_factory=list)
+
+    def __add__(self, other: Statistics) -> Statistics:
+        return Statistics(self.steps + other.steps, self.disagreement + other.disagreement, self.returns + other.returns, self.lengths + other.lengths)
+
+
 class AgentEnv(VectorEnv[Any, Any, Any]):
     """A NEXT_STEP vector environment as a network sees it: flat float32 observations, head-space actions, and no infos.
 
-    RLlib turns infos into one dict an environment and step; what is needed of them (`info["disagreement"]`) is taken here:
-    `penalty` times it is subtracted from the reward, and its sum is kept for `statistics`.
+    RLlib makes of infos a dict for every environment and step, so what is needed of them is taken here, for `statistics`.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
-    def __init__(self, env: VectorEnv[Any, Any, Any], penalty: float = 0.0):
+    def __init__(self, env: VectorEnv[Any, Any, Any]):
         mode = env.metadata.get("autoreset_mode")
         assert mode == AutoresetMode.NEXT_STEP, f"RLlib assumes NEXT_STEP autoreset, this environment has {mode}"
-        self.env, self.penalty, self.num_envs = env, penalty, env.num_envs
+        self.env, self.num_envs = env, env.num_envs
         self.map = ActionMap(env.single_action_space)
         self.single_observation_space = flat_space(env.single_observation_space)
         self.single_action_space = self.map.head
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
-        self.steps, self.disagreement = 0, 0.0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._seen = Statistics()
+        self._ended = np.zeros(self.num_envs, np.bool_)
+        self._return = np.zeros(self.num_envs)
+        self._length = np.zeros(self.num_envs, np.int64)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         observations, _ = self.env.reset(seed=seed, options=options)
+        self._begin()
         return flatten_batch(self.env.single_observation_space, observations), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         observations, rewards, terminated, truncated, infos = self.env.step(self.map.to_raw(actions))
-        disagreement = infos.get("disagreement")
-        if disagreement is not None:
-            self.steps += self.num_envs
-            self.disagreement += float(disagreement.sum())
-            if self.penalty:
-                rewards = rewards - self.penalty * disagreement
+        stepped = ~self._ended
+        self._return += np.where(stepped, infos.get("raw_reward", rewards), 0.0)
+        self._length += stepped
+        self._seen.steps += int(stepped.sum())
+        if "disagreement" in infos:
+            self._seen.disagreement += float(infos["disagreement"][stepped].sum())
+        self._ended = np.logical_or(terminated, truncated)
+        if self._ended.any():
+            self._seen.returns += self._return[self._ended].tolist()
+            self._seen.lengths += self._length[self._ended].tolist()
+            self._return[self._ended] = 0.0
+            self._length[self._ended] = 0
         return flatten_batch(self.env.single_observation_space, observations), rewards, terminated, truncated, {}
 
-    def statistics(self) -> tuple[int, float]:
-        """(environment steps, sum of their disagreement) since the last call."""
-        taken = (self.steps, self.disagreement)
-        self.steps, self.disagreement = 0, 0.0
-        return taken
+    def statistics(self) -> Statistics:
+        """What was seen since the last call."""
+        seen, self._seen = self._seen, Statistics()
+        return seen
 
     def close_extras(self, **kwargs: Any) -> None:
         self.env.close(**kwargs)
@@ -157,10 +186,17 @@ def build(
         raise UsageError(f"RLlib's {algo} refuses its settings: {' '.join(str(error).split())}") from error
 
 
-def statistics(algorithm: Algorithm) -> tuple[int, float]:
-    """AgentEnv.statistics, summed over all environment runners."""
-    parts = _runners(algorithm).foreach_env_runner(lambda runner: runner.env.unwrapped.statistics() if runner.env is not None else (0, 0.0))
-    return sum(steps for steps, _ in parts), sum(total for _, total in parts)
+def statistics(algorithm: Algorithm) -> Statistics:
+    """What all environment runners saw since the last call."""
+    parts = _runners(algorithm).foreach_env_runner(lambda runner: runner.env.unwrapped.statistics() if runner.env is not None else Statistics())
+    return sum(parts, Statistics())
+
+
+def learned(result: Mapping[str, Any]) -> dict[str, float]:
+    """What the learner says of itself, by RLlib's names: losses, entropy, the mean KL divergence."""
+    module = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
+    wanted = ("total_loss", "policy_loss", "vf_loss", "entropy", "mean_kl_loss", "vf_explained_var", "qf_loss", "qf_mean", "alpha_value", "td_error_mean")
+    return {name: float(module[name]) for name in wanted if name in module}
 
 
 def export(algorithm: Algorithm, algo: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Policy:
@@ -171,8 +207,8 @@ def export(algorithm: Algorithm, algo: str, observation_space: gym.Space[Any], a
     log_std, epsilon = None, 0.0
     if algo == "DQN":
         network = {"trunk": _mlp(module.encoder), "advantage": _mlp(module.af), "value": _mlp(module.vf) if settings["dueling"] else nn.Sequential()}
-        layers = [describe(part) for part in network.values()]
-        layout = Layout("values", *layers, atoms=int(settings["num_atoms"]), v_min=float(settings["v_min"]), v_max=float(settings["v_max"]))
+        trunk, advantage, value = (describe(part) for part in network.values())
+        layout = Layout("values", trunk, advantage, value, atoms=int(settings["num_atoms"]), v_min=float(settings["v_min"]), v_max=float(settings["v_max"]))
         epsilon = float(module.epsilon_schedule.get_current_value())
     else:
         if algo == "SAC":

@@ -1,0 +1,199 @@
+"""Model-free training in reality, every step through the ledger: what a world must beat.
+
+The curve's real steps are all that led to a policy: those it trained on and those of the episodes that confirmed it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray.rllib.algorithms.algorithm import Algorithm
+
+from mesocosm import cluster
+from mesocosm.agents import rllib
+from mesocosm.agents.config import BaselineConfig
+from mesocosm.agents.policy import Policy
+from mesocosm.config import fingerprint, identity
+from mesocosm.errors import BudgetSpent, UsageError
+from mesocosm.evaluation.judge import judge
+from mesocosm.reality.config import BudgetConfig, RealityConfig
+from mesocosm.reality.env import spaces_of
+from mesocosm.reality.ledger import Ledger
+from mesocosm.reality.metered import Meter, make_metered_vector
+from mesocosm.storage import SCHEMA, Artifact
+from mesocosm.tracking import Run
+
+CURVE = "curve.json"
+
+
+def check(config: BaselineConfig) -> None:
+    """Raise UsageError on the first value that cannot be meant."""
+    rllib.check("", config.algo, config.params, config.model)
+    positive = {"num_envs": config.num_envs, "rollout": config.rollout, "window": config.window, "iteration_steps": config.iteration_steps}
+    for key, value in positive.items():
+        if value < 1:
+            raise UsageError(f"{key}={value} must be at least 1")
+    if config.steps < _iteration(config):
+        raise UsageError(f"steps={config.steps} is less than one iteration of {_iteration(config)} real steps; raise it, or lower num_envs or rollout")
+    if config.select_episodes < 0 or config.select_every < 0:
+        raise UsageError(f"select_episodes={config.select_episodes} and select_every={config.select_every} must be at least 0")
+
+
+def _iteration(config: BaselineConfig) -> int:
+    """The most real steps that one `train()` can take: the last vector step may overshoot."""
+    sample = config.num_envs * config.rollout
+    if config.algo in rllib.REPLAY:
+        return -(-config.iteration_steps // sample) * sample + config.num_envs
+    return sample + config.num_envs - 1
+
+
+def run(config: BaselineConfig, run: Run) -> Artifact:
+    """Train until the target is confirmed or the steps are spent. An `evaluations` artifact: curve.json and policy/.
+
+    curve.json: {"points": [{"steps", "return", "kind": "train" | "select", "seconds"}], "target", "reached": real steps at which the
+    target was confirmed or null, "reached_in_training": where the training episodes' own mean first was there, or null, "steps",
+    "train_steps", "select_steps", "cap", "censored": not reached, "algo", "seconds", "ledger"}.
+    """
+    check(config)
+    facts = identity(config, without=["ledger"])
+    id = fingerprint("evaluations", "baseline", facts, SCHEMA)
+    done = None if config.force else run.storage.find("evaluations", id)
+    if done is not None:
+        run.say(f"found evaluations/{id} ({config.algo} without a model)")
+        run.record(artifact=done.name)
+        return done
+    spaces = spaces_of(config.reality)
+    ledger = config.ledger or f"baseline-{id}-{run.id}"
+    cluster.ensure(config.ray)
+
+    def fill(folder: Path) -> None:
+        curve, policy = _Training(config, run, ledger, spaces).train()
+        (folder / CURVE).write_text(json.dumps(curve, indent=1))
+        (folder / "policy").mkdir()
+        policy.save(folder / "policy")
+
+    meta = {"inputs": {}, "config": facts, "job": "baseline", "run": run.id, "ledger": ledger}
+    artifact = run.storage.make("evaluations", id, meta, fill, force=config.force)
+    run.record(artifact=artifact.name, ledger=ledger)
+    return artifact
+
+
+class _Training:
+    """One run's state: what was spent, what was seen."""
+
+    def __init__(self, config: BaselineConfig, run: Run, ledger: str, spaces: tuple[Any, Any]):
+        self.config, self.run, self.ledger, self.spaces = config, run, ledger, spaces
+        self.points: list[dict[str, Any]] = []
+        self.returns: list[float] = []
+        self.train_steps = self.select_steps = 0
+        self.began = time.monotonic()
+        self.selected_at = -config.select_every
+
+    @property
+    def steps(self) -> int:
+        return self.train_steps + self.select_steps
+
+    def train(self) -> tuple[dict[str, Any], Policy]:
+        config = self.config
+        reached = reached_in_training = None
+        algorithm = rllib.build(
+            config.algo,
+            config.params,
+            config.model,
+            partial(_make_env, _own_reality(config), self.run.storage.root, self.ledger, config.steps),
+            folder=self.run.folder / "rllib",
+            seed=config.seed,
+            gamma=config.gamma,
+            num_envs=config.num_envs,
+            rollout=config.rollout,
+            steps_per_iteration=config.iteration_steps if config.algo in rllib.REPLAY else None,
+        )
+        self.meter = _meter(algorithm)
+        try:
+            with self.run.progress(f"baseline {config.algo}", config.steps) as update:
+                while reached is None and self.steps + _iteration(config) <= config.steps:
+                    mean = self._iterate(algorithm, update)
+                    if config.target is None or mean is None or mean < config.target:
+                        continue
+                    reached_in_training = reached_in_training or self.steps
+                    if config.select_episodes == 0 or self._confirmed(algorithm):
+                        reached = self.steps
+            policy = rllib.export(algorithm, config.algo, *self.spaces)
+        finally:
+            algorithm.stop()
+            self.meter.close()
+        curve = {
+            "algo": config.algo,
+            "points": self.points,
+            "target": config.target,
+            "reached": reached,
+            "reached_in_training": reached_in_training,
+            "censored": config.target is not None and reached is None,
+            "steps": self.steps,
+            "train_steps": self.train_steps,
+            "select_steps": self.select_steps,
+            "cap": config.steps,
+            "seconds": round(time.monotonic() - self.began, 1),
+            "ledger": self.ledger,
+        }
+        return curve, policy
+
+    def _iterate(self, algorithm: Algorithm, update: Callable[[float, str], None]) -> float | None:
+        """One RLlib iteration; the mean return of the last `window` training episodes, None while there are fewer."""
+        self.meter.limit = self.config.steps - self.select_steps
+        algorithm.train()
+        self.train_steps = self.meter.steps
+        self.returns += rllib.statistics(algorithm).returns
+        if len(self.returns) < self.config.window:
+            return None
+        mean = float(np.mean(self.returns[-self.config.window :]))
+        self._point(mean, "train")
+        update(self.steps, f"{self.steps} real steps, return {mean:.1f}")
+        return mean
+
+    def _confirmed(self, algorithm: Algorithm) -> bool:
+        """Whether greedy real episodes reach the target too. Their steps count; running out of steps in them confirms nothing."""
+        config = self.config
+        if self.train_steps - self.selected_at < config.select_every:
+            return False
+        self.selected_at = self.train_steps
+        policy = rllib.export(algorithm, config.algo, *self.spaces)
+        ledger = Ledger(self.run.storage, self.ledger, BudgetConfig(), config.reality.price)
+        before = ledger.totals().purposes["select"].steps
+        ledger = Ledger(self.run.storage, self.ledger, BudgetConfig(), config.reality.price, {"select": before + config.steps - self.steps})
+        try:
+            mean = judge(policy, config.reality, ledger, episodes=config.select_episodes, seed=config.seed + self.steps, purpose="select").mean
+        except BudgetSpent:
+            mean = None
+        self.select_steps += ledger.totals().purposes["select"].steps - before
+        if mean is None:
+            return False
+        self._point(mean, "select")
+        assert config.target is not None
+        return mean >= config.target
+
+    def _point(self, mean: float, kind: str) -> None:
+        self.points.append({"steps": self.steps, "return": mean, "kind": kind, "seconds": round(time.monotonic() - self.began, 2)})
+        self.run.log({f"baseline/{kind}_return": mean, "baseline/real_steps": self.steps}, step=self.steps)
+
+
+def _make_env(reality: RealityConfig, root: str, ledger: str, limit: int, num_envs: int) -> rllib.AgentEnv:
+    return rllib.AgentEnv(make_metered_vector(reality, root, ledger, "baseline", num_envs, limit=limit))
+
+
+def _meter(algorithm: Algorithm) -> Meter:
+    """The meter of the one environment runner, which lives in this process."""
+    runner: Any = algorithm.env_runner
+    return runner.env.unwrapped.env.meter
+
+
+def _own_reality(config: BaselineConfig) -> RealityConfig:
+    """Reality with no budget: `reality.budget.steps` bounds the world's data; `steps` bounds this."""
+    return dataclasses.replace(config.reality, budget=BudgetConfig())

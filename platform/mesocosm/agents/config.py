@@ -1,0 +1,71 @@
+"""What `train-agent` and the model-free baselines take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from mesocosm.config import JobConfig
+from mesocosm.reality.config import RealityConfig
+
+
+@dataclass
+class AgentConfig(JobConfig):
+    world: str = ""
+    """The world to train in: `worlds/<id>`, an id, or a unique prefix of one."""
+    backend: str = "serve"
+    """`serve` (the Ray Serve application `app`) or `local` (in the environment runner's own process); the trajectories are the same."""
+    app: str = "mesocosm"
+    """The Serve application's name."""
+    algo: str = "PPO"
+    """PPO, APPO, IMPALA, SAC or DQN of RLlib."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """RLlib's own names, as its `.training()` takes them: lr, num_epochs, minibatch_size, entropy_coeff, ..."""
+    model: dict[str, Any] = field(default_factory=lambda: {"fcnet_hiddens": [64, 64], "vf_share_layers": False})
+    """Fields of RLlib's DefaultModelConfig."""
+    gamma: float = 0.99
+    iterations: int = 40
+    num_envs: int = 256
+    """Imagined environments of an environment runner, stepped together."""
+    rollout: int = 16
+    """Steps of each environment in an iteration, which is num_envs x rollout imagined steps long."""
+    runners: int = 0
+    """Environment runners in Ray actors, each with `num_envs` environments; 0: one in the job's own process."""
+    horizon: int = 64
+    """Imagined steps after which an episode is cut; the value of its last observation stands for the rest."""
+    starts: str = "logged"
+    """`logged`: imagined episodes begin at observations of the world's datasets, uniformly; `generated`: at the world's own samples."""
+    datasets: list[str] = field(default_factory=list)
+    """Datasets of logged starts; empty: those that the world was trained on."""
+    penalty: float = 0.0
+    """Reward lost for each nat of disagreement between the world's members."""
+    init: str | None = None
+    """`agents/<id>`: begin with the weights of an earlier agent of the same algorithm, network and spaces."""
+
+
+@dataclass
+class BaselineConfig(JobConfig):
+    reality: RealityConfig = field(default_factory=RealityConfig)
+    algo: str = "PPO"
+    params: dict[str, Any] = field(default_factory=dict)
+    """RLlib's own names, as its `.training()` takes them."""
+    model: dict[str, Any] = field(default_factory=lambda: {"fcnet_hiddens": [64, 64], "vf_share_layers": False})
+    """Fields of RLlib's DefaultModelConfig."""
+    gamma: float = 0.99
+    steps: int = 20_000
+    """Real steps that training and selection may take together."""
+    num_envs: int = 4
+    rollout: int = 256
+    """Steps of each environment between updates: 256 or so on-policy, 1 with a replay buffer."""
+    iteration_steps: int = 256
+    """Replay algorithms only: steps between two points of the curve."""
+    target: float | None = None
+    """Stop once this mean return is reached, by `select_episodes` greedy episodes; None: use all the steps."""
+    window: int = 10
+    """The curve's return is the mean of so many last training episodes, which cost nothing more."""
+    select_episodes: int = 5
+    """Greedy real episodes, counted as `select`, that confirm a policy whose training return has reached the target; 0: none are needed."""
+    select_every: int = 1000
+    """Real steps of training, at least, between two such confirmations."""
+    ledger: str | None = None
+    """The ledger to count in; None: one of this run's own, so that a budget of the world's data is not touched."""

@@ -1,0 +1,178 @@
+"""The job `train-agent`: an RLlib agent trained wholly inside a world, and its policy as an artifact.
+
+An `agents` artifact is policy.json and policy.safetensors (what acts) and training.safetensors (what another training can begin with).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray.rllib.algorithms.algorithm import Algorithm
+
+from mesocosm import __version__, cluster
+from mesocosm.agents import rllib
+from mesocosm.agents.config import AgentConfig
+from mesocosm.config import fingerprint, identity
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset
+from mesocosm.errors import UsageError, nearest
+from mesocosm.model.spec import Parts
+from mesocosm.serving.client import BACKENDS, WorldVectorEnv
+from mesocosm.storage import SCHEMA, Artifact, Storage
+from mesocosm.tracking import Run
+
+STARTS = ("logged", "generated")
+MAX_STARTS = 50_000
+"""Logged starts are a sample of so many of the datasets' observations at most."""
+RECOMMENDED: dict[str, dict[str, Any]] = {
+    "PPO": {
+        "lr": 1e-3,
+        "minibatch_size": 512,
+        "num_epochs": 5,
+        "lambda_": 0.95,
+        "clip_param": 0.2,
+        "vf_clip_param": math.inf,
+        "entropy_coeff": 0.005,
+        "kl_coeff": 0.2,
+        "kl_target": 0.03,
+    },
+    "SAC": {"actor_lr": 7e-4, "critic_lr": 7e-4, "alpha_lr": 7e-4, "train_batch_size_per_learner": 256, "num_steps_sampled_before_learning_starts": 1024},
+    "DQN": {"lr": 1e-3, "train_batch_size_per_learner": 256, "num_steps_sampled_before_learning_starts": 1024, "target_network_update_freq": 1024},
+}
+"""Parameters that `params` need not name. RLlib's own defaults suit long runs on Atari; its PPO clips the value loss of returns above 3."""
+
+
+def check(config: AgentConfig) -> None:
+    """Raise UsageError on the first value that cannot be meant. Reads no storage, starts nothing."""
+    rllib.check("", config.algo, config.params, config.model)
+    for key in ("iterations", "num_envs", "rollout", "horizon"):
+        if getattr(config, key) < 1:
+            raise UsageError(f"{key}={getattr(config, key)} must be at least 1")
+    if config.runners < 0:
+        raise UsageError(f"runners={config.runners} must be at least 0; 0 is one in the job's own process")
+    if config.starts not in STARTS:
+        raise UsageError(f"starts={config.starts!r} is not one of {', '.join(STARTS)}{nearest(config.starts, STARTS)}")
+    if config.backend not in BACKENDS:
+        raise UsageError(f"backend={config.backend!r} is not one of {', '.join(BACKENDS)}{nearest(config.backend, BACKENDS)}")
+    if not (math.isfinite(config.penalty) and config.penalty >= 0):
+        raise UsageError(f"penalty={config.penalty} must be a finite number of at least 0")
+    if not 0 < config.gamma <= 1:
+        raise UsageError(f"gamma={config.gamma} is no discount; give a number above 0 and at most 1")
+
+
+def settings(config: AgentConfig) -> dict[str, Any]:
+    """RLlib's training parameters: the recommended ones under the config's own."""
+    merged = {**RECOMMENDED.get(config.algo, {}), **config.params}
+    if config.algo == "PPO" and "minibatch_size" not in config.params:
+        merged["minibatch_size"] = min(merged["minibatch_size"], config.num_envs * config.rollout)
+    return merged
+
+
+def run(config: AgentConfig, run: Run) -> Artifact:
+    """Train and export. Raises UsageError for wrong settings, a missing world, dataset or agent, and weights of another network."""
+    check(config)
+    world = run.storage.artifact("worlds", config.world)
+    codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
+    datasets = _datasets(config, run.storage, world)
+    former = None if config.init is None else run.storage.artifact("agents", config.init)
+    inputs = {"worlds": [world.id], "datasets": [d.id for d in datasets], "agents": [] if former is None else [former.id]}
+    facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | {"params": settings(config)}
+    id = fingerprint("agents", facts, inputs, __version__, SCHEMA)
+    run.record(inputs=inputs)
+    if not config.force and (done := run.storage.find("agents", id)) is not None:
+        run.say(f"found {done.name}: it was trained before")
+        run.record(artifact=done.name)
+        return done
+    cluster.ensure(config.ray)
+    if config.runners:
+        cluster.preflight(cpus=config.runners, what=f"runners={config.runners}")
+    starts = Dataset([d.path for d in datasets]).observation_parts(codec, "train", MAX_STARTS, config.seed) if datasets else None
+    seen: dict[str, float] = {}
+
+    def fill(folder: Path) -> None:
+        algorithm = _build(config, run, world, starts)
+        try:
+            if former is not None:
+                rllib.load_training(algorithm, former.path)
+            seen.update(_train(config, run, algorithm))
+            rllib.export(algorithm, config.algo, codec.observation_space, codec.action_space).save(folder)
+            rllib.save_training(algorithm, folder)
+        finally:
+            algorithm.stop()
+
+    meta = {"inputs": inputs, "config": facts, "job": "train-agent", "run": run.id, "metrics": seen}
+    artifact = run.storage.make("agents", id, meta, fill, force=config.force)
+    run.record(artifact=artifact.name)
+    return artifact
+
+
+def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Artifact]:
+    if config.starts != "logged":
+        return []
+    names = config.datasets or world.meta.get("inputs", {}).get("datasets", [])
+    if not names:
+        raise UsageError(f"starts='logged' needs the data that {world.name} was trained on, which it does not name; set datasets or starts=generated")
+    return [storage.artifact("datasets", name) for name in names]
+
+
+def _build(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, Parts] | None) -> Algorithm:
+    arguments = {
+        "world": world.id,
+        "root": run.storage.root,
+        "backend": config.backend,
+        "app": config.app,
+        "address": config.ray.address,
+        "horizon": config.horizon,
+        "starts": starts,
+        "seed": config.seed,
+        "penalty": config.penalty,
+    }
+    return rllib.build(
+        config.algo,
+        settings(config),
+        config.model,
+        partial(_make_env, arguments),
+        folder=run.folder / "rllib",
+        seed=config.seed,
+        gamma=config.gamma,
+        num_envs=config.num_envs,
+        rollout=config.rollout if config.algo in rllib.ON_POLICY else 1,
+        runners=config.runners,
+        steps_per_iteration=config.num_envs * config.rollout,
+    )
+
+
+def _make_env(arguments: Mapping[str, Any], num_envs: int) -> rllib.AgentEnv:
+    """RLlib resets each runner's environment with a seed of its own, so that no two runners imagine the same episodes."""
+    return rllib.AgentEnv(WorldVectorEnv(num_envs, **arguments))
+
+
+def _train(config: AgentConfig, run: Run, algorithm: Algorithm) -> dict[str, float]:
+    """All iterations; the last one's metrics."""
+    metrics: dict[str, float] = {}
+    total = 0
+    with run.progress(f"train-agent {config.algo}", config.iterations) as update:
+        for iteration in range(config.iterations):
+            began = time.monotonic()
+            result = algorithm.train()
+            seen = rllib.statistics(algorithm)
+            total += seen.steps
+            metrics = {
+                "imagined_steps": total,
+                "steps_per_s": seen.steps / (time.monotonic() - began),
+                "disagreement": seen.disagreement / max(seen.steps, 1),
+                **rllib.learned(result),
+            }
+            if seen.returns:
+                metrics |= {"imagined_return": float(np.mean(seen.returns)), "imagined_length": float(np.mean(seen.lengths))}
+            run.log({f"agent/{name}": value for name, value in metrics.items()}, step=iteration)
+            shown = f"return {metrics['imagined_return']:.1f}  " if seen.returns else ""
+            update(iteration + 1, f"imagined {shown}disagreement {metrics['disagreement']:.3f}  {metrics['steps_per_s']:,.0f} steps/s")
+    return metrics
