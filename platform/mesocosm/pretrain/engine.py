@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import logging
+import os
+import shutil
+import sys
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,9 +22,29 @@ from mesocosm.model.net import WorldNet
 from mesocosm.pretrain import checkpoint
 from mesocosm.pretrain.checkpoint import Progress
 from mesocosm.pretrain.config import TrainConfig
-from mesocosm.pretrain.ops import import_deepspeed
 
 BETAS = (0.9, 0.95)
+
+
+def import_deepspeed() -> ModuleType:
+    """`import deepspeed`, quickly and quietly, with nothing to compile.
+
+    Its autotuner imports mlflow where that is installed: half of the import's 13 s of CPU time; it takes mlflow's absence for
+    an answer. On CPU, `init_distributed` probes compilers and builds (40 s, needs ninja) an op for inference alone, if it is
+    listed as compatible; the optimiser here is torch's own, so no op is.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
+    hidden: dict[str, Any] = {"mlflow": None} if "mlflow" not in sys.modules else {}
+    sys.modules.update(hidden)
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    finally:
+        for name in hidden:
+            del sys.modules[name]
+    vars(importlib.import_module("deepspeed.ops"))["__compatible_ops__"] = {}
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
 
 
 @dataclass(frozen=True)
@@ -67,7 +93,7 @@ def start(net: WorldNet, options: TrainConfig, own: Rank, kept: Path | None, id:
         checkpoint.load_running(engine, folder, checkpoint.UNIVERSAL)
         dist.barrier()
         if own.local_rank == 0:
-            checkpoint.discard(folder)
+            shutil.rmtree(folder)
     else:
         checkpoint.load_running(engine, kept / "ds", checkpoint.TAG)
     if before.world_size == own.world_size:
@@ -88,7 +114,7 @@ def step(engine: Any) -> float:
 
 def weights(engine: Any, own: Rank) -> dict[str, Tensor] | None:
     """All float32 parameters and buffers on the CPU, on rank 0; None elsewhere. Every rank must call it: ZeRO 3 gathers one parameter at a time."""
-    import deepspeed
+    deepspeed = import_deepspeed()
 
     net: WorldNet = engine.module
     full: dict[str, Tensor] = {}

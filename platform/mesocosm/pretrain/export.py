@@ -53,7 +53,8 @@ class TerminationCheck:
         if not self.terminals:
             return "not applicable: no episode of the data terminates"
         if not self.found:
-            return f"failed: of {self.terminals} terminal transitions ({self.measured_on}) the world ends none, so its episodes never end; train longer or with more train.events"
+            missed = f"of {self.terminals} terminal transitions ({self.measured_on}) the world ends none, so its episodes never end"
+            return f"failed: {missed}; train longer or with more train.events"
         return "passed"
 
 

@@ -23,7 +23,7 @@ from mesocosm.pretrain import checkpoint, prepare
 from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig, what
 from mesocosm.pretrain.export import check_termination, world_of
 from mesocosm.pretrain.feed import Feed
-from mesocosm.pretrain.worker import Work
+from mesocosm.pretrain.worker import Work, train_loop
 from mesocosm.storage import SCHEMA, Artifact, Storage
 
 __all__ = ["PretrainConfig", "plan", "run"]
@@ -128,7 +128,9 @@ def _train(work: Work, config: PretrainConfig, run: tracking.Run, dataset: Datas
         raise MesocosmError(failed)
     if errors:
         last = str(errors[0]).strip().splitlines()[-1:] or [type(errors[0]).__name__]
-        raise MesocosmError(f"pretraining's workers failed more than train.max_failures={work.train.max_failures} times: {last[0]}; run again to go on") from errors[0]
+        raise MesocosmError(
+            f"pretraining's workers failed more than train.max_failures={work.train.max_failures} times: {last[0]}; run again to go on"
+        ) from errors[0]
 
 
 def _trainer(work: Work, config: PretrainConfig, storage: Storage, gpus: float) -> Any:
@@ -142,8 +144,6 @@ def _trainer(work: Work, config: PretrainConfig, storage: Storage, gpus: float) 
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
-    from mesocosm.pretrain.worker import train_loop
-
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
             """A private Ray has no dashboard, without which the cleaner (another process) only logs failed queries; the whole Ray ends with us."""
@@ -156,9 +156,7 @@ def _trainer(work: Work, config: PretrainConfig, storage: Storage, gpus: float) 
         train_loop,
         train_loop_config={"work": work},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=work.train.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}
-        ),
+        scaling_config=ScalingConfig(num_workers=work.train.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}),
         run_config=RunConfig(
             name=name,
             storage_path=f"{base}/{path}",
@@ -187,7 +185,7 @@ def _export(
     facts = {"termination_recall": ending.recall, "termination_precision": ending.precision}
     metrics = last | progress.measured | {name: value for name, value in facts.items() if value is not None}
     sizes = counts.counts(codec.spec, config.model)
-    seen = loader.transitions_seen(progress.steps)
+    seen, unique = loader.transitions_seen(progress.steps), loader.transitions_per_epoch
     meta = {
         "inputs": {"datasets": dataset.ids},
         "config": what(config, progress.precision),
@@ -196,7 +194,7 @@ def _export(
         "codec": codec.id,
         "metrics": metrics,
         "checks": {"termination": ending.verdict},
-        "counts": {**asdict(sizes), "data": seen, "unique": loader.transitions_per_epoch, "epochs": seen / loader.transitions_per_epoch, "steps": progress.steps},
+        "counts": {**asdict(sizes), "data": seen, "unique": unique, "epochs": seen / unique, "steps": progress.steps},
         "seconds": progress.seconds,
     }
     artifact = storage.make("worlds", id, meta, world.save, force=config.force)

@@ -1,0 +1,193 @@
+"""Pretraining as a user runs it: Ray Train, DeepSpeed, storage and MLflow are the real ones."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mesocosm.data.codec import Codec
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.model import rng
+from mesocosm.model.world import World
+from mesocosm.pretrain import checkpoint, run, worker
+from mesocosm.storage import Storage
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+SHORT = ("train.steps=12", "train.checkpoint_every=4", "train.validate_every=6")
+Make = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cart_root: Make, pretrain: Make) -> Any:
+    """One worker, never disturbed."""
+    return pretrain(cart_root(tmp_path_factory.mktemp("whole")), *SHORT)
+
+
+def test_losses_fall(whole: Any) -> None:
+    losses = [values[0] for values in whole.losses.values()]
+    assert list(whole.losses) == list(range(1, 13)) and all(len(values) == 1 for values in whole.losses.values())
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_what_is_measured(whole: Any) -> None:
+    first, last = whole.lines[0], next(line for line in whole.lines if line["step"] == 12)
+    for part in ("dynamics", "reward", "termination", "task"):
+        assert math.isfinite(first[f"train/{part}"]) and math.isfinite(last[f"valid/{part}"])
+    assert first["train/loss"] == pytest.approx(sum(first[f"train/{part}"] for part in ("dynamics", "reward", "termination", "task")))
+    assert 0 < last["mfu"] < 1 and last["positions_per_s"] >= last["transitions_per_s"] > 0
+    assert last["lr"] < first["lr"] * 12 and first["train/gradient_norm"] > 0
+
+
+def test_the_world_loads_and_steps(whole: Any) -> None:
+    world = World.load(whole.artifact.path)
+    codec = Codec.from_json(world.codec)
+    keys = rng.keys(0, torch.arange(5), 0, 0)
+    task, observation = world.sample_start(keys)
+    carry = world.begin(task, observation, torch.zeros(5, dtype=torch.int64))
+    carry, out = world.step(carry, codec.action(np.ones(5, np.int64)), keys)
+    assert out.observation.numbers.shape == (5, 4) and torch.isfinite(out.observation.numbers).all()
+    assert all(parameter.dtype == torch.float32 for parameter in world.net.parameters())
+
+
+def test_the_artifact_says_where_it_came_from(whole: Any) -> None:
+    meta = whole.artifact.meta
+    assert meta["inputs"] == {"datasets": ["cart"]} and meta["job"] == "pretrain"
+    assert meta["config"]["train"]["precision"] == "fp32" and "workers" not in meta["config"]["train"]
+    assert meta["counts"]["steps"] == 12 and meta["counts"]["params"] > 1000
+    assert meta["counts"]["epochs"] == pytest.approx(meta["counts"]["data"] / meta["counts"]["unique"])
+    assert meta["metrics"]["valid/loss"] > 0 and "termination" in meta["checks"]
+
+
+def test_a_world_that_never_ends_fails_its_own_check(whole: Any) -> None:
+    """Twelve steps teach no termination, and the job says so."""
+    assert whole.artifact.meta["metrics"]["termination_recall"] == 0.0
+    assert whole.artifact.meta["checks"]["termination"].startswith("failed: of ")
+    assert "warning: termination check failed" in whole.log
+
+
+def test_run_again_finds_it_and_nothing_is_left_behind(whole: Any, pretrain: Make) -> None:
+    root = str(whole.artifact.path.parent.parent)
+    again = pretrain(root, *SHORT, "train.zero_stage=1", "train.checkpoint_every=6")
+    assert again.artifact.id == whole.artifact.id and "found worlds/" in again.log
+    assert Storage(root).list("runs/checkpoints") == []
+
+
+def test_a_killed_worker_costs_no_digit(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL in step 6, after the checkpoint of step 4: every step's loss is that of the undisturbed run, also those trained twice."""
+    marker = tmp_path / "killed"
+
+    def killed_once(config: dict[str, Any]) -> None:
+        from mesocosm.pretrain.feed import Feed
+
+        put = Feed.put
+
+        def put_and_die(self: Feed, record: dict[str, Any]) -> None:
+            put(self, record)
+            if record.get("step") == 6 and not marker.exists():
+                self.flush()
+                marker.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        Feed.put = put_and_die  # type: ignore[method-assign]
+        worker.train_loop(config)
+
+    monkeypatch.setattr(run, "train_loop", killed_once)
+    killed = pretrain(cart_root(tmp_path), *SHORT)
+    assert marker.exists()
+    assert killed.losses == {step: values * (2 if step in (5, 6) else 1) for step, values in whole.losses.items()}
+    same = [(p / "model.safetensors").read_bytes() for p in (whole.artifact.path, killed.artifact.path)]
+    assert same[0] == same[1], "the weights are the same to the last bit"
+
+
+def test_two_workers_agree_with_one(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
+    two = pretrain(cart_root(tmp_path), *SHORT, "train.workers=2")
+    assert two.artifact.id == whole.artifact.id
+    for step, (loss,) in whole.losses.items():
+        assert two.losses[step][0] == pytest.approx(loss, abs=1e-4)
+
+
+def test_a_diverging_loss_stops_the_run_and_names_the_step(tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
+    root = cart_root(tmp_path)
+    overrides = ("train.lr=1e30", "train.steps=20", "train.checkpoint_every=1", "train.warmup=0.5")
+    with pytest.raises(MesocosmError, match=r"training stopped: the .* is (nan|inf) at step \d+; the checkpoint of step \d+ is kept; lower train.lr=1e\+30"):
+        pretrain(root, *overrides)
+    (id,) = Storage(root).list("runs/checkpoints")
+    last = checkpoint.latest(Storage(root), id)
+    assert last is not None and last[1].step >= 1 and Storage(root).list("worlds") == []
+
+
+def test_more_workers_than_the_cluster_has(tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
+    with pytest.raises(UsageError, match=r"train\.workers=8 asks for 8 CPUs and the cluster has 4"):
+        pretrain(cart_root(tmp_path), "train.batch=16", "train.events=16", "train.workers=8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_agree(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, stage: int) -> None:
+    sharded = pretrain(cart_root(tmp_path), *SHORT, "train.workers=2", f"train.zero_stage={stage}", "train.accumulate=2")
+    for step, (loss,) in whole.losses.items():
+        assert sharded.losses[step][0] == pytest.approx(loss, abs=1e-4)
+    ours, theirs = (World.load(made.artifact.path).net.state_dict() for made in (whole, sharded))
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, atol=1e-4, rtol=1e-4)
+
+
+def _until(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stop after `step`, as a driver that is interrupted does."""
+
+    def interrupted(config: dict[str, Any]) -> None:
+        from mesocosm.pretrain.feed import Feed
+
+        put = Feed.put
+
+        def put_and_stop(self: Feed, record: dict[str, Any]) -> None:
+            put(self, record)
+            if record.get("step") == step:
+                self.flush()
+                self.stop("a test")
+
+        Feed.put = put_and_stop  # type: ignore[method-assign]
+        worker.train_loop(config)
+
+    monkeypatch.setattr(run, "train_loop", interrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_resume_at_another_world_size(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, stage: int) -> None:
+    root = cart_root(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        _until(5, patch)
+        with pytest.raises(MesocosmError, match="run the same command again"):
+            pretrain(root, *SHORT, "train.workers=2", f"train.zero_stage={stage}")
+    with pytest.raises(UsageError, match=f"train.zero_stage={(stage + 1) % 4} cannot resume from step 4, which was saved at stage {stage}"):
+        pretrain(root, *SHORT, f"train.zero_stage={(stage + 1) % 4}")
+    resumed = pretrain(root, *SHORT, f"train.zero_stage={stage}")
+    assert "going on from step 4 of 12" in resumed.log and min(resumed.losses) <= 5
+    for step, values in resumed.losses.items():
+        assert values[-1] == pytest.approx(whole.losses[step][0], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("train.precision=bf16",), ("train.precision=bf16", "train.zero_stage=3"), ("train.activation_checkpointing=true",)])
+def test_other_ways_to_compute_the_same(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, options: tuple[str, ...]) -> None:
+    other = pretrain(cart_root(tmp_path), *SHORT, *options)
+    tolerance = 0.05 if "train.precision=bf16" in options else 1e-5
+    for step, (loss,) in whole.losses.items():
+        assert other.losses[step][0] == pytest.approx(loss, rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sequence", "ensemble"])
+def test_termination_is_learned(tmp_path: Path, cart_root: Make, pretrain: Make, family: str) -> None:
+    made = pretrain(cart_root(tmp_path, 1500), f"model.family={family}", "train.steps=600", "train.batch=16", "train.events=48")
+    assert made.artifact.meta["checks"] == {"termination": "passed"}
+    assert made.artifact.meta["metrics"]["termination_recall"] > 0.7 and made.artifact.meta["metrics"]["termination_precision"] > 0.6

@@ -1,0 +1,94 @@
+"""Parts of the worker that need no cluster: the feed, the noise on histories."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mesocosm.data.codec import Codec
+from mesocosm.data.loader import Loader
+from mesocosm.model.base import Base
+from mesocosm.model.net import unroll
+from mesocosm.pretrain import prepare
+from mesocosm.pretrain.feed import Feed
+from mesocosm.pretrain.worker import Work, corrupted
+from mesocosm.storage import Storage
+
+DATASET = "cart"
+
+
+def test_records_arrive_once_in_order_whoever_reads(root: str) -> None:
+    worker, driver, later = (Feed(Storage(root), "runs/checkpoints/x") for _ in range(3))
+    for step in range(3):
+        worker.put({"step": step})
+        worker.flush()
+    assert [record["step"] for record in driver.take()] == [0, 1, 2]
+    worker.put({"step": 3})
+    worker.flush()
+    assert [record["step"] for record in later.take()] == [3]
+    assert driver.take() == []
+
+
+def test_a_failure_stops_every_later_attempt(root: str) -> None:
+    worker, driver = Feed(Storage(root), "runs/checkpoints/x"), Feed(Storage(root), "runs/checkpoints/x")
+    assert not worker.stopped
+    worker.fail("the loss is nan at step 3")
+    assert driver.take() == [{"failed": "the loss is nan at step 3"}]
+    assert Feed(Storage(root), "runs/checkpoints/x").stopped
+    driver.clear()
+    assert not worker.stopped
+
+
+def test_noise_is_on_what_is_read_and_the_same_for_any_number_of_workers(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:
+    storage = Storage(cart_root(tmp_path, 200))
+    dataset = prepare.open_datasets(storage, [DATASET])
+    codec = Codec.fit(dataset)
+    given = load(storage.root, "train.corrupt_history=3.0", "train.batch=8")
+    base = Base(codec.spec, given.model)
+    base.residual_scale.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    work = Work("x", storage.root, [DATASET], given.model, given.train, 10, 0)
+    loader = Loader(dataset, codec, "train", 8, 8, 0)
+
+    def noisy(step: int, rank: int, world_size: int) -> torch.Tensor:
+        windows = corrupted(loader.batch(step, rank, world_size), base, work, step * 8 + rank * (8 // world_size))
+        transition, outcome = unroll(windows)
+        assert torch.equal(outcome.observation.numbers, windows.observation.numbers[:, 1:]), "what is to be predicted stays clean"
+        assert torch.equal(transition.observation.numbers[windows.start][:, 0], windows.observation.numbers[windows.start][:, 0]), "starts are exact"
+        return transition.observation.numbers - windows.observation.numbers[:, :-1]
+
+    whole = noisy(3, 0, 1)
+    assert torch.equal(whole, torch.cat([noisy(3, rank, 4) for rank in range(4)]))
+    assert not torch.equal(whole, noisy(4, 0, 1))
+    spread = torch.cat([noisy(step, 0, 1)[:, 1:] for step in range(60)]).flatten(0, 1).std(0)
+    torch.testing.assert_close(spread, 3.0 * base.residual_scale, rtol=0.1, atol=0.0)
+
+
+def test_the_base_sees_every_training_transition_once(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:
+    storage = Storage(cart_root(tmp_path, 200))
+    dataset = prepare.open_datasets(storage, [DATASET])
+    codec = Codec.fit(dataset)
+    observation, action, _, following, episode = prepare.transitions(dataset, codec)
+    assert len(episode) == dataset.count("train") == len(action.categories)
+    numbers = [codec.observations_list(e.observations).numbers for e in dataset.iter_episodes("train")]
+    assert torch.equal(observation.numbers, torch.cat([rows[:-1] for rows in numbers]))
+    assert torch.equal(following.numbers, torch.cat([rows[1:] for rows in numbers]))
+    assert len(prepare.transitions(dataset, codec, limit=50)[-1]) == 50
+
+
+def test_codec_and_base_are_kept_for_a_resume(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:
+    storage = Storage(cart_root(tmp_path, 100))
+    dataset = prepare.open_datasets(storage, [DATASET])
+    config = load(storage.root).model
+    codec = prepare.fitted_codec(storage, "runs/checkpoints/x", dataset)
+    assert json.loads(storage.read("runs/checkpoints/x/codec.json") or b"") == codec.to_json()
+    assert prepare.read_base(storage, "runs/checkpoints/x", codec.spec, config) is None
+    prepare.fit_base(storage, "runs/checkpoints/x", dataset, codec, config, seed=1)
+    first = prepare.read_base(storage, "runs/checkpoints/x", codec.spec, config)
+    prepare.fit_base(storage, "runs/checkpoints/x", dataset, codec, config, seed=2)
+    second = prepare.read_base(storage, "runs/checkpoints/x", codec.spec, config)
+    assert first is not None and second is not None
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
