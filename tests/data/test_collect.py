@@ -17,8 +17,9 @@ from mesocosm import tracking
 from mesocosm.config import load
 from mesocosm.data.behaviours import BehaviourConfig, build, choose
 from mesocosm.data.collect import CollectConfig, run
+from mesocosm.data.manifest import Manifest
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.reality.config import BudgetConfig, RealityConfig
+from mesocosm.reality.config import BudgetConfig, RealityConfig, TaskOption
 from mesocosm.reality.env import episode_seed, spaces_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import Artifact, Storage
@@ -156,6 +157,14 @@ def test_a_collection_that_failed_is_run_again_and_its_steps_stay_spent(root: st
     made = collect(cfg, a_run)
     assert made.id == ledger and spent(cfg, made).steps == 200 + wasted.steps
     assert f"already counts {wasted.steps} steps" in (a_run.folder / "log.txt").read_text()
+
+
+def test_reset_options_are_the_datasets_task(root: str, own: None, a_run: tracking.Run) -> None:
+    options = {"wind": TaskOption(low=0.0, high=0.1), "side": TaskOption(choices=["east", "west"])}
+    made = collect(config(root, "ownenvs:Windy", reality={"task": ["wind", "side"], "task_options": options, "horizon": 9}), a_run)
+    manifest = Manifest.read(made.path)
+    assert [(o.name, o.values) for o in manifest.task_options] == [("wind", None), ("side", ["east", "west"])]
+    assert manifest.environment.max_episode_steps == 9 and manifest.environment.version.startswith("ownenvs ")
 
 
 def test_the_mixture_is_a_function_of_seed_and_episode() -> None:

@@ -197,8 +197,9 @@ class Ledger:
     def _parse(self, number: int, raw: bytes) -> dict[str, Any]:
         try:
             record = json.loads(raw)
-            assert isinstance(record, dict) and {"reserve", "confirm", "nonce"} <= set(record)
-        except (ValueError, AssertionError) as error:
+            if not {"reserve", "confirm", "nonce"} <= set(record):
+                raise ValueError("not a record of a ledger")
+        except (ValueError, TypeError) as error:
             raise ArtifactError(f"{self._path(number)} in {self.storage.root!r} is damaged; restore it from a copy, or use another ledger") from error
         return record
 
