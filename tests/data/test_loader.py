@@ -154,12 +154,9 @@ def test_the_phase_changes_from_epoch_to_epoch(counted_dataset: MakeDataset) -> 
     for length in (64, 67, 71):
         dataset = counted_dataset([length], id=f"d{length}")
         codec = Codec.fit(dataset)
-        loader = Loader(dataset, codec, "train", 8, 1, 0)
-        phases = set()
-        for step in range(loader.windows_per_epoch * 40):
-            place = int(tags(codec, loader.batch(step).observation)[0, 0, 1])
-            if place:
-                phases.add(place % 8)
+        loader = Loader(dataset, codec, "train", 8, 400, 0)
+        places = tags(codec, loader.batch(0).observation)[:, 0, 1]
+        phases = {int(place) % 8 for place in places if place}
         assert len(phases) >= 4
 
 
@@ -218,13 +215,13 @@ def test_evaluation_sees_the_split_once_in_order(mixed: tuple[Dataset, Codec]) -
 
 def test_events_oversample_terminals_and_weigh_them_back(mixed: tuple[Dataset, Codec]) -> None:
     dataset, codec = mixed
-    loader = Loader(dataset, codec, "train", 4, 2, 0, events=30)
+    loader = Loader(dataset, codec, "train", 4, 2, 0, events=300)
     terminals = {(int(r["index"]), int(r["length"]) - 1) for r in dataset.table[dataset.episodes("train")] if r["outcome"] == 0}
     natural = len(terminals) / loader.transitions_per_epoch
     seen: Counter[tuple[int, int]] = Counter()
     weights: list[float] = []
     flags: list[float] = []
-    for step in range(200):
+    for step in range(20):
         events = loader.batch(step).events
         assert events is not None
         at, after = tags(codec, events.observation), tags(codec, events.next_observation)

@@ -315,10 +315,11 @@ class Codec:
         for column, (theirs, ours) in enumerate(zip(options, self.options, strict=True)):
             if theirs.values is None or ours.values is None:
                 continue
-            unknown = [value for value in theirs.values if value not in ours.values]
+            position = {value: i for i, value in enumerate(ours.values)}
+            unknown = [value for value in theirs.values if value not in position]
             if unknown:
                 raise UsageError(f"the reset option {ours.name}={unknown[0]!r} is not among the world's {ours.values}; pretrain on data that has it")
-            rows[:, column] = np.array([ours.values.index(value) for value in theirs.values])[values[:, column]]
+            rows[:, column] = np.array([position[value] for value in theirs.values])[values[:, column]]
         return rows
 
     def reward(self, raw: Array) -> Tensor:

@@ -98,8 +98,9 @@ class Dataset:
                 options.append(TaskOption(name=name))
                 continue
             union = sorted({value for some in seen for value in some or ()}, key=sort_key)
+            position = {value: i for i, value in enumerate(union)}
             for part, some in enumerate(seen):
-                positions = np.array([union.index(value) for value in some or ()], np.int64)
+                positions = np.array([position[value] for value in some or ()], np.int64)
                 rows = self.part == part
                 values[rows, column] = positions[values[rows, column]]
             options.append(TaskOption(name=name, values=union))

@@ -255,7 +255,8 @@ class DatasetWriter:
             distinct = sorted(set(raw), key=sort_key)
             if len({type(value) for value in distinct}) > 1:
                 raise MesocosmError(f"the reset option {name!r} has values of several kinds, such as {distinct[0]!r} and {distinct[-1]!r}; give one kind")
-            values[:, column] = [distinct.index(value) for value in raw]
+            position = {value: i for i, value in enumerate(distinct)}
+            values[:, column] = [position[value] for value in raw]
             options.append(TaskOption(name=name, values=distinct))
         if self._options:
             np.save(self._folder / "task_numbers.npy", numbers, allow_pickle=False)
