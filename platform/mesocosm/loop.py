@@ -12,6 +12,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -154,11 +155,11 @@ class _Loop:
         try:
             for round in range(cfg.rounds):
                 run.say(f"[bold]round {round + 1} of {cfg.rounds}[/]" if not run.quiet else f"round {round + 1} of {cfg.rounds}")
-                self._stage("collect", round, "datasets", lambda r=round, a=agent: self._collect(r, a))
-                world = self._stage("pretrain", round, "worlds", lambda r=round: self._pretrain(r))
-                agent = self._stage("train-agent", round, "agents", lambda r=round, w=world, a=agent: self._train(r, w, a))
+                self._stage("collect", round, "datasets", partial(self._collect, round, agent))
+                world = self._stage("pretrain", round, "worlds", partial(self._pretrain, round))
+                agent = self._stage("train-agent", round, "agents", partial(self._train, round, world, agent))
                 spent = int(self._once(f"spent-{round}", self.ledger.totals().spent))
-                evaluated = self._stage("evaluate", round, "evaluations", lambda r=round, w=world, a=agent: self._evaluate(r, w, a))
+                evaluated = self._stage("evaluate", round, "evaluations", partial(self._evaluate, round, world, agent))
                 judged.append(json.loads((evaluated.path / report.SUMMARY).read_text()))
                 returns = judged[-1]["curves"]["world"][0]["points"][0]["returns"]
                 points.append(report.Point.of(spent, returns, round=round, wall_seconds=sum(s.seconds for s in self.stages)))

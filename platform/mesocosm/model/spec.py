@@ -69,9 +69,9 @@ class Spec:
             texts = tuple(TextSpan(**t) for t in value["texts"])
             return PartSpec(value["numbers"], tuple(value["bins"]), tuple(value["categories"]), texts)
 
-        parts = {name: part(data[name]) for name in ("observation", "action", "task")}
+        parts: dict[str, Any] = {name: part(data[name]) for name in ("observation", "action", "task")}
         values = data["reward_values"]
-        rest = {f.name: data[f.name] for f in fields(Spec) if f.name not in parts and f.name != "reward_values"}
+        rest: dict[str, Any] = {f.name: data[f.name] for f in fields(Spec) if f.name not in parts and f.name != "reward_values"}
         return Spec(**parts, reward_values=None if values is None else tuple(values), **rest)
 
 
