@@ -1,8 +1,9 @@
 """The discretised mixture is a distribution over bins, exact in the tails, and what `sample` draws from."""
 
 import torch
-from mesocosm.model import density
 from torch.nn import functional as F
+
+from mesocosm.model import density
 
 
 def random_params(rows: int, components: int = 3) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -138,7 +138,8 @@ class WorldNet(nn.Module, ABC):
     # -- what they share -----------------------------------------------------------------------------------------------
 
     def forward(self, windows: Windows, base: BaseOut) -> Losses:
-        """The losses of `windows`; `base` is `apply_base(base, windows)`, [K, B, W, n]."""
+        """The losses of `windows`; `base` is `apply_base(base, windows)`, [K, B, W, n]. What `windows.seen` corrupts is the history
+        that `context` reads: changes, base and heads keep to the true o_t."""
         transition, outcome = unroll(windows)
         valid = windows.mask.float()
         scale = 1.0 / (self.members * valid.numel())
@@ -152,7 +153,7 @@ class WorldNet(nn.Module, ABC):
         def objective(log_prob: Tensor) -> Tensor:
             return -(torch.where(windows.mask, log_prob, 0.0) * keep).sum() * scale
 
-        features = self.context(transition)
+        features = self.context(transition if windows.seen is None else replace(transition, observation=windows.seen))
         dynamics, duration = self.log_prob(features, transition, outcome, base)
         parts = inputs(transition.observation, transition.action, transition.task, outcome.observation)
         flat = None if features is None else features.flatten(0, 1)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -295,7 +296,7 @@ class World:
             net.load_state_dict(load_file(folder / "model.safetensors"))
             base.load_state_dict(load_file(folder / "base.safetensors"))
             codec = json.loads((folder / "codec.json").read_text())
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ArtifactError(f"world {str(folder)!r} cannot be read: {' '.join(str(error).split())}") from error
         return World(net, base, codec).to(device)
 

@@ -1,0 +1,219 @@
+"""Stepping: the cache agrees with the full forward, a restored session goes on with the same bits, and a world survives its files."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mesocosm.errors import ArtifactError
+from mesocosm.model import rng
+from mesocosm.model.base import Base
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.mup import init_
+from mesocosm.model.net import BaseOut, Outcome, Transition, build
+from mesocosm.model.sequence import Sequence
+from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
+from mesocosm.model.world import Carry, Context, StepOut, World
+
+torch.set_num_threads(1)
+B, W = 5, 8
+SPEC = Spec(
+    PartSpec(3, (1e-3,) * 3, (4, 5, 5), (TextSpan(1, 2, 0),)),
+    PartSpec(1, (1e-3,), (3,)),
+    PartSpec(1, (1e-3,), (2,)),
+    durations=True,
+    terminal_rate=0.1,
+)
+
+
+def make_world(family: str = "sequence", spec: Spec = SPEC, context: int = W) -> World:
+    """Random weights everywhere: also where a new network holds zeros."""
+    config = ModelConfig(family=family, size="30k", members=3, context=context, base_hidden=16)
+    net, base = build(spec, config), Base(spec, config)
+    init_(net, 0)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in net.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
+    for buffer in base.buffers():
+        buffer.copy_(torch.rand(buffer.shape, generator=generator) * 0.1)
+    return World(net, base)
+
+
+def actions(step: int, spec: Spec = SPEC) -> Parts:
+    key = rng.keys(9, torch.arange(B), 0, step).unsqueeze(1)
+    numbers = rng.uniform(key, torch.arange(spec.action.numbers))
+    categories = [(rng.uniform(key, 50 + i) * c).long() for i, c in enumerate(spec.action.categories)]
+    return Parts(numbers, torch.cat([*categories, key[:, :0]], 1))
+
+
+def begin(world: World, seed: int = 3) -> Carry:
+    env = torch.arange(B)
+    task, observation = world.sample_start(rng.keys(seed, env, 0, 0))
+    return world.begin(task, observation, rng.member_of(seed, env, 0, world.config.members))
+
+
+def advance(world: World, carry: Carry, step: int) -> tuple[Carry, StepOut]:
+    return world.step(carry, actions(step, world.spec), rng.keys(3, torch.arange(B), 0, step))
+
+
+def reset(world: World, carry: Carry, which: list[int], seed: int) -> Carry:
+    mask = torch.zeros(B, dtype=torch.bool)
+    mask[which] = True
+    task, observation = world.sample_start(rng.keys(seed, torch.arange(B), 1, 0))
+    return world.reset(carry, mask, task, observation, torch.full((B,), seed % world.config.members))
+
+
+def flat(out: StepOut) -> list[Tensor]:
+    return [out.observation.numbers, out.observation.categories, out.reward, out.terminated, out.p_terminated, out.duration, out.disagreement]
+
+
+@pytest.mark.parametrize("steps", [3, W - 1, W, W + 1, 2 * W + 3])
+@torch.inference_mode()
+def test_cached_stepping_equals_the_full_forward(steps: int) -> None:
+    """The distribution of what follows, given the same history: by the cache (also one that was rebuilt), and by a forward over the
+    columns that it keeps."""
+    world = make_world()
+    net = world.net
+    assert isinstance(net, Sequence)
+    carry = begin(world)
+    for step in range(steps):
+        carry, out = advance(world, carry, step)
+    past = carry.past_observation[:, : carry.position]
+    spread = Parts(carry.task.numbers.unsqueeze(1).expand(-1, carry.position, -1), carry.task.categories.unsqueeze(1).expand(-1, carry.position, -1))
+    history = Transition(past, carry.past_action[:, : carry.position], spread)
+    full = net.context(history)[:, -1]
+    last = Transition(past[:, -1], carry.past_action[:, carry.position - 1], carry.task)
+    # A repeat of the last step on a copy of the cache gives its features again.
+    cached = net.advance(carry.cache, carry.position - 1, carry.start_column, last)
+    assert torch.allclose(full, cached, atol=1e-4)
+    base = BaseOut(world.base(last.observation, last.action, last.task), world.base.residual_scale)
+    outcome = Outcome(out.observation, (out.duration - SPEC.duration_mean) / SPEC.duration_scale)
+    for a, b in zip(net.log_prob(full, last, outcome, base), net.log_prob(cached, last, outcome, base), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)  # type: ignore[arg-type]
+
+
+@torch.inference_mode()
+def test_the_density_of_a_sample_is_the_one_it_was_drawn_from() -> None:
+    """The slot-by-slot decoder and the parallel one agree: disagreement from both."""
+    world = make_world()
+    carry = begin(world)
+    token = Transition(carry.observation, actions(0), carry.task)
+    features = world.net.advance(world.net.new_cache(B), 0, carry.start_column, token)
+    base = BaseOut(world.base(token.observation, token.action, token.task), world.base.residual_scale)
+    draw = world.net.draw(features, token, base, carry.member, rng.keys(3, torch.arange(B), 0, 0))
+    log_prob, duration = world.net.log_prob(features, token, Outcome(draw.observation, draw.duration), base)
+    assert (log_prob <= 0).all() and duration is not None and (duration <= 0).all()
+    own = log_prob.gather(0, carry.member.unsqueeze(0)).squeeze(0)
+    assert torch.allclose(draw.disagreement, own - log_prob.logsumexp(0) + np.log(3), atol=1e-3)
+    assert (draw.disagreement <= np.log(3) + 1e-5).all()
+
+
+@pytest.mark.parametrize("family", ["sequence", "ensemble"])
+def test_a_restored_session_goes_on_with_the_same_bits(family: str) -> None:
+    """Cut at every step of several windows, before, at and after rebuilds, with resets in between; the context goes over the wire."""
+    world, other = make_world(family), make_world(family)
+    resets = {2: [1], W - 1: [0, 3], W: [2], W + 3: [1, 4], 2 * W: [0]}
+    contexts, outs, carry = [], [], begin(world)
+    total = 3 * W - 1
+    for step in range(total):
+        contexts.append(carry.context)
+        carry, out = advance(world, carry, step)
+        outs.append(out)
+        if step in resets:
+            carry = reset(world, carry, resets[step], step)
+    for cut in (0, 3, W - 1, W, W + 1, W + 4, 2 * W - 3, 2 * W + 1):
+        arrays = contexts[cut].to_numpy()
+        assert all(array.dtype in (np.float32, np.int64) for array in arrays.values())
+        assert contexts[cut].past_observation.numbers.shape[1] <= W
+        restored = other.restore(Context.from_numpy(arrays))
+        for step in range(cut, min(total, cut + W // 2 + 2)):
+            restored, out = advance(other, restored, step)
+            for a, b in zip(flat(out), flat(outs[step]), strict=True):
+                assert torch.equal(a, b), (cut, step)
+            if step in resets:
+                restored = reset(other, restored, resets[step], step)
+
+
+def test_an_episode_does_not_see_what_was_before_it() -> None:
+    """After a reset an environment's future is that of a session which never had another past (up to the column's rotation)."""
+    world = make_world()
+    carry, other = begin(world, 3), begin(world, 4)
+    for step in range(3):
+        carry, _ = advance(world, carry, step)
+        other, _ = advance(world, other, step + 100)
+    everyone = list(range(B))
+    carry, other = reset(world, carry, everyone, 6), reset(world, other, everyone, 6)
+    for step in range(3, 2 * W):
+        carry, a = advance(world, carry, step)
+        other, b = advance(world, other, step)
+        for x, y in zip(flat(a), flat(b), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_one_broken_episode_does_not_spoil_the_next() -> None:
+    world = make_world()
+    carry, clean = begin(world), begin(world)
+    broken = replace(carry.observation, numbers=carry.observation.numbers.clone())
+    broken.numbers[1] = torch.inf
+    carry = replace(carry, observation=broken)
+    for step in range(2):
+        carry, _ = advance(world, carry, step)
+        clean, _ = advance(world, clean, step)
+    carry, clean = reset(world, carry, [1], 6), reset(world, clean, [1], 6)
+    for step in range(2, W + 3):
+        carry, a = advance(world, carry, step)
+        clean, b = advance(world, clean, step)
+        for x, y in zip(flat(a), flat(b), strict=True):
+            assert torch.equal(x, y)
+
+
+def test_draws_depend_on_the_key_alone() -> None:
+    """The same keys give the same steps; another seed gives others; each environment's draw is its own."""
+    world = make_world()
+
+    def run(seed: int) -> Tensor:
+        carry = begin(world, 3)
+        for step in range(3):
+            carry, out = world.step(carry, actions(step), rng.keys(seed, torch.arange(B), 0, step))
+        return out.observation.numbers
+
+    assert torch.equal(run(3), run(3)) and not torch.equal(run(3), run(4))
+    assert len(run(3).unique(dim=0)) == B
+
+
+def test_a_context_that_does_not_fit_is_refused() -> None:
+    world = make_world()
+    carry, _ = advance(world, begin(world), 0)
+    with pytest.raises(ValueError, match="clock 3"):
+        world.restore(replace(carry.context, clock=3))
+    arrays = carry.context.to_numpy()
+    with pytest.raises(ValueError, match="member"):
+        Context.from_numpy({name: array for name, array in arrays.items() if name != "member"})
+
+
+@pytest.mark.parametrize("family", ["sequence", "ensemble"])
+def test_a_world_survives_its_files(family: str, tmp_path: Path) -> None:
+    world = make_world(family)
+    world.codec = {"some": ["codec"]}
+    world.save(tmp_path / "w")
+    loaded = World.load(tmp_path / "w")
+    assert loaded.spec == world.spec and loaded.config == world.config and loaded.codec == world.codec
+    a, b = begin(world), begin(loaded)
+    for step in range(W + 2):
+        a, x = advance(world, a, step)
+        b, y = advance(loaded, b, step)
+        assert all(torch.equal(p, q) for p, q in zip(flat(x), flat(y), strict=True))
+    (tmp_path / "w" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        World.load(tmp_path / "w")
+
+
+def test_regressed_rewards_and_durations_come_in_raw_units() -> None:
+    spec = replace(SPEC, reward_mean=50.0, reward_scale=2.0, duration_mean=7.0, duration_scale=0.1)
+    world, plain = make_world(spec=spec), make_world()
+    (_, a), (_, b) = advance(world, begin(world), 0), advance(plain, begin(plain), 0)
+    assert torch.allclose(a.reward, b.reward * 2 + 50, atol=1e-4) and torch.allclose(a.duration, b.duration * 0.1 + 7, atol=1e-4)
