@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mesocosm.model import density
+from mesocosm.model import density, rng
 from mesocosm.model.ladder import Dims
-from mesocosm.model.layers import Constant, MemberLinear, RMSNorm, first_rows
+from mesocosm.model.layers import Constant, MemberLinear, RMSNorm, first_rows, squash
 from mesocosm.model.mup import tag
 from mesocosm.model.spec import TextSpan
 
@@ -127,6 +127,7 @@ class Decoder(nn.Module):
         self.allowed = Constant(allowed)
         # Of each slot's value among (numbers, categories) laid side by side.
         self.columns = Constant(torch.tensor([j if kind == "number" else numbers + j for kind, j in layout.order], dtype=torch.int64))
+        self.uniforms = Constant(torch.arange(2 * self.slots) + rng.OBSERVATION)
         self.text_of = {text.start + i: text for text in layout.texts for i in range(text.length)}
 
     # -- all slots at once -----------------------------------------------------------------------------------------------
@@ -188,19 +189,21 @@ class Decoder(nn.Module):
 
     # -- one slot after another ------------------------------------------------------------------------------------------
 
-    def draw(self, context: Tensor | None, scale: Scale, member: Tensor, u: Tensor, now: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(self, context: Tensor | None, scale: Scale, member: Tensor, keys: Tensor, now: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Sample all slots: (numbers [N, n] in the units of `scale`, categories [N, m], log-likelihood of the sample under every
-        member [K, N, S]). Row i draws from `member[i]` with the uniforms u[i] [N, S, 2]; later slots read `now` + numbers."""
-        k, n, s = self.members, u.shape[0], self.slots
-        rows = torch.arange(n, device=u.device)
-        bins = self.bins(scale.scale) / scale.scale
+        member [K, N, n + m], numbers first). Row i draws from `member[i]` with `keys[i]`; later slots read `now` + numbers."""
+        k, n, s = self.members, len(keys), self.slots
+        u = rng.uniform(keys.unsqueeze(-1), self.uniforms(keys)).view(n, s, 2)
+        rows = member * n + torch.arange(n, device=u.device)
+        bins, offsets = self.bins(scale.scale) / scale.scale, self.offsets(u)
+        shift = scale.shift.flatten(0, 1).index_select(0, rows)
         x0 = self.slot.unsqueeze(2)
         if self.project is not None:
             x0 = x0 + self.project(context).unsqueeze(1)
-        offsets = self.offsets(u)
         stack = cast(list[Block], list(self.blocks))
         cache = [x0.new_empty(2, s, k, n, block.heads, x0.shape[-1] // block.heads) for block in stack]
-        numbers, categories, log_probs = u.new_empty(n, len(self.layout.bins)), member.new_empty(n, len(self.layout.categories)), []
+        numbers, categories = u.new_empty(n, len(self.layout.bins)), member.new_empty(n, len(self.layout.categories))
+        params, log_probs = [], []
         value: Tensor | None = None
         for i, (kind, j) in enumerate(self.layout.order):
             x = x0[:, i].expand(k, n, -1) if value is None else x0[:, i] + value
@@ -209,24 +212,24 @@ class Decoder(nn.Module):
             x = self.norm(x)
             if kind == "number":
                 assert self.density is not None and self.density_bias is not None
-                m = density.mixture(self.density(x).float() + self.density_bias[:, j : j + 1], bins[j])
-                own = density.Mixture(m.logits[member, rows], m.mu[member, rows], m.scale[member, rows], m.half)
-                drawn = scale.shift[member, rows, j] + density.sample(own, u[:, i, 0], u[:, i, 1]) * scale.scale[j]
-                numbers[:, j] = drawn
-                seen = (drawn - scale.shift[:, :, j]) / scale.scale[j]
-                log_probs.append(density.log_prob(m, seen))
+                params.append(self.density(x).float() + self.density_bias[:, j : j + 1])
+                m = density.mixture(params[-1].flatten(0, 1).index_select(0, rows), bins[j])
+                numbers[:, j] = drawn = torch.addcmul(shift[:, j], density.sample(m, u[:, i, 0], u[:, i, 1]), scale.scale[j])
                 if self.value is not None and i + 1 < s:
+                    seen = (drawn - scale.shift[:, :, j]) / scale.scale[j]
                     features = value_features(seen, drawn if now is None else drawn + now[:, j])
                     value = torch.bmm(features.to(self.value.dtype), self.value[j])
             else:
                 assert self.logits is not None and self.logits_bias is not None
                 logits = (self.logits(x).float() + self.logits_bias[:, j : j + 1]).masked_fill(~self._allowed_at(j, categories), -torch.inf)
-                drawn = density.categorical(logits[member, rows], u[:, i, 0])
-                categories[:, j] = drawn
-                log_probs.append(F.log_softmax(logits, -1).gather(-1, drawn.expand(k, n).unsqueeze(-1)).squeeze(-1))
+                categories[:, j] = drawn = density.categorical(logits.flatten(0, 1).index_select(0, rows), u[:, i, 0])
+                log_probs.append(F.log_softmax(logits, -1).gather(-1, drawn.expand(k, n).unsqueeze(-1)))
                 if self.table is not None and i + 1 < s:
                     value = self.table[drawn + offsets[j]].transpose(0, 1)
-        return numbers, categories, torch.stack(log_probs, -1)
+        if params:  # of all numbers at once: a member's likelihood is not needed on the way
+            seen = (numbers - scale.shift) / scale.scale
+            log_probs.insert(0, density.log_prob(density.mixture(torch.stack(params, 2), bins), seen))
+        return numbers, categories, torch.cat(log_probs, -1)
 
     def _allowed_at(self, j: int, categories: Tensor) -> Tensor:
         text = self.text_of.get(j)
@@ -238,7 +241,6 @@ class Decoder(nn.Module):
 
 
 def value_features(r: Tensor, numbers: Tensor) -> Tensor:
-    """What a slot reads of a number before it: asinh of its residual [K, ...], and the number itself [...] bent and whole: [K, ..., 3]."""
-    bent = numbers / torch.sqrt(1.0 + (numbers / 8.0).square())
-    shared = torch.stack((bent, torch.asinh(numbers)), -1)
+    """What a slot reads of a number before it: asinh of its residual [K, ...], and the number itself [...], squashed: [K, ..., 3]."""
+    shared = squash(numbers.unsqueeze(-1))
     return torch.cat((torch.asinh(r).unsqueeze(-1), shared.expand(*r.shape, 2)), -1)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from mesocosm.model import density, rng
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.ladder import dims, ensemble_dims
-from mesocosm.model.layers import Constant, MemberLinear, PartsEmbedding, flatten
+from mesocosm.model.layers import Constant, MemberLinear, PartsEmbedding, flatten, read
 from mesocosm.model.net import BaseOut, Draw, Outcome, Transition, WorldNet
 from mesocosm.model.spec import Parts, Spec
 
@@ -53,7 +53,7 @@ class Ensemble(WorldNet):
 
     def _outputs(self, transition: Transition) -> tuple[Tensor, Tensor, Tensor]:
         """Flat transitions [N] -> each member's means and raw log-scales [K, N, n] and logits [K, N, m, most], float32."""
-        x = F.silu(self.embed(transition.observation, transition.action, transition.task), inplace=not torch.is_grad_enabled())
+        x = F.silu(self.embed(read(transition.observation, transition.action, transition.task)), inplace=not torch.is_grad_enabled())
         layers = cast(list[MemberLinear], list(self.hidden))
         for layer in layers[:-1]:
             x = F.silu(layer(x))

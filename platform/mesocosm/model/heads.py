@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mesocosm.model import density, rng
+from mesocosm.model import density
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import Decoder, Layout, Scale
 from mesocosm.model.ladder import BASE_HIDDEN, BASE_WIDTH, dims
-from mesocosm.model.layers import Constant, MemberLinear, MemberMLP, flatten
+from mesocosm.model.layers import Constant, MemberLinear, MemberMLP, Read, flatten, read
 from mesocosm.model.rng import member_mask
 from mesocosm.model.spec import Parts, Spec, TextSpan, Windows
 
@@ -45,9 +45,7 @@ class StartModel(nn.Module):
 
     def draw(self, keys: Tensor) -> tuple[Parts, Parts]:
         """(task, o_0) for each of `keys` [B] int64."""
-        slots = torch.arange(2 * self.decoder.slots, device=keys.device) + rng.OBSERVATION
-        u = rng.uniform(keys.unsqueeze(-1), slots).view(-1, self.decoder.slots, 2)
-        numbers, categories, _ = self.decoder.draw(None, self._scale(keys), torch.zeros_like(keys), u)
+        numbers, categories, _ = self.decoder.draw(None, self._scale(keys), torch.zeros_like(keys), keys)
         n, m = self.spec.task.numbers, len(self.spec.task.categories)
         return Parts(numbers[:, :n], categories[:, :m]), Parts(numbers[:, n:], categories[:, m:])
 
@@ -86,11 +84,11 @@ class RewardHead(nn.Module):
         self.bin = Constant(torch.tensor(spec.reward_bin))
         self.spread = Constant(torch.tensor([0.0, 0.0, -0.5, 0.5, 0.0, 0.0]))
 
-    def _outputs(self, parts: Inputs, features: Tensor | None) -> Tensor:
-        outputs: Tensor = self.head.mlp(*parts) + self.head.correct(features)
+    def _outputs(self, parts: Read, features: Tensor | None) -> Tensor:
+        outputs: Tensor = self.head.mlp(parts) + self.head.correct(features)
         return outputs if self.categorical else outputs + self.spread(outputs)
 
-    def log_prob(self, parts: Inputs, features: Tensor | None, reward: Tensor) -> Tensor:
+    def log_prob(self, parts: Read, features: Tensor | None, reward: Tensor) -> Tensor:
         """[K, N] float32 <= 0 of `reward` [N]: normalised, or the index of its value."""
         outputs = self._outputs(parts, features)
         if self.categorical:
@@ -98,13 +96,12 @@ class RewardHead(nn.Module):
             return F.log_softmax(outputs, -1).gather(-1, index).squeeze(-1)
         return density.log_prob(density.mixture(outputs, self.bin(outputs)), reward)
 
-    def draw(self, parts: Inputs, features: Tensor | None, member: Tensor, keys: Tensor) -> Tensor:
-        """[B] float32 raw rewards, by each row's member."""
-        outputs = self._outputs(parts, features)[member, torch.arange(len(member), device=member.device)]
-        u = rng.uniform(keys, rng.REWARD)
+    def draw(self, parts: Read, features: Tensor | None, member: Tensor, u: Tensor) -> Tensor:
+        """[B] float32 raw rewards, by each row's member and uniforms u [B, 2]."""
+        outputs = own(self._outputs(parts, features), member)
         if self.categorical:
-            return self.values(outputs)[density.categorical(outputs, u)]
-        return self.mean + self.scale * density.sample(density.mixture(outputs, self.bin(outputs)), u, rng.uniform(keys, rng.REWARD_VALUE))
+            return self.values(outputs)[density.categorical(outputs, u[:, 0])]
+        return self.mean + self.scale * density.sample(density.mixture(outputs, self.bin(outputs)), u[:, 0], u[:, 1])
 
 
 class TerminationHead(nn.Module):
@@ -120,12 +117,12 @@ class TerminationHead(nn.Module):
         rate = min(max(spec.terminal_rate, 1e-4), 0.5)
         self.prior = Constant(torch.tensor(math.log(rate / (1.0 - rate))))
 
-    def logit(self, parts: Inputs, features: Tensor | None = None) -> Tensor:
+    def logit(self, parts: Read, features: Tensor | None = None) -> Tensor:
         """[K, N] float32"""
-        outputs: Tensor = self.head.mlp(*parts) + self.head.correct(features)
+        outputs: Tensor = self.head.mlp(parts) + self.head.correct(features)
         return outputs.squeeze(-1) + self.prior(outputs)
 
-    def losses(self, windows: Windows, parts: Inputs, features: Tensor | None) -> tuple[Tensor, Tensor]:
+    def losses(self, windows: Windows, parts: Read, features: Tensor | None) -> tuple[Tensor, Tensor]:
         """(log-likelihood [K, N] of the windows' own transitions, the scalar objective: mean over members, nats a transition)."""
         terminated = windows.terminated.flatten()
         events = windows.events
@@ -144,20 +141,23 @@ class TerminationHead(nn.Module):
         corrected = self.head.correct(features)
         return corrected.squeeze(-1) if isinstance(corrected, Tensor) else corrected
 
-    def draw(self, parts: Inputs, features: Tensor | None, member: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """(p [B] float32, a draw from it [B] bool), by each row's member."""
-        p = torch.sigmoid(self.logit(parts, features)[member, torch.arange(len(member), device=member.device)])
-        return p, rng.uniform(keys, rng.TERMINATION) < p
+    def draw(self, parts: Read, features: Tensor | None, member: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """(p [B] float32, a draw from it [B] bool), by each row's member and uniform u [B]."""
+        p = torch.sigmoid(own(self.logit(parts, features), member))
+        return p, u < p
 
 
-Inputs = tuple[Parts, Parts, Parts, Parts]
-
-
-def inputs(observation: Parts, action: Parts, task: Parts, next_observation: Parts) -> Inputs:
+def inputs(observation: Parts, action: Parts, task: Parts, next_observation: Parts) -> Read:
     """What the heads read, leading dimensions as one."""
-    return flatten(observation), flatten(action), flatten(task), flatten(next_observation)
+    return read(flatten(observation), flatten(action), flatten(task), flatten(next_observation))
 
 
 def bce(logit: Tensor, target: Tensor) -> Tensor:
     """-log P(target) for targets in {0, 1} that broadcast with `logit`."""
     return F.softplus(torch.where(target > 0.5, -logit, logit))
+
+
+def own(values: Tensor, member: Tensor) -> Tensor:
+    """Row i of [K, N, ...] from member[i]: [N, ...]."""
+    rows = torch.arange(len(member), device=member.device)
+    return values.flatten(0, 1).index_select(0, member * len(member) + rows)

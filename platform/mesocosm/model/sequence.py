@@ -6,6 +6,7 @@ SwiGLU and SDPA; widths and depths share hyperparameters as `ladder` says.
 
 from __future__ import annotations
 
+import math
 from typing import cast
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mesocosm.model import rng
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import Decoder, Layout, Scale
+from mesocosm.model.heads import own
 from mesocosm.model.ladder import HEAD, Dims, dims
-from mesocosm.model.layers import Constant, Linear, PartsEmbedding, RMSNorm, flatten
+from mesocosm.model.layers import Constant, Linear, PartsEmbedding, RMSNorm, flatten, read
 from mesocosm.model.net import BaseOut, Cache, Draw, Outcome, Transition, WorldNet
 from mesocosm.model.spec import Parts, Spec
 
@@ -135,7 +136,7 @@ class Sequence(WorldNet):
         return self.norm(x)
 
     def _embed(self, token: Transition) -> Tensor:
-        embedded: Tensor = self.embed(token.observation, token.action, token.task)
+        embedded: Tensor = self.embed(read(token.observation, token.action, token.task))
         return embedded
 
     def _rope(self, x: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
@@ -165,17 +166,15 @@ class Sequence(WorldNet):
 
     def draw(self, features: Tensor | None, transition: Transition, base: BaseOut, member: Tensor, keys: Tensor) -> Draw:
         n = self.spec.observation.numbers
-        slots = torch.arange(2 * self.decoder.slots, device=keys.device) + rng.OBSERVATION
-        u = rng.uniform(keys.unsqueeze(-1), slots).view(-1, self.decoder.slots, 2)
         now = transition.observation.numbers
         seen = F.pad(now, (0, 1)) if self.spec.durations else now
-        change, categories, log_prob = self.decoder.draw(features, self._scale(base), member, u, seen)
-        duration = change[:, n] if self.spec.durations else change.new_zeros(len(change))
-        joint = log_prob[..., : self.spec.observation.slots].sum(-1)
+        change, categories, log_prob = self.decoder.draw(features, self._scale(base), member, keys, seen)
+        joint, duration = log_prob.sum(-1), change.new_zeros(len(change))
+        if self.spec.durations:
+            joint, duration = log_prob[..., :n].sum(-1) + log_prob[..., n + 1 :].sum(-1), change[:, n]
         return Draw(Parts(now + change[:, :n], categories), duration, disagreement(joint, member))
 
 
 def disagreement(log_prob: Tensor, member: Tensor) -> Tensor:
     """[K, B] log-likelihoods of samples and the member [B] that drew each -> log p_m - log mean_k p_k, [B] nats."""
-    own = log_prob.gather(0, member.unsqueeze(0)).squeeze(0)
-    return own - torch.logsumexp(log_prob, 0) + float(torch.log(torch.tensor(float(len(log_prob)))))
+    return own(log_prob, member) - torch.logsumexp(log_prob, 0) + math.log(len(log_prob))

@@ -22,9 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mesocosm.errors import ArtifactError
+from mesocosm.model import rng
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.heads import inputs
+from mesocosm.model.layers import Constant
 from mesocosm.model.net import BaseOut, Cache, Losses, Transition, WorldNet, apply_base, build
 from mesocosm.model.spec import Parts, Spec, Windows
 
@@ -145,6 +147,7 @@ class World:
         self.spec: Spec = net.spec
         self.config: ModelConfig = net.config
         self.codec = codec or {}
+        self._head_slots = Constant(torch.tensor([rng.REWARD, rng.REWARD_VALUE, rng.TERMINATION]))
 
     @property
     def device(self) -> torch.device:
@@ -192,8 +195,9 @@ class World:
         base = BaseOut(self.base(carry.observation, action, carry.task), self.base.residual_scale)
         draw = self.net.draw(features, token, base, carry.member, keys)
         parts = inputs(carry.observation, action, carry.task, draw.observation)
-        reward = self.net.reward.draw(parts, features, carry.member, keys)
-        p_terminated, terminated = self.net.termination.draw(parts, features, carry.member, keys)
+        u = rng.uniform(keys.unsqueeze(1), self._head_slots(keys))
+        reward = self.net.reward.draw(parts, features, carry.member, u[:, :2])
+        p_terminated, terminated = self.net.termination.draw(parts, features, carry.member, u[:, 2])
         duration = draw.duration * self.spec.duration_scale + self.spec.duration_mean if self.spec.durations else draw.duration
         position = carry.position + 1 if self.net.memory else 0
         carry = replace(carry, clock=carry.clock + 1, position=position, observation=draw.observation)
@@ -302,5 +306,6 @@ class World:
 
 
 def _write(past: Parts, column: int | slice, value: Parts) -> None:
-    past.numbers[:, column] = value.numbers
-    past.categories[:, column] = value.categories
+    for into, what in ((past.numbers, value.numbers), (past.categories, value.categories)):
+        if what.shape[-1]:
+            into[:, column] = what
