@@ -1,0 +1,162 @@
+"""Worlds on a real Ray Serve: the same bits as in process, through kills of replicas; sentences for what is not there."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from mesocosm.config import RayConfig, StorageConfig
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serving.config import ServeConfig
+from mesocosm.serving.connection import Served
+from mesocosm.serving.deployment import deploy, undeploy
+from mesocosm.storage import Storage
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+DICT = spaces.Dict({"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)})
+
+
+@pytest.fixture(scope="module")
+def served(make_world: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Iterator[str]:
+    """Two replicas over a storage root with a world of each family."""
+    root = str(tmp_path_factory.mktemp("served"))
+    for family in ("ensemble", "sequence"):
+        Storage(root).make("worlds", family, {}, make_world(DICT, family=family, terminal=0.1).save)
+    deploy(ServeConfig(world="ensemble", name="two", replicas=2, storage=StorageConfig(root), ray=RayConfig()))
+    yield root
+    undeploy("two")
+
+
+def flat(step: tuple[Any, ...]) -> list[bytes]:
+    observation, *rest = step
+    infos = rest.pop()
+    return [np.asarray(value).tobytes() for value in [*observation.values(), *rest, infos.get("disagreement", np.zeros(0))]]
+
+
+def rollout(env: WorldVectorEnv, steps: int, seed: int = 1, at: Callable[[int], None] = lambda step: None) -> list[list[bytes]]:
+    """The bytes of each step; `at` is called before each."""
+    env.action_space.seed(0)
+    told = [flat(env.reset(seed=seed))]
+    for step in range(steps):
+        at(step)
+        told.append(flat(env.step(env.action_space.sample())))
+    return told
+
+
+def replica(env: WorldVectorEnv) -> int:
+    assert isinstance(env._connection, Served) and env._connection.replica is not None
+    return int(env._connection.replica["pid"])
+
+
+@pytest.mark.parametrize("family", ["ensemble", "sequence"])
+def test_served_is_in_process(served: str, family: str) -> None:
+    for mode in ("NextStep", "SameStep"):
+        env = WorldVectorEnv(5, family, app="two", horizon=11, autoreset_mode=mode)
+        assert replica(env) != os.getpid()
+        assert rollout(env, 30) == rollout(WorldVectorEnv(5, family, root=served, backend="local", horizon=11, autoreset_mode=mode), 30)
+        env.close()
+
+
+def test_default_and_make_vec(served: str) -> None:
+    """The application's default world, through gymnasium.make_vec."""
+    env = gymnasium.make_vec("mesocosm/World-v0", num_envs=3, app="two", horizon=5)
+    assert env.unwrapped.world == "ensemble"
+    assert rollout(env, 6) == rollout(WorldVectorEnv(3, "ensemble", root=served, backend="local", horizon=5), 6)
+    env.close()
+
+
+@pytest.mark.parametrize("family", ["ensemble", "sequence"])
+def test_kill(served: str, family: str) -> None:
+    """SIGKILL of the session's replica, twice in a rollout: before the context is first rebuilt (step 6 of a window of 6) and after."""
+    undisturbed = rollout(WorldVectorEnv(4, family, app="two", horizon=30), 25)
+    env = WorldVectorEnv(4, family, app="two", horizon=30)
+    killed: list[int] = []
+
+    def kill(step: int) -> None:
+        if step in (4, 14):
+            killed.append(replica(env))
+            os.kill(killed[-1], signal.SIGKILL)
+
+    assert rollout(env, 25, at=kill) == undisturbed
+    assert len(set(killed)) == 2 and replica(env) not in killed
+
+
+def test_broken_line(served: str) -> None:
+    """The socket breaks while the replica lives; and where no socket can be had at all, calls go through Serve."""
+    expected = rollout(WorldVectorEnv(3, "sequence", app="two", horizon=9), 16)
+    env = WorldVectorEnv(3, "sequence", app="two", horizon=9)
+    connection = env._connection
+    assert isinstance(connection, Served)
+
+    def cut(step: int) -> None:
+        if step % 5 == 2:
+            assert connection._line is not None
+            connection._line.shutdown(2)
+
+    assert rollout(env, 16, at=cut) == expected
+    connection._hang_up()
+    connection._dial = lambda timeout: False  # type: ignore[method-assign]
+    assert rollout(env, 16) == expected
+    assert connection._line is None
+
+
+def test_line_wants_the_token(served: str) -> None:
+    """Who knows the port but not the token gets no answer."""
+    import socket
+
+    from mesocosm.serving.connection import receive_frame, send_frame
+    from mesocosm.serving.protocol import pack
+
+    env = WorldVectorEnv(1, app="two")
+    assert isinstance(env._connection, Served) and env._connection.replica is not None
+    host, port = env._connection.replica["host"], env._connection.replica["port"]
+    assert host == "127.0.0.1"
+    with socket.create_connection((host, port), timeout=10) as line:
+        send_frame(line, b"x" * 32)
+        try:
+            send_frame(line, pack({"op": "describe", "world": ""}))
+            answer = receive_frame(line)
+        except ConnectionError:
+            answer = None
+    assert answer is None
+
+
+def test_new_version_while_serving(served: str, make_world: Callable[..., Any]) -> None:
+    """A world made after the deployment is served at the next reset that asks for it."""
+    env = WorldVectorEnv(2, "ensemble", app="two", horizon=5)
+    env.reset()
+    Storage(served).make("worlds", "newer", {}, make_world(DICT, seed=9).save)
+    env.reset(options={"world": "newer"})
+    local = WorldVectorEnv(2, "newer", root=served, backend="local", horizon=5)
+    assert rollout(env, 8) == rollout(local, 8)
+
+
+def test_missing(served: str) -> None:
+    with pytest.raises(UsageError, match="no world application 'nobody' is served on this Ray; start it with `mesocosm serve name=nobody`"):
+        WorldVectorEnv(2, app="nobody")
+    with pytest.raises(UsageError, match=r"no artifact worlds/ensembel in storage.root .*did you mean 'ensemble'"):
+        WorldVectorEnv(2, "ensembel", app="two")
+    with pytest.raises(UsageError, match="no artifact worlds/none"):
+        deploy(ServeConfig(world="none", storage=StorageConfig(served)))
+    with pytest.raises(UsageError, match=r"serve.replicas=99 with serve.cpus=1 asks for 99 CPUs"):
+        deploy(ServeConfig(world="ensemble", replicas=99, storage=StorageConfig(served)))
+
+
+def test_nobody_answers(served: str, tmp_path: Path) -> None:
+    """An application that ended while a client was at it: one sentence after the deadline, no endless wait."""
+    deploy(ServeConfig(world="ensemble", name="brief", cpus=0.5, storage=StorageConfig(served)))
+    env = WorldVectorEnv(2, app="brief", deadline_s=2.0)
+    env.reset()
+    undeploy("brief")
+    undeploy("brief")
+    with pytest.raises(MesocosmError, match="world application 'brief': no replica answered for 2 s"):
+        env.step(env.action_space.sample())
