@@ -1,0 +1,139 @@
+"""The evaluate job on a real world, dataset and policy: an artifact with a report, made once, every real step metered."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from mesocosm import tracking
+from mesocosm.agents.policy import Layout, Policy
+from mesocosm.config import StorageConfig, load
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset
+from mesocosm.errors import UsageError
+from mesocosm.evaluation.config import EvaluateConfig
+from mesocosm.evaluation.run import run as evaluate
+from mesocosm.model import mup
+from mesocosm.model.base import Base
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.net import build
+from mesocosm.model.world import World
+from mesocosm.pretrain.prepare import transitions
+from mesocosm.reality.ledger import Ledger
+from mesocosm.storage import Storage
+
+from . import worlds
+from .test_report import parsed
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("evaluate") / "root")
+
+
+@pytest.fixture(scope="module")
+def run(root: str) -> Iterator[tracking.Run]:
+    with tracking.start("evaluate", EvaluateConfig(storage=StorageConfig(root)), quiet=True) as run:
+        yield run
+
+
+@pytest.fixture(scope="module")
+def stored(root: str, tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """A storage with a dataset of `Walk`, a world whose base knows the dynamics, and two policies, one of other spaces."""
+    tmp_path = tmp_path_factory.mktemp("data")
+    sys.modules["evaluated_module"] = worlds
+    storage = Storage(root)
+    data = worlds.collect(tmp_path / "walks", 20)
+    storage.make("datasets", "walks", {"inputs": {}, "dropped": [{"steps": 4}]}, lambda folder: _copy(tmp_path / "walks", folder))
+    codec = Codec.fit(data)
+    codec.environment |= {"id": "evaluated_module:Walk", "kwargs": {"limit": 12}, "max_episode_steps": None}
+    config = ModelConfig(family="sequence", size="10k", members=2, base_steps=0, context=4)
+    net = build(codec.spec, config)
+    mup.init_(net, 0)
+    world = World(net, Base.fit(codec.spec, config, transitions(data, codec), seed=0), codec.to_json())
+    storage.make("worlds", "w0", {"inputs": {"datasets": ["walks"]}}, world.save)
+    for name, space in (("a0", worlds.ACTIONS), ("other", gym.spaces.Discrete(3))):
+        storage.make("agents", name, {"inputs": {}}, policy(space).save)
+    return storage
+
+
+def _copy(source: Path, target: Path) -> None:
+    for path in source.rglob("*"):
+        if path.is_file():
+            (target / path.relative_to(source)).parent.mkdir(parents=True, exist_ok=True)
+            (target / path.relative_to(source)).write_bytes(path.read_bytes())
+
+
+def policy(actions: gym.Space[Any]) -> Policy:
+    torch.manual_seed(0)
+    outputs = 3 if isinstance(actions, gym.spaces.Discrete) else 4
+    head: Any = "categorical" if isinstance(actions, gym.spaces.Discrete) else "gaussian"
+    return Policy("PPO", worlds.OBSERVATIONS, actions, Layout(head, [{"kind": "linear", "in": 2, "out": outputs}]))
+
+
+def config(root: str, **kwargs: Any) -> EvaluateConfig:
+    defaults: dict[str, Any] = {"world": "worlds/w0", "episodes": 5, "horizons": [1, 3], "starts": 16, "samples": 2, "storage": StorageConfig(root)}
+    return EvaluateConfig(**{**defaults, **kwargs})
+
+
+def test_a_world_and_an_agent_are_evaluated_once(root: str, stored: Storage, run: tracking.Run) -> None:
+    cfg = config(root, agent="a0", target=1e9)
+    cfg.reality.price.per_step = 0.5
+    artifact = evaluate(cfg, run)
+    figures = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    summary = json.loads((artifact.path / "summary.json").read_text())
+    assert artifact.meta["inputs"] == {"worlds": ["w0"], "agents": ["a0"], "datasets": ["walks"]}
+    ledger = Ledger(stored, artifact.id).totals()
+    judged = {row["purpose"]: row for row in summary["real_steps"]["purposes"]}["judge"]
+    assert judged["steps"] == ledger.purposes["judge"].steps == ledger.steps > 0 and judged["price"] == judged["steps"] / 2
+    point = summary["curves"]["world"][0]["points"][0]
+    assert len(point["returns"]) == 5 and point["mean"] == pytest.approx(np.mean(point["returns"])) == pytest.approx(figures["return/mean"])
+    assert point["real_steps"] == Dataset([stored.artifact("datasets", "walks").path]).transitions + 4, "dropped steps were spent, too"
+    table = {row["horizon"]: row for row in summary["open_loop"][0]["table"]["rows"]}
+    assert set(table) == {"1", "3", "full"} and table["1"]["ratio"] < 0.1 and figures["open_loop/1"] == table["1"]["ratio"]
+    assert len(summary["trajectories"][0]["episodes"]) == 3
+    parsed((artifact.path / "report.html").read_text())
+    assert evaluate(cfg, run).id == artifact.id
+    assert Ledger(stored, artifact.id).totals().steps == ledger.steps, "what is finished takes no real step"
+
+
+def test_a_world_alone_takes_no_real_step(root: str, stored: Storage, run: tracking.Run) -> None:
+    before = stored.list("ledgers")
+    summary = json.loads((evaluate(config(root, full=False), run).path / "summary.json").read_text())
+    assert stored.list("ledgers") == before
+    assert summary["curves"] == {"world": [], "model_free": []} and summary["losses"][0]["parts"]["total"] > 0
+    assert summary["checks"][0]["transitions"] > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"world": ""}, "world is not set"),
+        ({"world": "nope"}, "no artifact worlds/nope"),
+        ({"agent": "nope"}, "no artifact agents/nope"),
+        ({"datasets": ["nope"]}, "no artifact datasets/nope"),
+        ({"agent": "other"}, "action_space Discrete"),
+        ({"samples": 0}, "samples=0 must be at least 1"),
+        ({"horizons": [0]}, "0 steps ahead is no horizon"),
+        ({"horizons": [], "full": False}, "nothing to measure"),
+    ],
+)
+def test_wrong_use_is_one_sentence_before_anything_starts(root: str, stored: Storage, run: tracking.Run, wrong: dict[str, Any], message: str) -> None:
+    before = stored.list("ledgers"), stored.list("evaluations")
+    with pytest.raises(UsageError, match=message) as caught:
+        evaluate(config(root, **wrong), run)
+    assert "\n" not in str(caught.value)
+    assert (stored.list("ledgers"), stored.list("evaluations")) == before
+
+
+def test_the_config_is_read_from_the_command_line() -> None:
+    cfg = load(EvaluateConfig, overrides=["world=worlds/ab", "horizons=[1,2]", "reality.price.per_step=0.1"])
+    assert cfg.horizons == [1, 2] and cfg.reality.price.per_step == 0.1
