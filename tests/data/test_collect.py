@@ -105,11 +105,11 @@ def test_the_same_dataset_whatever_the_workers(root: str, tmp_path: Path, own: N
 
 
 def test_a_hang_and_a_death_cost_their_episodes(root: str, own: None, a_run: tracking.Run, ray_local: None) -> None:
-    cfg = config(root, "ownenvs:Line", workers=2, lanes=2, reality=troubled({2: "hang", 5: "die", 8: "reset"}, step_timeout_s=1.5), steps=150)
+    cfg = config(root, "ownenvs:Line", workers=2, lanes=2, reality=troubled({2: "hang", 5: "die", 8: "reset"}, step_timeout_s=3.0), steps=150)
     made = collect(cfg, a_run)
     dropped = {d["index"]: d for d in made.meta["dropped"]}
     assert set(dropped) == {2, 5, 8}
-    assert "step took longer than reality.step_timeout_s=1.5" in dropped[2]["reason"] and dropped[2]["steps"] == 3
+    assert "step took longer than reality.step_timeout_s=3" in dropped[2]["reason"] and dropped[2]["steps"] == 3
     assert "process died" in dropped[5]["reason"] and dropped[8]["steps"] == 0
     totals = spent(cfg, made)
     # The hanging step was counted and the rest of its block given back; the dead process's block stays, apart.
