@@ -15,7 +15,10 @@ import tempfile
 from pathlib import Path
 
 from mesocosm.config import RayConfig
-from mesocosm.errors import UsageError
+from mesocosm.errors import MesocosmError, UsageError
+
+STARTS = 3
+"""Attempts at a local Ray: on a loaded machine one of its daemons may miss the 30 s that Ray gives it."""
 
 _temp_dir: str | None = None
 
@@ -46,7 +49,6 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # a busy machine is no broken one
     os.environ.update(worker_env())
     if config.address is not None:
         try:
@@ -62,16 +64,23 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
     # Ray on Linux turns 127.0.0.1 into the machine's own address and listens on every interface; on macOS and Windows it
     # stays on loopback. A laptop's private Ray is given that behaviour here: nobody else may reach it.
     ray_constants.ENABLE_RAY_CLUSTER = False
-    ray.init(
-        address="local",
-        num_cpus=config.cpus or max(4, os.cpu_count() or 1),
-        include_dashboard=False,
-        _temp_dir=temp_dir,
-        _node_ip_address="127.0.0.1",
-        object_store_memory=512 * 1024**2,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    for attempt in range(1, STARTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=config.cpus or max(4, os.cpu_count() or 1),
+                include_dashboard=False,
+                _temp_dir=temp_dir,
+                _node_ip_address="127.0.0.1",
+                object_store_memory=512 * 1024**2,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            break
+        except Exception as error:  # Ray raises a bare Exception when one of its daemons is late
+            ray.shutdown()
+            if attempt == STARTS:
+                raise MesocosmError(f"Ray did not start on this machine in {STARTS} attempts ({error}); free some CPU, or see {temp_dir}") from error
     atexit.register(shutdown)
 
 

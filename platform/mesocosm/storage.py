@@ -92,6 +92,7 @@ class Storage:
         temporary = f"{full}.{uuid.uuid4().hex}.tmp"
         _write_synced(temporary, data)
         os.replace(temporary, full)
+        _sync_folder(os.path.dirname(full))
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a small file whole only if it is not there yet; False if it is. Exclusive among all processes."""
@@ -111,6 +112,7 @@ class Storage:
             return False
         finally:
             os.unlink(temporary)
+        _sync_folder(os.path.dirname(full))
         return True
 
     def read(self, path: str) -> bytes | None:
@@ -240,6 +242,15 @@ def _write_synced(path: str, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _sync_folder(folder: str) -> None:
+    """Make a new name durable: a file's own fsync does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _sync_tree(folder: Path) -> None:
