@@ -113,7 +113,7 @@ class EnsembleDims:
 
     @property
     def params(self) -> int:
-        return (self.layers - 1) * self.hidden**2 + self.layers * self.hidden
+        return (self.layers - 1) * (self.hidden**2 + self.hidden)
 
 
 RUNGS: dict[str, Dims] = {

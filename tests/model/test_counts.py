@@ -1,0 +1,76 @@
+"""Counts are exact: parameters against the modules themselves, FLOPs against torch's counter on the CPU."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from mesocosm.model.base import Base
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.counts import blank_windows, count, flops_per_batch, flops_per_transition, measured_flops, params
+from mesocosm.model.ladder import RUNGS, dims, ensemble_dims
+from mesocosm.model.mup import init_
+from mesocosm.model.net import build
+from mesocosm.model.spec import PartSpec, Spec, TextSpan
+
+torch.set_num_threads(1)
+PLAIN = Spec(PartSpec(4, (1e-3,) * 4), PartSpec(categories=(2,)), reward_values=(1.0,))
+RICH = Spec(
+    PartSpec(3, (1e-3,) * 3, (3, 7, 7, 7), (TextSpan(1, 3, 1),)), PartSpec(2, (1e-3,) * 2, (4,)), PartSpec(1, (1e-3,)), terminal_rate=0.1, durations=True
+)
+WORDS = Spec(PartSpec(0, (), (9, 9), (TextSpan(0, 2, 0),)), PartSpec(0, (), (3,)))
+SPECS = {"plain": PLAIN, "rich": RICH, "words": WORDS}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("family", ["sequence", "ensemble"])
+def test_parameters_are_exact(spec: Spec, family: str) -> None:
+    config = ModelConfig(family=family, size="30k", members=3)
+    net, base = build(spec, config), Base(spec, config)
+    counts = params(spec, config)
+    assert counts == count(net, base)
+    assert counts.total == sum(p.numel() for p in net.parameters()) == counts.dynamics + counts.heads + counts.start
+    assert counts.base == sum(b.numel() for b in base.state_dict().values()) and counts.members == 3
+    assert counts.n == (dims("30k") if family == "sequence" else ensemble_dims("30k")).params
+    one = params(spec, ModelConfig(family=family, size="30k", members=1))
+    assert one.n == counts.n and one.embeddings == counts.embeddings and one.n + one.embeddings == one.dynamics
+
+
+@pytest.mark.parametrize("size", RUNGS)
+def test_every_rung_is_counted_without_being_made(size: str) -> None:
+    assert params(PLAIN, ModelConfig(size=size)).n == dims(size).params
+    assert params(PLAIN, ModelConfig(size=size, family="ensemble")).n == ensemble_dims(size).params
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize(
+    "config", [ModelConfig(size="10k", members=2), ModelConfig(family="ensemble", size="10k"), ModelConfig(size="100k", members=3, base=False)]
+)
+@pytest.mark.parametrize("events", [0, 6])
+def test_flops_are_what_torch_counts_on_the_cpu(spec: Spec, config: ModelConfig, events: int) -> None:
+    net, base = build(spec, config), Base(spec, config)
+    init_(net, 0)
+    windows = blank_windows(spec, 3, 5, events)
+    for backward in (False, True):
+        expected = measured_flops(net, base, windows, backward=backward)
+        assert flops_per_batch(spec, config, 3, 5, events=events, backward=backward) == expected > 0
+    assert flops_per_transition(spec, config, 5) * 15 == flops_per_batch(spec, config, 3, 5)
+
+
+def test_attention_counts_the_full_square() -> None:
+    """Doubling the window more than doubles FLOPs by the whole square of scores: 2 products of W x W x d a layer, and the decoder's unchanged."""
+    config = ModelConfig(size="30k", members=1, context=64)
+    rung = dims("30k")
+    short, long = (flops_per_batch(PLAIN, config, 1, w, backward=False) for w in (16, 32))
+    assert long - 2 * short == rung.layers * 2 * 2 * rung.d_model * (32**2 - 2 * 16**2)
+
+
+def test_a_planner_can_count_7b_quickly() -> None:
+    config = ModelConfig(size="7b", members=4)
+    began = time.perf_counter()
+    counts, flops = params(PLAIN, config), flops_per_transition(PLAIN, config, 16)
+    assert time.perf_counter() - began < 60
+    assert counts.n == pytest.approx(7e9, rel=0.15)
+    assert flops > 6 * 0.97 * (counts.n - 4 * counts.embeddings)  # 6 N for the backbone, and the decoders' on every slot
