@@ -1,7 +1,8 @@
 """Any Gymnasium space as what a network takes and gives: a flat float32 observation in, and one simple action out.
 
 A network sees `gymnasium.spaces.utils.flatten` of an observation, batched. It acts in a *head space*, one of Discrete
-(from 0), MultiDiscrete (from 0) or a one-dimensional float32 Box, and `ActionMap` takes such actions to the environment's own space.
+(from 0), MultiDiscrete (from 0) or a one-dimensional float32 Box, [-1, 1] where the action is bounded, and `ActionMap` takes such
+actions to the environment's own space.
 The same code runs around the environment in training and in front of the exported policy's network. Imports no Ray.
 """
 
@@ -95,15 +96,17 @@ class ActionMap:
             self.head: gym.Space[Any] = spaces.Discrete(self.counts[0]) if single else spaces.MultiDiscrete(self.counts)
         elif all(isinstance(leaf, spaces.Box) and np.issubdtype(leaf.dtype, np.floating) for _, leaf in self._leaves):
             self.counts = None
-            low = np.concatenate([np.asarray(leaf.low, np.float32).reshape(-1) for _, leaf in self._leaves])  # type: ignore[attr-defined]
-            high = np.concatenate([np.asarray(leaf.high, np.float32).reshape(-1) for _, leaf in self._leaves])  # type: ignore[attr-defined]
-            self.head = spaces.Box(low, high, dtype=np.float32)
+            bound = np.concatenate([np.where(_bounded(leaf), 1.0, np.inf).reshape(-1) for _, leaf in self._leaves]).astype(np.float32)
+            self.head = spaces.Box(-bound, bound, dtype=np.float32)
         else:
             named = ", ".join(f"{name}: {leaf}" for name, leaf in self._leaves)
             raise UsageError(f"an agent cannot act in a space that mixes continuous with discrete parts, or holds text or wide integers ({named})")
 
     def to_raw(self, actions: NDArray[Any]) -> Any:
-        """Head-space actions [B] or [B, n] -> a batch of raw actions."""
+        """Head-space actions [B] or [B, n] -> a batch of raw actions.
+
+        A bounded component is clipped to [-1, 1] and rescaled to its bounds; others are clipped to the bounds that they have.
+        """
         columns = actions.reshape(len(actions), -1)
         raw, rest = self._build(self.space, columns)
         assert rest.shape[1] == 0
@@ -129,7 +132,15 @@ class ActionMap:
             values = values + space.start
         elif isinstance(space, spaces.Box) and np.issubdtype(space.dtype, np.integer):
             values = values + space.low
+        elif isinstance(space, spaces.Box):
+            bounded = _bounded(space)
+            low, high = (np.where(bounded, edge, 0.0) for edge in (space.low, space.high))
+            values = np.clip(np.where(bounded, low + (values.astype(np.float64) + 1.0) * (high - low) / 2.0, values), space.low, space.high)
         return values.astype(space.dtype), columns[:, size:]
+
+
+def _bounded(space: Any) -> NDArray[np.bool_]:
+    return np.logical_and(space.bounded_below, space.bounded_above)
 
 
 def _leaves(space: gym.Space[Any], name: str) -> Iterator[tuple[str, gym.Space[Any]]]:

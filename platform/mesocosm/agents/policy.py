@@ -175,12 +175,7 @@ class Policy:
         squashed = self.layout.head == "squashed_gaussian"
         if rng is not None:
             mean = mean + np.exp(np.clip(log_std, *SQUASHED_LOG_STD) if squashed else log_std) * rng.standard_normal(mean.shape)
-        action = np.tanh(mean) if squashed else mean
-        box = self.map.head
-        assert isinstance(box, gym.spaces.Box)
-        if np.all(box.bounded_below) and np.all(box.bounded_above):  # as RLlib: rescaled from [-1, 1], then clipped
-            action = np.clip(box.low + (action + 1.0) * (box.high - box.low) / 2.0, box.low, box.high)
-        return action
+        return np.tanh(mean) if squashed else mean
 
     def save(self, folder: Path) -> None:
         """Write policy.json and policy.safetensors into an existing folder."""

@@ -38,7 +38,7 @@ RECOMMENDED: dict[str, dict[str, Any]] = {
         "num_epochs": 5,
         "lambda_": 0.95,
         "clip_param": 0.2,
-        "vf_clip_param": math.inf,
+        "vf_clip_param": 1e6,
         "entropy_coeff": 0.005,
         "kl_coeff": 0.2,
         "kl_target": 0.03,
