@@ -54,7 +54,7 @@ def test_samples_follow_the_density():
     n, width = 200_000, 0.5
     m = density.mixture(params.expand(n, -1), torch.tensor(width))
     u = torch.rand(2, n, generator=torch.Generator().manual_seed(1)).clamp(1e-7, 1 - 1e-7)
-    drawn = density.sample(m, u[0], u[1])
+    drawn = density.sample(m, u[0], torch.logit(u[1]))
     centres = torch.arange(-8, 9) * width
     expected = density.log_prob(density.mixture(params, torch.tensor(width)), centres.unsqueeze(0)).exp().squeeze(0)
     share = torch.stack([((drawn - c).abs() <= width / 2).float().mean() for c in centres])

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from mesocosm.model import density, rng
 from mesocosm.model.ladder import Dims
-from mesocosm.model.layers import Constant, MemberLinear, RMSNorm, first_rows, squash
+from mesocosm.model.layers import Constant, MemberLinear, RMSNorm, first_rows
 from mesocosm.model.mup import tag
 from mesocosm.model.spec import TextSpan
 
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         self.slot = tag(nn.Parameter(torch.zeros(members, self.slots, d)), "embedding", fan_in=1)
         # A zero-sized parameter is more than a ZeRO engine can partition: what has nothing to hold is None.
         many = self.slots > 1
-        self.value = tag(nn.Parameter(torch.zeros(numbers, members, 3, d)), "embedding", fan_in=3) if numbers and many else None
+        self.value = tag(nn.Parameter(torch.zeros(numbers, members, 2, d)), "embedding", fan_in=2) if numbers and many else None
         self.table = tag(nn.Parameter(torch.zeros(sum(cardinalities), members, d)), "embedding", fan_in=1) if cardinalities and many else None
         self.blocks = nn.ModuleList(Block(members, dims) for _ in range(dims.dec_layers))
         self.norm = RMSNorm(d, m_width=width, m_depth=1.0, members=members)
@@ -195,6 +195,7 @@ class Decoder(nn.Module):
         k, n, s = self.members, len(keys), self.slots
         u = rng.uniform(keys.unsqueeze(-1), self.uniforms(keys)).view(n, s, 2)
         rows = member * n + torch.arange(n, device=u.device)
+        quantiles = torch.logit(u[..., 1])
         bins, offsets = self.bins(scale.scale) / scale.scale, self.offsets(u)
         shift = scale.shift.flatten(0, 1).index_select(0, rows)
         x0 = self.slot.unsqueeze(2)
@@ -214,7 +215,7 @@ class Decoder(nn.Module):
                 assert self.density is not None and self.density_bias is not None
                 params.append(self.density(x).float() + self.density_bias[:, j : j + 1])
                 m = density.mixture(params[-1].flatten(0, 1).index_select(0, rows), bins[j])
-                numbers[:, j] = drawn = torch.addcmul(shift[:, j], density.sample(m, u[:, i, 0], u[:, i, 1]), scale.scale[j])
+                numbers[:, j] = drawn = torch.addcmul(shift[:, j], density.sample(m, u[:, i, 0], quantiles[:, i]), scale.scale[j])
                 if self.value is not None and i + 1 < s:
                     seen = (drawn - scale.shift[:, :, j]) / scale.scale[j]
                     features = value_features(seen, drawn if now is None else drawn + now[:, j])
@@ -241,6 +242,5 @@ class Decoder(nn.Module):
 
 
 def value_features(r: Tensor, numbers: Tensor) -> Tensor:
-    """What a slot reads of a number before it: asinh of its residual [K, ...], and the number itself [...], squashed: [K, ..., 3]."""
-    shared = squash(numbers.unsqueeze(-1))
-    return torch.cat((torch.asinh(r).unsqueeze(-1), shared.expand(*r.shape, 2)), -1)
+    """What a slot reads of a number before it: its residual [K, ...] and the number itself [...], by asinh: [K, ..., 2]."""
+    return torch.asinh(torch.stack((r, numbers.expand_as(r)), -1))

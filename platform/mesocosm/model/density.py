@@ -44,10 +44,10 @@ def log_prob(m: Mixture, x: Tensor) -> Tensor:
     return torch.logsumexp(F.log_softmax(m.logits, -1) + mass, -1).clamp(max=0.0)
 
 
-def sample(m: Mixture, u1: Tensor, u2: Tensor) -> Tensor:
-    """A draw [...] by the uniforms `u1` (the component) and `u2` (its quantile), each strictly between 0 and 1."""
-    component = categorical(m.logits, u1).unsqueeze(-1)
-    return m.mu.gather(-1, component).squeeze(-1) + m.scale.gather(-1, component).squeeze(-1) * torch.logit(u2)
+def sample(m: Mixture, u: Tensor, quantile: Tensor) -> Tensor:
+    """A draw [...] by a uniform `u` (the component) and the logit of another (its quantile), both strictly between 0 and 1."""
+    component = categorical(m.logits, u).unsqueeze(-1)
+    return m.mu.gather(-1, component).squeeze(-1) + m.scale.gather(-1, component).squeeze(-1) * quantile
 
 
 def categorical(logits: Tensor, u: Tensor) -> Tensor:

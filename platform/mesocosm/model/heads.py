@@ -101,7 +101,7 @@ class RewardHead(nn.Module):
         outputs = own(self._outputs(parts, features), member)
         if self.categorical:
             return self.values(outputs)[density.categorical(outputs, u[:, 0])]
-        return self.mean + self.scale * density.sample(density.mixture(outputs, self.bin(outputs)), u[:, 0], u[:, 1])
+        return self.mean + self.scale * density.sample(density.mixture(outputs, self.bin(outputs)), u[:, 0], torch.logit(u[:, 1]))
 
 
 class TerminationHead(nn.Module):

@@ -26,7 +26,7 @@ ROPE_BASE = 10000.0
 
 
 class KeyValues(Cache):
-    """`data` [layers, 2, B, heads, W, HEAD]: rotated keys, and values."""
+    """`data` [layers, 2, W, B, heads, HEAD]: rotated keys, and values."""
 
     def __init__(self, data: Tensor):
         self.data = data
@@ -49,31 +49,39 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         """Within windows: every step sees the steps before it."""
-        q, k, v = self._qkv(x, rope)
-        return self._rest(x, F.scaled_dot_product_attention(q, k, v, is_causal=True))
+        q, k, v = (part.transpose(1, 2) for part in self._qkv(x, rope))
+        return self._rest(x, F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2))
 
-    def cached(self, x: Tensor, rope: tuple[Tensor, Tensor], data: Tensor, column: int, seen: Tensor) -> Tensor:
-        """Write columns `column` .. `column` + T - 1 of `data` [2, B, heads, W, HEAD] and attend to what `seen` [B, 1, T, C] (added to
-        the scores) allows of the first C."""
-        q, k, v = self._qkv(x, rope)
-        end = column + x.shape[1]
-        data[0, :, :, column:end] = k
-        data[1, :, :, column:end] = v
-        return self._rest(x, F.scaled_dot_product_attention(q, data[0, :, :, :end], data[1, :, :, :end], attn_mask=seen))
+    def columns(self, x: Tensor, rope: tuple[Tensor, Tensor], data: Tensor, seen: Tensor) -> Tensor:
+        """The same for the first C columns x [B, C, d], under a mask `seen` [B, 1, C, C], filling `data` [2, W, B, heads, HEAD]."""
+        q, k, v = (part.transpose(1, 2) for part in self._qkv(x, rope))
+        data[0, : x.shape[1]], data[1, : x.shape[1]] = k.permute(2, 0, 1, 3), v.permute(2, 0, 1, 3)
+        return self._rest(x, F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2))
+
+    def step(self, x: Tensor, rope: tuple[Tensor, Tensor], data: Tensor, column: int, seen: Tensor) -> Tensor:
+        """The same for one column x [B, 1, d], written to `data`; `seen` [column + 1, B, 1] is added to the scores."""
+        q, k, v = (part.squeeze(1) for part in self._qkv(x, rope))
+        data[0, column], data[1, column] = k, v
+        # Plain products over few columns: half the time of the fused kernel, which is made for many queries.
+        score = torch.add(seen, (data[0, : column + 1] * q).sum(-1), alpha=HEAD**-0.5)
+        attended = (score.softmax(0).unsqueeze(-1) * data[1, : column + 1]).sum(0)
+        return self._rest(x, attended.unsqueeze(1))
 
     def _qkv(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Each [B, T, heads, HEAD]."""
         b, t, _ = x.shape
-        q, k, v = self.qkv(self.norm_1(x)).view(b, t, 3, self.heads, HEAD).permute(2, 0, 3, 1, 4)
-        return rotate(q, rope), rotate(k, rope), v
+        qk, v = self.qkv(self.norm_1(x)).view(b, t, 3, self.heads, HEAD).split((2, 1), 2)
+        q, k = rotate(qk, rope).unbind(2)
+        return q, k, v.squeeze(2)
 
     def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        x = x + self.out(attended.flatten(2))
         gate, up = self.up(self.norm_2(x)).chunk(2, -1)
         return cast(Tensor, x + self.down(F.silu(gate) * up))
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of [..., T, HEAD], in float32."""
+    """Rotary position embedding (Su et al. 2021, arXiv 2104.09864) of [B, T, ..., HEAD] by angles [T, 1, 1, HEAD], in float32."""
     cos, sin = rope
     wide = x.float()
     a, b = wide.chunk(2, -1)
@@ -96,7 +104,8 @@ class Sequence(WorldNet):
         layout = Layout(tuple(order), o.bins + (spec.duration_bin,) * extra, o.categories, o.texts)
         self.decoder = Decoder(layout, rung, members=config.members, components=config.components, inputs=rung.d_model)
         angle = torch.arange(self.memory).unsqueeze(-1) / ROPE_BASE ** (torch.arange(0, HEAD, 2) / HEAD)
-        self._cos, self._sin = Constant(angle.cos().repeat(1, 2)), Constant(angle.sin().repeat(1, 2))
+        angle = angle.repeat(1, 2)[:, None, None]
+        self._cos, self._sin, self._columns = Constant(angle.cos()), Constant(angle.sin()), Constant(torch.arange(self.memory))
 
     # -- history -----------------------------------------------------------------------------------------------------
 
@@ -109,31 +118,29 @@ class Sequence(WorldNet):
 
     def new_cache(self, batch: int) -> KeyValues:
         weight = self.norm.weight
-        return KeyValues(torch.zeros(self.dims.layers, 2, batch, self.dims.heads, self.memory, HEAD, device=weight.device, dtype=weight.dtype))
+        return KeyValues(torch.zeros(self.dims.layers, 2, self.memory, batch, self.dims.heads, HEAD, device=weight.device, dtype=weight.dtype))
 
     def advance(self, cache: Cache | None, column: int, start_column: Tensor, token: Transition) -> Tensor:
         assert isinstance(cache, KeyValues) and column < self.memory
-        # A step always sees itself: replayed columns from before an environment's present episode must stay finite.
-        hidden = torch.arange(column + 1, device=start_column.device) < start_column.clamp(max=column).unsqueeze(-1)
-        seen = torch.zeros(hidden.shape, device=hidden.device).masked_fill_(hidden, -torch.inf)
         x = self._embed(token).unsqueeze(1)
-        return self._cached(x, cache, column, seen[:, None, None].to(x.dtype)).squeeze(1)
+        # A step always sees itself: replayed columns from before an environment's present episode must stay finite.
+        hidden = self._columns(x)[: column + 1].unsqueeze(1) < start_column.clamp(max=column)
+        seen = torch.zeros(hidden.shape, device=x.device, dtype=x.dtype).masked_fill_(hidden, -torch.inf).unsqueeze(-1)
+        rope = self._rope(x, slice(column, column + 1))
+        for layer, block in enumerate(cast(list[Block], list(self.blocks))):
+            x = block.step(x, rope, cache.data[layer], column, seen)
+        return cast(Tensor, self.norm(x.squeeze(1)))
 
     def rebuild(self, cache: Cache | None, start_column: Tensor, tokens: Transition) -> None:
         assert isinstance(cache, KeyValues)
         x = self._embed(tokens)
-        columns = torch.arange(x.shape[1], device=x.device)
-        # A column before its environment's present episode sees only itself; nobody will look at it.
-        before = columns <= columns.unsqueeze(-1)
-        allowed = (before & (columns >= start_column[:, None, None])) | (columns == columns.unsqueeze(-1))
-        seen = torch.zeros(allowed.shape, device=x.device, dtype=x.dtype).masked_fill_(~allowed, -torch.inf)
-        self._cached(x, cache, 0, seen.unsqueeze(1))
-
-    def _cached(self, x: Tensor, cache: KeyValues, column: int, seen: Tensor) -> Tensor:
-        rope = self._rope(x, slice(column, column + x.shape[1]))
+        columns = self._columns(x)[: x.shape[1]]
+        before = (columns <= columns.unsqueeze(-1)) & (columns >= start_column[:, None, None])
+        allowed = before | (columns == columns.unsqueeze(-1))
+        seen = torch.zeros(allowed.shape, device=x.device, dtype=x.dtype).masked_fill_(~allowed, -torch.inf).unsqueeze(1)
+        rope = self._rope(x, slice(0, x.shape[1]))
         for layer, block in enumerate(cast(list[Block], list(self.blocks))):
-            x = block.cached(x, rope, cache.data[layer], column, seen)
-        return self.norm(x)
+            x = block.columns(x, rope, cache.data[layer], seen)
 
     def _embed(self, token: Transition) -> Tensor:
         embedded: Tensor = self.embed(read(token.observation, token.action, token.task))
