@@ -105,7 +105,7 @@ def test_groups_hold_every_parameter_once_with_the_papers_factors() -> None:
     )
     gain = of[id(net.get_parameter("blocks.0.norm_1.weight"))]
     assert gain["lr"] == 1e-3 and gain["weight_decay"] == 0.0
-    assert of[id(net.get_parameter("embed.numbers.weight"))]["lr"] == 1e-3
+    assert of[id(dict(net.named_parameters())["embed.numbers"])]["lr"] == 1e-3
 
 
 def test_initialisation_is_a_function_of_the_seed() -> None:
