@@ -9,7 +9,7 @@ the command that made it. With overrides a cell is printed and, with --keep, sto
 
 How the data was collected moves these numbers. Here: CartPole-v1, 3/4 of the episodes random, 1/4 a balancing rule with 70% random
 actions (median length 48); InvertedPendulum-v5, 8/10 random (median length 5), the rest a linear controller with Gaussian noise of 1.8 and of 2.7
-(the action ranges over +-3).
+(the action ranges over +-3), episodes of at most 100 steps.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ ENVIRONMENTS = ("CartPole-v1", "InvertedPendulum-v5")
 FAMILIES = ("sequence", "ensemble")
 SEEDS = (0, 1, 2)
 
+HORIZON = {"CartPole-v1": None, "InvertedPendulum-v5": 100}
+"""With a controller that lets the cart drift to the end of the rail, only the held-out data held that collision (12 of 10000 transitions),
+and it alone made the ratio at 5 steps 0.67 and at 50 steps 64, against 0.0003 at one step: what was never seen cannot be known."""
+
 BEST: dict[str, dict[str, tuple[float, ...]]] = {
     "CartPole-v1": {
         "transformer + base, Gaussian residual": (0.0019, 0.0064, 0.022, 0.28),
@@ -77,9 +81,9 @@ def cartpole(observation: Any, rng: np.random.Generator) -> Any:
 
 
 def pendulum(observation: Any, rng: np.random.Generator) -> Any:
-    """A linear controller that balances InvertedPendulum-v5."""
+    """A linear controller that balances InvertedPendulum-v5, near the middle of the rail."""
     x, angle, speed, spin = observation
-    return np.clip([1.0 * x + 20.0 * angle + 1.5 * speed + 3.0 * spin], -3.0, 3.0).astype(np.float32)
+    return np.clip([2.0 * x + 25.0 * angle + 2.5 * speed + 4.0 * spin], -3.0, 3.0).astype(np.float32)
 
 
 BEHAVIOURS = {
@@ -98,7 +102,7 @@ def dataset(env: str, seed: int, *, held_out: bool) -> Dataset:
         seed=1000 + seed if held_out else seed,
         storage=StorageConfig(str(ROOT)),
         tracking=TrackingConfig(experiment="bench-world"),
-        reality=RealityConfig(env=env),
+        reality=RealityConfig(env=env, horizon=HORIZON[env]),
         steps=HELD_OUT if held_out else TRANSITIONS,
         workers=0,
         behaviours=BEHAVIOURS[env],
@@ -153,9 +157,8 @@ def cell(env: str, cfg: PretrainConfig) -> dict[str, Any]:
 
 def show(env: str, family: str, result: dict[str, Any]) -> None:
     rows = {row["horizon"]: row for row in result["open_loop"]["rows"]}
-    for which in ("ratio", "single"):
-        cells = "".join(f"{ratio(rows[str(h)][which]):>9}" for h in HORIZONS)
-        print(f"  {family + (', mean of 8 rollouts' if which == 'ratio' else ', single rollout'):<44}{cells}")
+    for which, name in (("ratio", "mean of 8 rollouts"), ("single", "single rollout"), ("typical", "ratio of the medians")):
+        print(f"  {f'{family}, {name}':<56}" + "".join(f"{ratio(rows[str(h)][which]):>9}" for h in HORIZONS))
     print("    90% " + "  ".join(span(rows[str(h)]["interval"], ratio) for h in HORIZONS), end="; ")
     one, took = result["one_step"], result["seconds"]
     said = f"termination {_two(one['precision'])}/{_two(one['recall'])}, {result['valid']['dynamics']:.2f} nats"
@@ -187,7 +190,7 @@ def main() -> None:
     for env in [args.env] if args.env else ENVIRONMENTS:
         print(f"{env}, {TRANSITIONS} transitions: RMSE / persistence's, {' / '.join(map(str, HORIZONS))} steps ahead")
         for name, row in BEST[env].items():
-            print(f"  {'before the design: ' + name:<44}{''.join(f'{ratio(v):>9}' for v in row)}")
+            print(f"  {'before the design: ' + name:<56}{''.join(f'{ratio(v):>9}' for v in row)}")
         for family in [args.family] if args.family else FAMILIES:
             for seed in [args.seed] if args.seed is not None else SEEDS:
                 files = [] if args.overrides else [HERE / "bench_world.yaml"] if (HERE / "bench_world.yaml").exists() else []

@@ -58,6 +58,17 @@ def test_the_mean_of_rollouts_and_a_single_one_are_told_apart(walks: Dataset) ->
     assert row.single / row.ratio == pytest.approx(4.0, rel=0.1), "independent noise averages out as the square root of 16"
 
 
+def test_a_rare_event_shows_in_the_mean_and_not_in_the_typical_error(walks: Dataset) -> None:
+    class Rare(KnownWorld):
+        def step(self, carry: Any, action: Any, keys: Any) -> Any:
+            state, out = super().step(carry, action, keys)
+            out.observation.numbers[::40] += 5.0
+            return state, out
+
+    row = open_loop(Rare(Codec.fit(walks), noise=0.02), walks, horizons=(1,), starts=10_000, samples=1).rows[0]
+    assert row.typical < 0.1 and row.ratio > 0.5
+
+
 def test_what_cannot_be_measured_is_said(walks: Dataset, tmp_path: Path) -> None:
     codec = Codec.fit(walks)
     table = open_loop(KnownWorld(codec), walks, horizons=(500,))

@@ -17,7 +17,14 @@ from mesocosm.evaluation.report import Curve, Episode, Point, PurposeRow, Report
 
 def table(scale: float) -> dict[str, Any]:
     rows = [
-        {"horizon": str(h), "steps": h, "ratio": r * scale, "interval": [r * scale * 0.8, r * scale * 1.2], "single": r * scale * 1.4}
+        {
+            "horizon": str(h),
+            "steps": h,
+            "ratio": r * scale,
+            "interval": [r * scale * 0.8, r * scale * 1.2],
+            "single": r * scale * 1.4,
+            "typical": r * scale * 0.5,
+        }
         | {"accuracy": 0.75, "persistence_accuracy": 0.5, "persistence": 0.1 * h, "starts": 64, "episodes": 8}
         for h, r in ((1, 0.125), (5, 0.25), (50, 4.0))
     ]

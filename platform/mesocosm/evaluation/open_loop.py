@@ -49,6 +49,8 @@ class Row:
     """90% bootstrap interval of `ratio`, resampled by episode"""
     single: float | None
     """The same ratio for a single sampled rollout"""
+    typical: float | None
+    """The ratio of the median errors: far below `ratio` where rare events (a collision never seen in training) own the mean"""
     persistence: float | None
     """Persistence's RMSE, normalised"""
     accuracy: float | None
@@ -190,11 +192,11 @@ def _measure(
     ahead = log.lengths[episode] if horizon is None else np.full(len(episode), horizon)
     if not len(episode):
         notes.append(f"horizon {name}: no {'validation' if log.split == 'valid' else 'training'} episode is that long.")
-        return Row(name, float(horizon or 0), None, None, None, None, None, None, 0, 0)
+        return Row(name, float(horizon or 0), None, None, None, None, None, None, None, 0, 0)
     numbers, categories = rollouts(world, log, episode, step, ahead, samples, seed, warmup)
     truth, start = log.observation(episode, step + ahead), log.observation(episode, step)
     true_numbers, first_numbers = truth.numbers.double().numpy(), start.numbers.double().numpy()
-    ratio = interval = single = persistence = accuracy = persistence_accuracy = None
+    ratio = interval = single = typical = persistence = accuracy = persistence_accuracy = None
     if true_numbers.shape[1]:
         none = ((first_numbers - true_numbers) ** 2).mean(-1)
         mean = ((numbers.mean(1) - true_numbers) ** 2).mean(-1)
@@ -211,11 +213,12 @@ def _measure(
             by_episode = [np.bincount(groups, weights=values) for values in (mean, none)]
             ratio, single = stats.ratio_of_rms(mean, none), stats.ratio_of_rms(each, none)
             interval = stats.ratio_interval(*by_episode, seed=seed)
+            typical = stats.ratio_of_rms(np.median(mean), np.median(none))
     if truth.categories.shape[1]:
         true_categories = truth.categories.numpy()
         accuracy = float((_most_frequent(categories) == true_categories).mean())
         persistence_accuracy = float((start.categories.numpy() == true_categories).mean())
-    return Row(name, float(ahead.mean()), ratio, interval, single, persistence, accuracy, persistence_accuracy, len(episode), len(np.unique(episode)))
+    return Row(name, float(ahead.mean()), ratio, interval, single, typical, persistence, accuracy, persistence_accuracy, len(episode), len(np.unique(episode)))
 
 
 def rollouts(world: World, log: Log, episode: Array, step: Array, ahead: Array, samples: int, seed: int, warmup: int) -> tuple[Array, Array]:

@@ -112,7 +112,7 @@ def _fidelity(summary: Mapping[str, Any]) -> str:
     why = (
         "Logged actions played in the world from logged validation states. Root mean square error of the numbers, each over its standard deviation in "
         "the data, divided by that of predicting no change; the prediction is the mean of several sampled rollouts, and in its own column a single one. "
-        "Intervals are 90% bootstrap over episodes."
+        "Typical is the ratio of the median errors: far below the first where rare events own the mean. Intervals are 90% bootstrap over episodes."
     )
     drawn = figures.open_loop(summary)
     body = f"<p class='why'>{why}</p>{figure(drawn) if drawn else ''}"
@@ -129,6 +129,7 @@ def _fidelity(summary: Mapping[str, Any]) -> str:
             ratio(line["ratio"]),
             span(line["interval"], ratio),
             ratio(line["single"]),
+            ratio(line["typical"]),
             *([f"{line['accuracy']:.1%} ({line['persistence_accuracy']:.1%})" if line["accuracy"] is not None else UNDEFINED] if discrete else []),
             number(line["persistence"], 3),
             f"{count(line['starts'])} / {count(line['episodes'])}",
@@ -137,7 +138,7 @@ def _fidelity(summary: Mapping[str, Any]) -> str:
     ]
     named = "steps ahead" if last["round"] is None or len(entries) == 1 else f"ahead, round {last['round']}"
     right = ["categories right (no change)"] if discrete else []
-    head = [named, "RMSE / persistence's", "90% interval", "single rollout", *right, "RMSE of no change", "starts / episodes"]
+    head = [named, "RMSE / no change", "90% interval", "single rollout", "typical", *right, "RMSE of no change", "starts / episodes"]
     body += table(head, rows) + "".join(f"<p class='why'>{html.escape(note)}</p>" for note in last["table"]["notes"])
     return section("Open-loop error by horizon", body + _checks(summary))
 
