@@ -116,30 +116,25 @@ def test_kinds_of_start_come_in_their_frequencies() -> None:
 
 
 def hidden_mode(episodes: int, seed: int) -> Windows:
-    """A hidden mode, +1 or -1 an episode, shown by the first step's change alone; later steps move by 0.5 times it, at random times."""
-    generator = np.random.default_rng(seed)
-    mode = generator.choice([-1.0, 1.0], size=episodes)
-    moves = mode[:, None] * 0.5 * generator.choice([0.0, 1.0], size=(episodes, W))
-    moves[:, 0] = mode * 0.5
-    x = np.concatenate([np.zeros((episodes, 1)), moves], 1)  # the position springs back: o' does not accumulate, so o_t alone hides the mode
-    x[:, 2::2] = 0.0
-    return windows(numbers(torch.from_numpy(x).unsqueeze(-1)), no_actions(episodes, W))
+    """A hidden mode, +0.5 or -0.5 an episode: every other step goes there and back, and from 0 only history tells where."""
+    mode = np.random.default_rng(seed).choice([-0.5, 0.5], size=(episodes, 1, 1))
+    x = np.tile(mode, (1, W + 1, 1))
+    x[:, ::2] = 0.0
+    return windows(numbers(torch.from_numpy(x)), no_actions(episodes, W))
 
 
 def test_history_is_used_where_the_state_is_hidden() -> None:
     spec = Spec(PartSpec(1, (0.05,)), PartSpec(), reward_values=(0.0,))
-    world = train(spec, hidden_mode(300, 0), 250)
-    held_out = hidden_mode(200, 1)
-    nats = float(world.losses(held_out).nats["dynamics"]) / 200
-    # An episode's own entropy: log 2 for the mode, log 2 for each of the three later coins. Without history each coin
-    # is one of three outcomes (1.5 bits).
-    ideal = 4 * np.log(2)
-    memoryless = np.log(2) + 3 * 1.5 * np.log(2)
-    assert nats < ideal + 0.5 * (memoryless - ideal), (nats, ideal, memoryless)
+    world = train(spec, hidden_mode(200, 0), 250, lr=2e-3)
+    nats = float(world.losses(hidden_mode(100, 1)).nats["dynamics"]) / 100
+    # log 2 an episode with history, log 2 for each of its four departures from 0 without.
+    assert nats < 2 * np.log(2), nats
+    memoryless = train(spec, hidden_mode(200, 0), 80, lr=2e-3, family="ensemble")
+    assert float(memoryless.losses(hidden_mode(100, 1)).nats["dynamics"]) / 100 > 3.5 * np.log(2)
     seen, _ = rollout(world, 200, W, start=numbers(torch.zeros(200, 1)))
-    mode = seen.numbers[:, 1].sign()
-    moved = seen.numbers[:, 2:].abs() > 0.25
-    assert moved.any() and (seen.numbers[:, 2:].sign() == mode.unsqueeze(1))[moved].float().mean() > 0.97
+    there = seen.numbers[:, 1::2, 0]
+    assert 60 < int((there[:, 0] > 0).sum()) < 140, "both modes are imagined"
+    assert (there.sign() == there[:, :1].sign()).float().mean() > 0.95, "and kept to"
 
 
 def test_text_is_valid_and_follows_its_grammar() -> None:
@@ -167,12 +162,12 @@ def test_rare_terminations_and_rewards_are_learned_and_drawn() -> None:
     reward = torch.where(after > 4.5, 2.0, (after.remainder(2) < 0.5).float())
     spec = Spec(PartSpec(1, (0.05,)), PartSpec(), reward_values=(0.0, 1.0, 10.0), terminal_rate=0.1)
     data = windows(numbers(x.unsqueeze(-1)), no_actions(128, W), reward=reward, terminated=(after > 4.5).float())
-    world = train(spec, data, 200)
+    world = train(spec, data, 250)
     seen, outs = rollout(world, 128, W, start=numbers(x[:, :1]))
     after = seen.numbers[:, 1:, 0].round()
     paid, ended = torch.stack([o.reward for o in outs], 1), torch.stack([o.terminated for o in outs], 1)  # type: ignore[attr-defined]
     expected = torch.where(after > 4.5, 10.0, (after.remainder(2) < 0.5).float())
-    assert (paid == expected).float().mean() > 0.97
+    assert (paid == expected).float().mean() > 0.95
     assert (ended == (after > 4.5)).float().mean() > 0.98
 
 
@@ -181,14 +176,14 @@ def test_members_disagree_where_there_were_no_data() -> None:
     x = torch.randn(256, 1, 1, generator=generator).repeat(1, W + 1, 1)
     x[:, 1:] = torch.sin(2 * x[:, :1]) + 0.05 * torch.randn(256, W, 1, generator=generator)
     spec = Spec(PartSpec(1, (0.05,)), PartSpec(), reward_values=(0.0,))
-    world = train(spec, windows(numbers(x), no_actions(256, W)), 150, members=4)
+    world = train(spec, windows(numbers(x), no_actions(256, W)), 120, members=4, base_steps=400)
 
     def mean(start: Tensor) -> float:
         _, (out,) = rollout(world, 256, 1, start=numbers(start))
         assert (out.disagreement <= np.log(4) + 1e-4).all()  # type: ignore[attr-defined]
         return float(out.disagreement.mean())  # type: ignore[attr-defined]
 
-    known, unknown = mean(torch.randn(256, 1, generator=generator)), mean(torch.randn(256, 1, generator=generator) + 12.0)
+    known, unknown = mean(torch.randn(256, 1, generator=generator)), mean(torch.randn(256, 1, generator=generator) + 4.0)
     assert unknown > 2 * max(known, 0.02), (known, unknown)
 
 
@@ -208,3 +203,17 @@ def test_a_loss_is_the_sum_of_its_slices(family: str) -> None:
     assert total.transitions == halves[0].transitions + halves[1].transitions == mask.sum()
     for name, value in total.nats.items():
         assert value >= 0 and torch.isclose(value, halves[0].nats[name] + halves[1].nats[name], rtol=1e-4), name
+
+
+@pytest.mark.parametrize("family", ["sequence", "ensemble"])
+def test_bfloat16_weights_leave_the_densities_in_float32(family: str) -> None:
+    spec = Spec(PartSpec(1, (1e-3,), (3,)), PartSpec(), durations=True, terminal_rate=0.1)
+    data = hidden_mode(32, 0)
+    data = windows(Parts(data.observation.numbers, data.observation.numbers.sign().long() + 1), data.action)
+    world = train(spec, data, 20, family=family)
+    wide = world.losses(data).per_transition
+    world.net.bfloat16()
+    narrow = world.losses(data).per_transition
+    for name, value in wide.items():
+        assert narrow[name].dtype == torch.float32 and torch.isfinite(narrow[name])
+        assert torch.isclose(narrow[name], value, rtol=0.1, atol=0.1), (name, narrow[name], value)
