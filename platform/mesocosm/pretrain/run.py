@@ -23,7 +23,7 @@ from mesocosm.pretrain import checkpoint, prepare
 from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig, what
 from mesocosm.pretrain.export import check_termination, world_of
 from mesocosm.pretrain.feed import Feed
-from mesocosm.pretrain.worker import Work, train_loop
+from mesocosm.pretrain.worker import Work, step_flops, train_loop
 from mesocosm.storage import SCHEMA, Artifact, Storage
 
 __all__ = ["PretrainConfig", "plan", "run"]
@@ -36,16 +36,17 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     dataset = prepare.open_datasets(storage, config.data.datasets)
     codec = Codec.fit(dataset)
     steps, loader = _steps(config, dataset, codec)
-    sizes = counts.counts(codec.spec, config.model)
+    sizes = counts.params(codec.spec, config.model)
     return {
         "world": f"worlds/{_id(config, dataset, _gpus(config))}",
         "datasets": ", ".join(dataset.ids),
-        "params": sizes.params,
+        "params": sizes.n,
+        "total_params": sizes.total,
         "steps": steps,
         "transitions": loader.transitions_seen(steps),
         "unique": loader.transitions_per_epoch,
         "epochs": round(steps * config.train.batch / loader.windows_per_epoch, 2),
-        "flops": steps * counts.training_flops(codec.spec, config.model, config.train.batch),
+        "flops": steps * step_flops(codec.spec, config.model, config.train),
     }
 
 
@@ -184,8 +185,9 @@ def _export(
     last.pop("step", None)
     facts = {"termination_recall": ending.recall, "termination_precision": ending.precision}
     metrics = last | progress.measured | {name: value for name, value in facts.items() if value is not None}
-    sizes = counts.counts(codec.spec, config.model)
+    sizes = counts.params(codec.spec, config.model)
     seen, unique = loader.transitions_seen(progress.steps), loader.transitions_per_epoch
+    flops = progress.steps * step_flops(codec.spec, config.model, config.train)
     meta = {
         "inputs": {"datasets": dataset.ids},
         "config": what(config, progress.precision),
@@ -194,7 +196,7 @@ def _export(
         "codec": codec.id,
         "metrics": metrics,
         "checks": {"termination": ending.verdict},
-        "counts": {**asdict(sizes), "data": seen, "unique": unique, "epochs": seen / unique, "steps": progress.steps},
+        "counts": {"params": sizes.n, **asdict(sizes), "flops": flops, "data": seen, "unique": unique, "epochs": seen / unique, "steps": progress.steps},
         "seconds": progress.seconds,
     }
     artifact = storage.make("worlds", id, meta, world.save, force=config.force)
