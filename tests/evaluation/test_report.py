@@ -24,6 +24,7 @@ def table(scale: float) -> dict[str, Any]:
             "interval": [r * scale * 0.8, r * scale * 1.2],
             "single": r * scale * 1.4,
             "typical": r * scale * 0.5,
+            "typical": r * scale * 0.5,
         }
         | {"accuracy": 0.75, "persistence_accuracy": 0.5, "persistence": 0.1 * h, "starts": 64, "episodes": 8}
         for h, r in ((1, 0.125), (5, 0.25), (50, 4.0))
@@ -35,6 +36,7 @@ def table(scale: float) -> dict[str, Any]:
             "ratio": None,
             "interval": None,
             "single": None,
+            "typical": None,
             "accuracy": None,
             "persistence_accuracy": None,
             "persistence": 0.0,
