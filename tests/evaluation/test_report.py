@@ -24,7 +24,6 @@ def table(scale: float) -> dict[str, Any]:
             "interval": [r * scale * 0.8, r * scale * 1.2],
             "single": r * scale * 1.4,
             "typical": r * scale * 0.5,
-            "typical": r * scale * 0.5,
         }
         | {"accuracy": 0.75, "persistence_accuracy": 0.5, "persistence": 0.1 * h, "starts": 64, "episodes": 8}
         for h, r in ((1, 0.125), (5, 0.25), (50, 4.0))
@@ -72,6 +71,7 @@ def example() -> ReportInput:
                 "round": 1,
                 "transitions": 150,
                 "terminals": 7,
+                "expected_terminals": 6.5,
                 "precision": 0.875,
                 "recall": None,
                 "reward_accuracy": 1.0,
