@@ -21,6 +21,8 @@ STARTS = 3
 """Attempts at a local Ray: on a loaded machine one of its daemons may miss the 30 s that Ray gives it."""
 
 _temp_dir: str | None = None
+_started = False
+"""Whether this process started the Ray that it is connected to, and what runs on it."""
 
 
 def worker_env() -> dict[str, str]:
@@ -50,15 +52,17 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
     os.environ.update(worker_env())
+    from ray._private import ray_constants
+
     if config.address is not None:
+        if config.address.startswith(("127.0.0.1:", "localhost:")):
+            ray_constants.ENABLE_RAY_CLUSTER = False  # a private Ray of this machine, see below: else Ray asks at the machine's own address
         try:
             ray.init(address=config.address, runtime_env={"env_vars": _remote_env()}, log_to_driver=True, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise UsageError(f"ray.address {config.address!r} does not answer ({error}); start the cluster or leave ray.address unset") from error
         return
-    global _temp_dir
-    from ray._private import ray_constants
-
+    global _temp_dir, _started
     if temp_dir is None:
         temp_dir = _temp_dir = tempfile.mkdtemp(prefix="mesocosm-ray-")
     # Ray on Linux turns 127.0.0.1 into the machine's own address and listens on every interface; on macOS and Windows it
@@ -81,6 +85,7 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
             ray.shutdown()
             if attempt == STARTS:
                 raise MesocosmError(f"Ray did not start on this machine in {STARTS} attempts ({error}); free some CPU, or see {temp_dir}") from error
+    _started = True
     atexit.register(shutdown)
 
 
@@ -100,15 +105,12 @@ def preflight(*, what: str, cpus: float = 0, gpus: float = 0) -> None:
 
 
 def shutdown() -> None:
-    """End what `ensure` started. Safe to call twice."""
-    global _temp_dir
+    """End what `ensure` started; a Ray that was there before is only left. Safe to call twice."""
+    global _temp_dir, _started
     if "ray" in sys.modules:
         import ray
 
         if ray.is_initialized():
-            serve = sys.modules.get("ray.serve")
-            if serve is not None:
-                serve.shutdown()
             ray.shutdown()
     if _temp_dir is not None:
         shutil.rmtree(_temp_dir, ignore_errors=True)

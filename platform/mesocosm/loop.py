@@ -144,6 +144,7 @@ class _Loop:
         self.stages: list[report.Stage] = []
         self.lineage: list[tuple[str, str]] = []
         self.inputs: dict[str, list[str]] = {"datasets": [], "worlds": [], "agents": [], "evaluations": []}
+        self.steps: list[int] = []
         self.served = False
 
     def go(self) -> Artifact:
@@ -158,7 +159,7 @@ class _Loop:
                 self._stage("collect", round, "datasets", partial(self._collect, round, agent))
                 world = self._stage("pretrain", round, "worlds", partial(self._pretrain, round))
                 agent = self._stage("train-agent", round, "agents", partial(self._train, round, world, agent))
-                spent = int(self._once(f"spent-{round}", self.ledger.totals().spent))
+                spent = self._spent(round)
                 evaluated = self._stage("evaluate", round, "evaluations", partial(self._evaluate, round, world, agent))
                 judged.append(json.loads((evaluated.path / report.SUMMARY).read_text()))
                 returns = judged[-1]["curves"]["world"][0]["points"][0]["returns"]
@@ -180,7 +181,9 @@ class _Loop:
         named = [b if b.kind == "random" or b.function or b.policy or agent is None else replace(b, policy=agent.name) for b in block.behaviours]
         config = replace(_fill(block, self.cfg, round), behaviours=named, ledger=self.ledger_id)
         with self.run.child("collect", config) as child:
-            return collecting.run(config, child)
+            artifact = collecting.run(config, child)
+        self.steps.append(int(artifact.meta["counts"]["steps"]))
+        return artifact
 
     def _pretrain(self, round: int) -> Artifact:
         config = _fill(self.cfg.pretrain, self.cfg, round)
@@ -229,6 +232,12 @@ class _Loop:
         self.inputs[kind].append(artifact.id)
         return artifact
 
+    def _spent(self, round: int) -> int:
+        """Real steps that this round's agent rests on: those of every dataset so far, whichever run paid for them, or what
+        the ledger says where that is more (what a crash lost is spent too)."""
+        own = int(self._once(f"spent-{round}", self.ledger.totals().spent))
+        return max(own, sum(self.steps))
+
     def _once(self, name: str, value: float) -> float:
         """The value as it was the first time the loop came by here: a figure measured once is not measured again on resume."""
         path = f"runs/loop/{self.id}/{name}.json"
@@ -266,6 +275,7 @@ class _Loop:
             stages=self.stages,
             wall_seconds=sum(s.seconds for s in self.stages),
             lineage=self.lineage,
+            notes=self._notes(totals.purposes["collect"].steps),
         )
         meta = {"inputs": self.inputs, "config": identity(cfg), "job": "loop", "run": self.run.id, "ledger": totals.to_json()}
 
@@ -273,6 +283,11 @@ class _Loop:
             report.write(given, folder)
 
         return self.run.storage.make("evaluations", self.id, meta, fill, force=cfg.force)
+
+
+    def _notes(self, collected: int) -> list[str]:
+        found = sum(self.steps) - collected
+        return [f"{found} real steps were collected and paid for by an earlier run: their datasets were found"] if found > 0 else []
 
 
 def _by_round(judged: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:

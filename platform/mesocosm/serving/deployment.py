@@ -89,6 +89,7 @@ def deploy(config: ServeConfig) -> str:
     from ray.serve.config import RequestRouterConfig
 
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     deployment = serve.deployment(Replica).options(  # type: ignore[attr-defined]
         name="world",
         num_replicas=config.replicas,

@@ -1,0 +1,98 @@
+"""The whole circle on real components: Ray, DeepSpeed, Serve, RLlib, MLflow, Gymnasium."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from mesocosm import config, tracking
+from mesocosm.errors import UsageError
+from mesocosm.loop import LoopConfig, check, plan, run
+from mesocosm.reality.ledger import Ledger
+from mesocosm.storage import Storage
+
+pytestmark = pytest.mark.timeout(600)
+
+TINY = [
+    "rounds=2",
+    "collect.steps=300",
+    "explore.steps=100",
+    "pretrain.train.steps=20",
+    "pretrain.train.batch=16",
+    "pretrain.model.base_steps=50",
+    "pretrain.model.members=2",
+    "pretrain.model.size=10k",
+    "agent.iterations=2",
+    "agent.num_envs=16",
+    "evaluate.episodes=2",
+    "evaluate.starts=8",
+    "evaluate.samples=2",
+    "evaluate.horizons=[1,5]",
+    "evaluate.full=false",
+]
+
+
+def _load(root: str, *overrides: str) -> LoopConfig:
+    return config.load(LoopConfig, [], [f"storage.root={root}", *TINY, *overrides])
+
+
+def _run(cfg: LoopConfig) -> tuple[Any, dict[str, Any]]:
+    with tracking.start("loop", cfg, quiet=True) as started:
+        artifact = run(cfg, started)
+    return artifact, json.loads((artifact.path / "summary.json").read_text())
+
+
+def test_round_and_round_through_serve_and_found_again(root: str, ray_local: None) -> None:
+    baseline = "baselines=[{algo: PPO, steps: 300, num_envs: 2, rollout: 32, window: 2}]"
+    cfg = _load(
+        root, "reality.env=CartPole-v1", "reality.price.per_step=0.5", "reality.budget.steps=400", "pretrain.model.family=sequence", baseline, "target=475"
+    )
+    artifact, summary = _run(cfg)
+    points = summary["curves"]["world"][0]["points"]
+    assert [p["real_steps"] for p in points] == [300, 400]
+    purposes = {row["purpose"]: row for row in summary["real_steps"]["purposes"]}
+    assert purposes["collect"]["steps"] == 400 and purposes["collect"]["price"] == 200
+    assert purposes["judge"]["steps"] == sum(sum(p["returns"]) for p in points)  # CartPole pays 1 a step
+    assert 0 < purposes["baseline"]["steps"] <= 300
+    assert summary["curves"]["model_free"][0]["points"]
+    page = (artifact.path / "report.html").read_text()
+    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+    ledger = Ledger(Storage(root), artifact.meta["ledger"]["ledger"], cfg.reality.budget, cfg.reality.price)
+    before = ledger.totals()
+    again, _ = _run(cfg)
+    assert again.id == artifact.id and ledger.totals() == before
+
+    client = MlflowClient(tracking_uri=tracking.uri_of(cfg))
+    experiment = client.get_experiment_by_name(cfg.tracking.experiment)
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    jobs = sorted({r.data.tags["mesocosm.run"].split("/")[0] for r in runs})
+    assert jobs == ["baseline", "collect", "evaluate", "loop", "pretrain", "train-agent"]
+    assert all(r.info.status == "FINISHED" for r in runs)
+    assert client.search_model_versions("name = 'mesocosm-world'")
+
+
+def test_a_dict_observation_from_config_alone(root: str, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent / "envs")
+    cfg = _load(
+        root, "reality.env=reach:Reach-v0", "reality.task=[target]", "agent.backend=local", "pretrain.model.family=ensemble", "rounds=1", "collect.workers=0"
+    )
+    _, summary = _run(cfg)
+    assert summary["curves"]["world"][0]["points"][0]["real_steps"] == 300
+    assert "task" in summary["losses"][0]["parts"]
+
+
+def test_what_is_wrong_is_said_before_anything_starts(root: str) -> None:
+    with pytest.raises(UsageError, match=r"reality\.budget\.steps=350 is less than the 400 steps"):
+        check(_load(root, "reality.env=CartPole-v1", "reality.budget.steps=350"))
+    with pytest.raises(UsageError, match=r"collect\.seed is the loop's own"):
+        check(_load(root, "reality.env=CartPole-v1", "collect.seed=3"))
+    with pytest.raises(UsageError, match="stop_at_target"):
+        check(_load(root, "reality.env=CartPole-v1", "stop_at_target=true"))
+    with pytest.raises(UsageError, match=r"reality\.env is not set"):
+        plan(_load(root))
