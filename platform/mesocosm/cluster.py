@@ -21,8 +21,6 @@ STARTS = 3
 """Attempts at a local Ray: on a loaded machine one of its daemons may miss the 30 s that Ray gives it."""
 
 _temp_dir: str | None = None
-_started = False
-"""Whether this process started the Ray that it is connected to, and what runs on it."""
 
 
 def worker_env() -> dict[str, str]:
@@ -62,7 +60,7 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
             raise UsageError(f"ray.address {config.address!r} does not answer ({error}); start the cluster or leave ray.address unset") from error
         return
-    global _temp_dir, _started
+    global _temp_dir
     if temp_dir is None:
         temp_dir = _temp_dir = tempfile.mkdtemp(prefix="mesocosm-ray-")
     # Ray on Linux turns 127.0.0.1 into the machine's own address and listens on every interface; on macOS and Windows it
@@ -85,7 +83,6 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
             ray.shutdown()
             if attempt == STARTS:
                 raise MesocosmError(f"Ray did not start on this machine in {STARTS} attempts ({error}); free some CPU, or see {temp_dir}") from error
-    _started = True
     atexit.register(shutdown)
 
 
@@ -105,8 +102,8 @@ def preflight(*, what: str, cpus: float = 0, gpus: float = 0) -> None:
 
 
 def shutdown() -> None:
-    """End what `ensure` started; a Ray that was there before is only left. Safe to call twice."""
-    global _temp_dir, _started
+    """End what `ensure` started. Safe to call twice."""
+    global _temp_dir
     if "ray" in sys.modules:
         import ray
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +17,10 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from mesocosm import tracking
 from mesocosm.config import RayConfig, StorageConfig
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.serving import run as serve_job
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.connection import Served
@@ -160,3 +166,54 @@ def test_nobody_answers(served: str, tmp_path: Path) -> None:
     undeploy("brief")
     with pytest.raises(MesocosmError, match="world application 'brief': no replica answered for 2 s"):
         env.step(env.action_space.sample())
+
+
+def test_from_a_worker(served: str) -> None:
+    """As RLlib's env runners use it: made in a Ray worker from plain arguments, through the registry."""
+    import ray
+
+    @ray.remote(num_cpus=0.5)
+    def imagine(arguments: dict[str, Any]) -> Any:
+        env = WorldVectorEnv(**arguments)
+        env.reset(seed=4)
+        told = [env.step(np.arange(3) % 2)[0]["place"] for _ in range(9)]
+        env.close()
+        return np.stack(told)
+
+    there = ray.get(imagine.remote({"num_envs": 3, "world": "sequence", "app": "two", "horizon": 6}))
+    here = WorldVectorEnv(3, "sequence", root=served, backend="local", horizon=6)
+    here.reset(seed=4)
+    np.testing.assert_array_equal(there, np.stack([here.step(np.arange(3) % 2)[0]["place"] for _ in range(9)]))
+
+
+def test_job(served: str) -> None:
+    """`serve` says how to connect; another process that does just that steps in the world; Ctrl-C ends it without a trace."""
+    from ray import serve
+
+    config = ServeConfig(world="ens", name="job", cpus=0.5, storage=StorageConfig(served))
+    answers: list[str] = []
+
+    def visit() -> None:
+        log = None
+        while log is None or "make_vec" not in log:
+            time.sleep(0.2)
+            logs = list(Path(served).glob("runs/serve/visited/log.txt"))
+            log = logs[0].read_text() if logs else None
+        lines = [line.split("Z ")[-1].strip() for line in log.splitlines() if "import gymnasium" in line or "make_vec" in line]
+        lines[0] = lines[0][lines[0].index("import") :]
+        code = "\n".join([*lines, "envs.reset(seed=0)", "print(envs.step(envs.action_space.sample())[1].shape)"])
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        answers.append(done.stdout + done.stderr)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    visitor = threading.Thread(target=visit)
+    visitor.start()
+    with tracking.start("serve", config, id="visited", quiet=True) as job:
+        serve_job.run(config, job)
+    visitor.join()
+    assert answers[0].startswith("(64,)"), answers
+    assert "job" not in serve.status().applications
+    assert "two" in serve.status().applications, "what others serve stays"
+    assert serve_job.plan(config)["world"] == "ensemble"
+    with pytest.raises(UsageError, match=r"serve.world='' names no world"):
+        serve_job.plan(ServeConfig())
