@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 INK, MUTED, GRID = "#1c2430", "#667085", "#e6e9ee"
+REAL = "#b4bcc8"
 WORLD = ("#1457c2", "#4a86e0", "#88b1ee")
 FREE = ("#c2570c", "#8a6d1f", "#8b3fa8", "#4d7c0f", "#be185d", "#57534e")
 ROUNDS = ("#b9cdf0", "#8fb0e6", "#6694da", "#3d77cd", "#1457c2", "#0f4191", "#0a2b61")
@@ -119,24 +120,26 @@ def losses(summary: Mapping[str, Any]) -> str | None:
 
 
 def open_loop(summary: Mapping[str, Any]) -> str | None:
-    """RMSE over persistence's RMSE against the horizon, one line a round; 1 is no better than predicting no change."""
+    """RMSE over persistence's by horizon, one line a round; 1 is no better than predicting no change. Whole episodes stand apart."""
     rounds = [entry for entry in summary["open_loop"] if any(row["ratio"] for row in entry["table"]["rows"])]
     if not rounds:
         return None
+    horizons = list(dict.fromkeys(row["horizon"] for entry in rounds for row in entry["table"]["rows"]))
     with matplotlib.rc_context(_STYLE):
         figure, axes = _canvas(9.2, 3.6)
-        for number, entry in enumerate(rounds):
-            rows = [row for row in entry["table"]["rows"] if row["ratio"]]
-            colour = ROUNDS[-1 - min(len(rounds) - 1 - number, len(ROUNDS) - 1) - 2] if len(rounds) <= 5 else ROUNDS[min(number, len(ROUNDS) - 1)]
-            xs, ys = [row["steps"] for row in rows], [row["ratio"] for row in rows]
+        shades = [ROUNDS[round((len(ROUNDS) - 3) * (k + 1) / len(rounds))] for k in range(len(rounds))]
+        for number, (entry, colour) in enumerate(zip(rounds, shades, strict=True)):
+            places = {row["horizon"]: (horizons.index(row["horizon"]), row) for row in entry["table"]["rows"] if row["ratio"]}
             name = "the world" if entry["round"] is None else f"round {entry['round']}"
-            axes.plot(xs, ys, color=colour, marker="o", markersize=5, label=name)
+            line = [found for horizon, found in places.items() if horizon != "full"]
+            axes.plot([x for x, _ in line], [row["ratio"] for _, row in line], color=colour, marker="o", markersize=5, label=name)
+            if "full" in places:
+                x, row = places["full"]
+                axes.plot(x, row["ratio"], color=colour, marker="D", markersize=5.5)
             if number == len(rounds) - 1:
-                spans = [row for row in rows if row["interval"] is not None]
-                axes.fill_between(
-                    [r["steps"] for r in spans], [r["interval"][0] for r in spans], [r["interval"][1] for r in spans], color=colour, alpha=0.15, linewidth=0
-                )
-        axes.set_xscale("log")
+                for x, row in places.values():
+                    if row["interval"] is not None and row["interval"][0] > 0:
+                        axes.plot([x, x], row["interval"], color=colour, linewidth=7, alpha=0.2, solid_capstyle="butt")
         axes.set_yscale("log")
         axes.axhline(1, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
         axes.annotate(
@@ -147,10 +150,10 @@ def open_loop(summary: Mapping[str, Any]) -> str | None:
             xytext=(4, 4),
             fontsize=9.5,
         )
-        ticks = sorted({row["steps"] for entry in rounds for row in entry["table"]["rows"] if row["ratio"]})
-        axes.set_xticks(ticks, [short(t) for t in ticks])
-        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xticks(range(len(horizons)), ["whole episode" if h == "full" else h for h in horizons])
+        axes.set_xlim(-0.35, len(horizons) - 0.65)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("steps ahead")
         axes.set_ylabel("RMSE / persistence's")
         _legend(axes)
@@ -158,7 +161,7 @@ def open_loop(summary: Mapping[str, Any]) -> str | None:
 
 
 def trajectories(group: Mapping[str, Any], number: int) -> str | None:
-    """Reality (dark) and imagined rollouts (blue) of one agent from the same first states: a row a dimension, a column an episode."""
+    """Reality (broad, grey) and imagined rollouts (thin, blue) of one agent from the same first states: a row a dimension, a column an episode."""
     episodes, names = group["episodes"], group["names"]
     if not episodes or not names:
         return None
@@ -169,10 +172,10 @@ def trajectories(group: Mapping[str, Any], number: int) -> str | None:
             for row, name in enumerate(names):
                 axes = grid[row][column]
                 real = [state[row] for state in episode["reality"]]
+                axes.plot(range(len(real)), real, color=REAL, linewidth=2.8, solid_capstyle="round", solid_joinstyle="round")
                 for sample in episode["imagined"]:
                     values = [state[row] for state in sample]
-                    axes.plot(range(len(values)), values, color=WORLD[0], linewidth=1.0, alpha=0.55)
-                axes.plot(range(len(real)), real, color=INK, linewidth=1.6)
+                    axes.plot(range(len(values)), values, color=WORLD[0], linewidth=1.0, alpha=0.7)
                 seen = [*real, *(state[row] for sample in episode["imagined"] for state in sample[: len(real)])]
                 pad = 0.06 * (max(seen) - min(seen) or 1.0)
                 low, high = axes.get_ylim() if column else (float("inf"), float("-inf"))

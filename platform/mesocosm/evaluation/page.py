@@ -183,7 +183,7 @@ def _side_by_side(summary: Mapping[str, Any]) -> str:
     drawn = [(group, figures.trajectories(group, k)) for k, group in enumerate(summary["trajectories"])]
     body = "".join(f"<p><strong>{html.escape(group['title'])}</strong></p>{figure(svg)}" for group, svg in drawn if svg)
     why = (
-        "<p class='why'>Dark: reality. Blue: the same agent in the world from the same first state, one line a sampled rollout, each with one member; "
+        "<p class='why'>Broad grey: reality. Thin blue: the same agent in the world from the same first state, a line a sampled rollout, each by one member; "
         "a line ends where its episode does.</p>"
     )
     return section("Reality and imagination, side by side", why + body) if body else ""

@@ -235,7 +235,7 @@ def _words(groups: Sequence[Mapping[str, Any]], ours: Mapping[str, Any] | None, 
         else:
             lines.append(f"{group['name']} had not reached it when it was stopped after {page.count(group['more_than'])} real steps{_times(group)}{runs}.")
     lines += _wall(ours, rivals, wall_seconds)
-    return lines
+    return [line[0].upper() + line[1:] for line in lines]
 
 
 def _times(group: Mapping[str, Any]) -> str:
