@@ -161,7 +161,8 @@ def show(env: str, family: str, result: dict[str, Any]) -> None:
         print(f"  {f'{family}, {name}':<56}" + "".join(f"{ratio(rows[str(h)][which]):>9}" for h in HORIZONS))
     print("    90% " + "  ".join(span(rows[str(h)]["interval"], ratio) for h in HORIZONS), end="; ")
     one, took = result["one_step"], result["seconds"]
-    said = f"reward right {_two(one['reward_accuracy'])}, termination {_two(one['precision'])}/{_two(one['recall'])} ({one['expected_terminals']:.0f} expected, {one['terminals']} true), {result['valid']['dynamics']:.2f} nats"
+    ends = f"termination {_two(one['precision'])}/{_two(one['recall'])} ({one['expected_terminals']:.0f} expected, {one['terminals']} true)"
+    said = f"reward right {_two(one['reward_accuracy'])}, {ends}, {result['valid']['dynamics']:.2f} nats"
     print(f"{said}; CPU seconds: base {took['base']:.0f}, network {took['network']:.0f}, evaluation {took['evaluate']:.0f}", flush=True)
 
 
