@@ -1,0 +1,222 @@
+"""Agents trained in worlds, and the model-free baseline: real RLlib, real worlds, a real ledger."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+
+from mesocosm import tracking
+from mesocosm.agents import baseline, train
+from mesocosm.agents.config import AgentConfig, BaselineConfig
+from mesocosm.agents.policy import Policy
+from mesocosm.config import load
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset, Environment, write_dataset
+from mesocosm.data.episode import Episode
+from mesocosm.data.loader import Loader
+from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.model import mup
+from mesocosm.model.base import Base
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.net import apply_base, build
+from mesocosm.model.world import World
+from mesocosm.pretrain.prepare import transitions
+from mesocosm.reality.ledger import Ledger
+from mesocosm.storage import Artifact, Storage
+
+OBSERVATIONS = spaces.Dict({"goal": spaces.Discrete(2), "position": spaces.Box(-np.inf, np.inf, (1,), np.float64)})
+ACTIONS = spaces.Discrete(3, start=-1)
+LENGTH = 12
+SMALL = ["backend=local", "num_envs=32", "rollout=16", "horizon=12", "gamma=0.9", "model.fcnet_hiddens=[32]", "params.minibatch_size=128"]
+
+
+class Seek(gym.Env[Any, Any]):
+    """Walk to +1 or -1, as the goal says: reward is minus the distance. Dict observation, actions -1, 0, 1 of half a step."""
+
+    observation_space, action_space = OBSERVATIONS, ACTIONS
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.goal, self.position, self.t = int(self.np_random.integers(2)), float(self.np_random.normal()), 0
+        return self._observe(), {}
+
+    def _observe(self) -> dict[str, Any]:
+        return {"goal": np.int64(self.goal), "position": np.array([self.position])}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        self.position, self.t = self.position + 0.5 * int(action), self.t + 1
+        return self._observe(), -abs(self.position - (2 * self.goal - 1)), False, self.t >= LENGTH, {}
+
+
+gym.register("Seek-v0", entry_point=Seek)
+
+
+@pytest.fixture(scope="module")
+def seek(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Artifact]:
+    """A root with random episodes of Seek and a world that was trained on them."""
+    torch.manual_seed(0)
+    root = str(tmp_path_factory.mktemp("seek"))
+    storage, env, rng = Storage(root), Seek(), np.random.default_rng(0)
+    episodes = []
+    for k in range(80):
+        observations, actions, rewards = [env.reset(seed=k)[0]], [], []
+        for _ in range(LENGTH):
+            actions.append(np.int64(rng.integers(-1, 2)))
+            observation, reward, *_ = env.step(actions[-1])
+            observations.append(observation)
+            rewards.append(reward)
+        episodes.append(Episode(k, k, "random", observations, actions, np.array(rewards), "truncated"))
+    facts: dict[str, Any] = {"environment": Environment(id="Seek-v0", max_episode_steps=LENGTH), "observation_space": OBSERVATIONS, "action_space": ACTIONS}
+    storage.make("datasets", "seek", {}, lambda folder: write_dataset(folder, episodes, id="seek", seed=0, valid_fraction=0.1, **facts))
+    data = Dataset([storage.artifact("datasets", "seek").path])
+    codec, config = Codec.fit(data), ModelConfig(family="ensemble", size="10k", members=2, base=False)
+    base = Base.fit(codec.spec, config, transitions(data, codec), 0)
+    net = build(codec.spec, config)
+    mup.init_(net, 0)
+    optimizer = torch.optim.AdamW(mup.param_groups(net, 2e-3, 0.0))
+    loader = Loader(data, codec, "train", config.context, 32, 0)
+    for step in range(300):
+        windows = loader.batch(step)
+        optimizer.zero_grad()
+        net(windows, apply_base(base, windows)).objective.backward()
+        optimizer.step()
+    return root, storage.make("worlds", "seek", {"inputs": {"datasets": ["seek"]}}, World(net, base, codec.to_json()).save)
+
+
+def agent_config(root: str, *overrides: str) -> AgentConfig:
+    return load(AgentConfig, [], [f"storage.root={root}", "world=seek", *SMALL, *overrides])
+
+
+def train_agent(config: AgentConfig) -> tuple[Artifact, list[dict[str, Any]], Path]:
+    with tracking.start("train-agent", config, quiet=True) as run:
+        artifact = train.run(config, run)
+    path = run.folder / "metrics.jsonl"
+    return artifact, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [], run.folder
+
+
+def real_return(policy: Policy, episodes: int = 40) -> float:
+    env, totals = Seek(), []
+    for k in range(episodes):
+        observation, over, total = env.reset(seed=10_000 + k)[0], False, 0.0
+        while not over:
+            observation, reward, _, over, _ = env.step(policy.act_one(observation))
+            total += reward
+        totals.append(total)
+    return float(np.mean(totals))
+
+
+def test_a_ppo_agent_learns_in_the_world_what_holds_in_reality(ray_local: None, seek: tuple[str, Artifact]) -> None:
+    """On a Dict observation, from config alone."""
+    root, _ = seek
+    artifact, lines, folder = train_agent(agent_config(root, "iterations=14", "params.lr=5e-3", "params.num_epochs=8"))
+    returns = [line["agent/imagined_return"] for line in lines]
+    assert len(lines) == 14 and returns[-1] > returns[0] + 5, returns
+    assert all(abs(line["agent/disagreement"]) <= np.log(2) + 0.1 and line["agent/entropy"] > 0 for line in lines), "two members"
+    assert abs(lines[-1]["agent/imagined_steps"] - 14 * 32 * 16) <= 14 * 32
+    policy = Policy.load(artifact.path)
+    # staying put at best costs 12 x the mean distance, about -14; walking straight to the goal about -4
+    assert real_return(policy) > -6
+    assert policy.observation_space == OBSERVATIONS and policy.action_space == ACTIONS
+    assert artifact.meta["inputs"] == {"worlds": ["seek"], "datasets": ["seek"], "agents": []}
+    assert (folder / "rllib").is_dir(), "and not ~/ray_results"
+
+    again, lines, _ = train_agent(agent_config(root, "iterations=14", "params.lr=5e-3", "params.num_epochs=8"))
+    assert again.id == artifact.id and not lines
+
+    warm, lines, _ = train_agent(agent_config(root, "iterations=1", f"init={artifact.name}"))
+    assert lines[0]["agent/imagined_return"] > returns[0] + 5, "begins where the former agent was"
+    assert warm.meta["inputs"]["agents"] == [artifact.id]
+    with pytest.raises(ArtifactError, match="does not hold weights of this network"):
+        train_agent(agent_config(root, "iterations=1", f"init={artifact.name}", "model.fcnet_hiddens=[16]"))
+
+
+def test_dqn_trains_from_generated_starts_with_a_penalty(ray_local: None, seek: tuple[str, Artifact]) -> None:
+    root, _ = seek
+    overrides = ["algo=DQN", "starts=generated", "iterations=3", "penalty=0.5", "model={fcnet_hiddens: [32]}", "rollout=4"]
+    config = agent_config(root, *overrides, "params={num_steps_sampled_before_learning_starts: 64, train_batch_size_per_learner: 32}")
+    config.params.pop("minibatch_size", None)
+    artifact, lines, _ = train_agent(config)
+    assert artifact.meta["inputs"]["datasets"] == [] and len(lines) == 3
+    assert -40 < real_return(Policy.load(artifact.path), 5) < 0
+
+
+WRONG = [
+    ("algo=PP0", "algo='PP0' is not one of .*; did you mean 'PPO'"),
+    ("params.learning_rat=1", "params.learning_rat is not a parameter of RLlib's PPO; did you mean"),
+    ("model.fcnet_hidden=[3]", "model.fcnet_hidden is not a field .*did you mean 'fcnet_hiddens'"),
+    ("model.use_lstm=true", "cannot be exported"),
+    ("horizon=0", "horizon=0 must be at least 1"),
+    ("starts=loged", "starts='loged' .*did you mean 'logged'"),
+    ("backend=remote", "backend='remote'"),
+    ("penalty=-1", "penalty=-1"),
+    ("world=nothere", "no artifact worlds/nothere"),
+    ("init=nothere", "no artifact agents/nothere"),
+    ("datasets=[nothere]", "no artifact datasets/nothere"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), WRONG)
+def test_wrong_use_is_one_sentence_before_anything_starts(seek: tuple[str, Artifact], override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        train_agent(agent_config(seek[0], override))
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_what_rllib_refuses_is_said(ray_local: None, seek: tuple[str, Artifact]) -> None:
+    with pytest.raises(UsageError, match=r"RLlib's PPO refuses its settings: .*minibatch_size"):
+        train_agent(agent_config(seek[0], "params.minibatch_size=100000"))
+
+
+# -- the baseline ------------------------------------------------------------------------------------------------------
+
+
+def baseline_config(root: str, *overrides: str) -> BaselineConfig:
+    return load(BaselineConfig, [], [f"storage.root={root}", "reality.env=CartPole-v1", "model.fcnet_hiddens=[32]", *overrides])
+
+
+def run_baseline(config: BaselineConfig) -> tuple[Artifact, dict[str, Any]]:
+    with tracking.start("baseline", config, quiet=True) as run:
+        artifact = baseline.run(config, run)
+    return artifact, json.loads((artifact.path / baseline.CURVE).read_text())
+
+
+def test_every_real_step_of_a_baseline_is_in_the_ledger(ray_local: None, root: str) -> None:
+    config = baseline_config(root, "num_envs=4", "rollout=32", "steps=700", "target=5", "select_episodes=2", "select_every=100", "params.minibatch_size=64")
+    artifact, curve = run_baseline(config)
+    totals = Ledger(Storage(root), curve["ledger"]).totals()
+    spent = {name: purpose.steps for name, purpose in totals.purposes.items()}
+    assert spent == {"collect": 0, "baseline": curve["train_steps"], "select": curve["select_steps"], "judge": 0}
+    assert not totals.unconfirmed and curve["steps"] == curve["train_steps"] + curve["select_steps"] <= 700
+    # any policy survives 5 steps in CartPole: the target is reached, and confirming it was paid for
+    assert curve["reached"] == curve["steps"] and curve["select_steps"] > 0 and not curve["censored"]
+    kinds = [point["kind"] for point in curve["points"]]
+    assert kinds[-1] == "select" and "train" in kinds
+    assert [p["steps"] for p in curve["points"]] == sorted(p["steps"] for p in curve["points"])
+    Policy.load(artifact.path / "policy")
+    assert run_baseline(config)[0].id == artifact.id
+    assert Ledger(Storage(root), curve["ledger"]).totals().steps == curve["steps"], "found, not done again"
+
+
+@pytest.mark.parametrize("algo", ["PPO", "DQN"])
+def test_a_baseline_never_exceeds_its_cap_and_ends_censored(ray_local: None, root: str, algo: str) -> None:
+    shape = ["num_envs=3", "rollout=40", "params.minibatch_size=60"] if algo == "PPO" else ["num_envs=2", "rollout=1", "iteration_steps=60"]
+    learning = [] if algo == "PPO" else ["params.num_steps_sampled_before_learning_starts=50"]
+    config = baseline_config(root, f"algo={algo}", "steps=400", "target=500", "ledger=shared", "reality.budget.steps=10", *shape, *learning)
+    _, curve = run_baseline(config)
+    totals = Ledger(Storage(root), "shared").totals()
+    assert curve["reached"] is None and curve["censored"] and 250 < curve["steps"] <= 400
+    assert totals.purposes["baseline"].steps == curve["steps"] and not totals.unconfirmed
+
+
+@pytest.mark.parametrize(("override", "message"), [("steps=100", "steps=100 is less than one iteration"), ("reality.env=CartPol-v1", "CartPol-v1")])
+def test_a_wrong_baseline(root: str, override: str, message: str) -> None:
+    config = load(BaselineConfig, [], [f"storage.root={root}", "reality.env=CartPole-v1", override])
+    with pytest.raises(UsageError, match=message):
+        run_baseline(config)
