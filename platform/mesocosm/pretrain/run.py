@@ -148,7 +148,7 @@ def _trainer(work: Work, config: PretrainConfig, storage: Storage, gpus: float) 
     class Trainer(TorchTrainer):  # type: ignore[misc]
         def _create_default_callbacks(self) -> list[Any]:
             """A private Ray has no dashboard, without which the cleaner (another process) only logs failed queries; the whole Ray ends with us."""
-            callbacks = super()._create_default_callbacks()
+            callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
             return [c for c in callbacks if config.ray.address is not None or not isinstance(c, PlacementGroupCleanerCallback)]
 
     filesystem, base = storage.arrow()
