@@ -33,14 +33,13 @@ def untrained(
     action: Space = TWO,
     family: str = "ensemble",
     *,
-    context: int = 6,
-    members: int = 3,
     task: tuple[str, ...] = (),
     terminal: float = 0.05,
     rewards: tuple[float, ...] | None = None,
     seed: int = 0,
+    **model: Any,
 ) -> World:
-    """A world with random weights, whose episodes end with a probability of about `terminal` a step."""
+    """A world with random weights, whose episodes end with a probability of about `terminal` a step; `model`: keys of ModelConfig."""
     o, a = SpaceCodec(observation), SpaceCodec(action, "action")
     environment = {"id": "Test-v0", "version": "0", "kwargs": {}, "task": list(task), "max_episode_steps": None, "success": None}
     rest = {"reward_values": rewards, "reward_mean": 0.0, "reward_scale": 1.0, "reward_bin": 1e-3, "durations": False, "duration_mean": 0.0}
@@ -48,7 +47,7 @@ def untrained(
     scalings = {"observation": scaling(o.numbers), "action": scaling(a.numbers), "options": scaling(0)}
     codec = Codec(o, a, environment, [], scalings, np.ones(o.numbers), rest)
     torch.manual_seed(seed)
-    config = ModelConfig(family=family, size="10k", members=members, base=False, context=context)
+    config = ModelConfig(family=family, **({"size": "10k", "members": 3, "base": False, "context": 6} | model))
     net = build(codec.spec, config)
     with torch.no_grad():
         for parameter in net.parameters():
