@@ -17,7 +17,7 @@ import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
 from mesocosm import cluster
-from mesocosm.agents import rllib
+from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.agents.policy import Policy
 from mesocosm.config import fingerprint, identity
@@ -36,7 +36,8 @@ CURVE = "curve.json"
 def check(config: BaselineConfig) -> None:
     """Raise UsageError on the first value that cannot be meant."""
     rllib.check("", config.algo, config.params, config.model)
-    positive = {"num_envs": config.num_envs, "rollout": config.rollout, "window": config.window, "iteration_steps": config.iteration_steps}
+    num_envs, rollout = shape(config)
+    positive = {"num_envs": num_envs, "rollout": rollout, "window": config.window, "iteration_steps": config.iteration_steps}
     for key, value in positive.items():
         if value < 1:
             raise UsageError(f"{key}={value} must be at least 1")
@@ -46,12 +47,17 @@ def check(config: BaselineConfig) -> None:
         raise UsageError(f"select_episodes={config.select_episodes} and select_every={config.select_every} must be at least 0")
 
 
+def shape(config: BaselineConfig) -> tuple[int, int]:
+    """(environments, steps of each between updates)"""
+    num_envs, rollout = settings.SHAPE[config.algo]
+    return (num_envs if config.num_envs is None else config.num_envs, rollout if config.rollout is None else config.rollout)
+
+
 def _iteration(config: BaselineConfig) -> int:
-    """The most real steps that one `train()` can take: the last vector step may overshoot."""
-    sample = config.num_envs * config.rollout
-    if config.algo in rllib.REPLAY:
-        return -(-config.iteration_steps // sample) * sample + config.num_envs
-    return sample + config.num_envs - 1
+    """The most real steps that one `train()` can take: each sample's last vector step may overshoot."""
+    num_envs, rollout = shape(config)
+    sample = num_envs * rollout + num_envs - 1
+    return -(-config.iteration_steps // (num_envs * rollout)) * sample if config.algo in settings.REPLAY else sample
 
 
 def run(config: BaselineConfig, run: Run) -> Artifact:
@@ -62,7 +68,7 @@ def run(config: BaselineConfig, run: Run) -> Artifact:
     "train_steps", "select_steps", "cap", "censored": not reached, "algo", "seconds", "ledger"}.
     """
     check(config)
-    facts = identity(config, without=["ledger"])
+    facts = identity(config, without=["ledger"]) | {"params": _params(config), "model": settings.model(config.algo, config.model), "shape": list(shape(config))}
     id = fingerprint("evaluations", "baseline", facts, SCHEMA)
     done = None if config.force else run.storage.find("evaluations", id)
     if done is not None:
@@ -103,17 +109,18 @@ class _Training:
     def train(self) -> tuple[dict[str, Any], Policy]:
         config = self.config
         reached = reached_in_training = None
+        num_envs, rollout = shape(config)
         algorithm = rllib.build(
             config.algo,
-            config.params,
-            config.model,
+            _params(config),
+            settings.model(config.algo, config.model),
             partial(_make_env, _own_reality(config), self.run.storage.root, self.ledger, config.steps),
             folder=self.run.folder / "rllib",
             seed=config.seed,
             gamma=config.gamma,
-            num_envs=config.num_envs,
-            rollout=config.rollout,
-            steps_per_iteration=config.iteration_steps if config.algo in rllib.REPLAY else None,
+            num_envs=num_envs,
+            rollout=rollout,
+            steps_per_iteration=config.iteration_steps if config.algo in settings.REPLAY else None,
         )
         self.meter = _meter(algorithm)
         try:
@@ -182,6 +189,11 @@ class _Training:
     def _point(self, mean: float, kind: str) -> None:
         self.points.append({"steps": self.steps, "return": mean, "kind": kind, "seconds": round(time.monotonic() - self.began, 2)})
         self.run.log({f"baseline/{kind}_return": mean, "baseline/real_steps": self.steps}, step=self.steps)
+
+
+def _params(config: BaselineConfig) -> dict[str, Any]:
+    num_envs, rollout = shape(config)
+    return settings.params(settings.REAL, config.algo, config.params, num_envs * rollout)
 
 
 def _make_env(reality: RealityConfig, root: str, ledger: str, limit: int, num_envs: int) -> rllib.AgentEnv:

@@ -20,9 +20,9 @@ class AgentConfig(JobConfig):
     algo: str = "PPO"
     """PPO, APPO, IMPALA, SAC or DQN of RLlib."""
     params: dict[str, Any] = field(default_factory=dict)
-    """RLlib's own names, as its `.training()` takes them: lr, num_epochs, minibatch_size, entropy_coeff, ..."""
-    model: dict[str, Any] = field(default_factory=lambda: {"fcnet_hiddens": [64, 64], "vf_share_layers": False})
-    """Fields of RLlib's DefaultModelConfig."""
+    """RLlib's own names, as its `.training()` takes them: lr, num_epochs, minibatch_size, ...; those not named are `settings.IMAGINED`'s."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of RLlib's DefaultModelConfig; those not named are `settings.MODEL`'s."""
     gamma: float = 0.99
     iterations: int = 40
     num_envs: int = 256
@@ -48,15 +48,15 @@ class BaselineConfig(JobConfig):
     reality: RealityConfig = field(default_factory=RealityConfig)
     algo: str = "PPO"
     params: dict[str, Any] = field(default_factory=dict)
-    """RLlib's own names, as its `.training()` takes them."""
-    model: dict[str, Any] = field(default_factory=lambda: {"fcnet_hiddens": [64, 64], "vf_share_layers": False})
-    """Fields of RLlib's DefaultModelConfig."""
+    """RLlib's own names, as its `.training()` takes them; those not named are `settings.REAL`'s."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of RLlib's DefaultModelConfig; those not named are `settings.MODEL`'s."""
     gamma: float = 0.99
     steps: int = 20_000
     """Real steps that training and selection may take together."""
-    num_envs: int = 4
-    rollout: int = 256
-    """Steps of each environment between updates: 256 or so on-policy, 1 with a replay buffer."""
+    num_envs: int | None = None
+    rollout: int | None = None
+    """Steps of each environment between updates; both None: as `settings.SHAPE` has it for the algorithm."""
     iteration_steps: int = 256
     """Replay algorithms only: steps between two points of the curve."""
     target: float | None = None

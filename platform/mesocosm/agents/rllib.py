@@ -30,12 +30,9 @@ from torch import nn
 
 from mesocosm.agents.adapt import ActionMap, flat_space, flatten_batch
 from mesocosm.agents.policy import Head, Layout, Policy, describe
+from mesocosm.agents.settings import ALGORITHMS, ON_POLICY
 from mesocosm.errors import ArtifactError, UsageError, nearest
 
-ON_POLICY = ("PPO", "APPO", "IMPALA")
-REPLAY = ("SAC", "DQN")
-ALGORITHMS = (*ON_POLICY, *REPLAY)
-"""Those whose policy can be exported."""
 TRAINING_STATE = "training.safetensors"
 """All weights of the learner's module (critics and target networks too), from which another training can start."""
 

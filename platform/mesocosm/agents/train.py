@@ -17,7 +17,7 @@ import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
 from mesocosm import __version__, cluster
-from mesocosm.agents import rllib
+from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import AgentConfig
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
@@ -31,22 +31,6 @@ from mesocosm.tracking import Run
 STARTS = ("logged", "generated")
 MAX_STARTS = 50_000
 """Logged starts are a sample of so many of the datasets' observations at most."""
-RECOMMENDED: dict[str, dict[str, Any]] = {
-    "PPO": {
-        "lr": 1e-3,
-        "minibatch_size": 512,
-        "num_epochs": 5,
-        "lambda_": 0.95,
-        "clip_param": 0.2,
-        "vf_clip_param": 1e6,
-        "entropy_coeff": 0.005,
-        "kl_coeff": 0.2,
-        "kl_target": 0.03,
-    },
-    "SAC": {"actor_lr": 7e-4, "critic_lr": 7e-4, "alpha_lr": 7e-4, "train_batch_size_per_learner": 256, "num_steps_sampled_before_learning_starts": 1024},
-    "DQN": {"lr": 1e-3, "train_batch_size_per_learner": 256, "num_steps_sampled_before_learning_starts": 1024, "target_network_update_freq": 1024},
-}
-"""Parameters that `params` need not name. RLlib's own defaults suit long runs on Atari; its PPO clips the value loss of returns above 3."""
 
 
 def check(config: AgentConfig) -> None:
@@ -67,14 +51,6 @@ def check(config: AgentConfig) -> None:
         raise UsageError(f"gamma={config.gamma} is no discount; give a number above 0 and at most 1")
 
 
-def settings(config: AgentConfig) -> dict[str, Any]:
-    """RLlib's training parameters: the recommended ones under the config's own."""
-    merged = {**RECOMMENDED.get(config.algo, {}), **config.params}
-    if config.algo == "PPO" and "minibatch_size" not in config.params:
-        merged["minibatch_size"] = min(merged["minibatch_size"], config.num_envs * config.rollout)
-    return merged
-
-
 def run(config: AgentConfig, run: Run) -> Artifact:
     """Train and export. Raises UsageError for wrong settings, a missing world, dataset or agent, and weights of another network."""
     check(config)
@@ -83,7 +59,8 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     datasets = _datasets(config, run.storage, world)
     former = None if config.init is None else run.storage.artifact("agents", config.init)
     inputs = {"worlds": [world.id], "datasets": [d.id for d in datasets], "agents": [] if former is None else [former.id]}
-    facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | {"params": settings(config)}
+    told = {"params": _params(config), "model": settings.model(config.algo, config.model)}
+    facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | told
     id = fingerprint("agents", facts, inputs, __version__, SCHEMA)
     run.record(inputs=inputs)
     if not config.force and (done := run.storage.find("agents", id)) is not None:
@@ -136,17 +113,21 @@ def _build(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, 
     }
     return rllib.build(
         config.algo,
-        settings(config),
-        config.model,
+        _params(config),
+        settings.model(config.algo, config.model),
         partial(_make_env, arguments),
         folder=run.folder / "rllib",
         seed=config.seed,
         gamma=config.gamma,
         num_envs=config.num_envs,
-        rollout=config.rollout if config.algo in rllib.ON_POLICY else 1,
+        rollout=config.rollout if config.algo in settings.ON_POLICY else 1,
         runners=config.runners,
         steps_per_iteration=config.num_envs * config.rollout,
     )
+
+
+def _params(config: AgentConfig) -> dict[str, Any]:
+    return settings.params(settings.IMAGINED, config.algo, config.params, config.num_envs * config.rollout)
 
 
 def _make_env(arguments: Mapping[str, Any], num_envs: int) -> rllib.AgentEnv:
