@@ -55,7 +55,7 @@ class TrainConfig:
     """Standard deviation of the noise on the observations that the network reads (never on those it must predict), in units of the
     base's one-step error. A world that has seen inputs as wrong as its own samples drifts less over long horizons."""
     precision: str = "auto"
-    """`fp32`, `bf16` (parameters stay float32, matrix products are bfloat16), or `auto`: fp32 on CPU, bf16 on CUDA."""
+    """`fp32`, `bf16` (with float32 masters: ZeRO stage 1 at least), or `auto`: fp32 on CPU, bf16 on CUDA."""
     workers: int = 1
     gpus_per_worker: float | None = None
     """None: one where the cluster has one for every worker, otherwise none."""

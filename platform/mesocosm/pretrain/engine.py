@@ -57,15 +57,21 @@ class Rank:
     device: torch.device
 
 
+def stage(options: TrainConfig) -> int:
+    """The ZeRO stage that runs: bf16 wants an optimiser that keeps float32 masters, which stage 1 is and stage 0 is not."""
+    return max(options.zero_stage, 1) if options.precision == "bf16" else options.zero_stage
+
+
 def settings(options: TrainConfig, world_size: int, universal: bool) -> dict[str, Any]:
-    """DeepSpeed's config. bf16 is autocast: parameters, densities and the optimiser's state stay float32."""
+    """DeepSpeed's config."""
     return {
         "train_batch_size": options.batch,
         "train_micro_batch_size_per_gpu": options.batch // (world_size * options.accumulate),
         "gradient_accumulation_steps": options.accumulate,
         "gradient_clipping": options.clip,
-        "zero_optimization": {"stage": options.zero_stage, "overlap_comm": False},
-        "torch_autocast": {"enabled": options.precision == "bf16", "dtype": "bfloat16"},
+        "zero_optimization": {"stage": stage(options), "overlap_comm": False},
+        "bf16": {"enabled": options.precision == "bf16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
         "checkpoint": {"load_universal": universal},
         "steps_per_print": 10**12,
     }
@@ -81,6 +87,7 @@ def start(net: WorldNet, options: TrainConfig, own: Rank, kept: Path | None, id:
     universal = before is not None and checkpoint.needs_universal(before, own.world_size)
     groups = mup.param_groups(net, options.lr, options.weight_decay)
     rates = [group["lr"] for group in groups]
+    constants = [{name: group[name] for name in ("weight_decay", "eps")} for group in groups]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=BETAS)
     engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings(options, own.world_size, universal), dist_init_required=False)
     if kept is None or before is None:
@@ -94,6 +101,11 @@ def start(net: WorldNet, options: TrainConfig, own: Rank, kept: Path | None, id:
         dist.barrier()
         if own.local_rank == 0:
             shutil.rmtree(folder)
+        # Stage 3 gives every group the first one's constants, and all of them one step counter, which each then counts up.
+        for group, constant in zip(engine.optimizer.param_groups, constants, strict=True):
+            group.update(constant)
+        for state in engine.optimizer.optimizer.state.values():
+            state["step"] = torch.as_tensor(state["step"]).clone()
     else:
         checkpoint.load_running(engine, kept / "ds", checkpoint.TAG)
     if before.world_size == own.world_size:
@@ -113,17 +125,16 @@ def step(engine: Any) -> float:
 
 
 def weights(engine: Any, own: Rank) -> dict[str, Tensor] | None:
-    """All float32 parameters and buffers on the CPU, on rank 0; None elsewhere. Every rank must call it: ZeRO 3 gathers one parameter at a time."""
-    deepspeed = import_deepspeed()
+    """All float32 parameters and buffers on the CPU, on rank 0; None elsewhere. Every rank must call it: shards are gathered, one parameter at a time."""
+    from deepspeed.utils import safe_get_full_fp32_param
 
     net: WorldNet = engine.module
     full: dict[str, Tensor] = {}
     for name, parameter in net.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-            if own.rank == 0:
-                full[name] = parameter.detach().float().cpu().clone()
+        value = safe_get_full_fp32_param(parameter) if engine.zero_optimization_stage() else parameter
+        if own.rank == 0:
+            full[name] = value.detach().float().cpu().clone().contiguous()
     if own.rank != 0:
         return None
     kept = net.state_dict().keys()
-    full |= {name: buffer.detach().cpu().clone() for name, buffer in net.named_buffers() if name in kept}
-    return {name: value.contiguous() for name, value in full.items()}
+    return full | {name: buffer.detach().cpu().clone() for name, buffer in net.named_buffers() if name in kept}

@@ -21,6 +21,7 @@ from mesocosm.errors import MesocosmError
 from mesocosm.model import counts
 from mesocosm.pretrain import checkpoint, prepare
 from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig, what
+from mesocosm.pretrain.engine import stage
 from mesocosm.pretrain.export import check_termination, world_of
 from mesocosm.pretrain.feed import Feed
 from mesocosm.pretrain.worker import Work, step_flops, train_loop
@@ -70,7 +71,7 @@ def run(config: PretrainConfig, run: tracking.Run) -> Artifact:
         storage.remove(folder)
     last = checkpoint.latest(storage, id)
     if last is not None:
-        checkpoint.refuse_other_stage(last[1], config.train.zero_stage)
+        checkpoint.refuse_other_stage(last[1], stage(replace(config.train, precision=_precision(config, gpus))))
     codec = prepare.fitted_codec(storage, folder, dataset)
     steps, loader = _steps(config, dataset, codec)
     if last is None or not last[1].done:

@@ -85,7 +85,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
     resumed = ray.train.get_checkpoint()
     with resumed.as_directory() if resumed else nullcontext() as kept:
         running, rates, before = engine.start(net, options, own, Path(kept) if kept else None, work.id)
-    progress = before or Progress(0, work.steps, own.world_size, options.zero_stage, options.precision)
+    progress = before or Progress(0, work.steps, own.world_size, engine.stage(options), options.precision)
     saved = progress.step
 
     base = _base(work, storage, codec, feed).to(own.device)
