@@ -196,6 +196,21 @@ def test_another_version(make_world: Any, store: Any, root: str) -> None:
     assert same(two, rollout(WorldVectorEnv(2, "two", root=root, backend="local", horizon=5), 6, 0))
     with pytest.raises(UsageError, match=r"world 'other' has other spaces .* make a new client"):
         env.reset(options={"world": "other"})
+    assert env.world == "two", "a refused version leaves the client as it was"
+    assert same(two, rollout(env, 6, 0))
+
+
+def test_starts_of_another_codec(make_world: Any, store: Any, root: str) -> None:
+    """Logged starts are in the codec of one world, and a version that reads them otherwise is refused."""
+    store("one", make_world(seed=1))
+    store("two", make_world(seed=2))
+    store("rewards", make_world(rewards=(0.0, 1.0)))
+    starts = (Parts(torch.zeros(1, 0), torch.zeros(1, 0)), Parts(torch.ones(1, 3), torch.zeros(1, 0, dtype=torch.int64)))
+    env = WorldVectorEnv(2, "one", root=root, backend="local", starts=starts)
+    env.reset()
+    assert (env.reset(options={"world": "two"})[0] == 1).all()
+    with pytest.raises(UsageError, match=r"starts: they are encoded as world 'two' reads them, and 'rewards' reads otherwise"):
+        env.reset(options={"world": "rewards"})
 
 
 def test_wrong_use(make_world: Any, root: str) -> None:

@@ -13,7 +13,7 @@ from mesocosm.model import rng
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.serving.connection import InProcess
 from mesocosm.serving.protocol import Message, pack, unpack
-from mesocosm.serving.session import Sessions, Worlds
+from mesocosm.serving.session import Sessions, Starts, Worlds
 
 DICT = spaces.Dict({"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)})
 
@@ -213,3 +213,24 @@ def test_worlds(make_world: Any, store: Any, root: str) -> None:
     reply = Sessions(worlds.get).handle({"op": "describe", "world": "world9"})
     assert reply["kind"] == "usage" and "no artifact worlds/world9" in reply["error"]
     assert "op='sing' is unknown" in Sessions(worlds.get).handle({"op": "sing"})["error"]
+
+
+def test_starts_in_blocks(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An episode's start has the same bits in whatever order episodes come, and whatever blocks were let go meanwhile."""
+    world = make_world(DICT, task=("room",))
+    env, all_of_them = np.arange(5, 8), np.ones(3, bool)
+    once = Starts(world, 2, env)
+    count = 3 * once.episodes
+    expected = [once.of(np.full(3, episode), all_of_them) for episode in range(count)]
+    monkeypatch.setattr(Starts, "KEEP", 1)
+    again = Starts(world, 2, env)
+    chance = np.random.default_rng(0)
+    for _ in range(60):
+        episode, mask = chance.integers(count, size=3), chance.random(3) < 0.6
+        for got, position in zip(again.of(episode, mask), (0, 1), strict=True):
+            for i in range(3):
+                want = expected[episode[i]][position]
+                assert (got.numbers[i] == (want.numbers[i] if mask[i] else 0)).all() and (got.categories[i] == (want.categories[i] if mask[i] else 0)).all()
+        assert len(again._blocks) <= 1
+    places = np.concatenate([observation.numbers.numpy() for _, observation in expected])
+    assert len(np.unique(places[:, 0])) > 0.99 * len(places)

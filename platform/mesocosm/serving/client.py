@@ -99,9 +99,9 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             self._connection = InProcess(Sessions(Worlds(root).get)) if backend == "local" else Served(app, address, deadline_s)
         self._routed = uuid.uuid4().hex
         self._generation = 0
+        self._starts = starts
         self._describe(self._world)
         self.metadata = {"autoreset_mode": self.autoreset_mode, "render_modes": []}
-        self._starts = starts
         if starts is not None:
             self._check_starts(starts)
         self._episode: NDArray[np.int64] | None = None
@@ -114,6 +114,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
                 f"world {reply['world']!r} has other spaces ({codec.observation_space}, {codec.action_space}) than this client's "
                 f"({self.single_observation_space}, {self.single_action_space}); make a new client for it"
             )
+        if self._generation and self._starts is not None and codec.id != self._codec.id:
+            raise UsageError(f"starts: they are encoded as world {self._world!r} reads them, and {reply['world']!r} reads otherwise; make a new client for it")
         self._codec = codec
         self._world = reply["world"]
         self._mirror = Mirror(reply["memory"])

@@ -88,6 +88,7 @@ def deploy(config: ServeConfig) -> str:
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     deployment = serve.deployment(Replica).options(  # type: ignore[attr-defined]

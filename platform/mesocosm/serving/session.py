@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model import rng
@@ -67,12 +68,52 @@ class Worlds:
         return id, self._loaded[id]
 
 
+class Starts:
+    """The starts that a world draws for B environments, in blocks of consecutive episodes of all of them.
+
+    At 256 environments some episode ends at nearly every step, and a draw for that one alone costs as much as half a step (2 ms).
+    A block is a function of (world, seed, environments, its number), so that a restored session finds the same bits in it.
+    """
+
+    KEEP = 32
+    """Blocks; environments of longer episodes lag behind the others."""
+
+    def __init__(self, world: World, seed: int, env: NDArray[np.int64]):
+        self.world, self.seed, self.env = world, seed, env
+        self.episodes = max(4, 256 // len(env))
+        self._blocks: OrderedDict[int, tuple[Parts, Parts]] = OrderedDict()
+
+    def of(self, episode: NDArray[np.int64], mask: NDArray[np.bool_]) -> tuple[Parts, Parts]:
+        """(task, observation) [B] that begin `episode` [B]; rows outside `mask` [B] are zeros."""
+        batch, spec = len(self.env), self.world.spec
+        task, observation = (Parts.empty(part, batch, device=self.world.device) for part in (spec.task, spec.observation))
+        numbers = episode // self.episodes
+        for number in np.unique(numbers[mask]):
+            rows = np.flatnonzero(mask & (numbers == number))
+            into = torch.from_numpy(rows).to(self.world.device)
+            where = torch.from_numpy((episode[rows] % self.episodes) * batch + rows).to(self.world.device)
+            for out, drawn in zip((task, observation), self._block(int(number)), strict=True):
+                out.numbers[into], out.categories[into] = drawn.numbers[where], drawn.categories[where]
+        return task, observation
+
+    def _block(self, number: int) -> tuple[Parts, Parts]:
+        if number not in self._blocks:
+            episode = number * self.episodes + np.arange(self.episodes)
+            keys = rng.keys(self.seed, self.env[None, :], episode[:, None], START)
+            self._blocks[number] = self.world.sample_start(torch.from_numpy(keys.reshape(-1)).to(self.world.device))
+        self._blocks.move_to_end(number)
+        while len(self._blocks) > self.KEEP:
+            self._blocks.popitem(last=False)
+        return self._blocks[number]
+
+
 @dataclass
 class Session:
     world: World
     seed: int
     env: NDArray[np.int64]
     """[B] numbers of the environments"""
+    starts: Starts
     carry: Carry
     clock: int
     """Steps taken since `begin`"""
@@ -111,9 +152,10 @@ class Sessions:
         self._sessions.pop(request["replaces"], None)
         seed, episode = request["seed"], request["episode"]
         env = request["first_env"] + np.arange(len(episode))
-        task, observation = self._starts(world, request, seed, env, episode)
-        carry = world.begin(task, observation, torch.from_numpy(rng.member_of(seed, env, episode, world.config.members)))
-        self._keep(request["session"], Session(world, seed, env, carry, 0, None))
+        starts = Starts(world, seed, env)
+        task, observation = _logged(world, request) or starts.of(episode, np.ones(len(episode), np.bool_))
+        carry = world.begin(task, observation, _member(world, seed, env, episode))
+        self._keep(request["session"], Session(world, seed, env, starts, carry, 0, None))
         reply: Message = {"world": id}
         put(reply, "task", task)
         put(reply, "observation", observation)
@@ -122,8 +164,8 @@ class Sessions:
     def _restore(self, request: Message) -> Message:
         _, world = self.world(request["world"])
         context = Context.from_numpy({name.removeprefix(CONTEXT): value for name, value in request.items() if name.startswith(CONTEXT)})
-        env = request["first_env"] + np.arange(len(context.member))
-        self._keep(request["session"], Session(world, request["seed"], env, world.restore(context), context.clock, None))
+        seed, env = request["seed"], request["first_env"] + np.arange(len(context.member))
+        self._keep(request["session"], Session(world, seed, env, Starts(world, seed, env), world.restore(context), context.clock, None))
         return {"clock": context.clock}
 
     def _step(self, request: Message) -> Message:
@@ -145,8 +187,8 @@ class Sessions:
     def _advance(self, session: Session, request: Message) -> Message:
         """One step of all environments, then new episodes for those that end here (SAME_STEP) or ended before (NEXT_STEP)."""
         world, episode = session.world, request["episode"]
-        keys = torch.from_numpy(rng.keys(session.seed, session.env, episode, request["step"]))
-        session.carry, out = world.step(session.carry, get(request, "action"), keys)
+        keys = torch.from_numpy(rng.keys(session.seed, session.env, episode, request["step"])).to(world.device)
+        session.carry, out = world.step(session.carry, get(request, "action").to(world.device), keys)
         observation = out.observation
         reply: Message = {name: getattr(out, name).numpy(force=True) for name in ("reward", "terminated", "p_terminated", "duration", "disagreement")}
         mask = request["cut"]
@@ -158,27 +200,13 @@ class Sessions:
             else:
                 for name in ("reward", "terminated", "p_terminated", "duration", "disagreement"):
                     reply[name] = np.where(mask, np.zeros(1, reply[name].dtype), reply[name])
-            task, start = self._starts(world, request, session.seed, session.env, episode + 1, mask)
-            chosen = torch.from_numpy(mask)
-            member = torch.from_numpy(rng.member_of(session.seed, session.env, episode + 1, world.config.members))
-            session.carry = world.reset(session.carry, chosen, task, start, member)
+            task, start = _logged(world, request) or session.starts.of(episode + 1, mask)
+            chosen = torch.from_numpy(mask).to(world.device)
+            session.carry = world.reset(session.carry, chosen, task, start, _member(world, session.seed, session.env, episode + 1))
             observation = start.where(chosen, observation)
             put(reply, "task", task)
         put(reply, "observation", observation)
         return reply
-
-    def _starts(
-        self, world: World, request: Message, seed: int, env: NDArray[np.int64], episode: NDArray[np.int64], mask: NDArray[np.bool_] | None = None
-    ) -> tuple[Parts, Parts]:
-        """(task, observation) [B] that begin `episode`: the request's own (logged starts), or the world's. Rows outside `mask` are zeros."""
-        if "start.numbers" in request:
-            return get(request, "start_task"), get(request, "start")
-        keys = rng.keys(seed, env, episode, START)
-        if mask is None:
-            return world.sample_start(torch.from_numpy(keys))
-        # Only the masked rows are drawn: at 256 environments some episode ends at nearly every step.
-        task, observation = world.sample_start(torch.from_numpy(keys[mask]))
-        return _spread(task, mask), _spread(observation, mask)
 
     def _end(self, request: Message) -> Message:
         self._sessions.pop(request["session"], None)
@@ -191,9 +219,12 @@ class Sessions:
             self._sessions.popitem(last=False)
 
 
-def _spread(parts: Parts, mask: NDArray[np.bool_]) -> Parts:
-    """[n, ...] rows at the n true places of `mask` [B], zeros elsewhere."""
-    rows = torch.from_numpy(np.flatnonzero(mask)).to(parts.device)
-    numbers = parts.numbers.new_zeros(len(mask), parts.numbers.shape[1])
-    categories = parts.categories.new_zeros(len(mask), parts.categories.shape[1])
-    return Parts(numbers.index_copy(0, rows, parts.numbers), categories.index_copy(0, rows, parts.categories))
+def _logged(world: World, request: Message) -> tuple[Parts, Parts] | None:
+    """The starts that a client chose itself, (task, observation) [B]; None: the world draws them."""
+    if "start.numbers" not in request:
+        return None
+    return get(request, "start_task").to(world.device), get(request, "start").to(world.device)
+
+
+def _member(world: World, seed: int, env: NDArray[np.int64], episode: NDArray[np.int64]) -> Tensor:
+    return torch.from_numpy(rng.member_of(seed, env, episode, world.config.members)).to(world.device)
