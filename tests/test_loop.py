@@ -47,7 +47,7 @@ def _run(cfg: LoopConfig) -> tuple[Any, dict[str, Any]]:
 
 
 def test_round_and_round_through_serve_and_found_again(root: str, ray_local: None) -> None:
-    baseline = "baselines=[{algo: PPO, steps: 300, num_envs: 2, rollout: 32, window: 2}]"
+    baseline = "baselines=[{algo: PPO, steps: 300, num_envs: 2, rollout: 32, window: 2, params: {minibatch_size: 32}}]"
     cfg = _load(
         root, "reality.env=CartPole-v1", "reality.price.per_step=0.5", "reality.budget.steps=400", "pretrain.model.family=sequence", baseline, "target=475"
     )

@@ -72,7 +72,7 @@ def test_a_missing_artifact_is_named_with_the_nearest(root: str) -> None:
     storage = Storage(root)
     storage.make("worlds", "abcdef01", {}, _fill)
     assert storage.artifact("worlds", "abc").id == "abcdef01"
-    with pytest.raises(UsageError, match="abcdef02.*abcdef01"):
+    with pytest.raises(UsageError, match=r"abcdef02.*abcdef01"):
         storage.artifact("worlds", "abcdef02")
 
 

@@ -28,6 +28,7 @@ def test_runs_are_mirrored_with_params_metrics_lineage_and_end(root: str) -> Non
     config = _config(root)
     with tracking.start("loop", config, id="outer", quiet=True) as run:
         run.log({"return": 1.5}, step=3)
+        run.say("begun")
         run.record(artifact="worlds/abc")
         note = run.folder / "note.html"
         note.write_text("x")

@@ -284,7 +284,6 @@ class _Loop:
 
         return self.run.storage.make("evaluations", self.id, meta, fill, force=cfg.force)
 
-
     def _notes(self, collected: int) -> list[str]:
         found = sum(self.steps) - collected
         return [f"{found} real steps were collected and paid for by an earlier run: their datasets were found"] if found > 0 else []
