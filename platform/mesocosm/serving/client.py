@@ -116,7 +116,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             )
         if self._generation and self._starts is not None and codec.id != self._codec.id:
             raise UsageError(f"starts: they are encoded as world {self._world!r} reads them, and {reply['world']!r} reads otherwise; make a new client for it")
-        self._codec = codec
+        self._codec: Codec = codec
         self._world = reply["world"]
         self._mirror = Mirror(reply["memory"])
         self._members = reply["members"]
