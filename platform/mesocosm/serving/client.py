@@ -58,6 +58,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     """
 
     _connection: Connection | None = None
+    _codec: Codec
 
     def __init__(
         self,
