@@ -15,7 +15,7 @@ from mesocosm.model.base import Base
 from mesocosm.model.net import unroll
 from mesocosm.pretrain import prepare
 from mesocosm.pretrain.feed import Feed
-from mesocosm.pretrain.worker import Work, corrupted
+from mesocosm.pretrain.worker import corrupted
 from mesocosm.storage import Storage
 
 DATASET = "cart"
@@ -47,14 +47,12 @@ def test_noise_is_on_what_is_read_and_the_same_for_any_number_of_workers(tmp_pat
     storage = Storage(cart_root(tmp_path, 200))
     dataset = prepare.open_datasets(storage, [DATASET])
     codec = Codec.fit(dataset)
-    given = load(storage.root, "train.corrupt_history=3.0", "train.batch=8")
-    base = Base(codec.spec, given.model)
+    base = Base(codec.spec, load(storage.root).model)
     base.residual_scale.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
-    work = Work("x", storage.root, [DATASET], given.model, given.train, 10, 0)
     loader = Loader(dataset, codec, "train", 8, 8, 0)
 
     def noisy(step: int, rank: int, world_size: int) -> torch.Tensor:
-        windows = corrupted(loader.batch(step, rank, world_size), base, work, step * 8 + rank * (8 // world_size))
+        windows = corrupted(loader.batch(step, rank, world_size), base, 3.0, 0, step * 8 + rank * (8 // world_size))
         transition, outcome = unroll(windows)
         assert torch.equal(outcome.observation.numbers, windows.observation.numbers[:, 1:]), "what is to be predicted stays clean"
         assert torch.equal(transition.observation.numbers[windows.start][:, 0], windows.observation.numbers[windows.start][:, 0]), "starts are exact"

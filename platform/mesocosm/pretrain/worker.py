@@ -102,8 +102,9 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
             group["lr"] = rate * factor
         sums = Sums()
         for share in shares:
-            windows = corrupted(loader.batch(progress.step, share, micro), base, work, progress.step * options.batch + share * (options.batch // micro))
-            losses: Losses = running(windows.to(own.device), apply_base(base, windows.to(own.device)))
+            first = progress.step * options.batch + share * (options.batch // micro)
+            windows = corrupted(loader.batch(progress.step, share, micro), base, options.corrupt_history, work.seed, first).to(own.device)
+            losses: Losses = running(windows, apply_base(base, windows))
             running.backward(losses.objective)
             sums.add(losses, 1 / micro)
             if share != shares[-1]:
@@ -166,16 +167,16 @@ def validate(running: Any, base: Base, loader: Loader, options: TrainConfig, own
     return {f"valid/{name}": value for name, value in told.items() if name not in ("stop", "objective", "transitions")}
 
 
-def corrupted(windows: Windows, base: Base, work: Work, first: int) -> Windows:
-    """Windows whose network reads noisy observations, `train.corrupt_history` times the base's one-step error; an episode's own
+def corrupted(windows: Windows, base: Base, amount: float, seed: int, first: int) -> Windows:
+    """Windows whose network reads noisy observations, with `amount` times the base's one-step error as standard deviation; an episode's own
     start is exact. The noise is a function of the sample's global number (`first` is that of row 0), whatever the number of workers."""
-    if work.train.corrupt_history == 0:
+    if amount == 0:
         return windows
     seen = windows.observation[:, :-1]
     size, steps, numbers = seen.numbers.shape
-    keys = rng.keys(work.seed, first + torch.arange(size).unsqueeze(1), torch.arange(steps), NOISE)
+    keys = rng.keys(seed, first + torch.arange(size).unsqueeze(1), torch.arange(steps), NOISE)
     uniform = rng.uniform(keys.unsqueeze(-1), torch.arange(numbers) + rng.OBSERVATION)
-    noise = torch.special.ndtri(uniform) * (work.train.corrupt_history * base.residual_scale.cpu())
+    noise = torch.special.ndtri(uniform) * (amount * base.residual_scale.cpu())
     noise[:, 0][windows.start] = 0.0
     return replace(windows, seen=Parts(seen.numbers + noise, seen.categories))
 
