@@ -13,13 +13,16 @@ from safetensors.torch import load, save
 
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
+from mesocosm.model import counts
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.spec import Spec
+from mesocosm.pretrain.config import TrainConfig
 from mesocosm.storage import Storage
 
 BASE = "base.safetensors"
 CODEC = "codec.json"
+FLOPS = "flops.json"
 
 
 def open_datasets(storage: Storage, ids: list[str]) -> Dataset:
@@ -61,6 +64,26 @@ def fitted_codec(storage: Storage, folder: str, dataset: Dataset) -> Codec:
     codec = Codec.fit(dataset)
     storage.write(f"{folder}/{CODEC}", json.dumps(codec.to_json()).encode())
     return codec
+
+
+def step_flops(spec: Spec, model: ModelConfig, options: TrainConfig) -> int:
+    """FLOPs of one step of the whole group, by counting (model/counts.py)."""
+    return counts.flops_per_batch(spec, model, options.batch, model.context, events=events_of(spec, options))
+
+
+def events_of(spec: Spec, options: TrainConfig) -> int:
+    return options.events if spec.terminal_rate > 0 else 0
+
+
+def while_workers_start(storage: Storage, folder: str, dataset: Dataset, codec: Codec, model: ModelConfig, options: TrainConfig, seed: int) -> None:
+    """Seconds of work that the workers need done and need not do: counting FLOPs, then the base, for which they wait."""
+    storage.write(f"{folder}/{FLOPS}", json.dumps(step_flops(codec.spec, model, options)).encode())
+    fit_base(storage, folder, dataset, codec, model, seed)
+
+
+def read_flops(storage: Storage, folder: str) -> int:
+    """What `while_workers_start` counted; there once the base is."""
+    return int(json.loads(storage.read(f"{folder}/{FLOPS}") or b"0"))
 
 
 def fit_base(storage: Storage, folder: str, dataset: Dataset, codec: Codec, config: ModelConfig, seed: int) -> None:

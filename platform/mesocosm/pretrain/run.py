@@ -24,7 +24,7 @@ from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig, what
 from mesocosm.pretrain.engine import stage
 from mesocosm.pretrain.export import check_termination, world_of
 from mesocosm.pretrain.feed import Feed
-from mesocosm.pretrain.worker import Work, step_flops, train_loop
+from mesocosm.pretrain.worker import Work, train_loop
 from mesocosm.storage import SCHEMA, Artifact, Storage
 
 __all__ = ["PretrainConfig", "plan", "run"]
@@ -47,7 +47,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         "transitions": loader.transitions_seen(steps),
         "unique": loader.transitions_per_epoch,
         "epochs": round(steps * config.train.batch / loader.windows_per_epoch, 2),
-        "flops": steps * step_flops(codec.spec, config.model, config.train),
+        "flops": steps * prepare.step_flops(codec.spec, config.model, config.train),
     }
 
 
@@ -110,7 +110,7 @@ def _train(work: Work, config: PretrainConfig, run: tracking.Run, dataset: Datas
     with run.progress(f"pretrain {work.model.family} {work.model.size}", total=work.steps) as update:
         try:
             thread.start()
-            prepare.fit_base(run.storage, folder, dataset, codec, work.model, work.seed)
+            prepare.while_workers_start(run.storage, folder, dataset, codec, work.model, work.train, work.seed)
             alive = True
             while alive and failed is None:
                 thread.join(0.2)
@@ -188,7 +188,7 @@ def _export(
     metrics = last | progress.measured | {name: value for name, value in facts.items() if value is not None}
     sizes = counts.params(codec.spec, config.model)
     seen, unique = loader.transitions_seen(progress.steps), loader.transitions_per_epoch
-    flops = progress.steps * step_flops(codec.spec, config.model, config.train)
+    flops = progress.steps * prepare.step_flops(codec.spec, config.model, config.train)
     meta = {
         "inputs": {"datasets": dataset.ids},
         "config": what(config, progress.precision),

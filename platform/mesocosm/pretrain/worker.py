@@ -14,11 +14,11 @@ import torch
 from mesocosm.data.codec import Codec
 from mesocosm.data.loader import Loader
 from mesocosm.errors import MesocosmError
-from mesocosm.model import counts, mup, rng
+from mesocosm.model import mup, rng
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import Losses, apply_base, build
-from mesocosm.model.spec import Parts, Spec, Windows
+from mesocosm.model.spec import Parts, Windows
 from mesocosm.pretrain import checkpoint, engine, prepare
 from mesocosm.pretrain.checkpoint import Progress
 from mesocosm.pretrain.config import TrainConfig
@@ -74,7 +74,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
 
     dataset = prepare.open_datasets(storage, work.datasets)
     codec = prepare.fitted_codec(storage, checkpoint.folder_of(work.id), dataset)
-    events = events_of(codec.spec, options)
+    events = prepare.events_of(codec.spec, options)
     loader = Loader(dataset, codec, "train", work.model.context, options.batch, work.seed, events)
     valid = Loader(dataset, codec, "valid", work.model.context, options.batch, work.seed) if len(dataset.episodes("valid")) else None
 
@@ -90,7 +90,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
 
     base = _base(work, storage, codec, feed).to(own.device)
     watch = Watch(progress.recent, progress.high)
-    flops = step_flops(codec.spec, work.model, options)
+    flops = prepare.read_flops(storage, checkpoint.folder_of(work.id))
     meter = Meter(flops, options.batch * work.model.context, options.peak_flops or measured_peak(own.device, options.precision), own.world_size)
     micro, shares = own.world_size * options.accumulate, range(own.rank * options.accumulate, (own.rank + 1) * options.accumulate)
 
@@ -142,15 +142,6 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
             made = ray.train.Checkpoint.from_directory(str(folder))
             ray.train.report({"step": step}, checkpoint=made, delete_local_checkpoint_after_upload=True)
             saved = step
-
-
-def step_flops(spec: Spec, model: ModelConfig, options: TrainConfig) -> int:
-    """FLOPs of one step of the whole group, by counting (model/counts.py)."""
-    return counts.flops_per_batch(spec, model, options.batch, model.context, events=events_of(spec, options))
-
-
-def events_of(spec: Spec, options: TrainConfig) -> int:
-    return options.events if spec.terminal_rate > 0 else 0
 
 
 def validate(running: Any, base: Base, loader: Loader, options: TrainConfig, own: Rank) -> dict[str, float]:
