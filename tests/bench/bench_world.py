@@ -45,6 +45,7 @@ from mesocosm.model.world import World
 from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.pretrain.schedule import lr_factor
+from mesocosm.pretrain.worker import corrupted
 from mesocosm.reality.config import RealityConfig
 
 HERE = Path(__file__).resolve().parent
@@ -130,7 +131,7 @@ def train(data: Dataset, cfg: PretrainConfig) -> tuple[World, dict[str, float]]:
     for step in range(steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * lr_factor(step + 1, steps, options.warmup, options.decay)
-        windows = loader.batch(step)
+        windows = corrupted(loader.batch(step), base, options.corrupt_history, cfg.seed, step * options.batch)
         objective = net(windows, apply_base(base, windows)).objective
         optimizer.zero_grad(set_to_none=True)
         objective.backward()
