@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "" not in sys.path:
         sys.path.insert(0, "")  # an environment of the user's own is `module:Id` beside where they stand
+    warnings.filterwarnings("ignore", message=".*WARN: ")  # Gymnasium's advice to authors of environments
     try:
         return _main(arguments)
     except MesocosmError as error:
