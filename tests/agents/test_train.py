@@ -204,6 +204,16 @@ def test_every_real_step_of_a_baseline_is_in_the_ledger(ray_local: None, root: s
     assert Ledger(Storage(root), curve["ledger"]).totals().steps == curve["steps"], "found, not done again"
 
 
+def test_a_measured_baseline_counts_no_measuring(ray_local: None, root: str) -> None:
+    shape = ["num_envs=2", "rollout=50", "judge_every=150", "judge_episodes=2"]
+    _, curve = run_baseline(baseline_config(root, "steps=500", "target=500", *shape))
+    totals = Ledger(Storage(root), curve["ledger"]).totals()
+    judged = [point for point in curve["points"] if point["kind"] == "judge"]
+    assert [point["steps"] // 50 * 50 for point in judged] == [200, 400] and all(len(point["returns"]) == 2 for point in judged)
+    assert curve["steps"] == curve["train_steps"] == totals.purposes["baseline"].steps <= 500 and curve["select_steps"] == 0
+    assert totals.purposes["judge"].steps == curve["judge_steps"] == sum(sum(point["returns"]) for point in judged), "one reward a step in CartPole"
+
+
 @pytest.mark.parametrize("algo", ["PPO", "DQN"])
 def test_a_baseline_never_exceeds_its_cap_and_ends_censored(ray_local: None, root: str, algo: str) -> None:
     shape = ["num_envs=3", "rollout=40", "params.minibatch_size=60"] if algo == "PPO" else ["num_envs=2", "rollout=1", "iteration_steps=60"]

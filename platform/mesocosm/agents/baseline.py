@@ -1,6 +1,7 @@
 """Model-free training in reality, every step through the ledger: what a world must beat.
 
-The curve's real steps are all that led to a policy: those it trained on and those of the episodes that confirmed it.
+The curve's real steps are all that led to a policy: those it trained on and those of the episodes that confirmed it. With
+`judge_every` the policy is also measured on the way, as agents trained in worlds are: measuring is not counted in either curve.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
-from mesocosm import cluster
+from mesocosm import __version__, cluster
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.agents.policy import Policy
@@ -31,6 +32,8 @@ from mesocosm.storage import SCHEMA, Artifact
 from mesocosm.tracking import Run
 
 CURVE = "curve.json"
+FREE = ("budget", "price", "step_timeout_s")
+"""Keys of `reality` that change what is paid or waited for, not what is learned."""
 
 
 def check(config: BaselineConfig) -> None:
@@ -43,6 +46,8 @@ def check(config: BaselineConfig) -> None:
             raise UsageError(f"{key}={value} must be at least 1")
     if config.steps < _iteration(config):
         raise UsageError(f"steps={config.steps} is less than one iteration of {_iteration(config)} real steps; raise it, or lower num_envs or rollout")
+    if config.judge_episodes < 1 or (config.judge_every is not None and config.judge_every < 1):
+        raise UsageError(f"judge_every={config.judge_every} and judge_episodes={config.judge_episodes} must be at least 1")
     if config.select_episodes < 0 or config.select_every < 0:
         raise UsageError(f"select_episodes={config.select_episodes} and select_every={config.select_every} must be at least 0")
 
@@ -63,13 +68,15 @@ def _iteration(config: BaselineConfig) -> int:
 def run(config: BaselineConfig, run: Run) -> Artifact:
     """Train until the target is confirmed or the steps are spent. An `evaluations` artifact: curve.json and policy/.
 
-    curve.json: {"points": [{"steps", "return", "kind": "train" | "select", "seconds"}], "target", "reached": real steps at which the
+    curve.json: {"points": [{"steps", "return", "kind": "train" | "select" | "judge", "seconds"}], "target", "reached": real steps at which the
     target was confirmed or null, "reached_in_training": where the training episodes' own mean first was there, or null, "steps",
-    "train_steps", "select_steps", "cap", "censored": not reached, "algo", "seconds", "ledger"}.
+    "train_steps", "select_steps", "judge_steps", "cap", "censored": not reached, "algo", "seconds", "ledger"}.
     """
     check(config)
-    facts = identity(config, without=["ledger"]) | {"params": _params(config), "model": settings.model(config.algo, config.model), "shape": list(shape(config))}
-    id = fingerprint("evaluations", "baseline", facts, SCHEMA)
+    told = {"params": _params(config), "model": settings.model(config.algo, config.model), "shape": list(shape(config))}
+    facts = identity(config, without=["ledger"]) | told
+    facts["reality"] = {key: value for key, value in facts["reality"].items() if key not in FREE}
+    id = fingerprint("evaluations", "baseline", facts, __version__, SCHEMA)
     done = None if config.force else run.storage.find("evaluations", id)
     if done is not None:
         run.say(f"found evaluations/{id} ({config.algo} without a model)")
@@ -98,9 +105,10 @@ class _Training:
         self.config, self.run, self.ledger, self.spaces = config, run, ledger, spaces
         self.points: list[dict[str, Any]] = []
         self.returns: list[float] = []
-        self.train_steps = self.select_steps = 0
+        self.train_steps = self.select_steps = self.judge_steps = 0
         self.began = time.monotonic()
         self.selected_at = -config.select_every
+        self.judged_at = 0
 
     @property
     def steps(self) -> int:
@@ -127,10 +135,14 @@ class _Training:
             with self.run.progress(f"baseline {config.algo}", config.steps) as update:
                 while reached is None and self.steps + _iteration(config) <= config.steps:
                     mean = self._iterate(algorithm, update)
-                    if config.target is None or mean is None or mean < config.target:
-                        continue
-                    reached_in_training = reached_in_training or self.steps
-                    if config.select_episodes == 0 or self._confirmed(algorithm):
+                    there = config.target is not None and mean is not None and mean >= config.target
+                    if there:
+                        reached_in_training = reached_in_training or self.steps
+                    if config.judge_every is not None:
+                        there = self._judged(algorithm)
+                    elif there and config.select_episodes:
+                        there = self._confirmed(algorithm)
+                    if there:
                         reached = self.steps
             policy = rllib.export(algorithm, config.algo, *self.spaces)
         finally:
@@ -146,6 +158,7 @@ class _Training:
             "steps": self.steps,
             "train_steps": self.train_steps,
             "select_steps": self.select_steps,
+            "judge_steps": self.judge_steps,
             "cap": config.steps,
             "seconds": round(time.monotonic() - self.began, 1),
             "ledger": self.ledger,
@@ -186,8 +199,23 @@ class _Training:
         assert config.target is not None
         return mean >= config.target
 
-    def _point(self, mean: float, kind: str) -> None:
-        self.points.append({"steps": self.steps, "return": mean, "kind": kind, "seconds": round(time.monotonic() - self.began, 2)})
+    def _judged(self, algorithm: Algorithm) -> bool:
+        """Measure the greedy policy when it is time; whether it is at the target."""
+        config = self.config
+        assert config.judge_every is not None
+        last = self.steps + _iteration(config) > config.steps
+        if self.train_steps - self.judged_at < config.judge_every and not last:
+            return False
+        self.judged_at = self.train_steps
+        ledger = Ledger(self.run.storage, self.ledger, BudgetConfig(), config.reality.price)
+        result = judge(rllib.export(algorithm, config.algo, *self.spaces), config.reality, ledger, episodes=config.judge_episodes, seed=config.seed)
+        self.judge_steps += result.steps
+        self._point(result.mean, "judge", list(result.returns))
+        return config.target is not None and result.mean >= config.target
+
+    def _point(self, mean: float, kind: str, returns: list[float] | None = None) -> None:
+        point: dict[str, Any] = {"steps": self.steps, "return": mean, "kind": kind, "seconds": round(time.monotonic() - self.began, 2)}
+        self.points.append(point | ({} if returns is None else {"returns": returns}))
         self.run.log({f"baseline/{kind}_return": mean, "baseline/real_steps": self.steps}, step=self.steps)
 
 

@@ -60,11 +60,15 @@ class BaselineConfig(JobConfig):
     iteration_steps: int = 256
     """Replay algorithms only: steps between two points of the curve."""
     target: float | None = None
-    """Stop once this mean return is reached, by `select_episodes` greedy episodes; None: use all the steps."""
+    """Stop once this mean return is reached in greedy episodes; None: use all the steps."""
+    judge_every: int | None = None
+    """Real steps of training between two measurements of the present greedy policy, as a world's agents are measured: the ledger has them
+    under `judge` and the curve does not count them. They decide whether the target is reached; None: selection does."""
+    judge_episodes: int = 10
     window: int = 10
-    """The curve's return is the mean of so many last training episodes, which cost nothing more."""
+    """The curve's training return is the mean of so many last training episodes: free, of exploring policies, and behind its time."""
     select_episodes: int = 5
-    """Greedy real episodes, counted as `select`, that confirm a policy whose training return has reached the target; 0: none are needed."""
+    """Greedy real episodes that confirm a policy whose training return has reached the target; they count, as `select`. 0: none are needed."""
     select_every: int = 1000
     """Real steps of training, at least, between two such confirmations."""
     ledger: str | None = None
