@@ -151,8 +151,8 @@ def _until(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         def put_and_stop(self: Feed, record: dict[str, Any]) -> None:
             put(self, record)
             if record.get("step") == step:
-                self.flush()
                 self.stop("a test")
+                self.flush()
 
         Feed.put = put_and_stop  # type: ignore[method-assign]
         worker.train_loop(config)
