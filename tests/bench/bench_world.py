@@ -57,6 +57,8 @@ HORIZONS = (1, 5, 15, 50)
 ENVIRONMENTS = ("CartPole-v1", "InvertedPendulum-v5")
 FAMILIES = ("sequence", "ensemble")
 SEEDS = (0, 1, 2)
+SETTINGS = ("train.steps=400",)
+"""Beside the pretrain job's defaults."""
 
 HORIZON = {"CartPole-v1": None, "InvertedPendulum-v5": 100}
 """With a controller that lets the cart drift to the end of the rail, only the held-out data held that collision (12 of 10000 transitions),
@@ -195,8 +197,7 @@ def main() -> None:
             print(f"  {'before the design: ' + name:<56}{''.join(f'{ratio(v):>9}' for v in row)}")
         for family in [args.family] if args.family else FAMILIES:
             for seed in [args.seed] if args.seed is not None else SEEDS:
-                files = [] if args.overrides else [HERE / "bench_world.yaml"] if (HERE / "bench_world.yaml").exists() else []
-                cfg = load(PretrainConfig, files, [f"model.family={family}", f"seed={seed}", *args.overrides])
+                cfg = load(PretrainConfig, overrides=[*SETTINGS, f"model.family={family}", f"seed={seed}", *args.overrides])
                 settings = {"model": to_dict(cfg.model), "train": to_dict(cfg.train)}
                 name = f"{env}/{family}/{seed}" + (f"/{args.keep}" if args.keep else "")
                 found = stored.get(name)
