@@ -163,7 +163,7 @@ class _Loop:
                 evaluated = self._stage("evaluate", round, "evaluations", partial(self._evaluate, round, world, agent))
                 judged.append(json.loads((evaluated.path / report.SUMMARY).read_text()))
                 returns = judged[-1]["curves"]["world"][0]["points"][0]["returns"]
-                points.append(report.Point.of(spent, returns, round=round, wall_seconds=sum(s.seconds for s in self.stages)))
+                points.append(report.Point.of(spent, returns, round=round + 1, wall_seconds=sum(s.seconds for s in self.stages)))
                 run.log({"loop/real_steps": spent, "loop/return": points[-1].mean}, step=round)
                 run.say(f"  after {spent} real steps: mean return {points[-1].mean:.1f} in reality")
                 if cfg.stop_at_target and cfg.target is not None and points[-1].mean >= cfg.target:
@@ -227,7 +227,7 @@ class _Loop:
         """Make an artifact and remember how long it took when it was made, also when it is only found now."""
         began = time.monotonic()
         artifact = make()
-        self.stages.append(report.Stage(name, self._once(f"seconds-{kind}-{artifact.id}", time.monotonic() - began), round))
+        self.stages.append(report.Stage(name, self._once(f"seconds-{kind}-{artifact.id}", time.monotonic() - began), None if round is None else round + 1))
         self.lineage.append((name if round is None else f"{name}, round {round + 1}", artifact.name))
         self.inputs[kind].append(artifact.id)
         return artifact
@@ -252,7 +252,7 @@ class _Loop:
         cfg, totals = self.cfg, self.ledger.totals()
         reached = cfg.target is not None and any(p.mean >= cfg.target for p in points)
         world = report.Curve(
-            "in the world",
+            "the world's agent",
             points,
             censored=cfg.target is not None and not reached,
             wall_seconds=sum(s.seconds for s in self.stages if s.round is not None),
@@ -290,12 +290,12 @@ class _Loop:
 
 
 def _by_round(judged: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
-    return [{**row, "round": i} for i, summary in enumerate(judged) for row in summary[key]]
+    return [{**row, "round": i} for i, summary in enumerate(judged, 1) for row in summary[key]]
 
 
 def _table(summary: dict[str, Any]) -> Table:
     """Return in reality against real steps spent, the world's agent beside model-free training."""
-    table = Table("trained", "real steps", "return in reality", "90% interval", "wall so far", box=None, header_style="dim", pad_edge=False)
+    table = Table("", "real steps", "return in reality", "90% interval", "wall so far", box=None, header_style="dim", pad_edge=False)
     for curve in summary["curves"]["world"]:
         for point in curve["points"]:
             table.add_row(
