@@ -34,7 +34,7 @@ from mesocosm.storage import Artifact, Storage
 OBSERVATIONS = spaces.Dict({"goal": spaces.Discrete(2), "position": spaces.Box(-np.inf, np.inf, (1,), np.float64)})
 ACTIONS = spaces.Discrete(3, start=-1)
 LENGTH = 12
-SMALL = ["backend=local", "num_envs=32", "rollout=16", "horizon=12", "gamma=0.9", "model.fcnet_hiddens=[32]", "params.minibatch_size=128"]
+SMALL = ["backend=local", "starts=logged", "num_envs=32", "rollout=16", "horizon=12", "gamma=0.9", "model.fcnet_hiddens=[32]", "params.minibatch_size=128"]
 
 
 class Seek(gym.Env[Any, Any]):
@@ -139,11 +139,12 @@ def test_a_ppo_agent_learns_in_the_world_what_holds_in_reality(ray_local: None, 
 
 def test_dqn_trains_from_generated_starts_with_a_penalty(ray_local: None, seek: tuple[str, Artifact]) -> None:
     root, _ = seek
-    overrides = ["algo=DQN", "starts=generated", "iterations=3", "penalty=0.5", "model={fcnet_hiddens: [32]}", "rollout=4"]
+    overrides = ["algo=DQN", "starts=generated", "horizon=null", "iterations=3", "penalty=0.5", "model={fcnet_hiddens: [32]}", "rollout=4"]
     config = agent_config(root, *overrides, "params={num_steps_sampled_before_learning_starts: 64, train_batch_size_per_learner: 32}")
     config.params.pop("minibatch_size", None)
     artifact, lines, _ = train_agent(config)
     assert artifact.meta["inputs"]["datasets"] == [] and len(lines) == 3
+    assert artifact.meta["config"]["horizon"] == LENGTH == lines[-1]["agent/imagined_length"], "the environment's own time limit"
     assert -40 < real_return(Policy.load(artifact.path), 5) < 0
 
 

@@ -25,16 +25,17 @@ class AgentConfig(JobConfig):
     """Fields of RLlib's DefaultModelConfig; those not named are `settings.MODEL`'s."""
     gamma: float = 0.99
     iterations: int = 40
-    num_envs: int = 256
+    num_envs: int = 64
     """Imagined environments of an environment runner, stepped together."""
-    rollout: int = 16
+    rollout: int = 64
     """Steps of each environment in an iteration, which is num_envs x rollout imagined steps long."""
     runners: int = 0
     """Environment runners in Ray actors, each with `num_envs` environments; 0: one in the job's own process."""
-    horizon: int = 64
-    """Imagined steps after which an episode is cut; the value of its last observation stands for the rest."""
-    starts: str = "logged"
-    """`logged`: imagined episodes begin at observations of the world's datasets, uniformly; `generated`: at the world's own samples."""
+    horizon: int | None = None
+    """Imagined steps after which an episode is cut (the value of its last observation stands for the rest); None: the environment's own
+    time limit, or 1000 where it has none. Short horizons from logged starts trust the world less far, and teach less of what comes late."""
+    starts: str = "generated"
+    """`generated`: imagined episodes begin at the world's own samples; `logged`: at observations of the world's datasets, uniformly."""
     datasets: list[str] = field(default_factory=list)
     """Datasets of logged starts; empty: those that the world was trained on."""
     penalty: float = 0.0

@@ -10,6 +10,7 @@ import inspect
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,8 +158,8 @@ def build(
     One `train()` of an on-policy algorithm takes num_envs x rollout x max(runners, 1) steps; of a replay algorithm, at least
     `steps_per_iteration`, in samples of num_envs x rollout. Files go to `folder`. Raises UsageError for values that RLlib refuses.
     """
-    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
-    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    for noisy in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     torch.set_num_threads(1)  # several threads make small updates ten times slower
     name = f"mesocosm-{os.getpid()}-{id(make_env)}"
     tune.register_env(name, lambda context: make_env(context["num_envs"]))  # type: ignore[arg-type]
@@ -182,7 +183,9 @@ def build(
         if algo in ON_POLICY:
             defaults["train_batch_size_per_learner"] = num_envs * rollout * max(runners, 1)
         config.training(**{**defaults, **params})
-        algorithm = config.build_algo(use_copy=False)
+        with warnings.catch_warnings():  # Gymnasium's, of the id that RLlib registers again each time
+            warnings.simplefilter("ignore")
+            algorithm = config.build_algo(use_copy=False)
     except (TypeError, ValueError) as error:
         raise UsageError(f"RLlib's {algo} refuses its settings: {' '.join(str(error).split())}") from error
     if algo in ON_POLICY:

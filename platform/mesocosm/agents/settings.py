@@ -13,7 +13,7 @@ _PPO: dict[str, Any] = {"lr": 1e-3, "lambda_": 0.95, "clip_param": 0.2, "vf_clip
 """RLlib clips the squared error of the value at 10: returns above 3 would stop teaching it."""
 
 IMAGINED: dict[str, dict[str, Any]] = {
-    "PPO": {**_PPO, "minibatch_size": 512, "num_epochs": 5, "entropy_coeff": 0.005, "kl_coeff": 0.2, "kl_target": 0.03},
+    "PPO": {**_PPO, "minibatch_size": 256, "num_epochs": 8, "entropy_coeff": 0.005, "kl_coeff": 0.2, "kl_target": 0.03},
     "SAC": {"actor_lr": 7e-4, "critic_lr": 7e-4, "alpha_lr": 7e-4, "train_batch_size_per_learner": 256, "num_steps_sampled_before_learning_starts": 1024},
     "DQN": {"lr": 1e-3, "train_batch_size_per_learner": 256, "num_steps_sampled_before_learning_starts": 1024, "target_network_update_freq": 1024},
 }

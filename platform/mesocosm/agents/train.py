@@ -29,6 +29,8 @@ from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run
 
 STARTS = ("logged", "generated")
+UNLIMITED = 1000
+"""Imagined steps of an episode where neither the config nor the environment sets a limit."""
 MAX_STARTS = 50_000
 """Logged starts are a sample of so many of the datasets' observations at most."""
 
@@ -37,8 +39,9 @@ def check(config: AgentConfig) -> None:
     """Raise UsageError on the first value that cannot be meant. Reads no storage, starts nothing."""
     rllib.check("", config.algo, config.params, config.model)
     for key in ("iterations", "num_envs", "rollout", "horizon"):
-        if getattr(config, key) < 1:
-            raise UsageError(f"{key}={getattr(config, key)} must be at least 1")
+        value = getattr(config, key)
+        if value is not None and value < 1:
+            raise UsageError(f"{key}={value} must be at least 1")
     if config.runners < 0:
         raise UsageError(f"runners={config.runners} must be at least 0; 0 is one in the job's own process")
     if config.starts not in STARTS:
@@ -59,7 +62,8 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     datasets = _datasets(config, run.storage, world)
     former = None if config.init is None else run.storage.artifact("agents", config.init)
     inputs = {"worlds": [world.id], "datasets": [d.id for d in datasets], "agents": [] if former is None else [former.id]}
-    told = {"params": _params(config), "model": settings.model(config.algo, config.model)}
+    horizon = config.horizon or codec.environment["max_episode_steps"] or UNLIMITED
+    told = {"horizon": horizon, "params": _params(config), "model": settings.model(config.algo, config.model)}
     facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | told
     id = fingerprint("agents", facts, inputs, __version__, SCHEMA)
     run.record(inputs=inputs)
@@ -74,7 +78,7 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     seen: dict[str, float] = {}
 
     def fill(folder: Path) -> None:
-        algorithm = _build(config, run, world, starts)
+        algorithm = _build(config, run, world, starts, horizon)
         try:
             if former is not None:
                 rllib.load_training(algorithm, former.path)
@@ -99,14 +103,14 @@ def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Ar
     return [storage.artifact("datasets", name) for name in names]
 
 
-def _build(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, Parts] | None) -> Algorithm:
+def _build(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, Parts] | None, horizon: int) -> Algorithm:
     arguments = {
         "world": world.id,
         "root": run.storage.root,
         "backend": config.backend,
         "app": config.app,
         "address": config.ray.address,
-        "horizon": config.horizon,
+        "horizon": horizon,
         "starts": starts,
         "seed": config.seed,
         "penalty": config.penalty,
