@@ -65,6 +65,15 @@ def _iteration(config: BaselineConfig) -> int:
     return -(-config.iteration_steps // (num_envs * rollout)) * sample if config.algo in settings.REPLAY else sample
 
 
+def plan(config: BaselineConfig) -> dict[str, Any]:
+    """What `run` would spend at most. Starts nothing."""
+    check(config)
+    spaces_of(config.reality)
+    price = config.reality.price
+    spent = {"real steps": f"at most {config.steps}", "price": f"at most {config.steps * price.per_step:g} {price.currency} and the resets"}
+    return {"environment": config.reality.env, "algo": config.algo, "params": _params(config), **spent, "target": config.target}
+
+
 def run(config: BaselineConfig, run: Run) -> Artifact:
     """Train until the target is confirmed or the steps are spent. An `evaluations` artifact: curve.json and policy/.
 

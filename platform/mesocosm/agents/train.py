@@ -54,6 +54,14 @@ def check(config: AgentConfig) -> None:
         raise UsageError(f"gamma={config.gamma} is no discount; give a number above 0 and at most 1")
 
 
+def plan(config: AgentConfig) -> dict[str, Any]:
+    """What `run` would train, and on how many imagined steps. Starts nothing."""
+    check(config)
+    world = Storage(config.storage.root).artifact("worlds", config.world)
+    steps = config.iterations * config.num_envs * config.rollout * max(config.runners, 1)
+    return {"world": world.name, "algo": config.algo, "params": _params(config), "imagined steps": steps, "real steps": 0, "price": 0.0}
+
+
 def run(config: AgentConfig, run: Run) -> Artifact:
     """Train and export. Raises UsageError for wrong settings, a missing world, dataset or agent, and weights of another network."""
     check(config)

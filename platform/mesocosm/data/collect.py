@@ -64,6 +64,24 @@ def check(cfg: CollectConfig) -> None:
     acting.check(cfg.behaviours)
 
 
+def plan(cfg: CollectConfig) -> dict[str, Any]:
+    """What `run` would spend. Makes the environment, to see that it exists; takes no real step and writes nothing."""
+    check(cfg)
+    env = make_env(cfg.reality)
+    spaces = {"observation space": str(env.observation_space), "action space": str(env.action_space)}
+    env.close()
+    price = cfg.reality.price
+    return {
+        "environment": cfg.reality.env,
+        **spaces,
+        "real steps": cfg.steps,
+        "budget": cfg.reality.budget.steps,
+        "price": f"{cfg.steps * price.per_step:g} {price.currency}",
+        "price of a reset": f"{price.per_reset:g} {price.currency}",
+        "behaviours": [acting.label(b) for b in cfg.behaviours],
+    }
+
+
 def run(cfg: CollectConfig, run: Run) -> Artifact:
     """Collect `cfg.steps` real steps, or find the dataset that was collected so before.
 

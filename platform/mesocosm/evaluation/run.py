@@ -21,11 +21,21 @@ from mesocosm.model.world import World
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import make_env
 from mesocosm.reality.ledger import Ledger
-from mesocosm.storage import SCHEMA, Artifact
+from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
 
 FREE = ("budget", "step_timeout_s")
 """Keys of `reality` that change what may be spent or waited for, not what is found."""
+
+
+def plan(cfg: EvaluateConfig) -> dict[str, Any]:
+    """What `run` would evaluate and judge. Takes no real step and writes nothing."""
+    cfg.validate()
+    storage = Storage(cfg.storage.root)
+    world = storage.artifact("worlds", cfg.world)
+    agent = storage.artifact("agents", cfg.agent).name if cfg.agent is not None else None
+    horizons = [*cfg.horizons, *(["full"] if cfg.full else [])]
+    return {"world": world.name, "agent": agent, "horizons": horizons, "judged episodes in reality": cfg.episodes if agent is not None else 0}
 
 
 def run(cfg: EvaluateConfig, run: Run) -> Artifact:
