@@ -46,7 +46,10 @@ def main() -> None:
         for amount in AMOUNTS if args.amount is None else [args.amount]:
             ratios = []
             for seed in SEEDS if args.seed is None else [args.seed]:
-                cfg = load(PretrainConfig, overrides=[f"seed={seed}", *args.overrides, f"train.corrupt_history={amount}"])
+                cfg = load(
+                    PretrainConfig,
+                    overrides=[*bench_world.SETTINGS, "model.family=sequence", f"seed={seed}", *args.overrides, f"train.corrupt_history={amount}"],
+                )
                 settings = {"model": to_dict(cfg.model), "train": to_dict(cfg.train)}
                 name = f"{env}/{amount:g}/{seed}"
                 found = stored.get(name)
