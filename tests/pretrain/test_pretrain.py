@@ -95,6 +95,7 @@ def test_a_killed_worker_costs_no_digit(whole: Any, tmp_path: Path, cart_root: M
             if record.get("step") == 6 and not marker.exists():
                 self.flush()
                 marker.touch()
+                time.sleep(8.0)  # the controller polls its workers: by now it has heard of step 4's checkpoint
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Feed.put = put_and_die  # type: ignore[method-assign]
