@@ -143,19 +143,15 @@ def _trainer(work: Work, config: PretrainConfig, storage: Storage, gpus: float) 
     if config.ray.address is None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+    from ray.train.torch import TorchConfig
 
-    class Trainer(TorchTrainer):  # type: ignore[misc]
-        def _create_default_callbacks(self) -> list[Any]:
-            """A private Ray has no dashboard, without which the cleaner (another process) only logs failed queries; the whole Ray ends with us."""
-            callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-            return [c for c in callbacks if config.ray.address is not None or not isinstance(c, PlacementGroupCleanerCallback)]
+    from mesocosm.pretrain.trainer import Trainer
 
     filesystem, base = storage.arrow()
     path, _, name = checkpoint.folder_of(work.id).rpartition("/")
     return Trainer(
         train_loop,
+        private=config.ray.address is None,
         train_loop_config={"work": work},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=work.train.workers, use_gpu=gpus > 0, resources_per_worker={"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1}),
