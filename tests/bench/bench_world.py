@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,12 +144,12 @@ def train(data: Dataset, cfg: PretrainConfig) -> tuple[World, dict[str, float]]:
     return World(net, base, codec.to_json()), {"base": fitted - began, "network": ended - fitted, "step": (ended - fitted) / steps}
 
 
-def cell(env: str, cfg: PretrainConfig) -> dict[str, Any]:
+def cell(env: str, cfg: PretrainConfig, horizons: Sequence[int | str] = HORIZONS) -> dict[str, Any]:
     """Collect, train, measure."""
     data, test = dataset(env, cfg.seed, held_out=False), dataset(env, cfg.seed, held_out=True)
     world, seconds = train(data, cfg)
     began = time.process_time()
-    table = open_loop(world, test, horizons=HORIZONS, starts=256, samples=8, seed=cfg.seed)
+    table = open_loop(world, test, horizons=horizons, starts=256, samples=8, seed=cfg.seed)
     one = one_step(world, test)
     return {
         "open_loop": table.to_json(),
