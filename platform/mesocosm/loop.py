@@ -216,7 +216,8 @@ class _Loop:
 
         artifact = self._stage(f"baseline {config.algo}", None, "evaluations", train)
         curve = json.loads((artifact.path / "curve.json").read_text())
-        points = [report.Point(p["steps"], p["return"], wall_seconds=p["seconds"]) for p in curve["points"] if p["return"] is not None]
+        kind = "judge" if config.judge_every else "train"  # greedy episodes, as the world's agent is judged by; the training mean lags
+        points = [report.Point(p["steps"], p["return"], wall_seconds=p["seconds"]) for p in curve["points"] if p["kind"] == kind]
         seconds = points[-1].wall_seconds if points else None
         settings = ", ".join(f"{key} {value}" for key, value in config.params.items())
         return report.Curve(
@@ -227,7 +228,7 @@ class _Loop:
         """Make an artifact and remember how long it took when it was made, also when it is only found now."""
         began = time.monotonic()
         artifact = make()
-        self.stages.append(report.Stage(name, self._once(f"seconds-{kind}-{artifact.id}", time.monotonic() - began), None if round is None else round + 1))
+        self.stages.append(report.Stage(name, self._once(f"{kind}-{artifact.id}", time.monotonic() - began, "seconds"), None if round is None else round + 1))
         self.lineage.append((name if round is None else f"{name}, round {round + 1}", artifact.name))
         self.inputs[kind].append(artifact.id)
         return artifact
@@ -235,12 +236,12 @@ class _Loop:
     def _spent(self, round: int) -> int:
         """Real steps that this round's agent rests on: those of every dataset so far, whichever run paid for them, or what
         the ledger says where that is more (what a crash lost is spent too)."""
-        own = int(self._once(f"spent-{round}", self.ledger.totals().spent))
+        own = int(self._once(f"spent-{round}", self.ledger.totals().spent, self.id))
         return max(own, sum(self.steps))
 
-    def _once(self, name: str, value: float) -> float:
+    def _once(self, name: str, value: float, folder: str) -> float:
         """The value as it was the first time the loop came by here: a figure measured once is not measured again on resume."""
-        path = f"runs/loop/{self.id}/{name}.json"
+        path = f"runs/loop/{folder}/{name}.json"
         self.run.storage.create(path, json.dumps(value).encode())
         raw = self.run.storage.read(path)
         assert raw is not None
