@@ -56,7 +56,7 @@ def main() -> None:
                 if found is None or args.force or found["settings"] != fingerprint(settings):
                     found = bench_world.cell(env, cfg, (1, 15, 50, "full"))
                     found |= {"settings": fingerprint(settings), "config": settings, "commit": bench_world.commit(), "command": " ".join(["python", *sys.argv])}
-                    stored[name] = found
+                    stored = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | {name: found}
                     RESULTS.parent.mkdir(exist_ok=True)
                     RESULTS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
                 rows = {row["horizon"]: row["ratio"] for row in found["open_loop"]["rows"]}
