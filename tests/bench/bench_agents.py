@@ -1,14 +1,17 @@
 """`make bench-agents`: real steps to a target return, an agent trained in the world against model-free training on reality.
 
-    python tests/bench/bench_agents.py [--env ID] [--method world|PPO|DQN|SAC] [--seed N] [--minutes M] [--table-only]
+    python tests/bench/bench_agents.py [--env ID] [--method world|PPO|DQN|SAC] [--seed N|tune] [--minutes M] [--table-only]
 
-A cell is (environment, method, seed): the loop as shipped in configs/loop, stopped at its target, or the model-free job with the
-settings of mesocosm/agents/settings.py. Cells lie in tests/bench/results/bench_agents.json with commit and command, and are never run
-twice; --minutes stops after the cell in which they ran out.
+A cell is one training run. Each method is tuned by the same budget, one run of each of its three candidate settings below on seed 100; the
+one that reaches the target in the fewest real steps is then run on seeds 0, 1 and 2. A world's run is the loop as configs/loop has it, stopped
+at its target; a model-free run is the job `baseline` on the same reality. Cells lie in tests/bench/results/bench_agents.json with
+commit and command and are never run twice; --minutes stops after the cell in which they ran out. The end prints the table and draws
+docs/plots/bench_agents.svg.
 
-What counts: every real step that trained a policy. A world's agent is judged after each round by 10 greedy episodes, which
-choose only when the loop stops; `strict` counts those too. Model-free training reaches the target when the mean of its last 10 training episodes
-does and 5 greedy episodes, which count, confirm it.
+What counts: every real step that a policy, or the world it was trained in, was trained on. Policies are measured by 10 greedy episodes, a
+world's after each round, a model-free one's every 500 steps; `reached` is the first measurement at the target, with the measuring
+apart for all. `strict` counts it too: for the world all of it, for model-free training only the measurement that found the target.
+`tuning` is what the three runs on seed 100 cost. A run that misses is censored at its last step.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -23,98 +27,184 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import matplotlib
+
+matplotlib.use("svg")
 from bench_world import HERE, ROOT, commit
+from matplotlib import pyplot
 
 from mesocosm import cluster, config, loop, tracking
 from mesocosm.agents import baseline
 from mesocosm.agents.config import BaselineConfig
 
 RESULTS = HERE / "results" / "bench_agents.json"
+PLOT = HERE.parents[1] / "docs" / "plots" / "bench_agents.svg"
 CONFIGS = HERE.parents[1] / "configs" / "loop"
-CASES = {"InvertedPendulum-v5": ("quickstart.yaml", 950.0, ("world", "PPO", "SAC")), "CartPole-v1": ("cartpole.yaml", 475.0, ("world", "PPO", "DQN"))}
-CAP = 30_000
-"""Real steps after which a model-free run is censored."""
-ROUNDS = 8
 SEEDS = (0, 1, 2)
+TUNING_SEED = 100
+
+SMALL = ["collect.steps=500", "explore.steps=250"]
+ADAM = "params.actor_lr={0} params.critic_lr={0} params.alpha_lr={0}"
+# RL Baselines3 Zoo: its PPO for CartPole-v1, its SAC for PyBullet's continuous tasks, its DQN for CartPole-v1 (REAL["DQN"]).
+ZOO_PPO = ["num_envs=8", "rollout=32", "gamma=0.98", "params.lambda_=0.8", "params.num_epochs=20", "params.minibatch_size=256"]
+ZOO_SAC = [*ADAM.format("7.3e-4").split(), "params.tau=0.02", "gamma=0.98"]
+CANDIDATES: dict[str, dict[str, list[list[str]]]] = {
+    "InvertedPendulum-v5": {
+        "world": [[], SMALL, [*SMALL, "pretrain.train.steps=800"]],
+        "PPO": [[], ["params.lr=3e-4"], ["rollout=128"]],
+        "SAC": [[], ADAM.format("3e-4").split(), ZOO_SAC],
+    },
+    "CartPole-v1": {
+        "world": [[], SMALL, [*SMALL, "pretrain.train.steps=800"]],
+        "PPO": [[], ["params.lr=3e-4"], ZOO_PPO],
+        "DQN": [[], ["params.lr=1e-3"], ["params.epsilon=[[0,1.0],[2000,0.04]]"]],
+    },
+}
+"""Overrides of the loop's shipped config, or of mesocosm/agents/settings.py's REAL."""
+FILES = {"InvertedPendulum-v5": "quickstart.yaml", "CartPole-v1": "cartpole.yaml"}
+TARGETS = {"InvertedPendulum-v5": 950.0, "CartPole-v1": 475.0}
+CAPS = {"PPO": 30_000, "DQN": 20_000, "SAC": 6_000}
+"""Real steps after which a run is censored; SAC's updates take a tenth of a second here."""
+ROUNDS = 8
 
 
-def world(env: str, seed: int) -> dict[str, Any]:
-    file, target, _ = CASES[env]
-    overrides = [
-        f"storage.root={ROOT}",
-        f"seed={seed}",
-        f"target={target}",
-        f"rounds={ROUNDS}",
-        "stop_at_target=true",
-        "baselines=[]",
-        "reality.budget.steps=8000",
-    ]
-    cfg = config.load(loop.LoopConfig, [CONFIGS / file], overrides)
+def world(env: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    own = [f"seed={seed}", f"target={TARGETS[env]}", f"rounds={ROUNDS}", "stop_at_target=true", "baselines=[]", "reality.budget.steps=8000"]
+    cfg = config.load(loop.LoopConfig, [CONFIGS / FILES[env]], [f"storage.root={ROOT}", *own, *overrides])
     with tracking.start("loop", cfg) as run:
         artifact = loop.run(cfg, run)
     summary = json.loads((artifact.path / "summary.json").read_text())
     curve = summary["curves"]["world"][0]
-    reached = curve["steps_to_target"]
     judged = sum(row["steps"] for row in summary["real_steps"]["purposes"] if row["purpose"] == "judge")
     points = [(p["real_steps"], p["mean"]) for p in curve["points"]]
-    return {"reached": reached, "strict": None if reached is None else reached + judged, "points": points, "seconds": curve["wall_seconds"]}
+    return {"reached": curve["steps_to_target"], "judged": judged, "points": points, "seconds": curve["wall_seconds"]}
 
 
-def model_free(env: str, algo: str, seed: int) -> dict[str, Any]:
-    file, target, _ = CASES[env]
-    reality = config.load(loop.LoopConfig, [CONFIGS / file]).reality
-    cfg = config.load(BaselineConfig, [], [f"storage.root={ROOT}", f"seed={seed}", f"algo={algo}", f"steps={CAP}", f"target={target}"])
-    cfg.reality = reality
+def model_free(env: str, algo: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    own = [f"seed={seed}", f"algo={algo}", f"steps={CAPS[algo]}", f"target={TARGETS[env]}", "judge_every=500"]
+    cfg = config.load(BaselineConfig, [], [f"storage.root={ROOT}", *own, *overrides])
+    cfg.reality = config.load(loop.LoopConfig, [CONFIGS / FILES[env]]).reality
     with tracking.start("baseline", cfg) as run:
         artifact = baseline.run(cfg, run)
     curve = json.loads((artifact.path / "curve.json").read_text())
-    points = [(p["steps"], p["return"]) for p in curve["points"]]
-    return {"reached": curve["reached"], "strict": curve["reached"], "points": points[:: max(1, len(points) // 40)], "seconds": curve["seconds"]}
+    points = [(p["steps"], p["return"], sum(p["returns"])) for p in curve["points"] if p["kind"] == "judge"]
+    # Both tasks pay 1 a step: the returns of the last measurement are its steps.
+    return {"reached": curve["reached"], "judged": round(points[-1][2]), "points": [p[:2] for p in points], "seconds": curve["seconds"]}
+
+
+def name_of(env: str, method: str, seed: int, candidate: int) -> str:
+    return f"{env}/{method}/{f'tune-{candidate}' if seed == TUNING_SEED else seed}"
+
+
+def chosen(results: dict[str, Any], env: str, method: str) -> int | None:
+    """The candidate with the fewest real steps on the tuning seed, None until all were run; the first of equals."""
+    runs = [results.get(name_of(env, method, TUNING_SEED, i)) for i in range(len(CANDIDATES[env][method]))]
+    if any(run is None for run in runs):
+        return None
+    steps = [float("inf") if run["reached"] is None else run["reached"] for run in runs if run is not None]
+    return steps.index(min(steps))
+
+
+def cells(options: argparse.Namespace) -> list[tuple[str, str, int, int | None]]:
+    """(environment, method, seed, candidate) in the order of running: tuning first; None: the chosen one."""
+    found: list[tuple[str, str, int, int | None]] = []
+    for env, methods in CANDIDATES.items():
+        for method, candidates in methods.items():
+            if options.env in (None, env) and options.method in (None, method):
+                found += [(env, method, TUNING_SEED, i) for i in range(len(candidates)) if options.seed in (None, "tune")]
+                found += [(env, method, seed, None) for seed in SEEDS if options.seed in (None, str(seed))]
+    return found
+
+
+def read() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", choices=CASES)
-    parser.add_argument("--method")
-    parser.add_argument("--seed", type=int, choices=SEEDS)
-    parser.add_argument("--minutes", type=float, default=10_000)
+    parser.add_argument("--env", choices=CANDIDATES)
+    parser.add_argument("--method", choices=("world", "PPO", "DQN", "SAC"))
+    parser.add_argument("--seed", choices=("tune", *map(str, SEEDS)))
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--table-only", action="store_true")
     options = parser.parse_args()
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     began = time.monotonic()
     try:
-        for seed in SEEDS:
-            for env, (_, _, methods) in CASES.items():
-                for method in methods:
-                    cell = f"{env}/{method}/{seed}"
-                    asked = options.env in (None, env) and options.method in (None, method) and options.seed in (None, seed)
-                    if options.table_only or not asked or cell in results or time.monotonic() - began > options.minutes * 60:
-                        continue
-                    print(f"--- {cell}", flush=True)
-                    found = world(env, seed) if method == "world" else model_free(env, method, seed)
-                    results[cell] = {**found, "commit": commit(), "command": f"python tests/bench/bench_agents.py --env {env} --method {method} --seed {seed}"}
-                    RESULTS.parent.mkdir(exist_ok=True)
-                    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        for env, method, seed, candidate in [] if options.table_only else cells(options):
+            index = chosen(read(), env, method) if candidate is None else candidate
+            if index is None:
+                print(f"{env}/{method}: not all candidates are tuned yet; run --seed tune first")
+                continue
+            name, overrides = name_of(env, method, seed, index), CANDIDATES[env][method][index]
+            if read().get(name, {}).get("settings") == overrides:
+                continue
+            if time.monotonic() - began > options.minutes * 60:
+                break
+            print(f"--- {name}: {' '.join(overrides) or 'as shipped'}", flush=True)
+            found = world(env, seed, overrides) if method == "world" else model_free(env, method, seed, overrides)
+            which = "tune" if seed == TUNING_SEED else seed
+            command = f"python tests/bench/bench_agents.py --env {env} --method {method} --seed {which}"
+            cell = {**found, "settings": overrides, "commit": commit(), "command": command}
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(dict(sorted({**read(), name: cell}.items())), indent=1) + "\n")
     finally:
         cluster.shutdown()
-    _table(results)
+    results = read()
+    table(results)
+    plot(results)
     return 0
 
 
-def _table(results: dict[str, Any]) -> None:
-    """Median real steps to the target over the seeds; a censored run stands for more than it spent."""
-    print(f"{'environment':<22}{'method':<8}{'runs':>5}{'reached':>9}{'median steps':>14}{'strict':>9}{'wall s':>8}")
-    for env, (_, target, methods) in CASES.items():
-        for method in methods:
-            runs = [cell for name, cell in results.items() if name.startswith(f"{env}/{method}/")]
+def runs_of(results: dict[str, Any], env: str, method: str) -> list[dict[str, Any]]:
+    names = [name_of(env, method, seed, 0) for seed in SEEDS]
+    return [results[name] for name in names if name in results]
+
+
+def table(results: dict[str, Any]) -> None:
+    """A Markdown table: medians over the seeds; a censored run stands for more than it spent."""
+    print("| environment, target | method | seeds at the target | real steps: median (each) | strict | tuning | wall s |")
+    print("|---|---|---|---|---|---|---|")
+    for env, methods in CANDIDATES.items():
+        for method, candidates in methods.items():
+            runs = runs_of(results, env, method)
             if not runs:
                 continue
-            steps, strict = (sorted(float("inf") if run[key] is None else run[key] for run in runs)[len(runs) // 2] for key in ("reached", "strict"))
+            tuning = [results.get(name_of(env, method, TUNING_SEED, i)) for i in range(len(candidates))]
+            spent = sum(run["points"][-1][0] + run["judged"] for run in tuning if run is not None)
             hit = sum(run["reached"] is not None for run in runs)
-            most = max(run["points"][-1][0] for run in runs if run["points"])
-            shown = [f"> {most}" if value == float("inf") else f"{value:.0f}" for value in (steps, strict)]
-            wall = sorted(run["seconds"] for run in runs)[len(runs) // 2]
-            print(f"{env + f' {target:g}':<22}{method:<8}{len(runs):>5}{hit:>9}{shown[0]:>14}{shown[1]:>9}{wall:>8.0f}")
+            each = ", ".join(shown(run["reached"], run) for run in runs)
+            medians = [median([None if run["reached"] is None else run["reached"] + extra * run["judged"] for run in runs], runs) for extra in (0, 1)]
+            wall = statistics.median(run["seconds"] for run in runs)
+            print(f"| {env}, {TARGETS[env]:g} | {method} | {hit} of {len(runs)} | {medians[0]} ({each}) | {medians[1]} | {spent:,} | {wall:.0f} |")
+
+
+def shown(steps: float | None, run: dict[str, Any]) -> str:
+    return f"> {run['points'][-1][0]:,}" if steps is None else f"{steps:,.0f}"
+
+
+def median(steps: list[float | None], runs: list[dict[str, Any]]) -> str:
+    ordered = sorted(zip(steps, runs, strict=True), key=lambda pair: float("inf") if pair[0] is None else pair[0])
+    return shown(*ordered[len(ordered) // 2])
+
+
+def plot(results: dict[str, Any]) -> None:
+    """Return against real steps, one line a run of seeds 0-2; a cross ends a censored one."""
+    pyplot.rcParams["svg.hashsalt"] = "mesocosm"
+    figure, axes = pyplot.subplots(1, len(CANDIDATES), figsize=(10, 3.8), layout="constrained")
+    for axis, (env, methods) in zip(axes, CANDIDATES.items(), strict=True):
+        for colour, method in zip(("#d1495b", "#30638e", "#7a8b99"), methods, strict=True):
+            for i, run in enumerate(runs_of(results, env, method)):
+                x, y = zip(*run["points"], strict=True)
+                label = {"world": "in the world (PPO)"}.get(method, f"model-free {method}") if i == 0 else None
+                axis.plot(x, y, color=colour, linewidth=1.2, alpha=0.8, label=label)
+                axis.plot(x[-1], y[-1], color=colour, marker="x" if run["reached"] is None else "o", markersize=7 if run["reached"] is None else 5)
+        axis.axhline(TARGETS[env], color="grey", linewidth=0.8, linestyle=":")
+        axis.set(xscale="log", xlabel="real steps trained on", title=f"{env}, target {TARGETS[env]:g}")
+        axis.legend(frameon=False, fontsize=8, loc="upper left")
+    axes[0].set_ylabel("mean return of 10 greedy real episodes")
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(PLOT, metadata={"Date": None})
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":
