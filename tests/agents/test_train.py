@@ -151,6 +151,7 @@ def test_dqn_trains_from_generated_starts_with_a_penalty(ray_local: None, seek: 
 WRONG = [
     ("algo=PP0", "algo='PP0' is not one of .*; did you mean 'PPO'"),
     ("params.learning_rat=1", "params.learning_rat is not a parameter of RLlib's PPO; did you mean"),
+    ("params.minibatch_size=100000", "params.minibatch_size=100000 is more than the 512 steps"),
     ("model.fcnet_hidden=[3]", "model.fcnet_hidden is not a field .*did you mean 'fcnet_hiddens'"),
     ("model.use_lstm=true", "cannot be exported"),
     ("horizon=0", "horizon=0 must be at least 1"),
@@ -171,8 +172,8 @@ def test_wrong_use_is_one_sentence_before_anything_starts(seek: tuple[str, Artif
 
 
 def test_what_rllib_refuses_is_said(ray_local: None, seek: tuple[str, Artifact]) -> None:
-    with pytest.raises(UsageError, match=r"RLlib's PPO refuses its settings: .*minibatch_size"):
-        train_agent(agent_config(seek[0], "params.minibatch_size=100000"))
+    with pytest.raises(UsageError, match=r"RLlib's PPO refuses its settings: .*total_train_batch_size"):
+        train_agent(agent_config(seek[0], "params.train_batch_size_per_learner=64"))
 
 
 # -- the baseline ------------------------------------------------------------------------------------------------------

@@ -85,5 +85,5 @@ class KnownWorld:
         seen = torch.from_numpy(noisy[:, 0])
         p = (seen > 2).float()
         zeros = torch.zeros(len(keys))
-        out = StepOut(self.fitted.observation(noisy), seen.float(), p > 0.5, p, zeros, zeros)
+        out = StepOut(self.fitted.observation(noisy), seen.float(), p > 0.5, p, zeros, zeros, p.isnan())
         return State(self.fitted.observation(raw)), out

@@ -262,3 +262,20 @@ def test_observations_stay(make_world: Any) -> None:
     for _ in range(10):
         env.step(env.action_space.sample())
     assert all((a == step[0]).all() for a, step in zip(frozen, told, strict=True))
+
+
+@pytest.mark.parametrize("family", ["ensemble", "sequence"])
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_divergence_is_cut(make_world: Any, family: str, mode: str) -> None:
+    """Dynamics that explode end in a truncated episode, said in the infos, and never in a number that is not finite."""
+    world = make_world(family=family, terminal=0.0)
+    world.base.residual_scale.fill_(1e38)
+    env = WorldVectorEnv(3, world, autoreset_mode=mode)
+    steps = rollout(env, 30, 0)[1:]
+    assert all(np.isfinite(step[0]).all() and np.isfinite(step[1]).all() and np.isfinite(step[4]["disagreement"]).all() for step in steps)
+    told = [step[4]["diverged"] | step[4].get("final_info", {}).get("diverged", False) for step in steps]
+    cut = [step[3] for step in steps]
+    assert sum(c.sum() for c in cut) > 3 and not any((step[2] & step[3]).any() for step in steps)
+    np.testing.assert_array_equal(told, cut)
+    if mode == "SameStep":
+        assert all(np.isfinite(step[4]["final_obs"][i]).all() for step in steps for i in np.flatnonzero(step[3]))

@@ -49,12 +49,14 @@ class Statistics:
     """Steps taken (an ended environment's reset is none)."""
     disagreement: float = 0.0
     """Sum over the steps, in nats; 0 outside worlds."""
+    diverged: int = 0
+    """Episodes that a world cut because what it imagined was no longer finite."""
     returns: list[float] = field(default_factory=list)
     """Undiscounted returns, without penalty, of the episodes that ended."""
     lengths: list[int] = field(default_factory=list)
 
     def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(self.steps + other.steps, self.disagreement + other.disagreement, self.returns + other.returns, self.lengths + other.lengths)
+        return Statistics(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
 
 
 class AgentEnv(VectorEnv[Any, Any, Any]):
@@ -95,6 +97,7 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
         self._seen.steps += int(stepped.sum())
         if "disagreement" in infos:
             self._seen.disagreement += float(infos["disagreement"][stepped].sum())
+            self._seen.diverged += int(infos["diverged"][stepped].sum())
         self._ended = np.logical_or(terminated, truncated)
         if self._ended.any():
             self._seen.returns += self._return[self._ended].tolist()

@@ -50,6 +50,9 @@ def check(config: AgentConfig) -> None:
         raise UsageError(f"backend={config.backend!r} is not one of {', '.join(BACKENDS)}{nearest(config.backend, BACKENDS)}")
     if not (math.isfinite(config.penalty) and config.penalty >= 0):
         raise UsageError(f"penalty={config.penalty} must be a finite number of at least 0")
+    batch, minibatch = config.num_envs * config.rollout * max(config.runners, 1), config.params.get("minibatch_size")
+    if config.algo in settings.ON_POLICY and isinstance(minibatch, int) and minibatch > batch:
+        raise UsageError(f"params.minibatch_size={minibatch} is more than the {batch} steps of an iteration; lower it, or raise num_envs or rollout")
     if not 0 < config.gamma <= 1:
         raise UsageError(f"gamma={config.gamma} is no discount; give a number above 0 and at most 1")
 
@@ -150,17 +153,18 @@ def _make_env(arguments: Mapping[str, Any], num_envs: int) -> rllib.AgentEnv:
 def _train(config: AgentConfig, run: Run, algorithm: Algorithm) -> dict[str, float]:
     """All iterations; the last one's metrics."""
     metrics: dict[str, float] = {}
-    total = 0
+    total = diverged = 0
     with run.progress(f"train-agent {config.algo}", config.iterations) as update:
         for iteration in range(config.iterations):
             began = time.monotonic()
             result = algorithm.train()
             seen = rllib.statistics(algorithm)
-            total += seen.steps
+            total, diverged = total + seen.steps, diverged + seen.diverged
             metrics = {
                 "imagined_steps": total,
                 "steps_per_s": seen.steps / (time.monotonic() - began),
                 "disagreement": seen.disagreement / max(seen.steps, 1),
+                "diverged": diverged,
                 **rllib.learned(result),
             }
             if seen.returns:
@@ -168,4 +172,6 @@ def _train(config: AgentConfig, run: Run, algorithm: Algorithm) -> dict[str, flo
             run.log({f"agent/{name}": value for name, value in metrics.items()}, step=iteration)
             shown = f"return {metrics['imagined_return']:.1f}  " if seen.returns else ""
             update(iteration + 1, f"imagined {shown}disagreement {metrics['disagreement']:.3f}  {metrics['steps_per_s']:,.0f} steps/s")
+    if diverged:
+        run.say(f"{diverged} imagined episodes were cut where the world's numbers left all bounds; a shorter horizon or starts=logged keeps nearer to its data")
     return metrics

@@ -135,6 +135,9 @@ class StepOut:
     """[B] float32, raw units; zeros without durations"""
     disagreement: Tensor
     """[B] float32 nats, see `net.Draw`; without members to disagree 0"""
+    diverged: Tensor
+    """[B] bool: what was drawn was not finite, as unstable dynamics come to be far from the data. The environment stays where it
+    was, with no reward and not terminated; its episode should be cut there."""
 
 
 class World:
@@ -199,9 +202,12 @@ class World:
         reward = self.net.reward.draw(parts, features, carry.member, u[:, :2])
         p_terminated, terminated = self.net.termination.draw(parts, features, carry.member, u[:, 2])
         duration = draw.duration * self.spec.duration_scale + self.spec.duration_mean if self.spec.durations else draw.duration
+        finite = torch.isfinite(draw.observation.numbers.sum(-1) + reward + duration + draw.disagreement)
+        observation = draw.observation.where(finite, carry.observation)
+        reward, p_terminated, duration, disagreement = (torch.where(finite, x, 0.0) for x in (reward, p_terminated, duration, draw.disagreement))
         position = carry.position + 1 if self.net.memory else 0
-        carry = replace(carry, clock=carry.clock + 1, position=position, observation=draw.observation)
-        return carry, StepOut(draw.observation, reward, terminated, p_terminated, duration, draw.disagreement)
+        carry = replace(carry, clock=carry.clock + 1, position=position, observation=observation)
+        return carry, StepOut(observation, reward, terminated & finite, p_terminated, duration, disagreement, ~finite)
 
     @torch.inference_mode()
     def reset(self, carry: Carry, mask: Tensor, task: Parts, observation: Parts, member: Tensor) -> Carry:

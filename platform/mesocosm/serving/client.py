@@ -53,7 +53,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     penalty: reward becomes reward - penalty * disagreement, and infos["raw_reward"] keeps the world's own.
     deadline_s: how long a replica may take, its replacement included.
 
-    infos: "disagreement" [B] float32, nats; "duration" [B] where the world has durations; each with its `_` mask. A trajectory
+    infos: "disagreement" [B] float32, nats; "diverged" [B] bool, where an episode was truncated because the world's next observation
+    was not finite; "duration" [B] where the world has durations; each with its `_` mask. A trajectory
     is a function of (world, seed, first_env, B, actions): it is the same on both backends, and on whichever replica.
     """
 
@@ -189,13 +190,13 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             self._put_starts(request, self._episode + 1)
         reply = self._step(request)
 
-        terminated = reply["terminated"]
-        restarted = cut | terminated if same_step else cut
-        truncated = late & ~terminated if same_step else late & ~terminated & ~cut
+        terminated, diverged = reply["terminated"], reply["diverged"]
+        restarted = cut | terminated | diverged if same_step else cut
+        truncated = (late | diverged) & ~terminated & (True if same_step else ~cut)
         observation, disagreement = get(reply, "observation"), reply["disagreement"]
         reward = reply["reward"].astype(np.float64)
         told = ~cut if not same_step else np.ones(self.num_envs, np.bool_)
-        infos: dict[str, Any] = {"disagreement": disagreement, "_disagreement": told}
+        infos: dict[str, Any] = {"disagreement": disagreement, "_disagreement": told, "diverged": diverged, "_diverged": told}
         if self.penalty:
             infos |= {"raw_reward": reward, "_raw_reward": told}
             reward = reward - self.penalty * disagreement
@@ -297,6 +298,7 @@ class WorldEnv(gymnasium.Env[Any, Any]):
         observation, reward, terminated, truncated, infos = self._vector.step(batch)
         self._over = bool(terminated[0] or truncated[0])
         info = {name: value[0] for name, value in infos.items() if not name.startswith("_")}
+        info["diverged"] = bool(info["diverged"])  # of NumPy's own bool Gymnasium's vectors make an array of objects
         return self._first(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def _first(self, batch: Any) -> Any:

@@ -26,6 +26,8 @@ from mesocosm.serving.protocol import CONTEXT, Message, get, put
 from mesocosm.storage import Storage
 
 START = -1
+TOLD = ("reward", "terminated", "p_terminated", "duration", "disagreement", "diverged")
+"""What a reply holds of a step's `StepOut`, beside the observation."""
 """The step of the key from which an episode's start is drawn; transitions count from 0."""
 
 
@@ -190,15 +192,15 @@ class Sessions:
         keys = torch.from_numpy(rng.keys(session.seed, session.env, episode, request["step"])).to(world.device)
         session.carry, out = world.step(session.carry, get(request, "action").to(world.device), keys)
         observation = out.observation
-        reply: Message = {name: getattr(out, name).numpy(force=True) for name in ("reward", "terminated", "p_terminated", "duration", "disagreement")}
+        reply: Message = {name: getattr(out, name).numpy(force=True) for name in TOLD}
         mask = request["cut"]
         if request["mode"] == "SameStep":
-            mask = mask | reply["terminated"]
+            mask = mask | reply["terminated"] | reply["diverged"]
         if mask.any():
             if request["mode"] == "SameStep":
                 put(reply, "final", observation)
             else:
-                for name in ("reward", "terminated", "p_terminated", "duration", "disagreement"):
+                for name in TOLD:
                     reply[name] = np.where(mask, np.zeros(1, reply[name].dtype), reply[name])
             task, start = _logged(world, request) or session.starts.of(episode + 1, mask)
             chosen = torch.from_numpy(mask).to(world.device)
