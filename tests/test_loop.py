@@ -74,6 +74,11 @@ def test_round_and_round_through_serve_and_found_again(root: str, ray_local: Non
     jobs = sorted({r.data.tags["mesocosm.run"].split("/")[0] for r in runs})
     assert jobs == ["baseline", "collect", "evaluate", "loop", "pretrain", "train-agent"]
     assert all(r.info.status == "FINISHED" for r in runs)
+    by_job = {r.data.tags["mesocosm.run"].split("/")[0]: r for r in runs}
+    parent = by_job["loop"].info.run_id
+    assert all(r.data.tags["mlflow.parentRunId"] == parent for r in runs if r.info.run_id != parent and r.info.start_time < by_job["baseline"].info.start_time)
+    world = by_job["train-agent"].data.tags
+    assert "worlds" in world["mesocosm.inputs"] and all("spent" in by_job[job].data.tags["mesocosm.ledger"] for job in ("collect", "evaluate", "baseline"))
     assert client.search_model_versions("name = 'mesocosm-world'")
 
 

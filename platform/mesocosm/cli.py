@@ -69,7 +69,11 @@ def _main(arguments: list[str]) -> int:
     parser = _parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in {*JOBS, "doctor"}:
         raise UsageError(f"unknown command {arguments[0]!r}{nearest(arguments[0], [*JOBS, 'doctor'])}; see mesocosm --help")
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    if strange := [word for word in rest if word.startswith("-")]:
+        raise UsageError(f"unknown option {strange[0]!r}; see mesocosm {options.command or ''} --help")
+    if options.command is not None:
+        options.overrides += rest  # overrides may stand before and after options
     if options.command is None:
         parser.print_help()
         return 2
@@ -139,7 +143,7 @@ class _JobParser(argparse.ArgumentParser):
             return text
         name, job = self.job
         schema = getattr(importlib.import_module(job.module), job.schema)
-        keys = "".join(f"  {line}\n" for line in config.to_yaml(schema()).splitlines())
+        keys = "".join(f"  {line}\n" for line in config.describe(schema()))
         return f"{text}\nexample:\n  mesocosm {name} {job.example}\n\nkeys and defaults:\n{keys}"
 
 

@@ -6,16 +6,20 @@ at the edge: what a job receives is a plain dataclass.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import hashlib
+import inspect
+import itertools
 import json
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mesocosm.errors import UsageError, nearest
@@ -74,6 +78,8 @@ def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[
             raise UsageError(f"config file {str(path)!r} cannot be read ({error.strerror}); check the path given to -c") from error
         except Exception as error:
             raise UsageError(f"config file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(layer, DictConfig):
+            raise UsageError(f"config file {str(path)!r} holds a {type(OmegaConf.to_container(layer)).__name__}, not `key: value` lines")
         merged = _merge(merged, layer, f"config file {str(path)!r}", known)
     for override in overrides:
         if "=" not in override.lstrip("="):
@@ -101,6 +107,51 @@ def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> D
         raise UsageError(f"{source}: {_first_line(error)}") from error
 
 
+def describe(config: Any, prefix: str = "") -> list[str]:
+    """One line a key of a dataclass, `key = value`, under the lines that say what it is for: the docstrings beside its fields.
+
+    A job inside a job (the loop's stages) is shown without what it gets from the outer one.
+    """
+    lines: list[str] = []
+    for field_name, text in _documented(type(config)).items():
+        name, value = f"{prefix}{field_name}", getattr(config, field_name)
+        lines += textwrap.wrap(text, 110, initial_indent="# ", subsequent_indent="# ")
+        if dataclasses.is_dataclass(value):
+            shared = [f"{name}.{key}" for key in (*_documented(JobConfig), "reality")] if isinstance(value, JobConfig) else []
+            lines += _without(describe(value, f"{name}."), shared)
+        else:
+            lines.append(f"{name} = {json.dumps(to_dict(config)[field_name])}")
+    return lines
+
+
+def _without(lines: list[str], keys: Sequence[str]) -> list[str]:
+    """`lines` without those keys, the keys under them, and their comments."""
+    kept: list[str] = []
+    comments: list[str] = []
+    for line in lines:
+        if line.startswith("#"):
+            comments.append(line)
+            continue
+        key = line.partition(" = ")[0]
+        if not any(key == k or key.startswith(f"{k}.") for k in keys):
+            kept += [*comments, line]
+        comments = []
+    return kept
+
+
+def _documented(schema: type[Any]) -> dict[str, str]:
+    """Each field's name, with the string literal that follows it in the source of its class."""
+    said: dict[str, str] = {}
+    for cls in reversed(schema.__mro__):
+        if not dataclasses.is_dataclass(cls):
+            continue
+        body = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
+        for node, after in itertools.pairwise(body):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                said[node.target.id] = " ".join(str(after.value.value).split())
+    return {f.name: said.get(f.name, "") for f in dataclasses.fields(schema)}
+
+
 def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
@@ -113,6 +164,8 @@ def _known_keys(schema: type[Any]) -> list[str]:
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
                 yield from walk(child, full + ".")
+            elif isinstance(child, ListConfig) and dataclasses.is_dataclass(element := child._metadata.element_type):
+                yield from (f.name for f in dataclasses.fields(element))  # OmegaConf names a key inside a list by its last part
 
     return list(walk(OmegaConf.structured(schema), ""))
 

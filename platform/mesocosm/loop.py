@@ -26,14 +26,17 @@ from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data import collect as collecting
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collect import CollectConfig
-from mesocosm.errors import UsageError
+from mesocosm.data.spaces import SpaceCodec
+from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import page, report
 from mesocosm.evaluation import run as evaluation
 from mesocosm.evaluation.config import EvaluateConfig
+from mesocosm.evaluation.judge import judging
 from mesocosm.pretrain import run as pretraining
 from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.reality import config as reality_config
 from mesocosm.reality.config import RealityConfig
+from mesocosm.reality.env import spaces_of, version_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.deployment import deploy, undeploy
@@ -67,6 +70,8 @@ class LoopConfig(JobConfig):
     """Model-free training on reality, for comparison."""
 
 
+FREE = ("rounds", "target", "stop_at_target", "baselines")
+"""Keys that change how long the loop goes on and what it is compared with, not the experiment: it goes on in the same ledger."""
 SHARED = ("reality", "seed", "storage", "tracking", "ray", "force")
 
 
@@ -86,24 +91,37 @@ def check(cfg: LoopConfig) -> None:
     budget, needed = cfg.reality.budget.steps, cfg.collect.steps + (cfg.rounds - 1) * cfg.explore.steps
     if budget is not None and needed > budget:
         raise UsageError(f"reality.budget.steps={budget} is less than the {needed} steps of {cfg.rounds} rounds; raise it, or lower rounds or explore.steps")
-    collecting.check(_fill(cfg.collect, cfg, 0))
-    replace(cfg.pretrain, data=replace(cfg.pretrain.data, datasets=["?"])).validate()
-    for i, b in enumerate(cfg.baselines):
-        model_free.check(_fill(b, cfg, i))
+    # Artifacts that are still to be made stand as "?".
+    stages: list[tuple[str, Callable[[], None]]] = [
+        ("collect", lambda: collecting.check(_fill(cfg.collect, cfg, 0))),
+        ("explore", lambda: collecting.check(_fill(_acting(cfg.explore, "?"), cfg, 1))),
+        ("pretrain", lambda: replace(cfg.pretrain, data=replace(cfg.pretrain.data, datasets=["?"])).validate()),
+        ("agent", lambda: agents.check(cfg.agent)),
+        ("evaluate", lambda: replace(cfg.evaluate, world="?").validate()),
+        *((f"baselines[{i}]", partial(model_free.check, _fill(b, cfg, i))) for i, b in enumerate(cfg.baselines)),
+    ]
+    for name, look in stages:
+        try:
+            look()
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from error
 
 
 def plan(cfg: LoopConfig) -> dict[str, Any]:
-    """What a run would spend; nothing is started."""
+    """What a run would spend; nothing is started, and no real step taken."""
     check(cfg)
+    _look(cfg.reality)
     steps = cfg.collect.steps + (cfg.rounds - 1) * cfg.explore.steps
     price = cfg.reality.price
     free = sum(b.steps for b in cfg.baselines)
+    times = [(cfg.evaluate.episodes, cfg.rounds), *((b.judge_episodes, -(-b.steps // b.judge_every)) for b in cfg.baselines if b.judge_every is not None)]
+    judged = sum(episodes * often for episodes, often in times)
     return {
         "rounds": cfg.rounds,
         "real steps": steps,
         "price": f"{steps * price.per_step:g} {price.currency} and {price.per_reset:g} a reset",
-        "judged episodes": cfg.rounds * cfg.evaluate.episodes,
         "model-free real steps": f"at most {free}, {free * price.per_step:g} {price.currency}",
+        **judging(cfg.reality, judged),
         "model": f"{cfg.pretrain.model.family} {cfg.pretrain.model.size}, {cfg.pretrain.train.steps} steps a round",
         "imagined steps": cfg.rounds * cfg.agent.iterations * cfg.agent.num_envs * cfg.agent.rollout,
     }
@@ -112,11 +130,32 @@ def plan(cfg: LoopConfig) -> dict[str, Any]:
 def run(cfg: LoopConfig, run: Run) -> Artifact:
     """Go round `cfg.rounds` times and write the report; a finished loop is found, a broken-off one goes on where it was."""
     check(cfg)
-    id = fingerprint("loop", identity(cfg), __version__, SCHEMA)
+    version = _look(cfg.reality)
+    id = fingerprint("loop", identity(cfg), version, __version__, SCHEMA)
     if not cfg.force and (found := run.storage.find("evaluations", id)) is not None:
         run.say(f"found {found.name}: the loop was finished before")
         return _done(found, run)
-    return _done(_Loop(cfg, run, id).go(), run)
+    cluster.ensure(cfg.ray)
+    needs: dict[str, float] = {"collect.workers": cfg.collect.workers, "pretrain.train.workers": cfg.pretrain.train.workers}
+    served = cfg.serve.replicas * cfg.serve.cpus if cfg.agent.backend == "serve" else 0
+    needs |= {"serve.replicas with agent.runners": served + cfg.agent.runners, "explore.workers": cfg.explore.workers if cfg.rounds > 1 else 0}
+    for name, cpus in needs.items():
+        cluster.preflight(what=f"{name}={cpus:g}", cpus=cpus)
+    return _done(_Loop(cfg, run, id, version).go(), run)
+
+
+def _look(reality: reality_config.RealityConfig) -> str:
+    """The environment's version; raises UsageError where there is no such environment, or a space that no world can hold."""
+    observation, action = spaces_of(reality)
+    for space, name in ((observation, "observation"), (action, "action")):
+        SpaceCodec(space, name)
+    return version_of(reality)
+
+
+def _acting(block: CollectConfig, policy: str | None) -> CollectConfig:
+    """Behaviours that want a policy and name none get `policy`."""
+    named = [b if b.kind == "random" or b.function or b.policy or policy is None else replace(b, policy=policy) for b in block.behaviours]
+    return replace(block, behaviours=named)
 
 
 def _done(artifact: Artifact, run: Run) -> Artifact:
@@ -136,10 +175,19 @@ def _fill(block: J, cfg: LoopConfig, round: int) -> J:
     return replace(block, **(shared | {"seed": cfg.seed * 1000 + round}))
 
 
+def _experiment(cfg: LoopConfig) -> dict[str, Any]:
+    """What names the ledger: a loop that is run again with a larger budget, more rounds or more workers has spent what it has spent."""
+    what = identity(cfg, without=FREE)
+    what["reality"] = {key: value for key, value in what["reality"].items() if key not in collecting.FREE}
+    for name in ("collect", "explore"):
+        what[name] = {key: value for key, value in what[name].items() if key != "workers"}
+    return what
+
+
 class _Loop:
-    def __init__(self, cfg: LoopConfig, run: Run, id: str):
+    def __init__(self, cfg: LoopConfig, run: Run, id: str, version: str):
         self.cfg, self.run, self.id = cfg, run, id
-        self.ledger_id = f"loop-{id}"
+        self.ledger_id = f"loop-{fingerprint('ledger', _experiment(cfg), version)}"
         self.ledger = Ledger(run.storage, self.ledger_id, cfg.reality.budget, cfg.reality.price)
         self.stages: list[report.Stage] = []
         self.lineage: list[tuple[str, str]] = []
@@ -177,9 +225,8 @@ class _Loop:
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def _collect(self, round: int, agent: Artifact | None) -> Artifact:
-        block = self.cfg.collect if agent is None else self.cfg.explore
-        named = [b if b.kind == "random" or b.function or b.policy or agent is None else replace(b, policy=agent.name) for b in block.behaviours]
-        config = replace(_fill(block, self.cfg, round), behaviours=named, ledger=self.ledger_id)
+        block = self.cfg.collect if agent is None else _acting(self.cfg.explore, agent.name)
+        config = replace(_fill(block, self.cfg, round), ledger=self.ledger_id)
         with self.run.child("collect", config) as child:
             artifact = collecting.run(config, child)
         self.steps.append(int(artifact.meta["counts"]["steps"]))
@@ -217,18 +264,27 @@ class _Loop:
         artifact = self._stage(f"baseline {config.algo}", None, "evaluations", train)
         curve = json.loads((artifact.path / "curve.json").read_text())
         kind = "judge" if config.judge_every else "train"  # greedy episodes, as the world's agent is judged by; the training mean lags
-        points = [report.Point(p["steps"], p["return"], wall_seconds=p["seconds"]) for p in curve["points"] if p["kind"] == kind]
+        points = [_point(p) for p in curve["points"] if p["kind"] == kind]
         seconds = points[-1].wall_seconds if points else None
         settings = ", ".join(f"{key} {value}" for key, value in config.params.items())
         return report.Curve(
-            f"model-free {config.algo}", points, censored=config.target is not None and curve["reached"] is None, wall_seconds=seconds, settings=settings
+            f"model-free {config.algo}",
+            points,
+            censored=config.target is not None and curve["reached"] is None,
+            steps=curve["steps"],
+            wall_seconds=seconds,
+            settings=settings,
         )
 
     def _stage(self, name: str, round: int | None, kind: str, make: Callable[[], Artifact]) -> Artifact:
         """Make an artifact and remember how long it took when it was made, also when it is only found now."""
         began = time.monotonic()
-        artifact = make()
-        self.stages.append(report.Stage(name, self._once(f"{kind}-{artifact.id}", time.monotonic() - began, "seconds"), None if round is None else round + 1))
+        try:
+            artifact = make()
+        except UsageError as error:  # what is only found now is a failure: reality has been paid
+            raise MesocosmError(f"{name}: {error}") if self.stages else error from error
+        seconds = self._once(f"{kind}-{artifact.id}-{artifact.meta['run']}", time.monotonic() - began, "seconds")
+        self.stages.append(report.Stage(name, seconds, None if round is None else round + 1))
         self.lineage.append((name if round is None else f"{name}, round {round + 1}", artifact.name))
         self.inputs[kind].append(artifact.id)
         return artifact
@@ -236,7 +292,7 @@ class _Loop:
     def _spent(self, round: int) -> int:
         """Real steps that this round's agent rests on: those of every dataset so far, whichever run paid for them, or what
         the ledger says where that is more (what a crash lost is spent too)."""
-        own = int(self._once(f"spent-{round}", self.ledger.totals().spent, self.id))
+        own = int(self._once(f"spent-{round}", self.ledger.totals().spent, self.ledger_id))
         return max(own, sum(self.steps))
 
     def _once(self, name: str, value: float, folder: str) -> float:
@@ -288,6 +344,13 @@ class _Loop:
     def _notes(self, collected: int) -> list[str]:
         found = sum(self.steps) - collected
         return [f"{found} real steps were collected and paid for by an earlier run: their datasets were found"] if found > 0 else []
+
+
+def _point(point: dict[str, Any]) -> report.Point:
+    """A point of a baseline's curve: judged, or the mean of its training episodes."""
+    if "returns" in point:
+        return report.Point.of(point["steps"], point["returns"], wall_seconds=point["seconds"])
+    return report.Point(point["steps"], point["return"], wall_seconds=point["seconds"])
 
 
 def _by_round(judged: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode
 from mesocosm.data.loader import Loader
-from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
@@ -225,6 +225,19 @@ def test_a_baseline_never_exceeds_its_cap_and_ends_censored(ray_local: None, roo
     totals = Ledger(Storage(root), "shared").totals()
     assert curve["reached"] is None and curve["censored"] and 250 < curve["steps"] <= 400
     assert totals.purposes["baseline"].steps == curve["steps"] and not totals.unconfirmed
+
+
+def test_a_larger_batch_is_counted_before_it_is_taken(ray_local: None, root: str) -> None:
+    shape = ["num_envs=3", "rollout=40", "params.train_batch_size_per_learner=240", "params.minibatch_size=60"]
+    _, curve = run_baseline(baseline_config(root, "steps=400", "target=500", *shape))
+    assert 240 <= curve["steps"] <= 244 and curve["censored"], "a second iteration would have passed the cap"
+
+
+def test_an_environment_that_always_crashes_ends_a_baseline_with_its_own_sentence(ray_local: None, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "reality" / "envs"))
+    config = baseline_config(root, "reality.env=ownenvs:Line", "reality.kwargs.trouble={None: crash}", "reality.horizon=20", "num_envs=2", "rollout=64")
+    with pytest.raises(MesocosmError, match=r"reality.env='ownenvs:Line' failed 5 times in a row .*the arm fell off"):
+        run_baseline(config)
 
 
 @pytest.mark.parametrize(("override", "message"), [("steps=100", "steps=100 is less than one iteration"), ("reality.env=CartPol-v1", "CartPol-v1")])

@@ -184,6 +184,16 @@ def test_a_missed_target_is_said_and_medians_treat_it_as_more(tmp_path: Path) ->
     parsed((tmp_path / "report.html").read_text())
 
 
+def test_a_censored_median_is_bounded_by_what_is_known(tmp_path: Path) -> None:
+    """Of runs that took 5000 steps, more than 8000 and more than 30000, the median is known to be more than 8000, and no more is known."""
+    ours = [Curve("ours", [Point.of(1000, [500.0, 500.0])])]
+    rivals = [Curve("PPO", [Point(5000, 600.0)]), *(Curve("PPO", [Point(steps, 1.0)], censored=True) for steps in (8000, 30000))]
+    group = write(ReportInput("t", "e", 475.0, ours, rivals), tmp_path)["verdict"]["groups"][1]
+    assert group["more_than"] == 8000 and group["ratio"] == 8.0 and group["ratio_is_bound"]
+    unjudged = write(ReportInput("t", "e", 475.0, ours, [Curve("PPO", [], censored=True, steps=700)]), tmp_path)["verdict"]
+    assert "after 700 real steps" in unjudged["text"][1]
+
+
 def test_statistics_say_when_they_are_undefined() -> None:
     assert stats.mean_interval([3.0]) is None
     assert stats.mean_interval([2.0, 2.0, 2.0]) == (2.0, 2.0) and "equal" in stats.describe([2.0, 2.0, 2.0])["note"]

@@ -15,7 +15,7 @@ import pytest
 
 from mesocosm.errors import BudgetSpent, MesocosmError
 from mesocosm.reality.config import BudgetConfig, PriceConfig, RealityConfig, TaskOption
-from mesocosm.reality.env import episode_seed, make_env
+from mesocosm.reality.env import EpisodeError, episode_seed, make_env
 from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import MeteredEnv, make_metered_vector
 from mesocosm.storage import Storage
@@ -108,10 +108,30 @@ def test_a_hanging_step_is_counted_and_the_meter_frozen(own: Path, root: str) ->
     ledger.confirm(usage.reservation, usage.steps, usage.resets, usage.seconds)
     gate.set()
     thread.join()
-    with pytest.raises(MesocosmError, match="stopped"):
+    with pytest.raises(EpisodeError, match="stopped"):
         env.step(STILL)
     env.close()
     assert len(raised) == 1 and ledger.totals().steps == 2 and ledger.totals().unconfirmed == ()
+
+
+def test_a_step_that_comes_back_after_all_is_confirmed_once(own: Path, root: str) -> None:
+    """Frozen in the middle of a step; who froze it never reads the answer."""
+    ledger = opened(root)
+    env = MeteredEnv(make_env(RealityConfig(env="ownenvs:Line", kwargs={"trouble": {"0": "hang"}, "nap": 0.6})), ledger, "collect")
+    env.reset(seed=0)
+    for _ in range(2):
+        env.step(STILL)
+    asked = threading.Timer(0.3, lambda: env.meter.stop_if_hung(0.1))
+    asked.start()
+    with pytest.raises(EpisodeError, match="stopped"):
+        env.step(STILL)
+    late = env.meter.stop()
+    assert late is not None and late.steps == 3 and 0.3 <= late.seconds < 0.6
+    env.close()
+    env.close()
+    totals = ledger.totals()
+    assert totals.steps == 3 and totals.unconfirmed == () and totals.purposes["collect"].seconds == pytest.approx(late.seconds, abs=1e-5)
+    assert len(ledger.storage.list("ledgers/x")) == 2
 
 
 def _step_until_killed(root: str, ready: str) -> None:
@@ -205,6 +225,6 @@ def test_a_vector_draws_reset_options(own: Path, root: str) -> None:
     winds = set()
     for _ in range(20):
         vector.step(np.zeros((2, 1), np.float32))
-        winds |= {env.unwrapped.options["wind"] for env in vector.env.envs}  # type: ignore[attr-defined]
+        winds |= {env.unwrapped.env.unwrapped.options["wind"] for env in vector.env.envs}  # type: ignore[attr-defined]
     vector.close()
     assert len(winds) >= 6

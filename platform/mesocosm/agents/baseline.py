@@ -23,11 +23,11 @@ from mesocosm.agents.config import BaselineConfig
 from mesocosm.agents.policy import Policy
 from mesocosm.config import fingerprint, identity
 from mesocosm.errors import BudgetSpent, UsageError
-from mesocosm.evaluation.judge import judge
+from mesocosm.evaluation.judge import judge, judging
 from mesocosm.reality.config import BudgetConfig, RealityConfig
-from mesocosm.reality.env import spaces_of
+from mesocosm.reality.env import spaces_of, version_of
 from mesocosm.reality.ledger import Ledger
-from mesocosm.reality.metered import Meter, make_metered_vector
+from mesocosm.reality.metered import Meter, MeteredVectorEnv, make_metered_vector
 from mesocosm.storage import SCHEMA, Artifact
 from mesocosm.tracking import Run
 
@@ -61,8 +61,9 @@ def shape(config: BaselineConfig) -> tuple[int, int]:
 def _iteration(config: BaselineConfig) -> int:
     """The most real steps that one `train()` can take: each sample's last vector step may overshoot."""
     num_envs, rollout = shape(config)
-    sample = num_envs * rollout + num_envs - 1
-    return -(-config.iteration_steps // (num_envs * rollout)) * sample if config.algo in settings.REPLAY else sample
+    batch = num_envs * rollout
+    wanted = config.iteration_steps if config.algo in settings.REPLAY else int(config.params.get("train_batch_size_per_learner", batch))
+    return -(-wanted // batch) * (batch + num_envs - 1)
 
 
 def plan(config: BaselineConfig) -> dict[str, Any]:
@@ -71,7 +72,8 @@ def plan(config: BaselineConfig) -> dict[str, Any]:
     spaces_of(config.reality)
     price = config.reality.price
     spent = {"real steps": f"at most {config.steps}", "price": f"at most {config.steps * price.per_step:g} {price.currency} and the resets"}
-    return {"environment": config.reality.env, "algo": config.algo, "params": _params(config), **spent, "target": config.target}
+    apart = {} if config.judge_every is None else judging(config.reality, config.judge_episodes, -(-config.steps // config.judge_every))
+    return {"environment": config.reality.env, "algo": config.algo, "params": _params(config), **spent, **apart, "target": config.target}
 
 
 def run(config: BaselineConfig, run: Run) -> Artifact:
@@ -79,13 +81,14 @@ def run(config: BaselineConfig, run: Run) -> Artifact:
 
     curve.json: {"points": [{"steps", "return", "kind": "train" | "select" | "judge", "seconds"}], "target", "reached": real steps at which the
     target was confirmed or null, "reached_in_training": where the training episodes' own mean first was there, or null, "steps",
-    "train_steps", "select_steps", "judge_steps", "cap", "censored": not reached, "algo", "seconds", "ledger"}.
+    "train_steps", "select_steps", "judge_steps", "dropped": why episodes were cut
+    (a crash, a hang, NaN), "cap", "censored": not reached, "algo", "seconds", "ledger"}.
     """
     check(config)
     told = {"params": _params(config), "model": settings.model(config.algo, config.model), "shape": list(shape(config))}
     facts = identity(config, without=["ledger"]) | told
     facts["reality"] = {key: value for key, value in facts["reality"].items() if key not in FREE}
-    id = fingerprint("evaluations", "baseline", facts, __version__, SCHEMA)
+    id = fingerprint("evaluations", "baseline", facts, version_of(config.reality), __version__, SCHEMA)
     done = None if config.force else run.storage.find("evaluations", id)
     if done is not None:
         run.say(f"found evaluations/{id} ({config.algo} without a model)")
@@ -98,12 +101,14 @@ def run(config: BaselineConfig, run: Run) -> Artifact:
     def fill(folder: Path) -> None:
         curve, policy = _Training(config, run, ledger, spaces).train()
         (folder / CURVE).write_text(json.dumps(curve, indent=1))
+        if curve["dropped"]:
+            run.say(f"{len(curve['dropped'])} real episodes were cut; the last: {curve['dropped'][-1]}")
         (folder / "policy").mkdir()
         policy.save(folder / "policy")
 
     meta = {"inputs": {}, "config": facts, "job": "baseline", "run": run.id, "ledger": ledger}
     artifact = run.storage.make("evaluations", id, meta, fill, force=config.force)
-    run.record(artifact=artifact.name, ledger=ledger)
+    run.record(artifact=artifact.name, ledger=Ledger(run.storage, ledger, BudgetConfig(), config.reality.price).totals().to_json())
     return artifact
 
 
@@ -154,6 +159,7 @@ class _Training:
                     if there:
                         reached = self.steps
             policy = rllib.export(algorithm, config.algo, *self.spaces)
+            dropped = _vector(algorithm).dropped
         finally:
             algorithm.stop()
             self.meter.close()
@@ -168,6 +174,7 @@ class _Training:
             "train_steps": self.train_steps,
             "select_steps": self.select_steps,
             "judge_steps": self.judge_steps,
+            "dropped": dropped,
             "cap": config.steps,
             "seconds": round(time.monotonic() - self.began, 1),
             "ledger": self.ledger,
@@ -177,7 +184,7 @@ class _Training:
     def _iterate(self, algorithm: Algorithm, update: Callable[[float, str], None]) -> float | None:
         """One RLlib iteration; the mean return of the last `window` training episodes, None while there are fewer."""
         self.meter.limit = self.config.steps - self.select_steps
-        algorithm.train()
+        rllib.train(algorithm)
         self.train_steps = self.meter.steps
         self.returns += rllib.statistics(algorithm).returns
         if len(self.returns) < self.config.window:
@@ -239,8 +246,13 @@ def _make_env(reality: RealityConfig, root: str, ledger: str, limit: int, num_en
 
 def _meter(algorithm: Algorithm) -> Meter:
     """The meter of the one environment runner, which lives in this process."""
+    return _vector(algorithm).meter
+
+
+def _vector(algorithm: Algorithm) -> MeteredVectorEnv:
     runner: Any = algorithm.env_runner
-    return runner.env.unwrapped.env.meter
+    vector: MeteredVectorEnv = runner.env.unwrapped.env
+    return vector
 
 
 def _own_reality(config: BaselineConfig) -> RealityConfig:

@@ -16,7 +16,7 @@ class AgentConfig(JobConfig):
     backend: str = "serve"
     """`serve` (the Ray Serve application `app`) or `local` (in the environment runner's own process); the trajectories are the same."""
     app: str = "mesocosm"
-    """The Serve application's name."""
+    """The Serve application's name, on the Ray at `ray.address`; without an address the job serves the world itself while it trains."""
     algo: str = "PPO"
     """PPO, APPO, IMPALA, SAC or DQN of RLlib."""
     params: dict[str, Any] = field(default_factory=dict)

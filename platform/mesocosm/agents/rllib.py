@@ -33,7 +33,7 @@ from torch import nn
 from mesocosm.agents.adapt import ActionMap, flat_space, flatten_batch
 from mesocosm.agents.policy import Head, Layout, Policy, describe
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY
-from mesocosm.errors import ArtifactError, UsageError, nearest
+from mesocosm.errors import ArtifactError, MesocosmError, UsageError, nearest
 
 INITIAL_STD = 0.5
 """Of a Gaussian policy, where [-1, 1] is the action's whole range."""
@@ -216,6 +216,19 @@ def statistics(algorithm: Algorithm) -> Statistics:
     """What all environment runners saw since the last call."""
     parts = _runners(algorithm).foreach_env_runner(lambda runner: runner.env.unwrapped.statistics() if runner.env is not None else Statistics())
     return sum(parts, Statistics())
+
+
+def train(algorithm: Algorithm) -> dict[str, Any]:
+    """One iteration. RLlib wraps what an environment raises in an empty RuntimeError: a sentence of our own comes through as it was."""
+    try:
+        return algorithm.train()
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, MesocosmError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None or cause is error:
+            raise
+        raise cause from error
 
 
 def learned(result: Mapping[str, Any]) -> dict[str, float]:

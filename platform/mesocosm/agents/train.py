@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from mesocosm.data.dataset import Dataset
 from mesocosm.errors import UsageError, nearest
 from mesocosm.model.spec import Parts
 from mesocosm.serving.client import BACKENDS, WorldVectorEnv
+from mesocosm.serving.config import ServeConfig
+from mesocosm.serving.deployment import deploy, undeploy
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run
 
@@ -60,7 +63,9 @@ def check(config: AgentConfig) -> None:
 def plan(config: AgentConfig) -> dict[str, Any]:
     """What `run` would train, and on how many imagined steps. Starts nothing."""
     check(config)
-    world = Storage(config.storage.root).artifact("worlds", config.world)
+    storage = Storage(config.storage.root)
+    world = storage.artifact("worlds", config.world)
+    _datasets(config, storage, world)
     steps = config.iterations * config.num_envs * config.rollout * max(config.runners, 1)
     return {"world": world.name, "algo": config.algo, "params": _params(config), "imagined steps": steps, "real steps": 0, "price": 0.0}
 
@@ -89,6 +94,10 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     seen: dict[str, float] = {}
 
     def fill(folder: Path) -> None:
+        with _served(config, world):
+            train(folder)
+
+    def train(folder: Path) -> None:
         algorithm = _build(config, run, world, starts, horizon)
         try:
             if former is not None:
@@ -103,6 +112,21 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     artifact = run.storage.make("agents", id, meta, fill, force=config.force)
     run.record(artifact=artifact.name)
     return artifact
+
+
+@contextmanager
+def _served(config: AgentConfig, world: Artifact) -> Iterator[None]:
+    """On a Ray of this job's own nobody serves a world but this job; what is served already, or elsewhere, is left as it is."""
+    from ray import serve
+
+    if config.backend != "serve" or config.ray.address is not None or config.app in serve.status().applications:
+        yield
+        return
+    deploy(ServeConfig(world=world.id, name=config.app, storage=config.storage, ray=config.ray))
+    try:
+        yield
+    finally:
+        undeploy(config.app)
 
 
 def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Artifact]:
@@ -157,7 +181,7 @@ def _train(config: AgentConfig, run: Run, algorithm: Algorithm) -> dict[str, flo
     with run.progress(f"train-agent {config.algo}", config.iterations) as update:
         for iteration in range(config.iterations):
             began = time.monotonic()
-            result = algorithm.train()
+            result = rllib.train(algorithm)
             seen = rllib.statistics(algorithm)
             total, diverged = total + seen.steps, diverged + seen.diverged
             metrics = {

@@ -63,6 +63,7 @@ def returns(summary: Mapping[str, Any]) -> str:
         for curve in free:
             xs, ys = _points(curve)
             colour = FREE[names.index(curve["name"]) % len(FREE)]
+            _bars(axes, curve, colour)
             axes.plot(xs, ys, color=colour, linewidth=1.5, alpha=0.85, label=label(curve["name"]))
             if curve["censored"] and xs:
                 axes.plot(xs[-1], ys[-1], marker=">", markersize=9, markerfacecolor="white", markeredgecolor=colour, markeredgewidth=1.6, clip_on=False)
@@ -70,10 +71,7 @@ def returns(summary: Mapping[str, Any]) -> str:
         for number, curve in enumerate(world):
             xs, ys = _points(curve)
             colour = WORLD[number % len(WORLD)]
-            spans = [(p["real_steps"], p["mean"], p["interval"]) for p in curve["points"] if p["interval"] is not None]
-            if spans:
-                down, up = [m - i[0] for _, m, i in spans], [i[1] - m for _, m, i in spans]
-                axes.errorbar([x for x, _, _ in spans], [m for _, m, _ in spans], yerr=[down, up], fmt="none", ecolor=colour, elinewidth=1.4, capsize=3)
+            _bars(axes, curve, colour)
             axes.plot(xs, ys, color=colour, marker="o", markersize=6, linewidth=2.2, label=label(curve["name"]))
             if curve["censored"] and xs:
                 axes.plot(xs[-1], ys[-1], marker=">", markersize=11, markerfacecolor="white", markeredgecolor=colour, markeredgewidth=1.8, clip_on=False)
@@ -96,6 +94,14 @@ def returns(summary: Mapping[str, Any]) -> str:
         axes.set_ylabel("return in reality")
         _legend(axes)
         return _svg(figure, "returns", "Return in reality against real steps spent")
+
+
+def _bars(axes: Axes, curve: Mapping[str, Any], colour: str) -> None:
+    """The intervals of a curve's judged points."""
+    spans = [(p["real_steps"], p["mean"], p["interval"]) for p in curve["points"] if p["interval"] is not None]
+    if spans:
+        down, up = [m - i[0] for _, m, i in spans], [i[1] - m for _, m, i in spans]
+        axes.errorbar([x for x, _, _ in spans], [m for _, m, _ in spans], yerr=[down, up], fmt="none", ecolor=colour, elinewidth=1.4, capsize=3)
 
 
 def losses(summary: Mapping[str, Any]) -> str | None:

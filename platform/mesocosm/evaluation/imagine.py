@@ -34,7 +34,7 @@ def imagine(world: World, policy: Acts, starts: tuple[Parts, Parts], horizon: in
     """Play `policy` greedily in the world from each start, `samples` times, each with one member in turn.
 
     Returns for each of the n starts `samples` arrays [T+1, d] of raw numbers and categories (the columns of `names`), which
-    end where the world terminates, or after `horizon` steps.
+    end where the world terminates or diverges, or after `horizon` steps.
     """
     codec = codec_of(world)
     columns = SpaceCodec(codec.observation_space)
@@ -54,6 +54,7 @@ def imagine(world: World, policy: Acts, starts: tuple[Parts, Parts], horizon: in
         path.append(_flat(columns, raw))
         ended = out.terminated.cpu().numpy()
         lengths = np.where(ended, np.minimum(lengths, t + 2), lengths)
+        lengths = np.where(out.diverged.cpu().numpy(), np.minimum(lengths, t + 1), lengths)
         if (lengths <= t + 2).all():
             break
     whole = np.stack(path, axis=1)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium
 import numpy as np
 
 from mesocosm.agents.policy import Acts
@@ -18,9 +15,10 @@ from mesocosm.data.episode import Episode
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import stats
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import Env, EpisodeError, make_env, run_episode
+from mesocosm.reality.env import Env, EpisodeError, make_env, most_steps, run_episode
 from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import MeteredEnv
+from mesocosm.reality.sturdy import Timed
 
 MAX_EPISODE_STEPS = 10_000
 """Where an environment sets no time limit, an episode is cut here, so that a policy that never fails can be judged."""
@@ -106,7 +104,7 @@ def judge(
     done: list[Episode] = []
     dropped: list[str] = []
     steps = resets = 0
-    env = MeteredEnv(_Timed(bare, reality.step_timeout_s), ledger, purpose, BLOCK, holder=f"{purpose}-{seed}")
+    env = MeteredEnv(Timed(bare, reality.step_timeout_s), ledger, purpose, BLOCK, holder=f"{purpose}-{seed}")
     try:
         for k in range(episodes):
             before = env.meter.steps
@@ -118,7 +116,7 @@ def judge(
                 steps += env.meter.steps - before
                 with suppress(Exception):  # what has crashed may fail to close; the meter closes first
                     env.close()
-                env = MeteredEnv(_Timed(make_env(reality), reality.step_timeout_s), ledger, purpose, BLOCK, holder=f"{purpose}-{seed}")
+                env = MeteredEnv(Timed(make_env(reality), reality.step_timeout_s), ledger, purpose, BLOCK, holder=f"{purpose}-{seed}")
             else:
                 steps += env.meter.steps - before
             if progress is not None:
@@ -128,6 +126,13 @@ def judge(
     if not done:
         raise MesocosmError(f"reality.env={reality.env!r}: all {episodes} judged episodes were dropped; the last: {dropped[-1]}")
     return JudgeResult(tuple(done), steps, resets, tuple(dropped))
+
+
+def judging(reality: RealityConfig, episodes: int, times: int = 1) -> dict[str, Any]:
+    """What `times` judgements would take of reality at most, for a dry run. Takes no real step."""
+    steps, price = times * episodes * (most_steps(reality) or MAX_EPISODE_STEPS), reality.price
+    dear = steps * price.per_step + times * episodes * price.per_reset
+    return {"judged episodes": times * episodes, "judged real steps": f"at most {steps}", "price of judging": f"at most {dear:g} {price.currency}"}
 
 
 def check_spaces(policy: Any, env: Env, reality: RealityConfig) -> None:
@@ -145,37 +150,3 @@ def _greedy(policy: Any) -> Callable[[Any, np.random.Generator], Any]:
         return policy.act_one(observation, False, rng)
 
     return act
-
-
-class _Timed(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Raises TimeoutError in place of a step or reset that takes too long."""
-
-    def __init__(self, env: Env, timeout_s: float):
-        super().__init__(env)
-        self._timeout_s = timeout_s
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        with _time_limit(self._timeout_s):
-            return self.env.reset(seed=seed, options=options)
-
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
-        with _time_limit(self._timeout_s):
-            return self.env.step(action)
-
-
-@contextmanager
-def _time_limit(timeout_s: float) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(number: int, frame: Any) -> None:
-        raise TimeoutError(f"took longer than reality.step_timeout_s={timeout_s:g}")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, timeout_s)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)

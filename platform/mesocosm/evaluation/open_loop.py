@@ -235,14 +235,17 @@ def rollouts(world: World, log: Log, episode: Array, step: Array, ahead: Array, 
         draw = np.tile(np.arange(samples), len(chunk))
         member = torch.from_numpy(draw % world.config.members).to(world.device)
         carry = begin_at(world, log, episode[rows], step[rows], member, warmup)
+        diverged = np.zeros(len(rows), np.bool_)
         for t in range(int(ahead[chunk].max())):
             at = np.minimum(step[rows] + t, log.lengths[episode[rows]] - 1)
             action = log.action(episode[rows], at).to(world.device)
             keys = rng.keys(seed, torch.from_numpy(rows).to(world.device), torch.from_numpy(draw).to(world.device), t)
             carry, out = world.step(carry, action, keys)
+            diverged |= out.diverged.cpu().numpy()
             ended = ahead[rows] == t + 1
             if ended.any():
-                numbers[rows[ended], draw[ended]] = out.observation.numbers.cpu().double().numpy()[ended]
+                seen = np.where(diverged[:, None], np.inf, out.observation.numbers.cpu().double().numpy())
+                numbers[rows[ended], draw[ended]] = seen[ended]
                 categories[rows[ended], draw[ended]] = out.observation.categories.cpu().numpy()[ended]
     return numbers, categories
 

@@ -30,8 +30,9 @@ def _result(summary: Mapping[str, Any]) -> str:
         return ""
     said = "".join(f"<p>{html.escape(line)}</p>" for line in summary["verdict"]["text"])
     why = (
-        "Every real step went through one ledger. A point stands at all the real steps spent to make and choose that agent; bars are 90% bootstrap intervals "
-        "over judged episodes. An open arrow is a run that was stopped before it reached the target."
+        "Every real step went through one ledger. A point stands at all the real steps that the agent, or the world it learned in, was trained on; "
+        "the episodes that judged it are apart, alike for all, and listed below. Bars are 90% bootstrap intervals over judged episodes. "
+        "An open arrow is a run that was stopped before it reached the target."
     )
     rows = [
         [
@@ -90,10 +91,10 @@ def _spent(summary: Mapping[str, Any]) -> str:
 
 def _judged(summary: Mapping[str, Any]) -> str:
     rows, notes = [], []
-    for curve in summary["curves"]["world"]:
-        for point in curve["points"]:
+    for curve in [*summary["curves"]["world"], *summary["curves"]["model_free"]]:
+        for point in (p for p in curve["points"] if p["returns"]):
             when = UNDEFINED if point["round"] is None else count(point["round"])
-            spread = [number(min(point["returns"])), number(max(point["returns"]))] if point["returns"] else [UNDEFINED, UNDEFINED]
+            spread = [number(min(point["returns"])), number(max(point["returns"]))]
             rows.append(
                 [text(curve["name"]), when, count(point["real_steps"]), number(point["mean"]), span(point["interval"]), *spread, count(len(point["returns"]))]
             )

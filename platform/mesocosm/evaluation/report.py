@@ -50,6 +50,8 @@ class Curve:
     points: Sequence[Point]
     censored: bool = False
     """Stopped by its budget before the target was reached: what it would have needed is only known to be more."""
+    steps: int | None = None
+    """All real steps of the run; None: those of its last point."""
     wall_seconds: float | None = None
     settings: str = ""
     """In words: algorithm, how it was tuned, at what cost in real steps."""
@@ -175,7 +177,7 @@ def _curve(curve: Curve, target: float | None) -> dict[str, Any]:
         "steps_to_target": None if at is None else at.real_steps,
         "seconds_to_target": None if at is None else at.wall_seconds,
         "censored": curve.censored or (target is not None and at is None),
-        "steps_spent": points[-1].real_steps if points else 0,
+        "steps_spent": curve.steps if curve.steps is not None else points[-1].real_steps if points else 0,
         "best": max((p.mean for p in points), default=None),
         "wall_seconds": curve.wall_seconds,
     }
@@ -206,10 +208,16 @@ def _group(kind: str, name: str, curves: Sequence[Mapping[str, Any]]) -> dict[st
         "reached": len(reached),
         "steps": [c["steps_to_target"] for c in curves],
         "median": middle if math.isfinite(middle) else None,
-        "more_than": None if math.isfinite(middle) else max((c["steps_spent"] for c in curves), default=0),
+        # A censored run is only known to need more than it spent, so the median of these bounds is all that is known of the median.
+        "more_than": None if math.isfinite(middle) else median([_at_least(c) for c in curves] or [0]),
         "best": max((c["best"] for c in curves if c["best"] is not None), default=None),
         "seconds": median(s for s in seconds if s is not None) if any(s is not None for s in seconds) else None,
     }
+
+
+def _at_least(curve: Mapping[str, Any]) -> int:
+    steps: int = curve["steps_spent"] if curve["steps_to_target"] is None else curve["steps_to_target"]
+    return steps
 
 
 def _words(groups: Sequence[Mapping[str, Any]], ours: Mapping[str, Any] | None, target: float | None, wall_seconds: float | None) -> list[str]:

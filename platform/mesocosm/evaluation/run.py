@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +16,11 @@ from mesocosm.data.dataset import Dataset
 from mesocosm.evaluation import imagine, page, report
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.fidelity import Fidelity, fidelity
-from mesocosm.evaluation.judge import JudgeResult, check_spaces, judge
+from mesocosm.evaluation.judge import JudgeResult, check_spaces, judge, judging
 from mesocosm.evaluation.open_loop import check_dataset, codec_of
 from mesocosm.model.world import World
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import make_env
+from mesocosm.reality.env import environment_version, make_env
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
@@ -33,9 +34,12 @@ def plan(cfg: EvaluateConfig) -> dict[str, Any]:
     cfg.validate()
     storage = Storage(cfg.storage.root)
     world = storage.artifact("worlds", cfg.world)
-    agent = storage.artifact("agents", cfg.agent).name if cfg.agent is not None else None
     horizons = [*cfg.horizons, *(["full"] if cfg.full else [])]
-    return {"world": world.name, "agent": agent, "horizons": horizons, "judged episodes in reality": cfg.episodes if agent is not None else 0}
+    facts: dict[str, Any] = {"world": world.name, "horizons": horizons}
+    if cfg.agent is None:
+        return facts | {"real steps": 0}
+    reality = reality_of(cfg.reality, Codec.from_json(json.loads((world.path / "codec.json").read_text())))
+    return facts | {"agent": storage.artifact("agents", cfg.agent).name} | judging(reality, cfg.episodes)
 
 
 def run(cfg: EvaluateConfig, run: Run) -> Artifact:
@@ -51,16 +55,17 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     world, dataset = World.load(made.path), Dataset([artifact.path for artifact in datasets])
     codec = codec_of(world)
     check_dataset(dataset, codec)
-    policy, reality = None, cfg.reality
+    policy, reality, version = None, cfg.reality, ""
     if trained is not None:
         policy, reality = Policy.load(trained.path), reality_of(cfg.reality, codec)
         env = make_env(reality)
         check_spaces(policy, env, reality)
+        version = environment_version(env)
         env.close()
     inputs = {"worlds": [made.id], "agents": [trained.id] if trained is not None else [], "datasets": [artifact.id for artifact in datasets]}
     what = identity(cfg, without=["world", "agent", "datasets", "ledger"])
     what["reality"] = {key: value for key, value in what["reality"].items() if key not in FREE}
-    id = fingerprint("evaluations", what, inputs, __version__, SCHEMA)
+    id = fingerprint("evaluations", what, inputs, version, __version__, SCHEMA)
     if not cfg.force and (found := storage.find("evaluations", id)) is not None:
         run.say(f"found {found.name}: nothing was evaluated; the report is {found.path / report.PAGE}")
         run.record(artifact=found.name, inputs=inputs)
@@ -81,7 +86,7 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     artifact = storage.make("evaluations", id, meta, lambda folder: _ignore(report.write(about, folder)), force=cfg.force)
     run.artifact(artifact.path / report.PAGE)
     run.artifact(artifact.path / report.SUMMARY)
-    run.record(artifact=artifact.name, inputs=inputs)
+    run.record(artifact=artifact.name, inputs=inputs, **({} if ledger is None else {"ledger": ledger.totals().to_json()}))
     if not run.quiet:
         console.print(_table(faithful, result))
     run.say(f"{artifact.name}: {artifact.path / report.PAGE}")

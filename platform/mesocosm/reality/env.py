@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 
 from mesocosm.data.episode import Episode, Outcome
-from mesocosm.errors import MesocosmError, UsageError, nearest
+from mesocosm.errors import BudgetSpent, MesocosmError, UsageError, nearest
 from mesocosm.reality.config import RealityConfig, check, parse_success
 
 Env = gymnasium.Env[Any, Any]
@@ -26,7 +26,15 @@ Act = Callable[[Any, np.random.Generator], Any]
 
 
 class EpisodeError(MesocosmError):
-    """An environment failed in the middle of an episode: it raised, or gave a number that is not finite."""
+    """An environment failed in the middle of an episode: it raised, hung, or gave what is not finite or not of its spaces."""
+
+
+class EpisodeCut(BudgetSpent):
+    """The budget ran out in the middle of an episode. `episode` is what was paid for, unfinished; None before its first transition."""
+
+    def __init__(self, message: str, episode: Episode | None):
+        super().__init__(message)
+        self.episode = episode
 
 
 @runtime_checkable
@@ -69,6 +77,24 @@ def spaces_of(config: RealityConfig) -> tuple[gymnasium.Space[Any], gymnasium.Sp
     env = make_env(config)
     try:
         return env.observation_space, env.action_space
+    finally:
+        env.close()
+
+
+def version_of(config: RealityConfig) -> str:
+    """`environment_version` of the environment that the config names: part of the id of whatever was measured in it."""
+    env = make_env(config)
+    try:
+        return environment_version(env)
+    finally:
+        env.close()
+
+
+def most_steps(config: RealityConfig) -> int | None:
+    """The time limit of an episode; None where neither the config nor the environment sets one."""
+    env = make_env(config)
+    try:
+        return config.horizon if config.horizon is not None else env.spec.max_episode_steps if env.spec is not None else None
     finally:
         env.close()
 
@@ -169,14 +195,16 @@ def _keys(space: gymnasium.Space[Any], prefix: str = "") -> list[str]:
 
 
 def draw_options(config: RealityConfig, rng: np.random.Generator) -> dict[str, Any]:
-    """The reset options of one episode, in the order of `reality.task`."""
+    """The reset options of one episode, in the order of `reality.task`. A float among the choices makes them all floats,
+    so that an option's kind is the config's, not the draw's."""
     options: dict[str, Any] = {}
     for name in config.task:
         option = config.task_options.get(name)
         if option is None:
             continue
         if option.choices is not None:
-            options[name] = option.choices[int(rng.integers(len(option.choices)))]
+            value = option.choices[int(rng.integers(len(option.choices)))]
+            options[name] = float(value) if any(isinstance(choice, float) for choice in option.choices) else value
         else:
             assert option.low is not None and option.high is not None
             options[name] = float(rng.uniform(option.low, option.high))
@@ -219,24 +247,33 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
         max_steps: after so many steps an episode that has not ended is `unfinished`; None runs to its end.
 
     Raises EpisodeError if the environment raises, or gives an observation, reward or duration that is not finite;
-    BudgetSpent from the meter; MesocosmError if `act` raises: that is the caller's fault, not reality's.
+    EpisodeCut if the meter has no more steps; MesocosmError if `act` raises: that is the caller's fault, not reality's.
     """
     assert max_steps is None or max_steps >= 1, max_steps
     reset_seed, rng = episode_seed(seed, k), stream("actions", seed, k)
     task = draw_options(config, stream("task", seed, k))
     if isinstance(act, Behaviour):
         act.start(k, rng)
-    observation, info = _guarded(partial(env.reset, seed=reset_seed, options=task or None), k, "reset")
-    observations, actions = [_finite(observation, k, 0)], []
+    try:
+        observation, info = _guarded(partial(env.reset, seed=reset_seed, options=task or None), k, "reset")
+    except BudgetSpent as error:
+        raise EpisodeCut(str(error), None) from error
+    observations, actions = [_finite(observation, k, 0)], list[Any]()
     rewards: list[float] = []
     durations: list[float] = []
     outcome: Outcome = "unfinished"
+    spent: BudgetSpent | None = None
     while max_steps is None or len(rewards) < max_steps:
         t = len(rewards) + 1
-        action = _choose(act, observations[-1], rng, behaviour, k)
-        observation, reward, terminated, truncated, info = _guarded(partial(env.step, action), k, f"step {t}")
+        action = _choose(act, _copy(observations[-1]), rng, behaviour, k)
+        chosen = _copy(action)  # an environment may clip the action in place
+        try:
+            observation, reward, terminated, truncated, info = _guarded(partial(env.step, action), k, f"step {t}")
+        except BudgetSpent as error:
+            spent = error
+            break
         observations.append(_finite(observation, k, t))
-        actions.append(_copy(action))
+        actions.append(chosen)
         rewards.append(_number(reward, "reward", k, t))
         if "duration" in info:
             durations.append(_number(info["duration"], "info['duration']", k, t))
@@ -244,7 +281,7 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
             outcome = "terminated" if terminated else "truncated"
             break
     values = np.asarray(rewards, dtype=np.float64)
-    return Episode(
+    episode = Episode(
         index=k,
         seed=reset_seed,
         behaviour=behaviour,
@@ -256,6 +293,9 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
         task=task,
         success=None if config.success is None else parse_success(config.success)(float(values.sum()), cast(Mapping[str, Any], info)),
     )
+    if spent is not None:
+        raise EpisodeCut(str(spent), episode if rewards else None) from spent
+    return episode
 
 
 def _guarded(call: Callable[[], Any], k: int, where: str) -> Any:
@@ -288,7 +328,7 @@ def _number(value: Any, what: str, k: int, t: int) -> float:
 
 def _finite(observation: Any, k: int, t: int) -> Any:
     copied = _copy(observation)
-    if not _all_finite(copied):
+    if not all_finite(copied):
         raise EpisodeError(f"episode {k}: the observation after step {t} holds NaN or infinity")
     return copied
 
@@ -299,18 +339,19 @@ def _copy(value: Any) -> Any:
         return value.copy()
     if isinstance(value, Mapping):
         return {key: _copy(item) for key, item in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_copy(item) for item in value)
+    if isinstance(value, tuple | list):
+        items = [_copy(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
     return value
 
 
-def _all_finite(value: Any) -> bool:
+def all_finite(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.dtype.kind != "f" or bool(np.isfinite(value).all())
     if isinstance(value, Mapping):
-        return all(_all_finite(item) for item in value.values())
-    if isinstance(value, tuple):
-        return all(_all_finite(item) for item in value)
+        return all(all_finite(item) for item in value.values())
+    if isinstance(value, tuple | list):
+        return all(all_finite(item) for item in value)
     return not isinstance(value, float | np.floating) or bool(np.isfinite(value))
 
 

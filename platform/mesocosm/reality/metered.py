@@ -7,7 +7,6 @@ import time
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +14,11 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
-from mesocosm.errors import BudgetSpent, MesocosmError
+from mesocosm.errors import BudgetSpent
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import TaskSampler, make_env
+from mesocosm.reality.env import EpisodeError, TaskSampler
 from mesocosm.reality.ledger import Ledger, Reservation, Usage
+from mesocosm.reality.sturdy import Sturdy
 from mesocosm.storage import Storage
 
 RESETS_A_BLOCK = 8
@@ -42,12 +42,14 @@ class Meter:
         self._held: Reservation | None = None
         self._used = (0, 0, 0.0)
         self._busy_since: float | None = None
-        self._stopped = False
+        self.stopped = False
+        """Frozen by another thread: whatever is under way fails when it comes back, and nothing further begins."""
         self._lock = threading.Lock()
 
     @contextmanager
     def use(self, *, steps: int = 0, resets: int = 0) -> Iterator[None]:
-        """Around the real thing. Counted even if it raises: it may have happened. Raises BudgetSpent before it happens."""
+        """Around the real thing. Counted even if it raises: it may have happened. Raises BudgetSpent before it happens,
+        EpisodeError where the meter was stopped before or meanwhile."""
         with self._lock:
             self._check_running()
             self._ensure(steps, resets)
@@ -60,13 +62,13 @@ class Meter:
         finally:
             with self._lock:
                 self._busy_since = None
-                if not self._stopped:
+                if not self.stopped:
                     self._used = (*self._used[:2], self._used[2] + time.monotonic() - began)
         self._check_running()
 
     def _check_running(self) -> None:
-        if self._stopped:
-            raise MesocosmError("this meter was stopped: its environment had hung")
+        if self.stopped:
+            raise EpisodeError("this meter was stopped: its environment had hung")
 
     def _ensure(self, steps: int, resets: int) -> None:
         held = self._held
@@ -100,10 +102,10 @@ class Meter:
         self._held, self._used = None, (0, 0, 0.0)
 
     def close(self) -> None:
-        """Confirm what was used and give the rest back. The meter can go on afterwards, with a new reservation."""
+        """Confirm what was used and give the rest back. The meter can go on afterwards, with a new reservation; a stopped one
+        confirms what it was frozen at, in case the one who stopped it does not."""
         with self._lock:
-            if not self._stopped:
-                self._release(self._usage())
+            self._release(self._usage())
 
     def busy_s(self) -> float:
         """Seconds since the step or reset under way began; 0 if none is."""
@@ -112,7 +114,8 @@ class Meter:
 
     def stop_if_hung(self, timeout_s: float) -> Usage | None:
         """From another thread: if a step has been under way for longer than `timeout_s`, freeze the meter (no further step
-        can begin) and return what was used of its reservation, the hanging step included, for the caller to confirm."""
+        can begin) and return what was used of its reservation, the hanging step included, for the caller to confirm.
+        A step that comes back after all raises EpisodeError, and `close` confirms the very same: the first confirmation holds."""
         with self._lock:
             return self._freeze() if self.busy_s() > timeout_s else None
 
@@ -122,9 +125,10 @@ class Meter:
             return self._freeze()
 
     def _freeze(self) -> Usage | None:
-        busy, usage = self.busy_s(), self._usage()
-        self._stopped = True
-        return None if usage is None else replace(usage, seconds=usage.seconds + busy)
+        if not self.stopped:
+            self._used = (*self._used[:2], self._used[2] + self.busy_s())
+            self.stopped = True
+        return self._usage()
 
 
 class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -176,6 +180,12 @@ class MeteredVectorEnv(VectorWrapper):
         self._ended = np.logical_or(terminated, truncated)
         return observation, reward, terminated, truncated, info
 
+    @property
+    def dropped(self) -> list[str]:
+        """Why episodes were cut: a member crashed, hung or gave NaN."""
+        members: Any = self.env.unwrapped
+        return [reason for member in members.envs for reason in getattr(member.unwrapped, "dropped", [])]
+
     def close(self, **kwargs: Any) -> None:
         self.meter.close()
         self.env.close(**kwargs)
@@ -195,5 +205,5 @@ def make_metered_vector(
 
 
 def _member(config: RealityConfig) -> gymnasium.Env[Any, Any]:
-    env = make_env(config)
+    env = Sturdy(config)
     return TaskSampler(env, config) if config.task_options else env

@@ -1,0 +1,115 @@
+"""Environments of reality that crash, hang or give NaN, made fit for a learner that knows nothing of it."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import gymnasium
+
+from mesocosm.errors import MesocosmError
+from mesocosm.reality.config import RealityConfig
+from mesocosm.reality.env import Env, all_finite, make_env
+
+MAX_FAILURES = 5
+"""So many failures in a row, with no episode finished between them, are no accident."""
+
+
+class Timed(gymnasium.Wrapper[Any, Any, Any, Any]):
+    """Raises TimeoutError in place of a step or reset that takes too long: in the main thread, between two Python instructions (a hang
+    inside a C library is not ended)."""
+
+    def __init__(self, env: Env, timeout_s: float):
+        super().__init__(env)
+        self._timeout_s = timeout_s
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        with _time_limit(self._timeout_s):
+            return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        with _time_limit(self._timeout_s):
+            return self.env.step(action)
+
+
+class Sturdy(gymnasium.Env[Any, Any]):
+    """The environment that `config` names, whose failing step ends its episode: truncated, at the last observation, with no reward.
+
+    A fresh environment takes the failed one's place, and `dropped` says why. Raises MesocosmError after MAX_FAILURES in a row.
+    """
+
+    def __init__(self, config: RealityConfig):
+        self._config = config
+        self.dropped: list[str] = []
+        self._in_a_row = 0
+        self._renew()
+        self.observation_space, self.action_space = self.env.observation_space, self.env.action_space
+        self.metadata = self.env.metadata
+
+    def _renew(self) -> None:
+        self.env = Timed(make_env(self._config), self._config.step_timeout_s)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        super().reset(seed=seed)
+        while True:
+            try:
+                observation, info = self.env.reset(seed=seed, options=options)
+                if all_finite(observation):
+                    self._last = copy.deepcopy(observation)  # environments may give the same buffer twice
+                    return observation, info
+                reason = "the reset's observation holds NaN or infinity"
+            except MesocosmError:
+                raise
+            except Exception as error:
+                reason = f"the reset raised {type(error).__name__}: {error}"
+            self._failed(reason)
+            seed = None  # the same seed might fail again
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        try:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+            if all_finite(observation) and all_finite(reward):
+                self._last = copy.deepcopy(observation)
+                self._in_a_row = 0 if terminated or truncated else self._in_a_row
+                return observation, reward, terminated, truncated, info
+            reason = "a step gave NaN or infinity"
+        except MesocosmError:
+            raise
+        except Exception as error:
+            reason = f"a step raised {type(error).__name__}: {error}"
+        self._failed(reason)
+        return self._last, 0.0, False, True, {}
+
+    def _failed(self, reason: str) -> None:
+        self.dropped.append(" ".join(reason.split()))
+        self._in_a_row += 1
+        if self._in_a_row >= MAX_FAILURES:
+            raise MesocosmError(f"reality.env={self._config.env!r} failed {self._in_a_row} times in a row ({self.dropped[-1]}); correct it")
+        with suppress(Exception):  # what has crashed may fail to close
+            self.env.close()
+        self._renew()
+
+    def close(self) -> None:
+        self.env.close()
+
+
+@contextmanager
+def _time_limit(timeout_s: float) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: Any) -> None:
+        raise TimeoutError(f"took longer than reality.step_timeout_s={timeout_s:g}")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, timeout_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
