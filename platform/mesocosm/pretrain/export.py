@@ -21,6 +21,9 @@ from mesocosm.model.world import World
 
 CHECK_WINDOWS = 4096
 BATCH = 128
+LEAST = 0.1
+"""Recall and precision below this fail a world, where there are ENOUGH terminals to tell."""
+ENOUGH = 10
 
 
 def world_of(weights: Path, base: Base, codec: Codec, config: ModelConfig) -> World:
@@ -36,7 +39,8 @@ class TerminationCheck:
 
     terminals: int
     found: int
-    called: int
+    false: float
+    """Other transitions that it calls terminal, in units of `terminals`: oversampled ones are weighted back to the data's own rate."""
     measured_on: str
 
     @property
@@ -45,7 +49,7 @@ class TerminationCheck:
 
     @property
     def precision(self) -> float | None:
-        return self.found / self.called if self.called else None
+        return self.found / (self.found + self.false) if self.found + self.false else None
 
     @property
     def verdict(self) -> str:
@@ -55,12 +59,17 @@ class TerminationCheck:
         if not self.found:
             missed = f"of {self.terminals} terminal transitions ({self.measured_on}) the world ends none, so its episodes never end"
             return f"failed: {missed}; train longer or with more train.events"
+        if self.terminals >= ENOUGH:
+            for name, value, said in (("recall", self.recall, "ends almost none of its episodes"), ("precision", self.precision, "ends almost anywhere")):
+                if value is not None and value < LEAST:
+                    found = f"{name} {value:.2g} on {self.terminals} terminal transitions ({self.measured_on}) is below {LEAST:g}: the world {said}"
+                    return f"failed: {found}; train longer or with more train.events"
         return "passed"
 
 
 def check_termination(world: World, dataset: Dataset, codec: Codec, seed: int) -> TerminationCheck:
     """On the validation split; on training transitions where that holds no terminal."""
-    counted = torch.zeros(3, dtype=torch.int64)
+    counted = torch.zeros(3, dtype=torch.float64)
     with torch.inference_mode():
         if len(dataset.episodes("valid")):
             loader = Loader(dataset, codec, "valid", world.config.context, BATCH, seed)
@@ -69,20 +78,21 @@ def check_termination(world: World, dataset: Dataset, codec: Codec, seed: int) -
                 features = world.net.context(transition)
                 parts = inputs(transition.observation, transition.action, transition.task, outcome.observation)
                 logit = world.net.termination.logit(parts, None if features is None else features.flatten(0, 1))
-                counted += _count(logit, windows.terminated.flatten(), windows.mask.flatten())
+                counted += _count(logit, windows.terminated.flatten(), windows.mask.flatten().double())
         measured_on = "validation"
         if counted[0] == 0:
             events = Loader(dataset, codec, "train", world.config.context, 1, seed, events=3 * BATCH).batch(0).events
             assert events is not None
             logit = world.net.termination.logit(inputs(events.observation, events.action, events.task, events.next_observation))
-            counted = _count(logit, events.terminated, torch.ones_like(events.terminated, dtype=torch.bool))
+            counted = _count(logit, events.terminated, events.weight.double())
             measured_on = "training"
-    terminals, found, called = counted.tolist()
-    return TerminationCheck(terminals, found, called, measured_on)
+    terminals, found, false = counted.tolist()
+    return TerminationCheck(round(terminals), round(found), false, measured_on)
 
 
-def _count(logit: Tensor, terminated: Tensor, mask: Tensor) -> Tensor:
-    """logit [K, N] -> (terminals, found, called), [3] int64."""
-    called = (torch.sigmoid(logit).mean(0) > 0.5) & mask
-    terminal = (terminated > 0.5) & mask
-    return torch.stack([terminal.sum(), (called & terminal).sum(), called.sum()])
+def _count(logit: Tensor, terminated: Tensor, weight: Tensor) -> Tensor:
+    """logit [K, N], weight [N] float64 (0: not there) -> (terminals, found, false), [3] float64."""
+    called, there, terminal = torch.sigmoid(logit).mean(0) > 0.5, weight > 0, terminated > 0.5
+    true = terminal & there
+    of_a_terminal = weight[true].mean() if true.any() else 1.0
+    return torch.stack([true.sum(), (called & true).sum(), (weight * (called & ~terminal)).sum() / of_a_terminal])

@@ -1,0 +1,53 @@
+"""The check that a world's episodes end where reality's do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mesocosm.data.codec import Codec
+from mesocosm.model.base import Base
+from mesocosm.model.layers import Constant
+from mesocosm.model.net import build
+from mesocosm.model.world import World
+from mesocosm.pretrain import prepare
+from mesocosm.pretrain.export import TerminationCheck, check_termination
+from mesocosm.storage import Storage
+
+
+@pytest.mark.parametrize(("transitions", "measured_on"), [(40, "training"), (400, "validation")])
+def test_a_world_that_ends_everywhere_fails(
+    tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any], transitions: int, measured_on: str
+) -> None:
+    """Its precision is the data's own rate of terminals, also where that is measured on events, of which a third are terminals."""
+    storage = Storage(cart_root(tmp_path, transitions))
+    dataset = prepare.open_datasets(storage, ["cart"])
+    codec = Codec.fit(dataset)
+    config = load(storage.root).model
+    world = World(build(codec.spec, config), Base(codec.spec, config))
+    world.net.termination.prior = Constant(torch.tensor(50.0))
+    check = check_termination(world, dataset, codec, 0)
+    split = "train" if measured_on == "training" else "valid"
+    assert check.measured_on == measured_on and check.recall == 1.0
+    assert check.precision == pytest.approx(len(dataset.episodes(split)) / dataset.count(split), rel=0.01)
+    if check.terminals >= 10:
+        assert check.verdict.startswith(f"failed: precision {check.precision:.2g} on {check.terminals} terminal transitions")
+
+
+@pytest.mark.parametrize(
+    ("check", "verdict"),
+    [
+        (TerminationCheck(0, 0, 9.0, "training"), "not applicable: no episode of the data terminates"),
+        (TerminationCheck(3, 0, 0.0, "validation"), "failed: of 3 terminal transitions (validation) the world ends none"),
+        (TerminationCheck(50, 4, 0.0, "validation"), "failed: recall 0.08 on 50 terminal transitions (validation) is below 0.1: the world ends almost none"),
+        (TerminationCheck(50, 5, 46.0, "validation"), "failed: precision 0.098 on 50 terminal transitions (validation) is below 0.1: the world ends almost"),
+        (TerminationCheck(50, 5, 5.0, "validation"), "passed"),
+        (TerminationCheck(9, 9, 500.0, "validation"), "passed"),
+    ],
+)
+def test_verdicts(check: TerminationCheck, verdict: str) -> None:
+    assert check.verdict.startswith(verdict)
