@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.rng import member_mask
+from mesocosm.model.rng import left_out, member_mask
 from mesocosm.model.spec import Parts, PartSpec, Spec
 
 MAX_CARDINALITY = 16
@@ -111,8 +111,7 @@ class Base(nn.Module):
             base.residual_scale.copy_(torch.maximum(change.std(0, correction=0), bins))
             return base
         x = base.features(observation, action, task)
-        keep = member_mask(episode, base.members)
-        keep[~keep.any(1)] = True  # too few episodes for a mask
+        keep = member_mask(episode, base.members) | left_out(episode, base.members).unsqueeze(1)
         _fit_ridge(base, x, change, keep)
         residual = change - torch.matmul(x, base.ridge)
         base.scale.copy_(torch.maximum(residual.pow(2).mean((0, 1)).sqrt(), bins))

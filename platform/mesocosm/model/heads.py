@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import Decoder, Layout, Scale
 from mesocosm.model.ladder import BASE_HIDDEN, BASE_WIDTH, dims
 from mesocosm.model.layers import Constant, MemberLinear, MemberMLP, Read, flatten, read
-from mesocosm.model.rng import member_mask
 from mesocosm.model.spec import Parts, Spec, TextSpan, Windows
 
 REWARD_COMPONENTS = 2
@@ -122,18 +122,19 @@ class TerminationHead(nn.Module):
         outputs: Tensor = self.head.mlp(parts) + self.head.correct(features)
         return outputs.squeeze(-1) + self.prior(outputs)
 
-    def losses(self, windows: Windows, parts: Read, features: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(log-likelihood [K, N] of the windows' own transitions, the scalar objective: mean over members, nats a transition)."""
+    def losses(self, windows: Windows, parts: Read, features: Tensor | None, kept: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """(log-likelihood [K, N] of the windows' own transitions, the scalar objective: mean over members, nats a transition); `kept` is
+        `WorldNet.kept`."""
         terminated = windows.terminated.flatten()
         events = windows.events
         with torch.set_grad_enabled(events is None and torch.is_grad_enabled()):
             f = self.logit(parts)
         log_prob = -bce(f + self._g(features), terminated)
-        keep = member_mask(windows.episode, self.members).unsqueeze(-1) * windows.mask.float()
+        keep = kept(windows.episode).unsqueeze(-1) * windows.mask.float()
         objective = -(log_prob * keep.flatten(1)).sum() / keep.numel()
         if events is not None:
             of_events = bce(self.logit(inputs(events.observation, events.action, events.task, events.next_observation)), events.terminated)
-            weight = member_mask(events.episode, self.members) * events.weight
+            weight = kept(events.episode) * events.weight
             objective = objective + (of_events * weight).sum() / weight.numel()
         return log_prob, objective
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.heads import RewardHead, StartModel, TerminationHead, inputs
-from mesocosm.model.rng import member_mask
+from mesocosm.model.layers import Constant
+from mesocosm.model.rng import left_out, member_mask
 from mesocosm.model.spec import Parts, Spec, Windows
 
 
@@ -108,6 +109,7 @@ class WorldNet(nn.Module, ABC):
         self.start = StartModel(spec, config)
         self.reward = RewardHead(spec, config.members, hidden, features)
         self.termination = TerminationHead(spec, config.members, hidden, features)
+        self._left_out = Constant(torch.zeros(config.members, dtype=torch.bool))
 
     # -- what a family gives -------------------------------------------------------------------------------------------
 
@@ -137,13 +139,21 @@ class WorldNet(nn.Module, ABC):
 
     # -- what they share -----------------------------------------------------------------------------------------------
 
+    def trains_on(self, episodes: Tensor) -> None:
+        """Say which episodes, by their hashes [E] int64, the training split holds: a member that would keep none of them keeps all."""
+        self._left_out = Constant(left_out(episodes, self.members))
+
+    def kept(self, episode: Tensor) -> Tensor:
+        """[B] int64 hashes -> bool [K, B]: the members that train on an episode."""
+        return member_mask(episode, self.members) | self._left_out(episode).unsqueeze(1)
+
     def forward(self, windows: Windows, base: BaseOut) -> Losses:
-        """The losses of `windows`; `base` is `apply_base(base, windows)`, [K, B, W, n]. What `windows.seen` corrupts is the history
-        that `context` reads: changes, base and heads keep to the true o_t."""
+        """The losses of `windows`; `base` is `apply_base(base, windows)`, [K, B, W, n]. Where `windows.seen` is set it stands for o_t
+        everywhere: see `unroll`."""
         transition, outcome = unroll(windows)
         valid = windows.mask.float()
         scale = 1.0 / (self.members * valid.numel())
-        keep = member_mask(windows.episode, self.members).unsqueeze(-1) * valid
+        keep = self.kept(windows.episode).unsqueeze(-1) * valid
         log_k = math.log(self.members)
 
         def nats(log_prob: Tensor) -> Tensor:
@@ -153,12 +163,12 @@ class WorldNet(nn.Module, ABC):
         def objective(log_prob: Tensor) -> Tensor:
             return -(torch.where(windows.mask, log_prob, 0.0) * keep).sum() * scale
 
-        features = self.context(transition if windows.seen is None else replace(transition, observation=windows.seen))
+        features = self.context(transition)
         dynamics, duration = self.log_prob(features, transition, outcome, base)
         parts = inputs(transition.observation, transition.action, transition.task, outcome.observation)
         flat = None if features is None else features.flatten(0, 1)
         reward = self.reward.log_prob(parts, flat, windows.reward.flatten()).view(dynamics.shape)
-        termination, termination_objective = self.termination.losses(windows, parts, flat)
+        termination, termination_objective = self.termination.losses(windows, parts, flat, self.kept)
         start = torch.where(windows.start, self.start.log_prob(windows.task, windows.observation[:, 0]), 0.0)
 
         sums = {"dynamics": nats(dynamics), "reward": nats(reward), "termination": nats(termination.view(dynamics.shape)), "task": -start.detach().sum()}
@@ -170,7 +180,9 @@ class WorldNet(nn.Module, ABC):
 
 
 def unroll(windows: Windows) -> tuple[Transition, Outcome]:
-    """The [B, W] transitions of windows, the task repeated along W."""
+    """The [B, W] transitions of windows, the task repeated along W. From `windows.seen`, where it is set, to the true o_{t+1}: history, base
+    and heads read the noisy o_t, and the change to be predicted leads back from it, so that a world learns to correct its own errors
+    (Sanchez-Gonzalez et al. 2020, arXiv 2002.09405)."""
     steps = windows.mask.shape[1]
     task = Parts(windows.task.numbers.unsqueeze(1).expand(-1, steps, -1), windows.task.categories.unsqueeze(1).expand(-1, steps, -1))
     transition = Transition(windows.observation[:, :-1] if windows.seen is None else windows.seen, windows.action, task)

@@ -85,3 +85,8 @@ def member_mask(episode: Tensor, members: int, keep: float = KEEP) -> Tensor:
     key = mix(episode)
     always = (key >> 1) % members
     return (uniform(key, member) < keep) | (member == always)
+
+
+def left_out(episode: Tensor, members: int) -> Tensor:
+    """bool [K]: the members to which `member_mask` gives none of these episodes, as happens with one to three. They train on all of them."""
+    return ~member_mask(episode, members).any(1)

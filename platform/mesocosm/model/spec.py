@@ -131,7 +131,8 @@ class Windows:
     """[B] int64: a hash of the episode, from which members draw their bootstrap masks"""
     events: Events | None = None
     seen: Parts | None = None
-    """[B, W, ...]: o_t as the network reads it, where training corrupts its history; None: as it was. What is to be predicted is never corrupted."""
+    """[B, W, ...]: o_t with noise, for all that reads it, where training corrupts its history; None: as it was. o_{t+1} stays true, so the
+    change to it leads from the noisy o_t."""
 
     def to(self, device: torch.device | str) -> Windows:
         moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if getattr(self, f.name) is not None}

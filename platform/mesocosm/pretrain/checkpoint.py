@@ -3,7 +3,7 @@
     checkpoint_*/ds/ds/...           DeepSpeed's own files, a shard a rank
                 /rank-00000.pt       the rank's random state
                 /rank-00000.json     sha256 of the files this rank wrote
-                /progress.json       step, world size, ZeRO stage, recent losses (rank 0)
+                /progress.json       step, world size, ZeRO stage, best loss (rank 0)
                 /model.safetensors   only at the end, instead of DeepSpeed's files: the float32 weights
 
 Every rank saves into its own folder and reports it; Ray merges them in storage, under this project's runs prefix. They
@@ -29,6 +29,7 @@ from mesocosm.storage import Storage
 TAG = "ds"
 UNIVERSAL = "universal"
 PROGRESS = "progress.json"
+SNAPSHOT = "checkpoint_manager_snapshot.json"
 MODEL = "model.safetensors"
 
 
@@ -41,8 +42,8 @@ class Progress:
     world_size: int = 1
     zero_stage: int = 0
     precision: str = "fp32"
-    recent: list[float] = field(default_factory=list)
-    """`Watch`'s memory."""
+    best: float | None = None
+    """`Watch`'s memory: the least loss."""
     high: int = 0
     seconds: float = 0.0
     """Spent training, over all attempts."""
@@ -61,14 +62,22 @@ def folder_of(id: str) -> str:
 
 
 def latest(storage: Storage, id: str) -> tuple[str, Progress] | None:
-    """The last whole checkpoint (its path under the root) and its progress, as Ray Train's own record names it."""
-    snapshot = storage.read(f"{folder_of(id)}/checkpoint_manager_snapshot.json")
-    result = json.loads(snapshot)["latest_checkpoint_result"] if snapshot else None
-    if not result:
+    """The last whole checkpoint (its path under the root) and its progress, as Ray Train's own record names it. Raises UsageError where
+    that record is damaged: Ray writes it in place, so a crash may tear it, and resumes from nothing else."""
+    name = f"{folder_of(id)}/{SNAPSHOT}"
+    snapshot = storage.read(name)
+    if snapshot is None:
         return None
-    path = f"{folder_of(id)}/{result['checkpoint_dir_name']}"
-    progress = storage.read(f"{path}/{PROGRESS}")
-    return None if progress is None else (path, Progress(**json.loads(progress)))
+    try:
+        result = json.loads(snapshot)["latest_checkpoint_result"]
+        if not result:
+            return None
+        path = f"{folder_of(id)}/{result['checkpoint_dir_name']}"
+        name = f"{path}/{PROGRESS}"
+        progress = storage.read(name)
+        return None if progress is None else (path, Progress(**json.loads(progress)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"training cannot go on: {name!r} in storage.root {storage.root!r} is damaged; use --force to begin anew") from error
 
 
 def read_progress(folder: Path) -> Progress:
@@ -110,17 +119,30 @@ def _seal(folder: Path, progress: Progress, rank: int) -> Path:
     if rank == 0:
         (folder / PROGRESS).write_text(json.dumps(asdict(progress)))
     sums = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    (folder / f"rank-{rank:05d}.json").write_text(json.dumps(sums))
+    (folder / _record(rank)).write_text(json.dumps(sums))
     return folder
 
 
+def _record(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
 def verify(folder: Path) -> None:
-    """Raises MesocosmError where a file is missing or differs from its checksum."""
-    for record in sorted(folder.glob("rank-*.json")):
-        for name, expected in json.loads(record.read_text()).items():
-            path = folder / name
-            if not path.exists() or _sha256(path) != expected:
-                raise MesocosmError(f"checkpoint {folder.name!r}: file {name!r} is missing or damaged (checksum differs); run again with --force to begin anew")
+    """Raises MesocosmError where a rank's record is missing, or a file is missing or differs from its checksum."""
+
+    def damaged(name: str) -> MesocosmError:
+        return MesocosmError(f"checkpoint {folder.name!r}: file {name!r} is missing or damaged (checksum differs); run again with --force to begin anew")
+
+    name = PROGRESS
+    try:
+        for rank in range(read_progress(folder).world_size):
+            name = _record(rank)
+            sums = json.loads((folder / name).read_text())
+            for file, expected in sums.items():
+                if not (folder / file).exists() or _sha256(folder / file) != expected:
+                    raise damaged(file)
+    except (OSError, ValueError, TypeError) as error:
+        raise damaged(name) from error
 
 
 def load_running(engine: Any, folder: Path, tag: str) -> None:

@@ -52,8 +52,9 @@ class TrainConfig:
     clip: float = 1.0
     """Of the gradient's global norm."""
     corrupt_history: float = 0.0
-    """Standard deviation of the noise on the observations that the network reads (never on those it must predict), in units of the
-    base's one-step error. A world that has seen inputs as wrong as its own samples drifts less over long horizons."""
+    """Standard deviation of the noise on the observations that a step is predicted from, in units of the base's one-step error; what
+    follows stays true, so the change leads from the noisy to the true and teaches correction. A world that has seen inputs as wrong as
+    its own samples drifts less over long horizons."""
     precision: str = "auto"
     """`fp32`, `bf16` (with float32 masters: ZeRO stage 1 at least), or `auto`: fp32 on CPU, bf16 on CUDA."""
     workers: int = 1
@@ -106,6 +107,8 @@ class PretrainConfig(JobConfig):
             value = getattr(t, key)
             if value is not None and value < low:
                 raise UsageError(f"train.{key}={value} must be at least {low}")
+        if 0 < t.events < 3:
+            raise UsageError(f"train.events={t.events} cannot be a third terminals; use at least 3, or 0 for none")
         for key in ("lr", "clip", "epochs", "peak_flops"):
             value = getattr(t, key)
             if value is not None and not (math.isfinite(value) and value > 0):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mesocosm.data.codec import Codec
@@ -25,7 +26,7 @@ from mesocosm.pretrain.config import TrainConfig
 from mesocosm.pretrain.engine import Rank
 from mesocosm.pretrain.feed import Feed
 from mesocosm.pretrain.metrics import Meter, Sums, measured_peak
-from mesocosm.pretrain.schedule import Watch, lr_factor
+from mesocosm.pretrain.schedule import Watch, due, lr_factor
 from mesocosm.storage import Storage
 
 RATES_EVERY = 10
@@ -82,6 +83,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
     net = build(codec.spec, work.model)
     mup.init_(net, work.seed)
     net.checkpoint_activations = options.activation_checkpointing
+    net.trains_on(torch.from_numpy(dataset.table["hash"][dataset.episodes("train")].astype(np.int64)))
     resumed = ray.train.get_checkpoint()
     with resumed.as_directory() if resumed else nullcontext() as kept:
         running, rates, before = engine.start(net, options, own, Path(kept) if kept else None, work.id)
@@ -89,7 +91,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
     saved = progress.step
 
     base = _base(work, storage, codec, feed).to(own.device)
-    watch = Watch(progress.recent, progress.high)
+    watch = Watch(progress.best, progress.high)
     flops = prepare.read_flops(storage, checkpoint.folder_of(work.id))
     meter = Meter(flops, options.batch * work.model.context, options.peak_flops or measured_peak(own.device, options.precision), own.world_size)
     micro, shares = own.world_size * options.accumulate, range(own.rank * options.accumulate, (own.rank + 1) * options.accumulate)
@@ -112,7 +114,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
         told = sums.reduced(own.device, stop=feed.told_to_stop)
         if told.pop("stop"):
             return
-        trouble = watch.check(step, loss=told["loss"], objective=told["objective"])
+        trouble = watch.check(step, last=step == work.steps, loss=told["loss"], objective=told["objective"])
         if trouble is None:
             told["gradient_norm"] = engine.step(running)
             trouble = watch.check(step, gradient_norm=told["gradient_norm"])
@@ -122,7 +124,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
             return
         meter.end(told["transitions"])
 
-        progress = replace(progress, step=step, recent=list(watch.recent), high=watch.high, seconds=progress.seconds + meter.last)
+        progress = replace(progress, step=step, best=watch.best, high=watch.high, seconds=progress.seconds + meter.last)
         done = step == work.steps
         record = {"step": step, **{f"train/{name}": value for name, value in told.items()}, "lr": options.lr * factor}
         if step % RATES_EVERY == 0 or done:
@@ -133,7 +135,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
             progress = replace(progress, validations=[*progress.validations, {"step": step, **measured}])
         if own.rank == 0:
             feed.put(record)
-        if step % options.checkpoint_every == 0 or done:
+        if done or due(step, saved, options.checkpoint_every, watch.high):
             if done:
                 progress = replace(progress, measured=meter.overall())
             full = engine.weights(running, own) if done else None
@@ -159,8 +161,9 @@ def validate(running: Any, base: Base, loader: Loader, options: TrainConfig, own
 
 
 def corrupted(windows: Windows, base: Base, amount: float, seed: int, first: int) -> Windows:
-    """Windows whose network reads noisy observations, with `amount` times the base's one-step error as standard deviation; an episode's own
-    start is exact. The noise is a function of the sample's global number (`first` is that of row 0), whatever the number of workers."""
+    """Windows whose o_t carry noise of `amount` times the base's one-step error as standard deviation, wherever they are read (`net.unroll`);
+    o_{t+1} is true and an episode's own start is exact. The noise is a function of the sample's global number (`first` is that of row 0),
+    whatever the number of workers."""
     if amount == 0:
         return windows
     seen = windows.observation[:, :-1]

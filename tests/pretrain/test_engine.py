@@ -1,0 +1,94 @@
+"""A real DeepSpeed engine in this process, a group of one: what it is told reaches the optimiser, and what it was it is again."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from mesocosm.errors import MesocosmError
+from mesocosm.model.base import Base
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.counts import blank_windows
+from mesocosm.model.mup import init_
+from mesocosm.model.net import apply_base, build
+from mesocosm.model.spec import PartSpec, Spec
+from mesocosm.pretrain import checkpoint, engine
+from mesocosm.pretrain.checkpoint import Progress
+from mesocosm.pretrain.config import TrainConfig
+from mesocosm.pretrain.engine import Rank
+
+SPEC = Spec(PartSpec(2, (1e-2,) * 2), PartSpec(1, (1e-2,)))
+MODEL = ModelConfig(size="10k", members=1, context=4, base=False)
+ALONE = Rank(0, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    engine.import_deepspeed()
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        yield
+    dist.destroy_process_group()
+
+
+def start(kept: Path | None = None, **options: Any) -> Any:
+    net = build(SPEC, MODEL)
+    init_(net, 0)
+    return engine.start(net, TrainConfig(batch=4, precision="fp32", **options), ALONE, kept, "test")[0]
+
+
+def moved(running: Any, steps: int = 3) -> float:
+    """How far the weights go in a few steps, at most."""
+    before = [parameter.detach().clone() for parameter in running.module.parameters()]
+    windows = blank_windows(SPEC, 4, 4)
+    base = apply_base(Base(SPEC, MODEL), windows)
+    for _ in range(steps):
+        running.backward(running(windows, base).objective)
+        engine.step(running)
+    return max(float((a - b).detach().abs().max()) for a, b in zip(running.module.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_gradients_are_clipped(stage: int) -> None:
+    """Adam forgets the scale of gradients unless they are far below its eps, so that is where they are clipped to."""
+    assert moved(start(zero_stage=stage, weight_decay=0.0)) > 1e-3
+    assert moved(start(zero_stage=stage, weight_decay=0.0, clip=1e-14)) < 1e-5
+
+
+def test_random_state_and_weights_are_restored() -> None:
+    running = start()
+    moved(running)
+    torch.rand(3)
+    folder = checkpoint.save_running(running, Progress(step=1, steps=2), 0)
+    following = torch.rand(5)
+    torch.manual_seed(12345)
+    again = start(folder)
+    assert torch.equal(torch.rand(5), following)
+    assert all(torch.equal(a, b) for a, b in zip(again.module.parameters(), running.module.parameters(), strict=True))
+    assert moved(again) == moved(running), "the optimiser's moments too"
+    shutil.rmtree(folder)
+
+
+def test_a_checkpoint_without_all_its_ranks_is_refused() -> None:
+    running = start()
+    whole, other = (checkpoint.save_running(running, Progress(step=3, steps=9, world_size=2), rank) for rank in range(2))
+    with pytest.raises(MesocosmError, match=r"file 'rank-00001\.json' is missing .*--force"):
+        checkpoint.verify(whole)
+    shutil.copytree(other, whole, dirs_exist_ok=True)
+    checkpoint.verify(whole)
+    shard = next((whole / "ds" / "ds").iterdir())
+    shard.write_bytes(b"stale")
+    with pytest.raises(MesocosmError, match=f"file 'ds/ds/{shard.name}' is missing or damaged"):
+        checkpoint.verify(whole)
+    (whole / "progress.json").write_text("{")
+    with pytest.raises(MesocosmError, match=r"file 'progress\.json' is missing or damaged"):
+        checkpoint.verify(whole)
+    for folder in (whole, other):
+        shutil.rmtree(folder)
