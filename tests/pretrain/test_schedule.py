@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from mesocosm.errors import UsageError
-from mesocosm.pretrain.run import plan
-from mesocosm.pretrain.schedule import FACTOR, MARGIN, PATIENCE, RECENT, Watch, lr_factor
+from mesocosm.pretrain.run import plan, run
+from mesocosm.pretrain.schedule import FACTOR, GRACE, MARGIN, PATIENCE, Watch, due, lr_factor
+from mesocosm.storage import Storage
 
 
 def test_warm_up_stable_decay() -> None:
@@ -33,28 +36,55 @@ def test_what_is_not_finite_is_named_with_its_step() -> None:
     assert Watch().check(4, gradient_norm=float("inf")) == "the gradient norm is inf at step 4"
 
 
+def told(watch: Watch, *losses: float, start: int = 1) -> list[str | None]:
+    return [watch.check(step, loss=loss) for step, loss in enumerate(losses, start)]
+
+
 def test_an_explosion_must_last() -> None:
+    watch, high = Watch(), FACTOR * 2.0 + MARGIN + 1
+    assert not any(told(watch, *[2.0] * 64, *[high] * (PATIENCE - 1), 2.0)), "one good step clears it"
+    said = told(watch, *[high] * PATIENCE, start=100)
+    assert said[:-1] == [None] * (PATIENCE - 1)
+    assert said[-1] == f"the loss exploded: {high:.4g} nats a transition at step {99 + PATIENCE}, after 2 at its best"
+
+
+@pytest.mark.parametrize("good", [1, 3, GRACE, 30])
+def test_an_early_explosion_is_noticed_soon(good: int) -> None:
+    said = told(Watch(), *[2.0] * good, *[1e6] * 20)
+    assert [bool(s) for s in said].index(True) + 1 == max(good + PATIENCE, GRACE + 1)
+
+
+def test_a_slow_explosion_does_not_become_the_usual() -> None:
+    assert any(told(Watch(), *(2.0 * 1.02**step for step in range(400))))
+
+
+def test_a_falling_and_noisy_loss_is_no_explosion() -> None:
+    noise = np.random.default_rng(0).lognormal(0.0, 0.5, 2000)
+    assert not any(told(Watch(), *(noise * (1.0 + 500.0 * 0.97 ** np.arange(2000)))))
+
+
+def test_the_last_step_of_all_must_not_be_high() -> None:
     watch = Watch()
-    for step in range(RECENT):
-        assert watch.check(step, loss=2.0) is None
-    high = FACTOR * 2.0 + MARGIN + 1
-    for step in range(PATIENCE - 1):
-        assert watch.check(step, loss=high) is None
-    assert watch.check(99, loss=2.0) is None, "one good step clears it"
-    told = [watch.check(100 + step, loss=high) for step in range(PATIENCE)]
-    assert told[:-1] == [None] * (PATIENCE - 1)
-    assert "exploded" in str(told[-1]) and f"step {100 + PATIENCE - 1}" in str(told[-1])
+    told(watch, *[2.0] * 20)
+    assert "exploded" in str(Watch(watch.best).check(21, last=True, loss=31.0)) and watch.check(21, last=True, loss=29.0) is None
+
+
+def test_what_is_saved_is_never_a_high_loss() -> None:
+    """Checkpoints are due at 4, 8, 12, ...; the loss is high in 7-10 and once in 16."""
+    watch, saved, made = Watch(), 0, []
+    for step in range(1, 21):
+        assert watch.check(step, loss=100.0 if 7 <= step <= 10 or step == 16 else 2.0) is None
+        if due(step, saved, 4, watch.high):
+            made.append(saved := step)
+    assert made == [4, 11, 12, 17, 20]
 
 
 def test_the_watch_resumes_where_it_stood() -> None:
     watch = Watch()
-    for step in range(RECENT):
-        watch.check(step, loss=1.0)
-    watch.check(RECENT, loss=1e6)
-    again = Watch(list(watch.recent), watch.high)
-    assert [w.check(0, loss=1e6) for w in (watch, again) for _ in range(PATIENCE - 1)][PATIENCE - 2 :: PATIENCE - 1] == [
-        f"the loss exploded: 1e+06 nats a transition at step 0, after a median of {1:.4g}"
-    ] * 2
+    told(watch, *[1.0] * 64, 1e6)
+    again = Watch(watch.best, watch.high)
+    said = [told(w, *[1e6] * (PATIENCE - 1), start=66) for w in (watch, again)]
+    assert said[0] == said[1] and "exploded" in str(said[0][-1])
 
 
 @pytest.mark.parametrize(
@@ -63,6 +93,7 @@ def test_the_watch_resumes_where_it_stood() -> None:
         ("data.datasets=[]", "data.datasets"),
         ("train.batch=9", "train.batch=9 cannot be divided among train.workers=2 x train.accumulate=1; use a multiple of 2"),
         ("train.zero_stage=4", "train.zero_stage=4"),
+        ("train.events=2", "train.events=2 cannot be a third terminals; use at least 3, or 0 for none"),
         ("train.precision=bf61", "did you mean 'bf16'"),
         ("train.lr=0", "train.lr=0"),
         ("train.epochs=1", "train.steps=5 and train.epochs=1"),
@@ -77,6 +108,17 @@ def test_wrong_use_is_said_before_anything_starts(tmp_path: Path, cart_root: Cal
     with pytest.raises(UsageError) as error:
         plan(given)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_damaged_dataset_is_wrong_use_as_long_as_nothing_started(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:
+    given = load(cart_root(tmp_path, 20))
+    shard = next((Path(given.storage.root) / "datasets").rglob("obs_num.npy"))
+    shard.write_bytes(shard.read_bytes()[:-8])
+    said = r"datasets/cart: file '.*obs_num.npy' is missing or damaged"
+    with pytest.raises(UsageError, match=said):
+        plan(given)
+    with pytest.raises(UsageError, match=said):
+        run(given, cast(Any, SimpleNamespace(storage=Storage(given.storage.root))))
 
 
 def test_a_plan_counts_without_doing(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:

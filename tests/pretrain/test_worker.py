@@ -7,13 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from mesocosm.data.codec import Codec
 from mesocosm.data.loader import Loader
+from mesocosm.errors import UsageError
 from mesocosm.model.base import Base
 from mesocosm.model.net import unroll
-from mesocosm.pretrain import prepare
+from mesocosm.pretrain import checkpoint, prepare
 from mesocosm.pretrain.feed import Feed
 from mesocosm.pretrain.worker import corrupted
 from mesocosm.storage import Storage
@@ -41,6 +43,25 @@ def test_a_failure_stops_every_later_attempt(root: str) -> None:
     assert Feed(Storage(root), "runs/checkpoints/x").stopped
     driver.clear()
     assert not worker.stopped
+
+
+def test_a_new_run_forgets_failures_and_keeps_what_was_measured(root: str) -> None:
+    """The driver was killed before it read any of it."""
+    worker = Feed(Storage(root), "runs/checkpoints/x")
+    worker.put({"step": 1})
+    worker.fail("the loss is nan at step 2")
+    fresh = Feed(Storage(root), "runs/checkpoints/x")
+    fresh.clear()
+    assert fresh.take() == [{"step": 1}] and not fresh.stopped and fresh.take() == []
+
+
+@pytest.mark.parametrize("torn", [b"", b'{"latest_checkpoint_res', b"{}", b'{"latest_checkpoint_result": {"a": 1}}'])
+def test_a_torn_record_of_checkpoints_is_a_sentence(root: str, torn: bytes) -> None:
+    storage = Storage(root)
+    assert checkpoint.latest(storage, "w") is None
+    storage.write("runs/checkpoints/w/checkpoint_manager_snapshot.json", torn)
+    with pytest.raises(UsageError, match=r"'runs/checkpoints/w/checkpoint_manager_snapshot.json' .* is damaged; use --force to begin anew"):
+        checkpoint.latest(storage, "w")
 
 
 def test_noise_is_on_what_is_read_and_the_same_for_any_number_of_workers(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:

@@ -65,4 +65,9 @@ class Feed:
         self._storage.write(f"{self._folder}/stop", reason.encode())
 
     def clear(self) -> None:
+        """Begin anew: forget the word to stop and failures that nobody read; other records are kept to be read."""
         self._storage.remove(f"{self._folder}/stop")
+        for record in self.take():
+            if "failed" not in record:
+                self.put(record)
+        self.flush()

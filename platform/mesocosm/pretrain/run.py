@@ -17,7 +17,7 @@ from mesocosm.config import fingerprint
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.loader import Loader
-from mesocosm.errors import MesocosmError
+from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.model import counts
 from mesocosm.pretrain import checkpoint, prepare
 from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig, what
@@ -33,8 +33,7 @@ __all__ = ["PretrainConfig", "plan", "run"]
 def plan(config: PretrainConfig) -> dict[str, Any]:
     """What `run` would do, and its size. Raises UsageError as `run` does before it starts."""
     config.validate()
-    storage = Storage(config.storage.root)
-    dataset = prepare.open_datasets(storage, config.data.datasets)
+    dataset = _opened(config)
     codec = Codec.fit(dataset)
     steps, loader = _steps(config, dataset, codec)
     sizes = counts.params(codec.spec, config.model)
@@ -54,8 +53,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
 def run(config: PretrainConfig, run: tracking.Run) -> Artifact:
     """Pretrain, or find, the world that `config` describes. Raises UsageError before anything starts, MesocosmError after."""
     config.validate()
-    storage = run.storage
-    dataset = prepare.open_datasets(storage, config.data.datasets)
+    storage, dataset = run.storage, _opened(config)
     if config.ray.address is not None:
         cluster.ensure(config.ray)
     gpus = _gpus(config)
@@ -204,6 +202,14 @@ def _export(
     elif ending.recall is not None:
         run.say(f"termination ({ending.measured_on}): recall {ending.recall:.2f}, precision {(ending.precision or 0):.2f}")
     return artifact
+
+
+def _opened(config: PretrainConfig) -> Dataset:
+    """The datasets, before anything starts. Raises UsageError, also where one is damaged."""
+    try:
+        return prepare.open_datasets(Storage(config.storage.root), config.data.datasets)
+    except ArtifactError as error:
+        raise UsageError(str(error)) from error
 
 
 def _note(record: dict[str, Any]) -> str:
