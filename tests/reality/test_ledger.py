@@ -173,6 +173,25 @@ def test_of_two_confirmations_the_first_holds(root: str) -> None:
     assert one.totals().steps == two.totals().steps == 4
 
 
+def test_a_reentrant_call_does_not_let_a_grant_pass_the_budget(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector closes a forgotten environment between our reading the budget and our record; another process was there before."""
+    ledger, other = (Ledger(Storage(root), "x", BudgetConfig(50)) for _ in range(2))
+    forgotten = ledger.reserve("collect", 10)
+    remaining, calls = ledger._remaining, []
+
+    def interrupted(purpose: str, confirming: Usage | None) -> int | None:
+        left = remaining(purpose, confirming)
+        if not calls:
+            calls.append(other.reserve("collect", 40))
+            ledger.confirm(forgotten, 10)
+        return left
+
+    monkeypatch.setattr(ledger, "_remaining", interrupted)
+    with pytest.raises(BudgetSpent):
+        ledger.reserve("collect", 40)
+    assert ledger.totals().spent == 50
+
+
 def test_appending_reads_only_what_is_new(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger(Storage(root), "x")
     for _ in range(30):

@@ -138,12 +138,12 @@ class Ledger:
         with self._lock:
             while True:
                 self._catch_up()
+                number = self._next  # a re-entrant call may move on over others' records: what we judge by is what stands before this one
                 left = self._remaining(purpose, confirming)
                 granted = steps if left is None else min(steps, left)
                 if granted < 1 or (exact and granted < steps):
                     raise BudgetSpent(self._refusal(purpose, steps, max(granted, 0)))
-                number = self._append({"purpose": purpose, "steps": granted, "resets": resets, "holder": holder}, confirming)
-                if number is not None:
+                if self._append(number, {"purpose": purpose, "steps": granted, "resets": resets, "holder": holder}, confirming):
                     return self._open[number]
 
     def confirm(self, reservation: Reservation, steps: int, resets: int = 0, seconds: float = 0.0) -> None:
@@ -151,7 +151,7 @@ class Ledger:
         usage = Usage(reservation, steps, resets, seconds)
         with self._lock:
             self._catch_up()
-            while reservation.number in self._open and self._append(None, usage) is None:
+            while reservation.number in self._open and not self._append(self._next, None, usage):
                 self._catch_up()
 
     # -- looking -------------------------------------------------------------------------------------------------
@@ -203,21 +203,20 @@ class Ledger:
             raise ArtifactError(f"{self._path(number)} in {self.storage.root!r} is damaged; restore it from a copy, or use another ledger") from error
         return record
 
-    def _append(self, reserve: dict[str, Any] | None, confirm: Usage | None) -> int | None:
-        """Create the next record; its number, or None if another process was first."""
+    def _append(self, number: int, reserve: dict[str, Any] | None, confirm: Usage | None) -> bool:
+        """Create record `number`; False if it is there already."""
         record: dict[str, Any] = {"schema": 1, "nonce": uuid.uuid4().hex, "time": round(time.time(), 3), "reserve": reserve, "confirm": None}
         if confirm is not None:
             held = confirm.reservation
             assert 0 <= confirm.steps <= held.steps and 0 <= confirm.resets <= held.resets, confirm
             record["confirm"] = {"of": held.number, "steps": confirm.steps, "resets": confirm.resets, "seconds": round(confirm.seconds, 6)}
-        number = self._next
         if not self.storage.create(self._path(number), json.dumps(record).encode()):
             # A remote store may answer "there" to its own retry of our request: the nonce tells.
             raw = self.storage.read(self._path(number))
             if raw is None or self._parse(number, raw)["nonce"] != record["nonce"]:
-                return None
+                return False
         self._apply(number, record)
-        return number
+        return True
 
     def _apply(self, number: int, record: Mapping[str, Any]) -> None:
         if number != self._next:  # a re-entrant call has applied it already
