@@ -109,6 +109,71 @@ def test_the_64th_reward_value_is_a_category_and_the_65th_is_not(write: Write) -
         assert codec.reward_raw(codec.reward(raw)).tolist() == pytest.approx(raw.tolist(), abs=1e-4)
 
 
+def test_a_reward_that_only_validation_holds_is_a_category(write: Write) -> None:
+    episodes = goal_episodes(rewards=np.arange(20) % 2 + 0.0)
+    held_out = Dataset([write(episodes, id="split", observation_space=GOAL, action_space=spaces.Box(-1, 1, (2,)))]).episodes("valid")
+    episodes[held_out[0]].rewards = np.arange(20) % 3 + 0.0
+    codec, dataset = fitted(write, episodes)
+    assert 2.0 not in np.concatenate([e.rewards for e in dataset.iter_episodes("train")])
+    assert codec.spec.reward_values == (0.0, 1.0, 2.0)
+    assert (codec.spec.reward_mean, codec.spec.reward_scale) == (0.5, 0.5), "the other statistics are the training split's"
+
+
+def test_the_first_dataset_states_the_precision(write: Write) -> None:
+    """A deviation that grows from .999 to 1.001 must not move the loss by ln 10 a dimension."""
+
+    def scaled(std: float, id: str) -> Path:
+        episodes = goal_episodes(seed=len(id))
+        for k, episode in enumerate(episodes):
+            wave = std * np.where(np.arange(21) % 2, 1.0, -1.0)  # of this very deviation, but for an odd row
+            episode.observations = [{**o, "body": np.array([w, 7.0, w])} for o, w in zip(episode.observations, wave, strict=True)]
+            episode.actions = [np.array([w, w], np.float32) for w in wave[1:]]
+            episode.rewards = wave[1:] + k / 1e3 + np.arange(20) / 1e6
+            episode.durations = 2 * std + wave[1:]
+            episode.task = {"mass": std * (-1.0) ** k}
+        return write(episodes, id=id, observation_space=GOAL, action_space=spaces.Box(-1, 1, (2,)), task=["mass"], valid_fraction=0.0)
+
+    paths = [scaled(0.99, "a"), scaled(1.2, "bb")]
+    one, grown, turned = (Codec.fit(Dataset(p)) for p in (paths[:1], paths, paths[::-1]))
+
+    def precision(codec: Codec) -> list[float]:
+        every = codec.to_json()["scalings"]
+        spec = codec.spec
+        rest = [spec.reward_bin * spec.reward_scale, spec.duration_bin * spec.duration_scale]
+        return [*every["observation"]["precision"][1:], *every["action"]["precision"], *every["options"]["precision"], *rest]
+
+    assert precision(one) == pytest.approx([1e-5, 1e-4, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5])
+    assert precision(grown) == pytest.approx(precision(one)) and grown.spec.observation.bins != one.spec.observation.bins
+    assert precision(turned) == pytest.approx([1e-4] * 8)
+    np.testing.assert_allclose(grown._scalings["observation"].scale[1], np.sqrt((0.99**2 + 1.2**2) / 2), rtol=1e-2)
+
+
+def test_a_column_that_is_constant_in_the_first_dataset_takes_its_precision_from_all(write: Write) -> None:
+    def constant(value: float, id: str) -> Path:
+        episodes = goal_episodes()
+        for episode in episodes:
+            episode.observations = [{**o, "body": np.array([value, 7.0, 1.0])} for o in episode.observations]
+        return write(episodes, id=id, observation_space=GOAL, action_space=spaces.Box(-1, 1, (2,)), valid_fraction=0.0)
+
+    codec = Codec.fit(Dataset([constant(0.0, "a"), constant(4e-9, "b")]))
+    assert codec.to_json()["scalings"]["observation"]["precision"][1:] == pytest.approx([1e-13, 1e-4, 1e-4])
+
+
+def test_small_units_are_no_constants(write: Write) -> None:
+    """Columns of deviation 4e-9 around 0 and 1e-3, one beyond float64's reach around 1e6, and one that is 0 throughout."""
+    rng = np.random.default_rng(0)
+    at = np.array([0.0, 1e-3, 1e6, 0.0])
+    spread = np.array([4e-9, 4e-9, 4e-9, 0.0])
+    episodes = [
+        Episode(k, k, "random", list(at + spread * rng.normal(size=(30, 4))), [np.int64(0)] * 29, np.zeros(29), "truncated", None, {}, None) for k in range(8)
+    ]
+    dataset = Dataset([write(episodes, observation_space=spaces.Box(-np.inf, np.inf, (4,), np.float64))])
+    codec = Codec.fit(dataset)
+    numbers = codec.observations_list([o for e in dataset.iter_episodes("train") for o in e.observations]).numbers
+    assert numbers.std(0, correction=0).tolist() == pytest.approx([1, 1, 0, 0], abs=1e-5)
+    assert codec.spec.observation.bins[:2] == pytest.approx([1e-13 / 4e-9] * 2, rel=0.2)
+
+
 def test_durations(write: Write) -> None:
     durations = np.linspace(0.5, 1.5, 20)
     codec, _ = fitted(write, goal_episodes(durations=durations))

@@ -1,13 +1,13 @@
 """What turns an environment's values into a world's slots and back: fitted once on the training split, then part of the world.
 
 A codec belongs to a world. Numbers are normalised in float64 and cast to float32 last; nothing is clipped. `Codec.id` is a
-fingerprint of everything in it.
+fingerprint of everything in it. Means and scales are those of all the datasets together; the precision, which the likelihood is
+counted in, is stated by the first of them alone: worlds whose lists of datasets begin alike have comparable nats.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mesocosm.config import fingerprint
 from mesocosm.data.manifest import TaskOption
+from mesocosm.data.scaling import Moments, Scaling
 from mesocosm.data.spaces import SpaceCodec, space_from_json, space_to_json
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
@@ -29,70 +30,6 @@ Array = NDArray[Any]
 SCHEMA = 1
 REWARD_VALUES = 64
 """Rewards with at most so many distinct values are exact categories."""
-CONSTANT = 1e-8
-"""A dimension whose deviation is below this share of its magnitude is constant: scale 1."""
-CONSTANT_PRECISION = 1e-4
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """Per-column statistics in raw units, [n] float64; normalised = (raw - mean) / scale."""
-
-    mean: Array
-    scale: Array
-    precision: Array
-
-    def normalise(self, raw: Array) -> Tensor:
-        """[..., n] raw -> float32."""
-        return torch.from_numpy(((raw - self.mean) / self.scale).astype(np.float32))
-
-    def raw(self, normalised: Tensor) -> Array:
-        """[..., n] float32 -> float64 raw."""
-        return normalised.detach().cpu().numpy().astype(np.float64) * self.scale + self.mean
-
-    def bins(self, columns: Array | slice = slice(None)) -> tuple[float, ...]:
-        return tuple((self.precision / self.scale)[columns].tolist())
-
-    def to_json(self) -> dict[str, list[float]]:
-        return {"mean": self.mean.tolist(), "scale": self.scale.tolist(), "precision": self.precision.tolist()}
-
-    @staticmethod
-    def from_json(data: Mapping[str, list[float]]) -> Scaling:
-        return Scaling(*(np.array(data[name], np.float64) for name in ("mean", "scale", "precision")))
-
-    @staticmethod
-    def of(moments: Moments, integers: Array | None = None) -> Scaling:
-        """The precision of a float is 10**floor(log10(1e-4 std)), an integer's is 1."""
-        std = moments.std
-        constant = std <= CONSTANT * np.maximum(1.0, np.abs(moments.mean))
-        scale = np.where(constant, 1.0, std)
-        precision = np.where(constant, CONSTANT_PRECISION, 10.0 ** np.floor(np.log10(1e-4 * scale)))
-        if integers is not None:
-            precision = np.where(integers, 1.0, precision)
-        return Scaling(moments.mean, scale, precision)
-
-
-class Moments:
-    """Mean and standard deviation of columns, chunk by chunk (Chan, Golub and LeVeque 1979)."""
-
-    def __init__(self, columns: int):
-        self.count = 0
-        self.mean = np.zeros(columns)
-        self._squares = np.zeros(columns)
-
-    def add(self, values: Array) -> None:
-        """[rows, columns]"""
-        if not len(values):
-            return
-        mean, total = values.mean(0), self.count + len(values)
-        shift = mean - self.mean
-        self._squares += ((values - mean) ** 2).sum(0) + shift**2 * (self.count * len(values) / total)
-        self.mean = self.mean + shift * (len(values) / total)
-        self.count = total
-
-    @property
-    def std(self) -> Array:
-        return np.sqrt(self._squares / max(self.count, 1))
 
 
 class Codec:
@@ -152,10 +89,15 @@ class Codec:
 
     @staticmethod
     def fit(dataset: Dataset) -> Codec:
-        """Fit on the training split. Raises UsageError where it is empty, or a task key changes within an episode."""
+        """Fit on the training split; the precision on the first dataset's part of it, the set of rewards on both splits (a reward
+        that only validation holds is a category of its own, not one predicted for free).
+
+        Raises UsageError where the training split is empty, or a task key changes within an episode.
+        """
         observation, action = dataset.observation_codec, dataset.action_codec
         task = [leaf for name in dataset.environment.task for leaf in observation.matching(name)]
-        moments = {"observation": Moments(observation.numbers), "action": Moments(action.numbers), "reward": Moments(1), "duration": Moments(1)}
+        columns = {"observation": observation.numbers, "action": action.numbers, "reward": 1, "duration": 1, "options": len(dataset.options)}
+        moments, first = ({name: Moments(n) for name, n in columns.items()} for _ in range(2))
         change = Moments(observation.numbers)
         values: set[float] = set()
         terminals = transitions = 0
@@ -169,27 +111,31 @@ class Codec:
                 if moved:
                     raise UsageError(f"reality.task names {leaf.name!r}, which changes within an episode; a task is constant, so leave it in the observation")
             change.add(delta)
-            moments["observation"].add(numbers)
-            moments["action"].add(data["act_num"][there])
-            moments["reward"].add(data["reward"][there][:, None])
-            if dataset.durations:
-                moments["duration"].add(data["duration"][there][:, None])
-            if len(values) <= REWARD_VALUES:
-                values.update(np.unique(data["reward"][there])[: REWARD_VALUES + 1].tolist())
+            stated = np.repeat(dataset.part[chunk.episodes] == 0, dataset.table["length"][chunk.episodes] + 1)
+            for into, rows in ((moments, np.ones_like(stated)), (first, stated)):
+                into["observation"].add(numbers[rows])
+                into["action"].add(data["act_num"][rows & there])
+                into["reward"].add(data["reward"][rows & there][:, None])
+                if dataset.durations:
+                    into["duration"].add(data["duration"][rows & there][:, None])
+            _add_distinct(values, data["reward"][there])
             terminals += int(data["terminated"][there].sum())
             transitions += int(there.sum())
         if not transitions:
             raise UsageError(f"the training split of {', '.join(dataset.ids)} is empty; collect more episodes")
-        options = Moments(len(dataset.options))
-        options.add(dataset.option_numbers[dataset.episodes("train")])
+        for chunk in dataset.chunks("valid"):
+            _add_distinct(values, chunk.arrays["reward"][~chunk.last])
+        train = dataset.episodes("train")
+        moments["options"].add(dataset.option_numbers[train])
+        first["options"].add(dataset.option_numbers[train[dataset.part[train] == 0]])
         as_numbers = np.array([option.values is None for option in dataset.options], bool)
-        every = Scaling.of(options)
+        every = Scaling.of(moments["options"], first["options"])
         scalings = {
-            "observation": Scaling.of(moments["observation"], _integers(observation)),
-            "action": Scaling.of(moments["action"], _integers(action)),
+            "observation": Scaling.of(moments["observation"], first["observation"], _integers(observation)),
+            "action": Scaling.of(moments["action"], first["action"], _integers(action)),
             "options": Scaling(every.mean[as_numbers], every.scale[as_numbers], every.precision[as_numbers]),
         }
-        reward, duration = Scaling.of(moments["reward"]), Scaling.of(moments["duration"])
+        reward, duration = (Scaling.of(moments[name], first[name]) for name in ("reward", "duration"))
         rest = {
             "reward_values": sorted(values) if len(values) <= REWARD_VALUES else None,
             "reward_mean": float(reward.mean[0]),
@@ -379,6 +325,12 @@ class Codec:
     def _reward_values(self) -> Array:
         assert self.spec.reward_values is not None
         return np.array(self.spec.reward_values)
+
+
+def _add_distinct(values: set[float], rewards: Array) -> None:
+    """Add the distinct rewards, as long as they are few enough to be categories."""
+    if len(values) <= REWARD_VALUES:
+        values.update(np.unique(rewards)[: REWARD_VALUES + 1].tolist())
 
 
 def _columns(codec: SpaceCodec, in_task: Sequence[bool], wanted: bool) -> tuple[Array, Array]:

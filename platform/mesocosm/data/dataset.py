@@ -53,9 +53,9 @@ class Dataset:
         self.manifests = [Manifest.read(path) for path in self.paths]
         first = self.manifests[0]
         for path, other in zip(self.paths[1:], self.manifests[1:], strict=True):
-            for field, a, b in _facts(first, other):
+            for field, a, b, fix in _facts(first, other):
                 if a != b:
-                    raise UsageError(f"datasets {str(self.paths[0])!r} and {str(path)!r} differ in {field}: {a} and {b}; train on datasets of one environment")
+                    raise UsageError(f"datasets {str(self.paths[0])!r} and {str(path)!r} differ in {field}: {a} and {b}; {fix}")
         ids = [manifest.id for manifest in self.manifests]
         if len(set(ids)) < len(ids):
             raise UsageError(f"the same dataset is given twice: {', '.join(ids)}; name each once")
@@ -220,12 +220,15 @@ class Dataset:
         return codec.task_parts(numbers, categories, options[episodes]), codec.observation_parts(numbers, categories)
 
 
-def _facts(a: Manifest, b: Manifest) -> Iterator[tuple[str, Any, Any]]:
-    """What must be equal, by name."""
+def _facts(a: Manifest, b: Manifest) -> Iterator[tuple[str, Any, Any, str]]:
+    """What must be equal, by name, and what to do where it is not."""
+    one = "train on datasets of one environment"
     for field in ("id", "kwargs", "task", "max_episode_steps"):
-        yield f"environment {field}", getattr(a.environment, field), getattr(b.environment, field)
+        yield f"environment {field}", getattr(a.environment, field), getattr(b.environment, field), one
     for field in ("observation_space", "action_space"):
-        yield field, getattr(a, field), getattr(b, field)
+        yield field, getattr(a, field), getattr(b, field), one
+    if a.environment.version and b.environment.version:  # "" is not known
+        yield "environment version", a.environment.version, b.environment.version, "collect the older one again, or use one of them alone"
 
 
 def _load(path: Path, mapped: bool = False) -> Array:

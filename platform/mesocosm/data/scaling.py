@@ -1,0 +1,82 @@
+"""Columns of numbers -> normalised numbers and back, and the moments that say how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Array = NDArray[Any]
+CONSTANT = 1e-8
+"""A dimension whose deviation is at most this share of its mean's magnitude is constant: scale 1."""
+CONSTANT_PRECISION = 1e-4
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Per-column statistics in raw units, [n] float64; normalised = (raw - mean) / scale."""
+
+    mean: Array
+    scale: Array
+    precision: Array
+
+    def normalise(self, raw: Array) -> Tensor:
+        """[..., n] raw -> float32."""
+        return torch.from_numpy(((raw - self.mean) / self.scale).astype(np.float32))
+
+    def raw(self, normalised: Tensor) -> Array:
+        """[..., n] float32 -> float64 raw."""
+        return normalised.detach().cpu().numpy().astype(np.float64) * self.scale + self.mean
+
+    def bins(self, columns: Array | slice = slice(None)) -> tuple[float, ...]:
+        return tuple((self.precision / self.scale)[columns].tolist())
+
+    def to_json(self) -> dict[str, list[float]]:
+        return {"mean": self.mean.tolist(), "scale": self.scale.tolist(), "precision": self.precision.tolist()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, list[float]]) -> Scaling:
+        return Scaling(*(np.array(data[name], np.float64) for name in ("mean", "scale", "precision")))
+
+    @staticmethod
+    def of(moments: Moments, first: Moments, integers: Array | None = None) -> Scaling:
+        """The precision of a float is 10**floor(log10(1e-4 std)) with the std of the `first` dataset (of all, where the column is
+        constant in the first), an integer's is 1."""
+        scale = np.where(moments.constant, 1.0, moments.std)
+        stated = np.where(first.constant, scale, first.std)
+        precision = np.where(moments.constant, CONSTANT_PRECISION, 10.0 ** np.floor(np.log10(1e-4 * stated)))
+        if integers is not None:
+            precision = np.where(integers, 1.0, precision)
+        return Scaling(moments.mean, scale, precision)
+
+
+class Moments:
+    """Mean and standard deviation of columns, chunk by chunk (Chan, Golub and LeVeque 1979)."""
+
+    def __init__(self, columns: int):
+        self.count = 0
+        self.mean = np.zeros(columns)
+        self._squares = np.zeros(columns)
+
+    def add(self, values: Array) -> None:
+        """[rows, columns]"""
+        if not len(values):
+            return
+        mean, total = values.mean(0), self.count + len(values)
+        shift = mean - self.mean
+        self._squares += ((values - mean) ** 2).sum(0) + shift**2 * (self.count * len(values) / total)
+        self.mean = self.mean + shift * (len(values) / total)
+        self.count = total
+
+    @property
+    def std(self) -> Array:
+        return np.sqrt(self._squares / max(self.count, 1))
+
+    @property
+    def constant(self) -> Array:
+        return self.std <= CONSTANT * np.abs(self.mean)
