@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 
 from mesocosm import tracking
 from mesocosm.config import load
+from mesocosm.data import lanes as lanes_module
 from mesocosm.data.behaviours import BehaviourConfig, build, choose
 from mesocosm.data.collect import CollectConfig, run
+from mesocosm.data.dataset import Dataset
+from mesocosm.data.lanes import Attempt, Plan, run_on_ray, split
 from mesocosm.data.manifest import Manifest
-from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.reality.config import BudgetConfig, RealityConfig, TaskOption
 from mesocosm.reality.env import episode_seed, spaces_of
 from mesocosm.reality.ledger import Ledger
@@ -128,6 +132,98 @@ def test_an_environment_that_always_fails_ends_the_job(root: str, own: None, a_r
     assert totals.steps == 15 and totals.unconfirmed == ()
 
 
+def test_a_value_outside_its_space_costs_its_episode(root: str, own: None, a_run: tracking.Run) -> None:
+    trouble = {1: "at", 3: "count", 5: "mode", 8: "word", 10: "list"}
+    made = collect(config(root, "ownenvs:Odd", reality=troubled(trouble)), a_run)
+    reasons = {d["index"]: d["reason"] for d in made.meta["dropped"]}
+    assert reasons.keys() == trouble.keys()
+    said = {1: "observation.at: values of several shapes", 3: "beyond 2**53", 5: "value 7 is outside", 8: "'z' is not in the charset", 10: "holds NaN"}
+    assert all(f"episode {k}" in reasons[k] and words in reasons[k] for k, words in said.items()), reasons
+    counts = made.meta["counts"]
+    assert counts["steps"] == 200 == counts["transitions"] + counts["dropped_steps"] and counts["dropped"] == 5
+    assert spent(config(root), made).steps == 200
+    with pytest.raises(MesocosmError, match=r"5 episodes in a row failed .*value 7 is outside"):
+        collect(config(root, "ownenvs:Odd", reality=troubled(dict.fromkeys(range(40), "mode"))), a_run)
+
+
+class Slow:
+    """A driver with much to do between two looks at its workers."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def __call__(self, attempts: Sequence[Attempt], steps: int) -> None:
+        time.sleep(self.seconds)
+
+
+def a_plan(root: str, trouble: dict[int, str], **kwargs: Any) -> Plan:
+    seeded = {str(episode_seed(0, k)): what for k, what in trouble.items()}
+    reality = RealityConfig(env="ownenvs:Line", kwargs={"trouble": seeded, "stretch": 0.0, **kwargs}, horizon=10, step_timeout_s=0.3)
+    return Plan(reality, [BehaviourConfig()], 0, root, "x", "r", str(OWN))
+
+
+def test_a_step_that_comes_back_too_late_costs_its_episode(root: str, own: None, ray_local: None) -> None:
+    """The meter is frozen, and the step returns before the driver has read so."""
+    plan, lanes = a_plan(root, {1: "hang"}, nap=1.5), split(30, 1)
+    attempts = run_on_ray(plan, lanes, 1, Slow(0.5))
+    assert [(a.index, a.steps, a.episode is None) for a in attempts] == [(0, 10, False), (1, 3, True), (2, 10, False), (3, 7, False)]
+    assert attempts[1].reason == "episode 1: a step took longer than reality.step_timeout_s=0.3"
+    totals = plan.open_ledger().totals()
+    assert totals.steps == 30 and totals.unconfirmed == ()
+
+
+def test_a_close_that_hangs_costs_nothing(root: str, own: None, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_module, "SILENCE_S", 0.5)
+    plan, lanes = a_plan(root, {0: "crash"}, closing=3600.0), split(20, 1)
+    attempts = run_on_ray(plan, lanes, 1, Slow(0.0))
+    assert [(a.index, a.steps, a.episode is None) for a in attempts] == [(0, 3, True), (1, 10, False), (2, 7, False)]
+    totals = plan.open_ledger().totals()
+    assert totals.steps == 20 and totals.unconfirmed == ()
+
+
+def test_a_budget_that_others_spend_meanwhile_keeps_what_was_collected(root: str, own: None, a_run: tracking.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    import ownenvs
+
+    def cfg(seed: int, budget: int) -> CollectConfig:
+        reality = {"horizon": 12, "budget": BudgetConfig(budget), "kwargs": {"stretch": 0.0}, "success": "info.won"}
+        return config(root, "ownenvs:Line", seed=seed, ledger="ours", reality=reality, behaviours=[BehaviourConfig("scripted", function="ownenvs:beside")])
+
+    def meanwhile(k: int) -> None:
+        if k == 4:  # the lane's third episode
+            Ledger(Storage(root), "ours", BudgetConfig(300)).reserve("collect", 10**6)
+
+    monkeypatch.setattr(ownenvs.beside, "meanwhile", meanwhile)
+    made = collect(cfg(0, 300), a_run)
+    counts = made.meta["counts"]
+    # One block of 64: five episodes of twelve and four steps of a sixth; the other lane is refused its first reset.
+    assert counts["steps"] == counts["transitions"] == 64 and counts["outcomes"] == {"terminated": 0, "truncated": 5, "unfinished": 1}
+    assert counts["dropped"] == 0 == counts["dropped_steps"] and made.meta["dropped"] == []
+    assert made.meta["short"].startswith("64 of steps=200 were taken: ledger 'ours': reality.budget.steps=300 is spent")
+    assert "warning: 64 of steps=200" in (a_run.folder / "log.txt").read_text()
+    ended = [e.total_reward for e in Dataset([made.path]).iter_episodes() if e.outcome == "truncated"]
+    assert counts["mean_return"] == pytest.approx(np.mean(ended)) and counts["success_rate"] == 0
+    totals = Ledger(Storage(root), "ours", BudgetConfig(300)).totals()
+    assert totals.spent == 300 and sum(r.steps for r in totals.unconfirmed) == 236
+    assert collect(cfg(0, 300), a_run).id == made.id
+    assert "--force collects it anew" in (a_run.folder / "log.txt").read_text().splitlines()[-1]
+
+    monkeypatch.setattr(ownenvs.beside, "meanwhile", lambda k: Ledger(Storage(root), "ours", BudgetConfig(600)).reserve("collect", 10**6))
+    with pytest.raises(BudgetSpent, match=r"reality.budget.steps=600 is spent"):
+        collect(cfg(1, 600), a_run)
+    assert Storage(root).list("datasets") == [made.id]
+
+
+def test_returns_and_successes_are_of_ended_episodes(root: str, own: None, a_run: tracking.Run) -> None:
+    behaviours = [BehaviourConfig("scripted", function="ownenvs:beside")]
+    reality = {"horizon": 12, "success": "return <= 0", "kwargs": {"stretch": 0.0}}
+    made = collect(config(root, "ownenvs:Line", steps=20, reality=reality, behaviours=behaviours), a_run)
+    assert made.meta["counts"]["outcomes"]["unfinished"] == 2 and made.meta["counts"]["mean_return"] is None is made.meta["counts"]["success_rate"]
+    made = collect(config(root, "ownenvs:Line", steps=30, reality=reality, behaviours=behaviours), a_run)
+    ended = [e.total_reward for e in Dataset([made.path]).iter_episodes() if e.outcome != "unfinished"]
+    assert len(ended) == 2 == made.meta["counts"]["episodes"] - 2
+    assert made.meta["counts"]["mean_return"] == pytest.approx(np.mean(ended)) and made.meta["counts"]["success_rate"] == 1
+
+
 def test_a_budget_is_refused_before_anything_starts(root: str, own: None, a_run: tracking.Run) -> None:
     def cfg(seed: int, steps: int) -> CollectConfig:
         return config(root, "ownenvs:Line", seed=seed, steps=steps, ledger="mine", reality={"budget": BudgetConfig(250), "horizon": 12})
@@ -160,10 +256,14 @@ def test_a_collection_that_failed_is_run_again_and_its_steps_stay_spent(root: st
 
 
 def test_reset_options_are_the_datasets_task(root: str, own: None, a_run: tracking.Run) -> None:
-    options = {"wind": TaskOption(low=0.0, high=0.1), "side": TaskOption(choices=["east", "west"])}
-    made = collect(config(root, "ownenvs:Windy", reality={"task": ["wind", "side"], "task_options": options, "horizon": 9}), a_run)
+    options = {"wind": TaskOption(low=0.0, high=0.1), "side": TaskOption(choices=["east", "west"]), "mass": TaskOption(choices=[1, 1, 1, 1, 2.5])}
+    reality = {"task": ["wind", "side", "mass"], "task_options": options, "horizon": 9}
+    made = collect(config(root, "ownenvs:Windy", reality=reality), a_run)
     manifest = Manifest.read(made.path)
-    assert [(o.name, o.values) for o in manifest.task_options] == [("wind", None), ("side", ["east", "west"])]
+    assert [(o.name, o.values) for o in manifest.task_options] == [("wind", None), ("side", ["east", "west"]), ("mass", None)]
+    few = collect(config(root, "ownenvs:Windy", reality=reality, steps=18, lanes=1, seed=3), a_run)
+    assert {e.task["mass"] for e in Dataset([few.path]).iter_episodes()} == {1.0}, "the test is of an option whose float was not drawn"
+    assert Manifest.read(few.path).task_options[2].values is None
     assert manifest.environment.max_episode_steps == 9 and manifest.environment.version.startswith("ownenvs ")
 
 
@@ -201,9 +301,9 @@ def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
     agent = Storage(root).make("agents", "feed0123feed0123", {}, policy.save)
     made = collect(config(root, steps=600, behaviours=[BehaviourConfig("trained", policy="agents/feed")]), a_run)
     assert made.meta["inputs"] == {"agents": [agent.id]} and made.meta["counts"]["behaviours"].keys() == {f"trained {agent.name}"}
-    assert made.meta["counts"]["mean_return"] > 60
+    assert 600 / made.meta["counts"]["episodes"] > 60
     best = collect(config(root, steps=600, behaviours=[BehaviourConfig("noisy", noise=0.0, policy="agents/feed")]), a_run)
-    assert best.id != made.id and best.meta["counts"]["mean_return"] > 60
+    assert best.id != made.id and 600 / best.meta["counts"]["episodes"] > 60
     with pytest.raises(UsageError, match="was made for the observation space"):
         collect(config(root, "Pendulum-v1", behaviours=[BehaviourConfig("trained", policy="agents/feed")]), a_run)
     with pytest.raises(UsageError, match="no artifact agents/beef"):

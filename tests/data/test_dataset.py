@@ -13,6 +13,7 @@ from gymnasium import spaces
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset, Environment, Manifest, write_dataset
 from mesocosm.data.episode import Episode
+from mesocosm.data.loader import Loader
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.storage import Storage
 
@@ -133,7 +134,7 @@ def write_elsewhere(write: Write) -> Path:
     return moved
 
 
-def test_the_split_is_by_episode_and_never_empty(write: Write, counted: Counted) -> None:
+def test_the_split_is_by_episode(write: Write, counted: Counted) -> None:
     dataset = Dataset([write([counted(k, 3) for k in range(400)])])
     train, valid = dataset.episodes("train"), dataset.episodes("valid")
     assert sorted([*train, *valid]) == list(range(400))
@@ -141,11 +142,29 @@ def test_the_split_is_by_episode_and_never_empty(write: Write, counted: Counted)
     assert dataset.count("train") + dataset.count("valid") == dataset.transitions == 1200
     reverse = Dataset([write([counted(k, 3) for k in reversed(range(400))], id="reverse")])
     assert set(reverse.table["index"][reverse.episodes("valid")]) == set(valid.tolist()), "an episode's split does not depend on the others"
-    for seed in range(5):
-        two = Dataset([write([counted(k, 3) for k in range(2)], id=f"two{seed}", seed=seed)])
-        assert len(two.episodes("train")) == len(two.episodes("valid")) == 1
-    one = Dataset([write([counted(0, 3)], id="one")])
-    assert len(one.episodes("train")) == 1 and not len(one.episodes("valid"))
+    for seed in range(20):
+        for count in (1, 2, 4, 5, 6):
+            few = Dataset([write([counted(k, 3) for k in range(count)], id=f"few{seed}-{count}", seed=seed, valid_fraction=1e-6)])
+            assert len(few.episodes("valid")) == (count >= 5), "one is held out of five, none of fewer"
+        all = Dataset([write([counted(k, 3) for k in range(2)], id=f"all{seed}", seed=seed, valid_fraction=0.999)])
+        assert len(all.episodes("train")) == 1
+    none = Dataset([write([counted(k, 3) for k in range(100)], id="none", valid_fraction=0.0)])
+    assert not len(none.episodes("valid"))
+
+
+def test_a_dataset_without_validation_works_alone_and_beside_another(write: Write, counted: Counted) -> None:
+    first = write([counted(k, 9) for k in range(12)], id="first")
+    later = write([counted(k, 9) for k in range(2)], id="later", valid_fraction=0.0)
+    alone, both = Dataset([later]), Dataset([first, later])
+    assert alone.count("valid") == 0 and alone.count("train") == 18 and both.count("valid") == Dataset([first]).count("valid") > 0
+    for dataset in (alone, both):
+        codec = Codec.fit(dataset)
+        assert Loader(dataset, codec, "train", 4, 5, 0).transitions_per_epoch == dataset.count("train")
+        assert len(dataset.start_parts(codec, "valid")[1].numbers) == len(dataset.episodes("valid")) == len(list(dataset.iter_episodes("valid")))
+        assert len(dataset.observation_parts(codec, "valid", 5, 0)[1].numbers) == min(5, dataset.count("valid"))
+    with pytest.raises(UsageError, match="the valid split of later is empty; collect more episodes"):
+        Loader(alone, Codec.fit(alone), "valid", 4, 5, 0)
+    assert list(Loader(both, Codec.fit(both), "valid", 4, 5, 0).eval_batches())
 
 
 def test_several_datasets_open_as_one(write: Write, counted: Counted) -> None:
@@ -170,6 +189,10 @@ def test_datasets_of_different_environments_are_refused(write: Write, counted: C
     a = write([counted(0, 3)], id="a")
     b = write([counted(0, 3)], id="b", environment=Environment(id="Other-v0"))
     c = write([counted(0, 3)], id="c", action_space=spaces.Discrete(4))
+    d, e = (write([counted(0, 3)], id=name, environment=Environment(id="Counted-v0", version=f"counted 1.{name}")) for name in "de")
+    assert Dataset([a, d]).transitions == 6, "a version that is not known is no other"
+    with pytest.raises(UsageError, match=r"'.*d' and '.*e' differ in environment version: counted 1.d and counted 1.e; collect the older one again, or use"):
+        Dataset([d, e])
     for other, word in ((b, "environment id"), (c, "action_space")):
         with pytest.raises(UsageError) as caught:
             Dataset([a, other])

@@ -11,7 +11,7 @@ import pytest
 from mesocosm.config import load
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.reality.config import BudgetConfig, PriceConfig, RealityConfig, TaskOption, check, parse_success
-from mesocosm.reality.env import EpisodeError, TaskSampler, environment_version, episode_seed, make_env, run_episode, spaces_of, task_keys
+from mesocosm.reality.env import EpisodeError, TaskSampler, draw_options, environment_version, episode_seed, make_env, run_episode, spaces_of, task_keys
 
 
 def still(observation: Any, rng: np.random.Generator) -> Any:
@@ -153,6 +153,23 @@ def test_a_failing_behaviour_is_not_realitys_fault(own: Path) -> None:
     assert not isinstance(caught.value, EpisodeError)
 
 
+def test_what_is_chosen_and_seen_is_what_is_kept(own: Path) -> None:
+    def meddle(observation: Any, rng: np.random.Generator) -> Any:
+        action = np.full(1, 0.5 + observation[1] / 100, np.float32)
+        observation[:] = 99  # a behaviour's own copy
+        return action
+
+    got = episode(RealityConfig(env="ownenvs:Clips", horizon=6), act=meddle)
+    assert [float(a[0]) for a in got.actions] == pytest.approx([0.5 + t / 100 for t in range(6)]), "as chosen, not as the environment clipped it"
+    assert [float(o[1]) for o in got.observations] == list(range(7))
+
+
+def test_an_options_kind_is_the_configs(own: Path) -> None:
+    config = RealityConfig(env="ownenvs:Windy", task=["a", "b"], task_options={"a": TaskOption(choices=[1, 2.5]), "b": TaskOption(choices=[1, 2])})
+    drawn = [draw_options(config, np.random.default_rng(k)) for k in range(30)]
+    assert {repr(d["a"]) for d in drawn} == {"1.0", "2.5"} and {repr(d["b"]) for d in drawn} == {"1", "2"}
+
+
 @pytest.mark.parametrize(
     ("text", "total", "info", "expected"),
     [
@@ -190,6 +207,8 @@ def test_bad_success_is_refused(text: str) -> None:
         ({"task": ["a"], "task_options": {"a": TaskOption(choices=[1], low=0)}}, "either choices or both low and high"),
         ({"task": ["a"], "task_options": {"a": TaskOption(choices=[])}}, "leaves nothing to draw"),
         ({"task": ["a"], "task_options": {"a": TaskOption(low=2, high=1)}}, "are no range"),
+        ({"task": ["a"], "task_options": {"a": TaskOption(choices=[1, "two"])}}, "are of several kinds"),
+        ({"task": ["a"], "task_options": {"a": TaskOption(choices=[True, 2.5])}}, "are of several kinds"),
     ],
 )
 def test_values_that_cannot_be_meant(change: dict[str, Any], said: str) -> None:

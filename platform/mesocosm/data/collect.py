@@ -25,7 +25,7 @@ from mesocosm.data.lanes import Attempt, Plan, run_here, run_on_ray, split
 from mesocosm.data.manifest import Environment
 from mesocosm.data.spaces import SpaceCodec
 from mesocosm.data.writer import write_dataset
-from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import environment_version, make_env, source_hash
 from mesocosm.reality.ledger import Ledger
@@ -47,7 +47,7 @@ class CollectConfig(JobConfig):
     """Ray actors that run the lanes; 0 runs them in this process (where a step that hangs cannot be ended)."""
     behaviours: list[BehaviourConfig] = field(default_factory=lambda: [BehaviourConfig()])
     valid_fraction: float = 0.1
-    """Share of the episodes held out for validation."""
+    """Share of the episodes held out for validation; 0 holds none out. Fewer than 5 episodes may all be trained on."""
     ledger: str | None = None
     """The ledger that counts the steps; None is one named as the dataset."""
 
@@ -86,7 +86,9 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
     """Collect `cfg.steps` real steps, or find the dataset that was collected so before.
 
     Raises UsageError before any step: a wrong config, no such environment, an unsupported space, too small a budget, more
-    workers than the cluster has. MesocosmError after: an environment that keeps failing, a behaviour that raises.
+    workers than the cluster has. MesocosmError after: an environment that keeps failing, a behaviour that raises. Where others
+    spend the same budget meanwhile, what was collected until then is the dataset, and its meta's `short` says so; BudgetSpent if
+    that is nothing.
     """
     check(cfg)
     storage = run.storage
@@ -102,7 +104,8 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
     what["behaviours"] = [vars(b) for b in chosen]
     id = fingerprint("datasets", what, sources, version, __version__, SCHEMA)
     if not cfg.force and (found := storage.find("datasets", id)) is not None:
-        run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was collected")
+        hint = f" ({found.meta['short']}; --force collects it anew)" if found.meta.get("short") else ""
+        run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was collected{hint}")
         run.record(artifact=found.name, inputs=found.meta["inputs"])
         return found
     ledger = Ledger(storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
@@ -110,19 +113,26 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
     plan = Plan(cfg.reality, chosen, cfg.seed, cfg.storage.root, ledger.id, f"{run.id}-{uuid.uuid4().hex[:8]}", os.getcwd())
     attempts = _collect(cfg, plan, run)
     episodes = [a.episode for a in attempts if a.episode is not None]
-    dropped = [{"index": a.index, "behaviour": a.behaviour, "steps": a.steps, "reason": a.reason} for a in attempts if a.episode is None]
+    dropped = [{"index": a.index, "behaviour": a.behaviour, "steps": a.steps, "reason": a.reason} for a in attempts if a.reason is not None]
+    refusals = [a.spent for a in attempts if a.spent is not None]
+    if refusals and not episodes:
+        raise BudgetSpent(refusals[-1])
     if not episodes:
         raise MesocosmError(f"all {len(dropped)} episodes were dropped, the last because {dropped[-1]['reason']}; correct reality.env={cfg.reality.env!r}")
     for episode in episodes:
         run.log({"collect/return": episode.total_reward, "collect/length": len(episode)}, step=episode.index)
     totals = ledger.totals().to_json()
     counts = _counts(attempts)
+    short = f"{counts['steps']} of steps={cfg.steps} were taken: {refusals[-1]}" if refusals else None
+    if short is not None:
+        run.say(f"warning: {short}")
     meta = {
         "inputs": {"agents": sorted(b.policy.removeprefix("agents/") for b in chosen if b.policy is not None)},
         "config": {**identity(cfg), "behaviours": what["behaviours"]},
         "job": "collect",
         "run": run.id,
         "counts": counts,
+        "short": short,
         "dropped": dropped,
         "ledger": totals,
     }
@@ -204,18 +214,21 @@ def _collect(cfg: CollectConfig, plan: Plan, run: Run) -> list[Attempt]:
 
 
 def _counts(attempts: Sequence[Attempt]) -> dict[str, Any]:
+    """What was collected. `mean_return` and `success_rate` are of the episodes that came to their end: one that the budget of steps cut
+    (`unfinished`) has no return yet. None where no episode did."""
     episodes = [a.episode for a in attempts if a.episode is not None]
     outcomes = Counter(episode.outcome for episode in episodes)
-    successes = [episode.success for episode in episodes if episode.success is not None]
+    ended = [episode for episode in episodes if episode.outcome != "unfinished"]
+    successes = [episode.success for episode in ended if episode.success is not None]
     return {
         "steps": sum(a.steps for a in attempts),
         "transitions": sum(len(episode) for episode in episodes),
         "episodes": len(episodes),
-        "dropped": len(attempts) - len(episodes),
-        "dropped_steps": sum(a.steps for a in attempts if a.episode is None),
+        "dropped": sum(a.reason is not None for a in attempts),
+        "dropped_steps": sum(a.steps for a in attempts if a.reason is not None),
         "outcomes": {outcome: outcomes[outcome] for outcome in ("terminated", "truncated", "unfinished")},
         "behaviours": dict(sorted(Counter(episode.behaviour for episode in episodes).items())),
-        "mean_return": float(np.mean([episode.total_reward for episode in episodes])) if episodes else None,
+        "mean_return": float(np.mean([episode.total_reward for episode in ended])) if ended else None,
         "success_rate": float(np.mean(successes)) if successes else None,
     }
 

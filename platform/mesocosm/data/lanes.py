@@ -15,9 +15,11 @@ from typing import Any
 
 from mesocosm.data.behaviours import BehaviourConfig, build, choose, label
 from mesocosm.data.episode import Episode
+from mesocosm.data.spaces import SpaceCodec
+from mesocosm.data.writer import encode_episode
 from mesocosm.errors import MesocosmError
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import Act, EpisodeError, make_env, run_episode
+from mesocosm.reality.env import Act, EpisodeCut, EpisodeError, make_env, run_episode
 from mesocosm.reality.ledger import Ledger, Usage
 from mesocosm.reality.metered import MeteredEnv
 from mesocosm.storage import Storage
@@ -53,13 +55,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One episode tried. `steps` were taken in reality; `episode` is None where it was dropped for `reason`."""
+    """One episode tried. `steps` were taken in reality."""
 
     index: int
     behaviour: str
     steps: int
     episode: Episode | None
     reason: str | None = None
+    """Why it was dropped."""
+    spent: str | None = None
+    """The ledger's refusal that ended it, and its lane: `episode` is what there is of it, None if it had not begun."""
 
 
 @dataclass
@@ -72,6 +77,8 @@ class Lane:
     tried: int = 0
     failures: int = 0
     """Failed episodes in a row."""
+    refused: bool = False
+    """The ledger has no more steps for it."""
 
     @property
     def k(self) -> int:
@@ -80,13 +87,14 @@ class Lane:
 
     @property
     def left(self) -> int:
-        return self.share - self.used
+        return 0 if self.refused else self.share - self.used
 
     def record(self, attempt: Attempt) -> None:
         """Raises MesocosmError after MAX_FAILURES failures in a row."""
         assert attempt.index == self.k and attempt.steps <= self.left, (attempt, self)
         self.used += attempt.steps
         self.tried += 1
+        self.refused = attempt.spent is not None
         self.failures = 0 if attempt.reason is None else self.failures + 1
         if self.failures >= MAX_FAILURES:
             raise MesocosmError(
@@ -109,28 +117,40 @@ class LaneRunner:
         self._storage = Storage(plan.root)
         self._ledger = plan.open_ledger()
         self._env: MeteredEnv | None = None
+        self._codecs: tuple[SpaceCodec, SpaceCodec] | None = None
         self._acts: dict[int, Act] = {}
 
     def begin(self, lane: int, steps: int) -> None:
         """A fresh environment for `lane`, which may take `steps` more steps."""
         self.end()
         env = make_env(self.plan.reality)
+        if self._codecs is None:
+            self._codecs = SpaceCodec(env.observation_space, "observation"), SpaceCodec(env.action_space, "action")
         self._env = MeteredEnv(env, self._ledger, "collect", limit=steps, holder=self.plan.holder(lane))
 
     def episode(self, k: int, max_steps: int) -> Attempt:
-        """Try episode k. A failure of the environment is an Attempt without an episode; then `begin` anew."""
-        env, plan = self._env, self.plan
-        assert env is not None, "begin comes first"
+        """Try episode k. A failure of the environment, or a value that is not of its spaces, is an Attempt without an episode;
+        then `begin` anew."""
+        env, plan, codecs = self._env, self.plan, self._codecs
+        assert env is not None and codecs is not None, "begin comes first"
         which = choose(plan.behaviours, plan.seed, k)
         name = label(plan.behaviours[which])
         if which not in self._acts:
             self._acts[which] = build(plan.behaviours[which], env.observation_space, env.action_space, self._storage)
-        before = env.meter.steps
+        before, spent = env.meter.steps, None
         try:
-            episode = run_episode(env, self._acts[which], k=k, seed=plan.seed, behaviour=name, max_steps=max_steps, config=plan.reality)
+            episode: Episode | None = run_episode(env, self._acts[which], k=k, seed=plan.seed, behaviour=name, max_steps=max_steps, config=plan.reality)
+        except EpisodeCut as cut:
+            episode, spent = cut.episode, str(cut)
         except EpisodeError as error:
-            return Attempt(k, name, env.meter.steps - before, None, str(error))
-        return Attempt(k, name, env.meter.steps - before, episode)
+            reason = f"episode {k}: {_too_long(plan.reality.step_timeout_s)}" if env.meter.stopped else str(error)
+            return Attempt(k, name, env.meter.steps - before, None, reason)
+        try:
+            if episode is not None:
+                encode_episode(episode, *codecs)
+        except MesocosmError as error:
+            return Attempt(k, name, env.meter.steps - before, None, str(error), spent)
+        return Attempt(k, name, env.meter.steps - before, episode, None, spent)
 
     def end(self) -> None:
         """Confirm what the lane used and close its environment."""
@@ -155,12 +175,16 @@ class LaneRunner:
             self._ledger.confirm(usage.reservation, usage.steps, usage.resets, usage.seconds)
 
 
+def _too_long(timeout_s: float) -> str:
+    return f"a step took longer than reality.step_timeout_s={timeout_s:g}"
+
+
 Report = Callable[[Sequence[Attempt], int], None]
 """Called with the attempts so far and the real steps taken."""
 
 
 def run_here(plan: Plan, lanes: Sequence[Lane], report: Report) -> list[Attempt]:
-    """All lanes in this process, without Ray. Nothing can end a step that hangs: `reality.step_timeout_s` needs workers."""
+    """All lanes in this process, without Ray. Nothing can end a step or a close that hangs: `reality.step_timeout_s` needs workers."""
     runner, attempts = LaneRunner(plan), list[Attempt]()
     try:
         for lane in lanes:
@@ -227,11 +251,13 @@ class Worker:
             raise
 
     def hung(self, timeout_s: float) -> tuple[str, Usage | None] | None:
-        """Why the episode must be given up, and its exact use if the worker still answers; None while all is well.
+        """Why the worker must be given up, and its episode's exact use if it still answers; None while all is well.
 
         Raises MesocosmError if the worker does not get to begin.
         """
         now = time.monotonic()
+        if self.doing == "end":  # what was used is confirmed before the environment is closed
+            return ("the environment's close hung", None) if now - self.since > timeout_s + SILENCE_S else None
         if self.doing != "episode":
             if now - self.since > START_TIMEOUT_S:
                 raise MesocosmError(
@@ -247,7 +273,7 @@ class Worker:
                 self._seen, usage = self._ray.get(pulse)
             except self._ray.exceptions.RayActorError:
                 return None  # its own call will say so
-            return None if usage is None else (f"a step took longer than reality.step_timeout_s={timeout_s:g}", usage)
+            return None if usage is None else (_too_long(timeout_s), usage)
         if now - self._pulse_since > timeout_s + SILENCE_S:
             return f"the environment's process did not answer for {now - self._pulse_since:.0f} s", None
         return None
@@ -266,7 +292,11 @@ class Worker:
 
 
 def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) -> list[Attempt]:
-    """All lanes on `workers` Ray actors of one CPU each. A worker that dies or hangs costs its episode and goes on with the next."""
+    """All lanes on `workers` Ray actors of one CPU each. A worker that dies or hangs costs its episode and goes on with the next.
+
+    What may hang is the environment: its step and reset for `reality.step_timeout_s`, its close for SILENCE_S more (its data is
+    in by then, so nothing is lost). A behaviour that hangs is the caller's own code: nothing ends it but the caller.
+    """
     import ray
 
     ledger, attempts = plan.open_ledger(), list[Attempt]()
@@ -288,10 +318,12 @@ def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) 
     def proceed(worker: Worker, *, fresh: bool) -> None:
         """The next call of a worker whose last one is done; `fresh`: its environment is good for the next episode."""
         assert worker.lane is not None
-        if worker.lane.left:
-            worker.episode() if fresh else worker.begin(worker.lane)
+        if worker.lane.left and fresh:
+            worker.episode()
         elif worker.doing != "end" and worker.alive:
             worker.end()
+        elif worker.lane.left:
+            worker.begin(worker.lane)
         elif waiting:
             worker.begin(waiting.popleft())
         else:

@@ -44,6 +44,8 @@ from mesocosm.data.spaces import SpaceCodec, space_to_json
 from mesocosm.errors import MesocosmError
 
 Array = NDArray[Any]
+ENOUGH = 5
+"""A dataset of so many episodes always holds one out for validation."""
 SHARD_ROWS = 1 << 20
 SHARD_BYTES = 1 << 28
 """A shard is closed at whichever comes first, so that the writer's memory is bounded for wide observations too."""
@@ -60,7 +62,9 @@ def write_dataset(folder: Path, episodes: Iterable[Episode], *, dropped: int = 0
 class DatasetWriter:
     """`add` episodes in a fixed order, then `close`. The same episodes in the same order give the same bytes.
 
-    The split is by a hash of (seed, episode index, behaviour), with at least one validation episode whenever there are two episodes, and one to train on.
+    The split is by a hash of (seed, episode index, behaviour): each episode is held out with the probability `valid_fraction`. At least one
+    is held out where there are ENOUGH episodes (fewer may be the whole of a short later round: one of two would be half of what was bought),
+    none where the fraction is 0, and never the last one to train on.
     Raises UsageError at once where a space is not supported.
     """
 
@@ -100,13 +104,12 @@ class DatasetWriter:
         if len(episode) == 0:
             self._empty += 1
             return
-        where = f"episode {episode.index} (behaviour {episode.behaviour!r})"
         if episode.index in self._indices:
-            raise MesocosmError(f"{where} comes twice; episode indices must be unique in a dataset")
-        try:
-            rows = self._encode(episode, where)
-        except MesocosmError as error:
-            raise MesocosmError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+            raise MesocosmError(f"{_where(episode)} comes twice; episode indices must be unique in a dataset")
+        if set(episode.task) != set(self._options):
+            raise MesocosmError(f"{_where(episode)} has the reset options {sorted(episode.task)} where reality.task names {sorted(self._options)}")
+        rows = encode_episode(episode, self._observation, self._action)
+        self._durations = self._durations and episode.durations is not None
         self._indices.add(episode.index)
         behaviour = self._behaviours.setdefault(episode.behaviour, Behaviour(name=episode.behaviour))
         behaviour.episodes += 1
@@ -122,36 +125,6 @@ class DatasetWriter:
         self._rows += len(episode) + 1
         if self._rows >= self._shard_rows:
             self._flush()
-
-    def _encode(self, episode: Episode, where: str) -> dict[str, Array]:
-        length = len(episode)
-        if len(episode.observations) != length + 1 or len(episode.actions) != length:
-            counts = f"{len(episode.observations)} observations and {len(episode.actions)} actions"
-            raise MesocosmError(f"{where} has {length} rewards but {counts}; T rewards need T+1 observations and T actions")
-        if set(episode.task) != set(self._options):
-            raise MesocosmError(f"{where} has the reset options {sorted(episode.task)} where reality.task names {sorted(self._options)}")
-        rows: dict[str, Array] = {}
-        last = np.zeros((1,), np.float64)
-        for prefix, codec, values in (("obs", self._observation, episode.observations), ("act", self._action, episode.actions)):
-            numbers, categories = codec.encode_list(values)
-            _refuse_nonfinite(numbers, codec.number_names(), where)
-            widest = np.min_scalar_type(max(codec.cardinalities, default=1) - 1)
-            if prefix == "act":
-                numbers, categories = (np.concatenate([a, np.zeros((1, a.shape[1]), a.dtype)]) for a in (numbers, categories))
-            rows[f"{prefix}_num"], rows[f"{prefix}_cat"] = numbers, categories.astype(widest)
-        rewards = np.asarray(episode.rewards, np.float64)
-        _refuse_nonfinite(rewards[:, None], ["reward"], where)
-        rows["reward"] = np.concatenate([rewards, last])
-        rows["terminated"] = np.concatenate([episode.terminated, last.astype(bool)])
-        if episode.durations is None:
-            rows["duration"] = np.full(length + 1, np.nan)
-            self._durations = False
-        else:
-            durations = np.asarray(episode.durations, np.float64)
-            _refuse_nonfinite(durations[:, None], ["duration"], where)
-            rows["duration"] = np.concatenate([durations, last])
-        rows["step"] = np.arange(length + 1, dtype=np.int32)
-        return rows
 
     def _flush(self) -> None:
         if not self._buffer:
@@ -233,7 +206,7 @@ class DatasetWriter:
         names = np.array([_word(name) for name in self._behaviours], np.uint64)
         hashes = key(self._seed, table["index"], names[table["behaviour"]])
         valid = hashes.astype(np.float64) / 2.0**64 < self._valid_fraction
-        if len(table) > 1 and not valid.any():
+        if self._valid_fraction > 0 and len(table) >= ENOUGH and not valid.any():
             valid[hashes.argmin()] = True
         if valid.all():
             valid[hashes.argmax()] = False
@@ -262,6 +235,41 @@ class DatasetWriter:
             np.save(self._folder / "task_numbers.npy", numbers, allow_pickle=False)
             np.save(self._folder / "task_values.npy", values, allow_pickle=False)
         return options
+
+
+def encode_episode(episode: Episode, observation: SpaceCodec, action: SpaceCodec) -> dict[str, Array]:
+    """The rows of `manifest.ARRAYS` of one episode. Raises MesocosmError naming the episode where a value is not finite or not of its space."""
+    where, length = _where(episode), len(episode)
+    if len(episode.observations) != length + 1 or len(episode.actions) != length:
+        counts = f"{len(episode.observations)} observations and {len(episode.actions)} actions"
+        raise MesocosmError(f"{where} has {length} rewards but {counts}; T rewards need T+1 observations and T actions")
+    rows: dict[str, Array] = {}
+    last = np.zeros((1,), np.float64)
+    for prefix, codec, values in (("obs", observation, episode.observations), ("act", action, episode.actions)):
+        try:
+            numbers, categories = codec.encode_list(values)
+        except MesocosmError as error:
+            raise MesocosmError(f"{where}: {error}") from error
+        _refuse_nonfinite(numbers, codec.number_names(), where)
+        widest = np.min_scalar_type(max(codec.cardinalities, default=1) - 1)
+        if prefix == "act":
+            numbers, categories = (np.concatenate([a, np.zeros((1, a.shape[1]), a.dtype)]) for a in (numbers, categories))
+        rows[f"{prefix}_num"], rows[f"{prefix}_cat"] = numbers, categories.astype(widest)
+    rewards = np.asarray(episode.rewards, np.float64)
+    _refuse_nonfinite(rewards[:, None], ["reward"], where)
+    rows["reward"] = np.concatenate([rewards, last])
+    rows["terminated"] = np.concatenate([episode.terminated, last.astype(bool)])
+    rows["duration"] = np.full(length + 1, np.nan)
+    if episode.durations is not None:
+        durations = np.asarray(episode.durations, np.float64)
+        _refuse_nonfinite(durations[:, None], ["duration"], where)
+        rows["duration"] = np.concatenate([durations, last])
+    rows["step"] = np.arange(length + 1, dtype=np.int32)
+    return rows
+
+
+def _where(episode: Episode) -> str:
+    return f"episode {episode.index} (behaviour {episode.behaviour!r})"
 
 
 def sort_key(value: Any) -> tuple[str, Any]:

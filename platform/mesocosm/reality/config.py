@@ -32,6 +32,7 @@ class TaskOption:
     """How one reset option is drawn: uniformly from `choices`, or a float uniform in [low, high)."""
 
     choices: list[Any] | None = None
+    """Of one kind: numbers (with a float among them the option is a number of the task, else a category), booleans or texts."""
     low: float | None = None
     high: float | None = None
 
@@ -53,7 +54,7 @@ class RealityConfig:
     price: PriceConfig = field(default_factory=PriceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     step_timeout_s: float = 60.0
-    """A step or reset that takes longer has hung: its worker is killed and the episode dropped."""
+    """A step or reset that takes longer has hung: its worker is killed and the episode dropped. Time that a behaviour takes to choose is not bounded."""
 
 
 def check(config: RealityConfig) -> None:
@@ -92,6 +93,9 @@ def _check_option(name: str, option: TaskOption, task: list[str]) -> None:
         for value in option.choices:
             if not isinstance(value, bool | int | float | str) or (isinstance(value, float) and not math.isfinite(value)):
                 raise UsageError(f"{key}.choices holds {value!r}; give finite numbers, booleans or texts")
+        kinds = {float if type(value) is int else type(value) for value in option.choices}
+        if len(kinds) > 1:
+            raise UsageError(f"{key}.choices={list(option.choices)} are of several kinds; give numbers, booleans or texts alone")
     elif option.low is None or option.high is None or not (math.isfinite(option.low) and math.isfinite(option.high) and option.low < option.high):
         raise UsageError(f"{key}.low={option.low} and high={option.high} are no range; give two numbers with low < high")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import gymnasium
 import numpy as np
-from gymnasium.spaces import Box, Dict
+from gymnasium.spaces import Box, Dict, Discrete, Text
 
 
 class Line(gymnasium.Env):
@@ -17,8 +17,9 @@ class Line(gymnasium.Env):
     observation_space = Box(-np.inf, np.inf, (2,), np.float32)
     action_space = Box(-1.0, 1.0, (1,), np.float32)
 
-    def __init__(self, trouble: dict[str, str] | None = None, stretch: float = 0.2):
-        self.trouble, self.stretch = trouble or {}, stretch
+    def __init__(self, trouble: dict[str, str] | None = None, stretch: float = 0.2, nap: float = 3600.0, closing: float = 0.0):
+        self.trouble, self.stretch, self.nap, self.closing = trouble or {}, stretch, nap, closing
+        self.t = 0
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         super().reset(seed=seed)
@@ -38,7 +39,7 @@ class Line(gymnasium.Env):
                 case "crash":
                     raise RuntimeError("the arm fell off")
                 case "hang":
-                    time.sleep(3600)
+                    time.sleep(self.nap)
                 case "die":
                     os._exit(11)
                 case "nan":
@@ -46,6 +47,39 @@ class Line(gymnasium.Env):
                 case "reward":
                     return self.buffer, float("inf"), False, False, {}
         return self.buffer, -abs(self.x), abs(self.x) > 1, False, {}
+
+    def close(self):
+        if self.t:
+            time.sleep(self.closing)
+
+
+class Odd(Line):
+    """Gives what is not of its space from an episode's third step on: `trouble` names the key, or `list` for a NaN in a list."""
+
+    observation_space = Dict(
+        {"at": Box(-np.inf, np.inf, (2,), np.float64), "count": Box(0, 2**62, (), np.int64), "mode": Discrete(3), "word": Text(3, charset="ab")}
+    )
+
+    def _observe(self) -> Any:
+        right = {"at": np.array([self.x, self.t]), "count": np.int64(self.t), "mode": np.int64(self.t % 3), "word": "ab"[: 1 + self.t % 2]}
+        wrong = {"at": np.zeros(3), "count": np.int64(2**60), "mode": np.int64(7), "word": "z", "list": [self.x, float("nan")]}
+        return right if self.t < 3 or not self.mishap else right | {"at" if self.mishap == "list" else self.mishap: wrong[self.mishap]}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        _, info = super().reset(seed=seed)
+        return self._observe(), info
+
+    def step(self, action: Any):
+        _, reward, terminated, truncated, info = super().step(action)
+        return self._observe(), reward, terminated, truncated, info
+
+
+class Clips(Line):
+    """Clips the action it is given in place."""
+
+    def step(self, action: Any):
+        np.clip(action, -0.1, 0.1, out=action)
+        return super().step(action)
 
 
 class Reach(Line):
@@ -102,6 +136,20 @@ def always_one(observation: Any, rng: np.random.Generator) -> Any:
     return 1
 
 
+class Beside:
+    """Stands still, and says when an episode begins: what another job does meanwhile."""
+
+    def __init__(self) -> None:
+        self.meanwhile = lambda k: None
+
+    def start(self, k: int, rng: np.random.Generator) -> None:
+        self.meanwhile(k)
+
+    def __call__(self, observation: Any, rng: np.random.Generator) -> Any:
+        return np.zeros(1)
+
+
+beside = Beside()
 FAIL = False
 
 
