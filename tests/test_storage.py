@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from mesocosm import tracking
+from mesocosm.config import JobConfig, StorageConfig
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.storage import Storage
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of a bucket at an S3 endpoint on this machine."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):
+            patch.setenv(f"AWS_{name}", value)
+        Storage("s3://bucket").fs.mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()
+
+
+@pytest.fixture(params=["local", "s3"])
+def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A fresh root of either kind."""
+    return str(tmp_path / "root") if request.param == "local" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
 
 
 def _fill(folder: Path) -> None:
@@ -34,6 +60,62 @@ def test_an_artifact_is_found_again_with_its_lineage(root: str) -> None:
     assert storage.make("datasets", "d1", {}, never).id == "d1"
     with pytest.raises(AssertionError):
         storage.make("datasets", "d1", {}, never, force=True)
+    assert storage.artifact("datasets", "d1").meta == {"inputs": {"world": "w"}}, "what was whole stays until the new one is"
+
+
+def _say(**files: str) -> Callable[[Path], None]:
+    def fill(folder: Path) -> None:
+        for name, text in files.items():
+            (folder / name).write_text(text)
+
+    return fill
+
+
+def test_force_replaces_it_whole(any_root: str) -> None:
+    storage = Storage(any_root)
+    storage.make("worlds", "w", {"n": 1}, _say(a="old", b="old"))
+    made = storage.make("worlds", "w", {"n": 2}, _say(a="new"), force=True)
+    assert made.meta == {"n": 2} and (made.path / "a").read_text() == "new"
+    assert Storage(any_root).artifact("worlds", "w").meta == {"n": 2}
+    held = [file for file in storage.fs.find(storage._path("worlds", "w")) if not file.endswith("COMMIT.json")]
+    assert len(held) == 1, "nothing of the old one is left"
+
+
+def test_ctrl_c_while_it_is_made_again_leaves_the_old_one(any_root: str) -> None:
+    storage = Storage(any_root)
+    storage.make("worlds", "w", {}, _say(a="old"))
+
+    def interrupted(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        storage.make("worlds", "w", {}, interrupted, force=True)
+    assert (storage.artifact("worlds", "w").path / "a").read_text() == "old"
+
+
+def test_a_slower_maker_changes_nothing(any_root: str) -> None:
+    """The second began before the first was done, and is done after it."""
+    storage = Storage(any_root)
+
+    def slow(folder: Path) -> None:
+        Storage(any_root).make("worlds", "w", {"maker": "fast"}, _say(a="fast"))
+        _say(a="slow", b="slow")(folder)
+
+    made = storage.make("worlds", "w", {"maker": "slow"}, slow)
+    assert made.meta == {"maker": "fast"} and (made.path / "a").read_text() == "fast"
+    shutil.rmtree(storage.local_path("cache"), ignore_errors=True)
+    assert (Storage(any_root).artifact("worlds", "w").path / "a").read_text() == "fast"
+    assert len(storage.fs.find(storage._path("worlds", "w"))) == 2, "what lost is removed"
+
+
+def test_a_root_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match=r"storage\.root '.*file/root' cannot be written \(Not a directory\); name a folder") as error:
+        Storage(str(tmp_path / "file" / "root")).writable()
+    assert error.value.exit_code == 2
+    with pytest.raises(UsageError, match="cannot be written"), tracking.start("collect", JobConfig(storage=StorageConfig(str(tmp_path / "file"))), quiet=True):
+        raise AssertionError
 
 
 def test_a_failed_or_killed_maker_leaves_nothing_to_be_taken_for_whole(root: str) -> None:
@@ -74,6 +156,10 @@ def test_a_missing_artifact_is_named_with_the_nearest(root: str) -> None:
     assert storage.artifact("worlds", "abc").id == "abcdef01"
     with pytest.raises(UsageError, match=r"abcdef02.*abcdef01"):
         storage.artifact("worlds", "abcdef02")
+    with pytest.raises(UsageError, match=r"no artifact worlds/'' in storage\.root '.*'; give an id: .*worlds holds abcdef01"):
+        storage.artifact("worlds", "")
+    with pytest.raises(UsageError, match=r"no artifact agents/x in .*; give an id: .*agents holds none yet"):
+        storage.artifact("agents", "x")
 
 
 def test_create_is_exclusive(root: str) -> None:

@@ -1,6 +1,7 @@
 """Storage is the truth: artifacts that appear whole or not at all, and small durable records.
 
-    ROOT/<kind>/<id>/...            an artifact; COMMIT.json (checksums, lineage) is written last
+    ROOT/<kind>/<id>/...            an artifact; COMMIT.json (checksums, lineage) is written last. On a remote root, where folders
+                                    cannot be renamed, its files lie in a folder of their maker's own, which COMMIT.json names
     ROOT/runs/<job>/<id>/...        a run's config.yaml, status.json, metrics.jsonl, log.txt, checkpoints
     ROOT/ledgers/<id>/NNNNNNNN.json an append-only journal: record n is created exclusively
 
@@ -15,7 +16,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -119,7 +120,7 @@ class Storage:
         """The file's bytes, or None where there is none."""
         try:
             return bytes(self.fs.cat_file(self._path(path)))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
 
     def list(self, path: str) -> list[str]:
@@ -128,9 +129,19 @@ class Storage:
             if self.remote:
                 self.fs.invalidate_cache(self._path(path))
             entries = self.fs.ls(self._path(path), detail=False)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return []
         return sorted(name for name in (str(e).rstrip("/").rsplit("/", 1)[-1] for e in entries) if not name.endswith(".tmp"))
+
+    def writable(self) -> None:
+        """Raises UsageError where nothing can be written under the root."""
+        path = f"runs/{uuid.uuid4().hex}.tmp"
+        try:
+            self.write(path, b"")
+            self.remove(path)
+        except Exception as error:  # a remote filesystem's errors are its own
+            why = getattr(error, "strerror", None) or error
+            raise UsageError(f"storage.root {self.root!r} cannot be written ({why}); name a folder or bucket in which you may write") from error
 
     def remove(self, path: str) -> None:
         """Remove a file or a folder under the root, where there is one. For what runs leave behind; artifacts are never removed so."""
@@ -157,8 +168,10 @@ class Storage:
         if len(matches) > 1:
             raise UsageError(f"{kind} id {ref!r} is ambiguous in {self.root!r}: {', '.join(matches[:5])}")
         if not matches:
-            unfinished = " (it was begun and never finished: run its job again)" if id in self.list(kind) else ""
-            raise UsageError(f"no artifact {kind}/{id} in storage.root {self.root!r}{unfinished}{nearest(id, ids)}")
+            fix = nearest(id, ids) or f"; give an id: {self.url(kind)} holds {_some(ids)}"
+            if id and id in self.list(kind):
+                fix = "; it was begun and never finished: run its job again"
+            raise UsageError(f"no artifact {kind}/{id or repr(id)} in storage.root {self.root!r}{fix}")
         found = self.find(kind, matches[0])
         assert found is not None
         return found
@@ -166,44 +179,61 @@ class Storage:
     def make(self, kind: str, id: str, meta: Mapping[str, Any], fill: Callable[[Path], None], *, force: bool = False) -> Artifact:
         """Find the artifact, or fill a scratch folder with `fill` and commit it whole.
 
-        Two makers at once: the commit marker is created exclusively, the first wins, and the other gets the winner's.
+        Two makers at once: the commit marker is created exclusively, the first wins, and the other gets the winner's. With `force` the
+        finished artifact stays until the new one is whole, and is replaced by it.
         """
         assert kind in KINDS, kind
         if not force:
             done = self.find(kind, id)
             if done is not None:
                 return done
-        elif self.fs.exists(self._path(kind, id)):
-            if self.fs.exists(self._path(kind, id, COMMIT)):
-                self.fs.rm_file(self._path(kind, id, COMMIT))
-            self.fs.rm(self._path(kind, id), recursive=True)
         with self.scratch() as folder:
             fill(folder)
-            self._commit(kind, id, folder, dict(meta))
+            self._commit(kind, id, folder, dict(meta), force)
         found = self.find(kind, id)
         assert found is not None
         return found
 
-    def _commit(self, kind: str, id: str, folder: Path, meta: dict[str, Any]) -> None:
+    def _commit(self, kind: str, id: str, folder: Path, meta: dict[str, Any], force: bool) -> None:
         files = {str(p.relative_to(folder)): {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(folder.rglob("*")) if p.is_file()}
         commit = {"schema": SCHEMA, "kind": kind, "id": id, "code": __version__, "created": datetime.now(UTC).isoformat(), "files": files, "meta": meta}
-        data = json.dumps(commit, indent=1, sort_keys=True).encode()
         target = self._path(kind, id)
         if self.remote:
-            for name in files:
-                self.fs.put_file(str(folder / name), f"{target}/{name}")
-            self.create(f"{kind}/{id}/{COMMIT}", data)
+            self._upload(kind, id, folder, commit, force)
             return
-        (folder / COMMIT).write_bytes(data)
+        (folder / COMMIT).write_bytes(json.dumps(commit, indent=1, sort_keys=True).encode())
         _sync_tree(folder)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.isdir(target) and not os.path.exists(os.path.join(target, COMMIT)):
             shutil.rmtree(target, ignore_errors=True)
-        try:
-            os.rename(folder, target)
-        except OSError:
-            if not os.path.exists(os.path.join(target, COMMIT)):
-                raise
+        with self.scratch() as away:
+            if force:
+                with suppress(FileNotFoundError):
+                    os.rename(target, away / id)
+            try:
+                os.rename(folder, target)
+            except OSError:
+                if not os.path.exists(os.path.join(target, COMMIT)):
+                    with suppress(OSError):
+                        os.rename(away / id, target)
+                    raise
+
+    def _upload(self, kind: str, id: str, folder: Path, commit: dict[str, Any], force: bool) -> None:
+        """Into a folder of this maker's own, so that a slower one overwrites nothing that the winner's marker names."""
+        name = f"{kind}/{id}/{COMMIT}"
+        own = uuid.uuid4().hex[:12]
+        for file in commit["files"]:
+            self.fs.put_file(str(folder / file), self._path(kind, id, own, file))
+        data = json.dumps(commit | {"folder": own}, indent=1, sort_keys=True).encode()
+        if self.create(name, data):
+            return
+        replaced = own
+        if force:
+            replaced = json.loads(self.read(name) or b"{}").get("folder", "")
+            self.write(name, data)
+        if replaced:
+            with suppress(FileNotFoundError):
+                self.fs.rm(self._path(kind, id, replaced), recursive=True)
 
     def _verified(self, kind: str, id: str, commit: Mapping[str, Any]) -> Path:
         local = Path(self._path(kind, id)) if not self.remote else self.local_path("cache", kind, id)
@@ -212,7 +242,7 @@ class Storage:
             if self.remote and (not path.exists() or _sha256(path) != entry["sha256"]):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-                self.fs.get_file(self._path(kind, id, name), str(temporary))
+                self.fs.get_file(self._path(kind, id, commit["folder"], name), str(temporary))
                 os.replace(temporary, path)
             if not path.exists() or _sha256(path) != entry["sha256"]:
                 raise ArtifactError(
@@ -230,6 +260,10 @@ class Storage:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:5]) + (" and others" if len(ids) > 5 else "") if ids else "none yet"
 
 
 def _sha256(path: Path) -> str:
