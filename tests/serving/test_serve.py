@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -18,13 +21,17 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm import tracking
+from mesocosm.agents.config import AgentConfig
 from mesocosm.config import RayConfig, StorageConfig
+from mesocosm.config import load as config_of
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.serving import connection, deployment
 from mesocosm.serving import run as serve_job
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.serving.config import ServeConfig
-from mesocosm.serving.connection import Served
+from mesocosm.serving.connection import FRAME, Served, receive_frame, send_frame
 from mesocosm.serving.deployment import deploy, undeploy
+from mesocosm.serving.protocol import pack
 from mesocosm.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -96,32 +103,121 @@ def test_kill(served: str, family: str, kills: tuple[int, ...]) -> None:
     assert len(set(killed)) == len(kills) and replica(env) not in killed
 
 
+def test_kill_while_it_answers(served: str) -> None:
+    """SIGKILL of the replica with a request in it, before the context is first rebuilt and after: the client waits on, and not one bit changes."""
+    undisturbed = rollout(WorldVectorEnv(4, "sequence", app="two", horizon=30), 16)
+    env = WorldVectorEnv(4, "sequence", app="two", horizon=30)
+    killed: list[int] = []
+
+    def kill(step: int) -> None:
+        if step in (3, 11):
+            killed.append(replica(env))
+            os.kill(killed[-1], signal.SIGSTOP)
+            threading.Timer(0.3, os.kill, (killed[-1], signal.SIGKILL)).start()
+
+    assert rollout(env, 16, at=kill) == undisturbed
+    assert len(set(killed)) == 2 and replica(env) not in killed
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["the same action again", "another action"])
+def test_ctrl_c(served: str, other: bool) -> None:
+    """Ctrl-C while a reply is awaited, as in a notebook: the next call gets its own reply, whether it repeats the action or takes another."""
+    env, undisturbed = (WorldVectorEnv(3, "sequence", app="two", horizon=9) for _ in range(2))
+    for each in (env, undisturbed):
+        each.action_space.seed(0)
+        each.reset(seed=1)
+    for step in range(10):
+        action = env.action_space.sample()
+        if step == 4:
+            pid = replica(env)
+            os.kill(pid, signal.SIGSTOP)
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+            with pytest.raises(KeyboardInterrupt):
+                env.step(1 - action if other else action)
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(0.3)
+        assert flat(env.step(action)) == flat(undisturbed.step(action)), step
+
+
+def test_ctrl_c_in_a_reset(served: str) -> None:
+    """The session may have begun and the client not know: it must be reset, and is as good as new."""
+    env = WorldVectorEnv(3, "sequence", app="two", horizon=9)
+    expected = rollout(env, 5)
+    env.reset(seed=7)
+    pid = replica(env)
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        env.reset()
+    os.kill(pid, signal.SIGCONT)
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(env.action_space.sample())
+    assert rollout(env, 5) == expected
+
+
 def test_broken_line(served: str) -> None:
-    """The socket breaks while the replica lives; and where no socket can be had at all, calls go through Serve."""
+    """The socket breaks while the replica lives, or is out of step: a reply is never taken for another request's."""
     expected = rollout(WorldVectorEnv(3, "sequence", app="two", horizon=9), 16)
     env = WorldVectorEnv(3, "sequence", app="two", horizon=9)
-    connection = env._connection
-    assert isinstance(connection, Served)
+    line = env._connection
+    assert isinstance(line, Served)
 
-    def cut(step: int) -> None:
+    def meddle(step: int) -> None:
+        assert line._line is not None
         if step % 5 == 2:
-            assert connection._line is not None
-            connection._line.shutdown(2)
+            line._line.shutdown(2)
+        if step % 5 == 4:
+            send_frame(line._line, pack({"op": "describe", "world": "", "number": 0}))
 
-    assert rollout(env, 16, at=cut) == expected
-    connection._hang_up()
-    connection._dial = lambda timeout: False  # type: ignore[method-assign]
+    assert rollout(env, 16, at=meddle) == expected
+
+
+@pytest.fixture
+def full_port() -> Iterator[int]:
+    """A port that lets every packet drop, as a firewall does: a listener whose queue is full."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
+        waiting = [socket.socket() for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(listener.getsockname())
+        yield listener.getsockname()[1]
+        for one in waiting:
+            one.close()
+
+
+def test_no_line(served: str, full_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a firewall drops packets, and where the replica listens on the loopback of another node, calls go through Serve: not one step
+    but the first waits for the line, and nobody else is sent the token."""
+    from ray import serve
+
+    class Elsewhere(deployment.Replica):
+        def connect(self) -> dict[str, Any]:
+            return super().connect() | json.loads((tmp_path / "told.json").read_text())
+
+    application = serve.deployment(Elsewhere).options(name="world", ray_actor_options={"num_cpus": 0.5})  # type: ignore[attr-defined]
+    (tmp_path / "told.json").write_text(json.dumps({"port": full_port}))
+    serve.run(application.bind(served, "sequence", 1, 8, 1, "cpu"), name="elsewhere", route_prefix=None)
+    monkeypatch.setattr(connection, "DIAL_S", 1.5)
+    expected = rollout(WorldVectorEnv(3, "sequence", app="two", horizon=9), 16)
+    began = time.monotonic()
+    env = WorldVectorEnv(3, "sequence", app="elsewhere", horizon=9)
+    assert time.monotonic() - began > 1.5, "the port must not answer"
+    began = time.monotonic()
     assert rollout(env, 16) == expected
-    assert connection._line is None
+    assert time.monotonic() - began < 1.5
+    assert isinstance(env._connection, Served) and env._connection._line is None
+
+    with socket.create_server(("127.0.0.1", 0)) as mine:
+        mine.settimeout(0.2)
+        (tmp_path / "told.json").write_text(json.dumps({"port": mine.getsockname()[1], "node": "f" * 56}))
+        assert rollout(WorldVectorEnv(3, "sequence", app="elsewhere", horizon=9), 16) == expected
+        with pytest.raises(TimeoutError):
+            mine.accept()
+    undeploy("elsewhere")
 
 
 def test_line_wants_the_token(served: str) -> None:
-    """Who knows the port but not the token gets no answer."""
-    import socket
-
-    from mesocosm.serving.connection import receive_frame, send_frame
-    from mesocosm.serving.protocol import pack
-
+    """Who knows the port but not the token gets no answer, and no memory either."""
     env = WorldVectorEnv(1, app="two")
     assert isinstance(env._connection, Served) and env._connection.replica is not None
     host, port = env._connection.replica["host"], env._connection.replica["port"]
@@ -129,11 +225,42 @@ def test_line_wants_the_token(served: str) -> None:
     with socket.create_connection((host, port), timeout=10) as line:
         send_frame(line, b"x" * 32)
         try:
-            send_frame(line, pack({"op": "describe", "world": ""}))
+            send_frame(line, pack({"op": "describe", "world": "", "number": 1}))
             answer = receive_frame(line)
         except ConnectionError:
             answer = None
     assert answer is None
+    with socket.create_connection((host, port), timeout=3) as line:
+        line.sendall(FRAME.pack(1 << 28))
+        assert line.recv(1) == b"", "it must hang up at the size alone"
+
+
+def test_a_message_too_large(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = WorldVectorEnv(64, app="two")
+    env.reset(seed=0)
+    monkeypatch.setattr(connection, "LARGEST", 1 << 10)
+    with pytest.raises(UsageError, match="is beyond the limit of 0 MiB; lower num_envs, and use more clients"):
+        env.step(env.action_space.sample())
+    monkeypatch.undo()
+    assert rollout(env, 4) == rollout(WorldVectorEnv(64, app="two"), 4)
+
+
+def test_eviction(served: str) -> None:
+    """A replica with room for two sessions and three clients: the least recently used goes, and whoever comes back goes on with the same bits."""
+    deploy(ServeConfig(world="sequence", name="small", cpus=0.5, max_sessions=2, storage=StorageConfig(served)))
+    envs = [WorldVectorEnv(3, app="small", horizon=9, first_env=3 * i) for i in range(3)]
+    alone = [WorldVectorEnv(3, "sequence", root=served, backend="local", horizon=9, first_env=3 * i) for i in range(3)]
+    asked: list[list[str]] = [[], [], []]
+    for env, local, ops in zip(envs, alone, asked, strict=True):
+        send = env._connection.call  # type: ignore[union-attr]
+        env._connection.call = lambda request, send=send, ops=ops: (ops.append(request["op"]), send(request))[1]  # type: ignore[method-assign, union-attr]
+        assert flat(env.reset(seed=3)) == flat(local.reset(seed=3))
+    action = np.array([0, 1, 1])
+    for turn in range(9):
+        for i in (0, 1 + turn % 2):  # the first is used at every turn, the others at every second one
+            assert flat(envs[i].step(action)) == flat(alone[i].step(action)), (turn, i)
+    undeploy("small")
+    assert [ops.count("restore") for ops in asked] == [1, 5, 4], "each reset evicted one, and then the first client stays"
 
 
 def test_new_version_while_serving(served: str, make_world: Callable[..., Any]) -> None:
@@ -147,7 +274,9 @@ def test_new_version_while_serving(served: str, make_world: Callable[..., Any]) 
 
 
 def test_missing(served: str) -> None:
-    with pytest.raises(UsageError, match="no world application 'nobody' is served on this Ray; start it with `mesocosm serve name=nobody`"):
+    with pytest.raises(
+        UsageError, match=r"'nobody' is served on this Ray; run `mesocosm serve world=<id> name=nobody` and give the ray.address .* or set backend=local"
+    ):
         WorldVectorEnv(2, app="nobody")
     with pytest.raises(UsageError, match=r"no artifact worlds/ensembel in storage.root .*did you mean 'ensemble'"):
         WorldVectorEnv(2, "ensembel", app="two")
@@ -155,6 +284,57 @@ def test_missing(served: str) -> None:
         deploy(ServeConfig(world="none", storage=StorageConfig(served)))
     with pytest.raises(UsageError, match=r"serve.replicas=99 with serve.cpus=1 asks for 99 CPUs"):
         deploy(ServeConfig(world="ensemble", replicas=99, storage=StorageConfig(served)))
+    with pytest.raises(UsageError, match=r"serve.replicas=2 with serve.device=cuda asks for 2 GPUs and the cluster has 0"):
+        deploy(ServeConfig(world="ensemble", replicas=2, device="cuda", storage=StorageConfig(served)))
+
+
+def test_a_name_that_is_taken(served: str, make_world: Callable[..., Any], tmp_path: Path) -> None:
+    """Somebody's running application is not replaced by another world of another root, and goes on."""
+    env = WorldVectorEnv(2, app="two", horizon=5)
+    before = rollout(env, 4)
+    Storage(str(tmp_path)).make("worlds", "theirs", {}, make_world(DICT).save)
+    with pytest.raises(UsageError, match=r"an application 'two' runs on this Ray already; set serve.name to another name"):
+        deploy(ServeConfig(world="theirs", name="two", storage=StorageConfig(str(tmp_path))))
+    assert rollout(env, 4) == before
+
+
+def test_ctrl_c_while_it_deploys(served: str) -> None:
+    """The name is free again."""
+    from ray import serve
+
+    def interrupt() -> None:
+        while "early" not in serve.status().applications:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    other = threading.Thread(target=interrupt)
+    other.start()
+    with pytest.raises(KeyboardInterrupt):
+        deploy(ServeConfig(world="ensemble", name="early", cpus=0.5, storage=StorageConfig(served)))
+    other.join()
+    assert "early" not in serve.status().applications
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("replicas=0", "serve.replicas=0 must be at least 1"),
+        ("threads=0", "serve.threads=0 must be at least 1"),
+        ("max_sessions=-1", "serve.max_sessions=-1 must be at least 1"),
+        ("max_worlds=0", "serve.max_worlds=0 must be at least 1"),
+        ("cpus=-1", "serve.cpus=-1.0 must be at least 0"),
+        ("device=cdua", "serve.device='cdua' is not one of cpu, cuda; did you mean 'cuda'?"),
+    ],
+)
+def test_wrong_values(served: str, override: str, sentence: str) -> None:
+    """Refused by a dry run and by whoever deploys, before anything starts."""
+    key, value = override.split("=")
+    config = ServeConfig(world="ensemble", storage=StorageConfig(served))
+    setattr(config, key, type(getattr(config, key))(value))
+    for refuse in (serve_job.plan, deploy):
+        with pytest.raises(UsageError) as refused:
+            refuse(config)
+        assert str(refused.value) == sentence
 
 
 def test_nobody_answers(served: str, tmp_path: Path) -> None:
@@ -187,11 +367,13 @@ def test_from_a_worker(served: str) -> None:
 
 
 def test_job(served: str) -> None:
-    """`serve` says how to connect; another process that does just that steps in the world; Ctrl-C ends it without a trace."""
+    """`serve` says how to connect; another process that does just that steps in the world; Ctrl-C ends it without a trace. The command that
+    it prints to train an agent finds the world and the application."""
     from ray import serve
 
     config = ServeConfig(world="ens", name="job", cpus=0.5, storage=StorageConfig(served))
     answers: list[str] = []
+    commands: list[str] = []
 
     def visit() -> None:
         log = None
@@ -199,6 +381,7 @@ def test_job(served: str) -> None:
             time.sleep(0.2)
             logs = list(Path(served).glob("runs/serve/visited/log.txt"))
             log = logs[0].read_text() if logs else None
+        commands.extend(line[line.index("mesocosm train-agent") :] for line in log.splitlines() if "mesocosm train-agent" in line)
         lines = [line.split("Z ")[-1].strip() for line in log.splitlines() if "import gymnasium" in line or "make_vec" in line]
         lines[0] = lines[0][lines[0].index("import") :]
         code = "\n".join([*lines, "envs.reset(seed=0)", "print(envs.step(envs.action_space.sample())[1].shape)"])
@@ -211,6 +394,9 @@ def test_job(served: str) -> None:
     with tracking.start("serve", config, id="visited", quiet=True) as job:
         serve_job.run(config, job)
     visitor.join()
+    trained = config_of(AgentConfig, overrides=shlex.split(commands[0])[2:])
+    assert (trained.world, trained.app, trained.storage.root) == ("ensemble", "job", served)
+    assert trained.ray.address == job.facts["address"]
     assert answers[0].startswith("(64,)"), answers
     assert "job" not in serve.status().applications
     assert "two" in serve.status().applications, "what others serve stays"

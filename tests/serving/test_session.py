@@ -148,6 +148,24 @@ def test_repeated_request(make_world: Any) -> None:
     assert "restore" not in connection.asked
 
 
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_another_request_at_the_same_clock(make_world: Any, mode: str) -> None:
+    """A client that gave up on one action and takes another gets that one's reply, never the stored one: its mirror knows of nothing else."""
+    world = make_world(DICT, family="sequence", terminal=0.1)
+    expected = rollout(WorldVectorEnv(3, world, horizon=9, autoreset_mode=mode), 20)
+    env, connection = client(world, autoreset_mode=mode)
+    clocks = [2, 7, 13]
+
+    def give_up(request: Message) -> None:
+        if request["op"] == "step" and request["clock"] in clocks:
+            clocks.remove(request["clock"])
+            connection.sessions.handle(unpack(pack(request | {"action.categories": 1 - request["action.categories"]})))
+
+    connection.before = give_up
+    assert rollout(env, 20) == expected
+    assert connection.asked.count("restore") == 3
+
+
 def test_failed_step(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that raised half-way leaves no half-changed session behind."""
     world = make_world(DICT, family="sequence")

@@ -60,6 +60,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
 
     _connection: Connection | None = None
     _codec: Codec
+    _begun = False
+    """False before the first `reset`, and after one that was broken off: the replica may be ahead of this client."""
 
     def __init__(
         self,
@@ -118,6 +120,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             )
         if self._generation and self._starts is not None and codec.id != self._codec.id:
             raise UsageError(f"starts: they are encoded as world {self._world!r} reads them, and {reply['world']!r} reads otherwise; make a new client for it")
+        self._begun = False
         self._codec: Codec = codec
         self._world = reply["world"]
         self._mirror = Mirror(reply["memory"])
@@ -161,6 +164,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             self._episode = np.zeros(self.num_envs, np.int64)
         else:
             self._episode = self._episode + 1
+        self._begun = False
         replaces, self._generation = self._session, self._generation + 1
         request: Message = {"op": "begin", "session": self._session, "replaces": replaces, "world": self._world}
         request |= {"seed": self._seed, "first_env": self._first_env, "episode": self._episode}
@@ -170,11 +174,12 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._steps = np.zeros(self.num_envs, np.int64)
         self._ended = np.zeros(self.num_envs, np.bool_)
         self._mirror.begin(self._task, observation, self._codec.spec.action)
+        self._begun = True
         return self._codec.decode_observation(observation, self._task), {}
 
     def step(self, actions: Any) -> tuple[Any, NDArray[np.float64], NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         """One step of every environment; see the class for `infos`. Raises MesocosmError for actions that the space does not hold."""
-        if self._episode is None:
+        if not self._begun or self._episode is None:
             raise ResetNeeded("call reset() before step()")
         same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
         action = self._codec.action(actions)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mesocosm.config import JobConfig
+from mesocosm.errors import UsageError, nearest
+
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass
@@ -19,7 +22,22 @@ class ServeConfig(JobConfig):
     cpus: float = 1.0
     """Logical CPUs reserved for each replica."""
     device: str = "cpu"
+    """`cpu` or `cuda`: one GPU for each replica."""
     max_sessions: int = 64
     """Sessions whose caches a replica keeps; the least recently used goes first, and its client goes on with one replay."""
     max_worlds: int = 3
     """World versions a replica keeps loaded."""
+
+
+def check(config: ServeConfig) -> None:
+    """Raise UsageError on the first value that cannot be meant. Reads no storage, starts nothing."""
+    for key in ("replicas", "threads", "max_sessions", "max_worlds"):
+        value = getattr(config, key)
+        if value < 1:
+            raise UsageError(f"serve.{key}={value} must be at least 1")
+    if not config.cpus >= 0:
+        raise UsageError(f"serve.cpus={config.cpus} must be at least 0")
+    if not config.name:
+        raise UsageError("serve.name='' names no application; give it a name, by which clients find it")
+    if config.device not in DEVICES:
+        raise UsageError(f"serve.device={config.device!r} is not one of {', '.join(DEVICES)}{nearest(config.device, DEVICES)}")

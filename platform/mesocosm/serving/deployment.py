@@ -14,14 +14,19 @@ from typing import Any
 import torch
 
 from mesocosm import cluster
-from mesocosm.serving.config import ServeConfig
-from mesocosm.serving.connection import receive_frame, send_frame
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.serving.config import ServeConfig, check
+from mesocosm.serving.connection import LOOPBACK, packed, receive_frame, send_frame
 from mesocosm.serving.protocol import pack, unpack
 from mesocosm.serving.session import Sessions, Worlds, find_world
 from mesocosm.storage import Storage
 
 logger = logging.getLogger(__name__)
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+TOKEN = 32
+"""Bytes of a line's token: its first frame, and all that is read of a peer before it is known."""
+TAKEN = ("DEPLOYING", "RUNNING", "UNHEALTHY")
+"""Serve's states of an application in which its name is somebody's."""
 
 
 class Replica:
@@ -33,21 +38,28 @@ class Replica:
         if world:
             worlds.get(world)
         self.sessions = Sessions(worlds.get, max_sessions)
-        self._token = secrets.token_bytes(32)
+        self._token = secrets.token_bytes(TOKEN)
         self._listener = socket.create_server((_host(), 0), backlog=128)
         threading.Thread(target=self._accept, name="line", daemon=True).start()
 
     def call(self, data: bytes | bytearray) -> bytes:
+        number = None
         try:
-            return pack(self.sessions.handle(unpack(data)))
+            request = unpack(data)
+            number = request.pop("number")
+            return packed(self.sessions.handle(request) | {"number": number})
+        except MesocosmError as error:
+            return pack({"error": str(error), "kind": "usage", "number": number})
         except Exception as error:  # a bug of ours, or bytes that are no message: the client must hear of it and not try again
             logger.exception("a request failed")
-            return pack({"error": f"the replica failed: {type(error).__name__}: {error}", "kind": "failed"})
+            return pack({"error": f"the replica failed: {type(error).__name__}: {error}", "kind": "failed", "number": number})
 
     def connect(self) -> dict[str, Any]:
-        """Host, port and token of this replica's line, and its pid. Who can call this may call the world anyway."""
+        """Host, port and token of this replica's line, its node and its pid. Who can call this may call the world anyway."""
+        import ray
+
         host, port = self._listener.getsockname()[:2]
-        return {"host": host, "port": port, "token": self._token, "pid": os.getpid()}
+        return {"host": host, "port": port, "token": self._token, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
 
     def _accept(self) -> None:
         while True:
@@ -59,7 +71,7 @@ class Replica:
         with line, contextlib.suppress(OSError):
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             line.settimeout(10.0)
-            token = receive_frame(line)
+            token = receive_frame(line, TOKEN)
             if token is None or not hmac.compare_digest(token, self._token):
                 return
             line.settimeout(None)
@@ -71,19 +83,22 @@ def _host() -> str:
     """Where the line listens: loopback while the cluster is this machine alone, this node's address otherwise."""
     import ray
 
-    return "127.0.0.1" if len(ray.nodes()) == 1 else ray.util.get_node_ip_address()
+    return LOOPBACK if len(ray.nodes()) == 1 else ray.util.get_node_ip_address()
 
 
 def deploy(config: ServeConfig) -> str:
     """Deploy `config.world` on Ray Serve, without any HTTP or gRPC ingress, and wait until it answers; gives the application's name.
 
-    A second call with the same config is a no-op, and one with another config replaces the replicas. An empty `config.world` deploys
-    without a default: every client names its own. Raises UsageError before anything starts.
+    An empty `config.world` deploys without a default: every client names its own. Raises UsageError before anything starts, also where an
+    application of that name runs on this Ray: its clients, or its owner's `undeploy`, are somebody else's.
     """
+    check(config)
     if config.world:
         find_world(Storage(config.storage.root), config.world)
     cluster.ensure(config.ray)
+    gpus = 1 if config.device == "cuda" else 0
     cluster.preflight(what=f"serve.replicas={config.replicas} with serve.cpus={config.cpus:g}", cpus=config.replicas * config.cpus)
+    cluster.preflight(what=f"serve.replicas={config.replicas} with serve.device={config.device}", gpus=config.replicas * gpus)
 
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -91,13 +106,16 @@ def deploy(config: ServeConfig) -> str:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    running = serve.status().applications.get(config.name)
+    if running is not None and running.status in TAKEN:
+        raise UsageError(f"an application {config.name!r} runs on this Ray already; set serve.name to another name, or end that one where it was started")
     deployment = serve.deployment(Replica).options(  # type: ignore[attr-defined]
         name="world",
         num_replicas=config.replicas,
         max_ongoing_requests=256,
         ray_actor_options={
             "num_cpus": config.cpus,
-            "num_gpus": 1 if config.device.startswith("cuda") else 0,
+            "num_gpus": gpus,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(config.threads)}},
         },
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
@@ -105,7 +123,11 @@ def deploy(config: ServeConfig) -> str:
     )
     root = Storage(config.storage.root).root
     application = deployment.bind(root, config.world, config.threads, config.max_sessions, config.max_worlds, config.device)
-    serve.run(application, name=config.name, route_prefix=None)
+    try:
+        serve.run(application, name=config.name, route_prefix=None)
+    except BaseException:  # Ctrl-C while replicas start, or one that cannot: on a shared Ray the name would stay taken
+        undeploy(config.name)
+        raise
     return config.name
 
 

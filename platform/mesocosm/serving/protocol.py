@@ -16,8 +16,10 @@ Requests (`op`) and their replies, for B environments:
                                                        -> clock
     end       session                                  -> nothing
 
+A request through Serve or its line carries `number` besides, which its reply repeats.
+
 Any reply may be {"error": sentence, "kind": "usage" | "failed"} or, to a step, {"missing": true}: this replica has no such
-session at that clock, restore it.
+session at that clock, or took another step from there: restore it.
 """
 
 from __future__ import annotations

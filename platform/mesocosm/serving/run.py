@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import time
+from pathlib import Path
 from typing import Any
 
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.serving.config import ServeConfig
+from mesocosm.serving.config import ServeConfig, check
 from mesocosm.serving.deployment import deploy, undeploy
 from mesocosm.serving.session import find_world
 from mesocosm.storage import Storage
@@ -18,15 +20,18 @@ def run(config: ServeConfig, run: Run) -> None:
     import ray
     from ray import serve
 
-    if not config.world:
-        raise UsageError("serve.world='' names no world; set world=<artifact id>")
+    world = str(plan(config)["world"])
     deploy(config)
     address = ray.get_runtime_context().gcs_address
-    run.record(app=config.name, address=address, inputs={"world": config.world})
-    run.say(f"world {config.world} is served as {config.name!r} by {config.replicas} replica(s); Ctrl-C ends it. From Python on this machine:")
+    run.record(app=config.name, address=address, inputs={"world": world})
+    run.say(f"world {world} is served as {config.name!r} by {config.replicas} replica(s); Ctrl-C ends it.")
+    if not Path(world).is_absolute():
+        where = [f"world={world}", f"app={config.name}", f"ray.address={address}", f"storage.root={run.storage.root}"]
+        run.say(f"To train an agent in it, from another terminal:\n  mesocosm train-agent {shlex.join(where)}")
     run.say(
+        "To step in it, from Python:\n"
         "  import gymnasium, mesocosm.serving.client\n"
-        f'  envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="{config.world}", app="{config.name}", address="{address}", horizon=200)'
+        f'  envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="{world}", app="{config.name}", address="{address}", horizon=200)'
     )
     try:
         while True:
@@ -44,6 +49,7 @@ def run(config: ServeConfig, run: Run) -> None:
 
 def plan(config: ServeConfig) -> dict[str, Any]:
     """What `run` would deploy, and the CPUs that it takes."""
+    check(config)
     if not config.world:
         raise UsageError("serve.world='' names no world; set world=<artifact id>")
     id, folder = find_world(Storage(config.storage.root), config.world)

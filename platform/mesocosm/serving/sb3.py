@@ -24,7 +24,7 @@ from mesocosm.serving.client import WorldVectorEnv
 try:
     from stable_baselines3.common.vec_env import VecEnv
 except ImportError as error:
-    raise UsageError("stable_baselines3 is not installed; install it with `pip install mesocosm[sb3]`") from error
+    raise UsageError("stable_baselines3 is not installed; install it with `pip install -e '.[sb3]'` in a checkout") from error
 
 
 class WorldVecEnv(VecEnv):

@@ -7,6 +7,7 @@ goes on where another died, and a session evicted for room is only slower.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -26,9 +27,9 @@ from mesocosm.serving.protocol import CONTEXT, Message, get, put
 from mesocosm.storage import Storage
 
 START = -1
+"""The step of the key from which an episode's start is drawn; transitions count from 0."""
 TOLD = ("reward", "terminated", "p_terminated", "duration", "disagreement", "diverged")
 """What a reply holds of a step's `StepOut`, beside the observation."""
-"""The step of the key from which an episode's start is drawn; transitions count from 0."""
 
 
 def find_world(storage: Storage, ref: str) -> tuple[str, Path]:
@@ -121,6 +122,8 @@ class Session:
     """Steps taken since `begin`"""
     reply: Message | None
     """To the step before `clock`; None right after `begin` and `restore`"""
+    asked: bytes = b""
+    """Digest of the request that `reply` answers"""
 
 
 class Sessions:
@@ -176,13 +179,14 @@ class Sessions:
         if session is None:
             return {"missing": True}
         self._sessions.move_to_end(name)
-        if session.clock == clock + 1 and session.reply is not None:
+        asked = _digest(request)
+        if session.clock == clock + 1 and session.reply is not None and session.asked == asked:
             return session.reply
         if session.clock != clock:
             return {"missing": True}
         del self._sessions[name]  # an exception may leave the carry half changed: the session comes back only after a whole step
         reply = self._advance(session, request)
-        session.clock, session.reply = clock + 1, reply
+        session.clock, session.reply, session.asked = clock + 1, reply, asked
         self._sessions[name] = session
         return reply
 
@@ -219,6 +223,16 @@ class Sessions:
         self._sessions.move_to_end(name)
         while len(self._sessions) > self.max_sessions:
             self._sessions.popitem(last=False)
+
+
+def _digest(request: Message) -> bytes:
+    """Of everything that a step depends on: a client may give up on one request and send another at the same clock."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(request):
+        value = request[name]
+        digest.update(name.encode())
+        digest.update(value.tobytes() if isinstance(value, np.ndarray) else repr(value).encode())
+    return digest.digest()
 
 
 def _logged(world: World, request: Message) -> tuple[Parts, Parts] | None:
