@@ -65,6 +65,47 @@ def test_mlflow_away_loses_nothing(root: str, tmp_path: Path) -> None:
     assert tracking.replay_pending(back) == 0
 
 
+@pytest.mark.parametrize("memo", ["", '{"uri": "http://elsewhere:5000", "run_id": "0123", "offset": 9, "files": [], "worlds": []}'])
+def test_a_memo_that_is_torn_or_of_another_server_begins_anew(root: str, memo: str) -> None:
+    away = _config(root, uri="http://127.0.0.1:9")
+    for id in ("a", "b"):
+        with tracking.start("collect", away, id=id, quiet=True) as run:
+            run.log({"steps": 5}, step=2)
+    (Storage(root).local_path("runs", "collect", "a") / "mlflow.json").write_text(memo)
+    back = _config(root)
+    assert tracking.replay_pending(back) == 2
+    assert [_runs(back)[f"collect/{id}"].data.metrics["steps"] for id in "ab"] == [5, 5]
+
+
+def test_one_bad_run_does_not_keep_the_others(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    away = _config(root, uri="http://127.0.0.1:9")
+    for id in ("a", "b"):
+        with tracking.start("collect", away, id=id, quiet=True) as run:
+            run.log({"steps": 5}, step=2)
+    (Storage(root).local_path("runs", "collect", "a") / "metrics.jsonl").write_text("not JSON\n")
+    back = _config(root)
+    assert tracking.replay_pending(back) == 1
+    assert "run collect/a could not be brought to MLflow" in capsys.readouterr().err
+    assert "steps" in _runs(back)["collect/b"].data.metrics
+
+
+def test_a_password_is_nowhere_written(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    uri = "http://alice:s3cr@t@127.0.0.1:9/x"
+    config = _config(root, uri=uri)
+    with pytest.raises(ValueError), tracking.start("collect", config, id="a") as run:
+        run.say(f"tracking at {uri}")
+        raise ValueError(f"cannot reach {uri}")
+    tracking.replay_pending(config)
+    with pytest.raises(OSError) as error:
+        tracking.ping(config)
+    written = "".join(path.read_text() for path in run.folder.iterdir())
+    printed = capsys.readouterr()
+    for text in (written, printed.out, printed.err, str(error.value)):
+        assert "alice" not in text and "cr@t" not in text
+    assert written.count("http://***@127.0.0.1:9/x") >= 4, "config, say, error and status still say where"
+    assert tracking.uri_of(config) == uri
+
+
 def test_a_killed_run_is_failed_not_running(root: str) -> None:
     config = _config(root)
     with tracking.start("pretrain", config, id="k", quiet=True) as run:

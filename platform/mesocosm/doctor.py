@@ -82,7 +82,7 @@ def _storage(config: JobConfig) -> str:
 
 def _mlflow(config: JobConfig) -> str:
     tracking.ping(config)
-    return tracking.uri_of(config)
+    return tracking.redact(tracking.uri_of(config))
 
 
 def _ray(config: JobConfig) -> str:

@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import os
+import re
 import threading
 import time
 import traceback
@@ -52,14 +53,14 @@ class Run:
         self.facts: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._started = time.time()
-        (self.folder / "config.yaml").write_text(to_yaml(config))
+        (self.folder / "config.yaml").write_text(redact(to_yaml(config)))
         self._status("running")
         self._mirror = _Mirror(self)
 
     @property
     def mlflow_run_id(self) -> str | None:
         """The MLflow run's id, once the mirror has reached MLflow."""
-        return (_json(self.folder / _MEMO) or {}).get("run_id")
+        return _memo(self.folder, self.config).get("run_id")
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append one line to metrics.jsonl. Values that are not finite are kept there as strings and not sent to MLflow."""
@@ -74,11 +75,11 @@ class Run:
         """One line to the console and to log.txt."""
         self._note(text)
         if not self.quiet:
-            console.print(text)
+            console.print(redact(text))
 
     def _note(self, text: str) -> None:
         with self._lock, open(self.folder / "log.txt", "a") as file:
-            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
+            file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {redact(text)}\n")
 
     def record(self, **facts: Any) -> None:
         """Facts of the run (its artifact, its inputs, the ledger) into status.json and MLflow's tags."""
@@ -140,13 +141,11 @@ class Run:
             "started": self._started,
             "updated": time.time(),
             "pid": os.getpid(),
-            "error": error,
+            "error": error and redact(error),
             "facts": self.facts,
         }
         with self._lock:
-            temporary = self.folder / f"status.json.{uuid.uuid4().hex}.tmp"
-            temporary.write_text(json.dumps(status, indent=1, default=str))
-            os.replace(temporary, self.folder / "status.json")
+            _write(self.folder / "status.json", json.dumps(status, indent=1, default=str))
 
     def _end(self, state: str, error: str | None = None) -> None:
         self._status(state, error)
@@ -174,8 +173,13 @@ def start(job: str, config: JobConfig, *, id: str | None = None, parent: Run | N
 
 
 def uri_of(config: JobConfig) -> str:
-    """The MLflow tracking URI: the configured one, or a sqlite file under the root."""
+    """The MLflow tracking URI: the configured one, or a sqlite file under the root. Only `redact`ed is it written or said."""
     return config.tracking.uri or f"sqlite:///{Storage(config.storage.root).local_path('mlflow.db')}"
+
+
+def redact(text: str) -> str:
+    """`text` without the user and password of the URLs in it."""
+    return re.sub(r"(://)[^/\s'\"]+@", r"\1***@", text)
 
 
 def register_world(run: Run, artifact: Artifact) -> None:
@@ -201,7 +205,7 @@ class _Mirror:
         self._save_queue()
 
     def _save_queue(self) -> None:
-        (self.run.folder / _PENDING).write_text(json.dumps(self._queue))
+        _write(self.run.folder / _PENDING, json.dumps(self._queue))
 
     def close(self) -> None:
         self._closing.set()
@@ -233,7 +237,7 @@ def _deliver(folder: Path, where: JobConfig) -> None:
     with _mlflow_lock:
         client = _client(where)
         status = json.loads((folder / "status.json").read_text())
-        memo: dict[str, Any] = _json(folder / _MEMO) or {"offset": 0, "files": [], "worlds": []}
+        memo = _memo(folder, where)
         queue = _json(folder / _PENDING) or {"files": [], "worlds": []}
         if "run_id" not in memo:
             memo["run_id"] = _create(client, folder, status, where)
@@ -258,7 +262,14 @@ def _deliver(folder: Path, where: JobConfig) -> None:
                 client.set_terminated(run_id, status=_ENDED[status["state"]])
                 (folder / _PENDING).unlink(missing_ok=True)
         finally:
-            (folder / _MEMO).write_text(json.dumps(memo))
+            _write(folder / _MEMO, json.dumps(memo))
+
+
+def _memo(folder: Path, where: JobConfig) -> dict[str, Any]:
+    """What was delivered of the run in `folder`; a memo that cannot be read, or is of another MLflow, counts as none."""
+    uri = redact(uri_of(where))
+    memo = _json(folder / _MEMO)
+    return memo if memo and memo.get("uri") == uri else {"uri": uri, "offset": 0, "files": [], "worlds": []}
 
 
 def _client(where: JobConfig) -> Any:
@@ -283,7 +294,7 @@ def ping(where: JobConfig) -> None:
     try:
         _client(where).search_experiments(max_results=1)
     except MlflowException as error:
-        raise OSError(f"MLflow at {uri_of(where)} does not answer: {error}") from error
+        raise OSError(redact(f"MLflow at {uri_of(where)} does not answer: {error}")) from error
 
 
 def _create(client: Any, folder: Path, status: Mapping[str, Any], where: JobConfig) -> str:
@@ -299,9 +310,9 @@ def _create(client: Any, folder: Path, status: Mapping[str, Any], where: JobConf
     parent = None
     if status["parent"]:
         above = folder.parent.parent / status["parent"]
-        if "run_id" not in (_json(above / _MEMO) or {}):
+        if "run_id" not in _memo(above, where):
             _deliver(above, where)
-        parent = (_json(above / _MEMO) or {}).get("run_id")
+        parent = _memo(above, where).get("run_id")
     tags = {"mesocosm.run": tag, **({"mlflow.parentRunId": parent} if parent else {})}
     run_id = str(client.create_run(experiment_id, run_name=f"{status['job']}-{status['id'][-13:]}", tags=tags).info.run_id)
     from mlflow.entities import Param
@@ -366,18 +377,35 @@ def replay_pending(config: JobConfig) -> int:
             if _alive(status["pid"]):
                 continue
             status.update(state="failed", error="the process ended without a word (killed?)")
-            (mark.parent / "status.json").write_text(json.dumps(status, indent=1))
+            _write(mark.parent / "status.json", json.dumps(status, indent=1))
         try:
             _deliver(mark.parent, config)
         except Exception as error:
-            console.print(f"MLflow at {uri_of(config)} is still away ({type(error).__name__}); metrics.jsonl is kept")
-            break
+            try:
+                ping(config)
+            except Exception:
+                console.print(f"MLflow at {redact(uri_of(config))} is still away ({type(error).__name__}); metrics.jsonl is kept")
+                break
+            console.print(redact(f"run {status['job']}/{status['id']} could not be brought to MLflow ({error}); its metrics.jsonl is kept"))
+            continue
         delivered += 1
     return delivered
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    """The object in a file; None where there is none, or one that cannot be read."""
+    try:
+        found = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def _alive(pid: int) -> bool:
