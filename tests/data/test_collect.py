@@ -146,14 +146,9 @@ def test_a_value_outside_its_space_costs_its_episode(root: str, own: None, a_run
         collect(config(root, "ownenvs:Odd", reality=troubled(dict.fromkeys(range(40), "mode"))), a_run)
 
 
-class Slow:
-    """A driver with much to do between two looks at its workers."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def __call__(self, attempts: Sequence[Attempt], steps: int) -> None:
-        time.sleep(self.seconds)
+def busy_during_the_second_episode(attempts: Sequence[Attempt], steps: int) -> None:
+    """A driver with much to do between two looks at its workers: it asks after 2 s, and reads the answer after 4."""
+    time.sleep(2.0 if len(attempts) == 1 else 0.0)
 
 
 def a_plan(root: str, trouble: dict[int, str], **kwargs: Any) -> Plan:
@@ -164,8 +159,8 @@ def a_plan(root: str, trouble: dict[int, str], **kwargs: Any) -> Plan:
 
 def test_a_step_that_comes_back_too_late_costs_its_episode(root: str, own: None, ray_local: None) -> None:
     """The meter is frozen, and the step returns before the driver has read so."""
-    plan, lanes = a_plan(root, {1: "hang"}, nap=1.5), split(30, 1)
-    attempts = run_on_ray(plan, lanes, 1, Slow(0.5))
+    plan, lanes = a_plan(root, {1: "hang"}, nap=3.1), split(30, 1)
+    attempts = run_on_ray(plan, lanes, 1, busy_during_the_second_episode)
     assert [(a.index, a.steps, a.episode is None) for a in attempts] == [(0, 10, False), (1, 3, True), (2, 10, False), (3, 7, False)]
     assert attempts[1].reason == "episode 1: a step took longer than reality.step_timeout_s=0.3"
     totals = plan.open_ledger().totals()
@@ -175,7 +170,7 @@ def test_a_step_that_comes_back_too_late_costs_its_episode(root: str, own: None,
 def test_a_close_that_hangs_costs_nothing(root: str, own: None, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes_module, "SILENCE_S", 0.5)
     plan, lanes = a_plan(root, {0: "crash"}, closing=3600.0), split(20, 1)
-    attempts = run_on_ray(plan, lanes, 1, Slow(0.0))
+    attempts = run_on_ray(plan, lanes, 1, lambda attempts, steps: None)
     assert [(a.index, a.steps, a.episode is None) for a in attempts] == [(0, 3, True), (1, 10, False), (2, 7, False)]
     totals = plan.open_ledger().totals()
     assert totals.steps == 20 and totals.unconfirmed == ()
