@@ -105,7 +105,9 @@ def test_groups_hold_every_parameter_once_with_the_papers_factors() -> None:
     )
     gain = of[id(net.get_parameter("blocks.0.norm_1.weight"))]
     assert gain["lr"] == 1e-3 and gain["weight_decay"] == 0.0
-    assert of[id(dict(net.named_parameters())["embed.numbers"])]["lr"] == 1e-3
+    assert gain["eps"] == pytest.approx(1e-8 / (m_n * m_l))
+    embedding = of[id(net.get_parameter("embed.numbers"))]
+    assert (embedding["lr"], embedding["weight_decay"], embedding["eps"]) == (1e-3, 0.0, 1e-8)
 
 
 def test_initialisation_is_a_function_of_the_seed() -> None:

@@ -6,8 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset, Environment, write_dataset
+from mesocosm.data.episode import Episode
 from mesocosm.errors import ArtifactError
 from mesocosm.model import rng
 from mesocosm.model.base import Base
@@ -193,6 +197,28 @@ def test_a_context_that_does_not_fit_is_refused() -> None:
     arrays = carry.context.to_numpy()
     with pytest.raises(ValueError, match="member"):
         Context.from_numpy({name: array for name, array in arrays.items() if name != "member"})
+
+
+def test_integers_are_whole_inside_the_world_too(tmp_path: Path) -> None:
+    """What an agent sees, encoded again, is where the world goes on from."""
+    generator = np.random.default_rng(0)
+    space = spaces.Dict({"task": spaces.Box(0, 9, (1,), np.int64), "count": spaces.Box(-99, 999, (2,), np.int64), "x": spaces.Box(-1, 1, (1,), np.float32)})
+    episodes = []
+    for k in range(8):
+        row = {"task": np.array([k]), "x": np.array([0.5], np.float32)}
+        rows = [row | {"count": np.array([10 * k + t, -t])} for t in range(12)]
+        episodes.append(Episode(k, k, "random", rows, list(generator.integers(0, 2, 11)), np.ones(11), "truncated"))
+    facts = {"environment": Environment(id="Counts-v0", task=["task"]), "observation_space": space, "action_space": spaces.Discrete(2)}
+    write_dataset(tmp_path, episodes, id="counts", seed=0, **facts)
+    codec = Codec.fit(Dataset([tmp_path]))
+    world = make_world(spec=Spec.from_json(codec.spec.to_json()))
+    carry, seen = begin(world), []
+    for step in range(3):
+        seen.append(codec.decode_observation(carry.observation, carry.task))
+        torch.testing.assert_close(codec.observation(seen[-1]).numbers, carry.observation.numbers, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(codec.task(seen[-1]).numbers, carry.task.numbers, atol=1e-4, rtol=1e-4)
+        carry, _ = advance(world, carry, step)
+    assert len({tuple(row) for now in seen for row in now["count"].tolist()}) > 5
 
 
 @pytest.mark.parametrize("family", ["sequence", "ensemble"])

@@ -72,6 +72,7 @@ class Codec:
             observation.bins(self._task_numbers) + options.bins(),
             tuple(cards[i] for i in self._task_categories) + tuple(len(self.options[i].values or ()) for i in self._option_categories),
             _texts(self._observation, self._task_categories),
+            self._grid(self._task_numbers) + (None,) * len(self._option_numbers),
         )
         return Spec(
             observation=PartSpec(
@@ -79,11 +80,17 @@ class Codec:
                 observation.bins(self._numbers),
                 tuple(cards[i] for i in self._categories),
                 _texts(self._observation, self._categories),
+                self._grid(self._numbers),
             ),
             action=PartSpec(self._action.numbers, action.bins(), self._action.cardinalities, tuple(self._action.texts)),
             task=task,
             **{**self._rest, "reward_values": None if self._rest["reward_values"] is None else tuple(self._rest["reward_values"])},
         )
+
+    def _grid(self, columns: Array) -> tuple[float | None, ...]:
+        """Where 0 lies, for the integers among the observation's number `columns`."""
+        scaling, integers = self._scalings["observation"], _integers(self._observation)
+        return tuple(float(-scaling.mean[i] / scaling.scale[i]) if integers[i] else None for i in columns)
 
     # -- fit, save, load -----------------------------------------------------------------------------------------
 

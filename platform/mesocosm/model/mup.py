@@ -4,12 +4,14 @@ With m_N = width / base width and m_L = layers / base layers, and AdamW:
 
     kind        initial std          learning rate    weight decay    AdamW's eps
     hidden      fan_in^-1/2          lr / m_N         wd * m_N        eps / (m_N m_L)
-    embedding   1 / sqrt(inputs)     lr               0               eps / m_N
+    embedding   1 / sqrt(inputs)     lr               0               eps
     output      given, see `tag`     lr               0               eps / m_N
     vector      as constructed       lr               0               eps / (m_N m_L)
 
-The forward multipliers (residual branches m_L^-1, outputs m_N^-1) are `ladder.Dims`'s; its docstring says what a network must do.
-A network tags each parameter when it makes it; `init_` and `param_groups` read the tags and refuse an untagged parameter.
+The paper divides the embedding's eps by m_N too; here eps is far below an embedding's gradients either way, and its tags carry no width.
+Nor do those of biases, whose eps is eps / m_L. The forward multipliers (residual branches m_L^-1, outputs m_N^-1) are `ladder.Dims`'s; its
+docstring says what a network must do. A network tags each parameter when it makes it; `init_` and `param_groups` read the tags and refuse
+an untagged parameter.
 """
 
 from __future__ import annotations

@@ -32,6 +32,9 @@ class PartSpec:
     categories: tuple[int, ...] = ()
     """Cardinality of each category slot."""
     texts: tuple[TextSpan, ...] = ()
+    grid: tuple[float | None, ...] = ()
+    """Where an integer number has its zero, in normalised units: its values lie whole bins from there. None for a number that is no integer;
+    empty where none is."""
 
     @property
     def slots(self) -> int:
@@ -67,7 +70,7 @@ class Spec:
     def from_json(data: dict[str, Any]) -> Spec:
         def part(value: dict[str, Any]) -> PartSpec:
             texts = tuple(TextSpan(**t) for t in value["texts"])
-            return PartSpec(value["numbers"], tuple(value["bins"]), tuple(value["categories"]), texts)
+            return PartSpec(value["numbers"], tuple(value["bins"]), tuple(value["categories"]), texts, tuple(value.get("grid", ())))
 
         parts: dict[str, Any] = {name: part(data[name]) for name in ("observation", "action", "task")}
         values = data["reward_values"]

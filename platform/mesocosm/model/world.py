@@ -28,7 +28,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.heads import inputs
 from mesocosm.model.layers import Constant
 from mesocosm.model.net import BaseOut, Cache, Losses, Transition, WorldNet, apply_base, build
-from mesocosm.model.spec import Parts, Spec, Windows
+from mesocosm.model.spec import Parts, PartSpec, Spec, Windows
 
 SCHEMA = 1
 
@@ -150,6 +150,7 @@ class World:
         self.spec: Spec = net.spec
         self.config: ModelConfig = net.config
         self.codec = codec or {}
+        self._task_grid, self._observation_grid = _Grid(self.spec.task), _Grid(self.spec.observation)
         self._head_slots = Constant(torch.tensor([rng.REWARD, rng.REWARD_VALUE, rng.TERMINATION]))
 
     @property
@@ -166,7 +167,8 @@ class World:
     @torch.inference_mode()
     def sample_start(self, keys: Tensor) -> tuple[Parts, Parts]:
         """(task, o_0) for each of `keys` [B] int64 (`rng.keys`): draws from the task distribution."""
-        return self.net.start.draw(keys)
+        task, observation = self.net.start.draw(keys)
+        return self._task_grid(task), self._observation_grid(observation)
 
     @torch.inference_mode()
     def begin(self, task: Parts, observation: Parts, member: Tensor) -> Carry:
@@ -197,13 +199,14 @@ class World:
         features = self.net.advance(carry.cache, carry.position, carry.start_column, token)
         base = BaseOut(self.base(carry.observation, action, carry.task), self.base.residual_scale)
         draw = self.net.draw(features, token, base, carry.member, keys)
-        parts = inputs(carry.observation, action, carry.task, draw.observation)
+        following = self._observation_grid(draw.observation)
+        parts = inputs(carry.observation, action, carry.task, following)
         u = rng.uniform(keys.unsqueeze(1), self._head_slots(keys))
         reward = self.net.reward.draw(parts, features, carry.member, u[:, :2])
         p_terminated, terminated = self.net.termination.draw(parts, features, carry.member, u[:, 2])
         duration = draw.duration * self.spec.duration_scale + self.spec.duration_mean if self.spec.durations else draw.duration
-        finite = torch.isfinite(draw.observation.numbers.sum(-1) + reward + duration + draw.disagreement)
-        observation = draw.observation.where(finite, carry.observation)
+        finite = torch.isfinite(following.numbers.sum(-1) + reward + duration + draw.disagreement)
+        observation = following.where(finite, carry.observation)
         reward, p_terminated, duration, disagreement = (torch.where(finite, x, 0.0) for x in (reward, p_terminated, duration, draw.disagreement))
         position = carry.position + 1 if self.net.memory else 0
         carry = replace(carry, clock=carry.clock + 1, position=position, observation=observation)
@@ -309,6 +312,23 @@ class World:
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ArtifactError(f"world {str(folder)!r} cannot be read: {' '.join(str(error).split())}") from error
         return World(net, base, codec).to(device)
+
+
+class _Grid:
+    """Rounds drawn integers to what an agent sees of them, so that the world goes on from that and from nothing between."""
+
+    def __init__(self, part: PartSpec):
+        self._columns = [i for i, zero in enumerate(part.grid) if zero is not None]
+        self._zeros = Constant(torch.tensor([zero for zero in part.grid if zero is not None]))
+        self._bins = Constant(torch.tensor([part.bins[i] for i in self._columns]))
+
+    def __call__(self, parts: Parts) -> Parts:
+        if not self._columns:
+            return parts
+        numbers = parts.numbers.clone()
+        zeros, bins = self._zeros(numbers), self._bins(numbers)
+        numbers[:, self._columns] = zeros + torch.round((numbers[:, self._columns] - zeros) / bins) * bins
+        return Parts(numbers, parts.categories)
 
 
 def _write(past: Parts, column: int | slice, value: Parts) -> None:
