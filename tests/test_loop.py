@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,3 +109,48 @@ def test_what_is_wrong_is_said_before_anything_starts(root: str) -> None:
         check(_load(root, "reality.env=CartPole-v1", "stop_at_target=true"))
     with pytest.raises(UsageError, match=r"reality\.env is not set"):
         plan(_load(root))
+
+
+def test_ctrl_c_ends_every_process_and_says_stopped(root: str, tmp_path: Path) -> None:
+    """SIGINT to the whole foreground group in the middle of pretraining, as a terminal sends it."""
+    mark = f"MESOCOSM_TEST_MARK={uuid.uuid4().hex}"
+    arguments = [f"storage.root={root}", *TINY, "reality.env=CartPole-v1", "pretrain.train.steps=1000000", "collect.workers=0"]
+    job = subprocess.Popen(
+        [sys.executable, "-m", "mesocosm.cli", "loop", *arguments],
+        env=os.environ | dict([mark.split("=")]),
+        cwd=tmp_path,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        _wait(lambda: any("train/loss" in path.read_text() for path in Path(root).glob("runs/pretrain/*/metrics.jsonl")), 240, job)
+        assert len(_marked(mark)) > 3, "Ray's processes are there"
+        os.killpg(job.pid, signal.SIGINT)
+        _, said = job.communicate(timeout=120)
+        assert job.returncode == 130 and "run the same command again" in said
+        _wait(lambda: not _marked(mark), 30)
+        states = {path.parent.parent.name: json.loads(path.read_text())["state"] for path in Path(root).glob("runs/*/*/status.json")}
+        assert states == {"loop": "stopped", "collect": "done", "pretrain": "stopped"}
+    finally:
+        for pid in _marked(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _marked(mark: str) -> list[int]:
+    """Processes, but those that have ended and wait to be reaped, whose environment holds `mark`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark.encode() in path.read_bytes() and (path.parent / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def _wait(condition: Callable[[], bool], seconds: float, job: subprocess.Popen[str] | None = None) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until and (job is None or job.poll() is None), "waited in vain"
+        time.sleep(0.2)

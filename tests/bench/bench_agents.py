@@ -63,7 +63,7 @@ CANDIDATES: dict[str, dict[str, list[list[str]]]] = {
 """Overrides of the loop's shipped config, or of mesocosm/agents/settings.py's REAL."""
 FILES = {"InvertedPendulum-v5": "quickstart.yaml", "CartPole-v1": "cartpole.yaml"}
 TARGETS = {"InvertedPendulum-v5": 950.0, "CartPole-v1": 475.0}
-CAPS = {"PPO": 30_000, "DQN": 20_000, "SAC": 6_000}
+CAPS = {"PPO": 30_000, "DQN": 8_000, "SAC": 6_000}
 """Real steps after which a run is censored; SAC's updates take a tenth of a second here."""
 ROUNDS = 8
 
