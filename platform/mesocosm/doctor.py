@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -14,7 +15,6 @@ from dataclasses import asdict, dataclass
 
 from mesocosm import cluster, tracking
 from mesocosm.config import JobConfig
-from mesocosm.errors import MesocosmError
 from mesocosm.storage import Storage
 
 
@@ -43,15 +43,12 @@ def _checks(config: JobConfig) -> Iterator[Check]:
     version = sys.version_info
     yield Check("python", (3, 11) <= version < (3, 13), platform.python_version(), "use Python 3.11 or 3.12")
     for package in ("ray", "torch", "deepspeed", "mlflow", "gymnasium", "mujoco", "s3fs", "omegaconf"):
-        try:
-            yield Check(package, True, importlib.metadata.version(package))
-        except importlib.metadata.PackageNotFoundError:
-            yield Check(package, False, "not installed", "run `make install`")
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    yield Check("compiler", compiler is not None, compiler or "none", "install a C++ compiler (g++): DeepSpeed builds its ops with it")
-    tools = cluster.worker_env()["PATH"]
-    ninja = shutil.which("ninja", path=tools)
-    yield Check("ninja", ninja is not None, ninja or "none", "run `make install`: ninja is one of its packages")
+        there = importlib.util.find_spec(package) is not None
+        yield Check(package, there, importlib.metadata.version(package) if there else "not installed", "run `make install`")
+    cuda, tools = _cuda(), cluster.worker_env()["PATH"]
+    compiler = next(filter(None, (shutil.which(name, path=tools) for name in ("c++", "g++", "clang++"))), None)
+    yield _built_with("compiler", compiler, cuda, "install a C++ compiler (g++): DeepSpeed may build its CUDA ops with it")
+    yield _built_with("ninja", shutil.which("ninja", path=tools), cuda, "run `make install`: ninja is one of its packages")
     yield _guarded(
         "storage", lambda: _storage(config), "set storage.root to a folder you may write to, or s3://bucket/prefix with credentials in the environment"
     )
@@ -61,11 +58,24 @@ def _checks(config: JobConfig) -> Iterator[Check]:
     yield Check("disk", free > 5, f"{free:.0f} GiB free here", "free some space: checkpoints and Ray's files need about 5 GiB")
 
 
+def _cuda() -> bool:
+    try:
+        import torch
+    except ImportError:
+        return False
+    return torch.cuda.is_available()
+
+
+def _built_with(name: str, found: str | None, cuda: bool, fix: str) -> Check:
+    """A tool to compile with: on CPU nothing is compiled (`pretrain.engine.import_deepspeed`)."""
+    return Check(name, found is not None or not cuda, found or ("none" if cuda else "none, and not needed on CPU"), fix)
+
+
 def _guarded(name: str, look: Callable[[], str], fix: str) -> Check:
     try:
         return Check(name, True, look())
-    except (OSError, MesocosmError, RuntimeError, ValueError, ImportError) as error:
-        return Check(name, False, " ".join(str(error).split())[:200], fix)
+    except Exception as error:  # whatever a client library raises (botocore's and SQLAlchemy's errors are none of Python's own) is what was asked
+        return Check(name, False, " ".join(str(error).split())[:200] or type(error).__name__, fix)
 
 
 def _storage(config: JobConfig) -> str:
@@ -76,7 +86,7 @@ def _storage(config: JobConfig) -> str:
         if storage.read(path) != b"x":
             raise OSError("what was written was not read back")
     finally:
-        storage.fs.rm_file(storage._path(path))
+        storage.remove(path)
     return storage.root
 
 
