@@ -73,6 +73,8 @@ class LoopConfig(JobConfig):
 FREE = ("rounds", "target", "stop_at_target", "baselines")
 """Keys that change how long the loop goes on and what it is compared with, not the experiment: it goes on in the same ledger."""
 SHARED = ("reality", "seed", "storage", "tracking", "ray", "force")
+FILLED = {"serve": ("world", "name"), "agent": ("world", "app"), "evaluate": ("world", "agent", "ledger"), "collect": ("ledger",), "explore": ("ledger",)}
+"""Keys of the stages that only the loop can know."""
 
 
 def check(cfg: LoopConfig) -> None:
@@ -85,9 +87,10 @@ def check(cfg: LoopConfig) -> None:
     blocks = [(name, getattr(cfg, name)) for name in ("collect", "explore", "pretrain", "serve", "agent", "evaluate")]
     for name, block in [*blocks, *((f"baselines[{i}]", b) for i, b in enumerate(cfg.baselines))]:
         default = type(block)()
-        for key in SHARED:
+        for key in (*SHARED, *FILLED.get(name, ("ledger",) if isinstance(block, BaselineConfig) else ())):
             if hasattr(block, key) and getattr(block, key) != getattr(default, key):
-                raise UsageError(f"{name}.{key} is the loop's own to fill; set {key} at the top of the config")
+                fix = f"set {key} at the top of the config" if key in SHARED else "leave it out"
+                raise UsageError(f"{name}.{key} is the loop's own to fill; {fix}")
     budget, needed = cfg.reality.budget.steps, cfg.collect.steps + (cfg.rounds - 1) * cfg.explore.steps
     if budget is not None and needed > budget:
         raise UsageError(f"reality.budget.steps={budget} is less than the {needed} steps of {cfg.rounds} rounds; raise it, or lower rounds or explore.steps")
@@ -193,7 +196,7 @@ class _Loop:
         self.lineage: list[tuple[str, str]] = []
         self.inputs: dict[str, list[str]] = {"datasets": [], "worlds": [], "agents": [], "evaluations": []}
         self.steps: list[int] = []
-        self.served = False
+        self.app, self.served = f"loop-{run.id}", False  # loops that share a Ray serve apart
 
     def go(self) -> Artifact:
         cfg, run = self.cfg, self.run
@@ -218,7 +221,7 @@ class _Loop:
                     break
         finally:
             if self.served:
-                undeploy(cfg.serve.name)
+                undeploy(self.app)
         curves = [self._baseline(i, b) for i, b in enumerate(cfg.baselines)]
         return self._report(points, judged, curves)
 
@@ -240,10 +243,10 @@ class _Loop:
 
     def _train(self, round: int, world: Artifact, former: Artifact | None) -> Artifact:
         if not self.served and self.cfg.agent.backend == "serve":
-            deploy(replace(_fill(self.cfg.serve, self.cfg, round), world=world.id))
+            deploy(replace(_fill(self.cfg.serve, self.cfg, round), world=world.id, name=self.app))
             self.served = True
         init = former.name if former is not None and self.cfg.warm_start else self.cfg.agent.init
-        config = replace(_fill(self.cfg.agent, self.cfg, round), world=world.id, app=self.cfg.serve.name, init=init)
+        config = replace(_fill(self.cfg.agent, self.cfg, round), world=world.id, app=self.app, init=init)
         with self.run.child("train-agent", config) as child:
             return agents.run(config, child)
 

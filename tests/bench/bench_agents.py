@@ -43,6 +43,7 @@ CONFIGS = HERE.parents[1] / "configs" / "loop"
 SEEDS = (0, 1, 2)
 TUNING_SEED = 100
 
+LARGE = ["collect.steps=1000", "explore.steps=500"]
 SMALL = ["collect.steps=500", "explore.steps=250"]
 ADAM = "params.actor_lr={0} params.critic_lr={0} params.alpha_lr={0}"
 # RL Baselines3 Zoo: its PPO for CartPole-v1, its SAC for PyBullet's continuous tasks, its DQN for CartPole-v1 (REAL["DQN"]).
@@ -50,12 +51,12 @@ ZOO_PPO = ["num_envs=8", "rollout=32", "gamma=0.98", "params.lambda_=0.8", "para
 ZOO_SAC = [*ADAM.format("7.3e-4").split(), "params.tau=0.02", "gamma=0.98"]
 CANDIDATES: dict[str, dict[str, list[list[str]]]] = {
     "InvertedPendulum-v5": {
-        "world": [[], SMALL, [*SMALL, "pretrain.train.steps=800"]],
+        "world": [LARGE, SMALL, [*SMALL, "pretrain.train.steps=800"]],
         "PPO": [[], ["params.lr=3e-4"], ["rollout=128"]],
         "SAC": [[], ADAM.format("3e-4").split(), ZOO_SAC],
     },
     "CartPole-v1": {
-        "world": [[], SMALL, [*SMALL, "pretrain.train.steps=800"]],
+        "world": [LARGE, SMALL, [*SMALL, "pretrain.train.steps=800"]],
         "PPO": [[], ["params.lr=3e-4"], ZOO_PPO],
         "DQN": [[], ["params.lr=1e-3"], ["params.epsilon=[[0,1.0],[2000,0.04]]"]],
     },

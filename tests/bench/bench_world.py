@@ -58,8 +58,8 @@ HORIZONS = (1, 5, 15, 50)
 ENVIRONMENTS = ("CartPole-v1", "InvertedPendulum-v5")
 FAMILIES = ("sequence", "ensemble")
 SEEDS = (0, 1, 2)
-SETTINGS = ("train.steps=400",)
-"""Beside the pretrain job's defaults."""
+SETTINGS = ("train.steps=400", "train.lr=3e-3")
+"""Beside the pretrain job's defaults. At its lr of 6e-3 no ratio of seed 0 was worse by more than a tenth."""
 
 HORIZON = {"CartPole-v1": None, "InvertedPendulum-v5": 100}
 """With a controller that lets the cart drift to the end of the rail, only the held-out data held that collision (12 of 10000 transitions),

@@ -42,7 +42,7 @@ class TrainConfig:
     """Windows a step, over all workers."""
     events: int = 64
     """Single transitions a step beside the windows, terminals oversampled to a third, for the termination network; over all workers."""
-    lr: float = 3e-3
+    lr: float = 6e-3
     """At the ladder's base width; see model/mup.py."""
     weight_decay: float = 0.01
     warmup: float = 0.05
