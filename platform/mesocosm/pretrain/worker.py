@@ -126,7 +126,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
 
         progress = replace(progress, step=step, best=watch.best, high=watch.high, seconds=progress.seconds + meter.last)
         done = step == work.steps
-        record = {"step": step, **{f"train/{name}": value for name, value in told.items()}, "lr": options.lr * factor}
+        record = {"step": step, **{f"train/{name}": value for name, value in told.items()}, "lr": running.optimizer.param_groups[rates.index(options.lr)]["lr"]}
         if step % RATES_EVERY == 0 or done:
             record |= meter.read()
         if valid is not None and (step % options.validate_every == 0 or done):
