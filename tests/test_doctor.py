@@ -24,7 +24,8 @@ def doctor(*arguments: str, **env: str) -> tuple[int, dict[str, dict[str, Any]]]
 
     command = [sys.executable, *(["-S"] if "PYTHONPATH" in env else []), "-m", "mesocosm.cli", "doctor", "--json"]
     address = f"ray.address={ray.get_runtime_context().gcs_address}"
-    done = subprocess.run([*command, address, *arguments], capture_output=True, text=True, timeout=200, env={**os.environ, **env})
+    terminal = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run([*command, address, *arguments], capture_output=True, text=True, timeout=200, env={**terminal, **env})
     assert done.stdout, done.stderr
     return done.returncode, {check["name"]: check for check in json.loads(done.stdout)}
 

@@ -51,10 +51,14 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
     os.environ.update(worker_env())
     from ray._private import ray_constants
+    from ray._private.authentication import authentication_token_setup
 
     if config.address is not None:
         if config.address.startswith(("127.0.0.1:", "localhost:")):
             ray_constants.ENABLE_RAY_CLUSTER = False  # a private Ray of this machine, see below: else Ray asks at the machine's own address
+            # Such a Ray wants the token in ~/.ray, which Ray itself shows to no address that was named.
+            authentication_token_setup.logger.setLevel(logging.ERROR)
+            authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         try:
             ray.init(address=config.address, runtime_env={"env_vars": _remote_env()}, log_to_driver=True, logging_level=logging.WARNING)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:

@@ -259,6 +259,9 @@ def test_eviction(served: str) -> None:
     for turn in range(9):
         for i in (0, 1 + turn % 2):  # the first is used at every turn, the others at every second one
             assert flat(envs[i].step(action)) == flat(alone[i].step(action)), (turn, i)
+    last = {"op": "step", "session": envs[0]._session, "clock": 9}
+    envs[0].close()
+    assert envs[1]._call(last) == {"missing": True}, "a closed client's session must be gone"
     undeploy("small")
     assert [ops.count("restore") for ops in asked] == [1, 5, 4], "each reset evicted one, and then the first client stays"
 
@@ -385,7 +388,8 @@ def test_job(served: str) -> None:
         lines = [line.split("Z ")[-1].strip() for line in log.splitlines() if "import gymnasium" in line or "make_vec" in line]
         lines[0] = lines[0][lines[0].index("import") :]
         code = "\n".join([*lines, "envs.reset(seed=0)", "print(envs.step(envs.action_space.sample())[1].shape)"])
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        terminal = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # another one inherits nothing of this process's Ray
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=terminal)
         answers.append(done.stdout + done.stderr)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -11,6 +11,7 @@ one request's reply for another's.
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import struct
 import time
@@ -109,6 +110,7 @@ class Served:
                 f"no world application {app!r} is served on this Ray; run `mesocosm serve world=<id> name={app}` and give the ray.address "
                 "that it prints (in Python: address=...), or set backend=local"
             ) from error
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self.app = app
         self.deadline_s = deadline_s
         self.replica: dict[str, Any] | None = None
@@ -187,6 +189,6 @@ class Served:
         if last is not None and self._line is not None:
             with contextlib.suppress(OSError):
                 self._line.settimeout(1.0)
-                send_frame(self._line, pack(last))
+                send_frame(self._line, pack(last | {"number": 0}))
                 receive_frame(self._line)
         self._hang_up()
