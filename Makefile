@@ -39,4 +39,4 @@ bench-agents bench-world bench-serve bench-mup: install
 	$(BIN)/python tests/bench/$(subst -,_,$@).py
 
 clean:
-	rm -rf $(VENV) .mesocosm
+	rm -rf $(VENV)

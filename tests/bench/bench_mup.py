@@ -139,6 +139,8 @@ def plot(rows: list[dict[str, Any]]) -> None:
             axis.plot([BASE * 2.0**notch for notch in NOTCHES], [row["loss"][notch] for notch in NOTCHES], marker="o", label=row["size"])
         axis.axvline(BASE, color="grey", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", xlabel="base learning rate", title=f"{steps} steps of {OPTIONS.batch} windows")
+        axis.set_xticks([BASE * 2.0**notch for notch in NOTCHES], [f"{BASE * 2.0**notch:g}" for notch in NOTCHES])
+        axis.minorticks_off()
     axes[0].set_ylabel("validation loss, nats a transition")
     axes[0].legend(title="rung", frameon=False)
     PLOT.parent.mkdir(parents=True, exist_ok=True)

@@ -87,7 +87,7 @@ def returns(summary: Mapping[str, Any]) -> str:
                 (0, summary["target"]),
                 xycoords=("axes fraction", "data"),
                 textcoords="offset points",
-                xytext=(4, 4),
+                xytext=(4, -13),
                 fontsize=9.5,
             )
         axes.set_xlabel("real steps spent")
