@@ -38,6 +38,7 @@ from mesocosm.reality import config as reality_config
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import spaces_of, version_of
 from mesocosm.reality.ledger import Ledger
+from mesocosm.serving import config as serving
 from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.deployment import deploy, undeploy
 from mesocosm.storage import SCHEMA, Artifact
@@ -99,6 +100,7 @@ def check(cfg: LoopConfig) -> None:
         ("collect", lambda: collecting.check(_fill(cfg.collect, cfg, 0))),
         ("explore", lambda: collecting.check(_fill(_acting(cfg.explore, "?"), cfg, 1))),
         ("pretrain", lambda: replace(cfg.pretrain, data=replace(cfg.pretrain.data, datasets=["?"])).validate()),
+        ("serve", lambda: serving.check(cfg.serve)),
         ("agent", lambda: agents.check(cfg.agent)),
         ("evaluate", lambda: replace(cfg.evaluate, world="?").validate()),
         *((f"baselines[{i}]", partial(model_free.check, _fill(b, cfg, i))) for i, b in enumerate(cfg.baselines)),
@@ -107,7 +109,7 @@ def check(cfg: LoopConfig) -> None:
         try:
             look()
         except UsageError as error:
-            raise UsageError(f"{name}: {error}") from error
+            raise UsageError(str(error) if str(error).startswith(f"{name}.") else f"{name}: {error}") from error
 
 
 def plan(cfg: LoopConfig) -> dict[str, Any]:
