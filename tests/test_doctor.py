@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from mesocosm import cluster
+from mesocosm.config import RayConfig
 from mesocosm.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -22,6 +24,7 @@ def doctor(*arguments: str, **env: str) -> tuple[int, dict[str, dict[str, Any]]]
     """Exit status and the checks by name, of another process that is given the session's Ray."""
     import ray
 
+    cluster.ensure(RayConfig(cpus=4))  # a job that an earlier test ran in this process has ended it
     command = [sys.executable, *(["-S"] if "PYTHONPATH" in env else []), "-m", "mesocosm.cli", "doctor", "--json"]
     address = f"ray.address={ray.get_runtime_context().gcs_address}"
     terminal = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
