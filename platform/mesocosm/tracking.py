@@ -383,12 +383,12 @@ def replay_pending(config: JobConfig) -> int:
         except Exception as error:
             try:
                 ping(config)
-            except Exception:
-                console.print(f"MLflow at {redact(uri_of(config))} is still away ({type(error).__name__}); metrics.jsonl is kept")
+            except Exception as away:
+                console.print(f"MLflow at {redact(uri_of(config))} is still away ({type(away).__name__}); metrics.jsonl is kept")
                 break
             console.print(redact(f"run {status['job']}/{status['id']} could not be brought to MLflow ({error}); its metrics.jsonl is kept"))
-            continue
-        delivered += 1
+        else:
+            delivered += 1
     return delivered
 
 
