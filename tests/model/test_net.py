@@ -12,9 +12,10 @@ from mesocosm.model import rng
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.counts import blank_windows
-from mesocosm.model.mup import init_
-from mesocosm.model.net import WorldNet, apply_base, build
+from mesocosm.model.net import WorldNet, apply_base
 from mesocosm.model.spec import Parts, PartSpec, Spec, Windows
+
+from .nets import random_nets
 
 torch.set_num_threads(1)
 K = 3
@@ -24,17 +25,8 @@ EPISODE = next(i for i in range(1000) if rng.member_mask(torch.tensor([i]), K).s
 
 
 def make(family: str) -> tuple[WorldNet, Base]:
-    """Random weights everywhere: also where a new network holds zeros."""
     config = ModelConfig(family=family, size="10k", members=K, context=5, base_hidden=8)
-    net, base = build(SPEC, config), Base(SPEC, config)
-    init_(net, 0)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in net.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    for buffer in base.buffers():
-        buffer.copy_(torch.rand(buffer.shape, generator=generator) * 0.1)
-    return net, base
+    return random_nets(SPEC, config)
 
 
 def windows(batch: int = 6) -> Windows:

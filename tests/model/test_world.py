@@ -14,13 +14,13 @@ from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode
 from mesocosm.errors import ArtifactError
 from mesocosm.model import rng
-from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.mup import init_
-from mesocosm.model.net import BaseOut, Outcome, Transition, build
+from mesocosm.model.net import BaseOut, Outcome, Transition
 from mesocosm.model.sequence import Sequence
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
 from mesocosm.model.world import Carry, Context, StepOut, World
+
+from .nets import random_nets
 
 torch.set_num_threads(1)
 B, W = 5, 8
@@ -34,17 +34,8 @@ SPEC = Spec(
 
 
 def make_world(family: str = "sequence", spec: Spec = SPEC, context: int = W) -> World:
-    """Random weights everywhere: also where a new network holds zeros."""
     config = ModelConfig(family=family, size="30k", members=3, context=context, base_hidden=16)
-    net, base = build(spec, config), Base(spec, config)
-    init_(net, 0)
-    generator = torch.Generator().manual_seed(1)
-    for parameter in net.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1, generator=generator)
-    for buffer in base.buffers():
-        buffer.copy_(torch.rand(buffer.shape, generator=generator) * 0.1)
-    return World(net, base)
+    return World(*random_nets(spec, config))
 
 
 def actions(step: int, spec: Spec = SPEC) -> Parts:
