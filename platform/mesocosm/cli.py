@@ -72,11 +72,10 @@ def _main(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(arguments)
     if strange := [word for word in rest if word.startswith("-")]:
         raise UsageError(f"unknown option {strange[0]!r}; see mesocosm {options.command or ''} --help")
-    if options.command is not None:
-        options.overrides += rest  # overrides may stand before and after options
     if options.command is None:
         parser.print_help()
         return 2
+    options.overrides += rest  # overrides may stand before and after options
     if options.command == "doctor":
         from mesocosm.doctor import doctor
 
