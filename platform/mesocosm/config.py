@@ -107,36 +107,24 @@ def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> D
         raise UsageError(f"{source}: {_first_line(error)}") from error
 
 
-def describe(config: Any, prefix: str = "") -> list[str]:
+def describe(config: Any, prefix: str = "", without: Sequence[str] = ()) -> list[str]:
     """One line a key of a dataclass, `key = value`, under the lines that say what it is for: the docstrings beside its fields.
 
     A job inside a job (the loop's stages) is shown without what it gets from the outer one.
     """
     lines: list[str] = []
+    plain = to_dict(config)
     for field_name, text in _documented(type(config)).items():
         name, value = f"{prefix}{field_name}", getattr(config, field_name)
+        if field_name in without:
+            continue
         lines += textwrap.wrap(text, 110, initial_indent="# ", subsequent_indent="# ")
         if dataclasses.is_dataclass(value):
-            shared = [f"{name}.{key}" for key in (*_documented(JobConfig), "reality")] if isinstance(value, JobConfig) else []
-            lines += _without(describe(value, f"{name}."), shared)
+            shared = (*_documented(JobConfig), "reality") if isinstance(value, JobConfig) else ()
+            lines += describe(value, f"{name}.", shared)
         else:
-            lines.append(f"{name} = {json.dumps(to_dict(config)[field_name])}")
+            lines.append(f"{name} = {json.dumps(plain[field_name])}")
     return lines
-
-
-def _without(lines: list[str], keys: Sequence[str]) -> list[str]:
-    """`lines` without those keys, the keys under them, and their comments."""
-    kept: list[str] = []
-    comments: list[str] = []
-    for line in lines:
-        if line.startswith("#"):
-            comments.append(line)
-            continue
-        key = line.partition(" = ")[0]
-        if not any(key == k or key.startswith(f"{k}.") for k in keys):
-            kept += [*comments, line]
-        comments = []
-    return kept
 
 
 def _documented(schema: type[Any]) -> dict[str, str]:
@@ -180,8 +168,15 @@ def to_yaml(config: Any) -> str:
 
 
 def identity(config: JobConfig, *, without: Sequence[str] = ()) -> dict[str, Any]:
-    """The part of a config that says *what* is made: without `storage`, `tracking`, `ray` and the keys in `without`."""
-    return {k: v for k, v in to_dict(config).items() if k not in WHERE and k not in without}
+    """The part of a config that says *what* is made: without `storage`, `tracking`, `ray` and the keys in `without` (dotted where nested)."""
+    found = to_dict(config)
+    for key in (*WHERE, *without):
+        *blocks, last = key.split(".")
+        node = found
+        for block in blocks:
+            node = node[block]
+        node.pop(last, None)
+    return found
 
 
 def fingerprint(*parts: Any) -> str:

@@ -26,7 +26,7 @@ from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data import collect as collecting
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collect import CollectConfig
-from mesocosm.data.spaces import SpaceCodec
+from mesocosm.data.spaces import check_spaces
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import page, report
 from mesocosm.evaluation import run as evaluation
@@ -36,7 +36,7 @@ from mesocosm.pretrain import run as pretraining
 from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.reality import config as reality_config
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import spaces_of, version_of
+from mesocosm.reality.env import facts_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.serving import config as serving
 from mesocosm.serving.config import ServeConfig
@@ -74,7 +74,14 @@ class LoopConfig(JobConfig):
 FREE = ("rounds", "target", "stop_at_target", "baselines")
 """Keys that change how long the loop goes on and what it is compared with, not the experiment: it goes on in the same ledger."""
 SHARED = ("reality", "seed", "storage", "tracking", "ray", "force")
-FILLED = {"serve": ("world", "name"), "agent": ("world", "app"), "evaluate": ("world", "agent", "ledger"), "collect": ("ledger",), "explore": ("ledger",)}
+FILLED = {
+    "collect": ("ledger",),
+    "explore": ("ledger",),
+    "serve": ("world", "name"),
+    "agent": ("world", "app"),
+    "evaluate": ("world", "agent", "ledger"),
+    "baselines": ("ledger",),
+}
 """Keys of the stages that only the loop can know."""
 
 
@@ -88,7 +95,7 @@ def check(cfg: LoopConfig) -> None:
     blocks = [(name, getattr(cfg, name)) for name in ("collect", "explore", "pretrain", "serve", "agent", "evaluate")]
     for name, block in [*blocks, *((f"baselines[{i}]", b) for i, b in enumerate(cfg.baselines))]:
         default = type(block)()
-        for key in (*SHARED, *FILLED.get(name, ("ledger",) if isinstance(block, BaselineConfig) else ())):
+        for key in (*SHARED, *FILLED.get(name.partition("[")[0], ())):
             if hasattr(block, key) and getattr(block, key) != getattr(default, key):
                 fix = f"set {key} at the top of the config" if key in SHARED else "leave it out"
                 raise UsageError(f"{name}.{key} is the loop's own to fill; {fix}")
@@ -119,8 +126,7 @@ def plan(cfg: LoopConfig) -> dict[str, Any]:
     steps = cfg.collect.steps + (cfg.rounds - 1) * cfg.explore.steps
     price = cfg.reality.price
     free = sum(b.steps for b in cfg.baselines)
-    times = [(cfg.evaluate.episodes, cfg.rounds), *((b.judge_episodes, -(-b.steps // b.judge_every)) for b in cfg.baselines if b.judge_every is not None)]
-    judged = sum(episodes * often for episodes, often in times)
+    judged = cfg.evaluate.episodes * cfg.rounds + sum(map(model_free.judged, cfg.baselines))
     return {
         "rounds": cfg.rounds,
         "real steps": steps,
@@ -141,9 +147,13 @@ def run(cfg: LoopConfig, run: Run) -> Artifact:
         run.say(f"found {found.name}: the loop was finished before")
         return _done(found, run)
     cluster.ensure(cfg.ray)
-    needs: dict[str, float] = {"collect.workers": cfg.collect.workers, "pretrain.train.workers": cfg.pretrain.train.workers}
     served = cfg.serve.replicas * cfg.serve.cpus if cfg.agent.backend == "serve" else 0
-    needs |= {"serve.replicas with agent.runners": served + cfg.agent.runners, "explore.workers": cfg.explore.workers if cfg.rounds > 1 else 0}
+    needs: dict[str, float] = {
+        "collect.workers": cfg.collect.workers,
+        "explore.workers": cfg.explore.workers if cfg.rounds > 1 else 0,
+        "pretrain.train.workers": cfg.pretrain.train.workers,
+        "serve.replicas with agent.runners": served + cfg.agent.runners,
+    }
     for name, cpus in needs.items():
         cluster.preflight(what=f"{name}={cpus:g}", cpus=cpus)
     return _done(_Loop(cfg, run, id, version).go(), run)
@@ -151,10 +161,9 @@ def run(cfg: LoopConfig, run: Run) -> Artifact:
 
 def _look(reality: reality_config.RealityConfig) -> str:
     """The environment's version; raises UsageError where there is no such environment, or a space that no world can hold."""
-    observation, action = spaces_of(reality)
-    for space, name in ((observation, "observation"), (action, "action")):
-        SpaceCodec(space, name)
-    return version_of(reality)
+    known = facts_of(reality)
+    check_spaces(*known.spaces)
+    return known.version
 
 
 def _acting(block: CollectConfig, policy: str | None) -> CollectConfig:
@@ -182,11 +191,7 @@ def _fill(block: J, cfg: LoopConfig, round: int) -> J:
 
 def _experiment(cfg: LoopConfig) -> dict[str, Any]:
     """What names the ledger: a loop that is run again with a larger budget, more rounds or more workers has spent what it has spent."""
-    what = identity(cfg, without=FREE)
-    what["reality"] = {key: value for key, value in what["reality"].items() if key not in collecting.FREE}
-    for name in ("collect", "explore"):
-        what[name] = {key: value for key, value in what[name].items() if key != "workers"}
-    return what
+    return identity(cfg, without=[*FREE, *reality_config.PAID, "collect.workers", "explore.workers"])
 
 
 class _Loop:

@@ -24,7 +24,7 @@ from mesocosm.data.lanes import Attempt, Plan, run_on_ray, split
 from mesocosm.data.manifest import Manifest
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.reality.config import BudgetConfig, RealityConfig, TaskOption
-from mesocosm.reality.env import episode_seed, spaces_of
+from mesocosm.reality.env import episode_seed, facts_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import Artifact, Storage
 
@@ -271,14 +271,14 @@ def test_the_mixture_is_a_function_of_seed_and_episode() -> None:
 
 
 def test_noise(root: str, own: None) -> None:
-    spaces = spaces_of(RealityConfig(env="Pendulum-v1"))
+    spaces = facts_of(RealityConfig(env="Pendulum-v1")).spaces
     act = build(BehaviourConfig("noisy", noise=0.1, function="ownenvs:push_left"), *spaces, Storage(root))
     rng = np.random.default_rng(0)
     drawn = np.array([act(np.zeros(3, np.float32), rng) for _ in range(2000)])
     assert drawn.dtype == np.float32 and abs(drawn.mean() + 0.5) < 0.02 and abs(drawn.std() - 0.2) < 0.02
     wild = build(BehaviourConfig("noisy", noise=5.0, function="ownenvs:push_left"), *spaces, Storage(root))
     assert all(spaces[1].contains(wild(np.zeros(3, np.float32), rng)) for _ in range(200))
-    spaces = spaces_of(RealityConfig(env="CartPole-v1"))
+    spaces = facts_of(RealityConfig(env="CartPole-v1")).spaces
     act = build(BehaviourConfig("noisy", noise=0.4, function="ownenvs:always_one"), *spaces, Storage(root))
     act.start(0, rng)  # type: ignore[attr-defined]
     assert abs(np.mean([act(np.zeros(4, np.float32), rng) for _ in range(2000)]) - 0.8) < 0.04
@@ -287,7 +287,7 @@ def test_noise(root: str, own: None) -> None:
 def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
     from mesocosm.agents.policy import Layout, Policy
 
-    spaces = spaces_of(RealityConfig(env="CartPole-v1"))
+    spaces = facts_of(RealityConfig(env="CartPole-v1")).spaces
     torch.manual_seed(0)
     policy = Policy("PPO", *spaces, Layout("categorical", [{"kind": "linear", "in": 4, "out": 2, "bias": True}]))
     with torch.no_grad():  # push towards the side to which the pole falls: far better than chance

@@ -11,7 +11,7 @@ import pytest
 from mesocosm.config import load
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.reality.config import BudgetConfig, PriceConfig, RealityConfig, TaskOption, check, parse_success
-from mesocosm.reality.env import EpisodeError, TaskSampler, draw_options, environment_version, episode_seed, make_env, run_episode, spaces_of, task_keys
+from mesocosm.reality.env import EpisodeError, TaskSampler, draw_options, environment_version, episode_seed, facts_of, make_env, run_episode, task_keys
 
 
 def still(observation: Any, rng: np.random.Generator) -> Any:
@@ -99,7 +99,7 @@ def test_outcomes_are_told_apart_and_buffers_copied(own: Path) -> None:
 
 def test_dict_observations_durations_and_success(own: Path) -> None:
     config = RealityConfig(env="ownenvs:Reach", task=["goal"], success="info.reached", horizon=60)
-    observation_space, _ = spaces_of(config)
+    observation_space, _ = facts_of(config).spaces
     assert task_keys(config, observation_space) == ["goal"]
     got = [episode(config, k, max_steps=None) for k in range(8)]
     assert {e.outcome for e in got} >= {"terminated"} and {e.success for e in got} == {True, False}

@@ -24,16 +24,14 @@ from mesocosm.agents.policy import Policy
 from mesocosm.config import fingerprint, identity
 from mesocosm.errors import BudgetSpent, UsageError
 from mesocosm.evaluation.judge import judge, judging
-from mesocosm.reality.config import BudgetConfig, RealityConfig
-from mesocosm.reality.env import spaces_of, version_of
+from mesocosm.reality.config import PAID, BudgetConfig, RealityConfig
+from mesocosm.reality.env import facts_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import Meter, MeteredVectorEnv, make_metered_vector
 from mesocosm.storage import SCHEMA, Artifact
 from mesocosm.tracking import Run
 
 CURVE = "curve.json"
-FREE = ("budget", "price", "step_timeout_s")
-"""Keys of `reality` that change what is paid or waited for, not what is learned."""
 
 
 def check(config: BaselineConfig) -> None:
@@ -69,11 +67,15 @@ def _iteration(config: BaselineConfig) -> int:
 def plan(config: BaselineConfig) -> dict[str, Any]:
     """What `run` would spend at most. Starts nothing."""
     check(config)
-    spaces_of(config.reality)
     price = config.reality.price
     spent = {"real steps": f"at most {config.steps}", "price": f"at most {config.steps * price.per_step:g} {price.currency} and the resets"}
-    apart = {} if config.judge_every is None else judging(config.reality, config.judge_episodes, -(-config.steps // config.judge_every))
+    apart = judging(config.reality, judged(config))
     return {"environment": config.reality.env, "algo": config.algo, "params": _params(config), **spent, **apart, "target": config.target}
+
+
+def judged(config: BaselineConfig) -> int:
+    """Episodes that measure the policy on the way, at most."""
+    return 0 if config.judge_every is None else config.judge_episodes * -(-config.steps // config.judge_every)
 
 
 def run(config: BaselineConfig, run: Run) -> Artifact:
@@ -86,20 +88,19 @@ def run(config: BaselineConfig, run: Run) -> Artifact:
     """
     check(config)
     told = {"params": _params(config), "model": settings.model(config.algo, config.model), "shape": list(shape(config))}
-    facts = identity(config, without=["ledger"]) | told
-    facts["reality"] = {key: value for key, value in facts["reality"].items() if key not in FREE}
-    id = fingerprint("evaluations", "baseline", facts, version_of(config.reality), __version__, SCHEMA)
+    known = facts_of(config.reality)
+    facts = identity(config, without=["ledger", *PAID]) | told
+    id = fingerprint("evaluations", "baseline", facts, known.version, __version__, SCHEMA)
     done = None if config.force else run.storage.find("evaluations", id)
     if done is not None:
         run.say(f"found evaluations/{id} ({config.algo} without a model)")
         run.record(artifact=done.name)
         return done
-    spaces = spaces_of(config.reality)
     ledger = config.ledger or f"baseline-{id}-{run.id}"
     cluster.ensure(config.ray)
 
     def fill(folder: Path) -> None:
-        curve, policy = _Training(config, run, ledger, spaces).train()
+        curve, policy = _Training(config, run, ledger, known.spaces).train()
         (folder / CURVE).write_text(json.dumps(curve, indent=1))
         if curve["dropped"]:
             run.say(f"{len(curve['dropped'])} real episodes were cut; the last: {curve['dropped'][-1]}")

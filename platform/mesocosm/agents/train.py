@@ -95,18 +95,15 @@ def run(config: AgentConfig, run: Run) -> Artifact:
 
     def fill(folder: Path) -> None:
         with _served(config, world):
-            train(folder)
-
-    def train(folder: Path) -> None:
-        algorithm = _build(config, run, world, starts, horizon)
-        try:
-            if former is not None:
-                rllib.load_training(algorithm, former.path)
-            seen.update(_train(config, run, algorithm))
-            rllib.export(algorithm, config.algo, codec.observation_space, codec.action_space).save(folder)
-            rllib.save_training(algorithm, folder)
-        finally:
-            algorithm.stop()
+            algorithm = _build(config, run, world, starts, horizon)
+            try:
+                if former is not None:
+                    rllib.load_training(algorithm, former.path)
+                seen.update(_train(config, run, algorithm))
+                rllib.export(algorithm, config.algo, codec.observation_space, codec.action_space).save(folder)
+                rllib.save_training(algorithm, folder)
+            finally:
+                algorithm.stop()
 
     meta = {"inputs": inputs, "config": facts, "job": "train-agent", "run": run.id, "metrics": seen}
     artifact = run.storage.make("agents", id, meta, fill, force=config.force)

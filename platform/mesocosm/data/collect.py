@@ -23,17 +23,14 @@ from mesocosm.data import behaviours as acting
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.lanes import Attempt, Plan, run_here, run_on_ray, split
 from mesocosm.data.manifest import Environment
-from mesocosm.data.spaces import SpaceCodec
+from mesocosm.data.spaces import check_spaces
 from mesocosm.data.writer import write_dataset
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import environment_version, make_env, source_hash
+from mesocosm.reality.config import PAID, RealityConfig
+from mesocosm.reality.env import facts_of, source_hash
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run
-
-FREE = ("budget", "price", "step_timeout_s")
-"""Keys of `reality` that change what is paid or waited for, not what is collected."""
 
 
 @dataclass
@@ -67,13 +64,12 @@ def check(cfg: CollectConfig) -> None:
 def plan(cfg: CollectConfig) -> dict[str, Any]:
     """What `run` would spend. Makes the environment, to see that it exists; takes no real step and writes nothing."""
     check(cfg)
-    env = make_env(cfg.reality)
-    spaces = {"observation space": str(env.observation_space), "action space": str(env.action_space)}
-    env.close()
+    known = facts_of(cfg.reality)
     price = cfg.reality.price
     return {
         "environment": cfg.reality.env,
-        **spaces,
+        "observation space": str(known.observation_space),
+        "action space": str(known.action_space),
         "real steps": cfg.steps,
         "budget": cfg.reality.budget.steps,
         "price": f"{cfg.steps * price.per_step:g} {price.currency}",
@@ -92,17 +88,12 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
     """
     check(cfg)
     storage = run.storage
-    env = make_env(cfg.reality)
-    observation_space, action_space, version = env.observation_space, env.action_space, environment_version(env)
-    horizon = env.spec.max_episode_steps if env.spec is not None else cfg.reality.horizon
-    env.close()
-    for space, name in ((observation_space, "observation"), (action_space, "action")):
-        SpaceCodec(space, name)
-    chosen, sources = _resolve(cfg.behaviours, storage, observation_space, action_space)
-    what = identity(cfg, without=["workers", "ledger"])
-    what["reality"] = {key: value for key, value in what["reality"].items() if key not in FREE}
+    known = facts_of(cfg.reality)
+    check_spaces(*known.spaces)
+    chosen, sources = _resolve(cfg.behaviours, storage, *known.spaces)
+    what = identity(cfg, without=["workers", "ledger", *PAID])
     what["behaviours"] = [vars(b) for b in chosen]
-    id = fingerprint("datasets", what, sources, version, __version__, SCHEMA)
+    id = fingerprint("datasets", what, sources, known.version, __version__, SCHEMA)
     if not cfg.force and (found := storage.find("datasets", id)) is not None:
         hint = f" ({found.meta['short']}; --force collects it anew)" if found.meta.get("short") else ""
         run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was collected{hint}")
@@ -138,10 +129,10 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
     }
     environment = Environment(
         id=cfg.reality.env,
-        version=version,
+        version=known.version,
         kwargs=dict(cfg.reality.kwargs),
         task=list(cfg.reality.task),
-        max_episode_steps=horizon,
+        max_episode_steps=known.max_episode_steps,
         success=cfg.reality.success,
     )
 
@@ -152,8 +143,8 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
             dropped=len(dropped),
             id=id,
             environment=environment,
-            observation_space=observation_space,
-            action_space=action_space,
+            observation_space=known.observation_space,
+            action_space=known.action_space,
             seed=cfg.seed,
             valid_fraction=cfg.valid_fraction,
         )

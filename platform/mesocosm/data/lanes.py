@@ -22,10 +22,9 @@ from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import Act, EpisodeCut, EpisodeError, make_env, run_episode
 from mesocosm.reality.ledger import Ledger, Usage
 from mesocosm.reality.metered import MeteredEnv
+from mesocosm.reality.sturdy import MAX_FAILURES
 from mesocosm.storage import Storage
 
-MAX_FAILURES = 5
-"""So many failed episodes in a row end the job: the environment is broken, not unlucky."""
 START_TIMEOUT_S = 300.0
 """For a worker to get its CPU, start, import and make the environment."""
 SILENCE_S = 30.0

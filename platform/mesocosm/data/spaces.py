@@ -198,6 +198,12 @@ class SpaceCodec:
         return [self._build(self.space, iter([_item(leaf, column[i]) for leaf, column in columns])) for i in range(len(columns[0][1]))]
 
 
+def check_spaces(observation: Space, action: Space) -> None:
+    """Raise UsageError where a world cannot hold one of them."""
+    SpaceCodec(observation, "observation")
+    SpaceCodec(action, "action")
+
+
 def _item(leaf: Leaf, value: Any) -> Any:
     return value if isinstance(leaf.space, spaces.Text | spaces.Discrete) else np.array(value)
 

@@ -15,7 +15,7 @@ from mesocosm.data.episode import Episode
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import stats
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import Env, EpisodeError, make_env, most_steps, run_episode
+from mesocosm.reality.env import Env, EpisodeError, facts_of, make_env, run_episode
 from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import MeteredEnv
 from mesocosm.reality.sturdy import Timed
@@ -128,11 +128,11 @@ def judge(
     return JudgeResult(tuple(done), steps, resets, tuple(dropped))
 
 
-def judging(reality: RealityConfig, episodes: int, times: int = 1) -> dict[str, Any]:
-    """What `times` judgements would take of reality at most, for a dry run. Takes no real step."""
-    steps, price = times * episodes * (most_steps(reality) or MAX_EPISODE_STEPS), reality.price
-    dear = steps * price.per_step + times * episodes * price.per_reset
-    return {"judged episodes": times * episodes, "judged real steps": f"at most {steps}", "price of judging": f"at most {dear:g} {price.currency}"}
+def judging(reality: RealityConfig, episodes: int) -> dict[str, Any]:
+    """What judging so many episodes would take of reality at most, for a dry run. Takes no real step."""
+    steps, price = episodes * (facts_of(reality).max_episode_steps or MAX_EPISODE_STEPS), reality.price
+    dear = steps * price.per_step + episodes * price.per_reset
+    return {"judged episodes": episodes, "judged real steps": f"at most {steps}", "price of judging": f"at most {dear:g} {price.currency}"}
 
 
 def check_spaces(policy: Any, env: Env, reality: RealityConfig) -> None:

@@ -25,9 +25,6 @@ from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
 
-FREE = ("budget", "step_timeout_s")
-"""Keys of `reality` that change what may be spent or waited for, not what is found."""
-
 
 def plan(cfg: EvaluateConfig) -> dict[str, Any]:
     """What `run` would evaluate and judge. Takes no real step and writes nothing."""
@@ -63,8 +60,7 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
         version = environment_version(env)
         env.close()
     inputs = {"worlds": [made.id], "agents": [trained.id] if trained is not None else [], "datasets": [artifact.id for artifact in datasets]}
-    what = identity(cfg, without=["world", "agent", "datasets", "ledger"])
-    what["reality"] = {key: value for key, value in what["reality"].items() if key not in FREE}
+    what = identity(cfg, without=["world", "agent", "datasets", "ledger", "reality.budget", "reality.step_timeout_s"])
     id = fingerprint("evaluations", what, inputs, version, __version__, SCHEMA)
     if not cfg.force and (found := storage.find("evaluations", id)) is not None:
         run.say(f"found {found.name}: nothing was evaluated; the report is {found.path / report.PAGE}")

@@ -11,6 +11,9 @@ from typing import Any
 
 from mesocosm.errors import UsageError
 
+PAID = ("reality.budget", "reality.price", "reality.step_timeout_s")
+"""Keys that change what is paid or waited for, not what reality answers."""
+
 
 @dataclass
 class PriceConfig:

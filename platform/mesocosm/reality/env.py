@@ -9,6 +9,7 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -72,29 +73,29 @@ def make_env(config: RealityConfig) -> Env:
     return env
 
 
-def spaces_of(config: RealityConfig) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any]]:
-    """(observation space, action space). Takes no real step. Raises UsageError as `make_env` does."""
-    env = make_env(config)
-    try:
-        return env.observation_space, env.action_space
-    finally:
-        env.close()
+@dataclass(frozen=True)
+class EnvFacts:
+    """What is known of an environment without a step."""
 
-
-def version_of(config: RealityConfig) -> str:
-    """`environment_version` of the environment that the config names: part of the id of whatever was measured in it."""
-    env = make_env(config)
-    try:
-        return environment_version(env)
-    finally:
-        env.close()
-
-
-def most_steps(config: RealityConfig) -> int | None:
+    observation_space: gymnasium.Space[Any]
+    action_space: gymnasium.Space[Any]
+    version: str
+    """`environment_version`: part of the id of whatever was measured in it."""
+    max_episode_steps: int | None
     """The time limit of an episode; None where neither the config nor the environment sets one."""
+
+    @property
+    def spaces(self) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any]]:
+        """(observation space, action space)"""
+        return self.observation_space, self.action_space
+
+
+def facts_of(config: RealityConfig) -> EnvFacts:
+    """Makes the environment to look at it, and closes it; takes no real step. Raises UsageError as `make_env` does."""
     env = make_env(config)
     try:
-        return config.horizon if config.horizon is not None else env.spec.max_episode_steps if env.spec is not None else None
+        limit = config.horizon if config.horizon is not None else env.spec.max_episode_steps if env.spec is not None else None
+        return EnvFacts(env.observation_space, env.action_space, environment_version(env), limit)
     finally:
         env.close()
 
@@ -265,8 +266,8 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
     spent: BudgetSpent | None = None
     while max_steps is None or len(rewards) < max_steps:
         t = len(rewards) + 1
-        action = _choose(act, _copy(observations[-1]), rng, behaviour, k)
-        chosen = _copy(action)  # an environment may clip the action in place
+        action = _choose(act, copied(observations[-1]), rng, behaviour, k)
+        chosen = copied(action)  # an environment may clip the action in place
         try:
             observation, reward, terminated, truncated, info = _guarded(partial(env.step, action), k, f"step {t}")
         except BudgetSpent as error:
@@ -327,20 +328,20 @@ def _number(value: Any, what: str, k: int, t: int) -> float:
 
 
 def _finite(observation: Any, k: int, t: int) -> Any:
-    copied = _copy(observation)
-    if not all_finite(copied):
+    own = copied(observation)
+    if not all_finite(own):
         raise EpisodeError(f"episode {k}: the observation after step {t} holds NaN or infinity")
-    return copied
+    return own
 
 
-def _copy(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """Environments may give the same buffer twice."""
     if isinstance(value, np.ndarray):
         return value.copy()
     if isinstance(value, Mapping):
-        return {key: _copy(item) for key, item in value.items()}
+        return {key: copied(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        items = [_copy(item) for item in value]
+        items = [copied(item) for item in value]
         return items if isinstance(value, list) else tuple(items)
     return value
 

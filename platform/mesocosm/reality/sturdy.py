@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,10 +12,10 @@ import gymnasium
 
 from mesocosm.errors import MesocosmError
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import Env, all_finite, make_env
+from mesocosm.reality.env import Env, all_finite, copied, make_env
 
 MAX_FAILURES = 5
-"""So many failures in a row, with no episode finished between them, are no accident."""
+"""So many failures in a row, with no episode finished between them: the environment is broken, not unlucky."""
 
 
 class Timed(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -59,7 +58,7 @@ class Sturdy(gymnasium.Env[Any, Any]):
             try:
                 observation, info = self.env.reset(seed=seed, options=options)
                 if all_finite(observation):
-                    self._last = copy.deepcopy(observation)  # environments may give the same buffer twice
+                    self._last = copied(observation)
                     return observation, info
                 reason = "the reset's observation holds NaN or infinity"
             except MesocosmError:
@@ -73,7 +72,7 @@ class Sturdy(gymnasium.Env[Any, Any]):
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
             if all_finite(observation) and all_finite(reward):
-                self._last = copy.deepcopy(observation)
+                self._last = copied(observation)
                 self._in_a_row = 0 if terminated or truncated else self._in_a_row
                 return observation, reward, terminated, truncated, info
             reason = "a step gave NaN or infinity"
