@@ -133,6 +133,13 @@ def test_a_ppo_agent_learns_in_the_world_what_holds_in_reality(ray_local: None, 
     warm, lines, _ = train_agent(agent_config(root, "iterations=1", f"init={artifact.name}"))
     assert lines[0]["agent/imagined_return"] > returns[0] + 5, "begins where the former agent was"
     assert warm.meta["inputs"]["agents"] == [artifact.id]
+    assert warm.meta["metrics"]["former_return"] > returns[0]
+
+    ruined, _, _ = train_agent(agent_config(root, "iterations=1", f"init={artifact.name}", "params.lr=10"))
+    seen = ruined.meta["metrics"]
+    assert seen["kept_former"] and seen["former_return"] > seen["greedy_return"]
+    for name in ("policy.json", "policy.safetensors", "training.safetensors"):
+        assert (ruined.path / name).read_bytes() == (artifact.path / name).read_bytes(), "training failed: what it began with is kept, whole"
     with pytest.raises(ArtifactError, match="does not hold weights of this network"):
         train_agent(agent_config(root, "iterations=1", f"init={artifact.name}", "model.fcnet_hiddens=[16]"))
 

@@ -41,7 +41,8 @@ class AgentConfig(JobConfig):
     penalty: float = 0.0
     """Reward lost for each nat of disagreement between the world's members."""
     init: str | None = None
-    """`agents/<id>`: begin with the weights of an earlier agent of the same algorithm, network and spaces."""
+    """`agents/<id>`: begin with the weights of an earlier agent of the same algorithm, network and spaces. Where training leaves it worse in
+    this world than it was (by greedy imagined episodes), the earlier agent is kept."""
 
 
 @dataclass

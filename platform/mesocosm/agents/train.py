@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from mesocosm import __version__, cluster
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.policy import POLICY_JSON, WEIGHTS, Policy
+from mesocosm.agents.rollout import imagined_returns
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
@@ -34,6 +37,8 @@ from mesocosm.tracking import Run
 STARTS = ("logged", "generated")
 UNLIMITED = 1000
 """Imagined steps of an episode where neither the config nor the environment sets a limit."""
+COMPARED = 32
+"""Imagined episodes by which an agent is compared with the one that its training began with."""
 MAX_STARTS = 50_000
 """Logged starts are a sample of so many of the datasets' observations at most."""
 
@@ -71,7 +76,11 @@ def plan(config: AgentConfig) -> dict[str, Any]:
 
 
 def run(config: AgentConfig, run: Run) -> Artifact:
-    """Train and export. Raises UsageError for wrong settings, a missing world, dataset or agent, and weights of another network."""
+    """Train and export. Raises UsageError for wrong settings, a missing world, dataset or agent, and weights of another network.
+
+    With `init` the artifact is the better in this world of the trained agent and the one it began with, by greedy imagined episodes: its
+    metrics say `greedy_return`, `former_return` and `kept_former`.
+    """
     check(config)
     world = run.storage.artifact("worlds", config.world)
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
@@ -95,15 +104,19 @@ def run(config: AgentConfig, run: Run) -> Artifact:
 
     def fill(folder: Path) -> None:
         with _served(config, world):
-            algorithm = _build(config, run, world, starts, horizon)
+            arguments = _arguments(config, run, world, starts, horizon)
+            algorithm = _build(config, run, arguments)
             try:
                 if former is not None:
                     rllib.load_training(algorithm, former.path)
                 seen.update(_train(config, run, algorithm))
-                rllib.export(algorithm, config.algo, codec.observation_space, codec.action_space).save(folder)
+                policy = rllib.export(algorithm, config.algo, codec.observation_space, codec.action_space)
+                policy.save(folder)
                 rllib.save_training(algorithm, folder)
             finally:
                 algorithm.stop()
+            if former is not None:
+                seen.update(_better(config, run, arguments, policy, former, folder))
 
     meta = {"inputs": inputs, "config": facts, "job": "train-agent", "run": run.id, "metrics": seen}
     artifact = run.storage.make("agents", id, meta, fill, force=config.force)
@@ -135,8 +148,22 @@ def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Ar
     return [storage.artifact("datasets", name) for name in names]
 
 
-def _build(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, Parts] | None, horizon: int) -> Algorithm:
-    arguments = {
+def _better(config: AgentConfig, run: Run, arguments: Mapping[str, Any], policy: Policy, former: Artifact, folder: Path) -> dict[str, float]:
+    """Put the former agent's files in the new one's place where it earns more in this world: a training that failed is foretold there."""
+    seed = int(fingerprint("compared", config.seed)[:8], 16)
+    new, old = (float(imagined_returns(p, WorldVectorEnv(COMPARED, **arguments), seed).mean()) for p in (policy, Policy.load(former.path)))
+    if kept := not new >= old:  # also where the new one's is NaN
+        run.say(f"imagined return {new:.1f}, and {old:.1f} of {former.name}, with which training began: that agent is kept")
+        for name in (POLICY_JSON, WEIGHTS, rllib.TRAINING_STATE):
+            shutil.copyfile(former.path / name, folder / name)
+    seen = {"greedy_return": new, "former_return": old, "kept_former": float(kept)}
+    run.log({f"agent/{name}": value for name, value in seen.items()}, step=config.iterations)
+    return seen
+
+
+def _arguments(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, Parts] | None, horizon: int) -> dict[str, Any]:
+    """Of every WorldVectorEnv of this job."""
+    return {
         "world": world.id,
         "root": run.storage.root,
         "backend": config.backend,
@@ -147,6 +174,9 @@ def _build(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, 
         "seed": config.seed,
         "penalty": config.penalty,
     }
+
+
+def _build(config: AgentConfig, run: Run, arguments: Mapping[str, Any]) -> Algorithm:
     return rllib.build(
         config.algo,
         _params(config),
