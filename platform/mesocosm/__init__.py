@@ -1,3 +1,3 @@
 """Mesocosm: the platform on which world models are scaled and put to work."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

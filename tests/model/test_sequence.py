@@ -180,7 +180,6 @@ def test_members_disagree_where_there_were_no_data() -> None:
 
     def mean(start: Tensor) -> float:
         _, (out,) = rollout(world, 256, 1, start=numbers(start))
-        assert (out.disagreement <= np.log(4) + 1e-4).all()  # type: ignore[attr-defined]
         return float(out.disagreement.mean())  # type: ignore[attr-defined]
 
     known, unknown = mean(torch.randn(256, 1, generator=generator)), mean(torch.randn(256, 1, generator=generator) + 4.0)

@@ -1,4 +1,4 @@
-"""The check that a world's episodes end where reality's do."""
+"""What an exported world is told of itself: the check that its episodes end where reality's do, and the scale of its disagreement."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from mesocosm.data.codec import Codec
+from mesocosm.evaluation.open_loop import Log
+from mesocosm.model import rng
 from mesocosm.model.base import Base
 from mesocosm.model.layers import Constant
 from mesocosm.model.net import build
 from mesocosm.model.world import World
 from mesocosm.pretrain import prepare
-from mesocosm.pretrain.export import TerminationCheck, check_termination
+from mesocosm.pretrain.export import EXCEEDED, TerminationCheck, calibrate, check_termination
 from mesocosm.storage import Storage
 
 
@@ -51,3 +54,27 @@ def test_a_world_that_ends_everywhere_fails(
 )
 def test_verdicts(check: TerminationCheck, verdict: str) -> None:
     assert check.verdict.startswith(verdict)
+
+
+@pytest.mark.parametrize("family", ["ensemble", "sequence"])
+def test_a_tenth_of_held_out_transitions_disagree_by_more_than_one(
+    tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any], family: str
+) -> None:
+    storage = Storage(cart_root(tmp_path, 2000))
+    dataset = prepare.open_datasets(storage, ["cart"])
+    codec = Codec.fit(dataset)
+    config = load(storage.root, f"model.family={family}", "model.members=3").model
+    torch.manual_seed(0)
+    net = build(codec.spec, config)
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    world = World(net, Base(codec.spec, config), codec.to_json())
+    calibrate(world, dataset, codec, 0)
+    log, n = Log(dataset, codec, "valid"), dataset.count("valid")
+    episode, step = log.starts(1, n, np.random.default_rng(0))
+    carry = world.begin(log.task(episode), log.observation(episode, step), torch.zeros(n, dtype=torch.int64))
+    _, out = world.step(carry, log.action(episode, step), rng.keys(0, torch.arange(n), 0, 0))
+    above = float((out.disagreement > 1).float().mean())
+    assert n > 100 and abs(above - EXCEEDED) < (0.01 if family == "ensemble" else 0.1), "history, which these starts lack, shifts the sequence family's"
+    world.save(tmp_path / "world")
+    assert World.load(tmp_path / "world").disagreement_scale == world.disagreement_scale != 1.0

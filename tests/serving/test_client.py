@@ -68,20 +68,33 @@ def test_as_sync_vector_env(make_world: Any, family: str, mode: str, count: int)
     tolerance = 1e-3
     observation = spaces.Dict({"room": spaces.Discrete(4, start=1), "flags": spaces.MultiBinary(3)})
     world = make_world(observation, spaces.Discrete(2), family, context=64, terminal=0.1, rewards=(0.0, 1.0))
-    vector = WorldVectorEnv(count, world, horizon=7, autoreset_mode=mode, penalty=0.5)
-    singles = [lambda i=i: WorldEnv(world, first_env=i, horizon=7, penalty=0.5) for i in range(count)]
+    limit = None
+    if count > 1:  # as some steps exceed and others do not, by more than the last bits
+        seen = np.sort(np.concatenate([step[4]["disagreement"] for step in rollout(WorldVectorEnv(count, world), 30, 5)[1:]]))
+        gaps = np.diff(seen)[len(seen) // 4 : -len(seen) // 4]
+        limit = float(seen[len(seen) // 4 + gaps.argmax()] + gaps.max() / 2)
+    vector = WorldVectorEnv(count, world, horizon=7, autoreset_mode=mode, penalty=0.5, max_disagreement=limit)
+    singles = [lambda i=i: WorldEnv(world, first_env=i, horizon=7, penalty=0.5, max_disagreement=limit) for i in range(count)]
     reference = SyncVectorEnv(singles, autoreset_mode=AutoresetMode(mode))
     vector.action_space.seed(1)
     assert same(vector.reset(seed=5), reference.reset(seed=[5] * count), tolerance)
     ends = {"terminated": 0, "truncated": 0}
+    uncertain, sure = 0, 0
     for _ in range(60 // count):
         action = vector.action_space.sample()
         ours, theirs = vector.step(action), reference.step(action)
         assert same(ours[:4], theirs[:4], tolerance) and same(told(ours[4]), told(theirs[4]), tolerance), (ours, theirs)
         ends["terminated"] += int(ours[2].sum())
         ends["truncated"] += int(ours[3].sum())
+        if limit is not None:
+            seen = ours[4]["disagreement"]
+            if mode == "SameStep" and "final_info" in ours[4]:
+                seen = np.where(ours[4]["_final_info"], ours[4]["final_info"]["disagreement"], seen)
+            assert (ours[2] | ours[3])[seen > limit].all(), "an episode goes on after a step that the members do not agree on"
+            uncertain, sure = uncertain + int((seen > limit).sum()), sure + int((seen <= limit).sum())
         assert ("final_obs" in ours[4]) == (mode == "SameStep" and bool((ours[2] | ours[3]).any()))
     assert min(ends.values()) > 0 and sum(ends.values()) > 5, ends
+    assert limit is None or min(uncertain, sure) > 3, (uncertain, sure)
     assert vector.metadata["autoreset_mode"] is AutoresetMode(mode)
 
 

@@ -39,7 +39,9 @@ class AgentConfig(JobConfig):
     datasets: list[str] = field(default_factory=list)
     """Datasets of logged starts; empty: those that the world was trained on."""
     penalty: float = 0.0
-    """Reward lost for each nat of disagreement between the world's members."""
+    """Reward lost for a disagreement of 1 between the world's members: what a tenth of held-out transitions exceed."""
+    max_disagreement: float | None = None
+    """Imagined episodes are truncated after a step whose disagreement exceeds this (the value of its last observation stands for the rest)."""
     init: str | None = None
     """`agents/<id>`: begin with the weights of an earlier agent of the same algorithm, network and spaces. Where training leaves it worse in
     this world than it was (by greedy imagined episodes), the earlier agent is kept."""

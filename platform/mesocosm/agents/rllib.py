@@ -1,6 +1,6 @@
 """RLlib (its new API stack) by config: an algorithm by name, its own parameter names, any vector environment; and the way out, a `Policy`.
 
-The only module that imports RLlib.
+With `durations` the only module that imports RLlib.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ray.tune.registry import get_trainable_cls
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mesocosm.agents import durations
 from mesocosm.agents.adapt import ActionMap, flat_space, flatten_batch
 from mesocosm.agents.policy import Head, Layout, Policy, describe
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY
@@ -60,9 +61,9 @@ class Statistics:
 
 
 class AgentEnv(VectorEnv[Any, Any, Any]):
-    """A NEXT_STEP vector environment as a network sees it: flat float32 observations, head-space actions, and no infos.
+    """A NEXT_STEP vector environment as a network sees it: flat float32 observations, head-space actions, and of infos durations alone.
 
-    RLlib makes of infos a dict for every environment and step, so what is needed of them is taken here, for `statistics`.
+    RLlib makes of infos a dict for every environment and step, so what else is needed of them is taken here, for `statistics`.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
@@ -72,6 +73,7 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
         assert mode == AutoresetMode.NEXT_STEP, f"RLlib assumes NEXT_STEP autoreset, this environment has {mode}"
         self.env, self.num_envs = env, env.num_envs
         self.map = ActionMap(env.single_action_space)
+        self._durations = durations.Durations(env.metadata)
         self.single_observation_space = flat_space(env.single_observation_space)
         self.single_action_space = self.map.head
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
@@ -99,12 +101,13 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
             self._seen.disagreement += float(infos["disagreement"][stepped].sum())
             self._seen.diverged += int(infos["diverged"][stepped].sum())
         self._ended = np.logical_or(terminated, truncated)
+        told = self._durations.infos(infos, stepped, self._ended)
         if self._ended.any():
             self._seen.returns += self._return[self._ended].tolist()
             self._seen.lengths += self._length[self._ended].tolist()
             self._return[self._ended] = 0.0
             self._length[self._ended] = 0
-        return flatten_batch(self.env.single_observation_space, observations), rewards, terminated, truncated, {}
+        return flatten_batch(self.env.single_observation_space, observations), rewards, terminated, truncated, told
 
     def statistics(self) -> Statistics:
         """What was seen since the last call."""
@@ -159,7 +162,7 @@ def build(
     """An algorithm on `make_env(num_envs)`, which every environment runner calls (with `runners` 0, this process).
 
     One `train()` of an on-policy algorithm takes num_envs x rollout x max(runners, 1) steps; of a replay algorithm, at least
-    `steps_per_iteration`, in samples of num_envs x rollout. Files go to `folder`. Raises UsageError for values that RLlib refuses.
+    `steps_per_iteration`, in samples of num_envs x rollout. `gamma` is for a step, and for a unit of time where steps have durations. Files go to `folder`. Raises UsageError for values that RLlib refuses.
     """
     for noisy in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -193,6 +196,7 @@ def build(
         raise UsageError(f"RLlib's {algo} refuses its settings: {' '.join(str(error).split())}") from error
     if algo in ON_POLICY:
         _start_small(algorithm)
+    durations.install(algorithm)
     return algorithm
 
 

@@ -58,6 +58,8 @@ def check(config: AgentConfig) -> None:
         raise UsageError(f"backend={config.backend!r} is not one of {', '.join(BACKENDS)}{nearest(config.backend, BACKENDS)}")
     if not (math.isfinite(config.penalty) and config.penalty >= 0):
         raise UsageError(f"penalty={config.penalty} must be a finite number of at least 0")
+    if config.max_disagreement is not None and not config.max_disagreement > 0:
+        raise UsageError(f"max_disagreement={config.max_disagreement} would end every episode at once; give a number above 0, or null for no limit")
     batch, minibatch = config.num_envs * config.rollout * max(config.runners, 1), config.params.get("minibatch_size")
     if config.algo in settings.ON_POLICY and isinstance(minibatch, int) and minibatch > batch:
         raise UsageError(f"params.minibatch_size={minibatch} is more than the {batch} steps of an iteration; lower it, or raise num_envs or rollout")
@@ -173,6 +175,7 @@ def _arguments(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Par
         "starts": starts,
         "seed": config.seed,
         "penalty": config.penalty,
+        "max_disagreement": config.max_disagreement,
     }
 
 

@@ -166,14 +166,27 @@ class Decoder(nn.Module):
     def log_prob(self, context: Tensor | None, numbers: Tensor, categories: Tensor, scale: Scale, absolute: Tensor | None = None) -> Tensor:
         """[K, N, S] float32 <= 0, slots in their order. `numbers` [N, n] in the units of `scale`; `absolute`: what later slots read
         of them beside r_k (None: the same numbers)."""
-        r = (numbers - scale.shift) / scale.scale
-        params, logits = self(context, r, numbers if absolute is None else absolute, categories)
-        of_numbers = density.log_prob(density.mixture(params, self.bins(scale.scale) / scale.scale), r)
+        r, m, logits = self._scored(context, numbers, categories, scale, absolute)
+        of_numbers = density.log_prob(m, r)
         if self.logits is None:
             return of_numbers
-        logits = logits.masked_fill(~self._allowed(categories), -torch.inf)
         of_categories = F.log_softmax(logits, -1).gather(-1, categories.expand(self.members, -1, -1).unsqueeze(-1)).squeeze(-1)
         return torch.cat((of_numbers, of_categories), -1)[..., self.columns(r)]
+
+    def _scored(
+        self, context: Tensor | None, numbers: Tensor, categories: Tensor, scale: Scale, absolute: Tensor | None
+    ) -> tuple[Tensor, density.Mixture, Tensor]:
+        """(r_k [K, N, n], its density, masked logits [K, N, m, C])"""
+        r = (numbers - scale.shift) / scale.scale
+        params, logits = self(context, r, numbers if absolute is None else absolute, categories)
+        if self.logits is not None:
+            logits = logits.masked_fill(~self._allowed(categories), -torch.inf)
+        return r, density.mixture(params, self.bins(scale.scale) / scale.scale), logits
+
+    def expected(self, context: Tensor, numbers: Tensor, categories: Tensor, scale: Scale, absolute: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As `log_prob`, each member's expectation: of the numbers in units of `scale` [K, N, n], and the categories' probabilities [K, N, m, C]."""
+        _, m, logits = self._scored(context, numbers, categories, scale, absolute)
+        return density.mean(m) + scale.shift / scale.scale, None if self.logits is None else F.softmax(logits, -1)
 
     def _allowed(self, categories: Tensor) -> Tensor:
         """[N, m, C] bool: what each slot may be, given the slots before: after a text's end only its padding."""
@@ -189,9 +202,11 @@ class Decoder(nn.Module):
 
     # -- one slot after another ------------------------------------------------------------------------------------------
 
-    def draw(self, context: Tensor | None, scale: Scale, member: Tensor, keys: Tensor, now: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample all slots: (numbers [N, n] in the units of `scale`, categories [N, m], log-likelihood of the sample under every
-        member [K, N, n + m], numbers first). Row i draws from `member[i]` with `keys[i]`; later slots read `now` + numbers."""
+    def draw(
+        self, context: Tensor | None, scale: Scale, member: Tensor, keys: Tensor, now: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Sample all slots: (numbers [N, n] in the units of `scale`, categories [N, m], and what every member expected of each slot, given
+        the sample before it, as `expected` has it). Row i draws from `member[i]` with `keys[i]`; later slots read `now` + numbers."""
         k, n, s = self.members, len(keys), self.slots
         u = rng.uniform(keys.unsqueeze(-1), self.uniforms(keys)).view(n, s, 2)
         rows = member * n + torch.arange(n, device=u.device)
@@ -204,7 +219,7 @@ class Decoder(nn.Module):
         stack = cast(list[Block], list(self.blocks))
         cache = [x0.new_empty(2, s, k, n, block.heads, x0.shape[-1] // block.heads) for block in stack]
         numbers, categories = u.new_empty(n, len(self.layout.bins)), member.new_empty(n, len(self.layout.categories))
-        params, log_probs = [], []
+        params, chances = [], []
         value: Tensor | None = None
         for i, (kind, j) in enumerate(self.layout.order):
             x = x0[:, i].expand(k, n, -1) if value is None else x0[:, i] + value
@@ -224,13 +239,13 @@ class Decoder(nn.Module):
                 assert self.logits is not None and self.logits_bias is not None
                 logits = (self.logits(x).float() + self.logits_bias[:, j : j + 1]).masked_fill(~self._allowed_at(j, categories), -torch.inf)
                 categories[:, j] = drawn = density.categorical(logits.flatten(0, 1).index_select(0, rows), u[:, i, 0])
-                log_probs.append(F.log_softmax(logits, -1).gather(-1, drawn.expand(k, n).unsqueeze(-1)))
+                chances.append(F.softmax(logits, -1))
                 if self.table is not None and i + 1 < s:
                     value = self.table[drawn + offsets[j]].transpose(0, 1)
-        if params:  # of all numbers at once: a member's likelihood is not needed on the way
-            seen = (numbers - scale.shift) / scale.scale
-            log_probs.insert(0, density.log_prob(density.mixture(torch.stack(params, 2), bins), seen))
-        return numbers, categories, torch.cat(log_probs, -1)
+        means = scale.shift.expand(k, n, -1)
+        if params:  # of all numbers at once: the others' expectations are not needed on the way
+            means = density.mean(density.mixture(torch.stack(params, 2), bins)) + scale.shift / scale.scale
+        return numbers, categories, means, torch.stack(chances, 2) if chances else None
 
     def _allowed_at(self, j: int, categories: Tensor) -> Tensor:
         text = self.text_of.get(j)

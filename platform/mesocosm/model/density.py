@@ -44,6 +44,11 @@ def log_prob(m: Mixture, x: Tensor) -> Tensor:
     return torch.logsumexp(F.log_softmax(m.logits, -1) + mass, -1).clamp(max=0.0)
 
 
+def mean(m: Mixture) -> Tensor:
+    """The expectation [...] (of the mixture itself: a bin is narrow)."""
+    return (F.softmax(m.logits, -1) * m.mu).sum(-1)
+
+
 def sample(m: Mixture, u: Tensor, quantile: Tensor) -> Tensor:
     """A draw [...] by a uniform `u` (the component) and the logit of another (its quantile), both strictly between 0 and 1."""
     component = categorical(m.logits, u).unsqueeze(-1)

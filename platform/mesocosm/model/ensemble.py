@@ -7,7 +7,6 @@ tanh, so that scales and means stay bounded when an imagined state leaves the da
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import torch
@@ -18,7 +17,7 @@ from mesocosm.model import density, rng
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.ladder import dims, ensemble_dims
 from mesocosm.model.layers import Constant, MemberLinear, PartsEmbedding, flatten, read
-from mesocosm.model.net import BaseOut, Draw, Outcome, Transition, WorldNet
+from mesocosm.model.net import BaseOut, Draw, Outcome, Transition, WorldNet, spread
 from mesocosm.model.spec import Parts, Spec
 
 
@@ -102,10 +101,9 @@ class Ensemble(WorldNet):
         n = self.spec.observation.numbers
         slots = torch.arange(self.numbers + len(self.spec.observation.categories), device=keys.device) + rng.OBSERVATION
         u = rng.uniform(keys.unsqueeze(-1), slots)
-        spread = raw.exp() + density.FLOOR * bins
-        mean, width, origin = (t.flatten(0, 1).index_select(0, own) for t in (mu, spread, shift))
+        widths = raw.exp() + density.FLOOR * bins
+        mean, width, origin = (t.flatten(0, 1).index_select(0, own) for t in (mu, widths, shift))
         change = origin + (mean + width * torch.logit(u[:, : self.numbers])) * scale
-        joint = _log_prob(mu, spread, bins, (change - shift) / scale)[..., :n].sum(-1)
         categories = torch.zeros(len(keys), 0, dtype=torch.int64, device=keys.device)
         if self.most:
             categories = density.categorical(logits.flatten(0, 1).index_select(0, own), u[:, self.numbers :])
@@ -113,10 +111,18 @@ class Ensemble(WorldNet):
                 span = slice(text.start, text.start + text.length)
                 alive = (categories[:, span] != 0).cumprod(1)
                 categories[:, span] *= alive
-            joint = joint + self._log_prob_categories(logits, categories).sum(-1)
         duration = change[:, n] if self.spec.durations else change.new_zeros(len(change))
-        disagreement = joint.flatten().index_select(0, own) - torch.logsumexp(joint, 0) + math.log(self.members)
-        return Draw(Parts(transition.observation.numbers + change[:, :n], categories), duration, disagreement)
+        return Draw(Parts(transition.observation.numbers + change[:, :n], categories), duration, self._spread(mu, logits, shift, scale))
+
+    def disagreement(self, features: Tensor | None, transition: Transition, outcome: Outcome, base: BaseOut) -> Tensor:
+        lead = transition.observation.numbers.shape[:-1]
+        mu, _, logits = self._outputs(Transition(flatten(transition.observation), flatten(transition.action), flatten(transition.task)))
+        shift, scale, _ = self._shift_scale(base)
+        return self._spread(mu, logits, shift, scale).view(lead)
+
+    def _spread(self, mu: Tensor, logits: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        n = self.spec.observation.numbers
+        return spread((mu + shift / scale)[..., :n], F.softmax(logits, -1) if self.most else None)
 
 
 def _log_prob(mu: Tensor, spread: Tensor, bins: Tensor, r: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class StartModel(nn.Module):
 
     def draw(self, keys: Tensor) -> tuple[Parts, Parts]:
         """(task, o_0) for each of `keys` [B] int64."""
-        numbers, categories, _ = self.decoder.draw(None, self._scale(keys), torch.zeros_like(keys), keys)
+        numbers, categories, _, _ = self.decoder.draw(None, self._scale(keys), torch.zeros_like(keys), keys)
         n, m = self.spec.task.numbers, len(self.spec.task.categories)
         return Parts(numbers[:, :n], categories[:, :m]), Parts(numbers[:, n:], categories[:, m:])
 

@@ -6,7 +6,6 @@ SwiGLU and SDPA; widths and depths share hyperparameters as `ladder` says.
 
 from __future__ import annotations
 
-import math
 from typing import cast
 
 import torch
@@ -16,10 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import Decoder, Layout, Scale
-from mesocosm.model.heads import own
 from mesocosm.model.ladder import HEAD, Dims, dims
 from mesocosm.model.layers import Constant, Linear, PartsEmbedding, RMSNorm, flatten, read
-from mesocosm.model.net import BaseOut, Cache, Draw, Outcome, Transition, WorldNet
+from mesocosm.model.net import BaseOut, Cache, Draw, Outcome, Transition, WorldNet, spread
 from mesocosm.model.spec import Parts, Spec
 
 ROPE_BASE = 10000.0
@@ -160,12 +158,8 @@ class Sequence(WorldNet):
 
     def log_prob(self, features: Tensor | None, transition: Transition, outcome: Outcome, base: BaseOut) -> tuple[Tensor, Tensor | None]:
         assert features is not None
-        now, after = flatten(transition.observation), flatten(outcome.observation)
-        change, absolute = after.numbers - now.numbers, after.numbers
-        if self.spec.durations:
-            duration = outcome.duration.flatten().unsqueeze(-1)
-            change, absolute = torch.cat((change, duration), -1), torch.cat((absolute, duration), -1)
-        log_prob = self.decoder.log_prob(features.flatten(0, -2), change, after.categories, self._scale(base), absolute)
+        change, absolute, categories = self._outcome(transition, outcome)
+        log_prob = self.decoder.log_prob(features.flatten(0, -2), change, categories, self._scale(base), absolute)
         log_prob = log_prob.unflatten(1, features.shape[:-1])
         if not self.spec.durations:
             return log_prob.sum(-1), None
@@ -175,13 +169,21 @@ class Sequence(WorldNet):
         n = self.spec.observation.numbers
         now = transition.observation.numbers
         seen = F.pad(now, (0, 1)) if self.spec.durations else now
-        change, categories, log_prob = self.decoder.draw(features, self._scale(base), member, keys, seen)
-        joint, duration = log_prob.sum(-1), change.new_zeros(len(change))
+        change, categories, means, chances = self.decoder.draw(features, self._scale(base), member, keys, seen)
+        duration = change[:, n] if self.spec.durations else change.new_zeros(len(change))
+        return Draw(Parts(now + change[:, :n], categories), duration, spread(means[..., :n], chances))
+
+    def disagreement(self, features: Tensor | None, transition: Transition, outcome: Outcome, base: BaseOut) -> Tensor:
+        assert features is not None
+        change, absolute, categories = self._outcome(transition, outcome)
+        means, chances = self.decoder.expected(features.flatten(0, -2), change, categories, self._scale(base), absolute)
+        return spread(means[..., : self.spec.observation.numbers], chances).view(features.shape[:-1])
+
+    def _outcome(self, transition: Transition, outcome: Outcome) -> tuple[Tensor, Tensor, Tensor]:
+        """What the decoder scores and what its later slots read of it, the duration last, and the categories; leading dimensions as one."""
+        now, after = flatten(transition.observation), flatten(outcome.observation)
+        change, absolute = after.numbers - now.numbers, after.numbers
         if self.spec.durations:
-            joint, duration = log_prob[..., :n].sum(-1) + log_prob[..., n + 1 :].sum(-1), change[:, n]
-        return Draw(Parts(now + change[:, :n], categories), duration, disagreement(joint, member))
-
-
-def disagreement(log_prob: Tensor, member: Tensor) -> Tensor:
-    """[K, B] log-likelihoods of samples and the member [B] that drew each -> log p_m - log mean_k p_k, [B] nats."""
-    return own(log_prob, member) - torch.logsumexp(log_prob, 0) + math.log(len(log_prob))
+            duration = outcome.duration.flatten().unsqueeze(-1)
+            change, absolute = torch.cat((change, duration), -1), torch.cat((absolute, duration), -1)
+        return change, absolute, after.categories

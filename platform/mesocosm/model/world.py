@@ -30,7 +30,7 @@ from mesocosm.model.layers import Constant
 from mesocosm.model.net import BaseOut, Cache, Losses, Transition, WorldNet, apply_base, build
 from mesocosm.model.spec import Parts, PartSpec, Spec, Windows
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class StepOut:
     duration: Tensor
     """[B] float32, raw units; zeros without durations"""
     disagreement: Tensor
-    """[B] float32 nats, see `net.Draw`; without members to disagree 0"""
+    """[B] float32: how far the members' expectations are apart (`net.spread`), 1 being what a tenth of held-out transitions exceed; 0 for one member"""
     diverged: Tensor
     """[B] bool: what was drawn was not finite, as unstable dynamics come to be far from the data. The environment stays where it
     was, with no reward and not terminated; its episode should be cut there."""
@@ -150,6 +150,8 @@ class World:
         self.spec: Spec = net.spec
         self.config: ModelConfig = net.config
         self.codec = codec or {}
+        self.disagreement_scale = 1.0
+        """`net.spread` that counts as a disagreement of 1 (pretrain/export.py measures it)."""
         self._task_grid, self._observation_grid = _Grid(self.spec.task), _Grid(self.spec.observation)
         self._head_slots = Constant(torch.tensor([rng.REWARD, rng.REWARD_VALUE, rng.TERMINATION]))
 
@@ -207,7 +209,9 @@ class World:
         duration = draw.duration * self.spec.duration_scale + self.spec.duration_mean if self.spec.durations else draw.duration
         finite = torch.isfinite(following.numbers.sum(-1) + reward + duration + draw.disagreement)
         observation = following.where(finite, carry.observation)
-        reward, p_terminated, duration, disagreement = (torch.where(finite, x, 0.0) for x in (reward, p_terminated, duration, draw.disagreement))
+        reward, p_terminated, duration, disagreement = (
+            torch.where(finite, x, 0.0) for x in (reward, p_terminated, duration, draw.disagreement / self.disagreement_scale)
+        )
         position = carry.position + 1 if self.net.memory else 0
         carry = replace(carry, clock=carry.clock + 1, position=position, observation=observation)
         return carry, StepOut(observation, reward, terminated & finite, p_terminated, duration, disagreement, ~finite)
@@ -291,7 +295,7 @@ class World:
     def save(self, folder: Path) -> None:
         """world.json, codec.json, model.safetensors, base.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"schema": SCHEMA, "spec": self.spec.to_json(), "config": asdict(self.config)}
+        about = {"schema": SCHEMA, "spec": self.spec.to_json(), "config": asdict(self.config), "disagreement_scale": self.disagreement_scale}
         (folder / "world.json").write_text(json.dumps(about, indent=1))
         (folder / "codec.json").write_text(json.dumps(self.codec))
         save_file({name: value.contiguous() for name, value in self.net.state_dict().items()}, folder / "model.safetensors")
@@ -309,9 +313,12 @@ class World:
             net.load_state_dict(load_file(folder / "model.safetensors"))
             base.load_state_dict(load_file(folder / "base.safetensors"))
             codec = json.loads((folder / "codec.json").read_text())
+            scale = float(about["disagreement_scale"])
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ArtifactError(f"world {str(folder)!r} cannot be read: {' '.join(str(error).split())}") from error
-        return World(net, base, codec).to(device)
+        world = World(net, base, codec).to(device)
+        world.disagreement_scale = scale
+        return world
 
 
 class _Grid:

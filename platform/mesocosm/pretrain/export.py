@@ -1,4 +1,4 @@
-"""From the last checkpoint to the world artifact, and the check that its episodes end where reality's do."""
+"""From the last checkpoint to the world artifact: the scale of its disagreement, and the check that its episodes end where reality's do."""
 
 from __future__ import annotations
 
@@ -11,15 +11,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.dataset import Dataset, Split
 from mesocosm.data.loader import Loader
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.heads import inputs
-from mesocosm.model.net import build, unroll
+from mesocosm.model.net import apply_base, build, unroll
 from mesocosm.model.world import World
 
 CHECK_WINDOWS = 4096
+EXCEEDED = 0.1
+"""Share of held-out transitions whose disagreement is above 1."""
+FEW = 100
+"""Held-out transitions below which the training split's are taken: members that train on different episodes differ there too, if less."""
 BATCH = 128
 LEAST = 0.1
 """Recall and precision below this fail a world, where there are ENOUGH terminals to tell."""
@@ -65,6 +69,24 @@ class TerminationCheck:
                     found = f"{name} {value:.2g} on {self.terminals} terminal transitions ({self.measured_on}) is below {LEAST:g}: the world {said}"
                     return f"failed: {found}; train longer or with more train.events"
         return "passed"
+
+
+@torch.inference_mode()
+def calibrate(world: World, dataset: Dataset, codec: Codec, seed: int) -> None:
+    """Set `world.disagreement_scale`: what a share EXCEEDED of held-out transitions exceed, from true states; 1 where members never differ."""
+    found: list[Tensor] = []
+    splits: tuple[Split, ...] = ("valid", "train")
+    for split in splits:
+        if sum(map(len, found)) >= FEW or not len(dataset.episodes(split)):
+            continue
+        found = []
+        loader = Loader(dataset, codec, split, world.config.context, BATCH, seed)
+        for windows in itertools.islice(loader.eval_batches(), CHECK_WINDOWS // BATCH):
+            transition, outcome = unroll(windows)
+            spread = world.net.disagreement(world.net.context(transition), transition, outcome, apply_base(world.base, windows))
+            found.append(spread[windows.mask])
+    scale = float(torch.quantile(torch.cat(found).double(), 1 - EXCEEDED))
+    world.disagreement_scale = scale if scale > 0 else 1.0
 
 
 def check_termination(world: World, dataset: Dataset, codec: Codec, seed: int) -> TerminationCheck:

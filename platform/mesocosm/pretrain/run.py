@@ -22,7 +22,7 @@ from mesocosm.model import counts
 from mesocosm.pretrain import checkpoint, prepare
 from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig, what
 from mesocosm.pretrain.engine import stage
-from mesocosm.pretrain.export import check_termination, world_of
+from mesocosm.pretrain.export import calibrate, check_termination, world_of
 from mesocosm.pretrain.feed import Feed
 from mesocosm.pretrain.worker import Work, train_loop
 from mesocosm.storage import SCHEMA, Artifact, Storage
@@ -175,6 +175,7 @@ def _export(
     with ray.train.Checkpoint(f"{prefix}/{path}", filesystem).as_directory() as folder:
         checkpoint.verify(Path(folder))
         world = world_of(Path(folder) / checkpoint.MODEL, base, codec, config.model)
+    calibrate(world, dataset, codec, config.seed)
     ending = check_termination(world, dataset, codec, config.seed)
     last = dict(progress.validations[-1]) if progress.validations else {}
     last.pop("step", None)

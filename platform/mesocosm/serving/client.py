@@ -51,10 +51,11 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     autoreset_mode: NEXT_STEP (an ended environment's next step is its reset) or SAME_STEP (it is reset at once, and
         infos["final_obs"] has the last observation).
     penalty: reward becomes reward - penalty * disagreement, and infos["raw_reward"] keeps the world's own.
+    max_disagreement: an episode is truncated after a step with more, and infos["uncertain"] [B] bool is true there; None: never.
     deadline_s: how long a replica may take, its replacement included.
 
-    infos: "disagreement" [B] float32, nats; "diverged" [B] bool, where an episode was truncated because the world's next observation
-    was not finite; "duration" [B] where the world has durations; each with its `_` mask. A trajectory
+    infos: "disagreement" [B] float32, 1 being what a tenth of held-out transitions exceed; "diverged" [B] bool, where an episode was
+    truncated because the world's next observation was not finite; "duration" [B] where the world has durations; each with its `_` mask. A trajectory
     is a function of (world, seed, first_env, B, actions): it is the same on both backends, and on whichever replica.
     """
 
@@ -78,6 +79,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         first_env: int = 0,
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         penalty: float = 0.0,
+        max_disagreement: float | None = None,
         deadline_s: float = 120.0,
     ):
         if num_envs < 1:
@@ -92,6 +94,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self.num_envs = num_envs
         self.horizon = horizon
         self.penalty = penalty
+        self.max_disagreement = float("inf") if max_disagreement is None else float(np.float32(max_disagreement))
         self.deadline_s = deadline_s
         self._seed = seed
         self._first_env = first_env
@@ -189,19 +192,22 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         late = after >= self.horizon if self.horizon is not None else np.zeros(self.num_envs, np.bool_)
         cut = late if same_step else self._ended
         request: Message = {"op": "step", "session": self._session, "clock": self._mirror.clock, "mode": self.autoreset_mode.value}
-        request |= {"episode": self._episode, "step": self._steps, "cut": cut}
+        request |= {"episode": self._episode, "step": self._steps, "cut": cut, "max_disagreement": self.max_disagreement}
         put(request, "action", action)
         if same_step or cut.any():
             self._put_starts(request, self._episode + 1)
         reply = self._step(request)
 
         terminated, diverged = reply["terminated"], reply["diverged"]
-        restarted = cut | terminated | diverged if same_step else cut
-        truncated = (late | diverged) & ~terminated & (True if same_step else ~cut)
+        uncertain = reply["disagreement"] > self.max_disagreement
+        restarted = cut | terminated | diverged | uncertain if same_step else cut
+        truncated = (late | diverged | uncertain) & ~terminated & (True if same_step else ~cut)
         observation, disagreement = get(reply, "observation"), reply["disagreement"]
         reward = reply["reward"].astype(np.float64)
         told = ~cut if not same_step else np.ones(self.num_envs, np.bool_)
         infos: dict[str, Any] = {"disagreement": disagreement, "_disagreement": told, "diverged": diverged, "_diverged": told}
+        if np.isfinite(self.max_disagreement):
+            infos |= {"uncertain": uncertain, "_uncertain": told}
         if self.penalty:
             infos |= {"raw_reward": reward, "_raw_reward": told}
             reward = reward - self.penalty * disagreement
@@ -303,7 +309,8 @@ class WorldEnv(gymnasium.Env[Any, Any]):
         observation, reward, terminated, truncated, infos = self._vector.step(batch)
         self._over = bool(terminated[0] or truncated[0])
         info = {name: value[0] for name, value in infos.items() if not name.startswith("_")}
-        info["diverged"] = bool(info["diverged"])  # of NumPy's own bool Gymnasium's vectors make an array of objects
+        # Of NumPy's own bool Gymnasium's vectors make an array of objects.
+        info = {name: bool(value) if isinstance(value, np.bool_) else value for name, value in info.items()}
         return self._first(observation), float(reward[0]), bool(terminated[0]), bool(truncated[0]), info
 
     def _first(self, batch: Any) -> Any:

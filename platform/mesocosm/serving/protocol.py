@@ -10,7 +10,7 @@ Requests (`op`) and their replies, for B environments:
     describe  world                                    -> world, codec (JSON), memory, members
     begin     session, world, seed, first_env, replaces, episode [B], start
                                                        -> observation, task
-    step      session, clock, mode, episode [B], step [B], action, cut [B], start
+    step      session, clock, mode, episode [B], step [B], action, cut [B], max_disagreement, start
                                                        -> observation, reward, terminated, duration, disagreement (+ task, final)
     restore   session, world, seed, first_env, context.*
                                                        -> clock

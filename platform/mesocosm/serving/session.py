@@ -199,7 +199,7 @@ class Sessions:
         reply: Message = {name: getattr(out, name).numpy(force=True) for name in TOLD}
         mask = request["cut"]
         if request["mode"] == "SameStep":
-            mask = mask | reply["terminated"] | reply["diverged"]
+            mask = mask | reply["terminated"] | reply["diverged"] | (reply["disagreement"] > request["max_disagreement"])
         if mask.any():
             if request["mode"] == "SameStep":
                 put(reply, "final", observation)
