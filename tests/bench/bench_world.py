@@ -153,7 +153,7 @@ def cell(env: str, cfg: PretrainConfig, horizons: Sequence[int | str] = HORIZONS
     one = one_step(world, test)
     return {
         "open_loop": table.to_json(),
-        "valid": losses(world, test),
+        "valid": losses(world, test)[0],
         "one_step": one.to_json(),
         "seconds": seconds | {"evaluate": time.process_time() - began},
     }

@@ -26,12 +26,12 @@ OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
 
 
 class Walk(gym.Env[Any, Any]):
-    """o' = o + a in two dimensions. Reward o'[0]; ends when o'[0] > 2, or after `limit` steps."""
+    """o' = o + a in two dimensions, with noise of standard deviation `noise`. Reward o'[0]; ends when o'[0] > 2, or after `limit` steps."""
 
     observation_space, action_space = OBSERVATIONS, ACTIONS
 
-    def __init__(self, limit: int = 30, constant: bool = False):
-        self.limit, self.constant = limit, constant
+    def __init__(self, limit: int = 30, constant: bool = False, noise: float = 0.0):
+        self.limit, self.constant, self.noise = limit, constant, noise
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
@@ -41,7 +41,7 @@ class Walk(gym.Env[Any, Any]):
     def step(self, action: Any) -> Any:
         self.t += 1
         if not self.constant:
-            self.state = self.state + np.asarray(action)
+            self.state = self.state + np.asarray(action) + self.noise * self.np_random.normal(size=2)
         return self.state.copy(), float(self.state[0]), bool(self.state[0] > 2), self.t >= self.limit, {}
 
 

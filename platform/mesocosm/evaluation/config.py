@@ -30,8 +30,8 @@ class EvaluateConfig(JobConfig):
     """Roll out whole validation episodes, too."""
     starts: int = 128
     """Logged states to start from, for each horizon."""
-    samples: int = 8
-    """Sampled rollouts from each start."""
+    samples: int = 19
+    """Sampled rollouts from each start; their range is a (samples - 1) / (samples + 1) interval, 90% for 19."""
     ledger: str | None = None
     """The ledger that counts the real steps; None is one named as the evaluation."""
 

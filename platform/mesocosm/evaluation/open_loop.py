@@ -25,8 +25,11 @@ from mesocosm.data.dataset import Dataset, Split
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import stats
 from mesocosm.model import rng
+from mesocosm.model.base import Base
+from mesocosm.model.config import ModelConfig
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import Carry, Context, World
+from mesocosm.pretrain.prepare import transitions
 
 Array = NDArray[Any]
 HORIZONS: tuple[int | str, ...] = (1, 5, 15, 50, "full")
@@ -38,26 +41,32 @@ ROWS = 2048
 
 @dataclass(frozen=True)
 class Row:
-    """One horizon."""
+    """One horizon. None where the data cannot say."""
 
     horizon: str
     steps: float
     """Steps ahead; for "full" the mean length of the episodes"""
-    ratio: float | None
-    """RMSE over persistence's, of the mean of the sampled rollouts"""
-    interval: tuple[float, float] | None
-    """90% bootstrap interval of `ratio`, resampled by episode"""
-    single: float | None
-    """The same ratio for a single sampled rollout"""
-    typical: float | None
-    """The ratio of the median errors: far below `ratio` where rare events (a collision never seen in training) own the mean"""
-    persistence: float | None
-    """Persistence's RMSE, normalised"""
-    accuracy: float | None
-    """Share of category slots that the most frequent category of the rollouts has right; None without categories"""
-    persistence_accuracy: float | None
     starts: int
     episodes: int
+    ratio: float | None = None
+    """RMSE over persistence's, of the mean of the sampled rollouts"""
+    interval: stats.Interval | None = None
+    """90% bootstrap interval of `ratio`, resampled by episode"""
+    single: float | None = None
+    """The same ratio for a single sampled rollout"""
+    typical: float | None = None
+    """The ratio of the median errors: far below `ratio` where rare events (a collision never seen in training) own the mean"""
+    persistence: float | None = None
+    """Persistence's RMSE, normalised"""
+    linear: float | None = None
+    """The ratio of a linear model: ridge regression of the change on (1, o, a, task), fitted on the training split and iterated"""
+    coverage: float | None = None
+    """Share of true numbers between the lowest and the highest of the sampled rollouts, true ones spread over their bin: `nominal` where the
+    world is calibrated; None without numbers, or with one sample"""
+    coverage_interval: stats.Interval | None = None
+    accuracy: float | None = None
+    """Share of category slots that the most frequent category of the rollouts has right; None without categories"""
+    persistence_accuracy: float | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,13 @@ class OpenLoop:
     warmup: int
     notes: tuple[str, ...]
 
+    @property
+    def nominal(self) -> float:
+        """What the range of `samples` exchangeable draws covers of one more: 90% for 19."""
+        return (self.samples - 1) / (self.samples + 1)
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return asdict(self) | {"nominal": self.nominal}
 
 
 def codec_of(world: World) -> Codec:
@@ -151,9 +165,11 @@ def open_loop(
     *,
     horizons: Sequence[int | str] = HORIZONS,
     starts: int = 128,
-    samples: int = 8,
+    samples: int = 19,
     seed: int = 0,
     warmup: int | None = None,
+    split: Split = "valid",
+    reference: Dataset | None = None,
 ) -> OpenLoop:
     """The table of open-loop errors of `world` on the validation split of `dataset`.
 
@@ -161,6 +177,7 @@ def open_loop(
         starts: logged states at most, for each horizon.
         samples: sampled rollouts from each start; their mean is the prediction.
         warmup: true steps of history given before a start; None is half of the world's context.
+        reference: the dataset on whose training split the linear model is fitted; None: `dataset`.
 
     Falls back on the training split, with a note, where validation holds fewer than two episodes. Raises UsageError where
     the dataset is of other spaces.
@@ -168,40 +185,54 @@ def open_loop(
     codec = codec_of(world)
     warmup = world.net.memory // 2 if warmup is None else min(warmup, world.net.memory)
     notes: list[str] = []
-    split: Split = "valid"
-    if len(dataset.episodes("valid")) < 2:
+    if split == "valid" and len(dataset.episodes("valid")) < 2:
         split = "train"
         notes.append(f"validation holds {len(dataset.episodes('valid'))} episodes, too few: these are errors on the training split.")
     log = Log(dataset, codec, split)
+    linear = _linear(world, dataset if reference is None else reference, codec)
     rows = []
     for number, horizon in enumerate(horizons):
         generator = np.random.default_rng([seed, number])
         if horizon == "full":
             drawn = generator.permutation(len(log.episodes))[:FULL_EPISODES]
-            rows.append(_measure(world, log, "full", np.sort(drawn), np.zeros(len(drawn), np.int64), None, samples, seed + number, 0, notes))
+            rows.append(_measure(world, log, "full", np.sort(drawn), np.zeros(len(drawn), np.int64), None, samples, seed + number, 0, notes, linear))
             continue
         steps = int(horizon)
         episode, step = log.starts(steps, starts, generator)
-        rows.append(_measure(world, log, str(horizon), episode, step, steps, samples, seed + number, warmup, notes))
+        rows.append(_measure(world, log, str(horizon), episode, step, steps, samples, seed + number, warmup, notes, linear))
     return OpenLoop(tuple(rows), split, samples, warmup, tuple(notes))
 
 
 def _measure(
-    world: World, log: Log, name: str, episode: Array, step: Array, horizon: int | None, samples: int, seed: int, warmup: int, notes: list[str]
+    world: World,
+    log: Log,
+    name: str,
+    episode: Array,
+    step: Array,
+    horizon: int | None,
+    samples: int,
+    seed: int,
+    warmup: int,
+    notes: list[str],
+    linear: Base,
 ) -> Row:
     ahead = log.lengths[episode] if horizon is None else np.full(len(episode), horizon)
     if not len(episode):
         notes.append(f"horizon {name}: no {'validation' if log.split == 'valid' else 'training'} episode is that long.")
-        return Row(name, float(horizon or 0), None, None, None, None, None, None, None, 0, 0)
+        return Row(name, float(horizon or 0), 0, 0)
     numbers, categories = rollouts(world, log, episode, step, ahead, samples, seed, warmup)
     truth, start = log.observation(episode, step + ahead), log.observation(episode, step)
     true_numbers, first_numbers = truth.numbers.double().numpy(), start.numbers.double().numpy()
-    ratio = interval = single = typical = persistence = accuracy = persistence_accuracy = None
+    ratio = interval = single = typical = persistence = straight = coverage = covered = accuracy = persistence_accuracy = None
     if true_numbers.shape[1]:
         none = ((first_numbers - true_numbers) ** 2).mean(-1)
         mean = ((numbers.mean(1) - true_numbers) ** 2).mean(-1)
         each = ((numbers - true_numbers[:, None]) ** 2).mean((1, 2))
         persistence = float(np.sqrt(none.mean()))
+        groups = np.unique(episode, return_inverse=True)[1]
+        if samples > 1:
+            inside = _inside(numbers, true_numbers, np.array(world.spec.observation.bins), np.random.default_rng([seed, 1]))
+            coverage, covered = stats.mean_of_groups(np.bincount(groups, weights=inside.mean(-1)), np.bincount(groups), seed=seed)
         if not np.isfinite(each).all():
             notes.append(
                 f"horizon {name}: rollouts from {int((~np.isfinite(each)).sum())} of {len(each)} starts left the finite numbers; the error is infinite."
@@ -209,16 +240,53 @@ def _measure(
         elif persistence == 0:
             notes.append(f"horizon {name}: persistence makes no error here, so the ratio is undefined.")
         else:
-            groups = np.unique(episode, return_inverse=True)[1]
             by_episode = [np.bincount(groups, weights=values) for values in (mean, none)]
             ratio, single = stats.ratio_of_rms(mean, none), stats.ratio_of_rms(each, none)
             interval = stats.ratio_interval(*by_episode, seed=seed)
             typical = stats.ratio_of_rms(np.median(mean), np.median(none))
+            straight = stats.ratio_of_rms(((_iterated(linear, log, episode, step, ahead) - true_numbers) ** 2).mean(-1), none)
     if truth.categories.shape[1]:
         true_categories = truth.categories.numpy()
         accuracy = float((_most_frequent(categories) == true_categories).mean())
         persistence_accuracy = float((start.categories.numpy() == true_categories).mean())
-    return Row(name, float(ahead.mean()), ratio, interval, single, typical, persistence, accuracy, persistence_accuracy, len(episode), len(np.unique(episode)))
+    return Row(
+        name,
+        float(ahead.mean()),
+        len(episode),
+        len(np.unique(episode)),
+        ratio,
+        interval,
+        single,
+        typical,
+        persistence,
+        straight,
+        coverage,
+        covered,
+        accuracy,
+        persistence_accuracy,
+    )
+
+
+def _inside(numbers: Array, truth: Array, bins: Array, generator: np.random.Generator) -> Array:
+    """[n, d] bool: the truth is within the range of the samples [n, S, d]. A logged number stands for its whole bin, and sampled ones fill it."""
+    spread = truth + (generator.random(truth.shape) - 0.5) * bins
+    return (numbers.min(1) <= spread) & (spread <= numbers.max(1))
+
+
+def _linear(world: World, dataset: Dataset, codec: Codec) -> Base:
+    """The base's own ridge regression, without its network."""
+    return Base.fit(codec.spec, ModelConfig(members=1), transitions(dataset, codec), 0, steps=0)
+
+
+def _iterated(linear: Base, log: Log, episode: Array, step: Array, ahead: Array) -> Array:
+    """The linear model's numbers `ahead` [n] steps after each start, [n, d]; categories stay what they were at the start."""
+    now, task = log.observation(episode, step), log.task(episode)
+    found = now.numbers.double().numpy().copy()
+    for t in range(int(ahead.max())):
+        action = log.action(episode, np.minimum(step + t, log.lengths[episode] - 1))
+        now = Parts(now.numbers + linear(now, action, task)[0], now.categories)
+        found[ahead == t + 1] = now.numbers.double().numpy()[ahead == t + 1]
+    return np.nan_to_num(found, nan=np.inf, posinf=np.inf, neginf=-np.inf)
 
 
 def rollouts(world: World, log: Log, episode: Array, step: Array, ahead: Array, samples: int, seed: int, warmup: int) -> tuple[Array, Array]:

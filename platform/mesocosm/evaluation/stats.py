@@ -21,7 +21,7 @@ def mean_interval(values: ArrayLike, *, seed: int = 0) -> Interval | None:
     return bootstrap(lambda rows: data[rows].mean(-1), len(data), seed=seed)
 
 
-def bootstrap(statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], count: int, *, seed: int = 0) -> Interval | None:
+def bootstrap(statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], count: int, *, seed: int = 0, resamples: int = RESAMPLES) -> Interval | None:
     """Percentile bootstrap interval of `statistic`, which takes `rows` [r, count], resamples of 0..count-1 with replacement, and gives [r].
 
     The unit that is resampled must be the independent one (an episode, not a transition). None below two units, or where
@@ -29,9 +29,9 @@ def bootstrap(statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]], cou
     """
     if count < 2:
         return None
-    drawn = statistic(np.random.default_rng([seed, count]).integers(0, count, size=(RESAMPLES, count)))
+    drawn = statistic(np.random.default_rng([seed, count]).integers(0, count, size=(resamples, count)))
     defined = drawn[np.isfinite(drawn)]
-    if len(defined) * 2 <= RESAMPLES:
+    if len(defined) * 2 <= resamples:
         return None
     low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
@@ -52,6 +52,59 @@ def ratio_interval(error: ArrayLike, baseline: ArrayLike, *, seed: int = 0) -> I
             return np.sqrt(above[rows].sum(-1) / below[rows].sum(-1))
 
     return bootstrap(statistic, len(above), seed=seed)
+
+
+def mean_of_groups(sums: ArrayLike, counts: ArrayLike, *, seed: int = 0) -> tuple[float | None, Interval | None]:
+    """The mean of what n groups (episodes) sum to, over all that they count, and its interval over the groups; None where they count nothing."""
+    above, below = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+
+    def statistic(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return above[rows].sum(-1) / below[rows].sum(-1)
+
+    total = float(below.sum())
+    return (float(above.sum()) / total, bootstrap(statistic, len(above), seed=seed)) if total > 0 else (None, None)
+
+
+def r_squared_interval(truth: ArrayLike, predicted: ArrayLike, group: NDArray[np.int64], *, seed: int = 0) -> Interval | None:
+    """Bootstrap interval of `r_squared` over the groups, numbered 0..n-1, that values belong to."""
+    actual, guess = np.asarray(truth, dtype=np.float64), np.asarray(predicted, dtype=np.float64)
+    centred = actual - actual.mean()
+    sums = [np.bincount(group, weights=values) for values in (np.ones(len(actual)), centred, centred**2, (actual - guess) ** 2)]
+
+    def statistic(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        count, first, second, residual = (values[rows].sum(-1) for values in sums)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return 1.0 - residual / (second - first**2 / count)
+
+    return bootstrap(statistic, len(sums[0]), seed=seed)
+
+
+def auc(truth: ArrayLike, score: ArrayLike, group: NDArray[np.int64] | None = None, *, seed: int = 0) -> tuple[float | None, Interval | None]:
+    """(area under the ROC curve, its interval over groups): the chance that a true one's score is above a false one's, ties counted half.
+
+    None where there is only one kind. `group` [N] numbers the independent units 0..n-1 that are resampled; None: no interval.
+    """
+    actual, scores = np.asarray(truth, dtype=np.bool_), np.asarray(score, dtype=np.float64)
+    if actual.all() or not actual.any():
+        return None, None
+    levels, level = np.unique(scores, return_inverse=True)
+
+    def area(weight: NDArray[np.float64]) -> float:
+        true = np.bincount(level, weights=weight * actual, minlength=len(levels))
+        false = np.bincount(level, weights=weight * ~actual, minlength=len(levels))
+        total = true.sum() * false.sum()
+        return float((true * (np.cumsum(false) - false / 2)).sum() / total) if total > 0 else math.nan
+
+    whole = area(np.ones(len(actual)))
+    if group is None:
+        return whole, None
+    count = int(group.max()) + 1
+
+    def statistic(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        return np.array([area(np.bincount(row, minlength=count)[group].astype(np.float64)) for row in rows])
+
+    return whole, bootstrap(statistic, count, seed=seed, resamples=RESAMPLES // 4)  # each costs a pass over all values
 
 
 def r_squared(truth: ArrayLike, predicted: ArrayLike) -> float | None:

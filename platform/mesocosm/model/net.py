@@ -73,6 +73,8 @@ class Losses:
     """"dynamics", "reward", "termination" and "task", and "duration" where the spec has it: the sum of -log of the members' mean
     likelihood, all members on all transitions; detached, never negative. "task" is the nats of (task, o_0), summed over the
     windows that start an episode."""
+    by_window: dict[str, Tensor]
+    """The same sums for each window, [B]: windows of one episode make its own."""
     transitions: Tensor
     """Valid transitions, float32 scalar."""
     starts: Tensor
@@ -161,7 +163,7 @@ class WorldNet(nn.Module, ABC):
 
         def nats(log_prob: Tensor) -> Tensor:
             mixed = torch.logsumexp(log_prob.detach(), 0) - log_k
-            return torch.where(windows.mask, -mixed, 0.0).sum().clamp(min=0.0)
+            return torch.where(windows.mask, -mixed, 0.0).sum(1).clamp(min=0.0)
 
         def objective(log_prob: Tensor) -> Tensor:
             return -(torch.where(windows.mask, log_prob, 0.0) * keep).sum() * scale
@@ -174,12 +176,12 @@ class WorldNet(nn.Module, ABC):
         termination, termination_objective = self.termination.losses(windows, parts, flat, self.kept)
         start = torch.where(windows.start, self.start.log_prob(windows.task, windows.observation[:, 0]), 0.0)
 
-        sums = {"dynamics": nats(dynamics), "reward": nats(reward), "termination": nats(termination.view(dynamics.shape)), "task": -start.detach().sum()}
+        found = {"dynamics": nats(dynamics), "reward": nats(reward), "termination": nats(termination.view(dynamics.shape)), "task": -start.detach()}
         total = objective(dynamics) + objective(reward) + termination_objective - start.sum() / valid.numel()
         if duration is not None:
-            sums["duration"] = nats(duration)
+            found["duration"] = nats(duration)
             total = total + objective(duration)
-        return Losses(total, sums, valid.sum(), windows.start.float().sum())
+        return Losses(total, {name: each.sum() for name, each in found.items()}, found, valid.sum(), windows.start.float().sum())
 
 
 def unroll(windows: Windows) -> tuple[Transition, Outcome]:
