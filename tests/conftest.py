@@ -38,3 +38,21 @@ def ray_local() -> Iterator[None]:
     cluster.shutdown()
     assert not ray.is_initialized()
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of a bucket at an S3 endpoint of this module's own, on loopback."""
+    from moto.server import ThreadedMotoServer
+
+    from mesocosm.storage import Storage
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):
+            patch.setenv(f"AWS_{name}", value)
+        Storage("s3://bucket").fs.mkdir("bucket")
+        yield "s3://bucket"
+    server.stop()

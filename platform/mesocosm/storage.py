@@ -58,7 +58,7 @@ class Storage:
         self.root = root if "://" in root else str(Path(root).absolute())
         self.remote = "://" in root
         try:
-            self.fs, self._base = fsspec.core.url_to_fs(self.root)
+            self.fs, self._base = fsspec.core.url_to_fs(self.root, **_endpoint(self.root))
         except (ImportError, ValueError) as error:
             raise UsageError(f"storage.root {root!r} cannot be opened: {error}; use a folder or s3://bucket/prefix") from error
 
@@ -295,3 +295,9 @@ def _sync_tree(folder: Path) -> None:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+
+def _endpoint(root: str) -> dict[str, str]:
+    """The S3 endpoint that the environment names now: fsspec keeps one filesystem for equal arguments, whatever the environment says later."""
+    named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    return {"endpoint_url": named} if root.startswith("s3://") and named else {}

@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -222,29 +221,6 @@ def test_bad_names_and_damage_are_said(root: str) -> None:
         Ledger(Storage(root), "x").totals()
 
 
-@pytest.fixture
-def bucket() -> Iterator[str]:
-    """A real S3 endpoint."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (
-            ("AWS_ACCESS_KEY_ID", "test"),
-            ("AWS_SECRET_ACCESS_KEY", "test"),
-            ("AWS_ENDPOINT_URL", f"http://{host}:{port}"),
-            ("AWS_DEFAULT_REGION", "us-east-1"),
-        ):
-            patch.setenv(name, value)
-        import boto3
-
-        boto3.client("s3").create_bucket(Bucket="reality")
-        yield "s3://reality/root"
-    server.stop()
-
-
 def _spend_on_s3(root: str, out: str) -> None:
     ledger, used = Ledger(Storage(root), "shared", BudgetConfig(60)), 0
     try:
@@ -257,13 +233,13 @@ def _spend_on_s3(root: str, out: str) -> None:
 
 
 @pytest.mark.slow
-def test_processes_share_a_budget_on_s3(bucket: str, tmp_path: Path) -> None:
+def test_processes_share_a_budget_on_s3(s3: str, tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
-    started = [spawn.Process(target=_spend_on_s3, args=(bucket, str(tmp_path / str(i)))) for i in range(2)]
+    started = [spawn.Process(target=_spend_on_s3, args=(s3, str(tmp_path / str(i)))) for i in range(2)]
     for process in started:
         process.start()
     for process in started:
         process.join(120)
         assert process.exitcode == 0
-    totals = Ledger(Storage(bucket), "shared", BudgetConfig(60)).totals()
+    totals = Ledger(Storage(s3), "shared", BudgetConfig(60)).totals()
     assert totals.spent == 60 == sum(int((tmp_path / str(i)).read_text()) for i in range(2)) and totals.unconfirmed == ()
