@@ -8,7 +8,8 @@ The weight is for samples that arrive by time (Yang, He-Yueya, Liang, arXiv 2509
 clock's window closes, action a is seen pi(a) T/dt(a) times, and unweighted sums favour what is fast. Samples that come in lock step are
 distributed as the policy is, and so are those of environments at their own pace where what is under way goes on and nothing is dropped (a
 renewal process takes the share pi(a) of its steps with a, however long each lasts): the weight would bias both. RLlib's samplers are of these
-two kinds, so that only an environment that says so of itself, by metadata["arrival"] = "time", is weighted.
+two kinds, so that only an environment that says so of itself, by metadata["arrival"] = "time", is weighted. (Where a window's unfinished steps
+are dropped, fast actions are over-represented too, but by less than dt.)
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Durations:
         silent = stepped & ~ended & ~given
         if self._given is None and (given | silent).any():
             self._given = bool(given.any())
-        if self._given is False and given.any() or self._given and silent.any():
+        if self._given is not None and (silent if self._given else given).any():
             raise MesocosmError("the environment gave info['duration'] at some steps and not at others; give it at every step, or at none")
         if not self._given:
             return {}

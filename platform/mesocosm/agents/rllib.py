@@ -162,7 +162,8 @@ def build(
     """An algorithm on `make_env(num_envs)`, which every environment runner calls (with `runners` 0, this process).
 
     One `train()` of an on-policy algorithm takes num_envs x rollout x max(runners, 1) steps; of a replay algorithm, at least
-    `steps_per_iteration`, in samples of num_envs x rollout. `gamma` is for a step, and for a unit of time where steps have durations. Files go to `folder`. Raises UsageError for values that RLlib refuses.
+    `steps_per_iteration`, in samples of num_envs x rollout. `gamma` is for a step, or for a unit of time where steps have durations. Files
+    go to `folder`. Raises UsageError for values that RLlib refuses.
     """
     for noisy in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
