@@ -53,6 +53,6 @@ def s3() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):
             patch.setenv(f"AWS_{name}", value)
-        Storage("s3://bucket").fs.mkdir("bucket")
+        Storage("s3://bucket").fs.makedirs("bucket", exist_ok=True)  # the servers of one process share their buckets
         yield "s3://bucket"
     server.stop()
