@@ -29,6 +29,8 @@ class AgentConfig(JobConfig):
     """Imagined environments of an environment runner, stepped together."""
     rollout: int = 64
     """Steps of each environment in an iteration, which is num_envs x rollout imagined steps long."""
+    snapshots: int = 8
+    """Policies kept on the way, evenly spread over the iterations: `agents/<id>@<iteration>`; 0 keeps none."""
     runners: int = 0
     """Environment runners in Ray actors, each with `num_envs` environments; 0: one in the job's own process."""
     horizon: int | None = None

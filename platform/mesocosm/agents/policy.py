@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from mesocosm.agents.adapt import ActionMap, first, flat_size, flatten_batch, one_batch
 from mesocosm.data.spaces import space_from_json, space_to_json
-from mesocosm.errors import ArtifactError
+from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.storage import Storage
 
 POLICY_JSON, WEIGHTS = "policy.json", "policy.safetensors"
+SNAPSHOTS = "snapshots"
+"""Of an `agents` artifact: a folder with a policy for each iteration kept, named by its number."""
 SCHEMA = 1
 Head = Literal["categorical", "gaussian", "squashed_gaussian", "values"]
 """What the network's outputs mean: logits; mean and log std; the same before a tanh; action values."""
@@ -210,6 +213,21 @@ class Policy:
         example = torch.zeros(2, flat_size(self.observation_space))
         program = torch.export.export(self.network.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
         torch.export.save(program, path)
+
+
+def policy_of(storage: Storage, ref: str) -> Policy:
+    """The policy of `agents/<id>`, or `agents/<id>@<iteration>`: as it was when so many iterations of its training were done.
+
+    Raises UsageError where there is no such agent, or no snapshot of it at that iteration.
+    """
+    name, _, iteration = ref.partition("@")
+    agent = storage.artifact("agents", name)
+    if not iteration:
+        return Policy.load(agent.path)
+    kept = sorted((path.name for path in (agent.path / SNAPSHOTS).glob("*")), key=int)
+    if iteration not in kept:
+        raise UsageError(f"{agent.name} has no snapshot at iteration {iteration!r}; it has {', '.join(kept) or 'none'}")
+    return Policy.load(agent.path / SNAPSHOTS / iteration)
 
 
 class RandomPolicy:

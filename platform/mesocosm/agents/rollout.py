@@ -1,6 +1,9 @@
-"""What a policy earns in a world: greedy imagined episodes, no real step."""
+"""What policies earn in a world: greedy imagined episodes, no real step."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -9,19 +12,53 @@ from mesocosm.agents.policy import Acts
 from mesocosm.serving.client import WorldVectorEnv
 
 
-def imagined_returns(policy: Acts, env: WorldVectorEnv, seed: int) -> NDArray[np.float64]:
-    """Undiscounted returns [num_envs] of one whole episode in each environment, acting greedily; a function of (policy, world, starts, seed).
+def imagined_returns(policies: Sequence[Acts], env: WorldVectorEnv, seed: int, progress: Callable[[int], None] | None = None) -> NDArray[np.float64]:
+    """Undiscounted returns [P, n] of one whole episode of each of P policies in each of its n = num_envs / P environments, acting
+    greedily; a function of (policies, world, starts, seed). `progress` is told the steps done.
 
     `env` is closed. A penalty of its own is part of the reward; an episode ends at its horizon, or where the world terminates or diverges.
     """
+    count = env.num_envs // len(policies)
+    assert count * len(policies) == env.num_envs, (len(policies), env.num_envs)
     rng = np.random.default_rng(seed)
-    total, going = np.zeros(env.num_envs), np.ones(env.num_envs, np.bool_)
+    total, going, steps = np.zeros(env.num_envs), np.ones(env.num_envs, np.bool_), 0
+    idle: dict[int, Any] = {}
     try:
         observation, _ = env.reset(seed=seed)
         while going.any():
-            observation, reward, terminated, truncated, _ = env.step(policy.act(observation, False, rng))
+            actions = []
+            for i, policy in enumerate(policies):
+                own = slice(i * count, (i + 1) * count)
+                if going[own].any() or i not in idle:  # a policy whose episodes are over repeats itself
+                    idle[i] = policy.act(_rows(observation, own), False, rng)
+                actions.append(idle[i])
+            observation, reward, terminated, truncated, _ = env.step(_joined(actions))
             total += np.where(going, reward, 0.0)
             going &= ~(terminated | truncated)
+            steps += 1
+            if progress is not None:
+                progress(steps)
     finally:
         env.close()
-    return total
+    return total.reshape(len(policies), count)
+
+
+def _rows(batch: Any, rows: slice) -> Any:
+    """Some rows of values in Gymnasium's vector layout."""
+    if isinstance(batch, dict):
+        return {key: _rows(value, rows) for key, value in batch.items()}
+    if isinstance(batch, tuple) and not (batch and isinstance(batch[0], str)):
+        return tuple(_rows(value, rows) for value in batch)
+    return batch[rows]
+
+
+def _joined(batches: Sequence[Any]) -> Any:
+    """Values in vector layout, one after the other."""
+    first = batches[0]
+    if isinstance(first, dict):
+        return {key: _joined([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, tuple):
+        if first and isinstance(first[0], str):
+            return tuple(text for batch in batches for text in batch)
+        return tuple(_joined(values) for values in zip(*batches, strict=True))
+    return np.concatenate(batches)

@@ -9,7 +9,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from mesocosm import __version__, cluster
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.policy import POLICY_JSON, WEIGHTS, Policy
+from mesocosm.agents.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
 from mesocosm.agents.rollout import imagined_returns
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
@@ -50,6 +50,8 @@ def check(config: AgentConfig) -> None:
         value = getattr(config, key)
         if value is not None and value < 1:
             raise UsageError(f"{key}={value} must be at least 1")
+    if config.snapshots < 0:
+        raise UsageError(f"snapshots={config.snapshots} must be at least 0; 0 keeps none")
     if config.runners < 0:
         raise UsageError(f"runners={config.runners} must be at least 0; 0 is one in the job's own process")
     if config.starts not in STARTS:
@@ -111,7 +113,15 @@ def run(config: AgentConfig, run: Run) -> Artifact:
             try:
                 if former is not None:
                     rllib.load_training(algorithm, former.path)
-                seen.update(_train(config, run, algorithm))
+                kept = _snapshots(config)
+
+                def snapshot(iteration: int) -> None:
+                    if iteration in kept:
+                        where = folder / SNAPSHOTS / str(iteration)
+                        where.mkdir(parents=True)
+                        rllib.export(algorithm, config.algo, codec.observation_space, codec.action_space).save(where)
+
+                seen.update(_train(config, run, algorithm, snapshot))
                 policy = rllib.export(algorithm, config.algo, codec.observation_space, codec.action_space)
                 policy.save(folder)
                 rllib.save_training(algorithm, folder)
@@ -153,7 +163,7 @@ def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Ar
 def _better(config: AgentConfig, run: Run, arguments: Mapping[str, Any], policy: Policy, former: Artifact, folder: Path) -> dict[str, float]:
     """Put the former agent's files in the new one's place where it earns more in this world: a training that failed is foretold there."""
     seed = int(fingerprint("compared", config.seed)[:8], 16)
-    new, old = (float(imagined_returns(p, WorldVectorEnv(COMPARED, **arguments), seed).mean()) for p in (policy, Policy.load(former.path)))
+    new, old = imagined_returns([policy, Policy.load(former.path)], WorldVectorEnv(2 * COMPARED, **arguments), seed).mean(1).tolist()
     if kept := not new >= old:  # also where the new one's is NaN
         run.say(f"imagined return {new:.1f}, and {old:.1f} of {former.name}, with which training began: that agent is kept")
         for name in (POLICY_JSON, WEIGHTS, rllib.TRAINING_STATE):
@@ -204,9 +214,15 @@ def _make_env(arguments: Mapping[str, Any], num_envs: int) -> rllib.AgentEnv:
     return rllib.AgentEnv(WorldVectorEnv(num_envs, **arguments))
 
 
-def _train(config: AgentConfig, run: Run, algorithm: Algorithm) -> dict[str, float]:
-    """All iterations; the last one's metrics."""
+def _snapshots(config: AgentConfig) -> set[int]:
+    """Iterations after which the policy is kept: from the first on, and not the last, which is the agent's own."""
+    return {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
+
+
+def _train(config: AgentConfig, run: Run, algorithm: Algorithm, snapshot: Callable[[int], None]) -> dict[str, float]:
+    """All iterations, `snapshot` told of each that is done and of none at the start; the last one's metrics."""
     metrics: dict[str, float] = {}
+    snapshot(0)
     total = diverged = 0
     with run.progress(f"train-agent {config.algo}", config.iterations) as update:
         for iteration in range(config.iterations):
@@ -224,6 +240,8 @@ def _train(config: AgentConfig, run: Run, algorithm: Algorithm) -> dict[str, flo
             if seen.returns:
                 metrics |= {"imagined_return": float(np.mean(seen.returns)), "imagined_length": float(np.mean(seen.lengths))}
             run.log({f"agent/{name}": value for name, value in metrics.items()}, step=iteration)
+            if iteration + 1 < config.iterations:
+                snapshot(iteration + 1)
             shown = f"return {metrics['imagined_return']:.1f}  " if seen.returns else ""
             update(iteration + 1, f"imagined {shown}disagreement {metrics['disagreement']:.3f}  {metrics['steps_per_s']:,.0f} steps/s")
     if diverged:

@@ -31,7 +31,7 @@ class BehaviourConfig:
     """noisy only. Box: the standard deviation as a share of half the action's range (of 1 where it has no bounds);
     other spaces: the probability of a random action."""
     policy: str | None = None
-    """`agents/<id>`"""
+    """`agents/<id>`, or `agents/<id>@<iteration>` for a snapshot on the way of its training"""
     function: str | None = None
     """`module:function`, called as f(observation, rng) -> action; the current directory is importable."""
 
@@ -63,6 +63,12 @@ def label(behaviour: BehaviourConfig) -> str:
     """How episodes name it: `random`, `trained agents/ab12`, `noisy module:function 0.1`."""
     source = behaviour.function or behaviour.policy
     return " ".join([behaviour.kind, *([source] if source else []), *([f"{behaviour.noise:g}"] if behaviour.kind == "noisy" else [])])
+
+
+def full_name(storage: Storage, policy: str) -> str:
+    """`agents/<id>` or `agents/<id>@<iteration>` of a reference that may be a prefix. Raises UsageError where there is no such agent."""
+    name, at, iteration = policy.partition("@")
+    return f"{storage.artifact('agents', name).name}{at}{iteration}"
 
 
 def choose(behaviours: Sequence[BehaviourConfig], seed: int, k: int) -> int:
@@ -117,9 +123,9 @@ class PolicyActions:
     """An exported policy, one observation at a time."""
 
     def __init__(self, ref: str, observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any], storage: Storage, *, explore: bool):
-        from mesocosm.agents.policy import Policy  # imports torch: only where a policy acts
+        from mesocosm.agents.policy import policy_of  # imports torch: only where a policy acts
 
-        self._policy = Policy.load(storage.artifact("agents", ref).path)
+        self._policy = policy_of(storage, ref)
         for name, made, here in (
             ("observation", self._policy.observation_space, observation_space),
             ("action", self._policy.action_space, action_space),
@@ -145,13 +151,16 @@ class NoisyActions:
         self._space.seed(int(rng.integers(2**31)))
 
     def __call__(self, observation: Any, rng: np.random.Generator) -> Any:
-        action = self._source(observation, rng)
-        space = self._space
-        if isinstance(space, Box) and space.dtype is not None and np.issubdtype(space.dtype, np.floating):
-            bounded = np.isfinite(space.low) & np.isfinite(space.high)
-            reach = np.where(bounded, (np.where(bounded, space.high, 0.0) - np.where(bounded, space.low, 0.0)) / 2, 1.0)
-            return np.clip(np.asarray(action) + self._noise * reach * rng.standard_normal(space.shape), space.low, space.high)
-        return space.sample() if rng.random() < self._noise else action
+        return perturbed(self._source(observation, rng), self._space, self._noise, rng)
+
+
+def perturbed(action: Any, space: gymnasium.Space[Any], noise: float, rng: np.random.Generator) -> Any:
+    """One action, or [B, ...] of a real-valued Box, with `BehaviourConfig.noise`. Other spaces draw from their own generator: seed `space`."""
+    if isinstance(space, Box) and space.dtype is not None and np.issubdtype(space.dtype, np.floating):
+        bounded = np.isfinite(space.low) & np.isfinite(space.high)
+        reach = np.where(bounded, (np.where(bounded, space.high, 0.0) - np.where(bounded, space.low, 0.0)) / 2, 1.0)
+        return np.clip(np.asarray(action) + noise * reach * rng.standard_normal(np.shape(action)), space.low, space.high)
+    return space.sample() if rng.random() < noise else action
 
 
 class Checked:

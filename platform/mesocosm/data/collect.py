@@ -118,7 +118,7 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
     if short is not None:
         run.say(f"warning: {short}")
     meta = {
-        "inputs": {"agents": sorted(b.policy.removeprefix("agents/") for b in chosen if b.policy is not None)},
+        "inputs": {"agents": sorted({b.policy.removeprefix("agents/").partition("@")[0] for b in chosen if b.policy is not None})},
         "config": {**identity(cfg), "behaviours": what["behaviours"]},
         "job": "collect",
         "run": run.id,
@@ -161,7 +161,7 @@ def _resolve(
     """The behaviours with their policies' full ids, and the hash of each one's code; each is built once, to refuse it before any step."""
     chosen, sources = [], []
     for config in configs:
-        policy = None if config.policy is None else storage.artifact("agents", config.policy).name
+        policy = None if config.policy is None else acting.full_name(storage, config.policy)
         config = BehaviourConfig(config.kind, config.weight, config.noise, policy, config.function)
         acting.build(config, observation_space, action_space, storage)
         chosen.append(config)

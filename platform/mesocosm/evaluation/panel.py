@@ -1,0 +1,153 @@
+"""The policies whose values in reality and in the world are compared: those of the config, an agent's snapshots, and graded ones.
+
+A graded policy is the agent at its best with noise (`BehaviourConfig.noise`). How much noise makes how bad a policy is not known beforehand,
+so levels are found by bisection: `next_noise` says which to try, until each fifth of the range of real returns holds enough policies.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
+
+from mesocosm.agents.policy import SNAPSHOTS, Acts, RandomPolicy, policy_of
+from mesocosm.data import behaviours
+from mesocosm.data.behaviours import BehaviourConfig
+from mesocosm.errors import UsageError
+from mesocosm.reality.env import Act
+from mesocosm.storage import Artifact, Storage
+
+MOST_NOISE = 2.0
+"""Of a Box: twice half its range, little better than random; of other spaces at most 1, random altogether."""
+FINEST = 2e-3
+"""Levels of noise nearer to each other than this are not told apart."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    name: str
+    policy: Acts
+    iteration: int | None = None
+    """Of a snapshot, and the whole of an agent's training: a point of its curve"""
+    noise: float | None = None
+    """Of a graded policy"""
+
+
+class Noisy:
+    """A policy's greedy actions with noise, in vector layout and one by one."""
+
+    def __init__(self, policy: Acts, action_space: gymnasium.Space[Any], noise: float):
+        self.policy, self.noise, self.action_space = policy, noise, copy.deepcopy(action_space)
+        self.observation_space = getattr(policy, "observation_space", None)
+        self._batched = isinstance(action_space, Box) and action_space.dtype is not None and np.issubdtype(action_space.dtype, np.floating)
+
+    def act(self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None) -> Any:
+        assert rng is not None, "noise needs rng"
+        actions = self.policy.act(observations, False, rng)
+        if self._batched:
+            return behaviours.perturbed(actions, self.action_space, self.noise, rng).astype(actions.dtype)
+        self.action_space.seed(int(rng.integers(2**31)))
+        count = _count(actions)
+        rows = [behaviours.perturbed(action, self.action_space, self.noise, rng) for action in iterate(batch_space(self.action_space, count), actions)]
+        return concatenate(self.action_space, rows, create_empty_array(self.action_space, count))
+
+    def act_one(self, observation: Any, explore: bool = False, rng: np.random.Generator | None = None) -> Any:
+        assert rng is not None, "noise needs rng"
+        self.action_space.seed(int(rng.integers(2**31)))
+        action = self.policy.act_one(observation, False, rng)  # type: ignore[attr-defined]
+        noisy = behaviours.perturbed(action, self.action_space, self.noise, rng)
+        return noisy.astype(self.action_space.dtype) if isinstance(self.action_space, Box) else noisy
+
+
+class Scripted:
+    """A function f(observation, rng) -> action of the user's own."""
+
+    def __init__(self, function: Act, observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any]):
+        self.function, self.observation_space, self.action_space = function, observation_space, action_space
+
+    def act(self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None) -> Any:
+        count = _count(observations)
+        rows = [self.act_one(one, explore, rng) for one in iterate(batch_space(self.observation_space, count), observations)]
+        return concatenate(self.action_space, rows, create_empty_array(self.action_space, count))
+
+    def act_one(self, observation: Any, explore: bool = False, rng: np.random.Generator | None = None) -> Any:
+        assert rng is not None, "a scripted policy takes rng"
+        return self.function(observation, rng)
+
+
+def named(config: BehaviourConfig, storage: Storage, observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any]) -> Candidate:
+    """The policy of one entry of `evaluate.policies`; trained ones at their best. Raises UsageError where there is no such policy."""
+    if config.policy is not None:
+        config = BehaviourConfig(config.kind, config.weight, config.noise, behaviours.full_name(storage, config.policy), config.function)
+    policy: Acts
+    if config.kind == "random":
+        policy = RandomPolicy(copy.deepcopy(action_space))
+    elif config.function is not None:
+        policy = Scripted(behaviours.load_function(config.function), observation_space, action_space)
+    else:
+        assert config.policy is not None
+        policy = policy_of(storage, config.policy)
+    return Candidate(behaviours.label(config), Noisy(policy, action_space, config.noise) if config.kind == "noisy" else policy)
+
+
+def snapshots(agent: Artifact, storage: Storage) -> list[Candidate]:
+    """An agent's policies along its training, the last being the agent, in order."""
+    iterations = sorted(int(path.name) for path in (agent.path / SNAPSHOTS).glob("*"))
+    found = [Candidate(f"{agent.name}@{i}", policy_of(storage, f"{agent.name}@{i}"), iteration=i) for i in iterations]
+    last = agent.meta["config"]["iterations"]
+    return [*found, Candidate(agent.name, policy_of(storage, agent.name), iteration=last)]
+
+
+def graded(agent: Artifact, policy: Acts, action_space: gymnasium.Space[Any], noise: float) -> Candidate:
+    return Candidate(f"{agent.name} with noise {noise:.3g}", Noisy(policy, action_space, noise), noise=noise)
+
+
+def held_out(refs: Sequence[str], datasets: Sequence[Artifact]) -> None:
+    """Raise UsageError where an agent that is to be judged collected the world's own data: its value would be no test."""
+    for dataset in datasets:
+        for id in dataset.meta.get("inputs", {}).get("agents", []):
+            for ref in refs:
+                if ref.removeprefix("agents/").partition("@")[0] == id:
+                    raise UsageError(f"agents/{id} collected {dataset.name}, which the world was trained on: its value there is no test; judge another agent")
+
+
+def next_noise(noises: Mapping[float, float], returns: Sequence[float], most: float) -> float | None:
+    """The level of noise to try next, or None where none between those tried can fill the emptiest fifth.
+
+    noises: level -> mean real return of what was tried, from 0 and `most` on; returns: of all policies so far.
+    """
+    for level in (0.0, most):
+        if level not in noises:
+            return level
+    low, high = min(returns), max(returns)
+    if high == low:
+        return None
+    counts = np.bincount(np.minimum((5 * (np.asarray(returns) - low) / (high - low)).astype(np.int64), 4), minlength=5)
+    levels = sorted(noises)
+    for fifth in np.argsort(counts, kind="stable"):
+        middle = low + (high - low) * (fifth + 0.5) / 5
+        across = [(a, b) for a, b in itertools.pairwise(levels) if min(noises[a], noises[b]) <= middle <= max(noises[a], noises[b]) and b - a > FINEST]
+        if across:
+            a, b = max(across, key=lambda pair: pair[1] - pair[0])
+            return (a + b) / 2
+    wide = max(itertools.pairwise(levels), key=lambda pair: pair[1] - pair[0])
+    return sum(wide) / 2 if wide[1] - wide[0] > FINEST else None
+
+
+def most_noise(action_space: gymnasium.Space[Any]) -> float:
+    return MOST_NOISE if isinstance(action_space, Box) else 1.0
+
+
+def _count(batch: Any) -> int:
+    if isinstance(batch, dict):
+        return _count(next(iter(batch.values())))
+    if isinstance(batch, tuple) and not isinstance(batch[0], str):
+        return _count(batch[0])
+    return len(batch)

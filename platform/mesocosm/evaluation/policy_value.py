@@ -1,0 +1,129 @@
+"""What policies are worth in the world against what they are worth in reality, and how the gap moves along an agent's training.
+
+In reality each policy plays the same episodes (the same seeds), metered under `judge`; in the world it starts where the world itself
+starts episodes, and nothing is told of reality.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesocosm.agents.rollout import imagined_returns
+from mesocosm.errors import UsageError
+from mesocosm.evaluation import stats
+from mesocosm.evaluation.judge import JudgeResult, judge
+from mesocosm.evaluation.panel import Candidate
+from mesocosm.evaluation.ranking import Ranking, ranking
+from mesocosm.model.world import World
+from mesocosm.reality.config import RealityConfig, parse_success
+from mesocosm.reality.ledger import Ledger
+from mesocosm.serving.client import WorldVectorEnv
+
+ROWS = 512
+"""Imagined environments that step together at most."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """One policy's: returns of real and of imagined episodes."""
+
+    candidate: Candidate
+    judged: JudgeResult
+    imagined: NDArray[np.float64]
+
+    @property
+    def real(self) -> float:
+        return self.judged.mean
+
+    @property
+    def world(self) -> float:
+        return float(self.imagined.mean())
+
+
+@dataclass(frozen=True)
+class PolicyValue:
+    values: tuple[Value, ...]
+    ranking: Ranking
+    success: str | None
+    notes: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        """Real steps that it took."""
+        return sum(value.judged.steps for value in self.values)
+
+    def to_json(self) -> dict[str, Any]:
+        met = _by_return(self.success)
+        rows = []
+        for value in self.values:
+            row: dict[str, Any] = {
+                "name": value.candidate.name,
+                "iteration": value.candidate.iteration,
+                "noise": value.candidate.noise,
+                "real": {"mean": value.real, "interval": value.judged.interval, "episodes": len(value.judged.returns)},
+                "world": {"mean": value.world, "interval": stats.mean_interval(value.imagined), "episodes": len(value.imagined)},
+                "gap": value.world - value.real,
+                "success": None,
+            }
+            if value.judged.successes is not None:
+                imagined = None if met is None else float(np.mean([met(r) for r in value.imagined]))
+                row["success"] = {"real": value.judged.successes / len(value.judged.returns), "world": imagined}
+            rows.append(row)
+        return {"policies": rows, "ranking": self.ranking.to_json(), "success": self.success, "real_steps": self.steps, "notes": list(self.notes)}
+
+
+def _by_return(rule: str | None) -> Callable[[float], bool] | None:
+    """`reality.success` of a return; None where it asks an info, of which a world knows nothing."""
+    if rule is None or not rule.lstrip().startswith("return"):
+        return None
+    met = parse_success(rule)
+    return lambda total: met(total, {})
+
+
+def policy_value(
+    world: World,
+    candidates: Sequence[Candidate],
+    reality: RealityConfig,
+    ledger: Ledger,
+    *,
+    more: Callable[[Sequence[tuple[Candidate, float]]], Candidate | None] = lambda _: None,
+    episodes: int,
+    imagined: int,
+    horizon: int,
+    seed: int,
+    progress: Callable[[float, str], None] = lambda done, text: None,
+) -> PolicyValue:
+    """Judge each candidate by `episodes` real episodes and imagine `imagined` of each, of at most `horizon` steps.
+
+    more: given all (candidate, mean real return) so far, the next candidate to judge, or None. Raises UsageError if there is none at all.
+    """
+    judged: list[tuple[Candidate, JudgeResult]] = []
+
+    def look(candidate: Candidate) -> None:
+        result = judge(candidate.policy, reality, ledger, episodes=episodes, seed=seed)
+        judged.append((candidate, result))
+        progress(len(judged), f"{len(judged)} policies, {candidate.name}: {result.mean:.1f}")
+
+    for candidate in candidates:
+        look(candidate)
+    while (following := more([(c, r.mean) for c, r in judged])) is not None:
+        look(following)
+    if not judged:
+        raise UsageError("there is no policy to compare; give policies, or an agent and graded")
+    means: list[NDArray[np.float64]] = []
+    width = max(1, ROWS // imagined)
+    for first in range(0, len(judged), width):
+        some = [candidate.policy for candidate, _ in judged[first : first + width]]
+        env = WorldVectorEnv(len(some) * imagined, world, horizon=horizon)
+        means += list(imagined_returns(some, env, seed, lambda steps: progress(len(judged), f"imagining, step {steps}")))
+    values = tuple(Value(candidate, result, returns) for (candidate, result), returns in zip(judged, means, strict=True))
+    found = ranking([v.real for v in values], [v.world for v in values], seed=seed)
+    notes = [f"{v.candidate.name}: {reason}" for v in values for reason in v.judged.dropped]
+    if reality.success is not None and _by_return(reality.success) is None:
+        notes.append(f"reality.success={reality.success!r} asks an info, of which a world knows nothing: success in the world is undefined.")
+    return PolicyValue(values, found, reality.success, tuple(notes))
