@@ -24,6 +24,7 @@ class AgentConfig(JobConfig):
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of RLlib's DefaultModelConfig; those not named are `settings.MODEL`'s."""
     gamma: float = 0.99
+    """A step's discount; a unit of time's where the environment gives info["duration"]."""
     iterations: int = 40
     num_envs: int = 64
     """Imagined environments of an environment runner, stepped together."""
@@ -40,6 +41,8 @@ class AgentConfig(JobConfig):
     """`generated`: imagined episodes begin at the world's own samples; `logged`: at observations of the world's datasets, uniformly."""
     datasets: list[str] = field(default_factory=list)
     """Datasets of logged starts; empty: those that the world was trained on."""
+    objective: str = "return"
+    """`return`, or `disagreement`: an adversary, which seeks what the members do not agree on (evaluate's off-policy table wants one)."""
     penalty: float = 0.0
     """Reward lost for a disagreement of 1 between the world's members: what a tenth of held-out transitions exceed."""
     max_disagreement: float | None = None
@@ -58,6 +61,7 @@ class BaselineConfig(JobConfig):
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of RLlib's DefaultModelConfig; those not named are `settings.MODEL`'s."""
     gamma: float = 0.99
+    """A step's discount; a unit of time's where the environment gives info["duration"]."""
     steps: int = 20_000
     """Real steps that training and selection may take together."""
     num_envs: int | None = None

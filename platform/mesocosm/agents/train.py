@@ -35,6 +35,7 @@ from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run
 
 STARTS = ("logged", "generated")
+OBJECTIVES = ("return", "disagreement")
 UNLIMITED = 1000
 """Imagined steps of an episode where neither the config nor the environment sets a limit."""
 COMPARED = 32
@@ -58,6 +59,8 @@ def check(config: AgentConfig) -> None:
         raise UsageError(f"starts={config.starts!r} is not one of {', '.join(STARTS)}{nearest(config.starts, STARTS)}")
     if config.backend not in BACKENDS:
         raise UsageError(f"backend={config.backend!r} is not one of {', '.join(BACKENDS)}{nearest(config.backend, BACKENDS)}")
+    if config.objective not in OBJECTIVES:
+        raise UsageError(f"objective={config.objective!r} is not one of {', '.join(OBJECTIVES)}{nearest(config.objective, OBJECTIVES)}")
     if not (math.isfinite(config.penalty) and config.penalty >= 0):
         raise UsageError(f"penalty={config.penalty} must be a finite number of at least 0")
     if config.max_disagreement is not None and not config.max_disagreement > 0:
@@ -186,6 +189,7 @@ def _arguments(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Par
         "seed": config.seed,
         "penalty": config.penalty,
         "max_disagreement": config.max_disagreement,
+        "adversary": config.objective == "disagreement",
     }
 
 

@@ -36,21 +36,21 @@ class BehaviourConfig:
     """`module:function`, called as f(observation, rng) -> action; the current directory is importable."""
 
 
-def check(behaviours: Sequence[BehaviourConfig]) -> None:
-    """Raise UsageError on the first behaviour that cannot be meant."""
+def check(behaviours: Sequence[BehaviourConfig], name: str = "behaviours") -> None:
+    """Raise UsageError on the first behaviour of the config key `name` that cannot be meant."""
     if not behaviours:
-        raise UsageError("behaviours=[] leaves nobody to act; give at least one, such as {kind: random}")
+        raise UsageError(f"{name}=[] leaves nobody to act; give at least one, such as {{kind: random}}")
     for i, b in enumerate(behaviours):
-        key = f"behaviours[{i}]"
+        key = f"{name}[{i}]"
         if b.kind not in KINDS:
             raise UsageError(f"{key}.kind={b.kind!r} is not known{nearest(b.kind, KINDS)}; use one of {', '.join(KINDS)}")
         if not (math.isfinite(b.weight) and b.weight > 0):
             raise UsageError(f"{key}.weight={b.weight} is no share; give a number above 0")
         needs = {"random": (), "scripted": ("function",), "trained": ("policy",), "noisy": ("function", "policy")}[b.kind]
         given = [name for name in ("function", "policy") if getattr(b, name) is not None]
-        for name in given:
-            if name not in needs:
-                raise UsageError(f"{key}.{name}={getattr(b, name)!r} is not used by kind {b.kind!r}; remove it, or choose another kind")
+        for source in given:
+            if source not in needs:
+                raise UsageError(f"{key}.{source}={getattr(b, source)!r} is not used by kind {b.kind!r}; remove it, or choose another kind")
         if needs and len(given) != 1:
             raise UsageError(f"{key}: kind {b.kind!r} needs {' or '.join(f'{key}.{name}' for name in needs)} (one of them); {given or 'none'} given")
         if b.kind == "noisy" and not (math.isfinite(b.noise) and b.noise >= 0):

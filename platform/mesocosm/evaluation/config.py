@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mesocosm.config import JobConfig
+from mesocosm.data import behaviours
+from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.open_loop import HORIZONS
 from mesocosm.reality.config import RealityConfig
@@ -32,6 +34,19 @@ class EvaluateConfig(JobConfig):
     """Logged states to start from, for each horizon."""
     samples: int = 19
     """Sampled rollouts from each start; their range is a (samples - 1) / (samples + 1) interval, 90% for 19."""
+    policies: list[BehaviourConfig] = field(default_factory=list)
+    """Policies whose value in the world is compared with reality's, each at its best (`weight` is not used). With any of these, or `graded`,
+    the agent and its snapshots are compared too."""
+    graded: int = 0
+    """So many policies more: the agent with noise, the levels bisected until each fifth of the range of real returns holds some."""
+    policy_episodes: int = 5
+    """Real episodes that judge each of them."""
+    imagined: int = 32
+    """Imagined episodes of each of them."""
+    adversary: int = 0
+    """Iterations of training, in the world, of one policy more that seeks disagreement; 0 leaves it out."""
+    judge_steps: int | None = None
+    """Real steps that this evaluation may take at most, all judging together; one that might take more is refused beforehand."""
     ledger: str | None = None
     """The ledger that counts the real steps; None is one named as the evaluation."""
 
@@ -39,9 +54,16 @@ class EvaluateConfig(JobConfig):
         """Raises UsageError naming the key, its value and the fix. Looks at nothing but the config."""
         if not self.world:
             raise UsageError("world is not set; give the world to evaluate, as in world=worlds/ab12")
-        for key in ("episodes", "starts", "samples"):
+        for key in ("episodes", "starts", "samples", "policy_episodes", "imagined"):
             if getattr(self, key) < 1:
                 raise UsageError(f"{key}={getattr(self, key)} must be at least 1")
+        for key in ("graded", "adversary"):
+            if getattr(self, key) < 0:
+                raise UsageError(f"{key}={getattr(self, key)} must be at least 0; 0 leaves it out")
+            if getattr(self, key) and self.agent is None:
+                raise UsageError(f"{key}={getattr(self, key)} needs an agent; set agent, or {key}=0")
+        if self.policies:
+            behaviours.check(self.policies, "policies")
         if not self.horizons and not self.full:
             raise UsageError("horizons=[] and full=false leave nothing to measure; give horizons such as [1,5,15,50]")
         for horizon in self.horizons:

@@ -21,7 +21,7 @@ FREE = ("#c2570c", "#8a6d1f", "#8b3fa8", "#4d7c0f", "#be185d", "#57534e")
 ROUNDS = ("#b9cdf0", "#8fb0e6", "#6694da", "#3d77cd", "#1457c2", "#0f4191", "#0a2b61")
 PARTS = ("#1457c2", "#0f766e", "#c2570c", "#8b3fa8", "#be185d", "#4d7c0f", "#57534e")
 
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10.5,
@@ -50,7 +50,7 @@ _STYLE: Any = {
 
 def returns(summary: Mapping[str, Any]) -> str:
     """Return in reality against real steps spent: the world's agent with its intervals, model-free runs through the same ledger."""
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(9.2, 4.5)
         world, free = summary["curves"]["world"], summary["curves"]["model_free"]
         steps = [p["real_steps"] for curve in [*world, *free] for p in curve["points"] if p["real_steps"] > 0]
@@ -92,8 +92,8 @@ def returns(summary: Mapping[str, Any]) -> str:
             )
         axes.set_xlabel("real steps spent")
         axes.set_ylabel("return in reality")
-        _legend(axes)
-        return _svg(figure, "returns", "Return in reality against real steps spent")
+        legend(axes)
+        return svg(figure, "returns", "Return in reality against real steps spent")
 
 
 def _bars(axes: Axes, curve: Mapping[str, Any], colour: str) -> None:
@@ -110,7 +110,7 @@ def losses(summary: Mapping[str, Any]) -> str | None:
     parts = list(dict.fromkeys(part for row in rows for part in row["parts"]))
     if len(rows) < 2 or not parts:
         return None
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 2.5), layout="constrained")
         for number, part in enumerate(parts):
             axes = figure.add_subplot(1, len(parts), number + 1)
@@ -122,7 +122,7 @@ def losses(summary: Mapping[str, Any]) -> str | None:
             axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
             if number == 0:
                 axes.set_ylabel("nats a transition")
-        return _svg(figure, "losses", "Validation loss by part over rounds")
+        return svg(figure, "losses", "Validation loss by part over rounds")
 
 
 def open_loop(summary: Mapping[str, Any]) -> str | None:
@@ -131,7 +131,7 @@ def open_loop(summary: Mapping[str, Any]) -> str | None:
     if not rounds:
         return None
     horizons = list(dict.fromkeys(row["horizon"] for entry in rounds for row in entry["table"]["rows"]))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(9.2, 3.6)
         shades = [ROUNDS[round((len(ROUNDS) - 3) * (k + 1) / len(rounds))] for k in range(len(rounds))]
         for number, (entry, colour) in enumerate(zip(rounds, shades, strict=True)):
@@ -162,8 +162,8 @@ def open_loop(summary: Mapping[str, Any]) -> str | None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("steps ahead")
         axes.set_ylabel("RMSE / persistence's")
-        _legend(axes)
-        return _svg(figure, "openloop", "Open-loop error by horizon")
+        legend(axes)
+        return svg(figure, "openloop", "Open-loop error by horizon")
 
 
 def trajectories(group: Mapping[str, Any], number: int) -> str | None:
@@ -171,7 +171,7 @@ def trajectories(group: Mapping[str, Any], number: int) -> str | None:
     episodes, names = group["episodes"], group["names"]
     if not episodes or not names:
         return None
-    with matplotlib.rc_context(_STYLE | {"font.size": 9.5, "axes.titlesize": 9.5}):
+    with matplotlib.rc_context(STYLE | {"font.size": 9.5, "axes.titlesize": 9.5}):
         figure = Figure(figsize=(9.2, 1.35 * len(names) + 0.6), layout="constrained")
         grid = figure.subplots(len(names), len(episodes), squeeze=False, sharex="col", sharey="row")
         for column, episode in enumerate(episodes):
@@ -195,7 +195,7 @@ def trajectories(group: Mapping[str, Any], number: int) -> str | None:
                 if row == len(names) - 1:
                     axes.set_xlabel("step")
         figure.align_ylabels()
-        return _svg(figure, f"trajectories{number}", f"{group['title']}: reality and imagination")
+        return svg(figure, f"trajectories{number}", f"{group['title']}: reality and imagination")
 
 
 def stages(summary: Mapping[str, Any]) -> str | None:
@@ -205,7 +205,7 @@ def stages(summary: Mapping[str, Any]) -> str | None:
         return None
     names = list(dict.fromkeys(row["name"] for row in rows))
     rounds = sorted({row["round"] for row in rows if row["round"] is not None})
-    with matplotlib.rc_context(_STYLE | {"axes.grid": False}):
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure, axes = _canvas(9.2, 0.38 * len(names) + 0.8)
         for place, name in enumerate(names):
             left = 0.0
@@ -220,7 +220,7 @@ def stages(summary: Mapping[str, Any]) -> str | None:
         axes.set_xlabel("wall seconds" + (", a shade a round" if len(rounds) > 1 else ""))
         axes.margins(x=0.08)
         axes.spines["left"].set_visible(False)
-        return _svg(figure, "stages", "Wall seconds by stage")
+        return svg(figure, "stages", "Wall seconds by stage")
 
 
 def short(value: float) -> str:
@@ -241,15 +241,22 @@ def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes, columns: int = 4) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         axes.legend(
-            handles, labels, loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=min(len(handles), 4), handlelength=1.6, columnspacing=1.8, borderaxespad=0.2
+            handles,
+            labels,
+            loc="lower left",
+            bbox_to_anchor=(-0.01, 1.0),
+            ncols=min(len(handles), columns),
+            handlelength=1.6,
+            columnspacing=1.8,
+            borderaxespad=0.2,
         )
 
 
-def _svg(figure: Figure, name: str, title: str) -> str:
+def svg(figure: Figure, name: str, title: str) -> str:
     """The figure as an inline <svg>: no prologue, scalable, ids unique in the page, the same bytes for the same figure."""
     buffer = io.StringIO()
     fonts = logging.getLogger("matplotlib.font_manager")

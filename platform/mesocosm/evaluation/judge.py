@@ -15,7 +15,7 @@ from mesocosm.data.episode import Episode
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import stats
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import Env, EpisodeError, facts_of, make_env, run_episode
+from mesocosm.reality.env import Env, EnvFacts, EpisodeError, facts_of, make_env, run_episode
 from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import MeteredEnv
 from mesocosm.reality.sturdy import Timed
@@ -135,7 +135,7 @@ def judging(reality: RealityConfig, episodes: int) -> dict[str, Any]:
     return {"judged episodes": episodes, "judged real steps": f"at most {steps}", "price of judging": f"at most {dear:g} {price.currency}"}
 
 
-def check_spaces(policy: Any, env: Env, reality: RealityConfig) -> None:
+def check_spaces(policy: Any, env: Env | EnvFacts, reality: RealityConfig) -> None:
     """Raise UsageError unless `policy` is of the environment's spaces. Takes no real step."""
     for what in ("observation_space", "action_space"):
         theirs, own = getattr(policy, what, None), getattr(env, what)

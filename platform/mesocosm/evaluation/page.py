@@ -20,6 +20,10 @@ def render(summary: Mapping[str, Any]) -> str:
     spent = summary["real_steps"]["total"]["steps"]
     subtitle = f"{summary['environment']}{target} · {count(spent)} real steps in all" if spent else f"{summary['environment']}{target}"
     sections = [_result, _spent, _judged, _fidelity, _losses, _side_by_side, _wall, _lineage]
+    if summary.get("suite") is not None:
+        from mesocosm.evaluation import suite_page  # which uses the pieces below
+
+        sections = [suite_page.verdicts, suite_page.values, suite_page.off_policy, _fidelity, suite_page.starts, *(s for s in sections if s is not _fidelity)]
     body = "\n".join(part for section in sections if (part := section(summary)))
     return template.substitute(title=html.escape(summary["title"]), subtitle=html.escape(subtitle), body=body)
 

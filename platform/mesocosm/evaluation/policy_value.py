@@ -105,7 +105,7 @@ def policy_value(
     judged: list[tuple[Candidate, JudgeResult]] = []
 
     def look(candidate: Candidate) -> None:
-        result = judge(candidate.policy, reality, ledger, episodes=episodes, seed=seed)
+        result = judge(candidate.policy, reality, ledger, episodes=episodes, seed=seed, max_episode_steps=horizon)
         judged.append((candidate, result))
         progress(len(judged), f"{len(judged)} policies, {candidate.name}: {result.mean:.1f}")
 

@@ -118,6 +118,8 @@ class ReportInput:
     lineage: Sequence[tuple[str, str]] = ()
     """(what, id or uri), in order"""
     notes: Sequence[str] = ()
+    suite: Mapping[str, Any] | None = None
+    """Of an evaluation: verdicts, policy value, errors away from the data, the task distribution"""
 
 
 def purpose_rows(totals: LedgerTotals) -> list[PurposeRow]:
@@ -162,6 +164,7 @@ def summarise(report: ReportInput) -> dict[str, Any]:
         "wall": {"stages": [vars(stage) for stage in report.stages], "seconds": report.wall_seconds},
         "lineage": [list(pair) for pair in report.lineage],
         "notes": list(report.notes),
+        "suite": report.suite,
     }
     summary["verdict"] = verdict(world, free, report.target, report.wall_seconds)
     return clean(summary)

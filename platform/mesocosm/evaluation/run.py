@@ -13,14 +13,15 @@ from mesocosm.agents.policy import Policy
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
-from mesocosm.evaluation import imagine, page, report
+from mesocosm.evaluation import imagine, page, report, suite
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.fidelity import Fidelity, fidelity
-from mesocosm.evaluation.judge import JudgeResult, check_spaces, judge, judging
+from mesocosm.evaluation.judge import MAX_EPISODE_STEPS, JudgeResult, check_spaces, judge, judging
 from mesocosm.evaluation.open_loop import check_dataset, codec_of
+from mesocosm.evaluation.verdicts import verdicts
 from mesocosm.model.world import World
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import environment_version, make_env
+from mesocosm.reality.env import facts_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
@@ -33,10 +34,16 @@ def plan(cfg: EvaluateConfig) -> dict[str, Any]:
     world = storage.artifact("worlds", cfg.world)
     horizons = [*cfg.horizons, *(["full"] if cfg.full else [])]
     facts: dict[str, Any] = {"world": world.name, "horizons": horizons}
-    if cfg.agent is None:
+    if cfg.agent is None and not suite.compares(cfg):
         return facts | {"real steps": 0}
-    reality = reality_of(cfg.reality, Codec.from_json(json.loads((world.path / "codec.json").read_text())))
-    return facts | {"agent": storage.artifact("agents", cfg.agent).name} | judging(reality, cfg.episodes)
+    codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
+    cfg = replace(cfg, reality=reality_of(cfg.reality, codec))
+    agent = None if cfg.agent is None else storage.artifact("agents", cfg.agent)
+    known = facts_of(cfg.reality)
+    datasets = [storage.artifact("datasets", ref) for ref in (cfg.datasets or world.meta["inputs"]["datasets"])]
+    suite.check(cfg, storage, agent, datasets, known, known.max_episode_steps or MAX_EPISODE_STEPS)
+    facts |= {"agent": None if agent is None else agent.name, "policies compared": f"at most {suite.most_policies(cfg, agent)}"}
+    return facts | judging(cfg.reality, suite.most_episodes(cfg, agent))
 
 
 def run(cfg: EvaluateConfig, run: Run) -> Artifact:
@@ -52,13 +59,15 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     world, dataset = World.load(made.path), Dataset([artifact.path for artifact in datasets])
     codec = codec_of(world)
     check_dataset(dataset, codec)
-    policy, reality, version = None, cfg.reality, ""
-    if trained is not None:
-        policy, reality = Policy.load(trained.path), reality_of(cfg.reality, codec)
-        env = make_env(reality)
-        check_spaces(policy, env, reality)
-        version = environment_version(env)
-        env.close()
+    policy, version, limit, candidates = None, "", MAX_EPISODE_STEPS, []
+    if trained is not None or suite.compares(cfg):
+        cfg = replace(cfg, reality=reality_of(cfg.reality, codec))
+        known = facts_of(cfg.reality)
+        version, limit = known.version, known.max_episode_steps or MAX_EPISODE_STEPS
+        if trained is not None:
+            policy = Policy.load(trained.path)
+            check_spaces(policy, known, cfg.reality)
+        candidates = suite.check(cfg, storage, trained, datasets, known, limit)
     inputs = {"worlds": [made.id], "agents": [trained.id] if trained is not None else [], "datasets": [artifact.id for artifact in datasets]}
     what = identity(cfg, without=["world", "agent", "datasets", "ledger", "reality.budget", "reality.step_timeout_s"])
     id = fingerprint("evaluations", what, inputs, version, __version__, SCHEMA)
@@ -70,14 +79,19 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     with run.progress("fidelity", None) as update:
         faithful = fidelity(world, dataset, horizons=[*cfg.horizons, *(["full"] if cfg.full else [])], starts=cfg.starts, samples=cfg.samples, seed=cfg.seed)
         update(1, f"{faithful.losses['total']:.3f} nats a transition")
-    result, ledger = None, None
-    if policy is not None:
-        ledger = Ledger(storage, cfg.ledger or id, reality.budget, reality.price)
+    result, imagined = None, None
+    ledger = Ledger(storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price) if version else None
+    if policy is not None and ledger is not None:
         with run.progress("judge", cfg.episodes) as update:
-            result = judge(policy, reality, ledger, episodes=cfg.episodes, seed=cfg.seed, progress=update)
+            result = judge(policy, cfg.reality, ledger, episodes=cfg.episodes, seed=cfg.seed, progress=update)
+        imagined = suite.imagined_mean(world, policy, cfg.imagined, limit, cfg.seed)
+    measured, _ = suite.run(cfg, run, world, made, dataset, trained, candidates, ledger, limit)
+    agent = None if result is None or imagined is None else {"real": result.mean, "world": imagined}
+    told = [verdict.to_json() for verdict in verdicts(measured, faithful.open_loop.to_json(), agent)]
+    measured |= {"verdicts": told, "agent": agent, "time_to_end": faithful.time_to_end.to_json(), "loss_intervals": faithful.loss_intervals}
     spent = dataset.transitions + sum(int(drop["steps"]) for artifact in datasets for drop in artifact.meta.get("dropped", []))
-    about = _report(cfg, codec, world, faithful, policy, result, ledger, spent, inputs)
-    figures = _log(run, faithful, result)
+    about = replace(_report(cfg, codec, world, faithful, policy, result, ledger, spent, inputs), suite=measured)
+    figures = _log(run, faithful, result, measured)
     meta = {"inputs": inputs, "config": identity(cfg), "job": "evaluate", "run": run.id, "figures": figures}
     artifact = storage.make("evaluations", id, meta, lambda folder: _ignore(report.write(about, folder)), force=cfg.force)
     run.artifact(artifact.path / report.PAGE)
@@ -133,12 +147,21 @@ def _report(
     )
 
 
-def _log(run: Run, faithful: Fidelity, result: JudgeResult | None) -> dict[str, float]:
+def _log(run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dict[str, Any]) -> dict[str, float]:
     """The evaluation's figures, logged and returned; undefined ones are left out."""
     found: dict[str, float | None] = {f"valid/{name}": value for name, value in faithful.losses.items()}
     found |= {f"open_loop/{row.horizon}": row.ratio for row in faithful.open_loop.rows}
     one = faithful.one_step
-    found |= {"termination/precision": one.precision, "termination/recall": one.recall, "reward/accuracy": one.reward_accuracy, "reward/r2": one.reward_r2}
+    found |= {f"coverage/{row.horizon}": row.coverage for row in faithful.open_loop.rows}
+    found |= {"termination/precision": one.precision, "termination/recall": one.recall, "termination/auc": one.auc}
+    found |= {"termination/late": faithful.time_to_end.bias, "reward/accuracy": one.reward_accuracy, "reward/r2": one.reward_r2}
+    found |= {"starts/auc": measured["starts"]["auc"], "starts/validity": measured["starts"]["validity"], "starts/coverage": measured["starts"]["coverage"]}
+    if "policy_value" in measured:
+        ranked = measured["policy_value"]["ranking"]
+        found |= {f"policy_value/{name}": ranked[name] for name in ("policies", "pearson", "spearman", "spearman_top", "mmrv", "regret", "error", "bias")}
+        found |= {"policy_value/real_steps": measured["policy_value"]["real_steps"], "off_policy/auroc": measured["off_policy"]["auroc"]}
+    if measured["agent"] is not None:
+        found["return/imagined"] = measured["agent"]["world"]
     if result is not None:
         found |= {"return/mean": result.mean, "real_steps/judge": float(result.steps)}
         if result.interval is not None:

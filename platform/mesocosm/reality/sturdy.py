@@ -71,7 +71,7 @@ class Sturdy(gymnasium.Env[Any, Any]):
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
-            if all_finite(observation) and all_finite(reward):
+            if all_finite((observation, reward, info.get("duration", 0.0))):
                 self._last = copied(observation)
                 self._in_a_row = 0 if terminated or truncated else self._in_a_row
                 return observation, reward, terminated, truncated, info

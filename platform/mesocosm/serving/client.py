@@ -51,6 +51,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     autoreset_mode: NEXT_STEP (an ended environment's next step is its reset) or SAME_STEP (it is reset at once, and
         infos["final_obs"] has the last observation).
     penalty: reward becomes reward - penalty * disagreement, and infos["raw_reward"] keeps the world's own.
+    adversary: reward becomes log(1 + disagreement), and infos["raw_reward"] keeps the world's own.
     max_disagreement: an episode is truncated after a step with more, and infos["uncertain"] [B] bool is true there; None: never.
     deadline_s: how long a replica may take, its replacement included.
 
@@ -80,6 +81,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         autoreset_mode: AutoresetMode | str = AutoresetMode.NEXT_STEP,
         penalty: float = 0.0,
         max_disagreement: float | None = None,
+        adversary: bool = False,
         deadline_s: float = 120.0,
     ):
         if num_envs < 1:
@@ -94,6 +96,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self.num_envs = num_envs
         self.horizon = horizon
         self.penalty = penalty
+        self.adversary = adversary
         self.max_disagreement = float("inf") if max_disagreement is None else float(np.float32(max_disagreement))
         self.deadline_s = deadline_s
         self._seed = seed
@@ -208,9 +211,9 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         infos: dict[str, Any] = {"disagreement": disagreement, "_disagreement": told, "diverged": diverged, "_diverged": told}
         if np.isfinite(self.max_disagreement):
             infos |= {"uncertain": uncertain, "_uncertain": told}
-        if self.penalty:
+        if self.penalty or self.adversary:
             infos |= {"raw_reward": reward, "_raw_reward": told}
-            reward = reward - self.penalty * disagreement
+            reward = np.log1p(disagreement.astype(np.float64)) if self.adversary else reward - self.penalty * disagreement
         if self._codec.spec.durations:
             infos |= {"duration": reply["duration"], "_duration": told}
         if restarted.any():
