@@ -79,6 +79,8 @@ class TaskDistribution:
     auc: float | None
     """Of a gradient-boosted classifier that tells generated from real, on folds that it was not trained on: .5 (or less) tells nothing, 1 everything"""
     auc_interval: Interval | None
+    """Of these classifiers' scores. It does not know how others, trained on other starts, would score: of equal distributions of 4 numbers (20 to 200 pairs,
+    40 draws each) about 7 in 10 of these intervals held .5, and the AUCs deviated by 1.4 times what it says"""
     nearest: float | None
     """Median distance of a generated start to the nearest training start"""
     nearest_real: float | None
@@ -306,7 +308,9 @@ def out_of_fold(real: NDArray[np.float64], made: NDArray[np.float64], seed: int)
 def _against_training(found: dict[str, Any], notes: list[str], form: _Form, train: _Starts, real: _Starts, own: Array | None, made: _Starts, seed: int) -> None:
     """Coverage, copies and nearest distances. `own` [len(real)]: which of `train` the real starts are; None: none of them."""
     if len(train) < LEAST:
-        notes.append(f"{len(train)} training starts are too few: coverage and distances to the nearest of them need {LEAST}.")
+        notes.append(
+            f"{len(train)} training starts are too few: coverage, copies, distances to the nearest of them and validity's figure of reality need {LEAST}."
+        )
         return
     pairs, metric = found["pairs"], _Metric(form, train)
     drawn = np.random.default_rng([seed, len(train)]).permutation(len(train))[:TRAINING]
