@@ -133,7 +133,8 @@ class Policy:
         self.algo, self.observation_space, self.action_space = algo, observation_space, action_space
         self.layout, self.epsilon = layout, epsilon
         self.map = ActionMap(action_space)
-        self.network = Network(layout, self.map.counts[0] if self.map.counts else 0)
+        with torch.random.fork_rng([]):  # its initial weights are replaced: a training that exports on the way draws as one that does not
+            self.network = Network(layout, self.map.counts[0] if self.map.counts else 0)
 
     @torch.no_grad()
     def outputs(self, observations: Any) -> Tensor:

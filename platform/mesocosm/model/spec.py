@@ -6,6 +6,7 @@ Gymnasium spaces become parts and back is `mesocosm.data.codec`'s business.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -65,6 +66,12 @@ class Spec:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @property
+    def reward_size(self) -> float:
+        """Root mean square of the data's rewards, raw units; 1 where all are 0."""
+        constant = self.reward_values is not None and len(self.reward_values) == 1
+        return math.hypot(self.reward_mean, 0.0 if constant else self.reward_scale) or 1.0
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Spec:

@@ -1,0 +1,125 @@
+"""What keeps an agent's gain real: return in reality of agents trained in one world, by penalty, threshold and horizon.
+
+    python tests/bench/bench_pessimism.py [--env ID] [--seed N] [--minutes M] [--table-only]
+
+For each environment and seed one world is trained on 500 random real steps, as configs/loop has it. In that world an agent is trained for
+each of the variants below, with everything else as shipped, and judged by 10 greedy real episodes. A cell is one agent. Cells lie in
+tests/bench/results/bench_pessimism.json with commit and command and are never run twice; --minutes stops after the cell in which they ran out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+from bench_world import HERE, ROOT, commit
+
+from mesocosm import cluster, config, loop, tracking
+from mesocosm.agents import train as agents
+from mesocosm.agents.policy import policy_of
+from mesocosm.data import collect
+from mesocosm.evaluation.judge import judge
+from mesocosm.pretrain import run as pretraining
+from mesocosm.reality.config import BudgetConfig
+from mesocosm.reality.ledger import Ledger
+from mesocosm.storage import Artifact
+
+RESULTS = HERE / "results" / "bench_pessimism.json"
+CONFIGS = HERE.parents[1] / "configs" / "loop"
+FILES = {"InvertedPendulum-v5": "quickstart.yaml", "CartPole-v1": "cartpole.yaml"}
+SEEDS = (0, 1, 2)
+PLAIN = ["agent.penalty=0", "agent.max_disagreement=null"]
+BRANCH = [*PLAIN, "agent.starts=logged"]
+VARIANTS: dict[str, list[str]] = {
+    "nothing": PLAIN,
+    "penalty 0.03": [*PLAIN, "agent.penalty=0.03"],
+    "penalty 0.1": [*PLAIN, "agent.penalty=0.1"],
+    "penalty 0.3": [*PLAIN, "agent.penalty=0.3"],
+    "penalty 1": [*PLAIN, "agent.penalty=1"],
+    "truncated above 10": [*PLAIN, "agent.max_disagreement=10"],
+    "truncated above 3": [*PLAIN, "agent.max_disagreement=3"],
+    "penalty 0.1, truncated above 10": [*PLAIN, "agent.penalty=0.1", "agent.max_disagreement=10"],
+    "logged starts, k = 1": [*BRANCH, "agent.horizon=1"],
+    "logged starts, k = 5": [*BRANCH, "agent.horizon=5"],
+    "logged starts, k = 15": [*BRANCH, "agent.horizon=15"],
+    "logged starts, full": BRANCH,
+}
+
+
+def world_of(cfg: loop.LoopConfig) -> Artifact:
+    """The first round's world; found where it was trained before."""
+    with tracking.start("collect", cfg.collect, quiet=True) as run:
+        data = collect.run(loop._fill(cfg.collect, cfg, 0), run)
+    stage = loop._fill(cfg.pretrain, cfg, 0)
+    stage.data.datasets = [data.id]
+    with tracking.start("pretrain", stage, quiet=True) as run:
+        return pretraining.run(stage, run)
+
+
+def cell(env: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    cfg = config.load(loop.LoopConfig, [CONFIGS / FILES[env]], [f"storage.root={ROOT}", f"seed={seed}", "collect.steps=500", *overrides])
+    world = world_of(cfg)
+    stage = loop._fill(cfg.agent, cfg, 0)
+    stage.world, stage.backend, stage.snapshots = world.id, "local", 0
+    with tracking.start("train-agent", stage) as run:
+        agent = agents.run(stage, run)
+        ledger = Ledger(run.storage, f"pessimism-{agent.id}", BudgetConfig(), cfg.reality.price)
+        judged = judge(policy_of(run.storage, agent.name), cfg.reality, ledger, episodes=10, seed=seed)
+    metrics = agent.meta["metrics"]
+    return {"return": judged.mean, "imagined": metrics.get("imagined_return"), "disagreement": metrics["disagreement"], "world": world.id}
+
+
+def read() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", choices=FILES)
+    parser.add_argument("--seed", choices=[str(s) for s in SEEDS])
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--table-only", action="store_true")
+    options = parser.parse_args()
+    began = time.monotonic()
+    every = [(env, seed, variant) for env in FILES for seed in SEEDS for variant in VARIANTS]
+    try:
+        for env, seed, variant in [] if options.table_only else every:
+            name = f"{env}/{variant}/{seed}"
+            if options.env not in (None, env) or options.seed not in (None, str(seed)) or name in read():
+                continue
+            if time.monotonic() - began > options.minutes * 60:
+                break
+            print(f"--- {name}", flush=True)
+            command = f"python tests/bench/bench_pessimism.py --env {env} --seed {seed}"
+            found = {**cell(env, seed, VARIANTS[variant]), "settings": VARIANTS[variant], "commit": commit(), "command": command}
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(dict(sorted({**read(), name: found}.items())), indent=1) + "\n")
+    finally:
+        cluster.shutdown()
+    print(table(read()))
+    return 0
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| variant | " + " | ".join(f"{env}: seeds {', '.join(map(str, SEEDS))}" for env in FILES) + " |", "|---|" + "---|" * len(FILES)]
+    for variant in VARIANTS:
+        cells = []
+        for env in FILES:
+            got = [results.get(f"{env}/{variant}/{seed}") for seed in SEEDS]
+            found = [None if g is None else g["return"] for g in got]
+            said = ", ".join("-" if value is None else f"{value:.0f}" for value in found)
+            there = [value for value in found if value is not None]
+            cells.append(f"{said} (mean {np.mean(there):.0f})" if there else "-")
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
