@@ -55,9 +55,9 @@ VARIANTS: dict[str, list[str]] = {
 
 def world_of(cfg: loop.LoopConfig) -> Artifact:
     """The first round's world; found where it was trained before."""
-    with tracking.start("collect", cfg.collect, quiet=True) as run:
-        data = collect.run(loop._fill(cfg.collect, cfg, 0), run)
-    stage = loop._fill(cfg.pretrain, cfg, 0)
+    first, stage = loop._fill(cfg.collect, cfg, 0), loop._fill(cfg.pretrain, cfg, 0)
+    with tracking.start("collect", first, quiet=True) as run:
+        data = collect.run(first, run)
     stage.data.datasets = [data.id]
     with tracking.start("pretrain", stage, quiet=True) as run:
         return pretraining.run(stage, run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from mesocosm import tracking
 from mesocosm.agents.policy import Layout, Policy
 from mesocosm.config import StorageConfig, load
+from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.errors import UsageError
@@ -61,8 +63,20 @@ def stored(root: str, tmp_path_factory: pytest.TempPathFactory) -> Storage:
     world = World(net, Base.fit(codec.spec, config, transitions(data, codec), seed=0), codec.to_json())
     storage.make("worlds", "w0", {"inputs": {"datasets": ["walks"]}}, world.save)
     for name, space in (("a0", worlds.ACTIONS), ("other", gym.spaces.Discrete(3))):
-        storage.make("agents", name, {"inputs": {}}, policy(space).save)
+        storage.make("agents", name, {"inputs": {}, "config": {"iterations": 4}}, partial(agent, space))
     return storage
+
+
+def agent(space: gym.Space[Any], folder: Path) -> None:
+    """A policy, and a snapshot of its training that acts otherwise."""
+    policy(space).save(folder)
+    (folder / "snapshots" / "2").mkdir(parents=True)
+    policy(space, seed=1).save(folder / "snapshots" / "2")
+
+
+def slow(observation: Any, rng: Any) -> Any:
+    """A scripted policy."""
+    return np.array([0.1, 0.0])
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -72,8 +86,8 @@ def _copy(source: Path, target: Path) -> None:
             (target / path.relative_to(source)).write_bytes(path.read_bytes())
 
 
-def policy(actions: gym.Space[Any]) -> Policy:
-    torch.manual_seed(0)
+def policy(actions: gym.Space[Any], seed: int = 0) -> Policy:
+    torch.manual_seed(seed)
     outputs = 3 if isinstance(actions, gym.spaces.Discrete) else 4
     head: Any = "categorical" if isinstance(actions, gym.spaces.Discrete) else "gaussian"
     return Policy("PPO", worlds.OBSERVATIONS, actions, Layout(head, [{"kind": "linear", "in": 2, "out": outputs}]))
@@ -105,6 +119,36 @@ def test_a_world_and_an_agent_are_evaluated_once(root: str, stored: Storage, run
     assert Ledger(stored, artifact.id).totals().steps == ledger.steps, "what is finished takes no real step"
 
 
+def test_policies_are_compared_and_every_real_step_of_it_is_stated(root: str, stored: Storage, run: tracking.Run) -> None:
+    behaviours = [BehaviourConfig(kind="random"), BehaviourConfig(kind="scripted", function=f"{__name__}:slow")]
+    sys.modules.setdefault(__name__, sys.modules[slow.__module__])
+    cfg = config(root, agent="a0", policies=behaviours, graded=3, policy_episodes=2, imagined=4, judge_steps=12 * (5 + 7 * 2), seed=3)
+    cfg.reality.success = "return >= 0"
+    cfg.reality.env, cfg.reality.kwargs, cfg.reality.horizon = "evaluated_module:Walk", {"limit": 12}, 12
+    artifact = evaluate(cfg, run)
+    summary = json.loads((artifact.path / "summary.json").read_text())
+    suite = summary["suite"]
+    found = suite["policy_value"]
+    names = [row["name"] for row in found["policies"]]
+    assert names[:4] == ["random", f"scripted {__name__}:slow", "agents/a0@2", "agents/a0"] and [row["noise"] for row in found["policies"]][4:6] == [2.0, 1.0]
+    assert len(names) == 7 and [row["iteration"] for row in found["policies"]][2:4] == [2, 4]
+    ledger = Ledger(stored, artifact.id).totals()
+    assert cfg.judge_steps >= ledger.purposes["judge"].steps == ledger.steps > found["real_steps"] > 0
+    for row in found["policies"]:
+        assert abs(row["gap"] - (row["world"]["mean"] - row["real"]["mean"])) < 1e-9 and row["world"]["episodes"] == 4
+        assert 0 <= row["success"]["real"] <= 1 and 0 <= row["success"]["world"] <= 1
+    assert {row["name"] for row in suite["off_policy"]["behaviours"]} >= {"random", "agents/a0"}
+    assert suite["verdicts"][0]["question"] == "Trust it to rank policies?" and suite["verdicts"][0]["answer"] != "unknown"
+    html = (artifact.path / "report.html").read_text()
+    texts = " ".join(parsed(html).texts)
+    assert all(v["text"] in texts for v in suite["verdicts"]) and "Policy values" in texts and "Away from the data" in texts
+    assert html.index("<svg") < html.index("Returns in reality"), "plots first"
+    figures = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert figures["policy_value/error"] == found["ranking"]["error"] and figures["starts/validity"] == suite["starts"]["validity"]
+    again = Ledger(stored, artifact.id).totals().steps
+    assert evaluate(cfg, run).id == artifact.id and again == ledger.steps
+
+
 def test_a_world_alone_takes_no_real_step(root: str, stored: Storage, run: tracking.Run) -> None:
     before = stored.list("ledgers")
     summary = json.loads((evaluate(config(root, full=False), run).path / "summary.json").read_text())
@@ -122,6 +166,11 @@ def test_a_world_alone_takes_no_real_step(root: str, stored: Storage, run: track
         ({"datasets": ["nope"]}, "no artifact datasets/nope"),
         ({"agent": "other"}, "action_space Discrete"),
         ({"samples": 0}, "samples=0 must be at least 1"),
+        ({"agent": "a0", "judge_steps": 59}, r"judge_steps=59 is less than the 50000 real steps that 5 episodes of at most 10000 steps may take; raise it"),
+        ({"graded": 3}, "graded=3 needs an agent; set agent"),
+        ({"policies": [BehaviourConfig(kind="trained", policy="other")]}, "action_space Discrete"),
+        ({"policies": [BehaviourConfig(kind="trained", policy="a0@7")]}, "agents/a0 has no snapshot at iteration '7'; it has 2"),
+        ({"policies": [BehaviourConfig(kind="traned")]}, r"policies\[0\].kind='traned' is not known; did you mean 'trained'"),
         ({"horizons": [0]}, "0 steps ahead is no horizon"),
         ({"horizons": [], "full": False}, "nothing to measure"),
     ],

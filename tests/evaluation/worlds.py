@@ -16,7 +16,8 @@ from mesocosm.agents.policy import RandomPolicy
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode
-from mesocosm.model.spec import Parts
+from mesocosm.model.net import Losses
+from mesocosm.model.spec import Parts, Windows
 from mesocosm.model.world import StepOut
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import run_episode
@@ -74,6 +75,10 @@ class KnownWorld:
         self.net = SimpleNamespace(memory=0)
         self.generator = torch.Generator().manual_seed(0)
         self.steps = 0
+
+    def losses(self, windows: Windows) -> Losses:
+        nothing = torch.zeros(len(windows.mask))
+        return Losses(nothing.sum(), {"dynamics": nothing.sum()}, {"dynamics": nothing}, windows.mask.sum(), windows.start.sum())
 
     def begin(self, task: Parts, observation: Parts, member: Tensor) -> State:
         return State(observation)

@@ -1,0 +1,77 @@
+"""Errors away from the data: a world that is wrong far out, and knows it or does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset
+from mesocosm.data.episode import Episode
+from mesocosm.evaluation.off_policy import off_policy, one_step_errors
+from mesocosm.reality.config import RealityConfig
+from mesocosm.reality.env import run_episode
+
+from .worlds import KnownWorld, Walk, collect
+
+
+@pytest.fixture(scope="module")
+def walks(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return collect(tmp_path_factory.mktemp("data") / "walks", 60)
+
+
+class WrongFarOut(KnownWorld):
+    """Off by as much as the second coordinate is below -3; its disagreement is that, or noise."""
+
+    def __init__(self, codec: Codec, knows: bool):
+        super().__init__(codec)
+        self.knows = knows
+
+    def step(self, carry: Any, action: Any, keys: Any) -> Any:
+        state, out = super().step(carry, action, keys)
+        raw = self.fitted.decode_observation(carry.observation)
+        wrong = np.maximum(0.0, -3.0 - raw[:, 1])
+        numbers = out.observation.numbers.clone()
+        numbers[:, 0] += torch.from_numpy(wrong).float()
+        apart = torch.from_numpy(wrong).float() if self.knows else torch.rand(len(raw), generator=self.generator)
+        return state, replace(out, observation=replace(out.observation, numbers=numbers), disagreement=apart)
+
+
+def played(act: Callable[[Any, Any], Any], episodes: int = 12) -> list[Episode]:
+    env = Walk()
+    return [run_episode(env, act, k=k, seed=9, behaviour="b", max_steps=None, config=RealityConfig(env="walk")) for k in range(episodes)]
+
+
+def down(observation: Any, rng: np.random.Generator) -> Any:
+    return np.array([-0.2, -0.9])
+
+
+def random(observation: Any, rng: np.random.Generator) -> Any:
+    return rng.uniform(-1, 1, 2)
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_where_it_is_wrong_and_whether_it_knows(walks: Dataset, knows: bool) -> None:
+    world = WrongFarOut(Codec.fit(walks), knows)
+    found = off_policy(world, walks, [("down", played(down)), ("random", played(random))], horizons=(1, 5), starts=32, samples=2)
+    assert [row.name for row in found.behaviours] == ["random", "down"], "by their distance from the logs"
+    near, far = found.behaviours
+    assert near.divergence < far.divergence and near.divergence == pytest.approx(found.logs, abs=0.3)
+    assert far.large > 0.5 > near.large and far.error > near.error
+    assert (found.auroc > 0.95) if knows else (0.35 < found.auroc < 0.65)
+    assert found.auroc_interval[0] <= found.auroc <= found.auroc_interval[1]
+    one = {row.horizon: row for row in far.fidelity.open_loop.rows}
+    assert one["1"].ratio > 0.1 and far.transitions == sum(len(e) for e in played(down))
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_one_step_errors_of_an_exact_world_are_none(walks: Dataset, tmp_path: Path) -> None:
+    found = one_step_errors(KnownWorld(Codec.fit(walks)), walks, "valid")  # type: ignore[arg-type]
+    assert found.error.max() < 1e-5 and len(found.error) == walks.count("valid") and found.group.max() + 1 == len(walks.episodes("valid"))

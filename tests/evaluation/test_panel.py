@@ -1,0 +1,75 @@
+"""Graded policies fill the range whatever the task's answer to noise; noise acts as it does in collection; agents of the data are refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+
+from mesocosm.agents.policy import RandomPolicy
+from mesocosm.errors import UsageError
+from mesocosm.evaluation import panel
+from mesocosm.evaluation.ranking import PER_FIFTH, ranking
+from mesocosm.storage import Artifact
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda n: 1000 * (1 - n / 2),
+        lambda n: 1000 / (1 + (n / 0.3) ** 8),  # a cliff
+        lambda n: 100 * np.exp(-8 * n),
+        lambda n: -5 - 60 * np.tanh(20 * n),
+    ],
+)
+def test_every_fifth_of_the_range_is_filled(answer: Callable[[float], float]) -> None:
+    noises: dict[float, float] = {}
+    for _ in range(20):
+        level = panel.next_noise(noises, list(noises.values()), panel.MOST_NOISE)
+        assert level is not None and level not in noises
+        noises[level] = float(answer(level))
+    found = ranking(list(noises.values()), list(noises.values()))
+    assert min(found.fifths) >= PER_FIFTH, found.fifths
+
+
+def test_a_task_that_noise_does_not_touch_is_given_up() -> None:
+    assert panel.next_noise({0.0: 7.0, 2.0: 7.0}, [7.0, 7.0], 2.0) is None
+
+
+class Still:
+    """Always the same action."""
+
+    def __init__(self, action: Any):
+        self.action = action
+
+    def act(self, observations: Any, explore: bool = False, rng: Any = None) -> Any:
+        return np.stack([self.action] * len(observations))
+
+    def act_one(self, observation: Any, explore: bool = False, rng: Any = None) -> Any:
+        return self.action
+
+
+def test_noise_is_what_a_behaviour_calls_noise() -> None:
+    box, rng = gym.spaces.Box(np.float32([-2, 0]), np.float32([2, 10])), np.random.default_rng(0)
+    noisy = panel.Noisy(Still(np.float32([0.0, 5.0])), box, 0.1)
+    drawn = noisy.act(np.zeros((4000, 1)), rng=rng)
+    assert drawn.shape == (4000, 2) and drawn.dtype == np.float32
+    np.testing.assert_allclose(drawn.std(0), [0.2, 0.5], rtol=0.05)
+    one = noisy.act_one(np.zeros(1), rng=rng)
+    assert box.contains(one) and not np.array_equal(one, [0.0, 5.0])
+    discrete = panel.Noisy(Still(np.int64(3)), gym.spaces.Discrete(5), 0.4)
+    drawn = discrete.act(np.zeros((1000, 1)), rng=rng)
+    assert 0.25 < (drawn != 3).mean() < 0.4, "four of five random actions are others"
+    assert discrete.action_space.contains(discrete.act_one(np.zeros(1), rng=rng))
+    assert isinstance(RandomPolicy(box).act_one(None, rng=rng), np.ndarray)
+
+
+def test_an_agent_that_collected_the_worlds_data_is_no_test_of_it() -> None:
+    data = Artifact(kind="datasets", id="d1", path=Path("."), uri="", meta={"inputs": {"agents": ["ab12"]}})
+    panel.held_out(["agents/cd34", "agents/cd34@5"], [data])
+    with pytest.raises(UsageError, match=r"agents/ab12 collected datasets/d1.*judge another agent"):
+        panel.held_out(["agents/ab12@5"], [data])
