@@ -130,14 +130,14 @@ def test_policies_are_compared_and_every_real_step_of_it_is_stated(root: str, st
     suite = summary["suite"]
     found = suite["policy_value"]
     names = [row["name"] for row in found["policies"]]
-    assert names[:4] == ["random", f"scripted {__name__}:slow", "agents/a0@2", "agents/a0"] and [row["noise"] for row in found["policies"]][4:6] == [2.0, 1.0]
+    assert names[:4] == ["random", f"scripted {__name__}:slow", "agent@2", "agent"] and [row["noise"] for row in found["policies"]][4:6] == [2.0, 1.0]
     assert len(names) == 7 and [row["iteration"] for row in found["policies"]][2:4] == [2, 4]
     ledger = Ledger(stored, artifact.id).totals()
     assert cfg.judge_steps >= ledger.purposes["judge"].steps == ledger.steps > found["real_steps"] > 0
     for row in found["policies"]:
         assert abs(row["gap"] - (row["world"]["mean"] - row["real"]["mean"])) < 1e-9 and row["world"]["episodes"] == 4
         assert 0 <= row["success"]["real"] <= 1 and 0 <= row["success"]["world"] <= 1
-    assert {row["name"] for row in suite["off_policy"]["behaviours"]} >= {"random", "agents/a0"}
+    assert {row["name"] for row in suite["off_policy"]["behaviours"]} >= {"random", "agent"}
     assert suite["verdicts"][0]["question"] == "Trust it to rank policies?" and suite["verdicts"][0]["answer"] != "unknown"
     html = (artifact.path / "report.html").read_text()
     texts = " ".join(parsed(html).texts)

@@ -24,6 +24,7 @@ def table(scale: float) -> dict[str, Any]:
             "interval": [r * scale * 0.8, r * scale * 1.2],
             "single": r * scale * 1.4,
             "typical": r * scale * 0.5,
+            "linear": r * 3,
         }
         | {"accuracy": 0.75, "persistence_accuracy": 0.5, "persistence": 0.1 * h, "starts": 64, "episodes": 8}
         for h, r in ((1, 0.125), (5, 0.25), (50, 4.0))
@@ -36,6 +37,7 @@ def table(scale: float) -> dict[str, Any]:
             "interval": None,
             "single": None,
             "typical": None,
+            "linear": None,
             "accuracy": None,
             "persistence_accuracy": None,
             "persistence": 0.0,
@@ -74,6 +76,9 @@ def example() -> ReportInput:
                 "expected_terminals": 6.5,
                 "precision": 0.875,
                 "recall": None,
+                "recall_interval": None,
+                "auc": 0.75,
+                "auc_interval": (0.5, 0.875),
                 "reward_accuracy": 1.0,
                 "reward_r2": None,
                 "notes": ["R² is undefined."],

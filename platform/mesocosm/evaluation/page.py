@@ -117,7 +117,8 @@ def _fidelity(summary: Mapping[str, Any]) -> str:
     why = (
         "Logged actions played in the world from logged validation states. Root mean square error of the numbers, each over its standard deviation in "
         "the data, divided by that of predicting no change; the prediction is the mean of several sampled rollouts, and in its own column a single one. "
-        "Typical is the ratio of the median errors: far below the first where rare events own the mean. Intervals are 90% bootstrap over episodes."
+        "Typical is the ratio of the median errors: far below the first where rare events own the mean. Intervals are 90% bootstrap over episodes. "
+        "The linear model is a ridge regression, iterated."
     )
     drawn = figures.open_loop(summary)
     body = f"<p class='why'>{why}</p>{figure(drawn) if drawn else ''}"
@@ -135,6 +136,7 @@ def _fidelity(summary: Mapping[str, Any]) -> str:
             span(line["interval"], ratio),
             ratio(line["single"]),
             ratio(line["typical"]),
+            ratio(line["linear"]),
             *([f"{line['accuracy']:.1%} ({line['persistence_accuracy']:.1%})" if line["accuracy"] is not None else UNDEFINED] if discrete else []),
             number(line["persistence"], 3),
             f"{count(line['starts'])} / {count(line['episodes'])}",
@@ -143,7 +145,7 @@ def _fidelity(summary: Mapping[str, Any]) -> str:
     ]
     named = "steps ahead" if last["round"] is None or len(entries) == 1 else f"ahead, round {last['round']}"
     right = ["categories right (no change)"] if discrete else []
-    head = [named, "RMSE / no change", "90% interval", "single rollout", "typical", *right, "RMSE of no change", "starts / episodes"]
+    head = [named, "RMSE / no change", "90% interval", "single rollout", "typical", "a linear model's", *right, "RMSE of no change", "starts / episodes"]
     body += table(head, rows) + "".join(f"<p class='why'>{html.escape(note)}</p>" for note in last["table"]["notes"])
     return section("Open-loop error by horizon", body + _checks(summary))
 
@@ -155,6 +157,9 @@ def _checks(summary: Mapping[str, Any]) -> str:
     def share(value: float | None) -> str:
         return UNDEFINED if value is None else f"{value:.2f}"
 
+    def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
+        return share(value) + ("" if interval is None else f" ({span(interval, share)})")
+
     rows = [
         [
             text("–" if c["round"] is None else c["round"]),
@@ -162,13 +167,14 @@ def _checks(summary: Mapping[str, Any]) -> str:
             count(c["terminals"]),
             number(c["expected_terminals"]),
             share(c["precision"]),
-            share(c["recall"]),
+            with_interval(c["recall"], c["recall_interval"]),
+            with_interval(c["auc"], c["auc_interval"]),
             UNDEFINED if c["reward_accuracy"] is None else f"{c['reward_accuracy']:.1%}",
             UNDEFINED if c["reward_r2"] is None else f"{c['reward_r2']:.4f}",
         ]
         for c in summary["checks"]
     ]
-    head = ["round", "transitions", "terminal", "expected", "termination precision", "recall", "reward right", "reward R²"]
+    head = ["round", "transitions", "terminal", "expected", "termination precision", "recall", "AUC", "reward right", "reward R²"]
     notes = dict.fromkeys(note for c in summary["checks"] for note in c["notes"])
     return table(head, rows) + "".join(f"<p class='why'>{html.escape(note)}</p>" for note in notes)
 

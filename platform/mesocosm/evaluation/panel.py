@@ -24,6 +24,8 @@ from mesocosm.errors import UsageError
 from mesocosm.reality.env import Act
 from mesocosm.storage import Artifact, Storage
 
+AGENT = "agent"
+"""What the judged agent is called beside other policies; the lineage has its id."""
 MOST_NOISE = 2.0
 """Of a Box: twice half its range, little better than random; of other spaces at most 1, random altogether."""
 FINEST = 2e-3
@@ -100,13 +102,13 @@ def named(config: BehaviourConfig, storage: Storage, observation_space: gymnasiu
 def snapshots(agent: Artifact, storage: Storage) -> list[Candidate]:
     """An agent's policies along its training, the last being the agent, in order."""
     iterations = sorted(int(path.name) for path in (agent.path / SNAPSHOTS).glob("*"))
-    found = [Candidate(f"{agent.name}@{i}", policy_of(storage, f"{agent.name}@{i}"), iteration=i) for i in iterations]
+    found = [Candidate(f"{AGENT}@{i}", policy_of(storage, f"{agent.name}@{i}"), iteration=i) for i in iterations]
     last = agent.meta["config"]["iterations"]
-    return [*found, Candidate(agent.name, policy_of(storage, agent.name), iteration=last)]
+    return [*found, Candidate(AGENT, policy_of(storage, agent.name), iteration=last)]
 
 
-def graded(agent: Artifact, policy: Acts, action_space: gymnasium.Space[Any], noise: float) -> Candidate:
-    return Candidate(f"{agent.name} with noise {noise:.3g}", Noisy(policy, action_space, noise), noise=noise)
+def graded(policy: Acts, action_space: gymnasium.Space[Any], noise: float) -> Candidate:
+    return Candidate(f"{AGENT}, noise {noise:.3g}", Noisy(policy, action_space, noise), noise=noise)
 
 
 def held_out(refs: Sequence[str], datasets: Sequence[Artifact]) -> None:

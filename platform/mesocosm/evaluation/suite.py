@@ -128,9 +128,9 @@ def _grading(cfg: EvaluateConfig, storage: Storage, agent: Artifact | None, worl
             return None
         space = codec_of(world).action_space
         noises = {candidate.noise: mean for candidate, mean in judged if candidate.noise is not None}
-        noises[0.0] = next(mean for candidate, mean in judged if candidate.name == agent.name)
+        noises[0.0] = next(mean for candidate, mean in judged if candidate.name == panel.AGENT)
         noise = panel.next_noise(noises, [mean for _, mean in judged], panel.most_noise(space))
-        return None if noise is None else panel.graded(agent, policy_of(storage, agent.name), space, noise)
+        return None if noise is None else panel.graded(policy_of(storage, agent.name), space, noise)
 
     return more
 
@@ -153,7 +153,7 @@ def _adversary(cfg: EvaluateConfig, run: Run, world: Artifact) -> Candidate:
     )
     with run.child("train-agent", config) as child:
         artifact = agents.run(config, child)
-    return Candidate(f"adversary {artifact.name}", policy_of(run.storage, artifact.name))
+    return Candidate("adversary", policy_of(run.storage, artifact.name))
 
 
 def _off_policy(cfg: EvaluateConfig, world: World, logs: Dataset, found: PolicyValue) -> OffPolicy:

@@ -78,7 +78,8 @@ def off_policy(summary: Mapping[str, Any]) -> str:
     why = (
         "The judged episodes, played from their logged states. Distance is the mean negative log density of the actions under a clone of the logs' behaviour "
         f"(the held-out logs themselves: {number(found['logs'], 2)} nats). An error is large where a tenth of the held-out transitions have larger "
-        "ones; the dashed line is that tenth. AUROC: does the members' disagreement tell large errors from the others."
+        "ones; the dashed line is that tenth. AUROC: does the members' disagreement tell large errors from the others. "
+        "Under logs of random actions every action is as likely, so that the distance says little: look at the errors."
     )
     rows = [
         [

@@ -79,9 +79,9 @@ def _horizon(table: Mapping[str, Any]) -> Verdict:
         good.append(row)
     if not good:
         return Verdict(question, "no", "not even one step ahead is it better than predicting no change and than a linear model.")
-    last, every = good[-1], len(good) == len(rows)
+    last, every = good[-1], len(good) == len([row for row in table["rows"] if row["horizon"] != "full"])
     held = "" if last["coverage"] is None else f"; its {table['nominal']:.0%} intervals hold {last['coverage']:.0%} there"
-    further = "all that was measured" if every else f"not {rows[len(good)]['horizon']}"
+    further = "all that was asked" if every else f"not {rows[len(good)]['horizon']}" if len(good) < len(rows) else "held-out episodes are no longer"
     return Verdict(question, "yes" if every else "partly", f"{last['horizon']} steps ({further}): error {page.ratio(last['ratio'])} of no change's{held}.")
 
 
