@@ -95,9 +95,20 @@ def test_a_dict_observation_from_config_alone(root: str, ray_local: None, monkey
     cfg = _load(
         root, "reality.env=reach:Reach-v0", "reality.task=[target]", "agent.backend=local", "pretrain.model.family=ensemble", "rounds=1", "collect.workers=0"
     )
-    _, summary = _run(cfg)
+    artifact, summary = _run(cfg)
     assert summary["curves"]["world"][0]["points"][0]["real_steps"] == 300
     assert "task" in summary["losses"][0]["parts"]
+
+    offline = _load(root, "reality.env=reach:Reach-v0", "reality.task=[target]", "agent.backend=local", "rounds=1", "reality.budget.steps=0")
+    offline.pretrain.model.family = "ensemble"
+    with pytest.raises(UsageError, match=r"reality\.budget\.steps=0 is less than the 300 steps"):
+        check(offline)
+    offline.datasets = artifact.meta["inputs"]["datasets"]
+    offline.evaluate.episodes = 1
+    made, summary = _run(offline)
+    assert made.id != artifact.id and made.meta["inputs"]["worlds"] == artifact.meta["inputs"]["worlds"], "of the same data, the same world"
+    spent = {row["purpose"]: row["steps"] for row in summary["real_steps"]["purposes"]}
+    assert list(spent) == ["judge"] and summary["curves"]["world"][0]["points"][0]["real_steps"] == 300, "what the logs cost is said"
 
 
 def test_what_is_wrong_is_said_before_anything_starts(root: str) -> None:

@@ -26,6 +26,7 @@ from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data import collect as collecting
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collect import CollectConfig
+from mesocosm.data.dataset import Dataset
 from mesocosm.data.spaces import check_spaces
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import page, report
@@ -41,7 +42,7 @@ from mesocosm.reality.ledger import Ledger
 from mesocosm.serving import config as serving
 from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.deployment import deploy, undeploy
-from mesocosm.storage import SCHEMA, Artifact
+from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
 
 J = TypeVar("J", bound=JobConfig)
@@ -57,8 +58,11 @@ class LoopConfig(JobConfig):
     """A mean return in reality: drawn in the report, and what "real steps to target" means."""
     stop_at_target: bool = False
     """End after the first round whose judged mean return reaches the target."""
+    datasets: list[str] = field(default_factory=list)
+    """Logs to begin with (`datasets/<id>`): the first round then collects nothing. With rounds=1 no real step is spent on training, whatever
+    `reality.budget.steps`; judging is metered apart."""
     collect: CollectConfig = field(default_factory=CollectConfig)
-    """The first round's data."""
+    """The first round's data, without `datasets`."""
     explore: CollectConfig = field(default_factory=lambda: CollectConfig(steps=500, behaviours=[BehaviourConfig(kind="noisy")]))
     """Every later round's; a behaviour that wants a policy and names none gets the last round's agent."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
@@ -99,7 +103,7 @@ def check(cfg: LoopConfig) -> None:
             if hasattr(block, key) and getattr(block, key) != getattr(default, key):
                 fix = f"set {key} at the top of the config" if key in SHARED else "leave it out"
                 raise UsageError(f"{name}.{key} is the loop's own to fill; {fix}")
-    budget, needed = cfg.reality.budget.steps, cfg.collect.steps + (cfg.rounds - 1) * cfg.explore.steps
+    budget, needed = cfg.reality.budget.steps, _steps(cfg)
     if budget is not None and needed > budget:
         raise UsageError(f"reality.budget.steps={budget} is less than the {needed} steps of {cfg.rounds} rounds; raise it, or lower rounds or explore.steps")
     # Artifacts that are still to be made stand as "?".
@@ -123,7 +127,9 @@ def plan(cfg: LoopConfig) -> dict[str, Any]:
     """What a run would spend; nothing is started, and no real step taken."""
     check(cfg)
     _look(cfg.reality)
-    steps = cfg.collect.steps + (cfg.rounds - 1) * cfg.explore.steps
+    for name in cfg.datasets:
+        Storage(cfg.storage.root).artifact("datasets", name)
+    steps = _steps(cfg)
     price = cfg.reality.price
     free = sum(b.steps for b in cfg.baselines)
     judged = cfg.evaluate.episodes * cfg.rounds + sum(map(model_free.judged, cfg.baselines))
@@ -142,6 +148,8 @@ def run(cfg: LoopConfig, run: Run) -> Artifact:
     """Go round `cfg.rounds` times and write the report; a finished loop is found, a broken-off one goes on where it was."""
     check(cfg)
     version = _look(cfg.reality)
+    given = [run.storage.artifact("datasets", name) for name in cfg.datasets]
+    cfg = replace(cfg, datasets=[artifact.name for artifact in given])
     id = fingerprint("loop", identity(cfg), version, __version__, SCHEMA)
     if not cfg.force and (found := run.storage.find("evaluations", id)) is not None:
         run.say(f"found {found.name}: the loop was finished before")
@@ -156,7 +164,12 @@ def run(cfg: LoopConfig, run: Run) -> Artifact:
     }
     for name, cpus in needs.items():
         cluster.preflight(what=f"{name}={cpus:g}", cpus=cpus)
-    return _done(_Loop(cfg, run, id, version).go(), run)
+    return _done(_Loop(cfg, run, id, version, given).go(), run)
+
+
+def _steps(cfg: LoopConfig) -> int:
+    """Real steps that will be collected."""
+    return (0 if cfg.datasets else cfg.collect.steps) + (cfg.rounds - 1) * cfg.explore.steps
 
 
 def _look(reality: reality_config.RealityConfig) -> str:
@@ -195,7 +208,7 @@ def _experiment(cfg: LoopConfig) -> dict[str, Any]:
 
 
 class _Loop:
-    def __init__(self, cfg: LoopConfig, run: Run, id: str, version: str):
+    def __init__(self, cfg: LoopConfig, run: Run, id: str, version: str, given: list[Artifact]):
         self.cfg, self.run, self.id = cfg, run, id
         self.ledger_id = f"loop-{fingerprint('ledger', _experiment(cfg), version)}"
         self.ledger = Ledger(run.storage, self.ledger_id, cfg.reality.budget, cfg.reality.price)
@@ -204,6 +217,10 @@ class _Loop:
         self.inputs: dict[str, list[str]] = {"datasets": [], "worlds": [], "agents": [], "evaluations": []}
         self.steps: list[int] = []
         self.app, self.served = f"loop-{run.id}", False  # loops that share a Ray serve apart
+        for artifact in given:
+            self.lineage.append(("given", artifact.name))
+            self._counted(artifact)
+            self.inputs["datasets"].append(artifact.id)
 
     def go(self) -> Artifact:
         cfg, run = self.cfg, self.run
@@ -214,7 +231,8 @@ class _Loop:
         try:
             for round in range(cfg.rounds):
                 run.say(f"[bold]round {round + 1} of {cfg.rounds}[/]" if not run.quiet else f"round {round + 1} of {cfg.rounds}")
-                self._stage("collect", round, "datasets", partial(self._collect, round, agent))
+                if round or not cfg.datasets:
+                    self._stage("collect", round, "datasets", partial(self._collect, round, agent))
                 world = self._stage("pretrain", round, "worlds", partial(self._pretrain, round))
                 agent = self._stage("train-agent", round, "agents", partial(self._train, round, world, agent))
                 spent = self._spent(round)
@@ -239,8 +257,12 @@ class _Loop:
         config = replace(_fill(block, self.cfg, round), ledger=self.ledger_id)
         with self.run.child("collect", config) as child:
             artifact = collecting.run(config, child)
-        self.steps.append(int(artifact.meta["counts"]["steps"]))
+        self._counted(artifact)
         return artifact
+
+    def _counted(self, dataset: Artifact) -> None:
+        counts = dataset.meta.get("counts", {})
+        self.steps.append(int(counts["steps"] if "steps" in counts else Dataset([dataset.path]).transitions))
 
     def _pretrain(self, round: int) -> Artifact:
         config = _fill(self.cfg.pretrain, self.cfg, round)
