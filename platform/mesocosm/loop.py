@@ -16,8 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.table import Table
-
 from mesocosm import __version__, cluster
 from mesocosm.agents import baseline as model_free
 from mesocosm.agents import train as agents
@@ -29,7 +27,7 @@ from mesocosm.data.collect import CollectConfig
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.spaces import check_spaces
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.evaluation import page, report
+from mesocosm.evaluation import report
 from mesocosm.evaluation import run as evaluation
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.judge import judging
@@ -191,7 +189,7 @@ def _done(artifact: Artifact, run: Run) -> Artifact:
     for name in (report.PAGE, report.SUMMARY):
         run.artifact(artifact.path / name)
     if not run.quiet:
-        console.print(_table(summary))
+        console.print(report.curves_table(summary))
     run.say(f"report: {artifact.path / report.PAGE}")
     return artifact
 
@@ -387,19 +385,3 @@ def _point(point: dict[str, Any]) -> report.Point:
 
 def _by_round(judged: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     return [{**row, "round": i} for i, summary in enumerate(judged, 1) for row in summary[key]]
-
-
-def _table(summary: dict[str, Any]) -> Table:
-    """Return in reality against real steps spent, the world's agent beside model-free training."""
-    table = Table("", "real steps", "return in reality", "90% interval", "wall so far", box=None, header_style="dim", pad_edge=False)
-    for curve in summary["curves"]["world"]:
-        for point in curve["points"]:
-            table.add_row(
-                "in the world", page.count(point["real_steps"]), page.number(point["mean"]), page.span(point["interval"]), page.seconds(point["wall_seconds"])
-            )
-    for curve in summary["curves"]["model_free"]:
-        points = curve["points"]
-        for point in [points[round(i * (len(points) - 1) / 4)] for i in range(5)] if len(points) > 5 else points:
-            table.add_row(curve["name"], page.count(point["real_steps"]), page.number(point["mean"]), "", page.seconds(point["wall_seconds"]))
-    table.caption = "\n".join(summary["verdict"]["text"])
-    return table

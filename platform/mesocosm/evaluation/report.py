@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.table import Table
 
 from mesocosm.evaluation import page, stats
 from mesocosm.reality.ledger import LedgerTotals
@@ -292,6 +293,22 @@ def trajectories_of(summary: Mapping[str, Any]) -> list[Trajectories]:
         )
         for group in summary["trajectories"]
     ]
+
+
+def curves_table(summary: Mapping[str, Any]) -> Table:
+    """Return in reality against real steps spent, the world's agent beside model-free training."""
+    table = Table("", "real steps", "return in reality", "90% interval", "wall so far", box=None, header_style="dim", pad_edge=False)
+    for curve in summary["curves"]["world"]:
+        for point in curve["points"]:
+            table.add_row(
+                "in the world", page.count(point["real_steps"]), page.number(point["mean"]), page.span(point["interval"]), page.seconds(point["wall_seconds"])
+            )
+    for curve in summary["curves"]["model_free"]:
+        points = curve["points"]
+        for point in [points[round(i * (len(points) - 1) / 4)] for i in range(5)] if len(points) > 5 else points:
+            table.add_row(curve["name"], page.count(point["real_steps"]), page.number(point["mean"]), "", page.seconds(point["wall_seconds"]))
+    table.caption = "\n".join(summary["verdict"]["text"])
+    return table
 
 
 def clean(value: Any) -> Any:
