@@ -239,7 +239,7 @@ class RandomPolicy:
 
     def act(self, observations: Any, explore: bool = True, rng: np.random.Generator | None = None) -> Any:
         """B raw actions in vector layout, for B observations; random whatever `explore` says."""
-        count = _batch_size(observations)
+        count = batch_size(observations)
         draws = [self.act_one(None, explore, rng) for _ in range(count)]
         return concatenate(self.action_space, draws, create_empty_array(self.action_space, count))
 
@@ -254,9 +254,10 @@ def random_policy(action_space: gym.Space[Any]) -> RandomPolicy:
     return RandomPolicy(action_space)
 
 
-def _batch_size(observations: Any) -> int:
+def batch_size(observations: Any) -> int:
+    """B of values in Gymnasium's vector layout."""
     if isinstance(observations, dict):
-        return _batch_size(next(iter(observations.values())))
+        return batch_size(next(iter(observations.values())))
     if isinstance(observations, tuple) and not isinstance(observations[0], str):
-        return _batch_size(observations[0])
+        return batch_size(observations[0])
     return len(observations)

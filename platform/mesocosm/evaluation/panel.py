@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
-from mesocosm.agents.policy import SNAPSHOTS, Acts, RandomPolicy, policy_of
+from mesocosm.agents.policy import SNAPSHOTS, Acts, RandomPolicy, batch_size, policy_of
 from mesocosm.data import behaviours
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.errors import UsageError
@@ -56,7 +56,7 @@ class Noisy:
         if self._batched:
             return behaviours.perturbed(actions, self.action_space, self.noise, rng).astype(actions.dtype)
         self.action_space.seed(int(rng.integers(2**31)))
-        count = _count(actions)
+        count = batch_size(actions)
         rows = [behaviours.perturbed(action, self.action_space, self.noise, rng) for action in iterate(batch_space(self.action_space, count), actions)]
         return concatenate(self.action_space, rows, create_empty_array(self.action_space, count))
 
@@ -75,7 +75,7 @@ class Scripted:
         self.function, self.observation_space, self.action_space = function, observation_space, action_space
 
     def act(self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None) -> Any:
-        count = _count(observations)
+        count = batch_size(observations)
         rows = [self.act_one(one, explore, rng) for one in iterate(batch_space(self.observation_space, count), observations)]
         return concatenate(self.action_space, rows, create_empty_array(self.action_space, count))
 
@@ -145,11 +145,3 @@ def next_noise(noises: Mapping[float, float], returns: Sequence[float], most: fl
 
 def most_noise(action_space: gymnasium.Space[Any]) -> float:
     return MOST_NOISE if isinstance(action_space, Box) else 1.0
-
-
-def _count(batch: Any) -> int:
-    if isinstance(batch, dict):
-        return _count(next(iter(batch.values())))
-    if isinstance(batch, tuple) and not isinstance(batch[0], str):
-        return _count(batch[0])
-    return len(batch)
