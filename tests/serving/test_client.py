@@ -145,7 +145,8 @@ def test_penalty_and_horizon(make_world: Any) -> None:
     world = make_world(terminal=0.0)
     plain, dear = WorldVectorEnv(3, world, horizon=4), WorldVectorEnv(3, world, horizon=4, penalty=2.0)
     for (_, reward, _, _, infos), (_, penalised, _, _, kept) in zip(rollout(plain, 9, 0)[1:], rollout(dear, 9, 0)[1:], strict=True):
-        np.testing.assert_allclose(penalised, reward - 2.0 * infos["disagreement"], atol=1e-12)
+        size = dear._codec.spec.reward_size
+        np.testing.assert_allclose(penalised, reward - size * np.minimum(2.0 * infos["disagreement"], 1.0), atol=1e-6)
         np.testing.assert_array_equal(kept["raw_reward"], reward)
     env = WorldVectorEnv(2, make_world(terminal=0.0), horizon=4)
     steps = rollout(env, 12, 0)[1:]

@@ -45,7 +45,7 @@ class AgentConfig(JobConfig):
     """`return`, or `disagreement`: an adversary, which seeks what the members do not agree on (evaluate's off-policy table wants one)."""
     penalty: float = 0.0
     """Reward lost for a disagreement of 1 between the world's members (what a tenth of held-out transitions exceed), in units of the root mean
-    square of the data's rewards."""
+    square of the data's rewards, and at most one such unit."""
     max_disagreement: float | None = None
     """Imagined episodes are truncated after a step whose disagreement exceeds this (the value of its last observation stands for the rest)."""
     init: str | None = None

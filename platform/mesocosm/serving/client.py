@@ -50,7 +50,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         differ in `first_env` imagine different episodes.
     autoreset_mode: NEXT_STEP (an ended environment's next step is its reset) or SAME_STEP (it is reset at once, and
         infos["final_obs"] has the last observation).
-    penalty: reward becomes reward - penalty * disagreement * (root mean square of the data's rewards); infos["raw_reward"] keeps the world's own.
+    penalty: reward becomes reward - size * min(penalty * disagreement, 1), where size is the root mean square of the data's rewards;
+    infos["raw_reward"] keeps the world's own. Where living is paid, an unbounded penalty taught agents to die at once.
     adversary: reward becomes log(1 + disagreement), and infos["raw_reward"] keeps the world's own.
     max_disagreement: an episode is truncated after a step with more, and infos["uncertain"] [B] bool is true there; None: never.
     deadline_s: how long a replica may take, its replacement included.
@@ -213,7 +214,11 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             infos |= {"uncertain": uncertain, "_uncertain": told}
         if self.penalty or self.adversary:
             infos |= {"raw_reward": reward, "_raw_reward": told}
-            reward = np.log1p(disagreement.astype(np.float64)) if self.adversary else reward - self.penalty * self._codec.spec.reward_size * disagreement
+            reward = (
+                np.log1p(disagreement.astype(np.float64))
+                if self.adversary
+                else reward - self._codec.spec.reward_size * np.minimum(self.penalty * disagreement, 1.0)
+            )
         if self._codec.spec.durations:
             infos |= {"duration": reply["duration"], "_duration": told}
         if restarted.any():
