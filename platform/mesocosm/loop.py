@@ -27,10 +27,10 @@ from mesocosm.data.collect import CollectConfig
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.spaces import check_spaces
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.evaluation import report
+from mesocosm.evaluation import report, suite
 from mesocosm.evaluation import run as evaluation
 from mesocosm.evaluation.config import EvaluateConfig
-from mesocosm.evaluation.judge import judging
+from mesocosm.evaluation.judge import MAX_EPISODE_STEPS, judging
 from mesocosm.pretrain import run as pretraining
 from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.reality import config as reality_config
@@ -111,7 +111,7 @@ def check(cfg: LoopConfig) -> None:
         ("pretrain", lambda: replace(cfg.pretrain, data=replace(cfg.pretrain.data, datasets=["?"])).validate()),
         ("serve", lambda: serving.check(cfg.serve)),
         ("agent", lambda: agents.check(cfg.agent)),
-        ("evaluate", lambda: replace(cfg.evaluate, world="?").validate()),
+        ("evaluate", lambda: replace(cfg.evaluate, world="?", agent="?").validate()),
         *((f"baselines[{i}]", partial(model_free.check, _fill(b, cfg, i))) for i, b in enumerate(cfg.baselines)),
     ]
     for name, look in stages:
@@ -124,13 +124,11 @@ def check(cfg: LoopConfig) -> None:
 def plan(cfg: LoopConfig) -> dict[str, Any]:
     """What a run would spend; nothing is started, and no real step taken."""
     check(cfg)
-    _look(cfg.reality)
-    for name in cfg.datasets:
-        Storage(cfg.storage.root).artifact("datasets", name)
+    _look(cfg, [Storage(cfg.storage.root).artifact("datasets", name) for name in cfg.datasets])
     steps = _steps(cfg)
     price = cfg.reality.price
     free = sum(b.steps for b in cfg.baselines)
-    judged = cfg.evaluate.episodes * cfg.rounds + sum(map(model_free.judged, cfg.baselines))
+    judged = suite.most_episodes(cfg.evaluate, 1 + cfg.agent.snapshots)[1] * cfg.rounds + sum(map(model_free.judged, cfg.baselines))
     return {
         "rounds": cfg.rounds,
         "real steps": steps,
@@ -145,8 +143,8 @@ def plan(cfg: LoopConfig) -> dict[str, Any]:
 def run(cfg: LoopConfig, run: Run) -> Artifact:
     """Go round `cfg.rounds` times and write the report; a finished loop is found, a broken-off one goes on where it was."""
     check(cfg)
-    version = _look(cfg.reality)
     given = [run.storage.artifact("datasets", name) for name in cfg.datasets]
+    version = _look(cfg, given)
     cfg = replace(cfg, datasets=[artifact.name for artifact in given])
     id = fingerprint("loop", identity(cfg), version, __version__, SCHEMA)
     if not cfg.force and (found := run.storage.find("evaluations", id)) is not None:
@@ -170,10 +168,17 @@ def _steps(cfg: LoopConfig) -> int:
     return (0 if cfg.datasets else cfg.collect.steps) + (cfg.rounds - 1) * cfg.explore.steps
 
 
-def _look(reality: reality_config.RealityConfig) -> str:
-    """The environment's version; raises UsageError where there is no such environment, or a space that no world can hold."""
-    known = facts_of(reality)
+def _look(cfg: LoopConfig, given: list[Artifact]) -> str:
+    """The environment's version; raises UsageError where there is no such environment, a space that no world can hold, given data of
+    another space, or more judging than `evaluate.judge_steps`."""
+    known = facts_of(cfg.reality)
     check_spaces(*known.spaces)
+    for artifact in given:
+        data = Dataset([artifact.path])
+        if (data.observation_space, data.action_space) != known.spaces:
+            theirs = f"{data.observation_space}, {data.action_space}"
+            raise UsageError(f"{artifact.name} has the spaces {theirs}, and reality.env={cfg.reality.env!r} others; give data of its own")
+    suite.check_steps(cfg.evaluate, 1 + cfg.agent.snapshots, known.max_episode_steps or MAX_EPISODE_STEPS)
     return known.version
 
 

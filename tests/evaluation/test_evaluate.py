@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from mesocosm.config import StorageConfig, load
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
-from mesocosm.errors import UsageError
+from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.run import run as evaluate
 from mesocosm.model import mup
@@ -29,6 +30,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import build
 from mesocosm.model.world import World
 from mesocosm.pretrain.prepare import transitions
+from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import Storage
 
@@ -119,7 +121,7 @@ def test_a_world_and_an_agent_are_evaluated_once(root: str, stored: Storage, run
     assert Ledger(stored, artifact.id).totals().steps == ledger.steps, "what is finished takes no real step"
 
 
-def test_policies_are_compared_and_every_real_step_of_it_is_stated(root: str, stored: Storage, run: tracking.Run) -> None:
+def test_policies_are_compared_and_every_real_step_of_it_is_stated(root: str, stored: Storage, run: tracking.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     behaviours = [BehaviourConfig(kind="random"), BehaviourConfig(kind="scripted", function=f"{__name__}:slow")]
     sys.modules.setdefault(__name__, sys.modules[slow.__module__])
     cfg = config(root, agent="a0", policies=behaviours, graded=3, policy_episodes=2, imagined=4, judge_steps=12 * (5 + 7 * 2), seed=3)
@@ -145,8 +147,12 @@ def test_policies_are_compared_and_every_real_step_of_it_is_stated(root: str, st
     assert html.index("<svg") < html.index("Returns in reality"), "plots first"
     figures = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert figures["policy_value/error"] == found["ranking"]["error"] and figures["starts/validity"] == suite["starts"]["validity"]
-    again = Ledger(stored, artifact.id).totals().steps
-    assert evaluate(cfg, run).id == artifact.id and again == ledger.steps
+    assert found["policies"][3]["world"]["mean"] == suite["agent"]["world"], "one value of the agent, and its episodes are bought once"
+    assert evaluate(replace(cfg, judge_steps=None), run).id == artifact.id, "a bound is not part of what is found"
+    assert Ledger(stored, artifact.id).totals().steps == ledger.steps
+    monkeypatch.setattr(sys.modules[__name__], "slow", lambda observation, rng: np.array([5.0, 7.0]))
+    with pytest.raises(MesocosmError, match="not in the action space"):
+        evaluate(replace(cfg, seed=4), run)
 
 
 def test_a_world_alone_takes_no_real_step(root: str, stored: Storage, run: tracking.Run) -> None:
@@ -168,6 +174,7 @@ def test_a_world_alone_takes_no_real_step(root: str, stored: Storage, run: track
         ({"samples": 0}, "samples=0 must be at least 1"),
         ({"agent": "a0", "judge_steps": 59}, r"judge_steps=59 is less than the 50000 real steps that 5 episodes of at most 10000 steps may take; raise it"),
         ({"graded": 3}, "graded=3 needs an agent; set agent"),
+        ({"agent": "a0", "reality": RealityConfig(env="CartPole-v1")}, "reality.env='CartPole-v1' has the observation space Box.* judge it in its own"),
         ({"policies": [BehaviourConfig(kind="trained", policy="other")]}, "action_space Discrete"),
         ({"policies": [BehaviourConfig(kind="trained", policy="a0@7")]}, "agents/a0 has no snapshot at iteration '7'; it has 2"),
         ({"policies": [BehaviourConfig(kind="traned")]}, r"policies\[0\].kind='traned' is not known; did you mean 'trained'"),

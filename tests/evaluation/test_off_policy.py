@@ -8,14 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode
-from mesocosm.evaluation.off_policy import off_policy, one_step_errors
+from mesocosm.evaluation.off_policy import Clone, off_policy, one_step_errors
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import run_episode
 
@@ -75,3 +76,28 @@ def test_where_it_is_wrong_and_whether_it_knows(walks: Dataset, knows: bool) -> 
 def test_one_step_errors_of_an_exact_world_are_none(walks: Dataset, tmp_path: Path) -> None:
     found = one_step_errors(KnownWorld(Codec.fit(walks)), walks, "valid")  # type: ignore[arg-type]
     assert found.error.max() < 1e-5 and len(found.error) == walks.count("valid") and found.group.max() + 1 == len(walks.episodes("valid"))
+
+
+class Diverging(KnownWorld):
+    def step(self, carry: Any, action: Any, keys: Any) -> Any:
+        state, out = super().step(carry, action, keys)
+        return state, replace(out, diverged=torch.ones(len(keys), dtype=torch.bool))
+
+
+def test_steps_that_diverge_are_the_largest_errors_and_no_sure_ones(walks: Dataset) -> None:
+    found = one_step_errors(Diverging(Codec.fit(walks)), walks, "valid")  # type: ignore[arg-type]
+    assert found.diverged == len(found.error) and (found.error > 1e300).all() and (found.disagreement > 1e300).all()
+
+
+def test_a_clone_of_random_discrete_actions_knows_their_chance(tmp_path: Path) -> None:
+    """On observations without numbers, too."""
+    observations, actions, rng = gym.spaces.Discrete(4), gym.spaces.Discrete(3), np.random.default_rng(0)
+    episodes = [
+        Episode(k, k, "random", [np.int64(v) for v in rng.integers(0, 4, 21)], [np.int64(v) for v in rng.integers(0, 3, 20)], np.ones(20), "truncated")
+        for k in range(60)
+    ]
+    facts: dict[str, Any] = {"environment": Environment(id="x"), "observation_space": observations, "action_space": actions}
+    write_dataset(tmp_path / "d", episodes, id="d", seed=0, valid_fraction=0.2, **facts)
+    data = Dataset([tmp_path / "d"])
+    codec = Codec.fit(data)
+    assert Clone.fit(data, codec, 0).divergence(data, codec, "valid") == pytest.approx(np.log(3), abs=0.05)

@@ -13,8 +13,8 @@ import pytest
 from mesocosm.agents.policy import RandomPolicy
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import panel
-from mesocosm.evaluation.ranking import PER_FIFTH, ranking
-from mesocosm.storage import Artifact
+from mesocosm.evaluation.ranking import LEAST, PER_FIFTH, ranking
+from mesocosm.storage import Artifact, Storage
 
 
 @pytest.mark.parametrize(
@@ -28,10 +28,10 @@ from mesocosm.storage import Artifact
 )
 def test_every_fifth_of_the_range_is_filled(answer: Callable[[float], float]) -> None:
     noises: dict[float, float] = {}
-    for _ in range(20):
-        level = panel.next_noise(noises, list(noises.values()), panel.MOST_NOISE)
-        assert level is not None and level not in noises
+    while (level := panel.next_noise(noises, list(noises.values()), panel.MOST_NOISE)) is not None:
+        assert level not in noises
         noises[level] = float(answer(level))
+    assert LEAST <= len(noises) <= 22, "and no more are bought than are needed"
     found = ranking(list(noises.values()), list(noises.values()))
     assert min(found.fifths) >= PER_FIFTH, found.fifths
 
@@ -68,8 +68,13 @@ def test_noise_is_what_a_behaviour_calls_noise() -> None:
     assert isinstance(RandomPolicy(box).act_one(None, rng=rng), np.ndarray)
 
 
-def test_an_agent_that_collected_the_worlds_data_is_no_test_of_it() -> None:
+def test_an_agent_that_collected_the_worlds_data_is_no_test_of_it(root: str) -> None:
+    storage = Storage(root)
+    former: dict[str, Any] = {"inputs": {"agents": ["ab12"]}, "metrics": {"kept_former": 1.0}}
+    for name, meta in (("ab12", {"inputs": {}}), ("cd34", {"inputs": {"agents": ["ab12"]}}), ("ef56", former)):
+        storage.make("agents", name, meta, lambda folder: (folder / "x").write_text("x") and None)
     data = Artifact(kind="datasets", id="d1", path=Path("."), uri="", meta={"inputs": {"agents": ["ab12"]}})
-    panel.held_out(["agents/cd34", "agents/cd34@5"], [data])
-    with pytest.raises(UsageError, match=r"agents/ab12 collected datasets/d1.*judge another agent"):
-        panel.held_out(["agents/ab12@5"], [data])
+    panel.held_out(["agents/cd34", "agents/cd34@5"], storage, [data])
+    for same in ("agents/ab12@5", "agents/ef56"):
+        with pytest.raises(UsageError, match=r"agents/ab12 collected datasets/d1.*judge another agent"):
+            panel.held_out([same], storage, [data])

@@ -47,3 +47,11 @@ def test_few_policies_and_empty_fifths_are_said() -> None:
     clustered = ranking([0.0, *np.linspace(90, 100, 19)], np.arange(20.0))
     assert clustered.pearson is not None and "in the fifths of the real range 1, 0, 0, 0, 19" in clustered.notes[0]
     assert "4 policies" in ranking([0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0, 3.0]).notes[0]
+
+
+def test_policies_that_the_world_holds_equal_are_chosen_alike() -> None:
+    one, other = ranking([0.0, 5.0, 10.0], [1.0, 4.0, 4.0]), ranking([10.0, 5.0, 0.0], [4.0, 4.0, 1.0])
+    assert one.regret == other.regret == pytest.approx(0.25), "whatever their order"
+    rounding = ranking([1000.0, 1000.0 + 1e-10, 1000.0], [1.0, 2.0, 3.0])
+    assert rounding.pearson is None and rounding.regret is None and "the same real return" in rounding.notes[0]
+    assert ranking([0.0, 5.0, 10.0], [4.0, 4.0, 4.0]).regret is None, "the world gives no choice"

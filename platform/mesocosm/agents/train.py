@@ -78,6 +78,7 @@ def plan(config: AgentConfig) -> dict[str, Any]:
     storage = Storage(config.storage.root)
     world = storage.artifact("worlds", config.world)
     _datasets(config, storage, world)
+    _members(config, world)
     steps = config.iterations * config.num_envs * config.rollout * max(config.runners, 1)
     return {"world": world.name, "algo": config.algo, "params": _params(config), "imagined steps": steps, "real steps": 0, "price": 0.0}
 
@@ -92,6 +93,7 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     world = run.storage.artifact("worlds", config.world)
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
     datasets = _datasets(config, run.storage, world)
+    _members(config, world)
     former = None if config.init is None else run.storage.artifact("agents", config.init)
     inputs = {"worlds": [world.id], "datasets": [d.id for d in datasets], "agents": [] if former is None else [former.id]}
     horizon = config.horizon or codec.environment["max_episode_steps"] or UNLIMITED
@@ -154,6 +156,19 @@ def _served(config: AgentConfig, world: Artifact) -> Iterator[None]:
         undeploy(config.app)
 
 
+def _members(config: AgentConfig, world: Artifact) -> None:
+    """Raise UsageError where what is asked rests on a disagreement that the world cannot have."""
+    asked: dict[str, Any] = {
+        "penalty": config.penalty or None,
+        "max_disagreement": config.max_disagreement,
+        "objective": None if config.objective == "return" else config.objective,
+    }
+    if json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
+        for key, value in asked.items():
+            if value is not None:
+                raise UsageError(f"{key}={value} needs members that can disagree, and {world.name} has one; pretrain with model.members=4, or leave {key} out")
+
+
 def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Artifact]:
     if config.starts != "logged":
         return []
@@ -171,6 +186,7 @@ def _better(config: AgentConfig, run: Run, arguments: Mapping[str, Any], policy:
         run.say(f"imagined return {new:.1f}, and {old:.1f} of {former.name}, with which training began: that agent is kept")
         for name in (POLICY_JSON, WEIGHTS, rllib.TRAINING_STATE):
             shutil.copyfile(former.path / name, folder / name)
+        shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of a training that led elsewhere
     seen = {"greedy_return": new, "former_return": old, "kept_former": float(kept)}
     run.log({f"agent/{name}": value for name, value in seen.items()}, step=config.iterations)
     return seen

@@ -26,8 +26,7 @@ from mesocosm.evaluation import stats
 from mesocosm.evaluation.fidelity import Fidelity, fidelity
 from mesocosm.evaluation.open_loop import Array, Log, begin_at, codec_of
 from mesocosm.model import rng
-from mesocosm.model.base import MAX_CARDINALITY, Base
-from mesocosm.model.config import ModelConfig
+from mesocosm.model.base import MAX_CARDINALITY
 from mesocosm.model.world import World
 
 CLONE_STEPS, CLONE_BATCH, CLONE_HIDDEN = 600, 256, 64
@@ -47,6 +46,8 @@ class Errors:
     """[N] mean over members, on the world's scale"""
     group: Array
     """[N] episode, numbered 0..n-1"""
+    diverged: int
+    """Steps at which a member left all bounds: their error and disagreement are the largest float"""
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class Behaviour:
     transitions: int
     fidelity: Fidelity
     error: float
-    """Mean one-step error"""
+    """Median one-step error"""
     disagreement: float
-    """Mean"""
+    """Median"""
     large: float
     """Share of transitions with an error above what a tenth of validation's exceed"""
     auroc: float | None
@@ -94,6 +95,7 @@ def one_step_errors(world: World, dataset: Dataset, split: Split, *, seed: int =
     episode, step = log.starts(1, TRANSITIONS, np.random.default_rng([seed, 5]))
     truth = log.observation(episode, step + 1)
     drawn, categories, apart = [], [], []
+    diverged = np.zeros(len(episode), np.bool_)
     for member in range(members):
         chosen = torch.full((len(episode),), member, device=world.device)
         carry = begin_at(world, log, episode, step, chosen, world.net.memory // 2)
@@ -102,9 +104,12 @@ def one_step_errors(world: World, dataset: Dataset, split: Split, *, seed: int =
         drawn.append(out.observation.numbers.cpu().double())
         categories.append((out.observation.categories.cpu() != truth.categories).double())
         apart.append(out.disagreement.cpu().double())
+        diverged |= out.diverged.cpu().numpy()
     squares = [(torch.stack(drawn).mean(0) - truth.numbers.double()).pow(2), (torch.stack(categories).mean(0) > 0.5).double()]
     error = torch.cat(squares, -1).mean(-1).sqrt().numpy()
-    return Errors(error, torch.stack(apart).mean(0).numpy(), np.unique(episode, return_inverse=True)[1])
+    most = np.finfo(np.float64).max
+    disagreement = np.where(diverged, most, torch.stack(apart).mean(0).numpy())
+    return Errors(np.where(diverged, most, error), disagreement, np.unique(episode, return_inverse=True)[1], int(diverged.sum()))
 
 
 def off_policy(
@@ -116,25 +121,34 @@ def off_policy(
     notes = [] if held == "valid" else ["validation is too small: what a large error is, is taken from the training split."]
     near = one_step_errors(world, logs, held, seed=seed)
     bound = float(np.quantile(near.error, LARGE))
+    alone = world.config.members == 1
+    if alone:
+        notes.append("the world has one member, which cannot disagree: whether disagreement knows where it is wrong is undefined.")
+
+    def large(error: Array) -> Array:
+        # Errors of categories alone are few values, and the bound may be the largest of them.
+        return error >= bound if (near.error > bound).sum() == 0 and bound > 0 else error > bound
+
     clone = Clone.fit(logs, codec, seed)
     rows: list[Behaviour] = []
     pooled = [near]
     for name, episodes in behaviours:
         with tempfile.TemporaryDirectory() as folder:
-            data = _dataset(Path(folder) / "episodes", episodes, logs, seed)
+            data = _dataset(Path(folder) / "episodes", episodes, logs, codec.environment["task"], seed)
             far = one_step_errors(world, data, "train", seed=seed)
             found = fidelity(world, data, horizons=horizons, starts=starts, samples=samples, seed=seed, split="train", reference=logs)
-            area, interval = stats.auc(far.error > bound, far.disagreement, far.group)
-            large = float((far.error > bound).mean())
+            area, interval = (None, None) if alone else stats.auc(large(far.error), far.disagreement, far.group)
+            if far.diverged:
+                notes.append(f"{name}: {far.diverged} of {len(far.error)} steps left all bounds; they count as the largest errors.")
             rows.append(
                 Behaviour(
                     name,
                     clone.divergence(data, codec, "train"),
                     data.transitions,
                     found,
-                    float(far.error.mean()),
-                    float(far.disagreement.mean()),
-                    large,
+                    float(np.median(far.error)),
+                    float(np.median(far.disagreement)),
+                    float(large(far.error).mean()),
                     area,
                     interval,
                 )
@@ -144,18 +158,18 @@ def off_policy(
     offsets = np.cumsum([0, *(int(e.group.max()) + 1 for e in pooled)])
     group = np.concatenate([e.group + offset for e, offset in zip(pooled, offsets, strict=False)])
     error, apart = np.concatenate([e.error for e in pooled]), np.concatenate([e.disagreement for e in pooled])
-    area, interval = stats.auc(error > bound, apart, group)
+    area, interval = (None, None) if alone else stats.auc(large(error), apart, group)
     rows.sort(key=lambda row: -np.inf if row.divergence is None else row.divergence)
     return OffPolicy(tuple(rows), clone.divergence(logs, codec, held), area, interval, tuple(notes))
 
 
-def _dataset(folder: Path, episodes: Sequence[Episode], logs: Dataset, seed: int) -> Dataset:
+def _dataset(folder: Path, episodes: Sequence[Episode], logs: Dataset, task: list[str], seed: int) -> Dataset:
     """A dataset of the world's spaces that lasts as long as its folder; everything is in its training split."""
     write_dataset(
         folder,
         list(episodes),
         id=folder.name,
-        environment=Environment(id="held out"),
+        environment=Environment(id="held out", task=task),
         observation_space=logs.observation_space,
         action_space=logs.action_space,
         seed=seed,
@@ -177,7 +191,6 @@ class Clone(nn.Module):
         self.codec = codec
         spec = codec.spec
         self.numbers, self.categories = spec.action.numbers, spec.action.categories
-        self.features = Base(spec, ModelConfig(members=1)).features
         width = 1 + sum(part.numbers + sum(c for c in part.categories if c <= MAX_CARDINALITY) for part in (spec.observation, spec.task))
         self.net = nn.Sequential(
             nn.Linear(width, CLONE_HIDDEN),
@@ -207,11 +220,13 @@ class Clone(nn.Module):
         return clone
 
     def _inputs(self, log: Log, episode: Array, step: Array) -> Tensor:
+        """[N, F]: numbers and small categories (one-hot) of observation and task."""
         spec = self.codec.spec
-        nothing = log.action(episode, step)
-        columns = self.features(log.observation(episode, step), nothing, log.task(episode))
-        taken = slice(1 + _width(spec.observation), 1 + _width(spec.observation) + _width(spec.action))
-        return torch.cat((columns[:, : taken.start], columns[:, taken.stop :]), -1)
+        columns = [torch.ones(len(episode), 1)]
+        for part, values in ((spec.observation, log.observation(episode, step)), (spec.task, log.task(episode))):
+            columns.append(values.numbers)
+            columns += [F.one_hot(values.categories[:, i], c).float() for i, c in enumerate(part.categories) if c <= MAX_CARDINALITY]
+        return torch.cat(columns, -1)
 
     def _nats(self, x: Tensor, numbers: Tensor, categories: Tensor) -> Tensor:
         """[N] negative log density"""
@@ -231,7 +246,3 @@ class Clone(nn.Module):
         episode, step = log.starts(1, TRANSITIONS, np.random.default_rng(0))
         action = log.action(episode, step)
         return float(self._nats(self._inputs(log, episode, step), action.numbers, action.categories).mean())
-
-
-def _width(part: Any) -> int:
-    return int(part.numbers + sum(c for c in part.categories if c <= MAX_CARDINALITY))

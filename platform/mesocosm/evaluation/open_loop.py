@@ -244,7 +244,11 @@ def _measure(
             ratio, single = stats.ratio_of_rms(mean, none), stats.ratio_of_rms(each, none)
             interval = stats.ratio_interval(*by_episode, seed=seed)
             typical = stats.ratio_of_rms(np.median(mean), np.median(none))
-            straight = stats.ratio_of_rms(((_iterated(linear, log, episode, step, ahead) - true_numbers) ** 2).mean(-1), none)
+            with np.errstate(over="ignore"):
+                straight = stats.ratio_of_rms(((_iterated(linear, log, episode, step, ahead) - true_numbers) ** 2).mean(-1), none)
+            if straight is not None and not np.isfinite(straight):
+                straight = None
+                notes.append(f"horizon {name}: the linear model left the finite numbers.")
     if truth.categories.shape[1]:
         true_categories = truth.categories.numpy()
         accuracy = float((_most_frequent(categories) == true_categories).mean())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gymnasium
@@ -21,6 +21,7 @@ from mesocosm.agents.policy import SNAPSHOTS, Acts, RandomPolicy, batch_size, po
 from mesocosm.data import behaviours
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.errors import UsageError
+from mesocosm.evaluation.ranking import LEAST, PER_FIFTH
 from mesocosm.reality.env import Act
 from mesocosm.storage import Artifact, Storage
 
@@ -48,7 +49,7 @@ class Noisy:
     def __init__(self, policy: Acts, action_space: gymnasium.Space[Any], noise: float):
         self.policy, self.noise, self.action_space = policy, noise, copy.deepcopy(action_space)
         self.observation_space = getattr(policy, "observation_space", None)
-        self._batched = isinstance(action_space, Box) and action_space.dtype is not None and np.issubdtype(action_space.dtype, np.floating)
+        self._batched = _real(action_space)
 
     def act(self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None) -> Any:
         assert rng is not None, "noise needs rng"
@@ -69,7 +70,7 @@ class Noisy:
 
 
 class Scripted:
-    """A function f(observation, rng) -> action of the user's own."""
+    """A function f(observation, rng) -> action of the user's own. Actions outside the space are refused, as in collection."""
 
     def __init__(self, function: Act, observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any]):
         self.function, self.observation_space, self.action_space = function, observation_space, action_space
@@ -84,15 +85,19 @@ class Scripted:
         return self.function(observation, rng)
 
 
+def full(config: BehaviourConfig, storage: Storage) -> BehaviourConfig:
+    """The same with the full name of its policy. Raises UsageError where there is none."""
+    return config if config.policy is None else replace(config, policy=behaviours.full_name(storage, config.policy))
+
+
 def named(config: BehaviourConfig, storage: Storage, observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any]) -> Candidate:
     """The policy of one entry of `evaluate.policies`; trained ones at their best. Raises UsageError where there is no such policy."""
-    if config.policy is not None:
-        config = BehaviourConfig(config.kind, config.weight, config.noise, behaviours.full_name(storage, config.policy), config.function)
     policy: Acts
     if config.kind == "random":
         policy = RandomPolicy(copy.deepcopy(action_space))
     elif config.function is not None:
-        policy = Scripted(behaviours.load_function(config.function), observation_space, action_space)
+        bare = BehaviourConfig(kind="scripted", function=config.function)
+        policy = Scripted(behaviours.build(bare, observation_space, action_space, storage), observation_space, action_space)
     else:
         assert config.policy is not None
         policy = policy_of(storage, config.policy)
@@ -100,8 +105,9 @@ def named(config: BehaviourConfig, storage: Storage, observation_space: gymnasiu
 
 
 def snapshots(agent: Artifact, storage: Storage) -> list[Candidate]:
-    """An agent's policies along its training, the last being the agent, in order."""
+    """An agent's policies along its training, the last being the agent, in order. The first, where it began with another agent, is that one."""
     iterations = sorted(int(path.name) for path in (agent.path / SNAPSHOTS).glob("*"))
+    iterations = [i for i in iterations if i or not agent.meta.get("inputs", {}).get("agents")]
     found = [Candidate(f"{AGENT}@{i}", policy_of(storage, f"{agent.name}@{i}"), iteration=i) for i in iterations]
     last = agent.meta["config"]["iterations"]
     return [*found, Candidate(AGENT, policy_of(storage, agent.name), iteration=last)]
@@ -111,17 +117,20 @@ def graded(policy: Acts, action_space: gymnasium.Space[Any], noise: float) -> Ca
     return Candidate(f"{AGENT}, noise {noise:.3g}", Noisy(policy, action_space, noise), noise=noise)
 
 
-def held_out(refs: Sequence[str], datasets: Sequence[Artifact]) -> None:
-    """Raise UsageError where an agent that is to be judged collected the world's own data: its value would be no test."""
-    for dataset in datasets:
-        for id in dataset.meta.get("inputs", {}).get("agents", []):
-            for ref in refs:
-                if ref.removeprefix("agents/").partition("@")[0] == id:
+def held_out(refs: Sequence[str], storage: Storage, datasets: Sequence[Artifact]) -> None:
+    """Raise UsageError where an agent that is to be judged collected the world's own `datasets`, itself or as the agent that it kept
+    (`kept_former`): its value would be no test. `refs` are full names."""
+    for ref in refs:
+        agent = storage.artifact("agents", ref.partition("@")[0])
+        same = [agent.id, *(agent.meta["inputs"]["agents"] if agent.meta.get("metrics", {}).get("kept_former") else [])]
+        for dataset in datasets:
+            for id in dataset.meta.get("inputs", {}).get("agents", []):
+                if id in same:
                     raise UsageError(f"agents/{id} collected {dataset.name}, which the world was trained on: its value there is no test; judge another agent")
 
 
 def next_noise(noises: Mapping[float, float], returns: Sequence[float], most: float) -> float | None:
-    """The level of noise to try next, or None where none between those tried can fill the emptiest fifth.
+    """The level of noise to try next; None where each fifth holds PER_FIFTH policies and there are LEAST, or no level can tell more.
 
     noises: level -> mean real return of what was tried, from 0 and `most` on; returns: of all policies so far.
     """
@@ -132,6 +141,8 @@ def next_noise(noises: Mapping[float, float], returns: Sequence[float], most: fl
     if high == low:
         return None
     counts = np.bincount(np.minimum((5 * (np.asarray(returns) - low) / (high - low)).astype(np.int64), 4), minlength=5)
+    if counts.min() >= PER_FIFTH and len(returns) >= LEAST:
+        return None
     levels = sorted(noises)
     for fifth in np.argsort(counts, kind="stable"):
         middle = low + (high - low) * (fifth + 0.5) / 5
@@ -144,4 +155,8 @@ def next_noise(noises: Mapping[float, float], returns: Sequence[float], most: fl
 
 
 def most_noise(action_space: gymnasium.Space[Any]) -> float:
-    return MOST_NOISE if isinstance(action_space, Box) else 1.0
+    return MOST_NOISE if _real(action_space) else 1.0
+
+
+def _real(space: gymnasium.Space[Any]) -> bool:
+    return isinstance(space, Box) and space.dtype is not None and np.issubdtype(space.dtype, np.floating)

@@ -6,8 +6,8 @@ starts episodes, and nothing is told of reality.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,7 @@ class PolicyValue:
 
     @property
     def steps(self) -> int:
-        """Real steps that it took."""
+        """Real steps that it took, those apart that were judged already."""
         return sum(value.judged.steps for value in self.values)
 
     def to_json(self) -> dict[str, Any]:
@@ -91,6 +91,7 @@ def policy_value(
     reality: RealityConfig,
     ledger: Ledger,
     *,
+    known: Mapping[str, JudgeResult],
     more: Callable[[Sequence[tuple[Candidate, float]]], Candidate | None] = lambda _: None,
     episodes: int,
     imagined: int,
@@ -100,12 +101,17 @@ def policy_value(
 ) -> PolicyValue:
     """Judge each candidate by `episodes` real episodes and imagine `imagined` of each, of at most `horizon` steps.
 
+    known: real episodes that were judged already, by the candidate's name, of the same seed and limit.
     more: given all (candidate, mean real return) so far, the next candidate to judge, or None. Raises UsageError if there is none at all.
     """
     judged: list[tuple[Candidate, JudgeResult]] = []
 
     def look(candidate: Candidate) -> None:
-        result = judge(candidate.policy, reality, ledger, episodes=episodes, seed=seed, max_episode_steps=horizon)
+        if candidate.name in known and len(known[candidate.name].episodes) >= episodes:
+            before = known[candidate.name]
+            result = replace(before, episodes=before.episodes[:episodes], steps=0, resets=0)
+        else:
+            result = judge(candidate.policy, reality, ledger, episodes=episodes, seed=seed, max_episode_steps=horizon)
         judged.append((candidate, result))
         progress(len(judged), f"{len(judged)} policies, {candidate.name}: {result.mean:.1f}")
 

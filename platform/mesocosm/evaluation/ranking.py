@@ -39,9 +39,9 @@ class Ranking:
     """Mean maximum rank violation, in units of return: the mean over policies of the largest real difference to another that the world
     ranks the other way round (Li et al. 2024, arXiv 2405.05941)"""
     regret: float | None
-    """regret@1: what choosing the policy that is best in the world loses in reality, as a share of the range"""
+    """regret@1: what choosing the policy that is best in the world loses in reality, as a share of the range; the mean over equally good ones"""
     chosen: int
-    """Row of that policy"""
+    """Row of that policy, the first of equals"""
     error: float
     """Mean absolute error of the world's values, in units of return"""
     bias: float
@@ -56,14 +56,15 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
     """`real`, `imagined`: mean returns [n], n >= 1, of the same policies."""
     R, S = np.asarray(real, dtype=np.float64), np.asarray(imagined, dtype=np.float64)
     low, high = float(R.min()), float(R.max())
-    span = high - low
+    span = _spread(R)
+    worth = float(R[S.max() == S].mean())  # of policies that the world holds equally good any may be chosen
     fifths = np.bincount(np.minimum((5 * (R - low) / span).astype(np.int64), 4), minlength=5) if span > 0 else np.array([len(R), 0, 0, 0, 0])
     notes = []
     if len(R) < FEWEST:
         notes.append(f"{len(R)} policies: a correlation needs at least {FEWEST}; add policies, or raise graded.")
     elif span == 0:
         notes.append(f"all {len(R)} policies have the same real return, {low:g}: correlation, rank violation and regret are undefined.")
-    elif np.ptp(S) == 0:
+    elif _spread(S) == 0:
         notes.append(f"the world gives all {len(R)} policies the same value, {S[0]:g}: correlations are undefined.")
     if len(R) < LEAST or (span > 0 and fifths.min() < PER_FIFTH):
         held = ", ".join(map(str, fifths))
@@ -71,6 +72,9 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
     pearson, pearson_interval = _correlation(_pearson, R, S, seed)
     spearman, spearman_interval = _correlation(_spearman, R, S, seed)
     top = np.median(R) <= R
+    spearman_top = _correlation(_spearman, R[top], S[top], seed)[0]
+    if spearman is not None and spearman_top is None:
+        notes.append("the better half of the policies are too few, or equal, for a correlation of their own.")
     chosen = int(S.argmax())
     return Ranking(
         policies=len(R),
@@ -81,9 +85,9 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
         pearson_interval=pearson_interval,
         spearman=spearman,
         spearman_interval=spearman_interval,
-        spearman_top=_correlation(_spearman, R[top], S[top], seed)[0],
+        spearman_top=spearman_top,
         mmrv=_mmrv(R, S) if span > 0 else None,
-        regret=(high - float(R[chosen])) / span if span > 0 else None,
+        regret=(high - worth) / span if span > 0 and _spread(S) > 0 else None,
         chosen=chosen,
         error=float(np.abs(S - R).mean()),
         bias=float((S - R).mean()),
@@ -94,15 +98,22 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
 def _correlation(
     of: Callable[[NDArray[np.float64], NDArray[np.float64]], float], R: NDArray[np.float64], S: NDArray[np.float64], seed: int
 ) -> tuple[float | None, stats.Interval | None]:
-    if len(R) < FEWEST or np.ptp(R) == 0 or np.ptp(S) == 0:
+    if len(R) < FEWEST or _spread(R) == 0 or _spread(S) == 0:
         return None, None
 
     def statistic(rows: NDArray[np.int64]) -> NDArray[np.float64]:
         with warnings.catch_warnings(), np.errstate(invalid="ignore"):
             warnings.simplefilter("ignore", scipy_stats.ConstantInputWarning)
+            warnings.simplefilter("ignore", scipy_stats.NearConstantInputWarning)
             return np.array([of(R[row], S[row]) for row in rows])
 
     return of(R, S), stats.bootstrap(statistic, len(R), seed=seed, resamples=stats.RESAMPLES // 4)
+
+
+def _spread(values: NDArray[np.float64]) -> float:
+    """Of the highest over the lowest; 0 where that is rounding."""
+    spread = float(np.ptp(values))
+    return spread if spread > 1e-9 * float(np.abs(values).max()) else 0.0
 
 
 def _pearson(R: NDArray[np.float64], S: NDArray[np.float64]) -> float:

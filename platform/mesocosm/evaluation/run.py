@@ -16,12 +16,11 @@ from mesocosm.data.dataset import Dataset
 from mesocosm.evaluation import imagine, page, report, suite
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.fidelity import Fidelity, fidelity
-from mesocosm.evaluation.judge import MAX_EPISODE_STEPS, JudgeResult, check_spaces, judge, judging
+from mesocosm.evaluation.judge import JudgeResult, judge, judging
 from mesocosm.evaluation.open_loop import check_dataset, codec_of
 from mesocosm.evaluation.verdicts import verdicts
 from mesocosm.model.world import World
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import facts_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
@@ -39,11 +38,9 @@ def plan(cfg: EvaluateConfig) -> dict[str, Any]:
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
     cfg = replace(cfg, reality=reality_of(cfg.reality, codec))
     agent = None if cfg.agent is None else storage.artifact("agents", cfg.agent)
-    known = facts_of(cfg.reality)
-    datasets = [storage.artifact("datasets", ref) for ref in (cfg.datasets or world.meta["inputs"]["datasets"])]
-    suite.check(cfg, storage, agent, datasets, known, known.max_episode_steps or MAX_EPISODE_STEPS)
-    facts |= {"agent": None if agent is None else agent.name, "policies compared": f"at most {suite.most_policies(cfg, agent)}"}
-    return facts | judging(cfg.reality, suite.most_episodes(cfg, agent))
+    found = suite.prepare(cfg, storage, world, codec, agent)
+    facts |= {"agent": None if agent is None else agent.name, "policies compared": f"at most {found.most_policies}"}
+    return facts | judging(cfg.reality, found.most_episodes)
 
 
 def run(cfg: EvaluateConfig, run: Run) -> Artifact:
@@ -59,18 +56,17 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     world, dataset = World.load(made.path), Dataset([artifact.path for artifact in datasets])
     codec = codec_of(world)
     check_dataset(dataset, codec)
-    policy, version, limit, candidates = None, "", MAX_EPISODE_STEPS, []
+    policy, plan = None, None
     if trained is not None or suite.compares(cfg):
         cfg = replace(cfg, reality=reality_of(cfg.reality, codec))
-        known = facts_of(cfg.reality)
-        version, limit = known.version, known.max_episode_steps or MAX_EPISODE_STEPS
-        if trained is not None:
-            policy = Policy.load(trained.path)
-            check_spaces(policy, known, cfg.reality)
-        candidates = suite.check(cfg, storage, trained, datasets, known, limit)
-    inputs = {"worlds": [made.id], "agents": [trained.id] if trained is not None else [], "datasets": [artifact.id for artifact in datasets]}
-    what = identity(cfg, without=["world", "agent", "datasets", "ledger", "reality.budget", "reality.step_timeout_s"])
-    id = fingerprint("evaluations", what, inputs, version, __version__, SCHEMA)
+        policy = None if trained is None else Policy.load(trained.path)
+        plan = suite.prepare(cfg, storage, made, codec, trained)
+        cfg = plan.cfg
+    agents = [] if plan is None else [*([] if trained is None else [trained.id]), *plan.agents]
+    inputs = {"worlds": [made.id], "agents": agents, "datasets": [artifact.id for artifact in datasets]}
+    what = identity(cfg, without=["world", "agent", "datasets", "ledger", "judge_steps", "reality.budget", "reality.step_timeout_s"])
+    known = [] if plan is None else [plan.facts.version, *plan.sources]
+    id = fingerprint("evaluations", what, inputs, known, __version__, SCHEMA)
     if not cfg.force and (found := storage.find("evaluations", id)) is not None:
         run.say(f"found {found.name}: nothing was evaluated; the report is {found.path / report.PAGE}")
         run.record(artifact=found.name, inputs=inputs)
@@ -79,14 +75,20 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     with run.progress("fidelity", None) as update:
         faithful = fidelity(world, dataset, horizons=[*cfg.horizons, *(["full"] if cfg.full else [])], starts=cfg.starts, samples=cfg.samples, seed=cfg.seed)
         update(1, f"{faithful.losses['total']:.3f} nats a transition")
-    result, imagined = None, None
-    ledger = Ledger(storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price) if version else None
-    if policy is not None and ledger is not None:
-        with run.progress("judge", cfg.episodes) as update:
-            result = judge(policy, cfg.reality, ledger, episodes=cfg.episodes, seed=cfg.seed, progress=update)
-        imagined = suite.imagined_mean(world, policy, cfg.imagined, limit, cfg.seed)
-    measured, _ = suite.run(cfg, run, world, made, dataset, trained, candidates, ledger, limit)
-    agent = None if result is None or imagined is None else {"real": result.mean, "world": imagined}
+    result, ledger = None, None
+    if plan is not None:
+        # A ledger of this evaluation's own bounds all attempts at it together.
+        bounds = {"judge": cfg.judge_steps} if cfg.judge_steps is not None and cfg.ledger is None else None
+        ledger = Ledger(storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price, bounds)
+        if cfg.adversary:
+            plan = suite.with_adversary(plan, run, made)
+        if policy is not None:
+            with run.progress("judge", cfg.episodes) as update:
+                result = judge(policy, cfg.reality, ledger, episodes=cfg.episodes, seed=cfg.seed, progress=update)
+    measured = suite.run(cfg, run, world, made, dataset, plan, ledger, result)
+    agent = None
+    if policy is not None and result is not None and plan is not None:
+        agent = {"real": result.mean, "world": suite.agents_value(measured, world, policy, cfg, plan.limit)}
     told = [verdict.to_json() for verdict in verdicts(measured, faithful.open_loop.to_json(), agent)]
     measured |= {"verdicts": told, "agent": agent, "time_to_end": faithful.time_to_end.to_json(), "loss_intervals": faithful.loss_intervals}
     spent = dataset.transitions + sum(int(drop["steps"]) for artifact in datasets for drop in artifact.meta.get("dropped", []))
@@ -133,15 +135,16 @@ def _report(
         checks=[{"round": None, **found["one_step"]}],
         lineage=[(kind, f"{kind}/{id}") for kind, ids in inputs.items() for id in ids] + [("code", f"mesocosm {__version__}")],
     )
-    if policy is None or result is None or ledger is None:
+    if ledger is None:
         return about
     totals = ledger.totals()
+    about = replace(about, purposes=report.purpose_rows(totals), currency=totals.currency)
+    if policy is None or result is None:
+        return about
     name = f"{policy.algo} in the world"
     return replace(
         about,
         agent=[report.Curve(name, [report.Point.of(spent, result.returns)])],
-        purposes=report.purpose_rows(totals),
-        currency=totals.currency,
         trajectories=[imagine.side_by_side(world, policy, result.episodes, title=name, seed=cfg.seed)],
         notes=[f"episode dropped: {reason}" for reason in result.dropped],
     )

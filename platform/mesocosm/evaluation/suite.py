@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.policy import Acts, policy_of
 from mesocosm.agents.rollout import imagined_returns
+from mesocosm.data import behaviours
+from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.episode import Episode
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import panel
 from mesocosm.evaluation.config import EvaluateConfig
-from mesocosm.evaluation.judge import check_spaces
+from mesocosm.evaluation.judge import MAX_EPISODE_STEPS, JudgeResult, check_spaces
 from mesocosm.evaluation.off_policy import OffPolicy, off_policy
 from mesocosm.evaluation.open_loop import codec_of
 from mesocosm.evaluation.panel import Candidate
 from mesocosm.evaluation.policy_value import PolicyValue, Value, policy_value
 from mesocosm.evaluation.starts import task_distribution
 from mesocosm.model.world import World
-from mesocosm.reality.env import EnvFacts
+from mesocosm.reality.env import EnvFacts, facts_of, source_hash
 from mesocosm.reality.ledger import Ledger
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.storage import Artifact, Storage
@@ -33,93 +36,119 @@ STARTS = 64
 """Logged states of each behaviour to start from, for each horizon."""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What an evaluation that asks reality will ask it, looked at before it does."""
+
+    cfg: EvaluateConfig
+    """With the full names of its policies"""
+    facts: EnvFacts
+    limit: int
+    """Steps of an episode, at most"""
+    agent: Artifact | None
+    candidates: list[Candidate]
+    agents: list[str]
+    """Ids of the agents among `policies`"""
+    sources: list[str]
+    """Hashes of scripted policies' code"""
+    most_policies: int
+    most_episodes: int
+
+
 def compares(cfg: EvaluateConfig) -> bool:
     return bool(cfg.policies or cfg.graded or cfg.adversary)
 
 
-def most_policies(cfg: EvaluateConfig, agent: Artifact | None) -> int:
-    """Policies that will be judged, at most."""
-    if not compares(cfg):
-        return 0
-    own = 0 if agent is None else 1 + len(list((agent.path / "snapshots").glob("*")))
-    return len(cfg.policies) + own + cfg.graded + bool(cfg.adversary)
+def most_episodes(cfg: EvaluateConfig, own: int) -> tuple[int, int]:
+    """(policies, real episodes) that will be judged, at most; `own`: the agent and its snapshots, 0 without an agent."""
+    policies = len(cfg.policies) + own + cfg.graded + bool(cfg.adversary) if compares(cfg) else 0
+    return policies, (cfg.episodes if own else 0) + policies * cfg.policy_episodes
 
 
-def most_episodes(cfg: EvaluateConfig, agent: Artifact | None) -> int:
-    """Real episodes that judging will take, at most."""
-    return (cfg.episodes if agent is not None else 0) + most_policies(cfg, agent) * cfg.policy_episodes
-
-
-def check(cfg: EvaluateConfig, storage: Storage, agent: Artifact | None, datasets: Sequence[Artifact], facts: EnvFacts, limit: int) -> list[Candidate]:
-    """The policies of the config and the agent's own. Raises UsageError, before a real step is spent, for a policy that is missing, of other
-    spaces or of the world's own data, and where judging might take more than `judge_steps`."""
-    most = most_episodes(cfg, agent) * limit
-    if cfg.judge_steps is not None and most > cfg.judge_steps:
+def check_steps(cfg: EvaluateConfig, own: int, limit: int) -> None:
+    """Raise UsageError where judging might take more than `judge_steps`."""
+    episodes = most_episodes(cfg, own)[1]
+    if cfg.judge_steps is not None and episodes * limit > cfg.judge_steps:
         raise UsageError(
-            f"judge_steps={cfg.judge_steps} is less than the {most} real steps that {most_episodes(cfg, agent)} episodes of at most {limit} steps may take; "
+            f"judge_steps={cfg.judge_steps} is less than the {episodes * limit} real steps that {episodes} episodes of at most {limit} steps may take; "
             "raise it, or lower episodes, policy_episodes or graded"
         )
-    if not compares(cfg):
-        return []
-    found = [panel.named(config, storage, *facts.spaces) for config in cfg.policies]
+
+
+def prepare(cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec, agent: Artifact | None) -> Prepared:
+    """Raises UsageError, before a real step is spent, for a reality of other spaces than the world's, a policy that is missing, of other spaces
+    or of the world's own data, and where judging might take more than `judge_steps`. `cfg.reality` is filled in."""
+    facts = facts_of(cfg.reality)
+    for what, theirs, own in zip(("observation", "action"), facts.spaces, (codec.observation_space, codec.action_space), strict=True):
+        if theirs != own:
+            raise UsageError(f"reality.env={cfg.reality.env!r} has the {what} space {theirs}, and {world.name} {own}; judge it in its own environment")
+    if cfg.adversary and json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
+        raise UsageError(f"adversary={cfg.adversary} seeks disagreement, and {world.name} has one member; set adversary=0, or pretrain with model.members")
+    cfg = replace(cfg, policies=[panel.full(config, storage) for config in cfg.policies])
+    limit = facts.max_episode_steps or MAX_EPISODE_STEPS
+    candidates = [panel.named(config, storage, *facts.spaces) for config in cfg.policies]
     refs = [config.policy for config in cfg.policies if config.policy is not None]
+    mine: list[Candidate] = []
     if agent is not None:
-        found += panel.snapshots(agent, storage)
-        refs.append(agent.name)
-    panel.held_out(refs, datasets)
-    for candidate in found:
-        check_spaces(candidate.policy, facts, cfg.reality)
-    return found
+        mine = panel.snapshots(agent, storage)
+        for candidate in mine:
+            check_spaces(candidate.policy, facts, cfg.reality)
+    check_steps(cfg, len(mine), limit)
+    if compares(cfg):
+        candidates += mine
+        for candidate in candidates:
+            check_spaces(candidate.policy, facts, cfg.reality)
+        data = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
+        panel.held_out([*refs, *([] if agent is None else [agent.name])], storage, data)
+    ids = sorted({ref.removeprefix("agents/").partition("@")[0] for ref in refs})
+    sources = [source_hash(behaviours.load_function(config.function)) for config in cfg.policies if config.function is not None]
+    return Prepared(cfg, facts, limit, agent, candidates, ids, sources, *most_episodes(cfg, len(mine)))
 
 
 def run(
-    cfg: EvaluateConfig,
-    run: Run,
-    world: World,
-    made: Artifact,
-    logs: Dataset,
-    agent: Artifact | None,
-    candidates: list[Candidate],
-    ledger: Ledger | None,
-    limit: int,
-) -> tuple[dict[str, Any], PolicyValue | None]:
-    """{"starts", "policy_value", "off_policy"} as JSON, of what was asked for, and the values. `cfg.reality` is filled in."""
+    cfg: EvaluateConfig, run: Run, world: World, made: Artifact, dataset: Dataset, plan: Prepared | None, ledger: Ledger | None, judged: JudgeResult | None
+) -> dict[str, Any]:
+    """{"starts", "policy_value", "off_policy"} as JSON, of what was asked for. `judged`: the agent's own episodes, which are not bought twice."""
     with run.progress("starts", None) as update:
-        starts = task_distribution(world, logs, seed=cfg.seed)
+        starts = task_distribution(world, dataset, seed=cfg.seed)
         update(1, "" if starts.auc is None else f"AUC {starts.auc:.2f}")
     found: dict[str, Any] = {"starts": starts.to_json()}
-    if not compares(cfg):
-        return found, None
-    assert ledger is not None
-    if cfg.adversary:
-        candidates = [*candidates, _adversary(cfg, run, made)]
-    grading = _grading(cfg, run.storage, agent, world)
-    count = most_policies(cfg, agent)
-    with run.progress("policy value", count) as update:
+    if plan is None or ledger is None or not compares(cfg):
+        return found
+    with run.progress("policy value", plan.most_policies) as update:
         values = policy_value(
             world,
-            candidates,
+            plan.candidates,
             cfg.reality,
             ledger,
-            more=grading,
+            known={} if judged is None else {panel.AGENT: judged},
+            more=_grading(cfg, run.storage, plan.agent, world),
             episodes=cfg.policy_episodes,
             imagined=cfg.imagined,
-            horizon=limit,
+            horizon=plan.limit,
             seed=cfg.seed,
             progress=update,
         )
         r = values.ranking.pearson
-        update(count, f"{len(values.values)} policies, r {'undefined' if r is None else f'{r:.2f}'}, {values.steps} real steps")
+        update(plan.most_policies, f"{len(values.values)} policies, r {'undefined' if r is None else f'{r:.2f}'}, {values.steps} real steps")
     found["policy_value"] = values.to_json()
+    logs = Dataset([run.storage.artifact("datasets", id).path for id in made.meta["inputs"]["datasets"]])
     with run.progress("off-policy", None) as update:
         away = _off_policy(cfg, world, logs, values)
         update(1, "" if away.auroc is None else f"AUROC of disagreement {away.auroc:.2f}")
-    return found | {"off_policy": away.to_json()}, values
+    return found | {"off_policy": away.to_json()}
 
 
-def imagined_mean(world: World, policy: Acts, episodes: int, horizon: int, seed: int) -> float:
-    """Mean imagined return of one policy."""
-    return float(imagined_returns([policy], WorldVectorEnv(episodes, world, horizon=horizon), seed).mean())
+def agents_value(measured: dict[str, Any], world: World, policy: Acts, cfg: EvaluateConfig, limit: int) -> float:
+    """The judged agent's mean imagined return: its row's among the compared policies, or that of `cfg.imagined` episodes."""
+    for row in measured.get("policy_value", {"policies": []})["policies"]:
+        if row["name"] == panel.AGENT:
+            return float(row["world"]["mean"])
+    return float(imagined_returns([policy], WorldVectorEnv(cfg.imagined, world, horizon=limit), cfg.seed).mean())
+
+
+def with_adversary(plan: Prepared, run: Run, world: Artifact) -> Prepared:
+    return replace(plan, candidates=[*plan.candidates, _adversary(plan.cfg, run, world)])
 
 
 def _grading(cfg: EvaluateConfig, storage: Storage, agent: Artifact | None, world: World) -> Any:

@@ -74,10 +74,13 @@ def off_policy(found: Mapping[str, Any]) -> str:
         figure = Figure(figsize=(9.2, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[3, 2])
         colours = matplotlib.colormaps["viridis"].resampled(max(len(behaviours), 2))
+        horizons = list(dict.fromkeys(line["horizon"] for row in behaviours for line in row["fidelity"]["open_loop"]["rows"]))
+        left.set_xticks(range(len(horizons)), horizons)
         for number, row in enumerate(behaviours):
             lines = [line for line in row["fidelity"]["open_loop"]["rows"] if line["ratio"]]
             colour = colours(0.9 * (1 - number / max(len(behaviours) - 1, 1)))
-            left.plot([line["horizon"] for line in lines], [line["ratio"] for line in lines], color=colour, marker="o", markersize=4, label=row["name"])
+            places = [horizons.index(line["horizon"]) for line in lines]
+            left.plot(places, [line["ratio"] for line in lines], color=colour, marker="o", markersize=4, label=row["name"])
             right.barh(number, row["large"], color=colour, height=0.62)
         left.set_yscale("log")
         left.axhline(1, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))

@@ -81,13 +81,14 @@ def off_policy(summary: Mapping[str, Any]) -> str:
         "ones; the dashed line is that tenth. AUROC: does the members' disagreement tell large errors from the others. "
         "Under logs of random actions every action is as likely, so that the distance says little: look at the errors."
     )
+    horizons = [line["horizon"] for line in summary["open_loop"][-1]["table"]["rows"] if line["horizon"] != "full"]
     rows = [
         [
             text(row["name"]),
             number(row["divergence"], 2),
             count(row["transitions"]),
-            *(ratio(next((r["ratio"] for r in row["fidelity"]["open_loop"]["rows"] if r["horizon"] == h), None)) for h in ("1", "15", "50")),
-            percent(next((r["coverage"] for r in row["fidelity"]["open_loop"]["rows"] if r["horizon"] == "1"), None)),
+            *(ratio(next((r["ratio"] for r in row["fidelity"]["open_loop"]["rows"] if r["horizon"] == h), None)) for h in horizons),
+            percent(next((r["coverage"] for r in row["fidelity"]["open_loop"]["rows"] if r["horizon"] == horizons[0]), None) if horizons else None),
             share(row["fidelity"]["one_step"]["auc"]),
             percent(row["large"]),
             number(row["disagreement"], 2),
@@ -95,7 +96,8 @@ def off_policy(summary: Mapping[str, Any]) -> str:
         ]
         for row in found["behaviours"]
     ]
-    head = ["behaviour", "distance", "transitions", "1 ahead", "15", "50", "intervals hold", "termination AUC", "large errors", "disagreement", "AUROC"]
+    told = ["intervals hold", "termination AUC", "large errors", "disagreement", "AUROC"]
+    head = ["behaviour", "distance", "transitions", *(html.escape(f"{h} ahead") for h in horizons), *told]
     pooled = f"<p class='why'>All together: AUROC {share(found['auroc'])} ({span(found['auroc_interval'], share)}).</p>"
     body = f"{figure(suite_figures.off_policy(found))}<p class='why'>{why}</p>{table(head, rows)}{pooled}"
     return section("Away from the data", body + _notes(found))

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mesocosm.evaluation import page
+from mesocosm.evaluation.ranking import LEAST, PER_FIFTH
 
 Answer = Literal["yes", "partly", "no", "unknown"]
 RANKS, REGRET = 0.9, 0.05
 """Pearson's r at least, and regret@1 at most, for a world that ranks policies; WorldGym reports r = .78 on robots (arXiv 2506.00613)."""
 RANKS_PARTLY = 0.7
 GAP = 0.1
-"""Of the agent's return (or of the range of policies' returns), between the world and reality, for a world to train in."""
+"""Of the range of policies' returns (of the agent's return, where none were compared), between the world and reality, for a world to train in."""
 STARTS = 0.6
 """AUC, at most, of a classifier that tells generated starts from real ones."""
 KNOWS = 0.75
@@ -42,13 +43,16 @@ def _ranks(value: Mapping[str, Any] | None) -> Verdict:
     found = value["ranking"]
     if found["pearson"] is None or found["regret"] is None:
         return Verdict(question, "unknown", " ".join(found["notes"]))
-    answer: Answer = "yes" if found["pearson"] >= RANKS and found["regret"] <= REGRET else "partly" if found["pearson"] >= RANKS_PARTLY else "no"
+    firm = found["policies"] >= LEAST and min(found["fifths"]) >= PER_FIFTH
+    ranks = found["pearson"] >= RANKS and found["regret"] <= REGRET
+    answer: Answer = "yes" if ranks and firm else "partly" if found["pearson"] >= RANKS_PARTLY else "no"
     low_high = f" ({page.span(found['pearson_interval'], lambda v: f'{v:.2f}')})" if found["pearson_interval"] is not None else ""
+    few = "" if firm else f" That rests on few policies: {', '.join(map(str, found['fifths']))} in the fifths of the range."
     return Verdict(
         question,
         answer,
         f"r = {found['pearson']:.2f}{low_high} over {found['policies']} policies; choosing by it loses {found['regret']:.1%} of the range; "
-        f"its values are off by {page.number(found['error'])} on average.",
+        f"its values are off by {page.number(found['error'])} on average.{few}",
     )
 
 
@@ -56,43 +60,56 @@ def _trains(value: Mapping[str, Any] | None, agent: Mapping[str, Any] | None) ->
     question = "Trust it to train in?"
     if agent is None:
         return Verdict(question, "unknown", "no agent was judged: set agent.")
-    span = abs(agent["real"]) if value is None else max(value["ranking"]["high"] - value["ranking"]["low"], abs(agent["real"]))
-    gap = agent["world"] - agent["real"]
-    share = abs(gap) / span if span else None
+    span = 0.0 if value is None else value["ranking"]["high"] - value["ranking"]["low"]
+    gap, size = agent["world"] - agent["real"], span or abs(agent["real"])
     said = f"its agent earns {page.number(agent['real'])} in reality and {page.number(agent['world'])} in the world"
-    if share is None:
+    if not size:
         return Verdict(question, "unknown", f"{said}; nothing to measure the gap by.")
+    share, of = abs(gap) / size, "of the policies' range" if span else "of the return"
     answer: Answer = "yes" if share <= GAP else "partly" if share <= 3 * GAP else "no"
     why = "" if answer == "yes" else ": it flatters what is trained in it" if gap > 0 else ": it is harder than reality"
-    return Verdict(question, answer, f"{said}, a gap of {share:.0%}{why}.")
+    return Verdict(question, answer, f"{said}, a gap of {share:.0%} {of}{why}.")
 
 
 def _horizon(table: Mapping[str, Any]) -> Verdict:
     question = "Up to which horizon?"
-    rows = [row for row in table["rows"] if row["ratio"] is not None and row["horizon"] != "full"]
-    if not rows:
-        return Verdict(question, "unknown", "no episode was long enough to measure an open-loop error.")
-    good = []
-    for row in rows:
-        if (row["interval"][1] if row["interval"] is not None else row["ratio"]) >= 1 or (row["linear"] is not None and row["ratio"] >= row["linear"]):
+    asked = sorted((row for row in table["rows"] if row["horizon"] != "full"), key=lambda row: row["steps"])
+    good, end = [], "all that was asked"
+    for row in asked:
+        why = _fails(row)
+        if why is not None:
+            end = f"not {row['horizon']}: {why}"
             break
         good.append(row)
     if not good:
-        return Verdict(question, "no", "not even one step ahead is it better than predicting no change and than a linear model.")
-    last, every = good[-1], len(good) == len([row for row in table["rows"] if row["horizon"] != "full"])
+        return Verdict(question, "no" if asked and asked[0]["starts"] else "unknown", f"{end}." if asked else "no horizon was asked for.")
+    last = good[-1]
     held = "" if last["coverage"] is None else f"; its {table['nominal']:.0%} intervals hold {last['coverage']:.0%} there"
-    further = "all that was asked" if every else f"not {rows[len(good)]['horizon']}" if len(good) < len(rows) else "held-out episodes are no longer"
-    return Verdict(question, "yes" if every else "partly", f"{last['horizon']} steps ({further}): error {page.ratio(last['ratio'])} of no change's{held}.")
+    error = f"categories right {last['accuracy']:.0%}" if last["ratio"] is None else f"error {page.ratio(last['ratio'])} of no change's"
+    return Verdict(question, "yes" if len(good) == len(asked) else "partly", f"{last['horizon']} steps ({end}): {error}{held}.")
+
+
+def _fails(row: Mapping[str, Any]) -> str | None:
+    """Why a horizon is beyond the world; None where it is not."""
+    if not row["starts"]:
+        return "no held-out episode is that long"
+    if row["ratio"] is None and row["accuracy"] is not None and row["persistence"] is None:
+        return None if row["accuracy"] > row["persistence_accuracy"] else "no better than no change"
+    if row["ratio"] is None:
+        return "nothing changes there" if row["persistence"] == 0 else "rollouts leave the finite numbers"
+    if (row["interval"][1] if row["interval"] is not None else row["ratio"]) >= 1:
+        return "no better than no change"
+    return "no better than a linear model" if row["linear"] is not None and row["ratio"] >= row["linear"] else None
 
 
 def _where(suite: Mapping[str, Any]) -> Verdict:
-    question = "Where not?"
+    question = "Trust it away from its data?"
     off = suite.get("off_policy")
     if off is None:
-        return Verdict(question, "unknown", "errors away from the data were not measured: that takes policies, or graded with an agent.")
+        return Verdict(question, "unknown", "not measured: that takes policies, or graded with an agent.")
     worst = max(off["behaviours"], key=lambda row: row["large"])
     knows = "" if off["auroc"] is None else f"; disagreement tells large errors from others with an AUROC of {off['auroc']:.2f}"
-    far = f"of {worst['name']}'s steps {worst['large']:.0%} have an error as large as a tenth of the held-out ones have{knows}."
+    far = f"worst of {worst['name']}, {worst['large']:.0%} of whose steps have an error that a tenth of the held-out ones have{knows}."
     answer: Answer = "yes" if worst["large"] <= 0.2 else "partly" if off["auroc"] is not None and off["auroc"] >= KNOWS else "no"
     return Verdict(question, answer, far)
 
@@ -101,5 +118,7 @@ def _starts(found: Mapping[str, Any] | None) -> Verdict:
     question = "Are its starts and tasks real ones?"
     if found is None or found["auc"] is None:
         return Verdict(question, "unknown", "too few real starts to tell." if found is None else " ".join(found["notes"]) or "undefined.")
-    answer: Answer = "yes" if found["auc"] <= STARTS else "partly" if found["auc"] <= 0.75 else "no"
-    return Verdict(question, answer, f"a classifier tells them from held-out real ones with an AUC of {found['auc']:.2f} (0.5: it cannot).")
+    held_out = found["split"] == "valid"
+    answer: Answer = "yes" if found["auc"] <= STARTS and held_out else "partly" if found["auc"] <= 0.75 else "no"
+    kind = "held-out real ones" if held_out else "the training split's (too few are held out, so that a memory would not show)"
+    return Verdict(question, answer, f"a classifier tells them from {kind} with an AUC of {found['auc']:.2f} (0.5: it cannot).")
