@@ -98,7 +98,8 @@ def train_agent(config: AgentConfig) -> tuple[Artifact, list[dict[str, Any]], Pa
     with tracking.start("train-agent", config, quiet=True) as run:
         artifact = train.run(config, run)
     path = run.folder / "metrics.jsonl"
-    return artifact, [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [], run.folder
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return artifact, [line for line in lines if "agent/imagined_steps" in line], run.folder
 
 
 def real_return(policy: Policy, episodes: int = 40) -> float:
@@ -134,12 +135,20 @@ def test_a_ppo_agent_learns_in_the_world_what_holds_in_reality(ray_local: None, 
     assert lines[0]["agent/imagined_return"] > returns[0] + 5, "begins where the former agent was"
     assert warm.meta["inputs"]["agents"] == [artifact.id]
     assert warm.meta["metrics"]["former_return"] > returns[0]
+    assert sorted(int(p.name) for p in (artifact.path / "snapshots").glob("*")) == [0, 2, 4, 5, 7, 9, 10, 12]
+    seen = artifact.meta["metrics"]
+    assert seen["best_return"] >= seen["greedy_return"] and seen["best_return"] > returns[0] and seen["kept_iteration"] > 0
 
     ruined, _, _ = train_agent(agent_config(root, "iterations=1", f"init={artifact.name}", "params.lr=10"))
     seen = ruined.meta["metrics"]
     assert seen["kept_former"] and seen["former_return"] > seen["greedy_return"]
     for name in ("policy.json", "policy.safetensors", "training.safetensors"):
         assert (ruined.path / name).read_bytes() == (artifact.path / name).read_bytes(), "training failed: what it began with is kept, whole"
+    collapsed, _, _ = train_agent(agent_config(root, "iterations=3", "snapshots=3", "params.lr=10"))
+    seen, kept = collapsed.meta["metrics"], int(collapsed.meta["metrics"]["kept_iteration"])
+    assert kept < 3 and seen["best_return"] > seen["greedy_return"], "the last policy is not the best, and not the agent"
+    for name in ("policy.safetensors", "training.safetensors"):
+        assert (collapsed.path / name).read_bytes() == (collapsed.path / "snapshots" / str(kept) / name).read_bytes()
     with pytest.raises(ArtifactError, match="does not hold weights of this network"):
         train_agent(agent_config(root, "iterations=1", f"init={artifact.name}", "model.fcnet_hiddens=[16]"))
 

@@ -31,7 +31,8 @@ class AgentConfig(JobConfig):
     rollout: int = 64
     """Steps of each environment in an iteration, which is num_envs x rollout imagined steps long."""
     snapshots: int = 8
-    """Policies kept on the way, evenly spread over the iterations: `agents/<id>@<iteration>`; 0 keeps none."""
+    """Policies kept on the way, evenly spread over the iterations: `agents/<id>@<iteration>`. The agent is the best of them
+    and the last, by greedy imagined episodes; 0 keeps none."""
     runners: int = 0
     """Environment runners in Ray actors, each with `num_envs` environments; 0: one in the job's own process."""
     horizon: int | None = None
@@ -43,14 +44,14 @@ class AgentConfig(JobConfig):
     """Datasets of logged starts; empty: those that the world was trained on."""
     objective: str = "return"
     """`return`, or `disagreement`: an adversary, which seeks what the members do not agree on (evaluate's off-policy table wants one)."""
-    penalty: float = 0.0
+    penalty: float = 0.1
     """Reward lost for a disagreement of 1 between the world's members (what a tenth of held-out transitions exceed), in units of the root mean
-    square of the data's rewards, and at most one such unit."""
+    square of the data's rewards, and at most one such unit. Without it agents drift off where nothing is known (docs/benchmarks.md)."""
     max_disagreement: float | None = None
     """Imagined episodes are truncated after a step whose disagreement exceeds this (the value of its last observation stands for the rest)."""
     init: str | None = None
     """`agents/<id>`: begin with the weights of an earlier agent of the same algorithm, network and spaces. Where training leaves it worse in
-    this world than it was (by greedy imagined episodes), the earlier agent is kept."""
+    this world than it was, the earlier agent is kept."""
 
 
 @dataclass

@@ -38,8 +38,8 @@ STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
 UNLIMITED = 1000
 """Imagined steps of an episode where neither the config nor the environment sets a limit."""
-COMPARED = 32
-"""Imagined episodes by which an agent is compared with the one that its training began with."""
+COMPARED = 16
+"""Imagined episodes of each policy, by which the best of a training is chosen."""
 MAX_STARTS = 50_000
 """Logged starts are a sample of so many of the datasets' observations at most."""
 
@@ -86,8 +86,8 @@ def plan(config: AgentConfig) -> dict[str, Any]:
 def run(config: AgentConfig, run: Run) -> Artifact:
     """Train and export. Raises UsageError for wrong settings, a missing world, dataset or agent, and weights of another network.
 
-    With `init` the artifact is the better in this world of the trained agent and the one it began with, by greedy imagined episodes: its
-    metrics say `greedy_return`, `former_return` and `kept_former`.
+    The artifact is what earns most in this world, by greedy imagined episodes, of the last policy, the snapshots and, with `init`, the agent
+    it began with: its metrics say `greedy_return` (of the last), `best_return`, `kept_iteration`, `former_return` and `kept_former`.
     """
     check(config)
     world = run.storage.artifact("worlds", config.world)
@@ -120,20 +120,21 @@ def run(config: AgentConfig, run: Run) -> Artifact:
                     rllib.load_training(algorithm, former.path)
                 kept = _snapshots(config)
 
+                def save(where: Path) -> None:
+                    rllib.export(algorithm, config.algo, codec.observation_space, codec.action_space).save(where)
+                    rllib.save_training(algorithm, where)
+
                 def snapshot(iteration: int) -> None:
                     if iteration in kept:
                         where = folder / SNAPSHOTS / str(iteration)
                         where.mkdir(parents=True)
-                        rllib.export(algorithm, config.algo, codec.observation_space, codec.action_space).save(where)
+                        save(where)
 
                 seen.update(_train(config, run, algorithm, snapshot))
-                policy = rllib.export(algorithm, config.algo, codec.observation_space, codec.action_space)
-                policy.save(folder)
-                rllib.save_training(algorithm, folder)
+                save(folder)
             finally:
                 algorithm.stop()
-            if former is not None:
-                seen.update(_better(config, run, arguments, policy, former, folder))
+            seen.update(_best(config, run, arguments, former, folder))
 
     meta = {"inputs": inputs, "config": facts, "job": "train-agent", "run": run.id, "metrics": seen}
     artifact = run.storage.make("agents", id, meta, fill, force=config.force)
@@ -158,11 +159,7 @@ def _served(config: AgentConfig, world: Artifact) -> Iterator[None]:
 
 def _members(config: AgentConfig, world: Artifact) -> None:
     """Raise UsageError where what is asked rests on a disagreement that the world cannot have."""
-    asked: dict[str, Any] = {
-        "penalty": config.penalty or None,
-        "max_disagreement": config.max_disagreement,
-        "objective": None if config.objective == "return" else config.objective,
-    }
+    asked: dict[str, Any] = {"max_disagreement": config.max_disagreement, "objective": None if config.objective == "return" else config.objective}
     if json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
         for key, value in asked.items():
             if value is not None:
@@ -178,16 +175,28 @@ def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Ar
     return [storage.artifact("datasets", name) for name in names]
 
 
-def _better(config: AgentConfig, run: Run, arguments: Mapping[str, Any], policy: Policy, former: Artifact, folder: Path) -> dict[str, float]:
-    """Put the former agent's files in the new one's place where it earns more in this world: a training that failed is foretold there."""
-    seed = int(fingerprint("compared", config.seed)[:8], 16)
-    new, old = imagined_returns([policy, Policy.load(former.path)], WorldVectorEnv(2 * COMPARED, **arguments), seed).mean(1).tolist()
-    if kept := not new >= old:  # also where the new one's is NaN
-        run.say(f"imagined return {new:.1f}, and {old:.1f} of {former.name}, with which training began: that agent is kept")
+def _best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], former: Artifact | None, folder: Path) -> dict[str, float]:
+    """Put what earns most in this world in the agent's place: itself, a snapshot, or the agent it began with; of equals the latest. PPO
+    collapses now and then after the world is solved, and a training that failed is foretold here."""
+    taken = sorted((int(path.name) for path in (folder / SNAPSHOTS).glob("*")), reverse=True)
+    options = [folder, *(folder / SNAPSHOTS / str(i) for i in taken), *([] if former is None else [former.path])]
+    if len(options) == 1:
+        return {}
+    policies, seed = [Policy.load(option) for option in options], int(fingerprint("compared", config.seed)[:8], 16)
+    with run.progress("train-agent: which policy", None) as update:
+        found = imagined_returns(policies, WorldVectorEnv(len(policies) * COMPARED, **arguments), seed).mean(1)
+        update(1, f"imagined {found[0]:.1f} at the end, {np.nanmax(found):.1f} at best")
+    best = int(np.nan_to_num(found, nan=-np.inf).argmax())
+    seen = {"greedy_return": float(found[0]), "best_return": float(found[best]), "kept_iteration": float([config.iterations, *taken, -1][best])}
+    if former is not None:
+        seen |= {"former_return": float(found[-1]), "kept_former": float(best == len(options) - 1)}
+    if best:
         for name in (POLICY_JSON, WEIGHTS, rllib.TRAINING_STATE):
-            shutil.copyfile(former.path / name, folder / name)
+            shutil.copyfile(options[best] / name, folder / name)
+        what = f"its policy after {taken[best - 1]} iterations" if best <= len(taken) else f"{former.name if former else ''}, with which it began"
+        run.say(f"the last policy earns {found[0]:.1f} in the world, {what}, {found[best]:.1f}: that one is kept")
+    if seen.get("kept_former"):
         shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of a training that led elsewhere
-    seen = {"greedy_return": new, "former_return": old, "kept_former": float(kept)}
     run.log({f"agent/{name}": value for name, value in seen.items()}, step=config.iterations)
     return seen
 

@@ -105,12 +105,13 @@ def named(config: BehaviourConfig, storage: Storage, observation_space: gymnasiu
 
 
 def snapshots(agent: Artifact, storage: Storage) -> list[Candidate]:
-    """An agent's policies along its training, the last being the agent, in order. The first, where it began with another agent, is that one."""
+    """An agent's policies along its training, then the agent itself, which is the best of them. The first, where it began with another agent,
+    is that one."""
     iterations = sorted(int(path.name) for path in (agent.path / SNAPSHOTS).glob("*"))
     iterations = [i for i in iterations if i or not agent.meta.get("inputs", {}).get("agents")]
-    found = [Candidate(f"{AGENT}@{i}", policy_of(storage, f"{agent.name}@{i}"), iteration=i) for i in iterations]
-    last = agent.meta["config"]["iterations"]
-    return [*found, Candidate(AGENT, policy_of(storage, agent.name), iteration=last)]
+    kept = int(agent.meta.get("metrics", {}).get("kept_iteration", agent.meta["config"]["iterations"]))
+    found = [Candidate(f"{AGENT}@{i}", policy_of(storage, f"{agent.name}@{i}"), iteration=i) for i in iterations if i != kept]
+    return [*found, Candidate(AGENT, policy_of(storage, agent.name), iteration=max(kept, 0))]
 
 
 def graded(policy: Acts, action_space: gymnasium.Space[Any], noise: float) -> Candidate:
