@@ -179,6 +179,7 @@ def _best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], former: A
     """Put what earns most in this world in the agent's place: itself, a snapshot, or the agent it began with; of equals the latest. PPO
     collapses now and then after the world is solved, and a training that failed is foretold here."""
     taken = sorted((int(path.name) for path in (folder / SNAPSHOTS).glob("*")), reverse=True)
+    taken = [i for i in taken if i or former is None]  # the first is the agent that it began with
     options = [folder, *(folder / SNAPSHOTS / str(i) for i in taken), *([] if former is None else [former.path])]
     if len(options) == 1:
         return {}
