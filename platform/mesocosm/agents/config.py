@@ -44,7 +44,7 @@ class AgentConfig(JobConfig):
     """Datasets of logged starts; empty: those that the world was trained on."""
     objective: str = "return"
     """`return`, or `disagreement`: an adversary, which seeks what the members do not agree on (evaluate's off-policy table wants one)."""
-    penalty: float = 0.1
+    penalty: float = 0.3
     """Reward lost for a disagreement of 1 between the world's members (what a tenth of held-out transitions exceed), in units of the root mean
     square of the data's rewards, and at most one such unit. Without it agents drift off where nothing is known (docs/benchmarks.md)."""
     max_disagreement: float | None = None
