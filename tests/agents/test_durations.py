@@ -178,7 +178,7 @@ def sampled(algorithm: Any) -> list[Any]:
     return list(buffer.sample(num_items=64, n_step=algorithm.config.n_step, gamma=GAMMA, beta=0.4, batch_length_T=0, lookback=0, sample_episodes=True))
 
 
-@pytest.mark.parametrize("algo", ["PPO", "DQN", "SAC", "APPO", "IMPALA"])
+@pytest.mark.parametrize("algo", ["PPO", *(pytest.param(algo, marks=pytest.mark.slow) for algo in ("DQN", "SAC", "APPO", "IMPALA"))])
 def test_every_algorithm_discounts_by_durations(ray_local: None, tmp_path: Path, algo: str) -> None:
     """Losses discount by gamma (1 - terminated), and by gamma ** n_step (1 - terminated) those of replay: that is gamma^dt."""
     with built(tmp_path, algo, pace, 4, 16) as algorithm:

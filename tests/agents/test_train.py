@@ -232,7 +232,7 @@ def test_a_measured_baseline_counts_no_measuring(ray_local: None, root: str) -> 
     assert totals.purposes["judge"].steps == curve["judge_steps"] == sum(sum(point["returns"]) for point in judged), "one reward a step in CartPole"
 
 
-@pytest.mark.parametrize("algo", ["PPO", "DQN"])
+@pytest.mark.parametrize("algo", ["PPO", pytest.param("DQN", marks=pytest.mark.slow)])
 def test_a_baseline_never_exceeds_its_cap_and_ends_censored(ray_local: None, root: str, algo: str) -> None:
     shape = ["num_envs=3", "rollout=40", "params.minibatch_size=60"] if algo == "PPO" else ["num_envs=2", "rollout=1", "iteration_steps=60"]
     learning = [] if algo == "PPO" else ["params.num_steps_sampled_before_learning_starts=50"]

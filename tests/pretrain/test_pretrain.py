@@ -91,6 +91,7 @@ def test_run_again_finds_it_and_nothing_is_left_behind(whole: Any, pretrain: Mak
     assert Storage(root).list("runs/checkpoints") == []
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_no_digit(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL in step 6, after the checkpoint of step 4: every step's loss is that of the undisturbed run, also those trained twice."""
     marker = tmp_path / "killed"
@@ -148,6 +149,7 @@ def test_more_workers_than_the_cluster_has(tmp_path: Path, cart_root: Make, pret
         pretrain(cart_root(tmp_path), "train.batch=16", "train.events=16", "train.workers=8")
 
 
+@pytest.mark.slow
 def test_corrupted_histories_of_a_single_episode_train_every_member(tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
     """The first loss is that of the noisy windows, and a member that would keep no episode keeps all."""
     root = cart_root(tmp_path, 1)

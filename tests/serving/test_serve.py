@@ -185,6 +185,7 @@ def full_port() -> Iterator[int]:
             one.close()
 
 
+@pytest.mark.slow
 def test_no_line(served: str, full_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a firewall drops packets, and where the replica listens on the loopback of another node, calls go through Serve: not one step
     but the first waits for the line, and nobody else is sent the token."""
