@@ -120,6 +120,7 @@ def test_a_killed_worker_costs_no_digit(whole: Any, tmp_path: Path, cart_root: M
     assert same[0] == same[1], "the weights are the same to the last bit"
 
 
+@pytest.mark.slow
 def test_two_workers_agree_with_one(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
     two = pretrain(cart_root(tmp_path), *SHORT, "train.workers=2", "train.peak_flops=1e9")
     last = next(line for line in two.lines if line["step"] == 12)

@@ -246,6 +246,7 @@ def test_a_message_too_large(served: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert rollout(env, 4) == rollout(WorldVectorEnv(64, app="two"), 4)
 
 
+@pytest.mark.slow
 def test_eviction(served: str) -> None:
     """A replica with room for two sessions and three clients: the least recently used goes, and whoever comes back goes on with the same bits."""
     deploy(ServeConfig(world="sequence", name="small", cpus=0.5, max_sessions=2, storage=StorageConfig(served)))
