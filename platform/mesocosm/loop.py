@@ -30,7 +30,7 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import report, suite
 from mesocosm.evaluation import run as evaluation
 from mesocosm.evaluation.config import EvaluateConfig
-from mesocosm.evaluation.judge import MAX_EPISODE_STEPS, judging
+from mesocosm.evaluation.judge import judging, longest
 from mesocosm.pretrain import run as pretraining
 from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.reality import config as reality_config
@@ -178,7 +178,7 @@ def _look(cfg: LoopConfig, given: list[Artifact]) -> str:
         if (data.observation_space, data.action_space) != known.spaces:
             theirs = f"{data.observation_space}, {data.action_space}"
             raise UsageError(f"{artifact.name} has the spaces {theirs}, and reality.env={cfg.reality.env!r} others; give data of its own")
-    suite.check_steps(cfg.evaluate, 1 + cfg.agent.snapshots, known.max_episode_steps or MAX_EPISODE_STEPS)
+    suite.check_steps(cfg.evaluate, 1 + cfg.agent.snapshots, longest(known))
     return known.version
 
 

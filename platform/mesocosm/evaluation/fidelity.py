@@ -14,6 +14,7 @@ from mesocosm.data.loader import Loader
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.open_loop import HORIZONS, ROWS, Array, Log, OpenLoop, begin_at, codec_of, open_loop
 from mesocosm.model import rng
+from mesocosm.model.base import Base
 from mesocosm.model.world import World
 
 ONE_STEP_TRANSITIONS = 4096
@@ -105,13 +106,13 @@ def fidelity(
     samples: int = 19,
     seed: int = 0,
     split: Split = "valid",
-    reference: Dataset | None = None,
+    linear: Base | None = None,
 ) -> Fidelity:
     """All of it. Falls back on the training split, with a note in each table, where validation holds fewer than two episodes.
 
-    Raises UsageError where the dataset is of other spaces than the world. `reference`: see `open_loop`.
+    Raises UsageError where the dataset is of other spaces than the world. `linear`: see `open_loop`.
     """
-    table = open_loop(world, dataset, horizons=horizons, starts=starts, samples=samples, seed=seed, split=split, reference=reference)
+    table = open_loop(world, dataset, horizons=horizons, starts=starts, samples=samples, seed=seed, split=split, linear=linear)
     nats, intervals = losses(world, dataset, table.split)
     return Fidelity(
         nats,
@@ -223,6 +224,6 @@ def time_to_end(world: World, dataset: Dataset, split: Split = "valid", *, seed:
         expected += np.where(alive, going, 0.0)
         going = np.where(alive, going * (1.0 - out.p_terminated.cpu().double().numpy()), going)
     # The end falls on step t with the chance of going on until then; what goes on for longer ends one step late at least.
-    late = (expected + going - ahead[rows]).reshape(count, members).mean(1)
-    errors = np.abs(expected + going - ahead[rows]).reshape(count, members).mean(1)
+    off = (expected + going - ahead[rows]).reshape(count, members)
+    late, errors = off.mean(1), np.abs(off).mean(1)
     return TimeToEnd(count, float(ahead.mean()), float(late.mean()), float(errors.mean()), stats.mean_interval(errors), float(going.mean()), None)

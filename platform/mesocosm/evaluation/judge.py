@@ -128,9 +128,14 @@ def judge(
     return JudgeResult(tuple(done), steps, resets, tuple(dropped))
 
 
+def longest(facts: EnvFacts) -> int:
+    """Steps of a judged episode, at most."""
+    return facts.max_episode_steps or MAX_EPISODE_STEPS
+
+
 def judging(reality: RealityConfig, episodes: int) -> dict[str, Any]:
     """What judging so many episodes would take of reality at most, for a dry run. Takes no real step."""
-    steps, price = episodes * (facts_of(reality).max_episode_steps or MAX_EPISODE_STEPS), reality.price
+    steps, price = episodes * longest(facts_of(reality)), reality.price
     dear = steps * price.per_step + episodes * price.per_reset
     return {"judged episodes": episodes, "judged real steps": f"at most {steps}", "price of judging": f"at most {dear:g} {price.currency}"}
 

@@ -24,7 +24,7 @@ from mesocosm.data.manifest import Environment
 from mesocosm.data.writer import write_dataset
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.fidelity import Fidelity, fidelity
-from mesocosm.evaluation.open_loop import Array, Log, begin_at, codec_of
+from mesocosm.evaluation.open_loop import Array, Log, begin_at, codec_of, linear_model
 from mesocosm.model import rng
 from mesocosm.model.base import MAX_CARDINALITY
 from mesocosm.model.world import World
@@ -129,14 +129,14 @@ def off_policy(
         # Errors of categories alone are few values, and the bound may be the largest of them.
         return error >= bound if (near.error > bound).sum() == 0 and bound > 0 else error > bound
 
-    clone = Clone.fit(logs, codec, seed)
+    clone, linear = Clone.fit(logs, codec, seed), linear_model(logs, codec)
     rows: list[Behaviour] = []
     pooled = [near]
     for name, episodes in behaviours:
         with tempfile.TemporaryDirectory() as folder:
             data = _dataset(Path(folder) / "episodes", episodes, logs, codec.environment["task"], seed)
             far = one_step_errors(world, data, "train", seed=seed)
-            found = fidelity(world, data, horizons=horizons, starts=starts, samples=samples, seed=seed, split="train", reference=logs)
+            found = fidelity(world, data, horizons=horizons, starts=starts, samples=samples, seed=seed, split="train", linear=linear)
             area, interval = (None, None) if alone else stats.auc(large(far.error), far.disagreement, far.group)
             if far.diverged:
                 notes.append(f"{name}: {far.diverged} of {len(far.error)} steps left all bounds; they count as the largest errors.")

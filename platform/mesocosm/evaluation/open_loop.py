@@ -169,7 +169,7 @@ def open_loop(
     seed: int = 0,
     warmup: int | None = None,
     split: Split = "valid",
-    reference: Dataset | None = None,
+    linear: Base | None = None,
 ) -> OpenLoop:
     """The table of open-loop errors of `world` on the validation split of `dataset`.
 
@@ -177,7 +177,7 @@ def open_loop(
         starts: logged states at most, for each horizon.
         samples: sampled rollouts from each start; their mean is the prediction.
         warmup: true steps of history given before a start; None is half of the world's context.
-        reference: the dataset on whose training split the linear model is fitted; None: `dataset`.
+        linear: the linear model to compare with; None: `linear_model` of the dataset.
 
     Falls back on the training split, with a note, where validation holds fewer than two episodes. Raises UsageError where
     the dataset is of other spaces.
@@ -189,7 +189,7 @@ def open_loop(
         split = "train"
         notes.append(f"validation holds {len(dataset.episodes('valid'))} episodes, too few: these are errors on the training split.")
     log = Log(dataset, codec, split)
-    linear = _linear(world, dataset if reference is None else reference, codec)
+    linear = linear_model(dataset, codec) if linear is None else linear
     rows = []
     for number, horizon in enumerate(horizons):
         generator = np.random.default_rng([seed, number])
@@ -277,8 +277,8 @@ def _inside(numbers: Array, truth: Array, bins: Array, generator: np.random.Gene
     return (numbers.min(1) <= spread) & (spread <= numbers.max(1))
 
 
-def _linear(world: World, dataset: Dataset, codec: Codec) -> Base:
-    """The base's own ridge regression, without its network."""
+def linear_model(dataset: Dataset, codec: Codec) -> Base:
+    """The base's own ridge regression of the training split, without its network."""
     return Base.fit(codec.spec, ModelConfig(members=1), transitions(dataset, codec), 0, steps=0)
 
 

@@ -154,9 +154,6 @@ def _checks(summary: Mapping[str, Any]) -> str:
     if not summary["checks"]:
         return ""
 
-    def share(value: float | None) -> str:
-        return UNDEFINED if value is None else f"{value:.2f}"
-
     def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
         return share(value) + ("" if interval is None else f" ({span(interval, share)})")
 
@@ -247,6 +244,10 @@ def count(value: float | None) -> str:
 
 def number(value: float | None, digits: int = 1) -> str:
     return UNDEFINED if value is None else f"{value:,.{digits}f}"
+
+
+def share(value: float | None) -> str:
+    return UNDEFINED if value is None else f"{value:.2f}"
 
 
 def ratio(value: float | None) -> str:

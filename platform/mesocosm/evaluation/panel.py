@@ -21,7 +21,7 @@ from mesocosm.agents.policy import SNAPSHOTS, Acts, RandomPolicy, batch_size, po
 from mesocosm.data import behaviours
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.errors import UsageError
-from mesocosm.evaluation.ranking import LEAST, PER_FIFTH
+from mesocosm.evaluation.ranking import fifths_of, firm
 from mesocosm.reality.env import Act
 from mesocosm.storage import Artifact, Storage
 
@@ -141,8 +141,8 @@ def next_noise(noises: Mapping[float, float], returns: Sequence[float], most: fl
     low, high = min(returns), max(returns)
     if high == low:
         return None
-    counts = np.bincount(np.minimum((5 * (np.asarray(returns) - low) / (high - low)).astype(np.int64), 4), minlength=5)
-    if counts.min() >= PER_FIFTH and len(returns) >= LEAST:
+    counts = fifths_of(returns)
+    if firm(counts):
         return None
     levels = sorted(noises)
     for fifth in np.argsort(counts, kind="stable"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,13 +52,25 @@ class Ranking:
         return asdict(self)
 
 
+def fifths_of(returns: ArrayLike) -> tuple[int, ...]:
+    """How many lie in each fifth of their range, from below; they are not all equal."""
+    values = np.asarray(returns, dtype=np.float64)
+    low, span = values.min(), np.ptp(values)
+    return tuple(np.bincount(np.minimum((5 * (values - low) / span).astype(np.int64), 4), minlength=5).tolist())
+
+
+def firm(fifths: Sequence[int]) -> bool:
+    """Whether so many policies in each fifth are enough for figures to rest on."""
+    return sum(fifths) >= LEAST and min(fifths) >= PER_FIFTH
+
+
 def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
     """`real`, `imagined`: mean returns [n], n >= 1, of the same policies."""
     R, S = np.asarray(real, dtype=np.float64), np.asarray(imagined, dtype=np.float64)
     low, high = float(R.min()), float(R.max())
     span = _spread(R)
     worth = float(R[S.max() == S].mean())  # of policies that the world holds equally good any may be chosen
-    fifths = np.bincount(np.minimum((5 * (R - low) / span).astype(np.int64), 4), minlength=5) if span > 0 else np.array([len(R), 0, 0, 0, 0])
+    fifths = fifths_of(R) if span > 0 else (len(R), 0, 0, 0, 0)
     notes = []
     if len(R) < FEWEST:
         notes.append(f"{len(R)} policies: a correlation needs at least {FEWEST}; add policies, or raise graded.")
@@ -66,7 +78,7 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
         notes.append(f"all {len(R)} policies have the same real return, {low:g}: correlation, rank violation and regret are undefined.")
     elif _spread(S) == 0:
         notes.append(f"the world gives all {len(R)} policies the same value, {S[0]:g}: correlations are undefined.")
-    if len(R) < LEAST or (span > 0 and fifths.min() < PER_FIFTH):
+    if len(R) < LEAST or (span > 0 and not firm(fifths)):
         held = ", ".join(map(str, fifths))
         notes.append(f"{len(R)} policies, in the fifths of the real range {held}: at least {LEAST}, and {PER_FIFTH} in each, make these figures firm.")
     pearson, pearson_interval = _correlation(_pearson, R, S, seed)
@@ -80,7 +92,7 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
         policies=len(R),
         low=low,
         high=high,
-        fifths=tuple(int(n) for n in fifths),
+        fifths=fifths,
         pearson=pearson,
         pearson_interval=pearson_interval,
         spearman=spearman,

@@ -17,7 +17,7 @@ from mesocosm.data.episode import Episode
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import panel
 from mesocosm.evaluation.config import EvaluateConfig
-from mesocosm.evaluation.judge import MAX_EPISODE_STEPS, JudgeResult, check_spaces
+from mesocosm.evaluation.judge import JudgeResult, check_spaces, longest
 from mesocosm.evaluation.off_policy import OffPolicy, off_policy
 from mesocosm.evaluation.open_loop import codec_of
 from mesocosm.evaluation.panel import Candidate
@@ -85,19 +85,15 @@ def prepare(cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec
     if cfg.adversary and json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
         raise UsageError(f"adversary={cfg.adversary} seeks disagreement, and {world.name} has one member; set adversary=0, or pretrain with model.members")
     cfg = replace(cfg, policies=[panel.full(config, storage) for config in cfg.policies])
-    limit = facts.max_episode_steps or MAX_EPISODE_STEPS
+    limit = longest(facts)
     candidates = [panel.named(config, storage, *facts.spaces) for config in cfg.policies]
     refs = [config.policy for config in cfg.policies if config.policy is not None]
-    mine: list[Candidate] = []
-    if agent is not None:
-        mine = panel.snapshots(agent, storage)
-        for candidate in mine:
-            check_spaces(candidate.policy, facts, cfg.reality)
+    mine = [] if agent is None else panel.snapshots(agent, storage)
+    for candidate in [*candidates, *mine]:
+        check_spaces(candidate.policy, facts, cfg.reality)
     check_steps(cfg, len(mine), limit)
     if compares(cfg):
         candidates += mine
-        for candidate in candidates:
-            check_spaces(candidate.policy, facts, cfg.reality)
         data = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
         panel.held_out([*refs, *([] if agent is None else [agent.name])], storage, data)
     ids = sorted({ref.removeprefix("agents/").partition("@")[0] for ref in refs})

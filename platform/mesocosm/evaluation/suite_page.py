@@ -7,13 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mesocosm.evaluation import suite_figures
-from mesocosm.evaluation.page import UNDEFINED, count, figure, number, ratio, section, span, table, text
+from mesocosm.evaluation.page import UNDEFINED, count, figure, number, ratio, section, share, span, table, text
 
 ANSWERS = {"yes": "yes", "partly": "partly", "no": "no", "unknown": "not known"}
-
-
-def share(value: float | None) -> str:
-    return UNDEFINED if value is None else f"{value:.2f}"
 
 
 def percent(value: float | None) -> str:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mesocosm.evaluation import page
-from mesocosm.evaluation.ranking import LEAST, PER_FIFTH
+from mesocosm.evaluation.ranking import firm
 
 Answer = Literal["yes", "partly", "no", "unknown"]
 RANKS, REGRET = 0.9, 0.05
@@ -43,11 +43,11 @@ def _ranks(value: Mapping[str, Any] | None) -> Verdict:
     found = value["ranking"]
     if found["pearson"] is None or found["regret"] is None:
         return Verdict(question, "unknown", " ".join(found["notes"]))
-    firm = found["policies"] >= LEAST and min(found["fifths"]) >= PER_FIFTH
+    enough = firm(found["fifths"])
     ranks = found["pearson"] >= RANKS and found["regret"] <= REGRET
-    answer: Answer = "yes" if ranks and firm else "partly" if found["pearson"] >= RANKS_PARTLY else "no"
+    answer: Answer = "yes" if ranks and enough else "partly" if found["pearson"] >= RANKS_PARTLY else "no"
     low_high = f" ({page.span(found['pearson_interval'], lambda v: f'{v:.2f}')})" if found["pearson_interval"] is not None else ""
-    few = "" if firm else f" That rests on few policies: {', '.join(map(str, found['fifths']))} in the fifths of the range."
+    few = "" if enough else f" That rests on few policies: {', '.join(map(str, found['fifths']))} in the fifths of the range."
     return Verdict(
         question,
         answer,
