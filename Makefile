@@ -35,8 +35,12 @@ lint: install
 
 bench: bench-serve bench-world
 
-bench-agents bench-world bench-serve bench-mup bench-pessimism: install
+bench-world bench-serve bench-mup bench-pessimism: install
 	$(BIN)/python tests/bench/$(subst -,_,$@).py
+
+bench-agents: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	$(BIN)/python tests/bench/bench_agents.py
 
 clean:
 	rm -rf $(VENV)

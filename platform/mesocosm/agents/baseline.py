@@ -81,10 +81,10 @@ def judged(config: BaselineConfig) -> int:
 def run(config: BaselineConfig, run: Run) -> Artifact:
     """Train until the target is confirmed or the steps are spent. An `evaluations` artifact: curve.json and policy/.
 
-    curve.json: {"points": [{"steps", "return", "kind": "train" | "select" | "judge", "seconds"}], "target", "reached": real steps at which the
-    target was confirmed or null, "reached_in_training": where the training episodes' own mean first was there, or null, "steps",
-    "train_steps", "select_steps", "judge_steps", "dropped": why episodes were cut
-    (a crash, a hang, NaN), "cap", "censored": not reached, "algo", "seconds", "ledger"}.
+    curve.json: {"points": [{"steps", "return", "kind": "train" | "select" | "judge", "seconds"}; of a judgement also "returns" and
+    "judge_steps", what it took], "target", "reached": real steps at which the target was confirmed or null, "reached_in_training": where the
+    training episodes' own mean first was there, or null, "steps", "train_steps", "select_steps", "judge_steps", "dropped": why episodes were
+    cut (a crash, a hang, NaN), "cap", "censored": not reached, "algo", "seconds", "ledger"}.
     """
     check(config)
     told = {"params": _params(config), "model": settings.model(config.algo, config.model), "shape": list(shape(config))}
@@ -227,12 +227,11 @@ class _Training:
         ledger = Ledger(self.run.storage, self.ledger, BudgetConfig(), config.reality.price)
         result = judge(rllib.export(algorithm, config.algo, *self.spaces), config.reality, ledger, episodes=config.judge_episodes, seed=config.seed)
         self.judge_steps += result.steps
-        self._point(result.mean, "judge", list(result.returns))
+        self._point(result.mean, "judge", returns=list(result.returns), judge_steps=result.steps)
         return config.target is not None and result.mean >= config.target
 
-    def _point(self, mean: float, kind: str, returns: list[float] | None = None) -> None:
-        point: dict[str, Any] = {"steps": self.steps, "return": mean, "kind": kind, "seconds": round(time.monotonic() - self.began, 2)}
-        self.points.append(point | ({} if returns is None else {"returns": returns}))
+    def _point(self, mean: float, kind: str, **more: Any) -> None:
+        self.points.append({"steps": self.steps, "return": mean, "kind": kind, "seconds": round(time.monotonic() - self.began, 2), **more})
         self.run.log({f"baseline/{kind}_return": mean, "baseline/real_steps": self.steps}, step=self.steps)
 
 

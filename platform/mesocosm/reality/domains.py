@@ -1,0 +1,33 @@
+"""Ground-truth environments that come with Mesocosm, beside every Gymnasium id: `reality.env=mesocosm.reality.domains:reacher`.
+
+Here stands what Gymnasium has, in a form that names its task.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium import spaces
+
+TARGET = slice(4, 6)
+"""Where Reacher-v5's observation holds the target's x and y, in metres."""
+
+
+class reacher(gymnasium.ObservationWrapper[dict[str, Any], Any, Any]):
+    """Gymnasium's Reacher-v5 with the target as the task: observations are {"arm": [8] float64, "target": [2] float64}, of which the
+    target stays as it is for a whole episode. `reality.task: [target]` makes it the head of every trajectory, and the world learns to draw it."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(gymnasium.make("Reacher-v5", disable_env_checker=True, **kwargs))
+        box = self.env.observation_space
+        assert isinstance(box, spaces.Box)
+        self.observation_space = spaces.Dict({"arm": _unbounded(box.shape[0] - 2), "target": _unbounded(2)})
+
+    def observation(self, observation: Any) -> dict[str, Any]:
+        return {"arm": np.delete(observation, TARGET), "target": observation[TARGET].copy()}
+
+
+def _unbounded(size: int) -> spaces.Box:
+    return spaces.Box(-np.inf, np.inf, (size,), np.float64)

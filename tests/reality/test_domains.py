@@ -1,0 +1,33 @@
+"""Environments that come with Mesocosm."""
+
+import gymnasium
+import numpy as np
+
+from mesocosm.reality.config import RealityConfig
+from mesocosm.reality.domains import reacher
+from mesocosm.reality.env import facts_of
+
+
+def test_reacher_names_its_target_and_is_reacher_otherwise() -> None:
+    plain, named = gymnasium.make("Reacher-v5"), reacher()
+    plain.action_space.seed(0)
+    left, _ = plain.reset(seed=3)
+    right, _ = named.reset(seed=3)
+    first = right["target"]
+    for _ in range(50):
+        np.testing.assert_array_equal(left[[0, 1, 2, 3, 6, 7, 8, 9]], right["arm"])
+        np.testing.assert_array_equal(left[4:6], right["target"])
+        np.testing.assert_array_equal(first, right["target"])
+        action = plain.action_space.sample()
+        left, reward, _, _, _ = plain.step(action)
+        right, same, _, ended, _ = named.step(action)
+        assert reward == same
+    assert ended
+
+
+def test_reacher_has_a_task_a_time_limit_and_observations_of_its_space() -> None:
+    env = reacher()
+    assert env.observation_space.contains(env.reset(seed=0)[0])
+    facts = facts_of(RealityConfig(env="mesocosm.reality.domains:reacher", task=["target"]))
+    assert facts.max_episode_steps == 50
+    assert set(facts.observation_space.spaces) == {"arm", "target"}
