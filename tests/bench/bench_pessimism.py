@@ -1,10 +1,10 @@
-"""What keeps an agent's gain real: return in reality of agents trained in one world, by penalty, threshold and horizon.
+"""What keeps an agent's gain real: return in reality of agents trained in one world, by penalty, threshold, horizon, members and base.
 
     python tests/bench/bench_pessimism.py [--env ID] [--seed N] [--minutes M] [--table-only]
 
-For each environment and seed one world is trained on 500 random real steps, as configs/loop has it. In that world an agent is trained for
-each of the variants below, with everything else as shipped, and judged by 10 greedy real episodes: the last policy of its training, but for the last two
-variants, which are the best of their training by imagined return. A cell is one agent. Cells lie in
+For each task and seed one world is trained on 500 random real steps (Reacher-v5: 1000), as configs/loop has it. In that world (or, where the variant
+says members or base, in one of its own on the same steps) an agent is trained for each of the variants below, with everything else as shipped, and judged by
+10 greedy real episodes (Reacher-v5: 50). PLAIN variants are the last policy of their training, the others the best of it by imagined return. A cell is one agent. Cells lie in
 tests/bench/results/bench_pessimism.json with commit and command and are never run twice; --minutes stops after the cell in which they ran out.
 """
 
@@ -34,7 +34,9 @@ from mesocosm.storage import Artifact
 
 RESULTS = HERE / "results" / "bench_pessimism.json"
 CONFIGS = HERE.parents[1] / "configs" / "loop"
-FILES = {"InvertedPendulum-v5": "quickstart.yaml", "CartPole-v1": "cartpole.yaml"}
+FILES = {"InvertedPendulum-v5": "quickstart.yaml", "CartPole-v1": "cartpole.yaml", "Reacher-v5": "reacher.yaml"}
+STEPS = {"InvertedPendulum-v5": 500, "CartPole-v1": 500, "Reacher-v5": 1000}
+EPISODES = {"InvertedPendulum-v5": 10, "CartPole-v1": 10, "Reacher-v5": 50}
 SEEDS = (0, 1, 2)
 PLAIN = ["agent.penalty=0", "agent.max_disagreement=null", "agent.snapshots=0"]
 BRANCH = [*PLAIN, "agent.starts=logged"]
@@ -51,6 +53,10 @@ VARIANTS: dict[str, list[str]] = {
     "logged starts, k = 1": [*BRANCH, "agent.horizon=1"],
     "nothing, the best of its training": ["agent.penalty=0"],
     "as shipped": [],
+    "as shipped, 1 member": ["pretrain.model.members=1"],
+    "as shipped, 2 members": ["pretrain.model.members=2"],
+    "as shipped, 8 members": ["pretrain.model.members=8"],
+    "as shipped, no base": ["pretrain.model.base=false"],
 }
 
 
@@ -65,14 +71,14 @@ def world_of(cfg: loop.LoopConfig) -> Artifact:
 
 
 def cell(env: str, seed: int, overrides: list[str]) -> dict[str, Any]:
-    cfg = config.load(loop.LoopConfig, [CONFIGS / FILES[env]], [f"storage.root={ROOT}", f"seed={seed}", "collect.steps=500", *overrides])
+    cfg = config.load(loop.LoopConfig, [CONFIGS / FILES[env]], [f"storage.root={ROOT}", f"seed={seed}", f"collect.steps={STEPS[env]}", *overrides])
     world = world_of(cfg)
     stage = loop._fill(cfg.agent, cfg, 0)
     stage.world, stage.backend = world.id, "local"
     with tracking.start("train-agent", stage) as run:
         agent = agents.run(stage, run)
         ledger = Ledger(run.storage, f"pessimism-{agent.id}", BudgetConfig(), cfg.reality.price)
-        judged = judge(policy_of(run.storage, agent.name), cfg.reality, ledger, episodes=10, seed=seed)
+        judged = judge(policy_of(run.storage, agent.name), cfg.reality, ledger, episodes=EPISODES[env], seed=seed)
     metrics = agent.meta["metrics"]
     return {"return": judged.mean, "imagined": metrics.get("imagined_return"), "disagreement": metrics["disagreement"], "world": world.id}
 
@@ -115,9 +121,10 @@ def table(results: dict[str, Any]) -> str:
         for env in FILES:
             got = [results.get(f"{env}/{variant}/{seed}") for seed in SEEDS]
             found = [None if g is None else g["return"] for g in got]
-            said = ", ".join("-" if value is None else f"{value:.0f}" for value in found)
+            digits = 0 if all(value is None or abs(value) >= 50 for value in found) else 1
+            said = ", ".join("-" if value is None else f"{value:.{digits}f}" for value in found)
             there = [value for value in found if value is not None]
-            cells.append(f"{said} (mean {np.mean(there):.0f})" if there else "-")
+            cells.append(f"{said} (mean {np.mean(there):.{digits}f})" if there else "-")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
