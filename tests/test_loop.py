@@ -90,6 +90,7 @@ def test_round_and_round_through_serve_and_found_again(root: str, ray_local: Non
     assert client.search_model_versions("name = 'mesocosm-world'")
 
 
+@pytest.mark.slow
 def test_a_dict_observation_from_config_alone(root: str, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path(__file__).parent / "envs")
     cfg = _load(
@@ -124,6 +125,7 @@ def test_what_is_wrong_is_said_before_anything_starts(root: str) -> None:
         plan(_load(root))
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_every_process_and_says_stopped(root: str, tmp_path: Path) -> None:
     """SIGINT to the whole foreground group in the middle of pretraining, as a terminal sends it."""
     mark = f"MESOCOSM_TEST_MARK={uuid.uuid4().hex}"

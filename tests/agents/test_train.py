@@ -243,12 +243,14 @@ def test_a_baseline_never_exceeds_its_cap_and_ends_censored(ray_local: None, roo
     assert totals.purposes["baseline"].steps == curve["steps"] and not totals.unconfirmed
 
 
+@pytest.mark.slow
 def test_a_larger_batch_is_counted_before_it_is_taken(ray_local: None, root: str) -> None:
     shape = ["num_envs=3", "rollout=40", "params.train_batch_size_per_learner=240", "params.minibatch_size=60"]
     _, curve = run_baseline(baseline_config(root, "steps=400", "target=500", *shape))
     assert 240 <= curve["steps"] <= 244 and curve["censored"], "a second iteration would have passed the cap"
 
 
+@pytest.mark.slow
 def test_an_environment_that_always_crashes_ends_a_baseline_with_its_own_sentence(ray_local: None, root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "reality" / "envs"))
     config = baseline_config(root, "reality.env=ownenvs:Line", "reality.kwargs.trouble={None: crash}", "reality.horizon=20", "num_envs=2", "rollout=64")

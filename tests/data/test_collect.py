@@ -157,6 +157,7 @@ def a_plan(root: str, trouble: dict[int, str], **kwargs: Any) -> Plan:
     return Plan(reality, [BehaviourConfig()], 0, root, "x", "r", str(OWN))
 
 
+@pytest.mark.slow
 def test_a_step_that_comes_back_too_late_costs_its_episode(root: str, own: None, ray_local: None) -> None:
     """The meter is frozen, and the step returns before the driver has read so."""
     plan, lanes = a_plan(root, {1: "hang"}, nap=3.1), split(30, 1)
@@ -167,6 +168,7 @@ def test_a_step_that_comes_back_too_late_costs_its_episode(root: str, own: None,
     assert totals.steps == 30 and totals.unconfirmed == ()
 
 
+@pytest.mark.slow
 def test_a_close_that_hangs_costs_nothing(root: str, own: None, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes_module, "SILENCE_S", 0.5)
     plan, lanes = a_plan(root, {0: "crash"}, closing=3600.0), split(20, 1)

@@ -117,7 +117,7 @@ def test_a_hanging_step_is_counted_and_the_meter_frozen(own: Path, root: str) ->
 def test_a_step_that_comes_back_after_all_is_confirmed_once(own: Path, root: str) -> None:
     """Frozen in the middle of a step; who froze it never reads the answer."""
     ledger = opened(root)
-    env = MeteredEnv(make_env(RealityConfig(env="ownenvs:Line", kwargs={"trouble": {"0": "hang"}, "nap": 0.6})), ledger, "collect")
+    env = MeteredEnv(make_env(RealityConfig(env="ownenvs:Line", kwargs={"trouble": {"0": "hang"}, "nap": 2.0})), ledger, "collect")
     env.reset(seed=0)
     for _ in range(2):
         env.step(STILL)
@@ -126,7 +126,7 @@ def test_a_step_that_comes_back_after_all_is_confirmed_once(own: Path, root: str
     with pytest.raises(EpisodeError, match="stopped"):
         env.step(STILL)
     late = env.meter.stop()
-    assert late is not None and late.steps == 3 and 0.3 <= late.seconds < 0.6
+    assert late is not None and late.steps == 3 and 0.3 <= late.seconds < 2.0
     env.close()
     env.close()
     totals = ledger.totals()

@@ -103,6 +103,7 @@ def test_kill(served: str, family: str, kills: tuple[int, ...]) -> None:
     assert len(set(killed)) == len(kills) and replica(env) not in killed
 
 
+@pytest.mark.slow
 def test_kill_while_it_answers(served: str) -> None:
     """SIGKILL of the replica with a request in it, before the context is first rebuilt and after: the client waits on, and not one bit changes."""
     undisturbed = rollout(WorldVectorEnv(4, "sequence", app="two", horizon=30), 16)
@@ -303,6 +304,7 @@ def test_a_name_that_is_taken(served: str, make_world: Callable[..., Any], tmp_p
     assert rollout(env, 4) == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_it_deploys(served: str) -> None:
     """The name is free again."""
     from ray import serve
@@ -342,6 +344,7 @@ def test_wrong_values(served: str, override: str, sentence: str) -> None:
         assert str(refused.value) == sentence
 
 
+@pytest.mark.slow
 def test_nobody_answers(served: str, tmp_path: Path) -> None:
     """An application that ended while a client was at it: one sentence after the deadline, no endless wait."""
     deploy(ServeConfig(world="ensemble", name="brief", cpus=0.5, storage=StorageConfig(served)))
