@@ -31,7 +31,7 @@ from mesocosm.evaluation.judge import judge
 from mesocosm.pretrain import run as pretraining
 from mesocosm.reality.config import BudgetConfig
 from mesocosm.reality.ledger import Ledger
-from mesocosm.storage import Artifact
+from mesocosm.storage import Artifact, Storage
 
 RESULTS = HERE / "results" / "bench_pessimism.json"
 CONFIGS = HERE.parents[1] / "configs" / "loop"
@@ -71,15 +71,26 @@ def world_of(cfg: loop.LoopConfig) -> Artifact:
         return pretraining.run(stage, run)
 
 
-def cell(env: str, seed: int, overrides: list[str]) -> dict[str, Any]:
-    cfg = config.load(loop.LoopConfig, [CONFIGS / FILES[env]], [f"storage.root={ROOT}", f"seed={seed}", f"collect.steps={STEPS[env]}", *overrides])
-    world = world_of(cfg)
+def agent_of(cfg: loop.LoopConfig, world: Artifact) -> Artifact:
+    """The first round's agent; found where it was trained before."""
     stage = loop._fill(cfg.agent, cfg, 0)
     stage.world, stage.backend = world.id, "local"
     with tracking.start("train-agent", stage) as run:
-        agent = agents.run(stage, run)
-        ledger = Ledger(run.storage, f"pessimism-{agent.id}", BudgetConfig(), cfg.reality.price)
-        judged = judge(policy_of(run.storage, agent.name), cfg.reality, ledger, episodes=EPISODES[env], seed=seed)
+        return agents.run(stage, run)
+
+
+def configured(env: str, seed: int, overrides: list[str]) -> loop.LoopConfig:
+    own = [f"storage.root={ROOT}", f"seed={seed}", f"collect.steps={STEPS[env]}"]
+    return config.load(loop.LoopConfig, [CONFIGS / FILES[env]], [*own, *overrides])
+
+
+def cell(env: str, seed: int, overrides: list[str]) -> dict[str, Any]:
+    cfg = configured(env, seed, overrides)
+    world = world_of(cfg)
+    agent = agent_of(cfg, world)
+    storage = Storage(str(ROOT))
+    ledger = Ledger(storage, f"pessimism-{agent.id}", BudgetConfig(), cfg.reality.price)
+    judged = judge(policy_of(storage, agent.name), cfg.reality, ledger, episodes=EPISODES[env], seed=seed)
     metrics = agent.meta["metrics"]
     return {"return": judged.mean, "imagined": metrics.get("imagined_return"), "disagreement": metrics["disagreement"], "world": world.id}
 

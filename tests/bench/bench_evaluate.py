@@ -1,0 +1,111 @@
+"""`make bench-evaluate`: does the evaluation suite trust the shipped worlds, and is it right: policy values on every shipped task, 3 seeds.
+
+    python tests/bench/bench_evaluate.py [--env ID] [--seed N] [--minutes M] [--table-only]
+
+A cell is the job `evaluate` as configs/evaluate has it, on one world (that of bench_pessimism: 500 random real steps, Reacher-v5 1000) and its
+agent as shipped. Goals: r >= .9, regret@1 <= 5% of the range, the starts' two-sample AUC <= .6. Cells lie in
+tests/bench/results/bench_evaluate.json with commit and command and are never run twice; --minutes stops after the cell in which they ran out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from bench_pessimism import FILES, SEEDS, agent_of, configured, world_of
+from bench_world import HERE, ROOT, commit
+
+from mesocosm import cluster, config, tracking
+from mesocosm.evaluation import run as evaluation
+from mesocosm.evaluation.config import EvaluateConfig
+
+RESULTS = HERE / "results" / "bench_evaluate.json"
+CONFIGS = HERE.parents[1] / "configs" / "evaluate"
+OWN = {"InvertedPendulum-v5": "pendulum.yaml", "CartPole-v1": "cartpole.yaml", "Reacher-v5": "reacher.yaml"}
+RANKING = ("policies", "fifths", "low", "high", "pearson", "pearson_interval", "spearman", "spearman_top", "mmrv", "regret", "error")
+
+
+def cell(env: str, seed: int) -> dict[str, Any]:
+    cfg = configured(env, seed, [])
+    world = world_of(cfg)
+    agent = agent_of(cfg, world)
+    own = [f"storage.root={ROOT}", f"seed={seed}", f"world={world.id}", f"agent={agent.id}"]
+    stage = config.load(EvaluateConfig, [CONFIGS / OWN[env]], own)
+    with tracking.start("evaluate", stage) as run:
+        made = evaluation.run(stage, run)
+    suite = json.loads((made.path / "summary.json").read_text())["suite"]
+    value, off, starts = suite["policy_value"], suite["off_policy"], suite["starts"]
+    return {
+        **{key: value["ranking"][key] for key in RANKING},
+        "judge_steps": value["real_steps"],
+        "auroc": off["auroc"],
+        "auroc_interval": off["auroc_interval"],
+        "starts_auc": starts["auc"],
+        "starts_auc_interval": starts["auc_interval"],
+        "agent": suite["agent"],
+    }
+
+
+def read() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env", choices=FILES)
+    parser.add_argument("--seed", choices=[str(s) for s in SEEDS])
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--table-only", action="store_true")
+    options = parser.parse_args()
+    began = time.monotonic()
+    try:
+        for env, seed in [] if options.table_only else [(env, seed) for seed in SEEDS for env in FILES]:
+            name = f"{env}/{seed}"
+            if options.env not in (None, env) or options.seed not in (None, str(seed)) or name in read():
+                continue
+            if time.monotonic() - began > options.minutes * 60:
+                break
+            print(f"--- {name}", flush=True)
+            found = {**cell(env, seed), "commit": commit(), "command": f"python tests/bench/bench_evaluate.py --env {env} --seed {seed}"}
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(dict(sorted({**read(), name: found}.items())), indent=1) + "\n")
+    finally:
+        cluster.shutdown()
+    print(table(read()))
+    return 0
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = [
+        "| task, seed | agent in reality | policies (by fifth) | Pearson r (90%) | Spearman, top half | regret@1 | error | AUROC | starts' AUC | judged |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, cell in sorted(results.items()):
+        row = [
+            name.replace("/", ", "),
+            f"{cell['agent']['real']:.4g}",
+            f"{cell['policies']} ({' '.join(map(str, cell['fifths']))})",
+            f"{shown(cell['pearson'])} ({' to '.join(map(shown, cell['pearson_interval'] or ()))})",
+            f"{shown(cell['spearman'])}, {shown(cell['spearman_top'])}",
+            "-" if cell["regret"] is None else f"{cell['regret']:.1%}",
+            f"{cell['error']:.4g}",
+            shown(cell["auroc"]),
+            shown(cell["starts_auc"]),
+            f"{cell['judge_steps']:,}",
+        ]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines)
+
+
+def shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
