@@ -47,7 +47,13 @@ SHIPPED = sorted(REPOSITORY.glob("configs/*/*.yaml"))
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_shipped_config_can_be_planned(path: Path, root: str, capsys: pytest.CaptureFixture[str]) -> None:
     job = {"agent": "train-agent"}.get(path.parent.name, path.parent.name)
-    wanted = {"pretrain": ["data.datasets=[d0]"], "train-agent": ["world=w0"], "serve": ["world=w0"], "evaluate": ["world=w0", "agent=a0"]}.get(job, [])
+    wanted = {
+        "pretrain": ["data.datasets=[d0]"],
+        "sweep": ["data.datasets=[d0]"],
+        "train-agent": ["world=w0"],
+        "serve": ["world=w0"],
+        "evaluate": ["world=w0", "agent=a0"],
+    }.get(job, [])
     status = main([job, "-c", str(path), f"storage.root={root}", "--dry-run", *wanted])
     error = capsys.readouterr().err
     # Only what earlier jobs would have made may be missing.

@@ -34,6 +34,7 @@ JOBS = {
     "pretrain": Job(
         "mesocosm.pretrain.run", "PretrainConfig", "a dataset into a world, by DeepSpeed under Ray Train", "-c configs/pretrain/pendulum.yaml model.size=1m"
     ),
+    "sweep": Job("mesocosm.scaling.sweep", "SweepConfig", "a grid of sizes and data into a table and its law", "-c configs/sweep/pendulum.yaml --dry-run"),
     "serve": Job("mesocosm.serving.run", "ServeConfig", "a world on Ray Serve, until Ctrl-C", "-c configs/serve/pendulum.yaml replicas=2"),
     "train-agent": Job("mesocosm.agents.train", "AgentConfig", "an RLlib agent inside a world", "-c configs/agent/pendulum-ppo.yaml iterations=20"),
     "baseline": Job("mesocosm.agents.baseline", "BaselineConfig", "model-free RLlib on reality, through the ledger", "-c configs/baseline/pendulum-ppo.yaml"),
@@ -152,7 +153,15 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
         return
     width = max((len(key) for key in facts), default=0)
     for key, value in facts.items():
-        print(f"{key:<{width}}  {value}")
+        rows = value if isinstance(value, list) and value and isinstance(value[0], dict) else None
+        print(f"{key:<{width}}  {value}" if rows is None else _table(rows))
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows of the same keys, in columns."""
+    lines = [list(rows[0]), *([f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines) + "\n"
 
 
 def _terminate_like_interrupt() -> None:

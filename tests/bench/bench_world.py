@@ -46,7 +46,7 @@ from mesocosm.model.world import World
 from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.pretrain.schedule import lr_factor
-from mesocosm.pretrain.worker import corrupted
+from mesocosm.pretrain.training import corrupted
 from mesocosm.reality.config import RealityConfig
 
 HERE = Path(__file__).resolve().parent

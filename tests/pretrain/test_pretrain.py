@@ -22,7 +22,7 @@ from mesocosm.model import rng
 from mesocosm.model.mup import init_
 from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
-from mesocosm.pretrain import checkpoint, prepare, run, worker
+from mesocosm.pretrain import checkpoint, prepare, run, training, worker
 from mesocosm.pretrain.schedule import FACTOR, MARGIN, lr_factor
 from mesocosm.storage import Storage
 
@@ -131,6 +131,7 @@ def test_two_workers_agree_with_one(whole: Any, tmp_path: Path, cart_root: Make,
         assert two.losses[step][0] == pytest.approx(loss, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_diverging_loss_stops_the_run_and_names_the_step(tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
     root = cart_root(tmp_path)
     overrides = ("train.lr=10", "train.steps=30", "train.checkpoint_every=1", "train.warmup=0.5", "train.decay=0")
@@ -165,7 +166,7 @@ def test_corrupted_histories_of_a_single_episode_train_every_member(tmp_path: Pa
     batch = Loader(dataset, Codec.from_json(world.codec), "train", 8, 8, 0).batch(0)
     first = {}
     for amount in (0.0, 5.0):
-        windows = worker.corrupted(batch, world.base, amount, 0, 0)
+        windows = training.corrupted(batch, world.base, amount, 0, 0)
         first[amount] = float(fresh(windows, apply_base(world.base, windows)).per_transition["total"])
     assert made.losses[1][0] == pytest.approx(first[5.0], abs=1e-3) and abs(first[5.0] - first[0.0]) > 0.1
 

@@ -17,7 +17,7 @@ from mesocosm.model.base import Base
 from mesocosm.model.net import unroll
 from mesocosm.pretrain import checkpoint, prepare
 from mesocosm.pretrain.feed import Feed
-from mesocosm.pretrain.worker import corrupted
+from mesocosm.pretrain.training import corrupted
 from mesocosm.storage import Storage
 
 DATASET = "cart"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -26,6 +27,10 @@ __all__ = ["Chunk", "Dataset", "DatasetWriter", "Environment", "Manifest", "Spli
 Array = NDArray[Any]
 Split = Literal["train", "valid"]
 CHUNK_ROWS = 1 << 16
+UNUSED = 255
+"""`split` of an episode that a view leaves out."""
+UNIQUE = 0x5B5
+"""Salt of the order in which a view takes episodes."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,23 @@ class Dataset:
     def count(self, split: Split | None = None) -> int:
         """Transitions of a split (None: all)."""
         return int(self.table["length"][self.episodes(split)].sum())
+
+    def unique(self, transitions: int, seed: int) -> Dataset:
+        """The same files with exactly so many transitions in the training split: whole episodes in an order that `seed` draws, the last one
+        cut short. A smaller view of a seed lies within its larger ones; validation is the same. Raises UsageError where there are fewer."""
+        train = self.episodes("train")
+        if not 1 <= transitions <= self.count("train"):
+            raise UsageError(f"{transitions} unique transitions of {', '.join(self.ids)}, which has {self.count('train')} to train on; ask for 1 to that many")
+        order = train[permute(np.arange(len(train)), len(train), key(seed, UNIQUE))]
+        ends = np.cumsum(self.table["length"][order])
+        kept = int(np.searchsorted(ends, transitions)) + 1
+        view = copy(self)
+        view.table = self.table.copy()
+        view.table["split"][order[kept:]] = UNUSED
+        if (over := int(ends[kept - 1]) - transitions) > 0:
+            view.table["length"][order[kept - 1]] -= over
+            view.table["outcome"][order[kept - 1]] = OUTCOMES.index("unfinished")
+        return view
 
     # -- rows ----------------------------------------------------------------------------------------------------
 

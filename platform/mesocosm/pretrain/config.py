@@ -30,6 +30,8 @@ WITHOUT = (
 class DataConfig:
     datasets: list[str] = field(default_factory=list)
     """Dataset ids (or unique prefixes); several are opened as one."""
+    unique: int | None = None
+    """Train on so many transitions only: whole episodes in an order that `seed` draws, the last one cut short; null: on all."""
 
 
 @dataclass

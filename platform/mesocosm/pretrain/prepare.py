@@ -30,6 +30,11 @@ def open_datasets(storage: Storage, ids: list[str]) -> Dataset:
     return Dataset([Path(storage.artifact("datasets", id).path) for id in ids])
 
 
+def narrowed(dataset: Dataset, unique: int | None, seed: int) -> Dataset:
+    """`dataset` with so many transitions to train on; None: all. The codec is fitted before, on all, so that nats stay comparable."""
+    return dataset if unique is None else dataset.unique(unique, seed)
+
+
 def transitions(dataset: Dataset, codec: Codec, limit: int = MAX_TRANSITIONS) -> Transitions:
     """At most `limit` transitions of the training split, spread evenly over it, in order."""
     episodes = dataset.episodes("train")

@@ -35,7 +35,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     config.validate()
     dataset = _opened(config)
     codec = Codec.fit(dataset)
-    steps, loader = _steps(config, dataset, codec)
+    steps, loader = _steps(config, prepare.narrowed(dataset, config.data.unique, config.seed), codec)
     sizes = counts.params(codec.spec, config.model)
     return {
         "world": f"worlds/{_id(config, dataset, _gpus(config))}",
@@ -71,6 +71,7 @@ def run(config: PretrainConfig, run: tracking.Run) -> Artifact:
     if last is not None:
         checkpoint.refuse_other_stage(last[1], stage(replace(config.train, precision=_precision(config, gpus))))
     codec = prepare.fitted_codec(storage, folder, dataset)
+    dataset = prepare.narrowed(dataset, config.data.unique, config.seed)
     steps, loader = _steps(config, dataset, codec)
     if last is None or not last[1].done:
         cluster.ensure(config.ray)
@@ -78,7 +79,7 @@ def run(config: PretrainConfig, run: tracking.Run) -> Artifact:
         if last is not None:
             run.say(f"going on from step {last[1].step} of {steps}")
         train = replace(config.train, precision=_precision(config, gpus))
-        work = Work(id, storage.root, dataset.ids, config.model, train, steps, config.seed)
+        work = Work(id, storage.root, dataset.ids, config.model, train, steps, config.seed, config.data.unique)
         _train(work, config, run, dataset, codec, gpus)
         last = checkpoint.latest(storage, id)
     if last is None or not last[1].done:
@@ -221,7 +222,8 @@ def _note(record: dict[str, Any]) -> str:
 
 
 def _id(config: PretrainConfig, dataset: Dataset, gpus: float) -> str:
-    said = what(config, _precision(config, gpus)) | {"data": dataset.ids}
+    data = dataset.ids if config.data.unique is None else {"datasets": dataset.ids, "unique": config.data.unique}
+    said = what(config, _precision(config, gpus)) | {"data": data}
     return fingerprint("worlds", said, __version__, SCHEMA)
 
 

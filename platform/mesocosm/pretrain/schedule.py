@@ -15,13 +15,27 @@ GRACE = 8
 def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
     """Warm-up, stable, decay: the multiplier in step 1..steps. Linear up over the first `warmup` share, linear to 0 over the last `decay` share
     (the last step still has a positive rate)."""
-    rise, fall = math.ceil(warmup * steps), math.ceil(decay * steps)
-    factor = 1.0
+    return factor(step, steps, length(warmup, steps), length(decay, steps))
+
+
+def factor(step: int, steps: int, rise: int, fall: int) -> float:
+    """`lr_factor` with the warm-up and the decay in steps. Up to step `steps - fall` it is that of any longer run of the same `rise`."""
+    multiplier = 1.0
     if rise:
-        factor = min(factor, step / rise)
+        multiplier = min(multiplier, step / rise)
     if fall:
-        factor = min(factor, (steps - step + 1) / fall)
-    return factor
+        multiplier = min(multiplier, (steps - step + 1) / fall)
+    return multiplier
+
+
+def length(share: float, steps: int) -> int:
+    """Steps in a share of them."""
+    return math.ceil(share * steps)
+
+
+def share(length: int, steps: int) -> float:
+    """A share of `steps` that is `length` steps long."""
+    return max(0.0, length - 0.5) / steps
 
 
 def due(step: int, saved: int, every: int, high: int) -> bool:

@@ -1,0 +1,299 @@
+"""The sweep job: a grid of cells, trained on Ray Tune, into a table and its law.
+
+A cell's record is in storage as soon as it is done, so that the same command run again, or one with another grid, trains what is missing.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mesocosm import __version__, cluster, tracking
+from mesocosm.config import fingerprint
+from mesocosm.errors import ArtifactError, MesocosmError, UsageError
+from mesocosm.pretrain import prepare
+from mesocosm.scaling import cells, prices
+from mesocosm.scaling.board import Board, Nested, name, short
+from mesocosm.scaling.cells import Record
+from mesocosm.scaling.grid import SCHEMA, Cell, Grid, Trunk, lay_out
+from mesocosm.scaling.sweep_config import SweepConfig, what
+from mesocosm.scaling.trunk import Outcome, Work
+from mesocosm.storage import Artifact, Storage
+
+__all__ = ["SweepConfig", "plan", "run"]
+
+TABLE, SUMMARY, LAW, PLOT = "table.csv", "summary.json", "law.json", "loss.svg"
+
+
+def plan(config: SweepConfig) -> dict[str, Any]:
+    """The cells, and what they would cost on `config.cluster`. Raises UsageError as `run` does before it starts."""
+    grid = _grid(config)
+    done = set() if config.force else cells.finished(Storage(config.storage.root))
+    missing = [cell for cell in grid.cells if cell.id not in done]
+    trunks = grid.trunks(missing)
+    to_run = {cell.id: trunk.ran(i) for trunk in trunks for i, cell in enumerate(trunk.cells)} | {cell.id: cell.steps for cell in missing if cell.large}
+    expected, price = grid.expected(missing), grid.cluster.price_per_hour
+    rows = [
+        {
+            "cell": cell.id[:8],
+            "size": cell.size,
+            "params": cell.params,
+            "total": cell.total_params,
+            "data": cell.data,
+            "unique": cell.unique,
+            "epochs": round(cell.epochs, 2),
+            "seed": cell.seed,
+            "steps": cell.steps,
+            "flops": cell.flops,
+            "trunk": "a job" if cell.large else cell.trunk[:6],
+            "steps to run": to_run.get(cell.id, 0),
+            "worker hours": round(expected.get(cell.id, 0.0) / 3600, 4),
+            "price": round(expected.get(cell.id, 0.0) / grid.lanes(cell) / 3600 * price, 4),
+            "state": "finished" if cell.id in done else "to do",
+        }
+        for cell in grid.cells
+    ]
+    together, alone = grid.hours(missing), grid.hours(missing, alone=True)
+    return {
+        "sweep": f"laws/{_id(config, grid)}",
+        "datasets": ", ".join(grid.dataset.ids),
+        "cluster": config.cluster,
+        "precision": grid.precision,
+        "cells": rows,
+        "finished": f"{len(grid.cells) - len(missing)} of {len(grid.cells)} cells",
+        "trunks": len(trunks),
+        "steps": sum(to_run.values()),
+        "steps without trunks": sum(cell.steps for cell in missing),
+        "flops": sum(trunk.flops for trunk in trunks) + sum(cell.flops for cell in missing if cell.large),
+        "flops without trunks": sum(cell.flops for cell in missing),
+        "hours": round(together, 4),
+        "hours without trunks": round(alone, 4),
+        "price": f"{together * price:g} {grid.cluster.currency}",
+        "price without trunks": f"{alone * price:g} {grid.cluster.currency}",
+    }
+
+
+def run(config: SweepConfig, run: tracking.Run) -> Artifact:
+    """Train what is missing of the grid, and make its table. Raises UsageError before anything starts, MesocosmError naming the cells
+    that failed after all others are done."""
+    began = time.perf_counter()
+    grid = _grid(config)
+    id = _id(config, grid)
+    run.record(inputs={"datasets": grid.dataset.ids}, artifact=f"laws/{id}")
+    made = None if config.force else run.storage.find("laws", id)
+    if made is not None:
+        run.say(f"found {made.name}")
+        return made
+    done = set() if config.force else cells.finished(run.storage)
+    found = {cell.id: cells.read(run.storage, cell.id) for cell in grid.cells if cell.id in done}
+    missing = [cell for cell in grid.cells if cell.id not in found]
+    if found:
+        run.say(f"{len(found)} of {len(grid.cells)} cells were finished before")
+    board, nested = Board(run, grid, found), Nested(run)
+    for cell in grid.cells:
+        if cell.id in found:
+            nested.add(cell, found[cell.id], None)
+    try:
+        if missing:
+            _train(config, run, grid, missing, board, nested)
+        return _finished(config, run, grid, id, board, nested, len(found), began)
+    finally:
+        nested.close()
+
+
+def _train(config: SweepConfig, run: tracking.Run, grid: Grid, missing: Sequence[Cell], board: Board, nested: Nested) -> None:
+    """The small cells by trunks, then the large ones, each kind with the whole cluster to itself: a worker group that waits for CPUs which
+    idle trials hold would wait for ever."""
+    trunks, large = grid.trunks(missing), [cell for cell in missing if cell.large]
+    lanes = min(config.concurrent, len(trunks))
+    cluster.ensure(config.ray)
+    share = min(1.0, grid.cluster.gpus / lanes) if lanes and grid.cluster.gpus else 0.0
+    cluster.preflight(what=f"concurrent={config.concurrent}", cpus=lanes, gpus=share * lanes)
+    if large:
+        said = f"workers={config.workers} of a large cell, with one CPU for its driver,"
+        cluster.preflight(what=said, cpus=config.workers + 1, gpus=config.workers if grid.cluster.gpus else 0)
+    by_id = {cell.id: cell for cell in grid.cells}
+    heard: set[str] = set()
+
+    def hear(outcome: Outcome) -> None:
+        heard.add(outcome.cell)
+        board.add(outcome)
+        nested.add(by_id[outcome.cell], outcome.record, outcome.failed)
+
+    with board:
+        if trunks:
+            lost = _small(config, run, grid, trunks, lanes, share, hear)
+            for trunk in trunks:
+                for cell in trunk.cells:
+                    if cell.id not in heard:
+                        hear(Outcome(cell.id, None, lost.get(trunk.id, "its process ended without a word")))
+        if large:
+            lost = _large(config, run, grid, large, hear)
+            for cell in large:
+                if cell.id not in heard:
+                    hear(Outcome(cell.id, None, lost.get(cell.id, "its process ended without a word")))
+
+
+def _small(
+    config: SweepConfig, run: tracking.Run, grid: Grid, trunks: Sequence[Trunk], lanes: int, share: float, hear: Callable[[Outcome], None]
+) -> dict[str, str]:
+    from ray import tune
+
+    from mesocosm.scaling.trial import TrunkTrial
+
+    work = Work(run.storage.root, grid.dataset.ids, grid.codec.to_json(), {trunk.id: trunk for trunk in trunks}, share > 0, config.force)
+    trial = tune.with_resources(tune.with_parameters(TrunkTrial, work=work), {"CPU": 1, "GPU": share} if share else {"CPU": 1})
+    return _tuned(trial, [trunk.id for trunk in trunks], lanes, run, "trunks", hear)
+
+
+def _large(config: SweepConfig, run: tracking.Run, grid: Grid, large: Sequence[Cell], hear: Callable[[Outcome], None]) -> dict[str, str]:
+    import ray
+    from ray import tune
+
+    from mesocosm.scaling.trial import large_trial
+
+    jobs = {}
+    for cell in large:
+        job = config.pretraining(cell.size, cell.seed, cell.narrowed, cell.steps, cell.rise, cell.fall, grid.precision)
+        job.force, job.train.workers, job.train.gpus_per_worker = config.force, config.workers, 1.0 if grid.cluster.gpus else 0.0
+        jobs[cell.id] = (cell, job)
+    have = ray.cluster_resources()
+    room = int(have["CPU"] // (config.workers + 1))
+    if grid.cluster.gpus:
+        room = min(room, int(have["GPU"] // config.workers))
+    trial = tune.with_resources(large_trial(jobs, config.force), {"CPU": 1})
+    return _tuned(trial, list(jobs), max(1, min(config.concurrent, room)), run, "large", hear)
+
+
+def _tuned(trial: Any, ids: Sequence[str], lanes: int, run: tracking.Run, name: str, hear: Callable[[Outcome], None]) -> dict[str, str]:
+    """Run a trial an id, `lanes` at once; the errors of those that died, by id. Nothing that Tune writes is read again."""
+    for variable, value in (
+        ("RAY_AIR_NEW_OUTPUT", "0"),
+        ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1"),
+        ("TUNE_DISABLE_SIGINT_HANDLER", "1"),
+        ("TUNE_GLOBAL_CHECKPOINT_S", "1000000"),
+        ("TUNE_PRINT_ALL_TRIAL_ERRORS", "0"),
+        ("RAY_CHDIR_TO_TRIAL_DIR", "0"),
+    ):
+        os.environ.setdefault(variable, value)
+    from ray import tune
+
+    from mesocosm.scaling.trial import KEY
+
+    class Listener(tune.Callback):  # type: ignore[misc]
+        def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+            told = result["outcome"]
+            hear(Outcome(**told | {"record": told["record"] and Record(**told["record"])}))
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return tune.Callback, ()  # Tune pickles its callbacks for a resume that here is storage's
+
+    filesystem, base = run.storage.arrow()
+    folder = f"runs/tune/{run.id}-{name}"
+    tuner = tune.Tuner(
+        trial,
+        param_space={KEY: tune.grid_search(list(ids))},
+        tune_config=tune.TuneConfig(max_concurrent_trials=lanes, reuse_actors=True),
+        run_config=tune.RunConfig(name=f"{run.id}-{name}", storage_path=f"{base}/runs/tune", storage_filesystem=filesystem, verbose=0, callbacks=[Listener()]),
+    )
+    try:
+        results = tuner.fit()
+    finally:
+        run.storage.remove(folder)
+    ended = [results[i] for i in range(len(results))]
+    return {(trial.config or {})[KEY]: _last_line(trial.error) for trial in ended if trial.error is not None}
+
+
+def _finished(config: SweepConfig, run: tracking.Run, grid: Grid, id: str, board: Board, nested: Nested, found: int, began: float) -> Artifact:
+    """The artifact; raises MesocosmError where cells failed, with the table of the others in the run's folder."""
+    records = list(board.records.values())
+    cells.write_table(records, run.folder / TABLE)
+    wall = time.perf_counter() - began
+    lanes = min(config.concurrent, len({cell.trunk for cell in grid.cells}))
+    summary = {
+        "cells": len(grid.cells),
+        "found": found,
+        "failed": board.failed,
+        "steps": {"run": board.steps, "without_trunks": board.alone},
+        "seconds": {"wall": wall, "training": board.seconds, "bases": board.bases, "concurrent": lanes},
+        "outside_training": 1 - board.seconds / (wall * lanes),
+    }
+    run.record(**{key: summary[key] for key in ("cells", "found", "seconds")})
+    run.say(f"  {board.line}  [{wall:.1f} s, {board.seconds:.1f} s of training by {lanes} at once]")
+    if board.failed:
+        named = [f"{name(cell)}: {board.failed[cell.id]}" for cell in grid.cells if cell.id in board.failed]
+        raise MesocosmError(f"{len(named)} of {len(grid.cells)} cells failed; run the same command again to try them again. {'; '.join(named)}")
+    meta = {
+        "inputs": {"datasets": grid.dataset.ids},
+        "config": what(config),
+        "job": "sweep",
+        "run": run.id,
+        "codec": grid.codec.id,
+        "cells": sorted(board.records),
+    }
+
+    def fill(folder: Path) -> None:
+        cells.write_table(records, folder / TABLE)
+        (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
+        (folder / PLOT).write_text(_plot(records))
+        _fit(folder, run)
+
+    artifact = run.storage.make("laws", id, meta, fill, force=config.force)
+    for path in sorted(artifact.path.iterdir()):
+        if path.name != "COMMIT.json":
+            run.artifact(path)
+    return artifact
+
+
+def _fit(folder: Path, run: tracking.Run) -> None:
+    """The law of `folder`'s table, beside it."""
+
+
+def _grid(config: SweepConfig) -> Grid:
+    """Raises UsageError where the config, the cluster or the datasets are not as they must be."""
+    config.validate()
+    named = prices.read(config.cluster)
+    try:
+        dataset = prepare.open_datasets(Storage(config.storage.root), config.data.datasets)
+    except ArtifactError as error:
+        raise UsageError(str(error)) from error
+    return lay_out(config, dataset, named)
+
+
+def _id(config: SweepConfig, grid: Grid) -> str:
+    return fingerprint("sweep", what(config), grid.dataset.ids, grid.precision, __version__, SCHEMA)
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def _plot(records: Iterable[Record]) -> str:
+    """Loss against transitions, a line a size and U, the mean over seeds: SVG."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    lines: dict[tuple[int, str, int], dict[int, list[Record]]] = {}
+    for record in records:
+        lines.setdefault((record.params, record.size, record.unique), {}).setdefault(record.steps, []).append(record)
+    several = len({unique for _, _, unique in lines}) > 1
+    with matplotlib.rc_context({"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        axes = figure.add_subplot()
+        colours = matplotlib.colormaps["viridis"].resampled(len(lines) + 1)
+        for i, ((_, size, unique), by_steps) in enumerate(sorted(lines.items())):
+            points = sorted((sum(r.data for r in some) / len(some), sum(r.loss for r in some) / len(some)) for some in by_steps.values())
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colours(i), label=f"{size}, U={short(unique)}" if several else size)
+        axes.set_xscale("log")
+        axes.set_xlabel("transitions seen")
+        axes.set_ylabel("nats a transition, validation")
+        axes.legend()
+        out = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(out)
+    return out.getvalue()

@@ -1,0 +1,141 @@
+"""Trunks and their branches, in one warm process. Imports no Ray.
+
+The process keeps what all trunks share: the imports, a group of one rank, the open dataset, the codec. A trunk's engine is
+made and destroyed; each cell's record is in storage when its branch has been validated.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mesocosm.data.codec import Codec
+from mesocosm.errors import MesocosmError
+from mesocosm.pretrain import engine, prepare
+from mesocosm.pretrain.engine import Rank
+from mesocosm.pretrain.schedule import factor
+from mesocosm.pretrain.training import Diverged, Training
+from mesocosm.scaling import cells
+from mesocosm.scaling.cells import Record
+from mesocosm.scaling.grid import Cell, Trunk
+from mesocosm.storage import Storage
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a cell."""
+
+    cell: str
+    record: Record | None
+    """None: it failed."""
+    failed: str | None
+    base_seconds: float = 0.0
+    """Spent fitting the base, before the trunk's first cell."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the driver hands to every process: plain data."""
+
+    root: str
+    datasets: list[str]
+    codec: dict[str, Any]
+    trunks: dict[str, Trunk]
+    gpu: bool
+    force: bool
+
+
+class Warm:
+    """A process in which one trunk after the other is grown."""
+
+    def __init__(self, work: Work):
+        self.work = work
+        self.storage = Storage(work.root)
+        self.own = alone("cuda" if work.gpu else "cpu")
+        self.dataset = prepare.open_datasets(self.storage, work.datasets)
+        self.codec = Codec.from_json(work.codec)
+
+    def grow(self, id: str) -> Iterator[Outcome]:
+        """Train the cells of trunk `id`, and keep their records. What goes wrong is an outcome, of every cell that it spoils."""
+        trunk = self.work.trunks[id]
+        left = list(trunk.cells)
+        try:
+            dataset = prepare.narrowed(self.dataset, trunk.unique, trunk.seed)
+            base, spent = cells.base(self.storage, dataset, self.codec, trunk.model, trunk.seed)
+            training, _ = Training.start(dataset, self.codec, trunk.model, trunk.options, trunk.seed, self.own, lambda: base)
+            try:
+                for cell, grown in zip(trunk.cells, branches(training, trunk.cells), strict=True):
+                    left.remove(cell)
+                    record = None
+                    if grown.trouble is None:
+                        record = Record.of(cell, grown.measured, seconds=grown.seconds, ran=grown.ran)
+                        record = cells.keep(self.storage, record, force=self.work.force)
+                    yield Outcome(cell.id, record, grown.trouble, spent)
+                    spent = 0.0
+            finally:
+                training.engine.destroy()
+        except Exception as error:
+            said = str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}"
+            for cell in left:
+                yield Outcome(cell.id, None, said.strip().splitlines()[0])
+
+
+@dataclass(frozen=True)
+class Grown:
+    measured: dict[str, float]
+    """`Training.validate`, empty where there was `trouble`."""
+    seconds: float
+    ran: int
+    trouble: str | None
+
+
+def branches(training: Training, leaves: Sequence[Cell]) -> Iterator[Grown]:
+    """Train the trunk, and at each cell's fork its decay, to the cell's last step; `leaves` ascend in steps. A branch that diverges
+    spoils itself, a trunk that does all that are left."""
+    at = 0
+    for leaf, following in zip(leaves, [*leaves[1:], None], strict=True):
+        began, before = time.perf_counter(), at
+        try:
+            while at < leaf.fork:
+                training.step(at + 1, factor(at + 1, leaf.steps, leaf.rise, leaf.fall), last=False)
+                at += 1
+        except Diverged as trouble:
+            for lost in leaves[leaves.index(leaf) :]:
+                yield Grown({}, time.perf_counter() - began, at + 1 - before, f"{trouble}, before cell {lost.id[:8]} decays")
+            return
+        if following is None:
+            yield _decayed(training, leaf, began, before)
+            return
+        with training.fork():
+            grown = _decayed(training, leaf, began, before)
+        yield grown
+
+
+def _decayed(training: Training, leaf: Cell, began: float, before: int) -> Grown:
+    """From the fork to the cell's end. `began` and `before`: when, and after which step, the trunk's last cell was done."""
+    number = leaf.fork
+    try:
+        for number in range(leaf.fork + 1, leaf.steps + 1):
+            training.step(number, factor(number, leaf.steps, leaf.rise, leaf.fall), last=number == leaf.steps)
+        measured = training.validate()
+        trouble = training.watch.check(leaf.steps, validation_loss=measured["valid/loss"])
+    except Diverged as error:
+        measured, trouble = {}, str(error)
+    return Grown(measured, time.perf_counter() - began, number - before, trouble)
+
+
+def alone(device: str) -> Rank:
+    """A group of this process only, made once; one thread on the CPU."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    if not dist.is_initialized():
+        os.environ.setdefault("LOCAL_RANK", "0")
+        engine.import_deepspeed()
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
+    return Rank(0, 0, 1, torch.device(device))
