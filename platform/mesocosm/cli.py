@@ -42,6 +42,9 @@ JOBS = {
     "loop": Job("mesocosm.loop", "LoopConfig", "the whole circle, and a report", "-c configs/loop/quickstart.yaml"),
 }
 
+TOOLS = {"fit": "mesocosm.scaling.command"}
+"""Commands that are no config job: a module, light to import, with `add(commands)` and `run(options)`, which returns the exit status."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
@@ -68,14 +71,19 @@ def job(name: str) -> NoReturn:
 
 def _main(arguments: list[str]) -> int:
     parser = _parser()
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in {*JOBS, "doctor"}:
-        raise UsageError(f"unknown command {arguments[0]!r}{nearest(arguments[0], [*JOBS, 'doctor'])}; see mesocosm --help")
+    known = [*JOBS, *TOOLS, "doctor"]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
+        raise UsageError(f"unknown command {arguments[0]!r}{nearest(arguments[0], known)}; see mesocosm --help")
     options, rest = parser.parse_known_args(arguments)
     if strange := [word for word in rest if word.startswith("-")]:
         raise UsageError(f"unknown option {strange[0]!r}; see mesocosm {options.command or ''} --help")
     if options.command is None:
         parser.print_help()
         return 2
+    if options.command in TOOLS:
+        if rest:
+            raise UsageError(f"{rest[0]!r} is more than {options.command} takes; see mesocosm {options.command} --help")
+        return importlib.import_module(TOOLS[options.command]).run(options)
     options.overrides += rest  # overrides may stand before and after options
     if options.command == "doctor":
         from mesocosm.doctor import doctor
@@ -122,6 +130,8 @@ def _parser() -> argparse.ArgumentParser:
         _common(sub)
         sub.add_argument("--dry-run", action="store_true", help="print what would happen, its size and its price, and do nothing")
         sub.add_argument("--force", action="store_true", help="make the artifact again though it is there")
+    for module in TOOLS.values():
+        importlib.import_module(module).add(commands)
     _common(commands.add_parser("doctor", help="is this machine and its storage ready"))
     return parser
 

@@ -1,0 +1,198 @@
+"""The table of a fit: one row a trained cell. Whatever is wrong in it is a UsageError with file, line, column, value and fix."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import math
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesocosm.errors import UsageError, nearest
+from mesocosm.scaling.forms import Array, Cells
+from mesocosm.scaling.law import Note
+
+REQUIRED = ("params", "data", "loss")
+NUMBERS = (*REQUIRED, "unique", "flops", "weight", "lr")
+NAMES = ("seed", "trunk")
+_FIX = {
+    "loss": "leave a run that failed out of the table",
+    "flops": "a count beyond int64 turns negative: write floats",
+    "params": "a count beyond int64 turns negative: write floats",
+    "data": "a count beyond int64 turns negative: write floats",
+    "unique": "write its data where nothing is repeated",
+    "weight": "leave out a row that shall not count",
+    "lr": "write the rate that the run was trained with",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """n rows that may be fitted; arrays are [n]."""
+
+    name: str
+    sha256: str
+    rows: int
+    """In the file."""
+    line: NDArray[np.int64]
+    params: Array
+    data: Array
+    loss: Array
+    unique: Array | None
+    flops: Array
+    """The table's, or 6 N D."""
+    flops_given: bool
+    weight: Array
+    series: NDArray[np.int64]
+    """Rows of one number differ in data only: one size and one trunk (or seed)."""
+    group: NDArray[np.int64]
+    """What is resampled together: a trunk, or the seeds of one cell."""
+    by_trunk: bool
+    notes: tuple[Note, ...]
+
+    def __len__(self) -> int:
+        return len(self.line)
+
+    @property
+    def repeated(self) -> bool:
+        """Does any row see its data more than once."""
+        return self.unique is not None and bool((self.data > self.unique * (1 + 1e-9)).any())
+
+    def cells(self) -> Cells:
+        data = np.log(self.data)
+        return Cells(np.log(self.params), data, data if self.unique is None else np.minimum(data, np.log(self.unique)))
+
+    def take(self, at: NDArray[Any]) -> Table:
+        kept = {name: getattr(self, name)[at] for name in ("line", "params", "data", "loss", "flops", "weight", "series", "group")}
+        return replace(self, unique=None if self.unique is None else self.unique[at], **kept)
+
+    @classmethod
+    def read(cls, path: str | Path) -> Table:
+        """The rows of a CSV file with a header. Raises UsageError."""
+        file = Path(path)
+        try:
+            raw = file.read_bytes()
+            text = raw.decode("utf-8-sig")
+        except OSError as error:
+            raise UsageError(f"table {str(path)!r} cannot be read: {error.strerror}; give the path of a CSV file") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"table {str(path)!r} is no text: give a CSV file with the columns {', '.join(REQUIRED)}") from error
+        reader = csv.reader(text.splitlines())
+        header = [name.strip() for name in next(reader, [])]
+        _check_header(file.name, header)
+        rows: list[dict[str, Any]] = []
+        for fields in reader:
+            if not any(field.strip() for field in fields):
+                continue
+            if len(fields) != len(header):
+                raise UsageError(f"{file.name}, line {reader.line_num}: {len(fields)} fields for {len(header)} columns; write one field a column")
+            rows.append(_parsed(file.name, reader.line_num, dict(zip(header, fields, strict=True))))
+        if not rows:
+            raise UsageError(f"{file.name} has no rows: write one a trained cell, with {', '.join(REQUIRED)}")
+        kept, notes = _best_rates(rows) if "lr" in header else (rows, [])
+        kept, more = _once(file.name, kept, "seed" in header)
+        given = "flops" in header
+        if not given:
+            notes.append(Note(code="flops_6nd", sentence="The table has no column `flops`: compute is 6 x params x data."))
+        trunks = "trunk" in header
+        column = {name: np.array([row[name] for row in kept]) for name in ("params", "data", "loss", "flops", "weight")}
+        return cls(
+            name=file.name,
+            sha256=hashlib.sha256(raw).hexdigest(),
+            rows=len(rows),
+            line=np.array([row["line"] for row in kept]),
+            unique=np.array([row["unique"] for row in kept]) if "unique" in header else None,
+            flops_given=given,
+            series=_numbered([(row["params"], row["trunk"] if trunks else row["seed"], _epoch_class(row)) for row in kept]),
+            group=_numbered([row["trunk"] if trunks else _cell(row) for row in kept]),
+            by_trunk=trunks,
+            notes=(*notes, *more),
+            **column,
+        )
+
+
+def _check_header(name: str, header: list[str]) -> None:
+    for column in REQUIRED:
+        if column not in header:
+            raise UsageError(
+                f"{name} has no column {column!r} (it has {', '.join(filter(None, header)) or 'none'}){nearest(column, header)}; name it in the first line"
+            )
+    for column in (*NUMBERS, *NAMES):
+        if header.count(column) > 1:
+            raise UsageError(f"{name} has {header.count(column)} columns {column!r}: keep one")
+
+
+def _parsed(name: str, line: int, fields: dict[str, str]) -> dict[str, Any]:
+    row: dict[str, Any] = {"line": line, "weight": 1.0, "seed": "", "trunk": ""}
+    for column, text in ((column, fields[column].strip()) for column in (*NUMBERS, *NAMES) if column in fields):
+        if column in NAMES:
+            if not text and column == "trunk":
+                raise UsageError(f"{name}, line {line}: {column} is empty; write one for every row, or leave the column out")
+            row[column] = text
+            continue
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value <= 0:
+            what = f"{column}={text}" if text else f"{column} is empty and"
+            raise UsageError(f"{name}, line {line}: {what} must be a finite number above 0; {_FIX[column]}")
+        row[column] = value
+    counted = 6.0 * row["params"] * row["data"]
+    if not math.isfinite(counted):
+        raise UsageError(f"{name}, line {line}: 6 x params={row['params']:g} x data={row['data']:g} is beyond a float; correct the two")
+    return {"unique": row["data"], "flops": counted} | row
+
+
+def _cell(row: dict[str, Any]) -> tuple[float, float, float]:
+    return row["params"], row["data"], min(row["unique"], row["data"])
+
+
+def _epoch_class(row: dict[str, Any]) -> float:
+    """Rows of fresh data go on from each other; repeats of U only from repeats of the same U."""
+    return row["unique"] if row["data"] > row["unique"] * (1 + 1e-9) else 0.0
+
+
+def _numbered(keys: list[Any]) -> NDArray[np.int64]:
+    number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    return np.array([number[key] for key in keys])
+
+
+def _best_rates(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Note]]:
+    """Each cell's rows of the learning rate with the least mean loss, and a note that says so."""
+    rates: dict[Any, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        rates[_cell(row)][row["lr"]].append(row["loss"])
+    best = {cell: min(tried, key=lambda rate: (sum(tried[rate]) / len(tried[rate]), rate)) for cell, tried in rates.items()}
+    kept = [row for row in rows if row["lr"] == best[_cell(row)]]
+    several = {cell: tried for cell, tried in rates.items() if len(tried) > 1}
+    if not several:
+        return kept, []
+    edge = sum(best[cell] in (min(tried), max(tried)) for cell, tried in several.items())
+    said = f"{len(several)} of {len(rates)} cells were trained with several learning rates: the best (least mean loss) of each was kept, "
+    said += f"{len(rows) - len(kept)} rows set aside"
+    said += f"; in {edge} of them it is the least or the largest that was tried, so a better one may lie beyond." if edge else "."
+    return kept, [Note(code="lr_best", sentence=said)]
+
+
+def _once(name: str, rows: list[dict[str, Any]], seeds: bool) -> tuple[list[dict[str, Any]], list[Note]]:
+    """The rows without exact repeats. Raises UsageError where one cell has two losses and no `seed` tells them apart."""
+    seen: dict[Any, dict[str, Any]] = {}
+    for row in rows:
+        before = seen.setdefault((*_cell(row), row["seed"]), row)
+        if before["loss"] != row["loss"]:
+            where = f"{name}, lines {before['line']} and {row['line']}: loss={before['loss']:g} and loss={row['loss']:g} for one cell"
+            what = f"params={row['params']:g}, data={row['data']:g}" + (f", seed={row['seed']}" if seeds else "")
+            raise UsageError(
+                f"{where} ({what}); "
+                + ("keep one, or give them different seeds" if seeds else "if they differ by seed, say so in a column `seed`, else keep one")
+            )
+    kept = list(seen.values())
+    if len(kept) == len(rows):
+        return kept, []
+    return kept, [Note(code="duplicate_rows", sentence=f"{len(rows) - len(kept)} rows repeat another exactly and count once.")]

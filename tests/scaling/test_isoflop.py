@@ -1,0 +1,69 @@
+"""The IsoFLOP parabolas: right on tables with a known optimum, refused where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from laws import TRUTH, budgets, grid, write
+
+from mesocosm.errors import UsageError
+from mesocosm.scaling import fit, isoflop
+from mesocosm.scaling.table import Table
+
+FLOPS = (1e11, 4e11, 1.6e12, 6.4e12)
+A = TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"])
+
+
+def approach(path: Path) -> tuple[isoflop.IsoFlop | None, list[isoflop.Note]]:
+    table = Table.read(path)
+    return isoflop.approach(table, *fit._resamples(table, 0))
+
+
+def test_the_exponent_of_known_budgets_is_found(tmp_path: Path) -> None:
+    found, notes = approach(write(tmp_path / "t.csv", budgets(FLOPS)))
+    assert found is not None and found.source == "budgets" and not notes
+    assert found.a == pytest.approx(A, abs=0.005) and found.a + found.b == pytest.approx(1, abs=0.005)
+    assert found.interval["a"][0] <= found.a <= found.interval["a"][1]
+    assert [entry.n_sizes for entry in found.budgets] == [7] * 4
+
+
+def test_a_grid_is_interpolated_to_common_budgets(tmp_path: Path) -> None:
+    sizes, data = np.geomspace(1e4, 3e6, 9) * 1.07 ** np.arange(9), np.geomspace(1e3, 1e6, 9)
+    found, _ = approach(write(tmp_path / "t.csv", grid(sizes=tuple(sizes), data=tuple(data)), without=("seed", "trunk")))
+    assert found is not None and found.source == "interpolated"
+    assert found.a == pytest.approx(A, abs=0.05) and len(found.budgets) >= 4
+
+
+def test_a_concave_budget_is_refused_and_the_others_stand(tmp_path: Path) -> None:
+    rows = budgets(FLOPS)
+    for row in rows:
+        if row["flops"] == FLOPS[1]:
+            row["loss"] = 2 - row["loss"]
+    found, notes = approach(write(tmp_path / "t.csv", rows))
+    assert found is not None and sum(entry.refused is not None for entry in found.budgets) == 1
+    assert [note.code for note in notes] == ["isoflop_refused"] and "at 4e+11 FLOPs the losses of 7 sizes bend downward (concave)" in notes[0].sentence
+
+
+@pytest.mark.parametrize(("bend", "said"), [(True, "concave"), (False, r"the minimum would lie at params=.*, outside the .* that were trained")])
+def test_a_design_without_any_optimum_is_refused(bend: bool, said: str, tmp_path: Path) -> None:
+    rows = budgets(FLOPS)
+    if bend:
+        for row in rows:
+            row["loss"] = 2 - row["loss"]
+    else:
+        optimum = {c: min((row for row in rows if row["flops"] == c), key=lambda row: row["loss"])["params"] for c in FLOPS}
+        rows = [row for row in budgets(FLOPS, 9) if row["params"] < 0.8 * optimum[row["flops"]]]
+    with pytest.raises(UsageError, match=f"none of its 4 IsoFLOP budgets has an optimum: .*{said}.*train sizes on both sides"):
+        approach(write(tmp_path / "t.csv", rows))
+
+
+def test_too_few_sizes_are_no_parabola(tmp_path: Path) -> None:
+    found, notes = approach(write(tmp_path / "t.csv", budgets(FLOPS, 3)))
+    assert found is None and [note.code for note in notes] == ["no_isoflop"]
+
+
+def test_one_budget_says_no_exponent() -> None:
+    with pytest.raises(UsageError, match="1 distinct flops cannot say an exponent"):
+        isoflop.exponent([1e9, 1e9], [1e3, 2e3])

@@ -1,0 +1,70 @@
+"""law.json: what is written is read again, predicts, and refuses what is no law."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from laws import TRUTH, grid, loss, write
+
+from mesocosm.errors import UsageError
+from mesocosm.scaling import fit
+from mesocosm.scaling.law import Flops, Law, optimal_of, theta_of
+from mesocosm.scaling.table import Table
+
+
+@pytest.fixture(scope="module")
+def law(tmp_path_factory: pytest.TempPathFactory) -> Law:
+    path = write(tmp_path_factory.mktemp("law") / "t.csv", grid(np.random.default_rng(0), 0.003, seeds=2))
+    return fit.fit(Table.read(path), command="mesocosm fit t.csv")
+
+
+def test_it_is_read_as_it_was_written(law: Law, tmp_path: Path) -> None:
+    law.write(tmp_path / "deep" / "law.json")
+    assert Law.read(tmp_path / "deep" / "law.json") == law
+    stored = json.loads((tmp_path / "deep" / "law.json").read_text())
+    contract = {"form", "params", "interval", "interval_level", "optimal", "objective", "n_cells", "held_out", "dropped", "warnings", "provenance"}
+    assert contract <= set(stored)
+    assert set(stored["params"]) == {"E", "A", "B", "alpha", "beta"} and set(stored["optimal"]) == {"a", "b", "kN", "kD"}
+    assert set(stored["interval"]) == {*stored["params"], *stored["optimal"]} and stored["interval_level"] == 0.9
+
+
+def test_predictions_and_their_interval(law: Law) -> None:
+    n, d = np.array([[3e4], [3e5]]), np.array([[3e4, 1e5, 5e5]])
+    predicted, (low, high) = law.predict(n, d), law.predict_interval(n, d)
+    assert predicted.shape == low.shape == (2, 3)
+    truth = loss(*(x.reshape(-1) for x in np.broadcast_arrays(n, d))).reshape(2, 3)
+    assert predicted == pytest.approx(truth, rel=0.004) and (low <= predicted).all() and (predicted <= high).all() and (high - low < 0.01 * predicted).all()
+    with pytest.raises(UsageError, match="data=-1 must be above 0"):
+        law.predict(1e4, -1)
+
+
+@pytest.mark.parametrize(("k", "p", "q"), [(6.0, 1.0, 1.0), (40.0, 0.9, 1.0), (3.0, 1.1, 0.95)])
+def test_the_optimum_is_where_no_other_size_is_better(k: float, p: float, q: float) -> None:
+    flops = Flops(source="table", k=k, p=p, q=q, max_rel_residual=0.0)
+    found = {name: value.item() for name, value in optimal_of(theta_of("chinchilla", TRUTH), flops).items()}
+    for budget in (1e9, 1e12, 1e15):
+        n, d = found["kN"] * budget ** found["a"], found["kD"] * budget ** found["b"]
+        assert k * n**p * d**q == pytest.approx(budget, rel=1e-9)
+        other = n * np.geomspace(0.5, 2, 41)
+        losses = loss(other, (budget / k / other**p) ** (1 / q))
+        assert np.argmin(losses) == 20
+    if (p, q) == (1, 1):
+        assert found["a"] == pytest.approx(TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]))
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"form": "cubic"}'])
+def test_what_is_no_law_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "law.json").write_text(text)
+    with pytest.raises(UsageError, match=r"law\.json' is no law: .*; mesocosm fit TABLE\.csv --out .* makes one"):
+        Law.read(tmp_path / "law.json")
+    with pytest.raises(UsageError, match="cannot be read"):
+        Law.read(tmp_path / "nonesuch.json")
+
+
+def test_it_cannot_be_written_below_a_file(law: Law, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="the law cannot be written"):
+        law.write(tmp_path / "file" / "law.json")

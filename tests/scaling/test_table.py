@@ -1,0 +1,92 @@
+"""Reading the table: what is wrong in it is one sentence with file, line, column, value and fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mesocosm.cli import main
+from mesocosm.errors import UsageError
+from mesocosm.scaling.table import Table
+
+HEAD = "params,data,loss\n"
+GOOD = "1e4,1e4,2.0\n1e5,1e5,1.0\n"
+
+
+def read(tmp_path: Path, text: str) -> Table:
+    (tmp_path / "t.csv").write_text(text)
+    return Table.read(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", r"t\.csv has no column 'params' \(it has none\)"),
+        ("param,data,loss\n1,2,3\n", r"no column 'params' \(it has param, data, loss\); did you mean 'param'"),
+        ("params,data\n1,2\n", "no column 'loss'"),
+        ("params,data,loss,loss\n1,2,3,4\n", "2 columns 'loss': keep one"),
+        (HEAD, "has no rows"),
+        (HEAD + GOOD + "1e4,2e4,-1.5\n", r"line 4: loss=-1\.5 must be a finite number above 0; leave a run that failed out"),
+        (HEAD + GOOD + "1e4,2e4,0\n", "line 4: loss=0 must"),
+        (HEAD + GOOD + "1e4,2e4,nan\n", "line 4: loss=nan must"),
+        (HEAD + GOOD + "1e4,2e4,inf\n", "line 4: loss=inf must"),
+        (HEAD + GOOD + "1e4,2e4,\n", "line 4: loss is empty"),
+        (HEAD + GOOD + "1e4,2e4,x1\n", "line 4: loss=x1 must"),
+        (HEAD + GOOD + "-3,2e4,1\n", "line 4: params=-3 must"),
+        (HEAD + GOOD + "1e4,2e4\n", "line 4: 2 fields for 3 columns"),
+        (HEAD + GOOD + "1e200,1e200,1\n", r"line 4: 6 x params=1e\+200 x data=1e\+200 is beyond a float"),
+        ("params,data,loss,flops\n1e10,1e10,2,-7e18\n", r"line 2: flops=-7e18 must .*beyond int64 turns negative"),
+        ("params,data,loss,unique\n1e4,1e4,2,\n", "line 2: unique is empty"),
+        ("params,data,loss,weight\n1e4,1e4,2,0\n", "line 2: weight=0 must"),
+        ("params,data,loss,trunk\n1e4,1e4,2,\n", "line 2: trunk is empty"),
+        (HEAD + GOOD + "1e4,1e4,2.5\n", "lines 2 and 4: loss=2 and loss=2.5 for one cell .*say so in a column `seed`"),
+        ("params,data,loss,seed\n1e4,1e4,2,0\n1e4,1e4,3,0\n", "lines 2 and 3: .*seed=0.*different seeds"),
+    ],
+)
+def test_a_wrong_table_is_one_sentence(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UsageError, match=said):
+        read(tmp_path, text)
+    assert main(["fit", str(tmp_path / "t.csv"), "--out", str(tmp_path / "law.json")]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "law.json").exists()
+
+
+def test_a_table_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nonesuch\.csv' cannot be read: No such file"):
+        Table.read(tmp_path / "nonesuch.csv")
+    (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(UsageError, match="is no text"):
+        Table.read(tmp_path / "t.csv")
+
+
+def test_counts_beyond_int64_are_floats(tmp_path: Path) -> None:
+    table = read(tmp_path, "params,data,loss\n6889410560,137788211200,2.4\n10000000000000,40000000000000,2.0\n")
+    assert table.flops == pytest.approx([6 * 6889410560 * 137788211200, 2.4e27], rel=1e-15) and (6 * 6889410560 * 137788211200) > 2**63 - 1
+    assert not table.flops_given and [note.code for note in table.notes] == ["flops_6nd"]
+
+
+def test_seeds_are_told_apart_and_resampled_with_their_cell(tmp_path: Path) -> None:
+    table = read(tmp_path, "params,data,loss,seed\n1e4,1e4,2,0\n1e4,1e4,2.1,1\n1e4,2e4,1.9,0\n")
+    assert len(table) == 3 and list(table.group) == [0, 0, 1] and not table.by_trunk and list(table.series) == [0, 1, 0]
+    trunks = read(tmp_path, "params,data,loss,seed,trunk\n1e4,1e4,2,0,a\n1e4,1e4,2.1,1,b\n1e4,2e4,1.9,0,a\n")
+    assert list(trunks.group) == [0, 1, 0] and trunks.by_trunk
+
+
+def test_the_best_learning_rate_of_a_cell_is_kept_and_said(tmp_path: Path) -> None:
+    rows = ["1e4,1e4,2.0,0.1,0", "1e4,1e4,2.6,0.1,1", "1e4,1e4,2.2,0.2,0", "1e4,1e4,2.1,0.2,1", "1e4,1e4,2.9,0.4,0", "1e5,1e4,1.5,0.1,0", "1e5,1e4,1.4,0.2,0"]
+    table = read(tmp_path, "params,data,loss,lr,seed\n" + "\n".join(rows) + "\n")
+    assert sorted(table.loss) == [1.4, 2.1, 2.2]
+    note = next(note for note in table.notes if note.code == "lr_best")
+    assert "2 of 2 cells" in note.sentence and "4 rows set aside" in note.sentence and "in 1 of them it is the least or the largest" in note.sentence
+
+
+def test_exact_repeats_count_once_and_are_said(tmp_path: Path) -> None:
+    table = read(tmp_path, HEAD + GOOD + GOOD)
+    assert len(table) == 2 and table.rows == 4
+    assert any(note.code == "duplicate_rows" and "2 rows" in note.sentence for note in table.notes)
+
+
+def test_unique_beyond_the_data_repeats_nothing(tmp_path: Path) -> None:
+    table = read(tmp_path, "params,data,loss,unique\n1e4,1e4,2,5e4\n1e4,4e4,1.9,5e4\n")
+    assert not table.repeated and table.cells().unique == pytest.approx(np.log([1e4, 4e4]))
