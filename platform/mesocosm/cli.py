@@ -35,6 +35,12 @@ JOBS = {
         "mesocosm.pretrain.run", "PretrainConfig", "a dataset into a world, by DeepSpeed under Ray Train", "-c configs/pretrain/pendulum.yaml model.size=1m"
     ),
     "sweep": Job("mesocosm.scaling.sweep", "SweepConfig", "a grid of sizes and data into a table and its law", "-c configs/sweep/pendulum.yaml --dry-run"),
+    "plan": Job(
+        "mesocosm.scaling.plan",
+        "PlanConfig",
+        "a law and a budget into the config of a pretraining",
+        "--law laws/<id> --money 500 price.per_step=0.01 cluster=local",
+    ),
     "serve": Job("mesocosm.serving.run", "ServeConfig", "a world on Ray Serve, until Ctrl-C", "-c configs/serve/pendulum.yaml replicas=2"),
     "train-agent": Job("mesocosm.agents.train", "AgentConfig", "an RLlib agent inside a world", "-c configs/agent/pendulum-ppo.yaml iterations=20"),
     "baseline": Job("mesocosm.agents.baseline", "BaselineConfig", "model-free RLlib on reality, through the ledger", "-c configs/baseline/pendulum-ppo.yaml"),
@@ -44,6 +50,10 @@ JOBS = {
 
 TOOLS = {"fit": "mesocosm.scaling.command"}
 """Commands that are no config job: a module, light to import, with `add(commands)` and `run(options)`, which returns the exit status."""
+
+
+FLAGS = {"plan": ("law", "flops", "money")}
+"""Keys of a job that may be given as options, too: `--law X` is `law=X`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,7 +104,8 @@ def _main(arguments: list[str]) -> int:
 
 def _run_job(job: Job, options: argparse.Namespace) -> int:
     module = importlib.import_module(job.module)
-    loaded: config.JobConfig = config.load(getattr(module, job.schema), options.config, options.overrides)
+    flags = [f"{key}={value}" for key in FLAGS.get(options.command, ()) if (value := getattr(options, key)) is not None]
+    loaded: config.JobConfig = config.load(getattr(module, job.schema), options.config, [*options.overrides, *flags])
     if options.force:
         loaded.force = True
     if options.dry_run:
@@ -129,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.job = (name, job)
         _common(sub)
         sub.add_argument("--dry-run", action="store_true", help="print what would happen, its size and its price, and do nothing")
+        for key in FLAGS.get(name, ()):
+            sub.add_argument(f"--{key}", metavar=key.upper(), help=f"the same as {key}=...")
         sub.add_argument("--force", action="store_true", help="make the artifact again though it is there")
     for module in TOOLS.values():
         importlib.import_module(module).add(commands)

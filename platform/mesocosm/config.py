@@ -163,8 +163,10 @@ def to_dict(config: Any) -> dict[str, Any]:
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(config)))
 
 
-def to_yaml(config: Any) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+def to_yaml(config: Any, only: Sequence[str] = ()) -> str:
+    """The config as YAML; with `only`, those of its top-level keys."""
+    plain = to_dict(config)
+    return OmegaConf.to_yaml(OmegaConf.create({key: plain[key] for key in only or plain}))
 
 
 def identity(config: JobConfig, *, without: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,0 +1,322 @@
+"""The plan job: a law and a budget -> how large a model, how much data, how much of it from reality, and the config that pretrains it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mesocosm import __version__, config, tracking
+from mesocosm.config import fingerprint, identity
+from mesocosm.data.codec import Codec
+from mesocosm.data.loader import Loader
+from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.model import counts
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.ladder import RUNGS, dims, ensemble_dims
+from mesocosm.pretrain import prepare
+from mesocosm.pretrain.config import DataConfig, PretrainConfig
+from mesocosm.pretrain.schedule import share
+from mesocosm.scaling import plan_figure, prices
+from mesocosm.scaling.law import Law
+from mesocosm.scaling.optimum import Budget, Point, Problem, along, at_size, beyond, counted, drawn, interval, problem_of
+from mesocosm.scaling.plan_config import PlanConfig
+from mesocosm.scaling.sweep_config import CellTraining
+from mesocosm.storage import SCHEMA, Artifact, Storage
+
+__all__ = ["PlanConfig", "plan", "run"]
+
+PLAN, SUMMARY, PLOT = "plan.yaml", "plan.json", "plan.svg"
+FAR = 10.0
+"""A plan this many times beyond what was swept is said to be a guess."""
+NEAR = 10.0
+"""Rungs within such a factor of the best N are compared."""
+STEP = 1e-3
+"""Of what is spent on the lesser of the two: the step of a derivative by money."""
+SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+
+
+@dataclass(frozen=True)
+class _Question:
+    config: PlanConfig
+    """`data`, `model` and `train` filled from the law's sweep where they were left out."""
+    law: Law
+    source: str
+    budget: Budget
+    owned: int
+    spec: Any
+    """Of the datasets; None where there are none."""
+    batch: float
+    """Transitions a batch; 0 where there are no datasets."""
+    sweep_warmup: int | None
+    """Steps, where the sweep says them."""
+
+
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """What the budget would buy; nothing is written."""
+    return _lines(_answer(_question(config, Storage(config.storage.root))))
+
+
+def run(config: PlanConfig, run: tracking.Run) -> Artifact:
+    """Write plan.yaml, plan.json and plan.svg. Raises UsageError for what cannot be planned."""
+    question = _question(config, run.storage)
+    answer = _answer(question)
+    id = fingerprint("plans", identity(question.config, without=("law",)), question.law.model_dump(mode="json"), question.owned, __version__, SCHEMA)
+    problem = problem_of(question.law, question.budget)
+
+    def fill(folder: Path) -> None:
+        (folder / SUMMARY).write_text(json.dumps(answer, indent=1, allow_nan=False) + "\n")
+        (folder / PLAN).write_text(_yaml(question, answer))
+        (folder / PLOT).write_text(plan_figure.figure(question.law, problem, answer))
+
+    found = None if config.force else run.storage.find("plans", id)
+    inputs = {"datasets": list(question.config.data.datasets), "laws": [question.source] if question.source.startswith("laws/") else []}
+    meta = {"inputs": inputs, "config": identity(question.config), "job": "plan", "run": run.id}
+    artifact = found or run.storage.make("plans", id, meta, fill, force=config.force)
+    run.record(artifact=artifact.name, inputs=inputs)
+    run.log({f"plan/{key}": float(answer["plan"][key]) for key in ("params", "data", "unique", "epochs", "loss", "flops")}, step=0)
+    for name in (PLAN, SUMMARY, PLOT):
+        run.artifact(artifact.path / name)
+    for key, value in _lines(answer).items():
+        run.say(f"  {key:<15} {value}")
+    run.say(f"  plot            {artifact.path / PLOT}")
+    if answer["collect"]:
+        run.say(f"first collect {answer['collect']:,} more real transitions, and add their dataset to data.datasets; then")
+    run.say(f"mesocosm pretrain -c {artifact.path / PLAN}")
+    return artifact
+
+
+# -- the question -----------------------------------------------------------------------------------------------------
+
+
+def _question(config: PlanConfig, storage: Storage) -> _Question:
+    config.validate()
+    law, source, meta = _law(config.law, storage)
+    warmup = None
+    if meta is not None:
+        config, warmup = _as_swept(config, meta)
+    spec, batch, have = None, 0.0, 0
+    if config.data.datasets:
+        try:
+            dataset = prepare.open_datasets(storage, config.data.datasets)
+        except ArtifactError as error:
+            raise UsageError(str(error)) from error
+        dataset = prepare.narrowed(dataset, config.data.unique, config.seed)
+        codec = Codec.fit(dataset)
+        loader = Loader(dataset, codec, "train", config.model.context, config.train.batch, config.seed)
+        spec, have = codec.spec, loader.transitions_per_epoch
+        batch = config.train.batch * loader.transitions_per_epoch / loader.windows_per_epoch
+    owned = have if config.owned is None else config.owned
+    return _Question(config, law, source, _budget(config, owned), owned, spec, batch, warmup)
+
+
+def _law(name: str, storage: Storage) -> tuple[Law, str, dict[str, Any] | None]:
+    """(the law, its path or artifact, the artifact's meta)."""
+    if Path(name).is_file() or name.endswith(".json"):
+        return Law.read(name), name, None
+    try:
+        artifact = storage.artifact("laws", name)
+    except UsageError as error:
+        raise UsageError(f"law={name!r} is neither a file nor a sweep's artifact: {error}") from error
+    if not (artifact.path / "law.json").exists():
+        raise UsageError(
+            f"{artifact.name} holds a table but no law, which its cells could not say; mesocosm fit {artifact.path / 'table.csv'} --out law.json says why"
+        )
+    return Law.read(artifact.path / "law.json"), artifact.name, artifact.meta
+
+
+def _as_swept(config: PlanConfig, meta: dict[str, Any]) -> tuple[PlanConfig, int | None]:
+    """The config with the sweep's data, model and training where it says none of its own, and the sweep's warm-up in steps."""
+    default, said = PlanConfig(), meta.get("config", {})
+    warmup = None
+    if config.data.datasets == default.data.datasets:
+        config = replace(config, data=DataConfig(list(meta["inputs"]["datasets"]), config.data.unique))
+    if config.model == default.model and "model" in said:
+        config = replace(config, model=ModelConfig(**said["model"]))
+    if config.train == default.train and "train" in said:
+        cell = CellTraining(**said["train"])
+        warmup = cell.warmup
+        shared = {name: value for name, value in vars(cell).items() if name not in ("warmup", "decay")}
+        config = replace(config, train=replace(default.train, **shared, warmup=0.0, decay=cell.decay))
+    return config, warmup
+
+
+def _budget(config: PlanConfig, owned: int) -> Budget:
+    if config.flops is not None:
+        return Budget(config.flops, 1.0, None, owned, unlimited=owned == 0)
+    assert config.money is not None
+    if config.price.per_exaflop is not None:
+        flop = config.price.per_exaflop / 1e18
+    else:
+        assert config.cluster is not None
+        named = prices.read(config.cluster)
+        flop = named.price_per_hour / 3600 / (named.nodes[0].flops_per_s * named.slots)
+        if not flop > 0:
+            where = f"clusters/{config.cluster}.yaml"
+            raise UsageError(f"cluster={config.cluster!r} states no price an hour; set price_per_hour of its nodes in {where}, or give price.per_exaflop")
+    if config.price.per_step is None and not owned:
+        raise UsageError(
+            "money buys no real step without price.per_step, and no transition is owned; give price.per_step=..., data.datasets=[...] or owned=..."
+        )
+    return Budget(config.money, flop, config.price.per_step, owned)
+
+
+# -- the answer -------------------------------------------------------------------------------------------------------
+
+
+def _answer(q: _Question) -> dict[str, Any]:
+    """Everything that plan.json says; None where a figure is undefined."""
+    law, budget = q.law, q.budget
+    problem = problem_of(law, budget)
+    best = problem.best()
+    resampled = drawn(law, budget)
+    spread = [other.best() for other in resampled]
+    size, chosen = _rung(q, problem, best)
+    again = [at_size(counted(other, chosen.params, chosen.flops / chosen.data), chosen.params) for other in resampled]
+    epochs = chosen.epochs
+    warnings = []
+    far = beyond(law, chosen)
+    if any(max(x, 1 / x) > FAR for x in far.values()):
+        listed = ", ".join(f"{name} {_times(x)}" for name, x in far.items())
+        warnings.append({"code": "far", "sentence": f"The plan lies far beyond what was fitted ({listed}): take it for a guess, and sweep nearer to it first."})
+    elif far:
+        listed = ", ".join(f"{name} {_times(x)}" for name, x in far.items())
+        warnings.append({"code": "beyond", "sentence": f"The plan lies beyond what was fitted: {listed}."})
+    if law.form == "chinchilla" and not budget.unlimited:
+        said = "The law was fitted without repeated data, so that none is planned to be seen twice; a sweep over grid.unique shows what repeats are worth."
+        warnings.append({"code": "one_epoch", "sentence": said})
+    paid = budget.step_price is not None
+    return {
+        "schema": 1,
+        "law": q.source,
+        "form": law.form,
+        "budget": {"flops": q.config.flops, "money": q.config.money, "currency": q.config.price.currency},
+        "prices": {"per_step": budget.step_price, "per_exaflop": None if q.config.flops is not None else budget.compute_price * 1e18},
+        "owned": q.owned,
+        "optimum": _said(best) | {"interval": _spans(spread, law.interval_level), "approach": "closed form" if _closed(q) else "numerical"},
+        "plan": {"size": size, **_said(chosen), "interval": {"loss": interval([p.loss for p in again], law.interval_level)}},
+        "flops_counted": q.spec is not None,
+        "collect": max(0, round(chosen.unique) - q.owned) if paid or budget.unlimited else 0,
+        "next": _next(problem, best, resampled, law.interval_level) if paid else None,
+        "shares": [{"share": p.share, "loss": p.loss, "params": p.params, "data": p.data, "unique": p.unique} for p in along(problem, _shares(problem))]
+        if paid
+        else None,
+        "beyond": far,
+        "epochs": epochs,
+        "warnings": warnings,
+    }
+
+
+def _rung(q: _Question, problem: Problem, best: Point) -> tuple[str, Point]:
+    """The rung of the ladder whose best point has the least loss; its FLOPs are counted where the datasets say the spaces."""
+    found: list[tuple[float, str, Point]] = []
+    for size in RUNGS:
+        params = (ensemble_dims(size) if q.config.model.family == "ensemble" else dims(size)).params
+        if not best.params / NEAR <= params <= best.params * NEAR:
+            continue
+        at = problem
+        if q.spec is not None:
+            model = replace(q.config.model, size=size)
+            params = counts.params(q.spec, model).n
+            each = prepare.step_flops(q.spec, model, q.config.train) / q.batch
+            at = counted(problem, params, each)
+        try:
+            point = at_size(at, params)
+        except UsageError:
+            continue  # too large for the budget
+        found.append((point.loss, size, point))
+    if not found:
+        raise UsageError(f"no rung of the ladder is within {NEAR:g} times the best size, {best.params:.3g} parameters; raise the budget, or lower it")
+    _, size, point = min(found)
+    return size, point
+
+
+def _closed(q: _Question) -> bool:
+    """Whether a = beta/(alpha+beta) and its like say the optimum: 6 N D, fresh data, a budget of FLOPs."""
+    return q.law.flops.source == "6ND" and q.budget.unlimited and q.law.form == "chinchilla"
+
+
+def _next(problem: Problem, best: Point, resampled: list[Problem], level: float) -> dict[str, Any]:
+    """What the next unit of money takes off the loss, spent on compute or on real steps, in nats a unit, at three places: the two agree at an
+    optimum that spends on both. `reality_first`: the share of the law's resamples in which reality is worth more where the plan stands."""
+    shares = _shares(problem)
+    first = "all on compute" if shares[0] == 0 else "most on compute"
+    places = {first: problem.best((shares[0], shares[0])), "at the optimum": best, "most on reality": problem.best((SHARES[-1], SHARES[-1]))}
+    rows = [{"at": name, "share": at.share, "loss": at.loss, **_rates(problem, at)} for name, at in places.items()]
+    rates = [_rates(other, other.point(best.params, best.share)) for other in resampled]
+    return {
+        "rows": rows,
+        "reality_first": sum(rate["reality"] > rate["compute"] for rate in rates) / len(rates) if rates else None,
+        "share_interval": interval([other.best().share for other in resampled], level),
+    }
+
+
+def _shares(problem: Problem) -> tuple[float, ...]:
+    """Where nothing is owned, some reality must be bought."""
+    return SHARES if problem.budget.owned >= 1 else SHARES[1:]
+
+
+def _rates(problem: Problem, at: Point) -> dict[str, float]:
+    """Nats that a unit of money takes off, as compute and as reality, at `at`."""
+    little = STEP * min(spent for spent in (at.compute, at.reality) if spent > 0)
+    return {"compute": (at.loss - problem.more(at, compute=little)) / little, "reality": (at.loss - problem.more(at, reality=little)) / little}
+
+
+def _said(point: Point) -> dict[str, float]:
+    return asdict(point) | {"epochs": point.epochs}
+
+
+def _spans(points: list[Point], level: float) -> dict[str, tuple[float, float]]:
+    return {name: interval([getattr(p, name) for p in points], level) for name in ("params", "data", "unique", "loss", "share")}
+
+
+def _times(x: float) -> str:
+    return f"{x:.3g} times the largest" if x > 1 else f"{1 / x:.3g} times below the least"
+
+
+# -- what is shown and written ------------------------------------------------------------------------------------------
+
+
+def _lines(answer: dict[str, Any]) -> dict[str, Any]:
+    best, made, spans, coin = answer["optimum"], answer["plan"], answer["optimum"]["interval"], answer["budget"]["currency"]
+    lines = {
+        "law": f"{answer['law']} ({answer['form']})",
+        "optimum": f"N {_span(best['params'], spans['params'])}, D {_span(best['data'], spans['data'])}, U {_span(best['unique'], spans['unique'])} "
+        f"({best['epochs']:.3g} epochs), loss {_span(best['loss'], spans['loss'])}",
+        "plan": f"{made['size']}: N {made['params']:.4g}, D {made['data']:.4g}, U {made['unique']:.4g} ({made['epochs']:.3g} epochs), "
+        f"loss {_span(made['loss'], made['interval']['loss'])}, {made['flops']:.3g} FLOPs{' counted' if answer['flops_counted'] else ''}",
+    }
+    if answer["next"] is not None:
+        more = f"{answer['collect']:,} real transitions more than the {answer['owned']:,} owned"
+        lines["spend"] = f"{made['compute']:.4g} {coin} on compute, {made['reality']:.4g} {coin} on {more}"
+        for row in answer["next"]["rows"]:
+            lines[row["at"]] = f"loss {row['loss']:.4g}; the next {coin} takes off {row['compute']:.3g} nats as compute, {row['reality']:.3g} as reality"
+    for warning in answer["warnings"]:
+        lines["warning" if "warning" not in lines else f"warning {len(lines)}"] = warning["sentence"]
+    return lines
+
+
+def _span(value: float, span: tuple[float, float]) -> str:
+    return f"{value:.4g} ({span[0]:.3g} to {span[1]:.3g})"
+
+
+def _yaml(q: _Question, answer: dict[str, Any]) -> str:
+    """The pretrain job's config."""
+    made = answer["plan"]
+    train = q.config.train
+    steps = max(1, round(made["data"] / q.batch)) if q.batch else None
+    if q.sweep_warmup is not None and steps is not None:
+        train = replace(train, warmup=share(q.sweep_warmup, steps))
+    train = replace(train, steps=steps, epochs=None if steps else made["epochs"])
+    job = PretrainConfig(seed=q.config.seed, data=q.config.data, model=replace(q.config.model, size=made["size"]), train=train)
+    said = config.to_yaml(job, ("seed", "data", "model", "train"))
+    head = [
+        f"# {made['size']}: {made['data']:.4g} transitions, {made['unique']:.4g} different ones.",
+        f"# The law {q.source} foretells {_span(made['loss'], made['interval']['loss'])} nats.",
+    ]
+    if answer["collect"]:
+        head.append(f"# {answer['collect']} of them are still to be collected: add their dataset to data.datasets.")
+    if not q.config.data.datasets:
+        head.append("# mesocosm pretrain -c plan.yaml data.datasets=[<id that collect printed>]")
+    return "\n".join(head) + "\n" + said

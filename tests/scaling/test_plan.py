@@ -1,0 +1,196 @@
+"""From a law and a budget to a config: the optimum against closed forms, first-order conditions and a global search; what is written can be run."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.optimize import differential_evolution
+
+from mesocosm import config
+from mesocosm.cli import main
+from mesocosm.errors import UsageError
+from mesocosm.pretrain import run as pretraining
+from mesocosm.pretrain.config import PretrainConfig
+from mesocosm.scaling import plan
+from mesocosm.scaling.law import Bootstrap, Flops, Law, Optimal, Provenance, optimal_of, theta_of
+from mesocosm.scaling.optimum import Budget, Problem, beyond, problem_of
+from mesocosm.scaling.plan_config import PlanConfig
+
+CHINCHILLA = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+REPEATS = {"E": 1.0, "A": 300.0, "B": 800.0, "alpha": 0.35, "beta": 0.35, "r_n": 5.0, "r_d": 15.0}
+
+
+def law_of(params: dict[str, float], flops: Flops | None = None, spread: float = 0.01) -> Law:
+    """A law whose resamples scatter about known truth."""
+    form = "data_constrained" if "r_d" in params else "chinchilla"
+    rng = np.random.default_rng(0)
+    draws = {name: [float(x) for x in value * np.exp(rng.normal(size=40) * spread)] for name, value in params.items()}
+    counted = flops or Flops(source="6ND", k=6.0, p=1.0, q=1.0, max_rel_residual=0.0)
+    best = optimal_of(theta_of(form, params), counted)
+    return Law(
+        form=form,
+        params=params,
+        interval={name: (0.9 * value, 1.1 * value) for name, value in params.items()},
+        optimal=Optimal(**{name: float(value[0]) for name, value in best.items()}),
+        flops=counted,
+        objective=0.0,
+        n_cells=40,
+        residual=0.001,
+        range={"params": (1e4, 1e6), "data": (1e4, 1e6), "unique": (1e4, 1e5), "flops": (6e8, 6e12), "loss": (1.0, 50.0)},
+        correlation={"E,alpha": 0.0, "E,beta": 0.0},
+        held_out=None,
+        isoflop=None,
+        without_E=None,
+        dropped=[],
+        warnings=[],
+        bootstrap=Bootstrap(resamples=40, by="cell", groups=40, seed=0, draws=draws),
+        provenance=Provenance(table="known.csv", sha256="", rows=40, command="", version=""),
+    )
+
+
+@pytest.mark.parametrize("flops", [1e15, 1e20, 5.76e23])
+def test_with_6nd_and_fresh_data_the_search_finds_the_closed_form(flops: float) -> None:
+    law = law_of(CHINCHILLA)
+    found = problem_of(law, Budget(flops, 1.0, None, 0, unlimited=True)).best()
+    n, d = law.optimum(flops)
+    assert found.params == pytest.approx(float(n), rel=1e-4) and found.data == pytest.approx(float(d), rel=1e-4)
+    assert found.flops == pytest.approx(flops) and found.unique == found.data and found.epochs == 1
+
+
+@pytest.mark.parametrize("step_price", [1e-3, 1e-2, 1.0])
+def test_money_is_split_where_both_are_worth_the_same(step_price: float) -> None:
+    law = law_of(REPEATS, Flops(source="table", k=20.0, p=1.0, q=1.0, max_rel_residual=0.0))
+    budget = Budget(500.0, 1e-12, step_price, 10_000)
+    problem = problem_of(law, budget)
+    found = problem.best()
+    assert found.compute + found.reality == pytest.approx(500, rel=1e-6)
+    assert found.unique == pytest.approx(10_000 + found.reality / step_price)
+    rates = plan._rates(problem, found)
+    assert rates["compute"] == pytest.approx(rates["reality"], rel=0.02), "at an optimum inside, neither is worth more"
+    low = plan._rates(problem, problem.best((0.01, 0.01)))
+    assert low["reality"] > low["compute"], "too little reality was bought"
+    search = differential_evolution(lambda x: float(problem.loss(x[:1], x[1:])[0]), [(4.0, 25.0), (0.0, 0.999999)], seed=0, tol=1e-12, popsize=30)
+    assert found.loss <= search.fun * (1 + 1e-7)
+
+
+def test_dearer_steps_buy_less_reality_and_what_is_owned_is_used_first() -> None:
+    law = law_of(REPEATS, Flops(source="table", k=20.0, p=1.0, q=1.0, max_rel_residual=0.0))
+    found = [problem_of(law, Budget(500.0, 1e-9, price, 10_000)).best() for price in (1e-3, 1e-2, 1e-1, 1e6)]
+    bought = [p.unique for p in found]
+    assert bought == sorted(bought, reverse=True) and bought[0] > 2 * bought[1]
+    assert bought[-1] == pytest.approx(10_000, rel=1e-3) and [p.loss for p in found] == sorted(p.loss for p in found)
+    assert problem_of(law, Budget(500.0, 1e-9, None, 10_000)).best().unique == 10_000
+
+
+def test_a_law_without_repeats_plans_none() -> None:
+    problem = problem_of(law_of(CHINCHILLA), Budget(100.0, 1e-15, 1e-3, 1_000))
+    found = problem.best()
+    assert found.data == found.unique and found.compute + found.reality <= 100 * (1 + 1e-9)
+    n, d = law_of(CHINCHILLA).optimum(found.flops)
+    assert found.data < float(d) and found.params > float(n), "where data cost money too, a larger model on less of it"
+
+
+def test_a_budget_that_buys_nothing_is_refused() -> None:
+    problem = problem_of(law_of(CHINCHILLA), Budget(1.0, 1.0, None, 0, unlimited=True))
+    with pytest.raises(UsageError, match="buys less than one transition"):
+        problem.point(1e9, 0.0)
+
+
+def test_how_far_beyond_is_said() -> None:
+    law = law_of(CHINCHILLA)
+    point = problem_of(law, Budget(6e16, 1.0, None, 0, unlimited=True)).best()
+    far = beyond(law, point)
+    assert far["params"] == pytest.approx(point.params / 1e6) and far["flops"] == pytest.approx(1e4)
+    assert beyond(law, replace(point, params=1e5, data=1e5, unique=1e5, flops=6e10)) == {}
+
+
+@pytest.fixture
+def law_file(tmp_path: Path) -> Callable[..., str]:
+    def write(law: Law) -> str:
+        law.write(tmp_path / "law.json")
+        return str(tmp_path / "law.json")
+
+    return write
+
+
+def _plan(law: str, root: str, *overrides: str) -> dict[str, Any]:
+    cfg = config.load(PlanConfig, overrides=[f"law={law}", f"storage.root={root}", *overrides])
+    return plan._answer(plan._question(cfg, plan.Storage(root)))
+
+
+def test_a_plan_is_a_config_that_pretraining_takes(law_file: Callable[..., str], cart_root: Callable[..., str], tmp_path: Path, capsys: Any) -> None:
+    root = cart_root(tmp_path)
+    law = law_file(law_of(REPEATS, Flops(source="table", k=20.0, p=1.0, q=1.0, max_rel_residual=0.0)))
+    data = ["data.datasets=[cart]", "model.members=1", "model.context=8", "model.base_steps=20", "train.batch=8", "train.events=12"]
+    command = ["plan", "--law", law, "--money", "20", "price.per_step=0.01", "price.per_exaflop=1e9", f"storage.root={root}", *data]
+    assert main([*command, "--json"]) == 0
+    path = Path(json.loads(capsys.readouterr().out)["path"])
+    answer = json.loads((path / "plan.json").read_text())
+    made = answer["plan"]
+    assert answer["owned"] > 200 and answer["flops_counted"] and answer["collect"] == round(made["unique"]) - answer["owned"] > 0
+    assert made["compute"] + made["reality"] == pytest.approx(20, rel=1e-6)
+    assert made["loss"] >= answer["optimum"]["loss"] * 0.98 and made["interval"]["loss"][0] < made["loss"] < made["interval"]["loss"][1]
+    assert (path / "plan.svg").read_text().startswith("<?xml")
+
+    job = config.load(PretrainConfig, [path / "plan.yaml"], [f"storage.root={root}"])
+    told = pretraining.plan(job)
+    assert job.model.size == made["size"] and told["params"] == made["params"]
+    assert told["transitions"] == pytest.approx(made["data"], rel=0.02), "D is what the plan says, to half a batch"
+    assert told["flops"] == pytest.approx(made["flops"], rel=0.02), "and costs what it says"
+
+
+def test_flops_on_given_data_repeat_it(law_file: Callable[..., str], tmp_path: Path) -> None:
+    answer = _plan(law_file(law_of(REPEATS)), str(tmp_path), "flops=1e13", "owned=20000")
+    assert answer["plan"]["unique"] == 20_000 and answer["plan"]["epochs"] > 2 and answer["collect"] == 0 and answer["next"] is None
+    fresh = _plan(law_file(law_of(CHINCHILLA)), str(tmp_path), "flops=1e16")
+    assert fresh["optimum"]["approach"] == "closed form" and fresh["plan"]["epochs"] == 1
+    assert [w["code"] for w in fresh["warnings"]] == ["far"] and "times the largest" in fresh["warnings"][0]["sentence"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["law=''"], "law is not set"),
+        ([], "neither flops nor money is set"),
+        (["flops=1e9", "money=3"], "both set"),
+        (["flops=-1"], r"flops=-1\.0 is no budget"),
+        (["money=5"], "money needs the price of compute"),
+        (["money=5", "price.per_exaflop=1"], "money buys no real step without price.per_step"),
+        (["money=5", "price.per_exaflop=1", "cluster=local"], "both say what compute costs"),
+        (["money=5", "cluster=local", "price.per_step=1"], "cluster='local' states no price an hour"),
+        (["flops=1e9", "price.per_step=0.1"], "has no meaning in a budget of FLOPs"),
+        (["flops=1e9", "train.steps=5"], "are the plan's to say"),
+        (["flops=1e9", "law=nowhere.json"], "cannot be read"),
+        (["flops=1e9", "law=ab12"], "law='ab12' is neither a file nor a sweep's artifact"),
+        (["flops=10"], "buys less than one transition|no rung of the ladder"),
+    ],
+)
+def test_bad_questions(law_file: Callable[..., str], tmp_path: Path, overrides: list[str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        _plan(law_file(law_of(CHINCHILLA)), str(tmp_path), *overrides)
+
+
+def test_the_price_of_a_cluster(law_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clusters").mkdir()
+    (tmp_path / "clusters" / "dear.yaml").write_text("nodes: [{name: gpus, count: 2, cpus: 1, gpus: 0, price_per_hour: 3.6, flops_per_s: 1e9}]\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mesocosm.scaling.prices.FOLDERS", (Path("clusters"),))
+    answer = _plan(law_file(law_of(REPEATS)), str(tmp_path), "money=5e6", "cluster=dear", "price.per_step=0.01")
+    assert answer["prices"]["per_exaflop"] == pytest.approx(2 * 3.6 / 3600 / (2 * 1e9) * 1e18)
+    assert math.isclose(answer["prices"]["per_step"], 0.01)
+
+
+def test_resampled_problems_are_of_the_law() -> None:
+    law = law_of(CHINCHILLA)
+    many = plan.drawn(law, Budget(1e18, 1.0, None, 0, unlimited=True))
+    assert len(many) == 40 and all(isinstance(p, Problem) for p in many)
+    sizes = [p.best().params for p in many]
+    n, _ = law.optimum(1e18)
+    assert min(sizes) < float(n) < max(sizes)
