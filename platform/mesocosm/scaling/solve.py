@@ -6,7 +6,8 @@ A problem is one start under one row of weights (a bootstrap resample is a row: 
 
 in units of delta, so that far residuals count |r|. A step solves with the exact Hessian where that is positive definite, else with that of
 iteratively reweighted least squares, damped as Levenberg and Marquardt do, per problem. The loss is nearly that of least absolute
-deviations, whose kinks stop such methods far from the minimum: hence each problem goes down through wider deltas first.
+deviations, whose kinks stop such methods far from the minimum: hence each problem goes down through wider deltas first. Starts of one row that meet there
+(to 1e-6 in every coordinate) go on as one.
 """
 
 from __future__ import annotations
