@@ -74,6 +74,12 @@ def cart(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture(scope="session")
+def small() -> tuple[str, ...]:
+    """The overrides of `sweep_of`."""
+    return SMALL
+
+
+@pytest.fixture(scope="session")
 def sweep_of() -> Callable[..., SweepConfig]:
     """`sweep_of(root, *overrides)`"""
 

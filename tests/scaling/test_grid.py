@@ -77,6 +77,13 @@ def test_a_cell_is_what_decides_its_result(sweep_of: Sweep, cart: Dataset) -> No
         assert not ids & changed(other), other
 
 
+def test_fresh_data_are_trained_on_once_whatever_u(sweep_of: Sweep, cart: Dataset) -> None:
+    """To a law a cell is (N, D, min(D, U)): two of them would be one with two losses."""
+    cells = grid_of(sweep_of, cart, "grid.sizes=[10k]", "grid.data=[150,250,600]", "grid.unique=[100,200,300]").cells
+    assert {(cell.asked, cell.narrowed) for cell in cells} == {(150, 100), (150, 200), (250, 100), (250, 200), (250, 300), (600, 100), (600, 200), (600, 300)}
+    assert {cell.unique for cell in cells} == {100, 200, 300} and len({cell.trunk for cell in cells}) == 3
+
+
 def test_trunks_save_what_their_cells_share(sweep_of: Sweep, cart: Dataset) -> None:
     grid = grid_of(sweep_of, cart, "grid.data=[300,600,1200]", "grid.sizes=[10k]")
     (trunk,) = grid.trunks(grid.cells)

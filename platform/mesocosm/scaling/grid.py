@@ -3,8 +3,8 @@
 A cell is a model of one size trained once, on D transitions of U different ones, from one seed. Its id is a hash of all that decides its result, so
 two sweeps that ask for the same cell share it. Cells that differ in D alone share a *trunk*: warm-up, then a constant learning
 rate, over the one order of samples that the seed draws. A cell leaves the trunk `fall` steps before its end and decays to 0 there; it is the
-same, to the last bit, as a run of its own. Every U has a trunk of its own, also where no cell sees a transition twice: the base is fitted on
-all U.
+same, to the last bit, as a run of its own. Every U has trunks of its own, for the base is fitted on all U. A D that several U hold
+without a repetition is trained with the smallest of them only: to a law, which knows min(D, U), those cells are one.
 """
 
 from __future__ import annotations
@@ -151,14 +151,18 @@ def lay_out(config: SweepConfig, dataset: Dataset, cluster: ClusterConfig) -> Gr
         if unique > have:
             raise UsageError(f"grid.unique={unique} is more than the {have} training transitions of {', '.join(dataset.ids)}; collect more, or lower it")
     codec = Codec.fit(dataset)
-    precision = config.train.precision if config.train.precision != "auto" else "bf16" if cluster.gpus else "fp32"
-    layout = _Layout(config, dataset, codec, precision)
+    layout = _Layout(config, dataset, codec, precision(config, cluster))
     cells = [cell for size in config.grid.sizes for cell in layout.of_size(size)]
     if any(cell.large for cell in cells):
-        grid = config.pretraining(config.grid.sizes[0], 0, None, 1, 0, 1, precision)
-        grid.train.workers = config.workers
-        grid.validate()
-    return Grid(config, precision, tuple(cells), dataset, codec, cluster)
+        job = config.pretraining(config.grid.sizes[0], 0, None, 1, 0, 1, layout.precision)
+        job.train.workers = config.workers
+        job.validate()
+    return Grid(config, layout.precision, tuple(cells), dataset, codec, cluster)
+
+
+def precision(config: SweepConfig, cluster: ClusterConfig) -> str:
+    """What `train.precision` comes to on `cluster`."""
+    return config.train.precision if config.train.precision != "auto" else "bf16" if cluster.gpus else "fp32"
 
 
 class _Layout:
@@ -172,6 +176,7 @@ class _Layout:
         sizes = counts.params(self.codec.spec, model)
         step_flops = prepare.step_flops(self.codec.spec, model, config.training(1, 0, 1, self.precision))
         found = []
+        fresh: set[tuple[float, int]] = set()
         for unique, seed in product([None] if grid.unique is None else sorted(grid.unique), sorted(grid.seeds)):
             loader = self._loader(unique, seed)
             shared = {
@@ -189,6 +194,11 @@ class _Layout:
                 steps = self._steps(size, asked, step_flops, loader)
                 fall = config.fall(steps)
                 self._check(asked, steps, fall, before, loader)
+                data = loader.transitions_seen(steps)
+                if data <= loader.transitions_per_epoch:
+                    if (asked, seed) in fresh:
+                        continue
+                    fresh.add((asked, seed))
                 what = shared | {"steps": steps, "fall": fall}
                 found.append(
                     Cell(
@@ -201,7 +211,7 @@ class _Layout:
                         steps=steps,
                         rise=config.train.warmup,
                         fall=fall,
-                        data=loader.transitions_seen(steps),
+                        data=data,
                         unique=loader.transitions_per_epoch,
                         params=sizes.n,
                         total_params=sizes.total,

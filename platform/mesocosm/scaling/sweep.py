@@ -5,22 +5,26 @@ A cell's record is in storage as soon as it is done, so that the same command ru
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mesocosm import __version__, cluster, tracking
 from mesocosm.config import fingerprint
+from mesocosm.data.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.pretrain import prepare
 from mesocosm.scaling import cells, prices
 from mesocosm.scaling.board import Board, Nested, name, short
 from mesocosm.scaling.cells import Record
-from mesocosm.scaling.grid import SCHEMA, Cell, Grid, Trunk, lay_out
+from mesocosm.scaling.grid import SCHEMA, Cell, Grid, Trunk, lay_out, precision
+from mesocosm.scaling.prices import ClusterConfig
 from mesocosm.scaling.sweep_config import SweepConfig, what
 from mesocosm.scaling.trunk import Outcome, Work
 from mesocosm.storage import Artifact, Storage
@@ -32,7 +36,7 @@ TABLE, SUMMARY, LAW, PLOT = "table.csv", "summary.json", "law.json", "loss.svg"
 
 def plan(config: SweepConfig) -> dict[str, Any]:
     """The cells, and what they would cost on `config.cluster`. Raises UsageError as `run` does before it starts."""
-    grid = _grid(config)
+    grid = lay_out(config, *_given(config))
     done = set() if config.force else cells.finished(Storage(config.storage.root))
     missing = [cell for cell in grid.cells if cell.id not in done]
     trunks = grid.trunks(missing)
@@ -60,7 +64,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     ]
     together, alone = grid.hours(missing), grid.hours(missing, alone=True)
     return {
-        "sweep": f"laws/{_id(config, grid)}",
+        "sweep": f"laws/{_id(config, grid.dataset, grid.cluster)}",
         "datasets": ", ".join(grid.dataset.ids),
         "cluster": config.cluster,
         "precision": grid.precision,
@@ -82,13 +86,17 @@ def run(config: SweepConfig, run: tracking.Run) -> Artifact:
     """Train what is missing of the grid, and make its table. Raises UsageError before anything starts, MesocosmError naming the cells
     that failed after all others are done."""
     began = time.perf_counter()
-    grid = _grid(config)
-    id = _id(config, grid)
-    run.record(inputs={"datasets": grid.dataset.ids}, artifact=f"laws/{id}")
+    dataset, named = _given(config)
+    id = _id(config, dataset, named)
+    run.record(inputs={"datasets": dataset.ids}, artifact=f"laws/{id}")
     made = None if config.force else run.storage.find("laws", id)
     if made is not None:
         run.say(f"found {made.name}")
         return made
+    with ThreadPoolExecutor(1) as beside:  # Ray takes seconds to start, and counting FLOPs as many
+        started = beside.submit(_start, config)
+        grid = lay_out(config, dataset, named)
+        started.result()
     done = set() if config.force else cells.finished(run.storage)
     found = {cell.id: cells.read(run.storage, cell.id) for cell in grid.cells if cell.id in done}
     missing = [cell for cell in grid.cells if cell.id not in found]
@@ -111,7 +119,6 @@ def _train(config: SweepConfig, run: tracking.Run, grid: Grid, missing: Sequence
     idle trials hold would wait for ever."""
     trunks, large = grid.trunks(missing), [cell for cell in missing if cell.large]
     lanes = min(config.concurrent, len(trunks))
-    cluster.ensure(config.ray)
     share = min(1.0, grid.cluster.gpus / lanes) if lanes and grid.cluster.gpus else 0.0
     cluster.preflight(what=f"concurrent={config.concurrent}", cpus=lanes, gpus=share * lanes)
     if large:
@@ -251,22 +258,42 @@ def _finished(config: SweepConfig, run: tracking.Run, grid: Grid, id: str, board
 
 
 def _fit(folder: Path, run: tracking.Run) -> None:
-    """The law of `folder`'s table, beside it."""
+    """The law of `folder`'s table, beside it; a table that cannot say one is kept without, and the run says why."""
+    from mesocosm.scaling import fit, report
+    from mesocosm.scaling.table import Table
+
+    try:
+        table = Table.read(folder / TABLE)
+        law = fit.fit(table, command=f"mesocosm fit {TABLE} --out {LAW}")
+    except UsageError as error:
+        run.say(f"no law: {error}")
+        return
+    law.write(folder / LAW)
+    (folder / LAW).with_suffix(".svg").write_text(report.draw(law, table))
+    run.log({f"law/{name}": value for name, value in law.params.items()} | {"law/a": law.optimal.a, "law/b": law.optimal.b})
+    if not run.quiet:
+        for part in report.said(law):
+            tracking.console.print(part)
 
 
-def _grid(config: SweepConfig) -> Grid:
+def _given(config: SweepConfig) -> tuple[Dataset, ClusterConfig]:
     """Raises UsageError where the config, the cluster or the datasets are not as they must be."""
     config.validate()
     named = prices.read(config.cluster)
     try:
-        dataset = prepare.open_datasets(Storage(config.storage.root), config.data.datasets)
+        return prepare.open_datasets(Storage(config.storage.root), config.data.datasets), named
     except ArtifactError as error:
         raise UsageError(str(error)) from error
-    return lay_out(config, dataset, named)
 
 
-def _id(config: SweepConfig, grid: Grid) -> str:
-    return fingerprint("sweep", what(config), grid.dataset.ids, grid.precision, __version__, SCHEMA)
+def _start(config: SweepConfig) -> None:
+    """Ray, and the imports that trials want here."""
+    cluster.ensure(config.ray)
+    importlib.import_module("mesocosm.scaling.trial")
+
+
+def _id(config: SweepConfig, dataset: Dataset, named: ClusterConfig) -> str:
+    return fingerprint("sweep", what(config), dataset.ids, precision(config, named), __version__, SCHEMA)
 
 
 def _last_line(error: BaseException) -> str:

@@ -1,0 +1,157 @@
+"""The sweep as a user runs it: Ray Tune, DeepSpeed, storage and MLflow are the real ones."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+
+from mesocosm import tracking
+from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.scaling import cells
+from mesocosm.scaling.cells import COLUMNS
+from mesocosm.scaling.sweep import plan, run
+from mesocosm.scaling.sweep_config import SweepConfig
+from mesocosm.storage import Artifact, Storage
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+Make = Callable[..., Any]
+
+
+def swept(config: SweepConfig) -> tuple[Artifact, tracking.Run]:
+    with tracking.start("sweep", config, quiet=True) as made:
+        return run(config, made), made
+
+
+def table(artifact: Artifact) -> list[dict[str, str]]:
+    with open(artifact.path / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cart_root: Make, sweep_of: Make) -> tuple[SweepConfig, Artifact, tracking.Run]:
+    config = sweep_of(cart_root(tmp_path_factory.mktemp("whole")))
+    return config, *swept(config)
+
+
+def test_the_table_has_a_row_a_cell(whole: tuple[SweepConfig, Artifact, tracking.Run]) -> None:
+    config, artifact, made = whole
+    rows = table(artifact)
+    told = plan(config)["cells"]
+    assert len(rows) == 4 and list(rows[0])[: len(COLUMNS)] == list(COLUMNS)
+    assert [(int(row["params"]), int(row["data"]), int(row["flops"])) for row in rows] == [(row["params"], row["data"], row["flops"]) for row in told]
+    for row in rows:
+        assert float(row["loss"]) == pytest.approx(sum(float(row[part]) for part in ("dynamics", "reward", "termination", "task")))
+    assert len({row["trunk"] for row in rows}) == 2 and {row["state"] for row in told} == {"finished"}
+    summary = json.loads((artifact.path / "summary.json").read_text())
+    assert summary["steps"]["run"] < summary["steps"]["without_trunks"] == sum(row["steps"] for row in told)
+    assert 0 < summary["seconds"]["training"] < 2 * summary["seconds"]["wall"] and (artifact.path / "loss.svg").exists()
+    assert artifact.meta["inputs"] == {"datasets": ["cart"]} and made.storage.list("runs/tune") == []
+
+
+def test_mlflow_has_a_nested_run_a_cell(whole: tuple[SweepConfig, Artifact, tracking.Run]) -> None:
+    config, artifact, made = whole
+    client = MlflowClient(tracking_uri=tracking.uri_of(config))
+    experiment = client.get_experiment_by_name(config.tracking.experiment)
+    assert experiment is not None
+    runs = {found.data.tags["mesocosm.run"]: found for found in client.search_runs([experiment.experiment_id])}
+    parent = runs[f"sweep/{made.id}"]
+    losses = {row["cell"]: float(row["loss"]) for row in table(artifact)}
+    nested = {found.data.params["cell"]: found for name, found in runs.items() if name.startswith("cell/")}
+    assert {cell: found.data.metrics["loss"] for cell, found in nested.items()} == losses
+    assert all(found.data.tags["mlflow.parentRunId"] == parent.info.run_id and found.info.status == "FINISHED" for found in nested.values())
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"table.csv", "loss.svg", "summary.json"}
+
+
+def test_again_it_is_found_and_another_grid_trains_what_is_missing(whole: tuple[SweepConfig, Artifact, tracking.Run], sweep_of: Make) -> None:
+    config, artifact, _ = whole
+    root = config.storage.root
+    assert swept(config)[0].id == artifact.id
+    stamps = {path.name: path.stat().st_mtime_ns for path in Path(root, "cells/results").iterdir()}
+    larger, made = swept(sweep_of(root, "grid.data=[300,450,600]", "grid.sizes=[10k]", "concurrent=1"))
+    after = {path.name: path.stat().st_mtime_ns for path in Path(root, "cells/results").iterdir()}
+    assert stamps.items() < after.items() and len(after) == len(stamps) + 1
+    assert "2 of 3 cells were finished before" in (made.folder / "log.txt").read_text()
+    before = {row["cell"]: row for row in table(artifact)}
+    assert [row["cell"] in before for row in table(larger)] == [True, False, True]
+    assert all(row == before[row["cell"]] for row in table(larger) if row["cell"] in before)
+
+
+def test_cells_that_fail_are_named_the_others_go_on_and_again_they_are_tried(tmp_path: Path, cart_root: Make, sweep_of: Make) -> None:
+    """The trunk of U = 150 finds a damaged base, which is then mended."""
+    root = cart_root(tmp_path)
+    config = sweep_of(root, "grid.unique=[150,250]", "grid.sizes=[10k]", "grid.data=[300]", "concurrent=1")
+    config_of_one = sweep_of(root, "grid.unique=[150]", "grid.sizes=[10k]", "grid.data=[300]", "concurrent=1", "train.lr=1e-3")
+    swept(config_of_one)
+    (base,) = Path(root, "cells/bases").iterdir()
+    whole = base.read_bytes()
+    base.write_bytes(whole[:100])
+    with pytest.raises(MesocosmError, match=r"1 of 2 cells failed; run the same command again .* \(10k, D=\d+, U=150, seed 0\): SafetensorError") as error:
+        swept(config)
+    assert error.value.exit_code == 1 and len(cells.finished(Storage(root))) == 2
+    folder = max(Path(root, "runs/sweep").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed" and len((folder / "table.csv").read_text().splitlines()) == 2
+    failed = [json.loads(path.read_text()) for path in Path(root, "runs/cell").glob("*/status.json")]
+    assert [status["error"].split(":")[0] for status in failed if status["state"] == "failed"] == ["SafetensorError"]
+    base.write_bytes(whole)
+    assert len(table(swept(config)[0])) == 2
+
+
+def test_more_than_the_cluster_has_is_refused(tmp_path: Path, cart_root: Make, sweep_of: Make) -> None:
+    root = cart_root(tmp_path)
+    with pytest.raises(UsageError, match=r"concurrent=6 asks for 6 CPUs and the cluster has 4"):
+        swept(sweep_of(root, "concurrent=6", "grid.seeds=[0,1,2]"))
+    with pytest.raises(UsageError, match=r"workers=4 of a large cell.* asks for 5 CPUs and the cluster has 4"):
+        swept(sweep_of(root, "large=1", "workers=4"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_large_cell_is_a_pretrain_job_with_the_same_result(whole: tuple[SweepConfig, Artifact, tracking.Run], sweep_of: Make) -> None:
+    config, artifact, _ = whole
+    root = config.storage.root
+    for workers, exact in ((1, True), (2, False)):
+        small = {int(row["steps"]): float(row["loss"]) for row in table(artifact) if row["size"] == "10k"}
+        options = (f"train.batch={8}", "grid.sizes=[10k]", "large=1", f"workers={workers}", "force=true")
+        made, _ = swept(sweep_of(root, *options))
+        for row in table(made):
+            record = cells.read(Storage(root), row["cell"])
+            assert record.world is not None and Storage(root).artifact("worlds", record.world).meta["counts"]["steps"] == record.steps
+            assert float(row["loss"]) == (small[int(row["steps"])] if exact else pytest.approx(small[int(row["steps"])], abs=1e-4))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_driver_costs_no_finished_cell(
+    tmp_path: Path, cart_root: Make, small: Sequence[str], whole: tuple[SweepConfig, Artifact, tracking.Run]
+) -> None:
+    """SIGKILL after the first record; the same command again trains the rest, and the losses are the undisturbed sweep's."""
+    root = cart_root(tmp_path)
+    results = Path(root, "cells/results")
+    command = [sys.executable, "-m", "mesocosm.cli", "sweep", f"storage.root={root}", "data.datasets=[cart]", *small, "--json"]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 400
+    while not (results.exists() and list(results.glob("*.json"))):
+        assert driver.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    time.sleep(3.0)  # its Ray notices
+    stamps = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
+    assert 1 <= len(stamps) < 4 and not Path(root, "laws").exists()
+    told = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=400).stdout)
+    assert told["found"] == len(stamps)
+    after = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
+    assert stamps.items() < after.items() and len(after) == 4
+    losses = [[(row["cell"], row["loss"]) for row in table(made)] for made in (Storage(root).artifact("laws", told["artifact"]), whole[1])]
+    assert losses[0] == losses[1]
