@@ -33,6 +33,7 @@ def doctor(*arguments: str, **env: str) -> tuple[int, dict[str, dict[str, Any]]]
     return done.returncode, {check["name"]: check for check in json.loads(done.stdout)}
 
 
+@pytest.mark.slow
 def test_a_sound_machine(root: str) -> None:
     code, checks = doctor(f"storage.root={root}")
     assert code == 0 and all(check["ok"] for check in checks.values())

@@ -54,16 +54,17 @@ def _run(cfg: LoopConfig) -> tuple[Any, dict[str, Any]]:
     return artifact, json.loads((artifact.path / "summary.json").read_text())
 
 
-def test_round_and_round_through_serve_and_found_again(root: str, ray_local: None) -> None:
+@pytest.mark.parametrize("rounds", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_round_and_round_through_serve_and_found_again(rounds: int, root: str, ray_local: None) -> None:
+    spent = [300, 400][:rounds]
     baseline = "baselines=[{algo: PPO, steps: 300, num_envs: 2, rollout: 32, window: 2, params: {minibatch_size: 32}}]"
-    cfg = _load(
-        root, "reality.env=CartPole-v1", "reality.price.per_step=0.5", "reality.budget.steps=400", "pretrain.model.family=sequence", baseline, "target=475"
-    )
+    own = ["reality.env=CartPole-v1", "reality.price.per_step=0.5", "reality.budget.steps=400", "pretrain.model.family=sequence", "target=475"]
+    cfg = _load(root, *own, baseline, f"rounds={rounds}")
     artifact, summary = _run(cfg)
     points = summary["curves"]["world"][0]["points"]
-    assert [p["real_steps"] for p in points] == [300, 400]
+    assert [p["real_steps"] for p in points] == spent
     purposes = {row["purpose"]: row for row in summary["real_steps"]["purposes"]}
-    assert purposes["collect"]["steps"] == 400 and purposes["collect"]["price"] == 200
+    assert purposes["collect"]["steps"] == spent[-1] and purposes["collect"]["price"] == spent[-1] / 2
     assert purposes["judge"]["steps"] == sum(sum(p["returns"]) for p in points)  # CartPole pays 1 a step
     assert 0 < purposes["baseline"]["steps"] <= 300
     assert summary["curves"]["model_free"][0]["points"]

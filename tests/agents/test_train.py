@@ -113,6 +113,7 @@ def real_return(policy: Policy, episodes: int = 40) -> float:
     return float(np.mean(totals))
 
 
+@pytest.mark.slow
 def test_a_ppo_agent_learns_in_the_world_what_holds_in_reality(ray_local: None, seek: tuple[str, Artifact]) -> None:
     """On a Dict observation, from config alone."""
     root, _ = seek
