@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -128,6 +129,43 @@ def test_a_large_cell_is_a_pretrain_job_with_the_same_result(whole: tuple[SweepC
             record = cells.read(Storage(root), row["cell"])
             assert record.world is not None and Storage(root).artifact("worlds", record.world).meta["counts"]["steps"] == record.steps
             assert float(row["loss"]) == (small[int(row["steps"])] if exact else pytest.approx(small[int(row["steps"])], abs=1e-4))
+
+
+def _trials() -> list[int]:
+    """The trial processes of this process's own Ray."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if (folder / "cmdline").read_bytes().startswith(b"ray::TrunkTrial"):
+                raylet = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
+                if int(Path("/proc", raylet, "stat").read_text().rsplit(")", 1)[1].split()[1]) == os.getpid():
+                    found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_killed_process_fails_its_own_cells_only(tmp_path: Path, cart_root: Make, sweep_of: Make) -> None:
+    root = cart_root(tmp_path)
+    config = sweep_of(root, "grid.data=[300,30000]", "concurrent=1")
+    results = Path(root, "cells/results")
+
+    def kill() -> None:
+        while not (results.exists() and list(results.iterdir())):
+            time.sleep(0.02)
+        for pid in _trials():
+            os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with pytest.raises(MesocosmError, match=r"1 of 4 cells failed.*\(30k, D=30k, seed 0\): .*\w") as error:
+        swept(config)
+    killer.join()
+    assert "ended without a word" not in str(error.value), "Ray's own reason is given"
+    assert len(cells.finished(Storage(root))) == 3
+    assert len(table(swept(config)[0])) == 4
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ class Board:
 
     @property
     def best(self) -> Record:
-        return min(self.records.values(), key=lambda record: record.loss)
+        return min(list(self.records.values()), key=lambda record: record.loss)
 
     @property
     def line(self) -> str:

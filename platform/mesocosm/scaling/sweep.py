@@ -93,10 +93,11 @@ def run(config: SweepConfig, run: tracking.Run) -> Artifact:
     if made is not None:
         run.say(f"found {made.name}")
         return made
-    with ThreadPoolExecutor(1) as beside:  # Ray takes seconds to start, and counting FLOPs as many
-        started = beside.submit(_start, config)
-        grid = lay_out(config, dataset, named)
-        started.result()
+    with ThreadPoolExecutor(1) as beside:  # Ray takes seconds to start, and counting FLOPs as many. Ray's daemons die with the thread that began them
+        counted = beside.submit(lay_out, config, dataset, named)
+        cluster.ensure(config.ray)
+        importlib.import_module("mesocosm.scaling.trial")
+        grid = counted.result()
     done = set() if config.force else cells.finished(run.storage)
     found = {cell.id: cells.read(run.storage, cell.id) for cell in grid.cells if cell.id in done}
     missing = [cell for cell in grid.cells if cell.id not in found]
@@ -284,12 +285,6 @@ def _given(config: SweepConfig) -> tuple[Dataset, ClusterConfig]:
         return prepare.open_datasets(Storage(config.storage.root), config.data.datasets), named
     except ArtifactError as error:
         raise UsageError(str(error)) from error
-
-
-def _start(config: SweepConfig) -> None:
-    """Ray, and the imports that trials want here."""
-    cluster.ensure(config.ray)
-    importlib.import_module("mesocosm.scaling.trial")
 
 
 def _id(config: SweepConfig, dataset: Dataset, named: ClusterConfig) -> str:
