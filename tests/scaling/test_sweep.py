@@ -136,7 +136,7 @@ def _trials() -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if (folder / "cmdline").read_bytes().startswith(b"ray::TrunkTrial"):
+            if (folder / "cmdline").read_bytes().startswith((b"ray::TrunkTrial", b"ray::ResourceTrainable")):
                 raylet = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
                 if int(Path("/proc", raylet, "stat").read_text().rsplit(")", 1)[1].split()[1]) == os.getpid():
                     found.append(int(folder.name))

@@ -120,7 +120,7 @@ def _train(config: SweepConfig, run: tracking.Run, grid: Grid, missing: Sequence
     idle trials hold would wait for ever."""
     trunks, large = grid.trunks(missing), [cell for cell in missing if cell.large]
     lanes = min(config.concurrent, len(trunks))
-    share = min(1.0, grid.cluster.gpus / lanes) if lanes and grid.cluster.gpus else 0.0
+    share = 1 / -(-lanes // grid.cluster.gpus) if lanes and grid.cluster.gpus else 0.0  # so many fit on each
     cluster.preflight(what=f"concurrent={config.concurrent}", cpus=lanes, gpus=share * lanes)
     if large:
         said = f"workers={config.workers} of a large cell, with one CPU for its driver,"
