@@ -39,7 +39,7 @@ JOBS = {
         "mesocosm.scaling.plan",
         "PlanConfig",
         "a law and a budget into the config of a pretraining",
-        "--law laws/<id> --money 500 price.per_step=0.01 cluster=aws",
+        "--law law.json --money 500 price.per_step=0.01 price.per_exaflop=2",
     ),
     "serve": Job("mesocosm.serving.run", "ServeConfig", "a world on Ray Serve, until Ctrl-C", "-c configs/serve/pendulum.yaml replicas=2"),
     "train-agent": Job("mesocosm.agents.train", "AgentConfig", "an RLlib agent inside a world", "-c configs/agent/pendulum-ppo.yaml iterations=20"),

@@ -194,3 +194,37 @@ def test_wrong_use_is_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit) as done:
         main(["fit", "--help"])
     assert done.value.code == 0 and "example:\n  mesocosm fit table.csv --out law.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("side", [4, 5])
+def test_clean_tables_have_no_outliers_however_small(side: int, tmp_path: Path) -> None:
+    for seed in range(6):
+        rows = noisy(0.01, seed, sizes=np.geomspace(1e4, 3e6, side), data=np.geomspace(1e4, 1e6, side))
+        table = Table.read(write(tmp_path / "small.csv", rows, LONE))
+        form = fit.form_of(table)
+        assert not len(fit._outliers(fit._best(form, table, fit.starts_of(form)))), seed
+
+
+def test_dropping_outliers_drops_none_of_the_held_out_cells(tmp_path: Path) -> None:
+    rows = noisy(0.002)
+    table = Table.read(write(tmp_path / "given.csv", rows, LONE))
+    split = fit._split(table, fit.form_of(table))
+    assert split is not None
+    for i in np.flatnonzero(split[1]):
+        rows[i]["loss"] *= 1.12
+    law = fitted(tmp_path, rows, drop_outliers=True)
+    assert law.dropped and law.held_out is not None and law.held_out.n_cells == split[1].sum()
+    assert law.held_out.mean_rel_error > 0.08, "the law is no better beyond than its worst cells there"
+
+
+def test_of_a_single_trunk_cells_are_resampled(tmp_path: Path) -> None:
+    rows = [row | {"trunk": "one"} for row in noisy()]
+    law = fitted(tmp_path, rows, ("seed",))
+    assert law.bootstrap.by == "cell" and "few_trunks" in codes(law)
+    assert law.interval["alpha"][1] > law.interval["alpha"][0]
+
+
+def test_a_plot_does_not_take_the_laws_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = write(tmp_path / "t.csv", noisy(), LONE)
+    assert main(["fit", str(table), "--out", str(tmp_path / "law.svg")]) == 2
+    assert "give the law another name" in capsys.readouterr().err and not (tmp_path / "law.svg").exists()

@@ -68,3 +68,17 @@ def test_it_cannot_be_written_below_a_file(law: Law, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="the law cannot be written"):
         law.write(tmp_path / "file" / "law.json")
+
+
+@pytest.mark.parametrize(
+    ("path", "said"), [(("params", "A"), "params lacks A"), (("bootstrap", "draws", "E"), "draws lacks E"), (("range", "flops"), "range lacks flops")]
+)
+def test_a_law_that_lacks_a_part_is_refused(law: Law, path: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    plain = law.model_dump(mode="json")
+    node = plain
+    for key in path[:-1]:
+        node = node[key]
+    del node[path[-1]]
+    (tmp_path / "law.json").write_text(json.dumps(plain))
+    with pytest.raises(UsageError, match=f"is no law.*{said}"):
+        Law.read(tmp_path / "law.json")

@@ -90,3 +90,11 @@ def test_exact_repeats_count_once_and_are_said(tmp_path: Path) -> None:
 def test_unique_beyond_the_data_repeats_nothing(tmp_path: Path) -> None:
     table = read(tmp_path, "params,data,loss,unique\n1e4,1e4,2,5e4\n1e4,4e4,1.9,5e4\n")
     assert not table.repeated and table.cells().unique == pytest.approx(np.log([1e4, 4e4]))
+
+
+def test_a_count_that_went_past_int64_is_refused_wherever_it_landed(tmp_path: Path) -> None:
+    """6 N D = 2.4e19 comes out of int64 as 5.55e18, which looks like a count."""
+    wrapped = int(np.array(6, np.int64) * np.array(2 * 10**9, np.int64) * np.array(2 * 10**9, np.int64))
+    assert 0 < wrapped < 2**63
+    with pytest.raises(UsageError, match=r"line 2: flops=5\.5\d+e\+18 is 6 x params x data=2\.4e\+19 past the end of int64; count in floats"):
+        read(tmp_path, f"params,data,loss,flops\n2000000000,2000000000,2.0,{wrapped}\n")

@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from mesocosm.errors import UsageError
+
 EXAMPLE = """\
 The table is CSV, one row a trained cell: params, data, loss [, unique, flops, seed, lr, trunk, weight]. docs/scaling.md says what each means,
 and what law.json holds. A plot is drawn beside it (law.svg).
@@ -35,6 +37,9 @@ def run(options: argparse.Namespace) -> int:
     from mesocosm.scaling import fit, report
     from mesocosm.scaling.table import Table
 
+    plot = Path(options.out).with_suffix(".svg")
+    if plot == Path(options.out):
+        raise UsageError(f"--out {options.out}: the plot is written there, beside the law; give the law another name, such as {plot.with_suffix('.json')}")
     table = Table.read(options.table)
     console = Console(highlight=False, soft_wrap=True)
     if options.dry_run:
@@ -44,8 +49,10 @@ def run(options: argparse.Namespace) -> int:
     words = ["mesocosm", "fit", options.table, "--out", options.out, *(["--drop-outliers"] if options.drop_outliers else [])]
     law = fit.fit(table, drop_outliers=options.drop_outliers, command=shlex.join(words))
     law.write(options.out)
-    plot = Path(options.out).with_suffix(".svg")
-    plot.write_text(report.draw(law, table))
+    try:
+        plot.write_text(report.draw(law, table))
+    except OSError as error:
+        raise UsageError(f"the plot cannot be written to {str(plot)!r}: {error.strerror}; the law is in {options.out}") from error
     if options.json:
         print(json.dumps(law.model_dump(mode="json"), indent=1))
         return 0

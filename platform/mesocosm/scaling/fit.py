@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -27,11 +27,15 @@ COARSE = ((0.2, 0.2, 10.0, 10.0), (0.7, 0.7, 10.0, 10.0))
 """(alpha, beta, r_n, r_d) where resamples of the data-constrained form start, beside the whole table's optimum: its steps cost six times as much."""
 OUTLIER = 5.0
 """Robust standard deviations: a normal residual is beyond with a chance of 6e-7."""
+JUDGED = 3
+LEAST_TRUNKS = 3
 HELD_OUT_FACTOR = 4.0
 HELD_OUT_SHARE = 0.1
 """At most this share of the cells, though at least one, is held out."""
 NO_E = 0.01
 """An interval of E that begins below this share of the least loss touches 0."""
+FLOPS_OFF = 1.0
+"""No count of FLOPs is so far, relatively, from a power law in N and D over a table."""
 LARGEST_R = 1e4
 """Repeats that are as good as fresh data up to here, beyond any number of epochs, have no measured half-life."""
 
@@ -52,7 +56,12 @@ def fit(table: Table, *, drop_outliers: bool = False, seed: int = 0, command: st
     notes = list(table.notes)
     if table.unique is not None and not table.repeated:
         notes.append(_note("no_repeats", "No cell saw its `unique` data more than once: chinchilla was fitted, not the form for repeated data."))
+    if table.by_trunk and len(np.unique(table.group)) < LEAST_TRUNKS:
+        said = f"There are fewer than {LEAST_TRUNKS} trunks, of which no resample says anything: cells were resampled, as if they shared no noise."
+        notes.append(_note("few_trunks", said))
+        table = replace(table, group=np.arange(len(table)), by_trunk=False)
     starts = starts_of(form)
+    given = table
     whole = _best(form, table, starts)
     dropped: list[Dropped] = []
     outliers = _outliers(whole)
@@ -84,7 +93,7 @@ def fit(table: Table, *, drop_outliers: bool = False, seed: int = 0, command: st
     if interval["E"][0] < NO_E * float(table.loss.min()):
         without, said = _without_e(form, table, counts[:, groups], again, flops, params, interval, whole)
         notes += said
-    held_out, said = _held_out(form, table, starts)
+    held_out, said = _held_out(form, given, starts, drop_outliers=drop_outliers)
     notes += said
     second, said = isoflop.approach(table, counts, groups)
     notes += said
@@ -228,6 +237,10 @@ def _flops(table: Table) -> tuple[Flops, list[Note]]:
     design = np.stack([np.ones(len(table)), np.log(table.params), np.log(table.data)], 1)
     (log_k, p, q), *_ = np.linalg.lstsq(design, np.log(table.flops), rcond=None)
     residual = float(np.abs(np.exp(design @ np.array([log_k, p, q]) - np.log(table.flops)) - 1).max())
+    if residual > FLOPS_OFF:
+        worst = int(np.argmax(np.abs(np.exp(design @ np.array([log_k, p, q]) - np.log(table.flops)) - 1)))
+        said = f"flops={table.flops[worst]:.4g} in line {table.line[worst]} is {residual:.0%} from what params and data say of the others"
+        raise UsageError(f"{table.name}: {said}; correct the column, or leave it out for 6 x params x data")
     if p <= 0 or q <= 0:
         raise UsageError(
             f"{table.name}: flops do not rise with params and data (C ~ N^{p:.2g} D^{q:.2g}); correct the column, or leave it out for 6 x params x data"
@@ -238,13 +251,18 @@ def _flops(table: Table) -> tuple[Flops, list[Note]]:
 
 
 def _outliers(whole: _Fit) -> NDArray[np.int64]:
+    """None of fewer than `JUDGED` rows a parameter: the fit follows them too closely to tell."""
+    if len(whole.residual) < JUDGED * len(whole.theta):
+        return np.zeros(0, dtype=np.int64)
     return np.flatnonzero(_deviations(whole) > OUTLIER)
 
 
 def _deviations(whole: _Fit) -> Array:
-    """Residuals in robust standard deviations (of at least delta, below which the loss takes none for an outlier)."""
-    size = np.abs(whole.residual)
-    return size / max(1.4826 * float(np.median(size)), DELTA)
+    """Residuals in robust standard deviations (of at least delta, below which the loss takes none for an outlier): the median of those but the P
+    least, since a fit of P parameters that is nearly of absolute residuals passes through about P cells, widened by n / (n - P) for the rest."""
+    size, free = np.abs(whole.residual), len(whole.residual) - len(whole.theta)
+    middle = float(np.median(np.sort(size)[len(whole.theta) :])) * len(size) / free if free > 0 else 0.0
+    return size / max(1.4826 * middle, DELTA)
 
 
 def _listed(table: Table, whole: _Fit, at: NDArray[np.int64]) -> list[Dropped]:
@@ -314,12 +332,15 @@ def _split(table: Table, form: Form) -> tuple[NDArray[np.bool_], NDArray[np.bool
     return found
 
 
-def _held_out(form: Form, table: Table, starts: Array) -> tuple[HeldOut | None, list[Note]]:
+def _held_out(form: Form, table: Table, starts: Array, *, drop_outliers: bool) -> tuple[HeldOut | None, list[Note]]:
+    """Of the table as it was given: outliers are dropped from the fitted cells alone, by a law that saw no other, and every held-out cell counts."""
     split = _split(table, form)
     if split is None:
         said = f"No out-of-sample error: below {1 / HELD_OUT_FACTOR:g} of the largest compute ({table.flops.max():.3g} FLOPs) too few cells are left to fit."
         return None, [_note("no_held_out", said)]
     below, above = table.take(split[0]), table.take(split[1])
+    if drop_outliers:
+        below = below.take(np.setdiff1d(np.arange(len(below)), _outliers(_best(form, below, starts))))
     largest = np.flatnonzero(below.params == below.params.max())
     most = largest[below.data[largest] == below.data[largest].max()]
     errors = {

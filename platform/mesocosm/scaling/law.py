@@ -6,12 +6,13 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mesocosm.errors import UsageError
 from mesocosm.scaling.forms import FORMS, LOG_R, NOTHING, Array, Cells
@@ -160,6 +161,19 @@ class Law(_Part):
     bootstrap: Bootstrap
     provenance: Provenance = Field(description="Where the law came from")
 
+    @model_validator(mode="after")
+    def _whole(self) -> Law:
+        """All that a law is used for is there."""
+        names = set(FORMS[self.form].params)
+        for what, there in (("params", set(self.params)), ("interval", set(self.interval)), ("bootstrap.draws", set(self.bootstrap.draws))):
+            if missing := names - there:
+                raise ValueError(f"{what} lacks {', '.join(sorted(missing))} of {self.form}")
+        if missing := {"params", "data", "flops"} - set(self.range):
+            raise ValueError(f"range lacks {', '.join(sorted(missing))}")
+        if len({len(values) for values in self.bootstrap.draws.values()}) != 1 or not self.bootstrap.draws["E"]:
+            raise ValueError("bootstrap.draws are not of one length")
+        return self
+
     def predict(self, params: ArrayLike, data: ArrayLike, unique: ArrayLike | None = None) -> Array:
         """Loss of N `params` trained on D `data`, of which `unique` (None: all) are distinct; broadcasts."""
         return _predict(self.form, self.params, params, data, unique)[0]
@@ -185,6 +199,8 @@ class Law(_Part):
             part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
             part.replace(target)
         except OSError as error:
+            with suppress(OSError):
+                part.unlink()
             raise UsageError(f"the law cannot be written to {str(path)!r}: {error.strerror}; give --out a file in a folder that may be written") from error
 
     @classmethod

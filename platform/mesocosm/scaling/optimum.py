@@ -9,13 +9,14 @@ that there D = U. With FLOPs as the budget, real steps cost nothing, or cannot b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy.optimize import minimize_scalar
+from scipy.special import expit
 
 from mesocosm.errors import UsageError
 from mesocosm.scaling.forms import FORMS, Array, Cells
@@ -23,8 +24,10 @@ from mesocosm.scaling.law import Flops, Law, theta_of
 
 SIZES = (3.0, 40.0)
 """Of log N: 20 parameters to 2e17."""
-POINTS, ZOOMS, KEEP = 41, 9, 3
-"""A grid of so many points a side, narrowed so many times to so many cells about its best: log N and the share of money end within 1e-7 of the optimum."""
+LOGITS = (-30.0, 30.0)
+"""Of a share of the money: log(share / (1 - share))."""
+POINTS, KEEP, ZOOMS = 41, 2, 9
+"""A grid of so many points is narrowed to so many cells about its best, so often: log N and the share's logit end within 1e-7 of the optimum."""
 
 
 @dataclass(frozen=True)
@@ -82,33 +85,50 @@ class Problem:
         return (data if self.repeats else unique), unique
 
     def loss(self, log_n: Array, share: Array) -> Array:
+        """Of arrays of one shape; infinite where no transition is bought."""
+        shape = log_n.shape
+        log_n, share = log_n.reshape(-1), share.reshape(-1)
         data, unique = self.buy(log_n, share)
-        with np.errstate(divide="ignore"):
-            cells = Cells(log_n, np.log(np.maximum(data, 1e-9)), np.log(np.maximum(unique, 1e-9)))
+        cells = Cells(log_n, np.log(np.maximum(data, 1e-9)), np.log(np.maximum(unique, 1e-9)))
         found = FORMS[self.form].log_loss(self.theta[None], cells)[0]
-        return np.where(unique >= 1, np.exp(found), np.inf)
+        return np.where(unique >= 1, np.exp(found), np.inf).reshape(shape)
 
-    def best(self, shares: tuple[float, float] | None = None) -> Point:
-        """The least loss; `shares` bounds the share of money for real steps. A grid that closes in on its best point: the loss has a single
-        basin in (log N, share) but a kink where U = D, which a gradient would stumble over."""
-        free = self.budget.step_price is not None and not self.budget.unlimited
-        low, high = shares if shares is not None else (0.0, 1.0 - 1e-9) if free else (0.0, 0.0)
-        sizes, parts = SIZES, (low, high)
-        for _ in range(ZOOMS):
-            n = np.linspace(*sizes, POINTS)
-            s = np.linspace(*parts, POINTS) if parts[1] > parts[0] else np.array([parts[0]])
-            grid_n, grid_s = (axis.reshape(-1) for axis in np.meshgrid(n, s, indexing="ij"))
-            i, j = divmod(int(np.argmin(self.loss(grid_n, grid_s))), len(s))
-            sizes = (float(n[max(i - KEEP, 0)]), float(n[min(i + KEEP, len(n) - 1)]))
-            parts = (float(s[max(j - KEEP, 0)]), float(s[min(j + KEEP, len(s) - 1)]))
-        return self.point(math.exp(float(n[i])), float(s[j]))
+    @property
+    def free(self) -> bool:
+        """Whether there is a choice between compute and reality."""
+        return self.budget.step_price is not None and not self.budget.unlimited
+
+    def best(self, share: float | None = None) -> Point:
+        """The least loss, at that share of the money for real steps or, with None, at the best one. Raises UsageError where nothing is bought.
+
+        For each share the best size is sought, then the best share: the valley of good (size, share) bends, and has a crease where U = D, along
+        which a search in both at once, or a gradient, would stop short.
+        """
+        if share is not None or not self.free:
+            parts = np.array([0.0 if share is None else share])
+        else:
+            found, _ = _narrowed(lambda t: self._sized(expit(t[0]))[1][None], np.array([LOGITS[0]]), np.array([LOGITS[1]]))
+            parts = np.array([0.0, float(expit(found[0]))])
+        sizes, losses = self._sized(parts)
+        i = int(np.argmin(losses))
+        made = self.point(math.exp(float(sizes[i])), float(parts[i]))
+        if min(abs(sizes[i] - edge) for edge in SIZES) < 0.01:
+            raise UsageError(f"the loss is least at {made.params:.3g} parameters, where the search ends: no such budget as {self.budget.money:g} can be meant")
+        return made
+
+    def _sized(self, shares: Array) -> tuple[Array, Array]:
+        """The best log N at each share [S], and its loss [S]."""
+        low, high = (np.full(len(shares), edge) for edge in SIZES)
+        return _narrowed(lambda n: self.loss(n, np.broadcast_to(shares[:, None], n.shape)), low, high)
 
     def point(self, params: float, share: float) -> Point:
         log_n, part = np.array([math.log(params)]), np.array([share])
         data, unique = (float(x[0]) for x in self.buy(log_n, part))
         loss = float(self.loss(log_n, part)[0])
         if not math.isfinite(loss):
-            raise UsageError(f"the budget of {self.budget.money:g} buys less than one transition at {params:.3g} parameters; raise it, or lower the prices")
+            raise UsageError(
+                f"the budget of {self.budget.money:g} buys less than one transition with {share:.3g} of it for real steps; raise it, or lower the prices"
+            )
         flops = self.flops.k * params**self.flops.p * data**self.flops.q
         reality = 0.0 if self.budget.step_price is None else max(0.0, unique - self.budget.owned) * self.budget.step_price
         return Point(params, data, unique, loss, flops, flops * self.budget.compute_price, reality, share)
@@ -165,16 +185,28 @@ def counted(problem: Problem, params: float, each: float) -> Problem:
 
 def at_size(problem: Problem, params: float) -> Point:
     """The best point of one size. Raises UsageError where the budget buys it no transition."""
-    if problem.budget.step_price is None or problem.budget.unlimited:
+    if not problem.free:
         return problem.point(params, 0.0)
-    low, high = 0.0, 1.0 - 1e-9
+    found, _ = _narrowed(lambda t: problem.loss(np.full_like(t, math.log(params)), expit(t)), np.array([LOGITS[0]]), np.array([LOGITS[1]]))
+    parts = np.array([0.0, float(expit(found[0]))])
+    return problem.point(params, float(parts[np.argmin(problem.loss(np.full(2, math.log(params)), parts))]))
+
+
+def along(problem: Problem, shares: Iterable[float]) -> list[Point]:
+    """The best point at each share of the money for real steps; those that buy nothing are left out."""
+    found = []
+    for share in shares:
+        with suppress(UsageError):
+            found.append(problem.best(share))
+    return found
+
+
+def _narrowed(loss: Callable[[Array], Array], low: Array, high: Array) -> tuple[Array, Array]:
+    """Where each row of `loss` ([S, POINTS] -> [S, POINTS]) is least between low and high [S], and its least value."""
+    rows = np.arange(len(low))
     for _ in range(ZOOMS):
-        shares = np.linspace(low, high, POINTS)
-        i = int(np.argmin(problem.loss(np.full(POINTS, math.log(params)), shares)))
-        low, high = float(shares[max(i - KEEP, 0)]), float(shares[min(i + KEEP, POINTS - 1)])
-    return problem.point(params, float(shares[i]))
-
-
-def along(problem: Problem, shares: ArrayLike) -> list[Point]:
-    """The best point at each share of the money for real steps."""
-    return [problem.best((float(share), float(share))) for share in np.asarray(shares, dtype=np.float64)]
+        at = np.linspace(low, high, POINTS, axis=1)
+        values = loss(at)
+        i = values.argmin(1)
+        low, high = at[rows, np.maximum(i - KEEP, 0)], at[rows, np.minimum(i + KEEP, POINTS - 1)]
+    return at[rows, i], values[rows, i]

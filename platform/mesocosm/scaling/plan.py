@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from scipy.special import expit, logit
 
 from mesocosm import __version__, config, tracking
 from mesocosm.config import fingerprint, identity
@@ -32,9 +36,23 @@ FAR = 10.0
 """A plan this many times beyond what was swept is said to be a guess."""
 NEAR = 10.0
 """Rungs within such a factor of the best N are compared."""
+LADDER = 0.01
+"""So much more loss than the best size's is worth a warning."""
 STEP = 1e-3
 """Of what is spent on the lesser of the two: the step of a derivative by money."""
-SHARES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98)
+AROUND = (-8.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
+"""Of the share's logit, about the optimum: what the plot shows."""
+TELLING = (
+    "baseline_not_beaten",
+    "e_touches_zero",
+    "approaches_disagree",
+    "few_groups",
+    "no_held_out",
+    "r_d_unmeasured",
+    "r_n_unmeasured",
+    "flops_not_6nd",
+)
+"""Codes of the law's own warnings that bear on a plan."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +180,10 @@ def _budget(config: PlanConfig, owned: int) -> Budget:
     return Budget(config.money, flop, config.price.per_step, owned)
 
 
+def _currency(config: PlanConfig) -> str:
+    return config.price.currency if config.cluster is None else prices.read(config.cluster).currency
+
+
 # -- the answer -------------------------------------------------------------------------------------------------------
 
 
@@ -174,8 +196,7 @@ def _answer(q: _Question) -> dict[str, Any]:
     spread = [other.best() for other in resampled]
     size, chosen = _rung(q, problem, best)
     again = [at_size(counted(other, chosen.params, chosen.flops / chosen.data), chosen.params) for other in resampled]
-    epochs = chosen.epochs
-    warnings = []
+    warnings = [note.model_dump() for note in law.warnings if note.code in TELLING]
     far = beyond(law, chosen)
     if any(max(x, 1 / x) > FAR for x in far.values()):
         listed = ", ".join(f"{name} {_times(x)}" for name, x in far.items())
@@ -186,24 +207,26 @@ def _answer(q: _Question) -> dict[str, Any]:
     if law.form == "chinchilla" and not budget.unlimited:
         said = "The law was fitted without repeated data, so that none is planned to be seen twice; a sweep over grid.unique shows what repeats are worth."
         warnings.append({"code": "one_epoch", "sentence": said})
+    if chosen.loss > best.loss * (1 + LADDER):
+        said = f"No rung of the ladder comes near: {size} is foretold {chosen.loss / best.loss - 1:.1%} more loss than {best.params:.3g} parameters."
+        warnings.append({"code": "ladder", "sentence": said})
     paid = budget.step_price is not None
     return {
         "schema": 1,
         "law": q.source,
         "form": law.form,
-        "budget": {"flops": q.config.flops, "money": q.config.money, "currency": q.config.price.currency},
+        "budget": {"flops": q.config.flops, "money": q.config.money, "currency": _currency(q.config)},
         "prices": {"per_step": budget.step_price, "per_exaflop": None if q.config.flops is not None else budget.compute_price * 1e18},
         "owned": q.owned,
-        "optimum": _said(best) | {"interval": _spans(spread, law.interval_level), "approach": "closed form" if _closed(q) else "numerical"},
+        "optimum": _said(best) | {"interval": _spans(spread, law.interval_level)},
         "plan": {"size": size, **_said(chosen), "interval": {"loss": interval([p.loss for p in again], law.interval_level)}},
         "flops_counted": q.spec is not None,
         "collect": max(0, round(chosen.unique) - q.owned) if paid or budget.unlimited else 0,
-        "next": _next(problem, best, resampled, law.interval_level) if paid else None,
-        "shares": [{"share": p.share, "loss": p.loss, "params": p.params, "data": p.data, "unique": p.unique} for p in along(problem, _shares(problem))]
+        "next": _next(problem, best, resampled, spread, law.interval_level) if paid else None,
+        "shares": [{"share": p.share, "loss": p.loss, "params": p.params, "data": p.data, "unique": p.unique} for p in along(problem, _shares(best))]
         if paid
         else None,
         "beyond": far,
-        "epochs": epochs,
         "warnings": warnings,
     }
 
@@ -211,9 +234,10 @@ def _answer(q: _Question) -> dict[str, Any]:
 def _rung(q: _Question, problem: Problem, best: Point) -> tuple[str, Point]:
     """The rung of the ladder whose best point has the least loss; its FLOPs are counted where the datasets say the spaces."""
     found: list[tuple[float, str, Point]] = []
-    for size in RUNGS:
-        params = (ensemble_dims(size) if q.config.model.family == "ensemble" else dims(size)).params
-        if not best.params / NEAR <= params <= best.params * NEAR:
+    rungs = {size: (ensemble_dims(size) if q.config.model.family == "ensemble" else dims(size)).params for size in RUNGS}
+    nearest = min(rungs, key=lambda size: abs(math.log(rungs[size] / best.params)))
+    for size, params in rungs.items():
+        if size != nearest and not best.params / NEAR <= params <= best.params * NEAR:
             continue
         at = problem
         if q.spec is not None:
@@ -227,34 +251,34 @@ def _rung(q: _Question, problem: Problem, best: Point) -> tuple[str, Point]:
             continue  # too large for the budget
         found.append((point.loss, size, point))
     if not found:
-        raise UsageError(f"no rung of the ladder is within {NEAR:g} times the best size, {best.params:.3g} parameters; raise the budget, or lower it")
+        raise UsageError(f"the budget of {q.budget.money:g} buys not one transition at any rung near the best size, {best.params:.3g} parameters; raise it")
     _, size, point = min(found)
     return size, point
 
 
-def _closed(q: _Question) -> bool:
-    """Whether a = beta/(alpha+beta) and its like say the optimum: 6 N D, fresh data, a budget of FLOPs."""
-    return q.law.flops.source == "6ND" and q.budget.unlimited and q.law.form == "chinchilla"
-
-
-def _next(problem: Problem, best: Point, resampled: list[Problem], level: float) -> dict[str, Any]:
-    """What the next unit of money takes off the loss, spent on compute or on real steps, in nats a unit, at three places: the two agree at an
-    optimum that spends on both. `reality_first`: the share of the law's resamples in which reality is worth more where the plan stands."""
-    shares = _shares(problem)
-    first = "all on compute" if shares[0] == 0 else "most on compute"
-    places = {first: problem.best((shares[0], shares[0])), "at the optimum": best, "most on reality": problem.best((SHARES[-1], SHARES[-1]))}
-    rows = [{"at": name, "share": at.share, "loss": at.loss, **_rates(problem, at)} for name, at in places.items()]
+def _next(problem: Problem, best: Point, resampled: list[Problem], spread: list[Point], level: float) -> dict[str, Any]:
+    """What the next unit of money takes off the loss, spent on compute or on real steps, in nats a unit, at the optimum and to either side: the
+    two agree at an optimum that spends on both. `reality_first`: the share of the law's resamples in which reality is worth more there."""
+    places = [("at the optimum", best.share)]
+    if best.reality > 0:
+        places = [("half the reality", best.share / 2), *places, ("half the compute", 1 - (1 - best.share) / 2)]
+    rows = []
+    for name, part in places:
+        with suppress(UsageError):
+            at = best if part == best.share else problem.best(part)
+            rows.append({"at": name, "share": at.share, "loss": at.loss, **_rates(problem, at)})
     rates = [_rates(other, other.point(best.params, best.share)) for other in resampled]
     return {
         "rows": rows,
         "reality_first": sum(rate["reality"] > rate["compute"] for rate in rates) / len(rates) if rates else None,
-        "share_interval": interval([other.best().share for other in resampled], level),
+        "share_interval": interval([point.share for point in spread], level),
     }
 
 
-def _shares(problem: Problem) -> tuple[float, ...]:
-    """Where nothing is owned, some reality must be bought."""
-    return SHARES if problem.budget.owned >= 1 else SHARES[1:]
+def _shares(best: Point) -> list[float]:
+    """Shares of the money about the best one, closer to it and to both ends."""
+    centre = float(logit(best.share)) if 0 < best.share < 1 else -6.0
+    return [float(expit(centre + step)) for step in AROUND]
 
 
 def _rates(problem: Problem, at: Point) -> dict[str, float]:

@@ -70,14 +70,15 @@ def _box(n_range: tuple[float, float], d_range: tuple[float, float]) -> Any:
 
 def _shares(axis: Any, answer: dict[str, Any]) -> None:
     best, coin = answer["optimum"], answer["budget"]["currency"]
-    rows = sorted(answer["shares"] + [{"share": best["share"], "loss": best["loss"]}], key=lambda row: row["share"])
-    axis.plot([row["share"] * 100 for row in rows], [row["loss"] for row in rows], color=BLUE, linewidth=1.4)
-    axis.plot(best["share"] * 100, best["loss"], "o", color=RED)
-    low, high = answer["next"]["share_interval"]
-    axis.axvspan(low * 100, high * 100, color=RED, alpha=0.12, linewidth=0, label=f"optimum's interval, {low:.0%} to {high:.0%}")
-    axis.set(xlabel=f"% of {answer['budget']['money']:g} {coin} spent on real transitions, the rest on compute", ylabel="predicted loss, nats a transition")
+    rows = answer["shares"]
+    axis.plot([row["share"] for row in rows], [row["loss"] for row in rows], color=BLUE, linewidth=1.4)
+    if best["share"] > 0:
+        axis.plot(best["share"], best["loss"], "o", color=RED)
+        low, high = answer["next"]["share_interval"]
+        axis.axvspan(max(low, 1e-9), high, color=RED, alpha=0.12, linewidth=0, label=f"optimum's interval, {low:.1%} to {high:.1%}")
+        axis.legend(fontsize=8)
+    axis.set(xscale="logit", xlabel=f"share of {answer['budget']['money']:g} {coin} for real transitions, the rest for compute", ylabel="predicted loss, nats")
     axis.set_title("compute or reality?", fontsize=10)
-    axis.legend(fontsize=8)
 
 
 def _sizes(axis: Any, law: Law, problem: Problem, answer: dict[str, Any]) -> None:

@@ -146,7 +146,14 @@ def _parsed(name: str, line: int, fields: dict[str, str]) -> dict[str, Any]:
     counted = 6.0 * row["params"] * row["data"]
     if not math.isfinite(counted):
         raise UsageError(f"{name}, line {line}: 6 x params={row['params']:g} x data={row['data']:g} is beyond a float; correct the two")
+    if "flops" in row and counted >= 2.0**63 and math.isclose(row["flops"], _wrapped(6 * int(row["params"]) * int(row["data"])), rel_tol=1e-6):
+        raise UsageError(f"{name}, line {line}: flops={row['flops']:g} is 6 x params x data={counted:g} past the end of int64; count in floats")
     return {"unique": row["data"], "flops": counted} | row
+
+
+def _wrapped(count: int) -> int:
+    """What int64 makes of a count."""
+    return (count + 2**63) % 2**64 - 2**63
 
 
 def _cell(row: dict[str, Any]) -> tuple[float, float, float]:
