@@ -57,8 +57,8 @@ def fit(table: Table, *, drop_outliers: bool = False, seed: int = 0, command: st
     if table.unique is not None and not table.repeated:
         notes.append(_note("no_repeats", "No cell saw its `unique` data more than once: chinchilla was fitted, not the form for repeated data."))
     if table.by_trunk and len(np.unique(table.group)) < LEAST_TRUNKS:
-        said = f"There are fewer than {LEAST_TRUNKS} trunks, of which no resample says anything: cells were resampled, as if they shared no noise."
-        notes.append(_note("few_trunks", said))
+        few = f"There are fewer than {LEAST_TRUNKS} trunks, of which no resample says anything: cells were resampled, as if they shared no noise."
+        notes.append(_note("few_trunks", few))
         table = replace(table, group=np.arange(len(table)), by_trunk=False)
     starts = starts_of(form)
     given = table
