@@ -133,18 +133,23 @@ def _train(config: SweepConfig, run: tracking.Run, grid: Grid, missing: Sequence
         board.add(outcome)
         nested.add(by_id[outcome.cell], outcome.record, outcome.failed)
 
+    def end(some: Iterable[Cell], lost: str | None) -> None:
+        """Of those that a process which died had not told of, some may be in storage."""
+        for cell in some:
+            if cell.id not in heard:
+                kept = not config.force and cell.id in cells.finished(run.storage)
+                failed = None if kept else lost or "its process ended without a word"
+                hear(Outcome(cell.id, cells.read(run.storage, cell.id) if kept else None, failed))
+
     with board:
         if trunks:
             lost = _small(config, run, grid, trunks, lanes, share, hear)
             for trunk in trunks:
-                for cell in trunk.cells:
-                    if cell.id not in heard:
-                        hear(Outcome(cell.id, None, lost.get(trunk.id, "its process ended without a word")))
+                end(trunk.cells, lost.get(trunk.id))
         if large:
             lost = _large(config, run, grid, large, hear)
             for cell in large:
-                if cell.id not in heard:
-                    hear(Outcome(cell.id, None, lost.get(cell.id, "its process ended without a word")))
+                end([cell], lost.get(cell.id))
 
 
 def _small(
@@ -185,6 +190,8 @@ def _tuned(trial: Any, ids: Sequence[str], lanes: int, run: tracking.Run, name: 
         ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1"),
         ("TUNE_DISABLE_SIGINT_HANDLER", "1"),
         ("TUNE_GLOBAL_CHECKPOINT_S", "1000000"),
+        ("TUNE_RESULT_BUFFER_LENGTH", "1000"),  # a trial goes on without waiting for Tune to have read each short cell
+        ("TUNE_RESULT_BUFFER_MIN_TIME_S", "5"),
         ("TUNE_PRINT_ALL_TRIAL_ERRORS", "0"),
         ("RAY_CHDIR_TO_TRIAL_DIR", "0"),
     ):
