@@ -40,6 +40,20 @@ def ray_local() -> Iterator[None]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def one_rank() -> Iterator[None]:
+    """A process group of this process, made once: DeepSpeed remembers its first and cannot do with a second."""
+    import torch.distributed as dist
+
+    from mesocosm.scaling.trunk import alone
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        alone("cpu")
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="module")
 def s3() -> Iterator[str]:
     """The address of a bucket at an S3 endpoint of this module's own, on loopback."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mesocosm.errors import MesocosmError
 from mesocosm.model.base import Base
@@ -29,13 +28,10 @@ ALONE = Rank(0, 0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    engine.import_deepspeed()
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+def group(one_rank: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
         yield
-    dist.destroy_process_group()
 
 
 def start(kept: Path | None = None, **options: Any) -> Any:

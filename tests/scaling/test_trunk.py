@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from mesocosm.data.dataset import Dataset
 from mesocosm.model.base import Base
@@ -24,13 +23,10 @@ Sweep = Callable[..., Any]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    """Of this module alone, so that others may make theirs."""
+def group(one_rank: None) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
-        alone("cpu")
         yield
-    dist.destroy_process_group()
 
 
 def started(grid: Grid, trunk: Trunk) -> Training:
