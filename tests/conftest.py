@@ -6,13 +6,20 @@ import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gymnasium
+import numpy as np
 import pytest
 import torch
+
+from mesocosm.data.dataset import Environment, write_dataset
+from mesocosm.data.episode import Episode
+from mesocosm.storage import Storage
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script starts in its background ignores Ctrl-C, which tests send
@@ -70,3 +77,36 @@ def s3() -> Iterator[str]:
         Storage("s3://bucket").fs.makedirs("bucket", exist_ok=True)  # the servers of one process share their buckets
         yield "s3://bucket"
     server.stop()
+
+
+def _cart_episodes(transitions: int) -> list[Episode]:
+    """Random CartPole-v1 episodes, at least so many transitions; they terminate."""
+    env = gymnasium.make("CartPole-v1")
+    episodes: list[Episode] = []
+    while sum(map(len, episodes)) < transitions:
+        k = len(episodes)
+        env.action_space.seed(k)
+        observations, actions, rewards, done = [env.reset(seed=k)[0]], [], [], False
+        while not done:
+            actions.append(env.action_space.sample())
+            observation, reward, done, _, _ = env.step(actions[-1])
+            observations.append(observation)
+            rewards.append(float(reward))
+        episodes.append(Episode(k, k, "random", observations, actions, np.array(rewards), "terminated"))
+    return episodes
+
+
+def _cart_root(folder: Path, transitions: int = 400, **options: Any) -> str:
+    """A storage root that holds the dataset `cart`."""
+    env = gymnasium.make("CartPole-v1")
+    storage = Storage(str(folder / "root"))
+    facts: dict[str, Any] = {"environment": Environment(id="CartPole-v1"), "observation_space": env.observation_space, "action_space": env.action_space}
+    facts |= options
+    storage.make("datasets", "cart", {}, lambda to: write_dataset(to, _cart_episodes(transitions), id="cart", seed=0, **facts) and None)
+    return storage.root
+
+
+@pytest.fixture(scope="session")
+def cart_root() -> Callable[..., str]:
+    """`cart_root(folder, transitions=400, **options of write_dataset)`"""
+    return _cart_root

@@ -9,19 +9,18 @@ tests/bench/results/bench_evaluate.json with commit and command and are never ru
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-import time
+from functools import partial
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from bench_pessimism import FILES, SEEDS, agent_of, configured, world_of
-from bench_world import HERE, ROOT, commit
+from bench_pessimism import FILES, SEEDS, agent_of, configured, kept, measure, world_of
+from bench_world import HERE, ROOT
 
-from mesocosm import cluster, config, tracking
+from mesocosm import config, tracking
 from mesocosm.evaluation import run as evaluation
 from mesocosm.evaluation.config import EvaluateConfig
 
@@ -52,32 +51,9 @@ def cell(env: str, seed: int) -> dict[str, Any]:
     }
 
 
-def read() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", choices=FILES)
-    parser.add_argument("--seed", choices=[str(s) for s in SEEDS])
-    parser.add_argument("--minutes", type=float, default=float("inf"))
-    parser.add_argument("--table-only", action="store_true")
-    options = parser.parse_args()
-    began = time.monotonic()
-    try:
-        for env, seed in [] if options.table_only else [(env, seed) for seed in SEEDS for env in FILES]:
-            name = f"{env}/{seed}"
-            if options.env not in (None, env) or options.seed not in (None, str(seed)) or name in read():
-                continue
-            if time.monotonic() - began > options.minutes * 60:
-                break
-            print(f"--- {name}", flush=True)
-            found = {**cell(env, seed), "commit": commit(), "command": f"python tests/bench/bench_evaluate.py --env {env} --seed {seed}"}
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(dict(sorted({**read(), name: found}.items())), indent=1) + "\n")
-    finally:
-        cluster.shutdown()
-    print(table(read()))
+    measure(__doc__, "bench_evaluate.py", RESULTS, [(f"{env}/{seed}", env, seed, partial(cell, env, seed)) for seed in SEEDS for env in FILES])
+    print(table(kept(RESULTS)))
     return 0
 
 

@@ -16,6 +16,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -92,36 +95,54 @@ def cell(env: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     ledger = Ledger(storage, f"pessimism-{agent.id}", BudgetConfig(), cfg.reality.price)
     judged = judge(policy_of(storage, agent.name), cfg.reality, ledger, episodes=EPISODES[env], seed=seed)
     metrics = agent.meta["metrics"]
-    return {"return": judged.mean, "imagined": metrics.get("imagined_return"), "disagreement": metrics["disagreement"], "world": world.id}
+    return {
+        "return": judged.mean,
+        "imagined": metrics.get("imagined_return"),
+        "disagreement": metrics["disagreement"],
+        "world": world.id,
+        "settings": overrides,
+    }
 
 
 def read() -> dict[str, Any]:
-    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return kept(RESULTS)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def kept(results: Path) -> dict[str, Any]:
+    return json.loads(results.read_text()) if results.exists() else {}
+
+
+def measure(doc: str | None, script: str, results: Path, every: list[tuple[str, str, int, Callable[[], dict[str, Any]]]]) -> None:
+    """Measure the cells (name, task, seed, how) that the command line asks for and `results` lacks; each is kept with its commit and command."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env", choices=FILES)
     parser.add_argument("--seed", choices=[str(s) for s in SEEDS])
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--table-only", action="store_true")
     options = parser.parse_args()
     began = time.monotonic()
-    every = [(env, seed, variant) for variant in VARIANTS for seed in SEEDS for env in FILES]
     try:
-        for env, seed, variant in [] if options.table_only else every:
-            name = f"{env}/{variant}/{seed}"
-            if options.env not in (None, env) or options.seed not in (None, str(seed)) or name in read():
+        for name, env, seed, how in [] if options.table_only else every:
+            if options.env not in (None, env) or options.seed not in (None, str(seed)) or name in kept(results):
                 continue
             if time.monotonic() - began > options.minutes * 60:
                 break
             print(f"--- {name}", flush=True)
-            command = f"python tests/bench/bench_pessimism.py --env {env} --seed {seed}"
-            found = {**cell(env, seed, VARIANTS[variant]), "settings": VARIANTS[variant], "commit": commit(), "command": command}
-            RESULTS.parent.mkdir(exist_ok=True)
-            RESULTS.write_text(json.dumps(dict(sorted({**read(), name: found}.items())), indent=1) + "\n")
+            found = {**how(), "commit": commit(), "command": f"python tests/bench/{script} --env {env} --seed {seed}"}
+            results.parent.mkdir(exist_ok=True)
+            results.write_text(json.dumps(dict(sorted({**kept(results), name: found}.items())), indent=1) + "\n")
     finally:
         cluster.shutdown()
+
+
+def main() -> int:
+    every = [
+        (f"{env}/{variant}/{seed}", env, seed, partial(cell, env, seed, overrides))
+        for variant, overrides in VARIANTS.items()
+        for seed in SEEDS
+        for env in FILES
+    ]
+    measure(__doc__, "bench_pessimism.py", RESULTS, every)
     print(table(read()))
     return 0
 

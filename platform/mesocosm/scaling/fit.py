@@ -28,7 +28,9 @@ COARSE = ((0.2, 0.2, 10.0, 10.0), (0.7, 0.7, 10.0, 10.0))
 OUTLIER = 5.0
 """Robust standard deviations: a normal residual is beyond with a chance of 6e-7."""
 JUDGED = 3
+"""Rows a parameter, below which no row is called an outlier."""
 LEAST_TRUNKS = 3
+"""Fewer trunks are not resampled: their cells are."""
 HELD_OUT_FACTOR = 4.0
 HELD_OUT_SHARE = 0.1
 """At most this share of the cells, though at least one, is held out."""
@@ -236,9 +238,9 @@ def _flops(table: Table) -> tuple[Flops, list[Note]]:
         return Flops(source="6ND", k=6.0, p=1.0, q=1.0, max_rel_residual=off if table.flops_given else 0.0), []
     design = np.stack([np.ones(len(table)), np.log(table.params), np.log(table.data)], 1)
     (log_k, p, q), *_ = np.linalg.lstsq(design, np.log(table.flops), rcond=None)
-    residual = float(np.abs(np.exp(design @ np.array([log_k, p, q]) - np.log(table.flops)) - 1).max())
+    apart = np.abs(np.exp(design @ np.array([log_k, p, q]) - np.log(table.flops)) - 1)
+    worst, residual = int(apart.argmax()), float(apart.max())
     if residual > FLOPS_OFF:
-        worst = int(np.argmax(np.abs(np.exp(design @ np.array([log_k, p, q]) - np.log(table.flops)) - 1)))
         said = f"flops={table.flops[worst]:.4g} in line {table.line[worst]} is {residual:.0%} from what params and data say of the others"
         raise UsageError(f"{table.name}: {said}; correct the column, or leave it out for 6 x params x data")
     if p <= 0 or q <= 0:

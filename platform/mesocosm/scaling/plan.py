@@ -62,6 +62,7 @@ class _Question:
     law: Law
     source: str
     budget: Budget
+    currency: str
     owned: int
     spec: Any
     """Of the datasets; None where there are none."""
@@ -79,16 +80,15 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 def run(config: PlanConfig, run: tracking.Run) -> Artifact:
     """Write plan.yaml, plan.json and plan.svg. Raises UsageError for what cannot be planned."""
     question = _question(config, run.storage)
-    answer = _answer(question)
     id = fingerprint("plans", identity(question.config, without=("law",)), question.law.model_dump(mode="json"), question.owned, __version__, SCHEMA)
-    problem = problem_of(question.law, question.budget)
+    found = None if config.force else run.storage.find("plans", id)
+    answer = _answer(question) if found is None else json.loads((found.path / SUMMARY).read_text())
 
     def fill(folder: Path) -> None:
         (folder / SUMMARY).write_text(json.dumps(answer, indent=1, allow_nan=False) + "\n")
         (folder / PLAN).write_text(_yaml(question, answer))
-        (folder / PLOT).write_text(plan_figure.figure(question.law, problem, answer))
+        (folder / PLOT).write_text(plan_figure.figure(question.law, problem_of(question.law, question.budget), answer))
 
-    found = None if config.force else run.storage.find("plans", id)
     inputs = {"datasets": list(question.config.data.datasets), "laws": [question.source] if question.source.startswith("laws/") else []}
     meta = {"inputs": inputs, "config": identity(question.config), "job": "plan", "run": run.id}
     artifact = found or run.storage.make("plans", id, meta, fill, force=config.force)
@@ -126,7 +126,9 @@ def _question(config: PlanConfig, storage: Storage) -> _Question:
         spec, have = codec.spec, loader.transitions_per_epoch
         batch = config.train.batch * loader.transitions_per_epoch / loader.windows_per_epoch
     owned = have if config.owned is None else config.owned
-    return _Question(config, law, source, _budget(config, owned), owned, spec, batch, warmup)
+    cluster = None if config.cluster is None else prices.read(config.cluster)
+    currency = config.price.currency if cluster is None else cluster.currency
+    return _Question(config, law, source, _budget(config, cluster, owned), currency, owned, spec, batch, warmup)
 
 
 def _law(name: str, storage: Storage) -> tuple[Law, str, dict[str, Any] | None]:
@@ -160,16 +162,15 @@ def _as_swept(config: PlanConfig, meta: dict[str, Any]) -> tuple[PlanConfig, int
     return config, warmup
 
 
-def _budget(config: PlanConfig, owned: int) -> Budget:
+def _budget(config: PlanConfig, cluster: prices.ClusterConfig | None, owned: int) -> Budget:
     if config.flops is not None:
         return Budget(config.flops, 1.0, None, owned, unlimited=owned == 0)
     assert config.money is not None
     if config.price.per_exaflop is not None:
         flop = config.price.per_exaflop / 1e18
     else:
-        assert config.cluster is not None
-        named = prices.read(config.cluster)
-        flop = named.price_per_hour / 3600 / (named.nodes[0].flops_per_s * named.slots)
+        assert cluster is not None
+        flop = cluster.price_per_hour / 3600 / (cluster.nodes[0].flops_per_s * cluster.slots)
         if not flop > 0:
             where = f"clusters/{config.cluster}.yaml"
             raise UsageError(f"cluster={config.cluster!r} states no price an hour; set price_per_hour of its nodes in {where}, or give price.per_exaflop")
@@ -178,10 +179,6 @@ def _budget(config: PlanConfig, owned: int) -> Budget:
             "money buys no real step without price.per_step, and no transition is owned; give price.per_step=..., data.datasets=[...] or owned=..."
         )
     return Budget(config.money, flop, config.price.per_step, owned)
-
-
-def _currency(config: PlanConfig) -> str:
-    return config.price.currency if config.cluster is None else prices.read(config.cluster).currency
 
 
 # -- the answer -------------------------------------------------------------------------------------------------------
@@ -215,7 +212,7 @@ def _answer(q: _Question) -> dict[str, Any]:
         "schema": 1,
         "law": q.source,
         "form": law.form,
-        "budget": {"flops": q.config.flops, "money": q.config.money, "currency": _currency(q.config)},
+        "budget": {"flops": q.config.flops, "money": q.config.money, "currency": q.currency},
         "prices": {"per_step": budget.step_price, "per_exaflop": None if q.config.flops is not None else budget.compute_price * 1e18},
         "owned": q.owned,
         "optimum": _said(best) | {"interval": _spans(spread, law.interval_level)},
