@@ -38,7 +38,7 @@ STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
 UNLIMITED = 1000
 """Imagined steps of an episode where neither the config nor the environment sets a limit."""
-COMPARED = 16
+COMPARED = 64
 """Imagined episodes of each policy, by which the best of a training is chosen."""
 MAX_STARTS = 50_000
 """Logged starts are a sample of so many of the datasets' observations at most."""
