@@ -34,6 +34,8 @@ def read(tmp_path: Path, text: str) -> Table:
         (HEAD + GOOD + "1e4,2e4,inf\n", "line 4: loss=inf must"),
         (HEAD + GOOD + "1e4,2e4,\n", "line 4: loss is empty"),
         (HEAD + GOOD + "1e4,2e4,x1\n", "line 4: loss=x1 must"),
+        (HEAD + GOOD + "1e4,2_0,1\n", "line 4: data=2_0 must"),
+        ("params;data;loss\n1;2;3\n", "by semicolons .*; write commas"),
         (HEAD + GOOD + "-3,2e4,1\n", "line 4: params=-3 must"),
         (HEAD + GOOD + "1e4,2e4\n", "line 4: 2 fields for 3 columns"),
         (HEAD + GOOD + "1e200,1e200,1\n", r"line 4: 6 x params=1e\+200 x data=1e\+200 is beyond a float"),
@@ -71,6 +73,13 @@ def test_seeds_are_told_apart_and_resampled_with_their_cell(tmp_path: Path) -> N
     assert len(table) == 3 and list(table.group) == [0, 0, 1] and not table.by_trunk and list(table.series) == [0, 1, 0]
     trunks = read(tmp_path, "params,data,loss,seed,trunk\n1e4,1e4,2,0,a\n1e4,1e4,2.1,1,b\n1e4,2e4,1.9,0,a\n")
     assert list(trunks.group) == [0, 1, 0] and trunks.by_trunk
+
+
+def test_trunks_tell_runs_of_one_cell_apart(tmp_path: Path) -> None:
+    table = read(tmp_path, "params,data,loss,trunk\n1e4,1e4,2.0,a\n1e4,1e4,2.1,b\n1e5,1e5,1.0,a\n")
+    assert len(table) == 3
+    with pytest.raises(UsageError, match=r"loss=2 and loss=2\.5 for one cell"):
+        read(tmp_path, "params,data,loss,trunk\n1e4,1e4,2.0,a\n1e4,1e4,2.5,a\n")
 
 
 def test_the_best_learning_rate_of_a_cell_is_kept_and_said(tmp_path: Path) -> None:

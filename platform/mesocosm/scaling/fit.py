@@ -14,7 +14,7 @@ from mesocosm import __version__
 from mesocosm.errors import UsageError
 from mesocosm.scaling import isoflop
 from mesocosm.scaling.forms import FORMS, NOTHING, Array, Form
-from mesocosm.scaling.law import LEVEL, Bootstrap, Dropped, Errors, Flops, HeldOut, Law, Note, Optimal, Pair, Provenance, WithoutE, optimal_of, params_of
+from mesocosm.scaling.law import LEVEL, Bootstrap, Dropped, Errors, Flops, HeldOut, Law, Note, Optimal, Pair, Provenance, WithoutE, optimal_of, params_of, span
 from mesocosm.scaling.solve import DELTA, Solution, solve
 from mesocosm.scaling.table import Table
 
@@ -100,9 +100,9 @@ def fit(table: Table, *, drop_outliers: bool = False, seed: int = 0, command: st
     second, said = isoflop.approach(table, counts, groups)
     notes += said
     if second is not None and _apart(interval["a"], second.interval["a"]) and abs(second.a - best["a"][0]) > 0.02:
-        both = f"a={best['a'][0]:.3f} {_span(interval['a'])} by the form, a={second.a:.3f} {_span(second.interval['a'])} by IsoFLOP parabolas"
+        both = f"a={best['a'][0]:.3f} {span(interval['a'])} by the form, a={second.a:.3f} {span(second.interval['a'])} by IsoFLOP parabolas"
         notes.append(_note("approaches_disagree", f"The two approaches disagree beyond their intervals: {both}; trust neither's optimum far from the table."))
-    span = {"params": table.params, "data": table.data, "flops": table.flops, "loss": table.loss} | ({} if table.unique is None else {"unique": table.unique})
+    seen = {"params": table.params, "data": table.data, "flops": table.flops, "loss": table.loss} | ({} if table.unique is None else {"unique": table.unique})
     return Law(
         form=cast(Literal["chinchilla", "data_constrained"], form.name),
         params=_first(params),
@@ -112,7 +112,7 @@ def fit(table: Table, *, drop_outliers: bool = False, seed: int = 0, command: st
         objective=whole.objective,
         n_cells=len(table),
         residual=float(np.sqrt(np.mean(whole.residual**2))),
-        range={name: (float(values.min()), float(values.max())) for name, values in span.items()},
+        range={name: (float(values.min()), float(values.max())) for name, values in seen.items()},
         correlation={f"E,{name}": _correlation(draws["E"], draws[name]) for name in ("alpha", "beta")},
         held_out=held_out,
         isoflop=second,
@@ -292,7 +292,7 @@ def _unmeasured(params: dict[str, Array], interval: dict[str, Pair]) -> list[Not
     return [
         _note(
             f"{name}_unmeasured",
-            f"{name} has no upper end ({name}={params[name][0]:.3g}, {_span(interval[name])}): these cells do not show how repeats of {of} wear off.",
+            f"{name} has no upper end ({name}={params[name][0]:.3g}, {span(interval[name])}): these cells do not show how repeats of {of} wear off.",
         )
         for name, of in (("r_d", "data"), ("r_n", "size"))
         if interval[name][1] > LARGEST_R or params[name][0] > LARGEST_R
@@ -312,7 +312,7 @@ def _without_e(
         objective=zero.objective,
     )
     said = (
-        f"The interval of E ({params['E'][0]:.3g}, {_span(interval['E'])}) touches 0. With E = 0: alpha={found['alpha'][0]:.3f}, beta={found['beta'][0]:.3f}, "
+        f"The interval of E ({params['E'][0]:.3g}, {span(interval['E'])}) touches 0. With E = 0: alpha={found['alpha'][0]:.3f}, beta={found['beta'][0]:.3f}, "
     )
     said += f"objective {zero.objective:.4g} against {whole.objective:.4g}; both fits are in the law."
     return fitted, [_note("e_touches_zero", said)]
@@ -394,10 +394,6 @@ def _first(values: dict[str, Array]) -> dict[str, float]:
 
 def _apart(one: Pair, other: Pair) -> bool:
     return one[1] < other[0] or other[1] < one[0]
-
-
-def _span(pair: Pair) -> str:
-    return f"[{pair[0]:.3g}, {pair[1]:.3g}]"
 
 
 def _note(code: str, sentence: str) -> Note:

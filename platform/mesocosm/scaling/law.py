@@ -19,6 +19,14 @@ from mesocosm.scaling.forms import FORMS, LOG_R, NOTHING, Array, Cells
 
 LEVEL = 0.9
 Pair = tuple[float, float]
+NIL = 1e-12
+"""Less is said as 0: E, whose logarithm is fitted, ends at 1e-26 where there is none."""
+
+
+def span(pair: Pair) -> str:
+    """An interval, as it is said to people."""
+    low, high = (0.0 if abs(value) < NIL else value for value in pair)
+    return f"{low:.3g} to {high:.3g}"
 
 
 class _Part(BaseModel):

@@ -17,7 +17,7 @@ from rich.table import Table as Rows
 
 from mesocosm.evaluation.figures import INK, MUTED, STYLE
 from mesocosm.scaling import isoflop
-from mesocosm.scaling.law import Law
+from mesocosm.scaling.law import Law, span
 from mesocosm.scaling.table import Table
 
 LINE, HELD, CROSS = "#1457c2", "#c2570c", "#be185d"
@@ -37,13 +37,13 @@ def said(law: Law) -> list[Any]:
     for name in ("", "value", level):
         rows.add_column(name, justify="left" if not name else "right")
     for name, value in law.params.items():
-        rows.add_row(name, f"{value:.4g}", _span(law.interval[name]))
+        rows.add_row(name, f"{value:.4g}", span(law.interval[name]))
     rows.add_section()
-    rows.add_row("N_opt", f"{law.optimal.kN:.3g} C^{law.optimal.a:.3f}", f"a {_span(law.interval['a'])}")
-    rows.add_row("D_opt", f"{law.optimal.kD:.3g} C^{law.optimal.b:.3f}", f"b {_span(law.interval['b'])}")
+    rows.add_row("N_opt", f"{law.optimal.kN:.3g} C^{law.optimal.a:.3f}", f"a {span(law.interval['a'])}")
+    rows.add_row("D_opt", f"{law.optimal.kD:.3g} C^{law.optimal.b:.3f}", f"b {span(law.interval['b'])}")
     if law.isoflop is not None:
         source = f"{sum(b.refused is None for b in law.isoflop.budgets)} {'budgets' if law.isoflop.source == 'budgets' else 'interpolated budgets'}"
-        rows.add_row(f"N_opt, {source}", f"{law.isoflop.kN:.3g} C^{law.isoflop.a:.3f}", f"a {_span(law.isoflop.interval['a'])}")
+        rows.add_row(f"N_opt, {source}", f"{law.isoflop.kN:.3g} C^{law.isoflop.a:.3f}", f"a {span(law.isoflop.interval['a'])}")
     out: list[Any] = [rows]
     if law.held_out is not None:
         held = law.held_out
@@ -152,7 +152,3 @@ def _residuals(axes: Axes, law: Law, table: Table) -> None:
 
 def _norm(table: Table) -> LogNorm:
     return LogNorm(table.flops.min(), table.flops.max() * (1 + 1e-9))
-
-
-def _span(pair: tuple[float, float]) -> str:
-    return f"{pair[0]:.4g} to {pair[1]:.4g}"

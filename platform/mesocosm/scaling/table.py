@@ -119,6 +119,8 @@ class Table:
 def _check_header(name: str, header: list[str]) -> None:
     for column in REQUIRED:
         if column not in header:
+            if len(header) == 1 and ";" in header[0]:
+                raise UsageError(f"{name} separates its columns by semicolons ({header[0]}); write commas, and points in numbers")
             raise UsageError(
                 f"{name} has no column {column!r} (it has {', '.join(filter(None, header)) or 'none'}){nearest(column, header)}; name it in the first line"
             )
@@ -136,7 +138,7 @@ def _parsed(name: str, line: int, fields: dict[str, str]) -> dict[str, Any]:
             row[column] = text
             continue
         try:
-            value = float(text)
+            value = math.nan if "_" in text else float(text)  # Python reads 1_0 as 10
         except ValueError:
             value = math.nan
         if not math.isfinite(value) or value <= 0:
@@ -191,7 +193,7 @@ def _once(name: str, rows: list[dict[str, Any]], seeds: bool) -> tuple[list[dict
     """The rows without exact repeats. Raises UsageError where one cell has two losses and no `seed` tells them apart."""
     seen: dict[Any, dict[str, Any]] = {}
     for row in rows:
-        before = seen.setdefault((*_cell(row), row["seed"]), row)
+        before = seen.setdefault((*_cell(row), row["seed"], row["trunk"]), row)
         if before["loss"] != row["loss"]:
             where = f"{name}, lines {before['line']} and {row['line']}: loss={before['loss']:g} and loss={row['loss']:g} for one cell"
             what = f"params={row['params']:g}, data={row['data']:g}" + (f", seed={row['seed']}" if seeds else "")
