@@ -23,6 +23,7 @@ from bench_world import HERE, ROOT
 from mesocosm import config, tracking
 from mesocosm.evaluation import run as evaluation
 from mesocosm.evaluation.config import EvaluateConfig
+from mesocosm.storage import Artifact
 
 RESULTS = HERE / "results" / "bench_evaluate.json"
 CONFIGS = HERE.parents[1] / "configs" / "evaluate"
@@ -33,9 +34,13 @@ RANKING = ("policies", "fifths", "low", "high", "pearson", "pearson_interval", "
 def cell(env: str, seed: int) -> dict[str, Any]:
     cfg = configured(env, seed, [])
     world = world_of(cfg)
-    agent = agent_of(cfg, world)
+    return evaluated(env, seed, world, agent_of(cfg, world), [])
+
+
+def evaluated(env: str, seed: int, world: Artifact, agent: Artifact, overrides: list[str]) -> dict[str, Any]:
+    """What the suite says of `world` and `agent`, by the settings of configs/evaluate."""
     own = [f"storage.root={ROOT}", f"seed={seed}", f"world={world.id}", f"agent={agent.id}"]
-    stage = config.load(EvaluateConfig, [CONFIGS / OWN[env]], own)
+    stage = config.load(EvaluateConfig, [CONFIGS / OWN[env]], [*own, *overrides])
     with tracking.start("evaluate", stage) as run:
         made = evaluation.run(stage, run)
     suite = json.loads((made.path / "summary.json").read_text())["suite"]

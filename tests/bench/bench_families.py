@@ -1,0 +1,190 @@
+"""`make bench-families`: where `sequence` overtakes `ensemble`, in different transitions and in compute, and whether lower loss bought better agents.
+
+    python tests/bench/bench_families.py [--worlds] [--minutes M] [--table-only]
+
+Sweeps each family over sizes x D x U x seeds of one dataset, random actions on InvertedPendulum-v5 (resumable: finished cells are kept in
+the bench's root). With --worlds, the cells of SUBSET are made worlds, by the pretrain job that a cell equals; an agent is trained in each as the
+quickstart has it, and the evaluation suite judges both (resumable by world). Writes docs/tables/families.csv, a row a cell, and docs/plots/families.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import matplotlib
+
+matplotlib.use("svg")
+from bench_evaluate import evaluated
+from bench_pessimism import agent_of, configured, kept
+from bench_world import HERE, ROOT, commit
+from matplotlib import pyplot
+
+from mesocosm import cluster, config, tracking
+from mesocosm.data import collect
+from mesocosm.evaluation.figures import STYLE
+from mesocosm.pretrain import run as pretraining
+from mesocosm.scaling import sweep
+from mesocosm.scaling.grid import Cell, lay_out
+from mesocosm.scaling.sweep_config import SweepConfig
+
+REPOSITORY = HERE.parents[1]
+RESULTS = HERE / "results" / "bench_families.json"
+TABLE, PLOT = REPOSITORY / "docs" / "tables" / "families.csv", REPOSITORY / "docs" / "plots" / "families.svg"
+ENV = "InvertedPendulum-v5"
+STEPS = 40_000
+FAMILIES = {"ensemble": "#30638e", "sequence": "#d1495b"}
+SIZES, DATA, UNIQUE, SEEDS = ["10k", "30k", "100k"], [20_000, 80_000], [250, 1000, 4000, 16_000], [0, 1]
+SUBSET: Callable[[Cell], bool] = lambda cell: cell.asked == DATA[-1] and cell.seed == SEEDS[0] and cell.size != "30k"  # noqa: E731
+JUDGED = {"error": "policy_value_error", "pearson": "pearson", "regret": "regret"}
+EVALUATION = ["adversary=0", "graded=10", "policy_episodes=5"]
+
+
+def dataset() -> str:
+    cfg = config.load(collect.CollectConfig, [REPOSITORY / "configs" / "collect" / "pendulum.yaml"], [f"storage.root={ROOT}", f"steps={STEPS}"])
+    with tracking.start("collect", cfg) as run:
+        return collect.run(cfg, run).id
+
+
+def configured_sweep(family: str, data: str) -> SweepConfig:
+    grid = [f"grid.{key}={json.dumps(value)}" for key, value in (("sizes", SIZES), ("data", DATA), ("unique", UNIQUE), ("seeds", SEEDS))]
+    own = [f"storage.root={ROOT}", f"data.datasets=[{data}]", f"model.family={family}", "model.members=1", "model.context=8"]
+    return config.load(SweepConfig, [], [*own, *grid])
+
+
+def rows_of(cfg: SweepConfig) -> list[dict[str, Any]]:
+    with tracking.start("sweep", cfg) as run:
+        made = sweep.run(cfg, run)
+    with open(made.path / "table.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def judged(cfg: SweepConfig, cell: Cell, precision: str) -> dict[str, Any]:
+    """The cell's world, an agent of it, and what the suite says of both."""
+    job = cfg.pretraining(cell.size, cell.seed, cell.narrowed, cell.steps, cell.rise, cell.fall, precision)
+    with tracking.start("pretrain", job) as run:
+        world = pretraining.run(job, run)
+    agent = agent_of(configured(ENV, cell.seed, []), world)
+    found = evaluated(ENV, cell.seed, world, agent, EVALUATION)
+    return {"world": world.id, "agent": agent.id, "return": found["agent"]["real"], "imagined": found["agent"]["world"], **{k: found[k] for k in JUDGED}}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", action="store_true")
+    parser.add_argument("--minutes", type=float, default=float("inf"))
+    parser.add_argument("--table-only", action="store_true")
+    options = parser.parse_args()
+    began = time.monotonic()
+    try:
+        if not options.table_only:
+            data = dataset()
+            rows = []
+            for family in FAMILIES:
+                cfg = configured_sweep(family, data)
+                rows += rows_of(cfg)
+                grid = lay_out(cfg, *sweep._given(cfg))
+                for cell in filter(SUBSET, grid.cells if options.worlds else ()):
+                    if cell.id in kept(RESULTS) or time.monotonic() - began > options.minutes * 60:
+                        continue
+                    print(f"--- {family} {cell.size}, U={cell.unique}", flush=True)
+                    found = {**judged(cfg, cell, grid.precision), "commit": commit(), "command": "python tests/bench/bench_families.py --worlds"}
+                    RESULTS.parent.mkdir(exist_ok=True)
+                    RESULTS.write_text(json.dumps({**kept(RESULTS), cell.id: found}, indent=1) + "\n")
+            write(rows, kept(RESULTS))
+    finally:
+        cluster.shutdown()
+    with open(TABLE, newline="") as file:
+        published = list(csv.DictReader(file))
+    plot(published)
+    print(said(published))
+    return 0
+
+
+def write(rows: list[dict[str, Any]], found: dict[str, Any]) -> None:
+    """The sweeps' tables, one under the other, with what was judged of the subset."""
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    more = {"policy_value_error": "error", "pearson": "pearson", "regret": "regret", "return": "return", "imagined_return": "imagined"}
+    for row in rows:
+        told = found.get(row["cell"], {})
+        row.update({name: "" if told.get(key) is None else f"{told[key]:.6g}" for name, key in more.items()})
+        row.pop("seconds")
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(TABLE, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def best(rows: list[dict[str, Any]], family: str, of: Callable[[dict[str, Any]], Any]) -> dict[Any, dict[str, float]]:
+    """For each value of `of`: the least loss over the other axes, of the mean over seeds, with the seeds' least and largest."""
+    runs: dict[Any, dict[tuple[str, ...], list[dict[str, Any]]]] = {}
+    for row in rows:
+        if row["family"] == family:
+            runs.setdefault(of(row), {}).setdefault((row["size"], row["unique"], row["steps"]), []).append(row)
+    made = {}
+    for value, cells in sorted(runs.items()):
+        least = min(cells.values(), key=lambda some: statistics.mean(float(row["loss"]) for row in some))
+        losses = [float(row["loss"]) for row in least]
+        made[value] = {"loss": statistics.mean(losses), "low": min(losses), "high": max(losses), "flops": float(least[0]["flops"])}
+    return made
+
+
+def frontier(rows: list[dict[str, Any]], family: str) -> list[tuple[float, float]]:
+    """(FLOPs, least loss of all cells of so many FLOPs or fewer), over all sizes, D and U."""
+    cells: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["family"] == family:
+            cells.setdefault((row["size"], row["unique"], row["steps"]), []).append(row)
+    points = sorted((float(some[0]["flops"]), statistics.mean(float(row["loss"]) for row in some)) for some in cells.values())
+    made: list[tuple[float, float]] = []
+    for flops, loss in points:
+        if not made or loss < made[-1][1]:
+            made.append((flops, loss))
+    return made
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    PLOT.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": "mesocosm"}):
+        figure, (by_u, by_c, by_loss) = pyplot.subplots(1, 3, figsize=(13, 4.0), layout="constrained")
+        for family, colour in FAMILIES.items():
+            of_u = best(rows, family, lambda row: int(row["unique"]))
+            by_u.plot(list(of_u), [p["loss"] for p in of_u.values()], color=colour, marker="o", label=family)
+            by_u.fill_between(list(of_u), [p["low"] for p in of_u.values()], [p["high"] for p in of_u.values()], color=colour, alpha=0.15, linewidth=0)
+            by_c.step(*zip(*frontier(rows, family), strict=True), where="post", color=colour, label=family)
+            some = [row for row in rows if row["family"] == family and row["return"]]
+            by_loss.scatter([float(row["loss"]) for row in some], [float(row["return"]) for row in some], color=colour, label=family)
+        by_u.set(xscale="log", xlabel="different transitions U", ylabel="least nats a transition (validation)", title="best size and D for each U")
+        by_c.set(xscale="log", xlabel="training FLOPs", ylabel="least nats a transition (validation)", title="best cell within the compute")
+        by_loss.set(xlabel="nats a transition (validation)", ylabel="the agent's return in reality", title="does lower loss buy better agents?")
+        by_u.legend()
+        figure.savefig(PLOT, metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def said(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the least loss by U, and the subset."""
+    lines = ["| U | " + " | ".join(FAMILIES) + " |", "|---|" + "---|" * len(FAMILIES)]
+    by_family = {family: best(rows, family, lambda row: int(row["unique"])) for family in FAMILIES}
+    for unique in sorted({u for made in by_family.values() for u in made}):
+        cells = [f"{p['loss']:.2f} ({p['low']:.2f} to {p['high']:.2f})" if (p := made.get(unique)) else "-" for made in by_family.values()]
+        lines.append(f"| {unique:,} | {' | '.join(cells)} |")
+    lines += ["", "| family, size, U | loss | Pearson r | policy-value error | return in reality | in the world |", "|---|---|---|---|---|---|"]
+    for row in sorted((row for row in rows if row["return"]), key=lambda row: float(row["loss"])):
+        shown = [f"{float(row[name]):.4g}" if row[name] else "-" for name in ("loss", "pearson", "policy_value_error", "return", "imagined_return")]
+        lines.append(f"| {row['family']}, {row['size']}, {int(row['unique']):,} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
