@@ -36,6 +36,12 @@ def test_a_grid_is_interpolated_to_common_budgets(tmp_path: Path) -> None:
     assert found.a == pytest.approx(A, abs=0.05) and len(found.budgets) >= 4
 
 
+def test_budgets_of_a_grid_that_have_no_minimum_are_counted(tmp_path: Path) -> None:
+    found, notes = approach(write(tmp_path / "t.csv", grid(sizes=tuple(np.geomspace(1e4, 3e5, 5)))))
+    assert found is not None and [note.code for note in notes] == ["isoflop_refused"]
+    assert "4 of 12 IsoFLOP budgets between the grid's cells" in notes[0].sentence
+
+
 def test_a_concave_budget_is_refused_and_the_others_stand(tmp_path: Path) -> None:
     rows = budgets(FLOPS)
     for row in rows:

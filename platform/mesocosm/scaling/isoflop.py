@@ -70,8 +70,15 @@ def approach(table: Table, counts: Array, groups: NDArray[np.int64]) -> tuple[Is
             return found, notes
         if _designed(rows, every):
             return None, [*notes, _absent("fewer than two budgets have a minimum within their sizes")]
-    found, said = _through(interpolated(rows), _counts_of_series(rows, groups, counts), "interpolated")
-    return (found, []) if found is not None else (None, [_absent("fewer than two compute budgets have a minimum within the sizes that were trained for them")])
+    usable, without = interpolated(rows)
+    found, _ = _through(usable, _counts_of_series(rows, groups, counts), "interpolated")
+    if found is None:
+        return None, [_absent("fewer than two compute budgets have a minimum within the sizes that were trained for them")]
+    if not without:
+        return found, []
+    left_out = f"{without} of {without + len(usable)} IsoFLOP budgets between the grid's cells have no minimum within the sizes trained for them"
+    sentence = f"{left_out}; the parabolas are of the others, from {usable[0].flops:.3g} to {usable[-1].flops:.3g} FLOPs."
+    return found, [Note(code="isoflop_refused", sentence=sentence)]
 
 
 def fresh(table: Table) -> Table:
@@ -98,8 +105,9 @@ def budgets(table: Table, groups: NDArray[np.int64]) -> list[Points]:
     return found
 
 
-def interpolated(table: Table) -> list[Points]:
-    """`BUDGETS` budgets, evenly spaced in log C among those that at least `SIZES` sizes reach; a series' values are resampled together."""
+def interpolated(table: Table) -> tuple[list[Points], int]:
+    """At most `BUDGETS` budgets that have a minimum, evenly spaced in log C among those that at least `SIZES` sizes reach, and how many, at that spacing,
+    have none. A series' values are resampled together."""
     curves = []
     for number in np.unique(table.series):
         at = np.flatnonzero(table.series == number)
@@ -108,7 +116,7 @@ def interpolated(table: Table) -> list[Points]:
         if len(at) >= 2 and (np.diff(log_c) > 1e-9).all():
             curves.append((int(number), at, log_c))
     if not curves:
-        return []
+        return [], 0
 
     def points(log_c: float) -> Points | None:
         inside = [(number, at, xs) for number, at, xs in curves if xs[0] - 1e-9 <= log_c <= xs[-1] + 1e-9]
@@ -128,9 +136,10 @@ def interpolated(table: Table) -> list[Points]:
         return Points(math.exp(log_c), log_n, log_d, loss, weight, number.astype(np.int64))
 
     fine = [points(log_c) for log_c in np.linspace(min(xs[0] for _, _, xs in curves), max(xs[-1] for _, _, xs in curves), 8 * BUDGETS)]
-    usable = [found for found in fine if found is not None and _minimum(found) is not None]
+    reached = [found for found in fine if found is not None]
+    usable = [found for found in reached if _minimum(found) is not None]
     picked = sorted({round(i) for i in np.linspace(0, len(usable) - 1, min(BUDGETS, len(usable)))}) if usable else []
-    return [usable[i] for i in picked]
+    return [usable[i] for i in picked], round((len(reached) - len(usable)) * len(picked) / max(len(usable), 1))
 
 
 def parabola(points: Points) -> tuple[float, float, float]:

@@ -67,7 +67,7 @@ def draw(law: Law, table: Table) -> str:
         _plane(plane, law, table)
         if law.isoflop is not None:
             used = isoflop.fresh(table.take(_kept(law, table)))
-            _curves(third, law, isoflop.budgets(used, used.group) if law.isoflop.source == "budgets" else isoflop.interpolated(used))
+            _curves(third, law, isoflop.budgets(used, used.group) if law.isoflop.source == "budgets" else isoflop.interpolated(used)[0])
         else:
             _residuals(third, law, table)
         bar = figure.colorbar(dots, ax=third, pad=0.02)
