@@ -256,6 +256,14 @@ def legend(axes: Axes, columns: int = 4) -> None:
         )
 
 
+def document(figure: Figure, name: str) -> str:
+    """The figure as the text of an SVG file, the same bytes for the same figure."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
+
+
 def svg(figure: Figure, name: str, title: str) -> str:
     """The figure as an inline <svg>: no prologue, scalable, ids unique in the page, the same bytes for the same figure."""
     buffer = io.StringIO()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -17,12 +16,11 @@ ROOM = 4.0
 
 def figure(law: Law, problem: Problem, answer: dict[str, Any]) -> str:
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": "mesocosm", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
-    ):
+    from mesocosm.evaluation.figures import STYLE, document
+
+    with matplotlib.rc_context(STYLE):
         made = Figure(figsize=(11, 4.4), layout="constrained")
         left, right = made.subplots(1, 2)
         _contours(left, law, problem, answer)
@@ -30,9 +28,7 @@ def figure(law: Law, problem: Problem, answer: dict[str, Any]) -> str:
             _shares(right, answer)
         else:
             _sizes(right, law, problem, answer)
-        out = io.StringIO()
-        FigureCanvasSVG(made).print_svg(out, metadata={"Date": None})
-    return out.getvalue()
+        return document(made, "plan")
 
 
 def _contours(axis: Any, law: Law, problem: Problem, answer: dict[str, Any]) -> None:
@@ -53,7 +49,7 @@ def _contours(axis: Any, law: Law, problem: Problem, answer: dict[str, Any]) -> 
     axis.plot(best["params"], best["data"], "o", color=RED, markersize=6, label="optimum")
     axis.plot(plan["params"], plan["data"], "D", color=RED, markerfacecolor="none", markersize=7, label=f"plan: {plan['size']}")
     axis.set(xscale="log", yscale="log", xlabel="parameters N", ylabel="transitions seen D", xlim=(n[0], n[-1]), ylim=(d[0], d[-1]))
-    axis.set_title(f"loss in nats{', U = ' + format(best['unique'], '.3g') if repeats else ''}", fontsize=10)
+    axis.set_title(f"loss in nats{', U = ' + format(best['unique'], '.3g') if repeats else ''}")
     axis.legend(fontsize=8, loc="upper right", frameon=True, framealpha=0.9, edgecolor="none")
 
 
@@ -78,7 +74,7 @@ def _shares(axis: Any, answer: dict[str, Any]) -> None:
         axis.axvspan(max(low, 1e-9), high, color=RED, alpha=0.12, linewidth=0, label=f"optimum's interval, {low:.1%} to {high:.1%}")
         axis.legend(fontsize=8)
     axis.set(xscale="logit", xlabel=f"share of {answer['budget']['money']:g} {coin} for real transitions, the rest for compute", ylabel="predicted loss, nats")
-    axis.set_title("compute or reality?", fontsize=10)
+    axis.set_title("compute or reality?")
 
 
 def _sizes(axis: Any, law: Law, problem: Problem, answer: dict[str, Any]) -> None:
@@ -93,5 +89,5 @@ def _sizes(axis: Any, law: Law, problem: Problem, answer: dict[str, Any]) -> Non
     axis.plot(best["params"], best["loss"], "o", color=RED)
     axis.plot(answer["plan"]["params"], answer["plan"]["loss"], "D", color=RED, markerfacecolor="none")
     axis.set(xscale="log", xlabel="parameters N", ylabel="predicted loss, nats a transition")
-    axis.set_title(f"{answer['budget']['flops']:.3g} FLOPs, spent on larger models or longer training", fontsize=10)
+    axis.set_title(f"{answer['budget']['flops']:.3g} FLOPs, spent on larger models or longer training")
     axis.legend(fontsize=8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from rich.markup import escape
 from rich.table import Table as Rows
 
-from mesocosm.evaluation.figures import INK, MUTED, STYLE
+from mesocosm.evaluation.figures import INK, MUTED, STYLE, document
 from mesocosm.scaling import isoflop
 from mesocosm.scaling.law import Law, span
 from mesocosm.scaling.table import Table
@@ -73,9 +72,7 @@ def draw(law: Law, table: Table) -> str:
         bar = figure.colorbar(dots, ax=third, pad=0.02)
         bar.set_label("FLOPs")
         bar.outline.set_visible(False)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-        return out.getvalue()
+        return document(figure, "law")
 
 
 def _kept(law: Law, table: Table) -> Any:

@@ -6,7 +6,6 @@ A cell's record is in storage as soon as it is done, so that the same command ru
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import os
 import time
@@ -305,14 +304,15 @@ def _last_line(error: BaseException) -> str:
 def _plot(records: Iterable[Record]) -> str:
     """Loss against transitions, a line a size and U, the mean over seeds: SVG."""
     import matplotlib
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+
+    from mesocosm.evaluation.figures import STYLE, document
 
     lines: dict[tuple[int, str, int], dict[int, list[Record]]] = {}
     for record in records:
         lines.setdefault((record.params, record.size, record.unique), {}).setdefault(record.steps, []).append(record)
     several = len({unique for _, _, unique in lines}) > 1
-    with matplotlib.rc_context({"svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes = figure.add_subplot()
         colours = matplotlib.colormaps["viridis"].resampled(len(lines) + 1)
@@ -323,6 +323,4 @@ def _plot(records: Iterable[Record]) -> str:
         axes.set_xlabel("transitions seen")
         axes.set_ylabel("nats a transition, validation")
         axes.legend()
-        out = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(out)
-    return out.getvalue()
+        return document(figure, "sweep")
