@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 
 from mesocosm import tracking
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.scaling import cells
+from mesocosm.scaling import cells, sweep
 from mesocosm.scaling.cells import COLUMNS
 from mesocosm.scaling.sweep import plan, run
 from mesocosm.scaling.sweep_config import SweepConfig
@@ -106,6 +106,29 @@ def test_cells_that_fail_are_named_the_others_go_on_and_again_they_are_tried(tmp
     assert [status["error"].split(":")[0] for status in failed if status["state"] == "failed"] == ["SafetensorError"]
     base.write_bytes(whole)
     assert len(table(swept(config)[0])) == 2
+
+
+def test_a_process_that_dies_before_it_answers_is_told_of(whole: tuple[SweepConfig, Artifact, tracking.Run]) -> None:
+    """Tune keeps no config of such a trial."""
+    from ray import tune
+
+    from mesocosm.scaling.trial import TrunkTrial
+
+    class Dies(TrunkTrial):
+        def setup(self, config: dict[str, Any], work: Any = None) -> None:
+            if config["id"] == "b":
+                raise RuntimeError("no such device")
+
+        def reset_config(self, new_config: dict[str, Any]) -> bool:
+            return new_config["id"] != "b"
+
+        def step(self) -> dict[str, Any]:
+            return {"outcome": {"cell": "a", "record": None, "failed": "as asked"}, "done": True}
+
+    heard: list[Any] = []
+    lost = sweep._tuned(tune.with_resources(Dies, {"CPU": 1}), ["a", "b", "c"], 3, whole[2], "dies", heard.append)
+    assert set(lost) == {"b"}, lost
+    assert len(heard) == 2
 
 
 def test_more_than_the_cluster_has_is_refused(tmp_path: Path, cart_root: Make, sweep_of: Make) -> None:

@@ -134,6 +134,24 @@ def test_a_cell_missing_from_the_middle_is_the_same(sweep_of: Sweep, tmp_path: P
     assert lone[0].record.loss == whole[1].record.loss and lone[0].record.ran > whole[1].record.ran
 
 
+def test_a_record_that_cannot_be_kept_costs_its_cell_alone(sweep_of: Sweep, tmp_path: Path, cart_root: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = cart_root(tmp_path)
+    dataset = Dataset([Storage(root).artifact("datasets", "cart").path])
+    grid = lay_out(sweep_of(root, "grid.sizes=[10k]", "grid.data=[300,600,900]"), dataset, ClusterConfig())
+    keep = stored.keep
+
+    def full(storage: Storage, record: stored.Record, **options: Any) -> stored.Record:
+        if record.cell == grid.cells[1].id:
+            raise OSError(28, "No space left on device")
+        return keep(storage, record, **options)
+
+    monkeypatch.setattr(stored, "keep", full)
+    outcomes = grow(root, grid, grid.cells)
+    assert [o.cell for o in outcomes] == [cell.id for cell in grid.cells]
+    assert [o.failed for o in outcomes] == [None, "its record could not be kept: OSError: [Errno 28] No space left on device", None]
+    assert stored.finished(Storage(root)) == {grid.cells[0].id, grid.cells[2].id}
+
+
 def test_a_trunk_that_diverges_fails_its_cells_and_says_why(sweep_of: Sweep, tmp_path: Path, cart_root: Sweep) -> None:
     root = cart_root(tmp_path)
     dataset = Dataset([Storage(root).artifact("datasets", "cart").path])

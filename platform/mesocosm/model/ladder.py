@@ -159,13 +159,13 @@ def ensemble_dims(size: str) -> EnsembleDims:
     return ENSEMBLE_RUNGS[_rung(size)]
 
 
-def nominal(size: str) -> int:
-    """The number a rung's name states: 30k is 30000. Raises UsageError with the nearest rung."""
-    rung = _rung(size)
+def nominal(size: str, key: str = "model.size") -> int:
+    """The number a rung's name states: 30k is 30000. Raises UsageError with the config's `key` and the nearest rung."""
+    rung = _rung(size, key)
     return int(rung[:-1]) * {"k": 10**3, "m": 10**6, "b": 10**9}[rung[-1]]
 
 
-def _rung(size: str) -> str:
+def _rung(size: str, key: str = "model.size") -> str:
     if size not in RUNGS:
-        raise UsageError(f"model.size={size!r} is no rung of the ladder, use one of {', '.join(RUNGS)}{nearest(size, RUNGS)}")
+        raise UsageError(f"{key}={size!r} is no rung of the ladder, use one of {', '.join(RUNGS)}{nearest(size, RUNGS)}")
     return size

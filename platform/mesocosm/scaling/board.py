@@ -5,7 +5,6 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -18,7 +17,7 @@ from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import Cell, Grid
-from mesocosm.scaling.trunk import Outcome
+from mesocosm.scaling.trunk import Outcome, said
 from mesocosm.tracking import Run, console
 
 EVERY = 15.0
@@ -159,6 +158,7 @@ class Nested:
 
     def __init__(self, run: Run):
         self._run = run
+        self._lost = ""
         self._queue: queue.SimpleQueue[tuple[Cell, Record | None, str | None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="cells", daemon=True)
         self._thread.start()
@@ -169,13 +169,19 @@ class Nested:
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join(PATIENCE)
+        if self._lost:
+            self._run.say(f"not every cell has a nested run in MLflow ({self._lost}); their records are in storage")
         if self._thread.is_alive():
             self._run.say("MLflow is slow: some cells have no nested run there; their records are in storage")
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            with suppress(MesocosmError):
+            try:
                 self._make(*item)
+            except MesocosmError:
+                pass  # how a failed cell ends its run
+            except Exception as error:
+                self._lost = said(error)
 
     def _make(self, cell: Cell, record: Record | None, failed: str | None) -> None:
         where = self._run.config

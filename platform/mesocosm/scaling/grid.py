@@ -9,6 +9,8 @@ without a repetition is trained with the smallest of them only: to a law, which 
 
 from __future__ import annotations
 
+import heapq
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
@@ -127,17 +129,28 @@ class Grid:
                 found[cell.id] = self.cluster.seconds(cell.flops // cell.steps * trunk.ran(i), trunk.ran(i))
         return found
 
-    def lanes(self, cell: Cell) -> int:
-        """Workers that are at work at once where `cell` is trained."""
-        return min(self.config.workers if cell.large else self.config.concurrent, self.cluster.slots)
-
     def hours(self, cells: Sequence[Cell], *, alone: bool = False) -> float:
-        """Estimated hours on the cluster."""
-        expected = self.expected(cells, alone=alone)
-        return sum(expected[cell.id] / self.lanes(cell) for cell in cells) / 3600
+        """Estimated hours on the cluster: the trunks, `concurrent` at once, then the large cells."""
+        expected, c = self.expected(cells, alone=alone), self.config
+        together: dict[str, float] = {}
+        for cell in cells:
+            if not cell.large:
+                unit = cell.id if alone else cell.trunk
+                together[unit] = together.get(unit, 0.0) + expected[cell.id]
+        large = [expected[cell.id] / c.workers for cell in cells if cell.large]
+        slots = self.cluster.slots
+        return (_makespan(together.values(), min(c.concurrent, slots)) + _makespan(large, min(c.concurrent, slots // c.workers))) / 3600
 
     def workers(self, cell: Cell) -> int:
         return self.config.workers if cell.large else 1
+
+
+def _makespan(seconds: Iterable[float], lanes: int) -> float:
+    """When the last of several ends that `lanes` of (at least one) take up, the longest first."""
+    free = [0.0] * max(lanes, 1)
+    for one in sorted(seconds, reverse=True):
+        heapq.heapreplace(free, free[0] + one)
+    return max(free)
 
 
 def lay_out(config: SweepConfig, dataset: Dataset, cluster: ClusterConfig) -> Grid:
@@ -193,7 +206,7 @@ class _Layout:
             for asked in sorted(grid.data or grid.flops):
                 steps = self._steps(size, asked, step_flops, loader)
                 fall = config.fall(steps)
-                self._check(asked, steps, fall, before, loader)
+                self._check(size, asked, steps, fall, before, self._unit(step_flops, loader))
                 data = loader.transitions_seen(steps)
                 if data <= loader.transitions_per_epoch:
                     if (asked, seed) in fresh:
@@ -232,31 +245,33 @@ class _Layout:
         return found
 
     def _steps(self, size: str, asked: float, step_flops: int, loader: Loader) -> int:
-        """The number nearest to what was asked; of every size and seed alike, for D."""
-        batch = self.config.train.batch * loader.transitions_per_epoch / loader.windows_per_epoch
-        if self.config.grid.data:
-            if asked < batch:
-                raise UsageError(f"grid.data={asked:g} is smaller than a batch, about {batch:.0f} transitions; use more, or lower train.batch")
-            return round(asked / batch)
-        if asked < step_flops:
-            raise UsageError(f"grid.flops={asked:.3g} is less than one step of {size}, {step_flops:.3g} FLOPs; use more, or lower train.batch")
-        return round(asked / step_flops)
+        """The number nearest to what was asked; of every size alike, for D."""
+        unit = self._unit(step_flops, loader)
+        if asked < unit and self.config.grid.data:
+            raise UsageError(f"grid.data={asked:g} is smaller than a batch, about {unit:.0f} transitions; use more, or lower train.batch")
+        if asked < unit:
+            raise UsageError(f"grid.flops={asked:.3g} is less than one step of {size}, {unit:.3g} FLOPs; use more, or lower train.batch")
+        return round(asked / unit)
 
-    def _check(self, asked: float, steps: int, fall: int, before: dict[int, float], loader: Loader) -> None:
+    def _unit(self, step_flops: int, loader: Loader) -> float:
+        """Of a step, in what the grid asks for: transitions, or FLOPs."""
+        return self.config.train.batch * loader.transitions_per_epoch / loader.windows_per_epoch if self.config.grid.data else float(step_flops)
+
+    def _check(self, size: str, asked: float, steps: int, fall: int, before: dict[int, float], unit: float) -> None:
         key = "data" if self.config.grid.data else "flops"
         if steps in before:
-            raise UsageError(f"grid.{key} {before[steps]:g} and {asked:g} are both {steps} steps; give values further apart")
+            raise UsageError(f"grid.{key} {before[steps]:g} and {asked:g} are both {steps} steps of {size}; give values further apart")
         before[steps] = asked
         if self.config.train.warmup > steps - fall:
-            raise UsageError(
-                f"grid.{key}={asked:g} is {steps} steps, and train.warmup={self.config.train.warmup} leaves no room before the {fall} of its decay; "
-                f"use at least {_least(self.config)} steps, or a shorter warm-up"
-            )
+            least = _least(self.config)
+            what = f"grid.{key}={asked:g} is {steps} steps of {size}, and train.warmup={self.config.train.warmup} leaves no room before the {fall} of its decay"
+            enough = f"{least * unit:.3g}" if key == "flops" else f"{math.ceil(least * unit)}"
+            raise UsageError(f"{what}; use at least {enough} ({least} steps), a shorter warm-up, or sweep {size} apart")
 
 
 def _least(config: SweepConfig) -> int:
     """The fewest steps that hold the warm-up and the decay."""
-    steps = config.train.warmup + 1
+    steps = max(config.train.warmup + 1, int(config.train.warmup / (1 - config.train.decay)) - 2) if config.train.warmup else 1
     while steps - config.fall(steps) < config.train.warmup:
         steps += 1
     return steps

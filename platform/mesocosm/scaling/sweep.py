@@ -41,6 +41,8 @@ def plan(config: SweepConfig) -> dict[str, Any]:
     trunks = grid.trunks(missing)
     to_run = {cell.id: trunk.ran(i) for trunk in trunks for i, cell in enumerate(trunk.cells)} | {cell.id: cell.steps for cell in missing if cell.large}
     expected, price = grid.expected(missing), grid.cluster.price_per_hour
+    together, alone = grid.hours(missing), grid.hours(missing, alone=True)
+    a_second = together * price / max(sum(expected.values()), 1e-9)
     rows = [
         {
             "cell": cell.id[:8],
@@ -56,12 +58,11 @@ def plan(config: SweepConfig) -> dict[str, Any]:
             "trunk": "a job" if cell.large else cell.trunk[:6],
             "steps to run": to_run.get(cell.id, 0),
             "worker hours": round(expected.get(cell.id, 0.0) / 3600, 4),
-            "price": round(expected.get(cell.id, 0.0) / grid.lanes(cell) / 3600 * price, 4),
+            "price": round(expected.get(cell.id, 0.0) * a_second, 4),
             "state": "finished" if cell.id in done else "to do",
         }
         for cell in grid.cells
     ]
-    together, alone = grid.hours(missing), grid.hours(missing, alone=True)
     return {
         "sweep": f"laws/{_id(config, grid.dataset, grid.cluster)}",
         "datasets": ", ".join(grid.dataset.ids),
@@ -220,7 +221,10 @@ def _tuned(trial: Any, ids: Sequence[str], lanes: int, run: tracking.Run, name: 
     finally:
         run.storage.remove(folder)
     ended = [results[i] for i in range(len(results))]
-    return {(trial.config or {})[KEY]: _last_line(trial.error) for trial in ended if trial.error is not None}
+    lost = {trial.config[KEY]: _last_line(trial.error) for trial in ended if trial.error is not None and trial.config}
+    nameless = [_last_line(trial.error) for trial in ended if trial.error is not None and not trial.config]  # its process died before it answered once
+    named = {trial.config[KEY] for trial in ended if trial.config}
+    return lost | dict(zip([id for id in ids if id not in named], nameless, strict=False))
 
 
 def _finished(config: SweepConfig, run: tracking.Run, grid: Grid, id: str, board: Board, nested: Nested, found: int, began: float) -> Artifact:
@@ -241,7 +245,9 @@ def _finished(config: SweepConfig, run: tracking.Run, grid: Grid, id: str, board
     run.say(f"  {board.line}  [{wall:.1f} s, {board.seconds:.1f} s of training by {lanes} at once]")
     if board.failed:
         named = [f"{name(cell)}: {board.failed[cell.id]}" for cell in grid.cells if cell.id in board.failed]
-        raise MesocosmError(f"{len(named)} of {len(grid.cells)} cells failed; run the same command again to try them again. {'; '.join(named)}")
+        table = run.folder / TABLE
+        again = f"run the same command again to try them again, or `mesocosm fit {table}` for a law of the others"
+        raise MesocosmError(f"{len(named)} of {len(grid.cells)} cells failed; {again}. {'; '.join(named)}")
     meta = {
         "inputs": {"datasets": grid.dataset.ids},
         "config": what(config),
@@ -309,15 +315,19 @@ def _plot(records: Iterable[Record]) -> str:
     from mesocosm.evaluation.figures import STYLE, document
 
     lines: dict[tuple[int, str, int], dict[int, list[Record]]] = {}
+    trunks: dict[tuple[int, str, int, int], list[Record]] = {}
     for record in records:
-        lines.setdefault((record.params, record.size, record.unique), {}).setdefault(record.steps, []).append(record)
+        trunks.setdefault((record.params, record.size, record.unique, record.seed), []).append(record)
+    for (params, size, unique, _), some in trunks.items():
+        for place, record in enumerate(sorted(some, key=lambda record: record.steps)):  # a D may be a step more or less with another seed's U
+            lines.setdefault((params, size, unique), {}).setdefault(place, []).append(record)
     several = len({unique for _, _, unique in lines}) > 1
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.2), layout="constrained")
         axes = figure.add_subplot()
         colours = matplotlib.colormaps["viridis"].resampled(len(lines) + 1)
-        for i, ((_, size, unique), by_steps) in enumerate(sorted(lines.items())):
-            points = sorted((sum(r.data for r in some) / len(some), sum(r.loss for r in some) / len(some)) for some in by_steps.values())
+        for i, ((_, size, unique), by_place) in enumerate(sorted(lines.items())):
+            points = sorted((sum(r.data for r in some) / len(some), sum(r.loss for r in some) / len(some)) for some in by_place.values())
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colours(i), label=f"{size}, U={short(unique)}" if several else size)
         axes.set_xscale("log")
         axes.set_xlabel("transitions seen")

@@ -14,6 +14,8 @@ from mesocosm.model.ladder import nominal
 from mesocosm.pretrain.config import DataConfig, PretrainConfig, TrainConfig
 from mesocosm.pretrain.schedule import length, share
 
+LARGEST = {"grid.data": 1e15, "grid.flops": 1e27}
+
 
 @dataclass
 class GridConfig:
@@ -81,14 +83,14 @@ class SweepConfig(JobConfig):
         if not g.sizes:
             raise UsageError("grid.sizes=[] names no size; give rungs of the ladder, as in grid.sizes=[10k,30k,100k]")
         for size in g.sizes:
-            nominal(size)
+            nominal(size, "grid.sizes")
         if bool(g.data) == bool(g.flops):
             said = f"grid.data={g.data} and grid.flops={g.flops} are both set" if g.data else "neither grid.data nor grid.flops is set"
             raise UsageError(f"{said}; give either the transitions that cells see or their FLOPs")
         for key, least in (("sizes", 1), ("data", 0), ("flops", 0), ("unique", 1), ("seeds", 1)):
             _distinct(f"grid.{key}", getattr(g, key), least)
-        if min(g.seeds) < 0:
-            raise UsageError(f"grid.seeds={g.seeds} must be at least 0")
+        if not 0 <= min(g.seeds) <= max(g.seeds) < 2**32:
+            raise UsageError(f"grid.seeds={g.seeds} must be at least 0 and below 2**32")
         for key in ("large", "workers", "concurrent"):
             if getattr(self, key) < 1:
                 raise UsageError(f"{key}={getattr(self, key)} must be at least 1")
@@ -97,6 +99,8 @@ class SweepConfig(JobConfig):
             raise UsageError(f"train.warmup={t.warmup} must be a number of steps not less than 0")
         if not 0 < t.decay <= 1:
             raise UsageError(f"train.decay={t.decay} must be a share above 0 and at most 1: a law is of models whose learning rate fell to 0")
+        if t.decay == 1 and t.warmup:
+            raise UsageError(f"train.decay=1 leaves no step for train.warmup={t.warmup}; give train.warmup=0, or a decay below 1")
         self.pretraining(g.sizes[0], g.seeds[0], None, 1, 0, 1, t.precision).validate()
 
     def training(self, steps: int, rise: int, fall: int, precision: str) -> TrainConfig:
@@ -131,3 +135,5 @@ def _distinct(name: str, values: Sequence[Any] | None, least: int) -> None:
             raise UsageError(f"{name}={list(values)} names {value} twice; name each once")
         if name in ("grid.data", "grid.flops", "grid.unique") and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{name}={list(values)} holds {value}; give numbers above 0")
+        if name in ("grid.data", "grid.flops") and value > LARGEST[name]:
+            raise UsageError(f"{name}={list(values)} holds {value:g}; {LARGEST[name]:g} is the most that can be meant")

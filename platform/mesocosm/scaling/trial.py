@@ -10,13 +10,12 @@ from typing import Any
 from ray import tune
 
 from mesocosm import tracking
-from mesocosm.errors import MesocosmError
 from mesocosm.pretrain import run as pretraining
 from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.scaling import cells
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import Cell
-from mesocosm.scaling.trunk import Outcome, Warm, Work
+from mesocosm.scaling.trunk import Outcome, Warm, Work, said
 from mesocosm.storage import Storage
 
 KEY = "id"
@@ -59,8 +58,7 @@ def large_trial(jobs: dict[str, tuple[Cell, PretrainConfig]], force: bool) -> Ca
         try:
             outcome = Outcome(cell.id, _pretrained(cell, job, force), None)
         except Exception as error:
-            said = str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}"
-            outcome = Outcome(cell.id, None, said.strip().splitlines()[0])
+            outcome = Outcome(cell.id, None, said(error))
         tune.report({"outcome": asdict(outcome), "seconds": time.perf_counter() - began})
 
     return drive

@@ -71,19 +71,27 @@ class Warm:
             training, _ = Training.start(dataset, self.codec, trunk.model, trunk.options, trunk.seed, self.own, lambda: base)
             try:
                 for cell, grown in zip(trunk.cells, branches(training, trunk.cells), strict=True):
+                    record, trouble = None, grown.trouble
+                    if trouble is None:
+                        made = Record.of(cell, grown.measured, seconds=grown.seconds, ran=grown.ran)
+                        try:
+                            record = cells.keep(self.storage, made, force=self.work.force)
+                        except Exception as error:  # of this cell alone: the trunk goes on
+                            trouble = f"its record could not be kept: {said(error)}"
                     left.remove(cell)
-                    record = None
-                    if grown.trouble is None:
-                        record = Record.of(cell, grown.measured, seconds=grown.seconds, ran=grown.ran)
-                        record = cells.keep(self.storage, record, force=self.work.force)
-                    yield Outcome(cell.id, record, grown.trouble, spent)
+                    yield Outcome(cell.id, record, trouble, spent)
                     spent = 0.0
             finally:
                 training.engine.destroy()
         except Exception as error:
-            said = str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}"
             for cell in left:
-                yield Outcome(cell.id, None, said.strip().splitlines()[0])
+                yield Outcome(cell.id, None, said(error))
+
+
+def said(error: Exception) -> str:
+    """One line."""
+    text = str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}"
+    return text.strip().splitlines()[0]
 
 
 @dataclass(frozen=True)
