@@ -220,11 +220,8 @@ def _tuned(trial: Any, ids: Sequence[str], lanes: int, run: tracking.Run, name: 
         results = tuner.fit()
     finally:
         run.storage.remove(folder)
-    ended = [results[i] for i in range(len(results))]
-    lost = {trial.config[KEY]: _last_line(trial.error) for trial in ended if trial.error is not None and trial.config}
-    nameless = [_last_line(trial.error) for trial in ended if trial.error is not None and not trial.config]  # its process died before it answered once
-    named = {trial.config[KEY] for trial in ended if trial.config}
-    return lost | dict(zip([id for id in ids if id not in named], nameless, strict=False))
+    ended = [results[i] for i in range(len(results))]  # in the grid's order; of a trial that never answered, `config` is none or another's
+    return {id: _last_line(trial.error) for id, trial in zip(ids, ended, strict=True) if trial.error is not None}
 
 
 def _finished(config: SweepConfig, run: tracking.Run, grid: Grid, id: str, board: Board, nested: Nested, found: int, began: float) -> Artifact:
