@@ -258,7 +258,7 @@ def plot(results: dict[str, Any]) -> None:
                 axis.plot(x[-1], y[-1], color=colour, marker="x" if run["reached"] is None else "o", markersize=7 if run["reached"] is None else 5)
         axis.axhline(task.target, color="grey", linewidth=0.8, linestyle=":")
         axis.set(xscale="log", title=f"{env}, target {task.target:g}")
-        axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+        axis.legend(frameon=False, fontsize=8, loc="best")
         axis.set_xlim(left=300)
     figure.supxlabel("real steps trained on")
     figure.supylabel("mean return of greedy real episodes")
