@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -45,7 +46,8 @@ STEPS = 40_000
 FAMILIES = {"ensemble": "#30638e", "sequence": "#d1495b"}
 SIZES, DATA, UNIQUE, SEEDS = ["10k", "30k", "100k"], [20_000, 80_000], [250, 1000, 4000, 16_000], [0, 1]
 SUBSET: Callable[[Cell], bool] = lambda cell: cell.asked == DATA[-1] and cell.seed == SEEDS[0] and cell.size != "30k"  # noqa: E731
-JUDGED = {"error": "policy_value_error", "pearson": "pearson", "regret": "regret"}
+JUDGED = {"policy_value_error": "error", "pearson": "pearson", "regret": "regret"}
+"""Columns of the table, and what the suite calls them."""
 EVALUATION = ["adversary=0", "graded=10", "policy_episodes=5"]
 
 
@@ -75,7 +77,8 @@ def judged(cfg: SweepConfig, cell: Cell, precision: str) -> dict[str, Any]:
         world = pretraining.run(job, run)
     agent = agent_of(configured(ENV, cell.seed, []), world)
     found = evaluated(ENV, cell.seed, world, agent, EVALUATION)
-    return {"world": world.id, "agent": agent.id, "return": found["agent"]["real"], "imagined": found["agent"]["world"], **{k: found[k] for k in JUDGED}}
+    suite = {key: found[key] for key in JUDGED.values()}
+    return {"world": world.id, "agent": agent.id, "return": found["agent"]["real"], "imagined": found["agent"]["world"], **suite}
 
 
 def main() -> int:
@@ -113,7 +116,7 @@ def main() -> int:
 def write(rows: list[dict[str, Any]], found: dict[str, Any]) -> None:
     """The sweeps' tables, one under the other, with what was judged of the subset."""
     TABLE.parent.mkdir(parents=True, exist_ok=True)
-    more = {"policy_value_error": "error", "pearson": "pearson", "regret": "regret", "return": "return", "imagined_return": "imagined"}
+    more = {**JUDGED, "return": "return", "imagined_return": "imagined"}
     for row in rows:
         told = found.get(row["cell"], {})
         row.update({name: "" if told.get(key) is None else f"{told[key]:.6g}" for name, key in more.items()})
@@ -125,31 +128,46 @@ def write(rows: list[dict[str, Any]], found: dict[str, Any]) -> None:
         writer.writerows(rows)
 
 
-def best(rows: list[dict[str, Any]], family: str, of: Callable[[dict[str, Any]], Any]) -> dict[Any, dict[str, float]]:
-    """For each value of `of`: the least loss over the other axes, of the mean over seeds, with the seeds' least and largest."""
-    runs: dict[Any, dict[tuple[str, ...], list[dict[str, Any]]]] = {}
+@dataclass(frozen=True)
+class Setting:
+    """The seeds of one size, U and asked D."""
+
+    unique: int
+    flops: float
+    losses: list[float]
+
+    @property
+    def loss(self) -> float:
+        return statistics.mean(self.losses)
+
+
+def settings(rows: list[dict[str, Any]], family: str) -> list[Setting]:
+    """D by the nearest that the grid asks for: with another seed's U a cell may be a step longer or shorter."""
+    runs: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
         if row["family"] == family:
-            runs.setdefault(of(row), {}).setdefault((row["size"], row["unique"], row["steps"]), []).append(row)
-    made = {}
-    for value, cells in sorted(runs.items()):
-        least = min(cells.values(), key=lambda some: statistics.mean(float(row["loss"]) for row in some))
-        losses = [float(row["loss"]) for row in least]
-        made[value] = {"loss": statistics.mean(losses), "low": min(losses), "high": max(losses), "flops": float(least[0]["flops"])}
+            asked = min(DATA, key=lambda data: abs(data - int(row["data"])))
+            runs.setdefault((row["size"], row["unique"], asked), []).append(row)
+    return [
+        Setting(int(unique), statistics.mean(float(row["flops"]) for row in some), [float(row["loss"]) for row in some])
+        for (_, unique, _), some in runs.items()
+    ]
+
+
+def best(rows: list[dict[str, Any]], family: str) -> dict[int, Setting]:
+    """The setting of the least loss for each U, ascending."""
+    made: dict[int, Setting] = {}
+    for setting in sorted(settings(rows, family), key=lambda setting: (setting.unique, setting.loss)):
+        made.setdefault(setting.unique, setting)
     return made
 
 
 def frontier(rows: list[dict[str, Any]], family: str) -> list[tuple[float, float]]:
-    """(FLOPs, least loss of all cells of so many FLOPs or fewer), over all sizes, D and U."""
-    cells: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        if row["family"] == family:
-            cells.setdefault((row["size"], row["unique"], row["steps"]), []).append(row)
-    points = sorted((float(some[0]["flops"]), statistics.mean(float(row["loss"]) for row in some)) for some in cells.values())
+    """(FLOPs, least loss of all settings of so many FLOPs or fewer), over all sizes, D and U."""
     made: list[tuple[float, float]] = []
-    for flops, loss in points:
-        if not made or loss < made[-1][1]:
-            made.append((flops, loss))
+    for setting in sorted(settings(rows, family), key=lambda setting: setting.flops):
+        if not made or setting.loss < made[-1][1]:
+            made.append((setting.flops, setting.loss))
     return made
 
 
@@ -158,9 +176,10 @@ def plot(rows: list[dict[str, Any]]) -> None:
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "mesocosm"}):
         figure, (by_u, by_c, by_loss) = pyplot.subplots(1, 3, figsize=(13, 4.0), layout="constrained")
         for family, colour in FAMILIES.items():
-            of_u = best(rows, family, lambda row: int(row["unique"]))
-            by_u.plot(list(of_u), [p["loss"] for p in of_u.values()], color=colour, marker="o", label=family)
-            by_u.fill_between(list(of_u), [p["low"] for p in of_u.values()], [p["high"] for p in of_u.values()], color=colour, alpha=0.15, linewidth=0)
+            of_u = best(rows, family)
+            low, high = ([end(setting.losses) for setting in of_u.values()] for end in (min, max))
+            by_u.plot(list(of_u), [setting.loss for setting in of_u.values()], color=colour, marker="o", label=family)
+            by_u.fill_between(list(of_u), low, high, color=colour, alpha=0.15, linewidth=0)
             by_c.step(*zip(*frontier(rows, family), strict=True), where="post", color=colour, label=family)
             some = [row for row in rows if row["family"] == family and row["return"]]
             by_loss.scatter([float(row["loss"]) for row in some], [float(row["return"]) for row in some], color=colour, label=family)
@@ -175,9 +194,9 @@ def plot(rows: list[dict[str, Any]]) -> None:
 def said(rows: list[dict[str, Any]]) -> str:
     """Markdown: the least loss by U, and the subset."""
     lines = ["| U | " + " | ".join(FAMILIES) + " |", "|---|" + "---|" * len(FAMILIES)]
-    by_family = {family: best(rows, family, lambda row: int(row["unique"])) for family in FAMILIES}
+    by_family = {family: best(rows, family) for family in FAMILIES}
     for unique in sorted({u for made in by_family.values() for u in made}):
-        cells = [f"{p['loss']:.2f} ({p['low']:.2f} to {p['high']:.2f})" if (p := made.get(unique)) else "-" for made in by_family.values()]
+        cells = [f"{p.loss:.2f} ({min(p.losses):.2f} to {max(p.losses):.2f})" if (p := made.get(unique)) else "-" for made in by_family.values()]
         lines.append(f"| {unique:,} | {' | '.join(cells)} |")
     lines += ["", "| family, size, U | loss | Pearson r | policy-value error | return in reality | in the world |", "|---|---|---|---|---|---|"]
     for row in sorted((row for row in rows if row["return"]), key=lambda row: float(row["loss"])):

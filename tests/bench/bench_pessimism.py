@@ -104,10 +104,6 @@ def cell(env: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def read() -> dict[str, Any]:
-    return kept(RESULTS)
-
-
 def kept(results: Path) -> dict[str, Any]:
     return json.loads(results.read_text()) if results.exists() else {}
 
@@ -143,7 +139,7 @@ def main() -> int:
         for env in FILES
     ]
     measure(__doc__, "bench_pessimism.py", RESULTS, every)
-    print(table(read()))
+    print(table(kept(RESULTS)))
     return 0
 
 

@@ -203,10 +203,11 @@ class _Layout:
             }
             trunk = fingerprint("trunk", shared, __version__, SCHEMA)
             before: dict[int, float] = {}
+            unit = self._unit(step_flops, loader)
             for asked in sorted(grid.data or grid.flops):
-                steps = self._steps(size, asked, step_flops, loader)
+                steps = self._steps(size, asked, unit)
                 fall = config.fall(steps)
-                self._check(size, asked, steps, fall, before, self._unit(step_flops, loader))
+                self._check(size, asked, steps, fall, before, unit)
                 data = loader.transitions_seen(steps)
                 if data <= loader.transitions_per_epoch:
                     if (asked, seed) in fresh:
@@ -244,9 +245,8 @@ class _Layout:
             found = self._loaders[unique, seed] = Loader(view, self.codec, "train", config.model.context, config.train.batch, seed)
         return found
 
-    def _steps(self, size: str, asked: float, step_flops: int, loader: Loader) -> int:
+    def _steps(self, size: str, asked: float, unit: float) -> int:
         """The number nearest to what was asked; of every size alike, for D."""
-        unit = self._unit(step_flops, loader)
         if asked < unit and self.config.grid.data:
             raise UsageError(f"grid.data={asked:g} is smaller than a batch, about {unit:.0f} transitions; use more, or lower train.batch")
         if asked < unit:

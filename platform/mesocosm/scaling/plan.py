@@ -23,7 +23,7 @@ from mesocosm.pretrain import prepare
 from mesocosm.pretrain.config import DataConfig, PretrainConfig
 from mesocosm.pretrain.schedule import share
 from mesocosm.scaling import plan_figure, prices
-from mesocosm.scaling.law import Law
+from mesocosm.scaling.law import Law, span
 from mesocosm.scaling.optimum import Budget, Point, Problem, along, at_size, beyond, counted, drawn, interval, problem_of
 from mesocosm.scaling.plan_config import PlanConfig
 from mesocosm.scaling.sweep_config import CellTraining
@@ -303,10 +303,10 @@ def _lines(answer: dict[str, Any]) -> dict[str, Any]:
     best, made, spans, coin = answer["optimum"], answer["plan"], answer["optimum"]["interval"], answer["budget"]["currency"]
     lines = {
         "law": f"{answer['law']} ({answer['form']})",
-        "optimum": f"N {_span(best['params'], spans['params'])}, D {_span(best['data'], spans['data'])}, U {_span(best['unique'], spans['unique'])} "
-        f"({best['epochs']:.3g} epochs), loss {_span(best['loss'], spans['loss'])}",
+        "optimum": f"N {_within(best['params'], spans['params'])}, D {_within(best['data'], spans['data'])}, U {_within(best['unique'], spans['unique'])} "
+        f"({best['epochs']:.3g} epochs), loss {_within(best['loss'], spans['loss'])}",
         "plan": f"{made['size']}: N {made['params']:.4g}, D {made['data']:.4g}, U {made['unique']:.4g} ({made['epochs']:.3g} epochs), "
-        f"loss {_span(made['loss'], made['interval']['loss'])}, {made['flops']:.3g} FLOPs{' counted' if answer['flops_counted'] else ''}",
+        f"loss {_within(made['loss'], made['interval']['loss'])}, {made['flops']:.3g} FLOPs{' counted' if answer['flops_counted'] else ''}",
     }
     if answer["next"] is not None:
         more = f"{answer['collect']:,} real transitions more than the {answer['owned']:,} owned"
@@ -318,8 +318,8 @@ def _lines(answer: dict[str, Any]) -> dict[str, Any]:
     return lines
 
 
-def _span(value: float, span: tuple[float, float]) -> str:
-    return f"{value:.4g} ({span[0]:.3g} to {span[1]:.3g})"
+def _within(value: float, pair: tuple[float, float]) -> str:
+    return f"{value:.4g} ({span(pair)})"
 
 
 def _yaml(q: _Question, answer: dict[str, Any]) -> str:
@@ -334,7 +334,7 @@ def _yaml(q: _Question, answer: dict[str, Any]) -> str:
     said = config.to_yaml(job, ("seed", "data", "model", "train"))
     head = [
         f"# {made['size']}: {made['data']:.4g} transitions, {made['unique']:.4g} different ones.",
-        f"# The law {q.source} foretells {_span(made['loss'], made['interval']['loss'])} nats.",
+        f"# The law {q.source} foretells {_within(made['loss'], made['interval']['loss'])} nats.",
     ]
     if answer["collect"]:
         head.append(f"# {answer['collect']} of them are still to be collected: add their dataset to data.datasets.")

@@ -133,23 +133,20 @@ def _train(config: SweepConfig, run: tracking.Run, grid: Grid, missing: Sequence
         board.add(outcome)
         nested.add(by_id[outcome.cell], outcome.record, outcome.failed)
 
-    def end(some: Iterable[Cell], lost: str | None) -> None:
+    def end(some: Iterable[Cell], lost: dict[str, str]) -> None:
         """Of those that a process which died had not told of, some may be in storage."""
-        for cell in some:
-            if cell.id not in heard:
-                kept = not config.force and cell.id in cells.finished(run.storage)
-                failed = None if kept else lost or "its process ended without a word"
-                hear(Outcome(cell.id, cells.read(run.storage, cell.id) if kept else None, failed))
+        unheard = [cell for cell in some if cell.id not in heard]
+        kept = cells.finished(run.storage) if unheard and not config.force else set()
+        for cell in unheard:
+            record = cells.read(run.storage, cell.id) if cell.id in kept else None
+            why = lost.get(cell.id if cell.large else cell.trunk, "its process ended without a word")
+            hear(Outcome(cell.id, record, None if record else why))
 
     with board:
         if trunks:
-            lost = _small(config, run, grid, trunks, lanes, share, hear)
-            for trunk in trunks:
-                end(trunk.cells, lost.get(trunk.id))
+            end([cell for trunk in trunks for cell in trunk.cells], _small(config, run, grid, trunks, lanes, share, hear))
         if large:
-            lost = _large(config, run, grid, large, hear)
-            for cell in large:
-                end([cell], lost.get(cell.id))
+            end(large, _large(config, run, grid, large, hear))
 
 
 def _small(
