@@ -40,6 +40,7 @@ def test_later_files_and_overrides_win(tmp_path: Path) -> None:
         ([], ["model.sise=1m"], ["model.sise", "model.size"]),
         (["modle: {size: 1m}"], [], ["modle", "model"]),
         ([], ["model.members=many"], ["model.members", "many"]),
+        ([], ["model.members=1e2"], ["model.members", "write 100 instead of 100.0"]),
         ([], ["model.size"], ["key=value"]),
         (["a: [1"], [], ["not valid YAML"]),
     ],

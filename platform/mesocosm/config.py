@@ -102,7 +102,10 @@ def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> D
         key = str(error.full_key)
         raise UsageError(f"{source}: unknown config key {key!r}{nearest(key, known)}") from error
     except OmegaConfBaseException as error:
-        raise UsageError(f"{source}: config key {error.full_key!r}: {_first_line(error)}") from error
+        value, said = getattr(error, "value", None), _first_line(error)
+        if isinstance(value, float) and value.is_integer() and "Integer" in said:
+            said = f"a whole number is wanted; write {int(value)} instead of {value!r}"
+        raise UsageError(f"{source}: config key {error.full_key!r}: {said}") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source}: {_first_line(error)}") from error
 

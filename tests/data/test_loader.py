@@ -213,6 +213,23 @@ def test_evaluation_sees_the_split_once_in_order(mixed: tuple[Dataset, Codec]) -
         assert all(torch.equal(torch.cat([a.mask, b.mask]), w.mask) for a, b, w in zip(*halves, batches, strict=True))
 
 
+def test_part_of_the_split_is_taken_evenly_of_all_of_it(mixed: tuple[Dataset, Codec]) -> None:
+    dataset, codec = mixed
+    loader = Loader(dataset, codec, "train", 3, 4, 0)
+
+    def windows(most: int | None) -> list[list[tuple[int, int]]]:
+        found = []
+        for batch in loader.eval_batches(8, most=most):
+            tagged = tags(codec, batch.observation)[:, :-1]
+            found += [[tuple(tag) for tag in row[mask].tolist()] for row, mask in zip(tagged, batch.mask.numpy(), strict=True) if mask.any()]
+        return found
+
+    whole = windows(None)
+    for most in (1, 5, 13, len(whole) - 1):
+        assert windows(most) == [whole[i * len(whole) // most] for i in range(most)]
+    assert windows(len(whole) + 100) == whole
+
+
 def test_events_oversample_terminals_and_weigh_them_back(mixed: tuple[Dataset, Codec]) -> None:
     dataset, codec = mixed
     loader = Loader(dataset, codec, "train", 4, 2, 0, events=300)

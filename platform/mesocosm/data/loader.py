@@ -200,8 +200,9 @@ class Loader:
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
-    def eval_batches(self, batch: int | None = None, rank: int = 0, world_size: int = 1) -> Iterator[Windows]:
-        """The split once, in order, cut from each episode's start; every rank gets as many batches of the same shape.
+    def eval_batches(self, batch: int | None = None, rank: int = 0, world_size: int = 1, most: int | None = None) -> Iterator[Windows]:
+        """The split once, in order, cut from each episode's start; every rank gets as many batches of the same shape. Of more windows than
+        `most` as many as that, evenly spread over the split: of several datasets each has its share.
 
         Windows that only fill up the last batch have an all-false mask and no start.
         """
@@ -209,10 +210,13 @@ class Loader:
         lo, hi = self._slice(size, "batch of windows", rank, world_size)
         counts = -(-self._lengths // self.window)
         ends = np.cumsum(counts)
-        for first in range(0, int(ends[-1]), size):
-            numbers = np.arange(first + lo, first + hi)
-            there = numbers < ends[-1]
-            episode = np.searchsorted(ends, np.minimum(numbers, ends[-1] - 1), "right")
+        total = int(ends[-1])
+        taken = total if most is None else min(most, total)
+        for first in range(0, taken, size):
+            places = np.arange(first + lo, first + hi)
+            there = places < taken
+            numbers = np.minimum(places, taken - 1) * total // taken
+            episode = np.searchsorted(ends, numbers, "right")
             within = np.where(there, numbers - (ends - counts)[episode], 0)
             place = self._cut(episode, within * self.window)
             yield self._windows(_Place(episode, place.first, np.where(there, place.length, 0)))

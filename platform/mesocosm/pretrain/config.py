@@ -74,7 +74,7 @@ class TrainConfig:
     validate_every: int = 250
     """Steps; the end is always validated."""
     validate_windows: int = 2048
-    """At most so many windows of the validation split."""
+    """At most so many windows of the validation split, evenly taken."""
     peak_flops: float | None = None
     """FLOP/s of one worker's device, for MFU; None measures a large matrix product once."""
 

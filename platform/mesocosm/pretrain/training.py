@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -120,14 +119,13 @@ class Training:
         return engine.step(self.engine)
 
     def validate(self) -> dict[str, float]:
-        """Nats a transition by part on the validation split's first `validate_windows` windows, the ranks sharing every batch."""
+        """Nats a transition by part on the validation split, or on `validate_windows` evenly of it, the ranks sharing every batch."""
         assert self.valid is not None
         options, own = self.options, self.own
         self.engine.eval()
         sums = Sums()
-        batches = -(-options.validate_windows // options.batch)
         with torch.no_grad():
-            for windows in itertools.islice(self.valid.eval_batches(options.batch, own.rank, own.world_size), batches):
+            for windows in self.valid.eval_batches(options.batch, own.rank, own.world_size, options.validate_windows):
                 here = windows.to(own.device)
                 sums.add(self.engine(here, apply_base(self.base, here)))
         self.engine.train()
