@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -125,3 +127,38 @@ def test_values_that_are_not_finite_stay_in_the_truth_only(root: str) -> None:
     line = json.loads((run.folder / "metrics.jsonl").read_text())
     assert line["loss"] == "nan"
     assert set(_runs(config)["pretrain/n"].data.metrics) == {"ok"}
+
+
+def test_a_run_on_a_remote_root_is_told_there_while_it_goes_on(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run said is not lost with its machine, a storage that is away for a while is tried again, and the end is told last."""
+    monkeypatch.setattr("mesocosm.shipping.EVERY", 0.05)
+    storage = Storage(f"{s3}/shipped")
+    written, away = Storage.write, True
+
+    def write(self: Storage, path: str, data: bytes) -> None:
+        if away and path.endswith("log.txt"):
+            raise OSError("no route to host")
+        written(self, path, data)
+
+    def told(name: str) -> bytes:
+        return storage.read(f"runs/pretrain/k/{name}") or b""
+
+    def until(there: Callable[[], bool]) -> None:
+        end = time.monotonic() + 30
+        while not there():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+    monkeypatch.setattr(Storage, "write", write)
+    with tracking.start("pretrain", _config(storage.root), id="k", quiet=True) as run:
+        run.say("it begins")
+        run.log({"loss": 1.0}, step=1)
+        with run.progress("steps", total=10) as update:
+            update(3, "a third")
+            until(lambda: b"a third" in told("status.json"))
+        assert not told("log.txt")
+        away = False
+        until(lambda: b"it begins" in told("log.txt") and b"loss" in told("metrics.jsonl"))
+        status = json.loads(told("status.json"))
+        assert status["state"] == "running" and status["progress"] == {"what": "steps", "completed": 3, "total": 10, "note": "a third"}
+    assert json.loads(told("status.json"))["state"] == "done"
