@@ -19,7 +19,7 @@ from mlflow.tracking import MlflowClient
 
 from mesocosm import config, tracking
 from mesocosm.errors import UsageError
-from mesocosm.loop import LoopConfig, check, plan, run
+from mesocosm.loop import LoopConfig, _Loop, check, plan, run
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import Storage
 
@@ -69,7 +69,7 @@ def test_round_and_round_through_serve_and_found_again(rounds: int, root: str, r
     assert 0 < purposes["baseline"]["steps"] <= 300
     assert summary["curves"]["model_free"][0]["points"]
     page = (artifact.path / "report.html").read_text()
-    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "") and "May the last round" in page
 
     ledger = Ledger(Storage(root), artifact.meta["ledger"]["ledger"], cfg.reality.budget, cfg.reality.price)
     before = ledger.totals()
@@ -170,3 +170,24 @@ def _wait(condition: Callable[[], bool], seconds: float, job: subprocess.Popen[s
     while not condition():
         assert time.monotonic() < until and (job is None or job.poll() is None), "waited in vain"
         time.sleep(0.2)
+
+
+def test_an_agent_that_was_kept_and_has_collected_is_judged_and_not_compared(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its data are in the world by now: values there are no test, and what was paid for is not lost to an error."""
+    storage = Storage(root)
+    for name, inputs in (("first", {}), ("second", {"agents": ["first"]}), ("kept", {"agents": ["first"]})):
+        meta = {"inputs": inputs, "metrics": {"kept_former": name == "kept"}}
+        storage.make("agents", name, meta, lambda folder: (folder / "x").write_text("x") and None)
+    for name, inputs in (("random", {}), ("explored", {"agents": ["first"]})):
+        storage.make("datasets", name, {"inputs": inputs}, lambda folder: (folder / "x").write_text("x") and None)
+    cfg = _load(root, "reality.env=CartPole-v1", "evaluate.graded=5", "evaluate.adversary=2", "evaluate.policies=[{kind: random}]")
+    asked: list[Any] = []
+    monkeypatch.setattr("mesocosm.evaluation.run.run", lambda config, run: asked.append(config))
+    with tracking.start("loop", cfg, quiet=True) as started:
+        loop = _Loop(cfg, started, "id", "version", [])
+        for data, agent in ((["random"], "first"), (["random", "explored"], "second"), (["random", "explored"], "kept")):
+            loop.inputs["datasets"] = data
+            loop._evaluate(0, storage.artifact("datasets", "random"), storage.artifact("agents", agent))
+    compared = [(config.agent, bool(config.policies), config.graded, config.adversary) for config in asked]
+    assert compared == [("first", True, 5, 2), ("second", True, 5, 2), ("kept", False, 0, 0)]
+    assert "collected some of this world's data" in (started.folder / "log.txt").read_text()

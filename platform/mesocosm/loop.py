@@ -27,7 +27,7 @@ from mesocosm.data.collect import CollectConfig
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.spaces import check_spaces
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.evaluation import report, suite
+from mesocosm.evaluation import panel, report, suite
 from mesocosm.evaluation import run as evaluation
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.judge import judging, longest
@@ -283,7 +283,11 @@ class _Loop:
             return agents.run(config, child)
 
     def _evaluate(self, round: int, world: Artifact, agent: Artifact) -> Artifact:
-        config = replace(_fill(self.cfg.evaluate, self.cfg, round), world=world.id, agent=agent.id, ledger=self.ledger_id)
+        block, data = self.cfg.evaluate, [self.run.storage.artifact("datasets", id) for id in self.inputs["datasets"]]
+        if suite.compares(block) and panel.collected(agent.name, self.run.storage, data) is not None:
+            self.run.say(f"  {agent.name}, which was kept, collected some of this world's data: it is judged, and no policies are compared with it")
+            block = replace(block, policies=[], graded=0, adversary=0)
+        config = replace(_fill(block, self.cfg, round), world=world.id, agent=agent.id, ledger=self.ledger_id)
         with self.run.child("evaluate", config) as child:
             return evaluation.run(config, child)
 
@@ -368,6 +372,7 @@ class _Loop:
             wall_seconds=sum(s.seconds for s in self.stages),
             lineage=self.lineage,
             notes=self._notes(totals.purposes["collect"].steps),
+            suite=judged[-1]["suite"],
         )
         meta = {"inputs": self.inputs, "config": identity(cfg), "job": "loop", "run": self.run.id, "ledger": totals.to_json()}
 

@@ -191,6 +191,14 @@ def test_every_algorithm_discounts_by_durations(ray_local: None, tmp_path: Path,
         rllib.train(algorithm)  # in which the losses take that column
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["APPO", "IMPALA"])
+def test_what_cannot_be_weighed_is_refused(ray_local: None, tmp_path: Path, algo: str) -> None:
+    words = f"agent.algo={algo} cannot weigh samples that arrive by time"
+    with built(tmp_path, algo, lambda n: pace(n, by_time=True), 4, 16) as algorithm, pytest.raises(UsageError, match=words):
+        learner_batch(algorithm, sampled(algorithm))
+
+
 def test_advantages_are_those_of_a_semi_markov_process(ray_local: None, tmp_path: Path) -> None:
     with built(tmp_path, "PPO", pace, 3, 20, lambda_=0.9) as algorithm:
         episodes = sampled(algorithm)

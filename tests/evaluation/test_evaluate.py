@@ -139,7 +139,12 @@ def test_policies_are_compared_and_every_real_step_of_it_is_stated(root: str, st
     for row in found["policies"]:
         assert abs(row["gap"] - (row["world"]["mean"] - row["real"]["mean"])) < 1e-9 and row["world"]["episodes"] == 4
         assert 0 <= row["success"]["real"] <= 1 and 0 <= row["success"]["world"] <= 1
-    assert {row["name"] for row in suite["off_policy"]["behaviours"]} >= {"random", "agent"}
+    assert [row["name"] for row in found["policies"] if not row["held_out"]] == ["random"], "the walks are random"
+    assert found["ranking"]["policies"] == 6 and any("random: its like collected" in note for note in found["notes"])
+    away = [row["name"] for row in suite["off_policy"]["behaviours"]]
+    assert set(away) >= {"random", "agent"} and len(set(away)) == len(away), "none twice"
+    assert [row["name"] for row in suite["off_policy"]["behaviours"] if row["logged"]] == ["random"]
+    assert set(suite["agent"]["success"]) == {"real", "world"}
     assert suite["verdicts"][0]["question"] == "Trust it to rank policies?" and suite["verdicts"][0]["answer"] != "unknown"
     html = (artifact.path / "report.html").read_text()
     texts = " ".join(parsed(html).texts)
@@ -153,6 +158,39 @@ def test_policies_are_compared_and_every_real_step_of_it_is_stated(root: str, st
     monkeypatch.setattr(sys.modules[__name__], "slow", lambda observation, rng: np.array([5.0, 7.0]))
     with pytest.raises(MesocosmError, match="not in the action space"):
         evaluate(replace(cfg, seed=4), run)
+
+
+def test_what_a_broken_off_attempt_spent_counts(root: str, stored: Storage, run: tracking.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is of all attempts: one that could not end within it is refused before a step; with a raised bound it goes on in the same ledger."""
+    cfg = config(root, agent="a0", seed=7, judge_steps=60)
+    cfg.reality.env, cfg.reality.kwargs, cfg.reality.horizon, cfg.reality.success = "evaluated_module:Walk", {"limit": 12}, 12, "return >= 0"
+    before = set(stored.list("ledgers"))
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mesocosm.evaluation.suite.task_distribution", broken)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(cfg, run)
+    (id,) = set(stored.list("ledgers")) - before
+    spent = Ledger(stored, id).totals().purposes["judge"].steps
+    assert 0 < spent <= 60
+    with pytest.raises(UsageError, match=f"judge_steps=60: an attempt .* spent {spent}, and this one may take 60; raise it to {spent + 60}"):
+        evaluate(cfg, run)
+    assert Ledger(stored, id).totals().steps == spent
+    found = evaluate(replace(cfg, judge_steps=spent + 60), run)
+    assert found.id == id and spent < Ledger(stored, id).totals().steps <= spent + 60
+    success = json.loads((found.path / "summary.json").read_text())["suite"]["agent"]["success"]
+    assert 0 <= success["real"] <= 1 and 0 <= success["world"] <= 1, "without a comparison, too"
+
+
+def test_a_given_ledger_is_bounded_for_this_evaluation_alone(root: str, stored: Storage, run: tracking.Run) -> None:
+    cfg = config(root, agent="a0", seed=8, judge_steps=60, ledger="shared")
+    cfg.reality.env, cfg.reality.kwargs, cfg.reality.horizon = "evaluated_module:Walk", {"limit": 12}, 12
+    Ledger(stored, "shared").reserve("judge", 1000)
+    evaluate(cfg, run)
+    assert 1000 < Ledger(stored, "shared").totals().purposes["judge"].steps <= 1060
 
 
 def test_a_world_alone_takes_no_real_step(root: str, stored: Storage, run: tracking.Run) -> None:
@@ -174,6 +212,9 @@ def test_a_world_alone_takes_no_real_step(root: str, stored: Storage, run: track
         ({"samples": 0}, "samples=0 must be at least 1"),
         ({"agent": "a0", "judge_steps": 59}, r"judge_steps=59 is less than the 50000 real steps that 5 episodes of at most 10000 steps may take; raise it"),
         ({"graded": 3}, "graded=3 needs an agent; set agent"),
+        ({"agent": "a0", "episodes": 1}, "episodes=1 gives no interval; judge by at least 2 episodes"),
+        ({"policies": [BehaviourConfig(kind="random")], "policy_episodes": 1}, "policy_episodes=1 gives no interval"),
+        ({"policies": [BehaviourConfig(kind="random")]}, "0 policies whose data the world was not trained on cannot be compared: that takes 3"),
         ({"agent": "a0", "reality": RealityConfig(env="CartPole-v1")}, "reality.env='CartPole-v1' has the observation space Box.* judge it in its own"),
         ({"policies": [BehaviourConfig(kind="trained", policy="other")]}, "action_space Discrete"),
         ({"policies": [BehaviourConfig(kind="trained", policy="a0@7")]}, "agents/a0 has no snapshot at iteration '7'; it has 2"),

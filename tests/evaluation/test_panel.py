@@ -75,6 +75,6 @@ def test_an_agent_that_collected_the_worlds_data_is_no_test_of_it(root: str) -> 
         storage.make("agents", name, meta, lambda folder: (folder / "x").write_text("x") and None)
     data = Artifact(kind="datasets", id="d1", path=Path("."), uri="", meta={"inputs": {"agents": ["ab12"]}})
     panel.held_out(["agents/cd34", "agents/cd34@5"], storage, [data])
-    for same in ("agents/ab12@5", "agents/ef56"):
+    for same in ("agents/ab12@5", "agents/ef56", "agents/cd34@0"):  # a snapshot 0 is the agent that training began with
         with pytest.raises(UsageError, match=r"agents/ab12 collected datasets/d1.*judge another agent"):
             panel.held_out([same], storage, [data])

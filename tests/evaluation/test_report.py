@@ -26,7 +26,7 @@ def table(scale: float) -> dict[str, Any]:
             "typical": r * scale * 0.5,
             "linear": r * 3,
         }
-        | {"accuracy": 0.75, "persistence_accuracy": 0.5, "persistence": 0.1 * h, "starts": 64, "episodes": 8}
+        | {"accuracy": 0.75, "accuracy_interval": [0.7, 0.8], "persistence_accuracy": 0.5, "persistence": 0.1 * h, "starts": 64, "episodes": 8}
         for h, r in ((1, 0.125), (5, 0.25), (50, 4.0))
     ]
     rows.append(
@@ -39,6 +39,7 @@ def table(scale: float) -> dict[str, Any]:
             "typical": None,
             "linear": None,
             "accuracy": None,
+            "accuracy_interval": None,
             "persistence_accuracy": None,
             "persistence": 0.0,
             "starts": 3,
@@ -80,7 +81,9 @@ def example() -> ReportInput:
                 "auc": 0.75,
                 "auc_interval": (0.5, 0.875),
                 "reward_accuracy": 1.0,
+                "reward_accuracy_interval": (0.98, 1.0),
                 "reward_r2": None,
+                "reward_r2_interval": None,
                 "notes": ["R² is undefined."],
             }
         ],

@@ -267,6 +267,18 @@ def test_too_few_starts(points: Dataset, tmp_path: Path) -> None:
     assert found.validity is not None and found.auc is None and "10 generated starts are too few" in found.notes[0]
 
 
+def test_starts_of_judged_episodes_are_held_out_ones(tmp_path: Path) -> None:
+    """Where validation alone is too small, they make what there is enough; a memory of the training starts then shows."""
+    small = reality(tmp_path / "small", point, POINTS, 60, valid_fraction=0.1)
+    few = len(small.episodes("valid"))
+    more = Generator(small, point).sample_start(torch.arange(4321, 4381))
+    found = judged(Generator(small, point), small, more=more)
+    assert found.split == "valid" and found.real == few + 60 and found.copies == 0 and 0.3 < found.auc < 0.7
+    train = [small.episode(int(e)).observations[0] for e in small.episodes("train")]
+    memory = judged(Generator(small, lambda rng: train[rng.integers(len(train))]), small, more=more)
+    assert memory.copies == 1 and memory.copies_real < 0.1 and memory.nearest_ratio == 0
+
+
 def test_a_world_of_other_spaces_is_refused(points: Dataset, goals: Dataset) -> None:
     with pytest.raises(UsageError, match="has observation_space"):
         task_distribution(Generator(points, point), goals)

@@ -84,6 +84,8 @@ def install(algorithm: Algorithm) -> None:
         pipeline.append(ArrivalWeight())
     else:
         pipeline.append(discount)
+        if hasattr(config, "vtrace"):
+            pipeline.append(Unweighted(type(algorithm).__name__))
     buffer: Any = getattr(algorithm, "local_replay_buffer", None)
     if buffer is not None:
         buffer.sample = partial(buffer.sample, include_infos=True)
@@ -129,6 +131,20 @@ class ArrivalWeight(ConnectorV2):
         weights = np.ones(len(durations))
         weights[real] = arrival_weights(durations[real])
         columns[Postprocessing.ADVANTAGES] = advantages * torch.as_tensor(weights, dtype=advantages.dtype, device=advantages.device)
+        return batch
+
+
+class Unweighted(ConnectorV2):
+    """Learner connector of an algorithm whose policy gradient is made in its loss (V-trace), where no weight can be given: samples that arrived
+    by time are refused. Q-learning and SAC need no weight: their targets hold whatever the shares of the actions."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
+        if _column(self.single_agent_episode_iterator(episodes, agents_that_stepped_only=False), WEIGHT) is not None:
+            raise UsageError(f"agent.algo={self.name} cannot weigh samples that arrive by time (metadata['arrival']='time'); use PPO, DQN or SAC")
         return batch
 
 

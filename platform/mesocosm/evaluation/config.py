@@ -62,6 +62,9 @@ class EvaluateConfig(JobConfig):
                 raise UsageError(f"{key}={getattr(self, key)} must be at least 0; 0 leaves it out")
             if getattr(self, key) and self.agent is None:
                 raise UsageError(f"{key}={getattr(self, key)} needs an agent; set agent, or {key}=0")
+        for key, judged in (("episodes", self.agent is not None), ("policy_episodes", bool(self.policies or self.graded or self.adversary))):
+            if judged and getattr(self, key) < 2:
+                raise UsageError(f"{key}={getattr(self, key)} gives no interval; judge by at least 2 episodes")
         if self.policies:
             behaviours.check(self.policies, "policies")
         if not self.horizons and not self.full:

@@ -68,6 +68,8 @@ class Behaviour:
     auroc: float | None
     """Does disagreement tell those from the others here; None where there is only one kind"""
     auroc_interval: stats.Interval | None
+    logged: bool = False
+    """Some of the world's data are of this behaviour"""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"fidelity": self.fidelity.to_json()}

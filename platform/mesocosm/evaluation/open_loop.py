@@ -66,6 +66,7 @@ class Row:
     coverage_interval: stats.Interval | None = None
     accuracy: float | None = None
     """Share of category slots that the most frequent category of the rollouts has right; None without categories"""
+    accuracy_interval: stats.Interval | None = None
     persistence_accuracy: float | None = None
 
 
@@ -223,13 +224,13 @@ def _measure(
     numbers, categories = rollouts(world, log, episode, step, ahead, samples, seed, warmup)
     truth, start = log.observation(episode, step + ahead), log.observation(episode, step)
     true_numbers, first_numbers = truth.numbers.double().numpy(), start.numbers.double().numpy()
-    ratio = interval = single = typical = persistence = straight = coverage = covered = accuracy = persistence_accuracy = None
+    ratio = interval = single = typical = persistence = straight = coverage = covered = accuracy = accurate = persistence_accuracy = None
+    groups = np.unique(episode, return_inverse=True)[1]
     if true_numbers.shape[1]:
         none = ((first_numbers - true_numbers) ** 2).mean(-1)
         mean = ((numbers.mean(1) - true_numbers) ** 2).mean(-1)
         each = ((numbers - true_numbers[:, None]) ** 2).mean((1, 2))
         persistence = float(np.sqrt(none.mean()))
-        groups = np.unique(episode, return_inverse=True)[1]
         if samples > 1:
             inside = _inside(numbers, true_numbers, np.array(world.spec.observation.bins), np.random.default_rng([seed, 1]))
             coverage, covered = stats.mean_of_groups(np.bincount(groups, weights=inside.mean(-1)), np.bincount(groups), seed=seed)
@@ -251,7 +252,8 @@ def _measure(
                 notes.append(f"horizon {name}: the linear model left the finite numbers.")
     if truth.categories.shape[1]:
         true_categories = truth.categories.numpy()
-        accuracy = float((_most_frequent(categories) == true_categories).mean())
+        right = (_most_frequent(categories) == true_categories).mean(-1)
+        accuracy, accurate = stats.mean_of_groups(np.bincount(groups, weights=right), np.bincount(groups), seed=seed)
         persistence_accuracy = float((start.categories.numpy() == true_categories).mean())
     return Row(
         name,
@@ -267,6 +269,7 @@ def _measure(
         coverage,
         covered,
         accuracy,
+        accurate,
         persistence_accuracy,
     )
 

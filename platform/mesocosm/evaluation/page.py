@@ -23,7 +23,9 @@ def render(summary: Mapping[str, Any]) -> str:
     if summary.get("suite") is not None:
         from mesocosm.evaluation import suite_page  # which uses the pieces below
 
-        sections = [suite_page.verdicts, suite_page.values, suite_page.off_policy, _fidelity, suite_page.starts, *(s for s in sections if s is not _fidelity)]
+        own = [suite_page.verdicts, suite_page.values, suite_page.off_policy, _fidelity, suite_page.starts]
+        first = [_result, _spent] if summary["wall"]["stages"] else []  # a loop's own question is what it reached
+        sections = [*first, *own, *(s for s in sections if s not in (*first, _fidelity))]
     body = "\n".join(part for section in sections if (part := section(summary)))
     return template.substitute(title=html.escape(summary["title"]), subtitle=html.escape(subtitle), body=body)
 
@@ -137,25 +139,32 @@ def _fidelity(summary: Mapping[str, Any]) -> str:
             ratio(line["single"]),
             ratio(line["typical"]),
             ratio(line["linear"]),
-            *([f"{line['accuracy']:.1%} ({line['persistence_accuracy']:.1%})" if line["accuracy"] is not None else UNDEFINED] if discrete else []),
+            *(_right(line) if discrete else []),
             number(line["persistence"], 3),
             f"{count(line['starts'])} / {count(line['episodes'])}",
         ]
         for line in last["table"]["rows"]
     ]
     named = "steps ahead" if last["round"] is None or len(entries) == 1 else f"ahead, round {last['round']}"
-    right = ["categories right (no change)"] if discrete else []
+    right = ["categories right", "90% interval", "of no change"] if discrete else []
     head = [named, "RMSE / no change", "90% interval", "single rollout", "typical", "a linear model's", *right, "RMSE of no change", "starts / episodes"]
     body += table(head, rows) + "".join(f"<p class='why'>{html.escape(note)}</p>" for note in last["table"]["notes"])
     return section("Open-loop error by horizon", body + _checks(summary))
+
+
+def _right(line: Mapping[str, Any]) -> list[str]:
+    """Cells of a row's categories."""
+    if line["accuracy"] is None:
+        return [UNDEFINED] * 3
+    return [f"{line['accuracy']:.1%}", span(line["accuracy_interval"], lambda v: f"{v:.1%}"), f"{line['persistence_accuracy']:.1%}"]
 
 
 def _checks(summary: Mapping[str, Any]) -> str:
     if not summary["checks"]:
         return ""
 
-    def with_interval(value: float | None, interval: Sequence[float] | None) -> str:
-        return share(value) + ("" if interval is None else f" ({span(interval, share)})")
+    def with_interval(value: float | None, interval: Sequence[float] | None, form: Any = share) -> str:
+        return UNDEFINED if value is None else form(value) + ("" if interval is None else f" ({span(interval, form)})")
 
     rows = [
         [
@@ -166,8 +175,8 @@ def _checks(summary: Mapping[str, Any]) -> str:
             share(c["precision"]),
             with_interval(c["recall"], c["recall_interval"]),
             with_interval(c["auc"], c["auc_interval"]),
-            UNDEFINED if c["reward_accuracy"] is None else f"{c['reward_accuracy']:.1%}",
-            UNDEFINED if c["reward_r2"] is None else f"{c['reward_r2']:.4f}",
+            with_interval(c["reward_accuracy"], c["reward_accuracy_interval"], lambda v: f"{v:.1%}"),
+            with_interval(c["reward_r2"], c["reward_r2_interval"], lambda v: f"{v:.4f}"),
         ]
         for c in summary["checks"]
     ]
@@ -181,9 +190,14 @@ def _losses(summary: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     parts = list(dict.fromkeys(part for row in rows for part in row["parts"]))
-    cells = [[text("–" if row["round"] is None else row["round"]), *(number(row["parts"].get(part), 4) for part in parts)] for row in rows]
+
+    def cell(row: Mapping[str, Any], part: str) -> str:
+        pair = (row.get("intervals") or {}).get(part)
+        return number(row["parts"].get(part), 4) + ("" if pair is None else f" ({span(pair, lambda v: number(v, 3))})")
+
+    cells = [[text("–" if row["round"] is None else row["round"]), *(cell(row, part) for part in parts)] for row in rows]
     drawn = figures.losses(summary)
-    why = "<p class='why'>Validation, of the members' mean likelihood, discretised at the dataset's precision.</p>"
+    why = "<p class='why'>Validation, of the members' mean likelihood, discretised at the dataset's precision; intervals are 90% bootstrap over episodes.</p>"
     return section("Losses by part, nats a transition", why + (figure(drawn) if drawn else "") + table(["round", *map(html.escape, parts)], cells))
 
 

@@ -41,6 +41,8 @@ class Candidate:
     """Of a snapshot, and the whole of an agent's training: a point of its curve"""
     noise: float | None = None
     """Of a graded policy"""
+    held_out: bool = True
+    """None of its episodes trained the world; where they did, its value is shown and is no evidence"""
 
 
 class Noisy:
@@ -119,15 +121,24 @@ def graded(policy: Acts, action_space: gymnasium.Space[Any], noise: float) -> Ca
 
 
 def held_out(refs: Sequence[str], storage: Storage, datasets: Sequence[Artifact]) -> None:
-    """Raise UsageError where an agent that is to be judged collected the world's own `datasets`, itself or as the agent that it kept
-    (`kept_former`): its value would be no test. `refs` are full names."""
+    """Raise UsageError where an agent that is to be judged collected the world's own `datasets`: its value would be no test."""
     for ref in refs:
-        agent = storage.artifact("agents", ref.partition("@")[0])
-        same = [agent.id, *(agent.meta["inputs"]["agents"] if agent.meta.get("metrics", {}).get("kept_former") else [])]
-        for dataset in datasets:
-            for id in dataset.meta.get("inputs", {}).get("agents", []):
-                if id in same:
-                    raise UsageError(f"agents/{id} collected {dataset.name}, which the world was trained on: its value there is no test; judge another agent")
+        if (found := collected(ref, storage, datasets)) is not None:
+            id, dataset = found
+            raise UsageError(f"agents/{id} collected {dataset}, which the world was trained on: its value there is no test; judge another agent")
+
+
+def collected(ref: str, storage: Storage, datasets: Sequence[Artifact]) -> tuple[str, str] | None:
+    """(agent's id, dataset's name) where the agent `ref`, a full name, collected one of the datasets: itself, or as the agent that it began
+    with and is (`kept_former`, or its snapshot 0)."""
+    name, _, iteration = ref.partition("@")
+    agent = storage.artifact("agents", name)
+    begun = agent.meta.get("inputs", {}).get("agents", []) if agent.meta.get("metrics", {}).get("kept_former") or iteration == "0" else []
+    for dataset in datasets:
+        for id in dataset.meta.get("inputs", {}).get("agents", []):
+            if id in (agent.id, *begun):
+                return id, dataset.name
+    return None
 
 
 def next_noise(noises: Mapping[float, float], returns: Sequence[float], most: float) -> float | None:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.agents.rollout import imagined_returns
+from mesocosm.config import fingerprint
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.judge import JudgeResult, judge
@@ -49,6 +50,7 @@ class Value:
 class PolicyValue:
     values: tuple[Value, ...]
     ranking: Ranking
+    """Of those that are held out"""
     success: str | None
     notes: tuple[str, ...]
 
@@ -58,21 +60,20 @@ class PolicyValue:
         return sum(value.judged.steps for value in self.values)
 
     def to_json(self) -> dict[str, Any]:
-        met = _by_return(self.success)
         rows = []
         for value in self.values:
             row: dict[str, Any] = {
                 "name": value.candidate.name,
                 "iteration": value.candidate.iteration,
                 "noise": value.candidate.noise,
+                "held_out": value.candidate.held_out,
                 "real": {"mean": value.real, "interval": value.judged.interval, "episodes": len(value.judged.returns)},
                 "world": {"mean": value.world, "interval": stats.mean_interval(value.imagined), "episodes": len(value.imagined)},
                 "gap": value.world - value.real,
                 "success": None,
             }
             if value.judged.successes is not None:
-                imagined = None if met is None else float(np.mean([met(r) for r in value.imagined]))
-                row["success"] = {"real": value.judged.successes / len(value.judged.returns), "world": imagined}
+                row["success"] = {"real": value.judged.successes / len(value.judged.returns), "world": success_by_return(self.success, value.imagined)}
             rows.append(row)
         return {"policies": rows, "ranking": self.ranking.to_json(), "success": self.success, "real_steps": self.steps, "notes": list(self.notes)}
 
@@ -83,6 +84,17 @@ def _by_return(rule: str | None) -> Callable[[float], bool] | None:
         return None
     met = parse_success(rule)
     return lambda total: met(total, {})
+
+
+def imagining(seed: int) -> int:
+    """The seed of imagined episodes: of a stream of its own, for an agent's first imagined episodes in training had its job's seed."""
+    return int(fingerprint("imagined", seed)[:8], 16)
+
+
+def success_by_return(rule: str | None, returns: NDArray[np.float64]) -> float | None:
+    """Share of imagined episodes that meet `reality.success`; None where that is not of the return."""
+    met = _by_return(rule)
+    return None if met is None else float(np.mean([met(r) for r in returns]))
 
 
 def policy_value(
@@ -117,19 +129,21 @@ def policy_value(
 
     for candidate in candidates:
         look(candidate)
-    while (following := more([(c, r.mean) for c, r in judged])) is not None:
+    while (following := more([(c, r.mean) for c, r in judged if c.held_out])) is not None:
         look(following)
-    if not judged:
+    if not any(candidate.held_out for candidate, _ in judged):
         raise UsageError("there is no policy to compare; give policies, or an agent and graded")
     means: list[NDArray[np.float64]] = []
     width = max(1, ROWS // imagined)
     for first in range(0, len(judged), width):
         some = [candidate.policy for candidate, _ in judged[first : first + width]]
         env = WorldVectorEnv(len(some) * imagined, world, horizon=horizon)
-        means += list(imagined_returns(some, env, seed, lambda steps: progress(len(judged), f"imagining, step {steps}")))
+        means += list(imagined_returns(some, env, imagining(seed), lambda steps: progress(len(judged), f"imagining, step {steps}")))
     values = tuple(Value(candidate, result, returns) for (candidate, result), returns in zip(judged, means, strict=True))
-    found = ranking([v.real for v in values], [v.world for v in values], seed=seed)
-    notes = [f"{v.candidate.name}: {reason}" for v in values for reason in v.judged.dropped]
+    counted = [v for v in values if v.candidate.held_out]
+    found = ranking([v.real for v in counted], [v.world for v in counted], seed=seed)
+    notes = [f"{v.candidate.name}: its like collected some of the world's data; it is shown, and no figure counts it." for v in values if v not in counted]
+    notes += [f"{v.candidate.name}: {reason}" for v in values for reason in v.judged.dropped]
     if reality.success is not None and _by_return(reality.success) is None:
         notes.append(f"reality.success={reality.success!r} asks an info, of which a world knows nothing: success in the world is undefined.")
     return PolicyValue(values, found, reality.success, tuple(notes))

@@ -41,7 +41,7 @@ class Ranking:
     regret: float | None
     """regret@1: what choosing the policy that is best in the world loses in reality, as a share of the range; the mean over equally good ones"""
     chosen: int
-    """Row of that policy, the first of equals"""
+    """Row of that policy among those that are counted, the first of equals"""
     error: float
     """Mean absolute error of the world's values, in units of return"""
     bias: float

@@ -13,6 +13,7 @@ from mesocosm.agents.policy import Policy
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
+from mesocosm.errors import UsageError
 from mesocosm.evaluation import imagine, page, report, suite
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.fidelity import Fidelity, fidelity
@@ -24,6 +25,9 @@ from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
+
+MEASURES = 2
+"""Raised when what an evaluation measures, or how, changes: earlier ones are then not found in its place."""
 
 
 def plan(cfg: EvaluateConfig) -> dict[str, Any]:
@@ -66,7 +70,7 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     inputs = {"worlds": [made.id], "agents": agents, "datasets": [artifact.id for artifact in datasets]}
     what = identity(cfg, without=["world", "agent", "datasets", "ledger", "judge_steps", "reality.budget", "reality.step_timeout_s"])
     known = [] if plan is None else [plan.facts.version, *plan.sources]
-    id = fingerprint("evaluations", what, inputs, known, __version__, SCHEMA)
+    id = fingerprint("evaluations", what, inputs, known, MEASURES, __version__, SCHEMA)
     if not cfg.force and (found := storage.find("evaluations", id)) is not None:
         run.say(f"found {found.name}: nothing was evaluated; the report is {found.path / report.PAGE}")
         run.record(artifact=found.name, inputs=inputs)
@@ -77,9 +81,7 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
         update(1, f"{faithful.losses['total']:.3f} nats a transition")
     result, ledger = None, None
     if plan is not None:
-        # A ledger of this evaluation's own bounds all attempts at it together.
-        bounds = {"judge": cfg.judge_steps} if cfg.judge_steps is not None and cfg.ledger is None else None
-        ledger = Ledger(storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price, bounds)
+        ledger = _ledger(cfg, storage, id, plan)
         if cfg.adversary:
             plan = suite.with_adversary(plan, run, made)
         if policy is not None:
@@ -88,7 +90,7 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     measured = suite.run(cfg, run, world, made, dataset, plan, ledger, result)
     agent = None
     if policy is not None and result is not None and plan is not None:
-        agent = {"real": result.mean, "world": suite.agents_value(measured, world, policy, cfg, plan.limit)}
+        agent = suite.agent_told(measured, result, world, policy, cfg, plan.limit)
     told = [verdict.to_json() for verdict in verdicts(measured, faithful.open_loop.to_json(), agent)]
     measured |= {"verdicts": told, "agent": agent, "time_to_end": faithful.time_to_end.to_json(), "loss_intervals": faithful.loss_intervals}
     spent = dataset.transitions + sum(int(drop["steps"]) for artifact in datasets for drop in artifact.meta.get("dropped", []))
@@ -113,6 +115,23 @@ def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
     return replace(reality, env=own["id"], kwargs=own["kwargs"], task=own["task"], horizon=own["max_episode_steps"], success=own["success"])
 
 
+def _ledger(cfg: EvaluateConfig, storage: Storage, id: str, plan: suite.Prepared) -> Ledger:
+    """Bounded by `judge_steps`: a ledger of this evaluation's own for all attempts at it together, one that is given for this attempt.
+
+    Raises UsageError where too little is left of it for the evaluation to end."""
+    ledger = Ledger(storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
+    if cfg.judge_steps is None:
+        return ledger
+    spent, most = ledger.totals().purposes["judge"].steps, plan.most_episodes * plan.limit
+    if cfg.ledger is None and spent + most > cfg.judge_steps:
+        raise UsageError(
+            f"judge_steps={cfg.judge_steps}: an attempt at this evaluation that was broken off spent {spent}, and this one may take {most}; "
+            f"raise it to {spent + most}"
+        )
+    bound = cfg.judge_steps if cfg.ledger is None else spent + cfg.judge_steps
+    return Ledger(storage, ledger.id, cfg.reality.budget, cfg.reality.price, {"judge": bound})
+
+
 def _report(
     cfg: EvaluateConfig,
     codec: Codec,
@@ -130,7 +149,7 @@ def _report(
         title=f"Evaluation of worlds/{inputs['worlds'][0]}",
         environment=codec.environment["id"],
         target=cfg.target,
-        losses=[{"round": None, "parts": parts}],
+        losses=[{"round": None, "parts": parts, "intervals": faithful.loss_intervals}],
         open_loop=[{"round": None, "table": found["open_loop"]}],
         checks=[{"round": None, **found["one_step"]}],
         lineage=[(kind, f"{kind}/{id}") for kind, ids in inputs.items() for id in ids] + [("code", f"mesocosm {__version__}")],
@@ -157,7 +176,8 @@ def _log(run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dic
     one = faithful.one_step
     found |= {f"coverage/{row.horizon}": row.coverage for row in faithful.open_loop.rows}
     found |= {"termination/precision": one.precision, "termination/recall": one.recall, "termination/auc": one.auc}
-    found |= {"termination/late": faithful.time_to_end.bias, "reward/accuracy": one.reward_accuracy, "reward/r2": one.reward_r2}
+    found |= {f"termination/{name}": getattr(faithful.time_to_end, key) for name, key in (("late", "bias"), ("off", "error"), ("missed", "missed"))}
+    found |= {"reward/accuracy": one.reward_accuracy, "reward/r2": one.reward_r2}
     found |= {"starts/auc": measured["starts"]["auc"], "starts/validity": measured["starts"]["validity"], "starts/coverage": measured["starts"]["coverage"]}
     if "policy_value" in measured:
         ranked = measured["policy_value"]["ranking"]
@@ -165,6 +185,8 @@ def _log(run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dic
         found |= {"policy_value/real_steps": measured["policy_value"]["real_steps"], "off_policy/auroc": measured["off_policy"]["auroc"]}
     if measured["agent"] is not None:
         found["return/imagined"] = measured["agent"]["world"]
+        if measured["agent"]["success"] is not None:
+            found |= {"success/real": measured["agent"]["success"]["real"], "success/world": measured["agent"]["success"]["world"]}
     if result is not None:
         found |= {"return/mean": result.mean, "real_steps/judge": float(result.steps)}
         if result.interval is not None:

@@ -198,8 +198,8 @@ class _Metric:
         return np.sqrt(squares)
 
 
-def task_distribution(world: World, dataset: Dataset, *, seed: int = 0, starts: int = STARTS) -> TaskDistribution:
-    """`starts` generated starts of `world` against the validation split's.
+def task_distribution(world: World, dataset: Dataset, *, seed: int = 0, starts: int = STARTS, more: tuple[Parts, Parts] | None = None) -> TaskDistribution:
+    """`starts` generated starts of `world` against the validation split's, and `more` (task, o_0) of real episodes that no dataset holds.
 
     Falls back on the training split, with a note, where validation holds fewer than LEAST episodes; there a start's nearest
     is that among the others. Raises UsageError where the dataset is of other spaces.
@@ -208,6 +208,8 @@ def task_distribution(world: World, dataset: Dataset, *, seed: int = 0, starts: 
     check_dataset(dataset, codec)
     form = _Form(codec)
     train, valid = (_Starts.of(*dataset.start_parts(codec, split)) for split in ("train", "valid"))
+    if more is not None:
+        valid += _Starts.of(*more)
     made = _Starts.of(*world.sample_start(rng.keys(seed, torch.arange(starts, device=world.device), 0, 0)))
     split: Split = "valid" if len(valid) >= LEAST else "train"
     real, every = valid if split == "valid" else train, train + valid
@@ -223,11 +225,11 @@ def task_distribution(world: World, dataset: Dataset, *, seed: int = 0, starts: 
     found |= {"real": len(rows), "pairs": min(len(rows), len(made))}
     if len(valid) < LEAST <= len(train):
         notes.append(
-            f"validation holds {len(valid)} episodes where {LEAST} are needed: the starts are compared with those of the training split, "
+            f"validation and judged episodes are {len(valid)} where {LEAST} are needed: the starts are compared with those of the training split, "
             "so the two-sample test and coverage would not find a copy, and validity has no figure of reality beside it."
         )
     if len(real) < LEAST or len(made) < LEAST:
-        where = f"{len(valid)} of validation and {len(train)} of training" if len(real) < LEAST else f"{len(made)} generated"
+        where = f"{len(valid)} held-out and {len(train)} training" if len(real) < LEAST else f"{len(made)} generated"
         notes.append(f"{where} starts are too few: coverage, the two-sample test and distances need {LEAST} of each side.")
         found["pairs"] = 0
     else:

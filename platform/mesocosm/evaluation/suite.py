@@ -14,14 +14,17 @@ from mesocosm.data import behaviours
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.episode import Episode
+from mesocosm.data.manifest import Manifest
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import panel
 from mesocosm.evaluation.config import EvaluateConfig
+from mesocosm.evaluation.imagine import starts_of
 from mesocosm.evaluation.judge import JudgeResult, check_spaces, longest
 from mesocosm.evaluation.off_policy import OffPolicy, off_policy
 from mesocosm.evaluation.open_loop import codec_of
 from mesocosm.evaluation.panel import Candidate
-from mesocosm.evaluation.policy_value import PolicyValue, Value, policy_value
+from mesocosm.evaluation.policy_value import PolicyValue, Value, imagining, policy_value, success_by_return
+from mesocosm.evaluation.ranking import FEWEST
 from mesocosm.evaluation.starts import task_distribution
 from mesocosm.model.world import World
 from mesocosm.reality.env import EnvFacts, facts_of, source_hash
@@ -31,7 +34,8 @@ from mesocosm.storage import Artifact, Storage
 from mesocosm.tracking import Run
 
 MOST_BEHAVIOURS = 8
-"""Of the off-policy table: those of the config, then of the agent's own."""
+"""Of the off-policy table: the adversary's, the agent's own, then those of the config."""
+ADVERSARY = "adversary"
 STARTS = 64
 """Logged states of each behaviour to start from, for each horizon."""
 
@@ -86,7 +90,9 @@ def prepare(cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec
         raise UsageError(f"adversary={cfg.adversary} seeks disagreement, and {world.name} has one member; set adversary=0, or pretrain with model.members")
     cfg = replace(cfg, policies=[panel.full(config, storage) for config in cfg.policies])
     limit = longest(facts)
-    candidates = [panel.named(config, storage, *facts.spaces) for config in cfg.policies]
+    data = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
+    logged = {behaviour.name for artifact in data for behaviour in Manifest.read(artifact.path).behaviours} if cfg.policies else set()
+    candidates = [replace(panel.named(config, storage, *facts.spaces), held_out=behaviours.label(config) not in logged) for config in cfg.policies]
     refs = [config.policy for config in cfg.policies if config.policy is not None]
     mine = [] if agent is None else panel.snapshots(agent, storage)
     for candidate in [*candidates, *mine]:
@@ -94,8 +100,10 @@ def prepare(cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec
     check_steps(cfg, len(mine), limit)
     if compares(cfg):
         candidates += mine
-        data = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
         panel.held_out([*refs, *([] if agent is None else [agent.name])], storage, data)
+        most = sum(candidate.held_out for candidate in candidates) + cfg.graded + bool(cfg.adversary)
+        if most < FEWEST:
+            raise UsageError(f"{most} policies whose data the world was not trained on cannot be compared: that takes {FEWEST}; add policies, or graded")
     ids = sorted({ref.removeprefix("agents/").partition("@")[0] for ref in refs})
     sources = [source_hash(behaviours.load_function(config.function)) for config in cfg.policies if config.function is not None]
     return Prepared(cfg, facts, limit, agent, candidates, ids, sources, *most_episodes(cfg, len(mine)))
@@ -106,7 +114,7 @@ def run(
 ) -> dict[str, Any]:
     """{"starts", "policy_value", "off_policy"} as JSON, of what was asked for. `judged`: the agent's own episodes, which are not bought twice."""
     with run.progress("starts", None) as update:
-        starts = task_distribution(world, dataset, seed=cfg.seed)
+        starts = task_distribution(world, dataset, seed=cfg.seed, more=None if judged is None else starts_of(world, judged.episodes))
         update(1, "" if starts.auc is None else f"AUC {starts.auc:.2f}")
     found: dict[str, Any] = {"starts": starts.to_json()}
     if plan is None or ledger is None or not compares(cfg):
@@ -135,12 +143,18 @@ def run(
     return found | {"off_policy": away.to_json()}
 
 
-def agents_value(measured: dict[str, Any], world: World, policy: Acts, cfg: EvaluateConfig, limit: int) -> float:
-    """The judged agent's mean imagined return: its row's among the compared policies, or that of `cfg.imagined` episodes."""
+def agent_told(measured: dict[str, Any], judged: JudgeResult, world: World, policy: Acts, cfg: EvaluateConfig, limit: int) -> dict[str, Any]:
+    """{"real", "world": mean returns of the judged agent, "success": {"real", "world"} shares of episodes, or None where `reality.success` is
+    not set}. The world's are its row's among the compared policies, or of `cfg.imagined` episodes."""
     for row in measured.get("policy_value", {"policies": []})["policies"]:
         if row["name"] == panel.AGENT:
-            return float(row["world"]["mean"])
-    return float(imagined_returns([policy], WorldVectorEnv(cfg.imagined, world, horizon=limit), cfg.seed).mean())
+            imagined, met = float(row["world"]["mean"]), None if row["success"] is None else row["success"]["world"]
+            break
+    else:
+        returns = imagined_returns([policy], WorldVectorEnv(cfg.imagined, world, horizon=limit), imagining(cfg.seed))[0]
+        imagined, met = float(returns.mean()), success_by_return(cfg.reality.success, returns)
+    success = None if judged.successes is None else {"real": judged.successes / len(judged.returns), "world": met}
+    return {"real": judged.mean, "world": imagined, "success": success}
 
 
 def with_adversary(plan: Prepared, run: Run, world: Artifact) -> Prepared:
@@ -178,18 +192,26 @@ def _adversary(cfg: EvaluateConfig, run: Run, world: Artifact) -> Candidate:
     )
     with run.child("train-agent", config) as child:
         artifact = agents.run(config, child)
-    return Candidate("adversary", policy_of(run.storage, artifact.name))
+    return Candidate(ADVERSARY, policy_of(run.storage, artifact.name))
 
 
 def _off_policy(cfg: EvaluateConfig, world: World, logs: Dataset, found: PolicyValue) -> OffPolicy:
-    """Random, noisy, half-trained, trained and adversarial, as far as they are there: the judged episodes are the data."""
-    own = [v for v in found.values if v.candidate.iteration is not None]
-    graded = sorted((v for v in found.values if v.candidate.noise is not None), key=lambda v: v.candidate.noise or 0.0)
-    rest = [v for v in found.values if v not in own and v not in graded]
-    middle = [v for v in (own[len(own) // 2 : len(own) // 2 + 1] + own[-1:] + graded[len(graded) // 2 : len(graded) // 2 + 1] + graded[-1:])]
-    chosen = (rest + middle)[:MOST_BEHAVIOURS]
+    """Adversarial, trained, half-trained, noisy, random, then those of the config, as far as they are there: the judged episodes are the data."""
+    chosen = behaviours_of(found.values)
     episodes = [(v.candidate.name, _some(v)) for v in chosen]
-    return off_policy(world, logs, episodes, horizons=cfg.horizons, starts=min(cfg.starts, STARTS), samples=cfg.samples, seed=cfg.seed)
+    away = off_policy(world, logs, episodes, horizons=cfg.horizons, starts=min(cfg.starts, STARTS), samples=cfg.samples, seed=cfg.seed)
+    logged = {v.candidate.name for v in chosen if not v.candidate.held_out}
+    return replace(away, behaviours=tuple(replace(row, logged=row.name in logged) for row in away.behaviours))
+
+
+def behaviours_of(values: Sequence[Value]) -> list[Value]:
+    """At most MOST_BEHAVIOURS, none twice."""
+    own = [v for v in values if v.candidate.iteration is not None]
+    graded = sorted((v for v in values if v.candidate.noise is not None), key=lambda v: v.candidate.noise or 0.0)
+    rest = [v for v in values if v not in own and v not in graded]
+    first = [v for v in rest if v.candidate.name == ADVERSARY]
+    wanted = [*first, *own[-1:], *own[len(own) // 2 : len(own) // 2 + 1], *graded[len(graded) // 2 : len(graded) // 2 + 1], *graded[-1:], *rest]
+    return list({v.candidate.name: v for v in wanted}.values())[:MOST_BEHAVIOURS]
 
 
 def _some(value: Value) -> list[Episode]:

@@ -22,7 +22,8 @@ def _notes(found: Mapping[str, Any]) -> str:
 
 def verdicts(summary: Mapping[str, Any]) -> str:
     rows = [[text(v["question"]), f"<strong>{ANSWERS[v['answer']]}</strong>", text(v["text"])] for v in summary["suite"]["verdicts"]]
-    return table(["", "", ""], rows, texts=3)
+    answers = table(["", "", ""], rows, texts=3)
+    return section("May the last round's world be trusted?", answers) if summary["wall"]["stages"] else answers
 
 
 def values(summary: Mapping[str, Any]) -> str:
@@ -31,8 +32,9 @@ def values(summary: Mapping[str, Any]) -> str:
         return ""
     ranked = found["ranking"]
     why = (
-        "Each policy played the same real episodes, metered, and imagined ones that begin where the world itself begins them; none of their data trained the "
-        "world. On the dashed line the world is right. Intervals are 90% bootstrap: over episodes in the plot, over policies in the table."
+        "Each policy played the same real episodes, metered, and imagined ones that begin where the world itself begins them; none of the data of those that "
+        "are counted trained the world. On the dashed line the world is right. "
+        "Intervals are 90% bootstrap: over episodes in the plot, over policies in the table."
     )
     head = ["policies", "Pearson", "interval", "Spearman", "in the top half", "rank violation", "regret@1", "mean error", "bias"]
     cells = [
@@ -52,7 +54,7 @@ def values(summary: Mapping[str, Any]) -> str:
     success = any(row["success"] is not None for row in found["policies"])
     rows = [
         [
-            text(row["name"]),
+            text(row["name"]) + ("" if row["held_out"] else " (not counted)"),
             number(row["real"]["mean"]),
             span(row["real"]["interval"]),
             number(row["world"]["mean"]),
@@ -118,7 +120,7 @@ def starts(summary: Mapping[str, Any]) -> str:
             percent(ends["missed"]),
         ]
     ]
-    head = ["episodes that end", "from steps before", "late by (mean)", "error (mean)", "90% interval", "goes on after"]
+    head = ["episodes that end", "from steps before", "late by (mean, at most 1)", "error (mean)", "90% interval", "goes on after"]
     why = "<p class='why'>Logged actions played up to a logged terminal: when the world ends the episode, in steps.</p>"
     body += section("Time to termination", why + table(head, cells) + (f"<p class='why'>{html.escape(ends['note'])}</p>" if ends["note"] else ""))
     cells = [

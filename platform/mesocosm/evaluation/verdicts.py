@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mesocosm.evaluation import page
 from mesocosm.evaluation.ranking import firm
+from mesocosm.evaluation.starts import POWER
 
 Answer = Literal["yes", "partly", "no", "unknown"]
 RANKS, REGRET = 0.9, 0.05
@@ -15,8 +16,17 @@ RANKS, REGRET = 0.9, 0.05
 RANKS_PARTLY = 0.7
 GAP = 0.1
 """Of the range of policies' returns (of the agent's return, where none were compared), between the world and reality, for a world to train in."""
-STARTS = 0.6
+STARTS, STARTS_PARTLY = 0.6, 0.75
 """AUC, at most, of a classifier that tells generated starts from real ones."""
+COPIES, NEAREST = 0.1, 0.5
+"""A memory: more generated starts equal a training start than this share more than held-out ones do, or they lie nearer to training's than this
+share of the distance of held-out ones."""
+VALID = 0.9
+"""Share of generated starts that must be valid, over that of held-out real ones."""
+LARGE = 0.2
+"""Share of steps away from the data that may have a large error."""
+SEEN = 100
+"""Transitions away from the data, below which nothing is said of it."""
 KNOWS = 0.75
 """AUROC at least for a disagreement that knows where the world is wrong."""
 
@@ -107,10 +117,14 @@ def _where(suite: Mapping[str, Any]) -> Verdict:
     off = suite.get("off_policy")
     if off is None:
         return Verdict(question, "unknown", "not measured: that takes policies, or graded with an agent.")
-    worst = max(off["behaviours"], key=lambda row: row["large"])
+    rows = [row for row in off["behaviours"] if not row["logged"]]
+    if sum(row["transitions"] for row in rows) < SEEN:
+        seen = "only the logs' own behaviour was looked at" if not rows else f"{sum(row['transitions'] for row in rows)} transitions of others than the logs'"
+        return Verdict(question, "unknown", f"{seen}: that takes {SEEN} transitions of other policies.")
+    worst = max(rows, key=lambda row: row["large"])
     knows = "" if off["auroc"] is None else f"; disagreement tells large errors from others with an AUROC of {off['auroc']:.2f}"
     far = f"worst of {worst['name']}, {worst['large']:.0%} of whose steps have an error that a tenth of the held-out ones have{knows}."
-    answer: Answer = "yes" if worst["large"] <= 0.2 else "partly" if off["auroc"] is not None and off["auroc"] >= KNOWS else "no"
+    answer: Answer = "yes" if worst["large"] <= LARGE else "partly" if off["auroc"] is not None and off["auroc"] >= KNOWS else "no"
     return Verdict(question, answer, far)
 
 
@@ -119,6 +133,21 @@ def _starts(found: Mapping[str, Any] | None) -> Verdict:
     if found is None or found["auc"] is None:
         return Verdict(question, "unknown", "too few real starts to tell." if found is None else " ".join(found["notes"]) or "undefined.")
     held_out = found["split"] == "valid"
-    answer: Answer = "yes" if found["auc"] <= STARTS and held_out else "partly" if found["auc"] <= 0.75 else "no"
     kind = "held-out real ones" if held_out else "the training split's (too few are held out, so that a memory would not show)"
-    return Verdict(question, answer, f"a classifier tells them from {kind} with an AUC of {found['auc']:.2f} (0.5: it cannot).")
+    said = f"a classifier tells them from {kind} with an AUC of {found['auc']:.2f} (0.5: it cannot)"
+    if held_out and (memory := _memory(found)) is not None:
+        return Verdict(question, "no", f"{memory}: it repeats the starts that it was trained on; {said}.")
+    if found["validity"] is not None and found["validity"] < VALID * (found["validity_real"] or 1.0):
+        return Verdict(question, "no" if found["auc"] > STARTS_PARTLY else "partly", f"{found['validity']:.0%} of them are valid; {said}.")
+    weak = f", by {found['pairs']} starts of each side, which is weak evidence below {POWER}" if found["pairs"] < POWER else ""
+    answer: Answer = "no" if found["auc"] > STARTS_PARTLY else "yes" if found["auc"] <= STARTS and held_out and not weak else "partly"
+    return Verdict(question, answer, f"{said}{weak}.")
+
+
+def _memory(found: Mapping[str, Any]) -> str | None:
+    """What shows that generated starts are training's; None where nothing does."""
+    if found["copies"] is not None and found["copies"] > found["copies_real"] + COPIES:
+        return f"{found['copies']:.0%} of them equal a training start, and {found['copies_real']:.0%} of held-out real ones"
+    if found["nearest_ratio"] is not None and found["nearest_ratio"] < NEAREST:
+        return f"they are {found['nearest_ratio']:.2g} times as far from the nearest training start as held-out real ones"
+    return None

@@ -1,0 +1,135 @@
+"""Each verdict at both sides of each of its thresholds, and the behaviours that the off-policy table is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mesocosm.evaluation import panel, verdicts
+from mesocosm.evaluation.panel import Candidate
+from mesocosm.evaluation.starts import POWER
+from mesocosm.evaluation.suite import ADVERSARY, MOST_BEHAVIOURS, behaviours_of
+from mesocosm.evaluation.verdicts import Verdict
+
+
+def told(suite: dict[str, Any], rows: list[dict[str, Any]] | None = None, agent: dict[str, Any] | None = None) -> list[Verdict]:
+    return verdicts.verdicts(suite, {"rows": rows or [], "nominal": 0.9}, agent)
+
+
+def ranking(**other: Any) -> dict[str, Any]:
+    found = {"pearson": 0.95, "pearson_interval": (0.9, 0.99), "regret": 0.0, "fifths": (3, 3, 3, 3, 3), "policies": 15, "error": 1.0, "notes": ()}
+    return {"policy_value": {"ranking": {**found, "low": 0.0, "high": 100.0, **other}}}
+
+
+@pytest.mark.parametrize(
+    ("other", "answer"),
+    [
+        ({}, "yes"),
+        ({"pearson": 0.9, "regret": 0.05}, "yes"),
+        ({"pearson": 0.89}, "partly"),
+        ({"regret": 0.06}, "partly"),
+        ({"fifths": (3, 2, 3, 3, 4)}, "partly"),
+        ({"pearson": 0.69}, "no"),
+        ({"pearson": None, "notes": ("all the same",)}, "unknown"),
+    ],
+)
+def test_ranks(other: dict[str, Any], answer: str) -> None:
+    assert told(ranking(**other))[0].answer == answer
+
+
+@pytest.mark.parametrize(("world", "answer"), [(60.0, "yes"), (59.0, "yes"), (61.0, "partly"), (80.0, "partly"), (81.0, "no"), (19.0, "no")])
+def test_trains_by_the_range_of_the_policies(world: float, answer: str) -> None:
+    found = told(ranking(), agent={"real": 50.0, "world": world})[1]
+    assert found.answer == answer and (answer == "yes" or ("flatters" in found.text) == (world > 50))
+
+
+def test_trains_by_the_return_where_no_policies_were_compared() -> None:
+    assert [told({}, agent={"real": 100.0, "world": w})[1].answer for w in (110.0, 111.0, 131.0)] == ["yes", "partly", "no"]
+    assert told({}, agent={"real": 0.0, "world": 1.0})[1].answer == told({})[1].answer == "unknown"
+
+
+def row(horizon: int, **other: Any) -> dict[str, Any]:
+    found = {"ratio": 0.1, "interval": (0.05, 0.2), "linear": 0.5, "accuracy": None, "persistence": 1.0, "persistence_accuracy": None, "coverage": 0.9}
+    return {"horizon": str(horizon), "steps": float(horizon), "starts": 9, **found, **other}
+
+
+@pytest.mark.parametrize(
+    ("last", "answer", "words"),
+    [
+        ({}, "yes", "15 steps (all that was asked)"),
+        ({"interval": (0.5, 1.0)}, "partly", "5 steps (not 15: no better than no change)"),
+        ({"linear": 0.1}, "partly", "no better than a linear model"),
+        ({"starts": 0}, "partly", "no held-out episode is that long"),
+        ({"ratio": None, "persistence": 0.0}, "partly", "nothing changes there"),
+    ],
+)
+def test_horizon(last: dict[str, Any], answer: str, words: str) -> None:
+    found = told({}, [row(1), row(5), row(15, **last)])[2]
+    assert found.answer == answer and words in found.text
+    assert told({}, [row(1, linear=0.1)])[2].answer == "no" and told({})[2].answer == "unknown"
+
+
+def away(*rows: tuple[str, float, int, bool], auroc: float | None = 0.9) -> dict[str, Any]:
+    return {"off_policy": {"auroc": auroc, "behaviours": [{"name": n, "large": x, "transitions": t, "logged": logged} for n, x, t, logged in rows]}}
+
+
+@pytest.mark.parametrize(
+    ("suite", "answer", "words"),
+    [
+        (away(("a", 0.2, 100, False), ("b", 0.1, 500, False)), "yes", "worst of a"),
+        (away(("a", 0.21, 100, False)), "partly", "AUROC of 0.90"),
+        (away(("a", 0.21, 100, False), auroc=0.74), "no", "worst of a"),
+        (away(("a", 0.21, 100, False), auroc=None), "no", "worst of a"),
+        (away(("a", 0.0, 99, False)), "unknown", "99 transitions of others"),
+        (away(("random", 0.0, 9999, True)), "unknown", "only the logs' own behaviour"),
+        (away(("random", 0.9, 9999, True), ("a", 0.0, 100, False)), "yes", "worst of a"),
+    ],
+)
+def test_away_from_the_data(suite: dict[str, Any], answer: str, words: str) -> None:
+    found = told(suite)[3]
+    assert found.answer == answer and words in found.text
+
+
+def starts(**other: Any) -> dict[str, Any]:
+    found = {"auc": 0.6, "split": "valid", "pairs": POWER, "validity": 0.95, "validity_real": 1.0, "copies": 0.0, "copies_real": 0.0, "nearest_ratio": 0.9}
+    return {"starts": {**found, "notes": (), **other}}
+
+
+@pytest.mark.parametrize(
+    ("other", "answer", "words"),
+    [
+        ({}, "yes", "AUC of 0.60"),
+        ({"auc": 0.61}, "partly", "AUC of 0.61"),
+        ({"auc": 0.76}, "no", "AUC of 0.76"),
+        ({"pairs": POWER - 1}, "partly", "weak evidence"),
+        ({"split": "train"}, "partly", "a memory would not show"),
+        ({"auc": 0.5, "copies": 0.11}, "no", "11% of them equal a training start"),
+        ({"auc": 0.5, "copies": 0.6, "copies_real": 0.55}, "yes", "AUC"),
+        ({"auc": 0.5, "nearest_ratio": 0.49}, "no", "0.49 times as far"),
+        ({"validity": 0.89}, "partly", "89% of them are valid"),
+        ({"validity": 0.2, "auc": 0.8}, "no", "20% of them are valid"),
+        ({"auc": None, "notes": ("too few.",)}, "unknown", "too few"),
+    ],
+)
+def test_starts(other: dict[str, Any], answer: str, words: str) -> None:
+    found = told(starts(**other))[4]
+    assert found.answer == answer and words in found.text
+
+
+class Judged:
+    def __init__(self, name: str, **facts: Any):
+        self.candidate = Candidate(name, panel.RandomPolicy.__new__(panel.RandomPolicy), **facts)
+
+
+def names(values: list[Any]) -> list[str]:
+    return [value.candidate.name for value in behaviours_of(values)]
+
+
+def test_the_named_kinds_come_first_and_none_comes_twice() -> None:
+    scripted = [Judged(f"scripted {i}") for i in range(9)]
+    own = [Judged(f"agent@{i}", iteration=i) for i in range(3)] + [Judged("agent", iteration=3)]
+    noisy = [Judged(f"noise {i}", noise=i / 4) for i in range(5)]
+    assert names([*scripted, *own, Judged(ADVERSARY), *noisy])[:5] == [ADVERSARY, "agent", "agent@2", "noise 2", "noise 4"]
+    assert len(names([*scripted, *own, *noisy])) == MOST_BEHAVIOURS
+    assert names([Judged("agent", iteration=3), Judged("noise 2", noise=2.0)]) == ["agent", "noise 2"]
