@@ -120,6 +120,34 @@ def test_a_killed_worker_costs_no_digit(whole: Any, tmp_path: Path, cart_root: M
     assert same[0] == same[1], "the weights are the same to the last bit"
 
 
+def test_told_to_stop_it_keeps_what_was_trained(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked in step 6, two steps after a checkpoint: the next run goes on from step 6, and ends with the undisturbed run's weights."""
+
+    def asked(config: dict[str, Any]) -> None:
+        from mesocosm.pretrain.feed import Feed
+
+        put = Feed.put
+
+        def put_and_ask(self: Feed, record: dict[str, Any]) -> None:
+            put(self, record)
+            if record.get("step") == 6:
+                self.stop("asked")
+                self.flush()
+
+        Feed.put = put_and_ask  # type: ignore[method-assign]
+        worker.train_loop(config)
+
+    root = cart_root(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "train_loop", asked)
+        with pytest.raises(MesocosmError, match="ended before step 12; run the same command again to go on"):
+            pretrain(root, *SHORT)
+    again = pretrain(root, *SHORT)
+    assert "going on from step 6 of 12" in again.log and min(again.losses) == 7
+    same = [(p / "model.safetensors").read_bytes() for p in (whole.artifact.path, again.artifact.path)]
+    assert same[0] == same[1], "the weights are the same to the last bit"
+
+
 @pytest.mark.slow
 def test_two_workers_agree_with_one(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
     two = pretrain(cart_root(tmp_path), *SHORT, "train.workers=2", "train.peak_flops=1e9")

@@ -86,14 +86,14 @@ class Training:
     def step(self, number: int, factor: float, *, last: bool, stop: bool = False) -> dict[str, float] | None:
         """Optimiser step `number` (from 1, on the loader's batch `number - 1`) at `factor` of the full learning rates.
 
-        Nats a transition by part, `loss`, `objective`, `transitions` and `gradient_norm`, over all ranks; None, and no step, where a
-        rank says `stop`. Raises Diverged on every rank alike. `last`: the weights after it are kept.
+        Nats a transition by part, `loss`, `objective`, `transitions` and `gradient_norm`, over all ranks; None, and everything that a
+        checkpoint keeps is as it was, where a rank says `stop`. Raises Diverged on every rank alike. `last`: the weights after it are kept.
         """
         options, own, position = self.options, self.own, number - 1
         for group, rate in zip(self.engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         micro, shares = own.world_size * options.accumulate, range(own.rank * options.accumulate, (own.rank + 1) * options.accumulate)
-        sums = Sums()
+        sums, random = Sums(), self._random()
         for share in shares:
             first = position * options.batch + share * (options.batch // micro)
             windows = corrupted(self.loader.batch(position, share, micro), self.base, options.corrupt_history, self.seed, first).to(own.device)
@@ -105,6 +105,7 @@ class Training:
                 self.engine.step()
         told = sums.reduced(own.device, stop=stop)
         if told.pop("stop"):
+            self._draw_on(random)
             return None
         trouble = self.watch.check(number, last=last, loss=told["loss"], objective=told["objective"])
         if trouble is None:
@@ -132,6 +133,14 @@ class Training:
         told = sums.reduced(own.device)
         return {f"valid/{name}": value for name, value in told.items() if name not in ("stop", "objective", "transitions")}
 
+    def _random(self) -> tuple[Tensor, list[Tensor]]:
+        return torch.get_rng_state(), torch.cuda.get_rng_state_all() if self.own.device.type == "cuda" else []
+
+    def _draw_on(self, state: tuple[Tensor, list[Tensor]]) -> None:
+        torch.set_rng_state(state[0])
+        if state[1]:
+            torch.cuda.set_rng_state_all(state[1])
+
     @contextmanager
     def fork(self) -> Iterator[None]:
         """What is trained inside is undone at the end: weights, the optimiser's state, torch's random state and the watch are as they were,
@@ -142,7 +151,7 @@ class Training:
         tensors: list[Tensor] = list({id(t): t for t in (*self.engine.module.parameters(), *self.engine.module.buffers(), *masters)}.values())
         copies = [t.detach().clone() for t in tensors]
         states = {p: {name: v.clone() if isinstance(v, Tensor) else v for name, v in optimizer.state.get(p, {}).items()} for p in masters}
-        random, devices = torch.get_rng_state(), torch.cuda.get_rng_state_all() if self.own.device.type == "cuda" else []
+        random = self._random()
         best, high = self.watch.best, self.watch.high
         try:
             yield
@@ -161,9 +170,7 @@ class Training:
                             state[name].copy_(value)
                         else:
                             state[name] = value
-            torch.set_rng_state(random)
-            if devices:
-                torch.cuda.set_rng_state_all(devices)
+            self._draw_on(random)
             self.watch = Watch(best, high)
 
 

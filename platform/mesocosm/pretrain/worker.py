@@ -101,7 +101,9 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
             if own.rank == 0:
                 feed.fail(_stopped(str(trouble), saved, options))
             return
-        if told is None:
+        if told is None:  # to stop: what was trained is kept
+            if progress.step > saved:
+                _report(checkpoint.save_running(training.engine, progress, own.rank), progress.step)
             return
         meter.end(told["transitions"])
 
@@ -121,9 +123,16 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
             full = engine.weights(training.engine, own) if done else None
             folder = checkpoint.save_final(full, progress, own.rank) if done else checkpoint.save_running(training.engine, progress, own.rank)
             feed.flush()
-            made = ray.train.Checkpoint.from_directory(str(folder))
-            ray.train.report({"step": step}, checkpoint=made, delete_local_checkpoint_after_upload=True)
+            _report(folder, step)
             saved = step
+
+
+def _report(folder: Path, step: int) -> None:
+    """Hand this rank's part of a checkpoint to Ray Train; every rank comes by here."""
+    import ray.train
+
+    made = ray.train.Checkpoint.from_directory(str(folder))
+    ray.train.report({"step": step}, checkpoint=made, delete_local_checkpoint_after_upload=True)
 
 
 def _base(work: Work, storage: Storage, codec: Codec, feed: Feed) -> Base:
