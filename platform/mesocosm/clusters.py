@@ -238,7 +238,8 @@ def _check_address(address: str, file: str) -> None:
         raise UsageError(f"{file}: address names a user, and a config is no place for credentials; put the token into token_file")
     if url.scheme == "http" and host not in LOOPBACK:
         raise UsageError(
-            f"{file}: address={address!r} would carry the token unencrypted; use https, or a tunnel (ssh -NL 8265:127.0.0.1:8265 {host}) and http://127.0.0.1:8265"
+            f"{file}: address={address!r} would carry the token unencrypted; use https, "
+            f"or a tunnel (ssh -NL 8265:127.0.0.1:8265 {host}) and http://127.0.0.1:8265"
         )
 
 
