@@ -48,7 +48,7 @@ JOBS = {
     "loop": Job("mesocosm.loop", "LoopConfig", "the whole circle, and a report", "-c configs/loop/quickstart.yaml"),
 }
 
-TOOLS = {"fit": "mesocosm.scaling.command"}
+TOOLS = {"fit": "mesocosm.scaling.command", "cluster": "mesocosm.cluster_command"}
 """Commands that are no config job: a module, light to import, with `add(commands)` and `run(options)`, which returns the exit status."""
 
 

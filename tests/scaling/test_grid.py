@@ -15,6 +15,7 @@ import pytest
 
 from mesocosm import config
 from mesocosm.cli import main
+from mesocosm.clusters import ClusterConfig, NodeGroup, read
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.loader import Loader
@@ -24,7 +25,6 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.pretrain.prepare import step_flops
 from mesocosm.pretrain.run import plan as plan_pretrain
 from mesocosm.scaling.grid import Grid, lay_out
-from mesocosm.scaling.prices import ClusterConfig, NodeGroup, read
 from mesocosm.scaling.sweep import plan
 
 Sweep = Callable[..., Any]
@@ -36,7 +36,7 @@ def grid_of(sweep_of: Sweep, cart: Dataset, *overrides: str, cluster: ClusterCon
 
 
 def test_importing_it_imports_no_ray() -> None:
-    modules = ("sweep_config", "prices", "grid", "cells", "trunk", "board", "sweep")
+    modules = ("sweep_config", "grid", "cells", "trunk", "board", "sweep")
     code = f"import sys; {'; '.join(f'import mesocosm.scaling.{name}' for name in modules)}; assert not {{'ray', 'deepspeed', 'mlflow'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

@@ -188,7 +188,7 @@ def test_the_price_of_a_cluster(law_file: Callable[..., str], tmp_path: Path, mo
     (tmp_path / "clusters").mkdir()
     (tmp_path / "clusters" / "dear.yaml").write_text("nodes: [{name: gpus, count: 2, cpus: 1, gpus: 0, price_per_hour: 3.6, flops_per_s: 1e9}]\n")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mesocosm.scaling.prices.FOLDERS", (Path("clusters"),))
+    monkeypatch.setattr("mesocosm.clusters.FOLDERS", (Path("clusters"),))
     answer = _plan(law_file(law_of(REPEATS)), str(tmp_path), "money=5e6", "cluster=dear", "price.per_step=0.01")
     assert answer["prices"]["per_exaflop"] == pytest.approx(2 * 3.6 / 3600 / (2 * 1e9) * 1e18)
     assert math.isclose(answer["prices"]["per_step"], 0.01)

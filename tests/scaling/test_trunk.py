@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from mesocosm.clusters import ClusterConfig
 from mesocosm.data.dataset import Dataset
 from mesocosm.model.base import Base
 from mesocosm.pretrain.schedule import factor, length, lr_factor, share
 from mesocosm.pretrain.training import Diverged, Training
 from mesocosm.scaling import cells as stored
 from mesocosm.scaling.grid import Cell, Grid, Trunk, lay_out
-from mesocosm.scaling.prices import ClusterConfig
 from mesocosm.scaling.trunk import Warm, Work, alone, branches
 from mesocosm.storage import Storage
 

@@ -17,6 +17,7 @@ from itertools import product
 from typing import Any
 
 from mesocosm import __version__
+from mesocosm.clusters import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
@@ -26,7 +27,6 @@ from mesocosm.model import counts
 from mesocosm.model.config import ModelConfig
 from mesocosm.pretrain import prepare
 from mesocosm.pretrain.config import TrainConfig
-from mesocosm.scaling.prices import ClusterConfig
 from mesocosm.scaling.sweep_config import SweepConfig
 
 SCHEMA = 1

@@ -11,7 +11,8 @@ from typing import Any
 
 from scipy.special import expit, logit
 
-from mesocosm import __version__, config, tracking
+from mesocosm import __version__, clusters, config, tracking
+from mesocosm.clusters import ClusterConfig
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.loader import Loader
@@ -22,7 +23,7 @@ from mesocosm.model.ladder import RUNGS, dims, ensemble_dims
 from mesocosm.pretrain import prepare
 from mesocosm.pretrain.config import DataConfig, PretrainConfig
 from mesocosm.pretrain.schedule import share
-from mesocosm.scaling import plan_figure, prices
+from mesocosm.scaling import plan_figure
 from mesocosm.scaling.law import Law, span
 from mesocosm.scaling.optimum import Budget, Point, Problem, along, at_size, beyond, counted, drawn, interval, problem_of
 from mesocosm.scaling.plan_config import PlanConfig
@@ -126,7 +127,7 @@ def _question(config: PlanConfig, storage: Storage) -> _Question:
         spec, have = codec.spec, loader.transitions_per_epoch
         batch = config.train.batch * loader.transitions_per_epoch / loader.windows_per_epoch
     owned = have if config.owned is None else config.owned
-    cluster = None if config.cluster is None else prices.read(config.cluster)
+    cluster = None if config.cluster is None else clusters.read(config.cluster)
     currency = config.price.currency if cluster is None else cluster.currency
     return _Question(config, law, source, _budget(config, cluster, owned), currency, owned, spec, batch, warmup)
 
@@ -162,7 +163,7 @@ def _as_swept(config: PlanConfig, meta: dict[str, Any]) -> tuple[PlanConfig, int
     return config, warmup
 
 
-def _budget(config: PlanConfig, cluster: prices.ClusterConfig | None, owned: int) -> Budget:
+def _budget(config: PlanConfig, cluster: ClusterConfig | None, owned: int) -> Budget:
     if config.flops is not None:
         return Budget(config.flops, 1.0, None, owned, unlimited=owned == 0)
     assert config.money is not None

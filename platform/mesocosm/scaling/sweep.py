@@ -14,16 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mesocosm import __version__, cluster, tracking
+from mesocosm import __version__, cluster, clusters, tracking
+from mesocosm.clusters import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.data.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.pretrain import prepare
-from mesocosm.scaling import cells, prices
+from mesocosm.scaling import cells
 from mesocosm.scaling.board import Board, Nested, name, short
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import SCHEMA, Cell, Grid, Trunk, lay_out, precision
-from mesocosm.scaling.prices import ClusterConfig
 from mesocosm.scaling.sweep_config import SweepConfig, what
 from mesocosm.scaling.trunk import Outcome, Work
 from mesocosm.storage import Artifact, Storage
@@ -286,7 +286,7 @@ def _fit(folder: Path, run: tracking.Run) -> None:
 def _given(config: SweepConfig) -> tuple[Dataset, ClusterConfig]:
     """Raises UsageError where the config, the cluster or the datasets are not as they must be."""
     config.validate()
-    named = prices.read(config.cluster)
+    named = clusters.read(config.cluster)
     try:
         return prepare.open_datasets(Storage(config.storage.root), config.data.datasets), named
     except ArtifactError as error:

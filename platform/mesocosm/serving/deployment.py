@@ -101,7 +101,6 @@ def deploy(config: ServeConfig) -> str:
     cluster.preflight(what=f"serve.replicas={config.replicas} with serve.device={config.device}", gpus=config.replicas * gpus)
 
     from ray import serve
-    from ray.serve.config import RequestRouterConfig
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
@@ -109,26 +108,33 @@ def deploy(config: ServeConfig) -> str:
     running = serve.status().applications.get(config.name)
     if running is not None and running.status in TAKEN:
         raise UsageError(f"an application {config.name!r} runs on this Ray already; set serve.name to another name, or end that one where it was started")
+    try:
+        serve.run(application(config), name=config.name, route_prefix=None)
+    except BaseException:  # Ctrl-C while replicas start, or one that cannot: on a shared Ray the name would stay taken
+        undeploy(config.name)
+        raise
+    return config.name
+
+
+def application(config: ServeConfig) -> Any:
+    """The Serve application: `config.replicas` of `Replica`. Nothing runs yet."""
+    from ray import serve
+    from ray.serve.config import RequestRouterConfig
+
     deployment = serve.deployment(Replica).options(  # type: ignore[attr-defined]
         name="world",
         num_replicas=config.replicas,
         max_ongoing_requests=256,
         ray_actor_options={
             "num_cpus": config.cpus,
-            "num_gpus": gpus,
+            "num_gpus": 1 if config.device == "cuda" else 0,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(config.threads)}},
         },
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     root = Storage(config.storage.root).root
-    application = deployment.bind(root, config.world, config.threads, config.max_sessions, config.max_worlds, config.device)
-    try:
-        serve.run(application, name=config.name, route_prefix=None)
-    except BaseException:  # Ctrl-C while replicas start, or one that cannot: on a shared Ray the name would stay taken
-        undeploy(config.name)
-        raise
-    return config.name
+    return deployment.bind(root, config.world, config.threads, config.max_sessions, config.max_worlds, config.device)
 
 
 def undeploy(name: str) -> None:

@@ -1,0 +1,173 @@
+"""`mesocosm cluster render|up|down NAME`: what `clusters/NAME.yaml` stands for, started and ended. Light to import; what it needs it imports when run."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mesocosm.errors import MesocosmError, UsageError
+
+PLACEHOLDER = "your-"
+"""What the shipped files have where a user's own must stand."""
+
+RENDER = """\
+examples:
+  mesocosm cluster render aws                                      the config of Ray's cluster launcher
+  mesocosm cluster render kuberay | kubectl apply -f -
+  mesocosm cluster render kuberay --kind RayJob --run 'pretrain -c configs/pretrain/pendulum.yaml data.datasets=[ID]'
+  mesocosm cluster render kuberay --kind RayService --run 'serve world=ID replicas=2'
+"""
+UP = """\
+examples:
+  mesocosm cluster up aws --dry-run      what would be started, by which command, at what price; nothing is
+  mesocosm cluster up aws
+"""
+DOWN = """\
+examples:
+  mesocosm cluster down aws --dry-run
+  mesocosm cluster down aws --yes
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command, and its own, to argparse's `commands`."""
+    said = "start and end a cluster of clusters/NAME.yaml, or show what it stands for"
+    actions = commands.add_parser("cluster", help=said, description=said).add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, help: str, epilog: str) -> Any:
+        parser = actions.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("name", metavar="NAME", help="clusters/NAME.yaml")
+        parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+        return parser
+
+    render = action("render", "the launcher's config, or manifests for kubectl apply", RENDER)
+    render.add_argument("--kind", choices=("RayCluster", "RayJob", "RayService"), help="of KubeRay: which resource (RayCluster)")
+    render.add_argument("--run", metavar="WORDS", help="of a RayJob or RayService: what follows `mesocosm` (doctor; serve)")
+    for name, help, epilog in (("up", "start, or bring up to date, a cluster on EC2", UP), ("down", "end a cluster on EC2, and all of its nodes", DOWN)):
+        parser = action(name, help, epilog)
+        parser.add_argument("--yes", action="store_true", help="do not ask")
+        parser.add_argument("--dry-run", action="store_true", help="print the config, the command and the price, and do nothing")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Exit status 0; raises UsageError for wrong use, MesocosmError where the launcher fails."""
+    return {"render": _render, "up": _launch, "down": _launch}[options.action](options)
+
+
+def _render(options: argparse.Namespace) -> int:
+    from mesocosm import clusters, manifests
+    from mesocosm.manifests import kuberay
+
+    name = options.name
+    cluster = clusters.read(name)
+    if cluster.where == "kuberay":
+        documents = kuberay.render(name, cluster, options.kind or "RayCluster", options.run)
+        remarks = f"{_source(name)}\n{kuberay.remarks(name, cluster)}"
+        packed: Any = {"apiVersion": "v1", "kind": "List", "items": documents}
+    elif cluster.where == "launcher":
+        for flag in ("kind", "run"):
+            if (value := getattr(options, flag)) is not None:
+                raise UsageError(f"--{flag} {value!r} is of KubeRay, and clusters/{name}.yaml has where='launcher'; leave it out")
+        from mesocosm.manifests.launcher import launcher_config
+
+        packed = launcher_config(name, cluster)
+        documents, remarks = [packed], _source(name)
+    else:
+        raise UsageError(f"clusters/{name}.yaml has where={cluster.where!r}: nothing is made of it; render is for where=launcher or kuberay")
+    print(json.dumps(packed, indent=1) if options.json else manifests.to_yaml(documents, remarks), end="\n" if options.json else "")
+    return 0
+
+
+def _source(name: str) -> str:
+    return f"Made by `mesocosm cluster render {name}` from clusters/{name}.yaml, which is what to edit."
+
+
+def _launch(options: argparse.Namespace) -> int:
+    """`ray up` or `ray down` on the config in a private file."""
+    from mesocosm import clusters, manifests
+    from mesocosm.manifests.launcher import launcher_config
+
+    name, up = options.name, options.action == "up"
+    cluster = clusters.read(name)
+    if cluster.where != "launcher":
+        raise UsageError(f"clusters/{name}.yaml has where={cluster.where!r}, and `{options.action}` drives Ray's launcher; {_instead(cluster.where, name, up)}")
+    config = launcher_config(name, cluster)
+    text = manifests.to_yaml([config], _source(name))
+    path = Path.home() / ".cache" / "mesocosm" / "clusters" / f"{name}.yaml"
+    command = ["ray", options.action, "--yes", str(path)]
+    price = f"{cluster.price_per_hour:g} {cluster.currency} an hour at full size, {cluster.idle_price_per_hour:g} while nothing runs"
+    facts = {
+        "cluster": config["cluster_name"],
+        "command": shlex.join(command),
+        "nodes": {group.name: f"{group.kept} to {group.count} {group.instance}" for group in cluster.nodes},
+        "price_per_hour": cluster.price_per_hour,
+        "idle_price_per_hour": cluster.idle_price_per_hour,
+        "currency": cluster.currency,
+    }
+    if options.dry_run:
+        print(json.dumps(facts | {"config": config}, indent=1) if options.json else f"# {facts['command']}\n# {price}\n{text}", end="")
+        return 0
+    if mine := next(_placeholders(cluster), None):
+        raise UsageError(f"clusters/{name}.yaml: {mine} is the placeholder that was shipped; put your own there")
+    ray = shutil.which("ray") or shutil.which("ray", path=str(Path(sys.executable).parent))
+    if ray is None:
+        raise UsageError("there is no `ray` on PATH; run `make install`")
+    if importlib.util.find_spec("boto3") is None:
+        raise UsageError("Ray's launcher needs boto3 to speak to EC2; run: pip install -c constraints.txt boto3")
+    said = sys.stderr if options.json else sys.stdout
+    print(f"{facts['command']}\n{price}", file=said, flush=True)
+    _confirm(options, f"{'start' if up else 'end'} {config['cluster_name']}?")
+    if up and clusters.make_token(cluster.token_path):
+        print(f"a new token is in {cluster.token_path}", file=said, flush=True)
+    _write_private(path, text)
+    status = subprocess.run([ray, *command[1:]], env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}, stdout=sys.stderr if options.json else None).returncode
+    if status:
+        raise MesocosmError(
+            f"`{facts['command']}` failed with status {status}; mend what it says above and run the same again, and see what runs in EC2's console"
+        )
+    if options.json:
+        print(json.dumps(facts, indent=1))
+    elif up:
+        print(f"{cluster.address} is its dashboard, and takes jobs, while this runs in another terminal:\n  ray dashboard {shlex.quote(str(path))}")
+    return 0
+
+
+def _instead(where: str, name: str, up: bool) -> str:
+    if where == "kuberay":
+        return f"run: mesocosm cluster render {name} | kubectl {'apply' if up else 'delete'} -f -"
+    return "a job starts its own Ray on this machine" if where == "local" else "start and end it where it is kept"
+
+
+def _placeholders(cluster: Any) -> Iterator[str]:
+    for block in (cluster, *cluster.nodes):
+        for field in dataclasses.fields(block):
+            value = getattr(block, field.name)
+            if isinstance(value, str) and PLACEHOLDER in value:
+                yield f"{field.name}={value!r}"
+
+
+def _confirm(options: argparse.Namespace, question: str) -> None:
+    if options.yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(f"{question} Nobody can be asked here; give --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise MesocosmError("nothing was done")
+
+
+def _write_private(path: Path, text: str) -> None:
+    """The launcher's config names no secret, but where one lies."""
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)

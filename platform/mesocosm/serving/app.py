@@ -1,0 +1,23 @@
+"""The served world for a Serve config file (`import_path: mesocosm.serving.app:build`): how a RayService runs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mesocosm import config
+from mesocosm.serving.config import ServeConfig, check
+from mesocosm.serving.deployment import application
+from mesocosm.serving.session import find_world
+from mesocosm.storage import Storage
+
+
+def build(args: dict[str, Any]) -> Any:
+    """The application of `mesocosm serve key=value ...`, where `args` are the keys (`storage.root`, too) and values.
+
+    Raises UsageError for a key, a value or a world that is wrong: Serve shows it as the application's state.
+    """
+    loaded = config.load(ServeConfig, overrides=[f"{key}={value}" for key, value in args.items()])
+    check(loaded)
+    if loaded.world:
+        find_world(Storage(loaded.storage.root), loaded.world)
+    return application(loaded)
