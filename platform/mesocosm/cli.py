@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -48,7 +49,7 @@ JOBS = {
     "loop": Job("mesocosm.loop", "LoopConfig", "the whole circle, and a report", "-c configs/loop/quickstart.yaml"),
 }
 
-TOOLS = {"fit": "mesocosm.scaling.command", "cluster": "mesocosm.cluster_command"}
+TOOLS = {"fit": "mesocosm.scaling.command", "cluster": "mesocosm.cluster_command", "jobs": "mesocosm.submission.command"}
 """Commands that are no config job: a module, light to import, with `add(commands)` and `run(options)`, which returns the exit status."""
 
 
@@ -111,11 +112,14 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     if options.dry_run:
         _show(module.plan(loaded), options.json)
         return 0
+    if options.cluster is not None:
+        return _submit(module, loaded, options)
     from mesocosm import tracking
+    from mesocosm.shipping import JOB
 
     _terminate_like_interrupt()
     threading.Thread(target=tracking.replay_pending, args=(loaded,), daemon=True).start()
-    with tracking.start(options.command, loaded, quiet=options.json) as run:
+    with tracking.start(options.command, loaded, id=os.environ.get(JOB), quiet=options.json) as run:
         made = module.run(loaded, run)
         facts = {"run": f"{run.job}/{run.id}", **run.facts}
         if made is not None:
@@ -125,6 +129,17 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     elif made is not None:
         tracking.console.print(f"{made.name}  {made.path}")
     return 0
+
+
+def _submit(module: Any, loaded: config.JobConfig, options: argparse.Namespace) -> int:
+    """`JOB ... --cluster NAME`: exit status 0 where it was submitted, runs or has succeeded; with --follow 1 where it did not."""
+    from mesocosm.submission.submit import Asked, submit
+
+    asked = Asked(follow=options.follow, yes=options.yes, insecure=options.insecure, as_json=options.json)
+    found = submit(options.cluster, options.command, module, loaded, asked)
+    if options.json:
+        _show(found, as_json=True)
+    return 1 if options.follow and found["state"] != "SUCCEEDED" else 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,6 +158,10 @@ def _parser() -> argparse.ArgumentParser:
         for key in FLAGS.get(name, ()):
             sub.add_argument(f"--{key}", metavar=key.upper(), help=f"the same as {key}=...")
         sub.add_argument("--force", action="store_true", help="make the artifact again though it is there")
+        sub.add_argument("--cluster", metavar="NAME", help="submit to clusters/NAME.yaml instead of running here; again: attach, or the next attempt")
+        sub.add_argument("--follow", action="store_true", help="with --cluster: print what the job says until it is over")
+        sub.add_argument("--yes", action="store_true", help="with --cluster: agree to what it costs")
+        sub.add_argument("--insecure", action="store_true", help="with --cluster: talk to one that answers without a token")
     for module in TOOLS.values():
         importlib.import_module(module).add(commands)
     _common(commands.add_parser("doctor", help="is this machine and its storage ready"))

@@ -49,18 +49,25 @@ class RayConfig:
 
 
 @dataclass
+class StopConfig:
+    grace_s: float = 120.0
+    """Seconds that `mesocosm jobs stop` gives a job on a cluster to keep a checkpoint and end by itself."""
+
+
+@dataclass
 class JobConfig:
-    """What every job's config holds. `storage`, `tracking` and `ray` say where, and are no part of an artifact's id."""
+    """What every job's config holds. `storage`, `tracking`, `ray` and `stop` say where and how, and are no part of an artifact's id."""
 
     seed: int = 0
     storage: StorageConfig = field(default_factory=StorageConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     ray: RayConfig = field(default_factory=RayConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
     force: bool = False
     """Make the artifact again though it is there."""
 
 
-WHERE = ("storage", "tracking", "ray", "force")
+WHERE = ("storage", "tracking", "ray", "stop", "force")
 """Top-level keys that say where a job runs rather than what it makes."""
 
 

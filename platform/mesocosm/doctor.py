@@ -49,13 +49,23 @@ def _checks(config: JobConfig) -> Iterator[Check]:
     compiler = next(filter(None, (shutil.which(name, path=tools) for name in ("c++", "g++", "clang++"))), None)
     yield _built_with("compiler", compiler, cuda, "install a C++ compiler (g++): DeepSpeed may build its CUDA ops with it")
     yield _built_with("ninja", shutil.which("ninja", path=tools), cuda, "run `make install`: ninja is one of its packages")
-    yield _guarded(
-        "storage", lambda: _storage(config), "set storage.root to a folder you may write to, or s3://bucket/prefix with credentials in the environment"
-    )
-    yield _guarded("mlflow", lambda: _mlflow(config), "set tracking.uri to a server that answers, or leave it unset; jobs run without it and replay later")
+    yield storage_check(config)
+    yield mlflow_check(config)
     yield _guarded("ray", lambda: _ray(config), "set ray.address to a cluster that answers, or leave it unset")
     free = shutil.disk_usage(os.getcwd()).free / 2**30
     yield Check("disk", free > 5, f"{free:.0f} GiB free here", "free some space: checkpoints and Ray's files need about 5 GiB")
+
+
+def storage_check(config: JobConfig) -> Check:
+    """Whether `storage.root` can be written and read from here."""
+    return _guarded(
+        "storage", lambda: _storage(config), "set storage.root to a folder you may write to, or s3://bucket/prefix with credentials in the environment"
+    )
+
+
+def mlflow_check(config: JobConfig) -> Check:
+    """Whether MLflow answers from here."""
+    return _guarded("mlflow", lambda: _mlflow(config), "set tracking.uri to a server that answers, or leave it unset; jobs run without it and replay later")
 
 
 def _cuda() -> bool:
