@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import stat
 import subprocess
@@ -23,7 +24,6 @@ from mesocosm.manifests.launcher import TOKEN, launcher_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CRDS = REPOSITORY.parent / "shared" / "data" / "kuberay"
-SHIPPED = sorted(path.stem for path in (REPOSITORY / "clusters").glob("*.yaml"))
 published = pytest.mark.skipif(not CRDS.is_dir(), reason="no CRDs beside the repository")
 
 NODES = """nodes:
@@ -58,15 +58,10 @@ def test_it_imports_neither_ray_nor_torch() -> None:
     subprocess.run([sys.executable, "-c", f"{code}; assert not {{'ray', 'torch', 'boto3'}} & set(sys.modules)"], check=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", SHIPPED)
-def test_shipped_files_are_sound(name: str) -> None:
-    cluster = clusters.read(name)
-    assert cluster.where in clusters.WHERE and cluster.slots >= 1
-    assert cluster.idle_price_per_hour <= cluster.price_per_hour
-
-
 def test_what_is_shipped() -> None:
-    assert {name: clusters.read(name).where for name in SHIPPED} == {"aws": "launcher", "kuberay": "kuberay", "local": "local"}
+    shipped = {path.stem: clusters.read(path.stem) for path in (REPOSITORY / "clusters").glob("*.yaml")}
+    assert {name: cluster.where for name, cluster in shipped.items()} == {"aws": "launcher", "kuberay": "kuberay", "local": "local"}
+    assert all(cluster.slots >= 1 and cluster.idle_price_per_hour <= cluster.price_per_hour for cluster in shipped.values())
 
 
 def test_estimates_and_autoscaling_read_the_same_groups(cluster_of: Callable[..., clusters.ClusterConfig]) -> None:
@@ -134,6 +129,15 @@ def test_a_token_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
     path.write_text("\n")
     with pytest.raises(UsageError, match="is empty"):
         clusters.check_token(path)
+
+
+def test_ray_reads_the_token_that_was_made(tmp_path: Path) -> None:
+    path = tmp_path / "token"
+    clusters.make_token(path)
+    code = "from ray._raylet import AuthenticationTokenLoader as Loader; print(Loader.instance().get_raw_token(ignore_auth_mode=True))"
+    terminal = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"RAY_AUTH_TOKEN_PATH": str(path)}
+    done = subprocess.run([sys.executable, "-c", code], env=terminal, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == path.read_text()
 
 
 def prepared(config: dict[str, Any]) -> dict[str, Any]:
