@@ -99,7 +99,8 @@ def _main(arguments: list[str]) -> int:
     if options.command == "doctor":
         from mesocosm.doctor import doctor
 
-        return doctor(config.load(config.JobConfig, options.config, options.overrides), as_json=options.json)
+        given = config.load(config.JobConfig, options.config, options.overrides)
+        return doctor(given, as_json=options.json, cluster=options.cluster, insecure=options.insecure)
     return _run_job(JOBS[options.command], options)
 
 
@@ -164,7 +165,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--insecure", action="store_true", help="with --cluster: talk to one that answers without a token")
     for module in TOOLS.values():
         importlib.import_module(module).add(commands)
-    _common(commands.add_parser("doctor", help="is this machine and its storage ready"))
+    looked = commands.add_parser("doctor", help="is this machine ready, and its storage; with --cluster, is that cluster")
+    _common(looked)
+    looked.add_argument("--cluster", metavar="NAME", help="look at clusters/NAME.yaml from inside, too")
+    looked.add_argument("--insecure", action="store_true", help="with --cluster: talk to one that answers without a token")
     return parser
 
 

@@ -51,6 +51,8 @@ def add(commands: Any) -> None:
         return parser
 
     render = action("render", "the launcher's config, or manifests for kubectl apply", RENDER)
+    check = action("check", "connect, and look from inside: versions, nodes, storage, MLflow", "example:\n  mesocosm cluster check aws")
+    check.add_argument("--insecure", action="store_true", help="talk to one that answers without a token")
     render.add_argument("--kind", choices=("RayCluster", "RayJob", "RayService"), help="of KubeRay: which resource (RayCluster)")
     render.add_argument("--run", metavar="WORDS", help="of a RayJob or RayService: what follows `mesocosm` (doctor; serve)")
     for name, help, epilog in (("up", "start, or bring up to date, a cluster on EC2", UP), ("down", "end a cluster on EC2, and all of its nodes", DOWN)):
@@ -61,7 +63,15 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 0; raises UsageError for wrong use, MesocosmError where the launcher fails."""
-    return {"render": _render, "up": _launch, "down": _launch}[options.action](options)
+    return {"render": _render, "up": _launch, "down": _launch, "check": _check}[options.action](options)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from mesocosm.config import JobConfig
+    from mesocosm.doctor import show
+    from mesocosm.submission.check import checks
+
+    return show(checks(options.name, JobConfig(), insecure=options.insecure), as_json=options.json)
 
 
 def _render(options: argparse.Namespace) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from mesocosm import cluster, tracking
@@ -26,10 +27,19 @@ class Check:
     fix: str = ""
 
 
-def doctor(config: JobConfig, *, as_json: bool) -> int:
-    """Print the checklist; exit status 0 if every check passed, 1 otherwise."""
+def doctor(config: JobConfig, *, as_json: bool, cluster: str | None = None, insecure: bool = False) -> int:
+    """Print the checklist of this machine, and of `cluster` as seen from inside; exit status 0 if every check passed, 1 otherwise."""
+    if cluster is None:
+        return show(_checks(config), as_json=as_json)
+    from mesocosm.submission.check import checks
+
+    return show(itertools.chain(_checks(config), checks(cluster, config, insecure=insecure)), as_json=as_json)
+
+
+def show(found: Iterable[Check], *, as_json: bool) -> int:
+    """A line a check, as it comes; exit status 0 if every one passed, 1 otherwise."""
     checks = []
-    for check in _checks(config):
+    for check in found:
         checks.append(check)
         if not as_json:
             mark = "[green]ok[/]  " if check.ok else "[red]FIX[/] "

@@ -47,6 +47,16 @@ def test_a_job_runs_there_as_it_does_here(cluster: Cluster, collected: dict[str,
     assert "200/200 real steps" in found["progress"] and found["mlflow"] and found["state"] == "SUCCEEDED"
 
 
+def test_the_checklist_is_seen_from_inside(cluster: Cluster) -> None:
+    done = cluster.mesocosm("cluster", "check", "test", "--json")
+    found = {check["name"]: check for check in json.loads(done.stdout)}
+    assert done.returncode == 0 and list(found) == ["cluster", "python", "ray", "mesocosm", "nodes", "storage", "mlflow"]
+    assert "with its token" in found["cluster"]["found"] and "1 nodes, 4 CPUs" in found["nodes"]["found"]
+    assert str(cluster.root) in found["storage"]["found"]
+    wrong = cluster.mesocosm("cluster", "check", "wrong")
+    assert wrong.returncode == 1 and "is not that of" in wrong.stderr and "copy the cluster's own there" in wrong.stderr
+
+
 def test_again_is_said_and_does_nothing(cluster: Cluster, collected: dict[str, Any]) -> None:
     again = cluster.mesocosm(*COLLECT, "--cluster", "test")
     assert again.returncode == 0 and f"{collected['id']} has succeeded on test: nothing was submitted" in again.stderr

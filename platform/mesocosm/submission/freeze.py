@@ -68,12 +68,12 @@ def placed(config: JobConfig, cluster: ClusterConfig) -> JobConfig:
     return placed
 
 
-def freeze(job: str, given: JobConfig, cluster: ClusterConfig, folder: Path) -> Frozen:
-    """`folder`: where the user stands. Raises UsageError where its files are more than Ray takes, naming the largest."""
+def freeze(job: str, given: JobConfig, cluster: ClusterConfig, folder: Path | None) -> Frozen:
+    """`folder`: where the user stands, or None. Raises UsageError where its files are more than Ray takes, naming the largest."""
     own = placed(given, cluster)
     files = {f"mesocosm/{path.relative_to(PACKAGE)}": path for path in _package()}
-    for path in sorted(_own(folder)):
-        name = str(path.relative_to(folder))
+    for path in sorted(_own(folder)) if folder is not None else []:
+        name = str(path.relative_to(folder or path))
         if not name.startswith("mesocosm/") and name != CONFIG:
             files[name] = path
     total = sum(path.stat().st_size for path in files.values())

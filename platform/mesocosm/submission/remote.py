@@ -39,12 +39,14 @@ class Remote:
         except requests.RequestException as error:
             raise UsageError(f"cluster {name!r}: {self.address} does not answer ({type(error).__name__}); open its tunnel or port-forward first") from error
         headers: dict[str, str] = {}
+        self.guarded = bare.status_code in (401, 403)
+        """Whether the cluster wants a token"""
         if bare.status_code == 200 and not insecure:
             raise UsageError(
                 f"cluster {name!r}: {self.address} answers without a token, so anybody who reaches it may run code there; start it with RAY_AUTH_MODE=token "
                 "(docs/security.md), or give --insecure"
             )
-        if bare.status_code in (401, 403):
+        if self.guarded:
             headers = {"Authorization": f"Bearer {self._token()}"}
             told = requests.get(url, headers=headers, timeout=TIMEOUT, allow_redirects=False)
             if told.status_code in (401, 403):
