@@ -27,7 +27,7 @@ from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
-from mesocosm.serving.connection import Connection, InProcess, Served
+from mesocosm.serving.connection import Connection, InProcess, Served, reply_of
 from mesocosm.serving.context import Mirror
 from mesocosm.serving.protocol import CONTEXT, Message, get, put
 from mesocosm.serving.session import START, Sessions, Worlds
@@ -152,6 +152,11 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
     def world(self) -> str:
         """The world version that this client is pinned to."""
         return self._world
+
+    @property
+    def task_options(self) -> list[dict[str, Any]]:
+        """The reset options that the task of each environment's present episode holds; empty dicts where tasks have none."""
+        return self._codec.task_options(self._task)
 
     def reset(self, *, seed: int | None = None, options: Mapping[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin new episodes everywhere. `seed` makes what follows a function of it; without, episodes go on being numbered.
@@ -280,10 +285,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
 
     def _call(self, request: Message) -> Message:
         assert self._connection is not None
-        reply = self._connection.call(request)
-        if "error" in reply:
-            raise (UsageError if reply["kind"] == "usage" else MesocosmError)(reply["error"])
-        return reply
+        return reply_of(self._connection.call(request))
 
 
 def _rows(mask: NDArray[np.bool_], new: Parts, old: Parts) -> Parts:

@@ -27,6 +27,8 @@ class ServeConfig(JobConfig):
     """Sessions whose caches a replica keeps; the least recently used goes first, and its client goes on with one replay."""
     max_worlds: int = 3
     """World versions a replica keeps loaded."""
+    http: int | None = None
+    """Port of an HTTP ingress to the default world, on the loopback of the machine that runs this, behind a bearer token; 0: any free one; null: none."""
 
 
 def check(config: ServeConfig) -> None:
@@ -35,6 +37,8 @@ def check(config: ServeConfig) -> None:
         value = getattr(config, key)
         if value < 1:
             raise UsageError(f"serve.{key}={value} must be at least 1")
+    if config.http is not None and not 0 <= config.http <= 65535:
+        raise UsageError(f"serve.http={config.http} is no port; set it to one of 1024 to 65535, to 0 for any free one, or to null for none")
     if not config.cpus >= 0:
         raise UsageError(f"serve.cpus={config.cpus} must be at least 0")
     if not config.name:

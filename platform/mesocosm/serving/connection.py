@@ -67,6 +67,21 @@ def _receive(line: socket.socket, size: int) -> bytearray | None:
     return data
 
 
+class NotServed(UsageError):
+    """No application of that name is on this Ray."""
+
+
+class ReplicaFailed(MesocosmError):
+    """A bug of ours, on a replica: its log has more."""
+
+
+def reply_of(reply: Message) -> Message:
+    """A reply that is no error. Raises UsageError, ReplicaFailed or MesocosmError with the sentence of one that is."""
+    if "error" in reply:
+        raise {"usage": UsageError, "bug": ReplicaFailed}.get(reply["kind"], MesocosmError)(reply["error"])
+    return reply
+
+
 class Connection(Protocol):
     """One client's way to its sessions."""
 
@@ -106,7 +121,7 @@ class Served:
         try:
             handle = serve.get_app_handle(app)
         except (RayServeException, ValueError) as error:
-            raise UsageError(
+            raise NotServed(
                 f"no world application {app!r} is served on this Ray; run `mesocosm serve world=<id> name={app}` and give the ray.address "
                 "that it prints (in Python: address=...), or set backend=local"
             ) from error

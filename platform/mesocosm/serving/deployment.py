@@ -9,7 +9,7 @@ import os
 import secrets
 import socket
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,12 +21,17 @@ from mesocosm.serving.protocol import pack, unpack
 from mesocosm.serving.session import Sessions, Worlds, find_world
 from mesocosm.storage import Storage
 
+if TYPE_CHECKING:
+    from mesocosm.serving.ingress import Listener
+
 logger = logging.getLogger(__name__)
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
 TOKEN = 32
 """Bytes of a line's token: its first frame, and all that is read of a peer before it is known."""
 TAKEN = ("DEPLOYING", "RUNNING", "UNHEALTHY")
 """Serve's states of an application in which its name is somebody's."""
+LISTENERS: dict[str, Listener] = {}
+"""The HTTP ingresses of this process, by application."""
 
 
 class Replica:
@@ -52,7 +57,7 @@ class Replica:
             return pack({"error": str(error), "kind": "usage", "number": number})
         except Exception as error:  # a bug of ours, or bytes that are no message: the client must hear of it and not try again
             logger.exception("a request failed")
-            return pack({"error": f"the replica failed: {type(error).__name__}: {error}", "kind": "failed", "number": number})
+            return pack({"error": f"the replica failed: {type(error).__name__}: {error}", "kind": "bug", "number": number})
 
     def connect(self) -> dict[str, Any]:
         """Host, port and token of this replica's line, its node and its pid. Who can call this may call the world anyway."""
@@ -87,7 +92,8 @@ def _host() -> str:
 
 
 def deploy(config: ServeConfig) -> str:
-    """Deploy `config.world` on Ray Serve, without any HTTP or gRPC ingress, and wait until it answers; gives the application's name.
+    """Deploy `config.world` on Ray Serve, and wait until it answers; gives the application's name. Serve's own HTTP and gRPC ingress stay off:
+    that of `config.http` is a thread of this process (`ingress`), which ends with `undeploy`.
 
     An empty `config.world` deploys without a default: every client names its own. Raises UsageError before anything starts, also where an
     application of that name runs on this Ray: its clients, or its owner's `undeploy`, are somebody else's.
@@ -95,6 +101,30 @@ def deploy(config: ServeConfig) -> str:
     check(config)
     if config.world:
         find_world(Storage(config.storage.root), config.world)
+    if config.http is not None and not config.world:
+        raise UsageError(f"serve.http={config.http} with serve.world='': the HTTP ingress is to one world; set serve.world")
+    listener = None
+    if config.http is not None:
+        from mesocosm.serving.ingress import Listener  # FastAPI, which no worker needs
+
+        listener = Listener(config.http)
+    try:
+        _run(config)
+    except BaseException:
+        if listener is not None:
+            listener.close()
+        raise
+    if listener is not None:
+        LISTENERS[config.name] = listener
+        try:
+            listener.serve(config.name, config.world)
+        except BaseException:
+            undeploy(config.name)
+            raise
+    return config.name
+
+
+def _run(config: ServeConfig) -> None:
     cluster.ensure(config.ray)
     gpus = 1 if config.device == "cuda" else 0
     cluster.preflight(what=f"serve.replicas={config.replicas} with serve.cpus={config.cpus:g}", cpus=config.replicas * config.cpus)
@@ -113,7 +143,6 @@ def deploy(config: ServeConfig) -> str:
     except BaseException:  # Ctrl-C while replicas start, or one that cannot: on a shared Ray the name would stay taken
         undeploy(config.name)
         raise
-    return config.name
 
 
 def application(config: ServeConfig) -> Any:
@@ -138,9 +167,12 @@ def application(config: ServeConfig) -> Any:
 
 
 def undeploy(name: str) -> None:
-    """End the application `name` and its replicas; nothing happens where it is gone already."""
+    """End the application `name`, its replicas and the HTTP ingress that this process gave it; nothing happens where it is gone already."""
     import ray
     from ray import serve
 
+    listener = LISTENERS.pop(name, None)
+    if listener is not None:
+        listener.close()
     if ray.is_initialized() and name in serve.status().applications:
         serve.delete(name)

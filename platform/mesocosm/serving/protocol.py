@@ -18,7 +18,7 @@ Requests (`op`) and their replies, for B environments:
 
 A request through Serve or its line carries `number` besides, which its reply repeats.
 
-Any reply may be {"error": sentence, "kind": "usage" | "failed"} or, to a step, {"missing": true}: this replica has no such
+Any reply may be {"error": sentence, "kind": "usage" | "failed" | "bug"} or, to a step, {"missing": true}: this replica has no such
 session at that clock, or took another step from there: restore it.
 """
 
@@ -73,16 +73,20 @@ def unpack(data: bytes | bytearray) -> Message:
     try:
         header = json.loads(buffer[8 : 8 + length])
         message: Message = header["values"]
+        if not isinstance(message, dict):
+            raise ValueError(f"its values are a {type(message).__name__}, not an object")
         offset = 8 + length
         for name, code, shape in header["arrays"]:
             dtype: np.dtype[Any] = DTYPES[code]
             count = 1
             for size in shape:
+                if type(size) is not int or size < 0 or not isinstance(name, str):
+                    raise ValueError(f"array {name!r} has the shape {shape!r}")
                 count *= size
             message[name] = np.frombuffer(buffer, dtype, count, offset).reshape(shape)
             offset += count * dtype.itemsize
             offset += -offset % 8
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"a damaged message of {len(buffer)} bytes: {error}") from error
     return message
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serving.config import ServeConfig, check
-from mesocosm.serving.deployment import deploy, undeploy
+from mesocosm.serving.deployment import LISTENERS, deploy, undeploy
 from mesocosm.serving.session import find_world
 from mesocosm.storage import Storage
 from mesocosm.tracking import Run
@@ -33,6 +33,10 @@ def run(config: ServeConfig, run: Run) -> None:
         "  import gymnasium, mesocosm.serving.client\n"
         f'  envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="{world}", app="{config.name}", address="{address}", horizon=200)'
     )
+    listener = LISTENERS.get(config.name)
+    if listener is not None:
+        token = listener.token_source if listener.token_source.startswith("$") else f"$(cat {shlex.quote(listener.token_source)})"
+        run.say(f'Over HTTP, from this machine:\n  curl -H "Authorization: Bearer {token}" {listener.url}/v1/world')
     try:
         while True:
             time.sleep(1.0)
@@ -41,6 +45,8 @@ def run(config: ServeConfig, run: Run) -> None:
                 raise MesocosmError(
                     f"application {config.name!r} is gone ({state.message if state else 'deleted'}); see the replicas' logs, and serve it again"
                 )
+            if listener is not None and not listener.alive:
+                raise MesocosmError(f"the HTTP ingress at {listener.url} has ended; serve the world again")
     except KeyboardInterrupt:
         run.say("ending")
     finally:
@@ -53,4 +59,12 @@ def plan(config: ServeConfig) -> dict[str, Any]:
     if not config.world:
         raise UsageError("serve.world='' names no world; set world=<artifact id>")
     id, folder = find_world(Storage(config.storage.root), config.world)
-    return {"world": id, "path": str(folder), "app": config.name, "replicas": config.replicas, "cpus": config.replicas * config.cpus, "price": 0.0}
+    return {
+        "world": id,
+        "path": str(folder),
+        "app": config.name,
+        "replicas": config.replicas,
+        "cpus": config.replicas * config.cpus,
+        "http": config.http,
+        "price": 0.0,
+    }

@@ -23,6 +23,7 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import Carry, Context, World
+from mesocosm.serving.check import check_begin, check_fields, check_restore, check_step
 from mesocosm.serving.protocol import CONTEXT, Message, get, put
 from mesocosm.storage import Storage
 
@@ -139,10 +140,12 @@ class Sessions:
     def handle(self, request: Message) -> Message:
         """Answer one request. What a user got wrong comes back as {"error", "kind"}; a bug raises."""
         operations = {"describe": self._describe, "begin": self._begin, "step": self._step, "restore": self._restore, "end": self._end}
-        operation = operations.get(request["op"])
+        op = request.get("op")
+        operation = operations.get(op) if isinstance(op, str) else None
         if operation is None:
-            return {"error": f"op={request['op']!r} is unknown, use one of {', '.join(operations)}", "kind": "usage"}
+            return {"error": f"op={op!a:.60} is unknown, use one of {', '.join(operations)}", "kind": "usage"}
         try:
+            check_fields(request)
             with self._lock, torch.inference_mode():
                 return operation(request)
         except MesocosmError as error:
@@ -154,6 +157,7 @@ class Sessions:
 
     def _begin(self, request: Message) -> Message:
         id, world = self.world(request["world"])
+        check_begin(request, world.spec)
         self._sessions.pop(request["replaces"], None)
         seed, episode = request["seed"], request["episode"]
         env = request["first_env"] + np.arange(len(episode))
@@ -168,9 +172,14 @@ class Sessions:
 
     def _restore(self, request: Message) -> Message:
         _, world = self.world(request["world"])
+        check_restore(request, world.spec, world.config.members)
         context = Context.from_numpy({name.removeprefix(CONTEXT): value for name, value in request.items() if name.startswith(CONTEXT)})
         seed, env = request["seed"], request["first_env"] + np.arange(len(context.member))
-        self._keep(request["session"], Session(world, seed, env, Starts(world, seed, env), world.restore(context), context.clock, None))
+        try:
+            carry = world.restore(context)
+        except ValueError as error:
+            raise UsageError(f"request 'restore': {error}; send the steps since the session began") from error
+        self._keep(request["session"], Session(world, seed, env, Starts(world, seed, env), carry, context.clock, None))
         return {"clock": context.clock}
 
     def _step(self, request: Message) -> Message:
@@ -184,6 +193,7 @@ class Sessions:
             return session.reply
         if session.clock != clock:
             return {"missing": True}
+        check_step(request, session.world.spec, len(session.env))
         del self._sessions[name]  # an exception may leave the carry half changed: the session comes back only after a whole step
         reply = self._advance(session, request)
         session.clock, session.reply, session.asked = clock + 1, reply, asked

@@ -1,0 +1,87 @@
+"""Spaces as JSON types: every value of a space is one, what is none is refused, and the JSON Schema says the same."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import schemathesis
+from gymnasium import spaces
+from gymnasium.vector.utils import concatenate, create_empty_array
+from hypothesis import HealthCheck, given, seed, settings
+from pydantic import TypeAdapter, ValidationError
+
+from mesocosm.data.spaces import SpaceCodec
+from mesocosm.serving.schema import json_type, to_batch, to_json
+
+FLOATS = spaces.Box(np.array([[-1, -0.7], [0, -np.inf]], np.float32), np.array([[1, 0.7], [np.inf, 3]], np.float32))
+SPACES: dict[str, spaces.Space[Any]] = {
+    "box": spaces.Box(-1, 1, (2, 3), np.float32),
+    "bounds": FLOATS,
+    "half": spaces.Box(-np.inf, np.inf, (2,), np.float16),
+    "double": spaces.Box(-0.1, np.inf, (1,), np.float64),
+    "scalar": spaces.Box(-0.3, 0.3, (), np.float32),
+    "empty": spaces.Dict({"none": spaces.Box(0, 1, (0,), np.float32), "one": spaces.Discrete(2)}),
+    "bytes": spaces.Box(0, 255, (3,), np.uint8),
+    "longs": spaces.Box(np.iinfo(np.int64).min, np.iinfo(np.int64).max, (2,), np.int64),
+    "flags": spaces.Box(0, 1, (2,), np.bool_),
+    "binary": spaces.MultiBinary((2, 2)),
+    "multi": spaces.MultiDiscrete([[2, 3], [4, 5]], start=[[0, 1], [-2, 0]]),
+    "text": spaces.Text(4, min_length=1, charset='ab"\\]^-é'),
+    "nested": spaces.Dict(
+        {"class": spaces.Tuple([spaces.Discrete(2), spaces.Text(2, charset="x")]), "_id": spaces.Dict({"a b": spaces.Discrete(3, start=-1)})}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_value_is_one(name: str) -> None:
+    """And it comes back with the same bits, in a request and in a reply."""
+    space = SPACES[name]
+    space.seed(0)
+    codec = SpaceCodec(space)
+    for reply in (False, True):
+        adapter = TypeAdapter(list[json_type(space, "Value", reply=reply)])  # type: ignore[misc]
+        values = [space.sample() for _ in range(40)]
+        if name == "longs":
+            values = [value // 2**11 for value in values]
+        batch = concatenate(space, values, create_empty_array(space, len(values)))
+        told = json.loads(json.dumps([to_json(value) for value in codec.unbatch(batch)], allow_nan=False))
+        back = to_batch(space, adapter.validate_python(told))
+        for one, other in zip(codec.encode(back), codec.encode(batch), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_the_schema_says_the_same(name: str) -> None:
+    """What the JSON Schema allows is accepted, and lies in the space."""
+    space = SPACES[name]
+    adapter: TypeAdapter[Any] = TypeAdapter(json_type(space, "Value"))
+    codec = SpaceCodec(space)
+    body = adapter.json_schema(ref_template="#/components/schemas/{model}")
+    components = {"schemas": body.pop("$defs", {})}
+    route = {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}, "responses": {"200": {"description": "ok"}}}
+    facts = {"openapi": "3.1.0", "info": {"title": "x", "version": "0"}, "paths": {"/x": {"post": route}}, "components": components}
+    operation = schemathesis.openapi.from_dict(facts)["/x"]["POST"]
+
+    @seed(0)
+    @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(operation.as_strategy())
+    def accepted(case: Any) -> None:
+        numbers, _ = codec.encode(to_batch(space, [adapter.validate_python(case.body)]))
+        assert np.isfinite(numbers).all()
+
+    accepted()
+
+
+def test_bounds() -> None:
+    """0.7 is within a float32 bound of 0.7, which is a little less; a reply may leave the bounds, and what is not finite is null."""
+    adapter: TypeAdapter[Any] = TypeAdapter(json_type(FLOATS, "Value"))
+    assert adapter.validate_python([[1, 0.7], [3.4e38, 3]])
+    for wrong in ([[1, 0.7000001], [0, 0]], [[1, 0], [-0.1, 0]], [[1, 0], [3.5e38, 0]], [[1, 0], [0, "nan"]], [[1, 0]], [1, 0, 0, 0]):
+        with pytest.raises(ValidationError):
+            adapter.validate_python(wrong)
+    assert TypeAdapter(json_type(FLOATS, "Value", reply=True)).validate_python([[5, None], [-1, 4]])
+    assert to_json(np.array([[1, np.nan], [np.inf, 0]], np.float32)) == [[1, None], [None, 0]]
