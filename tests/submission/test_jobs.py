@@ -88,7 +88,7 @@ def test_a_stopped_training_has_its_checkpoint_and_goes_on(cluster: Cluster, col
     training = ("pretrain", f"data.datasets=[{data}]", *small, "train.steps=100000", "train.checkpoint_every=1000000")
     first = submit(cluster, *training)
     storage, end = Storage(str(cluster.root)), time.monotonic() + 240
-    while " step" not in (status(cluster, first["id"])["progress"] or ""):
+    while "loss" not in (status(cluster, first["id"])["progress"] or ""):
         assert time.monotonic() < end
         time.sleep(2)
     attached = submit(cluster, *training)

@@ -97,12 +97,15 @@ def _train(work: Work, config: PretrainConfig, run: tracking.Run, dataset: Datas
     feed.clear()
     trainer = _trainer(work, config, run.storage, gpus)
     errors: list[BaseException] = []
+    ended = threading.Event()  # an interrupted Thread.join takes the thread for ended (CPython 3.11)
 
     def fit() -> None:
         try:
             trainer.fit()
         except BaseException as error:
             errors.append(error)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     failed: str | None = None
@@ -112,8 +115,7 @@ def _train(work: Work, config: PretrainConfig, run: tracking.Run, dataset: Datas
             prepare.while_workers_start(run.storage, folder, dataset, codec, work.model, work.train, work.seed)
             alive = True
             while alive and failed is None:
-                thread.join(0.2)
-                alive = thread.is_alive()
+                alive = not ended.wait(0.2)
                 for record in feed.take():
                     failed = record.get("failed", failed)
                     if "step" in record:
@@ -124,7 +126,8 @@ def _train(work: Work, config: PretrainConfig, run: tracking.Run, dataset: Datas
             feed.stop("the driver was interrupted")
             raise
         finally:
-            thread.join(60)
+            if thread.ident is not None:  # the workers keep a checkpoint before they end
+                ended.wait(config.stop.grace_s)
     if failed is not None:
         raise MesocosmError(failed)
     if errors:
