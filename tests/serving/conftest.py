@@ -1,22 +1,26 @@
-"""Untrained worlds over any spaces: a protocol does not ask whether a world is good."""
+"""Untrained worlds over any spaces: a protocol does not ask whether a world is good. One of them behind an HTTP ingress."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
+import requests
 import torch
 from gymnasium import spaces
 
+from mesocosm.config import StorageConfig
 from mesocosm.data.codec import Codec, Scaling
 from mesocosm.data.spaces import SpaceCodec
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import build
 from mesocosm.model.world import World
+from mesocosm.serving.config import ServeConfig
+from mesocosm.serving.deployment import LISTENERS, deploy, undeploy
 from mesocosm.storage import Artifact, Storage
 
 Space = gymnasium.Space[Any]
@@ -69,3 +73,59 @@ def store(root: str) -> Callable[[str, World], Artifact]:
         return Storage(root).make("worlds", id, {}, world.save)
 
     return commit
+
+
+TOKEN = "planted-token-4f1c9a0b7d"
+OBSERVATION = spaces.Dict(
+    {
+        "place": spaces.Box(-np.inf, np.inf, (2,), np.float32),
+        "room": spaces.Discrete(4, start=1),
+        "say": spaces.Text(4, min_length=0, charset='a"\\]'),
+        "pair": spaces.Tuple([spaces.Box(-5, 5, (2, 1), np.int64), spaces.MultiBinary(2)]),
+    }
+)
+ACTION = spaces.Dict(
+    {
+        "push": spaces.Box(np.array([-1, -0.7], np.float32), np.array([1, 0.7], np.float32)),
+        "turn": spaces.Discrete(3, start=-1),
+        "hands": spaces.MultiDiscrete([2, 3]),
+        "say": spaces.Text(3, charset="ab-"),
+    }
+)
+
+
+class Client:
+    """Of an ingress, with a token."""
+
+    token = TOKEN
+
+    def __init__(self, url: str, token: str = TOKEN):
+        self.url = url
+        self.session = requests.Session()
+        self.session.headers["Authorization"] = f"Bearer {token}"
+
+    def __call__(self, method: str, path: str, **arguments: Any) -> requests.Response:
+        return self.session.request(method, self.url + path, timeout=90, **arguments)
+
+    def begin(self, num_envs: int = 1, seed: int = 0) -> str:
+        reply = self("POST", "/v1/reset", json={"num_envs": num_envs, "seed": seed})
+        assert reply.status_code == 200, reply.text
+        return str(reply.json()["session"])
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A storage root with the world `rich`."""
+    root = str(tmp_path_factory.mktemp("ingress"))
+    Storage(root).make("worlds", "rich", {}, untrained(OBSERVATION, ACTION, "sequence", task=("room",), terminal=0.1).save)
+    return root
+
+
+@pytest.fixture(scope="module")
+def client(rich: str, ray_local: None) -> Iterator[Client]:
+    """Of two replicas behind an ingress on a free port."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MESOCOSM_WORLD_TOKEN", TOKEN)
+        deploy(ServeConfig(world="rich", name="web", replicas=2, cpus=0.5, http=0, storage=StorageConfig(rich)))
+        yield Client(LISTENERS["web"].url)
+    undeploy("web")

@@ -70,6 +70,8 @@ def unpack(data: bytes | bytearray) -> Message:
         raise ValueError(f"not a message of this protocol: it begins with {bytes(data[:4])!r} instead of {MAGIC!r}")
     buffer = data if isinstance(data, bytearray) else bytearray(data)
     (length,) = struct.unpack_from("<I", buffer, 4)
+    if 8 + length > len(buffer):
+        raise ValueError(f"a damaged message of {len(buffer)} bytes: its header alone is {length}")
     try:
         header = json.loads(buffer[8 : 8 + length])
         message: Message = header["values"]
