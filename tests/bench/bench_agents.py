@@ -35,6 +35,7 @@ matplotlib.use("svg")
 import peers
 from bench_world import HERE, ROOT, commit
 from matplotlib import pyplot
+from matplotlib.ticker import NullFormatter
 
 from mesocosm import cluster, config, loop, tracking
 from mesocosm.agents import baseline
@@ -260,6 +261,7 @@ def plot(results: dict[str, Any]) -> None:
         axis.set(xscale="log", title=f"{env}, target {task.target:g}")
         axis.legend(frameon=False, fontsize=8, loc="best")
         axis.set_xlim(left=300)
+        axis.xaxis.set_minor_formatter(NullFormatter())
     figure.supxlabel("real steps trained on")
     figure.supylabel("mean return of greedy real episodes")
     PLOT.parent.mkdir(parents=True, exist_ok=True)
