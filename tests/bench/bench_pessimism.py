@@ -5,8 +5,8 @@
 For each task and seed one world is trained on 500 random real steps (Reacher-v5: 1000), as configs/loop has it. In that world (or, where the variant
 says members or base, in one of its own on the same steps) an agent is trained for each of the variants below, with everything else as shipped, and
 judged by 10 greedy real episodes (Reacher-v5: 50). PLAIN variants are the last policy of their training, the others the best of it by imagined
-return. The default penalty is 0.3, and configs/loop/reacher.yaml's 0.02. A cell is one agent. Cells lie in tests/bench/results/bench_pessimism.json with commit and command and are never run twice;
---minutes stops after the cell in which they ran out.
+return. The default penalty is 0.3, and 0.02 that of configs/loop/reacher.yaml. A cell is one agent. Cells lie in
+tests/bench/results/bench_pessimism.json with commit and command and are never run twice; --minutes stops after the cell in which they ran out.
 """
 
 from __future__ import annotations
