@@ -77,7 +77,9 @@ class Shipper:
         """What the driver printed, from the file that Ray made its standard output."""
         if self._submitted:
             with contextlib.suppress(OSError):
-                shutil.copyfile(os.path.realpath("/proc/self/fd/1"), self._folder / DRIVER_LOG)
+                said, kept = Path(os.path.realpath("/proc/self/fd/1")), self._folder / DRIVER_LOG
+                if not kept.exists() or kept.stat().st_size != said.stat().st_size:
+                    shutil.copyfile(said, kept)
 
     def _files(self) -> list[Path]:
         return [path for path in sorted(self._folder.iterdir()) if path.is_file() and path.suffix != ".tmp"] if self._storage.remote else []

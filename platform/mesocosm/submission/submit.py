@@ -63,7 +63,6 @@ def submit(cluster_name: str, job: str, module: Any, given: JobConfig, asked: As
         refuse(cluster_name, cluster, found)
         _agree(cluster_name, cluster, found, frozen, asked)
         id = f"{frozen.id}-{attempt + 1}"
-        records.keep(Record(id, job, cluster_name, frozen.config.storage.root, time.time()))
         wait = str(int(given.stop.grace_s + TAKEN_BY_RAY))
         told = {JOB: id, "RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": wait}  # else Ray blocks SIGINT in what it starts
         env = {"working_dir": folder, "env_vars": told}
@@ -192,4 +191,4 @@ def follow(remote: Remote, id: str, tell: Callable[[str], None]) -> str:
             said = len(text)
         if state is None or state in OVER:
             return state or "UNKNOWN"
-        time.sleep(1.0)
+        time.sleep(max(1.0, said / 1e6))  # Ray gives the whole of it each time
