@@ -44,7 +44,7 @@ class Remote:
         if bare.status_code == 200 and not insecure:
             raise UsageError(
                 f"cluster {name!r}: {self.address} answers without a token, so anybody who reaches it may run code there; start it with RAY_AUTH_MODE=token "
-                "(docs/security.md), or give --insecure"
+                "(docs/clusters.md), or give --insecure"
             )
         if self.guarded:
             headers = {"Authorization": f"Bearer {self._token()}"}
