@@ -114,7 +114,7 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
         _show(module.plan(loaded), options.json)
         return 0
     if options.cluster is not None:
-        return _submit(module, loaded, options)
+        return _submit(loaded, options)
     from mesocosm import tracking
     from mesocosm.shipping import JOB
 
@@ -132,12 +132,12 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     return 0
 
 
-def _submit(module: Any, loaded: config.JobConfig, options: argparse.Namespace) -> int:
+def _submit(loaded: config.JobConfig, options: argparse.Namespace) -> int:
     """`JOB ... --cluster NAME`: exit status 0 where it was submitted, runs or has succeeded; with --follow 1 where it did not."""
     from mesocosm.submission.submit import Asked, submit
 
     asked = Asked(follow=options.follow, yes=options.yes, insecure=options.insecure, as_json=options.json)
-    found = submit(options.cluster, options.command, module, loaded, asked)
+    found = submit(options.cluster, options.command, loaded, asked)
     if options.json:
         _show(found, as_json=True)
     return 1 if options.follow and found["state"] != "SUCCEEDED" else 0

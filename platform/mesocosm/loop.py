@@ -284,7 +284,7 @@ class _Loop:
 
     def _evaluate(self, round: int, world: Artifact, agent: Artifact) -> Artifact:
         block, data = self.cfg.evaluate, [self.run.storage.artifact("datasets", id) for id in self.inputs["datasets"]]
-        if suite.compares(block) and panel.collected(agent.name, self.run.storage, data) is not None:
+        if block.compares and panel.collected(agent.name, self.run.storage, data) is not None:
             self.run.say(f"  {agent.name}, which was kept, collected some of this world's data: it is judged, and no policies are compared with it")
             block = replace(block, policies=[], graded=0, adversary=0)
         config = replace(_fill(block, self.cfg, round), world=world.id, agent=agent.id, ledger=self.ledger_id)

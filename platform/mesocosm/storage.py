@@ -195,7 +195,7 @@ class Storage:
         return found
 
     def _commit(self, kind: str, id: str, folder: Path, meta: dict[str, Any], force: bool) -> None:
-        files = {str(p.relative_to(folder)): {"sha256": _sha256(p), "bytes": p.stat().st_size} for p in sorted(folder.rglob("*")) if p.is_file()}
+        files = {str(p.relative_to(folder)): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in sorted(folder.rglob("*")) if p.is_file()}
         commit = {"schema": SCHEMA, "kind": kind, "id": id, "code": __version__, "created": datetime.now(UTC).isoformat(), "files": files, "meta": meta}
         target = self._path(kind, id)
         if self.remote:
@@ -239,12 +239,12 @@ class Storage:
         local = Path(self._path(kind, id)) if not self.remote else self.local_path("cache", kind, id)
         for name, entry in commit["files"].items():
             path = local / name
-            if self.remote and (not path.exists() or _sha256(path) != entry["sha256"]):
+            if self.remote and (not path.exists() or sha256(path) != entry["sha256"]):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
                 self.fs.get_file(self._path(kind, id, commit["folder"], name), str(temporary))
                 os.replace(temporary, path)
-            if not path.exists() or _sha256(path) != entry["sha256"]:
+            if not path.exists() or sha256(path) != entry["sha256"]:
                 raise ArtifactError(
                     f"{kind}/{id}: file {name!r} is missing or damaged (checksum differs); make it again with --force, or restore it from a copy"
                 )
@@ -266,7 +266,8 @@ def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:5]) + (" and others" if len(ids) > 5 else "") if ids else "none yet"
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, in hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -50,6 +50,11 @@ class EvaluateConfig(JobConfig):
     ledger: str | None = None
     """The ledger that counts the real steps; None is one named as the evaluation."""
 
+    @property
+    def compares(self) -> bool:
+        """Whether values of policies in the world are compared with reality's."""
+        return bool(self.policies or self.graded or self.adversary)
+
     def validate(self) -> None:
         """Raises UsageError naming the key, its value and the fix. Looks at nothing but the config."""
         if not self.world:
@@ -62,7 +67,7 @@ class EvaluateConfig(JobConfig):
                 raise UsageError(f"{key}={getattr(self, key)} must be at least 0; 0 leaves it out")
             if getattr(self, key) and self.agent is None:
                 raise UsageError(f"{key}={getattr(self, key)} needs an agent; set agent, or {key}=0")
-        for key, judged in (("episodes", self.agent is not None), ("policy_episodes", bool(self.policies or self.graded or self.adversary))):
+        for key, judged in (("episodes", self.agent is not None), ("policy_episodes", self.compares)):
             if judged and getattr(self, key) < 2:
                 raise UsageError(f"{key}={getattr(self, key)} gives no interval; judge by at least 2 episodes")
         if self.policies:

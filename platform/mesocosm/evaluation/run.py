@@ -37,7 +37,7 @@ def plan(cfg: EvaluateConfig) -> dict[str, Any]:
     world = storage.artifact("worlds", cfg.world)
     horizons = [*cfg.horizons, *(["full"] if cfg.full else [])]
     facts: dict[str, Any] = {"world": world.name, "horizons": horizons}
-    if cfg.agent is None and not suite.compares(cfg):
+    if cfg.agent is None and not cfg.compares:
         return facts | {"real steps": 0}
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
     cfg = replace(cfg, reality=reality_of(cfg.reality, codec))
@@ -61,7 +61,7 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     codec = codec_of(world)
     check_dataset(dataset, codec)
     policy, plan = None, None
-    if trained is not None or suite.compares(cfg):
+    if trained is not None or cfg.compares:
         cfg = replace(cfg, reality=reality_of(cfg.reality, codec))
         policy = None if trained is None else Policy.load(trained.path)
         plan = suite.prepare(cfg, storage, made, codec, trained)
@@ -129,7 +129,8 @@ def _ledger(cfg: EvaluateConfig, storage: Storage, id: str, plan: suite.Prepared
             f"raise it to {spent + most}"
         )
     bound = cfg.judge_steps if cfg.ledger is None else spent + cfg.judge_steps
-    return Ledger(storage, ledger.id, cfg.reality.budget, cfg.reality.price, {"judge": bound})
+    ledger.bounds["judge"] = bound
+    return ledger
 
 
 def _report(

@@ -59,13 +59,9 @@ class Prepared:
     most_episodes: int
 
 
-def compares(cfg: EvaluateConfig) -> bool:
-    return bool(cfg.policies or cfg.graded or cfg.adversary)
-
-
 def most_episodes(cfg: EvaluateConfig, own: int) -> tuple[int, int]:
     """(policies, real episodes) that will be judged, at most; `own`: the agent and its snapshots, 0 without an agent."""
-    policies = len(cfg.policies) + own + cfg.graded + bool(cfg.adversary) if compares(cfg) else 0
+    policies = len(cfg.policies) + own + cfg.graded + bool(cfg.adversary) if cfg.compares else 0
     return policies, (cfg.episodes if own else 0) + policies * cfg.policy_episodes
 
 
@@ -98,7 +94,7 @@ def prepare(cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec
     for candidate in [*candidates, *mine]:
         check_spaces(candidate.policy, facts, cfg.reality)
     check_steps(cfg, len(mine), limit)
-    if compares(cfg):
+    if cfg.compares:
         candidates += mine
         panel.held_out([*refs, *([] if agent is None else [agent.name])], storage, data)
         most = sum(candidate.held_out for candidate in candidates) + cfg.graded + bool(cfg.adversary)
@@ -117,7 +113,7 @@ def run(
         starts = task_distribution(world, dataset, seed=cfg.seed, more=None if judged is None else starts_of(world, judged.episodes))
         update(1, "" if starts.auc is None else f"AUC {starts.auc:.2f}")
     found: dict[str, Any] = {"starts": starts.to_json()}
-    if plan is None or ledger is None or not compares(cfg):
+    if plan is None or ledger is None or not cfg.compares:
         return found
     with run.progress("policy value", plan.most_policies) as update:
         values = policy_value(

@@ -12,7 +12,6 @@ are pickles, loaded only from there, after their checksums.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.storage import Storage
+from mesocosm.storage import Storage, sha256
 
 TAG = "ds"
 UNIVERSAL = "universal"
@@ -118,7 +117,7 @@ def save_final(weights: dict[str, torch.Tensor] | None, progress: Progress, rank
 def _seal(folder: Path, progress: Progress, rank: int) -> Path:
     if rank == 0:
         (folder / PROGRESS).write_text(json.dumps(asdict(progress)))
-    sums = {str(path.relative_to(folder)): _sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    sums = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
     (folder / _record(rank)).write_text(json.dumps(sums))
     return folder
 
@@ -139,7 +138,7 @@ def verify(folder: Path) -> None:
             name = _record(rank)
             sums = json.loads((folder / name).read_text())
             for file, expected in sums.items():
-                if not (folder / file).exists() or _sha256(folder / file) != expected:
+                if not (folder / file).exists() or sha256(folder / file) != expected:
                     raise damaged(file)
     except (OSError, ValueError, TypeError) as error:
         raise damaged(name) from error
@@ -176,8 +175,3 @@ def to_universal(folder: Path, target: Path) -> None:
     options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True, "inject_missing_state": True}
     ds_to_universal.main(Namespace(input_folder=str(folder / "ds" / TAG), output_folder=str(target / UNIVERSAL), **options))
     (target / "latest_universal").write_text(UNIVERSAL)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,7 +7,6 @@ mesocosm/        this package, which stands before whatever the cluster has inst
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from mesocosm import config
 from mesocosm.clusters import ClusterConfig
 from mesocosm.config import JobConfig, fingerprint, to_dict, to_yaml
 from mesocosm.errors import UsageError
+from mesocosm.storage import sha256
 
 CONFIG = "config.yaml"
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -84,7 +84,7 @@ def freeze(job: str, given: JobConfig, cluster: ClusterConfig, folder: Path | No
             f"the files of {str(folder)!r} are {total / 2**20:.0f} MiB, and Ray's Jobs API takes {LIMIT >> 20}: the largest are {named}; "
             "submit from a folder that holds your code alone, or let git ignore them"
         )
-    what = {"job": job, "config": config.to_dict(own), "files": {name: _sha256(path) for name, path in sorted(files.items())}}
+    what = {"job": job, "config": config.to_dict(own), "files": {name: sha256(path) for name, path in sorted(files.items())}}
     return Frozen(job, f"{job}-{fingerprint('submission', what)[:10]}", own, files)
 
 
@@ -112,8 +112,3 @@ def _strings(value: Any, prefix: str = "") -> list[tuple[str, str]]:
     if isinstance(value, list):
         return [found for i, item in enumerate(value) for found in _strings(item, f"{prefix}[{i}]")]
     return [(prefix, value)] if isinstance(value, str) else []
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mesocosm.errors import UsageError, nearest
+from mesocosm.mirror import write_whole
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,7 @@ def folder() -> Path:
 
 def keep(record: Record) -> None:
     folder().mkdir(parents=True, exist_ok=True)
-    path = folder() / f"{record.id}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(record)))
-    os.replace(temporary, path)
+    write_whole(folder() / f"{record.id}.json", json.dumps(asdict(record)))
 
 
 def every() -> list[Record]:

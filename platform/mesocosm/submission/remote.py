@@ -19,6 +19,11 @@ STARTING = 60.0
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
+def state_of(details: Any) -> str:
+    """Ray's word for the state of a job."""
+    return str(details.status.value)
+
+
 class Remote:
     """The Jobs API of the cluster `name`.
 
@@ -69,7 +74,7 @@ class Remote:
         """Whatever Ray's client and requests raise, as one sentence."""
         try:
             yield
-        except (UsageError, MesocosmError):
+        except MesocosmError:
             raise
         except Exception as error:
             raise MesocosmError(f"cluster {self.name!r}: {' '.join(str(error).split())[:300]}") from error
@@ -96,7 +101,7 @@ class Remote:
 
     def state(self, id: str) -> str | None:
         found = self.details(id)
-        return None if found is None else str(found.status.value if hasattr(found.status, "value") else found.status)
+        return None if found is None else state_of(found)
 
     def logs(self, id: str) -> str:
         with self._said():

@@ -27,7 +27,7 @@ from mesocosm.submission import records
 from mesocosm.submission.freeze import CONFIG, Frozen, freeze
 from mesocosm.submission.probe import MARK
 from mesocosm.submission.records import Record
-from mesocosm.submission.remote import OVER, Remote
+from mesocosm.submission.remote import OVER, Remote, state_of
 from mesocosm.tracking import console
 
 PROBED = 180.0
@@ -45,7 +45,7 @@ class Asked:
     as_json: bool
 
 
-def submit(cluster_name: str, job: str, module: Any, given: JobConfig, asked: Asked) -> dict[str, Any]:
+def submit(cluster_name: str, job: str, given: JobConfig, asked: Asked) -> dict[str, Any]:
     """{"id", "cluster", "state", "attached", "commands"}. Raises UsageError before anything is sent, and where the cluster cannot run the job."""
     cluster = clusters.read(cluster_name)
     remote = Remote(cluster_name, cluster, insecure=asked.insecure)
@@ -75,7 +75,7 @@ def last_attempt(remote: Remote, id: str) -> tuple[str | None, int]:
     known = {int(match[1]): job for job in remote.list() if (match := re.fullmatch(rf"{re.escape(id)}-(\d+)", job.submission_id))}
     if not known:
         return None, 0
-    return str(known[max(known)].status.value), max(known)
+    return state_of(known[max(known)]), max(known)
 
 
 def probe(remote: Remote, folder: str, job: str | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from mesocosm.shipping import DRIVER_LOG, STOP
 from mesocosm.storage import Storage
 from mesocosm.submission import records
 from mesocosm.submission.records import Record
-from mesocosm.submission.remote import Remote
+from mesocosm.submission.remote import Remote, state_of
 
 RAYS_OWN = 45.0
 """Seconds that Ray may take to end what it was told to stop, beside the grace."""
@@ -77,7 +77,7 @@ def _row(record: Record, details: Any | None) -> dict[str, Any]:
     began = details.start_time / 1000 if details is not None and details.start_time else (own or {}).get("started") or record.submitted
     progress = (own or {}).get("progress")
     ended = ENDED.get(str((own or {}).get("state")))
-    state = str(details.status.value) if details is not None else ended or "UNKNOWN"
+    state = state_of(details) if details is not None else ended or "UNKNOWN"
     if state == "FAILED" and ended == "STOPPED":  # a driver that ends by itself when it is asked to has failed in Ray's eyes
         state = ended
     return {
