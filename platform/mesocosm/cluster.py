@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import NoReturn
 
 from mesocosm.config import RayConfig
 from mesocosm.errors import MesocosmError, UsageError
@@ -103,6 +104,15 @@ def preflight(*, what: str, cpus: float = 0, gpus: float = 0) -> None:
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         if need > have.get(name, 0):
             raise UsageError(f"{what} asks for {need:g} {name}s and the cluster has {have.get(name, 0):g}; lower it, or use a larger cluster")
+
+
+def stuck(what: str) -> NoReturn:
+    """Raise MesocosmError: `what` waits for resources, of which the error says what the cluster has."""
+    import ray
+
+    have, free = ray.cluster_resources(), ray.available_resources()
+    told = ", ".join(f"{free.get(name, 0):g} of {have[name]:g} {name}s free" for name in ("CPU", "GPU") if name in have) or "no CPU at all"
+    raise MesocosmError(f"{what}: the cluster has {told}; bring its nodes back or free some, and run the same command again to go on")
 
 
 def shutdown() -> None:

@@ -41,15 +41,17 @@ def test_predictions_and_their_interval(law: Law) -> None:
         law.predict(1e4, -1)
 
 
-@pytest.mark.parametrize(("k", "p", "q"), [(6.0, 1.0, 1.0), (40.0, 0.9, 1.0), (3.0, 1.1, 0.95)])
-def test_the_optimum_is_where_no_other_size_is_better(k: float, p: float, q: float) -> None:
-    flops = Flops(source="table", k=k, p=p, q=q, max_rel_residual=0.0)
-    found = {name: value.item() for name, value in optimal_of(theta_of("chinchilla", TRUTH), flops).items()}
+@pytest.mark.parametrize("repeats", [{}, {"r_n": 0.5, "r_d": 9.0}, {"r_n": 5.0, "r_d": 9.0}], ids=["fresh", "r_n=0.5", "r_n=5"])
+@pytest.mark.parametrize(("k", "p", "q"), [(6.0, 1.0, 1.0), (40.0, 0.9, 1.0), (295.0, 0.76, 1.0), (3.0, 1.1, 0.95)])
+def test_the_optimum_is_where_no_other_size_is_better(k: float, p: float, q: float, repeats: dict[str, float]) -> None:
+    flops, truth = Flops(source="table", k=k, p=p, q=q, max_rel_residual=0.0), TRUTH | repeats
+    form = "data_constrained" if repeats else "chinchilla"
+    found = {name: value.item() for name, value in optimal_of(theta_of(form, truth), flops).items()}
     for budget in (1e9, 1e12, 1e15):
         n, d = found["kN"] * budget ** found["a"], found["kD"] * budget ** found["b"]
         assert k * n**p * d**q == pytest.approx(budget, rel=1e-9)
         other = n * np.geomspace(0.5, 2, 41)
-        losses = loss(other, (budget / k / other**p) ** (1 / q))
+        losses = loss(other, (budget / k / other**p) ** (1 / q), truth)
         assert np.argmin(losses) == 20
     if (p, q) == (1, 1):
         assert found["a"] == pytest.approx(TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]))

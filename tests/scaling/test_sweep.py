@@ -131,6 +131,17 @@ def test_a_process_that_dies_before_it_answers_is_told_of(whole: tuple[SweepConf
     assert len(heard) == 2
 
 
+def test_trials_that_nothing_can_run_do_not_wait_for_ever(whole: tuple[SweepConfig, Artifact, tracking.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where nodes leave after the preflight."""
+    from ray import tune
+
+    monkeypatch.setattr(sweep, "PATIENCE", 3.0)
+    began = time.monotonic()
+    with pytest.raises(MesocosmError, match=r"2 of 2 trunks have waited 3 s for 2 lanes and none runs: the cluster has .* CPUs free.*run the same command again"):
+        sweep._tuned(tune.with_resources(lambda config: None, {"CPU": 1000}), ["a", "b"], 2, whole[2], "trunks", print)
+    assert time.monotonic() - began < 60
+
+
 def test_more_than_the_cluster_has_is_refused(tmp_path: Path, cart_root: Make, sweep_of: Make) -> None:
     root = cart_root(tmp_path)
     with pytest.raises(UsageError, match=r"concurrent=6 asks for 6 CPUs and the cluster has 4"):

@@ -343,13 +343,13 @@ def _held_out(form: Form, table: Table, starts: Array, *, drop_outliers: bool) -
     below, above = table.take(split[0]), table.take(split[1])
     if drop_outliers:
         below = below.take(np.setdiff1d(np.arange(len(below)), _outliers(_best(form, below, starts))))
-    largest = np.flatnonzero(below.params == below.params.max())
-    most = largest[below.data[largest] == below.data[largest].max()]
-    errors = {
-        "law": _errors(form, _best(form, below, starts).theta, above),
-        "power_law": _errors(form, _best(form, below, starts, without_e=True).theta, above),
-        "last_size": _of(np.full(len(above), below.loss[most].mean()), above.loss),
+    size = below.params == below.params.max()
+    foretold = {
+        "law": _foretold(form, _best(form, below, starts), above),
+        "power_law": _foretold(form, _best(form, below, starts, without_e=True), above),
+        "last_size": np.full(len(above), below.loss[size & (below.data == below.data[size].max())].mean()),
     }
+    errors = {name: _errors(predicted, above.loss, float(np.ptp(table.loss))) for name, predicted in foretold.items()}
     ours, baselines = errors["law"], {name: found for name, found in errors.items() if name != "law"}
     better = [name for name, found in baselines.items() if found.mean_rel_error < ours.mean_rel_error]
     notes = []
@@ -363,8 +363,7 @@ def _held_out(form: Form, table: Table, starts: Array, *, drop_outliers: bool) -
             )
         ]
     held = HeldOut(
-        mean_rel_error=ours.mean_rel_error,
-        max_rel_error=ours.max_rel_error,
+        **ours.model_dump(),
         n_cells=len(above),
         n_fitted=len(below),
         min_flops=float(above.flops.min()),
@@ -375,13 +374,14 @@ def _held_out(form: Form, table: Table, starts: Array, *, drop_outliers: bool) -
     return held, notes
 
 
-def _errors(form: Form, theta: Array, table: Table) -> Errors:
-    return _of(np.exp(form.log_loss(theta[None], table.cells())[0]), table.loss)
+def _foretold(form: Form, law: _Fit, table: Table) -> Array:
+    return np.exp(form.log_loss(law.theta[None], table.cells())[0])
 
 
-def _of(predicted: Array, measured: Array) -> Errors:
-    error = np.abs(predicted / measured - 1)
-    return Errors(mean_rel_error=float(error.mean()), max_rel_error=float(error.max()))
+def _errors(predicted: Array, measured: Array, span: float) -> Errors:
+    error = np.abs(predicted - measured)
+    relative = error / measured
+    return Errors(mean_rel_error=float(relative.mean()), max_rel_error=float(relative.max()), mean_error_of_span=float(error.mean()) / span)
 
 
 def _correlation(x: Array, y: Array) -> float | None:

@@ -64,6 +64,8 @@ class Errors(_Part):
 
     mean_rel_error: float
     max_rel_error: float
+    mean_error_of_span: float
+    """Mean of |predicted - measured| over what the table's losses span: a discretised likelihood has a constant of its own, which flatters relative errors."""
 
 
 class HeldOut(Errors):
@@ -252,17 +254,37 @@ def params_of(form: str, theta: Array) -> dict[str, Array]:
 def optimal_of(theta: Array, flops: Flops) -> dict[str, Array]:
     """a, b, kN, kD, each [m], of the least E + A/N^alpha + B/D^beta with k N^p D^q = C.
 
-    Where alpha A / (p N^alpha) = beta B / (q D^beta): D = G N^(alpha/beta), so that N = (C / (k G^q))^a with a = beta / (p beta + q alpha). With
-    6 N D these are the closed forms of Hoffmann et al., a = beta/(alpha+beta).
+    Of fresh data a size is worth rho = N / N_opt(D) times g of N_opt(D), the size for which D is the optimum at 6 N D, where
+    alpha A / N_opt^alpha = beta B / D^beta; g(rho) is rho, or saturates above 1 with r_n of the data-constrained form (`forms._Effective`). Then the loss
+    above E is proportional to D^-beta (1 + beta/alpha g^-alpha) and C to rho^p D^(p beta/alpha + q), so that the best rho is the same for every C:
+    (q/p)^(1/alpha) where nothing saturates, 1 where C = k N D. So N_opt and D_opt are powers, a = beta / (p beta + q alpha), b = alpha / (p beta + q alpha);
+    with 6 N D they are the closed forms of Hoffmann et al.
     """
     a0, b0, alpha, beta = theta[:, 1], theta[:, 2], theta[:, 3], theta[:, 4]
     with np.errstate(all="ignore"):
-        log_g = (np.log(beta / alpha) + b0 - a0 + math.log(flops.p / flops.q)) / beta
+        log_rho = math.log(flops.q / flops.p) / alpha
+        if theta.shape[1] == 7 and flops.q > flops.p:
+            log_rho = _saturating(theta, flops, log_rho)
+        log_n = log_rho + (np.log(alpha / beta) + a0 - b0) / alpha  # of the N that goes with D = 1
         a = beta / (flops.p * beta + flops.q * alpha)
         b = alpha / (flops.p * beta + flops.q * alpha)
-        log_kn = -a * (math.log(flops.k) + flops.q * log_g)
-        log_kd = log_g + alpha / beta * log_kn
+        log_kd = -b * (math.log(flops.k) + flops.p * log_n)
+        log_kn = log_n + beta / alpha * log_kd
         return {"a": a, "b": b, "kN": np.exp(np.clip(log_kn, -700, 700)), "kD": np.exp(np.clip(log_kd, -700, 700))}
+
+
+def _saturating(theta: Array, flops: Flops, most: Array) -> Array:
+    """The best log rho [m] of `optimal_of`, between 0 and where it would be if g(rho) were rho, by three grids."""
+    alpha, beta, r = theta[:, 3, None], theta[:, 4, None], np.exp(np.clip(theta[:, 5, None], *LOG_R))
+    low, high = np.zeros(len(theta)), np.where(np.isfinite(most), most, 0.0)
+    rows = np.arange(len(theta))
+    for _ in range(4):
+        at = np.linspace(low, high, 65, axis=1)
+        log_g = np.log1p(r * -np.expm1(-np.expm1(at) / r))
+        loss = flops.p * beta * alpha / (flops.p * beta + flops.q * alpha) * at + np.log1p(beta / alpha * np.exp(-alpha * log_g))
+        best = loss.argmin(1)
+        low, high = at[rows, np.maximum(best - 1, 0)], at[rows, np.minimum(best + 1, 64)]
+    return at[rows, best]
 
 
 def _predict(form: str, params: Mapping[str, ArrayLike], size: ArrayLike, data: ArrayLike, unique: ArrayLike | None) -> Array:

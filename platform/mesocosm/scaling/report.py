@@ -48,11 +48,11 @@ def said(law: Law) -> list[Any]:
         held = law.held_out
         above = f"{held.min_flops / held.max_fitted_flops:.3g} times the compute of the {held.n_fitted} that were fitted for this"
         test = Rows(title=f"{held.n_cells} held-out cells, {above}", title_justify="left")
-        for name in ("", "mean relative error", "largest"):
+        for name in ("", "mean relative error", "largest", "of span"):
             test.add_column(name, justify="left" if not name else "right")
         named = {"the law": held, "a power law without E": held.baselines["power_law"], "the last size's constant": held.baselines["last_size"]}
         for name, errors in named.items():
-            test.add_row(name, f"{errors.mean_rel_error:.2%}", f"{errors.max_rel_error:.2%}")
+            test.add_row(name, f"{errors.mean_rel_error:.2%}", f"{errors.max_rel_error:.2%}", f"{errors.mean_error_of_span:.1%}")
         out.append(test)
     return out + [f"[bold]{note.code}[/]  {escape(note.sentence)}" for note in law.warnings]
 

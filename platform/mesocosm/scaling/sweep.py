@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,8 @@ from mesocosm.storage import Artifact, Storage
 __all__ = ["SweepConfig", "plan", "run"]
 
 TABLE, SUMMARY, LAW, PLOT = "table.csv", "summary.json", "law.json", "loss.svg"
+PATIENCE = 900.0
+"""Seconds for which trials may wait while none runs: nodes have left, and an autoscaler has had time to bring others."""
 
 
 def plan(config: SweepConfig) -> dict[str, Any]:
@@ -129,6 +132,8 @@ def _train(config: SweepConfig, run: tracking.Run, grid: Grid, missing: Sequence
     heard: set[str] = set()
 
     def hear(outcome: Outcome) -> None:
+        if not heard:  # once the trials are under way, what the end needs is imported: a second or two
+            threading.Thread(target=importlib.import_module, args=("mesocosm.scaling.report",), daemon=True).start()
         heard.add(outcome.cell)
         board.add(outcome)
         nested.add(by_id[outcome.cell], outcome.record, outcome.failed)
@@ -198,6 +203,15 @@ def _tuned(trial: Any, ids: Sequence[str], lanes: int, run: tracking.Run, name: 
     from mesocosm.scaling.trial import KEY
 
     class Listener(tune.Callback):  # type: ignore[misc]
+        ran = time.monotonic()
+
+        def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+            if any(trial.status == "RUNNING" for trial in trials):
+                self.ran = time.monotonic()
+            elif time.monotonic() - self.ran > PATIENCE:
+                waiting = sum(trial.status == "PENDING" for trial in trials)
+                cluster.stuck(f"{waiting} of {len(ids)} {name} have waited {PATIENCE:.0f} s for {lanes} lanes and none runs")
+
         def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
             told = result["outcome"]
             hear(Outcome(**told | {"record": told["record"] and Record(**told["record"])}))
@@ -233,7 +247,7 @@ def _finished(config: SweepConfig, run: tracking.Run, grid: Grid, id: str, board
         "failed": board.failed,
         "steps": {"run": board.steps, "without_trunks": board.alone},
         "seconds": {"wall": wall, "training": board.seconds, "bases": board.bases, "concurrent": lanes},
-        "outside_training": 1 - board.seconds / (wall * lanes),
+        "outside_training": 1 - (board.seconds + board.bases) / (wall * lanes),
     }
     run.record(**{key: summary[key] for key in ("cells", "found", "seconds")})
     run.say(f"  {board.line}  [{wall:.1f} s, {board.seconds:.1f} s of training by {lanes} at once]")
@@ -298,7 +312,9 @@ def _id(config: SweepConfig, dataset: Dataset, named: ClusterConfig) -> str:
 
 
 def _last_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    """Of a trial's error: what Ray puts before our own sentence is left out."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return line.removeprefix("mesocosm.errors.MesocosmError: ")
 
 
 def _plot(records: Iterable[Record]) -> str:

@@ -62,7 +62,8 @@ class Warm:
         self.codec = Codec.from_json(work.codec)
 
     def grow(self, id: str) -> Iterator[Outcome]:
-        """Train the cells of trunk `id`, and keep their records. What goes wrong is an outcome, of every cell that it spoils."""
+        """Train the cells of trunk `id`, and keep their records. A cell that cannot be trained, or kept, is an outcome, and so are those that it
+        spoils. Raises MesocosmError, one line, for whatever else goes wrong: the process (a CUDA context) is not to be trusted with another trunk."""
         trunk = self.work.trunks[id]
         left = list(trunk.cells)
         try:
@@ -83,9 +84,11 @@ class Warm:
                     spent = 0.0
             finally:
                 training.engine.destroy()
-        except Exception as error:
+        except MesocosmError as error:
             for cell in left:
                 yield Outcome(cell.id, None, said(error))
+        except Exception as error:
+            raise MesocosmError(said(error)) from error
 
 
 def said(error: Exception) -> str:
