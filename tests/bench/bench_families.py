@@ -2,16 +2,19 @@
 
     python tests/bench/bench_families.py [--worlds] [--minutes M] [--table-only]
 
-Sweeps each family over sizes x D x U x seeds of one dataset, random actions on InvertedPendulum-v5 (resumable: finished cells are kept in
-the bench's root). With --worlds, the cells of SUBSET are made worlds, by the pretrain job that a cell equals; an agent is trained in each as the
-quickstart has it, and the evaluation suite judges both (resumable by world). Writes docs/tables/families.csv, a row a cell, and docs/plots/families.svg.
+Sweeps each family over sizes x D x U x seeds of random actions, on HalfCheetah-v5, whose losses are little disturbed by seeds, and on
+InvertedPendulum-v5, which agents learn (resumable: finished cells are kept in the bench's root). With --worlds, the cells of `judged` are made worlds, by
+the pretrain job that a cell equals; an agent is trained in each as the quickstart has it, and the evaluation suite judges both (resumable by
+world). Writes docs/tables/families.csv, a row a cell, and docs/plots/families.svg.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
+import math
 import os
 import statistics
 import sys
@@ -29,6 +32,7 @@ from bench_evaluate import evaluated
 from bench_pessimism import agent_of, configured, kept
 from bench_world import HERE, ROOT, commit
 from matplotlib import pyplot
+from scipy.stats import spearmanr
 
 from mesocosm import cluster, config, tracking
 from mesocosm.data import collect
@@ -41,24 +45,48 @@ from mesocosm.scaling.sweep_config import SweepConfig
 REPOSITORY = HERE.parents[1]
 RESULTS = HERE / "results" / "bench_families.json"
 TABLE, PLOT = REPOSITORY / "docs" / "tables" / "families.csv", REPOSITORY / "docs" / "plots" / "families.svg"
-ENV = "InvertedPendulum-v5"
-STEPS = 40_000
 FAMILIES = {"ensemble": "#30638e", "sequence": "#d1495b"}
-SIZES, DATA, UNIQUE, SEEDS = ["10k", "30k", "100k"], [20_000, 80_000], [250, 1000, 4000, 16_000], [0, 1]
-SUBSET: Callable[[Cell], bool] = lambda cell: cell.asked == DATA[-1] and cell.seed == SEEDS[0] and cell.size != "30k"  # noqa: E731
+
+
+@dataclass(frozen=True)
+class Task:
+    collected: str
+    """Of configs/collect."""
+    steps: int
+    sizes: tuple[str, ...]
+    data: tuple[int, ...]
+    unique: tuple[int, ...]
+    seeds: tuple[int, ...] = (0, 1)
+    judged: Callable[[Cell], bool] = lambda cell: False
+    """Of which cells worlds are made."""
+
+
+PENDULUM = "InvertedPendulum-v5"
+TASKS = {
+    "HalfCheetah-v5": Task("halfcheetah.yaml", 400_000, ("10k", "100k", "300k"), (40_000, 160_000), (1000, 4000, 16_000, 64_000, 256_000)),
+    PENDULUM: Task(
+        "pendulum.yaml",
+        40_000,
+        ("10k", "30k", "100k"),
+        (20_000, 80_000),
+        (250, 1000, 4000, 16_000),
+        judged=lambda cell: cell.asked == 80_000 and cell.seed == 0 and cell.size != "30k",
+    ),
+}
 JUDGED = {"policy_value_error": "error", "pearson": "pearson", "regret": "regret"}
 """Columns of the table, and what the suite calls them."""
 EVALUATION = ["adversary=0", "graded=10", "policy_episodes=5"]
 
 
-def dataset() -> str:
-    cfg = config.load(collect.CollectConfig, [REPOSITORY / "configs" / "collect" / "pendulum.yaml"], [f"storage.root={ROOT}", f"steps={STEPS}"])
+def dataset(task: Task) -> str:
+    own = [f"storage.root={ROOT}", f"steps={task.steps}", "workers=0"]
+    cfg = config.load(collect.CollectConfig, [REPOSITORY / "configs" / "collect" / task.collected], own)
     with tracking.start("collect", cfg) as run:
         return collect.run(cfg, run).id
 
 
-def configured_sweep(family: str, data: str) -> SweepConfig:
-    grid = [f"grid.{key}={json.dumps(value)}" for key, value in (("sizes", SIZES), ("data", DATA), ("unique", UNIQUE), ("seeds", SEEDS))]
+def configured_sweep(task: Task, family: str, data: str) -> SweepConfig:
+    grid = [f"grid.{key}={json.dumps(getattr(task, key))}" for key in ("sizes", "data", "unique", "seeds")]
     own = [f"storage.root={ROOT}", f"data.datasets=[{data}]", f"model.family={family}", "model.members=1", "model.context=8"]
     return config.load(SweepConfig, [], [*own, *grid])
 
@@ -75,8 +103,8 @@ def judged(cfg: SweepConfig, cell: Cell, precision: str) -> dict[str, Any]:
     job = cfg.pretraining(cell.size, cell.seed, cell.narrowed, cell.steps, cell.rise, cell.fall, precision)
     with tracking.start("pretrain", job) as run:
         world = pretraining.run(job, run)
-    agent = agent_of(configured(ENV, cell.seed, []), world)
-    found = evaluated(ENV, cell.seed, world, agent, EVALUATION)
+    agent = agent_of(configured(PENDULUM, cell.seed, []), world)
+    found = evaluated(PENDULUM, cell.seed, world, agent, EVALUATION)
     suite = {key: found[key] for key in JUDGED.values()}
     return {"world": world.id, "agent": agent.id, "return": found["agent"]["real"], "imagined": found["agent"]["world"], **suite}
 
@@ -90,13 +118,12 @@ def main() -> int:
     began = time.monotonic()
     try:
         if not options.table_only:
-            data = dataset()
             rows = []
-            for family in FAMILIES:
-                cfg = configured_sweep(family, data)
-                rows += rows_of(cfg)
+            for (env, task), family in itertools.product(TASKS.items(), FAMILIES):
+                cfg = configured_sweep(task, family, dataset(task))
+                rows += [{"env": env} | row for row in rows_of(cfg)]
                 grid = lay_out(cfg, *sweep._given(cfg))
-                for cell in filter(SUBSET, grid.cells if options.worlds else ()):
+                for cell in filter(task.judged, grid.cells if options.worlds else ()):
                     if cell.id in kept(RESULTS) or time.monotonic() - began > options.minutes * 60:
                         continue
                     print(f"--- {family} {cell.size}, U={cell.unique}", flush=True)
@@ -141,12 +168,12 @@ class Setting:
         return statistics.mean(self.losses)
 
 
-def settings(rows: list[dict[str, Any]], family: str) -> list[Setting]:
+def settings(rows: list[dict[str, Any]], env: str, family: str) -> list[Setting]:
     """D by the nearest that the grid asks for: with another seed's U a cell may be a step longer or shorter."""
     runs: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
-        if row["family"] == family:
-            asked = min(DATA, key=lambda data: abs(data - int(row["data"])))
+        if row["env"] == env and row["family"] == family:
+            asked = min(TASKS[env].data, key=lambda data: abs(data - int(row["data"])))
             runs.setdefault((row["size"], row["unique"], asked), []).append(row)
     return [
         Setting(int(unique), statistics.mean(float(row["flops"]) for row in some), [float(row["loss"]) for row in some])
@@ -154,18 +181,18 @@ def settings(rows: list[dict[str, Any]], family: str) -> list[Setting]:
     ]
 
 
-def best(rows: list[dict[str, Any]], family: str) -> dict[int, Setting]:
+def best(rows: list[dict[str, Any]], env: str, family: str) -> dict[int, Setting]:
     """The setting of the least loss for each U, ascending."""
     made: dict[int, Setting] = {}
-    for setting in sorted(settings(rows, family), key=lambda setting: (setting.unique, setting.loss)):
+    for setting in sorted(settings(rows, env, family), key=lambda setting: (setting.unique, setting.loss)):
         made.setdefault(setting.unique, setting)
     return made
 
 
-def frontier(rows: list[dict[str, Any]], family: str) -> list[tuple[float, float]]:
+def frontier(rows: list[dict[str, Any]], env: str, family: str) -> list[tuple[float, float]]:
     """(FLOPs, least loss of all settings of so many FLOPs or fewer), over all sizes, D and U."""
     made: list[tuple[float, float]] = []
-    for setting in sorted(settings(rows, family), key=lambda setting: setting.flops):
+    for setting in sorted(settings(rows, env, family), key=lambda setting: setting.flops):
         if not made or setting.loss < made[-1][1]:
             made.append((setting.flops, setting.loss))
     return made
@@ -174,34 +201,48 @@ def frontier(rows: list[dict[str, Any]], family: str) -> list[tuple[float, float
 def plot(rows: list[dict[str, Any]]) -> None:
     PLOT.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "mesocosm"}):
-        figure, (by_u, by_c, by_loss) = pyplot.subplots(1, 3, figsize=(13, 4.0), layout="constrained")
-        for family, colour in FAMILIES.items():
-            of_u = best(rows, family)
-            low, high = ([end(setting.losses) for setting in of_u.values()] for end in (min, max))
-            by_u.plot(list(of_u), [setting.loss for setting in of_u.values()], color=colour, marker="o", label=family)
-            by_u.fill_between(list(of_u), low, high, color=colour, alpha=0.15, linewidth=0)
-            by_c.step(*zip(*frontier(rows, family), strict=True), where="post", color=colour, label=family)
-            some = [row for row in rows if row["family"] == family and row["return"]]
-            by_loss.scatter([float(row["loss"]) for row in some], [float(row["return"]) for row in some], color=colour, label=family)
-        by_u.set(xscale="log", xlabel="different transitions U", ylabel="least nats a transition (validation)", title="best size and D for each U")
-        by_c.set(xscale="log", xlabel="training FLOPs", ylabel="least nats a transition (validation)", title="best cell within the compute")
-        by_loss.set(xlabel="nats a transition (validation)", ylabel="the agent's return in reality", title="does lower loss buy better agents?")
-        by_u.legend()
+        figure, axes = pyplot.subplots(2, 3, figsize=(13, 7.6), layout="constrained")
+        for env, (by_u, by_c, _) in zip(TASKS, axes, strict=True):
+            for family, colour in FAMILIES.items():
+                of_u = best(rows, env, family)
+                low, high = ([end(setting.losses) for setting in of_u.values()] for end in (min, max))
+                by_u.plot(list(of_u), [setting.loss for setting in of_u.values()], color=colour, marker="o", label=family)
+                by_u.fill_between(list(of_u), low, high, color=colour, alpha=0.15, linewidth=0)
+                by_c.step(*zip(*frontier(rows, env, family), strict=True), where="post", color=colour, label=family)
+            by_u.set(xscale="log", xlabel="different transitions U", ylabel="least nats a transition (validation)", title=f"{env}: best size and D for each U")
+            by_c.set(xscale="log", xlabel="training FLOPs", ylabel="least nats a transition (validation)", title=f"{env}: best cell within the compute")
+            by_u.legend()
+        shown = (("policy_value_error", "policy-value error"), ("return", "the agent's return in reality"))
+        for (column, label), of in zip(shown, axes[:, 2], strict=True):
+            for family, colour in FAMILIES.items():
+                some = [row for row in rows if row["family"] == family and row[column]]
+                sizes = [20 + 12 * math.log(int(row["unique"]) / 200) for row in some]
+                of.scatter([float(row["loss"]) for row in some], [float(row[column]) for row in some], s=sizes, color=colour, label=family)
+            of.set(xlabel=f"nats a transition, {PENDULUM} (larger dots: more U)", ylabel=label, title=f"does lower loss buy it? {label}")
         figure.savefig(PLOT, metadata={"Date": None})
         pyplot.close(figure)
 
 
 def said(rows: list[dict[str, Any]]) -> str:
     """Markdown: the least loss by U, and the subset."""
-    lines = ["| U | " + " | ".join(FAMILIES) + " |", "|---|" + "---|" * len(FAMILIES)]
-    by_family = {family: best(rows, family) for family in FAMILIES}
-    for unique in sorted({u for made in by_family.values() for u in made}):
-        cells = [f"{p.loss:.2f} ({min(p.losses):.2f} to {max(p.losses):.2f})" if (p := made.get(unique)) else "-" for made in by_family.values()]
-        lines.append(f"| {unique:,} | {' | '.join(cells)} |")
-    lines += ["", "| family, size, U | loss | Pearson r | policy-value error | return in reality | in the world |", "|---|---|---|---|---|---|"]
-    for row in sorted((row for row in rows if row["return"]), key=lambda row: float(row["loss"])):
+    lines = []
+    for env in TASKS:
+        lines += [f"| {env}: U | {' | '.join(FAMILIES)} |", "|---|" + "---|" * len(FAMILIES)]
+        by_family = {family: best(rows, env, family) for family in FAMILIES}
+        for unique in sorted({u for made in by_family.values() for u in made}):
+            cells = [f"{p.loss:.2f} ({min(p.losses):.2f} to {max(p.losses):.2f})" if (p := made.get(unique)) else "-" for made in by_family.values()]
+            lines.append(f"| {unique:,} | {' | '.join(cells)} |")
+        lines.append("")
+    lines += ["| family, size, U | loss | Pearson r | policy-value error | return in reality | in the world |", "|---|---|---|---|---|---|"]
+    some = sorted((row for row in rows if row["return"]), key=lambda row: float(row["loss"]))
+    for row in some:
         shown = [f"{float(row[name]):.4g}" if row[name] else "-" for name in ("loss", "pearson", "policy_value_error", "return", "imagined_return")]
         lines.append(f"| {row['family']}, {row['size']}, {int(row['unique']):,} | {' | '.join(shown)} |")
+    if len(some) > 2:
+        losses = [float(row["loss"]) for row in some]
+        for column in ("policy_value_error", "return"):
+            both = [(loss, float(row[column])) for loss, row in zip(losses, some, strict=True) if row[column]]
+            lines.append(f"\nSpearman of loss and {column}, {len(both)} worlds: {spearmanr(*zip(*both, strict=True)).statistic:.2f}")
     return "\n".join(lines)
 
 

@@ -2,10 +2,11 @@
 
     python tests/bench/bench_sweep.py [--config FILE] [key=value of the sweep ...]
 
-Collects 20000 transitions of InvertedPendulum-v5 once, then runs the quickstart sweep as a user does, in a process of its own and a fresh root that
-shares only the dataset, and measures that process from its start to its end. Outside training is 1 - (seconds of training and validating over
-all cells) / (wall seconds x trunks at once), in one run: imports, Ray, fitting bases, waiting for the last trunk, MLflow, the law. Fitting
-bases is given apart too. Prints JSON, keeps it in tests/bench/results/bench_sweep.json, and ends with status 1 above ALLOWED.
+Collects configs/collect/halfcheetah.yaml once, then runs the quickstart sweep as a user does, in a process of its own and a fresh root that
+shares only the dataset, and measures that process from its start to its end. Outside training is 1 - (seconds of training, validating and fitting
+bases, which is training too: 1500 gradient steps of a part of the model, over all cells) / (wall seconds x trunks at once), in one run: imports, Ray, waiting
+for the last trunk, MLflow, the law. With bases counted as outside it is given apart. Prints JSON, keeps it in tests/bench/results/bench_sweep.json, and
+ends with status 1 above ALLOWED.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    data = mesocosm("collect", "-c", "configs/collect/pendulum.yaml", "steps=20000", "workers=0", f"storage.root={ROOT}")
+    data = mesocosm("collect", "-c", "configs/collect/halfcheetah.yaml", f"storage.root={ROOT}")
     with tempfile.TemporaryDirectory() as fresh:
         shutil.copytree(data["path"], Path(fresh) / "datasets" / Path(data["path"]).name)
         given = [f"storage.root={fresh}", f"data.datasets=[{Path(data['path']).name}]", *args.overrides]
@@ -60,8 +61,9 @@ def main() -> int:
         "wall_seconds": wall,
         "trunks_at_once": seconds["concurrent"],
         "training_seconds": seconds["training"],
-        "outside_training": 1 - seconds["training"] / capacity,
-        "of_it_fitting_bases": seconds["bases"] / capacity,
+        "bases_seconds": seconds["bases"],
+        "outside_training": 1 - (seconds["training"] + seconds["bases"]) / capacity,
+        "outside_training_and_bases": 1 - seconds["training"] / capacity,
         "steps": summary["steps"],
         "steps_saved_by_trunks": 1 - summary["steps"]["run"] / summary["steps"]["without_trunks"],
         "load_before": load,

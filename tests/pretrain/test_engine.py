@@ -88,3 +88,21 @@ def test_a_checkpoint_without_all_its_ranks_is_refused() -> None:
         checkpoint.verify(whole)
     for folder in (whole, other):
         shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "workers", "bytes_a_parameter"),
+    [
+        ({}, 1, 16),
+        ({}, 4, 64),
+        ({"zero_stage": 1}, 4, 8 + 4 * 8),
+        ({"zero_stage": 2}, 4, 8 + 4 + 4 * 4),
+        ({"zero_stage": 3}, 4, 16),
+        ({"precision": "bf16"}, 4, 12 + 4 * 6),  # stage 1
+    ],
+)
+def test_the_least_memory_follows_zeros_stage(options: dict[str, Any], workers: int, bytes_a_parameter: int) -> None:
+    given = TrainConfig(**{"precision": "fp32", **options})
+    found = engine.least_gib(2**30, given, workers, on_gpu=False)
+    assert found == pytest.approx(bytes_a_parameter + workers * engine.PROCESS_GIB)
+    assert engine.least_gib(2**30, given, workers, on_gpu=True) == pytest.approx(workers * engine.PROCESS_GIB)

@@ -82,6 +82,12 @@ def test_what_cannot_run_is_refused_before_it_is_sent(cluster: Cluster, argument
     assert "Traceback" not in done.stderr and cluster.token not in done.stderr
 
 
+def test_a_model_that_its_memory_cannot_hold_is_refused(cluster: Cluster, collected: dict[str, Any]) -> None:
+    data = status(cluster, collected["id"])["artifact"].removeprefix("datasets/")
+    done = cluster.mesocosm("pretrain", f"data.datasets=[{data}]", "model.size=7b", "model.family=sequence", "train.workers=2", "--cluster", "test")
+    assert done.returncode == 2 and "GiB of memory on all nodes together and cluster 'test' grants" in done.stderr and "train.zero_stage" in done.stderr
+
+
 def test_a_stopped_training_has_its_checkpoint_and_goes_on(cluster: Cluster, collected: dict[str, Any]) -> None:
     data = status(cluster, collected["id"])["artifact"].removeprefix("datasets/")
     small = ("model.size=10k", "model.members=1", "model.base_steps=20", "train.batch=8", "train.events=12")

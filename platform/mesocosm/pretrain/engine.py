@@ -24,6 +24,8 @@ from mesocosm.pretrain.checkpoint import Progress
 from mesocosm.pretrain.config import TrainConfig
 
 BETAS = (0.9, 0.95)
+PROCESS_GIB = 0.7
+"""Host memory of a worker that holds no network: what torch, DeepSpeed and Ray take (0.7 to 0.8 GiB resident, torch 2.13, Linux)."""
 
 
 def import_deepspeed() -> ModuleType:
@@ -60,6 +62,15 @@ class Rank:
 def stage(options: TrainConfig) -> int:
     """The ZeRO stage that runs: bf16 wants an optimiser that keeps float32 masters, which stage 1 is and stage 0 is not."""
     return max(options.zero_stage, 1) if options.precision == "bf16" else options.zero_stage
+
+
+def least_gib(total: int, options: TrainConfig, workers: int, *, on_gpu: bool) -> float:
+    """GiB of host memory that so many workers want together, at the least: their processes and, on CPU, weights, float32 gradients and AdamW's two
+    moments (with bf16 float32 masters) of `total` parameters, as ZeRO's stage shares them. Activations and data come on top."""
+    weight, master = (2, 4) if options.precision == "bf16" else (4, 0)
+    copies = [workers if stage(options) < sharded else 1 for sharded in (1, 2, 3)]  # of moments and masters, of gradients, of weights
+    states = 0 if on_gpu else total * sum(each * count for each, count in zip((8 + master, 4, weight), copies, strict=True))
+    return workers * PROCESS_GIB + states / 2**30
 
 
 def settings(options: TrainConfig, world_size: int, universal: bool) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.model import counts
 from mesocosm.pretrain import checkpoint, prepare
 from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig, what
-from mesocosm.pretrain.engine import stage
+from mesocosm.pretrain.engine import least_gib, stage
 from mesocosm.pretrain.export import calibrate, check_termination, world_of
 from mesocosm.pretrain.feed import Feed
 from mesocosm.pretrain.worker import Work, train_loop
@@ -37,8 +37,10 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     codec = Codec.fit(dataset)
     steps, loader = _steps(config, prepare.narrowed(dataset, config.data.unique, config.seed), codec)
     sizes = counts.params(codec.spec, config.model)
+    gpus = _gpus(config)
+    train = replace(config.train, precision=_precision(config, gpus))
     return {
-        "world": f"worlds/{_id(config, dataset, _gpus(config))}",
+        "world": f"worlds/{_id(config, dataset, gpus)}",
         "datasets": ", ".join(dataset.ids),
         "params": sizes.n,
         "total_params": sizes.total,
@@ -47,6 +49,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
         "unique": loader.transitions_per_epoch,
         "epochs": round(steps * config.train.batch / loader.windows_per_epoch, 2),
         "flops": steps * prepare.step_flops(codec.spec, config.model, config.train),
+        "memory_gib": round(least_gib(sizes.total, train, train.workers, on_gpu=gpus > 0), 2),
     }
 
 

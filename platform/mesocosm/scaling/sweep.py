@@ -21,6 +21,7 @@ from mesocosm.config import fingerprint
 from mesocosm.data.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.pretrain import prepare
+from mesocosm.pretrain.engine import least_gib
 from mesocosm.scaling import cells
 from mesocosm.scaling.board import Board, Nested, name, short
 from mesocosm.scaling.cells import Record
@@ -78,6 +79,7 @@ def plan(config: SweepConfig) -> dict[str, Any]:
         "steps without trunks": sum(cell.steps for cell in missing),
         "flops": sum(trunk.flops for trunk in trunks) + sum(cell.flops for cell in missing if cell.large),
         "flops without trunks": sum(cell.flops for cell in missing),
+        "memory_gib": round(_least_gib(config, grid, trunks), 2),
         "hours": round(together, 4),
         "hours without trunks": round(alone, 4),
         "price": f"{together * price:g} {grid.cluster.currency}",
@@ -295,6 +297,15 @@ def _fit(folder: Path, run: tracking.Run) -> None:
     if not run.quiet:
         for part in report.said(law):
             tracking.console.print(part)
+
+
+def _least_gib(config: SweepConfig, grid: Grid, trunks: Sequence[Trunk]) -> float:
+    """Of host memory, where the largest trunks train at once, or the largest large cell."""
+    on_gpu = grid.cluster.gpus > 0
+    at_once = sorted((least_gib(trunk.cells[0].total_params, trunk.options, 1, on_gpu=on_gpu) for trunk in trunks), reverse=True)[: config.concurrent]
+    options = config.training(1, 0, 1, grid.precision)
+    large = [least_gib(cell.total_params, options, config.workers, on_gpu=on_gpu) for cell in grid.cells if cell.large]
+    return max(sum(at_once), *large, 0.0)
 
 
 def _given(config: SweepConfig) -> tuple[Dataset, ClusterConfig]:

@@ -122,10 +122,14 @@ def refuse(name: str, cluster: ClusterConfig, found: dict[str, Any]) -> None:
             most = max(found["resources"].get(resource, 0), capacity(cluster, key))
             if asks[key] > most:
                 raise UsageError(f"{asks['what']} asks for {asks[key]:g} {unit} and cluster {name!r} has {most:g}; lower it, or use a larger cluster")
+    wanted, memory = found.get("plan", {}).get("memory_gib", 0.0), max(found["resources"].get("memory", 0) / 2**30, capacity(cluster, "memory_gib"))
+    if wanted > memory and cluster.where != "launcher":  # of whose nodes to come nothing says the memory
+        said = f"the job wants at least {wanted:.3g} GiB of memory on all nodes together and cluster {name!r} grants {memory:.3g}"
+        raise UsageError(f"{said}; take a smaller model, fewer workers or a higher train.zero_stage, or use a larger cluster")
 
 
 def capacity(cluster: ClusterConfig, key: str) -> float:
-    """What a cluster that grows has at full size, of `cpus` or `gpus`."""
+    """What a cluster that grows has at full size, of `cpus`, `gpus` or `memory_gib`."""
     return sum(group.count * (getattr(group, key) or 0) for group in cluster.workers) if cluster.where in MADE else 0.0
 
 
