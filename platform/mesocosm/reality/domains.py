@@ -29,5 +29,17 @@ class reacher(gymnasium.ObservationWrapper[dict[str, Any], Any, Any]):
         return {"arm": np.delete(observation, TARGET), "target": observation[TARGET].copy()}
 
 
+class halfcheetah(gymnasium.ActionWrapper[Any, Any, Any]):
+    """Gymnasium's HalfCheetah-v5 with actuators that err: to each of its six torques, in [-1, 1], Gaussian noise of standard deviation `noise` is
+    added at every step, which no observation shows. What is logged is the action that was asked for, so that the next observation has an entropy of its own."""
+
+    def __init__(self, noise: float = 0.1, **kwargs: Any):
+        super().__init__(gymnasium.make("HalfCheetah-v5", disable_env_checker=True, **kwargs))
+        self.noise = noise
+
+    def action(self, action: Any) -> Any:
+        return np.clip(action + self.noise * self.np_random.standard_normal(np.shape(action)), -1.0, 1.0).astype(np.float32)
+
+
 def _unbounded(size: int) -> spaces.Box:
     return spaces.Box(-np.inf, np.inf, (size,), np.float64)
