@@ -2,7 +2,7 @@
 
     python tests/bench/bench_families.py [--worlds] [--minutes M] [--table-only]
 
-Sweeps each family over sizes x D x U x seeds of random actions, on HalfCheetah-v5, whose losses are little disturbed by seeds, and on
+Sweeps each family over sizes x D x U x seeds of random actions, on a HalfCheetah whose actuators err, whose losses seeds hardly disturb, and on
 InvertedPendulum-v5, which agents learn (resumable: finished cells are kept in the bench's root). With --worlds, the cells of `judged` are made worlds, by
 the pretrain job that a cell equals; an agent is trained in each as the quickstart has it, and the evaluation suite judges both (resumable by
 world). Writes docs/tables/families.csv, a row a cell, and docs/plots/families.svg.
@@ -63,7 +63,7 @@ class Task:
 
 PENDULUM = "InvertedPendulum-v5"
 TASKS = {
-    "HalfCheetah-v5": Task("halfcheetah.yaml", 400_000, ("10k", "100k", "300k"), (40_000, 160_000), (1000, 4000, 16_000, 64_000, 256_000)),
+    "domains:halfcheetah": Task("halfcheetah.yaml", 400_000, ("10k", "100k", "300k"), (40_000, 160_000), (1000, 4000, 16_000, 64_000, 256_000)),
     PENDULUM: Task(
         "pendulum.yaml",
         40_000,

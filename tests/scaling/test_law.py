@@ -10,7 +10,7 @@ import pytest
 from laws import TRUTH, grid, loss, write
 
 from mesocosm.errors import UsageError
-from mesocosm.scaling import fit
+from mesocosm.scaling import fit, report
 from mesocosm.scaling.law import Flops, Law, optimal_of, theta_of
 from mesocosm.scaling.table import Table
 
@@ -84,3 +84,10 @@ def test_a_law_that_lacks_a_part_is_refused(law: Law, path: tuple[str, ...], sai
     (tmp_path / "law.json").write_text(json.dumps(plain))
     with pytest.raises(UsageError, match=f"is no law.*{said}"):
         Law.read(tmp_path / "law.json")
+
+
+@pytest.mark.parametrize("spread", [1e-3, 1e-9, 0.0])
+def test_a_law_that_is_nearly_flat_is_drawn(law: Law, spread: float, tmp_path: Path) -> None:
+    flat = law.model_copy(update={"params": law.params | {"E": 1.0, "A": spread, "B": spread, "alpha": 0.01, "beta": 0.01}})
+    table = Table.read(write(tmp_path / "flat.csv", grid(), ("seed", "trunk")))
+    assert report.draw(flat, table).startswith("<?xml")

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 from rich.markup import escape
 from rich.table import Table as Rows
 
@@ -102,13 +102,14 @@ def _fit(axes: Axes, law: Law, table: Table) -> Any:
 def _plane(axes: Axes, law: Law, table: Table) -> None:
     d, n = (np.geomspace(values.min() / 1.6, values.max() * 1.6, 120) for values in (table.data, table.params))
     grid = law.predict(n[:, None], d[None, :])
-    levels = np.geomspace(grid.min() * 1.02, grid.max() * 0.98, 9)
-    lines = axes.contour(d, n, grid, levels=levels, colors=MUTED, linewidths=0.9, alpha=0.8)
-    axes.clabel(lines, fmt=lambda value: f"{value:.3g}", fontsize=8.5)
+    levels = np.unique(np.geomspace(grid.min(), grid.max(), 11)[1:-1])
+    if len(levels) == 9:  # a law may foretell one loss for all
+        lines = axes.contour(d, n, grid, levels=levels, colors=MUTED, linewidths=0.9, alpha=0.8)
+        axes.clabel(lines, fmt=lambda value: f"{value:.4g}", fontsize=8.5)
     axes.scatter(table.data, table.params, c=table.flops, norm=_norm(table), s=22, linewidths=0, zorder=3)
     budget = np.geomspace(table.flops.min() / 10, table.flops.max() * 10, 60)
     n_opt, d_opt = law.optimum(budget)
-    axes.plot(d_opt, n_opt, color=LINE, linewidth=2, label=f"optimum, N ~ C^{law.optimal.a:.2f}")
+    axes.plot(d_opt, n_opt, color=LINE, linewidth=2)
     axes.set(
         xscale="log",
         yscale="log",
@@ -116,9 +117,12 @@ def _plane(axes: Axes, law: Law, table: Table) -> None:
         ylim=(n[0], n[-1]),
         xlabel="data D",
         ylabel="params N",
-        title="equal loss on fresh data, and the optimum",
+        title=f"equal loss on fresh data; blue, the optimum: N ~ C^{law.optimal.a:.2f}",
     )
-    axes.legend(loc="upper left")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+        axis.set_major_formatter(EngFormatter(sep=""))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def _curves(axes: Axes, law: Law, every: list[isoflop.Points]) -> None:
