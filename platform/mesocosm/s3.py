@@ -1,0 +1,148 @@
+"""What is particular to S3, for storage.py, which alone imports this: s3fs with patience, and the uploads that nobody finished.
+
+An endpoint that has answered before is waited for while it is away, up to `PATIENCE`: an outage delays a job and does not end it. One that never
+answered is a wrong address, and is said at once. Ray gets the same client, for checkpoints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, TypeVar
+
+from aiohttp import ClientPayloadError
+from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
+from s3fs import S3FileSystem
+
+PATIENCE = 120.0
+"""Seconds that an endpoint may be away."""
+PAUSE = 1.0
+"""Seconds between tries, beside the client's own."""
+CHUNK = 16 << 20
+"""Bytes of a part: a file of two or more goes up, and comes down, in parts."""
+PARTS, MOST_PARTS = 4, 10_000
+"""Parts of a file under way at once; parts that S3 takes of one file."""
+FILES = 4
+"""Files under way at once. Memory is at most FILES x PARTS x CHUNK, for files below CHUNK x MOST_PARTS."""
+
+_TORN = (HTTPClientError, ClientPayloadError, IncompleteReadError)
+"""What is raised where a reply ends early."""
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+def options() -> dict[str, Any]:
+    """Arguments of `Client`. The endpoint is what the environment names now: fsspec keeps one client for equal arguments, whatever it says later."""
+    named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config = {"retries": {"mode": "standard", "max_attempts": 3}, "max_pool_connections": FILES * PARTS, "read_timeout": 60}
+    return {"config_kwargs": config, "use_listings_cache": False} | ({"endpoint_url": named} if named else {})
+
+
+class Client(S3FileSystem):  # type: ignore[misc]
+    """s3fs, whose every request outlives an outage of the endpoint."""
+
+    _answered = False
+    """Whether the endpoint is worth waiting for. One that was waited for in vain is not, until it answers again."""
+
+    async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        began: float | None = None
+        while True:
+            try:
+                reply = await super()._call_s3(method, *args, **kwargs)
+            except Exception as error:
+                if not _away(error):
+                    self._answered = True
+                    raise
+                if not self._answered:
+                    raise
+                if began is None:
+                    began = time.monotonic()
+                    _log.warning("S3 at %s is away (%s); trying again for %.0f s", self.endpoint_url or "AWS", error, PATIENCE)
+                elif time.monotonic() - began > PATIENCE:
+                    self._answered = False
+                    raise
+                await asyncio.sleep(PAUSE)
+            else:
+                self._answered = True
+                return reply
+
+    async def _get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
+        await _again_where_torn(lambda: super(Client, self)._get_file(rpath, lpath, chunksize=CHUNK, max_concurrency=PARTS, **kwargs))
+
+    async def _put_file(self, lpath: str, rpath: str, **kwargs: Any) -> None:
+        chunk = max(CHUNK, -(-os.path.getsize(lpath) // MOST_PARTS))
+        await super()._put_file(lpath, rpath, chunksize=chunk, max_concurrency=PARTS, **kwargs)
+
+
+async def _again_where_torn(get: Callable[[], Awaitable[T]]) -> T:
+    """s3fs tries requests again, but not the reading of their replies."""
+    for _ in range(2):
+        try:
+            return await get()
+        except _TORN:
+            pass
+    return await get()
+
+
+def _away(error: BaseException) -> bool:
+    """Whether the endpoint did not answer, or only that it cannot."""
+    if isinstance(error, ConnectionError | HTTPClientError):
+        return True
+    said = error if isinstance(error, ClientError) else error.__cause__
+    return isinstance(said, ClientError) and int(said.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) >= 500
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A multipart upload that was begun and neither finished nor given up."""
+
+    path: str
+    """Bucket and key."""
+    id: str
+    bytes: int
+    modified: float
+    """When its last part came, or it was begun, in seconds since the epoch."""
+
+
+def uploads(client: Client, path: str) -> Iterator[Upload]:
+    """Those under a bucket and prefix."""
+    bucket, prefix, _ = client.split_path(f"{path.rstrip('/')}/")
+    marker: dict[str, str] = {}
+    while True:
+        page = client.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **marker)
+        for found in page.get("Uploads", []):
+            key, id = found["Key"], found["UploadId"]
+            parts = list(_parts(client, bucket, key, id))
+            last = max((part["LastModified"] for part in parts), default=found["Initiated"])
+            assert isinstance(last, datetime)
+            yield Upload(f"{bucket}/{key}", id, sum(part["Size"] for part in parts), last.timestamp())
+        if not page.get("IsTruncated"):
+            return
+        marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+
+def _parts(client: Client, bucket: str, key: str, id: str) -> Iterator[dict[str, Any]]:
+    after = 0
+    while True:
+        try:
+            page = client.call_s3("list_parts", Bucket=bucket, Key=key, UploadId=id, PartNumberMarker=after)
+        except FileNotFoundError:  # finished or given up meanwhile
+            return
+        yield from page.get("Parts", [])
+        if not page.get("IsTruncated"):
+            return
+        after = int(page["NextPartNumberMarker"])
+
+
+def give_up(client: Client, upload: Upload) -> None:
+    """End it: S3 frees its parts."""
+    bucket, _, key = upload.path.partition("/")
+    try:
+        client.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.id)
+    except FileNotFoundError:
+        pass
