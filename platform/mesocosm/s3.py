@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, TypeVar
@@ -139,10 +140,8 @@ def _parts(client: Client, bucket: str, key: str, id: str) -> Iterator[dict[str,
         after = int(page["NextPartNumberMarker"])
 
 
-def give_up(client: Client, upload: Upload) -> None:
-    """End it: S3 frees its parts."""
-    bucket, _, key = upload.path.partition("/")
-    try:
-        client.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload.id)
-    except FileNotFoundError:
-        pass
+def give_up(client: Client, path: str, id: str) -> None:
+    """End an upload: S3 frees its parts."""
+    bucket, key, _ = client.split_path(path)
+    with suppress(FileNotFoundError):
+        client.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=id)

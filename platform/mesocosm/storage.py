@@ -150,11 +150,65 @@ class Storage:
             why = getattr(error, "strerror", None) or error
             raise UsageError(f"storage.root {self.root!r} cannot be written ({why}); name a folder or bucket in which you may write") from error
 
+    def readable(self) -> None:
+        """Raises UsageError where there is no such folder, or bucket."""
+        try:
+            self.fs.info(self._base.split("/")[0] if self.remote else self._base)
+        except FileNotFoundError as error:
+            raise UsageError(f"storage.root {self.root!r} is not there; name the folder or s3://bucket/prefix that jobs were given") from error
+        except Exception as error:  # a remote filesystem's errors are its own
+            raise UsageError(f"storage.root {self.root!r} cannot be read ({error}); check the address and the credentials") from error
+
     def remove(self, path: str) -> None:
         """Remove a file or a folder under the root, where there is one. For what runs leave behind; artifacts are never removed so."""
         assert path.split("/")[0] not in KINDS, path
         with suppress(FileNotFoundError):
             self.fs.rm(self._path(path), recursive=True)
+
+    def files(self, path: str) -> dict[str, tuple[int, float]]:
+        """Every file in a folder of the root, and deeper, by its path under the root: bytes, and seconds since the epoch when it was written."""
+        found = self.fs.find(self._path(path), detail=True)
+        skip = len(self._path(""))
+        return {name[skip:]: (entry["size"], entry["mtime"] if "mtime" in entry else entry["LastModified"].timestamp()) for name, entry in found.items()}
+
+    def uploads(self) -> dict[str, tuple[int, float]]:
+        """Multipart uploads to this root that were not finished, as `files` has files; the key is what `give_up` takes. Raises OSError where the
+        endpoint does not list them."""
+        if not self.root.startswith("s3://"):
+            return {}
+        from mesocosm import s3
+
+        skip = len(self._path(""))
+        return {f"{upload.path[skip:]}?uploadId={upload.id}": (upload.bytes, upload.modified) for upload in s3.uploads(self.fs, self._base)}
+
+    def give_up(self, upload: str) -> None:
+        """End an upload of `uploads`; its parts are freed."""
+        from mesocosm import s3
+
+        path, _, id = upload.partition("?uploadId=")
+        s3.give_up(self.fs, self._path(path), id)
+
+    def folder_of(self, kind: str, id: str) -> str | None:
+        """On a remote root: the folder in `kind/id` that the finished artifact's files lie in."""
+        raw = self.read(f"{kind}/{id}/{COMMIT}")
+        return None if raw is None else str(json.loads(raw)["folder"])
+
+    def discard(self, path: str) -> bool:
+        """Remove `kind/id`, or on a remote root `kind/id/folder`, which is of no finished artifact; False, and nothing is done, where by now it is."""
+        kind, id, *rest = path.split("/")
+        assert kind in KINDS and id and len(rest) == int(self.remote), path
+        if self.remote:
+            if self.folder_of(kind, id) == rest[0]:
+                return False
+            with suppress(FileNotFoundError):
+                self.fs.rm(self._path(path), recursive=True)
+            return True
+        with self.scratch() as away, suppress(FileNotFoundError):
+            os.rename(self._path(path), away / id)
+            if (away / id / COMMIT).exists():
+                os.rename(away / id, self._path(path))
+                return False
+        return True
 
     # -- artifacts -----------------------------------------------------------------------------------------------
 
@@ -239,7 +293,7 @@ class Storage:
         data = json.dumps(commit, indent=1, sort_keys=True).encode()
         if self.create(marker, data):
             return True
-        named = json.loads(self.read(marker) or b"{}").get("folder", "")
+        named = self.folder_of(kind, id)
         if named == own:  # the endpoint met its own earlier reply, which was lost on the way
             return True
         if force:

@@ -137,7 +137,9 @@ def test_trials_that_nothing_can_run_do_not_wait_for_ever(whole: tuple[SweepConf
 
     monkeypatch.setattr(sweep, "PATIENCE", 3.0)
     began = time.monotonic()
-    with pytest.raises(MesocosmError, match=r"2 of 2 trunks have waited 3 s for 2 lanes and none runs: the cluster has .* CPUs free.*run the same command again"):
+    with pytest.raises(
+        MesocosmError, match=r"2 of 2 trunks have waited 3 s for 2 lanes and none runs: the cluster has .* CPUs free.*run the same command again"
+    ):
         sweep._tuned(tune.with_resources(lambda config: None, {"CPU": 1000}), ["a", "b"], 2, whole[2], "trunks", print)
     assert time.monotonic() - began < 60
 
