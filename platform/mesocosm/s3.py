@@ -1,7 +1,7 @@
 """What is particular to S3, for storage.py, which alone imports this: s3fs with patience, and the uploads that nobody finished.
 
 An endpoint that has answered before is waited for while it is away, up to `PATIENCE`: an outage delays a job and does not end it. One that never
-answered is a wrong address, and is said at once. Ray gets the same client, for checkpoints.
+answered is a wrong address, and is said at once. Ray's processes get the same client, for checkpoints.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from aiohttp import ClientPayloadError
 from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, IncompleteReadError
+from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
 PATIENCE = 120.0
@@ -47,8 +48,15 @@ def options() -> dict[str, Any]:
 class Client(S3FileSystem):  # type: ignore[misc]
     """s3fs, whose every request outlives an outage of the endpoint."""
 
-    _answered = False
-    """Whether the endpoint is worth waiting for. One that was waited for in vain is not, until it answers again."""
+    _answering: ClassVar[set[str | None]] = set()
+    """Endpoints that are worth waiting for, of this process: fsspec makes a client for every thread. One that was waited for in vain is not, until
+    it answers again."""
+
+    def __init__(self, *args: Any, proven: bool = False, **kwargs: Any):
+        """`proven`: the endpoint has answered, if only to another process."""
+        super().__init__(*args, **kwargs)
+        if proven:
+            self._answering.add(self.endpoint_url)
 
     async def _call_s3(self, method: str, *args: Any, **kwargs: Any) -> Any:
         began: float | None = None
@@ -57,20 +65,22 @@ class Client(S3FileSystem):  # type: ignore[misc]
                 reply = await super()._call_s3(method, *args, **kwargs)
             except Exception as error:
                 if not _away(error):
-                    self._answered = True
+                    self._answering.add(self.endpoint_url)
                     raise
-                if not self._answered:
+                if self.endpoint_url not in self._answering:
                     raise
                 if began is None:
                     began = time.monotonic()
                     _log.warning("S3 at %s is away (%s); trying again for %.0f s", self.endpoint_url or "AWS", error, PATIENCE)
                 elif time.monotonic() - began > PATIENCE:
-                    self._answered = False
+                    self._answering.discard(self.endpoint_url)
                     raise
                 await asyncio.sleep(PAUSE)
             else:
-                self._answered = True
+                self._answering.add(self.endpoint_url)
                 return reply
+
+    call_s3 = sync_wrapper(_call_s3)  # of open files, which s3fs binds to its own
 
     async def _get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
         await _again_where_torn(lambda: super(Client, self)._get_file(rpath, lpath, chunksize=CHUNK, max_concurrency=PARTS, **kwargs))

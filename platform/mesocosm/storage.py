@@ -88,7 +88,7 @@ class Storage:
         """The filesystem and base path to give to Ray (`storage_filesystem`, `storage_path`)."""
         if not self.remote:
             return pafs.LocalFileSystem(), self._base
-        return pafs.PyFileSystem(pafs.FSSpecHandler(self.fs)), self._base
+        return pafs.PyFileSystem(pafs.FSSpecHandler(_filesystem(self.root, proven=True)[0])), self._base
 
     # -- small durable files -------------------------------------------------------------------------------------
 
@@ -391,13 +391,12 @@ def _sync_tree(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _filesystem(root: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def _filesystem(root: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str]:
     if not root.startswith("s3://"):
-        filesystem, base = fsspec.core.url_to_fs(root)
-        return filesystem, str(base)
+        return fsspec.core.url_to_fs(root)
     from mesocosm import s3
 
-    return s3.Client(**s3.options()), s3.Client._strip_protocol(root)
+    return s3.Client(**s3.options(), **options), s3.Client._strip_protocol(root)
 
 
 @contextmanager
