@@ -251,11 +251,25 @@ class Storage:
         with self.scratch() as folder:
             fill(folder)
             won = self._commit(kind, id, folder, dict(meta), force)
+            path = Path(self._path(kind, id)) if not self.remote else self.local_path("cache", kind, id)
+            if won and (not self.remote or self._keep(folder, path)):
+                return Artifact(kind, id, path, self.url(kind, id), json.loads(json.dumps(meta)))
         if not won:
             self._say(f"{kind}/{id} was finished by another process meanwhile: its files are kept and used, those made here are dropped")
         found = self.find(kind, id)
         assert found is not None
         return found
+
+    def _keep(self, folder: Path, cached: Path) -> bool:
+        """Make what was uploaded this machine's copy, for it is at hand and was hashed; False where something is in the way."""
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with self.scratch() as away, suppress(FileNotFoundError):
+            os.rename(cached, away / "old")
+        try:
+            os.rename(folder, cached)
+        except OSError:
+            return False
+        return True
 
     def _commit(self, kind: str, id: str, folder: Path, meta: dict[str, Any], force: bool) -> bool:
         """False where another maker's is there, which stays."""
