@@ -11,7 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, ClassVar, TypeVar
@@ -25,12 +25,12 @@ PATIENCE = 120.0
 """Seconds that an endpoint may be away."""
 PAUSE = 1.0
 """Seconds between tries, beside the client's own."""
-CHUNK = 16 << 20
-"""Bytes of a part: a file of two or more goes up, and comes down, in parts."""
-PARTS, MOST_PARTS = 4, 10_000
-"""Parts of a file under way at once; parts that S3 takes of one file."""
-FILES = 4
-"""Files under way at once. Memory is at most FILES x PARTS x CHUNK, for files below CHUNK x MOST_PARTS."""
+CHUNK = 32 << 20
+"""Bytes of a part: a file of two or more goes up in parts."""
+MOST_PARTS = 10_000
+"""S3 takes no more of one file."""
+STREAMS = 10
+"""Parts under way of a file that is alone; the second has half as many, the third a third, for memory must hold them all."""
 
 _TORN = (HTTPClientError, ClientPayloadError, IncompleteReadError)
 """What is raised where a reply ends early."""
@@ -41,7 +41,8 @@ _log = logging.getLogger(__name__)
 def options() -> dict[str, Any]:
     """Arguments of `Client`. The endpoint is what the environment names now: fsspec keeps one client for equal arguments, whatever it says later."""
     named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    config = {"retries": {"mode": "standard", "max_attempts": 3}, "max_pool_connections": FILES * PARTS, "read_timeout": 60}
+    config: dict[str, Any] = {"retries": {"mode": "standard", "max_attempts": 3}, "max_pool_connections": 2 * STREAMS, "read_timeout": 60}
+    config["response_checksum_validation"] = "when_required"  # what is read is checked against checksums of our own
     return {"config_kwargs": config, "use_listings_cache": False} | ({"endpoint_url": named} if named else {})
 
 
@@ -55,6 +56,7 @@ class Client(S3FileSystem):  # type: ignore[misc]
     def __init__(self, *args: Any, proven: bool = False, **kwargs: Any):
         """`proven`: the endpoint has answered, if only to another process."""
         super().__init__(*args, **kwargs)
+        self._under_way = 0
         if proven:
             self._answering.add(self.endpoint_url)
 
@@ -83,11 +85,21 @@ class Client(S3FileSystem):  # type: ignore[misc]
     call_s3 = sync_wrapper(_call_s3)  # of open files, which s3fs binds to its own
 
     async def _get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
-        await _again_where_torn(lambda: super(Client, self)._get_file(rpath, lpath, chunksize=CHUNK, max_concurrency=PARTS, **kwargs))
+        with self._share() as streams:
+            await _again_where_torn(lambda: super(Client, self)._get_file(rpath, lpath, max_concurrency=streams, **kwargs))
 
     async def _put_file(self, lpath: str, rpath: str, **kwargs: Any) -> None:
         chunk = max(CHUNK, -(-os.path.getsize(lpath) // MOST_PARTS))
-        await super()._put_file(lpath, rpath, chunksize=chunk, max_concurrency=PARTS, **kwargs)
+        with self._share() as streams:
+            await super()._put_file(lpath, rpath, chunksize=chunk, max_concurrency=streams, **kwargs)
+
+    @contextmanager
+    def _share(self) -> Iterator[int]:
+        self._under_way += 1
+        try:
+            yield max(1, STREAMS // self._under_way)
+        finally:
+            self._under_way -= 1
 
 
 async def _again_where_torn(get: Callable[[], Awaitable[T]]) -> T:

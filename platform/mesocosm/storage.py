@@ -224,8 +224,10 @@ class Storage:
     def artifact(self, kind: str, ref: str) -> Artifact:
         """The artifact that `ref` names: an id, `kind/id`, or a unique prefix of an id. Raises UsageError if there is none."""
         id = ref.removeprefix(f"{kind}/")
+        if id and "/" not in id and (exact := self.find(kind, id)) is not None:
+            return exact
         ids = [name for name in self.list(kind) if self.read(f"{kind}/{name}/{COMMIT}") is not None]
-        matches = [name for name in ids if name == id] or [name for name in ids if id and name.startswith(id)]
+        matches = [name for name in ids if id and name.startswith(id)]
         if len(matches) > 1:
             raise UsageError(f"{kind} id {ref!r} is ambiguous in {self.root!r}: {', '.join(matches[:5])}")
         if not matches:
