@@ -25,12 +25,9 @@ PATIENCE = 120.0
 """Seconds that an endpoint may be away."""
 PAUSE = 1.0
 """Seconds between tries, beside the client's own."""
-CHUNK = 32 << 20
-"""Bytes of a part: a file of two or more goes up in parts."""
-MOST_PARTS = 10_000
-"""S3 takes no more of one file."""
 STREAMS = 10
-"""Parts under way of a file that is alone; the second has half as many, the third a third, for memory must hold them all."""
+"""Parts (s3fs's, of 50 MiB, where a file has two or more) under way of a file that is alone; the second has half as many, the third a third, for
+memory must hold them all."""
 
 _TORN = (HTTPClientError, ClientPayloadError, IncompleteReadError)
 """What is raised where a reply ends early."""
@@ -89,9 +86,8 @@ class Client(S3FileSystem):  # type: ignore[misc]
             await _again_where_torn(lambda: super(Client, self)._get_file(rpath, lpath, max_concurrency=streams, **kwargs))
 
     async def _put_file(self, lpath: str, rpath: str, **kwargs: Any) -> None:
-        chunk = max(CHUNK, -(-os.path.getsize(lpath) // MOST_PARTS))
         with self._share() as streams:
-            await super()._put_file(lpath, rpath, chunksize=chunk, max_concurrency=streams, **kwargs)
+            await super()._put_file(lpath, rpath, max_concurrency=streams, **kwargs)
 
     @contextmanager
     def _share(self) -> Iterator[int]:
