@@ -258,7 +258,7 @@ OUTAGE = 30.0
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_a_checkpoint_outlives_an_outage(s3: str, tmp_path: Path, proxied: Callable[..., Proxy], cart_root: Cart) -> None:
     """The endpoint is cut for 30 s when a checkpoint's first bytes are under way: no worker is started again, and the checkpoint is resumed from."""
     storage = _on_bucket(s3, tmp_path, cart_root)
@@ -294,7 +294,7 @@ def test_a_checkpoint_outlives_an_outage(s3: str, tmp_path: Path, proxied: Calla
 
     try:
         job = start()
-        until(lambda: bool(name), 240, job)
+        until(lambda: bool(name), 480, job)
         until(mended.is_set, 2 * OUTAGE, job)
         (id,) = storage.list("runs/checkpoints")
         until(lambda: checkpoint.latest(storage, id) is not None, 180, job)
