@@ -5,8 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import tempfile
+import time
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,22 +67,44 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="session")
+def s3_environment() -> Iterator[dict[str, str]]:
+    """Environment variables that name an S3 endpoint: a moto_server in a process of its own, or what MESOCOSM_TEST_S3_ENDPOINT names."""
+    named = os.environ.get("MESOCOSM_TEST_S3_ENDPOINT")
+    if named:
+        yield {"AWS_ENDPOINT_URL": named}
+        return
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in range(600):
+            with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+                break
+            assert server.poll() is None, "moto_server ended"
+            time.sleep(0.1)
+        yield {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}", **keys}
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
 @pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """The address of a bucket at an S3 endpoint of this module's own, on loopback."""
-    from moto.server import ThreadedMotoServer
-
-    from mesocosm.storage import Storage
-
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
+def s3(s3_environment: dict[str, str]) -> Iterator[str]:
+    """A root of this module's own in a bucket (MESOCOSM_TEST_S3_BUCKET, `bucket`) at a real S3 endpoint; emptied afterwards."""
+    bucket = os.environ.get("MESOCOSM_TEST_S3_BUCKET", "bucket")
+    root = f"s3://{bucket}/mesocosm-tests-{uuid.uuid4().hex[:8]}"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("ENDPOINT_URL", f"http://{host}:{port}"), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x"), ("DEFAULT_REGION", "us-east-1")):
-            patch.setenv(f"AWS_{name}", value)
-        Storage("s3://bucket").fs.makedirs("bucket", exist_ok=True)  # the servers of one process share their buckets
-        yield "s3://bucket"
-    server.stop()
+        for name, value in s3_environment.items():
+            patch.setenv(name, value)
+        filesystem = Storage(root).fs
+        filesystem.makedirs(bucket, exist_ok=True)
+        yield root
+        with suppress(FileNotFoundError):
+            filesystem.rm(root, recursive=True)
 
 
 def _cart_episodes(transitions: int) -> list[Episode]:

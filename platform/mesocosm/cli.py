@@ -49,7 +49,12 @@ JOBS = {
     "loop": Job("mesocosm.loop", "LoopConfig", "the whole circle, and a report", "-c configs/loop/quickstart.yaml"),
 }
 
-TOOLS = {"fit": "mesocosm.scaling.command", "cluster": "mesocosm.cluster_command", "jobs": "mesocosm.submission.command"}
+TOOLS = {
+    "fit": "mesocosm.scaling.command",
+    "cluster": "mesocosm.cluster_command",
+    "jobs": "mesocosm.submission.command",
+    "storage": "mesocosm.storage_command",
+}
 """Commands that are no config job: a module, light to import, with `add(commands)` and `run(options)`, which returns the exit status."""
 
 
@@ -91,11 +96,12 @@ def _main(arguments: list[str]) -> int:
     if options.command is None:
         parser.print_help()
         return 2
+    if hasattr(options, "overrides"):
+        options.overrides += rest  # overrides may stand before and after options
+    elif rest:
+        raise UsageError(f"{rest[0]!r} is more than {options.command} takes; see mesocosm {options.command} --help")
     if options.command in TOOLS:
-        if rest:
-            raise UsageError(f"{rest[0]!r} is more than {options.command} takes; see mesocosm {options.command} --help")
         return importlib.import_module(TOOLS[options.command]).run(options)
-    options.overrides += rest  # overrides may stand before and after options
     if options.command == "doctor":
         from mesocosm.doctor import doctor
 
@@ -154,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, job in JOBS.items():
         sub = commands.add_parser(name, help=job.help, description=job.help)
         sub.job = (name, job)
-        _common(sub)
+        common(sub)
         sub.add_argument("--dry-run", action="store_true", help="print what would happen, its size and its price, and do nothing")
         for key in FLAGS.get(name, ()):
             sub.add_argument(f"--{key}", metavar=key.upper(), help=f"the same as {key}=...")
@@ -166,16 +172,28 @@ def _parser() -> argparse.ArgumentParser:
     for module in TOOLS.values():
         importlib.import_module(module).add(commands)
     looked = commands.add_parser("doctor", help="is this machine ready, and its storage; with --cluster, is that cluster")
-    _common(looked)
+    common(looked)
     looked.add_argument("--cluster", metavar="NAME", help="look at clusters/NAME.yaml from inside, too")
     looked.add_argument("--insecure", action="store_true", help="with --cluster: talk to one that answers without a token")
     return parser
 
 
-def _common(parser: argparse.ArgumentParser) -> None:
+def common(parser: argparse.ArgumentParser) -> None:
+    """Arguments of whatever reads a config."""
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="a YAML config; may be repeated, later files win")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a config key")
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask, unless `yes`. Raises UsageError where nobody can be asked, MesocosmError where the answer is no."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(f"{question} Nobody can be asked here; give --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise MesocosmError("nothing was done")
 
 
 class _JobParser(argparse.ArgumentParser):

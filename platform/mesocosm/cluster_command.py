@@ -105,6 +105,7 @@ def _source(name: str) -> str:
 def _launch(options: argparse.Namespace) -> int:
     """`ray up` or `ray down` on the config in a private file."""
     from mesocosm import clusters, manifests
+    from mesocosm.cli import confirm
     from mesocosm.manifests.launcher import launcher_config
 
     name, up = options.name, options.action == "up"
@@ -136,7 +137,7 @@ def _launch(options: argparse.Namespace) -> int:
         raise UsageError("Ray's launcher needs boto3 to speak to EC2; run: pip install -c constraints.txt boto3")
     said = sys.stderr if options.json else sys.stdout
     print(f"{facts['command']}\n{price}", file=said, flush=True)
-    _confirm(options, f"{'start' if up else 'end'} {config['cluster_name']}?")
+    confirm(f"{'start' if up else 'end'} {config['cluster_name']}?", yes=options.yes)
     if up and clusters.make_token(cluster.token_path):
         print(f"a new token is in {cluster.token_path}", file=said, flush=True)
     _write_private(path, text)
@@ -164,16 +165,6 @@ def _placeholders(cluster: Any) -> Iterator[str]:
             value = getattr(block, field.name)
             if isinstance(value, str) and PLACEHOLDER in value:
                 yield f"{field.name}={value!r}"
-
-
-def _confirm(options: argparse.Namespace, question: str) -> None:
-    if options.yes:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError(f"{question} Nobody can be asked here; give --yes")
-    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise MesocosmError("nothing was done")
 
 
 def _write_private(path: Path, text: str) -> None:

@@ -5,7 +5,7 @@
     ROOT/runs/<job>/<id>/...        a run's config.yaml, status.json, metrics.jsonl, log.txt, checkpoints
     ROOT/ledgers/<id>/NNNNNNNN.json an append-only journal: record n is created exclusively
 
-The only module that knows fsspec, s3fs and pyarrow.fs. A root is a folder or `s3://bucket/prefix`.
+The only module that knows fsspec and pyarrow.fs, and with s3.py beneath it S3. A root is a folder or `s3://bucket/prefix`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -32,6 +34,8 @@ from mesocosm.errors import ArtifactError, UsageError, nearest
 KINDS = ("datasets", "worlds", "laws", "plans", "agents", "evaluations")
 COMMIT = "COMMIT.json"
 SCHEMA = 1
+AT_ONCE = 4
+"""Files of an artifact that are transferred, or checked, at once."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,19 @@ class Artifact:
         return f"{self.kind}/{self.id}"
 
 
-class Storage:
-    """One root. Safe to open in any process; holds no state but the filesystem."""
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
-    def __init__(self, root: str):
+
+class Storage:
+    """One root. Safe to open in any process; holds no state but the filesystem. What a person should know of it goes to `say`."""
+
+    def __init__(self, root: str, say: Callable[[str], None] = _tell):
         self.root = root if "://" in root else str(Path(root).absolute())
         self.remote = "://" in root
+        self._say = say
         try:
-            self.fs, self._base = fsspec.core.url_to_fs(self.root, **_endpoint(self.root))
+            self.fs, self._base = _filesystem(self.root)
         except (ImportError, ValueError) as error:
             raise UsageError(f"storage.root {root!r} cannot be opened: {error}; use a folder or s3://bucket/prefix") from error
 
@@ -79,7 +88,7 @@ class Storage:
         """The filesystem and base path to give to Ray (`storage_filesystem`, `storage_path`)."""
         if not self.remote:
             return pafs.LocalFileSystem(), self._base
-        return pafs.PyFileSystem(pafs.FSSpecHandler(self.fs)), self._base
+        return pafs.PyFileSystem(pafs.FSSpecHandler(_filesystem(self.root, proven=True)[0])), self._base
 
     # -- small durable files -------------------------------------------------------------------------------------
 
@@ -126,8 +135,6 @@ class Storage:
     def list(self, path: str) -> list[str]:
         """Sorted base names in a folder of the root; empty where there is none. Unfinished temporary files are left out."""
         try:
-            if self.remote:
-                self.fs.invalidate_cache(self._path(path))
             entries = self.fs.ls(self._path(path), detail=False)
         except (FileNotFoundError, NotADirectoryError):
             return []
@@ -143,11 +150,65 @@ class Storage:
             why = getattr(error, "strerror", None) or error
             raise UsageError(f"storage.root {self.root!r} cannot be written ({why}); name a folder or bucket in which you may write") from error
 
+    def readable(self) -> None:
+        """Raises UsageError where there is no such folder, or bucket."""
+        try:
+            self.fs.info(self._base.split("/")[0] if self.remote else self._base)
+        except FileNotFoundError as error:
+            raise UsageError(f"storage.root {self.root!r} is not there; name the folder or s3://bucket/prefix that jobs were given") from error
+        except Exception as error:  # a remote filesystem's errors are its own
+            raise UsageError(f"storage.root {self.root!r} cannot be read ({error}); check the address and the credentials") from error
+
     def remove(self, path: str) -> None:
         """Remove a file or a folder under the root, where there is one. For what runs leave behind; artifacts are never removed so."""
         assert path.split("/")[0] not in KINDS, path
         with suppress(FileNotFoundError):
             self.fs.rm(self._path(path), recursive=True)
+
+    def files(self, path: str) -> dict[str, tuple[int, float]]:
+        """Every file in a folder of the root, and deeper, by its path under the root: bytes, and seconds since the epoch when it was written."""
+        found = self.fs.find(self._path(path), detail=True)
+        skip = len(self._path(""))
+        return {name[skip:]: (entry["size"], entry["mtime"] if "mtime" in entry else entry["LastModified"].timestamp()) for name, entry in found.items()}
+
+    def uploads(self) -> dict[str, tuple[int, float]]:
+        """Multipart uploads to this root that were not finished, as `files` has files; the key is what `give_up` takes. Raises OSError where the
+        endpoint does not list them."""
+        if not self.root.startswith("s3://"):
+            return {}
+        from mesocosm import s3
+
+        skip = len(self._path(""))
+        return {f"{upload.path[skip:]}?uploadId={upload.id}": (upload.bytes, upload.modified) for upload in s3.uploads(self.fs, self._base)}
+
+    def give_up(self, upload: str) -> None:
+        """End an upload of `uploads`; its parts are freed."""
+        from mesocosm import s3
+
+        path, _, id = upload.partition("?uploadId=")
+        s3.give_up(self.fs, self._path(path), id)
+
+    def folder_of(self, kind: str, id: str) -> str | None:
+        """On a remote root: the folder in `kind/id` that the finished artifact's files lie in."""
+        raw = self.read(f"{kind}/{id}/{COMMIT}")
+        return None if raw is None else str(json.loads(raw)["folder"])
+
+    def discard(self, path: str) -> bool:
+        """Remove `kind/id`, or on a remote root `kind/id/folder`, which is of no finished artifact; False, and nothing is done, where by now it is."""
+        kind, id, *rest = path.split("/")
+        assert kind in KINDS and id and len(rest) == int(self.remote), path
+        if self.remote:
+            if self.folder_of(kind, id) == rest[0]:
+                return False
+            with suppress(FileNotFoundError):
+                self.fs.rm(self._path(path), recursive=True)
+            return True
+        with self.scratch() as away, suppress(FileNotFoundError):
+            os.rename(self._path(path), away / id)
+            if (away / id / COMMIT).exists():
+                os.rename(away / id, self._path(path))
+                return False
+        return True
 
     # -- artifacts -----------------------------------------------------------------------------------------------
 
@@ -163,8 +224,10 @@ class Storage:
     def artifact(self, kind: str, ref: str) -> Artifact:
         """The artifact that `ref` names: an id, `kind/id`, or a unique prefix of an id. Raises UsageError if there is none."""
         id = ref.removeprefix(f"{kind}/")
+        if id and "/" not in id and (exact := self.find(kind, id)) is not None:
+            return exact
         ids = [name for name in self.list(kind) if self.read(f"{kind}/{name}/{COMMIT}") is not None]
-        matches = [name for name in ids if name == id] or [name for name in ids if id and name.startswith(id)]
+        matches = [name for name in ids if id and name.startswith(id)]
         if len(matches) > 1:
             raise UsageError(f"{kind} id {ref!r} is ambiguous in {self.root!r}: {', '.join(matches[:5])}")
         if not matches:
@@ -179,7 +242,7 @@ class Storage:
     def make(self, kind: str, id: str, meta: Mapping[str, Any], fill: Callable[[Path], None], *, force: bool = False) -> Artifact:
         """Find the artifact, or fill a scratch folder with `fill` and commit it whole.
 
-        Two makers at once: the commit marker is created exclusively, the first wins, and the other gets the winner's. With `force` the
+        Two makers at once: the commit marker is created exclusively, the first wins, and the other says so and gets the winner's. With `force` the
         finished artifact stays until the new one is whole, and is replaced by it.
         """
         assert kind in KINDS, kind
@@ -189,18 +252,34 @@ class Storage:
                 return done
         with self.scratch() as folder:
             fill(folder)
-            self._commit(kind, id, folder, dict(meta), force)
+            won = self._commit(kind, id, folder, dict(meta), force)
+            path = Path(self._path(kind, id)) if not self.remote else self.local_path("cache", kind, id)
+            if won and (not self.remote or self._keep(folder, path)):
+                return Artifact(kind, id, path, self.url(kind, id), json.loads(json.dumps(meta)))
+        if not won:
+            self._say(f"{kind}/{id} was finished by another process meanwhile: its files are kept and used, those made here are dropped")
         found = self.find(kind, id)
         assert found is not None
         return found
 
-    def _commit(self, kind: str, id: str, folder: Path, meta: dict[str, Any], force: bool) -> None:
-        files = {str(p.relative_to(folder)): {"sha256": sha256(p), "bytes": p.stat().st_size} for p in sorted(folder.rglob("*")) if p.is_file()}
-        commit = {"schema": SCHEMA, "kind": kind, "id": id, "code": __version__, "created": datetime.now(UTC).isoformat(), "files": files, "meta": meta}
+    def _keep(self, folder: Path, cached: Path) -> bool:
+        """Make what was uploaded this machine's copy, for it is at hand and was hashed; False where something is in the way."""
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with self.scratch() as away, suppress(FileNotFoundError):
+            os.rename(cached, away / "old")
+        try:
+            os.rename(folder, cached)
+        except OSError:
+            return False
+        return True
+
+    def _commit(self, kind: str, id: str, folder: Path, meta: dict[str, Any], force: bool) -> bool:
+        """False where another maker's is there, which stays."""
+        commit = {"schema": SCHEMA, "kind": kind, "id": id, "code": __version__, "created": datetime.now(UTC).isoformat(), "meta": meta}
         target = self._path(kind, id)
         if self.remote:
-            self._upload(kind, id, folder, commit, force)
-            return
+            return self._upload(kind, id, folder, commit, force)
+        commit["files"] = {name: _entry(folder / name) for name in _files(folder)}
         (folder / COMMIT).write_bytes(json.dumps(commit, indent=1, sort_keys=True).encode())
         _sync_tree(folder)
         os.makedirs(os.path.dirname(target), exist_ok=True)
@@ -217,38 +296,60 @@ class Storage:
                     with suppress(OSError):
                         os.rename(away / id, target)
                     raise
+                return False
+        return True
 
-    def _upload(self, kind: str, id: str, folder: Path, commit: dict[str, Any], force: bool) -> None:
+    def _upload(self, kind: str, id: str, folder: Path, commit: dict[str, Any], force: bool) -> bool:
         """Into a folder of this maker's own, so that a slower one overwrites nothing that the winner's marker names."""
-        name = f"{kind}/{id}/{COMMIT}"
+        marker = f"{kind}/{id}/{COMMIT}"
         own = uuid.uuid4().hex[:12]
-        for file in commit["files"]:
-            self.fs.put_file(str(folder / file), self._path(kind, id, own, file))
-        data = json.dumps(commit | {"folder": own}, indent=1, sort_keys=True).encode()
-        if self.create(name, data):
-            return
-        replaced = own
+        names = _files(folder)
+        with _at_once(lambda name: self.fs.put_file(str(folder / name), self._path(kind, id, own, name)), names):
+            commit |= {"folder": own, "files": {name: _entry(folder / name) for name in names}}
+        data = json.dumps(commit, indent=1, sort_keys=True).encode()
+        if self.create(marker, data):
+            return True
+        named = self.folder_of(kind, id)
+        if named == own:  # the endpoint met its own earlier reply, which was lost on the way
+            return True
         if force:
-            replaced = json.loads(self.read(name) or b"{}").get("folder", "")
-            self.write(name, data)
-        if replaced:
+            self.write(marker, data)
+        if replaced := named if force else own:
             with suppress(FileNotFoundError):
                 self.fs.rm(self._path(kind, id, replaced), recursive=True)
+        return force
 
     def _verified(self, kind: str, id: str, commit: Mapping[str, Any]) -> Path:
         local = Path(self._path(kind, id)) if not self.remote else self.local_path("cache", kind, id)
-        for name, entry in commit["files"].items():
-            path = local / name
-            if self.remote and (not path.exists() or sha256(path) != entry["sha256"]):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-                self.fs.get_file(self._path(kind, id, commit["folder"], name), str(temporary))
-                os.replace(temporary, path)
-            if not path.exists() or sha256(path) != entry["sha256"]:
-                raise ArtifactError(
-                    f"{kind}/{id}: file {name!r} is missing or damaged (checksum differs); make it again with --force, or restore it from a copy"
-                )
+
+        def check(name: str) -> None:
+            path, expected = local / name, commit["files"][name]["sha256"]
+            if path.exists() and sha256(path) == expected:
+                return
+            there = self.url(kind, id, commit["folder"], name) if self.remote else str(path)
+            if self.remote and self._fetch(self._path(kind, id, commit["folder"], name), path) and sha256(path) == expected:
+                return
+            maker = f"`mesocosm {commit['meta']['job']}` with --force" if "job" in commit["meta"] else "its job with --force"
+            how = f"is damaged (its sha256 is not that of {COMMIT})" if path.exists() else "is missing"
+            raise ArtifactError(f"{kind}/{id}: file {name!r} {how}; make the artifact again by {maker}, or restore {there} from a copy")
+
+        with _at_once(check, commit["files"]):
+            pass
         return local
+
+    def _fetch(self, source: str, path: Path) -> bool:
+        """Into the cache; False where there is no such file."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+        try:
+            self.fs.get_file(source, str(temporary))
+            os.replace(temporary, path)
+        except FileNotFoundError:
+            path.unlink(missing_ok=True)
+            return False
+        finally:
+            temporary.unlink(missing_ok=True)
+        return True
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -264,6 +365,14 @@ class Storage:
 
 def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:5]) + (" and others" if len(ids) > 5 else "") if ids else "none yet"
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def _entry(path: Path) -> dict[str, Any]:
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
 def sha256(path: Path) -> str:
@@ -298,7 +407,22 @@ def _sync_tree(folder: Path) -> None:
                 os.close(descriptor)
 
 
-def _endpoint(root: str) -> dict[str, str]:
-    """The S3 endpoint that the environment names now: fsspec keeps one filesystem for equal arguments, whatever the environment says later."""
-    named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    return {"endpoint_url": named} if root.startswith("s3://") and named else {}
+def _filesystem(root: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str]:
+    if not root.startswith("s3://"):
+        return fsspec.core.url_to_fs(root)
+    from mesocosm import s3
+
+    return s3.Client(**s3.options(), **options), s3.Client._strip_protocol(root)
+
+
+@contextmanager
+def _at_once(work: Callable[[str], None], names: Iterable[str]) -> Iterator[None]:
+    """Do `work` on several of `names` at a time while the block runs; afterwards all is done, or the first error in their order raised."""
+    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="storage")
+    try:
+        under_way: list[Future[None]] = [pool.submit(work, name) for name in names]
+        yield
+        for one in under_way:
+            one.result()
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -45,7 +45,7 @@ class Run:
 
     def __init__(self, job: str, id: str, config: JobConfig, parent: Run | None, quiet: bool):
         self.job, self.id, self.config, self.parent, self.quiet = job, id, config, parent, quiet
-        self.storage = Storage(config.storage.root)
+        self.storage = Storage(config.storage.root, self.say)
         if parent is None:
             self.storage.writable()
         self.folder: Path = self.storage.local_path("runs", job, id)
