@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,10 +118,8 @@ def test_the_commands_of_a_page_run(page: Path, made: Path, tmp_path: Path, env:
             if re.match(r"\w+=", text):
                 shell.append(text)
                 continue
-            if " serve " in text and not command.text.endswith("--dry-run"):
-                said = serve(text, folder, env)
-            else:
-                said = _run("\n".join([*shell, text]), folder, env)
+            serves = text.startswith("mesocosm serve ") and "--dry-run" not in text
+            said = serve(text, folder, env) if serves else _run("\n".join([*shell, text]), folder, env)
             for what, pattern in {"session": r'"session": ?"([^"]+)"', "address": r"ray\.address=127\.0\.0\.1:(\d+)"}.items():
                 if match := re.search(pattern, said):
                     heard[what] = match[1]
@@ -155,7 +153,7 @@ def _run(script: str, folder: Path, env: dict[str, str]) -> str:
 
 
 @contextmanager
-def _server() -> Iterator[object]:
+def _server() -> Iterator[Callable[[str, Path, dict[str, str]], str]]:
     """`serve(command, folder, env)` starts a world, waits until it is served and gives what was said; one at a time, ended at the end as by Ctrl-C."""
     running: list[subprocess.Popen[bytes]] = []
 
