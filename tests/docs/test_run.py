@@ -30,7 +30,7 @@ from mesocosm.storage import KINDS, Storage
 from .reader import REPOSITORY, Command, blocks, commands, lay_out, name, pages
 from .test_docs import SOMEBODY
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 AGENT = ("iterations=1", "num_envs=8", "rollout=32", "params.num_epochs=1", "snapshots=1")
 SHORT = {
@@ -57,7 +57,8 @@ ELSEWHERE = {
     "make test": "this is a part of it",
 }
 NAMED = {"dataset": "datasets", "world": "worlds", "agent": "agents", "law": "laws", "plan": "plans"}
-PATIENCE = 600
+PATIENCE = 900
+"""Seconds for one command."""
 
 
 def _runnable(page: Path) -> list[Command]:

@@ -120,7 +120,9 @@ def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
     own = codec.environment
     module, _, _ = own["id"].rpartition(":")
     if module not in TRUSTED:
-        raise UsageError(f"the world is of {own['id']!r}, which is a program; where you trust it, set reality.env={own['id']} and reality.kwargs={own['kwargs']}")
+        raise UsageError(
+            f"the world is of {own['id']!r}, which is a program; where you trust it, set reality.env={own['id']} and reality.kwargs={own['kwargs']}"
+        )
     return replace(reality, env=own["id"], kwargs=own["kwargs"], task=own["task"], horizon=own["max_episode_steps"], success=own["success"])
 
 
