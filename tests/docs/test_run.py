@@ -51,6 +51,8 @@ SHORT = {
     "sweep": ("grid.sizes=[10k]", "grid.data=[1000,2000]", "grid.seeds=[0]"),
 }
 """What a job's command is given beside its own words."""
+BESIDES = {"/plan.yaml": "data.datasets=[ID]"}
+"""What a command with such a word is given as the page's reader is told elsewhere: the newest plan may be of a law without data of its own."""
 ELSEWHERE = {
     "make install": "the tests run in what it made",
     "make run": "README's `mesocosm loop` is what it runs, once it has installed",
@@ -128,6 +130,7 @@ def test_the_commands_of_a_page_run(page: Path, made: Path, tmp_path: Path, env:
 
 def _filled(text: str, folder: Path, heard: dict[str, str]) -> str:
     """The command with the reader's own in place of what stands for it, and with what makes its job short."""
+    text = " ".join([text, *(more for word, more in BESIDES.items() if word in text)])
 
     def newest(match: re.Match[str]) -> str:
         before = text[: match.start()]
