@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 AGENT = ("iterations=1", "num_envs=8", "rollout=32", "params.num_epochs=1", "snapshots=1")
 SHORT = {
     "collect": ("steps=400", "workers=0"),
-    "pretrain": ("model.size=10k", "train.epochs=null", "train.steps=20", "train.batch=32", "train.workers=1", "train.decay=0.4"),
+    "pretrain": ("model.size=10k", "train.epochs=null", "train.steps=20"),
     "train-agent": AGENT,
     "evaluate": ("episodes=2", "graded=0", "adversary=0", "policies=[]", "starts=8", "horizons=[1]", "full=false"),
     "baseline": ("steps=1200", "judge_every=null", "judge_episodes=2", "select_episodes=0"),
@@ -48,7 +48,7 @@ SHORT = {
         "evaluate.episodes=2",
         "baselines=[]",
     ),
-    "sweep": ("grid.sizes=[10k]", "grid.data=[1000,2000]", "grid.seeds=[0]"),
+    "sweep": ("grid.sizes=[10k]", "grid.data=[2000,4000]", "grid.seeds=[0]", "train.warmup=2"),
 }
 """What a job's command is given beside its own words."""
 BESIDES = {"/plan.yaml": "data.datasets=[ID]"}
