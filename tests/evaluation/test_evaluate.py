@@ -241,7 +241,7 @@ def test_a_world_runs_no_program_that_its_user_did_not_name(root: str, stored: S
         (folder / "codec.json").write_text(json.dumps(codec))
 
     stored.make("worlds", "strange", {"inputs": {"datasets": ["walks"]}}, fill)
-    with pytest.raises(UsageError, match="is of 'subprocess:check_call', which is a program; where you trust it, set reality.env=subprocess:check_call"):
+    with pytest.raises(UsageError, match=r"is of 'subprocess:check_call', which is a program; where you trust it, set reality.env=subprocess:check_call"):
         evaluate(config(root, world="strange", agent="a0", reality=RealityConfig()), run)
     assert not (tmp_path / "ran").exists()
     assert evaluate(config(root, world="strange", reality=RealityConfig()), run).kind == "evaluations", "the world alone makes no environment"
