@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mesocosm import __version__, config
+from mesocosm import __version__, completion, config
 from mesocosm.errors import MesocosmError, UsageError, nearest
 
 
@@ -54,6 +54,7 @@ TOOLS = {
     "cluster": "mesocosm.cluster_command",
     "jobs": "mesocosm.submission.command",
     "storage": "mesocosm.storage_command",
+    "completion": "mesocosm.completion",
 }
 """Commands that are no config job: a module, light to import, with `add(commands)` and `run(options)`, which returns the exit status."""
 
@@ -87,6 +88,7 @@ def job(name: str) -> NoReturn:
 
 def _main(arguments: list[str]) -> int:
     parser = _parser()
+    completion.answer(parser)
     known = [*JOBS, *TOOLS, "doctor"]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
         raise UsageError(f"unknown command {arguments[0]!r}{nearest(arguments[0], known)}; see mesocosm --help")

@@ -166,8 +166,13 @@ def read(name: str) -> ClusterConfig:
             found = config.load(ClusterConfig, [path])
             _check(found, path)
             return found
-    known = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})
+    known = names()
     raise UsageError(f"cluster={name!r}: there is no clusters/{name}.yaml; use one of {', '.join(known) or 'your own'}{nearest(name, known)}")
+
+
+def names() -> list[str]:
+    """The clusters that there are."""
+    return sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})
 
 
 def _check(cluster: ClusterConfig, path: Path) -> None:

@@ -218,6 +218,7 @@ class Storage:
         if raw is None:
             return None
         commit = json.loads(raw)
+        _check_names(f"{kind}/{id}", [*commit["files"], commit.get("folder", "")])
         path = self._verified(kind, id, commit)
         return Artifact(kind, id, path, self.url(kind, id), commit["meta"])
 
@@ -361,6 +362,13 @@ class Storage:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _check_names(artifact: str, names: Sequence[str]) -> None:
+    """Raise ArtifactError where one leads out of the artifact: what a stranger wrote there would land in this machine's own files."""
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ArtifactError(f"{artifact}: {COMMIT} names {name!r}, which lies outside of it; it was not made by this project, do not use it")
 
 
 def _some(ids: Sequence[str]) -> str:

@@ -97,6 +97,7 @@ def policy(actions: gym.Space[Any], seed: int = 0) -> Policy:
 
 def config(root: str, **kwargs: Any) -> EvaluateConfig:
     defaults: dict[str, Any] = {"world": "worlds/w0", "episodes": 5, "horizons": [1, 3], "starts": 16, "samples": 2, "storage": StorageConfig(root)}
+    defaults["reality"] = RealityConfig(env="evaluated_module:Walk", kwargs={"limit": 12})
     return EvaluateConfig(**{**defaults, **kwargs})
 
 
@@ -229,6 +230,21 @@ def test_wrong_use_is_one_sentence_before_anything_starts(root: str, stored: Sto
         evaluate(config(root, **wrong), run)
     assert "\n" not in str(caught.value)
     assert (stored.list("ledgers"), stored.list("evaluations")) == before
+
+
+def test_a_world_runs_no_program_that_its_user_did_not_name(root: str, stored: Storage, run: tracking.Run, tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        _copy(stored.artifact("worlds", "w0").path, folder)
+        (folder / "COMMIT.json").unlink()
+        codec = json.loads((folder / "codec.json").read_text())
+        codec["environment"] |= {"id": "subprocess:check_call", "kwargs": {"args": ["touch", str(tmp_path / "ran")]}}
+        (folder / "codec.json").write_text(json.dumps(codec))
+
+    stored.make("worlds", "strange", {"inputs": {"datasets": ["walks"]}}, fill)
+    with pytest.raises(UsageError, match=r"is of 'subprocess:check_call', which is a program; where you trust it, set reality.env=subprocess:check_call"):
+        evaluate(config(root, world="strange", agent="a0", reality=RealityConfig()), run)
+    assert not (tmp_path / "ran").exists()
+    assert evaluate(config(root, world="strange", reality=RealityConfig()), run).kind == "evaluations", "the world alone makes no environment"
 
 
 def test_the_config_is_read_from_the_command_line() -> None:

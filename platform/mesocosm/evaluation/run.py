@@ -26,6 +26,9 @@ from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
 
+TRUSTED = ("", "mesocosm.reality.domains")
+"""Modules whose environments are made because a world says that it is of them: "" is Gymnasium's registry."""
+
 MEASURES = 2
 """Raised when what an evaluation measures, or how, changes: earlier ones are then not found in its place."""
 
@@ -108,10 +111,18 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
 
 
 def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
-    """`reality` as given, or where it names no environment the one that the world is of, at the given price and budget."""
+    """`reality` as given, or where it names no environment the one that the world is of, at the given price and budget.
+
+    Raises UsageError where that is a program: a world may be a stranger's, and runs nothing that its user did not name.
+    """
     if reality.env:
         return reality
     own = codec.environment
+    module, _, _ = own["id"].rpartition(":")
+    if module not in TRUSTED:
+        raise UsageError(
+            f"the world is of {own['id']!r}, which is a program; where you trust it, set reality.env={own['id']} and reality.kwargs={own['kwargs']}"
+        )
     return replace(reality, env=own["id"], kwargs=own["kwargs"], task=own["task"], horizon=own["max_episode_steps"], success=own["success"])
 
 
