@@ -35,7 +35,12 @@ JOBS = {
     "pretrain": Job(
         "mesocosm.pretrain.run", "PretrainConfig", "a dataset into a world, by DeepSpeed under Ray Train", "-c configs/pretrain/pendulum.yaml model.size=1m"
     ),
-    "sweep": Job("mesocosm.scaling.sweep", "SweepConfig", "a grid of sizes and data into a table and its law", "-c configs/sweep/pendulum.yaml --dry-run"),
+    "sweep": Job(
+        "mesocosm.scaling.sweep",
+        "SweepConfig",
+        "a grid of sizes and data into a table and its law",
+        "-c configs/sweep/quickstart.yaml data.datasets=[ID] --dry-run",
+    ),
     "plan": Job(
         "mesocosm.scaling.plan",
         "PlanConfig",

@@ -75,6 +75,16 @@ def test_what_the_data_cannot_say_is_refused(rows: list[dict[str, Any]], said: s
         fitted(tmp_path, rows, without=LONE if "seed" in rows[0] else ())
 
 
+def test_a_batch_more_or_less_is_no_other_data(tmp_path: Path) -> None:
+    """Every seed of a sweep sees a D of its own, some transitions apart."""
+    one = [row | {"data": row["data"] * (1 + 0.0005 * row["seed"])} for row in noisy(data=DATA[:1], seeds=4)]
+    with pytest.raises(UsageError, match=r"has 7 distinct cells for the 5 parameters|has 1 distinct data \(10000\)"):
+        fitted(tmp_path, one, without=())
+    two = [row | {"data": row["data"] * (1 + 0.0005 * row["seed"])} for row in noisy(data=DATA[:2], seeds=4)]
+    with pytest.raises(UsageError, match=r"has 2 distinct data \(10000, 25118\.9\), which cannot tell its exponent from E: train at least 3"):
+        fitted(tmp_path, two, without=())
+
+
 def test_outliers_are_warned_of_and_dropped_on_request(tmp_path: Path) -> None:
     rows = noisy()
     for at in (4, 30):

@@ -37,9 +37,9 @@ def test_a_grid_is_interpolated_to_common_budgets(tmp_path: Path) -> None:
 
 
 def test_budgets_of_a_grid_that_have_no_minimum_are_counted(tmp_path: Path) -> None:
-    found, notes = approach(write(tmp_path / "t.csv", grid(sizes=tuple(np.geomspace(1e4, 3e5, 5)))))
-    assert found is not None and [note.code for note in notes] == ["isoflop_refused"]
-    assert "4 of 12 IsoFLOP budgets between the grid's cells" in notes[0].sentence
+    found, notes = approach(write(tmp_path / "t.csv", grid(sizes=tuple(np.geomspace(1e4, 1e6, 7)))))
+    assert found is not None and [note.code for note in notes] == ["isoflop_refused"] and found.a == pytest.approx(A, abs=0.05)
+    assert "9 of 17 IsoFLOP budgets between the grid's cells" in notes[0].sentence
 
 
 def test_a_concave_budget_is_refused_and_the_others_stand(tmp_path: Path) -> None:
@@ -63,6 +63,16 @@ def test_a_design_without_any_optimum_is_refused(bend: bool, said: str, tmp_path
         rows = [row for row in budgets(FLOPS, 9) if row["params"] < 0.8 * optimum[row["flops"]]]
     with pytest.raises(UsageError, match=f"none of its 4 IsoFLOP budgets has an optimum: .*{said}.*train sizes on both sides"):
         approach(write(tmp_path / "t.csv", rows))
+
+
+def test_a_least_loss_at_an_end_of_the_sizes_brackets_no_minimum(tmp_path: Path) -> None:
+    """Though the parabola through them may have its vertex between them."""
+    rows = budgets(FLOPS)
+    first = [row for row in rows if row["flops"] == FLOPS[0]]
+    first[0]["loss"] = min(row["loss"] for row in first) - 1e-4
+    found, notes = approach(write(tmp_path / "t.csv", rows))
+    assert found is not None and found.budgets[0].N_opt is None and found.a == pytest.approx(A, abs=0.02)
+    assert "the loss is least at an end of the" in notes[0].sentence
 
 
 def test_too_few_sizes_are_no_parabola(tmp_path: Path) -> None:

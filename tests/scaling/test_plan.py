@@ -158,7 +158,37 @@ def test_flops_on_given_data_repeat_it(law_file: Callable[..., str], tmp_path: P
     assert answer["plan"]["unique"] == 20_000 and answer["plan"]["epochs"] > 2 and answer["collect"] == 0 and answer["next"] is None
     fresh = _plan(law_file(law_of(CHINCHILLA)), str(tmp_path), "flops=1e16")
     assert fresh["plan"]["epochs"] == 1
-    assert [w["code"] for w in fresh["warnings"]] == ["far"] and "times the largest" in fresh["warnings"][0]["sentence"]
+    assert [w["code"] for w in fresh["warnings"]] == ["unknown_models", "far"] and "times the largest" in fresh["warnings"][1]["sentence"]
+
+
+def test_what_binds_a_plan_is_said(law_file: Callable[..., str], tmp_path: Path) -> None:
+    """Owned data; and the ladder's end, where compute is next to free beside reality."""
+    owned = _plan(law_file(law_of(CHINCHILLA)), str(tmp_path), "flops=1e16", "owned=5000")
+    assert owned["plan"]["unique"] == 5000 and "owned_bind" in {w["code"] for w in owned["warnings"]}
+    dear = _plan(law_file(law_of(CHINCHILLA)), str(tmp_path), "money=500", "price.per_step=0.01", "price.per_exaflop=1e-9")
+    assert dear["plan"]["size"] == "7b" and dear["optimum"]["params"] == pytest.approx(plan.MOST, rel=0.01)
+    assert "ladder_end" in {w["code"] for w in dear["warnings"]} and dear["next"]["rows"]
+
+
+def test_beyond_the_largest_size_flops_grow_as_it_does(law_file: Callable[..., str], tmp_path: Path) -> None:
+    flops = Flops(source="table", k=705.0, p=0.7, q=1.0, max_rel_residual=0.1, params_most=3e6)
+    each = np.exp(flops.log_each(np.log([3e5, 3e6, 3e9])))
+    assert each[0] == pytest.approx(705 * 3e5**0.7) and each[2] / each[1] == pytest.approx(1000)
+    answer = _plan(law_file(law_of(CHINCHILLA, flops)), str(tmp_path), "flops=1e20")
+    assert answer["plan"]["flops"] >= 6 * answer["plan"]["params"] * answer["plan"]["data"]
+
+
+def test_a_plan_trains_what_the_law_is_of_or_says_otherwise(law_file: Callable[..., str], tmp_path: Path) -> None:
+    law = law_of(CHINCHILLA)
+    law.provenance.swept = {
+        "model": {"family": "sequence", "size": "1m", "members": 1, "context": 8, "base": False},
+        "train": {"batch": 16, "lr": 0.006, "warmup": 20},
+    }
+    path = law_file(law)
+    assert not {"unknown_models", "other_models"} & {w["code"] for w in _plan(path, str(tmp_path), "flops=1e12")["warnings"]}
+    other = _plan(path, str(tmp_path), "flops=1e12", "model.family=ensemble", "model.members=1", "model.context=8", "model.base=false")
+    said = next(w["sentence"] for w in other["warnings"] if w["code"] == "other_models")
+    assert "model.family=ensemble (swept: sequence)" in said and "members" not in said
 
 
 @pytest.mark.parametrize(

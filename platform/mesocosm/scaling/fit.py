@@ -16,7 +16,7 @@ from mesocosm.scaling import isoflop
 from mesocosm.scaling.forms import FORMS, NOTHING, Array, Form
 from mesocosm.scaling.law import LEVEL, Bootstrap, Dropped, Errors, Flops, HeldOut, Law, Note, Optimal, Pair, Provenance, WithoutE, optimal_of, params_of, span
 from mesocosm.scaling.solve import DELTA, Solution, solve
-from mesocosm.scaling.table import Table
+from mesocosm.scaling.table import Table, levels
 
 RESAMPLES = 300
 EXPONENTS = (0.15, 0.4, 1.0)
@@ -51,8 +51,8 @@ class _Fit:
     residual: Array
 
 
-def fit(table: Table, *, drop_outliers: bool = False, seed: int = 0, command: str = "") -> Law:
-    """The law of `table`. Deterministic in (table, drop_outliers, seed). Raises UsageError where the table cannot say one."""
+def fit(table: Table, *, drop_outliers: bool = False, seed: int = 0, command: str = "", swept: dict[str, Any] | None = None) -> Law:
+    """The law of `table`; `swept` is kept in its provenance. Deterministic in (table, drop_outliers, seed). Raises UsageError where there is none."""
     form = form_of(table)
     check(table, form)
     notes = list(table.notes)
@@ -102,7 +102,9 @@ def fit(table: Table, *, drop_outliers: bool = False, seed: int = 0, command: st
     if second is not None and _apart(interval["a"], second.interval["a"]) and abs(second.a - best["a"][0]) > 0.02:
         both = f"a={best['a'][0]:.3f} {span(interval['a'])} by the form, a={second.a:.3f} {span(second.interval['a'])} by IsoFLOP parabolas"
         notes.append(_note("approaches_disagree", f"The two approaches disagree beyond their intervals: {both}; trust neither's optimum far from the table."))
-    seen = {"params": table.params, "data": table.data, "flops": table.flops, "loss": table.loss} | ({} if table.unique is None else {"unique": table.unique})
+    seen = {"params": table.params, "data": table.data, "flops": table.flops, "loss": table.loss} | (
+        {} if table.unique is None else {"unique": np.minimum(table.unique, table.data)}
+    )
     return Law(
         form=cast(Literal["chinchilla", "data_constrained"], form.name),
         params=_first(params),
@@ -126,7 +128,7 @@ def fit(table: Table, *, drop_outliers: bool = False, seed: int = 0, command: st
             seed=seed,
             draws={name: [float(f"{value:.8g}") for value in values] for name, values in draws.items()},
         ),
-        provenance=Provenance(table=table.name, sha256=table.sha256, rows=table.rows, command=command, version=__version__),
+        provenance=Provenance(table=table.name, sha256=table.sha256, rows=table.rows, command=command, version=__version__, swept=swept),
     )
 
 
@@ -157,13 +159,14 @@ def form_of(table: Table) -> Form:
 def check(table: Table, form: Form) -> None:
     """Raises UsageError where `form` has no single answer on `table`."""
     wanted = len(form.params)
-    cells = len(np.unique(np.stack([table.params, table.data, np.exp(table.cells().unique)], 1).round(9), axis=0))
+    cells = len(np.unique(np.stack([levels(np.exp(values)) for values in (table.cells().params, table.cells().data, table.cells().unique)], 1), axis=0))
     if cells <= wanted:
         raise UsageError(f"{table.name} has {cells} distinct cells for the {wanted} parameters of {form.name}: train at least {wanted + 1}")
     for name, values in (("params", table.params), ("data", table.data)):
-        if len(distinct := np.unique(values)) < 3:
-            listed = ", ".join(f"{value:g}" for value in distinct)
-            raise UsageError(f"{table.name} has {len(distinct)} distinct {name} ({listed}), which cannot tell its exponent from E: train at least 3")
+        first = np.unique(levels(values), return_index=True)[1]
+        if len(first) < 3:
+            listed = ", ".join(f"{values[i]:g}" for i in first)
+            raise UsageError(f"{table.name} has {len(first)} distinct {name} ({listed}), which cannot tell its exponent from E: train at least 3")
     x, z = np.log(table.params), np.log(table.data)
     if abs(np.corrcoef(x, z)[0, 1]) > 1 - 1e-6:
         raise UsageError(f"{table.name}: data is a power of params in every cell, so that their exponents cannot be told apart: vary data at one size")
@@ -196,7 +199,7 @@ def _resamples(table: Table, seed: int) -> tuple[Array, NDArray[np.int64]]:
     """(how often each group was drawn [B, G], each row's group [n]). A draw of fewer than three sizes or data sizes is drawn again: it says nothing."""
     names, groups = np.unique(table.group, return_inverse=True)
     rng = np.random.default_rng([seed, len(names)])
-    size, data = (np.unique(values, return_inverse=True)[1] for values in (table.params, table.data))
+    size, data = levels(table.params), levels(table.data)
     counts = np.empty((RESAMPLES, len(names)))
     left = np.arange(RESAMPLES)
     for _ in range(200):
@@ -249,7 +252,8 @@ def _flops(table: Table) -> tuple[Flops, list[Note]]:
         )
     said = f"flops are up to {off:.0%} from 6 x params x data: the optimum follows C = {math.exp(log_k):.3g} N^{p:.3f} D^{q:.3f}, "
     said += f"which fits them within {residual:.1%}."
-    return Flops(source="table", k=math.exp(log_k), p=float(p), q=float(q), max_rel_residual=residual), [_note("flops_not_6nd", said)]
+    found = Flops(source="table", k=math.exp(log_k), p=float(p), q=float(q), max_rel_residual=residual, params_most=float(table.params.max()))
+    return found, [_note("flops_not_6nd", said)]
 
 
 def _outliers(whole: _Fit) -> NDArray[np.int64]:

@@ -153,7 +153,14 @@ def _minimum(points: Points) -> float | None:
     """log N of the minimum, or None; see `_why`."""
     _, c1, c2 = parabola(points)
     least = -c1 / (2 * c2) if c2 > 0 else math.nan
-    return least if points.log_n.min() <= least <= points.log_n.max() else None
+    return least if points.log_n.min() <= least <= points.log_n.max() and not _at_an_edge(points) else None
+
+
+def _at_an_edge(points: Points) -> bool:
+    """Whether the least or the largest size has the least mean loss: nothing then shows that the loss rises on that side."""
+    sizes, which = np.unique(points.log_n.round(9), return_inverse=True)
+    means = np.bincount(which, points.weight * points.loss) / np.bincount(which, points.weight)
+    return int(means.argmin()) in (0, len(sizes) - 1)
 
 
 def _why(points: Points) -> str:
@@ -162,6 +169,8 @@ def _why(points: Points) -> str:
     if c2 <= 0:
         return f"at {points.flops:.3g} FLOPs the losses of {_sizes(points)} sizes bend downward (concave), so that their extreme is a maximum"
     least = np.exp(min(-c1 / (2 * c2), 700.0))
+    if low <= least <= high:
+        return f"at {points.flops:.3g} FLOPs the loss is least at an end of the {low:.3g} to {high:.3g} parameters that were trained"
     return f"at {points.flops:.3g} FLOPs the minimum would lie at params={least:.3g}, outside the {low:.3g} to {high:.3g} that were trained"
 
 

@@ -57,6 +57,14 @@ class Flops(_Part):
     p: float
     q: float
     max_rel_residual: float
+    params_most: float | None = None
+    """The largest N that was fitted. Beyond it C grows with N at least as 6 N D does: of a small network most FLOPs are those of embeddings and outputs,
+    and a power fitted to them would promise larger ones for far too little."""
+
+    def log_each(self, log_n: Array) -> Array:
+        """log of C at D = 1."""
+        beyond = 0.0 if self.params_most is None else max(0.0, 1 - self.p) * np.maximum(log_n - math.log(self.params_most), 0.0)
+        return math.log(self.k) + self.p * log_n + beyond
 
 
 class Errors(_Part):
@@ -139,6 +147,8 @@ class Provenance(_Part):
     rows: int
     command: str
     version: str
+    swept: dict[str, Any] | None = None
+    """Of a sweep's law, the part of its config that says what was trained (`model`, `train`, ...); plans train the same."""
 
 
 class Law(_Part):

@@ -23,7 +23,7 @@ from mesocosm.scaling.forms import FORMS, Array, Cells
 from mesocosm.scaling.law import Flops, Law, theta_of
 
 SIZES = (3.0, 40.0)
-"""Of log N: 20 parameters to 2e17."""
+"""Of log N, where nothing bounds it: 20 parameters to 2e17."""
 LOGITS = (-30.0, 30.0)
 """Of a share of the money: log(share / (1 - share))."""
 POINTS, KEEP, ZOOMS = 41, 2, 9
@@ -43,6 +43,8 @@ class Budget:
     """Different transitions that are there already."""
     unlimited: bool = False
     """New transitions cost nothing: U = D."""
+    most: float = math.exp(40)
+    """Parameters that a model may have."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Problem:
         b = self.budget
         compute = b.money * (1 - share) / b.compute_price
         with np.errstate(over="ignore", divide="ignore"):
-            data = np.exp((np.log(compute) - math.log(self.flops.k) - self.flops.p * log_n) / self.flops.q)
+            data = np.exp((np.log(compute) - self.flops.log_each(log_n)) / self.flops.q)
         if b.unlimited:
             return data, data
         bought = np.zeros_like(data) if b.step_price is None else b.money * share / b.step_price
@@ -92,6 +94,11 @@ class Problem:
         cells = Cells(log_n, np.log(np.maximum(data, 1e-9)), np.log(np.maximum(unique, 1e-9)))
         found = FORMS[self.form].log_loss(self.theta[None], cells)[0]
         return np.where(unique >= 1, np.exp(found), np.inf).reshape(shape)
+
+    @property
+    def sizes(self) -> tuple[float, float]:
+        """Bounds of log N."""
+        return SIZES[0], min(SIZES[1], math.log(self.budget.most))
 
     @property
     def free(self) -> bool:
@@ -112,13 +119,13 @@ class Problem:
         sizes, losses = self._sized(parts)
         i = int(np.argmin(losses))
         made = self.point(math.exp(float(sizes[i])), float(parts[i]))
-        if min(abs(sizes[i] - edge) for edge in SIZES) < 0.01:
+        if sizes[i] < SIZES[0] + 0.01 or sizes[i] > SIZES[1] - 0.01:
             raise UsageError(f"the loss is least at {made.params:.3g} parameters, where the search ends: no such budget as {self.budget.money:g} can be meant")
         return made
 
     def _sized(self, shares: Array) -> tuple[Array, Array]:
         """The best log N at each share [S], and its loss [S]."""
-        low, high = (np.full(len(shares), edge) for edge in SIZES)
+        low, high = (np.full(len(shares), edge) for edge in self.sizes)
         return _narrowed(lambda n: self.loss(n, np.broadcast_to(shares[:, None], n.shape)), low, high)
 
     def point(self, params: float, share: float) -> Point:
@@ -129,7 +136,7 @@ class Problem:
             raise UsageError(
                 f"the budget of {self.budget.money:g} buys less than one transition with {share:.3g} of it for real steps; raise it, or lower the prices"
             )
-        flops = self.flops.k * params**self.flops.p * data**self.flops.q
+        flops = math.exp(float(self.flops.log_each(log_n)[0])) * data**self.flops.q
         reality = 0.0 if self.budget.step_price is None else max(0.0, unique - self.budget.owned) * self.budget.step_price
         return Point(params, data, unique, loss, flops, flops * self.budget.compute_price, reality, share)
 
@@ -139,10 +146,13 @@ class Problem:
         money = at.compute + compute
         new = (at.reality + reality) / b.step_price if b.step_price else 0.0
         once = Problem(self.form, self.theta, self.flops, replace(b, money=money, step_price=None, owned=b.owned + new))
-        centre = math.log(at.params)
+        centre, most = math.log(at.params), self.sizes[1]
         nothing = np.zeros(1)
         found = minimize_scalar(
-            lambda log_n: float(once.loss(np.array([log_n]), nothing)[0]), bounds=(centre - 3, centre + 3), method="bounded", options={"xatol": 1e-7}
+            lambda log_n: float(once.loss(np.array([log_n]), nothing)[0]),
+            bounds=(centre - 3, min(centre + 3, most)),
+            method="bounded",
+            options={"xatol": 1e-7},
         )
         return min(float(found.fun), float(once.loss(np.array([centre]), nothing)[0]))
 

@@ -37,6 +37,8 @@ FAR = 10.0
 """A plan this many times beyond what was swept is said to be a guess."""
 NEAR = 10.0
 """Rungs within such a factor of the best N are compared."""
+MOST = max(dims(size).params for size in RUNGS)
+"""Parameters of the ladder's end: where compute costs next to nothing beside reality, money would buy models that no one can make."""
 LADDER = 0.01
 """So much more loss than the best size's is worth a warning."""
 STEP = 1e-3
@@ -71,6 +73,8 @@ class _Question:
     """Transitions a batch; 0 where there are no datasets."""
     sweep_warmup: int | None
     """Steps, where the sweep says them."""
+    notes: list[dict[str, str]]
+    """Warnings of how the plan's models differ from the law's."""
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
@@ -115,6 +119,7 @@ def _question(config: PlanConfig, storage: Storage) -> _Question:
     warmup = None
     if meta is not None:
         config, warmup = _as_swept(config, meta)
+    notes = _not_as_swept(config, meta)
     spec, batch, have = None, 0.0, 0
     if config.data.datasets:
         try:
@@ -129,13 +134,14 @@ def _question(config: PlanConfig, storage: Storage) -> _Question:
     owned = have if config.owned is None else config.owned
     cluster = None if config.cluster is None else clusters.read(config.cluster)
     currency = config.price.currency if cluster is None else cluster.currency
-    return _Question(config, law, source, _budget(config, cluster, owned), currency, owned, spec, batch, warmup)
+    return _Question(config, law, source, _budget(config, cluster, owned), currency, owned, spec, batch, warmup, notes)
 
 
 def _law(name: str, storage: Storage) -> tuple[Law, str, dict[str, Any] | None]:
     """(the law, its path or artifact, the artifact's meta)."""
     if Path(name).is_file() or name.endswith(".json"):
-        return Law.read(name), name, None
+        law = Law.read(name)
+        return law, name, law.provenance.swept and {"config": law.provenance.swept}
     try:
         artifact = storage.artifact("laws", name)
     except UsageError as error:
@@ -151,7 +157,7 @@ def _as_swept(config: PlanConfig, meta: dict[str, Any]) -> tuple[PlanConfig, int
     """The config with the sweep's data, model and training where it says none of its own, and the sweep's warm-up in steps."""
     default, said = PlanConfig(), meta.get("config", {})
     warmup = None
-    if config.data.datasets == default.data.datasets:
+    if config.data.datasets == default.data.datasets and "inputs" in meta:
         config = replace(config, data=DataConfig(list(meta["inputs"]["datasets"]), config.data.unique))
     if config.model == default.model and "model" in said:
         config = replace(config, model=ModelConfig(**said["model"]))
@@ -161,6 +167,25 @@ def _as_swept(config: PlanConfig, meta: dict[str, Any]) -> tuple[PlanConfig, int
         shared = {name: value for name, value in vars(cell).items() if name not in ("warmup", "decay")}
         config = replace(config, train=replace(default.train, **shared, warmup=0.0, decay=cell.decay))
     return config, warmup
+
+
+def _not_as_swept(config: PlanConfig, meta: dict[str, Any] | None) -> list[dict[str, str]]:
+    """Warnings of a law that speaks of other models than those that would be trained, or does not say of which it speaks."""
+    if meta is None or "model" not in meta.get("config", {}):
+        said = f"model.family={config.model.family}, members={config.model.members}, base={str(config.model.base).lower()}, context={config.model.context}"
+        sentence = f"Nothing says what models the law is of: the plan is for {said}, train.batch={config.train.batch}; give them as they were swept."
+        return [{"code": "unknown_models", "sentence": sentence}]
+    told = {"model": meta["config"]["model"], "train": meta["config"].get("train", {})}
+    skip = ("size", "warmup", "decay", "precision", "validate_windows")
+    apart = [
+        f"{block}.{key}={getattr(getattr(config, block), key)} (swept: {value})"
+        for block, values in told.items()
+        for key, value in values.items()
+        if key not in skip and hasattr(getattr(config, block), key) and getattr(getattr(config, block), key) != value
+    ]
+    if not apart:
+        return []
+    return [{"code": "other_models", "sentence": f"The law is of other models than the plan's: {', '.join(apart)}; it says nothing of these."}]
 
 
 def _budget(config: PlanConfig, cluster: ClusterConfig | None, owned: int) -> Budget:
@@ -179,7 +204,7 @@ def _budget(config: PlanConfig, cluster: ClusterConfig | None, owned: int) -> Bu
         raise UsageError(
             "money buys no real step without price.per_step, and no transition is owned; give price.per_step=..., data.datasets=[...] or owned=..."
         )
-    return Budget(config.money, flop, config.price.per_step, owned)
+    return Budget(config.money, flop, config.price.per_step, owned, most=MOST)
 
 
 # -- the answer -------------------------------------------------------------------------------------------------------
@@ -194,7 +219,7 @@ def _answer(q: _Question) -> dict[str, Any]:
     spread = [other.best() for other in resampled]
     size, chosen = _rung(q, problem, best)
     again = [at_size(counted(other, chosen.params, chosen.flops / chosen.data), chosen.params) for other in resampled]
-    warnings = [note.model_dump() for note in law.warnings if note.code in TELLING]
+    warnings = [*q.notes, *(note.model_dump() for note in law.warnings if note.code in TELLING)]
     far = beyond(law, chosen)
     if any(max(x, 1 / x) > FAR for x in far.values()):
         listed = ", ".join(f"{name} {_times(x)}" for name, x in far.items())
@@ -202,6 +227,12 @@ def _answer(q: _Question) -> dict[str, Any]:
     elif far:
         listed = ", ".join(f"{name} {_times(x)}" for name, x in far.items())
         warnings.append({"code": "beyond", "sentence": f"The plan lies beyond what was fitted: {listed}."})
+    if best.params > 0.99 * budget.most:
+        said = "Larger models than the ladder has would be foretold less: compute costs next to nothing beside reality here."
+        warnings.append({"code": "ladder_end", "sentence": said})
+    if budget.step_price is None and not budget.unlimited and best.unique > 0.999 * budget.owned:
+        said = f"The {budget.owned:,.0f} transitions that are owned bind: the budget buys more than they are worth; collect more, or lower it."
+        warnings.append({"code": "owned_bind", "sentence": said})
     if law.form == "chinchilla" and not budget.unlimited:
         said = "The law was fitted without repeated data, so that none is planned to be seen twice; a sweep over grid.unique shows what repeats are worth."
         warnings.append({"code": "one_epoch", "sentence": said})
@@ -314,9 +345,7 @@ def _lines(answer: dict[str, Any]) -> dict[str, Any]:
         lines["spend"] = f"{made['compute']:.4g} {coin} on compute, {made['reality']:.4g} {coin} on {more}"
         for row in answer["next"]["rows"]:
             lines[row["at"]] = f"loss {row['loss']:.4g}; the next {coin} takes off {row['compute']:.3g} nats as compute, {row['reality']:.3g} as reality"
-    for warning in answer["warnings"]:
-        lines["warning" if "warning" not in lines else f"warning {len(lines)}"] = warning["sentence"]
-    return lines
+    return lines | {f"warning {i}": warning["sentence"] for i, warning in enumerate(answer["warnings"], 1)}
 
 
 def _within(value: float, pair: tuple[float, float]) -> str:

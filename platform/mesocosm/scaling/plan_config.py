@@ -55,7 +55,9 @@ class PlanConfig(PretrainConfig):
             raise UsageError("train.steps and train.epochs are the plan's to say; leave them out")
         if self.flops is not None and self.price.per_step is not None:
             raise UsageError(f"price.per_step={self.price.per_step:g} has no meaning in a budget of FLOPs; give money=... instead of flops")
+        if self.flops is not None and self.cluster is not None:
+            raise UsageError(f"cluster={self.cluster!r} has no meaning in a budget of FLOPs, which needs no price; leave it out, or give money=...")
         if self.money is not None and self.price.per_exaflop is None and self.cluster is None:
-            raise UsageError("money needs the price of compute; give price.per_exaflop=..., or cluster=NAME whose prices are known")
+            raise UsageError("money needs the price of compute; give price.per_exaflop=..., or the key cluster=NAME (not --cluster) whose prices are known")
         if self.price.per_exaflop is not None and self.cluster is not None:
             raise UsageError(f"price.per_exaflop={self.price.per_exaflop:g} and cluster={self.cluster!r} both say what compute costs; give one")

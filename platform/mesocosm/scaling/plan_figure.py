@@ -44,7 +44,7 @@ def _contours(axis: Any, law: Law, problem: Problem, answer: dict[str, Any]) -> 
     axis.add_patch(_box(n_range, d_range))
     axis.plot([], [], color="black", linewidth=0.8, linestyle="--", label="fitted range")
     spent = best["flops"]
-    afford = (spent / law.flops.k / n**law.flops.p) ** (1 / law.flops.q)
+    afford = (spent / np.exp(law.flops.log_each(np.log(n)))) ** (1 / law.flops.q)
     axis.plot(n, afford, color=BLUE, linewidth=1.2, label=f"{spent:.3g} FLOPs")
     axis.plot(best["params"], best["data"], "o", color=RED, markersize=6, label="optimum")
     axis.plot(plan["params"], plan["data"], "D", color=RED, markerfacecolor="none", markersize=7, label=f"plan: {plan['size']}")

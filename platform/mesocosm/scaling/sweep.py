@@ -271,7 +271,7 @@ def _finished(config: SweepConfig, run: tracking.Run, grid: Grid, id: str, board
         cells.write_table(records, folder / TABLE)
         (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
         (folder / PLOT).write_text(_plot(records))
-        _fit(folder, run)
+        _fit(folder, run, what(config))
 
     artifact = run.storage.make("laws", id, meta, fill, force=config.force)
     for path in sorted(artifact.path.iterdir()):
@@ -280,14 +280,14 @@ def _finished(config: SweepConfig, run: tracking.Run, grid: Grid, id: str, board
     return artifact
 
 
-def _fit(folder: Path, run: tracking.Run) -> None:
+def _fit(folder: Path, run: tracking.Run, swept: dict[str, Any]) -> None:
     """The law of `folder`'s table, beside it; a table that cannot say one is kept without, and the run says why."""
     from mesocosm.scaling import fit, report
     from mesocosm.scaling.table import Table
 
     try:
         table = Table.read(folder / TABLE)
-        law = fit.fit(table, command=f"mesocosm fit {TABLE} --out {LAW}")
+        law = fit.fit(table, command=f"mesocosm fit {TABLE} --out {LAW}", swept=swept)
     except UsageError as error:
         run.say(f"no law: {error}")
         return

@@ -20,6 +20,8 @@ from mesocosm.scaling.law import Note
 REQUIRED = ("params", "data", "loss")
 NUMBERS = (*REQUIRED, "unique", "flops", "weight", "lr")
 NAMES = ("seed", "trunk")
+SAME = 0.02
+"""Sizes, or data, that are relatively nearer are one: another seed sees a batch more or less."""
 _FIX = {
     "loss": "leave a run that failed out of the table",
     "flops": "a count beyond int64 turns negative: write floats",
@@ -205,3 +207,12 @@ def _once(name: str, rows: list[dict[str, Any]], seeds: bool) -> tuple[list[dict
     if len(kept) == len(rows):
         return kept, []
     return kept, [Note(code="duplicate_rows", sentence=f"{len(rows) - len(kept)} rows repeat another exactly and count once.")]
+
+
+def levels(values: Array) -> NDArray[np.int64]:
+    """Which of the distinct ones each is; those within `SAME` of the one below are one."""
+    order = np.argsort(values, kind="stable")
+    steps = np.diff(np.log(values[order]), prepend=np.log(values[order[0]])) > SAME
+    found = np.empty(len(values), dtype=np.int64)
+    found[order] = np.cumsum(steps)
+    return found
