@@ -32,6 +32,7 @@ from bench_evaluate import evaluated
 from bench_pessimism import agent_of, configured, kept
 from bench_world import HERE, ROOT, commit
 from matplotlib import pyplot
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.stats import spearmanr
 
 from mesocosm import cluster, config, tracking
@@ -209,8 +210,11 @@ def plot(rows: list[dict[str, Any]]) -> None:
                 by_u.plot(list(of_u), [setting.loss for setting in of_u.values()], color=colour, marker="o", label=family)
                 by_u.fill_between(list(of_u), low, high, color=colour, alpha=0.15, linewidth=0)
                 by_c.step(*zip(*frontier(rows, env, family), strict=True), where="post", color=colour, label=family)
-            by_u.set(xscale="log", xlabel="different transitions U", ylabel="least nats a transition (validation)", title=f"{env}: best size and D for each U")
-            by_c.set(xscale="log", xlabel="training FLOPs", ylabel="least nats a transition (validation)", title=f"{env}: best cell within the compute")
+            by_u.set(xscale="log", yscale="log", xlabel="different transitions U", ylabel="least nats a transition", title=f"{env}: by U")
+            by_c.set(xscale="log", xlabel="training FLOPs", ylabel="least nats a transition", title=f"{env}: by compute")
+            by_u.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.2, 1.5, 2, 3, 4, 5, 7)))
+            by_u.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            by_u.yaxis.set_minor_formatter(NullFormatter())
             by_u.legend()
         shown = (("policy_value_error", "policy-value error"), ("return", "the agent's return in reality"))
         for (column, label), of in zip(shown, axes[:, 2], strict=True):
@@ -218,7 +222,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
                 some = [row for row in rows if row["family"] == family and row[column]]
                 sizes = [20 + 12 * math.log(int(row["unique"]) / 200) for row in some]
                 of.scatter([float(row["loss"]) for row in some], [float(row[column]) for row in some], s=sizes, color=colour, label=family)
-            of.set(xlabel=f"nats a transition, {PENDULUM} (larger dots: more U)", ylabel=label, title=f"does lower loss buy it? {label}")
+            of.set(xscale="log", xlabel="nats a transition (larger dots: more U)", ylabel=label, title=f"{PENDULUM}: does lower loss buy it?")
         figure.savefig(PLOT, metadata={"Date": None})
         pyplot.close(figure)
 
@@ -242,7 +246,9 @@ def said(rows: list[dict[str, Any]]) -> str:
         losses = [float(row["loss"]) for row in some]
         for column in ("policy_value_error", "return"):
             both = [(loss, float(row[column])) for loss, row in zip(losses, some, strict=True) if row[column]]
-            lines.append(f"\nSpearman of loss and {column}, {len(both)} worlds: {spearmanr(*zip(*both, strict=True)).statistic:.2f}")
+            alike = len({value for _, value in both}) == 1
+            said = "none: it is the same for all" if alike else f"{spearmanr(*zip(*both, strict=True)).statistic:.2f}"
+            lines.append(f"\nSpearman of loss and {column}, {len(both)} worlds: {said}")
     return "\n".join(lines)
 
 
