@@ -247,10 +247,8 @@ def _gpus(config: PretrainConfig) -> float:
     if config.train.gpus_per_worker is not None:
         return config.train.gpus_per_worker
     if config.ray.address is not None:
-        import ray
-
         cluster.ensure(config.ray)
-        have = float(ray.cluster_resources().get("GPU", 0))
+        have = cluster.most().get("GPU", 0.0)
     else:
         import torch
 
