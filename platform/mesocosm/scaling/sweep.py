@@ -200,8 +200,12 @@ def _tuned(trial: Any, ids: Sequence[str], lanes: int, run: tracking.Run, name: 
     ):
         os.environ.setdefault(variable, value)
     from ray import tune
+    from ray.tune.execution import class_cache
 
     from mesocosm.scaling.trial import KEY
+
+    # Tune (2.60) copies these of the driver's environment into its trials' runtime environment, which Ray logs; nodes have credentials of their own.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(name for name in list(class_cache.ENV_VARS_TO_PROPAGATE) if name.startswith("AWS_"))
 
     class Listener(tune.Callback):  # type: ignore[misc]
         ran = time.monotonic()
