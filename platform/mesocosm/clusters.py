@@ -170,11 +170,17 @@ WANTED = {
 
 def read(name: str) -> ClusterConfig:
     """The cluster `name`. Raises UsageError with the names that there are, or for a key that is wrong."""
+    path = path_of(name)
+    found = config.load(ClusterConfig, [path])
+    _check(found, path)
+    return found
+
+
+def path_of(name: str) -> Path:
+    """The file of the cluster `name`. Raises UsageError with the names that there are."""
     for folder in FOLDERS:
         if (path := folder / f"{name}.yaml").exists():
-            found = config.load(ClusterConfig, [path])
-            _check(found, path)
-            return found
+            return path
     known = sorted({path.stem for folder in FOLDERS for path in folder.glob("*.yaml")})
     raise UsageError(f"cluster={name!r}: there is no clusters/{name}.yaml; use one of {', '.join(known) or 'your own'}{nearest(name, known)}")
 

@@ -50,7 +50,7 @@ def submit(cluster_name: str, job: str, given: JobConfig, asked: Asked) -> dict[
     """{"id", "cluster", "state", "attached", "commands"}. Raises UsageError before anything is sent, and where the cluster cannot run the job."""
     cluster = clusters.read(cluster_name)
     remote = Remote(cluster_name, cluster, insecure=asked.insecure)
-    frozen = freeze(job, given, cluster, Path.cwd())
+    frozen = freeze(job, given, cluster, Path.cwd(), cluster_name)
     latest, attempt = last_attempt(remote, frozen.id)
     if latest is not None and latest not in OVER:
         console.print(f"{frozen.id}-{attempt} is {latest.lower()} on {cluster_name}: attached, nothing was submitted")
