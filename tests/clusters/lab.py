@@ -1,6 +1,6 @@
 """A Ray cluster of several nodes on one machine, each as apart from the others as a machine of its own.
 
-A node is a process tree in its own network, PID, mount and UTS namespaces: an address on a bridge, a loopback, a host name, a /tmp for Ray, and an
+A node is a process tree in its own network, PID, mount and UTS namespaces: an address on a bridge, a loopback, a host name, a disk, and an
 init whose death ends everything in it. The bridge lies in one more such place, the hub, where the user's terminal, storage and MLflow are. Nothing is
 made in the machine's own namespaces, and all of it dies with the process that made it.
 """
@@ -12,9 +12,10 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import yaml
@@ -23,8 +24,11 @@ NETWORK = "10.77.0"
 HUB = f"{NETWORK}.1"
 HEAD = f"{NETWORK}.2"
 PORT, DASHBOARD = 6379, 8265
-RAY_TEMP = "/tmp/mesoray-lab"
-"""What every node calls its own folder of Ray's."""
+STARTED = "Ray runtime started."
+PATIENCE = 900.0
+"""Seconds that a cluster may take to start."""
+DISK, TMP = "/srv", "/srv/tmp"
+"""What every place calls its own folder, with Ray's files and temporary ones; a folder that any Linux has, so that none need be made."""
 BIN = Path(sys.executable).parent
 RELAY = """
 import asyncio, sys
@@ -69,11 +73,10 @@ class Place:
     def __init__(self, base: Path, name: str, address: str, names: str = ""):
         self.name, self.address = name, address
         self._own = base / name
-        (self._own / "ray").mkdir(parents=True, exist_ok=True)
+        (self._own / "disk" / "tmp").mkdir(parents=True, exist_ok=True)
         (self._own / "hosts").write_text(f"127.0.0.1 localhost\n{address} {name}\n{names}")
-        Path(RAY_TEMP).mkdir(exist_ok=True)
         script = (
-            f"hostname {name} && mount --bind {self._own}/hosts /etc/hosts && mount --bind {self._own}/ray {RAY_TEMP} && mount -t tmpfs shm /dev/shm && "
+            f"hostname {name} && mount --bind {self._own}/hosts /etc/hosts && mount --bind {self._own}/disk {DISK} && mount -t tmpfs shm /dev/shm && "
             "ip link set lo up && echo ready && while :; do sleep 5; done"  # a shell that waits reaps orphans
         )
         apart = ["unshare", "--net", "--pid", "--uts", "--mount", "--fork", "--kill-child", "--mount-proc", "bash", "-c", script]
@@ -94,7 +97,7 @@ class Place:
             return subprocess.Popen(self.command(*command), env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
     def said(self, log: str) -> str:
-        return (self._own / f"{log}.log").read_text()[-3000:]
+        return (self._own / f"{log}.log").read_text()
 
     def pids(self, of: str) -> list[int]:
         """Of the processes there whose command line begins with `of`, of a program or of a title that it gave itself."""
@@ -124,7 +127,8 @@ class Lab:
     hub: Place
     token: str
     nodes: dict[str, Place] = field(default_factory=dict)
-    started: int = 0
+    places: list[Place] = field(default_factory=list)
+    """On the bridge, dead nodes included"""
 
     @staticmethod
     def make(base: Path, env: dict[str, str] | None = None) -> Lab:
@@ -149,7 +153,7 @@ class Lab:
     def environment(self) -> dict[str, str]:
         """Of everybody: no secret."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_", "MESOCOSM_"))}
-        return clean | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        return clean | {"OMP_NUM_THREADS": "1", "TMPDIR": TMP, "PYTHONPATH": os.pathsep.join(sys.path), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
     @property
     def node_env(self) -> dict[str, str]:
@@ -157,10 +161,10 @@ class Lab:
 
     def place(self, name: str) -> Place:
         """A new place on the bridge."""
-        self.started += 1
-        address = f"{NETWORK}.{self.started + 1}"
-        place = Place(self.base, f"{name}{self.started}" if name != "head" else name, address, f"{HEAD} head\n")
-        pair = f"v{self.started}"
+        number = len(self.places) + 1
+        address, pair = f"{NETWORK}.{number + 1}", f"v{number}"
+        place = Place(self.base, name if name == "head" else f"{name}{number}", address, f"{HEAD} head\n")
+        self.places.append(place)
         for command in (f"link add {pair} type veth peer name eth0 netns {place.init}", f"link set {pair} master br0", f"link set {pair} up"):
             self.hub.ip(command)
         for command in (f"addr add {address}/24 dev eth0", "link set eth0 up", f"route add default via {HUB}"):
@@ -174,28 +178,30 @@ class Lab:
         command = [str(BIN / "ray"), "start", "--block", "--disable-usage-stats", f"--node-ip-address={place.address}", f"--num-cpus={cpus}"]
         command += ["--object-store-memory=80000000", *options]
         if head:
-            command += ["--head", f"--port={PORT}", f"--dashboard-host={place.address}", f"--dashboard-port={DASHBOARD}", f"--temp-dir={RAY_TEMP}"]
+            command += ["--head", f"--port={PORT}", f"--dashboard-host={place.address}", f"--dashboard-port={DASHBOARD}", f"--temp-dir={DISK}/ray"]
             self.hub.start(sys.executable, "-c", RELAY, str(DASHBOARD), place.address, env=self.environment, log="relay")
         else:
             command += [f"--address={HEAD}:{PORT}"]
-        place.start(*command, env=self.node_env, log="ray")
+        end = time.monotonic() + PATIENCE
+        process = place.start(*command, env=self.node_env, log="ray")
+        while STARTED not in place.said("ray"):
+            assert time.monotonic() < end, place.said("ray")
+            if process.poll() is not None:  # Ray gives a node 30 s, which on a loaded machine are not enough
+                process = place.start(*command, env=self.node_env, log="ray")
+            time.sleep(0.5)
         self.nodes[place.name] = place
         return place
 
-    def ready(self, timeout: float = 240) -> None:
-        """Wait until every node has said so."""
+    def ready(self, timeout: float = PATIENCE) -> None:
+        """Wait until the head counts every node."""
         head, end = next(iter(self.nodes.values())), time.monotonic() + timeout
         code = "import ray; ray.init('auto', log_to_driver=False); print('ALIVE', sum(n['Alive'] for n in ray.nodes()))"
         while True:
             done = subprocess.run(head.command(sys.executable, "-c", code), env=self.node_env, capture_output=True, text=True, timeout=timeout)
             if f"ALIVE {len(self.nodes)}" in done.stdout:
                 return
-            assert time.monotonic() < end, f"{done.stdout} {done.stderr[-500:]}\n" + "\n".join(place.said("ray") for place in self.nodes.values())
+            assert time.monotonic() < end, f"{done.stdout} {done.stderr[-500:]}\n" + logs(list(self.nodes.values()))
             time.sleep(1)
-
-    def drop(self, place: Place) -> None:
-        self.nodes.pop(place.name, None)
-        place.end()
 
     def cluster(self, name: str, storage_root: str, tracking_uri: str | None = None, count: int = 3, min_count: int | None = None) -> None:
         """Write clusters/NAME.yaml where the user stands."""
@@ -221,9 +227,18 @@ class Lab:
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
     def end(self) -> None:
-        for place in [*self.nodes.values(), self.hub]:
+        for place in [*self.places, self.hub]:
             place.end()
 
 
 def logs(places: Sequence[Place]) -> str:
-    return "\n".join(f"--- {place.name}\n{place.said('ray')}" for place in places)
+    return "\n".join(f"--- {place.name}\n{place.said('ray')[-3000:]}" for place in places)
+
+
+def until(what: Callable[[], Any], said: str, timeout: float = 400) -> Any:
+    """What `what` gives as soon as it is true."""
+    end = time.monotonic() + timeout
+    while not (found := what()):
+        assert time.monotonic() < end, f"{said} did not come in {timeout} s"
+        time.sleep(0.2)
+    return found
