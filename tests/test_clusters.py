@@ -68,6 +68,11 @@ def test_estimates_and_autoscaling_read_the_same_groups(cluster_of: Callable[...
     cluster = cluster_of(LAUNCHER)
     assert (cluster.slots, cluster.price_per_hour, cluster.idle_price_per_hour) == (4, 4.5, 1.5)
     assert cluster.head.name == "head" and [group.name for group in cluster.workers] == ["gpu"]
+    assert cluster.grows and (cluster.full("cpus"), cluster.full("gpus"), cluster.full("memory_gib")) == (32, 4, 0)
+    others = cluster_of("where: address\naddress: http://127.0.0.1:1\nnodes: [{name: n, count: 3, cpus: 2}]")
+    assert not others.grows and others.full("cpus") == 0, "what is there is what there is"
+    growing = cluster_of("where: address\naddress: http://127.0.0.1:1\nnodes: [{name: n, count: 3, min_count: 0, cpus: 2}]")
+    assert growing.grows and growing.full("cpus") == 6
 
 
 @pytest.mark.parametrize(

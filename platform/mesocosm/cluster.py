@@ -7,6 +7,7 @@ it started ends with `shutdown`, which also runs at exit.
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import shutil
@@ -20,6 +21,9 @@ from mesocosm.errors import MesocosmError, UsageError
 
 STARTS = 3
 """Attempts at a local Ray: on a loaded machine one of its daemons may miss the 30 s that Ray gives it."""
+
+FULL = "MESOCOSM_FULL_SIZE"
+"""The environment variable of a submitted job, where its cluster grows: JSON of the CPUs and GPUs that it has at full size."""
 
 _temp_dir: str | None = None
 
@@ -96,11 +100,18 @@ def _remote_env() -> dict[str, str]:
     return {name: value for name, value in worker_env().items() if name not in ("PATH", "TORCH_EXTENSIONS_DIR")}
 
 
-def preflight(*, what: str, cpus: float = 0, gpus: float = 0) -> None:
-    """Raise UsageError, naming `what` (the config key and value that asks), when the cluster can never grant it."""
+def most() -> dict[str, float]:
+    """Of each resource what the cluster has, or will have when it has grown. Nobody tells Ray how far its autoscaler may go: the cluster's own file does."""
     import ray
 
-    have = ray.cluster_resources()
+    have = {name: float(amount) for name, amount in ray.cluster_resources().items()}
+    full: dict[str, float] = json.loads(os.environ.get(FULL, "{}"))
+    return have | {name: max(have.get(name, 0.0), amount) for name, amount in full.items()}
+
+
+def preflight(*, what: str, cpus: float = 0, gpus: float = 0) -> None:
+    """Raise UsageError, naming `what` (the config key and value that asks), when the cluster can never grant it."""
+    have = most()
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         if need > have.get(name, 0):
             raise UsageError(f"{what} asks for {need:g} {name}s and the cluster has {have.get(name, 0):g}; lower it, or use a larger cluster")

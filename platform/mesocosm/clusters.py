@@ -41,7 +41,7 @@ class NodeGroup:
     seconds_per_step: float = 0.0
     """What a step of one worker costs beside them: small models spend most of their time there."""
     min_count: int | None = None
-    """Nodes that stay while nothing runs; null: `count`, so that none comes or goes."""
+    """Nodes that stay while nothing runs; null: `count`, so that none comes or goes. Of a cluster that somebody else keeps it says that more will come."""
     memory_gib: float | None = None
     """Of each pod."""
     instance: str | None = None
@@ -115,6 +115,15 @@ class ClusterConfig:
         return [group for group in self.nodes if group.name != HEAD]
 
     @property
+    def grows(self) -> bool:
+        """Whether nodes that are not there yet may come when a job asks for them."""
+        return self.where in MADE or any(group.min_count is not None for group in self.nodes)
+
+    def full(self, key: str) -> float:
+        """What a cluster that grows has at full size, of `cpus`, `gpus` or `memory_gib`; 0 where it does not grow, or nothing says."""
+        return float(sum(group.count * (getattr(group, key) or 0) for group in self.workers)) if self.grows else 0.0
+
+    @property
     def token_path(self) -> Path:
         return Path(self.token_file).expanduser()
 
@@ -131,7 +140,7 @@ READ = {
     "region": ("launcher",),
     "ami": ("launcher",),
     "secret": ("kuberay",),
-    "min_count": MADE,
+    "min_count": ("address", *MADE),
     "instance": MADE,
     "identity": MADE,
     "spot": ("launcher",),
@@ -161,11 +170,17 @@ WANTED = {
 
 def read(name: str) -> ClusterConfig:
     """The cluster `name`. Raises UsageError with the names that there are, or for a key that is wrong."""
+    path = path_of(name)
+    found = config.load(ClusterConfig, [path])
+    _check(found, path)
+    return found
+
+
+def path_of(name: str) -> Path:
+    """The file of the cluster `name`. Raises UsageError with the names that there are."""
     for folder in FOLDERS:
         if (path := folder / f"{name}.yaml").exists():
-            found = config.load(ClusterConfig, [path])
-            _check(found, path)
-            return found
+            return path
     known = names()
     raise UsageError(f"cluster={name!r}: there is no clusters/{name}.yaml; use one of {', '.join(known) or 'your own'}{nearest(name, known)}")
 

@@ -131,6 +131,27 @@ def test_a_process_that_dies_before_it_answers_is_told_of(whole: tuple[SweepConf
     assert len(heard) == 2
 
 
+def test_credentials_are_in_no_runtime_environment(whole: tuple[SweepConfig, Artifact, tracking.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tune would put the driver's there, and Ray logs it."""
+    import ray
+    from ray import tune
+
+    from mesocosm.scaling.trial import TrunkTrial
+
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
+
+    class Tells(TrunkTrial):
+        def setup(self, config: dict[str, Any], work: Any = None) -> None:
+            pass
+
+        def step(self) -> dict[str, Any]:
+            return {"outcome": {"cell": "a", "record": None, "failed": str(dict(ray.get_runtime_context().runtime_env))}, "done": True}
+
+    heard: list[Any] = []
+    sweep._tuned(tune.with_resources(Tells, {"CPU": 1}), ["a"], 1, whole[2], "tells", heard.append)
+    assert "env_vars" in heard[0].failed and "planted" not in heard[0].failed
+
+
 def test_trials_that_nothing_can_run_do_not_wait_for_ever(whole: tuple[SweepConfig, Artifact, tracking.Run], monkeypatch: pytest.MonkeyPatch) -> None:
     """As where nodes leave after the preflight."""
     from ray import tune

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from mesocosm import config
+from mesocosm import clusters, config
 from mesocosm.clusters import ClusterConfig, NodeGroup
 from mesocosm.data.collect import CollectConfig
 from mesocosm.errors import UsageError
 from mesocosm.loop import LoopConfig
 from mesocosm.pretrain.config import PretrainConfig
+from mesocosm.scaling.sweep_config import SweepConfig
 from mesocosm.submission import freeze as freezing
 from mesocosm.submission.freeze import CONFIG, Frozen, freeze
 from mesocosm.submission.needs import needs
@@ -100,3 +101,12 @@ def test_what_may_not_be_sent(folder: Path, overrides: list[str], cluster: Clust
 def test_what_a_job_asks_for(schema: Any, overrides: list[str], cpus: float, gpus: float, what: str) -> None:
     found = needs(config.load(schema, [], overrides))
     assert (found.cpus, found.gpus, found.what) == (cpus, gpus, what)
+
+
+def test_a_sweep_there_is_estimated_as_of_that_cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose file goes along: clusters/ is beside neither the package nor the driver there."""
+    (folder / "clusters").mkdir()
+    (folder / "clusters" / "mine.yaml").write_text("where: address\naddress: http://127.0.0.1:1\nstorage_root: s3://bucket/prefix\nnodes: [{cpus: 4}]\n")
+    monkeypatch.chdir(folder)
+    found = freeze("sweep", config.load(SweepConfig, [], []), clusters.read("mine"), None, "mine")
+    assert isinstance(found.config, SweepConfig) and found.config.cluster == "mine" and own(found) == {"clusters/mine.yaml"}

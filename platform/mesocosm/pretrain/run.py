@@ -29,6 +29,9 @@ from mesocosm.storage import SCHEMA, Artifact, Storage
 
 __all__ = ["PretrainConfig", "plan", "run"]
 
+LISTENS, LISTENS_REMOTE = 0.2, 2.0
+"""Seconds between looks at what rank 0 said: on a remote root each is a request that is paid for."""
+
 
 def plan(config: PretrainConfig) -> dict[str, Any]:
     """What `run` would do, and its size. Raises UsageError as `run` does before it starts."""
@@ -118,7 +121,7 @@ def _train(work: Work, config: PretrainConfig, run: tracking.Run, dataset: Datas
             prepare.while_workers_start(run.storage, folder, dataset, codec, work.model, work.train, work.seed)
             alive = True
             while alive and failed is None:
-                alive = not ended.wait(0.2)
+                alive = not ended.wait(LISTENS_REMOTE if run.storage.remote else LISTENS)
                 for record in feed.take():
                     failed = record.get("failed", failed)
                     if "step" in record:
@@ -247,10 +250,8 @@ def _gpus(config: PretrainConfig) -> float:
     if config.train.gpus_per_worker is not None:
         return config.train.gpus_per_worker
     if config.ray.address is not None:
-        import ray
-
         cluster.ensure(config.ray)
-        have = float(ray.cluster_resources().get("GPU", 0))
+        have = cluster.most().get("GPU", 0.0)
     else:
         import torch
 

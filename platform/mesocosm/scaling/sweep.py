@@ -169,7 +169,6 @@ def _small(
 
 
 def _large(config: SweepConfig, run: tracking.Run, grid: Grid, large: Sequence[Cell], hear: Callable[[Outcome], None]) -> dict[str, str]:
-    import ray
     from ray import tune
 
     from mesocosm.scaling.trial import large_trial
@@ -179,10 +178,10 @@ def _large(config: SweepConfig, run: tracking.Run, grid: Grid, large: Sequence[C
         job = config.pretraining(cell.size, cell.seed, cell.narrowed, cell.steps, cell.rise, cell.fall, grid.precision)
         job.force, job.train.workers, job.train.gpus_per_worker = config.force, config.workers, 1.0 if grid.cluster.gpus else 0.0
         jobs[cell.id] = (cell, job)
-    have = ray.cluster_resources()
+    have = cluster.most()
     room = int(have["CPU"] // (config.workers + 1))
     if grid.cluster.gpus:
-        room = min(room, int(have["GPU"] // config.workers))
+        room = min(room, int(have.get("GPU", 0) // config.workers))
     trial = tune.with_resources(large_trial(jobs, config.force), {"CPU": 1})
     return _tuned(trial, list(jobs), max(1, min(config.concurrent, room)), run, "large", hear)
 
@@ -201,8 +200,12 @@ def _tuned(trial: Any, ids: Sequence[str], lanes: int, run: tracking.Run, name: 
     ):
         os.environ.setdefault(variable, value)
     from ray import tune
+    from ray.tune.execution import class_cache
 
     from mesocosm.scaling.trial import KEY
+
+    # Tune (2.60) copies these of the driver's environment into its trials' runtime environment, which Ray logs; nodes have credentials of their own.
+    class_cache.ENV_VARS_TO_PROPAGATE.difference_update(name for name in list(class_cache.ENV_VARS_TO_PROPAGATE) if name.startswith("AWS_"))
 
     class Listener(tune.Callback):  # type: ignore[misc]
         ran = time.monotonic()

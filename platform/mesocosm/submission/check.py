@@ -13,7 +13,7 @@ from mesocosm.doctor import Check
 from mesocosm.errors import MesocosmError
 from mesocosm.submission.freeze import freeze
 from mesocosm.submission.remote import Remote
-from mesocosm.submission.submit import capacity, probe
+from mesocosm.submission.submit import probe
 
 
 def checks(name: str, given: JobConfig, *, insecure: bool) -> Iterator[Check]:
@@ -38,7 +38,7 @@ def checks(name: str, given: JobConfig, *, insecure: bool) -> Iterator[Check]:
     yield Check("python", own.rsplit(".", 1)[0] == theirs.rsplit(".", 1)[0], f"{theirs} there, {own} here", "use the same minor version on both")
     yield Check("ray", found["ray"] == ray.__version__, f"{found['ray']} there, {ray.__version__} here", "install the same version on both")
     yield Check("mesocosm", True, f"{found['mesocosm']}, as sent from here")
-    have, full = found["resources"], {key: capacity(cluster, key) for key in ("cpus", "gpus")}
+    have, full = found["resources"], {key: cluster.full(key) for key in ("cpus", "gpus")}
     grows = f"; at full size {full['cpus']:g} CPUs, {full['gpus']:g} GPUs" if full["cpus"] else ""
     said = f"{found['nodes']} nodes, {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs, {have.get('memory', 0) / 2**30:.0f} GiB{grows}"
     yield Check("nodes", have.get("CPU", 0) + full["cpus"] > 0, said, "start worker nodes")

@@ -7,6 +7,7 @@ import json
 import time
 from typing import Any
 
+from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError, UsageError
 
 EPILOG = """\
@@ -103,11 +104,12 @@ def _stop(options: argparse.Namespace) -> int:
         said = f"{record.id} is {'not known to ' + record.cluster if state is None else state.lower()}: there is nothing to stop"
     else:
         grace = watch.ask_to_stop(record)
-        end = time.monotonic() + grace
+        end = time.monotonic() + (grace or 0.0)
         while (state := remote.state(record.id)) not in OVER and time.monotonic() < end:
             time.sleep(0.5)
         if state not in OVER:
             remote.stop(record.id)
+            end += 0.0 if grace is not None else JobConfig().stop.grace_s
             while (state := remote.state(record.id)) not in OVER and time.monotonic() < end + watch.RAYS_OWN:
                 time.sleep(0.5)
         state = watch.status(record, insecure=options.insecure)["state"]

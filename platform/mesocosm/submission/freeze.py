@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mesocosm import config
+from mesocosm import clusters, config
 from mesocosm.clusters import ClusterConfig
 from mesocosm.config import JobConfig, fingerprint, to_dict, to_yaml
 from mesocosm.errors import UsageError
@@ -51,8 +51,9 @@ class Frozen:
         (folder / CONFIG).write_text(to_yaml(self.config))
 
 
-def placed(config: JobConfig, cluster: ClusterConfig) -> JobConfig:
-    """`config` as it runs on `cluster`: its storage, its tracking, its Ray. Raises UsageError for a root or URI that means nothing there."""
+def placed(config: JobConfig, cluster: ClusterConfig, called: str | None = None) -> JobConfig:
+    """`config` as it runs on `cluster`: its storage, its tracking, its Ray; estimates are of it, where it is `called` something.
+    Raises UsageError for a root or URI that means nothing there."""
     root = cluster.storage_root or config.storage.root
     uri = cluster.tracking_uri or config.tracking.uri
     if "://" not in root and not Path(root).is_absolute():
@@ -62,20 +63,25 @@ def placed(config: JobConfig, cluster: ClusterConfig) -> JobConfig:
     placed = replace(
         config, storage=replace(config.storage, root=root), tracking=replace(config.tracking, uri=uri), ray=replace(config.ray, address="auto", cpus=None)
     )
+    if called is not None and hasattr(placed, "cluster"):
+        placed.cluster = called
     for key, value in _strings(to_dict(placed)):
         if CREDENTIALS.search(value):
             raise UsageError(f"{key} holds a user and password, and a frozen config is read by many; give them to the nodes' environment, and leave them out")
     return placed
 
 
-def freeze(job: str, given: JobConfig, cluster: ClusterConfig, folder: Path | None) -> Frozen:
-    """`folder`: where the user stands, or None. Raises UsageError where its files are more than Ray takes, naming the largest."""
-    own = placed(given, cluster)
+def freeze(job: str, given: JobConfig, cluster: ClusterConfig, folder: Path | None, called: str | None = None) -> Frozen:
+    """`folder`: where the user stands, or None; `called`: the cluster's name, whose file goes along. Raises UsageError where the files are more
+    than Ray takes, naming the largest."""
+    own = placed(given, cluster, called)
     files = {f"mesocosm/{path.relative_to(PACKAGE)}": path for path in _package()}
     for path in sorted(_own(folder)) if folder is not None else []:
         name = str(path.relative_to(folder or path))
         if not name.startswith("mesocosm/") and name != CONFIG:
             files[name] = path
+    if called is not None:
+        files[f"clusters/{called}.yaml"] = clusters.path_of(called)
     total = sum(path.stat().st_size for path in files.values())
     if total > LIMIT:
         largest = sorted(files, key=lambda name: -files[name].stat().st_size)[:NAMED]

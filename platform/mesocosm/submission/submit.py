@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from mesocosm import clusters
-from mesocosm.clusters import MADE, ClusterConfig
+from mesocosm.cluster import FULL
+from mesocosm.clusters import ClusterConfig
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.shipping import JOB
@@ -49,7 +50,7 @@ def submit(cluster_name: str, job: str, given: JobConfig, asked: Asked) -> dict[
     """{"id", "cluster", "state", "attached", "commands"}. Raises UsageError before anything is sent, and where the cluster cannot run the job."""
     cluster = clusters.read(cluster_name)
     remote = Remote(cluster_name, cluster, insecure=asked.insecure)
-    frozen = freeze(job, given, cluster, Path.cwd())
+    frozen = freeze(job, given, cluster, Path.cwd(), cluster_name)
     latest, attempt = last_attempt(remote, frozen.id)
     if latest is not None and latest not in OVER:
         console.print(f"{frozen.id}-{attempt} is {latest.lower()} on {cluster_name}: attached, nothing was submitted")
@@ -65,7 +66,7 @@ def submit(cluster_name: str, job: str, given: JobConfig, asked: Asked) -> dict[
         id = f"{frozen.id}-{attempt + 1}"
         wait = str(int(given.stop.grace_s + TAKEN_BY_RAY))
         told = {JOB: id, "RAY_JOB_STOP_SIGNAL": "SIGINT", "RAY_JOB_STOP_WAIT_TIME_S": wait}  # else Ray blocks SIGINT in what it starts
-        env = {"working_dir": folder, "env_vars": told}
+        env = {"working_dir": folder, "env_vars": told | grown(cluster)}
         remote.submit(id, f"{ENTRY} {job} -c {CONFIG}{' --force' if given.force else ''}", env, {"job": job, "mesocosm": str(found["mesocosm"])})
     return _done(remote, frozen, attempt + 1, "PENDING", asked, attached=False)
 
@@ -81,7 +82,7 @@ def last_attempt(remote: Remote, id: str) -> tuple[str | None, int]:
 def probe(remote: Remote, folder: str, job: str | None) -> dict[str, Any]:
     """What the cluster says from inside (`submission.probe`), with what is in `folder`. Raises MesocosmError where it does not say it in time."""
     id = f"probe-{uuid.uuid4().hex[:10]}"
-    remote.submit(id, f"python -m mesocosm.submission.probe {job or ''}".strip(), {"working_dir": folder}, {"job": "probe"})
+    remote.submit(id, f"python -m mesocosm.submission.probe {job or ''}".strip(), {"working_dir": folder, "env_vars": grown(remote.config)}, {"job": "probe"})
     end, state = time.monotonic() + PROBED, None
     with console.status(f"asking {remote.name} what it has"):
         while (state := remote.state(id)) not in OVER and time.monotonic() < end:
@@ -119,18 +120,18 @@ def refuse(name: str, cluster: ClusterConfig, found: dict[str, Any]) -> None:
     asks = found.get("needs")
     if asks is not None:
         for key, resource, unit in (("cpus", "CPU", "CPUs"), ("gpus", "GPU", "GPUs")):
-            most = max(found["resources"].get(resource, 0), capacity(cluster, key))
+            most = max(found["resources"].get(resource, 0), cluster.full(key))
             if asks[key] > most:
                 raise UsageError(f"{asks['what']} asks for {asks[key]:g} {unit} and cluster {name!r} has {most:g}; lower it, or use a larger cluster")
-    wanted, memory = found.get("plan", {}).get("memory_gib", 0.0), max(found["resources"].get("memory", 0) / 2**30, capacity(cluster, "memory_gib"))
-    if wanted > memory and cluster.where != "launcher":  # of whose nodes to come nothing says the memory
+    wanted, memory = found.get("plan", {}).get("memory_gib", 0.0), max(found["resources"].get("memory", 0) / 2**30, cluster.full("memory_gib"))
+    if wanted > memory and (cluster.full("memory_gib") or not cluster.grows):  # else nothing says the memory of nodes to come
         said = f"the job wants at least {wanted:.3g} GiB of memory on all nodes together and cluster {name!r} grants {memory:.3g}"
         raise UsageError(f"{said}; take a smaller model, fewer workers or a higher train.zero_stage, or use a larger cluster")
 
 
-def capacity(cluster: ClusterConfig, key: str) -> float:
-    """What a cluster that grows has at full size, of `cpus`, `gpus` or `memory_gib`."""
-    return sum(group.count * (getattr(group, key) or 0) for group in cluster.workers) if cluster.where in MADE else 0.0
+def grown(cluster: ClusterConfig) -> dict[str, str]:
+    """What a job must be told of a cluster that grows, in its environment."""
+    return {FULL: json.dumps({"CPU": cluster.full("cpus"), "GPU": cluster.full("gpus")})} if cluster.grows else {}
 
 
 def price(cluster: ClusterConfig, plan: dict[str, Any], workers: int = 1) -> str | None:

@@ -98,10 +98,14 @@ def said(progress: dict[str, Any]) -> str:
 
 def told(record: Record) -> dict[str, Any] | None:
     """The job's own status.json, as it last sent it."""
+    return _kept(record, "status.json")
+
+
+def _kept(record: Record, name: str) -> dict[str, Any] | None:
     try:
-        raw = Storage(record.root).read(f"runs/{record.job}/{record.id}/status.json")
+        raw = Storage(record.root).read(f"runs/{record.job}/{record.id}/{name}")
         return None if raw is None else json.loads(raw)
-    except Exception:  # a storage that does not answer has nothing to say
+    except Exception:  # a storage that does not answer, or does not know this user, has nothing to say
         return None
 
 
@@ -114,12 +118,16 @@ def kept_log(record: Record) -> str | None:
     return None
 
 
-def ask_to_stop(record: Record) -> float:
-    """Write the request to stop; gives the seconds that the job's config grants it."""
+def ask_to_stop(record: Record) -> float | None:
+    """Write the request to stop; gives the seconds that the job's config grants it. None where its storage cannot be written from here: Ray's own
+    stop asks the driver in the same way, and waits as long (`submit.submit`)."""
     storage = Storage(record.root)
     folder = f"runs/{record.job}/{record.id}"
-    storage.write(f"{folder}/{STOP}", b"asked by mesocosm jobs stop")
-    raw = storage.read(f"{folder}/config.yaml")
+    try:
+        storage.write(f"{folder}/{STOP}", b"asked by mesocosm jobs stop")
+        raw = storage.read(f"{folder}/config.yaml")
+    except Exception:  # a remote filesystem's errors are its own
+        return None
     if raw is None:
         return JobConfig().stop.grace_s
     import yaml
@@ -128,10 +136,9 @@ def ask_to_stop(record: Record) -> float:
 
 
 def _mlflow(record: Record) -> str | None:
-    raw = Storage(record.root).read(f"runs/{record.job}/{record.id}/mlflow.json")
-    if raw is None:
+    memo = _kept(record, "mlflow.json")
+    if memo is None:
         return None
-    memo = json.loads(raw)
     return f"{memo['uri']} run {memo['run_id']}" if "run_id" in memo else None
 
 
