@@ -180,6 +180,31 @@ def test_more_workers_than_the_cluster_has(tmp_path: Path, cart_root: Make, pret
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_workers_that_nothing_can_start_are_not_waited_for_for_ever(tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where nodes leave after the preflight: here somebody else holds the CPUs."""
+    import ray
+
+    monkeypatch.setattr(run, "STARTS", 1)
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "5")
+
+    class Holder:
+        def ready(self) -> bool:
+            return True
+
+    free = int(ray.available_resources()["CPU"])
+    holder = ray.remote(num_cpus=free)(Holder).remote()
+    assert ray.get(holder.ready.remote())
+    try:
+        with pytest.raises(
+            MesocosmError, match=r"train\.workers=1 of pretraining were not to be started in 2 attempts: the cluster has .*the same command again"
+        ):
+            pretrain(cart_root(tmp_path), *SHORT)
+    finally:
+        ray.kill(holder)
+
+
 def test_corrupted_histories_of_a_single_episode_train_every_member(tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
     """The first loss is that of the noisy windows, and a member that would keep no episode keeps all."""
     root = cart_root(tmp_path, 1)

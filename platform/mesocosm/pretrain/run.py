@@ -32,6 +32,9 @@ __all__ = ["PretrainConfig", "plan", "run"]
 LISTENS, LISTENS_REMOTE = 0.2, 2.0
 """Seconds between looks at what rank 0 said: on a remote root each is a request that is paid for."""
 
+STARTS = 7
+"""Attempts at starting the workers after the first, of two minutes each (`cluster.ensure`): where nodes have left, Ray Train itself would try for ever."""
+
 
 def plan(config: PretrainConfig) -> dict[str, Any]:
     """What `run` would do, and its size. Raises UsageError as `run` does before it starts."""
@@ -137,6 +140,10 @@ def _train(work: Work, config: PretrainConfig, run: tracking.Run, dataset: Datas
     if failed is not None:
         raise MesocosmError(failed)
     if errors:
+        from ray.train.v2.api.exceptions import ControllerError
+
+        if isinstance(errors[0], ControllerError):
+            cluster.stuck(f"train.workers={work.train.workers} of pretraining were not to be started in {STARTS + 1} attempts")
         last = str(errors[0]).strip().splitlines()[-1:] or [type(errors[0]).__name__]
         raise MesocosmError(
             f"pretraining's workers failed more than train.max_failures={work.train.max_failures} times: {last[0]}; run again to go on"
@@ -167,7 +174,7 @@ def _trainer(work: Work, config: PretrainConfig, storage: Storage, gpus: float) 
             name=name,
             storage_path=f"{base}/{path}",
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=work.train.max_failures),
+            failure_config=FailureConfig(max_failures=work.train.max_failures, controller_failure_limit=STARTS),
             checkpoint_config=CheckpointConfig(num_to_keep=work.train.keep_checkpoints),
         ),
     )
