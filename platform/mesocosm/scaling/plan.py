@@ -231,7 +231,7 @@ def _answer(q: _Question) -> dict[str, Any]:
         said = "Larger models than the ladder has would be foretold less: compute costs next to nothing beside reality here."
         warnings.append({"code": "ladder_end", "sentence": said})
     if budget.step_price is None and not budget.unlimited and best.unique > 0.999 * budget.owned:
-        said = f"The {budget.owned:,.0f} transitions that are owned bind: the budget buys more than they are worth; collect more, or lower it."
+        said = f"The {budget.owned:,.0f} transitions that are owned are all used, and the budget is not: it buys more once more are collected."
         warnings.append({"code": "owned_bind", "sentence": said})
     if law.form == "chinchilla" and not budget.unlimited:
         said = "The law was fitted without repeated data, so that none is planned to be seen twice; a sweep over grid.unique shows what repeats are worth."

@@ -117,7 +117,7 @@ def _plane(axes: Axes, law: Law, table: Table) -> None:
         ylim=(n[0], n[-1]),
         xlabel="data D",
         ylabel="params N",
-        title=f"equal loss on fresh data; blue, the optimum: N ~ C^{law.optimal.a:.2f}",
+        title=f"equal loss; blue, the optimum: N ~ C^{law.optimal.a:.2f}",
     )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))

@@ -355,6 +355,6 @@ def _plot(records: Iterable[Record]) -> str:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, color=colours(i), label=f"{size}, U={short(unique)}" if several else size)
         axes.set_xscale("log")
         axes.set_xlabel("transitions seen")
-        axes.set_ylabel("nats a transition, validation")
+        axes.set_ylabel("nats a transition, validation, mean of seeds")
         axes.legend()
         return document(figure, "sweep")
