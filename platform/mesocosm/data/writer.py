@@ -99,8 +99,11 @@ class DatasetWriter:
         self._durations = True
         self._empty = 0
 
-    def add(self, episode: Episode) -> None:
-        """Raises MesocosmError naming episode and step where a value is not finite or not of its space."""
+    def add(self, episode: Episode, rows: dict[str, Array] | None = None) -> None:
+        """`rows`: the episode as `encode_episode` gives it, where it is encoded already; its observations and actions are then not looked at.
+
+        Raises MesocosmError naming episode and step where a value is not finite or not of its space.
+        """
         if len(episode) == 0:
             self._empty += 1
             return
@@ -108,7 +111,7 @@ class DatasetWriter:
             raise MesocosmError(f"{_where(episode)} comes twice; episode indices must be unique in a dataset")
         if set(episode.task) != set(self._options):
             raise MesocosmError(f"{_where(episode)} has the reset options {sorted(episode.task)} where reality.task names {sorted(self._options)}")
-        rows = encode_episode(episode, self._observation, self._action)
+        rows = encode_episode(episode, self._observation, self._action) if rows is None else rows
         self._durations = self._durations and episode.durations is not None
         self._indices.add(episode.index)
         behaviour = self._behaviours.setdefault(episode.behaviour, Behaviour(name=episode.behaviour))
