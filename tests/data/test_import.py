@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from mesocosm.cli import main
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.importing import ImportConfig, plan, run
 from mesocosm.data.manifest import Manifest
-from mesocosm.data.writer import write_dataset
+from mesocosm.data.readers import parquet as parquet_reader
 from mesocosm.errors import UsageError
 from mesocosm.storage import Artifact, Storage
 
@@ -81,7 +82,7 @@ def jsonl(path: Path, rows: Rows) -> Path:
 
 def moves(rows: Rows) -> Rows:
     """One row a transition, with what followed."""
-    return [{**row, "next_observation": after["observation"]} for row, after in zip(rows, rows[1:], strict=False) if row["action"] is not None]
+    return [{**row, "next_observation": after["observation"]} for row, after in itertools.pairwise(rows) if row["action"] is not None]
 
 
 def same(a: Dataset, b: Dataset) -> None:
@@ -97,7 +98,7 @@ def checksums(artifact: Artifact) -> dict[str, Any]:
 
 
 def line(*keys: Any, **changes: Any) -> dict[str, Any]:
-    episode, step, *rest = keys
+    episode, step = keys
     return {
         "episode": episode,
         "step": step,
@@ -149,7 +150,10 @@ def test_every_form_of_the_schema_gives_the_same(form: str, cart: Dataset, tmp_p
         path = parquet(tmp_path / "a.parquet", rows)
         if form == "struct":
             rows = [
-                {**{k: v for k, v in row.items() if "." not in k}, "observation": {"cart": [row["observation.0"], row["observation.1"]], "pole": row["observation.2"]}}
+                {
+                    **{k: v for k, v in row.items() if "." not in k},
+                    "observation": {"cart": [row["observation.0"], row["observation.1"]], "pole": row["observation.2"]},
+                }
                 for row in rows
             ]
             path = parquet(tmp_path / "b.parquet", rows)
@@ -178,9 +182,12 @@ def test_everything_optional(tmp_path: Path, bring: Callable[..., Artifact]) -> 
 
 
 def test_spaces_are_inferred_and_said_to_be_guesses(tmp_path: Path, bring: Callable[..., Artifact]) -> None:
-    observed = lambda row: {"pose": [row["step"] / 8, -1.0], "count": -row["step"], "word": "ab"[: row["step"] % 3], "lit": row["step"] % 2 == 0, "mode": row["step"] % 3}  # noqa: E731
-    acted = lambda row: None if row["action"] is None else {"push": row["step"] / 2, "keys": [row["action"], row["step"]]}  # noqa: E731
-    made = bring(jsonl(tmp_path / "a.jsonl", [{**row, "observation": observed(row), "action": acted(row), "note": "x"} for row in logs(5)]))
+    rows = []
+    for row in logs(5):
+        step, acted = row["step"], row["action"] is not None
+        observation = {"pose": [step / 8, -1.0], "count": -step, "word": "ab"[: step % 3], "lit": step % 2 == 0, "mode": step % 3}
+        rows.append({**row, "observation": observation, "action": {"push": step / 2, "keys": [step % 2, step]} if acted else None, "note": "x"})
+    made = bring(jsonl(tmp_path / "a.jsonl", rows))
     dataset = Dataset([made.path])
     seen, done = dataset.observation_space, dataset.action_space
     assert isinstance(seen, spaces.Dict) and isinstance(done, spaces.Dict)
@@ -225,7 +232,7 @@ def test_files_that_number_their_own_episodes(folder: Path, bring: Callable[...,
 def test_names_of_their_own(tmp_path: Path, bring: Callable[..., Artifact]) -> None:
     rows = [{{"observation": "obs", "terminated": "done"}.get(k, k): v for k, v in row.items()} | {"episode": f"run-{row['episode']}"} for row in logs()]
     path = jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UsageError, match=r"no column 'observation'; did you mean 'obs'.*columns.observation=NAME"):
+    with pytest.raises(UsageError, match=r"no column 'observation', which is required .it has episode, step, obs.*columns.observation=NAME"):
         plan(configured([path]))
     made = bring(path, columns={"observation": "obs", "terminated": "done"})
     assert made.meta["counts"]["transitions"] == 12 and [e.index for e in Dataset([made.path]).iter_episodes()] == [0, 1, 2]
@@ -247,7 +254,7 @@ BAD: dict[str, tuple[Rows, str]] = {
     "gap": (changed(6, step=3), "row 7: episode 1 goes from step 0 to step 3"),
     "unsorted": (changed(7, step=0), "row 8: step 0 of episode 1 comes after its step 1; sort"),
     "late start": (logs()[:5] + logs()[6:], "row 6: episode 1 begins at step 1"),
-    "comes again": (logs() + [line(0, 0)], "row 16: episode 0 comes again"),
+    "comes again": ([*logs(), line(0, 0)], "row 16: episode 0 comes again"),
     "goes on": (changed(6, truncated=True), "row 8: episode 1 has ended at step 1"),
     "no action": (changed(6, action=None, reward=None, terminated=None, truncated=None), "row 7: action is missing at step 1 of episode 1, which goes on"),
     "no observation": (changed(6, observation=None), "row 7: observation is missing at step 1"),
@@ -283,7 +290,7 @@ def test_bad_rows_are_named(what: str, form: str, tmp_path: Path, root: str, a_r
         ({"observation": [1.0, True]}, "row 7: observation is true or false where it was a number"),
         ({"action": 2**70}, "row 7: action holds an integer beyond 64 bits"),
         ({"episode": None}, "row 7: episode is missing"),
-        ({"step": 1.5}, "row 7: step is 1.5"),
+        ({"step": 1.5}, "row 7: column 'step' has the type double; give whole numbers"),
         ({"reward": "much"}, "row 7: reward is a string where it was a number"),
     ],
 )
@@ -355,16 +362,39 @@ def test_words_are_paths_and_wrong_use_is_status_2(tmp_path: Path, root: str, ca
 # -- whoever reads -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_the_same_bytes_whoever_reads(cart: Dataset, folder: Path, tmp_path: Path, bring: Callable[..., Artifact], ray_local: None) -> None:
+def test_the_same_bytes_whoever_reads(
+    cart: Dataset, folder: Path, tmp_path: Path, bring: Callable[..., Artifact], ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_reader, "PIECE_ROWS", 50)
     rows = exported(cart)
     third = len(rows) // 3
     for i in range(3):  # episodes lie across files, and across row groups
         parquet(folder / f"{i}.parquet", rows[i * third : (i + 1) * third if i < 2 else None], row_group_size=7)
-    made = [bring(folder, env="CartPole-v1", workers=workers, to=str(tmp_path / f"to{workers}")) for workers in (0, 1, 2)]
+    made = [bring(folder, env="CartPole-v1", workers=workers, to=str(tmp_path / f"to{workers}")) for workers in (0, 1, 3)]
     assert len({artifact.id for artifact in made}) == 1
     assert checksums(made[0]) == checksums(made[1]) == checksums(made[2])
     same(cart, Dataset([made[2].path]))
     whole = bring(parquet(tmp_path / "whole.parquet", rows), env="CartPole-v1", to=str(tmp_path / "whole"))
     shard = [sums for name, sums in checksums(whole).items() if name.startswith("shards")]
     assert shard == [sums for name, sums in checksums(made[0]).items() if name.startswith("shards")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_world_is_pretrained_and_judged_on_what_was_imported(
+    cart: Dataset, tmp_path: Path, root: str, ray_local: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = parquet(tmp_path / "a.parquet", exported(cart))
+
+    def artifact(*words: str) -> str:
+        assert main([*words, f"storage.root={root}", "--json"]) == 0
+        return str(json.loads(capsys.readouterr().out)["artifact"])
+
+    data = artifact("import", str(path), "--env", "CartPole-v1", "workers=0")
+    small = ("model.size=10k", "model.members=2", "model.context=8", "model.base_steps=50", "train.batch=8", "train.events=12", "train.lr=3e-3")
+    world = artifact("pretrain", f"data.datasets=[{data}]", *small)
+    told = artifact("evaluate", f"world={world}", "horizons=[1,5]", "starts=16", "samples=2")
+    assert [text.partition("/")[0] for text in (data, world, told)] == ["datasets", "worlds", "evaluations"]
+    assert Storage(root).list("ledgers") == []

@@ -114,8 +114,8 @@ class Looked:
         tally, found = self.tally, []
         if tally.last_actions:
             found.append(
-                f"{tally.last_actions} episodes lost their last action, for no observation follows it: they count as unfinished, and whether they ended there is "
-                "not learned; give next_observation, or a last row with the observation alone"
+                f"{tally.last_actions} episodes lost their last action, for no observation follows it: they count as unfinished, and whether they ended there "
+                "is not learned; give next_observation, or a last row with the observation alone"
             )
         if tally.episodes and not tally.outcomes["terminated"]:
             found.append("no episode is terminated: a world made of these logs never ends one")
@@ -170,7 +170,7 @@ def run(cfg: ImportConfig, run: Run) -> Artifact:
         run.say(f"  left out: {row['episodes']} episodes of {row['rows']} rows: {row['reason']} (first at {row['first']})")
     for warning in report["warnings"]:
         run.say(f"warning: {warning}")
-    about = [{"name": f.name, "sha256": s, "bytes": stamp[0]} for f, s, stamp in zip(files, sums, stamps, strict=True)]
+    about: list[dict[str, Any]] = [{"name": f.name, "sha256": s, "bytes": stamp[0]} for f, s, stamp in zip(files, sums, stamps, strict=True)]
     counts = looked.counts()
     meta = {"inputs": inputs, "config": identity(cfg), "job": "import", "run": run.id, "counts": counts, "files": about}
 

@@ -56,9 +56,7 @@ class Stat:
             return self if self.count else other
         low = tuple(map(min, self.low, other.low))
         high = tuple(map(max, self.high, other.high))
-        return Stat(
-            self.count + other.count, self.kinds | other.kinds, low, high, max(self.longest, other.longest), self.characters | other.characters
-        )
+        return Stat(self.count + other.count, self.kinds | other.kinds, low, high, max(self.longest, other.longest), self.characters | other.characters)
 
 
 def space_of(leaf: Leaf, stat: Stat, action: bool) -> tuple[Space, str]:

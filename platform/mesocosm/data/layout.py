@@ -288,7 +288,8 @@ def _values(array: pa.Array, kind: Kind, shape: tuple[int, ...]) -> Values:
     good = ~(missing | wrong)
     inner = _values((array if good.all() else array.filter(pa.array(good))).flatten(), kind, shape[1:])
     kept = int(good.sum())
-    values, bad, off = inner.array.reshape(kept, *shape), inner.missing.reshape(kept, -1).any(1), inner.misshapen.reshape(kept, -1).any(1)
+    values = inner.array.reshape(kept, *shape)
+    bad, off = (np.asarray(mask.reshape(kept, shape[0]).any(1)) for mask in (inner.missing, inner.misshapen))
     if kept == rows:
         return Values(values, bad, off)
     full = np.zeros((rows, *shape), values.dtype)

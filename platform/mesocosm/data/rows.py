@@ -6,6 +6,7 @@ first and last row what the next and the former batch must fit (`Edge`), so that
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -175,7 +176,9 @@ class Block:
         array, name = values.array, leaf.name
         self._mark(values.missing & there, "missing value", lambda row: f"{name} is missing {self._at(row)}")
         self._mark(
-            values.misshapen & there, "wrong shape", lambda row: f"{name} has not the shape {leaf.shape} {self._at(row)}, as it has in the first row or the space"
+            values.misshapen & there,
+            "wrong shape",
+            lambda row: f"{name} has not the shape {leaf.shape} {self._at(row)}, as it has in the first row or the space",
         )
         flat = array.reshape(self.rows, -1)
         if array.dtype.kind == "f":
@@ -241,7 +244,7 @@ class Block:
         odd = np.diff(self.steps) != 1
         odd |= self.final[a] | ((self.terminated | self.truncated)[a] & ~self.final[b])
         for constant in (self.behaviours, self.tasks, self.seeds, self.successes):
-            odd |= np.fromiter((x != y for x, y in zip(constant, constant[1:], strict=False)), bool, self.rows - 1)
+            odd |= np.fromiter((x != y for x, y in itertools.pairwise(constant)), bool, self.rows - 1)
         if self.following is not None:
             for now, then in zip(self.following, self.observation, strict=True):
                 odd |= (now[a] != then[b]).reshape(self.rows - 1, -1).any(1) & ~self.final[a]
@@ -257,7 +260,7 @@ class Block:
         starts = [0, *(i for i in range(1, self.rows) if self.keys[i] != self.keys[i - 1]), self.rows] if self.rows else []
         bad = sorted(self._bad)
         found = []
-        for start, end in zip(starts, starts[1:], strict=False):
+        for start, end in itertools.pairwise(starts):
             at = next((row for row in bad[int(np.searchsorted(bad, start)) :] if row < end), None)
             problem = None if at is None else Problem(at, self._bad[at][0], self._bad[at][1](at))
             if start and (wrong := begins(self.keys[start], int(self.steps[start]), self.layout.first_step)) is not None:
@@ -271,7 +274,7 @@ class Block:
     def known(self) -> list[dict[str, Any]]:
         """Of each run, by its first row: what is constant in an episode."""
         starts = [0, *(i for i in range(1, self.rows) if self.keys[i] != self.keys[i - 1])] if self.rows else []
-        constants = (self.behaviours, self.tasks, self.seeds, self.successes)
+        constants: tuple[list[Any], ...] = (self.behaviours, self.tasks, self.seeds, self.successes)
         return [{name: dict(c[i]) if name == "task" else c[i] for name, c in zip(CONSTANT, constants, strict=True)} for i in starts]
 
     def summary(self) -> Summary:
@@ -283,8 +286,8 @@ class Block:
         if self.following is not None:
             for leaf, array in zip(self.layout.observation, self.following, strict=True):
                 stats[leaf.name] = stats[leaf.name].merged(Stat.of(array[good & ~self.final]))
-        edges = (self.edge(0), self.edge(self.rows - 1)) if self.rows else (None, None)
-        return Summary(self.rows, self.runs(), *edges, stats)
+        first, last = (self.edge(0), self.edge(self.rows - 1)) if self.rows else (None, None)
+        return Summary(self.rows, self.runs(), first, last, stats)
 
     def encode(self, codecs: tuple[SpaceCodec, SpaceCodec]) -> dict[str, Array]:
         """`manifest.ARRAYS` of every row, and next_num, next_cat of every row where the table has next observations. Rows with a problem are zeros."""
@@ -320,6 +323,8 @@ def _as(space: Any, array: Array) -> Any:
 
 def _outside(space: Any, array: Array) -> Array:
     """[B] bool: which values are not of the space. Bounds are compared in the space's own precision, in which the values may have been logged."""
+    if not len(array):
+        return np.zeros(0, bool)
     flat = array.reshape(len(array), -1)
     if isinstance(space, spaces.Text):
         allowed = space.character_set
@@ -329,14 +334,14 @@ def _outside(space: Any, array: Array) -> Array:
         dtype = np.dtype(space.dtype)
         typed = flat.astype(dtype) if dtype.kind == "f" else flat
         inside = ((typed >= space.low.reshape(-1)) & (typed <= space.high.reshape(-1))).all(1)
-        return ~(inside if dtype.kind == "f" else inside & whole)
+        return np.asarray(~(inside if dtype.kind == "f" else inside & whole))
     if isinstance(space, spaces.Discrete):
         low, n = np.array([space.start]), np.array([space.n])
     elif isinstance(space, spaces.MultiDiscrete):
         low, n = np.ravel(space.start), np.ravel(space.nvec)
     else:
         low, n = np.zeros(1, np.int64), np.array([2])
-    return ~(whole & ((flat >= low) & (flat < low + n)).all(1))
+    return np.asarray(~(whole & ((flat >= low) & (flat < low + n)).all(1)))
 
 
 def _scalar(table: pa.Table, column: str, kind: str) -> Leaf:
@@ -374,4 +379,3 @@ def _comparable(value: Any) -> Any:
 
 def _shown(value: Any) -> str:
     return repr(value) if isinstance(value, str) else str(np.asarray(value).tolist())
-

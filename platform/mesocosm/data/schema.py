@@ -115,7 +115,7 @@ def read_schema(sources: Sequence[Source], columns: Mapping[str, str], per_file:
     renames, unused = _renames(origin, first.schema, {**origin.columns, **columns})
     whole_file = per_file and "episode" not in renames.values()
     table = first.select(list(renames)).rename_columns(list(renames.values()))
-    _check(origin, table.schema, columns, whole_file, list(first.schema.names))
+    _check(origin, table, columns, whole_file, list(first.schema.names))
     try:
         layout, more, defaults = _layout(table, spaces)
     except UsageError as error:
@@ -150,7 +150,8 @@ def _renames(source: Source, schema: pa.Schema, columns: Mapping[str, str]) -> t
     return found, unused
 
 
-def _check(source: Source, schema: pa.Schema, columns: Mapping[str, str], whole_file: bool, have: list[str]) -> None:
+def _check(source: Source, table: pa.Table, columns: Mapping[str, str], whole_file: bool, have: list[str]) -> None:
+    schema = table.schema
     for name in REQUIRED:
         if name == "episode" and whole_file:
             continue
@@ -159,7 +160,7 @@ def _check(source: Source, schema: pa.Schema, columns: Mapping[str, str], whole_
             fix = f"add it, or say which column it is: columns.{name}=NAME"
             if name == "episode":
                 fix += "; where each file is one episode, say per_file=true"
-            raise UsageError(f"{source.name!r} has no column {wanted!r}{nearest(wanted, have)}, which is required (it has {', '.join(have)}); {fix}")
+            raise UsageError(f"{source.name!r} has no column {wanted!r}, which is required (it has {', '.join(have)}); {fix}")
     for name, kinds in SCALARS.items():
         if name in schema.names:
             type = schema.field(name).type
@@ -170,7 +171,9 @@ def _check(source: Source, schema: pa.Schema, columns: Mapping[str, str], whole_
             continue
         type = schema.field(name).type
         if not (is_.is_integer(type) or is_.is_null(type) or (name == "episode" and (is_.is_string(type) or is_.is_large_string(type)))):
-            raise UsageError(f"{source.name!r}: column {name!r} has the type {type}; give {allowed}")
+            broken = (i for i, value in enumerate(table.column(name).to_pylist()) if isinstance(value, float) and not value.is_integer())
+            row = next((f" row {i + 1}" for i in broken), "")
+            raise UsageError(f"{source.name!r}{row}: column {name!r} has the type {type}; give {allowed}")
 
 
 def _layout(table: pa.Table, spaces: tuple[Space, Space] | None) -> tuple[Layout, dict[str, str], list[dict[str, str]]]:

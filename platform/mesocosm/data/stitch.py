@@ -45,6 +45,8 @@ class Work:
 
         try:
             for table in read(piece, self.schema.columns()):
+                if not table.num_rows:
+                    continue
                 table = self.schema.ours(table)
                 if self.schema.whole_file:
                     table = table.append_column("episode", pa.array(np.zeros(table.num_rows, np.int64)))

@@ -90,7 +90,9 @@ def sources(words: Sequence[str]) -> list[Source]:
 
 def _expand(word: str) -> list[Source]:
     if os.path.isdir(word):
-        paths = sorted(str(p) for p in Path(word).rglob("*") if p.suffix in SUFFIXES and not any(part.startswith((".", "_")) for part in p.relative_to(word).parts))
+        paths = sorted(
+            str(p) for p in Path(word).rglob("*") if p.suffix in SUFFIXES and not any(part.startswith((".", "_")) for part in p.relative_to(word).parts)
+        )
         if not paths:
             raise UsageError(f"the folder {word!r} has no file that ends in {', '.join(SUFFIXES)}; name one that has")
     elif os.path.exists(word):
