@@ -238,6 +238,28 @@ def test_names_of_their_own(tmp_path: Path, bring: Callable[..., Artifact]) -> N
     assert made.meta["counts"]["transitions"] == 12 and [e.index for e in Dataset([made.path]).iter_episodes()] == [0, 1, 2]
 
 
+def test_a_lerobot_folder(folder: Path, bring: Callable[..., Artifact]) -> None:
+    (folder / "meta").mkdir()
+    (folder / "data" / "chunk-000").mkdir(parents=True)
+    (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v3.0", "fps": 10}))
+    for i in range(2):
+        rows = [
+            {"observation.state": [t / 2, float(k)], "action": [t / 4], "episode_index": k, "frame_index": t, "timestamp": t / 10, "next.done": t == 4}
+            for k in (2 * i, 2 * i + 1)
+            for t in range(5)
+        ]
+        parquet(folder / "data" / "chunk-000" / f"file-{i:03d}.parquet", rows)
+    made = bring(folder)
+    dataset = Dataset([made.path])
+    assert made.meta["counts"]["episodes"] == 4 and made.meta["counts"]["last_actions_left_out"] == 4
+    assert dataset.episode(3).observations[2].tolist() == [1.0, 3.0] and dataset.episode(3).actions[2].tolist() == [0.5]
+    table = {row["column"]: row for row in json.loads((made.path / "import.json").read_text())["columns"]}
+    assert "0 throughout" in table["reward"]["how"] and table["next.done"]["became"] == "terminated" and table["timestamp"]["became"] == "nothing"
+    (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.1"}))
+    with pytest.raises(UsageError, match=r"LeRobot folder of version v2.1, and v3 is read"):
+        plan(configured([folder]))
+
+
 # -- what is wrong -----------------------------------------------------------------------------------------------------
 
 

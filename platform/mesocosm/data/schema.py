@@ -40,6 +40,8 @@ class Schema:
     unused: dict[str, str]
     """Columns that nothing is made of, theirs, and why"""
     spaces: tuple[Space, Space] | None
+    made: dict[str, str]
+    """Ours, that the format lacks, and what is put there"""
     defaults: list[dict[str, str]] = field(default_factory=list)
 
     def columns(self) -> list[str]:
@@ -70,6 +72,9 @@ class Schema:
                 label = _theirs(first, theirs) if first is last else f"{_theirs(first, theirs)} ... {_theirs(last, theirs)}"
                 rows.append({"column": label, "type": str(first.type), "became": f"{leaf.name}: {_short(space)}", "how": how})
         for name in [n for n in KNOWN if n in self.types and n not in ("observation", "action")]:
+            if name in self.made:
+                rows.append({"column": name, "type": "", "became": name, "how": self.made[name]})
+                continue
             rows.append({"column": theirs.get(name, name), "type": self.types[name], "became": name, "how": _how(name, self.layout)})
         rows += self.defaults
         rows += [{"column": name, "type": "", "became": "nothing", "how": why} for name, why in self.unused.items()]
@@ -129,7 +134,7 @@ def read_schema(sources: Sequence[Source], columns: Mapping[str, str], per_file:
     if whole_file:
         defaults.append(_default("episode", "missing: each file is one episode (per_file)"))
     types = {name: str(table.schema.field(name).type) for name in table.column_names}
-    return Schema(layout, renames, strict, whole_file, types, unused, spaces, defaults)
+    return Schema(layout, renames, strict, whole_file, types, unused, spaces, origin.made, defaults)
 
 
 def _renames(source: Source, schema: pa.Schema, columns: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:

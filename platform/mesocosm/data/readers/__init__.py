@@ -4,7 +4,10 @@
     pieces(path) -> [Piece]          what may be read apart, in order
     read(piece, columns) -> Tables   those columns of a piece's rows, in order, in batches of bounded size
 
-The tables are of the documented schema, or have its columns under names that `COLUMNS` of the module translates.
+The tables are of the documented schema. A format with names of its own has, too,
+
+    columns(path) -> {ours: theirs}  what it calls our columns
+    made(path) -> {ours: how}        those that the file has not, and what is put there
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import glob
 import importlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,10 +56,14 @@ class Source:
         return importlib.import_module(f"mesocosm.data.readers.{self.format}")
 
     @property
-    def columns(self) -> Mapping[str, str]:
+    def columns(self) -> dict[str, str]:
         """Ours to theirs, where the format names them otherwise."""
-        found: Mapping[str, str] = getattr(self.module, "COLUMNS", {})
-        return found
+        return dict(self.module.columns(self.path)) if hasattr(self.module, "columns") else {}
+
+    @property
+    def made(self) -> dict[str, str]:
+        """Our columns that the file has not, and what is put there."""
+        return dict(self.module.made(self.path)) if hasattr(self.module, "made") else {}
 
     def head(self) -> pa.Table:
         table: pa.Table = self.module.head(self.path)
@@ -77,7 +84,7 @@ def sources(words: Sequence[str]) -> list[Source]:
     """
     if not words:
         raise UsageError("no path was given; name files, patterns or folders of Parquet or JSONL, such as 'logs/*.parquet'")
-    found = [source for word in words for source in _expand(word)]
+    found = [source for word in words for source in _of(word)]
     seen: set[str] = set()
     for source in found:
         if source.path in seen:
@@ -86,6 +93,14 @@ def sources(words: Sequence[str]) -> list[Source]:
     if len({source.format for source in found}) > 1:
         raise UsageError(f"{found[0].name!r} is {found[0].format} and others are not; import one format at a time, and train on both datasets together")
     return found
+
+
+def _of(word: str) -> list[Source]:
+    if os.path.exists(os.path.join(word, "meta", "info.json")):
+        from mesocosm.data.readers import lerobot
+
+        return [Source("lerobot", os.path.abspath(path), path) for path in lerobot.files(word)]
+    return _expand(word)
 
 
 def _expand(word: str) -> list[Source]:
