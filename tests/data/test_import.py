@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -260,6 +263,26 @@ def test_a_lerobot_folder(folder: Path, bring: Callable[..., Artifact]) -> None:
         plan(configured([folder]))
 
 
+def test_a_minari_dataset(cart: Dataset, tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+    minari = pytest.importorskip("minari", reason="an extra")
+    from minari.data_collector import EpisodeBuffer
+
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    buffers = []
+    for episode in cart.iter_episodes():
+        ended = episode.terminated
+        buffers.append(EpisodeBuffer(None, 0, None, episode.observations, episode.actions, list(episode.rewards), list(ended), [False] * len(ended), None))  # type: ignore[arg-type]
+    minari.create_dataset_from_buffers("cart-v0", buffers, observation_space=cart.observation_space, action_space=cart.action_space)
+    made = bring(Path("minari:cart-v0"))
+    back = Dataset([made.path])
+    assert len(back.table) == len(cart.table) and back.observation_space == cart.observation_space and back.action_space == cart.action_space
+    for one, other in zip(cart.iter_episodes(), back.iter_episodes(), strict=True):
+        assert np.array_equal(one.observations, other.observations) and np.array_equal(one.actions, other.actions) and one.outcome == other.outcome
+    assert "of the dataset" in json.loads((made.path / "import.json").read_text())["columns"][0]["how"]
+    with pytest.raises(UsageError, match="'minari:none-v0' is not on this machine"):
+        plan(configured(["minari:none-v0"]))
+
+
 # -- what is wrong -----------------------------------------------------------------------------------------------------
 
 
@@ -401,6 +424,23 @@ def test_the_same_bytes_whoever_reads(
     whole = bring(parquet(tmp_path / "whole.parquet", rows), env="CartPole-v1", to=str(tmp_path / "whole"))
     shard = [sums for name, sums in checksums(whole).items() if name.startswith("shards")]
     assert shard == [sums for name, sums in checksums(made[0]).items() if name.startswith("shards")]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_killed_import_leaves_nothing_and_is_run_again(tmp_path: Path, root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = parquet(tmp_path / "a.parquet", logs(20000))
+    words = ["import", str(path), f"storage.root={root}", "workers=0", "--json"]
+    process = subprocess.Popen([sys.executable, "-m", "mesocosm.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(Path(root).glob("scratch/*")):
+        assert process.poll() is None, "it was over before it could be killed"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert Storage(root).list("datasets") == []
+    assert main(words) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["counts"]["transitions"] == 80000 and Storage(root).list("datasets") == [made["artifact"].removeprefix("datasets/")]
 
 
 @pytest.mark.slow

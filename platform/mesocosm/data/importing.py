@@ -151,7 +151,7 @@ def run(cfg: ImportConfig, run: Run) -> Artifact:
     files = _files(cfg)
     stamps = _stamps(files)
     with ThreadPoolExecutor(4) as pool:
-        sums = list(pool.map(lambda source: sha256(Path(source.path)), files))
+        sums = list(pool.map(_checksum, files))
     what = identity(cfg, without=["paths", "workers", *PAID])
     known = _facts(cfg)
     id = fingerprint("datasets", "import", what, sums, "" if known is None else known.version, __version__, SCHEMA)
@@ -192,8 +192,14 @@ def _files(cfg: ImportConfig) -> list[Source]:
 
 
 def _stamps(files: Sequence[Source]) -> list[tuple[int, int]]:
-    found = [os.stat(source.path) for source in files]
-    return [(stat.st_size, stat.st_mtime_ns) for stat in found]
+    found = [[os.stat(path) for path in source.files] for source in files]
+    return [(sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)) for stats in found]
+
+
+def _checksum(source: Source) -> str:
+    """Of one file its sha256; of several what those make together."""
+    sums = [sha256(path) for path in source.files]
+    return sums[0] if len(sums) == 1 else fingerprint("source", sums)
 
 
 def _facts(cfg: ImportConfig) -> EnvFacts | None:
@@ -217,7 +223,7 @@ def _workers(cfg: ImportConfig, files: Sequence[Source]) -> int:
 
 def _look(cfg: ImportConfig, files: list[Source], workers: int, update: Callable[[int], None]) -> Looked:
     known = _facts(cfg)
-    schema = read_schema(files, cfg.columns, cfg.per_file, None if known is None else known.spaces)
+    schema = read_schema(files, cfg.columns, cfg.per_file, files[0].spaces if known is None else known.spaces)
     pieces = [piece for i, source in enumerate(files) for piece in source.pieces(i)]
     joiner = Joiner([source.name for source in files], schema.layout, cfg.bad == "drop")
     for batch in stream(Work(schema, cfg.per_file), pieces, workers, cfg.ray):

@@ -40,6 +40,8 @@ class Schema:
     unused: dict[str, str]
     """Columns that nothing is made of, theirs, and why"""
     spaces: tuple[Space, Space] | None
+    given: str
+    """Whose the spaces are, where they are not inferred"""
     made: dict[str, str]
     """Ours, that the format lacks, and what is put there"""
     defaults: list[dict[str, str]] = field(default_factory=list)
@@ -67,7 +69,7 @@ class Schema:
         rows = []
         for leaves, action in ((self.layout.observation, False), (self.layout.action, True)):
             for leaf in leaves:
-                space, how = (leaf.space, "of the environment; every value was checked") if leaf.space is not None else space_of(leaf, stats[leaf.name], action)
+                space, how = (leaf.space, f"of {self.given}; every value was checked") if leaf.space is not None else space_of(leaf, stats[leaf.name], action)
                 first, last = leaf.columns[0], leaf.columns[-1]
                 label = _theirs(first, theirs) if first is last else f"{_theirs(first, theirs)} ... {_theirs(last, theirs)}"
                 rows.append({"column": label, "type": str(first.type), "became": f"{leaf.name}: {_short(space)}", "how": how})
@@ -134,7 +136,9 @@ def read_schema(sources: Sequence[Source], columns: Mapping[str, str], per_file:
     if whole_file:
         defaults.append(_default("episode", "missing: each file is one episode (per_file)"))
     types = {name: str(table.schema.field(name).type) for name in table.column_names}
-    return Schema(layout, renames, strict, whole_file, types, unused, spaces, origin.made, defaults)
+    return Schema(
+        layout, renames, strict, whole_file, types, unused, spaces, "the environment" if spaces != origin.spaces else "the dataset", origin.made, defaults
+    )
 
 
 def _renames(source: Source, schema: pa.Schema, columns: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:

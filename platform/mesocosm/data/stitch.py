@@ -54,18 +54,17 @@ class Work:
                     block = Block(table, self.schema.layout, name)
                 except RowError as error:
                     raise RowError(done + error.row, error.text) from error
-                yield Batch(piece.source, piece.first_row, block.summary(), block.known(), None if self.codecs is None else block.encode(self.codecs))
+                yield Batch(piece.source, block.summary(), block.known(), None if self.codecs is None else block.encode(self.codecs))
                 done += table.num_rows
         except RowError as error:
-            yield Failure(piece.source, piece.first_row, done, error.row, error.text)
+            yield Failure(piece.source, done, error.row, error.text)
         except UsageError as error:
-            yield Failure(piece.source, None, done, None, str(error))
+            yield Failure(piece.source, done, None, str(error))
 
 
 @dataclass
 class Batch:
     source: int
-    first_row: int | None
     summary: Summary
     known: list[dict[str, Any]]
     """Of each run: behaviour, task, seed, success"""
@@ -77,7 +76,6 @@ class Failure:
     """What is wrong with a whole file, found at a row of a piece."""
 
     source: int
-    first_row: int | None
     done: int
     row: int | None
     text: str

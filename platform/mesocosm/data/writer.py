@@ -157,8 +157,8 @@ class DatasetWriter:
         columns: dict[str, pa.Array] = {
             "episode": pa.array(np.repeat(records["index"], repeats)),
             "step": pa.array(arrays["step"]),
-            "observation": _arrow(self._observation.space, self._observation.decode(arrays["obs_num"], arrays["obs_cat"])),
-            "action": _arrow(self._action.space, self._action.decode(arrays["act_num"], arrays["act_cat"]), last),
+            "observation": arrow(self._observation.space, self._observation.decode(arrays["obs_num"], arrays["obs_cat"])),
+            "action": arrow(self._action.space, self._action.decode(arrays["act_num"], arrays["act_cat"]), last),
             "reward": pa.array(arrays["reward"], mask=last),
             "terminated": pa.array(arrays["terminated"], mask=last),
             "truncated": pa.array(truncated, mask=last),
@@ -298,13 +298,13 @@ def _refuse_nonfinite(values: Array, names: list[str], where: str) -> None:
     raise MesocosmError(f"{where}, step {step}: {names[column]} is {values[step, column]}; drop the episode, or fix the environment")
 
 
-def _arrow(space: gymnasium.Space[Any], batch: Any, null: Array | None = None) -> pa.Array:
+def arrow(space: gymnasium.Space[Any], batch: Any, null: Array | None = None) -> pa.Array:
     """A batch (vector layout) as a nested Arrow array; `null` [B] marks missing rows."""
     mask = None if null is None else pa.array(null)
     if isinstance(space, spaces.Dict | spaces.Tuple):
         children = list(space.spaces.items()) if isinstance(space, spaces.Dict) else [(str(i), child) for i, child in enumerate(space.spaces)]
         items = batch.values() if isinstance(space, spaces.Dict) else batch
-        arrays = [_arrow(child, item) for (_, child), item in zip(children, items, strict=True)]
+        arrays = [arrow(child, item) for (_, child), item in zip(children, items, strict=True)]
         return pa.StructArray.from_arrays(arrays, [name for name, _ in children], mask=mask)
     if isinstance(space, spaces.Text):
         return pa.array([None if null is not None and null[i] else text for i, text in enumerate(batch)], pa.string())

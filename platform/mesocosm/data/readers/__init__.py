@@ -8,6 +8,11 @@ The tables are of the documented schema. A format with names of its own has, too
 
     columns(path) -> {ours: theirs}  what it calls our columns
     made(path) -> {ours: how}        those that the file has not, and what is put there
+
+and one that is more than a file, or states its spaces,
+
+    files(path) -> [Path]            what it is made of
+    spaces(path) -> (observation space, action space)
 """
 
 from __future__ import annotations
@@ -38,13 +43,11 @@ class Piece:
     begin: int
     end: int
     """Row groups, or bytes: the format's own"""
-    first_row: int | None
-    """Of the file, from 0; None where only reading tells"""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file of logs."""
+    """One file of logs, or one Minari dataset."""
 
     format: str
     path: str
@@ -65,12 +68,21 @@ class Source:
         """Our columns that the file has not, and what is put there."""
         return dict(self.module.made(self.path)) if hasattr(self.module, "made") else {}
 
+    @property
+    def files(self) -> list[Path]:
+        return list(self.module.files(self.path)) if hasattr(self.module, "files") else [Path(self.path)]
+
+    @property
+    def spaces(self) -> tuple[Any, Any] | None:
+        """(observation space, action space) that the logs state."""
+        return tuple(self.module.spaces(self.path)) if hasattr(self.module, "spaces") else None
+
     def head(self) -> pa.Table:
         table: pa.Table = self.module.head(self.path)
         return table
 
     def pieces(self, source: int) -> list[Piece]:
-        return [Piece(self.format, source, self.path, begin, end, first) for begin, end, first in self.module.pieces(self.path)]
+        return [Piece(self.format, source, self.path, begin, end) for begin, end in self.module.pieces(self.path)]
 
 
 def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -96,10 +108,14 @@ def sources(words: Sequence[str]) -> list[Source]:
 
 
 def _of(word: str) -> list[Source]:
+    if word.startswith("minari:"):
+        from mesocosm.data.readers import minari
+
+        return [Source("minari", minari.folder(word), word)]
     if os.path.exists(os.path.join(word, "meta", "info.json")):
         from mesocosm.data.readers import lerobot
 
-        return [Source("lerobot", os.path.abspath(path), path) for path in lerobot.files(word)]
+        return [Source("lerobot", os.path.abspath(path), path) for path in lerobot.data(word)]
     return _expand(word)
 
 

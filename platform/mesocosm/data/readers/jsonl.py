@@ -27,9 +27,9 @@ def head(path: str) -> pa.Table:
     return _table(rows, None)
 
 
-def pieces(path: str) -> list[tuple[int, int, int | None]]:
+def pieces(path: str) -> list[tuple[int, int]]:
     size = os.path.getsize(path)
-    return [(begin, min(begin + PIECE_BYTES, size), None) for begin in range(0, size, PIECE_BYTES)]
+    return [(begin, min(begin + PIECE_BYTES, size)) for begin in range(0, size, PIECE_BYTES)]
 
 
 def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:

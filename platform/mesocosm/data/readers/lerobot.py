@@ -29,7 +29,7 @@ MADE = {
 pieces = parquet.pieces
 
 
-def files(folder: str) -> list[str]:
+def data(folder: str) -> list[str]:
     """The folder's data, in order. Raises UsageError where it is of another version."""
     info = Path(folder) / INFO
     try:

@@ -21,17 +21,17 @@ def head(path: str) -> pa.Table:
         return file.schema_arrow.empty_table() if first is None else pa.Table.from_batches([first])
 
 
-def pieces(path: str) -> list[tuple[int, int, int | None]]:
+def pieces(path: str) -> list[tuple[int, int]]:
     """Small row groups together, so that a task has something to do."""
     with _open(path) as file:
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    found: list[tuple[int, int, int | None]] = []
-    begin = first = rows = 0
+    found: list[tuple[int, int]] = []
+    begin = rows = 0
     for i, size in enumerate(sizes):
         rows += size
         if rows >= PIECE_ROWS or i == len(sizes) - 1:
-            found.append((begin, i + 1, first))
-            begin, first, rows = i + 1, first + rows, 0
+            found.append((begin, i + 1))
+            begin, rows = i + 1, 0
     return found
 
 
