@@ -22,6 +22,7 @@ from mesocosm.cli import main
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.importing import ImportConfig, plan, run
 from mesocosm.data.manifest import Manifest
+from mesocosm.data.readers import jsonl as jsonl_reader
 from mesocosm.data.readers import parquet as parquet_reader
 from mesocosm.errors import UsageError
 from mesocosm.storage import Artifact, Storage
@@ -41,6 +42,12 @@ def a_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tracking.Run]:
 def cart(tmp_path_factory: pytest.TempPathFactory, cart_root: Callable[..., str]) -> Dataset:
     """400 transitions of CartPole-v1 and more, by a random policy."""
     return Dataset([Storage(cart_root(tmp_path_factory.mktemp("cart"))).artifact("datasets", "cart").path])
+
+
+@pytest.fixture(autouse=True)
+def the_session_keeps_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command line ends what it started when it is over, and here that is other tests' Ray."""
+    monkeypatch.setattr("mesocosm.cli._end_ray", lambda: None)
 
 
 @pytest.fixture
@@ -283,6 +290,26 @@ def test_a_minari_dataset(cart: Dataset, tmp_path: Path, bring: Callable[..., Ar
         plan(configured(["minari:none-v0"]))
 
 
+@pytest.mark.slow
+def test_episodes_that_rllib_recorded(folder: Path, bring: Callable[..., Artifact], ray_local: None) -> None:
+    pytest.importorskip("msgpack_numpy", reason="RLlib records by it")
+    from ray.rllib.algorithms.ppo import PPOConfig
+    from ray.rllib.offline.offline_env_runner import OfflineSingleAgentEnvRunner
+
+    config = PPOConfig().environment("CartPole-v1").env_runners(num_env_runners=0, batch_mode="complete_episodes")
+    runner = OfflineSingleAgentEnvRunner(config=config.offline_data(output=str(folder), output_write_episodes=True), worker_index=0)
+    recorded = runner.sample(num_episodes=3, random_actions=True)
+    runner.stop()
+    made = bring(folder, env="CartPole-v1")
+    assert made.meta["counts"]["episodes"] == len(recorded) >= 3 and made.meta["counts"]["transitions"] == sum(map(len, recorded))
+    back = {episode.observations[0].tobytes(): episode for episode in Dataset([made.path]).iter_episodes()}
+    for episode in recorded:
+        imported = back[episode.get_observations(0).tobytes()]
+        assert np.array_equal(episode.get_observations(), imported.observations) and np.array_equal(episode.get_actions(), imported.actions)
+        assert np.array_equal(episode.get_rewards(), imported.rewards) and imported.outcome == "terminated"
+    assert "RLlib's module" in json.loads((made.path / "import.json").read_text())["columns"][1]["how"]
+
+
 # -- what is wrong -----------------------------------------------------------------------------------------------------
 
 
@@ -342,6 +369,22 @@ def test_bad_rows_are_named(what: str, form: str, tmp_path: Path, root: str, a_r
 def test_mixed_kinds_in_json(row: dict[str, Any], said: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=said):
         plan(configured([jsonl(tmp_path / "a.jsonl", changed(6, **row))]))
+
+
+def test_mixed_kinds_far_into_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl_reader, "BATCH_ROWS", 6)
+    monkeypatch.setattr(jsonl_reader, "HEAD_ROWS", 6)
+    monkeypatch.setattr(jsonl_reader, "PIECE_BYTES", 300)
+    for change, said in (
+        ({"episode": "2"}, "row 13: episode is .* where it .* before .mixed dtypes"),
+        ({"observation": "a"}, "row 13: observation is .* where it .* before .mixed dtypes"),
+        ({"behaviour": 3}, "row 13: behaviour is .*mixed dtypes"),
+        ({"observation": [0.0, float("inf")]}, "row 13: observation holds NaN or infinity"),
+        ({"step": 7}, "row 13: episode 2 goes from step 1 to step 7"),
+    ):
+        rows = [{**row, "behaviour": "a"} for row in logs()]
+        with pytest.raises(UsageError, match=said):
+            plan(configured([jsonl(tmp_path / "a.jsonl", [{**row, **change} if i == 12 else row for i, row in enumerate(rows)])]))
 
 
 def test_lines_that_are_no_objects(tmp_path: Path) -> None:
@@ -455,7 +498,7 @@ def test_a_world_is_pretrained_and_judged_on_what_was_imported(
         return str(json.loads(capsys.readouterr().out)["artifact"])
 
     data = artifact("import", str(path), "--env", "CartPole-v1", "workers=0")
-    small = ("model.size=10k", "model.members=2", "model.context=8", "model.base_steps=50", "train.batch=8", "train.events=12", "train.lr=3e-3")
+    small = ("model.size=10k", "model.members=2", "model.context=8", "model.base_steps=50", "train.batch=8", "train.events=12", "train.steps=40")
     world = artifact("pretrain", f"data.datasets=[{data}]", *small)
     told = artifact("evaluate", f"world={world}", "horizons=[1,5]", "starts=16", "samples=2")
     assert [text.partition("/")[0] for text in (data, world, told)] == ["datasets", "worlds", "evaluations"]

@@ -43,6 +43,8 @@ class Layout:
     task: list[Leaf]
     present: frozenset[str]
     """Those of OPTIONAL that are there"""
+    named: bool
+    """Episodes are named by strings"""
     first_step: int
     """0 or 1: what the first episode begins at"""
 
@@ -137,7 +139,7 @@ class Block:
         self.layout, self.rows = layout, table.num_rows
         self._bad: dict[int, tuple[str, Callable[[int], str]]] = {}
         self._wrong = np.zeros(self.rows, bool)
-        self.keys = [name(key) for key in _keys(table)]
+        self.keys = [name(key) for key in _keys(table, layout.named)]
         self.steps = _steps(table)
         self.observation = [self._leaf(table, leaf) for leaf in layout.observation]
         actions = [take(table, leaf) for leaf in layout.action]
@@ -153,8 +155,8 @@ class Block:
             self.following = [self._checked(leaf, values, acted) for leaf, values in zip(layout.following, following, strict=True)]
         self.behaviours = _texts(table, "behaviour", IMPORTED)
         self.tasks = self._options(table)
-        self.seeds = [UNKNOWN_SEED if s is None else int(s) for s in _optional(table, "seed")]
-        self.successes = [None if s is None else bool(s) for s in _optional(table, "success")]
+        self.seeds = [UNKNOWN_SEED if s is None else int(s) for s in _optional(table, "seed", int)]
+        self.successes = [None if s is None else bool(s) for s in _optional(table, "success", int)]
         self._pairs()
 
     # -- one row -----------------------------------------------------------------------------------------------------
@@ -349,10 +351,13 @@ def _scalar(table: pa.Table, column: str, kind: str) -> Leaf:
     return Leaf(column, (), (Column(column, (), type),), kind, (), None)
 
 
-def _keys(table: pa.Table) -> list[Key]:
+def _keys(table: pa.Table, named: bool) -> list[Key]:
     keys: list[Key | None] = table.column("episode").to_pylist()
     if any(key is None for key in keys):
         raise RowError(keys.index(None), "episode is missing; every row must say which episode it is of")
+    if any(isinstance(key, str) != named for key in keys):
+        row = next(i for i, key in enumerate(keys) if isinstance(key, str) != named)
+        raise RowError(row, f"episode is {keys[row]!r} where it is {'a string' if named else 'a whole number'} before (mixed dtypes); give one type")
     return keys  # type: ignore[return-value]
 
 
@@ -365,11 +370,19 @@ def _steps(table: pa.Table) -> Array:
 
 
 def _texts(table: pa.Table, column: str, default: str) -> list[str]:
-    return [default if text is None else str(text) for text in _optional(table, column)]
+    return [default if text is None else text for text in _optional(table, column, str)]
 
 
-def _optional(table: pa.Table, column: str) -> list[Any]:
-    return table.column(column).to_pylist() if column in table.column_names else [None] * table.num_rows
+def _optional(table: pa.Table, column: str, kind: type) -> list[Any]:
+    """A column's values, None where it has none."""
+    if column not in table.column_names:
+        return [None] * table.num_rows
+    values: list[Any] = table.column(column).to_pylist()
+    wrong = next((i for i, value in enumerate(values) if value is not None and not isinstance(value, kind)), None)
+    if wrong is not None:
+        wanted = "a string" if kind is str else "a whole number, or true or false"
+        raise RowError(wrong, f"{column} is {values[wrong]!r} (mixed dtypes); give {wanted}")
+    return values
 
 
 def _comparable(value: Any) -> Any:

@@ -44,6 +44,8 @@ class Schema:
     """Whose the spaces are, where they are not inferred"""
     made: dict[str, str]
     """Ours, that the format lacks, and what is put there"""
+    notes: dict[str, str]
+    """What is to be known of our columns in this format"""
     defaults: list[dict[str, str]] = field(default_factory=list)
 
     def columns(self) -> list[str]:
@@ -70,6 +72,7 @@ class Schema:
         for leaves, action in ((self.layout.observation, False), (self.layout.action, True)):
             for leaf in leaves:
                 space, how = (leaf.space, f"of {self.given}; every value was checked") if leaf.space is not None else space_of(leaf, stats[leaf.name], action)
+                how = "; ".join(filter(None, [how, self.notes.get(leaf.name.partition(".")[0])]))
                 first, last = leaf.columns[0], leaf.columns[-1]
                 label = _theirs(first, theirs) if first is last else f"{_theirs(first, theirs)} ... {_theirs(last, theirs)}"
                 rows.append({"column": label, "type": str(first.type), "became": f"{leaf.name}: {_short(space)}", "how": how})
@@ -136,9 +139,8 @@ def read_schema(sources: Sequence[Source], columns: Mapping[str, str], per_file:
     if whole_file:
         defaults.append(_default("episode", "missing: each file is one episode (per_file)"))
     types = {name: str(table.schema.field(name).type) for name in table.column_names}
-    return Schema(
-        layout, renames, strict, whole_file, types, unused, spaces, "the environment" if spaces != origin.spaces else "the dataset", origin.made, defaults
-    )
+    given = "the dataset" if spaces is not None and spaces == origin.spaces else "the environment"
+    return Schema(layout, renames, strict, whole_file, types, unused, spaces, given, origin.made, origin.notes, defaults)
 
 
 def _renames(source: Source, schema: pa.Schema, columns: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -211,9 +213,10 @@ def _layout(table: pa.Table, spaces: tuple[Space, Space] | None) -> tuple[Layout
     for name in OPTIONAL:
         if name in schema.names and name not in present:
             unused[name] = "it is null in the first rows"
+    named = "episode" in schema.names and kind_of(schema.field("episode").type) == "text"
     step = table.column("step")[0].as_py()
     task = _task(nodes["task"], shapes)
-    return Layout(leaves["observation"], leaves["action"], following, task, present, 1 if step == 1 else 0), unused, defaults
+    return Layout(leaves["observation"], leaves["action"], following, task, present, named, 1 if step == 1 else 0), unused, defaults
 
 
 def _task(node: Node | None, shapes: Mapping[str, tuple[int, ...]]) -> list[Leaf]:

@@ -8,6 +8,7 @@ The tables are of the documented schema. A format with names of its own has, too
 
     columns(path) -> {ours: theirs}  what it calls our columns
     made(path) -> {ours: how}        those that the file has not, and what is put there
+    notes(path) -> {ours: text}      what is to be known of them
 
 and one that is more than a file, or states its spaces,
 
@@ -77,6 +78,11 @@ class Source:
         """(observation space, action space) that the logs state."""
         return tuple(self.module.spaces(self.path)) if hasattr(self.module, "spaces") else None
 
+    @property
+    def notes(self) -> dict[str, str]:
+        """What is to be known of our columns, by name."""
+        return dict(self.module.notes(self.path)) if hasattr(self.module, "notes") else {}
+
     def head(self) -> pa.Table:
         table: pa.Table = self.module.head(self.path)
         return table
@@ -139,4 +145,8 @@ def _source(path: str) -> Source:
     format = SUFFIXES.get(Path(path).suffix)
     if format is None:
         raise UsageError(f"{path!r} is of no format that is known by its name; give files that end in {', '.join(SUFFIXES)}")
+    if format == "parquet":
+        from mesocosm.data.readers import parquet, rllib
+
+        format = "rllib" if rllib.holds(parquet.head(path).schema) else format
     return Source(format, os.path.abspath(path), path)
