@@ -149,7 +149,13 @@ def test_what_was_collected_comes_back_from_its_own_parquet(cart: Dataset, bring
 
 
 @pytest.mark.parametrize("form", ["jsonl", "next", "flat", "struct"])
-def test_every_form_of_the_schema_gives_the_same(form: str, cart: Dataset, tmp_path: Path, bring: Callable[..., Artifact]) -> None:
+@pytest.mark.parametrize("batch", [5, 1 << 14])
+def test_every_form_of_the_schema_gives_the_same(
+    form: str, batch: int, cart: Dataset, tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet_reader, "BATCH_ROWS", batch)
+    monkeypatch.setattr(jsonl_reader, "BATCH_ROWS", batch)
+    monkeypatch.setattr(jsonl_reader, "PIECE_BYTES", 100 * batch)
     rows = exported(cart)
     if form == "jsonl":
         path = jsonl(tmp_path / "a.jsonl", rows)
@@ -345,7 +351,10 @@ BAD: dict[str, tuple[Rows, str]] = {
 
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
-def test_bad_rows_are_named(what: str, form: str, tmp_path: Path, root: str, a_run: tracking.Run) -> None:
+@pytest.mark.parametrize("batch", [1, 3, 1 << 14])
+def test_bad_rows_are_named(what: str, form: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet_reader, "BATCH_ROWS", batch)
+    monkeypatch.setattr(jsonl_reader, "BATCH_ROWS", batch)
     rows, said = BAD[what]
     path = parquet(tmp_path / "bad.parquet", rows, row_group_size=4) if form == "parquet" else jsonl(tmp_path / "bad.jsonl", rows)
     with pytest.raises(UsageError, match=said) as error:
