@@ -137,7 +137,7 @@ def test_what_was_collected_comes_back_from_its_own_parquet(cart: Dataset, bring
     made = bring(cart.paths[0] / "episodes", env="CartPole-v1")
     back = Dataset([made.path])
     same(cart, back)
-    assert back.manifests[0].environment.id == "CartPole-v1" and back.environment.max_episode_steps == 500
+    assert back.manifests[0].environment.id == "CartPole-v1" and back.environment.max_episode_steps == 500 and back.environment.version == ""
     assert (back.observation_space, back.action_space) == (cart.observation_space, cart.action_space)
     assert np.array_equal(back.table["seed"], cart.table["seed"]) and np.array_equal(back.table["split"], cart.table["split"])
     assert made.meta["counts"]["transitions"] == cart.transitions and made.meta["job"] == "import" and "ledger" not in made.meta
@@ -243,6 +243,13 @@ def test_files_that_number_their_own_episodes(folder: Path, bring: Callable[...,
         plan(configured(paths))
     made = bring(folder, per_file=True)
     assert [e.index for e in Dataset([made.path]).iter_episodes()] == [0, 1, 2]
+
+
+def test_episodes_beyond_the_limit_are_told(tmp_path: Path) -> None:
+    config = configured([parquet(tmp_path / "a.parquet", logs())])
+    for horizon, told in ((4, False), (3, True)):
+        config.reality.horizon = horizon
+        assert any("longest episode has 4 steps" in text for text in plan(config).get("warnings", [])) == told
 
 
 def test_names_of_their_own(tmp_path: Path, bring: Callable[..., Artifact]) -> None:

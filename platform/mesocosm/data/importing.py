@@ -81,7 +81,8 @@ class Looked:
     schema: Schema
     tally: Tally
     spaces: tuple[Space, Space]
-    known: EnvFacts | None
+    limit: int | None
+    """Of an episode's steps: `reality.horizon`, or the environment's own"""
     task: list[str]
 
     def report(self) -> dict[str, Any]:
@@ -119,6 +120,8 @@ class Looked:
             )
         if tally.episodes and not tally.outcomes["terminated"]:
             found.append("no episode is terminated: a world made of these logs never ends one")
+        if self.limit is not None and tally.longest > self.limit:
+            found.append(f"the longest episode has {tally.longest} steps, more than the limit of {self.limit}; give reality.horizon={tally.longest} or more")
         return found
 
 
@@ -238,7 +241,8 @@ def _look(cfg: ImportConfig, files: list[Source], workers: int, update: Callable
         raise UsageError(f"no episode of {len(files)} files can be kept: {first}")
     spaces = schema.spaces_of(tally.stats)
     check_spaces(*spaces)
-    return Looked(files, pieces, schema, tally, spaces, known, _task(cfg, schema, spaces[0]))
+    limit = cfg.reality.horizon if known is None else known.max_episode_steps
+    return Looked(files, pieces, schema, tally, spaces, limit, _task(cfg, schema, spaces[0]))
 
 
 def _task(cfg: ImportConfig, schema: Schema, observation: Space) -> list[str]:
@@ -256,14 +260,13 @@ def _task(cfg: ImportConfig, schema: Schema, observation: Space) -> list[str]:
 
 
 def _write(folder: Path, cfg: ImportConfig, id: str, looked: Looked, workers: int, update: Callable[[int], None]) -> None:
-    reality, known = cfg.reality, looked.known
-    limit = reality.horizon if known is None else known.max_episode_steps
+    reality = cfg.reality
     environment = Environment(
         id=reality.env,
-        version="" if known is None else known.version,
+        version="",  # of the environment that is installed here it is known, of the one that was logged it is not
         kwargs=dict(reality.kwargs),
         task=looked.task,
-        max_episode_steps=limit,
+        max_episode_steps=looked.limit,
         success=reality.success,
     )
     writer = DatasetWriter(
@@ -287,20 +290,20 @@ def _write(folder: Path, cfg: ImportConfig, id: str, looked: Looked, workers: in
     done = 0
     for closed in batches():
         rows = _rows(closed)
-        known_of, rewards = closed.known, rows["reward"][:-1]
-        success = known_of["success"]
+        known, rewards = closed.known, rows["reward"][:-1]
+        success = known["success"]
         if success is None and succeeded is not None:
             success = succeeded(float(rewards.sum()), {})
         episode = Episode(
             index=closed.key if isinstance(closed.key, int) else closed.number,
-            seed=known_of["seed"],
-            behaviour=known_of["behaviour"],
+            seed=known["seed"],
+            behaviour=known["behaviour"],
             observations=[],
             actions=[],
             rewards=rewards,
             outcome=closed.outcome,  # type: ignore[arg-type]
             durations=rows["duration"][:-1] if "duration" in looked.schema.layout.present else None,
-            task=known_of["task"],
+            task=known["task"],
             success=success,
         )
         writer.add(episode, rows)

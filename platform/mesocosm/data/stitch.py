@@ -156,6 +156,8 @@ class Tally:
     """By source"""
     episodes: int = 0
     transitions: int = 0
+    longest: int = 0
+    """Transitions of an episode"""
     outcomes: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
     """Episodes, by reason"""
@@ -271,6 +273,7 @@ class Joiner:
         if episode.length:
             tally.episodes += 1
             tally.transitions += episode.length
+            tally.longest = max(tally.longest, episode.length)
             tally.outcomes[episode.outcome] += 1
             tally.behaviours[episode.known["behaviour"]] += 1
         else:
