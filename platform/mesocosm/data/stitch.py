@@ -91,6 +91,7 @@ def stream(work: Work, pieces: Sequence[Piece], workers: int, ray_config: RayCon
     import logging
 
     import ray
+    import ray.data  # sets up its own logging, so it comes before the level
 
     from mesocosm import cluster
 
@@ -113,7 +114,7 @@ def stream(work: Work, pieces: Sequence[Piece], workers: int, ray_config: RayCon
     with ray.data.DataContext.current(context):
         packed = [{"piece": pickle.dumps(piece)} for piece in pieces]
         data = ray.data.from_items(packed, override_num_blocks=len(packed))
-        results = data.map_batches(run, batch_size=1, batch_format="numpy", concurrency=workers)
+        results = data.map_batches(run, batch_size=1, batch_format="numpy", compute=ray.data.TaskPoolStrategy(size=workers))
         for row in results.iter_rows():
             yield pickle.loads(row["result"])
 
