@@ -10,6 +10,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -32,6 +33,7 @@ class Job:
 
 JOBS = {
     "collect": Job("mesocosm.data.collect", "CollectConfig", "metered real steps into a dataset", "-c configs/collect/pendulum.yaml steps=2000"),
+    "import": Job("mesocosm.data.importing", "ImportConfig", "logs that others made into a dataset", "'logs/*.parquet' --env CartPole-v1"),
     "pretrain": Job(
         "mesocosm.pretrain.run", "PretrainConfig", "a dataset into a world, by DeepSpeed under Ray Train", "-c configs/pretrain/pendulum.yaml model.size=1m"
     ),
@@ -64,8 +66,11 @@ TOOLS = {
 """Commands that are no config job: a module, light to import, with `add(commands)` and `run(options)`, which returns the exit status."""
 
 
-FLAGS = {"plan": ("law", "flops", "money")}
-"""Keys of a job that may be given as options, too: `--law X` is `law=X`."""
+FLAGS = {"plan": {"law": "law", "flops": "flops", "money": "money"}, "import": {"env": "reality.env"}}
+"""Options of a job that stand for a key: `--law X` is `law=X`."""
+
+WORDS = {"import": ("paths", "PATH")}
+"""The key to whose list a job adds the words that are no `key=value`, and what such a word is called."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,8 +124,13 @@ def _main(arguments: list[str]) -> int:
 
 def _run_job(job: Job, options: argparse.Namespace) -> int:
     module = importlib.import_module(job.module)
-    flags = [f"{key}={value}" for key in FLAGS.get(options.command, ()) if (value := getattr(options, key)) is not None]
-    loaded: config.JobConfig = config.load(getattr(module, job.schema), options.config, [*options.overrides, *flags])
+    flags = [f"{key}={value}" for flag, key in FLAGS.get(options.command, {}).items() if (value := getattr(options, flag)) is not None]
+    words = [word for word in options.overrides if options.command in WORDS and not _is_override(word)]
+    overrides = [word for word in options.overrides if word not in words]
+    loaded: config.JobConfig = config.load(getattr(module, job.schema), options.config, [*overrides, *flags])
+    if words:
+        key = WORDS[options.command][0]
+        setattr(loaded, key, [*getattr(loaded, key), *words])
     if options.force:
         loaded.force = True
     if options.dry_run:
@@ -145,6 +155,11 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     return 0
 
 
+def _is_override(word: str) -> bool:
+    """`key=value`, rather than the path of a file with = in its name."""
+    return re.match(r"[A-Za-z_][\w.\[\]]*=", word) is not None and not os.path.exists(word)
+
+
 def _submit(loaded: config.JobConfig, options: argparse.Namespace) -> int:
     """`JOB ... --cluster NAME`: exit status 0 where it was submitted, runs or has succeeded; with --follow 1 where it did not."""
     from mesocosm.submission.submit import Asked, submit
@@ -167,10 +182,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, job in JOBS.items():
         sub = commands.add_parser(name, help=job.help, description=job.help)
         sub.job = (name, job)
-        common(sub)
+        common(sub, WORDS[name][1] if name in WORDS else None)
         sub.add_argument("--dry-run", action="store_true", help="print what would happen, its size and its price, and do nothing")
-        for key in FLAGS.get(name, ()):
-            sub.add_argument(f"--{key}", metavar=key.upper(), help=f"the same as {key}=...")
+        for flag, key in FLAGS.get(name, {}).items():
+            sub.add_argument(f"--{flag}", metavar=flag.upper(), help=f"the same as {key}=...")
         sub.add_argument("--force", action="store_true", help="make the artifact again though it is there")
         sub.add_argument("--cluster", metavar="NAME", help="submit to clusters/NAME.yaml instead of running here; again: attach, or the next attempt")
         sub.add_argument("--follow", action="store_true", help="with --cluster: print what the job says until it is over")
@@ -185,10 +200,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def common(parser: argparse.ArgumentParser) -> None:
-    """Arguments of whatever reads a config."""
+def common(parser: argparse.ArgumentParser, word: str | None = None) -> None:
+    """Arguments of whatever reads a config; `word`: what is taken beside its keys."""
     parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="a YAML config; may be repeated, later files win")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a config key")
+    taken = ("key=value", "override a config key") if word is None else (f"{word}|key=value", "a file, folder or pattern; or override a config key")
+    parser.add_argument("overrides", nargs="*", metavar=taken[0], help=taken[1])
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
 
 

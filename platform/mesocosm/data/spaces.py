@@ -152,6 +152,10 @@ class SpaceCodec:
         """A list of B raw values as (numbers, categories)."""
         return self._encode([[_descend(value, leaf) for value in values] for leaf in self.leaves], len(values))
 
+    def encode_leaves(self, columns: Sequence[Any], size: int) -> tuple[Array, Array]:
+        """B values that lie leaf by leaf, in the order of `leaves`, each [B, ...] (Text: B strings), as (numbers, categories)."""
+        return self._encode(columns, size)
+
     def _encode(self, columns: Sequence[Any], size: int | None = None) -> tuple[Array, Array]:
         try:
             size = len(columns[0]) if size is None else size

@@ -99,8 +99,11 @@ class DatasetWriter:
         self._durations = True
         self._empty = 0
 
-    def add(self, episode: Episode) -> None:
-        """Raises MesocosmError naming episode and step where a value is not finite or not of its space."""
+    def add(self, episode: Episode, rows: dict[str, Array] | None = None) -> None:
+        """`rows`: the episode as `encode_episode` gives it, where it is encoded already; its observations and actions are then not looked at.
+
+        Raises MesocosmError naming episode and step where a value is not finite or not of its space.
+        """
         if len(episode) == 0:
             self._empty += 1
             return
@@ -108,7 +111,7 @@ class DatasetWriter:
             raise MesocosmError(f"{_where(episode)} comes twice; episode indices must be unique in a dataset")
         if set(episode.task) != set(self._options):
             raise MesocosmError(f"{_where(episode)} has the reset options {sorted(episode.task)} where reality.task names {sorted(self._options)}")
-        rows = encode_episode(episode, self._observation, self._action)
+        rows = encode_episode(episode, self._observation, self._action) if rows is None else rows
         self._durations = self._durations and episode.durations is not None
         self._indices.add(episode.index)
         behaviour = self._behaviours.setdefault(episode.behaviour, Behaviour(name=episode.behaviour))
@@ -154,8 +157,8 @@ class DatasetWriter:
         columns: dict[str, pa.Array] = {
             "episode": pa.array(np.repeat(records["index"], repeats)),
             "step": pa.array(arrays["step"]),
-            "observation": _arrow(self._observation.space, self._observation.decode(arrays["obs_num"], arrays["obs_cat"])),
-            "action": _arrow(self._action.space, self._action.decode(arrays["act_num"], arrays["act_cat"]), last),
+            "observation": arrow(self._observation.space, self._observation.decode(arrays["obs_num"], arrays["obs_cat"])),
+            "action": arrow(self._action.space, self._action.decode(arrays["act_num"], arrays["act_cat"]), last),
             "reward": pa.array(arrays["reward"], mask=last),
             "terminated": pa.array(arrays["terminated"], mask=last),
             "truncated": pa.array(truncated, mask=last),
@@ -295,13 +298,13 @@ def _refuse_nonfinite(values: Array, names: list[str], where: str) -> None:
     raise MesocosmError(f"{where}, step {step}: {names[column]} is {values[step, column]}; drop the episode, or fix the environment")
 
 
-def _arrow(space: gymnasium.Space[Any], batch: Any, null: Array | None = None) -> pa.Array:
+def arrow(space: gymnasium.Space[Any], batch: Any, null: Array | None = None) -> pa.Array:
     """A batch (vector layout) as a nested Arrow array; `null` [B] marks missing rows."""
     mask = None if null is None else pa.array(null)
     if isinstance(space, spaces.Dict | spaces.Tuple):
         children = list(space.spaces.items()) if isinstance(space, spaces.Dict) else [(str(i), child) for i, child in enumerate(space.spaces)]
         items = batch.values() if isinstance(space, spaces.Dict) else batch
-        arrays = [_arrow(child, item) for (_, child), item in zip(children, items, strict=True)]
+        arrays = [arrow(child, item) for (_, child), item in zip(children, items, strict=True)]
         return pa.StructArray.from_arrays(arrays, [name for name, _ in children], mask=mask)
     if isinstance(space, spaces.Text):
         return pa.array([None if null is not None and null[i] else text for i, text in enumerate(batch)], pa.string())

@@ -157,8 +157,9 @@ def _trainer(work: Work, config: PretrainConfig, storage: Storage, gpus: float) 
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     if config.ray.address is None:
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
+    from ray.train.v2.api.config import FailureConfig
 
     from mesocosm.pretrain.trainer import Trainer
 

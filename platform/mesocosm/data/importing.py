@@ -1,0 +1,328 @@
+"""The job `import`: logs that others made, Parquet or JSONL of a documented schema (docs/import.md), into a dataset.
+
+Two passes over the files, both streaming and, with `workers`, parallel on Ray Data: the first finds what is wrong and what the values are, the
+second writes. Nothing is written before the first is through. The same files and config make the same bytes, whoever reads them; an import
+that was killed leaves nothing behind and is simply run again. No ledger is touched: whoever made the logs has paid for them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from mesocosm import __version__, cluster
+from mesocosm.config import JobConfig, fingerprint, identity
+from mesocosm.data.episode import Episode
+from mesocosm.data.manifest import Environment
+from mesocosm.data.readers import Piece, Source, sources
+from mesocosm.data.schema import Schema, read_schema
+from mesocosm.data.spaces import SpaceCodec, check_spaces
+from mesocosm.data.stitch import Closed, Joiner, Tally, Work, stream
+from mesocosm.data.writer import DatasetWriter
+from mesocosm.errors import MesocosmError, UsageError, nearest
+from mesocosm.reality.config import PAID, RealityConfig, parse_success
+from mesocosm.reality.env import EnvFacts, facts_of
+from mesocosm.storage import SCHEMA, Artifact, sha256
+from mesocosm.tracking import Run
+
+Array = NDArray[Any]
+Space = gymnasium.Space[Any]
+REPORT = "import.json"
+MANY = 1 << 28
+"""Bytes of input from which on all CPUs are used, unless `workers` says otherwise."""
+
+
+@dataclass
+class ImportConfig(JobConfig):
+    paths: list[str] = field(default_factory=list)
+    """Files, patterns or folders, in order; on the command line they need no key."""
+    reality: RealityConfig = field(default_factory=RealityConfig)
+    """`env`: the environment that the logs are of, which gives the spaces and against which every value is checked; empty infers the spaces.
+    Nothing is stepped and nothing paid."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What the files call a column of the schema, where they call it otherwise: columns.observation=obs."""
+    per_file: bool = False
+    """Each file numbers its episodes for itself; without an episode column each is one."""
+    bad: str = "refuse"
+    """What is done with an episode in which something is wrong: refuse (the import, naming file and row), or drop (the episode, counting why)."""
+    workers: int | None = None
+    """Tasks of Ray Data at a time; 0 reads in this process; null is 0 below 256 MiB of input, and else as many as there are CPUs."""
+    valid_fraction: float = 0.1
+    """Share of the episodes held out for validation; 0 holds none out. Fewer than 5 episodes may all be trained on."""
+
+
+def check(cfg: ImportConfig) -> None:
+    """Raise UsageError on the first value that cannot be meant. Reads no file."""
+    if cfg.bad not in ("refuse", "drop"):
+        raise UsageError(f"bad={cfg.bad!r} is unknown; use 'refuse' or 'drop'{nearest(cfg.bad, ['refuse', 'drop'])}")
+    if cfg.workers is not None and cfg.workers < 0:
+        raise UsageError(f"workers={cfg.workers} cannot be; give at least 0")
+    if not 0 <= cfg.valid_fraction < 1:
+        raise UsageError(f"valid_fraction={cfg.valid_fraction} is no share; give a number from 0 to below 1")
+    if cfg.reality.success is not None:
+        parse_success(cfg.reality.success)
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the first pass found."""
+
+    files: list[Source]
+    pieces: list[Piece]
+    schema: Schema
+    tally: Tally
+    spaces: tuple[Space, Space]
+    limit: int | None
+    """Of an episode's steps: `reality.horizon`, or the environment's own"""
+    task: list[str]
+
+    def report(self) -> dict[str, Any]:
+        """What each column became, what is left out and why."""
+        tally = self.tally
+        names = sorted(tally.left_out)
+        return {
+            "columns": self.schema.describe(tally.stats),
+            "counts": self.counts(),
+            "left_out": [
+                {"reason": n, "episodes": tally.left_out[n], "rows": tally.left_out_rows[n], "first": tally.examples[n].partition(":")[0]} for n in names
+            ],
+            "warnings": self.warnings(),
+        }
+
+    def counts(self) -> dict[str, Any]:
+        tally = self.tally
+        return {
+            "rows": sum(tally.rows.values()),
+            "episodes": tally.episodes,
+            "transitions": tally.transitions,
+            "outcomes": {outcome: tally.outcomes[outcome] for outcome in ("terminated", "truncated", "unfinished")},
+            "behaviours": dict(sorted(tally.behaviours.items())),
+            "episodes_left_out": sum(tally.left_out.values()),
+            "empty_episodes": tally.empty,
+            "last_actions_left_out": tally.last_actions,
+        }
+
+    def warnings(self) -> list[str]:
+        tally, found = self.tally, []
+        if tally.last_actions:
+            found.append(
+                f"{tally.last_actions} episodes lost their last action, for no observation follows it: they count as unfinished, and whether they ended there "
+                "is not learned; give next_observation, or a last row with the observation alone"
+            )
+        if tally.episodes and not tally.outcomes["terminated"]:
+            found.append("no episode is terminated: a world made of these logs never ends one")
+        if self.limit is not None and tally.longest > self.limit:
+            found.append(f"the longest episode has {tally.longest} steps, more than the limit of {self.limit}; give reality.horizon={tally.longest} or more")
+        return found
+
+
+def plan(cfg: ImportConfig) -> dict[str, Any]:
+    """What `run` would make. Reads all of the files in this process, and writes nothing."""
+    check(cfg)
+    looked = _look(cfg, _files(cfg), 0, lambda rows: None)
+    report = looked.report()
+    counts = {name: value for name, value in report["counts"].items() if value not in (0, {})}
+    return {
+        "environment": cfg.reality.env or "none given: the spaces are inferred",
+        "files": len(looked.files),
+        **{name.replace("_", " "): value for name, value in counts.items()},
+        "observation space": str(looked.spaces[0]),
+        "action space": str(looked.spaces[1]),
+        "price": "nothing: no real step is taken",
+        "columns": report["columns"],
+        **({"left out": report["left_out"]} if report["left_out"] else {}),
+        **({"warnings": report["warnings"]} if report["warnings"] else {}),
+    }
+
+
+def run(cfg: ImportConfig, run: Run) -> Artifact:
+    """Import, or find the dataset that the same files made before.
+
+    Raises UsageError before anything is written: no such file or environment, a column that is missing, anything wrong with a row (named
+    with its file), no episode that can be kept.
+    """
+    check(cfg)
+    files = _files(cfg)
+    stamps = _stamps(files)
+    with ThreadPoolExecutor(4) as pool:
+        sums = list(pool.map(_checksum, files))
+    what = identity(cfg, without=["paths", "workers", *PAID])
+    known = _facts(cfg)
+    id = fingerprint("datasets", "import", what, sums, "" if known is None else known.version, __version__, SCHEMA)
+    inputs = {"files": [fingerprint("files", sums)]}
+    if not cfg.force and (found := run.storage.find("datasets", id)) is not None:
+        run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was imported")
+        run.record(artifact=found.name, inputs=found.meta["inputs"], **json.loads((found.path / REPORT).read_text()))
+        return found
+    workers = _workers(cfg, files)
+    with run.progress("look at the logs") as update:
+        looked = _look(cfg, files, workers, lambda rows: update(rows, f"{rows:,} rows"))
+    report = looked.report()
+    for row in report["columns"]:
+        run.say(f"  {row['column']} {row['type']}: {row['became']}" + (f" ({row['how']})" if row["how"] else ""))
+    for row in report["left_out"]:
+        run.say(f"  left out: {row['episodes']} episodes of {row['rows']} rows: {row['reason']} (first at {row['first']})")
+    for warning in report["warnings"]:
+        run.say(f"warning: {warning}")
+    about: list[dict[str, Any]] = [{"name": f.name, "sha256": s, "bytes": stamp[0]} for f, s, stamp in zip(files, sums, stamps, strict=True)]
+    counts = looked.counts()
+    meta = {"inputs": inputs, "config": identity(cfg), "job": "import", "run": run.id, "counts": counts, "files": about}
+
+    def fill(folder: Path) -> None:
+        with run.progress("write the dataset", counts["transitions"]) as update:
+            _write(folder, cfg, id, looked, workers, lambda done: update(done, f"{done:,}/{counts['transitions']:,} transitions"))
+        if _stamps(files) != stamps:
+            raise MesocosmError("a file changed while it was imported; import again when nothing writes to the logs")
+        (folder / REPORT).write_text(json.dumps({**report, "files": [{**f, "name": Path(f["name"]).name} for f in about]}, indent=1))
+
+    artifact = run.storage.make("datasets", id, meta, fill, force=cfg.force)
+    run.record(artifact=artifact.name, inputs=inputs, **report)
+    run.say(f"{artifact.name}: {counts['episodes']} episodes of {counts['transitions']} transitions; nothing was paid")
+    return artifact
+
+
+def _files(cfg: ImportConfig) -> list[Source]:
+    return sources(cfg.paths)
+
+
+def _stamps(files: Sequence[Source]) -> list[tuple[int, int]]:
+    found = [[os.stat(path) for path in source.files] for source in files]
+    return [(sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)) for stats in found]
+
+
+def _checksum(source: Source) -> str:
+    """Of one file its sha256; of several what those make together."""
+    sums = [sha256(path) for path in source.files]
+    return sums[0] if len(sums) == 1 else fingerprint("source", sums)
+
+
+def _facts(cfg: ImportConfig) -> EnvFacts | None:
+    if not cfg.reality.env:
+        return None
+    facts = facts_of(replace(cfg.reality, task=[], task_options={}))  # the reset options are the logs', not drawn
+    check_spaces(*facts.spaces)
+    return facts
+
+
+def _workers(cfg: ImportConfig, files: Sequence[Source]) -> int:
+    if cfg.workers is not None:
+        return cfg.workers
+    if sum(size for size, _ in _stamps(files)) < MANY:
+        return 0
+    import ray
+
+    cluster.ensure(cfg.ray)
+    return max(1, int(ray.cluster_resources().get("CPU", 1)))
+
+
+def _look(cfg: ImportConfig, files: list[Source], workers: int, update: Callable[[int], None]) -> Looked:
+    known = _facts(cfg)
+    schema = read_schema(files, cfg.columns, cfg.per_file, files[0].spaces if known is None else known.spaces)
+    pieces = [piece for i, source in enumerate(files) for piece in source.pieces(i)]
+    joiner = Joiner([source.name for source in files], schema.layout, cfg.bad == "drop")
+    for batch in stream(Work(schema, cfg.per_file), pieces, workers, cfg.ray):
+        for _ in joiner.add(batch):
+            pass
+        update(sum(joiner.tally.rows.values()))
+    for _ in joiner.close():
+        pass
+    tally = joiner.tally
+    if not tally.transitions:
+        first = next(iter(tally.examples.values()), "none has a transition")
+        raise UsageError(f"no episode of {len(files)} files can be kept: {first}")
+    spaces = schema.spaces_of(tally.stats)
+    check_spaces(*spaces)
+    limit = cfg.reality.horizon if known is None else known.max_episode_steps
+    return Looked(files, pieces, schema, tally, spaces, limit, _task(cfg, schema, spaces[0]))
+
+
+def _task(cfg: ImportConfig, schema: Schema, observation: Space) -> list[str]:
+    """`reality.task`, and the reset options that the logs have."""
+    options = [leaf.path[0] for leaf in schema.layout.task]
+    codec = SpaceCodec(observation, "observation")
+    for name in options:
+        if codec.matching(name):
+            raise UsageError(f"task.{name} is a reset option and {name!r} a key of the observation too; rename one of them")
+    for name in cfg.reality.task:
+        if name not in options and not codec.matching(name):
+            known = [*options, *(".".join(map(str, leaf.path)) for leaf in codec.leaves if leaf.path)]
+            raise UsageError(f"reality.task names {name!r}, which is no key of the observation and no field of the column task{nearest(name, known)}")
+    return [*cfg.reality.task, *(name for name in options if name not in cfg.reality.task)]
+
+
+def _write(folder: Path, cfg: ImportConfig, id: str, looked: Looked, workers: int, update: Callable[[int], None]) -> None:
+    reality = cfg.reality
+    environment = Environment(
+        id=reality.env,
+        version="",  # of the environment that is installed here it is known, of the one that was logged it is not
+        kwargs=dict(reality.kwargs),
+        task=looked.task,
+        max_episode_steps=looked.limit,
+        success=reality.success,
+    )
+    writer = DatasetWriter(
+        folder,
+        id=id,
+        environment=environment,
+        observation_space=looked.spaces[0],
+        action_space=looked.spaces[1],
+        seed=cfg.seed,
+        valid_fraction=cfg.valid_fraction,
+    )
+    codecs = SpaceCodec(looked.spaces[0], "observation"), SpaceCodec(looked.spaces[1], "action")
+    joiner = Joiner([source.name for source in looked.files], looked.schema.layout, cfg.bad == "drop")
+    succeeded = None if reality.success is None or reality.success.strip().startswith("info") else parse_success(reality.success)
+
+    def batches() -> Iterator[Closed]:
+        for batch in stream(Work(looked.schema, cfg.per_file, codecs), looked.pieces, workers, cfg.ray):
+            yield from joiner.add(batch)
+        yield from joiner.close()
+
+    done = 0
+    for closed in batches():
+        rows = _rows(closed)
+        known, rewards = closed.known, rows["reward"][:-1]
+        success = known["success"]
+        if success is None and succeeded is not None:
+            success = succeeded(float(rewards.sum()), {})
+        episode = Episode(
+            index=closed.key if isinstance(closed.key, int) else closed.number,
+            seed=known["seed"],
+            behaviour=known["behaviour"],
+            observations=[],
+            actions=[],
+            rewards=rewards,
+            outcome=closed.outcome,  # type: ignore[arg-type]
+            durations=rows["duration"][:-1] if "duration" in looked.schema.layout.present else None,
+            task=known["task"],
+            success=success,
+        )
+        writer.add(episode, rows)
+        done += closed.length
+        update(done)
+    writer.close(dropped=sum(joiner.tally.left_out.values()))
+
+
+def _rows(episode: Closed) -> dict[str, Array]:
+    """`manifest.ARRAYS` of an episode: T+1 rows, the last one an observation alone."""
+    joined = {name: np.concatenate([part[name] for part in episode.parts]) for name in episode.parts[0]}
+    length = episode.length
+    rows: dict[str, Array] = {}
+    for kind in ("num", "cat"):
+        seen = joined[f"obs_{kind}"][: length + 1]
+        rows[f"obs_{kind}"] = seen if len(seen) == length + 1 else np.concatenate([seen, joined[f"next_{kind}"][length - 1 : length]])
+    for name in ("act_num", "act_cat", "reward", "terminated"):
+        kept = joined[name][:length]
+        rows[name] = np.concatenate([kept, np.zeros((1, *kept.shape[1:]), kept.dtype)])
+    rows["duration"] = np.concatenate([joined["duration"][:length], np.zeros(1)]) if "duration" in joined else np.full(length + 1, np.nan)
+    rows["step"] = np.arange(length + 1, dtype=np.int32)
+    return rows

@@ -1,0 +1,282 @@
+"""Batches of rows, read anywhere, joined in order into episodes.
+
+Two passes over the same batches: the first finds what is wrong and what the values are, the second encodes. Both join alike, so that they agree
+on what an episode is; what they hold is one open episode, and a number for each episode that was.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from mesocosm.config import RayConfig
+from mesocosm.data.inference import Stat
+from mesocosm.data.layout import RowError
+from mesocosm.data.readers import Piece, read
+from mesocosm.data.rows import Block, Edge, Key, Layout, Run, Summary, begins, follow
+from mesocosm.data.schema import Schema
+from mesocosm.data.spaces import SpaceCodec
+from mesocosm.errors import UsageError
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done with a piece, anywhere."""
+
+    schema: Schema
+    per_file: bool
+    codecs: tuple[SpaceCodec, SpaceCodec] | None = None
+    """None: only looked at"""
+
+    def __call__(self, piece: Piece) -> Iterator[Batch | Failure]:
+        done = 0
+
+        def name(key: Key) -> Key:
+            return f"{key} of file {piece.source + 1}" if self.per_file else key
+
+        try:
+            for table in read(piece, self.schema.columns()):
+                if not table.num_rows:
+                    continue
+                table = self.schema.ours(table)
+                if self.schema.whole_file:
+                    table = table.append_column("episode", pa.array(np.zeros(table.num_rows, np.int64)))
+                try:
+                    block = Block(table, self.schema.layout, name)
+                except RowError as error:
+                    raise RowError(done + error.row, error.text) from error
+                yield Batch(piece.source, block.summary(), block.known(), None if self.codecs is None else block.encode(self.codecs))
+                done += table.num_rows
+        except RowError as error:
+            yield Failure(piece.source, done, error.row, error.text)
+        except UsageError as error:
+            yield Failure(piece.source, done, None, str(error))
+
+
+@dataclass
+class Batch:
+    source: int
+    summary: Summary
+    known: list[dict[str, Any]]
+    """Of each run: behaviour, task, seed, success"""
+    arrays: dict[str, Array] | None
+
+
+@dataclass
+class Failure:
+    """What is wrong with a whole file, found at a row of a piece."""
+
+    source: int
+    done: int
+    row: int | None
+    text: str
+
+
+def stream(work: Work, pieces: Sequence[Piece], workers: int, ray_config: RayConfig) -> Iterator[Batch | Failure]:
+    """The batches of all pieces, in order, whoever reads them: this process (`workers` 0), or so many tasks of Ray Data at a time, which
+    run no further ahead than its memory allows."""
+    if not workers:
+        for piece in pieces:
+            yield from work(piece)
+        return
+    import logging
+
+    import ray
+    import ray.data  # sets up its own logging, so it comes before the level
+
+    from mesocosm import cluster
+
+    cluster.ensure(ray_config)
+    cluster.preflight(cpus=workers, what=f"workers={workers}")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1 << 25
+    shared = ray.put(work)
+
+    def run(rows: dict[str, Array]) -> Iterator[dict[str, Array]]:
+        done = ray.get(shared)
+        for packed in rows["piece"]:
+            for result in done(pickle.loads(packed)):
+                yield {"result": _bytes(pickle.dumps(result, protocol=5))}
+
+    with ray.data.DataContext.current(context):
+        packed = [{"piece": pickle.dumps(piece)} for piece in pieces]
+        data = ray.data.from_items(packed, override_num_blocks=len(packed))
+        results = data.map_batches(run, batch_size=1, batch_format="numpy", compute=ray.data.TaskPoolStrategy(size=workers))
+        for row in results.iter_rows():
+            yield pickle.loads(row["result"])
+
+
+def _bytes(data: bytes) -> Array:
+    out = np.empty(1, object)
+    out[0] = data
+    return out
+
+
+# -- joining -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Closed:
+    """An episode, all of whose rows were seen."""
+
+    key: Key
+    number: int
+    """How many came before"""
+    rows: int
+    length: int
+    """Transitions"""
+    outcome: str
+    known: dict[str, Any]
+    problem: tuple[str, str] | None
+    """(reason, the sentence with file and row)"""
+    led_nowhere: bool
+    """Its last row has an action and nothing says what that led to"""
+    total: float
+    parts: list[dict[str, Array]]
+
+
+@dataclass
+class Tally:
+    """What was found, for counts and spaces."""
+
+    stats: dict[str, Stat] = field(default_factory=dict)
+    rows: Counter[int] = field(default_factory=Counter)
+    """By source"""
+    episodes: int = 0
+    transitions: int = 0
+    longest: int = 0
+    """Transitions of an episode"""
+    outcomes: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Episodes, by reason"""
+    left_out_rows: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first of each reason, with file and row"""
+    last_actions: int = 0
+    """Left out, for they led nowhere"""
+    empty: int = 0
+    behaviours: Counter[str] = field(default_factory=Counter)
+
+
+class Joiner:
+    """Takes the batches in order, gives each episode when it is over.
+
+    Raises UsageError, naming file and row, at the first thing that is wrong; with `drop`, only where it is wrong with a file as a whole.
+    """
+
+    def __init__(self, names: Sequence[str], layout: Layout, drop: bool):
+        self._names, self._layout, self._drop = names, layout, drop
+        self._seen: set[Key] = set()
+        self._open: Closed | None = None
+        self._last: Edge | None = None
+        self._final, self._outcome = False, "unfinished"
+        self._counted: Counter[int] = Counter()
+        self._at: tuple[int, int | None] | None = None
+        self._number = 0
+        self.tally = Tally()
+
+    def add(self, batch: Batch | Failure) -> Iterator[Closed]:
+        if isinstance(batch, Failure):
+            self._fail(batch)
+            return
+        summary, source = batch.summary, batch.source
+        offset = self._counted[source]
+        for name, stat in summary.stats.items():
+            self.tally.stats[name] = self.tally.stats.get(name, Stat()).merged(stat)
+        for run, known in zip(summary.runs, batch.known, strict=True):
+            problem = None if run.problem is None else (run.problem.reason, f"{self._names[source]!r} row {offset + run.problem.row + 1}: {run.problem.text}")
+            goes_on = self._open is not None and self._open.key == run.key
+            if goes_on:
+                problem = self._joined(summary, source, offset) or problem
+            else:
+                yield from self.close()
+                problem = self._begun(run, summary, source, offset) or problem
+                self._open = Closed(run.key, self._number, 0, 0, "unfinished", known, None, False, 0.0, [])
+                self._number += 1
+            self._extend(run, batch, problem)
+        if summary.rows:
+            self._last = summary.last
+            self._at = (source, offset + summary.rows)
+        self._counted[source] += summary.rows
+        self.tally.rows[source] += summary.rows
+
+    def _fail(self, failure: Failure) -> None:
+        name = self._names[failure.source]
+        if failure.row is None:
+            raise UsageError(failure.text)
+        raise UsageError(f"{name!r} row {self._counted[failure.source] - failure.done + failure.row + 1}: {failure.text}")
+
+    def _joined(self, summary: Summary, source: int, offset: int) -> tuple[str, str] | None:
+        """The first row of a batch that goes on with the open episode."""
+        assert self._last is not None and summary.first is not None and self._at is not None
+        found = follow(self._last, summary.first)
+        if found is None:
+            return None
+        theirs, reason, text = found
+        where = (source, offset + 1) if theirs else self._at
+        return reason, f"{self._names[where[0]]!r} row {where[1]}: {text}"
+
+    def _begun(self, run: Run, summary: Summary, source: int, offset: int) -> tuple[str, str] | None:
+        where = f"{self._names[source]!r} row {offset + run.start + 1}: "
+        if run.key in self._seen:
+            fix = "the rows of an episode must follow each other; sort them by episode and step, or where files number their own episodes say per_file=true"
+            return "episode comes again", f"{where}episode {run.key!r} comes again after another one; {fix}"
+        self._seen.add(run.key)
+        if run.start == 0 and summary.first is not None and (found := begins(run.key, summary.first.step, self._layout.first_step)) is not None:
+            return found[0], where + found[1]
+        return None
+
+    def _extend(self, run: Run, batch: Batch, problem: tuple[str, str] | None) -> None:
+        episode = self._open
+        assert episode is not None
+        if problem is not None and not self._drop:
+            raise UsageError(problem[1])
+        episode.problem = episode.problem or problem
+        episode.rows += run.rows
+        episode.total += run.total
+        if not (run.final and run.rows == 1):  # a final observation alone says nothing of how the episode ended
+            self._outcome = run.outcome
+        self._final = run.final
+        if episode.problem is not None:
+            episode.parts.clear()
+        elif batch.arrays is not None:
+            episode.parts.append({name: array[run.start : run.start + run.rows] for name, array in batch.arrays.items()})
+
+    def close(self) -> Iterator[Closed]:
+        """The episode that is open, now that no row of it can follow."""
+        episode, self._open = self._open, None
+        if episode is None:
+            return
+        episode.led_nowhere = not self._final and not self._layout.following
+        episode.length = episode.rows - 1 if self._final or episode.led_nowhere else episode.rows
+        episode.outcome = "unfinished" if episode.led_nowhere else self._outcome
+        self._outcome, self._final = "unfinished", False
+        tally = self.tally
+        if episode.problem is not None:
+            tally.left_out[episode.problem[0]] += 1
+            tally.left_out_rows[episode.problem[0]] += episode.rows
+            tally.examples.setdefault(*episode.problem)
+            return
+        tally.last_actions += episode.led_nowhere
+        if episode.length:
+            tally.episodes += 1
+            tally.transitions += episode.length
+            tally.longest = max(tally.longest, episode.length)
+            tally.outcomes[episode.outcome] += 1
+            tally.behaviours[episode.known["behaviour"]] += 1
+        else:
+            tally.empty += 1
+        yield episode
