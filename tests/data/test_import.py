@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import re
 import subprocess
 import sys
 import time
@@ -521,18 +519,3 @@ def test_a_world_is_pretrained_and_judged_on_what_was_imported(
     told = artifact("evaluate", f"world={world}", "horizons=[1,5]", "starts=16", "samples=2")
     assert [text.partition("/")[0] for text in (data, world, told)] == ["datasets", "worlds", "evaluations"]
     assert Storage(root).list("ledgers") == []
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_commands_of_the_docs_run_as_they_stand(tmp_path: Path) -> None:
-    here = Path(__file__).resolve().parents[2]
-    text = (here / "docs" / "import.md").read_text()
-    blocks = re.findall(r"(?:^    .*\n)+", text[text.index("## Try it") :], re.MULTILINE)
-    commands = [block for block in blocks if "mesocosm:" not in block]
-    script = "set -e\n" + "".join(line[4:] for block in commands for line in block.splitlines(keepends=True))
-    assert script.count("mesocosm import") == 4
-    where = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(here / "platform")}
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env={**os.environ, **where}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(Storage(str(tmp_path / ".mesocosm")).list("datasets")) == 1

@@ -24,7 +24,7 @@ BASES = (REPOSITORY, PACKAGE, REPOSITORY / "tests")
 """Where a path that a page names may begin."""
 SOMEBODY = re.compile(r"\bID\b|<id[^>]*>")
 """What stands in a page for the id of the reader's own artifact."""
-LACKING = ("id0", "law.json", "table.csv", "mymodule")
+LACKING = ("id0", "law.json", "table.csv", "mymodule", "is no file, folder or pattern")
 """Of these a dry run may say that they are not there: an earlier command would have made them, or the reader."""
 
 
