@@ -105,14 +105,14 @@ def test_training_goes_on_elsewhere(spare: Lab) -> None:
 
 SWEEP = ("sweep", "data.datasets=[cart]", "model.members=1", "model.context=8", "grid.sizes=[10k]", "grid.data=[8000,16000,80000]", "grid.seeds=[0,1]")
 SWEEPING = (*SWEEP, "train.batch=8", "train.warmup=5", "concurrent=2")
-TRIAL = "ray::ResourceTrunkTrial"
+TRIALS = ("ray::ResourceTrainable", "ray::TrunkTrial")
 
 
 def test_a_sweep_is_whole_in_the_end(spare: Lab) -> None:
     id = submitted(spare, *SWEEPING)
     root = Storage(str(spare.base / "there" / "root"))
     until(lambda: root.list("cells/results"), "the first cell")
-    node = next(place for place in list(spare.nodes.values())[1:] if place.pids(TRIAL))
+    node = next(place for place in list(spare.nodes.values())[1:] if any(place.pids(name) for name in TRIALS))
     kill(spare, node)
     began = time.monotonic()
     found = over(spare, id)
