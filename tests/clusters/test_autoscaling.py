@@ -69,7 +69,7 @@ def test_nodes_come_for_a_job_and_go_after_it(growing: Lab, cart_root: object) -
     assert callable(cart_root)
     cart_root(growing.base / "there")
     assert alive(growing) == 1
-    training = ("pretrain", "data.datasets=[cart]", *SMALL, "train.workers=3", "train.steps=30")
+    training = ("pretrain", "data.datasets=[cart]", *SMALL, "train.batch=12", "train.workers=3", "train.steps=30")
     too_many = growing.mesocosm(*training, "train.workers=4", "--cluster", "test")
     assert too_many.returncode == 2 and "train.workers=4 asks for 4 CPUs and cluster 'test' has 3" in too_many.stderr
     done = growing.mesocosm(*training, "--cluster", "test", "--json")
