@@ -103,20 +103,19 @@ def stream(work: Work, pieces: Sequence[Piece], workers: int, ray_config: RayCon
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = 1 << 25
-    shared = ray.put(work)
+    shared = ray.put((work, list(pieces)))
 
     def run(rows: dict[str, Array]) -> Iterator[dict[str, Array]]:
-        done = ray.get(shared)
-        for packed in rows["piece"]:
-            for result in done(pickle.loads(packed)):
+        done, every = ray.get(shared)
+        for number in rows["id"]:
+            for result in done(every[number]):
                 yield {"result": _bytes(pickle.dumps(result, protocol=5))}
 
     with ray.data.DataContext.current(context):
-        packed = [{"piece": pickle.dumps(piece)} for piece in pieces]
-        data = ray.data.from_items(packed, override_num_blocks=len(packed))
+        data = ray.data.range(len(pieces), override_num_blocks=len(pieces))
         results = data.map_batches(run, batch_size=1, batch_format="numpy", compute=ray.data.TaskPoolStrategy(size=workers))
         for row in results.iter_rows():
-            yield pickle.loads(row["result"])
+            yield pickle.loads(row["result"])  # of `run` above, in this very job: nothing that was read from a file
 
 
 def _bytes(data: bytes) -> Array:
