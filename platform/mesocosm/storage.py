@@ -29,6 +29,7 @@ import fsspec
 import pyarrow.fs as pafs
 
 from mesocosm import __version__
+from mesocosm.durable import entry, files_of, sha256, sync, sync_tree, write_synced
 from mesocosm.errors import ArtifactError, UsageError, nearest
 
 KINDS = ("datasets", "worlds", "laws", "plans", "agents", "evaluations")
@@ -84,6 +85,10 @@ class Storage:
         base = Path(self.root) if not self.remote else Path(tempfile.gettempdir()) / ("mesocosm-" + hashlib.sha256(self.root.encode()).hexdigest()[:12])
         return base.joinpath(*parts)
 
+    def _at(self, kind: str, id: str) -> Path:
+        """This machine's files of an artifact."""
+        return self.local_path("cache", kind, id) if self.remote else Path(self._path(kind, id))
+
     def arrow(self) -> tuple[pafs.FileSystem, str]:
         """The filesystem and base path to give to Ray (`storage_filesystem`, `storage_path`)."""
         if not self.remote:
@@ -100,9 +105,9 @@ class Storage:
             return
         os.makedirs(os.path.dirname(full), exist_ok=True)
         temporary = f"{full}.{uuid.uuid4().hex}.tmp"
-        _write_synced(temporary, data)
+        write_synced(temporary, data)
         os.replace(temporary, full)
-        _sync_folder(os.path.dirname(full))
+        sync(os.path.dirname(full))
 
     def create(self, path: str, data: bytes) -> bool:
         """Write a small file whole only if it is not there yet; False if it is. Exclusive among all processes."""
@@ -115,14 +120,14 @@ class Storage:
             return True
         os.makedirs(os.path.dirname(full), exist_ok=True)
         temporary = f"{full}.{uuid.uuid4().hex}.tmp"
-        _write_synced(temporary, data)
+        write_synced(temporary, data)
         try:
             os.link(temporary, full)
         except FileExistsError:
             return False
         finally:
             os.unlink(temporary)
-        _sync_folder(os.path.dirname(full))
+        sync(os.path.dirname(full))
         return True
 
     def read(self, path: str) -> bytes | None:
@@ -254,7 +259,7 @@ class Storage:
         with self.scratch() as folder:
             fill(folder)
             won = self._commit(kind, id, folder, dict(meta), force)
-            path = Path(self._path(kind, id)) if not self.remote else self.local_path("cache", kind, id)
+            path = self._at(kind, id)
             if won and (not self.remote or self._keep(folder, path)):
                 return Artifact(kind, id, path, self.url(kind, id), json.loads(json.dumps(meta)))
         if not won:
@@ -280,9 +285,9 @@ class Storage:
         target = self._path(kind, id)
         if self.remote:
             return self._upload(kind, id, folder, commit, force)
-        commit["files"] = {name: _entry(folder / name) for name in _files(folder)}
+        commit["files"] = {name: entry(folder / name) for name in files_of(folder)}
         (folder / COMMIT).write_bytes(json.dumps(commit, indent=1, sort_keys=True).encode())
-        _sync_tree(folder)
+        sync_tree(folder)
         os.makedirs(os.path.dirname(target), exist_ok=True)
         if os.path.isdir(target) and not os.path.exists(os.path.join(target, COMMIT)):
             shutil.rmtree(target, ignore_errors=True)
@@ -304,9 +309,9 @@ class Storage:
         """Into a folder of this maker's own, so that a slower one overwrites nothing that the winner's marker names."""
         marker = f"{kind}/{id}/{COMMIT}"
         own = uuid.uuid4().hex[:12]
-        names = _files(folder)
+        names = files_of(folder)
         with _at_once(lambda name: self.fs.put_file(str(folder / name), self._path(kind, id, own, name)), names):
-            commit |= {"folder": own, "files": {name: _entry(folder / name) for name in names}}
+            commit |= {"folder": own, "files": {name: entry(folder / name) for name in names}}
         data = json.dumps(commit, indent=1, sort_keys=True).encode()
         if self.create(marker, data):
             return True
@@ -321,7 +326,7 @@ class Storage:
         return force
 
     def _verified(self, kind: str, id: str, commit: Mapping[str, Any]) -> Path:
-        local = Path(self._path(kind, id)) if not self.remote else self.local_path("cache", kind, id)
+        local = self._at(kind, id)
 
         def check(name: str) -> None:
             path, expected = local / name, commit["files"][name]["sha256"]
@@ -373,46 +378,6 @@ def _check_names(artifact: str, names: Sequence[str]) -> None:
 
 def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:5]) + (" and others" if len(ids) > 5 else "") if ids else "none yet"
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    return {"sha256": sha256(path), "bytes": path.stat().st_size}
-
-
-def sha256(path: Path) -> str:
-    """Of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: str, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: str) -> None:
-    """Make a new name durable: a file's own fsync does not."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
 
 def _filesystem(root: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str]:

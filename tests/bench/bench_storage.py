@@ -29,7 +29,8 @@ from typing import Any
 
 import s3fs
 
-from mesocosm.storage import Storage, sha256
+from mesocosm.durable import sha256
+from mesocosm.storage import Storage
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bench_storage.json"

@@ -28,10 +28,11 @@ from mesocosm.data.schema import Schema, read_schema
 from mesocosm.data.spaces import SpaceCodec, check_spaces
 from mesocosm.data.stitch import Closed, Joiner, Tally, Work, stream
 from mesocosm.data.writer import DatasetWriter
+from mesocosm.durable import sha256
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.reality.config import PAID, RealityConfig, parse_success
 from mesocosm.reality.env import EnvFacts, facts_of
-from mesocosm.storage import SCHEMA, Artifact, sha256
+from mesocosm.storage import SCHEMA, Artifact
 from mesocosm.tracking import Run
 
 Array = NDArray[Any]

@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
+from mesocosm.durable import sha256
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.storage import Storage, sha256
+from mesocosm.storage import Storage
 
 TAG = "ds"
 UNIVERSAL = "universal"
