@@ -25,6 +25,9 @@ STARTS = 3
 FULL = "MESOCOSM_FULL_SIZE"
 """The environment variable of a submitted job, where its cluster grows: JSON of the CPUs and GPUs that it has at full size."""
 
+GROWING_S = 3600
+"""Seconds that ranks wait for their places where the cluster grows: a cloud's machine takes minutes to come, and a rare one longer."""
+
 _temp_dir: str | None = None
 
 
@@ -53,7 +56,7 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROWING_S if FULL in os.environ else 120))
     os.environ.update(worker_env())
     from ray._private import ray_constants
     from ray._private.authentication import authentication_token_setup

@@ -30,7 +30,7 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         "max_workers": 2,
         "idle_timeout_minutes": 0.2,
         "upscaling_speed": 1.0,
-        "provider": {"type": "fake_multinode", "gcs_address": f"{HEAD}:{PORT}"},
+        "provider": {"type": "fake_multinode", "gcs_address": f"{HEAD}:{PORT}", "disable_node_updaters": True, "use_node_id_as_ip": True},
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
             "worker": {"resources": {"CPU": 1, "object_store_memory": 80_000_000}, "node_config": {}, "min_workers": 0, "max_workers": 2},

@@ -74,7 +74,6 @@ def _status(options: argparse.Namespace) -> int:
 
 def _logs(options: argparse.Namespace) -> int:
     from mesocosm.submission import watch
-    from mesocosm.submission.submit import follow
 
     record = watch.job_of(options.id, options.cluster)
     remote = watch.remote_of(record.cluster, insecure=options.insecure)
@@ -86,7 +85,7 @@ def _logs(options: argparse.Namespace) -> int:
         print(kept, end="" if kept.endswith("\n") else "\n")
         return 0
     if options.follow:
-        return 0 if follow(remote, record.id, lambda text: print(text, flush=True)) == "SUCCEEDED" else 1
+        return 0 if remote.follow(record.id, lambda text: print(text, end="", flush=True)) == "SUCCEEDED" else 1
     print(remote.logs(record.id), end="")
     return 0
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import aiohttp
 
 from mesocosm import clusters
 from mesocosm.clusters import ClusterConfig
@@ -16,6 +19,8 @@ TIMEOUT = 10.0
 """Seconds that a cluster may take to answer the first question."""
 STARTING = 60.0
 """Seconds that a cluster which answers may take to be able to start a job."""
+CONNECTIONS = 5
+"""Connections in a row that may bring nothing of a log."""
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -93,7 +98,13 @@ class Remote:
 
     def details(self, id: str) -> Any | None:
         """Ray's `JobDetails`; None where this cluster does not know the job."""
-        return next((job for job in self.list() if job.submission_id == id), None)
+        with self._said():
+            try:
+                return self.client.get_job_info(id)
+            except RuntimeError as error:
+                if "status code 404" in str(error):
+                    return None
+                raise
 
     def list(self) -> list[Any]:
         with self._said():
@@ -106,6 +117,33 @@ class Remote:
     def logs(self, id: str) -> str:
         with self._said():
             return str(self.client.get_job_logs(id))
+
+    def follow(self, id: str, tell: Callable[[str], None]) -> str:
+        """`tell` the driver's output as it comes, until the job is over; gives its state. A connection that breaks is made anew, and nothing told twice."""
+        told, failed = 0, 0
+
+        async def listen() -> None:
+            nonlocal told, failed
+            heard = 0  # Ray begins at the first line each time
+            async for text in self.client.tail_job_logs(id):
+                new = text[max(told - heard, 0) :]
+                heard += len(text)
+                if new:
+                    tell(new)
+                    told, failed = heard, 0
+
+        while True:
+            broken: Exception | None = None
+            try:
+                asyncio.run(listen())
+            except (RuntimeError, OSError, aiohttp.ClientError) as error:
+                broken, failed = error, failed + 1
+            state = self.state(id)
+            if state is None or (state in OVER and broken is None):
+                return state or "UNKNOWN"
+            if failed == CONNECTIONS:
+                raise MesocosmError(f"cluster {self.name!r}: the log of {id} broke off {failed} times ({broken}); it goes on, see mesocosm jobs status {id}")
+            time.sleep(1.0)
 
     def stop(self, id: str) -> None:
         with self._said():

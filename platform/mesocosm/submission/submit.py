@@ -9,16 +9,15 @@ from __future__ import annotations
 import json
 import platform
 import re
-import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mesocosm import clusters
+from mesocosm.cli import confirm
 from mesocosm.cluster import FULL
 from mesocosm.clusters import ClusterConfig
 from mesocosm.config import JobConfig
@@ -148,7 +147,7 @@ def price(cluster: ClusterConfig, plan: dict[str, Any], workers: int = 1) -> str
 
 
 def _agree(name: str, cluster: ClusterConfig, found: dict[str, Any], frozen: Frozen, asked: Asked) -> None:
-    """Say what will run and what it costs; raises UsageError where nobody agrees to a price."""
+    """Say what will run and what it costs; raises UsageError where nobody can agree to a price, MesocosmError where somebody doesn't."""
     console.print(
         f"{frozen.job} on {name}: {found['nodes']} nodes, {found['resources'].get('CPU', 0):g} CPUs, {found['resources'].get('GPU', 0):g} GPUs; "
         f"{len(frozen.files) + 1} files, {frozen.bytes / 2**20:.1f} MiB"
@@ -158,12 +157,7 @@ def _agree(name: str, cluster: ClusterConfig, found: dict[str, Any], frozen: Fro
     if cost is None:
         return
     console.print(f"  {cost}")
-    if asked.yes:
-        return
-    if not sys.stdin.isatty():
-        raise UsageError(f"{frozen.job} on cluster {name!r} costs {cost}; give --yes to agree")
-    if console.input("Go on? [y/N] ").strip().lower() not in ("y", "yes"):
-        raise UsageError("not agreed to: nothing was submitted")
+    confirm(f"{frozen.job} on cluster {name!r} costs {cost}.", yes=asked.yes)
 
 
 def _done(remote: Remote, frozen: Frozen, attempt: int, state: str, asked: Asked, *, attached: bool) -> dict[str, Any]:
@@ -175,7 +169,7 @@ def _done(remote: Remote, frozen: Frozen, attempt: int, state: str, asked: Asked
     for what, command in commands.items():
         console.print(f"  {what:<6} {command}")
     if asked.follow:
-        state = follow(remote, id, console.print if not asked.as_json else lambda text: None)
+        state = remote.follow(id, lambda text: None if asked.as_json else console.out(text, end="", highlight=False))
     return {
         "id": id,
         "cluster": remote.name,
@@ -183,17 +177,3 @@ def _done(remote: Remote, frozen: Frozen, attempt: int, state: str, asked: Asked
         "attached": attached,
         "commands": commands,
     }
-
-
-def follow(remote: Remote, id: str, tell: Callable[[str], None]) -> str:
-    """Print the driver's output as it comes, until the job is over; gives its state. Ctrl-C leaves the job running."""
-    said = 0
-    while True:
-        state = remote.state(id)
-        text = remote.logs(id)
-        if len(text) > said:
-            tell(text[said:].rstrip("\n"))
-            said = len(text)
-        if state is None or state in OVER:
-            return state or "UNKNOWN"
-        time.sleep(max(1.0, said / 1e6))  # Ray gives the whole of it each time
