@@ -24,6 +24,8 @@ from mesocosm.data.importing import ImportConfig, plan, run
 from mesocosm.data.manifest import Manifest
 from mesocosm.data.readers import jsonl as jsonl_reader
 from mesocosm.data.readers import parquet as parquet_reader
+from mesocosm.data.stitch import stream
+from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import UsageError
 from mesocosm.storage import Artifact, Storage
 
@@ -485,21 +487,69 @@ def test_the_same_bytes_whoever_reads(
     assert shard == [sums for name, sums in checksums(made[0]).items() if name.startswith("shards")]
 
 
+def test_a_broken_import_goes_on_where_it_was(tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Broken off before each episode in turn, of string names, with one that is left out and one that comes again: the same bytes."""
+    rows = [{**row, "episode": f"e{row['episode']}", "task": {"mass": float(row["episode"])}} for row in logs(12)]
+    rows[7]["observation"] = [float("nan"), 0.5]
+    rows += [{**row, "episode": name, "task": {"mass": 0.5}} for name in ("e3", "last") for row in logs(1, 6)]
+    path = parquet(tmp_path / "a.parquet", rows, row_group_size=7)
+    monkeypatch.setattr(parquet_reader, "PIECE_ROWS", 7)
+    monkeypatch.setattr("mesocosm.data.writer.SHARD_BYTES", 500)
+    whole = bring(path, bad="drop", to=str(tmp_path / "whole"))
+    shard_of = Dataset([whole.path]).table["shard"].tolist()
+    assert len(shard_of) == 12 and shard_of[-1] >= 4
+    add, passes = DatasetWriter.add, []
+    monkeypatch.setattr("mesocosm.data.importing.stream", lambda *given: passes.append(given) or stream(*given))
+
+    for last in range(12):
+        added: list[int] = []
+
+        def adds(self: DatasetWriter, *given: Any, added: list[int] = added, last: int = last) -> None:
+            if len(added) == last:
+                raise KeyboardInterrupt
+            added.append(given[0].index)
+            add(self, *given)
+
+        def adds_again(self: DatasetWriter, *given: Any, added: list[int] = added) -> None:
+            added.append(given[0].index)
+            add(self, *given)
+
+        to = tmp_path / str(last)
+        monkeypatch.setattr(DatasetWriter, "add", adds)
+        with pytest.raises(KeyboardInterrupt):
+            bring(path, bad="drop", to=str(to))
+        assert Storage(str(to)).list("datasets") == [] and len(list(to.glob("scratch/import-*"))) == 1
+        added.clear(), passes.clear()
+        monkeypatch.setattr(DatasetWriter, "add", adds_again)
+        made = bring(path, bad="drop", to=str(to))
+        assert len(passes) == 1, "the logs were looked at again"
+        assert len(added) == 12 - shard_of.index(shard_of[last]), "whole shards were made again"
+        assert checksums(made) == checksums(whole) and not list(to.glob("scratch/*"))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_killed_import_leaves_nothing_and_is_run_again(tmp_path: Path, root: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_import_goes_on(tmp_path: Path, root: str) -> None:
     path = parquet(tmp_path / "a.parquet", logs(20000))
-    words = ["import", str(path), f"storage.root={root}", "workers=0", "--json"]
-    process = subprocess.Popen([sys.executable, "-m", "mesocosm.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(Path(root).glob("scratch/*")):
-        assert process.poll() is None, "it was over before it could be killed"
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    assert Storage(root).list("datasets") == []
-    assert main(words) == 0
-    made = json.loads(capsys.readouterr().out)
-    assert made["counts"]["transitions"] == 80000 and Storage(root).list("datasets") == [made["artifact"].removeprefix("datasets/")]
+
+    def command(root: str) -> list[str]:
+        words = ["import", str(path), f"storage.root={root}", "workers=0"]
+        small = "import mesocosm.data.writer as writer; writer.SHARD_BYTES = 1 << 18; "
+        return [sys.executable, "-c", f"{small}from mesocosm.cli import main; raise SystemExit(main({words!r}))"]
+
+    for shard in (0, 5, 10):
+        process = subprocess.Popen(command(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not list(Path(root).glob(f"scratch/*/{shard:05d}.json")):
+            assert process.poll() is None, "it was over before it could be killed"
+            time.sleep(0.001)
+        process.kill()
+        process.wait()
+        assert Storage(root).list("datasets") == []
+    assert "goes on from there" in subprocess.run(command(root), capture_output=True, text=True, check=True).stderr
+    subprocess.run(command(str(tmp_path / "whole")), capture_output=True, check=True)
+    (id,) = Storage(root).list("datasets")
+    made, whole = (Storage(at).artifact("datasets", id) for at in (root, str(tmp_path / "whole")))
+    assert checksums(made) == checksums(whole) and made.meta["counts"]["transitions"] == 80000
 
 
 @pytest.mark.slow

@@ -2,7 +2,7 @@
 
 Two passes over the files, both streaming and, with `workers`, parallel on Ray Data: the first finds what is wrong and what the values are, the
 second writes. Nothing is written before the first is through. The same files and config make the same bytes, whoever reads them; an import
-that was killed leaves nothing behind and is simply run again. No ledger is touched: whoever made the logs has paid for them.
+that was killed goes on from its last whole shard when it is run again (progress.py). No ledger is touched: whoever made the logs has paid for them.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mesocosm import __version__, cluster
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data.episode import Episode
 from mesocosm.data.manifest import Environment
+from mesocosm.data.progress import Progress, progress
 from mesocosm.data.readers import Piece, Source, sources
 from mesocosm.data.schema import Schema, read_schema
 from mesocosm.data.spaces import SpaceCodec, check_spaces
@@ -159,14 +160,24 @@ def run(cfg: ImportConfig, run: Run) -> Artifact:
     what = identity(cfg, without=["paths", "workers", *PAID])
     known = _facts(cfg)
     id = fingerprint("datasets", "import", what, sums, "" if known is None else known.version, __version__, SCHEMA)
-    inputs = {"files": [fingerprint("files", sums)]}
     if not cfg.force and (found := run.storage.find("datasets", id)) is not None:
         run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was imported")
         run.record(artifact=found.name, inputs=found.meta["inputs"], **json.loads((found.path / REPORT).read_text()))
         return found
+    with progress(run.storage.local_path("scratch"), id, anew=cfg.force) as kept:
+        return _import(cfg, run, id, kept, files, sums, stamps)
+
+
+def _import(cfg: ImportConfig, run: Run, id: str, kept: Progress, files: list[Source], sums: list[str], stamps: list[tuple[int, int]]) -> Artifact:
     workers = _workers(cfg, files)
-    with run.progress("look at the logs") as update:
-        looked = _look(cfg, files, workers, lambda rows: update(rows, f"{rows:,} rows"))
+    found = kept.looked()
+    if found is None:
+        with run.progress("look at the logs") as update:
+            looked = _look(cfg, files, workers, lambda rows: update(rows, f"{rows:,} rows"))
+        kept.keep_looked(looked.tally)
+    else:
+        run.say("the logs were looked at before: goes on from there")
+        looked = _look(cfg, files, workers, lambda rows: None, found)
     report = looked.report()
     for row in report["columns"]:
         run.say(f"  {row['column']} {row['type']}: {row['became']}" + (f" ({row['how']})" if row["how"] else ""))
@@ -175,14 +186,16 @@ def run(cfg: ImportConfig, run: Run) -> Artifact:
     for warning in report["warnings"]:
         run.say(f"warning: {warning}")
     about: list[dict[str, Any]] = [{"name": f.name, "sha256": s, "bytes": stamp[0]} for f, s, stamp in zip(files, sums, stamps, strict=True)]
-    counts = looked.counts()
+    counts, inputs = looked.counts(), {"files": [fingerprint("files", sums)]}
     meta = {"inputs": inputs, "config": identity(cfg), "job": "import", "run": run.id, "counts": counts, "files": about}
 
     def fill(folder: Path) -> None:
         with run.progress("write the dataset", counts["transitions"]) as update:
-            _write(folder, cfg, id, looked, workers, lambda done: update(done, f"{done:,}/{counts['transitions']:,} transitions"))
+            _write(kept, cfg, id, looked, workers, lambda done: update(done, f"{done:,}/{counts['transitions']:,} transitions"))
         if _stamps(files) != stamps:
+            kept.forget()
             raise MesocosmError("a file changed while it was imported; import again when nothing writes to the logs")
+        kept.give(folder)
         (folder / REPORT).write_text(json.dumps({**report, "files": [{**f, "name": Path(f["name"]).name} for f in about]}, indent=1))
 
     artifact = run.storage.make("datasets", id, meta, fill, force=cfg.force)
@@ -225,18 +238,19 @@ def _workers(cfg: ImportConfig, files: Sequence[Source]) -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _look(cfg: ImportConfig, files: list[Source], workers: int, update: Callable[[int], None]) -> Looked:
+def _look(cfg: ImportConfig, files: list[Source], workers: int, update: Callable[[int], None], found: Tally | None = None) -> Looked:
+    """`found`: what an earlier process found, which is not looked for again."""
     known = _facts(cfg)
     schema = read_schema(files, cfg.columns, cfg.per_file, files[0].spaces if known is None else known.spaces)
-    pieces = [piece for i, source in enumerate(files) for piece in source.pieces(i)]
+    pieces = [replace(piece, number=n) for n, piece in enumerate(piece for i, source in enumerate(files) for piece in source.pieces(i))]
     joiner = Joiner([source.name for source in files], schema.layout, cfg.bad == "drop")
-    for batch in stream(Work(schema, cfg.per_file), pieces, workers, cfg.ray):
+    for batch in stream(Work(schema, cfg.per_file), pieces, workers, cfg.ray) if found is None else ():
         for _ in joiner.add(batch):
             pass
         update(sum(joiner.tally.rows.values()))
     for _ in joiner.close():
         pass
-    tally = joiner.tally
+    tally = joiner.tally if found is None else found
     if not tally.transitions:
         first = next(iter(tally.examples.values()), "none has a transition")
         raise UsageError(f"no episode of {len(files)} files can be kept: {first}")
@@ -260,7 +274,7 @@ def _task(cfg: ImportConfig, schema: Schema, observation: Space) -> list[str]:
     return [*cfg.reality.task, *(name for name in options if name not in cfg.reality.task)]
 
 
-def _write(folder: Path, cfg: ImportConfig, id: str, looked: Looked, workers: int, update: Callable[[int], None]) -> None:
+def _write(kept: Progress, cfg: ImportConfig, id: str, looked: Looked, workers: int, update: Callable[[int], None]) -> None:
     reality = cfg.reality
     environment = Environment(
         id=reality.env,
@@ -271,7 +285,7 @@ def _write(folder: Path, cfg: ImportConfig, id: str, looked: Looked, workers: in
         success=reality.success,
     )
     writer = DatasetWriter(
-        folder,
+        kept.data,
         id=id,
         environment=environment,
         observation_space=looked.spaces[0],
@@ -280,15 +294,17 @@ def _write(folder: Path, cfg: ImportConfig, id: str, looked: Looked, workers: in
         valid_fraction=cfg.valid_fraction,
     )
     codecs = SpaceCodec(looked.spaces[0], "observation"), SpaceCodec(looked.spaces[1], "action")
-    joiner = Joiner([source.name for source in looked.files], looked.schema.layout, cfg.bad == "drop")
+    joiner, done = kept.restore(writer, [source.name for source in looked.files], looked.schema.layout, cfg.bad == "drop")
+    begin, skip = joiner.next
+    pieces = [replace(piece, skip=skip if piece.number == begin else 0) for piece in looked.pieces[begin:]]
     succeeded = None if reality.success is None or reality.success.strip().startswith("info") else parse_success(reality.success)
 
     def batches() -> Iterator[Closed]:
-        for batch in stream(Work(looked.schema, cfg.per_file, codecs), looked.pieces, workers, cfg.ray):
+        for batch in stream(Work(looked.schema, cfg.per_file, codecs), pieces, workers, cfg.ray):
             yield from joiner.add(batch)
+        joiner.next = len(looked.pieces), 0
         yield from joiner.close()
 
-    done = 0
     for closed in batches():
         rows = _rows(closed)
         known, rewards = closed.known, rows["reward"][:-1]
@@ -308,9 +324,11 @@ def _write(folder: Path, cfg: ImportConfig, id: str, looked: Looked, workers: in
             success=success,
         )
         writer.add(episode, rows)
+        if writer.whole:
+            kept.keep(writer, joiner)
         done += closed.length
         update(done)
-    writer.close(dropped=sum(joiner.tally.left_out.values()))
+    writer.close(dropped=sum(looked.tally.left_out.values()))
 
 
 def _rows(episode: Closed) -> dict[str, Array]:

@@ -1,7 +1,7 @@
 """Batches of rows, read anywhere, joined in order into episodes.
 
 Two passes over the same batches: the first finds what is wrong and what the values are, the second encodes. Both join alike, so that they agree
-on what an episode is; what they hold is one open episode, and a number for each episode that was.
+on what an episode is; what they hold is one open episode, and the name of each episode that was.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ class Work:
     """None: only looked at"""
 
     def __call__(self, piece: Piece) -> Iterator[Batch | Failure]:
-        done = 0
+        done, skip = 0, piece.skip
 
         def name(key: Key) -> Key:
             return f"{key} of file {piece.source + 1}" if self.per_file else key
 
         try:
             for table in read(piece, self.schema.columns()):
+                table, skip = table.slice(skip), max(skip - table.num_rows, 0)
                 if not table.num_rows:
                     continue
                 table = self.schema.ours(table)
@@ -54,7 +55,8 @@ class Work:
                     block = Block(table, self.schema.layout, name)
                 except RowError as error:
                     raise RowError(done + error.row, error.text) from error
-                yield Batch(piece.source, block.summary(), block.known(), None if self.codecs is None else block.encode(self.codecs))
+                arrays = None if self.codecs is None else block.encode(self.codecs)
+                yield Batch(piece.source, (piece.number, piece.skip + done), block.summary(), block.known(), arrays)
                 done += table.num_rows
         except RowError as error:
             yield Failure(piece.source, done, error.row, error.text)
@@ -65,6 +67,8 @@ class Work:
 @dataclass
 class Batch:
     source: int
+    at: tuple[int, int]
+    """(number of its piece, row in it where it begins)"""
     summary: Summary
     known: list[dict[str, Any]]
     """Of each run: behaviour, task, seed, success"""
@@ -176,15 +180,20 @@ class Joiner:
     Raises UsageError, naming file and row, at the first thing that is wrong; with `drop`, only where it is wrong with a file as a whole.
     """
 
-    def __init__(self, names: Sequence[str], layout: Layout, drop: bool):
+    def __init__(self, names: Sequence[str], layout: Layout, drop: bool, before: Sequence[Key] = (), number: int = 0):
+        """`before`: the names of the episodes that another joiner had, and `number` how many those were."""
         self._names, self._layout, self._drop = names, layout, drop
-        self._seen: set[Key] = set()
+        self.seen: set[Key] = set(before)
+        """Names of all episodes that have begun"""
+        self.next = (0, 0)
+        """(number of a piece, row in it): where the row after the last closed episode stands"""
         self._open: Closed | None = None
         self._last: Edge | None = None
         self._final, self._outcome = False, "unfinished"
         self._counted: Counter[int] = Counter()
         self._at: tuple[int, int | None] | None = None
-        self._number = 0
+        self.number = number
+        """How many episodes have begun"""
         self.tally = Tally()
 
     def add(self, batch: Batch | Failure) -> Iterator[Closed]:
@@ -201,10 +210,11 @@ class Joiner:
             if goes_on:
                 problem = self._joined(summary, source, offset) or problem
             else:
+                self.next = batch.at[0], batch.at[1] + run.start
                 yield from self.close()
                 problem = self._begun(run, summary, source, offset) or problem
-                self._open = Closed(run.key, self._number, 0, 0, "unfinished", known, None, False, 0.0, [])
-                self._number += 1
+                self._open = Closed(run.key, self.number, 0, 0, "unfinished", known, None, False, 0.0, [])
+                self.number += 1
             self._extend(run, batch, problem)
         if summary.rows:
             self._last = summary.last
@@ -230,10 +240,10 @@ class Joiner:
 
     def _begun(self, run: Run, summary: Summary, source: int, offset: int) -> tuple[str, str] | None:
         where = f"{self._names[source]!r} row {offset + run.start + 1}: "
-        if run.key in self._seen:
+        if run.key in self.seen:
             fix = "the rows of an episode must follow each other; sort them by episode and step, or where files number their own episodes say per_file=true"
             return "episode comes again", f"{where}episode {run.key!r} comes again after another one; {fix}"
-        self._seen.add(run.key)
+        self.seen.add(run.key)
         if run.start == 0 and summary.first is not None and (found := begins(run.key, summary.first.step, self._layout.first_step)) is not None:
             return found[0], where + found[1]
         return None

@@ -26,6 +26,7 @@ The Parquet schema, one row an observation (T+1 rows an episode of T transitions
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,36 @@ class DatasetWriter:
         self._rows += len(episode) + 1
         if self._rows >= self._shard_rows:
             self._flush()
+
+    @property
+    def transitions(self) -> int:
+        """Of the episodes that were added."""
+        return sum(behaviour.transitions for behaviour in self._behaviours.values())
+
+    @property
+    def whole(self) -> bool:
+        """Whether all that was added is in shards."""
+        return bool(self._shards) and not self._buffer
+
+    def state(self) -> tuple[Array, dict[str, Any]]:
+        """(`manifest.EPISODES` of the last shard, what else `restore` wants), while `whole`."""
+        first = bisect_left(self._table, len(self._shards) - 1, key=lambda row: row[2])
+        return np.array(self._table[first:], EPISODES), {
+            "tasks": self._tasks[first:],
+            "behaviours": [behaviour.model_dump() for behaviour in self._behaviours.values()],
+            "shard": self._shards[-1].model_dump(),
+            "durations": self._durations,
+            "empty": self._empty,
+        }
+
+    def restore(self, table: Array, state: dict[str, Any]) -> None:
+        """Of each shard in order, what `state` gave after it: the shard's files are there."""
+        self._table += table.tolist()
+        self._indices.update(table["index"].tolist())
+        self._tasks += state["tasks"]
+        self._behaviours = {row["name"]: Behaviour(**row) for row in state["behaviours"]}
+        self._shards.append(Shard(**state["shard"]))
+        self._durations, self._empty = state["durations"], state["empty"]
 
     def _flush(self) -> None:
         if not self._buffer:

@@ -44,6 +44,10 @@ class Piece:
     begin: int
     end: int
     """Row groups, or bytes: the format's own"""
+    number: int = 0
+    """Position among all pieces"""
+    skip: int = 0
+    """Rows at its beginning that are not wanted"""
 
 
 @dataclass(frozen=True)
