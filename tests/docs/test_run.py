@@ -46,6 +46,8 @@ SHORT = {
         "pretrain.train.steps=20",
         *(f"agent.{word}" for word in AGENT),
         "evaluate.episodes=2",
+        "evaluate.graded=0",
+        "evaluate.policies=[]",
         "baselines=[]",
     ),
     "sweep": ("grid.sizes=[10k]", "grid.data=[2000,4000]", "grid.seeds=[0]", "train.warmup=2"),
