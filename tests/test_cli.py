@@ -53,7 +53,8 @@ def test_every_shipped_config_can_be_planned(path: Path, root: str, capsys: pyte
         "train-agent": ["world=w0"],
         "serve": ["world=w0"],
         "evaluate": ["world=w0", "agent=a0"],
-    }.get(job, [])
+        "loop/logs": ["datasets=[d0]", "reality.env=CartPole-v1"],
+    }.get(f"{job}/{path.stem}" if path.stem == "logs" else job, [])
     status = main([job, "-c", str(path), f"storage.root={root}", "--dry-run", *wanted])
     error = capsys.readouterr().err
     # Only what earlier jobs would have made may be missing.
