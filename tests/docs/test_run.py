@@ -53,8 +53,8 @@ SHORT = {
     "sweep": ("grid.sizes=[10k]", "grid.data=[2000,4000]", "grid.seeds=[0]", "train.warmup=2"),
 }
 """What a job's command is given beside its own words."""
-BESIDES = {"/plan.yaml": "data.datasets=[ID]"}
-"""What a command with such a word is given as the page's reader is told elsewhere: the newest plan may be of a law without data of its own."""
+BESIDES = {"/plan.yaml": "data.datasets=[ID]", "collect/halfcheetah.yaml": "reality.horizon=50"}
+"""What a command with such a word is given, too: the newest plan may be of a law without data of its own, and few steps must make enough episodes."""
 ELSEWHERE = {
     "make install": "the tests run in what it made",
     "make run": "README's `mesocosm loop` is what it runs, once it has installed",
