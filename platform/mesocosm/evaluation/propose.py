@@ -380,9 +380,8 @@ def _yaml(job: CollectConfig, answer: dict[str, Any]) -> str:
 
 
 def _table(answer: dict[str, Any]) -> Table:
-    table = Table(
-        "behaviour", "steps", "episodes", "price", "worth a step", "90% interval", "disagreement", "gap", box=None, header_style="dim", pad_edge=False
-    )
+    table = Table("behaviour", "steps", "episodes", "price", "worth", "90%", "disagrees", "gap", box=None, header_style="dim", pad_edge=False)
+    table.columns[0].overflow = "fold"
     for row in answer["candidates"]:
         span = "-" if row["interval"] is None else f"{row['interval'][0]:.3g} to {row['interval'][1]:.3g}"
         cells = [str(row["steps"]), f"{row['episodes']:.3g}", f"{row['price']:.4g}"]
