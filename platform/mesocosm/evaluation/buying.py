@@ -1,18 +1,20 @@
 """Which real steps would tell a world the most: candidates imagined in it, scored, and a budget shared out over them. Takes no real step.
 
 A *candidate* is a behaviour that `collect` can run, with a part of the tasks where these are reset options. It is imagined from the starts that
-reality was seen to have and those that the world draws, and each imagined transition is worth
+reality was seen to have and those that the world draws. What is not known of an imagined transition, its *worth*, is
 
-    log(1 + disagreement) * (1 - exp(-gap))
+    log(1 + disagreement) * log(1 + gap)
 
 The first factor is the reward of exploration by disagreement (Pathak et al. 2019, arXiv 1906.04161; Sekar et al. 2020, Plan2Explore,
 arXiv 2005.05960, with an ensemble as here), in the world's own unit: 1 is what a tenth of held-out transitions exceed. The second is coverage: `gap`
 is the distance to the nearest logged transition (`data/coverage.py`), in the same kind of unit, that a tenth of held-out ones exceed; where the logs
-are dense another step is worth little, however much members differ. A candidate's worth is the mean over its steps, since steps are what is paid.
+are dense another step is worth little, however much members differ. A candidate's worth is the mean over its steps.
 
-The budget is bought in BLOCKS equal blocks, each from the candidate that is worth the most *then*: what was chosen joins the logs, so that what
-lies near it is worth less. That is greedy selection by distance, as for core-sets (Sener & Savarese 2018, arXiv 1708.00489), weighted by disagreement.
-Half of a candidate's imagined episodes stand for what would be bought, the other half are what is scored: none covers itself.
+The budget is bought in BLOCKS equal blocks. Each goes to the candidate whose steps take the most off the worth of *all* candidates, each of which counts
+alike, once what was bought before has joined the logs. So a candidate gets steps for what it tells of the others too, and the more it has the less the
+next are worth. That is greedy facility location, whose gains only diminish (Nemhauser, Wolsey and Fisher 1978; for choosing data: Wei, Iyer and
+Bilmes 2015), with disagreement for weights; what an experiment takes off the sum of what is unknown, not where most is unknown, is also Cohn's (1994)
+choice. Half of a candidate's imagined episodes stand for what would be bought, the other half are what is scored: none covers itself.
 """
 
 from __future__ import annotations
@@ -79,7 +81,7 @@ class Bought:
     """Of each candidate; they sum to the budget"""
     scores: list[Score]
     left: float
-    """The most that a candidate's step is worth once all is bought, as a share of the most before"""
+    """Worth of all candidates' steps once all is bought, as a share of what it was before"""
 
 
 def imagine(
@@ -163,26 +165,34 @@ def buy(candidates: Sequence[Imagined], logged: Array, unit: float, steps: int, 
         queries.append(candidate.points[rows])
         weights.append(np.log1p(disagreement) if disagrees else np.ones(len(rows)))
         gap.append(gaps(logged, queries[-1]) / unit)
-        worth = weights[-1] * -np.expm1(-gap[-1])
+        worth = weights[-1] * np.log1p(gap[-1])
         groups = np.unique(candidate.episode[rows], return_inverse=True)[1]
         mean, interval = stats.mean_of_groups(np.bincount(groups, weights=worth), np.bincount(groups), seed=seed)
         assert mean is not None
         scores.append(Score(mean, interval, float(np.median(disagreement)), float(np.median(gap[-1]))))
+    blocks = _blocks(steps)
+    taken = [min(blocks[0], max(len(pool) // len(blocks), 1)) for pool in pools]  # a budget larger than what was imagined: fewer points stand for a block
     shares, used = np.zeros(len(candidates), np.int64), np.zeros(len(candidates), np.int64)
-    for block in _blocks(steps):
-        best = int(np.argmax([_worth(w, g) for w, g in zip(weights, gap, strict=True)]))
-        fresh = pools[best][used[best] : used[best] + block]
+    first = sum(_worth(w, g) for w, g in zip(weights, gap, strict=True))
+    after = [_gaps_after(pool[:take], queries, unit) for pool, take in zip(pools, taken, strict=True)]
+    for block in blocks:
+        joined = [[np.minimum(g, a) for g, a in zip(gap, fresh, strict=True)] for fresh in after]
+        best = int(np.argmin([sum(_worth(w, g) for w, g in zip(weights, some, strict=True)) for some in joined]))
+        gap = joined[best]
         shares[best] += block
-        used[best] += block
-        for i, points in enumerate(queries):
-            gap[i] = np.minimum(gap[i], gaps(fresh, points) / unit)
-    first = max(score.worth for score in scores)
-    left = max(_worth(w, g) for w, g in zip(weights, gap, strict=True))
+        used[best] += taken[best]
+        after[best] = _gaps_after(pools[best][used[best] : used[best] + taken[best]], queries, unit)
+    left = sum(_worth(w, g) for w, g in zip(weights, gap, strict=True))
     return Bought(shares.tolist(), scores, left / first if first > 0 else 0.0)
 
 
+def _gaps_after(points: Array, queries: Sequence[Array], unit: float) -> list[Array]:
+    """Of each candidate's scored transitions, were `points` all that is known."""
+    return [gaps(points, some) / unit for some in queries]
+
+
 def _worth(weights: Array, gap: Array) -> float:
-    return float((weights * -np.expm1(-gap)).mean())
+    return float((weights * np.log1p(gap)).mean())
 
 
 def _blocks(steps: int) -> list[int]:

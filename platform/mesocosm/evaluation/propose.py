@@ -312,7 +312,7 @@ def _answer(q: _Question, run: Run) -> tuple[dict[str, Any], str]:
         "gap_unit": unit,
         "left": bought.left,
         "candidates": rows,
-        "notes": [*_notes(q, behaviours, bought), *notes],
+        "notes": [*_notes(q, behaviours, bought), *_few(rows), *notes],
     }
     return answer, _yaml(job, answer)
 
@@ -366,10 +366,19 @@ def _notes(q: _Question, behaviours: list[BehaviourConfig], bought: Bought) -> l
     return found
 
 
+def _few(rows: list[dict[str, Any]]) -> list[str]:
+    """Behaviours are drawn episode by episode: of few episodes, some may never come."""
+    chosen = [row for row in rows if row["steps"]]
+    episodes = sum(row["episodes"] for row in chosen)
+    if len(chosen) < 2 or episodes >= 3 * len(chosen):
+        return []
+    return [f"the budget is about {episodes:.3g} episodes, and {len(chosen)} behaviours are drawn for them by the collection's seed: some may never come up."]
+
+
 def _yaml(job: CollectConfig, answer: dict[str, Any]) -> str:
     head = [
         f"# {answer['steps']} real steps for {answer['world']}, about {answer['price']:.4g} {answer['currency']}",
-        "# worth a step: mean of log(1 + disagreement) * (1 - exp(-gap)); 1 of either is what a tenth of held-out transitions exceed. Weights are of episodes.",
+        "# worth a step: mean of log(1 + disagreement) * log(1 + gap); 1 of either is what a tenth of held-out transitions exceed. Weights are of episodes.",
     ]
     for row in answer["candidates"]:
         if row["steps"]:
@@ -386,5 +395,7 @@ def _table(answer: dict[str, Any]) -> Table:
         span = "-" if row["interval"] is None else f"{row['interval'][0]:.3g} to {row['interval'][1]:.3g}"
         cells = [str(row["steps"]), f"{row['episodes']:.3g}", f"{row['price']:.4g}"]
         table.add_row(row["behaviour"], *cells, f"{row['worth']:.3g}", span, f"{row['disagreement']:.3g}", f"{row['gap']:.3g}")
-    table.caption = f"{answer['steps']} steps, about {answer['price']:.4g} {answer['currency']}; the best step left is worth {answer['left']:.0%} of the first"
+    table.caption = (
+        f"{answer['steps']} steps, about {answer['price']:.4g} {answer['currency']}; {1 - answer['left']:.0%} of what all candidates' steps are worth is bought"
+    )
     return table
