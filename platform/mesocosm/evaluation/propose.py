@@ -1,8 +1,8 @@
 """The job `propose`: a world and a budget of real steps -> what to collect next, as a config that `mesocosm collect -c` runs.
 
 What may be collected is what `collect` can run: random actions, agents at several levels of noise, behaviours of the user's own; where tasks are reset
-options, each behaviour on each part of them too (start states are among these where the environment takes them as reset options). Which of it is
-worth its steps, `buying` says. The artifact holds next.yaml and proposal.json, which says why each part is there. No real step is taken.
+options, each behaviour on each part of them too (start states are among these where the environment takes them as reset options). Which of it to
+take, `buying` says. The artifact holds next.yaml and proposal.json, which says why each part is there. No real step is taken.
 """
 
 from __future__ import annotations
@@ -378,11 +378,12 @@ def _few(rows: list[dict[str, Any]]) -> list[str]:
 def _yaml(job: CollectConfig, answer: dict[str, Any]) -> str:
     head = [
         f"# {answer['steps']} real steps for {answer['world']}, about {answer['price']:.4g} {answer['currency']}",
-        "# worth a step: mean of log(1 + disagreement) * log(1 + gap); 1 of either is what a tenth of held-out transitions exceed. Weights are of episodes.",
+        "# Steps go where they take the most off what is unknown on all candidates' paths. Worth, what is unknown of a candidate's step: the mean of",
+        "# log(1 + disagreement) * log(1 + gap); 1 of either is what a tenth of held-out transitions exceed. Weights are shares of episodes.",
     ]
     for row in answer["candidates"]:
         if row["steps"]:
-            said = f"{row['steps']} steps, some {row['episodes']:.3g} episodes of {row['length']:.3g}; worth {row['worth']:.3g} a step"
+            said = f"{row['steps']} steps, some {row['episodes']:.3g} episodes of {row['length']:.3g}; worth {row['worth']:.3g}"
             head.append(f"#   {row['behaviour']}: {said}, median disagreement {row['disagreement']:.3g}, gap {row['gap']:.3g}")
     head += [f"# note: {note}" for note in answer["notes"]]
     return "\n".join(head) + "\n" + config.to_yaml(job, ("seed", "reality", "steps", "behaviours"))
@@ -395,7 +396,6 @@ def _table(answer: dict[str, Any]) -> Table:
         span = "-" if row["interval"] is None else f"{row['interval'][0]:.3g} to {row['interval'][1]:.3g}"
         cells = [str(row["steps"]), f"{row['episodes']:.3g}", f"{row['price']:.4g}"]
         table.add_row(row["behaviour"], *cells, f"{row['worth']:.3g}", span, f"{row['disagreement']:.3g}", f"{row['gap']:.3g}")
-    table.caption = (
-        f"{answer['steps']} steps, about {answer['price']:.4g} {answer['currency']}; {1 - answer['left']:.0%} of what all candidates' steps are worth is bought"
-    )
+    less = f"they would take {1 - answer['left']:.0%} off what is unknown on all candidates' paths"
+    table.caption = f"{answer['steps']} steps, about {answer['price']:.4g} {answer['currency']}; {less}"
     return table
