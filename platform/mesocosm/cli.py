@@ -53,6 +53,12 @@ JOBS = {
     "train-agent": Job("mesocosm.agents.train", "AgentConfig", "an RLlib agent inside a world", "-c configs/agent/pendulum-ppo.yaml iterations=20"),
     "baseline": Job("mesocosm.agents.baseline", "BaselineConfig", "model-free RLlib on reality, through the ledger", "-c configs/baseline/pendulum-ppo.yaml"),
     "evaluate": Job("mesocosm.evaluation.run", "EvaluateConfig", "is the world faithful, is the agent better in reality", "-c configs/evaluate/pendulum.yaml"),
+    "propose": Job(
+        "mesocosm.evaluation.propose",
+        "ProposeConfig",
+        "a world and a budget of real steps into the config of what to collect",
+        "world=ID agents=[ID] steps=2000 --out next.yaml",
+    ),
     "loop": Job("mesocosm.loop", "LoopConfig", "the whole circle, and a report", "-c configs/loop/quickstart.yaml"),
 }
 
@@ -66,7 +72,7 @@ TOOLS = {
 """Commands that are no config job: a module, light to import, with `add(commands)` and `run(options)`, which returns the exit status."""
 
 
-FLAGS = {"plan": {"law": "law", "flops": "flops", "money": "money"}, "import": {"env": "reality.env"}}
+FLAGS = {"plan": {"law": "law", "flops": "flops", "money": "money"}, "import": {"env": "reality.env"}, "propose": {"out": "out"}}
 """Options of a job that stand for a key: `--law X` is `law=X`."""
 
 WORDS = {"import": ("paths", "PATH")}

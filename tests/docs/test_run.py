@@ -38,6 +38,7 @@ SHORT = {
     "pretrain": ("model.size=10k", "train.epochs=null", "train.steps=20"),
     "train-agent": AGENT,
     "evaluate": ("episodes=2", "graded=0", "adversary=0", "policies=[]", "starts=8", "horizons=[1]", "full=false"),
+    "propose": ("imagined=8",),
     "baseline": ("steps=1200", "judge_every=null", "judge_episodes=2", "select_episodes=0"),
     "loop": (
         "rounds=1",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium
@@ -14,6 +14,7 @@ from gymnasium.spaces import Box
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
 from mesocosm.errors import MesocosmError, UsageError, nearest
+from mesocosm.reality.config import RealityConfig, TaskOption, check_option
 from mesocosm.reality.env import Act, Behaviour, import_module, stream
 from mesocosm.storage import Storage
 
@@ -34,6 +35,8 @@ class BehaviourConfig:
     """`agents/<id>`, or `agents/<id>@<iteration>` for a snapshot on the way of its training"""
     function: str | None = None
     """`module:function`, called as f(observation, rng) -> action; the current directory is importable."""
+    task_options: dict[str, TaskOption] = field(default_factory=dict)
+    """How some of `reality.task_options` are drawn in its episodes: a part of what reality draws from."""
 
 
 def check(behaviours: Sequence[BehaviourConfig], name: str = "behaviours") -> None:
@@ -62,7 +65,44 @@ def check(behaviours: Sequence[BehaviourConfig], name: str = "behaviours") -> No
 def label(behaviour: BehaviourConfig) -> str:
     """How episodes name it: `random`, `trained agents/ab12`, `noisy module:function 0.1`."""
     source = behaviour.function or behaviour.policy
-    return " ".join([behaviour.kind, *([source] if source else []), *([f"{behaviour.noise:g}"] if behaviour.kind == "noisy" else [])])
+    noise = [f"{behaviour.noise:g}"] if behaviour.kind == "noisy" else []
+    return " ".join([behaviour.kind, *([source] if source else []), *noise, *(f"{name}={_part(option)}" for name, option in behaviour.task_options.items())])
+
+
+def _part(option: TaskOption) -> str:
+    return "|".join(map(str, option.choices)) if option.choices is not None else f"{option.low:g}..{option.high:g}"
+
+
+def check_tasks(behaviours: Sequence[BehaviourConfig], reality: RealityConfig, name: str = "behaviours") -> None:
+    """Raise UsageError where a behaviour draws a reset option that `reality` does not draw, or beyond what it draws from."""
+    for i, behaviour in enumerate(behaviours):
+        for option_name, option in behaviour.task_options.items():
+            key = f"{name}[{i}].task_options.{option_name}"
+            whole = reality.task_options.get(option_name)
+            if whole is None:
+                raise UsageError(f"{key} is a part of nothing: reality.task_options has {list(reality.task_options)}; name one of these, or remove it")
+            check_option(key, option)
+            values = option.choices if option.choices is not None else [option.low, option.high]
+            for value in values:
+                if whole.choices is not None:
+                    held = option.choices is not None and value in whole.choices
+                else:
+                    assert whole.low is not None and whole.high is not None
+                    held = isinstance(value, int | float) and whole.low <= value <= whole.high
+                if not held:
+                    drawn = f"choices={whole.choices}" if whole.choices is not None else f"low={whole.low} and high={whole.high}"
+                    raise UsageError(f"{key} holds {value!r}, which is beyond reality.task_options.{option_name}.{drawn}; give a part of that")
+
+
+def narrowed(reality: RealityConfig, behaviour: BehaviourConfig) -> RealityConfig:
+    """`reality` as the behaviour's episodes draw their tasks. A number stays a number, whatever part of the choices is left."""
+    options = dict(reality.task_options)
+    for name, option in behaviour.task_options.items():
+        whole = options[name]
+        if option.choices is not None and (whole.choices is None or any(isinstance(value, float) for value in whole.choices)):
+            option = replace(option, choices=[float(value) for value in option.choices])
+        options[name] = option
+    return replace(reality, task_options=options)
 
 
 def full_name(storage: Storage, policy: str) -> str:

@@ -10,7 +10,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ def check(cfg: CollectConfig) -> None:
     if not 0 <= cfg.valid_fraction < 1:
         raise UsageError(f"valid_fraction={cfg.valid_fraction} is no share; give a number from 0 to below 1")
     acting.check(cfg.behaviours)
+    acting.check_tasks(cfg.behaviours, cfg.reality)
 
 
 def plan(cfg: CollectConfig) -> dict[str, Any]:
@@ -92,7 +93,7 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
     check_spaces(*known.spaces)
     chosen, sources = _resolve(cfg.behaviours, storage, *known.spaces)
     what = identity(cfg, without=["workers", "ledger", *PAID])
-    what["behaviours"] = [vars(b) for b in chosen]
+    what["behaviours"] = [asdict(b) for b in chosen]
     id = fingerprint("datasets", what, sources, known.version, __version__, SCHEMA)
     if not cfg.force and (found := storage.find("datasets", id)) is not None:
         hint = f" ({found.meta['short']}; --force collects it anew)" if found.meta.get("short") else ""
@@ -162,7 +163,7 @@ def _resolve(
     chosen, sources = [], []
     for config in configs:
         policy = None if config.policy is None else acting.full_name(storage, config.policy)
-        config = BehaviourConfig(config.kind, config.weight, config.noise, policy, config.function)
+        config = replace(config, policy=policy)
         acting.build(config, observation_space, action_space, storage)
         chosen.append(config)
         sources.append("" if config.function is None else source_hash(acting.load_function(config.function)))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mesocosm.data.behaviours import BehaviourConfig, build, choose, label
+from mesocosm.data.behaviours import BehaviourConfig, build, choose, label, narrowed
 from mesocosm.data.episode import Episode
 from mesocosm.data.spaces import SpaceCodec
 from mesocosm.data.writer import encode_episode
@@ -138,7 +138,8 @@ class LaneRunner:
             self._acts[which] = build(plan.behaviours[which], env.observation_space, env.action_space, self._storage)
         before, spent = env.meter.steps, None
         try:
-            episode: Episode | None = run_episode(env, self._acts[which], k=k, seed=plan.seed, behaviour=name, max_steps=max_steps, config=plan.reality)
+            reality = narrowed(plan.reality, plan.behaviours[which])
+            episode: Episode | None = run_episode(env, self._acts[which], k=k, seed=plan.seed, behaviour=name, max_steps=max_steps, config=reality)
         except EpisodeCut as cut:
             episode, spent = cut.episode, str(cut)
         except EpisodeError as error:

@@ -72,6 +72,9 @@ class EvaluateConfig(JobConfig):
                 raise UsageError(f"{key}={getattr(self, key)} gives no interval; judge by at least 2 episodes")
         if self.policies:
             behaviours.check(self.policies, "policies")
+            for i, policy in enumerate(self.policies):
+                if policy.task_options:
+                    raise UsageError(f"policies[{i}].task_options is not used: every policy plays the same episodes; remove it")
         if not self.horizons and not self.full:
             raise UsageError("horizons=[] and full=false leave nothing to measure; give horizons such as [1,5,15,50]")
         for horizon in self.horizons:

@@ -78,15 +78,16 @@ def check(config: RealityConfig) -> None:
     if len(set(config.task)) != len(config.task):
         raise UsageError(f"reality.task={list(config.task)} names something twice; name each observation key or reset option once")
     for name, option in config.task_options.items():
-        _check_option(name, option, config.task)
+        if name not in config.task:
+            key = f"reality.task_options.{name}"
+            raise UsageError(f"{key} is drawn but is no part of the task; add {name!r} to reality.task={list(config.task)}")
+        check_option(f"reality.task_options.{name}", option)
     if config.success is not None:
         parse_success(config.success)
 
 
-def _check_option(name: str, option: TaskOption, task: list[str]) -> None:
-    key = f"reality.task_options.{name}"
-    if name not in task:
-        raise UsageError(f"{key} is drawn but is no part of the task; add {name!r} to reality.task={list(task)}")
+def check_option(key: str, option: TaskOption) -> None:
+    """Raise UsageError where nothing can be drawn from the option of the config key `key`."""
     ranged = option.low is not None or option.high is not None
     if (option.choices is not None) == ranged:
         raise UsageError(f"{key} needs either choices or both low and high; give {key}.choices=[...] or {key}.low and {key}.high")

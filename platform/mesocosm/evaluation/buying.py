@@ -1,0 +1,211 @@
+"""Which real steps would tell a world the most: candidates imagined in it, scored, and a budget shared out over them. Takes no real step.
+
+A *candidate* is a behaviour that `collect` can run, with a part of the tasks where these are reset options. It is imagined from the starts that
+reality was seen to have and those that the world draws. What is not known of an imagined transition, its *worth*, is
+
+    log(1 + disagreement) * log(1 + gap)
+
+The first factor is the reward of exploration by disagreement (Pathak et al. 2019, arXiv 1906.04161; Sekar et al. 2020, Plan2Explore,
+arXiv 2005.05960, with an ensemble as here), in the world's own unit: 1 is what a tenth of held-out transitions exceed. The second is coverage: `gap`
+is the distance to the nearest logged transition (`data/coverage.py`), in the same kind of unit, that a tenth of held-out ones exceed; where the logs
+are dense another step is worth little, however much members differ. A candidate's worth is the mean over its steps.
+
+The budget is bought in BLOCKS equal blocks. Each goes to the candidate whose steps take the most off the worth of *all* candidates, each of which counts
+alike, once what was bought before has joined the logs. So a candidate gets steps for what it tells of the others too, and the more it has the less the
+next are worth. That is greedy facility location, whose gains only diminish (Nemhauser, Wolsey and Fisher 1978; for choosing data: Wei, Iyer and
+Bilmes 2015), with disagreement for weights; what an experiment takes off the sum of what is unknown, not where most is unknown, is also Cohn's (1994)
+choice. Half of a candidate's imagined episodes stand for what would be bought, the other half are what is scored: none covers itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesocosm.agents.policy import Acts
+from mesocosm.data.behaviours import BehaviourConfig
+from mesocosm.data.coverage import Features, gaps, own_gaps
+from mesocosm.data.dataset import Dataset
+from mesocosm.evaluation import stats
+from mesocosm.model.spec import Parts
+from mesocosm.model.world import World
+from mesocosm.serving.client import WorldVectorEnv
+
+Array = NDArray[Any]
+BLOCKS = 20
+"""The grain of a share is a twentieth of the budget."""
+QUERIES = 1024
+"""Imagined transitions of a candidate that are scored, at most."""
+EXCEED = 0.9
+"""Quantile of held-out gaps that is a gap of 1, as `pretrain/export.py` has it for disagreement."""
+
+
+@dataclass(frozen=True)
+class Imagined:
+    """n transitions of a candidate's imagined episodes, one episode each of E environments."""
+
+    points: Array
+    """[n, F] float32: `Features` of each"""
+    disagreement: Array
+    """[n] float64; infinite where the world diverged"""
+    episode: Array
+    """[n] int64: 0..E-1"""
+    episodes: int
+
+    @property
+    def length(self) -> float:
+        """Mean steps of an episode."""
+        return len(self.points) / self.episodes
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one candidate, before anything is bought."""
+
+    worth: float
+    interval: stats.Interval | None
+    """90%, by bootstrap over imagined episodes"""
+    disagreement: float
+    """Median"""
+    gap: float
+    """Median"""
+
+
+@dataclass(frozen=True)
+class Bought:
+    steps: list[int]
+    """Of each candidate; they sum to the budget"""
+    scores: list[Score]
+    left: float
+    """Worth of all candidates' steps once all is bought, as a share of what it was before"""
+
+
+def imagine(
+    world: World,
+    dataset: Dataset,
+    features: Features,
+    policy: Acts,
+    starts: tuple[Parts, Parts],
+    *,
+    explore: bool,
+    episodes: int,
+    horizon: int,
+    seed: int,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> Imagined:
+    """Whole episodes of `policy` in the world, from `starts` (task, observation) [N, ...] by hash, cut after `horizon` steps.
+
+    `dataset`: the world's own, whose columns `features` takes. `progress` is told the steps done.
+    """
+    rng = np.random.default_rng(seed)
+    env = WorldVectorEnv(episodes, world, horizon=horizon, starts=starts)
+    going, steps = np.ones(episodes, np.bool_), 0
+    points, disagreement, rows = [], [], []
+    try:
+        observation, _ = env.reset(seed=seed)
+        while going.any():
+            options = _options(dataset, env.task_options)
+            state = features.states(*dataset.observation_codec.encode(observation), *options)
+            action = policy.act(observation, explore, rng)
+            act = features.actions(*dataset.action_codec.encode(action))
+            observation, _, terminated, truncated, infos = env.step(action)
+            points.append(np.concatenate([state, act], 1)[going])
+            disagreement.append(np.where(infos["diverged"], np.inf, infos["disagreement"].astype(np.float64))[going])
+            rows.append(np.flatnonzero(going))
+            going &= ~(terminated | truncated)
+            steps += 1
+            progress(steps)
+    finally:
+        env.close()
+    return Imagined(np.concatenate(points), np.concatenate(disagreement), np.concatenate(rows), episodes)
+
+
+def _options(dataset: Dataset, told: Sequence[dict[str, Any]]) -> tuple[Array, Array]:
+    """The reset options of B environments as `Dataset.option_numbers` and `option_values` have them, [B, k] each."""
+    numbers, values = np.zeros((len(told), len(dataset.options))), np.zeros((len(told), len(dataset.options)), np.int64)
+    for column, option in enumerate(dataset.options):
+        for row, options in enumerate(told):
+            if option.values is None:
+                numbers[row, column] = options[option.name]
+            else:
+                values[row, column] = option.values.index(options[option.name])
+    return numbers, values
+
+
+def gap_unit(features: Features, dataset: Dataset, logged: Array, episodes: Array, seed: int) -> float:
+    """The gap that a tenth of held-out transitions exceed; of the training split's to other episodes where nothing is held out. 1 where all are 0.
+
+    logged: [N, F] of the training split, of `episodes` [N].
+    """
+    held = features.sample(dataset, "valid", seed=seed)
+    found = gaps(logged, held.values) if len(held) else own_gaps(logged, episodes, seed=seed)
+    found = found[np.isfinite(found)]
+    unit = float(np.quantile(found, EXCEED)) if len(found) else 0.0
+    return unit if unit > 0 else 1.0
+
+
+def buy(candidates: Sequence[Imagined], logged: Array, unit: float, steps: int, *, disagrees: bool, seed: int) -> Bought:
+    """Share `steps` out over the candidates, as the module says.
+
+    logged: [N, F] training transitions; unit: `gap_unit`; disagrees: False where the world has one member, so that coverage alone counts.
+    """
+    most = max((float(c.disagreement[np.isfinite(c.disagreement)].max(initial=0.0)) for c in candidates), default=0.0)
+    rng = np.random.default_rng(seed)
+    queries, weights, gap, pools, scores = [], [], [], [], []
+    for candidate in candidates:
+        own = candidate.episode % 2 == 0
+        pools.append(candidate.points[~own][rng.permutation(int((~own).sum()))])
+        rows = np.flatnonzero(own)
+        rows = np.sort(rng.permutation(rows)[:QUERIES])
+        disagreement = np.minimum(candidate.disagreement[rows], most)  # diverged: as much as any
+        queries.append(candidate.points[rows])
+        weights.append(np.log1p(disagreement) if disagrees else np.ones(len(rows)))
+        gap.append(gaps(logged, queries[-1]) / unit)
+        worth = weights[-1] * np.log1p(gap[-1])
+        groups = np.unique(candidate.episode[rows], return_inverse=True)[1]
+        mean, interval = stats.mean_of_groups(np.bincount(groups, weights=worth), np.bincount(groups), seed=seed)
+        assert mean is not None
+        scores.append(Score(mean, interval, float(np.median(disagreement)), float(np.median(gap[-1]))))
+    blocks = _blocks(steps)
+    taken = [min(blocks[0], max(len(pool) // len(blocks), 1)) for pool in pools]  # a budget larger than what was imagined: fewer points stand for a block
+    shares, used = np.zeros(len(candidates), np.int64), np.zeros(len(candidates), np.int64)
+    first = sum(_worth(w, g) for w, g in zip(weights, gap, strict=True))
+    after = [_gaps_after(pool[:take], queries, unit) for pool, take in zip(pools, taken, strict=True)]
+    for block in blocks:
+        joined = [[np.minimum(g, a) for g, a in zip(gap, fresh, strict=True)] for fresh in after]
+        best = int(np.argmin([sum(_worth(w, g) for w, g in zip(weights, some, strict=True)) for some in joined]))
+        gap = joined[best]
+        shares[best] += block
+        used[best] += taken[best]
+        after[best] = _gaps_after(pools[best][used[best] : used[best] + taken[best]], queries, unit)
+    left = sum(_worth(w, g) for w, g in zip(weights, gap, strict=True))
+    return Bought(shares.tolist(), scores, left / first if first > 0 else 0.0)
+
+
+def _gaps_after(points: Array, queries: Sequence[Array], unit: float) -> list[Array]:
+    """Of each candidate's scored transitions, were `points` all that is known."""
+    return [gaps(points, some) / unit for some in queries]
+
+
+def _worth(weights: Array, gap: Array) -> float:
+    return float((weights * np.log1p(gap)).mean())
+
+
+def _blocks(steps: int) -> list[int]:
+    blocks = min(BLOCKS, steps)
+    return [steps // blocks + (i < steps % blocks) for i in range(blocks)]
+
+
+def weights(steps: Sequence[int], lengths: Sequence[float]) -> list[float]:
+    """`BehaviourConfig.weight` (shares of episodes) for shares of steps: a behaviour of short episodes needs more of them. They sum to 1."""
+    episodes = np.asarray(steps) / np.asarray(lengths)
+    return [float(f"{share:.4g}") for share in episodes / episodes.sum()]
+
+
+def kept(behaviours: Sequence[BehaviourConfig], bought: Bought) -> list[int]:
+    """Positions of the candidates that were bought from, most steps first."""
+    return sorted((i for i in range(len(behaviours)) if bought.steps[i]), key=lambda i: -bought.steps[i])

@@ -1,0 +1,211 @@
+"""What to collect next: a small real ensemble, trained on data that lacks a region, sends the budget there; the config is one that `collect` runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from mesocosm import config, tracking
+from mesocosm.cli import main
+from mesocosm.config import StorageConfig, fingerprint
+from mesocosm.data import collect
+from mesocosm.data.behaviours import BehaviourConfig
+from mesocosm.data.codec import Codec
+from mesocosm.data.collect import CollectConfig
+from mesocosm.data.dataset import Dataset
+from mesocosm.data.loader import Loader
+from mesocosm.evaluation import propose
+from mesocosm.evaluation.buying import Imagined, buy, weights
+from mesocosm.evaluation.propose import ProposeConfig
+from mesocosm.model import mup
+from mesocosm.model.base import Base
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.net import apply_base, build
+from mesocosm.model.world import World
+from mesocosm.pretrain.export import calibrate
+from mesocosm.pretrain.prepare import transitions
+from mesocosm.reality.config import PriceConfig, RealityConfig, TaskOption
+from mesocosm.storage import Artifact, Storage
+
+MODULE = __name__
+
+
+class Field(gym.Env[Any, Any]):
+    """A point that moves by its action; beyond 2 it moves by the sine of five times where it is. `side` is where it begins: 0, or at the option."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float64)
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        super().reset(seed=seed)
+        self.x = float((options or {}).get("side", 0.0)) + self.np_random.normal() / 10
+        return np.array([self.x]), {}
+
+    def step(self, action: Any) -> Any:
+        self.x += float(action[0]) / 2 + (np.sin(5 * self.x) if self.x > 2 else 0.0)
+        return np.array([self.x]), self.x, False, False, {}
+
+
+def stay(observation: Any, rng: Any) -> Any:
+    return np.clip(-observation, -1, 1)
+
+
+def right(observation: Any, rng: Any) -> Any:
+    return np.ones(1)
+
+
+def reality(**more: Any) -> RealityConfig:
+    return RealityConfig(env=f"{MODULE}:Field", horizon=12, price=PriceConfig(per_step=0.5, per_reset=1.0), **more)
+
+
+BEHAVIOURS = [BehaviourConfig(kind="scripted", function=f"{MODULE}:{name}") for name in ("stay", "right")]
+
+
+def made(root: str, members: int = 3, **more: Any) -> Artifact:
+    """A world of 300 random steps, near 0."""
+    cfg = CollectConfig(seed=4, storage=StorageConfig(root), reality=reality(**more), steps=300, lanes=1, workers=0)
+    with tracking.start("collect", cfg, quiet=True) as run:
+        data = collect.run(cfg, run)
+    dataset = Dataset([data.path])
+    codec, model = Codec.fit(dataset), ModelConfig(family="ensemble", size="10k", members=members)
+    base = Base.fit(codec.spec, model, transitions(dataset, codec), 0)
+    torch.manual_seed(0)
+    net = build(codec.spec, model)
+    mup.init_(net, 0)
+    optimizer = torch.optim.AdamW(mup.param_groups(net, 3e-3, 0.0))
+    loader = Loader(dataset, codec, "train", model.context, 16, 0)
+    for step in range(60):
+        windows = loader.batch(step)
+        optimizer.zero_grad()
+        net(windows, apply_base(base, windows)).objective.backward()
+        optimizer.step()
+    world = World(net, base, codec.to_json())
+    calibrate(world, dataset, codec, 0)
+    id = fingerprint("test", members, data.id)
+    return Storage(root).make("worlds", id, {"inputs": {"datasets": [data.id]}}, world.save)
+
+
+def proposal(root: str, world: Artifact, **more: Any) -> tuple[dict[str, Any], CollectConfig, str]:
+    more = {"behaviours": BEHAVIOURS, "reality": reality(), "imagined": 16, "steps": 203} | more
+    cfg = ProposeConfig(storage=StorageConfig(root), world=world.id, **more)
+    with tracking.start("propose", cfg, quiet=True) as run:
+        found = propose.run(cfg, run)
+    file = found.path / propose.NEXT
+    return json.loads((found.path / propose.PROPOSAL).read_text()), config.load(CollectConfig, [file]), file.read_text()
+
+
+def steps_of(answer: dict[str, Any]) -> dict[str, int]:
+    return {row["behaviour"].rpartition(":")[2]: row["steps"] for row in answer["candidates"]}
+
+
+def test_the_budget_goes_where_data_lack_and_members_disagree(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = made(root)
+    answer, job, text = proposal(root, world)
+    steps = steps_of(answer)
+    assert sum(steps.values()) == 203 == job.steps and steps["right"] > 120 and steps["stay"] < 70
+    row = answer["candidates"][0]
+    assert row["behaviour"] == f"scripted {MODULE}:right" and row["gap"] > 1 and row["episodes"] == pytest.approx(row["steps"] / 12)
+    assert answer["price"] == pytest.approx(203 * 0.5 + 203 / 12)
+    assert job.seed == 5, "the seed of the world's data, 4, would begin alike"
+    assert "worth" in text and sum(b.weight for b in job.behaviours) == pytest.approx(1, abs=1e-3)
+    again, _, same = proposal(root, world, out=str(tmp_path / "next.yaml"))
+    assert again == answer and same == text == (tmp_path / "next.yaml").read_text()
+    forced, _, _ = proposal(root, world, force=True)
+    assert forced == answer, "the same seed imagines the same"
+    assert main(["collect", "-c", str(tmp_path / "next.yaml"), f"storage.root={root}", "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["real steps"] == 203
+    with tracking.start("collect", job, quiet=True) as run:
+        job.storage.root, job.workers = root, 0
+        data = Dataset([collect.run(job, run).path])
+    assert data.transitions == 203 and any(float(o[0]) > 2 for e in data.iter_episodes() for o in e.observations)
+
+
+def test_tasks_that_are_reset_options_are_candidates(root: str) -> None:
+    """Data of both sides; the candidate of each is imagined from that side alone, and what is collected keeps to it."""
+    task = {"task": ["side"], "task_options": {"side": TaskOption(choices=[0.0, 6.0])}}
+    world = made(root, **task)
+    answer, job, _ = proposal(root, world, behaviours=[], reality=reality(**task))
+    names = {row["behaviour"] for row in answer["candidates"]}
+    assert names == {"random", "random side=0.0", "random side=6.0"} and sum(steps_of(answer).values()) == 203
+    only = CollectConfig(storage=StorageConfig(root), reality=job.reality, steps=60, lanes=1, workers=0)
+    only.behaviours = [BehaviourConfig(task_options={"side": TaskOption(choices=[6])})]
+    with tracking.start("collect", only, quiet=True) as run:
+        data = Dataset([collect.run(only, run).path])
+    assert {e.task["side"] for e in data.iter_episodes()} == {6.0} and data.options[0].values is None, "a number, as in the other data"
+
+
+def test_it_says_when_there_is_little_to_tell(root: str) -> None:
+    world = made(root, members=1)
+    answer, _, text = proposal(root, world, behaviours=[])
+    assert steps_of(answer) == {"random": 203} and "1 member" in answer["notes"][0] and "only candidate" in answer["notes"][1]
+    assert "# note: random actions are the only candidate" in text
+    answer, _, _ = proposal(root, world)
+    assert answer["candidates"][0]["behaviour"].endswith(":right") and steps_of(answer)["right"] > 100, "coverage alone chooses"
+    answer, _, text = proposal(root, world, steps=24)
+    assert any("about 2 episodes, and" in note for note in answer["notes"]) and "# note: the budget is about" in text
+    answer, _, _ = proposal(root, world, steps=6)
+    assert any("less than one episode (some 12 steps)" in note for note in answer["notes"])
+
+
+def candidate(centre: float, disagreement: float = 1.0, spread: float = 0.3) -> Imagined:
+    """Eight episodes of 20 steps about `centre`."""
+    draw = np.random.default_rng(abs(int(10 * centre)))
+    points = draw.normal(centre, spread, (160, 2)).astype(np.float32)
+    return Imagined(points, np.full(160, disagreement), np.repeat(np.arange(8), 20), 8)
+
+
+LOGGED = np.random.default_rng(0).normal(0, 0.3, (500, 2)).astype(np.float32)
+
+
+def test_steps_go_where_they_tell_the_most_of_all_candidates() -> None:
+    """Twins share what one would get; what lies on the logs gets little; disagreement counts, where there is any."""
+    found = buy([candidate(0), candidate(5), candidate(5), candidate(-5)], LOGGED, 0.5, 101, disagrees=True, seed=0)
+    home, a, b, other = found.steps
+    assert sum(found.steps) == 101 and home < 15 and other > 25 and a + b > other and 0 < found.left < 0.5
+    two = buy([candidate(5), candidate(-5), candidate(-5.1), candidate(-4.9)], LOGGED, 0.5, 10, disagrees=True, seed=0)
+    assert two.steps[0] < 5, "what is bought of three near each other tells of all three"
+    seen = buy([candidate(5, 0.1), candidate(-5, 3.0)], LOGGED, 0.5, 40, disagrees=True, seed=0)
+    blind = buy([candidate(5, 0.1), candidate(-5, 3.0)], LOGGED, 0.5, 40, disagrees=False, seed=0)
+    assert seen.steps[1] > blind.steps[1] and seen.scores[1].worth > 5 * seen.scores[0].worth
+    assert weights([100, 100], [10.0, 50.0]) == pytest.approx([5 / 6, 1 / 6], abs=1e-3)
+
+
+def test_budgets_beyond_what_was_imagined_and_worlds_that_diverged() -> None:
+    diverged = candidate(-5)
+    diverged.disagreement[:] = np.inf
+    found = buy([candidate(0), candidate(5), diverged], LOGGED, 0.5, 100_000, disagrees=True, seed=0)
+    assert sum(found.steps) == 100_000 and all(np.isfinite([score.worth for score in found.scores]))
+    assert found.steps[1] > 20_000 and found.steps[2] > 20_000
+    assert buy([candidate(5), candidate(0)], LOGGED, 0.5, 3, disagrees=True, seed=0).steps == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["steps=100"], "world is not set"),
+        (["world=w0", "steps=1"], "steps=1 is no budget"),
+        (["world=w0", "imagined=1"], "imagined=1"),
+        (["world=w0", "agents=[a0]", "noises=[]"], "noises=[]"),
+        (["world=w0", "agents=[a0]", "noises=[-1]"], "noise=-1"),
+        (["world=w0"], "worlds/w0"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(words: list[str], said: str, root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["propose", *words, f"storage.root={root}", "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("{colour: {choices: [1]}}", "part of nothing"), ("{side: {choices: [2]}}", "beyond"), ("{side: {low: 0, high: 1}}", "beyond")],
+)
+def test_a_behaviour_draws_a_part_of_what_reality_draws(option: str, said: str, root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [f"reality.env={MODULE}:Field", "reality.task=[side]", "reality.task_options={side: {choices: [0, 6]}}", f"storage.root={root}"]
+    assert main(["collect", *words, f"behaviours=[{{kind: random, task_options: {option}}}]", "--dry-run"]) == 2
+    assert said in capsys.readouterr().err
