@@ -66,6 +66,7 @@ TOOLS = {
     "fit": "mesocosm.scaling.command",
     "cluster": "mesocosm.cluster_command",
     "jobs": "mesocosm.submission.command",
+    "data": "mesocosm.data_command",
     "storage": "mesocosm.storage_command",
     "completion": "mesocosm.completion",
 }

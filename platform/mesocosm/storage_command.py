@@ -50,8 +50,8 @@ def run(options: argparse.Namespace) -> int:
         print(f"mesocosm: {remark}", file=sys.stderr)
     if not options.json:
         for remain in found:
-            print(f"{_size(remain.bytes):>10}  {_age(remain.age_s):>6}  {remain.what:<19}  {remain.path}  ({remain.why})")
-        print(f"{len(found)} may go from {storage.root}, {_size(total)}; nothing that changed within {options.older_than:g} hours was looked at")
+            print(f"{size(remain.bytes):>10}  {_age(remain.age_s):>6}  {remain.what:<19}  {remain.path}  ({remain.why})")
+        print(f"{len(found)} may go from {storage.root}, {size(total)}; nothing that changed within {options.older_than:g} hours was looked at")
     removed, failed = 0, []
     if found and not options.dry_run:
         confirm(f"remove {'it' if len(found) == 1 else f'these {len(found)}'}?", yes=options.yes)
@@ -71,11 +71,11 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _size(bytes: int) -> str:
+def size(bytes: float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if bytes < 1024:
             return f"{bytes:.0f} {unit}" if unit == "B" else f"{bytes:.1f} {unit}"
-        bytes /= 1024  # type: ignore[assignment]
+        bytes /= 1024
     return f"{bytes:.1f} GiB"
 
 

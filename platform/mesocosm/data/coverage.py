@@ -33,6 +33,8 @@ FOLDS = 5
 DRAW, FOLD, ACT = 0xC0FE, 0xF01D, 0xAC7
 """Salts of what a seed draws: transitions, folds of episodes, actions."""
 NEIGHBOURS = 32
+PROBES = 4096
+"""Draws that say how near chance comes to an action."""
 BINS = 16
 """Of a numeric action, for entropies."""
 
@@ -207,6 +209,37 @@ def action_entropy(sample: Sample, features: Features, codec: SpaceCodec) -> flo
         entropy = np.bincount(row, -p * np.log(p), len(near)) + (np.bincount(row, minlength=len(near)) - 1) / (2 * NEIGHBOURS)
         shares.append(np.minimum(entropy / np.log(min(size, NEIGHBOURS)), 1.0).mean())
     return float(np.mean(shares)) if shares else 0.0
+
+
+def tried(sample: Sample, features: Features, codec: SpaceCodec, *, seed: int) -> float | None:
+    """The share of the action space that was tried near logged states, by uniform draws of a state of `sample` and an action.
+
+    An action counts as tried where one of those at the state's NEIGHBOURS nearest states is as near to it as in 95 of 100 draws it would be, were
+    these actions drawn uniformly too: behaviour that is uniform comes to 0.95 in any action space, one action a state to far less. None below
+    2 * NEIGHBOURS transitions, and where even uniform draws would not come near (more kinds of actions than a few dozen neighbours can show).
+    """
+    if len(sample) < 2 * NEIGHBOURS:
+        return None
+    low, high = action_range(sample, codec)
+    rng = np.random.default_rng([seed, ACT])
+
+    def drawn(count: int) -> Array:
+        numbers = low + (high - low) * rng.random((count, codec.numbers))
+        return features.actions(numbers, (rng.random((count, codec.categories)) * np.array(codec.cardinalities)).astype(np.int64))
+
+    wanted = drawn(len(sample))
+    chance = drawn(PROBES * NEIGHBOURS).reshape(PROBES, NEIGHBOURS, -1)
+    others = drawn(PROBES)
+    apart = np.linalg.norm(chance - others[:, None], axis=2)
+    tolerance = np.quantile(apart.min(1), 0.95)
+    if tolerance >= apart.mean():
+        return None
+    states = sample.values[:, features.state]
+    _, places = nearest(states, states, NEIGHBOURS)
+    found = np.full(len(sample), np.inf)
+    for j in range(NEIGHBOURS):
+        found = np.minimum(found, np.linalg.norm(sample.values[places[:, j], features.action] - wanted, axis=1))
+    return float((found <= tolerance + 1e-6).mean())
 
 
 def any_action(sample: Sample, codec: SpaceCodec, *, seed: int) -> tuple[Array, Array]:
