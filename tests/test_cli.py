@@ -48,6 +48,7 @@ SHIPPED = sorted(REPOSITORY.glob("configs/*/*.yaml"))
 def test_every_shipped_config_can_be_planned(path: Path, root: str, capsys: pytest.CaptureFixture[str]) -> None:
     job = {"agent": "train-agent"}.get(path.parent.name, path.parent.name)
     wanted = {
+        "curate": ["data.datasets=[d0]"],
         "pretrain": ["data.datasets=[d0]"],
         "sweep": ["data.datasets=[d0]"],
         "train-agent": ["world=w0"],

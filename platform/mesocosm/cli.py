@@ -34,6 +34,7 @@ class Job:
 JOBS = {
     "collect": Job("mesocosm.data.collect", "CollectConfig", "metered real steps into a dataset", "-c configs/collect/pendulum.yaml steps=2000"),
     "import": Job("mesocosm.data.importing", "ImportConfig", "logs that others made into a dataset", "'logs/*.parquet' --env CartPole-v1"),
+    "curate": Job("mesocosm.data.curate", "CurateConfig", "datasets into one, by a list of operations", "-c configs/curate/pendulum.yaml data.datasets=[ID]"),
     "pretrain": Job(
         "mesocosm.pretrain.run", "PretrainConfig", "a dataset into a world, by DeepSpeed under Ray Train", "-c configs/pretrain/pendulum.yaml model.size=1m"
     ),

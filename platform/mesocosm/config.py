@@ -102,6 +102,12 @@ def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[
         raise UsageError(f"config key {getattr(error, 'full_key', '')!r}: {_first_line(error)}") from error
 
 
+def structured(schema: type[T], values: Mapping[str, Any], source: str) -> T:
+    """`schema` with `values` in place of its defaults. Raises UsageError as `load` does; `source` says where they stand."""
+    known = [f.name for f in dataclasses.fields(cast(Any, schema))]
+    return cast(T, OmegaConf.to_object(_merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)), source, known)))
+
+
 def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> DictConfig:
     try:
         return cast(DictConfig, OmegaConf.merge(base, layer))

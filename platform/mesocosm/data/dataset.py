@@ -194,10 +194,6 @@ class Dataset:
         rows = slice(int(record["first_row"]), int(record["first_row"] + record["length"] + 1))
         data = {name: self.array(int(record["shard"]), name)[rows] for name in ARRAYS}
         manifest = self.manifests[int(self.part[number])]
-        task = {
-            option.name: float(self.option_numbers[number, i]) if option.values is None else option.values[int(self.option_values[number, i])]
-            for i, option in enumerate(self.options)
-        }
         durations = data["duration"][:-1]
         return Episode(
             index=int(record["index"]),
@@ -208,9 +204,16 @@ class Dataset:
             rewards=np.array(data["reward"][:-1]),
             outcome=cast(Outcome, OUTCOMES[int(record["outcome"])]),
             durations=None if np.isnan(durations).any() else np.array(durations),
-            task=task,
+            task=self.task(number),
             success=None if record["success"] < 0 else bool(record["success"]),
         )
+
+    def task(self, number: int) -> dict[str, bool | int | float | str]:
+        """The reset options of episode `number`."""
+        return {
+            option.name: float(self.option_numbers[number, i]) if option.values is None else option.values[int(self.option_values[number, i])]
+            for i, option in enumerate(self.options)
+        }
 
     def iter_episodes(self, split: Split | None = None) -> Iterator[Episode]:
         for number in self.episodes(split):

@@ -65,7 +65,7 @@ class DatasetWriter:
 
     The split is by a hash of (seed, episode index, behaviour): each episode is held out with the probability `valid_fraction`. At least one
     is held out where there are ENOUGH episodes (fewer may be the whole of a short later round: one of two would be half of what was bought),
-    none where the fraction is 0, and never the last one to train on.
+    none where the fraction is 0, and never the last one to train on. Where `add` was told each episode's split, that is the split.
     Raises UsageError at once where a space is not supported.
     """
 
@@ -97,11 +97,13 @@ class DatasetWriter:
         self._success: list[bool | None] = []
         self._behaviours: dict[str, Behaviour] = {}
         self._indices: set[int] = set()
+        self._given: list[int] = []
         self._durations = True
         self._empty = 0
 
-    def add(self, episode: Episode, rows: dict[str, Array] | None = None) -> None:
+    def add(self, episode: Episode, rows: dict[str, Array] | None = None, split: str | None = None) -> None:
         """`rows`: the episode as `encode_episode` gives it, where it is encoded already; its observations and actions are then not looked at.
+        `split`: of `SPLITS`, given for every episode or for none.
 
         Raises MesocosmError naming episode and step where a value is not finite or not of its space.
         """
@@ -124,6 +126,8 @@ class DatasetWriter:
         hashed = int(key(_word(self._id), episode.index).view(np.int64)[0])
         self._pending.append(len(self._table))
         self._table.append((episode.index, episode.seed, len(self._shards), self._rows, len(episode), position, outcome, success, 0, total, hashed))
+        if split is not None:
+            self._given.append(SPLITS.index(split))
         self._tasks.append({name: _plain(episode.task[name]) for name in self._options})
         self._buffer.append(rows)
         self._rows += len(episode) + 1
@@ -237,6 +241,9 @@ class DatasetWriter:
         return manifest
 
     def _split(self, table: Array) -> Array:
+        if self._given:
+            assert len(self._given) == len(table)
+            return np.array(self._given, np.uint8)
         names = np.array([_word(name) for name in self._behaviours], np.uint64)
         hashes = key(self._seed, table["index"], names[table["behaviour"]])
         valid = hashes.astype(np.float64) / 2.0**64 < self._valid_fraction
