@@ -195,14 +195,16 @@ def _how(meta: Mapping[str, Any]) -> list[str]:
 
 
 def _call(name: str, given: Mapping[str, Any]) -> str:
-    return f"{name}({', '.join(f'{key}={value}' for key, value in given.items())})" if given else name
+    said = ", ".join(f"{key}={value}" for key, value in given.items() if value not in (None, []))
+    return f"{name}({said})" if said else name
 
 
 def _say(facts: Mapping[str, Any]) -> None:
     episodes, transitions = facts["episodes"], facts["transitions"]
     outcomes = ", ".join(f"{count} {name}" for name, count in facts["outcomes"].items() if count)
     lines = {
-        "where": f"{facts['where']}, {size(facts['bytes'])} in {facts['shards']} shards, made by {facts['job']} at {facts['created'][:16].replace('T', ' ')}",
+        "where": f"{facts['where']}, {size(facts['bytes'])} in {facts['shards']} shard{'s' * (facts['shards'] != 1)}",
+        "made": f"by {facts['job']} at {facts['created'][:16].replace('T', ' ')}",
         "environment": facts["environment"] + (f", task {', '.join(facts['task'])}" if facts["task"] else ""),
         "episodes": f"{sum(episodes.values()):,}: {episodes['train']:,} to train on, {episodes['valid']:,} held out; {outcomes}",
         "transitions": f"{sum(transitions.values()):,}: {transitions['train']:,} to train on, {transitions['valid']:,} held out",

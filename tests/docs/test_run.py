@@ -61,7 +61,7 @@ ELSEWHERE = {
     "make run": "README's `mesocosm loop` is what it runs, once it has installed",
     "make test": "this is a part of it",
 }
-NAMED = {"dataset": "datasets", "world": "worlds", "agent": "agents", "law": "laws", "plan": "plans"}
+NAMED = {"dataset": "datasets", "data show": "datasets", "world": "worlds", "agent": "agents", "law": "laws", "plan": "plans"}
 PATIENCE = 900
 """Seconds for one command."""
 
