@@ -1,8 +1,8 @@
-"""Opens one or several datasets as one, memory-mapped: opening reads the episode tables only, whatever the datasets' size."""
+"""Opens one or several datasets as one, memory-mapped: opening reads what is said of the shards, not of the episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.episode import Episode, Outcome
-from mesocosm.data.manifest import ARRAYS, EPISODES, OUTCOMES, SPLITS, Environment, Manifest, TaskOption
+from mesocosm.data.manifest import ARRAYS, EPISODES, LENGTHS, LENGTHS_FILE, MANIFEST, OUTCOMES, SPLITS, Environment, Manifest, TaskOption, lengths_of
 from mesocosm.data.permutation import key, permute
 from mesocosm.data.spaces import SpaceCodec, space_from_json
 from mesocosm.data.writer import DatasetWriter, sort_key, write_dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model.spec import Parts
+from mesocosm.partial import Partial
 
 if TYPE_CHECKING:
     from mesocosm.data.codec import Codec
@@ -46,16 +47,20 @@ class Chunk:
 
 
 class Dataset:
-    """The episodes of `paths` (folders of datasets) in order, numbered 0..E-1.
+    """The episodes of `paths` (folders of datasets, or artifacts of which only what is touched is fetched) in order, numbered 0..E-1.
 
+    Opening reads the manifests and `lengths.npy`. `table`, `part`, the options and what needs them (`episodes`, `chunks`, `unique`, ...) hold all
+    episodes, some 60 bytes each; training reads them shard by shard (`records`).
     Raises ArtifactError where a folder is no dataset or is damaged, UsageError where two are of different environments or spaces.
     """
 
-    def __init__(self, paths: Sequence[str | Path]):
+    def __init__(self, paths: Sequence[str | Path | Partial]):
         if not paths:
             raise UsageError("no dataset was given; name at least one in data.datasets")
-        self.paths = [Path(path) for path in paths]
-        self.manifests = [Manifest.read(path) for path in self.paths]
+        self._files = [path if isinstance(path, Partial) else None for path in paths]
+        self.paths = [path.path if isinstance(path, Partial) else Path(path) for path in paths]
+        self._ahead(lambda _: [MANIFEST, LENGTHS_FILE])
+        self.manifests = [Manifest.read(self._file(part, MANIFEST).parent) for part in range(len(paths))]
         first = self.manifests[0]
         for path, other in zip(self.paths[1:], self.manifests[1:], strict=True):
             for field, a, b, fix in _facts(first, other):
@@ -70,46 +75,130 @@ class Dataset:
         self.observation_space = self.observation_codec.space
         self.action_space = self.action_codec.space
         self.durations = all(manifest.durations for manifest in self.manifests)
-        self._folders: list[Path] = []
         self._open: dict[tuple[int, str], Array] = {}
-        tables = []
-        for path, manifest in zip(self.paths, self.manifests, strict=True):
-            table = _load(path / "episodes.npy").astype(EPISODES)
-            table["shard"] += len(self._folders)
-            self._folders += [path / "shards" / shard.name for shard in manifest.shards]
-            tables.append(table)
-        self.table: Array = np.concatenate(tables)
-        """[E] records of `manifest.EPISODES`; `shard` counts over all datasets"""
-        self.part: Array = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-        """[E] which of `paths` an episode is from"""
-        self.options, self.option_numbers, self.option_values = self._read_options()
+        counts = [len(manifest.shards) for manifest in self.manifests]
+        self.shards: list[str] = [shard.name for manifest in self.manifests for shard in manifest.shards]
+        """[S] names within their datasets; shards are numbered over all datasets"""
+        self.shard_part: Array = np.repeat(np.arange(len(paths)), counts)
+        """[S] which of `paths` a shard is of"""
+        episodes = np.array([shard.episodes for manifest in self.manifests for shard in manifest.shards], np.int64)
+        self._ends: Array = np.cumsum(episodes)
+        self._starts: Array = self._ends - episodes
+        lengths = []
+        for part, before in enumerate(np.cumsum(counts) - counts):
+            found = _load(self._file(part, LENGTHS_FILE)).astype(LENGTHS)
+            found["shard"] += before
+            lengths.append(found)
+        self.lengths: Array = np.concatenate(lengths)
+        """[n] `manifest.LENGTHS`, sorted by shard"""
+        self.options, self._positions = self._read_options()
+        self._view: Array | None = None
+        self._whole: dict[str, Array] = {}
 
-    def _read_options(self) -> tuple[list[TaskOption], Array, Array]:
-        """The reset options of the task: what they are, [E, k] numbers, and [E, k] positions in `TaskOption.values`."""
+    def _read_options(self) -> tuple[list[TaskOption], list[list[Array | None]]]:
+        """The reset options of the task, and of each dataset and option where its values are among those of all (None: a number)."""
         options = []
-        names = [option.name for option in self.manifests[0].task_options]
-        count = len(self.table)
-        numbers, values = np.zeros((count, len(names))), np.zeros((count, len(names)), np.int64)
-        if not names:
-            return [], numbers, values
-        for part, path in enumerate(self.paths):
-            numbers[self.part == part] = _load(path / "task_numbers.npy")
-            values[self.part == part] = _load(path / "task_values.npy")
-        for column, name in enumerate(names):
+        positions: list[list[Array | None]] = [[] for _ in self.manifests]
+        for column, name in enumerate(option.name for option in self.manifests[0].task_options):
             seen = [manifest.task_options[column].values for manifest in self.manifests]
             if any(v is None for v in seen) and not all(v is None for v in seen):
                 raise UsageError(f"the reset option {name!r} is a number in one dataset and a choice in another; collect both alike")
-            if seen[0] is None:
-                options.append(TaskOption(name=name))
-                continue
-            union = sorted({value for some in seen for value in some or ()}, key=sort_key)
-            position = {value: i for i, value in enumerate(union)}
+            union = None if seen[0] is None else sorted({value for some in seen for value in some or ()}, key=sort_key)
+            position = {value: i for i, value in enumerate(union or ())}
             for part, some in enumerate(seen):
-                positions = np.array([position[value] for value in some or ()], np.int64)
-                rows = self.part == part
-                values[rows, column] = positions[values[rows, column]]
+                positions[part].append(None if some is None else np.array([position[value] for value in some], np.int64))
             options.append(TaskOption(name=name, values=union))
-        return options, numbers, values
+        return options, positions
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def _file(self, part: int, name: str) -> Path:
+        files = self._files[part]
+        return self.paths[part] / name if files is None else files.file(name)
+
+    def _ahead(self, names: Callable[[int], Iterable[str]]) -> None:
+        for part, files in enumerate(self._files):
+            if files is not None:
+                files.ahead(names(part))
+
+    def _arrays_of(self, shards: Iterable[int], part: int) -> list[str]:
+        return [f"shards/{self.shards[shard]}/{name}.npy" for shard in shards if self.shard_part[shard] == part for name in ARRAYS]
+
+    def turn(self, now: Sequence[int], ahead: Sequence[int]) -> None:
+        """Leave all other shards and use `now`; `ahead` come next and are fetched meanwhile."""
+        left = {shard for shard, _ in self._open} - {*now, *ahead}
+        self._open = {at: array for at, array in self._open.items() if at[0] not in left}
+        for part, files in enumerate(self._files):
+            if files is not None:
+                files.forget(self._arrays_of(left, part))
+                files.ahead([*self._arrays_of(now, part), *self._arrays_of(ahead, part)])
+
+    def check(self) -> None:
+        """Raise ArtifactError for what was found to be damaged by now."""
+        for files in self._files:
+            if files is not None:
+                files.check()
+
+    def confirm(self) -> Dataset:
+        """Wait until all that was read is verified. Raises ArtifactError where something is damaged."""
+        for files in self._files:
+            if files is not None:
+                files.confirm()
+        return self
+
+    # -- episodes, as records ------------------------------------------------------------------------------------
+
+    def records(self, shard: int) -> Array:
+        """A shard's [n] `manifest.EPISODES`, in order; their field `shard` counts within the dataset."""
+        if self._view is not None:
+            return self._view[self._starts[shard] : self._ends[shard]]
+        return _load(self._file(int(self.shard_part[shard]), f"tables/{self.shards[shard]}.npy"), mapped=True)
+
+    def shard_options(self, shard: int) -> tuple[Array, Array]:
+        """The reset options of a shard's n episodes: [n, k] numbers, and [n, k] positions in `TaskOption.values`."""
+        part, count = int(self.shard_part[shard]), int(self._ends[shard] - self._starts[shard])
+        if not self.options:
+            return np.zeros((count, 0)), np.zeros((count, 0), np.int64)
+        name = f"tables/{self.shards[shard]}"
+        numbers, values = (_load(self._file(part, f"{name}.task_{what}.npy")) for what in ("numbers", "values"))
+        values = values.astype(np.int64)
+        for column, positions in enumerate(self._positions[part]):
+            if positions is not None:
+                values[:, column] = positions[values[:, column]]
+        return numbers, values
+
+    @property
+    def table(self) -> Array:
+        """[E] records of `manifest.EPISODES`; `shard` counts over all datasets"""
+        if self._view is not None:
+            return self._view
+        if (found := self._whole.get("table")) is None:
+            self._ahead(lambda part: [f"tables/{name}.npy" for name, of in zip(self.shards, self.shard_part, strict=True) if of == part])
+            found = np.concatenate([self.records(shard) for shard in range(len(self.shards))]).astype(EPISODES)
+            found["shard"] = np.repeat(np.arange(len(self.shards)), self._ends - self._starts)
+            self._whole["table"] = found
+        return found
+
+    @property
+    def part(self) -> Array:
+        """[E] which of `paths` an episode is from"""
+        return np.repeat(self.shard_part, self._ends - self._starts)
+
+    @property
+    def option_numbers(self) -> Array:
+        """[E, k] the numbers among the reset options"""
+        return self._all_options()["numbers"]
+
+    @property
+    def option_values(self) -> Array:
+        """[E, k] positions in `TaskOption.values`"""
+        return self._all_options()["values"]
+
+    def _all_options(self) -> dict[str, Array]:
+        if "numbers" not in self._whole:
+            numbers, values = zip(*(self.shard_options(shard) for shard in range(len(self.shards))), strict=True)
+            self._whole |= {"numbers": np.concatenate(numbers), "values": np.concatenate(values)}
+        return self._whole
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -120,7 +209,7 @@ class Dataset:
     @property
     def transitions(self) -> int:
         """All transitions, of both splits."""
-        return int(self.table["length"].sum())
+        return int((self.lengths["length"] * self.lengths["episodes"]).sum())
 
     def episodes(self, split: Split | None = None) -> Array:
         """Episode numbers of a split (None: all), ascending, [n] int64."""
@@ -128,7 +217,15 @@ class Dataset:
 
     def count(self, split: Split | None = None) -> int:
         """Transitions of a split (None: all)."""
-        return int(self.table["length"][self.episodes(split)].sum())
+        some = self._of(split)
+        return int((some["length"] * some["episodes"]).sum())
+
+    def size(self, split: Split) -> int:
+        """Episodes of a split."""
+        return int(self._of(split)["episodes"].sum())
+
+    def _of(self, split: Split | None) -> Array:
+        return self.lengths if split is None else self.lengths[self.lengths["split"] == SPLITS.index(split)]
 
     def unique(self, transitions: int, seed: int) -> Dataset:
         """The same files with exactly so many transitions in the training split: whole episodes in an order that `seed` draws, the last one
@@ -140,11 +237,12 @@ class Dataset:
         ends = np.cumsum(self.table["length"][order])
         kept = int(np.searchsorted(ends, transitions)) + 1
         view = copy(self)
-        view.table = self.table.copy()
-        view.table["split"][order[kept:]] = UNUSED
+        view._view = table = self.table.copy()
+        table["split"][order[kept:]] = UNUSED
         if (over := int(ends[kept - 1]) - transitions) > 0:
-            view.table["length"][order[kept - 1]] -= over
-            view.table["outcome"][order[kept - 1]] = OUTCOMES.index("unfinished")
+            table["length"][order[kept - 1]] -= over
+            table["outcome"][order[kept - 1]] = OUTCOMES.index("unfinished")
+        view.lengths = lengths_of(table)
         return view
 
     # -- rows ----------------------------------------------------------------------------------------------------
@@ -153,13 +251,15 @@ class Dataset:
         """A shard's memory-mapped array. Raises ArtifactError where it is missing or damaged."""
         found = self._open.get((shard, name))
         if found is None:
-            found = self._open[shard, name] = _load(self._folders[shard] / f"{name}.npy", mapped=True)
+            part = int(self.shard_part[shard])
+            self._ahead(lambda other: self._arrays_of([shard], other))
+            found = self._open[shard, name] = _load(self._file(part, f"shards/{self.shards[shard]}/{name}.npy"), mapped=True)
         return found
 
     def gather(self, name: str, shards: Array, rows: Array) -> Array:
         """Rows of one array: `shards` [K], `rows` [K, ...] within them -> [K, ..., columns]. One read a shard, no loop over rows."""
         first = int(shards[0]) if len(shards) else 0
-        if len(self._folders) == 1 or (shards == first).all():
+        if len(self.shards) == 1 or (shards == first).all():
             return self.array(first, name).take(rows, axis=0)
         distinct, inverse = np.unique(shards, return_inverse=True)
         out = None
