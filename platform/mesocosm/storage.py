@@ -237,8 +237,8 @@ class Storage:
         return self._named(kind, ref, self.find)
 
     def partial(self, kind: str, ref: str, most: int | None = None) -> Partial:
-        """As `artifact`, but a file is fetched and verified when it is asked for. On a remote root the cache then keeps at most so many bytes of
-        shards (None: all)."""
+        """As `artifact`, but what is asked for is fetched and verified then. Of a remote root's shards this machine then keeps at most so many
+        bytes (None: all)."""
 
         def find(kind: str, id: str) -> Partial | None:
             commit = self._commit_of(kind, id)

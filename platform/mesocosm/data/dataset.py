@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from mesocosm.data.spaces import SpaceCodec, space_from_json
 from mesocosm.data.writer import DatasetWriter, sort_key, write_dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model.spec import Parts
-from mesocosm.partial import Partial
+from mesocosm.partial import Files, Partial, Whole
 
 if TYPE_CHECKING:
     from mesocosm.data.codec import Codec
@@ -47,20 +47,21 @@ class Chunk:
 
 
 class Dataset:
-    """The episodes of `paths` (folders of datasets, or artifacts of which only what is touched is fetched) in order, numbered 0..E-1.
+    """The episodes of `paths` (folders of datasets, or artifacts of which only what is touched is fetched and verified) in order, numbered 0..E-1.
 
-    Opening reads the manifests and `lengths.npy`. `table`, `part`, the options and what needs them (`episodes`, `chunks`, `unique`, ...) hold all
-    episodes, some 60 bytes each; training reads them shard by shard (`records`).
+    Opening reads the manifests and `lengths.npy` (of schema 1, which has none, the table of all episodes). `table`, `part`, the options and what needs
+    them (`episodes`, `chunks`, `unique`, ...) hold all episodes, some 60 bytes each; training reads them shard by shard (`records`).
     Raises ArtifactError where a folder is no dataset or is damaged, UsageError where two are of different environments or spaces.
     """
 
     def __init__(self, paths: Sequence[str | Path | Partial]):
         if not paths:
             raise UsageError("no dataset was given; name at least one in data.datasets")
-        self._files = [path if isinstance(path, Partial) else None for path in paths]
-        self.paths = [path.path if isinstance(path, Partial) else Path(path) for path in paths]
-        self._ahead(lambda _: [MANIFEST, LENGTHS_FILE])
-        self.manifests = [Manifest.read(self._file(part, MANIFEST).parent) for part in range(len(paths))]
+        self._files: list[Files] = [path if isinstance(path, Partial) else Whole(Path(path)) for path in paths]
+        self.paths = [files.path for files in self._files]
+        for files in self._files:
+            files.ahead([MANIFEST, LENGTHS_FILE])
+        self.manifests = [Manifest.read(files.hold(MANIFEST).parent) for files in self._files]
         first = self.manifests[0]
         for path, other in zip(self.paths[1:], self.manifests[1:], strict=True):
             for field, a, b, fix in _facts(first, other):
@@ -75,22 +76,29 @@ class Dataset:
         self.observation_space = self.observation_codec.space
         self.action_space = self.action_codec.space
         self.durations = all(manifest.durations for manifest in self.manifests)
-        self._open: dict[tuple[int, str], Array] = {}
+        self._open: dict[int, dict[str, Array]] = {}
+        self._coming: set[int] = set()
         counts = [len(manifest.shards) for manifest in self.manifests]
         self.shards: list[str] = [shard.name for manifest in self.manifests for shard in manifest.shards]
         """[S] names within their datasets; shards are numbered over all datasets"""
         self.shard_part: Array = np.repeat(np.arange(len(paths)), counts)
         """[S] which of `paths` a shard is of"""
-        episodes = np.array([shard.episodes for manifest in self.manifests for shard in manifest.shards], np.int64)
-        self._ends: Array = np.cumsum(episodes)
-        self._starts: Array = self._ends - episodes
-        lengths = []
-        for part, before in enumerate(np.cumsum(counts) - counts):
-            found = _load(self._file(part, LENGTHS_FILE)).astype(LENGTHS)
+        self._old: dict[int, Array] = {}
+        lengths, episodes = [], []
+        for part, (manifest, before) in enumerate(zip(self.manifests, np.cumsum(counts) - counts, strict=True)):
+            if manifest.schema_version == 1:
+                table = self._old[part] = _load(self._files[part].hold("episodes.npy")).astype(EPISODES)
+                found = lengths_of(table)
+                episodes += np.bincount(table["shard"], minlength=counts[part]).tolist()
+            else:
+                found = _load(self._files[part].hold(LENGTHS_FILE)).astype(LENGTHS)
+                episodes += [shard.episodes for shard in manifest.shards]
             found["shard"] += before
             lengths.append(found)
         self.lengths: Array = np.concatenate(lengths)
         """[n] `manifest.LENGTHS`, sorted by shard"""
+        self._ends: Array = np.cumsum(episodes, dtype=np.int64)
+        self._starts: Array = self._ends - np.array(episodes, np.int64)
         self.options, self._positions = self._read_options()
         self._view: Array | None = None
         self._whole: dict[str, Array] = {}
@@ -110,41 +118,59 @@ class Dataset:
             options.append(TaskOption(name=name, values=union))
         return options, positions
 
-    # -- files ---------------------------------------------------------------------------------------------------
+    # -- shards --------------------------------------------------------------------------------------------------
 
-    def _file(self, part: int, name: str) -> Path:
-        files = self._files[part]
-        return self.paths[part] / name if files is None else files.file(name)
+    def shard_bytes(self, shard: int) -> int:
+        return self._files[int(self.shard_part[shard])].bytes(f"shards/{self.shards[shard]}")
 
-    def _ahead(self, names: Callable[[int], Iterable[str]]) -> None:
-        for part, files in enumerate(self._files):
-            if files is not None:
-                files.ahead(names(part))
+    @property
+    def most(self) -> int | None:
+        """Bytes of shards that may lie on this machine; None: any."""
+        return min((files.most for files in self._files if files.most is not None), default=None)
 
-    def _arrays_of(self, shards: Iterable[int], part: int) -> list[str]:
-        return [f"shards/{self.shards[shard]}/{name}.npy" for shard in shards if self.shard_part[shard] == part for name in ARRAYS]
+    def turn(self, now: Iterable[int], ahead: Iterable[int] = ()) -> None:
+        """Let go of all shards but these: `now` are read, `ahead` come next and are fetched meanwhile, in threads."""
+        now, ahead = list(now), list(ahead)
+        self._let_go(set(self._open) - {*now, *ahead} | (self._coming - {*now, *ahead}))
+        for shard in (*now, *ahead):
+            self._coming.add(shard)
+            self._files[int(self.shard_part[shard])].ahead([f"shards/{self.shards[shard]}"])
 
-    def turn(self, now: Sequence[int], ahead: Sequence[int]) -> None:
-        """Leave all other shards and use `now`; `ahead` come next and are fetched meanwhile."""
-        left = {shard for shard, _ in self._open} - {*now, *ahead}
-        self._open = {at: array for at, array in self._open.items() if at[0] not in left}
-        for part, files in enumerate(self._files):
-            if files is not None:
-                files.forget(self._arrays_of(left, part))
-                files.ahead([*self._arrays_of(now, part), *self._arrays_of(ahead, part)])
+    def _let_go(self, shards: Iterable[int]) -> None:
+        for shard in list(shards):
+            self._open.pop(shard, None)
+            self._coming.discard(shard)
+            self._files[int(self.shard_part[shard])].release([f"shards/{self.shards[shard]}"])
 
-    def check(self) -> None:
-        """Raise ArtifactError for what was found to be damaged by now."""
-        for files in self._files:
-            if files is not None:
-                files.check()
+    def array(self, shard: int, name: str) -> Array:
+        """A shard's memory-mapped array. Raises ArtifactError where it is missing or damaged."""
+        arrays = self._open.get(shard)
+        if arrays is None:
+            if self.most is not None:  # so that reading here and there goes on, if slowly; `turn` is for those who know where they read
+                sizes = {other: self.shard_bytes(other) for other in self._open}
+                while sizes and 2 * (sum(sizes.values()) + self.shard_bytes(shard)) > self.most:
+                    self._let_go([oldest := next(iter(sizes))])
+                    del sizes[oldest]
+            arrays = self._open[shard] = {}
+        if (found := arrays.get(name)) is None:
+            folder = self._files[int(self.shard_part[shard])].hold(f"shards/{self.shards[shard]}")
+            found = arrays[name] = _load(folder / f"{name}.npy", mapped=True)
+        return found
 
-    def confirm(self) -> Dataset:
-        """Wait until all that was read is verified. Raises ArtifactError where something is damaged."""
-        for files in self._files:
-            if files is not None:
-                files.confirm()
-        return self
+    def gather(self, shards: Array, wanted: Mapping[str, Array]) -> dict[str, Array]:
+        """Rows of arrays by name: `shards` [K], and each array's rows within them, [K, ...] -> [K, ..., columns]. Shard after shard, so that
+        each is held once."""
+        if len(self.shards) == 1 or len(shards) == 0 or (shards == shards[0]).all():
+            shard = int(shards[0]) if len(shards) else 0
+            return {name: self.array(shard, name).take(rows, axis=0) for name, rows in wanted.items()}
+        out: dict[str, Array] = {}
+        for shard, here in grouped(shards):
+            for name, rows in wanted.items():
+                values = self.array(shard, name).take(rows[here], axis=0)
+                if name not in out:
+                    out[name] = np.empty((*rows.shape, *values.shape[rows.ndim :]), values.dtype)
+                out[name][here] = values
+        return out
 
     # -- episodes, as records ------------------------------------------------------------------------------------
 
@@ -152,20 +178,31 @@ class Dataset:
         """A shard's [n] `manifest.EPISODES`, in order; their field `shard` counts within the dataset."""
         if self._view is not None:
             return self._view[self._starts[shard] : self._ends[shard]]
-        return _load(self._file(int(self.shard_part[shard]), f"tables/{self.shards[shard]}.npy"), mapped=True)
+        part = int(self.shard_part[shard])
+        if part in self._old:
+            return self._old[part][self._within(shard)]
+        return _load(self._files[part].hold(f"tables/{self.shards[shard]}.npy"), mapped=True)
+
+    def _within(self, shard: int) -> slice:
+        """Of the episodes of its dataset, those of a shard."""
+        before = self._starts[np.searchsorted(self.shard_part, self.shard_part[shard])]
+        return slice(int(self._starts[shard] - before), int(self._ends[shard] - before))
 
     def shard_options(self, shard: int) -> tuple[Array, Array]:
         """The reset options of a shard's n episodes: [n, k] numbers, and [n, k] positions in `TaskOption.values`."""
         part, count = int(self.shard_part[shard]), int(self._ends[shard] - self._starts[shard])
         if not self.options:
             return np.zeros((count, 0)), np.zeros((count, 0), np.int64)
-        name = f"tables/{self.shards[shard]}"
-        numbers, values = (_load(self._file(part, f"{name}.task_{what}.npy")) for what in ("numbers", "values"))
+        hold = self._files[part].hold
+        if part in self._old:
+            numbers, values = (_load(hold(f"task_{what}.npy"), mapped=True)[self._within(shard)] for what in ("numbers", "values"))
+        else:
+            numbers, values = (_load(hold(f"tables/{self.shards[shard]}.task_{what}.npy")) for what in ("numbers", "values"))
         values = values.astype(np.int64)
         for column, positions in enumerate(self._positions[part]):
             if positions is not None:
                 values[:, column] = positions[values[:, column]]
-        return numbers, values
+        return np.asarray(numbers), values
 
     @property
     def table(self) -> Array:
@@ -173,7 +210,9 @@ class Dataset:
         if self._view is not None:
             return self._view
         if (found := self._whole.get("table")) is None:
-            self._ahead(lambda part: [f"tables/{name}.npy" for name, of in zip(self.shards, self.shard_part, strict=True) if of == part])
+            for name, part in zip(self.shards, self.shard_part, strict=True):
+                if part not in self._old:
+                    self._files[part].ahead([f"tables/{name}.npy"])
             found = np.concatenate([self.records(shard) for shard in range(len(self.shards))]).astype(EPISODES)
             found["shard"] = np.repeat(np.arange(len(self.shards)), self._ends - self._starts)
             self._whole["table"] = found
@@ -247,31 +286,6 @@ class Dataset:
 
     # -- rows ----------------------------------------------------------------------------------------------------
 
-    def array(self, shard: int, name: str) -> Array:
-        """A shard's memory-mapped array. Raises ArtifactError where it is missing or damaged."""
-        found = self._open.get((shard, name))
-        if found is None:
-            part = int(self.shard_part[shard])
-            self._ahead(lambda other: self._arrays_of([shard], other))
-            found = self._open[shard, name] = _load(self._file(part, f"shards/{self.shards[shard]}/{name}.npy"), mapped=True)
-        return found
-
-    def gather(self, name: str, shards: Array, rows: Array) -> Array:
-        """Rows of one array: `shards` [K], `rows` [K, ...] within them -> [K, ..., columns]. One read a shard, no loop over rows."""
-        first = int(shards[0]) if len(shards) else 0
-        if len(self.shards) == 1 or (shards == first).all():
-            return self.array(first, name).take(rows, axis=0)
-        distinct, inverse = np.unique(shards, return_inverse=True)
-        out = None
-        for position, shard in enumerate(distinct):
-            here = inverse == position
-            values = self.array(int(shard), name).take(rows[here], axis=0)
-            if out is None:
-                out = np.empty((*rows.shape, *values.shape[rows.ndim :]), values.dtype)
-            out[here] = values.astype(out.dtype, copy=False)
-        assert out is not None
-        return out
-
     def chunks(self, split: Split | None = None) -> Iterator[Chunk]:
         """The split's whole episodes in order, about 64k rows at a time."""
         numbers = self.episodes(split)
@@ -284,7 +298,9 @@ class Dataset:
             shards = np.repeat(self.table["shard"][episodes], lengths)
             last = np.zeros(len(at), bool)
             last[ends - 1] = True
-            yield Chunk(episodes, {name: self.gather(name, shards, at) for name in ARRAYS}, last)
+            self.turn(np.unique(shards).tolist())
+            yield Chunk(episodes, self.gather(shards, dict.fromkeys(ARRAYS, at)), last)
+        self.turn(())
 
     # -- episodes ------------------------------------------------------------------------------------------------
 
@@ -337,9 +353,21 @@ class Dataset:
 
     def _parts(self, codec: Codec, episodes: Array, steps: Array) -> tuple[Parts, Parts]:
         shards, rows = self.table["shard"][episodes], self.table["first_row"][episodes] + steps
-        numbers, categories = self.gather("obs_num", shards, rows), self.gather("obs_cat", shards, rows)
+        numbers, categories = self.gather(shards, {"obs_num": rows, "obs_cat": rows}).values()
         options = codec.option_rows(self.options, self.option_numbers, self.option_values)
         return codec.task_parts(numbers, categories, options[episodes]), codec.observation_parts(numbers, categories)
+
+
+def grouped(shards: Array) -> Iterator[tuple[int, Array | slice]]:
+    """Each distinct value of [K] and where it stands."""
+    order = np.argsort(shards, kind="stable")
+    ordered = shards[order]
+    starts = np.flatnonzero(np.r_[len(shards) > 0, ordered[1:] != ordered[:-1]])
+    if len(starts) == 1:
+        yield int(shards[0]), slice(None)
+        return
+    for start, end in zip(starts, np.r_[starts[1:], len(shards)][: len(starts)], strict=True):
+        yield int(ordered[start]), order[start:end]
 
 
 def _facts(a: Manifest, b: Manifest) -> Iterator[tuple[str, Any, Any, str]]:

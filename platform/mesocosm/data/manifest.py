@@ -115,11 +115,13 @@ class Counts(_Model):
 class Shard(_Model):
     name: str
     rows: int
-    episodes: int
+    episodes: int = 0
+    """Not said in schema 1."""
 
 
 class Manifest(_Model):
-    schema_version: Literal[2]
+    schema_version: Literal[1, 2]
+    """1 has the episodes of all shards in one `episodes.npy`, and no `lengths.npy`."""
     id: str
     environment: Environment
     observation_space: dict[str, Any]
@@ -148,4 +150,6 @@ class Manifest(_Model):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise ArtifactError(f"{str(path)!r} is not a manifest of schema {SCHEMA}: {where}: {first['msg']}; make it again by its job with --force") from error
+            raise ArtifactError(
+                f"{str(path)!r} is not a manifest of schema {SCHEMA}: {where}: {first['msg']}; make it again by its job with --force"
+            ) from error

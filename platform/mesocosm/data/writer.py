@@ -40,8 +40,22 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from mesocosm.data.episode import Episode
-from mesocosm.data.manifest import ARRAYS, EPISODES, LENGTHS_FILE, MANIFEST, OUTCOMES, SCHEMA, SPLITS, Behaviour, Counts
-from mesocosm.data.manifest import Environment, Manifest, Shard, TaskOption, lengths_of
+from mesocosm.data.manifest import (
+    ARRAYS,
+    EPISODES,
+    LENGTHS_FILE,
+    MANIFEST,
+    OUTCOMES,
+    SCHEMA,
+    SPLITS,
+    Behaviour,
+    Counts,
+    Environment,
+    Manifest,
+    Shard,
+    TaskOption,
+    lengths_of,
+)
 from mesocosm.data.permutation import key
 from mesocosm.data.spaces import SpaceCodec, space_to_json
 from mesocosm.errors import MesocosmError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,19 +43,17 @@ def transitions(dataset: Dataset, codec: Codec, limit: int = MAX_TRANSITIONS) ->
     chosen = np.arange(total) if total <= limit else np.arange(limit) * total // limit
     position = np.searchsorted(ends, chosen, "right")
     number = episodes[position]
-    shards = dataset.table["shard"][number]
     rows = dataset.table["first_row"][number] + chosen - (ends - lengths)[position]
-
-    def gather(name: str, offset: int = 0) -> NDArray[Any]:
-        return dataset.gather(name, shards, rows + offset)
-
+    pairs = rows[:, None] + np.arange(2)
+    found = dataset.gather(dataset.table["shard"][number], {"obs_num": pairs, "obs_cat": pairs, "act_num": rows, "act_cat": rows})
+    dataset.turn(())
     options = codec.option_rows(dataset.options, dataset.option_numbers, dataset.option_values)
-    numbers, categories = gather("obs_num"), gather("obs_cat")
+    numbers, categories = found["obs_num"], found["obs_cat"]
     return (
-        codec.observation_parts(numbers, categories),
-        codec.action_parts(gather("act_num"), gather("act_cat")),
-        codec.task_parts(numbers, categories, options[number]),
-        codec.observation_parts(gather("obs_num", 1), gather("obs_cat", 1)),
+        codec.observation_parts(numbers[:, 0], categories[:, 0]),
+        codec.action_parts(found["act_num"], found["act_cat"]),
+        codec.task_parts(numbers[:, 0], categories[:, 0], options[number]),
+        codec.observation_parts(numbers[:, 1], categories[:, 1]),
         torch.from_numpy(dataset.table["hash"][number].astype(np.int64)),
     )
 
