@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from safetensors.torch import load, save
 
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
+from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
 from mesocosm.model.config import ModelConfig
@@ -24,9 +24,19 @@ CODEC = "codec.json"
 FLOPS = "flops.json"
 
 
-def open_datasets(storage: Storage, ids: list[str]) -> Dataset:
-    """The finished datasets, as one. Raises UsageError or ArtifactError naming what is missing, damaged or of another environment."""
-    return Dataset([Path(storage.artifact("datasets", id).path) for id in ids])
+def open_datasets(storage: Storage, ids: list[str], cache_gib: float | None = None) -> Dataset:
+    """The finished datasets, as one; their shards are fetched and verified when they are read. Raises UsageError or ArtifactError naming what is
+    missing, damaged or of another environment."""
+    most = None if cache_gib is None else int(cache_gib * 2**30)
+    return Dataset([storage.partial("datasets", id, most) for id in ids])
+
+
+def fit_codec(dataset: Dataset) -> Codec:
+    """`Codec.fit`, the first to read the data: before anything starts, so that UsageError says what is damaged."""
+    try:
+        return Codec.fit(dataset)
+    except ArtifactError as error:
+        raise UsageError(str(error)) from error
 
 
 def narrowed(dataset: Dataset, unique: int | None, seed: int) -> Dataset:
@@ -63,7 +73,7 @@ def fitted_codec(storage: Storage, folder: str, dataset: Dataset) -> Codec:
     kept = storage.read(f"{folder}/{CODEC}")
     if kept is not None:
         return Codec.from_json(json.loads(kept))
-    codec = Codec.fit(dataset)
+    codec = fit_codec(dataset)
     storage.write(f"{folder}/{CODEC}", json.dumps(codec.to_json()).encode())
     return codec
 
