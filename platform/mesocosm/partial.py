@@ -263,9 +263,9 @@ def _flat(name: str) -> str:
 
 
 def _used(path: Path) -> None:
-    """A unit carries the time of its last use."""
+    """A unit carries the time of its last use; finer than the kernel's own clock for it, whose ticks are milliseconds."""
     with suppress(OSError):
-        os.utime(path)
+        os.utime(path, ns=(time.time_ns(), time.time_ns()))
 
 
 def _when(folder: Path) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset, Split
+from mesocosm.data.dataset import Array, Dataset, Split
 from mesocosm.data.index import FIRST_ROW, HASH, LENGTH, TERMINAL, UNIFORM, Found, Index, Order, Tables, merged
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Events, Windows
@@ -156,27 +156,28 @@ class Loader:
         first = np.maximum(start, 0)
         return _Place(found, first, np.minimum(start + self.window, found.facts[:, LENGTH]) - first)
 
-    def _windows(self, place: _Place) -> Windows:
-        """Rows after a window's end repeat its last observation, and their actions its last action: nothing later leaks in."""
-        codec, found = self.codec, place.found
-        steps = np.arange(self.window)
-        base = (found.facts[:, FIRST_ROW] + place.first)[:, None]
-        mask = steps < place.length[:, None]
+    def _read(self, place: _Place) -> dict[str, Array]:
+        """Raw rows, [K, W+1, ...] of observations and [K, W, ...] of the rest. Rows after a window's end repeat its last observation, and their
+        actions its last action: nothing later leaks in."""
+        base = (place.found.facts[:, FIRST_ROW] + place.first)[:, None]
         rows = base + np.minimum(np.arange(self.window + 1), place.length[:, None])
-        transitions = base + np.minimum(steps, np.maximum(place.length - 1, 0)[:, None])
-        wanted = {"obs_num": rows, "obs_cat": rows, "act_num": transitions, "act_cat": transitions, "reward": transitions, "terminated": transitions}
-        data = self.dataset.gather(found.shards, wanted | ({"duration": transitions} if codec.spec.durations else {}))
+        transitions = base + np.minimum(np.arange(self.window), np.maximum(place.length - 1, 0)[:, None])
+        names = ("act_num", "act_cat", "reward", "terminated", *(["duration"] if self.codec.spec.durations else []))
+        return self.dataset.gather(place.found.shards, {"obs_num": rows, "obs_cat": rows} | dict.fromkeys(names, transitions))
+
+    def _windows(self, place: _Place) -> Windows:
+        codec, found, data = self.codec, place.found, self._read(place)
         numbers, categories = data["obs_num"], data["obs_cat"]
+        mask = np.arange(self.window) < place.length[:, None]
         there = torch.from_numpy(mask)
         zero = torch.zeros(())
-        reward = codec.reward(data["reward"])
         terminated = torch.from_numpy(data["terminated"].astype(np.float32))
         seconds = data["duration"] if codec.spec.durations else np.zeros(mask.shape)
         return Windows(
             observation=codec.observation_parts(numbers, categories),
             action=codec.action_parts(data["act_num"], data["act_cat"]),
             task=codec.task_parts(numbers[:, 0], categories[:, 0], found.options),
-            reward=torch.where(there, reward, zero),
+            reward=torch.where(there, codec.reward(data["reward"]), zero),
             terminated=torch.where(there, terminated, zero),
             duration=torch.where(there, codec.duration(seconds), zero),
             mask=there,
