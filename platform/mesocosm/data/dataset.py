@@ -164,9 +164,11 @@ class Dataset:
             shard = int(shards[0]) if len(shards) else 0
             return {name: self.array(shard, name).take(rows, axis=0) for name, rows in wanted.items()}
         out: dict[str, Array] = {}
+        distinct = {id(rows): rows for rows in wanted.values()}
         for shard, here in grouped(shards):
+            at = {number: rows[here] for number, rows in distinct.items()}
             for name, rows in wanted.items():
-                values = self.array(shard, name).take(rows[here], axis=0)
+                values = self.array(shard, name).take(at[id(rows)], axis=0)
                 if name not in out:
                     out[name] = np.empty((*rows.shape, *values.shape[rows.ndim :]), values.dtype)
                 out[name][here] = values

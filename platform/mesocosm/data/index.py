@@ -9,11 +9,12 @@ of a block are others in every epoch.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from mesocosm.data.codec import Codec
@@ -189,13 +190,14 @@ class Order:
         return epoch, int(np.searchsorted(self._epoch(epoch)[1], position, "right"))
 
     def near(self, first: int, last: int) -> tuple[list[int], list[int]]:
-        """The shards that samples `first`..`last` lie in, and those of the block after."""
+        """The shards that samples `first`..`last` lie in, and those of the block after, where they lie in one block."""
         at, end = self._at(first), self._at(last)
         now: list[int] = []
+        one = at == end
         while at <= end:
             now += self._shards(*at).tolist()
             at = (at[0], at[1] + 1) if at[1] + 1 < len(self._epoch(at[0])[1]) else (at[0] + 1, 0)
-        return now, self._shards(*at).tolist()
+        return now, self._shards(*at).tolist() if one else []
 
     def largest(self) -> int:
         """Bytes that the largest block may have, whatever shards come together."""
@@ -228,3 +230,29 @@ def tiles(length: NDArray[np.int64], window: int) -> tuple[Index, Index, Index]:
     low = np.where(more, spare + 1, 0)
     shifts = np.where(more, window - 1 - spare, np.where(least > 1, spare + 1, 1))
     return least + more, low, shifts
+
+
+def rows_of(dataset: Dataset, shards: Index, first: Index, length: Index, window: int, more: Mapping[str, int]) -> dict[str, NDArray[Any]]:
+    """K windows of `window` transitions of which `length` [K] are there, from rows `first` [K] of their shards on -> of each array that `more`
+    names [K, window + more, ...], its rows after the window's own repeat the last of these (of `length` + more)."""
+    out: dict[str, NDArray[Any]] = {}
+    for shard, here in grouped(shards):
+        starts, there = first[here], length[here]
+        places = np.arange(len(shards))[here]
+        full = there == window
+        whole, part = places[full], places[~full]
+        rows = {m: starts[~full, None] + np.minimum(np.arange(window + m), np.maximum(there[~full] - 1 + m, 0)[:, None]) for m in set(more.values())}
+        for name, m in more.items():
+            array = dataset.array(shard, name)
+            if name not in out:
+                out[name] = np.empty((len(shards), window + m, *array.shape[1:]), array.dtype)
+            if len(whole):  # runs of rows: copied as such, which takes two thirds of the time that row by row does
+                out[name][whole] = sliding(array, window + m)[starts[full]]
+            if len(part):
+                out[name][part] = array.take(rows[m], axis=0)
+    return out
+
+
+def sliding(array: NDArray[Any], size: int) -> NDArray[Any]:
+    """[N, ...] -> a view [N - size + 1, size, ...] of every run of so many rows; numpy's own sliding_window_view puts them last."""
+    return as_strided(array, (len(array) - size + 1, size, *array.shape[1:]), (array.strides[0], *array.strides), writeable=False)

@@ -20,9 +20,12 @@ import torch
 
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Array, Dataset, Split
-from mesocosm.data.index import FIRST_ROW, HASH, LENGTH, TERMINAL, UNIFORM, Found, Index, Order, Tables, merged
+from mesocosm.data.index import FIRST_ROW, HASH, LENGTH, TERMINAL, UNIFORM, Found, Index, Order, Tables, merged, rows_of
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Events, Windows
+
+READ_AHEAD = 8 << 20
+"""Bytes of raw rows that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Loader:
     weights: of the batches' windows and events, the share of each of the dataset's `paths` (None: each as much as it has). A dataset's epochs
         then are its own; `windows_per_epoch` counts those of all.
     Raises UsageError where the split, or one that has a weight, is empty, or the shards' cache is too small for two blocks.
-    Memory: a few integers a shard, and the episodes of at most `index.SHARDS` of them.
+    Memory: a few integers a shard, the episodes of at most `index.SHARDS` of them, and READ_AHEAD.
     """
 
     def __init__(
@@ -77,6 +80,13 @@ class Loader:
             if not order.windows:
                 raise UsageError(f"the {split} split of {of} is empty; collect more episodes")
         self._block = block
+        observation, action = dataset.observation_codec, dataset.action_codec
+        row = 8 * (observation.numbers + action.numbers + 2) + 4 * (observation.categories + action.categories)
+        most = READ_AHEAD // (row * window * batch)
+        if block is not None:  # so that what is read at once lies in one block, or at the end of one and the start of the next
+            most = min(most, min(order.windows * block // len(order.shards) for order in self._orders) // (4 * batch))
+        self._at_once = max(1, most)
+        self._read_ahead: tuple[int, int, int, _Place, dict[str, Array]] | None = None
         self._turns = Turns([1.0] if weights is None else weights)
         with_terminals = [share * (order.terminals > 0) for share, order in zip(self._turns.shares, self._orders, strict=True)]
         self._oversampled = (np.arange(events) % 3 == 0) & (sum(with_terminals) > 0)
@@ -117,9 +127,7 @@ class Loader:
 
         Raises UsageError where the batch or the events do not divide by `world_size`.
         """
-        lo, hi = self._slice(self.batch_size, "batch of windows", rank, world_size)
-        self._turn(step, lo, hi)
-        windows = self._windows(self._places(np.arange(lo, hi) + step * self.batch_size))
+        windows = self._windows(*self._ahead(step, *self._slice(self.batch_size, "batch of windows", rank, world_size)))
         if not self.events:
             return windows
         return Windows(**{**vars(windows), "events": self._events(step, rank, world_size)})
@@ -130,15 +138,30 @@ class Loader:
         each = size // world_size
         return rank * each, (rank + 1) * each
 
+    def _ahead(self, step: int, lo: int, hi: int) -> tuple[_Place, dict[str, Array]]:
+        """Where a slice of a batch lies, and its rows. Several batches are looked up and read at once: alone, the smaller ones would cost more in
+        calls than in bytes."""
+        first, size = step - step % self._at_once, hi - lo
+        if self._read_ahead is None or self._read_ahead[:3] != (first, lo, hi):
+            self._read_ahead = None
+            self._turn(first, lo, hi)
+            steps = np.arange(first, first + self._at_once)
+            place = self._places((steps[:, None] * self.batch_size + np.arange(lo, hi)).reshape(-1))
+            self._read_ahead = first, lo, hi, place, self._read(place)
+        *_, place, data = self._read_ahead
+        here = slice((step - first) * size, (step - first + 1) * size)
+        found = Found(*(value[here] for value in vars(place.found).values()))
+        return _Place(found, place.first[here], place.length[here]), {name: rows[here] for name, rows in data.items()}
+
     def _turn(self, step: int, lo: int, hi: int) -> None:
-        """Hold the blocks of a slice of the batch, and of the step's events."""
+        """Hold the blocks of a slice of the batches that are read with `step`, and of their events."""
         if self._block is None:
             return
         now: set[int] = set()
         ahead: set[int] = set()
-        first = step * self.batch_size
+        first, last = step * self.batch_size, (step + self._at_once - 1) * self.batch_size
         starts = self._turns.before(first) if self.events else self._turns.before(first + lo)
-        for order, start, end in zip(self._orders, starts, self._turns.before(first + hi), strict=True):
+        for order, start, end in zip(self._orders, starts, self._turns.before(last + hi), strict=True):
             here, after = order.near(start, max(start, end - 1))
             now.update(here)
             ahead.update(after)
@@ -159,14 +182,12 @@ class Loader:
     def _read(self, place: _Place) -> dict[str, Array]:
         """Raw rows, [K, W+1, ...] of observations and [K, W, ...] of the rest. Rows after a window's end repeat its last observation, and their
         actions its last action: nothing later leaks in."""
-        base = (place.found.facts[:, FIRST_ROW] + place.first)[:, None]
-        rows = base + np.minimum(np.arange(self.window + 1), place.length[:, None])
-        transitions = base + np.minimum(np.arange(self.window), np.maximum(place.length - 1, 0)[:, None])
         names = ("act_num", "act_cat", "reward", "terminated", *(["duration"] if self.codec.spec.durations else []))
-        return self.dataset.gather(place.found.shards, {"obs_num": rows, "obs_cat": rows} | dict.fromkeys(names, transitions))
+        more = {"obs_num": 1, "obs_cat": 1} | dict.fromkeys(names, 0)
+        return rows_of(self.dataset, place.found.shards, place.found.facts[:, FIRST_ROW] + place.first, place.length, self.window, more)
 
-    def _windows(self, place: _Place) -> Windows:
-        codec, found, data = self.codec, place.found, self._read(place)
+    def _windows(self, place: _Place, data: dict[str, Array]) -> Windows:
+        codec, found = self.codec, place.found
         numbers, categories = data["obs_num"], data["obs_cat"]
         mask = np.arange(self.window) < place.length[:, None]
         there = torch.from_numpy(mask)
@@ -253,7 +274,8 @@ class Loader:
             if self._block is not None:
                 self.dataset.turn(np.unique(found.shards).tolist())
             place = self._cut(found, np.where(there, found.rest, 0) * self.window)
-            yield self._windows(_Place(found, place.first, np.where(there, place.length, 0)))
+            cut = _Place(found, place.first, np.where(there, place.length, 0))
+            yield self._windows(cut, self._read(cut))
         if self._block is not None:
             self.dataset.turn(())
 
