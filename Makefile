@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install run test test-all lint bench bench-agents bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-buy clean
+.PHONY: install run test test-all lint bench bench-agents bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy clean
 
 install: $(STAMP)
 
@@ -35,7 +35,7 @@ lint: install
 
 bench: bench-serve bench-world
 
-bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-buy: install
+bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy: install
 	$(BIN)/python tests/bench/$(subst -,_,$@).py
 
 bench-agents: install

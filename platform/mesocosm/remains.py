@@ -113,6 +113,11 @@ def _gone(storage: Storage, finished: dict[str, set[str]]) -> Iterator[Remain]:
         for folder in _entries(storage.local_path("cache", kind)):
             if folder.name not in finished[kind]:
                 yield _on_disk("cache", folder, f"{kind}/{folder.name} is gone from {storage.root}", partial(_rmtree, folder))
+        for part in _entries(storage.local_path("cache", "parts", kind)):
+            named = storage.folder_of(kind, part.name) if part.name in finished[kind] else None
+            for folder in _entries(part):
+                if folder.name != named:
+                    yield _on_disk("cache", folder, f"{storage.root} has no such {kind}/{part.name} any more", partial(_rmtree, folder))
 
 
 def _scratch(storage: Storage, remark: Callable[[str], None]) -> Iterator[Remain]:

@@ -23,7 +23,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow.fs as pafs
@@ -31,12 +31,14 @@ import pyarrow.fs as pafs
 from mesocosm import __version__
 from mesocosm.durable import entry, files_of, sha256, sync, sync_tree, write_synced
 from mesocosm.errors import ArtifactError, UsageError, nearest
+from mesocosm.partial import Partial
 
 KINDS = ("datasets", "worlds", "laws", "plans", "agents", "evaluations")
 COMMIT = "COMMIT.json"
 SCHEMA = 1
 AT_ONCE = 4
 """Files of an artifact that are transferred, or checked, at once."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -219,18 +221,34 @@ class Storage:
 
     def find(self, kind: str, id: str) -> Artifact | None:
         """The finished artifact, verified against its checksums; None where none was committed."""
+        commit = self._commit_of(kind, id)
+        return None if commit is None else Artifact(kind, id, self._verified(kind, id, commit), self.url(kind, id), commit["meta"])
+
+    def _commit_of(self, kind: str, id: str) -> dict[str, Any] | None:
         raw = self.read(f"{kind}/{id}/{COMMIT}")
         if raw is None:
             return None
-        commit = json.loads(raw)
+        commit: dict[str, Any] = json.loads(raw)
         _check_names(f"{kind}/{id}", [*commit["files"], commit.get("folder", "")])
-        path = self._verified(kind, id, commit)
-        return Artifact(kind, id, path, self.url(kind, id), commit["meta"])
+        return commit
 
     def artifact(self, kind: str, ref: str) -> Artifact:
         """The artifact that `ref` names: an id, `kind/id`, or a unique prefix of an id. Raises UsageError if there is none."""
+        return self._named(kind, ref, self.find)
+
+    def partial(self, kind: str, ref: str, most: int | None = None) -> Partial:
+        """As `artifact`, but what is asked for is fetched and verified then. Of a remote root's shards this machine then keeps at most so many
+        bytes (None: all)."""
+
+        def find(kind: str, id: str) -> Partial | None:
+            commit = self._commit_of(kind, id)
+            return None if commit is None else Partial(self, kind, id, self._at(kind, id), commit, most)
+
+        return self._named(kind, ref, find)
+
+    def _named(self, kind: str, ref: str, find: Callable[[str, str], T | None]) -> T:
         id = ref.removeprefix(f"{kind}/")
-        if id and "/" not in id and (exact := self.find(kind, id)) is not None:
+        if id and "/" not in id and (exact := find(kind, id)) is not None:
             return exact
         ids = [name for name in self.list(kind) if self.read(f"{kind}/{name}/{COMMIT}") is not None]
         matches = [name for name in ids if id and name.startswith(id)]
@@ -241,7 +259,7 @@ class Storage:
             if id and id in self.list(kind):
                 fix = "; it was begun and never finished: run its job again"
             raise UsageError(f"no artifact {kind}/{id or repr(id)} in storage.root {self.root!r}{fix}")
-        found = self.find(kind, matches[0])
+        found = find(kind, matches[0])
         assert found is not None
         return found
 
@@ -332,19 +350,24 @@ class Storage:
             path, expected = local / name, commit["files"][name]["sha256"]
             if path.exists() and sha256(path) == expected:
                 return
-            there = self.url(kind, id, commit["folder"], name) if self.remote else str(path)
-            if self.remote and self._fetch(self._path(kind, id, commit["folder"], name), path) and sha256(path) == expected:
+            if self.remote and self.fetch(kind, id, commit, name, path) and sha256(path) == expected:
                 return
-            maker = f"`mesocosm {commit['meta']['job']}` with --force" if "job" in commit["meta"] else "its job with --force"
-            how = f"is damaged (its sha256 is not that of {COMMIT})" if path.exists() else "is missing"
-            raise ArtifactError(f"{kind}/{id}: file {name!r} {how}; make the artifact again by {maker}, or restore {there} from a copy")
+            raise self.damaged(kind, id, commit, name, there=path.exists())
 
         with _at_once(check, commit["files"]):
             pass
         return local
 
-    def _fetch(self, source: str, path: Path) -> bool:
-        """Into the cache; False where there is no such file."""
+    def damaged(self, kind: str, id: str, commit: Mapping[str, Any], name: str, *, there: bool) -> ArtifactError:
+        """What to say of a file at the root that is not as COMMIT.json says, or is not there."""
+        where = self.url(kind, id, commit["folder"], name) if self.remote else self._path(kind, id, name)
+        maker = f"`mesocosm {commit['meta']['job']}` with --force" if "job" in commit["meta"] else "its job with --force"
+        how = f"is damaged (its sha256 is not that of {COMMIT})" if there else "is missing"
+        return ArtifactError(f"{kind}/{id}: file {name!r} {how}; make the artifact again by {maker}, or restore {where} from a copy")
+
+    def fetch(self, kind: str, id: str, commit: Mapping[str, Any], name: str, path: Path) -> bool:
+        """An artifact's file from a remote root into `path`, whole or not at all; False where there is no such file."""
+        source = self._path(kind, id, commit["folder"], name)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         try:

@@ -118,7 +118,7 @@ def test_a_damaged_dataset_is_wrong_use_as_long_as_nothing_started(tmp_path: Pat
     with pytest.raises(UsageError, match=said):
         plan(given)
     with pytest.raises(UsageError, match=said):
-        run(given, cast(Any, SimpleNamespace(storage=Storage(given.storage.root))))
+        run(given, cast(Any, SimpleNamespace(storage=Storage(given.storage.root), record=lambda **_: None)))
 
 
 def test_a_plan_counts_without_doing(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:

@@ -1,8 +1,8 @@
-"""Opens one or several datasets as one, memory-mapped: opening reads the episode tables only, whatever the datasets' size."""
+"""Opens one or several datasets as one, memory-mapped: opening reads what is said of the shards, not of the episodes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.episode import Episode, Outcome
-from mesocosm.data.manifest import ARRAYS, EPISODES, OUTCOMES, SPLITS, Environment, Manifest, TaskOption
+from mesocosm.data.manifest import ARRAYS, EPISODES, LENGTHS, LENGTHS_FILE, MANIFEST, OUTCOMES, SPLITS, Environment, Manifest, TaskOption, lengths_of
 from mesocosm.data.permutation import key, permute
 from mesocosm.data.spaces import SpaceCodec, space_from_json
 from mesocosm.data.writer import DatasetWriter, sort_key, write_dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model.spec import Parts
+from mesocosm.partial import Files, Partial, Whole
 
 if TYPE_CHECKING:
     from mesocosm.data.codec import Codec
@@ -46,16 +47,21 @@ class Chunk:
 
 
 class Dataset:
-    """The episodes of `paths` (folders of datasets) in order, numbered 0..E-1.
+    """The episodes of `paths` (folders of datasets, or artifacts of which only what is touched is fetched and verified) in order, numbered 0..E-1.
 
+    Opening reads the manifests and `lengths.npy` (of schema 1, which has none, the table of all episodes). `table`, `part`, the options and what needs
+    them (`episodes`, `chunks`, `unique`, ...) hold all episodes, some 60 bytes each; training reads them shard by shard (`records`).
     Raises ArtifactError where a folder is no dataset or is damaged, UsageError where two are of different environments or spaces.
     """
 
-    def __init__(self, paths: Sequence[str | Path]):
+    def __init__(self, paths: Sequence[str | Path | Partial]):
         if not paths:
             raise UsageError("no dataset was given; name at least one in data.datasets")
-        self.paths = [Path(path) for path in paths]
-        self.manifests = [Manifest.read(path) for path in self.paths]
+        self._files: list[Files] = [path if isinstance(path, Partial) else Whole(Path(path)) for path in paths]
+        self.paths = [files.path for files in self._files]
+        for files in self._files:
+            files.ahead([MANIFEST, LENGTHS_FILE])
+        self.manifests = [Manifest.read(files.hold(MANIFEST).parent) for files in self._files]
         first = self.manifests[0]
         for path, other in zip(self.paths[1:], self.manifests[1:], strict=True):
             for field, a, b, fix in _facts(first, other):
@@ -70,46 +76,178 @@ class Dataset:
         self.observation_space = self.observation_codec.space
         self.action_space = self.action_codec.space
         self.durations = all(manifest.durations for manifest in self.manifests)
-        self._folders: list[Path] = []
-        self._open: dict[tuple[int, str], Array] = {}
-        tables = []
-        for path, manifest in zip(self.paths, self.manifests, strict=True):
-            table = _load(path / "episodes.npy").astype(EPISODES)
-            table["shard"] += len(self._folders)
-            self._folders += [path / "shards" / shard.name for shard in manifest.shards]
-            tables.append(table)
-        self.table: Array = np.concatenate(tables)
-        """[E] records of `manifest.EPISODES`; `shard` counts over all datasets"""
-        self.part: Array = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
-        """[E] which of `paths` an episode is from"""
-        self.options, self.option_numbers, self.option_values = self._read_options()
+        self._open: dict[int, dict[str, Array]] = {}
+        self._coming: set[int] = set()
+        self._pinned: set[int] = set()
+        counts = [len(manifest.shards) for manifest in self.manifests]
+        self.shards: list[str] = [shard.name for manifest in self.manifests for shard in manifest.shards]
+        """[S] names within their datasets; shards are numbered over all datasets"""
+        self.shard_part: Array = np.repeat(np.arange(len(paths)), counts)
+        """[S] which of `paths` a shard is of"""
+        self._old: dict[int, Array] = {}
+        lengths, episodes = [], []
+        for part, (manifest, before) in enumerate(zip(self.manifests, np.cumsum(counts) - counts, strict=True)):
+            if manifest.schema_version == 1:
+                table = self._old[part] = _load(self._files[part].hold("episodes.npy")).astype(EPISODES)
+                found = lengths_of(table)
+                episodes += np.bincount(table["shard"], minlength=counts[part]).tolist()
+            else:
+                found = _load(self._files[part].hold(LENGTHS_FILE)).astype(LENGTHS)
+                episodes += [shard.episodes for shard in manifest.shards]
+            found["shard"] += before
+            lengths.append(found)
+        self.lengths: Array = np.concatenate(lengths)
+        """[n] `manifest.LENGTHS`, sorted by shard"""
+        self._ends: Array = np.cumsum(episodes, dtype=np.int64)
+        self._starts: Array = self._ends - np.array(episodes, np.int64)
+        self.options, self._positions = self._read_options()
+        self._view: Array | None = None
+        self._whole: dict[str, Array] = {}
 
-    def _read_options(self) -> tuple[list[TaskOption], Array, Array]:
-        """The reset options of the task: what they are, [E, k] numbers, and [E, k] positions in `TaskOption.values`."""
+    def _read_options(self) -> tuple[list[TaskOption], list[list[Array | None]]]:
+        """The reset options of the task, and of each dataset and option where its values are among those of all (None: a number)."""
         options = []
-        names = [option.name for option in self.manifests[0].task_options]
-        count = len(self.table)
-        numbers, values = np.zeros((count, len(names))), np.zeros((count, len(names)), np.int64)
-        if not names:
-            return [], numbers, values
-        for part, path in enumerate(self.paths):
-            numbers[self.part == part] = _load(path / "task_numbers.npy")
-            values[self.part == part] = _load(path / "task_values.npy")
-        for column, name in enumerate(names):
+        positions: list[list[Array | None]] = [[] for _ in self.manifests]
+        for column, name in enumerate(option.name for option in self.manifests[0].task_options):
             seen = [manifest.task_options[column].values for manifest in self.manifests]
             if any(v is None for v in seen) and not all(v is None for v in seen):
                 raise UsageError(f"the reset option {name!r} is a number in one dataset and a choice in another; collect both alike")
-            if seen[0] is None:
-                options.append(TaskOption(name=name))
-                continue
-            union = sorted({value for some in seen for value in some or ()}, key=sort_key)
-            position = {value: i for i, value in enumerate(union)}
+            union = None if seen[0] is None else sorted({value for some in seen for value in some or ()}, key=sort_key)
+            position = {value: i for i, value in enumerate(union or ())}
             for part, some in enumerate(seen):
-                positions = np.array([position[value] for value in some or ()], np.int64)
-                rows = self.part == part
-                values[rows, column] = positions[values[rows, column]]
+                positions[part].append(None if some is None else np.array([position[value] for value in some], np.int64))
             options.append(TaskOption(name=name, values=union))
-        return options, numbers, values
+        return options, positions
+
+    # -- shards --------------------------------------------------------------------------------------------------
+
+    def shard_bytes(self, shard: int) -> int:
+        return self._files[int(self.shard_part[shard])].bytes(f"shards/{self.shards[shard]}")
+
+    @property
+    def most(self) -> int | None:
+        """Bytes of shards that may lie on this machine; None: any."""
+        return min((files.most for files in self._files if files.most is not None), default=None)
+
+    def turn(self, now: Iterable[int], ahead: Iterable[int] = ()) -> None:
+        """Let go of all shards but these: `now` are read, `ahead` come next and are fetched meanwhile, in threads."""
+        now, ahead = list(now), list(ahead)
+        self._pinned.clear()
+        self._pinned.update(now, ahead)
+        self._let_go(set(self._open) - {*now, *ahead} | (self._coming - {*now, *ahead}))
+        for shard in (*now, *ahead):
+            self._coming.add(shard)
+            self._files[int(self.shard_part[shard])].ahead([f"shards/{self.shards[shard]}"])
+
+    def expect(self, shards: Array) -> None:
+        """Begin to fetch and verify what will be read next, where there is room for all of it."""
+        if self.most is None:
+            for shard in np.unique(shards).tolist():
+                if shard not in self._open:
+                    self._files[int(self.shard_part[shard])].ahead([f"shards/{self.shards[shard]}"])
+
+    def _let_go(self, shards: Iterable[int]) -> None:
+        for shard in list(shards):
+            self._open.pop(shard, None)
+            self._coming.discard(shard)
+            self._files[int(self.shard_part[shard])].release([f"shards/{self.shards[shard]}"])
+
+    def array(self, shard: int, name: str) -> Array:
+        """A shard's memory-mapped array. Raises ArtifactError where it is missing or damaged."""
+        arrays = self._open.get(shard)
+        if arrays is None:
+            if self.most is not None and shard not in self._pinned:  # one at a time: reading here and there goes on, if slowly, and needs no room
+                self._let_go(set(self._open) - self._pinned)
+            arrays = self._open[shard] = {}
+        if (found := arrays.get(name)) is None:
+            folder = self._files[int(self.shard_part[shard])].hold(f"shards/{self.shards[shard]}")
+            found = arrays[name] = _load(folder / f"{name}.npy", mapped=True)
+        return found
+
+    def gather(self, shards: Array, wanted: Mapping[str, Array]) -> dict[str, Array]:
+        """Rows of arrays by name: `shards` [K], and each array's rows within them, [K, ...] -> [K, ..., columns]. Shard after shard, so that
+        each is held once."""
+        if len(self.shards) == 1 or len(shards) == 0 or (shards == shards[0]).all():
+            shard = int(shards[0]) if len(shards) else 0
+            return {name: self.array(shard, name).take(rows, axis=0) for name, rows in wanted.items()}
+        self.expect(shards)
+        out: dict[str, Array] = {}
+        distinct = {id(rows): rows for rows in wanted.values()}
+        for shard, here in grouped(shards):
+            at = {number: rows[here] for number, rows in distinct.items()}
+            for name, rows in wanted.items():
+                values = self.array(shard, name).take(at[id(rows)], axis=0)
+                if name not in out:
+                    out[name] = np.empty((*rows.shape, *values.shape[rows.ndim :]), values.dtype)
+                out[name][here] = values
+        return out
+
+    # -- episodes, as records ------------------------------------------------------------------------------------
+
+    def records(self, shard: int) -> Array:
+        """A shard's [n] `manifest.EPISODES`, in order; their field `shard` counts within the dataset."""
+        if self._view is not None:
+            return self._view[self._starts[shard] : self._ends[shard]]
+        part = int(self.shard_part[shard])
+        if part in self._old:
+            return self._old[part][self._within(shard)]
+        return _load(self._files[part].hold(f"tables/{self.shards[shard]}.npy"), mapped=True)
+
+    def _within(self, shard: int) -> slice:
+        """Of the episodes of its dataset, those of a shard."""
+        before = self._starts[np.searchsorted(self.shard_part, self.shard_part[shard])]
+        return slice(int(self._starts[shard] - before), int(self._ends[shard] - before))
+
+    def shard_options(self, shard: int) -> tuple[Array, Array]:
+        """The reset options of a shard's n episodes: [n, k] numbers, and [n, k] positions in `TaskOption.values`."""
+        part, count = int(self.shard_part[shard]), int(self._ends[shard] - self._starts[shard])
+        if not self.options:
+            return np.zeros((count, 0)), np.zeros((count, 0), np.int64)
+        hold = self._files[part].hold
+        if part in self._old:
+            numbers, values = (_load(hold(f"task_{what}.npy"), mapped=True)[self._within(shard)] for what in ("numbers", "values"))
+        else:
+            numbers, values = (_load(hold(f"tables/{self.shards[shard]}.task_{what}.npy")) for what in ("numbers", "values"))
+        values = values.astype(np.int64)
+        for column, positions in enumerate(self._positions[part]):
+            if positions is not None:
+                values[:, column] = positions[values[:, column]]
+        return np.asarray(numbers), values
+
+    @property
+    def table(self) -> Array:
+        """[E] records of `manifest.EPISODES`; `shard` counts over all datasets"""
+        if self._view is not None:
+            return self._view
+        if (found := self._whole.get("table")) is None:
+            for name, part in zip(self.shards, self.shard_part, strict=True):
+                if part not in self._old:
+                    self._files[part].ahead([f"tables/{name}.npy"])
+            found = np.concatenate([self.records(shard) for shard in range(len(self.shards))]).astype(EPISODES)
+            found["shard"] = np.repeat(np.arange(len(self.shards)), self._ends - self._starts)
+            self._whole["table"] = found
+        return found
+
+    @property
+    def part(self) -> Array:
+        """[E] which of `paths` an episode is from"""
+        return np.repeat(self.shard_part, self._ends - self._starts)
+
+    @property
+    def option_numbers(self) -> Array:
+        """[E, k] the numbers among the reset options"""
+        return self._all_options()["numbers"]
+
+    @property
+    def option_values(self) -> Array:
+        """[E, k] positions in `TaskOption.values`"""
+        return self._all_options()["values"]
+
+    def _all_options(self) -> dict[str, Array]:
+        if "numbers" not in self._whole:
+            numbers, values = zip(*(self.shard_options(shard) for shard in range(len(self.shards))), strict=True)
+            self._whole |= {"numbers": np.concatenate(numbers), "values": np.concatenate(values)}
+        return self._whole
 
     # -- what there is -------------------------------------------------------------------------------------------
 
@@ -120,7 +258,7 @@ class Dataset:
     @property
     def transitions(self) -> int:
         """All transitions, of both splits."""
-        return int(self.table["length"].sum())
+        return int((self.lengths["length"] * self.lengths["episodes"]).sum())
 
     def episodes(self, split: Split | None = None) -> Array:
         """Episode numbers of a split (None: all), ascending, [n] int64."""
@@ -128,7 +266,15 @@ class Dataset:
 
     def count(self, split: Split | None = None) -> int:
         """Transitions of a split (None: all)."""
-        return int(self.table["length"][self.episodes(split)].sum())
+        some = self._of(split)
+        return int((some["length"] * some["episodes"]).sum())
+
+    def size(self, split: Split) -> int:
+        """Episodes of a split."""
+        return int(self._of(split)["episodes"].sum())
+
+    def _of(self, split: Split | None) -> Array:
+        return self.lengths if split is None else self.lengths[self.lengths["split"] == SPLITS.index(split)]
 
     def unique(self, transitions: int, seed: int) -> Dataset:
         """The same files with exactly so many transitions in the training split: whole episodes in an order that `seed` draws, the last one
@@ -140,37 +286,15 @@ class Dataset:
         ends = np.cumsum(self.table["length"][order])
         kept = int(np.searchsorted(ends, transitions)) + 1
         view = copy(self)
-        view.table = self.table.copy()
-        view.table["split"][order[kept:]] = UNUSED
+        view._view = table = self.table.copy()
+        table["split"][order[kept:]] = UNUSED
         if (over := int(ends[kept - 1]) - transitions) > 0:
-            view.table["length"][order[kept - 1]] -= over
-            view.table["outcome"][order[kept - 1]] = OUTCOMES.index("unfinished")
+            table["length"][order[kept - 1]] -= over
+            table["outcome"][order[kept - 1]] = OUTCOMES.index("unfinished")
+        view.lengths = lengths_of(table)
         return view
 
     # -- rows ----------------------------------------------------------------------------------------------------
-
-    def array(self, shard: int, name: str) -> Array:
-        """A shard's memory-mapped array. Raises ArtifactError where it is missing or damaged."""
-        found = self._open.get((shard, name))
-        if found is None:
-            found = self._open[shard, name] = _load(self._folders[shard] / f"{name}.npy", mapped=True)
-        return found
-
-    def gather(self, name: str, shards: Array, rows: Array) -> Array:
-        """Rows of one array: `shards` [K], `rows` [K, ...] within them -> [K, ..., columns]. One read a shard, no loop over rows."""
-        first = int(shards[0]) if len(shards) else 0
-        if len(self._folders) == 1 or (shards == first).all():
-            return self.array(first, name).take(rows, axis=0)
-        distinct, inverse = np.unique(shards, return_inverse=True)
-        out = None
-        for position, shard in enumerate(distinct):
-            here = inverse == position
-            values = self.array(int(shard), name).take(rows[here], axis=0)
-            if out is None:
-                out = np.empty((*rows.shape, *values.shape[rows.ndim :]), values.dtype)
-            out[here] = values.astype(out.dtype, copy=False)
-        assert out is not None
-        return out
 
     def chunks(self, split: Split | None = None) -> Iterator[Chunk]:
         """The split's whole episodes in order, about 64k rows at a time."""
@@ -184,7 +308,8 @@ class Dataset:
             shards = np.repeat(self.table["shard"][episodes], lengths)
             last = np.zeros(len(at), bool)
             last[ends - 1] = True
-            yield Chunk(episodes, {name: self.gather(name, shards, at) for name in ARRAYS}, last)
+            yield Chunk(episodes, self.gather(shards, dict.fromkeys(ARRAYS, at)), last)
+        self.turn(())
 
     # -- episodes ------------------------------------------------------------------------------------------------
 
@@ -240,9 +365,21 @@ class Dataset:
 
     def _parts(self, codec: Codec, episodes: Array, steps: Array) -> tuple[Parts, Parts]:
         shards, rows = self.table["shard"][episodes], self.table["first_row"][episodes] + steps
-        numbers, categories = self.gather("obs_num", shards, rows), self.gather("obs_cat", shards, rows)
+        numbers, categories = self.gather(shards, {"obs_num": rows, "obs_cat": rows}).values()
         options = codec.option_rows(self.options, self.option_numbers, self.option_values)
         return codec.task_parts(numbers, categories, options[episodes]), codec.observation_parts(numbers, categories)
+
+
+def grouped(shards: Array) -> Iterator[tuple[int, Array | slice]]:
+    """Each distinct value of [K] and where it stands."""
+    order = np.argsort(shards, kind="stable")
+    ordered = shards[order]
+    starts = np.flatnonzero(np.r_[len(shards) > 0, ordered[1:] != ordered[:-1]])
+    if len(starts) == 1:
+        yield int(shards[0]), slice(None)
+        return
+    for start, end in zip(starts, np.r_[starts[1:], len(shards)][: len(starts)], strict=True):
+        yield int(ordered[start]), order[start:end]
 
 
 def _facts(a: Manifest, b: Manifest) -> Iterator[tuple[str, Any, Any, str]]:

@@ -1,7 +1,8 @@
 """The loader is an index, not a stream: step -> windows is a pure function of (dataset, seed, step).
 
 Its position is one integer, whatever the number of workers, so a resume continues the very same sequence. Global sample
-number g = step * batch + i; epoch = g // windows; a keyed permutation of the epoch's windows says which one g is.
+number g = step * batch + i; epoch = g // windows; a keyed permutation of the epoch's windows says which one g is (index.py: and how a permutation of
+blocks of shards comes before it). Of several datasets by weight each has an order and epochs of its own, and a fixed pattern says whose turn g is.
 
 Tiling. An episode of T transitions is cut into n windows of W: window j covers the transitions [jW - s, (j+1)W - s) of [0, T),
 the shift s drawn by (seed, epoch, episode). n is ceil(T/W) or that plus one, whichever leaves more shifts for which no window is
@@ -11,31 +12,28 @@ once an epoch, and after how much context it is seen varies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset, Split
-from mesocosm.data.manifest import OUTCOMES
-from mesocosm.data.permutation import key, permute
+from mesocosm.data.dataset import Array, Dataset, Split
+from mesocosm.data.index import FIRST_ROW, HASH, LENGTH, TERMINAL, UNIFORM, Found, Index, Order, Tables, merged, rows_of
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Events, Windows
 
-Index = NDArray[np.int64]
-ORDER, SHIFT, TERMINAL, UNIFORM = 1, 2, 3, 4
-"""Salts of the independent draws."""
+READ_AHEAD = 8 << 20
+"""Bytes of raw rows that are read at once."""
 
 
 @dataclass(frozen=True)
 class _Place:
     """Where K windows lie."""
 
-    episode: Index
-    """[K] position in the split's list of episodes"""
+    found: Found
+    """[K] episodes"""
     first: Index
     """[K] first transition within the episode"""
     length: Index
@@ -45,56 +43,81 @@ class _Place:
 class Loader:
     """Windows of `window` transitions of a split, `batch` a step, and `events` single transitions beside them (0: none).
 
-    Raises UsageError where the split is empty. Memory: a few integers an episode.
+    block: shards that must be on this machine at once (None: all; see index.py), and as many more that are fetched meanwhile. Events then come from
+        the block of their step's first window, and evaluation lets go of each shard after it.
+    weights: of the batches' windows and events, the share of each of the dataset's `paths` (None: each as much as it has). A dataset's epochs
+        then are its own; `windows_per_epoch` counts those of all.
+    Raises UsageError where the split, or one that has a weight, is empty, or the shards' cache is too small for two blocks.
+    Memory: a few integers a shard, at most `index.EPISODES` episodes, and READ_AHEAD.
     """
 
-    def __init__(self, dataset: Dataset, codec: Codec, split: Split, window: int, batch: int, seed: int, events: int = 0):
+    def __init__(
+        self,
+        dataset: Dataset,
+        codec: Codec,
+        split: Split,
+        window: int,
+        batch: int,
+        seed: int,
+        events: int = 0,
+        *,
+        block: int | None = None,
+        weights: Sequence[float] | None = None,
+    ):
         if window < 1 or batch < 1:
             raise UsageError(f"a window of {window} transitions and a batch of {batch} windows cannot be loaded; use at least 1 of each")
         self.dataset, self.codec, self.split = dataset, codec, split
         self.window, self.batch_size, self.events, self.seed = window, batch, events, seed
         if 0 < events < 3:
             raise UsageError(f"{events} events a batch cannot be a third terminals; use 0 or at least 3")
-        episodes = dataset.episodes(split)
-        if not len(episodes):
-            raise UsageError(f"the {split} split of {', '.join(dataset.ids)} is empty; collect more episodes")
-        table = dataset.table[episodes]
-        self._lengths: Index = table["length"].astype(np.int64)
-        self._first_rows: Index = table["first_row"].astype(np.int64)
-        self._shards: Index = table["shard"].astype(np.int64)
-        self._hashes: Index = table["hash"].astype(np.int64)
-        self._options = codec.option_rows(dataset.options, dataset.option_numbers, dataset.option_values)[episodes]
-        least = -(-self._lengths // window)
-        spare = least * window - self._lengths
-        more = (least > 1) & (window - 1 - spare > spare + 1)
-        self._counts: Index = least + more
-        self._low: Index = np.where(more, spare + 1, 0)
-        self._shifts: Index = np.where(more, window - 1 - spare, np.where(least > 1, spare + 1, 1))
-        self._window_ends: Index = np.cumsum(self._counts)
-        self._window_starts: Index = self._window_ends - self._counts
-        self._transition_ends: Index = np.cumsum(self._lengths)
-        self._transition_starts: Index = self._transition_ends - self._lengths
-        self._terminals: Index = np.flatnonzero(table["outcome"] == OUTCOMES.index("terminated"))
-        self._oversampled = (np.arange(events) % 3 == 0) & bool(len(self._terminals))
+        self._tables = Tables(dataset, codec, split, window)
+        every = np.arange(len(dataset.shards))
+        if weights is None:
+            self._orders = [Order(self._tables, every, seed, block)]
+        else:
+            self._orders = [Order(self._tables, every[dataset.shard_part == part], seed, block, (part,)) for part in range(len(dataset.paths))]
+        for order, of in zip(self._orders, [", ".join(dataset.ids)] if weights is None else dataset.ids, strict=True):
+            if not order.windows:
+                raise UsageError(f"the {split} split of {of} is empty; collect more episodes")
+        self._block = block
+        observation, action = dataset.observation_codec, dataset.action_codec
+        row = 8 * (observation.numbers + action.numbers + 2) + 4 * (observation.categories + action.categories)
+        most = READ_AHEAD // (row * window * batch)
+        if block is not None:  # so that what is read at once lies in one block, or at the end of one and the start of the next
+            most = min(most, min(order.windows * block // len(order.shards) for order in self._orders) // (4 * batch))
+        self._at_once = max(1, most)
+        self._read_ahead: tuple[int, int, int, _Place, dict[str, Array]] | None = None
+        self._turns = Turns([1.0] if weights is None else weights)
+        with_terminals = [share * (order.terminals > 0) for share, order in zip(self._turns.shares, self._orders, strict=True)]
+        self._oversampled = (np.arange(events) % 3 == 0) & (sum(with_terminals) > 0)
+        self._terminal_turns = Turns(with_terminals) if sum(with_terminals) else self._turns
         self._event_order: Index = np.where(self._oversampled, np.cumsum(self._oversampled), np.cumsum(~self._oversampled)) - 1
+        if block is not None and dataset.most is not None and (needed := 2 * sum(order.largest() for order in self._orders)) > dataset.most:
+            raise UsageError(
+                f"two blocks of data.block={block} shards may have {needed / 2**30:.3g} GiB, more than data.cache_gib={dataset.most / 2**30:.3g}; "
+                "lower data.block, or raise data.cache_gib"
+            )
 
     # -- counts --------------------------------------------------------------------------------------------------
 
     @property
     def windows_per_epoch(self) -> int:
-        return int(self._window_ends[-1])
+        return sum(order.windows for order in self._orders)
 
     @property
     def transitions_per_epoch(self) -> int:
-        return int(self._transition_ends[-1])
+        return sum(order.transitions for order in self._orders)
 
     def transitions_seen(self, step: int) -> int:
         """Transitions in the batches 0..step-1, repetitions counted: exact. Whole epochs are free, the last one is looked up."""
-        epochs, rest = divmod(step * self.batch_size, self.windows_per_epoch)
-        seen = epochs * self.transitions_per_epoch
-        for start in range(0, rest, 1 << 16):
-            samples = np.arange(start, min(rest, start + (1 << 16))) + epochs * self.windows_per_epoch
-            seen += int(self._places(samples).length.sum())
+        seen = 0
+        for order, samples in zip(self._orders, self._turns.before(step * self.batch_size), strict=True):
+            epochs, rest = divmod(samples, order.windows)
+            seen += epochs * order.transitions
+            for start in range(0, rest, 1 << 16):
+                numbers = np.arange(start, min(rest, start + (1 << 16))) + epochs * order.windows
+                found, shift = order.find(numbers)
+                seen += int(self._cut(found, found.rest * self.window - shift).length.sum())
         return seen
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -104,8 +127,7 @@ class Loader:
 
         Raises UsageError where the batch or the events do not divide by `world_size`.
         """
-        lo, hi = self._slice(self.batch_size, "batch of windows", rank, world_size)
-        windows = self._windows(self._places(np.arange(lo, hi) + step * self.batch_size))
+        windows = self._windows(*self._ahead(step, *self._slice(self.batch_size, "batch of windows", rank, world_size)))
         if not self.events:
             return windows
         return Windows(**{**vars(windows), "events": self._events(step, rank, world_size)})
@@ -116,44 +138,72 @@ class Loader:
         each = size // world_size
         return rank * each, (rank + 1) * each
 
+    def _ahead(self, step: int, lo: int, hi: int) -> tuple[_Place, dict[str, Array]]:
+        """Where a slice of a batch lies, and its rows. Several batches are looked up and read at once: alone, the smaller ones would cost more in
+        calls than in bytes."""
+        first, size = step - step % self._at_once, hi - lo
+        if self._read_ahead is None or self._read_ahead[:3] != (first, lo, hi):
+            self._read_ahead = None
+            self._turn(first, lo, hi)
+            steps = np.arange(first, first + self._at_once)
+            place = self._places((steps[:, None] * self.batch_size + np.arange(lo, hi)).reshape(-1))
+            self._read_ahead = first, lo, hi, place, self._read(place)
+        *_, place, data = self._read_ahead
+        here = slice((step - first) * size, (step - first + 1) * size)
+        found = Found(*(value[here] for value in vars(place.found).values()))
+        return _Place(found, place.first[here], place.length[here]), {name: rows[here] for name, rows in data.items()}
+
+    def _turn(self, step: int, lo: int, hi: int) -> None:
+        """Hold the blocks of a slice of the batches that are read with `step`, and of their events."""
+        if self._block is None:
+            return
+        now: set[int] = set()
+        ahead: set[int] = set()
+        first, last = step * self.batch_size, (step + self._at_once - 1) * self.batch_size
+        starts = self._turns.before(first) if self.events else self._turns.before(first + lo)
+        for order, start, end in zip(self._orders, starts, self._turns.before(last + hi), strict=True):
+            here, after = order.near(start, max(start, end - 1))
+            now.update(here)
+            ahead.update(after)
+        self.dataset.turn(sorted(now), sorted(ahead - now))
+
     def _places(self, samples: Index) -> _Place:
-        epochs, positions = np.divmod(samples, self.windows_per_epoch)
-        numbers = permute(positions, self.windows_per_epoch, key(self.seed, ORDER, epochs))
-        episode = np.searchsorted(self._window_ends, numbers, "right")
-        within = numbers - self._window_starts[episode]
-        draws = key(self.seed, SHIFT, epochs, self._hashes[episode])
-        shift = self._low[episode] + (draws % self._shifts[episode].astype(np.uint64)).astype(np.int64)
-        return self._cut(episode, within * self.window - shift)
+        parts, shifts = [], np.empty(len(samples), np.int64)
+        for number, here, own in self._turns.of(samples):
+            found, shifts[here] = self._orders[number].find(own)
+            parts.append((here, found))
+        whole = merged(len(samples), parts)
+        return self._cut(whole, whole.rest * self.window - shifts)
 
-    def _cut(self, episode: Index, start: Index) -> _Place:
+    def _cut(self, found: Found, start: Index) -> _Place:
         first = np.maximum(start, 0)
-        return _Place(episode, first, np.minimum(start + self.window, self._lengths[episode]) - first)
+        return _Place(found, first, np.minimum(start + self.window, found.facts[:, LENGTH]) - first)
 
-    def _windows(self, place: _Place) -> Windows:
-        """Rows after a window's end repeat its last observation, and their actions its last action: nothing later leaks in."""
-        gather, codec = self.dataset.gather, self.codec
-        episode, shards = place.episode, self._shards[place.episode]
-        steps = np.arange(self.window)
-        base = (self._first_rows[episode] + place.first)[:, None]
-        mask = steps < place.length[:, None]
-        rows = base + np.minimum(np.arange(self.window + 1), place.length[:, None])
-        transitions = base + np.minimum(steps, np.maximum(place.length - 1, 0)[:, None])
-        numbers, categories = gather("obs_num", shards, rows), gather("obs_cat", shards, rows)
+    def _read(self, place: _Place) -> dict[str, Array]:
+        """Raw rows, [K, W+1, ...] of observations and [K, W, ...] of the rest. Rows after a window's end repeat its last observation, and their
+        actions its last action: nothing later leaks in."""
+        names = ("act_num", "act_cat", "reward", "terminated", *(["duration"] if self.codec.spec.durations else []))
+        more = {"obs_num": 1, "obs_cat": 1} | dict.fromkeys(names, 0)
+        return rows_of(self.dataset, place.found.shards, place.found.facts[:, FIRST_ROW] + place.first, place.length, self.window, more)
+
+    def _windows(self, place: _Place, data: dict[str, Array]) -> Windows:
+        codec, found = self.codec, place.found
+        numbers, categories = data["obs_num"], data["obs_cat"]
+        mask = np.arange(self.window) < place.length[:, None]
         there = torch.from_numpy(mask)
         zero = torch.zeros(())
-        reward = codec.reward(gather("reward", shards, transitions))
-        terminated = torch.from_numpy(gather("terminated", shards, transitions).astype(np.float32))
-        seconds = gather("duration", shards, transitions) if codec.spec.durations else np.zeros(mask.shape)
+        terminated = torch.from_numpy(data["terminated"].astype(np.float32))
+        seconds = data["duration"] if codec.spec.durations else np.zeros(mask.shape)
         return Windows(
             observation=codec.observation_parts(numbers, categories),
-            action=codec.action_parts(gather("act_num", shards, transitions), gather("act_cat", shards, transitions)),
-            task=codec.task_parts(numbers[:, 0], categories[:, 0], self._options[episode]),
-            reward=torch.where(there, reward, zero),
+            action=codec.action_parts(data["act_num"], data["act_cat"]),
+            task=codec.task_parts(numbers[:, 0], categories[:, 0], found.options),
+            reward=torch.where(there, codec.reward(data["reward"]), zero),
             terminated=torch.where(there, terminated, zero),
             duration=torch.where(there, codec.duration(seconds), zero),
             mask=there,
             start=torch.from_numpy((place.first == 0) & (place.length > 0)),
-            episode=torch.from_numpy(self._hashes[episode]),
+            episode=torch.from_numpy(found.facts[:, HASH].copy()),
         )
 
     # -- rare events ---------------------------------------------------------------------------------------------
@@ -162,41 +212,46 @@ class Loader:
         """Every third is a terminal, the others are uniform over all transitions; both walk their own permutation, round and round.
 
         With q = the share of terminals so drawn and p their natural rate, a transition's probability is the mixture of both ways, so the weights
-        are p / (q + (1 - q) p) for a terminal and 1 / (1 - q) for another: they average 1 and restore p.
+        are p / (q + (1 - q) p) for a terminal and 1 / (1 - q) for another: they average 1 and restore p. Of several datasets by weight a terminal's
+        share of q is that of its dataset among those that have any, and what is restored is the weighted mixture.
         """
+        codec = self.codec
         lo, hi = self._slice(self.events, "side batch of events", rank, world_size)
         drawn = int(self._oversampled.sum())
         order = np.where(self._oversampled, self._event_order + step * drawn, self._event_order + step * (self.events - drawn))[lo:hi]
         chosen = self._oversampled[lo:hi]
-        episode, at = np.empty(hi - lo, np.int64), np.empty(hi - lo, np.int64)
-        if chosen.any():
-            terminal = self._terminals[self._round(order[chosen], len(self._terminals), TERMINAL)]
-            episode[chosen], at[chosen] = terminal, self._lengths[terminal] - 1
-        if not chosen.all():
-            numbers = self._round(order[~chosen], self.transitions_per_epoch, UNIFORM)
-            uniform = np.searchsorted(self._transition_ends, numbers, "right")
-            episode[~chosen], at[~chosen] = uniform, numbers - self._transition_starts[uniform]
-        gather, codec, shards = self.dataset.gather, self.codec, self._shards[episode]
-        rows = self._first_rows[episode] + at
+        parts, weight = [], np.empty(hi - lo)
+        oversampled = np.empty(hi - lo)
+        q = drawn / self.events
+        starts = self._turns.before(step * self.batch_size)
+        for salt, turns, some in ((TERMINAL, self._terminal_turns, chosen), (UNIFORM, self._turns, ~chosen)):
+            inside = np.flatnonzero(some)
+            for number, which, own in turns.of(order[inside]) if len(inside) else ():
+                here = inside[which]
+                found, terminals, transitions = self._orders[number].draw(salt, own, starts[number])
+                parts.append((here, found))
+                share, more = self._turns.shares[number], q * self._terminal_turns.shares[number]
+                p = terminals / transitions
+                if terminals:
+                    oversampled[here], weight[here] = share * p / (more + (1 - q) * p * share), 1 / (1 - q)
+                else:
+                    oversampled[here] = weight[here] = share / (more + (1 - q) * share)
+        found = merged(hi - lo, parts)
+        rows = found.facts[:, FIRST_ROW] + found.rest
         pairs = rows[:, None] + np.arange(2)
-        numbers, categories = gather("obs_num", shards, pairs), gather("obs_cat", shards, pairs)
+        data = self.dataset.gather(found.shards, {"obs_num": pairs, "obs_cat": pairs, "act_num": rows, "act_cat": rows, "terminated": rows})
+        numbers, categories, terminated = data["obs_num"], data["obs_cat"], data["terminated"]
         observations = codec.observation_parts(numbers, categories)
-        terminated = gather("terminated", shards, rows)
-        q, p = drawn / self.events, len(self._terminals) / self.transitions_per_epoch
-        weight = np.where(terminated, p / (q + (1 - q) * p), 1 / (1 - q)) if drawn else np.ones(hi - lo)
+        weight = np.where(terminated, oversampled, weight) if drawn else np.ones(hi - lo)
         return Events(
             observation=observations[:, 0],
-            action=codec.action_parts(gather("act_num", shards, rows), gather("act_cat", shards, rows)),
+            action=codec.action_parts(data["act_num"], data["act_cat"]),
             next_observation=observations[:, 1],
-            task=codec.task_parts(numbers[:, 0], categories[:, 0], self._options[episode]),
+            task=codec.task_parts(numbers[:, 0], categories[:, 0], found.options),
             terminated=torch.from_numpy(terminated.astype(np.float32)),
             weight=torch.from_numpy(weight.astype(np.float32)),
-            episode=torch.from_numpy(self._hashes[episode]),
+            episode=torch.from_numpy(found.facts[:, HASH].copy()),
         )
-
-    def _round(self, order: Index, n: int, salt: int) -> Index:
-        rounds, positions = np.divmod(order, n)
-        return permute(positions, n, key(self.seed, salt, rounds))
 
     # -- evaluation ----------------------------------------------------------------------------------------------
 
@@ -208,15 +263,62 @@ class Loader:
         """
         size = self.batch_size if batch is None else batch
         lo, hi = self._slice(size, "batch of windows", rank, world_size)
-        counts = -(-self._lengths // self.window)
-        ends = np.cumsum(counts)
+        every = np.arange(len(self.dataset.shards))
+        ends = np.cumsum(self._tables.counts["cuts"])
         total = int(ends[-1])
         taken = total if most is None else min(most, total)
+        if self._block is not None:
+            self.dataset.turn(())
         for first in range(0, taken, size):
             places = np.arange(first + lo, first + hi)
             there = places < taken
-            numbers = np.minimum(places, taken - 1) * total // taken
-            episode = np.searchsorted(ends, numbers, "right")
-            within = np.where(there, numbers - (ends - counts)[episode], 0)
-            place = self._cut(episode, within * self.window)
-            yield self._windows(_Place(episode, place.first, np.where(there, place.length, 0)))
+            found = self._tables.find("cuts", every, ends, np.minimum(places, taken - 1) * total // taken)
+            place = self._cut(found, np.where(there, found.rest, 0) * self.window)
+            cut = _Place(found, place.first, np.where(there, place.length, 0))
+            yield self._windows(cut, self._read(cut))
+        if self._block is not None:
+            self.dataset.turn(())
+
+
+class Turns:
+    """Whose turn sample g is, of those with a positive weight: a pattern of SLOTS that repeats, spread so evenly that every stretch of n samples
+    has each one's share of n to within a few. Each one's own samples are counted from 0 in g's order, so g says them."""
+
+    SLOTS = 10_000
+
+    def __init__(self, weights: Sequence[float]):
+        """Raises UsageError for a weight of less than half a slot."""
+        total = sum(weights)
+        exact = np.array(weights, np.float64) / total * self.SLOTS
+        slots = np.floor(exact).astype(np.int64)
+        slots[np.argsort(slots - exact, kind="stable")[: self.SLOTS - slots.sum()]] += 1
+        for weight, got in zip(weights, slots, strict=True):
+            if weight > 0 and got == 0:
+                raise UsageError(f"data.weights: {weight:g} of {total:g} is less than one sample in {self.SLOTS}; leave that dataset out, or give it more")
+        self._slots: Index = slots
+        self.shares: list[float] = (slots / self.SLOTS).tolist()
+        whose = np.repeat(np.arange(len(slots)), slots)
+        own = np.arange(self.SLOTS) - np.repeat(np.cumsum(slots) - slots, slots)
+        order = np.lexsort((whose, (2 * own + 1) / (2 * slots[whose])))
+        self._whose: Index = whose[order]
+        self._own: Index = own[order]
+
+    def of(self, samples: Index) -> Iterator[tuple[int, Index | slice, Index]]:
+        """[K] -> each one that has some of them: its number, where they stand, and its own samples."""
+        if len(self._slots) == 1:
+            yield 0, slice(None), samples
+            return
+        slot = samples % self.SLOTS
+        whose: Index = self._whose[slot]
+        own: Index = self._own[slot] + samples // self.SLOTS * self._slots[whose]
+        for number in np.unique(whose).tolist():
+            here = np.flatnonzero(whose == number)
+            yield number, here, own[here]
+
+    def before(self, sample: int) -> list[int]:
+        """How many of the samples 0..`sample`-1 each one has."""
+        if len(self._slots) == 1:
+            return [sample]
+        rounds, slot = divmod(sample, self.SLOTS)
+        here: list[int] = (rounds * self._slots + np.bincount(self._whose[:slot], minlength=len(self._slots))).tolist()
+        return here

@@ -1,17 +1,18 @@
-"""What a dataset says of itself: `manifest.json`, and the table of its episodes."""
+"""What a dataset says of itself: `manifest.json`, the tables of its episodes, and how many of each length there are."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mesocosm.errors import ArtifactError
 
-SCHEMA = 1
+SCHEMA: Literal[2] = 2
 MANIFEST = "manifest.json"
+LENGTHS_FILE = "lengths.npy"
 OUTCOMES = ("terminated", "truncated", "unfinished")
 SPLITS = ("train", "valid")
 
@@ -26,7 +27,7 @@ EPISODES = np.dtype(
     [
         ("index", "<i8"),  # Episode.index
         ("seed", "<i8"),
-        ("shard", "<i4"),
+        ("shard", "<i4"),  # position in Manifest.shards
         ("first_row", "<i8"),  # within the shard
         ("length", "<i8"),  # transitions
         ("behaviour", "<i4"),  # position in Manifest.behaviours
@@ -37,7 +38,32 @@ EPISODES = np.dtype(
         ("hash", "<i8"),  # of (dataset id, index): what members draw their bootstrap masks from
     ]
 )
-"""`episodes.npy`: one record an episode."""
+"""`tables/<shard>.npy`: one record an episode of the shard, in the order of its rows."""
+
+LENGTHS = np.dtype(
+    [
+        ("shard", "<i4"),
+        ("split", "u1"),
+        ("terminated", "?"),
+        ("length", "<i8"),
+        ("episodes", "<i8"),  # that are alike in all of the above
+    ]
+)
+"""`lengths.npy`: all that must be known of the episodes to count windows of any size, terminals and transitions. Its size is bounded by the shards
+(of R rows each: not more than 4 sqrt(2 R) records), not by the episodes."""
+
+
+def lengths_of(table: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """[E] EPISODES -> [n] LENGTHS, sorted."""
+    kinds = np.empty(len(table), LENGTHS.descr[:-1])
+    kinds["shard"], kinds["split"], kinds["length"] = table["shard"], table["split"], table["length"]
+    kinds["terminated"] = table["outcome"] == OUTCOMES.index("terminated")
+    distinct, episodes = np.unique(kinds, return_counts=True)
+    found = np.empty(len(distinct), LENGTHS)
+    for name in kinds.dtype.names or ():
+        found[name] = distinct[name]
+    found["episodes"] = episodes
+    return found
 
 
 class _Model(BaseModel):
@@ -89,10 +115,13 @@ class Counts(_Model):
 class Shard(_Model):
     name: str
     rows: int
+    episodes: int = 0
+    """Not said in schema 1."""
 
 
 class Manifest(_Model):
-    schema_version: int = SCHEMA
+    schema_version: Literal[1, 2]
+    """1 has the episodes of all shards in one `episodes.npy`, and no `lengths.npy`."""
     id: str
     environment: Environment
     observation_space: dict[str, Any]
@@ -121,4 +150,6 @@ class Manifest(_Model):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
-            raise ArtifactError(f"{str(path)!r} is not a manifest of schema {SCHEMA}: {where}: {first['msg']}; collect the data again") from error
+            raise ArtifactError(
+                f"{str(path)!r} is not a manifest of schema {SCHEMA}: {where}: {first['msg']}; make it again by its job with --force"
+            ) from error

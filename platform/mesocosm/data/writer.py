@@ -1,8 +1,10 @@
 """Writes a dataset, episode by episode, in memory bounded by one shard.
 
     manifest.json                      what it is
-    episodes.npy                       one record an episode (`manifest.EPISODES`)
-    task_numbers.npy, task_values.npy  [episodes, options] float64 and int32, where the task is made of reset options
+    lengths.npy                        how many episodes of each length each shard has (`manifest.LENGTHS`)
+    tables/00000.npy                   one record an episode of the shard (`manifest.EPISODES`)
+    tables/00000.task_numbers.npy, tables/00000.task_values.npy
+                                       [episodes, options] float64 and int32, where the task is made of reset options
     shards/00000/*.npy                 memory-mapped training arrays (`manifest.ARRAYS`)
     episodes/00000.parquet             the same episodes for people and other tools, one file a shard
 
@@ -39,7 +41,22 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 
 from mesocosm.data.episode import Episode
-from mesocosm.data.manifest import ARRAYS, EPISODES, MANIFEST, OUTCOMES, SPLITS, Behaviour, Counts, Environment, Manifest, Shard, TaskOption
+from mesocosm.data.manifest import (
+    ARRAYS,
+    EPISODES,
+    LENGTHS_FILE,
+    MANIFEST,
+    OUTCOMES,
+    SCHEMA,
+    SPLITS,
+    Behaviour,
+    Counts,
+    Environment,
+    Manifest,
+    Shard,
+    TaskOption,
+    lengths_of,
+)
 from mesocosm.data.permutation import key
 from mesocosm.data.spaces import SpaceCodec, space_to_json
 from mesocosm.errors import MesocosmError
@@ -176,7 +193,7 @@ class DatasetWriter:
             np.save(folder / f"{field}.npy", array, allow_pickle=False)
         (self._folder / "episodes").mkdir(exist_ok=True)
         pq.write_table(self._parquet(arrays), self._folder / "episodes" / f"{name}.parquet", compression="zstd")
-        self._shards.append(Shard(name=name, rows=self._rows))
+        self._shards.append(Shard(name=name, rows=self._rows, episodes=len(self._pending)))
         self._pending.clear()
         self._rows = 0
 
@@ -215,10 +232,12 @@ class DatasetWriter:
         self._flush()
         table = np.array(self._table, EPISODES)
         table["split"] = self._split(table)
-        np.save(self._folder / "episodes.npy", table, allow_pickle=False)
+        np.save(self._folder / LENGTHS_FILE, lengths_of(table), allow_pickle=False)
+        self._save_by_shard("", table)
         options = self._write_options()
         by_split = {name: table[table["split"] == i] for i, name in enumerate(SPLITS)}
         manifest = Manifest(
+            schema_version=SCHEMA,
             id=self._id,
             environment=self._environment,
             observation_space=space_to_json(self._observation.space),
@@ -273,9 +292,16 @@ class DatasetWriter:
             values[:, column] = [position[value] for value in raw]
             options.append(TaskOption(name=name, values=distinct))
         if self._options:
-            np.save(self._folder / "task_numbers.npy", numbers, allow_pickle=False)
-            np.save(self._folder / "task_values.npy", values, allow_pickle=False)
+            self._save_by_shard(".task_numbers", numbers)
+            self._save_by_shard(".task_values", values)
         return options
+
+    def _save_by_shard(self, what: str, rows: Array) -> None:
+        """[E, ...] into tables/, each shard's part into a file of its own."""
+        (self._folder / "tables").mkdir(exist_ok=True)
+        ends = np.cumsum([shard.episodes for shard in self._shards])
+        for shard, part in zip(self._shards, np.split(rows, ends[:-1]), strict=True):
+            np.save(self._folder / "tables" / f"{shard.name}{what}.npy", part, allow_pickle=False)
 
 
 def encode_episode(episode: Episode, observation: SpaceCodec, action: SpaceCodec) -> dict[str, Array]:

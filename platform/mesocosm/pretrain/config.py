@@ -32,6 +32,24 @@ class DataConfig:
     """Dataset ids (or unique prefixes); several are opened as one."""
     unique: int | None = None
     """Train on so many transitions only: whole episodes in an order that `seed` draws, the last one cut short; null: on all."""
+    weights: list[float] | None = None
+    """Each dataset's share of every batch, in the order of `datasets`, whatever its size; null: what it has of their transitions."""
+    block: int | None = None
+    """Shuffle the shards, then the windows within so many of them: only these, and as many that are fetched meanwhile, must be on a machine.
+    null: shuffle all windows."""
+    cache_gib: float | None = None
+    """Of a remote root's shards a machine keeps at most so many GiB, for all its jobs that say so; null: all."""
+
+    def validate(self) -> None:
+        if self.weights is not None:
+            if len(self.weights) != len(self.datasets):
+                raise UsageError(f"data.weights={self.weights} are {len(self.weights)} for {len(self.datasets)} datasets; give one for each")
+            if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
+                raise UsageError(f"data.weights={self.weights} must be numbers greater than 0; leave out of data.datasets what is not to be seen")
+        if self.block is not None and self.block < 1:
+            raise UsageError(f"data.block={self.block} must be at least 1, or null")
+        if self.cache_gib is not None and not (math.isfinite(self.cache_gib) and self.cache_gib > 0):
+            raise UsageError(f"data.cache_gib={self.cache_gib} must be a number greater than 0, or null")
 
 
 @dataclass
@@ -91,6 +109,7 @@ class PretrainConfig(JobConfig):
         t = self.train
         if not self.data.datasets:
             raise UsageError("data.datasets=[] names no dataset; give ids, as in data.datasets=[ab12]")
+        self.data.validate()
         if t.steps is not None and t.epochs is not None:
             raise UsageError(f"train.steps={t.steps} and train.epochs={t.epochs} are both set; leave one unset (null)")
         least = {

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ from safetensors.torch import load, save
 
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
+from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
 from mesocosm.model.config import ModelConfig
@@ -25,9 +24,19 @@ CODEC = "codec.json"
 FLOPS = "flops.json"
 
 
-def open_datasets(storage: Storage, ids: list[str]) -> Dataset:
-    """The finished datasets, as one. Raises UsageError or ArtifactError naming what is missing, damaged or of another environment."""
-    return Dataset([Path(storage.artifact("datasets", id).path) for id in ids])
+def open_datasets(storage: Storage, ids: list[str], cache_gib: float | None = None) -> Dataset:
+    """The finished datasets, as one; their shards are fetched and verified when they are read. Raises UsageError or ArtifactError naming what is
+    missing, damaged or of another environment."""
+    most = None if cache_gib is None else int(cache_gib * 2**30)
+    return Dataset([storage.partial("datasets", id, most) for id in ids])
+
+
+def fit_codec(dataset: Dataset) -> Codec:
+    """`Codec.fit`, the first to read the data: before anything starts, so that UsageError says what is damaged."""
+    try:
+        return Codec.fit(dataset)
+    except ArtifactError as error:
+        raise UsageError(str(error)) from error
 
 
 def narrowed(dataset: Dataset, unique: int | None, seed: int) -> Dataset:
@@ -44,19 +53,17 @@ def transitions(dataset: Dataset, codec: Codec, limit: int = MAX_TRANSITIONS) ->
     chosen = np.arange(total) if total <= limit else np.arange(limit) * total // limit
     position = np.searchsorted(ends, chosen, "right")
     number = episodes[position]
-    shards = dataset.table["shard"][number]
     rows = dataset.table["first_row"][number] + chosen - (ends - lengths)[position]
-
-    def gather(name: str, offset: int = 0) -> NDArray[Any]:
-        return dataset.gather(name, shards, rows + offset)
-
+    pairs = rows[:, None] + np.arange(2)
+    found = dataset.gather(dataset.table["shard"][number], {"obs_num": pairs, "obs_cat": pairs, "act_num": rows, "act_cat": rows})
+    dataset.turn(())
     options = codec.option_rows(dataset.options, dataset.option_numbers, dataset.option_values)
-    numbers, categories = gather("obs_num"), gather("obs_cat")
+    numbers, categories = found["obs_num"], found["obs_cat"]
     return (
-        codec.observation_parts(numbers, categories),
-        codec.action_parts(gather("act_num"), gather("act_cat")),
-        codec.task_parts(numbers, categories, options[number]),
-        codec.observation_parts(gather("obs_num", 1), gather("obs_cat", 1)),
+        codec.observation_parts(numbers[:, 0], categories[:, 0]),
+        codec.action_parts(found["act_num"], found["act_cat"]),
+        codec.task_parts(numbers[:, 0], categories[:, 0], options[number]),
+        codec.observation_parts(numbers[:, 1], categories[:, 1]),
         torch.from_numpy(dataset.table["hash"][number].astype(np.int64)),
     )
 
@@ -66,7 +73,7 @@ def fitted_codec(storage: Storage, folder: str, dataset: Dataset) -> Codec:
     kept = storage.read(f"{folder}/{CODEC}")
     if kept is not None:
         return Codec.from_json(json.loads(kept))
-    codec = Codec.fit(dataset)
+    codec = fit_codec(dataset)
     storage.write(f"{folder}/{CODEC}", json.dumps(codec.to_json()).encode())
     return codec
 

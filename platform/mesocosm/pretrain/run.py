@@ -40,7 +40,7 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
     """What `run` would do, and its size. Raises UsageError as `run` does before it starts."""
     config.validate()
     dataset = _opened(config)
-    codec = Codec.fit(dataset)
+    codec = prepare.fit_codec(dataset)
     steps, loader = _steps(config, prepare.narrowed(dataset, config.data.unique, config.seed), codec)
     sizes = counts.params(codec.spec, config.model)
     gpus = _gpus(config)
@@ -88,7 +88,7 @@ def run(config: PretrainConfig, run: tracking.Run) -> Artifact:
         if last is not None:
             run.say(f"going on from step {last[1].step} of {steps}")
         train = replace(config.train, precision=_precision(config, gpus))
-        work = Work(id, storage.root, dataset.ids, config.model, train, steps, config.seed, config.data.unique)
+        work = Work(id, storage.root, replace(config.data, datasets=dataset.ids), config.model, train, steps, config.seed)
         _train(work, config, run, dataset, codec, gpus)
         last = checkpoint.latest(storage, id)
     if last is None or not last[1].done:
@@ -226,7 +226,7 @@ def _export(
 def _opened(config: PretrainConfig) -> Dataset:
     """The datasets, before anything starts. Raises UsageError, also where one is damaged."""
     try:
-        return prepare.open_datasets(Storage(config.storage.root), config.data.datasets)
+        return prepare.open_datasets(Storage(config.storage.root), config.data.datasets, config.data.cache_gib)
     except ArtifactError as error:
         raise UsageError(str(error)) from error
 
@@ -239,7 +239,8 @@ def _note(record: dict[str, Any]) -> str:
 
 
 def _id(config: PretrainConfig, dataset: Dataset, gpus: float) -> str:
-    data = dataset.ids if config.data.unique is None else {"datasets": dataset.ids, "unique": config.data.unique}
+    given = {key: value for key in ("unique", "weights", "block") if (value := getattr(config.data, key)) is not None}
+    data = {"datasets": dataset.ids} | given if given else dataset.ids
     said = what(config, _precision(config, gpus)) | {"data": data}
     return fingerprint("worlds", said, __version__, SCHEMA)
 
@@ -247,7 +248,8 @@ def _id(config: PretrainConfig, dataset: Dataset, gpus: float) -> str:
 def _steps(config: PretrainConfig, dataset: Dataset, codec: Codec) -> tuple[int, Loader]:
     """How many steps, and the loader that they walk."""
     train = config.train
-    loader = Loader(dataset, codec, "train", config.model.context, train.batch, config.seed)
+    data = config.data
+    loader = Loader(dataset, codec, "train", config.model.context, train.batch, config.seed, block=data.block, weights=data.weights)
     if train.epochs is not None:
         return max(1, math.ceil(train.epochs * loader.windows_per_epoch / train.batch)), loader
     return train.steps or DEFAULT_STEPS, loader

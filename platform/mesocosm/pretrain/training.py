@@ -15,6 +15,7 @@ from torch import Tensor
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.loader import Loader
+from mesocosm.data.manifest import SPLITS
 from mesocosm.errors import MesocosmError
 from mesocosm.model import mup, rng
 from mesocosm.model.base import Base
@@ -23,7 +24,7 @@ from mesocosm.model.net import Losses, apply_base, build
 from mesocosm.model.spec import Parts, Windows
 from mesocosm.pretrain import engine, prepare
 from mesocosm.pretrain.checkpoint import Progress
-from mesocosm.pretrain.config import TrainConfig
+from mesocosm.pretrain.config import DataConfig, TrainConfig
 from mesocosm.pretrain.engine import Rank
 from mesocosm.pretrain.metrics import Sums
 from mesocosm.pretrain.schedule import Watch
@@ -65,16 +66,19 @@ class Training:
         *,
         kept: Path | None = None,
         id: str = "",
+        data: DataConfig | None = None,
     ) -> tuple[Training, Progress | None]:
-        """The training of `model` on `dataset`, and the progress of the checkpoint `kept` (a local folder) that it goes on from. `base` is
-        called last: it may have to be waited for."""
-        loader = Loader(dataset, codec, "train", model.context, options.batch, seed, prepare.events_of(codec.spec, options))
-        valid = Loader(dataset, codec, "valid", model.context, options.batch, seed) if len(dataset.episodes("valid")) else None
+        """The training of `model` on `dataset` in the order that `data` says, and the progress of the checkpoint `kept` (a local folder) that it
+        goes on from. `base` is called last: it may have to be waited for."""
+        order = data or DataConfig()
+        events = prepare.events_of(codec.spec, options)
+        loader = Loader(dataset, codec, "train", model.context, options.batch, seed, events, block=order.block, weights=order.weights)
+        valid = Loader(dataset, codec, "valid", model.context, options.batch, seed, block=order.block) if dataset.size("valid") else None
         torch.manual_seed(seed)
         net = build(codec.spec, model)
         mup.init_(net, seed)
         net.checkpoint_activations = options.activation_checkpointing
-        net.trains_on(torch.from_numpy(dataset.table["hash"][dataset.episodes("train")].astype(np.int64)))
+        net.trains_on(_episodes(dataset, model.members))
         running, rates, before = engine.start(net, options, own, kept, id)
         return Training(running, rates, base().to(own.device), loader, valid, options, own, seed), before
 
@@ -172,6 +176,17 @@ class Training:
                             state[name] = value
             self._draw_on(random)
             self.watch = Watch(best, high)
+
+
+def _episodes(dataset: Dataset, members: int) -> Tensor:
+    """Hashes of the training split's episodes, [n] int64: of its first shards only, where every member keeps one of these."""
+    found = torch.zeros(0, dtype=torch.int64)
+    for shard in range(len(dataset.shards)):
+        records = dataset.records(shard)
+        found = torch.cat([found, torch.from_numpy(records["hash"][records["split"] == SPLITS.index("train")].astype(np.int64))])
+        if not rng.left_out(found, members).any():
+            break
+    return found
 
 
 def corrupted(windows: Windows, base: Base, amount: float, seed: int, first: int) -> Windows:

@@ -17,7 +17,7 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.pretrain import checkpoint, engine, prepare
 from mesocosm.pretrain.checkpoint import Progress
-from mesocosm.pretrain.config import TrainConfig
+from mesocosm.pretrain.config import DataConfig, TrainConfig
 from mesocosm.pretrain.engine import Rank
 from mesocosm.pretrain.feed import Feed
 from mesocosm.pretrain.metrics import Meter, measured_peak
@@ -36,13 +36,13 @@ class Work:
     id: str
     """Of the world that is made."""
     root: str
-    datasets: list[str]
+    data: DataConfig
+    """`datasets` are whole ids."""
     model: ModelConfig
     train: TrainConfig
     """`precision` resolved."""
     steps: int
     seed: int
-    unique: int | None = None
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -68,9 +68,9 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
     if own.device.type == "cpu":
         torch.set_num_threads(1)
 
-    dataset = prepare.open_datasets(storage, work.datasets)
+    dataset = prepare.open_datasets(storage, work.data.datasets, work.data.cache_gib)
     codec = prepare.fitted_codec(storage, checkpoint.folder_of(work.id), dataset)
-    dataset = prepare.narrowed(dataset, work.unique, work.seed)
+    dataset = prepare.narrowed(dataset, work.data.unique, work.seed)
     resumed = ray.train.get_checkpoint()
     with resumed.as_directory() if resumed else nullcontext() as kept:
         training, before = Training.start(
@@ -83,6 +83,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
             partial(_base, work, storage, codec, feed),
             kept=Path(kept) if kept else None,
             id=work.id,
+            data=work.data,
         )
     progress = before or Progress(0, work.steps, own.world_size, engine.stage(options), options.precision)
     saved = progress.step

@@ -163,7 +163,7 @@ def lay_out(config: SweepConfig, dataset: Dataset, cluster: ClusterConfig) -> Gr
     for unique in config.grid.unique or ():
         if unique > have:
             raise UsageError(f"grid.unique={unique} is more than the {have} training transitions of {', '.join(dataset.ids)}; collect more, or lower it")
-    codec = Codec.fit(dataset)
+    codec = prepare.fit_codec(dataset)
     layout = _Layout(config, dataset, codec, precision(config, cluster))
     cells = [cell for size in config.grid.sizes for cell in layout.of_size(size)]
     if any(cell.large for cell in cells):

@@ -14,14 +14,13 @@ from scipy.special import expit, logit
 from mesocosm import __version__, clusters, config, tracking
 from mesocosm.clusters import ClusterConfig
 from mesocosm.config import fingerprint, identity
-from mesocosm.data.codec import Codec
 from mesocosm.data.loader import Loader
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.ladder import RUNGS, dims, ensemble_dims
 from mesocosm.pretrain import prepare
-from mesocosm.pretrain.config import DataConfig, PretrainConfig
+from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.pretrain.schedule import share
 from mesocosm.scaling import plan_figure
 from mesocosm.scaling.law import Law, span
@@ -127,7 +126,7 @@ def _question(config: PlanConfig, storage: Storage) -> _Question:
         except ArtifactError as error:
             raise UsageError(str(error)) from error
         dataset = prepare.narrowed(dataset, config.data.unique, config.seed)
-        codec = Codec.fit(dataset)
+        codec = prepare.fit_codec(dataset)
         loader = Loader(dataset, codec, "train", config.model.context, config.train.batch, config.seed)
         spec, have = codec.spec, loader.transitions_per_epoch
         batch = config.train.batch * loader.transitions_per_epoch / loader.windows_per_epoch
@@ -158,7 +157,7 @@ def _as_swept(config: PlanConfig, meta: dict[str, Any]) -> tuple[PlanConfig, int
     default, said = PlanConfig(), meta.get("config", {})
     warmup = None
     if config.data.datasets == default.data.datasets and "inputs" in meta:
-        config = replace(config, data=DataConfig(list(meta["inputs"]["datasets"]), config.data.unique))
+        config = replace(config, data=replace(config.data, datasets=list(meta["inputs"]["datasets"])))
     if config.model == default.model and "model" in said:
         config = replace(config, model=ModelConfig(**said["model"]))
     if config.train == default.train and "train" in said:

@@ -80,6 +80,9 @@ class SweepConfig(JobConfig):
             raise UsageError(f"model.size={self.model.size} is not read by a sweep; give grid.sizes=[{self.model.size}]")
         if self.data.unique is not None:
             raise UsageError(f"data.unique={self.data.unique} is not read by a sweep; give grid.unique=[{self.data.unique}]")
+        for key in ("weights", "block", "cache_gib"):
+            if (value := getattr(self.data, key)) is not None:
+                raise UsageError(f"data.{key}={value} is not read by a sweep; leave it out, or pretrain the sizes one by one")
         if not g.sizes:
             raise UsageError("grid.sizes=[] names no size; give rungs of the ladder, as in grid.sizes=[10k,30k,100k]")
         for size in g.sizes:

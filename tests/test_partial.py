@@ -1,0 +1,176 @@
+"""Artifacts of which a machine holds what is read: fetched and verified once, within a budget, whatever is killed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mesocosm import partial
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset
+from mesocosm.data.loader import Loader
+from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.storage import Storage
+
+Cart = Callable[..., str]
+SHARDS = [f"shards/{number:05d}" for number in range(4)]
+
+
+@pytest.fixture(autouse=True)
+def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For this test's caches. Made after pytest's own, which would lie in it, too."""
+    with tempfile.TemporaryDirectory(prefix="meso-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", None)
+        yield
+
+
+@pytest.fixture
+def bucket(s3: str, tmp_path: Path, cart_root: Cart) -> Storage:
+    """A root in the bucket with the dataset `cart` of several shards, of which this machine has nothing."""
+    made = Storage(cart_root(tmp_path, 400, shard_rows=60)).artifact("datasets", "cart")
+    storage = Storage(f"{s3}/{tmp_path.name}")
+    storage.make("datasets", "cart", {"job": "collect"}, lambda folder: shutil.copytree(made.path, folder, dirs_exist_ok=True) and None)
+    shutil.rmtree(storage.local_path("cache"))
+    return storage
+
+
+def python(code: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def here(storage: Storage) -> list[str]:
+    """The shards in the cache."""
+    return sorted(folder.name for folder in storage.local_path("cache", "parts").glob("*/*/*/shards/*"))
+
+
+def there(storage: Storage, unit: str, name: str) -> str:
+    return storage._path(f"datasets/cart/{storage.folder_of('datasets', 'cart')}/{unit}/{name}")
+
+
+def test_only_what_is_read_is_fetched_and_once_for_all_processes(bucket: Storage) -> None:
+    dataset = Dataset([bucket.partial("datasets", "cart")])
+    assert len(dataset.shards) > 4 and here(bucket) == []
+    dataset.array(2, "obs_num")
+    assert here(bucket) == ["00002"]
+    for path in [path for path in bucket.files("datasets/cart") if "shards/00002" in path]:
+        bucket.fs.rm(bucket._path(path))
+    code = f"from mesocosm.storage import Storage; print(Storage({bucket.root!r}).partial('datasets', 'cart').hold('shards/00002'))"
+    out, errors = python(code).communicate(timeout=60)
+    assert Path(out.strip()).is_dir(), errors
+    with pytest.raises(ArtifactError, match=r"datasets/cart: file 'shards/00003/obs_num.npy' is damaged"):
+        damaged = there(bucket, "shards/00003", "obs_num.npy")
+        good = bucket.fs.cat(damaged)
+        bucket.fs.pipe(damaged, good[:-1] + bytes([good[-1] ^ 1]))
+        dataset.array(3, "reward")
+    assert here(bucket) == ["00002"], "nothing of a damaged shard is kept"
+    bucket.fs.pipe(damaged, good)
+    assert len(dataset.array(3, "reward")) > 0, "restored as it said"
+
+
+def test_a_fetch_that_is_killed_leaves_nothing_that_looks_whole(bucket: Storage) -> None:
+    code = f"""
+import os, signal
+from mesocosm.storage import Storage
+storage = Storage({bucket.root!r})
+fetch = storage.fetch
+def half(kind, id, commit, name, path):
+    found = fetch(kind, id, commit, name, path)
+    if name.endswith("step.npy"):
+        path.write_bytes(path.read_bytes()[:100])
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+storage.fetch = half
+storage.partial("datasets", "cart").hold("shards/00001")
+"""
+    killed = python(code)
+    killed.communicate(timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert here(bucket) == [] and list(bucket.local_path("cache", "arriving").rglob("*.npy"))
+    folder = bucket.partial("datasets", "cart").hold("shards/00001")
+    assert here(bucket) == ["00001"] and np.load(folder / "step.npy").ndim == 1
+    assert not bucket.local_path("cache", "arriving", "shards", "00001").exists()
+
+
+def test_the_least_recently_used_goes_and_never_one_in_use(bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = bucket.partial("datasets", "cart")
+    sizes = [every.bytes(shard) for shard in SHARDS]
+    most = sum(sorted(sizes)[-2:]) + 100
+    files = bucket.partial("datasets", "cart", most)
+    for shard in SHARDS[:2]:
+        files.hold(shard)
+        files.release([shard])
+    files.release([SHARDS[1], SHARDS[0]])
+    files.hold(SHARDS[0])
+    files.release([SHARDS[0]])
+    files.hold(SHARDS[2])
+    assert here(bucket) == ["00000", "00002"], "the one used least recently went"
+    code = f"""
+from mesocosm.storage import Storage
+files = Storage({bucket.root!r}).partial("datasets", "cart", {most})
+print(files.hold("shards/00000"), flush=True)
+input()
+"""
+    other = python(code)
+    assert other.stdout is not None and other.stdout.readline()
+    monkeypatch.setattr(partial, "PATIENCE_S", 0.5)
+    with pytest.raises(ArtifactError, match=r"other shards in use fill the cache .* give a larger data\.cache_gib or a smaller data\.block"):
+        files.hold(SHARDS[3])
+    assert here(bucket) == ["00000", "00002"]
+    other.kill()
+    other.wait()
+    files.hold(SHARDS[3])
+    assert here(bucket) == ["00002", "00003"], "a killed reader holds nothing"
+
+
+def test_a_copy_that_is_here_is_verified_once(tmp_path: Path, cart_root: Cart, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(cart_root(tmp_path, 400, shard_rows=60))
+    read: list[Path] = []
+    monkeypatch.setattr(partial, "sha256", lambda path, plain=partial.sha256: read.append(path) or plain(path))
+    folder = storage.partial("datasets", "cart").hold(SHARDS[1])
+    assert len(read) == 8 and {path.parent for path in read} == {folder}
+    storage.partial("datasets", "cart").hold(SHARDS[1])
+    assert len(read) == 8, "not again"
+    reward = folder / "reward.npy"
+    data = reward.read_bytes()
+    reward.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match=r"datasets/cart: file 'shards/00001/reward.npy' is damaged"):
+        storage.partial("datasets", "cart").hold(SHARDS[1])
+    reward.write_bytes(data)
+    storage.partial("datasets", "cart").hold(SHARDS[1])
+    os.unlink(reward)
+    with pytest.raises(ArtifactError, match=r"datasets/cart: file 'shards/00001/reward.npy' is missing"):
+        storage.partial("datasets", "cart").hold(SHARDS[1])
+
+
+def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_path: Path) -> None:
+    local = Dataset([tmp_path / "root" / "datasets" / "cart"])
+    codec = Codec.fit(local)
+    sizes = sorted(local.shard_bytes(shard) for shard in range(len(local.shards)))
+    most = 2 * sum(sizes[-2:])
+    assert most < sum(sizes)
+    dataset = Dataset([bucket.partial("datasets", "cart", most)])
+    assert Codec.fit(dataset).id == codec.id, "what reads all of it in order needs no room for all of it"
+    expected, loader = (Loader(data, codec, "train", 8, 4, 0, events=6, block=2) for data in (local, dataset))
+    for step in range(2 * loader.windows_per_epoch // 4):
+        ours, theirs = loader.batch(step), expected.batch(step)
+        assert torch.equal(ours.observation.numbers, theirs.observation.numbers) and ours.events is not None and theirs.events is not None
+        assert torch.equal(ours.events.observation.numbers, theirs.events.observation.numbers)
+        kept = sum(file.stat().st_size for file in bucket.local_path("cache", "parts").glob("*/*/*/shards/*/*"))
+        assert kept <= most
+    for ours, theirs in zip(*(Loader(data, codec, "valid", 8, 4, 0, block=2).eval_batches() for data in (dataset, local)), strict=True):
+        assert torch.equal(ours.observation.numbers, theirs.observation.numbers)
+    plain, there = (Loader(data, codec, "train", 8, 4, 0).batch(5) for data in (dataset, local))
+    assert torch.equal(plain.observation.numbers, there.observation.numbers), "also where the order is not made for it"
+    with pytest.raises(UsageError, match=r"two blocks of data\.block=3 shards may have .* GiB, more than data\.cache_gib"):
+        Loader(dataset, codec, "train", 8, 4, 0, block=3)
