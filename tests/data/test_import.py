@@ -465,6 +465,37 @@ def test_words_are_paths_and_wrong_use_is_status_2(tmp_path: Path, root: str, ca
         assert said in err and len(err.strip().splitlines()) == 1
 
 
+def test_logs_in_a_bucket(
+    cart: Dataset, tmp_path: Path, s3: str, bring: Callable[..., Artifact], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same files make the same dataset wherever they lie: it is named by what is in them."""
+    monkeypatch.setattr(parquet_reader, "PIECE_ROWS", 100)
+    rows = exported(cart)
+    half = next(i for i in range(len(rows) // 2, len(rows)) if rows[i]["step"] == 0)
+    folder = tmp_path / "logs"
+    folder.mkdir()
+    files = [parquet(folder / "0.parquet", rows[:half], row_group_size=50), parquet(folder / "1.parquet", rows[half:])]
+    lines = jsonl(tmp_path / "b.jsonl", rows)
+    store = Storage(s3)
+    for path in files:
+        store.write(f"logs/year=2024/{path.name}", path.read_bytes())
+    store.write("logs/_temporary/2.parquet", b"hidden")
+    store.write("lines/b.jsonl", lines.read_bytes())
+    here = bring(folder, env="CartPole-v1", to=str(tmp_path / "here"))
+    for words in ([f"{s3}/logs"], [f"{s3}/logs/year=2024/*.parquet"], [f"{s3}/logs/year=2024/{path.name}" for path in files]):
+        made = ["import", *words, "--env", "CartPole-v1", f"storage.root={tmp_path / words[0][-6:].replace('/', '-')}", "workers=0", "--json"]
+        assert main(made) == 0
+        assert json.loads(capsys.readouterr().out)["artifact"] == here.name
+    same(cart, Dataset([bring(f"{s3}/lines/b.jsonl", env="CartPole-v1", to=str(tmp_path / "lines")).path]))  # type: ignore[arg-type]
+    for word, said in (
+        (f"{s3}/nowhere/*.parquet", "is no file, folder or pattern"),
+        (f"{s3}/lines/c.jsonl", "is no file, folder"),
+        ("s3://no-such-bucket-x/a", ""),
+    ):
+        with pytest.raises(UsageError, match=said):
+            plan(configured([word]))
+
+
 # -- whoever reads -----------------------------------------------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ that was killed goes on from its last whole shard when it is run again (progress
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -25,11 +24,11 @@ from mesocosm.data.episode import Episode
 from mesocosm.data.manifest import Environment
 from mesocosm.data.progress import Progress, progress
 from mesocosm.data.readers import Piece, Source, sources
+from mesocosm.data.readers.files import sha256, stamp
 from mesocosm.data.schema import Schema, read_schema
 from mesocosm.data.spaces import SpaceCodec, check_spaces
 from mesocosm.data.stitch import Closed, Joiner, Tally, Work, stream
 from mesocosm.data.writer import DatasetWriter
-from mesocosm.durable import sha256
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.reality.config import PAID, RealityConfig, parse_success
 from mesocosm.reality.env import EnvFacts, facts_of
@@ -168,7 +167,7 @@ def run(cfg: ImportConfig, run: Run) -> Artifact:
         return _import(cfg, run, id, kept, files, sums, stamps)
 
 
-def _import(cfg: ImportConfig, run: Run, id: str, kept: Progress, files: list[Source], sums: list[str], stamps: list[tuple[int, int]]) -> Artifact:
+def _import(cfg: ImportConfig, run: Run, id: str, kept: Progress, files: list[Source], sums: list[str], stamps: list[tuple[int, tuple[str, ...]]]) -> Artifact:
     workers = _workers(cfg, files)
     found = kept.looked()
     if found is None:
@@ -185,7 +184,7 @@ def _import(cfg: ImportConfig, run: Run, id: str, kept: Progress, files: list[So
         run.say(f"  left out: {row['episodes']} episodes of {row['rows']} rows: {row['reason']} (first at {row['first']})")
     for warning in report["warnings"]:
         run.say(f"warning: {warning}")
-    about: list[dict[str, Any]] = [{"name": f.name, "sha256": s, "bytes": stamp[0]} for f, s, stamp in zip(files, sums, stamps, strict=True)]
+    about: list[dict[str, Any]] = [{"name": f.name, "sha256": s, "bytes": size} for f, s, (size, _) in zip(files, sums, stamps, strict=True)]
     counts, inputs = looked.counts(), {"files": [fingerprint("files", sums)]}
     meta = {"inputs": inputs, "config": identity(cfg), "job": "import", "run": run.id, "counts": counts, "files": about}
 
@@ -208,9 +207,10 @@ def _files(cfg: ImportConfig) -> list[Source]:
     return sources(cfg.paths)
 
 
-def _stamps(files: Sequence[Source]) -> list[tuple[int, int]]:
-    found = [[os.stat(path) for path in source.files] for source in files]
-    return [(sum(stat.st_size for stat in stats), max(stat.st_mtime_ns for stat in stats)) for stats in found]
+def _stamps(sources: Sequence[Source]) -> list[tuple[int, tuple[str, ...]]]:
+    """Of each its bytes, and what changes when it does."""
+    found = [[stamp(path) for path in source.files] for source in sources]
+    return [(sum(size for size, _ in stamps), tuple(mark for _, mark in stamps)) for stamps in found]
 
 
 def _checksum(source: Source) -> str:

@@ -183,8 +183,8 @@ class Joiner:
     def __init__(self, names: Sequence[str], layout: Layout, drop: bool, before: Sequence[Key] = (), number: int = 0):
         """`before`: the names of the episodes that another joiner had, and `number` how many those were."""
         self._names, self._layout, self._drop = names, layout, drop
-        self.seen: set[Key] = set(before)
-        """Names of all episodes that have begun"""
+        self.seen: dict[Key, None] = dict.fromkeys(before)
+        """Names of all episodes that have begun, in that order"""
         self.next = (0, 0)
         """(number of a piece, row in it): where the row after the last closed episode stands"""
         self._open: Closed | None = None
@@ -243,7 +243,7 @@ class Joiner:
         if run.key in self.seen:
             fix = "the rows of an episode must follow each other; sort them by episode and step, or where files number their own episodes say per_file=true"
             return "episode comes again", f"{where}episode {run.key!r} comes again after another one; {fix}"
-        self.seen.add(run.key)
+        self.seen[run.key] = None
         if run.start == 0 and summary.first is not None and (found := begins(run.key, summary.first.step, self._layout.first_step)) is not None:
             return found[0], where + found[1]
         return None

@@ -18,7 +18,6 @@ and one that is more than a file, or states its spaces,
 
 from __future__ import annotations
 
-import glob
 import importlib
 import os
 from collections.abc import Iterator, Sequence
@@ -28,7 +27,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mesocosm.errors import UsageError
+from mesocosm.data.readers import files
+from mesocosm.errors import MesocosmError, UsageError
 
 SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
 BATCH_ROWS = 1 << 14
@@ -74,8 +74,8 @@ class Source:
         return dict(self.module.made(self.path)) if hasattr(self.module, "made") else {}
 
     @property
-    def files(self) -> list[Path]:
-        return list(self.module.files(self.path)) if hasattr(self.module, "files") else [Path(self.path)]
+    def files(self) -> list[str]:
+        return [str(path) for path in self.module.files(self.path)] if hasattr(self.module, "files") else [self.path]
 
     @property
     def spaces(self) -> tuple[Any, Any] | None:
@@ -122,6 +122,8 @@ def _of(word: str) -> list[Source]:
         from mesocosm.data.readers import minari
 
         return [Source("minari", minari.folder(word), word)]
+    if files.remote(word):
+        return _in_bucket(word)
     if os.path.exists(os.path.join(word, "meta", "info.json")):
         from mesocosm.data.readers import lerobot
 
@@ -129,17 +131,26 @@ def _of(word: str) -> list[Source]:
     return _expand(word)
 
 
+def _in_bucket(word: str) -> list[Source]:
+    """Raises UsageError where the bucket cannot be read."""
+    try:
+        return _expand(word)
+    except MesocosmError:
+        raise
+    except Exception as error:  # botocore's and s3fs's own
+        said = " ".join(str(error).split())
+        raise UsageError(f"{word!r} cannot be read ({said}); check the endpoint and credentials in the environment, as for storage.root") from error
+
+
 def _expand(word: str) -> list[Source]:
-    if os.path.isdir(word):
-        paths = sorted(
-            str(p) for p in Path(word).rglob("*") if p.suffix in SUFFIXES and not any(part.startswith((".", "_")) for part in p.relative_to(word).parts)
-        )
+    if files.is_folder(word):
+        paths = [path for path in files.below(word) if Path(path).suffix in SUFFIXES]
         if not paths:
             raise UsageError(f"the folder {word!r} has no file that ends in {', '.join(SUFFIXES)}; name one that has")
-    elif os.path.exists(word):
+    elif files.is_file(word):
         paths = [word]
     else:
-        paths = sorted(glob.glob(word, recursive=True))
+        paths = files.matching(word)
         if not paths:
             raise UsageError(f"{word!r} is no file, folder or pattern that matches any; check the path")
     return [_source(path) for path in paths]
@@ -153,4 +164,4 @@ def _source(path: str) -> Source:
         from mesocosm.data.readers import parquet, rllib
 
         format = "rllib" if rllib.holds(parquet.head(path).schema) else format
-    return Source(format, os.path.abspath(path), path)
+    return Source(format, path if files.remote(path) else os.path.abspath(path), path)

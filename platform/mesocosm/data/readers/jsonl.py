@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import pyarrow.types as is_
 
 from mesocosm.data.layout import RowError, innermost
 from mesocosm.data.readers import BATCH_BYTES, BATCH_ROWS, Piece
+from mesocosm.data.readers.files import opened, size
 from mesocosm.errors import UsageError
 
 HEAD_ROWS = 1000
@@ -20,7 +20,7 @@ PIECE_BYTES = 1 << 25
 
 def head(path: str) -> pa.Table:
     rows: list[dict[str, Any]] = []
-    for row in _rows(path, 0, os.path.getsize(path)):
+    for row in _rows(path, 0, size(path)):
         rows.append(row[0])
         if len(rows) == HEAD_ROWS:
             break
@@ -28,8 +28,8 @@ def head(path: str) -> pa.Table:
 
 
 def pieces(path: str) -> list[tuple[int, int]]:
-    size = os.path.getsize(path)
-    return [(begin, min(begin + PIECE_BYTES, size)) for begin in range(0, size, PIECE_BYTES)]
+    end = size(path)
+    return [(begin, min(begin + PIECE_BYTES, end)) for begin in range(0, end, PIECE_BYTES)]
 
 
 def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -50,7 +50,7 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
 def _rows(path: str, begin: int, end: int) -> Iterator[tuple[dict[str, Any], int]]:
     """The objects of the lines that begin in [begin, end), each with its length in bytes. A RowError counts rows from `begin`."""
     try:
-        with open(path, "rb") as file:
+        with opened(path) as file:
             if begin:
                 file.seek(begin - 1)
                 file.readline()

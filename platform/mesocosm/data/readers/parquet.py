@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mesocosm.data.readers import BATCH_BYTES, BATCH_ROWS, Piece
+from mesocosm.data.readers.files import opened, remote
 from mesocosm.errors import UsageError
 
 HEAD_ROWS = 1000
@@ -49,7 +50,7 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
 @contextmanager
 def _open(path: str) -> Iterator[pq.ParquetFile]:
     try:
-        with pq.ParquetFile(path) as file:
+        with opened(path) as raw, pq.ParquetFile(raw if remote(path) else path) as file:
             yield file
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"{path!r} cannot be read as Parquet ({' '.join(str(error).split())}); write it again, or leave it out") from error
