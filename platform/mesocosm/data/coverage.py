@@ -108,7 +108,7 @@ class Features:
         numbers = episodes[position]
         rows = dataset.table["first_row"][numbers] + drawn - (ends - dataset.table["length"][episodes])[position]
         shards = dataset.table["shard"][numbers]
-        raw = dataset.gather(shards, dict.fromkeys(ARRAYS, rows)) if total else _no_rows(dataset)
+        raw = {name: dataset.gather(name, shards, rows) for name in ARRAYS} if total else _no_rows(dataset)
         return Sample(self.of(dataset, numbers, raw), numbers, raw)
 
 

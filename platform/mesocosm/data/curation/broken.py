@@ -144,7 +144,7 @@ def _vectors(dataset: Dataset, piece: Piece, scale: Array) -> tuple[Array, Array
     seen, acted = ((moment * last[:, None] + (POINTS - 1) // 2) // (POINTS - 1) for last in (piece.length, piece.length - 1))
 
     def take(name: str, steps: Array) -> Array:
-        return dataset.gather(piece.shards, {name: piece.at(steps)})[name]
+        return dataset.gather(name, piece.shards, piece.at(steps))
 
     numbers = np.concatenate([take("obs_num", seen), take("act_num", acted), take("reward", acted)[..., None]], -1) / scale
     categories = np.concatenate([take("obs_cat", seen).astype(np.int64), take("act_cat", acted).astype(np.int64)], -1)

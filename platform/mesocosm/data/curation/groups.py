@@ -97,7 +97,7 @@ def _first(step: Step, episodes: Array, name: str, column: int) -> Array:
     """[n] of the episodes' first rows"""
     table = step.dataset.table
     blocks = [episodes[start : start + BLOCK] for start in range(0, len(episodes), BLOCK)]
-    return np.concatenate([step.dataset.gather(table["shard"][some], {name: table["first_row"][some]})[name][:, column] for some in blocks])
+    return np.concatenate([step.dataset.gather(name, table["shard"][some], table["first_row"][some])[:, column] for some in blocks])
 
 
 def _ranges(name: str, values: Array, bins: int) -> Groups:

@@ -58,7 +58,7 @@ class Rows:
 
     def __getitem__(self, name: str) -> Array:
         """[R, ...] of one of `manifest.ARRAYS`"""
-        return self._dataset.gather(self._shards, {name: self._at})[name]
+        return self._dataset.gather(name, self._shards, self._at)
 
 
 Measure = Callable[[Dataset, Piece], dict[str, Array]]
