@@ -222,9 +222,10 @@ def main() -> None:
             result["start"][number] = row
             print(f"start, {number:,}: " + ", ".join(f"{name} {value:.1f}" for name, value in row.items()), flush=True)
         largest = options.transitions[-1]
-        for block in (None, BLOCK):
-            row = result["speed"][f"folder, block {block}"] = measured(what="speed", root=root, id=f"d{largest}", block=block, rounds=options.rounds)
-            tell(f"folder, {largest:,}, block {block}", row)
+        for number, block in (*((number, None) for number in options.transitions[1:]), (largest, BLOCK)):
+            row = measured(what="speed", root=root, id=f"d{number}", block=block, rounds=options.rounds)
+            result["speed"][f"folder, {number}, block {block}"] = row
+            tell(f"folder, {number:,}, block {block}", row)
         for block in (None, BLOCK):
             row = result["memory"][f"block {block}"] = measured(what="memory", root=root, id=f"d{largest}", block=block)
             told = "; ".join(f"step {at['step']}: own {at['own_mib']:.0f} MiB, with mapped files {at['with_files_mib']:.0f}" for at in row["at"])

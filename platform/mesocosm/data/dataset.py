@@ -78,6 +78,7 @@ class Dataset:
         self.durations = all(manifest.durations for manifest in self.manifests)
         self._open: dict[int, dict[str, Array]] = {}
         self._coming: set[int] = set()
+        self._pinned: set[int] = set()
         counts = [len(manifest.shards) for manifest in self.manifests]
         self.shards: list[str] = [shard.name for manifest in self.manifests for shard in manifest.shards]
         """[S] names within their datasets; shards are numbered over all datasets"""
@@ -131,10 +132,19 @@ class Dataset:
     def turn(self, now: Iterable[int], ahead: Iterable[int] = ()) -> None:
         """Let go of all shards but these: `now` are read, `ahead` come next and are fetched meanwhile, in threads."""
         now, ahead = list(now), list(ahead)
+        self._pinned.clear()
+        self._pinned.update(now, ahead)
         self._let_go(set(self._open) - {*now, *ahead} | (self._coming - {*now, *ahead}))
         for shard in (*now, *ahead):
             self._coming.add(shard)
             self._files[int(self.shard_part[shard])].ahead([f"shards/{self.shards[shard]}"])
+
+    def expect(self, shards: Array) -> None:
+        """Begin to fetch and verify what will be read next, where there is room for all of it."""
+        if self.most is None:
+            for shard in np.unique(shards).tolist():
+                if shard not in self._open:
+                    self._files[int(self.shard_part[shard])].ahead([f"shards/{self.shards[shard]}"])
 
     def _let_go(self, shards: Iterable[int]) -> None:
         for shard in list(shards):
@@ -146,11 +156,8 @@ class Dataset:
         """A shard's memory-mapped array. Raises ArtifactError where it is missing or damaged."""
         arrays = self._open.get(shard)
         if arrays is None:
-            if self.most is not None:  # so that reading here and there goes on, if slowly; `turn` is for those who know where they read
-                sizes = {other: self.shard_bytes(other) for other in self._open}
-                while sizes and 2 * (sum(sizes.values()) + self.shard_bytes(shard)) > self.most:
-                    self._let_go([oldest := next(iter(sizes))])
-                    del sizes[oldest]
+            if self.most is not None and shard not in self._pinned:  # one at a time: reading here and there goes on, if slowly, and needs no room
+                self._let_go(set(self._open) - self._pinned)
             arrays = self._open[shard] = {}
         if (found := arrays.get(name)) is None:
             folder = self._files[int(self.shard_part[shard])].hold(f"shards/{self.shards[shard]}")
@@ -163,6 +170,7 @@ class Dataset:
         if len(self.shards) == 1 or len(shards) == 0 or (shards == shards[0]).all():
             shard = int(shards[0]) if len(shards) else 0
             return {name: self.array(shard, name).take(rows, axis=0) for name, rows in wanted.items()}
+        self.expect(shards)
         out: dict[str, Array] = {}
         distinct = {id(rows): rows for rows in wanted.values()}
         for shard, here in grouped(shards):
@@ -300,7 +308,6 @@ class Dataset:
             shards = np.repeat(self.table["shard"][episodes], lengths)
             last = np.zeros(len(at), bool)
             last[ends - 1] = True
-            self.turn(np.unique(shards).tolist())
             yield Chunk(episodes, self.gather(shards, dict.fromkeys(ARRAYS, at)), last)
         self.turn(())
 

@@ -27,8 +27,8 @@ By = Literal["windows", "transitions", "terminals", "cuts"]
 """What may be counted: training's windows, single transitions, terminals, and the windows that evaluation cuts from each episode's start."""
 ORDER, SHIFT, TERMINAL, UNIFORM, BLOCK = 1, 2, 3, 4, 5
 """Salts of the independent draws."""
-SHARDS = 128
-"""Of which the episodes are kept in memory."""
+EPISODES = 1 << 20
+"""That are kept in memory, some 100 bytes each; of one shard all are."""
 LENGTH, FIRST_ROW, HASH, LOW, SHIFTS = range(5)
 
 
@@ -90,6 +90,7 @@ class Tables:
         none = np.zeros((0, len(dataset.options)))
         codec.option_rows(dataset.options, none, none.astype(np.int64))  # raises for a choice that the codec does not know
         self._kept: OrderedDict[int, _Episodes] = OrderedDict()
+        self._episodes = 0
         some = dataset.lengths[dataset.lengths["split"] == SPLITS.index(split)]
         length, episodes = some["length"], some["episodes"]
         each: dict[By, Index] = {
@@ -120,8 +121,9 @@ class Tables:
         found = self._kept.pop(shard, None)
         if found is None:
             found = _Episodes(self.dataset, self.codec, self._split, self._window, shard)
-            if len(self._kept) >= SHARDS:
-                self._kept.popitem(last=False)
+            self._episodes += len(found.facts)
+            while self._kept and self._episodes > EPISODES:
+                self._episodes -= len(self._kept.popitem(last=False)[1].facts)
         self._kept[shard] = found
         return found
 
@@ -236,6 +238,7 @@ def rows_of(dataset: Dataset, shards: Index, first: Index, length: Index, window
     """K windows of `window` transitions of which `length` [K] are there, from rows `first` [K] of their shards on -> of each array that `more`
     names [K, window + more, ...], its rows after the window's own repeat the last of these (of `length` + more)."""
     out: dict[str, NDArray[Any]] = {}
+    dataset.expect(shards)
     for shard, here in grouped(shards):
         starts, there = first[here], length[here]
         places = np.arange(len(shards))[here]

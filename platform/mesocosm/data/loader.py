@@ -48,7 +48,7 @@ class Loader:
     weights: of the batches' windows and events, the share of each of the dataset's `paths` (None: each as much as it has). A dataset's epochs
         then are its own; `windows_per_epoch` counts those of all.
     Raises UsageError where the split, or one that has a weight, is empty, or the shards' cache is too small for two blocks.
-    Memory: a few integers a shard, the episodes of at most `index.SHARDS` of them, and READ_AHEAD.
+    Memory: a few integers a shard, at most `index.EPISODES` episodes, and READ_AHEAD.
     """
 
     def __init__(
@@ -267,12 +267,12 @@ class Loader:
         ends = np.cumsum(self._tables.counts["cuts"])
         total = int(ends[-1])
         taken = total if most is None else min(most, total)
+        if self._block is not None:
+            self.dataset.turn(())
         for first in range(0, taken, size):
             places = np.arange(first + lo, first + hi)
             there = places < taken
             found = self._tables.find("cuts", every, ends, np.minimum(places, taken - 1) * total // taken)
-            if self._block is not None:
-                self.dataset.turn(np.unique(found.shards).tolist())
             place = self._cut(found, np.where(there, found.rest, 0) * self.window)
             cut = _Place(found, place.first, np.where(there, place.length, 0))
             yield self._windows(cut, self._read(cut))
