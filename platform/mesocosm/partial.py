@@ -2,7 +2,7 @@
 depend on their size.
 
 A unit, a file or a folder of files, is verified once on a machine, whatever the number of its processes. Where the root is a folder, or
-`Storage.artifact` keeps a whole copy here, a stamp beside the cache says which files (size, inode, time of change) were found to be right. What is
+`Storage.artifact` keeps a whole copy here, a stamp in the temporary folder says which files (size, inode, time of change) were found to be right. What is
 fetched from a remote root lies in
 
     CACHE/parts/<kind>/<id>/<maker's folder>/<unit>
@@ -181,14 +181,14 @@ class Partial:
             except OSError:
                 return name
             found[name] = [stat.st_size, stat.st_ino, stat.st_mtime_ns, files[name]["sha256"]]
-        stamp = self._cache / "verified" / self._kind / self._id / f"{_flat(unit)}.json"
+        stamp = self._storage.machine_path("verified") / self._kind / self._id / f"{_flat(unit)}.json"
         with suppress(OSError, ValueError):
             if json.loads(stamp.read_bytes()) == found:
                 return None
         for name in names:
             if sha256(self._whole / name) != files[name]["sha256"]:
                 return name
-        with suppress(OSError):  # a root that cannot be written is verified by every process
+        with suppress(OSError):  # without room for a stamp every process verifies
             stamp.parent.mkdir(parents=True, exist_ok=True)
             temporary = stamp.with_name(f"{stamp.name}.{os.getpid()}.part")
             temporary.write_text(json.dumps(found))

@@ -84,8 +84,11 @@ class Storage:
 
     def local_path(self, *parts: str) -> Path:
         """A local folder for scratch and caches of this root: inside the root when it is local."""
-        base = Path(self.root) if not self.remote else Path(tempfile.gettempdir()) / ("mesocosm-" + hashlib.sha256(self.root.encode()).hexdigest()[:12])
-        return base.joinpath(*parts)
+        return self.machine_path(*parts) if self.remote else Path(self.root).joinpath(*parts)
+
+    def machine_path(self, *parts: str) -> Path:
+        """In this machine's temporary folder, of this root alone."""
+        return Path(tempfile.gettempdir()).joinpath("mesocosm-" + hashlib.sha256(self.root.encode()).hexdigest()[:12], *parts)
 
     def _at(self, kind: str, id: str) -> Path:
         """This machine's files of an artifact."""

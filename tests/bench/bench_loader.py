@@ -215,7 +215,7 @@ def main() -> None:
         (Path(temporary) / "codec.json").write_text(json.dumps(codec.to_json()))
         result: dict[str, Any] = {"start": {}, "memory": {}, "speed": {}}
         for number in options.transitions:
-            shutil.rmtree(Path(root) / "cache" / "verified", ignore_errors=True)
+            shutil.rmtree(storage.machine_path("verified"), ignore_errors=True)
             first = measured(what="start", root=root, id=f"d{number}")
             again = [measured(what="start", root=root, id=f"d{number}") for _ in range(5)]
             row = {name: statistics.median(one[name] for one in again) for name in first} | {f"unverified_{name}": value for name, value in first.items()}
