@@ -141,22 +141,16 @@ def speed(root: str, id: str, block: int | None, rounds: int) -> dict[str, Any]:
             seconds = 0.0
             loader._read_ahead = None
             for step, (shards, first, length, names) in zip(steps, lying, strict=True):
-                if block is not None:
-                    loader._turn(step, 0, BATCH)
-                here = arrays if arrays is not None else {(s, n): dataset.array(s, n) for s in set(shards) for n in names}
-                by_shard = {s: np.flatnonzero(np.array(shards) == s) for s in set(shards)}
-                rows = (
-                    {
-                        s: {
-                            n: np.array([np.minimum(np.arange(WINDOW + more), max(length[i] - 1 + more, 0)) + first[i] for i in at])
-                            for n, more in names.items()
-                        }
-                        for s, at in by_shard.items()
-                    }
-                    if what == "takes"
-                    else {}
-                )
-                out = {n: np.empty((BATCH, WINDOW + more, *here[shards[0], n].shape[1:]), here[shards[0], n].dtype) for n, more in names.items()}
+                if what in ("slices", "takes"):
+                    if block is not None:
+                        loader._turn(step - step % loader._at_once, 0, BATCH)
+                    here = arrays if arrays is not None else {(s, n): dataset.array(s, n) for s in set(shards) for n in names}
+                    by_shard = {s: np.flatnonzero(np.array(shards) == s) for s in set(shards)}
+                    out = {n: np.empty((BATCH, WINDOW + more, *here[shards[0], n].shape[1:]), here[shards[0], n].dtype) for n, more in names.items()}
+                if what == "takes":
+                    padded = [np.minimum(np.arange(WINDOW + 1), n) + f for f, n in zip(first, length, strict=True)]
+                    tails = [np.minimum(np.arange(WINDOW), max(n - 1, 0)) + f for f, n in zip(first, length, strict=True)]
+                    lie = {s: (np.array([tails[i] for i in at]), np.array([padded[i] for i in at])) for s, at in by_shard.items()}
                 began = time.thread_time()
                 if what == "slices":
                     for name, more in names.items():
@@ -165,8 +159,8 @@ def speed(root: str, id: str, block: int | None, rounds: int) -> dict[str, Any]:
                             into[i, : length[i] + more] = here[shards[i], name][first[i] : first[i] + length[i] + more]
                 elif what == "takes":
                     for s, at in by_shard.items():
-                        for name in names:
-                            values = here[s, name].take(rows[s][name], axis=0)
+                        for name, more in names.items():
+                            values = here[s, name].take(lie[s][more], axis=0)
                             if len(by_shard) > 1:
                                 out[name][at] = values
                 elif what == "reading":

@@ -164,7 +164,11 @@ class Dataset:
             found = arrays[name] = _load(folder / f"{name}.npy", mapped=True)
         return found
 
-    def gather(self, shards: Array, wanted: Mapping[str, Array]) -> dict[str, Array]:
+    def gather(self, name: str, shards: Array, rows: Array) -> Array:
+        """Rows of one array: `shards` [K], `rows` [K, ...] within them -> [K, ..., columns]."""
+        return self.gathered(shards, {name: rows})[name]
+
+    def gathered(self, shards: Array, wanted: Mapping[str, Array]) -> dict[str, Array]:
         """Rows of arrays by name: `shards` [K], and each array's rows within them, [K, ...] -> [K, ..., columns]. Shard after shard, so that
         each is held once."""
         if len(self.shards) == 1 or len(shards) == 0 or (shards == shards[0]).all():
@@ -231,7 +235,9 @@ class Dataset:
     @property
     def part(self) -> Array:
         """[E] which of `paths` an episode is from"""
-        return np.repeat(self.shard_part, self._ends - self._starts)
+        if "part" not in self._whole:
+            self._whole["part"] = np.repeat(self.shard_part, self._ends - self._starts)
+        return self._whole["part"]
 
     @property
     def option_numbers(self) -> Array:
@@ -308,7 +314,7 @@ class Dataset:
             shards = np.repeat(self.table["shard"][episodes], lengths)
             last = np.zeros(len(at), bool)
             last[ends - 1] = True
-            yield Chunk(episodes, self.gather(shards, dict.fromkeys(ARRAYS, at)), last)
+            yield Chunk(episodes, self.gathered(shards, dict.fromkeys(ARRAYS, at)), last)
         self.turn(())
 
     # -- episodes ------------------------------------------------------------------------------------------------
@@ -362,7 +368,7 @@ class Dataset:
 
     def _parts(self, codec: Codec, episodes: Array, steps: Array) -> tuple[Parts, Parts]:
         shards, rows = self.table["shard"][episodes], self.table["first_row"][episodes] + steps
-        numbers, categories = self.gather(shards, {"obs_num": rows, "obs_cat": rows}).values()
+        numbers, categories = self.gathered(shards, {"obs_num": rows, "obs_cat": rows}).values()
         options = codec.option_rows(self.options, self.option_numbers, self.option_values)
         return codec.task_parts(numbers, categories, options[episodes]), codec.observation_parts(numbers, categories)
 

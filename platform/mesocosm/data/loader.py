@@ -24,7 +24,7 @@ from mesocosm.data.index import FIRST_ROW, HASH, LENGTH, TERMINAL, UNIFORM, Foun
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Events, Windows
 
-READ_AHEAD = 8 << 20
+READ_AHEAD = 16 << 20
 """Bytes of raw rows that are read at once."""
 
 
@@ -239,7 +239,7 @@ class Loader:
         found = merged(hi - lo, parts)
         rows = found.facts[:, FIRST_ROW] + found.rest
         pairs = rows[:, None] + np.arange(2)
-        data = self.dataset.gather(found.shards, {"obs_num": pairs, "obs_cat": pairs, "act_num": rows, "act_cat": rows, "terminated": rows})
+        data = self.dataset.gathered(found.shards, {"obs_num": pairs, "obs_cat": pairs, "act_num": rows, "act_cat": rows, "terminated": rows})
         numbers, categories, terminated = data["obs_num"], data["obs_cat"], data["terminated"]
         observations = codec.observation_parts(numbers, categories)
         weight = np.where(terminated, oversampled, weight) if drawn else np.ones(hi - lo)

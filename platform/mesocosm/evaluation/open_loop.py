@@ -105,7 +105,7 @@ class Log:
         """`episode` [n] positions in the split, `step` [n, ...] -> rows [n, ..., columns]."""
         table = self.dataset.table[self.episodes[episode]]
         first = table["first_row"].reshape(-1, *(1,) * (step.ndim - 1))
-        return self.dataset.gather(table["shard"], {name: first + step})[name]
+        return self.dataset.gather(name, table["shard"], first + step)
 
     def observation(self, episode: Array, step: Array) -> Parts:
         return self.codec.observation_parts(self._gather("obs_num", episode, step), self._gather("obs_cat", episode, step))

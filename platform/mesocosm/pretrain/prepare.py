@@ -55,7 +55,7 @@ def transitions(dataset: Dataset, codec: Codec, limit: int = MAX_TRANSITIONS) ->
     number = episodes[position]
     rows = dataset.table["first_row"][number] + chosen - (ends - lengths)[position]
     pairs = rows[:, None] + np.arange(2)
-    found = dataset.gather(dataset.table["shard"][number], {"obs_num": pairs, "obs_cat": pairs, "act_num": rows, "act_cat": rows})
+    found = dataset.gathered(dataset.table["shard"][number], {"obs_num": pairs, "obs_cat": pairs, "act_num": rows, "act_cat": rows})
     dataset.turn(())
     options = codec.option_rows(dataset.options, dataset.option_numbers, dataset.option_values)
     numbers, categories = found["obs_num"], found["obs_cat"]
