@@ -130,5 +130,5 @@ def test_a_written_dataset_of_texts_and_tasks(tmp_path: Path) -> None:
     write_dataset(tmp_path, [make(k) for k in range(12)], id="t", environment=environment, observation_space=space, action_space=spaces.Discrete(2), seed=0)
     summary = summarise(Dataset([tmp_path]), name="x")
     assert summary["tasks"] == [{"name": "mass", "low": 0.0, "high": 5.5}, {"name": "floor", "values": {"ice": 12}}]
-    assert [row["name"] for row in summary["numbers"]] == ["observation.goal"] and summary["numbers"][0]["space"] == [-1.0, 1.0]
+    assert [row["name"] for row in summary["numbers"]] == ["observation.goal[0]"] and summary["numbers"][0]["space"] == [-1.0, 1.0]
     assert [row["name"] for row in summary["categories"]] == ["action"] and "ice" in coverage_page.render(summary)

@@ -86,6 +86,14 @@ class SpaceCodec:
         """The key path of each number column, for messages."""
         return [leaf.name for leaf in self.leaves for _ in range(leaf.numbers.stop - leaf.numbers.start)]
 
+    def labels(self) -> list[str]:
+        """A name for each number column: `observation.pose[2]`."""
+        found = []
+        for leaf in self.leaves:
+            count = leaf.numbers.stop - leaf.numbers.start
+            found += [leaf.name] if count == 1 and not leaf.shape else [f"{leaf.name}[{i}]" for i in range(count)]
+        return found
+
     def matching(self, name: str) -> list[Leaf]:
         """The leaves at or under the key path `name` ("goal", "camera.pose"); none where the space has no such key."""
         paths = [".".join(str(key) for key in leaf.path) for leaf in self.leaves]

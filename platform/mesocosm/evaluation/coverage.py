@@ -44,7 +44,7 @@ class Columns:
 
     def __init__(self, dataset: Dataset):
         self.parts = [("obs", dataset.observation_codec), ("act", dataset.action_codec)]
-        self.numbers = [name for _, codec in self.parts for name in number_names(codec)]
+        self.numbers = [name for _, codec in self.parts for name in codec.labels()]
         self.categories = [name for _, codec in self.parts for name, _ in category_names(codec)]
         self.sizes = [size for _, codec in self.parts for size in codec.cardinalities]
 
@@ -76,15 +76,6 @@ class Columns:
             for i, counts in enumerate(values):
                 counts += np.bincount(categories[:, i], minlength=len(counts))
         return Extent(low, high, values)
-
-
-def number_names(codec: SpaceCodec) -> list[str]:
-    """`observation[2]`, `observation.pose[0]`, `action`, ..."""
-    return [
-        leaf.name if leaf.numbers.stop - leaf.numbers.start == 1 else f"{leaf.name}[{i}]"
-        for leaf in codec.leaves
-        for i in range(leaf.numbers.stop - leaf.numbers.start)
-    ]
 
 
 def category_names(codec: SpaceCodec) -> list[tuple[str, bool]]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from mesocosm.data.curation.scan import Piece, Rows
-from mesocosm.data.curation.table import TRAIN, Step, labels
+from mesocosm.data.curation.table import TRAIN, Step
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.manifest import ARRAYS
 from mesocosm.errors import UsageError, nearest
@@ -196,7 +196,7 @@ class Stuck:
             raise UsageError(f"keep={self.keep!r} is unknown; use 'none' or 'before'{nearest(self.keep, ['none', 'before'])}")
 
     def run(self, step: Step) -> None:
-        names = labels(step.dataset.observation_codec)
+        names = step.dataset.observation_codec.labels()
         episodes = step.episodes()
         episodes = episodes[step.table.length[episodes] >= self.steps]
         if not names or not len(episodes):
@@ -253,7 +253,7 @@ class Saturated:
             raise UsageError(f"share={self.share} is no share of an episode; give a number from 0 to below 1")
 
     def run(self, step: Step) -> None:
-        names = labels(step.dataset.observation_codec)
+        names = step.dataset.observation_codec.labels()
         episodes = step.episodes()
         if not names:
             return

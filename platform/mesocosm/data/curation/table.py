@@ -16,7 +16,6 @@ from mesocosm.data.curation.scan import Measure, Scan
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.manifest import OUTCOMES, SPLITS
 from mesocosm.data.permutation import key
-from mesocosm.data.spaces import SpaceCodec
 
 Array = NDArray[Any]
 TRAIN, VALID = SPLITS.index("train"), SPLITS.index("valid")
@@ -189,12 +188,3 @@ def _total(events: Sequence[Event], *kinds: str) -> dict[str, int]:
         "episodes": sum(len(event.episodes) for event in events if event.kind in kinds and event.kind != "cut"),
         "transitions": sum(int(event.transitions.sum()) for event in events if event.kind in kinds),
     }
-
-
-def labels(codec: SpaceCodec) -> list[str]:
-    """A name for each number column: `observation.pose[2]`."""
-    found = []
-    for leaf in codec.leaves:
-        count = leaf.numbers.stop - leaf.numbers.start
-        found += [leaf.name] if count == 1 and not leaf.shape else [f"{leaf.name}[{i}]" for i in range(count)]
-    return found
