@@ -47,9 +47,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def ask(*lines: str) -> list[list[str]]:
+def ask(*lines: str, folder: Path = REPOSITORY) -> list[list[str]]:
     """What bash proposes at the end of each line."""
-    said = subprocess.run(["bash", "-c", ASK], cwd=REPOSITORY, input="".join(f"{line}\n" for line in lines), capture_output=True, text=True, timeout=120)
+    said = subprocess.run(["bash", "-c", ASK], cwd=folder, input="".join(f"{line}\n" for line in lines), capture_output=True, text=True, timeout=120)
     assert said.returncode == 0 and not said.stderr, said.stderr
     return [line.split() for line in said.stdout.splitlines()]
 
@@ -71,6 +71,15 @@ def test_bash_completes_commands_options_keys_files_and_clusters(home: Path) -> 
     assert file == ["configs/sweep/quickstart.yaml"] and folder == ["configs/sweep/"]
     assert {"aws", "kuberay", "local"} <= set(cluster) and named == ["kuberay"]
     assert not (home / "heavy").exists(), f"imported at Tab: {(home / 'heavy').read_text()}"
+
+
+def test_bash_completes_datasets(home: Path) -> None:
+    for id in ("ab12", "ab34", "cd56"):
+        (home / ".mesocosm" / "datasets" / id).mkdir(parents=True)
+        if id != "ab34":  # which is being made
+            (home / ".mesocosm" / "datasets" / id / "COMMIT.json").touch()
+    show, second, root = ask("mesocosm data show a", "mesocosm data diff ab12 ", "mesocosm data list storage.r", folder=home)
+    assert show == ["ab12"] and set(second) >= {"ab12", "cd56"} and root == ["storage.root="]
 
 
 def test_bash_completes_the_jobs_that_were_submitted_from_here(home: Path) -> None:

@@ -1,4 +1,4 @@
-"""`mesocosm completion bash|zsh|fish`: a script with which Tab completes commands, options, config keys, files, clusters and jobs.
+"""`mesocosm completion bash|zsh|fish`: a script with which Tab completes commands, options, config keys, files, clusters, jobs and datasets.
 
 The script asks `mesocosm` itself, through argcomplete, at every Tab. So nothing here imports what a job runs on: config keys are read from the
 source of its schema, which takes a hundredth of the time of importing it.
@@ -32,7 +32,7 @@ examples:
 
 def add(commands: Any) -> None:
     """Add the command to argparse's `commands`."""
-    said = "print the script with which a shell completes commands, options, config keys, clusters and jobs"
+    said = "print the script with which a shell completes commands, options, config keys, clusters, jobs and datasets"
     parser = commands.add_parser("completion", help=said, description=said, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shell", choices=SHELLS, help="the shell that reads it")
 
@@ -67,6 +67,8 @@ def _attach(parser: Any, command: str) -> None:
             action.completer = FilesCompleter(("yaml", "yml"))
         elif action.dest == "cluster" or (command.startswith("cluster ") and action.dest == "name"):
             action.completer = _listed(_clusters)
+        elif command.startswith("data ") and action.dest in ("id", "a", "b"):
+            action.completer = _listed(_datasets)
         elif action.dest == "id":
             action.completer = _listed(_jobs)
         elif action.dest == "overrides":
@@ -94,6 +96,11 @@ def _jobs() -> list[str]:
     from mesocosm.submission import records
 
     return [record.id for record in records.every()]
+
+
+def _datasets() -> list[str]:
+    """Those of the root that is taken where none is said; a bucket is not asked at every Tab."""
+    return [file.parent.name for file in sorted(Path(".mesocosm/datasets").glob("*/COMMIT.json"))]
 
 
 def _overrides(module: str, schema: str) -> list[str]:
