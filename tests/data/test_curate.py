@@ -333,7 +333,8 @@ def test_a_curated_dataset_is_one_that_is_trained_on_and_done_once(dataset: Call
     assert report(joined)["kept"]["episodes"] == 200 and report(joined)["operations"] == []
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_same_bytes_whoever_measures(
     dataset: Callable[..., str], curate: Callable[..., Artifact], ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

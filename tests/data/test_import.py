@@ -490,7 +490,7 @@ def test_logs_in_a_bucket(
     for word, said in (
         (f"{s3}/nowhere/*.parquet", "is no file, folder or pattern"),
         (f"{s3}/lines/c.jsonl", "is no file, folder"),
-        ("s3://no-such-bucket-x/a", ""),
+        ("s3://no-such-bucket-x/a", "is no file, folder|cannot be read"),
     ):
         with pytest.raises(UsageError, match=said):
             plan(configured([word]))
