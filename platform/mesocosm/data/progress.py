@@ -101,7 +101,10 @@ def progress(scratch: Path, id: str, *, anew: bool) -> Iterator[Progress]:
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock"))  # not what an import that just ended has removed
+        except (BlockingIOError, FileNotFoundError):
+            ours = False
+        if not ours:
             folder = scratch / f"import-{id}-{os.getpid()}"
         kept = Progress(folder)
         if anew:
