@@ -117,7 +117,7 @@ def stream(work: Work, pieces: Sequence[Piece], workers: int, ray_config: RayCon
 
     with ray.data.DataContext.current(context):
         data = ray.data.range(len(pieces), override_num_blocks=len(pieces))
-        results = data.map_batches(run, batch_size=1, batch_format="numpy", compute=ray.data.TaskPoolStrategy(size=workers))
+        results = data.map_batches(run, batch_size=1, batch_format="numpy", compute=ray.data.TaskPoolStrategy(size=min(workers, len(pieces))))
         for row in results.iter_rows():
             yield pickle.loads(row["result"])  # of `run` above, in this very job: nothing that was read from a file
 

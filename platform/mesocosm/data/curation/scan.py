@@ -116,7 +116,7 @@ class Scan:
 
         with ray.data.DataContext.current(context):
             data = ray.data.range(len(made), override_num_blocks=len(made))
-            results = data.map_batches(run, batch_size=1, batch_format="numpy", compute=ray.data.TaskPoolStrategy(size=self.workers))
+            results = data.map_batches(run, batch_size=1, batch_format="numpy", compute=ray.data.TaskPoolStrategy(size=min(self.workers, len(made))))
             for row in results.iter_rows():
                 yield pickle.loads(row["result"])  # of `run` above, in this very job: nothing that was read from a file
 
