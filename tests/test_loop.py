@@ -106,7 +106,7 @@ def test_a_dict_observation_from_config_alone(root: str, ray_local: None, monkey
     with pytest.raises(UsageError, match=r"reality\.budget\.steps=0 is less than the 300 steps"):
         check(offline)
     offline.datasets = artifact.meta["inputs"]["datasets"]
-    offline.evaluate.episodes = 1
+    offline.evaluate.episodes = 3
     made, summary = _run(offline)
     assert made.id != artifact.id and made.meta["inputs"]["worlds"] == artifact.meta["inputs"]["worlds"], "of the same data, the same world"
     spent = {row["purpose"]: row["steps"] for row in summary["real_steps"]["purposes"]}

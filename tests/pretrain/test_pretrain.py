@@ -193,9 +193,9 @@ def test_workers_that_nothing_can_start_are_not_waited_for_for_ever(tmp_path: Pa
         def ready(self) -> bool:
             return True
 
-    free = int(ray.available_resources()["CPU"])
-    holder = ray.remote(num_cpus=free)(Holder).remote()
-    assert ray.get(holder.ready.remote())
+    every = int(ray.cluster_resources()["CPU"])
+    holder = ray.remote(num_cpus=every)(Holder).remote()
+    assert ray.get(holder.ready.remote(), timeout=60), "what an earlier test holds is let go of"
     try:
         with pytest.raises(
             MesocosmError, match=r"train\.workers=1 of pretraining were not to be started in 2 attempts: the cluster has .*the same command again"
