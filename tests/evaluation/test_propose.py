@@ -126,6 +126,7 @@ def test_the_budget_goes_where_data_lack_and_members_disagree(root: str, tmp_pat
     assert data.transitions == 203 and any(float(o[0]) > 2 for e in data.iter_episodes() for o in e.observations)
 
 
+@pytest.mark.slow
 def test_tasks_that_are_reset_options_are_candidates(root: str) -> None:
     """Data of both sides; the candidate of each is imagined from that side alone, and what is collected keeps to it."""
     task = {"task": ["side"], "task_options": {"side": TaskOption(choices=[0.0, 6.0])}}
@@ -140,6 +141,7 @@ def test_tasks_that_are_reset_options_are_candidates(root: str) -> None:
     assert {e.task["side"] for e in data.iter_episodes()} == {6.0} and data.options[0].values is None, "a number, as in the other data"
 
 
+@pytest.mark.slow
 def test_it_says_when_there_is_little_to_tell(root: str) -> None:
     world = made(root, members=1)
     answer, _, text = proposal(root, world, behaviours=[])
