@@ -36,6 +36,7 @@ from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset, DatasetWriter, Environment
 from mesocosm.data.episode import Episode
 from mesocosm.data.loader import Loader
+from mesocosm.data.windows import pieces
 from mesocosm.storage import Storage
 
 HERE = Path(__file__).resolve().parent
@@ -164,9 +165,9 @@ def speed(root: str, id: str, block: int | None, rounds: int) -> dict[str, Any]:
                             if len(by_shard) > 1:
                                 out[name][at] = values
                 elif what == "reading":
-                    _, data = loader._ahead(step, 0, BATCH)
-                    if number == 0:
-                        total += sum(array.nbytes for array in data.values())
+                    if step % loader._at_once == 0:
+                        for _, data in pieces(dataset, loader.codec, loader._coming(step, 0, BATCH), WINDOW):
+                            total += sum(array.nbytes for array in data.values()) if number == 0 else 0
                 else:
                     loader.batch(step)
                 seconds += time.thread_time() - began

@@ -62,6 +62,7 @@ class Codec:
         self._option_categories = [i for i, option in enumerate(self.options) if option.values is not None]
         self.delta_scale: tuple[float, ...] = tuple((delta_scale / self._scalings["observation"].scale)[self._numbers].tolist())
         """Standard deviation of the one-step change of each observation number, in normalised units."""
+        self._predicted, self._seen = (self._scalings["observation"].only(columns) for columns in (self._numbers, self._task_numbers))
         self.spec = self._spec(in_task)
 
     def _spec(self, in_task: Sequence[bool]) -> Spec:
@@ -140,7 +141,7 @@ class Codec:
         scalings = {
             "observation": Scaling.of(moments["observation"], first["observation"], _integers(observation)),
             "action": Scaling.of(moments["action"], first["action"], _integers(action)),
-            "options": Scaling(every.mean[as_numbers], every.scale[as_numbers], every.precision[as_numbers]),
+            "options": every.only(as_numbers),
         }
         reward, duration = (Scaling.of(moments[name], first[name]) for name in ("reward", "duration"))
         rest = {
@@ -240,15 +241,15 @@ class Codec:
 
     def observation_parts(self, numbers: Array, categories: Array) -> Parts:
         """Raw columns of whole observations, [..., n] float64 and [..., m] -> Parts [...]."""
-        normalised = self._scalings["observation"].normalise(numbers)
-        codes = torch.from_numpy(categories.astype(np.int64))
-        if not (len(self._task_numbers) or len(self._task_categories)):
-            return Parts(normalised, codes)
-        return Parts(normalised[..., self._numbers], codes[..., self._categories])
+        if len(self._task_numbers) or len(self._task_categories):
+            numbers, categories = numbers[..., self._numbers], categories[..., self._categories]
+        return Parts(self._predicted.normalise(numbers), torch.from_numpy(categories.astype(np.int64)))
 
     def task_parts(self, numbers: Array, categories: Array, options: Array) -> Parts:
         """Raw columns of whole observations, [B, n] and [B, m], and rows of `option_rows`, [B, k] -> Parts [B, ...]."""
-        seen = self._scalings["observation"].normalise(numbers)[:, self._task_numbers]
+        if not (self.spec.task.numbers or self.spec.task.categories):
+            return Parts.empty(self.spec.task, len(numbers))
+        seen = self._seen.normalise(numbers[:, self._task_numbers])
         told = self._scalings["options"].normalise(options[:, self._option_numbers])
         chosen = torch.from_numpy(options[:, self._option_categories].astype(np.int64))
         return Parts(torch.cat([seen, told], 1), torch.cat([torch.from_numpy(categories[:, self._task_categories].astype(np.int64)), chosen], 1))

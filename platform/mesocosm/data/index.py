@@ -9,12 +9,11 @@ of a block are others in every epoch.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from mesocosm.data.codec import Codec
@@ -151,16 +150,20 @@ class Order:
 
     def _find_in_blocks(self, epochs: Index, positions: Index) -> Found:
         parts: list[tuple[Index | slice, Found]] = []
-        for epoch in np.unique(epochs).tolist():
-            _, ends = self._epoch(epoch)
-            inside = np.flatnonzero(epochs == epoch)
-            for block, which in grouped(np.searchsorted(ends, positions[inside], "right")):
-                here = inside[which]
-                before = int(ends[block - 1]) if block else 0
-                total = int(ends[block]) - before
-                numbers = permute(positions[here] - before, total, self._key(ORDER, epoch, block))
-                parts.append((here, self.tables.find("windows", *self._within(epoch, block, "windows"), numbers)))
+        for epoch, block, here in self._blocks(epochs, positions):
+            ends = self._epoch(epoch)[1]
+            before = int(ends[block - 1]) if block else 0
+            total = int(ends[block]) - before
+            numbers = permute(positions[here] - before, total, self._key(ORDER, epoch, block))
+            parts.append((here, self.tables.find("windows", *self._within(epoch, block, "windows"), numbers)))
         return merged(len(positions), parts)
+
+    def _blocks(self, epochs: Index, positions: Index) -> Iterator[tuple[int, int, Index]]:
+        """[K] samples -> each epoch and block that some of them lie in, and where these stand."""
+        for epoch in np.unique(epochs).tolist():
+            inside = np.flatnonzero(epochs == epoch)
+            for block, which in grouped(np.searchsorted(self._epoch(epoch)[1], positions[inside], "right")):
+                yield epoch, block, inside[which]
 
     def _key(self, salt: int, *parts: Index | int) -> NDArray[np.uint64]:
         return key(self._seed, salt, *parts, *self._salt)
@@ -208,20 +211,23 @@ class Order:
 
     # -- rare events ---------------------------------------------------------------------------------------------
 
-    def draw(self, salt: int, order: Index, sample: int) -> tuple[Found, int, int]:
+    def draw(self, salt: int, order: Index, samples: Index) -> tuple[Found, Index, Index]:
         """The `order`-th [K] of a walk round and round, over terminals (TERMINAL) or all transitions (UNIFORM), of all shards or of the block that
-        `sample` lies in. Without a terminal there, over its transitions. Also: how many terminals and transitions there are."""
-        shards, where = self.shards, tuple[int, ...]()
+        each of `samples` [K] lies in. Without a terminal there, over its transitions. Also [K]: how many terminals and transitions there are."""
+        counts, parts = self.tables.counts, list[tuple[Index | slice, Found]]()
+        terminals, transitions = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
+        blocks: Iterable[tuple[Any, ...]] = [(slice(None),)]
         if self._block is not None:
-            where = self._at(sample)
-            shards = self._shards(*where)
-        counts = self.tables.counts
-        terminals, transitions = (int(counts[by][shards].sum()) for by in ("terminals", "transitions"))
-        by: By = "terminals" if salt == TERMINAL and terminals else "transitions"
-        total = terminals if by == "terminals" else transitions
-        rounds, positions = np.divmod(order, total)
-        numbers = permute(positions, total, self._key(salt, rounds, *where))
-        return self.tables.find(by, shards, np.cumsum(counts[by][shards]), numbers), terminals, transitions
+            blocks = self._blocks(*np.divmod(samples, self.windows))
+        for *where, here in blocks:
+            shards = self._shards(*where) if where else self.shards
+            terminals[here], transitions[here] = (int(counts[by][shards].sum()) for by in ("terminals", "transitions"))
+            by: By = "terminals" if salt == TERMINAL and counts["terminals"][shards].any() else "transitions"
+            total = int(counts[by][shards].sum())
+            rounds, positions = np.divmod(order[here], total)
+            numbers = permute(positions, total, self._key(salt, rounds, *where))
+            parts.append((here, self.tables.find(by, shards, np.cumsum(counts[by][shards]), numbers)))
+        return merged(len(order), parts), terminals, transitions
 
 
 def tiles(length: NDArray[np.int64], window: int) -> tuple[Index, Index, Index]:
@@ -232,30 +238,3 @@ def tiles(length: NDArray[np.int64], window: int) -> tuple[Index, Index, Index]:
     low = np.where(more, spare + 1, 0)
     shifts = np.where(more, window - 1 - spare, np.where(least > 1, spare + 1, 1))
     return least + more, low, shifts
-
-
-def rows_of(dataset: Dataset, shards: Index, first: Index, length: Index, window: int, more: Mapping[str, int]) -> dict[str, NDArray[Any]]:
-    """K windows of `window` transitions of which `length` [K] are there, from rows `first` [K] of their shards on -> of each array that `more`
-    names [K, window + more, ...], its rows after the window's own repeat the last of these (of `length` + more)."""
-    out: dict[str, NDArray[Any]] = {}
-    dataset.expect(shards)
-    for shard, here in grouped(shards):
-        starts, there = first[here], length[here]
-        places = np.arange(len(shards))[here]
-        full = there == window
-        whole, part = places[full], places[~full]
-        rows = {m: starts[~full, None] + np.minimum(np.arange(window + m), np.maximum(there[~full] - 1 + m, 0)[:, None]) for m in set(more.values())}
-        for name, m in more.items():
-            array = dataset.array(shard, name)
-            if name not in out:
-                out[name] = np.empty((len(shards), window + m, *array.shape[1:]), array.dtype)
-            if len(whole):  # runs of rows: copied as such, which takes two thirds of the time that row by row does
-                out[name][whole] = sliding(array, window + m)[starts[full]]
-            if len(part):
-                out[name][part] = array.take(rows[m], axis=0)
-    return out
-
-
-def sliding(array: NDArray[Any], size: int) -> NDArray[Any]:
-    """[N, ...] -> a view [N - size + 1, size, ...] of every run of so many rows; numpy's own sliding_window_view puts them last."""
-    return as_strided(array, (len(array) - size + 1, size, *array.shape[1:]), (array.strides[0], *array.strides), writeable=False)

@@ -13,31 +13,22 @@ once an epoch, and after how much context it is seen varies.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Array, Dataset, Split
-from mesocosm.data.index import FIRST_ROW, HASH, LENGTH, TERMINAL, UNIFORM, Found, Index, Order, Tables, merged, rows_of
+from mesocosm.data.dataset import Dataset, Split
+from mesocosm.data.index import FIRST_ROW, HASH, LENGTH, TERMINAL, UNIFORM, Found, Index, Order, Tables, merged
+from mesocosm.data.windows import Place, batches, windows
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Events, Windows
 
 READ_AHEAD = 16 << 20
-"""Bytes of raw rows that are read at once."""
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where K windows lie."""
-
-    found: Found
-    """[K] episodes"""
-    first: Index
-    """[K] first transition within the episode"""
-    length: Index
-    """[K] transitions, 1..W (0: padding)"""
+"""Bytes of raw rows that are read at once: alone, the smaller batches would cost more in calls than in bytes."""
+AT_ONCE = 128
+"""Batches that are read at once, at most."""
 
 
 class Loader:
@@ -85,8 +76,8 @@ class Loader:
         most = READ_AHEAD // (row * window * batch)
         if block is not None:  # so that what is read at once lies in one block, or at the end of one and the start of the next
             most = min(most, min(order.windows * block // len(order.shards) for order in self._orders) // (4 * batch))
-        self._at_once = max(1, most)
-        self._read_ahead: tuple[int, int, int, _Place, dict[str, Array]] | None = None
+        self._at_once = max(1, min(most, AT_ONCE))
+        self._read_ahead: tuple[tuple[int, int, int], list[Windows]] | None = None
         self._turns = Turns([1.0] if weights is None else weights)
         with_terminals = [share * (order.terminals > 0) for share, order in zip(self._turns.shares, self._orders, strict=True)]
         self._oversampled = (np.arange(events) % 3 == 0) & (sum(with_terminals) > 0)
@@ -127,10 +118,18 @@ class Loader:
 
         Raises UsageError where the batch or the events do not divide by `world_size`.
         """
-        windows = self._windows(*self._ahead(step, *self._slice(self.batch_size, "batch of windows", rank, world_size)))
-        if not self.events:
-            return windows
-        return Windows(**{**vars(windows), "events": self._events(step, rank, world_size)})
+        rank_slice = self._slice(self.batch_size, "batch of windows", rank, world_size)
+        events_slice = self._slice(self.events, "side batch of events", rank, world_size)
+        first = step - step % self._at_once
+        asked = first, rank, world_size
+        if self._read_ahead is None or self._read_ahead[0] != asked:
+            self._read_ahead = None
+            found = batches(windows(self.dataset, self.codec, self._coming(first, *rank_slice), self.window), self._at_once)
+            if self.events:
+                events = batches(self._events(first, *events_slice), self._at_once)
+                found = [replace(one, events=side) for one, side in zip(found, events, strict=True)]
+            self._read_ahead = asked, found
+        return self._read_ahead[1][step - first]
 
     def _slice(self, size: int, what: str, rank: int, world_size: int) -> tuple[int, int]:
         if size % world_size:
@@ -138,20 +137,11 @@ class Loader:
         each = size // world_size
         return rank * each, (rank + 1) * each
 
-    def _ahead(self, step: int, lo: int, hi: int) -> tuple[_Place, dict[str, Array]]:
-        """Where a slice of a batch lies, and its rows. Several batches are looked up and read at once: alone, the smaller ones would cost more in
-        calls than in bytes."""
-        first, size = step - step % self._at_once, hi - lo
-        if self._read_ahead is None or self._read_ahead[:3] != (first, lo, hi):
-            self._read_ahead = None
-            self._turn(first, lo, hi)
-            steps = np.arange(first, first + self._at_once)
-            place = self._places((steps[:, None] * self.batch_size + np.arange(lo, hi)).reshape(-1))
-            self._read_ahead = first, lo, hi, place, self._read(place)
-        *_, place, data = self._read_ahead
-        here = slice((step - first) * size, (step - first + 1) * size)
-        found = Found(*(value[here] for value in vars(place.found).values()))
-        return _Place(found, place.first[here], place.length[here]), {name: rows[here] for name, rows in data.items()}
+    def _coming(self, first: int, lo: int, hi: int) -> Place:
+        """Where the slices of the batches that are read at once lie; their blocks are here, then."""
+        self._turn(first, lo, hi)
+        steps = np.arange(first, first + self._at_once)
+        return self._places((steps[:, None] * self.batch_size + np.arange(lo, hi)).reshape(-1))
 
     def _turn(self, step: int, lo: int, hi: int) -> None:
         """Hold the blocks of a slice of the batches that are read with `step`, and of their events."""
@@ -167,7 +157,7 @@ class Loader:
             ahead.update(after)
         self.dataset.turn(sorted(now), sorted(ahead - now))
 
-    def _places(self, samples: Index) -> _Place:
+    def _places(self, samples: Index) -> Place:
         parts, shifts = [], np.empty(len(samples), np.int64)
         for number, here, own in self._turns.of(samples):
             found, shifts[here] = self._orders[number].find(own)
@@ -175,74 +165,46 @@ class Loader:
         whole = merged(len(samples), parts)
         return self._cut(whole, whole.rest * self.window - shifts)
 
-    def _cut(self, found: Found, start: Index) -> _Place:
+    def _cut(self, found: Found, start: Index) -> Place:
         first = np.maximum(start, 0)
-        return _Place(found, first, np.minimum(start + self.window, found.facts[:, LENGTH]) - first)
-
-    def _read(self, place: _Place) -> dict[str, Array]:
-        """Raw rows, [K, W+1, ...] of observations and [K, W, ...] of the rest. Rows after a window's end repeat its last observation, and their
-        actions its last action: nothing later leaks in."""
-        names = ("act_num", "act_cat", "reward", "terminated", *(["duration"] if self.codec.spec.durations else []))
-        more = {"obs_num": 1, "obs_cat": 1} | dict.fromkeys(names, 0)
-        return rows_of(self.dataset, place.found.shards, place.found.facts[:, FIRST_ROW] + place.first, place.length, self.window, more)
-
-    def _windows(self, place: _Place, data: dict[str, Array]) -> Windows:
-        codec, found = self.codec, place.found
-        numbers, categories = data["obs_num"], data["obs_cat"]
-        mask = np.arange(self.window) < place.length[:, None]
-        there = torch.from_numpy(mask)
-        zero = torch.zeros(())
-        terminated = torch.from_numpy(data["terminated"].astype(np.float32))
-        seconds = data["duration"] if codec.spec.durations else np.zeros(mask.shape)
-        return Windows(
-            observation=codec.observation_parts(numbers, categories),
-            action=codec.action_parts(data["act_num"], data["act_cat"]),
-            task=codec.task_parts(numbers[:, 0], categories[:, 0], found.options),
-            reward=torch.where(there, codec.reward(data["reward"]), zero),
-            terminated=torch.where(there, terminated, zero),
-            duration=torch.where(there, codec.duration(seconds), zero),
-            mask=there,
-            start=torch.from_numpy((place.first == 0) & (place.length > 0)),
-            episode=torch.from_numpy(found.facts[:, HASH].copy()),
-        )
+        return Place(found, first, np.minimum(start + self.window, found.facts[:, LENGTH]) - first)
 
     # -- rare events ---------------------------------------------------------------------------------------------
 
-    def _events(self, step: int, rank: int, world_size: int) -> Events:
-        """Every third is a terminal, the others are uniform over all transitions; both walk their own permutation, round and round.
+    def _events(self, first: int, lo: int, hi: int) -> Events:
+        """A slice of the events of the batches that are read at once. Every third is a terminal, the others are uniform over all transitions; both
+        walk their own permutation, round and round.
 
         With q = the share of terminals so drawn and p their natural rate, a transition's probability is the mixture of both ways, so the weights
         are p / (q + (1 - q) p) for a terminal and 1 / (1 - q) for another: they average 1 and restore p. Of several datasets by weight a terminal's
         share of q is that of its dataset among those that have any, and what is restored is the weighted mixture.
         """
-        codec = self.codec
-        lo, hi = self._slice(self.events, "side batch of events", rank, world_size)
+        codec, steps = self.codec, np.arange(first, first + self._at_once)
         drawn = int(self._oversampled.sum())
-        order = np.where(self._oversampled, self._event_order + step * drawn, self._event_order + step * (self.events - drawn))[lo:hi]
-        chosen = self._oversampled[lo:hi]
-        parts, weight = [], np.empty(hi - lo)
-        oversampled = np.empty(hi - lo)
+        each = np.where(self._oversampled, drawn, self.events - drawn)
+        order = (self._event_order + steps[:, None] * each)[:, lo:hi].reshape(-1)
+        chosen = np.tile(self._oversampled[lo:hi], len(steps))
+        starts = np.repeat(np.array([self._turns.before(step * self.batch_size) for step in steps.tolist()]), hi - lo, 0)
+        parts: list[tuple[Index | slice, Found]] = []
+        weight, oversampled = np.empty(len(order)), np.empty(len(order))
         q = drawn / self.events
-        starts = self._turns.before(step * self.batch_size)
         for salt, turns, some in ((TERMINAL, self._terminal_turns, chosen), (UNIFORM, self._turns, ~chosen)):
             inside = np.flatnonzero(some)
             for number, which, own in turns.of(order[inside]) if len(inside) else ():
                 here = inside[which]
-                found, terminals, transitions = self._orders[number].draw(salt, own, starts[number])
+                found, terminals, transitions = self._orders[number].draw(salt, own, starts[here, number])
                 parts.append((here, found))
                 share, more = self._turns.shares[number], q * self._terminal_turns.shares[number]
-                p = terminals / transitions
-                if terminals:
-                    oversampled[here], weight[here] = share * p / (more + (1 - q) * p * share), 1 / (1 - q)
-                else:
-                    oversampled[here] = weight[here] = share / (more + (1 - q) * share)
-        found = merged(hi - lo, parts)
+                p = np.where(terminals, terminals / transitions, 1.0)
+                oversampled[here] = share * p / (more + (1 - q) * p * share)
+                weight[here] = np.where(terminals, 1 / (1 - q), share / (more + (1 - q) * share))
+        found = merged(len(order), parts)
         rows = found.facts[:, FIRST_ROW] + found.rest
         pairs = rows[:, None] + np.arange(2)
         data = self.dataset.gathered(found.shards, {"obs_num": pairs, "obs_cat": pairs, "act_num": rows, "act_cat": rows, "terminated": rows})
         numbers, categories, terminated = data["obs_num"], data["obs_cat"], data["terminated"]
         observations = codec.observation_parts(numbers, categories)
-        weight = np.where(terminated, oversampled, weight) if drawn else np.ones(hi - lo)
+        weight = np.where(terminated, oversampled, weight) if drawn else np.ones(len(order))
         return Events(
             observation=observations[:, 0],
             action=codec.action_parts(data["act_num"], data["act_cat"]),
@@ -274,8 +236,8 @@ class Loader:
             there = places < taken
             found = self._tables.find("cuts", every, ends, np.minimum(places, taken - 1) * total // taken)
             place = self._cut(found, np.where(there, found.rest, 0) * self.window)
-            cut = _Place(found, place.first, np.where(there, place.length, 0))
-            yield self._windows(cut, self._read(cut))
+            cut = Place(found, place.first, np.where(there, place.length, 0))
+            yield windows(self.dataset, self.codec, cut, self.window)
         if self._block is not None:
             self.dataset.turn(())
 
