@@ -16,6 +16,8 @@ Array = NDArray[Any]
 CONSTANT = 1e-8
 """A dimension whose deviation is at most this share of its mean's magnitude is constant: scale 1."""
 CONSTANT_PRECISION = 1e-4
+AT_ONCE = 1 << 15
+"""Numbers that are normalised before the next are, so that between the steps they stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,21 @@ class Scaling:
 
     def normalise(self, raw: Array) -> Tensor:
         """[..., n] raw -> float32."""
-        values = torch.from_numpy(raw.astype(np.float64, copy=False))
-        return values.sub(self._tensors[0]).div_(self._tensors[1]).float()  # torch: of short rows it does thrice as many a second as numpy
+        out = np.empty(raw.size, np.float32)
+        if raw.size:
+            mean, scale = self._repeated
+            values, between = raw.reshape(-1), np.empty(min(len(mean), raw.size))
+            for start in range(0, len(values), len(mean)):
+                some = values[start : start + len(mean)]
+                result = np.subtract(some, mean[: len(some)], out=between[: len(some)])
+                out[start : start + len(some)] = np.divide(result, scale[: len(some)], out=result)
+        return torch.from_numpy(out.reshape(raw.shape))
 
     @cached_property
-    def _tensors(self) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(self.mean), torch.from_numpy(self.scale)
+    def _repeated(self) -> tuple[Array, Array]:
+        """Mean and scale over and over, for AT_ONCE numbers: one long row takes a third of the time that many short ones do."""
+        rows = max(1, AT_ONCE // len(self.mean))
+        return np.tile(self.mean, rows), np.tile(self.scale, rows)
 
     def only(self, columns: Array | list[int]) -> Scaling:
         """Of some columns."""

@@ -1,4 +1,4 @@
-"""Raw rows -> windows as training reads them, a piece at a time: what is read, normalised and cast stays in the processor's cache."""
+"""Raw rows -> windows as training reads them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from mesocosm.model.spec import Events, Parts, Windows
 
 Array = NDArray[Any]
 Tensors = TypeVar("Tensors", Windows, Events)
-PIECE = 4 << 20
-"""Bytes of raw rows that are read before they are made into tensors: about what a core's second-level cache holds."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Place:
 def windows(dataset: Dataset, codec: Codec, place: Place, window: int) -> Windows:
     """The K windows of `place`."""
     whole: Windows | None = None
-    for here, data in pieces(dataset, codec, place, window):
+    for here, data in raw_rows(dataset, codec, place, window):
         part = _windows(codec, place[here], data, window)
         if len(part.mask) == len(place):
             return part
@@ -80,29 +78,23 @@ def _tensors(whole: Windows | Events) -> list[Tensor]:
     return [tensor for part in parts for tensor in ((part.numbers, part.categories) if isinstance(part, Parts) else (part,))]
 
 
-def pieces(dataset: Dataset, codec: Codec, place: Place, window: int) -> Iterator[tuple[Index | slice, dict[str, Array]]]:
-    """Some of the windows of `place`, all of one shard, and their raw rows by array, [k, W+1, ...] of observations and [k, W, ...] of the rest. Rows after a
-    window's end repeat its last observation, and their actions its last action: nothing later leaks in."""
+def raw_rows(dataset: Dataset, codec: Codec, place: Place, window: int) -> Iterator[tuple[Index | slice, dict[str, Array]]]:
+    """Each shard's windows of `place`, and their raw rows by array, [k, W+1, ...] of observations and [k, W, ...] of the rest. Rows after a window's end
+    repeat its last observation, and their actions its last action: nothing later leaks in."""
     names = ("act_num", "act_cat", "reward", "terminated", *(["duration"] if codec.spec.durations else []))
     more = {"obs_num": 1, "obs_cat": 1} | dict.fromkeys(names, 0)
-    row = 8 * (dataset.observation_codec.numbers + dataset.action_codec.numbers + 2)
-    row += dataset.observation_codec.categories + dataset.action_codec.categories
-    size = max(1, PIECE // (row * window))
     dataset.expect(place.found.shards)
-    for shard, those in grouped(place.found.shards):
-        every = np.arange(len(place)) if isinstance(those, slice) else those
-        for start in range(0, len(every), size):
-            here: Index | slice = every[start : start + size] if len(every) < len(place) else slice(start, start + size)
-            first, length = place.found.facts[here, FIRST_ROW] + place.first[here], place.length[here]
-            short = np.flatnonzero(length < window)
-            tails = {m: first[short, None] + np.minimum(np.arange(window + m), np.maximum(length[short] - 1 + m, 0)[:, None]) for m in (0, 1)}
-            data = {}
-            for name, m in more.items():
-                array = dataset.array(shard, name)
-                data[name] = runs(array, first, window + m)
-                if len(short) and array.nbytes:
-                    data[name][short] = array.take(tails[m], axis=0)
-            yield here, data
+    for shard, here in grouped(place.found.shards):
+        first, length = place.found.facts[here, FIRST_ROW] + place.first[here], place.length[here]
+        short = np.flatnonzero(length < window)
+        tails = {m: first[short, None] + np.minimum(np.arange(window + m), np.maximum(length[short] - 1 + m, 0)[:, None]) for m in (0, 1)}
+        data = {}
+        for name, m in more.items():
+            array = dataset.array(shard, name)
+            data[name] = runs(array, first, window + m)
+            if len(short) and array.nbytes:
+                data[name][short] = array.take(tails[m], axis=0)
+        yield here, data
 
 
 def runs(array: Array, first: Index, size: int) -> Array:
