@@ -405,6 +405,21 @@ def test_mixed_kinds_far_into_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             plan(configured([jsonl(tmp_path / "a.jsonl", [{**row, **change} if i == 12 else row for i, row in enumerate(rows)])]))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 100])
+def test_a_row_that_is_wrong_is_named_and_not_the_one_before_that_led_to_it(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However the rows fall into batches."""
+    monkeypatch.setattr(jsonl_reader, "BATCH_ROWS", size)
+    nan, rows = [float("nan"), 0.0], moves(logs())
+    row = next(i for i, r in enumerate(rows) if (r["episode"], r["step"]) == (1, 1))
+    for change, said in (({"observation": nan}, "observation holds NaN"), ({"next_observation": nan}, "next_observation holds NaN")):
+        changed = [{**r, **change} if i == row else r for i, r in enumerate(rows)]
+        path = jsonl(tmp_path / "a.jsonl", changed)
+        with pytest.raises(UsageError, match=f"row {row + 1}: {said} or infinity at step 1 of episode 1"):
+            plan(configured([path]))
+        (left,) = plan(configured([path], bad="drop"))["left out"]
+        assert (left["reason"], left["episodes"]) == ("not finite", 1)
+
+
 def test_lines_that_are_no_objects(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", logs())
     for bad, said in (("{", "row 16: the line is not JSON"), ("[1]", "row 16: the line holds a list"), ("\n{}", "row 16: the line is empty")):

@@ -114,6 +114,8 @@ class Looked:
 
     def warnings(self) -> list[str]:
         tally, found = self.tally, []
+        if 2 * (lost := sum(tally.left_out_rows.values())) > (rows := sum(tally.rows.values())):
+            found.append(f"{lost} of {rows} rows were left out: see the reasons, and whether these logs are what was meant")
         if tally.last_actions:
             found.append(
                 f"{tally.last_actions} episodes lost their last action, for no observation follows it: they count as unfinished, and whether they ended there "

@@ -70,7 +70,8 @@ class Edge:
     """terminated or truncated"""
     constant: tuple[Any, ...]
     """behaviour, task, seed, success"""
-    observation: tuple[Any, ...]
+    observation: tuple[Any, ...] | None
+    """None where something is wrong with the row: then it is not compared"""
     following: tuple[Any, ...] | None
 
 
@@ -117,7 +118,7 @@ def follow(a: Edge, b: Edge) -> tuple[bool, str, str] | None:
     for name, before, after in zip(CONSTANT, a.constant, b.constant, strict=True):
         if before != after:
             return True, f"{name} changes", f"{name} of episode {b.key!r} changes from {before!r} to {after!r} at step {b.step}; it must be constant"
-    if a.following is not None and a.following != b.observation:
+    if a.following is not None and b.observation is not None and a.following != b.observation:
         said = f"next_observation at step {a.step} of episode {a.key!r} is not the observation of step {b.step}; correct one of them"
         return False, "next_observation contradicts", said
     return None
@@ -128,7 +129,7 @@ def begins(key: Key, step: int, first_step: int) -> tuple[str, str] | None:
     if isinstance(key, int) and key < 0:
         return "negative episode", f"episode {key} is negative; number episodes from 0, or name them by strings"
     if step != first_step:
-        return "start is missing", f"episode {key!r} begins at step {step} where the first one begins at {first_step}; give every step"
+        return "start is missing", f"episode {key!r} begins at step {step} where {first_step} was expected; give every step, sorted by episode and step"
     return None
 
 
@@ -226,8 +227,8 @@ class Block:
     # -- neighbours --------------------------------------------------------------------------------------------------
 
     def edge(self, row: int) -> Edge:
-        following = None
-        if self.following is not None and not self.final[row]:
+        following, wrong = None, bool(self._wrong[row])
+        if self.following is not None and not self.final[row] and not wrong:
             following = tuple(_comparable(array[row]) for array in self.following)
         return Edge(
             key=self.keys[row],
@@ -235,7 +236,7 @@ class Block:
             final=bool(self.final[row]),
             ended=bool(self.terminated[row] or self.truncated[row]),
             constant=(self.behaviours[row], dict(self.tasks[row]), self.seeds[row], self.successes[row]),
-            observation=tuple(_comparable(array[row]) for array in self.observation),
+            observation=None if wrong else tuple(_comparable(array[row]) for array in self.observation),
             following=following,
         )
 
@@ -249,7 +250,7 @@ class Block:
             odd |= np.fromiter((x != y for x, y in itertools.pairwise(constant)), bool, self.rows - 1)
         if self.following is not None:
             for now, then in zip(self.following, self.observation, strict=True):
-                odd |= (now[a] != then[b]).reshape(self.rows - 1, -1).any(1) & ~self.final[a]
+                odd |= (now[a] != then[b]).reshape(self.rows - 1, -1).any(1) & ~(self.final | self._wrong)[a] & ~self._wrong[b]
         for row in np.flatnonzero(odd):
             if self.keys[row] == self.keys[row + 1] and (found := follow(self.edge(int(row)), self.edge(int(row) + 1))) is not None:
                 theirs, reason, text = found
