@@ -141,7 +141,7 @@ def speed(root: str, id: str, block: int | None, rounds: int) -> dict[str, Any]:
         order = ["slices", "takes", "reading", "batch"] if number % 2 else ["batch", "reading", "takes", "slices"]
         for what in ("takes", *order):  # the first of them pays for memory that no cache has: it counts only if it comes again
             seconds = 0.0
-            loader._read_ahead = None
+            loader._read_ahead = -1, {}
             for step, (shards, first, length, names) in zip(steps, lying, strict=True):
                 if what in ("slices", "takes"):
                     if block is not None:

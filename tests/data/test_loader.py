@@ -15,6 +15,7 @@ from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.loader import Loader
 from mesocosm.data.permutation import key, permute
+from mesocosm.data.windows import windows
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, Windows
 
@@ -36,12 +37,13 @@ def every_transition(dataset: Dataset, split: Any) -> Counter[tuple[int, int]]:
     return Counter((int(dataset.table["index"][e]), t) for e in dataset.episodes(split) for t in range(int(dataset.table["length"][e])))
 
 
-def same(a: Windows, b: Windows) -> bool:
-    def flat(value: Any) -> list[torch.Tensor]:
-        if isinstance(value, torch.Tensor):
-            return [value]
-        return [] if value is None else [tensor for item in vars(value).values() for tensor in flat(item)]
+def flat(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [] if value is None else [tensor for item in vars(value).values() for tensor in flat(item)]
 
+
+def same(a: Windows, b: Windows) -> bool:
     x, y = flat(a), flat(b)
     return len(x) == len(y) and all(torch.equal(i, j) for i, j in zip(x, y, strict=True))
 
@@ -172,6 +174,23 @@ def test_ranks_share_the_same_global_batch(mixed: tuple[Dataset, Codec], world_s
         assert torch.equal(torch.cat([s.observation.numbers for s in slices]), whole.observation.numbers)
         assert torch.equal(torch.cat([s.events.observation.numbers for s in slices if s.events]), whole.events.observation.numbers)
         assert torch.equal(torch.cat([s.events.weight for s in slices if s.events]), whole.events.weight)
+
+
+def test_slices_in_turn_are_read_once(mixed: tuple[Dataset, Codec], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank that accumulates gradients asks for several slices of each batch, one after the other."""
+    reads = []
+
+    def counted(*told: Any) -> Windows:
+        reads.append(told)
+        return windows(*told)
+
+    monkeypatch.setattr("mesocosm.data.loader.windows", counted)
+    loader, whole = Loader(*mixed, "train", 5, 6, 3, events=12), Loader(*mixed, "train", 5, 6, 3, events=12)
+    halves = [[loader.batch(step, share, 2) for share in (0, 1)] for step in range(20)]
+    assert len(reads) == 2
+    for step, two in enumerate(halves):
+        batch = whole.batch(step)
+        assert all(torch.equal(torch.cat(some), all) for *some, all in zip(*map(flat, two), flat(batch), strict=True))
 
 
 def test_an_indivisible_batch_is_refused(mixed: tuple[Dataset, Codec]) -> None:

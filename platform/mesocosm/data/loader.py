@@ -77,7 +77,7 @@ class Loader:
         if block is not None:  # so that what is read at once lies in one block, or at the end of one and the start of the next
             most = min(most, min(order.windows * block // len(order.shards) for order in self._orders) // (4 * batch))
         self._at_once = max(1, min(most, AT_ONCE))
-        self._read_ahead: tuple[tuple[int, int, int], list[Windows]] | None = None
+        self._read_ahead = -1, dict[tuple[int, int], list[Windows]]()
         self._turns = Turns([1.0] if weights is None else weights)
         with_terminals = [share * (order.terminals > 0) for share, order in zip(self._turns.shares, self._orders, strict=True)]
         self._oversampled = (np.arange(events) % 3 == 0) & (sum(with_terminals) > 0)
@@ -121,15 +121,16 @@ class Loader:
         rank_slice = self._slice(self.batch_size, "batch of windows", rank, world_size)
         events_slice = self._slice(self.events, "side batch of events", rank, world_size)
         first = step - step % self._at_once
-        asked = first, rank, world_size
-        if self._read_ahead is None or self._read_ahead[0] != asked:
-            self._read_ahead = None
+        if self._read_ahead[0] != first:
+            self._read_ahead = first, {}
+        read = self._read_ahead[1]
+        if (rank, world_size) not in read:
             found = batches(windows(self.dataset, self.codec, self._coming(first, *rank_slice), self.window), self._at_once)
             if self.events:
                 events = batches(self._events(first, *events_slice), self._at_once)
                 found = [replace(one, events=side) for one, side in zip(found, events, strict=True)]
-            self._read_ahead = asked, found
-        return self._read_ahead[1][step - first]
+            read[rank, world_size] = found
+        return read[rank, world_size][step - first]
 
     def _slice(self, size: int, what: str, rank: int, world_size: int) -> tuple[int, int]:
         if size % world_size:
