@@ -108,6 +108,21 @@ def test_the_same_dataset_whatever_the_workers(root: str, tmp_path: Path, own: N
     assert other.id != made[0].id
 
 
+def test_behaviours_have_their_shares_of_few_episodes_too() -> None:
+    """Of any run of episodes, to within two; and who begins is drawn by the seed."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        weights = rng.exponential(size=rng.integers(2, 8)) + 0.02
+        behaviours = [BehaviourConfig(weight=float(weight)) for weight in weights]
+        seed, first = int(rng.integers(2**31)), int(rng.integers(10**9))
+        chosen = [choose(behaviours, seed, first + k) for k in range(100)]
+        for episodes in (5, 20, 100):
+            counts = np.bincount(chosen[:episodes], minlength=len(weights))
+            assert np.abs(counts - episodes * weights / weights.sum()).max() < 2
+    even = [BehaviourConfig() for _ in range(5)]
+    assert {choose(even, seed, 0) for seed in range(40)} == set(range(5))
+
+
 def test_a_hang_and_a_death_cost_their_episodes(root: str, own: None, a_run: tracking.Run, ray_local: None) -> None:
     cfg = config(root, "ownenvs:Line", workers=2, lanes=2, reality=troubled({2: "hang", 5: "die", 8: "reset"}, step_timeout_s=3.0), steps=150)
     made = collect(cfg, a_run)

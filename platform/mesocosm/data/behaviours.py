@@ -13,6 +13,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
+from mesocosm.data.permutation import GOLDEN
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.reality.config import RealityConfig, TaskOption, check_option
 from mesocosm.reality.env import Act, Behaviour, import_module, stream
@@ -27,7 +28,7 @@ class BehaviourConfig:
     """random: uniform from the action space; scripted: `function`; trained: `policy`, drawing from its own distribution;
     noisy: `function`, or `policy` at its best, with noise."""
     weight: float = 1.0
-    """Its share of the episodes, relative to the other behaviours' weights."""
+    """Its share of the episodes, relative to the other behaviours' weights: kept to within two episodes, however few there are."""
     noise: float = 0.1
     """noisy only. Box: the standard deviation as a share of half the action's range (of 1 where it has no bounds);
     other spaces: the probability of a random action."""
@@ -112,9 +113,14 @@ def full_name(storage: Storage, policy: str) -> str:
 
 
 def choose(behaviours: Sequence[BehaviourConfig], seed: int, k: int) -> int:
-    """Which behaviour acts in episode k: a draw by weight that is a function of (seed, k)."""
+    """Which behaviour acts in episode k, a function of (seed, k): of any run of episodes each behaviour has its share to within two.
+
+    A circle is cut by weight, and episode k stands on it k steps of the golden ratio from a place that the seed draws: points of which every run is
+    spread evenly (discrepancy of O(log n / n): Kuipers and Niederreiter 1974, Uniform Distribution of Sequences, chapter 2.3).
+    """
     edges = np.cumsum([b.weight for b in behaviours])
-    return int(np.searchsorted(edges, stream("behaviour", seed, k).random() * edges[-1], side="right"))
+    start = int(stream("behaviour", seed).integers(2**64, dtype=np.uint64))
+    return int(np.searchsorted(edges, ((start + k * int(GOLDEN)) % 2**64) / 2**64 * edges[-1], side="right").clip(max=len(edges) - 1))
 
 
 def load_function(name: str) -> Act:

@@ -367,15 +367,14 @@ def _notes(q: _Question, behaviours: list[BehaviourConfig], bought: Bought) -> l
 
 
 def _few(rows: list[dict[str, Any]]) -> list[str]:
-    """Behaviours are drawn episode by episode: of few episodes, some may never come."""
+    """Whole episodes are collected."""
     chosen = [row for row in rows if row["steps"]]
     episodes = sum(row["episodes"] for row in chosen)
     if episodes < 1:
         longest = max(row["length"] for row in chosen)
         return [f"the budget is less than one episode (some {longest:.3g} steps), of which the beginning alone would be collected; give more steps."]
-    if len(chosen) < 2 or episodes >= 3 * len(chosen):
-        return []
-    return [f"the budget is about {episodes:.3g} episodes, and {len(chosen)} behaviours are drawn for them by the collection's seed: some may never come up."]
+    scarce = [row["behaviour"] for row in chosen if row["episodes"] < 1]
+    return [f"the budget is about {episodes:.3g} episodes, less than one of {', '.join(scarce)}, which may not come up."] if scarce else []
 
 
 def _yaml(job: CollectConfig, answer: dict[str, Any]) -> str:
