@@ -170,6 +170,11 @@ def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_p
         assert kept <= most
     for ours, theirs in zip(*(Loader(data, codec, "valid", 8, 4, 0, block=2).eval_batches() for data in (dataset, local)), strict=True):
         assert torch.equal(ours.observation.numbers, theirs.observation.numbers)
+    every, some = (list(Loader(local, codec, "valid", 8, 4, 0, block=2).eval_batches(most=most)) for most in (None, 2))
+    hashes = [{int(hash) for batch in batches for hash in batch.episode[batch.mask.any(1)]} for batches in (every, some)]
+    of = {int(hash): int(shard) for hash, shard in local.table[["hash", "shard"]][local.episodes("valid")].tolist()}
+    assert sum(int(batch.mask.any(1).sum()) for batch in some) == 2
+    assert hashes[1] < hashes[0] and len({of[hash] for hash in hashes[1]}) <= 2 < len({of[hash] for hash in hashes[0]}), "no more shards than a block has"
     plain, there = (Loader(data, codec, "train", 8, 4, 0).batch(5) for data in (dataset, local))
     assert torch.equal(plain.observation.numbers, there.observation.numbers), "also where the order is not made for it"
     with pytest.raises(UsageError, match=r"two blocks of data\.block=3 shards may have .* GiB, more than data\.cache_gib"):

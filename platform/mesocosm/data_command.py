@@ -98,7 +98,7 @@ def _list(storage: Storage, options: argparse.Namespace) -> int:
         for row in rows
     ]
     _print(head, cells, texts=(0, 1, 2, 7))
-    print(f"{len(rows)} datasets in {storage.root}; mesocosm data show ID")
+    print(f"{len(rows)} dataset{'s' * (len(rows) != 1)} in {storage.root}; mesocosm data show ID")
     return 0
 
 

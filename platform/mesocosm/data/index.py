@@ -24,7 +24,7 @@ from mesocosm.data.permutation import key, permute
 Index = NDArray[np.int64]
 By = Literal["windows", "transitions", "terminals", "cuts"]
 """What may be counted: training's windows, single transitions, terminals, and the windows that evaluation cuts from each episode's start."""
-ORDER, SHIFT, TERMINAL, UNIFORM, BLOCK = 1, 2, 3, 4, 5
+ORDER, SHIFT, TERMINAL, UNIFORM, BLOCK, SAMPLE = 1, 2, 3, 4, 5, 6
 """Salts of the independent draws."""
 EPISODES = 1 << 20
 """That are kept in memory, some 100 bytes each; of one shard all are."""

@@ -20,7 +20,8 @@ import torch
 
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset, Split
-from mesocosm.data.index import FIRST_ROW, HASH, LENGTH, TERMINAL, UNIFORM, Found, Index, Order, Tables, merged
+from mesocosm.data.index import FIRST_ROW, HASH, LENGTH, SAMPLE, TERMINAL, UNIFORM, Found, Index, Order, Tables, merged
+from mesocosm.data.permutation import key, permute
 from mesocosm.data.windows import Place, batches, windows
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Events, Windows
@@ -220,14 +221,19 @@ class Loader:
 
     def eval_batches(self, batch: int | None = None, rank: int = 0, world_size: int = 1, most: int | None = None) -> Iterator[Windows]:
         """The split once, in order, cut from each episode's start; every rank gets as many batches of the same shape. Of more windows than
-        `most` as many as that, evenly spread over the split: of several datasets each has its share.
+        `most` as many as that, evenly spread over the split: of several datasets each has its share. With blocks, over the same few shards every
+        time: as many as a block has, or as hold `most` windows.
 
         Windows that only fill up the last batch have an all-false mask and no start.
         """
         size = self.batch_size if batch is None else batch
         lo, hi = self._slice(size, "batch of windows", rank, world_size)
         every = np.arange(len(self.dataset.shards))
-        ends = np.cumsum(self._tables.counts["cuts"])
+        if self._block is not None and most is not None:
+            every = permute(every, len(every), key(self.seed, SAMPLE))
+            enough = int(np.searchsorted(np.cumsum(self._tables.counts["cuts"][every]), most)) + 1
+            every = np.sort(every[: max(enough, self._block)])
+        ends = np.cumsum(self._tables.counts["cuts"][every])
         total = int(ends[-1])
         taken = total if most is None else min(most, total)
         if self._block is not None:

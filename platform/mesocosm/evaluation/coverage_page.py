@@ -48,7 +48,8 @@ def render(summary: Mapping[str, Any]) -> str:
 def verdict(summary: Mapping[str, Any]) -> list[str]:
     """What is to be known first, in sentences."""
     said, entropy, actions = [], summary["behaviour_entropy"], summary["actions"]
-    said.append(f"{entropy['of']} behaviours, as varied as {entropy['effective']:.1f} of equal share")
+    if entropy["of"] > 1:  # of one a note says what that means
+        said.append(f"{entropy['of']} behaviours, as varied as {entropy['effective']:.1f} of equal share")
     if actions["tried"] is not None:
         said.append(f"{actions['tried']:.0%} of the action space was tried near logged states; behaviour that is uniform comes to 95%")
     beyond = summary["gaps"]["any_action"]["beyond"]
