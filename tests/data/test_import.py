@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -301,8 +302,41 @@ def test_a_minari_dataset(cart: Dataset, tmp_path: Path, bring: Callable[..., Ar
     for one, other in zip(cart.iter_episodes(), back.iter_episodes(), strict=True):
         assert np.array_equal(one.observations, other.observations) and np.array_equal(one.actions, other.actions) and one.outcome == other.outcome
     assert "of the dataset" in json.loads((made.path / "import.json").read_text())["columns"][0]["how"]
-    with pytest.raises(UsageError, match="'minari:none-v0' is not on this machine"):
+    with pytest.raises(UsageError, match="'minari:none-v0' is not on this machine; without --dry-run"):
         plan(configured(["minari:none-v0"]))
+
+    from minari.storage import remotes
+
+    class Folder(remotes.CloudStorage):  # type: ignore[misc]
+        """A hub that is a folder, and that breaks off where it says so."""
+
+        def __init__(self, name: str, token: str | None = None):
+            self.at = tmp_path / name
+
+        def list_datasets(self, prefix: str | None = None) -> list[str]:
+            return [path.name for path in self.at.iterdir() if path.name.startswith(prefix or "")]
+
+        def get_dataset_metadata(self, dataset_id: str) -> Any:
+            return json.loads((self.at / dataset_id / "data" / "metadata.json").read_text())
+
+        def download_dataset(self, dataset_id: str, path: Path) -> None:
+            shutil.copytree(self.at / dataset_id, Path(path) / dataset_id)
+            if (self.at / "broken").exists():
+                raise OSError("connection reset")
+
+        upload_dataset = upload_namespace = list_namespaces = download_namespace_metadata = None
+
+    (tmp_path / "minari").rename(tmp_path / "hub")
+    monkeypatch.setitem(remotes._registry, "folder", lambda: Folder)
+    monkeypatch.setenv("MINARI_REMOTE", "folder://hub")
+    (tmp_path / "hub" / "broken").touch()
+    with pytest.raises(UsageError, match=r"'minari:cart-v0' is neither on this machine nor to be had from folder://hub \(connection reset\)"):
+        bring(Path("minari:cart-v0"))
+    assert not (tmp_path / "minari" / "cart-v0").exists(), "half of one is none"
+    with pytest.raises(UsageError, match=r"'minari:none-v0' is neither .*Couldn't find any version"):
+        bring(Path("minari:none-v0"))
+    (tmp_path / "hub" / "broken").unlink()
+    assert bring(Path("minari:cart-v0")).id == made.id and (tmp_path / "minari" / "cart-v0").is_dir()
 
 
 @pytest.mark.slow

@@ -131,7 +131,7 @@ class Looked:
 def plan(cfg: ImportConfig) -> dict[str, Any]:
     """What `run` would make. Reads all of the files in this process, and writes nothing."""
     check(cfg)
-    looked = _look(cfg, _files(cfg), 0, lambda rows: None)
+    looked = _look(cfg, sources(cfg.paths, fetch=False), 0, lambda rows: None)
     report = looked.report()
     counts = {name: value for name, value in report["counts"].items() if value not in (0, {})}
     return {
@@ -154,7 +154,7 @@ def run(cfg: ImportConfig, run: Run) -> Artifact:
     with its file), no episode that can be kept.
     """
     check(cfg)
-    files = _files(cfg)
+    files = sources(cfg.paths, fetch=True)
     stamps = _stamps(files)
     with ThreadPoolExecutor(4) as pool:
         sums = list(pool.map(_checksum, files))
@@ -203,10 +203,6 @@ def _import(cfg: ImportConfig, run: Run, id: str, kept: Progress, files: list[So
     run.record(artifact=artifact.name, inputs=inputs, **report)
     run.say(f"{artifact.name}: {counts['episodes']} episodes of {counts['transitions']} transitions; nothing was paid")
     return artifact
-
-
-def _files(cfg: ImportConfig) -> list[Source]:
-    return sources(cfg.paths)
 
 
 def _stamps(sources: Sequence[Source]) -> list[tuple[int, tuple[str, ...]]]:

@@ -99,14 +99,15 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
     yield from importlib.import_module(f"mesocosm.data.readers.{piece.format}").read(piece, columns)
 
 
-def sources(words: Sequence[str]) -> list[Source]:
-    """The files that paths, patterns and folders name, in the order given; those of a pattern or folder sorted by name.
+def sources(words: Sequence[str], fetch: bool) -> list[Source]:
+    """The files that paths, patterns and folders name, in the order given; those of a pattern or folder sorted by name. `fetch`: Minari's datasets that
+    are not on this machine come from its hub.
 
     Raises UsageError where there is none, where one is given twice or is of no known format.
     """
     if not words:
         raise UsageError("no path was given; name files, patterns or folders of Parquet or JSONL, such as 'logs/*.parquet'")
-    found = [source for word in words for source in _of(word)]
+    found = [source for word in words for source in _of(word, fetch)]
     seen: set[str] = set()
     for source in found:
         if source.path in seen:
@@ -117,11 +118,11 @@ def sources(words: Sequence[str]) -> list[Source]:
     return found
 
 
-def _of(word: str) -> list[Source]:
+def _of(word: str, fetch: bool) -> list[Source]:
     if word.startswith("minari:"):
         from mesocosm.data.readers import minari
 
-        return [Source("minari", minari.folder(word), word)]
+        return [Source("minari", minari.folder(word, fetch), word)]
     if files.remote(word):
         return _in_bucket(word)
     if os.path.exists(os.path.join(word, "meta", "info.json")):

@@ -1,12 +1,14 @@
-"""Minari's local datasets, `minari:ID`: the package `minari` reads them (`pip install 'mesocosm[minari]'`). Pieces are ranges of episodes.
-
-Nothing is downloaded. The spaces are those that the dataset states.
+"""Minari's datasets, `minari:ID`: the package `minari` reads them, and fetches what is not on this machine (`pip install 'mesocosm[minari]'`). Pieces
+are ranges of episodes. The spaces are those that the dataset states.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,52 @@ PREFIX = "minari:"
 PIECE_STEPS = 1 << 16
 
 
-def folder(word: str) -> str:
-    """Where the dataset `minari:ID` lies. Raises UsageError where the package or the dataset is missing."""
+def folder(word: str, fetch: bool) -> str:
+    """Where the dataset `minari:ID` lies; with `fetch` it is fetched from Minari's hub (`MINARI_REMOTE`) where it is not on this machine.
+
+    Raises UsageError where the package is missing, or the dataset is neither here nor to be had.
+    """
     _package(word)
     from minari.storage.datasets_root_dir import get_dataset_path
+    from minari.storage.remotes import DEFAULT_REMOTE
 
-    path = Path(get_dataset_path(word.removeprefix(PREFIX))) / "data"
+    id, hub = word.removeprefix(PREFIX), os.environ.get("MINARI_REMOTE", DEFAULT_REMOTE)
+    path = Path(get_dataset_path(id)) / "data"
     if not path.is_dir():
-        raise UsageError(f"{word!r} is not on this machine ({str(path)!r} is no folder); fetch it by `minari download {word.removeprefix(PREFIX)}`")
+        if not fetch:
+            raise UsageError(
+                f"{word!r} is not on this machine; without --dry-run it is fetched from {hub}, and `minari download {id}` fetches it to look first"
+            )
+        try:
+            _fetch(id, Path(get_dataset_path()))
+        except Exception as error:  # minari's own, the hub's client's, and the network's
+            said = " ".join(str(error).split())
+            raise UsageError(
+                f"{word!r} is neither on this machine nor to be had from {hub} ({said}); check the name and the network, or put it into {str(path.parent)!r}"
+            ) from error
     return os.path.abspath(path)
+
+
+def _fetch(id: str, root: Path) -> None:
+    """Into a folder beside `root`, and from there by a rename each: what is in `root` is whole."""
+    import minari
+
+    root.parent.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    with tempfile.TemporaryDirectory(prefix="minari-", dir=root.parent) as arriving:
+        try:
+            os.environ["MINARI_DATASETS_PATH"] = arriving
+            with redirect_stdout(sys.stderr):
+                minari.download_dataset(id)
+        finally:
+            os.environ.pop("MINARI_DATASETS_PATH")
+            if before is not None:
+                os.environ["MINARI_DATASETS_PATH"] = before
+        for data in sorted(Path(arriving).rglob("data/metadata.json")):  # of a combined dataset its parts, too
+            came, to = data.parents[1], root / data.parents[1].relative_to(arriving)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            if not to.exists():
+                os.rename(came, to)
 
 
 def files(path: str) -> list[Path]:
@@ -107,4 +146,4 @@ def _package(what: str) -> None:
     try:
         import minari  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"{what!r} needs the package minari, which is not installed ({error}); pip install 'minari[hdf5]'") from error
+        raise UsageError(f"{what!r} needs the package minari, which is not installed ({error}); pip install 'minari[hdf5,hf]'") from error
