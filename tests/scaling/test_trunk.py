@@ -62,7 +62,13 @@ def test_before_its_decay_a_run_is_as_any_longer_one() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [("model.family=sequence",), ("model.family=ensemble",), ("train.precision=bf16",), ("train.corrupt_history=1",), ("train.decay=1", "train.warmup=0")],
+    [
+        ("model.family=sequence",),
+        ("model.family=ensemble",),
+        pytest.param(("train.precision=bf16",), marks=pytest.mark.slow),
+        ("train.corrupt_history=1",),
+        ("train.decay=1", "train.warmup=0"),
+    ],
     ids=["sequence", "ensemble", "bf16", "corrupted", "all decay"],
 )
 def test_a_branch_is_a_run_of_its_own(sweep_of: Sweep, cart: Dataset, options: Sequence[str]) -> None:
@@ -79,7 +85,7 @@ def test_a_branch_is_a_run_of_its_own(sweep_of: Sweep, cart: Dataset, options: S
     assert len({found.measured["valid/loss"] for found in grown}) == 3
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_what_a_fork_did_is_undone(sweep_of: Sweep, cart: Dataset, precision: str) -> None:
     """Also the moments of the optimiser, torch's random state, and a branch that was cut short by a step that exploded."""
     grid = lay_out(sweep_of("unused", "grid.sizes=[10k]", f"train.precision={precision}"), cart, ClusterConfig())
