@@ -150,7 +150,7 @@ def test_it_says_when_there_is_little_to_tell(root: str) -> None:
     answer, _, _ = proposal(root, world)
     assert answer["candidates"][0]["behaviour"].endswith(":right") and steps_of(answer)["right"] > 100, "coverage alone chooses"
     answer, _, text = proposal(root, world, steps=24)
-    assert any("about 2 episodes, and" in note for note in answer["notes"]) and "# note: the budget is about" in text
+    assert any("about 2 episodes, less than one of" in note for note in answer["notes"]) and "# note: the budget is about" in text
     answer, _, _ = proposal(root, world, steps=6)
     assert any("less than one episode (some 12 steps)" in note for note in answer["notes"])
 
