@@ -175,6 +175,8 @@ def test_steps_go_where_they_tell_the_most_of_all_candidates() -> None:
     seen = buy([candidate(5, 0.1), candidate(-5, 3.0)], LOGGED, 0.5, 40, disagrees=True, seed=0)
     blind = buy([candidate(5, 0.1), candidate(-5, 3.0)], LOGGED, 0.5, 40, disagrees=False, seed=0)
     assert seen.steps[1] > blind.steps[1] and seen.scores[1].worth > 5 * seen.scores[0].worth
+    lesser = buy([candidate(5, 3.0, 1.0), candidate(-5, 0.3, 1.0)], LOGGED, 0.5, 100, disagrees=True, seed=0)
+    assert lesser.scores[0].worth > 4 * lesser.scores[1].worth and 35 < lesser.steps[1] < 50, "more of what is less known, and not that alone"
     assert weights([100, 100], [10.0, 50.0]) == pytest.approx([5 / 6, 1 / 6], abs=1e-3)
 
 

@@ -10,11 +10,12 @@ arXiv 2005.05960, with an ensemble as here), in the world's own unit: 1 is what 
 is the distance to the nearest logged transition (`data/coverage.py`), in the same kind of unit, that a tenth of held-out ones exceed; where the logs
 are dense another step is worth little, however much members differ. A candidate's worth is the mean over its steps.
 
-The budget is bought in BLOCKS equal blocks. Each goes to the candidate whose steps take the most off the worth of *all* candidates, each of which counts
-alike, once what was bought before has joined the logs. So a candidate gets steps for what it tells of the others too, and the more it has the less the
-next are worth. That is greedy facility location, whose gains only diminish (Nemhauser, Wolsey and Fisher 1978; for choosing data: Wei, Iyer and
-Bilmes 2015), with disagreement for weights; what an experiment takes off the sum of what is unknown, not where most is unknown, is also Cohn's (1994)
-choice. Half of a candidate's imagined episodes stand for what would be bought, the other half are what is scored: none covers itself.
+The budget is bought in BLOCKS equal blocks. Each goes to the candidate whose steps take the most off the sum over *all* candidates of the square root of
+their worth, once what was bought before has joined the logs. So a candidate gets steps for what it tells of the others too, and the more it has the
+less the next are worth; and by the root one of which little is known counts more than another, and not so much that a world learns nothing else.
+That is greedy facility location, whose gains only diminish (Nemhauser, Wolsey and Fisher 1978), with disagreement for weights, under a concave function
+of groups (as Lin and Bilmes 2011 reward diversity); what an experiment takes off the sum of what is unknown, not where most is unknown, is also
+Cohn's (1994) choice. Half of a candidate's imagined episodes stand for what would be bought, the other half are what is scored: none covers itself.
 """
 
 from __future__ import annotations
@@ -173,17 +174,16 @@ def buy(candidates: Sequence[Imagined], logged: Array, unit: float, steps: int, 
     blocks = _blocks(steps)
     taken = [min(blocks[0], max(len(pool) // len(blocks), 1)) for pool in pools]  # a budget larger than what was imagined: fewer points stand for a block
     shares, used = np.zeros(len(candidates), np.int64), np.zeros(len(candidates), np.int64)
-    first = sum(_worth(w, g) for w, g in zip(weights, gap, strict=True))
+    first = _unknown(weights, gap)
     after = [_gaps_after(pool[:take], queries, unit) for pool, take in zip(pools, taken, strict=True)]
     for block in blocks:
         joined = [[np.minimum(g, a) for g, a in zip(gap, fresh, strict=True)] for fresh in after]
-        best = int(np.argmin([sum(_worth(w, g) for w, g in zip(weights, some, strict=True)) for some in joined]))
+        best = int(np.argmin([np.sqrt(_unknown(weights, some)).sum() for some in joined]))
         gap = joined[best]
         shares[best] += block
         used[best] += taken[best]
         after[best] = _gaps_after(pools[best][used[best] : used[best] + taken[best]], queries, unit)
-    left = sum(_worth(w, g) for w, g in zip(weights, gap, strict=True))
-    return Bought(shares.tolist(), scores, left / first if first > 0 else 0.0)
+    return Bought(shares.tolist(), scores, float(_unknown(weights, gap).sum() / (first.sum() or 1.0)))
 
 
 def _gaps_after(points: Array, queries: Sequence[Array], unit: float) -> list[Array]:
@@ -191,8 +191,9 @@ def _gaps_after(points: Array, queries: Sequence[Array], unit: float) -> list[Ar
     return [gaps(points, some) / unit for some in queries]
 
 
-def _worth(weights: Array, gap: Array) -> float:
-    return float((weights * np.log1p(gap)).mean())
+def _unknown(weights: Sequence[Array], gap: Sequence[Array]) -> Array:
+    """[C] the mean worth of each candidate's steps."""
+    return np.array([(w * np.log1p(g)).mean() for w, g in zip(weights, gap, strict=True)])
 
 
 def _blocks(steps: int) -> list[int]:
