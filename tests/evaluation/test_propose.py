@@ -108,7 +108,7 @@ def test_the_budget_goes_where_data_lack_and_members_disagree(root: str, tmp_pat
     world = made(root)
     answer, job, text = proposal(root, world)
     steps = steps_of(answer)
-    assert sum(steps.values()) == 203 == job.steps and steps["right"] > 120 and steps["stay"] < 70
+    assert sum(steps.values()) == 203 == job.steps and steps["right"] > 100 and steps["stay"] < 70
     row = answer["candidates"][0]
     assert row["behaviour"] == f"scripted {MODULE}:right" and row["gap"] > 1 and row["episodes"] == pytest.approx(row["steps"] / 12)
     assert answer["price"] == pytest.approx(203 * 0.5 + 203 / 12)
@@ -148,7 +148,7 @@ def test_it_says_when_there_is_little_to_tell(root: str) -> None:
     assert steps_of(answer) == {"random": 203} and "1 member" in answer["notes"][0] and "only candidate" in answer["notes"][1]
     assert "# note: random actions are the only candidate" in text
     answer, _, _ = proposal(root, world)
-    assert answer["candidates"][0]["behaviour"].endswith(":right") and steps_of(answer)["right"] > 100, "coverage alone chooses"
+    assert answer["candidates"][0]["behaviour"].endswith(":right") and steps_of(answer)["right"] > 85, "coverage alone chooses"
     answer, _, text = proposal(root, world, steps=24)
     assert any("about 2 episodes, less than one of" in note for note in answer["notes"]) and "# note: the budget is about" in text
     answer, _, _ = proposal(root, world, steps=6)
@@ -169,14 +169,16 @@ def test_steps_go_where_they_tell_the_most_of_all_candidates() -> None:
     """Twins share what one would get; what lies on the logs gets little; disagreement counts, where there is any."""
     found = buy([candidate(0), candidate(5), candidate(5), candidate(-5)], LOGGED, 0.5, 101, disagrees=True, seed=0)
     home, a, b, other = found.steps
-    assert sum(found.steps) == 101 and home < 15 and other > 25 and a + b > other and 0 < found.left < 0.5
+    assert sum(found.steps) == 101 and home < 15 and min(a + b, other) > 25 and 0 < found.left < 0.5
     two = buy([candidate(5), candidate(-5), candidate(-5.1), candidate(-4.9)], LOGGED, 0.5, 10, disagrees=True, seed=0)
     assert two.steps[0] < 5, "what is bought of three near each other tells of all three"
     seen = buy([candidate(5, 0.1), candidate(-5, 3.0)], LOGGED, 0.5, 40, disagrees=True, seed=0)
     blind = buy([candidate(5, 0.1), candidate(-5, 3.0)], LOGGED, 0.5, 40, disagrees=False, seed=0)
     assert seen.steps[1] > blind.steps[1] and seen.scores[1].worth > 5 * seen.scores[0].worth
     lesser = buy([candidate(5, 3.0, 1.0), candidate(-5, 0.3, 1.0)], LOGGED, 0.5, 100, disagrees=True, seed=0)
-    assert lesser.scores[0].worth > 4 * lesser.scores[1].worth and 35 < lesser.steps[1] < 50, "more of what is less known, and not that alone"
+    assert lesser.scores[0].worth > 4 * lesser.scores[1].worth and 25 <= lesser.steps[1] < 50, (
+        "half of the budget is even, the other goes to what is less known"
+    )
     assert weights([100, 100], [10.0, 50.0]) == pytest.approx([5 / 6, 1 / 6], abs=1e-3)
 
 

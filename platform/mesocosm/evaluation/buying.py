@@ -10,12 +10,13 @@ arXiv 2005.05960, with an ensemble as here), in the world's own unit: 1 is what 
 is the distance to the nearest logged transition (`data/coverage.py`), in the same kind of unit, that a tenth of held-out ones exceed; where the logs
 are dense another step is worth little, however much members differ. A candidate's worth is the mean over its steps.
 
-The budget is bought in BLOCKS equal blocks. Each goes to the candidate whose steps take the most off the sum over *all* candidates of the square root of
-their worth, once what was bought before has joined the logs. So a candidate gets steps for what it tells of the others too, and the more it has the
-less the next are worth; and by the root one of which little is known counts more than another, and not so much that a world learns nothing else.
-That is greedy facility location, whose gains only diminish (Nemhauser, Wolsey and Fisher 1978), with disagreement for weights, under a concave function
-of groups (as Lin and Bilmes 2011 reward diversity); what an experiment takes off the sum of what is unknown, not where most is unknown, is also
-Cohn's (1994) choice. Half of a candidate's imagined episodes stand for what would be bought, the other half are what is scored: none covers itself.
+Half of the budget is even over the candidates: they say what the world will be asked, and on the one task that was tried no rule that
+left some of them out did as well (docs/buying.md). The other half is bought in BLOCKS equal blocks. Each goes to the candidate whose steps take the most off
+the worth of *all* candidates, each of which counts alike, once what was bought before has joined the logs. So a candidate gets steps for what it
+tells of the others too, and the more it has the less the next are worth. That is greedy facility location, whose gains only diminish (Nemhauser,
+Wolsey and Fisher 1978; for choosing data: Wei, Iyer and Bilmes 2015), with disagreement for weights; what an experiment takes off the sum of what is
+unknown, not where most is unknown, is also Cohn's (1994) choice. Half of a candidate's imagined episodes stand for what would be bought, the other half are
+what is scored: none covers itself.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from mesocosm.serving.client import WorldVectorEnv
 
 Array = NDArray[Any]
 BLOCKS = 20
-"""The grain of a share is a twentieth of the budget."""
+"""The grain of that half is a twentieth of it."""
 QUERIES = 1024
 """Imagined transitions of a candidate that are scored, at most."""
 EXCEED = 0.9
@@ -159,7 +160,7 @@ def buy(candidates: Sequence[Imagined], logged: Array, unit: float, steps: int, 
     queries, weights, gap, pools, scores = [], [], [], [], []
     for candidate in candidates:
         own = candidate.episode % 2 == 0
-        pools.append(candidate.points[~own][rng.permutation(int((~own).sum()))])
+        pools.append(candidate.points[~own])
         rows = np.flatnonzero(own)
         rows = np.sort(rng.permutation(rows)[:QUERIES])
         disagreement = np.minimum(candidate.disagreement[rows], most)  # diverged: as much as any
@@ -171,24 +172,23 @@ def buy(candidates: Sequence[Imagined], logged: Array, unit: float, steps: int, 
         mean, interval = stats.mean_of_groups(np.bincount(groups, weights=worth), np.bincount(groups), seed=seed)
         assert mean is not None
         scores.append(Score(mean, interval, float(np.median(disagreement)), float(np.median(gap[-1]))))
-    blocks = _blocks(steps)
-    taken = [min(blocks[0], max(len(pool) // len(blocks), 1)) for pool in pools]  # a budget larger than what was imagined: fewer points stand for a block
-    shares, used = np.zeros(len(candidates), np.int64), np.zeros(len(candidates), np.int64)
-    first = _unknown(weights, gap)
-    after = [_gaps_after(pool[:take], queries, unit) for pool, take in zip(pools, taken, strict=True)]
-    for block in blocks:
-        joined = [[np.minimum(g, a) for g, a in zip(gap, fresh, strict=True)] for fresh in after]
-        best = int(np.argmin([np.sqrt(_unknown(weights, some)).sum() for some in joined]))
-        gap = joined[best]
+    first = _unknown(weights, gap).sum()
+
+    def joined(number: int, points: int) -> list[Array]:
+        """The gaps once so many of a candidate's points have joined the logs, or half of its own: a budget may be larger than what was imagined."""
+        pool = pools[number]
+        drawn = pool[rng.permutation(len(pool))[: min(points, max(len(pool) // 2, 1))]]
+        return [np.minimum(g, gaps(drawn, some) / unit) for g, some in zip(gap, queries, strict=True)] if points else gap
+
+    shares = np.array(_split(steps // 2, len(candidates)))
+    for number, share in enumerate(shares.tolist()):
+        gap = joined(number, share)
+    for block in _split(steps - steps // 2, min(BLOCKS, steps - steps // 2)):
+        after = [joined(number, block) for number in range(len(candidates))]
+        best = int(np.argmin([_unknown(weights, some).sum() for some in after]))
+        gap = after[best]
         shares[best] += block
-        used[best] += taken[best]
-        after[best] = _gaps_after(pools[best][used[best] : used[best] + taken[best]], queries, unit)
-    return Bought(shares.tolist(), scores, float(_unknown(weights, gap).sum() / (first.sum() or 1.0)))
-
-
-def _gaps_after(points: Array, queries: Sequence[Array], unit: float) -> list[Array]:
-    """Of each candidate's scored transitions, were `points` all that is known."""
-    return [gaps(points, some) / unit for some in queries]
+    return Bought(shares.tolist(), scores, float(_unknown(weights, gap).sum() / (first or 1.0)))
 
 
 def _unknown(weights: Sequence[Array], gap: Sequence[Array]) -> Array:
@@ -196,9 +196,8 @@ def _unknown(weights: Sequence[Array], gap: Sequence[Array]) -> Array:
     return np.array([(w * np.log1p(g)).mean() for w, g in zip(weights, gap, strict=True)])
 
 
-def _blocks(steps: int) -> list[int]:
-    blocks = min(BLOCKS, steps)
-    return [steps // blocks + (i < steps % blocks) for i in range(blocks)]
+def _split(total: int, parts: int) -> list[int]:
+    return [total // parts + (i < total % parts) for i in range(parts)]
 
 
 def weights(steps: Sequence[int], lengths: Sequence[float]) -> list[float]:

@@ -380,8 +380,9 @@ def _few(rows: list[dict[str, Any]]) -> list[str]:
 def _yaml(job: CollectConfig, answer: dict[str, Any]) -> str:
     head = [
         f"# {answer['steps']} real steps for {answer['world']}, about {answer['price']:.4g} {answer['currency']}",
-        "# Steps go where they take the most off what is unknown on all candidates' paths. Worth, what is unknown of a candidate's step: the mean of",
-        "# log(1 + disagreement) * log(1 + gap); 1 of either is what a tenth of held-out transitions exceed. Weights are shares of episodes.",
+        "# Half of the steps are even over the candidates, half go where they take the most off what is unknown on all candidates' paths. Worth, what is",
+        "# unknown of a candidate's step: the mean of log(1 + disagreement) * log(1 + gap); 1 of either is what a tenth of held-out transitions exceed.",
+        "# Weights are shares of episodes.",
     ]
     for row in answer["candidates"]:
         if row["steps"]:
