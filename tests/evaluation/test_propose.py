@@ -179,6 +179,8 @@ def test_steps_go_where_they_tell_the_most_of_all_candidates() -> None:
     assert lesser.scores[0].worth > 4 * lesser.scores[1].worth and 25 <= lesser.steps[1] < 50, (
         "half of the budget is even, the other goes to what is less known"
     )
+    even, greedy = (buy([candidate(0), candidate(5, spread=1.0)], LOGGED, 0.5, 100, disagrees=True, seed=0, even=share).steps for share in (1.0, 0.0))
+    assert even == [50, 50] and greedy[1] > 80
     assert weights([100, 100], [10.0, 50.0]) == pytest.approx([5 / 6, 1 / 6], abs=1e-3)
 
 
@@ -197,6 +199,7 @@ def test_budgets_beyond_what_was_imagined_and_worlds_that_diverged() -> None:
         (["steps=100"], "world is not set"),
         (["world=w0", "steps=1"], "steps=1 is no budget"),
         (["world=w0", "imagined=1"], "imagined=1"),
+        (["world=w0", "even=2"], "even=2"),
         (["world=w0", "agents=[a0]", "noises=[]"], "noises=[]"),
         (["world=w0", "agents=[a0]", "noises=[-1]"], "noise=-1"),
         (["world=w0"], "worlds/w0"),

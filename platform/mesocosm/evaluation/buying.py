@@ -10,8 +10,8 @@ arXiv 2005.05960, with an ensemble as here), in the world's own unit: 1 is what 
 is the distance to the nearest logged transition (`data/coverage.py`), in the same kind of unit, that a tenth of held-out ones exceed; where the logs
 are dense another step is worth little, however much members differ. A candidate's worth is the mean over its steps.
 
-Half of the budget is even over the candidates: they say what the world will be asked, and on the one task that was tried no rule that
-left some of them out did as well (docs/buying.md). The other half is bought in BLOCKS equal blocks. Each goes to the candidate whose steps take the most off
+A part of the budget is even over the candidates: they say what the world will be asked, and on the one task that was tried nothing did as well as to
+give each its share (docs/buying.md). The rest is bought in BLOCKS equal blocks. Each goes to the candidate whose steps take the most off
 the worth of *all* candidates, each of which counts alike, once what was bought before has joined the logs. So a candidate gets steps for what it
 tells of the others too, and the more it has the less the next are worth. That is greedy facility location, whose gains only diminish (Nemhauser,
 Wolsey and Fisher 1978; for choosing data: Wei, Iyer and Bilmes 2015), with disagreement for weights; what an experiment takes off the sum of what is
@@ -39,7 +39,7 @@ from mesocosm.serving.client import WorldVectorEnv
 
 Array = NDArray[Any]
 BLOCKS = 20
-"""The grain of that half is a twentieth of it."""
+"""The grain of that rest is a twentieth of it."""
 QUERIES = 1024
 """Imagined transitions of a candidate that are scored, at most."""
 EXCEED = 0.9
@@ -150,10 +150,11 @@ def gap_unit(features: Features, dataset: Dataset, logged: Array, episodes: Arra
     return unit if unit > 0 else 1.0
 
 
-def buy(candidates: Sequence[Imagined], logged: Array, unit: float, steps: int, *, disagrees: bool, seed: int) -> Bought:
+def buy(candidates: Sequence[Imagined], logged: Array, unit: float, steps: int, *, disagrees: bool, seed: int, even: float = 0.5) -> Bought:
     """Share `steps` out over the candidates, as the module says.
 
-    logged: [N, F] training transitions; unit: `gap_unit`; disagrees: False where the world has one member, so that coverage alone counts.
+    logged: [N, F] training transitions; unit: `gap_unit`; disagrees: False where the world has one member, so that coverage alone counts; even: the
+    share of `steps` that does not depend on what is unknown.
     """
     most = max((float(c.disagreement[np.isfinite(c.disagreement)].max(initial=0.0)) for c in candidates), default=0.0)
     rng = np.random.default_rng(seed)
@@ -180,10 +181,11 @@ def buy(candidates: Sequence[Imagined], logged: Array, unit: float, steps: int, 
         drawn = pool[rng.permutation(len(pool))[: min(points, max(len(pool) // 2, 1))]]
         return [np.minimum(g, gaps(drawn, some) / unit) for g, some in zip(gap, queries, strict=True)] if points else gap
 
-    shares = np.array(_split(steps // 2, len(candidates)))
+    first_steps = int(steps * even)
+    shares = np.array(_split(first_steps, len(candidates)))
     for number, share in enumerate(shares.tolist()):
         gap = joined(number, share)
-    for block in _split(steps - steps // 2, min(BLOCKS, steps - steps // 2)):
+    for block in _split(steps - first_steps, min(BLOCKS, steps - first_steps)):
         after = [joined(number, block) for number in range(len(candidates))]
         best = int(np.argmin([_unknown(weights, some).sum() for some in after]))
         gap = after[best]

@@ -61,6 +61,8 @@ class ProposeConfig(JobConfig):
     """As a behaviour's `noise`."""
     behaviours: list[BehaviourConfig] = field(default_factory=list)
     """More candidates, such as scripted ones (`weight` is not used). Random actions are always one."""
+    even: float = 0.5
+    """Share of the steps that is even over the candidates; the others go where disagreement and coverage say."""
     imagined: int = 64
     """Imagined episodes of each candidate."""
     reality: RealityConfig = field(default_factory=RealityConfig)
@@ -108,6 +110,8 @@ def check(cfg: ProposeConfig) -> None:
         raise UsageError("world is not set; give the world to improve, as in world=worlds/ab12")
     if cfg.steps < 2:
         raise UsageError(f"steps={cfg.steps} is no budget; give at least 2")
+    if not 0 <= cfg.even <= 1:
+        raise UsageError(f"even={cfg.even} is no share of the steps; give a number from 0 to 1")
     if cfg.imagined < 4:
         raise UsageError(f"imagined={cfg.imagined} is too few to tell candidates apart; give at least 4")
     if cfg.agents and not cfg.noises:
@@ -283,7 +287,7 @@ def _answer(q: _Question, run: Run) -> tuple[dict[str, Any], str]:
                 )
             )
             behaviours.append(candidate.behaviour)
-        bought = buying.buy(imagined, logged.values, unit, cfg.steps, disagrees=q.members > 1, seed=cfg.seed)
+        bought = buying.buy(imagined, logged.values, unit, cfg.steps, even=cfg.even, disagrees=q.members > 1, seed=cfg.seed)
         update(len(q.candidates), f"{sum(s > 0 for s in bought.steps)} of {len(imagined)} candidates chosen")
     chosen = buying.kept(behaviours, bought)
     weights = buying.weights([bought.steps[i] for i in chosen], [imagined[i].length for i in chosen])
@@ -307,6 +311,7 @@ def _answer(q: _Question, run: Run) -> tuple[dict[str, Any], str]:
         "schema": 1,
         "world": q.world.name,
         "steps": cfg.steps,
+        "even": cfg.even,
         "price": cfg.steps * price.per_step + resets * price.per_reset,
         "currency": price.currency,
         "gap_unit": unit,
@@ -380,9 +385,9 @@ def _few(rows: list[dict[str, Any]]) -> list[str]:
 def _yaml(job: CollectConfig, answer: dict[str, Any]) -> str:
     head = [
         f"# {answer['steps']} real steps for {answer['world']}, about {answer['price']:.4g} {answer['currency']}",
-        "# Half of the steps are even over the candidates, half go where they take the most off what is unknown on all candidates' paths. Worth, what is",
-        "# unknown of a candidate's step: the mean of log(1 + disagreement) * log(1 + gap); 1 of either is what a tenth of held-out transitions exceed.",
-        "# Weights are shares of episodes.",
+        f"# {answer['even']:.0%} of the steps are even over the candidates, the others go where they take the most off what is unknown on all candidates'",
+        "# paths. Worth, what is unknown of a candidate's step: the mean of log(1 + disagreement) * log(1 + gap); 1 of either is what a tenth of held-out",
+        "# transitions exceed. Weights are shares of episodes.",
     ]
     for row in answer["candidates"]:
         if row["steps"]:
