@@ -183,7 +183,7 @@ class Ledger:
         """
         usage = Usage(reservation, steps, resets, seconds)
         kept = None
-        if keep[0]:
+        if any(keep):
             kept = {
                 "purpose": reservation.purpose,
                 "steps": keep[0],
@@ -222,12 +222,6 @@ class Ledger:
         with self._lock:
             self._catch_up()
             return self._remaining(purpose, None)
-
-    def unconfirmed_by(self, holder: str) -> int:
-        """Steps in the unconfirmed reservations of one holder."""
-        with self._lock:
-            self._catch_up()
-            return sum(r.steps for r in self._open.values() if r.holder == holder)
 
     # -- the journal ---------------------------------------------------------------------------------------------
 
@@ -282,10 +276,7 @@ class Ledger:
             self._open = {r["number"]: Reservation(**r) for r in state["open"]}
             self._next, self._nonce = number, state["nonce"]
         except (ValueError, TypeError, KeyError) as error:
-            raise ArtifactError(
-                f"{path} in {self.storage.root!r} is damaged; remove this snapshot: "
-                "the ledger's records suffice"
-            ) from error
+            raise ArtifactError(f"{path} in {self.storage.root!r} is damaged; remove this snapshot: the ledger's records suffice") from error
 
     def _parse(self, number: int, raw: bytes) -> dict[str, Any]:
         try:
@@ -301,8 +292,7 @@ class Ledger:
 
     def _damaged(self, number: int, how: str) -> ArtifactError:
         return ArtifactError(
-            f"ledger {self.id!r} is damaged: record {self._path(number)} in {self.storage.root!r} is "
-            f"{how}; restore it from a copy, or use another ledger"
+            f"ledger {self.id!r} is damaged: record {self._path(number)} in {self.storage.root!r} is {how}; restore it from a copy, or use another ledger"
         )
 
     def _append(self, number: int, reserve: dict[str, Any] | None, confirm: Usage | None) -> bool:
