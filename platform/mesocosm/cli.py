@@ -141,6 +141,8 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
         setattr(loaded, key, [*getattr(loaded, key), *words])
     if options.force:
         loaded.force = True
+    if options.wait:
+        loaded.wait = True
     if options.dry_run:
         _show(module.plan(loaded), options.json)
         return 0
@@ -195,6 +197,7 @@ def _parser() -> argparse.ArgumentParser:
         for flag, key in FLAGS.get(name, {}).items():
             sub.add_argument(f"--{flag}", metavar=flag.upper(), help=f"the same as {key}=...")
         sub.add_argument("--force", action="store_true", help="make the artifact again though it is there")
+        sub.add_argument("--wait", action="store_true", help="wait for a process that makes the same artifact, instead of failing")
         sub.add_argument("--cluster", metavar="NAME", help="submit to clusters/NAME.yaml instead of running here; again: attach, or the next attempt")
         sub.add_argument("--follow", action="store_true", help="with --cluster: print what the job says until it is over")
         sub.add_argument("--yes", action="store_true", help="with --cluster: agree to what it costs")

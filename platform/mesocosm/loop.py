@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.agents import baseline as model_free
 from mesocosm.agents import train as agents
 from mesocosm.agents.config import AgentConfig, BaselineConfig
@@ -42,6 +42,7 @@ from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.deployment import deploy, undeploy
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
+from mesocosm.versions import VERSIONS
 
 J = TypeVar("J", bound=JobConfig)
 
@@ -75,7 +76,7 @@ class LoopConfig(JobConfig):
 
 FREE = ("rounds", "target", "stop_at_target", "baselines")
 """Keys that change how long the loop goes on and what it is compared with, not the experiment: it goes on in the same ledger."""
-SHARED = ("reality", "seed", "storage", "tracking", "ray", "stop", "force")
+SHARED = ("reality", "seed", "storage", "tracking", "ray", "stop", "force", "wait")
 FILLED = {
     "collect": ("ledger",),
     "explore": ("ledger",),
@@ -146,7 +147,7 @@ def run(cfg: LoopConfig, run: Run) -> Artifact:
     given = [run.storage.artifact("datasets", name) for name in cfg.datasets]
     version = _look(cfg, given)
     cfg = replace(cfg, datasets=[artifact.name for artifact in given])
-    id = fingerprint("loop", identity(cfg), version, __version__, SCHEMA)
+    id = fingerprint("loop", identity(cfg), version, VERSIONS, SCHEMA)
     if not cfg.force and (found := run.storage.find("evaluations", id)) is not None:
         run.say(f"found {found.name}: the loop was finished before")
         return _done(found, run)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.agents.policy import Policy
@@ -30,6 +30,7 @@ from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import Meter, MeteredVectorEnv, make_metered_vector
 from mesocosm.storage import SCHEMA, Artifact
 from mesocosm.tracking import Run
+from mesocosm.versions import VERSIONS
 
 CURVE = "curve.json"
 
@@ -90,7 +91,7 @@ def run(config: BaselineConfig, run: Run) -> Artifact:
     told = {"params": _params(config), "model": settings.model(config.algo, config.model), "shape": list(shape(config))}
     known = facts_of(config.reality)
     facts = identity(config, without=["ledger", *PAID]) | told
-    id = fingerprint("evaluations", "baseline", facts, known.version, __version__, SCHEMA)
+    id = fingerprint("evaluations", "baseline", facts, known.version, VERSIONS["baseline"], SCHEMA)
     done = None if config.force else run.storage.find("evaluations", id)
     if done is not None:
         run.say(f"found evaluations/{id} ({config.algo} without a model)")

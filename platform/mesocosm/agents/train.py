@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
@@ -33,6 +33,7 @@ from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.deployment import deploy, undeploy
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run
+from mesocosm.versions import VERSIONS
 
 STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
@@ -99,7 +100,7 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     horizon = config.horizon or codec.environment["max_episode_steps"] or UNLIMITED
     told = {"horizon": horizon, "params": _params(config), "model": settings.model(config.algo, config.model)}
     facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | told
-    id = fingerprint("agents", facts, inputs, __version__, SCHEMA)
+    id = fingerprint("agents", facts, inputs, VERSIONS["train-agent"], SCHEMA)
     run.record(inputs=inputs)
     if not config.force and (done := run.storage.find("agents", id)) is not None:
         run.say(f"found {done.name}: it was trained before")

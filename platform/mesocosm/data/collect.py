@@ -17,7 +17,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data import behaviours as acting
 from mesocosm.data.behaviours import BehaviourConfig
@@ -29,10 +29,11 @@ from mesocosm.data.spaces import check_spaces
 from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.reality.config import PAID, RealityConfig
-from mesocosm.reality.env import facts_of, source_hash
+from mesocosm.reality.env import EnvFacts, facts_of, source_hash
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run
+from mesocosm.versions import VERSIONS
 
 
 @dataclass
@@ -96,12 +97,27 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
     chosen, sources = _resolve(cfg.behaviours, storage, *known.spaces)
     what = identity(cfg, without=["workers", "ledger", *PAID])
     what["behaviours"] = [asdict(b) for b in chosen]
-    id = fingerprint("datasets", what, sources, known.version, __version__, SCHEMA)
-    if not cfg.force and (found := storage.find("datasets", id)) is not None:
-        hint = f" ({found.meta['short']}; --force collects it anew)" if found.meta.get("short") else ""
-        run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was collected{hint}")
-        run.record(artifact=found.name, inputs=found.meta["inputs"])
-        return found
+    id = fingerprint("datasets", what, sources, known.version, VERSIONS["collect"], SCHEMA)
+    with run.making("datasets", id, cfg) as artifact:
+        if artifact is None:
+            return _make(cfg, run, id, known, chosen, what)
+        short = artifact.meta.get("short")
+        hint = f" ({short}; --force collects it anew)" if short else ""
+        transitions = artifact.meta["counts"]["transitions"]
+        run.say(f"found {artifact.name}: {transitions} transitions; nothing was collected{hint}")
+        run.record(artifact=artifact.name, inputs=artifact.meta["inputs"])
+        return artifact
+
+
+def _make(
+    cfg: CollectConfig,
+    run: Run,
+    id: str,
+    known: EnvFacts,
+    chosen: list[BehaviourConfig],
+    what: dict[str, Any],
+) -> Artifact:
+    storage = run.storage
     ledger = Ledger(storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
     plan = Plan(
         reality=cfg.reality,

@@ -18,7 +18,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data.episode import Episode
 from mesocosm.data.manifest import Environment
@@ -34,6 +34,7 @@ from mesocosm.reality.config import PAID, RealityConfig, parse_success
 from mesocosm.reality.env import EnvFacts, facts_of
 from mesocosm.storage import SCHEMA, Artifact
 from mesocosm.tracking import Run
+from mesocosm.versions import VERSIONS
 
 Array = NDArray[Any]
 Space = gymnasium.Space[Any]
@@ -160,7 +161,7 @@ def run(cfg: ImportConfig, run: Run) -> Artifact:
         sums = list(pool.map(_checksum, files))
     what = identity(cfg, without=["paths", "workers", *PAID])
     known = _facts(cfg)
-    id = fingerprint("datasets", "import", what, sums, "" if known is None else known.version, __version__, SCHEMA)
+    id = fingerprint("datasets", "import", what, sums, "" if known is None else known.version, VERSIONS["import"], SCHEMA)
     if not cfg.force and (found := run.storage.find("datasets", id)) is not None:
         run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was imported")
         run.record(artifact=found.name, inputs=found.meta["inputs"], **json.loads((found.path / REPORT).read_text()))

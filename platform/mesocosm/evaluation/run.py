@@ -25,6 +25,7 @@ from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
+from mesocosm.versions import VERSIONS
 
 TRUSTED = ("", "mesocosm.reality.domains")
 """Modules whose environments are made because a world says that it is of them: "" is Gymnasium's registry."""
@@ -73,7 +74,7 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     inputs = {"worlds": [made.id], "agents": agents, "datasets": [artifact.id for artifact in datasets]}
     what = identity(cfg, without=["world", "agent", "datasets", "ledger", "judge_steps", "reality.budget", "reality.step_timeout_s"])
     known = [] if plan is None else [plan.facts.version, *plan.sources]
-    id = fingerprint("evaluations", what, inputs, known, MEASURES, __version__, SCHEMA)
+    id = fingerprint("evaluations", what, inputs, known, MEASURES, VERSIONS["evaluate"], SCHEMA)
     if not cfg.force and (found := storage.find("evaluations", id)) is not None:
         run.say(f"found {found.name}: nothing was evaluated; the report is {found.path / report.PAGE}")
         run.record(artifact=found.name, inputs=inputs)

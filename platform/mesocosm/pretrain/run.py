@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mesocosm import __version__, cluster, tracking
+from mesocosm import cluster, tracking
 from mesocosm.config import fingerprint
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
@@ -26,6 +26,7 @@ from mesocosm.pretrain.export import calibrate, check_termination, world_of
 from mesocosm.pretrain.feed import Feed
 from mesocosm.pretrain.worker import Work, train_loop
 from mesocosm.storage import SCHEMA, Artifact, Storage
+from mesocosm.versions import VERSIONS
 
 __all__ = ["PretrainConfig", "plan", "run"]
 
@@ -62,18 +63,21 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
 def run(config: PretrainConfig, run: tracking.Run) -> Artifact:
     """Pretrain, or find, the world that `config` describes. Raises UsageError before anything starts, MesocosmError after."""
     config.validate()
-    storage, dataset = run.storage, _opened(config)
+    dataset = _opened(config)
     if config.ray.address is not None:
         cluster.ensure(config.ray)
     gpus = _gpus(config)
     id = _id(config, dataset, gpus)
     run.record(inputs={"datasets": dataset.ids}, artifact=f"worlds/{id}")
-    found = None if config.force else storage.find("worlds", id)
-    if found is not None:
-        run.say(f"found {found.name}")
-        return found
+    with run.making("worlds", id, config) as artifact:
+        if artifact is None:
+            return _make(config, run, dataset, id, gpus)
+        run.say(f"found {artifact.name}")
+        return artifact
 
-    folder = checkpoint.folder_of(id)
+
+def _make(config: PretrainConfig, run: tracking.Run, dataset: Dataset, id: str, gpus: float) -> Artifact:
+    storage, folder = run.storage, checkpoint.folder_of(id)
     if config.force:
         storage.remove(folder)
     last = checkpoint.latest(storage, id)
@@ -242,7 +246,7 @@ def _id(config: PretrainConfig, dataset: Dataset, gpus: float) -> str:
     given = {key: value for key in ("unique", "weights", "block") if (value := getattr(config.data, key)) is not None}
     data = {"datasets": dataset.ids} | given if given else dataset.ids
     said = what(config, _precision(config, gpus)) | {"data": data}
-    return fingerprint("worlds", said, __version__, SCHEMA)
+    return fingerprint("worlds", said, VERSIONS["pretrain"], SCHEMA)
 
 
 def _steps(config: PretrainConfig, dataset: Dataset, codec: Codec) -> tuple[int, Loader]:
