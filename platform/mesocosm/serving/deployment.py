@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import hmac
 import logging
 import os
-import secrets
-import socket
-import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +11,8 @@ import torch
 from mesocosm import cluster
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serving.config import ServeConfig, check
-from mesocosm.serving.connection import LOOPBACK, packed, receive_frame, send_frame
+from mesocosm.serving.connection import LOOPBACK, packed
+from mesocosm.serving.line import LineServer
 from mesocosm.serving.protocol import pack, unpack
 from mesocosm.serving.session import Sessions, Worlds, find_world
 from mesocosm.storage import Storage
@@ -26,8 +22,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
-TOKEN = 32
-"""Bytes of a line's token: its first frame, and all that is read of a peer before it is known."""
 TAKEN = ("DEPLOYING", "RUNNING", "UNHEALTHY")
 """Serve's states of an application in which its name is somebody's."""
 LISTENERS: dict[str, Listener] = {}
@@ -43,9 +37,7 @@ class Replica:
         if world:
             worlds.get(world)
         self.sessions = Sessions(worlds.get, max_sessions)
-        self._token = secrets.token_bytes(TOKEN)
-        self._listener = socket.create_server((_host(), 0), backlog=128)
-        threading.Thread(target=self._accept, name="line", daemon=True).start()
+        self._line = LineServer(_host(), self.call)
 
     def call(self, data: bytes | bytearray) -> bytes:
         number = None
@@ -63,25 +55,8 @@ class Replica:
         """Host, port and token of this replica's line, its node and its pid. Who can call this may call the world anyway."""
         import ray
 
-        host, port = self._listener.getsockname()[:2]
-        return {"host": host, "port": port, "token": self._token, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
-
-    def _accept(self) -> None:
-        while True:
-            line, _ = self._listener.accept()
-            threading.Thread(target=self._answer, args=(line,), name="line", daemon=True).start()
-
-    def _answer(self, line: socket.socket) -> None:
-        """Requests of one client, one after another, until it hangs up."""
-        with line, contextlib.suppress(OSError):
-            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            line.settimeout(10.0)
-            token = receive_frame(line, TOKEN)
-            if token is None or not hmac.compare_digest(token, self._token):
-                return
-            line.settimeout(None)
-            while (data := receive_frame(line)) is not None:
-                send_frame(line, self.call(data))
+        host, port = self._line.address
+        return {"host": host, "port": port, "token": self._line.token, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
 
 
 def _host() -> str:
