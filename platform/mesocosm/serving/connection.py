@@ -198,7 +198,7 @@ class Served:
         token = replica.pop("token")
         line: socket.socket | None = None
         if replica["host"] != LOOPBACK or replica["node"] == self._node:
-            line = _open_line(replica["host"], replica["port"], token, min(timeout, DIAL_S))
+            line = open_line(replica["host"], replica["port"], token, min(timeout, DIAL_S))
         if line is None:
             self._no_line_until = time.monotonic() + REDIAL_S
             return False
@@ -220,7 +220,7 @@ class Served:
         self._hang_up()
 
 
-def _open_line(host: str, port: int, token: bytes, timeout: float) -> socket.socket | None:
+def open_line(host: str, port: int, token: bytes, timeout: float) -> socket.socket | None:
     """A line on which the replica has acknowledged the token within `timeout` seconds, or None."""
     line: socket.socket | None = None
     try:

@@ -241,7 +241,7 @@ def routes(visitors: Visitors) -> FastAPI:
         """One message of the binary protocol (platform/mesocosm/serving/protocol.py), and its reply."""
         return Response(await run_in_threadpool(visitors.call, await request.body()), media_type="application/octet-stream")
 
-    _say_errors(app)
+    say_errors(app)
     schema = app.openapi()
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     for path, operations in schema["paths"].items():
@@ -254,7 +254,7 @@ def routes(visitors: Visitors) -> FastAPI:
     return app
 
 
-def _say_errors(app: FastAPI) -> None:
+def say_errors(app: FastAPI) -> None:
     """Every error as one sentence; a bug's is in the log of the process that serves."""
 
     def handle(kind: type[Exception], status: int) -> None:
