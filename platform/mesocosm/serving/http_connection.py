@@ -81,5 +81,4 @@ class Connection(H11Protocol):
         body = json.dumps({"detail": detail}).encode()
         headers: list[tuple[str, Any]] = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         events = (h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]), h11.Data(data=body), h11.EndOfMessage())
-        for event in events:
-            self.transport.write(self.conn.send(event))
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
