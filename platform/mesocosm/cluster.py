@@ -30,6 +30,33 @@ GROWING_S = 3600
 
 _temp_dir: str | None = None
 
+_forked = False
+"""Whether this process was forked from one that was connected to Ray. Ray's threads do not survive a fork."""
+
+
+def _after_fork() -> None:
+    global _forked, _temp_dir
+    connected = getattr(sys.modules.get("ray"), "is_initialized", None)  # None while Ray is being imported
+    _forked = _forked or (connected is not None and connected())
+    _temp_dir = None  # the parent's
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def forked() -> bool:
+    """Whether this process was forked from one that was connected to Ray."""
+    return _forked
+
+
+def refuse_fork() -> None:
+    """Raise UsageError in a process that was forked from one connected to Ray, where a call to Ray hangs."""
+    if _forked:
+        raise UsageError(
+            f"process {os.getpid()} was forked from a process that is connected to Ray, and cannot use that connection; start it with the spawn method "
+            "(in gymnasium.make_vec: vector_kwargs={'context': 'spawn'}), or step all environments in one process (leave vectorization_mode out)"
+        )
+
 
 def worker_env() -> dict[str, str]:
     """Environment of every worker: one thread a process, the venv's tools (ninja) on PATH, one cache of compiled ops."""
@@ -47,10 +74,11 @@ def worker_env() -> dict[str, str]:
 def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
     """Connect to `config.address`, or start a private local Ray; a second call is a no-op.
 
-    Raises UsageError when an address does not answer.
+    Raises UsageError when an address does not answer, or in a process that was forked from one connected to Ray.
     """
     import ray
 
+    refuse_fork()
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
