@@ -197,6 +197,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         action = self._codec.action(actions)
         if len(action.numbers) != self.num_envs:
             raise UsageError(f"{len(action.numbers)} actions for num_envs={self.num_envs}; give one to each environment")
+        self._check_finite(action, resetting=np.zeros(self.num_envs, np.bool_) if same_step else self._ended)
         after = self._steps + 1
         late = after >= self.horizon if self.horizon is not None else np.zeros(self.num_envs, np.bool_)
         cut = late if same_step else self._ended
@@ -237,6 +238,13 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._ended = terminated | truncated
         self._mirror.step(action, observation, self._task, restarted)
         return self._codec.decode_observation(observation, self._task), reward, terminated, truncated, infos
+
+    def _check_finite(self, action: Parts, resetting: NDArray[np.bool_]) -> None:
+        """Raise UsageError, naming the number and the environment, for an action that is NaN or infinite. An environment that resets ignores its action."""
+        wrong = ~np.isfinite(action.numbers.numpy()) & ~resetting[:, None]
+        if wrong.any():
+            env, column = (int(i) for i in np.argwhere(wrong)[0])
+            raise UsageError(f"{self._codec.action_labels()[column]} of environment {env} must be finite, got {action.numbers[env, column]}")
 
     def _final(self, reply: Message, restarted: NDArray[np.bool_], infos: dict[str, Any]) -> dict[str, Any]:
         """SAME_STEP's infos: what the last step of an ended episode said goes under "final_info", its observation under "final_obs"."""
