@@ -1,5 +1,7 @@
 """The job `train-agent`: an RLlib agent trained wholly inside a world, and its policy as an artifact.
 
+Running the same command again after a kill continues from the last checkpoint and ends with the same policy.
+
 An `agents` artifact is policy.json and policy.safetensors (what acts) and training.safetensors (what another training can begin with).
 """
 
@@ -19,7 +21,8 @@ import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
 from mesocosm import __version__, cluster
-from mesocosm.agents import rllib, settings
+from mesocosm.agents import learner_state, rllib, settings
+from mesocosm.agents.checkpoint import Checkpoints, Progress
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
 from mesocosm.agents.rollout import imagined_returns
@@ -101,10 +104,14 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | told
     id = fingerprint("agents", facts, inputs, __version__, SCHEMA)
     run.record(inputs=inputs)
+    checkpoints = Checkpoints(run.storage, id)
     if not config.force and (done := run.storage.find("agents", id)) is not None:
         run.say(f"found {done.name}: it was trained before")
         run.record(artifact=done.name)
         return done
+    if config.force:
+        checkpoints.remove()
+    progress = checkpoints.latest()
     cluster.ensure(config.ray)
     if config.runners:
         cluster.preflight(cpus=config.runners, what=f"runners={config.runners}")
@@ -116,7 +123,11 @@ def run(config: AgentConfig, run: Run) -> Artifact:
             arguments = _arguments(config, run, world, starts, horizon)
             algorithm = _build(config, run, arguments)
             try:
-                if former is not None:
+                if progress is not None:
+                    run.say(f"continuing after iteration {progress.iteration} of {config.iterations}")
+                    learner_state.restore(algorithm, checkpoints.load(progress))
+                    checkpoints.load_snapshots(folder / SNAPSHOTS, progress)
+                elif former is not None:
                     rllib.load_training(algorithm, former.path)
                 kept = _snapshots(config)
 
@@ -129,8 +140,9 @@ def run(config: AgentConfig, run: Run) -> Artifact:
                         where = folder / SNAPSHOTS / str(iteration)
                         where.mkdir(parents=True)
                         save(where)
+                        checkpoints.save_snapshot(where, iteration)
 
-                seen.update(_train(config, run, algorithm, snapshot))
+                seen.update(_train(config, run, algorithm, checkpoints, progress, snapshot))
                 save(folder)
             finally:
                 algorithm.stop()
@@ -138,6 +150,7 @@ def run(config: AgentConfig, run: Run) -> Artifact:
 
     meta = {"inputs": inputs, "config": facts, "job": "train-agent", "run": run.id, "metrics": seen}
     artifact = run.storage.make("agents", id, meta, fill, force=config.force)
+    checkpoints.remove()
     run.record(artifact=artifact.name)
     return artifact
 
@@ -249,14 +262,27 @@ def _snapshots(config: AgentConfig) -> set[int]:
     return {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
 
 
-def _train(config: AgentConfig, run: Run, algorithm: Algorithm, snapshot: Callable[[int], None]) -> dict[str, float]:
-    """All iterations, `snapshot` told of each that is done and of none at the start; the last one's metrics."""
-    metrics: dict[str, float] = {}
-    snapshot(0)
-    total = diverged = 0
+def _train(
+    config: AgentConfig,
+    run: Run,
+    algorithm: Algorithm,
+    checkpoints: Checkpoints,
+    progress: Progress | None,
+    snapshot: Callable[[int], None],
+) -> dict[str, float]:
+    """All iterations after those of `progress`; the metrics of the last one.
+
+    `snapshot` is called with the number of finished iterations: 0 at the start, never at the end.
+    """
+    began_at = 0 if progress is None else progress.iteration
+    metrics: dict[str, float] = {} if progress is None else dict(progress.metrics)
+    total, diverged = (int(metrics.get(name, 0)) for name in ("imagined_steps", "diverged"))
+    if progress is None:
+        snapshot(0)
     with run.progress(f"train-agent {config.algo}", config.iterations) as update:
-        for iteration in range(config.iterations):
+        for iteration in range(began_at, config.iterations):
             began = time.monotonic()
+            learner_state.reseed(algorithm, config.seed, iteration)
             result = rllib.train(algorithm)
             seen = rllib.statistics(algorithm)
             total, diverged = total + seen.steps, diverged + seen.diverged
@@ -272,6 +298,8 @@ def _train(config: AgentConfig, run: Run, algorithm: Algorithm, snapshot: Callab
             run.log({f"agent/{name}": value for name, value in metrics.items()}, step=iteration)
             if iteration + 1 < config.iterations:
                 snapshot(iteration + 1)
+            if checkpoints.due():
+                checkpoints.save(iteration + 1, learner_state.capture(algorithm), metrics)
             shown = f"return {metrics['imagined_return']:.1f}  " if seen.returns else ""
             update(iteration + 1, f"imagined {shown}disagreement {metrics['disagreement']:.3f}  {metrics['steps_per_s']:,.0f} steps/s")
     if diverged:
