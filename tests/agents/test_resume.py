@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from mesocosm import remains, tracking
+from mesocosm import tracking
 from mesocosm.agents import checkpoint, train
 from mesocosm.agents.config import AgentConfig
 from mesocosm.config import load
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode
-from mesocosm.errors import UsageError
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
