@@ -1,11 +1,11 @@
 """Checkpoints of an agent in training, under `runs/checkpoints/<agent id>`.
 
     progress.json           the last whole checkpoint: iteration, file, sha256, versions, metrics
-    state-NNNNNN-*.pkl      what `learner_state.capture` returns
+    state-NNNNNN-*.pkl.z    what `learner_state.capture` returns
     snapshots/N/...         the policies saved on the way, as the artifact will hold them
 
 A state file has a name of its own and is written before progress.json names it, so a kill leaves the
-earlier checkpoint whole. State files are pickles, read only from here, after their checksum.
+earlier checkpoint whole. State files are (compressed) pickles, read only from here, after their checksum.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import pickle
 import time
 import uuid
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class Checkpoints:
         if data is None or hashlib.sha256(data).hexdigest() != progress.sha256:
             raise self._damaged(progress.file)
         self._saved = progress.file
-        return pickle.loads(data)
+        return pickle.loads(zlib.decompress(data))
 
     def due(self) -> bool:
         """Whether enough time has passed for another checkpoint to be cheap."""
@@ -94,8 +95,9 @@ class Checkpoints:
     def save(self, iteration: int, state: Any, metrics: dict[str, float]) -> None:
         """Write the state after `iteration` iterations, then remove this process's earlier one."""
         began = time.monotonic()
-        data = pickle.dumps(state, protocol=5)
-        file = f"state-{iteration:06d}-{uuid.uuid4().hex[:8]}.pkl"
+        # A replay buffer's trees are 80 MB of zeros when it is nearly empty.
+        data = zlib.compress(pickle.dumps(state, protocol=5), level=1)
+        file = f"state-{iteration:06d}-{uuid.uuid4().hex[:8]}.pkl.z"
         self.storage.write(f"{self.folder}/{file}", data)
         digest = hashlib.sha256(data).hexdigest()
         progress = Progress(iteration, file, digest, metrics, _versions())
