@@ -23,6 +23,7 @@ from mesocosm.config import load
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode
+from mesocosm.errors import UsageError
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
@@ -94,7 +95,7 @@ def train_agent(root: str, overrides: list[str]) -> tuple[Artifact, list[dict[st
 
 
 def progress_of(root: str) -> tuple[str, int]:
-    """(agent id, iterations of its checkpoint), waiting is up to the caller: ("", 0) without one."""
+    """(agent id, finished iterations) of the checkpoint under `root`; ("", 0) without one."""
     for path in Path(root).glob(f"runs/checkpoints/*/{checkpoint.PROGRESS}"):
         return path.parent.name, json.loads(path.read_text())["iteration"]
     return "", 0
@@ -163,3 +164,52 @@ def test_killed_three_times(ray_local: None, tmp_path: Path, case: str, override
     kills = [(i, rng.uniform(0.0, 0.5)) for i in (1, 2, 3)]
     root = make_root(tmp_path, actions, family)
     same_after_kills(root, str(tmp_path / "copy"), overrides, kills)
+
+
+def test_a_checkpoint_is_whole_or_refused(root: str, tmp_path: Path) -> None:
+    storage = Storage(root)
+    made = checkpoint.Checkpoints(storage, "a")
+    assert made.latest() is None and made.due()
+    made.save(1, {"x": np.arange(3)}, {"imagined_steps": 8.0})
+    assert not made.due(), "the next one is due after 20 times as long as this one took"
+    made.save(2, {"x": np.arange(4)}, {"imagined_steps": 16.0})
+    other = checkpoint.Checkpoints(storage, "a")
+    progress = other.latest()
+    assert progress is not None and progress.iteration == 2
+    assert progress.metrics == {"imagined_steps": 16.0}
+    assert other.load(progress)["x"].tolist() == [0, 1, 2, 3]
+    states = [name for name in storage.list(made.folder) if name.startswith("state")]
+    assert states == [progress.file], "an earlier state is removed once the next one is named"
+    path = f"{made.folder}/{progress.file}"
+    storage.write(path, b"torn")
+    with pytest.raises(UsageError, match=f"agents/a cannot continue: .*{progress.file} .*--force"):
+        other.load(progress)
+    storage.remove(path)
+    with pytest.raises(UsageError, match=r"agents/a cannot continue"):
+        other.load(progress)
+    storage.write(f"{made.folder}/{checkpoint.PROGRESS}", b"{")
+    with pytest.raises(UsageError, match=r"progress.json is missing or damaged"):
+        other.latest()
+    text = json.dumps({"iteration": 1, "file": "s", "sha256": "", "versions": {"ray": "1.0"}})
+    storage.write(f"{made.folder}/{checkpoint.PROGRESS}", text.encode())
+    with pytest.raises(UsageError, match=r"needs ray 1.0, got ray .*--force"):
+        other.latest()
+    other.remove()
+    assert other.latest() is None
+
+
+def test_policies_saved_after_the_checkpoint_are_made_again(root: str, tmp_path: Path) -> None:
+    made = checkpoint.Checkpoints(Storage(root), "a")
+    for iteration in (0, 2, 4):
+        folder = tmp_path / str(iteration)
+        folder.mkdir()
+        (folder / "policy.json").write_text(str(iteration))
+        made.save_snapshot(folder, iteration)
+    made.save(3, {}, {})
+    progress = made.latest()
+    assert progress is not None
+    made.load_snapshots(tmp_path / "into", progress)
+    assert {p.name: (p / "policy.json").read_text() for p in (tmp_path / "into").iterdir()} == {
+        "0": "0",
+        "2": "2",
+    }
