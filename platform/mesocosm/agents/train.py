@@ -25,10 +25,11 @@ from mesocosm.agents import learner_state, rllib, settings
 from mesocosm.agents.checkpoint import Checkpoints, Progress
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
-from mesocosm.agents.rollout import imagined_returns
+from mesocosm.agents.rollout import imagined_episodes, imagined_returns
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
+from mesocosm.data.evidence import Evidence
 from mesocosm.errors import UsageError, nearest
 from mesocosm.model.spec import Parts
 from mesocosm.serving.client import BACKENDS, WorldVectorEnv
@@ -117,6 +118,7 @@ def run(config: AgentConfig, run: Run) -> Artifact:
         cluster.preflight(cpus=config.runners, what=f"runners={config.runners}")
     starts = Dataset([d.path for d in datasets]).observation_parts(codec, "train", MAX_STARTS, config.seed) if datasets else None
     seen: dict[str, float] = {}
+    checks: dict[str, str] = {}
 
     def fill(folder: Path) -> None:
         with _served(config, world):
@@ -147,8 +149,16 @@ def run(config: AgentConfig, run: Run) -> Artifact:
             finally:
                 algorithm.stop()
             seen.update(_best(config, run, arguments, former, folder))
+            checks.update(_explained(config, run, arguments, world, folder))
 
-    meta = {"inputs": inputs, "config": facts, "job": "train-agent", "run": run.id, "metrics": seen}
+    meta = {
+        "inputs": inputs,
+        "config": facts,
+        "job": "train-agent",
+        "run": run.id,
+        "metrics": seen,
+        "checks": checks,
+    }
     artifact = run.storage.make("agents", id, meta, fill, force=config.force)
     checkpoints.remove()
     run.record(artifact=artifact.name)
@@ -213,6 +223,27 @@ def _best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], former: A
         shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of a training that led elsewhere
     run.log({f"agent/{name}": value for name, value in seen.items()}, step=config.iterations)
     return seen
+
+
+def _explained(config: AgentConfig, run: Run, arguments: Mapping[str, Any], world: Artifact, folder: Path) -> dict[str, str]:
+    """{"actions", "return"}: "passed", or what the world's logs do not show; said as warnings.
+
+    Empty for an adversary, whose return is no claim, and for a world that records no evidence.
+    """
+    recorded = world.meta.get("evidence")
+    if recorded is None or config.objective != "return":
+        return {}
+    shown = Evidence(**recorded)
+    env = WorldVectorEnv(COMPARED, **{**arguments, "penalty": 0.0})
+    seed = int(fingerprint("explained", config.seed)[:8], 16)
+    returns, lengths = imagined_episodes([Policy.load(folder)], env, seed)
+    unidentified = shown.unidentified()
+    unexplained = shown.unexplained(float(returns.mean()), float(lengths.mean()))
+    if unidentified is not None:
+        run.say(f"warning: {unidentified}")
+    if unexplained is not None:
+        run.say(f"warning: the agent's return is not explained by the logs: {unexplained}")
+    return {"actions": unidentified or "passed", "return": unexplained or "passed"}
 
 
 def _arguments(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, Parts] | None, horizon: int) -> dict[str, Any]:
