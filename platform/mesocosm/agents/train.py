@@ -1,5 +1,7 @@
 """The job `train-agent`: an RLlib agent trained wholly inside a world, and its policy as an artifact.
 
+Running the same command again after a kill continues from the last checkpoint and ends with the same policy.
+
 An `agents` artifact is policy.json and policy.safetensors (what acts) and training.safetensors (what another training can begin with).
 """
 
@@ -19,13 +21,15 @@ import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
 from mesocosm import cluster
-from mesocosm.agents import rllib, settings
+from mesocosm.agents import learner_state, rllib, settings
+from mesocosm.agents.checkpoint import Checkpoints, Progress
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
-from mesocosm.agents.rollout import imagined_returns
+from mesocosm.agents.rollout import imagined_episodes, imagined_returns
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
+from mesocosm.data.evidence import Evidence
 from mesocosm.errors import UsageError, nearest
 from mesocosm.model.spec import Parts
 from mesocosm.serving.client import BACKENDS, WorldVectorEnv
@@ -102,22 +106,31 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | told
     id = fingerprint("agents", facts, inputs, VERSIONS["train-agent"], SCHEMA)
     run.record(inputs=inputs)
+    checkpoints = Checkpoints(run.storage, id)
     if not config.force and (done := run.storage.find("agents", id)) is not None:
         run.say(f"found {done.name}: it was trained before")
         run.record(artifact=done.name)
         return done
+    if config.force:
+        checkpoints.remove()
+    progress = checkpoints.latest()
     cluster.ensure(config.ray)
     if config.runners:
         cluster.preflight(cpus=config.runners, what=f"runners={config.runners}")
     starts = Dataset([d.path for d in datasets]).observation_parts(codec, "train", MAX_STARTS, config.seed) if datasets else None
     seen: dict[str, float] = {}
+    checks: dict[str, str] = {}
 
     def fill(folder: Path) -> None:
         with _served(config, world):
             arguments = _arguments(config, run, world, starts, horizon)
             algorithm = _build(config, run, arguments)
             try:
-                if former is not None:
+                if progress is not None:
+                    run.say(f"continuing after iteration {progress.iteration} of {config.iterations}")
+                    learner_state.restore(algorithm, checkpoints.load(progress))
+                    checkpoints.load_snapshots(folder / SNAPSHOTS, progress)
+                elif former is not None:
                     rllib.load_training(algorithm, former.path)
                 kept = _snapshots(config)
 
@@ -130,15 +143,25 @@ def run(config: AgentConfig, run: Run) -> Artifact:
                         where = folder / SNAPSHOTS / str(iteration)
                         where.mkdir(parents=True)
                         save(where)
+                        checkpoints.save_snapshot(where, iteration)
 
-                seen.update(_train(config, run, algorithm, snapshot))
+                seen.update(_train(config, run, algorithm, checkpoints, progress, snapshot))
                 save(folder)
             finally:
                 algorithm.stop()
             seen.update(_best(config, run, arguments, former, folder))
+            checks.update(_explained(config, run, arguments, world, folder))
 
-    meta = {"inputs": inputs, "config": facts, "job": "train-agent", "run": run.id, "metrics": seen}
+    meta = {
+        "inputs": inputs,
+        "config": facts,
+        "job": "train-agent",
+        "run": run.id,
+        "metrics": seen,
+        "checks": checks,
+    }
     artifact = run.storage.make("agents", id, meta, fill, force=config.force)
+    checkpoints.remove()
     run.record(artifact=artifact.name)
     return artifact
 
@@ -203,6 +226,27 @@ def _best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], former: A
     return seen
 
 
+def _explained(config: AgentConfig, run: Run, arguments: Mapping[str, Any], world: Artifact, folder: Path) -> dict[str, str]:
+    """{"actions", "return"}: "passed", or what the world's logs do not show; said as warnings.
+
+    Empty for an adversary, whose return is no claim, and for a world that records no evidence.
+    """
+    recorded = world.meta.get("evidence")
+    if recorded is None or config.objective != "return":
+        return {}
+    shown = Evidence(**recorded)
+    env = WorldVectorEnv(COMPARED, **{**arguments, "penalty": 0.0})
+    seed = int(fingerprint("explained", config.seed)[:8], 16)
+    returns, lengths = imagined_episodes([Policy.load(folder)], env, seed)
+    unidentified = shown.unidentified()
+    unexplained = shown.unexplained(float(returns.mean()), float(lengths.mean()))
+    if unidentified is not None:
+        run.say(f"warning: {unidentified}")
+    if unexplained is not None:
+        run.say(f"warning: the agent's return is not explained by the logs: {unexplained}")
+    return {"actions": unidentified or "passed", "return": unexplained or "passed"}
+
+
 def _arguments(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, Parts] | None, horizon: int) -> dict[str, Any]:
     """Of every WorldVectorEnv of this job."""
     return {
@@ -250,14 +294,27 @@ def _snapshots(config: AgentConfig) -> set[int]:
     return {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
 
 
-def _train(config: AgentConfig, run: Run, algorithm: Algorithm, snapshot: Callable[[int], None]) -> dict[str, float]:
-    """All iterations, `snapshot` told of each that is done and of none at the start; the last one's metrics."""
-    metrics: dict[str, float] = {}
-    snapshot(0)
-    total = diverged = 0
+def _train(
+    config: AgentConfig,
+    run: Run,
+    algorithm: Algorithm,
+    checkpoints: Checkpoints,
+    progress: Progress | None,
+    snapshot: Callable[[int], None],
+) -> dict[str, float]:
+    """All iterations after those of `progress`; the metrics of the last one.
+
+    `snapshot` is called with the number of finished iterations: 0 at the start, never at the end.
+    """
+    began_at = 0 if progress is None else progress.iteration
+    metrics: dict[str, float] = {} if progress is None else dict(progress.metrics)
+    total, diverged = (int(metrics.get(name, 0)) for name in ("imagined_steps", "diverged"))
+    if progress is None:
+        snapshot(0)
     with run.progress(f"train-agent {config.algo}", config.iterations) as update:
-        for iteration in range(config.iterations):
+        for iteration in range(began_at, config.iterations):
             began = time.monotonic()
+            learner_state.reseed(algorithm, config.seed, iteration)
             result = rllib.train(algorithm)
             seen = rllib.statistics(algorithm)
             total, diverged = total + seen.steps, diverged + seen.diverged
@@ -273,6 +330,8 @@ def _train(config: AgentConfig, run: Run, algorithm: Algorithm, snapshot: Callab
             run.log({f"agent/{name}": value for name, value in metrics.items()}, step=iteration)
             if iteration + 1 < config.iterations:
                 snapshot(iteration + 1)
+            if checkpoints.due():
+                checkpoints.save(iteration + 1, learner_state.capture(algorithm), metrics)
             shown = f"return {metrics['imagined_return']:.1f}  " if seen.returns else ""
             update(iteration + 1, f"imagined {shown}disagreement {metrics['disagreement']:.3f}  {metrics['steps_per_s']:,.0f} steps/s")
     if diverged:

@@ -13,6 +13,7 @@ from mesocosm.agents.policy import Policy
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
+from mesocosm.data.evidence import Evidence
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import imagine, page, report, suite
 from mesocosm.evaluation.config import EvaluateConfig
@@ -30,7 +31,7 @@ from mesocosm.versions import VERSIONS
 TRUSTED = ("", "mesocosm.reality.domains")
 """Modules whose environments are made because a world says that it is of them: "" is Gymnasium's registry."""
 
-MEASURES = 2
+MEASURES = 3
 """Raised when what an evaluation measures, or how, changes: earlier ones are then not found in its place."""
 
 
@@ -96,6 +97,7 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     if policy is not None and result is not None and plan is not None:
         agent = suite.agent_told(measured, result, world, policy, cfg, plan.limit)
     told = [verdict.to_json() for verdict in verdicts(measured, faithful.open_loop.to_json(), agent)]
+    _warn(run, measured, agent)
     measured |= {"verdicts": told, "agent": agent, "time_to_end": faithful.time_to_end.to_json(), "loss_intervals": faithful.loss_intervals}
     spent = dataset.transitions + sum(int(drop["steps"]) for artifact in datasets for drop in artifact.meta.get("dropped", []))
     about = replace(_report(cfg, codec, world, faithful, policy, result, ledger, spent, inputs), suite=measured)
@@ -180,6 +182,16 @@ def _report(
         trajectories=[imagine.side_by_side(world, policy, result.episodes, title=name, seed=cfg.seed)],
         notes=[f"episode dropped: {reason}" for reason in result.dropped],
     )
+
+
+def _warn(run: Run, measured: dict[str, Any], agent: dict[str, Any] | None) -> None:
+    """Say what the logs cannot show, or cannot explain."""
+    shown = measured.get("evidence")
+    unidentified = None if shown is None else Evidence(**shown).unidentified()
+    if unidentified is not None:
+        run.say(f"warning: {unidentified}")
+    if agent is not None and agent["unexplained"] is not None:
+        run.say(f"warning: the agent's return is not explained by the logs: {agent['unexplained']}")
 
 
 def _log(run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dict[str, Any]) -> dict[str, float]:

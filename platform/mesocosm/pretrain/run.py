@@ -16,6 +16,7 @@ from mesocosm import cluster, tracking
 from mesocosm.config import fingerprint
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
+from mesocosm.data.evidence import evidence
 from mesocosm.data.loader import Loader
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.model import counts
@@ -199,6 +200,7 @@ def _export(
         world = world_of(Path(folder) / checkpoint.MODEL, base, codec, config.model)
     calibrate(world, dataset, codec, config.seed)
     ending = check_termination(world, dataset, codec, config.seed)
+    shown = evidence(dataset, seed=config.seed)
     last = dict(progress.validations[-1]) if progress.validations else {}
     last.pop("step", None)
     facts = {"termination_recall": ending.recall, "termination_precision": ending.precision}
@@ -213,13 +215,16 @@ def _export(
         "run": run.id,
         "codec": codec.id,
         "metrics": metrics,
-        "checks": {"termination": ending.verdict},
+        "checks": {"termination": ending.verdict, "actions": shown.unidentified() or "passed"},
+        "evidence": shown.to_json(),
         "counts": {"params": sizes.n, **asdict(sizes), "flops": flops, "data": seen, "unique": unique, "epochs": seen / unique, "steps": progress.steps},
         "seconds": progress.seconds,
     }
     artifact = storage.make("worlds", id, meta, world.save, force=config.force)
     run.log(metrics, progress.steps)
     run.record(metrics=metrics, checks=meta["checks"])
+    if (unidentified := shown.unidentified()) is not None:
+        run.say(f"warning: {unidentified}")
     if ending.verdict.startswith("failed"):
         run.say(f"warning: termination check {ending.verdict}")
     elif ending.recall is not None:

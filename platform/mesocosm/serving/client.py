@@ -8,6 +8,7 @@ Importing this module registers `mesocosm/World-v0`:
 
 from __future__ import annotations
 
+import copy
 import time
 import uuid
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ from mesocosm.serving.session import START, Sessions, Worlds
 ID = "mesocosm/World-v0"
 BACKENDS = ("serve", "local")
 IN_MEMORY = "in-memory"
+STATE = ("seed", "first_env", "env", "episode", "steps", "ended", "task")
+"""Attributes of a WorldVectorEnv that its next steps depend on, beside the world and the history."""
 
 
 class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
@@ -260,6 +263,25 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             now |= {name: np.where(restarted, nothing, infos[name]), f"_{name}": ~restarted}
             then |= {name: np.where(restarted, infos[name], nothing), f"_{name}": restarted}
         return now | {"final_obs": final, "_final_obs": restarted, "final_info": then, "_final_info": restarted}
+
+    def state(self) -> dict[str, Any]:
+        """What the next steps depend on, for `restore` in another process. Pickle it."""
+        if not self._begun:
+            raise ResetNeeded("call reset() before state()")
+        return {"world": self._world, "mirror": copy.deepcopy(self._mirror)} | {name: copy.deepcopy(getattr(self, f"_{name}")) for name in STATE}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken, with the same bits.
+
+        The next step sends the history to a replica. Raises UsageError for the state of another world.
+        """
+        if state["world"] != self._world:
+            raise UsageError(f"the state is of world {state['world']!r}, and this client is pinned to {self._world!r}; make a client of the same world")
+        self._mirror = copy.deepcopy(state["mirror"])
+        for name in STATE:
+            setattr(self, f"_{name}", copy.deepcopy(state[name]))
+        self._generation = max(self._generation, 1)
+        self._begun = True
 
     def close_extras(self, **_: Any) -> None:
         """End the session (a replica that is away forgets it by itself)."""
