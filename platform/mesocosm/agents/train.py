@@ -26,6 +26,7 @@ from mesocosm.agents.rollout import imagined_returns
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
+from mesocosm.data.horizon import Horizon, horizon_of
 from mesocosm.errors import UsageError, nearest
 from mesocosm.model.spec import Parts
 from mesocosm.serving.client import BACKENDS, WorldVectorEnv
@@ -36,8 +37,6 @@ from mesocosm.tracking import Run
 
 STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
-UNLIMITED = 1000
-"""Imagined steps of an episode where neither the config nor the environment sets a limit."""
 COMPARED = 64
 """Imagined episodes of each policy, by which the best of a training is chosen."""
 MAX_STARTS = 50_000
@@ -79,8 +78,18 @@ def plan(config: AgentConfig) -> dict[str, Any]:
     world = storage.artifact("worlds", config.world)
     _datasets(config, storage, world)
     _members(config, world)
+    codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
+    cut = _horizon(config, storage, world, codec)
     steps = config.iterations * config.num_envs * config.rollout * max(config.runners, 1)
-    return {"world": world.name, "algo": config.algo, "params": _params(config), "imagined steps": steps, "real steps": 0, "price": 0.0}
+    return {
+        "world": world.name,
+        "algo": config.algo,
+        "params": _params(config),
+        "horizon": f"{cut.steps} steps: {cut.source}",
+        "imagined steps": steps,
+        "real steps": 0,
+        "price": 0.0,
+    }
 
 
 def run(config: AgentConfig, run: Run) -> Artifact:
@@ -96,7 +105,10 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     _members(config, world)
     former = None if config.init is None else run.storage.artifact("agents", config.init)
     inputs = {"worlds": [world.id], "datasets": [d.id for d in datasets], "agents": [] if former is None else [former.id]}
-    horizon = config.horizon or codec.environment["max_episode_steps"] or UNLIMITED
+    cut = _horizon(config, run.storage, world, codec)
+    horizon = cut.steps
+    if cut.inferred:
+        run.say(f"imagined episodes end after {horizon} steps: {cut.source}")
     told = {"horizon": horizon, "params": _params(config), "model": settings.model(config.algo, config.model)}
     facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | told
     id = fingerprint("agents", facts, inputs, __version__, SCHEMA)
@@ -157,6 +169,13 @@ def _served(config: AgentConfig, world: Artifact) -> Iterator[None]:
         undeploy(config.app)
 
 
+def _horizon(config: AgentConfig, storage: Storage, world: Artifact, codec: Codec) -> Horizon:
+    """Raises UsageError where neither the config, the environment nor the data gives one."""
+    if config.horizon is not None:
+        return Horizon(config.horizon, "as configured")
+    return horizon_of(storage, world, codec.environment["max_episode_steps"], "horizon")
+
+
 def _members(config: AgentConfig, world: Artifact) -> None:
     """Raise UsageError where what is asked rests on a disagreement that the world cannot have."""
     asked: dict[str, Any] = {"max_disagreement": config.max_disagreement, "objective": None if config.objective == "return" else config.objective}
@@ -185,7 +204,12 @@ def _best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], former: A
         return {}
     policies, seed = [Policy.load(option) for option in options], int(fingerprint("compared", config.seed)[:8], 16)
     with run.progress("train-agent: which policy", None) as update:
-        found = imagined_returns(policies, WorldVectorEnv(len(policies) * COMPARED, **arguments), seed).mean(1)
+        env = WorldVectorEnv(len(policies) * COMPARED, **arguments)
+
+        def report(steps: int) -> None:
+            update(0, f"imagining, step {steps} of at most {arguments['horizon']}")
+
+        found = imagined_returns(policies, env, seed, report).mean(1)
         update(1, f"imagined {found[0]:.1f} at the end, {np.nanmax(found):.1f} at best")
     best = int(np.nan_to_num(found, nan=-np.inf).argmax())
     seen = {"greedy_return": float(found[0]), "best_return": float(found[best]), "kept_iteration": float([config.iterations, *taken, -1][best])}
