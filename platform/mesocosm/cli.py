@@ -141,6 +141,8 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
         setattr(loaded, key, [*getattr(loaded, key), *words])
     if options.force:
         loaded.force = True
+    if options.cluster is None:
+        _preflight(module, loaded, dry_run=options.dry_run)
     if options.dry_run:
         _show(module.plan(loaded), options.json)
         return 0
@@ -161,6 +163,16 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     elif made is not None:
         tracking.console.print(f"{made.name}  {made.path}")
     return 0
+
+
+def _preflight(module: Any, loaded: config.JobConfig, *, dry_run: bool) -> None:
+    """Check what the job needs until its end. A real run checks resources itself, once Ray runs."""
+    from mesocosm import preflight, tracking
+
+    for warning in preflight.check(loaded):
+        tracking.console.print(f"warning: {warning}")
+    if dry_run and hasattr(module, "resources"):
+        preflight.check_resources(loaded, module.resources(loaded))
 
 
 def _is_override(word: str) -> bool:

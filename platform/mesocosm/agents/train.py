@@ -21,6 +21,7 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from mesocosm import __version__, cluster
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.feasible import check_agent, check_init
 from mesocosm.agents.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
 from mesocosm.agents.rollout import imagined_returns
 from mesocosm.config import fingerprint, identity
@@ -80,6 +81,8 @@ def plan(config: AgentConfig) -> dict[str, Any]:
     _members(config, world)
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
     cut = _horizon(config, storage, world, codec)
+    former = None if config.init is None else storage.artifact("agents", config.init)
+    check_spaces(config, (codec.observation_space, codec.action_space), former)
     steps = config.iterations * config.num_envs * config.rollout * max(config.runners, 1)
     return {
         "world": world.name,
@@ -90,6 +93,32 @@ def plan(config: AgentConfig) -> dict[str, Any]:
         "real steps": 0,
         "price": 0.0,
     }
+
+
+def resources(config: AgentConfig) -> dict[str, tuple[float, float]]:
+    """(CPUs, GPUs) that the job needs, by key."""
+    return {f"runners={config.runners}": (config.runners, 0)}
+
+
+def check_spaces(
+    config: AgentConfig,
+    spaces: tuple[Any, Any],
+    former: Artifact | None,
+) -> None:
+    """Raise UsageError where an agent cannot be trained on (observation, action) spaces.
+
+    `former` is the agent that training begins with.
+    """
+    batch = config.num_envs * config.rollout * max(config.runners, 1)
+    network = settings.model(config.algo, config.model)
+    module = check_agent(config.algo, _params(config), network, spaces, batch)
+    if former is None:
+        return
+    policy = Policy.load(former.path)
+    if (policy.observation_space, policy.action_space) != spaces:
+        fix = "use an agent of this environment"
+        raise UsageError(f"init={former.name} was trained on other spaces; {fix}")
+    check_init(module, former.path, former.name)
 
 
 def run(config: AgentConfig, run: Run) -> Artifact:
@@ -112,6 +141,7 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     told = {"horizon": horizon, "params": _params(config), "model": settings.model(config.algo, config.model)}
     facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | told
     id = fingerprint("agents", facts, inputs, __version__, SCHEMA)
+    check_spaces(config, (codec.observation_space, codec.action_space), former)
     run.record(inputs=inputs)
     if not config.force and (done := run.storage.find("agents", id)) is not None:
         run.say(f"found {done.name}: it was trained before")

@@ -41,6 +41,10 @@ STARTS = 64
 """Logged states of each behaviour to start from, for each horizon."""
 
 
+class TooFewPolicies(UsageError):
+    """Fewer policies can be compared than a ranking needs."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What an evaluation that asks reality will ask it, looked at before it does."""
@@ -105,7 +109,7 @@ def prepare(cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec
         panel.held_out([*refs, *([] if agent is None else [agent.name])], storage, data)
         most = sum(candidate.held_out for candidate in candidates) + cfg.graded + bool(cfg.adversary)
         if most < FEWEST:
-            raise UsageError(f"{most} policies whose data the world was not trained on cannot be compared: that takes {FEWEST}; add policies, or graded")
+            raise TooFewPolicies(f"{most} policies whose data the world was not trained on cannot be compared: that takes {FEWEST}; add policies, or graded")
     ids = sorted({ref.removeprefix("agents/").partition("@")[0] for ref in refs})
     sources = [source_hash(behaviours.load_function(config.function)) for config in cfg.policies if config.function is not None]
     return Prepared(cfg, facts, horizon, agent, candidates, ids, sources, *most_episodes(cfg, len(mine)))
