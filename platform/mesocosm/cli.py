@@ -142,9 +142,14 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     if options.force:
         loaded.force = True
     if options.cluster is None:
-        _preflight(module, loaded, dry_run=options.dry_run)
+        _preflight(loaded)
     if options.dry_run:
-        _show(module.plan(loaded), options.json)
+        plan = module.plan(loaded)
+        if options.cluster is None and hasattr(module, "resources"):
+            from mesocosm import preflight
+
+            preflight.check_resources(loaded, module.resources(loaded))
+        _show(plan, options.json)
         return 0
     if options.cluster is not None:
         return _submit(loaded, options)
@@ -165,14 +170,12 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     return 0
 
 
-def _preflight(module: Any, loaded: config.JobConfig, *, dry_run: bool) -> None:
-    """Check what the job needs until its end. A real run checks resources itself, once Ray runs."""
+def _preflight(loaded: config.JobConfig) -> None:
+    """Check the storage and the tracking that the job needs until its end."""
     from mesocosm import preflight, tracking
 
     for warning in preflight.check(loaded):
         tracking.console.print(f"warning: {warning}")
-    if dry_run and hasattr(module, "resources"):
-        preflight.check_resources(loaded, module.resources(loaded))
 
 
 def _is_override(word: str) -> bool:

@@ -47,7 +47,19 @@ def check(config: JobConfig) -> list[str]:
 
 
 def check_resources(config: JobConfig, needs: Needs) -> None:
-    """Raise UsageError where the cluster, or the local Ray that would start, lacks resources."""
+    """Raise UsageError where the cluster, or the local Ray that would start, lacks resources.
+
+    For a dry run: a real run checks its resources when Ray runs.
+    """
+    address = urlsplit(f"//{(config.ray.address or '').rpartition('://')[2]}")
+    if address.hostname and address.port:  # Ray itself waits for minutes
+        try:
+            socket.create_connection((address.hostname, address.port), ANSWER_S).close()
+        except OSError as error:
+            reason = error.strerror or error
+            message = f"ray.address {config.ray.address!r} does not answer ({reason})"
+            fix = "start the cluster or leave ray.address unset"
+            raise UsageError(f"{message}; {fix}") from error
     for what, (cpus, gpus) in needs.items():
         cluster.preflight(what=what, cpus=cpus, gpus=gpus, config=config.ray)
 

@@ -19,7 +19,10 @@ from mesocosm.storage import Artifact, Storage
 
 def store(root: str, name: str, *episodes: tuple[int, Outcome]) -> None:
     """Store a dataset of episodes of the given lengths and outcomes."""
-    logged = [Episode(k, k, "random", [np.zeros(1)] * (n + 1), [0] * n, np.zeros(n), outcome) for k, (n, outcome) in enumerate(episodes)]
+    logged = []
+    for k, (n, outcome) in enumerate(episodes):
+        observations, rewards = [np.zeros(1)] * (n + 1), np.zeros(n)
+        logged.append(Episode(k, k, "random", observations, [0] * n, rewards, outcome))
     facts: dict[str, Any] = {
         "environment": Environment(id="Own-v0"),
         "observation_space": gym.spaces.Box(-1.0, 1.0, (1,), np.float64),
@@ -54,7 +57,10 @@ def test_a_limit_that_is_given_wins_over_the_logs(root: str) -> None:
 
 
 @pytest.mark.parametrize("datasets", [["ends"], ["deleted"], []])
-def test_without_a_truncated_episode_the_horizon_is_asked_for(datasets: list[str], root: str) -> None:
+def test_without_a_truncated_episode_the_horizon_is_asked_for(
+    datasets: list[str],
+    root: str,
+) -> None:
     store(root, "ends", (5, "terminated"), (80, "unfinished"))
     with pytest.raises(UsageError, match=r"reality\.horizon must be set for worlds/w0"):
         horizon_of(Storage(root), world(*datasets), None, "reality.horizon")

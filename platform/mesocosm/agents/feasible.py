@@ -66,7 +66,7 @@ def check_agent(
         config.rl_module(model_config=DefaultModelConfig(**model))
         config.training(**{**defaults, **params})
         config.validate()
-        module_spaces = {DEFAULT_MODULE_ID: (observations, head)}
+        module_spaces: Any = {DEFAULT_MODULE_ID: (observations, head)}
         spec: Any = config.get_multi_rl_module_spec(spaces=module_spaces)
         return spec.build()[DEFAULT_MODULE_ID]
     except Exception as error:  # RLlib raises whatever its settings run into
