@@ -143,8 +143,15 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
         loaded.force = True
     if options.wait:
         loaded.wait = True
+    if options.cluster is None:
+        _preflight(loaded)
     if options.dry_run:
-        _show(module.plan(loaded), options.json)
+        plan = module.plan(loaded)
+        if options.cluster is None and hasattr(module, "resources"):
+            from mesocosm import preflight
+
+            preflight.check_resources(loaded, module.resources(loaded))
+        _show(plan, options.json)
         return 0
     if options.cluster is not None:
         return _submit(loaded, options)
@@ -163,6 +170,14 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     elif made is not None:
         tracking.console.print(f"{made.name}  {made.path}")
     return 0
+
+
+def _preflight(loaded: config.JobConfig) -> None:
+    """Check the storage and the tracking that the job needs until its end."""
+    from mesocosm import preflight, tracking
+
+    for warning in preflight.check(loaded):
+        tracking.console.print(f"warning: {warning}")
 
 
 def _is_override(word: str) -> bool:

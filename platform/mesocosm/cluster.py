@@ -110,7 +110,7 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
         try:
             ray.init(
                 address="local",
-                num_cpus=config.cpus or max(4, os.cpu_count() or 1),
+                num_cpus=local_cpus(config),
                 include_dashboard=False,
                 _temp_dir=temp_dir,
                 _node_ip_address="127.0.0.1",
@@ -140,9 +140,36 @@ def most() -> dict[str, float]:
     return have | {name: max(have.get(name, 0.0), amount) for name, amount in full.items()}
 
 
-def preflight(*, what: str, cpus: float = 0, gpus: float = 0) -> None:
-    """Raise UsageError, naming `what` (the config key and value that asks), when the cluster can never grant it."""
-    have = most()
+def expected(config: RayConfig) -> dict[str, float]:
+    """The resources that a job will have. Starts no Ray; connects to `ray.address`."""
+    import ray
+
+    if config.address is not None:
+        ensure(config)
+    if ray.is_initialized():
+        return most()
+    import torch
+
+    return {"CPU": float(local_cpus(config)), "GPU": float(torch.cuda.device_count())}
+
+
+def local_cpus(config: RayConfig) -> int:
+    """Logical CPUs of a local Ray."""
+    return config.cpus or max(4, os.cpu_count() or 1)
+
+
+def preflight(
+    *,
+    what: str,
+    cpus: float = 0,
+    gpus: float = 0,
+    config: RayConfig | None = None,
+) -> None:
+    """Raise UsageError, naming `what`, when the cluster can never grant it.
+
+    `what` is the config key and value that asks. With `config` Ray need not run: the check is against what it would have.
+    """
+    have = most() if config is None else expected(config)
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         if need > have.get(name, 0):
             raise UsageError(f"{what} asks for {need:g} {name}s and the cluster has {have.get(name, 0):g}; lower it, or use a larger cluster")

@@ -91,6 +91,28 @@ def seek(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Artifact]:
     return root, storage.make("worlds", "seek", {"inputs": {"datasets": ["seek"]}}, World(net, base, codec.to_json()).save)
 
 
+def test_the_horizon_is_inferred_from_the_logs_or_asked_for(seek: tuple[str, Artifact]) -> None:
+    root, world = seek
+    storage = Storage(root)
+    codec = json.loads((world.path / "codec.json").read_text())
+    codec["environment"]["max_episode_steps"] = None
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(world.path, folder, dirs_exist_ok=True)
+        (folder / "COMMIT.json").unlink()
+        (folder / "codec.json").write_text(json.dumps(codec))
+
+    storage.make("worlds", "untimed", {"inputs": {"datasets": ["seek"]}}, fill)
+    storage.make("worlds", "alone", {"inputs": {}}, fill)
+    facts = train.plan(agent_config(root, "world=untimed", "horizon=null"))
+    assert facts["horizon"].startswith(f"{LENGTH} steps: all 80 truncated episodes")
+    alone = ["world=alone", "starts=generated"]
+    with pytest.raises(UsageError, match="horizon must be set for worlds/alone"):
+        train.plan(agent_config(root, *alone, "horizon=null"))
+    facts = train.plan(agent_config(root, *alone, "horizon=7"))
+    assert facts["horizon"] == "7 steps: as configured"
+
+
 def agent_config(root: str, *overrides: str) -> AgentConfig:
     return load(AgentConfig, [], [f"storage.root={root}", "world=seek", *SMALL, *overrides])
 

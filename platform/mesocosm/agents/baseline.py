@@ -20,6 +20,7 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from mesocosm import cluster
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
+from mesocosm.agents.feasible import check_agent
 from mesocosm.agents.policy import Policy
 from mesocosm.config import fingerprint, identity
 from mesocosm.errors import BudgetSpent, UsageError
@@ -51,6 +52,13 @@ def check(config: BaselineConfig) -> None:
         raise UsageError(f"select_episodes={config.select_episodes} and select_every={config.select_every} must be at least 0")
 
 
+def check_spaces(config: BaselineConfig, spaces: tuple[Any, Any]) -> None:
+    """Raise UsageError where the algorithm cannot be trained on (observation, action) spaces."""
+    num_envs, rollout = shape(config)
+    network = settings.model(config.algo, config.model)
+    check_agent(config.algo, _params(config), network, spaces, num_envs * rollout)
+
+
 def shape(config: BaselineConfig) -> tuple[int, int]:
     """(environments, steps of each between updates)"""
     num_envs, rollout = settings.SHAPE[config.algo]
@@ -68,6 +76,7 @@ def _iteration(config: BaselineConfig) -> int:
 def plan(config: BaselineConfig) -> dict[str, Any]:
     """What `run` would spend at most. Starts nothing."""
     check(config)
+    check_spaces(config, facts_of(config.reality).spaces)
     price = config.reality.price
     spent = {"real steps": f"at most {config.steps}", "price": f"at most {config.steps * price.per_step:g} {price.currency} and the resets"}
     apart = judging(config.reality, judged(config))
@@ -90,6 +99,7 @@ def run(config: BaselineConfig, run: Run) -> Artifact:
     check(config)
     told = {"params": _params(config), "model": settings.model(config.algo, config.model), "shape": list(shape(config))}
     known = facts_of(config.reality)
+    check_spaces(config, known.spaces)
     facts = identity(config, without=["ledger", *PAID]) | told
     id = fingerprint("evaluations", "baseline", facts, known.version, VERSIONS["baseline"], SCHEMA)
     done = None if config.force else run.storage.find("evaluations", id)

@@ -24,12 +24,14 @@ from mesocosm import cluster
 from mesocosm.agents import learner_state, rllib, settings
 from mesocosm.agents.checkpoint import Checkpoints, Progress
 from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.feasible import check_agent, check_init
 from mesocosm.agents.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
 from mesocosm.agents.rollout import imagined_episodes, imagined_returns
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.evidence import Evidence
+from mesocosm.data.horizon import Horizon, horizon_of
 from mesocosm.errors import UsageError, nearest
 from mesocosm.model.spec import Parts
 from mesocosm.serving.client import BACKENDS, WorldVectorEnv
@@ -41,8 +43,6 @@ from mesocosm.versions import VERSIONS
 
 STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
-UNLIMITED = 1000
-"""Imagined steps of an episode where neither the config nor the environment sets a limit."""
 COMPARED = 64
 """Imagined episodes of each policy, by which the best of a training is chosen."""
 MAX_STARTS = 50_000
@@ -84,8 +84,46 @@ def plan(config: AgentConfig) -> dict[str, Any]:
     world = storage.artifact("worlds", config.world)
     _datasets(config, storage, world)
     _members(config, world)
+    codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
+    cut = _horizon(config, storage, world, codec)
+    former = None if config.init is None else storage.artifact("agents", config.init)
+    check_spaces(config, (codec.observation_space, codec.action_space), former)
     steps = config.iterations * config.num_envs * config.rollout * max(config.runners, 1)
-    return {"world": world.name, "algo": config.algo, "params": _params(config), "imagined steps": steps, "real steps": 0, "price": 0.0}
+    return {
+        "world": world.name,
+        "algo": config.algo,
+        "params": _params(config),
+        "horizon": f"{cut.steps} steps: {cut.source}",
+        "imagined steps": steps,
+        "real steps": 0,
+        "price": 0.0,
+    }
+
+
+def resources(config: AgentConfig) -> dict[str, tuple[float, float]]:
+    """(CPUs, GPUs) that the job needs, by key."""
+    return {f"runners={config.runners}": (config.runners, 0)}
+
+
+def check_spaces(
+    config: AgentConfig,
+    spaces: tuple[Any, Any],
+    former: Artifact | None,
+) -> None:
+    """Raise UsageError where an agent cannot be trained on (observation, action) spaces.
+
+    `former` is the agent that training begins with.
+    """
+    batch = config.num_envs * config.rollout * max(config.runners, 1)
+    network = settings.model(config.algo, config.model)
+    module = check_agent(config.algo, _params(config), network, spaces, batch)
+    if former is None:
+        return
+    policy = Policy.load(former.path)
+    if (policy.observation_space, policy.action_space) != spaces:
+        fix = "use an agent of this environment"
+        raise UsageError(f"init={former.name} was trained on other spaces; {fix}")
+    check_init(module, former.path, former.name)
 
 
 def run(config: AgentConfig, run: Run) -> Artifact:
@@ -101,10 +139,14 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     _members(config, world)
     former = None if config.init is None else run.storage.artifact("agents", config.init)
     inputs = {"worlds": [world.id], "datasets": [d.id for d in datasets], "agents": [] if former is None else [former.id]}
-    horizon = config.horizon or codec.environment["max_episode_steps"] or UNLIMITED
+    cut = _horizon(config, run.storage, world, codec)
+    horizon = cut.steps
+    if cut.inferred:
+        run.say(f"imagined episodes end after {horizon} steps: {cut.source}")
     told = {"horizon": horizon, "params": _params(config), "model": settings.model(config.algo, config.model)}
     facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | told
     id = fingerprint("agents", facts, inputs, VERSIONS["train-agent"], SCHEMA)
+    check_spaces(config, (codec.observation_space, codec.action_space), former)
     run.record(inputs=inputs)
     checkpoints = Checkpoints(run.storage, id)
     if not config.force and (done := run.storage.find("agents", id)) is not None:
@@ -181,6 +223,13 @@ def _served(config: AgentConfig, world: Artifact) -> Iterator[None]:
         undeploy(config.app)
 
 
+def _horizon(config: AgentConfig, storage: Storage, world: Artifact, codec: Codec) -> Horizon:
+    """Raises UsageError where neither the config, the environment nor the data gives one."""
+    if config.horizon is not None:
+        return Horizon(config.horizon, "as configured")
+    return horizon_of(storage, world, codec.environment["max_episode_steps"], "horizon")
+
+
 def _members(config: AgentConfig, world: Artifact) -> None:
     """Raise UsageError where what is asked rests on a disagreement that the world cannot have."""
     asked: dict[str, Any] = {"max_disagreement": config.max_disagreement, "objective": None if config.objective == "return" else config.objective}
@@ -209,7 +258,12 @@ def _best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], former: A
         return {}
     policies, seed = [Policy.load(option) for option in options], int(fingerprint("compared", config.seed)[:8], 16)
     with run.progress("train-agent: which policy", None) as update:
-        found = imagined_returns(policies, WorldVectorEnv(len(policies) * COMPARED, **arguments), seed).mean(1)
+        env = WorldVectorEnv(len(policies) * COMPARED, **arguments)
+
+        def report(steps: int) -> None:
+            update(0, f"imagining, step {steps} of at most {arguments['horizon']}")
+
+        found = imagined_returns(policies, env, seed, report).mean(1)
         update(1, f"imagined {found[0]:.1f} at the end, {np.nanmax(found):.1f} at best")
     best = int(np.nan_to_num(found, nan=-np.inf).argmax())
     seen = {"greedy_return": float(found[0]), "best_return": float(found[best]), "kept_iteration": float([config.iterations, *taken, -1][best])}

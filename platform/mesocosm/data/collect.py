@@ -68,7 +68,10 @@ def check(cfg: CollectConfig) -> None:
 def plan(cfg: CollectConfig) -> dict[str, Any]:
     """What `run` would spend. Makes the environment, to see that it exists; takes no real step and writes nothing."""
     check(cfg)
-    known = facts_of(cfg.reality)
+    known = check_environment(cfg, Storage(cfg.storage.root))
+    budget = cfg.reality.budget.steps
+    if budget is not None and cfg.steps > budget:
+        raise UsageError(f"steps={cfg.steps} must be at most reality.budget.steps={budget}")
     price = cfg.reality.price
     return {
         "environment": cfg.reality.env,
@@ -80,6 +83,24 @@ def plan(cfg: CollectConfig) -> dict[str, Any]:
         "price of a reset": f"{price.per_reset:g} {price.currency}",
         "behaviours": [acting.label(b) for b in cfg.behaviours],
     }
+
+
+def resources(cfg: CollectConfig) -> dict[str, tuple[float, float]]:
+    """(CPUs, GPUs) that the job needs, by key."""
+    return {f"workers={cfg.workers}": (min(cfg.workers, cfg.lanes), 0)}
+
+
+def check_environment(cfg: CollectConfig, storage: Storage) -> EnvFacts:
+    """The environment's facts. Takes no real step.
+
+    Raises:
+        UsageError: no such environment, a space that a world cannot hold, a behaviour whose
+            policy or function is missing or of other spaces.
+    """
+    known = facts_of(cfg.reality)
+    check_spaces(*known.spaces)
+    _resolve(cfg.behaviours, storage, *known.spaces)
+    return known
 
 
 def run(cfg: CollectConfig, run: Run) -> Artifact:

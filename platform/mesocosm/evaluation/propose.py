@@ -27,6 +27,7 @@ from mesocosm.data.codec import Codec
 from mesocosm.data.collect import CollectConfig
 from mesocosm.data.coverage import Features
 from mesocosm.data.dataset import Dataset
+from mesocosm.data.horizon import horizon_of
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import buying, panel
 from mesocosm.evaluation.buying import Bought, Imagined
@@ -46,8 +47,6 @@ STARTS = 512
 """Starts that the world draws, beside the logged ones."""
 PARTS = 3
 """Into so many equal parts the range of a reset option is cut."""
-UNTIMED = 1000
-"""Imagined steps of an episode where the environment has no time limit, as agents have it."""
 
 
 @dataclass
@@ -90,14 +89,12 @@ class _Question:
     world: Artifact
     datasets: list[Artifact]
     facts: EnvFacts
+    horizon: int
+    """Steps of an imagined episode at most."""
     members: int
     candidates: list[_Candidate]
     sources: list[str]
     """Hashes of scripted behaviours' code"""
-
-    @property
-    def horizon(self) -> int:
-        return self.facts.max_episode_steps or UNTIMED
 
     def collection(self, behaviours: list[BehaviourConfig]) -> CollectConfig:
         """Another seed than those of the world's data, whose episodes would begin alike."""
@@ -200,7 +197,8 @@ def _question(cfg: ProposeConfig, storage: Storage) -> _Question:
     candidates = [_Candidate(b, _policy(b, storage, facts)) for b in _behaviours(cfg, storage)]
     sources = [source_hash(acting.load_function(c.behaviour.function)) for c in candidates if c.behaviour.function is not None]
     members = json.loads((world.path / "world.json").read_text())["config"]["members"]
-    return _Question(cfg, world, datasets, facts, members, candidates, sources)
+    horizon = horizon_of(storage, world, facts.max_episode_steps, "reality.horizon").steps
+    return _Question(cfg, world, datasets, facts, horizon, members, candidates, sources)
 
 
 def _reality(reality: RealityConfig, codec: Codec, datasets: list[Artifact]) -> RealityConfig:

@@ -49,7 +49,8 @@ def plan(cfg: EvaluateConfig) -> dict[str, Any]:
     agent = None if cfg.agent is None else storage.artifact("agents", cfg.agent)
     found = suite.prepare(cfg, storage, world, codec, agent)
     facts |= {"agent": None if agent is None else agent.name, "policies compared": f"at most {found.most_policies}"}
-    return facts | judging(cfg.reality, found.most_episodes)
+    facts["horizon"] = f"{found.limit} steps: {found.horizon.source}"
+    return facts | judging(cfg.reality, found.most_episodes, found.limit)
 
 
 def run(cfg: EvaluateConfig, run: Run) -> Artifact:
@@ -74,7 +75,9 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     agents = [] if plan is None else [*([] if trained is None else [trained.id]), *plan.agents]
     inputs = {"worlds": [made.id], "agents": agents, "datasets": [artifact.id for artifact in datasets]}
     what = identity(cfg, without=["world", "agent", "datasets", "ledger", "judge_steps", "reality.budget", "reality.step_timeout_s"])
-    known = [] if plan is None else [plan.facts.version, *plan.sources]
+    known: list[Any] = [] if plan is None else [plan.facts.version, *plan.sources]
+    if plan is not None and plan.horizon.inferred:
+        known.append({"horizon": plan.limit})
     id = fingerprint("evaluations", what, inputs, known, MEASURES, VERSIONS["evaluate"], SCHEMA)
     if not cfg.force and (found := storage.find("evaluations", id)) is not None:
         run.say(f"found {found.name}: nothing was evaluated; the report is {found.path / report.PAGE}")
@@ -87,15 +90,25 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     result, ledger = None, None
     if plan is not None:
         ledger = _ledger(cfg, storage, id, plan)
+        if plan.horizon.inferred:
+            run.say(f"episodes end after {plan.limit} steps: {plan.horizon.source}")
         if cfg.adversary:
             plan = suite.with_adversary(plan, run, made)
         if policy is not None:
             with run.progress("judge", cfg.episodes) as update:
-                result = judge(policy, cfg.reality, ledger, episodes=cfg.episodes, seed=cfg.seed, progress=update)
+                result = judge(
+                    policy,
+                    cfg.reality,
+                    ledger,
+                    episodes=cfg.episodes,
+                    seed=cfg.seed,
+                    max_episode_steps=plan.limit,
+                    progress=update,
+                )
     measured = suite.run(cfg, run, world, made, dataset, plan, ledger, result)
     agent = None
     if policy is not None and result is not None and plan is not None:
-        agent = suite.agent_told(measured, result, world, policy, cfg, plan.limit)
+        agent = suite.agent_told(measured, result, world, policy, cfg, plan.limit, run)
     told = [verdict.to_json() for verdict in verdicts(measured, faithful.open_loop.to_json(), agent)]
     _warn(run, measured, agent)
     measured |= {"verdicts": told, "agent": agent, "time_to_end": faithful.time_to_end.to_json(), "loss_intervals": faithful.loss_intervals}

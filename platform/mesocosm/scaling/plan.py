@@ -49,6 +49,7 @@ TELLING = (
     "baseline_not_beaten",
     "e_touches_zero",
     "approaches_disagree",
+    "wide_interval",
     "few_groups",
     "no_held_out",
     "r_d_unmeasured",
