@@ -20,7 +20,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from mesocosm import faults
 from mesocosm.config import JobConfig, to_yaml
 from mesocosm.errors import MesocosmError
 from mesocosm.mirror import PENDING, Mirror, deliver, memo_of, ping, read_json, redact, uri_of, write_whole
@@ -164,9 +165,21 @@ class Run:
                 self._write_status()
 
     def _end(self, state: str, error: str = "") -> None:
-        self._status(state, error)
-        self._mirror.close()
-        self._shipper.close()
+        with ExitStack() as closing:
+            closing.callback(self._shipper.close)
+            closing.callback(self._mirror.close)
+            self._status(state, error)
+
+    def _end_after(self, state: str, error: str, trace: str = "") -> None:
+        """End the run after an error. A failure to record the end is reported and hides nothing."""
+        try:
+            with ExitStack() as closing:
+                closing.callback(self._end, state, error)
+                if trace:
+                    self._note(trace)
+        except Exception as failure:
+            why = faults.reason(failure) or faults.first_line(failure)
+            console.print(redact(f"warning: the end of run {self.job}/{self.id} is not recorded: {why}"))
 
 
 @contextmanager
@@ -176,11 +189,11 @@ def start(job: str, config: JobConfig, *, id: str | None = None, parent: Run | N
     try:
         yield run
     except KeyboardInterrupt:
-        run._end("stopped", "interrupted")
+        run._end_after("stopped", "interrupted")
         raise
     except BaseException as error:
-        run._note(traceback.format_exc())
-        run._end("failed", str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}")
+        text = str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}"
+        run._end_after("failed", text, traceback.format_exc())
         raise
     run._end("done")
 
@@ -211,9 +224,9 @@ def replay_pending(config: JobConfig) -> int:
             try:
                 ping(config)
             except Exception as away:
-                console.print(f"MLflow at {redact(uri_of(config))} is still away ({type(away).__name__}); metrics.jsonl is kept")
+                console.print(f"MLflow at {redact(uri_of(config))} is still away ({faults.first_line(away)}); metrics.jsonl is kept")
                 break
-            console.print(redact(f"run {status['job']}/{status['id']} could not be brought to MLflow ({error}); its metrics.jsonl is kept"))
+            console.print(redact(f"run {status['job']}/{status['id']} could not be brought to MLflow ({faults.first_line(error)}); its metrics.jsonl is kept"))
         else:
             delivered += 1
     return delivered
