@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,6 +23,10 @@ from mesocosm.storage import Storage
 
 RESETS_A_BLOCK = 8
 """Resets reserved with a block of steps. They have no bound of their own; a crash over-counts at most so many."""
+BLOCK_S = 0.5
+"""Seconds of steps that a deferred meter reserves ahead: what a crash over-counts, about."""
+FIRST_BLOCK, GROWTH = 4, 4
+"""A deferred meter's first block, and by how much a block may exceed the one before it."""
 
 
 class Meter:
@@ -32,11 +36,25 @@ class Meter:
         block: steps a reservation: what a crash over-counts at most.
         limit: steps this meter may use in all; it never reserves beyond.
         holder: who reserves, as the ledger's records will say.
+        deferred: nothing is confirmed but by `settle`, once what the steps bought is in storage. The one
+            reservation grows while steps are taken, by about `BLOCK_S` seconds of steps at a time.
     """
 
-    def __init__(self, ledger: Ledger, purpose: str, *, block: int = 64, limit: int | None = None, holder: str = ""):
+    def __init__(
+        self,
+        ledger: Ledger,
+        purpose: str,
+        *,
+        block: int = 64,
+        limit: int | None = None,
+        holder: str = "",
+        deferred: bool = False,
+    ):
         assert block >= 1, block
         self.ledger, self.purpose, self.block, self.limit, self.holder = ledger, purpose, block, limit, holder
+        self.deferred = deferred
+        self._grown = (0, 0, time.monotonic())
+        """The last block's size, `steps` when it was reserved, and when."""
         self.steps = 0
         """Steps used by this meter so far."""
         self._held: Reservation | None = None
@@ -79,6 +97,9 @@ class Meter:
         if own is not None and own < need:
             raise BudgetSpent(f"this environment's own limit of {self.limit} real steps is spent; it may take no more for {self.purpose}")
         wanted = max(self.block, need) if own is None else min(max(self.block, need), own)
+        if self.deferred:
+            self._grow(need, resets, own)
+            return
         usage = self._usage()
         try:
             granted = self.ledger.reserve(self.purpose, wanted, max(RESETS_A_BLOCK, resets), holder=self.holder, confirming=usage)
@@ -93,6 +114,48 @@ class Meter:
                 "use fewer environments, or raise the budget"
             )
 
+    def _grow(self, need: int, resets: int, own: int | None) -> None:
+        """Exchange the reservation for a larger one, in one record: what was used stays reserved."""
+        last, before, since = self._grown
+        elapsed = time.monotonic() - since
+        pace = (self.steps - before) / elapsed if elapsed > 0 else float(self.block)
+        block = min(self.block, max(GROWTH * last, FIRST_BLOCK), max(1, round(pace * BLOCK_S)))
+        block = max(block, need) if last else max(FIRST_BLOCK, need)
+        block = block if own is None else min(block, own)
+        used_steps, used_resets, _ = self._used
+        self._held = self.ledger.reserve(
+            self.purpose,
+            used_steps + block,
+            used_resets + max(RESETS_A_BLOCK, resets),
+            least=used_steps + need,
+            holder=self.holder,
+            confirming=None if self._held is None else Usage(self._held, 0, 0, 0.0),
+        )
+        self._grown = (block, self.steps, time.monotonic())
+
+    def settle(self, steps: int, resets: int, record: Callable[[Usage, tuple[int, int]], bool]) -> bool:
+        """Confirm `steps` and `resets` of those used, after `record` has stored what they bought.
+
+        `record` is given the usage to confirm and the (steps, resets) used beyond it, which stay reserved.
+        Where it returns False, or raises, nothing is confirmed and all that was used stays reserved.
+        For the thread that steps, or another one once the meter is stopped.
+        """
+        assert self.deferred
+        with self._lock:
+            if self._held is None:
+                return True
+            held, used = self._held, self._used
+        usage, beyond = Usage(held, steps, resets, used[2]), (used[0] - steps, used[1] - resets)
+        assert min(beyond) >= 0, (used, steps, resets)
+        recorded = record(usage, beyond)
+        if not recorded:
+            usage, beyond = Usage(held, 0, 0, 0.0), used[:2]
+        kept = self.ledger.confirm(held, usage.steps, usage.resets, usage.seconds, keep=beyond)
+        with self._lock:
+            self._held = kept
+            self._used = (0, 0, 0.0) if kept is None else (*beyond, 0.0)
+        return recorded
+
     def _usage(self) -> Usage | None:
         return None if self._held is None else Usage(self._held, *self._used)
 
@@ -103,7 +166,10 @@ class Meter:
 
     def close(self) -> None:
         """Confirm what was used and give the rest back. The meter can go on afterwards, with a new reservation; a stopped one
-        confirms what it was frozen at, in case the one who stopped it does not."""
+        confirms what it was frozen at, in case the one who stopped it does not. A deferred meter keeps what was used reserved."""
+        if self.deferred:
+            self.settle(0, 0, lambda usage, beyond: True)
+            return
         with self._lock:
             self._release(self._usage())
 
@@ -134,9 +200,19 @@ class Meter:
 class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     """One environment of reality. Raises BudgetSpent in place of a step or reset that is not paid for."""
 
-    def __init__(self, env: gymnasium.Env[Any, Any], ledger: Ledger, purpose: str, block: int = 64, *, limit: int | None = None, holder: str = ""):
+    def __init__(
+        self,
+        env: gymnasium.Env[Any, Any],
+        ledger: Ledger,
+        purpose: str,
+        block: int = 64,
+        *,
+        limit: int | None = None,
+        holder: str = "",
+        deferred: bool = False,
+    ):
         super().__init__(env)
-        self.meter = Meter(ledger, purpose, block=block, limit=limit, holder=holder)
+        self.meter = Meter(ledger, purpose, block=block, limit=limit, holder=holder, deferred=deferred)
         self._finalizer = weakref.finalize(self, self.meter.close)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:

@@ -150,13 +150,16 @@ class Beside:
 
 
 beside = Beside()
-FAIL = False
+FAIL = 0
 
 
 def sometimes(observation: Any, rng: np.random.Generator) -> Any:
-    """Raises at an episode's ninth step while FAIL is set."""
+    """Raises at the ninth step of the FAIL-th episode from now; never while FAIL is 0."""
+    global FAIL
     if FAIL and observation[1] == 8:
-        raise ValueError("the script has a bug")
+        FAIL -= 1
+        if not FAIL:
+            raise ValueError("the script has a bug")
     return np.zeros(1)
 
 
