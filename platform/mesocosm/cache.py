@@ -34,9 +34,11 @@ def private_folder() -> Path:
             os.mkdir(folder, 0o700)
         facts = os.lstat(folder)
         if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
-            raise UsageError(f"the cache {str(folder)!r} is not a folder of yours; set storage.cache to a folder in which only you may write")
+            fix = "set storage.cache to a folder in which only you may write"
+            raise UsageError(f"the cache {str(folder)!r} is not a folder of yours; {fix}")
         if stat.S_IMODE(facts.st_mode) & 0o077:
             os.chmod(folder, 0o700)
     except OSError as error:
-        raise UsageError(f"the cache {str(folder)!r} cannot be made ({error.strerror}); set storage.cache to a folder in which you may write") from error
+        why = f"the cache {str(folder)!r} cannot be made ({error.strerror})"
+        raise UsageError(f"{why}; set storage.cache to a folder in which you may write") from error
     return folder

@@ -81,4 +81,5 @@ def _check_names(artifact: str, names: Sequence[str]) -> None:
     """
     for name in names:
         if name.startswith("/") or ".." in name.split("/"):
-            raise ArtifactError(f"{artifact}: {COMMIT} names {name!r}, which lies outside of it; it was not made by this project, do not use it")
+            why = f"{artifact}: {COMMIT} names {name!r}, which lies outside of it"
+            raise ArtifactError(f"{why}; it was not made by this project, do not use it")

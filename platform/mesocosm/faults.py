@@ -73,7 +73,8 @@ def _of_s3(error: BaseException) -> str | None:
         name = type(error).__name__
         if "Credentials" in name or name in ("ProfileNotFound", "TokenRetrievalError"):
             return f"{first_line(error)}; set AWS_PROFILE, or the key and secret of docs/storage.md"
-        return f"S3 does not answer ({first_line(error)}); check AWS_ENDPOINT_URL and the network, and run the same command again"
+        fix = "check AWS_ENDPOINT_URL and the network, and run the same command again"
+        return f"S3 does not answer ({first_line(error)}); {fix}"
     status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     answer = response.get("Error", {})
     text = f"S3 answers {answer.get('Code') or status} ({answer.get('Message') or 'no message'})"

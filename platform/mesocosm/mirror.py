@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from mesocosm import faults
 from mesocosm.config import JobConfig
 from mesocosm.durable import replace, write_synced
+from mesocosm.errors import StorageError
 from mesocosm.storage import Storage
 
 _FLUSH_SECONDS = 2.0
@@ -76,7 +77,7 @@ class Mirror:
                 if not self._warned:
                     self._warned = True
                     why = f"{type(error).__name__}: {faults.first_line(error)}"
-                    with suppress(OSError):  # log.txt may be what cannot be written
+                    with suppress(OSError, StorageError):  # log.txt may be what cannot be written
                         self.note(f"MLflow at {uri_of(self.config)} is away ({why}); metrics.jsonl is kept and replayed later")
             if closing:
                 return

@@ -38,9 +38,10 @@ class Root:
         try:
             self.fs, self._base = _filesystem(self.root)
         except (ImportError, ValueError) as error:
-            raise UsageError(f"storage.root {root!r} cannot be opened: {error}; use a folder or s3://bucket/prefix") from error
+            why = f"storage.root {root!r} cannot be opened: {error}"
+            raise UsageError(f"{why}; use a folder or s3://bucket/prefix") from error
 
-    # -- names ---------------------------------------------------------------------------------------------------
+    # -- names ---------------------------------------------------------------------------------
 
     def url(self, *parts: str) -> str:
         return "/".join([self.root.rstrip("/"), *parts])
@@ -76,10 +77,10 @@ class Root:
                 raise
             raise StorageError(f"{path} in storage.root {self.root!r}: {why}") from error
 
-    # -- small durable files -------------------------------------------------------------------------------------
+    # -- small durable files -------------------------------------------------------------------
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a small file whole: a reader sees the old content or the new, and it outlives a crash."""
+        """Write a small file whole: a reader sees the old content or the new, also after a crash."""
         full = self._path(path)
         with self.naming(path):
             if self.remote:
@@ -91,7 +92,10 @@ class Root:
             replace(temporary, full)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a small file whole only if it is not there yet; False if it is. Exclusive among all processes."""
+        """Write a small file whole only if it is not there yet; False if it is.
+
+        Among all processes one succeeds.
+        """
         full = self._path(path)
         with self.naming(path):
             if self.remote:
@@ -121,7 +125,10 @@ class Root:
                 return None
 
     def list(self, path: str) -> list[str]:
-        """Sorted base names in a folder of the root; empty where there is none. Unfinished temporary files are left out."""
+        """Sorted base names in a folder of the root; empty where there is none.
+
+        Unfinished temporary files are left out.
+        """
         with self.naming(path):
             try:
                 entries = self.fs.ls(self._path(path), detail=False)
@@ -131,19 +138,23 @@ class Root:
         return sorted(name for name in names if not name.endswith(".tmp"))
 
     def remove(self, path: str) -> None:
-        """Remove a file or a folder under the root, where there is one. For what runs leave behind; artifacts are never removed so."""
+        """Remove a file or a folder under the root, where there is one. Never an artifact."""
         assert path.split("/")[0] not in KINDS, path
         with self.naming(path), suppress(FileNotFoundError):
             self.fs.rm(self._path(path), recursive=True)
 
     def files(self, path: str) -> dict[str, tuple[int, float]]:
-        """Every file in a folder of the root, and deeper, by its path under the root: bytes, and seconds since the epoch when it was written."""
+        """Every file in a folder of the root, and deeper, by its path under the root.
+
+        Returns:
+            Its bytes, and when it was written, in seconds since the epoch.
+        """
         with self.naming(path):
             found = self.fs.find(self._path(path), detail=True)
         skip = len(self._path(""))
         return {name[skip:]: (entry["size"], _modified(entry)) for name, entry in found.items()}
 
-    # -- checks --------------------------------------------------------------------------------------------------
+    # -- checks --------------------------------------------------------------------------------
 
     def writable(self) -> None:
         """Check that files can be written under the root, and created exclusively.
@@ -161,39 +172,49 @@ class Root:
                 self.remove(path)
         except Exception as error:
             why = _why(error)
-            raise UsageError(f"storage.root {self.root!r} cannot be written ({why}); name a folder or bucket in which you may write") from error
+            fix = "name a folder or bucket in which you may write and that has free space"
+            sentence = f"storage.root {self.root!r} cannot be written ({why}); {fix}"
+            raise UsageError(sentence) from error
         if twice:
             raise UsageError(
-                f"storage.root {self.root!r} creates the same file twice: it ignores If-None-Match, "
+                f"storage.root {self.root!r} creates a file twice: it ignores If-None-Match, "
                 "so two jobs could both believe that they made an artifact or took a step; "
                 "use a store with conditional writes (docs/storage.md)"
             )
         if not same:
-            raise UsageError(f"storage.root {self.root!r} does not read back what was written; use another store")
+            why = f"storage.root {self.root!r} does not read back what was written"
+            raise UsageError(f"{why}; use another store")
 
     def readable(self) -> None:
         """Raises UsageError where there is no such folder, or bucket."""
+        fix = "name the folder or s3://bucket/prefix that jobs were given"
         place = self._base.split("/")[0] if self.remote else self._base
         try:
             facts = self.fs.info(place)
         except FileNotFoundError as error:
-            raise UsageError(f"storage.root {self.root!r} is not there; name the folder or s3://bucket/prefix that jobs were given") from error
+            raise UsageError(f"storage.root {self.root!r} is not there; {fix}") from error
         except Exception as error:
-            raise UsageError(f"storage.root {self.root!r} cannot be read ({_why(error)}); check the address and the credentials") from error
+            why = f"storage.root {self.root!r} cannot be read ({_why(error)})"
+            raise UsageError(f"{why}; check the address and the credentials") from error
         if facts["type"] == "file":
-            raise UsageError(f"storage.root {self.root!r} is a file; name the folder or s3://bucket/prefix that jobs were given")
+            raise UsageError(f"storage.root {self.root!r} is a file; {fix}")
 
-    # -- uploads and scratch -------------------------------------------------------------------------------------
+    # -- uploads and scratch -------------------------------------------------------------------
 
     def uploads(self) -> dict[str, tuple[int, float]]:
-        """Multipart uploads to this root that were not finished, as `files` has files; the key is what `give_up` takes. Raises OSError where the
-        endpoint does not list them."""
+        """Multipart uploads to this root that were not finished, as `files` has files.
+
+        The key is what `give_up` takes. Raises OSError where the endpoint does not list them.
+        """
         if not self.remote:
             return {}
         from mesocosm import s3
 
         skip = len(self._path(""))
-        return {f"{upload.path[skip:]}?uploadId={upload.id}": (upload.bytes, upload.modified) for upload in s3.uploads(self.fs, self._base)}
+        found = {}
+        for upload in s3.uploads(self.fs, self._base):
+            found[f"{upload.path[skip:]}?uploadId={upload.id}"] = upload.bytes, upload.modified
+        return found
 
     def give_up(self, upload: str) -> None:
         """End an upload of `uploads`; its parts are freed."""
@@ -228,11 +249,11 @@ def _absolute(root: str) -> str:
 def _checked(root: str) -> str:
     scheme = root.split("://")[0]
     if scheme != "s3":
-        raise UsageError(
-            f"storage.root must be a folder or s3://bucket/prefix, got {root!r}: {scheme}:// cannot create a file exclusively, which artifacts and ledgers need"
-        )
+        why = f"{scheme}:// cannot create a file exclusively, which artifacts and ledgers need"
+        want = "storage.root must be a folder or s3://bucket/prefix"
+        raise UsageError(f"{want}, got {root!r}: {why}")
     if not re.match(r"s3://[^/]", root):
-        raise UsageError(f"storage.root must be s3://bucket/prefix, got {root!r}: no bucket is named")
+        raise UsageError(f"storage.root must be s3://bucket/prefix, got {root!r}, without a bucket")
     return root
 
 

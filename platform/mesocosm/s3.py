@@ -45,8 +45,9 @@ def options() -> dict[str, Any]:
     named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config: dict[str, Any] = {"retries": {"mode": "standard", "max_attempts": 3}, "max_pool_connections": 2 * STREAMS, "read_timeout": 60}
     config["response_checksum_validation"] = "when_required"  # what is read is checked against checksums of our own
-    if named and CHECKSUMS not in os.environ:
-        config["request_checksum_calculation"] = "when_required"  # stores other than AWS's may not know the trailers
+    # Stores other than AWS's may reject the checksum trailers that botocore sends by default.
+    if checksums := os.environ.get(CHECKSUMS) or (named and "when_required"):
+        config["request_checksum_calculation"] = checksums.lower()
     return {"config_kwargs": config, "use_listings_cache": False} | ({"endpoint_url": named} if named else {})
 
 

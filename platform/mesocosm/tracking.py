@@ -20,7 +20,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ class Run:
         for name, value in metrics.items():
             number = float(value)
             line[name] = number if math.isfinite(number) else repr(number)
-        with self._lock, open(self.folder / "metrics.jsonl", "a") as file:
+        with self._naming(), self._lock, open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def say(self, text: str) -> None:
@@ -82,7 +82,7 @@ class Run:
             console.print(redact(text))
 
     def _note(self, text: str) -> None:
-        with self._lock, open(self.folder / "log.txt", "a") as file:
+        with self._naming(), self._lock, open(self.folder / "log.txt", "a") as file:
             file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {redact(text)}\n")
 
     def record(self, **facts: Any) -> None:
@@ -156,7 +156,12 @@ class Run:
             "progress": self._progress,
             "facts": self.facts,
         }
-        write_whole(self.folder / "status.json", json.dumps(status, indent=1, default=str))
+        with self._naming():
+            write_whole(self.folder / "status.json", json.dumps(status, indent=1, default=str))
+
+    def _naming(self) -> AbstractContextManager[None]:
+        """A full disk becomes a StorageError that names the run."""
+        return self.storage.naming(f"runs/{self.job}/{self.id}")
 
     def _beat(self) -> None:
         """That the run is alive, and how far it is."""
