@@ -45,6 +45,7 @@ def reason(error: BaseException) -> str | None:
 def first_line(error: BaseException) -> str:
     """An error's first line, without the SQL statement and its parameters."""
     text = re.split(r"\n|\[SQL:", str(error).strip())[0].strip()
+    text = re.sub(r"^\([\w.]+\) ", "", text)  # SQLAlchemy names its driver's class first
     return text[:200] or type(error).__name__
 
 

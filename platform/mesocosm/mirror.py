@@ -133,6 +133,8 @@ def _client(where: JobConfig) -> Any:
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It logs the SQL of each error, which is also raised and explained here.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=uri_of(where), registry_uri=uri_of(where))

@@ -77,14 +77,15 @@ def _of_remote(storage: Storage, remark: Callable[[str], None]) -> Iterator[Rema
         text = faults.first_line(error)
         remark(f"uploads that were begun and not finished are not listed by {storage.root!r} ({text}); see the bucket's lifecycle rules")
     finished: dict[str, set[str]] = {}
+    damaged: dict[str, set[str]] = {}
     for kind in KINDS:
         files = storage.files(kind)
         finished[kind] = {path.split("/")[1] for path in files if path.endswith(f"/{COMMIT}") and path.count("/") == 2}
-        damaged = {id for id in finished[kind] if storage.is_damaged(kind, id)}
-        for id in sorted(damaged):
+        damaged[kind] = {id for id in finished[kind] if storage.is_damaged(kind, id)}
+        for id in sorted(damaged[kind]):
             yield _damaged(storage, kind, id, files)
-        files = {path: facts for path, facts in files.items() if path.split("/")[1] not in damaged}
-        finished[kind] -= damaged
+        files = {p: facts for p, facts in files.items() if p.split("/")[1] not in damaged[kind]}
+        finished[kind] -= damaged[kind]
         yield from _folders(storage, kind, finished[kind], files, uploads)
     for top in (*RECORDS, "scratch"):
         for path, (bytes, modified) in storage.files(top).items():
@@ -92,7 +93,7 @@ def _of_remote(storage: Storage, remark: Callable[[str], None]) -> Iterator[Rema
                 yield Remain("temporary file", storage.url(path), bytes, _age(modified), "its writer was killed", partial(_removed, storage, path))
     for name, (bytes, modified) in uploads.items():
         yield Remain("upload", storage.url(name), bytes, _age(modified), "begun, not finished: its parts take room", partial(_given_up, storage, name))
-    yield from _gone(storage, finished)
+    yield from _gone(storage, finished, damaged)
 
 
 def _damaged(storage: Storage, kind: str, id: str, files: dict[str, tuple[int, float]]) -> Remain:
@@ -129,13 +130,19 @@ def _folders(storage: Storage, kind: str, finished: set[str], files: dict[str, t
                 yield Remain(what, storage.url(path), size, _age(newest), why, partial(storage.discard, path))
 
 
-def _gone(storage: Storage, finished: dict[str, set[str]]) -> Iterator[Remain]:
-    """This machine's copies of artifacts that the root has no more."""
+def _gone(
+    storage: Storage,
+    finished: dict[str, set[str]],
+    damaged: dict[str, set[str]],
+) -> Iterator[Remain]:
+    """This machine's copies of artifacts that the root has no more. Those of damaged ones stay."""
     for kind in KINDS:
         for folder in _entries(storage.local_path("cache", kind)):
-            if folder.name not in finished[kind]:
+            if folder.name not in finished[kind] | damaged[kind]:
                 yield _on_disk("cache", folder, f"{kind}/{folder.name} is gone from {storage.root}", partial(_rmtree, folder))
         for part in _entries(storage.local_path("cache", "parts", kind)):
+            if part.name in damaged[kind]:
+                continue
             named = storage.folder_of(kind, part.name) if part.name in finished[kind] else None
             for folder in _entries(part):
                 if folder.name != named:

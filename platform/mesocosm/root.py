@@ -171,10 +171,9 @@ class Root:
                 same = self.read(path) == data
                 self.remove(path)
         except Exception as error:
-            why = _why(error)
-            fix = "name a folder or bucket in which you may write and that has free space"
-            sentence = f"storage.root {self.root!r} cannot be written ({why}); {fix}"
-            raise UsageError(sentence) from error
+            fix = "name a folder in which you may write and that has free space"
+            why = self._why(error, fix)
+            raise UsageError(f"storage.root {self.root!r} cannot be written {why}") from error
         if twice:
             raise UsageError(
                 f"storage.root {self.root!r} creates a file twice: it ignores If-None-Match, "
@@ -194,10 +193,17 @@ class Root:
         except FileNotFoundError as error:
             raise UsageError(f"storage.root {self.root!r} is not there; {fix}") from error
         except Exception as error:
-            why = f"storage.root {self.root!r} cannot be read ({_why(error)})"
-            raise UsageError(f"{why}; check the address and the credentials") from error
+            why = self._why(error, "name a folder that you may read")
+            raise UsageError(f"storage.root {self.root!r} cannot be read {why}") from error
         if facts["type"] == "file":
             raise UsageError(f"storage.root {self.root!r} is a file; {fix}")
+
+    def _why(self, error: Exception, fix: str) -> str:
+        """The reason in brackets, and the fix: `fix` on a local root, S3's own on a remote one."""
+        cause = error.__cause__ if isinstance(error, StorageError) and error.__cause__ else error
+        if not self.remote and isinstance(cause, OSError) and isinstance(cause.strerror, str):
+            return f"({cause.strerror}); {fix}"
+        return f"({faults.reason(cause) or faults.first_line(cause)})"
 
     # -- uploads and scratch -------------------------------------------------------------------
 
@@ -268,11 +274,3 @@ def _filesystem(root: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, s
 def _modified(entry: dict[str, Any]) -> float:
     """Seconds since the epoch: local files have `mtime`, objects `LastModified`."""
     return float(entry["mtime"] if "mtime" in entry else entry["LastModified"].timestamp())
-
-
-def _why(error: BaseException) -> str:
-    """The first reason, without its fix: the caller's sentence has its own."""
-    cause = error.__cause__ if isinstance(error, StorageError) and error.__cause__ else error
-    if isinstance(cause, OSError) and isinstance(cause.strerror, str):
-        return cause.strerror
-    return (faults.reason(cause) or faults.first_line(cause)).split("; ")[0]
