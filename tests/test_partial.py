@@ -242,7 +242,11 @@ print(storage.partial("datasets", "cart", {most}).hold("shards/0000" + {me!r}))
     pairs = (("0", "1"), ("1", "0"))
     root, at = bucket.root, str(tmp_path)
     both = [python(code.format(root=root, at=at, me=a, other=b, most=most)) for a, b in pairs]
-    outputs = [process.communicate(timeout=120) for process in both]
+    try:
+        outputs = [process.communicate(timeout=120) for process in both]
+    finally:
+        for process in both:
+            process.kill()
     assert [process.returncode for process in both] == [0, 0], outputs
     assert here(bucket) == ["00000", "00001"]
     assert not list(bucket.local_path("cache", "arriving").iterdir())
@@ -264,9 +268,11 @@ storage.partial("datasets", "cart").hold({SHARDS[0]!r})
     files = bucket.partial("datasets", "cart")
     files.most = files.bytes(SHARDS[0]) + files.bytes(SHARDS[1]) - 1
     monkeypatch.setattr(partial, "PATIENCE_S", 0.5)
-    with pytest.raises(ArtifactError, match="other shards in use fill the cache"):
-        files.hold(SHARDS[1])
-    other.kill()
-    other.wait()
+    try:
+        with pytest.raises(ArtifactError, match="other shards in use fill the cache"):
+            files.hold(SHARDS[1])
+    finally:
+        other.kill()
+        other.wait()
     files.hold(SHARDS[1])
     assert here(bucket) == ["00001"], "a killed fetch reserves nothing"
