@@ -141,11 +141,11 @@ def test_the_only_copy_of_an_artifact_stays(tmp_path: Path, gc: Listed) -> None:
     storage.make("worlds", "w", {}, _small)
     kill = """
 import mesocosm.storage as s
-rename = os.rename
+rename = os.replace
 def once(source, target):
     rename(source, target)
     os.kill(os.getpid(), signal.SIGKILL)
-s.os.rename = once
+s.os.replace = once
 storage.make("worlds", "w", {}, lambda folder: (folder / "y").write_bytes(b"y"), force=True)
 """
     _killed(storage.root, kill)

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mesocosm import __version__, completion, config
+from mesocosm import __version__, cache, completion, config, faults
 from mesocosm.errors import MesocosmError, UsageError, nearest
 
 
@@ -92,6 +92,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MesocosmError as error:
         print(f"mesocosm: {error}", file=sys.stderr)
         return error.exit_code
+    except Exception as error:
+        if (why := faults.reason(error)) is None:
+            raise
+        print(f"mesocosm: {why}", file=sys.stderr)
+        return MesocosmError.exit_code
     except KeyboardInterrupt:
         print("mesocosm: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
@@ -126,6 +131,7 @@ def _main(arguments: list[str]) -> int:
         from mesocosm.doctor import doctor
 
         given = config.load(config.JobConfig, options.config, options.overrides)
+        cache.use(given.storage.cache)
         return doctor(given, as_json=options.json, cluster=options.cluster, insecure=options.insecure)
     return _run_job(JOBS[options.command], options)
 
@@ -139,6 +145,7 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     if words:
         key = WORDS[options.command][0]
         setattr(loaded, key, [*getattr(loaded, key), *words])
+    cache.use(loaded.storage.cache)
     if options.force:
         loaded.force = True
     if options.wait:
@@ -159,8 +166,8 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     from mesocosm.shipping import JOB
 
     _terminate_like_interrupt()
-    threading.Thread(target=tracking.replay_pending, args=(loaded,), daemon=True).start()
     with tracking.start(options.command, loaded, id=os.environ.get(JOB), quiet=options.json) as run:
+        threading.Thread(target=tracking.replay_pending, args=(loaded,), daemon=True).start()
         made = module.run(loaded, run)
         facts = {"run": f"{run.job}/{run.id}", **run.facts}
         if made is not None:

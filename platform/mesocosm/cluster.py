@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn
 
+from mesocosm import cache
 from mesocosm.config import RayConfig
 from mesocosm.errors import MesocosmError, UsageError
 
@@ -68,6 +69,7 @@ def worker_env() -> dict[str, str]:
         "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "mesocosm" / "torch_extensions")),
         "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
         "TOKENIZERS_PARALLELISM": "false",
+        **({cache.VARIABLE: os.environ[cache.VARIABLE]} if cache.VARIABLE in os.environ else {}),
     }
 
 

@@ -13,6 +13,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,12 @@ T = TypeVar("T")
 class StorageConfig:
     root: str = ".mesocosm"
     """A folder, or `s3://bucket/prefix`."""
+    cache: str | None = None
+    """The folder in which this machine keeps copies of a remote root, in a subfolder that only you
+    may read. Defaults to the temporary folder."""
+
+    def __post_init__(self) -> None:
+        self.root = os.path.expanduser(self.root)
 
 
 @dataclass

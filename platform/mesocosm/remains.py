@@ -1,8 +1,8 @@
 """What may go from a root: what interrupted and slower makers left, and what this machine keeps of artifacts that are gone.
 
-Nothing that a job may still be writing: only what has not changed for a stated time, of a folder its newest file. Never a finished artifact, a
-run, a ledger, a cell, or the checkpoint of an unfinished artifact: of what lies in their folders only the temporary files of writes that were cut
-short.
+Nothing that a job may still be writing: only what has not changed for a stated time, of a folder its newest file. Never a finished artifact that
+can be opened, a run, a ledger, a cell, or the checkpoint of an unfinished artifact: of what lies in their folders only the temporary files of writes
+that were cut short.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mesocosm import faults
 from mesocosm.storage import COMMIT, KINDS, Storage
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$|^runs/[0-9a-f]{32}\.tmp$")
@@ -30,6 +31,9 @@ TRAININGS, TRAINED = "runs/checkpoints", ("worlds", "agents")
 """Where trainings save their state, by the id of the artifact that they make; its kinds."""
 CHECKPOINTS = "mesocosm-checkpoint-*"
 """Of this machine's temporary folder: a rank's part of a checkpoint, until it is uploaded."""
+
+
+DAMAGED = "damaged artifact"
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,10 @@ def _of_local(storage: Storage) -> Iterator[Remain]:
     for kind in KINDS:
         for id in storage.list(kind):
             folder = storage.local_path(kind, id)
-            if folder.is_dir() and not (folder / COMMIT).exists():
+            if storage.is_damaged(kind, id):
+                remove = partial(storage.discard_damaged, kind, id)
+                yield _on_disk(DAMAGED, folder, f"its {COMMIT} cannot be used", remove)
+            elif folder.is_dir() and not (folder / COMMIT).exists():
                 yield _on_disk("unfinished artifact", folder, f"it has no {COMMIT}", partial(storage.discard, f"{kind}/{id}"))
 
 
@@ -71,11 +78,18 @@ def _of_remote(storage: Storage, remark: Callable[[str], None]) -> Iterator[Rema
     try:
         uploads = storage.uploads()
     except (OSError, NotImplementedError) as error:
-        remark(f"uploads that were begun and not finished are not listed by {storage.root!r} ({error}); see the bucket's lifecycle rules")
+        text = faults.first_line(error)
+        remark(f"uploads that were begun and not finished are not listed by {storage.root!r} ({text}); see the bucket's lifecycle rules")
     finished: dict[str, set[str]] = {}
+    damaged: dict[str, set[str]] = {}
     for kind in KINDS:
         files = storage.files(kind)
         finished[kind] = {path.split("/")[1] for path in files if path.endswith(f"/{COMMIT}") and path.count("/") == 2}
+        damaged[kind] = {id for id in finished[kind] if storage.is_damaged(kind, id)}
+        for id in sorted(damaged[kind]):
+            yield _damaged(storage, kind, id, files)
+        files = {p: facts for p, facts in files.items() if p.split("/")[1] not in damaged[kind]}
+        finished[kind] -= damaged[kind]
         yield from _folders(storage, kind, finished[kind], files, uploads)
     for top in (*RECORDS, "scratch"):
         for path, (bytes, modified) in storage.files(top).items():
@@ -83,7 +97,16 @@ def _of_remote(storage: Storage, remark: Callable[[str], None]) -> Iterator[Rema
                 yield Remain("temporary file", storage.url(path), bytes, _age(modified), "its writer was killed", partial(_removed, storage, path))
     for name, (bytes, modified) in uploads.items():
         yield Remain("upload", storage.url(name), bytes, _age(modified), "begun, not finished: its parts take room", partial(_given_up, storage, name))
-    yield from _gone(storage, finished)
+    yield from _gone(storage, finished, damaged)
+
+
+def _damaged(storage: Storage, kind: str, id: str, files: dict[str, tuple[int, float]]) -> Remain:
+    """An artifact of a remote root whose COMMIT.json cannot be used."""
+    facts = [entry for path, entry in files.items() if path.startswith(f"{kind}/{id}/")]
+    size = sum(bytes for bytes, _ in facts)
+    age = _age(max(modified for _, modified in facts))
+    remove = partial(storage.discard_damaged, kind, id)
+    return Remain(DAMAGED, storage.url(kind, id), size, age, f"its {COMMIT} cannot be used", remove)
 
 
 def _folders(storage: Storage, kind: str, finished: set[str], files: dict[str, tuple[int, float]], uploads: dict[str, tuple[int, float]]) -> Iterator[Remain]:
@@ -111,13 +134,19 @@ def _folders(storage: Storage, kind: str, finished: set[str], files: dict[str, t
                 yield Remain(what, storage.url(path), size, _age(newest), why, partial(storage.discard, path))
 
 
-def _gone(storage: Storage, finished: dict[str, set[str]]) -> Iterator[Remain]:
-    """This machine's copies of artifacts that the root has no more."""
+def _gone(
+    storage: Storage,
+    finished: dict[str, set[str]],
+    damaged: dict[str, set[str]],
+) -> Iterator[Remain]:
+    """This machine's copies of artifacts that the root has no more. Those of damaged ones stay."""
     for kind in KINDS:
         for folder in _entries(storage.local_path("cache", kind)):
-            if folder.name not in finished[kind]:
+            if folder.name not in finished[kind] | damaged[kind]:
                 yield _on_disk("cache", folder, f"{kind}/{folder.name} is gone from {storage.root}", partial(_rmtree, folder))
         for part in _entries(storage.local_path("cache", "parts", kind)):
+            if part.name in damaged[kind]:
+                continue
             named = storage.folder_of(kind, part.name) if part.name in finished[kind] else None
             for folder in _entries(part):
                 if folder.name != named:
@@ -135,8 +164,11 @@ def _scratch(storage: Storage, remark: Callable[[str], None]) -> Iterator[Remain
 def _only_copy(storage: Storage, scratch: Path) -> tuple[Path, str] | None:
     """The old artifact, where a maker with --force was killed between putting it away and putting the new one there."""
     for marker in scratch.glob(f"*/{COMMIT}"):
-        commit = json.loads(marker.read_bytes())
-        name = f"{commit['kind']}/{commit['id']}"
+        try:
+            commit = json.loads(marker.read_bytes())
+            name = f"{commit['kind']}/{commit['id']}"
+        except (ValueError, KeyError, TypeError):
+            continue
         if storage.read(f"{name}/{COMMIT}") is None:
             return marker.parent, storage.url(name)
     return None

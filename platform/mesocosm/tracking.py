@@ -19,7 +19,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from mesocosm import faults
 from mesocosm.config import JobConfig, to_yaml
 from mesocosm.errors import MesocosmError
 from mesocosm.lease import hold
@@ -78,7 +79,7 @@ class Run:
         for name, value in metrics.items():
             number = float(value)
             line[name] = number if math.isfinite(number) else repr(number)
-        with self._lock, open(self.folder / "metrics.jsonl", "a") as file:
+        with self._naming(), self._lock, open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def say(self, text: str) -> None:
@@ -88,7 +89,7 @@ class Run:
             console.print(redact(text))
 
     def _note(self, text: str) -> None:
-        with self._lock, open(self.folder / "log.txt", "a") as file:
+        with self._naming(), self._lock, open(self.folder / "log.txt", "a") as file:
             file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {redact(text)}\n")
 
     def record(self, **facts: Any) -> None:
@@ -177,7 +178,12 @@ class Run:
             "progress": self._progress,
             "facts": self.facts,
         }
-        write_whole(self.folder / "status.json", json.dumps(status, indent=1, default=str))
+        with self._naming():
+            write_whole(self.folder / "status.json", json.dumps(status, indent=1, default=str))
+
+    def _naming(self) -> AbstractContextManager[None]:
+        """A full disk becomes a StorageError that names the run."""
+        return self.storage.naming(f"runs/{self.job}/{self.id}")
 
     def _beat(self) -> None:
         """That the run is alive, and how far it is."""
@@ -186,9 +192,21 @@ class Run:
                 self._write_status()
 
     def _end(self, state: str, error: str = "") -> None:
-        self._status(state, error)
-        self._mirror.close()
-        self._shipper.close()
+        with ExitStack() as closing:
+            closing.callback(self._shipper.close)
+            closing.callback(self._mirror.close)
+            self._status(state, error)
+
+    def _end_after(self, state: str, error: str, trace: str = "") -> None:
+        """End the run after an error. A failure to record the end is reported and hides nothing."""
+        try:
+            with ExitStack() as closing:
+                closing.callback(self._end, state, error)
+                if trace:
+                    self._note(trace)
+        except Exception as failure:
+            why = faults.reason(failure) or faults.first_line(failure)
+            console.print(redact(f"warning: the end of run {self.job}/{self.id} is not recorded: {why}"))
 
 
 @contextmanager
@@ -198,11 +216,11 @@ def start(job: str, config: JobConfig, *, id: str | None = None, parent: Run | N
     try:
         yield run
     except KeyboardInterrupt:
-        run._end("stopped", "interrupted")
+        run._end_after("stopped", "interrupted")
         raise
     except BaseException as error:
-        run._note(traceback.format_exc())
-        run._end("failed", str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}")
+        text = str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}"
+        run._end_after("failed", text, traceback.format_exc())
         raise
     run._end("done")
 
@@ -233,9 +251,9 @@ def replay_pending(config: JobConfig) -> int:
             try:
                 ping(config)
             except Exception as away:
-                console.print(f"MLflow at {redact(uri_of(config))} is still away ({type(away).__name__}); metrics.jsonl is kept")
+                console.print(f"MLflow at {redact(uri_of(config))} is still away ({faults.first_line(away)}); metrics.jsonl is kept")
                 break
-            console.print(redact(f"run {status['job']}/{status['id']} could not be brought to MLflow ({error}); its metrics.jsonl is kept"))
+            console.print(redact(f"run {status['job']}/{status['id']} could not be brought to MLflow ({faults.first_line(error)}); its metrics.jsonl is kept"))
         else:
             delivered += 1
     return delivered

@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 from mesocosm.data.rows import Layout
 from mesocosm.data.stitch import Joiner, Tally
 from mesocosm.data.writer import DatasetWriter
-from mesocosm.durable import sync, sync_tree, write_synced
+from mesocosm.durable import replace, sync, sync_tree, write_synced
 
 TALLY = TypeAdapter(Tally)
 
@@ -78,8 +78,7 @@ class Progress:
 
     def _write(self, name: str, data: bytes) -> None:
         write_synced(str(self.folder / f"{name}.tmp"), data)
-        os.replace(self.folder / f"{name}.tmp", self.folder / name)
-        sync(self.folder)
+        replace(self.folder / f"{name}.tmp", self.folder / name)
 
     def give(self, folder: Path) -> None:
         """The dataset, now whole, into `folder`; it stays here too, until `folder` has come to where it belongs."""

@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
-from mesocosm.errors import BudgetSpent
+from mesocosm.errors import BudgetSpent, StorageError
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import EpisodeError, TaskSampler
 from mesocosm.reality.ledger import Ledger, Reservation, Usage
@@ -202,6 +202,13 @@ class Meter:
         return self._usage()
 
 
+def _close_at_last(meter: Meter) -> None:
+    """Close the meter of an environment that is gone, or at exit. Where storage fails, the error was
+    reported by then, and what is not confirmed counts as spent."""
+    with suppress(StorageError):
+        meter.close()
+
+
 class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     """One environment of reality. Raises BudgetSpent in place of a step or reset that is not paid for."""
 
@@ -218,7 +225,7 @@ class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     ):
         super().__init__(env)
         self.meter = Meter(ledger, purpose, block=block, limit=limit, holder=holder, deferred=deferred)
-        self._finalizer = weakref.finalize(self, self.meter.close)
+        self._finalizer = weakref.finalize(self, _close_at_last, self.meter)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         with self.meter.use(resets=1):
@@ -245,7 +252,7 @@ class MeteredVectorEnv(VectorWrapper):
         assert env.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP, env.metadata
         self.meter = Meter(ledger, purpose, block=block or 16 * env.num_envs, limit=limit, holder=holder)
         self._ended = np.zeros(env.num_envs, dtype=np.bool_)
-        self._finalizer = weakref.finalize(self, self.meter.close)
+        self._finalizer = weakref.finalize(self, _close_at_last, self.meter)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         mask = np.ones(self.num_envs, dtype=np.bool_) if options is None or "reset_mask" not in options else options["reset_mask"]

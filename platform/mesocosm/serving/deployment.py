@@ -142,7 +142,7 @@ def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
 def _await_running(config: ServeConfig, report: Callable[[str], None]) -> None:
     """Wait until all replicas answer, and report how many do, and what Serve says of the others. Raises MesocosmError where they cannot start."""
     from ray import serve
-    from ray.serve.schema import ReplicaState
+    from ray.serve._private.common import ReplicaState
 
     began, reported = time.monotonic(), ""
     while True:

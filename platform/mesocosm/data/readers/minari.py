@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from mesocosm.data.readers import BATCH_ROWS, PROBLEM, Piece
 from mesocosm.data.writer import arrow
+from mesocosm.durable import make_folder, replace, sync_tree
 from mesocosm.errors import UsageError
 
 Space = gymnasium.Space[Any]
@@ -68,9 +69,10 @@ def _fetch(id: str, root: Path) -> None:
                 os.environ["MINARI_DATASETS_PATH"] = before
         for data in sorted(Path(arriving).rglob("data/metadata.json")):  # of a combined dataset its parts, too
             came, to = data.parents[1], root / data.parents[1].relative_to(arriving)
-            to.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(to.parent)
             if not to.exists():
-                os.rename(came, to)
+                sync_tree(came)
+                replace(came, to)
 
 
 def files(path: str) -> list[Path]:
