@@ -26,7 +26,7 @@ from mesocosm.config import fingerprint, identity
 from mesocosm.errors import BudgetSpent, UsageError
 from mesocosm.evaluation.judge import judge, judging
 from mesocosm.reality.config import PAID, BudgetConfig, RealityConfig
-from mesocosm.reality.env import facts_of
+from mesocosm.reality.env import EnvFacts, facts_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import Meter, MeteredVectorEnv, make_metered_vector
 from mesocosm.storage import SCHEMA, Artifact
@@ -102,11 +102,15 @@ def run(config: BaselineConfig, run: Run) -> Artifact:
     check_spaces(config, known.spaces)
     facts = identity(config, without=["ledger", *PAID]) | told
     id = fingerprint("evaluations", "baseline", facts, known.version, VERSIONS["baseline"], SCHEMA)
-    done = None if config.force else run.storage.find("evaluations", id)
-    if done is not None:
-        run.say(f"found evaluations/{id} ({config.algo} without a model)")
-        run.record(artifact=done.name)
-        return done
+    with run.making("evaluations", id, config) as artifact:
+        if artifact is None:
+            return _make(config, run, id, facts, known)
+        run.say(f"found {artifact.name} ({config.algo} without a model)")
+        run.record(artifact=artifact.name)
+        return artifact
+
+
+def _make(config: BaselineConfig, run: Run, id: str, facts: dict[str, Any], known: EnvFacts) -> Artifact:
     ledger = config.ledger or f"baseline-{id}-{run.id}"
     cluster.ensure(config.ray)
 

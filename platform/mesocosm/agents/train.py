@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from mesocosm import cluster
 from mesocosm.agents import learner_state, rllib, settings
 from mesocosm.agents.checkpoint import Checkpoints, Progress
+from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.feasible import check_agent, check_init
-from mesocosm.agents.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
-from mesocosm.agents.rollout import imagined_episodes, imagined_returns
+from mesocosm.agents.policy import SNAPSHOTS, Policy
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
-from mesocosm.data.evidence import Evidence
 from mesocosm.data.horizon import Horizon, horizon_of
 from mesocosm.errors import UsageError, nearest
 from mesocosm.model.spec import Parts
@@ -43,8 +42,6 @@ from mesocosm.versions import VERSIONS
 
 STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
-COMPARED = 64
-"""Imagined episodes of each policy, by which the best of a training is chosen."""
 MAX_STARTS = 50_000
 """Logged starts are a sample of so many of the datasets' observations at most."""
 
@@ -148,24 +145,48 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     id = fingerprint("agents", facts, inputs, VERSIONS["train-agent"], SCHEMA)
     check_spaces(config, (codec.observation_space, codec.action_space), former)
     run.record(inputs=inputs)
-    checkpoints = Checkpoints(run.storage, id)
-    if not config.force and (done := run.storage.find("agents", id)) is not None:
-        run.say(f"found {done.name}: it was trained before")
-        run.record(artifact=done.name)
-        return done
+    with run.making("agents", id, config) as artifact:
+        if artifact is None:
+            task = _Task(id, inputs, facts, world, codec, datasets, former, horizon)
+            return _make(config, run, task)
+        run.say(f"found {artifact.name}: it was trained before")
+        run.record(artifact=artifact.name)
+        return artifact
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be made of what."""
+
+    id: str
+    inputs: dict[str, list[str]]
+    facts: dict[str, Any]
+    world: Artifact
+    codec: Codec
+    datasets: list[Artifact]
+    former: Artifact | None
+    horizon: int
+
+
+def _make(config: AgentConfig, run: Run, task: _Task) -> Artifact:
+    world, codec, former = task.world, task.codec, task.former
+    checkpoints = Checkpoints(run.storage, task.id)
     if config.force:
         checkpoints.remove()
     progress = checkpoints.latest()
     cluster.ensure(config.ray)
     if config.runners:
         cluster.preflight(cpus=config.runners, what=f"runners={config.runners}")
-    starts = Dataset([d.path for d in datasets]).observation_parts(codec, "train", MAX_STARTS, config.seed) if datasets else None
+    starts = None
+    if task.datasets:
+        data = Dataset([d.path for d in task.datasets])
+        starts = data.observation_parts(codec, "train", MAX_STARTS, config.seed)
     seen: dict[str, float] = {}
     checks: dict[str, str] = {}
 
     def fill(folder: Path) -> None:
         with _served(config, world):
-            arguments = _arguments(config, run, world, starts, horizon)
+            arguments = _arguments(config, run, world, starts, task.horizon)
             algorithm = _build(config, run, arguments)
             try:
                 if progress is not None:
@@ -191,18 +212,18 @@ def run(config: AgentConfig, run: Run) -> Artifact:
                 save(folder)
             finally:
                 algorithm.stop()
-            seen.update(_best(config, run, arguments, former, folder))
-            checks.update(_explained(config, run, arguments, world, folder))
+            seen.update(choose_best(config, run, arguments, former, folder))
+            checks.update(explain(config, run, arguments, world, folder))
 
     meta = {
-        "inputs": inputs,
-        "config": facts,
+        "inputs": task.inputs,
+        "config": task.facts,
         "job": "train-agent",
         "run": run.id,
         "metrics": seen,
         "checks": checks,
     }
-    artifact = run.storage.make("agents", id, meta, fill, force=config.force)
+    artifact = run.storage.make("agents", task.id, meta, fill, force=config.force)
     checkpoints.remove()
     run.record(artifact=artifact.name)
     return artifact
@@ -246,59 +267,6 @@ def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Ar
     if not names:
         raise UsageError(f"starts='logged' needs the data that {world.name} was trained on, which it does not name; set datasets or starts=generated")
     return [storage.artifact("datasets", name) for name in names]
-
-
-def _best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], former: Artifact | None, folder: Path) -> dict[str, float]:
-    """Put what earns most in this world in the agent's place: itself, a snapshot, or the agent it began with; of equals the latest. PPO
-    collapses now and then after the world is solved, and a training that failed is foretold here."""
-    taken = sorted((int(path.name) for path in (folder / SNAPSHOTS).glob("*")), reverse=True)
-    taken = [i for i in taken if i or former is None]  # the first is the agent that it began with
-    options = [folder, *(folder / SNAPSHOTS / str(i) for i in taken), *([] if former is None else [former.path])]
-    if len(options) == 1:
-        return {}
-    policies, seed = [Policy.load(option) for option in options], int(fingerprint("compared", config.seed)[:8], 16)
-    with run.progress("train-agent: which policy", None) as update:
-        env = WorldVectorEnv(len(policies) * COMPARED, **arguments)
-
-        def report(steps: int) -> None:
-            update(0, f"imagining, step {steps} of at most {arguments['horizon']}")
-
-        found = imagined_returns(policies, env, seed, report).mean(1)
-        update(1, f"imagined {found[0]:.1f} at the end, {np.nanmax(found):.1f} at best")
-    best = int(np.nan_to_num(found, nan=-np.inf).argmax())
-    seen = {"greedy_return": float(found[0]), "best_return": float(found[best]), "kept_iteration": float([config.iterations, *taken, -1][best])}
-    if former is not None:
-        seen |= {"former_return": float(found[-1]), "kept_former": float(best == len(options) - 1)}
-    if best:
-        for name in (POLICY_JSON, WEIGHTS, rllib.TRAINING_STATE):
-            shutil.copyfile(options[best] / name, folder / name)
-        what = f"its policy after {taken[best - 1]} iterations" if best <= len(taken) else f"{former.name if former else ''}, with which it began"
-        run.say(f"the last policy earns {found[0]:.1f} in the world, {what}, {found[best]:.1f}: that one is kept")
-    if seen.get("kept_former"):
-        shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of a training that led elsewhere
-    run.log({f"agent/{name}": value for name, value in seen.items()}, step=config.iterations)
-    return seen
-
-
-def _explained(config: AgentConfig, run: Run, arguments: Mapping[str, Any], world: Artifact, folder: Path) -> dict[str, str]:
-    """{"actions", "return"}: "passed", or what the world's logs do not show; said as warnings.
-
-    Empty for an adversary, whose return is no claim, and for a world that records no evidence.
-    """
-    recorded = world.meta.get("evidence")
-    if recorded is None or config.objective != "return":
-        return {}
-    shown = Evidence(**recorded)
-    env = WorldVectorEnv(COMPARED, **{**arguments, "penalty": 0.0})
-    seed = int(fingerprint("explained", config.seed)[:8], 16)
-    returns, lengths = imagined_episodes([Policy.load(folder)], env, seed)
-    unidentified = shown.unidentified()
-    unexplained = shown.unexplained(float(returns.mean()), float(lengths.mean()))
-    if unidentified is not None:
-        run.say(f"warning: {unidentified}")
-    if unexplained is not None:
-        run.say(f"warning: the agent's return is not explained by the logs: {unexplained}")
-    return {"actions": unidentified or "passed", "return": unexplained or "passed"}
 
 
 def _arguments(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, Parts] | None, horizon: int) -> dict[str, Any]:

@@ -109,12 +109,15 @@ def run(cfg: ImportConfig, run: Run) -> Artifact:
     what = identity(cfg, without=["paths", "workers", *PAID])
     known = _facts(cfg)
     id = fingerprint("datasets", "import", what, sums, "" if known is None else known.version, VERSIONS["import"], SCHEMA)
-    if not cfg.force and (found := run.storage.find("datasets", id)) is not None:
-        run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was imported")
-        run.record(artifact=found.name, inputs=found.meta["inputs"], **json.loads((found.path / REPORT).read_text()))
-        return found
-    with progress(run.storage.local_path("scratch"), id, anew=cfg.force) as kept:
-        return _import(cfg, run, id, kept, files, sums, stamps)
+    with run.making("datasets", id, cfg) as artifact:
+        if artifact is None:
+            with progress(run.storage.local_path("scratch"), id, anew=cfg.force) as kept:
+                return _import(cfg, run, id, kept, files, sums, stamps)
+        transitions = artifact.meta["counts"]["transitions"]
+        run.say(f"found {artifact.name}: {transitions} transitions; nothing was imported")
+        report = json.loads((artifact.path / REPORT).read_text())
+        run.record(artifact=artifact.name, inputs=artifact.meta["inputs"], **report)
+        return artifact
 
 
 def _import(cfg: ImportConfig, run: Run, id: str, kept: Progress, files: list[Source], sums: list[str], stamps: list[tuple[int, tuple[str, ...]]]) -> Artifact:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -79,11 +79,41 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     if plan is not None and plan.horizon.inferred:
         known.append({"horizon": plan.limit})
     id = fingerprint("evaluations", what, inputs, known, MEASURES, VERSIONS["evaluate"], SCHEMA)
-    if not cfg.force and (found := storage.find("evaluations", id)) is not None:
-        run.say(f"found {found.name}: nothing was evaluated; the report is {found.path / report.PAGE}")
-        run.record(artifact=found.name, inputs=inputs)
-        return found
+    with run.making("evaluations", id, cfg) as artifact:
+        if artifact is None:
+            question = _Question(cfg, id, inputs, made, datasets, world, dataset, codec, policy, plan)
+            return _evaluate(question, run)
+        page = artifact.path / report.PAGE
+        run.say(f"found {artifact.name}: nothing was evaluated; the report is {page}")
+        run.record(artifact=artifact.name, inputs=inputs)
+        return artifact
 
+
+@dataclass(frozen=True)
+class _Question:
+    """What is to be evaluated."""
+
+    cfg: EvaluateConfig
+    id: str
+    inputs: dict[str, list[str]]
+    made: Artifact
+    datasets: list[Artifact]
+    world: World
+    dataset: Dataset
+    codec: Codec
+    policy: Policy | None
+    plan: suite.Prepared | None
+
+
+def _evaluate(question: _Question, run: Run) -> Artifact:
+    cfg, id, inputs, storage = question.cfg, question.id, question.inputs, run.storage
+    made, datasets, world, dataset = (
+        question.made,
+        question.datasets,
+        question.world,
+        question.dataset,
+    )
+    codec, policy, plan = question.codec, question.policy, question.plan
     with run.progress("fidelity", None) as update:
         faithful = fidelity(world, dataset, horizons=[*cfg.horizons, *(["full"] if cfg.full else [])], starts=cfg.starts, samples=cfg.samples, seed=cfg.seed)
         update(1, f"{faithful.losses['total']:.3f} nats a transition")
