@@ -55,6 +55,22 @@ def of_files(folder: Path, pattern: str = "**/*.npy") -> str:
     return digest.hexdigest()[:16]
 
 
+def of_shards(dataset: Path) -> float:
+    """The sum of the absolute values in a dataset's arrays."""
+    files = sorted(dataset.glob("shards/*/*.npy"))
+    assert files
+    return float(sum(np.nansum(np.abs(np.load(file).astype(np.float64))) for file in files))
+
+
+def of_numbers(value: Any) -> float:
+    """The sum of the absolute values of all numbers in plain JSON."""
+    if isinstance(value, dict):
+        return sum(map(of_numbers, value.values()))
+    if isinstance(value, list):
+        return sum(map(of_numbers, value))
+    return abs(float(value)) if isinstance(value, int | float) else 0.0
+
+
 def of_weights(file: Path) -> float:
     """The root of the sum of squares of all tensors in a safetensors file."""
     from safetensors.numpy import load_file

@@ -93,7 +93,7 @@ def test_steps_are_exact_and_a_second_time_is_free(root: str, a_run: tracking.Ru
     assert forced.id == made.id and checksums(forced) == checksums(made) and spent(cfg, made).steps == 602
 
 
-def test_the_same_dataset_whatever_the_workers(root: str, tmp_path: Path, own: None, a_run: tracking.Run, ray_local: None) -> None:
+def test_the_same_dataset_whatever_the_workers(root: str, tmp_path: Path, own: None, a_run: tracking.Run, ray_local: None, golden: Any) -> None:
     made = []
     for workers in (0, 1, 2):
         cfg = config(str(tmp_path / str(workers)), "ownenvs:Reach", workers=workers, lanes=3, seed=0, reality=troubled({4: "crash", 9: "nan"}, task=["goal"]))
@@ -103,6 +103,7 @@ def test_the_same_dataset_whatever_the_workers(root: str, tmp_path: Path, own: N
         assert totals.steps == 200 and totals.unconfirmed == ()
     assert len({artifact.id for artifact in made}) == 1
     assert checksums(made[0]) == checksums(made[1]) == checksums(made[2])
+    golden.check("collect", {"shards": golden.of_files(made[0].path, "shards/*/*.npy")})
     dropped = made[0].meta["dropped"]
     assert [(d["index"], d["steps"]) for d in dropped] == [(4, 3), (9, 3)] and "the arm fell off" in dropped[0]["reason"]
     counts = made[0].meta["counts"]

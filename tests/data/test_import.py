@@ -136,10 +136,11 @@ def logs(episodes: int = 3, length: int = 4) -> Rows:
 # -- what comes back ---------------------------------------------------------------------------------------------------
 
 
-def test_what_was_collected_comes_back_from_its_own_parquet(cart: Dataset, bring: Callable[..., Artifact]) -> None:
+def test_what_was_collected_comes_back_from_its_own_parquet(cart: Dataset, bring: Callable[..., Artifact], golden: Any) -> None:
     made = bring(cart.paths[0] / "episodes", env="CartPole-v1")
     back = Dataset([made.path])
     same(cart, back)
+    golden.check("import", {"shards": golden.of_shards(made.path)})
     assert back.manifests[0].environment.id == "CartPole-v1" and back.environment.max_episode_steps == 500 and back.environment.version == ""
     assert (back.observation_space, back.action_space) == (cart.observation_space, cart.action_space)
     assert np.array_equal(back.table["seed"], cart.table["seed"]) and np.array_equal(back.table["split"], cart.table["split"])

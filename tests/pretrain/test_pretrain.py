@@ -37,10 +37,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, cart_root: Make, pretrain: M
     return pretrain(cart_root(tmp_path_factory.mktemp("whole")), *SHORT)
 
 
-def test_losses_fall(whole: Any) -> None:
+def test_losses_fall(whole: Any, golden: Any) -> None:
     losses = [values[0] for values in whole.losses.values()]
     assert list(whole.losses) == list(range(1, 13)) and all(len(values) == 1 for values in whole.losses.values())
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    family = whole.artifact.meta["config"]["model"]["family"]
+    golden.check("pretrain", {f"{family} {step}": losses[step - 1] for step in (1, 6, 12)})
 
 
 def test_what_is_measured(whole: Any) -> None:
@@ -205,12 +207,13 @@ def test_workers_that_nothing_can_start_are_not_waited_for_for_ever(tmp_path: Pa
         ray.kill(holder)
 
 
-def test_corrupted_histories_of_a_single_episode_train_every_member(tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
+def test_corrupted_histories_of_a_single_episode_train_every_member(tmp_path: Path, cart_root: Make, pretrain: Make, golden: Any) -> None:
     """The first loss is that of the noisy windows, and a member that would keep no episode keeps all."""
     root = cart_root(tmp_path, 1)
     dataset = prepare.open_datasets(Storage(root), ["cart"])
     members = next(k for k in range(2, 99) if rng.left_out(torch.from_numpy(dataset.table["hash"].astype(np.int64)), k).any())
     made = pretrain(root, "train.steps=2", f"model.members={members}", "model.family=ensemble", "train.corrupt_history=5")
+    golden.check("pretrain", {f"ensemble, corrupted {step}": made.losses[step][0] for step in (1, 2)})
     world = World.load(made.artifact.path)
     fresh = build(world.spec, world.config)
     init_(fresh, 0)
