@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from mesocosm import preflight
+from mesocosm import preflight, tracking
 from mesocosm.agents import settings
 from mesocosm.agents.feasible import check_agent
 from mesocosm.agents.policy import Layout, Policy
@@ -21,9 +21,10 @@ from mesocosm.agents.rllib import TRAINING_STATE
 from mesocosm.cli import main
 from mesocosm.config import JobConfig, load
 from mesocosm.data.dataset import Environment, write_dataset
-from mesocosm.data.episode import Episode
+from mesocosm.data.episode import Episode, Outcome
 from mesocosm.errors import UsageError
-from mesocosm.loop import LoopConfig, plan, resources
+from mesocosm.evaluation.suite import TooFewPolicies
+from mesocosm.loop import LoopConfig, _Loop, plan, resources
 from mesocosm.storage import Storage
 
 CARTPOLE = gym.make("CartPole-v1")
@@ -67,13 +68,13 @@ def refused(root: str, message: str, *overrides: str) -> None:
     assert not Storage(root).list("ledgers")
 
 
-def logs(root: str, name: str, **facts: Any) -> None:
+def logs(root: str, name: str, outcome: Outcome = "truncated", **facts: Any) -> None:
     """Store a dataset of CartPole's spaces."""
     episodes = []
     for k in range(3):
         observations = [CARTPOLE.observation_space.sample() * 0 for _ in range(9)]
         actions = [np.int64(0)] * 8
-        episodes.append(Episode(k, k, "random", observations, actions, np.ones(8), "truncated"))
+        episodes.append(Episode(k, k, "random", observations, actions, np.ones(8), outcome))
     known: dict[str, Any] = {
         "environment": Environment(id="CartPole-v1", max_episode_steps=500),
         "observation_space": CARTPOLE.observation_space,
@@ -238,6 +239,49 @@ def test_a_loop_infers_its_horizon_from_given_logs(root: str, own: None) -> None
     facts = plan(cfg)
     assert facts["horizon"].startswith("8 steps: all 1 truncated")
     assert facts["judged real steps"] == "at most 80"
+
+
+def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
+    root: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And an agent is judged though too few policies can be compared: its round was paid for."""
+    logs(root, "cut", "truncated")
+    logs(root, "ends", "terminated")
+    cfg = loop(root, "baselines=[{}]", "evaluate.graded=1")
+    asked: dict[str, Any] = {}
+
+    def evaluation(config: Any, run: Any) -> None:
+        asked["evaluate"] = config.reality.horizon
+        asked["graded"] = [*asked.get("graded", []), config.graded]
+        if config.graded:
+            raise TooFewPolicies("2 policies cannot be compared")
+
+    def training(config: Any, run: Any) -> None:
+        asked["agent"] = config.horizon
+
+    def baseline(config: Any, run: Any) -> None:
+        asked["baseline"] = config.reality.horizon
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mesocosm.evaluation.run.run", evaluation)
+    monkeypatch.setattr("mesocosm.evaluation.panel.collected", lambda *given: None)
+    monkeypatch.setattr("mesocosm.agents.train.run", training)
+    monkeypatch.setattr("mesocosm.agents.baseline.run", baseline)
+    with tracking.start("loop", cfg, quiet=True) as run:
+        cases = (("cut", False, None), ("ends", False, 1000), ("ends", True, None))
+        for name, timed, horizon in cases:
+            asked.clear()
+            dataset = run.storage.artifact("datasets", name)
+            stages = _Loop(cfg, run, "id", "version", [dataset], timed=timed)
+            stages.served = True
+            stages._train(0, dataset, None)
+            stages._evaluate(0, dataset, dataset)
+            with pytest.raises(KeyboardInterrupt):
+                stages._baseline(0, cfg.baselines[0])
+            horizons = dict.fromkeys(("agent", "evaluate", "baseline"), horizon)
+            assert asked == horizons | {"graded": [1, 0]}
+    assert "policies are not compared" in (run.folder / "log.txt").read_text()
 
 
 # -- storage, tracking, resources ---------------------------------------------------------------

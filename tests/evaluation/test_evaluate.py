@@ -33,7 +33,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import build
 from mesocosm.model.world import World
 from mesocosm.pretrain.prepare import transitions
-from mesocosm.reality.config import RealityConfig
+from mesocosm.reality.config import RealityConfig, TaskOption
 from mesocosm.reality.ledger import Ledger
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.storage import Storage
@@ -265,6 +265,24 @@ def test_an_unknown_horizon_is_asked_for_before_a_real_step(root: str, stored: S
     assert stored.list("ledgers") == before
     cfg.reality.horizon = 12
     assert plan(cfg)["judged real steps"] == "at most 60"
+
+
+def test_a_task_that_the_world_has_not_seen_is_refused_before_a_real_step(root: str, stored: Storage) -> None:
+    def fill(folder: Path) -> None:
+        _copy(stored.artifact("worlds", "w0").path, folder)
+        (folder / "COMMIT.json").unlink()
+        codec = json.loads((folder / "codec.json").read_text())
+        codec["options"] = [{"name": "colour", "values": ["blue", "red"]}]
+        (folder / "codec.json").write_text(json.dumps(codec))
+
+    stored.make("worlds", "tasks", {"inputs": {"datasets": ["walks"]}}, fill)
+    cfg = config(root, world="tasks", agent="a0")
+    cfg.reality.task = ["colour"]
+    cfg.reality.task_options = {"colour": TaskOption(choices=["red", "green"])}
+    with pytest.raises(UsageError, match="choices holds 'green', which the world has not seen"):
+        plan(cfg)
+    cfg.reality.task_options = {"colour": TaskOption(choices=["red"])}
+    assert plan(cfg)["judged episodes"] == 5
 
 
 def test_a_world_alone_takes_no_real_step(root: str, stored: Storage, run: tracking.Run) -> None:

@@ -53,6 +53,14 @@ def test_a_known_error_is_found_at_every_horizon(walks: Dataset) -> None:
     assert exact["1"].ratio < 1e-5 and exact["full"].ratio < 1e-5
 
 
+def test_every_imagined_step_is_progress(walks: Dataset) -> None:
+    seen: list[str] = []
+    world = KnownWorld(Codec.fit(walks))
+    open_loop(world, walks, horizons=(3, "full"), starts=4, samples=1, progress=seen.append)
+    assert seen[:3] == [f"horizon 3, step {t} of 3" for t in (1, 2, 3)]
+    assert seen[3].startswith("horizon full, step 1 of ")
+
+
 def test_the_mean_of_rollouts_and_a_single_one_are_told_apart(walks: Dataset) -> None:
     row = open_loop(KnownWorld(Codec.fit(walks), noise=0.2), walks, horizons=(3,), starts=10_000, samples=16).rows[0]
     assert row.single / row.ratio == pytest.approx(4.0, rel=0.1), "independent noise averages out as the square root of 16"

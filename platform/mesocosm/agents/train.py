@@ -99,7 +99,8 @@ def plan(config: AgentConfig) -> dict[str, Any]:
 
 def resources(config: AgentConfig) -> dict[str, tuple[float, float]]:
     """(CPUs, GPUs) that the job needs, by key."""
-    return {f"runners={config.runners}": (config.runners, 0)}
+    serves = config.backend == "serve" and config.ray.address is None
+    return {f"runners={config.runners}": (config.runners + int(serves), 0)}
 
 
 def check_spaces(

@@ -12,7 +12,7 @@ import torch
 from mesocosm.data.dataset import Dataset, Split
 from mesocosm.data.loader import Loader
 from mesocosm.evaluation import stats
-from mesocosm.evaluation.open_loop import HORIZONS, ROWS, Array, Log, OpenLoop, begin_at, codec_of, open_loop
+from mesocosm.evaluation.open_loop import HORIZONS, ROWS, Array, Log, OpenLoop, Progress, begin_at, codec_of, open_loop, silent
 from mesocosm.model import rng
 from mesocosm.model.base import Base
 from mesocosm.model.world import World
@@ -107,12 +107,24 @@ def fidelity(
     seed: int = 0,
     split: Split = "valid",
     linear: Base | None = None,
+    progress: Progress = silent,
 ) -> Fidelity:
     """All of it. Falls back on the training split, with a note in each table, where validation holds fewer than two episodes.
 
     Raises UsageError where the dataset is of other spaces than the world. `linear`: see `open_loop`.
     """
-    table = open_loop(world, dataset, horizons=horizons, starts=starts, samples=samples, seed=seed, split=split, linear=linear)
+    table = open_loop(
+        world,
+        dataset,
+        horizons=horizons,
+        starts=starts,
+        samples=samples,
+        seed=seed,
+        split=split,
+        linear=linear,
+        progress=progress,
+    )
+    progress("losses and single steps")
     nats, intervals = losses(world, dataset, table.split)
     return Fidelity(
         nats,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mesocosm.data.manifest import Environment
 from mesocosm.data.writer import write_dataset
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.fidelity import Fidelity, fidelity
-from mesocosm.evaluation.open_loop import Array, Log, begin_at, codec_of, linear_model
+from mesocosm.evaluation.open_loop import Array, Log, Progress, begin_at, codec_of, linear_model, silent
 from mesocosm.model import rng
 from mesocosm.model.base import MAX_CARDINALITY
 from mesocosm.model.world import World
@@ -115,7 +116,15 @@ def one_step_errors(world: World, dataset: Dataset, split: Split, *, seed: int =
 
 
 def off_policy(
-    world: World, logs: Dataset, behaviours: Sequence[tuple[str, Sequence[Episode]]], *, horizons: Sequence[int | str], starts: int, samples: int, seed: int = 0
+    world: World,
+    logs: Dataset,
+    behaviours: Sequence[tuple[str, Sequence[Episode]]],
+    *,
+    horizons: Sequence[int | str],
+    starts: int,
+    samples: int,
+    seed: int = 0,
+    progress: Progress = silent,
 ) -> OffPolicy:
     """`behaviours`: (name, real episodes that were never trained on). `logs`: the world's own datasets, whose validation split sets the scale."""
     codec = codec_of(world)
@@ -138,7 +147,17 @@ def off_policy(
         with tempfile.TemporaryDirectory() as folder:
             data = _dataset(Path(folder) / "episodes", episodes, logs, codec.environment["task"], seed)
             far = one_step_errors(world, data, "train", seed=seed)
-            found = fidelity(world, data, horizons=horizons, starts=starts, samples=samples, seed=seed, split="train", linear=linear)
+            found = fidelity(
+                world,
+                data,
+                horizons=horizons,
+                starts=starts,
+                samples=samples,
+                seed=seed,
+                split="train",
+                linear=linear,
+                progress=partial(_of, progress, name),
+            )
             area, interval = (None, None) if alone else stats.auc(large(far.error), far.disagreement, far.group)
             if far.diverged:
                 notes.append(f"{name}: {far.diverged} of {len(far.error)} steps left all bounds; they count as the largest errors.")
@@ -163,6 +182,10 @@ def off_policy(
     area, interval = (None, None) if alone else stats.auc(large(error), apart, group)
     rows.sort(key=lambda row: -np.inf if row.divergence is None else row.divergence)
     return OffPolicy(tuple(rows), clone.divergence(logs, codec, held), area, interval, tuple(notes))
+
+
+def _of(progress: Progress, behaviour: str, text: str) -> None:
+    progress(f"{behaviour}: {text}")
 
 
 def _dataset(folder: Path, episodes: Sequence[Episode], logs: Dataset, task: list[str], seed: int) -> Dataset:

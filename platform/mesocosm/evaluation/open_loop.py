@@ -11,7 +11,7 @@ single rollout. What a model samples well has the smaller ratio in the first; wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -32,11 +32,17 @@ from mesocosm.model.world import Carry, Context, World
 from mesocosm.pretrain.prepare import transitions
 
 Array = NDArray[Any]
+Progress = Callable[[str], None]
+"""Told in a few words how far a long computation is."""
 HORIZONS: tuple[int | str, ...] = (1, 5, 15, 50, "full")
 FULL_EPISODES = 16
 """Episodes rolled out in full at most."""
 ROWS = 2048
 """Environments that step together at most."""
+
+
+def silent(text: str) -> None:
+    """Report no progress."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +177,7 @@ def open_loop(
     warmup: int | None = None,
     split: Split = "valid",
     linear: Base | None = None,
+    progress: Progress = silent,
 ) -> OpenLoop:
     """The table of open-loop errors of `world` on the validation split of `dataset`.
 
@@ -179,6 +186,7 @@ def open_loop(
         samples: sampled rollouts from each start; their mean is the prediction.
         warmup: true steps of history given before a start; None is half of the world's context.
         linear: the linear model to compare with; None: `linear_model` of the dataset.
+        progress: called with a few words on each imagined step.
 
     Falls back on the training split, with a note, where validation holds fewer than two episodes. Raises UsageError where
     the dataset is of other spaces.
@@ -196,11 +204,11 @@ def open_loop(
         generator = np.random.default_rng([seed, number])
         if horizon == "full":
             drawn = generator.permutation(len(log.episodes))[:FULL_EPISODES]
-            rows.append(_measure(world, log, "full", np.sort(drawn), np.zeros(len(drawn), np.int64), None, samples, seed + number, 0, notes, linear))
+            rows.append(_measure(world, log, "full", np.sort(drawn), np.zeros(len(drawn), np.int64), None, samples, seed + number, 0, notes, linear, progress))
             continue
         steps = int(horizon)
         episode, step = log.starts(steps, starts, generator)
-        rows.append(_measure(world, log, str(horizon), episode, step, steps, samples, seed + number, warmup, notes, linear))
+        rows.append(_measure(world, log, str(horizon), episode, step, steps, samples, seed + number, warmup, notes, linear, progress))
     return OpenLoop(tuple(rows), split, samples, warmup, tuple(notes))
 
 
@@ -216,12 +224,18 @@ def _measure(
     warmup: int,
     notes: list[str],
     linear: Base,
+    progress: Progress,
 ) -> Row:
     ahead = log.lengths[episode] if horizon is None else np.full(len(episode), horizon)
     if not len(episode):
         notes.append(f"horizon {name}: no {'validation' if log.split == 'valid' else 'training'} episode is that long.")
         return Row(name, float(horizon or 0), 0, 0)
-    numbers, categories = rollouts(world, log, episode, step, ahead, samples, seed, warmup)
+
+    def report(text: str) -> None:
+        progress(f"horizon {name}, {text}")
+
+    imagined = rollouts(world, log, episode, step, ahead, samples, seed, warmup, report)
+    numbers, categories = imagined
     truth, start = log.observation(episode, step + ahead), log.observation(episode, step)
     true_numbers, first_numbers = truth.numbers.double().numpy(), start.numbers.double().numpy()
     ratio = interval = single = typical = persistence = straight = coverage = covered = accuracy = accurate = persistence_accuracy = None
@@ -296,7 +310,17 @@ def _iterated(linear: Base, log: Log, episode: Array, step: Array, ahead: Array)
     return np.nan_to_num(found, nan=np.inf, posinf=np.inf, neginf=-np.inf)
 
 
-def rollouts(world: World, log: Log, episode: Array, step: Array, ahead: Array, samples: int, seed: int, warmup: int) -> tuple[Array, Array]:
+def rollouts(
+    world: World,
+    log: Log,
+    episode: Array,
+    step: Array,
+    ahead: Array,
+    samples: int,
+    seed: int,
+    warmup: int,
+    progress: Progress = silent,
+) -> tuple[Array, Array]:
     """Sampled observations `ahead` [n] steps after each start: numbers [n, samples, d] float64 normalised, categories [n, samples, m].
 
     Terminations that the world samples are passed over: the logged episode went on.
@@ -311,7 +335,9 @@ def rollouts(world: World, log: Log, episode: Array, step: Array, ahead: Array, 
         member = torch.from_numpy(draw % world.config.members).to(world.device)
         carry = begin_at(world, log, episode[rows], step[rows], member, warmup)
         diverged = np.zeros(len(rows), np.bool_)
-        for t in range(int(ahead[chunk].max())):
+        last = int(ahead[chunk].max())
+        for t in range(last):
+            progress(f"step {t + 1} of {last}")
             at = np.minimum(step[rows] + t, log.lengths[episode[rows]] - 1)
             action = log.action(episode[rows], at).to(world.device)
             keys = rng.keys(seed, torch.from_numpy(rows).to(world.device), torch.from_numpy(draw).to(world.device), t)

@@ -40,11 +40,13 @@ def plan(cfg: EvaluateConfig) -> dict[str, Any]:
     cfg.validate()
     storage = Storage(cfg.storage.root)
     world = storage.artifact("worlds", cfg.world)
+    codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
+    for name in cfg.datasets:
+        check_dataset(Dataset([storage.artifact("datasets", name).path]), codec)
     horizons = [*cfg.horizons, *(["full"] if cfg.full else [])]
     facts: dict[str, Any] = {"world": world.name, "horizons": horizons}
     if cfg.agent is None and not cfg.compares:
         return facts | {"real steps": 0}
-    codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
     cfg = replace(cfg, reality=reality_of(cfg.reality, codec))
     agent = None if cfg.agent is None else storage.artifact("agents", cfg.agent)
     found = suite.prepare(cfg, storage, world, codec, agent)
@@ -115,7 +117,19 @@ def _evaluate(question: _Question, run: Run) -> Artifact:
     )
     codec, policy, plan = question.codec, question.policy, question.plan
     with run.progress("fidelity", None) as update:
-        faithful = fidelity(world, dataset, horizons=[*cfg.horizons, *(["full"] if cfg.full else [])], starts=cfg.starts, samples=cfg.samples, seed=cfg.seed)
+
+        def report_fidelity(text: str) -> None:
+            update(0, text)
+
+        faithful = fidelity(
+            world,
+            dataset,
+            horizons=[*cfg.horizons, *(["full"] if cfg.full else [])],
+            starts=cfg.starts,
+            samples=cfg.samples,
+            seed=cfg.seed,
+            progress=report_fidelity,
+        )
         update(1, f"{faithful.losses['total']:.3f} nats a transition")
     result, ledger = None, None
     if plan is not None:

@@ -23,7 +23,7 @@ from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.imagine import starts_of
 from mesocosm.evaluation.judge import JudgeResult, check_spaces
 from mesocosm.evaluation.off_policy import OffPolicy, off_policy
-from mesocosm.evaluation.open_loop import codec_of
+from mesocosm.evaluation.open_loop import Progress, codec_of
 from mesocosm.evaluation.panel import Candidate
 from mesocosm.evaluation.policy_value import PolicyValue, Value, imagining, policy_value, success_by_return
 from mesocosm.evaluation.ranking import FEWEST
@@ -95,6 +95,7 @@ def prepare(cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec
             raise UsageError(f"reality.env={cfg.reality.env!r} has the {what} space {theirs}, and {world.name} {own}; judge it in its own environment")
     if cfg.adversary and json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
         raise UsageError(f"adversary={cfg.adversary} seeks disagreement, and {world.name} has one member; set adversary=0, or pretrain with model.members")
+    _check_options(cfg, codec)
     cfg = replace(cfg, policies=[panel.full(config, storage) for config in cfg.policies])
     horizon = horizon_of(storage, world, facts.max_episode_steps, "reality.horizon")
     data = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
@@ -114,6 +115,19 @@ def prepare(cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec
     ids = sorted({ref.removeprefix("agents/").partition("@")[0] for ref in refs})
     sources = [source_hash(behaviours.load_function(config.function)) for config in cfg.policies if config.function is not None]
     return Prepared(cfg, facts, horizon, agent, candidates, ids, sources, *most_episodes(cfg, len(mine)))
+
+
+def _check_options(cfg: EvaluateConfig, codec: Codec) -> None:
+    """Raise UsageError where reality draws a reset option's value that the world has not seen."""
+    for option in codec.options:
+        drawn = cfg.reality.task_options.get(option.name)
+        if option.values is None or drawn is None or drawn.choices is None:
+            continue
+        unseen = [value for value in drawn.choices if value not in option.values]
+        if unseen:
+            key = f"reality.task_options.{option.name}.choices"
+            fix = "collect episodes of it first, or leave it out"
+            raise UsageError(f"{key} holds {unseen[0]!r}, which the world has not seen; {fix}")
 
 
 def run(
@@ -148,7 +162,11 @@ def run(
     found["policy_value"] = values.to_json()
     logs = Dataset([run.storage.artifact("datasets", id).path for id in made.meta["inputs"]["datasets"]])
     with run.progress("off-policy", None) as update:
-        away = _off_policy(cfg, world, logs, values)
+
+        def report(text: str) -> None:
+            update(0, text)
+
+        away = _off_policy(cfg, world, logs, values, report)
         update(1, "" if away.auroc is None else f"AUROC of disagreement {away.auroc:.2f}")
     return found | {"off_policy": away.to_json()}
 
@@ -243,11 +261,26 @@ def _adversary(cfg: EvaluateConfig, run: Run, world: Artifact, limit: int) -> Ca
     return Candidate(ADVERSARY, policy_of(run.storage, artifact.name))
 
 
-def _off_policy(cfg: EvaluateConfig, world: World, logs: Dataset, found: PolicyValue) -> OffPolicy:
+def _off_policy(
+    cfg: EvaluateConfig,
+    world: World,
+    logs: Dataset,
+    found: PolicyValue,
+    progress: Progress,
+) -> OffPolicy:
     """Adversarial, trained, half-trained, noisy, random, then those of the config, as far as they are there: the judged episodes are the data."""
     chosen = behaviours_of(found.values)
     episodes = [(v.candidate.name, _some(v)) for v in chosen]
-    away = off_policy(world, logs, episodes, horizons=cfg.horizons, starts=min(cfg.starts, STARTS), samples=cfg.samples, seed=cfg.seed)
+    away = off_policy(
+        world,
+        logs,
+        episodes,
+        horizons=cfg.horizons,
+        starts=min(cfg.starts, STARTS),
+        samples=cfg.samples,
+        seed=cfg.seed,
+        progress=progress,
+    )
     logged = {v.candidate.name for v in chosen if not v.candidate.held_out}
     return replace(away, behaviours=tuple(replace(row, logged=row.name in logged) for row in away.behaviours))
 
