@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -54,9 +53,8 @@ DQN = ["algo=DQN", *REPLAY, "params.target_network_update_freq=100"]
 SAC = ["algo=SAC", *REPLAY]
 
 
-def make_root(folder: Path, actions: Any = DISCRETE, family: str = "ensemble") -> str:
-    """A root with a dataset of random walks and an untrained world `w` of it."""
-    root = str(folder / "root")
+def make_root(root: str, actions: Any = DISCRETE, family: str = "ensemble") -> str:
+    """A root with a dataset of random walks and an untrained world `w` of it, always the same."""
     storage, rng = Storage(root), np.random.default_rng(0)
     episodes = []
     for k in range(30):
@@ -96,18 +94,27 @@ def train_agent(root: str, overrides: list[str]) -> tuple[Artifact, list[dict[st
 
 def progress_of(root: str) -> tuple[str, int]:
     """(agent id, finished iterations) of the checkpoint under `root`; ("", 0) without one."""
-    for path in Path(root).glob(f"runs/checkpoints/*/{checkpoint.PROGRESS}"):
-        return path.parent.name, json.loads(path.read_text())["iteration"]
+    storage = Storage(root)
+    for id in storage.list("runs/checkpoints"):
+        data = storage.read(f"{checkpoint.folder_of(id)}/{checkpoint.PROGRESS}")
+        if data is not None:
+            return id, json.loads(data)["iteration"]
     return "", 0
 
 
-def kill_after(root: str, overrides: list[str], iteration: int, delay: float = 0.0) -> str:
+def kill_after(
+    root: str,
+    overrides: list[str],
+    output: Path,
+    iteration: int,
+    delay: float = 0.0,
+) -> str:
     """Train in a process of its own and SIGKILL it once a checkpoint of `iteration` is there."""
     command = [sys.executable, "-m", "mesocosm.cli", "train-agent", f"storage.root={root}"]
-    with open(f"{root}.log", "ab") as log:
+    with open(output, "ab") as log:
         process = subprocess.Popen([*command, *SMALL, *overrides], stdout=log, stderr=log)
     while progress_of(root)[1] < iteration:
-        assert process.poll() is None, Path(f"{root}.log").read_text()
+        assert process.poll() is None, output.read_text()
         time.sleep(0.01)
     time.sleep(delay)
     process.send_signal(signal.SIGKILL)
@@ -121,15 +128,21 @@ def files_of(artifact: Artifact) -> dict[str, bytes]:
     return {str(p.relative_to(artifact.path)): p.read_bytes() for p in found}
 
 
-def same_after_kills(root: str, copy: str, overrides: list[str], kills: list[tuple[int, float]]) -> tuple[list[int], str]:
-    """Train undisturbed in `root` and with kills in `copy`; the steps logged after the last kill."""
-    shutil.copytree(root, copy)
-    whole, lines = train_agent(root, overrides)
+def same_after_kills(
+    undisturbed: str,
+    disturbed: str,
+    overrides: list[str],
+    kills: list[tuple[int, float]],
+    output: Path,
+) -> None:
+    """Train in two equal roots, in one of them with kills; nothing differs, and nothing is left."""
+    whole, lines = train_agent(undisturbed, overrides)
     for iteration, delay in kills:
-        id = kill_after(copy, overrides, iteration, delay)
-    stood = progress_of(copy)[1]
+        id = kill_after(disturbed, overrides, output, iteration, delay)
+    stood = progress_of(disturbed)[1]
     assert id == whole.id
-    again, rest = train_agent(copy, overrides)
+    again, rest = train_agent(disturbed, overrides)
+    assert Storage(disturbed).list("runs/checkpoints") == []
     assert [line["step"] for line in rest] == list(range(stood, len(lines)))
     ours, theirs = files_of(whole), files_of(again)
     assert ours.keys() == theirs.keys() and any("snapshots" in name for name in ours)
@@ -138,14 +151,12 @@ def same_after_kills(root: str, copy: str, overrides: list[str], kills: list[tup
     for name in ("imagined_steps", "imagined_return", "total_loss", "qf_loss"):
         key = f"agent/{name}"
         assert [line.get(key) for line in rest] == [line.get(key) for line in lines[stood:]], name
-    return [line["step"] for line in rest], id
 
 
 def test_a_killed_training_ends_with_the_same_policy(ray_local: None, tmp_path: Path) -> None:
     """PPO, with schedules of the learning rate and the entropy bonus, and an adapted KL coefficient."""
-    root, copy = make_root(tmp_path), str(tmp_path / "copy")
-    _, id = same_after_kills(root, copy, [*PPO, "iterations=12"], [(3, 0.0)])
-    assert not Path(copy, checkpoint.folder_of(id)).exists(), "nothing is left of a finished training"
+    roots = [make_root(str(tmp_path / name)) for name in ("whole", "killed")]
+    same_after_kills(*roots, [*PPO, "iterations=12"], [(3, 0.0)], tmp_path / "output")
 
 
 @pytest.mark.slow
@@ -162,8 +173,26 @@ def test_a_killed_training_ends_with_the_same_policy(ray_local: None, tmp_path: 
 def test_killed_three_times(ray_local: None, tmp_path: Path, case: str, overrides: list[str], actions: Any, family: str) -> None:
     rng = random.Random(case)
     kills = [(i, rng.uniform(0.0, 0.5)) for i in (1, 2, 3)]
-    root = make_root(tmp_path, actions, family)
-    same_after_kills(root, str(tmp_path / "copy"), overrides, kills)
+    roots = [make_root(str(tmp_path / name), actions, family) for name in ("whole", "killed")]
+    same_after_kills(*roots, overrides, kills, tmp_path / "output")
+
+
+@pytest.mark.slow
+def test_another_machine_continues_from_a_bucket(ray_local: None, s3: str, tmp_path: Path) -> None:
+    roots = [make_root(f"{s3}/{name}") for name in ("whole", "killed")]
+    same_after_kills(*roots, [*PPO, "iterations=12"], [(2, 0.1)], tmp_path / "output")
+
+
+@pytest.mark.slow
+def test_an_algorithm_that_learns_in_a_thread_continues(ray_local: None, tmp_path: Path) -> None:
+    """Its bits depend on the thread's timing; only that it continues and ends is certain."""
+    root = make_root(str(tmp_path / "root"))
+    appo = ["algo=APPO", "rollout=32", "model.fcnet_hiddens=[16]", "iterations=30"]
+    kill_after(root, appo, tmp_path / "output", 2)
+    stood = progress_of(root)[1]
+    artifact, rest = train_agent(root, appo)
+    assert [line["step"] for line in rest] == list(range(stood, 30))
+    assert {path.name for path in (artifact.path / "snapshots").iterdir()} == {"0", "10", "20"}
 
 
 def test_a_checkpoint_is_whole_or_refused(root: str, tmp_path: Path) -> None:

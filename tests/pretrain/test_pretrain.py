@@ -77,6 +77,7 @@ def test_the_artifact_says_where_it_came_from(whole: Any) -> None:
     assert meta["counts"]["steps"] == 12 and meta["counts"]["params"] > 1000
     assert meta["counts"]["epochs"] == pytest.approx(meta["counts"]["data"] / meta["counts"]["unique"])
     assert meta["metrics"]["valid/loss"] > 0 and "termination" in meta["checks"]
+    assert meta["checks"]["actions"] == "passed" and meta["evidence"]["high_rate"] == 1.0
 
 
 def test_a_world_that_never_ends_fails_its_own_check(whole: Any) -> None:
