@@ -21,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from mesocosm import faults
+from mesocosm.errors import StorageError
 from mesocosm.storage import COMMIT, KINDS, Storage
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$|^runs/[0-9a-f]{32}\.tmp$")
 """Names that `Storage.write` and its like give to what is not whole yet."""
 RECORDS = ("runs", "ledgers", "cells")
-CHECKPOINTS = "mesocosm-checkpoint-*"
-"""Of this machine's temporary folder: a rank's part of a checkpoint, until it is uploaded."""
+CHECKPOINTS = ("mesocosm-checkpoint-*", "mesocosm-universal-*")
+"""In this machine's temporary folder: a rank's part of a checkpoint, until it is uploaded, and a
+checkpoint that is converted for another number of workers, until it is loaded."""
 
 
 DAMAGED = "damaged artifact"
@@ -73,8 +75,8 @@ def _of_remote(storage: Storage, remark: Callable[[str], None]) -> Iterator[Rema
     uploads: dict[str, tuple[int, float]] = {}
     try:
         uploads = storage.uploads()
-    except (OSError, NotImplementedError) as error:
-        text = faults.first_line(error)
+    except (StorageError, OSError, NotImplementedError) as error:
+        text = faults.first_line(error.__cause__ or error)
         remark(f"uploads that were begun and not finished are not listed by {storage.root!r} ({text}); see the bucket's lifecycle rules")
     finished: dict[str, set[str]] = {}
     damaged: dict[str, set[str]] = {}
@@ -178,9 +180,11 @@ def _local_temporaries(storage: Storage) -> Iterator[Remain]:
 
 
 def _checkpoints() -> Iterator[Remain]:
-    for path in sorted(Path(tempfile.gettempdir()).glob(CHECKPOINTS)):
+    folder = Path(tempfile.gettempdir())
+    for path in sorted(path for pattern in CHECKPOINTS for path in folder.glob(pattern)):
         if path.stat().st_uid == os.getuid():
-            yield _on_disk("scratch", path, "a worker was killed while it sent its part of a checkpoint", partial(_rmtree, path))
+            why = "a worker was killed while it saved or loaded a checkpoint"
+            yield _on_disk("scratch", path, why, partial(_rmtree, path))
 
 
 def _entries(folder: Path) -> list[Path]:
