@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -177,6 +178,20 @@ def test_the_error_of_a_job_is_seen_though_its_end_is_not_recorded(tmp_path: Pat
         raise UsageError("the original")
     error = capsys.readouterr().err
     assert "the end of run collect/a is not recorded" in error and not DIRTY.search(error)
+
+
+def test_a_replay_that_fails_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = JobConfig(storage=StorageConfig(str(tmp_path / "root")))
+    foreign = tmp_path / "root" / "runs" / "collect" / "foreign"
+    foreign.mkdir(parents=True)
+    (foreign / "mlflow.pending").write_text("{}")
+    (foreign / "status.json").write_text('{"state": "running"}')
+    tracking.replay_in_background(config)
+    for thread in threading.enumerate():
+        if thread.name == "replay":
+            thread.join(60)
+    error = capsys.readouterr().err
+    assert "Traceback" not in error and error.count("\n") <= 1
 
 
 def test_no_sql_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

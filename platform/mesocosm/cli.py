@@ -167,7 +167,7 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
 
     _terminate_like_interrupt()
     with tracking.start(options.command, loaded, id=os.environ.get(JOB), quiet=options.json) as run:
-        threading.Thread(target=tracking.replay_pending, args=(loaded,), daemon=True).start()
+        tracking.replay_in_background(loaded)
         made = module.run(loaded, run)
         facts = {"run": f"{run.job}/{run.id}", **run.facts}
         if made is not None:

@@ -21,16 +21,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mesocosm import faults
+from mesocosm import faults, lease
+from mesocosm.errors import StorageError
 from mesocosm.storage import COMMIT, KINDS, Storage
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$|^runs/[0-9a-f]{32}\.tmp$")
 """Names that `Storage.write` and its like give to what is not whole yet."""
-RECORDS = ("runs", "ledgers", "cells")
-TRAININGS, TRAINED = "runs/checkpoints", ("worlds", "agents")
-"""Where trainings save their state, by the id of the artifact that they make; its kinds."""
-CHECKPOINTS = "mesocosm-checkpoint-*"
-"""Of this machine's temporary folder: a rank's part of a checkpoint, until it is uploaded."""
+RECORDS = ("runs", "ledgers", "cells", lease.FOLDER)
+MAKING = {"runs/checkpoints": ("worlds", "agents"), "runs/episodes": ("datasets",)}
+"""Folders that hold the state of a making, by the id of the artifact that is made, and its kinds."""
+CHECKPOINTS = ("mesocosm-checkpoint-*", "mesocosm-universal-*")
+"""In this machine's temporary folder: a rank's part of a checkpoint, until it is uploaded, and a
+checkpoint that is converted for another number of workers, until it is loaded."""
 
 
 DAMAGED = "damaged artifact"
@@ -57,7 +59,7 @@ def find(storage: Storage, older_than_s: float, remark: Callable[[str], None]) -
     found = list(_of_remote(storage, remark) if storage.remote else _of_local(storage))
     found += _scratch(storage, remark)
     found += _local_temporaries(storage)
-    found += _finished_trainings(storage)
+    found += [*_finished(storage), *_leases(storage)]
     found += _checkpoints()
     return [remain for remain in found if remain.age_s >= older_than_s]
 
@@ -77,8 +79,8 @@ def _of_remote(storage: Storage, remark: Callable[[str], None]) -> Iterator[Rema
     uploads: dict[str, tuple[int, float]] = {}
     try:
         uploads = storage.uploads()
-    except (OSError, NotImplementedError) as error:
-        text = faults.first_line(error)
+    except (StorageError, OSError, NotImplementedError) as error:
+        text = faults.first_line(error.__cause__ or error)
         remark(f"uploads that were begun and not finished are not listed by {storage.root!r} ({text}); see the bucket's lifecycle rules")
     finished: dict[str, set[str]] = {}
     damaged: dict[str, set[str]] = {}
@@ -181,26 +183,39 @@ def _local_temporaries(storage: Storage) -> Iterator[Remain]:
                 yield _on_disk("temporary file", path, "its writer was killed", partial(_rmtree, path))
 
 
-def _finished_trainings(storage: Storage) -> Iterator[Remain]:
-    """Checkpoints of finished artifacts: their maker was killed before it removed them."""
-    files: dict[str, list[tuple[int, float]]] = defaultdict(list)
-    for path, entry in storage.files(TRAININGS).items():
-        files[path.split("/")[2]].append(entry)
-    for id, entries in files.items():
-        kinds = [kind for kind in TRAINED if storage.read(f"{kind}/{id}/{COMMIT}") is not None]
-        if not kinds:
-            continue
-        path = f"{TRAININGS}/{id}"
-        size, newest = sum(bytes for bytes, _ in entries), max(modified for _, modified in entries)
-        why = f"{kinds[0]}/{id} is finished"
-        remove = partial(_removed, storage, path)
-        yield Remain("checkpoint", storage.url(path), size, _age(newest), why, remove)
+def _finished(storage: Storage) -> Iterator[Remain]:
+    """State of artifacts that are finished: their maker was killed before it removed it."""
+    for top, kinds in MAKING.items():
+        files: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for path, entry in storage.files(top).items():
+            files[path.split("/")[2]].append(entry)
+        for id, entries in files.items():
+            made = [kind for kind in kinds if storage.read(f"{kind}/{id}/{COMMIT}") is not None]
+            if made:
+                path = f"{top}/{id}"
+                size = sum(bytes for bytes, _ in entries)
+                age = _age(max(modified for _, modified in entries))
+                why = f"{made[0]}/{id} is finished"
+                remove = partial(_removed, storage, path)
+                yield Remain("checkpoint", storage.url(path), size, age, why, remove)
+
+
+def _leases(storage: Storage) -> Iterator[Remain]:
+    """Leases of processes that are gone, or that run on another host and were silent for the asked time."""
+    for path, (bytes, modified) in storage.files(lease.FOLDER).items():
+        record = lease.Record.parse(storage.read(path) or b"")
+        if record is None or not record.owner.alive():
+            why = "its process is gone" if record is not None else "it is not whole"
+            remove = partial(_removed, storage, path)
+            yield Remain("lease", storage.url(path), bytes, _age(modified), why, remove)
 
 
 def _checkpoints() -> Iterator[Remain]:
-    for path in sorted(Path(tempfile.gettempdir()).glob(CHECKPOINTS)):
+    folder = Path(tempfile.gettempdir())
+    for path in sorted(path for pattern in CHECKPOINTS for path in folder.glob(pattern)):
         if path.stat().st_uid == os.getuid():
-            yield _on_disk("scratch", path, "a worker was killed while it sent its part of a checkpoint", partial(_rmtree, path))
+            why = "a worker was killed while it saved or loaded a checkpoint"
+            yield _on_disk("scratch", path, why, partial(_rmtree, path))
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -210,7 +210,7 @@ class Root:
     def uploads(self) -> dict[str, tuple[int, float]]:
         """Multipart uploads to this root that were not finished, as `files` has files.
 
-        The key is what `give_up` takes. Raises OSError where the endpoint does not list them.
+        The key is what `give_up` takes. Raises StorageError where the endpoint does not list them.
         """
         if not self.remote:
             return {}
@@ -218,8 +218,9 @@ class Root:
 
         skip = len(self._path(""))
         found = {}
-        for upload in s3.uploads(self.fs, self._base):
-            found[f"{upload.path[skip:]}?uploadId={upload.id}"] = upload.bytes, upload.modified
+        with self.naming("uploads"):
+            for upload in s3.uploads(self.fs, self._base):
+                found[f"{upload.path[skip:]}?uploadId={upload.id}"] = upload.bytes, upload.modified
         return found
 
     def give_up(self, upload: str) -> None:

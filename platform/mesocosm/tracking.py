@@ -37,7 +37,7 @@ from mesocosm.owner import Owner, this_process
 from mesocosm.shipping import Shipper
 from mesocosm.storage import Artifact, Storage
 
-__all__ = ["Run", "console", "ping", "redact", "register_world", "replay_pending", "start", "uri_of"]
+__all__ = ["Run", "console", "ping", "redact", "register_world", "replay_in_background", "replay_pending", "start", "uri_of"]
 
 console = Console(highlight=False, soft_wrap=True, stderr=True)
 """Where people read: stderr, so that `--json` owns stdout."""
@@ -257,6 +257,19 @@ def replay_pending(config: JobConfig) -> int:
         else:
             delivered += 1
     return delivered
+
+
+def replay_in_background(config: JobConfig) -> None:
+    """Start `replay_pending` in a thread. What it cannot do is one line on the console."""
+
+    def work() -> None:
+        try:
+            replay_pending(config)
+        except Exception as error:
+            why = faults.reason(error) or f"{type(error).__name__}: {faults.first_line(error)}"
+            console.print(redact(f"earlier runs are not brought to MLflow: {why}"))
+
+    threading.Thread(target=work, name="replay", daemon=True).start()
 
 
 def _alive(status: Mapping[str, Any]) -> bool:
