@@ -182,7 +182,7 @@ def test_a_pid_that_was_used_again_is_another_process() -> None:
 
 def test_a_pid_of_another_namespace_is_not_looked_up_here(root: str) -> None:
     """As two containers of one host see each other."""
-    process = holder(root, "unshare", "--pid", "--fork", "--mount-proc")
+    process = holder(root, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
     try:
         record = Record.parse(Storage(root).read("leases/worlds.abc.00000000.json") or b"")
         assert record is not None and record.owner.pid < 100 and record.owner.alive() is None
