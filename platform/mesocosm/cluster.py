@@ -32,12 +32,16 @@ GROWING_S = 3600
 _temp_dir: str | None = None
 
 _forked = False
-"""Whether this process was forked from one that was connected to Ray. Ray's threads do not survive a fork."""
+"""Whether this process was forked from one that was connected to Ray.
+
+Ray's threads do not survive a fork.
+"""
 
 
 def _after_fork() -> None:
     global _forked, _temp_dir
-    connected = getattr(sys.modules.get("ray"), "is_initialized", None)  # None while Ray is being imported
+    # A module that is still being imported has no `is_initialized` yet.
+    connected = getattr(sys.modules.get("ray"), "is_initialized", None)
     _forked = _forked or (connected is not None and connected())
     _temp_dir = None  # the parent's
 
@@ -51,11 +55,13 @@ def forked() -> bool:
 
 
 def refuse_fork() -> None:
-    """Raise UsageError in a process that was forked from one connected to Ray, where a call to Ray hangs."""
+    """Raise UsageError in a fork of a process connected to Ray, where a call to Ray hangs."""
     if _forked:
         raise UsageError(
-            f"process {os.getpid()} was forked from a process that is connected to Ray, and cannot use that connection; start it with the spawn method "
-            "(in gymnasium.make_vec: vector_kwargs={'context': 'spawn'}), or step all environments in one process (leave vectorization_mode out)"
+            f"process {os.getpid()} was forked from a process that is connected to Ray, "
+            "and cannot use that connection; start it with the spawn method "
+            "(in gymnasium.make_vec: vector_kwargs={'context': 'spawn'}), "
+            "or step all environments in one process (leave vectorization_mode out)"
         )
 
 
@@ -76,7 +82,7 @@ def worker_env() -> dict[str, str]:
 def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
     """Connect to `config.address`, or start a private local Ray; a second call is a no-op.
 
-    Raises UsageError when an address does not answer, or in a process that was forked from one connected to Ray.
+    Raises UsageError when an address does not answer, or in a fork of a process connected to Ray.
     """
     import ray
 

@@ -1,4 +1,7 @@
-"""The HTTP server's limits without Ray: clients that are slow, many or not HTTP, against a small application behind the same guard."""
+"""The HTTP server's limits without Ray: a small application behind the same guard.
+
+Its clients are slow, many or not HTTP.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import requests
@@ -27,6 +31,7 @@ class Server:
 
     def __init__(self) -> None:
         self.go = threading.Event()
+        self.begun = threading.Semaphore(0)
         app = FastAPI()
 
         @app.get("/health")
@@ -35,6 +40,7 @@ class Server:
 
         @app.get("/wait")
         def wait() -> dict[str, bool]:
+            self.begun.release()
             return {"waited": self.go.wait(120)}
 
         @app.post("/body")
@@ -45,7 +51,9 @@ class Server:
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(ingress.Guard(app, TOKEN.encode()), http=Connection, ws="none", lifespan="off", log_config=None, log_level="critical")
+        guarded = ingress.Guard(app, TOKEN.encode())
+        quiet: dict[str, Any] = {"log_config": None, "log_level": "critical"}
+        config = uvicorn.Config(guarded, http=Connection, ws="none", lifespan="off", **quiet)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
         self._thread.start()
@@ -54,6 +62,9 @@ class Server:
         line = socket.create_connection(("127.0.0.1", self.port), timeout=60)
         line.sendall(data.encode())
         return line
+
+    def post(self, body: bytes) -> requests.Response:
+        return requests.post(f"{self.url}/body", data=body, headers=AUTHORIZED, timeout=60)
 
     def close(self) -> None:
         self.go.set()
@@ -69,7 +80,7 @@ def server() -> Iterator[Server]:
 
 
 def reply(line: socket.socket) -> tuple[int, str]:
-    """(status, the error's sentence) of what comes until the server closes; (0, "") where it closes without a word."""
+    """(status, sentence) of the error that comes before the server closes; (0, "") for none."""
     data = b""
     with contextlib.suppress(ConnectionError):
         while chunk := line.recv(4096):
@@ -88,28 +99,31 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_heads_without_an_end_keep_nobody_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More unfinished heads than there are places: health and a request with the token are answered before any head is late."""
+def test_unfinished_heads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than there are places: others are answered before any head is late."""
     monkeypatch.setattr(http_connection, "HEAD_S", 600.0)
     held = [server.connect("GET /v1/world HTTP/1.1\r\nX-a: ") for _ in range(CONNECTIONS + 20)]
     assert requests.get(f"{server.url}/health", timeout=60).status_code == 200
-    assert requests.post(f"{server.url}/body", data=b"abc", headers=AUTHORIZED, timeout=60).json() == 3
-    assert reply(held[0]) == (503, "the server has too many connections; send the whole request at once"), "the oldest went"
+    assert server.post(b"abc").json() == 3
+    status, detail = reply(held[0])
+    assert status == 503 and detail.startswith("all 256 connections are taken"), "the oldest went"
     for each in held:
         each.close()
 
 
-@pytest.mark.parametrize("head", ["GET /health HTTP/1.1\r\nX-a: ", ""], ids=["a part of a head", "nothing"])
+@pytest.mark.parametrize("head", ["GET /health HTTP/1.1\r\nX-a: ", ""], ids=["a part", "nothing"])
 def test_a_slow_head(server: Server, monkeypatch: pytest.MonkeyPatch, head: str) -> None:
+    late = (408, "the head did not arrive within 1 s; send it at once")
     monkeypatch.setattr(http_connection, "HEAD_S", 1.0)
     with server.connect(head) as line:
-        assert reply(line) == ((408, "the request's head did not arrive within 1 s; send it at once") if head else (0, ""))
+        assert reply(line) == (late if head else (0, ""))
 
 
 def test_more_bytes_win_no_time(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that comes byte by byte, and the body of a request that was refused already."""
     monkeypatch.setattr(http_connection, "HEAD_S", 1.0)
-    for start in ("GET /health HTTP/1.1\r\nX-a: ", "POST /body HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"):
+    refused = "POST /body HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    for start in ("GET /health HTTP/1.1\r\nX-a: ", refused):
         with server.connect(start) as line, pytest.raises(ConnectionError):
             for _ in range(200):
                 line.sendall(b"x")
@@ -127,28 +141,50 @@ def test_a_request_in_work_is_not_cut(server: Server, monkeypatch: pytest.Monkey
 
 def test_a_slow_body(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ingress, "BODY_S", 0.5)
-    with server.connect(f"POST /body HTTP/1.1\r\n{KNOWN}Connection: close\r\nContent-Length: 9\r\n\r\n1234") as line:
+    head = f"POST /body HTTP/1.1\r\n{KNOWN}Connection: close\r\nContent-Length: 9\r\n\r\n"
+    with server.connect(f"{head}1234") as line:
         assert reply(line) == (408, "the body did not arrive within 0.5 s; send it at once")
 
 
 def test_too_many_requests(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every place is a request in work: the next one gets 503 in JSON, health an answer, and a place that is free again is given."""
-    monkeypatch.setattr(http_connection, "CONNECTIONS", 3)
+    """Every place is a request in work: the next one gets 503 in JSON, and health an answer.
+
+    A place that is free again is given.
+    """
     monkeypatch.setattr(ingress, "CONNECTIONS", 3)
-    held = [server.connect(f"GET /wait HTTP/1.1\r\n{KNOWN}Connection: close\r\n\r\n") for _ in range(3)]
-    wait_for(lambda: requests.post(f"{server.url}/body", headers=AUTHORIZED, timeout=60).status_code == 503)
-    refused = requests.post(f"{server.url}/body", headers=AUTHORIZED, timeout=60)
+    head = f"GET /wait HTTP/1.1\r\n{KNOWN}Connection: close\r\n\r\n"
+    held = [server.connect(head) for _ in range(3)]
+    assert all(server.begun.acquire(timeout=60) for _ in held)
+    refused = server.post(b"")
+    assert refused.status_code == 503
     assert refused.json() == {"detail": "3 requests are in work; send this one again later"}
     assert requests.get(f"{server.url}/health", timeout=60).status_code == 200
     server.go.set()
     for each in held:
         assert each.recv(4096).startswith(b"HTTP/1.1 200")
         each.close()
-    assert requests.post(f"{server.url}/body", data=b"abc", headers=AUTHORIZED, timeout=60).json() == 3
+    wait_for(lambda: server.post(b"abc").status_code == 200)
+
+
+def test_more_whole_requests_than_places(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a burst each request is answered, with 503 in JSON beyond the limit: none is cut."""
+    monkeypatch.setattr(ingress, "CONNECTIONS", 3)
+    monkeypatch.setattr(http_connection, "CONNECTIONS", 3)
+    monkeypatch.setattr(http_connection, "GRACE_S", 2.0)
+    head = f"GET /wait HTTP/1.1\r\n{KNOWN}Connection: close\r\n\r\n"
+    held = [server.connect(head) for _ in range(30)]
+    assert all(server.begun.acquire(timeout=60) for _ in range(3))
+    server.go.set()
+    statuses = []
+    for each in held:
+        statuses.append(int(each.recv(4096).split()[1]))
+        each.close()
+    assert set(statuses) == {200, 503}
 
 
 def test_no_http_is_answered_in_json(server: Server) -> None:
-    for data in ("\x16\x03\x01\r\n\r\n", "POST /body HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n"):
+    strange_length = "POST /body HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n"
+    for data in ("\x16\x03\x01\r\n\r\n", strange_length):
         with server.connect(data) as line:
             status, detail = reply(line)
         assert status == 400 and detail.startswith("the request is not valid HTTP/1.1")
@@ -156,5 +192,6 @@ def test_no_http_is_answered_in_json(server: Server) -> None:
 
 def test_a_connection_is_used_again(server: Server) -> None:
     with requests.Session() as session:
+        session.headers.update(AUTHORIZED)
         for size in (3, 5, 0):
-            assert session.post(f"{server.url}/body", data=b"x" * size, headers=AUTHORIZED, timeout=60).json() == size
+            assert session.post(f"{server.url}/body", data=b"x" * size, timeout=60).json() == size

@@ -115,7 +115,8 @@ def test_strange_heads(client: Any) -> None:
         for _ in range(10_000):
             line.sendall(b"x: " + b"y" * (1 << 12) + b"\r\n")
     refused = raw(client, "\x16\x03\x01\n")
-    assert refused.startswith(b"HTTP/1.1 400") and b'{"detail": "the request is not valid HTTP/1.1' in refused
+    assert refused.startswith(b"HTTP/1.1 400")
+    assert b'{"detail": "the request is not valid HTTP/1.1' in refused
 
 
 def test_unfinished_heads(client: Any) -> None:
@@ -236,19 +237,28 @@ def test_killed_replica(client: Any, rich: str) -> None:
         assert reply.json()["observation"] == observations(env, env.step(batch)[0]), step
 
 
-def test_a_session_makes_room_when_it_is_unused(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sessions in use stay, and the new one is refused, by number and by environments; the one that is unused for the longest goes."""
+def test_room_for_sessions(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions in use stay, and a new one is refused, by number and by environments.
+
+    The one that is unused for the longest goes.
+    """
+
+    def begin_again(*sessions: str) -> list[int]:
+        replies = [client("POST", "/v1/reset", json={"session": each}) for each in sessions]
+        return [reply.status_code for reply in replies]
+
     kept = LISTENERS["web"]._visitors.sessions  # type: ignore[union-attr]
     kept.clear()
     monkeypatch.setattr(kept, "count", 2)
     first, second = client.begin(), client.begin()
     refused = client("POST", "/v1/reset", json={})
     assert refused.status_code == 503
-    assert refused.json()["detail"].startswith("2 of 2 sessions with 2 of 16384 environments are in use; end one with DELETE /v1/sessions/<session>")
-    assert [client("POST", "/v1/reset", json={"session": each}).status_code for each in (second, first)] == [200, 200]
+    sentence = "2 of 2 sessions with 2 of 16384 environments are in use; end one with DELETE /v1/"
+    assert refused.json()["detail"].startswith(sentence)
+    assert begin_again(second, first) == [200, 200]
     monkeypatch.setattr(kept, "idle_s", 0.0)
     third = client.begin()
-    assert [client("POST", "/v1/reset", json={"session": each}).status_code for each in (first, second, third)] == [200, 404, 200]
+    assert begin_again(first, second, third) == [200, 404, 200]
     gone = client("POST", "/v1/reset", json={"session": second}).json()["detail"]
     assert gone == f"session {second!r} is not kept here; begin one with POST /v1/reset"
     monkeypatch.setattr(kept, "count", 64)
@@ -263,13 +273,18 @@ def test_a_session_makes_room_when_it_is_unused(client: Any, monkeypatch: pytest
 def test_a_failed_reset_keeps_no_place(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = LISTENERS["web"]._visitors.sessions  # type: ignore[union-attr]
     kept.clear()
-    monkeypatch.setattr(Served, "call", lambda *_: {"error": "the device went away", "kind": "failed"})
+    failed = {"error": "the device went away", "kind": "failed"}
+    monkeypatch.setattr(Served, "call", lambda *_: failed)
     assert client("POST", "/v1/reset", json={}).status_code == 503
     assert not kept._held
 
 
 def test_a_hundred_sessions_at_once(client: Any) -> None:
-    """As many as there is room for begin, the others get 503 at their reset, and nobody loses a session in mid-episode."""
+    """As many as there is room for begin, and the others get 503 at their reset.
+
+    Nobody loses a session in mid-episode.
+    """
+    action = {"push": [0, 0], "turn": 0, "hands": [0, 0], "say": "a"}
     kept = LISTENERS["web"]._visitors.sessions  # type: ignore[union-attr]
     kept.clear()
     statuses: list[list[int]] = []
@@ -281,7 +296,7 @@ def test_a_hundred_sessions_at_once(client: Any) -> None:
         told = [reply.status_code]
         begun.wait(240)
         if reply.status_code == 200:
-            body = {"session": reply.json()["session"], "action": [{"push": [0, 0], "turn": 0, "hands": [0, 0], "say": "a"}]}
+            body = {"session": reply.json()["session"], "action": [action]}
             told += [mine("POST", "/v1/step", json=body).status_code for _ in range(3)]
         statuses.append(told)
 

@@ -1,4 +1,4 @@
-"""The replica's line without Ray: its token, its time limit, and a process without free file descriptors."""
+"""The replica's line without Ray: its token, its time limit, and no free file descriptors."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -51,7 +52,8 @@ def test_a_slow_token_is_cut(server: LineServer, monkeypatch: pytest.MonkeyPatch
     """The time limit is for the whole token, however often a byte of it comes."""
     monkeypatch.setattr(lines, "TOKEN_S", 1.0)
     sent = 0
-    with socket.create_connection(server.address, timeout=60) as line, pytest.raises(ConnectionError):
+    connected = socket.create_connection(server.address, timeout=60)
+    with connected as line, pytest.raises(ConnectionError):
         for byte in FRAME.pack(32) + server.token * 100:
             line.sendall(bytes([byte]))
             sent += 1
@@ -61,20 +63,23 @@ def test_a_slow_token_is_cut(server: LineServer, monkeypatch: pytest.MonkeyPatch
 
 def test_survives_without_free_descriptors() -> None:
     """EMFILE: clients beyond the limit get no line, and get one when others have hung up."""
-    with subprocess.Popen([sys.executable, "-c", FEW_DESCRIPTORS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", FEW_DESCRIPTORS], **pipes) as process:
         assert process.stdout is not None
         port, token = process.stdout.readline().split()
+        known = "127.0.0.1", int(port), bytes.fromhex(token.decode())
         held: list[socket.socket] = []
-        while (line := open_line("127.0.0.1", int(port), bytes.fromhex(token.decode()), 3.0)) is not None:
+        while (line := open_line(*known, 3.0)) is not None:
             held.append(line)
         assert held
         time.sleep(2 * lines.PAUSE_S)  # it meets the limit more than once
         for each in held:
             each.close()
-        line = open_line("127.0.0.1", int(port), bytes.fromhex(token.decode()), 60.0)
+        line = open_line(*known, 60.0)
         assert line is not None
         with line:
             send_frame(line, b"still here")
             assert receive_frame(line) == b"still here"
         _, errors = process.communicate(timeout=60)
-    assert b"Too many open files" in errors and b"ulimit -n" in errors and b"Traceback" not in errors
+    assert b"Too many open files" in errors and b"ulimit -n" in errors
+    assert b"Traceback" not in errors

@@ -376,14 +376,22 @@ def test_from_a_worker(served: str) -> None:
 
 
 def test_forked_client(served: str) -> None:
-    """In a process that was forked from a connected one a new client, and one that came along, give one sentence at once, and the parent's goes on."""
+    """In a fork of a connected process, a new client and an inherited one give one sentence.
+
+    The parent's client goes on.
+    """
     env = WorldVectorEnv(3, "sequence", app="two", horizon=9)
     expected = rollout(env, 8)
     context = multiprocessing.get_context("fork")
     answers = context.SimpleQueue()
 
     def child() -> None:
-        for use in (lambda: WorldVectorEnv(3, app="two"), lambda: WorldVectorEnv(3, app="two", address="127.0.0.1:1"), lambda: env.reset(seed=1)):
+        uses: list[Callable[[], Any]] = [
+            lambda: WorldVectorEnv(3, app="two"),
+            lambda: WorldVectorEnv(3, app="two", address="127.0.0.1:1"),
+            lambda: env.reset(seed=1),
+        ]
+        for use in uses:
             try:
                 use()
                 answers.put("no error")
@@ -400,19 +408,26 @@ def test_forked_client(served: str) -> None:
 
     assert rollout(env, 8, at=fork) == expected
     said = [answers.get() for _ in range(3)]
-    assert all("was forked from a process that is connected to Ray" in each and "spawn" in each for each in said), said
+    sentence = "was forked from a process that is connected to Ray"
+    assert all(sentence in each and "spawn" in each for each in said), said
 
 
 @pytest.mark.slow
-def test_replicas_that_cannot_start(served: str, make_world: Callable[..., Any], tmp_path: Path) -> None:
-    """A damaged world: the first failure is reported, the error is one sentence, and the name is free again. Serve tries for two minutes."""
+@pytest.mark.timeout(900)
+def test_replicas_that_cannot_start(served: str, make_world: Any, tmp_path: Path) -> None:
+    """A damaged world: the first failure is reported, and the error is one sentence.
+
+    The name is free again. Serve tries for two minutes.
+    """
     from ray import serve
 
     make_world(DICT).save(tmp_path / "damaged")
     (tmp_path / "damaged/model.safetensors").write_bytes(b"torn")
     reported: list[str] = []
-    config = ServeConfig(world=str(tmp_path / "damaged"), name="damaged", cpus=0.5, storage=StorageConfig(served))
-    with pytest.raises(MesocosmError, match=r"^application 'damaged' did not start: world '.*damaged' cannot be read: [^\n]*$"):
+    storage = StorageConfig(served)
+    config = ServeConfig(world=str(tmp_path / "damaged"), name="damaged", cpus=0.5, storage=storage)
+    sentence = r"^application 'damaged' did not start: world '.*damaged' cannot be read: [^\n]*$"
+    with pytest.raises(MesocosmError, match=sentence):
         deploy(config, reported.append)
     assert any("0 of 1 replica(s) ready: world" in line for line in reported)
     assert "damaged" not in serve.status().applications
@@ -452,7 +467,12 @@ def test_job(served: str) -> None:
     assert trained.ray.address == job.facts["address"]
     assert answers[0].startswith("(64,)"), answers
     log = (Path(served) / "runs/serve/visited/log.txt").read_text()
-    steps = ("starting Ray Serve", "starting 1 replica(s), each of which loads world ens", "1 of 1 replica(s) ready", "is served as 'job'")
+    steps = (
+        "starting Ray Serve",
+        "starting 1 replica(s), each of which loads world ens",
+        "1 of 1 replica(s) ready",
+        "is served as 'job'",
+    )
     assert sorted(steps, key=log.index) == list(steps)
     assert "job" not in serve.status().applications
     assert "two" in serve.status().applications, "what others serve stays"

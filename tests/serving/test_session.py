@@ -236,8 +236,8 @@ def test_worlds(make_world: Any, store: Any, root: str) -> None:
     assert "op='sing' is unknown" in Sessions(worlds.get).handle({"op": "sing"})["error"]
 
 
-def test_a_cold_world_keeps_nobody_waiting(make_world: Any, store: Any, root: str, tmp_path: Path) -> None:
-    """While a world loads from a slow storage (a file of it is a pipe), the sessions of another one step."""
+def test_a_cold_world(make_world: Any, store: Any, root: str, tmp_path: Path) -> None:
+    """While a world loads from a slow storage (a file of it is a pipe), others step."""
     store("warm", make_world())
     cold = tmp_path / "cold"
     make_world(seed=1).save(cold)

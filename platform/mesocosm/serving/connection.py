@@ -45,13 +45,18 @@ def send_frame(line: socket.socket, data: bytes) -> None:
     line.sendall(FRAME.pack(len(data)) + data)
 
 
-def receive_frame(line: socket.socket, limit: int = LARGEST, deadline: float | None = None) -> bytearray | None:
+def receive_frame(
+    line: socket.socket,
+    limit: int = LARGEST,
+    deadline: float | None = None,
+) -> bytearray | None:
     """The next frame, or None where the other side has closed.
 
     Args:
         line: The socket. With a `deadline`, its timeout is changed.
         limit: The most bytes that the frame may have.
-        deadline: When the whole frame must be there, by `time.monotonic`. None: the socket's timeout holds for each read.
+        deadline: When the whole frame must be there, by `time.monotonic`. None: the socket's
+            timeout holds for each read.
 
     Raises:
         OSError: The line is broken or late, or the frame has more than `limit` bytes.
@@ -190,7 +195,8 @@ class Served:
         """Ask Serve for a replica and open its line; False where the replica lives and its port cannot be reached from here.
 
         A replica that began while the cluster was one machine listens on loopback, which leads nowhere from another node, or to somebody else.
-        One without a free file descriptor accepts nobody: its port connects, and does not acknowledge the token.
+        One without a free file descriptor accepts nobody: its port connects, and does not
+        acknowledge the token.
         """
         if time.monotonic() < self._no_line_until:
             return False
@@ -212,7 +218,8 @@ class Served:
             self._line = self.replica = None
 
     def close(self, last: Message | None = None) -> None:
-        if last is not None and self._line is not None and not cluster.forked():  # the line of a fork is its parent's
+        mine = not cluster.forked()  # the line of a fork is its parent's
+        if mine and last is not None and self._line is not None:
             with contextlib.suppress(OSError):
                 self._line.settimeout(1.0)
                 send_frame(self._line, pack(last | {"number": 0}))

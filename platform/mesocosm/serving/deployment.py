@@ -61,7 +61,9 @@ class Replica:
         import ray
 
         host, port = self._line.address
-        return {"host": host, "port": port, "token": self._line.token, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
+        node = ray.get_runtime_context().get_node_id()
+        replica = {"host": host, "port": port, "token": self._line.token}
+        return replica | {"node": node, "pid": os.getpid()}
 
 
 def _host() -> str:
@@ -76,8 +78,8 @@ def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: Non
     that of `config.http` is a thread of this process (`ingress`), which ends with `undeploy`.
 
     An empty `config.world` deploys without a default: every client names its own. Raises UsageError before anything starts, also where an
-    application of that name runs on this Ray: its clients, or its owner's `undeploy`, are somebody else's. Raises MesocosmError where its
-    replicas cannot start.
+    application of that name runs on this Ray: its clients, or its owner's `undeploy`, are somebody else's.
+    Raises MesocosmError where its replicas cannot start.
 
     Args:
         config: What to deploy.
@@ -114,7 +116,8 @@ def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
     import ray
 
     if not ray.is_initialized():
-        report(f"connecting to Ray at {config.ray.address}" if config.ray.address else "starting Ray on this machine")
+        address = config.ray.address
+        report(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
     cluster.ensure(config.ray)
     gpus = 1 if config.device == "cuda" else 0
     cluster.preflight(what=f"serve.replicas={config.replicas} with serve.cpus={config.cpus:g}", cpus=config.replicas * config.cpus)
@@ -129,7 +132,8 @@ def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
     running = serve.status().applications.get(config.name)
     if running is not None and running.status in TAKEN:
         raise UsageError(f"an application {config.name!r} runs on this Ray already; set serve.name to another name, or end that one where it was started")
-    report(f"starting {config.replicas} replica(s), each of which loads {'world ' + config.world if config.world else 'a world when a client names one'}")
+    world = f"world {config.world}" if config.world else "a world when a client names it"
+    report(f"starting {config.replicas} replica(s), each of which loads {world}")
     try:
         target = serve.RunTarget(application(config), name=config.name, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
@@ -140,27 +144,33 @@ def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
 
 
 def _await_running(config: ServeConfig, report: Callable[[str], None]) -> None:
-    """Wait until all replicas answer, and report how many do, and what Serve says of the others. Raises MesocosmError where they cannot start."""
-    from ray import serve
-    from ray.serve._private.common import ReplicaState
+    """Wait until all replicas answer. Report how many do, and what Serve says of the others.
 
+    Raises MesocosmError where they cannot start.
+    """
+    from ray import serve
+
+    application = f"application {config.name!r}"
     began, reported = time.monotonic(), ""
     while True:
-        state = serve.status().applications.get(config.name)
-        if state is None:
-            raise MesocosmError(f"application {config.name!r} was deleted while it started; serve the world again")
-        deployment = state.deployments.get("world")
-        reason = _cause(deployment.message) if deployment is not None else ""
-        if state.status == "DEPLOY_FAILED":
-            raise MesocosmError(f"application {config.name!r} did not start: {reason or _cause(state.message)}")
-        running = deployment.replica_states.get(ReplicaState.RUNNING, 0) if deployment is not None else 0
+        status = serve.status().applications.get(config.name)
+        if status is None:
+            raise MesocosmError(f"{application} was deleted while it started; serve it again")
+        reason, running = "", 0
+        deployment = status.deployments.get("world")
+        if deployment is not None:
+            reason = _cause(deployment.message)
+            states = deployment.replica_states.items()
+            running = sum(count for state, count in states if state == "RUNNING")
+        if status.status == "DEPLOY_FAILED":
+            raise MesocosmError(f"{application} did not start: {reason or _cause(status.message)}")
         line = f"{running} of {config.replicas} replica(s) ready"
         if reason:
             line += f": {reason}"
         if line != reported and (running or reason):
             report(f"{line} [{time.monotonic() - began:.1f} s]")
             reported = line
-        if state.status == "RUNNING":
+        if status.status == "RUNNING":
             return
         time.sleep(POLL_S)
 

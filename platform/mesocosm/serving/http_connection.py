@@ -1,15 +1,15 @@
 """HTTP connections with a time limit: uvicorn 0.54 waits forever for a request's head.
 
-A connection is waiting until a request with the token is in it, and again after that request's reply.
-A waiting connection has `HEAD_S` seconds. Where `CONNECTIONS` are open, the one that has waited longest
-gives its place to a new one. So whoever has no token holds no place for long, however slowly it sends.
+A connection is waiting until a request with the token is in it, and again after that request's
+reply. A waiting connection has `HEAD_S` seconds. Where `CONNECTIONS` are open, the one that has
+waited longest gives its place to a new one. So a client without the token holds no place for long,
+however slowly it sends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
 
 import h11
 from starlette.types import Scope
@@ -18,11 +18,14 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 CONNECTIONS = 256
 """Connections at once, and requests with the token at once"""
 HEAD_S = 10.0
-"""Seconds from the opening of a connection, or from its last reply, until the head of a request with the token is there"""
+"""Seconds from a connection's opening, or its last reply, to a request with the token"""
+
+GRACE_S = 0.1
+"""Seconds after which a connection beyond `CONNECTIONS` costs the longest waiting one"""
 
 
 def admit(scope: Scope) -> None:
-    """Mark the request as one with the token: its connection is not waiting before it is answered."""
+    """Mark the request as one with the token. Its connection is not waiting until the reply."""
     scope.setdefault("state", {})["admitted"] = True
 
 
@@ -35,14 +38,23 @@ class Connection(H11Protocol):
     @property
     def waiting(self) -> bool:
         """Whether no request with the token is in it."""
-        return self.cycle is None or self.cycle.response_complete or not self.scope["state"].get("admitted")
+        answered = self.cycle is None or self.cycle.response_complete
+        return answered or not self.scope["state"].get("admitted")
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._wait()
-        others = [other for other in self.connections if isinstance(other, Connection) and other is not self and other.waiting]
-        if len(self.connections) > CONNECTIONS and others:
-            min(others, key=lambda other: other._since).drop(503, "the server has too many connections; send the whole request at once")
+        if len(self.connections) > CONNECTIONS:
+            # A client that sends its whole head with its connection is not waiting by then.
+            self.loop.call_later(GRACE_S, self._make_room)
+
+    def _make_room(self) -> None:
+        """Drop the connection that has waited longest, where there are still too many."""
+        connections = [each for each in self.connections if isinstance(each, Connection)]
+        waiting = [each for each in connections if each.waiting]
+        if len(connections) > CONNECTIONS and waiting:
+            oldest = min(waiting, key=lambda each: each._since)
+            oldest.drop(503, f"all {CONNECTIONS} connections are taken; send the request again")
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._deadline is not None:
@@ -62,7 +74,7 @@ class Connection(H11Protocol):
 
     def _expire(self) -> None:
         if self.waiting:
-            self.drop(408, f"the request's head did not arrive within {HEAD_S:g} s; send it at once")
+            self.drop(408, f"the head did not arrive within {HEAD_S:g} s; send it at once")
 
     def drop(self, status: int, detail: str) -> None:
         """Close the connection now. A client that has sent a part of a head is told why."""
@@ -74,11 +86,19 @@ class Connection(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """Answer what h11 does not read as a request."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            self._refuse(400, "the request is not valid HTTP/1.1, or its head is too large; send a shorter, valid one")
+            self._refuse(400, "the request is not valid HTTP/1.1, or its head is too large; fix it")
         self.transport.close()
 
     def _refuse(self, status: int, detail: str) -> None:
         body = json.dumps({"detail": detail}).encode()
-        headers: list[tuple[str, Any]] = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
-        events = (h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]), h11.Data(data=body), h11.EndOfMessage())
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        events = (
+            h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        )
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))

@@ -1,7 +1,8 @@
 """A served world over HTTP: JSON for people, the binary protocol for programs. The routes, what guards them, and the server that listens.
 
 Every route but /health wants the bearer token, before a byte of the body is read. An error is {"detail": one sentence}: 400 what is wrong with
-the request, 401, 404 a session that is not kept, 408 a request that is late, 413, 503 no replica answers or the server is full.
+the request, 401, 404 a session that is not kept, 408 a request that is late, 413, 503 no replica
+answers, or the server is full.
 
 The server is a thread of the process that deployed the world. It is not Ray Serve's own proxy: of 2.60 that one answers /-/routes without a
 token, fails with 500 on a header byte that is not UTF-8, shares a taken port silently (SO_REUSEPORT), and is one for all applications of a Ray.
@@ -50,8 +51,10 @@ BODY_S = 60.0
 
 
 class Guard:
-    """ASGI: 401 without the token, 413 for too large a body, 408 for too slow a one, 503 where too many requests are in work.
+    """ASGI: who may ask, and how much at once.
 
+    401 without the token, 413 for too large a body, 408 for too slow a one, 503 for too many
+    requests.
     A body without a length is counted while it is read, and never kept beyond its limit.
     """
 
@@ -71,7 +74,8 @@ class Guard:
             await JSONResponse({"detail": said}, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
         if self._running >= CONNECTIONS:
-            await JSONResponse({"detail": f"{CONNECTIONS} requests are in work; send this one again later"}, 503)(scope, receive, send)
+            busy = f"{CONNECTIONS} requests are in work; send this one again later"
+            await JSONResponse({"detail": busy}, 503)(scope, receive, send)
             return
         admit(scope)
         self._running += 1
@@ -96,7 +100,8 @@ class Guard:
                 async with asyncio.timeout_at(deadline):
                     event = await receive()
             except TimeoutError as error:
-                raise HTTPException(408, f"the body did not arrive within {BODY_S:g} s; send it at once") from error
+                late = f"the body did not arrive within {BODY_S:g} s; send it at once"
+                raise HTTPException(408, late) from error
             got += len(event.get("body", b""))
             if got > limit:
                 raise HTTPException(413, _too_large(limit))
@@ -195,7 +200,8 @@ def routes(visitors: Visitors) -> FastAPI:
     step_request = create_model("Step", __base__=StepRequest, action=(Annotated[list[action], one_each], ...))  # type: ignore[valid-type]
     reset_reply = create_model("ResetReply", __base__=ResetReply, observation=(list[observation], ...))  # type: ignore[valid-type]
     step_reply = create_model("StepReply", __base__=StepReply, observation=(list[observation], ...))  # type: ignore[valid-type]
-    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 401, 408, 413, 503)}
+    statuses = (400, 401, 408, 413, 503)
+    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in statuses}
     no_session: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
     probe: asyncio.Task[bool] | None = None
     probed = 0.0

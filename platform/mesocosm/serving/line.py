@@ -1,4 +1,4 @@
-"""The replica's end of its line: a TCP socket that answers the requests of clients that know its token.
+"""The replica's end of its line: a TCP socket that answers clients which know its token.
 
 A client sends the token as its first frame. The line acknowledges it with an empty frame, and then
 answers one request frame after another until the client hangs up.
@@ -51,7 +51,10 @@ class LineServer:
         self._socket.close()
 
     def _accept(self) -> None:
-        """Accept clients. Without a free file descriptor or thread, wait for one: they call through Serve meanwhile."""
+        """Accept clients. Without a free file descriptor or thread, wait for one.
+
+        Clients call through Serve meanwhile.
+        """
         while not self._closed:
             line: socket.socket | None = None
             try:
@@ -61,7 +64,7 @@ class LineServer:
                 if line is not None:
                     line.close()
                 if not self._closed:
-                    logger.warning("a line cannot be accepted (%s); raise this process's limits (ulimit -n, ulimit -u)", error)
+                    logger.warning("a line cannot be accepted (%s); raise ulimit -n or -u", error)
                     time.sleep(PAUSE_S)
 
     def _serve(self, line: socket.socket) -> None:

@@ -47,9 +47,10 @@ def find_world(storage: Storage, ref: str) -> tuple[str, Path]:
 
 
 class Worlds:
-    """Loaded world versions by id, the `keep` most recently used. Safe to call from several threads.
+    """Loaded world versions by id, the `keep` most recently used.
 
-    Worlds load one at a time. A loaded world never waits for one that loads.
+    Safe to call from several threads. Worlds load one at a time. A loaded world never waits for
+    one that loads.
     """
 
     def __init__(self, root: str, default: str = "", keep: int = 3, device: str = "cpu"):
@@ -186,7 +187,8 @@ class Sessions:
         starts = Starts(world, seed, env)
         with self._lock:
             self._sessions.pop(request["replaces"], None)
-            task, observation = _logged(world, request) or starts.of(episode, np.ones(len(episode), np.bool_))
+            everywhere = np.ones(len(episode), np.bool_)
+            task, observation = _logged(world, request) or starts.of(episode, everywhere)
             carry = world.begin(task, observation, _member(world, seed, env, episode))
             self._keep(request["session"], Session(world, seed, env, starts, carry, 0, None))
         reply: Message = {"world": id}
@@ -203,8 +205,11 @@ class Sessions:
             try:
                 carry = world.restore(context)
             except ValueError as error:
-                raise UsageError(f"request 'restore': {error}; send the steps since the session began") from error
-            self._keep(request["session"], Session(world, seed, env, Starts(world, seed, env), carry, context.clock, None))
+                fix = "send the steps since the session began"
+                raise UsageError(f"request 'restore': {error}; {fix}") from error
+            starts = Starts(world, seed, env)
+            session = Session(world, seed, env, starts, carry, context.clock, None)
+            self._keep(request["session"], session)
         return {"clock": context.clock}
 
     def _step(self, request: Message) -> Message:
@@ -220,7 +225,8 @@ class Sessions:
             if session.clock != clock:
                 return {"missing": True}
             check_step(request, session.world.spec, len(session.env))
-            del self._sessions[name]  # an exception may leave the carry half changed: the session comes back only after a whole step
+            # An exception may leave the carry half changed: only a whole step brings it back.
+            del self._sessions[name]
             reply = self._advance(session, request)
             session.clock, session.reply, session.asked = clock + 1, reply, asked
             self._sessions[name] = session

@@ -27,7 +27,7 @@ MAX_ENVS = 4096
 MAX_SESSIONS, MAX_TOTAL_ENVS = 64, 16384
 """Sessions of people kept, and environments in all of them"""
 IDLE_S = 300.0
-"""A session that is unused for so many seconds makes room for a new one where the limits are reached."""
+"""Seconds after which a session that is unused makes room for a new one"""
 DEADLINE_S, HEALTH_DEADLINE_S = 60.0, 2.0
 """How long a replica may take, its replacement included"""
 
@@ -54,7 +54,8 @@ class NoRoom(MesocosmError):
 class Kept(Generic[T]):
     """What clients hold on the server: at most `count` of them and `weight` in all.
 
-    The least recently used go for room, once they are unused for `idle_s` seconds. What goes is closed after the request that it is in.
+    The least recently used go for room, once they are unused for `idle_s` seconds. What goes is
+    closed after the request that it is in.
     """
 
     def __init__(self, count: int, weight: int, close: Callable[[T], None], idle_s: float = 0.0):
@@ -93,14 +94,15 @@ class Kept(Generic[T]):
     def _for_room(self, weight: int) -> list[str]:
         """The keys that must go before one of `weight` fits. Raises NoRoom."""
         count, total = len(self._held), sum(held.weight for held in self._held.values())
-        full = f"{count} of {self.count} sessions with {total} of {self.weight} environments are in use"
+        limits = f"{count} of {self.count} sessions with {total} of {self.weight} environments"
         gone: list[str] = []
         for key, held in self._held.items():  # the least recently used first
             if count < self.count and total + weight <= self.weight:
                 break
             wait_s = held.used + self.idle_s - time.monotonic()
             if wait_s > 0:
-                raise NoRoom(f"{full}; end one with DELETE /v1/sessions/<session>, or try again in {math.ceil(wait_s)} s")
+                fix = "end one with DELETE /v1/sessions/<session>"
+                raise NoRoom(f"{limits} are in use; {fix}, or try again in {math.ceil(wait_s)} s")
             gone.append(key)
             count, total = count - 1, total - held.weight
         return gone
@@ -152,7 +154,12 @@ class Visitors:
         self.members: int = reply["members"]
         self.memory: int = reply["memory"]
         self._observation_codec = SpaceCodec(self.codec.observation_space)
-        self.sessions: Kept[WorldVectorEnv] = Kept(MAX_SESSIONS, MAX_TOTAL_ENVS, lambda env: env.close(), IDLE_S)
+        self.sessions: Kept[WorldVectorEnv] = Kept(
+            MAX_SESSIONS,
+            MAX_TOTAL_ENVS,
+            lambda env: env.close(),
+            IDLE_S,
+        )
         self.connections: Kept[Served] = Kept(MAX_SESSIONS, MAX_SESSIONS, lambda connection: connection.close())
 
     def close(self) -> None:
@@ -174,7 +181,7 @@ class Visitors:
             held = self.sessions.put(session, num_envs or 1)
             try:
                 with held.lock:
-                    held.value = WorldVectorEnv(held.weight, self.id, app=self.app, deadline_s=DEADLINE_S)
+                    held.value = self._new(held.weight)
                     reply = self._begin(held.value, seed)
             except BaseException:
                 self.sessions.pop(session)
@@ -186,6 +193,9 @@ class Visitors:
             with held.lock:
                 reply = self._begin(self._open(session, held), seed)
         return {"session": session, "world": self.id} | reply
+
+    def _new(self, num_envs: int) -> WorldVectorEnv:
+        return WorldVectorEnv(num_envs, self.id, app=self.app, deadline_s=DEADLINE_S)
 
     def _begin(self, env: WorldVectorEnv, seed: int | None) -> dict[str, Any]:
         observation, _ = env.reset(seed=seed)
