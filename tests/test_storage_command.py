@@ -88,6 +88,26 @@ def test_only_what_nobody_needs_goes(any_root: str, gc: Listed) -> None:
         assert storage.read(name) is not None, name
 
 
+def test_the_checkpoint_of_a_finished_artifact_goes(any_root: str, gc: Listed) -> None:
+    """The process was killed between the commit and the removal. An unfinished training's stays."""
+    storage = Storage(any_root)
+    for kind in ("worlds", "agents"):
+        storage.make(kind, f"done-{kind}", {}, _small)
+        storage.write(f"runs/checkpoints/done-{kind}/progress.json", b"{}")
+        storage.write(f"runs/checkpoints/done-{kind}/snapshots/0/policy.json", b"{}")
+    storage.write("runs/checkpoints/going/progress.json", b"{}")
+    listed = gc(any_root, "--dry-run", "--older-than", "0")["remains"]
+    assert [(remain["what"], remain["bytes"]) for remain in listed] == [("checkpoint", 4)] * 2
+    assert {remain["why"] for remain in listed} == {
+        "worlds/done-worlds is finished",
+        "agents/done-agents is finished",
+    }
+    assert gc(any_root, "--dry-run")["remains"] == [], "a job may be about to remove it"
+    assert gc(any_root, "--yes", "--older-than", "0")["removed"] == 2
+    assert storage.list("runs/checkpoints/done-agents") == []
+    assert storage.list("runs/checkpoints/going") == ["progress.json"]
+
+
 def test_age_is_of_the_newest_file(tmp_path: Path, gc: Listed) -> None:
     """A local folder without COMMIT.json; nothing here makes one, a copy that was cut short does."""
     folder = tmp_path / "root" / "datasets" / "copied"

@@ -148,8 +148,17 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     cache.use(loaded.storage.cache)
     if options.force:
         loaded.force = True
+    if options.wait:
+        loaded.wait = True
+    if options.cluster is None:
+        _preflight(loaded)
     if options.dry_run:
-        _show(module.plan(loaded), options.json)
+        plan = module.plan(loaded)
+        if options.cluster is None and hasattr(module, "resources"):
+            from mesocosm import preflight
+
+            preflight.check_resources(loaded, module.resources(loaded))
+        _show(plan, options.json)
         return 0
     if options.cluster is not None:
         return _submit(loaded, options)
@@ -168,6 +177,14 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     elif made is not None:
         tracking.console.print(f"{made.name}  {made.path}")
     return 0
+
+
+def _preflight(loaded: config.JobConfig) -> None:
+    """Check the storage and the tracking that the job needs until its end."""
+    from mesocosm import preflight, tracking
+
+    for warning in preflight.check(loaded):
+        tracking.console.print(f"warning: {warning}")
 
 
 def _is_override(word: str) -> bool:
@@ -202,6 +219,7 @@ def _parser() -> argparse.ArgumentParser:
         for flag, key in FLAGS.get(name, {}).items():
             sub.add_argument(f"--{flag}", metavar=flag.upper(), help=f"the same as {key}=...")
         sub.add_argument("--force", action="store_true", help="make the artifact again though it is there")
+        sub.add_argument("--wait", action="store_true", help="wait for a process that makes the same artifact, instead of failing")
         sub.add_argument("--cluster", metavar="NAME", help="submit to clusters/NAME.yaml instead of running here; again: attach, or the next attempt")
         sub.add_argument("--follow", action="store_true", help="with --cluster: print what the job says until it is over")
         sub.add_argument("--yes", action="store_true", help="with --cluster: agree to what it costs")

@@ -31,6 +31,33 @@ GROWING_S = 3600
 
 _temp_dir: str | None = None
 
+_forked = False
+"""Whether this process was forked from one that was connected to Ray. Ray's threads do not survive a fork."""
+
+
+def _after_fork() -> None:
+    global _forked, _temp_dir
+    connected = getattr(sys.modules.get("ray"), "is_initialized", None)  # None while Ray is being imported
+    _forked = _forked or (connected is not None and connected())
+    _temp_dir = None  # the parent's
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def forked() -> bool:
+    """Whether this process was forked from one that was connected to Ray."""
+    return _forked
+
+
+def refuse_fork() -> None:
+    """Raise UsageError in a process that was forked from one connected to Ray, where a call to Ray hangs."""
+    if _forked:
+        raise UsageError(
+            f"process {os.getpid()} was forked from a process that is connected to Ray, and cannot use that connection; start it with the spawn method "
+            "(in gymnasium.make_vec: vector_kwargs={'context': 'spawn'}), or step all environments in one process (leave vectorization_mode out)"
+        )
+
 
 def worker_env() -> dict[str, str]:
     """Environment of every worker: one thread a process, the venv's tools (ninja) on PATH, one cache of compiled ops."""
@@ -49,10 +76,11 @@ def worker_env() -> dict[str, str]:
 def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
     """Connect to `config.address`, or start a private local Ray; a second call is a no-op.
 
-    Raises UsageError when an address does not answer.
+    Raises UsageError when an address does not answer, or in a process that was forked from one connected to Ray.
     """
     import ray
 
+    refuse_fork()
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -84,7 +112,7 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
         try:
             ray.init(
                 address="local",
-                num_cpus=config.cpus or max(4, os.cpu_count() or 1),
+                num_cpus=local_cpus(config),
                 include_dashboard=False,
                 _temp_dir=temp_dir,
                 _node_ip_address="127.0.0.1",
@@ -114,9 +142,36 @@ def most() -> dict[str, float]:
     return have | {name: max(have.get(name, 0.0), amount) for name, amount in full.items()}
 
 
-def preflight(*, what: str, cpus: float = 0, gpus: float = 0) -> None:
-    """Raise UsageError, naming `what` (the config key and value that asks), when the cluster can never grant it."""
-    have = most()
+def expected(config: RayConfig) -> dict[str, float]:
+    """The resources that a job will have. Starts no Ray; connects to `ray.address`."""
+    import ray
+
+    if config.address is not None:
+        ensure(config)
+    if ray.is_initialized():
+        return most()
+    import torch
+
+    return {"CPU": float(local_cpus(config)), "GPU": float(torch.cuda.device_count())}
+
+
+def local_cpus(config: RayConfig) -> int:
+    """Logical CPUs of a local Ray."""
+    return config.cpus or max(4, os.cpu_count() or 1)
+
+
+def preflight(
+    *,
+    what: str,
+    cpus: float = 0,
+    gpus: float = 0,
+    config: RayConfig | None = None,
+) -> None:
+    """Raise UsageError, naming `what`, when the cluster can never grant it.
+
+    `what` is the config key and value that asks. With `config` Ray need not run: the check is against what it would have.
+    """
+    have = most() if config is None else expected(config)
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         if need > have.get(name, 0):
             raise UsageError(f"{what} asks for {need:g} {name}s and the cluster has {have.get(name, 0):g}; lower it, or use a larger cluster")

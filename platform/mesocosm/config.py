@@ -63,7 +63,7 @@ class StopConfig:
 
 @dataclass
 class JobConfig:
-    """What every job's config holds. `storage`, `tracking`, `ray` and `stop` say where and how, and are no part of an artifact's id."""
+    """What every job's config holds. `storage`, `tracking`, `ray`, `stop` and `wait` say where and how, and are no part of an artifact's id."""
 
     seed: int = 0
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -72,9 +72,11 @@ class JobConfig:
     stop: StopConfig = field(default_factory=StopConfig)
     force: bool = False
     """Make the artifact again though it is there."""
+    wait: bool = False
+    """Where another process makes the same artifact, wait for it instead of failing."""
 
 
-WHERE = ("storage", "tracking", "ray", "stop", "force")
+WHERE = ("storage", "tracking", "ray", "stop", "force", "wait")
 """Top-level keys that say where a job runs rather than what it makes."""
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.storage_command import size
+from mesocosm.versions import VERSIONS
 
 if TYPE_CHECKING:
     from mesocosm.commit import Commit
@@ -190,12 +191,11 @@ def _show(storage: Storage, options: argparse.Namespace) -> int:
 
 def covered(storage: Storage, artifact: Artifact) -> Artifact:
     """The page and summary.json of a dataset's coverage, `evaluations/ID`: made, or found."""
-    from mesocosm import __version__
     from mesocosm.config import fingerprint
     from mesocosm.data.dataset import Dataset
     from mesocosm.evaluation import coverage, coverage_page
 
-    id = fingerprint("coverage", artifact.id, coverage.SCHEMA, __version__)
+    id = fingerprint("coverage", artifact.id, coverage.SCHEMA, VERSIONS["coverage"])
     meta = {"inputs": {"datasets": [artifact.id]}, "job": "data show", "config": {}}
     name = f"What {artifact.name} covers"
     return storage.make("evaluations", id, meta, lambda folder: coverage_page.write(coverage.summarise(Dataset([artifact.path]), name=name), folder))

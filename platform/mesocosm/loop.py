@@ -11,121 +11,44 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.agents import baseline as model_free
 from mesocosm.agents import train as agents
-from mesocosm.agents.config import AgentConfig, BaselineConfig
-from mesocosm.config import JobConfig, fingerprint, identity
+from mesocosm.agents.config import BaselineConfig
+from mesocosm.config import fingerprint, identity
 from mesocosm.data import collect as collecting
-from mesocosm.data.behaviours import BehaviourConfig
-from mesocosm.data.collect import CollectConfig
 from mesocosm.data.dataset import Dataset
-from mesocosm.data.spaces import check_spaces
+from mesocosm.data.horizon import UNKNOWN, logged_horizon
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import panel, report, suite
 from mesocosm.evaluation import run as evaluation
-from mesocosm.evaluation.config import EvaluateConfig
-from mesocosm.evaluation.judge import judging, longest
+from mesocosm.evaluation.judge import judging
+from mesocosm.loop_config import FREE, LoopConfig, acting, check, fill, real_steps
+from mesocosm.loop_preflight import Ready, preflight, resources
 from mesocosm.pretrain import run as pretraining
-from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.reality import config as reality_config
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import facts_of
 from mesocosm.reality.ledger import Ledger
-from mesocosm.serving import config as serving
-from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.deployment import deploy, undeploy
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
+from mesocosm.versions import VERSIONS
 
-J = TypeVar("J", bound=JobConfig)
-
-
-@dataclass
-class LoopConfig(JobConfig):
-    """A job's own block holds what is particular to it; `reality`, `seed`, `storage`, `tracking` and `ray` are said once, here."""
-
-    reality: RealityConfig = field(default_factory=RealityConfig)
-    rounds: int = 3
-    target: float | None = None
-    """A mean return in reality: drawn in the report, and what "real steps to target" means."""
-    stop_at_target: bool = False
-    """End after the first round whose judged mean return reaches the target."""
-    datasets: list[str] = field(default_factory=list)
-    """Logs to begin with (`datasets/<id>`): the first round then collects nothing. With rounds=1 no real step is spent on training, whatever
-    `reality.budget.steps`; judging is metered apart."""
-    collect: CollectConfig = field(default_factory=CollectConfig)
-    """The first round's data, without `datasets`."""
-    explore: CollectConfig = field(default_factory=lambda: CollectConfig(steps=500, behaviours=[BehaviourConfig(kind="noisy")]))
-    """Every later round's; a behaviour that wants a policy and names none gets the last round's agent."""
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
-    serve: ServeConfig = field(default_factory=ServeConfig)
-    agent: AgentConfig = field(default_factory=AgentConfig)
-    warm_start: bool = True
-    """Later rounds go on from the last round's agent; otherwise each begins anew."""
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    baselines: list[BaselineConfig] = field(default_factory=list)
-    """Model-free training on reality, for comparison."""
-
-
-FREE = ("rounds", "target", "stop_at_target", "baselines")
-"""Keys that change how long the loop goes on and what it is compared with, not the experiment: it goes on in the same ledger."""
-SHARED = ("reality", "seed", "storage", "tracking", "ray", "stop", "force")
-FILLED = {
-    "collect": ("ledger",),
-    "explore": ("ledger",),
-    "serve": ("world", "name"),
-    "agent": ("world", "app"),
-    "evaluate": ("world", "agent", "ledger"),
-    "baselines": ("ledger",),
-}
-"""Keys of the stages that only the loop can know."""
-
-
-def check(cfg: LoopConfig) -> None:
-    """Raise UsageError on the first value that cannot be meant, in any stage, before anything starts."""
-    if cfg.rounds < 1:
-        raise UsageError(f"rounds={cfg.rounds} makes no round; give at least 1")
-    if cfg.stop_at_target and cfg.target is None:
-        raise UsageError("stop_at_target=true needs a target; set target to a mean return")
-    reality_config.check(cfg.reality)
-    blocks = [(name, getattr(cfg, name)) for name in ("collect", "explore", "pretrain", "serve", "agent", "evaluate")]
-    for name, block in [*blocks, *((f"baselines[{i}]", b) for i, b in enumerate(cfg.baselines))]:
-        default = type(block)()
-        for key in (*SHARED, *FILLED.get(name.partition("[")[0], ())):
-            if hasattr(block, key) and getattr(block, key) != getattr(default, key):
-                fix = f"set {key} at the top of the config" if key in SHARED else "leave it out"
-                raise UsageError(f"{name}.{key} is the loop's own to fill; {fix}")
-    budget, needed = cfg.reality.budget.steps, _steps(cfg)
-    if budget is not None and needed > budget:
-        raise UsageError(f"reality.budget.steps={budget} is less than the {needed} steps of {cfg.rounds} rounds; raise it, or lower rounds or explore.steps")
-    # Artifacts that are still to be made stand as "?".
-    stages: list[tuple[str, Callable[[], None]]] = [
-        ("collect", lambda: collecting.check(_fill(cfg.collect, cfg, 0))),
-        ("explore", lambda: collecting.check(_fill(_acting(cfg.explore, "?"), cfg, 1))),
-        ("pretrain", lambda: replace(cfg.pretrain, data=replace(cfg.pretrain.data, datasets=["?"])).validate()),
-        ("serve", lambda: serving.check(cfg.serve)),
-        ("agent", lambda: agents.check(cfg.agent)),
-        ("evaluate", lambda: replace(cfg.evaluate, world="?", agent="?").validate()),
-        *((f"baselines[{i}]", partial(model_free.check, _fill(b, cfg, i))) for i, b in enumerate(cfg.baselines)),
-    ]
-    for name, look in stages:
-        try:
-            look()
-        except UsageError as error:
-            raise UsageError(str(error) if str(error).startswith(f"{name}.") else f"{name}: {error}") from error
+__all__ = ["LoopConfig", "check", "plan", "resources", "run"]
 
 
 def plan(cfg: LoopConfig) -> dict[str, Any]:
     """What a run would spend; nothing is started, and no real step taken."""
-    check(cfg)
-    _look(cfg, [Storage(cfg.storage.root).artifact("datasets", name) for name in cfg.datasets])
-    steps = _steps(cfg)
+    ready = preflight(cfg, Storage(cfg.storage.root))
+    horizon = ready.warning
+    if ready.horizon is not None:
+        horizon = f"{ready.limit} steps: {ready.horizon.source}"
+    steps = real_steps(cfg)
     price = cfg.reality.price
     free = sum(b.steps for b in cfg.baselines)
     judged = suite.most_episodes(cfg.evaluate, 1 + cfg.agent.snapshots)[1] * cfg.rounds + sum(map(model_free.judged, cfg.baselines))
@@ -134,7 +57,8 @@ def plan(cfg: LoopConfig) -> dict[str, Any]:
         "real steps": steps,
         "price": f"{steps * price.per_step:g} {price.currency} and {price.per_reset:g} a reset",
         "model-free real steps": f"at most {free}, {free * price.per_step:g} {price.currency}",
-        **judging(cfg.reality, judged),
+        "horizon": horizon,
+        **judging(cfg.reality, judged, ready.limit),
         "model": f"{cfg.pretrain.model.family} {cfg.pretrain.model.size}, {cfg.pretrain.train.steps} steps a round",
         "imagined steps": cfg.rounds * cfg.agent.iterations * cfg.agent.num_envs * cfg.agent.rollout,
     }
@@ -142,50 +66,25 @@ def plan(cfg: LoopConfig) -> dict[str, Any]:
 
 def run(cfg: LoopConfig, run: Run) -> Artifact:
     """Go round `cfg.rounds` times and write the report; a finished loop is found, a broken-off one goes on where it was."""
-    check(cfg)
-    given = [run.storage.artifact("datasets", name) for name in cfg.datasets]
-    version = _look(cfg, given)
+    ready = preflight(cfg, run.storage)
+    given, version = ready.given, ready.facts.version
     cfg = replace(cfg, datasets=[artifact.name for artifact in given])
-    id = fingerprint("loop", identity(cfg), version, __version__, SCHEMA)
-    if not cfg.force and (found := run.storage.find("evaluations", id)) is not None:
-        run.say(f"found {found.name}: the loop was finished before")
-        return _done(found, run)
+    id = fingerprint("loop", identity(cfg), version, VERSIONS, SCHEMA)
+    with run.making("evaluations", id, cfg) as artifact:
+        if artifact is None:
+            return _done(_go(cfg, run, id, ready, given), run)
+        run.say(f"found {artifact.name}: the loop was finished before")
+        return _done(artifact, run)
+
+
+def _go(cfg: LoopConfig, run: Run, id: str, ready: Ready, given: list[Artifact]) -> Artifact:
     cluster.ensure(cfg.ray)
-    served = cfg.serve.replicas * cfg.serve.cpus if cfg.agent.backend == "serve" else 0
-    needs: dict[str, float] = {
-        "collect.workers": cfg.collect.workers,
-        "explore.workers": cfg.explore.workers if cfg.rounds > 1 else 0,
-        "pretrain.train.workers": cfg.pretrain.train.workers,
-        "serve.replicas with agent.runners": served + cfg.agent.runners,
-    }
-    for name, cpus in needs.items():
-        cluster.preflight(what=f"{name}={cpus:g}", cpus=cpus)
-    return _done(_Loop(cfg, run, id, version, given).go(), run)
-
-
-def _steps(cfg: LoopConfig) -> int:
-    """Real steps that will be collected."""
-    return (0 if cfg.datasets else cfg.collect.steps) + (cfg.rounds - 1) * cfg.explore.steps
-
-
-def _look(cfg: LoopConfig, given: list[Artifact]) -> str:
-    """The environment's version; raises UsageError where there is no such environment, a space that no world can hold, given data of
-    another space, or more judging than `evaluate.judge_steps`."""
-    known = facts_of(cfg.reality)
-    check_spaces(*known.spaces)
-    for artifact in given:
-        data = Dataset([artifact.path])
-        if (data.observation_space, data.action_space) != known.spaces:
-            theirs = f"{data.observation_space}, {data.action_space}"
-            raise UsageError(f"{artifact.name} has the spaces {theirs}, and reality.env={cfg.reality.env!r} others; give data of its own")
-    suite.check_steps(cfg.evaluate, 1 + cfg.agent.snapshots, longest(known))
-    return known.version
-
-
-def _acting(block: CollectConfig, policy: str | None) -> CollectConfig:
-    """Behaviours that want a policy and name none get `policy`."""
-    named = [b if b.kind == "random" or b.function or b.policy or policy is None else replace(b, policy=policy) for b in block.behaviours]
-    return replace(block, behaviours=named)
+    for what, (cpus, gpus) in resources(cfg).items():
+        cluster.preflight(what=what, cpus=cpus, gpus=gpus)
+    if ready.warning is not None:
+        run.say(f"warning: {ready.warning}")
+    timed = ready.facts.max_episode_steps is not None
+    return _Loop(cfg, run, id, ready.facts.version, given, timed=timed).go()
 
 
 def _done(artifact: Artifact, run: Run) -> Artifact:
@@ -199,20 +98,23 @@ def _done(artifact: Artifact, run: Run) -> Artifact:
     return artifact
 
 
-def _fill(block: J, cfg: LoopConfig, round: int) -> J:
-    """A stage's config with what is said once at the top of the loop's; each round has a seed of its own."""
-    shared: dict[str, Any] = {key: getattr(cfg, key) for key in SHARED if any(f.name == key for f in fields(block))}
-    return replace(block, **(shared | {"seed": cfg.seed * 1000 + round}))
-
-
 def _experiment(cfg: LoopConfig) -> dict[str, Any]:
     """What names the ledger: a loop that is run again with a larger budget, more rounds or more workers has spent what it has spent."""
     return identity(cfg, without=[*FREE, *reality_config.PAID, "collect.workers", "explore.workers"])
 
 
 class _Loop:
-    def __init__(self, cfg: LoopConfig, run: Run, id: str, version: str, given: list[Artifact]):
+    def __init__(
+        self,
+        cfg: LoopConfig,
+        run: Run,
+        id: str,
+        version: str,
+        given: list[Artifact],
+        timed: bool = True,
+    ):
         self.cfg, self.run, self.id = cfg, run, id
+        self.timed = timed
         self.ledger_id = f"loop-{fingerprint('ledger', _experiment(cfg), version)}"
         self.ledger = Ledger(run.storage, self.ledger_id, cfg.reality.budget, cfg.reality.price)
         self.stages: list[report.Stage] = []
@@ -256,8 +158,8 @@ class _Loop:
     # -- stages --------------------------------------------------------------------------------------------------------
 
     def _collect(self, round: int, agent: Artifact | None) -> Artifact:
-        block = self.cfg.collect if agent is None else _acting(self.cfg.explore, agent.name)
-        config = replace(_fill(block, self.cfg, round), ledger=self.ledger_id)
+        block = self.cfg.collect if agent is None else acting(self.cfg.explore, agent.name)
+        config = replace(fill(block, self.cfg, round), ledger=self.ledger_id)
         with self.run.child("collect", config) as child:
             artifact = collecting.run(config, child)
         self._counted(artifact)
@@ -268,17 +170,18 @@ class _Loop:
         self.steps.append(int(counts["steps"] if "steps" in counts else Dataset([dataset.path]).transitions))
 
     def _pretrain(self, round: int) -> Artifact:
-        config = _fill(self.cfg.pretrain, self.cfg, round)
+        config = fill(self.cfg.pretrain, self.cfg, round)
         config = replace(config, data=replace(config.data, datasets=list(self.inputs["datasets"])))
         with self.run.child("pretrain", config) as child:
             return pretraining.run(config, child)
 
     def _train(self, round: int, world: Artifact, former: Artifact | None) -> Artifact:
         if not self.served and self.cfg.agent.backend == "serve":
-            deploy(replace(_fill(self.cfg.serve, self.cfg, round), world=world.id, name=self.app))
+            deploy(replace(fill(self.cfg.serve, self.cfg, round), world=world.id, name=self.app))
             self.served = True
         init = former.name if former is not None and self.cfg.warm_start else self.cfg.agent.init
-        config = replace(_fill(self.cfg.agent, self.cfg, round), world=world.id, app=self.app, init=init)
+        config = replace(fill(self.cfg.agent, self.cfg, round), world=world.id, app=self.app, init=init)
+        config = replace(config, horizon=config.horizon or self._reality().horizon)
         with self.run.child("train-agent", config) as child:
             return agents.run(config, child)
 
@@ -287,14 +190,32 @@ class _Loop:
         if block.compares and panel.collected(agent.name, self.run.storage, data) is not None:
             self.run.say(f"  {agent.name}, which was kept, collected some of this world's data: it is judged, and no policies are compared with it")
             block = replace(block, policies=[], graded=0, adversary=0)
-        config = replace(_fill(block, self.cfg, round), world=world.id, agent=agent.id, ledger=self.ledger_id)
+        config = replace(fill(block, self.cfg, round), world=world.id, agent=agent.id, ledger=self.ledger_id)
+        config = replace(config, reality=self._reality())
+        try:
+            with self.run.child("evaluate", config) as child:
+                return evaluation.run(config, child)
+        except suite.TooFewPolicies as error:  # the agent is judged all the same: it was paid for
+            self.run.say(f"  policies are not compared: {error}")
+        config = replace(config, policies=[], graded=0, adversary=0)
         with self.run.child("evaluate", config) as child:
             return evaluation.run(config, child)
 
+    def _reality(self) -> RealityConfig:
+        """`reality` for stages that have a horizon.
+
+        Where neither the environment nor the data so far shows one, it is set to `UNKNOWN`.
+        """
+        reality = self.cfg.reality
+        if self.timed or logged_horizon(self.run.storage, self.inputs["datasets"]) is not None:
+            return reality
+        return replace(reality, horizon=UNKNOWN)
+
     def _baseline(self, index: int, block: BaselineConfig) -> report.Curve:
-        config = _fill(block, self.cfg, index)
+        config = fill(block, self.cfg, index)
         # The same ledger, under its own purpose; nothing is selected, so the curve is what training alone cost.
         config = replace(config, target=config.target if config.target is not None else self.cfg.target, ledger=self.ledger_id, select_episodes=0)
+        config = replace(config, reality=self._reality())
 
         def train() -> Artifact:
             with self.run.child("baseline", config) as child:

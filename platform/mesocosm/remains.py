@@ -1,7 +1,8 @@
 """What may go from a root: what interrupted and slower makers left, and what this machine keeps of artifacts that are gone.
 
 Nothing that a job may still be writing: only what has not changed for a stated time, of a folder its newest file. Never a finished artifact that
-can be opened, a run, a checkpoint, a ledger or a cell: of what lies in their folders only the temporary files of writes that were cut short.
+can be opened, a run, a ledger, a cell, or the checkpoint of an unfinished artifact: of what lies in their folders only the temporary files of writes
+that were cut short.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from mesocosm.storage import COMMIT, KINDS, Storage
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$|^runs/[0-9a-f]{32}\.tmp$")
 """Names that `Storage.write` and its like give to what is not whole yet."""
 RECORDS = ("runs", "ledgers", "cells")
+TRAININGS, TRAINED = "runs/checkpoints", ("worlds", "agents")
+"""Where trainings save their state, by the id of the artifact that they make; its kinds."""
 CHECKPOINTS = ("mesocosm-checkpoint-*", "mesocosm-universal-*")
 """In this machine's temporary folder: a rank's part of a checkpoint, until it is uploaded, and a
 checkpoint that is converted for another number of workers, until it is loaded."""
@@ -56,6 +59,7 @@ def find(storage: Storage, older_than_s: float, remark: Callable[[str], None]) -
     found = list(_of_remote(storage, remark) if storage.remote else _of_local(storage))
     found += _scratch(storage, remark)
     found += _local_temporaries(storage)
+    found += _finished_trainings(storage)
     found += _checkpoints()
     return [remain for remain in found if remain.age_s >= older_than_s]
 
@@ -177,6 +181,27 @@ def _local_temporaries(storage: Storage) -> Iterator[Remain]:
         for path in storage.local_path(top).rglob("*.tmp"):
             if path.is_file() and TEMPORARY.search(path.relative_to(storage.local_path()).as_posix()):
                 yield _on_disk("temporary file", path, "its writer was killed", partial(_rmtree, path))
+
+
+def _finished_trainings(storage: Storage) -> Iterator[Remain]:
+    """Checkpoints of finished artifacts: their maker was killed before it removed them."""
+    files: dict[str, list[tuple[int, float]]] = defaultdict(list)
+    for path, entry in storage.files(TRAININGS).items():
+        files[path.split("/")[2]].append(entry)
+    for id, entries in files.items():
+        kinds = [kind for kind in TRAINED if _is_whole(storage, kind, id)]
+        if not kinds:
+            continue
+        path = f"{TRAININGS}/{id}"
+        size, newest = sum(bytes for bytes, _ in entries), max(modified for _, modified in entries)
+        why = f"{kinds[0]}/{id} is finished"
+        remove = partial(_removed, storage, path)
+        yield Remain("checkpoint", storage.url(path), size, _age(newest), why, remove)
+
+
+def _is_whole(storage: Storage, kind: str, id: str) -> bool:
+    there = storage.read(f"{kind}/{id}/{COMMIT}") is not None
+    return there and not storage.is_damaged(kind, id)
 
 
 def _checkpoints() -> Iterator[Remain]:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,9 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from mesocosm import faults
 from mesocosm.config import JobConfig, to_yaml
 from mesocosm.errors import MesocosmError
+from mesocosm.lease import hold
 from mesocosm.mirror import PENDING, Mirror, deliver, memo_of, ping, read_json, redact, uri_of, write_whole
+from mesocosm.owner import Owner, this_process
 from mesocosm.shipping import Shipper
 from mesocosm.storage import Artifact, Storage
 
@@ -39,6 +41,10 @@ __all__ = ["Run", "console", "ping", "redact", "register_world", "replay_in_back
 
 console = Console(highlight=False, soft_wrap=True, stderr=True)
 """Where people read: stderr, so that `--json` owns stdout."""
+
+
+SILENT_S = 600.0
+"""A run on another host that has not updated its status for so long has crashed."""
 
 
 class Run:
@@ -54,6 +60,7 @@ class Run:
         self.facts: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._started = time.time()
+        self._owner = this_process()
         self._state, self._error = "running", ""
         self._progress: dict[str, Any] | None = None
         (self.folder / "config.yaml").write_text(redact(to_yaml(config)))
@@ -138,6 +145,21 @@ class Run:
         with start(job, config, id=id, parent=self, quiet=self.quiet) as run:
             yield run
 
+    @contextmanager
+    def making(self, kind: str, id: str, config: JobConfig) -> Iterator[Artifact | None]:
+        """The finished artifact, unless `config.force`; or None, while this process alone may make it.
+
+        Raises:
+            Held: another process makes it, and `config.wait` is False.
+        """
+        force = config.force
+        if not force and (artifact := self.storage.find(kind, id)) is not None:
+            yield artifact
+            return
+        with hold(self.storage, f"{kind}/{id}", self.job, self.say, wait=config.wait):
+            # The holder that was waited for may have made it.
+            yield None if force else self.storage.find(kind, id)
+
     def _status(self, state: str, error: str = "") -> None:
         with self._lock:
             self._state, self._error = state, redact(error)
@@ -151,7 +173,7 @@ class Run:
             "parent": f"{self.parent.job}/{self.parent.id}" if self.parent else None,
             "started": self._started,
             "updated": time.time(),
-            "pid": os.getpid(),
+            "owner": asdict(self._owner),
             "error": self._error or None,
             "progress": self._progress,
             "facts": self.facts,
@@ -219,7 +241,7 @@ def replay_pending(config: JobConfig) -> int:
         if status is None:
             continue
         if status["state"] == "running":
-            if _alive(status["pid"]):
+            if _alive(status):
                 continue
             status.update(state="failed", error="the process ended without a word (killed?)")
             write_whole(mark.parent / "status.json", json.dumps(status, indent=1))
@@ -250,11 +272,9 @@ def replay_in_background(config: JobConfig) -> None:
     threading.Thread(target=work, name="replay", daemon=True).start()
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _alive(status: Mapping[str, Any]) -> bool:
+    """Whether the process of a run that says "running" still runs."""
+    owner = status.get("owner")
+    alive = Owner(**owner).alive() if owner else None
+    # On another host only the heartbeat tells; hosts' clocks differ.
+    return time.time() - status["updated"] < SILENT_S if alive is None else alive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,28 @@ def seek(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Artifact]:
     return root, storage.make("worlds", "seek", {"inputs": {"datasets": ["seek"]}}, World(net, base, codec.to_json()).save)
 
 
+def test_the_horizon_is_inferred_from_the_logs_or_asked_for(seek: tuple[str, Artifact]) -> None:
+    root, world = seek
+    storage = Storage(root)
+    codec = json.loads((world.path / "codec.json").read_text())
+    codec["environment"]["max_episode_steps"] = None
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(world.path, folder, dirs_exist_ok=True)
+        (folder / "COMMIT.json").unlink()
+        (folder / "codec.json").write_text(json.dumps(codec))
+
+    storage.make("worlds", "untimed", {"inputs": {"datasets": ["seek"]}}, fill)
+    storage.make("worlds", "alone", {"inputs": {}}, fill)
+    facts = train.plan(agent_config(root, "world=untimed", "horizon=null"))
+    assert facts["horizon"].startswith(f"{LENGTH} steps: all 80 truncated episodes")
+    alone = ["world=alone", "starts=generated"]
+    with pytest.raises(UsageError, match="horizon must be set for worlds/alone"):
+        train.plan(agent_config(root, *alone, "horizon=null"))
+    facts = train.plan(agent_config(root, *alone, "horizon=7"))
+    assert facts["horizon"] == "7 steps: as configured"
+
+
 def agent_config(root: str, *overrides: str) -> AgentConfig:
     return load(AgentConfig, [], [f"storage.root={root}", "world=seek", *SMALL, *overrides])
 
@@ -163,6 +186,32 @@ def test_dqn_trains_from_generated_starts_with_a_penalty(ray_local: None, seek: 
     assert artifact.meta["inputs"]["datasets"] == [] and len(lines) == 3
     assert artifact.meta["config"]["horizon"] == LENGTH == lines[-1]["agent/imagined_length"], "the environment's own time limit"
     assert -40 < real_return(Policy.load(artifact.path), 5) < 0
+
+
+def test_a_return_that_the_logs_cannot_explain_is_a_warning(ray_local: None, seek: tuple[str, Artifact]) -> None:
+    root, world = seek
+    evidence = {
+        "transitions": 900,
+        "free": {"action": 0.02},
+        "fixed": ["action"],
+        "best_return": -99.0,
+        "low_rate": -9.0,
+        "high_rate": -8.0,
+    }
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(world.path, folder, dirs_exist_ok=True)
+        (folder / "COMMIT.json").unlink()
+
+    meta = {"inputs": {"datasets": ["seek"]}, "evidence": evidence}
+    Storage(root).make("worlds", "blind", meta, copy)
+    short = ["iterations=1", "snapshots=0", "world=blind"]
+    artifact, _, folder = train_agent(agent_config(root, *short))
+    assert "2.0% of its variance is free" in artifact.meta["checks"]["actions"]
+    assert "no 10 consecutive steps of the logs average more than -8" in artifact.meta["checks"]["return"]
+    assert (folder / "log.txt").read_text().count("warning: ") == 2
+    plain, _, folder = train_agent(agent_config(root, "iterations=1", "snapshots=0"))
+    assert plain.meta["checks"] == {} and "warning" not in (folder / "log.txt").read_text()
 
 
 WRONG = [

@@ -17,12 +17,15 @@ import torch
 
 from mesocosm import tracking
 from mesocosm.agents.policy import Layout, Policy
+from mesocosm.agents.rollout import imagined_returns
 from mesocosm.config import StorageConfig, load
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.dataset import Dataset, Environment, write_dataset
+from mesocosm.data.episode import Episode
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation.config import EvaluateConfig
+from mesocosm.evaluation.run import plan
 from mesocosm.evaluation.run import run as evaluate
 from mesocosm.model import mup
 from mesocosm.model.base import Base
@@ -32,6 +35,7 @@ from mesocosm.model.world import World
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.ledger import Ledger
+from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.storage import Storage
 
 from . import worlds
@@ -122,6 +126,36 @@ def test_a_world_and_an_agent_are_evaluated_once(root: str, stored: Storage, run
     assert Ledger(stored, artifact.id).totals().steps == ledger.steps, "what is finished takes no real step"
 
 
+def test_logs_of_one_deterministic_policy_are_named(root: str, stored: Storage, run: tracking.Run, tmp_path: Path) -> None:
+    """The world of such logs may ignore actions; and it promises more a step than they ever show."""
+    episodes = []
+    for k in range(30):
+        walk = np.random.default_rng(k).normal(size=(11, 2)).cumsum(0)
+        rewards = np.full(10, -50.0)
+        episodes.append(Episode(k, k, "steady", list(walk), list(np.tanh(walk[:-1])), rewards, "truncated"))
+
+    def write(folder: Path) -> None:
+        spaces = {"observation_space": worlds.OBSERVATIONS, "action_space": worlds.ACTIONS}
+        write_dataset(folder, episodes, id="steady", seed=0, environment=Environment(id="walk"), **spaces)
+
+    def copy(folder: Path) -> None:
+        _copy(stored.artifact("worlds", "w0").path, folder)
+        (folder / "COMMIT.json").unlink()
+
+    stored.make("datasets", "steady", {"inputs": {}}, write)
+    stored.make("worlds", "blind", {"inputs": {"datasets": ["steady"]}}, copy)
+    artifact = evaluate(config(root, world="blind", datasets=["walks"], agent="a0"), run)
+    summary = json.loads((artifact.path / "summary.json").read_text())["suite"]
+    assert summary["verdicts"][5]["answer"] == "no"
+    assert "action[0] (0.0% of its variance is free), action[1]" in summary["verdicts"][5]["text"]
+    assert "no 10 consecutive steps of the logs average more than -50" in summary["agent"]["unexplained"]
+    page = (artifact.path / "report.html").read_text()
+    assert "a world that ignores it fits as well" in page and "The logs do not explain that" in page
+    log = (run.folder / "log.txt").read_text()
+    assert log.count("warning: in the logs the action follows") == 1
+    assert log.count("warning: the agent's return") == 1
+
+
 def test_policies_are_compared_and_every_real_step_of_it_is_stated(root: str, stored: Storage, run: tracking.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     behaviours = [BehaviourConfig(kind="random"), BehaviourConfig(kind="scripted", function=f"{__name__}:slow")]
     sys.modules.setdefault(__name__, sys.modules[slow.__module__])
@@ -194,6 +228,45 @@ def test_a_given_ledger_is_bounded_for_this_evaluation_alone(root: str, stored: 
     assert 1000 < Ledger(stored, "shared").totals().purposes["judge"].steps <= 1060
 
 
+def test_the_horizon_of_a_self_truncating_environment_comes_from_the_logs(
+    root: str, stored: Storage, run: tracking.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`Walk` truncates itself and registers no limit; its logged episodes are truncated at 30."""
+    cfg = config(root, agent="a0", episodes=2, imagined=4, seed=11)
+    cfg.reality.kwargs = {"limit": 1000}  # the policy never ends an episode by itself
+    facts = plan(cfg)
+    assert facts["judged real steps"] == "at most 60" and facts["horizon"].startswith("30 steps")
+    horizons = []
+
+    def imagined(policies: Any, env: WorldVectorEnv, *rest: Any) -> Any:
+        horizons.append(env.horizon)
+        return imagined_returns(policies, env, *rest)
+
+    monkeypatch.setattr("mesocosm.evaluation.suite.imagined_returns", imagined)
+    artifact = evaluate(cfg, run)
+    summary = json.loads((artifact.path / "summary.json").read_text())
+    judged = {row["purpose"]: row for row in summary["real_steps"]["purposes"]}["judge"]
+    assert horizons == [30] and judged["steps"] <= 60
+    log = (run.folder / "log.txt").read_text()
+    assert "episodes end after 30 steps" in log and "of at most 30" in log
+
+
+def test_an_unknown_horizon_is_asked_for_before_a_real_step(root: str, stored: Storage, run: tracking.Run) -> None:
+    def fill(folder: Path) -> None:
+        _copy(stored.artifact("worlds", "w0").path, folder)
+        (folder / "COMMIT.json").unlink()
+
+    stored.make("worlds", "alone", {"inputs": {"datasets": []}}, fill)
+    cfg = config(root, world="alone", agent="a0", datasets=["walks"])
+    before = stored.list("ledgers")
+    for ask in (plan, lambda cfg: evaluate(cfg, run)):
+        with pytest.raises(UsageError, match=r"reality\.horizon must be set for worlds/alone"):
+            ask(cfg)
+    assert stored.list("ledgers") == before
+    cfg.reality.horizon = 12
+    assert plan(cfg)["judged real steps"] == "at most 60"
+
+
 def test_a_world_alone_takes_no_real_step(root: str, stored: Storage, run: tracking.Run) -> None:
     before = stored.list("ledgers")
     summary = json.loads((evaluate(config(root, full=False), run).path / "summary.json").read_text())
@@ -211,7 +284,7 @@ def test_a_world_alone_takes_no_real_step(root: str, stored: Storage, run: track
         ({"datasets": ["nope"]}, "no artifact datasets/nope"),
         ({"agent": "other"}, "action_space Discrete"),
         ({"samples": 0}, "samples=0 must be at least 1"),
-        ({"agent": "a0", "judge_steps": 59}, r"judge_steps=59 is less than the 50000 real steps that 5 episodes of at most 10000 steps may take; raise it"),
+        ({"agent": "a0", "judge_steps": 59}, r"judge_steps=59 is less than the 150 real steps that 5 episodes of at most 30 steps"),
         ({"graded": 3}, "graded=3 needs an agent; set agent"),
         ({"agent": "a0", "episodes": 1}, "episodes=1 gives no interval; judge by at least 2 episodes"),
         ({"policies": [BehaviourConfig(kind="random")], "policy_episodes": 1}, "policy_episodes=1 gives no interval"),

@@ -316,5 +316,5 @@ def test_other_ways_to_compute_the_same(whole: Any, tmp_path: Path, cart_root: M
 @pytest.mark.parametrize("family", ["sequence", "ensemble"])
 def test_termination_is_learned(tmp_path: Path, cart_root: Make, pretrain: Make, family: str) -> None:
     made = pretrain(cart_root(tmp_path, 2500), f"model.family={family}", "train.steps=600", "train.batch=16", "train.events=48")
-    assert made.artifact.meta["checks"] == {"termination": "passed"}
+    assert made.artifact.meta["checks"] == {"termination": "passed", "actions": "passed"}
     assert made.artifact.meta["metrics"]["termination_recall"] >= 0.6 and made.artifact.meta["metrics"]["termination_precision"] > 0.6

@@ -14,8 +14,8 @@ from laws import DATA, SIZES, TRUTH, budgets, grid, loss, write
 
 from mesocosm.cli import main
 from mesocosm.errors import UsageError
-from mesocosm.scaling import fit
-from mesocosm.scaling.law import Flops, Law, optimal_of, params_of
+from mesocosm.scaling import fit, isoflop
+from mesocosm.scaling.law import Flops, IsoFlop, Law, Optimal, optimal_of, params_of
 from mesocosm.scaling.table import Table
 
 LONE = ("seed", "trunk")
@@ -50,7 +50,7 @@ def test_the_truth_is_found_and_lies_in_the_intervals(tmp_path: Path) -> None:
     assert law.held_out is not None and law.held_out.beats_baselines and law.held_out.mean_rel_error < 0.01
     assert law.held_out.min_flops >= 4 * law.held_out.max_fitted_flops
     assert law.held_out.baselines["power_law"].mean_rel_error > 5 * law.held_out.mean_rel_error
-    assert not codes(law) & {"outliers", "e_touches_zero", "baseline_not_beaten", "approaches_disagree"}
+    assert not codes(law) & {"outliers", "e_touches_zero", "baseline_not_beaten", "wide_interval"}
 
 
 def test_it_is_deterministic_and_seeded(tmp_path: Path) -> None:
@@ -117,6 +117,59 @@ def test_approaches_that_disagree_are_said(tmp_path: Path) -> None:
     law = fitted(tmp_path, [*most, *other], without=())
     assert law.isoflop is not None and law.optimal.a == pytest.approx(0.44, abs=0.03) and law.isoflop.a > 0.55
     assert "approaches_disagree" in codes(law)
+
+
+def test_an_estimate_outside_the_other_interval_is_a_warning_though_the_intervals_overlap(
+    tmp_path: Path,
+) -> None:
+    """On this coarse grid the parabolas are off by .035, and the intervals overlap."""
+    law = fitted(tmp_path, noisy(seeds=2), without=())
+    assert law.isoflop is not None
+    inside, around = law.interval["a"], law.isoflop.interval["a"]
+    assert around[0] < inside[1] and not inside[0] <= law.isoflop.a <= inside[1]
+    note = next(note for note in law.warnings if note.code == "approaches_disagree")
+    assert f"a={law.optimal.a:.3f}" in note.sentence and f"a={law.isoflop.a:.3f}" in note.sentence
+
+
+def test_approaches_that_agree_and_narrow_intervals_give_no_warning() -> None:
+    form = Optimal(a=0.5, b=0.5, kN=1.0, kD=1.0)
+    interval = {"a": (0.45, 0.55), "b": (0.45, 0.55)}
+    second = IsoFlop(
+        source="budgets",
+        a=0.52,
+        b=0.48,
+        kN=1.0,
+        kD=1.0,
+        interval={"a": (0.44, 0.6), "b": (0.4, 0.56)},
+        budgets=[],
+    )
+    assert isoflop.agreement(form, interval, second) == []
+    assert isoflop.agreement(form, interval, None) == []
+    # Each estimate must lie inside the other's interval: here only one of the two does.
+    narrow = second.model_copy(update={"interval": {"a": (0.51, 0.53), "b": (0.47, 0.49)}})
+    (note,) = isoflop.agreement(form, interval, narrow)
+    assert note.code == "approaches_disagree"
+    shifted = second.model_copy(update={"a": 0.56, "b": 0.44})
+    (note,) = isoflop.agreement(form, interval, shifted)
+    assert note.code == "approaches_disagree"
+
+
+@pytest.mark.parametrize("of", ["the form", "IsoFLOP parabolas"])
+def test_an_interval_wider_than_a_fifth_is_a_warning(of: str) -> None:
+    narrow, wide = {"a": (0.45, 0.55), "b": (0.45, 0.55)}, {"a": (0.35, 0.6), "b": (0.4, 0.55)}
+    form = Optimal(a=0.5, b=0.5, kN=1.0, kD=1.0)
+    second = IsoFlop(
+        source="budgets",
+        a=0.5,
+        b=0.5,
+        kN=1.0,
+        kD=1.0,
+        interval=narrow if of == "the form" else wide,
+        budgets=[],
+    )
+    notes = isoflop.agreement(form, wide if of == "the form" else narrow, second)
+    assert [note.code for note in notes] == ["wide_interval"]
+    assert f"a=0.500 (0.35 to 0.6) by {of}." in notes[0].sentence and "b=" not in notes[0].sentence
 
 
 def test_flops_that_are_not_6nd_move_the_optimum(tmp_path: Path) -> None:

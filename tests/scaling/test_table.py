@@ -43,8 +43,22 @@ def read(tmp_path: Path, text: str) -> Table:
         ("params,data,loss,unique\n1e4,1e4,2,\n", "line 2: unique is empty"),
         ("params,data,loss,weight\n1e4,1e4,2,0\n", "line 2: weight=0 must"),
         ("params,data,loss,trunk\n1e4,1e4,2,\n", "line 2: trunk is empty"),
-        (HEAD + GOOD + "1e4,1e4,2.5\n", "lines 2 and 4: loss=2 and loss=2.5 for one cell .*say so in a column `seed`"),
-        ("params,data,loss,seed\n1e4,1e4,2,0\n1e4,1e4,3,0\n", "lines 2 and 3: .*seed=0.*different seeds"),
+        (
+            HEAD + GOOD + "1e4,1e4,2.5\n",
+            "lines 2 and 4 give loss=2 and loss=2.5 .*add a column lr, seed, trunk or unique",
+        ),
+        (
+            "params,data,loss,seed\n1e4,1e4,2,0\n1e4,1e4,3,0\n",
+            "lines 2 and 3 .*seed=0.*correct seed or add a column lr, trunk or unique",
+        ),
+        (
+            "params,data,loss,lr,seed,trunk,unique\n1e4,1e4,2,.1,0,a,1e4\n1e4,1e4,3,.1,0,a,1e4\n",
+            r"lr=0\.1, seed=0, trunk=a, unique=10000\); keep one or correct lr, seed, trunk or",
+        ),
+        (
+            "params,data,loss,optimizer,batch,run\n1e4,1e4,2,sgd,8,a\n1e4,1e4,3,adam,8,b\n",
+            "and differ in 'optimizer' and 'run', which fit does not read; keep one, add a column",
+        ),
     ],
 )
 def test_a_wrong_table_is_one_sentence(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,7 +92,7 @@ def test_seeds_are_told_apart_and_resampled_with_their_cell(tmp_path: Path) -> N
 def test_trunks_tell_runs_of_one_cell_apart(tmp_path: Path) -> None:
     table = read(tmp_path, "params,data,loss,trunk\n1e4,1e4,2.0,a\n1e4,1e4,2.1,b\n1e5,1e5,1.0,a\n")
     assert len(table) == 3
-    with pytest.raises(UsageError, match=r"loss=2 and loss=2\.5 for one cell"):
+    with pytest.raises(UsageError, match=r"loss=2 and loss=2\.5 for one cell .*trunk=a"):
         read(tmp_path, "params,data,loss,trunk\n1e4,1e4,2.0,a\n1e4,1e4,2.5,a\n")
 
 

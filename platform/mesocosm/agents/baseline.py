@@ -17,19 +17,21 @@ from typing import Any
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
+from mesocosm.agents.feasible import check_agent
 from mesocosm.agents.policy import Policy
 from mesocosm.config import fingerprint, identity
 from mesocosm.errors import BudgetSpent, UsageError
 from mesocosm.evaluation.judge import judge, judging
 from mesocosm.reality.config import PAID, BudgetConfig, RealityConfig
-from mesocosm.reality.env import facts_of
+from mesocosm.reality.env import EnvFacts, facts_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import Meter, MeteredVectorEnv, make_metered_vector
 from mesocosm.storage import SCHEMA, Artifact
 from mesocosm.tracking import Run
+from mesocosm.versions import VERSIONS
 
 CURVE = "curve.json"
 
@@ -50,6 +52,13 @@ def check(config: BaselineConfig) -> None:
         raise UsageError(f"select_episodes={config.select_episodes} and select_every={config.select_every} must be at least 0")
 
 
+def check_spaces(config: BaselineConfig, spaces: tuple[Any, Any]) -> None:
+    """Raise UsageError where the algorithm cannot be trained on (observation, action) spaces."""
+    num_envs, rollout = shape(config)
+    network = settings.model(config.algo, config.model)
+    check_agent(config.algo, _params(config), network, spaces, num_envs * rollout)
+
+
 def shape(config: BaselineConfig) -> tuple[int, int]:
     """(environments, steps of each between updates)"""
     num_envs, rollout = settings.SHAPE[config.algo]
@@ -67,6 +76,7 @@ def _iteration(config: BaselineConfig) -> int:
 def plan(config: BaselineConfig) -> dict[str, Any]:
     """What `run` would spend at most. Starts nothing."""
     check(config)
+    check_spaces(config, facts_of(config.reality).spaces)
     price = config.reality.price
     spent = {"real steps": f"at most {config.steps}", "price": f"at most {config.steps * price.per_step:g} {price.currency} and the resets"}
     apart = judging(config.reality, judged(config))
@@ -89,13 +99,18 @@ def run(config: BaselineConfig, run: Run) -> Artifact:
     check(config)
     told = {"params": _params(config), "model": settings.model(config.algo, config.model), "shape": list(shape(config))}
     known = facts_of(config.reality)
+    check_spaces(config, known.spaces)
     facts = identity(config, without=["ledger", *PAID]) | told
-    id = fingerprint("evaluations", "baseline", facts, known.version, __version__, SCHEMA)
-    done = None if config.force else run.storage.find("evaluations", id)
-    if done is not None:
-        run.say(f"found evaluations/{id} ({config.algo} without a model)")
-        run.record(artifact=done.name)
-        return done
+    id = fingerprint("evaluations", "baseline", facts, known.version, VERSIONS["baseline"], SCHEMA)
+    with run.making("evaluations", id, config) as artifact:
+        if artifact is None:
+            return _make(config, run, id, facts, known)
+        run.say(f"found {artifact.name} ({config.algo} without a model)")
+        run.record(artifact=artifact.name)
+        return artifact
+
+
+def _make(config: BaselineConfig, run: Run, id: str, facts: dict[str, Any], known: EnvFacts) -> Artifact:
     ledger = config.ledger or f"baseline-{id}-{run.id}"
     cluster.ensure(config.ray)
 

@@ -37,7 +37,8 @@ class AgentConfig(JobConfig):
     """Environment runners in Ray actors, each with `num_envs` environments; 0: one in the job's own process."""
     horizon: int | None = None
     """Imagined steps after which an episode is cut (the value of its last observation stands for the rest); None: the environment's own
-    time limit, or 1000 where it has none. Short horizons from logged starts trust the world less far, and teach less of what comes late."""
+    time limit, or where it registers none the longest truncated episode of the world's data.
+    Short horizons from logged starts trust the world less far, and teach less of what comes late."""
     starts: str = "generated"
     """`generated`: imagined episodes begin at the world's own samples; `logged`: at observations of the world's datasets, uniformly."""
     datasets: list[str] = field(default_factory=list)

@@ -17,7 +17,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data import behaviours as acting
 from mesocosm.data.behaviours import BehaviourConfig
@@ -29,10 +29,11 @@ from mesocosm.data.spaces import check_spaces
 from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.reality.config import PAID, RealityConfig
-from mesocosm.reality.env import facts_of, source_hash
+from mesocosm.reality.env import EnvFacts, facts_of, source_hash
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run
+from mesocosm.versions import VERSIONS
 
 
 @dataclass
@@ -67,7 +68,10 @@ def check(cfg: CollectConfig) -> None:
 def plan(cfg: CollectConfig) -> dict[str, Any]:
     """What `run` would spend. Makes the environment, to see that it exists; takes no real step and writes nothing."""
     check(cfg)
-    known = facts_of(cfg.reality)
+    known = check_environment(cfg, Storage(cfg.storage.root))
+    budget = cfg.reality.budget.steps
+    if budget is not None and cfg.steps > budget:
+        raise UsageError(f"steps={cfg.steps} must be at most reality.budget.steps={budget}")
     price = cfg.reality.price
     return {
         "environment": cfg.reality.env,
@@ -79,6 +83,24 @@ def plan(cfg: CollectConfig) -> dict[str, Any]:
         "price of a reset": f"{price.per_reset:g} {price.currency}",
         "behaviours": [acting.label(b) for b in cfg.behaviours],
     }
+
+
+def resources(cfg: CollectConfig) -> dict[str, tuple[float, float]]:
+    """(CPUs, GPUs) that the job needs, by key."""
+    return {f"workers={cfg.workers}": (min(cfg.workers, cfg.lanes), 0)}
+
+
+def check_environment(cfg: CollectConfig, storage: Storage) -> EnvFacts:
+    """The environment's facts. Takes no real step.
+
+    Raises:
+        UsageError: no such environment, a space that a world cannot hold, a behaviour whose
+            policy or function is missing or of other spaces.
+    """
+    known = facts_of(cfg.reality)
+    check_spaces(*known.spaces)
+    _resolve(cfg.behaviours, storage, *known.spaces)
+    return known
 
 
 def run(cfg: CollectConfig, run: Run) -> Artifact:
@@ -96,12 +118,27 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
     chosen, sources = _resolve(cfg.behaviours, storage, *known.spaces)
     what = identity(cfg, without=["workers", "ledger", *PAID])
     what["behaviours"] = [asdict(b) for b in chosen]
-    id = fingerprint("datasets", what, sources, known.version, __version__, SCHEMA)
-    if not cfg.force and (found := storage.find("datasets", id)) is not None:
-        hint = f" ({found.meta['short']}; --force collects it anew)" if found.meta.get("short") else ""
-        run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was collected{hint}")
-        run.record(artifact=found.name, inputs=found.meta["inputs"])
-        return found
+    id = fingerprint("datasets", what, sources, known.version, VERSIONS["collect"], SCHEMA)
+    with run.making("datasets", id, cfg) as artifact:
+        if artifact is None:
+            return _make(cfg, run, id, known, chosen, what)
+        short = artifact.meta.get("short")
+        hint = f" ({short}; --force collects it anew)" if short else ""
+        transitions = artifact.meta["counts"]["transitions"]
+        run.say(f"found {artifact.name}: {transitions} transitions; nothing was collected{hint}")
+        run.record(artifact=artifact.name, inputs=artifact.meta["inputs"])
+        return artifact
+
+
+def _make(
+    cfg: CollectConfig,
+    run: Run,
+    id: str,
+    known: EnvFacts,
+    chosen: list[BehaviourConfig],
+    what: dict[str, Any],
+) -> Artifact:
+    storage = run.storage
     ledger = Ledger(storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
     plan = Plan(
         reality=cfg.reality,

@@ -23,13 +23,13 @@ from mesocosm.errors import MesocosmError
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import Act, EpisodeCut, EpisodeError, make_env, run_episode
 from mesocosm.reality.ledger import Ledger, Usage
-from mesocosm.reality.metered import MeteredEnv
+from mesocosm.reality.metered import OVERHEAD, MeteredEnv
 from mesocosm.reality.sturdy import MAX_FAILURES
 from mesocosm.storage import Storage
 
-SEGMENT_S = 0.5
+SEGMENT_S = 0.1
 """Episodes that end within so many seconds are written together: what a crash makes a lane pay again, beside the episode
-that it was at."""
+that it was at. It is longer where storage is so slow that writing would take more than OVERHEAD of the time."""
 BLOCK = 1024
 """Steps that a lane reserves ahead, at most."""
 
@@ -133,6 +133,8 @@ class LaneRunner:
         """This call of `advance` may write nothing more."""
         self._began = 0
         """The meter's steps when the episode under way began."""
+        self._cost_s = 0.0
+        """What writing the last segment took."""
         self._lock = threading.RLock()
 
     def begin(self, lane: int, steps: int) -> None:
@@ -173,9 +175,12 @@ class LaneRunner:
                         self._add(attempt, rows)
                     else:
                         self._fail(attempt)
-                if lane.careful or attempt.reason or time.monotonic() - since > SEGMENT_S:
+                patience_s = max(SEGMENT_S, self._cost_s / OVERHEAD)
+                if lane.careful or attempt.reason or time.monotonic() - since > patience_s:
                     break
+            began = time.monotonic()
             self._write()
+            self._cost_s = time.monotonic() - began
         finally:
             with suppress(Exception):  # where something was raised, that is what went wrong
                 self._write()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from mesocosm.agents.policy import Acts
 from mesocosm.config import fingerprint
 from mesocosm.data.episode import Episode
+from mesocosm.data.horizon import MAX_EPISODE_STEPS
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import stats
 from mesocosm.reality.config import RealityConfig
@@ -20,8 +21,6 @@ from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import MeteredEnv
 from mesocosm.reality.sturdy import Timed
 
-MAX_EPISODE_STEPS = 10_000
-"""Where an environment sets no time limit, an episode is cut here, so that a policy that never fails can be judged."""
 BLOCK = 256
 """Real steps reserved at a time: what a crash over-counts at most."""
 
@@ -95,6 +94,8 @@ def judge(
     """
     if episodes < 1:
         raise UsageError(f"episodes={episodes} judges nothing; give at least 1")
+    if reality.bounds == "drop":  # a return is real wherever the observations were
+        reality = replace(reality, bounds="ignore")
     bare = make_env(reality)
     check_spaces(policy, bare, reality)
     timed = reality.horizon is not None or (bare.spec is not None and bare.spec.max_episode_steps is not None)
@@ -133,9 +134,16 @@ def longest(facts: EnvFacts) -> int:
     return facts.max_episode_steps or MAX_EPISODE_STEPS
 
 
-def judging(reality: RealityConfig, episodes: int) -> dict[str, Any]:
-    """What judging so many episodes would take of reality at most, for a dry run. Takes no real step."""
-    steps, price = episodes * longest(facts_of(reality)), reality.price
+def judging(
+    reality: RealityConfig,
+    episodes: int,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """What judging so many episodes would cost at most, for a dry run. Takes no real step.
+
+    `limit` is the longest possible episode; None takes the environment's.
+    """
+    steps, price = episodes * (limit or longest(facts_of(reality))), reality.price
     dear = steps * price.per_step + episodes * price.per_reset
     return {"judged episodes": episodes, "judged real steps": f"at most {steps}", "price of judging": f"at most {dear:g} {price.currency}"}
 

@@ -133,12 +133,16 @@ def policy_value(
         look(following)
     if not any(candidate.held_out for candidate, _ in judged):
         raise UsageError("there is no policy to compare; give policies, or an agent and graded")
+
+    def report(steps: int) -> None:
+        progress(len(judged), f"imagining, step {steps} of at most {horizon}")
+
     means: list[NDArray[np.float64]] = []
     width = max(1, ROWS // imagined)
     for first in range(0, len(judged), width):
         some = [candidate.policy for candidate, _ in judged[first : first + width]]
         env = WorldVectorEnv(len(some) * imagined, world, horizon=horizon)
-        means += list(imagined_returns(some, env, imagining(seed), lambda steps: progress(len(judged), f"imagining, step {steps}")))
+        means += list(imagined_returns(some, env, imagining(seed), report))
     values = tuple(Value(candidate, result, returns) for (candidate, result), returns in zip(judged, means, strict=True))
     counted = [v for v in values if v.candidate.held_out]
     found = ranking([v.real for v in counted], [v.world for v in counted], seed=seed)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from mesocosm import __version__, config
+from mesocosm import config
 from mesocosm.agents.policy import Acts, policy_of
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data import behaviours as acting
@@ -27,6 +27,7 @@ from mesocosm.data.codec import Codec
 from mesocosm.data.collect import CollectConfig
 from mesocosm.data.coverage import Features
 from mesocosm.data.dataset import Dataset
+from mesocosm.data.horizon import horizon_of
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import buying, panel
 from mesocosm.evaluation.buying import Bought, Imagined
@@ -39,14 +40,13 @@ from mesocosm.reality.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.reality.env import EnvFacts, facts_of, source_hash
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
+from mesocosm.versions import VERSIONS
 
 NEXT, PROPOSAL = "next.yaml", "proposal.json"
 STARTS = 512
 """Starts that the world draws, beside the logged ones."""
 PARTS = 3
 """Into so many equal parts the range of a reset option is cut."""
-UNTIMED = 1000
-"""Imagined steps of an episode where the environment has no time limit, as agents have it."""
 
 
 @dataclass
@@ -89,14 +89,12 @@ class _Question:
     world: Artifact
     datasets: list[Artifact]
     facts: EnvFacts
+    horizon: int
+    """Steps of an imagined episode at most."""
     members: int
     candidates: list[_Candidate]
     sources: list[str]
     """Hashes of scripted behaviours' code"""
-
-    @property
-    def horizon(self) -> int:
-        return self.facts.max_episode_steps or UNTIMED
 
     def collection(self, behaviours: list[BehaviourConfig]) -> CollectConfig:
         """Another seed than those of the world's data, whose episodes would begin alike."""
@@ -146,17 +144,9 @@ def run(cfg: ProposeConfig, run: Run) -> Artifact:
     q = _question(cfg, run.storage)
     inputs = {"worlds": [q.world.id], "datasets": [a.id for a in q.datasets], "agents": _agents(q)}
     what = identity(q.cfg, without=["world", "out"])
-    id = fingerprint("plans", "propose", what, inputs, q.sources, q.facts.version, __version__, SCHEMA)
-    found = None if cfg.force else run.storage.find("plans", id)
-    if found is None:
-        answer, text = _answer(q, run)
-
-        def fill(folder: Path) -> None:
-            (folder / PROPOSAL).write_text(json.dumps(answer, indent=1, allow_nan=False) + "\n")
-            (folder / NEXT).write_text(text)
-
-        meta = {"inputs": inputs, "config": identity(q.cfg), "job": "propose", "run": run.id}
-        found = run.storage.make("plans", id, meta, fill, force=cfg.force)
+    id = fingerprint("plans", "propose", what, inputs, q.sources, q.facts.version, VERSIONS["propose"], SCHEMA)
+    with run.making("plans", id, cfg) as artifact:
+        found = artifact or _make(q, run, id, inputs)
     answer = json.loads((found.path / PROPOSAL).read_text())
     run.record(artifact=found.name, inputs=inputs, proposal={key: answer[key] for key in ("steps", "price", "currency", "notes")})
     if not run.quiet:
@@ -171,6 +161,17 @@ def run(cfg: ProposeConfig, run: Run) -> Artifact:
     run.artifact(found.path / NEXT)
     run.say(f"mesocosm collect -c {path}")
     return found
+
+
+def _make(q: _Question, run: Run, id: str, inputs: dict[str, list[str]]) -> Artifact:
+    answer, text = _answer(q, run)
+
+    def fill(folder: Path) -> None:
+        (folder / PROPOSAL).write_text(json.dumps(answer, indent=1, allow_nan=False) + "\n")
+        (folder / NEXT).write_text(text)
+
+    meta = {"inputs": inputs, "config": identity(q.cfg), "job": "propose", "run": run.id}
+    return run.storage.make("plans", id, meta, fill, force=q.cfg.force)
 
 
 def _agents(q: _Question) -> list[str]:
@@ -196,7 +197,8 @@ def _question(cfg: ProposeConfig, storage: Storage) -> _Question:
     candidates = [_Candidate(b, _policy(b, storage, facts)) for b in _behaviours(cfg, storage)]
     sources = [source_hash(acting.load_function(c.behaviour.function)) for c in candidates if c.behaviour.function is not None]
     members = json.loads((world.path / "world.json").read_text())["config"]["members"]
-    return _Question(cfg, world, datasets, facts, members, candidates, sources)
+    horizon = horizon_of(storage, world, facts.max_episode_steps, "reality.horizon").steps
+    return _Question(cfg, world, datasets, facts, horizon, members, candidates, sources)
 
 
 def _reality(reality: RealityConfig, codec: Codec, datasets: list[Artifact]) -> RealityConfig:

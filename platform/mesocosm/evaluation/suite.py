@@ -9,17 +9,19 @@ from typing import Any
 
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.policy import Acts, policy_of
-from mesocosm.agents.rollout import imagined_returns
+from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.data import behaviours
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.episode import Episode
+from mesocosm.data.evidence import Evidence, evidence
+from mesocosm.data.horizon import Horizon, horizon_of
 from mesocosm.data.manifest import Manifest
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import panel
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.imagine import starts_of
-from mesocosm.evaluation.judge import JudgeResult, check_spaces, longest
+from mesocosm.evaluation.judge import JudgeResult, check_spaces
 from mesocosm.evaluation.off_policy import OffPolicy, off_policy
 from mesocosm.evaluation.open_loop import codec_of
 from mesocosm.evaluation.panel import Candidate
@@ -40,6 +42,10 @@ STARTS = 64
 """Logged states of each behaviour to start from, for each horizon."""
 
 
+class TooFewPolicies(UsageError):
+    """Fewer policies can be compared than a ranking needs."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What an evaluation that asks reality will ask it, looked at before it does."""
@@ -47,8 +53,8 @@ class Prepared:
     cfg: EvaluateConfig
     """With the full names of its policies"""
     facts: EnvFacts
-    limit: int
-    """Steps of an episode, at most"""
+    horizon: Horizon
+    """Steps of an episode at most, real or imagined."""
     agent: Artifact | None
     candidates: list[Candidate]
     agents: list[str]
@@ -57,6 +63,11 @@ class Prepared:
     """Hashes of scripted policies' code"""
     most_policies: int
     most_episodes: int
+
+    @property
+    def limit(self) -> int:
+        """Steps of an episode at most, real or imagined."""
+        return self.horizon.steps
 
 
 def most_episodes(cfg: EvaluateConfig, own: int) -> tuple[int, int]:
@@ -85,7 +96,7 @@ def prepare(cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec
     if cfg.adversary and json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
         raise UsageError(f"adversary={cfg.adversary} seeks disagreement, and {world.name} has one member; set adversary=0, or pretrain with model.members")
     cfg = replace(cfg, policies=[panel.full(config, storage) for config in cfg.policies])
-    limit = longest(facts)
+    horizon = horizon_of(storage, world, facts.max_episode_steps, "reality.horizon")
     data = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
     logged = {behaviour.name for artifact in data for behaviour in Manifest.read(artifact.path).behaviours} if cfg.policies else set()
     candidates = [replace(panel.named(config, storage, *facts.spaces), held_out=behaviours.label(config) not in logged) for config in cfg.policies]
@@ -93,16 +104,16 @@ def prepare(cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec
     mine = [] if agent is None else panel.snapshots(agent, storage)
     for candidate in [*candidates, *mine]:
         check_spaces(candidate.policy, facts, cfg.reality)
-    check_steps(cfg, len(mine), limit)
+    check_steps(cfg, len(mine), horizon.steps)
     if cfg.compares:
         candidates += mine
         panel.held_out([*refs, *([] if agent is None else [agent.name])], storage, data)
         most = sum(candidate.held_out for candidate in candidates) + cfg.graded + bool(cfg.adversary)
         if most < FEWEST:
-            raise UsageError(f"{most} policies whose data the world was not trained on cannot be compared: that takes {FEWEST}; add policies, or graded")
+            raise TooFewPolicies(f"{most} policies whose data the world was not trained on cannot be compared: that takes {FEWEST}; add policies, or graded")
     ids = sorted({ref.removeprefix("agents/").partition("@")[0] for ref in refs})
     sources = [source_hash(behaviours.load_function(config.function)) for config in cfg.policies if config.function is not None]
-    return Prepared(cfg, facts, limit, agent, candidates, ids, sources, *most_episodes(cfg, len(mine)))
+    return Prepared(cfg, facts, horizon, agent, candidates, ids, sources, *most_episodes(cfg, len(mine)))
 
 
 def run(
@@ -113,6 +124,9 @@ def run(
         starts = task_distribution(world, dataset, seed=cfg.seed, more=None if judged is None else starts_of(world, judged.episodes))
         update(1, "" if starts.auc is None else f"AUC {starts.auc:.2f}")
     found: dict[str, Any] = {"starts": starts.to_json()}
+    shown = evidence_of(run.storage, made, cfg.seed)
+    if shown is not None:
+        found["evidence"] = shown.to_json()
     if plan is None or ledger is None or not cfg.compares:
         return found
     with run.progress("policy value", plan.most_policies) as update:
@@ -139,22 +153,59 @@ def run(
     return found | {"off_policy": away.to_json()}
 
 
-def agent_told(measured: dict[str, Any], judged: JudgeResult, world: World, policy: Acts, cfg: EvaluateConfig, limit: int) -> dict[str, Any]:
+def evidence_of(storage: Storage, world: Artifact, seed: int) -> Evidence | None:
+    """What the world's logs show, as pretraining recorded it or from its datasets; None without them."""
+    recorded = world.meta.get("evidence")
+    if recorded is not None:
+        return Evidence(**recorded)
+    try:
+        data = [storage.artifact("datasets", id).path for id in world.meta["inputs"]["datasets"]]
+    except UsageError:  # a copied world, without the datasets that it was trained on
+        return None
+    return evidence(Dataset(data), seed=seed) if data else None
+
+
+def agent_told(
+    measured: dict[str, Any],
+    judged: JudgeResult,
+    world: World,
+    policy: Acts,
+    cfg: EvaluateConfig,
+    limit: int,
+    run: Run,
+) -> dict[str, Any]:
     """{"real", "world": mean returns of the judged agent, "success": {"real", "world"} shares of episodes, or None where `reality.success` is
-    not set}. The world's are its row's among the compared policies, or of `cfg.imagined` episodes."""
+    not set, "unexplained": a sentence where the logs cannot explain its return in the world, or None}. The world's are its row's among the
+    compared policies, or of `cfg.imagined` episodes."""
+    env = WorldVectorEnv(cfg.imagined, world, horizon=limit)
+    with run.progress("imagine the agent", limit) as update:
+
+        def report(steps: int) -> None:
+            update(steps, f"step {steps} of at most {limit}")
+
+        (returns,), (lengths,) = imagined_episodes([policy], env, imagining(cfg.seed), report)
     for row in measured.get("policy_value", {"policies": []})["policies"]:
         if row["name"] == panel.AGENT:
             imagined, met = float(row["world"]["mean"]), None if row["success"] is None else row["success"]["world"]
             break
     else:
-        returns = imagined_returns([policy], WorldVectorEnv(cfg.imagined, world, horizon=limit), imagining(cfg.seed))[0]
         imagined, met = float(returns.mean()), success_by_return(cfg.reality.success, returns)
     success = None if judged.successes is None else {"real": judged.successes / len(judged.returns), "world": met}
-    return {"real": judged.mean, "world": imagined, "success": success}
+    shown = measured.get("evidence")
+    unexplained = None
+    if shown is not None:
+        unexplained = Evidence(**shown).unexplained(float(returns.mean()), float(lengths.mean()))
+    return {
+        "real": judged.mean,
+        "world": imagined,
+        "success": success,
+        "unexplained": unexplained,
+    }
 
 
 def with_adversary(plan: Prepared, run: Run, world: Artifact) -> Prepared:
-    return replace(plan, candidates=[*plan.candidates, _adversary(plan.cfg, run, world)])
+    adversary = _adversary(plan.cfg, run, world, plan.limit)
+    return replace(plan, candidates=[*plan.candidates, adversary])
 
 
 def _grading(cfg: EvaluateConfig, storage: Storage, agent: Artifact | None, world: World) -> Any:
@@ -170,7 +221,7 @@ def _grading(cfg: EvaluateConfig, storage: Storage, agent: Artifact | None, worl
     return more
 
 
-def _adversary(cfg: EvaluateConfig, run: Run, world: Artifact) -> Candidate:
+def _adversary(cfg: EvaluateConfig, run: Run, world: Artifact, limit: int) -> Candidate:
     """A policy trained in the world to go where its members do not agree; it learns to avoid an early end, too, and takes no real step."""
     from mesocosm.agents import train as agents  # imports RLlib: only where it trains
 
@@ -182,6 +233,7 @@ def _adversary(cfg: EvaluateConfig, run: Run, world: Artifact) -> Candidate:
         world=world.id,
         backend="local",
         iterations=cfg.adversary,
+        horizon=limit,
         snapshots=0,
         objective="disagreement",
         params={"minibatch_size": 256, "num_epochs": 8},

@@ -17,7 +17,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 import gymnasium
 import numpy as np
 
+from mesocosm.data.bounds import FIX, Clipped, first_outside
 from mesocosm.data.episode import Episode, Outcome
+from mesocosm.data.spaces import FLOAT32
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError, nearest
 from mesocosm.reality.config import RealityConfig, check, parse_success
 
@@ -70,7 +72,7 @@ def make_env(config: RealityConfig) -> Env:
             f"reality.env={config.env!r} cannot be made with reality.kwargs={dict(config.kwargs)!r} ({type(error).__name__}: {_line(error)}); correct them"
         ) from error
     task_keys(config, env.observation_space)
-    return env
+    return Clipped(env) if config.bounds == "clip" else env
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,8 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
         act: chooses actions; a `Behaviour`'s `start` is called first. Its generator is a function of (seed, k).
         max_steps: after so many steps an episode that has not ended is `unfinished`; None runs to its end.
 
-    Raises EpisodeError if the environment raises, or gives an observation, reward or duration that is not finite;
+    Raises EpisodeError if the environment raises, or gives an observation, reward or duration that is not finite,
+    a reward or duration beyond float32, a negative duration, or with `reality.bounds=drop` an observation outside its space;
     EpisodeCut if the meter has no more steps; MesocosmError if `act` raises: that is the caller's fault, not reality's.
     """
     assert max_steps is None or max_steps >= 1, max_steps
@@ -259,7 +262,8 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
         observation, info = _guarded(partial(env.reset, seed=reset_seed, options=task or None), k, "reset")
     except BudgetSpent as error:
         raise EpisodeCut(str(error), None) from error
-    observations, actions = [_finite(observation, k, 0)], list[Any]()
+    bounded = env.observation_space if config.bounds == "drop" else None
+    observations, actions = [_valid(observation, bounded, k, 0)], list[Any]()
     rewards: list[float] = []
     durations: list[float] = []
     outcome: Outcome = "unfinished"
@@ -273,7 +277,7 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
         except BudgetSpent as error:
             spent = error
             break
-        observations.append(_finite(observation, k, t))
+        observations.append(_valid(observation, bounded, k, t))
         actions.append(chosen)
         rewards.append(_number(reward, "reward", k, t))
         if "duration" in info:
@@ -324,13 +328,21 @@ def _number(value: Any, what: str, k: int, t: int) -> float:
         raise EpisodeError(f"episode {k}: step {t} gave {what} {value!r}, which is no number") from error
     if not np.isfinite(number):
         raise EpisodeError(f"episode {k}: step {t} gave {what} {number}")
+    if abs(number) > FLOAT32:
+        raise EpisodeError(f"episode {k}: step {t} gave {what} {number:g}, and a world computes in float32; rescale it")
+    if number < 0 and what != "reward":
+        raise EpisodeError(f"episode {k}: step {t} gave {what} {number:g}, which is negative; give seconds")
     return number
 
 
-def _finite(observation: Any, k: int, t: int) -> Any:
+def _valid(observation: Any, bounded: gymnasium.Space[Any] | None, k: int, t: int) -> Any:
+    """A copy of an observation that is finite and, where a space is given, inside its bounds."""
     own = copied(observation)
     if not all_finite(own):
         raise EpisodeError(f"episode {k}: the observation after step {t} holds NaN or infinity")
+    problem = None if bounded is None else first_outside(bounded, own, "observation")
+    if problem is not None:
+        raise EpisodeError(f"episode {k}: after step {t}, {problem}; {FIX}")
     return own
 
 

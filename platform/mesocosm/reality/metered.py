@@ -23,8 +23,9 @@ from mesocosm.storage import Storage
 
 RESETS_A_BLOCK = 8
 """Resets reserved with a block of steps. They have no bound of their own; a crash over-counts at most so many."""
-BLOCK_S = 0.5
-"""Seconds of steps that a deferred meter reserves ahead: what a crash over-counts, about."""
+BLOCK_S, OVERHEAD = 0.1, 0.1
+"""A deferred meter reserves about BLOCK_S seconds of steps ahead, which a crash over-counts; or more, where storage is so slow
+that reserving would take more than this share of the time."""
 FIRST_BLOCK, GROWTH = 4, 4
 """A deferred meter's first block, and by how much a block may exceed the one before it."""
 
@@ -55,6 +56,8 @@ class Meter:
         self.deferred = deferred
         self._grown = (0, 0, time.monotonic())
         """The last block's size, `steps` when it was reserved, and when."""
+        self._cost_s = 0.0
+        """What reserving it took."""
         self.steps = 0
         """Steps used by this meter so far."""
         self._held: Reservation | None = None
@@ -119,10 +122,11 @@ class Meter:
         last, before, since = self._grown
         elapsed = time.monotonic() - since
         pace = (self.steps - before) / elapsed if elapsed > 0 else float(self.block)
-        block = min(self.block, max(GROWTH * last, FIRST_BLOCK), max(1, round(pace * BLOCK_S)))
-        block = max(block, need) if last else max(FIRST_BLOCK, need)
+        wanted = round(pace * max(BLOCK_S, self._cost_s / OVERHEAD))
+        block = max(need, min(self.block, GROWTH * last, wanted)) if last else max(need, FIRST_BLOCK)
         block = block if own is None else min(block, own)
         used_steps, used_resets, _ = self._used
+        began = time.monotonic()
         self._held = self.ledger.reserve(
             self.purpose,
             used_steps + block,
@@ -131,7 +135,8 @@ class Meter:
             holder=self.holder,
             confirming=None if self._held is None else Usage(self._held, 0, 0, 0.0),
         )
-        self._grown = (block, self.steps, time.monotonic())
+        now = time.monotonic()
+        self._cost_s, self._grown = now - began, (block, self.steps, now)
 
     def settle(self, steps: int, resets: int, record: Callable[[Usage, tuple[int, int]], bool]) -> bool:
         """Confirm `steps` and `resets` of those used, after `record` has stored what they bought.

@@ -99,9 +99,8 @@ def fit(table: Table, *, drop_outliers: bool = False, seed: int = 0, command: st
     notes += said
     second, said = isoflop.approach(table, counts, groups)
     notes += said
-    if second is not None and _apart(interval["a"], second.interval["a"]) and abs(second.a - best["a"][0]) > 0.02:
-        both = f"a={best['a'][0]:.3f} {span(interval['a'])} by the form, a={second.a:.3f} {span(second.interval['a'])} by IsoFLOP parabolas"
-        notes.append(_note("approaches_disagree", f"The two approaches disagree beyond their intervals: {both}; trust neither's optimum far from the table."))
+    optimal = Optimal(**_first(best))
+    notes += isoflop.agreement(optimal, interval, second)
     seen = {"params": table.params, "data": table.data, "flops": table.flops, "loss": table.loss} | (
         {} if table.unique is None else {"unique": np.minimum(table.unique, table.data)}
     )
@@ -109,7 +108,7 @@ def fit(table: Table, *, drop_outliers: bool = False, seed: int = 0, command: st
         form=cast(Literal["chinchilla", "data_constrained"], form.name),
         params=_first(params),
         interval=interval,
-        optimal=Optimal(**_first(best)),
+        optimal=optimal,
         flops=flops,
         objective=whole.objective,
         n_cells=len(table),
@@ -394,10 +393,6 @@ def _correlation(x: Array, y: Array) -> float | None:
 
 def _first(values: dict[str, Array]) -> dict[str, float]:
     return {name: float(value[0]) for name, value in values.items()}
-
-
-def _apart(one: Pair, other: Pair) -> bool:
-    return one[1] < other[0] or other[1] < one[0]
 
 
 def _note(code: str, sentence: str) -> Note:

@@ -16,7 +16,7 @@ from scipy.interpolate import PchipInterpolator
 
 from mesocosm.errors import UsageError
 from mesocosm.scaling.forms import Array
-from mesocosm.scaling.law import LEVEL, Budget, IsoFlop, Note
+from mesocosm.scaling.law import LEVEL, Budget, IsoFlop, Note, Optimal, Pair, span
 from mesocosm.scaling.table import Table
 
 TOLERANCE = 0.1
@@ -27,6 +27,9 @@ NEAREST = 7
 """Sizes, nearest to the best one tried, that a parabola is fitted to: losses are no parabola far from their minimum."""
 BUDGETS = 8
 """Interpolated budgets."""
+WIDE = 0.2
+"""An exponent whose interval is wider is poorly determined: over a factor 100 in compute the ends
+of the interval are a factor 2.5 apart in N_opt."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,43 @@ def approach(table: Table, counts: Array, groups: NDArray[np.int64]) -> tuple[Is
     left_out = f"{without} of {without + len(usable)} IsoFLOP budgets between the grid's cells have no minimum within the sizes trained for them"
     sentence = f"{left_out}; the parabolas are of the others, from {usable[0].flops:.3g} to {usable[-1].flops:.3g} FLOPs."
     return found, [Note(code="isoflop_refused", sentence=sentence)]
+
+
+def agreement(form: Optimal, interval: dict[str, Pair], second: IsoFlop | None) -> list[Note]:
+    """Warnings about the exponents of N_opt (a) and D_opt (b).
+
+    Args:
+        form: the optimum by the form of the law.
+        interval: its intervals, by name.
+        second: the optimum by the parabolas, None where there is none.
+
+    Returns:
+        `approaches_disagree` where either estimate lies outside the other's interval, and
+        `wide_interval` where an interval is wider than `WIDE`.
+    """
+    notes, wide, apart = [], [], []
+    for name in ("a", "b"):
+        value, inside = getattr(form, name), interval[name]
+        by_form = f"{name}={value:.3f} ({span(inside)}) by the form"
+        if inside[1] - inside[0] > WIDE:
+            wide.append(by_form)
+        if second is None:
+            continue
+        other, around = getattr(second, name), second.interval[name]
+        by_parabolas = f"{name}={other:.3f} ({span(around)}) by IsoFLOP parabolas"
+        if around[1] - around[0] > WIDE:
+            wide.append(by_parabolas)
+        if not (around[0] <= value <= around[1] and inside[0] <= other <= inside[1]):
+            apart.append(f"{by_form}, {by_parabolas}")
+    if apart:
+        sentence = f"The two approaches disagree: {'; '.join(apart)}."
+        sentence += " An estimate is outside the other's interval; treat the optimum as uncertain."
+        notes.append(Note(code="approaches_disagree", sentence=sentence))
+    if wide:
+        sentence = f"Intervals are wider than {WIDE:g}: {'; '.join(wide)}."
+        sentence += " Train more sizes or a wider range of compute to narrow them."
+        notes.append(Note(code="wide_interval", sentence=sentence))
+    return notes
 
 
 def fresh(table: Table) -> Table:

@@ -20,6 +20,9 @@ from mesocosm.scaling.law import Note
 REQUIRED = ("params", "data", "loss")
 NUMBERS = (*REQUIRED, "unique", "flops", "weight", "lr")
 NAMES = ("seed", "trunk")
+DISTINGUISHING = ("lr", "seed", "trunk", "unique")
+"""Columns by which rows of equal params and data may differ."""
+COLUMNS = (*NUMBERS, *NAMES)
 SAME = 0.02
 """Sizes, or data, that are relatively nearer are one: another seed sees a batch more or less."""
 _FIX = {
@@ -93,11 +96,13 @@ class Table:
                 continue
             if len(fields) != len(header):
                 raise UsageError(f"{file.name}, line {reader.line_num}: {len(fields)} fields for {len(header)} columns; write one field a column")
-            rows.append(_parsed(file.name, reader.line_num, dict(zip(header, fields, strict=True))))
+            row = dict(zip(header, fields, strict=True))
+            unread = {column: row[column].strip() for column in header if column not in COLUMNS}
+            rows.append(_parsed(file.name, reader.line_num, row) | {"unread": unread})
         if not rows:
             raise UsageError(f"{file.name} has no rows: write one a trained cell, with {', '.join(REQUIRED)}")
         kept, notes = _best_rates(rows) if "lr" in header else (rows, [])
-        kept, more = _once(file.name, kept, "seed" in header)
+        kept, more = _once(file.name, kept, header)
         given = "flops" in header
         if not given:
             notes.append(Note(code="flops_6nd", sentence="The table has no column `flops`: compute is 6 x params x data."))
@@ -191,22 +196,60 @@ def _best_rates(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
     return kept, [Note(code="lr_best", sentence=said)]
 
 
-def _once(name: str, rows: list[dict[str, Any]], seeds: bool) -> tuple[list[dict[str, Any]], list[Note]]:
-    """The rows without exact repeats. Raises UsageError where one cell has two losses and no `seed` tells them apart."""
+def _once(
+    name: str,
+    rows: list[dict[str, Any]],
+    header: list[str],
+) -> tuple[list[dict[str, Any]], list[Note]]:
+    """The rows without exact repeats.
+
+    Raises:
+        UsageError: one cell has two losses, and no column that is read distinguishes them.
+    """
     seen: dict[Any, dict[str, Any]] = {}
     for row in rows:
         before = seen.setdefault((*_cell(row), row["seed"], row["trunk"]), row)
         if before["loss"] != row["loss"]:
-            where = f"{name}, lines {before['line']} and {row['line']}: loss={before['loss']:g} and loss={row['loss']:g} for one cell"
-            what = f"params={row['params']:g}, data={row['data']:g}" + (f", seed={row['seed']}" if seeds else "")
-            raise UsageError(
-                f"{where} ({what}); "
-                + ("keep one, or give them different seeds" if seeds else "if they differ by seed, say so in a column `seed`, else keep one")
-            )
+            raise UsageError(f"{name}, {_conflict(before, row, header)}")
     kept = list(seen.values())
     if len(kept) == len(rows):
         return kept, []
     return kept, [Note(code="duplicate_rows", sentence=f"{len(rows) - len(kept)} rows repeat another exactly and count once.")]
+
+
+def _conflict(before: dict[str, Any], row: dict[str, Any], header: list[str]) -> str:
+    """Name two rows of one cell, and every column that could distinguish them."""
+    cell = f"params={row['params']:g}, data={row['data']:g}"
+    present = [column for column in DISTINGUISHING if column in header]
+    equal = [f"{column}={_text(row[column])}" for column in present]
+    absent = [column for column in DISTINGUISHING if column not in header]
+    differing = [f"{column!r}" for column in row["unread"] if _differs(before, row, column)]
+    where = f"lines {before['line']} and {row['line']}"
+    losses = f"loss={before['loss']:g} and loss={row['loss']:g}"
+    message = f"{where} give {losses} for one cell ({', '.join([cell, *equal])})"
+    if differing:
+        message += f" and differ in {_listed(differing)}, which fit does not read"
+    fixes = ["keep one"]
+    if present:
+        fixes.append(f"correct {_listed(present, 'or')}")
+    if absent:
+        fixes.append(f"add a column {_listed(absent, 'or')} that distinguishes them")
+    if differing:
+        fixes.append(f"fit one table for each {_listed(differing)}")
+    return f"{message}; {_listed(fixes, 'or')}"
+
+
+def _differs(one: dict[str, Any], other: dict[str, Any], column: str) -> bool:
+    return bool(one["unread"][column] != other["unread"][column])
+
+
+def _text(value: str | float) -> str:
+    return f"{value:g}" if isinstance(value, float) else value or "empty"
+
+
+def _listed(words: list[str], last: str = "and") -> str:
+    """Join words as in: a, b and c."""
+    return f" {last} ".join([*([", ".join(words[:-1])] if len(words) > 1 else []), words[-1]])
 
 
 def levels(values: Array) -> NDArray[np.int64]:

@@ -1,0 +1,86 @@
+"""The length of an episode where the environment registers no time limit.
+
+Many environments truncate their own episodes in `step` and register no limit. The truncated
+episodes of the logs show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mesocosm.data.dataset import Dataset
+from mesocosm.data.manifest import OUTCOMES
+from mesocosm.errors import UsageError
+from mesocosm.storage import Artifact, Storage
+
+MAX_EPISODE_STEPS = 10_000
+"""Episodes without a known time limit are cut here, in reality and in a world."""
+UNKNOWN = 1000
+"""The limit that a loop sets where neither the environment nor its data shows one."""
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """Steps after which an episode is cut, and where the number comes from."""
+
+    steps: int
+    source: str
+    inferred: bool = False
+    """Whether the number comes from the logs rather than from a config or the environment."""
+
+
+def logged_horizon(storage: Storage, datasets: Iterable[str]) -> Horizon | None:
+    """Infer the horizon from the truncated episodes of datasets.
+
+    Args:
+        storage: where the datasets are.
+        datasets: ids or names; those that were deleted are skipped.
+
+    Returns:
+        The length of the longest truncated episode, at most `MAX_EPISODE_STEPS`; None where no
+        episode is truncated.
+    """
+    lengths: list[np.ndarray] = []
+    for name in datasets:
+        try:
+            data = Dataset([storage.partial("datasets", name)])
+        except UsageError:
+            continue
+        for shard in range(len(data.shards)):
+            table = data.records(shard)
+            lengths.append(table["length"][table["outcome"] == OUTCOMES.index("truncated")])
+    truncated = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+    if not len(truncated):
+        return None
+    longest = int(truncated.max())
+    if (truncated == longest).all():
+        source = f"all {len(truncated)} truncated episodes of the data have this length"
+    else:
+        source = f"the longest of {len(truncated)} truncated episodes of the data"
+    return Horizon(min(longest, MAX_EPISODE_STEPS), source, inferred=True)
+
+
+def horizon_of(storage: Storage, world: Artifact, limit: int | None, key: str) -> Horizon:
+    """The horizon of a world's episodes.
+
+    Args:
+        storage: where the world and its datasets are.
+        world: the world.
+        limit: the time limit that the config or the environment gives, if any.
+        key: the config key that sets the horizon.
+
+    Raises:
+        UsageError: `limit` is None and no episode of the world's data is truncated.
+    """
+    if limit is not None:
+        return Horizon(limit, "time limit of the environment")
+    inferred = logged_horizon(storage, world.meta.get("inputs", {}).get("datasets", []))
+    if inferred is None:
+        raise UsageError(
+            f"{key} must be set for {world.name}: its environment registers no time limit, and no"
+            " episode of its data is truncated; set it to the steps after which an episode is cut"
+        )
+    return inferred

@@ -1,0 +1,132 @@
+"""The config of the job `loop`, and what is checked of it before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, TypeVar
+
+from mesocosm.agents import baseline as model_free
+from mesocosm.agents import train as agents
+from mesocosm.agents.config import AgentConfig, BaselineConfig
+from mesocosm.config import JobConfig
+from mesocosm.data import collect as collecting
+from mesocosm.data.behaviours import BehaviourConfig
+from mesocosm.data.collect import CollectConfig
+from mesocosm.errors import UsageError
+from mesocosm.evaluation.config import EvaluateConfig
+from mesocosm.pretrain.config import PretrainConfig
+from mesocosm.reality import config as reality_config
+from mesocosm.reality.config import RealityConfig
+from mesocosm.serving import config as serving
+from mesocosm.serving.config import ServeConfig
+
+J = TypeVar("J", bound=JobConfig)
+
+
+@dataclass
+class LoopConfig(JobConfig):
+    """A job's own block holds what is particular to it; `reality`, `seed`, `storage`, `tracking` and `ray` are said once, here."""
+
+    reality: RealityConfig = field(default_factory=RealityConfig)
+    rounds: int = 3
+    target: float | None = None
+    """A mean return in reality: drawn in the report, and what "real steps to target" means."""
+    stop_at_target: bool = False
+    """End after the first round whose judged mean return reaches the target."""
+    datasets: list[str] = field(default_factory=list)
+    """Logs to begin with (`datasets/<id>`): the first round then collects nothing. With rounds=1 no real step is spent on training, whatever
+    `reality.budget.steps`; judging is metered apart."""
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    """The first round's data, without `datasets`."""
+    explore: CollectConfig = field(default_factory=lambda: CollectConfig(steps=500, behaviours=[BehaviourConfig(kind="noisy")]))
+    """Every later round's; a behaviour that wants a policy and names none gets the last round's agent."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    warm_start: bool = True
+    """Later rounds go on from the last round's agent; otherwise each begins anew."""
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    baselines: list[BaselineConfig] = field(default_factory=list)
+    """Model-free training on reality, for comparison."""
+
+
+FREE = ("rounds", "target", "stop_at_target", "baselines")
+"""Keys that change how long the loop goes on and what it is compared with, not the experiment: it goes on in the same ledger."""
+SHARED = ("reality", "seed", "storage", "tracking", "ray", "stop", "force", "wait")
+FILLED = {
+    "collect": ("ledger",),
+    "explore": ("ledger",),
+    "serve": ("world", "name"),
+    "agent": ("world", "app"),
+    "evaluate": ("world", "agent", "ledger"),
+    "baselines": ("ledger",),
+}
+"""Keys of the stages that only the loop can know."""
+
+
+def check(cfg: LoopConfig) -> None:
+    """Raise UsageError on the first value that cannot be meant, in any stage, before anything starts."""
+    if cfg.rounds < 1:
+        raise UsageError(f"rounds={cfg.rounds} makes no round; give at least 1")
+    if cfg.stop_at_target and cfg.target is None:
+        raise UsageError("stop_at_target=true needs a target; set target to a mean return")
+    reality_config.check(cfg.reality)
+    blocks = [(name, getattr(cfg, name)) for name in ("collect", "explore", "pretrain", "serve", "agent", "evaluate")]
+    for name, block in [*blocks, *((f"baselines[{i}]", b) for i, b in enumerate(cfg.baselines))]:
+        default = type(block)()
+        for key in (*SHARED, *FILLED.get(name.partition("[")[0], ())):
+            if hasattr(block, key) and getattr(block, key) != getattr(default, key):
+                fix = f"set {key} at the top of the config" if key in SHARED else "leave it out"
+                raise UsageError(f"{name}.{key} is the loop's own to fill; {fix}")
+    if cfg.pretrain.data.datasets:
+        raise UsageError("pretrain.data.datasets must be empty in a loop; give logs as datasets")
+    budget, needed = cfg.reality.budget.steps, real_steps(cfg)
+    if budget is not None and needed > budget:
+        raise UsageError(f"reality.budget.steps={budget} is less than the {needed} steps of {cfg.rounds} rounds; raise it, or lower rounds or explore.steps")
+    # Artifacts that are still to be made stand as "?".
+    stages: list[tuple[str, Callable[[], None]]] = [
+        ("collect", lambda: collecting.check(fill(cfg.collect, cfg, 0))),
+        ("explore", lambda: collecting.check(fill(acting(cfg.explore, "?"), cfg, 1))),
+        ("pretrain", lambda: _check_pretrain(cfg)),
+        ("serve", lambda: serving.check(cfg.serve)),
+        ("agent", lambda: agents.check(cfg.agent)),
+        ("evaluate", lambda: replace(cfg.evaluate, world="?", agent="?").validate()),
+        *((f"baselines[{i}]", partial(model_free.check, fill(b, cfg, i))) for i, b in enumerate(cfg.baselines)),
+    ]
+    for name, look in stages:
+        try:
+            look()
+        except UsageError as error:
+            raise UsageError(str(error) if str(error).startswith(f"{name}.") else f"{name}: {error}") from error
+
+
+def _check_pretrain(cfg: LoopConfig) -> None:
+    """Raise UsageError where the pretraining of any round would be refused."""
+    weights = cfg.pretrain.data.weights
+    for round in {0, cfg.rounds - 1}:
+        count = len(cfg.datasets) + round + (0 if cfg.datasets else 1)
+        if weights is not None and len(weights) != count:
+            numbers = f"got {len(weights)} for the {count} datasets of round {round + 1}"
+            key = "pretrain.data.weights"
+            raise UsageError(f"{key} must have one entry per dataset, {numbers}; leave it out")
+        data = replace(cfg.pretrain.data, datasets=["?"] * count)
+        replace(cfg.pretrain, data=data).validate()
+
+
+def real_steps(cfg: LoopConfig) -> int:
+    """Real steps that will be collected."""
+    return (0 if cfg.datasets else cfg.collect.steps) + (cfg.rounds - 1) * cfg.explore.steps
+
+
+def acting(block: CollectConfig, policy: str | None) -> CollectConfig:
+    """Behaviours that want a policy and name none get `policy`."""
+    named = [b if b.kind == "random" or b.function or b.policy or policy is None else replace(b, policy=policy) for b in block.behaviours]
+    return replace(block, behaviours=named)
+
+
+def fill(block: J, cfg: LoopConfig, round: int) -> J:
+    """A stage's config with what is said once at the top of the loop's; each round has a seed of its own."""
+    shared: dict[str, Any] = {key: getattr(cfg, key) for key in SHARED if any(f.name == key for f in fields(block))}
+    return replace(block, **(shared | {"seed": cfg.seed * 1000 + round}))

@@ -1,0 +1,254 @@
+"""What the stages of a loop could refuse, checked against the environment before a real step.
+
+A loop that pays for a round and then fails has wasted the round. No real step is taken here.
+"""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+from mesocosm.agents import baseline as model_free
+from mesocosm.agents import train as agents
+from mesocosm.data import behaviours, collect
+from mesocosm.data.dataset import Dataset
+from mesocosm.data.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
+from mesocosm.data.manifest import Manifest
+from mesocosm.data.spaces import SpaceCodec
+from mesocosm.errors import UsageError
+from mesocosm.evaluation import panel, suite
+from mesocosm.evaluation.judge import check_spaces
+from mesocosm.evaluation.ranking import FEWEST
+from mesocosm.loop_config import LoopConfig, acting, check, fill
+from mesocosm.reality.env import EnvFacts
+from mesocosm.storage import Artifact, Storage
+
+__all__ = ["Ready", "preflight", "resources"]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the checks found."""
+
+    given: list[Artifact]
+    """The datasets that the loop begins with."""
+    facts: EnvFacts
+    horizon: Horizon | None
+    """None where only the loop's own data can show it."""
+
+    @property
+    def limit(self) -> int:
+        """Steps of a judged episode at most."""
+        return MAX_EPISODE_STEPS if self.horizon is None else self.horizon.steps
+
+    @property
+    def warning(self) -> str | None:
+        """A warning about a horizon that is not known yet."""
+        if self.horizon is not None:
+            return None
+        fallback = f"or uses {UNKNOWN} steps if there are none; set reality.horizon to be sure"
+        inferred = "the loop infers it from the truncated episodes of its data"
+        return f"reality.env registers no time limit: {inferred}, {fallback}"
+
+
+def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
+    """Check every stage of the loop. Takes no real step and starts nothing.
+
+    Raises:
+        UsageError: a stage would refuse its config, the environment's spaces, or an artifact.
+    """
+    check(cfg)
+    given = [storage.artifact("datasets", name) for name in cfg.datasets]
+    facts = _check_collection(cfg, storage)
+    _check_given(cfg, given, facts)
+    _check_task(cfg, facts)
+    horizon = None
+    if facts.max_episode_steps is not None:
+        horizon = Horizon(facts.max_episode_steps, "time limit of the environment")
+    elif given:
+        horizon = logged_horizon(storage, [artifact.id for artifact in given])
+    ready = Ready(given, facts, horizon)
+    _check_pretraining(cfg, given)
+    _check_agent(cfg, storage, facts)
+    _check_evaluation(cfg, storage, ready)
+    for i, block in enumerate(cfg.baselines):
+        with _stage(f"baselines[{i}]"):
+            model_free.check_spaces(block, facts.spaces)
+    if cfg.agent.backend == "serve" and cfg.serve.http:
+        _check_port(cfg.serve.http)
+    return ready
+
+
+def resources(cfg: LoopConfig) -> dict[str, tuple[float, float]]:
+    """(CPUs, GPUs) that each stage needs, by key."""
+    served = cfg.agent.backend == "serve"
+    replicas = cfg.serve.replicas if served else 0
+    train = cfg.pretrain.train
+    cpus = replicas * cfg.serve.cpus + cfg.agent.runners
+    found: dict[str, tuple[float, float]] = {
+        f"collect.workers={cfg.collect.workers}": (min(cfg.collect.workers, cfg.collect.lanes), 0),
+        f"pretrain.train.workers={train.workers}": (
+            train.workers,
+            train.workers * (train.gpus_per_worker or 0),
+        ),
+        f"serve.replicas with agent.runners={cpus:g}": (
+            cpus,
+            replicas if cfg.serve.device == "cuda" else 0,
+        ),
+    }
+    if cfg.rounds > 1:
+        explore = cfg.explore
+        found[f"explore.workers={explore.workers}"] = (min(explore.workers, explore.lanes), 0)
+    return found
+
+
+class _stage:
+    """Names the stage in the message of a UsageError."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, UsageError) and not str(error).startswith(self.name):
+            raise UsageError(f"{self.name}: {error}") from error
+
+
+def _check_collection(cfg: LoopConfig, storage: Storage) -> EnvFacts:
+    """The environment, its spaces, and every behaviour that does not wait for an agent."""
+    with _stage("collect"):
+        facts = collect.check_environment(fill(cfg.collect, cfg, 0), storage)
+    if cfg.rounds > 1:
+        named = [b for b in acting(cfg.explore, "?").behaviours if b.policy != "?"]
+        with _stage("explore"):
+            for behaviour in named:
+                behaviours.build(panel.full(behaviour, storage), *facts.spaces, storage)
+    return facts
+
+
+def _check_given(cfg: LoopConfig, given: list[Artifact], facts: EnvFacts) -> None:
+    """Given datasets must be alike, and where more are collected, like the environment."""
+    if not given:
+        return
+    data = Dataset([artifact.path for artifact in given])
+    if (data.observation_space, data.action_space) != facts.spaces:
+        spaces = f"{data.observation_space}, {data.action_space}"
+        env = f"reality.env={cfg.reality.env!r}"
+        message = f"{given[0].name} has the spaces {spaces}, and {env} others"
+        raise UsageError(f"{message}; give data of its own")
+    if cfg.rounds == 1:
+        return
+    logged = data.environment
+    expected = {
+        "id": cfg.reality.env,
+        "kwargs": dict(cfg.reality.kwargs),
+        "task": list(cfg.reality.task),
+        "max_episode_steps": facts.max_episode_steps,
+    }
+    for name, value in expected.items():
+        if getattr(logged, name) != value:
+            raise UsageError(
+                f"{given[0].name} is of an environment with {name}={getattr(logged, name)!r}, and"
+                f" rounds={cfg.rounds} would add data with {value!r}; correct reality, import the"
+                " logs again, or set rounds=1"
+            )
+    if logged.version and logged.version != facts.version:
+        raise UsageError(
+            f"{given[0].name} was collected in version {logged.version!r} of the environment, and"
+            f" rounds={cfg.rounds} would add data of {facts.version!r}; set rounds=1"
+        )
+
+
+def _check_task(cfg: LoopConfig, facts: EnvFacts) -> None:
+    """A world predicts the observation without its task: something must be left."""
+    codec = SpaceCodec(facts.observation_space, "observation")
+    task = {leaf.name for name in cfg.reality.task for leaf in codec.matching(name)}
+    if task and all(leaf.name in task for leaf in codec.leaves):
+        names = list(cfg.reality.task)
+        message = f"reality.task={names} names every key of the observation"
+        raise UsageError(f"{message}; leave at least one to predict")
+
+
+def _check_pretraining(cfg: LoopConfig, given: list[Artifact]) -> None:
+    unique = cfg.pretrain.data.unique
+    if unique is None:
+        return
+    first = Dataset([a.path for a in given]).count("train") if given else cfg.collect.steps
+    if unique > first:
+        most = f"the {first} transitions of the first round"
+        raise UsageError(f"pretrain.data.unique must be at most {most}, got {unique}")
+
+
+def _check_agent(cfg: LoopConfig, storage: Storage, facts: EnvFacts) -> None:
+    block = cfg.agent
+    former = None if block.init is None else storage.artifact("agents", block.init)
+    with _stage("agent"):
+        agents.check_spaces(block, facts.spaces, former)
+        for name in block.datasets:
+            data = Dataset([storage.artifact("datasets", name).path])
+            if (data.observation_space, data.action_space) != facts.spaces:
+                raise UsageError(f"datasets: {name} is not of the spaces of reality.env")
+    needs = {
+        "agent.max_disagreement": block.max_disagreement is not None,
+        "agent.objective": block.objective != "return",
+        "evaluate.adversary": cfg.evaluate.adversary > 0,
+    }
+    for key, needed in needs.items():
+        if needed and cfg.pretrain.model.members == 1:
+            fix = f"raise it, or leave {key} out"
+            message = f"{key} needs members that can disagree, got pretrain.model.members=1"
+            raise UsageError(f"{message}; {fix}")
+
+
+def _check_evaluation(cfg: LoopConfig, storage: Storage, ready: Ready) -> None:
+    block, facts = cfg.evaluate, ready.facts
+    with _stage("evaluate"):
+        for name in block.datasets:
+            data = Dataset([storage.artifact("datasets", name).path])
+            if (data.observation_space, data.action_space) != facts.spaces:
+                raise UsageError(f"datasets: {name} is not of the spaces of reality.env")
+        policies = [panel.full(policy, storage) for policy in block.policies]
+        for policy in policies:
+            check_spaces(panel.named(policy, storage, *facts.spaces).policy, facts, cfg.reality)
+        suite.check_steps(block, 1 + cfg.agent.snapshots, ready.limit)
+        _check_held_out(cfg, storage, ready.given, policies)
+
+
+def _check_held_out(
+    cfg: LoopConfig,
+    storage: Storage,
+    given: list[Artifact],
+    policies: list[behaviours.BehaviourConfig],
+) -> None:
+    """Policies are compared only where their episodes are not in the world's data."""
+    block = cfg.evaluate
+    if not block.compares:
+        return
+    refs = [policy.policy for policy in policies if policy.policy is not None]
+    panel.held_out(refs, storage, given)
+    stages = [] if cfg.datasets else [cfg.collect]
+    stages += [cfg.explore] if cfg.rounds > 1 else []
+    collecting = [panel.full(b, storage) for stage in stages for b in stage.behaviours]
+    acts = {b.policy.partition("@")[0] for b in collecting if b.policy is not None}
+    for ref in refs:
+        if ref.partition("@")[0] in acts:
+            message = f"policies: {ref} also collects the world's data, so its value is no test"
+            raise UsageError(f"{message}; name another agent")
+    logged = {b.name for artifact in given for b in Manifest.read(artifact.path).behaviours}
+    logged |= {behaviours.label(b) for b in ([] if cfg.datasets else cfg.collect.behaviours)}
+    held_out = sum(behaviours.label(policy) not in logged for policy in policies)
+    most = held_out + 1 + cfg.agent.snapshots + block.graded + bool(block.adversary)
+    if most < FEWEST:
+        message = f"at most {most} policies that did not collect the data can be compared"
+        fix = f"{FEWEST} are needed: add policies, graded or agent.snapshots"
+        raise UsageError(f"{message}; {fix}")
+
+
+def _check_port(port: int) -> None:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError as error:
+        message = f"serve.http={port} cannot be used ({error.strerror})"
+        raise UsageError(f"{message}; set another port") from error

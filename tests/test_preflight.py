@@ -1,0 +1,361 @@
+"""What a job could refuse later is refused before its first real step, also in a dry run."""
+
+from __future__ import annotations
+
+import os
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from safetensors.torch import save_file
+
+from mesocosm import preflight
+from mesocosm.agents import settings
+from mesocosm.agents.feasible import check_agent
+from mesocosm.agents.policy import Layout, Policy
+from mesocosm.agents.rllib import TRAINING_STATE
+from mesocosm.cli import main
+from mesocosm.config import JobConfig, load
+from mesocosm.data.dataset import Environment, write_dataset
+from mesocosm.data.episode import Episode
+from mesocosm.errors import UsageError
+from mesocosm.loop import LoopConfig, plan, resources
+from mesocosm.storage import Storage
+
+CARTPOLE = gym.make("CartPole-v1")
+TINY = ["rounds=2", "collect.steps=300", "explore.steps=100", "reality.env=CartPole-v1"]
+OWN = """
+import gymnasium, numpy as np
+from gymnasium.spaces import Box, Dict, Discrete, MultiDiscrete, Tuple
+
+class Base(gymnasium.Env):
+    observation_space = Box(-1.0, 1.0, (2,), np.float32)
+    action_space = Discrete(2)
+
+class Mixed(Base):
+    action_space = Tuple((Discrete(3), Box(-1.0, 1.0, (1,), np.float32)))
+
+class Several(Base):
+    action_space = MultiDiscrete([3, 2])
+
+class OnlyTask(Base):
+    observation_space = Dict({"goal": Box(-1.0, 1.0, (2,), np.float32)})
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current directory holds environments that register no time limit."""
+    (tmp_path / "preflight_envs.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def loop(root: str, *overrides: str) -> LoopConfig:
+    return load(LoopConfig, [], [f"storage.root={root}", *TINY, *overrides])
+
+
+def refused(root: str, message: str, *overrides: str) -> None:
+    """`loop` and its dry run exit with status 2, and nothing is stored."""
+    with pytest.raises(UsageError, match=message) as caught:
+        plan(loop(root, *overrides))
+    assert "\n" not in str(caught.value)
+    assert not Storage(root).list("ledgers")
+
+
+def logs(root: str, name: str, **facts: Any) -> None:
+    """Store a dataset of CartPole's spaces."""
+    episodes = []
+    for k in range(3):
+        observations = [CARTPOLE.observation_space.sample() * 0 for _ in range(9)]
+        actions = [np.int64(0)] * 8
+        episodes.append(Episode(k, k, "random", observations, actions, np.ones(8), "truncated"))
+    known: dict[str, Any] = {
+        "environment": Environment(id="CartPole-v1", max_episode_steps=500),
+        "observation_space": CARTPOLE.observation_space,
+        "action_space": CARTPOLE.action_space,
+        **facts,
+    }
+    fill = partial(write_dataset, episodes=episodes, id=name, seed=0, valid_fraction=0.3, **known)
+    Storage(root).make("datasets", name, {}, lambda folder: fill(folder) and None)
+
+
+# -- what the stages of a loop refuse -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [["--dry-run"], []])
+def test_the_loop_refuses_an_action_space_before_it_pays(
+    options: list[str],
+    root: str,
+    own: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    overrides = [f"storage.root={root}", *TINY, "reality.env=preflight_envs:Mixed"]
+    assert main(["loop", *options, *overrides]) == 2
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "mixes continuous with discrete parts" in message and message.startswith("mesocosm: ag")
+    assert not Path(root, "ledgers").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["agent.algo=SAC", "reality.env=preflight_envs:Several"],
+            "agent: algo=SAC needs Discrete or",
+        ),
+        (["agent.algo=DQN", "reality.env=Pendulum-v1"], "agent: algo=DQN needs Discrete actions"),
+        (["agent.params={lr: fast}"], "agent: RLlib's PPO refuses its settings"),
+        (["agent.model={fcnet_hiddens: 64}"], "agent: RLlib's PPO refuses its settings"),
+        (["agent.init=nope"], "no artifact agents/nope"),
+        (["agent.datasets=[nope]"], "agent: no artifact datasets/nope"),
+        (
+            ["agent.max_disagreement=2", "pretrain.model.members=1"],
+            r"agent\.max_disagreement needs",
+        ),
+        (
+            ["evaluate.adversary=2", "pretrain.model.members=1"],
+            r"evaluate\.adversary needs members",
+        ),
+        (["evaluate.datasets=[nope]"], "evaluate: no artifact datasets/nope"),
+        (
+            ["evaluate.policies=[{kind: trained, policy: nope}]"],
+            "evaluate: no artifact agents/nope",
+        ),
+        (
+            ["evaluate.policies=[{kind: random}]", "agent.snapshots=0"],
+            "evaluate: at most 1 policies that did not collect the data",
+        ),
+        (["evaluate.judge_steps=10"], "evaluate: judge_steps=10 is less than"),
+        (
+            ["explore.behaviours=[{kind: trained, policy: nope}]"],
+            "explore: no artifact agents/nope",
+        ),
+        (
+            ["pretrain.data.weights=[1]"],
+            r"weights must have one entry per dataset, got 1 for the 2",
+        ),
+        (["pretrain.data.datasets=[a]"], r"pretrain\.data\.datasets must be empty in a loop"),
+        (["pretrain.data.unique=400"], r"pretrain\.data\.unique must be at most the 300"),
+        (
+            ["baselines=[{algo: DQN, steps: 5000}]", "reality.env=Pendulum-v1"],
+            r"baselines\[0\]: algo=DQN needs Discrete",
+        ),
+        (
+            ["reality.env=preflight_envs:OnlyTask", "reality.task=[goal]"],
+            "names every key of the observation",
+        ),
+        (["reality.success=return > x"], "reality.success"),
+    ],
+)
+def test_what_a_later_stage_refuses_is_refused_first(
+    overrides: list[str],
+    message: str,
+    root: str,
+    own: None,
+) -> None:
+    refused(root, message, *overrides)
+
+
+def test_given_data_must_be_what_later_rounds_add_to(root: str) -> None:
+    logs(root, "same")
+    logs(root, "untimed", environment=Environment(id="CartPole-v1"))
+    logs(root, "other", environment=Environment(id="CartPole-v0", max_episode_steps=500))
+    plan(loop(root, "datasets=[same]"))
+    refused(
+        root,
+        "datasets/untimed is of an environment with max_episode_steps=None",
+        "datasets=[untimed]",
+    )
+    refused(root, "differ in environment id", "datasets=[same,other]", "rounds=1")
+    refused(root, "environment with id='CartPole-v0'", "datasets=[other]")
+    plan(loop(root, "datasets=[other]", "rounds=1"))
+
+
+def test_an_agent_that_collects_cannot_also_be_compared(root: str) -> None:
+    layers = [{"kind": "linear", "in": 4, "out": 2}]
+    spaces = CARTPOLE.observation_space, CARTPOLE.action_space
+    policy = Policy("PPO", *spaces, Layout("categorical", layers))
+    Storage(root).make("agents", "a0", {"inputs": {}}, policy.save)
+    overrides = ["evaluate.policies=[{kind: trained, policy: a0}]", "evaluate.graded=3"]
+    refused(
+        root,
+        "evaluate: policies: agents/a0 also collects",
+        *overrides,
+        "explore.behaviours=[{kind: noisy, policy: a0}]",
+    )
+
+
+def test_an_agent_to_begin_with_must_have_the_same_network(root: str) -> None:
+    spaces = CARTPOLE.observation_space, CARTPOLE.action_space
+    layers = [{"kind": "linear", "in": 4, "out": 2}]
+
+    def fill(folder: Path) -> None:
+        Policy("PPO", *spaces, Layout("categorical", layers)).save(folder)
+        module = check_agent("PPO", {}, settings.model("PPO", {}), spaces, 4096)
+        save_file(module.state_dict(), folder / TRAINING_STATE)
+
+    Storage(root).make("agents", "a0", {"inputs": {}}, fill)
+    plan(loop(root, "agent.init=a0"))
+    wide = "agent.model={fcnet_hiddens: [128, 128]}"
+    refused(root, "agent: init=agents/a0 is of another network", "agent.init=a0", wide)
+
+
+def test_a_port_that_is_taken_is_refused(root: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused(root, f"serve.http={port} cannot be used", f"serve.http={port}")
+
+
+# -- the horizon --------------------------------------------------------------------------------
+
+
+def test_a_loop_whose_horizon_is_not_known_warns_before_its_first_step(
+    root: str,
+    own: None,
+) -> None:
+    overrides = ["reality.env=preflight_envs:Base", "explore.behaviours=[{kind: random}]"]
+    assert "set reality.horizon" in plan(loop(root, *overrides))["horizon"]
+    assert plan(loop(root, *overrides, "reality.horizon=40"))["horizon"].startswith("40 steps")
+    facts = plan(loop(root))
+    assert facts["horizon"] == "500 steps: time limit of the environment"
+
+
+def test_a_loop_infers_its_horizon_from_given_logs(root: str, own: None) -> None:
+    facts = {
+        "environment": Environment(id="preflight_envs:Base"),
+        "observation_space": gym.spaces.Box(-1.0, 1.0, (2,), np.float32),
+        "action_space": gym.spaces.Discrete(2),
+    }
+    episode = Episode(0, 0, "x", [np.zeros(2, np.float32)] * 9, [0] * 8, np.ones(8), "truncated")
+    fill = partial(write_dataset, episodes=[episode], id="own", seed=0, valid_fraction=0, **facts)
+    Storage(root).make("datasets", "own", {}, lambda folder: fill(folder) and None)
+    cfg = loop(root, "reality.env=preflight_envs:Base", "datasets=[own]", "evaluate.episodes=5")
+    facts = plan(cfg)
+    assert facts["horizon"].startswith("8 steps: all 1 truncated")
+    assert facts["judged real steps"] == "at most 80"
+
+
+# -- storage, tracking, resources ---------------------------------------------------------------
+
+DRY = ["collect", "--dry-run", "reality.env=CartPole-v1", "steps=10"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_root_that_cannot_be_written_is_refused_in_a_dry_run(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    assert main([*DRY, f"storage.root={closed}/root"]) == 2
+    assert "cannot be written (Permission denied" in capsys.readouterr().err
+
+
+def test_a_root_that_is_a_file_is_refused_in_a_dry_run(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([*DRY, f"storage.root={tmp_path}/file"]) == 2
+    message = capsys.readouterr().err
+    assert "storage.root" in message and "cannot be written (Not a directory" in message
+
+
+def test_a_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    assert main([*DRY, f"storage.root={tmp_path}/a/b"]) == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("uri", ["ftp://there/mlflow", "mlruns", "http://host:port/"])
+def test_a_tracking_uri_that_cannot_be_used_is_refused(
+    uri: str,
+    root: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*DRY, f"storage.root={root}", f"tracking.uri={uri}"]) == 2
+    assert "tracking.uri" in capsys.readouterr().err
+
+
+def test_a_tracking_server_that_is_away_is_a_warning(
+    root: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    assert main([*DRY, f"storage.root={root}", f"tracking.uri={uri}"]) == 0
+    assert "does not answer" in capsys.readouterr().err
+    with socket.create_server(("127.0.0.1", port)):
+        config = load(JobConfig, [], [f"storage.root={root}", f"tracking.uri={uri}"])
+        assert preflight.check(config) == []
+
+
+@pytest.mark.slow
+def test_a_remote_root_must_create_exclusively(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(JobConfig, [], [f"storage.root={s3}"])
+    assert preflight.check(config) == []
+    assert Storage(s3).list("runs") == []
+    monkeypatch.setattr(Storage, "create", lambda self, path, data: True)  # ignores If-None-Match
+    with pytest.raises(UsageError, match="ignores conditional writes"):
+        preflight.check(config)
+
+
+def test_too_many_workers_are_refused_in_a_dry_run(
+    root: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    many = ["workers=500", "lanes=500", "steps=1000", "ray.cpus=4"]
+    assert main([*DRY, f"storage.root={root}", *many]) == 2
+    assert "workers=500 asks for 500 CPUs and the cluster has 4" in capsys.readouterr().err
+    loops = ["loop", "--dry-run", f"storage.root={root}", *TINY, "ray.cpus=4"]
+    assert main([*loops, "pretrain.train.workers=8", "pretrain.train.batch=32"]) == 2
+    assert "pretrain.train.workers=8 asks for 8 CPUs" in capsys.readouterr().err
+
+
+def test_a_ray_that_does_not_answer_is_refused_at_once(
+    root: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    assert main([*DRY, f"storage.root={root}", f"ray.address={address}"]) == 2
+    assert f"ray.address '{address}' does not answer" in capsys.readouterr().err
+
+
+def test_a_loop_states_what_each_stage_needs(root: str) -> None:
+    cfg = loop(root, "serve.replicas=2", "serve.device=cuda", "agent.runners=3")
+    needs = resources(cfg)
+    assert needs["serve.replicas with agent.runners=5"] == (5, 2)
+    assert needs["explore.workers=1"] == (1, 0)
+
+
+# -- single jobs --------------------------------------------------------------------------------
+
+
+def test_collect_refuses_in_a_dry_run_what_it_refuses_in_a_run(
+    root: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for override, message in (
+        ("behaviours=[{kind: trained, policy: nope}]", "no artifact agents/nope"),
+        ("reality.budget.steps=5", "steps=10 must be at most reality.budget.steps=5"),
+    ):
+        assert main([*DRY, f"storage.root={root}", override]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_baseline_refuses_an_action_space_before_it_pays(
+    root: str,
+    own: None,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for options in (["--dry-run"], []):
+        arguments = [f"storage.root={root}", "reality.env=preflight_envs:Mixed"]
+        assert main(["baseline", *options, *arguments]) == 2
+        assert "mixes continuous with discrete parts" in capsys.readouterr().err
+    assert not Path(root, "ledgers").exists()
