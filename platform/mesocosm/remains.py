@@ -190,7 +190,7 @@ def _finished(storage: Storage) -> Iterator[Remain]:
         for path, entry in storage.files(top).items():
             files[path.split("/")[2]].append(entry)
         for id, entries in files.items():
-            made = [kind for kind in kinds if storage.read(f"{kind}/{id}/{COMMIT}") is not None]
+            made = [kind for kind in kinds if _is_whole(storage, kind, id)]
             if made:
                 path = f"{top}/{id}"
                 size = sum(bytes for bytes, _ in entries)
@@ -208,6 +208,11 @@ def _leases(storage: Storage) -> Iterator[Remain]:
             why = "its process is gone" if record is not None else "it is not whole"
             remove = partial(_removed, storage, path)
             yield Remain("lease", storage.url(path), bytes, _age(modified), why, remove)
+
+
+def _is_whole(storage: Storage, kind: str, id: str) -> bool:
+    there = storage.read(f"{kind}/{id}/{COMMIT}") is not None
+    return there and not storage.is_damaged(kind, id)
 
 
 def _checkpoints() -> Iterator[Remain]:
