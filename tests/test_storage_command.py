@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import pytest
 from mesocosm import tracking
 from mesocosm.cli import main
 from mesocosm.config import JobConfig, StorageConfig
+from mesocosm.lease import Record
+from mesocosm.owner import this_process
 from mesocosm.storage import Storage
 
 Listed = Callable[..., dict[str, Any]]
@@ -106,6 +109,26 @@ def test_the_checkpoint_of_a_finished_artifact_goes(any_root: str, gc: Listed) -
     assert gc(any_root, "--yes", "--older-than", "0")["removed"] == 2
     assert storage.list("runs/checkpoints/done-agents") == []
     assert storage.list("runs/checkpoints/going") == ["progress.json"]
+
+
+def test_episodes_of_a_finished_dataset_and_leases_of_dead_processes_go(any_root: str, gc: Listed) -> None:
+    storage = Storage(any_root)
+    storage.make("datasets", "done", {}, _small)
+    for id in ("done", "going"):
+        storage.write(f"runs/episodes/{id}/0000-00000000.npz", b"1234")
+    mine = this_process()
+    for number, owner in enumerate((mine, replace(mine, started=1), replace(mine, machine="other"))):
+        record = Record(owner, "collect", 0.0)
+        storage.write(f"leases/datasets.{number}.00000000.json", record.to_json())
+    listed = gc(any_root, "--dry-run", "--older-than", "0")["remains"]
+    assert [(remain["what"], remain["why"]) for remain in listed] == [
+        ("checkpoint", "datasets/done is finished"),
+        ("lease", "its process is gone"),
+        ("lease", "its process is on host " + mine.host),
+    ]
+    assert gc(any_root, "--yes", "--older-than", "0")["removed"] == 3
+    assert storage.list("runs/episodes") == ["going"]
+    assert storage.list("leases") == ["datasets.0.00000000.json"]
 
 
 def test_age_is_of_the_newest_file(tmp_path: Path, gc: Listed) -> None:

@@ -201,11 +201,14 @@ def _finished(storage: Storage) -> Iterator[Remain]:
 
 
 def _leases(storage: Storage) -> Iterator[Remain]:
-    """Leases of processes that are gone, or that run on another host and were silent for the asked time."""
+    """Leases of processes that are gone, or run on another host. A live one there renews its file's age every BEAT_S seconds."""
     for path, (bytes, modified) in storage.files(lease.FOLDER).items():
         record = lease.Record.parse(storage.read(path) or b"")
-        if record is None or not record.owner.alive():
-            why = "its process is gone" if record is not None else "it is not whole"
+        alive = False if record is None else record.owner.alive()
+        if not alive:
+            why = "its process is gone"
+            if record is not None and alive is None:
+                why = f"its process is on host {record.owner.host}"
             remove = partial(_removed, storage, path)
             yield Remain("lease", storage.url(path), bytes, _age(modified), why, remove)
 
