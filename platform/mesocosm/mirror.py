@@ -78,8 +78,8 @@ class Mirror:
                     self._warned = True
                     why = f"{type(error).__name__}: {faults.first_line(error)}"
                     with suppress(OSError, StorageError):  # log.txt may be what cannot be written
-                        where = f"MLflow at {uri_of(self.config)}"
-                        self.note(f"{where} is away ({why}); metrics.jsonl is kept and replayed later")
+                        uri = uri_of(self.config)
+                        self.note(f"MLflow at {uri} is away ({why}); metrics.jsonl is kept and replayed later")
             if closing:
                 return
 
