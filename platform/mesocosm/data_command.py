@@ -82,8 +82,8 @@ def _list(storage: Storage, options: argparse.Namespace) -> int:
             rows.append(row)
     rows.sort(key=lambda row: (row["created"], row["id"]))
     if options.json:
-        unknown = dict.fromkeys(KEYS)
-        print(json.dumps(rows + [{**unknown, "id": id, "error": text} for id, text in damaged], indent=1))
+        rows += [{**dict.fromkeys(KEYS), "id": id, "error": text} for id, text in damaged]
+        print(json.dumps(rows, indent=1))
         return 0
     head = ("id", "made by", "environment", "episodes", "transitions", "held out", "size", "created")
     cells = [
@@ -129,7 +129,8 @@ def _listed(storage: Storage, id: str) -> dict[str, Any] | None:
         raise storage.damaged("datasets", id, commit, MANIFEST, there=True) from error
 
 
-KEYS = ("id", "job", "environment", "episodes", "transitions", "behaviours", "bytes", "created", "error")
+FACTS = ("job", "environment", "episodes", "transitions", "behaviours", "bytes", "created")
+KEYS = ("id", *FACTS, "error")
 """Of a row of `data list --json`. `error` is null, or the only one beside `id` that is not."""
 
 

@@ -78,7 +78,8 @@ class Mirror:
                     self._warned = True
                     why = f"{type(error).__name__}: {faults.first_line(error)}"
                     with suppress(OSError, StorageError):  # log.txt may be what cannot be written
-                        self.note(f"MLflow at {uri_of(self.config)} is away ({why}); metrics.jsonl is kept and replayed later")
+                        uri = uri_of(self.config)
+                        self.note(f"MLflow at {uri} is away ({why}); metrics.jsonl is kept and replayed later")
             if closing:
                 return
 
@@ -147,7 +148,8 @@ def ping(where: JobConfig) -> None:
     try:
         _client(where).search_experiments(max_results=1)
     except MlflowException as error:
-        raise OSError(redact(f"MLflow at {uri_of(where)} does not answer: {faults.first_line(error)}")) from error
+        why = f"MLflow at {uri_of(where)} does not answer: {faults.first_line(error)}"
+        raise OSError(redact(why)) from error
 
 
 def _create(client: Any, folder: Path, status: Mapping[str, Any], where: JobConfig) -> str:

@@ -7,7 +7,8 @@ fetched from a remote root lies in
 
     CACHE/parts/<kind>/<id>/<maker's folder>/<unit>
 
-and came there by one rename, after its checksums were right and its bytes were on disk: what is there is whole.
+and came there by one rename, after its checksums were right and its bytes were on disk: what is
+there is whole.
 
 Locks, which the kernel frees with their holder:
 
@@ -150,10 +151,9 @@ class Partial:
         try:
             while (held := coming.result()) is None:
                 if time.monotonic() > until:
-                    raise _NoRoom(
-                        f"{self.name}: {unit!r} is not to be fetched, for other shards in use fill the cache of {self.most} bytes "
-                        f"in {self._cache}; give a larger data.cache_gib or a smaller data.block, or stop other jobs on this machine"
-                    )
+                    full = f"other shards in use fill the cache of {self.most} bytes in {self._cache}"
+                    fix = "give a larger data.cache_gib or a smaller data.block, or stop other jobs"
+                    raise _NoRoom(f"{self.name}: {unit!r} cannot be fetched: {full}; {fix}")
                 time.sleep(0.1)
                 with self._mutex:
                     if held_unit.lacked_room():
@@ -274,12 +274,13 @@ class Partial:
                     if self.most is not None:
                         self._make_room(size, arriving)
                     (arriving / "reserved").write_text(str(size))
+            files = arriving / "files"
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(lambda name: self._fetch_file(name, arriving / "files" / name), names))
+                list(pool.map(lambda name: self._fetch_file(name, files / name), names))
             sync_tree(arriving)
             make_folder(to.parent)
-            with self._lock("room", fcntl.LOCK_EX):  # a shard is counted once: as arriving, or as here
-                replace(arriving / "files" / unit, to)
+            with self._lock("room", fcntl.LOCK_EX):  # so that a shard is counted once
+                replace(files / unit, to)
                 shutil.rmtree(arriving, ignore_errors=True)
         except BaseException:
             shutil.rmtree(arriving, ignore_errors=True)

@@ -80,7 +80,7 @@ class Root:
     # -- small durable files -------------------------------------------------------------------
 
     def write(self, path: str, data: bytes) -> None:
-        """Write a small file whole: a reader sees the old content or the new, also after a crash."""
+        """Write a small file whole: a reader sees the old or the new, also after a crash."""
         full = self._path(path)
         with self.naming(path):
             if self.remote:

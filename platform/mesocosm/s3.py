@@ -121,7 +121,9 @@ def _away(error: BaseException) -> bool:
     if isinstance(error, ConnectionError | HTTPClientError):
         return True
     said = error if isinstance(error, ClientError) else error.__cause__
-    status = int(said.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) if isinstance(said, ClientError) else 0
+    if not isinstance(said, ClientError):
+        return False
+    status = int(said.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     return status >= 500 and status != NOT_IMPLEMENTED
 
 

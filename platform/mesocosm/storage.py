@@ -97,7 +97,7 @@ class Storage(Root):
         return True
 
     def _discard_folder(self, kind: str, id: str) -> bool:
-        """Of a local root. The folder is moved away first, so that no other process completes it."""
+        """Of a local root. The folder is moved away first: no other process can complete it."""
         folder = self._path(kind, id)
         with self.naming(f"{kind}/{id}"), self.scratch() as away, suppress(FileNotFoundError):
             os.rename(folder, away / id)

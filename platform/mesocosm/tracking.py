@@ -206,7 +206,8 @@ class Run:
                     self._note(trace)
         except Exception as failure:
             why = faults.reason(failure) or faults.first_line(failure)
-            console.print(redact(f"warning: the end of run {self.job}/{self.id} is not recorded: {why}"))
+            name = f"{self.job}/{self.id}"
+            console.print(redact(f"warning: the end of run {name} is not recorded: {why}"))
 
 
 @contextmanager
@@ -251,9 +252,11 @@ def replay_pending(config: JobConfig) -> int:
             try:
                 ping(config)
             except Exception as away:
-                console.print(f"MLflow at {redact(uri_of(config))} is still away ({faults.first_line(away)}); metrics.jsonl is kept")
+                why = faults.first_line(away)
+                console.print(f"MLflow at {redact(uri_of(config))} is still away ({why}); metrics.jsonl is kept")
                 break
-            console.print(redact(f"run {status['job']}/{status['id']} could not be brought to MLflow ({faults.first_line(error)}); its metrics.jsonl is kept"))
+            name, why = f"{status['job']}/{status['id']}", faults.first_line(error)
+            console.print(redact(f"run {name} could not be brought to MLflow ({why}); its metrics.jsonl is kept"))
         else:
             delivered += 1
     return delivered
