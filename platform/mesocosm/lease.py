@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from mesocosm.errors import MesocosmError
+from mesocosm.errors import MesocosmError, StorageError
 from mesocosm.owner import Owner, this_process
 from mesocosm.storage import Storage
 
@@ -135,7 +135,7 @@ class Lease:
             beat += 1
             now = asdict(self._record) | {"beat": beat, "time": time.time()}
             # Storage that is away is tried again at the next beat.
-            with suppress(OSError):
+            with suppress(OSError, StorageError):
                 current = self._read(self._number)
                 if current is None or current.owner != self._record.owner:
                     self._say(f"{self.name}: another process has taken over the making of it")
