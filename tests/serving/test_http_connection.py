@@ -5,12 +5,17 @@ Its clients are slow, many or not HTTP.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +29,18 @@ from mesocosm.serving.http_connection import CONNECTIONS, Connection
 TOKEN = "planted-token-4f1c9a0b7d"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 KNOWN = f"Host: x\r\nAuthorization: Bearer {TOKEN}\r\n"
+
+
+FEW_DESCRIPTORS = """
+import resource, sys
+from tests.serving.test_http_connection import Server
+
+server = Server()
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+print(server.url, flush=True)
+sys.stdin.read()
+server.close()
+"""
 
 
 class Server:
@@ -55,7 +72,8 @@ class Server:
         quiet: dict[str, Any] = {"log_config": None, "log_level": "critical"}
         config = uvicorn.Config(guarded, http=Connection, ws="none", lifespan="off", **quiet)
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]})
+        run = partial(asyncio.run, http_connection.serve(self._server, self._socket))
+        self._thread = threading.Thread(target=run)
         self._thread.start()
 
     def connect(self, data: str) -> socket.socket:
@@ -195,3 +213,23 @@ def test_a_connection_is_used_again(server: Server) -> None:
         session.headers.update(AUTHORIZED)
         for size in (3, 5, 0):
             assert session.post(f"{server.url}/body", data=b"x" * size, timeout=60).json() == size
+
+
+def test_survives_without_free_descriptors() -> None:
+    """EMFILE: the server answers again as soon as a slow client has gone, and logs one line."""
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    folder = Path(__file__).parents[2]
+    with subprocess.Popen([sys.executable, "-c", FEW_DESCRIPTORS], cwd=folder, **pipes) as process:
+        assert process.stdout is not None
+        url = process.stdout.readline().decode().strip()
+        host, port = url.removeprefix("http://").split(":")
+        held = [socket.create_connection((host, int(port)), timeout=60) for _ in range(60)]
+        with pytest.raises(requests.Timeout):
+            requests.get(f"{url}/health", timeout=2)
+        for each in held:
+            each.close()
+        assert requests.get(f"{url}/health", timeout=60).status_code == 200
+        _, errors = process.communicate(timeout=60)
+    assert errors.decode().splitlines() == [
+        "the HTTP ingress has no free file descriptor; raise ulimit -n",
+    ]

@@ -9,17 +9,25 @@ however slowly it sends.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import logging
+import socket
+from typing import Any
 
 import h11
+import uvicorn
 from starlette.types import Scope
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
+logger = logging.getLogger(__name__)
 CONNECTIONS = 256
 """Connections at once, and requests with the token at once"""
 HEAD_S = 10.0
 """Seconds from a connection's opening, or its last reply, to a request with the token"""
 
+REPORT_S = 60.0
+"""Seconds between lines of the log about a lack of file descriptors"""
 GRACE_S = 0.1
 """Seconds after which a connection beyond `CONNECTIONS` costs the longest waiting one"""
 
@@ -27,6 +35,27 @@ GRACE_S = 0.1
 def admit(scope: Scope) -> None:
     """Mark the request as one with the token. Its connection is not waiting until the reply."""
     scope.setdefault("state", {})["admitted"] = True
+
+
+async def serve(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Answer on `listener` until `server.should_exit`, also through a lack of file descriptors.
+
+    asyncio tries to accept again by itself, and reports each attempt with a traceback, hundreds of
+    them a second (python/cpython#151615). Here they are one line in `REPORT_S` seconds.
+    """
+    reported = -REPORT_S
+
+    def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal reported
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() - reported >= REPORT_S:
+            reported = loop.time()
+            logger.warning("the HTTP ingress has no free file descriptor; raise ulimit -n")
+
+    asyncio.get_running_loop().set_exception_handler(report)
+    await server.serve(sockets=[listener])
 
 
 class Connection(H11Protocol):

@@ -18,6 +18,7 @@ import logging
 import socket
 import threading
 import time
+from functools import partial
 from typing import Annotated, Any
 
 import uvicorn
@@ -36,7 +37,7 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serving.bearer import read_token
 from mesocosm.serving.check import shown
 from mesocosm.serving.connection import LOOPBACK, NotServed, ReplicaFailed
-from mesocosm.serving.http_connection import CONNECTIONS, Connection, admit
+from mesocosm.serving.http_connection import CONNECTIONS, Connection, admit, serve
 from mesocosm.serving.schema import integer, json_type
 from mesocosm.serving.visitors import MAX_ENVS, UnknownSession, Visitors
 
@@ -335,7 +336,6 @@ class Listener:
             http=Connection,
             ws="none",
             lifespan="off",
-            loop="asyncio",
             log_config=None,
             log_level="critical",  # it logs bugs again that we have logged, and a stranger's broken requests
             access_log=False,
@@ -343,7 +343,8 @@ class Listener:
             timeout_graceful_shutdown=5,
         )
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True)
+        run = partial(asyncio.run, serve(self._server, self._socket))
+        self._thread = threading.Thread(target=run, name="http", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
