@@ -19,7 +19,7 @@ from mesocosm.data.spaces import SpaceCodec
 from mesocosm.data.writer import encode_episode
 from mesocosm.errors import MesocosmError
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import Act, EpisodeCut, EpisodeError, make_env, run_episode
+from mesocosm.reality.env import Act, EpisodeCut, EpisodeError, close, make_env, run_episode
 from mesocosm.reality.ledger import Ledger, Usage
 from mesocosm.reality.metered import MeteredEnv
 from mesocosm.reality.sturdy import MAX_FAILURES
@@ -111,7 +111,7 @@ class LaneRunner:
 
     def __init__(self, plan: Plan):
         if plan.imports not in sys.path:
-            sys.path.insert(0, plan.imports)
+            sys.path.append(plan.imports)
         self.plan = plan
         self._storage = Storage(plan.root)
         self._ledger = plan.open_ledger()
@@ -157,10 +157,7 @@ class LaneRunner:
         env, self._env = self._env, None
         if env is not None:
             env.meter.close()
-            try:
-                env.env.close()
-            except Exception as error:  # an environment that crashed may well fail to close: it is dropped either way
-                print(f"closing the environment raised {type(error).__name__}: {error}", file=sys.stderr)
+            close(env.env)
 
     def pulse(self, timeout_s: float) -> tuple[int, Usage | None]:
         """(steps taken in this lane, what was used of the reservation if a step has hung: then no further one can begin)"""

@@ -7,7 +7,9 @@ import importlib
 import importlib.metadata
 import inspect
 import os
+import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +19,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import gymnasium
 import numpy as np
 
+from mesocosm.cluster import IMPORTS
 from mesocosm.data.episode import Episode, Outcome
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError, nearest
 from mesocosm.reality.config import RealityConfig, check, parse_success
@@ -65,7 +68,7 @@ def make_env(config: RealityConfig) -> Env:
         raise
     except gymnasium.error.DependencyNotInstalled as error:
         raise UsageError(f"reality.env={config.env!r} needs a package that is not installed: {_line(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"reality.env={config.env!r} cannot be made with reality.kwargs={dict(config.kwargs)!r} ({type(error).__name__}: {_line(error)}); correct them"
         ) from error
@@ -97,7 +100,26 @@ def facts_of(config: RealityConfig) -> EnvFacts:
         limit = config.horizon if config.horizon is not None else env.spec.max_episode_steps if env.spec is not None else None
         return EnvFacts(env.observation_space, env.action_space, environment_version(env), limit)
     finally:
+        close(env)
+
+
+def close(env: Env) -> None:
+    """Close an environment. One whose `close()` raises loses nothing: the error is a warning on stderr, once for each class."""
+    try:
         env.close()
+    except Exception as error:
+        kind = f"{type(env.unwrapped).__module__}:{type(env.unwrapped).__qualname__}"
+        if kind not in _WARNED:
+            _WARNED.add(kind)
+            print(
+                f"mesocosm: warning: close() of the environment {kind} raised {type(error).__name__}: {_line(error)}; nothing is lost, correct it",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+_WARNED: set[str] = set()
+"""Environments whose failing `close()` was reported."""
 
 
 def _maker(config: RealityConfig) -> Callable[[], Env]:
@@ -122,7 +144,11 @@ def _check_registered(env: str, name: str, module: Any) -> None:
         return
     if module is not None:
         own = [n for n, value in vars(module).items() if inspect.isclass(value) and issubclass(value, gymnasium.Env)]
-        raise UsageError(f"reality.env={env!r}: module {module.__name__!r} neither registers nor defines {name!r}{nearest(name, [*own, *gymnasium.registry])}")
+        where = getattr(module, "__file__", None)
+        raise UsageError(
+            f"reality.env={env!r}: module {module.__name__!r}{f' ({where})' if where else ''} neither registers nor defines {name!r}"
+            f"{nearest(name, [*own, *gymnasium.registry])}"
+        )
     same = [id for id in gymnasium.registry if id.rsplit("-v", 1)[0].lower() == name.rsplit("-v", 1)[0].lower()]
     hint = f"; did you mean {same[-1]!r}?" if same else nearest(name, gymnasium.registry)
     raise UsageError(f"reality.env={env!r} does not exist: no environment of that id is registered{hint}")
@@ -131,15 +157,16 @@ def _check_registered(env: str, name: str, module: Any) -> None:
 def import_module(name: str, what: str) -> Any:
     """Import a user's module, the current directory being importable. `what` names the config key and value in the UsageError."""
     here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    for folder in (here, os.environ.get(IMPORTS, here)):
+        if folder not in sys.path:
+            sys.path.append(folder)  # last: a user's http.py must not replace Python's own module
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise UsageError(f"{what}: there is no module {error.name!r} in {here!r} or among the installed packages; check its name") from error
         raise UsageError(f"{what}: module {name!r} needs {error.name!r}, which is not installed") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{what}: module {name!r} fails on import ({type(error).__name__}: {_line(error)})") from error
 
 
@@ -248,7 +275,8 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
         max_steps: after so many steps an episode that has not ended is `unfinished`; None runs to its end.
 
     Raises EpisodeError if the environment raises, or gives an observation, reward or duration that is not finite;
-    EpisodeCut if the meter has no more steps; MesocosmError if `act` raises: that is the caller's fault, not reality's.
+    EpisodeCut if the meter has no more steps; MesocosmError if `act` raises: that is the caller's fault, not reality's; or if the
+    environment is of gym's old API.
     """
     assert max_steps is None or max_steps >= 1, max_steps
     reset_seed, rng = episode_seed(seed, k), stream("actions", seed, k)
@@ -256,7 +284,7 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
     if isinstance(act, Behaviour):
         act.start(k, rng)
     try:
-        observation, info = _guarded(partial(env.reset, seed=reset_seed, options=task or None), k, "reset")
+        observation, info = _guarded(partial(take_reset, env, seed=reset_seed, options=task or None), k, "reset")
     except BudgetSpent as error:
         raise EpisodeCut(str(error), None) from error
     observations, actions = [_finite(observation, k, 0)], list[Any]()
@@ -269,7 +297,7 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
         action = _choose(act, copied(observations[-1]), rng, behaviour, k)
         chosen = copied(action)  # an environment may clip the action in place
         try:
-            observation, reward, terminated, truncated, info = _guarded(partial(env.step, action), k, f"step {t}")
+            observation, reward, terminated, truncated, info = _guarded(partial(take_step, env, action), k, f"step {t}")
         except BudgetSpent as error:
             spent = error
             break
@@ -299,12 +327,63 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
     return episode
 
 
+def take_step(env: Env, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+    """`env.step(action)`, in Gymnasium's form.
+
+    Raises:
+        MesocosmError: The environment is of gym's old API, which gives other values.
+    """
+    given = _call(env, partial(env.step, action), "step", "observation, reward, terminated, truncated, info", 5)
+    if not isinstance(given[4], Mapping):
+        raise _old_api(env, f"the info of step() must be a dict, got {type(given[4]).__name__}")
+    return given
+
+
+def take_reset(env: Env, *, seed: int | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+    """`env.reset(...)`, in Gymnasium's form.
+
+    Raises:
+        MesocosmError: The environment is of gym's old API, which takes or gives other values.
+    """
+    try:
+        given = _call(env, partial(env.reset, seed=seed, options=options), "reset", "observation, info", 2)
+    except TypeError as error:
+        if re.search(r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error)):
+            raise _old_api(env, "reset() must take the keyword arguments seed and options") from error
+        raise
+    if not isinstance(given[1], Mapping):
+        raise _old_api(env, f"the info of reset() must be a dict, got {type(given[1]).__name__}")
+    return given
+
+
+def _call(env: Env, call: Callable[[], Any], method: str, names: str, count: int) -> Any:
+    try:
+        given = call()
+    except ValueError as error:  # Gymnasium's own wrappers unpack what the environment gives
+        unpacked = re.fullmatch(rf"(?:not enough|too many) values to unpack \(expected {count}(?:, got (\d+))?\)", str(error))
+        if unpacked and traceback.extract_tb(error.__traceback__)[-1].filename.startswith(str(Path(gymnasium.__file__).parent)):
+            raise _old_api(env, f"{method}() must give {count} values ({names}), got {unpacked[1] or 'more'}") from error
+        raise
+    if not isinstance(given, tuple) or len(given) != count:
+        got = len(given) if isinstance(given, tuple) else type(given).__name__
+        raise _old_api(env, f"{method}() must give {count} values ({names}), got {got}")
+    return given
+
+
+def _old_api(env: Env, problem: str) -> MesocosmError:
+    kind = type(env.unwrapped)
+    return MesocosmError(
+        f"the environment {kind.__module__}:{kind.__qualname__} is not of Gymnasium's API: {problem}; "
+        "update it, or wrap it with shimmy.GymV21CompatibilityV0 or GymV26CompatibilityV0"
+    )
+
+
 def _guarded(call: Callable[[], Any], k: int, where: str) -> Any:
     try:
         return call()
     except MesocosmError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise EpisodeError(f"episode {k}: the environment's {where} raised {type(error).__name__}: {_line(error)}") from error
 
 

@@ -16,7 +16,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrap
 
 from mesocosm.errors import BudgetSpent
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import EpisodeError, TaskSampler
+from mesocosm.reality.env import EpisodeError, TaskSampler, close
 from mesocosm.reality.ledger import Ledger, Reservation, Usage
 from mesocosm.reality.sturdy import Sturdy
 from mesocosm.storage import Storage
@@ -149,7 +149,7 @@ class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def close(self) -> None:
         self.meter.close()
-        self.env.close()
+        close(self.env)
 
 
 class MeteredVectorEnv(VectorWrapper):
