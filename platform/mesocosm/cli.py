@@ -192,6 +192,8 @@ def _run(options: argparse.Namespace) -> int:
 def _run_job(job: Job, options: argparse.Namespace) -> int:
     module = importlib.import_module(job.module)
     flags = [f"{key}={value}" for flag, key in FLAGS.get(options.command, {}).items() if (value := getattr(options, flag)) is not None]
+    if options.command in WORDS and "=" in options.overrides:
+        raise UsageError("an override has spaces around its =; write key=value")
     words = [word for word in options.overrides if options.command in WORDS and not _is_override(word)]
     overrides = [word for word in options.overrides if word not in words]
     loaded: config.JobConfig = config.load(getattr(module, job.schema), options.config, [*overrides, *flags])
