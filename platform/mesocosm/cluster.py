@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,13 +41,14 @@ OWNER = "owner.lock"
 """The file in a private Ray's folder that its process locks: a free lock means that the process has ended."""
 
 SHORT = "/tmp"
-"""Where a private Ray's folder lies when TMPDIR is too long for its sockets."""
+"""Where a private Ray's folder lies when TMPDIR is too long for its sockets; TMPDIR then holds a link to it."""
 
 SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
 """The longest path of a socket in Ray's temporary folder."""
 
 _temp_dir: str | None = None
 _owner: int | None = None
+_link: str | None = None
 
 
 def worker_env() -> dict[str, str]:
@@ -139,7 +141,7 @@ def _job_config() -> Any:
 def _start(config: RayConfig, temp_dir: str | None) -> None:
     """Start a private Ray. On Linux Ray turns 127.0.0.1 into the machine's own address and listens on
     every interface; on macOS and Windows it stays on loopback, as it does here: nobody else may reach it."""
-    global _temp_dir
+    global _temp_dir, _link
     import ray
     from ray._private import ray_constants
 
@@ -165,7 +167,7 @@ def _start(config: RayConfig, temp_dir: str | None) -> None:
         except Exception as error:  # Ray raises a bare Exception when one of its daemons is late
             ray.shutdown()
             if attempt == STARTS:
-                _temp_dir = None  # the logs stay; `storage gc` lists them
+                _temp_dir = _link = None  # the logs stay; `storage gc` lists them
                 _release_owner()
                 reason = " ".join(str(error).split())
                 raise MesocosmError(f"Ray did not start on this machine in {STARTS} attempts ({reason}); free some CPU or memory, or see {temp_dir}") from error
@@ -191,8 +193,8 @@ def _session_folder() -> str:
     Raises:
         MesocosmError: The folder cannot be made.
     """
-    global _owner
-    base = tempfile.gettempdir()
+    global _owner, _link
+    base, temporary = tempfile.gettempdir(), tempfile.gettempdir()
     limit = (103 if sys.platform == "darwin" else 107) - len(SOCKET)
     if len(os.fsencode(os.path.join(base, f"{SESSION}12345678"))) > limit:
         base = SHORT
@@ -200,12 +202,30 @@ def _session_folder() -> str:
         folder = tempfile.mkdtemp(prefix=SESSION, dir=base)
         _owner = os.open(os.path.join(folder, OWNER), os.O_WRONLY | os.O_CREAT, 0o600)
         fcntl.flock(_owner, fcntl.LOCK_EX)
+        if base != temporary:
+            _link = os.path.join(temporary, os.path.basename(folder))  # for `storage gc`
+            os.symlink(folder, _link)
     except OSError as error:
         longest = limit - len(SESSION) - 9
         raise MesocosmError(
             f"a folder for Ray cannot be made in {base!r} ({error.strerror}); set TMPDIR to a folder of at most {longest} characters that can be written"
         ) from error
     return folder
+
+
+def session_ended(folder: Path) -> bool:
+    """Whether the process of a private Ray's folder has ended, which frees its lock."""
+    try:
+        handle = os.open(folder / OWNER, os.O_WRONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+    return True
 
 
 def _release_owner() -> None:
@@ -249,7 +269,7 @@ def stuck(what: str) -> NoReturn:
 
 def shutdown() -> None:
     """End what `ensure` started, whatever signals come meanwhile. Safe to call twice."""
-    global _temp_dir
+    global _temp_dir, _link
     with signals.held_back():
         if "ray" in sys.modules:
             import ray
@@ -259,4 +279,8 @@ def shutdown() -> None:
         if _temp_dir is not None:
             shutil.rmtree(_temp_dir, ignore_errors=True)
             _temp_dir = None
+            if _link is not None:
+                with suppress(OSError):
+                    os.unlink(_link)
+                _link = None
         _release_owner()

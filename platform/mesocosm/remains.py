@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mesocosm import cluster
 from mesocosm.storage import COMMIT, KINDS, Storage
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$|^runs/[0-9a-f]{32}\.tmp$")
@@ -27,6 +28,7 @@ TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$|^runs/[0-9a-f]{32}\.tmp$")
 RECORDS = ("runs", "ledgers", "cells")
 CHECKPOINTS = "mesocosm-checkpoint-*"
 """Of this machine's temporary folder: a rank's part of a checkpoint, until it is uploaded."""
+SESSION = "Ray session"
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ def find(storage: Storage, older_than_s: float, remark: Callable[[str], None]) -
     found += _scratch(storage, remark)
     found += _local_temporaries(storage)
     found += _checkpoints()
+    found += _sessions()
     return [remain for remain in found if remain.age_s >= older_than_s]
 
 
@@ -149,6 +152,25 @@ def _checkpoints() -> Iterator[Remain]:
     for path in sorted(Path(tempfile.gettempdir()).glob(CHECKPOINTS)):
         if path.stat().st_uid == os.getuid():
             yield _on_disk("scratch", path, "a worker was killed while it sent its part of a checkpoint", partial(_rmtree, path))
+
+
+def _sessions() -> Iterator[Remain]:
+    """Folders of private Rays whose processes were killed. TMPDIR holds a link where the folder lies elsewhere."""
+    for path in sorted(Path(tempfile.gettempdir()).glob(f"{cluster.SESSION}*")):
+        folder = path.resolve()
+        if not folder.is_dir():
+            yield _on_disk(SESSION, path, "its folder is gone", partial(_rmtree, path))
+        elif folder.stat().st_uid == os.getuid() and cluster.session_ended(folder):
+            yield _on_disk(SESSION, folder, "its process was killed", partial(_remove_session, path, folder))
+
+
+def _remove_session(path: Path, folder: Path) -> bool:
+    if not cluster.session_ended(folder):
+        return False
+    shutil.rmtree(folder)
+    if path.is_symlink():
+        path.unlink()
+    return True
 
 
 def _entries(folder: Path) -> list[Path]:
