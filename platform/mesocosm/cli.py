@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 try:
                     return _run(options)
                 finally:
-                    cluster.shutdown()
+                    _end_ray()
                     _flush()
         except MesocosmError as error:
             print(f"mesocosm: {error}", file=sys.stderr)
@@ -132,6 +132,10 @@ def _imports_from_here() -> Iterator[None]:
             os.environ.pop(cluster.IMPORTS, None)
         else:
             os.environ[cluster.IMPORTS] = before
+
+
+def _end_ray() -> None:
+    cluster.shutdown()
 
 
 def _flush() -> None:

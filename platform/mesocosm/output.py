@@ -31,22 +31,20 @@ def results_only(*, for_good: bool) -> Iterator[None]:
         yield
         return
     stdout.flush()
-    saved = os.dup(1) if _is_descriptor_1(stdout) else None
-    _results = stdout if saved is None else os.fdopen(os.dup(saved), "w", encoding="utf-8", errors="backslashreplace")
-    if saved is not None:
-        os.dup2(2, 1)
+    saved = os.dup(1)
+    _results = os.fdopen(os.dup(1), "w", encoding="utf-8") if _is_descriptor_1(stdout) else stdout
+    os.dup2(2, 1)
     sys.stdout = sys.stderr
     try:
         yield
     finally:
-        if saved is not None:
-            if not for_good:
-                os.dup2(saved, 1)
-            os.close(saved)
+        if _results is not stdout:
             _results.close()
-        if not for_good:
-            sys.stdout = stdout
         _results = None
+        if not for_good:
+            os.dup2(saved, 1)
+            sys.stdout = stdout
+        os.close(saved)
 
 
 def _is_descriptor_1(stream: TextIO) -> bool:
