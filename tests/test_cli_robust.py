@@ -36,7 +36,13 @@ class Chatty(gymnasium.Env):
 
 
 def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "mesocosm.cli", *words], cwd=folder, capture_output=True, text=True, timeout=280)
+    return subprocess.run(
+        [sys.executable, "-m", "mesocosm.cli", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
 @pytest.fixture
@@ -47,7 +53,17 @@ def chatty(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("option", [[], pytest.param(["--dry-run"], marks=pytest.mark.slow)])
 def test_json_is_all_of_stdout_when_an_environment_prints(option: list[str], chatty: Path) -> None:
-    done = _run(chatty, "collect", "reality.env=chatty:Chatty", "steps=4", "lanes=1", "workers=0", "--json", "storage.root=root", *option)
+    done = _run(
+        chatty,
+        "collect",
+        "reality.env=chatty:Chatty",
+        "steps=4",
+        "lanes=1",
+        "workers=0",
+        "--json",
+        "storage.root=root",
+        *option,
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
     assert "imported" in done.stderr and "at exit" in done.stderr and (option or "step!" in done.stderr)
@@ -55,7 +71,20 @@ def test_json_is_all_of_stdout_when_an_environment_prints(option: list[str], cha
 
 def test_json_in_this_process(chatty: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(chatty)
-    assert main(["collect", "reality.env=chatty:Chatty", "steps=4", "lanes=1", "workers=0", "--json", "storage.root=root"]) == 0
+    assert (
+        main(
+            [
+                "collect",
+                "reality.env=chatty:Chatty",
+                "steps=4",
+                "lanes=1",
+                "workers=0",
+                "--json",
+                "storage.root=root",
+            ]
+        )
+        == 0
+    )
     print("printed after the command")
     out, err = capfd.readouterr()
     result, _, rest = out.rpartition("}\n")
@@ -81,7 +110,14 @@ def test_a_users_module_does_not_replace_pythons_own(workers: int, tmp_path: Pat
         (folder / name).write_text("raise RuntimeError('mine')\n")
     (folder / "hue.py").write_text(HUE)
     command = str(Path(sys.executable).parent / "mesocosm")
-    words = ["collect", "reality.env=hue:make", "steps=20", "lanes=1", f"workers={workers}", "storage.root=root"]
+    words = [
+        "collect",
+        "reality.env=hue:make",
+        "steps=20",
+        "lanes=1",
+        f"workers={workers}",
+        "storage.root=root",
+    ]
     done = subprocess.run([command, *words], cwd=folder, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
@@ -111,10 +147,13 @@ def test_an_unexpected_error_without_a_run_names_the_file_of_its_traceback(
     assert "in _raises" in path.read_text()
 
 
-def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mesocosm.cli", "pretrain", "--help"]
+@pytest.mark.parametrize("words", [["data", "list"], ["data", "list", "--json"]])
+def test_a_closed_pipe_is_no_traceback(words: list[str], tmp_path: Path) -> None:
+    """`mesocosm data list | head -0`"""
+    (tmp_path / "root" / "datasets").mkdir(parents=True)
+    command = [sys.executable, "-m", "mesocosm.cli", *words, "storage.root=root"]
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=280)
     os.close(writing)
-    assert done.stderr == ""
+    assert (done.returncode, done.stderr) == (1, "")

@@ -57,7 +57,13 @@ def test_a_new_home_and_a_long_temporary_folder(tmp_path: Path) -> None:
     assert [Path(folder).parent for folder in facts["folders"]] == [Path("/tmp")] and facts["left"] == []
 
 
-@pytest.mark.parametrize(("token", "words"), [("0" * 64, "does not accept the token in {path}"), pytest.param(None, "wants a token", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [
+        ("0" * 64, "does not accept the token in {path}"),
+        pytest.param(None, "wants a token", marks=pytest.mark.slow),
+    ],
+)
 def test_a_wrong_token_is_not_reported_as_no_cluster(token: str | None, words: str, ray_local: None, tmp_path: Path) -> None:
     import ray
 
@@ -67,7 +73,13 @@ def test_a_wrong_token_is_not_reported_as_no_cluster(token: str | None, words: s
         path.write_text(token)
     address = ray.get_runtime_context().gcs_address
     code = f"from mesocosm.cluster import ensure\nfrom mesocosm.config import RayConfig\nensure(RayConfig(address={address!r}))"
-    done = subprocess.run([sys.executable, "-c", code], env=_environment(HOME=str(tmp_path)), capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=_environment(HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("mesocosm.errors.UsageError") and address in last and words.format(path=path) in last
     assert "does not answer" not in last

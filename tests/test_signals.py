@@ -41,7 +41,16 @@ class Slow(gymnasium.Env):
 LAUNCHERS = {
     "alone": [],
     "timeout": ["timeout", "100000"],
-    "child of PID 1": ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", '"$@" & wait $!', "sh"],
+    "child of PID 1": [
+        "unshare",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "sh",
+        "-c",
+        '"$@" & wait $!',
+        "sh",
+    ],
     "PID 1": ["unshare", "--pid", "--fork", "--mount-proc"],
 }
 
@@ -53,7 +62,16 @@ class Collection:
         self.folder, self.root, self.mark = folder, folder / "root", uuid.uuid4().hex
         self.temporary = Path(tempfile.mkdtemp(prefix="ms-", dir="/tmp"))
         (folder / "slow.py").write_text(ENVIRONMENT)
-        command = [sys.executable, "-m", "mesocosm.cli", "collect", "reality.env=slow:Slow", "steps=1000000", "lanes=1", f"workers={workers}"]
+        command = [
+            sys.executable,
+            "-m",
+            "mesocosm.cli",
+            "collect",
+            "reality.env=slow:Slow",
+            "steps=1000000",
+            "lanes=1",
+            f"workers={workers}",
+        ]
         self.process = subprocess.Popen(
             [*LAUNCHERS[launcher], *command, f"storage.root={self.root}"],
             cwd=folder,
@@ -156,13 +174,28 @@ def test_sigterm_while_ray_starts(collection: Callable[..., Collection]) -> None
 
 @pytest.mark.slow
 def test_the_session_folder_of_a_killed_job_is_garbage(
-    collection: Callable[..., Collection], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    collection: Callable[..., Collection],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     job = collection()
     monkeypatch.setattr(tempfile, "tempdir", str(job.temporary))
 
     def listed(*options: str) -> list[tuple[str, str]]:
-        assert main(["storage", "gc", f"storage.root={job.root}", "--older-than", "0", "--json", *options]) == 0
+        assert (
+            main(
+                [
+                    "storage",
+                    "gc",
+                    f"storage.root={job.root}",
+                    "--older-than",
+                    "0",
+                    "--json",
+                    *options,
+                ]
+            )
+            == 0
+        )
         return [(row["what"], row["path"]) for row in json.loads(capsys.readouterr().out)["remains"] if row["what"] == "Ray session"]
 
     job.wait((job.folder / "stepping").exists)

@@ -84,13 +84,19 @@ WORDS = {"import": ("paths", "PATH")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status. Without `argv` the process's own arguments are run."""
+    """Run the command line; returns the exit status.
+
+    Args:
+        argv: The words of the command line. By default those of this process, which is then taken
+            to end with the command.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     warnings.filterwarnings("ignore", message=".*WARN: ")  # Gymnasium's advice to authors of environments
     with signals.end_like_interrupt(), _imports_from_here():
         try:
             options = _parse(arguments)
-            with output.results_only(for_good=argv is None) if getattr(options, "json", False) else nullcontext():
+            as_json = getattr(options, "json", False)
+            with output.results_only(for_good=argv is None) if as_json else nullcontext():
                 try:
                     return _run(options)
                 finally:
@@ -118,8 +124,8 @@ def job(name: str) -> NoReturn:
 
 @contextmanager
 def _imports_from_here() -> Iterator[None]:
-    """The folder where the user stands is importable, here and in Ray's workers, after all that is installed:
-    a file `http.py` there must not replace Python's own module."""
+    """The folder where the user stands is importable, here and in Ray's workers, after all that is
+    installed: a file `http.py` there must not replace Python's own module."""
     before = os.environ.get(cluster.IMPORTS)
     with suppress(FileNotFoundError):  # the folder was removed
         os.environ[cluster.IMPORTS] = os.getcwd()
@@ -145,15 +151,16 @@ def _flush() -> None:
 
 
 def _unexpected(error: BaseException) -> str:
-    """One sentence for an error that is not Mesocosm's own; of what a Ray worker raised, its cause."""
+    """One sentence for an error that Mesocosm does not know; of what a Ray worker raised, its cause."""
     cause = getattr(error, "cause", None)
     error = cause if isinstance(cause, BaseException) else error
     line = " ".join(str(error).split())
-    return f"the command failed with {type(error).__name__}{': ' * bool(line)}{line[:300]}"
+    reason = f"{type(error).__name__}: {line[:300]}" if line else type(error).__name__
+    return f"the command failed with {reason}"
 
 
 def _traceback_file() -> str:
-    """Write the traceback of the exception being handled to a file; returns the words that name it."""
+    """Write the traceback of the exception being handled to a file; returns words that name it."""
     try:
         handle, path = tempfile.mkstemp(prefix="mesocosm-traceback-", suffix=".txt")
         with os.fdopen(handle, "w") as file:
@@ -221,7 +228,8 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
         except MesocosmError:
             raise
         except (Exception, SystemExit) as error:
-            raise MesocosmError(f"{_unexpected(error)}; the traceback is in {run.folder / 'log.txt'}") from error
+            log = run.folder / "log.txt"
+            raise MesocosmError(f"{_unexpected(error)}; the traceback is in {log}") from error
         facts = {"run": f"{run.job}/{run.id}", **run.facts}
         if made is not None:
             facts.update(artifact=made.name, path=str(made.path))

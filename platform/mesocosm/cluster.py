@@ -32,16 +32,18 @@ GROWING_S = 3600
 """Seconds that ranks wait for their places where the cluster grows: a cloud's machine takes minutes to come, and a rare one longer."""
 
 IMPORTS = "MESOCOSM_IMPORTS"
-"""The environment variable with the folder where the command line was started: a user's modules are imported from it."""
+"""The environment variable with the folder where the command line was started: a user's modules are
+imported from it."""
 
 SESSION = "mesocosm-ray-"
 """A private Ray's temporary folder begins with this name."""
 
 OWNER = "owner.lock"
-"""The file in a private Ray's folder that its process locks: a free lock means that the process has ended."""
+"""The file in a private Ray's folder that its process locks: a free lock means that it has ended."""
 
 SHORT = "/tmp"
-"""Where a private Ray's folder lies when TMPDIR is too long for its sockets; TMPDIR then holds a link to it."""
+"""Where a private Ray's folder lies when TMPDIR is too long for its sockets; TMPDIR then holds a link
+to it."""
 
 SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
 """The longest path of a socket in Ray's temporary folder."""
@@ -97,24 +99,34 @@ def _connect(address: str) -> None:
     import ray
     from ray._private import ray_constants
     from ray._private.authentication import authentication_token_setup
+    from ray.exceptions import RayError
 
     if address.startswith(("127.0.0.1:", "localhost:")):
-        ray_constants.ENABLE_RAY_CLUSTER = False  # a private Ray of this machine, see below: else Ray asks at the machine's own address
+        # A private Ray of this machine (see `_start`): else Ray asks at the machine's own address.
+        ray_constants.ENABLE_RAY_CLUSTER = False
         # Such a Ray wants the token in ~/.ray, which Ray itself shows to no address that was named.
         authentication_token_setup.logger.setLevel(logging.ERROR)
         authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     try:
-        ray.init(address=address, runtime_env={"env_vars": _remote_env()}, job_config=_job_config(), log_to_driver=True, logging_level=logging.WARNING)
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError, ray.exceptions.AuthenticationError) as error:
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": _remote_env()},
+            job_config=_job_config(),
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+        )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
         ray.shutdown()
         if _is_about_token(error):
-            token = _token_source()
-            raise UsageError(
-                f"ray.address {address!r} wants a token, and this machine has none; copy that Ray's token to ~/.ray/auth_token (chmod 600)"
-                if token is None
-                else f"ray.address {address!r} does not accept the token in {token}; copy that Ray's token there"
-            ) from error
+            raise UsageError(f"ray.address {address!r} {_token_problem()}") from error
         raise UsageError(f"ray.address {address!r} does not answer ({error}); start the cluster or leave ray.address unset") from error
+
+
+def _token_problem() -> str:
+    token = _token_source()
+    if token is None:
+        return "wants a token, and this machine has none; copy that Ray's token to ~/.ray/auth_token (chmod 600)"
+    return f"does not accept the token in {token}; copy that Ray's token there"
 
 
 def _is_about_token(error: BaseException | None) -> bool:
@@ -139,8 +151,8 @@ def _job_config() -> Any:
 
 
 def _start(config: RayConfig, temp_dir: str | None) -> None:
-    """Start a private Ray. On Linux Ray turns 127.0.0.1 into the machine's own address and listens on
-    every interface; on macOS and Windows it stays on loopback, as it does here: nobody else may reach it."""
+    """Start a private Ray. On Linux Ray turns 127.0.0.1 into the machine's own address and listens
+    on every interface; on macOS and Windows it stays on loopback, as here: nobody else may reach it."""
     global _temp_dir, _link
     import ray
     from ray._private import ray_constants
@@ -175,15 +187,19 @@ def _start(config: RayConfig, temp_dir: str | None) -> None:
 
 
 def _protect_token() -> None:
-    """Make the token of this machine's private Rays, for its owner alone: Ray itself makes one that everybody may read."""
-    if _token_source() in ("$RAY_AUTH_TOKEN", "$RAY_AUTH_TOKEN_PATH") or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+    """Make the token of this machine's private Rays, for its owner alone: Ray itself makes one that
+    everybody may read."""
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        return
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
         return
     path = Path.home() / ".ray" / "auth_token"
     try:
         if path.exists() and path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:
             path.chmod(0o600)
     except OSError as error:
-        raise UsageError(f"{str(path)!r} cannot be protected ({error.strerror}); run: chmod 600 {path}") from error
+        reason = f"cannot be protected ({error.strerror})"
+        raise UsageError(f"{str(path)!r} {reason}; run: chmod 600 {path}") from error
     clusters.make_token(path, "set RAY_AUTH_TOKEN_PATH to a token file of your own")
 
 
@@ -236,9 +252,10 @@ def _release_owner() -> None:
 
 
 def _remote_env() -> dict[str, str]:
-    """What of `worker_env` means the same on another machine, and where a user's modules are on this one."""
+    """What of `worker_env` means the same on another machine, and where a user's modules are here."""
     imports = {IMPORTS: os.environ[IMPORTS]} if IMPORTS in os.environ else {}
-    return {name: value for name, value in worker_env().items() if name not in ("PATH", "TORCH_EXTENSIONS_DIR")} | imports
+    local = ("PATH", "TORCH_EXTENSIONS_DIR")
+    return {name: value for name, value in worker_env().items() if name not in local} | imports
 
 
 def most() -> dict[str, float]:

@@ -107,13 +107,13 @@ def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[
 def _check_spaces(overrides: Sequence[str], known: Sequence[str]) -> None:
     """Raise UsageError for `key = value`, `key= value` and `key =value`, which a shell splits."""
     for first, second in itertools.pairwise(overrides):
-        if second == "=" and first in known:
-            value = next(iter(overrides[overrides.index("=") + 1 :]), "VALUE")
-        elif (second.startswith("=") and first in known) or (first.endswith("=") and first[:-1] in known and "=" not in second):
-            value = second.removeprefix("=")
-        else:
+        key, value = first.removesuffix("="), second.removeprefix("=")
+        if key not in known or (not first.endswith("=") and not second.startswith("=")):
             continue
-        key = first.removesuffix("=")
+        if first.endswith("=") and "=" in second:
+            continue  # an empty value, and another override
+        if second == "=":
+            value = next(iter(overrides[overrides.index("=") + 1 :]), "VALUE")
         raise UsageError(f"override {key!r} has spaces around its =; write {key}={value}")
 
 
@@ -134,7 +134,7 @@ def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> D
         value, said = getattr(error, "value", None), _first_line(error)
         if isinstance(value, float) and value.is_integer() and "Integer" in said:
             said = f"a whole number is wanted; write {int(value)} instead of {value!r}"
-        elif converted := re.fullmatch(r"Value (.*) of type '\w+' could not be converted to (Integer|Float)", said):
+        elif converted := re.fullmatch(r"Value (.*) of type '\w+' could not be converted to (\w+)", said):
             said = f"must be a {'whole ' * (converted[2] == 'Integer')}number, got {converted[1]}"
         elif said.startswith("Incompatible value 'None'") or said.endswith("is not Optional"):
             said = "has no value; give one, as in key=VALUE"
@@ -145,30 +145,37 @@ def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> D
         raise UsageError(f"{source}: {_first_line(error)}") from error
 
 
+SCALARS = (BooleanNode, FloatNode, IntegerNode, StringNode)
+
+
 def _check_kinds(base: DictConfig, layer: DictConfig, source: str, prefix: str = "") -> None:
-    """Raise UsageError where a list, a block of keys or a single value is wanted and `layer` has another kind."""
+    """Raise UsageError where a list, a block of keys or a single value is wanted and `layer` has
+    another kind."""
     for name in layer:
         node, value = base._get_node(name, validate_access=False), layer._get_node(name)
         if node is None or value is None or value._is_interpolation() or value._is_none():
             continue  # unknown keys, references and nulls are OmegaConf's to judge
-        key, block, listed = prefix + str(name), isinstance(value, DictConfig), isinstance(value, ListConfig)
+        key = prefix + str(name)
+        block, listed = isinstance(value, DictConfig), isinstance(value, ListConfig)
         plain: Any = OmegaConf.to_container(value) if block or listed else value._value()
         if isinstance(node, ListConfig):
             element = node._metadata.element_type
-            inner = [f.name for f in dataclasses.fields(element)] if dataclasses.is_dataclass(element) else []
+            first = dataclasses.fields(element)[0].name if dataclasses.is_dataclass(element) else None
             if not listed:
-                example = f"[{{{inner[0]}: VALUE}}]" if inner else "[VALUE]" if block else f"[{plain}]"
-                raise UsageError(f"{source}: {key} must be a list, got {plain!r}; write '{key}={example}'")
-            for i, item in enumerate(plain if inner else []):
+                item = f"{{{first}: VALUE}}" if first else "VALUE" if block else plain
+                example = f"write '{key}=[{item}]'"
+                raise UsageError(f"{source}: {key} must be a list, got {plain!r}; {example}")
+            for i, item in enumerate(plain if first else []):
                 if not isinstance(item, dict):
-                    raise UsageError(f"{source}: {key}[{i}] must be a block of keys, got {item!r}; write '{key}=[{{{inner[0]}: {item}}}]'")
+                    problem = f"{key}[{i}] must be a block of keys, got {item!r}"
+                    raise UsageError(f"{source}: {problem}; write '{key}=[{{{first}: {item}}}]'")
         elif isinstance(node, DictConfig) and not block:
             keys = [str(k) for k in node] if _is_block(node) else ["NAME"]
-            shown = ", ".join(f"{key}.{k}" for k in keys[:3])
-            raise UsageError(f"{source}: {key} is a block of keys, got {plain!r}; set {shown}{', ...' * (len(keys) > 3)}")
+            shown = ", ".join(f"{key}.{k}" for k in keys[:3]) + ", ..." * (len(keys) > 3)
+            raise UsageError(f"{source}: {key} is a block of keys, got {plain!r}; set {shown}")
         elif isinstance(node, DictConfig) and _is_block(node):
             _check_kinds(node, cast(DictConfig, value), source, f"{key}.")
-        elif isinstance(node, IntegerNode | FloatNode | BooleanNode | StringNode) and (block or listed):
+        elif isinstance(node, SCALARS) and (block or listed):
             raise UsageError(f"{source}: {key} must be a single value, got {plain!r}")
 
 
@@ -178,12 +185,14 @@ def _is_block(node: DictConfig) -> bool:
 
 
 def _suggestion(key: str, layer: Any, known: Sequence[str]) -> str:
-    """The known keys that end as the unknown one does (`train.steps` in a loop is `pretrain.train.steps`), else the nearest."""
+    """The known keys that end as the unknown one does (`train.steps` in a loop is
+    `pretrain.train.steps`), else the nearest."""
     node = OmegaConf.select(layer, key)
     while isinstance(node, DictConfig) and len(node) == 1:
         name = str(next(iter(node)))
         key, node = f"{key}.{name}", node._get_node(name)
-    ending = sorted((name for name in known if name.endswith(f".{key}")), key=lambda name: name.count("."))
+    ending = [name for name in known if name.endswith(f".{key}")]
+    ending.sort(key=lambda name: name.count("."))
     if not ending:
         return nearest(key, known)
     *others, last = [repr(name) for name in ending[:3]]

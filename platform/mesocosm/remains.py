@@ -155,13 +155,15 @@ def _checkpoints() -> Iterator[Remain]:
 
 
 def _sessions() -> Iterator[Remain]:
-    """Folders of private Rays whose processes were killed. TMPDIR holds a link where the folder lies elsewhere."""
+    """Folders of private Rays whose processes were killed. TMPDIR holds a link where the folder lies
+    elsewhere."""
     for path in sorted(Path(tempfile.gettempdir()).glob(f"{cluster.SESSION}*")):
         folder = path.resolve()
         if not folder.is_dir():
             yield _on_disk(SESSION, path, "its folder is gone", partial(_rmtree, path))
         elif folder.stat().st_uid == os.getuid() and cluster.session_ended(folder):
-            yield _on_disk(SESSION, folder, "its process was killed", partial(_remove_session, path, folder))
+            remove = partial(_remove_session, path, folder)
+            yield _on_disk(SESSION, folder, "its process was killed", remove)
 
 
 def _remove_session(path: Path, folder: Path) -> bool:

@@ -60,7 +60,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _collect(env: str, *words: str) -> int:
-    return main(["collect", f"reality.env=oldenvs:{env}", "steps=10", "lanes=1", "workers=0", "storage.root=root", *words])
+    return main(
+        [
+            "collect",
+            f"reality.env=oldenvs:{env}",
+            "steps=10",
+            "lanes=1",
+            "workers=0",
+            "storage.root=root",
+            *words,
+        ]
+    )
 
 
 STEP = "step() must give 5 values (observation, reward, terminated, truncated, info), got 4"

@@ -18,8 +18,9 @@ from mesocosm.data.episode import Episode
 from mesocosm.data.spaces import SpaceCodec
 from mesocosm.data.writer import encode_episode
 from mesocosm.errors import MesocosmError
+from mesocosm.reality.api import close
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import Act, EpisodeCut, EpisodeError, close, make_env, run_episode
+from mesocosm.reality.env import Act, EpisodeCut, EpisodeError, make_env, run_episode
 from mesocosm.reality.ledger import Ledger, Usage
 from mesocosm.reality.metered import MeteredEnv
 from mesocosm.reality.sturdy import MAX_FAILURES

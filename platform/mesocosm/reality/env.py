@@ -7,9 +7,7 @@ import importlib
 import importlib.metadata
 import inspect
 import os
-import re
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +20,7 @@ import numpy as np
 from mesocosm.cluster import IMPORTS
 from mesocosm.data.episode import Episode, Outcome
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError, nearest
+from mesocosm.reality.api import close, take_reset, take_step
 from mesocosm.reality.config import RealityConfig, check, parse_success
 
 Env = gymnasium.Env[Any, Any]
@@ -103,25 +102,6 @@ def facts_of(config: RealityConfig) -> EnvFacts:
         close(env)
 
 
-def close(env: Env) -> None:
-    """Close an environment. One whose `close()` raises loses nothing: the error is a warning on stderr, once for each class."""
-    try:
-        env.close()
-    except Exception as error:
-        kind = f"{type(env.unwrapped).__module__}:{type(env.unwrapped).__qualname__}"
-        if kind not in _WARNED:
-            _WARNED.add(kind)
-            print(
-                f"mesocosm: warning: close() of the environment {kind} raised {type(error).__name__}: {_line(error)}; nothing is lost, correct it",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
-_WARNED: set[str] = set()
-"""Environments whose failing `close()` was reported."""
-
-
 def _maker(config: RealityConfig) -> Callable[[], Env]:
     module_name, _, name = config.env.rpartition(":")
     module = import_module(module_name, f"reality.env={config.env!r}") if module_name else None
@@ -144,10 +124,9 @@ def _check_registered(env: str, name: str, module: Any) -> None:
         return
     if module is not None:
         own = [n for n, value in vars(module).items() if inspect.isclass(value) and issubclass(value, gymnasium.Env)]
-        where = getattr(module, "__file__", None)
+        where = f" ({path})" if (path := getattr(module, "__file__", None)) else ""
         raise UsageError(
-            f"reality.env={env!r}: module {module.__name__!r}{f' ({where})' if where else ''} neither registers nor defines {name!r}"
-            f"{nearest(name, [*own, *gymnasium.registry])}"
+            f"reality.env={env!r}: module {module.__name__!r}{where} neither registers nor defines {name!r}{nearest(name, [*own, *gymnasium.registry])}"
         )
     same = [id for id in gymnasium.registry if id.rsplit("-v", 1)[0].lower() == name.rsplit("-v", 1)[0].lower()]
     hint = f"; did you mean {same[-1]!r}?" if same else nearest(name, gymnasium.registry)
@@ -284,7 +263,8 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
     if isinstance(act, Behaviour):
         act.start(k, rng)
     try:
-        observation, info = _guarded(partial(take_reset, env, seed=reset_seed, options=task or None), k, "reset")
+        reset = partial(take_reset, env, seed=reset_seed, options=task or None)
+        observation, info = _guarded(reset, k, "reset")
     except BudgetSpent as error:
         raise EpisodeCut(str(error), None) from error
     observations, actions = [_finite(observation, k, 0)], list[Any]()
@@ -325,57 +305,6 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
     if spent is not None:
         raise EpisodeCut(str(spent), episode if rewards else None) from spent
     return episode
-
-
-def take_step(env: Env, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-    """`env.step(action)`, in Gymnasium's form.
-
-    Raises:
-        MesocosmError: The environment is of gym's old API, which gives other values.
-    """
-    given = _call(env, partial(env.step, action), "step", "observation, reward, terminated, truncated, info", 5)
-    if not isinstance(given[4], Mapping):
-        raise _old_api(env, f"the info of step() must be a dict, got {type(given[4]).__name__}")
-    return given
-
-
-def take_reset(env: Env, *, seed: int | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
-    """`env.reset(...)`, in Gymnasium's form.
-
-    Raises:
-        MesocosmError: The environment is of gym's old API, which takes or gives other values.
-    """
-    try:
-        given = _call(env, partial(env.reset, seed=seed, options=options), "reset", "observation, info", 2)
-    except TypeError as error:
-        if re.search(r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error)):
-            raise _old_api(env, "reset() must take the keyword arguments seed and options") from error
-        raise
-    if not isinstance(given[1], Mapping):
-        raise _old_api(env, f"the info of reset() must be a dict, got {type(given[1]).__name__}")
-    return given
-
-
-def _call(env: Env, call: Callable[[], Any], method: str, names: str, count: int) -> Any:
-    try:
-        given = call()
-    except ValueError as error:  # Gymnasium's own wrappers unpack what the environment gives
-        unpacked = re.fullmatch(rf"(?:not enough|too many) values to unpack \(expected {count}(?:, got (\d+))?\)", str(error))
-        if unpacked and traceback.extract_tb(error.__traceback__)[-1].filename.startswith(str(Path(gymnasium.__file__).parent)):
-            raise _old_api(env, f"{method}() must give {count} values ({names}), got {unpacked[1] or 'more'}") from error
-        raise
-    if not isinstance(given, tuple) or len(given) != count:
-        got = len(given) if isinstance(given, tuple) else type(given).__name__
-        raise _old_api(env, f"{method}() must give {count} values ({names}), got {got}")
-    return given
-
-
-def _old_api(env: Env, problem: str) -> MesocosmError:
-    kind = type(env.unwrapped)
-    return MesocosmError(
-        f"the environment {kind.__module__}:{kind.__qualname__} is not of Gymnasium's API: {problem}; "
-        "update it, or wrap it with shimmy.GymV21CompatibilityV0 or GymV26CompatibilityV0"
-    )
 
 
 def _guarded(call: Callable[[], Any], k: int, where: str) -> Any:

@@ -15,8 +15,9 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
 from mesocosm.errors import BudgetSpent
+from mesocosm.reality.api import close
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import EpisodeError, TaskSampler, close
+from mesocosm.reality.env import EpisodeError, TaskSampler
 from mesocosm.reality.ledger import Ledger, Reservation, Usage
 from mesocosm.reality.sturdy import Sturdy
 from mesocosm.storage import Storage

@@ -11,8 +11,9 @@ from typing import Any
 import gymnasium
 
 from mesocosm.errors import MesocosmError
+from mesocosm.reality.api import close, take_reset, take_step
 from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import Env, all_finite, close, copied, make_env, take_reset, take_step
+from mesocosm.reality.env import Env, all_finite, copied, make_env
 
 MAX_FAILURES = 5
 """So many failures in a row, with no episode finished between them: the environment is broken, not unlucky."""

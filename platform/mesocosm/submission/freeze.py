@@ -100,7 +100,8 @@ def freeze(job: str, given: JobConfig, cluster: ClusterConfig, folder: Path | No
 
 
 def _check_modules(files: dict[str, Path]) -> None:
-    """Raise UsageError for a file that would replace a module of Python's: Ray puts what is sent first in `sys.path`."""
+    """Raise UsageError for a file that would replace a module of Python's: Ray puts what is sent first
+    in `sys.path`."""
     for name in files:
         module, _, rest = name.partition("/")
         if rest != "__init__.py" and (rest or not module.endswith(".py")):
