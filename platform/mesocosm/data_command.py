@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+from mesocosm import output
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.storage_command import size
 from mesocosm.versions import VERSIONS
@@ -83,7 +84,7 @@ def _list(storage: Storage, options: argparse.Namespace) -> int:
     rows.sort(key=lambda row: (row["created"], row["id"]))
     if options.json:
         rows += [{**dict.fromkeys(KEYS), "id": id, "error": text} for id, text in damaged]
-        print(json.dumps(rows, indent=1))
+        output.write(json.dumps(rows, indent=1))
         return 0
     head = ("id", "made by", "environment", "episodes", "transitions", "held out", "size", "created")
     cells = [
@@ -177,7 +178,7 @@ def _show(storage: Storage, options: argparse.Namespace) -> int:
     folder = covered(storage, artifact).path
     facts |= {"page": str(folder / coverage_page.PAGE), "summary": str(folder / coverage_page.SUMMARY)}
     if options.json:
-        print(json.dumps(facts, indent=1))
+        output.write(json.dumps(facts, indent=1))
         return 0
     summary = json.loads((folder / coverage_page.SUMMARY).read_text())
     print("\ncoverage")
@@ -285,7 +286,7 @@ def _diff(storage: Storage, options: argparse.Namespace) -> int:
         "coverage": compare(a, b) if alike else None,
     }
     if options.json:
-        print(json.dumps(found, indent=1))
+        output.write(json.dumps(found, indent=1))
         return 0
     _print(("", found["a"], found["b"]), [(name, *map(_plain, pair)) for name, pair in found["differ"].items()], texts=(0, 1, 2))
     both = found["episodes"]

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-from mesocosm import cluster, tracking
+from mesocosm import cluster, output, tracking
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError
 from mesocosm.faults import first_line
@@ -46,7 +46,7 @@ def show(found: Iterable[Check], *, as_json: bool) -> int:
             mark = "[green]ok[/]  " if check.ok else "[red]FIX[/] "
             tracking.console.print(f"{mark} {check.name:<12} {check.found}" + ("" if check.ok else f"\n     -> {check.fix}"))
     if as_json:
-        print(json.dumps([asdict(check) for check in checks], indent=1))
+        output.write(json.dumps([asdict(check) for check in checks], indent=1))
     return 0 if all(check.ok for check in checks) else 1
 
 

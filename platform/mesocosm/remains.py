@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mesocosm import faults, lease
+from mesocosm import cluster, faults, lease
 from mesocosm.errors import StorageError
 from mesocosm.storage import COMMIT, KINDS, Storage
 
@@ -33,6 +33,7 @@ MAKING = {"runs/checkpoints": ("worlds", "agents"), "runs/episodes": ("datasets"
 CHECKPOINTS = ("mesocosm-checkpoint-*", "mesocosm-universal-*")
 """In this machine's temporary folder: a rank's part of a checkpoint, until it is uploaded, and a
 checkpoint that is converted for another number of workers, until it is loaded."""
+SESSION = "Ray session"
 
 
 DAMAGED = "damaged artifact"
@@ -61,6 +62,7 @@ def find(storage: Storage, older_than_s: float, remark: Callable[[str], None]) -
     found += _local_temporaries(storage)
     found += [*_finished(storage), *_leases(storage)]
     found += _checkpoints()
+    found += _sessions()
     return [remain for remain in found if remain.age_s >= older_than_s]
 
 
@@ -224,6 +226,27 @@ def _checkpoints() -> Iterator[Remain]:
         if path.stat().st_uid == os.getuid():
             why = "a worker was killed while it saved or loaded a checkpoint"
             yield _on_disk("scratch", path, why, partial(_rmtree, path))
+
+
+def _sessions() -> Iterator[Remain]:
+    """Folders of private Rays whose processes were killed. TMPDIR holds a link where the folder lies
+    elsewhere."""
+    for path in sorted(Path(tempfile.gettempdir()).glob(f"{cluster.SESSION}*")):
+        folder = path.resolve()
+        if not folder.is_dir():
+            yield _on_disk(SESSION, path, "its folder is gone", partial(_rmtree, path))
+        elif folder.stat().st_uid == os.getuid() and cluster.session_ended(folder):
+            remove = partial(_remove_session, path, folder)
+            yield _on_disk(SESSION, folder, "its process was killed", remove)
+
+
+def _remove_session(path: Path, folder: Path) -> bool:
+    if not cluster.session_ended(folder):
+        return False
+    shutil.rmtree(folder)
+    if path.is_symlink():
+        path.unlink()
+    return True
 
 
 def _entries(folder: Path) -> list[Path]:

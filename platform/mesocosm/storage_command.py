@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from mesocosm import output
 from mesocosm.errors import MesocosmError, UsageError
 
 EPILOG = """\
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         rows = [remain.to_json() for remain in found]
         facts = {"root": storage.root, "older_than_hours": options.older_than, "remains": rows, "bytes": total, "removed": removed, "remarks": remarks}
-        print(json.dumps(facts, indent=1))
+        output.write(json.dumps(facts, indent=1))
     elif not options.dry_run and found:
         print(f"{removed} removed" + (f"; {kept} needed by now, and kept" if (kept := len(found) - removed - len(failed)) else ""))
     if failed:

@@ -78,7 +78,7 @@ def plan(config: AgentConfig) -> dict[str, Any]:
     """What `run` would train, and on how many imagined steps. Starts nothing."""
     check(config)
     storage = Storage(config.storage.root)
-    world = storage.artifact("worlds", config.world)
+    world = _world(config, storage)
     _datasets(config, storage, world)
     _members(config, world)
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
@@ -124,6 +124,13 @@ def check_spaces(
     check_init(module, former.path, former.name)
 
 
+def _world(config: AgentConfig, storage: Storage) -> Artifact:
+    """The world to train in. Raises UsageError where none is named."""
+    if not config.world:
+        raise UsageError("world is not set; give the world to train in, as in world=worlds/ab12")
+    return storage.artifact("worlds", config.world)
+
+
 def run(config: AgentConfig, run: Run) -> Artifact:
     """Train and export. Raises UsageError for wrong settings, a missing world, dataset or agent, and weights of another network.
 
@@ -131,7 +138,7 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     it began with: its metrics say `greedy_return` (of the last), `best_return`, `kept_iteration`, `former_return` and `kept_former`.
     """
     check(config)
-    world = run.storage.artifact("worlds", config.world)
+    world = _world(config, run.storage)
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
     datasets = _datasets(config, run.storage, world)
     _members(config, world)

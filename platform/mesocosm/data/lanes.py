@@ -20,6 +20,7 @@ from mesocosm.data.segments import Attempt, Rows, Segments
 from mesocosm.data.spaces import SpaceCodec
 from mesocosm.data.writer import encode_episode
 from mesocosm.errors import MesocosmError
+from mesocosm.reality.api import close
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import Act, EpisodeCut, EpisodeError, make_env, run_episode
 from mesocosm.reality.ledger import Ledger, Usage
@@ -116,7 +117,7 @@ class LaneRunner:
 
     def __init__(self, plan: Plan):
         if plan.imports not in sys.path:
-            sys.path.insert(0, plan.imports)
+            sys.path.append(plan.imports)
         self.plan = plan
         self._storage = Storage(plan.root)
         self._segments = plan.segments()
@@ -251,10 +252,7 @@ class LaneRunner:
         env, self._env = self._env, None
         if env is not None:
             env.meter.close()
-            try:
-                env.env.close()
-            except Exception as error:  # an environment that crashed may well fail to close: it is dropped either way
-                print(f"closing the environment raised {type(error).__name__}: {error}", file=sys.stderr)
+            close(env.env)
 
     def pulse(self, timeout_s: float) -> tuple[int, list[Attempt] | None]:
         """(steps taken in this lane, and where a step has hung all that this call of `advance` has written: the hanging episode is

@@ -15,6 +15,7 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
 from mesocosm.errors import BudgetSpent, StorageError
+from mesocosm.reality.api import close
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import EpisodeError, TaskSampler
 from mesocosm.reality.ledger import Ledger, Reservation, Usage
@@ -237,7 +238,7 @@ class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def close(self) -> None:
         self.meter.close()
-        self.env.close()
+        close(self.env)
 
 
 class MeteredVectorEnv(VectorWrapper):
