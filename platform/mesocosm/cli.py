@@ -20,7 +20,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mesocosm import __version__, cache, cluster, completion, config, output, signals
+from mesocosm import __version__, cache, cluster, completion, config, faults, output, signals
 from mesocosm.errors import MesocosmError, UsageError, nearest
 
 
