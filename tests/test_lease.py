@@ -314,6 +314,40 @@ def test_a_pid_that_was_used_again_is_another_process() -> None:
     assert replace(me, machine="elsewhere").alive() is None
 
 
+def test_a_process_that_ended_is_gone_and_a_zombie_too() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.DEVNULL)
+    owner = replace(this_process(), pid=process.pid, started=0)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie
+    assert owner.alive() is False
+    process.wait()
+    assert owner.alive() is False
+
+
+HIDDEN = """
+mount -t proc -o hidepid={how} proc /proc || exit 7
+sleep 600 &
+read -r stat < /proc/$!/stat
+started=$(echo "$stat" | cut -d' ' -f22)
+exec setpriv --reuid 65534 --regid 65534 --clear-groups {python} -c "
+from dataclasses import replace
+from mesocosm.owner import Owner, this_process
+me = this_process()
+print(me.alive(), replace(me, pid=$!, started=$started).alive(), replace(me, pid=999999, started=1).alive())
+"
+"""
+
+
+@pytest.mark.parametrize("how", ["1", "2"])
+def test_a_hidden_process_is_not_taken_to_be_gone(how: str) -> None:
+    """As on shared hosts, where users do not see each other's processes."""
+    script = HIDDEN.format(how=how, python=sys.executable)
+    namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
+    done = subprocess.run([*namespaces, "sh", "-c", script], capture_output=True, text=True, timeout=300)
+    if "failed" in done.stderr or "permitted" in done.stderr or done.returncode == 7:
+        pytest.skip(f"this machine cannot hide processes: {done.stderr}")
+    assert done.stdout.split() == ["True", "None", "False"], done.stderr
+
+
 def test_a_pid_of_another_namespace_is_not_looked_up_here(root: str) -> None:
     """As two containers of one host see each other."""
     process = holder(root, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
@@ -337,6 +371,22 @@ def test_a_run_on_another_host_is_not_marked_failed(root: str) -> None:
                 path.write_text(json.dumps(status | changed))
                 tracking.replay_pending(config)
                 assert json.loads(path.read_text())["state"] == state
+
+
+def test_a_run_that_ends_while_it_is_judged_is_not_marked_failed(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = JobConfig(storage=StorageConfig(root))
+    with tracking.start("collect", config, id="a", quiet=True) as run:
+        alive = tracking._alive
+
+        def ends(status: dict[str, object]) -> bool:
+            """The process writes its last status and is gone, after its status was read."""
+            assert alive(status)
+            run._status("done")
+            return False
+
+        monkeypatch.setattr(tracking, "_alive", ends)
+        tracking.replay_pending(config)
+        assert json.loads((run.folder / "status.json").read_text())["state"] == "done"
 
 
 def test_errors_of_a_job_release_its_lease(root: str) -> None:
