@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mesocosm import tracking
+from mesocosm.data import collect as collecting
 from mesocosm.data import lanes
 from mesocosm.data.behaviours import BehaviourConfig
-from mesocosm.data.lanes import Plan, run_here, split
+from mesocosm.data.collect import CollectConfig
+from mesocosm.data.lanes import Lane, Plan, Report, run_here, split
+from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import StorageError
-from mesocosm.reality.config import RealityConfig
+from mesocosm.reality.config import BudgetConfig, RealityConfig
 from mesocosm.reality.ledger import Ledger, LedgerTotals
 from mesocosm.storage import Storage
 
@@ -93,3 +98,29 @@ def test_storage_that_fails_in_any_write_leaves_stored_steps_confirmed(collect: 
     asked, stored, totals = collect(Away, number, StorageError)
     unconfirmed = sum(r.steps for r in totals.unconfirmed)
     assert totals.steps >= asked and totals.steps - unconfirmed == stored
+
+
+def test_a_budget_that_was_raised_makes_up_for_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection is refused steps and is interrupted before its dataset is whole; its rerun is not short."""
+    cfg = CollectConfig(steps=100, workers=0, ledger="ours")
+    cfg.reality = RealityConfig(env="CartPole-v1", budget=BudgetConfig(150))
+    cfg.storage.root = str(tmp_path / "root")
+    close = DatasetWriter.close
+
+    def interrupted(writer: DatasetWriter, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    def spend(plan: Plan, chosen: Sequence[Lane], report: Report) -> None:
+        Ledger(Storage(cfg.storage.root), "ours").reserve("collect", 120)
+        run_here(plan, chosen, report)
+
+    monkeypatch.setattr(collecting, "run_here", spend)
+    monkeypatch.setattr(DatasetWriter, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt), tracking.start("collect", cfg, quiet=True) as run:
+        collecting.run(cfg, run)
+    monkeypatch.setattr(collecting, "run_here", run_here)
+    monkeypatch.setattr(DatasetWriter, "close", close)
+    cfg.reality.budget.steps = 1000
+    with tracking.start("collect", cfg, quiet=True) as run:
+        made = collecting.run(cfg, run)
+    assert made.meta["counts"]["steps"] == 100 and made.meta["short"] is None
