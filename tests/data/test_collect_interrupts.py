@@ -15,6 +15,7 @@ from mesocosm.data import lanes
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collect import CollectConfig
 from mesocosm.data.lanes import Lane, Plan, Report, run_here, split
+from mesocosm.data.segments import Segments
 from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import StorageError
 from mesocosm.reality.config import BudgetConfig, RealityConfig
@@ -111,13 +112,16 @@ def test_a_budget_that_was_raised_makes_up_for_a_refusal(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     def spend(plan: Plan, chosen: Sequence[Lane], report: Report) -> None:
-        Ledger(Storage(cfg.storage.root), "ours").reserve("collect", 120)
+        Ledger(Storage(cfg.storage.root), "ours").reserve("collect", 142)
         run_here(plan, chosen, report)
 
     monkeypatch.setattr(collecting, "run_here", spend)
     monkeypatch.setattr(DatasetWriter, "close", interrupted)
     with pytest.raises(KeyboardInterrupt), tracking.start("collect", cfg, quiet=True) as run:
         collecting.run(cfg, run)
+    stored = Segments(Storage(cfg.storage.root), Storage(cfg.storage.root).list("runs/episodes")[0])
+    refused = [a.spent for lane in (0, 1) for a in stored.attempts(lane, 0, Ledger(Storage(cfg.storage.root), "ours"))]
+    assert any(refused)
     monkeypatch.setattr(collecting, "run_here", run_here)
     monkeypatch.setattr(DatasetWriter, "close", close)
     cfg.reality.budget.steps = 1000
