@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -33,6 +34,7 @@ memory must hold them all."""
 
 NOT_IMPLEMENTED = 501
 """The status of what an endpoint will never do."""
+CONFLICT, PRECONDITION_FAILED = 409, 412
 
 _TORN = (HTTPClientError, ClientPayloadError, IncompleteReadError)
 """What is raised where a reply ends early."""
@@ -89,6 +91,21 @@ class Client(S3FileSystem):  # type: ignore[misc]
 
     call_s3 = sync_wrapper(_call_s3)  # of open files, which s3fs binds to its own
 
+    async def _pipe_file(self, path: str, data: bytes, *args: Any, mode: str = "overwrite", **kwargs: Any) -> Any:
+        """With `mode="create"`, raises FileExistsError where the file is there, however the store words it. S3 answers
+        409 to one of two creations at the same moment, and asks to try again."""
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                return await super()._pipe_file(path, data, *args, mode=mode, **kwargs)
+            except OSError as error:
+                status = _status(error) if mode == "create" else 0
+                if status == PRECONDITION_FAILED:
+                    raise FileExistsError(path) from error
+                if status != CONFLICT or time.monotonic() > end:
+                    raise
+            await asyncio.sleep(random.uniform(0, PAUSE))
+
     async def _get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
         with self._share() as streams:
             await _again_where_torn(lambda: super(Client, self)._get_file(rpath, lpath, max_concurrency=streams, **kwargs))
@@ -120,11 +137,16 @@ def _away(error: BaseException) -> bool:
     """Whether the endpoint did not answer, or only that it cannot."""
     if isinstance(error, ConnectionError | HTTPClientError):
         return True
-    said = error if isinstance(error, ClientError) else error.__cause__
-    if not isinstance(said, ClientError):
-        return False
-    status = int(said.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    status = _status(error)
     return status >= 500 and status != NOT_IMPLEMENTED
+
+
+def _status(error: BaseException) -> int:
+    """The HTTP status that S3 answered with; 0 where it did not answer."""
+    reply = error if isinstance(error, ClientError) else error.__cause__
+    if not isinstance(reply, ClientError):
+        return 0
+    return int(reply.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 @dataclass(frozen=True)

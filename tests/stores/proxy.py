@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import http.client
 import ipaddress
+import re
 import ssl
 import threading
 from collections.abc import Callable
@@ -23,8 +24,9 @@ NOT_IMPLEMENTED = (
 )
 HOP = {"connection", "transfer-encoding", "keep-alive"}
 
-Change = Callable[[dict[str, str]], "bytes | None"]
-"""Given a request's headers, which it may change; returns the body of a 501, or None to pass on."""
+Change = Callable[[dict[str, str]], "bytes | tuple[int, bytes] | None"]
+"""Given a request's headers, which it may change; returns the body of a 501, or another status and its body, or None
+to pass on."""
 
 
 def reject_trailers(headers: dict[str, str]) -> bytes | None:
@@ -41,10 +43,29 @@ def drop_if_none_match(headers: dict[str, str]) -> bytes | None:
     return None
 
 
+class Conflicts:
+    """As S3 may answer to one of two creations at the same moment: 409, to the first try of each."""
+
+    def __init__(self) -> None:
+        self.tries = 0
+
+    def __call__(self, headers: dict[str, str]) -> tuple[int, bytes] | None:
+        if not any(name.lower() == "if-none-match" for name in headers):
+            return None
+        self.tries += 1
+        body = b"<?xml version='1.0'?><Error><Code>ConditionalRequestConflict</Code><Message>A conflicting conditional operation</Message></Error>"
+        return (409, body) if self.tries % 2 else None
+
+
+def no_condition(body: bytes) -> bytes:
+    """As stores that answer 412 without naming the condition that failed."""
+    return re.sub(rb"<Condition>.*?</Condition>", b"", body)
+
+
 class HttpProxy:
     """Serves on a port of its own until `close`. With `folder`, over TLS (`ca` is its certificate)."""
 
-    def __init__(self, endpoint: str, change: Change, folder: Path | None = None):
+    def __init__(self, endpoint: str, change: Change, folder: Path | None = None, reword: Callable[[bytes], bytes] | None = None):
         there = urlsplit(endpoint)
         assert there.scheme == "http" and there.hostname, endpoint
         self._stopped = stopped = threading.Event()
@@ -60,14 +81,18 @@ class HttpProxy:
                 rejected = change(headers)
                 if rejected is not None:
                     self.close_connection = True  # its body is not read
-                    self._answer(501, [("Content-Type", "application/xml")], rejected)
+                    status, body = (501, rejected) if isinstance(rejected, bytes) else rejected
+                    self._answer(status, [("Content-Type", "application/xml")], body)
                     return
                 body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
                 onward = http.client.HTTPConnection(there.hostname or "", there.port, timeout=60)
                 try:
                     onward.request(self.command, self.path, body=body, headers=headers)
                     reply = onward.getresponse()
-                    self._answer(reply.status, reply.getheaders(), reply.read())
+                    body = reply.read()
+                    if reword is not None and reply.status >= 400:
+                        body = reword(body)
+                    self._answer(reply.status, reply.getheaders(), body)
                 finally:
                     onward.close()
 

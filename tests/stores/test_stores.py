@@ -17,7 +17,7 @@ from mesocosm.doctor import storage_check
 from mesocosm.errors import StorageError, UsageError
 from mesocosm.storage import Storage
 
-from .proxy import HttpProxy, drop_if_none_match, reject_trailers
+from .proxy import Conflicts, HttpProxy, drop_if_none_match, no_condition, reject_trailers
 
 TESTS = Path(__file__).parents[1]
 CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
@@ -36,8 +36,8 @@ def proxied(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
     """`proxied(change, tls=False)`: the root, behind a proxy that changes or rejects requests."""
     made = []
 
-    def make(change: object, *, tls: bool = False) -> str:
-        proxy = HttpProxy(os.environ["AWS_ENDPOINT_URL"], change, tmp_path if tls else None)
+    def make(change: object, *, tls: bool = False, reword: object = None) -> str:
+        proxy = HttpProxy(os.environ["AWS_ENDPOINT_URL"], change, tmp_path if tls else None, reword)
         made.append(proxy)
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
         if tls:
@@ -84,6 +84,21 @@ def test_the_trailers_of_botocores_default_are_named(proxied: Proxied, monkeypat
     assert not ok and "NotImplemented" in text and f"{CHECKSUMS}=when_required" in text
     with pytest.raises(StorageError, match=rf"runs/x .*NotImplemented.*{CHECKSUMS}=when_required"):
         Storage(root).write("runs/x", b"x")
+
+
+def test_a_creation_that_conflicts_is_tried_again(proxied: Proxied) -> None:
+    conflicts = Conflicts()
+    root = proxied(conflicts)
+    storage = Storage(root)
+    assert storage.create("ledgers/l/0.json", b"a") and not storage.create("ledgers/l/0.json", b"b")
+    assert conflicts.tries == 4 and storage.read("ledgers/l/0.json") == b"a"
+
+
+def test_a_store_that_does_not_name_the_failed_condition(proxied: Proxied) -> None:
+    root = proxied(lambda headers: None, reword=no_condition)
+    assert _check(root) == (True, root)
+    storage = Storage(root)
+    assert storage.create("ledgers/l/0.json", b"a") and not storage.create("ledgers/l/0.json", b"b")
 
 
 def test_a_store_without_conditional_writes_is_refused(proxied: Proxied) -> None:
