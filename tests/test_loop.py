@@ -60,7 +60,9 @@ def _check_golden(golden: Any, storage: Storage, summary: dict[str, Any]) -> Non
     golden.check("train-agent", {"weights": weights})
     golden.check("evaluate", {"losses": golden.of_numbers(summary["losses"])})
     golden.check("loop", {"returns": summary["curves"]["world"][0]["points"][0]["returns"]})
-    golden.check("baseline", {"points": golden.of_numbers(summary["curves"]["model_free"][0]["points"][0]["returns"])})
+    evaluations = (storage.artifact("evaluations", id).path / "curve.json" for id in storage.list("evaluations"))
+    (curve,) = [json.loads(path.read_text()) for path in evaluations if path.exists()]
+    golden.check("baseline", {"returns": [point["return"] for point in curve["points"]]})
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(2, marks=pytest.mark.slow)])
