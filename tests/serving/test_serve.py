@@ -417,7 +417,7 @@ def test_forked_client(served: str) -> None:
 def test_replicas_that_cannot_start(served: str, make_world: Any, tmp_path: Path) -> None:
     """A damaged world: the first failure is reported, and the error is one sentence.
 
-    The name is free again. Serve tries for two minutes.
+    The name is free again. Serve retries before it gives up.
     """
     from ray import serve
 
