@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -29,6 +30,16 @@ from mesocosm.storage import Storage
 
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script starts in its background ignores Ctrl-C, which tests send
+
+
+@pytest.fixture(scope="session")
+def golden() -> Any:
+    """`golden.py` beside this file: digits that change only with a job's version."""
+    spec = importlib.util.spec_from_file_location("golden", Path(__file__).parent / "golden.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

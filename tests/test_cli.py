@@ -62,6 +62,25 @@ def test_every_shipped_config_can_be_planned(path: Path, root: str, capsys: pyte
     assert status == 0 if not wanted else status == 2 and re.search(r"(datasets/d0|worlds/w0|agents/a0|'w0')", error), error
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["loop", "-c", "configs/loop/quickstart.yaml", "train.steps=10"], "did you mean 'pretrain.train.steps'"),
+        (["pretrain", "data.datasets=abc"], "write 'data.datasets=[abc]'"),
+        (["collect", "-c", "configs/collect/pendulum.yaml", "steps", "=", "100"], "write steps=100"),
+        (["import", "logs.csv", "seed", "=", "3"], "write key=value"),
+        (["train-agent", "-c", "configs/agent/pendulum-ppo.yaml"], "world is not set; give the world to train in, as in world=worlds/"),
+    ],
+)
+def test_a_newcomers_mistake_is_answered(
+    words: list[str], message: str, root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert main([*words, f"storage.root={root}", "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 def test_overrides_may_stand_anywhere(root: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["collect", "steps=7", "--dry-run", f"storage.root={root}", "--json", "reality.env=CartPole-v1"]) == 0
     assert json.loads(capsys.readouterr().out)["real steps"] == 7

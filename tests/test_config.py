@@ -83,3 +83,38 @@ def test_the_source_root_does_not_shadow_the_standard_library() -> None:
     code = "import sys; sys.path.insert(0, '.'); import platform, uuid; print(platform.system())"
     done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stdout.strip() == "Linux"
+
+
+@dataclass
+class Stages(JobConfig):
+    stage: Config = field(default_factory=Config)
+    blocks: list[Inner] = field(default_factory=list)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rates=1"], "rates must be a list, got 1; write 'rates=[1]'"),
+        (["model=abc"], "model is a block of keys, got 'abc'; set model.size, model.members"),
+        (["model.members=[1]"], "model.members must be a single value, got [1]"),
+        (["model.members=many"], "must be a whole number, got 'many'"),
+        (["force=maybe"], "must be true or false, got 'maybe'"),
+        (["seed="], "has no value"),
+        (["model.members", "=", "3"], "override 'model.members' has spaces around its =; write model.members=3"),
+        (["model.members=", "3"], "write model.members=3"),
+        (["model.members", "=3"], "write model.members=3"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(overrides: list[str], message: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load(Config, [], overrides)
+    assert message in str(error.value)
+
+
+def test_a_key_of_a_stage_is_found(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("model: {members: 2}\n")
+    for files, overrides in (([], ["model.members=2"]), ([tmp_path / "c.yaml"], [])):
+        with pytest.raises(UsageError, match=r"unknown config key 'model'; did you mean 'stage.model.members'\?"):
+            load(Stages, files, overrides)
+    with pytest.raises(UsageError, match=r"blocks\[0\] must be a block of keys, got 'abc'; write 'blocks=\[\{size: abc\}\]'"):
+        load(Stages, [], ["blocks=[abc]"])

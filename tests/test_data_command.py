@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ def the_session_keeps_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_datasets_are_listed_shown_and_held_against_each_other(
-    any_root: str, tmp_path: Path, cart_root: Callable[..., str], capsys: pytest.CaptureFixture[str]
+    any_root: str, tmp_path: Path, cart_root: Callable[..., str], capsys: pytest.CaptureFixture[str], golden: Any
 ) -> None:
     local = Storage(cart_root(tmp_path / "here"))
     given = local.artifact("datasets", "cart")
@@ -46,6 +47,8 @@ def test_datasets_are_listed_shown_and_held_against_each_other(
     told = capsys.readouterr().out
     assert "curate of cart" in told and "length(min=20.0)" in told and "hold_out(bins=5, by=random, share=0.2)" in told
     page = Path(told.rsplit("page: ", 1)[1].strip())
+    summary = json.loads((page.parent / "summary.json").read_text())
+    golden.check("coverage", {"summary": golden.of_numbers(summary)})
     assert "<svg" in page.read_text() and json.loads((page.parent / "summary.json").read_text())["schema"] == 1
     stamp = page.stat().st_mtime_ns
     assert main(["data", "show", curated, at, "--json"]) == 0

@@ -54,8 +54,17 @@ def _run(cfg: LoopConfig) -> tuple[Any, dict[str, Any]]:
     return artifact, json.loads((artifact.path / "summary.json").read_text())
 
 
+def _check_golden(golden: Any, storage: Storage, summary: dict[str, Any]) -> None:
+    (agent,) = storage.list("agents")
+    weights = golden.of_weights(storage.artifact("agents", agent).path / "policy.safetensors")
+    golden.check("train-agent", {"weights": weights})
+    golden.check("evaluate", {"losses": golden.of_numbers(summary["losses"])})
+    golden.check("loop", {"returns": summary["curves"]["world"][0]["points"][0]["returns"]})
+    golden.check("baseline", {"points": golden.of_numbers(summary["curves"]["model_free"][0]["points"][0]["returns"])})
+
+
 @pytest.mark.parametrize("rounds", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_round_and_round_through_serve_and_found_again(rounds: int, root: str, ray_local: None) -> None:
+def test_round_and_round_through_serve_and_found_again(rounds: int, root: str, ray_local: None, golden: Any) -> None:
     spent = [300, 400][:rounds]
     baseline = "baselines=[{algo: PPO, steps: 300, num_envs: 2, rollout: 32, window: 2, params: {minibatch_size: 32}}]"
     own = ["reality.env=CartPole-v1", "reality.price.per_step=0.5", "reality.budget.steps=400", "pretrain.model.family=sequence", "target=475"]
@@ -68,6 +77,8 @@ def test_round_and_round_through_serve_and_found_again(rounds: int, root: str, r
     assert purposes["judge"]["steps"] == sum(sum(p["returns"]) for p in points)  # CartPole pays 1 a step
     assert 0 < purposes["baseline"]["steps"] <= 300
     assert summary["curves"]["model_free"][0]["points"]
+    if rounds == 1:
+        _check_golden(golden, Storage(root), summary)
     page = (artifact.path / "report.html").read_text()
     assert "<svg" in page and "http://" not in page.replace("http://www.w3.org", "") and "May the last round" in page
 

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +58,14 @@ def here(storage: Storage) -> list[str]:
 
 def there(storage: Storage, unit: str, name: str) -> str:
     return storage._path(f"datasets/cart/{storage.folder_of('datasets', 'cart')}/{unit}/{name}")
+
+
+def _bytes_here(storage: Storage) -> int:
+    """Of the shards in the cache, from which threads remove some meanwhile."""
+    while True:
+        with suppress(FileNotFoundError):
+            files = storage.local_path("cache", "parts").glob("*/*/*/shards/*/*")
+            return sum(file.stat().st_size for file in files)
 
 
 def test_only_what_is_read_is_fetched_and_once_for_all_processes(bucket: Storage) -> None:
@@ -166,8 +176,7 @@ def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_p
         ours, theirs = loader.batch(step), expected.batch(step)
         assert torch.equal(ours.observation.numbers, theirs.observation.numbers) and ours.events is not None and theirs.events is not None
         assert torch.equal(ours.events.observation.numbers, theirs.events.observation.numbers)
-        kept = sum(file.stat().st_size for file in bucket.local_path("cache", "parts").glob("*/*/*/shards/*/*"))
-        assert kept <= most
+        assert _bytes_here(bucket) <= most
     for ours, theirs in zip(*(Loader(data, codec, "valid", 8, 4, 0, block=2).eval_batches() for data in (dataset, local)), strict=True):
         assert torch.equal(ours.observation.numbers, theirs.observation.numbers)
     every, some = (list(Loader(local, codec, "valid", 8, 4, 0, block=2).eval_batches(most=most)) for most in (None, 2))
@@ -179,3 +188,91 @@ def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_p
     assert torch.equal(plain.observation.numbers, there.observation.numbers), "also where the order is not made for it"
     with pytest.raises(UsageError, match=r"two blocks of data\.block=3 shards may have .* GiB, more than data\.cache_gib"):
         Loader(dataset, codec, "train", 8, 4, 0, block=3)
+
+
+def test_threads_share_it(bucket: Storage) -> None:
+    """Four threads hold and release the same shards in different orders, with room for all."""
+    files = bucket.partial("datasets", "cart")
+    sizes = {shard: files.bytes(shard) for shard in SHARDS}
+
+    def work(seed: int) -> int:
+        random, done = np.random.default_rng(seed), 0
+        for shard in random.choice(SHARDS, 150).tolist():
+            files.ahead([SHARDS[done % len(SHARDS)]])
+            folder = files.hold(shard)
+            assert sum(file.stat().st_size for file in folder.iterdir()) == sizes[shard]
+            files.release([shard])
+            done += 1
+        return done
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(work, range(4))) == [150] * 4
+
+
+def test_a_release_by_one_thread_leaves_what_another_holds(bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = bucket.partial("datasets", "cart", 1)  # no shard fits beside another
+    files.most = files.bytes(SHARDS[0]) + 1
+    files.hold(SHARDS[0])
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(files.hold, SHARDS[0]).result()
+        pool.submit(files.release, [SHARDS[0]]).result()
+    monkeypatch.setattr(partial, "PATIENCE_S", 0.5)
+    with pytest.raises(ArtifactError, match="other shards in use fill the cache"):
+        files.hold(SHARDS[1])
+    assert here(bucket) == ["00000"], "it is still held by this thread"
+
+
+def test_processes_fetch_different_shards_at_the_same_time(bucket: Storage, tmp_path: Path) -> None:
+    """Each is in the middle of its fetch when the other begins."""
+    code = """
+import sys, time
+from pathlib import Path
+from mesocosm.storage import Storage
+storage, at = Storage({root!r}), Path({at!r})
+fetch = storage.fetch
+def meet(*args):
+    (at / {me!r}).touch()
+    while not (at / {other!r}).exists():
+        time.sleep(0.01)
+    return fetch(*args)
+storage.fetch = meet
+print(storage.partial("datasets", "cart", {most}).hold("shards/0000" + {me!r}))
+"""
+    most = sum(bucket.partial("datasets", "cart").bytes(shard) for shard in SHARDS[:2])
+    pairs = (("0", "1"), ("1", "0"))
+    root, at = bucket.root, str(tmp_path)
+    both = [python(code.format(root=root, at=at, me=a, other=b, most=most)) for a, b in pairs]
+    try:
+        outputs = [process.communicate(timeout=120) for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert here(bucket) == ["00000", "00001"]
+    assert not list(bucket.local_path("cache", "arriving").iterdir())
+
+
+def test_what_others_are_fetching_counts_as_room_in_use(bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"""
+import time
+from mesocosm.storage import Storage
+storage = Storage({bucket.root!r})
+def stuck(*args):
+    print("begun", flush=True)
+    time.sleep(600)
+storage.fetch = stuck
+storage.partial("datasets", "cart").hold({SHARDS[0]!r})
+"""
+    other = python(code)
+    assert other.stdout is not None and other.stdout.readline() == "begun\n"
+    files = bucket.partial("datasets", "cart")
+    files.most = files.bytes(SHARDS[0]) + files.bytes(SHARDS[1]) - 1
+    monkeypatch.setattr(partial, "PATIENCE_S", 0.5)
+    try:
+        with pytest.raises(ArtifactError, match="other shards in use fill the cache"):
+            files.hold(SHARDS[1])
+    finally:
+        other.kill()
+        other.wait()
+    files.hold(SHARDS[1])
+    assert here(bucket) == ["00001"], "a killed fetch reserves nothing"

@@ -345,7 +345,7 @@ def test_a_remote_root_must_create_exclusively(s3: str, monkeypatch: pytest.Monk
     assert preflight.check(config) == []
     assert Storage(s3).list("runs") == []
     monkeypatch.setattr(Storage, "create", lambda self, path, data: True)  # ignores If-None-Match
-    with pytest.raises(UsageError, match="ignores conditional writes"):
+    with pytest.raises(UsageError, match="ignores If-None-Match"):
         preflight.check(config)
 
 

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import psutil
+import pytest
+
+from mesocosm import cluster
 
 
 def test_a_private_ray_listens_on_loopback_alone(ray_local: None) -> None:
@@ -15,3 +23,84 @@ def test_a_private_ray_listens_on_loopback_alone(ray_local: None) -> None:
         except psutil.NoSuchProcess:
             continue
     assert listening and all(ipaddress.ip_address(address.ip.removeprefix("::ffff:")).is_loopback for _, address in listening), listening
+
+
+START = """
+import json, os
+from pathlib import Path
+from mesocosm import cluster
+from mesocosm.config import RayConfig
+os.umask(0o022)
+cluster.ensure(RayConfig(cpus=2))
+links = list(Path(os.environ["TMPDIR"]).glob("mesocosm-ray-*"))
+folders = [str(link.resolve()) for link in links]
+cluster.shutdown()
+left = [path for path in [*map(str, links), *folders] if os.path.lexists(path)]
+home = Path.home() / ".ray"
+print(json.dumps({"folders": folders, "left": left, "modes": [oct(p.stat().st_mode & 0o777) for p in (home, home / "auth_token")]}))
+"""
+
+
+def _environment(**changes: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | changes
+
+
+def test_a_new_home_and_a_long_temporary_folder(tmp_path: Path) -> None:
+    """The token is its owner's alone, and the sockets fit whatever TMPDIR is."""
+    temporary = tmp_path / "a_rather_long_folder_name_as_slurm_makes_them" / "slurm_jobdir" / "1355700" / "tmp.t0016"
+    temporary.mkdir(parents=True)
+    (tmp_path / "home").mkdir()
+    environment = _environment(TMPDIR=str(temporary), HOME=str(tmp_path / "home"))
+    done = subprocess.run([sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=280)
+    facts = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
+    assert facts["modes"] == ["0o700", "0o600"]
+    assert [Path(folder).parent for folder in facts["folders"]] == [Path("/tmp")] and facts["left"] == []
+
+
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [
+        ("0" * 64, "does not accept the token in {path}"),
+        pytest.param(None, "wants a token", marks=pytest.mark.slow),
+    ],
+)
+def test_a_wrong_token_is_not_reported_as_no_cluster(token: str | None, words: str, ray_local: None, tmp_path: Path) -> None:
+    import ray
+
+    path = tmp_path / ".ray" / "auth_token"
+    path.parent.mkdir(mode=0o700)
+    if token is not None:
+        path.write_text(token)
+    address = ray.get_runtime_context().gcs_address
+    code = f"from mesocosm.cluster import ensure\nfrom mesocosm.config import RayConfig\nensure(RayConfig(address={address!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=_environment(HOME=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("mesocosm.errors.UsageError") and address in last and words.format(path=path) in last
+    assert "does not answer" not in last
+
+
+def test_jobs_that_start_at_once_make_one_token(tmp_path: Path) -> None:
+    code = "from pathlib import Path; from mesocosm import clusters; clusters.make_token(Path.home() / '.ray' / 'auth_token')"
+    command = [sys.executable, "-c", code]
+    jobs = [subprocess.Popen(command, env=_environment(HOME=str(tmp_path))) for _ in range(4)]
+    assert [job.wait(120) for job in jobs] == [0] * 4
+    assert len((tmp_path / ".ray" / "auth_token").read_text()) == 64
+
+
+def test_a_token_that_others_may_read_is_protected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray made it so on an earlier day."""
+    path = tmp_path / ".ray" / "auth_token"
+    path.parent.mkdir()
+    path.write_text("0" * 64)
+    path.chmod(0o644)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    cluster._protect_token()
+    assert path.stat().st_mode & 0o777 == 0o600 and path.read_text() == "0" * 64

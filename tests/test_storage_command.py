@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ import pytest
 from mesocosm import tracking
 from mesocosm.cli import main
 from mesocosm.config import JobConfig, StorageConfig
+from mesocosm.lease import Record
+from mesocosm.owner import this_process
 from mesocosm.storage import Storage
 
 Listed = Callable[..., dict[str, Any]]
@@ -88,6 +91,46 @@ def test_only_what_nobody_needs_goes(any_root: str, gc: Listed) -> None:
         assert storage.read(name) is not None, name
 
 
+def test_the_checkpoint_of_a_finished_artifact_goes(any_root: str, gc: Listed) -> None:
+    """The process was killed between the commit and the removal. An unfinished training's stays."""
+    storage = Storage(any_root)
+    for kind in ("worlds", "agents"):
+        storage.make(kind, f"done-{kind}", {}, _small)
+        storage.write(f"runs/checkpoints/done-{kind}/progress.json", b"{}")
+        storage.write(f"runs/checkpoints/done-{kind}/snapshots/0/policy.json", b"{}")
+    storage.write("runs/checkpoints/going/progress.json", b"{}")
+    listed = gc(any_root, "--dry-run", "--older-than", "0")["remains"]
+    assert [(remain["what"], remain["bytes"]) for remain in listed] == [("checkpoint", 4)] * 2
+    assert {remain["why"] for remain in listed} == {
+        "worlds/done-worlds is finished",
+        "agents/done-agents is finished",
+    }
+    assert gc(any_root, "--dry-run")["remains"] == [], "a job may be about to remove it"
+    assert gc(any_root, "--yes", "--older-than", "0")["removed"] == 2
+    assert storage.list("runs/checkpoints/done-agents") == []
+    assert storage.list("runs/checkpoints/going") == ["progress.json"]
+
+
+def test_episodes_of_a_finished_dataset_and_leases_of_dead_processes_go(any_root: str, gc: Listed) -> None:
+    storage = Storage(any_root)
+    storage.make("datasets", "done", {}, _small)
+    for id in ("done", "going"):
+        storage.write(f"runs/episodes/{id}/0000-00000000.npz", b"1234")
+    mine = this_process()
+    for number, owner in enumerate((mine, replace(mine, started=1), replace(mine, machine="other"))):
+        record = Record(owner, "collect", 0.0)
+        storage.write(f"leases/datasets.{number}.00000000.json", record.to_json())
+    listed = gc(any_root, "--dry-run", "--older-than", "0")["remains"]
+    assert [(remain["what"], remain["why"]) for remain in listed] == [
+        ("checkpoint", "datasets/done is finished"),
+        ("lease", "its process is gone"),
+        ("lease", "its process is on host " + mine.host),
+    ]
+    assert gc(any_root, "--yes", "--older-than", "0")["removed"] == 3
+    assert storage.list("runs/episodes") == ["going"]
+    assert storage.list("leases") == ["datasets.0.00000000.json"]
+
+
 def test_age_is_of_the_newest_file(tmp_path: Path, gc: Listed) -> None:
     """A local folder without COMMIT.json; nothing here makes one, a copy that was cut short does."""
     folder = tmp_path / "root" / "datasets" / "copied"
@@ -121,11 +164,11 @@ def test_the_only_copy_of_an_artifact_stays(tmp_path: Path, gc: Listed) -> None:
     storage.make("worlds", "w", {}, _small)
     kill = """
 import mesocosm.storage as s
-rename = os.rename
+rename = os.replace
 def once(source, target):
     rename(source, target)
     os.kill(os.getpid(), signal.SIGKILL)
-s.os.rename = once
+s.os.replace = once
 storage.make("worlds", "w", {}, lambda folder: (folder / "y").write_bytes(b"y"), force=True)
 """
     _killed(storage.root, kill)

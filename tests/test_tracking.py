@@ -113,7 +113,8 @@ def test_a_killed_run_is_failed_not_running(root: str) -> None:
     with tracking.start("pretrain", config, id="k", quiet=True) as run:
         pass
     status = json.loads((run.folder / "status.json").read_text())
-    status.update(state="running", pid=2**22 + 12345)
+    status.update(state="running")
+    status["owner"]["pid"] = 2**22 + 12345
     (run.folder / "status.json").write_text(json.dumps(status))
     (run.folder / "mlflow.pending").write_text('{"files": [], "worlds": []}')
     assert tracking.replay_pending(config) == 1

@@ -11,15 +11,16 @@ import importlib
 import json
 import os
 import re
-import signal
 import sys
-import threading
+import tempfile
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mesocosm import __version__, completion, config
+from mesocosm import __version__, cache, cluster, completion, config, faults, output, signals
 from mesocosm.errors import MesocosmError, UsageError, nearest
 
 
@@ -82,29 +83,95 @@ WORDS = {"import": ("paths", "PATH")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status.
+
+    Args:
+        argv: The words of the command line. By default those of this process, which is then taken
+            to end with the command.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # an environment of the user's own is `module:Id` beside where they stand
     warnings.filterwarnings("ignore", message=".*WARN: ")  # Gymnasium's advice to authors of environments
-    try:
-        return _main(arguments)
-    except MesocosmError as error:
-        print(f"mesocosm: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("mesocosm: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    finally:
-        _end_ray()
+    with signals.end_like_interrupt(), _imports_from_here():
+        try:
+            options = _parse(arguments)
+            as_json = getattr(options, "json", False)
+            with output.results_only(for_good=argv is None) if as_json else nullcontext():
+                try:
+                    return _run(options)
+                finally:
+                    _end_ray()
+                    _flush()
+        except MesocosmError as error:
+            print(f"mesocosm: {error}", file=sys.stderr)
+            return error.exit_code
+        except KeyboardInterrupt:
+            print("mesocosm: interrupted; run the same command again to go on", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # `mesocosm data list | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            return 1
+        except Exception as error:
+            print(f"mesocosm: {_unexpected(error)}{_traceback_file()}", file=sys.stderr)
+            return 1
 
 
 def job(name: str) -> NoReturn:
     """The entry point of `jobs/<name>.py`."""
-    sys.exit(main([name, *sys.argv[1:]]))
+    sys.argv.insert(1, name)
+    sys.exit(main())
 
 
-def _main(arguments: list[str]) -> int:
+@contextmanager
+def _imports_from_here() -> Iterator[None]:
+    """The folder where the user stands is importable, here and in Ray's workers, after all that is
+    installed: a file `http.py` there must not replace Python's own module."""
+    before = os.environ.get(cluster.IMPORTS)
+    with suppress(FileNotFoundError):  # the folder was removed
+        os.environ[cluster.IMPORTS] = os.getcwd()
+    if "" not in sys.path:
+        sys.path.append("")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(cluster.IMPORTS, None)
+        else:
+            os.environ[cluster.IMPORTS] = before
+
+
+def _end_ray() -> None:
+    cluster.shutdown()
+
+
+def _flush() -> None:
+    """Meet a closed pipe here, where it is handled, and not at the exit of the process."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _unexpected(error: BaseException) -> str:
+    """One sentence for an error that Mesocosm does not know; of what a Ray worker raised, its cause."""
+    cause = getattr(error, "cause", None)
+    error = cause if isinstance(cause, BaseException) else error
+    if (why := faults.reason(error)) is not None:
+        return why
+    line = " ".join(str(error).split())
+    reason = f"{type(error).__name__}: {line[:300]}" if line else type(error).__name__
+    return f"the command failed with {reason}"
+
+
+def _traceback_file() -> str:
+    """Write the traceback of the exception being handled to a file; returns words that name it."""
+    try:
+        handle, path = tempfile.mkstemp(prefix="mesocosm-traceback-", suffix=".txt")
+        with os.fdopen(handle, "w") as file:
+            traceback.print_exc(file=file)
+    except OSError:
+        return ""
+    return f"; the traceback is in {path}"
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = _parser()
     completion.answer(parser)
     known = [*JOBS, *TOOLS, "doctor"]
@@ -115,17 +182,22 @@ def _main(arguments: list[str]) -> int:
         raise UsageError(f"unknown option {strange[0]!r}; see mesocosm {options.command or ''} --help")
     if options.command is None:
         parser.print_help()
-        return 2
+        sys.exit(2)
     if hasattr(options, "overrides"):
         options.overrides += rest  # overrides may stand before and after options
     elif rest:
         raise UsageError(f"{rest[0]!r} is more than {options.command} takes; see mesocosm {options.command} --help")
+    return options
+
+
+def _run(options: argparse.Namespace) -> int:
     if options.command in TOOLS:
         return importlib.import_module(TOOLS[options.command]).run(options)
     if options.command == "doctor":
         from mesocosm.doctor import doctor
 
         given = config.load(config.JobConfig, options.config, options.overrides)
+        cache.use(given.storage.cache)
         return doctor(given, as_json=options.json, cluster=options.cluster, insecure=options.insecure)
     return _run_job(JOBS[options.command], options)
 
@@ -133,14 +205,19 @@ def _main(arguments: list[str]) -> int:
 def _run_job(job: Job, options: argparse.Namespace) -> int:
     module = importlib.import_module(job.module)
     flags = [f"{key}={value}" for flag, key in FLAGS.get(options.command, {}).items() if (value := getattr(options, flag)) is not None]
+    if options.command in WORDS and "=" in options.overrides:
+        raise UsageError("an override has spaces around its =; write key=value")
     words = [word for word in options.overrides if options.command in WORDS and not _is_override(word)]
     overrides = [word for word in options.overrides if word not in words]
     loaded: config.JobConfig = config.load(getattr(module, job.schema), options.config, [*overrides, *flags])
     if words:
         key = WORDS[options.command][0]
         setattr(loaded, key, [*getattr(loaded, key), *words])
+    cache.use(loaded.storage.cache)
     if options.force:
         loaded.force = True
+    if options.wait:
+        loaded.wait = True
     if options.cluster is None:
         _preflight(loaded)
     if options.dry_run:
@@ -156,10 +233,15 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     from mesocosm import tracking
     from mesocosm.shipping import JOB
 
-    _terminate_like_interrupt()
-    threading.Thread(target=tracking.replay_pending, args=(loaded,), daemon=True).start()
     with tracking.start(options.command, loaded, id=os.environ.get(JOB), quiet=options.json) as run:
-        made = module.run(loaded, run)
+        tracking.replay_in_background(loaded)
+        try:
+            made = module.run(loaded, run)
+        except MesocosmError:
+            raise
+        except (Exception, SystemExit) as error:
+            log = run.folder / "log.txt"
+            raise MesocosmError(f"{_unexpected(error)}; the traceback is in {log}") from error
         facts = {"run": f"{run.job}/{run.id}", **run.facts}
         if made is not None:
             facts.update(artifact=made.name, path=str(made.path))
@@ -210,6 +292,7 @@ def _parser() -> argparse.ArgumentParser:
         for flag, key in FLAGS.get(name, {}).items():
             sub.add_argument(f"--{flag}", metavar=flag.upper(), help=f"the same as {key}=...")
         sub.add_argument("--force", action="store_true", help="make the artifact again though it is there")
+        sub.add_argument("--wait", action="store_true", help="wait for a process that makes the same artifact, instead of failing")
         sub.add_argument("--cluster", metavar="NAME", help="submit to clusters/NAME.yaml instead of running here; again: attach, or the next attempt")
         sub.add_argument("--follow", action="store_true", help="with --cluster: print what the job says until it is over")
         sub.add_argument("--yes", action="store_true", help="with --cluster: agree to what it costs")
@@ -259,7 +342,7 @@ class _JobParser(argparse.ArgumentParser):
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(facts, indent=1, default=str))
+        output.write(json.dumps(facts, indent=1, default=str))
         return
     width = max((len(key) for key in facts), default=0)
     for key, value in facts.items():
@@ -272,23 +355,6 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
     lines = [list(rows[0]), *([f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines) + "\n"
-
-
-def _terminate_like_interrupt() -> None:
-    """SIGTERM ends a job as Ctrl-C does: the run is marked stopped and Ray is ended."""
-
-    def handler(signum: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)
-
-
-def _end_ray() -> None:
-    if "mesocosm.cluster" in sys.modules:
-        from mesocosm import cluster
-
-        cluster.shutdown()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mesocosm import output
 from mesocosm.errors import MesocosmError, UsageError
 
 PLACEHOLDER = "your-"
@@ -94,7 +95,7 @@ def _render(options: argparse.Namespace) -> int:
         documents, remarks = [packed], _source(name)
     else:
         raise UsageError(f"clusters/{name}.yaml has where={cluster.where!r}: nothing is made of it; render is for where=launcher or kuberay")
-    print(json.dumps(packed, indent=1) if options.json else manifests.to_yaml(documents, remarks), end="\n" if options.json else "")
+    output.write(json.dumps(packed, indent=1) if options.json else manifests.to_yaml(documents, remarks), end="\n" if options.json else "")
     return 0
 
 
@@ -126,7 +127,7 @@ def _launch(options: argparse.Namespace) -> int:
         "currency": cluster.currency,
     }
     if options.dry_run:
-        print(json.dumps(facts | {"config": config}, indent=1) if options.json else f"# {facts['command']}\n# {price}\n{text}", end="")
+        output.write(json.dumps(facts | {"config": config}, indent=1) if options.json else f"# {facts['command']}\n# {price}\n{text}", end="")
         return 0
     if mine := next(_placeholders(cluster), None):
         raise UsageError(f"clusters/{name}.yaml: {mine} is the placeholder that was shipped; put your own there")
@@ -147,7 +148,7 @@ def _launch(options: argparse.Namespace) -> int:
             f"`{facts['command']}` failed with status {status}; mend what it says above and run the same again, and see what runs in EC2's console"
         )
     if options.json:
-        print(json.dumps(facts, indent=1))
+        output.write(json.dumps(facts, indent=1))
     elif up:
         print(f"{cluster.address} is its dashboard, and takes jobs, while this runs in another terminal:\n  ray dashboard {shlex.quote(str(path))}")
     return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -275,15 +277,33 @@ def check_token(path: Path) -> None:
         raise UsageError(f"token_file {str(path)!r} is empty; remove it, and `mesocosm cluster up` makes one")
 
 
-def make_token(path: Path) -> bool:
-    """Write a random token where none is, readable by its owner alone; whether it was made. Raises UsageError for a file that `check_token` refuses."""
-    if path.exists():
-        check_token(path)
-        return False
+def make_token(path: Path, fix: str = "set token_file to a place of your own") -> bool:
+    """Write a random token where none is, readable by its owner alone; whether it was made.
+
+    Args:
+        path: The token's file. Its folder is made with mode 0700.
+        fix: What the error says to do when the file cannot be written.
+
+    Raises:
+        UsageError: `check_token` refuses the file, or it cannot be written.
+    """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
+    except FileExistsError:
+        _wait_until_written(path)
+        check_token(path)
+        return False
     except OSError as error:
-        raise UsageError(f"token_file {str(path)!r} cannot be written ({error.strerror}); set token_file to a place of your own") from error
+        raise UsageError(f"token_file {str(path)!r} cannot be written ({error.strerror}); {fix}") from error
     return True
+
+
+def _wait_until_written(path: Path) -> None:
+    """Another process may be about to write the token that it has just created."""
+    for _ in range(100):
+        with suppress(OSError):
+            if path.stat().st_size:
+                return
+        time.sleep(0.05)

@@ -13,13 +13,15 @@ import inspect
 import itertools
 import json
 import math
+import os
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, ListConfig, OmegaConf, StringNode
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mesocosm.errors import UsageError, nearest
@@ -31,6 +33,12 @@ T = TypeVar("T")
 class StorageConfig:
     root: str = ".mesocosm"
     """A folder, or `s3://bucket/prefix`."""
+    cache: str | None = None
+    """The folder in which this machine keeps copies of a remote root, in a subfolder that only you
+    may read. Defaults to the temporary folder."""
+
+    def __post_init__(self) -> None:
+        self.root = os.path.expanduser(self.root)
 
 
 @dataclass
@@ -56,7 +64,7 @@ class StopConfig:
 
 @dataclass
 class JobConfig:
-    """What every job's config holds. `storage`, `tracking`, `ray` and `stop` say where and how, and are no part of an artifact's id."""
+    """What every job's config holds. `storage`, `tracking`, `ray`, `stop` and `wait` say where and how, and are no part of an artifact's id."""
 
     seed: int = 0
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -65,9 +73,11 @@ class JobConfig:
     stop: StopConfig = field(default_factory=StopConfig)
     force: bool = False
     """Make the artifact again though it is there."""
+    wait: bool = False
+    """Where another process makes the same artifact, wait for it instead of failing."""
 
 
-WHERE = ("storage", "tracking", "ray", "stop", "force")
+WHERE = ("storage", "tracking", "ray", "stop", "force", "wait")
 """Top-level keys that say where a job runs rather than what it makes."""
 
 
@@ -88,6 +98,7 @@ def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[
         if not isinstance(layer, DictConfig):
             raise UsageError(f"config file {str(path)!r} holds a {type(OmegaConf.to_container(layer)).__name__}, not `key: value` lines")
         merged = _merge(merged, layer, f"config file {str(path)!r}", known)
+    _check_spaces(overrides, known)
     for override in overrides:
         if "=" not in override.lstrip("="):
             raise UsageError(f"override {override!r} is not of the form key=value{nearest(override, known)}")
@@ -102,6 +113,19 @@ def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[
         raise UsageError(f"config key {getattr(error, 'full_key', '')!r}: {_first_line(error)}") from error
 
 
+def _check_spaces(overrides: Sequence[str], known: Sequence[str]) -> None:
+    """Raise UsageError for `key = value`, `key= value` and `key =value`, which a shell splits."""
+    for first, second in itertools.pairwise(overrides):
+        key, value = first.removesuffix("="), second.removeprefix("=")
+        if key not in known or (not first.endswith("=") and not second.startswith("=")):
+            continue
+        if first.endswith("=") and "=" in second:
+            continue  # an empty value, and another override
+        if second == "=":
+            value = next(iter(overrides[overrides.index("=") + 1 :]), "VALUE")
+        raise UsageError(f"override {key!r} has spaces around its =; write {key}={value}")
+
+
 def structured(schema: type[T], values: Mapping[str, Any], source: str) -> T:
     """`schema` with `values` in place of its defaults. Raises UsageError as `load` does; `source` says where they stand."""
     known = [f.name for f in dataclasses.fields(cast(Any, schema))]
@@ -109,18 +133,79 @@ def structured(schema: type[T], values: Mapping[str, Any], source: str) -> T:
 
 
 def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> DictConfig:
+    _check_kinds(base, layer, source)
     try:
         return cast(DictConfig, OmegaConf.merge(base, layer))
     except ConfigKeyError as error:
         key = str(error.full_key)
-        raise UsageError(f"{source}: unknown config key {key!r}{nearest(key, known)}") from error
+        raise UsageError(f"{source}: unknown config key {key!r}{_suggestion(key, layer, known)}") from error
     except OmegaConfBaseException as error:
         value, said = getattr(error, "value", None), _first_line(error)
         if isinstance(value, float) and value.is_integer() and "Integer" in said:
             said = f"a whole number is wanted; write {int(value)} instead of {value!r}"
+        elif converted := re.fullmatch(r"Value (.*) of type '\w+' could not be converted to (\w+)", said):
+            said = f"must be a {'whole ' * (converted[2] == 'Integer')}number, got {converted[1]}"
+        elif said.startswith("Incompatible value 'None'") or said.endswith("is not Optional"):
+            said = "has no value; give one, as in key=VALUE"
+        elif boolean := re.fullmatch(r"Value (.*) is not a valid bool .*", said):
+            said = f"must be true or false, got {boolean[1]}"
         raise UsageError(f"{source}: config key {error.full_key!r}: {said}") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source}: {_first_line(error)}") from error
+
+
+SCALARS = (BooleanNode, FloatNode, IntegerNode, StringNode)
+
+
+def _check_kinds(base: DictConfig, layer: DictConfig, source: str, prefix: str = "") -> None:
+    """Raise UsageError where a list, a block of keys or a single value is wanted and `layer` has
+    another kind."""
+    for name in layer:
+        node, value = base._get_node(name, validate_access=False), layer._get_node(name)
+        if node is None or value is None or value._is_interpolation() or value._is_none():
+            continue  # unknown keys, references and nulls are OmegaConf's to judge
+        key = prefix + str(name)
+        block, listed = isinstance(value, DictConfig), isinstance(value, ListConfig)
+        plain: Any = OmegaConf.to_container(value) if block or listed else value._value()
+        if isinstance(node, ListConfig):
+            element = node._metadata.element_type
+            first = dataclasses.fields(element)[0].name if dataclasses.is_dataclass(element) else None
+            if not listed:
+                item = f"{{{first}: VALUE}}" if first else "VALUE" if block else plain
+                example = f"write '{key}=[{item}]'"
+                raise UsageError(f"{source}: {key} must be a list, got {plain!r}; {example}")
+            for i, item in enumerate(plain if first else []):
+                if not isinstance(item, dict):
+                    problem = f"{key}[{i}] must be a block of keys, got {item!r}"
+                    raise UsageError(f"{source}: {problem}; write '{key}=[{{{first}: {item}}}]'")
+        elif isinstance(node, DictConfig) and not block:
+            keys = [str(k) for k in node] if _is_block(node) else ["NAME"]
+            shown = ", ".join(f"{key}.{k}" for k in keys[:3]) + ", ..." * (len(keys) > 3)
+            raise UsageError(f"{source}: {key} is a block of keys, got {plain!r}; set {shown}")
+        elif isinstance(node, DictConfig) and _is_block(node):
+            _check_kinds(node, cast(DictConfig, value), source, f"{key}.")
+        elif isinstance(node, SCALARS) and (block or listed):
+            raise UsageError(f"{source}: {key} must be a single value, got {plain!r}")
+
+
+def _is_block(node: DictConfig) -> bool:
+    """Whether the keys of `node` are those of a dataclass."""
+    return not node._is_none() and dataclasses.is_dataclass(node._metadata.object_type)
+
+
+def _suggestion(key: str, layer: Any, known: Sequence[str]) -> str:
+    """The known keys that end as the unknown one does (`train.steps` in a loop is
+    `pretrain.train.steps`), else the nearest."""
+    node = OmegaConf.select(layer, key)
+    while isinstance(node, DictConfig) and len(node) == 1:
+        name = str(next(iter(node)))
+        key, node = f"{key}.{name}", node._get_node(name)
+    ending = [name for name in known if name.endswith(f".{key}")]
+    ending.sort(key=lambda name: name.count("."))
+    if not ending:
+        return nearest(key, known)
+    *others, last = [repr(name) for name in ending[:3]]
+    return f"; did you mean {', '.join(others)}{' or ' * bool(others)}{last}?"
 
 
 def describe(config: Any, prefix: str = "", without: Sequence[str] = ()) -> list[str]:

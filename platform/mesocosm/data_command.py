@@ -9,10 +9,13 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from mesocosm.errors import UsageError
+from mesocosm import output
+from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.storage_command import size
+from mesocosm.versions import VERSIONS
 
 if TYPE_CHECKING:
+    from mesocosm.commit import Commit
     from mesocosm.data.manifest import Manifest
     from mesocosm.storage import Artifact, Storage
 
@@ -55,10 +58,12 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 0. Raises UsageError where there is no such dataset."""
-    from mesocosm import config
+    from mesocosm import cache, config
     from mesocosm.storage import Storage
 
-    storage = Storage(config.load(config.JobConfig, options.config, options.overrides).storage.root)
+    given = config.load(config.JobConfig, options.config, options.overrides).storage
+    cache.use(given.cache)
+    storage = Storage(given.root)
     storage.readable()
     return {"list": _list, "show": _show, "diff": _diff}[options.action](storage, options)
 
@@ -67,21 +72,19 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _list(storage: Storage, options: argparse.Namespace) -> int:
-    from mesocosm.data.manifest import MANIFEST, Manifest
-    from mesocosm.storage import COMMIT
-
-    rows = []
+    rows, damaged = [], []
     for id in storage.list("datasets"):
-        raw = storage.read(f"datasets/{id}/{COMMIT}")
-        if raw is None:  # being made, or left by what was killed
+        try:
+            row = _listed(storage, id)
+        except ArtifactError as error:
+            damaged.append((id, str(error)))
             continue
-        commit = json.loads(raw)
-        said = storage.read("/".join(filter(None, ("datasets", id, commit.get("folder"), MANIFEST))))
-        if said is not None:
-            rows.append(_row(id, commit, Manifest.model_validate_json(said)))
+        if row is not None:
+            rows.append(row)
     rows.sort(key=lambda row: (row["created"], row["id"]))
     if options.json:
-        print(json.dumps(rows, indent=1))
+        rows += [{**dict.fromkeys(KEYS), "id": id, "error": text} for id, text in damaged]
+        output.write(json.dumps(rows, indent=1))
         return 0
     head = ("id", "made by", "environment", "episodes", "transitions", "held out", "size", "created")
     cells = [
@@ -98,11 +101,41 @@ def _list(storage: Storage, options: argparse.Namespace) -> int:
         for row in rows
     ]
     _print(head, cells, texts=(0, 1, 2, 7))
+    for _, text in damaged:
+        print(text)
     print(f"{len(rows)} dataset{'s' * (len(rows) != 1)} in {storage.root}; mesocosm data show ID")
     return 0
 
 
-def _row(id: str, commit: Mapping[str, Any], manifest: Manifest) -> dict[str, Any]:
+def _listed(storage: Storage, id: str) -> dict[str, Any] | None:
+    """A row of `data list`; None of a dataset that is not finished.
+
+    Raises:
+        ArtifactError: Its COMMIT.json or its manifest is damaged.
+    """
+    from pydantic import ValidationError
+
+    from mesocosm.data.manifest import MANIFEST, Manifest
+
+    commit = storage.commit_of("datasets", id)
+    if commit is None:
+        return None
+    path = "/".join(filter(None, ("datasets", id, commit.get("folder"), MANIFEST)))
+    text = storage.read(path)
+    if text is None:
+        raise storage.damaged("datasets", id, commit, MANIFEST, there=False)
+    try:
+        return _row(id, commit, Manifest.model_validate_json(text))
+    except ValidationError as error:
+        raise storage.damaged("datasets", id, commit, MANIFEST, there=True) from error
+
+
+FACTS = ("job", "environment", "episodes", "transitions", "behaviours", "bytes", "created")
+KEYS = ("id", *FACTS, "error")
+"""Of a row of `data list --json`. `error` is null, or the only one beside `id` that is not."""
+
+
+def _row(id: str, commit: Commit, manifest: Manifest) -> dict[str, Any]:
     return {
         "id": id,
         "job": commit["meta"].get("job", "?"),
@@ -112,6 +145,7 @@ def _row(id: str, commit: Mapping[str, Any], manifest: Manifest) -> dict[str, An
         "behaviours": [behaviour.name for behaviour in manifest.behaviours],
         "bytes": sum(file["bytes"] for file in commit["files"].values()),
         "created": commit["created"],
+        "error": None,
     }
 
 
@@ -121,12 +155,13 @@ def _row(id: str, commit: Mapping[str, Any], manifest: Manifest) -> dict[str, An
 def _show(storage: Storage, options: argparse.Namespace) -> int:
     from mesocosm.data.dataset import Dataset
     from mesocosm.evaluation import coverage_page
-    from mesocosm.storage import COMMIT
 
     artifact = storage.artifact("datasets", options.id)
     dataset = Dataset([artifact.path])
     manifest = dataset.manifests[0]
-    commit = json.loads(storage.read(f"datasets/{artifact.id}/{COMMIT}") or b"{}")
+    commit = storage.commit_of("datasets", artifact.id)
+    if commit is None:
+        raise UsageError(f"{artifact.name} was removed meanwhile; see mesocosm data list")
     facts = _row(artifact.id, commit, manifest) | {
         "where": artifact.uri,
         "shards": len(manifest.shards),
@@ -143,7 +178,7 @@ def _show(storage: Storage, options: argparse.Namespace) -> int:
     folder = covered(storage, artifact).path
     facts |= {"page": str(folder / coverage_page.PAGE), "summary": str(folder / coverage_page.SUMMARY)}
     if options.json:
-        print(json.dumps(facts, indent=1))
+        output.write(json.dumps(facts, indent=1))
         return 0
     summary = json.loads((folder / coverage_page.SUMMARY).read_text())
     print("\ncoverage")
@@ -158,12 +193,11 @@ def _show(storage: Storage, options: argparse.Namespace) -> int:
 
 def covered(storage: Storage, artifact: Artifact) -> Artifact:
     """The page and summary.json of a dataset's coverage, `evaluations/ID`: made, or found."""
-    from mesocosm import __version__
     from mesocosm.config import fingerprint
     from mesocosm.data.dataset import Dataset
     from mesocosm.evaluation import coverage, coverage_page
 
-    id = fingerprint("coverage", artifact.id, coverage.SCHEMA, __version__)
+    id = fingerprint("coverage", artifact.id, coverage.SCHEMA, VERSIONS["coverage"])
     meta = {"inputs": {"datasets": [artifact.id]}, "job": "data show", "config": {}}
     name = f"What {artifact.name} covers"
     return storage.make("evaluations", id, meta, lambda folder: coverage_page.write(coverage.summarise(Dataset([artifact.path]), name=name), folder))
@@ -171,17 +205,23 @@ def covered(storage: Storage, artifact: Artifact) -> Artifact:
 
 def lineage(storage: Storage, artifact: Artifact) -> list[dict[str, Any]]:
     """What a dataset was made of and how, itself first, each dataset once: {"dataset", "job", "from", "how"}; `how` is null where the root has it no more."""
-    from mesocosm.storage import COMMIT
-
     rows: list[dict[str, Any]] = []
     wanted = [artifact.id]
     for id in wanted:
-        raw = storage.read(f"datasets/{id}/{COMMIT}")
-        meta = json.loads(raw)["meta"] if raw is not None else {}
+        meta, how = _made(storage, id)
         parents = list(meta.get("inputs", {}).get("datasets", []))
         wanted += [parent for parent in parents if parent not in wanted]
-        rows.append({"dataset": id, "job": meta.get("job"), "from": parents, "how": _how(meta) if raw is not None else None})
+        rows.append({"dataset": id, "job": meta.get("job"), "from": parents, "how": how})
     return rows
+
+
+def _made(storage: Storage, id: str) -> tuple[dict[str, Any], list[str] | None]:
+    """A dataset's meta, and what made it (None: the root has it no more)."""
+    try:
+        commit = storage.commit_of("datasets", id)
+    except ArtifactError as error:
+        return {}, [str(error)]
+    return ({}, None) if commit is None else (commit["meta"], _how(commit["meta"]))
 
 
 def _how(meta: Mapping[str, Any]) -> list[str]:
@@ -246,7 +286,7 @@ def _diff(storage: Storage, options: argparse.Namespace) -> int:
         "coverage": compare(a, b) if alike else None,
     }
     if options.json:
-        print(json.dumps(found, indent=1))
+        output.write(json.dumps(found, indent=1))
         return 0
     _print(("", found["a"], found["b"]), [(name, *map(_plain, pair)) for name, pair in found["differ"].items()], texts=(0, 1, 2))
     both = found["episodes"]

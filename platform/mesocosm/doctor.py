@@ -10,12 +10,13 @@ import os
 import platform
 import shutil
 import sys
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-from mesocosm import cluster, tracking
+from mesocosm import cluster, output, tracking
 from mesocosm.config import JobConfig
+from mesocosm.errors import MesocosmError
+from mesocosm.faults import first_line
 from mesocosm.storage import Storage
 
 
@@ -45,7 +46,7 @@ def show(found: Iterable[Check], *, as_json: bool) -> int:
             mark = "[green]ok[/]  " if check.ok else "[red]FIX[/] "
             tracking.console.print(f"{mark} {check.name:<12} {check.found}" + ("" if check.ok else f"\n     -> {check.fix}"))
     if as_json:
-        print(json.dumps([asdict(check) for check in checks], indent=1))
+        output.write(json.dumps([asdict(check) for check in checks], indent=1))
     return 0 if all(check.ok for check in checks) else 1
 
 
@@ -67,7 +68,7 @@ def _checks(config: JobConfig) -> Iterator[Check]:
 
 
 def storage_check(config: JobConfig) -> Check:
-    """Whether `storage.root` can be written and read from here."""
+    """Whether `storage.root` can be written and read from here, and creates files exclusively."""
     return _guarded(
         "storage", lambda: _storage(config), "set storage.root to a folder you may write to, or s3://bucket/prefix with credentials in the environment"
     )
@@ -95,18 +96,13 @@ def _guarded(name: str, look: Callable[[], str], fix: str) -> Check:
     try:
         return Check(name, True, look())
     except Exception as error:  # whatever a client library raises (botocore's and SQLAlchemy's errors are none of Python's own) is what was asked
-        return Check(name, False, " ".join(str(error).split())[:200] or type(error).__name__, fix)
+        text = str(error) if isinstance(error, MesocosmError) else first_line(error)
+        return Check(name, False, " ".join(text.split()), fix)
 
 
 def _storage(config: JobConfig) -> str:
     storage = Storage(config.storage.root)
-    path = f"scratch/doctor-{uuid.uuid4().hex}"
-    storage.write(path, b"x")
-    try:
-        if storage.read(path) != b"x":
-            raise OSError("what was written was not read back")
-    finally:
-        storage.remove(path)
+    storage.writable()
     return storage.root
 
 

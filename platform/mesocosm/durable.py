@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,35 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_synced(path: str, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def write_synced(path: str | Path, data: bytes) -> None:
+    """Write a file and make its bytes durable. A write that fails leaves no file."""
+    try:
+        with open(path, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            os.unlink(path)
+        raise
+
+
+def replace(source: str | Path, target: str | Path) -> None:
+    """Rename a file or folder and make the new name durable."""
+    os.replace(source, target)
+    sync(os.path.dirname(target))
+
+
+def make_folder(path: str | Path) -> None:
+    """Create a folder and its missing parents and make their names durable."""
+    missing = []
+    folder = Path(path)
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
 
 
 def sync(path: str | Path) -> None:
@@ -41,6 +66,7 @@ def sync(path: str | Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
+    """Make a folder durable: its files, its subfolders and all their names."""
     for path in folder.rglob("*"):
-        if path.is_file():
-            sync(path)
+        sync(path)
+    sync(folder)

@@ -29,6 +29,10 @@ class ArtifactError(MesocosmError):
     """An artifact is missing, unfinished or damaged."""
 
 
+class StorageError(MesocosmError):
+    """A storage root cannot be read or written: the disk is full, or S3 does not answer."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the known name nearest to `name`, or an empty string."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

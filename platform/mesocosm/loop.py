@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.agents import baseline as model_free
 from mesocosm.agents import train as agents
 from mesocosm.agents.config import BaselineConfig
@@ -29,7 +29,7 @@ from mesocosm.evaluation import panel, report, suite
 from mesocosm.evaluation import run as evaluation
 from mesocosm.evaluation.judge import judging
 from mesocosm.loop_config import FREE, LoopConfig, acting, check, fill, real_steps
-from mesocosm.loop_preflight import preflight, resources
+from mesocosm.loop_preflight import Ready, preflight, resources
 from mesocosm.pretrain import run as pretraining
 from mesocosm.reality import config as reality_config
 from mesocosm.reality.config import RealityConfig
@@ -37,6 +37,7 @@ from mesocosm.reality.ledger import Ledger
 from mesocosm.serving.deployment import deploy, undeploy
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
+from mesocosm.versions import VERSIONS
 
 __all__ = ["LoopConfig", "check", "plan", "resources", "run"]
 
@@ -68,17 +69,22 @@ def run(cfg: LoopConfig, run: Run) -> Artifact:
     ready = preflight(cfg, run.storage)
     given, version = ready.given, ready.facts.version
     cfg = replace(cfg, datasets=[artifact.name for artifact in given])
-    id = fingerprint("loop", identity(cfg), version, __version__, SCHEMA)
-    if not cfg.force and (found := run.storage.find("evaluations", id)) is not None:
-        run.say(f"found {found.name}: the loop was finished before")
-        return _done(found, run)
+    id = fingerprint("loop", identity(cfg), version, VERSIONS, SCHEMA)
+    with run.making("evaluations", id, cfg) as artifact:
+        if artifact is None:
+            return _done(_go(cfg, run, id, ready, given), run)
+        run.say(f"found {artifact.name}: the loop was finished before")
+        return _done(artifact, run)
+
+
+def _go(cfg: LoopConfig, run: Run, id: str, ready: Ready, given: list[Artifact]) -> Artifact:
     cluster.ensure(cfg.ray)
     for what, (cpus, gpus) in resources(cfg).items():
         cluster.preflight(what=what, cpus=cpus, gpus=gpus)
     if ready.warning is not None:
         run.say(f"warning: {ready.warning}")
     timed = ready.facts.max_episode_steps is not None
-    return _done(_Loop(cfg, run, id, version, given, timed=timed).go(), run)
+    return _Loop(cfg, run, id, ready.facts.version, given, timed=timed).go()
 
 
 def _done(artifact: Artifact, run: Run) -> Artifact:

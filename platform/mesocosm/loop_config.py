@@ -54,7 +54,7 @@ class LoopConfig(JobConfig):
 
 FREE = ("rounds", "target", "stop_at_target", "baselines")
 """Keys that change how long the loop goes on and what it is compared with, not the experiment: it goes on in the same ledger."""
-SHARED = ("reality", "seed", "storage", "tracking", "ray", "stop", "force")
+SHARED = ("reality", "seed", "storage", "tracking", "ray", "stop", "force", "wait")
 FILLED = {
     "collect": ("ledger",),
     "explore": ("ledger",),

@@ -13,12 +13,16 @@ import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from mesocosm import faults
 from mesocosm.config import JobConfig
+from mesocosm.durable import replace, write_synced
+from mesocosm.errors import StorageError
 from mesocosm.storage import Storage
 
 _FLUSH_SECONDS = 2.0
@@ -72,7 +76,10 @@ class Mirror:
             except Exception as error:
                 if not self._warned:
                     self._warned = True
-                    self.note(f"MLflow at {uri_of(self.config)} is away ({type(error).__name__}: {error}); metrics.jsonl is kept and replayed later")
+                    why = f"{type(error).__name__}: {faults.first_line(error)}"
+                    with suppress(OSError, StorageError):  # log.txt may be what cannot be written
+                        uri = uri_of(self.config)
+                        self.note(f"MLflow at {uri} is away ({why}); metrics.jsonl is kept and replayed later")
             if closing:
                 return
 
@@ -127,6 +134,8 @@ def _client(where: JobConfig) -> Any:
         os.environ.setdefault(name, value)
     for name in ("alembic", "mlflow"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # It logs the SQL of each error, which is also raised and explained here.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     from mlflow.tracking import MlflowClient
 
     return MlflowClient(tracking_uri=uri_of(where), registry_uri=uri_of(where))
@@ -139,7 +148,8 @@ def ping(where: JobConfig) -> None:
     try:
         _client(where).search_experiments(max_results=1)
     except MlflowException as error:
-        raise OSError(redact(f"MLflow at {uri_of(where)} does not answer: {error}")) from error
+        why = f"MLflow at {uri_of(where)} does not answer: {faults.first_line(error)}"
+        raise OSError(redact(why)) from error
 
 
 def _create(client: Any, folder: Path, status: Mapping[str, Any], where: JobConfig) -> str:
@@ -218,7 +228,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, and durable."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    write_synced(temporary, text.encode())
+    replace(temporary, path)

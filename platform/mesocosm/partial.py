@@ -7,9 +7,16 @@ fetched from a remote root lies in
 
     CACHE/parts/<kind>/<id>/<maker's folder>/<unit>
 
-and came there by one rename, after its checksums were right and its bytes were on disk: what is there is whole. One process of the machine fetches at
-a time (a lock that the kernel frees with its holder), over the budget it removes the shards that were used least recently; a reader holds a shared
-lock on its shard, and what is held is never removed.
+and came there by one rename, after its checksums were right and its bytes were on disk: what is
+there is whole.
+
+Locks, which the kernel frees with their holder:
+
+- A unit's lock is exclusive while the unit is fetched or removed, and shared while it is read. So a
+  unit is fetched once on a machine, different units are fetched at the same time, and what is read
+  is never removed.
+- The lock `room` is held for moments: to remove the shards that were used least recently, and to
+  reserve the room of a fetch in CACHE/arriving/<unit's lock>/reserved.
 """
 
 from __future__ import annotations
@@ -18,17 +25,20 @@ import fcntl
 import json
 import os
 import shutil
+import threading
 import time
+import uuid
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Protocol
 
-from mesocosm.durable import sha256, sync, sync_tree
+from mesocosm.commit import Commit
+from mesocosm.durable import make_folder, replace, sha256, sync_tree
 from mesocosm.errors import ArtifactError
 
 if TYPE_CHECKING:
@@ -51,13 +61,13 @@ class Files(Protocol):
         """Bytes of shards that may lie here; None: any."""
 
     def hold(self, unit: str) -> Path:
-        """Where the unit lies, until it is released."""
+        """Where the unit lies, until it is released as often as it was held."""
 
     def ahead(self, units: Iterable[str]) -> None:
         """Begin, in threads, to hold what will be asked for."""
 
     def release(self, units: Iterable[str]) -> None:
-        """Units that will not be read before they are held again."""
+        """Give back one hold of each unit; a unit that was only begun by `ahead` is let go."""
 
     def bytes(self, unit: str) -> int:
         """Of all its files."""
@@ -94,21 +104,39 @@ class _Held:
     lock: IO[str] | None
 
 
+@dataclass
+class _Unit:
+    """A unit that is here, or on its way."""
+
+    coming: Future[_Held | None]
+    holds: int = 0
+
+    def failed(self) -> bool:
+        return self.coming.done() and self.coming.exception() is not None
+
+    def lacked_room(self) -> bool:
+        return self.coming.done() and not self.failed() and self.coming.result() is None
+
+
 class Partial:
-    """Made by `Storage.partial`. Nothing is handed out before it is verified. For one process: threads may share it, forks may not.
+    """Made by `Storage.partial`. Nothing is handed out before it is verified.
+
+    For one process. Threads may share it, each releasing what it held itself; forks may not.
 
     `hold` raises ArtifactError, naming the file and how to repair it, where one is damaged or missing, or the cache has no room for it.
     """
 
-    def __init__(self, storage: Storage, kind: str, id: str, whole: Path, commit: Mapping[str, Any], most: int | None):
+    def __init__(self, storage: Storage, kind: str, id: str, whole: Path, commit: Commit, most: int | None):
         self.name, self.most = f"{kind}/{id}", most if storage.remote else None
         self._storage, self._kind, self._id, self._commit, self._whole = storage, kind, id, commit, whole
         self._cache = storage.local_path("cache")
+        self._arriving = self._cache / "arriving"
         self.path = self._cache / "parts" / kind / id / commit["folder"] if storage.remote else whole
         self._folders: dict[str, list[str]] = defaultdict(list)
         for name in commit["files"]:
             self._folders[os.path.dirname(name)].append(name)
-        self._coming: dict[str, Future[_Held | None]] = {}
+        self._units: dict[str, _Unit] = {}
+        self._mutex = threading.Lock()
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="partial")
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
@@ -116,33 +144,59 @@ class Partial:
         if not self._names(unit):
             return self.path / unit  # its reader says what is wrong
         until = time.monotonic() + PATIENCE_S
-        while True:
-            self.ahead([unit])
-            try:
-                held = self._coming[unit].result()
-            except ArtifactError:
-                del self._coming[unit]
-                raise
-            if held is not None:
-                return held.path
-            if time.monotonic() > until:
-                raise _NoRoom(
-                    f"{self.name}: {unit!r} is not to be fetched, for other shards in use fill the cache of {self.most} bytes "
-                    f"in {self._cache}; give a larger data.cache_gib or a smaller data.block, or stop other jobs on this machine"
-                )
-            time.sleep(0.1)
+        with self._mutex:
+            held_unit = self._begun(unit)
+            held_unit.holds += 1
+            coming = held_unit.coming
+        try:
+            while (held := coming.result()) is None:
+                if time.monotonic() > until:
+                    full = f"other shards in use fill the cache of {self.most} bytes in {self._cache}"
+                    fix = "give a larger data.cache_gib or a smaller data.block, or stop other jobs"
+                    raise _NoRoom(f"{self.name}: {unit!r} cannot be fetched: {full}; {fix}")
+                time.sleep(0.1)
+                with self._mutex:
+                    if held_unit.lacked_room():
+                        held_unit.coming = self._submit(unit)
+                    coming = held_unit.coming
+        except BaseException:
+            with self._mutex:
+                self._drop(unit, held_unit)
+            raise
+        return held.path
 
     def ahead(self, units: Iterable[str]) -> None:
-        for unit in units:
-            under_way = self._coming.get(unit)
-            if under_way is None or (under_way.done() and under_way.exception() is None and under_way.result() is None):
-                self._coming[unit] = self._pool.submit(_bring, weakref.proxy(self), unit)
+        with self._mutex:
+            for unit in units:
+                self._begun(unit)
 
     def release(self, units: Iterable[str]) -> None:
-        for unit in units:
-            under_way = self._coming.pop(unit, None)
-            if under_way is not None and not under_way.cancel():
-                under_way.add_done_callback(_let_go)
+        with self._mutex:
+            for unit in units:
+                if (released := self._units.get(unit)) is not None:
+                    self._drop(unit, released)
+
+    def _begun(self, unit: str) -> _Unit:
+        """The unit, whose fetch is begun unless it is here or on its way."""
+        begun = self._units.get(unit)
+        if begun is None or begun.failed():
+            begun = self._units[unit] = _Unit(self._submit(unit))
+        elif begun.lacked_room():
+            begun.coming = self._submit(unit)
+        return begun
+
+    def _submit(self, unit: str) -> Future[_Held | None]:
+        return self._pool.submit(_bring, weakref.proxy(self), unit)
+
+    def _drop(self, unit: str, dropped: _Unit) -> None:
+        """Give back one hold, and after the last one the unit's lock."""
+        dropped.holds -= 1
+        if dropped.holds > 0:
+            return
+        if self._units.get(unit) is dropped:
+            del self._units[unit]
+        if not dropped.coming.cancel():
+            dropped.coming.add_done_callback(_let_go)
 
     def bytes(self, unit: str) -> int:
         return sum(self._commit["files"][name]["bytes"] for name in self._names(unit))
@@ -154,6 +208,10 @@ class Partial:
 
     def bring(self, unit: str) -> _Held | None:
         """Hold a unit; None where there is no room for it at present."""
+        with self._storage.naming(self.name):
+            return self._brought(unit)
+
+    def _brought(self, unit: str) -> _Held | None:
         names = self._names(unit)
         if not self._storage.remote or all((self._whole / name).is_file() for name in names):
             bad = self._wrong(unit, names)
@@ -161,16 +219,20 @@ class Partial:
                 return _Held(self._whole / unit, None)
             if not self._storage.remote:
                 raise self._storage.damaged(self._kind, self._id, self._commit, bad, there=(self._whole / bad).is_file())
+        key = self._key(unit)
         while True:
-            lock = self._lock(self._key(unit), fcntl.LOCK_SH)
+            lock = self._lock(key, fcntl.LOCK_SH)
             if (self.path / unit).exists():
                 _used(self.path / unit)
                 return _Held(self.path / unit, lock)
             lock.close()
-            try:
-                self._fetch(unit, names)
-            except _NoRoom:
-                return None
+            with self._lock(key, fcntl.LOCK_EX):
+                if (self.path / unit).exists():
+                    continue
+                try:
+                    self._fetch(unit, names)
+                except _NoRoom:
+                    return None
 
     def _wrong(self, unit: str, names: list[str]) -> str | None:
         """The first of a whole copy's files that is not as COMMIT.json says. What was right once and has not changed since is not read again."""
@@ -190,27 +252,39 @@ class Partial:
                 return name
         with suppress(OSError):  # without room for a stamp every process verifies
             stamp.parent.mkdir(parents=True, exist_ok=True)
-            temporary = stamp.with_name(f"{stamp.name}.{os.getpid()}.part")
+            temporary = stamp.with_name(f"{stamp.name}.{uuid.uuid4().hex}.part")
             temporary.write_text(json.dumps(found))
-            os.replace(temporary, stamp)
+            replace(temporary, stamp)
         return None
 
     def _fetch(self, unit: str, names: list[str]) -> None:
-        """Into the cache. Raises _NoRoom, and ArtifactError where the root has another file than COMMIT.json says, or none."""
-        to = self.path / unit
-        with self._lock("room", fcntl.LOCK_EX):
-            if to.exists():
-                return
-            arriving = self._cache / "arriving"  # of the lock's holder alone: what is in it was left by one that was killed
-            shutil.rmtree(arriving, ignore_errors=True)
-            if self.most is not None and unit.startswith("shards/"):
-                self._make_room(self.bytes(unit), arriving)
+        """Bring a unit into the cache. The caller holds the unit's lock exclusively.
+
+        Raises:
+            _NoRoom: All that could be removed is in use.
+            ArtifactError: The root has another file than COMMIT.json says, or none.
+        """
+        to, size = self.path / unit, self.bytes(unit)
+        arriving = self._arriving / self._key(unit)
+        try:
+            with self._lock("room", fcntl.LOCK_EX):
+                shutil.rmtree(arriving, ignore_errors=True)  # of a fetch that was killed
+                make_folder(arriving)
+                if unit.startswith("shards/"):
+                    if self.most is not None:
+                        self._make_room(size, arriving)
+                    (arriving / "reserved").write_text(str(size))
+            files = arriving / "files"
             with ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(lambda name: self._fetch_file(name, arriving / name), names))
+                list(pool.map(lambda name: self._fetch_file(name, files / name), names))
             sync_tree(arriving)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            os.rename(arriving / unit, to)
-            sync(to.parent)
+            make_folder(to.parent)
+            with self._lock("room", fcntl.LOCK_EX):  # so that a shard is counted once
+                replace(files / unit, to)
+                shutil.rmtree(arriving, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(arriving, ignore_errors=True)
+            raise
 
     def _fetch_file(self, name: str, to: Path) -> None:
         told = (self._kind, self._id, self._commit, name)
@@ -218,19 +292,32 @@ class Partial:
             raise self._storage.damaged(*told, there=to.exists())
 
     def _make_room(self, bytes: int, bin: Path) -> None:
+        """Remove shards until there is room for so many bytes. The caller holds the lock `room`."""
         assert self.most is not None
         shards = [(_when(folder), folder, _size(folder)) for folder in (self._cache / "parts").glob("*/*/*/shards/*")]
-        over = sum(size for _, _, size in shards) + bytes - self.most
+        over = sum(size for _, _, size in shards) + self._reserved() + bytes - self.most
         for _, folder, size in sorted(shards):
             if over <= 0:
                 return
-            with suppress(BlockingIOError), self._lock(_flat(str(folder.relative_to(self._cache / "parts"))), fcntl.LOCK_EX | fcntl.LOCK_NB):
-                bin.mkdir(parents=True, exist_ok=True)
+            key = _flat(str(folder.relative_to(self._cache / "parts")))
+            with suppress(BlockingIOError), self._lock(key, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 os.rename(folder, bin / "gone")  # whole until then, even where this process is killed now
                 shutil.rmtree(bin / "gone")
                 over -= size
         if over > 0:
             raise _NoRoom
+
+    def _reserved(self) -> int:
+        """Bytes of the shards that are being fetched. What killed fetches left is removed."""
+        total = 0
+        for folder in list(self._arriving.iterdir()):
+            try:
+                with self._lock(folder.name, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(folder, ignore_errors=True)
+            except BlockingIOError:  # its fetch goes on
+                with suppress(FileNotFoundError):
+                    total += int((folder / "reserved").read_text())
+        return total
 
     def _key(self, unit: str) -> str:
         return _flat(str((self.path / unit).relative_to(self._cache / "parts")))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import SplitResult, urlsplit
@@ -39,7 +38,7 @@ def check(config: JobConfig) -> list[str]:
     """
     storage = Storage(config.storage.root)
     if storage.remote:
-        _check_remote(storage)
+        storage.writable()
         _check_folder(storage.local_path("runs"), f"the copy of storage.root {storage.root!r}")
     else:
         _check_folder(Path(storage.root), f"storage.root {storage.root!r}")
@@ -81,21 +80,6 @@ def _check_folder(folder: Path, what: str) -> None:
     finally:
         if probe is not None:
             probe.unlink(missing_ok=True)
-
-
-def _check_remote(storage: Storage) -> None:
-    """An artifact is committed by creating a key exclusively: a second creation must fail."""
-    path = f"runs/{uuid.uuid4().hex}.tmp"
-    try:
-        created, again = storage.create(path, b""), storage.create(path, b"")
-        storage.remove(path)
-    except Exception as error:  # a remote filesystem's errors are its own
-        reason = getattr(error, "strerror", None) or error
-        root = f"storage.root {storage.root!r}"
-        raise UsageError(f"{root} cannot be written ({reason}); {WRITABLE}") from error
-    if not created or again:
-        message = f"storage.root {storage.root!r} ignores conditional writes (If-None-Match)"
-        raise UsageError(f"{message}, by which artifacts are committed; use another store")
 
 
 def _check_tracking(tracking: TrackingConfig) -> list[str]:

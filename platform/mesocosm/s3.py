@@ -21,6 +21,8 @@ from botocore.exceptions import ClientError, ConnectionError, HTTPClientError, I
 from fsspec.asyn import sync_wrapper
 from s3fs import S3FileSystem
 
+from mesocosm.faults import CHECKSUMS
+
 PATIENCE = 120.0
 """Seconds that an endpoint may be away."""
 PAUSE = 1.0
@@ -28,6 +30,9 @@ PAUSE = 1.0
 STREAMS = 10
 """Parts (s3fs's, of 50 MiB, where a file has two or more) under way of a file that is alone; the second has half as many, the third a third, for
 memory must hold them all."""
+
+NOT_IMPLEMENTED = 501
+"""The status of what an endpoint will never do."""
 
 _TORN = (HTTPClientError, ClientPayloadError, IncompleteReadError)
 """What is raised where a reply ends early."""
@@ -40,6 +45,9 @@ def options() -> dict[str, Any]:
     named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config: dict[str, Any] = {"retries": {"mode": "standard", "max_attempts": 3}, "max_pool_connections": 2 * STREAMS, "read_timeout": 60}
     config["response_checksum_validation"] = "when_required"  # what is read is checked against checksums of our own
+    # Stores other than AWS's may reject the checksum trailers that botocore sends by default.
+    if checksums := os.environ.get(CHECKSUMS) or (named and "when_required"):
+        config["request_checksum_calculation"] = checksums.lower()
     return {"config_kwargs": config, "use_listings_cache": False} | ({"endpoint_url": named} if named else {})
 
 
@@ -113,7 +121,10 @@ def _away(error: BaseException) -> bool:
     if isinstance(error, ConnectionError | HTTPClientError):
         return True
     said = error if isinstance(error, ClientError) else error.__cause__
-    return isinstance(said, ClientError) and int(said.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)) >= 500
+    if not isinstance(said, ClientError):
+        return False
+    status = int(said.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    return status >= 500 and status != NOT_IMPLEMENTED
 
 
 @dataclass(frozen=True)

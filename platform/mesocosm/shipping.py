@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mesocosm.errors import StorageError
 from mesocosm.storage import Storage
 
 EVERY = 10.0
@@ -59,7 +60,7 @@ class Shipper:
             if time.monotonic() - shipped < EVERY:
                 continue
             shipped = time.monotonic()
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, StorageError):
                 self._beat()
                 self._heard()
             for path in self._files():

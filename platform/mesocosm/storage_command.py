@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+from mesocosm import output
 from mesocosm.errors import MesocosmError, UsageError
 
 EPILOG = """\
@@ -23,7 +24,7 @@ def add(commands: Any) -> None:
 
     said = "look after a storage root"
     actions = commands.add_parser("storage", help=said, description=said).add_subparsers(dest="action", metavar="ACTION", required=True)
-    said = "remove what interrupted jobs left: never a finished artifact, a run, a checkpoint, a ledger or a cell"
+    said = "remove what interrupted jobs left, and damaged artifacts: never a whole artifact, a run, a checkpoint, a ledger or a cell"
     gc = actions.add_parser("gc", help=said, description=said, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
     common(gc)
     gc.add_argument(
@@ -35,13 +36,15 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 0; 1 where something listed could not be removed."""
-    from mesocosm import config, remains
+    from mesocosm import cache, config, faults, remains
     from mesocosm.cli import confirm
     from mesocosm.storage import Storage
 
     if options.older_than < 0:
         raise UsageError(f"--older-than {options.older_than:g} must not be negative")
-    storage = Storage(config.load(config.JobConfig, options.config, options.overrides).storage.root)
+    given = config.load(config.JobConfig, options.config, options.overrides).storage
+    cache.use(given.cache)
+    storage = Storage(given.root)
     storage.readable()
     remarks: list[str] = []
     found = remains.find(storage, options.older_than * 3600, remarks.append)
@@ -59,11 +62,11 @@ def run(options: argparse.Namespace) -> int:
             try:
                 removed += remain.remove()
             except Exception as error:  # a remote filesystem's errors are its own
-                failed.append(f"{remain.path} ({error})")
+                failed.append(f"{remain.path} ({faults.first_line(error)})")
     if options.json:
         rows = [remain.to_json() for remain in found]
         facts = {"root": storage.root, "older_than_hours": options.older_than, "remains": rows, "bytes": total, "removed": removed, "remarks": remarks}
-        print(json.dumps(facts, indent=1))
+        output.write(json.dumps(facts, indent=1))
     elif not options.dry_run and found:
         print(f"{removed} removed" + (f"; {kept} needed by now, and kept" if (kept := len(found) - removed - len(failed)) else ""))
     if failed:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,23 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from mesocosm import faults
 from mesocosm.config import JobConfig, to_yaml
 from mesocosm.errors import MesocosmError
+from mesocosm.lease import hold
 from mesocosm.mirror import PENDING, Mirror, deliver, memo_of, ping, read_json, redact, uri_of, write_whole
+from mesocosm.owner import Owner, this_process
 from mesocosm.shipping import Shipper
 from mesocosm.storage import Artifact, Storage
 
-__all__ = ["Run", "console", "ping", "redact", "register_world", "replay_pending", "start", "uri_of"]
+__all__ = ["Run", "console", "ping", "redact", "register_world", "replay_in_background", "replay_pending", "start", "uri_of"]
 
 console = Console(highlight=False, soft_wrap=True, stderr=True)
 """Where people read: stderr, so that `--json` owns stdout."""
+
+
+SILENT_S = 600.0
+"""A run on another host that has not updated its status for so long has crashed."""
 
 
 class Run:
@@ -53,6 +60,7 @@ class Run:
         self.facts: dict[str, Any] = {}
         self._lock = threading.Lock()
         self._started = time.time()
+        self._owner = this_process()
         self._state, self._error = "running", ""
         self._progress: dict[str, Any] | None = None
         (self.folder / "config.yaml").write_text(redact(to_yaml(config)))
@@ -71,7 +79,7 @@ class Run:
         for name, value in metrics.items():
             number = float(value)
             line[name] = number if math.isfinite(number) else repr(number)
-        with self._lock, open(self.folder / "metrics.jsonl", "a") as file:
+        with self._naming(), self._lock, open(self.folder / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
 
     def say(self, text: str) -> None:
@@ -81,7 +89,7 @@ class Run:
             console.print(redact(text))
 
     def _note(self, text: str) -> None:
-        with self._lock, open(self.folder / "log.txt", "a") as file:
+        with self._naming(), self._lock, open(self.folder / "log.txt", "a") as file:
             file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {redact(text)}\n")
 
     def record(self, **facts: Any) -> None:
@@ -137,6 +145,21 @@ class Run:
         with start(job, config, id=id, parent=self, quiet=self.quiet) as run:
             yield run
 
+    @contextmanager
+    def making(self, kind: str, id: str, config: JobConfig) -> Iterator[Artifact | None]:
+        """The finished artifact, unless `config.force`; or None, while this process alone may make it.
+
+        Raises:
+            Held: another process makes it, and `config.wait` is False.
+        """
+        force = config.force
+        if not force and (artifact := self.storage.find(kind, id)) is not None:
+            yield artifact
+            return
+        with hold(self.storage, f"{kind}/{id}", self.job, self.say, wait=config.wait):
+            # The holder that was waited for may have made it.
+            yield None if force else self.storage.find(kind, id)
+
     def _status(self, state: str, error: str = "") -> None:
         with self._lock:
             self._state, self._error = state, redact(error)
@@ -150,12 +173,17 @@ class Run:
             "parent": f"{self.parent.job}/{self.parent.id}" if self.parent else None,
             "started": self._started,
             "updated": time.time(),
-            "pid": os.getpid(),
+            "owner": asdict(self._owner),
             "error": self._error or None,
             "progress": self._progress,
             "facts": self.facts,
         }
-        write_whole(self.folder / "status.json", json.dumps(status, indent=1, default=str))
+        with self._naming():
+            write_whole(self.folder / "status.json", json.dumps(status, indent=1, default=str))
+
+    def _naming(self) -> AbstractContextManager[None]:
+        """A full disk becomes a StorageError that names the run."""
+        return self.storage.naming(f"runs/{self.job}/{self.id}")
 
     def _beat(self) -> None:
         """That the run is alive, and how far it is."""
@@ -164,9 +192,22 @@ class Run:
                 self._write_status()
 
     def _end(self, state: str, error: str = "") -> None:
-        self._status(state, error)
-        self._mirror.close()
-        self._shipper.close()
+        with ExitStack() as closing:
+            closing.callback(self._shipper.close)
+            closing.callback(self._mirror.close)
+            self._status(state, error)
+
+    def _end_after(self, state: str, error: str, trace: str = "") -> None:
+        """End the run after an error. A failure to record the end is reported and hides nothing."""
+        try:
+            with ExitStack() as closing:
+                closing.callback(self._end, state, error)
+                if trace:
+                    self._note(trace)
+        except Exception as failure:
+            why = faults.reason(failure) or faults.first_line(failure)
+            name = f"{self.job}/{self.id}"
+            console.print(redact(f"warning: the end of run {name} is not recorded: {why}"))
 
 
 @contextmanager
@@ -176,11 +217,11 @@ def start(job: str, config: JobConfig, *, id: str | None = None, parent: Run | N
     try:
         yield run
     except KeyboardInterrupt:
-        run._end("stopped", "interrupted")
+        run._end_after("stopped", "interrupted")
         raise
     except BaseException as error:
-        run._note(traceback.format_exc())
-        run._end("failed", str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}")
+        text = str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}"
+        run._end_after("failed", text, traceback.format_exc())
         raise
     run._end("done")
 
@@ -201,7 +242,7 @@ def replay_pending(config: JobConfig) -> int:
         if status is None:
             continue
         if status["state"] == "running":
-            if _alive(status["pid"]):
+            if _alive(status):
                 continue
             status.update(state="failed", error="the process ended without a word (killed?)")
             write_whole(mark.parent / "status.json", json.dumps(status, indent=1))
@@ -211,19 +252,32 @@ def replay_pending(config: JobConfig) -> int:
             try:
                 ping(config)
             except Exception as away:
-                console.print(f"MLflow at {redact(uri_of(config))} is still away ({type(away).__name__}); metrics.jsonl is kept")
+                why = faults.first_line(away)
+                console.print(f"MLflow at {redact(uri_of(config))} is still away ({why}); metrics.jsonl is kept")
                 break
-            console.print(redact(f"run {status['job']}/{status['id']} could not be brought to MLflow ({error}); its metrics.jsonl is kept"))
+            name, why = f"{status['job']}/{status['id']}", faults.first_line(error)
+            console.print(redact(f"run {name} could not be brought to MLflow ({why}); its metrics.jsonl is kept"))
         else:
             delivered += 1
     return delivered
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def replay_in_background(config: JobConfig) -> None:
+    """Start `replay_pending` in a thread. What it cannot do is one line on the console."""
+
+    def work() -> None:
+        try:
+            replay_pending(config)
+        except Exception as error:
+            why = faults.reason(error) or f"{type(error).__name__}: {faults.first_line(error)}"
+            console.print(redact(f"earlier runs are not brought to MLflow: {why}"))
+
+    threading.Thread(target=work, name="replay", daemon=True).start()
+
+
+def _alive(status: Mapping[str, Any]) -> bool:
+    """Whether the process of a run that says "running" still runs."""
+    owner = status.get("owner")
+    alive = Owner(**owner).alive() if owner else None
+    # On another host only the heartbeat tells; hosts' clocks differ.
+    return time.time() - status["updated"] < SILENT_S if alive is None else alive

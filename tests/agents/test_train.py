@@ -188,6 +188,32 @@ def test_dqn_trains_from_generated_starts_with_a_penalty(ray_local: None, seek: 
     assert -40 < real_return(Policy.load(artifact.path), 5) < 0
 
 
+def test_a_return_that_the_logs_cannot_explain_is_a_warning(ray_local: None, seek: tuple[str, Artifact]) -> None:
+    root, world = seek
+    evidence = {
+        "transitions": 900,
+        "free": {"action": 0.02},
+        "fixed": ["action"],
+        "best_return": -99.0,
+        "low_rate": -9.0,
+        "high_rate": -8.0,
+    }
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(world.path, folder, dirs_exist_ok=True)
+        (folder / "COMMIT.json").unlink()
+
+    meta = {"inputs": {"datasets": ["seek"]}, "evidence": evidence}
+    Storage(root).make("worlds", "blind", meta, copy)
+    short = ["iterations=1", "snapshots=0", "world=blind"]
+    artifact, _, folder = train_agent(agent_config(root, *short))
+    assert "2.0% of its variance is free" in artifact.meta["checks"]["actions"]
+    assert "no 10 consecutive steps of the logs average more than -8" in artifact.meta["checks"]["return"]
+    assert (folder / "log.txt").read_text().count("warning: ") == 2
+    plain, _, folder = train_agent(agent_config(root, "iterations=1", "snapshots=0"))
+    assert plain.meta["checks"] == {} and "warning" not in (folder / "log.txt").read_text()
+
+
 WRONG = [
     ("algo=PP0", "algo='PP0' is not one of .*; did you mean 'PPO'"),
     ("params.learning_rat=1", "params.learning_rat is not a parameter of RLlib's PPO; did you mean"),
@@ -212,7 +238,7 @@ def test_wrong_use_is_one_sentence_before_anything_starts(seek: tuple[str, Artif
 
 
 def test_what_rllib_refuses_is_said(ray_local: None, seek: tuple[str, Artifact]) -> None:
-    with pytest.raises(UsageError, match=r"RLlib's PPO refuses its settings: .*total_train_batch_size"):
+    with pytest.raises(UsageError, match=r"RLlib's PPO refuses its settings: .*train_batch_size_per_learner"):
         train_agent(agent_config(seek[0], "params.train_batch_size_per_learner=64"))
 
 

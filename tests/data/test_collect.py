@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ import pytest
 import torch
 
 from mesocosm import tracking
-from mesocosm.config import load
-from mesocosm.data import lanes as lanes_module
+from mesocosm.config import StorageConfig, load
+from mesocosm.data import lane_workers
 from mesocosm.data.behaviours import BehaviourConfig, build, choose
 from mesocosm.data.collect import CollectConfig, run
 from mesocosm.data.dataset import Dataset
-from mesocosm.data.lanes import Attempt, Plan, run_on_ray, split
+from mesocosm.data.lane_workers import run_on_ray
+from mesocosm.data.lanes import Plan, split
 from mesocosm.data.manifest import Manifest
+from mesocosm.data.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.reality.config import BudgetConfig, RealityConfig, TaskOption
 from mesocosm.reality.env import episode_seed, facts_of
@@ -90,7 +93,7 @@ def test_steps_are_exact_and_a_second_time_is_free(root: str, a_run: tracking.Ru
     assert forced.id == made.id and checksums(forced) == checksums(made) and spent(cfg, made).steps == 602
 
 
-def test_the_same_dataset_whatever_the_workers(root: str, tmp_path: Path, own: None, a_run: tracking.Run, ray_local: None) -> None:
+def test_the_same_dataset_whatever_the_workers(root: str, tmp_path: Path, own: None, a_run: tracking.Run, ray_local: None, golden: Any) -> None:
     made = []
     for workers in (0, 1, 2):
         cfg = config(str(tmp_path / str(workers)), "ownenvs:Reach", workers=workers, lanes=3, seed=0, reality=troubled({4: "crash", 9: "nan"}, task=["goal"]))
@@ -100,6 +103,7 @@ def test_the_same_dataset_whatever_the_workers(root: str, tmp_path: Path, own: N
         assert totals.steps == 200 and totals.unconfirmed == ()
     assert len({artifact.id for artifact in made}) == 1
     assert checksums(made[0]) == checksums(made[1]) == checksums(made[2])
+    golden.check("collect", {"shards": golden.of_files(made[0].path, "shards/*/*.npy")})
     dropped = made[0].meta["dropped"]
     assert [(d["index"], d["steps"]) for d in dropped] == [(4, 3), (9, 3)] and "the arm fell off" in dropped[0]["reason"]
     counts = made[0].meta["counts"]
@@ -123,19 +127,23 @@ def test_behaviours_have_their_shares_of_few_episodes_too() -> None:
     assert {choose(even, seed, 0) for seed in range(40)} == set(range(5))
 
 
-def test_a_hang_and_a_death_cost_their_episodes(root: str, own: None, a_run: tracking.Run, ray_local: None) -> None:
+def test_a_hang_and_a_death_cost_their_episodes(root: str, tmp_path: Path, own: None, a_run: tracking.Run, ray_local: None) -> None:
     cfg = config(root, "ownenvs:Line", workers=2, lanes=2, reality=troubled({2: "hang", 5: "die", 8: "reset"}, step_timeout_s=3.0), steps=150)
     made = collect(cfg, a_run)
     dropped = {d["index"]: d for d in made.meta["dropped"]}
     assert set(dropped) == {2, 5, 8}
     assert "step took longer than reality.step_timeout_s=3" in dropped[2]["reason"] and dropped[2]["steps"] == 3
     assert "process died" in dropped[5]["reason"] and dropped[8]["steps"] == 0
-    totals = spent(cfg, made)
-    # The hanging step was counted and the rest of its block given back; the dead process's block stays, apart.
-    assert totals.steps == 150 == made.meta["counts"]["steps"]
-    assert totals.purposes["collect"].unconfirmed_steps == sum(r.steps for r in totals.unconfirmed) > 0
-    kept = set(pq.read_table(made.path / "episodes")["episode"].to_pylist())
-    assert kept >= {0, 1, 3, 4, 6, 7} and not kept & {2, 5, 8}
+    totals, counts = spent(cfg, made), made.meta["counts"]
+    # The hanging step was counted and the rest of its block given back. What the dead processes had reserved stays
+    # spent, apart: they are three, for only then the episode is taken to be what kills them.
+    assert counts["steps"] == 150 == counts["transitions"] + counts["dropped_steps"] and "3 times" in dropped[5]["reason"]
+    lost = totals.purposes["collect"].unconfirmed_steps
+    assert totals.steps == 150 + lost and lost == sum(r.steps for r in totals.unconfirmed) >= 9
+    episodes = set(pq.read_table(made.path / "episodes")["episode"].to_pylist())
+    assert episodes >= {0, 1, 3, 4, 6, 7} and not episodes & {2, 5, 8}
+    again = collect(replace(cfg, storage=StorageConfig(str(tmp_path / "again"))), a_run)
+    assert checksums(again) == checksums(made)
 
 
 def test_an_environment_that_always_fails_ends_the_job(root: str, own: None, a_run: tracking.Run) -> None:
@@ -161,34 +169,48 @@ def test_a_value_outside_its_space_costs_its_episode(root: str, own: None, a_run
         collect(config(root, "ownenvs:Odd", reality=troubled(dict.fromkeys(range(40), "mode"))), a_run)
 
 
-def busy_during_the_second_episode(attempts: Sequence[Attempt], steps: int) -> None:
+class Busy:
     """A driver with much to do between two looks at its workers: it asks after 2 s, and reads the answer after 4."""
-    time.sleep(2.0 if len(attempts) == 1 else 0.0)
+
+    def __init__(self, naps: int = 0) -> None:
+        self.attempts: list[Attempt] = []
+        self.naps = naps
+
+    def __call__(self, attempts: Sequence[Attempt], steps: int) -> None:
+        self.attempts += attempts
+        if not self.attempts and self.naps:
+            self.naps -= 1
+            time.sleep(2.0)
+
+    def outcomes(self) -> list[tuple[int, int, bool]]:
+        return [(a.index, a.steps, a.length is None) for a in self.attempts]
 
 
 def a_plan(root: str, trouble: dict[int, str], **kwargs: Any) -> Plan:
     seeded = {str(episode_seed(0, k)): what for k, what in trouble.items()}
     reality = RealityConfig(env="ownenvs:Line", kwargs={"trouble": seeded, "stretch": 0.0, **kwargs}, horizon=10, step_timeout_s=0.3)
-    return Plan(reality, [BehaviourConfig()], 0, root, "x", "r", str(OWN))
+    return Plan(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
 
 
 @pytest.mark.slow
 def test_a_step_that_comes_back_too_late_costs_its_episode(root: str, own: None, ray_local: None) -> None:
     """The meter is frozen, and the step returns before the driver has read so."""
     plan, lanes = a_plan(root, {1: "hang"}, nap=3.1), split(30, 1)
-    attempts = run_on_ray(plan, lanes, 1, busy_during_the_second_episode)
-    assert [(a.index, a.steps, a.episode is None) for a in attempts] == [(0, 10, False), (1, 3, True), (2, 10, False), (3, 7, False)]
-    assert attempts[1].reason == "episode 1: a step took longer than reality.step_timeout_s=0.3"
+    report = Busy(naps=2)
+    run_on_ray(plan, lanes, 1, report)
+    assert report.outcomes() == [(0, 10, False), (1, 3, True), (2, 10, False), (3, 7, False)]
+    assert report.attempts[1].reason == "episode 1: a step took longer than reality.step_timeout_s=0.3"
     totals = plan.open_ledger().totals()
     assert totals.steps == 30 and totals.unconfirmed == ()
 
 
 @pytest.mark.slow
 def test_a_close_that_hangs_costs_nothing(root: str, own: None, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lanes_module, "SILENCE_S", 0.5)
+    monkeypatch.setattr(lane_workers, "SILENCE_S", 0.5)
     plan, lanes = a_plan(root, {0: "crash"}, closing=3600.0), split(20, 1)
-    attempts = run_on_ray(plan, lanes, 1, lambda attempts, steps: None)
-    assert [(a.index, a.steps, a.episode is None) for a in attempts] == [(0, 3, True), (1, 10, False), (2, 7, False)]
+    report = Busy()
+    run_on_ray(plan, lanes, 1, report)
+    assert report.outcomes() == [(0, 3, True), (1, 10, False), (2, 7, False)]
     totals = plan.open_ledger().totals()
     assert totals.steps == 20 and totals.unconfirmed == ()
 
@@ -207,15 +229,17 @@ def test_a_budget_that_others_spend_meanwhile_keeps_what_was_collected(root: str
     monkeypatch.setattr(ownenvs.beside, "meanwhile", meanwhile)
     made = collect(cfg(0, 300), a_run)
     counts = made.meta["counts"]
-    # One block of 64: five episodes of twelve and four steps of a sixth; the other lane is refused its first reset.
-    assert counts["steps"] == counts["transitions"] == 64 and counts["outcomes"] == {"terminated": 0, "truncated": 5, "unfinished": 1}
+    # What the lane had reserved: two episodes of twelve at least, and part of another; the other lane is refused its first reset.
+    taken = counts["steps"]
+    assert 24 < taken == counts["transitions"] < 100 and counts["outcomes"]["truncated"] == taken // 12
+    assert counts["outcomes"]["unfinished"] == int(taken % 12 > 0)
     assert counts["dropped"] == 0 == counts["dropped_steps"] and made.meta["dropped"] == []
-    assert made.meta["short"].startswith("64 of steps=200 were taken: ledger 'ours': reality.budget.steps=300 is spent")
-    assert "warning: 64 of steps=200" in (a_run.folder / "log.txt").read_text()
+    assert made.meta["short"].startswith(f"{taken} of steps=200 were taken: ledger 'ours': reality.budget.steps=300 is spent")
+    assert f"warning: {taken} of steps=200" in (a_run.folder / "log.txt").read_text()
     ended = [e.total_reward for e in Dataset([made.path]).iter_episodes() if e.outcome == "truncated"]
     assert counts["mean_return"] == pytest.approx(np.mean(ended)) and counts["success_rate"] == 0
     totals = Ledger(Storage(root), "ours", BudgetConfig(300)).totals()
-    assert totals.spent == 300 and sum(r.steps for r in totals.unconfirmed) == 236
+    assert totals.spent == 300 and sum(r.steps for r in totals.unconfirmed) == 300 - taken
     assert collect(cfg(0, 300), a_run).id == made.id
     assert "--force collects it anew" in (a_run.folder / "log.txt").read_text().splitlines()[-1]
 
@@ -242,29 +266,36 @@ def test_a_budget_is_refused_before_anything_starts(root: str, own: None, a_run:
 
     collect(cfg(0, 200), a_run)
     with pytest.raises(
-        UsageError, match=r"reality.budget.steps=250 leaves 50 real steps in ledger 'mine' \(200 spent, 0 of them unconfirmed\), fewer than steps=51"
+        UsageError, match=r"reality.budget.steps=250 leaves 50 real steps in ledger 'mine' \(200 spent, 0 of them unconfirmed\), fewer than the 51 to take"
     ):
         collect(cfg(1, 51), a_run)
     collect(cfg(1, 50), a_run)
     assert Ledger(Storage(root), "mine").totals().steps == 250
 
 
-def test_a_collection_that_failed_is_run_again_and_its_steps_stay_spent(root: str, own: None, a_run: tracking.Run) -> None:
+def test_a_collection_that_failed_goes_on_after_its_stored_episodes(root: str, tmp_path: Path, own: None, a_run: tracking.Run) -> None:
     cfg = config(
         root, "ownenvs:Line", reality={"horizon": 12, "budget": BudgetConfig(390)}, behaviours=[BehaviourConfig("scripted", function="ownenvs:sometimes")]
     )
     import ownenvs  # type: ignore[import-not-found]
 
-    ownenvs.FAIL = True
+    ownenvs.FAIL = 4
     with pytest.raises(MesocosmError, match="behaviour 'scripted ownenvs:sometimes' raised ValueError"):
         collect(cfg, a_run)
-    ownenvs.FAIL = False
     ledger = Storage(root).list("ledgers")[0]
-    wasted = Ledger(Storage(root), ledger).totals()
-    assert 0 < wasted.steps < 190 and wasted.unconfirmed == ()
+    before = Ledger(Storage(root), ledger).totals()
+    lost = sum(r.steps for r in before.unconfirmed)  # of the episode that was under way, exactly
+    stored = before.steps - lost
+    assert 0 < before.steps < 190 and 0 < lost < 12 and stored > 0 and stored % 12 == 0
     made = collect(cfg, a_run)
-    assert made.id == ledger and spent(cfg, made).steps == 200 + wasted.steps
-    assert f"already counts {wasted.steps} steps" in (a_run.folder / "log.txt").read_text()
+    totals = spent(cfg, made)
+    assert made.id == ledger and totals.steps == 200 + lost
+    assert totals.steps - sum(r.steps for r in totals.unconfirmed) == made.meta["counts"]["transitions"]
+    text = (a_run.folder / "log.txt").read_text()
+    assert f"of an earlier run: {stored} real steps are paid" in text and f"counts {lost} steps of an" in text
+    undisturbed = collect(replace(cfg, storage=StorageConfig(str(tmp_path / "undisturbed"))), a_run)
+    assert checksums(undisturbed) == checksums(made) and undisturbed.id == made.id
+    assert Storage(root).list("runs/episodes") == []
 
 
 def test_reset_options_are_the_datasets_task(root: str, own: None, a_run: tracking.Run) -> None:

@@ -307,12 +307,15 @@ def checksums(artifact: Artifact) -> dict[str, Any]:
     return json.loads((artifact.path / "COMMIT.json").read_text())["files"]
 
 
-def test_a_curated_dataset_is_one_that_is_trained_on_and_done_once(dataset: Callable[..., str], curate: Callable[..., Artifact], root: str) -> None:
+def test_a_curated_dataset_is_one_that_is_trained_on_and_done_once(
+    dataset: Callable[..., str], curate: Callable[..., Artifact], root: str, golden: Any
+) -> None:
     names = two(dataset)
     made = curate(*ALL, datasets=names)
     said = report(made)
     assert made.meta["inputs"] == {"datasets": ["d0", "d1"]} and made.meta["config"]["operations"] == said["lineage"] and made.meta["job"] == "curate"
     assert said["lineage"][2] == {"op": "stuck", "steps": 10, "keep": "before", "dimensions": []}
+    golden.check("curate", {"shards": golden.of_files(made.path, "shards/*/*.npy")})
     data = Dataset([made.path])
     batch = Loader(data, Codec.fit(data), "train", 8, 16, 0).batch(0)
     assert batch.mask.any() and data.table["index"].tolist() == list(range(len(data.table)))

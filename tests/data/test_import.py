@@ -136,10 +136,11 @@ def logs(episodes: int = 3, length: int = 4) -> Rows:
 # -- what comes back ---------------------------------------------------------------------------------------------------
 
 
-def test_what_was_collected_comes_back_from_its_own_parquet(cart: Dataset, bring: Callable[..., Artifact]) -> None:
+def test_what_was_collected_comes_back_from_its_own_parquet(cart: Dataset, bring: Callable[..., Artifact], golden: Any) -> None:
     made = bring(cart.paths[0] / "episodes", env="CartPole-v1")
     back = Dataset([made.path])
     same(cart, back)
+    golden.check("import", {"shards": golden.of_shards(made.path)})
     assert back.manifests[0].environment.id == "CartPole-v1" and back.environment.max_episode_steps == 500 and back.environment.version == ""
     assert (back.observation_space, back.action_space) == (cart.observation_space, cart.action_space)
     assert np.array_equal(back.table["seed"], cart.table["seed"]) and np.array_equal(back.table["split"], cart.table["split"])
@@ -280,7 +281,7 @@ def test_a_lerobot_folder(folder: Path, bring: Callable[..., Artifact]) -> None:
     assert made.meta["counts"]["episodes"] == 4 and made.meta["counts"]["last_actions_left_out"] == 4
     assert dataset.episode(3).observations[2].tolist() == [1.0, 3.0] and dataset.episode(3).actions[2].tolist() == [0.5]
     table = {row["column"]: row for row in json.loads((made.path / "import.json").read_text())["columns"]}
-    assert "0 throughout" in table["reward"]["how"] and table["next.done"]["became"] == "terminated" and table["timestamp"]["became"] == "nothing"
+    assert "0 throughout" in table["reward"]["how"] and table["next.done"]["became"] == "truncated" and table["timestamp"]["became"] == "nothing"
     (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.1"}))
     with pytest.raises(UsageError, match=r"LeRobot folder of version v2.1, and v3 is read"):
         plan(configured([folder]))
@@ -482,15 +483,18 @@ def test_files_that_differ(tmp_path: Path) -> None:
 
 def test_every_value_is_checked_against_the_environment(cart: Dataset, tmp_path: Path) -> None:
     rows = exported(cart)
+    half = next(i for i, row in enumerate(rows) if row["episode"] == 1)
     for change, said in (
         ({"action": 2}, r"row 3: action=2 at step 2 of episode 0 is outside the environment's Discrete\(2\)"),
         ({"observation": [9.0, 0.0, 0.0, 0.0]}, r"row 3: observation=\[9.0, 0.0, 0.0, 0.0\] at step 2 of episode 0 is outside"),
     ):
         path = parquet(tmp_path / "a.parquet", [{**row, **change} if i == 2 else row for i, row in enumerate(rows)])
+        for bad in ("refuse", "drop"):
+            dropped = plan(configured([path], "CartPole-v1", bad=bad))["left out"]
+            assert [(d["reason"], d["episodes"], d["first"]) for d in dropped] == [("outside the space", 1, f"{str(path)!r} row 3")]
+        only = parquet(tmp_path / "only.parquet", pq.read_table(path).slice(0, half).to_pylist())
         with pytest.raises(UsageError, match=said):
-            plan(configured([path], "CartPole-v1"))
-        dropped = plan(configured([path], "CartPole-v1", bad="drop"))["left out"]
-        assert [(d["reason"], d["episodes"]) for d in dropped] == [("outside the space", 1)]
+            plan(configured([only], "CartPole-v1"))
     with pytest.raises(UsageError, match=r"observation has not the shape \(3,\)"):
         plan(configured([cart.paths[0] / "episodes"], "Pendulum-v1"))
     with pytest.raises(UsageError, match="did you mean 'CartPole-v1'"):

@@ -21,7 +21,8 @@ from mesocosm.agents.rollout import imagined_returns
 from mesocosm.config import StorageConfig, load
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.dataset import Dataset, Environment, write_dataset
+from mesocosm.data.episode import Episode
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.run import plan
@@ -123,6 +124,36 @@ def test_a_world_and_an_agent_are_evaluated_once(root: str, stored: Storage, run
     parsed((artifact.path / "report.html").read_text())
     assert evaluate(cfg, run).id == artifact.id
     assert Ledger(stored, artifact.id).totals().steps == ledger.steps, "what is finished takes no real step"
+
+
+def test_logs_of_one_deterministic_policy_are_named(root: str, stored: Storage, run: tracking.Run, tmp_path: Path) -> None:
+    """The world of such logs may ignore actions; and it promises more a step than they ever show."""
+    episodes = []
+    for k in range(30):
+        walk = np.random.default_rng(k).normal(size=(11, 2)).cumsum(0)
+        rewards = np.full(10, -50.0)
+        episodes.append(Episode(k, k, "steady", list(walk), list(np.tanh(walk[:-1])), rewards, "truncated"))
+
+    def write(folder: Path) -> None:
+        spaces = {"observation_space": worlds.OBSERVATIONS, "action_space": worlds.ACTIONS}
+        write_dataset(folder, episodes, id="steady", seed=0, environment=Environment(id="walk"), **spaces)
+
+    def copy(folder: Path) -> None:
+        _copy(stored.artifact("worlds", "w0").path, folder)
+        (folder / "COMMIT.json").unlink()
+
+    stored.make("datasets", "steady", {"inputs": {}}, write)
+    stored.make("worlds", "blind", {"inputs": {"datasets": ["steady"]}}, copy)
+    artifact = evaluate(config(root, world="blind", datasets=["walks"], agent="a0"), run)
+    summary = json.loads((artifact.path / "summary.json").read_text())["suite"]
+    assert summary["verdicts"][5]["answer"] == "no"
+    assert "action[0] (0.0% of its variance is free), action[1]" in summary["verdicts"][5]["text"]
+    assert "no 10 consecutive steps of the logs average more than -50" in summary["agent"]["unexplained"]
+    page = (artifact.path / "report.html").read_text()
+    assert "a world that ignores it fits as well" in page and "The logs do not explain that" in page
+    log = (run.folder / "log.txt").read_text()
+    assert log.count("warning: in the logs the action follows") == 1
+    assert log.count("warning: the agent's return") == 1
 
 
 def test_policies_are_compared_and_every_real_step_of_it_is_stated(root: str, stored: Storage, run: tracking.Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,10 +104,11 @@ def steps_of(answer: dict[str, Any]) -> dict[str, int]:
     return {row["behaviour"].rpartition(":")[2]: row["steps"] for row in answer["candidates"]}
 
 
-def test_the_budget_goes_where_data_lack_and_members_disagree(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_budget_goes_where_data_lack_and_members_disagree(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], golden: Any) -> None:
     world = made(root)
     answer, job, text = proposal(root, world)
     steps = steps_of(answer)
+    golden.check("propose", {name: float(count) for name, count in steps.items()})
     assert sum(steps.values()) == 203 == job.steps and steps["right"] > 100 and steps["stay"] < 70
     row = answer["candidates"][0]
     assert row["behaviour"] == f"scripted {MODULE}:right" and row["gap"] > 1 and row["episodes"] == pytest.approx(row["steps"] / 12)

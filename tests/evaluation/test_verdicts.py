@@ -117,6 +117,33 @@ def test_starts(other: dict[str, Any], answer: str, words: str) -> None:
     assert found.answer == answer and words in found.text
 
 
+def shown(**other: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"transitions": 500, "free": {"action[0]": 0.9}, "fixed": []}
+    return {**found, "best_return": 9.0, "low_rate": 0.0, "high_rate": 1.0, **other}
+
+
+@pytest.mark.parametrize(
+    ("other", "answer", "words"),
+    [
+        ({}, "yes", "90%"),
+        ({"free": {"action[0]": 0.21, "action[1]": 0.9}}, "yes", "21%"),
+        ({"free": {"action[0]": 0.2, "action[1]": 0.9}}, "partly", "least of action[0]"),
+        ({"free": {"action[0]": 0.01}, "fixed": ["action[0]"]}, "no", "action[0] (1.0% of its variance is free)"),
+        ({"transitions": 99}, "unknown", "99 training transitions"),
+    ],
+)
+def test_actions(other: dict[str, Any], answer: str, words: str) -> None:
+    found = told({"evidence": shown(**other)})[5]
+    assert found.answer == answer and words in found.text
+    assert told({})[5].answer == "unknown"
+
+
+def test_what_the_logs_do_not_explain_stands_beside_the_agents_return() -> None:
+    agent = {"real": 50.0, "world": 60.0, "unexplained": "it earns 6 a step"}
+    assert "The logs do not explain that: it earns 6 a step." in told(ranking(), agent=agent)[1].text
+    assert "explain" not in told(ranking(), agent={**agent, "unexplained": None})[1].text
+
+
 class Judged:
     def __init__(self, name: str, **facts: Any):
         self.candidate = Candidate(name, panel.RandomPolicy.__new__(panel.RandomPolicy), **facts)

@@ -37,10 +37,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, cart_root: Make, pretrain: M
     return pretrain(cart_root(tmp_path_factory.mktemp("whole")), *SHORT)
 
 
-def test_losses_fall(whole: Any) -> None:
+def test_losses_fall(whole: Any, golden: Any) -> None:
     losses = [values[0] for values in whole.losses.values()]
     assert list(whole.losses) == list(range(1, 13)) and all(len(values) == 1 for values in whole.losses.values())
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
+    family = whole.artifact.meta["config"]["model"]["family"]
+    golden.check("pretrain", {f"{family} {step}": losses[step - 1] for step in (1, 6, 12)})
 
 
 def test_what_is_measured(whole: Any) -> None:
@@ -75,6 +77,7 @@ def test_the_artifact_says_where_it_came_from(whole: Any) -> None:
     assert meta["counts"]["steps"] == 12 and meta["counts"]["params"] > 1000
     assert meta["counts"]["epochs"] == pytest.approx(meta["counts"]["data"] / meta["counts"]["unique"])
     assert meta["metrics"]["valid/loss"] > 0 and "termination" in meta["checks"]
+    assert meta["checks"]["actions"] == "passed" and meta["evidence"]["high_rate"] == 1.0
 
 
 def test_a_world_that_never_ends_fails_its_own_check(whole: Any) -> None:
@@ -205,12 +208,13 @@ def test_workers_that_nothing_can_start_are_not_waited_for_for_ever(tmp_path: Pa
         ray.kill(holder)
 
 
-def test_corrupted_histories_of_a_single_episode_train_every_member(tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
+def test_corrupted_histories_of_a_single_episode_train_every_member(tmp_path: Path, cart_root: Make, pretrain: Make, golden: Any) -> None:
     """The first loss is that of the noisy windows, and a member that would keep no episode keeps all."""
     root = cart_root(tmp_path, 1)
     dataset = prepare.open_datasets(Storage(root), ["cart"])
     members = next(k for k in range(2, 99) if rng.left_out(torch.from_numpy(dataset.table["hash"].astype(np.int64)), k).any())
     made = pretrain(root, "train.steps=2", f"model.members={members}", "model.family=ensemble", "train.corrupt_history=5")
+    golden.check("pretrain", {f"ensemble, corrupted {step}": made.losses[step][0] for step in (1, 2)})
     world = World.load(made.artifact.path)
     fresh = build(world.spec, world.config)
     init_(fresh, 0)
@@ -316,5 +320,5 @@ def test_other_ways_to_compute_the_same(whole: Any, tmp_path: Path, cart_root: M
 @pytest.mark.parametrize("family", ["sequence", "ensemble"])
 def test_termination_is_learned(tmp_path: Path, cart_root: Make, pretrain: Make, family: str) -> None:
     made = pretrain(cart_root(tmp_path, 2500), f"model.family={family}", "train.steps=600", "train.batch=16", "train.events=48")
-    assert made.artifact.meta["checks"] == {"termination": "passed"}
+    assert made.artifact.meta["checks"] == {"termination": "passed", "actions": "passed"}
     assert made.artifact.meta["metrics"]["termination_recall"] >= 0.6 and made.artifact.meta["metrics"]["termination_precision"] > 0.6

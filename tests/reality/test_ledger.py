@@ -57,7 +57,7 @@ def test_four_processes_spend_exactly_the_budget(root: str, tmp_path: Path) -> N
         assert rest.reserve("collect", 1000).steps == totals.remaining
     with pytest.raises(BudgetSpent, match=r"reality.budget.steps=997 is spent"):
         rest.reserve("collect", 1)
-    names = Storage(root).list("ledgers/shared")
+    names = [name for name in Storage(root).list("ledgers/shared") if name != "snapshots"]
     assert names == [f"{n:08d}.json" for n in range(len(names))]
 
 
@@ -148,7 +148,7 @@ def test_any_interleaving_agrees_with_a_plain_count(tmp_path_factory: pytest.Tem
             done[usage.reservation.purpose] += usage.steps
         allowed = left(purpose)
         try:
-            granted = ledger.reserve(purpose, steps, exact=what == "exact", confirming=usage)
+            granted = ledger.reserve(purpose, steps, least=steps if what == "exact" else 1, confirming=usage)
         except BudgetSpent:
             assert allowed < (steps if what == "exact" else 1)
             if usage is not None:  # a refusal confirms nothing either
@@ -200,6 +200,81 @@ def test_appending_reads_only_what_is_new(root: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ledger.storage, "read", lambda path: reads.append(path) or read(path))
     ledger.reserve("collect", 1)
     assert len(reads) == 1
+
+
+def records(root: str, name: str = "x") -> list[Path]:
+    return sorted((Path(root) / "ledgers" / name).glob("*.json"))
+
+
+def spend(ledger: Ledger, times: int) -> None:
+    for _ in range(times):
+        ledger.confirm(ledger.reserve("collect", 3, resets=1, holder="h"), 2, 1, 0.25)
+
+
+def test_opening_reads_a_snapshot_and_the_records_after_it(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(Storage(root), "x")
+    spend(ledger, 1000)
+    waiting = ledger.reserve("judge", 9, holder="late")
+    opened = Ledger(Storage(root), "x")
+    reads: list[str] = []
+    read = opened.storage.read
+    monkeypatch.setattr(opened.storage, "read", lambda path: reads.append(path) or read(path))
+    totals = opened.totals()
+    assert len(records(root)) == 2001 and len(reads) <= 100
+    assert totals == ledger.totals() and totals.purposes["collect"].seconds == 250.0
+    assert totals.unconfirmed == (waiting,)
+    opened.confirm(waiting, 4)
+    assert ledger.totals().purposes["judge"].steps == 4
+
+
+def test_a_ledger_without_snapshots_gets_one_when_it_is_opened(root: str) -> None:
+    spend(Ledger(Storage(root), "x"), 100)
+    folder = Path(root) / "ledgers" / "x" / "snapshots"
+    for path in folder.iterdir():
+        path.unlink()
+    totals = Ledger(Storage(root), "x").totals()
+    assert totals.steps == 200 and [path.name for path in folder.iterdir()] == ["00000200.json"]
+    (folder / "00000200.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"snapshots/00000200\.json.*damaged.*remove"):
+        Ledger(Storage(root), "x").totals()
+
+
+@pytest.mark.parametrize("number", [0, 70, 99, 128, 150])
+def test_a_deleted_record_is_noticed(root: str, number: int) -> None:
+    """Before the newest snapshot (of record 128) and after it."""
+    spend(Ledger(Storage(root), "x", BudgetConfig(400)), 100)
+    records(root)[number].unlink()
+    with pytest.raises(ArtifactError, match=rf"{number:08d}\.json.*missing"):
+        Ledger(Storage(root), "x", BudgetConfig(400)).reserve("collect", 1)
+
+
+def test_the_last_records_cannot_go_unnoticed_past_a_snapshot(root: str) -> None:
+    spend(Ledger(Storage(root), "x"), 64)
+    for path in records(root)[100:]:
+        path.unlink()
+    with pytest.raises(ArtifactError, match=r"00000100\.json.*missing"):
+        Ledger(Storage(root), "x").totals()
+
+
+def test_a_record_deleted_while_a_ledger_is_open_is_not_appended_anew(root: str) -> None:
+    one, two = Ledger(Storage(root), "x"), Ledger(Storage(root), "x")
+    spend(one, 1)
+    assert two.totals().steps == 2
+    spend(one, 2)
+    records(root)[2].unlink()
+    with pytest.raises(ArtifactError, match=r"00000002\.json.*replaced"):
+        two.reserve("collect", 1)
+        two.totals()
+
+
+def test_what_is_kept_of_a_confirmed_reservation_stays_spent(root: str) -> None:
+    ledger = Ledger(Storage(root), "x", BudgetConfig(100))
+    held = ledger.reserve("collect", 64, resets=8, holder="h")
+    kept = ledger.confirm(held, 30, 3, 1.5, keep=(12, 1))
+    assert kept is not None and (kept.steps, kept.resets, kept.holder) == (12, 1, "h")
+    totals = ledger.totals()
+    assert totals.spent == 42 and totals.unconfirmed == (kept,) and totals.remaining == 58
+    assert ledger.confirm(held, 30, keep=(5, 0)) is None and ledger.totals().spent == 42
 
 
 def test_no_budget_is_no_bound_and_bounds_are_by_purpose(root: str) -> None:

@@ -132,7 +132,9 @@ def _plan(law: str, root: str, *overrides: str) -> dict[str, Any]:
     return plan._answer(plan._question(cfg, plan.Storage(root)))
 
 
-def test_a_plan_is_a_config_that_pretraining_takes(law_file: Callable[..., str], cart_root: Callable[..., str], tmp_path: Path, capsys: Any) -> None:
+def test_a_plan_is_a_config_that_pretraining_takes(
+    law_file: Callable[..., str], cart_root: Callable[..., str], tmp_path: Path, capsys: Any, golden: Any
+) -> None:
     root = cart_root(tmp_path)
     law = law_file(law_of(REPEATS, Flops(source="table", k=20.0, p=1.0, q=1.0, max_rel_residual=0.0)))
     data = ["data.datasets=[cart]", "model.members=1", "model.context=8", "model.base_steps=20", "train.batch=8", "train.events=12"]
@@ -141,6 +143,7 @@ def test_a_plan_is_a_config_that_pretraining_takes(law_file: Callable[..., str],
     path = Path(json.loads(capsys.readouterr().out)["path"])
     answer = json.loads((path / "plan.json").read_text())
     made = answer["plan"]
+    golden.check("plan", {name: made[name] for name in ("params", "data", "unique", "loss")})
     assert answer["owned"] > 200 and answer["flops_counted"] and answer["collect"] == round(made["unique"]) - answer["owned"] > 0
     assert made["compute"] + made["reality"] == pytest.approx(20, rel=1e-6)
     assert made["loss"] >= answer["optimum"]["loss"] * 0.98 and made["interval"]["loss"][0] < made["loss"] < made["interval"]["loss"][1]

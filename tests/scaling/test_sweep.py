@@ -45,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, cart_root: Make, sweep_of: M
     return config, *swept(config)
 
 
-def test_the_table_has_a_row_a_cell(whole: tuple[SweepConfig, Artifact, tracking.Run]) -> None:
+def test_the_table_has_a_row_a_cell(whole: tuple[SweepConfig, Artifact, tracking.Run], golden: Any) -> None:
     config, artifact, made = whole
     rows = table(artifact)
     told = plan(config)["cells"]
@@ -53,6 +53,7 @@ def test_the_table_has_a_row_a_cell(whole: tuple[SweepConfig, Artifact, tracking
     assert [(int(row["params"]), int(row["data"]), int(row["flops"])) for row in rows] == [(row["params"], row["data"], row["flops"]) for row in told]
     for row in rows:
         assert float(row["loss"]) == pytest.approx(sum(float(row[part]) for part in ("dynamics", "reward", "termination", "task")))
+    golden.check("sweep", {f"loss {i}": float(row["loss"]) for i, row in enumerate(rows)})
     assert len({row["trunk"] for row in rows}) == 2 and {row["state"] for row in told} == {"finished"}
     summary = json.loads((artifact.path / "summary.json").read_text())
     assert summary["steps"]["run"] < summary["steps"]["without_trunks"] == sum(row["steps"] for row in told)

@@ -98,6 +98,26 @@ def test_as_sync_vector_env(make_world: Any, family: str, mode: str, count: int)
     assert vector.metadata["autoreset_mode"] is AutoresetMode(mode)
 
 
+@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
+def test_an_action_that_is_not_finite_is_rejected(make_world: Any, mode: str) -> None:
+    action = spaces.Dict({"a": spaces.Discrete(2), "push": spaces.Box(-np.inf, np.inf, (2,), np.float64)})
+    env = WorldVectorEnv(3, make_world(BOX, action, terminal=1e-9), horizon=2, autoreset_mode=mode)
+    env.reset(seed=0)
+    good = {"a": np.zeros(3, np.int64), "push": np.zeros((3, 2))}
+    for value, said in ((np.nan, "must be finite, got nan"), (-np.inf, "must be finite, got -inf"), (1e300, "holds 1e.300")):
+        bad = {"a": good["a"], "push": np.array([[0, 0], [0, value], [0, 0]])}
+        with pytest.raises(MesocosmError, match=rf"action.push\[1\].*{said}") as error:
+            env.step(bad)
+        assert "\n" not in str(error.value)
+    env.step(good)
+    assert env.step(good)[3].all(), "what is rejected is no step"
+    nan = {"a": good["a"], "push": np.full((3, 2), np.nan)}
+    if mode == "NextStep":  # the environments reset, and ignore their actions
+        env.step(nan)
+    with pytest.raises(UsageError, match=r"action.push\[0\] of environment 0 must be finite"):
+        env.step(nan)
+
+
 @pytest.mark.parametrize("name", SPACES)
 def test_spaces(make_world: Any, name: str) -> None:
     """Observations and final observations lie in their spaces, with dtypes; rewards and flags have Gymnasium's."""

@@ -29,6 +29,7 @@ from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.connection import Served
 from mesocosm.serving.deployment import LISTENERS, deploy, undeploy
+from mesocosm.serving.http_connection import CONNECTIONS
 from mesocosm.serving.protocol import pack, unpack
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -113,7 +114,21 @@ def test_strange_heads(client: Any) -> None:
         line.sendall(b"GET /v1/world HTTP/1.1\r\n")
         for _ in range(10_000):
             line.sendall(b"x: " + b"y" * (1 << 12) + b"\r\n")
-    assert raw(client, "\x16\x03\x01\n").startswith(b"HTTP/1.1 400")
+    refused = raw(client, "\x16\x03\x01\n")
+    assert refused.startswith(b"HTTP/1.1 400")
+    assert b'{"detail": "the request is not valid HTTP/1.1' in refused
+
+
+def test_unfinished_heads(client: Any) -> None:
+    """More of them than the server has places: health, and who has the token, are answered."""
+    host, port = client.url.removeprefix("http://").split(":")
+    held = [socket.create_connection((host, int(port)), timeout=60) for _ in range(CONNECTIONS + 4)]
+    for line in held:
+        line.sendall(b"GET /v1/world HTTP/1.1\r\nX-a: ")
+    assert requests.get(f"{client.url}/health", timeout=60).status_code == 200
+    assert client("GET", "/v1/world").status_code == 200
+    for line in held:
+        line.close()
 
 
 @pytest.mark.parametrize(("path", "limit"), [("/v1/call", 1 << 24), ("/v1/step", 1 << 20)])
@@ -222,21 +237,76 @@ def test_killed_replica(client: Any, rich: str) -> None:
         assert reply.json()["observation"] == observations(env, env.step(batch)[0]), step
 
 
-def test_oldest_session_goes(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By number and by environments; one that is used stays."""
+def test_room_for_sessions(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions in use stay, and a new one is refused, by number and by environments.
+
+    The one that is unused for the longest goes.
+    """
+
+    def begin_again(*sessions: str) -> list[int]:
+        replies = [client("POST", "/v1/reset", json={"session": each}) for each in sessions]
+        return [reply.status_code for reply in replies]
+
     kept = LISTENERS["web"]._visitors.sessions  # type: ignore[union-attr]
     kept.clear()
     monkeypatch.setattr(kept, "count", 2)
     first, second = client.begin(), client.begin()
-    assert client("POST", "/v1/reset", json={"session": first}).status_code == 200
+    refused = client("POST", "/v1/reset", json={})
+    assert refused.status_code == 503
+    sentence = "2 of 2 sessions with 2 of 16384 environments are in use; end one with DELETE /v1/"
+    assert refused.json()["detail"].startswith(sentence)
+    assert begin_again(second, first) == [200, 200]
+    monkeypatch.setattr(kept, "idle_s", 0.0)
     third = client.begin()
-    assert [client("POST", "/v1/reset", json={"session": each}).status_code for each in (first, second, third)] == [200, 404, 200]
+    assert begin_again(first, second, third) == [200, 404, 200]
     gone = client("POST", "/v1/reset", json={"session": second}).json()["detail"]
     assert gone == f"session {second!r} is not kept here; begin one with POST /v1/reset"
     monkeypatch.setattr(kept, "count", 64)
     monkeypatch.setattr(kept, "weight", 10)
-    large = client.begin(9)
-    assert [client("POST", "/v1/reset", json={"session": each}).status_code for each in (first, third, large)] == [404, 200, 200]
+    monkeypatch.setattr(kept, "idle_s", 300.0)
+    assert client("POST", "/v1/reset", json={"num_envs": 9}).status_code == 503
+    assert client("DELETE", f"/v1/sessions/{first}").status_code == 204
+    client.begin(9)
+    kept.clear()
+
+
+def test_a_failed_reset_keeps_no_place(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = LISTENERS["web"]._visitors.sessions  # type: ignore[union-attr]
+    kept.clear()
+    failed = {"error": "the device went away", "kind": "failed"}
+    monkeypatch.setattr(Served, "call", lambda *_: failed)
+    assert client("POST", "/v1/reset", json={}).status_code == 503
+    assert not kept._held
+
+
+def test_a_hundred_sessions_at_once(client: Any) -> None:
+    """As many as there is room for begin, and the others get 503 at their reset.
+
+    Nobody loses a session in mid-episode.
+    """
+    action = {"push": [0, 0], "turn": 0, "hands": [0, 0], "say": "a"}
+    kept = LISTENERS["web"]._visitors.sessions  # type: ignore[union-attr]
+    kept.clear()
+    statuses: list[list[int]] = []
+    begun = threading.Barrier(100)
+
+    def play() -> None:
+        mine = type(client)(client.url)
+        reply = mine("POST", "/v1/reset", json={})
+        told = [reply.status_code]
+        begun.wait(240)
+        if reply.status_code == 200:
+            body = {"session": reply.json()["session"], "action": [action]}
+            told += [mine("POST", "/v1/step", json=body).status_code for _ in range(3)]
+        statuses.append(told)
+
+    players = [threading.Thread(target=play) for _ in range(100)]
+    for each in players:
+        each.start()
+    for each in players:
+        each.join()
+    kept.clear()
+    assert sorted(statuses) == [[200] * 4] * 64 + [[503]] * 36
 
 
 def test_a_bug_shows_nothing(client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

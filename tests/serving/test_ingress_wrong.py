@@ -15,9 +15,18 @@ from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serving.deployment import LISTENERS
 from mesocosm.serving.protocol import pack
 
 pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+@pytest.fixture(autouse=True)
+def sessions_go_at_once(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests leave more sessions behind than the server has room for."""
+    visitors = LISTENERS["web"]._visitors
+    assert visitors is not None
+    monkeypatch.setattr(visitors.sessions, "idle_s", 0.0)
 
 
 def action(**other: Any) -> dict[str, Any]:

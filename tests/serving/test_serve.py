@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -374,6 +375,64 @@ def test_from_a_worker(served: str) -> None:
     np.testing.assert_array_equal(there, np.stack([here.step(np.arange(3) % 2)[0]["place"] for _ in range(9)]))
 
 
+def test_forked_client(served: str) -> None:
+    """In a fork of a connected process, a new client and an inherited one give one sentence.
+
+    The parent's client goes on.
+    """
+    env = WorldVectorEnv(3, "sequence", app="two", horizon=9)
+    expected = rollout(env, 8)
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+
+    def child() -> None:
+        uses: list[Callable[[], Any]] = [
+            lambda: WorldVectorEnv(3, app="two"),
+            lambda: WorldVectorEnv(3, app="two", address="127.0.0.1:1"),
+            lambda: env.reset(seed=1),
+        ]
+        for use in uses:
+            try:
+                use()
+                answers.put("no error")
+            except UsageError as error:
+                answers.put(str(error))
+        env.close()
+
+    def fork(step: int) -> None:
+        if step == 4:
+            process = context.Process(target=child)
+            process.start()
+            process.join(120)
+            assert process.exitcode == 0
+
+    assert rollout(env, 8, at=fork) == expected
+    said = [answers.get() for _ in range(3)]
+    sentence = "was forked from a process that is connected to Ray"
+    assert all(sentence in each and "spawn" in each for each in said), said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_replicas_that_cannot_start(served: str, make_world: Any, tmp_path: Path) -> None:
+    """A damaged world: the first failure is reported, and the error is one sentence.
+
+    The name is free again. Serve tries for two minutes.
+    """
+    from ray import serve
+
+    make_world(DICT).save(tmp_path / "damaged")
+    (tmp_path / "damaged/model.safetensors").write_bytes(b"torn")
+    reported: list[str] = []
+    storage = StorageConfig(served)
+    config = ServeConfig(world=str(tmp_path / "damaged"), name="damaged", cpus=0.5, storage=storage)
+    sentence = r"^application 'damaged' did not start: world '.*damaged' cannot be read: [^\n]*$"
+    with pytest.raises(MesocosmError, match=sentence):
+        deploy(config, reported.append)
+    assert any("0 of 1 replica(s) ready: world" in line for line in reported)
+    assert "damaged" not in serve.status().applications
+
+
 def test_job(served: str) -> None:
     """`serve` says how to connect; another process that does just that steps in the world; Ctrl-C ends it without a trace. The command that
     it prints to train an agent finds the world and the application."""
@@ -407,6 +466,14 @@ def test_job(served: str) -> None:
     assert (trained.world, trained.app, trained.storage.root) == ("ensemble", "job", served)
     assert trained.ray.address == job.facts["address"]
     assert answers[0].startswith("(64,)"), answers
+    log = (Path(served) / "runs/serve/visited/log.txt").read_text()
+    steps = (
+        "starting Ray Serve",
+        "starting 1 replica(s), each of which loads world ens",
+        "1 of 1 replica(s) ready",
+        "is served as 'job'",
+    )
+    assert sorted(steps, key=log.index) == list(steps)
     assert "job" not in serve.status().applications
     assert "two" in serve.status().applications, "what others serve stays"
     assert serve_job.plan(config)["world"] == "ensemble"

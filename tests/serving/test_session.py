@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -231,6 +234,38 @@ def test_worlds(make_world: Any, store: Any, root: str) -> None:
     reply = Sessions(worlds.get).handle({"op": "describe", "world": "world9"})
     assert reply["kind"] == "usage" and "no artifact worlds/world9" in reply["error"]
     assert "op='sing' is unknown" in Sessions(worlds.get).handle({"op": "sing"})["error"]
+
+
+def test_a_cold_world(make_world: Any, store: Any, root: str, tmp_path: Path) -> None:
+    """While a world loads from a slow storage (a file of it is a pipe), others step."""
+    store("warm", make_world())
+    cold = tmp_path / "cold"
+    make_world(seed=1).save(cold)
+    codec = (cold / "codec.json").read_text()
+    (cold / "codec.json").unlink()
+    os.mkfifo(cold / "codec.json")
+    sessions = Sessions(Worlds(root, default="warm").get)
+    env = WorldVectorEnv(3, "warm", root=root, backend="local")
+    env._connection = InProcess(sessions)
+    env.reset(seed=0)
+    replies: list[Message] = []
+
+    def describe() -> None:
+        replies.append(sessions.handle({"op": "describe", "world": str(cold)}))
+
+    waiting = [threading.Thread(target=describe, daemon=True) for _ in range(2)]
+    for each in waiting:
+        each.start()
+    pipe = os.open(cold / "codec.json", os.O_WRONLY)  # waits until the world is being loaded
+    env.reset(seed=0)
+    for _ in range(20):
+        env.step(env.action_space.sample())
+    assert not replies
+    os.write(pipe, codec.encode())
+    os.close(pipe)
+    for each in waiting:
+        each.join(60)
+    assert [reply["world"] for reply in replies] == [str(cold)] * 2, "it was read once"
 
 
 def test_starts_in_blocks(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:

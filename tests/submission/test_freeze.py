@@ -50,6 +50,16 @@ def test_what_is_hidden_or_made_stays_here(folder: Path) -> None:
     assert own(frozen(folder)) == {"mine.py", "data/table.csv"}, "what git ignores, too"
 
 
+@pytest.mark.parametrize("name", ["http.py", "queue/__init__.py"])
+def test_a_file_that_would_replace_a_module_of_pythons_is_refused(name: str, folder: Path) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).touch()
+    with pytest.raises(UsageError, match=name):
+        frozen(folder)
+    (folder / name).rename(folder / "data" / "harmless.py")
+    assert "data/harmless.py" in own(frozen(folder))
+
+
 def test_this_very_package_goes_along(folder: Path, tmp_path: Path) -> None:
     found = frozen(folder)
     found.write(tmp_path / "sent")

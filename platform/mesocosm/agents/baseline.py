@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.agents.feasible import check_agent
@@ -26,11 +26,12 @@ from mesocosm.config import fingerprint, identity
 from mesocosm.errors import BudgetSpent, UsageError
 from mesocosm.evaluation.judge import judge, judging
 from mesocosm.reality.config import PAID, BudgetConfig, RealityConfig
-from mesocosm.reality.env import facts_of
+from mesocosm.reality.env import EnvFacts, facts_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import Meter, MeteredVectorEnv, make_metered_vector
 from mesocosm.storage import SCHEMA, Artifact
 from mesocosm.tracking import Run
+from mesocosm.versions import VERSIONS
 
 CURVE = "curve.json"
 
@@ -99,12 +100,16 @@ def run(config: BaselineConfig, run: Run) -> Artifact:
     known = facts_of(config.reality)
     check_spaces(config, known.spaces)
     facts = identity(config, without=["ledger", *PAID]) | told
-    id = fingerprint("evaluations", "baseline", facts, known.version, __version__, SCHEMA)
-    done = None if config.force else run.storage.find("evaluations", id)
-    if done is not None:
-        run.say(f"found evaluations/{id} ({config.algo} without a model)")
-        run.record(artifact=done.name)
-        return done
+    id = fingerprint("evaluations", "baseline", facts, known.version, VERSIONS["baseline"], SCHEMA)
+    with run.making("evaluations", id, config) as artifact:
+        if artifact is None:
+            return _make(config, run, id, facts, known)
+        run.say(f"found {artifact.name} ({config.algo} without a model)")
+        run.record(artifact=artifact.name)
+        return artifact
+
+
+def _make(config: BaselineConfig, run: Run, id: str, facts: dict[str, Any], known: EnvFacts) -> Artifact:
     ledger = config.ledger or f"baseline-{id}-{run.id}"
     cluster.ensure(config.ray)
 

@@ -47,7 +47,7 @@ class Durations:
 
     def __init__(self, metadata: Mapping[str, Any]):
         self._by_time = metadata.get(ARRIVAL) == "time"
-        self._given: bool | None = None
+        self.given: bool | None = None
 
     def infos(self, infos: Mapping[str, Any], stepped: NDArray[np.bool_], ended: NDArray[np.bool_]) -> dict[str, Any]:
         """Those of the environments that `stepped`; {} where the environment gives none. Below 0, as a world may imagine one, is 0.
@@ -57,11 +57,11 @@ class Durations:
         """
         given = np.asarray(infos.get(f"_{DURATION}", np.full(len(stepped), DURATION in infos)), np.bool_) & stepped
         silent = stepped & ~ended & ~given
-        if self._given is None and (given | silent).any():
-            self._given = bool(given.any())
-        if self._given is not None and (silent if self._given else given).any():
+        if self.given is None and (given | silent).any():
+            self.given = bool(given.any())
+        if self.given is not None and (silent if self.given else given).any():
             raise MesocosmError("the environment gave info['duration'] at some steps and not at others; give it at every step, or at none")
-        if not self._given:
+        if not self.given:
             return {}
         durations = np.zeros(len(stepped))
         if given.any():

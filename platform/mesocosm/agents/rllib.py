@@ -1,10 +1,11 @@
 """RLlib (its new API stack) by config: an algorithm by name, its own parameter names, any vector environment; and the way out, a `Policy`.
 
-With `durations` the only module that imports RLlib.
+With `durations` and `learner_state` the only module that imports RLlib.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import logging
@@ -35,6 +36,7 @@ from mesocosm.agents.adapt import ActionMap, flat_space, flatten_batch
 from mesocosm.agents.policy import Head, Layout, Policy, describe
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError, nearest
+from mesocosm.serving.client import WorldVectorEnv
 
 INITIAL_STD = 0.5
 """Of a Gaussian policy, where [-1, 1] is the action's whole range."""
@@ -113,6 +115,24 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
         """What was seen since the last call."""
         seen, self._seen = self._seen, Statistics()
         return seen
+
+    def state(self) -> dict[str, Any]:
+        """What the next steps of an imagined environment depend on, for `restore`.
+
+        What `statistics` has not reported yet is not part of it.
+        """
+        assert isinstance(self.env, WorldVectorEnv), "the state of a real environment cannot be saved"
+        episodes = {"ended": self._ended, "return": self._return, "length": self._length}
+        return {"env": self.env.state(), "durations": self._durations.given, **copy.deepcopy(episodes)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        assert isinstance(self.env, WorldVectorEnv)
+        self._begin()
+        self.env.restore(state["env"])
+        self._durations.given = state["durations"]
+        self._ended, self._return = state["ended"], state["return"]
+        self._length = state["length"]
 
     def close_extras(self, **kwargs: Any) -> None:
         self.env.close(**kwargs)
@@ -219,7 +239,7 @@ def _start_small(algorithm: Algorithm) -> None:
 
 def statistics(algorithm: Algorithm) -> Statistics:
     """What all environment runners saw since the last call."""
-    parts = _runners(algorithm).foreach_env_runner(lambda runner: runner.env.unwrapped.statistics() if runner.env is not None else Statistics())
+    parts = runners(algorithm).foreach_env_runner(lambda runner: runner.env.unwrapped.statistics() if runner.env is not None else Statistics())
     return sum(parts, Statistics())
 
 
@@ -277,7 +297,7 @@ def _mlp(module: Any) -> nn.Sequential:
     return module.net.mlp
 
 
-def _runners(algorithm: Algorithm) -> EnvRunnerGroup:
+def runners(algorithm: Algorithm) -> EnvRunnerGroup:
     assert algorithm.env_runner_group is not None
     return algorithm.env_runner_group
 
@@ -305,7 +325,7 @@ def load_training(algorithm: Algorithm, folder: Path) -> None:
 
 def _sync(algorithm: Algorithm) -> None:
     """The learner's weights to all environment runners."""
-    _runners(algorithm).sync_weights(from_worker_or_learner_group=algorithm.learner_group, inference_only=True)
+    runners(algorithm).sync_weights(from_worker_or_learner_group=algorithm.learner_group, inference_only=True)
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,7 +13,17 @@ from mesocosm.serving.client import WorldVectorEnv
 
 
 def imagined_returns(policies: Sequence[Acts], env: WorldVectorEnv, seed: int, progress: Callable[[int], None] | None = None) -> NDArray[np.float64]:
-    """Undiscounted returns [P, n] of one whole episode of each of P policies in each of its n = num_envs / P environments, acting
+    """The returns of `imagined_episodes`."""
+    return imagined_episodes(policies, env, seed, progress)[0]
+
+
+def imagined_episodes(
+    policies: Sequence[Acts],
+    env: WorldVectorEnv,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """(undiscounted returns, lengths), each [P, n], of one whole episode of each of P policies in each of its n = num_envs / P environments, acting
     greedily; a function of (policies, world, starts, seed). `progress` is told the steps done.
 
     `env` is closed. A penalty of its own is part of the reward; an episode ends at its horizon, or where the world terminates or diverges.
@@ -22,6 +32,7 @@ def imagined_returns(policies: Sequence[Acts], env: WorldVectorEnv, seed: int, p
     assert count * len(policies) == env.num_envs, (len(policies), env.num_envs)
     rng = np.random.default_rng(seed)
     total, going, steps = np.zeros(env.num_envs), np.ones(env.num_envs, np.bool_), 0
+    lengths = np.zeros(env.num_envs, np.int64)
     idle: dict[int, Any] = {}
     try:
         observation, _ = env.reset(seed=seed)
@@ -34,13 +45,14 @@ def imagined_returns(policies: Sequence[Acts], env: WorldVectorEnv, seed: int, p
                 actions.append(idle[i])
             observation, reward, terminated, truncated, _ = env.step(_joined(actions))
             total += np.where(going, reward, 0.0)
+            lengths += going
             going &= ~(terminated | truncated)
             steps += 1
             if progress is not None:
                 progress(steps)
     finally:
         env.close()
-    return total.reshape(len(policies), count)
+    return total.reshape(len(policies), count), lengths.reshape(len(policies), count)
 
 
 def _rows(batch: Any, rows: slice) -> Any:

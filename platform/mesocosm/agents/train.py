@@ -1,5 +1,7 @@
 """The job `train-agent`: an RLlib agent trained wholly inside a world, and its policy as an artifact.
 
+Running the same command again after a kill continues from the last checkpoint and ends with the same policy.
+
 An `agents` artifact is policy.json and policy.safetensors (what acts) and training.safetensors (what another training can begin with).
 """
 
@@ -7,10 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,13 @@ from typing import Any
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
-from mesocosm import __version__, cluster
-from mesocosm.agents import rllib, settings
+from mesocosm import cluster
+from mesocosm.agents import learner_state, rllib, settings
+from mesocosm.agents.checkpoint import Checkpoints, Progress
+from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.feasible import check_agent, check_init
-from mesocosm.agents.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
-from mesocosm.agents.rollout import imagined_returns
+from mesocosm.agents.policy import SNAPSHOTS, Policy
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
@@ -35,11 +38,10 @@ from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.deployment import deploy, undeploy
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run
+from mesocosm.versions import VERSIONS
 
 STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
-COMPARED = 64
-"""Imagined episodes of each policy, by which the best of a training is chosen."""
 MAX_STARTS = 50_000
 """Logged starts are a sample of so many of the datasets' observations at most."""
 
@@ -76,7 +78,7 @@ def plan(config: AgentConfig) -> dict[str, Any]:
     """What `run` would train, and on how many imagined steps. Starts nothing."""
     check(config)
     storage = Storage(config.storage.root)
-    world = storage.artifact("worlds", config.world)
+    world = _world(config, storage)
     _datasets(config, storage, world)
     _members(config, world)
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
@@ -129,6 +131,13 @@ def check_spaces(
     check_init(module, former.path, former.name)
 
 
+def _world(config: AgentConfig, storage: Storage) -> Artifact:
+    """The world to train in. Raises UsageError where none is named."""
+    if not config.world:
+        raise UsageError("world is not set; give the world to train in, as in world=worlds/ab12")
+    return storage.artifact("worlds", config.world)
+
+
 def run(config: AgentConfig, run: Run) -> Artifact:
     """Train and export. Raises UsageError for wrong settings, a missing world, dataset or agent, and weights of another network.
 
@@ -136,7 +145,7 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     it began with: its metrics say `greedy_return` (of the last), `best_return`, `kept_iteration`, `former_return` and `kept_former`.
     """
     check(config)
-    world = run.storage.artifact("worlds", config.world)
+    world = _world(config, run.storage)
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
     datasets = _datasets(config, run.storage, world)
     _members(config, world)
@@ -148,25 +157,58 @@ def run(config: AgentConfig, run: Run) -> Artifact:
         run.say(f"imagined episodes end after {horizon} steps: {cut.source}")
     told = {"horizon": horizon, "params": _params(config), "model": settings.model(config.algo, config.model)}
     facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | told
-    id = fingerprint("agents", facts, inputs, __version__, SCHEMA)
+    id = fingerprint("agents", facts, inputs, VERSIONS["train-agent"], SCHEMA)
     check_spaces(config, (codec.observation_space, codec.action_space), former)
     run.record(inputs=inputs)
-    if not config.force and (done := run.storage.find("agents", id)) is not None:
-        run.say(f"found {done.name}: it was trained before")
-        run.record(artifact=done.name)
-        return done
+    with run.making("agents", id, config) as artifact:
+        if artifact is None:
+            task = _Task(id, inputs, facts, world, codec, datasets, former, horizon)
+            return _make(config, run, task)
+        run.say(f"found {artifact.name}: it was trained before")
+        run.record(artifact=artifact.name)
+        return artifact
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is to be made of what."""
+
+    id: str
+    inputs: dict[str, list[str]]
+    facts: dict[str, Any]
+    world: Artifact
+    codec: Codec
+    datasets: list[Artifact]
+    former: Artifact | None
+    horizon: int
+
+
+def _make(config: AgentConfig, run: Run, task: _Task) -> Artifact:
+    world, codec, former = task.world, task.codec, task.former
+    checkpoints = Checkpoints(run.storage, task.id)
+    if config.force:
+        checkpoints.remove()
+    progress = checkpoints.latest()
     cluster.ensure(config.ray)
     if config.runners:
         cluster.preflight(cpus=config.runners, what=f"runners={config.runners}")
-    starts = Dataset([d.path for d in datasets]).observation_parts(codec, "train", MAX_STARTS, config.seed) if datasets else None
+    starts = None
+    if task.datasets:
+        data = Dataset([d.path for d in task.datasets])
+        starts = data.observation_parts(codec, "train", MAX_STARTS, config.seed)
     seen: dict[str, float] = {}
+    checks: dict[str, str] = {}
 
     def fill(folder: Path) -> None:
         with _served(config, world):
-            arguments = _arguments(config, run, world, starts, horizon)
+            arguments = _arguments(config, run, world, starts, task.horizon)
             algorithm = _build(config, run, arguments)
             try:
-                if former is not None:
+                if progress is not None:
+                    run.say(f"continuing after iteration {progress.iteration} of {config.iterations}")
+                    learner_state.restore(algorithm, checkpoints.load(progress))
+                    checkpoints.load_snapshots(folder / SNAPSHOTS, progress)
+                elif former is not None:
                     rllib.load_training(algorithm, former.path)
                 kept = _snapshots(config)
 
@@ -179,15 +221,25 @@ def run(config: AgentConfig, run: Run) -> Artifact:
                         where = folder / SNAPSHOTS / str(iteration)
                         where.mkdir(parents=True)
                         save(where)
+                        checkpoints.save_snapshot(where, iteration)
 
-                seen.update(_train(config, run, algorithm, snapshot))
+                seen.update(_train(config, run, algorithm, checkpoints, progress, snapshot))
                 save(folder)
             finally:
                 algorithm.stop()
-            seen.update(_best(config, run, arguments, former, folder))
+            seen.update(choose_best(config, run, arguments, former, folder))
+            checks.update(explain(config, run, arguments, world, folder))
 
-    meta = {"inputs": inputs, "config": facts, "job": "train-agent", "run": run.id, "metrics": seen}
-    artifact = run.storage.make("agents", id, meta, fill, force=config.force)
+    meta = {
+        "inputs": task.inputs,
+        "config": task.facts,
+        "job": "train-agent",
+        "run": run.id,
+        "metrics": seen,
+        "checks": checks,
+    }
+    artifact = run.storage.make("agents", task.id, meta, fill, force=config.force)
+    checkpoints.remove()
     run.record(artifact=artifact.name)
     return artifact
 
@@ -230,38 +282,6 @@ def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Ar
     if not names:
         raise UsageError(f"starts='logged' needs the data that {world.name} was trained on, which it does not name; set datasets or starts=generated")
     return [storage.artifact("datasets", name) for name in names]
-
-
-def _best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], former: Artifact | None, folder: Path) -> dict[str, float]:
-    """Put what earns most in this world in the agent's place: itself, a snapshot, or the agent it began with; of equals the latest. PPO
-    collapses now and then after the world is solved, and a training that failed is foretold here."""
-    taken = sorted((int(path.name) for path in (folder / SNAPSHOTS).glob("*")), reverse=True)
-    taken = [i for i in taken if i or former is None]  # the first is the agent that it began with
-    options = [folder, *(folder / SNAPSHOTS / str(i) for i in taken), *([] if former is None else [former.path])]
-    if len(options) == 1:
-        return {}
-    policies, seed = [Policy.load(option) for option in options], int(fingerprint("compared", config.seed)[:8], 16)
-    with run.progress("train-agent: which policy", None) as update:
-        env = WorldVectorEnv(len(policies) * COMPARED, **arguments)
-
-        def report(steps: int) -> None:
-            update(0, f"imagining, step {steps} of at most {arguments['horizon']}")
-
-        found = imagined_returns(policies, env, seed, report).mean(1)
-        update(1, f"imagined {found[0]:.1f} at the end, {np.nanmax(found):.1f} at best")
-    best = int(np.nan_to_num(found, nan=-np.inf).argmax())
-    seen = {"greedy_return": float(found[0]), "best_return": float(found[best]), "kept_iteration": float([config.iterations, *taken, -1][best])}
-    if former is not None:
-        seen |= {"former_return": float(found[-1]), "kept_former": float(best == len(options) - 1)}
-    if best:
-        for name in (POLICY_JSON, WEIGHTS, rllib.TRAINING_STATE):
-            shutil.copyfile(options[best] / name, folder / name)
-        what = f"its policy after {taken[best - 1]} iterations" if best <= len(taken) else f"{former.name if former else ''}, with which it began"
-        run.say(f"the last policy earns {found[0]:.1f} in the world, {what}, {found[best]:.1f}: that one is kept")
-    if seen.get("kept_former"):
-        shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of a training that led elsewhere
-    run.log({f"agent/{name}": value for name, value in seen.items()}, step=config.iterations)
-    return seen
 
 
 def _arguments(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, Parts] | None, horizon: int) -> dict[str, Any]:
@@ -311,14 +331,27 @@ def _snapshots(config: AgentConfig) -> set[int]:
     return {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
 
 
-def _train(config: AgentConfig, run: Run, algorithm: Algorithm, snapshot: Callable[[int], None]) -> dict[str, float]:
-    """All iterations, `snapshot` told of each that is done and of none at the start; the last one's metrics."""
-    metrics: dict[str, float] = {}
-    snapshot(0)
-    total = diverged = 0
+def _train(
+    config: AgentConfig,
+    run: Run,
+    algorithm: Algorithm,
+    checkpoints: Checkpoints,
+    progress: Progress | None,
+    snapshot: Callable[[int], None],
+) -> dict[str, float]:
+    """All iterations after those of `progress`; the metrics of the last one.
+
+    `snapshot` is called with the number of finished iterations: 0 at the start, never at the end.
+    """
+    began_at = 0 if progress is None else progress.iteration
+    metrics: dict[str, float] = {} if progress is None else dict(progress.metrics)
+    total, diverged = (int(metrics.get(name, 0)) for name in ("imagined_steps", "diverged"))
+    if progress is None:
+        snapshot(0)
     with run.progress(f"train-agent {config.algo}", config.iterations) as update:
-        for iteration in range(config.iterations):
+        for iteration in range(began_at, config.iterations):
             began = time.monotonic()
+            learner_state.reseed(algorithm, config.seed, iteration)
             result = rllib.train(algorithm)
             seen = rllib.statistics(algorithm)
             total, diverged = total + seen.steps, diverged + seen.diverged
@@ -334,6 +367,8 @@ def _train(config: AgentConfig, run: Run, algorithm: Algorithm, snapshot: Callab
             run.log({f"agent/{name}": value for name, value in metrics.items()}, step=iteration)
             if iteration + 1 < config.iterations:
                 snapshot(iteration + 1)
+            if checkpoints.due():
+                checkpoints.save(iteration + 1, learner_state.capture(algorithm), metrics)
             shown = f"return {metrics['imagined_return']:.1f}  " if seen.returns else ""
             update(iteration + 1, f"imagined {shown}disagreement {metrics['disagreement']:.3f}  {metrics['steps_per_s']:,.0f} steps/s")
     if diverged:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mesocosm.config import fingerprint
 from mesocosm.data.manifest import TaskOption
 from mesocosm.data.scaling import Moments, Scaling
-from mesocosm.data.spaces import SpaceCodec, space_from_json, space_to_json
+from mesocosm.data.spaces import SpaceCodec, first_beyond_float32, space_from_json, space_to_json
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
 
@@ -100,7 +100,8 @@ class Codec:
         """Fit on the training split; the precision on the first dataset's part of it, the set of rewards on both splits (a reward
         that only validation holds is a category of its own, not one predicted for free).
 
-        Raises UsageError where the training split is empty, or a task key changes within an episode.
+        Raises UsageError where the training split is empty, a task key changes within an episode, a number is beyond float32, or a
+        duration is negative.
         """
         observation, action = dataset.observation_codec, dataset.action_codec
         task = [leaf for name in dataset.environment.task for leaf in observation.matching(name)]
@@ -112,6 +113,11 @@ class Codec:
         for chunk in dataset.chunks("train"):
             data, there = chunk.arrays, ~chunk.last
             numbers, categories = data["obs_num"], data["obs_cat"]
+            _check_range(dataset, numbers, observation.labels())
+            _check_range(dataset, data["act_num"], action.labels())
+            _check_range(dataset, data["reward"][:, None], ["reward"])
+            if dataset.durations:
+                _check_range(dataset, data["duration"][:, None], ["duration"])
             inside = there[:-1]
             delta = np.diff(numbers, axis=0)[inside]
             for leaf in task:
@@ -237,6 +243,10 @@ class Codec:
         """B actions in a vector environment's layout -> [B, ...]."""
         return self.action_parts(*self._action.encode(batch))
 
+    def action_labels(self) -> list[str]:
+        """A name for each number of an action: `action.push[0]`."""
+        return self._action.labels()
+
     # -- raw columns -> parts (the loader's way) -----------------------------------------------------------------
 
     def observation_parts(self, numbers: Array, categories: Array) -> Parts:
@@ -333,6 +343,16 @@ class Codec:
     def _reward_values(self) -> Array:
         assert self.spec.reward_values is not None
         return np.array(self.spec.reward_values)
+
+
+def _check_range(dataset: Dataset, values: Array, names: Sequence[str]) -> None:
+    """Raise UsageError, naming the column, where `values` [B, n] has a number beyond float32 or a negative duration."""
+    beyond = first_beyond_float32(values)
+    fix = f"make the dataset again (datasets {', '.join(dataset.ids)})"
+    if beyond is not None:
+        raise UsageError(f"{names[beyond[1]]} holds {values[beyond]:g}, and a world computes in float32; rescale it and {fix}")
+    if list(names) == ["duration"] and (values < 0).any():
+        raise UsageError(f"duration holds {np.nanmin(values):g}, which is negative; give seconds and {fix}")
 
 
 def _add_distinct(values: set[float], rewards: Array) -> None:

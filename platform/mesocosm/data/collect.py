@@ -1,7 +1,7 @@
 """The job `collect`: metered real steps by a mix of behaviours, in parallel lanes -> a dataset.
 
-The same config and seed make the same episodes, whatever the number of workers. A collection that was killed is simply run
-again: it starts anew, and the ledger keeps counting the steps that were spent.
+The same config and seed make the same episodes, whatever the number of workers. Episodes go to storage as they end
+(`segments`): a collection that was killed is run again, goes on after them, and makes the same dataset.
 """
 
 from __future__ import annotations
@@ -17,20 +17,23 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data import behaviours as acting
 from mesocosm.data.behaviours import BehaviourConfig
-from mesocosm.data.lanes import Attempt, Plan, run_here, run_on_ray, split
+from mesocosm.data.lane_workers import run_on_ray
+from mesocosm.data.lanes import Lane, Plan, Report, run_here, split
 from mesocosm.data.manifest import Environment
+from mesocosm.data.segments import Attempt
 from mesocosm.data.spaces import check_spaces
-from mesocosm.data.writer import write_dataset
+from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.reality.config import PAID, RealityConfig
 from mesocosm.reality.env import EnvFacts, facts_of, source_hash
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run
+from mesocosm.versions import VERSIONS
 
 
 @dataclass
@@ -115,27 +118,54 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
     chosen, sources = _resolve(cfg.behaviours, storage, *known.spaces)
     what = identity(cfg, without=["workers", "ledger", *PAID])
     what["behaviours"] = [asdict(b) for b in chosen]
-    id = fingerprint("datasets", what, sources, known.version, __version__, SCHEMA)
-    if not cfg.force and (found := storage.find("datasets", id)) is not None:
-        hint = f" ({found.meta['short']}; --force collects it anew)" if found.meta.get("short") else ""
-        run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was collected{hint}")
-        run.record(artifact=found.name, inputs=found.meta["inputs"])
-        return found
+    id = fingerprint("datasets", what, sources, known.version, VERSIONS["collect"], SCHEMA)
+    with run.making("datasets", id, cfg) as artifact:
+        if artifact is None:
+            return _make(cfg, run, id, known, chosen, what)
+        short = artifact.meta.get("short")
+        hint = f" ({short}; --force collects it anew)" if short else ""
+        transitions = artifact.meta["counts"]["transitions"]
+        run.say(f"found {artifact.name}: {transitions} transitions; nothing was collected{hint}")
+        run.record(artifact=artifact.name, inputs=artifact.meta["inputs"])
+        return artifact
+
+
+def _make(
+    cfg: CollectConfig,
+    run: Run,
+    id: str,
+    known: EnvFacts,
+    chosen: list[BehaviourConfig],
+    what: dict[str, Any],
+) -> Artifact:
+    storage = run.storage
     ledger = Ledger(storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
-    _check_budget(cfg, ledger, run)
-    plan = Plan(cfg.reality, chosen, cfg.seed, cfg.storage.root, ledger.id, f"{run.id}-{uuid.uuid4().hex[:8]}", os.getcwd())
-    attempts = _collect(cfg, plan, run)
-    episodes = [a.episode for a in attempts if a.episode is not None]
+    plan = Plan(
+        reality=cfg.reality,
+        behaviours=chosen,
+        seed=cfg.seed,
+        root=cfg.storage.root,
+        ledger=ledger.id,
+        dataset=id,
+        run=f"{run.id}-{uuid.uuid4().hex[:8]}",
+        imports=os.getcwd(),
+    )
+    attempts = _collect(cfg, plan, ledger, run)
+    episodes = [a for a in attempts if a.length is not None]
     dropped = [{"index": a.index, "behaviour": a.behaviour, "steps": a.steps, "reason": a.reason} for a in attempts if a.reason is not None]
     refusals = [a.spent for a in attempts if a.spent is not None]
     if refusals and not episodes:
         raise BudgetSpent(refusals[-1])
     if not episodes:
+        plan.segments().remove()  # so that the next run tries them again
         raise MesocosmError(f"all {len(dropped)} episodes were dropped, the last because {dropped[-1]['reason']}; correct reality.env={cfg.reality.env!r}")
     for episode in episodes:
-        run.log({"collect/return": episode.total_reward, "collect/length": len(episode)}, step=episode.index)
+        metrics = {"collect/return": episode.total_reward, "collect/length": episode.length or 0}
+        run.log(metrics, step=episode.index)
     totals = ledger.totals().to_json()
-    counts = _counts(attempts)
+    tally = Tally()
+    tally.add(attempts)
+    counts = tally.counts()
     short = f"{counts['steps']} of steps={cfg.steps} were taken: {refusals[-1]}" if refusals else None
     if short is not None:
         run.say(f"warning: {short}")
@@ -158,11 +188,11 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
         success=cfg.reality.success,
     )
 
+    segments = plan.segments()
+
     def fill(folder: Path) -> None:
-        write_dataset(
+        writer = DatasetWriter(
             folder,
-            episodes,
-            dropped=len(dropped),
             id=id,
             environment=environment,
             observation_space=known.observation_space,
@@ -170,10 +200,14 @@ def run(cfg: CollectConfig, run: Run) -> Artifact:
             seed=cfg.seed,
             valid_fraction=cfg.valid_fraction,
         )
+        for episode, rows in segments.episodes(cfg.lanes):
+            writer.add(episode, rows)
+        writer.close(dropped=len(dropped))
 
     artifact = storage.make("datasets", id, meta, fill, force=cfg.force)
+    segments.remove()
     run.record(artifact=artifact.name, inputs=meta["inputs"], ledger=totals, counts=counts)
-    run.say(f"{artifact.name}: {_sentence(counts)}; ledger {ledger.id!r}: {totals['spent']} steps, price {totals['price']:g} {totals['currency']}")
+    run.say(f"{artifact.name}: {tally.sentence()}; ledger {ledger.id!r}: {totals['spent']} steps, price {totals['price']:g} {totals['currency']}")
     return artifact
 
 
@@ -191,62 +225,109 @@ def _resolve(
     return chosen, sources
 
 
-def _check_budget(cfg: CollectConfig, ledger: Ledger, run: Run) -> None:
+def _check_budget(cfg: CollectConfig, ledger: Ledger, used: int, run: Run) -> None:
+    """Raise UsageError where the budget leaves fewer steps than are to be taken beside the `used` ones in storage."""
     totals = ledger.totals()
-    if cfg.ledger is None and totals.purposes["collect"].steps:
-        run.say(f"ledger {ledger.id!r} already counts {totals.purposes['collect'].steps} steps of an earlier collection of this dataset; they stay spent")
-    left = ledger.remaining("collect")
-    if left is not None and left < cfg.steps:
+    earlier = totals.purposes["collect"].steps - used
+    if cfg.ledger is None and earlier > 0:
+        run.say(
+            f"ledger {ledger.id!r} already counts {earlier} steps of an earlier collection of this dataset whose episodes are not in storage; they stay spent"
+        )
+    left, wanted = ledger.remaining("collect"), cfg.steps - used
+    if left is not None and left < wanted:
         apart = sum(r.steps for r in totals.unconfirmed)
         raise UsageError(
             f"reality.budget.steps={cfg.reality.budget.steps} leaves {left} real steps in ledger {ledger.id!r} "
-            f"({totals.spent} spent, {apart} of them unconfirmed), fewer than steps={cfg.steps}; lower steps, raise the budget, or name another ledger"
+            f"({totals.spent} spent, {apart} of them unconfirmed), fewer than the {wanted} to take "
+            f"(steps={cfg.steps}); lower steps, raise the budget, or name another ledger"
         )
 
 
-def _collect(cfg: CollectConfig, plan: Plan, run: Run) -> list[Attempt]:
-    """Every episode tried, by index."""
-    lanes = split(cfg.steps, cfg.lanes)
+def _collect(cfg: CollectConfig, plan: Plan, ledger: Ledger, run: Run) -> list[Attempt]:
+    """Every attempt, by index: those that an earlier run has stored, and those of this one."""
+    lanes, segments = split(cfg.steps, cfg.lanes), plan.segments()
+    attempts, tally = list[Attempt](), Tally()
+    for lane in lanes:
+        stored = segments.attempts(lane.index, 0, ledger)
+        lane.record(stored)
+        lane.check(segments, stored[-1].reason if stored else None)
+        lane.refused = False  # the budget may have been raised since
+        attempts += stored
+    tally.add(attempts)
+    used = sum(lane.used for lane in lanes)
+    if attempts:
+        run.say(f"goes on after {tally.sentence()} of an earlier run: {used} real steps are paid")
+    _check_budget(cfg, ledger, used, run)
     if cfg.workers > cfg.lanes:
         run.say(f"workers={cfg.workers}: only lanes={cfg.lanes} can work at once")
     with run.progress(f"collect {cfg.reality.env}", cfg.steps) as update:
 
-        def report(attempts: Sequence[Attempt], steps: int) -> None:
-            update(steps, f"{steps}/{cfg.steps} real steps, {_sentence(_counts(attempts))}")
+        def report(new: Sequence[Attempt], steps: int) -> None:
+            attempts.extend(new)
+            tally.add(new)
+            update(steps, f"{steps}/{cfg.steps} real steps, {tally.sentence()}")
 
-        if cfg.workers == 0:
-            attempts = run_here(plan, lanes, report)
-        else:
-            cluster.ensure(cfg.ray)
-            workers = min(cfg.workers, cfg.lanes)
-            cluster.preflight(cpus=workers, what=f"workers={cfg.workers}")
-            attempts = run_on_ray(plan, lanes, workers, report)
-        attempts.sort(key=lambda attempt: attempt.index)
-        report(attempts, sum(lane.used for lane in lanes))
-    return attempts
+        _run_lanes(cfg, plan, lanes, report)
+        report([], sum(lane.used for lane in lanes))
+    return sorted(attempts, key=lambda attempt: attempt.index)
 
 
-def _counts(attempts: Sequence[Attempt]) -> dict[str, Any]:
-    """What was collected. `mean_return` and `success_rate` are of the episodes that came to their end: one that the budget of steps cut
-    (`unfinished`) has no return yet. None where no episode did."""
-    episodes = [a.episode for a in attempts if a.episode is not None]
-    outcomes = Counter(episode.outcome for episode in episodes)
-    ended = [episode for episode in episodes if episode.outcome != "unfinished"]
-    successes = [episode.success for episode in ended if episode.success is not None]
-    return {
-        "steps": sum(a.steps for a in attempts),
-        "transitions": sum(len(episode) for episode in episodes),
-        "episodes": len(episodes),
-        "dropped": sum(a.reason is not None for a in attempts),
-        "dropped_steps": sum(a.steps for a in attempts if a.reason is not None),
-        "outcomes": {outcome: outcomes[outcome] for outcome in ("terminated", "truncated", "unfinished")},
-        "behaviours": dict(sorted(Counter(episode.behaviour for episode in episodes).items())),
-        "mean_return": float(np.mean([episode.total_reward for episode in ended])) if ended else None,
-        "success_rate": float(np.mean(successes)) if successes else None,
-    }
+def _run_lanes(cfg: CollectConfig, plan: Plan, lanes: list[Lane], report: Report) -> None:
+    if cfg.workers == 0 or not any(lane.left for lane in lanes):
+        run_here(plan, lanes, report)
+        return
+    cluster.ensure(cfg.ray)
+    workers = min(cfg.workers, cfg.lanes)
+    cluster.preflight(cpus=workers, what=f"workers={cfg.workers}")
+    run_on_ray(plan, lanes, workers, report)
 
 
-def _sentence(counts: dict[str, Any]) -> str:
-    mean = "" if counts["mean_return"] is None else f", mean return {counts['mean_return']:.4g}"
-    dropped = f", {counts['dropped']} dropped" if counts["dropped"] else ""
-    return f"{counts['episodes']} episodes of {counts['transitions']} transitions{dropped}{mean}"
+class Tally:
+    """Counts of attempts, kept as they come."""
+
+    def __init__(self) -> None:
+        self._sums: Counter[str] = Counter()
+        self._outcomes: Counter[str] = Counter()
+        self._behaviours: Counter[str] = Counter()
+        self._returns: list[float] = []
+        self._successes: list[bool] = []
+        self._return = 0.0
+
+    def add(self, attempts: Sequence[Attempt]) -> None:
+        for attempt in attempts:
+            self._sums["steps"] += attempt.steps
+            if attempt.reason is not None:
+                self._sums["dropped"] += 1
+                self._sums["dropped_steps"] += attempt.steps
+            if attempt.length is None:
+                continue
+            self._sums["episodes"] += 1
+            self._sums["transitions"] += attempt.length
+            self._outcomes[attempt.outcome] += 1
+            self._behaviours[attempt.behaviour] += 1
+            if attempt.outcome != "unfinished":
+                self._returns.append(attempt.total_reward)
+                self._return += attempt.total_reward
+                if attempt.success is not None:
+                    self._successes.append(attempt.success)
+
+    def counts(self) -> dict[str, Any]:
+        """`mean_return` and `success_rate` are of the episodes that came to their end, None where none did: one that the budget
+        of steps cut (`unfinished`) has no return yet."""
+        keys = ("steps", "transitions", "episodes", "dropped", "dropped_steps")
+        outcomes = ("terminated", "truncated", "unfinished")
+        return {
+            **{key: self._sums[key] for key in keys},
+            "outcomes": {outcome: self._outcomes[outcome] for outcome in outcomes},
+            "behaviours": dict(sorted(self._behaviours.items())),
+            "mean_return": float(np.mean(self._returns)) if self._returns else None,
+            "success_rate": float(np.mean(self._successes)) if self._successes else None,
+        }
+
+    def sentence(self) -> str:
+        """One line, in a time that does not depend on the number of episodes."""
+        ended = len(self._returns)
+        mean = f", mean return {self._return / ended:.4g}" if ended else ""
+        dropped = f", {self._sums['dropped']} dropped" if self._sums["dropped"] else ""
+        episodes, transitions = self._sums["episodes"], self._sums["transitions"]
+        return f"{episodes} episodes of {transitions} transitions{dropped}{mean}"

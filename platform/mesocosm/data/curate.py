@@ -8,7 +8,7 @@ ledger is touched: what was curated away stays paid.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data.curation.operations import Named, parse, work
 from mesocosm.data.curation.scan import MANY, Scan, size
@@ -30,6 +30,7 @@ from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import UsageError
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run
+from mesocosm.versions import VERSIONS
 
 Array = NDArray[Any]
 REPORT, DROPPED, ORIGIN = "curate.json", "dropped.parquet", "origin.parquet"
@@ -107,12 +108,25 @@ def run(cfg: CurateConfig, run: Run) -> Artifact:
     """
     operations = check(cfg)
     inputs = _inputs(cfg, run.storage)
+    id = _id(cfg, [artifact.id for artifact in inputs], operations)
+    with run.making("datasets", id, cfg) as artifact:
+        if artifact is None:
+            return _make(cfg, run, id, operations, inputs)
+        transitions = artifact.meta["counts"]["transitions"]
+        run.say(f"found {artifact.name}: {transitions} transitions; nothing was curated")
+        report = json.loads((artifact.path / REPORT).read_text())
+        run.record(artifact=artifact.name, inputs=artifact.meta["inputs"], **report)
+        return artifact
+
+
+def _make(
+    cfg: CurateConfig,
+    run: Run,
+    id: str,
+    operations: list[Named],
+    inputs: Sequence[Artifact],
+) -> Artifact:
     ids = [artifact.id for artifact in inputs]
-    id = _id(cfg, ids, operations)
-    if not cfg.force and (found := run.storage.find("datasets", id)) is not None:
-        run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was curated")
-        run.record(artifact=found.name, inputs=found.meta["inputs"], **json.loads((found.path / REPORT).read_text()))
-        return found
     dataset = Dataset([artifact.path for artifact in inputs])
     table = Table(dataset, cfg.seed)
     with run.progress("curate", table.size()["transitions"]) as update:
@@ -158,7 +172,7 @@ def _inputs(cfg: CurateConfig, storage: Storage) -> list[Artifact]:
 
 def _id(cfg: CurateConfig, ids: list[str], operations: list[Named]) -> str:
     what = identity(cfg, without=["workers", "data", "operations"])
-    return fingerprint("datasets", "curate", what, ids, [{"op": o.name, **o.params()} for o in operations], __version__, SCHEMA)
+    return fingerprint("datasets", "curate", what, ids, [{"op": o.name, **o.params()} for o in operations], VERSIONS["curate"], SCHEMA)
 
 
 def _workers(cfg: CurateConfig, dataset: Dataset) -> int:

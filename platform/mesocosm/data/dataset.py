@@ -77,6 +77,8 @@ class Dataset:
         self.action_space = self.action_codec.space
         self.durations = all(manifest.durations for manifest in self.manifests)
         self._open: dict[int, dict[str, Array]] = {}
+        self._folders: dict[int, Path] = {}
+        """Where the shards lie that are held."""
         self._coming: set[int] = set()
         self._pinned: set[int] = set()
         counts = [len(manifest.shards) for manifest in self.manifests]
@@ -149,6 +151,7 @@ class Dataset:
     def _let_go(self, shards: Iterable[int]) -> None:
         for shard in list(shards):
             self._open.pop(shard, None)
+            self._folders.pop(shard, None)
             self._coming.discard(shard)
             self._files[int(self.shard_part[shard])].release([f"shards/{self.shards[shard]}"])
 
@@ -160,8 +163,10 @@ class Dataset:
                 self._let_go(set(self._open) - self._pinned)
             arrays = self._open[shard] = {}
         if (found := arrays.get(name)) is None:
-            folder = self._files[int(self.shard_part[shard])].hold(f"shards/{self.shards[shard]}")
-            found = arrays[name] = _load(folder / f"{name}.npy", mapped=True)
+            if shard not in self._folders:
+                files = self._files[int(self.shard_part[shard])]
+                self._folders[shard] = files.hold(f"shards/{self.shards[shard]}")
+            found = arrays[name] = _load(self._folders[shard] / f"{name}.npy", mapped=True)
         return found
 
     def gather(self, name: str, shards: Array, rows: Array) -> Array:

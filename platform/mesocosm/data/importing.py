@@ -18,22 +18,24 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm import __version__, cluster
+from mesocosm import cluster
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data.episode import Episode
+from mesocosm.data.findings import Looked
 from mesocosm.data.manifest import Environment
 from mesocosm.data.progress import Progress, progress
-from mesocosm.data.readers import Piece, Source, sources
+from mesocosm.data.readers import Source, sources
 from mesocosm.data.readers.files import sha256, stamp
 from mesocosm.data.schema import Schema, read_schema
 from mesocosm.data.spaces import SpaceCodec, check_spaces
 from mesocosm.data.stitch import Closed, Joiner, Tally, Work, stream
 from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import MesocosmError, UsageError, nearest
-from mesocosm.reality.config import PAID, RealityConfig, parse_success
+from mesocosm.reality.config import PAID, RealityConfig, check_bounds, parse_success
 from mesocosm.reality.env import EnvFacts, facts_of
 from mesocosm.storage import SCHEMA, Artifact
 from mesocosm.tracking import Run
+from mesocosm.versions import VERSIONS
 
 Array = NDArray[Any]
 Space = gymnasium.Space[Any]
@@ -69,63 +71,9 @@ def check(cfg: ImportConfig) -> None:
         raise UsageError(f"workers={cfg.workers} cannot be; give at least 0")
     if not 0 <= cfg.valid_fraction < 1:
         raise UsageError(f"valid_fraction={cfg.valid_fraction} is no share; give a number from 0 to below 1")
+    check_bounds(cfg.reality)
     if cfg.reality.success is not None:
         parse_success(cfg.reality.success)
-
-
-@dataclass(frozen=True)
-class Looked:
-    """What the first pass found."""
-
-    files: list[Source]
-    pieces: list[Piece]
-    schema: Schema
-    tally: Tally
-    spaces: tuple[Space, Space]
-    limit: int | None
-    """Of an episode's steps: `reality.horizon`, or the environment's own"""
-    task: list[str]
-
-    def report(self) -> dict[str, Any]:
-        """What each column became, what is left out and why."""
-        tally = self.tally
-        names = sorted(tally.left_out)
-        return {
-            "columns": self.schema.describe(tally.stats),
-            "counts": self.counts(),
-            "left_out": [
-                {"reason": n, "episodes": tally.left_out[n], "rows": tally.left_out_rows[n], "first": tally.examples[n].partition(":")[0]} for n in names
-            ],
-            "warnings": self.warnings(),
-        }
-
-    def counts(self) -> dict[str, Any]:
-        tally = self.tally
-        return {
-            "rows": sum(tally.rows.values()),
-            "episodes": tally.episodes,
-            "transitions": tally.transitions,
-            "outcomes": {outcome: tally.outcomes[outcome] for outcome in ("terminated", "truncated", "unfinished")},
-            "behaviours": dict(sorted(tally.behaviours.items())),
-            "episodes_left_out": sum(tally.left_out.values()),
-            "empty_episodes": tally.empty,
-            "last_actions_left_out": tally.last_actions,
-        }
-
-    def warnings(self) -> list[str]:
-        tally, found = self.tally, []
-        if 2 * (lost := sum(tally.left_out_rows.values())) > (rows := sum(tally.rows.values())):
-            found.append(f"{lost} of {rows} rows were left out: see the reasons, and whether these logs are what was meant")
-        if tally.last_actions:
-            found.append(
-                f"{tally.last_actions} episodes lost their last action, for no observation follows it: they count as unfinished, and whether they ended there "
-                "is not learned; give next_observation, or a last row with the observation alone"
-            )
-        if tally.episodes and not tally.outcomes["terminated"]:
-            found.append("no episode is terminated: a world made of these logs never ends one")
-        if self.limit is not None and tally.longest > self.limit:
-            found.append(f"the longest episode has {tally.longest} steps, more than the limit of {self.limit}; give reality.horizon={tally.longest} or more")
-        return found
 
 
 def plan(cfg: ImportConfig) -> dict[str, Any]:
@@ -160,13 +108,16 @@ def run(cfg: ImportConfig, run: Run) -> Artifact:
         sums = list(pool.map(_checksum, files))
     what = identity(cfg, without=["paths", "workers", *PAID])
     known = _facts(cfg)
-    id = fingerprint("datasets", "import", what, sums, "" if known is None else known.version, __version__, SCHEMA)
-    if not cfg.force and (found := run.storage.find("datasets", id)) is not None:
-        run.say(f"found {found.name}: {found.meta['counts']['transitions']} transitions; nothing was imported")
-        run.record(artifact=found.name, inputs=found.meta["inputs"], **json.loads((found.path / REPORT).read_text()))
-        return found
-    with progress(run.storage.local_path("scratch"), id, anew=cfg.force) as kept:
-        return _import(cfg, run, id, kept, files, sums, stamps)
+    id = fingerprint("datasets", "import", what, sums, "" if known is None else known.version, VERSIONS["import"], SCHEMA)
+    with run.making("datasets", id, cfg) as artifact:
+        if artifact is None:
+            with progress(run.storage.local_path("scratch"), id, anew=cfg.force) as kept:
+                return _import(cfg, run, id, kept, files, sums, stamps)
+        transitions = artifact.meta["counts"]["transitions"]
+        run.say(f"found {artifact.name}: {transitions} transitions; nothing was imported")
+        report = json.loads((artifact.path / REPORT).read_text())
+        run.record(artifact=artifact.name, inputs=artifact.meta["inputs"], **report)
+        return artifact
 
 
 def _import(cfg: ImportConfig, run: Run, id: str, kept: Progress, files: list[Source], sums: list[str], stamps: list[tuple[int, tuple[str, ...]]]) -> Artifact:
@@ -239,7 +190,7 @@ def _workers(cfg: ImportConfig, files: Sequence[Source]) -> int:
 def _look(cfg: ImportConfig, files: list[Source], workers: int, update: Callable[[int], None], found: Tally | None = None) -> Looked:
     """`found`: what an earlier process found, which is not looked for again."""
     known = _facts(cfg)
-    schema = read_schema(files, cfg.columns, cfg.per_file, files[0].spaces if known is None else known.spaces)
+    schema = read_schema(files, cfg.columns, cfg.per_file, files[0].spaces if known is None else known.spaces, cfg.reality.bounds)
     pieces = [replace(piece, number=n) for n, piece in enumerate(piece for i, source in enumerate(files) for piece in source.pieces(i))]
     joiner = Joiner([source.name for source in files], schema.layout, cfg.bad == "drop")
     for batch in stream(Work(schema, cfg.per_file), pieces, workers, cfg.ray) if found is None else ():
@@ -250,7 +201,8 @@ def _look(cfg: ImportConfig, files: list[Source], workers: int, update: Callable
         pass
     tally = joiner.tally if found is None else found
     if not tally.transitions:
-        first = next(iter(tally.examples.values()), "none has a transition")
+        none = f"each of the {tally.empty} has one row, and nothing says what its action led to; give next_observation"
+        first = next(iter(tally.examples.values()), none if tally.empty else "there is none")
         raise UsageError(f"no episode of {len(files)} files can be kept: {first}")
     spaces = schema.spaces_of(tally.stats)
     check_spaces(*spaces)
@@ -306,7 +258,8 @@ def _write(kept: Progress, cfg: ImportConfig, id: str, looked: Looked, workers: 
     for closed in batches():
         rows = _rows(closed)
         known, rewards = closed.known, rows["reward"][:-1]
-        success = known["success"]
+        success, outcome = known["success"], looked.outcome(closed)
+        rows["terminated"] &= outcome == "terminated"
         if success is None and succeeded is not None:
             success = succeeded(float(rewards.sum()), {})
         episode = Episode(
@@ -316,8 +269,8 @@ def _write(kept: Progress, cfg: ImportConfig, id: str, looked: Looked, workers: 
             observations=[],
             actions=[],
             rewards=rewards,
-            outcome=closed.outcome,  # type: ignore[arg-type]
-            durations=rows["duration"][:-1] if "duration" in looked.schema.layout.present else None,
+            outcome=outcome,  # type: ignore[arg-type]
+            durations=None if np.isnan(rows["duration"][0]) else rows["duration"][:-1],
             task=known["task"],
             success=success,
         )
@@ -340,6 +293,7 @@ def _rows(episode: Closed) -> dict[str, Array]:
     for name in ("act_num", "act_cat", "reward", "terminated"):
         kept = joined[name][:length]
         rows[name] = np.concatenate([kept, np.zeros((1, *kept.shape[1:]), kept.dtype)])
-    rows["duration"] = np.concatenate([joined["duration"][:length], np.zeros(1)]) if "duration" in joined else np.full(length + 1, np.nan)
+    timed = "duration" in joined and not np.isnan(joined["duration"][0])
+    rows["duration"] = np.concatenate([joined["duration"][:length], np.zeros(1)]) if timed else np.full(length + 1, np.nan)
     rows["step"] = np.arange(length + 1, dtype=np.int32)
     return rows

@@ -2,7 +2,7 @@
 
     float                     Box without bounds; of an action: within the bounds that were seen
     integers 0..n-1           one a row, at most CATEGORIES: Discrete(n); of an action also as a list: MultiDiscrete
-    other integers            Box of int64
+    other integers            Box of their type
     booleans                  Discrete(2); as a list MultiBinary
     strings                   Text over the characters that were seen, up to the longest
 
@@ -32,7 +32,7 @@ class Stat:
 
     count: int = 0
     kinds: frozenset[str] = frozenset()
-    """float32, float64, int, bool, text"""
+    """NumPy's names of their types, or text"""
     low: tuple[float, ...] = ()
     """Of each number"""
     high: tuple[float, ...] = ()
@@ -47,9 +47,8 @@ class Stat:
         if array.dtype == object:
             return Stat(len(array), frozenset({"text"}), longest=max(map(len, array)), characters=frozenset().union(*map(set, array)))
         flat = array.reshape(len(array), -1)
-        kind = {"f": "float64" if array.dtype.itemsize > 4 else "float32", "b": "bool"}.get(array.dtype.kind, "int")
         low, high = flat.min(0).astype(np.float64), flat.max(0).astype(np.float64)
-        return Stat(len(array), frozenset({kind}), tuple(low.tolist()), tuple(high.tolist()))
+        return Stat(len(array), frozenset({array.dtype.name}), tuple(low.tolist()), tuple(high.tolist()))
 
     def merged(self, other: Stat) -> Stat:
         if not self.count or not other.count:
@@ -69,22 +68,25 @@ def space_of(leaf: Leaf, stat: Stat, action: bool) -> tuple[Space, str]:
     if stat.kinds == {"bool"}:
         return (spaces.MultiBinary(leaf.shape), "booleans") if leaf.shape else (spaces.Discrete(2), "booleans: 0 is false, 1 true")
     if any(kind.startswith("float") for kind in stat.kinds):
-        dtype = np.float64 if "float64" in stat.kinds or "int" in stat.kinds else np.float32
+        floats = [kind for kind in stat.kinds if kind.startswith("float")]
+        dtype: Any = np.result_type(*floats) if len(floats) == len(stat.kinds) else np.dtype(np.float64)
         if action:
             low, high = (np.array(bound, dtype).reshape(leaf.shape) for bound in (stat.low, stat.high))
-            return spaces.Box(low, high, leaf.shape, dtype), f"guess: within what was seen, {_range(stat)}"
-        return spaces.Box(-np.inf, np.inf, leaf.shape, dtype), f"guess: without bounds; {_range(stat)} was seen"
-    low_seen, high_seen = min(stat.low), max(stat.high)
+            return spaces.Box(low, high, leaf.shape, dtype.type), f"guess: within what was seen, {_range(stat)}"
+        return spaces.Box(-np.inf, np.inf, leaf.shape, dtype.type), f"guess: without bounds; {_range(stat)} was seen"
+    low_seen, high_seen = min(stat.low, default=0), max(stat.high, default=0)
     if low_seen == 0 and high_seen < CATEGORIES and (not leaf.shape or action):
         sizes = [int(high) + 1 for high in stat.high]
         said = f"guess: a choice among the {'integers' if not leaf.shape else 'integers of each'} 0..n-1 that were seen"
         return (spaces.MultiDiscrete(np.array(sizes).reshape(leaf.shape)) if leaf.shape else spaces.Discrete(sizes[0])), said
-    info = np.iinfo(np.int64)
+    whole: Any = np.result_type(*stat.kinds)
+    whole = whole if whole.kind in "iu" else np.dtype(np.int64)
+    info = np.iinfo(whole)
     if action:
-        low, high = (np.array(bound).astype(np.int64).reshape(leaf.shape) for bound in (stat.low, stat.high))
-        return spaces.Box(low, high, leaf.shape, np.int64), f"guess: a quantity within what was seen, {_range(stat)}"
-    return spaces.Box(info.min, info.max, leaf.shape, np.int64), f"guess: a quantity; {_range(stat)} was seen"
+        low, high = (np.array(bound).astype(whole).reshape(leaf.shape) for bound in (stat.low, stat.high))
+        return spaces.Box(low, high, leaf.shape, whole.type), f"guess: a quantity within what was seen, {_range(stat)}"
+    return spaces.Box(info.min, info.max, leaf.shape, whole.type), f"guess: a quantity; {_range(stat)} was seen"
 
 
 def _range(stat: Stat) -> str:
-    return f"{min(stat.low):g} to {max(stat.high):g}"
+    return f"{min(stat.low):g} to {max(stat.high):g}" if stat.low else "nothing"

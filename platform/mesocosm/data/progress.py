@@ -1,6 +1,5 @@
 """How far an import has come, kept on this machine, so that one that was killed goes on with the shard that it was at.
 
-lock              held by the process that imports
 looked.json       what the first pass found, once it is through
 data/             the dataset so far
 00000.npy, .json  of each shard that is whole on disk: its episodes (`manifest.EPISODES`), and what the joiner and the writer knew after it
@@ -8,7 +7,6 @@ data/             the dataset so far
 
 from __future__ import annotations
 
-import fcntl
 import itertools
 import json
 import os
@@ -24,7 +22,7 @@ from pydantic import TypeAdapter
 from mesocosm.data.rows import Layout
 from mesocosm.data.stitch import Joiner, Tally
 from mesocosm.data.writer import DatasetWriter
-from mesocosm.durable import sync, sync_tree, write_synced
+from mesocosm.durable import replace, sync, sync_tree, write_synced
 
 TALLY = TypeAdapter(Tally)
 
@@ -78,8 +76,7 @@ class Progress:
 
     def _write(self, name: str, data: bytes) -> None:
         write_synced(str(self.folder / f"{name}.tmp"), data)
-        os.replace(self.folder / f"{name}.tmp", self.folder / name)
-        sync(self.folder)
+        replace(self.folder / f"{name}.tmp", self.folder / name)
 
     def give(self, folder: Path) -> None:
         """The dataset, now whole, into `folder`; it stays here too, until `folder` has come to where it belongs."""
@@ -94,20 +91,12 @@ class Progress:
 
 @contextmanager
 def progress(scratch: Path, id: str, *, anew: bool) -> Iterator[Progress]:
-    """What an earlier import of `id` left in `scratch`, unless `anew`; kept where the block fails, removed where it ends. While another process has it,
-    one of this process's own."""
+    """What an earlier import of `id` left in `scratch`, unless `anew`; kept where the block fails, removed where it ends.
+
+    For the holder of the dataset's lease: no other process of this root is at work in the folder."""
     folder = scratch / f"import-{id}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = os.path.samestat(os.fstat(lock.fileno()), os.stat(folder / "lock"))  # not what an import that just ended has removed
-        except (BlockingIOError, FileNotFoundError):
-            ours = False
-        if not ours:
-            folder = scratch / f"import-{id}-{os.getpid()}"
-        kept = Progress(folder)
-        if anew:
-            kept.forget()
-        yield kept
-        shutil.rmtree(folder, ignore_errors=True)
+    kept = Progress(folder)
+    if anew:
+        kept.forget()
+    yield kept
+    shutil.rmtree(folder, ignore_errors=True)

@@ -17,12 +17,15 @@ import pyarrow.types as is_
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mesocosm.data.bounds import FIX, outside
+from mesocosm.data.edges import CONSTANT, Edge, Key, Problem, Run, Summary, begins, follow
 from mesocosm.data.inference import Stat
-from mesocosm.data.layout import Column, Leaf, RowError, Values, take
-from mesocosm.data.spaces import EXACT, SpaceCodec
+from mesocosm.data.layout import Leaf, Values, take
+from mesocosm.data.readers import PROBLEM
+from mesocosm.data.scalars import optional, read_keys, read_steps, scalar, texts
+from mesocosm.data.spaces import EXACT, FLOAT32, SpaceCodec, first_beyond_float32
 
 Array = NDArray[Any]
-Key = int | str
 
 REQUIRED = ("episode", "step", "observation", "action", "reward", "terminated", "truncated")
 OPTIONAL = ("next_observation", "duration", "behaviour", "task", "seed", "success")
@@ -30,6 +33,9 @@ UNKNOWN_SEED = -1
 """`Episode.seed` where the table has no seed."""
 IMPORTED = "imported"
 """Who acted, where the table does not say."""
+FLOATS = "and a world computes in float32; rescale it"
+OUTSIDE = "outside the space"
+"""The reason that `reality.bounds` decides about."""
 
 
 @dataclass(frozen=True)
@@ -47,90 +53,10 @@ class Layout:
     """Episodes are named by strings"""
     first_step: int
     """0 or 1: what the first episode begins at"""
-
-
-@dataclass(frozen=True)
-class Problem:
-    row: int
-    """Within the batch"""
-    reason: str
-    """One of a few, for counts"""
-    text: str
-
-
-@dataclass(frozen=True)
-class Edge:
-    """A row, as its neighbours see it."""
-
-    key: Key
-    step: int
-    final: bool
-    """It has an observation and no action: what the last action of its episode led to"""
-    ended: bool
-    """terminated or truncated"""
-    constant: tuple[Any, ...]
-    """behaviour, task, seed, success"""
-    observation: tuple[Any, ...] | None
-    """None where something is wrong with the row: then it is not compared"""
-    following: tuple[Any, ...] | None
-
-
-@dataclass
-class Run:
-    """Rows of one episode that follow each other in a batch."""
-
-    key: Key
-    start: int
-    rows: int
-    problem: Problem | None
-    final: bool
-    outcome: str
-    """Of its last row that has an action"""
-    total: float
-    """Of its rewards"""
-
-
-@dataclass
-class Summary:
-    rows: int
-    runs: list[Run]
-    first: Edge | None
-    last: Edge | None
-    stats: dict[str, Stat]
-    """By leaf, of the rows without a problem"""
-
-
-CONSTANT = ("behaviour", "task", "seed", "success")
-
-
-def follow(a: Edge, b: Edge) -> tuple[bool, str, str] | None:
-    """What is wrong with row `b` right after row `a` of the same episode: (it is b's fault, reason, text)."""
-    if b.step == a.step:
-        return True, "duplicate step", f"step {b.step} of episode {b.key!r} comes twice"
-    if b.step < a.step:
-        return True, "steps out of order", f"step {b.step} of episode {b.key!r} comes after its step {a.step}; sort the rows by episode and step"
-    if b.step > a.step + 1:
-        return True, "gap in steps", f"episode {b.key!r} goes from step {a.step} to step {b.step}; give every step"
-    if a.final:
-        return False, "missing value", f"action is missing at step {a.step} of episode {a.key!r}, which goes on; only its last row may have none"
-    if a.ended and not b.final:
-        return True, "rows after the end", f"episode {b.key!r} has ended at step {a.step} (terminated or truncated) and goes on; begin a new episode"
-    for name, before, after in zip(CONSTANT, a.constant, b.constant, strict=True):
-        if before != after:
-            return True, f"{name} changes", f"{name} of episode {b.key!r} changes from {before!r} to {after!r} at step {b.step}; it must be constant"
-    if a.following is not None and b.observation is not None and a.following != b.observation:
-        said = f"next_observation at step {a.step} of episode {a.key!r} is not the observation of step {b.step}; correct one of them"
-        return False, "next_observation contradicts", said
-    return None
-
-
-def begins(key: Key, step: int, first_step: int) -> tuple[str, str] | None:
-    """What is wrong with a row as the first of an episode: (reason, text)."""
-    if isinstance(key, int) and key < 0:
-        return "negative episode", f"episode {key} is negative; number episodes from 0, or name them by strings"
-    if step != first_step:
-        return "start is missing", f"episode {key!r} begins at step {step} where {first_step} was expected; give every step, sorted by episode and step"
-    return None
+    bounds: str = "drop"
+    """`reality.bounds`"""
+    marks_success: bool = False
+    """Success is a flag of each step: an episode succeeds where any of its steps does"""
 
 
 class Block:
@@ -140,25 +66,45 @@ class Block:
         self.layout, self.rows = layout, table.num_rows
         self._bad: dict[int, tuple[str, Callable[[int], str]]] = {}
         self._wrong = np.zeros(self.rows, bool)
-        self.keys = [name(key) for key in _keys(table, layout.named)]
-        self.steps = _steps(table)
+        keys, unnamed = read_keys(table, layout.named)
+        self.keys = [name(key) for key in keys]
+        self.steps, self.unnumbered = read_steps(table)
+        self._mark_unusable(table, unnamed)
         self.observation = [self._leaf(table, leaf) for leaf in layout.observation]
         actions = [take(table, leaf) for leaf in layout.action]
         self.final = np.all([a.missing for a in actions], 0)
         acted = ~self.final
         self.action = [self._checked(leaf, values, acted) for leaf, values in zip(layout.action, actions, strict=True)]
         self.reward = self._number(table, "reward", acted)
-        self.duration = self._number(table, "duration", acted) if "duration" in layout.present else None
+        self.duration, self.timed = self._durations(table, acted)
         self.terminated, self.truncated = self._flag(table, "terminated", acted), self._flag(table, "truncated", acted)
         self.following: list[Array] | None = None
         if layout.following:
             following = [take(table, leaf) for leaf in layout.following]
             self.following = [self._checked(leaf, values, acted) for leaf, values in zip(layout.following, following, strict=True)]
-        self.behaviours = _texts(table, "behaviour", IMPORTED)
+        self.behaviours = texts(table, "behaviour", IMPORTED)
         self.tasks = self._options(table)
-        self.seeds = [UNKNOWN_SEED if s is None else int(s) for s in _optional(table, "seed", int)]
-        self.successes = [None if s is None else bool(s) for s in _optional(table, "success", int)]
+        self.seeds = [UNKNOWN_SEED if s is None else int(s) for s in optional(table, "seed", int)]
+        self.successes = [None if s is None else bool(s) for s in optional(table, "success", int)]
         self._pairs()
+
+    def _durations(self, table: pa.Table, acted: Array) -> tuple[Array | None, Array]:
+        """(seconds, NaN where a row has none; which rows have one). An episode has one at every step or at none, which `follow` checks."""
+        if "duration" not in self.layout.present:
+            return None, np.zeros(self.rows, bool)
+        timed = acted & table.column("duration").is_valid().to_numpy() if "duration" in table.column_names else np.zeros(self.rows, bool)
+        seconds = self._number(table, "duration", timed)
+        self._mark(timed & (seconds < 0), "wrong value", lambda row: f"duration is {seconds[row]:g} {self._at(row)}, which is negative; give seconds")
+        return np.where(timed, seconds, np.nan), timed
+
+    def _mark_unusable(self, table: pa.Table, unnamed: Array) -> None:
+        """Rows of which the reader, or a missing episode or step, says that they cannot be used."""
+        if PROBLEM in table.column_names:
+            texts = table.column(PROBLEM).to_pylist()
+            self._mark(np.array([text is not None for text in texts]), "unreadable episode", lambda row: str(texts[row]))
+        every = "every row must say which episode it is of"
+        self._mark(unnamed, "missing value", lambda row: f"episode is missing in a row beside episode {self.keys[row]!r}; {every}")
+        self._mark(self.unnumbered, "missing value", lambda row: f"step is missing in a row of episode {self.keys[row]!r}; every row must have a whole number")
 
     # -- one row -----------------------------------------------------------------------------------------------------
 
@@ -187,26 +133,30 @@ class Block:
         if array.dtype.kind == "f":
             bad = there & ~np.isfinite(flat).all(1)
             self._mark(bad, "not finite", lambda row: f"{name} holds NaN or infinity {self._at(row)}")
+            self._mark(there & _beyond(flat), "too large", lambda row: f"{_labelled(leaf, flat[row])} {self._at(row)}, {FLOATS}")
         elif array.dtype.kind in "iu":
             bad = there & ((flat > EXACT) | (flat < -EXACT)).any(1)
             self._mark(bad, "too large", lambda row: f"{name} holds an integer beyond 2**53 {self._at(row)}; rescale it")
         if leaf.space is not None:
             good = there & ~self._wrong
+            if self.layout.bounds == "clip" and isinstance(leaf.space, spaces.Box) and array.dtype.kind in "fiu":
+                array = np.where(good.reshape(-1, *[1] * len(leaf.shape)), np.clip(array, leaf.space.low, leaf.space.high), array)
             bad = np.zeros(self.rows, bool)
-            bad[good] = _outside(leaf.space, array[good])
-            self._mark(bad, "outside the space", lambda row: f"{name}={_shown(array[row])} {self._at(row)} is outside the environment's {leaf.space}")
+            bad[good] = outside(leaf.space, array[good], self.layout.bounds)
+            self._mark(bad, OUTSIDE, lambda row: f"{name}={_shown(array[row])} {self._at(row)} is outside the environment's {leaf.space}; {FIX}")
         return array
 
     def _number(self, table: pa.Table, column: str, there: Array) -> Array:
-        values = take(table, _scalar(table, column, "number"))
+        values = take(table, scalar(table, column, "number"))
         self._mark(values.missing & there, "missing value", lambda row: f"{column} is missing {self._at(row)}")
         array = values.array.astype(np.float64)
         self._mark(there & ~np.isfinite(array), "not finite", lambda row: f"{column} is {array[row]} {self._at(row)}")
+        self._mark(there & _beyond(array[:, None]), "too large", lambda row: f"{column} is {array[row]:g} {self._at(row)}, {FLOATS}")
         return array
 
     def _flag(self, table: pa.Table, column: str, there: Array) -> Array:
         kind = "bool" if column in table.column_names and is_.is_boolean(table.schema.field(column).type) else "number"
-        values = take(table, _scalar(table, column, kind))
+        values = take(table, scalar(table, column, kind))
         self._mark(values.missing & there, "missing value", lambda row: f"{column} is missing {self._at(row)}")
         other = there & (values.array != 0) & (values.array != 1)
         self._mark(other, "wrong value", lambda row: f"{column} is {values.array[row]} {self._at(row)}; give true or false")
@@ -220,6 +170,7 @@ class Block:
             self._mark(values.missing, "missing value", lambda row, leaf=leaf: f"{leaf.name} is missing {self._at(row)}")  # type: ignore[misc]
             if values.array.dtype.kind == "f":
                 self._mark(~np.isfinite(values.array), "not finite", lambda row, leaf=leaf: f"{leaf.name} is not finite {self._at(row)}")  # type: ignore[misc]
+                self._mark(_beyond(values.array[:, None]), "too large", lambda row, leaf=leaf: f"{leaf.name} is too large {self._at(row)}, {FLOATS}")  # type: ignore[misc]
         names = [leaf.path[0] for leaf in self.layout.task]
         columns = [values.array.tolist() for values in taken]
         return [tuple(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -229,16 +180,23 @@ class Block:
     def edge(self, row: int) -> Edge:
         following, wrong = None, bool(self._wrong[row])
         if self.following is not None and not self.final[row] and not wrong:
-            following = tuple(_comparable(array[row]) for array in self.following)
+            following = self._seen(self.following, row)
         return Edge(
             key=self.keys[row],
-            step=int(self.steps[row]),
+            step=self._step(row),
             final=bool(self.final[row]),
             ended=bool(self.terminated[row] or self.truncated[row]),
-            constant=(self.behaviours[row], dict(self.tasks[row]), self.seeds[row], self.successes[row]),
-            observation=None if wrong else tuple(_comparable(array[row]) for array in self.observation),
+            constant=(self.behaviours[row], dict(self.tasks[row]), self.seeds[row], None if self.layout.marks_success else self.successes[row]),
+            observation=None if wrong else self._seen(self.observation, row),
             following=following,
+            timed=None if self.final[row] or wrong or self.duration is None else bool(self.timed[row]),
         )
+
+    def _step(self, row: int) -> int | None:
+        return None if self.unnumbered[row] else int(self.steps[row])
+
+    def _seen(self, arrays: list[Array], row: int) -> tuple[Any, ...]:
+        return tuple(_comparable(array[row]) for array in arrays)
 
     def _pairs(self) -> None:
         if self.rows < 2:
@@ -246,7 +204,11 @@ class Block:
         a, b = slice(None, -1), slice(1, None)
         odd = np.diff(self.steps) != 1
         odd |= self.final[a] | ((self.terminated | self.truncated)[a] & ~self.final[b])
-        for constant in (self.behaviours, self.tasks, self.seeds, self.successes):
+        if self.duration is not None:
+            odd |= (self.timed[a] != self.timed[b]) & ~(self.final[a] | self.final[b])
+        for constant in (self.behaviours, self.tasks, self.seeds, [] if self.layout.marks_success else self.successes):
+            if not constant:
+                continue
             odd |= np.fromiter((x != y for x, y in itertools.pairwise(constant)), bool, self.rows - 1)
         if self.following is not None:
             for now, then in zip(self.following, self.observation, strict=True):
@@ -266,18 +228,45 @@ class Block:
         for start, end in itertools.pairwise(starts):
             at = next((row for row in bad[int(np.searchsorted(bad, start)) :] if row < end), None)
             problem = None if at is None else Problem(at, self._bad[at][0], self._bad[at][1](at))
-            if start and (wrong := begins(self.keys[start], int(self.steps[start]), self.layout.first_step)) is not None:
+            if start and (wrong := begins(self.keys[start], self._step(start), self.layout.first_step)) is not None:
                 problem = Problem(start, *wrong)
-            acted = np.flatnonzero(~self.final[start:end])
-            last = start + int(acted[-1]) if len(acted) else start
-            outcome = "terminated" if self.terminated[last] else "truncated" if self.truncated[last] else "unfinished"
-            found.append(Run(self.keys[start], start, end - start, problem, bool(self.final[end - 1]), outcome, float(self.reward[start:end].sum())))
+            found.append(self._run(start, end, problem))
         return found
 
+    def _run(self, start: int, end: int, problem: Problem | None) -> Run:
+        acted = start + np.flatnonzero(~self.final[start:end])
+        last = int(acted[-1]) if len(acted) else start
+        rewarded = self.reward[acted] != 0
+        final, led_to = bool(self.final[end - 1]), None
+        if final:
+            led_to = self._seen(self.observation, end - 1)
+        elif self.following is not None:
+            led_to = self._seen(self.following, last)
+        return Run(
+            self.keys[start],
+            start,
+            end - start,
+            problem,
+            final,
+            "terminated" if self.terminated[last] else "truncated" if self.truncated[last] else "unfinished",
+            self._seen(self.observation, start),
+            self._seen(self.observation, last) if len(acted) else None,
+            led_to,
+            bool(rewarded[:-1].any()),
+            bool(rewarded[-1:].any()),
+        )
+
     def known(self) -> list[dict[str, Any]]:
-        """Of each run, by its first row: what is constant in an episode."""
+        """Of each run, by its first row: what is constant in an episode. A success that is marked step by step is that of any of its rows."""
         starts = [0, *(i for i in range(1, self.rows) if self.keys[i] != self.keys[i - 1])] if self.rows else []
-        constants: tuple[list[Any], ...] = (self.behaviours, self.tasks, self.seeds, self.successes)
+        successes = self.successes
+        if self.layout.marks_success:
+            ends = [*starts[1:], self.rows]
+            successes = [None] * self.rows
+            for start, end in zip(starts, ends, strict=True):
+                marks = [mark for mark in self.successes[start:end] if mark is not None]
+                successes[start] = any(marks) if marks else None
+        constants: tuple[list[Any], ...] = (self.behaviours, self.tasks, self.seeds, successes)
         return [{name: dict(c[i]) if name == "task" else c[i] for name, c in zip(CONSTANT, constants, strict=True)} for i in starts]
 
     def summary(self) -> Summary:
@@ -324,66 +313,17 @@ def _as(space: Any, array: Array) -> Any:
     return array.astype(np.int64) if np.dtype(space.dtype).kind not in "f" and array.dtype.kind == "f" else array
 
 
-def _outside(space: Any, array: Array) -> Array:
-    """[B] bool: which values are not of the space. Bounds are compared in the space's own precision, in which the values may have been logged."""
-    if not len(array):
-        return np.zeros(0, bool)
-    flat = array.reshape(len(array), -1)
-    if isinstance(space, spaces.Text):
-        allowed = space.character_set
-        return np.array([not (space.min_length <= len(v) <= space.max_length and set(v) <= allowed) for v in array], bool)
-    whole = np.ones(len(array), bool) if flat.dtype.kind != "f" else (flat == np.rint(flat)).all(1)
-    if isinstance(space, spaces.Box):
-        dtype = np.dtype(space.dtype)
-        typed = flat.astype(dtype) if dtype.kind == "f" else flat
-        inside = ((typed >= space.low.reshape(-1)) & (typed <= space.high.reshape(-1))).all(1)
-        return np.asarray(~(inside if dtype.kind == "f" else inside & whole))
-    if isinstance(space, spaces.Discrete):
-        low, n = np.array([space.start]), np.array([space.n])
-    elif isinstance(space, spaces.MultiDiscrete):
-        low, n = np.ravel(space.start), np.ravel(space.nvec)
-    else:
-        low, n = np.zeros(1, np.int64), np.array([2])
-    return np.asarray(~(whole & ((flat >= low) & (flat < low + n)).all(1)))
+def _beyond(values: Array) -> Array:
+    """[B, n] -> [B] bool: which rows hold a finite number that float32 cannot."""
+    if first_beyond_float32(values) is None:
+        return np.zeros(len(values), bool)
+    return np.asarray((np.isfinite(values) & (np.abs(values) > FLOAT32)).any(1))
 
 
-def _scalar(table: pa.Table, column: str, kind: str) -> Leaf:
-    type = table.schema.field(column).type if column in table.column_names else pa.null()
-    return Leaf(column, (), (Column(column, (), type),), kind, (), None)
-
-
-def _keys(table: pa.Table, named: bool) -> list[Key]:
-    keys: list[Key | None] = table.column("episode").to_pylist()
-    if any(key is None for key in keys):
-        raise RowError(keys.index(None), "episode is missing; every row must say which episode it is of")
-    if any(isinstance(key, str) != named for key in keys):
-        row = next(i for i, key in enumerate(keys) if isinstance(key, str) != named)
-        raise RowError(row, f"episode is {keys[row]!r} where it is {'a string' if named else 'a whole number'} before (mixed dtypes); give one type")
-    return keys  # type: ignore[return-value]
-
-
-def _steps(table: pa.Table) -> Array:
-    column = table.column("step")
-    if column.null_count or not is_.is_integer(column.type):
-        row = next((i for i, step in enumerate(column.to_pylist()) if type(step) is not int), 0)
-        raise RowError(row, f"step is {column[row].as_py()!r}; every row must have a whole number")
-    return np.asarray(column.to_numpy()).astype(np.int64)
-
-
-def _texts(table: pa.Table, column: str, default: str) -> list[str]:
-    return [default if text is None else text for text in _optional(table, column, str)]
-
-
-def _optional(table: pa.Table, column: str, kind: type) -> list[Any]:
-    """A column's values, None where it has none."""
-    if column not in table.column_names:
-        return [None] * table.num_rows
-    values: list[Any] = table.column(column).to_pylist()
-    wrong = next((i for i, value in enumerate(values) if value is not None and not isinstance(value, kind)), None)
-    if wrong is not None:
-        wanted = "a string" if kind is str else "a whole number, or true or false"
-        raise RowError(wrong, f"{column} is {values[wrong]!r} (mixed dtypes); give {wanted}")
-    return values
+def _labelled(leaf: Leaf, row: Array) -> str:
+    """Name the number of a row that is beyond float32: `observation[2] holds 1e+300`."""
+    column = int(np.argmax(np.abs(row)))
+    return f"{leaf.name}{f'[{column}]' if leaf.shape else ''} holds {row[column]:g}"
 
 
 def _comparable(value: Any) -> Any:

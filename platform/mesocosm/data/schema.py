@@ -7,7 +7,7 @@ said later, by `Schema.describe`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import gymnasium
@@ -16,7 +16,7 @@ import pyarrow.types as is_
 
 from mesocosm.data.inference import Stat, space_of
 from mesocosm.data.layout import Column, Leaf, Node, RowError, build, columns_of, explore, infer, innermost, kind_of, match
-from mesocosm.data.readers import Source
+from mesocosm.data.readers import PROBLEM, Source, lerobot
 from mesocosm.data.rows import IMPORTED, OPTIONAL, REQUIRED, Layout
 from mesocosm.errors import UsageError, nearest
 
@@ -47,14 +47,16 @@ class Schema:
     notes: dict[str, str]
     """What is to be known of our columns in this format"""
     defaults: list[dict[str, str]] = field(default_factory=list)
+    done_only: bool = False
+    """The logs do not say whether a time limit ended an episode"""
 
     def columns(self) -> list[str]:
         """Theirs, to be read."""
         return list(self.renames)
 
     def ours(self, table: pa.Table) -> pa.Table:
-        names = [name for name in table.column_names if name in self.renames]
-        return table.select(names).rename_columns([self.renames[name] for name in names])
+        names = [name for name in table.column_names if name in self.renames or name == PROBLEM]
+        return table.select(names).rename_columns([self.renames.get(name, name) for name in names])
 
     def spaces_of(self, stats: Mapping[str, Stat]) -> tuple[Space, Space]:
         """(observation space, action space): the environment's, or what the values make them."""
@@ -80,7 +82,8 @@ class Schema:
             if name in self.made:
                 rows.append({"column": name, "type": "", "became": name, "how": self.made[name]})
                 continue
-            rows.append({"column": theirs.get(name, name), "type": self.types[name], "became": name, "how": _how(name, self.layout)})
+            how = self.notes.get(name) or _how(name, self.layout)
+            rows.append({"column": theirs.get(name, name), "type": self.types[name], "became": name, "how": how})
         rows += self.defaults
         rows += [{"column": name, "type": "", "became": "nothing", "how": why} for name, why in self.unused.items()]
         return rows
@@ -105,8 +108,8 @@ def _how(name: str, layout: Layout) -> str:
     }.get(name, "")
 
 
-def read_schema(sources: Sequence[Source], columns: Mapping[str, str], per_file: bool, spaces: tuple[Space, Space] | None) -> Schema:
-    """Look at every file's columns and the first rows of the first.
+def read_schema(sources: Sequence[Source], columns: Mapping[str, str], per_file: bool, spaces: tuple[Space, Space] | None, bounds: str = "drop") -> Schema:
+    """Look at every file's columns and the first rows of the first. `bounds`: `reality.bounds`.
 
     Raises UsageError naming the file: a column that is missing, of a type that cannot be, or of another type than in the first file.
     """
@@ -138,9 +141,11 @@ def read_schema(sources: Sequence[Source], columns: Mapping[str, str], per_file:
             unused |= _same(origin, table.schema, source, other, renames, {**source.columns, **columns}, strict)
     if whole_file:
         defaults.append(_default("episode", "missing: each file is one episode (per_file)"))
+    layout = replace(layout, bounds=bounds, marks_success=origin.marks_success and "success" not in columns)
+    done_only = origin.done_only and not {"terminated", "truncated"} & set(columns)
     types = {name: str(table.schema.field(name).type) for name in table.column_names}
     given = "the dataset" if spaces is not None and spaces == origin.spaces else "the environment"
-    return Schema(layout, renames, strict, whole_file, types, unused, spaces, given, origin.made, origin.notes, defaults)
+    return Schema(layout, renames, strict, whole_file, types, unused, spaces, given, origin.made, origin.notes, defaults, done_only)
 
 
 def _renames(source: Source, schema: pa.Schema, columns: Mapping[str, str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -149,8 +154,10 @@ def _renames(source: Source, schema: pa.Schema, columns: Mapping[str, str]) -> t
         if ours not in KNOWN:
             raise UsageError(f"columns.{ours}={theirs!r} names no column of the schema{nearest(ours, KNOWN)}; the schema has {', '.join(KNOWN)}")
     found: dict[str, str] = {}
-    unused: dict[str, str] = {}
+    unused = {name: why for name, why in source.ignored.items() if name in schema.names}
     for name in schema.names:
+        if name in unused:
+            continue
         for ours in KNOWN:
             theirs = columns.get(ours, ours)
             if name == theirs or name.startswith(theirs + "."):
@@ -169,7 +176,10 @@ def _check(source: Source, table: pa.Table, columns: Mapping[str, str], whole_fi
         if explore(schema, name) is None:
             wanted = columns.get(name, name)
             fix = f"add it, or say which column it is: columns.{name}=NAME"
-            if name == "episode":
+            folder = lerobot.folder_of(source.path, have)
+            if folder is not None:
+                fix = f"these columns are LeRobot's: name the LeRobot folder itself{f', {folder!r},' if folder else ''} instead of its files"
+            elif name == "episode":
                 fix += "; where each file is one episode, say per_file=true"
             raise UsageError(f"{source.name!r} has no column {wanted!r}, which is required (it has {', '.join(have)}); {fix}")
     for name, kinds in SCALARS.items():
@@ -214,7 +224,7 @@ def _layout(table: pa.Table, spaces: tuple[Space, Space] | None) -> tuple[Layout
         if name in schema.names and name not in present:
             unused[name] = "it is null in the first rows"
     named = "episode" in schema.names and kind_of(schema.field("episode").type) == "text"
-    step = table.column("step")[0].as_py()
+    step = next((step for step in table.column("step").to_pylist() if step is not None), 0)
     task = _task(nodes["task"], shapes)
     return Layout(leaves["observation"], leaves["action"], following, task, present, named, 1 if step == 1 else 0), unused, defaults
 

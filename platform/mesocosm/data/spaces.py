@@ -3,7 +3,7 @@
 A space is flattened into leaves, in the space's own order. Box leaves become numbers (Box of bool: categories of 2);
 Discrete, MultiDiscrete and MultiBinary become categories that count from 0; a Text of at most L characters becomes L
 categories, 0 for "ended", c for the c-th character of its sorted charset. Integers are exact up to 2**53.
-Nothing is clipped to a space's bounds: values outside a Box pass both ways.
+Nothing is clipped to a space's bounds: values outside a Box pass both ways (`bounds` checks them).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from mesocosm.model.spec import TextSpan
 
 EXACT = 2**53
 """Integers beyond this have no exact float64."""
+FLOAT32 = float(np.finfo(np.float32).max)
+"""The largest number that a world can compute with."""
 
 Array = NDArray[Any]
 Space = gymnasium.Space[Any]
@@ -49,6 +51,10 @@ class Leaf:
     @property
     def is_float(self) -> bool:
         return self.dtype.kind == "f"
+
+    def label(self, column: int) -> str:
+        """The name of one of its number columns: `observation.pose[2]`."""
+        return f"{self.name}[{column}]" if self.shape else self.name
 
 
 class SpaceCodec:
@@ -90,8 +96,7 @@ class SpaceCodec:
         """A name for each number column: `observation.pose[2]`."""
         found = []
         for leaf in self.leaves:
-            count = leaf.numbers.stop - leaf.numbers.start
-            found += [leaf.name] if count == 1 and not leaf.shape else [f"{leaf.name}[{i}]" for i in range(count)]
+            found += [leaf.label(i) for i in range(leaf.numbers.stop - leaf.numbers.start)]
         return found
 
     def matching(self, name: str) -> list[Leaf]:
@@ -235,7 +240,21 @@ def _checked_numbers(leaf: Leaf, flat: Array) -> Array:
     if flat.dtype.kind in "iu" and flat.dtype.itemsize == 8 and flat.size and (flat.max() > EXACT or flat.min() < -EXACT):
         worst = flat.max() if flat.max() > EXACT else flat.min()
         raise MesocosmError(f"{leaf.name}: the integer {worst} is beyond 2**53 and has no exact float64; rescale it, or split it with a wrapper")
+    found = first_beyond_float32(flat)
+    if found is not None:
+        row, column = found
+        raise MesocosmError(f"{leaf.label(column)} holds {flat[row, column]:g}, and a world computes in float32; rescale it")
     return flat
+
+
+def first_beyond_float32(values: Array) -> tuple[int, int] | None:
+    """(row, column) of the first finite number of `values` [B, n] that float32 cannot hold; None where there is none."""
+    if values.dtype.kind != "f" or values.dtype.itemsize <= 4 or not values.size:
+        return None
+    if max(values.max(), -values.min()) <= FLOAT32:  # false where a number is NaN
+        return None
+    found = np.argwhere(np.isfinite(values) & (np.abs(values) > FLOAT32))
+    return (int(found[0][0]), int(found[0][1])) if len(found) else None
 
 
 def _checked_categories(leaf: Leaf, flat: Array) -> Array:

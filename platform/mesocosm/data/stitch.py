@@ -17,10 +17,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mesocosm.config import RayConfig
+from mesocosm.data.edges import Edge, Key, Run, Summary, begins, follow
 from mesocosm.data.inference import Stat
 from mesocosm.data.layout import RowError
 from mesocosm.data.readers import Piece, read
-from mesocosm.data.rows import Block, Edge, Key, Layout, Run, Summary, begins, follow
+from mesocosm.data.rows import OUTSIDE, Block, Layout
 from mesocosm.data.schema import Schema
 from mesocosm.data.spaces import SpaceCodec
 from mesocosm.errors import UsageError
@@ -147,8 +148,16 @@ class Closed:
     """(reason, the sentence with file and row)"""
     led_nowhere: bool
     """Its last row has an action and nothing says what that led to"""
-    total: float
-    parts: list[dict[str, Array]]
+    first: tuple[Any, ...]
+    """Its first observation"""
+    acted_in: tuple[Any, ...] | None = None
+    """The observation of its last action"""
+    led_to: tuple[Any, ...] | None = None
+    """What its last action led to, where the logs say it"""
+    rewarded: bool = False
+    """A reward other than 0 comes before its last action"""
+    last_rewarded: bool = False
+    parts: list[dict[str, Array]] = field(default_factory=list)
 
 
 @dataclass
@@ -172,12 +181,44 @@ class Tally:
     """Left out, for they led nowhere"""
     empty: int = 0
     behaviours: Counter[str] = field(default_factory=Counter)
+    rewarded: int = 0
+    """Episodes with a reward other than 0"""
+    led: int = 0
+    """Episodes of which the logs say what the last action led to"""
+    repeated: int = 0
+    """Of these, those in which it is the observation that came before the action"""
+    pairs: int = 0
+    """Of these, those that another episode follows"""
+    restarted: int = 0
+    """Of these, those in which it is the first observation of the episode that follows"""
+    succeeded: int = 0
+    """Episodes that are terminated and succeeded"""
+    done: int = 0
+    """Episodes that end as terminated and without success"""
+    done_rows: tuple[int, int] = (0, 0)
+    """The fewest and the most rows of them"""
+
+    def count_end(self, episode: Closed, terminated: bool, previous: tuple[Any, ...] | None) -> None:
+        """Count how an episode ends. `previous`: what the last action of the episode before it led to."""
+        self.rewarded += episode.rewarded or (episode.last_rewarded and not episode.led_nowhere)
+        if episode.led_to is not None and episode.acted_in is not None:
+            self.led += 1
+            self.repeated += episode.led_to == episode.acted_in
+        if previous is not None:
+            self.pairs += 1
+            self.restarted += previous == episode.first
+        self.succeeded += episode.length > 0 and episode.outcome == "terminated" and bool(episode.known["success"])
+        if terminated and not episode.known["success"]:
+            fewest, most = self.done_rows if self.done else (episode.rows, episode.rows)
+            self.done_rows = min(fewest, episode.rows), max(most, episode.rows)
+            self.done += 1
 
 
 class Joiner:
     """Takes the batches in order, gives each episode when it is over.
 
-    Raises UsageError, naming file and row, at the first thing that is wrong; with `drop`, only where it is wrong with a file as a whole.
+    Raises UsageError, naming file and row, at the first thing that is wrong; with `drop`, only where it is wrong with a file as a whole. A value outside
+    its space always drops its episode: `reality.bounds` says what else is to be done with it.
     """
 
     def __init__(self, names: Sequence[str], layout: Layout, drop: bool, before: Sequence[Key] = (), number: int = 0):
@@ -190,6 +231,8 @@ class Joiner:
         self._open: Closed | None = None
         self._last: Edge | None = None
         self._final, self._outcome = False, "unfinished"
+        self._previous: tuple[Any, ...] | None = None
+        """What the last action of the last closed episode led to"""
         self._counted: Counter[int] = Counter()
         self._at: tuple[int, int | None] | None = None
         self.number = number
@@ -209,11 +252,13 @@ class Joiner:
             goes_on = self._open is not None and self._open.key == run.key
             if goes_on:
                 problem = self._joined(summary, source, offset) or problem
+                if self._layout.marks_success and self._open is not None and known["success"] is not None:
+                    self._open.known["success"] = bool(self._open.known["success"] or known["success"])
             else:
                 self.next = batch.at[0], batch.at[1] + run.start
                 yield from self.close()
                 problem = self._begun(run, summary, source, offset) or problem
-                self._open = Closed(run.key, self.number, 0, 0, "unfinished", known, None, False, 0.0, [])
+                self._open = Closed(run.key, self.number, 0, 0, "unfinished", known, None, False, run.first)
                 self.number += 1
             self._extend(run, batch, problem)
         if summary.rows:
@@ -251,11 +296,15 @@ class Joiner:
     def _extend(self, run: Run, batch: Batch, problem: tuple[str, str] | None) -> None:
         episode = self._open
         assert episode is not None
-        if problem is not None and not self._drop:
+        if problem is not None and not self._drop and problem[0] != OUTSIDE:
             raise UsageError(problem[1])
         episode.problem = episode.problem or problem
         episode.rows += run.rows
-        episode.total += run.total
+        episode.led_to = run.led_to
+        if run.acted_in is not None:
+            episode.acted_in = run.acted_in
+            episode.rewarded |= episode.last_rewarded or run.rewarded
+            episode.last_rewarded = run.last_rewarded
         if not (run.final and run.rows == 1):  # a final observation alone says nothing of how the episode ended
             self._outcome = run.outcome
         self._final = run.final
@@ -272,13 +321,16 @@ class Joiner:
         episode.led_nowhere = not self._final and not self._layout.following
         episode.length = episode.rows - 1 if self._final or episode.led_nowhere else episode.rows
         episode.outcome = "unfinished" if episode.led_nowhere else self._outcome
-        self._outcome, self._final = "unfinished", False
+        terminated, previous = self._outcome == "terminated", self._previous
+        self._outcome, self._final, self._previous = "unfinished", False, None
         tally = self.tally
         if episode.problem is not None:
             tally.left_out[episode.problem[0]] += 1
             tally.left_out_rows[episode.problem[0]] += episode.rows
             tally.examples.setdefault(*episode.problem)
             return
+        self._previous = episode.led_to
+        tally.count_end(episode, terminated, previous)
         tally.last_actions += episode.led_nowhere
         if episode.length:
             tally.episodes += 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -94,6 +94,8 @@ def judge(
     """
     if episodes < 1:
         raise UsageError(f"episodes={episodes} judges nothing; give at least 1")
+    if reality.bounds == "drop":  # a return is real wherever the observations were
+        reality = replace(reality, bounds="ignore")
     bare = make_env(reality)
     check_spaces(policy, bare, reality)
     timed = reality.horizon is not None or (bare.spec is not None and bare.spec.max_episode_steps is not None)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from mesocosm import __version__, config
+from mesocosm import config
 from mesocosm.agents.policy import Acts, policy_of
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data import behaviours as acting
@@ -40,6 +40,7 @@ from mesocosm.reality.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.reality.env import EnvFacts, facts_of, source_hash
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
+from mesocosm.versions import VERSIONS
 
 NEXT, PROPOSAL = "next.yaml", "proposal.json"
 STARTS = 512
@@ -143,17 +144,9 @@ def run(cfg: ProposeConfig, run: Run) -> Artifact:
     q = _question(cfg, run.storage)
     inputs = {"worlds": [q.world.id], "datasets": [a.id for a in q.datasets], "agents": _agents(q)}
     what = identity(q.cfg, without=["world", "out"])
-    id = fingerprint("plans", "propose", what, inputs, q.sources, q.facts.version, __version__, SCHEMA)
-    found = None if cfg.force else run.storage.find("plans", id)
-    if found is None:
-        answer, text = _answer(q, run)
-
-        def fill(folder: Path) -> None:
-            (folder / PROPOSAL).write_text(json.dumps(answer, indent=1, allow_nan=False) + "\n")
-            (folder / NEXT).write_text(text)
-
-        meta = {"inputs": inputs, "config": identity(q.cfg), "job": "propose", "run": run.id}
-        found = run.storage.make("plans", id, meta, fill, force=cfg.force)
+    id = fingerprint("plans", "propose", what, inputs, q.sources, q.facts.version, VERSIONS["propose"], SCHEMA)
+    with run.making("plans", id, cfg) as artifact:
+        found = artifact or _make(q, run, id, inputs)
     answer = json.loads((found.path / PROPOSAL).read_text())
     run.record(artifact=found.name, inputs=inputs, proposal={key: answer[key] for key in ("steps", "price", "currency", "notes")})
     if not run.quiet:
@@ -168,6 +161,17 @@ def run(cfg: ProposeConfig, run: Run) -> Artifact:
     run.artifact(found.path / NEXT)
     run.say(f"mesocosm collect -c {path}")
     return found
+
+
+def _make(q: _Question, run: Run, id: str, inputs: dict[str, list[str]]) -> Artifact:
+    answer, text = _answer(q, run)
+
+    def fill(folder: Path) -> None:
+        (folder / PROPOSAL).write_text(json.dumps(answer, indent=1, allow_nan=False) + "\n")
+        (folder / NEXT).write_text(text)
+
+    meta = {"inputs": inputs, "config": identity(q.cfg), "job": "propose", "run": run.id}
+    return run.storage.make("plans", id, meta, fill, force=q.cfg.force)
 
 
 def _agents(q: _Question) -> list[str]:

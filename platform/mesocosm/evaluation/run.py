@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -13,6 +13,7 @@ from mesocosm.agents.policy import Policy
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
+from mesocosm.data.evidence import Evidence
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import imagine, page, report, suite
 from mesocosm.evaluation.config import EvaluateConfig
@@ -25,11 +26,12 @@ from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
+from mesocosm.versions import VERSIONS
 
 TRUSTED = ("", "mesocosm.reality.domains")
 """Modules whose environments are made because a world says that it is of them: "" is Gymnasium's registry."""
 
-MEASURES = 2
+MEASURES = 3
 """Raised when what an evaluation measures, or how, changes: earlier ones are then not found in its place."""
 
 
@@ -78,12 +80,42 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     known: list[Any] = [] if plan is None else [plan.facts.version, *plan.sources]
     if plan is not None and plan.horizon.inferred:
         known.append({"horizon": plan.limit})
-    id = fingerprint("evaluations", what, inputs, known, MEASURES, __version__, SCHEMA)
-    if not cfg.force and (found := storage.find("evaluations", id)) is not None:
-        run.say(f"found {found.name}: nothing was evaluated; the report is {found.path / report.PAGE}")
-        run.record(artifact=found.name, inputs=inputs)
-        return found
+    id = fingerprint("evaluations", what, inputs, known, MEASURES, VERSIONS["evaluate"], SCHEMA)
+    with run.making("evaluations", id, cfg) as artifact:
+        if artifact is None:
+            question = _Question(cfg, id, inputs, made, datasets, world, dataset, codec, policy, plan)
+            return _evaluate(question, run)
+        page = artifact.path / report.PAGE
+        run.say(f"found {artifact.name}: nothing was evaluated; the report is {page}")
+        run.record(artifact=artifact.name, inputs=inputs)
+        return artifact
 
+
+@dataclass(frozen=True)
+class _Question:
+    """What is to be evaluated."""
+
+    cfg: EvaluateConfig
+    id: str
+    inputs: dict[str, list[str]]
+    made: Artifact
+    datasets: list[Artifact]
+    world: World
+    dataset: Dataset
+    codec: Codec
+    policy: Policy | None
+    plan: suite.Prepared | None
+
+
+def _evaluate(question: _Question, run: Run) -> Artifact:
+    cfg, id, inputs, storage = question.cfg, question.id, question.inputs, run.storage
+    made, datasets, world, dataset = (
+        question.made,
+        question.datasets,
+        question.world,
+        question.dataset,
+    )
+    codec, policy, plan = question.codec, question.policy, question.plan
     with run.progress("fidelity", None) as update:
 
         def report_fidelity(text: str) -> None:
@@ -122,6 +154,7 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     if policy is not None and result is not None and plan is not None:
         agent = suite.agent_told(measured, result, world, policy, cfg, plan.limit, run)
     told = [verdict.to_json() for verdict in verdicts(measured, faithful.open_loop.to_json(), agent)]
+    _warn(run, measured, agent)
     measured |= {"verdicts": told, "agent": agent, "time_to_end": faithful.time_to_end.to_json(), "loss_intervals": faithful.loss_intervals}
     spent = dataset.transitions + sum(int(drop["steps"]) for artifact in datasets for drop in artifact.meta.get("dropped", []))
     about = replace(_report(cfg, codec, world, faithful, policy, result, ledger, spent, inputs), suite=measured)
@@ -206,6 +239,16 @@ def _report(
         trajectories=[imagine.side_by_side(world, policy, result.episodes, title=name, seed=cfg.seed)],
         notes=[f"episode dropped: {reason}" for reason in result.dropped],
     )
+
+
+def _warn(run: Run, measured: dict[str, Any], agent: dict[str, Any] | None) -> None:
+    """Say what the logs cannot show, or cannot explain."""
+    shown = measured.get("evidence")
+    unidentified = None if shown is None else Evidence(**shown).unidentified()
+    if unidentified is not None:
+        run.say(f"warning: {unidentified}")
+    if agent is not None and agent["unexplained"] is not None:
+        run.say(f"warning: the agent's return is not explained by the logs: {agent['unexplained']}")
 
 
 def _log(run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dict[str, Any]) -> dict[str, float]:

@@ -9,11 +9,12 @@ from typing import Any
 
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.policy import Acts, policy_of
-from mesocosm.agents.rollout import imagined_returns
+from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.data import behaviours
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.episode import Episode
+from mesocosm.data.evidence import Evidence, evidence
 from mesocosm.data.horizon import Horizon, horizon_of
 from mesocosm.data.manifest import Manifest
 from mesocosm.errors import UsageError
@@ -137,6 +138,9 @@ def run(
         starts = task_distribution(world, dataset, seed=cfg.seed, more=None if judged is None else starts_of(world, judged.episodes))
         update(1, "" if starts.auc is None else f"AUC {starts.auc:.2f}")
     found: dict[str, Any] = {"starts": starts.to_json()}
+    shown = evidence_of(run.storage, made, cfg.seed)
+    if shown is not None:
+        found["evidence"] = shown.to_json()
     if plan is None or ledger is None or not cfg.compares:
         return found
     with run.progress("policy value", plan.most_policies) as update:
@@ -167,6 +171,18 @@ def run(
     return found | {"off_policy": away.to_json()}
 
 
+def evidence_of(storage: Storage, world: Artifact, seed: int) -> Evidence | None:
+    """What the world's logs show, as pretraining recorded it or from its datasets; None without them."""
+    recorded = world.meta.get("evidence")
+    if recorded is not None:
+        return Evidence(**recorded)
+    try:
+        data = [storage.artifact("datasets", id).path for id in world.meta["inputs"]["datasets"]]
+    except UsageError:  # a copied world, without the datasets that it was trained on
+        return None
+    return evidence(Dataset(data), seed=seed) if data else None
+
+
 def agent_told(
     measured: dict[str, Any],
     judged: JudgeResult,
@@ -177,22 +193,32 @@ def agent_told(
     run: Run,
 ) -> dict[str, Any]:
     """{"real", "world": mean returns of the judged agent, "success": {"real", "world"} shares of episodes, or None where `reality.success` is
-    not set}. The world's are its row's among the compared policies, or of `cfg.imagined` episodes."""
+    not set, "unexplained": a sentence where the logs cannot explain its return in the world, or None}. The world's are its row's among the
+    compared policies, or of `cfg.imagined` episodes."""
+    env = WorldVectorEnv(cfg.imagined, world, horizon=limit)
+    with run.progress("imagine the agent", limit) as update:
+
+        def report(steps: int) -> None:
+            update(steps, f"step {steps} of at most {limit}")
+
+        (returns,), (lengths,) = imagined_episodes([policy], env, imagining(cfg.seed), report)
     for row in measured.get("policy_value", {"policies": []})["policies"]:
         if row["name"] == panel.AGENT:
             imagined, met = float(row["world"]["mean"]), None if row["success"] is None else row["success"]["world"]
             break
     else:
-        env = WorldVectorEnv(cfg.imagined, world, horizon=limit)
-        with run.progress("imagine the agent", limit) as update:
-
-            def report(steps: int) -> None:
-                update(steps, f"step {steps} of at most {limit}")
-
-            returns = imagined_returns([policy], env, imagining(cfg.seed), report)[0]
         imagined, met = float(returns.mean()), success_by_return(cfg.reality.success, returns)
     success = None if judged.successes is None else {"real": judged.successes / len(judged.returns), "world": met}
-    return {"real": judged.mean, "world": imagined, "success": success}
+    shown = measured.get("evidence")
+    unexplained = None
+    if shown is not None:
+        unexplained = Evidence(**shown).unexplained(float(returns.mean()), float(lengths.mean()))
+    return {
+        "real": judged.mean,
+        "world": imagined,
+        "success": success,
+        "unexplained": unexplained,
+    }
 
 
 def with_adversary(plan: Prepared, run: Run, world: Artifact) -> Prepared:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from mesocosm.data.evidence import FEWEST, Evidence
 from mesocosm.evaluation import page
 from mesocosm.evaluation.ranking import firm
 from mesocosm.evaluation.starts import POWER
@@ -27,6 +28,8 @@ LARGE = 0.2
 """Share of steps away from the data that may have a large error."""
 SEEN = 100
 """Transitions away from the data, below which nothing is said of it."""
+FREE = 0.2
+"""Share of the variance of an action, given the observation, above which the logs show what it does."""
 KNOWS = 0.75
 """AUROC at least for a disagreement that knows where the world is wrong."""
 
@@ -43,7 +46,14 @@ class Verdict:
 
 def verdicts(suite: Mapping[str, Any], open_loop: Mapping[str, Any], agent: Mapping[str, Any] | None) -> list[Verdict]:
     """suite: what `run.suite` gives; open_loop: `OpenLoop.to_json()`; agent: {"real", "world"} mean returns of the judged agent, or None."""
-    return [_ranks(suite.get("policy_value")), _trains(suite.get("policy_value"), agent), _horizon(open_loop), _where(suite), _starts(suite.get("starts"))]
+    return [
+        _ranks(suite.get("policy_value")),
+        _trains(suite.get("policy_value"), agent),
+        _horizon(open_loop),
+        _where(suite),
+        _starts(suite.get("starts")),
+        _actions(suite.get("evidence")),
+    ]
 
 
 def _ranks(value: Mapping[str, Any] | None) -> Verdict:
@@ -78,7 +88,9 @@ def _trains(value: Mapping[str, Any] | None, agent: Mapping[str, Any] | None) ->
     share, of = abs(gap) / size, "of the policies' range" if span else "of the return"
     answer: Answer = "yes" if share <= GAP else "partly" if share <= 3 * GAP else "no"
     why = "" if answer == "yes" else ": it flatters what is trained in it" if gap > 0 else ": it is harder than reality"
-    return Verdict(question, answer, f"{said}, a gap of {share:.0%} {of}{why}.")
+    unexplained = agent.get("unexplained")
+    claim = f" The logs do not explain that: {unexplained}." if unexplained else ""
+    return Verdict(question, answer, f"{said}, a gap of {share:.0%} {of}{why}.{claim}")
 
 
 def _horizon(table: Mapping[str, Any]) -> Verdict:
@@ -142,6 +154,24 @@ def _starts(found: Mapping[str, Any] | None) -> Verdict:
     weak = f", by {found['pairs']} starts of each side, which is weak evidence below {POWER}" if found["pairs"] < POWER else ""
     answer: Answer = "no" if found["auc"] > STARTS_PARTLY else "yes" if found["auc"] <= STARTS and held_out and not weak else "partly"
     return Verdict(question, answer, f"{said}{weak}.")
+
+
+def _actions(found: Mapping[str, Any] | None) -> Verdict:
+    question = "Do its logs show what actions do?"
+    if found is None:
+        return Verdict(question, "unknown", "the datasets that it was trained on are not in storage.")
+    shown = Evidence(**found)
+    if not shown.known:
+        text = f"its logs hold {shown.transitions} training transitions, and that takes {FEWEST}."
+        return Verdict(question, "unknown", text)
+    unidentified = shown.unidentified()
+    if unidentified is not None:
+        return Verdict(question, "no", f"{unidentified}.")
+    name, share = min(shown.free.items(), key=lambda item: item[1])
+    text = f"where observations agree, at least {share:.0%} of the variance of each part of the action is free"
+    if share <= FREE:
+        return Verdict(question, "partly", f"{text} (least of {name}): its logs show little else than one action a state.")
+    return Verdict(question, "yes", f"{text}.")
 
 
 def _memory(found: Mapping[str, Any]) -> str | None:

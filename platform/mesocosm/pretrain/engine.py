@@ -104,10 +104,7 @@ def start(net: WorldNet, options: TrainConfig, own: Rank, kept: Path | None, id:
     if kept is None or before is None:
         return engine, rates, None
     if universal:
-        folder = Path(tempfile.gettempdir()) / f"mesocosm-universal-{id}-{before.step}"
-        if own.local_rank == 0:
-            checkpoint.to_universal(kept, folder)
-        dist.barrier()
+        folder = _universal(kept, own)
         checkpoint.load_running(engine, folder, checkpoint.UNIVERSAL)
         dist.barrier()
         if own.local_rank == 0:
@@ -122,6 +119,17 @@ def start(net: WorldNet, options: TrainConfig, own: Rank, kept: Path | None, id:
     if before.world_size == own.world_size:
         checkpoint.load_random(kept, own.rank)
     return engine, rates, replace(before, world_size=own.world_size)
+
+
+def _universal(kept: Path, own: Rank) -> Path:
+    """Convert a checkpoint once on each node; the ranks of the node share the folder."""
+    made = ""
+    if own.local_rank == 0:
+        made = tempfile.mkdtemp(prefix="mesocosm-universal-")
+        checkpoint.to_universal(kept, Path(made))
+    folders = [""] * own.world_size
+    dist.all_gather_object(folders, made)
+    return Path(folders[own.rank - own.local_rank])
 
 
 def step(engine: Any) -> float:

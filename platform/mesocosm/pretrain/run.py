@@ -12,10 +12,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mesocosm import __version__, cluster, tracking
+from mesocosm import cluster, tracking
 from mesocosm.config import fingerprint
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
+from mesocosm.data.evidence import evidence
 from mesocosm.data.loader import Loader
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.model import counts
@@ -26,6 +27,7 @@ from mesocosm.pretrain.export import calibrate, check_termination, world_of
 from mesocosm.pretrain.feed import Feed
 from mesocosm.pretrain.worker import Work, train_loop
 from mesocosm.storage import SCHEMA, Artifact, Storage
+from mesocosm.versions import VERSIONS
 
 __all__ = ["PretrainConfig", "plan", "run"]
 
@@ -62,18 +64,21 @@ def plan(config: PretrainConfig) -> dict[str, Any]:
 def run(config: PretrainConfig, run: tracking.Run) -> Artifact:
     """Pretrain, or find, the world that `config` describes. Raises UsageError before anything starts, MesocosmError after."""
     config.validate()
-    storage, dataset = run.storage, _opened(config)
+    dataset = _opened(config)
     if config.ray.address is not None:
         cluster.ensure(config.ray)
     gpus = _gpus(config)
     id = _id(config, dataset, gpus)
     run.record(inputs={"datasets": dataset.ids}, artifact=f"worlds/{id}")
-    found = None if config.force else storage.find("worlds", id)
-    if found is not None:
-        run.say(f"found {found.name}")
-        return found
+    with run.making("worlds", id, config) as artifact:
+        if artifact is None:
+            return _make(config, run, dataset, id, gpus)
+        run.say(f"found {artifact.name}")
+        return artifact
 
-    folder = checkpoint.folder_of(id)
+
+def _make(config: PretrainConfig, run: tracking.Run, dataset: Dataset, id: str, gpus: float) -> Artifact:
+    storage, folder = run.storage, checkpoint.folder_of(id)
     if config.force:
         storage.remove(folder)
     last = checkpoint.latest(storage, id)
@@ -195,6 +200,7 @@ def _export(
         world = world_of(Path(folder) / checkpoint.MODEL, base, codec, config.model)
     calibrate(world, dataset, codec, config.seed)
     ending = check_termination(world, dataset, codec, config.seed)
+    shown = evidence(dataset, seed=config.seed)
     last = dict(progress.validations[-1]) if progress.validations else {}
     last.pop("step", None)
     facts = {"termination_recall": ending.recall, "termination_precision": ending.precision}
@@ -209,13 +215,16 @@ def _export(
         "run": run.id,
         "codec": codec.id,
         "metrics": metrics,
-        "checks": {"termination": ending.verdict},
+        "checks": {"termination": ending.verdict, "actions": shown.unidentified() or "passed"},
+        "evidence": shown.to_json(),
         "counts": {"params": sizes.n, **asdict(sizes), "flops": flops, "data": seen, "unique": unique, "epochs": seen / unique, "steps": progress.steps},
         "seconds": progress.seconds,
     }
     artifact = storage.make("worlds", id, meta, world.save, force=config.force)
     run.log(metrics, progress.steps)
     run.record(metrics=metrics, checks=meta["checks"])
+    if (unidentified := shown.unidentified()) is not None:
+        run.say(f"warning: {unidentified}")
     if ending.verdict.startswith("failed"):
         run.say(f"warning: termination check {ending.verdict}")
     elif ending.recall is not None:
@@ -242,7 +251,7 @@ def _id(config: PretrainConfig, dataset: Dataset, gpus: float) -> str:
     given = {key: value for key in ("unique", "weights", "block") if (value := getattr(config.data, key)) is not None}
     data = {"datasets": dataset.ids} | given if given else dataset.ids
     said = what(config, _precision(config, gpus)) | {"data": data}
-    return fingerprint("worlds", said, __version__, SCHEMA)
+    return fingerprint("worlds", said, VERSIONS["pretrain"], SCHEMA)
 
 
 def _steps(config: PretrainConfig, dataset: Dataset, codec: Codec) -> tuple[int, Loader]:

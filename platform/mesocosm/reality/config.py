@@ -11,6 +11,8 @@ from typing import Any
 
 from mesocosm.errors import UsageError
 
+BOUNDS = ("drop", "clip", "ignore")
+"""Values of `reality.bounds`."""
 PAID = ("reality.budget", "reality.price", "reality.step_timeout_s")
 """Keys that change what is paid or waited for, not what reality answers."""
 
@@ -54,6 +56,9 @@ class RealityConfig:
     """`return >= 475` (or >, <=, <), or `info.KEY`: true at the last step."""
     horizon: int | None = None
     """Truncates episodes after so many steps, in place of the environment's own time limit."""
+    bounds: str = "drop"
+    """What collect and import do with a number outside the bounds of its space: drop the episode, clip
+    the number, or ignore the bounds. Judged episodes are never dropped for their bounds."""
     price: PriceConfig = field(default_factory=PriceConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     step_timeout_s: float = 60.0
@@ -73,6 +78,7 @@ def check(config: RealityConfig) -> None:
         raise UsageError(f"reality.budget.steps={config.budget.steps} is negative; give a number of real steps, or null for no bound")
     if config.horizon is not None and config.horizon < 1:
         raise UsageError(f"reality.horizon={config.horizon} leaves no step; give at least 1, or null for the environment's own limit")
+    check_bounds(config)
     if not (math.isfinite(config.step_timeout_s) and config.step_timeout_s > 0):
         raise UsageError(f"reality.step_timeout_s={config.step_timeout_s} is no time limit; give seconds above 0")
     if len(set(config.task)) != len(config.task):
@@ -84,6 +90,12 @@ def check(config: RealityConfig) -> None:
         check_option(f"reality.task_options.{name}", option)
     if config.success is not None:
         parse_success(config.success)
+
+
+def check_bounds(config: RealityConfig) -> None:
+    """Raise UsageError where `reality.bounds` is unknown."""
+    if config.bounds not in BOUNDS:
+        raise UsageError(f"reality.bounds must be 'drop', 'clip' or 'ignore', got {config.bounds!r}")
 
 
 def check_option(key: str, option: TaskOption) -> None:

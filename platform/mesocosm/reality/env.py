@@ -17,8 +17,12 @@ from typing import Any, Protocol, cast, runtime_checkable
 import gymnasium
 import numpy as np
 
+from mesocosm.cluster import IMPORTS
+from mesocosm.data.bounds import FIX, Clipped, first_outside
 from mesocosm.data.episode import Episode, Outcome
+from mesocosm.data.spaces import FLOAT32
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError, nearest
+from mesocosm.reality.api import close, take_reset, take_step
 from mesocosm.reality.config import RealityConfig, check, parse_success
 
 Env = gymnasium.Env[Any, Any]
@@ -65,12 +69,12 @@ def make_env(config: RealityConfig) -> Env:
         raise
     except gymnasium.error.DependencyNotInstalled as error:
         raise UsageError(f"reality.env={config.env!r} needs a package that is not installed: {_line(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"reality.env={config.env!r} cannot be made with reality.kwargs={dict(config.kwargs)!r} ({type(error).__name__}: {_line(error)}); correct them"
         ) from error
     task_keys(config, env.observation_space)
-    return env
+    return Clipped(env) if config.bounds == "clip" else env
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def facts_of(config: RealityConfig) -> EnvFacts:
         limit = config.horizon if config.horizon is not None else env.spec.max_episode_steps if env.spec is not None else None
         return EnvFacts(env.observation_space, env.action_space, environment_version(env), limit)
     finally:
-        env.close()
+        close(env)
 
 
 def _maker(config: RealityConfig) -> Callable[[], Env]:
@@ -122,7 +126,10 @@ def _check_registered(env: str, name: str, module: Any) -> None:
         return
     if module is not None:
         own = [n for n, value in vars(module).items() if inspect.isclass(value) and issubclass(value, gymnasium.Env)]
-        raise UsageError(f"reality.env={env!r}: module {module.__name__!r} neither registers nor defines {name!r}{nearest(name, [*own, *gymnasium.registry])}")
+        where = f" ({path})" if (path := getattr(module, "__file__", None)) else ""
+        raise UsageError(
+            f"reality.env={env!r}: module {module.__name__!r}{where} neither registers nor defines {name!r}{nearest(name, [*own, *gymnasium.registry])}"
+        )
     same = [id for id in gymnasium.registry if id.rsplit("-v", 1)[0].lower() == name.rsplit("-v", 1)[0].lower()]
     hint = f"; did you mean {same[-1]!r}?" if same else nearest(name, gymnasium.registry)
     raise UsageError(f"reality.env={env!r} does not exist: no environment of that id is registered{hint}")
@@ -131,15 +138,16 @@ def _check_registered(env: str, name: str, module: Any) -> None:
 def import_module(name: str, what: str) -> Any:
     """Import a user's module, the current directory being importable. `what` names the config key and value in the UsageError."""
     here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    for folder in (here, os.environ.get(IMPORTS, here)):
+        if folder not in sys.path:
+            sys.path.append(folder)  # last: a user's http.py must not replace Python's own module
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
             raise UsageError(f"{what}: there is no module {error.name!r} in {here!r} or among the installed packages; check its name") from error
         raise UsageError(f"{what}: module {name!r} needs {error.name!r}, which is not installed") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"{what}: module {name!r} fails on import ({type(error).__name__}: {_line(error)})") from error
 
 
@@ -247,8 +255,10 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
         act: chooses actions; a `Behaviour`'s `start` is called first. Its generator is a function of (seed, k).
         max_steps: after so many steps an episode that has not ended is `unfinished`; None runs to its end.
 
-    Raises EpisodeError if the environment raises, or gives an observation, reward or duration that is not finite;
-    EpisodeCut if the meter has no more steps; MesocosmError if `act` raises: that is the caller's fault, not reality's.
+    Raises EpisodeError if the environment raises, or gives an observation, reward or duration that is not finite,
+    a reward or duration beyond float32, a negative duration, or with `reality.bounds=drop` an observation outside its space;
+    EpisodeCut if the meter has no more steps; MesocosmError if `act` raises: that is the caller's fault, not reality's; or if the
+    environment is of gym's old API.
     """
     assert max_steps is None or max_steps >= 1, max_steps
     reset_seed, rng = episode_seed(seed, k), stream("actions", seed, k)
@@ -256,10 +266,12 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
     if isinstance(act, Behaviour):
         act.start(k, rng)
     try:
-        observation, info = _guarded(partial(env.reset, seed=reset_seed, options=task or None), k, "reset")
+        reset = partial(take_reset, env, seed=reset_seed, options=task or None)
+        observation, info = _guarded(reset, k, "reset")
     except BudgetSpent as error:
         raise EpisodeCut(str(error), None) from error
-    observations, actions = [_finite(observation, k, 0)], list[Any]()
+    bounded = env.observation_space if config.bounds == "drop" else None
+    observations, actions = [_valid(observation, bounded, k, 0)], list[Any]()
     rewards: list[float] = []
     durations: list[float] = []
     outcome: Outcome = "unfinished"
@@ -269,11 +281,11 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
         action = _choose(act, copied(observations[-1]), rng, behaviour, k)
         chosen = copied(action)  # an environment may clip the action in place
         try:
-            observation, reward, terminated, truncated, info = _guarded(partial(env.step, action), k, f"step {t}")
+            observation, reward, terminated, truncated, info = _guarded(partial(take_step, env, action), k, f"step {t}")
         except BudgetSpent as error:
             spent = error
             break
-        observations.append(_finite(observation, k, t))
+        observations.append(_valid(observation, bounded, k, t))
         actions.append(chosen)
         rewards.append(_number(reward, "reward", k, t))
         if "duration" in info:
@@ -304,7 +316,7 @@ def _guarded(call: Callable[[], Any], k: int, where: str) -> Any:
         return call()
     except MesocosmError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise EpisodeError(f"episode {k}: the environment's {where} raised {type(error).__name__}: {_line(error)}") from error
 
 
@@ -324,13 +336,21 @@ def _number(value: Any, what: str, k: int, t: int) -> float:
         raise EpisodeError(f"episode {k}: step {t} gave {what} {value!r}, which is no number") from error
     if not np.isfinite(number):
         raise EpisodeError(f"episode {k}: step {t} gave {what} {number}")
+    if abs(number) > FLOAT32:
+        raise EpisodeError(f"episode {k}: step {t} gave {what} {number:g}, and a world computes in float32; rescale it")
+    if number < 0 and what != "reward":
+        raise EpisodeError(f"episode {k}: step {t} gave {what} {number:g}, which is negative; give seconds")
     return number
 
 
-def _finite(observation: Any, k: int, t: int) -> Any:
+def _valid(observation: Any, bounded: gymnasium.Space[Any] | None, k: int, t: int) -> Any:
+    """A copy of an observation that is finite and, where a space is given, inside its bounds."""
     own = copied(observation)
     if not all_finite(own):
         raise EpisodeError(f"episode {k}: the observation after step {t} holds NaN or infinity")
+    problem = None if bounded is None else first_outside(bounded, own, "observation")
+    if problem is not None:
+        raise EpisodeError(f"episode {k}: after step {t}, {problem}; {FIX}")
     return own
 
 

@@ -5,6 +5,9 @@ confirms an earlier reservation with what was truly used, or does both. Record n
 read records 0..n-1 and found budget left in them, so the records are one agreed sequence and the budget holds without
 a lock or a server. A reservation that was never confirmed (its process died, or is still at work) counts as spent in
 full and is listed apart: never over budget, never under-counted, exact without a crash.
+
+Each record names its predecessor's nonce, so a record that was deleted or replaced is noticed. Every SNAPSHOT_EVERY records
+`snapshots/NNNNNNNN.json` holds the state before record N: opening a ledger reads the newest snapshot and the records after it.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ from mesocosm.reality.config import BudgetConfig, PriceConfig
 from mesocosm.storage import Storage
 
 PURPOSES = ("collect", "baseline", "select", "judge")
+SNAPSHOT_EVERY = 64
+"""Records between two snapshots. Opening a ledger reads at most this many records and one snapshot."""
+RECORD = re.compile(r"(\d{8})\.json")
 BUDGETED = ("collect", "select")
 """What `reality.budget.steps` bounds together; any purpose may have a bound of its own beside it."""
 
@@ -122,37 +128,76 @@ class Ledger:
         assert set(self.bounds) <= set(PURPOSES), self.bounds
         self._lock = threading.RLock()  # re-entrant: the garbage collector may close a forgotten environment while we append
         self._next = 0
+        self._nonce = ""
+        """Nonce of record `_next - 1`."""
+        self._opened = False
         self._open: dict[int, Reservation] = {}
         self._confirmed = {purpose: _Sum() for purpose in PURPOSES}
-        self._holders: dict[str, int] = {}
 
     # -- spending ------------------------------------------------------------------------------------------------
 
-    def reserve(self, purpose: str, steps: int, resets: int = 0, *, exact: bool = False, holder: str = "", confirming: Usage | None = None) -> Reservation:
+    def reserve(
+        self,
+        purpose: str,
+        steps: int,
+        resets: int = 0,
+        *,
+        least: int = 1,
+        holder: str = "",
+        confirming: Usage | None = None,
+    ) -> Reservation:
         """Reserve up to `steps` (at least 1) real steps, durably, before they are taken.
 
-        Grants what the budget leaves when that is less, unless `exact`. `confirming` confirms an earlier reservation in
-        the same record. Raises BudgetSpent, reserving and confirming nothing, when no step is left (or `exact` cannot be met).
+        Grants what the budget leaves when that is less than `steps` but at least `least`. `confirming`
+        confirms an earlier reservation in the same record.
+
+        Raises:
+            BudgetSpent: fewer than `least` steps are left. Nothing is reserved or confirmed.
         """
-        assert purpose in PURPOSES and steps >= 1 and resets >= 0, (purpose, steps, resets)
+        assert purpose in PURPOSES and steps >= least >= 1 and resets >= 0, (purpose, steps, resets)
         with self._lock:
             while True:
                 self._catch_up()
                 number = self._next  # a re-entrant call may move on over others' records: what we judge by is what stands before this one
                 left = self._remaining(purpose, confirming)
                 granted = steps if left is None else min(steps, left)
-                if granted < 1 or (exact and granted < steps):
+                if granted < least:
                     raise BudgetSpent(self._refusal(purpose, steps, max(granted, 0)))
                 if self._append(number, {"purpose": purpose, "steps": granted, "resets": resets, "holder": holder}, confirming):
                     return self._open[number]
 
-    def confirm(self, reservation: Reservation, steps: int, resets: int = 0, seconds: float = 0.0) -> None:
-        """Say what was used of a reservation; the rest returns to the budget. Of two confirmations the first holds."""
+    def confirm(
+        self,
+        reservation: Reservation,
+        steps: int,
+        resets: int = 0,
+        seconds: float = 0.0,
+        *,
+        keep: tuple[int, int] = (0, 0),
+    ) -> Reservation | None:
+        """Confirm what was used of a reservation; the rest returns to the budget.
+
+        Of two confirmations of one reservation the first counts. `keep` is (steps, resets) of the rest that
+        stay reserved in a new reservation, which is returned: they were used, and what they bought is not
+        recorded yet.
+        """
         usage = Usage(reservation, steps, resets, seconds)
+        kept = None
+        if any(keep):
+            kept = {
+                "purpose": reservation.purpose,
+                "steps": keep[0],
+                "resets": keep[1],
+                "holder": reservation.holder,
+            }
         with self._lock:
             self._catch_up()
-            while reservation.number in self._open and not self._append(self._next, None, usage):
+            while reservation.number in self._open:
+                number = self._next
+                if self._append(number, kept, usage):
+                    return self._open.get(number)
                 self._catch_up()
+        return None
 
     # -- looking -------------------------------------------------------------------------------------------------
 
@@ -178,34 +223,88 @@ class Ledger:
             self._catch_up()
             return self._remaining(purpose, None)
 
-    def spent_by(self, holder: str) -> int:
-        """Steps that one holder has spent, its unconfirmed reservations included."""
-        with self._lock:
-            self._catch_up()
-            return self._holders.get(holder, 0) + sum(r.steps for r in self._open.values() if r.holder == holder)
-
     # -- the journal ---------------------------------------------------------------------------------------------
 
     def _path(self, number: int) -> str:
         return f"ledgers/{self.id}/{number:08d}.json"
 
     def _catch_up(self) -> None:
-        """Read the records that others have appended since we last looked."""
+        """Read the records that others have appended since the last call."""
+        if not self._opened:
+            self._open_journal()
         while (raw := self.storage.read(self._path(number := self._next))) is not None:
             self._apply(number, self._parse(number, raw))
 
+    def _open_journal(self) -> None:
+        """Check that no record is missing, and start from the newest snapshot.
+
+        Raises ArtifactError where a record is missing or the newest snapshot is damaged.
+        """
+        folder = f"ledgers/{self.id}"
+        snapshots = _numbers(self.storage.list(f"{folder}/snapshots"))
+        numbers = _numbers(self.storage.list(folder))
+        last = max([*(n + 1 for n in numbers), *snapshots], default=0)
+        for number in sorted(set(range(last)) - set(numbers)):
+            # A listing may miss a record that was appended meanwhile.
+            if self.storage.read(self._path(number)) is None:
+                raise self._damaged(number, "missing")
+        if snapshots:
+            self._restore(snapshots[-1])
+        self._opened = True
+        start = self._next
+        while (raw := self.storage.read(self._path(number := self._next))) is not None:
+            self._apply(number, self._parse(number, raw))
+        if self._next - start >= SNAPSHOT_EVERY:  # the process that should have written one died
+            self._snapshot()
+
+    def _snapshot(self) -> None:
+        """Write the state before record `_next`. Any process writes the same bytes."""
+        state = {
+            "schema": 1,
+            "nonce": self._nonce,
+            "confirmed": {purpose: asdict(total) for purpose, total in self._confirmed.items()},
+            "open": [asdict(r) for r in self._open.values()],
+        }
+        path = f"ledgers/{self.id}/snapshots/{self._next:08d}.json"
+        self.storage.write(path, json.dumps(state).encode())
+
+    def _restore(self, number: int) -> None:
+        path = f"ledgers/{self.id}/snapshots/{number:08d}.json"
+        try:
+            state = json.loads(self.storage.read(path) or b"")
+            self._confirmed = {p: _Sum(**state["confirmed"][p]) for p in PURPOSES}
+            self._open = {r["number"]: Reservation(**r) for r in state["open"]}
+            self._next, self._nonce = number, state["nonce"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactError(f"{path} in {self.storage.root!r} is damaged; remove this snapshot: the ledger's records suffice") from error
+
     def _parse(self, number: int, raw: bytes) -> dict[str, Any]:
         try:
-            record = json.loads(raw)
+            record: dict[str, Any] = json.loads(raw)
             if not {"reserve", "confirm", "nonce"} <= set(record):
                 raise ValueError("not a record of a ledger")
         except (ValueError, TypeError) as error:
-            raise ArtifactError(f"{self._path(number)} in {self.storage.root!r} is damaged; restore it from a copy, or use another ledger") from error
+            raise self._damaged(number, "damaged") from error
+        # Records of before the chain have no "previous".
+        if number == self._next and record.get("previous", self._nonce) != self._nonce:
+            raise self._damaged(number - 1, "replaced")
         return record
+
+    def _damaged(self, number: int, how: str) -> ArtifactError:
+        return ArtifactError(
+            f"ledger {self.id!r} is damaged: record {self._path(number)} in {self.storage.root!r} is {how}; restore it from a copy, or use another ledger"
+        )
 
     def _append(self, number: int, reserve: dict[str, Any] | None, confirm: Usage | None) -> bool:
         """Create record `number`; False if it is there already."""
-        record: dict[str, Any] = {"schema": 1, "nonce": uuid.uuid4().hex, "time": round(time.time(), 3), "reserve": reserve, "confirm": None}
+        record: dict[str, Any] = {
+            "schema": 1,
+            "nonce": uuid.uuid4().hex,
+            "previous": self._nonce,
+            "time": round(time.time(), 3),
+            "reserve": reserve,
+            "confirm": None,
+        }
         if confirm is not None:
             held = confirm.reservation
             assert 0 <= confirm.steps <= held.steps and 0 <= confirm.resets <= held.resets, confirm
@@ -216,19 +315,20 @@ class Ledger:
             if raw is None or self._parse(number, raw)["nonce"] != record["nonce"]:
                 return False
         self._apply(number, record)
+        if self._next == number + 1 and self._next % SNAPSHOT_EVERY == 0:
+            self._snapshot()
         return True
 
     def _apply(self, number: int, record: Mapping[str, Any]) -> None:
         if number != self._next:  # a re-entrant call has applied it already
             return
-        self._next += 1
+        self._next, self._nonce = number + 1, record["nonce"]
         confirm, reserve = record["confirm"], record["reserve"]
         if confirm is not None and (held := self._open.pop(confirm["of"], None)) is not None:
             done = self._confirmed[held.purpose]
             done.steps += confirm["steps"]
             done.resets += confirm["resets"]
             done.seconds += confirm["seconds"]
-            self._holders[held.holder] = self._holders.get(held.holder, 0) + confirm["steps"]
         if reserve is not None:
             self._open[number] = Reservation(number, reserve["purpose"], reserve["steps"], reserve["resets"], reserve["holder"])
 
@@ -262,3 +362,8 @@ class Ledger:
 
     def _cost(self, steps: int, resets: int) -> float:
         return steps * self.price.per_step + resets * self.price.per_reset
+
+
+def _numbers(names: list[str]) -> list[int]:
+    """The record or snapshot numbers among a folder's names, ascending."""
+    return sorted(int(match[1]) for name in names if (match := RECORD.fullmatch(name)))

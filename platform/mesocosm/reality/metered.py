@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,8 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
-from mesocosm.errors import BudgetSpent
+from mesocosm.errors import BudgetSpent, StorageError
+from mesocosm.reality.api import close
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import EpisodeError, TaskSampler
 from mesocosm.reality.ledger import Ledger, Reservation, Usage
@@ -23,6 +24,11 @@ from mesocosm.storage import Storage
 
 RESETS_A_BLOCK = 8
 """Resets reserved with a block of steps. They have no bound of their own; a crash over-counts at most so many."""
+BLOCK_S, OVERHEAD = 0.1, 0.1
+"""A deferred meter reserves about BLOCK_S seconds of steps ahead, which a crash over-counts; or more, where storage is so slow
+that reserving would take more than this share of the time."""
+FIRST_BLOCK, GROWTH = 4, 4
+"""A deferred meter's first block, and by how much a block may exceed the one before it."""
 
 
 class Meter:
@@ -32,11 +38,27 @@ class Meter:
         block: steps a reservation: what a crash over-counts at most.
         limit: steps this meter may use in all; it never reserves beyond.
         holder: who reserves, as the ledger's records will say.
+        deferred: nothing is confirmed but by `settle`, once what the steps bought is in storage. The one
+            reservation grows while steps are taken, by about `BLOCK_S` seconds of steps at a time.
     """
 
-    def __init__(self, ledger: Ledger, purpose: str, *, block: int = 64, limit: int | None = None, holder: str = ""):
+    def __init__(
+        self,
+        ledger: Ledger,
+        purpose: str,
+        *,
+        block: int = 64,
+        limit: int | None = None,
+        holder: str = "",
+        deferred: bool = False,
+    ):
         assert block >= 1, block
         self.ledger, self.purpose, self.block, self.limit, self.holder = ledger, purpose, block, limit, holder
+        self.deferred = deferred
+        self._grown = (0, 0, time.monotonic())
+        """The last block's size, `steps` when it was reserved, and when."""
+        self._cost_s = 0.0
+        """What reserving it took."""
         self.steps = 0
         """Steps used by this meter so far."""
         self._held: Reservation | None = None
@@ -79,6 +101,9 @@ class Meter:
         if own is not None and own < need:
             raise BudgetSpent(f"this environment's own limit of {self.limit} real steps is spent; it may take no more for {self.purpose}")
         wanted = max(self.block, need) if own is None else min(max(self.block, need), own)
+        if self.deferred:
+            self._grow(need, resets, own)
+            return
         usage = self._usage()
         try:
             granted = self.ledger.reserve(self.purpose, wanted, max(RESETS_A_BLOCK, resets), holder=self.holder, confirming=usage)
@@ -93,6 +118,50 @@ class Meter:
                 "use fewer environments, or raise the budget"
             )
 
+    def _grow(self, need: int, resets: int, own: int | None) -> None:
+        """Exchange the reservation for a larger one, in one record: what was used stays reserved."""
+        last, before, since = self._grown
+        elapsed = time.monotonic() - since
+        pace = (self.steps - before) / elapsed if elapsed > 0 else float(self.block)
+        wanted = round(pace * max(BLOCK_S, self._cost_s / OVERHEAD))
+        block = max(need, min(self.block, GROWTH * last, wanted)) if last else max(need, FIRST_BLOCK)
+        block = block if own is None else min(block, own)
+        used_steps, used_resets, _ = self._used
+        began = time.monotonic()
+        self._held = self.ledger.reserve(
+            self.purpose,
+            used_steps + block,
+            used_resets + max(RESETS_A_BLOCK, resets),
+            least=used_steps + need,
+            holder=self.holder,
+            confirming=None if self._held is None else Usage(self._held, 0, 0, 0.0),
+        )
+        now = time.monotonic()
+        self._cost_s, self._grown = now - began, (block, self.steps, now)
+
+    def settle(self, steps: int, resets: int, record: Callable[[Usage, tuple[int, int]], bool]) -> bool:
+        """Confirm `steps` and `resets` of those used, after `record` has stored what they bought.
+
+        `record` is given the usage to confirm and the (steps, resets) used beyond it, which stay reserved.
+        Where it returns False, or raises, nothing is confirmed and all that was used stays reserved.
+        For the thread that steps, or another one once the meter is stopped.
+        """
+        assert self.deferred
+        with self._lock:
+            if self._held is None:
+                return True
+            held, used = self._held, self._used
+        usage, beyond = Usage(held, steps, resets, used[2]), (used[0] - steps, used[1] - resets)
+        assert min(beyond) >= 0, (used, steps, resets)
+        recorded = record(usage, beyond)
+        if not recorded:
+            usage, beyond = Usage(held, 0, 0, 0.0), used[:2]
+        kept = self.ledger.confirm(held, usage.steps, usage.resets, usage.seconds, keep=beyond)
+        with self._lock:
+            self._held = kept
+            self._used = (0, 0, 0.0) if kept is None else (*beyond, 0.0)
+        return recorded
+
     def _usage(self) -> Usage | None:
         return None if self._held is None else Usage(self._held, *self._used)
 
@@ -103,7 +172,10 @@ class Meter:
 
     def close(self) -> None:
         """Confirm what was used and give the rest back. The meter can go on afterwards, with a new reservation; a stopped one
-        confirms what it was frozen at, in case the one who stopped it does not."""
+        confirms what it was frozen at, in case the one who stopped it does not. A deferred meter keeps what was used reserved."""
+        if self.deferred:
+            self.settle(0, 0, lambda usage, beyond: True)
+            return
         with self._lock:
             self._release(self._usage())
 
@@ -131,13 +203,30 @@ class Meter:
         return self._usage()
 
 
+def _close_at_last(meter: Meter) -> None:
+    """Close the meter of an environment that is gone, or at exit. Where storage fails, the error was
+    reported by then, and what is not confirmed counts as spent."""
+    with suppress(StorageError):
+        meter.close()
+
+
 class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
     """One environment of reality. Raises BudgetSpent in place of a step or reset that is not paid for."""
 
-    def __init__(self, env: gymnasium.Env[Any, Any], ledger: Ledger, purpose: str, block: int = 64, *, limit: int | None = None, holder: str = ""):
+    def __init__(
+        self,
+        env: gymnasium.Env[Any, Any],
+        ledger: Ledger,
+        purpose: str,
+        block: int = 64,
+        *,
+        limit: int | None = None,
+        holder: str = "",
+        deferred: bool = False,
+    ):
         super().__init__(env)
-        self.meter = Meter(ledger, purpose, block=block, limit=limit, holder=holder)
-        self._finalizer = weakref.finalize(self, self.meter.close)
+        self.meter = Meter(ledger, purpose, block=block, limit=limit, holder=holder, deferred=deferred)
+        self._finalizer = weakref.finalize(self, _close_at_last, self.meter)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         with self.meter.use(resets=1):
@@ -149,7 +238,7 @@ class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
 
     def close(self) -> None:
         self.meter.close()
-        self.env.close()
+        close(self.env)
 
 
 class MeteredVectorEnv(VectorWrapper):
@@ -164,7 +253,7 @@ class MeteredVectorEnv(VectorWrapper):
         assert env.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP, env.metadata
         self.meter = Meter(ledger, purpose, block=block or 16 * env.num_envs, limit=limit, holder=holder)
         self._ended = np.zeros(env.num_envs, dtype=np.bool_)
-        self._finalizer = weakref.finalize(self, self.meter.close)
+        self._finalizer = weakref.finalize(self, _close_at_last, self.meter)
 
     def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         mask = np.ones(self.num_envs, dtype=np.bool_) if options is None or "reset_mask" not in options else options["reset_mask"]

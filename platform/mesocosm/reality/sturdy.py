@@ -5,12 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import gymnasium
 
 from mesocosm.errors import MesocosmError
+from mesocosm.reality.api import close, take_reset, take_step
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import Env, all_finite, copied, make_env
 
@@ -56,21 +57,21 @@ class Sturdy(gymnasium.Env[Any, Any]):
         super().reset(seed=seed)
         while True:
             try:
-                observation, info = self.env.reset(seed=seed, options=options)
+                observation, info = take_reset(self.env, seed=seed, options=options)
                 if all_finite(observation):
                     self._last = copied(observation)
                     return observation, info
                 reason = "the reset's observation holds NaN or infinity"
             except MesocosmError:
                 raise
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 reason = f"the reset raised {type(error).__name__}: {error}"
             self._failed(reason)
             seed = None  # the same seed might fail again
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
         try:
-            observation, reward, terminated, truncated, info = self.env.step(action)
+            observation, reward, terminated, truncated, info = take_step(self.env, action)
             if all_finite((observation, reward, info.get("duration", 0.0))):
                 self._last = copied(observation)
                 self._in_a_row = 0 if terminated or truncated else self._in_a_row
@@ -78,7 +79,7 @@ class Sturdy(gymnasium.Env[Any, Any]):
             reason = "a step gave NaN or infinity"
         except MesocosmError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"a step raised {type(error).__name__}: {error}"
         self._failed(reason)
         return self._last, 0.0, False, True, {}
@@ -88,12 +89,11 @@ class Sturdy(gymnasium.Env[Any, Any]):
         self._in_a_row += 1
         if self._in_a_row >= MAX_FAILURES:
             raise MesocosmError(f"reality.env={self._config.env!r} failed {self._in_a_row} times in a row ({self.dropped[-1]}); correct it")
-        with suppress(Exception):  # what has crashed may fail to close
-            self.env.close()
+        close(self.env)
         self._renew()
 
     def close(self) -> None:
-        self.env.close()
+        close(self.env)
 
 
 @contextmanager

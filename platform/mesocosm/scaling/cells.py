@@ -29,6 +29,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.scaling.grid import SCHEMA, Cell
 from mesocosm.storage import Storage
+from mesocosm.versions import VERSIONS
 
 RESULTS, BASES = "cells/results", "cells/bases"
 COLUMNS = ("params", "data", "loss", "unique", "flops", "seed", "lr", "trunk", "family", "size", "total_params", "epochs", "steps")
@@ -108,7 +109,8 @@ def read(storage: Storage, id: str) -> Record:
 def base(storage: Storage, dataset: Dataset, codec: Codec, model: ModelConfig, seed: int) -> tuple[Base, float]:
     """The base of `model` on `dataset`'s training split, fitted or found, and the seconds that it took to fit."""
     settings = {name: getattr(model, name) for name in ("members", "base", "base_hidden", "base_steps")}
-    path = f"{BASES}/{fingerprint('base', settings, dataset.ids, codec.id, dataset.count('train'), seed, __version__, SCHEMA)}.safetensors"
+    facts = (settings, dataset.ids, codec.id, dataset.count("train"), seed)
+    path = f"{BASES}/{fingerprint('base', *facts, VERSIONS['pretrain'], SCHEMA)}.safetensors"
     began = time.perf_counter()
     kept = storage.read(path)
     if kept is not None:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from mesocosm import output
 from mesocosm.errors import UsageError
 
 EXAMPLE = """\
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
     console = Console(highlight=False, soft_wrap=True)
     if options.dry_run:
         facts = fit.plan(table)
-        print(json.dumps(facts, indent=1)) if options.json else console.print(report.facts(facts))
+        output.write(json.dumps(facts, indent=1)) if options.json else console.print(report.facts(facts))
         return 0
     words = ["mesocosm", "fit", options.table, "--out", options.out, *(["--drop-outliers"] if options.drop_outliers else [])]
     law = fit.fit(table, drop_outliers=options.drop_outliers, command=shlex.join(words))
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise UsageError(f"the plot cannot be written to {str(plot)!r}: {error.strerror}; the law is in {options.out}") from error
     if options.json:
-        print(json.dumps(law.model_dump(mode="json"), indent=1))
+        output.write(json.dumps(law.model_dump(mode="json"), indent=1))
         return 0
     for part in report.said(law):
         console.print(part)

@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
 
-from mesocosm import __version__
 from mesocosm.clusters import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.data.codec import Codec
@@ -28,6 +27,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.pretrain import prepare
 from mesocosm.pretrain.config import TrainConfig
 from mesocosm.scaling.sweep_config import SweepConfig
+from mesocosm.versions import VERSIONS
 
 SCHEMA = 1
 """Of what a cell's id and its record mean."""
@@ -201,7 +201,7 @@ class _Layout:
                 "unique": loader.transitions_per_epoch,
                 "seed": seed,
             }
-            trunk = fingerprint("trunk", shared, __version__, SCHEMA)
+            trunk = fingerprint("trunk", shared, VERSIONS["pretrain"], VERSIONS["sweep"], SCHEMA)
             before: dict[int, float] = {}
             unit = self._unit(step_flops, loader)
             for asked in sorted(grid.data or grid.flops):
@@ -216,7 +216,7 @@ class _Layout:
                 what = shared | {"steps": steps, "fall": fall}
                 found.append(
                     Cell(
-                        id=fingerprint("cell", what, __version__, SCHEMA),
+                        id=fingerprint("cell", what, VERSIONS["pretrain"], VERSIONS["sweep"], SCHEMA),
                         trunk=trunk,
                         size=size,
                         seed=seed,

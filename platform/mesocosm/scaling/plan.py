@@ -11,7 +11,7 @@ from typing import Any
 
 from scipy.special import expit, logit
 
-from mesocosm import __version__, clusters, config, tracking
+from mesocosm import clusters, config, tracking
 from mesocosm.clusters import ClusterConfig
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.loader import Loader
@@ -28,6 +28,7 @@ from mesocosm.scaling.optimum import Budget, Point, Problem, along, at_size, bey
 from mesocosm.scaling.plan_config import PlanConfig
 from mesocosm.scaling.sweep_config import CellTraining
 from mesocosm.storage import SCHEMA, Artifact, Storage
+from mesocosm.versions import VERSIONS
 
 __all__ = ["PlanConfig", "plan", "run"]
 
@@ -85,7 +86,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 def run(config: PlanConfig, run: tracking.Run) -> Artifact:
     """Write plan.yaml, plan.json and plan.svg. Raises UsageError for what cannot be planned."""
     question = _question(config, run.storage)
-    id = fingerprint("plans", identity(question.config, without=("law",)), question.law.model_dump(mode="json"), question.owned, __version__, SCHEMA)
+    id = fingerprint("plans", identity(question.config, without=("law",)), question.law.model_dump(mode="json"), question.owned, VERSIONS["plan"], SCHEMA)
     found = None if config.force else run.storage.find("plans", id)
     answer = _answer(question) if found is None else json.loads((found.path / SUMMARY).read_text())
 

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mesocosm import __version__, cluster, clusters, tracking
+from mesocosm import cluster, clusters, tracking
 from mesocosm.clusters import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.data.dataset import Dataset
@@ -29,6 +29,7 @@ from mesocosm.scaling.grid import SCHEMA, Cell, Grid, Trunk, lay_out, precision
 from mesocosm.scaling.sweep_config import SweepConfig, what
 from mesocosm.scaling.trunk import Outcome, Work
 from mesocosm.storage import Artifact, Storage
+from mesocosm.versions import VERSIONS
 
 __all__ = ["SweepConfig", "plan", "run"]
 
@@ -94,10 +95,21 @@ def run(config: SweepConfig, run: tracking.Run) -> Artifact:
     dataset, named = _given(config)
     id = _id(config, dataset, named)
     run.record(inputs={"datasets": dataset.ids}, artifact=f"laws/{id}")
-    made = None if config.force else run.storage.find("laws", id)
-    if made is not None:
-        run.say(f"found {made.name}")
-        return made
+    with run.making("laws", id, config) as artifact:
+        if artifact is None:
+            return _make(config, run, dataset, named, id, began)
+        run.say(f"found {artifact.name}")
+        return artifact
+
+
+def _make(
+    config: SweepConfig,
+    run: tracking.Run,
+    dataset: Dataset,
+    named: ClusterConfig,
+    id: str,
+    began: float,
+) -> Artifact:
     with ThreadPoolExecutor(1) as beside:  # Ray takes seconds to start, and counting FLOPs as many. Ray's daemons die with the thread that began them
         counted = beside.submit(lay_out, config, dataset, named)
         cluster.ensure(config.ray)
@@ -322,7 +334,7 @@ def _given(config: SweepConfig) -> tuple[Dataset, ClusterConfig]:
 
 
 def _id(config: SweepConfig, dataset: Dataset, named: ClusterConfig) -> str:
-    return fingerprint("sweep", what(config), dataset.ids, precision(config, named), __version__, SCHEMA)
+    return fingerprint("sweep", what(config), dataset.ids, precision(config, named), VERSIONS["pretrain"], VERSIONS["sweep"], SCHEMA)
 
 
 def _last_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ Importing this module registers `mesocosm/World-v0`:
 
 from __future__ import annotations
 
+import copy
 import time
 import uuid
 from collections.abc import Mapping
@@ -35,6 +36,8 @@ from mesocosm.serving.session import START, Sessions, Worlds
 ID = "mesocosm/World-v0"
 BACKENDS = ("serve", "local")
 IN_MEMORY = "in-memory"
+STATE = ("seed", "first_env", "env", "episode", "steps", "ended", "task")
+"""Attributes of a WorldVectorEnv that its next steps depend on, beside the world and the history."""
 
 
 class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
@@ -197,6 +200,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         action = self._codec.action(actions)
         if len(action.numbers) != self.num_envs:
             raise UsageError(f"{len(action.numbers)} actions for num_envs={self.num_envs}; give one to each environment")
+        self._check_finite(action, resetting=np.zeros(self.num_envs, np.bool_) if same_step else self._ended)
         after = self._steps + 1
         late = after >= self.horizon if self.horizon is not None else np.zeros(self.num_envs, np.bool_)
         cut = late if same_step else self._ended
@@ -238,6 +242,13 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._mirror.step(action, observation, self._task, restarted)
         return self._codec.decode_observation(observation, self._task), reward, terminated, truncated, infos
 
+    def _check_finite(self, action: Parts, resetting: NDArray[np.bool_]) -> None:
+        """Raise UsageError, naming the number and the environment, for an action that is NaN or infinite. An environment that resets ignores its action."""
+        wrong = ~np.isfinite(action.numbers.numpy()) & ~resetting[:, None]
+        if wrong.any():
+            env, column = (int(i) for i in np.argwhere(wrong)[0])
+            raise UsageError(f"{self._codec.action_labels()[column]} of environment {env} must be finite, got {action.numbers[env, column]}")
+
     def _final(self, reply: Message, restarted: NDArray[np.bool_], infos: dict[str, Any]) -> dict[str, Any]:
         """SAME_STEP's infos: what the last step of an ended episode said goes under "final_info", its observation under "final_obs"."""
         last = self._codec.decode_observation(get(reply, "final"), self._task)
@@ -252,6 +263,25 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             now |= {name: np.where(restarted, nothing, infos[name]), f"_{name}": ~restarted}
             then |= {name: np.where(restarted, infos[name], nothing), f"_{name}": restarted}
         return now | {"final_obs": final, "_final_obs": restarted, "final_info": then, "_final_info": restarted}
+
+    def state(self) -> dict[str, Any]:
+        """What the next steps depend on, for `restore` in another process. Pickle it."""
+        if not self._begun:
+            raise ResetNeeded("call reset() before state()")
+        return {"world": self._world, "mirror": copy.deepcopy(self._mirror)} | {name: copy.deepcopy(getattr(self, f"_{name}")) for name in STATE}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken, with the same bits.
+
+        The next step sends the history to a replica. Raises UsageError for the state of another world.
+        """
+        if state["world"] != self._world:
+            raise UsageError(f"the state is of world {state['world']!r}, and this client is pinned to {self._world!r}; make a client of the same world")
+        self._mirror = copy.deepcopy(state["mirror"])
+        for name in STATE:
+            setattr(self, f"_{name}", copy.deepcopy(state[name]))
+        self._generation = max(self._generation, 1)
+        self._begun = True
 
     def close_extras(self, **_: Any) -> None:
         """End the session (a replica that is away forgets it by itself)."""

@@ -45,21 +45,37 @@ def send_frame(line: socket.socket, data: bytes) -> None:
     line.sendall(FRAME.pack(len(data)) + data)
 
 
-def receive_frame(line: socket.socket, limit: int = LARGEST) -> bytearray | None:
-    """The next frame, or None where the other side has closed. Raises OSError on a broken line, or a frame of more than `limit` bytes."""
-    head = _receive(line, FRAME.size)
+def receive_frame(
+    line: socket.socket,
+    limit: int = LARGEST,
+    deadline: float | None = None,
+) -> bytearray | None:
+    """The next frame, or None where the other side has closed.
+
+    Args:
+        line: The socket. With a `deadline`, its timeout is changed.
+        limit: The most bytes that the frame may have.
+        deadline: When the whole frame must be there, by `time.monotonic`. None: the socket's
+            timeout holds for each read.
+
+    Raises:
+        OSError: The line is broken or late, or the frame has more than `limit` bytes.
+    """
+    head = _receive(line, FRAME.size, deadline)
     if head is None:
         return None
     (size,) = FRAME.unpack(head)
     if size > limit:
         raise ConnectionError(f"a frame of {size} bytes is beyond the limit of {limit}")
-    return _receive(line, size)
+    return _receive(line, size, deadline)
 
 
-def _receive(line: socket.socket, size: int) -> bytearray | None:
+def _receive(line: socket.socket, size: int, deadline: float | None) -> bytearray | None:
     data = bytearray(size)
     view, got = memoryview(data), 0
     while got < size:
+        if deadline is not None:
+            line.settimeout(max(deadline - time.monotonic(), 1e-3))
         count = line.recv_into(view[got:])
         if count == 0:
             return None
@@ -114,6 +130,7 @@ class Served:
         from ray import serve
         from ray.serve.exceptions import RayServeException
 
+        cluster.refuse_fork()
         if address is not None:
             cluster.ensure(RayConfig(address=address))
         elif not ray.is_initialized():
@@ -138,6 +155,7 @@ class Served:
         self._lost = (ray.exceptions.RayActorError, RayServeException, TimeoutError, OSError)
 
     def call(self, request: Message) -> Message:
+        cluster.refuse_fork()
         self._number += 1
         data = packed(request | {"number": self._number})
         deadline = time.monotonic() + self.deadline_s
@@ -177,6 +195,8 @@ class Served:
         """Ask Serve for a replica and open its line; False where the replica lives and its port cannot be reached from here.
 
         A replica that began while the cluster was one machine listens on loopback, which leads nowhere from another node, or to somebody else.
+        One without a free file descriptor accepts nobody: its port connects, and does not
+        acknowledge the token.
         """
         if time.monotonic() < self._no_line_until:
             return False
@@ -184,13 +204,10 @@ class Served:
         token = replica.pop("token")
         line: socket.socket | None = None
         if replica["host"] != LOOPBACK or replica["node"] == self._node:
-            with contextlib.suppress(OSError):
-                line = socket.create_connection((replica["host"], replica["port"]), timeout=min(timeout, DIAL_S))
+            line = open_line(replica["host"], replica["port"], token, min(timeout, DIAL_S))
         if line is None:
             self._no_line_until = time.monotonic() + REDIAL_S
             return False
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        send_frame(line, token)
         self._line, self.replica = line, replica
         return True
 
@@ -201,9 +218,26 @@ class Served:
             self._line = self.replica = None
 
     def close(self, last: Message | None = None) -> None:
-        if last is not None and self._line is not None:
+        mine = not cluster.forked()  # the line of a fork is its parent's
+        if mine and last is not None and self._line is not None:
             with contextlib.suppress(OSError):
                 self._line.settimeout(1.0)
                 send_frame(self._line, pack(last | {"number": 0}))
                 receive_frame(self._line)
         self._hang_up()
+
+
+def open_line(host: str, port: int, token: bytes, timeout: float) -> socket.socket | None:
+    """A line on which the replica has acknowledged the token within `timeout` seconds, or None."""
+    line: socket.socket | None = None
+    try:
+        line = socket.create_connection((host, port), timeout=timeout)
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        send_frame(line, token)
+        if receive_frame(line, 0, time.monotonic() + timeout) is not None:
+            return line
+    except OSError:
+        pass
+    if line is not None:
+        line.close()
+    return None

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import hmac
 import logging
 import os
-import secrets
-import socket
-import threading
+import re
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +14,8 @@ import torch
 from mesocosm import cluster
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serving.config import ServeConfig, check
-from mesocosm.serving.connection import LOOPBACK, packed, receive_frame, send_frame
+from mesocosm.serving.connection import LOOPBACK, packed
+from mesocosm.serving.line import LineServer
 from mesocosm.serving.protocol import pack, unpack
 from mesocosm.serving.session import Sessions, Worlds, find_world
 from mesocosm.storage import Storage
@@ -26,10 +25,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
-TOKEN = 32
-"""Bytes of a line's token: its first frame, and all that is read of a peer before it is known."""
 TAKEN = ("DEPLOYING", "RUNNING", "UNHEALTHY")
 """Serve's states of an application in which its name is somebody's."""
+POLL_S = 0.1
+"""Seconds between looks at an application that starts"""
 LISTENERS: dict[str, Listener] = {}
 """The HTTP ingresses of this process, by application."""
 
@@ -43,9 +42,7 @@ class Replica:
         if world:
             worlds.get(world)
         self.sessions = Sessions(worlds.get, max_sessions)
-        self._token = secrets.token_bytes(TOKEN)
-        self._listener = socket.create_server((_host(), 0), backlog=128)
-        threading.Thread(target=self._accept, name="line", daemon=True).start()
+        self._line = LineServer(_host(), self.call)
 
     def call(self, data: bytes | bytearray) -> bytes:
         number = None
@@ -63,25 +60,10 @@ class Replica:
         """Host, port and token of this replica's line, its node and its pid. Who can call this may call the world anyway."""
         import ray
 
-        host, port = self._listener.getsockname()[:2]
-        return {"host": host, "port": port, "token": self._token, "node": ray.get_runtime_context().get_node_id(), "pid": os.getpid()}
-
-    def _accept(self) -> None:
-        while True:
-            line, _ = self._listener.accept()
-            threading.Thread(target=self._answer, args=(line,), name="line", daemon=True).start()
-
-    def _answer(self, line: socket.socket) -> None:
-        """Requests of one client, one after another, until it hangs up."""
-        with line, contextlib.suppress(OSError):
-            line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            line.settimeout(10.0)
-            token = receive_frame(line, TOKEN)
-            if token is None or not hmac.compare_digest(token, self._token):
-                return
-            line.settimeout(None)
-            while (data := receive_frame(line)) is not None:
-                send_frame(line, self.call(data))
+        host, port = self._line.address
+        node = ray.get_runtime_context().get_node_id()
+        replica = {"host": host, "port": port, "token": self._line.token}
+        return replica | {"node": node, "pid": os.getpid()}
 
 
 def _host() -> str:
@@ -91,12 +73,17 @@ def _host() -> str:
     return LOOPBACK if len(ray.nodes()) == 1 else ray.util.get_node_ip_address()
 
 
-def deploy(config: ServeConfig) -> str:
+def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: None) -> str:
     """Deploy `config.world` on Ray Serve, and wait until it answers; gives the application's name. Serve's own HTTP and gRPC ingress stay off:
     that of `config.http` is a thread of this process (`ingress`), which ends with `undeploy`.
 
     An empty `config.world` deploys without a default: every client names its own. Raises UsageError before anything starts, also where an
     application of that name runs on this Ray: its clients, or its owner's `undeploy`, are somebody else's.
+    Raises MesocosmError where its replicas cannot start.
+
+    Args:
+        config: What to deploy.
+        report: Called with one line at each step of the start.
     """
     check(config)
     if config.world:
@@ -109,12 +96,13 @@ def deploy(config: ServeConfig) -> str:
 
         listener = Listener(config.http)
     try:
-        _run(config)
+        _run(config, report)
     except BaseException:
         if listener is not None:
             listener.close()
         raise
     if listener is not None:
+        report(f"opening the HTTP ingress at {listener.url}")
         LISTENERS[config.name] = listener
         try:
             listener.serve(config.name, config.world)
@@ -124,7 +112,12 @@ def deploy(config: ServeConfig) -> str:
     return config.name
 
 
-def _run(config: ServeConfig) -> None:
+def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
+    import ray
+
+    if not ray.is_initialized():
+        address = config.ray.address
+        report(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
     cluster.ensure(config.ray)
     gpus = 1 if config.device == "cuda" else 0
     cluster.preflight(what=f"serve.replicas={config.replicas} with serve.cpus={config.cpus:g}", cpus=config.replicas * config.cpus)
@@ -132,17 +125,60 @@ def _run(config: ServeConfig) -> None:
 
     from ray import serve
 
+    report("starting Ray Serve")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     running = serve.status().applications.get(config.name)
     if running is not None and running.status in TAKEN:
         raise UsageError(f"an application {config.name!r} runs on this Ray already; set serve.name to another name, or end that one where it was started")
+    world = f"world {config.world}" if config.world else "a world when a client names it"
+    report(f"starting {config.replicas} replica(s), each of which loads {world}")
     try:
-        serve.run(application(config), name=config.name, route_prefix=None)
+        target = serve.RunTarget(application(config), name=config.name, route_prefix=None)
+        serve.run_many([target], wait_for_applications_running=False)
+        _await_running(config, report)
     except BaseException:  # Ctrl-C while replicas start, or one that cannot: on a shared Ray the name would stay taken
         undeploy(config.name)
         raise
+
+
+def _await_running(config: ServeConfig, report: Callable[[str], None]) -> None:
+    """Wait until all replicas answer. Report how many do, and what Serve says of the others.
+
+    Raises MesocosmError where they cannot start.
+    """
+    from ray import serve
+
+    application = f"application {config.name!r}"
+    began, reported = time.monotonic(), ""
+    while True:
+        status = serve.status().applications.get(config.name)
+        if status is None:
+            raise MesocosmError(f"{application} was deleted while it started; serve it again")
+        reason, running = "", 0
+        deployment = status.deployments.get("world")
+        if deployment is not None:
+            reason = _cause(deployment.message)
+            states = deployment.replica_states.items()
+            running = sum(count for state, count in states if state == "RUNNING")
+        if status.status == "DEPLOY_FAILED":
+            raise MesocosmError(f"{application} did not start: {reason or _cause(status.message)}")
+        line = f"{running} of {config.replicas} replica(s) ready"
+        if reason:
+            line += f": {reason}"
+        if line != reported and (running or reason):
+            report(f"{line} [{time.monotonic() - began:.1f} s]")
+            reported = line
+        if status.status == "RUNNING":
+            return
+        time.sleep(POLL_S)
+
+
+def _cause(message: str) -> str:
+    """One line of a message of Serve: the last one, which in a traceback is the error."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return re.sub(r"^mesocosm\.errors\.\w+: ", "", lines[-1]) if lines else ""
 
 
 def application(config: ServeConfig) -> Any:

@@ -1,7 +1,8 @@
 """A served world over HTTP: JSON for people, the binary protocol for programs. The routes, what guards them, and the server that listens.
 
 Every route but /health wants the bearer token, before a byte of the body is read. An error is {"detail": one sentence}: 400 what is wrong with
-the request, 401, 404 a session that is not kept, 413, 503 no replica answers.
+the request, 401, 404 a session that is not kept, 408 a request that is late, 413, 503 no replica
+answers, or the server is full.
 
 The server is a thread of the process that deployed the world. It is not Ray Serve's own proxy: of 2.60 that one answers /-/routes without a
 token, fails with 500 on a header byte that is not UTF-8, shares a taken port silently (SO_REUSEPORT), and is one for all applications of a Ray.
@@ -17,6 +18,7 @@ import logging
 import socket
 import threading
 import time
+from functools import partial
 from typing import Annotated, Any
 
 import uvicorn
@@ -35,6 +37,7 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serving.bearer import read_token
 from mesocosm.serving.check import shown
 from mesocosm.serving.connection import LOOPBACK, NotServed, ReplicaFailed
+from mesocosm.serving.http_connection import CONNECTIONS, Connection, admit, serve
 from mesocosm.serving.schema import integer, json_type
 from mesocosm.serving.visitors import MAX_ENVS, UnknownSession, Visitors
 
@@ -44,34 +47,62 @@ LARGEST_JSON, LARGEST_BINARY = 1 << 20, 1 << 24
 """Bytes of a body"""
 HEALTH_S = 1.0
 """For so long an answer about health is given again: strangers may ask for it."""
-CONNECTIONS = 256
-"""At once; the server answers 503 beyond"""
+BODY_S = 60.0
+"""Seconds in which a request's whole body must arrive"""
 
 
 class Guard:
-    """ASGI: who has no token gets 401, who sends too much 413. A body without a length is counted while it is read, and never kept beyond its limit."""
+    """ASGI: who may ask, and how much at once.
+
+    401 without the token, 413 for too large a body, 408 for too slow a one, 503 for too many
+    requests.
+    A body without a length is counted while it is read, and never kept beyond its limit.
+    """
 
     def __init__(self, app: ASGIApp, token: bytes):
         self.app = app
         self._token = token
+        self._running = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        if not (scope["path"] == "/health" and scope["method"] == "GET") and not self._known(scope):
+        if scope["path"] == "/health" and scope["method"] == "GET":
+            await self.app(scope, receive, send)
+            return
+        if not self._known(scope):
             said = "this route wants the world's token; send the header 'Authorization: Bearer <token>'"
             await JSONResponse({"detail": said}, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
             return
+        if self._running >= CONNECTIONS:
+            busy = f"{CONNECTIONS} requests are in work; send this one again later"
+            await JSONResponse({"detail": busy}, 503)(scope, receive, send)
+            return
+        admit(scope)
+        self._running += 1
+        try:
+            await self._limited(scope, receive, send)
+        finally:
+            self._running -= 1
+
+    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request with the token, within the limits of its body."""
         limit = LARGEST_BINARY if scope["path"] == BINARY else LARGEST_JSON
         told = [value for name, value in scope["headers"] if name == b"content-length"]
         if any(int(value) > limit for value in told):  # the server has refused what is no number
             await JSONResponse({"detail": _too_large(limit)}, 413)(scope, receive, send)
             return
         got = 0
+        deadline = asyncio.get_running_loop().time() + BODY_S
 
         async def counted() -> Event:
             nonlocal got
-            event = await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    event = await receive()
+            except TimeoutError as error:
+                late = f"the body did not arrive within {BODY_S:g} s; send it at once"
+                raise HTTPException(408, late) from error
             got += len(event.get("body", b""))
             if got > limit:
                 raise HTTPException(413, _too_large(limit))
@@ -170,7 +201,8 @@ def routes(visitors: Visitors) -> FastAPI:
     step_request = create_model("Step", __base__=StepRequest, action=(Annotated[list[action], one_each], ...))  # type: ignore[valid-type]
     reset_reply = create_model("ResetReply", __base__=ResetReply, observation=(list[observation], ...))  # type: ignore[valid-type]
     step_reply = create_model("StepReply", __base__=StepReply, observation=(list[observation], ...))  # type: ignore[valid-type]
-    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in (400, 401, 413, 503)}
+    statuses = (400, 401, 408, 413, 503)
+    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in statuses}
     no_session: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
     probe: asyncio.Task[bool] | None = None
     probed = 0.0
@@ -216,7 +248,7 @@ def routes(visitors: Visitors) -> FastAPI:
         """One message of the binary protocol (platform/mesocosm/serving/protocol.py), and its reply."""
         return Response(await run_in_threadpool(visitors.call, await request.body()), media_type="application/octet-stream")
 
-    _say_errors(app)
+    say_errors(app)
     schema = app.openapi()
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     for path, operations in schema["paths"].items():
@@ -229,7 +261,7 @@ def routes(visitors: Visitors) -> FastAPI:
     return app
 
 
-def _say_errors(app: FastAPI) -> None:
+def say_errors(app: FastAPI) -> None:
     """Every error as one sentence; a bug's is in the log of the process that serves."""
 
     def handle(kind: type[Exception], status: int) -> None:
@@ -301,19 +333,18 @@ class Listener:
         self._visitors = Visitors(app, world)
         config = uvicorn.Config(
             Guard(routes(self._visitors), self._token),
-            http="h11",  # bounds a request's head, which httptools does not
+            http=Connection,
             ws="none",
             lifespan="off",
-            loop="asyncio",
             log_config=None,
             log_level="critical",  # it logs bugs again that we have logged, and a stranger's broken requests
             access_log=False,
             server_header=False,
-            limit_concurrency=CONNECTIONS,
             timeout_graceful_shutdown=5,
         )
         self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._socket]}, name="http", daemon=True)
+        run = partial(asyncio.run, serve(self._server, self._socket))
+        self._thread = threading.Thread(target=run, name="http", daemon=True)
         self._thread.start()
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ def run(config: ServeConfig, run: Run) -> None:
     from ray import serve
 
     world = str(plan(config)["world"])
-    deploy(config)
+    deploy(config, run.say)
     address = ray.get_runtime_context().gcs_address
     run.record(app=config.name, address=address, inputs={"world": world})
     run.say(f"world {world} is served as {config.name!r} by {config.replicas} replica(s); Ctrl-C ends it.")

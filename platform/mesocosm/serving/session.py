@@ -47,7 +47,11 @@ def find_world(storage: Storage, ref: str) -> tuple[str, Path]:
 
 
 class Worlds:
-    """Loaded world versions by id, the `keep` most recently used."""
+    """Loaded world versions by id, the `keep` most recently used.
+
+    Safe to call from several threads. Worlds load one at a time. A loaded world never waits for
+    one that loads.
+    """
 
     def __init__(self, root: str, default: str = "", keep: int = 3, device: str = "cpu"):
         self.storage = Storage(root)
@@ -56,20 +60,36 @@ class Worlds:
         self.device = device
         self._loaded: OrderedDict[str, World] = OrderedDict()
         self._ids: dict[str, str] = {}
+        self._lock = threading.Lock()
+        self._loading = threading.Lock()
 
     def get(self, ref: str) -> tuple[str, World]:
         """(id, world); an empty `ref` is the default. A full id that is loaded costs no look at the storage."""
         ref = ref or self.default
-        id = self._ids.get(ref, ref)
-        if id not in self._loaded:
-            id, folder = find_world(self.storage, ref)
-            self._ids[ref] = id
+        loaded = self._lookup(ref)
+        if loaded is not None:
+            return loaded
+        with self._loading:
+            return self._lookup(ref) or self._load(ref)
+
+    def _lookup(self, ref: str) -> tuple[str, World] | None:
+        with self._lock:
+            id = self._ids.get(ref, ref)
             if id not in self._loaded:
-                self._loaded[id] = World.load(folder, self.device)
-        self._loaded.move_to_end(id)
-        while len(self._loaded) > self.keep:
-            self._loaded.popitem(last=False)
-        return id, self._loaded[id]
+                return None
+            self._loaded.move_to_end(id)
+            return id, self._loaded[id]
+
+    def _load(self, ref: str) -> tuple[str, World]:
+        id, folder = find_world(self.storage, ref)
+        loaded = self._lookup(id)
+        world = World.load(folder, self.device) if loaded is None else loaded[1]
+        with self._lock:
+            self._ids[ref] = id
+            self._loaded[id] = world
+            while len(self._loaded) > self.keep:
+                self._loaded.popitem(last=False)
+        return id, world
 
 
 class Starts:
@@ -128,7 +148,11 @@ class Session:
 
 
 class Sessions:
-    """All sessions of one process. Safe to call from several threads: requests are handled one at a time."""
+    """All sessions of one process. Safe to call from several threads.
+
+    Sessions advance one at a time. A request for a world that is not loaded yet loads it before
+    it takes the lock, so that the other sessions do not wait for the storage.
+    """
 
     def __init__(self, world: Callable[[str], tuple[str, World]], max_sessions: int = 64):
         """`world`: a reference to (id, world), as `Worlds.get`."""
@@ -146,7 +170,7 @@ class Sessions:
             return {"error": f"op={op!a:.60} is unknown, use one of {', '.join(operations)}", "kind": "usage"}
         try:
             check_fields(request)
-            with self._lock, torch.inference_mode():
+            with torch.inference_mode():
                 return operation(request)
         except MesocosmError as error:
             return {"error": str(error), "kind": "usage" if isinstance(error, UsageError) else "failed"}
@@ -158,13 +182,15 @@ class Sessions:
     def _begin(self, request: Message) -> Message:
         id, world = self.world(request["world"])
         check_begin(request, world.spec)
-        self._sessions.pop(request["replaces"], None)
         seed, episode = request["seed"], request["episode"]
         env = request["first_env"] + np.arange(len(episode))
         starts = Starts(world, seed, env)
-        task, observation = _logged(world, request) or starts.of(episode, np.ones(len(episode), np.bool_))
-        carry = world.begin(task, observation, _member(world, seed, env, episode))
-        self._keep(request["session"], Session(world, seed, env, starts, carry, 0, None))
+        with self._lock:
+            self._sessions.pop(request["replaces"], None)
+            everywhere = np.ones(len(episode), np.bool_)
+            task, observation = _logged(world, request) or starts.of(episode, everywhere)
+            carry = world.begin(task, observation, _member(world, seed, env, episode))
+            self._keep(request["session"], Session(world, seed, env, starts, carry, 0, None))
         reply: Message = {"world": id}
         put(reply, "task", task)
         put(reply, "observation", observation)
@@ -175,30 +201,36 @@ class Sessions:
         check_restore(request, world.spec, world.config.members)
         context = Context.from_numpy({name.removeprefix(CONTEXT): value for name, value in request.items() if name.startswith(CONTEXT)})
         seed, env = request["seed"], request["first_env"] + np.arange(len(context.member))
-        try:
-            carry = world.restore(context)
-        except ValueError as error:
-            raise UsageError(f"request 'restore': {error}; send the steps since the session began") from error
-        self._keep(request["session"], Session(world, seed, env, Starts(world, seed, env), carry, context.clock, None))
+        with self._lock:
+            try:
+                carry = world.restore(context)
+            except ValueError as error:
+                fix = "send the steps since the session began"
+                raise UsageError(f"request 'restore': {error}; {fix}") from error
+            starts = Starts(world, seed, env)
+            session = Session(world, seed, env, starts, carry, context.clock, None)
+            self._keep(request["session"], session)
         return {"clock": context.clock}
 
     def _step(self, request: Message) -> Message:
-        name, clock = request["session"], request["clock"]
-        session = self._sessions.get(name)
-        if session is None:
-            return {"missing": True}
-        self._sessions.move_to_end(name)
-        asked = _digest(request)
-        if session.clock == clock + 1 and session.reply is not None and session.asked == asked:
-            return session.reply
-        if session.clock != clock:
-            return {"missing": True}
-        check_step(request, session.world.spec, len(session.env))
-        del self._sessions[name]  # an exception may leave the carry half changed: the session comes back only after a whole step
-        reply = self._advance(session, request)
-        session.clock, session.reply, session.asked = clock + 1, reply, asked
-        self._sessions[name] = session
-        return reply
+        with self._lock:
+            name, clock = request["session"], request["clock"]
+            session = self._sessions.get(name)
+            if session is None:
+                return {"missing": True}
+            self._sessions.move_to_end(name)
+            asked = _digest(request)
+            if session.clock == clock + 1 and session.reply is not None and session.asked == asked:
+                return session.reply
+            if session.clock != clock:
+                return {"missing": True}
+            check_step(request, session.world.spec, len(session.env))
+            # An exception may leave the carry half changed: only a whole step brings it back.
+            del self._sessions[name]
+            reply = self._advance(session, request)
+            session.clock, session.reply, session.asked = clock + 1, reply, asked
+            self._sessions[name] = session
+            return reply
 
     def _advance(self, session: Session, request: Message) -> Message:
         """One step of all environments, then new episodes for those that end here (SAME_STEP) or ended before (NEXT_STEP)."""
@@ -225,7 +257,8 @@ class Sessions:
         return reply
 
     def _end(self, request: Message) -> Message:
-        self._sessions.pop(request["session"], None)
+        with self._lock:
+            self._sessions.pop(request["session"], None)
         return {}
 
     def _keep(self, name: str, session: Session) -> None:

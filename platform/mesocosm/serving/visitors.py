@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 import uuid
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,6 +26,8 @@ MAX_ENVS = 4096
 """Environments of one session"""
 MAX_SESSIONS, MAX_TOTAL_ENVS = 64, 16384
 """Sessions of people kept, and environments in all of them"""
+IDLE_S = 300.0
+"""Seconds after which a session that is unused makes room for a new one"""
 DEADLINE_S, HEALTH_DEADLINE_S = 60.0, 2.0
 """How long a replica may take, its replacement included"""
 
@@ -34,34 +38,74 @@ T = TypeVar("T")
 class Held(Generic[T]):
     """Something of one client, which one request at a time uses."""
 
-    value: T
-    weight: int = 1
+    weight: int
+    value: T | None = None
+    """None until the first request has made it"""
     lock: threading.Lock = field(default_factory=threading.Lock)
     closed: bool = False
+    used: float = field(default_factory=time.monotonic)
+    """When a request last asked for it, by `time.monotonic`"""
+
+
+class NoRoom(MesocosmError):
+    """The limits are reached, and what is held is in use."""
 
 
 class Kept(Generic[T]):
-    """The most recently used of many, at most `count` of them and `weight` in all. What goes is closed after the request that it is in."""
+    """What clients hold on the server: at most `count` of them and `weight` in all.
 
-    def __init__(self, count: int, weight: int, close: Callable[[T], None]):
-        self.count, self.weight, self.close = count, weight, close
+    The least recently used go for room, once they are unused for `idle_s` seconds. What goes is
+    closed after the request that it is in.
+    """
+
+    def __init__(self, count: int, weight: int, close: Callable[[T], None], idle_s: float = 0.0):
+        self.count, self.weight, self.close, self.idle_s = count, weight, close, idle_s
         self._held: OrderedDict[str, Held[T]] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(self, key: str) -> Held[T] | None:
         with self._lock:
-            if key in self._held:
-                self._held.move_to_end(key)
-            return self._held.get(key)
+            return self._get(key)
 
-    def put(self, key: str, held: Held[T]) -> None:
+    def _get(self, key: str) -> Held[T] | None:
+        held = self._held.get(key)
+        if held is not None:
+            held.used = time.monotonic()
+            self._held.move_to_end(key)
+        return held
+
+    def put(self, key: str, weight: int = 1) -> Held[T]:
+        """What is held under `key`, or a new place for it.
+
+        Raises:
+            NoRoom: Too few of the others are unused for `idle_s` seconds; nothing changes.
+        """
         with self._lock:
-            gone = [self._held.pop(key)] if key in self._held else []
-            self._held[key] = held
-            while len(self._held) > self.count or sum(each.weight for each in self._held.values()) > self.weight:
-                gone.append(self._held.popitem(last=False)[1])
-        for each in gone:
+            held = self._get(key)
+            if held is not None:
+                return held
+            gone = self._for_room(weight)
+            closing = [self._held.pop(each) for each in gone]
+            held = self._held[key] = Held(weight)
+        for each in closing:
             self._close(each)
+        return held
+
+    def _for_room(self, weight: int) -> list[str]:
+        """The keys that must go before one of `weight` fits. Raises NoRoom."""
+        count, total = len(self._held), sum(held.weight for held in self._held.values())
+        limits = f"{count} of {self.count} sessions with {total} of {self.weight} environments"
+        gone: list[str] = []
+        for key, held in self._held.items():  # the least recently used first
+            if count < self.count and total + weight <= self.weight:
+                break
+            wait_s = held.used + self.idle_s - time.monotonic()
+            if wait_s > 0:
+                fix = "end one with DELETE /v1/sessions/<session>"
+                raise NoRoom(f"{limits} are in use; {fix}, or try again in {math.ceil(wait_s)} s")
+            gone.append(key)
+            count, total = count - 1, total - held.weight
+        return gone
 
     def pop(self, key: str) -> bool:
         """Whether it was there."""
@@ -81,7 +125,8 @@ class Kept(Generic[T]):
     def _close(self, held: Held[T]) -> None:
         with held.lock:
             held.closed = True
-            self.close(held.value)
+            if held.value is not None:
+                self.close(held.value)
 
 
 class UnknownSession(MesocosmError):
@@ -100,35 +145,47 @@ class Visitors:
     def __init__(self, app: str, world: str):
         """`app`: a world application of the Ray that this process is connected to; `world` of it is the one that people step in."""
         self.app = app
-        self._probe = Held(Served(app, None, HEALTH_DEADLINE_S))
-        reply = reply_of(self._probe.value.call({"op": "describe", "world": world}))
+        self._probe = Served(app, None, DEADLINE_S)
+        self._probing = threading.Lock()
+        reply = reply_of(self._probe.call({"op": "describe", "world": world}))
+        self._probe.deadline_s = HEALTH_DEADLINE_S
         self.id: str = reply["world"]
         self.codec = Codec.from_json(reply["codec"])
         self.members: int = reply["members"]
         self.memory: int = reply["memory"]
         self._observation_codec = SpaceCodec(self.codec.observation_space)
-        self.sessions: Kept[WorldVectorEnv] = Kept(MAX_SESSIONS, MAX_TOTAL_ENVS, lambda env: env.close())
+        self.sessions: Kept[WorldVectorEnv] = Kept(
+            MAX_SESSIONS,
+            MAX_TOTAL_ENVS,
+            lambda env: env.close(),
+            IDLE_S,
+        )
         self.connections: Kept[Served] = Kept(MAX_SESSIONS, MAX_SESSIONS, lambda connection: connection.close())
 
     def close(self) -> None:
         self.sessions.clear()
         self.connections.clear()
-        self._probe.value.close()
+        self._probe.close()
 
     def alive(self) -> bool:
         """Whether a replica answers."""
-        with self._probe.lock:
+        with self._probing:
             try:
-                return "error" not in self._probe.value.call({"op": "end", "session": ""})
+                return "error" not in self._probe.call({"op": "end", "session": ""})
             except MesocosmError:
                 return False
 
     def reset(self, session: str | None, seed: int | None, num_envs: int | None) -> dict[str, Any]:
         if session is None:
-            env = WorldVectorEnv(num_envs or 1, self.id, app=self.app, deadline_s=DEADLINE_S)
-            reply = self._begin(env, seed)
             session = uuid.uuid4().hex
-            self.sessions.put(session, Held(env, env.num_envs))
+            held = self.sessions.put(session, num_envs or 1)
+            try:
+                with held.lock:
+                    held.value = self._new(held.weight)
+                    reply = self._begin(held.value, seed)
+            except BaseException:
+                self.sessions.pop(session)
+                raise
         else:
             held = self._session(session)
             if num_envs not in (None, held.weight):
@@ -136,6 +193,9 @@ class Visitors:
             with held.lock:
                 reply = self._begin(self._open(session, held), seed)
         return {"session": session, "world": self.id} | reply
+
+    def _new(self, num_envs: int) -> WorldVectorEnv:
+        return WorldVectorEnv(num_envs, self.id, app=self.app, deadline_s=DEADLINE_S)
 
     def _begin(self, env: WorldVectorEnv, seed: int | None) -> dict[str, Any]:
         observation, _ = env.reset(seed=seed)
@@ -179,14 +239,14 @@ class Visitors:
         self._check(request)
         session = request.get("session")
         key = session.rpartition("-")[0] if isinstance(session, str) else ""
-        held = self.connections.get(key)
-        if held is None:
-            held = Held(Served(self.app, None, DEADLINE_S))
-            self.connections.put(key, held)
-        with held.lock:
-            if held.closed:
-                raise MesocosmError("this client's connection was closed for room; send the request again")
-            return pack(reply_of(held.value.call(request)) | {"number": number})
+        while True:
+            held = self.connections.put(key)
+            with held.lock:
+                if held.closed:  # for room, while the lock was another request's
+                    continue
+                if held.value is None:
+                    held.value = Served(self.app, None, DEADLINE_S)
+                return pack(reply_of(held.value.call(request)) | {"number": number})
 
     def _check(self, request: Message) -> None:
         """What is checked of strangers beyond what replicas check of everyone."""
@@ -208,7 +268,7 @@ class Visitors:
 
     def _open(self, session: str, held: Held[WorldVectorEnv]) -> WorldVectorEnv:
         """The session's environment, under its lock: it may have gone while the lock was another request's."""
-        if held.closed:
+        if held.closed or held.value is None:
             raise UnknownSession(session)
         return held.value
 

@@ -7,6 +7,7 @@ import json
 import time
 from typing import Any
 
+from mesocosm import output
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError, UsageError
 
@@ -51,7 +52,7 @@ def _list(options: argparse.Namespace) -> int:
 
     rows = watch.listed(options.cluster, insecure=options.insecure)
     if options.json:
-        print(json.dumps(rows, indent=1))
+        output.write(json.dumps(rows, indent=1))
     elif not rows:
         print("no job was submitted from here; mesocosm JOB ... --cluster NAME submits one, --cluster NAME lists those of others")
     else:
@@ -64,7 +65,7 @@ def _status(options: argparse.Namespace) -> int:
 
     found = watch.status(watch.job_of(options.id, options.cluster), insecure=options.insecure)
     if options.json:
-        print(json.dumps(found, indent=1))
+        output.write(json.dumps(found, indent=1))
     else:
         width = max(map(len, found))
         for key, value in found.items():
@@ -82,11 +83,11 @@ def _logs(options: argparse.Namespace) -> int:
         if kept is None:
             why = remote if isinstance(remote, str) else f"cluster {record.cluster!r} does not know it"
             raise MesocosmError(f"there is no log of {record.id}: {why}, and its storage {record.root!r} has none")
-        print(kept, end="" if kept.endswith("\n") else "\n")
+        output.write(kept, end="" if kept.endswith("\n") else "\n")
         return 0
     if options.follow:
-        return 0 if remote.follow(record.id, lambda text: print(text, end="", flush=True)) == "SUCCEEDED" else 1
-    print(remote.logs(record.id), end="")
+        return 0 if remote.follow(record.id, lambda text: output.write(text, end="")) == "SUCCEEDED" else 1
+    output.write(remote.logs(record.id), end="")
     return 0
 
 
@@ -113,5 +114,5 @@ def _stop(options: argparse.Namespace) -> int:
                 time.sleep(0.5)
         state = watch.status(record, insecure=options.insecure)["state"]
         said = f"{record.id} is {str(state).lower()}"
-    print(json.dumps({"id": record.id, "state": state}) if options.json else said)
+    output.write(json.dumps({"id": record.id, "state": state}) if options.json else said)
     return 0

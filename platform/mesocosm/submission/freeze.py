@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ LIMIT = 100 << 20
 NAMED = 5
 """Of the largest files, where they are too much together."""
 CREDENTIALS = re.compile(r"://[^/\s@:]*:[^/\s@]+@")
+
+UNUSED = {"test", "this", "antigravity", "idlelib", "turtle", "turtledemo"}
+"""Modules of Python's that no job imports."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ def freeze(job: str, given: JobConfig, cluster: ClusterConfig, folder: Path | No
         name = str(path.relative_to(folder or path))
         if not name.startswith("mesocosm/") and name != CONFIG:
             files[name] = path
+    _check_modules(files)
     if called is not None:
         files[f"clusters/{called}.yaml"] = clusters.path_of(called)
     total = sum(path.stat().st_size for path in files.values())
@@ -92,6 +97,18 @@ def freeze(job: str, given: JobConfig, cluster: ClusterConfig, folder: Path | No
         )
     what = {"job": job, "config": config.to_dict(own), "files": {name: sha256(path) for name, path in sorted(files.items())}}
     return Frozen(job, f"{job}-{fingerprint('submission', what)[:10]}", own, files)
+
+
+def _check_modules(files: dict[str, Path]) -> None:
+    """Raise UsageError for a file that would replace a module of Python's: Ray puts what is sent first
+    in `sys.path`."""
+    for name in files:
+        module, _, rest = name.partition("/")
+        if rest != "__init__.py" and (rest or not module.endswith(".py")):
+            continue
+        module = module.removesuffix(".py")
+        if module in sys.stdlib_module_names - UNUSED:
+            raise UsageError(f"the file {name!r} would replace Python's own module {module!r} on the cluster; rename it, or let git ignore it")
 
 
 def _own(folder: Path) -> list[Path]:

@@ -53,6 +53,23 @@ class Line(gymnasium.Env):
             time.sleep(self.closing)
 
 
+class Counted(Line):
+    """Takes STEP_S seconds a step, and appends a byte a step to the file that STEPS_FILE names: what reality was really asked."""
+
+    def __init__(self, **more: Any):
+        super().__init__(**more)
+        self.pace = float(os.environ["STEP_S"])
+        self.file = os.open(os.environ["STEPS_FILE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def step(self, action: Any):
+        os.write(self.file, b".")
+        time.sleep(self.pace)
+        return super().step(action)
+
+    def close(self):
+        os.close(self.file)
+
+
 class Odd(Line):
     """Gives what is not of its space from an episode's third step on: `trouble` names the key, or `list` for a NaN in a list."""
 
@@ -150,13 +167,16 @@ class Beside:
 
 
 beside = Beside()
-FAIL = False
+FAIL = 0
 
 
 def sometimes(observation: Any, rng: np.random.Generator) -> Any:
-    """Raises at an episode's ninth step while FAIL is set."""
+    """Raises at the ninth step of the FAIL-th episode from now; never while FAIL is 0."""
+    global FAIL
     if FAIL and observation[1] == 8:
-        raise ValueError("the script has a bug")
+        FAIL -= 1
+        if not FAIL:
+            raise ValueError("the script has a bug")
     return np.zeros(1)
 
 

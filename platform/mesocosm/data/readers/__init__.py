@@ -14,6 +14,14 @@ and one that is more than a file, or states its spaces,
 
     files(path) -> [Path]            what it is made of
     spaces(path) -> (observation space, action space)
+
+Each of these is optional, too:
+
+    ignored(path) -> {theirs: why}   columns that are not read
+    done_only(path) -> bool          "terminated" holds time limits as well
+    marks_success(path) -> bool      "success" is a flag of each step, true once the episode succeeds
+
+An episode that cannot be read is rows of its episode and step with a sentence in the column PROBLEM.
 """
 
 from __future__ import annotations
@@ -31,6 +39,8 @@ from mesocosm.data.readers import files
 from mesocosm.errors import MesocosmError, UsageError
 
 SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
+PROBLEM = "mesocosm problem"
+"""A column of texts that a reader adds: what is wrong with the row's episode."""
 BATCH_ROWS = 1 << 14
 BATCH_BYTES = 1 << 25
 
@@ -87,6 +97,21 @@ class Source:
         """What is to be known of our columns, by name."""
         return dict(self.module.notes(self.path)) if hasattr(self.module, "notes") else {}
 
+    @property
+    def ignored(self) -> dict[str, str]:
+        """Columns that are not read, and why."""
+        return dict(self.module.ignored(self.path)) if hasattr(self.module, "ignored") else {}
+
+    @property
+    def done_only(self) -> bool:
+        """Whether the logs say only that an episode ended, not whether a time limit ended it."""
+        return bool(self.module.done_only(self.path)) if hasattr(self.module, "done_only") else False
+
+    @property
+    def marks_success(self) -> bool:
+        """Whether success is a flag of each step rather than of the episode."""
+        return bool(self.module.marks_success(self.path)) if hasattr(self.module, "marks_success") else False
+
     def head(self) -> pa.Table:
         table: pa.Table = self.module.head(self.path)
         return table
@@ -100,14 +125,16 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def sources(words: Sequence[str], fetch: bool) -> list[Source]:
-    """The files that paths, patterns and folders name, in the order given; those of a pattern or folder sorted by name. `fetch`: Minari's datasets that
-    are not on this machine come from its hub.
+    """The files that paths, patterns and folders name, in the order given; those of a pattern or folder sorted by name,
+    numbers in the names by value. Words in alphabetical order are sorted alike: a shell gives the files of a pattern so.
+    `fetch`: Minari's datasets that are not on this machine come from its hub.
 
     Raises UsageError where there is none, where one is given twice or is of no known format.
     """
     if not words:
         raise UsageError("no path was given; name files, patterns or folders of Parquet or JSONL, such as 'logs/*.parquet'")
-    found = [source for word in words for source in _of(word, fetch)]
+    ordered = files.sorted_naturally(words) if list(words) == sorted(words) else words
+    found = [source for word in ordered for source in _of(word, fetch)]
     seen: set[str] = set()
     for source in found:
         if source.path in seen:

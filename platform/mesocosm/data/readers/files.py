@@ -6,6 +6,8 @@ import functools
 import glob
 import hashlib
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,13 +64,25 @@ def is_file(path: str) -> bool:
     return os.path.isfile(path) if not remote(path) else bool(bucket().isfile(path))
 
 
+def sorted_naturally(paths: Iterable[str]) -> list[str]:
+    """Sorted by name, with the numbers in it by value: part-2 before part-10."""
+    return sorted(paths, key=_natural)
+
+
+def _natural(path: str) -> tuple[list[tuple[str, int]], str]:
+    """Pairs of (text, the number after it); the path itself decides between 1 and 01."""
+    parts = re.split(r"([0-9]+)", path)
+    numbers = [int(digits) for digits in parts[1::2]] + [-1]
+    return list(zip(parts[0::2], numbers, strict=True)), path
+
+
 def below(folder: str) -> list[str]:
     """Every file in it and deeper, hidden ones left out, sorted."""
     if remote(folder):
         root = folder.removeprefix(REMOTE).rstrip("/")
         found = [name for name in bucket().find(root) if _seen(name[len(root) + 1 :].split("/"))]
-        return sorted(REMOTE + name for name in found)
-    return sorted(str(path) for path in Path(folder).rglob("*") if path.is_file() and _seen(path.relative_to(folder).parts))
+        return sorted_naturally(REMOTE + name for name in found)
+    return sorted_naturally(str(path) for path in Path(folder).rglob("*") if path.is_file() and _seen(path.relative_to(folder).parts))
 
 
 def _seen(parts: Any) -> bool:
@@ -78,5 +92,5 @@ def _seen(parts: Any) -> bool:
 def matching(pattern: str) -> list[str]:
     """Files that a pattern matches, sorted."""
     if remote(pattern):
-        return sorted(REMOTE + name for name in bucket().glob(pattern)) if glob.has_magic(pattern) else []
-    return sorted(glob.glob(pattern, recursive=True))
+        return sorted_naturally(REMOTE + name for name in bucket().glob(pattern)) if glob.has_magic(pattern) else []
+    return sorted_naturally(glob.glob(pattern, recursive=True))

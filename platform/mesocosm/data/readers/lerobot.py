@@ -1,7 +1,11 @@
 """LeRobot folders of version 3: `meta/info.json` beside `data/chunk-*/file-*.parquet`, whose files are Parquet with columns of their own names.
 
-`observation.state` and `action` are read, `episode_index` and `frame_index` number them, `next.reward` and `next.done` are taken where there.
-Images and videos are not read. A LeRobot episode has no observation after its last action, which therefore leads nowhere.
+`observation.state`, `observation.environment_state` and `action` are read, `episode_index` and `frame_index` number
+them. `next.reward`, `next.done`, `next.truncated` and `next.success` are read where they are present. Images and
+videos are not read. A LeRobot episode has no observation after its last action, which therefore leads nowhere.
+
+`next.done` means terminated or truncated. With `next.truncated`, an episode is terminated where it is done and not
+truncated. Without it, `done_only` lets the import decide by the lengths of the episodes.
 """
 
 from __future__ import annotations
@@ -12,18 +16,22 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from mesocosm.data.readers import Piece, parquet
+from mesocosm.data.readers.files import sorted_naturally
 from mesocosm.errors import UsageError
 
 INFO = "meta/info.json"
 VERSION = "v3"
-NAMES = {"episode": "episode_index", "step": "frame_index", "observation": "observation.state", "action": "action"}
-WHERE_THERE = {"reward": "next.reward", "terminated": "next.done"}
+STATE, ENVIRONMENT, OBSERVATION = "observation.state", "observation.environment_state", "observation"
+DONE, TRUNCATED, SUCCESS = "next.done", "next.truncated", "next.success"
+NAMES = {"episode": "episode_index", "step": "frame_index", "action": "action"}
+WHERE_THERE = {"reward": "next.reward", "terminated": DONE, "truncated": TRUNCATED, "success": SUCCESS}
 MADE = {
     "reward": (0.0, "missing: LeRobot's next.reward is not there; 0 throughout"),
     "terminated": (False, "missing: LeRobot's next.done is not there; false throughout"),
-    "truncated": (False, "missing: LeRobot does not say it; false throughout"),
+    "truncated": (False, "missing: LeRobot's next.truncated is not there; false throughout"),
 }
 
 pieces = parquet.pieces
@@ -38,16 +46,54 @@ def data(folder: str) -> list[str]:
         raise UsageError(f"{str(info)!r} cannot be read ({error}); give a whole LeRobot folder") from error
     if not version.startswith(VERSION):
         raise UsageError(f"{folder!r} is a LeRobot folder of version {version}, and {VERSION} is read; convert it by LeRobot's own converter")
-    found = sorted(str(path) for path in (Path(folder) / "data").glob("chunk-*/file-*.parquet"))
+    found = sorted_naturally(str(path) for path in (Path(folder) / "data").glob("chunk-*/file-*.parquet"))
     if not found:
         raise UsageError(f"{folder!r} is a LeRobot folder without data/chunk-*/file-*.parquet; give a whole one")
     return found
 
 
+def folder_of(path: str, names: Sequence[str]) -> str | None:
+    """The LeRobot folder that a Parquet file with these columns belongs to, "" where it is not above the file; None of other files."""
+    if not {NAMES["episode"], NAMES["step"]} <= set(names):
+        return None
+    above = Path(path).parents
+    return str(above[2]) if len(above) > 2 and (above[2] / INFO).exists() else ""
+
+
 def columns(path: str) -> Mapping[str, str]:
     """Ours to theirs."""
     have = parquet.head(path).column_names
-    return {**NAMES, **{ours: name for ours, name in WHERE_THERE.items() if name in have}}
+    seen = {STATE, ENVIRONMENT} & set(have)
+    observation = OBSERVATION if len(seen) == 2 else next(iter(seen), STATE)
+    return {**NAMES, "observation": observation, **{ours: name for ours, name in WHERE_THERE.items() if name in have}}
+
+
+def ignored(path: str) -> Mapping[str, str]:
+    """Columns that are not read, and why: of the observation's only the states are numbers of one shape."""
+    names = parquet.head(path).column_names
+    return {name: "not read" for name in names if name.startswith(f"{OBSERVATION}.") and name not in (STATE, ENVIRONMENT)}
+
+
+def notes(path: str) -> Mapping[str, str]:
+    """What is to be known of our columns."""
+    theirs = columns(path)
+    found = {}
+    if "terminated" in theirs:
+        with_truncated = f"{DONE} without {TRUNCATED}: the environment ended the episode"
+        without = f"guess: {DONE} does not say why an episode ended; the episodes end at several lengths, so the environment ends them"
+        found["terminated"] = with_truncated if "truncated" in theirs else without
+    if "success" in theirs:
+        found["success"] = "true of an episode where it is true of any of its steps"
+    return found
+
+
+def done_only(path: str) -> bool:
+    theirs = columns(path)
+    return "terminated" in theirs and "truncated" not in theirs
+
+
+def marks_success(path: str) -> bool:
+    return "success" in columns(path)
 
 
 def made(path: str) -> Mapping[str, str]:
@@ -69,4 +115,8 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
 def _completed(table: pa.Table, names: Mapping[str, str] | Sequence[str]) -> pa.Table:
     for name in names:
         table = table.append_column(name, pa.array(np.full(table.num_rows, MADE[name][0])))
+    if DONE in table.column_names and TRUNCATED in table.column_names:
+        done, truncated = (table.column(name).cast(pa.bool_()) for name in (DONE, TRUNCATED))
+        terminated = pc.and_not(done, truncated)
+        table = table.set_column(table.column_names.index(DONE), DONE, terminated)
     return table

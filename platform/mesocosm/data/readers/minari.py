@@ -16,10 +16,12 @@ import gymnasium
 import numpy as np
 import pyarrow as pa
 
-from mesocosm.data.readers import BATCH_ROWS, Piece
+from mesocosm.data.readers import BATCH_ROWS, PROBLEM, Piece
 from mesocosm.data.writer import arrow
+from mesocosm.durable import make_folder, replace, sync_tree
 from mesocosm.errors import UsageError
 
+Space = gymnasium.Space[Any]
 PREFIX = "minari:"
 PIECE_STEPS = 1 << 16
 
@@ -67,9 +69,10 @@ def _fetch(id: str, root: Path) -> None:
                 os.environ["MINARI_DATASETS_PATH"] = before
         for data in sorted(Path(arriving).rglob("data/metadata.json")):  # of a combined dataset its parts, too
             came, to = data.parents[1], root / data.parents[1].relative_to(arriving)
-            to.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(to.parent)
             if not to.exists():
-                os.rename(came, to)
+                sync_tree(came)
+                replace(came, to)
 
 
 def files(path: str) -> list[Path]:
@@ -83,7 +86,15 @@ def spaces(path: str) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any]]:
 
 
 def head(path: str) -> pa.Table:
-    return next(_tables(path, 0, 1))
+    """The first episode with a step that can be read. Raises UsageError where none can be."""
+    first = None
+    for begin, end in pieces(path):
+        for table in _tables(path, begin, end):
+            if "action" in table.column_names:
+                return table
+            if PROBLEM in table.column_names:
+                first = first or table.column(PROBLEM)[0].as_py()
+    raise UsageError(f"no episode of the Minari dataset in {path!r} can be read: {first or 'it has none'}")
 
 
 def pieces(path: str) -> list[tuple[int, int]]:
@@ -97,33 +108,65 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
     held: list[pa.Table] = []
     rows = 0
     for table in _tables(piece.path, piece.begin, piece.end):
-        held.append(table.select([name for name in columns if name in table.column_names]))
+        held.append(table.select([name for name in (*columns, PROBLEM) if name in table.column_names]))
         rows += table.num_rows
         if rows >= BATCH_ROWS:
-            yield pa.concat_tables(held)
+            yield pa.concat_tables(held, promote_options="default")
             held, rows = [], 0
     if held:
-        yield pa.concat_tables(held)
+        yield pa.concat_tables(held, promote_options="default")
 
 
 def _tables(path: str, begin: int, end: int) -> Iterator[pa.Table]:
-    """One an episode: T+1 rows, the last one an observation alone."""
+    """One an episode: T+1 rows, the last one an observation alone; of one that cannot be read a row with PROBLEM."""
     dataset = _open(path)
-    for episode in dataset.iterate_episodes(list(dataset.episode_indices[begin:end])):
-        length = len(episode.rewards)
-        last = np.arange(length + 1) == length
-        yield pa.table(
-            {
-                "episode": pa.array(np.full(length + 1, int(episode.id))),
-                "step": pa.array(np.arange(length + 1)),
-                "observation": arrow(dataset.observation_space, episode.observations),
-                "action": arrow(dataset.action_space, _longer(episode.actions), last),
-                **{
-                    name: pa.array(_longer(np.asarray(values)), mask=last)
-                    for name, values in (("reward", episode.rewards), ("terminated", episode.terminations), ("truncated", episode.truncations))
-                },
-            }
-        )
+    for index in dataset.episode_indices[begin:end]:
+        number, rows = int(index), 1
+        try:
+            (episode,) = dataset.iterate_episodes([index])
+            rows = max(len(episode.rewards), 1)
+            problem = _problem(episode, dataset.observation_space, dataset.action_space)
+            table = _table(episode, dataset) if problem is None else None
+        except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:  # what minari, h5py and Arrow raise
+            table, problem = None, f"cannot be read ({' '.join(str(error).split())})"
+        if table is None:
+            text = f"episode {number}: {problem}; correct it, or set bad=drop to leave it out"
+            table = pa.table({"episode": [number] * rows, "step": list(range(rows)), PROBLEM: [text] + [None] * (rows - 1)})
+        yield table
+
+
+def _table(episode: Any, dataset: Any) -> pa.Table:
+    length = len(episode.rewards)
+    last = np.arange(length + 1) == length
+    scalars = (("reward", episode.rewards), ("terminated", episode.terminations), ("truncated", episode.truncations))
+    columns: dict[str, pa.Array] = {
+        "episode": pa.array(np.full(length + 1, int(episode.id))),
+        "step": pa.array(np.arange(length + 1)),
+        "observation": arrow(dataset.observation_space, episode.observations),
+    }
+    if length:
+        columns["action"] = arrow(dataset.action_space, _longer(episode.actions), last)
+        columns |= {name: pa.array(_longer(np.asarray(values)), mask=last) for name, values in scalars}
+    return pa.table(columns)
+
+
+def _problem(episode: Any, observation_space: Space, action_space: Space) -> str | None:
+    """What is wrong with the lengths of an episode: T rewards need T actions, and T+1 observations."""
+    length = len(episode.rewards)
+    observations = [("observations", n, length + 1, "actions") for n in _lengths(observation_space, episode.observations)]
+    actions = [("actions", n, length, "rewards") for n in _lengths(action_space, episode.actions)]
+    flags = [(name, len(getattr(episode, name)), length, "rewards") for name in ("terminations", "truncations")]
+    wrong = [row for row in (*actions, *flags, *observations) if row[1] != row[2]]
+    return next((f"{name} has {n} entries for {length} {others}, {wanted} are wanted" for name, n, wanted, others in wrong), None)
+
+
+def _lengths(space: Space, values: Any) -> list[int]:
+    """How many values each part of a space has."""
+    if isinstance(space, gymnasium.spaces.Dict):
+        return [n for key, child in space.spaces.items() for n in _lengths(child, values[key])]
+    if isinstance(space, gymnasium.spaces.Tuple):
+        return [n for child, part in zip(space.spaces, values, strict=True) for n in _lengths(child, part)]
+    return [len(values)]
 
 
 def _longer(values: Any) -> Any:

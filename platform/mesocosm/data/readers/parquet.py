@@ -1,12 +1,19 @@
-"""Parquet files: pieces are row groups, which are read in batches, so that a large one is never in memory whole."""
+"""Parquet files: pieces are row groups, which are read in batches, so that a large one is never in memory whole.
+
+Types that mean the same are read as one: dictionaries as their values, decimals as float64, views and fixed-size lists
+as lists.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as is_
 
 from mesocosm.data.readers import BATCH_BYTES, BATCH_ROWS, Piece
 from mesocosm.data.readers.files import opened, remote
@@ -17,14 +24,14 @@ PIECE_ROWS = 1 << 17
 
 
 def head(path: str) -> pa.Table:
-    with _open(path) as file:
+    with _open(path) as (file, schema):
         first = next(file.iter_batches(HEAD_ROWS), None)
-        return file.schema_arrow.empty_table() if first is None else pa.Table.from_batches([first])
+        return schema.empty_table() if first is None else pa.Table.from_batches([first]).cast(schema)
 
 
 def pieces(path: str) -> list[tuple[int, int]]:
     """Small row groups together, so that a task has something to do."""
-    with _open(path) as file:
+    with _open(path) as (file, _):
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     found: list[tuple[int, int]] = []
     begin = rows = 0
@@ -37,20 +44,69 @@ def pieces(path: str) -> list[tuple[int, int]]:
 
 
 def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
-    with _open(piece.path) as file:
+    with _open(piece.path) as (file, schema):
         groups = range(piece.begin, piece.end)
         bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
         rows = max(sum(file.metadata.row_group(i).num_rows for i in groups), 1)
         size = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(bytes, 1)))
-        wanted = [name for name in columns if name in file.schema_arrow.names]
+        wanted = [name for name in columns if name in schema.names]
+        types = pa.schema([schema.field(name) for name in wanted])
         for batch in file.iter_batches(size, row_groups=list(groups), columns=wanted):
-            yield pa.Table.from_batches([batch])
+            yield pa.Table.from_batches([batch]).select(wanted).cast(types)
 
 
 @contextmanager
-def _open(path: str) -> Iterator[pq.ParquetFile]:
+def _open(path: str) -> Iterator[tuple[pq.ParquetFile, pa.Schema]]:
+    """(file, the types of its columns as they are read)"""
     try:
         with opened(path) as raw, pq.ParquetFile(raw if remote(path) else path) as file:
-            yield file
+            schema = file.schema_arrow
+            plain = pa.schema([field.with_type(_plain(field.type)) for field in schema])
+            if not any(_fixed(field.type) for field in schema):
+                yield file, plain
+                return
+            with pq.ParquetFile(raw if remote(path) else path, metadata=_without_arrow_schema(raw)) as untyped:
+                yield untyped, plain
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"{path!r} cannot be read as Parquet ({' '.join(str(error).split())}); write it again, or leave it out") from error
+
+
+def _plain(type: pa.DataType) -> pa.DataType:
+    if is_.is_dictionary(type):
+        return _plain(type.value_type)
+    if is_.is_decimal(type):
+        return pa.float64()
+    if is_.is_string_view(type):
+        return pa.string()
+    if is_.is_struct(type):
+        return pa.struct([field.with_type(_plain(field.type)) for field in type])
+    if _is_list(type):
+        field = type.value_field
+        return pa.list_(field.with_type(_plain(field.type)))
+    return type
+
+
+def _is_list(type: pa.DataType) -> bool:
+    tests = (is_.is_list, is_.is_large_list, is_.is_fixed_size_list, is_.is_list_view, is_.is_large_list_view)
+    return any(test(type) for test in tests)
+
+
+def _fixed(type: pa.DataType) -> bool:
+    """Whether a fixed-size list is in it."""
+    if is_.is_struct(type):
+        return any(_fixed(field.type) for field in type)
+    return is_.is_fixed_size_list(type) or (_is_list(type) and _fixed(type.value_type))
+
+
+def _without_arrow_schema(raw: IO[bytes]) -> pq.FileMetaData:
+    """The metadata of a file without the Arrow types of its columns.
+
+    Arrow cannot read a null among fixed-size lists (apache/arrow#35692: "Expected all lists to be of size=2"). Without
+    the Arrow types the same column is of lists, which can be null.
+    """
+    raw.seek(-8, os.SEEK_END)
+    size = int.from_bytes(raw.read(4), "little")
+    raw.seek(-8 - size, os.SEEK_END)
+    footer = raw.read(size + 8).replace(b"ARROW:schema", b"arrow-schema")
+    raw.seek(0)
+    return pq.read_metadata(pa.BufferReader(b"PAR1" + footer))

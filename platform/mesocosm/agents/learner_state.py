@@ -1,0 +1,141 @@
+"""The whole state of an RLlib algorithm in training, so that another process continues with the same bits.
+
+`Algorithm.get_state` holds weights, optimizers, connectors and RLlib's counters. It leaves out the
+replay buffer, what some learners adapt (PPO's KL coefficient, SAC's temperature, the time of the
+last target update), and the environment runners' episodes in progress; all of these are added here.
+
+Random state is not saved. `reseed` makes the randomness of an iteration a function of
+(seed, iteration, runner), so an iteration depends on nothing but this state and its number. APPO and
+IMPALA learn in a thread of their own: they continue from the same state, but their bits depend on
+the thread's timing with or without an interruption.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
+
+from mesocosm.agents.rllib import runners
+from mesocosm.config import fingerprint
+
+ADAPTED = ("curr_kl_coeffs_per_module", "curr_log_alpha")
+"""Attributes of learners: tensors by module, which `Learner.get_state` leaves out."""
+TARGET_UPDATES = ("last_update_ts_by_mid", "_last_update_ts_by_mid")
+"""Attributes of learners: the step of the last target network update by module."""
+SCHEDULERS = "entropy_coeff_schedulers_per_module"
+SAMPLED = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
+
+
+def reseed(algorithm: Algorithm, seed: int, iteration: int) -> None:
+    """Seed every random generator that the next iteration uses, in this process and in the runners."""
+    runners(algorithm).foreach_env_runner(partial(_reseed_runner, seed, iteration))
+    _seed_all(seed, iteration, "learner")
+    buffer: Any = getattr(algorithm, "local_replay_buffer", None)
+    if buffer is not None:
+        buffer.rng = np.random.default_rng(_derived(seed, iteration, "replay"))
+
+
+def _reseed_runner(seed: int, iteration: int, runner: Any) -> None:
+    _seed_all(seed, iteration, f"runner {runner.worker_index}")
+
+
+def _seed_all(seed: int, iteration: int, part: str) -> None:
+    value = _derived(seed, iteration, part)
+    random.seed(value)
+    np.random.seed(value)
+    torch.manual_seed(value)
+
+
+def _derived(seed: int, iteration: int, part: str) -> int:
+    """A seed of 32 bits."""
+    return int(fingerprint("agent-iteration", seed, iteration, part)[:8], 16)
+
+
+def capture(algorithm: Algorithm) -> dict[str, Any]:
+    """The state between two iterations. It refers to live objects: pickle it before the next one."""
+    learner = _learner(algorithm)
+    return {
+        "algorithm": algorithm.get_state(),
+        "adapted": {name: {id: tensor.detach().clone() for id, tensor in getattr(learner, name).items()} for name in ADAPTED if hasattr(learner, name)},
+        "target_updates": {name: dict(getattr(learner, name)) for name in TARGET_UPDATES if hasattr(learner, name)},
+        "runners": runners(algorithm).foreach_env_runner(_runner_state),
+        "replay": _replay_state(algorithm),
+    }
+
+
+def restore(algorithm: Algorithm, state: dict[str, Any]) -> None:
+    """Bring a freshly built algorithm of the same settings to a captured state."""
+    algorithm.set_state(state["algorithm"])
+    learner = _learner(algorithm)
+    with torch.no_grad():
+        for name, tensors in state["adapted"].items():
+            for id, tensor in tensors.items():
+                getattr(learner, name)[id].copy_(tensor)  # in place: an optimizer refers to it
+    for name, steps in state["target_updates"].items():
+        getattr(learner, name).update(steps)
+    if hasattr(learner, SCHEDULERS):  # a schedule's value is set only after an update
+        assert algorithm.metrics is not None
+        sampled = algorithm.metrics.peek(SAMPLED, default=0)
+        getattr(learner, SCHEDULERS)[DEFAULT_MODULE_ID].update(timestep=sampled)
+    states = {part["index"]: part for part in state["runners"] if part is not None}
+    runners(algorithm).foreach_env_runner(partial(_restore_runner, states))
+    if state["replay"] is not None:
+        buffer: Any = algorithm.local_replay_buffer
+        buffer.episodes = state["replay"]["episodes"]
+        buffer.set_state(state["replay"])  # keeps the episodes that are there already
+
+
+def _learner(algorithm: Algorithm) -> Any:
+    """The learner lives in this process (num_learners=0)."""
+    group: Any = algorithm.learner_group
+    return group._learner
+
+
+def _replay_state(algorithm: Algorithm) -> dict[str, Any] | None:
+    """The replay buffer's own state. Its episodes stay objects: converting each one is slow."""
+    buffer: Any = getattr(algorithm, "local_replay_buffer", None)
+    if buffer is None:
+        return None
+    episodes, buffer.episodes = buffer.episodes, deque()
+    try:
+        state: dict[str, Any] = buffer.get_state()
+    finally:
+        buffer.episodes = episodes
+    return state | {"episodes": episodes}
+
+
+def _runner_state(runner: Any) -> dict[str, Any] | None:
+    """What `SingleAgentEnvRunner.get_state` leaves out; None for a runner without environments."""
+    if runner.env is None:
+        return None
+    return {
+        "index": runner.worker_index,
+        "state": runner.get_state(),
+        "metrics": runner.metrics.get_state(),
+        "env": runner.env.unwrapped.state(),
+        "episodes": runner._ongoing_episodes,
+        "to_module": runner._cached_to_module,
+        "shared": runner._shared_data,
+    }
+
+
+def _restore_runner(states: dict[int, dict[str, Any]], runner: Any) -> None:
+    if runner.env is None:
+        return
+    state = states[runner.worker_index]
+    runner.set_state(state["state"] | {"weights_seq_no": 0})  # 0: take the weights in any case
+    runner._weights_seq_no = state["state"]["weights_seq_no"]
+    runner.metrics.set_state(state["metrics"])
+    runner.env.unwrapped.restore(state["env"])
+    runner._ongoing_episodes = state["episodes"]
+    runner._cached_to_module = state["to_module"]
+    runner._shared_data = state["shared"]
+    runner._needs_initial_reset = False

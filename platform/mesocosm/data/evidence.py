@@ -1,0 +1,205 @@
+"""What logs can show a world: whether actions vary freely where observations agree, and which rewards occur.
+
+A world learns p(next observation | observation, action). Where the logs' action follows from the
+observation, the effect of the action cannot be told from that of the observation: a world that
+ignores actions has the same likelihood, and whatever it says of another action is a guess.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesocosm.data.coverage import FOLDS, Features, Sample, nearest
+from mesocosm.data.dataset import Dataset
+from mesocosm.data.scaling import Moments
+from mesocosm.data.spaces import SpaceCodec
+
+Array = NDArray[Any]
+SAMPLE = 5000
+"""Transitions of the training split that are compared, at most."""
+FEWEST = 100
+"""Transitions below which nothing is said."""
+NEIGHBOURS = 8
+FIXED_NUMBER, FIXED_CATEGORY = 0.05, 0.1
+"""A part of the action whose free share is at most this follows from the observation.
+
+The share of a policy that switches between categories is overestimated: states gather where it switches.
+"""
+WINDOW = 10
+"""Consecutive steps over which rewards are averaged."""
+MARGIN = 0.1
+"""Share of the range of logged reward rates by which a rate may exceed the highest one."""
+ROWS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Of the logs that a world is trained on."""
+
+    transitions: int
+    """Compared for `free`."""
+    free: dict[str, float]
+    """Share of the variance of each part of the action that the observation leaves open, by name."""
+    fixed: list[str]
+    """Those parts that follow from the observation."""
+    best_return: float
+    low_rate: float
+    high_rate: float
+    """Lowest and highest mean reward over WINDOW consecutive steps, as `reward_rates` has them."""
+
+    @property
+    def known(self) -> bool:
+        """Whether there are enough transitions to tell."""
+        return self.transitions >= FEWEST and bool(self.free)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def unidentified(self) -> str | None:
+        """A sentence where the effect of some part of the action is not identified."""
+        if not self.known or not self.fixed:
+            return None
+        named = ", ".join(f"{name} ({self.free[name]:.1%} of its variance is free)" for name in self.fixed[:3])
+        more = f" and {len(self.fixed) - 3} more" if len(self.fixed) > 3 else ""
+        return (
+            f"in the logs the action follows from the observation: {named}{more}; a world that "
+            f"ignores it fits as well, so add logs in which it varies, such as random or noisy ones"
+        )
+
+    def unexplained(self, earned: float, steps: float) -> str | None:
+        """A sentence where the logs cannot explain a mean return.
+
+        Args:
+            earned: The mean undiscounted return of an agent's imagined episodes.
+            steps: Their mean length.
+        """
+        rate = earned / max(steps, 1.0)
+        slack = MARGIN * (self.high_rate - self.low_rate) + 1e-3 * abs(self.high_rate)
+        if rate > self.high_rate + slack:
+            return (
+                f"it earns {rate:.4g} a step in the world, and no {WINDOW} consecutive steps of the "
+                f"logs average more than {self.high_rate:.4g}; judge it in reality before it is trusted"
+            )
+        if self.known and self.fixed and earned > self.best_return + slack:
+            return (
+                f"it earns {earned:.4g} in the world and the best logged episode {self.best_return:.4g}, "
+                f"but the logs do not show what actions do; judge it in reality before it is trusted"
+            )
+        return None
+
+
+def evidence(dataset: Dataset, *, seed: int = 0) -> Evidence:
+    """Of both splits' rewards, and of a sample of the training split's actions."""
+    codec = dataset.action_codec
+    moments = {
+        "obs_num": Moments(dataset.observation_codec.numbers),
+        "act_num": Moments(codec.numbers),
+    }
+    # Moments of the sample: those of all transitions would take a pass over the data.
+    sample = Features(dataset, moments).sample(dataset, "train", seed=seed, limit=SAMPLE)
+    for name, columns in moments.items():
+        columns.add(sample.raw[name])
+    features = Features(dataset, moments)
+    sample = replace(sample, values=features.of(dataset, sample.episodes, sample.raw))
+    free = free_shares(sample, features, codec, seed=seed) if len(sample) >= FEWEST else {}
+    numbers = set(codec.labels())
+    fixed = [name for name, share in free.items() if share <= (FIXED_NUMBER if name in numbers else FIXED_CATEGORY)]
+    low, high = reward_rates(dataset)
+    best = float(dataset.table["total_reward"].max())
+    return Evidence(len(sample), free, fixed, best, low, high)
+
+
+def free_shares(sample: Sample, features: Features, codec: SpaceCodec, *, seed: int) -> dict[str, float]:
+    """Var(part of the action | observation) / Var(part), by the part's name; 0 for a constant part.
+
+    Half the mean squared difference of two actions at a state and its k-th neighbour estimates the
+    conditional variance plus a term that vanishes with their distance. The share is the intercept
+    over k, of the squared distance for numbers (the Gamma test, Stefansson, Koncar and Jones 1997)
+    and of the distance for categories, whose policies switch. Neighbours are of other episodes,
+    because an action that is held for several steps is like its neighbours in time.
+    """
+    states = sample.values[:, features.state]
+    distances, places = _neighbours(states, sample.episodes, seed)
+    shares: dict[str, float] = {}
+    for name, values, squared in _parts(sample, codec):
+        if squared:
+            spread, apart = 2.0 * values.var(), (values[places] - values[:, None]) ** 2
+        else:
+            counts = np.unique(values, return_counts=True)[1] / len(values)
+            spread, apart = 1.0 - (counts**2).sum(), (values[places] != values[:, None]).astype(float)
+        x = (distances**2 if squared else distances).mean(0)
+        y = apart.mean(0) / spread if spread > 1e-12 else np.zeros(NEIGHBOURS)
+        centred = x - x.mean()
+        slope = float(centred @ y) / max(float(centred @ centred), 1e-300)
+        shares[name] = float(np.clip(y.mean() - max(slope, 0.0) * x.mean(), 0.0, 1.0))
+    return shares
+
+
+def _neighbours(states: Array, episodes: Array, seed: int) -> tuple[Array, Array]:
+    """(distances, places) [N, NEIGHBOURS] of the nearest states of other episodes.
+
+    The episodes are dealt to folds, as in `coverage.own_gaps`. Of a single episode, itself excepted.
+    """
+    distinct, member = np.unique(episodes, return_inverse=True)
+    if len(distinct) < 2:
+        distances, places = nearest(states, states, NEIGHBOURS + 1)
+        return distances[:, 1:], places[:, 1:]
+    order = np.random.default_rng(seed).permutation(len(distinct))
+    fold = (np.argsort(order) % min(FOLDS, len(distinct)))[member]
+    distances = np.full((len(states), NEIGHBOURS), np.nan)
+    places = np.zeros((len(states), NEIGHBOURS), np.int64)
+    for this in range(fold.max() + 1):
+        others = np.flatnonzero(fold != this)
+        k = min(NEIGHBOURS, len(others))
+        near, at = nearest(states[others], states[fold == this], k)
+        columns = np.minimum(np.arange(NEIGHBOURS), k - 1)
+        distances[fold == this], places[fold == this] = near[:, columns], others[at][:, columns]
+    return distances, places
+
+
+def _parts(sample: Sample, codec: SpaceCodec) -> Iterator[tuple[str, Array, bool]]:
+    """(name, values [N], is a number) of each part of the action; a text is one category."""
+    numbers, categories = sample.raw["act_num"].astype(np.float64), sample.raw["act_cat"]
+    for i, name in enumerate(codec.labels()):
+        yield name, numbers[:, i], True
+    for leaf in codec.leaves:
+        codes = categories[:, leaf.categories].astype(np.int64)
+        if leaf.characters is not None:
+            yield leaf.name, np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1), False
+        else:
+            for i in range(codes.shape[1]):
+                yield (leaf.name if codes.shape[1] == 1 else f"{leaf.name}[{i}]"), codes[:, i], False
+
+
+def reward_rates(dataset: Dataset) -> tuple[float, float]:
+    """(lowest, highest) mean reward over WINDOW consecutive steps.
+
+    Of a shorter episode, over all its steps and over all but the last one: what ending costs says
+    nothing of the steps before it.
+    """
+    table, low, high = dataset.table, np.inf, -np.inf
+    parts = int(table["length"].sum()) // ROWS + 1
+    for episodes in np.array_split(np.arange(len(table)), min(parts, len(table))):
+        lengths = table["length"][episodes].astype(np.int64)
+        ends = np.cumsum(lengths)
+        steps = np.arange(ends[-1])
+        rows = steps + np.repeat(table["first_row"][episodes] - (ends - lengths), lengths)
+        rewards = dataset.gather("reward", np.repeat(table["shard"][episodes], lengths), rows)
+        total = np.concatenate([[0.0], np.cumsum(rewards.reshape(-1), dtype=np.float64)])
+        first = steps[np.repeat(ends, lengths) - steps >= WINDOW]
+        begins, short = ends - lengths, lengths < WINDOW
+        before = short & (lengths > 1)
+        rates = np.concatenate(
+            [
+                (total[first + WINDOW] - total[first]) / WINDOW,
+                (total[ends] - total[begins])[short] / lengths[short],
+                (total[ends - 1] - total[begins])[before] / (lengths[before] - 1),
+            ]
+        )
+        low, high = min(low, float(rates.min())), max(high, float(rates.max()))
+    return low, high

@@ -1,0 +1,133 @@
+"""HTTP connections with a time limit: uvicorn 0.54 waits forever for a request's head.
+
+A connection is waiting until a request with the token is in it, and again after that request's
+reply. A waiting connection has `HEAD_S` seconds. Where `CONNECTIONS` are open, the one that has
+waited longest gives its place to a new one. So a client without the token holds no place for long,
+however slowly it sends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import socket
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import Scope
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+logger = logging.getLogger(__name__)
+CONNECTIONS = 256
+"""Connections at once, and requests with the token at once"""
+HEAD_S = 10.0
+"""Seconds from a connection's opening, or its last reply, to a request with the token"""
+
+REPORT_S = 60.0
+"""Seconds between lines of the log about a lack of file descriptors"""
+GRACE_S = 0.1
+"""Seconds after which a connection beyond `CONNECTIONS` costs the longest waiting one"""
+
+
+def admit(scope: Scope) -> None:
+    """Mark the request as one with the token. Its connection is not waiting until the reply."""
+    scope.setdefault("state", {})["admitted"] = True
+
+
+async def serve(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Answer on `listener` until `server.should_exit`, also through a lack of file descriptors.
+
+    asyncio tries to accept again by itself, and reports each attempt with a traceback, hundreds of
+    them a second (python/cpython#151615). Here they are one line in `REPORT_S` seconds.
+    """
+    reported = -REPORT_S
+
+    def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        nonlocal reported
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() - reported >= REPORT_S:
+            reported = loop.time()
+            logger.warning("the HTTP ingress has no free file descriptor; raise ulimit -n")
+
+    asyncio.get_running_loop().set_exception_handler(report)
+    await server.serve(sockets=[listener])
+
+
+class Connection(H11Protocol):
+    """uvicorn's HTTP/1.1 connection, with the limits of this module and errors in JSON."""
+
+    _deadline: asyncio.TimerHandle | None = None
+    _since = 0.0
+
+    @property
+    def waiting(self) -> bool:
+        """Whether no request with the token is in it."""
+        answered = self.cycle is None or self.cycle.response_complete
+        return answered or not self.scope["state"].get("admitted")
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+        if len(self.connections) > CONNECTIONS:
+            # A client that sends its whole head with its connection is not waiting by then.
+            self.loop.call_later(GRACE_S, self._make_room)
+
+    def _make_room(self) -> None:
+        """Drop the connection that has waited longest, where there are still too many."""
+        connections = [each for each in self.connections if isinstance(each, Connection)]
+        waiting = [each for each in connections if each.waiting]
+        if len(connections) > CONNECTIONS and waiting:
+            oldest = min(waiting, key=lambda each: each._since)
+            oldest.drop(503, f"all {CONNECTIONS} connections are taken; send the request again")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._wait()
+
+    def _wait(self) -> None:
+        """Begin the seconds in which the next request must come."""
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._since = self.loop.time()
+        self._deadline = self.loop.call_later(HEAD_S, self._expire)
+
+    def _expire(self) -> None:
+        if self.waiting:
+            self.drop(408, f"the head did not arrive within {HEAD_S:g} s; send it at once")
+
+    def drop(self, status: int, detail: str) -> None:
+        """Close the connection now. A client that has sent a part of a head is told why."""
+        self.connections.discard(self)
+        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
+            self._refuse(status, detail)
+        self.transport.abort()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what h11 does not read as a request."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            self._refuse(400, "the request is not valid HTTP/1.1, or its head is too large; fix it")
+        self.transport.close()
+
+    def _refuse(self, status: int, detail: str) -> None:
+        body = json.dumps({"detail": detail}).encode()
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("connection", "close"),
+        ]
+        events = (
+            h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        )
+        self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))

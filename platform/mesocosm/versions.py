@@ -1,0 +1,20 @@
+"""The version of each job's results: part of the id of what it makes.
+
+Bump a job's number by hand when the same config and inputs give another result than before: other digits, other bytes, another
+meaning. `tests/golden.json` holds the digits of tiny jobs, and their test fails when they change without a bump.
+"""
+
+VERSIONS = {
+    "collect": 1,
+    "import": 1,
+    "curate": 1,
+    "coverage": 1,
+    "pretrain": 1,
+    "sweep": 1,
+    "plan": 1,
+    "train-agent": 1,
+    "baseline": 1,
+    "evaluate": 1,
+    "propose": 1,
+    "loop": 1,
+}

@@ -1,0 +1,244 @@
+"""`train-agent` killed by SIGKILL: the same command continues and ends with the same bits."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gymnasium import spaces
+
+from mesocosm import tracking
+from mesocosm.agents import checkpoint, train
+from mesocosm.agents.config import AgentConfig
+from mesocosm.config import load
+from mesocosm.data.codec import Codec
+from mesocosm.data.dataset import Dataset, Environment, write_dataset
+from mesocosm.data.episode import Episode
+from mesocosm.errors import UsageError
+from mesocosm.model import mup
+from mesocosm.model.base import Base
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.net import build
+from mesocosm.model.world import World
+from mesocosm.pretrain.prepare import transitions
+from mesocosm.storage import Artifact, Storage
+
+LENGTH = 12
+OBSERVATIONS = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+DISCRETE, CONTINUOUS = spaces.Discrete(3), spaces.Box(-1.0, 1.0, (1,), np.float32)
+SMALL = ["world=w", "backend=local", "starts=logged", "num_envs=8", "horizon=20", "snapshots=3"]
+PPO = [
+    "rollout=32",
+    "model.fcnet_hiddens=[16]",
+    "params.minibatch_size=64",
+    "params.entropy_coeff=[[0,0.02],[4000,0.0]]",
+    "params.lr=[[0,0.003],[4000,0.0001]]",
+]
+REPLAY = [
+    "rollout=16",
+    "model.fcnet_hiddens=[16]",
+    "params.num_steps_sampled_before_learning_starts=200",
+    "params.train_batch_size_per_learner=32",
+    "params.training_intensity=4",
+]
+DQN = ["algo=DQN", *REPLAY, "params.target_network_update_freq=100"]
+SAC = ["algo=SAC", *REPLAY]
+
+
+def make_root(root: str, actions: Any = DISCRETE, family: str = "ensemble") -> str:
+    """A root with a dataset of random walks and an untrained world `w` of it, always the same."""
+    storage, rng = Storage(root), np.random.default_rng(0)
+    episodes = []
+    for k in range(30):
+        walk = rng.normal(size=(LENGTH + 1, 2)).cumsum(0).astype(np.float32)
+        actions.seed(k)
+        taken = [actions.sample() for _ in range(LENGTH)]
+        rewards = -np.abs(walk[1:, 0]).astype(np.float64)
+        episodes.append(Episode(k, k, "random", list(walk), taken, rewards, "truncated"))
+    facts: dict[str, Any] = {
+        "environment": Environment(id="Walk-v0", max_episode_steps=LENGTH),
+        "observation_space": OBSERVATIONS,
+        "action_space": actions,
+    }
+
+    def write(to: Path) -> None:
+        write_dataset(to, episodes, id="d", seed=0, valid_fraction=0.1, **facts)
+
+    data = Dataset([storage.make("datasets", "d", {}, write).path])
+    codec = Codec.fit(data)
+    config = ModelConfig(family=family, size="10k", members=2, base=False)
+    base = Base.fit(codec.spec, config, transitions(data, codec), 0)
+    net = build(codec.spec, config)
+    mup.init_(net, 0)
+    meta = {"inputs": {"datasets": ["d"]}}
+    storage.make("worlds", "w", meta, World(net, base, codec.to_json()).save)
+    return root
+
+
+def train_agent(root: str, overrides: list[str]) -> tuple[Artifact, list[dict[str, Any]]]:
+    """Train in this process; the artifact and the logged iterations."""
+    config = load(AgentConfig, [], [f"storage.root={root}", *SMALL, *overrides])
+    with tracking.start("train-agent", config, quiet=True) as run:
+        artifact = train.run(config, run)
+    lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return artifact, [line for line in lines if "agent/imagined_steps" in line]
+
+
+def progress_of(root: str) -> tuple[str, int]:
+    """(agent id, finished iterations) of the checkpoint under `root`; ("", 0) without one."""
+    storage = Storage(root)
+    for id in storage.list("runs/checkpoints"):
+        data = storage.read(f"{checkpoint.folder_of(id)}/{checkpoint.PROGRESS}")
+        if data is not None:
+            return id, json.loads(data)["iteration"]
+    return "", 0
+
+
+def kill_after(
+    root: str,
+    overrides: list[str],
+    output: Path,
+    iteration: int,
+    delay: float = 0.0,
+) -> str:
+    """Train in a process of its own and SIGKILL it once a checkpoint of `iteration` is there."""
+    command = [sys.executable, "-m", "mesocosm.cli", "train-agent", f"storage.root={root}"]
+    with open(output, "ab") as log:
+        process = subprocess.Popen([*command, *SMALL, *overrides], stdout=log, stderr=log)
+    while progress_of(root)[1] < iteration:
+        assert process.poll() is None, output.read_text()
+        time.sleep(0.01)
+    time.sleep(delay)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the training ended before it was killed"
+    return progress_of(root)[0]
+
+
+def files_of(artifact: Artifact) -> dict[str, bytes]:
+    """Everything that the artifact holds, but for COMMIT.json, which has times."""
+    found = (p for p in artifact.path.rglob("*") if p.is_file() and p.name != "COMMIT.json")
+    return {str(p.relative_to(artifact.path)): p.read_bytes() for p in found}
+
+
+def same_after_kills(
+    undisturbed: str,
+    disturbed: str,
+    overrides: list[str],
+    kills: list[tuple[int, float]],
+    output: Path,
+) -> None:
+    """Train in two equal roots, in one of them with kills; nothing differs, and nothing is left."""
+    whole, lines = train_agent(undisturbed, overrides)
+    for iteration, delay in kills:
+        id = kill_after(disturbed, overrides, output, iteration, delay)
+    stood = progress_of(disturbed)[1]
+    assert id == whole.id
+    again, rest = train_agent(disturbed, overrides)
+    assert Storage(disturbed).list("runs/checkpoints") == []
+    assert [line["step"] for line in rest] == list(range(stood, len(lines)))
+    ours, theirs = files_of(whole), files_of(again)
+    assert ours.keys() == theirs.keys() and any("snapshots" in name for name in ours)
+    for name, data in ours.items():
+        assert theirs[name] == data, f"{name} differs"
+    for name in ("imagined_steps", "imagined_return", "total_loss", "qf_loss"):
+        key = f"agent/{name}"
+        assert [line.get(key) for line in rest] == [line.get(key) for line in lines[stood:]], name
+
+
+def test_a_killed_training_ends_with_the_same_policy(ray_local: None, tmp_path: Path) -> None:
+    """PPO, with schedules of the learning rate and the entropy bonus, and an adapted KL coefficient."""
+    roots = [make_root(str(tmp_path / name)) for name in ("whole", "killed")]
+    same_after_kills(*roots, [*PPO, "iterations=12"], [(3, 0.0)], tmp_path / "output")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "overrides", "actions", "family"),
+    [
+        ("sac", [*SAC, "iterations=10"], CONTINUOUS, "ensemble"),
+        ("dqn", [*DQN, "iterations=14"], DISCRETE, "ensemble"),
+        ("two runners", [*PPO, "runners=2", "iterations=10"], DISCRETE, "ensemble"),
+        ("history", [*PPO, "iterations=8"], CONTINUOUS, "sequence"),
+        ("served", [*PPO, "backend=serve", "iterations=10"], DISCRETE, "ensemble"),
+    ],
+)
+def test_killed_three_times(ray_local: None, tmp_path: Path, case: str, overrides: list[str], actions: Any, family: str) -> None:
+    rng = random.Random(case)
+    kills = [(i, rng.uniform(0.0, 0.5)) for i in (1, 2, 3)]
+    roots = [make_root(str(tmp_path / name), actions, family) for name in ("whole", "killed")]
+    same_after_kills(*roots, overrides, kills, tmp_path / "output")
+
+
+@pytest.mark.slow
+def test_another_machine_continues_from_a_bucket(ray_local: None, s3: str, tmp_path: Path) -> None:
+    roots = [make_root(f"{s3}/{name}") for name in ("whole", "killed")]
+    same_after_kills(*roots, [*PPO, "iterations=12"], [(2, 0.1)], tmp_path / "output")
+
+
+@pytest.mark.slow
+def test_an_algorithm_that_learns_in_a_thread_continues(ray_local: None, tmp_path: Path) -> None:
+    """Its bits depend on the thread's timing; only that it continues and ends is certain."""
+    root = make_root(str(tmp_path / "root"))
+    appo = ["algo=APPO", "rollout=32", "model.fcnet_hiddens=[16]", "iterations=30"]
+    kill_after(root, appo, tmp_path / "output", 2)
+    stood = progress_of(root)[1]
+    artifact, rest = train_agent(root, appo)
+    assert [line["step"] for line in rest] == list(range(stood, 30))
+    assert {path.name for path in (artifact.path / "snapshots").iterdir()} == {"0", "10", "20"}
+
+
+def test_a_checkpoint_is_whole_or_refused(root: str, tmp_path: Path) -> None:
+    storage = Storage(root)
+    made = checkpoint.Checkpoints(storage, "a")
+    assert made.latest() is None and made.due()
+    made.save(1, {"x": np.arange(3)}, {"imagined_steps": 8.0})
+    assert not made.due(), "the next one is due after 20 times as long as this one took"
+    made.save(2, {"x": np.arange(4)}, {"imagined_steps": 16.0})
+    other = checkpoint.Checkpoints(storage, "a")
+    progress = other.latest()
+    assert progress is not None and progress.iteration == 2
+    assert progress.metrics == {"imagined_steps": 16.0}
+    assert other.load(progress)["x"].tolist() == [0, 1, 2, 3]
+    states = [name for name in storage.list(made.folder) if name.startswith("state")]
+    assert states == [progress.file], "an earlier state is removed once the next one is named"
+    path = f"{made.folder}/{progress.file}"
+    storage.write(path, b"torn")
+    with pytest.raises(UsageError, match=f"agents/a cannot continue: .*{progress.file} .*--force"):
+        other.load(progress)
+    storage.remove(path)
+    with pytest.raises(UsageError, match=r"agents/a cannot continue"):
+        other.load(progress)
+    storage.write(f"{made.folder}/{checkpoint.PROGRESS}", b"{")
+    with pytest.raises(UsageError, match=r"progress.json is missing or damaged"):
+        other.latest()
+    text = json.dumps({"iteration": 1, "file": "s", "sha256": "", "versions": {"ray": "1.0"}})
+    storage.write(f"{made.folder}/{checkpoint.PROGRESS}", text.encode())
+    with pytest.raises(UsageError, match=r"needs ray 1.0, got ray .*--force"):
+        other.latest()
+    other.remove()
+    assert other.latest() is None
+
+
+def test_policies_saved_after_the_checkpoint_are_made_again(root: str, tmp_path: Path) -> None:
+    made = checkpoint.Checkpoints(Storage(root), "a")
+    for iteration in (0, 2, 4):
+        folder = tmp_path / str(iteration)
+        folder.mkdir()
+        (folder / "policy.json").write_text(str(iteration))
+        made.save_snapshot(folder, iteration)
+    made.save(3, {}, {})
+    progress = made.latest()
+    assert progress is not None
+    made.load_snapshots(tmp_path / "into", progress)
+    assert {p.name: (p / "policy.json").read_text() for p in (tmp_path / "into").iterdir()} == {
+        "0": "0",
+        "2": "2",
+    }

@@ -1,0 +1,132 @@
+"""S3-compatible stores that lack features: what works without them, and what `doctor` reports."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mesocosm.cli import main
+from mesocosm.config import JobConfig, StorageConfig
+from mesocosm.doctor import storage_check
+from mesocosm.errors import StorageError, UsageError
+from mesocosm.storage import Storage
+
+from .proxy import HttpProxy, drop_if_none_match, reject_trailers
+
+TESTS = Path(__file__).parents[1]
+CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
+
+
+Proxied = Callable[..., str]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MESOCOSM_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def proxied(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxied]:
+    """`proxied(change, tls=False)`: the root, behind a proxy that changes or rejects requests."""
+    made = []
+
+    def make(change: object, *, tls: bool = False) -> str:
+        proxy = HttpProxy(os.environ["AWS_ENDPOINT_URL"], change, tmp_path if tls else None)
+        made.append(proxy)
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+        if tls:
+            monkeypatch.setenv("AWS_CA_BUNDLE", proxy.ca)
+        return f"{s3}/{tmp_path.name}"
+
+    yield make
+    for proxy in made:
+        proxy.close()
+
+
+def _check(root: str) -> tuple[bool, str]:
+    check = storage_check(JobConfig(storage=StorageConfig(root)))
+    return check.ok, check.found
+
+
+@pytest.mark.parametrize("setting", [None, "when_required", "WHEN_REQUIRED"])
+def test_a_store_that_rejects_checksum_trailers(proxied: Proxied, monkeypatch: pytest.MonkeyPatch, setting: str | None) -> None:
+    monkeypatch.delenv(CHECKSUMS, raising=False)
+    if setting is not None:
+        monkeypatch.setenv(CHECKSUMS, setting)
+    root = proxied(reject_trailers, tls=True)
+    assert _check(root) == (True, root)
+    storage = Storage(root)
+    content = os.urandom(1 << 20)
+
+    def fill(folder: Path) -> None:
+        (folder / "x").write_bytes(content)
+
+    storage.make("worlds", "w", {}, fill)
+    storage.make("worlds", "w", {"n": 2}, fill, force=True)
+    shutil.rmtree(storage.local_path("cache"))
+    found = storage.artifact("worlds", "w")
+    assert (found.path / "x").read_bytes() == content and found.meta == {"n": 2}
+    assert storage.create("ledgers/l/0.json", b"a") and not storage.create("ledgers/l/0.json", b"b")
+    storage.remove("ledgers")
+    assert storage.list("ledgers") == []
+
+
+def test_the_trailers_of_botocores_default_are_named(proxied: Proxied, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CHECKSUMS, "when_supported")
+    root = proxied(reject_trailers, tls=True)
+    ok, text = _check(root)
+    assert not ok and "NotImplemented" in text and f"{CHECKSUMS}=when_required" in text
+    with pytest.raises(StorageError, match=rf"runs/x .*NotImplemented.*{CHECKSUMS}=when_required"):
+        Storage(root).write("runs/x", b"x")
+
+
+def test_a_store_without_conditional_writes_is_refused(proxied: Proxied) -> None:
+    root = proxied(drop_if_none_match)
+    ok, text = _check(root)
+    assert not ok and "If-None-Match" in text and root in text
+    with pytest.raises(UsageError, match="creates a file twice"):
+        Storage(root).writable()
+    assert Storage(root).files("runs") == {}, "nothing is left behind"
+
+
+def test_a_store_with_conditional_writes_is_accepted(proxied: Proxied) -> None:
+    root = proxied(lambda headers: None)
+    assert _check(root) == (True, root)
+
+
+def test_a_lost_connection_names_the_artifact(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("mesocosm.s3.PATIENCE", 1.0)
+    proxy = HttpProxy(os.environ["AWS_ENDPOINT_URL"], lambda headers: None)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    storage = Storage(f"{s3}/{tmp_path.name}")
+    storage.make("worlds", "w", {}, lambda folder: (folder / "x").write_text("x") and None)
+    proxy.close()
+    for call in (
+        lambda: storage.find("worlds", "w"),
+        lambda: storage.make("worlds", "v", {}, lambda folder: None, force=True),
+    ):
+        with pytest.raises(StorageError, match=r"worlds/[vw].*S3 does not answer"):
+            call()
+    assert main(["data", "list", f"storage.root={storage.root}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "S3 does not answer" in error and "Traceback" not in error
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_all_of_storage_without_trailers(proxied: Proxied, s3_environment: dict[str, str]) -> None:
+    """The other tests of S3, in a process of their own, on the proxy that rejects trailers."""
+    proxied(reject_trailers, tls=True)
+    names = ("test_storage.py", "test_storage_command.py", "test_partial.py", "test_damage.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *(str(TESTS / n) for n in names)]
+    endpoint = {"MESOCOSM_TEST_S3_ENDPOINT": os.environ["AWS_ENDPOINT_URL"], CHECKSUMS: "when_required"}
+    environment = os.environ | s3_environment | endpoint
+    environment |= {"AWS_ENDPOINT_URL": endpoint["MESOCOSM_TEST_S3_ENDPOINT"]}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stdout[-5000:]
