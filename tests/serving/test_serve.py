@@ -475,6 +475,7 @@ def test_job(served: str) -> None:
     )
     assert sorted(steps, key=log.index) == list(steps)
     assert "job" not in serve.status().applications
+    assert json.loads((job.folder / "status.json").read_text())["state"] == "stopped"
     assert "two" in serve.status().applications, "what others serve stays"
     assert serve_job.plan(config)["world"] == "ensemble"
     with pytest.raises(UsageError, match=r"serve.world='' names no world"):
