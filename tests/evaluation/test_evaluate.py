@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -195,28 +197,22 @@ def test_policies_are_compared_and_every_real_step_of_it_is_stated(root: str, st
         evaluate(replace(cfg, seed=4), run)
 
 
-class Breaks:
-    """Ends an evaluation at the `number`-th step of `Walk` in reality, as a signal would."""
-
-    def __init__(self, number: int):
-        self.number, self.steps, self.step = number, 0, worlds.Walk.step
-
-    def __call__(self, env: worlds.Walk, action: Any) -> Any:
-        self.steps += 1
-        if self.steps == self.number:
-            raise KeyboardInterrupt
-        return self.step(env, action)
-
-
 def break_off(cfg: EvaluateConfig, run: tracking.Run, number: int) -> None:
-    breaks = Breaks(number)
+    """End an evaluation at the `number`-th step of `Walk` in reality, as a signal would."""
+    steps, step = itertools.count(1), worlds.Walk.step
+
+    def breaks(env: worlds.Walk, action: Any) -> Any:
+        if next(steps) == number:
+            raise KeyboardInterrupt
+        return step(env, action)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worlds.Walk, "step", lambda env, action: breaks(env, action))
+        patch.setattr(worlds.Walk, "step", breaks)
         with pytest.raises(KeyboardInterrupt):
             evaluate(cfg, run)
 
 
-def test_what_an_interrupted_attempt_spent_counts(root: str, stored: Storage, run: tracking.Run) -> None:
+def test_what_interrupted_attempts_spent_counts(root: str, stored: Storage, run: tracking.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound is of all attempts. It is asked for the episodes that are not stored yet."""
     cfg = config(root, agent="a0", seed=7, judge_steps=60)
     cfg.reality.env, cfg.reality.kwargs, cfg.reality.horizon = "evaluated_module:Walk", {"limit": 12}, 12
@@ -227,34 +223,21 @@ def test_what_an_interrupted_attempt_spent_counts(root: str, stored: Storage, ru
     totals = Ledger(stored, id).totals().purposes["judge"]
     assert (totals.steps, totals.unconfirmed_steps) == (20, 8), "the interrupted episode was paid"
     assert len(stored.files(f"runs/episodes/{id}")) == 1
-    match = "judge_steps=60: .* spent 20, and this one may take 48; raise it to 68"
-    with pytest.raises(UsageError, match=match):
+    with pytest.raises(UsageError, match=r"judge_steps=60: .* spent 20, and this one may take 48; raise it to 68"):
         evaluate(cfg, run)
     assert Ledger(stored, id).totals().steps == 20
-    artifact = evaluate(replace(cfg, judge_steps=68), run)
-    assert artifact.id == id and 20 < Ledger(stored, id).totals().steps <= 68
+    cfg.judge_steps = 68
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mesocosm.evaluation.suite.task_distribution", Mock(side_effect=KeyboardInterrupt))
+        evaluate(cfg, run)
+    spent = Ledger(stored, id).totals().steps
+    assert 20 < spent <= 68 and len(stored.files(f"runs/episodes/{id}")) == 5
+    artifact = evaluate(cfg, run)
+    assert artifact.id == id and Ledger(stored, id).totals().steps == spent
+    assert "goes on after 5 judged episodes" in (run.folder / "log.txt").read_text()
+    assert stored.list(f"runs/episodes/{id}") == []
     success = json.loads((artifact.path / "summary.json").read_text())["suite"]["agent"]["success"]
     assert 0 <= success["real"] <= 1 and 0 <= success["world"] <= 1, "without a comparison, too"
-
-
-def test_episodes_that_are_stored_are_not_asked_of_the_bound(root: str, stored: Storage, run: tracking.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg = config(root, agent="a0", seed=9, judge_steps=60)
-    cfg.reality.env, cfg.reality.kwargs, cfg.reality.horizon = "evaluated_module:Walk", {"limit": 12}, 12
-
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
-
-    before = set(stored.list("ledgers"))
-    with monkeypatch.context() as patch:
-        patch.setattr("mesocosm.evaluation.suite.task_distribution", broken)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(cfg, run)
-    (id,) = set(stored.list("ledgers")) - before
-    spent = Ledger(stored, id).totals().steps
-    assert 0 < spent <= 60 and len(stored.files(f"runs/episodes/{id}")) == 5
-    assert evaluate(cfg, run).id == id and Ledger(stored, id).totals().steps == spent
-    assert stored.list(f"runs/episodes/{id}") == []
-    assert "goes on after 5 judged episodes" in (run.folder / "log.txt").read_text()
 
 
 def test_an_interrupted_evaluation_goes_on_and_gives_the_same_result(root: str, stored: Storage, run: tracking.Run, tmp_path: Path) -> None:
@@ -273,8 +256,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_result(root: str, 
 
     artifact = evaluate(make(root), run)
     whole = Ledger(stored, artifact.id).totals().purposes["judge"]
-    cfg = make(str(tmp_path / "root"))
-    lost = 0
+    cfg, lost = make(other.root), 0
     with tracking.start("evaluate", cfg, quiet=True) as second:
         for number in (whole.steps // 10, whole.steps // 2):
             break_off(cfg, second, number)

@@ -215,15 +215,20 @@ def assert_same(one: JudgeResult, other: JudgeResult) -> None:
     assert plain(asdict(one)) == plain(asdict(other))
 
 
-def test_judging_that_was_interrupted_goes_on_after_the_stored_episodes(root: str) -> None:
+@pytest.fixture(params=["local", "s3"])
+def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "root") if request.param == "local" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+
+
+def test_judging_that_was_interrupted_goes_on_after_the_stored_episodes(any_root: str) -> None:
     reality = varied()
     space = make_env(reality).action_space
-    undisturbed = judge(random_policy(space), reality, ledger(root), episodes=5, seed=1)
+    undisturbed = judge(random_policy(space), reality, ledger(any_root), episodes=5, seed=1)
     assert undisturbed.steps == 30 and undisturbed.episodes[0].durations is not None
     policy = Interrupted(space, 3 * 6 + 4, fail)
-    store = JudgeStore(Storage(root), "broken")
+    store = JudgeStore(Storage(any_root), "broken")
     segments = store.segments("random", policy, seed=1, limit=6)
-    book = Ledger(Storage(root), "broken", bounds={"judge": 100})
+    book = Ledger(Storage(any_root), "broken", bounds={"judge": 100})
     with pytest.raises(MesocosmError, match="the cable is loose"):
         judge(policy, reality, book, episodes=5, seed=1, segments=segments)
     totals = book.totals().purposes["judge"]
@@ -239,7 +244,7 @@ def test_judging_that_was_interrupted_goes_on_after_the_stored_episodes(root: st
     assert book.totals().purposes["judge"].steps == 33, "what is stored takes no step"
     assert store.confirm(book) == 5
     store.remove()
-    assert Storage(root).list("runs/episodes") == []
+    assert Storage(any_root).list("runs/episodes") == []
 
 
 KILLED = """
