@@ -17,7 +17,7 @@ import pytest
 
 from mesocosm import lease, tracking
 from mesocosm.config import JobConfig, StorageConfig
-from mesocosm.errors import MesocosmError
+from mesocosm.errors import MesocosmError, StorageError
 from mesocosm.lease import Held, Record, hold
 from mesocosm.owner import Owner, this_process
 from mesocosm.storage import Storage
@@ -167,6 +167,140 @@ def test_a_heartbeat_counts_up_and_notices_a_takeover(root: str, monkeypatch: py
         assert "taken over" in heard[0]
 
 
+class Paused(Storage):
+    """Waits after a look into the folder of leases, and before creating one."""
+
+    def __init__(self, root: str):
+        super().__init__(root)
+        self.looked, self.judge = threading.Event(), threading.Event()
+        self.judged, self.go = threading.Event(), threading.Event()
+
+    def list(self, path: str) -> list[str]:
+        names = super().list(path)
+        self.looked.set()
+        assert self.judge.wait(60)
+        return names
+
+    def create(self, path: str, data: bytes) -> bool:
+        self.judged.set()
+        assert self.go.wait(60)
+        return super().create(path, data)
+
+
+def test_a_number_that_is_used_again_does_not_make_two_holders(root: str) -> None:
+    """A process lists a lease, which is released, and taken anew before that process claims the next number."""
+    slow, errors = Paused(root), list[Exception]()
+
+    def claim() -> None:
+        try:
+            with hold(slow, "worlds/abc", "slow", print):
+                pass
+        except Held as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=claim)
+    with hold(Storage(root), "worlds/abc", "first", print):
+        thread.start()
+        assert slow.looked.wait(60)
+    slow.judge.set()
+    assert slow.judged.wait(60)
+    with hold(Storage(root), "worlds/abc", "second", print):
+        slow.go.set()
+        thread.join(60)
+        assert len(errors) == 1 and leases(root) == ["worlds.abc.00000000.json"]
+
+
+RACER = """
+import os, sys, time
+from mesocosm import lease
+from mesocosm.lease import Held, hold
+from mesocosm.storage import Storage
+lease.POLL_S = 0.002
+root, inside, end, held = sys.argv[1], sys.argv[1] + "/inside", time.monotonic() + 4, 0
+while time.monotonic() < end:
+    try:
+        with hold(Storage(root), "worlds/abc", "x", print, wait=True):
+            os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
+            os.unlink(inside)
+            held += 1
+    except Held:
+        pass
+print(held)
+"""
+
+
+@pytest.mark.slow
+def test_many_short_holders_are_never_two_at_once(root: str) -> None:
+    Storage(root).write("leases/other", b"")
+    command = [sys.executable, "-c", RACER, root]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    racers = [subprocess.Popen(command, **pipes) for _ in range(5)]  # type: ignore[call-overload]
+    for racer in racers:
+        out, err = racer.communicate(timeout=300)
+        assert racer.returncode == 0 and out.split()[-1:] != ["0"], err
+    assert leases(root) == ["other"]
+
+
+class Doubting(Storage):
+    """A store that was asked twice for one creation, as a client does that lost the first answer."""
+
+    def create(self, path: str, data: bytes) -> bool:
+        super().create(path, data)
+        return super().create(path, data)
+
+
+def test_a_claim_that_was_sent_twice_is_known_again(root: str) -> None:
+    with hold(Doubting(root), "worlds/abc", "x", print):
+        assert len(leases(root)) == 1
+    assert leases(root) == []
+
+
+class Away(Storage):
+    def remove(self, path: str) -> None:
+        raise StorageError("S3 does not answer")
+
+
+def test_storage_that_is_away_at_the_end_hides_neither_result_nor_error(root: str) -> None:
+    heard = list[str]()
+    with hold(Away(root), "worlds/abc", "x", heard.append):
+        pass
+    assert len(heard) == 1 and "does not answer" in heard[0]
+    Storage(root).remove("leases")
+    with pytest.raises(KeyError), hold(Away(root), "worlds/abc", "x", heard.append):
+        raise KeyError("the job's own error")
+
+
+class SlowBeat(Storage):
+    """Writes a heartbeat slowly."""
+
+    def __init__(self, root: str):
+        super().__init__(root)
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def write(self, path: str, data: bytes) -> None:
+        self.begun.set()
+        assert self.go.wait(60)
+        super().write(path, data)
+
+
+def test_a_beat_under_way_does_not_bring_a_released_lease_back(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "BEAT_S", 0.01)
+    storage = SlowBeat(root)
+    with hold(storage, "worlds/abc", "x", print):
+        assert storage.begun.wait(60)
+        threading.Timer(0.2, storage.go.set).start()
+    assert leases(root) == [] and "lease" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_lost_lease_is_not_released_for_its_new_holder(root: str) -> None:
+    lost = hold(Storage(root), "worlds/abc", "lost", print)
+    lost.__enter__()
+    Storage(root).remove("leases")
+    with hold(Storage(root), "worlds/abc", "new", print):
+        lost.__exit__(None, None, None)
+        assert leases(root) == ["worlds.abc.00000000.json"]
+
+
 def test_a_torn_lease_holds_nothing_up(root: str) -> None:
     Storage(root).write("leases/worlds.abc.00000000.json", b"{")
     with hold(Storage(root), "worlds/abc", "x", print):
@@ -178,6 +312,40 @@ def test_a_pid_that_was_used_again_is_another_process() -> None:
     assert me.alive() is True and me.started > 0
     assert replace(me, started=me.started - 1).alive() is False
     assert replace(me, machine="elsewhere").alive() is None
+
+
+def test_a_process_that_ended_is_gone_and_a_zombie_too() -> None:
+    process = subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.DEVNULL)
+    owner = replace(this_process(), pid=process.pid, started=0)
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie
+    assert owner.alive() is False
+    process.wait()
+    assert owner.alive() is False
+
+
+HIDDEN = """
+mount -t proc -o hidepid={how} proc /proc || exit 7
+sleep 600 &
+read -r stat < /proc/$!/stat
+started=$(echo "$stat" | cut -d' ' -f22)
+exec setpriv --reuid 65534 --regid 65534 --clear-groups {python} -c "
+from dataclasses import replace
+from mesocosm.owner import Owner, this_process
+me = this_process()
+print(me.alive(), replace(me, pid=$!, started=$started).alive(), replace(me, pid=999999, started=1).alive())
+"
+"""
+
+
+@pytest.mark.parametrize("how", ["1", "2"])
+def test_a_hidden_process_is_not_taken_to_be_gone(how: str) -> None:
+    """As on shared hosts, where users do not see each other's processes."""
+    script = HIDDEN.format(how=how, python=sys.executable)
+    namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
+    done = subprocess.run([*namespaces, "sh", "-c", script], capture_output=True, text=True, timeout=300)
+    if "failed" in done.stderr or "permitted" in done.stderr or done.returncode == 7:
+        pytest.skip(f"this machine cannot hide processes: {done.stderr}")
+    assert done.stdout.split() == ["True", "None", "False"], done.stderr
 
 
 def test_a_pid_of_another_namespace_is_not_looked_up_here(root: str) -> None:
@@ -203,6 +371,22 @@ def test_a_run_on_another_host_is_not_marked_failed(root: str) -> None:
                 path.write_text(json.dumps(status | changed))
                 tracking.replay_pending(config)
                 assert json.loads(path.read_text())["state"] == state
+
+
+def test_a_run_that_ends_while_it_is_judged_is_not_marked_failed(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = JobConfig(storage=StorageConfig(root))
+    with tracking.start("collect", config, id="a", quiet=True) as run:
+        alive = tracking._alive
+
+        def ends(status: dict[str, object]) -> bool:
+            """The process writes its last status and is gone, after its status was read."""
+            assert alive(status)
+            run._status("done")
+            return False
+
+        monkeypatch.setattr(tracking, "_alive", ends)
+        tracking.replay_pending(config)
+        assert json.loads((run.folder / "status.json").read_text())["state"] == "done"
 
 
 def test_errors_of_a_job_release_its_lease(root: str) -> None:

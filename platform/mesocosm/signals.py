@@ -72,6 +72,18 @@ def held_back() -> Iterator[list[int]]:
         _restore(before)
 
 
+@contextmanager
+def delayed() -> Iterator[None]:
+    """Let a signal that ends the job act after the block, not in it. A second Ctrl-C acts at once."""
+    held: list[int] = []
+    try:
+        with held_back() as held:
+            yield
+    finally:
+        for number in held[:1]:
+            signal.raise_signal(number)
+
+
 def _restore(handlers: dict[signal.Signals, Any]) -> None:
     for number, handler in handlers.items():
         signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by C code

@@ -246,6 +246,9 @@ def replay_pending(config: JobConfig) -> int:
         if status["state"] == "running":
             if _alive(status):
                 continue
+            # Its process may have ended well since the first look.
+            status = read_json(mark.parent / "status.json") or status
+        if status["state"] == "running":
             status.update(state="failed", error="the process ended without a word (killed?)")
             write_whole(mark.parent / "status.json", json.dumps(status, indent=1))
         try:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mesocosm.errors import ArtifactError, BudgetSpent, UsageError
+from mesocosm.errors import ArtifactError, BudgetSpent, StorageError, UsageError
 from mesocosm.reality.config import BudgetConfig, PriceConfig
 from mesocosm.reality.ledger import PURPOSES, Ledger, Usage
 from mesocosm.storage import Storage
@@ -237,6 +237,18 @@ def test_a_ledger_without_snapshots_gets_one_when_it_is_opened(root: str) -> Non
     (folder / "00000200.json").write_text("{}")
     with pytest.raises(ArtifactError, match=r"snapshots/00000200\.json.*damaged.*remove"):
         Ledger(Storage(root), "x").totals()
+
+
+class NoSnapshots(Storage):
+    def write(self, path: str, data: bytes) -> None:
+        raise StorageError("no space is left on the disk")
+
+
+def test_a_snapshot_that_cannot_be_written_fails_no_record(root: str) -> None:
+    """What was appended is spent: who appended it must not be told otherwise."""
+    spend(Ledger(NoSnapshots(root), "x"), 70)
+    assert Ledger(NoSnapshots(root), "x").totals().steps == 140
+    assert not (Path(root) / "ledgers" / "x" / "snapshots").exists()
 
 
 @pytest.mark.parametrize("number", [0, 70, 99, 128, 150])

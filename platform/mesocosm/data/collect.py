@@ -166,7 +166,9 @@ def _make(
     tally = Tally()
     tally.add(attempts)
     counts = tally.counts()
-    short = f"{counts['steps']} of steps={cfg.steps} were taken: {refusals[-1]}" if refusals else None
+    short = None
+    if refusals and counts["steps"] < cfg.steps:  # an earlier run's refusal may have been made up for
+        short = f"{counts['steps']} of steps={cfg.steps} were taken: {refusals[-1]}"
     if short is not None:
         run.say(f"warning: {short}")
     meta = {

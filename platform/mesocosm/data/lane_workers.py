@@ -37,6 +37,8 @@ class Worker:
         self.future: Any = None
         self.doing = ""
         self.since = 0.0
+        self.deaths = 0
+        """Of its processes, one after the other, before their environment was made."""
         self._before = self._seen = 0
         self._pulse: Any = None
         self._pulse_since = 0.0
@@ -136,8 +138,10 @@ class Losses:
             return attempts
         which = self._plan.behaviours[self._plan.behaviour(lane.k)]
         dropped = Attempt(lane.k, label(which), 0, f"episode {lane.k}: {reason}, {tries} times")
-        self._segments.write(lane.index, lane.tried, [dropped], [], self._ledger.id, None)
-        return [dropped]
+        if self._segments.write(lane.index, lane.tried, [dropped], [], self._ledger.id, None):
+            return [dropped]
+        # The worker wrote it after all, before it ended.
+        return self._segments.attempts(lane.index, lane.tried, self._ledger)
 
 
 def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) -> None:
@@ -164,6 +168,13 @@ def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) 
         assert worker.lane is not None
         if worker.doing == "advance":
             record(worker.lane, losses.account(worker.lane, reason, died))
+        elif worker.doing == "begin":
+            worker.deaths += 1
+            if worker.deaths >= DEATHS:
+                raise MesocosmError(
+                    f"the process of a worker died {DEATHS} times while it made the environment; "
+                    f"correct reality.env={plan.reality.env!r}, or give each of workers={workers} more memory"
+                )
         proceed(worker, fresh=False)
 
     def proceed(worker: Worker, *, fresh: bool) -> None:
@@ -194,6 +205,7 @@ def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) 
                         lost(worker, "the environment's process died", died=True)
                         continue
                     fresh = worker.doing == "begin"
+                    worker.deaths = 0
                     if worker.doing == "advance":
                         fresh = value is not None
                         if value is None:  # another process has written this lane

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
+from mesocosm import signals
 from mesocosm.data.behaviours import BehaviourConfig, build, choose, label, narrowed
 from mesocosm.data.episode import Episode
 from mesocosm.data.segments import Attempt, Rows, Segments
@@ -206,7 +207,7 @@ class LaneRunner:
 
     def _write(self) -> None:
         """Put what is pending into storage, then confirm its steps. Once only, whichever thread comes first."""
-        with self._lock:
+        with signals.delayed(), self._lock:
             env, pending = self._env, self._pending
             if self._over or self._written is None or not pending or env is None:
                 return

@@ -90,10 +90,14 @@ class Attempt:
 
 
 class Segments:
-    """The segments of one collection, or of one judged policy. `name` is their folder's under `FOLDER`."""
+    """The segments of one collection, or of one judged policy, as one writer or reader sees them.
+
+    `name` is their folder's under `FOLDER`.
+    """
 
     def __init__(self, storage: Storage, name: str):
         self._storage, self.folder = storage, f"{FOLDER}/{name}"
+        self._nonce = uuid.uuid4().hex
 
     def _path(self, lane: int, first: int) -> str:
         return f"{self.folder}/{lane:04d}-{first:08d}.npz"
@@ -108,7 +112,7 @@ class Segments:
         usage: Usage | None,
         beyond: tuple[int, int] = (0, 0),
     ) -> bool:
-        """Store attempts of a lane, its `first`-th one and those after it; False where others are there.
+        """Store attempts of a lane, its `first`-th one and those after it; False where another writer's are there.
 
         Args:
             rows: of each attempt that has an episode, in order.
@@ -116,9 +120,8 @@ class Segments:
             usage: what the attempts used of their reservation.
             beyond: (steps, resets) used of it besides, which stay reserved.
         """
-        nonce = uuid.uuid4().hex
         about = {
-            "nonce": nonce,
+            "nonce": self._nonce,
             "attempts": [asdict(attempt) for attempt in attempts],
             "ledger": ledger,
             "usage": None if usage is None else asdict(usage),
@@ -133,8 +136,10 @@ class Segments:
         path = self._path(lane, first)
         if self._storage.create(path, buffer.getvalue()):
             return True
-        # A remote store may answer "exists" to its own retry of this request: the nonce tells.
-        return bool(self._read(path)[0]["nonce"] == nonce)
+        # A remote store may answer "exists" to its own retry of this request, or an earlier try stored
+        # them and raised: the nonce tells.
+        there, _ = self._read(path)
+        return bool(there["nonce"] == self._nonce and there["attempts"] == list(attempts))
 
     def _read(self, path: str) -> tuple[dict[str, Any], Rows]:
         raw = self._storage.read(path)
@@ -165,6 +170,7 @@ class Segments:
         """What `_read` gives of each segment. Confirms its steps first."""
         tried = start
         waiting = {reservation.number for reservation in ledger.totals().unconfirmed}
+        payers = {ledger.id: ledger}
         for first in self._firsts(lane):
             if first != tried:
                 continue
@@ -173,9 +179,8 @@ class Segments:
             usage = about["usage"]
             if usage is not None:
                 number = usage["reservation"]["number"]
-                own = about["ledger"] == ledger.id
-                if not own or number in waiting:
-                    payer = ledger if own else Ledger(self._storage, about["ledger"])
+                payer = payers.setdefault(about["ledger"], Ledger(self._storage, about["ledger"]))
+                if payer is not ledger or number in waiting:
                     payer.confirm(
                         Reservation(**usage["reservation"]),
                         usage["steps"],

@@ -18,10 +18,11 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mesocosm.errors import ArtifactError, BudgetSpent, UsageError
+from mesocosm.errors import ArtifactError, BudgetSpent, StorageError, UsageError
 from mesocosm.reality.config import BudgetConfig, PriceConfig
 from mesocosm.storage import Storage
 
@@ -255,7 +256,8 @@ class Ledger:
         while (raw := self.storage.read(self._path(number := self._next))) is not None:
             self._apply(number, self._parse(number, raw))
         if self._next - start >= SNAPSHOT_EVERY:  # the process that should have written one died
-            self._snapshot()
+            with suppress(StorageError):  # who only looks may look into a root that is read-only
+                self._snapshot()
 
     def _snapshot(self) -> None:
         """Write the state before record `_next`. Any process writes the same bytes."""
@@ -316,7 +318,8 @@ class Ledger:
                 return False
         self._apply(number, record)
         if self._next == number + 1 and self._next % SNAPSHOT_EVERY == 0:
-            self._snapshot()
+            with suppress(StorageError):  # the record is there, and whoever opens the ledger next writes the snapshot
+                self._snapshot()
         return True
 
     def _apply(self, number: int, record: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
+from mesocosm import signals
 from mesocosm.errors import BudgetSpent, StorageError
 from mesocosm.reality.api import close
 from mesocosm.reality.config import RealityConfig
@@ -59,6 +60,8 @@ class Meter:
         """The last block's size, `steps` when it was reserved, and when."""
         self._cost_s = 0.0
         """What reserving it took."""
+        self._unconfirmed = False
+        """`settle` has recorded what it could not confirm: the record names the reservation, and is there to confirm it."""
         self.steps = 0
         """Steps used by this meter so far."""
         self._held: Reservation | None = None
@@ -102,7 +105,8 @@ class Meter:
             raise BudgetSpent(f"this environment's own limit of {self.limit} real steps is spent; it may take no more for {self.purpose}")
         wanted = max(self.block, need) if own is None else min(max(self.block, need), own)
         if self.deferred:
-            self._grow(need, resets, own)
+            with signals.delayed():
+                self._grow(need, resets, own)
             return
         usage = self._usage()
         try:
@@ -156,10 +160,12 @@ class Meter:
         recorded = record(usage, beyond)
         if not recorded:
             usage, beyond = Usage(held, 0, 0, 0.0), used[:2]
+        self._unconfirmed = recorded
         kept = self.ledger.confirm(held, usage.steps, usage.resets, usage.seconds, keep=beyond)
         with self._lock:
             self._held = kept
             self._used = (0, 0, 0.0) if kept is None else (*beyond, 0.0)
+            self._unconfirmed = False
         return recorded
 
     def _usage(self) -> Usage | None:
@@ -174,7 +180,9 @@ class Meter:
         """Confirm what was used and give the rest back. The meter can go on afterwards, with a new reservation; a stopped one
         confirms what it was frozen at, in case the one who stopped it does not. A deferred meter keeps what was used reserved."""
         if self.deferred:
-            self.settle(0, 0, lambda usage, beyond: True)
+            with signals.delayed():
+                if not self._unconfirmed:
+                    self.settle(0, 0, lambda usage, beyond: True)
             return
         with self._lock:
             self._release(self._usage())

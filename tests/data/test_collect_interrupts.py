@@ -1,0 +1,130 @@
+"""Ctrl-C and storage that fails, at every write of a collection in this process: the ledger stays exact."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mesocosm import tracking
+from mesocosm.data import collect as collecting
+from mesocosm.data import lanes
+from mesocosm.data.behaviours import BehaviourConfig
+from mesocosm.data.collect import CollectConfig
+from mesocosm.data.lanes import Lane, Plan, Report, run_here, split
+from mesocosm.data.segments import Segments
+from mesocosm.data.writer import DatasetWriter
+from mesocosm.errors import StorageError
+from mesocosm.reality.config import BudgetConfig, RealityConfig
+from mesocosm.reality.ledger import Ledger, LedgerTotals
+from mesocosm.storage import Storage
+
+OWN = Path(__file__).parent.parent / "reality" / "envs"
+
+
+class Disturbed(Storage):
+    """Something happens after the `number`-th creation of a file."""
+
+    creations = 0
+    number = 0
+
+    def create(self, path: str, data: bytes) -> bool:
+        Disturbed.creations += 1
+        return self.disturb(path, data)
+
+    def disturb(self, path: str, data: bytes) -> bool:
+        raise NotImplementedError
+
+
+class Interrupted(Disturbed):
+    def disturb(self, path: str, data: bytes) -> bool:
+        created = super(Disturbed, self).create(path, data)
+        if Disturbed.creations == Disturbed.number:
+            signal.raise_signal(signal.SIGINT)
+        return created
+
+
+class Away(Disturbed):
+    """Of two creations, the job's and its second try."""
+
+    def disturb(self, path: str, data: bytes) -> bool:
+        if 0 <= Disturbed.creations - Disturbed.number < 2:
+            raise StorageError("S3 does not answer")
+        return super(Disturbed, self).create(path, data)
+
+
+Collect = Callable[[type[Disturbed], int, type[BaseException]], tuple[int, int, LedgerTotals]]
+
+
+@pytest.fixture
+def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
+    """Collects until the error; returns (steps asked of reality, steps stored, the ledger's totals)."""
+    monkeypatch.chdir(OWN)
+    monkeypatch.syspath_prepend(str(OWN))
+    monkeypatch.setenv("STEPS_FILE", str(tmp_path / "steps"))
+    monkeypatch.setenv("STEP_S", "0.003")
+    monkeypatch.setattr(lanes, "SEGMENT_S", 0.02)
+    root = str(tmp_path / "root")
+
+    def run(kind: type[Disturbed], number: int, error: type[BaseException]) -> tuple[int, int, LedgerTotals]:
+        reality = RealityConfig(env="ownenvs:Counted", kwargs={"stretch": 0.0}, horizon=10)
+        plan = Plan(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
+        monkeypatch.setattr(Disturbed, "creations", 0)
+        monkeypatch.setattr(Disturbed, "number", number)
+        with monkeypatch.context() as patch:
+            patch.setattr(lanes, "Storage", kind)
+            with pytest.raises(error):
+                run_here(plan, split(100_000, 1), lambda attempts, steps: None)
+        ledger = Ledger(Storage(root), "x")
+        stored = plan.segments().attempts(0, 0, ledger)
+        asked = (tmp_path / "steps").stat().st_size if (tmp_path / "steps").exists() else 0
+        return asked, sum(attempt.steps for attempt in stored), ledger.totals()
+
+    return run
+
+
+@pytest.mark.parametrize("number", range(1, 13))
+def test_a_ctrl_c_in_any_write_leaves_the_ledger_exact(collect: Collect, number: int) -> None:
+    asked, stored, totals = collect(Interrupted, number, KeyboardInterrupt)
+    unconfirmed = sum(r.steps for r in totals.unconfirmed)
+    assert totals.steps == asked and totals.steps - unconfirmed == stored
+    assert unconfirmed < 10  # the episode under way
+
+
+@pytest.mark.parametrize("number", range(2, 11))
+def test_storage_that_fails_in_any_write_leaves_stored_steps_confirmed(collect: Collect, number: int) -> None:
+    asked, stored, totals = collect(Away, number, StorageError)
+    unconfirmed = sum(r.steps for r in totals.unconfirmed)
+    assert totals.steps >= asked and totals.steps - unconfirmed == stored
+
+
+def test_a_budget_that_was_raised_makes_up_for_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collection is refused steps and is interrupted before its dataset is whole; its rerun is not short."""
+    cfg = CollectConfig(steps=100, workers=0, ledger="ours")
+    cfg.reality = RealityConfig(env="CartPole-v1", budget=BudgetConfig(150))
+    cfg.storage.root = str(tmp_path / "root")
+    close = DatasetWriter.close
+
+    def interrupted(writer: DatasetWriter, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    def spend(plan: Plan, chosen: Sequence[Lane], report: Report) -> None:
+        Ledger(Storage(cfg.storage.root), "ours").reserve("collect", 142)
+        run_here(plan, chosen, report)
+
+    monkeypatch.setattr(collecting, "run_here", spend)
+    monkeypatch.setattr(DatasetWriter, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt), tracking.start("collect", cfg, quiet=True) as run:
+        collecting.run(cfg, run)
+    stored = Segments(Storage(cfg.storage.root), Storage(cfg.storage.root).list("runs/episodes")[0])
+    refused = [a.spent for lane in (0, 1) for a in stored.attempts(lane, 0, Ledger(Storage(cfg.storage.root), "ours"))]
+    assert any(refused)
+    monkeypatch.setattr(collecting, "run_here", run_here)
+    monkeypatch.setattr(DatasetWriter, "close", close)
+    cfg.reality.budget.steps = 1000
+    with tracking.start("collect", cfg, quiet=True) as run:
+        made = collecting.run(cfg, run)
+    assert made.meta["counts"]["steps"] == 100 and made.meta["short"] is None

@@ -1,0 +1,58 @@
+"""Workers that are lost at odd moments."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mesocosm.data.behaviours import BehaviourConfig
+from mesocosm.data.lane_workers import DEATHS, Losses, run_on_ray
+from mesocosm.data.lanes import LaneRunner, Plan, split
+from mesocosm.errors import MesocosmError
+from mesocosm.reality.config import RealityConfig
+from mesocosm.storage import Storage
+
+OWN = Path(__file__).parent.parent / "reality" / "envs"
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(OWN)
+    monkeypatch.syspath_prepend(str(OWN))
+
+
+def a_plan(root: str, reality: RealityConfig) -> Plan:
+    return Plan(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
+
+
+def test_a_process_that_dies_while_it_makes_the_environment_ends_the_job(root: str, own: None, ray_local: None) -> None:
+    reality = RealityConfig(env="ownenvs:Stillborn", kwargs={"survivor": os.getpid()})
+    with pytest.raises(MesocosmError, match=rf"died {DEATHS} times while it made the environment.*ownenvs:Stillborn"):
+        run_on_ray(a_plan(root, reality), split(20, 1), 1, lambda attempts, steps: None)
+
+
+def test_an_episode_that_is_written_while_its_worker_is_given_up_is_not_dropped(root: str, own: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A silent worker writes its episode between the driver's look into storage and the driver's giving it up."""
+    plan = a_plan(root, RealityConfig(env="ownenvs:Line", kwargs={"stretch": 0.0}, horizon=10))
+    (lane,) = split(10, 1)
+    lane.careful = True
+    losses = Losses(plan)
+    runner = LaneRunner(plan)
+    runner.begin(0, 10)
+    read = losses._segments.attempts
+
+    def late(*args: int) -> list[object]:
+        attempts = read(*args)  # type: ignore[arg-type]
+        if not Storage(root).list("runs/episodes/d"):
+            runner.advance(lane)
+        return attempts  # type: ignore[return-value]
+
+    monkeypatch.setattr(losses._segments, "attempts", late)
+    losses._tries[0] = (0, DEATHS)
+    (attempt,) = losses.account(lane, "the environment's process did not answer", died=False)
+    assert attempt.reason is None and attempt.steps == 10
+    runner.end()
+    totals = plan.open_ledger().totals()
+    assert totals.steps == 10 and totals.unconfirmed == ()
