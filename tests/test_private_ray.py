@@ -58,12 +58,10 @@ def test_a_new_home_and_a_long_temporary_folder(tmp_path: Path) -> None:
     assert [Path(folder).parent for folder in facts["folders"]] == [Path("/tmp")] and facts["left"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "words"),
-    [
-        ("0" * 64, "does not accept the token in {path}"),
-        pytest.param(None, "wants a token", marks=pytest.mark.slow),
-    ],
+    [("0" * 64, "does not accept the token in {path}"), (None, "wants a token")],
 )
 def test_a_wrong_token_is_not_reported_as_no_cluster(token: str | None, words: str, ray_local: None, tmp_path: Path) -> None:
     import ray
