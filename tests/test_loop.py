@@ -23,7 +23,7 @@ from mesocosm.loop import LoopConfig, _Loop, check, plan, run
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import Storage
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 TINY = [
     "rounds=2",
@@ -160,7 +160,7 @@ def test_ctrl_c_ends_every_process_and_says_stopped(root: str, tmp_path: Path) -
         _wait(lambda: any("train/loss" in path.read_text() for path in Path(root).glob("runs/pretrain/*/metrics.jsonl")), 240, job)
         assert len(_marked(mark)) > 3, "Ray's processes are there"
         os.killpg(job.pid, signal.SIGINT)
-        _, said = job.communicate(timeout=120)
+        _, said = job.communicate(timeout=600)
         assert job.returncode == 130 and "run the same command again" in said
         _wait(lambda: not _marked(mark), 30)
         states = {path.parent.parent.name: json.loads(path.read_text())["state"] for path in Path(root).glob("runs/*/*/status.json")}
