@@ -70,6 +70,7 @@ def test_json_is_all_of_stdout_when_an_environment_prints(option: list[str], cha
 
 
 def test_json_in_this_process(chatty: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (chatty / "chatty.py").write_text(CHATTY)
     monkeypatch.chdir(chatty)
     assert (
         main(

@@ -65,7 +65,14 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path, cart_root: Cart) -> 
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-def test_a_commit_that_cannot_be_used(storage: Storage, how: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_commit_that_cannot_be_used(
+    storage: Storage,
+    how: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))  # `gc` looks there for what others left
     commit = storage.read(f"datasets/cart/{COMMIT}")
     assert commit is not None
     storage.write(f"datasets/cart/{COMMIT}", DAMAGES[how](commit))

@@ -197,7 +197,7 @@ def test_an_agent_to_begin_with_must_have_the_same_network(root: str) -> None:
 
     def fill(folder: Path) -> None:
         Policy("PPO", *spaces, Layout("categorical", layers)).save(folder)
-        module = check_agent("PPO", {}, settings.model("PPO", {}), spaces, 4096)
+        module = check_agent("PPO", {}, settings.model("PPO", {}), spaces, (64, 64))
         save_file(module.state_dict(), folder / TRAINING_STATE)
 
     Storage(root).make("agents", "a0", {"inputs": {}}, fill)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,12 +58,10 @@ def test_a_new_home_and_a_long_temporary_folder(tmp_path: Path) -> None:
     assert [Path(folder).parent for folder in facts["folders"]] == [Path("/tmp")] and facts["left"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "words"),
-    [
-        ("0" * 64, "does not accept the token in {path}"),
-        pytest.param(None, "wants a token", marks=pytest.mark.slow),
-    ],
+    [("0" * 64, "does not accept the token in {path}"), (None, "wants a token")],
 )
 def test_a_wrong_token_is_not_reported_as_no_cluster(token: str | None, words: str, ray_local: None, tmp_path: Path) -> None:
     import ray
@@ -104,3 +103,27 @@ def test_a_token_that_others_may_read_is_protected(tmp_path: Path, monkeypatch: 
         monkeypatch.delenv(name, raising=False)
     cluster._protect_token()
     assert path.stat().st_mode & 0o777 == 0o600 and path.read_text() == "0" * 64
+
+
+FAIL = """
+import ray
+from mesocosm import cluster
+from mesocosm.config import RayConfig
+def fail(**options):
+    raise Exception("one of Ray's daemons is late")
+ray.init = fail
+try:
+    cluster.ensure(RayConfig())
+finally:
+    cluster.shutdown()
+"""
+
+
+def test_the_logs_of_a_ray_that_did_not_start_stay(tmp_path: Path) -> None:
+    environment = _environment(TMPDIR=str(tmp_path), HOME=str(tmp_path))
+    done = subprocess.run([sys.executable, "-c", FAIL], env=environment, capture_output=True, text=True, timeout=280)
+    message = done.stderr.strip().splitlines()[-1]
+    folder = Path(message.rpartition("see ")[2])
+    assert message.startswith("mesocosm.errors.MesocosmError") and folder.is_dir()
+    assert cluster.session_ended(folder), "storage gc lists it"
+    shutil.rmtree(folder)

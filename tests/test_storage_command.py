@@ -111,11 +111,12 @@ def test_the_checkpoint_of_a_finished_artifact_goes(any_root: str, gc: Listed) -
     assert storage.list("runs/checkpoints/going") == ["progress.json"]
 
 
-def test_episodes_of_a_finished_dataset_and_leases_of_dead_processes_go(any_root: str, gc: Listed) -> None:
+def test_episodes_of_a_finished_artifact_and_leases_of_dead_processes_go(any_root: str, gc: Listed) -> None:
     storage = Storage(any_root)
     storage.make("datasets", "done", {}, _small)
-    for id in ("done", "going"):
-        storage.write(f"runs/episodes/{id}/0000-00000000.npz", b"1234")
+    storage.make("evaluations", "judged", {}, _small)
+    for name in ("done", "going", "judged/policy"):
+        storage.write(f"runs/episodes/{name}/0000-00000000.npz", b"1234")
     mine = this_process()
     for number, owner in enumerate((mine, replace(mine, started=1), replace(mine, machine="other"))):
         record = Record(owner, "collect", 0.0)
@@ -123,10 +124,11 @@ def test_episodes_of_a_finished_dataset_and_leases_of_dead_processes_go(any_root
     listed = gc(any_root, "--dry-run", "--older-than", "0")["remains"]
     assert [(remain["what"], remain["why"]) for remain in listed] == [
         ("checkpoint", "datasets/done is finished"),
+        ("checkpoint", "evaluations/judged is finished"),
         ("lease", "its process is gone"),
         ("lease", "its process is on host " + mine.host),
     ]
-    assert gc(any_root, "--yes", "--older-than", "0")["removed"] == 3
+    assert gc(any_root, "--yes", "--older-than", "0")["removed"] == 4
     assert storage.list("runs/episodes") == ["going"]
     assert storage.list("leases") == ["datasets.0.00000000.json"]
 

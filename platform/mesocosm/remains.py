@@ -28,7 +28,7 @@ from mesocosm.storage import COMMIT, KINDS, Storage
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$|^runs/[0-9a-f]{32}\.tmp$")
 """Names that `Storage.write` and its like give to what is not whole yet."""
 RECORDS = ("runs", "ledgers", "cells", lease.FOLDER)
-MAKING = {"runs/checkpoints": ("worlds", "agents"), "runs/episodes": ("datasets",)}
+MAKING = {"runs/checkpoints": ("worlds", "agents"), "runs/episodes": ("datasets", "evaluations")}
 """Folders that hold the state of a making, by the id of the artifact that is made, and its kinds."""
 CHECKPOINTS = ("mesocosm-checkpoint-*", "mesocosm-universal-*")
 """In this machine's temporary folder: a rank's part of a checkpoint, until it is uploaded, and a

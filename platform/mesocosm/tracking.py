@@ -58,6 +58,8 @@ class Run:
         self.folder: Path = self.storage.local_path("runs", job, id)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.facts: dict[str, Any] = {}
+        self.stopped = False
+        """Whether a job that runs until it is interrupted, and then returns, was interrupted."""
         self._lock = threading.Lock()
         self._started = time.time()
         self._owner = this_process()
@@ -223,7 +225,7 @@ def start(job: str, config: JobConfig, *, id: str | None = None, parent: Run | N
         text = str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}"
         run._end_after("failed", text, traceback.format_exc())
         raise
-    run._end("done")
+    run._end("stopped" if run.stopped else "done")
 
 
 def register_world(run: Run, artifact: Artifact) -> None:

@@ -238,7 +238,7 @@ def test_wrong_use_is_one_sentence_before_anything_starts(seek: tuple[str, Artif
 
 
 def test_what_rllib_refuses_is_said(ray_local: None, seek: tuple[str, Artifact]) -> None:
-    with pytest.raises(UsageError, match=r"RLlib's PPO refuses its settings: .*train_batch_size_per_learner"):
+    with pytest.raises(UsageError, match=r"RLlib's PPO refuses its settings: .*train_batch_size"):
         train_agent(agent_config(seek[0], "params.train_batch_size_per_learner=64"))
 
 

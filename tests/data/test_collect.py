@@ -127,7 +127,7 @@ def test_behaviours_have_their_shares_of_few_episodes_too() -> None:
     assert {choose(even, seed, 0) for seed in range(40)} == set(range(5))
 
 
-def test_a_hang_and_a_death_cost_their_episodes(root: str, tmp_path: Path, own: None, a_run: tracking.Run, ray_local: None) -> None:
+def test_a_hang_and_a_death_cost_their_episodes(root: str, own: None, a_run: tracking.Run, ray_local: None) -> None:
     cfg = config(root, "ownenvs:Line", workers=2, lanes=2, reality=troubled({2: "hang", 5: "die", 8: "reset"}, step_timeout_s=3.0), steps=150)
     made = collect(cfg, a_run)
     dropped = {d["index"]: d for d in made.meta["dropped"]}
@@ -142,8 +142,6 @@ def test_a_hang_and_a_death_cost_their_episodes(root: str, tmp_path: Path, own: 
     assert totals.steps == 150 + lost and lost == sum(r.steps for r in totals.unconfirmed) >= 9
     episodes = set(pq.read_table(made.path / "episodes")["episode"].to_pylist())
     assert episodes >= {0, 1, 3, 4, 6, 7} and not episodes & {2, 5, 8}
-    again = collect(replace(cfg, storage=StorageConfig(str(tmp_path / "again"))), a_run)
-    assert checksums(again) == checksums(made)
 
 
 def test_an_environment_that_always_fails_ends_the_job(root: str, own: None, a_run: tracking.Run) -> None:

@@ -337,7 +337,7 @@ def test_a_curated_dataset_is_one_that_is_trained_on_and_done_once(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_same_bytes_whoever_measures(
     dataset: Callable[..., str], curate: Callable[..., Artifact], ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -553,7 +553,7 @@ def test_logs_in_a_bucket(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_same_bytes_whoever_reads(
     cart: Dataset, folder: Path, tmp_path: Path, bring: Callable[..., Artifact], ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -612,7 +612,7 @@ def test_a_broken_import_goes_on_where_it_was(tmp_path: Path, bring: Callable[..
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_killed_import_goes_on(tmp_path: Path, root: str) -> None:
     path = parquet(tmp_path / "a.parquet", logs(20000))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import gymnasium as gym
 import numpy as np
@@ -17,7 +19,7 @@ import torch
 
 from mesocosm import tracking
 from mesocosm.agents.policy import Layout, Policy
-from mesocosm.agents.rollout import imagined_returns
+from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.config import StorageConfig, load
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.codec import Codec
@@ -195,29 +197,82 @@ def test_policies_are_compared_and_every_real_step_of_it_is_stated(root: str, st
         evaluate(replace(cfg, seed=4), run)
 
 
-def test_what_a_broken_off_attempt_spent_counts(root: str, stored: Storage, run: tracking.Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bound is of all attempts: one that could not end within it is refused before a step; with a raised bound it goes on in the same ledger."""
-    cfg = config(root, agent="a0", seed=7, judge_steps=60)
-    cfg.reality.env, cfg.reality.kwargs, cfg.reality.horizon, cfg.reality.success = "evaluated_module:Walk", {"limit": 12}, 12, "return >= 0"
-    before = set(stored.list("ledgers"))
+def break_off(cfg: EvaluateConfig, run: tracking.Run, number: int) -> None:
+    """End an evaluation at the `number`-th step of `Walk` in reality, as a signal would."""
+    steps, step = itertools.count(1), worlds.Walk.step
 
-    def broken(*args: Any, **kwargs: Any) -> Any:
-        raise KeyboardInterrupt
+    def breaks(env: worlds.Walk, action: Any) -> Any:
+        if next(steps) == number:
+            raise KeyboardInterrupt
+        return step(env, action)
 
-    with monkeypatch.context() as patch:
-        patch.setattr("mesocosm.evaluation.suite.task_distribution", broken)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(worlds.Walk, "step", breaks)
         with pytest.raises(KeyboardInterrupt):
             evaluate(cfg, run)
+
+
+def test_what_interrupted_attempts_spent_counts(root: str, stored: Storage, run: tracking.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is of all attempts. It is asked for the episodes that are not stored yet."""
+    cfg = config(root, agent="a0", seed=7, judge_steps=60)
+    cfg.reality.env, cfg.reality.kwargs, cfg.reality.horizon = "evaluated_module:Walk", {"limit": 12}, 12
+    cfg.reality.success = "return >= 0"
+    before = set(stored.list("ledgers"))
+    break_off(cfg, run, 20)
     (id,) = set(stored.list("ledgers")) - before
-    spent = Ledger(stored, id).totals().purposes["judge"].steps
-    assert 0 < spent <= 60
-    with pytest.raises(UsageError, match=f"judge_steps=60: an attempt .* spent {spent}, and this one may take 60; raise it to {spent + 60}"):
+    totals = Ledger(stored, id).totals().purposes["judge"]
+    assert (totals.steps, totals.unconfirmed_steps) == (20, 8), "the interrupted episode was paid"
+    assert len(stored.files(f"runs/episodes/{id}")) == 1
+    with pytest.raises(UsageError, match=r"judge_steps=60: .* spent 20, and this one may take 48; raise it to 68"):
         evaluate(cfg, run)
-    assert Ledger(stored, id).totals().steps == spent
-    found = evaluate(replace(cfg, judge_steps=spent + 60), run)
-    assert found.id == id and spent < Ledger(stored, id).totals().steps <= spent + 60
-    success = json.loads((found.path / "summary.json").read_text())["suite"]["agent"]["success"]
+    assert Ledger(stored, id).totals().steps == 20
+    cfg.judge_steps = 68
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mesocosm.evaluation.suite.task_distribution", Mock(side_effect=KeyboardInterrupt))
+        evaluate(cfg, run)
+    spent = Ledger(stored, id).totals().steps
+    assert 20 < spent <= 68 and len(stored.files(f"runs/episodes/{id}")) == 5
+    artifact = evaluate(cfg, run)
+    assert artifact.id == id and Ledger(stored, id).totals().steps == spent
+    assert "goes on after 5 judged episodes" in (run.folder / "log.txt").read_text()
+    assert stored.list(f"runs/episodes/{id}") == []
+    success = json.loads((artifact.path / "summary.json").read_text())["suite"]["agent"]["success"]
     assert 0 <= success["real"] <= 1 and 0 <= success["world"] <= 1, "without a comparison, too"
+
+
+def test_an_interrupted_evaluation_goes_on_and_gives_the_same_result(root: str, stored: Storage, run: tracking.Run, tmp_path: Path) -> None:
+    """It is interrupted while it judges the agent, and again while it compares policies."""
+    _copy(Path(root), tmp_path / "root")
+    other = Storage(str(tmp_path / "root"))
+    kinds = [BehaviourConfig(kind="random"), BehaviourConfig(kind="scripted", function=f"{__name__}:slow")]
+    sys.modules.setdefault(__name__, sys.modules[slow.__module__])
+
+    def make(root: str) -> EvaluateConfig:
+        cfg = config(root, agent="a0", policies=kinds, graded=1, policy_episodes=3, imagined=2, seed=5, episodes=2)
+        cfg.horizons, cfg.full, cfg.starts = [1], False, 8
+        cfg.reality.env, cfg.reality.kwargs, cfg.reality.horizon = "evaluated_module:Walk", {"limit": 12}, 12
+        cfg.reality.success = "return >= 0"
+        return cfg
+
+    artifact = evaluate(make(root), run)
+    whole = Ledger(stored, artifact.id).totals().purposes["judge"]
+    cfg, lost = make(other.root), 0
+    with tracking.start("evaluate", cfg, quiet=True) as second:
+        for number in (whole.steps // 10, whole.steps // 2):
+            break_off(cfg, second, number)
+            totals = Ledger(other, artifact.id).totals().purposes["judge"]
+            assert lost < totals.unconfirmed_steps <= lost + 12, "the episode that it was at"
+            lost = totals.unconfirmed_steps
+        again = evaluate(cfg, second)
+    assert again.id == artifact.id
+    totals = Ledger(other, artifact.id).totals().purposes["judge"]
+    assert totals.steps - totals.unconfirmed_steps == whole.steps and whole.unconfirmed_steps == 0
+    assert totals.unconfirmed_steps == lost
+    summaries = [json.loads((made.path / "summary.json").read_text()) for made in (artifact, again)]
+    judged = [{row["purpose"]: row for row in summary.pop("real_steps")["purposes"]}["judge"] for summary in summaries]
+    assert judged[1]["steps"] - judged[0]["steps"] == lost
+    assert summaries[1] == summaries[0]
+    assert other.list(f"runs/episodes/{artifact.id}") == []
 
 
 def test_a_given_ledger_is_bounded_for_this_evaluation_alone(root: str, stored: Storage, run: tracking.Run) -> None:
@@ -240,9 +295,9 @@ def test_the_horizon_of_a_self_truncating_environment_comes_from_the_logs(
 
     def imagined(policies: Any, env: WorldVectorEnv, *rest: Any) -> Any:
         horizons.append(env.horizon)
-        return imagined_returns(policies, env, *rest)
+        return imagined_episodes(policies, env, *rest)
 
-    monkeypatch.setattr("mesocosm.evaluation.suite.imagined_returns", imagined)
+    monkeypatch.setattr("mesocosm.evaluation.suite.imagined_episodes", imagined)
     artifact = evaluate(cfg, run)
     summary = json.loads((artifact.path / "summary.json").read_text())
     judged = {row["purpose"]: row for row in summary["real_steps"]["purposes"]}["judge"]

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import os
+import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 
-from mesocosm.agents.policy import random_policy
+from mesocosm.agents.policy import Layout, Policy, random_policy
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
-from mesocosm.evaluation.judge import judge
-from mesocosm.reality.config import RealityConfig
+from mesocosm.evaluation.judge import JudgeResult, judge
+from mesocosm.evaluation.judge_store import JudgeStore
+from mesocosm.evaluation.panel import Noisy
+from mesocosm.reality.config import RealityConfig, TaskOption
 from mesocosm.reality.env import episode_seed, make_env
 from mesocosm.reality.ledger import Ledger
 from mesocosm.storage import Storage
@@ -132,3 +142,253 @@ def test_an_environment_without_a_limit_is_cut(root: str) -> None:
     reality = RealityConfig(env="faulty_module:Faulty", kwargs={"fault": "", "every": 10**9})
     result = judge(random_policy(gym.spaces.Discrete(2)), reality, ledger(root), episodes=1, seed=0, max_episode_steps=4)
     assert result.lengths == (4,) and result.to_json()["cut"] == 1
+
+
+class Varied(gym.Env[Any, Any]):
+    """Six steps of every kind of value that a world can hold."""
+
+    observation_space = gym.spaces.Dict(
+        {
+            "wide": gym.spaces.Box(-np.inf, np.inf, (2,), np.float64),
+            "narrow": gym.spaces.Box(-np.inf, np.inf, (), np.float32),
+            "count": gym.spaces.Box(0, 2**50, (2, 2), np.int64),
+            "lit": gym.spaces.Box(0, 1, (3,), np.bool_),
+            "mode": gym.spaces.Discrete(3, start=1),
+            "many": gym.spaces.MultiDiscrete([2, 5]),
+            "bits": gym.spaces.MultiBinary(4),
+            "word": gym.spaces.Text(3, min_length=0, charset="ab"),
+        }
+    )
+    action_space = gym.spaces.Tuple([gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (2,), np.float32)])
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.t, self.slope = 0, options["slope"]
+        return self.observation_space.sample(), {}
+
+    def step(self, action: Any) -> Any:
+        self.t += 1
+        reward = self.slope * float(action[1].sum()) + float(action[0])
+        return self.observation_space.sample(), reward, False, self.t == 6, {"duration": 0.1 * self.t}
+
+
+class Interrupted:
+    """A random policy. Calls `at_once` the one time that it is asked for its `number`-th action."""
+
+    def __init__(self, space: gym.Space[Any], number: int, at_once: Callable[[], None]):
+        self.policy, self.left, self.at_once = random_policy(space), number, at_once
+
+    def act(self, observations: Any, explore: bool = False, rng: Any = None) -> Any:
+        raise NotImplementedError
+
+    def act_one(self, observation: Any, explore: bool = False, rng: Any = None) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            self.at_once()
+        return self.policy.act_one(observation, explore, rng)
+
+
+def fail() -> None:
+    raise ValueError("the cable is loose")
+
+
+def varied() -> RealityConfig:
+    sys.modules["judged_module"] = sys.modules[__name__]
+    slope, colour = TaskOption(low=-1.0, high=1.0), TaskOption(choices=["red", "blue"])
+    task_options = {"slope": slope, "colour": colour}
+    return RealityConfig(env="judged_module:Varied", task=["slope", "colour"], task_options=task_options, success="return >= 6")
+
+
+def plain(value: Any) -> Any:
+    """A value with the types and dtypes of all its parts, for comparison."""
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [type(value).__name__, *map(plain, value)]
+    if isinstance(value, np.ndarray | np.generic):
+        return [type(value).__name__, str(value.dtype), value.tolist()]
+    return [type(value).__name__, value]
+
+
+def assert_same(one: JudgeResult, other: JudgeResult) -> None:
+    assert plain(asdict(one)) == plain(asdict(other))
+
+
+@pytest.fixture(params=["local", "s3"])
+def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return str(tmp_path / "root") if request.param == "local" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+
+
+def test_judging_that_was_interrupted_goes_on_after_the_stored_episodes(any_root: str) -> None:
+    reality = varied()
+    space = make_env(reality).action_space
+    undisturbed = judge(random_policy(space), reality, ledger(any_root), episodes=5, seed=1)
+    assert undisturbed.steps == 30 and undisturbed.episodes[0].durations is not None
+    policy = Interrupted(space, 3 * 6 + 4, fail)
+    store = JudgeStore(Storage(any_root), "broken")
+    segments = store.segments("random", policy, seed=1, limit=6)
+    book = Ledger(Storage(any_root), "broken", bounds={"judge": 100})
+    with pytest.raises(MesocosmError, match="the cable is loose"):
+        judge(policy, reality, book, episodes=5, seed=1, segments=segments)
+    totals = book.totals().purposes["judge"]
+    assert totals.steps - totals.unconfirmed_steps == 3 * 6
+    assert store.confirm(book) == 3
+    continued = judge(policy, reality, book, episodes=5, seed=1, segments=segments)
+    assert_same(continued, undisturbed)
+    totals = book.totals().purposes["judge"]
+    assert totals.steps - totals.unconfirmed_steps == 30
+    assert totals.unconfirmed_steps == 3, "the steps of the interrupted episode"
+    assert policy.left == 22 - 30 - 4, "no other step is paid twice"
+    assert_same(judge(policy, reality, book, episodes=5, seed=1, segments=segments), undisturbed)
+    assert book.totals().purposes["judge"].steps == 33, "what is stored takes no step"
+    assert store.confirm(book) == 5
+    store.remove()
+    assert Storage(any_root).list("runs/episodes") == []
+
+
+KILLED = """
+import os, signal, sys
+import gymnasium
+
+class Killing(gymnasium.Wrapper):
+    count = 0
+
+    def step(self, action):
+        Killing.count += 1
+        with open("steps", "a") as file:
+            file.write(".")
+        if Killing.count == int(os.environ.get("KILL_AT", "0")):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.env.step(action)
+
+def make():
+    return Killing(gymnasium.make("CartPole-v1"))
+
+def main():
+    from mesocosm.agents.policy import random_policy
+    from mesocosm.evaluation.judge import judge
+    from mesocosm.evaluation.judge_store import JudgeStore
+    from mesocosm.reality.config import RealityConfig
+    from mesocosm.reality.ledger import Ledger
+    from mesocosm.storage import Storage
+
+    storage, reality = Storage("root"), RealityConfig(env="killed_module:make")
+    policy = random_policy(make().action_space)
+    segments = JudgeStore(storage, "killed").segments("random", policy, seed=0, limit=500)
+    return judge(policy, reality, Ledger(storage, "killed"), episodes=8, seed=0, segments=segments)
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_a_killed_process_pays_again_for_one_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "killed_module.py").write_text(KILLED)
+    whole = judge(random_policy(gym.spaces.Discrete(2)), CARTPOLE, ledger(str(tmp_path / "other")), episodes=8, seed=0)
+    before = sum(whole.lengths[:5])
+    command = [sys.executable, "killed_module.py"]
+    env = os.environ | {"KILL_AT": str(before + 4)}
+    killed = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, timeout=300)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    book = Ledger(Storage(str(tmp_path / "root")), "killed")
+    assert book.totals().purposes["judge"].unconfirmed_steps >= 4
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    again = importlib.import_module("killed_module").main()
+    assert again.returns == whole.returns
+    totals = book.totals().purposes["judge"]
+    assert totals.steps - totals.unconfirmed_steps == whole.steps
+    assert (tmp_path / "steps").stat().st_size == whole.steps + 4
+    assert totals.steps >= whole.steps + 4, "what reality took is counted"
+
+
+def test_an_episode_that_another_process_has_stored_meanwhile_is_used(root: str) -> None:
+    reality = varied()
+    space = make_env(reality).action_space
+    store = JudgeStore(Storage(root), "two")
+    segments = store.segments("random", random_policy(space), seed=1, limit=6)
+    other: list[JudgeResult] = []
+
+    def overtake() -> None:
+        other.append(judge(random_policy(space), reality, ledger(root), episodes=3, seed=1, segments=segments))
+
+    result = judge(Interrupted(space, 2, overtake), reality, ledger(root), episodes=4, seed=1, segments=segments)
+    assert result.returns[:3] == other[0].returns and len(result.returns) == 4
+    totals = ledger(root).totals().purposes["judge"]
+    assert totals.steps - totals.unconfirmed_steps == 4 * 6 and totals.unconfirmed_steps == 6
+
+
+def test_stored_episodes_of_different_policies_do_not_mix(root: str) -> None:
+    store = JudgeStore(Storage(root), "several")
+
+    def key(name: str, policy: Any, seed: int = 0, limit: int = 9) -> str:
+        return store.segments(name, policy, seed=seed, limit=limit).folder
+
+    network, other = network_policy(0), network_policy(1)
+    noisy = [Noisy(network, network.action_space, noise) for noise in (0.5, 0.501)]
+    same = key("agent", network)
+    assert same == key("agent", network_policy(0)), "the weights count, not the object"
+    keys = [
+        same,
+        key("agent", other),
+        key("agent@2", network),
+        key("agent", network, seed=1),
+        key("agent", network, limit=8),
+        key("agent", noisy[0]),
+        key("agent", noisy[1]),
+        key("agent", random_policy(network.action_space)),
+    ]
+    assert len(set(keys)) == len(keys)
+
+
+def network_policy(seed: int) -> Policy:
+    torch.manual_seed(seed)
+    space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    return Policy("PPO", space, gym.spaces.Discrete(2), Layout("categorical", [{"kind": "linear", "in": 2, "out": 2}]))
+
+
+def test_dropped_episodes_are_stored_and_a_store_of_nothing_else_is_removed(root: str) -> None:
+    sys.modules["faulty_module"] = sys.modules[__name__]
+    Faulty.episodes = 0
+    reality = RealityConfig(env="faulty_module:Faulty", kwargs={"fault": "crash"})
+    store = JudgeStore(Storage(root), "faulty")
+    policy = Interrupted(gym.spaces.Discrete(2), 5 + 3 + 5 + 1, fail)
+    segments = store.segments("random", policy, seed=0, limit=5)
+    with pytest.raises(MesocosmError, match="the cable is loose"):
+        judge(policy, reality, ledger(root), episodes=4, seed=0, segments=segments)
+    result = judge(policy, reality, ledger(root), episodes=4, seed=0, segments=segments)
+    assert len(result.dropped) == 1 and len(result.episodes) == 3
+    assert result.steps == 5 + 3 + 5 + 5 and result.resets == 4
+    broken = RealityConfig(env=reality.env, kwargs={"fault": "crash", "every": 1})
+    segments = store.segments("broken", policy, seed=0, limit=5)
+    with pytest.raises(MesocosmError, match="all 2 judged episodes were dropped"):
+        judge(policy, broken, ledger(root), episodes=2, seed=0, segments=segments)
+    assert Storage(root).list(segments.folder) == [], "they are judged again"
+
+
+class Outside(Varied):
+    """Gives a mode outside its space in the second episode."""
+
+    episodes = 0
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        type(self).episodes += 1
+        return super().reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> Any:
+        observation, *rest = super().step(action)
+        if type(self).episodes == 2:
+            observation["mode"] = np.int64(9)
+        return observation, *rest
+
+
+def test_an_episode_with_a_value_outside_its_space_is_dropped_from_the_store(root: str) -> None:
+    reality = varied()
+    reality.env = "judged_module:Outside"
+    space = make_env(reality).action_space
+    segments = JudgeStore(Storage(root), "outside").segments("random", random_policy(space), seed=0, limit=6)
+    result = judge(random_policy(space), reality, ledger(root), episodes=3, seed=0, segments=segments)
+    assert len(result.episodes) == 2 and "observation.mode" in result.dropped[0]
+    totals = ledger(root).totals().purposes["judge"]
+    assert totals.steps == result.steps == 18 and totals.unconfirmed_steps == 0

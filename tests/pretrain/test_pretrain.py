@@ -184,7 +184,7 @@ def test_more_workers_than_the_cluster_has(tmp_path: Path, cart_root: Make, pret
 
 @pytest.mark.slow
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1200)
 def test_workers_that_nothing_can_start_are_not_waited_for_for_ever(tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where nodes leave after the preflight: here somebody else holds the CPUs."""
     import ray

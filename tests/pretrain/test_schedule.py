@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mesocosm import tracking
 from mesocosm.errors import UsageError
 from mesocosm.pretrain.run import plan, run
 from mesocosm.pretrain.schedule import FACTOR, GRACE, MARGIN, PATIENCE, Watch, due, lr_factor
-from mesocosm.storage import Storage
 
 
 def test_warm_up_stable_decay() -> None:
@@ -117,8 +116,8 @@ def test_a_damaged_dataset_is_wrong_use_as_long_as_nothing_started(tmp_path: Pat
     said = r"datasets/cart: file '.*obs_num.npy' is damaged"
     with pytest.raises(UsageError, match=said):
         plan(given)
-    with pytest.raises(UsageError, match=said):
-        run(given, cast(Any, SimpleNamespace(storage=Storage(given.storage.root), record=lambda **_: None)))
+    with pytest.raises(UsageError, match=said), tracking.start("pretrain", given, quiet=True) as started:
+        run(given, started)
 
 
 def test_a_plan_counts_without_doing(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:

@@ -417,7 +417,7 @@ def test_forked_client(served: str) -> None:
 def test_replicas_that_cannot_start(served: str, make_world: Any, tmp_path: Path) -> None:
     """A damaged world: the first failure is reported, and the error is one sentence.
 
-    The name is free again. Serve tries for two minutes.
+    The name is free again. Serve retries before it gives up.
     """
     from ray import serve
 
@@ -475,6 +475,7 @@ def test_job(served: str) -> None:
     )
     assert sorted(steps, key=log.index) == list(steps)
     assert "job" not in serve.status().applications
+    assert json.loads((job.folder / "status.json").read_text())["state"] == "stopped"
     assert "two" in serve.status().applications, "what others serve stays"
     assert serve_job.plan(config)["world"] == "ensemble"
     with pytest.raises(UsageError, match=r"serve.world='' names no world"):

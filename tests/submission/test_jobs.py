@@ -13,7 +13,7 @@ from mesocosm.storage import Storage
 
 from .conftest import Cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 COLLECT = ("collect", "reality.env=CartPole-v1", "steps=200", "seed=3")
 
 

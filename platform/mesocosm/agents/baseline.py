@@ -54,9 +54,8 @@ def check(config: BaselineConfig) -> None:
 
 def check_spaces(config: BaselineConfig, spaces: tuple[Any, Any]) -> None:
     """Raise UsageError where the algorithm cannot be trained on (observation, action) spaces."""
-    num_envs, rollout = shape(config)
     network = settings.model(config.algo, config.model)
-    check_agent(config.algo, _params(config), network, spaces, num_envs * rollout)
+    check_agent(config.algo, _params(config), network, spaces, shape(config))
 
 
 def shape(config: BaselineConfig) -> tuple[int, int]:

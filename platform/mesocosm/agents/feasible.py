@@ -31,7 +31,8 @@ def check_agent(
     params: Mapping[str, Any],
     model: Mapping[str, Any],
     spaces: tuple[gym.Space[Any], gym.Space[Any]],
-    batch: int,
+    shape: tuple[int, int],
+    runners: int = 0,
 ) -> Any:
     """Build the algorithm's network, and throw it away. Starts no Ray.
 
@@ -40,7 +41,8 @@ def check_agent(
         params: its `.training()` arguments, complete.
         model: fields of DefaultModelConfig, complete.
         spaces: the observation and the action space of the environment.
-        batch: steps of an iteration, of an algorithm that learns on policy.
+        shape: environments of a runner, and steps of each between updates.
+        runners: environment runners; 0 is one in this process.
 
     Returns:
         The RLModule.
@@ -56,13 +58,20 @@ def check_agent(
         raise UsageError(f"algo={algo} needs {names} actions, got {spaces[1]}; use PPO")
     for noisy in ("ray.rllib", "ray._common.deprecation"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    defaults = {"train_batch_size_per_learner": batch} if algo in ON_POLICY else {}
+    num_envs, rollout = shape
+    defaults: dict[str, Any] = {}
+    if algo in ON_POLICY:
+        defaults["train_batch_size_per_learner"] = num_envs * rollout * max(runners, 1)
     try:
         config: AlgorithmConfig = get_trainable_cls(algo).get_default_config()
         config.environment(observation_space=observations, action_space=head)
         config.framework("torch")
         config.learners(num_learners=0)
-        config.env_runners(num_env_runners=0)
+        config.env_runners(
+            num_env_runners=runners,
+            num_envs_per_env_runner=num_envs,
+            rollout_fragment_length=rollout,
+        )
         config.rl_module(model_config=DefaultModelConfig(**model))
         config.training(**{**defaults, **params})
         config.validate()

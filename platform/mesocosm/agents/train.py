@@ -112,9 +112,16 @@ def check_spaces(
 
     `former` is the agent that training begins with.
     """
-    batch = config.num_envs * config.rollout * max(config.runners, 1)
+    shape = config.num_envs, config.rollout if config.algo in settings.ON_POLICY else 1
     network = settings.model(config.algo, config.model)
-    module = check_agent(config.algo, _params(config), network, spaces, batch)
+    module = check_agent(
+        config.algo,
+        _params(config),
+        network,
+        spaces,
+        shape,
+        config.runners,
+    )
     if former is None:
         return
     policy = Policy.load(former.path)

@@ -1,4 +1,4 @@
-"""Episodes that a collection has finished, in storage before the collection ends.
+"""Episodes that a collection or an evaluation has finished, in storage before the job ends.
 
 A lane writes its episodes as it goes, a segment at a time, and confirms their steps in the ledger afterwards:
 
@@ -90,10 +90,13 @@ class Attempt:
 
 
 class Segments:
-    """The segments of one collection, as one writer or reader sees them."""
+    """The segments of one collection, or of one judged policy, as one writer or reader sees them.
 
-    def __init__(self, storage: Storage, dataset: str):
-        self._storage, self.folder = storage, f"{FOLDER}/{dataset}"
+    `name` is their folder's under `FOLDER`.
+    """
+
+    def __init__(self, storage: Storage, name: str):
+        self._storage, self.folder = storage, f"{FOLDER}/{name}"
         self._nonce = uuid.uuid4().hex
 
     def _path(self, lane: int, first: int) -> str:
@@ -148,7 +151,7 @@ class Segments:
                 return about, arrays
         except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ArtifactError(
-                f"{self._storage.url(path)} is damaged; remove it and those after it of the same lane, and run the job again: their episodes are collected anew"
+                f"{self._storage.url(path)} is damaged; remove it and those after it of the same lane, and run the job again: it runs their episodes again"
             ) from error
 
     def _firsts(self, lane: int) -> list[int]:
@@ -157,14 +160,22 @@ class Segments:
 
     def attempts(self, lane: int, start: int, ledger: Ledger) -> list[Attempt]:
         """The attempts of a lane from its `start`-th on, whose steps are confirmed where they were not yet."""
-        attempts: list[Attempt] = []
+        return [attempt for about, _ in self._confirmed(lane, start, ledger) for attempt in about["attempts"]]
+
+    def recorded(self, lane: int, start: int, ledger: Ledger) -> list[tuple[Attempt, Rows | None]]:
+        """As `attempts`, with the rows of each attempt that has an episode."""
+        return [pair for segment in self._confirmed(lane, start, ledger) for pair in _pairs(*segment)]
+
+    def _confirmed(self, lane: int, start: int, ledger: Ledger) -> Iterator[tuple[dict[str, Any], Rows]]:
+        """What `_read` gives of each segment. Confirms its steps first."""
+        tried = start
         waiting = {reservation.number for reservation in ledger.totals().unconfirmed}
         payers = {ledger.id: ledger}
         for first in self._firsts(lane):
-            if first != start + len(attempts):
+            if first != tried:
                 continue
-            about, _ = self._read(self._path(lane, first))
-            attempts += about["attempts"]
+            about, arrays = self._read(self._path(lane, first))
+            tried += len(about["attempts"])
             usage = about["usage"]
             if usage is not None:
                 number = usage["reservation"]["number"]
@@ -177,7 +188,7 @@ class Segments:
                         usage["seconds"],
                         keep=tuple(about["beyond"]),
                     )
-        return attempts
+            yield about, arrays
 
     def episodes(self, lanes: int) -> Iterator[tuple[Episode, Rows]]:
         """All episodes in the order of their indices, one segment of each lane in memory at a time."""
@@ -190,13 +201,9 @@ class Segments:
                 continue
             about, arrays = self._read(self._path(lane, first))
             tried += len(about["attempts"])
-            start = 0
-            for attempt in about["attempts"]:
-                if attempt.length is not None:
-                    stop = start + attempt.length + 1
-                    rows = {name: array[start:stop] for name, array in arrays.items()}
+            for attempt, rows in _pairs(about, arrays):
+                if rows is not None:
                     yield attempt.episode(rows), rows
-                    start = stop
 
     def forget(self, lane: int, firsts: Iterable[int]) -> None:
         """Remove segments of a lane."""
@@ -204,5 +211,17 @@ class Segments:
             self._storage.remove(self._path(lane, first))
 
     def remove(self) -> None:
-        """Remove all segments: the dataset is committed."""
+        """Remove all segments: what they are of is committed."""
         self._storage.remove(self.folder)
+
+
+def _pairs(about: dict[str, Any], arrays: Rows) -> Iterator[tuple[Attempt, Rows | None]]:
+    """The attempts of a segment, each with its rows where it has an episode."""
+    start = 0
+    for attempt in about["attempts"]:
+        if attempt.length is None:
+            yield attempt, None
+            continue
+        stop = start + attempt.length + 1
+        yield attempt, {name: array[start:stop] for name, array in arrays.items()}
+        start = stop

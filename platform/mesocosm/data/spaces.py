@@ -22,7 +22,7 @@ from mesocosm.model.spec import TextSpan
 
 EXACT = 2**53
 """Integers beyond this have no exact float64."""
-FLOAT32 = float(np.finfo(np.float32).max)
+FLOAT32 = float(np.nextafter((2 - 2.0**-24) * 2.0**127, 0))
 """The largest number that a world can compute with."""
 
 Array = NDArray[Any]

@@ -13,8 +13,10 @@ from mesocosm.agents.policy import Acts
 from mesocosm.config import fingerprint
 from mesocosm.data.episode import Episode
 from mesocosm.data.horizon import MAX_EPISODE_STEPS
+from mesocosm.data.segments import Segments
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import stats
+from mesocosm.evaluation.judge_store import Judged, StoredEpisodes
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import Env, EnvFacts, EpisodeError, facts_of, make_env, run_episode
 from mesocosm.reality.ledger import Ledger
@@ -83,8 +85,12 @@ def judge(
     purpose: str = "judge",
     max_episode_steps: int | None = None,
     progress: Callable[[int, str], None] | None = None,
+    segments: Segments | None = None,
 ) -> JudgeResult:
     """Run `episodes` episodes of `policy`, acting greedily, one after the other in this process.
+
+    With `segments`, each episode is stored there as it ends, before its steps are confirmed, and those that are stored
+    already are not run again (`JudgeStore`). Without, what a crash interrupts is judged again.
 
     Their seeds are of a stream of (purpose, seed), apart from collection's and from each other purpose's. A step or reset
     that takes longer than `reality.step_timeout_s` drops its episode, as a crash does (in the main thread; elsewhere a
@@ -102,31 +108,43 @@ def judge(
     limit = max_episode_steps or (None if timed else MAX_EPISODE_STEPS)
     own_seed = int(fingerprint(purpose, seed)[:8], 16)
     act = _greedy(policy)
-    done: list[Episode] = []
-    dropped: list[str] = []
-    steps = resets = 0
-    env = MeteredEnv(Timed(bare, reality.step_timeout_s), ledger, purpose, BLOCK, holder=f"{purpose}-{seed}")
+    stored = None if segments is None else StoredEpisodes(segments, ledger, bare)
+
+    def metered(env: Env) -> MeteredEnv:
+        timed_env = Timed(env, reality.step_timeout_s)
+        return MeteredEnv(timed_env, ledger, purpose, BLOCK, holder=f"{purpose}-{seed}", deferred=stored is not None)
+
+    judged: list[Judged] = []
+    env = metered(bare)
     try:
-        for k in range(episodes):
+        if stored is not None:
+            judged = stored.load()[:episodes]
+        while (k := len(judged)) < episodes:
             before = env.meter.steps
-            resets += 1
+            episode, reason = None, None
             try:
-                done.append(run_episode(env, act, k=k, seed=own_seed, behaviour="policy", max_steps=limit, config=reality))
+                episode = run_episode(env, act, k=k, seed=own_seed, behaviour="policy", max_steps=limit, config=reality)
             except EpisodeError as error:
-                dropped.append(str(error))
-                steps += env.meter.steps - before
+                reason = str(error)
+            one = Judged(env.meter.steps - before, episode, reason)
+            judged += [one] if stored is None else stored.add(env.meter, k, one)
+            if reason is not None:
                 with suppress(Exception):  # what has crashed may fail to close; the meter closes first
                     env.close()
-                env = MeteredEnv(Timed(make_env(reality), reality.step_timeout_s), ledger, purpose, BLOCK, holder=f"{purpose}-{seed}")
-            else:
-                steps += env.meter.steps - before
+                env = metered(make_env(reality))
             if progress is not None:
-                progress(k + 1, f"mean return {np.mean([e.total_reward for e in done]):.1f}" if done else "")
+                returns = [each.episode.total_reward for each in judged if each.episode is not None]
+                progress(len(judged), f"mean return {np.mean(returns):.1f}" if returns else "")
     finally:
         env.close()
+    judged = judged[:episodes]
+    done = tuple(each.episode for each in judged if each.episode is not None)
+    dropped = tuple(each.reason for each in judged if each.reason is not None)
     if not done:
+        if stored is not None:
+            stored.remove()  # so that the next run tries them again
         raise MesocosmError(f"reality.env={reality.env!r}: all {episodes} judged episodes were dropped; the last: {dropped[-1]}")
-    return JudgeResult(tuple(done), steps, resets, tuple(dropped))
+    return JudgeResult(done, sum(each.steps for each in judged), len(judged), dropped)
 
 
 def longest(facts: EnvFacts) -> int:

@@ -18,6 +18,7 @@ from mesocosm.config import fingerprint
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.judge import JudgeResult, judge
+from mesocosm.evaluation.judge_store import JudgeStore
 from mesocosm.evaluation.panel import Candidate
 from mesocosm.evaluation.ranking import Ranking, ranking
 from mesocosm.model.world import World
@@ -103,6 +104,7 @@ def policy_value(
     reality: RealityConfig,
     ledger: Ledger,
     *,
+    store: JudgeStore,
     known: Mapping[str, JudgeResult],
     more: Callable[[Sequence[tuple[Candidate, float]]], Candidate | None] = lambda _: None,
     episodes: int,
@@ -113,6 +115,7 @@ def policy_value(
 ) -> PolicyValue:
     """Judge each candidate by `episodes` real episodes and imagine `imagined` of each, of at most `horizon` steps.
 
+    store: where judged episodes lie until the evaluation is committed.
     known: real episodes that were judged already, by the candidate's name, of the same seed and limit.
     more: given all (candidate, mean real return) so far, the next candidate to judge, or None. Raises UsageError if there is none at all.
     """
@@ -123,7 +126,18 @@ def policy_value(
             before = known[candidate.name]
             result = replace(before, episodes=before.episodes[:episodes], steps=0, resets=0)
         else:
-            result = judge(candidate.policy, reality, ledger, episodes=episodes, seed=seed, max_episode_steps=horizon)
+            # Labels may repeat. The order of judging is the same when an evaluation goes on.
+            name = f"{len(judged)}: {candidate.name}"
+            segments = store.segments(name, candidate.policy, seed=seed, limit=horizon)
+            result = judge(
+                candidate.policy,
+                reality,
+                ledger,
+                episodes=episodes,
+                seed=seed,
+                max_episode_steps=horizon,
+                segments=segments,
+            )
         judged.append((candidate, result))
         progress(len(judged), f"{len(judged)} policies, {candidate.name}: {result.mean:.1f}")
 

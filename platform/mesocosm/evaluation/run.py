@@ -15,10 +15,11 @@ from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.evidence import Evidence
 from mesocosm.errors import UsageError
-from mesocosm.evaluation import imagine, page, report, suite
+from mesocosm.evaluation import imagine, page, panel, report, suite
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.fidelity import Fidelity, fidelity
 from mesocosm.evaluation.judge import JudgeResult, judge, judging
+from mesocosm.evaluation.judge_store import JudgeStore
 from mesocosm.evaluation.open_loop import check_dataset, codec_of
 from mesocosm.evaluation.verdicts import verdicts
 from mesocosm.model.world import World
@@ -31,7 +32,7 @@ from mesocosm.versions import VERSIONS
 TRUSTED = ("", "mesocosm.reality.domains")
 """Modules whose environments are made because a world says that it is of them: "" is Gymnasium's registry."""
 
-MEASURES = 3
+MEASURES = 4
 """Raised when what an evaluation measures, or how, changes: earlier ones are then not found in its place."""
 
 
@@ -131,9 +132,9 @@ def _evaluate(question: _Question, run: Run) -> Artifact:
             progress=report_fidelity,
         )
         update(1, f"{faithful.losses['total']:.3f} nats a transition")
-    result, ledger = None, None
+    result, ledger, store = None, None, JudgeStore(storage, id)
     if plan is not None:
-        ledger = _ledger(cfg, storage, id, plan)
+        ledger = _ledger(cfg, run, id, plan, store)
         if plan.horizon.inferred:
             run.say(f"episodes end after {plan.limit} steps: {plan.horizon.source}")
         if cfg.adversary:
@@ -148,8 +149,9 @@ def _evaluate(question: _Question, run: Run) -> Artifact:
                     seed=cfg.seed,
                     max_episode_steps=plan.limit,
                     progress=update,
+                    segments=store.segments(panel.AGENT, policy, seed=cfg.seed, limit=plan.limit),
                 )
-    measured = suite.run(cfg, run, world, made, dataset, plan, ledger, result)
+    measured = suite.run(cfg, run, world, made, dataset, plan, ledger, store, result)
     agent = None
     if policy is not None and result is not None and plan is not None:
         agent = suite.agent_told(measured, result, world, policy, cfg, plan.limit, run)
@@ -161,6 +163,7 @@ def _evaluate(question: _Question, run: Run) -> Artifact:
     figures = _log(run, faithful, result, measured)
     meta = {"inputs": inputs, "config": identity(cfg), "job": "evaluate", "run": run.id, "figures": figures}
     artifact = storage.make("evaluations", id, meta, lambda folder: _ignore(report.write(about, folder)), force=cfg.force)
+    store.remove()
     run.artifact(artifact.path / report.PAGE)
     run.artifact(artifact.path / report.SUMMARY)
     run.record(artifact=artifact.name, inputs=inputs, **({} if ledger is None else {"ledger": ledger.totals().to_json()}))
@@ -186,14 +189,17 @@ def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
     return replace(reality, env=own["id"], kwargs=own["kwargs"], task=own["task"], horizon=own["max_episode_steps"], success=own["success"])
 
 
-def _ledger(cfg: EvaluateConfig, storage: Storage, id: str, plan: suite.Prepared) -> Ledger:
+def _ledger(cfg: EvaluateConfig, run: Run, id: str, plan: suite.Prepared, store: JudgeStore) -> Ledger:
     """Bounded by `judge_steps`: a ledger of this evaluation's own for all attempts at it together, one that is given for this attempt.
 
-    Raises UsageError where too little is left of it for the evaluation to end."""
-    ledger = Ledger(storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
+    Raises UsageError where too little is left of it for the episodes that are not stored yet."""
+    ledger = Ledger(run.storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
+    stored = store.confirm(ledger)
+    if stored:
+        run.say(f"goes on after {stored} judged episodes of an interrupted attempt; they are in storage")
     if cfg.judge_steps is None:
         return ledger
-    spent, most = ledger.totals().purposes["judge"].steps, plan.most_episodes * plan.limit
+    spent, most = ledger.totals().purposes["judge"].steps, max(0, plan.most_episodes - stored) * plan.limit
     if cfg.ledger is None and spent + most > cfg.judge_steps:
         raise UsageError(
             f"judge_steps={cfg.judge_steps}: an attempt at this evaluation that was broken off spent {spent}, and this one may take {most}; "

@@ -22,6 +22,7 @@ from mesocosm.evaluation import panel
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.imagine import starts_of
 from mesocosm.evaluation.judge import JudgeResult, check_spaces
+from mesocosm.evaluation.judge_store import JudgeStore
 from mesocosm.evaluation.off_policy import OffPolicy, off_policy
 from mesocosm.evaluation.open_loop import Progress, codec_of
 from mesocosm.evaluation.panel import Candidate
@@ -131,7 +132,15 @@ def _check_options(cfg: EvaluateConfig, codec: Codec) -> None:
 
 
 def run(
-    cfg: EvaluateConfig, run: Run, world: World, made: Artifact, dataset: Dataset, plan: Prepared | None, ledger: Ledger | None, judged: JudgeResult | None
+    cfg: EvaluateConfig,
+    run: Run,
+    world: World,
+    made: Artifact,
+    dataset: Dataset,
+    plan: Prepared | None,
+    ledger: Ledger | None,
+    store: JudgeStore,
+    judged: JudgeResult | None,
 ) -> dict[str, Any]:
     """{"starts", "policy_value", "off_policy"} as JSON, of what was asked for. `judged`: the agent's own episodes, which are not bought twice."""
     with run.progress("starts", None) as update:
@@ -149,6 +158,7 @@ def run(
             plan.candidates,
             cfg.reality,
             ledger,
+            store=store,
             known={} if judged is None else {panel.AGENT: judged},
             more=_grading(cfg, run.storage, plan.agent, world),
             episodes=cfg.policy_episodes,

@@ -49,6 +49,7 @@ def run(config: ServeConfig, run: Run) -> None:
                 raise MesocosmError(f"the HTTP ingress at {listener.url} has ended; serve the world again")
     except KeyboardInterrupt:
         run.say("ending")
+        run.stopped = True
     finally:
         undeploy(config.name)
 
