@@ -32,8 +32,6 @@ from mesocosm.versions import VERSIONS
 TRUSTED = ("", "mesocosm.reality.domains")
 """Modules whose environments are made because a world says that it is of them: "" is Gymnasium's registry."""
 
-MEASURES = 4
-"""Raised when what an evaluation measures, or how, changes: earlier ones are then not found in its place."""
 
 
 def plan(cfg: EvaluateConfig) -> dict[str, Any]:
@@ -81,7 +79,7 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
     known: list[Any] = [] if plan is None else [plan.facts.version, *plan.sources]
     if plan is not None and plan.horizon.inferred:
         known.append({"horizon": plan.limit})
-    id = fingerprint("evaluations", what, inputs, known, MEASURES, VERSIONS["evaluate"], SCHEMA)
+    id = fingerprint("evaluations", what, inputs, known, VERSIONS["evaluate"], SCHEMA)
     with run.making("evaluations", id, cfg) as artifact:
         if artifact is None:
             question = _Question(cfg, id, inputs, made, datasets, world, dataset, codec, policy, plan)
