@@ -156,15 +156,15 @@ def test_a_holder_on_another_host_is_judged_by_its_heartbeat(root: str, monkeypa
         thread.join()
 
 
-def test_a_heartbeat_counts_up_and_notices_a_takeover(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heartbeat_counts_up_and_a_takeover_ends_the_job(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
     heard = list[str]()
     path = Path(root) / "leases" / "worlds.abc.00000000.json"
-    with hold(Storage(root), "worlds/abc", "x", heard.append):
+    with pytest.raises(KeyboardInterrupt), hold(Storage(root), "worlds/abc", "x", heard.append):
         until(lambda: json.loads(path.read_text())["beat"] > 2)
         path.unlink()
-        until(lambda: bool(heard))
-        assert "taken over" in heard[0]
+        until(lambda: False)
+    assert heard == ["another process has taken over the making of worlds/abc; this one stops"]
 
 
 class Paused(Storage):

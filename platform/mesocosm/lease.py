@@ -12,7 +12,9 @@ its heartbeat has stopped (on another host).
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import threading
 import time
 import uuid
@@ -163,7 +165,8 @@ class Lease:
         return current is not None and self._record is not None and current.nonce == self._record.nonce
 
     def _beat(self) -> None:
-        """Count up the heartbeat until the lease is released, or another process has taken it."""
+        """Count up the heartbeat until the lease is released. Where another process has taken it, end the job as
+        Ctrl-C does: two makers of one artifact share its checkpoints."""
         assert self._record is not None
         beat = 0
         while not self._ended.wait(BEAT_S):
@@ -171,7 +174,8 @@ class Lease:
             # Storage that is away is tried again at the next beat.
             with suppress(OSError, StorageError):
                 if not self._is_mine():
-                    self._say(f"{self.name}: another process has taken over the making of it")
+                    self._say(f"another process has taken over the making of {self.name}; this one stops")
+                    os.kill(os.getpid(), signal.SIGINT)
                     return
                 now = replace(self._record, beat=beat, time=time.time())
                 self._storage.write(self._path(self._number), now.to_json())

@@ -33,7 +33,6 @@ TRUSTED = ("", "mesocosm.reality.domains")
 """Modules whose environments are made because a world says that it is of them: "" is Gymnasium's registry."""
 
 
-
 def plan(cfg: EvaluateConfig) -> dict[str, Any]:
     """What `run` would evaluate and judge. Takes no real step and writes nothing."""
     cfg.validate()
