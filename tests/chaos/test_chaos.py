@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -78,13 +79,6 @@ def victims(process: subprocess.Popen[bytes]) -> Iterator[tuple[str, psutil.Proc
                 yield Path(line.split()[0]).name, one
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End what an attempt has left, which Ray does by itself within a while."""
-    for one in tree(process)[1:]:
-        with suppress(psutil.NoSuchProcess):
-            one.kill()
-
-
 def artifacts(root: str) -> dict[str, dict[str, Any]]:
     """Every artifact's COMMIT.json, by kind/id."""
     return {f"{path.parts[-3]}/{path.parts[-2]}": json.loads(path.read_text()) for path in Path(root).glob("*/*/COMMIT.json")}
@@ -110,45 +104,71 @@ def digits(root: str) -> dict[str, Any]:
     return result
 
 
+class Chaos:
+    """Kills on a seeded schedule, of one loop after the other."""
+
+    def __init__(self, kills: int) -> None:
+        self.left, self.killed, self.attempts = kills, list[str](), 0
+        self._dice = random.Random(0)
+
+    def loop(self, root: str, log: Path) -> None:
+        """Run a loop again and again until it ends, and kill its processes meanwhile."""
+        process, since, attempts = start(root, log), time.monotonic(), 1
+        while True:
+            pause = self._dice.uniform(2, 25) if self.left else LONGEST_S
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(pause)
+            if process.poll() is None:
+                assert time.monotonic() - since < LONGEST_S, f"hangs after {self.killed[-3:]}: {log.read_text()[-3000:]}"
+                self._kill(process, log)
+                continue
+            assert process.returncode in (0, 1, -signal.SIGKILL), log.read_text()[-3000:]
+            if process.returncode == 0:
+                self.attempts += attempts
+                return
+            attempts += 1
+            assert attempts < 4 * KILLS, log.read_text()[-3000:]
+            process, since = start(root, log), time.monotonic()
+
+    def _kill(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        choices = list(victims(process))
+        if not self.left or not choices:
+            return
+        name, victim = self._dice.choice(choices)
+        children = tree(process)[1:] if name == "driver" else []
+        with suppress(psutil.NoSuchProcess):
+            victim.kill()
+            self.left -= 1
+            self.killed.append(name)
+        with log.open("a") as file:
+            file.write(f"\n==== killed {name}\n")
+        psutil.wait_procs(children, timeout=60)  # Ray's processes go when their driver is gone
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_loop_whose_processes_are_killed_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    calm, wild = str(tmp_path / "calm"), str(tmp_path / "wild")
-    assert start(calm, tmp_path / "calm.log").wait(1800) == 0, (tmp_path / "calm.log").read_text()[-3000:]
-    dice, kills, attempts = random.Random(0), list[str](), 0
-    log = tmp_path / "wild.log"
-    process, since, done = start(wild, log), time.monotonic(), False
-    while not done or len(kills) < KILLS:
-        if done:  # it came through before all kills were dealt: once more, from nothing but its ledger
-            pytest.fail(f"only {len(kills)} kills before the end: {kills}")
-        pause = dice.uniform(2, 30) if len(kills) < KILLS else LONGEST_S
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(pause)
-        if process.poll() is not None:
-            attempts += 1
-            assert process.returncode in (0, 1, -signal.SIGKILL), log.read_text()[-3000:]
-            done = process.returncode == 0
-            if not done:
-                assert attempts < 4 * KILLS
-                process, since = start(wild, log), time.monotonic()
-            continue
-        assert time.monotonic() - since < LONGEST_S, f"hangs after {kills[-3:]}: " + log.read_text()[-3000:]
-        if len(kills) < KILLS and (choices := list(victims(process))):
-            name, victim = dice.choice(choices)
-            children = tree(process)[1:] if name == "driver" else []
-            with suppress(psutil.NoSuchProcess):
-                victim.kill()
-                kills.append(name)
-            with log.open("a") as file:
-                file.write(f"\n==== killed {name}\n")
-            psutil.wait_procs(children, timeout=60)  # Ray's processes go when their driver is gone
-    print(f"{KILLS} kills in {attempts} attempts: {sorted(kills)}")
-    assert digits(wild) == digits(calm)
-    for name, commit in artifacts(wild).items():
+    """Loops are run until all kills are dealt; each ends with the ids and digits of the undisturbed one."""
+    calm, log = str(tmp_path / "calm"), tmp_path / "log"
+    assert start(calm, log).wait(1800) == 0, log.read_text()[-3000:]
+    expected, chaos, loops = digits(calm), Chaos(KILLS), 0
+    while chaos.left:
+        loops += 1
+        wild = str(tmp_path / f"wild{loops}")
+        chaos.loop(wild, log)
+        assert digits(wild) == expected
+        check_ledger(wild)
+    counts = ", ".join(f"{n} {name}" for name, n in Counter(chaos.killed).most_common())
+    print(f"{KILLS} kills ({counts}) of {loops} loops in {chaos.attempts} attempts")
+
+
+def check_ledger(root: str) -> None:
+    """Every confirmed step has its transition, and no process holds a lease."""
+    for name, commit in artifacts(root).items():
         if name.startswith("datasets/"):
             counts = commit["meta"]["counts"]
             assert counts["steps"] == counts["transitions"] + counts["dropped_steps"]
-    (ledger,) = (name for name in Storage(wild).list("ledgers") if name.startswith("loop-"))
-    totals = Ledger(Storage(wild), ledger).totals().purposes["collect"]
+    (ledger,) = (name for name in Storage(root).list("ledgers") if name.startswith("loop-"))
+    totals = Ledger(Storage(root), ledger).totals().purposes["collect"]
     assert totals.steps - totals.unconfirmed_steps == 600
-    assert not [name for name in os.listdir(Path(wild) / "leases") if name.endswith(".json")]
+    assert not [name for name in os.listdir(Path(root) / "leases") if name.endswith(".json")]
