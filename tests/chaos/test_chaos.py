@@ -73,7 +73,7 @@ def victims(process: subprocess.Popen[bytes]) -> Iterator[tuple[str, psutil.Proc
             line = " ".join(one.cmdline())
             if one.pid == process.pid:
                 yield "driver", one
-            elif line.startswith("ray::") and "IDLE" not in line:
+            elif line.startswith("ray::") and "IDLE" not in line and "Agent" not in line:
                 yield line.split("(")[0].split()[0], one
             elif Path(line.split()[0] if line else "").name in ("raylet", "gcs_server"):
                 yield Path(line.split()[0]).name, one
@@ -135,14 +135,14 @@ class Chaos:
         if not self.left or not choices:
             return
         name, victim = self._dice.choice(choices)
-        children = tree(process)[1:] if name == "driver" else []
+        workers = [one for kind, one in choices if kind.startswith("ray::")] if name == "driver" else []
         with suppress(psutil.NoSuchProcess):
             victim.kill()
             self.left -= 1
             self.killed.append(name)
         with log.open("a") as file:
             file.write(f"\n==== killed {name}\n")
-        psutil.wait_procs(children, timeout=60)  # Ray's processes go when their driver is gone
+        psutil.wait_procs(workers, timeout=60)  # they go when their driver is gone
 
 
 @pytest.mark.slow
