@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import urllib.error
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -226,3 +229,34 @@ def test_reasons_hold_no_sql() -> None:
     for text in (faults.first_line(caught.value), faults.reason(caught.value) or ""):
         assert "no such table" in text and "INSERT" not in text and "12345" not in text
     assert faults.reason(KeyError("x")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "fix"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), "the server runs"),
+        (TimeoutError("timed out"), "the server runs"),
+        (socket.gaierror(-2, "Name or service not known"), "the server runs"),
+        (urllib.error.URLError("no host given"), "the server runs"),
+        (OSError(errno.EMFILE, "Too many open files"), "raise ulimit -n"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a"), "'/a'; check that the path"),
+    ],
+)
+def test_each_error_of_the_system_has_its_fix(error: OSError, fix: str) -> None:
+    assert fix in (faults.reason(error) or "")
+
+
+def test_a_connection_that_fails_while_an_artifact_is_made_is_not_storage_s(tmp_path: Path) -> None:
+    """Training may lose its server; the folder that it writes to is not to blame."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def fill(folder: Path) -> None:
+        try:
+            socket.create_connection(("127.0.0.1", port))
+        except OSError as error:
+            raise RuntimeError("the client stops") from error
+
+    with pytest.raises(RuntimeError, match="the client stops") as caught:
+        Storage(str(tmp_path)).make("agents", "ab", {}, fill)
+    assert "the server runs" in (faults.reason(caught.value) or "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from functools import partial
@@ -315,14 +316,61 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("uri", ["ftp://there/mlflow", "mlruns", "http://host:port/"])
+URIS = [
+    "ftp://me:secret@there/mlflow",
+    "mlruns",
+    "http://me:secret@host:port/",
+    "http://[::1",
+    "http://.example",
+]
+
+
+@pytest.mark.parametrize("uri", URIS)
 def test_a_tracking_uri_that_cannot_be_used_is_refused(
     uri: str,
     root: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([*DRY, f"storage.root={root}", f"tracking.uri={uri}"]) == 2
-    assert "tracking.uri" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "tracking.uri" in message and "secret" not in message
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["postgresql://a:1,b:2/mlflow", "mysql+pymysql://me@h/m", "databricks", "sqlite://"],
+)
+def test_a_tracking_database_is_left_to_mlflow(uri: str, root: str) -> None:
+    assert preflight.check(load(JobConfig, [], [f"storage.root={root}", f"tracking.uri={uri}"])) == []
+
+
+def test_hard_links_are_asked_of_the_root_alone(
+    root: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(source: Any, target: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", str(source))
+
+    monkeypatch.setattr(os, "link", refuse)  # as FAT and some network filesystems do
+    assert main([*DRY, f"storage.root={root}"]) == 2
+    message = capsys.readouterr().err
+    assert "storage.root" in message and "without hard links" in message
+    config = load(JobConfig, [], [f"tracking.uri=sqlite:///{tmp_path}/mlflow.db"])
+    assert preflight._check_tracking(config.tracking) == []
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:port", "127.0.0.1:99999", "ray://[::1"])
+def test_a_malformed_ray_address_is_refused(
+    address: str,
+    root: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*DRY, f"storage.root={root}", f"ray.address={address}"]) == 2
+    message = capsys.readouterr().err
+    assert "ray.address is not a valid address" in message
+    assert repr(address.removeprefix("ray://")) in message
 
 
 def test_a_tracking_server_that_is_away_is_a_warning(

@@ -1,4 +1,4 @@
-"""Errors of the disk, of S3 and of databases, as short English reasons.
+"""Errors of the disk, of the network, of S3 and of databases, as short English reasons.
 
 `reason` explains what other libraries raise; `StorageError` carries the sentence to the user.
 """
@@ -18,12 +18,14 @@ FULL = re.compile(
     "|PytorchStreamWriter failed"
 )
 NETWORK = ("botocore", "aiobotocore", "aiohttp")
+CLIENTS = ("socket", "urllib", "requests")
+"""Packages whose OSErrors concern a server, not a file."""
 DATABASES = ("sqlite3", "sqlalchemy", "psycopg2", "MySQLdb", "pymysql")
 CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
 
 
 def reason(error: BaseException) -> str | None:
-    """Explain an error of the disk, of S3 or of a database: what is wrong, and the fix.
+    """Explain an error of the disk, the network, S3 or a database: what is wrong, and the fix.
 
     Returns None for every other error.
     """
@@ -38,8 +40,15 @@ def reason(error: BaseException) -> str | None:
             return f"the database answers {first_line(link)!r}; look after the database"
     for link in links:
         if isinstance(link, OSError):
-            return _of_disk(link)
+            return _of_server(link) if of_server(error) else _of_disk(link)
     return None
+
+
+def of_server(error: BaseException) -> bool:
+    """Whether the error is of a connection to a server: its first OSError concerns no file."""
+    link = next((link for link in _chain(error) if isinstance(link, OSError)), None)
+    client = type(link).__module__.split(".")[0] in CLIENTS
+    return client or isinstance(link, ConnectionError | TimeoutError)
 
 
 def first_line(error: BaseException) -> str:
@@ -86,7 +95,16 @@ def _of_s3(error: BaseException) -> str | None:
     return f"{text}; check the address and the bucket, and run the same command again"
 
 
+def _of_server(error: OSError) -> str:
+    return f"{_text(error)}; check that the server runs and can be reached from here"
+
+
 def _of_disk(error: OSError) -> str:
-    text = error.strerror if isinstance(error.strerror, str) else first_line(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{_text(error)}; raise ulimit -n"
     where = f": {os.fspath(error.filename)!r}" if isinstance(error.filename, str) else ""
-    return f"{text}{where}; check that the path is there and that you may use it"
+    return f"{_text(error)}{where}; check that the path is there and that you may use it"
+
+
+def _text(error: OSError) -> str:
+    return error.strerror if isinstance(error.strerror, str) else first_line(error)

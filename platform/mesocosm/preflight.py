@@ -10,11 +10,12 @@ import socket
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from urllib.parse import SplitResult, urlsplit
+from urllib.parse import urlsplit
 
 from mesocosm import cluster
 from mesocosm.config import JobConfig, TrackingConfig
 from mesocosm.errors import UsageError
+from mesocosm.mirror import redact
 from mesocosm.storage import Storage
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -41,7 +42,7 @@ def check(config: JobConfig) -> list[str]:
         storage.writable()
         _check_folder(storage.local_path("runs"), f"the copy of storage.root {storage.root!r}")
     else:
-        _check_folder(Path(storage.root), f"storage.root {storage.root!r}")
+        _check_folder(Path(storage.root), f"storage.root {storage.root!r}", links=True)
     return _check_tracking(config.tracking)
 
 
@@ -50,30 +51,30 @@ def check_resources(config: JobConfig, needs: Needs) -> None:
 
     For a dry run: a real run checks its resources when Ray runs.
     """
-    address = urlsplit(f"//{(config.ray.address or '').rpartition('://')[2]}")
-    if address.hostname and address.port:  # Ray itself waits for minutes
-        try:
-            socket.create_connection((address.hostname, address.port), ANSWER_S).close()
-        except OSError as error:
-            reason = error.strerror or error
-            message = f"ray.address {config.ray.address!r} does not answer ({reason})"
-            fix = "start the cluster or leave ray.address unset"
-            raise UsageError(f"{message}; {fix}") from error
+    host, port = _place(f"//{(config.ray.address or '').rpartition('://')[2]}", "ray.address")
+    if host and port and (reason := _no_answer(host, port)):  # Ray itself waits for minutes
+        message = f"ray.address {config.ray.address!r} does not answer ({reason})"
+        raise UsageError(f"{message}; start the cluster or leave ray.address unset")
     for what, (cpus, gpus) in needs.items():
         cluster.preflight(what=what, cpus=cpus, gpus=gpus, config=config.ray)
 
 
-def _check_folder(folder: Path, what: str) -> None:
-    """Commits need new files and hard links (`Storage.create`); the root itself is not made."""
+def _check_folder(folder: Path, what: str, *, links: bool = False) -> None:
+    """Check that files can be made in a folder, or in its nearest parent: it is not made here.
+
+    Args:
+        folder: The folder.
+        what: Its name in the message.
+        links: Whether it must allow hard links, which `Storage.create` needs on a local root.
+    """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     probe: Path | None = None
     try:
         handle, name = tempfile.mkstemp(prefix=".mesocosm-", suffix=".tmp", dir=existing)
         os.close(handle)
         probe = Path(name)
-        link = probe.with_suffix(".link.tmp")
-        os.link(probe, link)
-        link.unlink()
+        if links:
+            _check_links(probe, what)
     except OSError as error:
         reason = f"{error.strerror}: {str(existing)!r}"
         raise UsageError(f"{what} cannot be written ({reason}); {WRITABLE}") from error
@@ -82,35 +83,61 @@ def _check_folder(folder: Path, what: str) -> None:
             probe.unlink(missing_ok=True)
 
 
+def _check_links(probe: Path, what: str) -> None:
+    link = probe.with_suffix(".link.tmp")
+    try:
+        os.link(probe, link)
+    except OSError as error:
+        message = f"{what} is on a filesystem without hard links ({error.strerror})"
+        raise UsageError(f"{message}; name a folder of another filesystem, or a bucket") from error
+    link.unlink()
+
+
 def _check_tracking(tracking: TrackingConfig) -> list[str]:
     if tracking.uri is None:
         return []
-    parts = urlsplit(tracking.uri)
-    scheme = parts.scheme.partition("+")[0]
-    if scheme == "sqlite":
+    scheme = tracking.uri.partition("://")[0].lower()
+    dialect = scheme.partition("+")[0]
+    if dialect == "sqlite":
         _check_folder(Path(tracking.uri.partition(":///")[2]).parent, "the folder of tracking.uri")
     elif scheme in SERVERS:
-        return _check_server(parts.hostname or "", _port(parts) or SERVERS[scheme])
-    elif scheme not in DATABASES and scheme != "databricks" and tracking.uri != "databricks":
+        host, port = _place(tracking.uri, "tracking.uri")
+        return _check_server(host, port or SERVERS[scheme])
+    elif dialect not in (*DATABASES, "databricks"):
         fix = "leave it out for a file under storage.root"
-        allowed = "http://, https:// or sqlite:///"
-        raise UsageError(f"tracking.uri must begin with {allowed}, got {tracking.uri!r}; {fix}")
+        message = "tracking.uri must be http://HOST, https://HOST or sqlite:///FILE"
+        raise UsageError(f"{message}, got {redact(tracking.uri)!r}; {fix}")
     return []
 
 
-def _port(parts: SplitResult) -> int | None:
+def _place(url: str, key: str) -> tuple[str, int | None]:
+    """The host and port of a URL, "" and None where it has none.
+
+    Raises:
+        UsageError: the URL is malformed. `key` is the config key that holds it.
+    """
     try:
-        return parts.port
+        parts = urlsplit(url)
+        (parts.hostname or "").encode("idna")
+        return parts.hostname or "", parts.port
     except ValueError as error:
-        raise UsageError(f"tracking.uri has no valid port ({error}); correct it") from error
+        message = f"{key} is not a valid address ({error}), got {redact(url.removeprefix('//'))!r}"
+        raise UsageError(f"{message}; correct it") from error
+
+
+def _no_answer(host: str, port: int) -> str | None:
+    """Why no connection to a server can be made; None where one can."""
+    try:
+        socket.create_connection((host, port), ANSWER_S).close()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def _check_server(host: str, port: int) -> list[str]:
     """A tracking server may be away: metrics are kept in the run's folder and sent later."""
-    try:
-        socket.create_connection((host, port), ANSWER_S).close()
-    except OSError as error:
-        reason = error.strerror or error
-        message = f"tracking.uri at {host}:{port} does not answer ({reason})"
-        return [f"{message}; metrics are kept under storage.root and sent by a later run"]
-    return []
+    reason = _no_answer(host, port)
+    if reason is None:
+        return []
+    message = f"tracking.uri at {host}:{port} does not answer ({reason})"
+    return [f"{message}; metrics are kept under storage.root and sent by a later run"]

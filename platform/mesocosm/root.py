@@ -67,13 +67,17 @@ class Root:
 
     @contextmanager
     def naming(self, path: str) -> Iterator[None]:
-        """Turn errors of the disk and of S3 into a StorageError that names `path`."""
+        """Turn errors of the disk and of S3 into a StorageError that names `path`.
+
+        On a local root, an error of a connection is not one of storage: it is left as it is.
+        """
         try:
             yield
         except (MesocosmError, FileNotFoundError, FileExistsError):
             raise
         except Exception as error:
-            if (why := faults.reason(error)) is None:
+            why = faults.reason(error)
+            if why is None or (not self.remote and faults.of_server(error)):
                 raise
             raise StorageError(f"{path} in storage.root {self.root!r}: {why}") from error
 
