@@ -42,6 +42,16 @@ def test_digits_change_only_with_a_version(golden: Any, tmp_path: Path, monkeypa
     assert json.loads(file.read_text())["collect"] == {"version": VERSIONS["collect"], "digits": {"x": 1.1}}
 
 
+def test_texts_are_compared_exactly(golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "golden.json"
+    monkeypatch.setenv("GOLDEN", "write")
+    golden.check("collect", {"x": "ab"}, file)
+    monkeypatch.delenv("GOLDEN")
+    golden.check("collect", {"x": "ab"}, file)
+    with pytest.raises(pytest.fail.Exception, match="bump"):
+        golden.check("collect", {"x": "ac"}, file)
+
+
 def test_a_number_of_many_notices_order_and_sign(golden: Any) -> None:
     numbers = {golden.of_numbers(values) for values in ([1.0, 2.0], [2.0, 1.0], [1.0, -2.0], [-1.0, 2.0], [1.0, 2.0, 0.1])}
     assert len(numbers) == 5
