@@ -142,7 +142,7 @@ def test_the_loop_refuses_an_action_space_before_it_pays(
             r"weights must have one entry per dataset, got 1 for the 2",
         ),
         (["pretrain.data.datasets=[a]"], r"pretrain\.data\.datasets must be empty in a loop"),
-        (["pretrain.data.unique=400"], r"pretrain\.data\.unique must be at most the 300"),
+        (["pretrain.data.unique=280"], r"unique must be at most the 270 training transitions"),
         (
             ["baselines=[{algo: DQN, steps: 5000}]", "reality.env=Pendulum-v1"],
             r"baselines\[0\]: algo=DQN needs Discrete",

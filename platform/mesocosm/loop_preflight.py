@@ -175,10 +175,13 @@ def _check_pretraining(cfg: LoopConfig, given: list[Artifact]) -> None:
     unique = cfg.pretrain.data.unique
     if unique is None:
         return
-    first = Dataset([a.path for a in given]).count("train") if given else cfg.collect.steps
+    # About as many are collected: which episodes are held out is not known before.
+    collected = round(cfg.collect.steps * (1 - cfg.collect.valid_fraction))
+    first = Dataset([a.path for a in given]).count("train") if given else collected
     if unique > first:
-        most = f"the {first} transitions of the first round"
-        raise UsageError(f"pretrain.data.unique must be at most {most}, got {unique}")
+        most = f"the {first} training transitions of the first round"
+        message = f"pretrain.data.unique must be at most {most}, got {unique}"
+        raise UsageError(f"{message}; lower it, or collect more")
 
 
 def _check_agent(cfg: LoopConfig, storage: Storage, facts: EnvFacts) -> None:

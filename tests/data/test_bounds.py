@@ -210,6 +210,19 @@ def test_bounds_of_one_value() -> None:
         clipped(space, odd)
 
 
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan, 1e300])
+@pytest.mark.filterwarnings("error")
+def test_a_number_that_no_world_can_hold_is_not_clipped(number: float) -> None:
+    """`collect` drops its episode, as `import` does, and prints no warning of NumPy's."""
+    space = spaces.Box(-1, 1, (2,), np.float32)
+    value = np.array([0.0, number])
+    assert np.array_equal(clipped(space, value), value, equal_nan=True)
+    assert first_outside(space, value, "observation") is not None
+    if not np.isfinite(number):
+        half = value.astype(np.float16)
+        assert np.array_equal(clipped(space, half), half, equal_nan=True)
+
+
 class Zero:
     """A policy."""
 

@@ -115,12 +115,16 @@ def test_few_transitions_say_nothing(logs: Logs) -> None:
 def test_rewards_are_explained_by_the_best_steps_of_the_logs(logs: Logs) -> None:
     goal = logs(BOX, uniform, length=20, rewards=lambda k: [0.0] * 19 + [float(k % 2)])
     assert (goal.best_return, goal.low_rate, goal.high_rate) == (1.0, 0.0, 0.1)
-    assert goal.unexplained(1.0, 15.0) is None, "the goal, sooner"
+    for steps in (15.0, 9.0, 4.0, 1.0):
+        assert goal.unexplained(1.0, steps) is None, "the goal, sooner"
+    assert goal.unexplained(2.0, 4.0) is not None, "more than the goal"
     text = goal.unexplained(15.0, 15.0)
     assert text is not None and "1 a step" in text and "0.1" in text
     alive = logs(BOX, uniform, length=6, rewards=lambda k: [1.0] * 5 + [0.0])
     assert alive.high_rate == 1.0 and alive.unexplained(500.0, 500.0) is None, "the end's step is apart"
     assert alive.unexplained(700.0, 500.0) is not None
+    costs = logs(BOX, uniform, length=20, rewards=lambda k: [-1.0] * 20)
+    assert costs.unexplained(-5.0, 5.0) is None, "a cost that is paid for fewer steps"
 
 
 def test_more_than_any_logged_episode_is_unexplained_where_actions_are_not_free(logs: Logs) -> None:

@@ -18,6 +18,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mesocosm.data.spaces import FLOAT32
+
 Array = NDArray[Any]
 Space = gymnasium.Space[Any]
 FIX = "correct the space, or set reality.bounds=clip or reality.bounds=ignore"
@@ -48,7 +50,8 @@ def outside(space: Space, array: Array, bounds: str = "drop") -> Array:
         whole = (flat == np.rint(flat)).all(1)
     if isinstance(space, spaces.Box):
         dtype = np.dtype(space.dtype)
-        typed = flat.astype(dtype) if dtype.kind == "f" else flat
+        with np.errstate(over="ignore"):  # what is too large becomes infinite
+            typed = flat.astype(dtype) if dtype.kind == "f" else flat
         inside = ((typed >= space.low.reshape(-1)) & (typed <= space.high.reshape(-1))).all(1)
         inside |= bounds == "ignore"
         return np.asarray(~(inside if dtype.kind == "f" else inside & whole))
@@ -81,7 +84,11 @@ def first_outside(space: Space, value: Any, name: str) -> str | None:
 
 
 def clipped(space: Space, value: Any) -> Any:
-    """One value with every number of a Box clipped to its bounds; the rest is left as it is."""
+    """One value with every number of a Box clipped to its bounds; the rest is left as it is.
+
+    An array with a number that is not finite, or beyond float32, is left as it is, too: such an
+    episode is dropped, here and in `import`.
+    """
     if isinstance(space, spaces.Dict) and isinstance(value, Mapping):
         parts = {key: clipped(child, part) for key, child, part in _children(space, value)}
         return {**value, **parts}
@@ -90,7 +97,9 @@ def clipped(space: Space, value: Any) -> Any:
     if not isinstance(space, spaces.Box) or space.dtype == np.bool_:
         return value
     array = _of_shape(space, value)
-    return value if array is None else np.clip(array, space.low, space.high)
+    if array is None or not (np.abs(array.astype(np.float64)) <= FLOAT32).all():
+        return value
+    return np.clip(array, space.low, space.high)
 
 
 def _children(space: Space, value: Any) -> list[tuple[str, Space, Any]]:

@@ -80,7 +80,8 @@ class Evidence:
         """
         rate = earned / max(steps, 1.0)
         slack = MARGIN * (self.high_rate - self.low_rate) + 1e-3 * abs(self.high_rate)
-        if rate > self.high_rate + slack:
+        # Fewer steps than WINDOW may earn what WINDOW logged ones did: a goal that is reached sooner.
+        if min(rate, earned / max(steps, WINDOW)) > self.high_rate + slack:
             return (
                 f"it earns {rate:.4g} a step in the world, and no {WINDOW} consecutive steps of the "
                 f"logs average more than {self.high_rate:.4g}; judge it in reality before it is trusted"
