@@ -134,7 +134,8 @@ class Chaos:
         choices = list(victims(process))
         if not self.left or not choices:
             return
-        name, victim = self._dice.choice(choices)
+        working = [choice for choice in choices if choice[0].startswith("ray::")]
+        name, victim = self._dice.choice(working if working and self._dice.random() < 0.5 else choices)
         workers = [one for kind, one in choices if kind.startswith("ray::")] if name == "driver" else []
         with suppress(psutil.NoSuchProcess):
             victim.kill()
