@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
+from mesocosm import tracking
 from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode, Outcome
+from mesocosm.data.importing import ImportConfig
 
 INTEGERS = spaces.Box(-(10**6), 10**6, (2,), np.int64)
 
@@ -28,6 +30,15 @@ def counted_episode(index: int, length: int, outcome: Outcome = "terminated", **
         outcome=outcome,
         **rest,
     )
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tracking.Run]:
+    """A run for the jobs of one module's tests."""
+    config = ImportConfig()
+    config.storage.root = str(tmp_path_factory.mktemp("run"))
+    with tracking.start("import", config, quiet=True) as started:
+        yield started
 
 
 @pytest.fixture

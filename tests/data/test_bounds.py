@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +60,6 @@ class Endless(Square):
 
 gymnasium.register("OddSquare-v0", entry_point=Square, max_episode_steps=50)
 gymnasium.register("OddEndless-v0", entry_point=Endless, max_episode_steps=50)
-
-
-@pytest.fixture(scope="module")
-def a_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tracking.Run]:
-    config = ImportConfig()
-    config.storage.root = str(tmp_path_factory.mktemp("run"))
-    with tracking.start("import", config, quiet=True) as started:
-        yield started
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,6 @@ from mesocosm.errors import UsageError
 from mesocosm.storage import Artifact, Storage
 
 Rows = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def a_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tracking.Run]:
-    config = ImportConfig()
-    config.storage.root = str(tmp_path_factory.mktemp("run"))
-    with tracking.start("import", config, quiet=True) as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

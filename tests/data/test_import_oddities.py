@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import decimal
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,6 @@ from mesocosm.errors import UsageError
 from mesocosm.storage import Artifact, Storage
 
 Rows = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def a_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tracking.Run]:
-    config = ImportConfig()
-    config.storage.root = str(tmp_path_factory.mktemp("run"))
-    with tracking.start("import", config, quiet=True) as started:
-        yield started
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ def choose_best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], for
     taken = sorted((int(path.name) for path in (folder / SNAPSHOTS).glob("*")), reverse=True)
     taken = [i for i in taken if i or former is None]  # the first is the agent that it began with
     options = [folder, *(folder / SNAPSHOTS / str(i) for i in taken), *([] if former is None else [former.path])]
+    iterations = [config.iterations, *taken, *([] if former is None else [-1])]
     if len(options) == 1:
         return {}
     policies, seed = [Policy.load(option) for option in options], int(fingerprint("compared", config.seed)[:8], 16)
@@ -41,7 +42,7 @@ def choose_best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], for
         found = imagined_returns(policies, env, seed, report).mean(1)
         update(1, f"imagined {found[0]:.1f} at the end, {np.nanmax(found):.1f} at best")
     best = int(np.nan_to_num(found, nan=-np.inf).argmax())
-    seen = {"greedy_return": float(found[0]), "best_return": float(found[best]), "kept_iteration": float([config.iterations, *taken, -1][best])}
+    seen = {"greedy_return": float(found[0]), "best_return": float(found[best]), "kept_iteration": float(iterations[best])}
     if former is not None:
         seen |= {"former_return": float(found[-1]), "kept_former": float(best == len(options) - 1)}
     if best:
@@ -56,7 +57,7 @@ def choose_best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], for
 
 
 def explain(config: AgentConfig, run: Run, arguments: Mapping[str, Any], world: Artifact, folder: Path) -> dict[str, str]:
-    """{"actions", "return"}: "passed", or what the world's logs do not show; said as warnings.
+    """{"actions", "return"}: "passed", or what the world's logs do not show, which is a warning.
 
     Empty for an adversary, whose return is no claim, and for a world that records no evidence.
     """

@@ -121,7 +121,7 @@ def _mistakes(tally: Tally) -> list[str]:
         )
     if varies and tally.pairs > 1 and tally.restarted == tally.pairs:
         found.append(
-            f"in each of {tally.pairs} episodes the last next_observation equals the first observation of the next episode: the environment was reset in the "
-            "same step (SAME_STEP autoreset); log infos['final_obs'] instead, or a world learns that episodes end where they begin"
+            f"in each of {tally.pairs} episodes the last next_observation equals the first observation of the next episode: unless episodes end where "
+            "they begin, the environment was reset in the same step (SAME_STEP autoreset); log infos['final_obs'] instead"
         )
     return found

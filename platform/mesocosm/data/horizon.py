@@ -73,7 +73,7 @@ def horizon_of(storage: Storage, world: Artifact, limit: int | None, key: str) -
         key: the config key that sets the horizon.
 
     Raises:
-        UsageError: `limit` is None and no episode of the world's data is truncated.
+        UsageError: `limit` is None and no truncated episode of the world's data is in storage.
     """
     if limit is not None:
         return Horizon(limit, "time limit of the environment")
@@ -81,6 +81,7 @@ def horizon_of(storage: Storage, world: Artifact, limit: int | None, key: str) -
     if inferred is None:
         raise UsageError(
             f"{key} must be set for {world.name}: its environment registers no time limit, and no"
-            " episode of its data is truncated; set it to the steps after which an episode is cut"
+            " truncated episode of its data is in storage.root; set it to the steps after which an"
+            " episode is cut"
         )
     return inferred
