@@ -54,8 +54,12 @@ def parse(kind: str, id: str, raw: bytes, where: str, *, remote: bool) -> Commit
     try:
         commit = _COMMIT.validate_json(raw, strict=True)
     except ValidationError as error:
-        torn = error.errors()[0]["type"] == "json_invalid"
-        why = "it is empty" if not raw.strip() else "it is cut short" if torn else "it is foreign"
+        if not raw.strip():
+            why = "it is empty"
+        elif error.errors()[0]["type"] == "json_invalid":
+            why = "it is cut short"
+        else:
+            why = "it does not describe an artifact"
         raise damaged(kind, id, why, where) from error
     if (commit["kind"], commit["id"]) != (kind, id):
         other = f"it is of {commit['kind']}/{commit['id']}"

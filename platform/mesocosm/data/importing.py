@@ -203,7 +203,7 @@ def _look(cfg: ImportConfig, files: list[Source], workers: int, update: Callable
     if not tally.transitions:
         none = f"each of the {tally.empty} has one row, and nothing says what its action led to; give next_observation"
         first = next(iter(tally.examples.values()), none if tally.empty else "there is none")
-        raise UsageError(f"no episode of {len(files)} files can be kept: {first}")
+        raise UsageError(f"no episode can be kept: {first}")
     spaces = schema.spaces_of(tally.stats)
     check_spaces(*spaces)
     limit = cfg.reality.horizon if known is None else known.max_episode_steps
