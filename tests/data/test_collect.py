@@ -290,7 +290,7 @@ def test_a_collection_that_failed_goes_on_after_its_stored_episodes(root: str, t
     assert made.id == ledger and totals.steps == 200 + lost
     assert totals.steps - sum(r.steps for r in totals.unconfirmed) == made.meta["counts"]["transitions"]
     text = (a_run.folder / "log.txt").read_text()
-    assert f"of an earlier run: {stored} real steps are paid" in text and f"counts {lost} steps of an" in text
+    assert f"an earlier run paid {stored} real steps and stored" in text and f"counts {lost} steps of an" in text
     undisturbed = collect(replace(cfg, storage=StorageConfig(str(tmp_path / "undisturbed"))), a_run)
     assert checksums(undisturbed) == checksums(made) and undisturbed.id == made.id
     assert Storage(root).list("runs/episodes") == []

@@ -103,7 +103,7 @@ def test_a_killed_collection_goes_on_and_makes_the_same_dataset(tmp_path: Path) 
     process.wait()
     stored = Storage(disturbed.root).list("runs/episodes/" + undisturbed.commit()["id"])
     disturbed.finish()
-    assert stored and "goes on after" in (disturbed.base / "log").read_text()
+    assert stored and "going on after them" in (disturbed.base / "log").read_text()
     compare(disturbed, undisturbed, lost=100)
 
 

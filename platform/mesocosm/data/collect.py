@@ -258,7 +258,7 @@ def _collect(cfg: CollectConfig, plan: Plan, ledger: Ledger, run: Run) -> list[A
     tally.add(attempts)
     used = sum(lane.used for lane in lanes)
     if attempts:
-        run.say(f"goes on after {tally.sentence()} of an earlier run: {used} real steps are paid")
+        run.say(f"an earlier run paid {used} real steps and stored {tally.sentence()}; going on after them")
     _check_budget(cfg, ledger, used, run)
     if cfg.workers > cfg.lanes:
         run.say(f"workers={cfg.workers}: only lanes={cfg.lanes} can work at once")
@@ -332,4 +332,5 @@ class Tally:
         mean = f", mean return {self._return / ended:.4g}" if ended else ""
         dropped = f", {self._sums['dropped']} dropped" if self._sums["dropped"] else ""
         episodes, transitions = self._sums["episodes"], self._sums["transitions"]
-        return f"{episodes} episodes of {transitions} transitions{dropped}{mean}"
+        plural = "" if episodes == 1 else "s"
+        return f"{episodes} episode{plural} of {transitions} transitions{dropped}{mean}"
