@@ -27,6 +27,7 @@ def a_plan(root: str, reality: RealityConfig) -> Plan:
     return Plan(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_while_it_makes_the_environment_ends_the_job(root: str, own: None, ray_local: None) -> None:
     reality = RealityConfig(env="ownenvs:Stillborn", kwargs={"survivor": os.getpid()})
     with pytest.raises(MesocosmError, match=rf"died {DEATHS} times while it made the environment.*ownenvs:Stillborn"):

@@ -306,14 +306,13 @@ def test_a_killed_process_pays_again_for_one_episode(tmp_path: Path, monkeypatch
 def test_an_episode_that_another_process_has_stored_meanwhile_is_used(root: str) -> None:
     reality = varied()
     space = make_env(reality).action_space
-    store = JudgeStore(Storage(root), "two")
-    segments = store.segments("random", random_policy(space), seed=1, limit=6)
+    mine, theirs = (JudgeStore(Storage(root), "two").segments("random", random_policy(space), seed=1, limit=6) for _ in range(2))
     other: list[JudgeResult] = []
 
     def overtake() -> None:
-        other.append(judge(random_policy(space), reality, ledger(root), episodes=3, seed=1, segments=segments))
+        other.append(judge(random_policy(space), reality, ledger(root), episodes=3, seed=1, segments=theirs))
 
-    result = judge(Interrupted(space, 2, overtake), reality, ledger(root), episodes=4, seed=1, segments=segments)
+    result = judge(Interrupted(space, 2, overtake), reality, ledger(root), episodes=4, seed=1, segments=mine)
     assert result.returns[:3] == other[0].returns and len(result.returns) == 4
     totals = ledger(root).totals().purposes["judge"]
     assert totals.steps - totals.unconfirmed_steps == 4 * 6 and totals.unconfirmed_steps == 6
