@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from mesocosm import preflight, tracking
+from mesocosm import loop_preflight, preflight, tracking
 from mesocosm.agents import settings
 from mesocosm.agents.feasible import check_agent
 from mesocosm.agents.policy import Layout, Policy
@@ -207,10 +207,11 @@ def test_an_agent_to_begin_with_must_have_the_same_network(root: str) -> None:
     refused(root, "agent: init=agents/a0 is of another network", "agent.init=a0", wide)
 
 
-def test_a_port_that_is_taken_is_refused(root: str) -> None:
+def test_a_port_that_is_taken_is_refused_unless_the_loop_is_finished(root: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refused(root, f"serve.http={port} cannot be used", f"serve.http={port}")
+        loop_preflight.preflight(loop(root, f"serve.http={port}"), Storage(root))  # what finding a loop needs
 
 
 # -- the horizon --------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from mesocosm.evaluation import panel, report, suite
 from mesocosm.evaluation import run as evaluation
 from mesocosm.evaluation.judge import judging
 from mesocosm.loop_config import FREE, LoopConfig, acting, check, fill, real_steps
-from mesocosm.loop_preflight import Ready, preflight, resources
+from mesocosm.loop_preflight import Ready, check_port, preflight, resources
 from mesocosm.pretrain import run as pretraining
 from mesocosm.reality import config as reality_config
 from mesocosm.reality.config import RealityConfig
@@ -45,6 +45,7 @@ __all__ = ["LoopConfig", "check", "plan", "resources", "run"]
 def plan(cfg: LoopConfig) -> dict[str, Any]:
     """What a run would spend; nothing is started, and no real step taken."""
     ready = preflight(cfg, Storage(cfg.storage.root))
+    check_port(cfg)
     horizon = ready.warning
     if ready.horizon is not None:
         horizon = f"{ready.limit} steps: {ready.horizon.source}"
@@ -78,6 +79,7 @@ def run(cfg: LoopConfig, run: Run) -> Artifact:
 
 
 def _go(cfg: LoopConfig, run: Run, id: str, ready: Ready, given: list[Artifact]) -> Artifact:
+    check_port(cfg)
     cluster.ensure(cfg.ray)
     for what, (cpus, gpus) in resources(cfg).items():
         cluster.preflight(what=what, cpus=cpus, gpus=gpus)

@@ -74,8 +74,6 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
     for i, block in enumerate(cfg.baselines):
         with _stage(f"baselines[{i}]"):
             model_free.check_spaces(block, facts.spaces)
-    if cfg.agent.backend == "serve" and cfg.serve.http:
-        _check_port(cfg.serve.http)
     return ready
 
 
@@ -249,9 +247,15 @@ def _check_held_out(
         raise UsageError(f"{message}; {fix}")
 
 
-def _check_port(port: int) -> None:
+def check_port(cfg: LoopConfig) -> None:
+    """Raise UsageError where the port that the world is to be served on is taken.
+
+    Apart from `preflight`: a loop that is finished serves nothing.
+    """
+    if cfg.agent.backend != "serve" or not cfg.serve.http:
+        return
     try:
-        socket.create_server(("127.0.0.1", port)).close()
+        socket.create_server(("127.0.0.1", cfg.serve.http)).close()
     except OSError as error:
-        message = f"serve.http={port} cannot be used ({error.strerror})"
+        message = f"serve.http={cfg.serve.http} cannot be used ({error.strerror})"
         raise UsageError(f"{message}; set another port") from error
