@@ -145,8 +145,13 @@ def _train(work: Work, config: PretrainConfig, run: tracking.Run, dataset: Datas
     if failed is not None:
         raise MesocosmError(failed)
     if errors:
+        from ray.exceptions import RayError
         from ray.train.v2.api.exceptions import ControllerError
 
+        if isinstance(errors[0], RayError):
+            raise MesocosmError(
+                f"the process that controls pretraining was lost ({type(errors[0]).__name__}); run the same command again to go on from its last checkpoint"
+            ) from errors[0]
         if isinstance(errors[0], ControllerError):
             cluster.stuck(f"train.workers={work.train.workers} of pretraining were not to be started in {STARTS + 1} attempts")
         last = str(errors[0]).strip().splitlines()[-1:] or [type(errors[0]).__name__]
