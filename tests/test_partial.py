@@ -258,7 +258,7 @@ import time
 from mesocosm.storage import Storage
 storage = Storage({bucket.root!r})
 def stuck(*args):
-    print("begun", flush=True)
+    print("begun\\n", end="", flush=True)  # in one piece: two threads may be here
     time.sleep(600)
 storage.fetch = stuck
 storage.partial("datasets", "cart").hold({SHARDS[0]!r})
