@@ -39,17 +39,17 @@ def choose_best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], for
         def report(steps: int) -> None:
             update(0, f"imagining, step {steps} of at most {arguments['horizon']}")
 
-        found = imagined_returns(policies, env, seed, report).mean(1)
-        update(1, f"imagined {found[0]:.1f} at the end, {np.nanmax(found):.1f} at best")
-    best = int(np.nan_to_num(found, nan=-np.inf).argmax())
-    seen = {"greedy_return": float(found[0]), "best_return": float(found[best]), "kept_iteration": float(iterations[best])}
+        means = imagined_returns(policies, env, seed, report).mean(1)
+        update(1, f"imagined {means[0]:.1f} at the end, {np.nanmax(means):.1f} at best")
+    best = int(np.nan_to_num(means, nan=-np.inf).argmax())
+    seen = {"greedy_return": float(means[0]), "best_return": float(means[best]), "kept_iteration": float(iterations[best])}
     if former is not None:
-        seen |= {"former_return": float(found[-1]), "kept_former": float(best == len(options) - 1)}
+        seen |= {"former_return": float(means[-1]), "kept_former": float(best == len(options) - 1)}
     if best:
         for name in (POLICY_JSON, WEIGHTS, rllib.TRAINING_STATE):
             shutil.copyfile(options[best] / name, folder / name)
-        what = f"its policy after {taken[best - 1]} iterations" if best <= len(taken) else f"{former.name if former else ''}, with which it began"
-        run.say(f"the last policy earns {found[0]:.1f} in the world, {what}, {found[best]:.1f}: that one is kept")
+        kept = f"its policy after {taken[best - 1]} iterations" if best <= len(taken) else f"{former.name if former else ''}, with which it began"
+        run.say(f"the last policy earns {means[0]:.1f} in the world, {kept}, {means[best]:.1f}: that one is kept")
     if seen.get("kept_former"):
         shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of a training that led elsewhere
     run.log({f"agent/{name}": value for name, value in seen.items()}, step=config.iterations)
