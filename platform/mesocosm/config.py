@@ -140,16 +140,16 @@ def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> D
         key = str(error.full_key)
         raise UsageError(f"{source}: unknown config key {key!r}{_suggestion(key, layer, known)}") from error
     except OmegaConfBaseException as error:
-        value, said = getattr(error, "value", None), _first_line(error)
-        if isinstance(value, float) and value.is_integer() and "Integer" in said:
-            said = f"a whole number is wanted; write {int(value)} instead of {value!r}"
-        elif converted := re.fullmatch(r"Value (.*) of type '\w+' could not be converted to (\w+)", said):
-            said = f"must be a {'whole ' * (converted[2] == 'Integer')}number, got {converted[1]}"
-        elif said.startswith("Incompatible value 'None'") or said.endswith("is not Optional"):
-            said = "has no value; give one, as in key=VALUE"
-        elif boolean := re.fullmatch(r"Value (.*) is not a valid bool .*", said):
-            said = f"must be true or false, got {boolean[1]}"
-        raise UsageError(f"{source}: config key {error.full_key!r}: {said}") from error
+        value, reason = getattr(error, "value", None), _first_line(error)
+        if isinstance(value, float) and value.is_integer() and "Integer" in reason:
+            reason = f"a whole number is wanted; write {int(value)} instead of {value!r}"
+        elif converted := re.fullmatch(r"Value (.*) of type '\w+' could not be converted to (\w+)", reason):
+            reason = f"must be a {'whole ' * (converted[2] == 'Integer')}number, got {converted[1]}"
+        elif reason.startswith("Incompatible value 'None'") or reason.endswith("is not Optional"):
+            reason = "has no value; give one, as in key=VALUE"
+        elif boolean := re.fullmatch(r"Value (.*) is not a valid bool .*", reason):
+            reason = f"must be true or false, got {boolean[1]}"
+        raise UsageError(f"{source}: config key {error.full_key!r}: {reason}") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source}: {_first_line(error)}") from error
 
@@ -230,15 +230,15 @@ def describe(config: Any, prefix: str = "", without: Sequence[str] = ()) -> list
 
 def _documented(schema: type[Any]) -> dict[str, str]:
     """Each field's name, with the string literal that follows it in the source of its class."""
-    said: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for cls in reversed(schema.__mro__):
         if not dataclasses.is_dataclass(cls):
             continue
         body = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
         for node, after in itertools.pairwise(body):
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                said[node.target.id] = " ".join(str(after.value.value).split())
-    return {f.name: said.get(f.name, "") for f in dataclasses.fields(schema)}
+                comments[node.target.id] = " ".join(str(after.value.value).split())
+    return {f.name: comments.get(f.name, "") for f in dataclasses.fields(schema)}
 
 
 def _first_line(error: BaseException) -> str:
