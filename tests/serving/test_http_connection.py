@@ -32,13 +32,15 @@ KNOWN = f"Host: x\r\nAuthorization: Bearer {TOKEN}\r\n"
 
 
 FEW_DESCRIPTORS = """
-import resource, sys
+import resource, sys, time
 from tests.serving.test_http_connection import Server
 
 server = Server()
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
 print(server.url, flush=True)
 sys.stdin.read()
+server.stop()
+time.sleep(float(sys.argv[1]))
 server.close()
 """
 
@@ -84,9 +86,13 @@ class Server:
     def post(self, body: bytes) -> requests.Response:
         return requests.post(f"{self.url}/body", data=body, headers=AUTHORIZED, timeout=60)
 
-    def close(self) -> None:
-        self.go.set()
+    def stop(self) -> None:
+        """Accept no more. Requests in work keep the event loop alive until `close`."""
         self._server.should_exit = True
+
+    def close(self) -> None:
+        self.stop()
+        self.go.set()
         self._thread.join()
 
 
@@ -215,21 +221,42 @@ def test_a_connection_is_used_again(server: Server) -> None:
             assert session.post(f"{server.url}/body", data=b"x" * size, timeout=60).json() == size
 
 
-def test_survives_without_free_descriptors() -> None:
-    """EMFILE: the server answers again as soon as a slow client has gone, and logs one line."""
+@contextlib.contextmanager
+def few_descriptors(seconds: float) -> Iterator[tuple[subprocess.Popen[bytes], str, int]]:
+    """A server with 40 file descriptors, its port, and `seconds` between its stop and its end."""
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    folder = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", FEW_DESCRIPTORS], cwd=folder, **pipes) as process:
+    command = [sys.executable, "-c", FEW_DESCRIPTORS, str(seconds)]
+    with subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes) as process:
         assert process.stdout is not None
         url = process.stdout.readline().decode().strip()
-        host, port = url.removeprefix("http://").split(":")
-        held = [socket.create_connection((host, int(port)), timeout=60) for _ in range(60)]
+        yield process, url, int(url.split(":")[-1])
+
+
+NO_DESCRIPTOR = ["the HTTP ingress has no free file descriptor; raise ulimit -n"]
+
+
+def test_survives_without_free_descriptors() -> None:
+    """EMFILE: the server answers again as soon as a slow client has gone, and logs one line."""
+    with few_descriptors(0) as (process, url, port):
+        held = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(60)]
         with pytest.raises(requests.Timeout):
             requests.get(f"{url}/health", timeout=2)
         for each in held:
             each.close()
         assert requests.get(f"{url}/health", timeout=60).status_code == 200
         _, errors = process.communicate(timeout=60)
-    assert errors.decode().splitlines() == [
-        "the HTTP ingress has no free file descriptor; raise ulimit -n",
-    ]
+    assert errors.decode().splitlines() == NO_DESCRIPTOR
+
+
+def test_stops_without_free_descriptors() -> None:
+    """asyncio's next attempt to accept finds the listener closed: nothing is logged about it."""
+    with few_descriptors(3) as (process, url, port):
+        head = f"GET /wait HTTP/1.1\r\n{KNOWN}\r\n"
+        held = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(60)]
+        held[0].sendall(head.encode())
+        with pytest.raises(requests.Timeout):
+            requests.get(f"{url}/health", timeout=2)
+        _, errors = process.communicate(timeout=60)
+        for each in held:
+            each.close()
+    assert errors.decode().splitlines() == NO_DESCRIPTOR

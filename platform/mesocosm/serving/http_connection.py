@@ -48,6 +48,8 @@ async def serve(server: uvicorn.Server, listener: socket.socket) -> None:
     def report(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         nonlocal reported
         error = context.get("exception")
+        if isinstance(error, ValueError) and listener.fileno() < 0:
+            return  # asyncio tries once more to accept after the listener is closed
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
         elif loop.time() - reported >= REPORT_S:
