@@ -29,7 +29,9 @@ from mesocosm.data.episode import Episode
 from mesocosm.storage import Storage
 
 torch.set_num_threads(1)
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script starts in its background ignores Ctrl-C, which tests send
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # what a script starts in its background ignores Ctrl-C, which tests send
 
 
 @pytest.fixture(scope="session")
@@ -66,7 +68,9 @@ def ray_local() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def one_rank() -> Iterator[None]:
-    """A process group of this process, made once: DeepSpeed remembers its first and cannot do with a second."""
+    """A process group of this process, made once: DeepSpeed remembers its first and cannot do with
+    a second.
+    """
     import torch.distributed as dist
 
     from mesocosm.scaling.trunk import alone
@@ -80,12 +84,18 @@ def one_rank() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def s3_environment() -> Iterator[dict[str, str]]:
-    """Environment variables that name an S3 endpoint: a moto_server in a process of its own, or what MESOCOSM_TEST_S3_ENDPOINT names."""
+    """Environment variables that name an S3 endpoint: a moto_server in a process of its own, or
+    what MESOCOSM_TEST_S3_ENDPOINT names.
+    """
     named = os.environ.get("MESOCOSM_TEST_S3_ENDPOINT")
     if named:
         yield {"AWS_ENDPOINT_URL": named}
         return
-    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    keys = {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -105,7 +115,9 @@ def s3_environment() -> Iterator[dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def s3(s3_environment: dict[str, str]) -> Iterator[str]:
-    """A root of this module's own in a bucket (MESOCOSM_TEST_S3_BUCKET, `bucket`) at a real S3 endpoint; emptied afterwards."""
+    """A root of this module's own in a bucket (MESOCOSM_TEST_S3_BUCKET, `bucket`) at a real S3
+    endpoint; emptied afterwards.
+    """
     bucket = os.environ.get("MESOCOSM_TEST_S3_BUCKET", "bucket")
     root = f"s3://{bucket}/mesocosm-tests-{uuid.uuid4().hex[:8]}"
     with pytest.MonkeyPatch.context() as patch:
@@ -131,7 +143,9 @@ def _cart_episodes(transitions: int) -> list[Episode]:
             observation, reward, done, _, _ = env.step(actions[-1])
             observations.append(observation)
             rewards.append(float(reward))
-        episodes.append(Episode(k, k, "random", observations, actions, np.array(rewards), "terminated"))
+        episodes.append(
+            Episode(k, k, "random", observations, actions, np.array(rewards), "terminated")
+        )
     return episodes
 
 
@@ -139,9 +153,20 @@ def _cart_root(folder: Path, transitions: int = 400, **options: Any) -> str:
     """A storage root that holds the dataset `cart`."""
     env = gymnasium.make("CartPole-v1")
     storage = Storage(str(folder / "root"))
-    facts: dict[str, Any] = {"environment": Environment(id="CartPole-v1"), "observation_space": env.observation_space, "action_space": env.action_space}
+    facts: dict[str, Any] = {
+        "environment": Environment(id="CartPole-v1"),
+        "observation_space": env.observation_space,
+        "action_space": env.action_space,
+    }
     facts |= options
-    storage.make("datasets", "cart", {}, lambda to: write_dataset(to, _cart_episodes(transitions), id="cart", seed=0, **facts) and None)
+    storage.make(
+        "datasets",
+        "cart",
+        {},
+        lambda to: (
+            write_dataset(to, _cart_episodes(transitions), id="cart", seed=0, **facts) and None
+        ),
+    )
     return storage.root
 
 

@@ -1,7 +1,8 @@
 """Golden digits: what tiny jobs gave when their versions were last set.
 
-A job's id hashes its number in `mesocosm.versions.VERSIONS`. A test that runs a tiny job passes its digits to the `golden`
-fixture, which compares them with `golden.json`. They may only change together with the job's number:
+A job's id hashes its number in `mesocosm.versions.VERSIONS`. A test that runs a tiny job passes its
+digits to the `golden` fixture, which compares them with `golden.json`. They may only change
+together with the job's number:
 
     GOLDEN=write pytest tests/...     # after the bump: write the new digits
 """
@@ -35,18 +36,25 @@ def check(job: str, digits: dict[str, Any], file: Path = FILE) -> None:
     stored = json.loads(file.read_text()) if file.exists() else {}
     entry = stored.get(job, {"version": VERSIONS[job], "digits": {}})
     same_version = entry["version"] == VERSIONS[job]
-    changed = {name: (entry["digits"][name], value) for name, value in digits.items() if name in entry["digits"] and not _same(entry["digits"][name], value)}
+    changed = {
+        name: (entry["digits"][name], value)
+        for name, value in digits.items()
+        if name in entry["digits"] and not _same(entry["digits"][name], value)
+    }
     if same_version and changed:
         pytest.fail(
-            f"the results of {job} have changed and its version has not: {changed}; if that is meant, "
-            f"bump VERSIONS[{job!r}] in mesocosm/versions.py and run this test with GOLDEN=write"
+            f"the results of {job} have changed and its version has not: {changed}; if that is"
+            f" meant, bump VERSIONS[{job!r}] in mesocosm/versions.py and run this test with"
+            " GOLDEN=write"
         )
     if os.environ.get("GOLDEN") == "write":
         known = entry["digits"] if same_version else {}
         stored[job] = {"version": VERSIONS[job], "digits": known | digits}
         file.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
     elif not same_version or set(digits) - set(entry["digits"]):
-        pytest.fail(f"{file.name} does not hold {job} version {VERSIONS[job]}; write it with GOLDEN=write")
+        pytest.fail(
+            f"{file.name} does not hold {job} version {VERSIONS[job]}; write it with GOLDEN=write"
+        )
 
 
 def _same(stored: Any, value: Any) -> bool:
@@ -101,7 +109,9 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _fold(values: NDArray[Any]) -> float:
-    """A weighted sum that two values which change places, or a changed sign, change too, and that does not cancel."""
+    """A weighted sum that two values which change places, or a changed sign, change too, and that
+    does not cancel.
+    """
     flat = values.reshape(-1)
     weights = 1.0 + np.arange(1, flat.size + 1) * 0.6180339887498949 % 1.0
     return float((weights * (np.abs(flat) + flat / 2)).sum())

@@ -1,4 +1,6 @@
-"""The command line's contract: exit status, one sentence for what is wrong, help and dry runs that start nothing."""
+"""The command line's contract: exit status, one sentence for what is wrong, help and dry runs that
+start nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from mesocosm.cli import JOBS, main
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_command_is_answered_with_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["pretrian"]) == 2
     assert "did you mean 'pretrain'" in capsys.readouterr().err
 
@@ -23,19 +27,33 @@ def test_help_shows_an_example_and_the_keys(job: str, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as done:
         main([job, "--help"])
     out = capsys.readouterr().out
-    assert done.value.code == 0 and "example:" in out and "\n  # A folder, or `s3://bucket/prefix`.\n  storage.root = " in out
+    assert (
+        done.value.code == 0
+        and "example:" in out
+        and "\n  # A folder, or `s3://bucket/prefix`.\n  storage.root = " in out
+    )
 
 
-def test_help_of_the_loop_leaves_out_what_its_stages_get_from_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_the_loop_leaves_out_what_its_stages_get_from_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit):
         main(["loop", "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert "  explore.steps = 500" in lines, "the loop's own default, not collect's"
-    assert not [line for line in lines if line.startswith(("  collect.storage", "  collect.seed", "  evaluate.reality", "  agent.force"))]
+    assert not [
+        line
+        for line in lines
+        if line.startswith(
+            ("  collect.storage", "  collect.seed", "  evaluate.reality", "  agent.force")
+        )
+    ]
 
 
 @pytest.mark.parametrize("job", JOBS)
-def test_a_wrong_key_is_status_2_and_one_sentence(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_key_is_status_2_and_one_sentence(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([job, "storage.rot=/tmp/x"]) == 2
     err = capsys.readouterr().err
     assert "storage.rot" in err and "storage.root" in err and len(err.strip().splitlines()) == 1
@@ -45,7 +63,9 @@ SHIPPED = sorted(REPOSITORY.glob("configs/*/*.yaml"))
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_every_shipped_config_can_be_planned(path: Path, root: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_shipped_config_can_be_planned(
+    path: Path, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     job = {"agent": "train-agent"}.get(path.parent.name, path.parent.name)
     wanted = {
         "curate": ["data.datasets=[d0]"],
@@ -59,21 +79,38 @@ def test_every_shipped_config_can_be_planned(path: Path, root: str, capsys: pyte
     status = main([job, "-c", str(path), f"storage.root={root}", "--dry-run", *wanted])
     error = capsys.readouterr().err
     # Only what earlier jobs would have made may be missing.
-    assert status == 0 if not wanted else status == 2 and re.search(r"(datasets/d0|worlds/w0|agents/a0|'w0')", error), error
+    assert (
+        status == 0
+        if not wanted
+        else status == 2 and re.search(r"(datasets/d0|worlds/w0|agents/a0|'w0')", error)
+    ), error
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["loop", "-c", "configs/loop/quickstart.yaml", "train.steps=10"], "did you mean 'pretrain.train.steps'"),
+        (
+            ["loop", "-c", "configs/loop/quickstart.yaml", "train.steps=10"],
+            "did you mean 'pretrain.train.steps'",
+        ),
         (["pretrain", "data.datasets=abc"], "write 'data.datasets=[abc]'"),
-        (["collect", "-c", "configs/collect/pendulum.yaml", "steps", "=", "100"], "write steps=100"),
+        (
+            ["collect", "-c", "configs/collect/pendulum.yaml", "steps", "=", "100"],
+            "write steps=100",
+        ),
         (["import", "logs.csv", "seed", "=", "3"], "write key=value"),
-        (["train-agent", "-c", "configs/agent/pendulum-ppo.yaml"], "world is not set; give the world to train in, as in world=worlds/"),
+        (
+            ["train-agent", "-c", "configs/agent/pendulum-ppo.yaml"],
+            "world is not set; give the world to train in, as in world=worlds/",
+        ),
     ],
 )
 def test_a_newcomers_mistake_is_answered(
-    words: list[str], message: str, root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    message: str,
+    root: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
     assert main([*words, f"storage.root={root}", "--dry-run"]) == 2
@@ -82,7 +119,19 @@ def test_a_newcomers_mistake_is_answered(
 
 
 def test_overrides_may_stand_anywhere(root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["collect", "steps=7", "--dry-run", f"storage.root={root}", "--json", "reality.env=CartPole-v1"]) == 0
+    assert (
+        main(
+            [
+                "collect",
+                "steps=7",
+                "--dry-run",
+                f"storage.root={root}",
+                "--json",
+                "reality.env=CartPole-v1",
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["real steps"] == 7
     assert main(["collect", "--dry-rum", "reality.env=CartPole-v1"]) == 2
     assert "unknown option '--dry-rum'" in capsys.readouterr().err
@@ -103,21 +152,61 @@ def test_overrides_may_stand_anywhere(root: str, capsys: pytest.CaptureFixture[s
         ("pretrain.train.steps=0", "train.steps=0"),
     ],
 )
-def test_a_loop_is_checked_whole_before_it_starts(override: str, said: str, root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["loop", "-c", str(REPOSITORY / "configs/loop/quickstart.yaml"), f"storage.root={root}", "--dry-run", override]) == 2
+def test_a_loop_is_checked_whole_before_it_starts(
+    override: str, said: str, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            [
+                "loop",
+                "-c",
+                str(REPOSITORY / "configs/loop/quickstart.yaml"),
+                f"storage.root={root}",
+                "--dry-run",
+                override,
+            ]
+        )
+        == 2
+    )
     err = capsys.readouterr().err
     assert re.search(said, err) and len(err.strip().splitlines()) == 1, err
 
 
 def test_a_dry_run_prices_judging_too(root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["loop", "-c", str(REPOSITORY / "configs/loop/quickstart.yaml"), f"storage.root={root}", "--dry-run", "--json"]) == 0
+    assert (
+        main(
+            [
+                "loop",
+                "-c",
+                str(REPOSITORY / "configs/loop/quickstart.yaml"),
+                f"storage.root={root}",
+                "--dry-run",
+                "--json",
+            ]
+        )
+        == 0
+    )
     plan = json.loads(capsys.readouterr().out)
-    # 2 rounds and 12 measurements of the baseline, 10 episodes of at most 1000 steps each, at .01 a step and .1 a reset
-    assert (plan["judged real steps"], plan["price of judging"]) == ("at most 140000", "at most 1414 USD")
+    # 2 rounds and 12 measurements of the baseline, 10 episodes of at most 1000 steps each, at .01 a
+    # step and .1 a reset
+    assert (plan["judged real steps"], plan["price of judging"]) == (
+        "at most 140000",
+        "at most 1414 USD",
+    )
 
 
-def test_a_dry_run_says_size_and_price_and_does_nothing(root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["collect", f"storage.root={root}", "reality.env=CartPole-v1", "steps=500", "reality.price.per_step=0.5", "--dry-run", "--json"]
+def test_a_dry_run_says_size_and_price_and_does_nothing(
+    root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "collect",
+        f"storage.root={root}",
+        "reality.env=CartPole-v1",
+        "steps=500",
+        "reality.price.per_step=0.5",
+        "--dry-run",
+        "--json",
+    ]
     assert main(arguments) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["real steps"] == 500 and plan["price"] == "250 USD"
@@ -131,7 +220,14 @@ def test_no_such_environment_is_status_2(root: str, capsys: pytest.CaptureFixtur
 
 
 def test_collect_by_the_command_line(root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["collect", f"storage.root={root}", "reality.env=CartPole-v1", "steps=60", "workers=0", "--json"]
+    arguments = [
+        "collect",
+        f"storage.root={root}",
+        "reality.env=CartPole-v1",
+        "steps=60",
+        "workers=0",
+        "--json",
+    ]
     assert main(arguments) == 0
     first = json.loads(capsys.readouterr().out)
     assert first["artifact"].startswith("datasets/") and first["ledger"]["spent"] == 60

@@ -1,4 +1,6 @@
-"""The command line beside other people's code: environments that print, modules with Python's own names, errors that nobody expected."""
+"""The command line beside other people's code: environments that print, modules with Python's own
+names, errors that nobody expected.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def chatty(tmp_path: Path) -> Path:
-    (tmp_path / "chatty.py").write_text(CHATTY + "import atexit\natexit.register(print, 'at exit')\n")
+    (tmp_path / "chatty.py").write_text(
+        CHATTY + "import atexit\natexit.register(print, 'at exit')\n"
+    )
     return tmp_path
 
 
@@ -66,10 +70,16 @@ def test_json_is_all_of_stdout_when_an_environment_prints(option: list[str], cha
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
-    assert "imported" in done.stderr and "at exit" in done.stderr and (option or "step!" in done.stderr)
+    assert (
+        "imported" in done.stderr
+        and "at exit" in done.stderr
+        and (option or "step!" in done.stderr)
+    )
 
 
-def test_json_in_this_process(chatty: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_in_this_process(
+    chatty: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (chatty / "chatty.py").write_text(CHATTY)
     monkeypatch.chdir(chatty)
     assert (
@@ -119,7 +129,9 @@ def test_a_users_module_does_not_replace_pythons_own(workers: int, tmp_path: Pat
         f"workers={workers}",
         "storage.root=root",
     ]
-    done = subprocess.run([command, *words], cwd=folder, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [command, *words], cwd=folder, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
@@ -127,12 +139,18 @@ def _raises(*arguments: Any) -> None:
     raise ZeroDivisionError("division\nby zero")
 
 
-def test_an_unexpected_error_of_a_job_is_one_sentence_and_in_its_log(root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unexpected_error_of_a_job_is_one_sentence_and_in_its_log(
+    root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("mesocosm.data.collect._resolve", _raises)
     assert main(["collect", "reality.env=CartPole-v1", f"storage.root={root}"]) == 1
     (log,) = Path(root).glob("runs/collect/*/log.txt")
     message = capsys.readouterr().err.splitlines()[-1]
-    assert message == f"mesocosm: the command failed with ZeroDivisionError: division by zero; the traceback is in {log}"
+    assert (
+        message
+        == "mesocosm: the command failed with ZeroDivisionError: division by zero; the traceback"
+        f" is in {log}"
+    )
     assert "in _raises" in log.read_text()
     assert json.loads((log.parent / "status.json").read_text())["state"] == "failed"
 
@@ -144,7 +162,11 @@ def test_an_unexpected_error_without_a_run_names_the_file_of_its_traceback(
     monkeypatch.setattr("mesocosm.data.collect.plan", _raises)
     assert main(["collect", "reality.env=CartPole-v1", f"storage.root={root}", "--dry-run"]) == 1
     (path,) = tmp_path.glob("mesocosm-traceback-*.txt")
-    assert capsys.readouterr().err == f"mesocosm: the command failed with ZeroDivisionError: division by zero; the traceback is in {path}\n"
+    assert (
+        capsys.readouterr().err
+        == "mesocosm: the command failed with ZeroDivisionError: division by zero; the traceback"
+        f" is in {path}\n"
+    )
     assert "in _raises" in path.read_text()
 
 
@@ -155,6 +177,8 @@ def test_a_closed_pipe_is_no_traceback(words: list[str], tmp_path: Path) -> None
     command = [sys.executable, "-m", "mesocosm.cli", *words, "storage.root=root"]
     reading, writing = os.pipe()
     os.close(reading)
-    done = subprocess.run(command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=280)
+    done = subprocess.run(
+        command, cwd=tmp_path, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=280
+    )
     os.close(writing)
     assert (done.returncode, done.stderr) == (1, "")

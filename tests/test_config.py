@@ -31,7 +31,12 @@ def test_later_files_and_overrides_win(tmp_path: Path) -> None:
     second.write_text("model: {size: 3m}\n")
     config = load(Config, [first, second], ["model.members=7", "rates=[0.1, 2]"])
     assert type(config) is Config and type(config.model) is Inner
-    assert (config.model.size, config.model.members, config.seed, config.rates) == ("3m", 7, 5, [0.1, 2.0])
+    assert (config.model.size, config.model.members, config.seed, config.rates) == (
+        "3m",
+        7,
+        5,
+        [0.1, 2.0],
+    )
 
 
 @pytest.mark.parametrize(
@@ -45,7 +50,9 @@ def test_later_files_and_overrides_win(tmp_path: Path) -> None:
         (["a: [1"], [], ["not valid YAML"]),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path: Path, files: list[str], overrides: list[str], words: list[str]) -> None:
+def test_what_is_wrong_is_named(
+    tmp_path: Path, files: list[str], overrides: list[str], words: list[str]
+) -> None:
     paths = []
     for text in files:
         paths.append(tmp_path / "c.yaml")
@@ -70,18 +77,27 @@ def test_fingerprint_is_of_values_only() -> None:
 
 def test_identity_leaves_out_where_a_job_runs() -> None:
     here, there = Config(), Config()
-    there.storage.root, there.tracking.uri, there.ray.address, there.force = "s3://b/x", "http://m", "auto", True
+    there.storage.root, there.tracking.uri, there.ray.address, there.force = (
+        "s3://b/x",
+        "http://m",
+        "auto",
+        True,
+    )
     assert identity(here) == identity(there)
     there.seed = 1
     assert identity(here) != identity(there)
 
 
 def test_the_source_root_does_not_shadow_the_standard_library() -> None:
-    """Ray puts the working directory first on every worker's path: `platform/` must stay a plain folder."""
+    """Ray puts the working directory first on every worker's path: `platform/` must stay a plain
+    folder.
+    """
     repository = Path(__file__).resolve().parents[1]
     assert not (repository / "platform" / "__init__.py").exists()
     code = "import sys; sys.path.insert(0, '.'); import platform, uuid; print(platform.system())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=repository, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0 and done.stdout.strip() == "Linux"
 
 
@@ -100,7 +116,10 @@ class Stages(JobConfig):
         (["model.members=many"], "must be a whole number, got 'many'"),
         (["force=maybe"], "must be true or false, got 'maybe'"),
         (["seed="], "has no value"),
-        (["model.members", "=", "3"], "override 'model.members' has spaces around its =; write model.members=3"),
+        (
+            ["model.members", "=", "3"],
+            "override 'model.members' has spaces around its =; write model.members=3",
+        ),
         (["model.members=", "3"], "write model.members=3"),
         (["model.members", "=3"], "write model.members=3"),
     ],
@@ -114,7 +133,12 @@ def test_a_value_of_another_kind_is_named(overrides: list[str], message: str) ->
 def test_a_key_of_a_stage_is_found(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("model: {members: 2}\n")
     for files, overrides in (([], ["model.members=2"]), ([tmp_path / "c.yaml"], [])):
-        with pytest.raises(UsageError, match=r"unknown config key 'model'; did you mean 'stage.model.members'\?"):
+        with pytest.raises(
+            UsageError, match=r"unknown config key 'model'; did you mean 'stage.model.members'\?"
+        ):
             load(Stages, files, overrides)
-    with pytest.raises(UsageError, match=r"blocks\[0\] must be a block of keys, got 'abc'; write 'blocks=\[\{size: abc\}\]'"):
+    with pytest.raises(
+        UsageError,
+        match=r"blocks\[0\] must be a block of keys, got 'abc'; write 'blocks=\[\{size: abc\}\]'",
+    ):
         load(Stages, [], ["blocks=[abc]"])

@@ -85,7 +85,9 @@ def test_a_commit_that_cannot_be_used(
     root = f"storage.root={storage.root}"
     assert main(["data", "list", root]) == 0
     listed = capsys.readouterr()
-    assert re.search(r"^good ", listed.out, re.M) and "datasets/cart: COMMIT.json is dam" in listed.out
+    assert (
+        re.search(r"^good ", listed.out, re.M) and "datasets/cart: COMMIT.json is dam" in listed.out
+    )
     assert main(["data", "list", root, "--json"]) == 0
     rows = {row["id"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["good"]["error"] is None and rows["good"]["episodes"]
@@ -161,7 +163,12 @@ def test_a_full_disk_is_one_sentence(small_disk: Path) -> None:
 
 @pytest.mark.slow
 def test_a_job_on_a_full_disk_and_again_with_room(small_disk: Path) -> None:
-    words = ["reality.env=CartPole-v1", "steps=12000", "workers=0", f"storage.root={small_disk}/root"]
+    words = [
+        "reality.env=CartPole-v1",
+        "steps=12000",
+        "workers=0",
+        f"storage.root={small_disk}/root",
+    ]
     command = [sys.executable, "-m", "mesocosm.cli", "collect", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1, done.stderr
@@ -176,7 +183,9 @@ def test_a_job_on_a_full_disk_and_again_with_room(small_disk: Path) -> None:
 # -- tracking --------------------------------------------------------------------------------------
 
 
-def test_the_error_of_a_job_is_seen_though_its_end_is_not_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_error_of_a_job_is_seen_though_its_end_is_not_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     away = TrackingConfig(uri="http://127.0.0.1:9")
     config = JobConfig(storage=StorageConfig(str(tmp_path / "root")), tracking=away)
     with (

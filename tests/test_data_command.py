@@ -15,7 +15,11 @@ from mesocosm.storage import Storage
 
 @pytest.fixture(params=["folder", "s3"])
 def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "root") if request.param == "folder" else str(request.getfixturevalue("s3")) + "/data"
+    return (
+        str(tmp_path / "root")
+        if request.param == "folder"
+        else str(request.getfixturevalue("s3")) + "/data"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -25,19 +29,38 @@ def the_session_keeps_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_datasets_are_listed_shown_and_held_against_each_other(
-    any_root: str, tmp_path: Path, cart_root: Callable[..., str], capsys: pytest.CaptureFixture[str], golden: Any
+    any_root: str,
+    tmp_path: Path,
+    cart_root: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    golden: Any,
 ) -> None:
     local = Storage(cart_root(tmp_path / "here"))
     given = local.artifact("datasets", "cart")
     storage = Storage(any_root)
     storage.make("datasets", "cart", given.meta, lambda folder: _copied(given.path, folder))
     at = f"storage.root={any_root}"
-    assert main(["curate", at, "data.datasets=[cart]", "operations=[{op: length, min: 20},{op: hold_out, share: 0.2}]", "workers=0", "--json"]) == 0
+    assert (
+        main(
+            [
+                "curate",
+                at,
+                "data.datasets=[cart]",
+                "operations=[{op: length, min: 20},{op: hold_out, share: 0.2}]",
+                "workers=0",
+                "--json",
+            ]
+        )
+        == 0
+    )
     curated = json.loads(capsys.readouterr().out)["artifact"].removeprefix("datasets/")
 
     assert main(["data", "list", at, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
-    assert [(row["id"], row["job"]) for row in rows] == [("cart", given.meta.get("job", "?")), (curated, "curate")]
+    assert [(row["id"], row["job"]) for row in rows] == [
+        ("cart", given.meta.get("job", "?")),
+        (curated, "curate"),
+    ]
     assert sum(rows[0]["transitions"].values()) > sum(rows[1]["transitions"].values()) > 0
     assert main(["data", "list", at]) == 0
     told = capsys.readouterr().out
@@ -45,21 +68,39 @@ def test_datasets_are_listed_shown_and_held_against_each_other(
 
     assert main(["data", "show", curated[:6], at]) == 0
     told = capsys.readouterr().out
-    assert "curate of cart" in told and "length(min=20.0)" in told and "hold_out(bins=5, by=random, share=0.2)" in told
+    assert (
+        "curate of cart" in told
+        and "length(min=20.0)" in told
+        and "hold_out(bins=5, by=random, share=0.2)" in told
+    )
     page = Path(told.rsplit("page: ", 1)[1].strip())
     summary = json.loads((page.parent / "summary.json").read_text())
     golden.check("coverage", {"summary": golden.of_numbers(summary)})
-    assert "<svg" in page.read_text() and json.loads((page.parent / "summary.json").read_text())["schema"] == 1
+    assert (
+        "<svg" in page.read_text()
+        and json.loads((page.parent / "summary.json").read_text())["schema"] == 1
+    )
     stamp = page.stat().st_mtime_ns
     assert main(["data", "show", curated, at, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["page"] == str(page) and page.stat().st_mtime_ns == stamp, "it is found"
-    assert [(row["dataset"], row["from"]) for row in facts["lineage"]] == [(curated, ["cart"]), ("cart", [])]
+    assert [(row["dataset"], row["from"]) for row in facts["lineage"]] == [
+        (curated, ["cart"]),
+        ("cart", []),
+    ]
 
     assert main(["data", "diff", "cart", curated, at, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["differ"]["made by"][1] == "curate" and found["differ"]["environment's version" if "environment's version" in found["differ"] else "how"]
-    assert found["episodes"]["only_b"] == 0 < found["episodes"]["only_a"] and found["coverage"]["a_lacks"]["beyond"] < 0.05
+    assert (
+        found["differ"]["made by"][1] == "curate"
+        and found["differ"][
+            "environment's version" if "environment's version" in found["differ"] else "how"
+        ]
+    )
+    assert (
+        found["episodes"]["only_b"] == 0 < found["episodes"]["only_a"]
+        and found["coverage"]["a_lacks"]["beyond"] < 0.05
+    )
     assert main(["data", "diff", "cart", curated, at]) == 0
     told = capsys.readouterr().out
     assert f"{found['episodes']['both']} episodes are in both" in told and "data alike: 1%" in told
@@ -73,12 +114,23 @@ def _copied(source: Path, folder: Path) -> None:
             to.write_bytes(file.read_bytes())
 
 
-def test_wrong_use_is_one_sentence(tmp_path: Path, cart_root: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_use_is_one_sentence(
+    tmp_path: Path, cart_root: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
     at = f"storage.root={cart_root(tmp_path)}"
-    assert main(["data", "show", "nothing", at]) == 2 and "no artifact datasets/nothing" in capsys.readouterr().err
-    assert main(["data", "diff", "cart", "cart", at]) == 2 and "are the same dataset" in capsys.readouterr().err
+    assert (
+        main(["data", "show", "nothing", at]) == 2
+        and "no artifact datasets/nothing" in capsys.readouterr().err
+    )
+    assert (
+        main(["data", "diff", "cart", "cart", at]) == 2
+        and "are the same dataset" in capsys.readouterr().err
+    )
     assert main(["data", "list", f"storage.root={tmp_path}/nowhere"]) == 2
     assert "is not there" in capsys.readouterr().err
-    for words in (["data", "show", at.replace("storage.root=", "storage.root:")], ["data", "diff", "cart", at]):
+    for words in (
+        ["data", "show", at.replace("storage.root=", "storage.root:")],
+        ["data", "diff", "cart", at],
+    ):
         assert main(words) == 2, words
     capsys.readouterr()

@@ -18,13 +18,17 @@ def test_every_job_has_digits_of_its_version(golden: Any) -> None:
 
 
 @pytest.mark.parametrize("nothing", [0, 0.0, [], [0.0, 0], ""])
-def test_digits_that_say_nothing_are_refused(golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing: Any) -> None:
+def test_digits_that_say_nothing_are_refused(
+    golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing: Any
+) -> None:
     monkeypatch.setenv("GOLDEN", "write")
     with pytest.raises(AssertionError, match="say nothing"):
         golden.check("collect", {"x": nothing}, tmp_path / "golden.json")
 
 
-def test_digits_change_only_with_a_version(golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_change_only_with_a_version(
+    golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "golden.json"
     with pytest.raises(pytest.fail.Exception, match="does not hold"):
         golden.check("collect", {"x": 1.0}, file)
@@ -39,10 +43,15 @@ def test_digits_change_only_with_a_version(golden: Any, tmp_path: Path, monkeypa
         golden.check("collect", {"x": 1.0}, file)
     monkeypatch.setenv("GOLDEN", "write")
     golden.check("collect", {"x": 1.1}, file)
-    assert json.loads(file.read_text())["collect"] == {"version": VERSIONS["collect"], "digits": {"x": 1.1}}
+    assert json.loads(file.read_text())["collect"] == {
+        "version": VERSIONS["collect"],
+        "digits": {"x": 1.1},
+    }
 
 
-def test_texts_are_compared_exactly(golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_texts_are_compared_exactly(
+    golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "golden.json"
     monkeypatch.setenv("GOLDEN", "write")
     golden.check("collect", {"x": "ab"}, file)
@@ -53,5 +62,8 @@ def test_texts_are_compared_exactly(golden: Any, tmp_path: Path, monkeypatch: py
 
 
 def test_a_number_of_many_notices_order_and_sign(golden: Any) -> None:
-    numbers = {golden.of_numbers(values) for values in ([1.0, 2.0], [2.0, 1.0], [1.0, -2.0], [-1.0, 2.0], [1.0, 2.0, 0.1])}
+    numbers = {
+        golden.of_numbers(values)
+        for values in ([1.0, 2.0], [2.0, 1.0], [1.0, -2.0], [-1.0, 2.0], [1.0, 2.0, 0.1])
+    }
     assert len(numbers) == 5

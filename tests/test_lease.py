@@ -56,8 +56,11 @@ def test_the_second_process_is_told_who_holds_it(root: str) -> None:
         with (
             pytest.raises(
                 Held,
-                match=rf"worlds/abc is being made by `mesocosm pretrain` \(process {process.pid} on host "
-                r".*last heartbeat \d+ s ago\); wait for it with --wait",
+                match=(
+                    rf"worlds/abc is being made by `mesocosm pretrain` \(process {process.pid} on"
+                    r" host "
+                    r".*last heartbeat \d+ s ago\); wait for it with --wait"
+                ),
             ),
             hold(Storage(root), "worlds/abc", "pretrain", print),
         ):
@@ -127,7 +130,9 @@ def elsewhere(root: str, silent_s: float) -> Record:
     return record
 
 
-def test_a_holder_on_another_host_is_judged_by_its_heartbeat(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_holder_on_another_host_is_judged_by_its_heartbeat(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.2)
     monkeypatch.setattr(lease, "POLL_S", 0.05)
     elsewhere(root, silent_s=5.0)
@@ -156,7 +161,9 @@ def test_a_holder_on_another_host_is_judged_by_its_heartbeat(root: str, monkeypa
         thread.join()
 
 
-def test_a_heartbeat_counts_up_and_a_takeover_ends_the_job(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_heartbeat_counts_up_and_a_takeover_ends_the_job(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
     heard = list[str]()
     path = Path(root) / "leases" / "worlds.abc.00000000.json"
@@ -188,7 +195,9 @@ class Paused(Storage):
 
 
 def test_a_number_that_is_used_again_does_not_make_two_holders(root: str) -> None:
-    """A process lists a lease, which is released, and taken anew before that process claims the next number."""
+    """A process lists a lease, which is released, and taken anew before that process claims the
+    next number.
+    """
     slow, errors = Paused(root), list[Exception]()
 
     def claim() -> None:
@@ -283,7 +292,9 @@ class SlowBeat(Storage):
         super().write(path, data)
 
 
-def test_a_beat_under_way_does_not_bring_a_released_lease_back(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_beat_under_way_does_not_bring_a_released_lease_back(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.01)
     storage = SlowBeat(root)
     with hold(storage, "worlds/abc", "x", print):
@@ -342,7 +353,9 @@ def test_a_hidden_process_is_not_taken_to_be_gone(how: str) -> None:
     """As on shared hosts, where users do not see each other's processes."""
     script = HIDDEN.format(how=how, python=sys.executable)
     namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
-    done = subprocess.run([*namespaces, "sh", "-c", script], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*namespaces, "sh", "-c", script], capture_output=True, text=True, timeout=300
+    )
     if "failed" in done.stderr or "permitted" in done.stderr or done.returncode == 7:
         pytest.skip(f"this machine cannot hide processes: {done.stderr}")
     assert done.stdout.split() == ["True", "None", "False"], done.stderr
@@ -373,7 +386,9 @@ def test_a_run_on_another_host_is_not_marked_failed(root: str) -> None:
                 assert json.loads(path.read_text())["state"] == state
 
 
-def test_a_run_that_ends_while_it_is_judged_is_not_marked_failed(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_ends_while_it_is_judged_is_not_marked_failed(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = JobConfig(storage=StorageConfig(root))
     with tracking.start("collect", config, id="a", quiet=True) as run:
         alive = tracking._alive

@@ -1,4 +1,6 @@
-"""Artifacts of which a machine holds what is read: fetched and verified once, within a budget, whatever is killed."""
+"""Artifacts of which a machine holds what is read: fetched and verified once, within a budget,
+whatever is killed.
+"""
 
 from __future__ import annotations
 
@@ -39,21 +41,36 @@ def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.fixture
 def bucket(s3: str, tmp_path: Path, cart_root: Cart) -> Storage:
-    """A root in the bucket with the dataset `cart` of several shards, of which this machine has nothing."""
+    """A root in the bucket with the dataset `cart` of several shards, of which this machine has
+    nothing.
+    """
     made = Storage(cart_root(tmp_path, 400, shard_rows=60)).artifact("datasets", "cart")
     storage = Storage(f"{s3}/{tmp_path.name}")
-    storage.make("datasets", "cart", {"job": "collect"}, lambda folder: shutil.copytree(made.path, folder, dirs_exist_ok=True) and None)
+    storage.make(
+        "datasets",
+        "cart",
+        {"job": "collect"},
+        lambda folder: shutil.copytree(made.path, folder, dirs_exist_ok=True) and None,
+    )
     shutil.rmtree(storage.local_path("cache"))
     return storage
 
 
 def python(code: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def here(storage: Storage) -> list[str]:
     """The shards in the cache."""
-    return sorted(folder.name for folder in storage.local_path("cache", "parts").glob("*/*/*/shards/*"))
+    return sorted(
+        folder.name for folder in storage.local_path("cache", "parts").glob("*/*/*/shards/*")
+    )
 
 
 def there(storage: Storage, unit: str, name: str) -> str:
@@ -75,10 +92,15 @@ def test_only_what_is_read_is_fetched_and_once_for_all_processes(bucket: Storage
     assert here(bucket) == ["00002"]
     for path in [path for path in bucket.files("datasets/cart") if "shards/00002" in path]:
         bucket.fs.rm(bucket._path(path))
-    code = f"from mesocosm.storage import Storage; print(Storage({bucket.root!r}).partial('datasets', 'cart').hold('shards/00002'))"
+    code = (
+        f"from mesocosm.storage import Storage; print(Storage({bucket.root!r}).partial('datasets',"
+        " 'cart').hold('shards/00002'))"
+    )
     out, errors = python(code).communicate(timeout=60)
     assert Path(out.strip()).is_dir(), errors
-    with pytest.raises(ArtifactError, match=r"datasets/cart: file 'shards/00003/obs_num.npy' is damaged"):
+    with pytest.raises(
+        ArtifactError, match=r"datasets/cart: file 'shards/00003/obs_num.npy' is damaged"
+    ):
         damaged = there(bucket, "shards/00003", "obs_num.npy")
         good = bucket.fs.cat(damaged)
         bucket.fs.pipe(damaged, good[:-1] + bytes([good[-1] ^ 1]))
@@ -112,7 +134,9 @@ storage.partial("datasets", "cart").hold("shards/00001")
     assert not bucket.local_path("cache", "arriving", "shards", "00001").exists()
 
 
-def test_the_least_recently_used_goes_and_never_one_in_use(bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_goes_and_never_one_in_use(
+    bucket: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     every = bucket.partial("datasets", "cart")
     sizes = [every.bytes(shard) for shard in SHARDS]
     most = sum(sorted(sizes)[-2:]) + 100
@@ -134,7 +158,13 @@ input()
     other = python(code)
     assert other.stdout is not None and other.stdout.readline()
     monkeypatch.setattr(partial, "PATIENCE_S", 0.5)
-    with pytest.raises(ArtifactError, match=r"other shards in use fill the cache .* give a larger data\.cache_gib or a smaller data\.block"):
+    with pytest.raises(
+        ArtifactError,
+        match=(
+            r"other shards in use fill the cache .* give a larger data\.cache_gib or a smaller"
+            r" data\.block"
+        ),
+    ):
         files.hold(SHARDS[3])
     assert here(bucket) == ["00000", "00002"]
     other.kill()
@@ -143,10 +173,14 @@ input()
     assert here(bucket) == ["00002", "00003"], "a killed reader holds nothing"
 
 
-def test_a_copy_that_is_here_is_verified_once(tmp_path: Path, cart_root: Cart, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_is_here_is_verified_once(
+    tmp_path: Path, cart_root: Cart, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage = Storage(cart_root(tmp_path, 400, shard_rows=60))
     read: list[Path] = []
-    monkeypatch.setattr(partial, "sha256", lambda path, plain=partial.sha256: read.append(path) or plain(path))
+    monkeypatch.setattr(
+        partial, "sha256", lambda path, plain=partial.sha256: read.append(path) or plain(path)
+    )
     folder = storage.partial("datasets", "cart").hold(SHARDS[1])
     assert len(read) == 8 and {path.parent for path in read} == {folder}
     storage.partial("datasets", "cart").hold(SHARDS[1])
@@ -154,12 +188,16 @@ def test_a_copy_that_is_here_is_verified_once(tmp_path: Path, cart_root: Cart, m
     reward = folder / "reward.npy"
     data = reward.read_bytes()
     reward.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(ArtifactError, match=r"datasets/cart: file 'shards/00001/reward.npy' is damaged"):
+    with pytest.raises(
+        ArtifactError, match=r"datasets/cart: file 'shards/00001/reward.npy' is damaged"
+    ):
         storage.partial("datasets", "cart").hold(SHARDS[1])
     reward.write_bytes(data)
     storage.partial("datasets", "cart").hold(SHARDS[1])
     os.unlink(reward)
-    with pytest.raises(ArtifactError, match=r"datasets/cart: file 'shards/00001/reward.npy' is missing"):
+    with pytest.raises(
+        ArtifactError, match=r"datasets/cart: file 'shards/00001/reward.npy' is missing"
+    ):
         storage.partial("datasets", "cart").hold(SHARDS[1])
 
 
@@ -170,23 +208,53 @@ def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_p
     most = 2 * sum(sizes[-2:])
     assert most < sum(sizes)
     dataset = Dataset([bucket.partial("datasets", "cart", most)])
-    assert Codec.fit(dataset).id == codec.id, "what reads all of it in order needs no room for all of it"
-    expected, loader = (Loader(data, codec, "train", 8, 4, 0, events=6, block=2) for data in (local, dataset))
+    assert Codec.fit(dataset).id == codec.id, (
+        "what reads all of it in order needs no room for all of it"
+    )
+    expected, loader = (
+        Loader(data, codec, "train", 8, 4, 0, events=6, block=2) for data in (local, dataset)
+    )
     for step in range(2 * loader.windows_per_epoch // 4):
         ours, theirs = loader.batch(step), expected.batch(step)
-        assert torch.equal(ours.observation.numbers, theirs.observation.numbers) and ours.events is not None and theirs.events is not None
+        assert (
+            torch.equal(ours.observation.numbers, theirs.observation.numbers)
+            and ours.events is not None
+            and theirs.events is not None
+        )
         assert torch.equal(ours.events.observation.numbers, theirs.events.observation.numbers)
         assert _bytes_here(bucket) <= most
-    for ours, theirs in zip(*(Loader(data, codec, "valid", 8, 4, 0, block=2).eval_batches() for data in (dataset, local)), strict=True):
+    for ours, theirs in zip(
+        *(
+            Loader(data, codec, "valid", 8, 4, 0, block=2).eval_batches()
+            for data in (dataset, local)
+        ),
+        strict=True,
+    ):
         assert torch.equal(ours.observation.numbers, theirs.observation.numbers)
-    every, some = (list(Loader(local, codec, "valid", 8, 4, 0, block=2).eval_batches(most=most)) for most in (None, 2))
-    hashes = [{int(hash) for batch in batches for hash in batch.episode[batch.mask.any(1)]} for batches in (every, some)]
-    of = {int(hash): int(shard) for hash, shard in local.table[["hash", "shard"]][local.episodes("valid")].tolist()}
+    every, some = (
+        list(Loader(local, codec, "valid", 8, 4, 0, block=2).eval_batches(most=most))
+        for most in (None, 2)
+    )
+    hashes = [
+        {int(hash) for batch in batches for hash in batch.episode[batch.mask.any(1)]}
+        for batches in (every, some)
+    ]
+    of = {
+        int(hash): int(shard)
+        for hash, shard in local.table[["hash", "shard"]][local.episodes("valid")].tolist()
+    }
     assert sum(int(batch.mask.any(1).sum()) for batch in some) == 2
-    assert hashes[1] < hashes[0] and len({of[hash] for hash in hashes[1]}) <= 2 < len({of[hash] for hash in hashes[0]}), "no more shards than a block has"
+    assert hashes[1] < hashes[0] and len({of[hash] for hash in hashes[1]}) <= 2 < len(
+        {of[hash] for hash in hashes[0]}
+    ), "no more shards than a block has"
     plain, there = (Loader(data, codec, "train", 8, 4, 0).batch(5) for data in (dataset, local))
-    assert torch.equal(plain.observation.numbers, there.observation.numbers), "also where the order is not made for it"
-    with pytest.raises(UsageError, match=r"two blocks of data\.block=3 shards may have .* GiB, more than data\.cache_gib"):
+    assert torch.equal(plain.observation.numbers, there.observation.numbers), (
+        "also where the order is not made for it"
+    )
+    with pytest.raises(
+        UsageError,
+        match=r"two blocks of data\.block=3 shards may have .* GiB, more than data\.cache_gib",
+    ):
         Loader(dataset, codec, "train", 8, 4, 0, block=3)
 
 
@@ -209,7 +277,9 @@ def test_threads_share_it(bucket: Storage) -> None:
         assert list(pool.map(work, range(4))) == [150] * 4
 
 
-def test_a_release_by_one_thread_leaves_what_another_holds(bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_release_by_one_thread_leaves_what_another_holds(
+    bucket: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = bucket.partial("datasets", "cart", 1)  # no shard fits beside another
     files.most = files.bytes(SHARDS[0]) + 1
     files.hold(SHARDS[0])
@@ -252,7 +322,9 @@ print(storage.partial("datasets", "cart", {most}).hold("shards/0000" + {me!r}))
     assert not list(bucket.local_path("cache", "arriving").iterdir())
 
 
-def test_what_others_are_fetching_counts_as_room_in_use(bucket: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_others_are_fetching_counts_as_room_in_use(
+    bucket: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     code = f"""
 import time
 from mesocosm.storage import Storage

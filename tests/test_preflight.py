@@ -91,10 +91,7 @@ def logs(root: str, name: str, outcome: Outcome = "truncated", **facts: Any) -> 
 
 @pytest.mark.parametrize("options", [["--dry-run"], []])
 def test_the_loop_refuses_an_action_space_before_it_pays(
-    options: list[str],
-    root: str,
-    own: None,
-    capsys: pytest.CaptureFixture[str],
+    options: list[str], root: str, own: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     overrides = [f"storage.root={root}", *TINY, "reality.env=preflight_envs:Mixed"]
     assert main(["loop", *options, *overrides]) == 2
@@ -155,10 +152,7 @@ def test_the_loop_refuses_an_action_space_before_it_pays(
     ],
 )
 def test_what_a_later_stage_refuses_is_refused_first(
-    overrides: list[str],
-    message: str,
-    root: str,
-    own: None,
+    overrides: list[str], message: str, root: str, own: None
 ) -> None:
     refused(root, message, *overrides)
 
@@ -211,15 +205,16 @@ def test_a_port_that_is_taken_is_refused_unless_the_loop_is_finished(root: str) 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refused(root, f"serve.http={port} cannot be used", f"serve.http={port}")
-        loop_preflight.preflight(loop(root, f"serve.http={port}"), Storage(root))  # what finding a loop needs
+        loop_preflight.preflight(
+            loop(root, f"serve.http={port}"), Storage(root)
+        )  # what finding a loop needs
 
 
 # -- the horizon --------------------------------------------------------------------------------
 
 
 def test_a_loop_whose_horizon_is_not_known_warns_before_its_first_step(
-    root: str,
-    own: None,
+    root: str, own: None
 ) -> None:
     overrides = ["reality.env=preflight_envs:Base", "explore.behaviours=[{kind: random}]"]
     assert "set reality.horizon" in plan(loop(root, *overrides))["horizon"]
@@ -244,8 +239,7 @@ def test_a_loop_infers_its_horizon_from_given_logs(root: str, own: None) -> None
 
 
 def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
-    root: str,
-    monkeypatch: pytest.MonkeyPatch,
+    root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And an agent is judged though too few policies can be compared: its round was paid for."""
     logs(root, "cut", "truncated")
@@ -293,8 +287,7 @@ DRY = ["collect", "--dry-run", "reality.env=CartPole-v1", "steps=10"]
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_root_that_cannot_be_written_is_refused_in_a_dry_run(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o500)
@@ -303,8 +296,7 @@ def test_a_root_that_cannot_be_written_is_refused_in_a_dry_run(
 
 
 def test_a_root_that_is_a_file_is_refused_in_a_dry_run(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     assert main([*DRY, f"storage.root={tmp_path}/file"]) == 2
@@ -328,9 +320,7 @@ URIS = [
 
 @pytest.mark.parametrize("uri", URIS)
 def test_a_tracking_uri_that_cannot_be_used_is_refused(
-    uri: str,
-    root: str,
-    capsys: pytest.CaptureFixture[str],
+    uri: str, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*DRY, f"storage.root={root}", f"tracking.uri={uri}"]) == 2
     message = capsys.readouterr().err
@@ -338,18 +328,16 @@ def test_a_tracking_uri_that_cannot_be_used_is_refused(
 
 
 @pytest.mark.parametrize(
-    "uri",
-    ["postgresql://a:1,b:2/mlflow", "mysql+pymysql://me@h/m", "databricks", "sqlite://"],
+    "uri", ["postgresql://a:1,b:2/mlflow", "mysql+pymysql://me@h/m", "databricks", "sqlite://"]
 )
 def test_a_tracking_database_is_left_to_mlflow(uri: str, root: str) -> None:
-    assert preflight.check(load(JobConfig, [], [f"storage.root={root}", f"tracking.uri={uri}"])) == []
+    assert (
+        preflight.check(load(JobConfig, [], [f"storage.root={root}", f"tracking.uri={uri}"])) == []
+    )
 
 
 def test_hard_links_are_asked_of_the_root_alone(
-    root: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refuse(source: Any, target: Any) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted", str(source))
@@ -364,9 +352,7 @@ def test_hard_links_are_asked_of_the_root_alone(
 
 @pytest.mark.parametrize("address", ["127.0.0.1:port", "127.0.0.1:99999", "ray://[::1"])
 def test_a_malformed_ray_address_is_refused(
-    address: str,
-    root: str,
-    capsys: pytest.CaptureFixture[str],
+    address: str, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*DRY, f"storage.root={root}", f"ray.address={address}"]) == 2
     message = capsys.readouterr().err
@@ -375,8 +361,7 @@ def test_a_malformed_ray_address_is_refused(
 
 
 def test_a_tracking_server_that_is_away_is_a_warning(
-    root: str,
-    capsys: pytest.CaptureFixture[str],
+    root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -399,8 +384,7 @@ def test_a_remote_root_must_create_exclusively(s3: str, monkeypatch: pytest.Monk
 
 
 def test_too_many_workers_are_refused_in_a_dry_run(
-    root: str,
-    capsys: pytest.CaptureFixture[str],
+    root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     many = ["workers=500", "lanes=500", "steps=1000", "ray.cpus=4"]
     assert main([*DRY, f"storage.root={root}", *many]) == 2
@@ -411,8 +395,7 @@ def test_too_many_workers_are_refused_in_a_dry_run(
 
 
 def test_a_ray_that_does_not_answer_is_refused_at_once(
-    root: str,
-    capsys: pytest.CaptureFixture[str],
+    root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -431,8 +414,7 @@ def test_a_loop_states_what_each_stage_needs(root: str) -> None:
 
 
 def test_collect_refuses_in_a_dry_run_what_it_refuses_in_a_run(
-    root: str,
-    capsys: pytest.CaptureFixture[str],
+    root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for override, message in (
         ("behaviours=[{kind: trained, policy: nope}]", "no artifact agents/nope"),
@@ -443,9 +425,7 @@ def test_collect_refuses_in_a_dry_run_what_it_refuses_in_a_run(
 
 
 def test_a_baseline_refuses_an_action_space_before_it_pays(
-    root: str,
-    own: None,
-    capsys: pytest.CaptureFixture[str],
+    root: str, own: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for options in (["--dry-run"], []):
         arguments = [f"storage.root={root}", "reality.env=preflight_envs:Mixed"]

@@ -20,10 +20,17 @@ def test_a_private_ray_listens_on_loopback_alone(ray_local: None) -> None:
     listening = []
     for process in psutil.Process().children(recursive=True):
         try:
-            listening += [(process.name(), found.laddr) for found in process.net_connections("inet") if found.status == psutil.CONN_LISTEN]
+            listening += [
+                (process.name(), found.laddr)
+                for found in process.net_connections("inet")
+                if found.status == psutil.CONN_LISTEN
+            ]
         except psutil.NoSuchProcess:
             continue
-    assert listening and all(ipaddress.ip_address(address.ip.removeprefix("::ffff:")).is_loopback for _, address in listening), listening
+    assert listening and all(
+        ipaddress.ip_address(address.ip.removeprefix("::ffff:")).is_loopback
+        for _, address in listening
+    ), listening
 
 
 START = """
@@ -43,27 +50,40 @@ print(json.dumps({"folders": folders, "left": left, "modes": [oct(p.stat().st_mo
 
 
 def _environment(**changes: str) -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | changes
+    return {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_")
+    } | changes
 
 
 def test_a_new_home_and_a_long_temporary_folder(tmp_path: Path) -> None:
     """The token is its owner's alone, and the sockets fit whatever TMPDIR is."""
-    temporary = tmp_path / "a_rather_long_folder_name_as_slurm_makes_them" / "slurm_jobdir" / "1355700" / "tmp.t0016"
+    temporary = (
+        tmp_path
+        / "a_rather_long_folder_name_as_slurm_makes_them"
+        / "slurm_jobdir"
+        / "1355700"
+        / "tmp.t0016"
+    )
     temporary.mkdir(parents=True)
     (tmp_path / "home").mkdir()
     environment = _environment(TMPDIR=str(temporary), HOME=str(tmp_path / "home"))
-    done = subprocess.run([sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=280
+    )
     facts = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
     assert facts["modes"] == ["0o700", "0o600"]
-    assert [Path(folder).parent for folder in facts["folders"]] == [Path("/tmp")] and facts["left"] == []
+    assert [Path(folder).parent for folder in facts["folders"]] == [Path("/tmp")] and facts[
+        "left"
+    ] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("token", "words"),
-    [("0" * 64, "does not accept the token in {path}"), (None, "wants a token")],
+    ("token", "words"), [("0" * 64, "does not accept the token in {path}"), (None, "wants a token")]
 )
-def test_a_wrong_token_is_not_reported_as_no_cluster(token: str | None, words: str, ray_local: None, tmp_path: Path) -> None:
+def test_a_wrong_token_is_not_reported_as_no_cluster(
+    token: str | None, words: str, ray_local: None, tmp_path: Path
+) -> None:
     import ray
 
     path = tmp_path / ".ray" / "auth_token"
@@ -71,7 +91,10 @@ def test_a_wrong_token_is_not_reported_as_no_cluster(token: str | None, words: s
     if token is not None:
         path.write_text(token)
     address = ray.get_runtime_context().gcs_address
-    code = f"from mesocosm.cluster import ensure\nfrom mesocosm.config import RayConfig\nensure(RayConfig(address={address!r}))"
+    code = (
+        "from mesocosm.cluster import ensure\nfrom mesocosm.config import"
+        f" RayConfig\nensure(RayConfig(address={address!r}))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=_environment(HOME=str(tmp_path)),
@@ -80,19 +103,28 @@ def test_a_wrong_token_is_not_reported_as_no_cluster(token: str | None, words: s
         timeout=280,
     )
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("mesocosm.errors.UsageError") and address in last and words.format(path=path) in last
+    assert (
+        last.startswith("mesocosm.errors.UsageError")
+        and address in last
+        and words.format(path=path) in last
+    )
     assert "does not answer" not in last
 
 
 def test_jobs_that_start_at_once_make_one_token(tmp_path: Path) -> None:
-    code = "from pathlib import Path; from mesocosm import clusters; clusters.make_token(Path.home() / '.ray' / 'auth_token')"
+    code = (
+        "from pathlib import Path; from mesocosm import clusters; clusters.make_token(Path.home() /"
+        " '.ray' / 'auth_token')"
+    )
     command = [sys.executable, "-c", code]
     jobs = [subprocess.Popen(command, env=_environment(HOME=str(tmp_path))) for _ in range(4)]
     assert [job.wait(120) for job in jobs] == [0] * 4
     assert len((tmp_path / ".ray" / "auth_token").read_text()) == 64
 
 
-def test_a_token_that_others_may_read_is_protected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_that_others_may_read_is_protected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray made it so on an earlier day."""
     path = tmp_path / ".ray" / "auth_token"
     path.parent.mkdir()
@@ -121,7 +153,9 @@ finally:
 
 def test_the_logs_of_a_ray_that_did_not_start_stay(tmp_path: Path) -> None:
     environment = _environment(TMPDIR=str(tmp_path), HOME=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", FAIL], env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [sys.executable, "-c", FAIL], env=environment, capture_output=True, text=True, timeout=280
+    )
     message = done.stderr.strip().splitlines()[-1]
     folder = Path(message.rpartition("see ")[2])
     assert message.startswith("mesocosm.errors.MesocosmError") and folder.is_dir()

@@ -1,4 +1,6 @@
-"""SIGTERM and SIGHUP end a job as Ctrl-C does: the run is marked stopped, and Ray and its session folder are gone."""
+"""SIGTERM and SIGHUP end a job as Ctrl-C does: the run is marked stopped, and Ray and its session
+folder are gone.
+"""
 
 from __future__ import annotations
 
@@ -75,9 +77,12 @@ class Collection:
         self.process = subprocess.Popen(
             [*LAUNCHERS[launcher], *command, f"storage.root={self.root}"],
             cwd=folder,
-            env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {"TMPDIR": str(self.temporary), "MARK": self.mark},
+            env={name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+            | {"TMPDIR": str(self.temporary), "MARK": self.mark},
             start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as in the background of a script
+            preexec_fn=lambda: signal.signal(
+                signal.SIGINT, signal.SIG_IGN
+            ),  # as in the background of a script
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -86,14 +91,22 @@ class Collection:
     @property
     def driver(self) -> int:
         """The process that runs the command line."""
-        return next(pid for pid in self.alive() if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:4] == [b"-m", b"mesocosm.cli", b"collect"])
+        return next(
+            pid
+            for pid in self.alive()
+            if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:4]
+            == [b"-m", b"mesocosm.cli", b"collect"]
+        )
 
     def alive(self) -> list[int]:
         """The job's processes, without those that wait to be reaped."""
         pids = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             with suppress(OSError):
-                if self.mark.encode() in path.read_bytes() and (path.parent / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                if (
+                    self.mark.encode() in path.read_bytes()
+                    and (path.parent / "stat").read_text().rpartition(")")[2].split()[0] != "Z"
+                ):
                     pids.append(int(path.parent.name))
         return pids
 
@@ -113,7 +126,10 @@ class Collection:
         assert "Traceback" not in message and "SIGTERM" not in message, message
         self.wait(lambda: not self.alive())
         assert self.sessions() == []
-        states = [json.loads(path.read_text())["state"] for path in self.root.glob("runs/collect/*/status.json")]
+        states = [
+            json.loads(path.read_text())["state"]
+            for path in self.root.glob("runs/collect/*/status.json")
+        ]
         assert states == ["stopped"]
 
 
@@ -122,7 +138,10 @@ def collection(tmp_path: Path) -> Iterator[Callable[..., Collection]]:
     started: list[Collection] = []
 
     def start(launcher: str = "alone", workers: int = 1) -> Collection:
-        if launcher.endswith("PID 1") and subprocess.run([*LAUNCHERS["PID 1"], "true"], capture_output=True).returncode:
+        if (
+            launcher.endswith("PID 1")
+            and subprocess.run([*LAUNCHERS["PID 1"], "true"], capture_output=True).returncode
+        ):
             pytest.skip("a PID namespace needs root")
         started.append(Collection(tmp_path, launcher, workers))
         return started[-1]
@@ -136,8 +155,12 @@ def collection(tmp_path: Path) -> Iterator[Callable[..., Collection]]:
         subprocess.run(["rm", "-rf", str(job.temporary)], check=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
-def test_a_signal_ends_a_job_without_ray(number: signal.Signals, collection: Callable[..., Collection]) -> None:
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+)
+def test_a_signal_ends_a_job_without_ray(
+    number: signal.Signals, collection: Callable[..., Collection]
+) -> None:
     job = collection(workers=0)
     job.wait((job.folder / "stepping").exists)
     os.kill(job.driver, number)
@@ -146,7 +169,9 @@ def test_a_signal_ends_a_job_without_ray(number: signal.Signals, collection: Cal
 
 
 def test_timeout_ends_a_job_on_ray(collection: Callable[..., Collection]) -> None:
-    """`timeout` signals its child, and then the whole process group: the child twice, and what it started."""
+    """`timeout` signals its child, and then the whole process group: the child twice, and what it
+    started.
+    """
     job = collection("timeout")
     job.wait((job.folder / "stepping").exists)
     os.kill(job.process.pid, signal.SIGTERM)  # as when its time is up
@@ -155,7 +180,9 @@ def test_timeout_ends_a_job_on_ray(collection: Callable[..., Collection]) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["child of PID 1", "PID 1"])
-def test_sigterm_ends_a_job_in_a_container(launcher: str, collection: Callable[..., Collection]) -> None:
+def test_sigterm_ends_a_job_in_a_container(
+    launcher: str, collection: Callable[..., Collection]
+) -> None:
     job = collection(launcher)
     job.wait((job.folder / "stepping").exists)
     os.kill(job.driver, signal.SIGTERM)
@@ -196,7 +223,11 @@ def test_the_session_folder_of_a_killed_job_is_garbage(
             )
             == 0
         )
-        return [(row["what"], row["path"]) for row in json.loads(capsys.readouterr().out)["remains"] if row["what"] == "Ray session"]
+        return [
+            (row["what"], row["path"])
+            for row in json.loads(capsys.readouterr().out)["remains"]
+            if row["what"] == "Ray session"
+        ]
 
     job.wait((job.folder / "stepping").exists)
     assert listed("--dry-run") == []

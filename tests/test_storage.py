@@ -23,7 +23,11 @@ from mesocosm.storage import Storage
 @pytest.fixture(params=["local", "s3"])
 def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A fresh root of either kind."""
-    return str(tmp_path / "root") if request.param == "local" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    return (
+        str(tmp_path / "root")
+        if request.param == "local"
+        else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    )
 
 
 def _fill(folder: Path) -> None:
@@ -44,7 +48,9 @@ def test_an_artifact_is_found_again_with_its_lineage(root: str) -> None:
     assert storage.make("datasets", "d1", {}, never).id == "d1"
     with pytest.raises(AssertionError):
         storage.make("datasets", "d1", {}, never, force=True)
-    assert storage.artifact("datasets", "d1").meta == {"inputs": {"world": "w"}}, "what was whole stays until the new one is"
+    assert storage.artifact("datasets", "d1").meta == {"inputs": {"world": "w"}}, (
+        "what was whole stays until the new one is"
+    )
 
 
 def _say(**files: str) -> Callable[[Path], None]:
@@ -61,7 +67,11 @@ def test_force_replaces_it_whole(any_root: str) -> None:
     made = storage.make("worlds", "w", {"n": 2}, _say(a="new"), force=True)
     assert made.meta == {"n": 2} and (made.path / "a").read_text() == "new"
     assert Storage(any_root).artifact("worlds", "w").meta == {"n": 2}
-    held = [file for file in storage.fs.find(storage._path("worlds", "w")) if not file.endswith("COMMIT.json")]
+    held = [
+        file
+        for file in storage.fs.find(storage._path("worlds", "w"))
+        if not file.endswith("COMMIT.json")
+    ]
     assert len(held) == 1, "nothing of the old one is left"
 
 
@@ -95,10 +105,18 @@ def test_a_slower_maker_changes_nothing(any_root: str) -> None:
 
 def test_a_root_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(UsageError, match=r"storage\.root '.*file/root' cannot be written \(Not a directory\); name a folder") as error:
+    with pytest.raises(
+        UsageError,
+        match=r"storage\.root '.*file/root' cannot be written \(Not a directory\); name a folder",
+    ) as error:
         Storage(str(tmp_path / "file" / "root")).writable()
     assert error.value.exit_code == 2
-    with pytest.raises(UsageError, match="cannot be written"), tracking.start("collect", JobConfig(storage=StorageConfig(str(tmp_path / "file"))), quiet=True):
+    with (
+        pytest.raises(UsageError, match="cannot be written"),
+        tracking.start(
+            "collect", JobConfig(storage=StorageConfig(str(tmp_path / "file"))), quiet=True
+        ),
+    ):
         raise AssertionError
 
 
@@ -140,16 +158,23 @@ def test_a_missing_artifact_is_named_with_the_nearest(root: str) -> None:
     assert storage.artifact("worlds", "abc").id == "abcdef01"
     with pytest.raises(UsageError, match=r"abcdef02.*abcdef01"):
         storage.artifact("worlds", "abcdef02")
-    with pytest.raises(UsageError, match=r"no artifact worlds/'' in storage\.root '.*'; give an id: .*worlds holds abcdef01"):
+    with pytest.raises(
+        UsageError,
+        match=r"no artifact worlds/'' in storage\.root '.*'; give an id: .*worlds holds abcdef01",
+    ):
         storage.artifact("worlds", "")
-    with pytest.raises(UsageError, match=r"no artifact agents/x in .*; give an id: .*agents holds none yet"):
+    with pytest.raises(
+        UsageError, match=r"no artifact agents/x in .*; give an id: .*agents holds none yet"
+    ):
         storage.artifact("agents", "x")
 
 
 def test_create_is_exclusive(root: str) -> None:
     storage = Storage(root)
     with ThreadPoolExecutor(8) as pool:
-        wins = list(pool.map(lambda i: storage.create("ledgers/l/0.json", str(i).encode()), range(8)))
+        wins = list(
+            pool.map(lambda i: storage.create("ledgers/l/0.json", str(i).encode()), range(8))
+        )
     assert sum(wins) == 1
     content = storage.read("ledgers/l/0.json")
     assert content is not None and wins[int(content)]

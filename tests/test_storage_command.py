@@ -38,7 +38,11 @@ def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture(params=["local", "s3"])
 def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "root") if request.param == "local" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    return (
+        str(tmp_path / "root")
+        if request.param == "local"
+        else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    )
 
 
 @pytest.fixture
@@ -59,7 +63,10 @@ def _small(folder: Path) -> None:
 
 def _killed(root: str, what: str) -> None:
     """A process that does `what` on `storage` and is killed."""
-    code = f"import os, signal\nfrom pathlib import Path\nfrom mesocosm.storage import Storage\nstorage = Storage({root!r})\n{what}\n"
+    code = (
+        "import os, signal\nfrom pathlib import Path\nfrom mesocosm.storage import"
+        f" Storage\nstorage = Storage({root!r})\n{what}\n"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -signal.SIGKILL
 
 
@@ -77,17 +84,30 @@ def test_only_what_nobody_needs_goes(any_root: str, gc: Listed) -> None:
     storage.create("ledgers/l/00000000.json", b"{}")
     storage.create("cells/results/c.json", b"{}")
     storage.write("runs/checkpoints/w/checkpoint_1/progress.json", b"{}")
-    with tracking.start("collect", JobConfig(storage=StorageConfig(any_root)), id="going", quiet=True):
+    with tracking.start(
+        "collect", JobConfig(storage=StorageConfig(any_root)), id="going", quiet=True
+    ):
         assert gc(any_root, "--dry-run", "--older-than", "0")["remains"] == []
         _killed(any_root, HALF)
         found = gc(any_root, "--dry-run", "--older-than", "0")
-        assert [(remain["what"], remain["bytes"]) for remain in found["remains"]] == [("scratch", 10)]
-        assert gc(any_root, "--dry-run")["remains"] == [], "a job may be at work on what is younger than a day"
+        assert [(remain["what"], remain["bytes"]) for remain in found["remains"]] == [
+            ("scratch", 10)
+        ]
+        assert gc(any_root, "--dry-run")["remains"] == [], (
+            "a job may be at work on what is younger than a day"
+        )
         assert gc(any_root, "--yes", "--older-than", "0")["removed"] == 1
         assert gc(any_root, "--dry-run", "--older-than", "0")["remains"] == []
         storage.write("runs/collect/going/here", b"")
-    assert (storage.artifact("worlds", "whole").path / "x").read_bytes() == (whole.path / "x").read_bytes()
-    for name in ("ledgers/l/00000000.json", "cells/results/c.json", "runs/checkpoints/w/checkpoint_1/progress.json", "runs/collect/going/here"):
+    assert (storage.artifact("worlds", "whole").path / "x").read_bytes() == (
+        whole.path / "x"
+    ).read_bytes()
+    for name in (
+        "ledgers/l/00000000.json",
+        "cells/results/c.json",
+        "runs/checkpoints/w/checkpoint_1/progress.json",
+        "runs/collect/going/here",
+    ):
         assert storage.read(name) is not None, name
 
 
@@ -111,14 +131,18 @@ def test_the_checkpoint_of_a_finished_artifact_goes(any_root: str, gc: Listed) -
     assert storage.list("runs/checkpoints/going") == ["progress.json"]
 
 
-def test_episodes_of_a_finished_artifact_and_leases_of_dead_processes_go(any_root: str, gc: Listed) -> None:
+def test_episodes_of_a_finished_artifact_and_leases_of_dead_processes_go(
+    any_root: str, gc: Listed
+) -> None:
     storage = Storage(any_root)
     storage.make("datasets", "done", {}, _small)
     storage.make("evaluations", "judged", {}, _small)
     for name in ("done", "going", "judged/policy"):
         storage.write(f"runs/episodes/{name}/0000-00000000.npz", b"1234")
     mine = this_process()
-    for number, owner in enumerate((mine, replace(mine, started=1), replace(mine, machine="other"))):
+    for number, owner in enumerate(
+        (mine, replace(mine, started=1), replace(mine, machine="other"))
+    ):
         record = Record(owner, "collect", 0.0)
         storage.write(f"leases/datasets.{number}.00000000.json", record.to_json())
     listed = gc(any_root, "--dry-run", "--older-than", "0")["remains"]
@@ -145,23 +169,36 @@ def test_age_is_of_the_newest_file(tmp_path: Path, gc: Listed) -> None:
     assert gc(root, "--dry-run")["remains"] == []
     os.utime(folder / "deep" / "new", (day, day))
     (remain,) = gc(root, "--dry-run")["remains"]
-    assert (remain["what"], remain["path"], remain["bytes"]) == ("unfinished artifact", str(folder), 6) and remain["age_s"] >= 25 * 3600
+    assert (remain["what"], remain["path"], remain["bytes"]) == (
+        "unfinished artifact",
+        str(folder),
+        6,
+    ) and remain["age_s"] >= 25 * 3600
     assert "no COMMIT.json" in remain["why"]
     assert gc(root, "--yes")["removed"] == 1 and not folder.exists()
 
 
 def test_temporary_files_of_writes_cut_short(tmp_path: Path, gc: Listed) -> None:
     storage = Storage(str(tmp_path / "root"))
-    kill = "import mesocosm.storage as s\ns.os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)\n"
+    kill = (
+        "import mesocosm.storage as s\ns.os.replace = lambda *names: os.kill(os.getpid(),"
+        " signal.SIGKILL)\n"
+    )
     _killed(storage.root, kill + "storage.write('runs/collect/r/status.json', b'12345')")
     (tmp_path / "root" / "runs" / "collect" / "r" / "mine.tmp").write_text("of the user's own")
     (remain,) = gc(storage.root, "--yes", "--older-than", "0")["remains"]
-    assert remain["what"] == "temporary file" and remain["bytes"] == 5 and "status.json." in remain["path"]
+    assert (
+        remain["what"] == "temporary file"
+        and remain["bytes"] == 5
+        and "status.json." in remain["path"]
+    )
     assert os.listdir(tmp_path / "root" / "runs" / "collect" / "r") == ["mine.tmp"]
 
 
 def test_the_only_copy_of_an_artifact_stays(tmp_path: Path, gc: Listed) -> None:
-    """A maker with --force is killed between putting the old one away and putting the new one there."""
+    """A maker with --force is killed between putting the old one away and putting the new one
+    there.
+    """
     storage = Storage(str(tmp_path / "root"))
     storage.make("worlds", "w", {}, _small)
     kill = """
@@ -176,7 +213,11 @@ storage.make("worlds", "w", {}, lambda folder: (folder / "y").write_bytes(b"y"),
     _killed(storage.root, kill)
     assert storage.find("worlds", "w") is None
     found = gc(storage.root, "--yes", "--older-than", "0")
-    assert len(found["remains"]) == 1 and "y" in found["remarks"][0] and "move the folder to" in found["remarks"][0]
+    assert (
+        len(found["remains"]) == 1
+        and "y" in found["remarks"][0]
+        and "move the folder to" in found["remarks"][0]
+    )
     kept = Path(found["remarks"][0].split(" is the only copy")[0])
     kept.rename(tmp_path / "root" / "worlds" / "w")
     assert (storage.artifact("worlds", "w").path / "x").read_bytes() == b"x" * 10
@@ -189,16 +230,37 @@ def test_what_a_bucket_and_its_cache_keep(s3: str, tmp_path: Path, gc: Listed) -
     storage.fs.rm(storage._path("worlds", "gone"), recursive=True)
     storage.fs.pipe(storage._path("worlds", "whole", "0123456789ab", "y"), b"of a slower maker")
     storage.fs.pipe(storage._path("worlds", "never", "0123456789ab", "y"), b"of a killed one")
-    bucket, key, _ = storage.fs.split_path(storage._path("datasets", "big", "0123456789ab", "shard"))
+    bucket, key, _ = storage.fs.split_path(
+        storage._path("datasets", "big", "0123456789ab", "shard")
+    )
     begun = storage.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
-    storage.fs.call_s3("upload_part", Bucket=bucket, Key=key, UploadId=begun["UploadId"], PartNumber=1, Body=b"p" * 100)
+    storage.fs.call_s3(
+        "upload_part",
+        Bucket=bucket,
+        Key=key,
+        UploadId=begun["UploadId"],
+        PartNumber=1,
+        Body=b"p" * 100,
+    )
     (tmp_path / "tmp" / "mesocosm-checkpoint-a").mkdir()
     (tmp_path / "tmp" / "mesocosm-checkpoint-a" / "ds").write_bytes(b"c" * 7)
     assert gc(storage.root, "--dry-run")["remains"] == []
-    found = {remain["what"]: remain for remain in gc(storage.root, "--dry-run", "--older-than", "0")["remains"]}
+    found = {
+        remain["what"]: remain
+        for remain in gc(storage.root, "--dry-run", "--older-than", "0")["remains"]
+    }
     sizes = {what: remain["bytes"] for what, remain in found.items()}
-    assert sizes == {"superseded files": 17, "unfinished artifact": 15, "upload": 100, "cache": 10, "scratch": 7}
-    assert found["upload"]["path"] == f"{storage.root}/datasets/big/0123456789ab/shard?uploadId={begun['UploadId']}"
+    assert sizes == {
+        "superseded files": 17,
+        "unfinished artifact": 15,
+        "upload": 100,
+        "cache": 10,
+        "scratch": 7,
+    }
+    assert (
+        found["upload"]["path"]
+        == f"{storage.root}/datasets/big/0123456789ab/shard?uploadId={begun['UploadId']}"
+    )
     assert found["cache"]["path"].endswith("cache/worlds/gone")
     assert gc(storage.root, "--yes", "--older-than", "0")["removed"] == 5
     assert gc(storage.root, "--dry-run", "--older-than", "0")["remains"] == []
@@ -216,7 +278,13 @@ def test_what_was_committed_since_the_list_was_made_stays(any_root: str) -> None
 
 
 @pytest.mark.parametrize(("answer", "status"), [("y\n", 0), ("n\n", 1)])
-def test_it_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], answer: str, status: int) -> None:
+def test_it_asks(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    answer: str,
+    status: int,
+) -> None:
     folder = tmp_path / "root" / "worlds" / "w"
     folder.mkdir(parents=True)
     words = ["storage", "gc", "--older-than", "0", f"storage.root={tmp_path / 'root'}"]
@@ -228,10 +296,16 @@ def test_it_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr("sys.stdin", terminal)
     assert main(words) == status
     told = capsys.readouterr()
-    assert "remove it? [y/N]" in told.err and f"{folder}  (it has no COMMIT.json)" in told.out and folder.exists() == (status == 1)
+    assert (
+        "remove it? [y/N]" in told.err
+        and f"{folder}  (it has no COMMIT.json)" in told.out
+        and folder.exists() == (status == 1)
+    )
 
 
-def test_wrong_use_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_use_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert main(["storage", "gc", f"storage.root={tmp_path}/nowhere"]) == 2
     assert f"storage.root '{tmp_path}/nowhere' is not there" in capsys.readouterr().err
     assert main(["storage", "gc", "--older-than", "-1"]) == 2

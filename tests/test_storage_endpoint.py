@@ -30,11 +30,15 @@ Cart = Callable[..., str]
 
 
 class Proxy:
-    """A TCP proxy before an endpoint. `watch`: what is done with every piece that a client sends, before it is passed on."""
+    """A TCP proxy before an endpoint. `watch`: what is done with every piece that a client sends,
+    before it is passed on.
+    """
 
     def __init__(self, endpoint: str, watch: Callable[[bytes], None]):
         parts = urlsplit(endpoint)
-        assert parts.scheme == "http" and parts.hostname, f"{endpoint}: the proxy passes on plain HTTP"
+        assert parts.scheme == "http" and parts.hostname, (
+            f"{endpoint}: the proxy passes on plain HTTP"
+        )
         self._there = (parts.hostname, parts.port or 80)
         self._watch = watch
         self._open: set[socket.socket] = set()
@@ -54,10 +58,16 @@ class Proxy:
             except OSError:
                 return
             self._open |= {client, server}
-            threading.Thread(target=self._pass, args=(client, server, self._watch), daemon=True).start()
-            threading.Thread(target=self._pass, args=(server, client, lambda data: None), daemon=True).start()
+            threading.Thread(
+                target=self._pass, args=(client, server, self._watch), daemon=True
+            ).start()
+            threading.Thread(
+                target=self._pass, args=(server, client, lambda data: None), daemon=True
+            ).start()
 
-    def _pass(self, source: socket.socket, target: socket.socket, watch: Callable[[bytes], None]) -> None:
+    def _pass(
+        self, source: socket.socket, target: socket.socket, watch: Callable[[bytes], None]
+    ) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 watch(data)
@@ -97,7 +107,9 @@ def proxied(s3: str) -> Iterator[Callable[[Callable[[bytes], None]], Proxy]]:
 
 @pytest.fixture(autouse=True)
 def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For this test's caches and scratch; a short name, for Ray's sockets lie in it. Made after pytest's own, which would lie in it, too."""
+    """For this test's caches and scratch; a short name, for Ray's sockets lie in it. Made after
+    pytest's own, which would lie in it, too.
+    """
     with tempfile.TemporaryDirectory(prefix="meso-", ignore_cleanup_errors=True) as folder:
         monkeypatch.setenv("TMPDIR", folder)
         monkeypatch.setattr(tempfile, "tempdir", None)
@@ -106,35 +118,65 @@ def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.fixture(params=["local", "s3"])
 def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "root") if request.param == "local" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    return (
+        str(tmp_path / "root")
+        if request.param == "local"
+        else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    )
 
 
 def _python(code: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def _on_bucket(s3: str, tmp_path: Path, cart_root: Cart) -> Storage:
     """A root in the bucket that holds the dataset `cart`."""
     made = Storage(cart_root(tmp_path)).artifact("datasets", "cart")
     storage = Storage(f"{s3}/{tmp_path.name}")
-    storage.make("datasets", "cart", {"job": "collect"}, lambda folder: shutil.copytree(made.path, folder, dirs_exist_ok=True) and None)
+    storage.make(
+        "datasets",
+        "cart",
+        {"job": "collect"},
+        lambda folder: shutil.copytree(made.path, folder, dirs_exist_ok=True) and None,
+    )
     return storage
 
 
-def test_a_flipped_byte_in_a_shard_on_the_bucket(s3: str, tmp_path: Path, cart_root: Cart, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_flipped_byte_in_a_shard_on_the_bucket(
+    s3: str, tmp_path: Path, cart_root: Cart, capsys: pytest.CaptureFixture[str]
+) -> None:
     storage = _on_bucket(s3, tmp_path, cart_root)
     folder = storage.folder_of("datasets", "cart")
-    name, there = next((path.split("/", 3)[3], storage._path(path)) for path in storage.files("datasets/cart") if path.endswith("obs_num.npy"))
+    name, there = next(
+        (path.split("/", 3)[3], storage._path(path))
+        for path in storage.files("datasets/cart")
+        if path.endswith("obs_num.npy")
+    )
     good = storage.fs.cat(there)
     storage.fs.pipe(there, good[:-1] + bytes([good[-1] ^ 1]))
     shutil.rmtree(storage.local_path("cache"))
-    assert main(["pretrain", f"storage.root={storage.root}", "data.datasets=[cart]", "--dry-run"]) == 2
+    assert (
+        main(["pretrain", f"storage.root={storage.root}", "data.datasets=[cart]", "--dry-run"]) == 2
+    )
     said = capsys.readouterr().err
-    assert f"datasets/cart: file '{name}' is damaged (its sha256 is not that of COMMIT.json); " in said
-    assert f"make the artifact again by `mesocosm collect` with --force, or restore {storage.root}/datasets/cart/{folder}/{name} from a copy" in said
+    assert (
+        f"datasets/cart: file '{name}' is damaged (its sha256 is not that of COMMIT.json); " in said
+    )
+    assert (
+        "make the artifact again by `mesocosm collect` with --force, or restore"
+        f" {storage.root}/datasets/cart/{folder}/{name} from a copy" in said
+    )
     storage.fs.rm(there)
     shutil.rmtree(storage.local_path("cache"))
-    with pytest.raises(ArtifactError, match=rf"datasets/cart: file '{re.escape(name)}' is missing; make"):
+    with pytest.raises(
+        ArtifactError, match=rf"datasets/cart: file '{re.escape(name)}' is missing; make"
+    ):
         storage.artifact("datasets", "cart")
     storage.fs.pipe(there, good)
     assert storage.artifact("datasets", "cart").id == "cart", "restored as it said"
@@ -154,11 +196,17 @@ def fill(folder):
         time.sleep(0.01)
 print(Storage({root!r}).make("laws", "l", {{"maker": me}}, fill).meta["maker"])
 """
-    makers = [_python(code.format(me=me, other=other, at=str(tmp_path), root=any_root)) for me, other in (("1", "2"), ("2", "1"))]
+    makers = [
+        _python(code.format(me=me, other=other, at=str(tmp_path), root=any_root))
+        for me, other in (("1", "2"), ("2", "1"))
+    ]
     outputs = [maker.communicate(timeout=120) for maker in makers]
     assert [maker.returncode for maker in makers] == [0, 0], outputs
     (winner,) = {out.strip() for out, _ in outputs}
-    lost = "laws/l was finished by another process meanwhile: its files are kept and used, those made here are dropped\n"
+    lost = (
+        "laws/l was finished by another process meanwhile: its files are kept and used, those made"
+        " here are dropped\n"
+    )
     assert [err for _, err in outputs] == ([lost, ""] if winner == "2" else ["", lost])
     storage = Storage(any_root)
     files = storage.files("laws/l")
@@ -177,7 +225,11 @@ Storage({root!r}).make("datasets", "d", {{}}, fill)
 
 
 def test_an_interrupted_upload_is_never_seen_as_whole(
-    s3: str, tmp_path: Path, proxied: Callable[..., Proxy], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    s3: str,
+    tmp_path: Path,
+    proxied: Callable[..., Proxy],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its maker is killed when half of a file's parts are under way."""
     seen, stalled, go_on = [0], threading.Event(), threading.Event()
@@ -198,19 +250,36 @@ def test_an_interrupted_upload_is_never_seen_as_whole(
     proxy.cut()
     storage = Storage(root)
     assert storage.find("datasets", "d") is None
-    with pytest.raises(UsageError, match=r"no artifact datasets/d in .* it was begun and never finished: run its job again"):
+    with pytest.raises(
+        UsageError,
+        match=r"no artifact datasets/d in .* it was begun and never finished: run its job again",
+    ):
         storage.artifact("datasets", "d")
 
     def listed(*words: str) -> dict[str, int]:
         capsys.readouterr()
-        assert main(["storage", "gc", f"storage.root={root}", "--older-than", "0", "--json", *words]) == 0
-        return {remain["what"]: remain["bytes"] for remain in json.loads(capsys.readouterr().out)["remains"]}
+        assert (
+            main(["storage", "gc", f"storage.root={root}", "--older-than", "0", "--json", *words])
+            == 0
+        )
+        return {
+            remain["what"]: remain["bytes"]
+            for remain in json.loads(capsys.readouterr().out)["remains"]
+        }
 
     found = listed("--dry-run")
-    assert found["scratch"] == 1000 + 104 * MIB and found["unfinished artifact"] == 1000 and 0 <= found["upload"] < 104 * MIB and len(found) == 3
+    assert (
+        found["scratch"] == 1000 + 104 * MIB
+        and found["unfinished artifact"] == 1000
+        and 0 <= found["upload"] < 104 * MIB
+        and len(found) == 3
+    )
     again = _python(MAKER.format(root=root))
     assert again.wait(120) == 0, again.communicate()
-    assert sorted(path.name for path in storage.artifact("datasets", "d").path.iterdir()) == ["large", "small"]
+    assert sorted(path.name for path in storage.artifact("datasets", "d").path.iterdir()) == [
+        "large",
+        "small",
+    ]
     found = listed("--yes")
     assert set(found) == {"scratch", "superseded files", "upload"}
     assert listed("--dry-run") == {} and storage.artifact("datasets", "d").id == "d"
@@ -219,18 +288,28 @@ def test_an_interrupted_upload_is_never_seen_as_whole(
 def test_an_endpoint_that_never_answered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        for name, value in (("ENDPOINT_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}"), ("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "x")):
+        for name, value in (
+            ("ENDPOINT_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}"),
+            ("ACCESS_KEY_ID", "x"),
+            ("SECRET_ACCESS_KEY", "x"),
+        ):
             monkeypatch.setenv(f"AWS_{name}", value)
         from mesocosm import s3 as client
 
         began = time.monotonic()
-        with pytest.raises(UsageError, match=r"storage\.root 's3://bucket/p' cannot be written .*127\.0\.0\.1"):
+        with pytest.raises(
+            UsageError, match=r"storage\.root 's3://bucket/p' cannot be written .*127\.0\.0\.1"
+        ):
             Storage("s3://bucket/p").writable()
         assert time.monotonic() - began < client.PATIENCE / 2
 
 
-def test_an_outage_is_waited_out(s3: str, tmp_path: Path, proxied: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut in the middle of an upload and of a download, for longer than the client's own retries last."""
+def test_an_outage_is_waited_out(
+    s3: str, tmp_path: Path, proxied: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cut in the middle of an upload and of a download, for longer than the client's own retries
+    last.
+    """
     passed, threshold, cuts = [0], [20 * MIB], [0]
 
     def watch(data: bytes) -> None:
@@ -246,21 +325,37 @@ def test_an_outage_is_waited_out(s3: str, tmp_path: Path, proxied: Callable[...,
     storage = Storage(f"{s3}/{tmp_path.name}")
     storage.writable()
     content = os.urandom(40 * MIB)
-    made = storage.make("datasets", "d", {}, lambda folder: (folder / "large").write_bytes(content) and None)
+    made = storage.make(
+        "datasets", "d", {}, lambda folder: (folder / "large").write_bytes(content) and None
+    )
     assert cuts == [1] and (made.path / "large").read_bytes() == content
     shutil.rmtree(storage.local_path("cache"))
     threshold[0] = passed[0] + 1500  # the second request or so of the download
-    assert (storage.artifact("datasets", "d").path / "large").read_bytes() == content and cuts == [2]
+    assert (storage.artifact("datasets", "d").path / "large").read_bytes() == content and cuts == [
+        2
+    ]
 
 
-SMALL = ("model.size=10k", "model.members=2", "model.context=8", "model.base_steps=50", "train.batch=8", "train.events=12", "train.lr=3e-3")
+SMALL = (
+    "model.size=10k",
+    "model.members=2",
+    "model.context=8",
+    "model.base_steps=50",
+    "train.batch=8",
+    "train.events=12",
+    "train.lr=3e-3",
+)
 OUTAGE = 30.0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_checkpoint_outlives_an_outage(s3: str, tmp_path: Path, proxied: Callable[..., Proxy], cart_root: Cart) -> None:
-    """The endpoint is cut for 30 s when a checkpoint's first bytes are under way: no worker is started again, and the checkpoint is resumed from."""
+def test_a_checkpoint_outlives_an_outage(
+    s3: str, tmp_path: Path, proxied: Callable[..., Proxy], cart_root: Cart
+) -> None:
+    """The endpoint is cut for 30 s when a checkpoint's first bytes are under way: no worker is
+    started again, and the checkpoint is resumed from.
+    """
     storage = _on_bucket(s3, tmp_path, cart_root)
     name, mended = "", threading.Event()
 
@@ -276,16 +371,37 @@ def test_a_checkpoint_outlives_an_outage(s3: str, tmp_path: Path, proxied: Calla
     mark = f"MESOCOSM_TEST_MARK={uuid.uuid4().hex}"
 
     def start() -> subprocess.Popen[bytes]:
-        words = ["data.datasets=[cart]", "train.steps=4000", "train.checkpoint_every=300", "train.keep_checkpoints=100", *SMALL]
-        command = [sys.executable, "-m", "mesocosm.cli", "pretrain", f"storage.root={storage.root}", *words]
-        environment = os.environ | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"} | dict([mark.split("=")])
+        words = [
+            "data.datasets=[cart]",
+            "train.steps=4000",
+            "train.checkpoint_every=300",
+            "train.keep_checkpoints=100",
+            *SMALL,
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "mesocosm.cli",
+            "pretrain",
+            f"storage.root={storage.root}",
+            *words,
+        ]
+        environment = (
+            os.environ
+            | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
+            | dict([mark.split("=")])
+        )
         with open(tmp_path / "said", "ab") as said:
-            return subprocess.Popen(command, env=environment, start_new_session=True, stdout=said, stderr=said)
+            return subprocess.Popen(
+                command, env=environment, start_new_session=True, stdout=said, stderr=said
+            )
 
     def until(there: Callable[[], bool], seconds: float, job: subprocess.Popen[bytes]) -> None:
         end = time.monotonic() + seconds
         while not there():
-            assert time.monotonic() < end and job.poll() is None, (tmp_path / "said").read_text()[-5000:]
+            assert time.monotonic() < end and job.poll() is None, (tmp_path / "said").read_text()[
+                -5000:
+            ]
             time.sleep(0.2)
 
     def losses(run: str) -> list[int]:
@@ -303,14 +419,29 @@ def test_a_checkpoint_outlives_an_outage(s3: str, tmp_path: Path, proxied: Calla
         _kill(mark)
         job.wait(60)
         last = checkpoint.latest(storage, id)
-        assert last is not None and losses(first) == sorted(set(losses(first))), "each step once: no worker was started again"
-        storage.fs.get(storage._path(f"runs/checkpoints/{id}/{name}/"), str(tmp_path / "kept" / name), recursive=True)
+        assert last is not None and losses(first) == sorted(set(losses(first))), (
+            "each step once: no worker was started again"
+        )
+        storage.fs.get(
+            storage._path(f"runs/checkpoints/{id}/{name}/"),
+            str(tmp_path / "kept" / name),
+            recursive=True,
+        )
         checkpoint.verify(tmp_path / "kept" / name)
         assert checkpoint.read_progress(tmp_path / "kept" / name).step == 300
         job = start()
-        until(lambda: last[1].step + 1 in losses((set(storage.list("runs/pretrain")) - {first} or {"none"}).pop()), 240, job)
+        until(
+            lambda: (
+                last[1].step + 1
+                in losses((set(storage.list("runs/pretrain")) - {first} or {"none"}).pop())
+            ),
+            240,
+            job,
+        )
         second = storage.list("runs/pretrain")[-1]
-        assert f"going on from step {last[1].step} of 4000".encode() in (storage.read(f"runs/pretrain/{second}/log.txt") or b"")
+        assert f"going on from step {last[1].step} of 4000".encode() in (
+            storage.read(f"runs/pretrain/{second}/log.txt") or b""
+        )
     finally:
         _kill(mark)
 

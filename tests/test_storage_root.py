@@ -18,7 +18,9 @@ from mesocosm.errors import UsageError
 from mesocosm.storage import Storage
 
 
-@pytest.mark.parametrize("root", ["gs://b/x", "memory://x", "http://host/x", "file:///tmp/x", "az://b", "s3a://b/x"])
+@pytest.mark.parametrize(
+    "root", ["gs://b/x", "memory://x", "http://host/x", "file:///tmp/x", "az://b", "s3a://b/x"]
+)
 def test_stores_that_cannot_create_exclusively_are_refused(root: str) -> None:
     with pytest.raises(UsageError) as caught:
         Storage(root)
@@ -59,7 +61,9 @@ def test_home_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (tmp_path / "home" / "x" / "runs" / "a").exists() and not (tmp_path / "~").exists()
 
 
-def test_a_relative_root_is_of_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_relative_root_is_of_where_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert Storage("here/root").root == str(tmp_path / "here" / "root")
 
@@ -139,7 +143,9 @@ def test_a_link_in_place_of_the_cache_is_refused(place: Path, tmp_path: Path) ->
         Storage("s3://bucket/x").local_path("cache")
 
 
-def test_the_cache_lies_where_the_key_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_lies_where_the_key_says(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(cache.VARIABLE, "")
     cache.use(StorageConfig(cache=None).cache)
     assert Storage("s3://bucket/x").local_path().is_relative_to(place)
@@ -153,7 +159,9 @@ def test_the_cache_lies_where_the_key_says(place: Path, tmp_path: Path, monkeypa
         Storage("s3://bucket/x").local_path("cache")
 
 
-def test_the_command_line_sets_the_cache(s3: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_line_sets_the_cache(
+    s3: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(cache.VARIABLE, "")
     where = [f"storage.root={s3}/{tmp_path.name}", f"storage.cache={tmp_path / 'mine'}"]
     assert main(["data", "list", *where]) == 0

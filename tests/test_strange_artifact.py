@@ -13,7 +13,9 @@ from mesocosm.storage import COMMIT, Storage
 
 
 @pytest.mark.parametrize("way", ["relative", "absolute", "folder"])
-def test_no_file_lands_outside_of_the_cache(s3: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_file_lands_outside_of_the_cache(
+    s3: str, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     storage = Storage(f"{s3}/{way}")
     cache = storage.local_path("cache", "worlds", "w0")
@@ -25,8 +27,12 @@ def test_no_file_lands_outside_of_the_cache(s3: str, way: str, tmp_path: Path, m
     name = {"relative": up, "absolute": str(target), "folder": "a.json"}[way]
     commit |= {"files": {name: entry}, "folder": "../x" if way == "folder" else commit["folder"]}
     bucket = f"{s3.removeprefix('s3://')}/{way}/worlds/w0/{commit['folder']}/{name}"
-    storage.fs.call_s3("put_object", Bucket=bucket.split("/")[0], Key=bucket.partition("/")[2], Body=b"evil")
+    storage.fs.call_s3(
+        "put_object", Bucket=bucket.split("/")[0], Key=bucket.partition("/")[2], Body=b"evil"
+    )
     storage.write(f"worlds/w0/{COMMIT}", json.dumps(commit).encode())
-    with pytest.raises(ArtifactError, match=r"worlds/w0: COMMIT\.json names '.*', which lies outside of it"):
+    with pytest.raises(
+        ArtifactError, match=r"worlds/w0: COMMIT\.json names '.*', which lies outside of it"
+    ):
         storage.find("worlds", "w0")
     assert not target.exists()

@@ -23,7 +23,9 @@ def _runs(config: JobConfig) -> dict[str, object]:
     client = MlflowClient(tracking_uri=tracking.uri_of(config))
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     assert experiment is not None
-    return {run.data.tags["mesocosm.run"]: run for run in client.search_runs([experiment.experiment_id])}
+    return {
+        run.data.tags["mesocosm.run"]: run for run in client.search_runs([experiment.experiment_id])
+    }
 
 
 def test_runs_are_mirrored_with_params_metrics_lineage_and_end(root: str) -> None:
@@ -43,15 +45,25 @@ def test_runs_are_mirrored_with_params_metrics_lineage_and_end(root: str) -> Non
         tracking.register_world(run, world)
     runs = _runs(config)
     outer, inner, bad = runs["loop/outer"], runs["collect/inner"], runs["pretrain/bad"]
-    assert outer.info.status == "FINISHED" and inner.info.status == "FINISHED" and bad.info.status == "FAILED"
+    assert (
+        outer.info.status == "FINISHED"
+        and inner.info.status == "FINISHED"
+        and bad.info.status == "FAILED"
+    )
     assert inner.data.tags["mlflow.parentRunId"] == outer.info.run_id
     assert outer.data.metrics["return"] == 1.5 and inner.data.metrics["steps"] == 7
     assert outer.data.params["seed"] == "0" and outer.data.tags["mesocosm.artifact"] == "worlds/abc"
     client = MlflowClient(tracking_uri=tracking.uri_of(config))
-    assert {f.path for f in client.list_artifacts(outer.info.run_id)} >= {"note.html", "config.yaml", "log.txt"}
+    assert {f.path for f in client.list_artifacts(outer.info.run_id)} >= {
+        "note.html",
+        "config.yaml",
+        "log.txt",
+    }
     versions = client.search_model_versions("name = 'mesocosm-world'")
     assert [v.source for v in versions] == [world.uri]
-    status = json.loads((Storage(root).local_path("runs", "pretrain", "bad") / "status.json").read_text())
+    status = json.loads(
+        (Storage(root).local_path("runs", "pretrain", "bad") / "status.json").read_text()
+    )
     assert status["state"] == "failed" and "division" in status["error"]
 
 
@@ -59,7 +71,9 @@ def test_mlflow_away_loses_nothing(root: str, tmp_path: Path) -> None:
     away = _config(root, uri="http://127.0.0.1:9")
     with tracking.start("collect", away, id="a", quiet=True) as run:
         run.log({"steps": 5}, step=2)
-    assert (run.folder / "mlflow.pending").exists() and "is away" in (run.folder / "log.txt").read_text()
+    assert (run.folder / "mlflow.pending").exists() and "is away" in (
+        run.folder / "log.txt"
+    ).read_text()
     back = _config(root)
     assert tracking.replay_pending(back) == 1
     mirrored = _runs(back)["collect/a"]
@@ -67,7 +81,16 @@ def test_mlflow_away_loses_nothing(root: str, tmp_path: Path) -> None:
     assert tracking.replay_pending(back) == 0
 
 
-@pytest.mark.parametrize("memo", ["", '{"uri": "http://elsewhere:5000", "run_id": "0123", "offset": 9, "files": [], "worlds": []}'])
+@pytest.mark.parametrize(
+    "memo",
+    [
+        "",
+        (
+            '{"uri": "http://elsewhere:5000", "run_id": "0123", "offset": 9, "files": [],'
+            ' "worlds": []}'
+        ),
+    ],
+)
 def test_a_memo_that_is_torn_or_of_another_server_begins_anew(root: str, memo: str) -> None:
     away = _config(root, uri="http://127.0.0.1:9")
     for id in ("a", "b"):
@@ -79,7 +102,9 @@ def test_a_memo_that_is_torn_or_of_another_server_begins_anew(root: str, memo: s
     assert [_runs(back)[f"collect/{id}"].data.metrics["steps"] for id in "ab"] == [5, 5]
 
 
-def test_one_bad_run_does_not_keep_the_others(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_bad_run_does_not_keep_the_others(
+    root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     away = _config(root, uri="http://127.0.0.1:9")
     for id in ("a", "b"):
         with tracking.start("collect", away, id=id, quiet=True) as run:
@@ -104,7 +129,9 @@ def test_a_password_is_nowhere_written(root: str, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr()
     for text in (written, printed.out, printed.err, str(error.value)):
         assert "alice" not in text and "cr@t" not in text
-    assert written.count("http://***@127.0.0.1:9/x") >= 4, "config, say, error and status still say where"
+    assert written.count("http://***@127.0.0.1:9/x") >= 4, (
+        "config, say, error and status still say where"
+    )
     assert tracking.uri_of(config) == uri
 
 
@@ -130,8 +157,12 @@ def test_values_that_are_not_finite_stay_in_the_truth_only(root: str) -> None:
     assert set(_runs(config)["pretrain/n"].data.metrics) == {"ok"}
 
 
-def test_a_run_on_a_remote_root_is_told_there_while_it_goes_on(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a run said is not lost with its machine, a storage that is away for a while is tried again, and the end is told last."""
+def test_a_run_on_a_remote_root_is_told_there_while_it_goes_on(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run said is not lost with its machine, a storage that is away for a while is tried
+    again, and the end is told last.
+    """
     monkeypatch.setattr("mesocosm.shipping.EVERY", 0.05)
     storage = Storage(f"{s3}/shipped")
     written, away = Storage.write, True
@@ -161,5 +192,10 @@ def test_a_run_on_a_remote_root_is_told_there_while_it_goes_on(s3: str, monkeypa
         away = False
         until(lambda: b"it begins" in told("log.txt") and b"loss" in told("metrics.jsonl"))
         status = json.loads(told("status.json"))
-        assert status["state"] == "running" and status["progress"] == {"what": "steps", "completed": 3, "total": 10, "note": "a third"}
+        assert status["state"] == "running" and status["progress"] == {
+            "what": "steps",
+            "completed": 3,
+            "total": 10,
+            "note": "a third",
+        }
     assert json.loads(told("status.json"))["state"] == "done"

@@ -1,7 +1,8 @@
-"""The command line: `mesocosm JOB -c FILE key=value ...`. Exit status 0 done, 1 failed, 2 wrong use.
+"""The command line: `mesocosm JOB -c FILE key=value ...`. Exit status 0 done, 1 failed, 2 wrong
+use.
 
-A job is a module with a config dataclass, `run(config, run)`, and `plan(config)`, which says what a run would do, its
-size and its price, and does nothing.
+A job is a module with a config dataclass, `run(config, run)`, and `plan(config)`, which says what a
+run would do, its size and its price, and does nothing.
 """
 
 from __future__ import annotations
@@ -33,11 +34,29 @@ class Job:
 
 
 JOBS = {
-    "collect": Job("mesocosm.data.collect", "CollectConfig", "metered real steps into a dataset", "-c configs/collect/pendulum.yaml steps=2000"),
-    "import": Job("mesocosm.data.importing", "ImportConfig", "logs that others made into a dataset", "'logs/*.parquet' --env CartPole-v1"),
-    "curate": Job("mesocosm.data.curate", "CurateConfig", "datasets into one, by a list of operations", "-c configs/curate/pendulum.yaml data.datasets=[ID]"),
+    "collect": Job(
+        "mesocosm.data.collect",
+        "CollectConfig",
+        "metered real steps into a dataset",
+        "-c configs/collect/pendulum.yaml steps=2000",
+    ),
+    "import": Job(
+        "mesocosm.data.importing",
+        "ImportConfig",
+        "logs that others made into a dataset",
+        "'logs/*.parquet' --env CartPole-v1",
+    ),
+    "curate": Job(
+        "mesocosm.data.curate",
+        "CurateConfig",
+        "datasets into one, by a list of operations",
+        "-c configs/curate/pendulum.yaml data.datasets=[ID]",
+    ),
     "pretrain": Job(
-        "mesocosm.pretrain.run", "PretrainConfig", "a dataset into a world, by DeepSpeed under Ray Train", "-c configs/pretrain/pendulum.yaml model.size=1m"
+        "mesocosm.pretrain.run",
+        "PretrainConfig",
+        "a dataset into a world, by DeepSpeed under Ray Train",
+        "-c configs/pretrain/pendulum.yaml model.size=1m",
     ),
     "sweep": Job(
         "mesocosm.scaling.sweep",
@@ -51,17 +70,42 @@ JOBS = {
         "a law and a budget into the config of a pretraining",
         "--law law.json --money 500 price.per_step=0.01 price.per_exaflop=2",
     ),
-    "serve": Job("mesocosm.serving.run", "ServeConfig", "a world on Ray Serve, until Ctrl-C", "-c configs/serve/pendulum.yaml replicas=2"),
-    "train-agent": Job("mesocosm.agents.train", "AgentConfig", "an RLlib agent inside a world", "-c configs/agent/pendulum-ppo.yaml iterations=20"),
-    "baseline": Job("mesocosm.agents.baseline", "BaselineConfig", "model-free RLlib on reality, through the ledger", "-c configs/baseline/pendulum-ppo.yaml"),
-    "evaluate": Job("mesocosm.evaluation.run", "EvaluateConfig", "is the world faithful, is the agent better in reality", "-c configs/evaluate/pendulum.yaml"),
+    "serve": Job(
+        "mesocosm.serving.run",
+        "ServeConfig",
+        "a world on Ray Serve, until Ctrl-C",
+        "-c configs/serve/pendulum.yaml replicas=2",
+    ),
+    "train-agent": Job(
+        "mesocosm.agents.train",
+        "AgentConfig",
+        "an RLlib agent inside a world",
+        "-c configs/agent/pendulum-ppo.yaml iterations=20",
+    ),
+    "baseline": Job(
+        "mesocosm.agents.baseline",
+        "BaselineConfig",
+        "model-free RLlib on reality, through the ledger",
+        "-c configs/baseline/pendulum-ppo.yaml",
+    ),
+    "evaluate": Job(
+        "mesocosm.evaluation.run",
+        "EvaluateConfig",
+        "is the world faithful, is the agent better in reality",
+        "-c configs/evaluate/pendulum.yaml",
+    ),
     "propose": Job(
         "mesocosm.evaluation.propose",
         "ProposeConfig",
         "a world and a budget of real steps into the config of what to collect",
         "world=ID agents=[ID] steps=2000 --out next.yaml",
     ),
-    "loop": Job("mesocosm.loop", "LoopConfig", "the whole circle, and a report", "-c configs/loop/quickstart.yaml"),
+    "loop": Job(
+        "mesocosm.loop",
+        "LoopConfig",
+        "the whole circle, and a report",
+        "-c configs/loop/quickstart.yaml",
+    ),
 }
 
 TOOLS = {
@@ -72,14 +116,22 @@ TOOLS = {
     "storage": "mesocosm.storage_command",
     "completion": "mesocosm.completion",
 }
-"""Commands that are no config job: a module, light to import, with `add(commands)` and `run(options)`, which returns the exit status."""
+"""Commands that are no config job: a module, light to import, with `add(commands)` and
+`run(options)`, which returns the exit status.
+"""
 
 
-FLAGS = {"plan": {"law": "law", "flops": "flops", "money": "money"}, "import": {"env": "reality.env"}, "propose": {"out": "out"}}
+FLAGS = {
+    "plan": {"law": "law", "flops": "flops", "money": "money"},
+    "import": {"env": "reality.env"},
+    "propose": {"out": "out"},
+}
 """Options of a job that stand for a key: `--law X` is `law=X`."""
 
 WORDS = {"import": ("paths", "PATH")}
-"""The key to whose list a job adds the words that are no `key=value`, and what such a word is called."""
+"""The key to whose list a job adds the words that are no `key=value`, and what such a word is
+called.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             to end with the command.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    warnings.filterwarnings("ignore", message=".*WARN: ")  # Gymnasium's advice to authors of environments
+    warnings.filterwarnings(
+        "ignore", message=".*WARN: "
+    )  # Gymnasium's advice to authors of environments
     with signals.end_like_interrupt(), _imports_from_here():
         try:
             options = _parse(arguments)
@@ -150,7 +204,9 @@ def _flush() -> None:
 
 
 def _unexpected(error: BaseException) -> str:
-    """One sentence for an error that Mesocosm does not know; of what a Ray worker raised, its cause."""
+    """One sentence for an error that Mesocosm does not know; of what a Ray worker raised, its
+    cause.
+    """
     cause = getattr(error, "cause", None)
     error = cause if isinstance(cause, BaseException) else error
     if (why := faults.reason(error)) is not None:
@@ -176,17 +232,24 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     completion.answer(parser)
     known = [*JOBS, *TOOLS, "doctor"]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in known:
-        raise UsageError(f"unknown command {arguments[0]!r}{nearest(arguments[0], known)}; see mesocosm --help")
+        raise UsageError(
+            f"unknown command {arguments[0]!r}{nearest(arguments[0], known)}; see mesocosm --help"
+        )
     options, rest = parser.parse_known_args(arguments)
     if strange := [word for word in rest if word.startswith("-")]:
-        raise UsageError(f"unknown option {strange[0]!r}; see mesocosm {options.command or ''} --help")
+        raise UsageError(
+            f"unknown option {strange[0]!r}; see mesocosm {options.command or ''} --help"
+        )
     if options.command is None:
         parser.print_help()
         sys.exit(2)
     if hasattr(options, "overrides"):
         options.overrides += rest  # overrides may stand before and after options
     elif rest:
-        raise UsageError(f"{rest[0]!r} is more than {options.command} takes; see mesocosm {options.command} --help")
+        raise UsageError(
+            f"{rest[0]!r} is more than {options.command} takes; see mesocosm {options.command}"
+            " --help"
+        )
     return options
 
 
@@ -198,18 +261,28 @@ def _run(options: argparse.Namespace) -> int:
 
         given = config.load(config.JobConfig, options.config, options.overrides)
         cache.use(given.storage.cache)
-        return doctor(given, as_json=options.json, cluster=options.cluster, insecure=options.insecure)
+        return doctor(
+            given, as_json=options.json, cluster=options.cluster, insecure=options.insecure
+        )
     return _run_job(JOBS[options.command], options)
 
 
 def _run_job(job: Job, options: argparse.Namespace) -> int:
     module = importlib.import_module(job.module)
-    flags = [f"{key}={value}" for flag, key in FLAGS.get(options.command, {}).items() if (value := getattr(options, flag)) is not None]
+    flags = [
+        f"{key}={value}"
+        for flag, key in FLAGS.get(options.command, {}).items()
+        if (value := getattr(options, flag)) is not None
+    ]
     if options.command in WORDS and "=" in options.overrides:
         raise UsageError("an override has spaces around its =; write key=value")
-    words = [word for word in options.overrides if options.command in WORDS and not _is_override(word)]
+    words = [
+        word for word in options.overrides if options.command in WORDS and not _is_override(word)
+    ]
     overrides = [word for word in options.overrides if word not in words]
-    loaded: config.JobConfig = config.load(getattr(module, job.schema), options.config, [*overrides, *flags])
+    loaded: config.JobConfig = config.load(
+        getattr(module, job.schema), options.config, [*overrides, *flags]
+    )
     if words:
         key = WORDS[options.command][0]
         setattr(loaded, key, [*getattr(loaded, key), *words])
@@ -266,10 +339,14 @@ def _is_override(word: str) -> bool:
 
 
 def _submit(loaded: config.JobConfig, options: argparse.Namespace) -> int:
-    """`JOB ... --cluster NAME`: exit status 0 where it was submitted, runs or has succeeded; with --follow 1 where it did not."""
+    """`JOB ... --cluster NAME`: exit status 0 where it was submitted, runs or has succeeded; with
+    --follow 1 where it did not.
+    """
     from mesocosm.submission.submit import Asked, submit
 
-    asked = Asked(follow=options.follow, yes=options.yes, insecure=options.insecure, as_json=options.json)
+    asked = Asked(
+        follow=options.follow, yes=options.yes, insecure=options.insecure, as_json=options.json
+    )
     found = submit(options.cluster, options.command, loaded, asked)
     if options.json:
         _show(found, as_json=True)
@@ -288,34 +365,82 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=job.help, description=job.help)
         sub.job = (name, job)
         common(sub, WORDS[name][1] if name in WORDS else None)
-        sub.add_argument("--dry-run", action="store_true", help="print what would happen, its size and its price, and do nothing")
+        sub.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print what would happen, its size and its price, and do nothing",
+        )
         for flag, key in FLAGS.get(name, {}).items():
             sub.add_argument(f"--{flag}", metavar=flag.upper(), help=f"the same as {key}=...")
-        sub.add_argument("--force", action="store_true", help="make the artifact again though it is there")
-        sub.add_argument("--wait", action="store_true", help="wait for a process that makes the same artifact, instead of failing")
-        sub.add_argument("--cluster", metavar="NAME", help="submit to clusters/NAME.yaml instead of running here; again: attach, or the next attempt")
-        sub.add_argument("--follow", action="store_true", help="with --cluster: print what the job says until it is over")
-        sub.add_argument("--yes", action="store_true", help="with --cluster: agree to what it costs")
-        sub.add_argument("--insecure", action="store_true", help="with --cluster: talk to one that answers without a token")
+        sub.add_argument(
+            "--force", action="store_true", help="make the artifact again though it is there"
+        )
+        sub.add_argument(
+            "--wait",
+            action="store_true",
+            help="wait for a process that makes the same artifact, instead of failing",
+        )
+        sub.add_argument(
+            "--cluster",
+            metavar="NAME",
+            help=(
+                "submit to clusters/NAME.yaml instead of running here; again: attach, or the next"
+                " attempt"
+            ),
+        )
+        sub.add_argument(
+            "--follow",
+            action="store_true",
+            help="with --cluster: print what the job says until it is over",
+        )
+        sub.add_argument(
+            "--yes", action="store_true", help="with --cluster: agree to what it costs"
+        )
+        sub.add_argument(
+            "--insecure",
+            action="store_true",
+            help="with --cluster: talk to one that answers without a token",
+        )
     for module in TOOLS.values():
         importlib.import_module(module).add(commands)
-    looked = commands.add_parser("doctor", help="is this machine ready, and its storage; with --cluster, is that cluster")
+    looked = commands.add_parser(
+        "doctor", help="is this machine ready, and its storage; with --cluster, is that cluster"
+    )
     common(looked)
-    looked.add_argument("--cluster", metavar="NAME", help="look at clusters/NAME.yaml from inside, too")
-    looked.add_argument("--insecure", action="store_true", help="with --cluster: talk to one that answers without a token")
+    looked.add_argument(
+        "--cluster", metavar="NAME", help="look at clusters/NAME.yaml from inside, too"
+    )
+    looked.add_argument(
+        "--insecure",
+        action="store_true",
+        help="with --cluster: talk to one that answers without a token",
+    )
     return parser
 
 
 def common(parser: argparse.ArgumentParser, word: str | None = None) -> None:
     """Arguments of whatever reads a config; `word`: what is taken beside its keys."""
-    parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="a YAML config; may be repeated, later files win")
-    taken = ("key=value", "override a config key") if word is None else (f"{word}|key=value", "a file, folder or pattern; or override a config key")
+    parser.add_argument(
+        "-c",
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a YAML config; may be repeated, later files win",
+    )
+    taken = (
+        ("key=value", "override a config key")
+        if word is None
+        else (f"{word}|key=value", "a file, folder or pattern; or override a config key")
+    )
     parser.add_argument("overrides", nargs="*", metavar=taken[0], help=taken[1])
     parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
 
 
 def confirm(question: str, *, yes: bool) -> None:
-    """Ask, unless `yes`. Raises UsageError where nobody can be asked, MesocosmError where the answer is no."""
+    """Ask, unless `yes`. Raises UsageError where nobody can be asked, MesocosmError where the
+    answer is no.
+    """
     if yes:
         return
     if not sys.stdin.isatty():
@@ -352,9 +477,21 @@ def _show(facts: dict[str, Any], as_json: bool) -> None:
 
 def _table(rows: Sequence[dict[str, Any]]) -> str:
     """Rows of the same keys, in columns."""
-    lines = [list(rows[0]), *([f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()] for row in rows)]
+    lines = [
+        list(rows[0]),
+        *(
+            [f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()]
+            for row in rows
+        ),
+    ]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines) + "\n"
+    return (
+        "\n".join(
+            "  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True))
+            for line in lines
+        )
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

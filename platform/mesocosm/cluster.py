@@ -1,7 +1,8 @@
-"""The only module that connects to Ray: one connection a process, a preflight of resources, a clean end.
+"""The only module that connects to Ray: one connection a process, a preflight of resources, a clean
+end.
 
-A local Ray is private to this process: loopback only, its own temporary folder, no dashboard, no usage report. What
-it started ends with `shutdown`, which also runs at exit.
+A local Ray is private to this process: loopback only, its own temporary folder, no dashboard, no
+usage report. What it started ends with `shutdown`, which also runs at exit.
 """
 
 from __future__ import annotations
@@ -23,13 +24,19 @@ from mesocosm.config import RayConfig
 from mesocosm.errors import MesocosmError, UsageError
 
 STARTS = 3
-"""Attempts at a local Ray: on a loaded machine one of its daemons may miss the 30 s that Ray gives it."""
+"""Attempts at a local Ray: on a loaded machine one of its daemons may miss the 30 s that Ray gives
+it.
+"""
 
 FULL = "MESOCOSM_FULL_SIZE"
-"""The environment variable of a submitted job, where its cluster grows: JSON of the CPUs and GPUs that it has at full size."""
+"""The environment variable of a submitted job, where its cluster grows: JSON of the CPUs and GPUs
+that it has at full size.
+"""
 
 GROWING_S = 3600
-"""Seconds that ranks wait for their places where the cluster grows: a cloud's machine takes minutes to come, and a rare one longer."""
+"""Seconds that ranks wait for their places where the cluster grows: a cloud's machine takes minutes
+to come, and a rare one longer.
+"""
 
 IMPORTS = "MESOCOSM_IMPORTS"
 """The environment variable with the folder where the command line was started: a user's modules are
@@ -39,11 +46,13 @@ SESSION = "mesocosm-ray-"
 """A private Ray's temporary folder begins with this name."""
 
 OWNER = "owner.lock"
-"""The file in a private Ray's folder that its process locks: a free lock means that it has ended."""
+"""The file in a private Ray's folder that its process locks: a free lock means that it has ended.
+"""
 
 SHORT = "/tmp"
-"""Where a private Ray's folder lies when TMPDIR is too long for its sockets; TMPDIR then holds a link
-to it."""
+"""Where a private Ray's folder lies when TMPDIR is too long for its sockets; TMPDIR then holds a
+link to it.
+"""
 
 SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
 """The longest path of a socket in Ray's temporary folder."""
@@ -87,13 +96,17 @@ def refuse_fork() -> None:
 
 
 def worker_env() -> dict[str, str]:
-    """Environment of every worker: one thread a process, the venv's tools (ninja) on PATH, one cache of compiled ops."""
+    """Environment of every worker: one thread a process, the venv's tools (ninja) on PATH, one
+    cache of compiled ops.
+    """
     scripts = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", "")
     return {
         "OMP_NUM_THREADS": "1",
         "PATH": path if scripts in path.split(os.pathsep) else scripts + os.pathsep + path,
-        "TORCH_EXTENSIONS_DIR": os.environ.get("TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "mesocosm" / "torch_extensions")),
+        "TORCH_EXTENSIONS_DIR": os.environ.get(
+            "TORCH_EXTENSIONS_DIR", str(Path.home() / ".cache" / "mesocosm" / "torch_extensions")
+        ),
         "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
         "TOKENIZERS_PARALLELISM": "false",
         **({cache.VARIABLE: os.environ[cache.VARIABLE]} if cache.VARIABLE in os.environ else {}),
@@ -120,7 +133,9 @@ def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROWING_S if FULL in os.environ else 120))
+    os.environ.setdefault(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROWING_S if FULL in os.environ else 120)
+    )
     os.environ.update(worker_env())
     with signals.held_back() as held:
         if config.address is not None:
@@ -142,7 +157,9 @@ def _connect(address: str) -> None:
         ray_constants.ENABLE_RAY_CLUSTER = False
         # Such a Ray wants the token in ~/.ray, which Ray itself shows to no address that was named.
         authentication_token_setup.logger.setLevel(logging.ERROR)
-        authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(
+            warn_if_disabled=False
+        )
     try:
         ray.init(
             address=address,
@@ -155,13 +172,19 @@ def _connect(address: str) -> None:
         ray.shutdown()
         if _is_about_token(error):
             raise UsageError(f"ray.address {address!r} {_token_problem()}") from error
-        raise UsageError(f"ray.address {address!r} does not answer ({error}); start the cluster or leave ray.address unset") from error
+        raise UsageError(
+            f"ray.address {address!r} does not answer ({error}); start the cluster or leave"
+            " ray.address unset"
+        ) from error
 
 
 def _token_problem() -> str:
     token = _token_source()
     if token is None:
-        return "wants a token, and this machine has none; copy that Ray's token to ~/.ray/auth_token (chmod 600)"
+        return (
+            "wants a token, and this machine has none; copy that Ray's token to ~/.ray/auth_token"
+            " (chmod 600)"
+        )
     return f"does not accept the token in {token}; copy that Ray's token there"
 
 
@@ -188,7 +211,9 @@ def _job_config() -> Any:
 
 def _start(config: RayConfig, temp_dir: str | None) -> None:
     """Start a private Ray. On Linux Ray turns 127.0.0.1 into the machine's own address and listens
-    on every interface; on macOS and Windows it stays on loopback, as here: nobody else may reach it."""
+    on every interface; on macOS and Windows it stays on loopback, as here: nobody else may reach
+    it.
+    """
     global _temp_dir, _link
     import ray
     from ray._private import ray_constants
@@ -218,7 +243,10 @@ def _start(config: RayConfig, temp_dir: str | None) -> None:
                 _temp_dir = _link = None  # the logs stay; `storage gc` lists them
                 _release_owner()
                 reason = " ".join(str(error).split())
-                raise MesocosmError(f"Ray did not start on this machine in {STARTS} attempts ({reason}); free some CPU or memory, or see {temp_dir}") from error
+                raise MesocosmError(
+                    f"Ray did not start on this machine in {STARTS} attempts ({reason}); free some"
+                    f" CPU or memory, or see {temp_dir}"
+                ) from error
     atexit.register(shutdown)
 
 
@@ -260,7 +288,8 @@ def _session_folder() -> str:
     except OSError as error:
         longest = limit - len(SESSION) - 9
         raise MesocosmError(
-            f"a folder for Ray cannot be made in {base!r} ({error.strerror}); set TMPDIR to a folder of at most {longest} characters that can be written"
+            f"a folder for Ray cannot be made in {base!r} ({error.strerror}); set TMPDIR to a"
+            f" folder of at most {longest} characters that can be written"
         ) from error
     return folder
 
@@ -295,7 +324,9 @@ def _remote_env() -> dict[str, str]:
 
 
 def most() -> dict[str, float]:
-    """Of each resource what the cluster has, or will have when it has grown. Nobody tells Ray how far its autoscaler may go: the cluster's own file does."""
+    """Of each resource what the cluster has, or will have when it has grown. Nobody tells Ray how
+    far its autoscaler may go: the cluster's own file does.
+    """
     import ray
 
     have = {name: float(amount) for name, amount in ray.cluster_resources().items()}
@@ -322,29 +353,41 @@ def local_cpus(config: RayConfig) -> int:
 
 
 def preflight(
-    *,
-    what: str,
-    cpus: float = 0,
-    gpus: float = 0,
-    config: RayConfig | None = None,
+    *, what: str, cpus: float = 0, gpus: float = 0, config: RayConfig | None = None
 ) -> None:
     """Raise UsageError, naming `what`, when the cluster can never grant it.
 
-    `what` is the config key and value that asks. With `config` Ray need not run: the check is against what it would have.
+    `what` is the config key and value that asks. With `config` Ray need not run: the check is
+    against what it would have.
     """
     have = most() if config is None else expected(config)
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         if need > have.get(name, 0):
-            raise UsageError(f"{what} asks for {need:g} {name}s and the cluster has {have.get(name, 0):g}; lower it, or use a larger cluster")
+            raise UsageError(
+                f"{what} asks for {need:g} {name}s and the cluster has {have.get(name, 0):g}; lower"
+                " it, or use a larger cluster"
+            )
 
 
 def stuck(what: str) -> NoReturn:
-    """Raise MesocosmError: `what` waits for resources, of which the error says what the cluster has."""
+    """Raise MesocosmError: `what` waits for resources, of which the error says what the cluster
+    has.
+    """
     import ray
 
     have, free = ray.cluster_resources(), ray.available_resources()
-    told = ", ".join(f"{free.get(name, 0):g} of {have[name]:g} {name}s free" for name in ("CPU", "GPU") if name in have) or "no CPU at all"
-    raise MesocosmError(f"{what}: the cluster has {told}; bring its nodes back or free some, and run the same command again to go on")
+    told = (
+        ", ".join(
+            f"{free.get(name, 0):g} of {have[name]:g} {name}s free"
+            for name in ("CPU", "GPU")
+            if name in have
+        )
+        or "no CPU at all"
+    )
+    raise MesocosmError(
+        f"{what}: the cluster has {told}; bring its nodes back or free some, and run the same"
+        " command again to go on"
+    )
 
 
 def shutdown() -> None:

@@ -1,4 +1,6 @@
-"""`mesocosm cluster render|up|down NAME`: what `clusters/NAME.yaml` stands for, started and ended. Light to import; what it needs it imports when run."""
+"""`mesocosm cluster render|up|down NAME`: what `clusters/NAME.yaml` stands for, started and ended.
+Light to import; what it needs it imports when run.
+"""
 
 from __future__ import annotations
 
@@ -43,28 +45,59 @@ examples:
 def add(commands: Any) -> None:
     """Add the command, and its own, to argparse's `commands`."""
     said = "start and end a cluster of clusters/NAME.yaml, or show what it stands for"
-    actions = commands.add_parser("cluster", help=said, description=said).add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions = commands.add_parser("cluster", help=said, description=said).add_subparsers(
+        dest="action", metavar="ACTION", required=True
+    )
 
     def action(name: str, help: str, epilog: str) -> Any:
-        parser = actions.add_parser(name, help=help, description=help, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = actions.add_parser(
+            name,
+            help=help,
+            description=help,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         parser.add_argument("name", metavar="NAME", help="clusters/NAME.yaml")
         parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
         return parser
 
     render = action("render", "the launcher's config, or manifests for kubectl apply", RENDER)
-    check = action("check", "connect, and look from inside: versions, nodes, storage, MLflow", "example:\n  mesocosm cluster check aws")
-    check.add_argument("--insecure", action="store_true", help="talk to one that answers without a token")
-    render.add_argument("--kind", choices=("RayCluster", "RayJob", "RayService"), help="of KubeRay: which resource (RayCluster)")
-    render.add_argument("--run", metavar="WORDS", help="of a RayJob or RayService: what follows `mesocosm` (doctor; serve)")
-    for name, help, epilog in (("up", "start, or bring up to date, a cluster on EC2", UP), ("down", "end a cluster on EC2, and all of its nodes", DOWN)):
+    check = action(
+        "check",
+        "connect, and look from inside: versions, nodes, storage, MLflow",
+        "example:\n  mesocosm cluster check aws",
+    )
+    check.add_argument(
+        "--insecure", action="store_true", help="talk to one that answers without a token"
+    )
+    render.add_argument(
+        "--kind",
+        choices=("RayCluster", "RayJob", "RayService"),
+        help="of KubeRay: which resource (RayCluster)",
+    )
+    render.add_argument(
+        "--run",
+        metavar="WORDS",
+        help="of a RayJob or RayService: what follows `mesocosm` (doctor; serve)",
+    )
+    for name, help, epilog in (
+        ("up", "start, or bring up to date, a cluster on EC2", UP),
+        ("down", "end a cluster on EC2, and all of its nodes", DOWN),
+    ):
         parser = action(name, help, epilog)
         parser.add_argument("--yes", action="store_true", help="do not ask")
-        parser.add_argument("--dry-run", action="store_true", help="print the config, the command and the price, and do nothing")
+        parser.add_argument(
+            "--dry-run",
+            action="store_true",
+            help="print the config, the command and the price, and do nothing",
+        )
 
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 0; raises UsageError for wrong use, MesocosmError where the launcher fails."""
-    return {"render": _render, "up": _launch, "down": _launch, "check": _check}[options.action](options)
+    return {"render": _render, "up": _launch, "down": _launch, "check": _check}[options.action](
+        options
+    )
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -88,19 +121,31 @@ def _render(options: argparse.Namespace) -> int:
     elif cluster.where == "launcher":
         for flag in ("kind", "run"):
             if (value := getattr(options, flag)) is not None:
-                raise UsageError(f"--{flag} {value!r} is of KubeRay, and clusters/{name}.yaml has where='launcher'; leave it out")
+                raise UsageError(
+                    f"--{flag} {value!r} is of KubeRay, and clusters/{name}.yaml has"
+                    " where='launcher'; leave it out"
+                )
         from mesocosm.manifests.launcher import launcher_config
 
         packed = launcher_config(name, cluster)
         documents, remarks = [packed], _source(name)
     else:
-        raise UsageError(f"clusters/{name}.yaml has where={cluster.where!r}: nothing is made of it; render is for where=launcher or kuberay")
-    output.write(json.dumps(packed, indent=1) if options.json else manifests.to_yaml(documents, remarks), end="\n" if options.json else "")
+        raise UsageError(
+            f"clusters/{name}.yaml has where={cluster.where!r}: nothing is made of it; render is"
+            " for where=launcher or kuberay"
+        )
+    output.write(
+        json.dumps(packed, indent=1) if options.json else manifests.to_yaml(documents, remarks),
+        end="\n" if options.json else "",
+    )
     return 0
 
 
 def _source(name: str) -> str:
-    return f"Made by `mesocosm cluster render {name}` from clusters/{name}.yaml, which is what to edit."
+    return (
+        f"Made by `mesocosm cluster render {name}` from clusters/{name}.yaml, which is what to"
+        " edit."
+    )
 
 
 def _launch(options: argparse.Namespace) -> int:
@@ -112,52 +157,83 @@ def _launch(options: argparse.Namespace) -> int:
     name, up = options.name, options.action == "up"
     cluster = clusters.read(name)
     if cluster.where != "launcher":
-        raise UsageError(f"clusters/{name}.yaml has where={cluster.where!r}, and `{options.action}` drives Ray's launcher; {_instead(cluster.where, name, up)}")
+        raise UsageError(
+            f"clusters/{name}.yaml has where={cluster.where!r}, and `{options.action}` drives Ray's"
+            f" launcher; {_instead(cluster.where, name, up)}"
+        )
     config = launcher_config(name, cluster)
     text = manifests.to_yaml([config], _source(name))
     path = Path.home() / ".cache" / "mesocosm" / "clusters" / f"{name}.yaml"
     command = ["ray", options.action, "--yes", str(path)]
-    price = f"{cluster.price_per_hour:g} {cluster.currency} an hour at full size, {cluster.idle_price_per_hour:g} while nothing runs"
+    price = (
+        f"{cluster.price_per_hour:g} {cluster.currency} an hour at full size,"
+        f" {cluster.idle_price_per_hour:g} while nothing runs"
+    )
     facts = {
         "cluster": config["cluster_name"],
         "command": shlex.join(command),
-        "nodes": {group.name: f"{group.kept} to {group.count} {group.instance}" for group in cluster.nodes},
+        "nodes": {
+            group.name: f"{group.kept} to {group.count} {group.instance}" for group in cluster.nodes
+        },
         "price_per_hour": cluster.price_per_hour,
         "idle_price_per_hour": cluster.idle_price_per_hour,
         "currency": cluster.currency,
     }
     if options.dry_run:
-        output.write(json.dumps(facts | {"config": config}, indent=1) if options.json else f"# {facts['command']}\n# {price}\n{text}", end="")
+        output.write(
+            (
+                json.dumps(facts | {"config": config}, indent=1)
+                if options.json
+                else f"# {facts['command']}\n# {price}\n{text}"
+            ),
+            end="",
+        )
         return 0
     if mine := next(_placeholders(cluster), None):
-        raise UsageError(f"clusters/{name}.yaml: {mine} is the placeholder that was shipped; put your own there")
+        raise UsageError(
+            f"clusters/{name}.yaml: {mine} is the placeholder that was shipped; put your own there"
+        )
     ray = shutil.which("ray") or shutil.which("ray", path=str(Path(sys.executable).parent))
     if ray is None:
         raise UsageError("there is no `ray` on PATH; run `make install`")
     if importlib.util.find_spec("boto3") is None:
-        raise UsageError("Ray's launcher needs boto3 to speak to EC2; run: pip install -c constraints.txt boto3")
+        raise UsageError(
+            "Ray's launcher needs boto3 to speak to EC2; run: pip install -c constraints.txt boto3"
+        )
     said = sys.stderr if options.json else sys.stdout
     print(f"{facts['command']}\n{price}", file=said, flush=True)
     confirm(f"{'start' if up else 'end'} {config['cluster_name']}?", yes=options.yes)
     if up and clusters.make_token(cluster.token_path):
         print(f"a new token is in {cluster.token_path}", file=said, flush=True)
     _write_private(path, text)
-    status = subprocess.run([ray, *command[1:]], env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}, stdout=sys.stderr if options.json else None).returncode
+    status = subprocess.run(
+        [ray, *command[1:]],
+        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=sys.stderr if options.json else None,
+    ).returncode
     if status:
         raise MesocosmError(
-            f"`{facts['command']}` failed with status {status}; mend what it says above and run the same again, and see what runs in EC2's console"
+            f"`{facts['command']}` failed with status {status}; mend what it says above and run the"
+            " same again, and see what runs in EC2's console"
         )
     if options.json:
         output.write(json.dumps(facts, indent=1))
     elif up:
-        print(f"{cluster.address} is its dashboard, and takes jobs, while this runs in another terminal:\n  ray dashboard {shlex.quote(str(path))}")
+        print(
+            f"{cluster.address} is its dashboard, and takes jobs, while this runs in another"
+            f" terminal:\n  ray dashboard {shlex.quote(str(path))}"
+        )
     return 0
 
 
 def _instead(where: str, name: str, up: bool) -> str:
     if where == "kuberay":
         return f"run: mesocosm cluster render {name} | kubectl {'apply' if up else 'delete'} -f -"
-    return "a job starts its own Ray on this machine" if where == "local" else "start and end it where it is kept"
+    return (
+        "a job starts its own Ray on this machine"
+        if where == "local"
+        else "start and end it where it is kept"
+    )
 
 
 def _placeholders(cluster: Any) -> Iterator[str]:

@@ -1,7 +1,9 @@
-"""`mesocosm completion bash|zsh|fish`: a script with which Tab completes commands, options, config keys, files, clusters, jobs and datasets.
+"""`mesocosm completion bash|zsh|fish`: a script with which Tab completes commands, options, config
+keys, files, clusters, jobs and datasets.
 
-The script asks `mesocosm` itself, through argcomplete, at every Tab. So nothing here imports what a job runs on: config keys are read from the
-source of its schema, which takes a hundredth of the time of importing it.
+The script asks `mesocosm` itself, through argcomplete, at every Tab. So nothing here imports what a
+job runs on: config keys are read from the source of its schema, which takes a hundredth of the time
+of importing it.
 """
 
 from __future__ import annotations
@@ -32,8 +34,17 @@ examples:
 
 def add(commands: Any) -> None:
     """Add the command to argparse's `commands`."""
-    said = "print the script with which a shell completes commands, options, config keys, clusters, jobs and datasets"
-    parser = commands.add_parser("completion", help=said, description=said, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter)
+    said = (
+        "print the script with which a shell completes commands, options, config keys, clusters,"
+        " jobs and datasets"
+    )
+    parser = commands.add_parser(
+        "completion",
+        help=said,
+        description=said,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("shell", choices=SHELLS, help="the shell that reads it")
 
 
@@ -46,7 +57,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def answer(parser: argparse.ArgumentParser) -> None:
-    """Answer the script, where it is the one that asks, and end the process; otherwise return at once."""
+    """Answer the script, where it is the one that asks, and end the process; otherwise return at
+    once.
+    """
     if ASKED not in os.environ:
         return
     import argcomplete
@@ -56,7 +69,9 @@ def answer(parser: argparse.ArgumentParser) -> None:
 
 
 def _attach(parser: Any, command: str) -> None:
-    """Tell argcomplete what each argument of `parser` and of the commands below it may be; without a word it proposes files."""
+    """Tell argcomplete what each argument of `parser` and of the commands below it may be; without
+    a word it proposes files.
+    """
     from argcomplete.completers import FilesCompleter
 
     for action in list(parser._actions):
@@ -72,13 +87,22 @@ def _attach(parser: Any, command: str) -> None:
         elif action.dest == "id":
             action.completer = _listed(_jobs)
         elif action.dest == "overrides":
-            module, schema = ("mesocosm.config", "JobConfig") if parser.job is None else (parser.job[1].module, parser.job[1].schema)
+            module, schema = (
+                ("mesocosm.config", "JobConfig")
+                if parser.job is None
+                else (parser.job[1].module, parser.job[1].schema)
+            )
             action.completer = _listed(functools.partial(_overrides, module, schema))
-            # argparse takes what `*` stands for in one go, before an option or after it: words on both sides are so many arguments of their own.
+            # argparse takes what `*` stands for in one go, before an option or after it: words on
+            # both sides are so many arguments of their own.
             action.nargs = None
             for _ in range(MOST):
                 parser._add_action(copy.copy(action))
-        elif action.dest not in ("table", "out", "law") and action.nargs != 0 and action.choices is None:
+        elif (
+            action.dest not in ("table", "out", "law")
+            and action.nargs != 0
+            and action.choices is None
+        ):
             action.completer = _listed(list)
 
 
@@ -108,7 +132,9 @@ def _overrides(module: str, schema: str) -> list[str]:
 
 
 def keys(module: str, schema: str) -> list[str]:
-    """The keys that a config of the dataclass `schema` of `module` takes, in its order, as its job's `--help` lists them. Imports nothing."""
+    """The keys that a config of the dataclass `schema` of `module` takes, in its order, as its
+    job's `--help` lists them. Imports nothing.
+    """
     found = _class(module, schema)
     assert found is not None, (module, schema)
     return list(_keys(*found, "", ()))
@@ -122,7 +148,9 @@ def _keys(module: str, schema: str, prefix: str, without: Sequence[str]) -> Iter
         if inner is None:
             yield f"{prefix}{name}"
         else:
-            shared = (*_fields("mesocosm.config", "JobConfig"), "reality") if _is_job(*inner) else ()  # what a stage gets from its loop
+            shared = (
+                (*_fields("mesocosm.config", "JobConfig"), "reality") if _is_job(*inner) else ()
+            )  # what a stage gets from its loop
             yield from _keys(*inner, f"{prefix}{name}.", shared)
 
 
@@ -150,7 +178,9 @@ def _bases(module: str, node: ast.ClassDef) -> list[tuple[str, str]]:
 
 
 def _class(module: str, name: str) -> tuple[str, str] | None:
-    """(module, name) of the class of this package that `name` means in `module`; None where it is none."""
+    """(module, name) of the class of this package that `name` means in `module`; None where it is
+    none.
+    """
     node = _tree(module).get(name)
     if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mesocosm."):
         return _class(str(node.module), name)
@@ -162,7 +192,9 @@ def _tree(module: str) -> dict[str, ast.ClassDef | ast.ImportFrom]:
     """What names stand for at a module's top level: classes, and what is imported by its own name."""
     path = PACKAGE.joinpath(*module.split(".")[1:])
     found: dict[str, ast.ClassDef | ast.ImportFrom] = {}
-    for node in ast.parse((path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()).body:
+    for node in ast.parse(
+        (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    ).body:
         if isinstance(node, ast.ClassDef):
             found[node.name] = node
         elif isinstance(node, ast.ImportFrom):

@@ -1,7 +1,8 @@
-"""The whole configuration system: dataclass defaults <- YAML files <- `key=value`, unknown keys refused.
+"""The whole configuration system: dataclass defaults <- YAML files <- `key=value`, unknown keys
+refused.
 
-A job's schema is a dataclass that extends `JobConfig`. `load` composes it with OmegaConf and leaves OmegaConf behind
-at the edge: what a job receives is a plain dataclass.
+A job's schema is a dataclass that extends `JobConfig`. `load` composes it with OmegaConf and leaves
+OmegaConf behind at the edge: what a job receives is a plain dataclass.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from omegaconf import BooleanNode, DictConfig, FloatNode, IntegerNode, ListConfig, OmegaConf, StringNode
+from omegaconf import (
+    BooleanNode,
+    DictConfig,
+    FloatNode,
+    IntegerNode,
+    ListConfig,
+    OmegaConf,
+    StringNode,
+)
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mesocosm.errors import UsageError, nearest
@@ -59,12 +68,16 @@ class RayConfig:
 @dataclass
 class StopConfig:
     grace_s: float = 120.0
-    """Seconds that `mesocosm jobs stop` gives a job on a cluster to keep a checkpoint and end by itself."""
+    """Seconds that `mesocosm jobs stop` gives a job on a cluster to keep a checkpoint and end by
+    itself.
+    """
 
 
 @dataclass
 class JobConfig:
-    """What every job's config holds. `storage`, `tracking`, `ray`, `stop` and `wait` say where and how, and are no part of an artifact's id."""
+    """What every job's config holds. `storage`, `tracking`, `ray`, `stop` and `wait` say where and
+    how, and are no part of an artifact's id.
+    """
 
     seed: int = 0
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -82,7 +95,8 @@ WHERE = ("storage", "tracking", "ray", "stop", "force", "wait")
 
 
 def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> T:
-    """Compose `schema`'s defaults, then `files` in order, then `overrides` (`a.b=value`); later ones win.
+    """Compose `schema`'s defaults, then `files` in order, then `overrides` (`a.b=value`); later
+    ones win.
 
     Raises UsageError naming the file or override, the key, its value and the nearest known key.
     """
@@ -92,25 +106,39 @@ def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[
         try:
             layer = OmegaConf.load(path)
         except OSError as error:
-            raise UsageError(f"config file {str(path)!r} cannot be read ({error.strerror}); check the path given to -c") from error
+            raise UsageError(
+                f"config file {str(path)!r} cannot be read ({error.strerror}); check the path given"
+                " to -c"
+            ) from error
         except Exception as error:
-            raise UsageError(f"config file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}") from error
+            raise UsageError(
+                f"config file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}"
+            ) from error
         if not isinstance(layer, DictConfig):
-            raise UsageError(f"config file {str(path)!r} holds a {type(OmegaConf.to_container(layer)).__name__}, not `key: value` lines")
+            raise UsageError(
+                f"config file {str(path)!r} holds a {type(OmegaConf.to_container(layer)).__name__},"
+                " not `key: value` lines"
+            )
         merged = _merge(merged, layer, f"config file {str(path)!r}", known)
     _check_spaces(overrides, known)
     for override in overrides:
         if "=" not in override.lstrip("="):
-            raise UsageError(f"override {override!r} is not of the form key=value{nearest(override, known)}")
+            raise UsageError(
+                f"override {override!r} is not of the form key=value{nearest(override, known)}"
+            )
         try:
             layer = OmegaConf.from_dotlist([override])
         except Exception as error:
-            raise UsageError(f"override {override!r} cannot be parsed: {' '.join(str(error).split())}") from error
+            raise UsageError(
+                f"override {override!r} cannot be parsed: {' '.join(str(error).split())}"
+            ) from error
         merged = _merge(merged, layer, f"override {override!r}", known)
     try:
         return cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise UsageError(f"config key {getattr(error, 'full_key', '')!r}: {_first_line(error)}") from error
+        raise UsageError(
+            f"config key {getattr(error, 'full_key', '')!r}: {_first_line(error)}"
+        ) from error
 
 
 def _check_spaces(overrides: Sequence[str], known: Sequence[str]) -> None:
@@ -127,9 +155,16 @@ def _check_spaces(overrides: Sequence[str], known: Sequence[str]) -> None:
 
 
 def structured(schema: type[T], values: Mapping[str, Any], source: str) -> T:
-    """`schema` with `values` in place of its defaults. Raises UsageError as `load` does; `source` says where they stand."""
+    """`schema` with `values` in place of its defaults. Raises UsageError as `load` does; `source`
+    says where they stand.
+    """
     known = [f.name for f in dataclasses.fields(cast(Any, schema))]
-    return cast(T, OmegaConf.to_object(_merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)), source, known)))
+    return cast(
+        T,
+        OmegaConf.to_object(
+            _merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)), source, known)
+        ),
+    )
 
 
 def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> DictConfig:
@@ -138,12 +173,16 @@ def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> D
         return cast(DictConfig, OmegaConf.merge(base, layer))
     except ConfigKeyError as error:
         key = str(error.full_key)
-        raise UsageError(f"{source}: unknown config key {key!r}{_suggestion(key, layer, known)}") from error
+        raise UsageError(
+            f"{source}: unknown config key {key!r}{_suggestion(key, layer, known)}"
+        ) from error
     except OmegaConfBaseException as error:
         value, reason = getattr(error, "value", None), _first_line(error)
         if isinstance(value, float) and value.is_integer() and "Integer" in reason:
             reason = f"a whole number is wanted; write {int(value)} instead of {value!r}"
-        elif converted := re.fullmatch(r"Value (.*) of type '\w+' could not be converted to (\w+)", reason):
+        elif converted := re.fullmatch(
+            r"Value (.*) of type '\w+' could not be converted to (\w+)", reason
+        ):
             reason = f"must be a {'whole ' * (converted[2] == 'Integer')}number, got {converted[1]}"
         elif reason.startswith("Incompatible value 'None'") or reason.endswith("is not Optional"):
             reason = "has no value; give one, as in key=VALUE"
@@ -169,7 +208,9 @@ def _check_kinds(base: DictConfig, layer: DictConfig, source: str, prefix: str =
         plain: Any = OmegaConf.to_container(value) if block or listed else value._value()
         if isinstance(node, ListConfig):
             element = node._metadata.element_type
-            first = dataclasses.fields(element)[0].name if dataclasses.is_dataclass(element) else None
+            first = (
+                dataclasses.fields(element)[0].name if dataclasses.is_dataclass(element) else None
+            )
             if not listed:
                 item = f"{{{first}: VALUE}}" if first else "VALUE" if block else plain
                 example = f"write '{key}=[{item}]'"
@@ -209,7 +250,8 @@ def _suggestion(key: str, layer: Any, known: Sequence[str]) -> str:
 
 
 def describe(config: Any, prefix: str = "", without: Sequence[str] = ()) -> list[str]:
-    """One line a key of a dataclass, `key = value`, under the lines that say what it is for: the docstrings beside its fields.
+    """One line a key of a dataclass, `key = value`, under the lines that say what it is for: the
+    docstrings beside its fields.
 
     A job inside a job (the loop's stages) is shown without what it gets from the outer one.
     """
@@ -236,7 +278,12 @@ def _documented(schema: type[Any]) -> dict[str, str]:
             continue
         body = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
         for node, after in itertools.pairwise(body):
-            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            if (
+                isinstance(node, ast.AnnAssign)
+                and isinstance(node.target, ast.Name)
+                and isinstance(after, ast.Expr)
+                and isinstance(after.value, ast.Constant)
+            ):
                 comments[node.target.id] = " ".join(str(after.value.value).split())
     return {f.name: comments.get(f.name, "") for f in dataclasses.fields(schema)}
 
@@ -253,8 +300,12 @@ def _known_keys(schema: type[Any]) -> list[str]:
             child = node._get_node(key)
             if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
                 yield from walk(child, full + ".")
-            elif isinstance(child, ListConfig) and dataclasses.is_dataclass(element := child._metadata.element_type):
-                yield from (f.name for f in dataclasses.fields(element))  # OmegaConf names a key inside a list by its last part
+            elif isinstance(child, ListConfig) and dataclasses.is_dataclass(
+                element := child._metadata.element_type
+            ):
+                yield from (
+                    f.name for f in dataclasses.fields(element)
+                )  # OmegaConf names a key inside a list by its last part
 
     return list(walk(OmegaConf.structured(schema), ""))
 
@@ -271,7 +322,9 @@ def to_yaml(config: Any, only: Sequence[str] = ()) -> str:
 
 
 def identity(config: JobConfig, *, without: Sequence[str] = ()) -> dict[str, Any]:
-    """The part of a config that says *what* is made: without `storage`, `tracking`, `ray` and the keys in `without` (dotted where nested)."""
+    """The part of a config that says *what* is made: without `storage`, `tracking`, `ray` and the
+    keys in `without` (dotted where nested).
+    """
     found = to_dict(config)
     for key in (*WHERE, *without):
         *blocks, last = key.split(".")
@@ -283,11 +336,14 @@ def identity(config: JobConfig, *, without: Sequence[str] = ()) -> dict[str, Any
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits that identify plain values (None, bool, int, float, str, lists, dicts, dataclasses).
+    """16 hex digits that identify plain values (None, bool, int, float, str, lists, dicts,
+    dataclasses).
 
     Raises TypeError on anything without a stable identity, rather than hashing its `repr`.
     """
-    text = json.dumps([_stable(part) for part in parts], sort_keys=True, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(
+        [_stable(part) for part in parts], sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

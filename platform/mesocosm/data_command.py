@@ -1,4 +1,6 @@
-"""`mesocosm data list | show | diff`: datasets, what one holds and covers, how two differ. Light to import; what it needs it imports when run."""
+"""`mesocosm data list | show | diff`: datasets, what one holds and covers, how two differ. Light to
+import; what it needs it imports when run.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,26 @@ if TYPE_CHECKING:
     from mesocosm.storage import Artifact, Storage
 
 EPILOG = {
-    "list": """\
+    "list": (
+        """\
 examples:
   mesocosm data list                                     the datasets of .mesocosm, the oldest first
   mesocosm data list storage.root=s3://bucket/prefix --json
-""",
-    "show": """\
+"""
+    ),
+    "show": (
+        """\
 examples:
   mesocosm data show ab12                                what it holds, what it was made of, what it covers, and a page of plots
   mesocosm data show ab12 --json
-""",
-    "diff": """\
+"""
+    ),
+    "diff": (
+        """\
 examples:
   mesocosm data diff ab12 cd34                           facts that differ, and what each one's transitions have that the other's lack
-""",
+"""
+    ),
 }
 HELP = {
     "list": "the datasets of a root",
@@ -46,13 +54,35 @@ WORDS = {"list": (), "show": ("ID",), "diff": ("A", "B")}
 def add(commands: Any) -> None:
     """Add the command, and its own, to argparse's `commands`."""
     said = "list datasets, show what one holds and covers, or how two differ"
-    actions = commands.add_parser("data", help=said, description=said).add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions = commands.add_parser("data", help=said, description=said).add_subparsers(
+        dest="action", metavar="ACTION", required=True
+    )
     for name, words in WORDS.items():
-        parser = actions.add_parser(name, help=HELP[name], description=HELP[name], epilog=EPILOG[name], formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser = actions.add_parser(
+            name,
+            help=HELP[name],
+            description=HELP[name],
+            epilog=EPILOG[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         for word in words:
-            parser.add_argument(word.lower(), metavar=word, help="a dataset's id, or the beginning of one")
-        parser.add_argument("-c", "--config", action="append", default=[], metavar="FILE", help="a YAML config, for its storage.root")
-        parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a config key, such as storage.root=s3://bucket/prefix")
+            parser.add_argument(
+                word.lower(), metavar=word, help="a dataset's id, or the beginning of one"
+            )
+        parser.add_argument(
+            "-c",
+            "--config",
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="a YAML config, for its storage.root",
+        )
+        parser.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="override a config key, such as storage.root=s3://bucket/prefix",
+        )
         parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
 
 
@@ -68,7 +98,8 @@ def run(options: argparse.Namespace) -> int:
     return {"list": _list, "show": _show, "diff": _diff}[options.action](storage, options)
 
 
-# -- list --------------------------------------------------------------------------------------------------------------
+# -- list
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _list(storage: Storage, options: argparse.Namespace) -> int:
@@ -86,7 +117,16 @@ def _list(storage: Storage, options: argparse.Namespace) -> int:
         rows += [{**dict.fromkeys(KEYS), "id": id, "error": text} for id, text in damaged]
         output.write(json.dumps(rows, indent=1))
         return 0
-    head = ("id", "made by", "environment", "episodes", "transitions", "held out", "size", "created")
+    head = (
+        "id",
+        "made by",
+        "environment",
+        "episodes",
+        "transitions",
+        "held out",
+        "size",
+        "created",
+    )
     cells = [
         (
             row["id"],
@@ -149,7 +189,8 @@ def _row(id: str, commit: Commit, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-# -- show --------------------------------------------------------------------------------------------------------------
+# -- show
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _show(storage: Storage, options: argparse.Namespace) -> int:
@@ -176,7 +217,10 @@ def _show(storage: Storage, options: argparse.Namespace) -> int:
     if not options.json:
         _say(facts)
     folder = covered(storage, artifact).path
-    facts |= {"page": str(folder / coverage_page.PAGE), "summary": str(folder / coverage_page.SUMMARY)}
+    facts |= {
+        "page": str(folder / coverage_page.PAGE),
+        "summary": str(folder / coverage_page.SUMMARY),
+    }
     if options.json:
         output.write(json.dumps(facts, indent=1))
         return 0
@@ -186,7 +230,10 @@ def _show(storage: Storage, options: argparse.Namespace) -> int:
         print(f"  {line}")
     for row in summary["behaviours"]:
         low, middle, high = row["returns"]
-        print(f"  {row['name']}: {row['episodes']} episodes, {row['transitions']:,} transitions, returns {low:g} to {high:g}, median {middle:g}")
+        print(
+            f"  {row['name']}: {row['episodes']} episodes, {row['transitions']:,} transitions,"
+            f" returns {low:g} to {high:g}, median {middle:g}"
+        )
     print(f"  page: {facts['page']}")
     return 0
 
@@ -200,11 +247,20 @@ def covered(storage: Storage, artifact: Artifact) -> Artifact:
     id = fingerprint("coverage", artifact.id, coverage.SCHEMA, VERSIONS["coverage"])
     meta = {"inputs": {"datasets": [artifact.id]}, "job": "data show", "config": {}}
     name = f"What {artifact.name} covers"
-    return storage.make("evaluations", id, meta, lambda folder: coverage_page.write(coverage.summarise(Dataset([artifact.path]), name=name), folder))
+    return storage.make(
+        "evaluations",
+        id,
+        meta,
+        lambda folder: coverage_page.write(
+            coverage.summarise(Dataset([artifact.path]), name=name), folder
+        ),
+    )
 
 
 def lineage(storage: Storage, artifact: Artifact) -> list[dict[str, Any]]:
-    """What a dataset was made of and how, itself first, each dataset once: {"dataset", "job", "from", "how"}; `how` is null where the root has it no more."""
+    """What a dataset was made of and how, itself first, each dataset once: {"dataset", "job",
+    "from", "how"}; `how` is null where the root has it no more.
+    """
     rows: list[dict[str, Any]] = []
     wanted = [artifact.id]
     for id in wanted:
@@ -228,10 +284,16 @@ def _how(meta: Mapping[str, Any]) -> list[str]:
     """The operations, files or behaviours that made a dataset."""
     config = meta.get("config", {})
     if "operations" in config:
-        return [_call(operation["op"], {k: v for k, v in operation.items() if k != "op"}) for operation in config["operations"]]
+        return [
+            _call(operation["op"], {k: v for k, v in operation.items() if k != "op"})
+            for operation in config["operations"]
+        ]
     if "files" in meta:
         return [file["name"] for file in meta["files"]]
-    return [_call(b["kind"], {k: b[k] for k in ("policy", "function", "noise", "weight") if b.get(k)}) for b in config.get("behaviours", [])]
+    return [
+        _call(b["kind"], {k: b[k] for k in ("policy", "function", "noise", "weight") if b.get(k)})
+        for b in config.get("behaviours", [])
+    ]
 
 
 def _call(name: str, given: Mapping[str, Any]) -> str:
@@ -243,11 +305,22 @@ def _say(facts: Mapping[str, Any]) -> None:
     episodes, transitions = facts["episodes"], facts["transitions"]
     outcomes = ", ".join(f"{count} {name}" for name, count in facts["outcomes"].items() if count)
     lines = {
-        "where": f"{facts['where']}, {size(facts['bytes'])} in {facts['shards']} shard{'s' * (facts['shards'] != 1)}",
+        "where": (
+            f"{facts['where']}, {size(facts['bytes'])} in {facts['shards']}"
+            f" shard{'s' * (facts['shards'] != 1)}"
+        ),
         "made": f"by {facts['job']} at {facts['created'][:16].replace('T', ' ')}",
-        "environment": facts["environment"] + (f", task {', '.join(facts['task'])}" if facts["task"] else ""),
-        "episodes": f"{sum(episodes.values()):,}: {episodes['train']:,} to train on, {episodes['valid']:,} held out; {outcomes}",
-        "transitions": f"{sum(transitions.values()):,}: {transitions['train']:,} to train on, {transitions['valid']:,} held out",
+        "environment": (
+            facts["environment"] + (f", task {', '.join(facts['task'])}" if facts["task"] else "")
+        ),
+        "episodes": (
+            f"{sum(episodes.values()):,}: {episodes['train']:,} to train on, {episodes['valid']:,}"
+            f" held out; {outcomes}"
+        ),
+        "transitions": (
+            f"{sum(transitions.values()):,}: {transitions['train']:,} to train on,"
+            f" {transitions['valid']:,} held out"
+        ),
         "observation": facts["observation_space"],
         "action": facts["action_space"],
     }
@@ -265,7 +338,8 @@ def _say(facts: Mapping[str, Any]) -> None:
             print(f"    and {len(row['how']) - 20} more")
 
 
-# -- diff --------------------------------------------------------------------------------------------------------------
+# -- diff
+# --------------------------------------------------------------------------------------------------------------
 
 
 def _diff(storage: Storage, options: argparse.Namespace) -> int:
@@ -274,34 +348,51 @@ def _diff(storage: Storage, options: argparse.Namespace) -> int:
 
     artifacts = [storage.artifact("datasets", ref) for ref in (options.a, options.b)]
     if artifacts[0].id == artifacts[1].id:
-        raise UsageError(f"{options.a} and {options.b} are the same dataset, {artifacts[0].id}; give two")
+        raise UsageError(
+            f"{options.a} and {options.b} are the same dataset, {artifacts[0].id}; give two"
+        )
     a, b = (Dataset([artifact.path]) for artifact in artifacts)
     alike = (a.observation_space, a.action_space) == (b.observation_space, b.action_space)
     ours, theirs = _facts(a, artifacts[0]), _facts(b, artifacts[1])
     found: dict[str, Any] = {
         "a": artifacts[0].id,
         "b": artifacts[1].id,
-        "differ": {name: [ours.get(name), theirs.get(name)] for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)},
+        "differ": {
+            name: [ours.get(name), theirs.get(name)]
+            for name in {**ours, **theirs}
+            if ours.get(name) != theirs.get(name)
+        },
         "episodes": _shared(a, b),
         "coverage": compare(a, b) if alike else None,
     }
     if options.json:
         output.write(json.dumps(found, indent=1))
         return 0
-    _print(("", found["a"], found["b"]), [(name, *map(_plain, pair)) for name, pair in found["differ"].items()], texts=(0, 1, 2))
+    _print(
+        ("", found["a"], found["b"]),
+        [(name, *map(_plain, pair)) for name, pair in found["differ"].items()],
+        texts=(0, 1, 2),
+    )
     both = found["episodes"]
-    print(f"\n{both['both']:,} episodes are in both, {both['only_a']:,} only in {found['a']}, {both['only_b']:,} only in {found['b']}")
+    print(
+        f"\n{both['both']:,} episodes are in both, {both['only_a']:,} only in {found['a']},"
+        f" {both['only_b']:,} only in {found['b']}"
+    )
     if found["coverage"] is None:
         print("their spaces differ, so that no distance between them has a meaning")
         return 0
-    for key, one, other in (("a_lacks", found["a"], found["b"]), ("b_lacks", found["b"], found["a"])):
+    for key, one, other in (
+        ("a_lacks", found["a"], found["b"]),
+        ("b_lacks", found["b"], found["a"]),
+    ):
         lacks = found["coverage"][key]
         if lacks["beyond"] is None:
             print(f"{one} is one episode or none to train on: what it lacks cannot be measured")
             continue
         print(
-            f"{lacks['beyond']:.1%} of {other}'s transitions lie farther from {one} than 99% of its own do from other episodes (data alike: 1%); "
-            f"median gap {lacks['quantiles']['0.5']:.3g} standard deviations"
+            f"{lacks['beyond']:.1%} of {other}'s transitions lie farther from {one} than 99% of its"
+            " own do from other episodes (data alike: 1%); median gap"
+            f" {lacks['quantiles']['0.5']:.3g} standard deviations"
         )
     return 0
 
@@ -324,7 +415,9 @@ def _facts(dataset: Any, artifact: Artifact) -> dict[str, Any]:
         "transitions": sum(manifest.counts.transitions.values()),
         "transitions held out": manifest.counts.transitions["valid"],
         **{f"episodes {name}": count for name, count in manifest.counts.outcomes.items()},
-        **{f"episodes by {behaviour.name}": behaviour.episodes for behaviour in manifest.behaviours},
+        **{
+            f"episodes by {behaviour.name}": behaviour.episodes for behaviour in manifest.behaviours
+        },
     }
 
 
@@ -333,24 +426,48 @@ def _shared(a: Any, b: Any) -> dict[str, int]:
 
     def keys(dataset: Any) -> Counter[tuple[Any, ...]]:
         names = [behaviour.name for behaviour in dataset.manifests[0].behaviours]
-        return Counter((names[row["behaviour"]], *(row[k].item() for k in ("seed", "length", "outcome", "total_reward"))) for row in dataset.table)
+        return Counter(
+            (
+                names[row["behaviour"]],
+                *(row[k].item() for k in ("seed", "length", "outcome", "total_reward")),
+            )
+            for row in dataset.table
+        )
 
     ours, theirs = keys(a), keys(b)
     both = (ours & theirs).total()
     return {"both": both, "only_a": ours.total() - both, "only_b": theirs.total() - both}
 
 
-# -- pieces ------------------------------------------------------------------------------------------------------------
+# -- pieces
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _plain(value: Any) -> str:
-    return "–" if value in (None, []) else "\n".join(map(str, value)) if isinstance(value, list) else f"{value:,}" if isinstance(value, int) else str(value)
+    return (
+        "–"
+        if value in (None, [])
+        else (
+            "\n".join(map(str, value))
+            if isinstance(value, list)
+            else f"{value:,}"
+            if isinstance(value, int)
+            else str(value)
+        )
+    )
 
 
 def _print(head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: Sequence[int]) -> None:
-    """Columns beside each other, however wide the terminal; a cell may have several lines. Those of `texts` are aligned left."""
+    """Columns beside each other, however wide the terminal; a cell may have several lines. Those of
+    `texts` are aligned left.
+    """
     lines = [[cell.split("\n") for cell in row] for row in (head, *rows)]
     widths = [max(len(line) for row in lines for line in row[i]) for i in range(len(head))]
     for row in lines:
         for cells in zip_longest(*row, fillvalue=""):
-            print("  ".join(c.ljust(w) if i in texts else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))).rstrip())
+            print(
+                "  ".join(
+                    c.ljust(w) if i in texts else c.rjust(w)
+                    for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+                ).rstrip()
+            )

@@ -28,13 +28,20 @@ class Check:
     fix: str = ""
 
 
-def doctor(config: JobConfig, *, as_json: bool, cluster: str | None = None, insecure: bool = False) -> int:
-    """Print the checklist of this machine, and of `cluster` as seen from inside; exit status 0 if every check passed, 1 otherwise."""
+def doctor(
+    config: JobConfig, *, as_json: bool, cluster: str | None = None, insecure: bool = False
+) -> int:
+    """Print the checklist of this machine, and of `cluster` as seen from inside; exit status 0 if
+    every check passed, 1 otherwise.
+    """
     if cluster is None:
         return show(_checks(config), as_json=as_json)
     from mesocosm.submission.check import checks
 
-    return show(itertools.chain(_checks(config), checks(cluster, config, insecure=insecure)), as_json=as_json)
+    return show(
+        itertools.chain(_checks(config), checks(cluster, config, insecure=insecure)),
+        as_json=as_json,
+    )
 
 
 def show(found: Iterable[Check], *, as_json: bool) -> int:
@@ -44,7 +51,10 @@ def show(found: Iterable[Check], *, as_json: bool) -> int:
         checks.append(check)
         if not as_json:
             mark = "[green]ok[/]  " if check.ok else "[red]FIX[/] "
-            tracking.console.print(f"{mark} {check.name:<12} {check.found}" + ("" if check.ok else f"\n     -> {check.fix}"))
+            tracking.console.print(
+                f"{mark} {check.name:<12} {check.found}"
+                + ("" if check.ok else f"\n     -> {check.fix}")
+            )
     if as_json:
         output.write(json.dumps([asdict(check) for check in checks], indent=1))
     return 0 if all(check.ok for check in checks) else 1
@@ -52,31 +62,74 @@ def show(found: Iterable[Check], *, as_json: bool) -> int:
 
 def _checks(config: JobConfig) -> Iterator[Check]:
     version = sys.version_info
-    yield Check("python", (3, 11) <= version < (3, 13), platform.python_version(), "use Python 3.11 or 3.12")
-    for package in ("ray", "torch", "deepspeed", "mlflow", "gymnasium", "mujoco", "s3fs", "omegaconf"):
+    yield Check(
+        "python", (3, 11) <= version < (3, 13), platform.python_version(), "use Python 3.11 or 3.12"
+    )
+    for package in (
+        "ray",
+        "torch",
+        "deepspeed",
+        "mlflow",
+        "gymnasium",
+        "mujoco",
+        "s3fs",
+        "omegaconf",
+    ):
         there = importlib.util.find_spec(package) is not None
-        yield Check(package, there, importlib.metadata.version(package) if there else "not installed", "run `make install`")
+        yield Check(
+            package,
+            there,
+            importlib.metadata.version(package) if there else "not installed",
+            "run `make install`",
+        )
     cuda, tools = _cuda(), cluster.worker_env()["PATH"]
-    compiler = next(filter(None, (shutil.which(name, path=tools) for name in ("c++", "g++", "clang++"))), None)
-    yield _built_with("compiler", compiler, cuda, "install a C++ compiler (g++): DeepSpeed may build its CUDA ops with it")
-    yield _built_with("ninja", shutil.which("ninja", path=tools), cuda, "run `make install`: ninja is one of its packages")
+    compiler = next(
+        filter(None, (shutil.which(name, path=tools) for name in ("c++", "g++", "clang++"))), None
+    )
+    yield _built_with(
+        "compiler",
+        compiler,
+        cuda,
+        "install a C++ compiler (g++): DeepSpeed may build its CUDA ops with it",
+    )
+    yield _built_with(
+        "ninja",
+        shutil.which("ninja", path=tools),
+        cuda,
+        "run `make install`: ninja is one of its packages",
+    )
     yield storage_check(config)
     yield mlflow_check(config)
-    yield _guarded("ray", lambda: _ray(config), "set ray.address to a cluster that answers, or leave it unset")
+    yield _guarded(
+        "ray", lambda: _ray(config), "set ray.address to a cluster that answers, or leave it unset"
+    )
     free = shutil.disk_usage(os.getcwd()).free / 2**30
-    yield Check("disk", free > 5, f"{free:.0f} GiB free here", "free some space: checkpoints and Ray's files need about 5 GiB")
+    yield Check(
+        "disk",
+        free > 5,
+        f"{free:.0f} GiB free here",
+        "free some space: checkpoints and Ray's files need about 5 GiB",
+    )
 
 
 def storage_check(config: JobConfig) -> Check:
     """Whether `storage.root` can be written and read from here, and creates files exclusively."""
     return _guarded(
-        "storage", lambda: _storage(config), "set storage.root to a folder you may write to, or s3://bucket/prefix with credentials in the environment"
+        "storage",
+        lambda: _storage(config),
+        "set storage.root to a folder you may write to, or s3://bucket/prefix with credentials in"
+        " the environment",
     )
 
 
 def mlflow_check(config: JobConfig) -> Check:
     """Whether MLflow answers from here."""
-    return _guarded("mlflow", lambda: _mlflow(config), "set tracking.uri to a server that answers, or leave it unset; jobs run without it and replay later")
+    return _guarded(
+        "mlflow",
+        lambda: _mlflow(config),
+        "set tracking.uri to a server that answers, or leave it unset; jobs run without it and"
+        " replay later",
+    )
 
 
 def _cuda() -> bool:
@@ -89,7 +142,12 @@ def _cuda() -> bool:
 
 def _built_with(name: str, found: str | None, cuda: bool, fix: str) -> Check:
     """A tool to compile with: on CPU nothing is compiled (`pretrain.engine.import_deepspeed`)."""
-    return Check(name, found is not None or not cuda, found or ("none" if cuda else "none, and not needed on CPU"), fix)
+    return Check(
+        name,
+        found is not None or not cuda,
+        found or ("none" if cuda else "none, and not needed on CPU"),
+        fix,
+    )
 
 
 def _guarded(name: str, look: Callable[[], str], fix: str) -> Check:
@@ -116,4 +174,7 @@ def _ray(config: JobConfig) -> str:
 
     cluster.ensure(config.ray)
     have = ray.cluster_resources()
-    return f"{have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs, {have.get('memory', 0) / 2**30:.0f} GiB"
+    return (
+        f"{have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs,"
+        f" {have.get('memory', 0) / 2**30:.0f} GiB"
+    )

@@ -1,6 +1,7 @@
 """What goes wrong, said to a user: one sentence with the name, the value and the fix.
 
-The command line prints the sentence alone and exits with `exit_code`; a traceback goes to the run's log.
+The command line prints the sentence alone and exits with `exit_code`; a traceback goes to the run's
+log.
 """
 
 from __future__ import annotations

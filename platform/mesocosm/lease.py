@@ -2,11 +2,12 @@
 
     ROOT/leases/<kind>.<id>.NNNNNNNN.json    who holds it, and a heartbeat; the highest number counts
 
-A lease is claimed by creating the next number exclusively. Numbers are used again once their files are removed, so two
-processes that listed the folder at different times may claim two numbers: a claimant lists the folder again, and
-withdraws where it meets another claim. The holder counts up its heartbeat every BEAT_S seconds and removes the file
-when it is done. A lease is stale, and the next number may be claimed, where its process is gone (on the same host), or
-its heartbeat has stopped (on another host).
+A lease is claimed by creating the next number exclusively. Numbers are used again once their files
+are removed, so two processes that listed the folder at different times may claim two numbers: a
+claimant lists the folder again, and withdraws where it meets another claim. The holder counts up
+its heartbeat every BEAT_S seconds and removes the file when it is done. A lease is stale, and the
+next number may be claimed, where its process is gone (on the same host), or its heartbeat has
+stopped (on another host).
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ FOLDER = "leases"
 BEAT_S = 10.0
 """Seconds between two heartbeats."""
 STALE_S = 60.0
-"""A holder on another host that was silent for so long is watched for SILENT_BEATS beats, whatever its clock says, and has then lost its lease."""
+"""A holder on another host that was silent for so long is watched for SILENT_BEATS beats, whatever
+its clock says, and has then lost its lease.
+"""
 SILENT_BEATS = 3
 POLL_S = 1.0
 
@@ -108,7 +111,9 @@ class Lease:
             time.sleep(POLL_S)
 
     def _claim(self, seen: Mapping[int, Record | None]) -> bool:
-        """Claim the number after those seen, whose holders are gone; False where others claim at the same time."""
+        """Claim the number after those seen, whose holders are gone; False where others claim at
+        the same time.
+        """
         now = time.time()
         number = max(seen) + 1 if seen else 0
         record = Record(this_process(), self._job, now, 0, now, uuid.uuid4().hex)
@@ -132,7 +137,10 @@ class Lease:
     def _sentence(self, holder: Record) -> str:
         since = datetime.fromtimestamp(holder.since, UTC).isoformat(" ", "seconds")
         silent = max(0, round(time.time() - holder.time))
-        return f"{self.name} is being made by `mesocosm {holder.job}` ({holder.owner}, since {since}, last heartbeat {silent} s ago)"
+        return (
+            f"{self.name} is being made by `mesocosm {holder.job}` ({holder.owner}, since {since},"
+            f" last heartbeat {silent} s ago)"
+        )
 
     def _holder(self, number: int) -> Record | None:
         """Who holds the lease; None where its holder is gone."""
@@ -147,7 +155,10 @@ class Lease:
         # The clocks of two hosts may differ: the heartbeats, not their times, decide.
         if record.nonce not in self._watched:
             self._watched.add(record.nonce)
-            self._say(f"{self._sentence(record)}; looking for {SILENT_BEATS * BEAT_S:.0f} s whether it still runs")
+            self._say(
+                f"{self._sentence(record)}; looking for {SILENT_BEATS * BEAT_S:.0f} s whether it"
+                " still runs"
+            )
         end = time.monotonic() + SILENT_BEATS * BEAT_S
         while time.monotonic() < end:
             time.sleep(POLL_S)
@@ -162,11 +173,14 @@ class Lease:
 
     def _is_mine(self) -> bool:
         current = self._read(self._number)
-        return current is not None and self._record is not None and current.nonce == self._record.nonce
+        return (
+            current is not None and self._record is not None and current.nonce == self._record.nonce
+        )
 
     def _beat(self) -> None:
-        """Count up the heartbeat until the lease is released. Where another process has taken it, end the job as
-        Ctrl-C does: two makers of one artifact share its checkpoints."""
+        """Count up the heartbeat until the lease is released. Where another process has taken it,
+        end the job as Ctrl-C does: two makers of one artifact share its checkpoints.
+        """
         assert self._record is not None
         beat = 0
         while not self._ended.wait(BEAT_S):
@@ -174,15 +188,18 @@ class Lease:
             # Storage that is away is tried again at the next beat.
             with suppress(OSError, StorageError):
                 if not self._is_mine():
-                    self._say(f"another process has taken over the making of {self.name}; this one stops")
+                    self._say(
+                        f"another process has taken over the making of {self.name}; this one stops"
+                    )
                     os.kill(os.getpid(), signal.SIGINT)
                     return
                 now = replace(self._record, beat=beat, time=time.time())
                 self._storage.write(self._path(self._number), now.to_json())
 
     def release(self) -> None:
-        """Let others take the lease. Where storage is away it is left to be taken over once this process is gone:
-        the job's own result or error counts."""
+        """Let others take the lease. Where storage is away it is left to be taken over once this
+        process is gone: the job's own result or error counts.
+        """
         self._ended.set()
         self._heart.join()  # a beat under way would write the file anew
         try:
@@ -195,7 +212,9 @@ class Lease:
 
 
 @contextmanager
-def hold(storage: Storage, name: str, job: str, say: Callable[[str], None], *, wait: bool = False) -> Iterator[None]:
+def hold(
+    storage: Storage, name: str, job: str, say: Callable[[str], None], *, wait: bool = False
+) -> Iterator[None]:
     """Hold the lease of `name` (kind/id) while the block runs.
 
     Look for the artifact again inside the block: the holder that was waited for may have made it.

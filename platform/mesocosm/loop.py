@@ -1,9 +1,11 @@
 """The job `loop`: the whole circle on one machine or a cluster, and a report.
 
-    collect -> pretrain -> serve -> train-agent -> evaluate in reality -> collect with the new agent -> ... -> report
+    collect -> pretrain -> serve -> train-agent -> evaluate in reality -> collect with the new agent
+    -> ... -> report
 
-Each arrow is the job of that name, run as a child of this one; each result is an artifact, found again when the loop is
-run again. What is spent on data is counted by one ledger, and what model-free training spends, for comparison, by its own.
+Each arrow is the job of that name, run as a child of this one; each result is an artifact, found
+again when the loop is run again. What is spent on data is counted by one ledger, and what
+model-free training spends, for comparison, by its own.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ def plan(cfg: LoopConfig) -> dict[str, Any]:
     steps = real_steps(cfg)
     price = cfg.reality.price
     free = sum(b.steps for b in cfg.baselines)
-    judged = suite.most_episodes(cfg.evaluate, 1 + cfg.agent.snapshots)[1] * cfg.rounds + sum(map(model_free.judged, cfg.baselines))
+    judged = suite.most_episodes(cfg.evaluate, 1 + cfg.agent.snapshots)[1] * cfg.rounds + sum(
+        map(model_free.judged, cfg.baselines)
+    )
     return {
         "rounds": cfg.rounds,
         "real steps": steps,
@@ -60,13 +64,20 @@ def plan(cfg: LoopConfig) -> dict[str, Any]:
         "model-free real steps": f"at most {free}, {free * price.per_step:g} {price.currency}",
         "horizon": horizon,
         **judging(cfg.reality, judged, ready.limit),
-        "model": f"{cfg.pretrain.model.family} {cfg.pretrain.model.size}, {cfg.pretrain.train.steps} steps a round",
-        "imagined steps": cfg.rounds * cfg.agent.iterations * cfg.agent.num_envs * cfg.agent.rollout,
+        "model": (
+            f"{cfg.pretrain.model.family} {cfg.pretrain.model.size}, {cfg.pretrain.train.steps}"
+            " steps a round"
+        ),
+        "imagined steps": (
+            cfg.rounds * cfg.agent.iterations * cfg.agent.num_envs * cfg.agent.rollout
+        ),
     }
 
 
 def run(cfg: LoopConfig, run: Run) -> Artifact:
-    """Go round `cfg.rounds` times and write the report; a finished loop is found, a broken-off one goes on where it was."""
+    """Go round `cfg.rounds` times and write the report; a finished loop is found, a broken-off one
+    goes on where it was.
+    """
     ready = preflight(cfg, run.storage)
     given, version = ready.given, ready.facts.version
     cfg = replace(cfg, datasets=[artifact.name for artifact in given])
@@ -91,7 +102,9 @@ def _go(cfg: LoopConfig, run: Run, id: str, ready: Ready, given: list[Artifact])
 
 def _done(artifact: Artifact, run: Run) -> Artifact:
     summary = json.loads((artifact.path / report.SUMMARY).read_text())
-    run.record(artifact=artifact.name, inputs=artifact.meta["inputs"], ledger=artifact.meta["ledger"])
+    run.record(
+        artifact=artifact.name, inputs=artifact.meta["inputs"], ledger=artifact.meta["ledger"]
+    )
     for name in (report.PAGE, report.SUMMARY):
         run.artifact(artifact.path / name)
     if not run.quiet:
@@ -101,8 +114,12 @@ def _done(artifact: Artifact, run: Run) -> Artifact:
 
 
 def _experiment(cfg: LoopConfig) -> dict[str, Any]:
-    """What names the ledger: a loop that is run again with a larger budget, more rounds or more workers has spent what it has spent."""
-    return identity(cfg, without=[*FREE, *reality_config.PAID, "collect.workers", "explore.workers"])
+    """What names the ledger: a loop that is run again with a larger budget, more rounds or more
+    workers has spent what it has spent.
+    """
+    return identity(
+        cfg, without=[*FREE, *reality_config.PAID, "collect.workers", "explore.workers"]
+    )
 
 
 class _Loop:
@@ -121,7 +138,12 @@ class _Loop:
         self.ledger = Ledger(run.storage, self.ledger_id, cfg.reality.budget, cfg.reality.price)
         self.stages: list[report.Stage] = []
         self.lineage: list[tuple[str, str]] = []
-        self.inputs: dict[str, list[str]] = {"datasets": [], "worlds": [], "agents": [], "evaluations": []}
+        self.inputs: dict[str, list[str]] = {
+            "datasets": [],
+            "worlds": [],
+            "agents": [],
+            "evaluations": [],
+        }
         self.steps: list[int] = []
         self.app, self.served = f"loop-{run.id}", False  # loops that share a Ray serve apart
         for artifact in given:
@@ -137,16 +159,31 @@ class _Loop:
         cluster.ensure(cfg.ray)
         try:
             for round in range(cfg.rounds):
-                run.say(f"[bold]round {round + 1} of {cfg.rounds}[/]" if not run.quiet else f"round {round + 1} of {cfg.rounds}")
+                run.say(
+                    f"[bold]round {round + 1} of {cfg.rounds}[/]"
+                    if not run.quiet
+                    else f"round {round + 1} of {cfg.rounds}"
+                )
                 if round or not cfg.datasets:
                     self._stage("collect", round, "datasets", partial(self._collect, round, agent))
                 world = self._stage("pretrain", round, "worlds", partial(self._pretrain, round))
-                agent = self._stage("train-agent", round, "agents", partial(self._train, round, world, agent))
+                agent = self._stage(
+                    "train-agent", round, "agents", partial(self._train, round, world, agent)
+                )
                 spent = self._spent(round)
-                evaluated = self._stage("evaluate", round, "evaluations", partial(self._evaluate, round, world, agent))
+                evaluated = self._stage(
+                    "evaluate", round, "evaluations", partial(self._evaluate, round, world, agent)
+                )
                 judged.append(json.loads((evaluated.path / report.SUMMARY).read_text()))
                 returns = judged[-1]["curves"]["world"][0]["points"][0]["returns"]
-                points.append(report.Point.of(spent, returns, round=round + 1, wall_seconds=sum(s.seconds for s in self.stages)))
+                points.append(
+                    report.Point.of(
+                        spent,
+                        returns,
+                        round=round + 1,
+                        wall_seconds=sum(s.seconds for s in self.stages),
+                    )
+                )
                 run.log({"loop/real_steps": spent, "loop/return": points[-1].mean}, step=round)
                 run.say(f"  after {spent} real steps: mean return {points[-1].mean:.1f} in reality")
                 if cfg.stop_at_target and cfg.target is not None and points[-1].mean >= cfg.target:
@@ -157,7 +194,8 @@ class _Loop:
         curves = [self._baseline(i, b) for i, b in enumerate(cfg.baselines)]
         return self._report(points, judged, curves)
 
-    # -- stages --------------------------------------------------------------------------------------------------------
+    # -- stages
+    # --------------------------------------------------------------------------------------------------------
 
     def _collect(self, round: int, agent: Artifact | None) -> Artifact:
         block = self.cfg.collect if agent is None else acting(self.cfg.explore, agent.name)
@@ -169,7 +207,9 @@ class _Loop:
 
     def _counted(self, dataset: Artifact) -> None:
         counts = dataset.meta.get("counts", {})
-        self.steps.append(int(counts["steps"] if "steps" in counts else Dataset([dataset.path]).transitions))
+        self.steps.append(
+            int(counts["steps"] if "steps" in counts else Dataset([dataset.path]).transitions)
+        )
 
     def _pretrain(self, round: int) -> Artifact:
         config = fill(self.cfg.pretrain, self.cfg, round)
@@ -182,17 +222,27 @@ class _Loop:
             deploy(replace(fill(self.cfg.serve, self.cfg, round), world=world.id, name=self.app))
             self.served = True
         init = former.name if former is not None and self.cfg.warm_start else self.cfg.agent.init
-        config = replace(fill(self.cfg.agent, self.cfg, round), world=world.id, app=self.app, init=init)
+        config = replace(
+            fill(self.cfg.agent, self.cfg, round), world=world.id, app=self.app, init=init
+        )
         config = replace(config, horizon=config.horizon or self._reality().horizon)
         with self.run.child("train-agent", config) as child:
             return agents.run(config, child)
 
     def _evaluate(self, round: int, world: Artifact, agent: Artifact) -> Artifact:
-        block, data = self.cfg.evaluate, [self.run.storage.artifact("datasets", id) for id in self.inputs["datasets"]]
+        block, data = (
+            self.cfg.evaluate,
+            [self.run.storage.artifact("datasets", id) for id in self.inputs["datasets"]],
+        )
         if block.compares and panel.collected(agent.name, self.run.storage, data) is not None:
-            self.run.say(f"  {agent.name}, which was kept, collected some of this world's data: it is judged, and no policies are compared with it")
+            self.run.say(
+                f"  {agent.name}, which was kept, collected some of this world's data: it is"
+                " judged, and no policies are compared with it"
+            )
             block = replace(block, policies=[], graded=0, adversary=0)
-        config = replace(fill(block, self.cfg, round), world=world.id, agent=agent.id, ledger=self.ledger_id)
+        config = replace(
+            fill(block, self.cfg, round), world=world.id, agent=agent.id, ledger=self.ledger_id
+        )
         config = replace(config, reality=self._reality())
         try:
             with self.run.child("evaluate", config) as child:
@@ -215,8 +265,14 @@ class _Loop:
 
     def _baseline(self, index: int, block: BaselineConfig) -> report.Curve:
         config = fill(block, self.cfg, index)
-        # The same ledger, under its own purpose; nothing is selected, so the curve is what training alone cost.
-        config = replace(config, target=config.target if config.target is not None else self.cfg.target, ledger=self.ledger_id, select_episodes=0)
+        # The same ledger, under its own purpose; nothing is selected, so the curve is what training
+        # alone cost.
+        config = replace(
+            config,
+            target=config.target if config.target is not None else self.cfg.target,
+            ledger=self.ledger_id,
+            select_episodes=0,
+        )
         config = replace(config, reality=self._reality())
 
         def train() -> Artifact:
@@ -225,7 +281,9 @@ class _Loop:
 
         artifact = self._stage(f"baseline {config.algo}", None, "evaluations", train)
         curve = json.loads((artifact.path / "curve.json").read_text())
-        kind = "judge" if config.judge_every else "train"  # greedy episodes, as the world's agent is judged by; the training mean lags
+        kind = (
+            "judge" if config.judge_every else "train"
+        )  # greedy episodes, as the world's agent is judged by; the training mean lags
         points = [_point(p) for p in curve["points"] if p["kind"] == kind]
         seconds = points[-1].wall_seconds if points else None
         settings = ", ".join(f"{key} {value}" for key, value in config.params.items())
@@ -238,36 +296,50 @@ class _Loop:
             settings=settings,
         )
 
-    def _stage(self, name: str, round: int | None, kind: str, make: Callable[[], Artifact]) -> Artifact:
-        """Make an artifact and remember how long it took when it was made, also when it is only found now."""
+    def _stage(
+        self, name: str, round: int | None, kind: str, make: Callable[[], Artifact]
+    ) -> Artifact:
+        """Make an artifact and remember how long it took when it was made, also when it is only
+        found now.
+        """
         began = time.monotonic()
         try:
             artifact = make()
         except UsageError as error:  # what is only found now is a failure: reality has been paid
             raise MesocosmError(f"{name}: {error}") if self.stages else error from error
-        seconds = self._once(f"{kind}-{artifact.id}-{artifact.meta['run']}", time.monotonic() - began, "seconds")
+        seconds = self._once(
+            f"{kind}-{artifact.id}-{artifact.meta['run']}", time.monotonic() - began, "seconds"
+        )
         self.stages.append(report.Stage(name, seconds, None if round is None else round + 1))
-        self.lineage.append((name if round is None else f"{name}, round {round + 1}", artifact.name))
+        self.lineage.append(
+            (name if round is None else f"{name}, round {round + 1}", artifact.name)
+        )
         self.inputs[kind].append(artifact.id)
         return artifact
 
     def _spent(self, round: int) -> int:
-        """Real steps that this round's agent rests on: those of every dataset so far, whichever run paid for them, or what
-        the ledger says where that is more (what a crash lost is spent too)."""
+        """Real steps that this round's agent rests on: those of every dataset so far, whichever run
+        paid for them, or what the ledger says where that is more (what a crash lost is spent too).
+        """
         own = int(self._once(f"spent-{round}", self.ledger.totals().spent, self.ledger_id))
         return max(own, sum(self.steps))
 
     def _once(self, name: str, value: float, folder: str) -> float:
-        """The value as it was the first time the loop came by here: a figure measured once is not measured again on resume."""
+        """The value as it was the first time the loop came by here: a figure measured once is not
+        measured again on resume.
+        """
         path = f"runs/loop/{folder}/{name}.json"
         self.run.storage.create(path, json.dumps(value).encode())
         raw = self.run.storage.read(path)
         assert raw is not None
         return float(json.loads(raw))
 
-    # -- the report ----------------------------------------------------------------------------------------------------
+    # -- the report
+    # ----------------------------------------------------------------------------------------------------
 
-    def _report(self, points: list[report.Point], judged: list[dict[str, Any]], curves: list[report.Curve]) -> Artifact:
+    def _report(
+        self, points: list[report.Point], judged: list[dict[str, Any]], curves: list[report.Curve]
+    ) -> Artifact:
         cfg, totals = self.cfg, self.ledger.totals()
         reached = cfg.target is not None and any(p.mean >= cfg.target for p in points)
         world = report.Curve(
@@ -297,7 +369,13 @@ class _Loop:
             notes=self._notes(totals.purposes["collect"].steps),
             suite=judged[-1]["suite"],
         )
-        meta = {"inputs": self.inputs, "config": identity(cfg), "job": "loop", "run": self.run.id, "ledger": totals.to_json()}
+        meta = {
+            "inputs": self.inputs,
+            "config": identity(cfg),
+            "job": "loop",
+            "run": self.run.id,
+            "ledger": totals.to_json(),
+        }
 
         def fill(folder: Path) -> None:
             report.write(given, folder)
@@ -306,7 +384,14 @@ class _Loop:
 
     def _notes(self, collected: int) -> list[str]:
         found = sum(self.steps) - collected
-        return [f"{found} real steps were collected and paid for by an earlier run: their datasets were found"] if found > 0 else []
+        return (
+            [
+                f"{found} real steps were collected and paid for by an earlier run: their datasets"
+                " were found"
+            ]
+            if found > 0
+            else []
+        )
 
 
 def _point(point: dict[str, Any]) -> report.Point:

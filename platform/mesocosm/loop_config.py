@@ -27,7 +27,9 @@ J = TypeVar("J", bound=JobConfig)
 
 @dataclass
 class LoopConfig(JobConfig):
-    """A job's own block holds what is particular to it; `reality`, `seed`, `storage`, `tracking` and `ray` are said once, here."""
+    """A job's own block holds what is particular to it; `reality`, `seed`, `storage`, `tracking`
+    and `ray` are said once, here.
+    """
 
     reality: RealityConfig = field(default_factory=RealityConfig)
     rounds: int = 3
@@ -36,12 +38,17 @@ class LoopConfig(JobConfig):
     stop_at_target: bool = False
     """End after the first round whose judged mean return reaches the target."""
     datasets: list[str] = field(default_factory=list)
-    """Logs to begin with (`datasets/<id>`): the first round then collects nothing. With rounds=1 no real step is spent on training, whatever
-    `reality.budget.steps`; judging is metered apart."""
+    """Logs to begin with (`datasets/<id>`): the first round then collects nothing. With rounds=1 no
+    real step is spent on training, whatever `reality.budget.steps`; judging is metered apart.
+    """
     collect: CollectConfig = field(default_factory=CollectConfig)
     """The first round's data, without `datasets`."""
-    explore: CollectConfig = field(default_factory=lambda: CollectConfig(steps=500, behaviours=[BehaviourConfig(kind="noisy")]))
-    """Every later round's; a behaviour that wants a policy and names none gets the last round's agent."""
+    explore: CollectConfig = field(
+        default_factory=lambda: CollectConfig(steps=500, behaviours=[BehaviourConfig(kind="noisy")])
+    )
+    """Every later round's; a behaviour that wants a policy and names none gets the last round's
+    agent.
+    """
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
@@ -53,7 +60,9 @@ class LoopConfig(JobConfig):
 
 
 FREE = ("rounds", "target", "stop_at_target", "baselines")
-"""Keys that change how long the loop goes on and what it is compared with, not the experiment: it goes on in the same ledger."""
+"""Keys that change how long the loop goes on and what it is compared with, not the experiment: it
+goes on in the same ledger.
+"""
 SHARED = ("reality", "seed", "storage", "tracking", "ray", "stop", "force", "wait")
 FILLED = {
     "collect": ("ledger",),
@@ -67,13 +76,18 @@ FILLED = {
 
 
 def check(cfg: LoopConfig) -> None:
-    """Raise UsageError on the first value that cannot be meant, in any stage, before anything starts."""
+    """Raise UsageError on the first value that cannot be meant, in any stage, before anything
+    starts.
+    """
     if cfg.rounds < 1:
         raise UsageError(f"rounds={cfg.rounds} makes no round; give at least 1")
     if cfg.stop_at_target and cfg.target is None:
         raise UsageError("stop_at_target=true needs a target; set target to a mean return")
     reality_config.check(cfg.reality)
-    blocks = [(name, getattr(cfg, name)) for name in ("collect", "explore", "pretrain", "serve", "agent", "evaluate")]
+    blocks = [
+        (name, getattr(cfg, name))
+        for name in ("collect", "explore", "pretrain", "serve", "agent", "evaluate")
+    ]
     for name, block in [*blocks, *((f"baselines[{i}]", b) for i, b in enumerate(cfg.baselines))]:
         default = type(block)()
         for key in (*SHARED, *FILLED.get(name.partition("[")[0], ())):
@@ -84,7 +98,10 @@ def check(cfg: LoopConfig) -> None:
         raise UsageError("pretrain.data.datasets must be empty in a loop; give logs as datasets")
     budget, needed = cfg.reality.budget.steps, real_steps(cfg)
     if budget is not None and needed > budget:
-        raise UsageError(f"reality.budget.steps={budget} is less than the {needed} steps of {cfg.rounds} rounds; raise it, or lower rounds or explore.steps")
+        raise UsageError(
+            f"reality.budget.steps={budget} is less than the {needed} steps of {cfg.rounds} rounds;"
+            " raise it, or lower rounds or explore.steps"
+        )
     # Artifacts that are still to be made stand as "?".
     stages: list[tuple[str, Callable[[], None]]] = [
         ("collect", lambda: collecting.check(fill(cfg.collect, cfg, 0))),
@@ -93,13 +110,18 @@ def check(cfg: LoopConfig) -> None:
         ("serve", lambda: serving.check(cfg.serve)),
         ("agent", lambda: agents.check(cfg.agent)),
         ("evaluate", lambda: replace(cfg.evaluate, world="?", agent="?").validate()),
-        *((f"baselines[{i}]", partial(model_free.check, fill(b, cfg, i))) for i, b in enumerate(cfg.baselines)),
+        *(
+            (f"baselines[{i}]", partial(model_free.check, fill(b, cfg, i)))
+            for i, b in enumerate(cfg.baselines)
+        ),
     ]
     for name, look in stages:
         try:
             look()
         except UsageError as error:
-            raise UsageError(str(error) if str(error).startswith(f"{name}.") else f"{name}: {error}") from error
+            raise UsageError(
+                str(error) if str(error).startswith(f"{name}.") else f"{name}: {error}"
+            ) from error
 
 
 def _check_pretrain(cfg: LoopConfig) -> None:
@@ -122,11 +144,22 @@ def real_steps(cfg: LoopConfig) -> int:
 
 def acting(block: CollectConfig, policy: str | None) -> CollectConfig:
     """Behaviours that want a policy and name none get `policy`."""
-    named = [b if b.kind == "random" or b.function or b.policy or policy is None else replace(b, policy=policy) for b in block.behaviours]
+    named = [
+        (
+            b
+            if b.kind == "random" or b.function or b.policy or policy is None
+            else replace(b, policy=policy)
+        )
+        for b in block.behaviours
+    ]
     return replace(block, behaviours=named)
 
 
 def fill(block: J, cfg: LoopConfig, round: int) -> J:
-    """A stage's config with what is said once at the top of the loop's; each round has a seed of its own."""
-    shared: dict[str, Any] = {key: getattr(cfg, key) for key in SHARED if any(f.name == key for f in fields(block))}
+    """A stage's config with what is said once at the top of the loop's; each round has a seed of
+    its own.
+    """
+    shared: dict[str, Any] = {
+        key: getattr(cfg, key) for key in SHARED if any(f.name == key for f in fields(block))
+    }
     return replace(block, **(shared | {"seed": cfg.seed * 1000 + round}))

@@ -1,7 +1,8 @@
 """MLflow as a mirror of runs' folders. The only module that imports mlflow.
 
-A thread replays a run's metrics.jsonl, tags and files into MLflow; what it delivered is remembered in mlflow.json, what is left to deliver in
-mlflow.pending, so that delivery can be repeated, also by another process (`tracking.replay_pending`).
+A thread replays a run's metrics.jsonl, tags and files into MLflow; what it delivered is remembered
+in mlflow.json, what is left to deliver in mlflow.pending, so that delivery can be repeated, also by
+another process (`tracking.replay_pending`).
 """
 
 from __future__ import annotations
@@ -33,8 +34,12 @@ _mlflow_lock = threading.RLock()
 
 
 def uri_of(config: JobConfig) -> str:
-    """The MLflow tracking URI: the configured one, or a sqlite file under the root. Only `redact`ed is it written or said."""
-    return config.tracking.uri or f"sqlite:///{Storage(config.storage.root).local_path('mlflow.db')}"
+    """The MLflow tracking URI: the configured one, or a sqlite file under the root. Only `redact`ed
+    is it written or said.
+    """
+    return (
+        config.tracking.uri or f"sqlite:///{Storage(config.storage.root).local_path('mlflow.db')}"
+    )
 
 
 def redact(text: str) -> str:
@@ -43,7 +48,9 @@ def redact(text: str) -> str:
 
 
 class Mirror:
-    """Replays a run's folder into MLflow from a thread. What it could not deliver stays marked by `mlflow.pending`."""
+    """Replays a run's folder into MLflow from a thread. What it could not deliver stays marked by
+    `mlflow.pending`.
+    """
 
     def __init__(self, folder: Path, config: JobConfig, name: str, note: Callable[[str], None]):
         self.folder, self.config, self.note = folder, config, note
@@ -79,13 +86,18 @@ class Mirror:
                     why = f"{type(error).__name__}: {faults.first_line(error)}"
                     with suppress(OSError, StorageError):  # log.txt may be what cannot be written
                         uri = uri_of(self.config)
-                        self.note(f"MLflow at {uri} is away ({why}); metrics.jsonl is kept and replayed later")
+                        self.note(
+                            f"MLflow at {uri} is away ({why}); metrics.jsonl is kept and replayed"
+                            " later"
+                        )
             if closing:
                 return
 
 
 def deliver(folder: Path, where: JobConfig) -> None:
-    """Bring the MLflow mirror of the run in `folder` up to date. What was delivered is remembered in mlflow.json, so it can be repeated."""
+    """Bring the MLflow mirror of the run in `folder` up to date. What was delivered is remembered
+    in mlflow.json, so it can be repeated.
+    """
     with _mlflow_lock:
         client = _client(where)
         status = json.loads((folder / "status.json").read_text())
@@ -95,8 +107,16 @@ def deliver(folder: Path, where: JobConfig) -> None:
             memo["run_id"] = _create(client, folder, status, where)
         run_id = memo["run_id"]
         try:
-            memo["offset"] = _replay_metrics(client, run_id, folder / "metrics.jsonl", memo["offset"])
-            facts = [(f"mesocosm.{key}", value if isinstance(value, str) else json.dumps(value, default=str)[:4000]) for key, value in status["facts"].items()]
+            memo["offset"] = _replay_metrics(
+                client, run_id, folder / "metrics.jsonl", memo["offset"]
+            )
+            facts = [
+                (
+                    f"mesocosm.{key}",
+                    value if isinstance(value, str) else json.dumps(value, default=str)[:4000],
+                )
+                for key, value in status["facts"].items()
+            ]
             for key, value in facts:
                 client.set_tag(run_id, key, value)
             for name in queue["files"]:
@@ -118,10 +138,16 @@ def deliver(folder: Path, where: JobConfig) -> None:
 
 
 def memo_of(folder: Path, where: JobConfig) -> dict[str, Any]:
-    """What was delivered of the run in `folder`; a memo that cannot be read, or is of another MLflow, counts as none."""
+    """What was delivered of the run in `folder`; a memo that cannot be read, or is of another
+    MLflow, counts as none.
+    """
     uri = redact(uri_of(where))
     memo = read_json(folder / _MEMO)
-    return memo if memo and memo.get("uri") == uri else {"uri": uri, "offset": 0, "files": [], "worlds": []}
+    return (
+        memo
+        if memo and memo.get("uri") == uri
+        else {"uri": uri, "offset": 0, "files": [], "worlds": []}
+    )
 
 
 def _client(where: JobConfig) -> Any:
@@ -153,13 +179,25 @@ def ping(where: JobConfig) -> None:
 
 
 def _create(client: Any, folder: Path, status: Mapping[str, Any], where: JobConfig) -> str:
-    """The MLflow run that mirrors this one: found again by its tag, or created with the frozen config as its params."""
+    """The MLflow run that mirrors this one: found again by its tag, or created with the frozen
+    config as its params.
+    """
     name = where.tracking.experiment
     experiment = client.get_experiment_by_name(name)
-    location = None if where.tracking.uri else Storage(where.storage.root).local_path("mlflow-artifacts").as_uri()
-    experiment_id = experiment.experiment_id if experiment else client.create_experiment(name, artifact_location=location)
+    location = (
+        None
+        if where.tracking.uri
+        else Storage(where.storage.root).local_path("mlflow-artifacts").as_uri()
+    )
+    experiment_id = (
+        experiment.experiment_id
+        if experiment
+        else client.create_experiment(name, artifact_location=location)
+    )
     tag = f"{status['job']}/{status['id']}"
-    found = client.search_runs([experiment_id], filter_string=f"tags.`mesocosm.run` = '{tag}'", max_results=1)
+    found = client.search_runs(
+        [experiment_id], filter_string=f"tags.`mesocosm.run` = '{tag}'", max_results=1
+    )
     if found:
         return str(found[0].info.run_id)
     parent = None
@@ -169,7 +207,11 @@ def _create(client: Any, folder: Path, status: Mapping[str, Any], where: JobConf
             deliver(above, where)
         parent = memo_of(above, where).get("run_id")
     tags = {"mesocosm.run": tag, **({"mlflow.parentRunId": parent} if parent else {})}
-    run_id = str(client.create_run(experiment_id, run_name=f"{status['job']}-{status['id'][-13:]}", tags=tags).info.run_id)
+    run_id = str(
+        client.create_run(
+            experiment_id, run_name=f"{status['job']}-{status['id'][-13:]}", tags=tags
+        ).info.run_id
+    )
     from mlflow.entities import Param
 
     frozen = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml"))
@@ -193,7 +235,11 @@ def _replay_metrics(client: Any, run_id: str, path: Path, offset: int) -> int:
     for line in data.splitlines():
         entry = json.loads(line)
         stamp, step = int(entry.pop("time") * 1000), entry.pop("step") or 0
-        batch += [Metric(key, value, stamp, step) for key, value in entry.items() if isinstance(value, int | float)]
+        batch += [
+            Metric(key, value, stamp, step)
+            for key, value in entry.items()
+            if isinstance(value, int | float)
+        ]
     for first in range(0, len(batch), 500):
         client.log_batch(run_id, metrics=batch[first : first + 500])
     return offset + len(data)
@@ -207,7 +253,9 @@ def _register(client: Any, run_id: str, world: Mapping[str, str]) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    client.create_model_version(world["name"], world["source"], run_id=run_id, tags={"mesocosm.world": world["id"]})
+    client.create_model_version(
+        world["name"], world["source"], run_id=run_id, tags={"mesocosm.world": world["id"]}
+    )
 
 
 def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,8 +18,8 @@ def write(text: str, end: str = "\n") -> None:
 
 @contextmanager
 def results_only(*, for_good: bool) -> Iterator[None]:
-    """While the block runs, whatever else prints goes to standard error: environments, libraries and
-    child processes. `write` alone reaches standard output.
+    """While the block runs, whatever else prints goes to standard error: environments, libraries
+    and child processes. `write` alone reaches standard output.
 
     Args:
         for_good: Leave it so after the block: the process is about to end, and what its exit prints

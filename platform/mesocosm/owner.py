@@ -14,14 +14,18 @@ class Owner:
 
     host: str
     machine: str
-    """The boot and the PID namespace that `pid` is of: the same PID elsewhere is another process."""
+    """The boot and the PID namespace that `pid` is of: the same PID elsewhere is another process.
+    """
     pid: int
     started: int
-    """When the process started, in the kernel's clock ticks since boot (0 where unknown): PIDs are used again."""
+    """When the process started, in the kernel's clock ticks since boot (0 where unknown): PIDs are
+    used again.
+    """
 
     def alive(self) -> bool | None:
-        """Whether the process runs; None where this process cannot tell: it runs on another host, or is another
-        user's and hidden (`hidepid`)."""
+        """Whether the process runs; None where this process cannot tell: it runs on another host,
+        or is another user's and hidden (`hidepid`).
+        """
         if self.machine != _machine():
             return None
         started = _started(self.pid)
@@ -49,9 +53,12 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> int | None:
-    """When a process of this machine started, 0 where that is unknown; None where there is no such process."""
+    """When a process of this machine started, 0 where that is unknown; None where there is no such
+    process.
+    """
     try:
-        # The command, field 2, is in parentheses and may hold spaces; field 3 is the state, 22 the start.
+        # The command, field 2, is in parentheses and may hold spaces; field 3 is the state, 22 the
+        # start.
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return None if fields[0] in "ZX" else int(fields[19])
     except OSError:  # no such process, or it ended just now; or it is hidden; or this is not Linux

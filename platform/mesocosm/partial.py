@@ -1,8 +1,9 @@
-"""An artifact of which this machine fetches and verifies what is asked for: datasets larger than its disk, and opening in a time that does not
-depend on their size.
+"""An artifact of which this machine fetches and verifies what is asked for: datasets larger than
+its disk, and opening in a time that does not depend on their size.
 
-A unit, a file or a folder of files, is verified once on a machine, whatever the number of its processes. Where the root is a folder, or
-`Storage.artifact` keeps a whole copy here, a stamp in the temporary folder says which files (size, inode, time of change) were found to be right. What is
+A unit, a file or a folder of files, is verified once on a machine, whatever the number of its
+processes. Where the root is a folder, or `Storage.artifact` keeps a whole copy here, a stamp in the
+temporary folder says which files (size, inode, time of change) were found to be right. What is
 fetched from a remote root lies in
 
     CACHE/parts/<kind>/<id>/<maker's folder>/<unit>
@@ -123,15 +124,26 @@ class Partial:
 
     For one process. Threads may share it, each releasing what it held itself; forks may not.
 
-    `hold` raises ArtifactError, naming the file and how to repair it, where one is damaged or missing, or the cache has no room for it.
+    `hold` raises ArtifactError, naming the file and how to repair it, where one is damaged or
+    missing, or the cache has no room for it.
     """
 
-    def __init__(self, storage: Storage, kind: str, id: str, whole: Path, commit: Commit, most: int | None):
+    def __init__(
+        self, storage: Storage, kind: str, id: str, whole: Path, commit: Commit, most: int | None
+    ):
         self.name, self.most = f"{kind}/{id}", most if storage.remote else None
-        self._storage, self._kind, self._id, self._commit, self._whole = storage, kind, id, commit, whole
+        self._storage, self._kind, self._id, self._commit, self._whole = (
+            storage,
+            kind,
+            id,
+            commit,
+            whole,
+        )
         self._cache = storage.local_path("cache")
         self._arriving = self._cache / "arriving"
-        self.path = self._cache / "parts" / kind / id / commit["folder"] if storage.remote else whole
+        self.path = (
+            self._cache / "parts" / kind / id / commit["folder"] if storage.remote else whole
+        )
         self._folders: dict[str, list[str]] = defaultdict(list)
         for name in commit["files"]:
             self._folders[os.path.dirname(name)].append(name)
@@ -151,7 +163,9 @@ class Partial:
         try:
             while (held := coming.result()) is None:
                 if time.monotonic() > until:
-                    full = f"other shards in use fill the cache of {self.most} bytes in {self._cache}"
+                    full = (
+                        f"other shards in use fill the cache of {self.most} bytes in {self._cache}"
+                    )
                     fix = "give a larger data.cache_gib or a smaller data.block, or stop other jobs"
                     raise _NoRoom(f"{self.name}: {unit!r} cannot be fetched: {full}; {fix}")
                 time.sleep(0.1)
@@ -204,7 +218,8 @@ class Partial:
     def _names(self, unit: str) -> list[str]:
         return [unit] if unit in self._commit["files"] else self._folders.get(unit, [])
 
-    # -- in the threads ------------------------------------------------------------------------------------------
+    # -- in the threads
+    # ------------------------------------------------------------------------------------------
 
     def bring(self, unit: str) -> _Held | None:
         """Hold a unit; None where there is no room for it at present."""
@@ -218,7 +233,9 @@ class Partial:
             if bad is None:
                 return _Held(self._whole / unit, None)
             if not self._storage.remote:
-                raise self._storage.damaged(self._kind, self._id, self._commit, bad, there=(self._whole / bad).is_file())
+                raise self._storage.damaged(
+                    self._kind, self._id, self._commit, bad, there=(self._whole / bad).is_file()
+                )
         key = self._key(unit)
         while True:
             lock = self._lock(key, fcntl.LOCK_SH)
@@ -235,7 +252,9 @@ class Partial:
                     return None
 
     def _wrong(self, unit: str, names: list[str]) -> str | None:
-        """The first of a whole copy's files that is not as COMMIT.json says. What was right once and has not changed since is not read again."""
+        """The first of a whole copy's files that is not as COMMIT.json says. What was right once
+        and has not changed since is not read again.
+        """
         files, found = self._commit["files"], {}
         for name in names:
             try:
@@ -243,7 +262,9 @@ class Partial:
             except OSError:
                 return name
             found[name] = [stat.st_size, stat.st_ino, stat.st_mtime_ns, files[name]["sha256"]]
-        stamp = self._storage.machine_path("verified") / self._kind / self._id / f"{_flat(unit)}.json"
+        stamp = (
+            self._storage.machine_path("verified") / self._kind / self._id / f"{_flat(unit)}.json"
+        )
         with suppress(OSError, ValueError):
             if json.loads(stamp.read_bytes()) == found:
                 return None
@@ -288,20 +309,28 @@ class Partial:
 
     def _fetch_file(self, name: str, to: Path) -> None:
         told = (self._kind, self._id, self._commit, name)
-        if not self._storage.fetch(*told, to) or sha256(to) != self._commit["files"][name]["sha256"]:
+        if (
+            not self._storage.fetch(*told, to)
+            or sha256(to) != self._commit["files"][name]["sha256"]
+        ):
             raise self._storage.damaged(*told, there=to.exists())
 
     def _make_room(self, bytes: int, bin: Path) -> None:
         """Remove shards until there is room for so many bytes. The caller holds the lock `room`."""
         assert self.most is not None
-        shards = [(_when(folder), folder, _size(folder)) for folder in (self._cache / "parts").glob("*/*/*/shards/*")]
+        shards = [
+            (_when(folder), folder, _size(folder))
+            for folder in (self._cache / "parts").glob("*/*/*/shards/*")
+        ]
         over = sum(size for _, _, size in shards) + self._reserved() + bytes - self.most
         for _, folder, size in sorted(shards):
             if over <= 0:
                 return
             key = _flat(str(folder.relative_to(self._cache / "parts")))
             with suppress(BlockingIOError), self._lock(key, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                os.rename(folder, bin / "gone")  # whole until then, even where this process is killed now
+                os.rename(
+                    folder, bin / "gone"
+                )  # whole until then, even where this process is killed now
                 shutil.rmtree(bin / "gone")
                 over -= size
         if over > 0:
@@ -323,7 +352,9 @@ class Partial:
         return _flat(str((self.path / unit).relative_to(self._cache / "parts")))
 
     def _lock(self, name: str, how: int) -> IO[str]:
-        """A lock among all processes of this machine; closing it frees it. Raises BlockingIOError with LOCK_NB."""
+        """A lock among all processes of this machine; closing it frees it. Raises BlockingIOError
+        with LOCK_NB.
+        """
         folder = self._cache / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / name, "a")  # noqa: SIM115, it is open as long as the lock is held
@@ -340,7 +371,12 @@ def _bring(partial: Partial, unit: str) -> _Held | None:
 
 
 def _let_go(done: Future[_Held | None]) -> None:
-    if not done.cancelled() and done.exception() is None and (held := done.result()) is not None and held.lock is not None:
+    if (
+        not done.cancelled()
+        and done.exception() is None
+        and (held := done.result()) is not None
+        and held.lock is not None
+    ):
         _used(held.path)
         held.lock.close()
 
@@ -350,7 +386,9 @@ def _flat(name: str) -> str:
 
 
 def _used(path: Path) -> None:
-    """A unit carries the time of its last use; finer than the kernel's own clock for it, whose ticks are milliseconds."""
+    """A unit carries the time of its last use; finer than the kernel's own clock for it, whose
+    ticks are milliseconds.
+    """
     with suppress(OSError):
         os.utime(path, ns=(time.time_ns(), time.time_ns()))
 

@@ -1,7 +1,9 @@
-"""What is particular to S3, for storage.py, which alone imports this: s3fs with patience, and the uploads that nobody finished.
+"""What is particular to S3, for storage.py, which alone imports this: s3fs with patience, and the
+uploads that nobody finished.
 
-An endpoint that has answered before is waited for while it is away, up to `PATIENCE`: an outage delays a job and does not end it. One that never
-answered is a wrong address, and is said at once. Ray's processes get the same client, for checkpoints.
+An endpoint that has answered before is waited for while it is away, up to `PATIENCE`: an outage
+delays a job and does not end it. One that never answered is a wrong address, and is said at once.
+Ray's processes get the same client, for checkpoints.
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ PATIENCE = 120.0
 PAUSE = 1.0
 """Seconds between tries, beside the client's own."""
 STREAMS = 10
-"""Parts (s3fs's, of 50 MiB, where a file has two or more) under way of a file that is alone; the second has half as many, the third a third, for
-memory must hold them all."""
+"""Parts (s3fs's, of 50 MiB, where a file has two or more) under way of a file that is alone; the
+second has half as many, the third a third, for memory must hold them all.
+"""
 
 NOT_IMPLEMENTED = 501
 """The status of what an endpoint will never do."""
@@ -43,22 +46,33 @@ _log = logging.getLogger(__name__)
 
 
 def options() -> dict[str, Any]:
-    """Arguments of `Client`. The endpoint is what the environment names now: fsspec keeps one client for equal arguments, whatever it says later."""
+    """Arguments of `Client`. The endpoint is what the environment names now: fsspec keeps one
+    client for equal arguments, whatever it says later.
+    """
     named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    config: dict[str, Any] = {"retries": {"mode": "standard", "max_attempts": 3}, "max_pool_connections": 2 * STREAMS, "read_timeout": 60}
-    config["response_checksum_validation"] = "when_required"  # what is read is checked against checksums of our own
+    config: dict[str, Any] = {
+        "retries": {"mode": "standard", "max_attempts": 3},
+        "max_pool_connections": 2 * STREAMS,
+        "read_timeout": 60,
+    }
+    config["response_checksum_validation"] = (
+        "when_required"  # what is read is checked against checksums of our own
+    )
     # Stores other than AWS's may reject the checksum trailers that botocore sends by default.
     if checksums := os.environ.get(CHECKSUMS) or (named and "when_required"):
         config["request_checksum_calculation"] = checksums.lower()
-    return {"config_kwargs": config, "use_listings_cache": False} | ({"endpoint_url": named} if named else {})
+    return {"config_kwargs": config, "use_listings_cache": False} | (
+        {"endpoint_url": named} if named else {}
+    )
 
 
 class Client(S3FileSystem):  # type: ignore[misc]
     """s3fs, whose every request outlives an outage of the endpoint."""
 
     _answering: ClassVar[set[str | None]] = set()
-    """Endpoints that are worth waiting for, of this process: fsspec makes a client for every thread. One that was waited for in vain is not, until
-    it answers again."""
+    """Endpoints that are worth waiting for, of this process: fsspec makes a client for every
+    thread. One that was waited for in vain is not, until it answers again.
+    """
 
     def __init__(self, *args: Any, proven: bool = False, **kwargs: Any):
         """`proven`: the endpoint has answered, if only to another process."""
@@ -80,7 +94,12 @@ class Client(S3FileSystem):  # type: ignore[misc]
                     raise
                 if began is None:
                     began = time.monotonic()
-                    _log.warning("S3 at %s is away (%s); trying again for %.0f s", self.endpoint_url or "AWS", error, PATIENCE)
+                    _log.warning(
+                        "S3 at %s is away (%s); trying again for %.0f s",
+                        self.endpoint_url or "AWS",
+                        error,
+                        PATIENCE,
+                    )
                 elif time.monotonic() - began > PATIENCE:
                     self._answering.discard(self.endpoint_url)
                     raise
@@ -91,9 +110,12 @@ class Client(S3FileSystem):  # type: ignore[misc]
 
     call_s3 = sync_wrapper(_call_s3)  # of open files, which s3fs binds to its own
 
-    async def _pipe_file(self, path: str, data: bytes, *args: Any, mode: str = "overwrite", **kwargs: Any) -> Any:
-        """With `mode="create"`, raises FileExistsError where the file is there, however the store words it. S3 answers
-        409 to one of two creations at the same moment, and asks to try again."""
+    async def _pipe_file(
+        self, path: str, data: bytes, *args: Any, mode: str = "overwrite", **kwargs: Any
+    ) -> Any:
+        """With `mode="create"`, raises FileExistsError where the file is there, however the store
+        words it. S3 answers 409 to one of two creations at the same moment, and asks to try again.
+        """
         end = time.monotonic() + PATIENCE
         while True:
             try:
@@ -108,7 +130,11 @@ class Client(S3FileSystem):  # type: ignore[misc]
 
     async def _get_file(self, rpath: str, lpath: str, **kwargs: Any) -> None:
         with self._share() as streams:
-            await _again_where_torn(lambda: super(Client, self)._get_file(rpath, lpath, max_concurrency=streams, **kwargs))
+            await _again_where_torn(
+                lambda: super(Client, self)._get_file(
+                    rpath, lpath, max_concurrency=streams, **kwargs
+                )
+            )
 
     async def _put_file(self, lpath: str, rpath: str, **kwargs: Any) -> None:
         with self._share() as streams:
@@ -172,7 +198,9 @@ def uploads(client: Client, path: str) -> Iterator[Upload]:
             parts = list(_parts(client, bucket, key, id))
             last = max((part["LastModified"] for part in parts), default=found["Initiated"])
             assert isinstance(last, datetime)
-            yield Upload(f"{bucket}/{key}", id, sum(part["Size"] for part in parts), last.timestamp())
+            yield Upload(
+                f"{bucket}/{key}", id, sum(part["Size"] for part in parts), last.timestamp()
+            )
         if not page.get("IsTruncated"):
             return
         marker = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
@@ -182,7 +210,9 @@ def _parts(client: Client, bucket: str, key: str, id: str) -> Iterator[dict[str,
     after = 0
     while True:
         try:
-            page = client.call_s3("list_parts", Bucket=bucket, Key=key, UploadId=id, PartNumberMarker=after)
+            page = client.call_s3(
+                "list_parts", Bucket=bucket, Key=key, UploadId=id, PartNumberMarker=after
+            )
         except FileNotFoundError:  # finished or given up meanwhile
             return
         yield from page.get("Parts", [])

@@ -1,6 +1,8 @@
-"""A run's folder, sent to a remote root while the run goes on: what was said outlives its process, its node and its cluster.
+"""A run's folder, sent to a remote root while the run goes on: what was said outlives its process,
+its node and its cluster.
 
-A job that was submitted to a cluster (`MESOCOSM_JOB` is its id) also sends what its driver prints, and is told to stop by a file beside that.
+A job that was submitted to a cluster (`MESOCOSM_JOB` is its id) also sends what its driver prints,
+and is told to stop by a file beside that.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from mesocosm.storage import Storage
 EVERY = 10.0
 """Seconds between shipments."""
 SMALL = 8 << 20
-"""Bytes; a file of n times as many is sent every n + 1st time: the whole of it is sent, for S3 cannot append."""
+"""Bytes; a file of n times as many is sent every n + 1st time: the whole of it is sent, for S3
+cannot append.
+"""
 
 
 ASKED = 2.0
@@ -31,8 +35,10 @@ JOB = "MESOCOSM_JOB"
 
 
 class Shipper:
-    """Calls `beat` every `EVERY` seconds, and on a remote root sends what changed of `folder` to `prefix`. A storage that is away is tried again
-    the next time; a run never waits for it but at its end, once."""
+    """Calls `beat` every `EVERY` seconds, and on a remote root sends what changed of `folder` to
+    `prefix`. A storage that is away is tried again the next time; a run never waits for it but at
+    its end, once.
+    """
 
     def __init__(self, storage: Storage, folder: Path, prefix: str, beat: Callable[[], None]):
         self._storage, self._folder, self._prefix, self._beat = storage, folder, prefix, beat
@@ -83,7 +89,15 @@ class Shipper:
                     shutil.copyfile(said, kept)
 
     def _files(self) -> list[Path]:
-        return [path for path in sorted(self._folder.iterdir()) if path.is_file() and path.suffix != ".tmp"] if self._storage.remote else []
+        return (
+            [
+                path
+                for path in sorted(self._folder.iterdir())
+                if path.is_file() and path.suffix != ".tmp"
+            ]
+            if self._storage.remote
+            else []
+        )
 
     def _send_if_due(self, path: Path) -> None:
         bytes, when = self._sent.get(path.name, (-1, 0.0))

@@ -47,7 +47,8 @@ def end_like_interrupt() -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[list[int]]:
-    """Hold SIGINT, SIGTERM and SIGHUP back while the block runs, and restore their handlers after it.
+    """Hold SIGINT, SIGTERM and SIGHUP back while the block runs, and restore their handlers after
+    it.
 
     Yields the list of the signals that came: the caller decides what they do. A second Ctrl-C
     raises KeyboardInterrupt at once.

@@ -1,11 +1,13 @@
 """Storage is the truth: artifacts that appear whole or not at all, and small durable records.
 
     ROOT/<kind>/<id>/...            an artifact; COMMIT.json (checksums, lineage) is written last. On a remote root, where folders
-                                    cannot be renamed, its files lie in a folder of their maker's own, which COMMIT.json names
+                                    cannot be renamed, its files lie in a folder of their maker's
+                                    own, which COMMIT.json names
     ROOT/runs/<job>/<id>/...        a run's config.yaml, status.json, metrics.jsonl, log.txt, checkpoints
     ROOT/ledgers/<id>/NNNNNNNN.json an append-only journal: record n is created exclusively
 
-root.py reads and writes; this module makes artifacts of it. A root is a folder or `s3://bucket/prefix`.
+root.py reads and writes; this module makes artifacts of it. A root is a folder or
+`s3://bucket/prefix`.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Artifact:
-    """A finished artifact. `path` is a local, checksum-verified folder (a cache, where the root is remote)."""
+    """A finished artifact. `path` is a local, checksum-verified folder (a cache, where the root is
+    remote).
+    """
 
     kind: str
     id: str
@@ -59,7 +63,9 @@ def _tell(text: str) -> None:
 
 
 class Storage(Root):
-    """One root. Safe to open in any process; holds no state but the filesystem. What a person should know of it goes to `say`."""
+    """One root. Safe to open in any process; holds no state but the filesystem. What a person
+    should know of it goes to `say`.
+    """
 
     def __init__(self, root: str, say: Callable[[str], None] = _tell):
         super().__init__(root)
@@ -75,7 +81,9 @@ class Storage(Root):
         return None if commit is None else commit["folder"]
 
     def discard(self, path: str) -> bool:
-        """Remove `kind/id`, or on a remote root `kind/id/folder`, which is of no finished artifact; False, and nothing is done, where by now it is."""
+        """Remove `kind/id`, or on a remote root `kind/id/folder`, which is of no finished artifact;
+        False, and nothing is done, where by now it is.
+        """
         kind, id, *rest = path.split("/")
         assert kind in KINDS and id and len(rest) == int(self.remote), path
         if self.remote:
@@ -110,7 +118,8 @@ class Storage(Root):
                 return False
         return True
 
-    # -- artifacts -----------------------------------------------------------------------------------------------
+    # -- artifacts
+    # -----------------------------------------------------------------------------------------------
 
     def find(self, kind: str, id: str) -> Artifact | None:
         """The finished artifact, verified against its checksums; None where none was committed."""
@@ -141,16 +150,23 @@ class Storage(Root):
         return False
 
     def artifact(self, kind: str, ref: str) -> Artifact:
-        """The artifact that `ref` names: an id, `kind/id`, or a unique prefix of an id. Raises UsageError if there is none."""
+        """The artifact that `ref` names: an id, `kind/id`, or a unique prefix of an id. Raises
+        UsageError if there is none.
+        """
         return self._named(kind, ref, self.find)
 
     def partial(self, kind: str, ref: str, most: int | None = None) -> Partial:
-        """As `artifact`, but what is asked for is fetched and verified then. Of a remote root's shards this machine then keeps at most so many
-        bytes (None: all)."""
+        """As `artifact`, but what is asked for is fetched and verified then. Of a remote root's
+        shards this machine then keeps at most so many bytes (None: all).
+        """
 
         def find(kind: str, id: str) -> Partial | None:
             commit = self.commit_of(kind, id)
-            return None if commit is None else Partial(self, kind, id, self._at(kind, id), commit, most)
+            return (
+                None
+                if commit is None
+                else Partial(self, kind, id, self._at(kind, id), commit, most)
+            )
 
         return self._named(kind, ref, find)
 
@@ -161,21 +177,34 @@ class Storage(Root):
         ids = [name for name in self.list(kind) if self.read(f"{kind}/{name}/{COMMIT}") is not None]
         matches = [name for name in ids if id and name.startswith(id)]
         if len(matches) > 1:
-            raise UsageError(f"{kind} id {ref!r} is ambiguous in {self.root!r}: {', '.join(matches[:5])}")
+            raise UsageError(
+                f"{kind} id {ref!r} is ambiguous in {self.root!r}: {', '.join(matches[:5])}"
+            )
         if not matches:
             fix = nearest(id, ids) or f"; give an id: {self.url(kind)} holds {_some(ids)}"
             if id and id in self.list(kind):
                 fix = "; it was begun and never finished: run its job again"
-            raise UsageError(f"no artifact {kind}/{id or repr(id)} in storage.root {self.root!r}{fix}")
+            raise UsageError(
+                f"no artifact {kind}/{id or repr(id)} in storage.root {self.root!r}{fix}"
+            )
         found = find(kind, matches[0])
         assert found is not None
         return found
 
-    def make(self, kind: str, id: str, meta: Mapping[str, Any], fill: Callable[[Path], None], *, force: bool = False) -> Artifact:
+    def make(
+        self,
+        kind: str,
+        id: str,
+        meta: Mapping[str, Any],
+        fill: Callable[[Path], None],
+        *,
+        force: bool = False,
+    ) -> Artifact:
         """Find the artifact, or fill a scratch folder with `fill` and commit it whole.
 
-        Two makers at once: the commit marker is created exclusively, the first wins, and the other says so and gets the winner's. With `force` the
-        finished artifact stays until the new one is whole, and is replaced by it.
+        Two makers at once: the commit marker is created exclusively, the first wins, and the other
+        says so and gets the winner's. With `force` the finished artifact stays until the new one is
+        whole, and is replaced by it.
         """
         assert kind in KINDS, kind
         if not force:
@@ -189,13 +218,18 @@ class Storage(Root):
             if won and (not self.remote or self._keep(folder, path)):
                 return Artifact(kind, id, path, self.url(kind, id), json.loads(json.dumps(meta)))
         if not won:
-            self._say(f"{kind}/{id} was finished by another process meanwhile: its files are kept and used, those made here are dropped")
+            self._say(
+                f"{kind}/{id} was finished by another process meanwhile: its files are kept and"
+                " used, those made here are dropped"
+            )
         found = self.find(kind, id)
         assert found is not None
         return found
 
     def _keep(self, folder: Path, cached: Path) -> bool:
-        """Make what was uploaded this machine's copy, for it is at hand and was hashed; False where something is in the way."""
+        """Make what was uploaded this machine's copy, for it is at hand and was hashed; False where
+        something is in the way.
+        """
         make_folder(cached.parent)
         with self.scratch() as away, suppress(FileNotFoundError):
             os.rename(cached, away / "old")
@@ -207,7 +241,14 @@ class Storage(Root):
 
     def _commit(self, kind: str, id: str, folder: Path, meta: dict[str, Any], force: bool) -> bool:
         """False where another maker's is there, which stays."""
-        commit: dict[str, Any] = {"schema": SCHEMA, "kind": kind, "id": id, "code": __version__, "created": datetime.now(UTC).isoformat(), "meta": meta}
+        commit: dict[str, Any] = {
+            "schema": SCHEMA,
+            "kind": kind,
+            "id": id,
+            "code": __version__,
+            "created": datetime.now(UTC).isoformat(),
+            "meta": meta,
+        }
         target = self._path(kind, id)
         if self.remote:
             return self._upload(kind, id, folder, commit, force)
@@ -231,12 +272,19 @@ class Storage(Root):
                 return False
         return True
 
-    def _upload(self, kind: str, id: str, folder: Path, commit: dict[str, Any], force: bool) -> bool:
-        """Into a folder of this maker's own, so that a slower one overwrites nothing that the winner's marker names."""
+    def _upload(
+        self, kind: str, id: str, folder: Path, commit: dict[str, Any], force: bool
+    ) -> bool:
+        """Into a folder of this maker's own, so that a slower one overwrites nothing that the
+        winner's marker names.
+        """
         marker = f"{kind}/{id}/{COMMIT}"
         own = uuid.uuid4().hex[:12]
         names = files_of(folder)
-        with _at_once(lambda name: self.fs.put_file(str(folder / name), self._path(kind, id, own, name)), names):
+        with _at_once(
+            lambda name: self.fs.put_file(str(folder / name), self._path(kind, id, own, name)),
+            names,
+        ):
             commit |= {"folder": own, "files": {name: entry(folder / name) for name in names}}
         data = json.dumps(commit, indent=1, sort_keys=True).encode()
         if self.create(marker, data):
@@ -258,7 +306,11 @@ class Storage(Root):
             path, expected = local / name, commit["files"][name]["sha256"]
             if path.exists() and sha256(path) == expected:
                 return
-            if self.remote and self.fetch(kind, id, commit, name, path) and sha256(path) == expected:
+            if (
+                self.remote
+                and self.fetch(kind, id, commit, name, path)
+                and sha256(path) == expected
+            ):
                 return
             raise self.damaged(kind, id, commit, name, there=path.exists())
 
@@ -266,15 +318,30 @@ class Storage(Root):
             pass
         return local
 
-    def damaged(self, kind: str, id: str, commit: Commit, name: str, *, there: bool) -> ArtifactError:
+    def damaged(
+        self, kind: str, id: str, commit: Commit, name: str, *, there: bool
+    ) -> ArtifactError:
         """What to say of a file at the root that is not as COMMIT.json says, or is not there."""
-        where = self.url(kind, id, commit["folder"], name) if self.remote else self._path(kind, id, name)
-        maker = f"`mesocosm {commit['meta']['job']}` with --force" if "job" in commit["meta"] else "its job with --force"
+        where = (
+            self.url(kind, id, commit["folder"], name)
+            if self.remote
+            else self._path(kind, id, name)
+        )
+        maker = (
+            f"`mesocosm {commit['meta']['job']}` with --force"
+            if "job" in commit["meta"]
+            else "its job with --force"
+        )
         how = f"is damaged (its sha256 is not that of {COMMIT})" if there else "is missing"
-        return ArtifactError(f"{kind}/{id}: file {name!r} {how}; make the artifact again by {maker}, or restore {where} from a copy")
+        return ArtifactError(
+            f"{kind}/{id}: file {name!r} {how}; make the artifact again by {maker}, or restore"
+            f" {where} from a copy"
+        )
 
     def fetch(self, kind: str, id: str, commit: Commit, name: str, path: Path) -> bool:
-        """An artifact's file from a remote root into `path`, whole or not at all; False where there is no such file."""
+        """An artifact's file from a remote root into `path`, whole or not at all; False where there
+        is no such file.
+        """
         source = self._path(kind, id, commit["folder"], name)
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         try:
@@ -297,7 +364,9 @@ def _some(ids: Sequence[str]) -> str:
 
 @contextmanager
 def _at_once(work: Callable[[str], None], names: Iterable[str]) -> Iterator[None]:
-    """Do `work` on several of `names` at a time while the block runs; afterwards all is done, or the first error in their order raised."""
+    """Do `work` on several of `names` at a time while the block runs; afterwards all is done, or
+    the first error in their order raised.
+    """
     pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="storage")
     try:
         under_way: list[Future[None]] = [pool.submit(work, name) for name in names]

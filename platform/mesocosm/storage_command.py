@@ -1,4 +1,6 @@
-"""`mesocosm storage gc`: what may go from a root, and its removal. Light to import; what it needs it imports when run."""
+"""`mesocosm storage gc`: what may go from a root, and its removal. Light to import; what it needs
+it imports when run.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +25,27 @@ def add(commands: Any) -> None:
     from mesocosm.cli import common
 
     said = "look after a storage root"
-    actions = commands.add_parser("storage", help=said, description=said).add_subparsers(dest="action", metavar="ACTION", required=True)
-    said = "remove what interrupted jobs left, and damaged artifacts: never a whole artifact, a run, a checkpoint, a ledger or a cell"
-    gc = actions.add_parser("gc", help=said, description=said, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter)
+    actions = commands.add_parser("storage", help=said, description=said).add_subparsers(
+        dest="action", metavar="ACTION", required=True
+    )
+    said = (
+        "remove what interrupted jobs left, and damaged artifacts: never a whole artifact, a run, a"
+        " checkpoint, a ledger or a cell"
+    )
+    gc = actions.add_parser(
+        "gc",
+        help=said,
+        description=said,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     common(gc)
     gc.add_argument(
-        "--older-than", type=float, default=24.0, metavar="HOURS", help="only what has not changed for so long (24); a job may be at work on the rest"
+        "--older-than",
+        type=float,
+        default=24.0,
+        metavar="HOURS",
+        help="only what has not changed for so long (24); a job may be at work on the rest",
     )
     gc.add_argument("--dry-run", action="store_true", help="list it, and do nothing")
     gc.add_argument("--yes", action="store_true", help="do not ask")
@@ -53,8 +70,14 @@ def run(options: argparse.Namespace) -> int:
         print(f"mesocosm: {remark}", file=sys.stderr)
     if not options.json:
         for remain in found:
-            print(f"{size(remain.bytes):>10}  {_age(remain.age_s):>6}  {remain.what:<19}  {remain.path}  ({remain.why})")
-        print(f"{len(found)} may go from {storage.root}, {size(total)}; nothing that changed within {options.older_than:g} hours was looked at")
+            print(
+                f"{size(remain.bytes):>10}  {_age(remain.age_s):>6}  {remain.what:<19} "
+                f" {remain.path}  ({remain.why})"
+            )
+        print(
+            f"{len(found)} may go from {storage.root}, {size(total)}; nothing that changed within"
+            f" {options.older_than:g} hours was looked at"
+        )
     removed, failed = 0, []
     if found and not options.dry_run:
         confirm(f"remove {'it' if len(found) == 1 else f'these {len(found)}'}?", yes=options.yes)
@@ -65,12 +88,29 @@ def run(options: argparse.Namespace) -> int:
                 failed.append(f"{remain.path} ({faults.first_line(error)})")
     if options.json:
         rows = [remain.to_json() for remain in found]
-        facts = {"root": storage.root, "older_than_hours": options.older_than, "remains": rows, "bytes": total, "removed": removed, "remarks": remarks}
+        facts = {
+            "root": storage.root,
+            "older_than_hours": options.older_than,
+            "remains": rows,
+            "bytes": total,
+            "removed": removed,
+            "remarks": remarks,
+        }
         output.write(json.dumps(facts, indent=1))
     elif not options.dry_run and found:
-        print(f"{removed} removed" + (f"; {kept} needed by now, and kept" if (kept := len(found) - removed - len(failed)) else ""))
+        print(
+            f"{removed} removed"
+            + (
+                f"; {kept} needed by now, and kept"
+                if (kept := len(found) - removed - len(failed))
+                else ""
+            )
+        )
     if failed:
-        raise MesocosmError(f"{len(failed)} could not be removed, first {failed[0]}; the rest of the list is gone, run the same again for these")
+        raise MesocosmError(
+            f"{len(failed)} could not be removed, first {failed[0]}; the rest of the list is gone,"
+            " run the same again for these"
+        )
     return 0
 
 
@@ -83,4 +123,10 @@ def size(bytes: float) -> str:
 
 
 def _age(seconds: int) -> str:
-    return f"{seconds // 86400} d" if seconds >= 2 * 86400 else f"{seconds // 3600} h" if seconds >= 7200 else f"{seconds // 60} min"
+    return (
+        f"{seconds // 86400} d"
+        if seconds >= 2 * 86400
+        else f"{seconds // 3600} h"
+        if seconds >= 7200
+        else f"{seconds // 60} min"
+    )

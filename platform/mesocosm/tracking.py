@@ -5,9 +5,10 @@
                         /metrics.jsonl   the truth: one JSON object a line, {"time", "step", metric: value, ...}
                         /log.txt         what was said, and the traceback of a failure
 
-MLflow is a mirror: a background thread replays metrics.jsonl into it, and what it could not deliver because MLflow was
-away is delivered by the next run under the same root (`replay_pending`). No job waits for MLflow or fails with it. On a remote root the
-folder lies in this machine's cache, and is sent every ten seconds and at the end (`shipping`).
+MLflow is a mirror: a background thread replays metrics.jsonl into it, and what it could not deliver
+because MLflow was away is delivered by the next run under the same root (`replay_pending`). No job
+waits for MLflow or fails with it. On a remote root the folder lies in this machine's cache, and is
+sent every ten seconds and at the end (`shipping`).
 """
 
 from __future__ import annotations
@@ -32,12 +33,32 @@ from mesocosm import faults
 from mesocosm.config import JobConfig, to_yaml
 from mesocosm.errors import MesocosmError
 from mesocosm.lease import hold
-from mesocosm.mirror import PENDING, Mirror, deliver, memo_of, ping, read_json, redact, uri_of, write_whole
+from mesocosm.mirror import (
+    PENDING,
+    Mirror,
+    deliver,
+    memo_of,
+    ping,
+    read_json,
+    redact,
+    uri_of,
+    write_whole,
+)
 from mesocosm.owner import Owner, this_process
 from mesocosm.shipping import Shipper
 from mesocosm.storage import Artifact, Storage
 
-__all__ = ["Run", "console", "ping", "redact", "register_world", "replay_in_background", "replay_pending", "start", "uri_of"]
+__all__ = [
+    "Run",
+    "console",
+    "ping",
+    "redact",
+    "register_world",
+    "replay_in_background",
+    "replay_pending",
+    "start",
+    "uri_of",
+]
 
 console = Console(highlight=False, soft_wrap=True, stderr=True)
 """Where people read: stderr, so that `--json` owns stdout."""
@@ -48,7 +69,9 @@ SILENT_S = 600.0
 
 
 class Run:
-    """One job's run. Made by `start`; safe to log to from several threads of the driver, never from Ray workers."""
+    """One job's run. Made by `start`; safe to log to from several threads of the driver, never from
+    Ray workers.
+    """
 
     def __init__(self, job: str, id: str, config: JobConfig, parent: Run | None, quiet: bool):
         self.job, self.id, self.config, self.parent, self.quiet = job, id, config, parent, quiet
@@ -76,7 +99,9 @@ class Run:
         return memo_of(self.folder, self.config).get("run_id")
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append one line to metrics.jsonl. Values that are not finite are kept there as strings and not sent to MLflow."""
+        """Append one line to metrics.jsonl. Values that are not finite are kept there as strings
+        and not sent to MLflow.
+        """
         line: dict[str, Any] = {"time": round(time.time(), 3), "step": step}
         for name, value in metrics.items():
             number = float(value)
@@ -95,7 +120,9 @@ class Run:
             file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {redact(text)}\n")
 
     def record(self, **facts: Any) -> None:
-        """Facts of the run (its artifact, its inputs, the ledger) into status.json and MLflow's tags."""
+        """Facts of the run (its artifact, its inputs, the ledger) into status.json and MLflow's
+        tags.
+        """
         with self._lock:
             self.facts.update(facts)
             self._write_status()
@@ -105,8 +132,12 @@ class Run:
         self._mirror.add("files", str(Path(path).absolute()))
 
     @contextmanager
-    def progress(self, description: str, total: float | None = None) -> Iterator[Callable[[float, str], None]]:
-        """A live line of progress: call the yielded function with (completed, note). Plain lines where there is no terminal."""
+    def progress(
+        self, description: str, total: float | None = None
+    ) -> Iterator[Callable[[float, str], None]]:
+        """A live line of progress: call the yielded function with (completed, note). Plain lines
+        where there is no terminal.
+        """
         began = time.monotonic()
         note, printed = "", began
         live: Progress | None = None
@@ -126,7 +157,12 @@ class Run:
         def update(completed: float, text: str = "") -> None:
             nonlocal note, printed
             note = text
-            self._progress = {"what": description, "completed": completed, "total": total, "note": text}
+            self._progress = {
+                "what": description,
+                "completed": completed,
+                "total": total,
+                "note": text,
+            }
             if live is not None:
                 live.update(task, completed=completed, note=text)
             elif not self.quiet and time.monotonic() - printed > 15:
@@ -149,7 +185,8 @@ class Run:
 
     @contextmanager
     def making(self, kind: str, id: str, config: JobConfig) -> Iterator[Artifact | None]:
-        """The finished artifact, unless `config.force`; or None, while this process alone may make it.
+        """The finished artifact, unless `config.force`; or None, while this process alone may make
+        it.
 
         Raises:
             Held: another process makes it, and `config.wait` is False.
@@ -213,28 +250,48 @@ class Run:
 
 
 @contextmanager
-def start(job: str, config: JobConfig, *, id: str | None = None, parent: Run | None = None, quiet: bool = False) -> Iterator[Run]:
-    """Begin a run; however the block ends, the run's status says so (failed with the error, stopped on Ctrl-C)."""
-    run = Run(job, id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}", config, parent, quiet)
+def start(
+    job: str,
+    config: JobConfig,
+    *,
+    id: str | None = None,
+    parent: Run | None = None,
+    quiet: bool = False,
+) -> Iterator[Run]:
+    """Begin a run; however the block ends, the run's status says so (failed with the error, stopped
+    on Ctrl-C).
+    """
+    run = Run(
+        job,
+        id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}",
+        config,
+        parent,
+        quiet,
+    )
     try:
         yield run
     except KeyboardInterrupt:
         run._end_after("stopped", "interrupted")
         raise
     except BaseException as error:
-        text = str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}"
+        text = (
+            str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}"
+        )
         run._end_after("failed", text, traceback.format_exc())
         raise
     run._end("stopped" if run.stopped else "done")
 
 
 def register_world(run: Run, artifact: Artifact) -> None:
-    """A version in MLflow's model registry that points at the world artifact. Queued: delivered when MLflow answers."""
+    """A version in MLflow's model registry that points at the world artifact. Queued: delivered
+    when MLflow answers.
+    """
     run._mirror.add("worlds", {"name": "mesocosm-world", "source": artifact.uri, "id": artifact.id})
 
 
 def replay_pending(config: JobConfig) -> int:
-    """Deliver to MLflow what earlier runs under this root could not; returns how many were brought up to date.
+    """Deliver to MLflow what earlier runs under this root could not; returns how many were brought
+    up to date.
 
     A run that says running and whose process is gone crashed: it is marked failed first.
     """
@@ -258,10 +315,17 @@ def replay_pending(config: JobConfig) -> int:
                 ping(config)
             except Exception as away:
                 why = faults.first_line(away)
-                console.print(f"MLflow at {redact(uri_of(config))} is still away ({why}); metrics.jsonl is kept")
+                console.print(
+                    f"MLflow at {redact(uri_of(config))} is still away ({why}); metrics.jsonl is"
+                    " kept"
+                )
                 break
             name, why = f"{status['job']}/{status['id']}", faults.first_line(error)
-            console.print(redact(f"run {name} could not be brought to MLflow ({why}); its metrics.jsonl is kept"))
+            console.print(
+                redact(
+                    f"run {name} could not be brought to MLflow ({why}); its metrics.jsonl is kept"
+                )
+            )
         else:
             delivered += 1
     return delivered

@@ -1,4 +1,6 @@
-"""Durations: gamma^dt in every algorithm of RLlib that is offered, and the weight dt where, and only where, samples arrive by time."""
+"""Durations: gamma^dt in every algorithm of RLlib that is offered, and the weight dt where, and
+only where, samples arrive by time.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from pace import DURATION, PRIZE, QUICK, SLOW, SLOWER, Pace
 
 GAMMA = 0.8
 
-# -- samplers -----------------------------------------------------------------------------------------------------------
+# -- samplers
+# -----------------------------------------------------------------------------------------------------------
 
 Samples = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
 """Actions, rewards and durations of the steps that were completed."""
@@ -33,7 +36,11 @@ class Sampler:
     """`n` environments Pace under one policy a window."""
 
     def __init__(self, n: int, window: float, seed: int = 0):
-        self.envs, self.window, self.rng = [Pace() for _ in range(n)], window, np.random.default_rng(seed)
+        self.envs, self.window, self.rng = (
+            [Pace() for _ in range(n)],
+            window,
+            np.random.default_rng(seed),
+        )
         self.under_way: list[tuple[int, float]] = []
         """Of `carried`: each environment's action, and the time until it is completed."""
 
@@ -46,12 +53,22 @@ class Sampler:
 
     def repeated(self, policy: NDArray[np.float64]) -> Samples:
         """By time: every environment repeats what it began until the window closes."""
-        return self._samples([a for a in (self.draw(policy) for _ in self.envs) for _ in range(int(self.window / DURATION[a]))])
+        return self._samples(
+            [
+                a
+                for a in (self.draw(policy) for _ in self.envs)
+                for _ in range(int(self.window / DURATION[a]))
+            ]
+        )
 
     def carried(self, policy: NDArray[np.float64]) -> Samples:
-        """Every environment acts at its own pace, and what is under way when the window closes is completed in the next."""
+        """Every environment acts at its own pace, and what is under way when the window closes is
+        completed in the next.
+        """
         done, going = [], []
-        for a, left in self.under_way or [(a, DURATION[a]) for a in (self.draw(policy) for _ in self.envs)]:
+        for a, left in self.under_way or [
+            (a, DURATION[a]) for a in (self.draw(policy) for _ in self.envs)
+        ]:
             left -= self.window
             while left <= 0:
                 done.append(a)
@@ -83,7 +100,9 @@ def gradient(policy: NDArray[np.float64], samples: Samples, weighted: bool) -> N
     return np.asarray(((weights * rewards)[:, None] * (np.eye(3)[actions] - policy)).mean(0))
 
 
-def learn(sample: Callable[[NDArray[np.float64]], Samples], weighted: bool, updates: int = 60) -> NDArray[np.float64]:
+def learn(
+    sample: Callable[[NDArray[np.float64]], Samples], weighted: bool, updates: int = 60
+) -> NDArray[np.float64]:
     """The policy that REINFORCE comes to from the uniform one."""
     logits = np.zeros(3)
     for _ in range(updates):
@@ -94,23 +113,39 @@ def learn(sample: Callable[[NDArray[np.float64]], Samples], weighted: bool, upda
 
 
 def towards(policy: NDArray[np.float64], fitness: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The policy gradient on the logits where an action is worth its fitness: pi (fitness - mean fitness), as a direction."""
+    """The policy gradient on the logits where an action is worth its fitness: pi (fitness - mean
+    fitness), as a direction.
+    """
     ascent = policy * (fitness - policy @ fitness)
     return ascent / np.linalg.norm(ascent)
 
 
-def test_the_weight_makes_the_gradient_unbiased_where_samples_arrive_by_time_and_biases_it_in_lock_step() -> None:
-    """Estimates against closed form: in lock step fitness is the prize, by time prize / dt; the weight multiplies it by dt."""
+def test_the_weight_makes_the_gradient_unbiased_where_samples_arrive_by_time_and_biases_it_in_lock_step() -> (
+    None
+):
+    """Estimates against closed form: in lock step fitness is the prize, by time prize / dt; the
+    weight multiplies it by dt.
+    """
     policy, sampler = np.array([0.5, 0.3, 0.2]), Sampler(10_000, 20.0)
     by_time = PRIZE / DURATION
-    cases = {("lock_step", False): PRIZE, ("lock_step", True): PRIZE * DURATION, ("repeated", False): by_time, ("repeated", True): PRIZE}
+    cases = {
+        ("lock_step", False): PRIZE,
+        ("lock_step", True): PRIZE * DURATION,
+        ("repeated", False): by_time,
+        ("repeated", True): PRIZE,
+    }
     found = {}
     for (name, weighted), fitness in cases.items():
         estimate = gradient(policy, getattr(sampler, name)(policy), weighted)
         estimate /= np.linalg.norm(estimate)
         np.testing.assert_allclose(estimate, towards(policy, fitness), atol=0.07)
         found[name, weighted] = int(estimate.argmax())
-    assert found == {("lock_step", False): SLOW, ("lock_step", True): SLOWER, ("repeated", False): QUICK, ("repeated", True): SLOW}
+    assert found == {
+        ("lock_step", False): SLOW,
+        ("lock_step", True): SLOWER,
+        ("repeated", False): QUICK,
+        ("repeated", True): SLOW,
+    }
 
 
 @pytest.mark.parametrize(
@@ -124,17 +159,25 @@ def test_the_weight_makes_the_gradient_unbiased_where_samples_arrive_by_time_and
         ("carried", 5.0, True, SLOWER),
     ],
 )
-def test_what_is_learned_with_and_without_the_weight(sampler: str, window: float, weighted: bool, learned: int) -> None:
-    """SLOW pays most. The weight finds it where fast actions are over-represented, and misses it where they are not."""
+def test_what_is_learned_with_and_without_the_weight(
+    sampler: str, window: float, weighted: bool, learned: int
+) -> None:
+    """SLOW pays most. The weight finds it where fast actions are over-represented, and misses it
+    where they are not.
+    """
     policy = learn(getattr(Sampler(256, window), sampler), weighted)
     assert policy[learned] > 0.8, policy
 
 
 def test_environments_that_drop_nothing_show_actions_as_often_as_the_policy_takes_them() -> None:
-    """At their own pace, yet a share pi(a) of completed steps: why RLlib's asynchronous algorithms need no weight."""
+    """At their own pace, yet a share pi(a) of completed steps: why RLlib's asynchronous algorithms
+    need no weight.
+    """
     policy, sampler = np.array([0.5, 0.3, 0.2]), Sampler(500, 5.0)
     windows = [sampler.carried(policy)[0] for _ in range(40)][10:]
-    np.testing.assert_allclose(np.bincount(np.concatenate(windows)) / sum(map(len, windows)), policy, atol=0.02)
+    np.testing.assert_allclose(
+        np.bincount(np.concatenate(windows)) / sum(map(len, windows)), policy, atol=0.02
+    )
 
 
 def test_weights() -> None:
@@ -142,21 +185,33 @@ def test_weights() -> None:
     np.testing.assert_array_equal(arrival_weights(np.zeros(2)), [1.0, 1.0])
 
 
-# -- RLlib --------------------------------------------------------------------------------------------------------------
+# -- RLlib
+# --------------------------------------------------------------------------------------------------------------
 
 
 def pace(num_envs: int, told: bool = True, by_time: bool = False) -> rllib.AgentEnv:
-    vector = SyncVectorEnv([lambda: Pace(told=told)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+    vector = SyncVectorEnv(
+        [lambda: Pace(told=told)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
+    )
     vector.metadata = {**vector.metadata, **({"arrival": "time"} if by_time else {})}
     return rllib.AgentEnv(vector)
 
 
 @contextmanager
-def built(folder: Path, algo: str, make_env: Callable[[int], rllib.AgentEnv], num_envs: int, rollout: int, **params: Any) -> Iterator[Any]:
+def built(
+    folder: Path,
+    algo: str,
+    make_env: Callable[[int], rllib.AgentEnv],
+    num_envs: int,
+    rollout: int,
+    **params: Any,
+) -> Iterator[Any]:
     chosen = settings.params(settings.IMAGINED, algo, params, num_envs * rollout)
     model = settings.model(algo, {"fcnet_hiddens": [16]})
     shape = {"num_envs": num_envs, "rollout": rollout, "steps_per_iteration": num_envs * rollout}
-    algorithm = rllib.build(algo, chosen, model, make_env, folder=folder, seed=0, gamma=GAMMA, **shape)
+    algorithm = rllib.build(
+        algo, chosen, model, make_env, folder=folder, seed=0, gamma=GAMMA, **shape
+    )
     try:
         yield algorithm
     finally:
@@ -166,7 +221,13 @@ def built(folder: Path, algo: str, make_env: Callable[[int], rllib.AgentEnv], nu
 def learner_batch(algorithm: Any, episodes: list[Any]) -> Any:
     """What the losses are given, by RLlib's names."""
     learner = algorithm.learner_group._learner
-    return learner._learner_connector(rl_module=learner.module, batch={}, episodes=episodes, shared_data={}, metrics=learner.metrics)["default_policy"]
+    return learner._learner_connector(
+        rl_module=learner.module,
+        batch={},
+        episodes=episodes,
+        shared_data={},
+        metrics=learner.metrics,
+    )["default_policy"]
 
 
 def sampled(algorithm: Any) -> list[Any]:
@@ -175,19 +236,43 @@ def sampled(algorithm: Any) -> list[Any]:
     if buffer is None:
         return list(episodes)
     buffer.add(episodes)
-    return list(buffer.sample(num_items=64, n_step=algorithm.config.n_step, gamma=GAMMA, beta=0.4, batch_length_T=0, lookback=0, sample_episodes=True))
+    return list(
+        buffer.sample(
+            num_items=64,
+            n_step=algorithm.config.n_step,
+            gamma=GAMMA,
+            beta=0.4,
+            batch_length_T=0,
+            lookback=0,
+            sample_episodes=True,
+        )
+    )
 
 
-@pytest.mark.parametrize("algo", ["PPO", *(pytest.param(algo, marks=pytest.mark.slow) for algo in ("DQN", "SAC", "APPO", "IMPALA"))])
+@pytest.mark.parametrize(
+    "algo",
+    [
+        "PPO",
+        *(pytest.param(algo, marks=pytest.mark.slow) for algo in ("DQN", "SAC", "APPO", "IMPALA")),
+    ],
+)
 def test_every_algorithm_discounts_by_durations(ray_local: None, tmp_path: Path, algo: str) -> None:
-    """Losses discount by gamma (1 - terminated), and by gamma ** n_step (1 - terminated) those of replay: that is gamma^dt."""
+    """Losses discount by gamma (1 - terminated), and by gamma ** n_step (1 - terminated) those of
+    replay: that is gamma^dt.
+    """
     with built(tmp_path, algo, pace, 4, 16) as algorithm:
         batch = learner_batch(algorithm, sampled(algorithm))
-        real = batch["loss_mask"].bool() if "loss_mask" in batch else torch.ones(len(batch["rewards"]), dtype=torch.bool)
+        real = (
+            batch["loss_mask"].bool()
+            if "loss_mask" in batch
+            else torch.ones(len(batch["rewards"]), dtype=torch.bool)
+        )
         discount = (GAMMA * (1.0 - batch["terminateds"].float()))[real]
         taken = batch["actions"][real].long()
         assert len(taken.unique()) == 3
-        torch.testing.assert_close(discount, torch.as_tensor(GAMMA**DURATION, dtype=torch.float32)[taken])
+        torch.testing.assert_close(
+            discount, torch.as_tensor(GAMMA**DURATION, dtype=torch.float32)[taken]
+        )
         rllib.train(algorithm)  # in which the losses take that column
 
 
@@ -195,7 +280,10 @@ def test_every_algorithm_discounts_by_durations(ray_local: None, tmp_path: Path,
 @pytest.mark.parametrize("algo", ["APPO", "IMPALA"])
 def test_what_cannot_be_weighed_is_refused(ray_local: None, tmp_path: Path, algo: str) -> None:
     words = f"agent.algo={algo} cannot weigh samples that arrive by time"
-    with built(tmp_path, algo, lambda n: pace(n, by_time=True), 4, 16) as algorithm, pytest.raises(UsageError, match=words):
+    with (
+        built(tmp_path, algo, lambda n: pace(n, by_time=True), 4, 16) as algorithm,
+        pytest.raises(UsageError, match=words),
+    ):
         learner_batch(algorithm, sampled(algorithm))
 
 
@@ -205,82 +293,131 @@ def test_advantages_are_those_of_a_semi_markov_process(ray_local: None, tmp_path
         ended = [episode.is_done for episode in episodes]
         assert any(ended) and not all(ended), "cut by the time limit, and by the rollout"
         batch = learner_batch(algorithm, episodes)
-        values = algorithm.learner_group._learner.module["default_policy"].compute_values(batch).detach().numpy()
+        values = (
+            algorithm.learner_group._learner.module["default_policy"]
+            .compute_values(batch)
+            .detach()
+            .numpy()
+        )
         targets, start = [], 0
         for episode in episodes:
             n = len(episode)  # with the step that RLlib adds for the last value
-            v, actions, advantage = values[start : start + n], np.asarray(episode.get_actions())[: n - 1], 0.0
+            v, actions, advantage = (
+                values[start : start + n],
+                np.asarray(episode.get_actions())[: n - 1],
+                0.0,
+            )
             start, backwards = start + n, []
             for t in reversed(range(n - 1)):
                 gamma = GAMMA ** DURATION[actions[t]]
                 advantage = PRIZE[actions[t]] + gamma * v[t + 1] - v[t] + gamma * 0.9 * advantage
                 backwards.append(advantage + v[t])
             targets += backwards[::-1]
-        np.testing.assert_allclose(batch["value_targets"][batch["loss_mask"]].numpy(), targets, rtol=1e-4)
+        np.testing.assert_allclose(
+            batch["value_targets"][batch["loss_mask"]].numpy(), targets, rtol=1e-4
+        )
 
 
 def test_ppo_finds_what_is_best_for_a_unit_of_time(ray_local: None, tmp_path: Path) -> None:
-    """QUICK with gamma^dt; where nothing says how long a step takes gamma is for a step, and SLOW is best."""
+    """QUICK with gamma^dt; where nothing says how long a step takes gamma is for a step, and SLOW
+    is best.
+    """
     for told, best in ((True, QUICK), (False, SLOW)):
         learning = {"lr": 1e-2, "entropy_coeff": 0.0, "use_kl_loss": False, "minibatch_size": 128}
-        with built(tmp_path, "PPO", lambda n, told=told: pace(n, told), 16, 16, **learning) as algorithm:  # type: ignore[misc]
+        with built(
+            tmp_path, "PPO", lambda n, told=told: pace(n, told), 16, 16, **learning
+        ) as algorithm:  # type: ignore[misc]
             for _ in range(8):
                 rllib.train(algorithm)
             batch = learner_batch(algorithm, sampled(algorithm))
-        share = np.bincount(batch["actions"][batch["loss_mask"]].numpy(), minlength=3) / int(batch["loss_mask"].sum())
+        share = np.bincount(batch["actions"][batch["loss_mask"]].numpy(), minlength=3) / int(
+            batch["loss_mask"].sum()
+        )
         assert share[best] > 0.9, (told, share)
 
 
 @pytest.mark.parametrize("algo", ["PPO", "DQN"])
-def test_without_durations_nothing_changes(ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str) -> None:
+def test_without_durations_nothing_changes(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str
+) -> None:
     """Bit for bit the weights that RLlib's own pipeline comes to; with durations they are others."""
     learned = {}
     early = {} if algo == "PPO" else {"num_steps_sampled_before_learning_starts": 16}
     for name, told in (("own", False), ("installed", False), ("told", True)):
-        with monkeypatch.context() as patch, built_plain(patch, tmp_path, algo, told, plain=name == "own", **early) as algorithm:
+        with (
+            monkeypatch.context() as patch,
+            built_plain(patch, tmp_path, algo, told, plain=name == "own", **early) as algorithm,
+        ):
             if algo == "DQN":  # RLlib does not seed it
                 algorithm.local_replay_buffer.rng = np.random.default_rng(0)
             for _ in range(2):
                 rllib.train(algorithm)
             state = algorithm.learner_group._learner.module["default_policy"].state_dict()
             learned[name] = {key: value.clone() for key, value in state.items()}
-    assert all(torch.equal(learned["own"][key], value) for key, value in learned["installed"].items())
-    assert not all(torch.equal(learned["own"][key], value) for key, value in learned["told"].items())
+    assert all(
+        torch.equal(learned["own"][key], value) for key, value in learned["installed"].items()
+    )
+    assert not all(
+        torch.equal(learned["own"][key], value) for key, value in learned["told"].items()
+    )
 
 
 @contextmanager
-def built_plain(patch: pytest.MonkeyPatch, folder: Path, algo: str, told: bool, plain: bool, **params: Any) -> Iterator[Any]:
+def built_plain(
+    patch: pytest.MonkeyPatch, folder: Path, algo: str, told: bool, plain: bool, **params: Any
+) -> Iterator[Any]:
     if plain:
         patch.setattr(durations, "install", lambda algorithm: None)
     with built(folder, algo, lambda n: pace(n, told), 4, 16, **params) as algorithm:
         yield algorithm
 
 
-def test_advantages_of_samples_that_arrive_by_time_count_by_duration(ray_local: None, tmp_path: Path) -> None:
+def test_advantages_of_samples_that_arrive_by_time_count_by_duration(
+    ray_local: None, tmp_path: Path
+) -> None:
     """Where the environment says so of itself; in lock step they are standardised alone."""
     for by_time in (False, True):
-        with built(tmp_path, "PPO", lambda n, by_time=by_time: pace(n, by_time=by_time), 4, 16) as algorithm:  # type: ignore[misc]
+        with built(
+            tmp_path, "PPO", lambda n, by_time=by_time: pace(n, by_time=by_time), 4, 16
+        ) as algorithm:  # type: ignore[misc]
             batch = learner_batch(algorithm, sampled(algorithm))
         real = batch["loss_mask"]
         took = DURATION[batch["actions"][real].numpy()]
-        values = algorithm.learner_group._learner.module["default_policy"].compute_values(batch).detach()
+        values = (
+            algorithm.learner_group._learner.module["default_policy"].compute_values(batch).detach()
+        )
         plain = batch["value_targets"] - values
         plain = ((plain - plain.mean()) / plain.std(correction=0))[real].numpy()
-        np.testing.assert_allclose(batch["advantages"][real].numpy(), plain * (arrival_weights(took) if by_time else 1.0), rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(
+            batch["advantages"][real].numpy(),
+            plain * (arrival_weights(took) if by_time else 1.0),
+            rtol=1e-3,
+            atol=1e-4,
+        )
 
 
-def test_steps_of_several_transitions_are_refused_where_durations_discount(ray_local: None, tmp_path: Path) -> None:
+def test_steps_of_several_transitions_are_refused_where_durations_discount(
+    ray_local: None, tmp_path: Path
+) -> None:
     learning = {"n_step": 3, "num_steps_sampled_before_learning_starts": 16}
-    with built(tmp_path, "DQN", pace, 4, 16, **learning) as algorithm, pytest.raises(UsageError, match=r"params.n_step above 1 .*leave it at 1"):
+    with (
+        built(tmp_path, "DQN", pace, 4, 16, **learning) as algorithm,
+        pytest.raises(UsageError, match=r"params.n_step above 1 .*leave it at 1"),
+    ):
         rllib.train(algorithm)
 
 
-# -- an environment's infos ---------------------------------------------------------------------------------------------
+# -- an environment's infos
+# ---------------------------------------------------------------------------------------------
 
 
-def told(given: list[float | None], ended: list[bool], before: Durations | None = None) -> dict[str, Any]:
+def told(
+    given: list[float | None], ended: list[bool], before: Durations | None = None
+) -> dict[str, Any]:
     mask = np.array([g is not None for g in given])
-    infos = {"duration": np.array([g or 0.0 for g in given]), "_duration": mask} if mask.any() else {}
+    infos = (
+        {"duration": np.array([g or 0.0 for g in given]), "_duration": mask} if mask.any() else {}
+    )
     return (before or Durations({})).infos(infos, np.ones(len(given), np.bool_), np.array(ended))
 
 
@@ -288,7 +425,9 @@ def test_infos() -> None:
     assert told([None, None], [False, True]) == {}
     np.testing.assert_array_equal(told([2.0, -0.1], [False, False])["duration"], [2.0, 0.0])
     np.testing.assert_array_equal(told([2.0, None], [False, True])["duration"], [2.0, 0.0])
-    assert "weight" not in told([2.0], [False]) and "weight" in told([2.0], [False], Durations({"arrival": "time"}))
+    assert "weight" not in told([2.0], [False]) and "weight" in told(
+        [2.0], [False], Durations({"arrival": "time"})
+    )
     for given in ([2.0, None], [None, 2.0]):
         with pytest.raises(MesocosmError, match="at some steps and not at others"):
             told(list(given), [False, False])

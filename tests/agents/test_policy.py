@@ -1,4 +1,6 @@
-"""An exported policy acts as RLlib's own module and connectors do; spaces of all kinds go in and out."""
+"""An exported policy acts as RLlib's own module and connectors do; spaces of all kinds go in and
+out.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ class Bandit(gym.Env[Any, Any]):
     def __init__(self, observation_space: gym.Space[Any], action_space: gym.Space[Any]):
         self.observation_space, self.action_space = observation_space, action_space
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         return self.observation_space.sample(), {}
 
@@ -39,26 +43,60 @@ class Bandit(gym.Env[Any, Any]):
 
 def batch_of(space: gym.Space[Any], count: int) -> Any:
     space.seed(1)
-    return concatenate(space, [space.sample() for _ in range(count)], create_empty_array(space, count))
+    return concatenate(
+        space, [space.sample() for _ in range(count)], create_empty_array(space, count)
+    )
 
 
-def build(env: gym.Env[Any, Any], algo: str, folder: Path, model: dict[str, Any], **params: Any) -> Any:
+def build(
+    env: gym.Env[Any, Any], algo: str, folder: Path, model: dict[str, Any], **params: Any
+) -> Any:
     def make(count: int) -> rllib.AgentEnv:
         return rllib.AgentEnv(gym.vector.SyncVectorEnv([lambda: env] * count))
 
-    return rllib.build(algo, params, SMALL | model, make, folder=folder, seed=0, gamma=0.99, num_envs=1, rollout=128)
+    return rllib.build(
+        algo,
+        params,
+        SMALL | model,
+        make,
+        folder=folder,
+        seed=0,
+        gamma=0.99,
+        num_envs=1,
+        rollout=128,
+    )
 
 
 BOX = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 5.0], np.float32))
 FREE = spaces.Box(-np.inf, np.inf, (2,), np.float32)
 DISCRETE = spaces.Discrete(3, start=-1)
 OBSERVATION = spaces.Box(-3.0, 3.0, (4,), np.float64)
-NESTED = spaces.Dict({"b": spaces.Tuple((spaces.Discrete(3, start=5), spaces.MultiBinary(2))), "a": spaces.Box(0, 9, (2,), np.int64)})
+NESTED = spaces.Dict(
+    {
+        "b": spaces.Tuple((spaces.Discrete(3, start=5), spaces.MultiBinary(2))),
+        "a": spaces.Box(0, 9, (2,), np.int64),
+    }
+)
 
 CASES = [
     ("PPO", DISCRETE, {}, {}),
-    ("PPO", BOX, {"vf_share_layers": False, "fcnet_activation": "relu", "fcnet_use_layernorm": True}, {}),
-    ("PPO", FREE, {"free_log_std": True, "log_std_clip_param": 1.0, "head_fcnet_hiddens": [8], "head_fcnet_activation": "silu"}, {}),
+    (
+        "PPO",
+        BOX,
+        {"vf_share_layers": False, "fcnet_activation": "relu", "fcnet_use_layernorm": True},
+        {},
+    ),
+    (
+        "PPO",
+        FREE,
+        {
+            "free_log_std": True,
+            "log_std_clip_param": 1.0,
+            "head_fcnet_hiddens": [8],
+            "head_fcnet_activation": "silu",
+        },
+        {},
+    ),
     ("PPO", NESTED, {}, {}),
     ("IMPALA", DISCRETE, {}, {}),
     ("APPO", BOX, {}, {}),
@@ -70,13 +108,24 @@ CASES = [
 
 
 @pytest.mark.parametrize(("algo", "action_space", "model", "params"), CASES)
-def test_export_acts_as_rllib(ray_local: None, tmp_path: Path, algo: str, action_space: Any, model: dict[str, Any], params: dict[str, Any]) -> None:
+def test_export_acts_as_rllib(
+    ray_local: None,
+    tmp_path: Path,
+    algo: str,
+    action_space: Any,
+    model: dict[str, Any],
+    params: dict[str, Any],
+) -> None:
     algorithm = build(Bandit(OBSERVATION, action_space), algo, tmp_path / "rllib", model, **params)
     try:
         module = algorithm.get_module()
         with torch.no_grad():
-            for parameter in module.parameters():  # weights far from their small initial outputs, so that bounds are reached
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.5)
+            for parameter in (
+                module.parameters()
+            ):  # weights far from their small initial outputs, so that bounds are reached
+                parameter.add_(
+                    torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.5
+                )
         rllib._learner_module(algorithm).load_state_dict(module.state_dict(), strict=False)
         policy = rllib.export(algorithm, algo, OBSERVATION, action_space)
         policy.save(tmp_path)
@@ -89,14 +138,22 @@ def test_export_acts_as_rllib(ray_local: None, tmp_path: Path, algo: str, action
         if Columns.ACTIONS in out:
             theirs = out[Columns.ACTIONS].numpy()
         else:
-            distribution = module.get_inference_action_dist_cls().from_logits(out[Columns.ACTION_DIST_INPUTS])
+            distribution = module.get_inference_action_dist_cls().from_logits(
+                out[Columns.ACTION_DIST_INPUTS]
+            )
             theirs = distribution.to_deterministic().sample()
-            if isinstance(distribution, TorchSquashedGaussian):  # RLlib's to_deterministic forgets the tanh that sample() applies
+            if isinstance(
+                distribution, TorchSquashedGaussian
+            ):  # RLlib's to_deterministic forgets the tanh that sample() applies
                 theirs = distribution._squash(theirs)
             theirs = theirs.numpy()
         # RLlib's own rescaling and clipping, where the space is one that its connector knows
         known = isinstance(action_space, spaces.Box)
-        expected = np.stack([unsquash_action(action, action_space) for action in theirs]) if known else policy.map.to_raw(theirs)
+        expected = (
+            np.stack([unsquash_action(action, action_space) for action in theirs])
+            if known
+            else policy.map.to_raw(theirs)
+        )
         for mine, other in zip(_flat(ours), _flat(expected), strict=True):
             assert len(np.unique(mine)) > 1
             np.testing.assert_allclose(mine, other, atol=1e-5)
@@ -112,7 +169,11 @@ def test_export_acts_as_rllib(ray_local: None, tmp_path: Path, algo: str, action
 def _flat(value: Any) -> list[np.ndarray]:
     if isinstance(value, dict):
         return [leaf for key in sorted(value) for leaf in _flat(value[key])]
-    return [leaf for item in value for leaf in _flat(item)] if isinstance(value, tuple) else [np.asarray(value)]
+    return (
+        [leaf for item in value for leaf in _flat(item)]
+        if isinstance(value, tuple)
+        else [np.asarray(value)]
+    )
 
 
 def _same_draws(drawn: Any, module: Any, observation: Any, policy: Policy) -> None:
@@ -120,9 +181,16 @@ def _same_draws(drawn: Any, module: Any, observation: Any, policy: Policy) -> No
     if policy.algo == "DQN" or isinstance(drawn, dict):
         return
     with torch.no_grad():
-        out = module.forward_inference({Columns.OBS: torch.from_numpy(observation).float().repeat(4000, 1)})
+        out = module.forward_inference(
+            {Columns.OBS: torch.from_numpy(observation).float().repeat(4000, 1)}
+        )
         torch.manual_seed(0)
-        draws = module.get_exploration_action_dist_cls().from_logits(out[Columns.ACTION_DIST_INPUTS]).sample().numpy()
+        draws = (
+            module.get_exploration_action_dist_cls()
+            .from_logits(out[Columns.ACTION_DIST_INPUTS])
+            .sample()
+            .numpy()
+        )
     theirs = _flat(policy.map.to_raw(draws))[0].astype(np.float64)
     mine = _flat(drawn)[0].astype(np.float64)
     spread = theirs.std(0) / np.sqrt(4000) + 1e-9
@@ -136,7 +204,13 @@ KINDS = [
     spaces.MultiDiscrete([3, 4], start=[1, -2]),
     spaces.MultiBinary((2, 2)),
     spaces.Text(5),
-    spaces.Dict({"z": spaces.Discrete(3), "a": spaces.Box(0, 255, (2, 2), np.uint8), "t": spaces.Tuple((spaces.Text(3), FREE))}),
+    spaces.Dict(
+        {
+            "z": spaces.Discrete(3),
+            "a": spaces.Box(0, 255, (2, 2), np.uint8),
+            "t": spaces.Tuple((spaces.Text(3), FREE)),
+        }
+    ),
 ]
 
 
@@ -145,13 +219,21 @@ def test_flatten_batch_is_gymnasiums_flatten(space: gym.Space[Any]) -> None:
     space.seed(0)
     values = [space.sample() for _ in range(7)]
     batch = concatenate(space, values, create_empty_array(space, 7))
-    expected = np.stack([np.asarray(spaces.utils.flatten(space, value), np.float32) for value in values])
+    expected = np.stack(
+        [np.asarray(spaces.utils.flatten(space, value), np.float32) for value in values]
+    )
     np.testing.assert_array_equal(adapt.flatten_batch(space, batch), expected)
-    np.testing.assert_array_equal(adapt.flatten_batch(space, adapt.one_batch(values[0])), expected[:1])
+    np.testing.assert_array_equal(
+        adapt.flatten_batch(space, adapt.one_batch(values[0])), expected[:1]
+    )
     assert expected.shape[1] == adapt.flat_size(space)
 
 
-@pytest.mark.parametrize("space", [DISCRETE, NESTED, BOX, spaces.MultiBinary(3), spaces.Dict({"x": BOX, "y": FREE})], ids=str)
+@pytest.mark.parametrize(
+    "space",
+    [DISCRETE, NESTED, BOX, spaces.MultiBinary(3), spaces.Dict({"x": BOX, "y": FREE})],
+    ids=str,
+)
 def test_head_actions_reach_every_raw_action(space: gym.Space[Any]) -> None:
     mapping = adapt.ActionMap(space)
     mapping.head.seed(0)
@@ -160,7 +242,11 @@ def test_head_actions_reach_every_raw_action(space: gym.Space[Any]) -> None:
     seen = [adapt.first(space, _row(raw, i)) for i in range(300)]
     assert all(space.contains(value) for value in seen)
     if mapping.counts is not None:
-        for leaf, count in zip(np.concatenate([x.reshape(300, -1) for x in _flat(raw)], 1).T, sorted_counts(space), strict=True):
+        for leaf, count in zip(
+            np.concatenate([x.reshape(300, -1) for x in _flat(raw)], 1).T,
+            sorted_counts(space),
+            strict=True,
+        ):
             assert len(np.unique(leaf)) == count
 
 
@@ -171,7 +257,11 @@ def sorted_counts(space: gym.Space[Any]) -> list[int]:
 def _row(batch: Any, index: int) -> Any:
     if isinstance(batch, dict):
         return {key: _row(value, index) for key, value in batch.items()}
-    return tuple(_row(item, index) for item in batch) if isinstance(batch, tuple) else batch[index : index + 1]
+    return (
+        tuple(_row(item, index) for item in batch)
+        if isinstance(batch, tuple)
+        else batch[index : index + 1]
+    )
 
 
 def test_spaces_that_no_agent_can_use() -> None:
@@ -205,5 +295,7 @@ def test_torch_export_gives_the_networks_outputs(ray_local: None, tmp_path: Path
         algorithm.stop()
     policy.export_torch(tmp_path / "policy.pt2")
     observations = batch_of(OBSERVATION, 5)
-    outputs = torch.export.load(tmp_path / "policy.pt2").module()(torch.from_numpy(observations).float())
+    outputs = torch.export.load(tmp_path / "policy.pt2").module()(
+        torch.from_numpy(observations).float()
+    )
     torch.testing.assert_close(outputs, policy.outputs(observations))

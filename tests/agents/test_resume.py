@@ -103,11 +103,7 @@ def progress_of(root: str) -> tuple[str, int]:
 
 
 def kill_after(
-    root: str,
-    overrides: list[str],
-    output: Path,
-    iteration: int,
-    delay: float = 0.0,
+    root: str, overrides: list[str], output: Path, iteration: int, delay: float = 0.0
 ) -> str:
     """Train in a process of its own and SIGKILL it once a checkpoint of `iteration` is there."""
     command = [sys.executable, "-m", "mesocosm.cli", "train-agent", f"storage.root={root}"]
@@ -154,7 +150,9 @@ def same_after_kills(
 
 
 def test_a_killed_training_ends_with_the_same_policy(ray_local: None, tmp_path: Path) -> None:
-    """PPO, with schedules of the learning rate and the entropy bonus, and an adapted KL coefficient."""
+    """PPO, with schedules of the learning rate and the entropy bonus, and an adapted KL
+    coefficient.
+    """
     roots = [make_root(str(tmp_path / name)) for name in ("whole", "killed")]
     same_after_kills(*roots, [*PPO, "iterations=12"], [(3, 0.0)], tmp_path / "output")
 
@@ -170,7 +168,9 @@ def test_a_killed_training_ends_with_the_same_policy(ray_local: None, tmp_path: 
         ("served", [*PPO, "backend=serve", "iterations=10"], DISCRETE, "ensemble"),
     ],
 )
-def test_killed_three_times(ray_local: None, tmp_path: Path, case: str, overrides: list[str], actions: Any, family: str) -> None:
+def test_killed_three_times(
+    ray_local: None, tmp_path: Path, case: str, overrides: list[str], actions: Any, family: str
+) -> None:
     rng = random.Random(case)
     kills = [(i, rng.uniform(0.0, 0.5)) for i in (1, 2, 3)]
     roots = [make_root(str(tmp_path / name), actions, family) for name in ("whole", "killed")]

@@ -1,10 +1,12 @@
-"""`make bench-evaluate`: does the evaluation suite trust the shipped worlds, and is it right: policy values on every shipped task, 3 seeds.
+"""`make bench-evaluate`: does the evaluation suite trust the shipped worlds, and is it right:
+policy values on every shipped task, 3 seeds.
 
     python tests/bench/bench_evaluate.py [--env ID] [--seed N] [--minutes M] [--table-only]
 
-A cell is the job `evaluate` as configs/evaluate has it, on one world (that of bench_pessimism: 500 random real steps, Reacher-v5 1000) and its
-agent as shipped. Goals: r >= .9, regret@1 <= 5% of the range, the starts' two-sample AUC <= .6. Cells lie in
-tests/bench/results/bench_evaluate.json with commit and command and are never run twice; --minutes stops after the cell in which they ran out.
+A cell is the job `evaluate` as configs/evaluate has it, on one world (that of bench_pessimism: 500
+random real steps, Reacher-v5 1000) and its agent as shipped. Goals: r >= .9, regret@1 <= 5% of the
+range, the starts' two-sample AUC <= .6. Cells lie in tests/bench/results/bench_evaluate.json with
+commit and command and are never run twice; --minutes stops after the cell in which they ran out.
 """
 
 from __future__ import annotations
@@ -27,8 +29,24 @@ from mesocosm.storage import Artifact
 
 RESULTS = HERE / "results" / "bench_evaluate.json"
 CONFIGS = HERE.parents[1] / "configs" / "evaluate"
-OWN = {"InvertedPendulum-v5": "pendulum.yaml", "CartPole-v1": "cartpole.yaml", "Reacher-v5": "reacher.yaml"}
-RANKING = ("policies", "fifths", "low", "high", "pearson", "pearson_interval", "spearman", "spearman_top", "mmrv", "regret", "error")
+OWN = {
+    "InvertedPendulum-v5": "pendulum.yaml",
+    "CartPole-v1": "cartpole.yaml",
+    "Reacher-v5": "reacher.yaml",
+}
+RANKING = (
+    "policies",
+    "fifths",
+    "low",
+    "high",
+    "pearson",
+    "pearson_interval",
+    "spearman",
+    "spearman_top",
+    "mmrv",
+    "regret",
+    "error",
+)
 
 
 def cell(env: str, seed: int) -> dict[str, Any]:
@@ -37,7 +55,9 @@ def cell(env: str, seed: int) -> dict[str, Any]:
     return evaluated(env, seed, world, agent_of(cfg, world), [])
 
 
-def evaluated(env: str, seed: int, world: Artifact, agent: Artifact, overrides: list[str]) -> dict[str, Any]:
+def evaluated(
+    env: str, seed: int, world: Artifact, agent: Artifact, overrides: list[str]
+) -> dict[str, Any]:
     """What the suite says of `world` and `agent`, by the settings of configs/evaluate."""
     own = [f"storage.root={ROOT}", f"seed={seed}", f"world={world.id}", f"agent={agent.id}"]
     stage = config.load(EvaluateConfig, [CONFIGS / OWN[env]], [*own, *overrides])
@@ -57,14 +77,22 @@ def evaluated(env: str, seed: int, world: Artifact, agent: Artifact, overrides: 
 
 
 def main() -> int:
-    measure(__doc__, "bench_evaluate.py", RESULTS, [(f"{env}/{seed}", env, seed, partial(cell, env, seed)) for seed in SEEDS for env in FILES])
+    measure(
+        __doc__,
+        "bench_evaluate.py",
+        RESULTS,
+        [(f"{env}/{seed}", env, seed, partial(cell, env, seed)) for seed in SEEDS for env in FILES],
+    )
     print(table(kept(RESULTS)))
     return 0
 
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| task, seed | agent in reality | policies (by fifth) | Pearson r (90%) | Spearman, top half | regret@1 | error | AUROC | starts' AUC | judged |",
+        (
+            "| task, seed | agent in reality | policies (by fifth) | Pearson r (90%) | Spearman,"
+            " top half | regret@1 | error | AUROC | starts' AUC | judged |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, cell in sorted(results.items()):

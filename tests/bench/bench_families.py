@@ -1,11 +1,14 @@
-"""`make bench-families`: where `sequence` overtakes `ensemble`, in different transitions and in compute, and whether lower loss bought better agents.
+"""`make bench-families`: where `sequence` overtakes `ensemble`, in different transitions and in
+compute, and whether lower loss bought better agents.
 
     python tests/bench/bench_families.py [--worlds] [--minutes M] [--table-only]
 
-Sweeps each family over sizes x D x U x seeds of random actions, on a HalfCheetah whose actuators err, whose losses seeds hardly disturb, and on
-InvertedPendulum-v5, which agents learn (resumable: finished cells are kept in the bench's root). With --worlds, the cells of `judged` are made worlds, by
-the pretrain job that a cell equals; an agent is trained in each as the quickstart has it, and the evaluation suite judges both (resumable by
-world). Writes docs/tables/families.csv, a row a cell, and docs/plots/families.svg.
+Sweeps each family over sizes x D x U x seeds of random actions, on a HalfCheetah whose actuators
+err, whose losses seeds hardly disturb, and on InvertedPendulum-v5, which agents learn (resumable:
+finished cells are kept in the bench's root). With --worlds, the cells of `judged` are made worlds,
+by the pretrain job that a cell equals; an agent is trained in each as the quickstart has it, and
+the evaluation suite judges both (resumable by world). Writes docs/tables/families.csv, a row a
+cell, and docs/plots/families.svg.
 """
 
 from __future__ import annotations
@@ -45,7 +48,10 @@ from mesocosm.scaling.sweep_config import SweepConfig
 
 REPOSITORY = HERE.parents[1]
 RESULTS = HERE / "results" / "bench_families.json"
-TABLE, PLOT = REPOSITORY / "docs" / "tables" / "families.csv", REPOSITORY / "docs" / "plots" / "families.svg"
+TABLE, PLOT = (
+    REPOSITORY / "docs" / "tables" / "families.csv",
+    REPOSITORY / "docs" / "plots" / "families.svg",
+)
 FAMILIES = {"ensemble": "#30638e", "sequence": "#d1495b"}
 
 
@@ -64,7 +70,13 @@ class Task:
 
 PENDULUM = "InvertedPendulum-v5"
 TASKS = {
-    "domains:halfcheetah": Task("halfcheetah.yaml", 400_000, ("10k", "100k", "300k"), (40_000, 160_000), (1000, 4000, 16_000, 64_000, 256_000)),
+    "domains:halfcheetah": Task(
+        "halfcheetah.yaml",
+        400_000,
+        ("10k", "100k", "300k"),
+        (40_000, 160_000),
+        (1000, 4000, 16_000, 64_000, 256_000),
+    ),
     PENDULUM: Task(
         "pendulum.yaml",
         40_000,
@@ -81,14 +93,25 @@ EVALUATION = ["adversary=0", "graded=10", "policy_episodes=5"]
 
 def dataset(task: Task) -> str:
     own = [f"storage.root={ROOT}", f"steps={task.steps}", "workers=0"]
-    cfg = config.load(collect.CollectConfig, [REPOSITORY / "configs" / "collect" / task.collected], own)
+    cfg = config.load(
+        collect.CollectConfig, [REPOSITORY / "configs" / "collect" / task.collected], own
+    )
     with tracking.start("collect", cfg) as run:
         return collect.run(cfg, run).id
 
 
 def configured_sweep(task: Task, family: str, data: str) -> SweepConfig:
-    grid = [f"grid.{key}={json.dumps(getattr(task, key))}" for key in ("sizes", "data", "unique", "seeds")]
-    own = [f"storage.root={ROOT}", f"data.datasets=[{data}]", f"model.family={family}", "model.members=1", "model.context=8"]
+    grid = [
+        f"grid.{key}={json.dumps(getattr(task, key))}"
+        for key in ("sizes", "data", "unique", "seeds")
+    ]
+    own = [
+        f"storage.root={ROOT}",
+        f"data.datasets=[{data}]",
+        f"model.family={family}",
+        "model.members=1",
+        "model.context=8",
+    ]
     return config.load(SweepConfig, [], [*own, *grid])
 
 
@@ -101,17 +124,27 @@ def rows_of(cfg: SweepConfig) -> list[dict[str, Any]]:
 
 def judged(cfg: SweepConfig, cell: Cell, precision: str) -> dict[str, Any]:
     """The cell's world, an agent of it, and what the suite says of both."""
-    job = cfg.pretraining(cell.size, cell.seed, cell.narrowed, cell.steps, cell.rise, cell.fall, precision)
+    job = cfg.pretraining(
+        cell.size, cell.seed, cell.narrowed, cell.steps, cell.rise, cell.fall, precision
+    )
     with tracking.start("pretrain", job) as run:
         world = pretraining.run(job, run)
     agent = agent_of(configured(PENDULUM, cell.seed, []), world)
     found = evaluated(PENDULUM, cell.seed, world, agent, EVALUATION)
     suite = {key: found[key] for key in JUDGED.values()}
-    return {"world": world.id, "agent": agent.id, "return": found["agent"]["real"], "imagined": found["agent"]["world"], **suite}
+    return {
+        "world": world.id,
+        "agent": agent.id,
+        "return": found["agent"]["real"],
+        "imagined": found["agent"]["world"],
+        **suite,
+    }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--worlds", action="store_true")
     parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--table-only", action="store_true")
@@ -128,9 +161,15 @@ def main() -> int:
                     if cell.id in kept(RESULTS) or time.monotonic() - began > options.minutes * 60:
                         continue
                     print(f"--- {family} {cell.size}, U={cell.unique}", flush=True)
-                    found = {**judged(cfg, cell, grid.precision), "commit": commit(), "command": "python tests/bench/bench_families.py --worlds"}
+                    found = {
+                        **judged(cfg, cell, grid.precision),
+                        "commit": commit(),
+                        "command": "python tests/bench/bench_families.py --worlds",
+                    }
                     RESULTS.parent.mkdir(exist_ok=True)
-                    RESULTS.write_text(json.dumps({**kept(RESULTS), cell.id: found}, indent=1) + "\n")
+                    RESULTS.write_text(
+                        json.dumps({**kept(RESULTS), cell.id: found}, indent=1) + "\n"
+                    )
             write(rows, kept(RESULTS))
     finally:
         cluster.shutdown()
@@ -147,7 +186,12 @@ def write(rows: list[dict[str, Any]], found: dict[str, Any]) -> None:
     more = {**JUDGED, "return": "return", "imagined_return": "imagined"}
     for row in rows:
         told = found.get(row["cell"], {})
-        row.update({name: "" if told.get(key) is None else f"{told[key]:.6g}" for name, key in more.items()})
+        row.update(
+            {
+                name: "" if told.get(key) is None else f"{told[key]:.6g}"
+                for name, key in more.items()
+            }
+        )
         row.pop("seconds")
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(TABLE, "w", newline="") as file:
@@ -170,14 +214,20 @@ class Setting:
 
 
 def settings(rows: list[dict[str, Any]], env: str, family: str) -> list[Setting]:
-    """D by the nearest that the grid asks for: with another seed's U a cell may be a step longer or shorter."""
+    """D by the nearest that the grid asks for: with another seed's U a cell may be a step longer or
+    shorter.
+    """
     runs: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
         if row["env"] == env and row["family"] == family:
             asked = min(TASKS[env].data, key=lambda data: abs(data - int(row["data"])))
             runs.setdefault((row["size"], row["unique"], asked), []).append(row)
     return [
-        Setting(int(unique), statistics.mean(float(row["flops"]) for row in some), [float(row["loss"]) for row in some])
+        Setting(
+            int(unique),
+            statistics.mean(float(row["flops"]) for row in some),
+            [float(row["loss"]) for row in some],
+        )
         for (_, unique, _), some in runs.items()
     ]
 
@@ -185,7 +235,9 @@ def settings(rows: list[dict[str, Any]], env: str, family: str) -> list[Setting]
 def best(rows: list[dict[str, Any]], env: str, family: str) -> dict[int, Setting]:
     """The setting of the least loss for each U, ascending."""
     made: dict[int, Setting] = {}
-    for setting in sorted(settings(rows, env, family), key=lambda setting: (setting.unique, setting.loss)):
+    for setting in sorted(
+        settings(rows, env, family), key=lambda setting: (setting.unique, setting.loss)
+    ):
         made.setdefault(setting.unique, setting)
     return made
 
@@ -206,23 +258,61 @@ def plot(rows: list[dict[str, Any]]) -> None:
         for env, (by_u, by_c, _) in zip(TASKS, axes, strict=True):
             for family, colour in FAMILIES.items():
                 of_u = best(rows, env, family)
-                low, high = ([end(setting.losses) for setting in of_u.values()] for end in (min, max))
-                by_u.plot(list(of_u), [setting.loss for setting in of_u.values()], color=colour, marker="o", label=family)
+                low, high = (
+                    [end(setting.losses) for setting in of_u.values()] for end in (min, max)
+                )
+                by_u.plot(
+                    list(of_u),
+                    [setting.loss for setting in of_u.values()],
+                    color=colour,
+                    marker="o",
+                    label=family,
+                )
                 by_u.fill_between(list(of_u), low, high, color=colour, alpha=0.15, linewidth=0)
-                by_c.step(*zip(*frontier(rows, env, family), strict=True), where="post", color=colour, label=family)
-            by_u.set(xscale="log", yscale="log", xlabel="different transitions U", ylabel="least nats a transition", title=f"{env}: by U")
-            by_c.set(xscale="log", xlabel="training FLOPs", ylabel="least nats a transition", title=f"{env}: by compute")
+                by_c.step(
+                    *zip(*frontier(rows, env, family), strict=True),
+                    where="post",
+                    color=colour,
+                    label=family,
+                )
+            by_u.set(
+                xscale="log",
+                yscale="log",
+                xlabel="different transitions U",
+                ylabel="least nats a transition",
+                title=f"{env}: by U",
+            )
+            by_c.set(
+                xscale="log",
+                xlabel="training FLOPs",
+                ylabel="least nats a transition",
+                title=f"{env}: by compute",
+            )
             by_u.yaxis.set_major_locator(LogLocator(base=10, subs=(1, 1.2, 1.5, 2, 3, 4, 5, 7)))
             by_u.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             by_u.yaxis.set_minor_formatter(NullFormatter())
             by_u.legend()
-        shown = (("policy_value_error", "policy-value error"), ("return", "the agent's return in reality"))
+        shown = (
+            ("policy_value_error", "policy-value error"),
+            ("return", "the agent's return in reality"),
+        )
         for (column, label), of in zip(shown, axes[:, 2], strict=True):
             for family, colour in FAMILIES.items():
                 some = [row for row in rows if row["family"] == family and row[column]]
                 sizes = [20 + 12 * math.log(int(row["unique"]) / 200) for row in some]
-                of.scatter([float(row["loss"]) for row in some], [float(row[column]) for row in some], s=sizes, color=colour, label=family)
-            of.set(xscale="log", xlabel="nats a transition (larger dots: more U)", ylabel=label, title=f"{PENDULUM}: does lower loss buy it?")
+                of.scatter(
+                    [float(row["loss"]) for row in some],
+                    [float(row[column]) for row in some],
+                    s=sizes,
+                    color=colour,
+                    label=family,
+                )
+            of.set(
+                xscale="log",
+                xlabel="nats a transition (larger dots: more U)",
+                ylabel=label,
+                title=f"{PENDULUM}: does lower loss buy it?",
+            )
         figure.savefig(PLOT, metadata={"Date": None})
         pyplot.close(figure)
 
@@ -234,20 +324,46 @@ def said(rows: list[dict[str, Any]]) -> str:
         lines += [f"| {env}: U | {' | '.join(FAMILIES)} |", "|---|" + "---|" * len(FAMILIES)]
         by_family = {family: best(rows, env, family) for family in FAMILIES}
         for unique in sorted({u for made in by_family.values() for u in made}):
-            cells = [f"{p.loss:.2f} ({min(p.losses):.2f} to {max(p.losses):.2f})" if (p := made.get(unique)) else "-" for made in by_family.values()]
+            cells = [
+                (
+                    f"{p.loss:.2f} ({min(p.losses):.2f} to {max(p.losses):.2f})"
+                    if (p := made.get(unique))
+                    else "-"
+                )
+                for made in by_family.values()
+            ]
             lines.append(f"| {unique:,} | {' | '.join(cells)} |")
         lines.append("")
-    lines += ["| family, size, U | loss | Pearson r | policy-value error | return in reality | in the world |", "|---|---|---|---|---|---|"]
+    lines += [
+        (
+            "| family, size, U | loss | Pearson r | policy-value error | return in reality | in the"
+            " world |"
+        ),
+        "|---|---|---|---|---|---|",
+    ]
     some = sorted((row for row in rows if row["return"]), key=lambda row: float(row["loss"]))
     for row in some:
-        shown = [f"{float(row[name]):.4g}" if row[name] else "-" for name in ("loss", "pearson", "policy_value_error", "return", "imagined_return")]
-        lines.append(f"| {row['family']}, {row['size']}, {int(row['unique']):,} | {' | '.join(shown)} |")
+        shown = [
+            f"{float(row[name]):.4g}" if row[name] else "-"
+            for name in ("loss", "pearson", "policy_value_error", "return", "imagined_return")
+        ]
+        lines.append(
+            f"| {row['family']}, {row['size']}, {int(row['unique']):,} | {' | '.join(shown)} |"
+        )
     if len(some) > 2:
         losses = [float(row["loss"]) for row in some]
         for column in ("policy_value_error", "return"):
-            both = [(loss, float(row[column])) for loss, row in zip(losses, some, strict=True) if row[column]]
+            both = [
+                (loss, float(row[column]))
+                for loss, row in zip(losses, some, strict=True)
+                if row[column]
+            ]
             alike = len({value for _, value in both}) == 1
-            said = "none: it is the same for all" if alike else f"{spearmanr(*zip(*both, strict=True)).statistic:.2f}"
+            said = (
+                "none: it is the same for all"
+                if alike
+                else f"{spearmanr(*zip(*both, strict=True)).statistic:.2f}"
+            )
             lines.append(f"\nSpearman of loss and {column}, {len(both)} worlds: {said}")
     return "\n".join(lines)
 

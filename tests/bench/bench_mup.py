@@ -2,11 +2,13 @@
 
     python tests/bench/bench_mup.py [--size RUNG] [--seed N] [--minutes M] [--plot-only]
 
-A cell is (rung, steps, lr, seed): the sequence family trained by a plain loop on 20000 transitions of InvertedPendulum-v5, its validation loss in
-nats a transition (all parts). Rungs 10k, 30k, 100k, 300k; two durations; learning rates in factor-2 notches around BASE. Cells are kept in
-tests/bench/results/bench_mup.json and never run twice; --minutes stops after the cell in which they ran out. The end prints, for each rung
-and duration, the best notch and what BASE costs against it, and draws docs/plots/bench_mup.svg. Exit status 1 where BASE is more than one
-notch from the best, or costs more than 1%.
+A cell is (rung, steps, lr, seed): the sequence family trained by a plain loop on 20000 transitions
+of InvertedPendulum-v5, its validation loss in nats a transition (all parts). Rungs 10k, 30k, 100k,
+300k; two durations; learning rates in factor-2 notches around BASE. Cells are kept in
+tests/bench/results/bench_mup.json and never run twice; --minutes stops after the cell in which they
+ran out. The end prints, for each rung and duration, the best notch and what BASE costs against it,
+and draws docs/plots/bench_mup.svg. Exit status 1 where BASE is more than one notch from the best,
+or costs more than 1%.
 
 BASE was chosen by these very cells: the one learning rate whose largest cost is least.
 """
@@ -84,7 +86,15 @@ class Setting:
         self.valid: list[Windows] = list(self.loader("valid", 0).eval_batches(128))
 
     def loader(self, split: Any, seed: int) -> Loader:
-        return Loader(self.data, self.codec, split, MODEL.context, OPTIONS.batch, seed, OPTIONS.events if split == "train" else 0)
+        return Loader(
+            self.data,
+            self.codec,
+            split,
+            MODEL.context,
+            OPTIONS.batch,
+            seed,
+            OPTIONS.events if split == "train" else 0,
+        )
 
 
 def cell(setting: Setting, size: str, steps: int, lr: float, seed: int) -> dict[str, float]:
@@ -93,7 +103,9 @@ def cell(setting: Setting, size: str, steps: int, lr: float, seed: int) -> dict[
     net = build(setting.codec.spec, replace(MODEL, size=size))
     mup.init_(net, seed)
     loader = setting.loader("train", seed)
-    optimizer = torch.optim.AdamW(mup.param_groups(net, lr, OPTIONS.weight_decay), betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(
+        mup.param_groups(net, lr, OPTIONS.weight_decay), betas=(0.9, 0.95), fused=True
+    )
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -114,16 +126,35 @@ def cell(setting: Setting, size: str, steps: int, lr: float, seed: int) -> dict[
 
 
 def summary(stored: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row a rung and duration whose cells are all there: mean loss by notch, the best notch, and the default's cost."""
+    """One row a rung and duration whose cells are all there: mean loss by notch, the best notch,
+    and the default's cost.
+    """
     rows = []
     for size in SIZES:
         for steps in DURATIONS:
-            names = {notch: [name_of(size, steps, notch, seed) for seed in SEEDS] for notch in NOTCHES}
+            names = {
+                notch: [name_of(size, steps, notch, seed) for seed in SEEDS] for notch in NOTCHES
+            }
             if all(name in stored for group in names.values() for name in group):
-                loss = {notch: sum(stored[name]["total"] for name in group) / len(group) for notch, group in names.items()}
+                loss = {
+                    notch: sum(stored[name]["total"] for name in group) / len(group)
+                    for notch, group in names.items()
+                }
                 best = min(loss, key=loss.__getitem__)
-                spread = max(statistics.stdev(stored[name]["total"] for name in names[notch]) / loss[best] for notch in (0, best))
-                rows.append({"size": size, "steps": steps, "loss": loss, "best": best, "cost": loss[0] / loss[best] - 1, "spread": spread})
+                spread = max(
+                    statistics.stdev(stored[name]["total"] for name in names[notch]) / loss[best]
+                    for notch in (0, best)
+                )
+                rows.append(
+                    {
+                        "size": size,
+                        "steps": steps,
+                        "loss": loss,
+                        "best": best,
+                        "cost": loss[0] / loss[best] - 1,
+                        "spread": spread,
+                    }
+                )
     return rows
 
 
@@ -133,13 +164,27 @@ def name_of(size: str, steps: int, notch: int, seed: int) -> str:
 
 def plot(rows: list[dict[str, Any]]) -> None:
     pyplot.rcParams["svg.hashsalt"] = "mesocosm"
-    figure, axes = pyplot.subplots(1, len(DURATIONS), figsize=(9, 3.6), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(DURATIONS), figsize=(9, 3.6), sharey=True, layout="constrained"
+    )
     for axis, steps in zip(axes, DURATIONS, strict=True):
         for row in (row for row in rows if row["steps"] == steps):
-            axis.plot([BASE * 2.0**notch for notch in NOTCHES], [row["loss"][notch] for notch in NOTCHES], marker="o", label=row["size"])
+            axis.plot(
+                [BASE * 2.0**notch for notch in NOTCHES],
+                [row["loss"][notch] for notch in NOTCHES],
+                marker="o",
+                label=row["size"],
+            )
         axis.axvline(BASE, color="grey", linewidth=0.8, linestyle=":")
-        axis.set(xscale="log", xlabel="base learning rate", title=f"{steps} steps of {OPTIONS.batch} windows")
-        axis.set_xticks([BASE * 2.0**notch for notch in NOTCHES], [f"{BASE * 2.0**notch:g}" for notch in NOTCHES])
+        axis.set(
+            xscale="log",
+            xlabel="base learning rate",
+            title=f"{steps} steps of {OPTIONS.batch} windows",
+        )
+        axis.set_xticks(
+            [BASE * 2.0**notch for notch in NOTCHES],
+            [f"{BASE * 2.0**notch:g}" for notch in NOTCHES],
+        )
         axis.minorticks_off()
     axes[0].set_ylabel("validation loss, nats a transition")
     axes[0].legend(title="rung", frameon=False)
@@ -148,7 +193,9 @@ def plot(rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES)
     parser.add_argument("--seed", type=int, choices=SEEDS)
     parser.add_argument("--minutes", type=float, default=float("inf"))
@@ -160,7 +207,13 @@ def main() -> int:
     settings = fingerprint(MODEL, OPTIONS, ENV, TRANSITIONS, BEHAVIOURS[ENV])
     stored = {name: found for name, found in stored.items() if found["settings"] == settings}
     began, setting = time.monotonic(), None
-    todo = [(size, steps, notch, seed) for seed in SEEDS for size in SIZES for steps in DURATIONS for notch in NOTCHES]
+    todo = [
+        (size, steps, notch, seed)
+        for seed in SEEDS
+        for size in SIZES
+        for steps in DURATIONS
+        for notch in NOTCHES
+    ]
     todo = [cell for cell in todo if args.size in (None, cell[0]) and args.seed in (None, cell[3])]
     for size, steps, notch, seed in [] if args.plot_only else todo:
         name = name_of(size, steps, notch, seed)
@@ -170,16 +223,29 @@ def main() -> int:
             break
         setting = setting or Setting()
         found = cell(setting, size, steps, BASE * 2.0**notch, seed)
-        print(f"{name:<16} {found['total']:.4f} nats, {found['seconds']:.0f} CPU seconds", flush=True)
-        stored[name] = found | {"settings": settings, "commit": commit(), "command": " ".join(["python", *sys.argv])}
+        print(
+            f"{name:<16} {found['total']:.4f} nats, {found['seconds']:.0f} CPU seconds", flush=True
+        )
+        stored[name] = found | {
+            "settings": settings,
+            "commit": commit(),
+            "command": " ".join(["python", *sys.argv]),
+        }
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
     rows = summary(stored)
     failed = [row for row in rows if abs(row["best"]) > 1 or row["cost"] > ALLOWED_COST]
-    print(f"base lr {BASE:g}; best notch (factors of 2 from it), what the base costs, and the standard deviation over {len(SEEDS)} seeds")
+    print(
+        f"base lr {BASE:g}; best notch (factors of 2 from it), what the base costs, and the"
+        f" standard deviation over {len(SEEDS)} seeds"
+    )
     for row in rows:
         best = f"best {row['best']:+d}, {row['loss'][row['best']]:.4f} nats"
-        print(f"  {row['size']:>5} {row['steps']:>5} steps: {best}; cost {row['cost']:.2%}, sd {row['spread']:.2%}", end="")
+        print(
+            f"  {row['size']:>5} {row['steps']:>5} steps: {best}; cost {row['cost']:.2%}, sd"
+            f" {row['spread']:.2%}",
+            end="",
+        )
         print("  FAILS" if row in failed else "")
     print(f"{len(rows)} of {len(SIZES) * len(DURATIONS)} rungs and durations are complete")
     if rows:

@@ -1,12 +1,17 @@
-"""What keeps an agent's gain real: return in reality of agents trained in one world, by penalty, threshold, horizon, members and base.
+"""What keeps an agent's gain real: return in reality of agents trained in one world, by penalty,
+threshold, horizon, members and base.
 
-    python tests/bench/bench_pessimism.py [--env ID] [--seed N] [--cell TEXT] [--minutes M] [--table-only]
+    python tests/bench/bench_pessimism.py [--env ID] [--seed N] [--cell TEXT] [--minutes M]
+    [--table-only]
 
-For each task and seed one world is trained on 500 random real steps (Reacher-v5: 1000), as configs/loop has it. In that world (or, where the variant
-says members or base, in one of its own on the same steps) an agent is trained for each of the variants below, with everything else as shipped, and
-judged by 10 greedy real episodes (Reacher-v5: 50). PLAIN variants are the last policy of their training, the others the best of it by imagined
-return. The default penalty is 0.3, and 0.02 that of configs/loop/reacher.yaml. A cell is one agent. Cells lie in
-tests/bench/results/bench_pessimism.json with commit and command and are never run twice; --minutes stops after the cell in which they ran out.
+For each task and seed one world is trained on 500 random real steps (Reacher-v5: 1000), as
+configs/loop has it. In that world (or, where the variant says members or base, in one of its own on
+the same steps) an agent is trained for each of the variants below, with everything else as shipped,
+and judged by 10 greedy real episodes (Reacher-v5: 50). PLAIN variants are the last policy of their
+training, the others the best of it by imagined return. The default penalty is 0.3, and 0.02 that of
+configs/loop/reacher.yaml. A cell is one agent. Cells lie in
+tests/bench/results/bench_pessimism.json with commit and command and are never run twice; --minutes
+stops after the cell in which they ran out.
 """
 
 from __future__ import annotations
@@ -38,7 +43,11 @@ from mesocosm.storage import Artifact, Storage
 
 RESULTS = HERE / "results" / "bench_pessimism.json"
 CONFIGS = HERE.parents[1] / "configs" / "loop"
-FILES = {"InvertedPendulum-v5": "quickstart.yaml", "CartPole-v1": "cartpole.yaml", "Reacher-v5": "reacher.yaml"}
+FILES = {
+    "InvertedPendulum-v5": "quickstart.yaml",
+    "CartPole-v1": "cartpole.yaml",
+    "Reacher-v5": "reacher.yaml",
+}
 STEPS = {"InvertedPendulum-v5": 500, "CartPole-v1": 500, "Reacher-v5": 1000}
 EPISODES = {"InvertedPendulum-v5": 10, "CartPole-v1": 10, "Reacher-v5": 50}
 SEEDS = (0, 1, 2)
@@ -94,7 +103,9 @@ def cell(env: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     agent = agent_of(cfg, world)
     storage = Storage(str(ROOT))
     ledger = Ledger(storage, f"pessimism-{agent.id}", BudgetConfig(), cfg.reality.price)
-    judged = judge(policy_of(storage, agent.name), cfg.reality, ledger, episodes=EPISODES[env], seed=seed)
+    judged = judge(
+        policy_of(storage, agent.name), cfg.reality, ledger, episodes=EPISODES[env], seed=seed
+    )
     metrics = agent.meta["metrics"]
     return {
         "return": judged.mean,
@@ -109,9 +120,18 @@ def kept(results: Path) -> dict[str, Any]:
     return json.loads(results.read_text()) if results.exists() else {}
 
 
-def measure(doc: str | None, script: str, results: Path, every: list[tuple[str, str, int, Callable[[], dict[str, Any]]]]) -> None:
-    """Measure the cells (name, task, seed, how) that the command line asks for and `results` lacks; each is kept with its commit and command."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure(
+    doc: str | None,
+    script: str,
+    results: Path,
+    every: list[tuple[str, str, int, Callable[[], dict[str, Any]]]],
+) -> None:
+    """Measure the cells (name, task, seed, how) that the command line asks for and `results` lacks;
+    each is kept with its commit and command.
+    """
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--env", choices=FILES)
     parser.add_argument("--seed", choices=[str(s) for s in SEEDS])
     parser.add_argument("--cell", default="", help="only cells whose name holds this")
@@ -121,14 +141,25 @@ def measure(doc: str | None, script: str, results: Path, every: list[tuple[str, 
     began = time.monotonic()
     try:
         for name, env, seed, how in [] if options.table_only else every:
-            if options.env not in (None, env) or options.seed not in (None, str(seed)) or options.cell not in name or name in kept(results):
+            if (
+                options.env not in (None, env)
+                or options.seed not in (None, str(seed))
+                or options.cell not in name
+                or name in kept(results)
+            ):
                 continue
             if time.monotonic() - began > options.minutes * 60:
                 break
             print(f"--- {name}", flush=True)
-            found = {**how(), "commit": commit(), "command": f"python tests/bench/{script} --env {env} --seed {seed}"}
+            found = {
+                **how(),
+                "commit": commit(),
+                "command": f"python tests/bench/{script} --env {env} --seed {seed}",
+            }
             results.parent.mkdir(exist_ok=True)
-            results.write_text(json.dumps(dict(sorted({**kept(results), name: found}.items())), indent=1) + "\n")
+            results.write_text(
+                json.dumps(dict(sorted({**kept(results), name: found}.items())), indent=1) + "\n"
+            )
     finally:
         cluster.shutdown()
 
@@ -146,7 +177,12 @@ def main() -> int:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = ["| variant | " + " | ".join(f"{env}: seeds {', '.join(map(str, SEEDS))}" for env in FILES) + " |", "|---|" + "---|" * len(FILES)]
+    lines = [
+        "| variant | "
+        + " | ".join(f"{env}: seeds {', '.join(map(str, SEEDS))}" for env in FILES)
+        + " |",
+        "|---|" + "---|" * len(FILES),
+    ]
     for variant in VARIANTS:
         cells = []
         for env in FILES:

@@ -1,10 +1,12 @@
-"""`make bench-serve`: imagined steps a second through Ray Serve over the same in this process, both families.
+"""`make bench-serve`: imagined steps a second through Ray Serve over the same in this process, both
+families.
 
     python tests/bench/bench_serve.py [--family NAME] [--envs B ...] [--rounds N] [--save]
 
-Rounds alternate between the two backends of one client in one run, so that a noisy machine disturbs both alike; the ratio is the
-median over rounds. The world is an untrained one of InvertedPendulum-v5's spaces (4 numbers, 1 continuous action) at the default
-model config; weights do not change its speed. --save keeps the table in tests/bench/results/bench_serve.json.
+Rounds alternate between the two backends of one client in one run, so that a noisy machine disturbs
+both alike; the ratio is the median over rounds. The world is an untrained one of
+InvertedPendulum-v5's spaces (4 numbers, 1 continuous action) at the default model config; weights
+do not change its speed. --save keeps the table in tests/bench/results/bench_serve.json.
 """
 
 from __future__ import annotations
@@ -45,8 +47,16 @@ def untrained(family: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = ModelConfig()
-    observation, action = spaces.Box(-np.inf, np.inf, (4,), np.float64), spaces.Box(-3, 3, (1,), np.float32)
-    model = {"size": config.size, "members": config.members, "base": config.base, "context": config.context}
+    observation, action = (
+        spaces.Box(-np.inf, np.inf, (4,), np.float64),
+        spaces.Box(-3, 3, (1,), np.float32),
+    )
+    model = {
+        "size": config.size,
+        "members": config.members,
+        "base": config.base,
+        "context": config.context,
+    }
     return module.untrained(observation, action, family, terminal=0.01, **model)
 
 
@@ -73,7 +83,10 @@ def main() -> None:
         for family in options.family or FAMILIES:
             Storage(folder).make("worlds", family, {}, untrained(family).save)
         deploy(ServeConfig(name="bench", storage=StorageConfig(folder)))
-        print(f"{'family':<10} {'envs':>5} {'in process':>12} {'served':>10}  ratio (median of {options.rounds} alternating rounds, range)")
+        print(
+            f"{'family':<10} {'envs':>5} {'in process':>12} {'served':>10}  ratio (median of"
+            f" {options.rounds} alternating rounds, range)"
+        )
         for family in options.family or FAMILIES:
             for count in options.envs:
                 local = WorldVectorEnv(count, family, root=folder, backend="local", horizon=200)
@@ -82,19 +95,45 @@ def main() -> None:
                 for env in (local, served):
                     env.reset(seed=0)
                     seconds(env, actions, 0.5)
-                pairs = [(seconds(local, actions, 0.5), seconds(served, actions, 0.5)) for _ in range(options.rounds)]
+                pairs = [
+                    (seconds(local, actions, 0.5), seconds(served, actions, 0.5))
+                    for _ in range(options.rounds)
+                ]
                 ratios = [a / b for a, b in pairs]
-                here, there = (count / statistics.median(times) for times in zip(*pairs, strict=True))
-                row = {"family": family, "envs": count, "in_process_steps_per_s": round(here), "served_steps_per_s": round(there)}
-                row |= {"ratio": round(statistics.median(ratios), 3), "lowest": round(min(ratios), 3), "highest": round(max(ratios), 3)}
+                here, there = (
+                    count / statistics.median(times) for times in zip(*pairs, strict=True)
+                )
+                row = {
+                    "family": family,
+                    "envs": count,
+                    "in_process_steps_per_s": round(here),
+                    "served_steps_per_s": round(there),
+                }
+                row |= {
+                    "ratio": round(statistics.median(ratios), 3),
+                    "lowest": round(min(ratios), 3),
+                    "highest": round(max(ratios), 3),
+                }
                 rows.append(row)
-                print(f"{family:<10} {count:>5} {here:>12,.0f} {there:>10,.0f}  {row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})", flush=True)
+                print(
+                    f"{family:<10} {count:>5} {here:>12,.0f} {there:>10,.0f}  {row['ratio']:.2f}"
+                    f" ({row['lowest']:.2f} to {row['highest']:.2f})",
+                    flush=True,
+                )
                 served.close()
     cluster.shutdown()
     if options.save:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
+        ).stdout.strip()
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({"commit": commit, "command": "python " + " ".join(sys.argv), "rows": rows}, indent=1) + "\n")
+        RESULTS.write_text(
+            json.dumps(
+                {"commit": commit, "command": "python " + " ".join(sys.argv), "rows": rows},
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""`make bench-storage`: making and opening an artifact on S3 against the s3fs client alone, which transfers the same files.
+"""`make bench-storage`: making and opening an artifact on S3 against the s3fs client alone, which
+transfers the same files.
 
     python tests/bench/bench_storage.py [--rounds N] [--mib N ...] [--save]
 
-The endpoint is a moto_server in a process of its own, on loopback, or what MESOCOSM_TEST_S3_ENDPOINT names (with MESOCOSM_TEST_S3_BUCKET). Rounds
-alternate in one run; a ratio is s3fs's seconds over ours, and its median over rounds is reported. Ours include the checksums, the marker, and for
-making the copy that stays in the cache; both begin with the files on this machine's disk, and end with them there. --save keeps the result in
-tests/bench/results/bench_storage.json.
+The endpoint is a moto_server in a process of its own, on loopback, or what
+MESOCOSM_TEST_S3_ENDPOINT names (with MESOCOSM_TEST_S3_BUCKET). Rounds alternate in one run; a ratio
+is s3fs's seconds over ours, and its median over rounds is reported. Ours include the checksums, the
+marker, and for making the copy that stays in the cache; both begin with the files on this machine's
+disk, and end with them there. --save keeps the result in tests/bench/results/bench_storage.json.
 """
 
 from __future__ import annotations
@@ -50,8 +52,17 @@ def endpoint() -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = subprocess.Popen([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    os.environ |= {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1", "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+    }
     try:
         for _ in range(600):
             with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
@@ -120,17 +131,34 @@ def main() -> None:
     print(f"{len(names)} files, {total} MiB; median of {options.rounds} alternating rounds (range)")
     for ours, theirs in (("make", "put"), ("open", "get")):
         ratios = [round[theirs] / round[ours] for round in rounds]
-        row: dict[str, Any] = {"what": ours, "mib_per_s": round(total / mid[ours], 1), "s3fs_mib_per_s": round(total / mid[theirs], 1)}
-        row |= {"ratio": round(statistics.median(ratios), 3), "lowest": round(min(ratios), 3), "highest": round(max(ratios), 3)}
+        row: dict[str, Any] = {
+            "what": ours,
+            "mib_per_s": round(total / mid[ours], 1),
+            "s3fs_mib_per_s": round(total / mid[theirs], 1),
+        }
+        row |= {
+            "ratio": round(statistics.median(ratios), 3),
+            "lowest": round(min(ratios), 3),
+            "highest": round(max(ratios), 3),
+        }
         row["sha256_share"] = round(mid["sha256"] / mid[ours], 3)
         rows.append(row)
         print(
-            f"  {ours}: {row['mib_per_s']:.0f} MiB/s, s3fs alone ({theirs}) {row['s3fs_mib_per_s']:.0f} MiB/s: ratio {row['ratio']:.2f} "
-            f"({row['lowest']:.2f} to {row['highest']:.2f}); one core's sha256 of the files would be {row['sha256_share']:.0%} of that time"
+            f"  {ours}: {row['mib_per_s']:.0f} MiB/s, s3fs alone ({theirs})"
+            f" {row['s3fs_mib_per_s']:.0f} MiB/s: ratio {row['ratio']:.2f} ({row['lowest']:.2f} to"
+            f" {row['highest']:.2f}); one core's sha256 of the files would be"
+            f" {row['sha256_share']:.0%} of that time"
         )
     if options.save:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
-        facts = {"commit": commit, "command": "python " + " ".join(sys.argv), "machine": f"{os.cpu_count()} cores, {platform.machine()}", "mib": options.mib}
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
+        ).stdout.strip()
+        facts = {
+            "commit": commit,
+            "command": "python " + " ".join(sys.argv),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+            "mib": options.mib,
+        }
         RESULTS.write_text(json.dumps(facts | {"rows": rows, "rounds": rounds}, indent=1) + "\n")
 
 

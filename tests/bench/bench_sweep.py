@@ -2,11 +2,13 @@
 
     python tests/bench/bench_sweep.py [--config FILE] [key=value of the sweep ...]
 
-Collects configs/collect/halfcheetah.yaml once, then runs the quickstart sweep as a user does, in a process of its own and a fresh root that
-shares only the dataset, and measures that process from its start to its end. Outside training is 1 - (seconds of training, validating and fitting
-bases, which is training too: 1500 gradient steps of a part of the model, over all cells) / (wall seconds x trunks at once), in one run: imports, Ray, waiting
-for the last trunk, MLflow, the law. With bases counted as outside it is given apart. Prints JSON, keeps it in tests/bench/results/bench_sweep.json, and
-ends with status 1 above ALLOWED.
+Collects configs/collect/halfcheetah.yaml once, then runs the quickstart sweep as a user does, in a
+process of its own and a fresh root that shares only the dataset, and measures that process from its
+start to its end. Outside training is 1 - (seconds of training, validating and fitting bases, which
+is training too: 1500 gradient steps of a part of the model, over all cells) / (wall seconds x
+trunks at once), in one run: imports, Ray, waiting for the last trunk, MLflow, the law. With bases
+counted as outside it is given apart. Prints JSON, keeps it in tests/bench/results/bench_sweep.json,
+and ends with status 1 above ALLOWED.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def mesocosm(*arguments: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="configs/sweep/quickstart.yaml")
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
@@ -46,14 +50,24 @@ def main() -> int:
     data = mesocosm("collect", "-c", "configs/collect/halfcheetah.yaml", f"storage.root={ROOT}")
     with tempfile.TemporaryDirectory() as fresh:
         shutil.copytree(data["path"], Path(fresh) / "datasets" / Path(data["path"]).name)
-        given = [f"storage.root={fresh}", f"data.datasets=[{Path(data['path']).name}]", *args.overrides]
+        given = [
+            f"storage.root={fresh}",
+            f"data.datasets=[{Path(data['path']).name}]",
+            *args.overrides,
+        ]
         load, began = os.getloadavg()[0], time.perf_counter()
         told = mesocosm("sweep", "-c", args.config, *given)
         wall = time.perf_counter() - began
         summary = json.loads((Path(told["path"]) / "summary.json").read_text())
     seconds = summary["seconds"]
     capacity = wall * seconds["concurrent"]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     found = {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit,
@@ -72,7 +86,9 @@ def main() -> int:
     print(json.dumps(found, indent=1))
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"outside training {found['outside_training']:.1%}; allowed {ALLOWED:.0%}, goal {GOAL:.0%}")
+    print(
+        f"outside training {found['outside_training']:.1%}; allowed {ALLOWED:.0%}, goal {GOAL:.0%}"
+    )
     return int(found["outside_training"] > ALLOWED)
 
 

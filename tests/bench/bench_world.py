@@ -1,15 +1,19 @@
-"""`make bench-world`: open-loop error at 3000 real transitions, both families, against rows measured before the design.
+"""`make bench-world`: open-loop error at 3000 real transitions, both families, against rows
+measured before the design.
 
-    python tests/bench/bench_world.py [--env ID] [--family NAME] [--seed N] [--force] [--keep NAME] [key=value of the pretrain job ...]
+    python tests/bench/bench_world.py [--env ID] [--family NAME] [--seed N] [--force] [--keep NAME]
+    [key=value of the pretrain job ...]
 
-A cell is (environment, family, seed, settings): 3000 transitions of random and noisy behaviour through the ordinary collect
-job, a world trained by a plain loop over the network (no Ray, no DeepSpeed), and its open-loop table on 10000 other
-transitions of the same behaviours. A cell is done once: its result lies in tests/bench/results/bench_world.json with the commit and
-the command that made it. With overrides a cell is printed and, with --keep, stored under that name.
+A cell is (environment, family, seed, settings): 3000 transitions of random and noisy behaviour
+through the ordinary collect job, a world trained by a plain loop over the network (no Ray, no
+DeepSpeed), and its open-loop table on 10000 other transitions of the same behaviours. A cell is
+done once: its result lies in tests/bench/results/bench_world.json with the commit and the command
+that made it. With overrides a cell is printed and, with --keep, stored under that name.
 
-How the data was collected moves these numbers. Here: CartPole-v1, 3/4 of the episodes random, 1/4 a balancing rule with 70% random
-actions (median length 48); InvertedPendulum-v5, 8/10 random (median length 5), the rest a linear controller with Gaussian noise of 1.8 and of 2.7
-(the action ranges over +-3), episodes of at most 100 steps.
+How the data was collected moves these numbers. Here: CartPole-v1, 3/4 of the episodes random, 1/4 a
+balancing rule with 70% random actions (median length 48); InvertedPendulum-v5, 8/10 random (median
+length 5), the rest a linear controller with Gaussian noise of 1.8 and of 2.7 (the action ranges
+over +-3), episodes of at most 100 steps.
 """
 
 from __future__ import annotations
@@ -59,11 +63,15 @@ ENVIRONMENTS = ("CartPole-v1", "InvertedPendulum-v5")
 FAMILIES = ("sequence", "ensemble")
 SEEDS = (0, 1, 2)
 SETTINGS = ("train.steps=400", "train.lr=3e-3")
-"""Beside the pretrain job's defaults. At its lr of 6e-3 no ratio of seed 0 was worse by more than a tenth."""
+"""Beside the pretrain job's defaults. At its lr of 6e-3 no ratio of seed 0 was worse by more than a
+tenth.
+"""
 
 HORIZON = {"CartPole-v1": None, "InvertedPendulum-v5": 100}
-"""With a controller that lets the cart drift to the end of the rail, only the held-out data held that collision (12 of 10000 transitions),
-and it alone made the ratio at 5 steps 0.67 and at 50 steps 64, against 0.0003 at one step: what was never seen cannot be known."""
+"""With a controller that lets the cart drift to the end of the rail, only the held-out data held
+that collision (12 of 10000 transitions), and it alone made the ratio at 5 steps 0.67 and at 50
+steps 64, against 0.0003 at one step: what was never seen cannot be known.
+"""
 
 BEST: dict[str, dict[str, tuple[float, ...]]] = {
     "CartPole-v1": {
@@ -76,22 +84,31 @@ BEST: dict[str, dict[str, tuple[float, ...]]] = {
         "transformer, Gaussian heads": (0.18, 0.33, 0.94, 6.6),
     },
 }
-"""RMSE over persistence's at HORIZONS, one seed, 3000 transitions collected in another way (not recorded): the rows to be no worse than."""
+"""RMSE over persistence's at HORIZONS, one seed, 3000 transitions collected in another way (not
+recorded): the rows to be no worse than.
+"""
 
 
 def cartpole(observation: Any, rng: np.random.Generator) -> Any:
     """Push towards where the pole falls."""
-    return int(observation[2] + 0.5 * observation[3] + 0.05 * observation[0] + 0.1 * observation[1] > 0)
+    return int(
+        observation[2] + 0.5 * observation[3] + 0.05 * observation[0] + 0.1 * observation[1] > 0
+    )
 
 
 def pendulum(observation: Any, rng: np.random.Generator) -> Any:
     """A linear controller that balances InvertedPendulum-v5, near the middle of the rail."""
     x, angle, speed, spin = observation
-    return np.clip([2.0 * x + 25.0 * angle + 2.5 * speed + 4.0 * spin], -3.0, 3.0).astype(np.float32)
+    return np.clip([2.0 * x + 25.0 * angle + 2.5 * speed + 4.0 * spin], -3.0, 3.0).astype(
+        np.float32
+    )
 
 
 BEHAVIOURS = {
-    "CartPole-v1": [BehaviourConfig("random", 3.0), BehaviourConfig("noisy", 1.0, 0.7, function="tests.bench.bench_world:cartpole")],
+    "CartPole-v1": [
+        BehaviourConfig("random", 3.0),
+        BehaviourConfig("noisy", 1.0, 0.7, function="tests.bench.bench_world:cartpole"),
+    ],
     "InvertedPendulum-v5": [
         BehaviourConfig("random", 8.0),
         BehaviourConfig("noisy", 1.0, 0.6, function="tests.bench.bench_world:pendulum"),
@@ -101,7 +118,9 @@ BEHAVIOURS = {
 
 
 def dataset(env: str, seed: int, *, held_out: bool) -> Dataset:
-    """3000 transitions by the ordinary job, or 10000 `held_out` ones, all (but one episode) of the validation split."""
+    """3000 transitions by the ordinary job, or 10000 `held_out` ones, all (but one episode) of the
+    validation split.
+    """
     cfg = collect.CollectConfig(
         seed=1000 + seed if held_out else seed,
         storage=StorageConfig(str(ROOT)),
@@ -117,7 +136,9 @@ def dataset(env: str, seed: int, *, held_out: bool) -> Dataset:
 
 
 def train(data: Dataset, cfg: PretrainConfig) -> tuple[World, dict[str, float]]:
-    """The pretrain job's arithmetic in a plain loop, and the CPU seconds that it took, on one thread."""
+    """The pretrain job's arithmetic in a plain loop, and the CPU seconds that it took, on one
+    thread.
+    """
     options = cfg.train
     codec = Codec.fit(data)
     began = time.process_time()
@@ -128,20 +149,28 @@ def train(data: Dataset, cfg: PretrainConfig) -> tuple[World, dict[str, float]]:
     torch.manual_seed(cfg.seed)
     net = build(codec.spec, cfg.model)
     mup.init_(net, cfg.seed)
-    optimizer = torch.optim.AdamW(mup.param_groups(net, options.lr, options.weight_decay), betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(
+        mup.param_groups(net, options.lr, options.weight_decay), betas=(0.9, 0.95)
+    )
     rates = [group["lr"] for group in optimizer.param_groups]
     steps = options.steps or DEFAULT_STEPS
     for step in range(steps):
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * lr_factor(step + 1, steps, options.warmup, options.decay)
-        windows = corrupted(loader.batch(step), base, options.corrupt_history, cfg.seed, step * options.batch)
+        windows = corrupted(
+            loader.batch(step), base, options.corrupt_history, cfg.seed, step * options.batch
+        )
         objective = net(windows, apply_base(base, windows)).objective
         optimizer.zero_grad(set_to_none=True)
         objective.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), options.clip)
         optimizer.step()
     ended = time.process_time()
-    return World(net, base, codec.to_json()), {"base": fitted - began, "network": ended - fitted, "step": (ended - fitted) / steps}
+    return World(net, base, codec.to_json()), {
+        "base": fitted - began,
+        "network": ended - fitted,
+        "step": (ended - fitted) / steps,
+    }
 
 
 def cell(env: str, cfg: PretrainConfig, horizons: Sequence[int | str] = HORIZONS) -> dict[str, Any]:
@@ -161,13 +190,30 @@ def cell(env: str, cfg: PretrainConfig, horizons: Sequence[int | str] = HORIZONS
 
 def show(env: str, family: str, result: dict[str, Any]) -> None:
     rows = {row["horizon"]: row for row in result["open_loop"]["rows"]}
-    for which, name in (("ratio", "mean of 8 rollouts"), ("single", "single rollout"), ("typical", "ratio of the medians")):
-        print(f"  {f'{family}, {name}':<56}" + "".join(f"{ratio(rows[str(h)][which]):>9}" for h in HORIZONS))
+    for which, name in (
+        ("ratio", "mean of 8 rollouts"),
+        ("single", "single rollout"),
+        ("typical", "ratio of the medians"),
+    ):
+        print(
+            f"  {f'{family}, {name}':<56}"
+            + "".join(f"{ratio(rows[str(h)][which]):>9}" for h in HORIZONS)
+        )
     print("    90% " + "  ".join(span(rows[str(h)]["interval"], ratio) for h in HORIZONS), end="; ")
     one, took = result["one_step"], result["seconds"]
-    ends = f"termination {_two(one['precision'])}/{_two(one['recall'])} ({one['expected_terminals']:.0f} expected, {one['terminals']} true)"
-    said = f"reward right {_two(one['reward_accuracy'])}, {ends}, {result['valid']['dynamics']:.2f} nats"
-    print(f"{said}; CPU seconds: base {took['base']:.0f}, network {took['network']:.0f}, evaluation {took['evaluate']:.0f}", flush=True)
+    ends = (
+        f"termination {_two(one['precision'])}/{_two(one['recall'])}"
+        f" ({one['expected_terminals']:.0f} expected, {one['terminals']} true)"
+    )
+    said = (
+        f"reward right {_two(one['reward_accuracy'])}, {ends}, {result['valid']['dynamics']:.2f}"
+        " nats"
+    )
+    print(
+        f"{said}; CPU seconds: base {took['base']:.0f}, network {took['network']:.0f}, evaluation"
+        f" {took['evaluate']:.0f}",
+        flush=True,
+    )
 
 
 def _two(value: float | None) -> str:
@@ -175,13 +221,27 @@ def _two(value: float | None) -> str:
 
 
 def commit() -> str:
-    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
-    dirty = subprocess.run(["git", "status", "--porcelain", "--", "platform"], cwd=HERE, capture_output=True, text=True, check=True).stdout.strip()
+    head = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    dirty = subprocess.run(
+        ["git", "status", "--porcelain", "--", "platform"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     return head + ("+" if dirty else "")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--env", choices=ENVIRONMENTS)
     parser.add_argument("--family", choices=FAMILIES)
     parser.add_argument("--seed", type=int)
@@ -193,18 +253,39 @@ def main() -> None:
     torch.set_num_threads(1)
     stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for env in [args.env] if args.env else ENVIRONMENTS:
-        print(f"{env}, {TRANSITIONS} transitions: RMSE / persistence's, {' / '.join(map(str, HORIZONS))} steps ahead")
+        print(
+            f"{env}, {TRANSITIONS} transitions: RMSE / persistence's,"
+            f" {' / '.join(map(str, HORIZONS))} steps ahead"
+        )
         for name, row in BEST[env].items():
             print(f"  {'before the design: ' + name:<56}{''.join(f'{ratio(v):>9}' for v in row)}")
         for family in [args.family] if args.family else FAMILIES:
             for seed in [args.seed] if args.seed is not None else SEEDS:
-                cfg = load(PretrainConfig, overrides=[*SETTINGS, f"model.family={family}", f"seed={seed}", *args.overrides])
+                cfg = load(
+                    PretrainConfig,
+                    overrides=[
+                        *SETTINGS,
+                        f"model.family={family}",
+                        f"seed={seed}",
+                        *args.overrides,
+                    ],
+                )
                 settings = {"model": to_dict(cfg.model), "train": to_dict(cfg.train)}
                 name = f"{env}/{family}/{seed}" + (f"/{args.keep}" if args.keep else "")
                 found = stored.get(name)
-                if found is None or args.force or args.overrides or found["settings"] != fingerprint(settings):
+                if (
+                    found is None
+                    or args.force
+                    or args.overrides
+                    or found["settings"] != fingerprint(settings)
+                ):
                     found = cell(env, cfg)
-                    found |= {"settings": fingerprint(settings), "config": settings, "commit": commit(), "command": " ".join(["python", *sys.argv])}
+                    found |= {
+                        "settings": fingerprint(settings),
+                        "config": settings,
+                        "commit": commit(),
+                        "command": " ".join(["python", *sys.argv]),
+                    }
                     if not args.overrides or args.keep:
                         stored[name] = found
                         RESULTS.parent.mkdir(exist_ok=True)

@@ -1,7 +1,8 @@
-"""A model-free peer that is not RLlib's: Stable-Baselines3's SAC on metered reality, ten times as fast on a CPU as RLlib's.
+"""A model-free peer that is not RLlib's: Stable-Baselines3's SAC on metered reality, ten times as
+fast on a CPU as RLlib's.
 
-Its settings are the library's own defaults, which are those of Haarnoja et al. (arXiv 1812.05905): 256 x 256, learning rate 3e-4, batches of 256, an
-update a step, 100 random steps before.
+Its settings are the library's own defaults, which are those of Haarnoja et al. (arXiv 1812.05905):
+256 x 256, learning rate 3e-4, batches of 256, an update a step, 100 random steps before.
 """
 
 from __future__ import annotations
@@ -25,7 +26,11 @@ EPISODES = 10
 
 def metered(reality: RealityConfig, ledger: Ledger, purpose: str) -> gymnasium.Env[Any, Any]:
     env: gymnasium.Env[Any, Any] = MeteredEnv(make_env(reality), ledger, purpose)
-    return gymnasium.wrappers.FlattenObservation(env) if isinstance(env.observation_space, gymnasium.spaces.Dict) else env
+    return (
+        gymnasium.wrappers.FlattenObservation(env)
+        if isinstance(env.observation_space, gymnasium.spaces.Dict)
+        else env
+    )
 
 
 class Judge(BaseCallback):
@@ -49,15 +54,29 @@ class Judge(BaseCallback):
             while not done:
                 action, _ = self.model.predict(observation, deterministic=True)
                 observation, reward, terminated, truncated, _ = self.env.step(action)
-                total, done, self.steps = total + float(reward), terminated or truncated, self.steps + 1
+                total, done, self.steps = (
+                    total + float(reward),
+                    terminated or truncated,
+                    self.steps + 1,
+                )
             returns.append(total)
         self.points.append((self.num_timesteps, float(np.mean(returns))))
         print(f"  SAC after {self.num_timesteps} real steps: {self.points[-1][1]:.1f}", flush=True)
         return self.points[-1][1] < self.target
 
 
-def sac(reality: RealityConfig, ledger: Ledger, seed: int, steps: int, target: float, every: int, overrides: dict[str, Any]) -> dict[str, Any]:
-    """A cell of bench_agents: real steps at the first measurement at the target (None: not within `steps`), and what they cost."""
+def sac(
+    reality: RealityConfig,
+    ledger: Ledger,
+    seed: int,
+    steps: int,
+    target: float,
+    every: int,
+    overrides: dict[str, Any],
+) -> dict[str, Any]:
+    """A cell of bench_agents: real steps at the first measurement at the target (None: not within
+    `steps`), and what they cost.
+    """
     torch.set_num_threads(1)
     began = time.monotonic()
     env = metered(reality, ledger, "baseline")
@@ -67,4 +86,10 @@ def sac(reality: RealityConfig, ledger: Ledger, seed: int, steps: int, target: f
         used.close()
     reached = judge.points[-1][0] if judge.points[-1][1] >= target else None
     price = ledger.totals().purposes["baseline"].price
-    return {"reached": reached, "judged": judge.steps, "price": price, "points": judge.points, "seconds": time.monotonic() - began}
+    return {
+        "reached": reached,
+        "judged": judge.steps,
+        "price": price,
+        "points": judge.points,
+        "seconds": time.monotonic() - began,
+    }

@@ -1,5 +1,6 @@
-"""The control of bench_agents: dm_control's cartpole-swingup with every action repeated 8 times, 125 steps an episode, as PlaNet has it
-(Hafner et al., arXiv 1811.04551). TD-MPC2 finds that a world model does not help on it. Needs the `bench` extra.
+"""The control of bench_agents: dm_control's cartpole-swingup with every action repeated 8 times,
+125 steps an episode, as PlaNet has it (Hafner et al., arXiv 1811.04551). TD-MPC2 finds that a world
+model does not help on it. Needs the `bench` extra.
 """
 
 from __future__ import annotations
@@ -18,15 +19,21 @@ REPEAT = 8
 
 
 class swingup(gymnasium.Env[Any, Any]):
-    """Observations: the cart's position, the pole's cosine and sine, and both velocities, [5] float64. A step's reward is in [0, 8]."""
+    """Observations: the cart's position, the pole's cosine and sine, and both velocities, [5]
+    float64. A step's reward is in [0, 8].
+    """
 
     observation_space = Box(-np.inf, np.inf, (5,), np.float64)
     action_space = Box(-1.0, 1.0, (1,), np.float64)
     spec = gymnasium.envs.registration.EnvSpec("cartpole-swingup", max_episode_steps=1000 // REPEAT)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
-        self.task = suite.load("cartpole", "swingup", task_kwargs={"random": int(self.np_random.integers(2**31))})
+        self.task = suite.load(
+            "cartpole", "swingup", task_kwargs={"random": int(self.np_random.integers(2**31))}
+        )
         return self._observed(self.task.reset()), {}
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:

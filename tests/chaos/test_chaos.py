@@ -1,4 +1,6 @@
-"""A small loop whose processes are killed at random: run again, it ends with the ids and digits of an undisturbed run."""
+"""A small loop whose processes are killed at random: run again, it ends with the ids and digits of
+an undisturbed run.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from mesocosm.storage import Storage
 
 KILLS = 30
 LONGEST_S = 600.0
-"""No attempt takes longer than this: a job whose parts were killed goes on or ends, it does not hang."""
+"""No attempt takes longer than this: a job whose parts were killed goes on or ends, it does not
+hang.
+"""
 LOOP = [
     "loop",
     "reality.env=CartPole-v1",
@@ -81,11 +85,16 @@ def victims(process: subprocess.Popen[bytes]) -> Iterator[tuple[str, psutil.Proc
 
 def artifacts(root: str) -> dict[str, dict[str, Any]]:
     """Every artifact's COMMIT.json, by kind/id."""
-    return {f"{path.parts[-3]}/{path.parts[-2]}": json.loads(path.read_text()) for path in Path(root).glob("*/*/COMMIT.json")}
+    return {
+        f"{path.parts[-3]}/{path.parts[-2]}": json.loads(path.read_text())
+        for path in Path(root).glob("*/*/COMMIT.json")
+    }
 
 
 def digits(root: str) -> dict[str, Any]:
-    """What may not depend on kills: data and policies to the byte, losses and returns to the last digit."""
+    """What may not depend on kills: data and policies to the byte, losses and returns to the last
+    digit.
+    """
     result: dict[str, Any] = {}
     for name, commit in artifacts(root).items():
         files = {file: entry["sha256"] for file, entry in commit["files"].items()}
@@ -94,7 +103,11 @@ def digits(root: str) -> dict[str, Any]:
             result[name] = files
         elif kind == "worlds":
             metrics = commit["meta"]["metrics"]
-            result[name] = {k: v for k, v in metrics.items() if not k.startswith(("mfu", "positions", "transitions"))}
+            result[name] = {
+                k: v
+                for k, v in metrics.items()
+                if not k.startswith(("mfu", "positions", "transitions"))
+            }
         elif kind == "agents":
             result[name] = files["policy.safetensors"]
         else:
@@ -119,7 +132,9 @@ class Chaos:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(pause)
             if process.poll() is None:
-                assert time.monotonic() - since < LONGEST_S, f"hangs after {self.killed[-3:]}: {log.read_text()[-3000:]}"
+                assert time.monotonic() - since < LONGEST_S, (
+                    f"hangs after {self.killed[-3:]}: {log.read_text()[-3000:]}"
+                )
                 self._kill(process, log)
                 continue
             assert process.returncode in (0, 1, -signal.SIGKILL), log.read_text()[-3000:]
@@ -135,8 +150,12 @@ class Chaos:
         if not self.left or not choices:
             return
         working = [choice for choice in choices if choice[0].startswith("ray::")]
-        name, victim = self._dice.choice(working if working and self._dice.random() < 0.5 else choices)
-        workers = [one for kind, one in choices if kind.startswith("ray::")] if name == "driver" else []
+        name, victim = self._dice.choice(
+            working if working and self._dice.random() < 0.5 else choices
+        )
+        workers = (
+            [one for kind, one in choices if kind.startswith("ray::")] if name == "driver" else []
+        )
         with suppress(psutil.NoSuchProcess):
             victim.kill()
             self.left -= 1
@@ -149,7 +168,9 @@ class Chaos:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_loop_whose_processes_are_killed_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    """Loops are run until all kills are dealt; each ends with the ids and digits of the undisturbed one."""
+    """Loops are run until all kills are dealt; each ends with the ids and digits of the undisturbed
+    one.
+    """
     calm, log = str(tmp_path / "calm"), tmp_path / "log"
     assert start(calm, log).wait(1800) == 0, log.read_text()[-3000:]
     expected, chaos, loops = digits(calm), Chaos(KILLS), 0

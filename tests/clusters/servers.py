@@ -1,4 +1,6 @@
-"""What stands beside a cluster: an S3 endpoint and an MLflow server, each a process of its own in the hub."""
+"""What stands beside a cluster: an S3 endpoint and an MLflow server, each a process of its own in
+the hub.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ for url in sys.argv[1:]:
 
 def credentials() -> dict[str, str]:
     """What every node has in its environment, and nobody else."""
-    return {"AWS_ENDPOINT_URL": S3, "AWS_ACCESS_KEY_ID": "AKIAPLANTED", "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20), "AWS_DEFAULT_REGION": "us-east-1"}
+    return {
+        "AWS_ENDPOINT_URL": S3,
+        "AWS_ACCESS_KEY_ID": "AKIAPLANTED",
+        "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
 
 
 def start(lab: Lab) -> None:
@@ -47,7 +54,17 @@ def start(lab: Lab) -> None:
         "--allowed-hosts",
         f"{HUB}:5001",
     ]
-    lab.hub.start(str(BIN / "mlflow"), "server", "--host", HUB, "--port", "5001", *where, env=env, log="mlflow")
+    lab.hub.start(
+        str(BIN / "mlflow"),
+        "server",
+        "--host",
+        HUB,
+        "--port",
+        "5001",
+        *where,
+        env=env,
+        log="mlflow",
+    )
     inside(lab, WAIT, S3, MLFLOW)
     inside(lab, "from mesocosm.storage import Storage; Storage('s3://bucket').fs.mkdir('bucket')")
 
@@ -55,7 +72,9 @@ def start(lab: Lab) -> None:
 def inside(lab: Lab, code: str, *arguments: str) -> str:
     """What `code` prints, run in the hub with the nodes' credentials."""
     command = lab.hub.command(sys.executable, "-c", code, *arguments)
-    done = subprocess.run(command, env=lab.environment | lab.env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=lab.environment | lab.env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr + lab.hub.said("mlflow") + lab.hub.said("s3")
     return done.stdout
 
@@ -63,5 +82,9 @@ def inside(lab: Lab, code: str, *arguments: str) -> str:
 def fetched(lab: Lab) -> Path:
     """A copy of the bucket's storage root in a folder of this machine."""
     shutil.rmtree(lab.base / "fetched", ignore_errors=True)
-    inside(lab, f"from mesocosm.storage import Storage; Storage({BUCKET!r}).fs.get('bucket/mesocosm/', {str(lab.base / 'fetched')!r} + '/', recursive=True)")
+    inside(
+        lab,
+        f"from mesocosm.storage import Storage; Storage({BUCKET!r}).fs.get('bucket/mesocosm/',"
+        f" {str(lab.base / 'fetched')!r} + '/', recursive=True)",
+    )
     return lab.base / "fetched"

@@ -1,4 +1,6 @@
-"""Ray's own autoscaler, whose nodes are processes of the head's machine: it brings what a job waits for, and takes it away again."""
+"""Ray's own autoscaler, whose nodes are processes of the head's machine: it brings what a job waits
+for, and takes it away again.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +18,43 @@ from .lab import HEAD, PORT, Lab, permitted, until
 from .test_kills import SMALL
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-ALIVE = "import ray; ray.init('auto', log_to_driver=False); print('ALIVE', sum(node['Alive'] for node in ray.nodes()))"
+ALIVE = (
+    "import ray; ray.init('auto', log_to_driver=False); print('ALIVE', sum(node['Alive'] for node"
+    " in ray.nodes()))"
+)
 
 
 @pytest.fixture(scope="module")
 def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     """A head with one CPU, and an autoscaler that may add two nodes of one."""
     if not permitted():
-        pytest.skip("making network and PID namespaces is not permitted here: run as root, or in a container with CAP_SYS_ADMIN")
-    made = Lab.make(tmp_path_factory.mktemp("growing"), {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"})
+        pytest.skip(
+            "making network and PID namespaces is not permitted here: run as root, or in a"
+            " container with CAP_SYS_ADMIN"
+        )
+    made = Lab.make(
+        tmp_path_factory.mktemp("growing"),
+        {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"},
+    )
     config = {
         "cluster_name": "growing",
         "max_workers": 2,
         "idle_timeout_minutes": 0.2,
         "upscaling_speed": 1.0,
-        "provider": {"type": "fake_multinode", "gcs_address": f"{HEAD}:{PORT}", "disable_node_updaters": True, "use_node_id_as_ip": True},
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": f"{HEAD}:{PORT}",
+            "disable_node_updaters": True,
+            "use_node_id_as_ip": True,
+        },
         "available_node_types": {
             "ray.head.default": {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0},
-            "worker": {"resources": {"CPU": 1, "object_store_memory": 80_000_000}, "node_config": {}, "min_workers": 0, "max_workers": 2},
+            "worker": {
+                "resources": {"CPU": 1, "object_store_memory": 80_000_000},
+                "node_config": {},
+                "min_workers": 0,
+                "max_workers": 2,
+            },
         },
         "head_node_type": "ray.head.default",
         "auth": {},
@@ -61,7 +82,13 @@ def growing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 
 def alive(lab: Lab) -> int:
     head = lab.nodes["head"]
-    done = subprocess.run(head.command(sys.executable, "-c", ALIVE), env=lab.node_env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        head.command(sys.executable, "-c", ALIVE),
+        env=lab.node_env,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     return int(done.stdout.rsplit("ALIVE", 1)[1])
 
 
@@ -69,9 +96,19 @@ def test_nodes_come_for_a_job_and_go_after_it(growing: Lab, cart_root: object) -
     assert callable(cart_root)
     cart_root(growing.base / "there")
     assert alive(growing) == 1
-    training = ("pretrain", "data.datasets=[cart]", *SMALL, "train.batch=12", "train.workers=3", "train.steps=30")
+    training = (
+        "pretrain",
+        "data.datasets=[cart]",
+        *SMALL,
+        "train.batch=12",
+        "train.workers=3",
+        "train.steps=30",
+    )
     too_many = growing.mesocosm(*training, "train.workers=4", "--cluster", "test")
-    assert too_many.returncode == 2 and "train.workers=4 asks for 4 CPUs and cluster 'test' has 3" in too_many.stderr
+    assert (
+        too_many.returncode == 2
+        and "train.workers=4 asks for 4 CPUs and cluster 'test' has 3" in too_many.stderr
+    )
     done = growing.mesocosm(*training, "--cluster", "test", "--json")
     assert done.returncode == 0, done.stderr
     id = json.loads(done.stdout)["id"]

@@ -1,4 +1,6 @@
-"""A node dies, as by kill -9 of its raylet, under each kind of job, with room elsewhere: what was to come comes, and is the same."""
+"""A node dies, as by kill -9 of its raylet, under each kind of job, with room elsewhere: what was
+to come comes, and is the same.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,24 @@ from mesocosm.storage import Storage
 from .lab import HEAD, PORT, Lab, Place, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
-SMALL = ("model.size=10k", "model.members=1", "model.context=8", "model.base_steps=20", "train.batch=8", "train.events=12", "train.lr=3e-3")
-TRAINING = ("pretrain", "data.datasets=[cart]", *SMALL, "train.workers=2", "train.steps=240", "train.checkpoint_every=20", "train.validate_every=60")
+SMALL = (
+    "model.size=10k",
+    "model.members=1",
+    "model.context=8",
+    "model.base_steps=20",
+    "train.batch=8",
+    "train.events=12",
+    "train.lr=3e-3",
+)
+TRAINING = (
+    "pretrain",
+    "data.datasets=[cart]",
+    *SMALL,
+    "train.workers=2",
+    "train.steps=240",
+    "train.checkpoint_every=20",
+    "train.validate_every=60",
+)
 WORKER = "ray::RayTrainWorker"
 
 
@@ -59,7 +77,9 @@ def losses(folder: Path) -> dict[int, list[float]]:
 
 @pytest.fixture
 def spare(lab: Lab, cart_root: Callable[..., str]) -> Iterator[Lab]:
-    """The lab with all its nodes, and the dataset `cart` in both of its roots: the cluster's and that of this machine."""
+    """The lab with all its nodes, and the dataset `cart` in both of its roots: the cluster's and
+    that of this machine.
+    """
     missing = 3 - len(lab.nodes)
     for _ in range(missing):
         lab.add("node")
@@ -73,7 +93,9 @@ def spare(lab: Lab, cart_root: Callable[..., str]) -> Iterator[Lab]:
 
 def here(lab: Lab, *arguments: str) -> dict[str, Any]:
     """The same job on this machine alone, undisturbed."""
-    done = lab.mesocosm(*arguments, f"storage.root={lab.base / 'here' / 'root'}", "ray.cpus=3", "--json")
+    done = lab.mesocosm(
+        *arguments, f"storage.root={lab.base / 'here' / 'root'}", "ray.cpus=3", "--json"
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found
@@ -87,23 +109,41 @@ def test_training_goes_on_elsewhere(spare: Lab) -> None:
     before = max(losses(folder))
     began = time.monotonic()
     kill(spare, node)
-    again = until(lambda: max(losses(folder), default=0) > before + 20 and time.monotonic(), "training after the kill")
+    again = until(
+        lambda: max(losses(folder), default=0) > before + 20 and time.monotonic(),
+        "training after the kill",
+    )
     print(f"training went on {again - began:.1f} s after the kill")
     found = over(spare, id)
     assert found["state"] == "SUCCEEDED", found["log"]
 
     own = here(spare, *TRAINING)
-    there, alone = (Storage(str(spare.base / name / "root")).artifact("worlds", own["artifact"]) for name in ("there", "here"))
+    there, alone = (
+        Storage(str(spare.base / name / "root")).artifact("worlds", own["artifact"])
+        for name in ("there", "here")
+    )
     assert found["artifact"] == own["artifact"] == there.name
     undisturbed = losses(spare.base / "here" / "root" / "runs" / own["run"])
     trained = losses(folder)
-    assert sorted(trained) == sorted(undisturbed) == list(range(1, 241)), "those since the last checkpoint perhaps twice"
+    assert sorted(trained) == sorted(undisturbed) == list(range(1, 241)), (
+        "those since the last checkpoint perhaps twice"
+    )
     for step, values in trained.items():
         assert values == pytest.approx([undisturbed[step][0]] * len(values), rel=1e-5), step
-    assert there.meta["metrics"]["valid/loss"] == pytest.approx(alone.meta["metrics"]["valid/loss"], rel=1e-5)
+    assert there.meta["metrics"]["valid/loss"] == pytest.approx(
+        alone.meta["metrics"]["valid/loss"], rel=1e-5
+    )
 
 
-SWEEP = ("sweep", "data.datasets=[cart]", "model.members=1", "model.context=8", "grid.sizes=[10k]", "grid.data=[8000,16000,80000]", "grid.seeds=[0,1]")
+SWEEP = (
+    "sweep",
+    "data.datasets=[cart]",
+    "model.members=1",
+    "model.context=8",
+    "grid.sizes=[10k]",
+    "grid.data=[8000,16000,80000]",
+    "grid.seeds=[0,1]",
+)
 SWEEPING = (*SWEEP, "train.batch=8", "train.warmup=5", "concurrent=2")
 TRIALS = ("ray::ResourceTrainable", "ray::TrunkTrial")
 
@@ -112,7 +152,11 @@ def test_a_sweep_is_whole_in_the_end(spare: Lab) -> None:
     id = submitted(spare, *SWEEPING)
     root = Storage(str(spare.base / "there" / "root"))
     until(lambda: root.list("cells/results"), "the first cell")
-    node = next(place for place in list(spare.nodes.values())[1:] if any(place.pids(name) for name in TRIALS))
+    node = next(
+        place
+        for place in list(spare.nodes.values())[1:]
+        if any(place.pids(name) for name in TRIALS)
+    )
     kill(spare, node)
     began = time.monotonic()
     found = over(spare, id)
@@ -127,33 +171,54 @@ def test_a_sweep_is_whole_in_the_end(spare: Lab) -> None:
     assert found["state"] == "SUCCEEDED", found["log"]
     own = here(spare, *SWEEPING)
     assert found["artifact"] == own["artifact"]
-    there, alone = (table(Storage(str(spare.base / name / "root")).artifact("laws", own["artifact"]).path) for name in ("there", "here"))
+    there, alone = (
+        table(Storage(str(spare.base / name / "root")).artifact("laws", own["artifact"]).path)
+        for name in ("there", "here")
+    )
     assert len(alone) == 6 and there.keys() == alone.keys()
     assert there == pytest.approx(alone, rel=1e-5)
 
 
 def table(folder: Path) -> dict[tuple[str, str, str], float]:
     with open(folder / "table.csv") as file:
-        return {(row["size"], row["data"], row["seed"]): float(row["loss"]) for row in csv.DictReader(file)}
+        return {
+            (row["size"], row["data"], row["seed"]): float(row["loss"])
+            for row in csv.DictReader(file)
+        }
 
 
 def test_a_served_world_answers_from_another_node(spare: Lab) -> None:
     own = here(spare, *TRAINING, "train.steps=5", "train.workers=1")
     world = own["artifact"].removeprefix("worlds/")
-    shutil.copytree(spare.base / "here" / "root" / own["artifact"], spare.base / "there" / "root" / own["artifact"])
+    shutil.copytree(
+        spare.base / "here" / "root" / own["artifact"],
+        spare.base / "there" / "root" / own["artifact"],
+    )
     id = submitted(spare, "serve", f"world={world}", "replicas=2", "cpus=1", "name=kept")
     until(lambda: "is served as" in spare.mesocosm("jobs", "logs", id).stdout, "the served world")
     steps = 300
     undisturbed = stepped(spare, world, "", str(spare.base / "here" / "root"), steps)
     lines: list[dict[str, Any]] = []
-    with subprocess.Popen(client(spare, world, "kept", f"{HEAD}:{PORT}", steps), env=spare.node_env, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        client(spare, world, "kept", f"{HEAD}:{PORT}", steps),
+        env=spare.node_env,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout is not None
         for line in process.stdout:
             if not line.startswith("{"):
                 continue  # what Ray says
             lines.append(json.loads(line))
             if lines[-1]["step"] == 40:
-                kill(spare, next(place for place in spare.nodes.values() if place.address == lines[-1]["host"]))
+                kill(
+                    spare,
+                    next(
+                        place
+                        for place in spare.nodes.values()
+                        if place.address == lines[-1]["host"]
+                    ),
+                )
     assert [line["digest"] for line in lines] == undisturbed and len(undisturbed) == steps + 1
     assert len({line["host"] for line in lines} - {""}) == 2, "before and after"
     longest = max(after["at"] - before["at"] for before, after in itertools.pairwise(lines))
@@ -165,10 +230,14 @@ def test_a_served_world_answers_from_another_node(spare: Lab) -> None:
 
 def client(lab: Lab, world: str, app: str, address: str, steps: int) -> list[str]:
     script = Path(__file__).with_name("client.py")
-    return lab.nodes["head"].command(sys.executable, str(script), world, app, address, str(steps), HEAD)
+    return lab.nodes["head"].command(
+        sys.executable, str(script), world, app, address, str(steps), HEAD
+    )
 
 
 def stepped(lab: Lab, *arguments: Any) -> list[str]:
-    done = subprocess.run(client(lab, *arguments), env=lab.node_env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        client(lab, *arguments), env=lab.node_env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return [json.loads(line)["digest"] for line in done.stdout.splitlines() if line.startswith("{")]

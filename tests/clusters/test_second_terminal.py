@@ -1,4 +1,5 @@
-"""A user with nothing but the address, the token and the package, on a cluster of several nodes whose storage is S3 and whose MLflow is a server.
+"""A user with nothing but the address, the token and the package, on a cluster of several nodes
+whose storage is S3 and whose MLflow is a server.
 
 The same jobs on this machine alone are what theirs are held against.
 """
@@ -22,12 +23,48 @@ from .lab import DASHBOARD, HEAD, Lab, logs, permitted, until
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 COLLECT = ("collect", "reality.env=CartPole-v1", "steps=400", "seed=3")
 SMALL = ("model.size=10k", "model.members=1", "model.context=8", "model.base_steps=20")
-PRETRAIN = ("pretrain", *SMALL, "train.batch=8", "train.events=12", "train.workers=2", "train.steps=60", "train.checkpoint_every=30")
-SWEEP = ("sweep", "model.members=1", "model.context=8", "grid.sizes=[10k]", "grid.data=[2000,4000]", "train.batch=8", "train.warmup=5")
+PRETRAIN = (
+    "pretrain",
+    *SMALL,
+    "train.batch=8",
+    "train.events=12",
+    "train.workers=2",
+    "train.steps=60",
+    "train.checkpoint_every=30",
+)
+SWEEP = (
+    "sweep",
+    "model.members=1",
+    "model.context=8",
+    "grid.sizes=[10k]",
+    "grid.data=[2000,4000]",
+    "train.batch=8",
+    "train.warmup=5",
+)
 LOOP = (
-    *("loop", "reality.env=CartPole-v1", "rounds=1", "collect.steps=300", "pretrain.train.steps=30", "pretrain.train.batch=16", "pretrain.model.size=10k"),
-    *("pretrain.model.family=ensemble", "pretrain.model.members=2", "pretrain.model.base_steps=50", "agent.iterations=2", "agent.num_envs=16"),
-    *("evaluate.episodes=4", "evaluate.starts=8", "evaluate.samples=2", "evaluate.horizons=[1,5]", "evaluate.full=false"),
+    *(
+        "loop",
+        "reality.env=CartPole-v1",
+        "rounds=1",
+        "collect.steps=300",
+        "pretrain.train.steps=30",
+        "pretrain.train.batch=16",
+        "pretrain.model.size=10k",
+    ),
+    *(
+        "pretrain.model.family=ensemble",
+        "pretrain.model.members=2",
+        "pretrain.model.base_steps=50",
+        "agent.iterations=2",
+        "agent.num_envs=16",
+    ),
+    *(
+        "evaluate.episodes=4",
+        "evaluate.starts=8",
+        "evaluate.samples=2",
+        "evaluate.horizons=[1,5]",
+        "evaluate.full=false",
+    ),
 )
 JOBS = """
 import json, sys, urllib.request
@@ -59,7 +96,10 @@ class Done:
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if not permitted():
-        pytest.skip("making network and PID namespaces is not permitted here: run as root, or in a container with CAP_SYS_ADMIN")
+        pytest.skip(
+            "making network and PID namespaces is not permitted here: run as root, or in a"
+            " container with CAP_SYS_ADMIN"
+        )
     made = Lab.make(tmp_path_factory.mktemp("second"), servers.credentials())
     try:
         servers.start(made)
@@ -86,9 +126,22 @@ def done(lab: Lab) -> Done:
         id = json.loads(sent.stdout)["id"]
         followed = lab.mesocosm("jobs", "logs", id, "--follow", timeout=900)
         status = lab.mesocosm("jobs", "status", id, "--json")
-        said.extend([sent.stdout, sent.stderr, followed.stdout, followed.stderr, status.stdout, status.stderr])
-        assert followed.returncode == 0 and json.loads(status.stdout)["state"] == "SUCCEEDED", "\n".join(said[-4:])
-        there[job] = next(line for line in reversed(followed.stdout.splitlines()) if line.startswith(KINDS)).split()[0]
+        said.extend(
+            [
+                sent.stdout,
+                sent.stderr,
+                followed.stdout,
+                followed.stderr,
+                status.stdout,
+                status.stderr,
+            ]
+        )
+        assert followed.returncode == 0 and json.loads(status.stdout)["state"] == "SUCCEEDED", (
+            "\n".join(said[-4:])
+        )
+        there[job] = next(
+            line for line in reversed(followed.stdout.splitlines()) if line.startswith(KINDS)
+        ).split()[0]
         own = lab.mesocosm(*arguments, f"storage.root={lab.base / 'alone'}", "ray.cpus=3", "--json")
         assert own.returncode == 0, own.stderr
         here[job] = json.loads(own.stdout)["artifact"]
@@ -105,16 +158,27 @@ KINDS = ("datasets/", "worlds/", "laws/", "evaluations/")
 
 
 def pair(done: Done, lab: Lab, job: str) -> tuple[Path, Path]:
-    """The folders of what the job made there and here; of a remote artifact the one that its COMMIT names."""
+    """The folders of what the job made there and here; of a remote artifact the one that its COMMIT
+    names.
+    """
     commit = done.folder / done.there[job] / COMMIT
     holder = json.loads(commit.read_text()).get("folder", "")
-    return done.folder / done.there[job] / holder, Storage(str(lab.base / "alone")).artifact(done.here[job].split("/")[0], done.here[job]).path
+    return (
+        done.folder / done.there[job] / holder,
+        Storage(str(lab.base / "alone"))
+        .artifact(done.here[job].split("/")[0], done.here[job])
+        .path,
+    )
 
 
 def test_a_dataset_is_the_same_bytes(done: Done, lab: Lab) -> None:
     assert done.there["collect"] == done.here["collect"]
     there, here = pair(done, lab, "collect")
-    names = [str(path.relative_to(here)) for path in sorted(here.rglob("*")) if path.is_file() and path.name != COMMIT]
+    names = [
+        str(path.relative_to(here))
+        for path in sorted(here.rglob("*"))
+        if path.is_file() and path.name != COMMIT
+    ]
     assert len(names) > 3
     for name in names:
         assert (there / name).read_bytes() == (here / name).read_bytes(), name
@@ -122,22 +186,35 @@ def test_a_dataset_is_the_same_bytes(done: Done, lab: Lab) -> None:
 
 def test_a_world_has_the_same_losses(done: Done, lab: Lab) -> None:
     assert done.there["pretrain"] == done.here["pretrain"]
-    there, here = (json.loads((folder / done.here["pretrain"] / COMMIT).read_text())["meta"]["metrics"] for folder in (done.folder, lab.base / "alone"))
+    there, here = (
+        json.loads((folder / done.here["pretrain"] / COMMIT).read_text())["meta"]["metrics"]
+        for folder in (done.folder, lab.base / "alone")
+    )
     losses = [name for name in here if name.startswith("valid/")]
     assert "valid/loss" in losses
-    assert {name: there[name] for name in losses} == pytest.approx({name: here[name] for name in losses}, rel=1e-5)
+    assert {name: there[name] for name in losses} == pytest.approx(
+        {name: here[name] for name in losses}, rel=1e-5
+    )
 
 
 def test_a_sweep_has_the_same_table(done: Done, lab: Lab) -> None:
     assert done.there["sweep"] == done.here["sweep"]
-    there, here = (list(csv.DictReader((folder / "table.csv").read_text().splitlines())) for folder in pair(done, lab, "sweep"))
+    there, here = (
+        list(csv.DictReader((folder / "table.csv").read_text().splitlines()))
+        for folder in pair(done, lab, "sweep")
+    )
     assert len(here) == 2 and [row["data"] for row in there] == [row["data"] for row in here]
-    assert [float(row["loss"]) for row in there] == pytest.approx([float(row["loss"]) for row in here], rel=1e-5)
+    assert [float(row["loss"]) for row in there] == pytest.approx(
+        [float(row["loss"]) for row in here], rel=1e-5
+    )
 
 
 def test_an_agent_returns_as_much(done: Done, lab: Lab) -> None:
     assert done.there["loop"] == done.here["loop"]
-    there, here = (json.loads((folder / "summary.json").read_text())["curves"]["world"][0]["points"] for folder in pair(done, lab, "loop"))
+    there, here = (
+        json.loads((folder / "summary.json").read_text())["curves"]["world"][0]["points"]
+        for folder in pair(done, lab, "loop")
+    )
     assert len(there) == len(here) == 1 and there[0]["real_steps"] == here[0]["real_steps"] == 300
     low, high = here[0]["interval"]
     assert low <= there[0]["mean"] <= high
@@ -153,13 +230,22 @@ def test_mlflow_has_the_runs(done: Done, lab: Lab) -> None:
 
 
 def test_a_stop_needs_no_credentials(done: Done, lab: Lab) -> None:
-    """The user cannot write the request to storage, so Ray hands it on; the checkpoint is there all the same."""
-    training = [*PRETRAIN, f"data.datasets=[{done.there['collect'].removeprefix('datasets/')}]", "train.steps=100000", "train.checkpoint_every=1000000"]
+    """The user cannot write the request to storage, so Ray hands it on; the checkpoint is there all
+    the same.
+    """
+    training = [
+        *PRETRAIN,
+        f"data.datasets=[{done.there['collect'].removeprefix('datasets/')}]",
+        "train.steps=100000",
+        "train.checkpoint_every=1000000",
+    ]
     id = json.loads(lab.mesocosm(*training, "--cluster", "lab", "--json").stdout)["id"]
     until(lambda: "loss" in lab.mesocosm("jobs", "logs", id).stdout, "the first loss")
     stopped = lab.mesocosm("jobs", "stop", id, "--json")
     assert json.loads(stopped.stdout) == {"id": id, "state": "STOPPED"}, stopped.stderr
-    kept = list((servers.fetched(lab) / "runs" / "checkpoints").glob("*/checkpoint_*/progress.json"))
+    kept = list(
+        (servers.fetched(lab) / "runs" / "checkpoints").glob("*/checkpoint_*/progress.json")
+    )
     assert len(kept) == 1 and 0 < json.loads(kept[0].read_text())["step"] < 100000
 
 
@@ -169,10 +255,23 @@ def test_a_secret_is_nowhere(done: Done, lab: Lab) -> None:
     jobs = servers.inside(lab, JOBS, f"http://{HEAD}:{DASHBOARD}", str(lab.token_file))
     assert jobs.count('"submission_id"') >= 8, "of each list and each job"
     runs = servers.inside(lab, RUNS, servers.MLFLOW)
-    folders = [done.folder, lab.user, lab.base / "home", lab.base / "mlflow", *(lab.base / place.name / "disk" for place in lab.nodes.values())]
-    looked_at = [path for folder in folders for path in folder.rglob("*") if path.is_file()] + [lab.base / "mlflow.db"]
+    folders = [
+        done.folder,
+        lab.user,
+        lab.base / "home",
+        lab.base / "mlflow",
+        *(lab.base / place.name / "disk" for place in lab.nodes.values()),
+    ]
+    looked_at = [path for folder in folders for path in folder.rglob("*") if path.is_file()] + [
+        lab.base / "mlflow.db"
+    ]
     for secret in (lab.env["AWS_SECRET_ACCESS_KEY"], lab.token):
-        for name, text in (("what was said", done.said), ("doctor", checked.stdout + checked.stderr), ("the Jobs API", jobs), ("MLflow", runs)):
+        for name, text in (
+            ("what was said", done.said),
+            ("doctor", checked.stdout + checked.stderr),
+            ("the Jobs API", jobs),
+            ("MLflow", runs),
+        ):
             assert secret not in text, name
         for path in looked_at:
             assert secret.encode() not in path.read_bytes(), path

@@ -18,8 +18,12 @@ from mesocosm.data.importing import ImportConfig
 INTEGERS = spaces.Box(-(10**6), 10**6, (2,), np.int64)
 
 
-def counted_episode(index: int, length: int, outcome: Outcome = "terminated", **rest: Any) -> Episode:
-    """Observation t of episode k is [k, t], its action t % 3, its reward t + 0.5: exact through any codec."""
+def counted_episode(
+    index: int, length: int, outcome: Outcome = "terminated", **rest: Any
+) -> Episode:
+    """Observation t of episode k is [k, t], its action t % 3, its reward t + 0.5: exact through any
+    codec.
+    """
     return Episode(
         index=index,
         seed=1000 + index,
@@ -68,6 +72,13 @@ def counted_dataset(write: Callable[..., Path]) -> Callable[..., Dataset]:
     """A dataset of counted episodes of the given lengths."""
 
     def make(lengths: Sequence[int], outcome: Outcome = "terminated", **facts: Any) -> Dataset:
-        return Dataset([write([counted_episode(k, length, outcome) for k, length in enumerate(lengths)], **facts)])
+        return Dataset(
+            [
+                write(
+                    [counted_episode(k, length, outcome) for k, length in enumerate(lengths)],
+                    **facts,
+                )
+            ]
+        )
 
     return make

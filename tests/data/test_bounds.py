@@ -1,4 +1,6 @@
-"""One policy of bounds for collect and import, values that no world can hold, and what is exported imports again."""
+"""One policy of bounds for collect and import, values that no world can hold, and what is exported
+imports again.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ from mesocosm.storage import Artifact, Storage
 
 
 class Square(gymnasium.Env[Any, Any]):
-    """Counts its steps in two numbers of a box to 5; `trouble` is given at the third step of the reset seeds in `when`."""
+    """Counts its steps in two numbers of a box to 5; `trouble` is given at the third step of the
+    reset seeds in `when`.
+    """
 
     observation_space = spaces.Box(-5.0, 5.0, (2,), np.float64)
     action_space = spaces.Discrete(2)
@@ -78,7 +82,12 @@ def gather(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
     """`gather(env, bounds, **kwargs of the environment)` collects 60 steps in this process."""
 
     def make(env: str, bounds: str = "drop", **kwargs: Any) -> Artifact:
-        config = CollectConfig(steps=60, lanes=1, workers=0, reality=RealityConfig(env=env, bounds=bounds, kwargs=kwargs))
+        config = CollectConfig(
+            steps=60,
+            lanes=1,
+            workers=0,
+            reality=RealityConfig(env=env, bounds=bounds, kwargs=kwargs),
+        )
         config.storage.root = root
         a_run.storage = Storage(root)
         return collect(config, a_run)
@@ -86,14 +95,18 @@ def gather(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
     return make
 
 
-def configured(*paths: Path | str, env: str = "", bounds: str = "drop", **keys: Any) -> ImportConfig:
+def configured(
+    *paths: Path | str, env: str = "", bounds: str = "drop", **keys: Any
+) -> ImportConfig:
     config = ImportConfig(paths=[str(path) for path in paths], **{"workers": 0, **keys})
     config.reality.env, config.reality.bounds = env, bounds
     return config
 
 
 def parquet(path: Path, *changes: tuple[int, int, str, Any]) -> Path:
-    """Three episodes of four rows, but for some (episode, step, column, value); an episode of -1 is each."""
+    """Three episodes of four rows, but for some (episode, step, column, value); an episode of -1 is
+    each.
+    """
     rows = [
         {
             "episode": k,
@@ -117,36 +130,74 @@ def parquet(path: Path, *changes: tuple[int, int, str, Any]) -> Path:
 
 
 @pytest.mark.parametrize("bad", ["refuse", "drop"])
-def test_bounds_of_what_is_imported(bad: str, tmp_path: Path, bring: Callable[..., Artifact]) -> None:
-    path = parquet(tmp_path / "a.parquet", (1, 0, "next_observation", [-7.0, 0.125]), (1, 1, "observation", [-7.0, 0.125]))
+def test_bounds_of_what_is_imported(
+    bad: str, tmp_path: Path, bring: Callable[..., Artifact]
+) -> None:
+    path = parquet(
+        tmp_path / "a.parquet",
+        (1, 0, "next_observation", [-7.0, 0.125]),
+        (1, 1, "observation", [-7.0, 0.125]),
+    )
     dropped = plan(configured(path, env="OddSquare-v0", bad=bad))
-    assert [(row["reason"], row["episodes"]) for row in dropped["left out"]] == [("outside the space", 1)] and dropped["episodes"] == 2
+    assert [(row["reason"], row["episodes"]) for row in dropped["left out"]] == [
+        ("outside the space", 1)
+    ] and dropped["episodes"] == 2
     for bounds, value in (("clip", -5.0), ("ignore", -7.0)):
         made = Dataset([bring(path, env="OddSquare-v0", bounds=bounds, bad=bad).path])
         assert [float(o[0]) for o in made.episode(1).observations] == [0.0, value, 1.0, 1.5, 2.0]
     wrong = parquet(tmp_path / "b.parquet", (1, 1, "action", 2))
     for bounds in ("drop", "clip", "ignore"):
         left_out = plan(configured(wrong, env="OddSquare-v0", bounds=bounds, bad=bad))["left out"]
-        assert [(row["reason"], row["episodes"]) for row in left_out] == [("outside the space", 1)], "no column can hold it"
-    with pytest.raises(UsageError, match=r"can be kept: .*row 1: observation=\[7.0, 7.0\] .*reality.bounds=clip"):
-        plan(configured(parquet(tmp_path / "c.parquet", (-1, 0, "observation", [7.0, 7.0])), env="OddSquare-v0"))
-    with pytest.raises(UsageError, match=r"reality.bounds must be 'drop', 'clip' or 'ignore', got 'keep'"):
+        assert [(row["reason"], row["episodes"]) for row in left_out] == [
+            ("outside the space", 1)
+        ], "no column can hold it"
+    with pytest.raises(
+        UsageError, match=r"can be kept: .*row 1: observation=\[7.0, 7.0\] .*reality.bounds=clip"
+    ):
+        plan(
+            configured(
+                parquet(tmp_path / "c.parquet", (-1, 0, "observation", [7.0, 7.0])),
+                env="OddSquare-v0",
+            )
+        )
+    with pytest.raises(
+        UsageError, match=r"reality.bounds must be 'drop', 'clip' or 'ignore', got 'keep'"
+    ):
         plan(configured(path, bounds="keep"))
 
 
-def test_bounds_of_what_is_collected(gather: Callable[..., Artifact], bring: Callable[..., Artifact]) -> None:
-    """The same values as `import` drops, clips and ignores; and what is exported is imported by the same policy."""
-    made = {bounds: gather("OddSquare-v0", bounds, trouble="outside", every=3) for bounds in ("drop", "clip", "ignore")}
+def test_bounds_of_what_is_collected(
+    gather: Callable[..., Artifact], bring: Callable[..., Artifact]
+) -> None:
+    """The same values as `import` drops, clips and ignores; and what is exported is imported by the
+    same policy.
+    """
+    made = {
+        bounds: gather("OddSquare-v0", bounds, trouble="outside", every=3)
+        for bounds in ("drop", "clip", "ignore")
+    }
     reasons = [dropped["reason"] for dropped in made["drop"].meta["dropped"]]
-    assert reasons and all("after step 3, observation=[1.5, -7.0] is outside Box" in reason for reason in reasons)
-    assert all(dropped["steps"] == 3 for dropped in made["drop"].meta["dropped"]), "no step is paid after it"
+    assert reasons and all(
+        "after step 3, observation=[1.5, -7.0] is outside Box" in reason for reason in reasons
+    )
+    assert all(dropped["steps"] == 3 for dropped in made["drop"].meta["dropped"]), (
+        "no step is paid after it"
+    )
     assert made["clip"].meta["dropped"] == made["ignore"].meta["dropped"] == []
-    lowest = {bounds: min(o[1] for episode in Dataset([a.path]).iter_episodes() for o in episode.observations) for bounds, a in made.items()}
+    lowest = {
+        bounds: min(
+            o[1] for episode in Dataset([a.path]).iter_episodes() for o in episode.observations
+        )
+        for bounds, a in made.items()
+    }
     assert lowest == {"drop": 0.0, "clip": -5.0, "ignore": -7.0}
     for bounds, artifact in made.items():
         back = bring(artifact.path / "episodes", env="OddSquare-v0", bounds=bounds)
         assert exports(back) == exports(artifact) and back.meta["counts"]["episodes_left_out"] == 0
-    with pytest.raises(MesocosmError, match=r"5 episodes in a row failed .*set reality.bounds=clip or reality.bounds=ignore"):
+    with pytest.raises(
+        MesocosmError,
+        match=r"5 episodes in a row failed .*set reality.bounds=clip or reality.bounds=ignore",
+    ):
         gather("OddSquare-v0", trouble="outside")
 
 
@@ -158,7 +209,9 @@ def test_bounds_of_what_is_collected(gather: Callable[..., Artifact], bring: Cal
         ("negative", r"info\['duration'\] -1, which is negative; give seconds"),
     ],
 )
-def test_values_that_no_world_can_hold_are_not_collected(trouble: str, said: str, gather: Callable[..., Artifact]) -> None:
+def test_values_that_no_world_can_hold_are_not_collected(
+    trouble: str, said: str, gather: Callable[..., Artifact]
+) -> None:
     for bounds in ("drop", "ignore"):
         with pytest.raises(MesocosmError, match=f"5 episodes in a row failed .*{said}"):
             gather("OddEndless-v0", bounds, trouble=trouble)
@@ -167,10 +220,16 @@ def test_values_that_no_world_can_hold_are_not_collected(trouble: str, said: str
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"observations": [np.array([0.0, -1e300])] * 4}, r"observation\[1\] holds -1e\+300, .*float32; rescale it"),
+        (
+            {"observations": [np.array([0.0, -1e300])] * 4},
+            r"observation\[1\] holds -1e\+300, .*float32; rescale it",
+        ),
         ({"actions": [np.array([1e300])] * 3}, r"action\[0\] holds 1e\+300, .*float32; rescale it"),
         ({"rewards": np.array([0.0, 1e300, 0.0])}, r"reward holds 1e\+300, .*float32; rescale it"),
-        ({"durations": np.array([0.5, 1e300, 0.5])}, r"duration holds 1e\+300, .*float32; rescale it"),
+        (
+            {"durations": np.array([0.5, 1e300, 0.5])},
+            r"duration holds 1e\+300, .*float32; rescale it",
+        ),
         ({"durations": np.array([0.5, -2.0, 0.5])}, r"duration holds -2, which is negative"),
     ],
 )
@@ -179,9 +238,19 @@ def test_a_codec_is_not_fitted_to_what_no_world_can_hold(
 ) -> None:
     """A dataset that an earlier version wrote holds such values."""
     monkeypatch.setattr("mesocosm.data.spaces.first_beyond_float32", lambda values: None)
-    whole: dict[str, Any] = {"observations": [np.zeros(2)] * 4, "actions": [np.zeros(1)] * 3, "rewards": np.zeros(3), "durations": np.full(3, 0.5)}
-    episode = Episode(index=0, seed=0, behaviour="random", outcome="terminated", **{**whole, **change})
-    box = spaces.Box(-np.inf, np.inf, (2,), np.float64), spaces.Box(-np.inf, np.inf, (1,), np.float64)
+    whole: dict[str, Any] = {
+        "observations": [np.zeros(2)] * 4,
+        "actions": [np.zeros(1)] * 3,
+        "rewards": np.zeros(3),
+        "durations": np.full(3, 0.5),
+    }
+    episode = Episode(
+        index=0, seed=0, behaviour="random", outcome="terminated", **{**whole, **change}
+    )
+    box = (
+        spaces.Box(-np.inf, np.inf, (2,), np.float64),
+        spaces.Box(-np.inf, np.inf, (1,), np.float64),
+    )
     dataset = Dataset([write([episode], observation_space=box[0], action_space=box[1])])
     with pytest.raises(UsageError, match=said) as error:
         Codec.fit(dataset)
@@ -189,12 +258,25 @@ def test_a_codec_is_not_fitted_to_what_no_world_can_hold(
 
 
 def test_bounds_of_one_value() -> None:
-    space = spaces.Dict({"a": spaces.Box(-1, 1, (2,)), "b": spaces.Tuple([spaces.Box(0, 9, (), np.int64), spaces.Discrete(2)])})
+    space = spaces.Dict(
+        {
+            "a": spaces.Box(-1, 1, (2,)),
+            "b": spaces.Tuple([spaces.Box(0, 9, (), np.int64), spaces.Discrete(2)]),
+        }
+    )
     right = {"a": np.array([-1.0, 1.0 + 1e-12]), "b": (np.int64(9), 1)}
-    assert first_outside(space, right, "observation") is None, "bounds are compared in the precision of the space"
+    assert first_outside(space, right, "observation") is None, (
+        "bounds are compared in the precision of the space"
+    )
     wrong = {"a": np.array([0.0, 1.5]), "b": (np.int64(-3), 7)}
-    assert first_outside(space, wrong, "observation") == f"observation.a=[0.0, 1.5] is outside {space['a']}"
-    assert first_outside(space, {"b": (np.int64(-3), 7)}, "observation") == f"observation.b.0=-3 is outside {space['b'][0]}"
+    assert (
+        first_outside(space, wrong, "observation")
+        == f"observation.a=[0.0, 1.5] is outside {space['a']}"
+    )
+    assert (
+        first_outside(space, {"b": (np.int64(-3), 7)}, "observation")
+        == f"observation.b.0=-3 is outside {space['b'][0]}"
+    )
     clip = clipped(space, wrong)
     assert clip["a"].tolist() == [0.0, 1.0] and clip["b"] == (0, 7)
     for odd in ({"a": np.zeros(3), "b": "x"}, {"a": "text"}, None, [np.zeros(2), "ragged"]):
@@ -230,14 +312,29 @@ def test_a_judged_episode_is_not_dropped_for_its_bounds(root: str) -> None:
         assert judged.returns == (6.0, 6.0) and judged.dropped == ()
 
 
-# -- what is exported -------------------------------------------------------------------------------
+# -- what is exported
+# -------------------------------------------------------------------------------
 
 EVERY = spaces.Dict(
     {
-        "pose": spaces.Dict({"xy": spaces.Box(-9, 9, (2,), np.float64), "grid": spaces.Box(0, 20, (2, 2), np.int32)}),
+        "pose": spaces.Dict(
+            {"xy": spaces.Box(-9, 9, (2,), np.float64), "grid": spaces.Box(0, 20, (2, 2), np.int32)}
+        ),
         "flags": spaces.MultiBinary([2, 2]),
-        "pair": spaces.Tuple((spaces.Discrete(3, start=5), spaces.MultiDiscrete([2, 4]), spaces.Text(4, min_length=0, charset="ab"))),
-        "names": spaces.Dict({"a.b": spaces.Box(-1, 1, (1,)), "a": spaces.Dict({"b": spaces.Box(-1, 1, (1,))}), "größe/ü ": spaces.Box(-1, 1, ())}),
+        "pair": spaces.Tuple(
+            (
+                spaces.Discrete(3, start=5),
+                spaces.MultiDiscrete([2, 4]),
+                spaces.Text(4, min_length=0, charset="ab"),
+            )
+        ),
+        "names": spaces.Dict(
+            {
+                "a.b": spaces.Box(-1, 1, (1,)),
+                "a": spaces.Dict({"b": spaces.Box(-1, 1, (1,))}),
+                "größe/ü ": spaces.Box(-1, 1, ()),
+            }
+        ),
         "half": spaces.Box(-9, 9, (3,), np.float16),
         "none": spaces.Box(0, 1, (0,)),
         "bytes": spaces.Box(0, 255, (2,), np.uint8),
@@ -247,7 +344,9 @@ EVERY = spaces.Dict(
 
 
 class Everything(gymnasium.Env[Any, Any]):
-    """Samples of every kind of space. Some episodes have durations, some end by themselves, and some by a limit."""
+    """Samples of every kind of space. Some episodes have durations, some end by themselves, and
+    some by a limit.
+    """
 
     observation_space = EVERY
     action_space = spaces.Box(np.array([-1.0, -np.inf]), np.array([1.0, np.inf]), (2,), np.float64)
@@ -261,17 +360,29 @@ class Everything(gymnasium.Env[Any, Any]):
     def step(self, action: Any) -> Any:
         self.t += 1
         info = {"duration": self.t / 8} if self.timed else {}
-        return self.observation_space.sample(), 0.1 * self.t, self.t > 6, self.t > 4 and self.timed, info
+        return (
+            self.observation_space.sample(),
+            0.1 * self.t,
+            self.t > 6,
+            self.t > 4 and self.timed,
+            info,
+        )
 
 
 gymnasium.register("Everything-v0", entry_point=Everything)
 
 
 def exports(artifact: Artifact, *folders: str) -> list[bytes]:
-    return [path.read_bytes() for folder in folders or ("episodes",) for path in sorted((artifact.path / folder).rglob("*.*"))]
+    return [
+        path.read_bytes()
+        for folder in folders or ("episodes",)
+        for path in sorted((artifact.path / folder).rglob("*.*"))
+    ]
 
 
-def test_what_is_exported_imports_again_byte_for_byte(gather: Callable[..., Artifact], bring: Callable[..., Artifact]) -> None:
+def test_what_is_exported_imports_again_byte_for_byte(
+    gather: Callable[..., Artifact], bring: Callable[..., Artifact]
+) -> None:
     made = gather("Everything-v0")
     assert all(made.meta["counts"]["outcomes"].values())
     back, inferred = (bring(made.path / "episodes", env=env) for env in ("Everything-v0", ""))

@@ -31,16 +31,40 @@ def goal_episodes(count: int = 12, seed: int = 0, **rest: Any) -> list[Episode]:
     for k in range(count):
         length = 20
         goal = {"at": np.array([k / 4]), "name": "ab"[: 1 + k % 2]}
-        body = np.stack([1e6 + 50 * rng.normal(size=length + 1), np.full(length + 1, 7.0), rng.normal(size=length + 1)], 1)
-        observations = [{"goal": goal, "body": row, "word": "xyz"[: 2 + t % 2], "lamp": np.int64(t % 2)} for t, row in enumerate(body)]
+        body = np.stack(
+            [
+                1e6 + 50 * rng.normal(size=length + 1),
+                np.full(length + 1, 7.0),
+                rng.normal(size=length + 1),
+            ],
+            1,
+        )
+        observations = [
+            {"goal": goal, "body": row, "word": "xyz"[: 2 + t % 2], "lamp": np.int64(t % 2)}
+            for t, row in enumerate(body)
+        ]
         actions = [rng.normal(size=2).astype(np.float32) for _ in range(length)]
-        arguments: dict[str, Any] = {"rewards": rng.normal(3, 2, length), "outcome": "terminated" if k % 2 else "truncated"} | rest
-        made.append(Episode(index=k, seed=k, behaviour="random", observations=observations, actions=actions, **arguments))
+        arguments: dict[str, Any] = {
+            "rewards": rng.normal(3, 2, length),
+            "outcome": "terminated" if k % 2 else "truncated",
+        } | rest
+        made.append(
+            Episode(
+                index=k,
+                seed=k,
+                behaviour="random",
+                observations=observations,
+                actions=actions,
+                **arguments,
+            )
+        )
     return made
 
 
 def fitted(write: Write, episodes: list[Episode], **facts: Any) -> tuple[Codec, Dataset]:
-    dataset = Dataset([write(episodes, observation_space=GOAL, action_space=spaces.Box(-1, 1, (2,)), **facts)])
+    dataset = Dataset(
+        [write(episodes, observation_space=GOAL, action_space=spaces.Box(-1, 1, (2,)), **facts)]
+    )
     return Codec.fit(dataset), dataset
 
 
@@ -48,27 +72,44 @@ def test_statistics_are_the_training_splits(write: Write) -> None:
     codec, dataset = fitted(write, goal_episodes())
     train = list(dataset.iter_episodes("train"))
     body = np.concatenate([[o["body"] for o in e.observations] for e in train])
-    numbers = codec.observations_list([o for e in train for o in e.observations]).numbers.double().numpy()
+    numbers = (
+        codec.observations_list([o for e in train for o in e.observations]).numbers.double().numpy()
+    )
     # columns in the space's own order: goal.at, then the three of the body
-    np.testing.assert_allclose(numbers[:, [1, 3]], (body[:, [0, 2]] - body[:, [0, 2]].mean(0)) / body[:, [0, 2]].std(0), atol=1e-6)
+    np.testing.assert_allclose(
+        numbers[:, [1, 3]],
+        (body[:, [0, 2]] - body[:, [0, 2]].mean(0)) / body[:, [0, 2]].std(0),
+        atol=1e-6,
+    )
     assert (numbers[:, 2] == 0).all()
     std = body.std(0)
-    assert codec.spec.observation.bins[1] == pytest.approx(1e-3 / std[0])  # 10**floor(log10(1e-4 * 50))
-    assert codec.spec.observation.bins[3] == pytest.approx(10 ** np.floor(np.log10(1e-4 * std[2])) / std[2])
+    assert codec.spec.observation.bins[1] == pytest.approx(
+        1e-3 / std[0]
+    )  # 10**floor(log10(1e-4 * 50))
+    assert codec.spec.observation.bins[3] == pytest.approx(
+        10 ** np.floor(np.log10(1e-4 * std[2])) / std[2]
+    )
     assert codec.spec.observation.bins[2] == pytest.approx(1e-4), "a constant has scale 1"
     change = np.concatenate([np.diff([o["body"] for o in e.observations], axis=0) for e in train])
-    np.testing.assert_allclose(codec.delta_scale[1:], change.std(0) / [std[0], 1, std[2]], rtol=1e-9)
+    np.testing.assert_allclose(
+        codec.delta_scale[1:], change.std(0) / [std[0], 1, std[2]], rtol=1e-9
+    )
     ends = [e.outcome == "terminated" for e in train]
     assert codec.spec.terminal_rate == pytest.approx(sum(ends) / sum(map(len, train)))
     assert codec.spec.reward_values is None
     rewards = np.concatenate([e.rewards for e in train])
-    assert (codec.spec.reward_mean, codec.spec.reward_scale) == pytest.approx((rewards.mean(), rewards.std()))
+    assert (codec.spec.reward_mean, codec.spec.reward_scale) == pytest.approx(
+        (rewards.mean(), rewards.std())
+    )
 
 
 def test_integers_have_precision_one(counted_dataset: Callable[..., Dataset]) -> None:
     codec = Codec.fit(counted_dataset([30, 30, 30]))
     (first, second) = codec.spec.observation.bins
-    assert codec.decode_observation(codec.observation(np.array([[0, 0], [1, 1]]))).tolist() == [[0, 0], [1, 1]]
+    assert codec.decode_observation(codec.observation(np.array([[0, 0], [1, 1]]))).tolist() == [
+        [0, 0],
+        [1, 1],
+    ]
     steps = codec.observation(np.array([[0, 0], [1, 1]])).numbers.diff(dim=0)[0]
     assert steps.tolist() == pytest.approx([first, second]), "one bin is one unit"
 
@@ -79,9 +120,13 @@ def test_values_round_trip_also_far_outside_the_data(write: Write) -> None:
     values.append({**values[0], "body": np.array([1e6 + 5e5, -40.0, 1e4])})
     back = codec.decode_observation(codec.observations_list(values))
     np.testing.assert_allclose(back["body"], [v["body"] for v in values], rtol=1e-6, atol=1e-4)
-    assert back["word"] == tuple(v["word"] for v in values) and back["lamp"].tolist() == [v["lamp"] for v in values]
+    assert back["word"] == tuple(v["word"] for v in values) and back["lamp"].tolist() == [
+        v["lamp"] for v in values
+    ]
     again = codec.observation(back)
-    np.testing.assert_allclose(again.numbers, codec.observations_list(values).numbers, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        again.numbers, codec.observations_list(values).numbers, rtol=1e-6, atol=1e-6
+    )
     actions = np.array([[0.25, -3], [9, 0.5]], np.float32)
     decoded = codec.decode_action(codec.action(actions))
     assert decoded.dtype == np.float32
@@ -95,7 +140,9 @@ def test_few_reward_values_are_exact_categories(write: Write) -> None:
     codes = codec.reward(values[[2, 0, 3]])
     assert codes.dtype == torch.float32 and codes.tolist() == [2, 0, 3]
     assert codec.reward_raw(codes).tolist() == values[[2, 0, 3]].tolist()
-    assert codec.reward(np.array([0.09, -7.0, 1e12])).tolist() == [2, 0, 3], "an unseen reward is the nearest"
+    assert codec.reward(np.array([0.09, -7.0, 1e12])).tolist() == [2, 0, 3], (
+        "an unseen reward is the nearest"
+    )
 
 
 def test_the_64th_reward_value_is_a_category_and_the_65th_is_not(write: Write) -> None:
@@ -111,12 +158,16 @@ def test_the_64th_reward_value_is_a_category_and_the_65th_is_not(write: Write) -
 
 def test_a_reward_that_only_validation_holds_is_a_category(write: Write) -> None:
     episodes = goal_episodes(rewards=np.arange(20) % 2 + 0.0)
-    held_out = Dataset([write(episodes, id="split", observation_space=GOAL, action_space=spaces.Box(-1, 1, (2,)))]).episodes("valid")
+    held_out = Dataset(
+        [write(episodes, id="split", observation_space=GOAL, action_space=spaces.Box(-1, 1, (2,)))]
+    ).episodes("valid")
     episodes[held_out[0]].rewards = np.arange(20) % 3 + 0.0
     codec, dataset = fitted(write, episodes)
     assert 2.0 not in np.concatenate([e.rewards for e in dataset.iter_episodes("train")])
     assert codec.spec.reward_values == (0.0, 1.0, 2.0)
-    assert (codec.spec.reward_mean, codec.spec.reward_scale) == (0.5, 0.5), "the other statistics are the training split's"
+    assert (codec.spec.reward_mean, codec.spec.reward_scale) == (0.5, 0.5), (
+        "the other statistics are the training split's"
+    )
 
 
 def test_the_first_dataset_states_the_precision(write: Write) -> None:
@@ -125,13 +176,25 @@ def test_the_first_dataset_states_the_precision(write: Write) -> None:
     def scaled(std: float, id: str) -> Path:
         episodes = goal_episodes(seed=len(id))
         for k, episode in enumerate(episodes):
-            wave = std * np.where(np.arange(21) % 2, 1.0, -1.0)  # of this very deviation, but for an odd row
-            episode.observations = [{**o, "body": np.array([w, 7.0, w])} for o, w in zip(episode.observations, wave, strict=True)]
+            wave = std * np.where(
+                np.arange(21) % 2, 1.0, -1.0
+            )  # of this very deviation, but for an odd row
+            episode.observations = [
+                {**o, "body": np.array([w, 7.0, w])}
+                for o, w in zip(episode.observations, wave, strict=True)
+            ]
             episode.actions = [np.array([w, w], np.float32) for w in wave[1:]]
             episode.rewards = wave[1:] + k / 1e3 + np.arange(20) / 1e6
             episode.durations = 2 * std + wave[1:]
             episode.task = {"mass": std * (-1.0) ** k}
-        return write(episodes, id=id, observation_space=GOAL, action_space=spaces.Box(-1, 1, (2,)), task=["mass"], valid_fraction=0.0)
+        return write(
+            episodes,
+            id=id,
+            observation_space=GOAL,
+            action_space=spaces.Box(-1, 1, (2,)),
+            task=["mass"],
+            valid_fraction=0.0,
+        )
 
     paths = [scaled(0.99, "a"), scaled(1.2, "bb")]
     one, grown, turned = (Codec.fit(Dataset(p)) for p in (paths[:1], paths, paths[::-1]))
@@ -140,36 +203,76 @@ def test_the_first_dataset_states_the_precision(write: Write) -> None:
         every = codec.to_json()["scalings"]
         spec = codec.spec
         rest = [spec.reward_bin * spec.reward_scale, spec.duration_bin * spec.duration_scale]
-        return [*every["observation"]["precision"][1:], *every["action"]["precision"], *every["options"]["precision"], *rest]
+        return [
+            *every["observation"]["precision"][1:],
+            *every["action"]["precision"],
+            *every["options"]["precision"],
+            *rest,
+        ]
 
     assert precision(one) == pytest.approx([1e-5, 1e-4, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5, 1e-5])
-    assert precision(grown) == pytest.approx(precision(one)) and grown.spec.observation.bins != one.spec.observation.bins
+    assert (
+        precision(grown) == pytest.approx(precision(one))
+        and grown.spec.observation.bins != one.spec.observation.bins
+    )
     assert precision(turned) == pytest.approx([1e-4] * 8)
-    np.testing.assert_allclose(grown._scalings["observation"].scale[1], np.sqrt((0.99**2 + 1.2**2) / 2), rtol=1e-2)
+    np.testing.assert_allclose(
+        grown._scalings["observation"].scale[1], np.sqrt((0.99**2 + 1.2**2) / 2), rtol=1e-2
+    )
 
 
-def test_a_column_that_is_constant_in_the_first_dataset_takes_its_precision_from_all(write: Write) -> None:
+def test_a_column_that_is_constant_in_the_first_dataset_takes_its_precision_from_all(
+    write: Write,
+) -> None:
     def constant(value: float, id: str) -> Path:
         episodes = goal_episodes()
         for episode in episodes:
-            episode.observations = [{**o, "body": np.array([value, 7.0, 1.0])} for o in episode.observations]
-        return write(episodes, id=id, observation_space=GOAL, action_space=spaces.Box(-1, 1, (2,)), valid_fraction=0.0)
+            episode.observations = [
+                {**o, "body": np.array([value, 7.0, 1.0])} for o in episode.observations
+            ]
+        return write(
+            episodes,
+            id=id,
+            observation_space=GOAL,
+            action_space=spaces.Box(-1, 1, (2,)),
+            valid_fraction=0.0,
+        )
 
     codec = Codec.fit(Dataset([constant(0.0, "a"), constant(4e-9, "b")]))
-    assert codec.to_json()["scalings"]["observation"]["precision"][1:] == pytest.approx([1e-13, 1e-4, 1e-4])
+    assert codec.to_json()["scalings"]["observation"]["precision"][1:] == pytest.approx(
+        [1e-13, 1e-4, 1e-4]
+    )
 
 
 def test_small_units_are_no_constants(write: Write) -> None:
-    """Columns of deviation 4e-9 around 0 and 1e-3, one beyond float64's reach around 1e6, and one that is 0 throughout."""
+    """Columns of deviation 4e-9 around 0 and 1e-3, one beyond float64's reach around 1e6, and one
+    that is 0 throughout.
+    """
     rng = np.random.default_rng(0)
     at = np.array([0.0, 1e-3, 1e6, 0.0])
     spread = np.array([4e-9, 4e-9, 4e-9, 0.0])
     episodes = [
-        Episode(k, k, "random", list(at + spread * rng.normal(size=(30, 4))), [np.int64(0)] * 29, np.zeros(29), "truncated", None, {}, None) for k in range(8)
+        Episode(
+            k,
+            k,
+            "random",
+            list(at + spread * rng.normal(size=(30, 4))),
+            [np.int64(0)] * 29,
+            np.zeros(29),
+            "truncated",
+            None,
+            {},
+            None,
+        )
+        for k in range(8)
     ]
-    dataset = Dataset([write(episodes, observation_space=spaces.Box(-np.inf, np.inf, (4,), np.float64))])
+    dataset = Dataset(
+        [write(episodes, observation_space=spaces.Box(-np.inf, np.inf, (4,), np.float64))]
+    )
     codec = Codec.fit(dataset)
-    numbers = codec.observations_list([o for e in dataset.iter_episodes("train") for o in e.observations]).numbers
+    numbers = codec.observations_list(
+        [o for e in dataset.iter_episodes("train") for o in e.observations]
+    ).numbers
     assert numbers.std(0, correction=0).tolist() == pytest.approx([1, 1, 0, 0], abs=1e-5)
     assert codec.spec.observation.bins[:2] == pytest.approx([1e-13 / 4e-9] * 2, rel=0.2)
 
@@ -179,7 +282,9 @@ def test_durations(write: Write) -> None:
     codec, _ = fitted(write, goal_episodes(durations=durations))
     assert codec.spec.durations
     assert codec.duration(durations).mean().item() == pytest.approx(0, abs=1e-6)
-    assert codec.duration_raw(codec.duration(durations)).tolist() == pytest.approx(durations.tolist())
+    assert codec.duration_raw(codec.duration(durations)).tolist() == pytest.approx(
+        durations.tolist()
+    )
     without, _ = fitted(write, goal_episodes(), id="without")
     assert not without.spec.durations and without.duration(durations).tolist() == [0.0] * 20
 
@@ -196,7 +301,9 @@ def test_a_task_of_observation_keys_leaves_the_observation_and_comes_back(write:
     task, observation = dataset.start_parts(codec, "train")
     back = codec.decode_observation(observation, task)
     starts = [e.observations[0] for e in dataset.iter_episodes("train")]
-    np.testing.assert_allclose(back["goal"]["at"], [s["goal"]["at"] for s in starts], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(
+        back["goal"]["at"], [s["goal"]["at"] for s in starts], rtol=1e-6, atol=1e-6
+    )
     assert back["goal"]["name"] == tuple(s["goal"]["name"] for s in starts)
     np.testing.assert_allclose(back["body"], [s["body"] for s in starts], rtol=1e-6)
     again = codec.task(back)
@@ -212,7 +319,12 @@ def test_a_task_key_that_changes_is_refused(write: Write) -> None:
         with pytest.raises(UsageError, match=f"{key}.*changes within an episode"):
             fitted(write, goal_episodes(), id=key, task=[key])
     with pytest.raises(UsageError, match="leave at least one"):
-        fitted(write, [e for e in goal_episodes() if _freeze(e)], id="all", task=["goal", "body", "word", "lamp"])
+        fitted(
+            write,
+            [e for e in goal_episodes() if _freeze(e)],
+            id="all",
+            task=["goal", "body", "word", "lamp"],
+        )
 
 
 def _freeze(episode: Episode) -> bool:
@@ -242,9 +354,23 @@ def test_a_task_of_reset_options(write: Write) -> None:
         codec.task(batch)
 
 
-def test_a_world_refuses_data_with_an_unknown_choice(write: Write, counted: Callable[..., Episode]) -> None:
-    old = Dataset([write([counted(k, 5, task={"map": "ab"[k % 2]}) for k in range(6)], id="old", task=["map"])])
-    new = Dataset([write([counted(k, 5, task={"map": "ac"[k % 2]}) for k in range(6)], id="new", task=["map"])])
+def test_a_world_refuses_data_with_an_unknown_choice(
+    write: Write, counted: Callable[..., Episode]
+) -> None:
+    old = Dataset(
+        [
+            write(
+                [counted(k, 5, task={"map": "ab"[k % 2]}) for k in range(6)], id="old", task=["map"]
+            )
+        ]
+    )
+    new = Dataset(
+        [
+            write(
+                [counted(k, 5, task={"map": "ac"[k % 2]}) for k in range(6)], id="new", task=["map"]
+            )
+        ]
+    )
     codec = Codec.fit(old)
     with pytest.raises(UsageError, match="map='c'"):
         new.start_parts(codec, "train")
@@ -256,7 +382,14 @@ def test_the_id_says_what_is_in_it(write: Write) -> None:
     back = Codec.from_json(json.loads(text))
     assert back.id == codec.id and back.spec == codec.spec and back.delta_scale == codec.delta_scale
     assert json.dumps(back.to_json(), allow_nan=False) == text
-    assert back.environment == {"id": "Counted-v0", "version": "", "kwargs": {}, "task": ["goal"], "max_episode_steps": None, "success": None}
+    assert back.environment == {
+        "id": "Counted-v0",
+        "version": "",
+        "kwargs": {},
+        "task": ["goal"],
+        "max_episode_steps": None,
+        "success": None,
+    }
     assert Codec.fit(dataset).id == codec.id
     assert fitted(write, goal_episodes(seed=1), id="other", task=["goal"])[0].id != codec.id
     assert fitted(write, goal_episodes(), id="without")[0].id != codec.id

@@ -1,4 +1,6 @@
-"""Collecting: the same dataset whatever the workers, exact in steps, and alive through crashes and hangs."""
+"""Collecting: the same dataset whatever the workers, exact in steps, and alive through crashes and
+hangs.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,10 @@ def own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def config(root: str, env: str = "CartPole-v1", **changes: Any) -> CollectConfig:
     cfg = CollectConfig(
-        reality=RealityConfig(env=env, **changes.pop("reality", {})), steps=changes.pop("steps", 200), workers=changes.pop("workers", 0), **changes
+        reality=RealityConfig(env=env, **changes.pop("reality", {})),
+        steps=changes.pop("steps", 200),
+        workers=changes.pop("workers", 0),
+        **changes,
     )
     cfg.storage.root = root
     return cfg
@@ -72,32 +77,61 @@ def spent(cfg: CollectConfig, artifact: Artifact) -> Any:
 
 def troubled(trouble: dict[int, str], **more: Any) -> dict[str, Any]:
     """What happens in which episode (of seed 0)."""
-    return {"kwargs": {"trouble": {str(episode_seed(0, k)): what for k, what in trouble.items()}}, "horizon": 12, **more}
+    return {
+        "kwargs": {"trouble": {str(episode_seed(0, k)): what for k, what in trouble.items()}},
+        "horizon": 12,
+        **more,
+    }
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1", "InvertedPendulum-v5"])
-def test_steps_are_exact_and_a_second_time_is_free(root: str, a_run: tracking.Run, env: str) -> None:
+def test_steps_are_exact_and_a_second_time_is_free(
+    root: str, a_run: tracking.Run, env: str
+) -> None:
     cfg = config(root, env, steps=301, lanes=3)
     made = collect(cfg, a_run)
     counts = made.meta["counts"]
     assert counts["steps"] == counts["transitions"] == 301 and counts["dropped"] == 0
-    assert sum(counts["outcomes"].values()) == counts["episodes"] and counts["outcomes"]["unfinished"] <= 3
+    assert (
+        sum(counts["outcomes"].values()) == counts["episodes"]
+        and counts["outcomes"]["unfinished"] <= 3
+    )
     totals = spent(cfg, made)
-    assert totals.purposes["collect"].steps == 301 and totals.purposes["collect"].resets == counts["episodes"] and totals.unconfirmed == ()
+    assert (
+        totals.purposes["collect"].steps == 301
+        and totals.purposes["collect"].resets == counts["episodes"]
+        and totals.unconfirmed == ()
+    )
     assert made.meta["ledger"]["purposes"]["collect"]["steps"] == 301
     rows = pq.read_table(made.path / "episodes").to_pylist()
     assert len(rows) == 301 + counts["episodes"]
     again = collect(cfg, a_run)
     assert again.id == made.id and spent(cfg, made).steps == 301
     forced = collect(config(root, env, steps=301, lanes=3, force=True), a_run)
-    assert forced.id == made.id and checksums(forced) == checksums(made) and spent(cfg, made).steps == 602
+    assert (
+        forced.id == made.id
+        and checksums(forced) == checksums(made)
+        and spent(cfg, made).steps == 602
+    )
 
 
-def test_the_same_dataset_whatever_the_workers(root: str, tmp_path: Path, own: None, a_run: tracking.Run, ray_local: None, golden: Any) -> None:
+def test_the_same_dataset_whatever_the_workers(
+    root: str, tmp_path: Path, own: None, a_run: tracking.Run, ray_local: None, golden: Any
+) -> None:
     made = []
     for workers in (0, 1, 2):
-        cfg = config(str(tmp_path / str(workers)), "ownenvs:Reach", workers=workers, lanes=3, seed=0, reality=troubled({4: "crash", 9: "nan"}, task=["goal"]))
-        cfg.behaviours = [BehaviourConfig(), BehaviourConfig("noisy", weight=2, noise=0.3, function="ownenvs:push_left")]
+        cfg = config(
+            str(tmp_path / str(workers)),
+            "ownenvs:Reach",
+            workers=workers,
+            lanes=3,
+            seed=0,
+            reality=troubled({4: "crash", 9: "nan"}, task=["goal"]),
+        )
+        cfg.behaviours = [
+            BehaviourConfig(),
+            BehaviourConfig("noisy", weight=2, noise=0.3, function="ownenvs:push_left"),
+        ]
         made.append(collect(cfg, a_run))
         totals = spent(cfg, made[-1])
         assert totals.steps == 200 and totals.unconfirmed == ()
@@ -105,10 +139,22 @@ def test_the_same_dataset_whatever_the_workers(root: str, tmp_path: Path, own: N
     assert checksums(made[0]) == checksums(made[1]) == checksums(made[2])
     golden.check("collect", {"shards": golden.of_files(made[0].path, "shards/*/*.npy")})
     dropped = made[0].meta["dropped"]
-    assert [(d["index"], d["steps"]) for d in dropped] == [(4, 3), (9, 3)] and "the arm fell off" in dropped[0]["reason"]
+    assert [(d["index"], d["steps"]) for d in dropped] == [
+        (4, 3),
+        (9, 3),
+    ] and "the arm fell off" in dropped[0]["reason"]
     counts = made[0].meta["counts"]
-    assert counts["steps"] == 200 and counts["transitions"] == 194 and set(counts["behaviours"]) == {"random", "noisy ownenvs:push_left 0.3"}
-    other = collect(config(str(tmp_path / "other"), "ownenvs:Reach", lanes=2, reality=troubled({}, task=["goal"])), a_run)
+    assert (
+        counts["steps"] == 200
+        and counts["transitions"] == 194
+        and set(counts["behaviours"]) == {"random", "noisy ownenvs:push_left 0.3"}
+    )
+    other = collect(
+        config(
+            str(tmp_path / "other"), "ownenvs:Reach", lanes=2, reality=troubled({}, task=["goal"])
+        ),
+        a_run,
+    )
     assert other.id != made[0].id
 
 
@@ -127,48 +173,87 @@ def test_behaviours_have_their_shares_of_few_episodes_too() -> None:
     assert {choose(even, seed, 0) for seed in range(40)} == set(range(5))
 
 
-def test_a_hang_and_a_death_cost_their_episodes(root: str, own: None, a_run: tracking.Run, ray_local: None) -> None:
-    cfg = config(root, "ownenvs:Line", workers=2, lanes=2, reality=troubled({2: "hang", 5: "die", 8: "reset"}, step_timeout_s=3.0), steps=150)
+def test_a_hang_and_a_death_cost_their_episodes(
+    root: str, own: None, a_run: tracking.Run, ray_local: None
+) -> None:
+    cfg = config(
+        root,
+        "ownenvs:Line",
+        workers=2,
+        lanes=2,
+        reality=troubled({2: "hang", 5: "die", 8: "reset"}, step_timeout_s=3.0),
+        steps=150,
+    )
     made = collect(cfg, a_run)
     dropped = {d["index"]: d for d in made.meta["dropped"]}
     assert set(dropped) == {2, 5, 8}
-    assert "step took longer than reality.step_timeout_s=3" in dropped[2]["reason"] and dropped[2]["steps"] == 3
+    assert (
+        "step took longer than reality.step_timeout_s=3" in dropped[2]["reason"]
+        and dropped[2]["steps"] == 3
+    )
     assert "process died" in dropped[5]["reason"] and dropped[8]["steps"] == 0
     totals, counts = spent(cfg, made), made.meta["counts"]
-    # The hanging step was counted and the rest of its block given back. What the dead processes had reserved stays
+    # The hanging step was counted and the rest of its block given back. What the dead processes had
+    # reserved stays
     # spent, apart: they are three, for only then the episode is taken to be what kills them.
-    assert counts["steps"] == 150 == counts["transitions"] + counts["dropped_steps"] and "3 times" in dropped[5]["reason"]
+    assert (
+        counts["steps"] == 150 == counts["transitions"] + counts["dropped_steps"]
+        and "3 times" in dropped[5]["reason"]
+    )
     lost = totals.purposes["collect"].unconfirmed_steps
     assert totals.steps == 150 + lost and lost == sum(r.steps for r in totals.unconfirmed) >= 9
     episodes = set(pq.read_table(made.path / "episodes")["episode"].to_pylist())
     assert episodes >= {0, 1, 3, 4, 6, 7} and not episodes & {2, 5, 8}
 
 
-def test_an_environment_that_always_fails_ends_the_job(root: str, own: None, a_run: tracking.Run) -> None:
-    cfg = config(root, "ownenvs:Line", reality=troubled(dict.fromkeys(range(40), "crash")), ledger="mine")
-    with pytest.raises(MesocosmError, match=r"5 episodes in a row failed .*the arm fell off.*steps stay spent"):
+def test_an_environment_that_always_fails_ends_the_job(
+    root: str, own: None, a_run: tracking.Run
+) -> None:
+    cfg = config(
+        root, "ownenvs:Line", reality=troubled(dict.fromkeys(range(40), "crash")), ledger="mine"
+    )
+    with pytest.raises(
+        MesocosmError, match=r"5 episodes in a row failed .*the arm fell off.*steps stay spent"
+    ):
         collect(cfg, a_run)
     assert Storage(root).list("datasets") == []
     totals = Ledger(Storage(root), "mine").totals()
     assert totals.steps == 15 and totals.unconfirmed == ()
 
 
-def test_a_value_outside_its_space_costs_its_episode(root: str, own: None, a_run: tracking.Run) -> None:
+def test_a_value_outside_its_space_costs_its_episode(
+    root: str, own: None, a_run: tracking.Run
+) -> None:
     trouble = {1: "at", 3: "count", 5: "mode", 8: "word", 10: "list"}
     made = collect(config(root, "ownenvs:Odd", reality=troubled(trouble)), a_run)
     reasons = {d["index"]: d["reason"] for d in made.meta["dropped"]}
     assert reasons.keys() == trouble.keys()
-    said = {1: "observation.at: values of several shapes", 3: "beyond 2**53", 5: "value 7 is outside", 8: "'z' is not in the charset", 10: "holds NaN"}
-    assert all(f"episode {k}" in reasons[k] and words in reasons[k] for k, words in said.items()), reasons
+    said = {
+        1: "observation.at: values of several shapes",
+        3: "beyond 2**53",
+        5: "value 7 is outside",
+        8: "'z' is not in the charset",
+        10: "holds NaN",
+    }
+    assert all(f"episode {k}" in reasons[k] and words in reasons[k] for k, words in said.items()), (
+        reasons
+    )
     counts = made.meta["counts"]
-    assert counts["steps"] == 200 == counts["transitions"] + counts["dropped_steps"] and counts["dropped"] == 5
+    assert (
+        counts["steps"] == 200 == counts["transitions"] + counts["dropped_steps"]
+        and counts["dropped"] == 5
+    )
     assert spent(config(root), made).steps == 200
     with pytest.raises(MesocosmError, match=r"5 episodes in a row failed .*value 7 is outside"):
-        collect(config(root, "ownenvs:Odd", reality=troubled(dict.fromkeys(range(40), "mode"))), a_run)
+        collect(
+            config(root, "ownenvs:Odd", reality=troubled(dict.fromkeys(range(40), "mode"))), a_run
+        )
 
 
 class Busy:
-    """A driver with much to do between two looks at its workers: it asks after 2 s, and reads the answer after 4."""
+    """A driver with much to do between two looks at its workers: it asks after 2 s, and reads the
+    answer after 4.
+    """
 
     def __init__(self, naps: int = 0) -> None:
         self.attempts: list[Attempt] = []
@@ -186,24 +271,35 @@ class Busy:
 
 def a_plan(root: str, trouble: dict[int, str], **kwargs: Any) -> Plan:
     seeded = {str(episode_seed(0, k)): what for k, what in trouble.items()}
-    reality = RealityConfig(env="ownenvs:Line", kwargs={"trouble": seeded, "stretch": 0.0, **kwargs}, horizon=10, step_timeout_s=0.3)
+    reality = RealityConfig(
+        env="ownenvs:Line",
+        kwargs={"trouble": seeded, "stretch": 0.0, **kwargs},
+        horizon=10,
+        step_timeout_s=0.3,
+    )
     return Plan(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
 
 
 @pytest.mark.slow
-def test_a_step_that_comes_back_too_late_costs_its_episode(root: str, own: None, ray_local: None) -> None:
+def test_a_step_that_comes_back_too_late_costs_its_episode(
+    root: str, own: None, ray_local: None
+) -> None:
     """The meter is frozen, and the step returns before the driver has read so."""
     plan, lanes = a_plan(root, {1: "hang"}, nap=3.1), split(30, 1)
     report = Busy(naps=2)
     run_on_ray(plan, lanes, 1, report)
     assert report.outcomes() == [(0, 10, False), (1, 3, True), (2, 10, False), (3, 7, False)]
-    assert report.attempts[1].reason == "episode 1: a step took longer than reality.step_timeout_s=0.3"
+    assert (
+        report.attempts[1].reason == "episode 1: a step took longer than reality.step_timeout_s=0.3"
+    )
     totals = plan.open_ledger().totals()
     assert totals.steps == 30 and totals.unconfirmed == ()
 
 
 @pytest.mark.slow
-def test_a_close_that_hangs_costs_nothing(root: str, own: None, ray_local: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_close_that_hangs_costs_nothing(
+    root: str, own: None, ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lane_workers, "SILENCE_S", 0.5)
     plan, lanes = a_plan(root, {0: "crash"}, closing=3600.0), split(20, 1)
     report = Busy()
@@ -213,12 +309,26 @@ def test_a_close_that_hangs_costs_nothing(root: str, own: None, ray_local: None,
     assert totals.steps == 20 and totals.unconfirmed == ()
 
 
-def test_a_budget_that_others_spend_meanwhile_keeps_what_was_collected(root: str, own: None, a_run: tracking.Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_budget_that_others_spend_meanwhile_keeps_what_was_collected(
+    root: str, own: None, a_run: tracking.Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import ownenvs
 
     def cfg(seed: int, budget: int) -> CollectConfig:
-        reality = {"horizon": 12, "budget": BudgetConfig(budget), "kwargs": {"stretch": 0.0}, "success": "info.won"}
-        return config(root, "ownenvs:Line", seed=seed, ledger="ours", reality=reality, behaviours=[BehaviourConfig("scripted", function="ownenvs:beside")])
+        reality = {
+            "horizon": 12,
+            "budget": BudgetConfig(budget),
+            "kwargs": {"stretch": 0.0},
+            "success": "info.won",
+        }
+        return config(
+            root,
+            "ownenvs:Line",
+            seed=seed,
+            ledger="ours",
+            reality=reality,
+            behaviours=[BehaviourConfig("scripted", function="ownenvs:beside")],
+        )
 
     def meanwhile(k: int) -> None:
         if k == 4:  # the lane's third episode
@@ -227,58 +337,103 @@ def test_a_budget_that_others_spend_meanwhile_keeps_what_was_collected(root: str
     monkeypatch.setattr(ownenvs.beside, "meanwhile", meanwhile)
     made = collect(cfg(0, 300), a_run)
     counts = made.meta["counts"]
-    # What the lane had reserved: two episodes of twelve at least, and part of another; the other lane is refused its first reset.
+    # What the lane had reserved: two episodes of twelve at least, and part of another; the other
+    # lane is refused its first reset.
     taken = counts["steps"]
-    assert 24 < taken == counts["transitions"] < 100 and counts["outcomes"]["truncated"] == taken // 12
+    assert (
+        24 < taken == counts["transitions"] < 100 and counts["outcomes"]["truncated"] == taken // 12
+    )
     assert counts["outcomes"]["unfinished"] == int(taken % 12 > 0)
     assert counts["dropped"] == 0 == counts["dropped_steps"] and made.meta["dropped"] == []
-    assert made.meta["short"].startswith(f"{taken} of steps=200 were taken: ledger 'ours': reality.budget.steps=300 is spent")
+    assert made.meta["short"].startswith(
+        f"{taken} of steps=200 were taken: ledger 'ours': reality.budget.steps=300 is spent"
+    )
     assert f"warning: {taken} of steps=200" in (a_run.folder / "log.txt").read_text()
-    ended = [e.total_reward for e in Dataset([made.path]).iter_episodes() if e.outcome == "truncated"]
+    ended = [
+        e.total_reward for e in Dataset([made.path]).iter_episodes() if e.outcome == "truncated"
+    ]
     assert counts["mean_return"] == pytest.approx(np.mean(ended)) and counts["success_rate"] == 0
     totals = Ledger(Storage(root), "ours", BudgetConfig(300)).totals()
     assert totals.spent == 300 and sum(r.steps for r in totals.unconfirmed) == 300 - taken
     assert collect(cfg(0, 300), a_run).id == made.id
     assert "--force collects it anew" in (a_run.folder / "log.txt").read_text().splitlines()[-1]
 
-    monkeypatch.setattr(ownenvs.beside, "meanwhile", lambda k: Ledger(Storage(root), "ours", BudgetConfig(600)).reserve("collect", 10**6))
+    monkeypatch.setattr(
+        ownenvs.beside,
+        "meanwhile",
+        lambda k: Ledger(Storage(root), "ours", BudgetConfig(600)).reserve("collect", 10**6),
+    )
     with pytest.raises(BudgetSpent, match=r"reality.budget.steps=600 is spent"):
         collect(cfg(1, 600), a_run)
     assert Storage(root).list("datasets") == [made.id]
 
 
-def test_returns_and_successes_are_of_ended_episodes(root: str, own: None, a_run: tracking.Run) -> None:
+def test_returns_and_successes_are_of_ended_episodes(
+    root: str, own: None, a_run: tracking.Run
+) -> None:
     behaviours = [BehaviourConfig("scripted", function="ownenvs:beside")]
     reality = {"horizon": 12, "success": "return <= 0", "kwargs": {"stretch": 0.0}}
-    made = collect(config(root, "ownenvs:Line", steps=20, reality=reality, behaviours=behaviours), a_run)
-    assert made.meta["counts"]["outcomes"]["unfinished"] == 2 and made.meta["counts"]["mean_return"] is None is made.meta["counts"]["success_rate"]
-    made = collect(config(root, "ownenvs:Line", steps=30, reality=reality, behaviours=behaviours), a_run)
-    ended = [e.total_reward for e in Dataset([made.path]).iter_episodes() if e.outcome != "unfinished"]
+    made = collect(
+        config(root, "ownenvs:Line", steps=20, reality=reality, behaviours=behaviours), a_run
+    )
+    assert (
+        made.meta["counts"]["outcomes"]["unfinished"] == 2
+        and made.meta["counts"]["mean_return"] is None is made.meta["counts"]["success_rate"]
+    )
+    made = collect(
+        config(root, "ownenvs:Line", steps=30, reality=reality, behaviours=behaviours), a_run
+    )
+    ended = [
+        e.total_reward for e in Dataset([made.path]).iter_episodes() if e.outcome != "unfinished"
+    ]
     assert len(ended) == 2 == made.meta["counts"]["episodes"] - 2
-    assert made.meta["counts"]["mean_return"] == pytest.approx(np.mean(ended)) and made.meta["counts"]["success_rate"] == 1
+    assert (
+        made.meta["counts"]["mean_return"] == pytest.approx(np.mean(ended))
+        and made.meta["counts"]["success_rate"] == 1
+    )
 
 
-def test_a_budget_is_refused_before_anything_starts(root: str, own: None, a_run: tracking.Run) -> None:
+def test_a_budget_is_refused_before_anything_starts(
+    root: str, own: None, a_run: tracking.Run
+) -> None:
     def cfg(seed: int, steps: int) -> CollectConfig:
-        return config(root, "ownenvs:Line", seed=seed, steps=steps, ledger="mine", reality={"budget": BudgetConfig(250), "horizon": 12})
+        return config(
+            root,
+            "ownenvs:Line",
+            seed=seed,
+            steps=steps,
+            ledger="mine",
+            reality={"budget": BudgetConfig(250), "horizon": 12},
+        )
 
     collect(cfg(0, 200), a_run)
     with pytest.raises(
-        UsageError, match=r"reality.budget.steps=250 leaves 50 real steps in ledger 'mine' \(200 spent, 0 of them unconfirmed\), fewer than the 51 to take"
+        UsageError,
+        match=(
+            r"reality.budget.steps=250 leaves 50 real steps in ledger 'mine' \(200 spent, 0 of them"
+            r" unconfirmed\), fewer than the 51 to take"
+        ),
     ):
         collect(cfg(1, 51), a_run)
     collect(cfg(1, 50), a_run)
     assert Ledger(Storage(root), "mine").totals().steps == 250
 
 
-def test_a_collection_that_failed_goes_on_after_its_stored_episodes(root: str, tmp_path: Path, own: None, a_run: tracking.Run) -> None:
+def test_a_collection_that_failed_goes_on_after_its_stored_episodes(
+    root: str, tmp_path: Path, own: None, a_run: tracking.Run
+) -> None:
     cfg = config(
-        root, "ownenvs:Line", reality={"horizon": 12, "budget": BudgetConfig(390)}, behaviours=[BehaviourConfig("scripted", function="ownenvs:sometimes")]
+        root,
+        "ownenvs:Line",
+        reality={"horizon": 12, "budget": BudgetConfig(390)},
+        behaviours=[BehaviourConfig("scripted", function="ownenvs:sometimes")],
     )
     import ownenvs  # type: ignore[import-not-found]
 
     ownenvs.FAIL = 4
-    with pytest.raises(MesocosmError, match="behaviour 'scripted ownenvs:sometimes' raised ValueError"):
+    with pytest.raises(
+        MesocosmError, match="behaviour 'scripted ownenvs:sometimes' raised ValueError"
+    ):
         collect(cfg, a_run)
     ledger = Storage(root).list("ledgers")[0]
     before = Ledger(Storage(root), ledger).totals()
@@ -288,44 +443,80 @@ def test_a_collection_that_failed_goes_on_after_its_stored_episodes(root: str, t
     made = collect(cfg, a_run)
     totals = spent(cfg, made)
     assert made.id == ledger and totals.steps == 200 + lost
-    assert totals.steps - sum(r.steps for r in totals.unconfirmed) == made.meta["counts"]["transitions"]
+    assert (
+        totals.steps - sum(r.steps for r in totals.unconfirmed)
+        == made.meta["counts"]["transitions"]
+    )
     text = (a_run.folder / "log.txt").read_text()
-    assert f"an earlier run paid {stored} real steps and stored" in text and f"counts {lost} steps of an" in text
+    assert (
+        f"an earlier run paid {stored} real steps and stored" in text
+        and f"counts {lost} steps of an" in text
+    )
     undisturbed = collect(replace(cfg, storage=StorageConfig(str(tmp_path / "undisturbed"))), a_run)
     assert checksums(undisturbed) == checksums(made) and undisturbed.id == made.id
     assert Storage(root).list("runs/episodes") == []
 
 
 def test_reset_options_are_the_datasets_task(root: str, own: None, a_run: tracking.Run) -> None:
-    options = {"wind": TaskOption(low=0.0, high=0.1), "side": TaskOption(choices=["east", "west"]), "mass": TaskOption(choices=[1, 1, 1, 1, 2.5])}
+    options = {
+        "wind": TaskOption(low=0.0, high=0.1),
+        "side": TaskOption(choices=["east", "west"]),
+        "mass": TaskOption(choices=[1, 1, 1, 1, 2.5]),
+    }
     reality = {"task": ["wind", "side", "mass"], "task_options": options, "horizon": 9}
     made = collect(config(root, "ownenvs:Windy", reality=reality), a_run)
     manifest = Manifest.read(made.path)
-    assert [(o.name, o.values) for o in manifest.task_options] == [("wind", None), ("side", ["east", "west"]), ("mass", None)]
+    assert [(o.name, o.values) for o in manifest.task_options] == [
+        ("wind", None),
+        ("side", ["east", "west"]),
+        ("mass", None),
+    ]
     few = collect(config(root, "ownenvs:Windy", reality=reality, steps=18, lanes=1, seed=3), a_run)
-    assert {e.task["mass"] for e in Dataset([few.path]).iter_episodes()} == {1.0}, "the test is of an option whose float was not drawn"
+    assert {e.task["mass"] for e in Dataset([few.path]).iter_episodes()} == {1.0}, (
+        "the test is of an option whose float was not drawn"
+    )
     assert Manifest.read(few.path).task_options[2].values is None
-    assert manifest.environment.max_episode_steps == 9 and manifest.environment.version.startswith("ownenvs ")
+    assert manifest.environment.max_episode_steps == 9 and manifest.environment.version.startswith(
+        "ownenvs "
+    )
 
 
 def test_the_mixture_is_a_function_of_seed_and_episode() -> None:
-    mix = [BehaviourConfig(weight=1), BehaviourConfig("noisy", weight=3, function="a:b"), BehaviourConfig("scripted", weight=6, function="a:b")]
+    mix = [
+        BehaviourConfig(weight=1),
+        BehaviourConfig("noisy", weight=3, function="a:b"),
+        BehaviourConfig("scripted", weight=6, function="a:b"),
+    ]
     drawn = [choose(mix, 3, k) for k in range(1500)]
-    assert drawn[:200] == [choose(mix, 3, k) for k in range(200)] != [choose(mix, 4, k) for k in range(200)]
+    assert (
+        drawn[:200]
+        == [choose(mix, 3, k) for k in range(200)]
+        != [choose(mix, 4, k) for k in range(200)]
+    )
     share = Counter(drawn)
     assert [round(share[i] / 1500, 1) for i in range(3)] == [0.1, 0.3, 0.6]
 
 
 def test_noise(root: str, own: None) -> None:
     spaces = facts_of(RealityConfig(env="Pendulum-v1")).spaces
-    act = build(BehaviourConfig("noisy", noise=0.1, function="ownenvs:push_left"), *spaces, Storage(root))
+    act = build(
+        BehaviourConfig("noisy", noise=0.1, function="ownenvs:push_left"), *spaces, Storage(root)
+    )
     rng = np.random.default_rng(0)
     drawn = np.array([act(np.zeros(3, np.float32), rng) for _ in range(2000)])
-    assert drawn.dtype == np.float32 and abs(drawn.mean() + 0.5) < 0.02 and abs(drawn.std() - 0.2) < 0.02
-    wild = build(BehaviourConfig("noisy", noise=5.0, function="ownenvs:push_left"), *spaces, Storage(root))
+    assert (
+        drawn.dtype == np.float32
+        and abs(drawn.mean() + 0.5) < 0.02
+        and abs(drawn.std() - 0.2) < 0.02
+    )
+    wild = build(
+        BehaviourConfig("noisy", noise=5.0, function="ownenvs:push_left"), *spaces, Storage(root)
+    )
     assert all(spaces[1].contains(wild(np.zeros(3, np.float32), rng)) for _ in range(200))
     spaces = facts_of(RealityConfig(env="CartPole-v1")).spaces
-    act = build(BehaviourConfig("noisy", noise=0.4, function="ownenvs:always_one"), *spaces, Storage(root))
+    act = build(
+        BehaviourConfig("noisy", noise=0.4, function="ownenvs:always_one"), *spaces, Storage(root)
+    )
     act.start(0, rng)  # type: ignore[attr-defined]
     assert abs(np.mean([act(np.zeros(4, np.float32), rng) for _ in range(2000)]) - 0.8) < 0.04
 
@@ -335,18 +526,35 @@ def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
 
     spaces = facts_of(RealityConfig(env="CartPole-v1")).spaces
     torch.manual_seed(0)
-    policy = Policy("PPO", *spaces, Layout("categorical", [{"kind": "linear", "in": 4, "out": 2, "bias": True}]))
+    policy = Policy(
+        "PPO", *spaces, Layout("categorical", [{"kind": "linear", "in": 4, "out": 2, "bias": True}])
+    )
     with torch.no_grad():  # push towards the side to which the pole falls: far better than chance
         policy.network.trunk[0].weight.copy_(torch.tensor([[0.0, 0, -9, -9], [0, 0, 9, 9]]))
         policy.network.trunk[0].bias.zero_()
     agent = Storage(root).make("agents", "feed0123feed0123", {}, policy.save)
-    made = collect(config(root, steps=600, behaviours=[BehaviourConfig("trained", policy="agents/feed")]), a_run)
-    assert made.meta["inputs"] == {"agents": [agent.id]} and made.meta["counts"]["behaviours"].keys() == {f"trained {agent.name}"}
+    made = collect(
+        config(root, steps=600, behaviours=[BehaviourConfig("trained", policy="agents/feed")]),
+        a_run,
+    )
+    assert made.meta["inputs"] == {"agents": [agent.id]} and made.meta["counts"][
+        "behaviours"
+    ].keys() == {f"trained {agent.name}"}
     assert 600 / made.meta["counts"]["episodes"] > 60
-    best = collect(config(root, steps=600, behaviours=[BehaviourConfig("noisy", noise=0.0, policy="agents/feed")]), a_run)
+    best = collect(
+        config(
+            root, steps=600, behaviours=[BehaviourConfig("noisy", noise=0.0, policy="agents/feed")]
+        ),
+        a_run,
+    )
     assert best.id != made.id and 600 / best.meta["counts"]["episodes"] > 60
     with pytest.raises(UsageError, match="was made for the observation space"):
-        collect(config(root, "Pendulum-v1", behaviours=[BehaviourConfig("trained", policy="agents/feed")]), a_run)
+        collect(
+            config(
+                root, "Pendulum-v1", behaviours=[BehaviourConfig("trained", policy="agents/feed")]
+            ),
+            a_run,
+        )
     with pytest.raises(UsageError, match="no artifact agents/beef"):
         collect(config(root, behaviours=[BehaviourConfig("trained", policy="agents/beef")]), a_run)
 
@@ -363,9 +571,15 @@ def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
         (["behaviours=[]"], "leaves nobody to act"),
         (["behaviours=[{kind: randm}]"], "did you mean 'random'"),
         (["behaviours=[{weight: -1}]"], r"behaviours\[0\].weight=-1"),
-        (["behaviours=[{policy: agents/x}]"], r"behaviours\[0\].policy='agents/x' is not used by kind 'random'"),
+        (
+            ["behaviours=[{policy: agents/x}]"],
+            r"behaviours\[0\].policy='agents/x' is not used by kind 'random'",
+        ),
         (["behaviours=[{kind: noisy}]"], "function or behaviours.*policy"),
-        (["behaviours=[{kind: scripted, function: 'ownenvs:push_lef'}]"], "did you mean 'push_left'"),
+        (
+            ["behaviours=[{kind: scripted, function: 'ownenvs:push_lef'}]"],
+            "did you mean 'push_left'",
+        ),
         (["behaviours=[{kind: scripted, function: ownenvs}]"], "not of the form module:function"),
         (["behaviours=[{kind: trained, policy: agents/none}]"], "no artifact agents/none"),
         (["reality.success=win"], "reality.success='win'"),
@@ -373,14 +587,34 @@ def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
         (["workers=4000", "lanes=1000", "steps=1000"], "workers=4000 asks for"),
     ],
 )
-def test_what_bad_input_gets(root: str, own: None, a_run: tracking.Run, ray_local: None, changes: list[str], said: str) -> None:
-    cfg = load(CollectConfig, overrides=["reality.env=CartPole-v1", f"storage.root={root}", "workers=0", *changes])
+def test_what_bad_input_gets(
+    root: str, own: None, a_run: tracking.Run, ray_local: None, changes: list[str], said: str
+) -> None:
+    cfg = load(
+        CollectConfig,
+        overrides=["reality.env=CartPole-v1", f"storage.root={root}", "workers=0", *changes],
+    )
     with pytest.raises(UsageError, match=said):
         collect(cfg, a_run)
     assert Storage(root).list("ledgers") == Storage(root).list("datasets") == []
 
 
-@pytest.mark.parametrize(("function", "said"), [("too_far", r"gave the action array\(\[7.\].*not in the action space"), ("broken", "raised KeyError")])
-def test_a_behaviour_that_is_wrong(root: str, own: None, a_run: tracking.Run, function: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("too_far", r"gave the action array\(\[7.\].*not in the action space"),
+        ("broken", "raised KeyError"),
+    ],
+)
+def test_a_behaviour_that_is_wrong(
+    root: str, own: None, a_run: tracking.Run, function: str, said: str
+) -> None:
     with pytest.raises(MesocosmError, match=said):
-        collect(config(root, "ownenvs:Line", behaviours=[BehaviourConfig("scripted", function=f"ownenvs:{function}")]), a_run)
+        collect(
+            config(
+                root,
+                "ownenvs:Line",
+                behaviours=[BehaviourConfig("scripted", function=f"ownenvs:{function}")],
+            ),
+            a_run,
+        )

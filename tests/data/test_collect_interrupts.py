@@ -1,4 +1,6 @@
-"""Ctrl-C and storage that fails, at every write of a collection in this process: the ledger stays exact."""
+"""Ctrl-C and storage that fails, at every write of a collection in this process: the ledger stays
+exact.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ Collect = Callable[[type[Disturbed], int, type[BaseException]], tuple[int, int, 
 
 @pytest.fixture
 def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
-    """Collects until the error; returns (steps asked of reality, steps stored, the ledger's totals)."""
+    """Collects until the error; returns (steps asked of reality, steps stored, the ledger's
+    totals).
+    """
     monkeypatch.chdir(OWN)
     monkeypatch.syspath_prepend(str(OWN))
     monkeypatch.setenv("STEPS_FILE", str(tmp_path / "steps"))
@@ -69,7 +73,9 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
     monkeypatch.setattr(lanes, "SEGMENT_S", 0.02)
     root = str(tmp_path / "root")
 
-    def run(kind: type[Disturbed], number: int, error: type[BaseException]) -> tuple[int, int, LedgerTotals]:
+    def run(
+        kind: type[Disturbed], number: int, error: type[BaseException]
+    ) -> tuple[int, int, LedgerTotals]:
         reality = RealityConfig(env="ownenvs:Counted", kwargs={"stretch": 0.0}, horizon=10)
         plan = Plan(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
         monkeypatch.setattr(Disturbed, "creations", 0)
@@ -95,14 +101,20 @@ def test_a_ctrl_c_in_any_write_leaves_the_ledger_exact(collect: Collect, number:
 
 
 @pytest.mark.parametrize("number", range(2, 11))
-def test_storage_that_fails_in_any_write_leaves_stored_steps_confirmed(collect: Collect, number: int) -> None:
+def test_storage_that_fails_in_any_write_leaves_stored_steps_confirmed(
+    collect: Collect, number: int
+) -> None:
     asked, stored, totals = collect(Away, number, StorageError)
     unconfirmed = sum(r.steps for r in totals.unconfirmed)
     assert totals.steps >= asked and totals.steps - unconfirmed == stored
 
 
-def test_a_budget_that_was_raised_makes_up_for_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A collection is refused steps and is interrupted before its dataset is whole; its rerun is not short."""
+def test_a_budget_that_was_raised_makes_up_for_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A collection is refused steps and is interrupted before its dataset is whole; its rerun is
+    not short.
+    """
     cfg = CollectConfig(steps=100, workers=0, ledger="ours")
     cfg.reality = RealityConfig(env="CartPole-v1", budget=BudgetConfig(150))
     cfg.storage.root = str(tmp_path / "root")
@@ -120,7 +132,11 @@ def test_a_budget_that_was_raised_makes_up_for_a_refusal(tmp_path: Path, monkeyp
     with pytest.raises(KeyboardInterrupt), tracking.start("collect", cfg, quiet=True) as run:
         collecting.run(cfg, run)
     stored = Segments(Storage(cfg.storage.root), Storage(cfg.storage.root).list("runs/episodes")[0])
-    refused = [a.spent for lane in (0, 1) for a in stored.attempts(lane, 0, Ledger(Storage(cfg.storage.root), "ours"))]
+    refused = [
+        a.spent
+        for lane in (0, 1)
+        for a in stored.attempts(lane, 0, Ledger(Storage(cfg.storage.root), "ours"))
+    ]
     assert any(refused)
     monkeypatch.setattr(collecting, "run_here", run_here)
     monkeypatch.setattr(DatasetWriter, "close", close)

@@ -1,4 +1,6 @@
-"""Collections whose processes are killed: no step that was confirmed is lost, and the dataset is that of an undisturbed run."""
+"""Collections whose processes are killed: no step that was confirmed is lost, and the dataset is
+that of an undisturbed run.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,11 @@ def compare(disturbed: Collection, undisturbed: Collection, lost: int) -> None:
     totals, counts = disturbed.totals(), one["meta"]["counts"]
     unconfirmed = sum(r.steps for r in totals.unconfirmed)
     # Every confirmed step has its transition, and every step is counted that reality was asked for.
-    assert totals.steps - unconfirmed == counts["transitions"] + counts["dropped_steps"] == disturbed.steps
+    assert (
+        totals.steps - unconfirmed
+        == counts["transitions"] + counts["dropped_steps"]
+        == disturbed.steps
+    )
     assert disturbed.asked() <= totals.steps
     assert unconfirmed <= lost, (unconfirmed, disturbed.asked())
     assert not Storage(disturbed.root).list("runs/episodes")
@@ -111,12 +117,17 @@ def test_a_killed_collection_goes_on_and_makes_the_same_dataset(tmp_path: Path) 
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("victim", ["driver", "worker"])
 def test_ten_kills_at_random_times(tmp_path: Path, victim: str) -> None:
-    """Ten kills of one collection. Each costs a lane at most the episode that it was at (20 steps), those that ended within the
-    last tenth of a second, and a tenth of a second of steps reserved ahead; half of that in the mean."""
+    """Ten kills of one collection. Each costs a lane at most the episode that it was at (20 steps),
+    those that ended within the last tenth of a second, and a tenth of a second of steps reserved
+    ahead; half of that in the mean.
+    """
     undisturbed = Collection(tmp_path / "undisturbed", 6000, 0.01, workers=2)
     undisturbed.finish()
     assert undisturbed.asked() == 6000 == undisturbed.totals().steps
-    disturbed, random_times = Collection(tmp_path / "disturbed", 6000, 0.01, workers=2), random.Random(0)
+    disturbed, random_times = (
+        Collection(tmp_path / "disturbed", 6000, 0.01, workers=2),
+        random.Random(0),
+    )
     process, kills = disturbed.start(), 0
     while kills < 10 and disturbed.wait_for(random_times.randint(50, 450), process):
         if victim == "driver":
@@ -131,6 +142,9 @@ def test_ten_kills_at_random_times(tmp_path: Path, victim: str) -> None:
         kills += 1
     assert kills == 10 and process.wait(600) == 0, (disturbed.base / "log").read_text()
     lanes = 2 if victim == "driver" else 1
-    print(f"{victim}: ten kills cost {disturbed.asked() - 6000} steps, {disturbed.totals().steps - 6000} with those reserved")
+    print(
+        f"{victim}: ten kills cost {disturbed.asked() - 6000} steps,"
+        f" {disturbed.totals().steps - 6000} with those reserved"
+    )
     compare(disturbed, undisturbed, lost=10 * lanes * (20 + 10 + 16 + 10))
     assert disturbed.asked() - 6000 <= 0.05 * 6000

@@ -28,14 +28,23 @@ def a_plan(root: str, reality: RealityConfig) -> Plan:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_while_it_makes_the_environment_ends_the_job(root: str, own: None, ray_local: None) -> None:
+def test_a_process_that_dies_while_it_makes_the_environment_ends_the_job(
+    root: str, own: None, ray_local: None
+) -> None:
     reality = RealityConfig(env="ownenvs:Stillborn", kwargs={"survivor": os.getpid()})
-    with pytest.raises(MesocosmError, match=rf"died {DEATHS} times while it made the environment.*ownenvs:Stillborn"):
+    with pytest.raises(
+        MesocosmError,
+        match=rf"died {DEATHS} times while it made the environment.*ownenvs:Stillborn",
+    ):
         run_on_ray(a_plan(root, reality), split(20, 1), 1, lambda attempts, steps: None)
 
 
-def test_an_episode_that_is_written_while_its_worker_is_given_up_is_not_dropped(root: str, own: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A silent worker writes its episode between the driver's look into storage and the driver's giving it up."""
+def test_an_episode_that_is_written_while_its_worker_is_given_up_is_not_dropped(
+    root: str, own: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A silent worker writes its episode between the driver's look into storage and the driver's
+    giving it up.
+    """
     plan = a_plan(root, RealityConfig(env="ownenvs:Line", kwargs={"stretch": 0.0}, horizon=10))
     (lane,) = split(10, 1)
     lane.careful = True

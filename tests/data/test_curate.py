@@ -1,4 +1,6 @@
-"""Curating: what each operation drops and why, that the account adds up to the input, and that the bytes are the same whoever measures."""
+"""Curating: what each operation drops and why, that the account adds up to the input, and that the
+bytes are the same whoever measures.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,13 @@ def walk(index: int, length: int = 30, seed: int | None = None, **rest: Any) -> 
     observations = np.cumsum(rng.normal(size=(length + 1, 3)), 0)
     rewards = 0.1 + 0.01 * rng.normal(size=length)
     facts: dict[str, Any] = {"seed": index, "behaviour": "random", "outcome": "terminated", **rest}
-    return Episode(index=index, observations=list(observations), actions=[np.int64(a) for a in rng.integers(3, size=length)], rewards=rewards, **facts)
+    return Episode(
+        index=index,
+        observations=list(observations),
+        actions=[np.int64(a) for a in rng.integers(3, size=length)],
+        rewards=rewards,
+        **facts,
+    )
 
 
 def seen(episode: Episode, change: Callable[[np.ndarray[Any, Any]], None]) -> Episode:
@@ -59,12 +67,26 @@ def seen(episode: Episode, change: Callable[[np.ndarray[Any, Any]], None]) -> Ep
 
 @pytest.fixture
 def dataset(root: str) -> Callable[..., str]:
-    """`dataset(episodes, id)` writes them into storage; by default every 10th is for validation, as the hash has it."""
+    """`dataset(episodes, id)` writes them into storage; by default every 10th is for validation, as
+    the hash has it.
+    """
 
     def make(episodes: list[Episode], id: str = "d0", **facts: Any) -> str:
-        defaults = {"environment": Environment(id="Walk-v0", task=facts.pop("task", [])), "observation_space": OBSERVATION, "action_space": spaces.Discrete(3)}
-        filled = lambda to: write_dataset(to, episodes, id=id, **{"seed": 0, **defaults, **facts}) and None  # noqa: E731
-        Storage(root).make("datasets", id, {"job": "collect", "inputs": {"agents": []}, "dropped": [{"steps": 3}]}, filled)
+        defaults = {
+            "environment": Environment(id="Walk-v0", task=facts.pop("task", [])),
+            "observation_space": OBSERVATION,
+            "action_space": spaces.Discrete(3),
+        }
+
+        def filled(to):
+            write_dataset(to, episodes, id=id, **{"seed": 0, **defaults, **facts})
+
+        Storage(root).make(
+            "datasets",
+            id,
+            {"job": "collect", "inputs": {"agents": []}, "dropped": [{"steps": 3}]},
+            filled,
+        )
         return id
 
     return make
@@ -74,14 +96,18 @@ def dataset(root: str) -> Callable[..., str]:
 def curate(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
     """`curate(operation, ..., datasets=[...])`, in this process unless told otherwise."""
 
-    def make(*operations: dict[str, Any], datasets: tuple[str, ...] = ("d0",), **keys: Any) -> Artifact:
+    def make(
+        *operations: dict[str, Any], datasets: tuple[str, ...] = ("d0",), **keys: Any
+    ) -> Artifact:
         a_run.storage = Storage(root)
         return run(configured(root, *operations, datasets=datasets, **keys), a_run)
 
     return make
 
 
-def configured(root: str, *operations: dict[str, Any], datasets: tuple[str, ...] = ("d0",), **keys: Any) -> CurateConfig:
+def configured(
+    root: str, *operations: dict[str, Any], datasets: tuple[str, ...] = ("d0",), **keys: Any
+) -> CurateConfig:
     config = CurateConfig(operations=list(operations), **{"workers": 0, **keys})
     config.data.datasets = list(datasets)
     config.storage.root = root
@@ -89,31 +115,52 @@ def configured(root: str, *operations: dict[str, Any], datasets: tuple[str, ...]
 
 
 def report(artifact: Artifact) -> dict[str, Any]:
-    """curate.json, once it is seen to add up: operation by operation, reason by reason, and against dropped.parquet and the dataset itself."""
+    """curate.json, once it is seen to add up: operation by operation, reason by reason, and against
+    dropped.parquet and the dataset itself.
+    """
     said = json.loads((artifact.path / "curate.json").read_text())
     have = said["in"]
     assert have["transitions"] == sum(each["transitions"] for each in said["datasets"])
     for entry in said["operations"]:
         assert entry["in"] == have
         for what in ("episodes", "transitions"):
-            assert entry["in"][what] + entry["put_back"][what] == entry["dropped"][what] + entry["kept"][what]
+            assert (
+                entry["in"][what] + entry["put_back"][what]
+                == entry["dropped"][what] + entry["kept"][what]
+            )
             assert entry["kept"][what] == sum(size[what] for size in entry["splits"].values())
         signed = {"dropped": 1, "cut": 1, "put back": -1}
-        assert entry["in"]["transitions"] - entry["kept"]["transitions"] == sum(signed[r["what"]] * r["transitions"] for r in entry["reasons"])
+        assert entry["in"]["transitions"] - entry["kept"]["transitions"] == sum(
+            signed[r["what"]] * r["transitions"] for r in entry["reasons"]
+        )
         have = entry["kept"]
     made = Dataset([artifact.path])
     assert have == said["kept"] == {"episodes": len(made.table), "transitions": made.transitions}
     rows = pq.read_table(artifact.path / "dropped.parquet").to_pylist()
-    assert sum(row["transitions"] for row in rows) == said["in"]["transitions"] - made.transitions and all(row["reason"] for row in rows)
+    assert sum(row["transitions"] for row in rows) == said["in"][
+        "transitions"
+    ] - made.transitions and all(row["reason"] for row in rows)
     storage = Storage(str(artifact.path.parents[1]))
-    inherited = [drop for each in said["datasets"] for drop in storage.artifact("datasets", each["id"]).meta["dropped"]]
-    steps, before = (sum(int(drop["steps"]) for drop in drops) for drops in (artifact.meta["dropped"], inherited))
-    assert before >= 3 * len(said["datasets"]) and steps == before + said["in"]["transitions"] - made.transitions
+    inherited = [
+        drop
+        for each in said["datasets"]
+        for drop in storage.artifact("datasets", each["id"]).meta["dropped"]
+    ]
+    steps, before = (
+        sum(int(drop["steps"]) for drop in drops) for drops in (artifact.meta["dropped"], inherited)
+    )
+    assert (
+        before >= 3 * len(said["datasets"])
+        and steps == before + said["in"]["transitions"] - made.transitions
+    )
     return said
 
 
 def left(artifact: Artifact) -> list[tuple[str, int]]:
-    return [(row["dataset"], row["index"]) for row in pq.read_table(artifact.path / "origin.parquet").to_pylist()]
+    return [
+        (row["dataset"], row["index"])
+        for row in pq.read_table(artifact.path / "origin.parquet").to_pylist()
+    ]
 
 
 def indices(artifact: Artifact) -> list[int]:
@@ -122,33 +169,60 @@ def indices(artifact: Artifact) -> list[int]:
 
 
 def dropped(artifact: Artifact) -> dict[int, str]:
-    return {row["episode"]: row["reason"] for row in pq.read_table(artifact.path / "dropped.parquet").to_pylist()}
+    return {
+        row["episode"]: row["reason"]
+        for row in pq.read_table(artifact.path / "dropped.parquet").to_pylist()
+    }
 
 
-# -- what is broken ----------------------------------------------------------------------------------------------------
+# -- what is broken
+# ----------------------------------------------------------------------------------------------------
 
 
-def test_of_copies_one_is_kept_and_that_of_validation_first(dataset: Callable[..., str], curate: Callable[..., Artifact], root: str) -> None:
+def test_of_copies_one_is_kept_and_that_of_validation_first(
+    dataset: Callable[..., str], curate: Callable[..., Artifact], root: str
+) -> None:
     episodes = [walk(k) for k in range(40)]
     dataset(episodes)
     split = Dataset([Storage(root).artifact("datasets", "d0").path]).table["split"]
     held = int(np.flatnonzero(split == 1)[0])
     train = [int(k) for k in np.flatnonzero(split == 0)[:2]]
-    dataset([walk(0, seed=held), walk(1, seed=train[0]), walk(2, seed=99), walk(3, seed=99, behaviour="other")], "d1", valid_fraction=0.0)
+    dataset(
+        [
+            walk(0, seed=held),
+            walk(1, seed=train[0]),
+            walk(2, seed=99),
+            walk(3, seed=99, behaviour="other"),
+        ],
+        "d1",
+        valid_fraction=0.0,
+    )
     made = curate({"op": "exact_duplicates"}, datasets=("d0", "d1"))
     assert left(made) == [*(("d0", k) for k in range(40)), ("d1", 2)]
     rows = pq.read_table(made.path / "dropped.parquet").to_pylist()
-    assert [(row["episode"], row["of_dataset"], row["of_episode"]) for row in rows] == [(0, "d0", held), (1, "d0", train[0]), (3, "d1", 2)]
+    assert [(row["episode"], row["of_dataset"], row["of_episode"]) for row in rows] == [
+        (0, "d0", held),
+        (1, "d0", train[0]),
+        (3, "d1", 2),
+    ]
     assert report(made)["operations"][0]["reasons"][0]["first"][0] == f"d1/0 of d0/{held}"
     one_reward = walk(5, seed=train[1])
     one_reward.rewards = one_reward.rewards + np.eye(30)[-1] * 1e-9
     dataset([one_reward], "d2", valid_fraction=0.0)
-    assert ("d2", 5) in left(curate({"op": "exact_duplicates"}, datasets=("d0", "d2"))), "the last reward tells them apart"
+    assert ("d2", 5) in left(curate({"op": "exact_duplicates"}, datasets=("d0", "d2"))), (
+        "the last reward tells them apart"
+    )
     swapped = curate({"op": "exact_duplicates"}, datasets=("d1", "d0"))
-    assert ("d0", held) in left(swapped) and ("d1", 0) not in left(swapped) and ("d1", 1) in left(swapped), "validation before order"
+    assert (
+        ("d0", held) in left(swapped)
+        and ("d1", 0) not in left(swapped)
+        and ("d1", 1) in left(swapped)
+    ), "validation before order"
 
 
-def test_near_copies_are_found_as_a_full_comparison_finds_them(dataset: Callable[..., str], curate: Callable[..., Artifact]) -> None:
+def test_near_copies_are_found_as_a_full_comparison_finds_them(
+    dataset: Callable[..., str], curate: Callable[..., Artifact]
+) -> None:
     rng = np.random.default_rng(0)
     episodes = [walk(k, length=int(rng.integers(20, 60))) for k in range(60)]
     for k in range(60, 120):  # noisy copies, nearer and further than the tolerance
@@ -162,7 +236,10 @@ def test_near_copies_are_found_as_a_full_comparison_finds_them(dataset: Callable
 
     def vector(e: Episode) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         at = [[(i * last + 7) // 15 for i in range(16)] for last in (len(e), len(e) - 1)]
-        return np.concatenate([np.array(e.observations)[at[0]], e.rewards[at[1], None]], 1) / scale, np.array(e.actions)[at[1]]
+        return (
+            np.concatenate([np.array(e.observations)[at[0]], e.rewards[at[1], None]], 1) / scale,
+            np.array(e.actions)[at[1]],
+        )
 
     kept: list[int] = []
     for e in episodes:
@@ -170,116 +247,220 @@ def test_near_copies_are_found_as_a_full_comparison_finds_them(dataset: Callable
         for other in kept:
             c, d = vector(episodes[other])
             close = np.sqrt((((a - c) ** 2).sum() + (b != d).sum()) / (16 * 5)) <= 0.02
-            near |= bool(close) and abs(len(e) - len(episodes[other])) <= 0.02 * max(len(e), len(episodes[other]))
+            near |= bool(close) and abs(len(e) - len(episodes[other])) <= 0.02 * max(
+                len(e), len(episodes[other])
+            )
         if not near:
             kept.append(e.index)
     assert indices(made) == kept and 60 < len(kept) < 115
 
 
-def test_a_sensor_that_sticks_is_found_and_one_that_never_moves_is_not(dataset: Callable[..., str], curate: Callable[..., Artifact]) -> None:
-    episodes = [seen(walk(k), lambda o, k=k: o.__setitem__((slice(None), 2), float(k))) for k in range(20)]  # the third is a goal: constant in an episode
+def test_a_sensor_that_sticks_is_found_and_one_that_never_moves_is_not(
+    dataset: Callable[..., str], curate: Callable[..., Artifact]
+) -> None:
+    episodes = [
+        seen(walk(k), lambda o, k=k: o.__setitem__((slice(None), 2), float(k))) for k in range(20)
+    ]  # the third is a goal: constant in an episode
     seen(episodes[3], lambda o: o.__setitem__((slice(12, 23), 1), o[12, 1]))
     seen(episodes[4], lambda o: o.__setitem__((slice(12, 22), 1), o[12, 1]))  # one step less
     seen(episodes[5], lambda o: o.__setitem__((slice(0, 31), 0), 0.0))
     dataset(episodes)
     made = curate({"op": "stuck", "steps": 10})
-    assert dropped(made) == {3: "observation[1] does not change for 10 steps", 5: "observation[0] does not change for 10 steps"}
-    assert report(made)["operations"][0]["notes"] == ["observation[2] is unchanged for 10 steps in 20 of 20 episodes: taken as its nature, not as a fault"]
+    assert dropped(made) == {
+        3: "observation[1] does not change for 10 steps",
+        5: "observation[0] does not change for 10 steps",
+    }
+    assert report(made)["operations"][0]["notes"] == [
+        "observation[2] is unchanged for 10 steps in 20 of 20 episodes: taken as its nature, not as"
+        " a fault"
+    ]
     cut = curate({"op": "stuck", "steps": 10, "keep": "before"})
-    assert indices(cut) == [k for k in range(20) if k != 5], "of what is stuck from the start nothing is left"
+    assert indices(cut) == [k for k in range(20) if k != 5], (
+        "of what is stuck from the start nothing is left"
+    )
     episode = next(e for e in Dataset([cut.path]).iter_episodes() if e.index == 3)
-    assert len(episode) == 12 and episode.outcome == "unfinished" and np.array_equal(episode.observations, episodes[3].observations[:13])
-    assert episode.total_reward == episodes[3].rewards[:12].sum() and not Dataset([cut.path]).array(0, "terminated")[:0].any()
-    with pytest.raises(UsageError, match=r"operations\[0\] \(stuck\): dimensions names 'observation\[4\]'.*did you mean 'observation\[\d\]'"):
+    assert (
+        len(episode) == 12
+        and episode.outcome == "unfinished"
+        and np.array_equal(episode.observations, episodes[3].observations[:13])
+    )
+    assert (
+        episode.total_reward == episodes[3].rewards[:12].sum()
+        and not Dataset([cut.path]).array(0, "terminated")[:0].any()
+    )
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"operations\[0\] \(stuck\): dimensions names 'observation\[4\]'.*did you mean"
+            r" 'observation\[\d\]'"
+        ),
+    ):
         curate({"op": "stuck", "dimensions": ["observation[4]"]})
     assert 4 in dropped(curate({"op": "stuck", "steps": 9, "dimensions": ["observation[1]"]}))
 
 
-def test_a_sensor_at_its_limit_is_found_and_a_contact_is_not(dataset: Callable[..., str], curate: Callable[..., Artifact]) -> None:
-    episodes = [seen(walk(k), lambda o: o.__setitem__((slice(None), 2), (o[:, 0] > 0).astype(float))) for k in range(20)]
+def test_a_sensor_at_its_limit_is_found_and_a_contact_is_not(
+    dataset: Callable[..., str], curate: Callable[..., Artifact]
+) -> None:
+    episodes = [
+        seen(walk(k), lambda o: o.__setitem__((slice(None), 2), (o[:, 0] > 0).astype(float)))
+        for k in range(20)
+    ]
     for k in (6, 7):
         seen(episodes[k], lambda o, k=k: o.__setitem__((slice(0, 10 if k == 6 else 4), 0), 50.0))
     dataset(episodes)
     made = curate({"op": "saturated", "share": 0.2})
     assert list(dropped(made)) == [6] and "observation[0] is at" in dropped(made)[6]
-    assert "observation[2] is at its limits in 20 of 20" in report(made)["operations"][0]["notes"][0]
+    assert (
+        "observation[2] is at its limits in 20 of 20" in report(made)["operations"][0]["notes"][0]
+    )
 
 
-# -- what is chosen ----------------------------------------------------------------------------------------------------
+# -- what is chosen
+# ----------------------------------------------------------------------------------------------------
 
 
-def test_filters_say_what_went_and_why(dataset: Callable[..., str], curate: Callable[..., Artifact], root: str) -> None:
-    facts = [{"behaviour": "ab"[k % 2], "success": [True, False, None][k % 3], "outcome": ["terminated", "truncated"][k % 2]} for k in range(30)]
+def test_filters_say_what_went_and_why(
+    dataset: Callable[..., str], curate: Callable[..., Artifact], root: str
+) -> None:
+    facts = [
+        {
+            "behaviour": "ab"[k % 2],
+            "success": [True, False, None][k % 3],
+            "outcome": ["terminated", "truncated"][k % 2],
+        }
+        for k in range(30)
+    ]
     dataset([walk(k, length=k + 1, **facts[k]) for k in range(30)])
-    made = curate({"op": "length", "min": 5, "max": 25}, {"op": "return", "min": 1.0}, {"op": "where", "by": "behaviour", "keep": ["a"]})
-    assert all(5 <= k + 1 <= 25 and k % 2 == 0 for k in indices(made)) and {0: "length below 5", 29: "length above 25"}.items() <= dropped(made).items()
+    made = curate(
+        {"op": "length", "min": 5, "max": 25},
+        {"op": "return", "min": 1.0},
+        {"op": "where", "by": "behaviour", "keep": ["a"]},
+    )
+    assert (
+        all(5 <= k + 1 <= 25 and k % 2 == 0 for k in indices(made))
+        and {0: "length below 5", 29: "length above 25"}.items() <= dropped(made).items()
+    )
     assert dropped(made)[11] == "behaviour b" and dropped(made)[5] == "return below 1"
-    assert all(k % 3 != 1 for k in indices(curate({"op": "where", "by": "success", "drop": ["failure"]})))
-    assert all(k % 2 for k in indices(curate({"op": "where", "by": "outcome", "keep": ["truncated"]})))
+    assert all(
+        k % 3 != 1 for k in indices(curate({"op": "where", "by": "success", "drop": ["failure"]}))
+    )
+    assert all(
+        k % 2 for k in indices(curate({"op": "where", "by": "outcome", "keep": ["truncated"]}))
+    )
     before = Dataset([Storage(root).artifact("datasets", "d0").path])
     after = Dataset([made.path])
     was = dict(zip(before.table["index"].tolist(), before.table["split"].tolist(), strict=True))
-    assert all(was[k] == split for k, split in zip(after.table["index"].tolist(), after.table["split"].tolist(), strict=True)), "the split is kept"
-    with pytest.raises(UsageError, match=r"operations\[0\] \(length\): nothing to train on is left"):
+    assert all(
+        was[k] == split
+        for k, split in zip(
+            after.table["index"].tolist(), after.table["split"].tolist(), strict=True
+        )
+    ), "the split is kept"
+    with pytest.raises(
+        UsageError, match=r"operations\[0\] \(length\): nothing to train on is left"
+    ):
         curate({"op": "length", "min": 500})
 
 
-def test_balance_and_mix_choose_among_what_is_trained_on(dataset: Callable[..., str], curate: Callable[..., Artifact], root: str) -> None:
+def test_balance_and_mix_choose_among_what_is_trained_on(
+    dataset: Callable[..., str], curate: Callable[..., Artifact], root: str
+) -> None:
     dataset([walk(k, length=10, behaviour="few" if k % 5 == 0 else "many") for k in range(100)])
     dataset([walk(k, length=10, seed=500 + k) for k in range(50)], "d1")
     made = curate({"op": "balance", "by": "behaviour", "most": 2})
     data = Dataset([made.path])
-    sizes = {b.name: int((data.table["behaviour"][data.episodes("train")] == i).sum()) for i, b in enumerate(data.manifests[0].behaviours)}
-    assert sizes["many"] == 2 * sizes["few"] > 20 and report(made)["operations"][0]["splits"]["valid"]["episodes"] == len(data.episodes("valid")) > 0
+    sizes = {
+        b.name: int((data.table["behaviour"][data.episodes("train")] == i).sum())
+        for i, b in enumerate(data.manifests[0].behaviours)
+    }
+    assert (
+        sizes["many"] == 2 * sizes["few"] > 20
+        and report(made)["operations"][0]["splits"]["valid"]["episodes"]
+        == len(data.episodes("valid"))
+        > 0
+    )
     mixed = curate({"op": "mix", "weights": [1, 2]}, datasets=("d0", "d1"))
     report(mixed)
     of = pq.read_table(mixed.path / "origin.parquet")["dataset"].to_pylist()
     train = [of[i] for i in Dataset([mixed.path]).episodes("train")]
     all_of_d1 = len(Dataset([Storage(root).artifact("datasets", "d1").path]).episodes("train"))
-    assert 2 * train.count("d0") in (all_of_d1 - 1, all_of_d1) and train.count("d1") == all_of_d1, "all of d1, and half as much of d0"
+    assert 2 * train.count("d0") in (all_of_d1 - 1, all_of_d1) and train.count("d1") == all_of_d1, (
+        "all of d1, and half as much of d0"
+    )
     less = curate({"op": "mix", "weights": [1, 2], "transitions": 300}, datasets=("d0", "d1"))
     assert Dataset([less.path]).count("train") == 300 and set(left(less)) <= set(left(mixed))
     with pytest.raises(UsageError, match=r"give one for each of data\.datasets"):
         curate({"op": "mix", "weights": [1]}, datasets=("d0", "d1"))
 
 
-def test_failures_that_a_filter_dropped_are_put_back_and_broken_ones_are_not(dataset: Callable[..., str], curate: Callable[..., Artifact]) -> None:
+def test_failures_that_a_filter_dropped_are_put_back_and_broken_ones_are_not(
+    dataset: Callable[..., str], curate: Callable[..., Artifact]
+) -> None:
     episodes = [walk(k, length=40 if k % 2 else 20, success=bool(k % 2)) for k in range(40)]
     seen(episodes[0], lambda o: o.__setitem__((slice(0, 21), 0), 0.0))
     dataset(episodes, valid_fraction=0.0)
-    made = curate({"op": "stuck", "steps": 15}, {"op": "length", "min": 30}, {"op": "failures", "share": 0.2})
+    made = curate(
+        {"op": "stuck", "steps": 15}, {"op": "length", "min": 30}, {"op": "failures", "share": 0.2}
+    )
     kept = indices(made)
     assert sum(k % 2 == 0 for k in kept) == 5 and len(kept) == 25 and 0 not in kept
     assert report(made)["operations"][2]["put_back"] == {"episodes": 5, "transitions": 100}
-    with pytest.raises(UsageError, match=r"wants .* failed episodes and there are 0, with 19 to put back"):
-        curate({"op": "stuck", "steps": 15}, {"op": "length", "min": 30}, {"op": "failures", "share": 0.6})
-    assert "no failed episode is left" in report(curate({"op": "where", "by": "success", "keep": ["success"]}))["warnings"][-1]
+    with pytest.raises(
+        UsageError, match=r"wants .* failed episodes and there are 0, with 19 to put back"
+    ):
+        curate(
+            {"op": "stuck", "steps": 15},
+            {"op": "length", "min": 30},
+            {"op": "failures", "share": 0.6},
+        )
+    assert (
+        "no failed episode is left"
+        in report(curate({"op": "where", "by": "success", "keep": ["success"]}))["warnings"][-1]
+    )
 
 
-def test_what_is_held_out_is_said_by_task_behaviour_and_time(dataset: Callable[..., str], curate: Callable[..., Artifact]) -> None:
+def test_what_is_held_out_is_said_by_task_behaviour_and_time(
+    dataset: Callable[..., str], curate: Callable[..., Artifact]
+) -> None:
     tasks = [{"mass": 0.1 * k, "map": ["big", "small", "round"][k % 3]} for k in range(30)]
-    dataset([walk(k, task=tasks[k], behaviour="ab"[k % 2]) for k in range(30)], task=["mass", "map"])
+    dataset(
+        [walk(k, task=tasks[k], behaviour="ab"[k % 2]) for k in range(30)], task=["mass", "map"]
+    )
 
     def held(**params: Any) -> list[int]:
         made = curate({"op": "exact_duplicates"}, {"op": "hold_out", **params})
         data = Dataset([made.path])
-        assert len(data.table) == 30 and [e.task for e in data.iter_episodes()] == tasks and not report(made)["operations"][1]["dropped"]["episodes"]
+        assert (
+            len(data.table) == 30
+            and [e.task for e in data.iter_episodes()] == tasks
+            and not report(made)["operations"][1]["dropped"]["episodes"]
+        )
         return [int(k) for k in data.table["index"][data.episodes("valid")]]
 
     assert held(by="map", values=["round"]) == list(range(2, 30, 3))
     assert held(by="behaviour", values=["b"]) == list(range(1, 30, 2))
     assert held(by="time", share=0.1) == [27, 28, 29]
-    assert len(held(by="random", share=0.2)) == 6 and held(by="random", share=0.1) == [k for k in held(by="random", share=0.2) if k in held(share=0.1)]
+    assert len(held(by="random", share=0.2)) == 6 and held(by="random", share=0.1) == [
+        k for k in held(by="random", share=0.2) if k in held(share=0.1)
+    ]
     assert {k % 3 for k in held(by="map", share=0.4)} in ({0}, {1}, {2})
     ranges = held(by="mass", values=["2.32..2.9"])
     assert ranges == list(range(24, 30))
-    with pytest.raises(UsageError, match="values names 'rond', which is no map of these episodes; did you mean 'round'"):
+    with pytest.raises(
+        UsageError,
+        match="values names 'rond', which is no map of these episodes; did you mean 'round'",
+    ):
         held(by="map", values=["rond"])
-    with pytest.raises(UsageError, match="by='mas' is nothing that these episodes are told apart by; did you mean 'mass'"):
+    with pytest.raises(
+        UsageError,
+        match="by='mas' is nothing that these episodes are told apart by; did you mean 'mass'",
+    ):
         held(by="mas")
 
 
-# -- the dataset -------------------------------------------------------------------------------------------------------
+# -- the dataset
+# -------------------------------------------------------------------------------------------------------
 
 ALL: tuple[dict[str, Any], ...] = (
     {"op": "exact_duplicates"},
@@ -297,7 +478,16 @@ ALL: tuple[dict[str, Any], ...] = (
 def two(dataset: Callable[..., str]) -> tuple[str, str]:
     rng = np.random.default_rng(1)
     for id, base in (("d0", 0), ("d1", 1000)):
-        episodes = [walk(k, length=int(rng.integers(8, 40)), seed=base + k % 90, behaviour="abc"[k % 3], success=k % 4 > 0) for k in range(100)]
+        episodes = [
+            walk(
+                k,
+                length=int(rng.integers(8, 40)),
+                seed=base + k % 90,
+                behaviour="abc"[k % 3],
+                success=k % 4 > 0,
+            )
+            for k in range(100)
+        ]
         seen(episodes[20], lambda o: o.__setitem__((slice(3, None), 1), 0.25))
         dataset(episodes, id, shard_rows=500)
     return "d0", "d1"
@@ -313,7 +503,11 @@ def test_a_curated_dataset_is_one_that_is_trained_on_and_done_once(
     names = two(dataset)
     made = curate(*ALL, datasets=names)
     said = report(made)
-    assert made.meta["inputs"] == {"datasets": ["d0", "d1"]} and made.meta["config"]["operations"] == said["lineage"] and made.meta["job"] == "curate"
+    assert (
+        made.meta["inputs"] == {"datasets": ["d0", "d1"]}
+        and made.meta["config"]["operations"] == said["lineage"]
+        and made.meta["job"] == "curate"
+    )
     assert said["lineage"][2] == {"op": "stuck", "steps": 10, "keep": "before", "dimensions": []}
     golden.check("curate", {"shards": golden.of_files(made.path, "shards/*/*.npy")})
     data = Dataset([made.path])
@@ -322,10 +516,15 @@ def test_a_curated_dataset_is_one_that_is_trained_on_and_done_once(
     inputs = {id: Dataset([Storage(root).artifact("datasets", id).path]) for id in names}
     for episode, (id, index) in zip(data.iter_episodes(), left(made), strict=True):
         source = inputs[id].episode(index)
-        assert np.array_equal(episode.observations, source.observations[: len(episode) + 1]) and np.array_equal(episode.rewards, source.rewards[: len(episode)])
+        assert np.array_equal(
+            episode.observations, source.observations[: len(episode) + 1]
+        ) and np.array_equal(episode.rewards, source.rewards[: len(episode)])
         assert episode.behaviour == source.behaviour and episode.seed == source.seed
     stamp = (made.path / "COMMIT.json").stat().st_mtime_ns
-    assert curate(*ALL, datasets=names).id == made.id and (made.path / "COMMIT.json").stat().st_mtime_ns == stamp
+    assert (
+        curate(*ALL, datasets=names).id == made.id
+        and (made.path / "COMMIT.json").stat().st_mtime_ns == stamp
+    )
     before = checksums(made)
     again = curate(*ALL, datasets=names, force=True)
     assert checksums(again) == before and (again.path / "COMMIT.json").stat().st_mtime_ns != stamp
@@ -339,7 +538,10 @@ def test_a_curated_dataset_is_one_that_is_trained_on_and_done_once(
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_same_bytes_whoever_measures(
-    dataset: Callable[..., str], curate: Callable[..., Artifact], ray_local: None, monkeypatch: pytest.MonkeyPatch
+    dataset: Callable[..., str],
+    curate: Callable[..., Artifact],
+    ray_local: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     names = two(dataset)
     monkeypatch.setattr("mesocosm.data.curation.scan.ROWS", 900)
@@ -350,19 +552,29 @@ def test_the_same_bytes_whoever_measures(
 
 
 def test_a_dry_run_says_what_would_go_and_writes_nothing(
-    dataset: Callable[..., str], curate: Callable[..., Artifact], root: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    dataset: Callable[..., str],
+    curate: Callable[..., Artifact],
+    root: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     names = two(dataset)
     operations = tmp_path / "ops.yaml"
     operations.write_text(json.dumps({"operations": ALL, "data": {"datasets": names}}))
-    assert main(["curate", "-c", str(operations), f"storage.root={root}", "--dry-run", "--json"]) == 0
+    assert (
+        main(["curate", "-c", str(operations), f"storage.root={root}", "--dry-run", "--json"]) == 0
+    )
     said = json.loads(capsys.readouterr().out)
     assert Storage(root).list("datasets") == ["d0", "d1"]
     made = curate(*ALL, datasets=names)
     told = report(made)["operations"]
     assert said["dataset"] == made.name
-    assert [row["kept"] for row in said["operations"]] == [entry["kept"]["episodes"] for entry in told]
-    assert [row["transitions"] for row in said["reasons"]] == [r["transitions"] for entry in told for r in entry["reasons"]]
+    assert [row["kept"] for row in said["operations"]] == [
+        entry["kept"]["episodes"] for entry in told
+    ]
+    assert [row["transitions"] for row in said["reasons"]] == [
+        r["transitions"] for entry in told for r in entry["reasons"]
+    ]
     assert main(["curate", "-c", str(operations), f"storage.root={root}", "--dry-run"]) == 0
     assert "exact_duplicates" in capsys.readouterr().out
 
@@ -370,9 +582,15 @@ def test_a_dry_run_says_what_would_go_and_writes_nothing(
 @pytest.mark.parametrize(
     ("operation", "said"),
     [
-        ({"op": "exact_duplicate"}, "unknown operation 'exact_duplicate'; did you mean 'exact_duplicates'"),
+        (
+            {"op": "exact_duplicate"},
+            "unknown operation 'exact_duplicate'; did you mean 'exact_duplicates'",
+        ),
         ({"min": 3}, "names no operation; give op, one of exact_duplicates"),
-        ({"op": "length", "mim": 3}, r"operations\[0\] \(length\): unknown config key 'mim'; did you mean 'min'"),
+        (
+            {"op": "length", "mim": 3},
+            r"operations\[0\] \(length\): unknown config key 'mim'; did you mean 'min'",
+        ),
         ({"op": "stuck", "steps": "many"}, r"operations\[0\] \(stuck\): config key 'steps'"),
         ({"op": "stuck", "steps": 0}, "steps=0 is no time to be stuck"),
         ({"op": "length"}, "neither min nor max is given"),
@@ -383,13 +601,17 @@ def test_a_dry_run_says_what_would_go_and_writes_nothing(
     ],
     ids=str,
 )
-def test_what_is_wrong_is_one_sentence(operation: dict[str, Any], said: str, dataset: Callable[..., str], root: str) -> None:
+def test_what_is_wrong_is_one_sentence(
+    operation: dict[str, Any], said: str, dataset: Callable[..., str], root: str
+) -> None:
     dataset([walk(k) for k in range(10)])
     with pytest.raises(UsageError, match=said):
         plan(configured(root, operation))
 
 
-def test_datasets_of_different_spaces_are_refused(dataset: Callable[..., str], curate: Callable[..., Artifact]) -> None:
+def test_datasets_of_different_spaces_are_refused(
+    dataset: Callable[..., str], curate: Callable[..., Artifact]
+) -> None:
     dataset([walk(k) for k in range(10)])
     dataset([walk(k) for k in range(10)], "d1", action_space=spaces.Discrete(4))
     with pytest.raises(UsageError, match="differ in action_space"):

@@ -38,24 +38,44 @@ def rich_episodes(count: int = 5, seed: int = 0) -> list[Episode]:
     episodes = []
     for k in range(count):
         length = int(rng.integers(1, 9))
-        observations, actions = [observation.sample() for _ in range(length + 1)], [action.sample() for _ in range(length)]
+        observations, actions = (
+            [observation.sample() for _ in range(length + 1)],
+            [action.sample() for _ in range(length)],
+        )
         rest: dict[str, Any] = {
             "durations": rng.random(length),
             "task": {"mass": 1.5 * k, "map": ["big", "small"][k % 2]},
             "success": [True, False, None][k % 3],
         }
-        episodes.append(Episode(k, 10 + k, ["random", "noisy"][k % 2], observations, actions, rng.normal(size=length), outcomes[k % 3], **rest))  # type: ignore[arg-type]
+        episodes.append(
+            Episode(
+                k,
+                10 + k,
+                ["random", "noisy"][k % 2],
+                observations,
+                actions,
+                rng.normal(size=length),
+                outcomes[k % 3],
+                **rest,
+            )
+        )  # type: ignore[arg-type]
     return episodes
 
 
 def rich(write: Write, episodes: list[Episode], **facts: Any) -> Path:
-    return write(episodes, observation_space=OBSERVATION, action_space=ACTION, task=["mass", "map"], **facts)
+    return write(
+        episodes, observation_space=OBSERVATION, action_space=ACTION, task=["mass", "map"], **facts
+    )
 
 
 def assert_equal(a: Any, b: Any) -> None:
     if isinstance(a, dict | tuple | list):
         assert len(a) == len(b)
-        for x, y in zip(a.values() if isinstance(a, dict) else a, b.values() if isinstance(b, dict) else b, strict=True):
+        for x, y in zip(
+            a.values() if isinstance(a, dict) else a,
+            b.values() if isinstance(b, dict) else b,
+            strict=True,
+        ):
             assert_equal(x, y)
     else:
         np.testing.assert_array_equal(a, b)
@@ -74,10 +94,18 @@ def test_episodes_come_back_as_they_went(write: Write, shard_rows: int) -> None:
             assert getattr(read, field) == getattr(wrote, field)
         for field in ("observations", "actions", "rewards", "durations"):
             assert_equal(getattr(read, field), getattr(wrote, field))
-        assert all(OBSERVATION.contains(o) for o in read.observations) and all(ACTION.contains(a) for a in read.actions)
-    assert [e.index for e in dataset.iter_episodes("valid")] == dataset.table["index"][dataset.episodes("valid")].tolist()
+        assert all(OBSERVATION.contains(o) for o in read.observations) and all(
+            ACTION.contains(a) for a in read.actions
+        )
+    assert [e.index for e in dataset.iter_episodes("valid")] == dataset.table["index"][
+        dataset.episodes("valid")
+    ].tolist()
     chunks = list(dataset.chunks())
-    assert sum(int((~chunk.last).sum()) for chunk in chunks) == dataset.transitions == sum(map(len, episodes))
+    assert (
+        sum(int((~chunk.last).sum()) for chunk in chunks)
+        == dataset.transitions
+        == sum(map(len, episodes))
+    )
 
 
 def test_the_parquet_has_the_documented_schema(write: Write) -> None:
@@ -85,7 +113,10 @@ def test_the_parquet_has_the_documented_schema(write: Write) -> None:
     table = pq.read_table(rich(write, episodes) / "episodes" / "00000.parquet")
     rows = table.to_pylist()
     assert len(rows) == sum(len(e) + 1 for e in episodes)
-    assert str(table.schema.field("observation").type.field("pos").type) == "list<element: list<element: float>>"
+    assert (
+        str(table.schema.field("observation").type.field("pos").type)
+        == "list<element: list<element: float>>"
+    )
     at = 0
     for episode in episodes:
         for step in range(len(episode) + 1):
@@ -99,32 +130,62 @@ def test_the_parquet_has_the_documented_schema(write: Write) -> None:
                 episode.success,
             )
             assert row["task"] == episode.task
-            expected = {"pos": raw["pos"].tolist(), "mode": raw["mode"], "word": raw["word"], "pair": {"0": raw["pair"][0].tolist(), "1": raw["pair"][1]}}
+            expected = {
+                "pos": raw["pos"].tolist(),
+                "mode": raw["mode"],
+                "word": raw["word"],
+                "pair": {"0": raw["pair"][0].tolist(), "1": raw["pair"][1]},
+            }
             assert row["observation"] == expected
             if final:
-                assert all(row[name] is None for name in ("action", "reward", "terminated", "truncated", "duration"))
+                assert all(
+                    row[name] is None
+                    for name in ("action", "reward", "terminated", "truncated", "duration")
+                )
                 continue
             action = episode.actions[step]
-            assert row["action"] == {"push": action["push"].tolist(), "press": action["press"].tolist()}
-            assert (row["reward"], row["duration"]) == (episode.rewards[step], episode.durations[step])  # type: ignore[index]
+            assert row["action"] == {
+                "push": action["push"].tolist(),
+                "press": action["press"].tolist(),
+            }
+            assert (row["reward"], row["duration"]) == (
+                episode.rewards[step],
+                episode.durations[step],
+            )  # type: ignore[index]
             ends = step == len(episode) - 1
-            assert (row["terminated"], row["truncated"]) == (ends and episode.outcome == "terminated", ends and episode.outcome == "truncated")
+            assert (row["terminated"], row["truncated"]) == (
+                ends and episode.outcome == "terminated",
+                ends and episode.outcome == "truncated",
+            )
 
 
 def test_the_manifest_counts(write: Write, counted: Counted) -> None:
-    episodes = [counted(0, 3), counted(1, 4, "truncated"), counted(2, 0), counted(3, 5, "unfinished", behaviour="noisy")]
+    episodes = [
+        counted(0, 3),
+        counted(1, 4, "truncated"),
+        counted(2, 0),
+        counted(3, 5, "unfinished", behaviour="noisy"),
+    ]
     manifest = Manifest.read(write(episodes, dropped=2))
     assert manifest.counts.outcomes == {"terminated": 1, "truncated": 1, "unfinished": 1}
     assert (manifest.counts.dropped, manifest.counts.empty, manifest.transitions) == (2, 1, 12)
-    assert {b.name: (b.episodes, b.transitions) for b in manifest.behaviours} == {"random": (2, 7), "noisy": (1, 5)}
+    assert {b.name: (b.episodes, b.transitions) for b in manifest.behaviours} == {
+        "random": (2, 7),
+        "noisy": (1, 5),
+    }
     assert not manifest.durations
 
 
 def test_the_same_episodes_give_the_same_bytes(write: Write) -> None:
     folders = [rich(write, rich_episodes()), write_elsewhere(write)]
-    names = [sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) for folder in folders]
+    names = [
+        sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+        for folder in folders
+    ]
     assert names[0] == names[1]
-    assert all((folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names[0])
+    assert all(
+        (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes() for name in names[0]
+    )
 
 
 def write_elsewhere(write: Write) -> Path:
@@ -141,34 +202,74 @@ def test_the_split_is_by_episode(write: Write, counted: Counted) -> None:
     assert 20 <= len(valid) <= 65
     assert dataset.count("train") + dataset.count("valid") == dataset.transitions == 1200
     reverse = Dataset([write([counted(k, 3) for k in reversed(range(400))], id="reverse")])
-    assert set(reverse.table["index"][reverse.episodes("valid")]) == set(valid.tolist()), "an episode's split does not depend on the others"
+    assert set(reverse.table["index"][reverse.episodes("valid")]) == set(valid.tolist()), (
+        "an episode's split does not depend on the others"
+    )
     for seed in range(20):
         for count in (1, 2, 4, 5, 6):
-            few = Dataset([write([counted(k, 3) for k in range(count)], id=f"few{seed}-{count}", seed=seed, valid_fraction=1e-6)])
-            assert len(few.episodes("valid")) == (count >= 5), "one is held out of five, none of fewer"
-        all = Dataset([write([counted(k, 3) for k in range(2)], id=f"all{seed}", seed=seed, valid_fraction=0.999)])
+            few = Dataset(
+                [
+                    write(
+                        [counted(k, 3) for k in range(count)],
+                        id=f"few{seed}-{count}",
+                        seed=seed,
+                        valid_fraction=1e-6,
+                    )
+                ]
+            )
+            assert len(few.episodes("valid")) == (count >= 5), (
+                "one is held out of five, none of fewer"
+            )
+        all = Dataset(
+            [
+                write(
+                    [counted(k, 3) for k in range(2)],
+                    id=f"all{seed}",
+                    seed=seed,
+                    valid_fraction=0.999,
+                )
+            ]
+        )
         assert len(all.episodes("train")) == 1
     none = Dataset([write([counted(k, 3) for k in range(100)], id="none", valid_fraction=0.0)])
     assert not len(none.episodes("valid"))
 
 
-def test_a_dataset_without_validation_works_alone_and_beside_another(write: Write, counted: Counted) -> None:
+def test_a_dataset_without_validation_works_alone_and_beside_another(
+    write: Write, counted: Counted
+) -> None:
     first = write([counted(k, 9) for k in range(12)], id="first")
     later = write([counted(k, 9) for k in range(2)], id="later", valid_fraction=0.0)
     alone, both = Dataset([later]), Dataset([first, later])
-    assert alone.count("valid") == 0 and alone.count("train") == 18 and both.count("valid") == Dataset([first]).count("valid") > 0
+    assert (
+        alone.count("valid") == 0
+        and alone.count("train") == 18
+        and both.count("valid") == Dataset([first]).count("valid") > 0
+    )
     for dataset in (alone, both):
         codec = Codec.fit(dataset)
-        assert Loader(dataset, codec, "train", 4, 5, 0).transitions_per_epoch == dataset.count("train")
-        assert len(dataset.start_parts(codec, "valid")[1].numbers) == len(dataset.episodes("valid")) == len(list(dataset.iter_episodes("valid")))
-        assert len(dataset.observation_parts(codec, "valid", 5, 0)[1].numbers) == min(5, dataset.count("valid"))
-    with pytest.raises(UsageError, match="the valid split of later is empty; collect more episodes"):
+        assert Loader(dataset, codec, "train", 4, 5, 0).transitions_per_epoch == dataset.count(
+            "train"
+        )
+        assert (
+            len(dataset.start_parts(codec, "valid")[1].numbers)
+            == len(dataset.episodes("valid"))
+            == len(list(dataset.iter_episodes("valid")))
+        )
+        assert len(dataset.observation_parts(codec, "valid", 5, 0)[1].numbers) == min(
+            5, dataset.count("valid")
+        )
+    with pytest.raises(
+        UsageError, match="the valid split of later is empty; collect more episodes"
+    ):
         Loader(alone, Codec.fit(alone), "valid", 4, 5, 0)
     assert list(Loader(both, Codec.fit(both), "valid", 4, 5, 0).eval_batches())
 
 
 def test_several_datasets_open_as_one(write: Write, counted: Counted) -> None:
-    paths = [write([counted(k, 3 + k) for k in range(6)], id=name, shard_rows=10) for name in ("a", "b")]
+    paths = [
+        write([counted(k, 3 + k) for k in range(6)], id=name, shard_rows=10) for name in ("a", "b")
+    ]
     dataset = Dataset(paths)
     assert dataset.transitions == 2 * Dataset(paths[:1]).transitions
     assert len(set(dataset.table["hash"].tolist())) == 12, "episode hashes differ between datasets"
@@ -178,8 +279,16 @@ def test_several_datasets_open_as_one(write: Write, counted: Counted) -> None:
 
 
 def test_options_of_several_datasets_are_joined(write: Write, counted: Counted) -> None:
-    a = write([counted(k, 3, task={"map": name}) for k, name in enumerate(["b", "d"])], id="a", task=["map"])
-    b = write([counted(k, 3, task={"map": name}) for k, name in enumerate(["c", "d", "a"])], id="b", task=["map"])
+    a = write(
+        [counted(k, 3, task={"map": name}) for k, name in enumerate(["b", "d"])],
+        id="a",
+        task=["map"],
+    )
+    b = write(
+        [counted(k, 3, task={"map": name}) for k, name in enumerate(["c", "d", "a"])],
+        id="b",
+        task=["map"],
+    )
     dataset = Dataset([a, b])
     assert dataset.options[0].values == ["a", "b", "c", "d"]
     assert [e.task["map"] for e in dataset.iter_episodes()] == ["b", "d", "c", "d", "a"]
@@ -189,9 +298,22 @@ def test_datasets_of_different_environments_are_refused(write: Write, counted: C
     a = write([counted(0, 3)], id="a")
     b = write([counted(0, 3)], id="b", environment=Environment(id="Other-v0"))
     c = write([counted(0, 3)], id="c", action_space=spaces.Discrete(4))
-    d, e = (write([counted(0, 3)], id=name, environment=Environment(id="Counted-v0", version=f"counted 1.{name}")) for name in "de")
+    d, e = (
+        write(
+            [counted(0, 3)],
+            id=name,
+            environment=Environment(id="Counted-v0", version=f"counted 1.{name}"),
+        )
+        for name in "de"
+    )
     assert Dataset([a, d]).transitions == 6, "a version that is not known is no other"
-    with pytest.raises(UsageError, match=r"'.*d' and '.*e' differ in environment version: counted 1.d and counted 1.e; collect the older one again, or use"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"'.*d' and '.*e' differ in environment version: counted 1.d and counted 1.e; collect"
+            r" the older one again, or use"
+        ),
+    ):
         Dataset([d, e])
     for other, word in ((b, "environment id"), (c, "action_space")):
         with pytest.raises(UsageError) as caught:
@@ -215,10 +337,14 @@ def test_nan_is_refused_with_episode_and_step(write: Write, field: str) -> None:
         getattr(bad, f"{field}s")[1] = np.inf
     with pytest.raises(MesocosmError) as caught:
         rich(write, episodes)
-    assert all(word in str(caught.value) for word in ("episode 2", "'random'", "step 1", name)), str(caught.value)
+    assert all(word in str(caught.value) for word in ("episode 2", "'random'", "step 1", name)), (
+        str(caught.value)
+    )
 
 
-def test_values_outside_the_spaces_are_refused_with_the_episode(write: Write, counted: Counted) -> None:
+def test_values_outside_the_spaces_are_refused_with_the_episode(
+    write: Write, counted: Counted
+) -> None:
     wrong = counted(4, 3)
     wrong.actions[1] = np.int64(3)
     with pytest.raises(MesocosmError, match=r"episode 4 .*action.*3"):
@@ -240,15 +366,26 @@ def test_opening_reads_no_shard(write: Write, counted: Counted) -> None:
         dataset.episode(0)
 
 
-def test_a_corrupt_shard_is_named(write: Write, counted: Counted, root: str, tmp_path: Path) -> None:
+def test_a_corrupt_shard_is_named(
+    write: Write, counted: Counted, root: str, tmp_path: Path
+) -> None:
     folder = write([counted(k, 50) for k in range(4)])
     shard = folder / "shards" / "00000" / "obs_num.npy"
     shard.write_bytes(shard.read_bytes()[:-64])
     with pytest.raises(ArtifactError, match=r"obs_num\.npy"):
         Dataset([folder]).episode(0)
     storage = Storage(root)
-    facts = {"environment": Environment(id="C"), "observation_space": spaces.Box(-100, 100, (2,), np.int64), "action_space": spaces.Discrete(3)}
-    artifact = storage.make("datasets", "x", {}, lambda path: write_dataset(path, [counted(0, 9)], id="x", seed=0, **facts) and None)
+    facts = {
+        "environment": Environment(id="C"),
+        "observation_space": spaces.Box(-100, 100, (2,), np.int64),
+        "action_space": spaces.Discrete(3),
+    }
+    artifact = storage.make(
+        "datasets",
+        "x",
+        {},
+        lambda path: write_dataset(path, [counted(0, 9)], id="x", seed=0, **facts) and None,
+    )
     reward = artifact.path / "shards" / "00000" / "reward.npy"
     data = bytearray(reward.read_bytes())
     data[-9] ^= 1
@@ -263,7 +400,15 @@ def test_a_corrupt_shard_is_named(write: Write, counted: Counted, root: str, tmp
 
 
 def test_starts_and_logged_observations(write: Write, counted: Counted) -> None:
-    dataset = Dataset([write([counted(k, 4 + k, task={"mass": float(k)}) for k in range(8)], task=["mass"], shard_rows=12)])
+    dataset = Dataset(
+        [
+            write(
+                [counted(k, 4 + k, task={"mass": float(k)}) for k in range(8)],
+                task=["mass"],
+                shard_rows=12,
+            )
+        ]
+    )
     codec = Codec.fit(dataset)
     task, observation = dataset.start_parts(codec, "train")
     train = dataset.episodes("train")
@@ -271,7 +416,13 @@ def test_starts_and_logged_observations(write: Write, counted: Counted) -> None:
     assert [round(t["mass"], 5) for t in codec.task_options(task)] == train.tolist()
     task, observation = dataset.observation_parts(codec, "train", 10**6, 0)
     everything = [tuple(row) for row in codec.decode_observation(observation).tolist()]
-    assert sorted(everything) == [(k, t) for k in train for t in range(4 + k)], "every observation but the last of each episode, once"
+    assert sorted(everything) == [(k, t) for k in train for t in range(4 + k)], (
+        "every observation but the last of each episode, once"
+    )
     assert [round(t["mass"], 5) for t in codec.task_options(task)] == [k for k, _ in everything]
     some = codec.decode_observation(dataset.observation_parts(codec, "train", 7, 3)[1]).tolist()
-    assert len(some) == 7 and some != codec.decode_observation(dataset.observation_parts(codec, "train", 7, 4)[1]).tolist()
+    assert (
+        len(some) == 7
+        and some
+        != codec.decode_observation(dataset.observation_parts(codec, "train", 7, 4)[1]).tolist()
+    )

@@ -26,7 +26,9 @@ Logs = Callable[..., Evidence]
 def logs(tmp_path: Path) -> Logs:
     """`logs(action_space, policy, episodes=30, length=20, rewards=None)`: the evidence of a walk."""
 
-    def made(space: Any, policy: Policy, episodes: int = 30, length: int = 20, rewards: Any = None) -> Evidence:
+    def made(
+        space: Any, policy: Policy, episodes: int = 30, length: int = 20, rewards: Any = None
+    ) -> Evidence:
         rng, done = np.random.default_rng(0), []
         for k in range(episodes):
             walk = list(rng.normal(size=(length + 1, 2)).cumsum(0))
@@ -35,7 +37,9 @@ def logs(tmp_path: Path) -> Logs:
             done.append(Episode(k, k, "logger", walk, actions, given, "truncated"))
         folder = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
         facts: dict[str, Any] = {"environment": Environment(id="walk"), "action_space": space}
-        write_dataset(folder, done, id="d", seed=0, observation_space=OBSERVATIONS, valid_fraction=0, **facts)
+        write_dataset(
+            folder, done, id="d", seed=0, observation_space=OBSERVATIONS, valid_fraction=0, **facts
+        )
         return evidence(Dataset([folder]))
 
     return made
@@ -71,7 +75,9 @@ def constant(o: Any, rng: np.random.Generator) -> Any:
         (constant, ["action[0]"]),
     ],
 )
-def test_numbers_that_follow_from_the_observation(logs: Logs, policy: Policy, fixed: list[str]) -> None:
+def test_numbers_that_follow_from_the_observation(
+    logs: Logs, policy: Policy, fixed: list[str]
+) -> None:
     shown = logs(BOX, policy)
     assert shown.known and shown.fixed == fixed, shown.free
     text = shown.unidentified()
@@ -85,7 +91,9 @@ def test_numbers_that_follow_from_the_observation(logs: Logs, policy: Policy, fi
 def test_categories_and_texts(logs: Logs) -> None:
     switch = logs(CHOICE, lambda o, rng: np.int64(o[0] > 0))
     assert switch.fixed == ["action"], switch.free
-    often = logs(CHOICE, lambda o, rng: np.int64(rng.integers(3) if rng.random() < 0.3 else o[0] > 0))
+    often = logs(
+        CHOICE, lambda o, rng: np.int64(rng.integers(3) if rng.random() < 0.3 else o[0] > 0)
+    )
     assert not often.fixed and 0.2 < often.free["action"] < 0.8
     assert logs(WORDS, lambda o, rng: "ab" if o[0] > 0 else "b").fixed == ["action"]
     assert not logs(WORDS, lambda o, rng: str(rng.choice(["ab", "b", "aab"]))).fixed
@@ -121,7 +129,9 @@ def test_rewards_are_explained_by_the_best_steps_of_the_logs(logs: Logs) -> None
     text = goal.unexplained(15.0, 15.0)
     assert text is not None and "1 a step" in text and "0.1" in text
     alive = logs(BOX, uniform, length=6, rewards=lambda k: [1.0] * 5 + [0.0])
-    assert alive.high_rate == 1.0 and alive.unexplained(500.0, 500.0) is None, "the end's step is apart"
+    assert alive.high_rate == 1.0 and alive.unexplained(500.0, 500.0) is None, (
+        "the end's step is apart"
+    )
     assert alive.unexplained(700.0, 500.0) is not None
     costs = logs(BOX, uniform, length=20, rewards=lambda k: [-1.0] * 20)
     assert costs.unexplained(-5.0, 5.0) is None, "a cost that is paid for fewer steps"

@@ -58,8 +58,7 @@ def test_a_limit_that_is_given_wins_over_the_logs(root: str) -> None:
 
 @pytest.mark.parametrize("datasets", [["ends"], ["deleted"], []])
 def test_without_a_truncated_episode_the_horizon_is_asked_for(
-    datasets: list[str],
-    root: str,
+    datasets: list[str], root: str
 ) -> None:
     store(root, "ends", (5, "terminated"), (80, "unfinished"))
     with pytest.raises(UsageError, match=r"reality\.horizon must be set for worlds/w0"):

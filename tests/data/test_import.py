@@ -1,4 +1,6 @@
-"""Importing: what was exported comes back, what is wrong is named by file and row, and the bytes are the same whoever reads."""
+"""Importing: what was exported comes back, what is wrong is named by file and row, and the bytes
+are the same whoever reads.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ Rows = list[dict[str, Any]]
 @pytest.fixture(scope="module")
 def cart(tmp_path_factory: pytest.TempPathFactory, cart_root: Callable[..., str]) -> Dataset:
     """400 transitions of CartPole-v1 and more, by a random policy."""
-    return Dataset([Storage(cart_root(tmp_path_factory.mktemp("cart"))).artifact("datasets", "cart").path])
+    return Dataset(
+        [Storage(cart_root(tmp_path_factory.mktemp("cart"))).artifact("datasets", "cart").path]
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -87,14 +91,25 @@ def jsonl(path: Path, rows: Rows) -> Path:
 
 def moves(rows: Rows) -> Rows:
     """One row a transition, with what followed."""
-    return [{**row, "next_observation": after["observation"]} for row, after in itertools.pairwise(rows) if row["action"] is not None]
+    return [
+        {**row, "next_observation": after["observation"]}
+        for row, after in itertools.pairwise(rows)
+        if row["action"] is not None
+    ]
 
 
 def same(a: Dataset, b: Dataset) -> None:
     assert len(a.table) == len(b.table)
     for one, other in zip(a.iter_episodes(), b.iter_episodes(), strict=True):
-        assert (one.index, one.behaviour, one.outcome, one.success) == (other.index, other.behaviour, other.outcome, other.success)
-        assert np.array_equal(one.observations, other.observations) and np.array_equal(one.actions, other.actions)
+        assert (one.index, one.behaviour, one.outcome, one.success) == (
+            other.index,
+            other.behaviour,
+            other.outcome,
+            other.success,
+        )
+        assert np.array_equal(one.observations, other.observations) and np.array_equal(
+            one.actions, other.actions
+        )
         assert np.array_equal(one.rewards, other.rewards)
 
 
@@ -122,23 +137,50 @@ def ends(episode: int, step: int) -> dict[str, Any]:
 
 def logs(episodes: int = 3, length: int = 4) -> Rows:
     """Episodes that terminate, each with a last row that is an observation alone."""
-    return [row for k in range(episodes) for row in [*(line(k, t, terminated=t == length - 1) for t in range(length)), ends(k, length)]]
+    return [
+        row
+        for k in range(episodes)
+        for row in [
+            *(line(k, t, terminated=t == length - 1) for t in range(length)),
+            ends(k, length),
+        ]
+    ]
 
 
-# -- what comes back ---------------------------------------------------------------------------------------------------
+# -- what comes back
+# ---------------------------------------------------------------------------------------------------
 
 
-def test_what_was_collected_comes_back_from_its_own_parquet(cart: Dataset, bring: Callable[..., Artifact], golden: Any) -> None:
+def test_what_was_collected_comes_back_from_its_own_parquet(
+    cart: Dataset, bring: Callable[..., Artifact], golden: Any
+) -> None:
     made = bring(cart.paths[0] / "episodes", env="CartPole-v1")
     back = Dataset([made.path])
     same(cart, back)
     golden.check("import", {"shards": golden.of_shards(made.path)})
-    assert back.manifests[0].environment.id == "CartPole-v1" and back.environment.max_episode_steps == 500 and back.environment.version == ""
-    assert (back.observation_space, back.action_space) == (cart.observation_space, cart.action_space)
-    assert np.array_equal(back.table["seed"], cart.table["seed"]) and np.array_equal(back.table["split"], cart.table["split"])
-    assert made.meta["counts"]["transitions"] == cart.transitions and made.meta["job"] == "import" and "ledger" not in made.meta
+    assert (
+        back.manifests[0].environment.id == "CartPole-v1"
+        and back.environment.max_episode_steps == 500
+        and back.environment.version == ""
+    )
+    assert (back.observation_space, back.action_space) == (
+        cart.observation_space,
+        cart.action_space,
+    )
+    assert np.array_equal(back.table["seed"], cart.table["seed"]) and np.array_equal(
+        back.table["split"], cart.table["split"]
+    )
+    assert (
+        made.meta["counts"]["transitions"] == cart.transitions
+        and made.meta["job"] == "import"
+        and "ledger" not in made.meta
+    )
     report = json.loads((made.path / "import.json").read_text())
-    assert report["left_out"] == [] and {"column": "action", "type": "int64", "became": "action: Discrete(2)"}.items() <= report["columns"][1].items()
+    assert (
+        report["left_out"] == []
+        and {"column": "action", "type": "int64", "became": "action: Discrete(2)"}.items()
+        <= report["columns"][1].items()
+    )
     again = bring(cart.paths[0] / "episodes", env="CartPole-v1")
     assert again.id == made.id
     assert bring(cart.paths[0] / "episodes", env="CartPole-v1", force=True).id == made.id
@@ -147,7 +189,12 @@ def test_what_was_collected_comes_back_from_its_own_parquet(cart: Dataset, bring
 @pytest.mark.parametrize("form", ["jsonl", "next", "flat", "struct"])
 @pytest.mark.parametrize("batch", [5, 1 << 14])
 def test_every_form_of_the_schema_gives_the_same(
-    form: str, batch: int, cart: Dataset, tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+    form: str,
+    batch: int,
+    cart: Dataset,
+    tmp_path: Path,
+    bring: Callable[..., Artifact],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(parquet_reader, "BATCH_ROWS", batch)
     monkeypatch.setattr(jsonl_reader, "BATCH_ROWS", batch)
@@ -158,13 +205,22 @@ def test_every_form_of_the_schema_gives_the_same(
     elif form == "next":
         path = parquet(tmp_path / "a.parquet", moves(rows))
     else:
-        rows = [{**{k: v for k, v in row.items() if k != "observation"}, **{f"observation.{i}": x for i, x in enumerate(row["observation"])}} for row in rows]
+        rows = [
+            {
+                **{k: v for k, v in row.items() if k != "observation"},
+                **{f"observation.{i}": x for i, x in enumerate(row["observation"])},
+            }
+            for row in rows
+        ]
         path = parquet(tmp_path / "a.parquet", rows)
         if form == "struct":
             rows = [
                 {
                     **{k: v for k, v in row.items() if "." not in k},
-                    "observation": {"cart": [row["observation.0"], row["observation.1"]], "pole": row["observation.2"]},
+                    "observation": {
+                        "cart": [row["observation.0"], row["observation.1"]],
+                        "pole": row["observation.2"],
+                    },
                 }
                 for row in rows
             ]
@@ -174,42 +230,98 @@ def test_every_form_of_the_schema_gives_the_same(
         same(cart, Dataset([made.path]))
         return
     back = Dataset([made.path])
-    assert isinstance(back.observation_space, spaces.Dict) and back.observation_space["cart"].shape == (2,) and back.observation_space["pole"].shape == ()
+    assert (
+        isinstance(back.observation_space, spaces.Dict)
+        and back.observation_space["cart"].shape == (2,)
+        and back.observation_space["pole"].shape == ()
+    )
     for one, other in zip(cart.iter_episodes(), back.iter_episodes(), strict=True):
-        assert all(a[0] == b["cart"][0] and a[2] == b["pole"] for a, b in zip(one.observations, other.observations, strict=True))
+        assert all(
+            a[0] == b["cart"][0] and a[2] == b["pole"]
+            for a, b in zip(one.observations, other.observations, strict=True)
+        )
 
 
 def test_everything_optional(tmp_path: Path, bring: Callable[..., Artifact]) -> None:
     rows = [
-        {**row, "behaviour": f"b{row['episode'] % 2}", "task": {"mass": row["episode"] / 2, "side": "left"}, "duration": 0.25, "seed": 7, "success": True}
+        {
+            **row,
+            "behaviour": f"b{row['episode'] % 2}",
+            "task": {"mass": row["episode"] / 2, "side": "left"},
+            "duration": 0.25,
+            "seed": 7,
+            "success": True,
+        }
         for row in logs(6)
     ]
     made = bring(jsonl(tmp_path / "a.jsonl", rows))
     manifest = Manifest.read(made.path)
-    assert manifest.environment.task == ["mass", "side"] and [o.values for o in manifest.task_options] == [None, ["left"]] and manifest.durations
+    assert (
+        manifest.environment.task == ["mass", "side"]
+        and [o.values for o in manifest.task_options] == [None, ["left"]]
+        and manifest.durations
+    )
     assert {b.name: b.episodes for b in manifest.behaviours} == {"b0": 3, "b1": 3}
     episode = Dataset([made.path]).episode(3)
-    assert episode.task == {"mass": 1.5, "side": "left"} and episode.seed == 7 and episode.success and episode.durations is not None
+    assert (
+        episode.task == {"mass": 1.5, "side": "left"}
+        and episode.seed == 7
+        and episode.success
+        and episode.durations is not None
+    )
     assert episode.durations.tolist() == [0.25] * 4
 
 
-def test_spaces_are_inferred_and_said_to_be_guesses(tmp_path: Path, bring: Callable[..., Artifact]) -> None:
+def test_spaces_are_inferred_and_said_to_be_guesses(
+    tmp_path: Path, bring: Callable[..., Artifact]
+) -> None:
     rows = []
     for row in logs(5):
         step, acted = row["step"], row["action"] is not None
-        observation = {"pose": [step / 8, -1.0], "count": -step, "word": "ab"[: step % 3], "lit": step % 2 == 0, "mode": step % 3}
-        rows.append({**row, "observation": observation, "action": {"push": step / 2, "keys": [step % 2, step]} if acted else None, "note": "x"})
+        observation = {
+            "pose": [step / 8, -1.0],
+            "count": -step,
+            "word": "ab"[: step % 3],
+            "lit": step % 2 == 0,
+            "mode": step % 3,
+        }
+        rows.append(
+            {
+                **row,
+                "observation": observation,
+                "action": {"push": step / 2, "keys": [step % 2, step]} if acted else None,
+                "note": "x",
+            }
+        )
     made = bring(jsonl(tmp_path / "a.jsonl", rows))
     dataset = Dataset([made.path])
     seen, done = dataset.observation_space, dataset.action_space
     assert isinstance(seen, spaces.Dict) and isinstance(done, spaces.Dict)
-    assert seen["pose"] == spaces.Box(-np.inf, np.inf, (2,), np.float64) and seen["mode"] == spaces.Discrete(3)
-    assert isinstance(seen["count"], spaces.Box) and seen["count"].dtype == np.int64 and seen["lit"] == spaces.Discrete(2)
-    assert isinstance(seen["word"], spaces.Text) and seen["word"].character_set == {"a", "b"} and seen["word"].max_length == 2
-    assert done["push"] == spaces.Box(0.0, 1.5, (), np.float64) and done["keys"] == spaces.MultiDiscrete([2, 4])
-    table = {row["column"]: row for row in json.loads((made.path / "import.json").read_text())["columns"]}
+    assert seen["pose"] == spaces.Box(-np.inf, np.inf, (2,), np.float64) and seen[
+        "mode"
+    ] == spaces.Discrete(3)
+    assert (
+        isinstance(seen["count"], spaces.Box)
+        and seen["count"].dtype == np.int64
+        and seen["lit"] == spaces.Discrete(2)
+    )
+    assert (
+        isinstance(seen["word"], spaces.Text)
+        and seen["word"].character_set == {"a", "b"}
+        and seen["word"].max_length == 2
+    )
+    assert done["push"] == spaces.Box(0.0, 1.5, (), np.float64) and done[
+        "keys"
+    ] == spaces.MultiDiscrete([2, 4])
+    table = {
+        row["column"]: row for row in json.loads((made.path / "import.json").read_text())["columns"]
+    }
     assert table["note"]["became"] == "nothing" and "unknown" in table["note"]["how"]
-    assert "guess" in table["observation.mode"]["how"] and "guess" in table["action.push"]["how"] and "missing" in table["behaviour"]["how"]
+    assert (
+        "guess" in table["observation.mode"]["how"]
+        and "guess" in table["action.push"]["how"]
+        and "missing" in table["behaviour"]["how"]
+    )
     first = dataset.episode(0).observations[1]
     assert first["word"] == "a" and first["count"] == -1 and first["lit"] == 0
 
@@ -218,23 +330,41 @@ def test_ends_that_are_missing(tmp_path: Path, bring: Callable[..., Artifact]) -
     without = [row for row in logs() if row["action"] is not None]
     made = bring(parquet(tmp_path / "a.parquet", without))
     counts = made.meta["counts"]
-    assert counts["last_actions_left_out"] == 3 and counts["transitions"] == 9 and counts["outcomes"] == {"terminated": 0, "truncated": 0, "unfinished": 3}
+    assert (
+        counts["last_actions_left_out"] == 3
+        and counts["transitions"] == 9
+        and counts["outcomes"] == {"terminated": 0, "truncated": 0, "unfinished": 3}
+    )
     warnings = json.loads((made.path / "import.json").read_text())["warnings"]
     assert "lost their last action" in warnings[0] and "never ends" in warnings[1]
     never = [{**row, "terminated": None if row["action"] is None else False} for row in logs()]
-    assert bring(parquet(tmp_path / "b.parquet", never)).meta["counts"]["outcomes"]["unfinished"] == 3
-    cut = [{**row, "terminated": row["terminated"] and row["episode"] == 0, "truncated": row["terminated"] and row["episode"] == 1} for row in moves(logs())]
+    assert (
+        bring(parquet(tmp_path / "b.parquet", never)).meta["counts"]["outcomes"]["unfinished"] == 3
+    )
+    cut = [
+        {
+            **row,
+            "terminated": row["terminated"] and row["episode"] == 0,
+            "truncated": row["terminated"] and row["episode"] == 1,
+        }
+        for row in moves(logs())
+    ]
     outcomes = bring(parquet(tmp_path / "c.parquet", cut)).meta["counts"]["outcomes"]
     assert outcomes == {"terminated": 1, "truncated": 1, "unfinished": 1}
 
 
 def test_files_that_number_their_own_episodes(folder: Path, bring: Callable[..., Artifact]) -> None:
     paths = [parquet(folder / f"{i}.parquet", logs(2)) for i in range(3)]
-    with pytest.raises(UsageError, match=r"1.parquet' row 1: episode 0 comes again .*per_file=true"):
+    with pytest.raises(
+        UsageError, match=r"1.parquet' row 1: episode 0 comes again .*per_file=true"
+    ):
         plan(configured(paths))
     assert bring(folder, per_file=True).meta["counts"]["episodes"] == 6
     for i in range(3):
-        parquet(folder / f"{i}.parquet", [{k: v for k, v in row.items() if k != "episode"} for row in logs(1)])
+        parquet(
+            folder / f"{i}.parquet",
+            [{k: v for k, v in row.items() if k != "episode"} for row in logs(1)],
+        )
     with pytest.raises(UsageError, match=r"no column 'episode'.*per_file=true"):
         plan(configured(paths))
     made = bring(folder, per_file=True)
@@ -245,16 +375,31 @@ def test_episodes_beyond_the_limit_are_told(tmp_path: Path) -> None:
     config = configured([parquet(tmp_path / "a.parquet", logs())])
     for horizon, told in ((4, False), (3, True)):
         config.reality.horizon = horizon
-        assert any("longest episode has 4 steps" in text for text in plan(config).get("warnings", [])) == told
+        assert (
+            any("longest episode has 4 steps" in text for text in plan(config).get("warnings", []))
+            == told
+        )
 
 
 def test_names_of_their_own(tmp_path: Path, bring: Callable[..., Artifact]) -> None:
-    rows = [{{"observation": "obs", "terminated": "done"}.get(k, k): v for k, v in row.items()} | {"episode": f"run-{row['episode']}"} for row in logs()]
+    rows = [
+        {{"observation": "obs", "terminated": "done"}.get(k, k): v for k, v in row.items()}
+        | {"episode": f"run-{row['episode']}"}
+        for row in logs()
+    ]
     path = jsonl(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UsageError, match=r"no column 'observation', which is required .it has episode, step, obs.*columns.observation=NAME"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"no column 'observation', which is required .it has episode, step,"
+            r" obs.*columns.observation=NAME"
+        ),
+    ):
         plan(configured([path]))
     made = bring(path, columns={"observation": "obs", "terminated": "done"})
-    assert made.meta["counts"]["transitions"] == 12 and [e.index for e in Dataset([made.path]).iter_episodes()] == [0, 1, 2]
+    assert made.meta["counts"]["transitions"] == 12 and [
+        e.index for e in Dataset([made.path]).iter_episodes()
+    ] == [0, 1, 2]
 
 
 def test_a_lerobot_folder(folder: Path, bring: Callable[..., Artifact]) -> None:
@@ -263,23 +408,42 @@ def test_a_lerobot_folder(folder: Path, bring: Callable[..., Artifact]) -> None:
     (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v3.0", "fps": 10}))
     for i in range(2):
         rows = [
-            {"observation.state": [t / 2, float(k)], "action": [t / 4], "episode_index": k, "frame_index": t, "timestamp": t / 10, "next.done": t == 4}
+            {
+                "observation.state": [t / 2, float(k)],
+                "action": [t / 4],
+                "episode_index": k,
+                "frame_index": t,
+                "timestamp": t / 10,
+                "next.done": t == 4,
+            }
             for k in (2 * i, 2 * i + 1)
             for t in range(5)
         ]
         parquet(folder / "data" / "chunk-000" / f"file-{i:03d}.parquet", rows)
     made = bring(folder)
     dataset = Dataset([made.path])
-    assert made.meta["counts"]["episodes"] == 4 and made.meta["counts"]["last_actions_left_out"] == 4
-    assert dataset.episode(3).observations[2].tolist() == [1.0, 3.0] and dataset.episode(3).actions[2].tolist() == [0.5]
-    table = {row["column"]: row for row in json.loads((made.path / "import.json").read_text())["columns"]}
-    assert "0 throughout" in table["reward"]["how"] and table["next.done"]["became"] == "truncated" and table["timestamp"]["became"] == "nothing"
+    assert (
+        made.meta["counts"]["episodes"] == 4 and made.meta["counts"]["last_actions_left_out"] == 4
+    )
+    assert dataset.episode(3).observations[2].tolist() == [1.0, 3.0] and dataset.episode(3).actions[
+        2
+    ].tolist() == [0.5]
+    table = {
+        row["column"]: row for row in json.loads((made.path / "import.json").read_text())["columns"]
+    }
+    assert (
+        "0 throughout" in table["reward"]["how"]
+        and table["next.done"]["became"] == "truncated"
+        and table["timestamp"]["became"] == "nothing"
+    )
     (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.1"}))
     with pytest.raises(UsageError, match=r"LeRobot folder of version v2.1, and v3 is read"):
         plan(configured([folder]))
 
 
-def test_a_minari_dataset(cart: Dataset, tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_minari_dataset(
+    cart: Dataset, tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
     minari = pytest.importorskip("minari", reason="an extra")
     from minari.data_collector import EpisodeBuffer
 
@@ -287,15 +451,41 @@ def test_a_minari_dataset(cart: Dataset, tmp_path: Path, bring: Callable[..., Ar
     buffers = []
     for episode in cart.iter_episodes():
         ended = episode.terminated
-        buffers.append(EpisodeBuffer(None, 0, None, episode.observations, episode.actions, list(episode.rewards), list(ended), [False] * len(ended), None))  # type: ignore[arg-type]
-    minari.create_dataset_from_buffers("cart-v0", buffers, observation_space=cart.observation_space, action_space=cart.action_space)
+        buffers.append(
+            EpisodeBuffer(
+                None,
+                0,
+                None,
+                episode.observations,
+                episode.actions,
+                list(episode.rewards),
+                list(ended),
+                [False] * len(ended),
+                None,
+            )
+        )  # type: ignore[arg-type]
+    minari.create_dataset_from_buffers(
+        "cart-v0", buffers, observation_space=cart.observation_space, action_space=cart.action_space
+    )
     made = bring(Path("minari:cart-v0"))
     back = Dataset([made.path])
-    assert len(back.table) == len(cart.table) and back.observation_space == cart.observation_space and back.action_space == cart.action_space
+    assert (
+        len(back.table) == len(cart.table)
+        and back.observation_space == cart.observation_space
+        and back.action_space == cart.action_space
+    )
     for one, other in zip(cart.iter_episodes(), back.iter_episodes(), strict=True):
-        assert np.array_equal(one.observations, other.observations) and np.array_equal(one.actions, other.actions) and one.outcome == other.outcome
-    assert "of the dataset" in json.loads((made.path / "import.json").read_text())["columns"][0]["how"]
-    with pytest.raises(UsageError, match="'minari:none-v0' is not on this machine; without --dry-run"):
+        assert (
+            np.array_equal(one.observations, other.observations)
+            and np.array_equal(one.actions, other.actions)
+            and one.outcome == other.outcome
+        )
+    assert (
+        "of the dataset" in json.loads((made.path / "import.json").read_text())["columns"][0]["how"]
+    )
+    with pytest.raises(
+        UsageError, match="'minari:none-v0' is not on this machine; without --dry-run"
+    ):
         plan(configured(["minari:none-v0"]))
 
     from minari.storage import remotes
@@ -323,36 +513,67 @@ def test_a_minari_dataset(cart: Dataset, tmp_path: Path, bring: Callable[..., Ar
     monkeypatch.setitem(remotes._registry, "folder", lambda: Folder)
     monkeypatch.setenv("MINARI_REMOTE", "folder://hub")
     (tmp_path / "hub" / "broken").touch()
-    with pytest.raises(UsageError, match=r"'minari:cart-v0' is neither on this machine nor to be had from folder://hub \(connection reset\)"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"'minari:cart-v0' is neither on this machine nor to be had from folder://hub"
+            r" \(connection reset\)"
+        ),
+    ):
         bring(Path("minari:cart-v0"))
     assert not (tmp_path / "minari" / "cart-v0").exists(), "half of one is none"
-    with pytest.raises(UsageError, match=r"'minari:none-v0' is neither .*Couldn't find any version"):
+    with pytest.raises(
+        UsageError, match=r"'minari:none-v0' is neither .*Couldn't find any version"
+    ):
         bring(Path("minari:none-v0"))
     (tmp_path / "hub" / "broken").unlink()
-    assert bring(Path("minari:cart-v0")).id == made.id and (tmp_path / "minari" / "cart-v0").is_dir()
+    assert (
+        bring(Path("minari:cart-v0")).id == made.id and (tmp_path / "minari" / "cart-v0").is_dir()
+    )
 
 
 @pytest.mark.slow
-def test_episodes_that_rllib_recorded(folder: Path, bring: Callable[..., Artifact], ray_local: None) -> None:
+def test_episodes_that_rllib_recorded(
+    folder: Path, bring: Callable[..., Artifact], ray_local: None
+) -> None:
     pytest.importorskip("msgpack_numpy", reason="RLlib records by it")
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.rllib.offline.offline_env_runner import OfflineSingleAgentEnvRunner
 
-    config = PPOConfig().environment("CartPole-v1").env_runners(num_env_runners=0, batch_mode="complete_episodes")
-    runner = OfflineSingleAgentEnvRunner(config=config.offline_data(output=str(folder), output_write_episodes=True), worker_index=0)
+    config = (
+        PPOConfig()
+        .environment("CartPole-v1")
+        .env_runners(num_env_runners=0, batch_mode="complete_episodes")
+    )
+    runner = OfflineSingleAgentEnvRunner(
+        config=config.offline_data(output=str(folder), output_write_episodes=True), worker_index=0
+    )
     recorded = runner.sample(num_episodes=3, random_actions=True)
     runner.stop()
     made = bring(folder, env="CartPole-v1")
-    assert made.meta["counts"]["episodes"] == len(recorded) >= 3 and made.meta["counts"]["transitions"] == sum(map(len, recorded))
-    back = {episode.observations[0].tobytes(): episode for episode in Dataset([made.path]).iter_episodes()}
+    assert made.meta["counts"]["episodes"] == len(recorded) >= 3 and made.meta["counts"][
+        "transitions"
+    ] == sum(map(len, recorded))
+    back = {
+        episode.observations[0].tobytes(): episode
+        for episode in Dataset([made.path]).iter_episodes()
+    }
     for episode in recorded:
         imported = back[episode.get_observations(0).tobytes()]
-        assert np.array_equal(episode.get_observations(), imported.observations) and np.array_equal(episode.get_actions(), imported.actions)
-        assert np.array_equal(episode.get_rewards(), imported.rewards) and imported.outcome == "terminated"
-    assert "RLlib's module" in json.loads((made.path / "import.json").read_text())["columns"][1]["how"]
+        assert np.array_equal(episode.get_observations(), imported.observations) and np.array_equal(
+            episode.get_actions(), imported.actions
+        )
+        assert (
+            np.array_equal(episode.get_rewards(), imported.rewards)
+            and imported.outcome == "terminated"
+        )
+    assert (
+        "RLlib's module" in json.loads((made.path / "import.json").read_text())["columns"][1]["how"]
+    )
 
 
-# -- what is wrong -----------------------------------------------------------------------------------------------------
+# -- what is wrong
+# -----------------------------------------------------------------------------------------------------
 
 
 def changed(row: int, **changes: Any) -> Rows:
@@ -362,7 +583,10 @@ def changed(row: int, **changes: Any) -> Rows:
 
 
 BAD: dict[str, tuple[Rows, str]] = {
-    "nan": (changed(6, observation=[float("nan"), 0.0]), "row 7: observation holds NaN or infinity at step 1 of episode 1"),
+    "nan": (
+        changed(6, observation=[float("nan"), 0.0]),
+        "row 7: observation holds NaN or infinity at step 1 of episode 1",
+    ),
     "reward inf": (changed(6, reward=float("inf")), "row 7: reward is inf at step 1 of episode 1"),
     "duplicate": (changed(6, step=0), "row 7: step 0 of episode 1 comes twice"),
     "gap": (changed(6, step=3), "row 7: episode 1 goes from step 0 to step 3"),
@@ -370,29 +594,56 @@ BAD: dict[str, tuple[Rows, str]] = {
     "late start": (logs()[:5] + logs()[6:], "row 6: episode 1 begins at step 1"),
     "comes again": ([*logs(), line(0, 0)], "row 16: episode 0 comes again"),
     "goes on": (changed(6, truncated=True), "row 8: episode 1 has ended at step 1"),
-    "no action": (changed(6, action=None, reward=None, terminated=None, truncated=None), "row 7: action is missing at step 1 of episode 1, which goes on"),
+    "no action": (
+        changed(6, action=None, reward=None, terminated=None, truncated=None),
+        "row 7: action is missing at step 1 of episode 1, which goes on",
+    ),
     "no observation": (changed(6, observation=None), "row 7: observation is missing at step 1"),
     "no reward": (changed(6, reward=None), "row 7: reward is missing at step 1"),
-    "shape": (changed(6, observation=[1.0]), r"row 7: observation has not the shape \(2,\) at step 1"),
-    "negative": ([{**row, "episode": row["episode"] - 1} for row in logs()], "row 1: episode -1 is negative"),
-    "behaviour": ([{**row, "behaviour": "ab"[i == 6]} for i, row in enumerate(logs())], "row 7: behaviour of episode 1 changes from 'a' to 'b'"),
-    "task": ([{**row, "task": {"m": int(i == 6)}} for i, row in enumerate(logs())], "row 7: task of episode 1 changes"),
+    "shape": (
+        changed(6, observation=[1.0]),
+        r"row 7: observation has not the shape \(2,\) at step 1",
+    ),
+    "negative": (
+        [{**row, "episode": row["episode"] - 1} for row in logs()],
+        "row 1: episode -1 is negative",
+    ),
+    "behaviour": (
+        [{**row, "behaviour": "ab"[i == 6]} for i, row in enumerate(logs())],
+        "row 7: behaviour of episode 1 changes from 'a' to 'b'",
+    ),
+    "task": (
+        [{**row, "task": {"m": int(i == 6)}} for i, row in enumerate(logs())],
+        "row 7: task of episode 1 changes",
+    ),
     "next": (
-        [{**row, "next_observation": [9.0, 9.0] if i == 5 else row["next_observation"]} for i, row in enumerate(moves(logs()))],
+        [
+            {**row, "next_observation": [9.0, 9.0] if i == 5 else row["next_observation"]}
+            for i, row in enumerate(moves(logs()))
+        ],
         "row 6: next_observation at step 1 of episode 1 is not the observation of step 2",
     ),
-    "half a duration": ([{**row, "duration": None if i == 6 else 1.0} for i, row in enumerate(logs())], "row 7: duration is missing"),
+    "half a duration": (
+        [{**row, "duration": None if i == 6 else 1.0} for i, row in enumerate(logs())],
+        "row 7: duration is missing",
+    ),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 @pytest.mark.parametrize("batch", [1, 3, 1 << 14])
-def test_bad_rows_are_named(what: str, form: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_rows_are_named(
+    what: str, form: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parquet_reader, "BATCH_ROWS", batch)
     monkeypatch.setattr(jsonl_reader, "BATCH_ROWS", batch)
     rows, said = BAD[what]
-    path = parquet(tmp_path / "bad.parquet", rows, row_group_size=4) if form == "parquet" else jsonl(tmp_path / "bad.jsonl", rows)
+    path = (
+        parquet(tmp_path / "bad.parquet", rows, row_group_size=4)
+        if form == "parquet"
+        else jsonl(tmp_path / "bad.jsonl", rows)
+    )
     with pytest.raises(UsageError, match=said) as error:
         plan(configured([path]))
     assert f"bad.{form}' row" in str(error.value) and "\n" not in str(error.value)
@@ -403,7 +654,10 @@ def test_bad_rows_are_named(what: str, form: str, batch: int, tmp_path: Path, mo
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        ({"observation": "a"}, "row 7: observation is a string where it was a list before .mixed dtypes"),
+        (
+            {"observation": "a"},
+            "row 7: observation is a string where it was a list before .mixed dtypes",
+        ),
         ({"observation": [1.0, True]}, "row 7: observation is true or false where it was a number"),
         ({"action": 2**70}, "row 7: action holds an integer beyond 64 bits"),
         ({"episode": None}, "row 7: episode is missing"),
@@ -429,19 +683,35 @@ def test_mixed_kinds_far_into_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         rows = [{**row, "behaviour": "a"} for row in logs()]
         with pytest.raises(UsageError, match=said):
-            plan(configured([jsonl(tmp_path / "a.jsonl", [{**row, **change} if i == 12 else row for i, row in enumerate(rows)])]))
+            plan(
+                configured(
+                    [
+                        jsonl(
+                            tmp_path / "a.jsonl",
+                            [{**row, **change} if i == 12 else row for i, row in enumerate(rows)],
+                        )
+                    ]
+                )
+            )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_a_row_that_is_wrong_is_named_and_not_the_one_before_that_led_to_it(tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_that_is_wrong_is_named_and_not_the_one_before_that_led_to_it(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However the rows fall into batches."""
     monkeypatch.setattr(jsonl_reader, "BATCH_ROWS", size)
     nan, rows = [float("nan"), 0.0], moves(logs())
     row = next(i for i, r in enumerate(rows) if (r["episode"], r["step"]) == (1, 1))
-    for change, said in (({"observation": nan}, "observation holds NaN"), ({"next_observation": nan}, "next_observation holds NaN")):
+    for change, said in (
+        ({"observation": nan}, "observation holds NaN"),
+        ({"next_observation": nan}, "next_observation holds NaN"),
+    ):
         changed = [{**r, **change} if i == row else r for i, r in enumerate(rows)]
         path = jsonl(tmp_path / "a.jsonl", changed)
-        with pytest.raises(UsageError, match=f"row {row + 1}: {said} or infinity at step 1 of episode 1"):
+        with pytest.raises(
+            UsageError, match=f"row {row + 1}: {said} or infinity at step 1 of episode 1"
+        ):
             plan(configured([path]))
         (left,) = plan(configured([path], bad="drop"))["left out"]
         assert (left["reason"], left["episodes"]) == ("not finite", 1)
@@ -449,7 +719,11 @@ def test_a_row_that_is_wrong_is_named_and_not_the_one_before_that_led_to_it(tmp_
 
 def test_lines_that_are_no_objects(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", logs())
-    for bad, said in (("{", "row 16: the line is not JSON"), ("[1]", "row 16: the line holds a list"), ("\n{}", "row 16: the line is empty")):
+    for bad, said in (
+        ("{", "row 16: the line is not JSON"),
+        ("[1]", "row 16: the line holds a list"),
+        ("\n{}", "row 16: the line is empty"),
+    ):
         (tmp_path / "b.jsonl").write_text(path.read_text() + bad + "\n")
         with pytest.raises(UsageError, match=said):
             plan(configured([tmp_path / "b.jsonl"]))
@@ -461,13 +735,28 @@ def test_files_that_differ(tmp_path: Path) -> None:
     later = [{**row, "episode": row["episode"] + 3} for row in logs()]
     a = parquet(tmp_path / "a.parquet", logs())
     b = parquet(tmp_path / "b.parquet", [{**row, "observation": [0, 1]} for row in later])
-    with pytest.raises(UsageError, match=r"column 'observation' is list<.*double> in '.*a.parquet' and list<.*int64> in '.*b.parquet' \(mixed dtypes\)"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"column 'observation' is list<.*double> in '.*a.parquet' and list<.*int64> in"
+            r" '.*b.parquet' \(mixed dtypes\)"
+        ),
+    ):
         plan(configured([a, b]))
-    c = parquet(tmp_path / "c.parquet", [{k: v for k, v in row.items() if k != "reward"} for row in later])
-    with pytest.raises(UsageError, match=r"c.parquet' has no column 'reward', which '.*a.parquet' has"):
+    c = parquet(
+        tmp_path / "c.parquet", [{k: v for k, v in row.items() if k != "reward"} for row in later]
+    )
+    with pytest.raises(
+        UsageError, match=r"c.parquet' has no column 'reward', which '.*a.parquet' has"
+    ):
         plan(configured([a, c]))
     d = parquet(tmp_path / "d.parquet", [{**row, "extra": 1} for row in later])
-    assert next(row for row in plan(configured([a, d]))["columns"] if row["column"] == "extra")["became"] == "nothing"
+    assert (
+        next(row for row in plan(configured([a, d]))["columns"] if row["column"] == "extra")[
+            "became"
+        ]
+        == "nothing"
+    )
     (tmp_path / "e.parquet").write_bytes(b"PAR1 not at all")
     with pytest.raises(UsageError, match=r"e.parquet' cannot be read as Parquet"):
         plan(configured([a, tmp_path / "e.parquet"]))
@@ -477,13 +766,24 @@ def test_every_value_is_checked_against_the_environment(cart: Dataset, tmp_path:
     rows = exported(cart)
     half = next(i for i, row in enumerate(rows) if row["episode"] == 1)
     for change, said in (
-        ({"action": 2}, r"row 3: action=2 at step 2 of episode 0 is outside the environment's Discrete\(2\)"),
-        ({"observation": [9.0, 0.0, 0.0, 0.0]}, r"row 3: observation=\[9.0, 0.0, 0.0, 0.0\] at step 2 of episode 0 is outside"),
+        (
+            {"action": 2},
+            r"row 3: action=2 at step 2 of episode 0 is outside the environment's Discrete\(2\)",
+        ),
+        (
+            {"observation": [9.0, 0.0, 0.0, 0.0]},
+            r"row 3: observation=\[9.0, 0.0, 0.0, 0.0\] at step 2 of episode 0 is outside",
+        ),
     ):
-        path = parquet(tmp_path / "a.parquet", [{**row, **change} if i == 2 else row for i, row in enumerate(rows)])
+        path = parquet(
+            tmp_path / "a.parquet",
+            [{**row, **change} if i == 2 else row for i, row in enumerate(rows)],
+        )
         for bad in ("refuse", "drop"):
             dropped = plan(configured([path], "CartPole-v1", bad=bad))["left out"]
-            assert [(d["reason"], d["episodes"], d["first"]) for d in dropped] == [("outside the space", 1, f"{str(path)!r} row 3")]
+            assert [(d["reason"], d["episodes"], d["first"]) for d in dropped] == [
+                ("outside the space", 1, f"{str(path)!r} row 3")
+            ]
         only = parquet(tmp_path / "only.parquet", pq.read_table(path).slice(0, half).to_pylist())
         with pytest.raises(UsageError, match=said):
             plan(configured([only], "CartPole-v1"))
@@ -493,25 +793,41 @@ def test_every_value_is_checked_against_the_environment(cart: Dataset, tmp_path:
         plan(configured([cart.paths[0] / "episodes"], "CartPol-v1"))
 
 
-def test_words_are_paths_and_wrong_use_is_status_2(tmp_path: Path, root: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_are_paths_and_wrong_use_is_status_2(
+    tmp_path: Path, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "year=2024").mkdir()
     path = parquet(tmp_path / "year=2024" / "a.parquet", logs())
-    assert main(["import", str(path), f"storage.root={root}", "workers=0", "--dry-run", "--json"]) == 0
+    assert (
+        main(["import", str(path), f"storage.root={root}", "workers=0", "--dry-run", "--json"]) == 0
+    )
     assert json.loads(capsys.readouterr().out)["transitions"] == 12 and not Path(root).exists()
-    assert main(["import", str(path), "--env", "CartPole-v1", f"storage.root={root}", "--dry-run"]) == 2
+    assert (
+        main(["import", str(path), "--env", "CartPole-v1", f"storage.root={root}", "--dry-run"])
+        == 2
+    )
     assert "shape (4,)" in capsys.readouterr().err
     bad = parquet(tmp_path / "bad.parquet", changed(6, step=0))
     assert main(["import", str(bad), f"storage.root={root}", "workers=0"]) == 2
     assert "bad.parquet' row 7: step 0 of episode 1 comes twice" in capsys.readouterr().err
     assert Storage(root).list("datasets") == [] == Storage(root).list("ledgers")
-    for words, said in (([], "no path was given"), (["nowhere/*.parquet"], "is no file, folder or pattern"), ([str(path), str(path)], "given twice")):
+    for words, said in (
+        ([], "no path was given"),
+        (["nowhere/*.parquet"], "is no file, folder or pattern"),
+        ([str(path), str(path)], "given twice"),
+    ):
         assert main(["import", *words, f"storage.root={root}", "--dry-run"]) == 2
         err = capsys.readouterr().err
         assert said in err and len(err.strip().splitlines()) == 1
 
 
 def test_logs_in_a_bucket(
-    cart: Dataset, tmp_path: Path, s3: str, bring: Callable[..., Artifact], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    cart: Dataset,
+    tmp_path: Path,
+    s3: str,
+    bring: Callable[..., Artifact],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same files make the same dataset wherever they lie: it is named by what is in them."""
     monkeypatch.setattr(parquet_reader, "PIECE_ROWS", 100)
@@ -519,7 +835,10 @@ def test_logs_in_a_bucket(
     half = next(i for i in range(len(rows) // 2, len(rows)) if rows[i]["step"] == 0)
     folder = tmp_path / "logs"
     folder.mkdir()
-    files = [parquet(folder / "0.parquet", rows[:half], row_group_size=50), parquet(folder / "1.parquet", rows[half:])]
+    files = [
+        parquet(folder / "0.parquet", rows[:half], row_group_size=50),
+        parquet(folder / "1.parquet", rows[half:]),
+    ]
     lines = jsonl(tmp_path / "b.jsonl", rows)
     store = Storage(s3)
     for path in files:
@@ -527,11 +846,26 @@ def test_logs_in_a_bucket(
     store.write("logs/_temporary/2.parquet", b"hidden")
     store.write("lines/b.jsonl", lines.read_bytes())
     here = bring(folder, env="CartPole-v1", to=str(tmp_path / "here"))
-    for words in ([f"{s3}/logs"], [f"{s3}/logs/year=2024/*.parquet"], [f"{s3}/logs/year=2024/{path.name}" for path in files]):
-        made = ["import", *words, "--env", "CartPole-v1", f"storage.root={tmp_path / words[0][-6:].replace('/', '-')}", "workers=0", "--json"]
+    for words in (
+        [f"{s3}/logs"],
+        [f"{s3}/logs/year=2024/*.parquet"],
+        [f"{s3}/logs/year=2024/{path.name}" for path in files],
+    ):
+        made = [
+            "import",
+            *words,
+            "--env",
+            "CartPole-v1",
+            f"storage.root={tmp_path / words[0][-6:].replace('/', '-')}",
+            "workers=0",
+            "--json",
+        ]
         assert main(made) == 0
         assert json.loads(capsys.readouterr().out)["artifact"] == here.name
-    same(cart, Dataset([bring(f"{s3}/lines/b.jsonl", env="CartPole-v1", to=str(tmp_path / "lines")).path]))  # type: ignore[arg-type]
+    same(
+        cart,
+        Dataset([bring(f"{s3}/lines/b.jsonl", env="CartPole-v1", to=str(tmp_path / "lines")).path]),
+    )  # type: ignore[arg-type]
     for word, said in (
         (f"{s3}/nowhere/*.parquet", "is no file, folder or pattern"),
         (f"{s3}/lines/c.jsonl", "is no file, folder"),
@@ -541,33 +875,59 @@ def test_logs_in_a_bucket(
             plan(configured([word]))
 
 
-# -- whoever reads -----------------------------------------------------------------------------------------------------
+# -- whoever reads
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_same_bytes_whoever_reads(
-    cart: Dataset, folder: Path, tmp_path: Path, bring: Callable[..., Artifact], ray_local: None, monkeypatch: pytest.MonkeyPatch
+    cart: Dataset,
+    folder: Path,
+    tmp_path: Path,
+    bring: Callable[..., Artifact],
+    ray_local: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(parquet_reader, "PIECE_ROWS", 50)
     rows = exported(cart)
     third = len(rows) // 3
     for i in range(3):  # episodes lie across files, and across row groups
-        parquet(folder / f"{i}.parquet", rows[i * third : (i + 1) * third if i < 2 else None], row_group_size=7)
-    made = [bring(folder, env="CartPole-v1", workers=workers, to=str(tmp_path / f"to{workers}")) for workers in (0, 1, 3)]
+        parquet(
+            folder / f"{i}.parquet",
+            rows[i * third : (i + 1) * third if i < 2 else None],
+            row_group_size=7,
+        )
+    made = [
+        bring(folder, env="CartPole-v1", workers=workers, to=str(tmp_path / f"to{workers}"))
+        for workers in (0, 1, 3)
+    ]
     assert len({artifact.id for artifact in made}) == 1
     assert checksums(made[0]) == checksums(made[1]) == checksums(made[2])
     same(cart, Dataset([made[2].path]))
-    whole = bring(parquet(tmp_path / "whole.parquet", rows), env="CartPole-v1", to=str(tmp_path / "whole"))
+    whole = bring(
+        parquet(tmp_path / "whole.parquet", rows), env="CartPole-v1", to=str(tmp_path / "whole")
+    )
     shard = [sums for name, sums in checksums(whole).items() if name.startswith("shards")]
     assert shard == [sums for name, sums in checksums(made[0]).items() if name.startswith("shards")]
 
 
-def test_a_broken_import_goes_on_where_it_was(tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Broken off before each episode in turn, of string names, with one that is left out and one that comes again: the same bytes."""
-    rows = [{**row, "episode": f"e{row['episode']}", "task": {"mass": float(row["episode"])}} for row in logs(12)]
+def test_a_broken_import_goes_on_where_it_was(
+    tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken off before each episode in turn, of string names, with one that is left out and one
+    that comes again: the same bytes.
+    """
+    rows = [
+        {**row, "episode": f"e{row['episode']}", "task": {"mass": float(row["episode"])}}
+        for row in logs(12)
+    ]
     rows[7]["observation"] = [float("nan"), 0.5]
-    rows += [{**row, "episode": name, "task": {"mass": 0.5}} for name in ("e3", "last") for row in logs(1, 6)]
+    rows += [
+        {**row, "episode": name, "task": {"mass": 0.5}}
+        for name in ("e3", "last")
+        for row in logs(1, 6)
+    ]
     path = parquet(tmp_path / "a.parquet", rows, row_group_size=7)
     monkeypatch.setattr(parquet_reader, "PIECE_ROWS", 7)
     monkeypatch.setattr("mesocosm.data.writer.SHARD_BYTES", 500)
@@ -575,12 +935,16 @@ def test_a_broken_import_goes_on_where_it_was(tmp_path: Path, bring: Callable[..
     shard_of = Dataset([whole.path]).table["shard"].tolist()
     assert len(shard_of) == 12 and shard_of[-1] >= 4
     add, passes = DatasetWriter.add, []
-    monkeypatch.setattr("mesocosm.data.importing.stream", lambda *given: passes.append(given) or stream(*given))
+    monkeypatch.setattr(
+        "mesocosm.data.importing.stream", lambda *given: passes.append(given) or stream(*given)
+    )
 
     for last in range(12):
         added: list[int] = []
 
-        def adds(self: DatasetWriter, *given: Any, added: list[int] = added, last: int = last) -> None:
+        def adds(
+            self: DatasetWriter, *given: Any, added: list[int] = added, last: int = last
+        ) -> None:
             if len(added) == last:
                 raise KeyboardInterrupt
             added.append(given[0].index)
@@ -594,7 +958,9 @@ def test_a_broken_import_goes_on_where_it_was(tmp_path: Path, bring: Callable[..
         monkeypatch.setattr(DatasetWriter, "add", adds)
         with pytest.raises(KeyboardInterrupt):
             bring(path, bad="drop", to=str(to))
-        assert Storage(str(to)).list("datasets") == [] and len(list(to.glob("scratch/import-*"))) == 1
+        assert (
+            Storage(str(to)).list("datasets") == [] and len(list(to.glob("scratch/import-*"))) == 1
+        )
         added.clear(), passes.clear()
         monkeypatch.setattr(DatasetWriter, "add", adds_again)
         made = bring(path, bad="drop", to=str(to))
@@ -611,17 +977,26 @@ def test_a_killed_import_goes_on(tmp_path: Path, root: str) -> None:
     def command(root: str) -> list[str]:
         words = ["import", str(path), f"storage.root={root}", "workers=0"]
         small = "import mesocosm.data.writer as writer; writer.SHARD_BYTES = 1 << 18; "
-        return [sys.executable, "-c", f"{small}from mesocosm.cli import main; raise SystemExit(main({words!r}))"]
+        return [
+            sys.executable,
+            "-c",
+            f"{small}from mesocosm.cli import main; raise SystemExit(main({words!r}))",
+        ]
 
     for shard in (0, 5, 10):
-        process = subprocess.Popen(command(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command(root), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         while not list(Path(root).glob(f"scratch/*/{shard:05d}.json")):
             assert process.poll() is None, "it was over before it could be killed"
             time.sleep(0.001)
         process.kill()
         process.wait()
         assert Storage(root).list("datasets") == []
-    assert "goes on from there" in subprocess.run(command(root), capture_output=True, text=True, check=True).stderr
+    assert (
+        "goes on from there"
+        in subprocess.run(command(root), capture_output=True, text=True, check=True).stderr
+    )
     subprocess.run(command(str(tmp_path / "whole")), capture_output=True, check=True)
     (id,) = Storage(root).list("datasets")
     made, whole = (Storage(at).artifact("datasets", id) for at in (root, str(tmp_path / "whole")))
@@ -640,8 +1015,20 @@ def test_a_world_is_pretrained_and_judged_on_what_was_imported(
         return str(json.loads(capsys.readouterr().out)["artifact"])
 
     data = artifact("import", str(path), "--env", "CartPole-v1", "workers=0")
-    small = ("model.size=10k", "model.members=2", "model.context=8", "model.base_steps=50", "train.batch=8", "train.events=12", "train.steps=40")
+    small = (
+        "model.size=10k",
+        "model.members=2",
+        "model.context=8",
+        "model.base_steps=50",
+        "train.batch=8",
+        "train.events=12",
+        "train.steps=40",
+    )
     world = artifact("pretrain", f"data.datasets=[{data}]", *small)
     told = artifact("evaluate", f"world={world}", "horizons=[1,5]", "starts=16", "samples=2")
-    assert [text.partition("/")[0] for text in (data, world, told)] == ["datasets", "worlds", "evaluations"]
+    assert [text.partition("/")[0] for text in (data, world, told)] == [
+        "datasets",
+        "worlds",
+        "evaluations",
+    ]
     assert Storage(root).list("ledgers") == []

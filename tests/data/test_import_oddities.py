@@ -41,7 +41,9 @@ def configured(*paths: Path | str, **keys: Any) -> ImportConfig:
 
 
 def logs(lengths: tuple[int, ...] = (4, 3, 5), **changes: Any) -> Rows:
-    """Episodes that terminate. Their next observations differ from every observation of another step or episode."""
+    """Episodes that terminate. Their next observations differ from every observation of another
+    step or episode.
+    """
     return [
         {
             "episode": k,
@@ -71,7 +73,9 @@ def altered(k: int, t: int, **changes: Any) -> Rows:
 
 def parquet(path: Path, rows: Rows, **types: pa.DataType) -> Path:
     table = pa.Table.from_pylist(rows)
-    schema = pa.schema([field.with_type(types.get(field.name, field.type)) for field in table.schema])
+    schema = pa.schema(
+        [field.with_type(types.get(field.name, field.type)) for field in table.schema]
+    )
     pq.write_table(pa.Table.from_pylist(rows, schema), path, row_group_size=5)
     return path
 
@@ -80,21 +84,35 @@ def warned(config: ImportConfig, *words: str) -> bool:
     return any(all(word in text for word in words) for text in plan(config).get("warnings", []))
 
 
-# -- LeRobot ----------------------------------------------------------------------------------------
+# -- LeRobot
+# ----------------------------------------------------------------------------------------
 
 
-def lerobot(folder: Path, lengths: tuple[int, ...], **columns: Callable[[int, int, bool], Any]) -> Path:
-    """A folder of version 3; each of `columns` is a function of (episode, step, whether it is the last)."""
+def lerobot(
+    folder: Path, lengths: tuple[int, ...], **columns: Callable[[int, int, bool], Any]
+) -> Path:
+    """A folder of version 3; each of `columns` is a function of (episode, step, whether it is the
+    last).
+    """
     (folder / "meta").mkdir(parents=True)
     (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v3.0", "fps": 10}))
     (folder / "data" / "chunk-000").mkdir(parents=True)
     rows = []
     for k, length in enumerate(lengths):
         for t in range(length):
-            row = {"observation.state": [t / 2, float(k)], "action": [t / 4], "episode_index": k, "frame_index": t}
+            row = {
+                "observation.state": [t / 2, float(k)],
+                "action": [t / 4],
+                "episode_index": k,
+                "frame_index": t,
+            }
             named = {name.replace("_", ".", 1): of for name, of in columns.items()}
             rows.append(row | {name: of(k, t, t == length - 1) for name, of in named.items()})
-    pq.write_table(pa.Table.from_pylist(rows), folder / "data" / "chunk-000" / "file-000.parquet", row_group_size=3)
+    pq.write_table(
+        pa.Table.from_pylist(rows),
+        folder / "data" / "chunk-000" / "file-000.parquet",
+        row_group_size=3,
+    )
     return folder
 
 
@@ -110,15 +128,22 @@ def done(k: int, t: int, last: bool) -> bool:
     return last
 
 
-@pytest.mark.parametrize(("lengths", "became"), [((5, 5, 5), "truncated"), ((5, 5, 4), "terminated"), ((5,), "terminated")])
-def test_one_common_length_of_lerobot_is_a_time_limit(tmp_path: Path, lengths: tuple[int, ...], became: str) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "became"),
+    [((5, 5, 5), "truncated"), ((5, 5, 4), "terminated"), ((5,), "terminated")],
+)
+def test_one_common_length_of_lerobot_is_a_time_limit(
+    tmp_path: Path, lengths: tuple[int, ...], became: str
+) -> None:
     config = configured(lerobot(tmp_path / "robot", lengths, next_done=done, next_reward=paid))
     row = of_column(config, "next.done")
     assert row["became"] == became and "guess" in row["how"]
     assert ("have 5 steps: a time limit" in row["how"]) == (became == "truncated")
 
 
-def test_truncated_and_success_of_lerobot(tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_and_success_of_lerobot(
+    tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parquet_reader, "BATCH_ROWS", 2)
     folder = lerobot(
         tmp_path / "robot",
@@ -137,44 +162,74 @@ def test_truncated_and_success_of_lerobot(tmp_path: Path, bring: Callable[..., A
 
 
 def test_successes_of_lerobot_do_not_count_among_those_that_a_limit_ends(tmp_path: Path) -> None:
-    folder = lerobot(tmp_path / "robot", (5, 3, 5), next_done=done, next_success=lambda k, t, last: last and k == 1)
+    folder = lerobot(
+        tmp_path / "robot",
+        (5, 3, 5),
+        next_done=done,
+        next_success=lambda k, t, last: last and k == 1,
+    )
     row = of_column(configured(folder), "next.done")
-    assert row["became"] == "truncated" and "all 2 episodes that end without success have 5 steps" in row["how"]
+    assert (
+        row["became"] == "truncated"
+        and "all 2 episodes that end without success have 5 steps" in row["how"]
+    )
 
 
 def test_the_states_of_lerobot(tmp_path: Path, bring: Callable[..., Artifact]) -> None:
-    state = {"observation_environment_state": lambda k, t, last: [1.0, 2.0, float(t)], "observation_images.top": lambda k, t, last: b"x"}
+    state = {
+        "observation_environment_state": lambda k, t, last: [1.0, 2.0, float(t)],
+        "observation_images.top": lambda k, t, last: b"x",
+    }
     folder = lerobot(tmp_path / "robot", (5, 5), next_done=done, **state)
     assert of_column(configured(folder), "observation.images.top")["became"] == "nothing"
     dataset = Dataset([bring(folder).path])
     assert isinstance(dataset.observation_space, spaces.Dict)
-    assert {key: box.shape for key, box in dataset.observation_space.items()} == {"state": (2,), "environment_state": (3,)}
+    assert {key: box.shape for key, box in dataset.observation_space.items()} == {
+        "state": (2,),
+        "environment_state": (3,),
+    }
     path = folder / "data" / "chunk-000" / "file-000.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["observation.state"]), path)
     assert Dataset([bring(folder).path]).observation_space.shape == (3,)
 
 
 def test_rewards_that_are_all_0(tmp_path: Path) -> None:
-    assert warned(configured(lerobot(tmp_path / "none", (5, 4), next_done=done)), "every reward is 0")
-    only_last = lerobot(tmp_path / "last", (5, 4), next_done=done, next_reward=lambda k, t, last: float(last))
+    assert warned(
+        configured(lerobot(tmp_path / "none", (5, 4), next_done=done)), "every reward is 0"
+    )
+    only_last = lerobot(
+        tmp_path / "last", (5, 4), next_done=done, next_reward=lambda k, t, last: float(last)
+    )
     assert warned(configured(only_last), "every reward is 0", "the last actions that were left out")
-    assert not warned(configured(lerobot(tmp_path / "paid", (5, 4), next_done=done, next_reward=paid)), "every reward is 0")
-    assert warned(configured(parquet(tmp_path / "a.parquet", logs(reward=0.0))), "every reward is 0", "columns.reward=NAME")
+    assert not warned(
+        configured(lerobot(tmp_path / "paid", (5, 4), next_done=done, next_reward=paid)),
+        "every reward is 0",
+    )
+    assert warned(
+        configured(parquet(tmp_path / "a.parquet", logs(reward=0.0))),
+        "every reward is 0",
+        "columns.reward=NAME",
+    )
     rows = [{**row, "reward": float(row["terminated"])} for row in logs()]
     assert not warned(configured(parquet(tmp_path / "b.parquet", rows)), "every reward is 0")
 
 
 def test_the_files_of_a_lerobot_folder_name_the_folder(tmp_path: Path) -> None:
     folder = lerobot(tmp_path / "robot", (5, 4), next_done=done)
-    with pytest.raises(UsageError, match=rf"name the LeRobot folder itself, '{folder}', instead") as error:
+    with pytest.raises(
+        UsageError, match=rf"name the LeRobot folder itself, '{folder}', instead"
+    ) as error:
         plan(configured(folder / "data" / "chunk-000" / "file-000.parquet"))
     assert "\n" not in str(error.value)
 
 
-# -- Minari -----------------------------------------------------------------------------------------
+# -- Minari
+# -----------------------------------------------------------------------------------------
 
 
-def test_minari_episodes_of_wrong_lengths(tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_minari_episodes_of_wrong_lengths(
+    tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
     minari = pytest.importorskip("minari", reason="an extra")
     import h5py
     from minari.data_collector import EpisodeBuffer
@@ -185,48 +240,117 @@ def test_minari_episodes_of_wrong_lengths(tmp_path: Path, bring: Callable[..., A
         length = (6, 1, 5, 5, 5, 5, 5, 5)[k]
         observations = [np.array([t, k], np.float32) / 8 for t in range(length + 1)]
         ended = [t == length - 1 for t in range(length)]
-        buffers.append(EpisodeBuffer(None, k, None, observations, [t % 2 for t in range(length)], [1.0] * length, ended, [False] * length, None))  # type: ignore[arg-type]
-    minari.create_dataset_from_buffers("odd-v0", buffers, observation_space=spaces.Box(-5.0, 5.0, (2,)), action_space=spaces.Discrete(2))
+        buffers.append(
+            EpisodeBuffer(
+                None,
+                k,
+                None,
+                observations,
+                [t % 2 for t in range(length)],
+                [1.0] * length,
+                ended,
+                [False] * length,
+                None,
+            )
+        )  # type: ignore[arg-type]
+    minari.create_dataset_from_buffers(
+        "odd-v0",
+        buffers,
+        observation_space=spaces.Box(-5.0, 5.0, (2,)),
+        action_space=spaces.Discrete(2),
+    )
     with h5py.File(tmp_path / "odd-v0" / "data" / "main_data.hdf5", "a") as store:
         for k, name, rows in ((0, "observations", 6), (4, "actions", 3)):
             values = store[f"episode_{k}"][name][:rows]
             del store[f"episode_{k}"][name]
             store[f"episode_{k}"][name] = values
         del store["episode_5"]["rewards"]
-    with pytest.raises(UsageError, match=r"'minari:odd-v0' row 1: episode 0: observations has 6 entries for 6 actions, 7 are wanted") as error:
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"'minari:odd-v0' row 1: episode 0: observations has 6 entries for 6 actions, 7 are"
+            r" wanted"
+        ),
+    ) as error:
         plan(configured("minari:odd-v0"))
     assert "\n" not in str(error.value)
     rest = plan(configured("minari:odd-v0", bad="drop"))
-    assert [(row["reason"], row["episodes"], row["first"]) for row in rest["left out"]] == [("unreadable episode", 3, "'minari:odd-v0' row 1")]
+    assert [(row["reason"], row["episodes"], row["first"]) for row in rest["left out"]] == [
+        ("unreadable episode", 3, "'minari:odd-v0' row 1")
+    ]
     made = Dataset([bring("minari:odd-v0", bad="drop").path])
-    assert [(e.index, len(e)) for e in made.iter_episodes()] == [(1, 1), (2, 5), (3, 5), (6, 5), (7, 5)]
+    assert [(e.index, len(e)) for e in made.iter_episodes()] == [
+        (1, 1),
+        (2, 5),
+        (3, 5),
+        (6, 5),
+        (7, 5),
+    ]
 
 
-# -- Parquet ----------------------------------------------------------------------------------------
+# -- Parquet
+# ----------------------------------------------------------------------------------------
 
 NOTHING: dict[str, Any] = dict.fromkeys(logs()[0])
 FIXED = {"observation": pa.list_(pa.float32(), 2), "next_observation": pa.list_(pa.float32(), 2)}
 ODD: dict[str, tuple[Rows, dict[str, pa.DataType], str]] = {
-    "null row": ([*logs()[:5], NOTHING, *logs()[5:]], {}, "row 6: episode is missing in a row beside episode 1"),
-    "null episode": (altered(1, 1, episode=None), {}, "row 6: episode is missing in a row beside episode 1"),
+    "null row": (
+        [*logs()[:5], NOTHING, *logs()[5:]],
+        {},
+        "row 6: episode is missing in a row beside episode 1",
+    ),
+    "null episode": (
+        altered(1, 1, episode=None),
+        {},
+        "row 6: episode is missing in a row beside episode 1",
+    ),
     "null step": (altered(1, 1, step=None), {}, "row 6: step is missing in a row of episode 1"),
-    "null first step": (altered(1, 0, step=None), {}, "row 5: step is missing in a row of episode 1"),
-    "null fixed-size list": (altered(1, 1, observation=None), FIXED, "row 6: observation is missing at step 1 of episode 1"),
-    "null in a fixed-size list": (altered(1, 1, observation=[None, 1.0]), FIXED, "row 6: observation is missing at step 1 of episode 1"),
+    "null first step": (
+        altered(1, 0, step=None),
+        {},
+        "row 5: step is missing in a row of episode 1",
+    ),
+    "null fixed-size list": (
+        altered(1, 1, observation=None),
+        FIXED,
+        "row 6: observation is missing at step 1 of episode 1",
+    ),
+    "null in a fixed-size list": (
+        altered(1, 1, observation=[None, 1.0]),
+        FIXED,
+        "row 6: observation is missing at step 1 of episode 1",
+    ),
     "null decimal": (
-        [{**row, "reward": None if i == 5 else decimal.Decimal("0.5")} for i, row in enumerate(logs())],
+        [
+            {**row, "reward": None if i == 5 else decimal.Decimal("0.5")}
+            for i, row in enumerate(logs())
+        ],
         {"reward": pa.decimal128(5, 2)},
         "row 6: reward is missing at step 1 of episode 1",
     ),
-    "negative duration": ([{**row, "duration": -1.0 if i == 5 else 1.0} for i, row in enumerate(logs())], {}, "row 6: duration is -1 at step 1 of episode 1"),
-    "huge observation": (altered(1, 1, observation=[0.5, 1e300]), {}, r"row 6: observation\[1\] holds 1e\+300 at step 1 of episode 1, .*float32; rescale it"),
-    "huge reward": (altered(1, 1, reward=-1e39), {}, r"row 6: reward is -1e\+39 at step 1 of episode 1, .*float32; rescale it"),
+    "negative duration": (
+        [{**row, "duration": -1.0 if i == 5 else 1.0} for i, row in enumerate(logs())],
+        {},
+        "row 6: duration is -1 at step 1 of episode 1",
+    ),
+    "huge observation": (
+        altered(1, 1, observation=[0.5, 1e300]),
+        {},
+        r"row 6: observation\[1\] holds 1e\+300 at step 1 of episode 1, .*float32; rescale it",
+    ),
+    "huge reward": (
+        altered(1, 1, reward=-1e39),
+        {},
+        r"row 6: reward is -1e\+39 at step 1 of episode 1, .*float32; rescale it",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("batch", [2, 1 << 14])
-def test_an_odd_row_of_parquet_is_named_or_its_episode_dropped(name: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_odd_row_of_parquet_is_named_or_its_episode_dropped(
+    name: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parquet_reader, "BATCH_ROWS", batch)
     rows, types, said = ODD[name]
     path = parquet(tmp_path / "odd.parquet", rows, **types)
@@ -237,7 +361,9 @@ def test_an_odd_row_of_parquet_is_named_or_its_episode_dropped(name: str, batch:
     assert rest["episodes left out"] == 1 and rest["episodes"] == 2 and rest["transitions"] == 9
 
 
-def test_types_of_parquet_that_mean_the_same(tmp_path: Path, bring: Callable[..., Artifact]) -> None:
+def test_types_of_parquet_that_mean_the_same(
+    tmp_path: Path, bring: Callable[..., Artifact]
+) -> None:
     half = decimal.Decimal("0.50")
     rows = [
         {
@@ -261,38 +387,77 @@ def test_types_of_parquet_that_mean_the_same(tmp_path: Path, bring: Callable[...
     }
     columns = {name: pa.array([row[name] for row in rows]) for name in rows[0]}
     plain = pa.table(columns)
-    side = pa.StructArray.from_arrays([plain["task"].combine_chunks().field(0).dictionary_encode()], ["side"])
-    cast = {name: side if name == "task" else plain[name].cast(types[name]) if name in types else plain[name] for name in plain.column_names}
+    side = pa.StructArray.from_arrays(
+        [plain["task"].combine_chunks().field(0).dictionary_encode()], ["side"]
+    )
+    cast = {
+        name: (
+            side
+            if name == "task"
+            else plain[name].cast(types[name])
+            if name in types
+            else plain[name]
+        )
+        for name in plain.column_names
+    }
     pq.write_table(pa.table(cast), tmp_path / "odd.parquet")
-    pq.write_table(plain.set_column(4, "reward", plain["reward"].cast(pa.float64())), tmp_path / "plain.parquet")
+    pq.write_table(
+        plain.set_column(4, "reward", plain["reward"].cast(pa.float64())),
+        tmp_path / "plain.parquet",
+    )
     odd = Dataset([bring(tmp_path / "odd.parquet").path])
-    assert {episode.behaviour for episode in odd.iter_episodes()} == {"a", "b"} and odd.episode(0).task == {"side": "left"}
-    assert odd.episode(0).rewards.tolist() == [0.5] * 3 and odd.episode(0).observations[2].tolist() == [0.5, 1.0]
+    assert {episode.behaviour for episode in odd.iter_episodes()} == {"a", "b"} and odd.episode(
+        0
+    ).task == {"side": "left"}
+    assert odd.episode(0).rewards.tolist() == [0.5] * 3 and odd.episode(0).observations[
+        2
+    ].tolist() == [0.5, 1.0]
 
 
 def test_episodes_of_one_row_that_lead_nowhere(tmp_path: Path) -> None:
-    rows = [{key: value for key, value in row.items() if key != "next_observation"} for row in logs((1, 1))]
-    with pytest.raises(UsageError, match="each of the 2 has one row, and nothing says what its action led to"):
+    rows = [
+        {key: value for key, value in row.items() if key != "next_observation"}
+        for row in logs((1, 1))
+    ]
+    with pytest.raises(
+        UsageError, match="each of the 2 has one row, and nothing says what its action led to"
+    ):
         plan(configured(parquet(tmp_path / "a.parquet", rows)))
     assert plan(configured(parquet(tmp_path / "b.parquet", logs((1, 1)))))["transitions"] == 2
 
 
 def test_huge_values_of_a_task(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", logs(task={"mass": 1e300}))
-    with pytest.raises(UsageError, match=r"row 1: task.mass is too large at step 0 of episode 0, and a world computes in float32"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"row 1: task.mass is too large at step 0 of episode 0, and a world computes in float32"
+        ),
+    ):
         plan(configured(path))
 
 
-# -- mistakes of loggers ----------------------------------------------------------------------------
+# -- mistakes of loggers
+# ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 2, 1 << 14])
 @pytest.mark.parametrize("form", ["next", "last row"])
-def test_known_mistakes_are_named(form: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_known_mistakes_are_named(
+    form: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(parquet_reader, "BATCH_ROWS", batch)
 
     def path(name: str, last: Callable[[dict[str, Any]], Any], but: int = -1) -> Path:
-        rows = [row | ({"next_observation": last(row)} if row["terminated"] and row["episode"] != but else {}) for row in logs()]
+        rows = [
+            row
+            | (
+                {"next_observation": last(row)}
+                if row["terminated"] and row["episode"] != but
+                else {}
+            )
+            for row in logs()
+        ]
         if form == "last row":
             ends = {row["episode"]: row["next_observation"] for row in rows if row["terminated"]}
             kept = ("episode", "step", "observation", "action", "reward", "terminated", "truncated")
@@ -311,30 +476,55 @@ def test_known_mistakes_are_named(form: str, batch: int, tmp_path: Path, monkeyp
     def following(row: dict[str, Any]) -> Any:
         return [0.0, (row["episode"] + 1) / 8]
 
-    repeats, restarts = ("equals the observation before it", "twice"), ("first observation of the next episode", "SAME_STEP", "final_obs")
-    assert warned(configured(path("same", same)), *repeats) and not warned(configured(path("same", same)), *restarts)
-    assert warned(configured(path("next", following)), *restarts) and not warned(configured(path("next", following)), *repeats)
+    repeats, restarts = (
+        ("equals the observation before it", "twice"),
+        ("first observation of the next episode", "SAME_STEP", "final_obs"),
+    )
+    assert warned(configured(path("same", same)), *repeats) and not warned(
+        configured(path("same", same)), *restarts
+    )
+    assert warned(configured(path("next", following)), *restarts) and not warned(
+        configured(path("next", following)), *repeats
+    )
     for name, mistake, words in (("a", same, repeats), ("b", following, restarts)):
         assert not warned(configured(path(name, mistake, but=1)), *words), "not in every episode"
     good = configured(parquet(tmp_path / "good.parquet", logs()))
     assert not warned(good, *repeats) and not warned(good, *restarts)
-    still = configured(parquet(tmp_path / "still.parquet", logs(observation=[1.0, 1.0], next_observation=[1.0, 1.0])))
-    assert not warned(still, *repeats) and not warned(still, *restarts), "an observation that never changes"
+    still = configured(
+        parquet(
+            tmp_path / "still.parquet", logs(observation=[1.0, 1.0], next_observation=[1.0, 1.0])
+        )
+    )
+    assert not warned(still, *repeats) and not warned(still, *restarts), (
+        "an observation that never changes"
+    )
 
 
 def test_a_next_observation_that_repeats_every_observation_is_named(tmp_path: Path) -> None:
     rows = [{**row, "next_observation": row["observation"]} for row in logs()]
-    with pytest.raises(UsageError, match="row 1: next_observation at step 0 of episode 0 repeats the observation of that step"):
+    with pytest.raises(
+        UsageError,
+        match="row 1: next_observation at step 0 of episode 0 repeats the observation of that step",
+    ):
         plan(configured(parquet(tmp_path / "a.parquet", rows)))
 
 
-# -- order ------------------------------------------------------------------------------------------
+# -- order
+# ------------------------------------------------------------------------------------------
 
 
-def test_numbers_in_names_are_sorted_by_value(tmp_path: Path, bring: Callable[..., Artifact]) -> None:
+def test_numbers_in_names_are_sorted_by_value(
+    tmp_path: Path, bring: Callable[..., Artifact]
+) -> None:
     names = [f"part-{i}.parquet" for i in range(12)]
     assert files.sorted_naturally(sorted(names)) == names
-    assert files.sorted_naturally(["b/1", "a/10", "a/2", "a/02", "a/x"]) == ["a/02", "a/2", "a/10", "a/x", "b/1"]
+    assert files.sorted_naturally(["b/1", "a/10", "a/2", "a/02", "a/x"]) == [
+        "a/02",
+        "a/2",
+        "a/10",
+        "a/x",
+        "b/1",
+    ]
     (tmp_path / "logs").mkdir()
     rows = logs((12, 12))
     for i, name in enumerate(names):  # episodes lie across files

@@ -26,21 +26,32 @@ LENGTHS = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 24, 31, 40, 4, 4, 6]
 def tags(codec: Codec, parts: Parts) -> np.ndarray[Any, Any]:
     """[..., 2]: the (episode, step) that a counted observation says."""
     flat = parts.numbers.reshape(-1, 2)
-    return codec.decode_observation(Parts(flat, torch.zeros(len(flat), 0, dtype=torch.int64))).reshape(*parts.numbers.shape)
+    return codec.decode_observation(
+        Parts(flat, torch.zeros(len(flat), 0, dtype=torch.int64))
+    ).reshape(*parts.numbers.shape)
 
 
 def transitions(codec: Codec, windows: Windows) -> list[tuple[int, int]]:
-    return [tuple(tag) for tag in tags(codec, windows.observation)[:, :-1][windows.mask.numpy()].tolist()]
+    return [
+        tuple(tag)
+        for tag in tags(codec, windows.observation)[:, :-1][windows.mask.numpy()].tolist()
+    ]
 
 
 def every_transition(dataset: Dataset, split: Any) -> Counter[tuple[int, int]]:
-    return Counter((int(dataset.table["index"][e]), t) for e in dataset.episodes(split) for t in range(int(dataset.table["length"][e])))
+    return Counter(
+        (int(dataset.table["index"][e]), t)
+        for e in dataset.episodes(split)
+        for t in range(int(dataset.table["length"][e]))
+    )
 
 
 def flat(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    return [] if value is None else [tensor for item in vars(value).values() for tensor in flat(item)]
+    return (
+        [] if value is None else [tensor for item in vars(value).values() for tensor in flat(item)]
+    )
 
 
 def same(a: Windows, b: Windows) -> bool:
@@ -67,7 +78,9 @@ def test_the_permutation_mixes() -> None:
 
 @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 @given(window=st.integers(1, 12), seed=st.integers(0, 10**6), batch=st.integers(5, 40))
-def test_every_transition_exactly_once_an_epoch(mixed: tuple[Dataset, Codec], window: int, seed: int, batch: int) -> None:
+def test_every_transition_exactly_once_an_epoch(
+    mixed: tuple[Dataset, Codec], window: int, seed: int, batch: int
+) -> None:
     dataset, codec = mixed
     loader = Loader(dataset, codec, "train", window, batch, seed)
     epochs = 2
@@ -76,7 +89,10 @@ def test_every_transition_exactly_once_an_epoch(mixed: tuple[Dataset, Codec], wi
     for step in range(steps):
         windows = loader.batch(step)
         rows = tags(codec, windows.observation)[:, :-1].tolist()
-        per_window += [[tuple(tag) for tag, there in zip(row, mask, strict=True) if there] for row, mask in zip(rows, windows.mask.tolist(), strict=True)]
+        per_window += [
+            [tuple(tag) for tag, there in zip(row, mask, strict=True) if there]
+            for row, mask in zip(rows, windows.mask.tolist(), strict=True)
+        ]
     expected = every_transition(dataset, "train")
     assert loader.transitions_per_epoch == expected.total()
     for epoch in range(epochs):
@@ -108,7 +124,16 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Codec]:
     ]
     box = spaces.Box(-(10**6), 10**6, (2,), np.int64)
     environment = Environment(id="Counted-v0")
-    write_dataset(folder, episodes, id="mixed", environment=environment, observation_space=box, action_space=spaces.Discrete(3), seed=0, shard_rows=40)
+    write_dataset(
+        folder,
+        episodes,
+        id="mixed",
+        environment=environment,
+        observation_space=box,
+        action_space=spaces.Discrete(3),
+        seed=0,
+        shard_rows=40,
+    )
     dataset = Dataset([folder])
     assert len(dataset.manifests[0].shards) > 3
     return dataset, Codec.fit(dataset)
@@ -125,7 +150,11 @@ def test_windows_hold_what_the_episodes_hold(mixed: tuple[Dataset, Codec]) -> No
         seen = tags(codec, windows.observation)
         reward, action = (
             codec.reward_raw(windows.reward),
-            codec.decode_action(Parts(windows.action.numbers.reshape(30, 0), windows.action.categories.reshape(30, 1))),
+            codec.decode_action(
+                Parts(
+                    windows.action.numbers.reshape(30, 0), windows.action.categories.reshape(30, 1)
+                )
+            ),
         )
         for row in range(5):
             episode = by_index[hashes[int(windows.episode[row])]]
@@ -136,10 +165,17 @@ def test_windows_hold_what_the_episodes_hold(mixed: tuple[Dataset, Codec]) -> No
             starts += int(windows.start[row])
             expected = [[episode.index, first + min(t, length)] for t in range(7)]
             assert seen[row].tolist() == expected, "rows after the end repeat the last observation"
-            assert reward[row, :length].tolist() == pytest.approx(episode.rewards[first : first + length].tolist(), abs=1e-3)
-            assert action.reshape(5, 6)[row, :length].tolist() == episode.actions[first : first + length]
+            assert reward[row, :length].tolist() == pytest.approx(
+                episode.rewards[first : first + length].tolist(), abs=1e-3
+            )
+            assert (
+                action.reshape(5, 6)[row, :length].tolist()
+                == episode.actions[first : first + length]
+            )
             ends = episode.outcome == "terminated" and first + length == len(episode)
-            assert windows.terminated[row].tolist() == [float(ends and t == length - 1) for t in range(6)]
+            assert windows.terminated[row].tolist() == [
+                float(ends and t == length - 1) for t in range(6)
+            ]
             assert (windows.reward[row, length:] == 0).all()
     assert starts > 5
 
@@ -147,7 +183,9 @@ def test_windows_hold_what_the_episodes_hold(mixed: tuple[Dataset, Codec]) -> No
 def test_every_episode_starts_once_an_epoch(mixed: tuple[Dataset, Codec]) -> None:
     dataset, codec = mixed
     loader = Loader(dataset, codec, "train", 4, 1, 5)
-    starts = [int(w.episode[0]) for w in map(loader.batch, range(loader.windows_per_epoch)) if w.start[0]]
+    starts = [
+        int(w.episode[0]) for w in map(loader.batch, range(loader.windows_per_epoch)) if w.start[0]
+    ]
     assert sorted(starts) == sorted(dataset.table["hash"][dataset.episodes("train")].tolist())
 
 
@@ -171,12 +209,21 @@ def test_ranks_share_the_same_global_batch(mixed: tuple[Dataset, Codec], world_s
         slices = [loader.batch(step, rank, world_size) for rank in range(world_size)]
         for name in ("reward", "mask", "start", "episode", "terminated"):
             assert torch.equal(torch.cat([getattr(s, name) for s in slices]), getattr(whole, name))
-        assert torch.equal(torch.cat([s.observation.numbers for s in slices]), whole.observation.numbers)
-        assert torch.equal(torch.cat([s.events.observation.numbers for s in slices if s.events]), whole.events.observation.numbers)
-        assert torch.equal(torch.cat([s.events.weight for s in slices if s.events]), whole.events.weight)
+        assert torch.equal(
+            torch.cat([s.observation.numbers for s in slices]), whole.observation.numbers
+        )
+        assert torch.equal(
+            torch.cat([s.events.observation.numbers for s in slices if s.events]),
+            whole.events.observation.numbers,
+        )
+        assert torch.equal(
+            torch.cat([s.events.weight for s in slices if s.events]), whole.events.weight
+        )
 
 
-def test_slices_in_turn_are_read_once(mixed: tuple[Dataset, Codec], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_in_turn_are_read_once(
+    mixed: tuple[Dataset, Codec], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A rank that accumulates gradients asks for several slices of each batch, one after the other."""
     reads = []
 
@@ -185,12 +232,18 @@ def test_slices_in_turn_are_read_once(mixed: tuple[Dataset, Codec], monkeypatch:
         return windows(*told)
 
     monkeypatch.setattr("mesocosm.data.loader.windows", counted)
-    loader, whole = Loader(*mixed, "train", 5, 6, 3, events=12), Loader(*mixed, "train", 5, 6, 3, events=12)
+    loader, whole = (
+        Loader(*mixed, "train", 5, 6, 3, events=12),
+        Loader(*mixed, "train", 5, 6, 3, events=12),
+    )
     halves = [[loader.batch(step, share, 2) for share in (0, 1)] for step in range(20)]
     assert len(reads) == 2
     for step, two in enumerate(halves):
         batch = whole.batch(step)
-        assert all(torch.equal(torch.cat(some), all) for *some, all in zip(*map(flat, two), flat(batch), strict=True))
+        assert all(
+            torch.equal(torch.cat(some), all)
+            for *some, all in zip(*map(flat, two), flat(batch), strict=True)
+        )
 
 
 def test_an_indivisible_batch_is_refused(mixed: tuple[Dataset, Codec]) -> None:
@@ -204,7 +257,9 @@ def test_a_resume_continues_the_same_sequence(mixed: tuple[Dataset, Codec]) -> N
     dataset, codec = mixed
     first = Loader(dataset, codec, "train", 5, 4, 9, events=6)
     sequence = [first.batch(step) for step in range(20)]
-    again = Loader(Dataset(dataset.paths), Codec.from_json(codec.to_json()), "train", 5, 4, 9, events=6)
+    again = Loader(
+        Dataset(dataset.paths), Codec.from_json(codec.to_json()), "train", 5, 4, 9, events=6
+    )
     assert all(same(again.batch(step), sequence[step]) for step in range(13, 20))
     assert not same(sequence[0], sequence[1])
     assert not same(Loader(dataset, codec, "train", 5, 4, 10, events=6).batch(0), sequence[0])
@@ -225,11 +280,16 @@ def test_evaluation_sees_the_split_once_in_order(mixed: tuple[Dataset, Codec]) -
         loader = Loader(dataset, codec, split, 7, 4, 0)
         batches = list(loader.eval_batches(8))
         assert all(b.mask.shape == (8, 7) for b in batches)
-        assert Counter(t for b in batches for t in transitions(codec, b)) == every_transition(dataset, split)
+        assert Counter(t for b in batches for t in transitions(codec, b)) == every_transition(
+            dataset, split
+        )
         assert sum(int(b.start.sum()) for b in batches) == len(dataset.episodes(split))
         halves = [list(loader.eval_batches(8, rank, 2)) for rank in range(2)]
         assert len(halves[0]) == len(halves[1]) == len(batches)
-        assert all(torch.equal(torch.cat([a.mask, b.mask]), w.mask) for a, b, w in zip(*halves, batches, strict=True))
+        assert all(
+            torch.equal(torch.cat([a.mask, b.mask]), w.mask)
+            for a, b, w in zip(*halves, batches, strict=True)
+        )
 
 
 def test_part_of_the_split_is_taken_evenly_of_all_of_it(mixed: tuple[Dataset, Codec]) -> None:
@@ -240,7 +300,11 @@ def test_part_of_the_split_is_taken_evenly_of_all_of_it(mixed: tuple[Dataset, Co
         found = []
         for batch in loader.eval_batches(8, most=most):
             tagged = tags(codec, batch.observation)[:, :-1]
-            found += [[tuple(tag) for tag in row[mask].tolist()] for row, mask in zip(tagged, batch.mask.numpy(), strict=True) if mask.any()]
+            found += [
+                [tuple(tag) for tag in row[mask].tolist()]
+                for row, mask in zip(tagged, batch.mask.numpy(), strict=True)
+                if mask.any()
+            ]
         return found
 
     whole = windows(None)
@@ -252,7 +316,11 @@ def test_part_of_the_split_is_taken_evenly_of_all_of_it(mixed: tuple[Dataset, Co
 def test_events_oversample_terminals_and_weigh_them_back(mixed: tuple[Dataset, Codec]) -> None:
     dataset, codec = mixed
     loader = Loader(dataset, codec, "train", 4, 2, 0, events=300)
-    terminals = {(int(r["index"]), int(r["length"]) - 1) for r in dataset.table[dataset.episodes("train")] if r["outcome"] == 0}
+    terminals = {
+        (int(r["index"]), int(r["length"]) - 1)
+        for r in dataset.table[dataset.episodes("train")]
+        if r["outcome"] == 0
+    }
     natural = len(terminals) / loader.transitions_per_epoch
     seen: Counter[tuple[int, int]] = Counter()
     weights: list[float] = []
@@ -262,7 +330,9 @@ def test_events_oversample_terminals_and_weigh_them_back(mixed: tuple[Dataset, C
         assert events is not None
         at, after = tags(codec, events.observation), tags(codec, events.next_observation)
         assert np.array_equal(after, at + np.array([0, 1]))
-        assert [(tuple(tag) in terminals) for tag in at.tolist()] == events.terminated.bool().tolist()
+        assert [
+            (tuple(tag) in terminals) for tag in at.tolist()
+        ] == events.terminated.bool().tolist()
         seen.update(map(tuple, at.tolist()))
         weights += events.weight.tolist()
         flags += events.terminated.tolist()
@@ -282,7 +352,12 @@ def test_events_without_a_terminal_are_uniform(counted_dataset: MakeDataset) -> 
     assert (events.weight == 1).all() and (events.terminated == 0).all()
 
 
-@pytest.mark.parametrize(("arguments", "words"), [({"window": 0}, "window of 0"), ({"batch": 0}, "batch of 0"), ({"events": 2}, "2 events")])
-def test_bad_sizes_are_refused(mixed: tuple[Dataset, Codec], arguments: dict[str, int], words: str) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"window": 0}, "window of 0"), ({"batch": 0}, "batch of 0"), ({"events": 2}, "2 events")],
+)
+def test_bad_sizes_are_refused(
+    mixed: tuple[Dataset, Codec], arguments: dict[str, int], words: str
+) -> None:
     with pytest.raises(UsageError, match=words):
         Loader(*mixed, "train", **({"window": 4, "batch": 4, "seed": 0} | arguments))

@@ -1,4 +1,6 @@
-"""The order of samples under blocks of shards and weights of datasets, and that it goes on exactly wherever it is taken up."""
+"""The order of samples under blocks of shards and weights of datasets, and that it goes on exactly
+wherever it is taken up.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,17 @@ ORDERS = {
 
 @pytest.fixture
 def two(write: Write, counted: Counted) -> tuple[list[Path], Codec]:
-    """Two datasets of many shards; the second's episodes are those from 1000 on, and few of them terminate."""
+    """Two datasets of many shards; the second's episodes are those from 1000 on, and few of them
+    terminate.
+    """
     box = spaces.Box(-(10**6), 10**6, (2,), np.int64)
     paths = []
     for number, shard_rows in enumerate((20, 30)):
-        outcome = (lambda k: "terminated") if number == 0 else (lambda k: "terminated" if k % 5 == 0 else "truncated")
+        outcome = (
+            (lambda k: "terminated")
+            if number == 0
+            else (lambda k: "terminated" if k % 5 == 0 else "truncated")
+        )
         episodes = [counted(1000 * number + k, n, outcome(k)) for k, n in enumerate(LENGTHS * 2)]
         paths.append(write(episodes, id=f"d{number}", observation_space=box, shard_rows=shard_rows))
     return paths, Codec.fit(Dataset(paths))
@@ -47,17 +55,26 @@ def two(write: Write, counted: Counted) -> tuple[list[Path], Codec]:
 def tags(codec: Codec, parts: Parts) -> Any:
     """[..., 2]: the (episode, step) that a counted observation says."""
     flat = parts.numbers.reshape(-1, 2)
-    return codec.decode_observation(Parts(flat, torch.zeros(len(flat), 0, dtype=torch.int64))).reshape(*parts.numbers.shape)
+    return codec.decode_observation(
+        Parts(flat, torch.zeros(len(flat), 0, dtype=torch.int64))
+    ).reshape(*parts.numbers.shape)
 
 
 def seen(codec: Codec, windows: Windows) -> list[tuple[int, int]]:
-    return [tuple(tag) for tag in tags(codec, windows.observation)[:, :-1][windows.mask.numpy()].tolist()]
+    return [
+        tuple(tag)
+        for tag in tags(codec, windows.observation)[:, :-1][windows.mask.numpy()].tolist()
+    ]
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
-    return [] if value is None else [tensor for item in vars(value).values() for tensor in tensors(item)]
+    return (
+        []
+        if value is None
+        else [tensor for item in vars(value).values() for tensor in tensors(item)]
+    )
 
 
 def same(a: Windows, b: Windows) -> bool:
@@ -69,9 +86,17 @@ def joined(parts: list[Windows]) -> list[torch.Tensor]:
 
 
 def test_the_plain_order_is_that_of_the_first_version(write: Write, counted: Counted) -> None:
-    """Worlds name their data and seed, not the version that read them: first windows and events of steps 0, 7 and 300, as 0.1 had them."""
+    """Worlds name their data and seed, not the version that read them: first windows and events of
+    steps 0, 7 and 300, as 0.1 had them.
+    """
     box = spaces.Box(-(10**6), 10**6, (2,), np.int64)
-    dataset = Dataset([write([counted(k, n) for k, n in enumerate(LENGTHS)], observation_space=box, shard_rows=40)])
+    dataset = Dataset(
+        [
+            write(
+                [counted(k, n) for k, n in enumerate(LENGTHS)], observation_space=box, shard_rows=40
+            )
+        ]
+    )
     codec = Codec.fit(dataset)
     loader = Loader(dataset, codec, "train", 5, 6, 9, events=6)
     windows = {
@@ -92,22 +117,43 @@ def test_the_plain_order_is_that_of_the_first_version(write: Write, counted: Cou
 
 
 @pytest.mark.parametrize("task", [[], ["mass", "map"]])
-def test_a_dataset_of_schema_1_opens_as_before(write: Write, counted: Counted, task: list[str]) -> None:
+def test_a_dataset_of_schema_1_opens_as_before(
+    write: Write, counted: Counted, task: list[str]
+) -> None:
     def options(k: int) -> dict[str, Any]:
         return {"task": {"mass": k / 2, "map": "abc"[k % 3]}} if task else {}
 
-    paths = [write([counted(k, n, **options(k)) for k, n in enumerate(LENGTHS)], id=f"d{i}", task=task, shard_rows=30) for i in range(2)]
+    paths = [
+        write(
+            [counted(k, n, **options(k)) for k, n in enumerate(LENGTHS)],
+            id=f"d{i}",
+            task=task,
+            shard_rows=30,
+        )
+        for i in range(2)
+    ]
     new = Dataset(paths)
     for path in paths:
         manifest = json.loads((path / MANIFEST).read_text())
         tables = [np.load(path / "tables" / f"{shard['name']}.npy") for shard in manifest["shards"]]
         np.save(path / "episodes.npy", np.concatenate(tables))
         for name in ("task_numbers", "task_values") if task else ():
-            np.save(path / f"{name}.npy", np.concatenate([np.load(path / "tables" / f"{shard['name']}.{name}.npy") for shard in manifest["shards"]]))
+            np.save(
+                path / f"{name}.npy",
+                np.concatenate(
+                    [
+                        np.load(path / "tables" / f"{shard['name']}.{name}.npy")
+                        for shard in manifest["shards"]
+                    ]
+                ),
+            )
         for shard in manifest["shards"]:
             del shard["episodes"]
         (path / MANIFEST).write_text(json.dumps(manifest | {"schema_version": 1}))
-    episodes, batch = list(new.iter_episodes()), Loader(new, Codec.fit(new), "train", 5, 8, 0, events=6).batch(3)
+    episodes, batch = (
+        list(new.iter_episodes()),
+        Loader(new, Codec.fit(new), "train", 5, 8, 0, events=6).batch(3),
+    )
     for path in paths:
         (path / "lengths.npy").unlink()
         shutil.rmtree(path / "tables")
@@ -125,15 +171,30 @@ def test_opening_reads_no_episode(two: tuple[list[Path], Codec]) -> None:
         shutil.rmtree(path / "shards")
     dataset = Dataset(paths)
     loader = Loader(dataset, codec, "train", 5, 6, 3, events=6, block=2, weights=[1, 2])
-    assert loader.windows_per_epoch == expected and dataset.transitions == 4 * sum(LENGTHS) and dataset.size("valid") > 0
+    assert (
+        loader.windows_per_epoch == expected
+        and dataset.transitions == 4 * sum(LENGTHS)
+        and dataset.size("valid") > 0
+    )
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_a_resume_goes_on_exactly_also_with_other_ranks(two: tuple[list[Path], Codec], order: str) -> None:
+def test_a_resume_goes_on_exactly_also_with_other_ranks(
+    two: tuple[list[Path], Codec], order: str
+) -> None:
     paths, codec = two
 
     def fresh() -> Loader:
-        return Loader(Dataset(paths), Codec.from_json(codec.to_json()), "train", 5, 12, 7, events=12, **ORDERS[order])
+        return Loader(
+            Dataset(paths),
+            Codec.from_json(codec.to_json()),
+            "train",
+            5,
+            12,
+            7,
+            events=12,
+            **ORDERS[order],
+        )
 
     first = fresh()
     sequence = [first.batch(step) for step in range(40)]
@@ -143,7 +204,10 @@ def test_a_resume_goes_on_exactly_also_with_other_ranks(two: tuple[list[Path], C
         ranks = [fresh() for _ in range(world_size)]
         for step in (0, 11, 23, 24, 39):
             parts = [loader.batch(step, rank, world_size) for rank, loader in enumerate(ranks)]
-            assert all(torch.equal(a, b) for a, b in zip(joined(parts), tensors(sequence[step]), strict=True))
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(joined(parts), tensors(sequence[step]), strict=True)
+            )
     assert not same(sequence[0], sequence[1])
 
 
@@ -154,7 +218,13 @@ def test_an_epoch_has_every_transition_once(two: tuple[list[Path], Codec], order
     loader = Loader(dataset, codec, "train", 5, 1, 3, **ORDERS[order])
     records = dataset.table[dataset.episodes("train")]
     expected = Counter((int(r["index"]), t) for r in records for t in range(r["length"]))
-    epochs = [[seen(codec, loader.batch(step)) for step in range(e * loader.windows_per_epoch, (e + 1) * loader.windows_per_epoch)] for e in range(3)]
+    epochs = [
+        [
+            seen(codec, loader.batch(step))
+            for step in range(e * loader.windows_per_epoch, (e + 1) * loader.windows_per_epoch)
+        ]
+        for e in range(3)
+    ]
     assert all(Counter(tag for window in epoch for tag in window) == expected for epoch in epochs)
     assert loader.transitions_seen(3 * loader.windows_per_epoch) == 3 * expected.total()
     half = loader.windows_per_epoch // 2
@@ -175,9 +245,15 @@ def test_only_a_block_and_the_next_are_held(two: tuple[list[Path], Codec]) -> No
         touched = {shard_of[tag[0]] for tag in seen(codec, batch)}
         events = {shard_of[int(tag[0])] for tag in tags(codec, batch.events.observation)}
         assert touched | events <= set(dataset._open), "what was read is held"
-        assert len(dataset._open) <= 6 and len(events) <= 2, "at most the blocks that a batch lies in"
+        assert len(dataset._open) <= 6 and len(events) <= 2, (
+            "at most the blocks that a batch lies in"
+        )
         assert len(dataset._coming) <= 8
-        visits += [sorted(touched)] if len(touched) == 2 and (not visits or visits[-1] != sorted(touched)) else []
+        visits += (
+            [sorted(touched)]
+            if len(touched) == 2 and (not visits or visits[-1] != sorted(touched))
+            else []
+        )
     pairs = {tuple(pair) for pair in visits}
     assert len(pairs) > len(dataset.shards), "the shards of a block are others in every epoch"
     list(Loader(dataset, codec, "valid", 5, 4, 3, block=2).eval_batches())
@@ -185,7 +261,9 @@ def test_only_a_block_and_the_next_are_held(two: tuple[list[Path], Codec]) -> No
 
 
 @pytest.mark.parametrize("order", ["weights", "both"])
-def test_each_dataset_has_its_share_of_every_batch(two: tuple[list[Path], Codec], order: str) -> None:
+def test_each_dataset_has_its_share_of_every_batch(
+    two: tuple[list[Path], Codec], order: str
+) -> None:
     paths, codec = two
     dataset = Dataset(paths)
     loader = Loader(dataset, codec, "train", 5, 12, 3, **ORDERS[order])
@@ -194,29 +272,56 @@ def test_each_dataset_has_its_share_of_every_batch(two: tuple[list[Path], Codec]
     for step in range(60):
         batch = loader.batch(step)
         rows = tags(codec, batch.observation)[:, :-1]
-        there = [[tuple(tag) for tag in row[mask].tolist()] for row, mask in zip(rows, batch.mask.numpy(), strict=True)]
+        there = [
+            [tuple(tag) for tag in row[mask].tolist()]
+            for row, mask in zip(rows, batch.mask.numpy(), strict=True)
+        ]
         for window in there:
             windows[window[0][0] >= 1000].append(window)
         assert 8 <= sum(window[0][0] < 1000 for window in there) <= 10, "3 of 4, to within one"
     assert [len(each) for each in windows] == pytest.approx([540, 180], abs=1)
     assert loader.transitions_seen(60) == sum(len(window) for each in windows for window in each)
     for number, each in enumerate(windows):
-        records = [r for e in dataset.episodes("train") if dataset.part[e] == number for r in [dataset.table[e]]]
+        records = [
+            r
+            for e in dataset.episodes("train")
+            if dataset.part[e] == number
+            for r in [dataset.table[e]]
+        ]
         expected = Counter((int(r["index"]), t) for r in records for t in range(r["length"]))
         whole = len(each) // alone[number]
         assert whole >= 1
         for epoch in range(whole):
-            assert Counter(tag for window in each[epoch * alone[number] : (epoch + 1) * alone[number]] for tag in window) == expected
+            assert (
+                Counter(
+                    tag
+                    for window in each[epoch * alone[number] : (epoch + 1) * alone[number]]
+                    for tag in window
+                )
+                == expected
+            )
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_events_weigh_back_to_what_the_order_draws(two: tuple[list[Path], Codec], order: str) -> None:
+def test_events_weigh_back_to_what_the_order_draws(
+    two: tuple[list[Path], Codec], order: str
+) -> None:
     paths, codec = two
     dataset = Dataset(paths)
     loader = Loader(dataset, codec, "train", 5, 12, 3, events=300, **ORDERS[order])
-    records, parts = dataset.table[dataset.episodes("train")], dataset.part[dataset.episodes("train")]
-    rates = [(records["outcome"][parts == i] == 0).sum() / records["length"][parts == i].sum() for i in range(2)]
-    share = [0.75, 0.25] if "weights" in ORDERS[order] else [records["length"][parts == i].sum() / records["length"].sum() for i in range(2)]
+    records, parts = (
+        dataset.table[dataset.episodes("train")],
+        dataset.part[dataset.episodes("train")],
+    )
+    rates = [
+        (records["outcome"][parts == i] == 0).sum() / records["length"][parts == i].sum()
+        for i in range(2)
+    ]
+    share = (
+        [0.75, 0.25]
+        if "weights" in ORDERS[order]
+        else [records["length"][parts == i].sum() / records["length"].sum() for i in range(2)]
+    )
     weights: list[float] = []
     flags: list[float] = []
     second: list[float] = []
@@ -232,7 +337,9 @@ def test_events_weigh_back_to_what_the_order_draws(two: tuple[list[Path], Codec]
     assert np.average(second, weights=weights) == pytest.approx(share[1], abs=0.04)
 
 
-def test_wrong_weights_are_refused(two: tuple[list[Path], Codec], write: Write, counted: Counted) -> None:
+def test_wrong_weights_are_refused(
+    two: tuple[list[Path], Codec], write: Write, counted: Counted
+) -> None:
     paths, codec = two
     with pytest.raises(UsageError, match="less than one sample in 10000"):
         Loader(Dataset(paths), codec, "train", 5, 12, 3, weights=[1e6, 1])

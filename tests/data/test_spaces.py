@@ -38,16 +38,24 @@ def boxes(draw: st.DrawFn) -> spaces.Box:
 
 @st.composite
 def texts(draw: st.DrawFn) -> spaces.Text:
-    charset = draw(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=6))
+    charset = draw(
+        st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=6)
+    )
     low = draw(st.integers(0, 3))
-    return spaces.Text(max(1, low + draw(st.integers(0, 3))), min_length=low, charset="".join(sorted(set(charset))))
+    return spaces.Text(
+        max(1, low + draw(st.integers(0, 3))), min_length=low, charset="".join(sorted(set(charset)))
+    )
 
 
 leaves = st.one_of(
     boxes(),
     texts(),
-    st.builds(lambda n, start: spaces.Discrete(n, start=start), st.integers(1, 9), st.integers(-5, 5)),
-    st.lists(st.integers(1, 5), min_size=1, max_size=3).map(lambda nvec: spaces.MultiDiscrete(nvec, start=[-i for i in range(len(nvec))])),
+    st.builds(
+        lambda n, start: spaces.Discrete(n, start=start), st.integers(1, 9), st.integers(-5, 5)
+    ),
+    st.lists(st.integers(1, 5), min_size=1, max_size=3).map(
+        lambda nvec: spaces.MultiDiscrete(nvec, start=[-i for i in range(len(nvec))])
+    ),
     st.builds(lambda: spaces.MultiDiscrete([[2, 3], [4, 5]])),
     st.integers(1, 4).map(spaces.MultiBinary),
     st.builds(lambda: spaces.MultiBinary((2, 3))),
@@ -55,7 +63,9 @@ leaves = st.one_of(
 nested = st.recursive(
     leaves,
     lambda inner: st.one_of(
-        st.dictionaries(st.sampled_from(["a", "b.c", "d"]), inner, min_size=1, max_size=3).map(lambda inside: spaces.Dict(list(inside.items()))),
+        st.dictionaries(st.sampled_from(["a", "b.c", "d"]), inner, min_size=1, max_size=3).map(
+            lambda inside: spaces.Dict(list(inside.items()))
+        ),
         st.lists(inner, min_size=1, max_size=3).map(spaces.Tuple),
     ),
     max_leaves=5,
@@ -85,7 +95,9 @@ def batch_of(space: gymnasium.Space[Any], values: list[Any]) -> Any:
 
 @settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
 @given(space=nested, size=st.integers(1, 4), seed=st.integers(0, 2**31))
-def test_any_nested_space_round_trips_in_gymnasiums_own_layout(space: gymnasium.Space[Any], size: int, seed: int) -> None:
+def test_any_nested_space_round_trips_in_gymnasiums_own_layout(
+    space: gymnasium.Space[Any], size: int, seed: int
+) -> None:
     space.seed(seed)
     values = [space.sample() for _ in range(size)]
     codec = SpaceCodec(space)
@@ -108,12 +120,16 @@ def test_any_nested_space_goes_through_json(space: gymnasium.Space[Any]) -> None
     text = json.dumps(space_to_json(space), allow_nan=False)
     back = space_from_json(json.loads(text))
     assert back == space
-    assert [leaf.path for leaf in SpaceCodec(back).leaves] == [leaf.path for leaf in SpaceCodec(space).leaves], "in the same order"
+    assert [leaf.path for leaf in SpaceCodec(back).leaves] == [
+        leaf.path for leaf in SpaceCodec(space).leaves
+    ], "in the same order"
     assert json.dumps(space_to_json(back), allow_nan=False) == text
 
 
 def test_bounds_of_every_kind_go_through_json() -> None:
-    box = spaces.Box(np.array([-np.inf, -1, 0.1], np.float32), np.array([1, np.inf, 0.2], np.float32))
+    box = spaces.Box(
+        np.array([-np.inf, -1, 0.1], np.float32), np.array([1, np.inf, 0.2], np.float32)
+    )
     assert space_from_json(json.loads(json.dumps(space_to_json(box), allow_nan=False))) == box
     whole = spaces.Box(-np.inf, np.inf, (2,), np.int64)
     back = space_from_json(space_to_json(whole))
@@ -121,7 +137,9 @@ def test_bounds_of_every_kind_go_through_json() -> None:
 
 
 def test_text_becomes_characters_that_end_in_zero() -> None:
-    codec = SpaceCodec(spaces.Dict(n=spaces.Discrete(2), t=spaces.Text(4, min_length=1, charset="cba")))
+    codec = SpaceCodec(
+        spaces.Dict(n=spaces.Discrete(2), t=spaces.Text(4, min_length=1, charset="cba"))
+    )
     numbers, categories = codec.encode_list([{"n": 1, "t": "abc"}, {"n": 0, "t": "cccc"}])
     assert categories.tolist() == [[1, 1, 2, 3, 0], [0, 3, 3, 3, 3]]
     assert codec.cardinalities == (2, 4, 4, 4, 4)
@@ -138,7 +156,9 @@ def test_decoded_text_is_always_valid(codes: list[int]) -> None:
 
 
 def test_decoding_clips_nothing_to_bounds_and_rounds_integers() -> None:
-    codec = SpaceCodec(spaces.Tuple([spaces.Box(-1, 1, (1,), np.float32), spaces.Box(0, 10, (2,), np.int8)]))
+    codec = SpaceCodec(
+        spaces.Tuple([spaces.Box(-1, 1, (1,), np.float32), spaces.Box(0, 10, (2,), np.int8)])
+    )
     floats, integers = codec.decode(np.array([[7.5, 41.6, 300.0]]), np.zeros((1, 0), np.int64))
     assert floats.tolist() == [[7.5]]
     assert integers.tolist() == [[42, 127]]
@@ -149,13 +169,21 @@ def test_decoding_clips_nothing_to_bounds_and_rounds_integers() -> None:
 @pytest.mark.parametrize(
     ("space", "words"),
     [
-        (spaces.Dict(cam=spaces.Dict(rgb=spaces.Box(0, 255, (8, 8, 3), np.uint8))), ["observation.cam.rgb", "images"]),
-        (spaces.Dict(seq=spaces.Sequence(spaces.Discrete(3))), ["observation.seq", "Sequence", "use Box"]),
+        (
+            spaces.Dict(cam=spaces.Dict(rgb=spaces.Box(0, 255, (8, 8, 3), np.uint8))),
+            ["observation.cam.rgb", "images"],
+        ),
+        (
+            spaces.Dict(seq=spaces.Sequence(spaces.Discrete(3))),
+            ["observation.seq", "Sequence", "use Box"],
+        ),
         (spaces.OneOf([spaces.Discrete(2), spaces.Discrete(3)]), ["observation", "OneOf"]),
         (spaces.Dict({}), ["no parts"]),
     ],
 )
-def test_unsupported_spaces_are_refused_with_their_key_path(space: gymnasium.Space[Any], words: list[str]) -> None:
+def test_unsupported_spaces_are_refused_with_their_key_path(
+    space: gymnasium.Space[Any], words: list[str]
+) -> None:
     with pytest.raises(UsageError) as caught:
         SpaceCodec(space)
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)
@@ -164,7 +192,11 @@ def test_unsupported_spaces_are_refused_with_their_key_path(space: gymnasium.Spa
 @pytest.mark.parametrize(
     ("space", "value", "words"),
     [
-        (spaces.Dict(p=spaces.Box(-1, 1, (2,))), {"p": np.zeros(3)}, ["observation.p", "(3,)", "(2,)"]),
+        (
+            spaces.Dict(p=spaces.Box(-1, 1, (2,))),
+            {"p": np.zeros(3)},
+            ["observation.p", "(3,)", "(2,)"],
+        ),
         (spaces.Dict(p=spaces.Box(-1, 1, (2,))), {"q": np.zeros(2)}, ["observation.p", "'p'"]),
         (spaces.Discrete(3), 3, ["the value 3", "Discrete(3)"]),
         (spaces.Discrete(3), 0.5, ["float64"]),
@@ -173,7 +205,9 @@ def test_unsupported_spaces_are_refused_with_their_key_path(space: gymnasium.Spa
         (spaces.Box(-np.inf, np.inf, (1,), np.int64), np.array([2**60]), ["2**53", str(2**60)]),
     ],
 )
-def test_values_outside_their_space_are_named(space: gymnasium.Space[Any], value: Any, words: list[str]) -> None:
+def test_values_outside_their_space_are_named(
+    space: gymnasium.Space[Any], value: Any, words: list[str]
+) -> None:
     with pytest.raises(MesocosmError) as caught:
         SpaceCodec(space).encode_list([value])
     assert all(word in str(caught.value) for word in words), str(caught.value)

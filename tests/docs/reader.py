@@ -1,8 +1,9 @@
 """What the docs say to type: pages -> blocks of code -> commands.
 
-A block is fenced, or indented by four spaces after an empty line. Its parts between empty lines are shell where they begin with a command or an
-assignment; then every line is a command (one that ends in a backslash goes on). In its comment `no-run: REASON` keeps a command from being run.
-Above a fenced block `<!-- file: NAME -->` says what file it is, beside which the page's commands are run.
+A block is fenced, or indented by four spaces after an empty line. Its parts between empty lines are
+shell where they begin with a command or an assignment; then every line is a command (one that ends
+in a backslash goes on). In its comment `no-run: REASON` keeps a command from being run. Above a
+fenced block `<!-- file: NAME -->` says what file it is, beside which the page's commands are run.
 """
 
 from __future__ import annotations
@@ -16,9 +17,23 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 OURS = ("mesocosm", "make")
 HERE = ("python", "pytest", "curl", "eval", "source", "cd", "ls", "cat")
 """Programs that are there wherever the tests are."""
-FOREIGN = ("docker", "kubectl", "ssh", "ray", "pip", "git", "mlflow", "aws", "openssl", "gh", "helm")
+FOREIGN = (
+    "docker",
+    "kubectl",
+    "ssh",
+    "ray",
+    "pip",
+    "git",
+    "mlflow",
+    "aws",
+    "openssl",
+    "gh",
+    "helm",
+)
 """Programs, or places, that the tests do without: their commands say `no-run`."""
-COMMAND = re.compile(rf"(?:\w+=\S*\s+)*({'|'.join((*OURS, *HERE, *FOREIGN))})(?=\s|$)|^[A-Za-z_]\w*=\S")
+COMMAND = re.compile(
+    rf"(?:\w+=\S*\s+)*({'|'.join((*OURS, *HERE, *FOREIGN))})(?=\s|$)|^[A-Za-z_]\w*=\S"
+)
 NO_RUN = re.compile(r"no-run: (\S.*)")
 
 
@@ -36,7 +51,11 @@ class Command:
     @property
     def programs(self) -> list[str]:
         """The first word of each command of a pipe or list; an assignment has none."""
-        return [match[1] for part in re.split(r"\s(?:\||&&|;)\s", self.text) if (match := COMMAND.match(part.strip())) and match[1]]
+        return [
+            match[1]
+            for part in re.split(r"\s(?:\||&&|;)\s", self.text)
+            if (match := COMMAND.match(part.strip())) and match[1]
+        ]
 
 
 @dataclass(frozen=True)
@@ -74,14 +93,26 @@ def blocks(page: Path) -> list[Block]:
         if match := re.fullmatch(r"<!-- file: (\S+) -->", line.strip()):
             file = match[1]
         elif fence := re.match(r"\s*(`{3,})", line):
-            end = next(i for i in range(at + 1, len(lines)) if lines[i].strip().startswith(fence[1]))
+            end = next(
+                i for i in range(at + 1, len(lines)) if lines[i].strip().startswith(fence[1])
+            )
             found.append(Block(name(page), at + 2, lines[at + 1 : end], file))
             at, file = end, None
         elif line.startswith("    ") and line.strip() and (at == 0 or not lines[at - 1].strip()):
             end = at
             while end < len(lines) and (lines[end].startswith("    ") or not lines[end].strip()):
                 end += 1
-            found.append(Block(name(page), at + 1, [text.strip() if text.lstrip().startswith("#") else text[4:].rstrip() for text in lines[at:end]], None))
+            found.append(
+                Block(
+                    name(page),
+                    at + 1,
+                    [
+                        text.strip() if text.lstrip().startswith("#") else text[4:].rstrip()
+                        for text in lines[at:end]
+                    ],
+                    None,
+                )
+            )
             at = end - 1
         at += 1
     return found
@@ -93,8 +124,14 @@ def commands(block: Block) -> list[Command]:
     for first, lines in [] if block.file is not None else block.parts():
         stripped = [line.strip() for line in lines]
         if not COMMAND.match(stripped[0]) and not stripped[0].startswith("# "):
-            if strange := next((line for line in stripped if COMMAND.match(line) and not re.match(r"\w+=", line)), None):
-                raise ValueError(f"{block.page}:{first}: {strange!r} stands below what is no command; put an empty line between them")
+            if strange := next(
+                (line for line in stripped if COMMAND.match(line) and not re.match(r"\w+=", line)),
+                None,
+            ):
+                raise ValueError(
+                    f"{block.page}:{first}: {strange!r} stands below what is no command; put an"
+                    " empty line between them"
+                )
             continue
         held, start = "", first
         for number, line in enumerate(stripped, first):
@@ -107,7 +144,10 @@ def commands(block: Block) -> list[Command]:
             if not text:
                 continue
             if not COMMAND.match(text):
-                raise ValueError(f"{block.page}:{number}: {text!r} is no command that the docs' tests know (tests/docs/reader.py)")
+                raise ValueError(
+                    f"{block.page}:{number}: {text!r} is no command that the docs' tests know"
+                    " (tests/docs/reader.py)"
+                )
             reason = NO_RUN.search(comment)
             found.append(Command(block.page, start, text, reason[1] if reason else None))
     return found
@@ -136,7 +176,9 @@ def prose(page: Path) -> str:
 
 
 def lay_out(page: Path, folder: Path) -> list[str]:
-    """Where a reader of the page stands: beside the repository's configs and the files that the page writes, whose names it gives."""
+    """Where a reader of the page stands: beside the repository's configs and the files that the
+    page writes, whose names it gives.
+    """
     for part in ("configs", "clusters"):
         (folder / part).symlink_to(REPOSITORY / part)
     files = [(block.file, block.lines) for block in blocks(page) if block.file is not None]

@@ -1,4 +1,6 @@
-"""The docs hold: every command in them is parsed and dry-run here, and run by the slow tests (test_run.py); links, paths and quoted messages exist."""
+"""The docs hold: every command in them is parsed and dry-run here, and run by the slow tests
+(test_run.py); links, paths and quoted messages exist.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,18 @@ import pytest
 from mesocosm import cli, errors
 from mesocosm.cli import JOBS, TOOLS, main
 
-from .reader import FOREIGN, REPOSITORY, Block, Command, blocks, commands, lay_out, name, pages, prose
+from .reader import (
+    FOREIGN,
+    REPOSITORY,
+    Block,
+    Command,
+    blocks,
+    commands,
+    lay_out,
+    name,
+    pages,
+    prose,
+)
 
 PACKAGE = Path(cli.__file__).parent
 PAGES = pages()
@@ -25,7 +38,9 @@ BASES = (REPOSITORY, PACKAGE, REPOSITORY / "tests")
 SOMEBODY = re.compile(r"\bID\b|<id[^>]*>")
 """What stands in a page for the id of the reader's own artifact."""
 LACKING = ("id0", "law.json", "table.csv", "mymodule", "is no file, folder or pattern")
-"""Of these a dry run may say that they are not there: an earlier command would have made them, or the reader."""
+"""Of these a dry run may say that they are not there: an earlier command would have made them, or
+the reader.
+"""
 
 
 def _commands(block: Block) -> list[Command]:
@@ -45,13 +60,25 @@ def test_every_block_is_read(page: Path) -> None:
 
 
 def test_programs_that_are_not_there_are_not_run() -> None:
-    left = [str(command) for command in COMMANDS if command.no_run is None and set(command.programs) & set(FOREIGN)]
+    left = [
+        str(command)
+        for command in COMMANDS
+        if command.no_run is None and set(command.programs) & set(FOREIGN)
+    ]
     assert not left, "say why they are not run: `# no-run: REASON`"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "mesocosm" in c.programs], ids=str)
-def test_a_command_is_understood(command: Command, root: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """argparse takes it, its config keys are known and its values can be meant; what it would read may be missing."""
+def test_a_command_is_understood(
+    command: Command,
+    root: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """argparse takes it, its config keys are known and its values can be meant; what it would read
+    may be missing.
+    """
     for file in lay_out(REPOSITORY / command.page, tmp_path):
         monkeypatch.delitem(sys.modules, Path(file).stem, raising=False)
     monkeypatch.chdir(tmp_path)
@@ -59,7 +86,9 @@ def test_a_command_is_understood(command: Command, root: str, monkeypatch: pytes
     monkeypatch.setenv("MESOCOSM_HOME", str(tmp_path))
     words = shlex.split(SOMEBODY.sub("id0", command.text).replace("<port>", "6379"))
     words = words[words.index("mesocosm") + 1 :]
-    words = words[: next((at for at, word in enumerate(words) if word in ("|", "&&", ">", ";")), None)]
+    words = words[
+        : next((at for at, word in enumerate(words) if word in ("|", "&&", ">", ";")), None)
+    ]
     if words[0] not in JOBS:
         parsed = cli._parser().parse_args(words)
         assert parsed.command in (*TOOLS, "doctor")
@@ -73,13 +102,20 @@ def test_a_command_is_understood(command: Command, root: str, monkeypatch: pytes
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "make" in c.programs], ids=str)
 def test_make_has_the_target(command: Command) -> None:
-    done = subprocess.run(["make", "-n", *shlex.split(command.text)[1:]], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "-n", *shlex.split(command.text)[1:]],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_in_sentences_exist(page: Path) -> None:
-    targets = set(re.findall(r"^([a-z][-a-z ]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE))
+    targets = set(
+        re.findall(r"^([a-z][-a-z ]*):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    )
     known = {target for line in targets for target in line.split()}
     for span in re.findall(r"`([^`\n]+)`", prose(page)):
         if match := re.fullmatch(r"make ([-a-z]+)", span):
@@ -101,39 +137,67 @@ def test_links_lead_somewhere(page: Path) -> None:
         file, _, anchor = target.partition("#")
         found = page.parent / file if file else page
         assert found.exists(), f"{name(page)}: {target}"
-        assert not anchor or anchor in _anchors(found), f"{name(page)}: {target}: there is no such heading"
+        assert not anchor or anchor in _anchors(found), (
+            f"{name(page)}: {target}: there is no such heading"
+        )
 
 
 def _starts() -> set[str]:
-    """The first parts of paths that can be meant: folders of the repository, of the package, of the tests."""
-    return {path.name for base in BASES for path in base.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))}
+    """The first parts of paths that can be meant: folders of the repository, of the package, of the
+    tests.
+    """
+    return {
+        path.name
+        for base in BASES
+        for path in base.iterdir()
+        if path.is_dir() and not path.name.startswith((".", "__"))
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_paths_exist(page: Path) -> None:
     spans = re.findall(r"`([^`\n]+)`", prose(page))
-    words = [word for span in spans for word in span.split()] + re.findall(r"\bdocs/[\w/.-]+\.\w+", page.read_text())
+    words = [word for span in spans for word in span.split()] + re.findall(
+        r"\bdocs/[\w/.-]+\.\w+", page.read_text()
+    )
     for word in words:
         path = word.strip(",;:()").partition("::")[0]
-        if "/" not in path or path.split("/")[0] not in _starts() or re.search(r"NAME|[<>{}=@\[…]|\bID\b", path):
+        if (
+            "/" not in path
+            or path.split("/")[0] not in _starts()
+            or re.search(r"NAME|[<>{}=@\[…]|\bID\b", path)
+        ):
             continue
         if path.split("/")[0] in ("agents", "worlds", "serving") and "." not in path:
             continue  # an artifact's name
-        assert any((base / path).exists() or ("*" in path and list(base.glob(path))) for base in BASES), f"{name(page)}: there is no {path}"
+        assert any(
+            (base / path).exists() or ("*" in path and list(base.glob(path))) for base in BASES
+        ), f"{name(page)}: there is no {path}"
 
 
 def test_the_index_lists_every_page() -> None:
     index = (REPOSITORY / "docs/README.md").read_text()
-    missing = [page.name for page in PAGES if page.parent.name == "docs" and page.name != "README.md" and f"]({page.name})" not in index]
+    missing = [
+        page.name
+        for page in PAGES
+        if page.parent.name == "docs"
+        and page.name != "README.md"
+        and f"]({page.name})" not in index
+    ]
     assert not missing and "](docs/README.md)" in (REPOSITORY / "README.md").read_text()
 
 
 def test_errors_name_pages_that_are_there() -> None:
-    named = {match for path in PACKAGE.rglob("*.py") for match in re.findall(r"docs/[\w-]+\.md", path.read_text())}
+    named = {
+        match
+        for path in PACKAGE.rglob("*.py")
+        for match in re.findall(r"docs/[\w-]+\.md", path.read_text())
+    }
     assert named and all((REPOSITORY / path).exists() for path in named)
 
 
-# -- messages that a page quotes -------------------------------------------------------------------------------------
+# -- messages that a page quotes
+# -------------------------------------------------------------------------------------
 
 HOLE = "…"
 """In a quoted message: what differs from case to case."""
@@ -146,14 +210,21 @@ def _sentences() -> list[str]:
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(str(part.value) if isinstance(part, ast.Constant) else HOLE for part in node.values))
+                found.append(
+                    "".join(
+                        str(part.value) if isinstance(part, ast.Constant) else HOLE
+                        for part in node.values
+                    )
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return found
 
 
 def said_by_the_package(message: str) -> bool:
-    """Whether the pieces of `message` between its holes stand in one text of the source, in this order."""
+    """Whether the pieces of `message` between its holes stand in one text of the source, in this
+    order.
+    """
     pieces = [piece.strip() for piece in message.split(HOLE) if piece.strip()]
     pattern = re.compile(".*".join(re.escape(piece) for piece in pieces), re.DOTALL)
     return any(pattern.search(text) for text in _sentences())
@@ -161,7 +232,9 @@ def said_by_the_package(message: str) -> bool:
 
 def quoted() -> list[str]:
     """The messages of docs/troubleshooting.md: the first column of its tables."""
-    rows = re.findall(r"^\| (`.+?`) \|", (REPOSITORY / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (`.+?`) \|", (REPOSITORY / "docs/troubleshooting.md").read_text(), re.MULTILINE
+    )
     return [row.strip("`") for row in rows]
 
 
@@ -176,5 +249,9 @@ def test_a_quoted_message_is_one_of_the_packages(message: str) -> None:
 
 
 def test_a_message_that_nobody_says_is_found_out() -> None:
-    assert said_by_the_package("unknown config key …") and issubclass(errors.UsageError, errors.MesocosmError)
-    assert not said_by_the_package("unknown config kye …") and not said_by_the_package("is not registered … unknown config key")
+    assert said_by_the_package("unknown config key …") and issubclass(
+        errors.UsageError, errors.MesocosmError
+    )
+    assert not said_by_the_package("unknown config kye …") and not said_by_the_package(
+        "is not registered … unknown config key"
+    )

@@ -1,4 +1,6 @@
-"""Judging: whole episodes, metered exactly, the same for the same seed, and refused before a step where spaces differ."""
+"""Judging: whole episodes, metered exactly, the same for the same seed, and refused before a step
+where spaces differ.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +39,14 @@ class Balance:
     observation_space = gym.make("CartPole-v1").observation_space
     action_space = gym.spaces.Discrete(2)
 
-    def act(self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None) -> Any:
+    def act(
+        self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None
+    ) -> Any:
         return (observations @ np.array([0.0, 0.0, 1.0, 0.5]) > 0).astype(np.int64)
 
-    def act_one(self, observation: Any, explore: bool = False, rng: np.random.Generator | None = None) -> Any:
+    def act_one(
+        self, observation: Any, explore: bool = False, rng: np.random.Generator | None = None
+    ) -> Any:
         return self.act(np.asarray(observation)[None])[0]
 
 
@@ -88,29 +94,52 @@ def test_every_step_is_metered_and_the_same_seed_gives_the_same_episodes(root: s
 
     again = judge(Balance(), CARTPOLE, ledger(root), episodes=6, seed=3)
     assert again.returns == result.returns
-    assert np.array_equal(np.stack(again.episodes[2].observations), np.stack(result.episodes[2].observations))
+    assert np.array_equal(
+        np.stack(again.episodes[2].observations), np.stack(result.episodes[2].observations)
+    )
     assert book.totals().purposes["judge"].steps == 2 * result.steps
 
     selected = judge(Balance(), CARTPOLE, ledger(root), episodes=6, seed=3, purpose="select")
     assert book.totals().purposes["select"].steps == selected.steps
-    seeds = [{e.seed for e in r.episodes} for r in (result, selected)] + [{episode_seed(3, k) for k in range(100)}]
-    assert not (seeds[0] & seeds[1] | seeds[0] & seeds[2] | seeds[1] & seeds[2]), "judge, select and collect draw apart"
+    seeds = [{e.seed for e in r.episodes} for r in (result, selected)] + [
+        {episode_seed(3, k) for k in range(100)}
+    ]
+    assert not (seeds[0] & seeds[1] | seeds[0] & seeds[2] | seeds[1] & seeds[2]), (
+        "judge, select and collect draw apart"
+    )
 
 
 def test_the_budget_binds_selection_and_a_bound_binds_judging(root: str) -> None:
     reality = RealityConfig(env="CartPole-v1")
     reality.budget.steps = 50
     with pytest.raises(BudgetSpent):
-        judge(Balance(), reality, ledger(root, budget=reality.budget), episodes=20, seed=0, purpose="select")
-    assert ledger(root).totals().purposes["select"].steps == 50, "the budget is used to its last step and never exceeded"
-    assert judge(Balance(), reality, ledger(root, budget=reality.budget), episodes=2, seed=0).steps > 0, "judging is not collection"
+        judge(
+            Balance(),
+            reality,
+            ledger(root, budget=reality.budget),
+            episodes=20,
+            seed=0,
+            purpose="select",
+        )
+    assert ledger(root).totals().purposes["select"].steps == 50, (
+        "the budget is used to its last step and never exceeded"
+    )
+    assert (
+        judge(Balance(), reality, ledger(root, budget=reality.budget), episodes=2, seed=0).steps > 0
+    ), "judging is not collection"
     with pytest.raises(BudgetSpent):
         judge(Balance(), reality, ledger(root, bounds={"judge": 10}), episodes=2, seed=0)
 
 
 def test_a_policy_of_other_spaces_costs_no_real_step(root: str) -> None:
     with pytest.raises(UsageError, match=r"action_space .*InvertedPendulum-v5") as caught:
-        judge(random_policy(gym.spaces.Discrete(2)), RealityConfig(env="InvertedPendulum-v5"), ledger(root), episodes=1, seed=0)
+        judge(
+            random_policy(gym.spaces.Discrete(2)),
+            RealityConfig(env="InvertedPendulum-v5"),
+            ledger(root),
+            episodes=1,
+            seed=0,
+        )
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="observation_space"):
         judge(Balance(), RealityConfig(env="Acrobot-v1"), ledger(root), episodes=1, seed=0)
@@ -122,7 +151,9 @@ def test_a_failing_episode_is_dropped_and_counted(root: str, fault: str) -> None
     sys.modules["faulty_module"] = sys.modules[__name__]
     Faulty.episodes = 0
     reality = RealityConfig(env="faulty_module:Faulty", kwargs={"fault": fault}, step_timeout_s=0.2)
-    result = judge(random_policy(make_env(reality).action_space), reality, ledger(root), episodes=4, seed=0)
+    result = judge(
+        random_policy(make_env(reality).action_space), reality, ledger(root), episodes=4, seed=0
+    )
     assert len(result.returns) == 2 and len(result.dropped) == 2
     assert ledger(root).totals().purposes["judge"].steps == result.steps == 5 + 3 + 5 + 3
     assert result.to_json()["note"], "equal returns are said to be so"
@@ -140,7 +171,14 @@ def test_a_failing_episode_is_dropped_and_counted(root: str, fault: str) -> None
 def test_an_environment_without_a_limit_is_cut(root: str) -> None:
     sys.modules["faulty_module"] = sys.modules[__name__]
     reality = RealityConfig(env="faulty_module:Faulty", kwargs={"fault": "", "every": 10**9})
-    result = judge(random_policy(gym.spaces.Discrete(2)), reality, ledger(root), episodes=1, seed=0, max_episode_steps=4)
+    result = judge(
+        random_policy(gym.spaces.Discrete(2)),
+        reality,
+        ledger(root),
+        episodes=1,
+        seed=0,
+        max_episode_steps=4,
+    )
     assert result.lengths == (4,) and result.to_json()["cut"] == 1
 
 
@@ -159,7 +197,9 @@ class Varied(gym.Env[Any, Any]):
             "word": gym.spaces.Text(3, min_length=0, charset="ab"),
         }
     )
-    action_space = gym.spaces.Tuple([gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (2,), np.float32)])
+    action_space = gym.spaces.Tuple(
+        [gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (2,), np.float32)]
+    )
 
     def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
         super().reset(seed=seed)
@@ -170,7 +210,13 @@ class Varied(gym.Env[Any, Any]):
     def step(self, action: Any) -> Any:
         self.t += 1
         reward = self.slope * float(action[1].sum()) + float(action[0])
-        return self.observation_space.sample(), reward, False, self.t == 6, {"duration": 0.1 * self.t}
+        return (
+            self.observation_space.sample(),
+            reward,
+            False,
+            self.t == 6,
+            {"duration": 0.1 * self.t},
+        )
 
 
 class Interrupted:
@@ -197,7 +243,12 @@ def varied() -> RealityConfig:
     sys.modules["judged_module"] = sys.modules[__name__]
     slope, colour = TaskOption(low=-1.0, high=1.0), TaskOption(choices=["red", "blue"])
     task_options = {"slope": slope, "colour": colour}
-    return RealityConfig(env="judged_module:Varied", task=["slope", "colour"], task_options=task_options, success="return >= 6")
+    return RealityConfig(
+        env="judged_module:Varied",
+        task=["slope", "colour"],
+        task_options=task_options,
+        success="return >= 6",
+    )
 
 
 def plain(value: Any) -> Any:
@@ -217,7 +268,11 @@ def assert_same(one: JudgeResult, other: JudgeResult) -> None:
 
 @pytest.fixture(params=["local", "s3"])
 def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "root") if request.param == "local" else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    return (
+        str(tmp_path / "root")
+        if request.param == "local"
+        else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
+    )
 
 
 def test_judging_that_was_interrupted_goes_on_after_the_stored_episodes(any_root: str) -> None:
@@ -283,9 +338,17 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_process_pays_again_for_one_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_pays_again_for_one_episode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "killed_module.py").write_text(KILLED)
-    whole = judge(random_policy(gym.spaces.Discrete(2)), CARTPOLE, ledger(str(tmp_path / "other")), episodes=8, seed=0)
+    whole = judge(
+        random_policy(gym.spaces.Discrete(2)),
+        CARTPOLE,
+        ledger(str(tmp_path / "other")),
+        episodes=8,
+        seed=0,
+    )
     before = sum(whole.lengths[:5])
     command = [sys.executable, "killed_module.py"]
     env = os.environ | {"KILL_AT": str(before + 4)}
@@ -306,13 +369,20 @@ def test_a_killed_process_pays_again_for_one_episode(tmp_path: Path, monkeypatch
 def test_an_episode_that_another_process_has_stored_meanwhile_is_used(root: str) -> None:
     reality = varied()
     space = make_env(reality).action_space
-    mine, theirs = (JudgeStore(Storage(root), "two").segments("random", random_policy(space), seed=1, limit=6) for _ in range(2))
+    mine, theirs = (
+        JudgeStore(Storage(root), "two").segments("random", random_policy(space), seed=1, limit=6)
+        for _ in range(2)
+    )
     other: list[JudgeResult] = []
 
     def overtake() -> None:
-        other.append(judge(random_policy(space), reality, ledger(root), episodes=3, seed=1, segments=theirs))
+        other.append(
+            judge(random_policy(space), reality, ledger(root), episodes=3, seed=1, segments=theirs)
+        )
 
-    result = judge(Interrupted(space, 2, overtake), reality, ledger(root), episodes=4, seed=1, segments=mine)
+    result = judge(
+        Interrupted(space, 2, overtake), reality, ledger(root), episodes=4, seed=1, segments=mine
+    )
     assert result.returns[:3] == other[0].returns and len(result.returns) == 4
     totals = ledger(root).totals().purposes["judge"]
     assert totals.steps - totals.unconfirmed_steps == 4 * 6 and totals.unconfirmed_steps == 6
@@ -344,7 +414,12 @@ def test_stored_episodes_of_different_policies_do_not_mix(root: str) -> None:
 def network_policy(seed: int) -> Policy:
     torch.manual_seed(seed)
     space = gym.spaces.Box(-1, 1, (2,), np.float32)
-    return Policy("PPO", space, gym.spaces.Discrete(2), Layout("categorical", [{"kind": "linear", "in": 2, "out": 2}]))
+    return Policy(
+        "PPO",
+        space,
+        gym.spaces.Discrete(2),
+        Layout("categorical", [{"kind": "linear", "in": 2, "out": 2}]),
+    )
 
 
 def test_dropped_episodes_are_stored_and_a_store_of_nothing_else_is_removed(root: str) -> None:
@@ -386,8 +461,12 @@ def test_an_episode_with_a_value_outside_its_space_is_dropped_from_the_store(roo
     reality = varied()
     reality.env = "judged_module:Outside"
     space = make_env(reality).action_space
-    segments = JudgeStore(Storage(root), "outside").segments("random", random_policy(space), seed=0, limit=6)
-    result = judge(random_policy(space), reality, ledger(root), episodes=3, seed=0, segments=segments)
+    segments = JudgeStore(Storage(root), "outside").segments(
+        "random", random_policy(space), seed=0, limit=6
+    )
+    result = judge(
+        random_policy(space), reality, ledger(root), episodes=3, seed=0, segments=segments
+    )
     assert len(result.episodes) == 2 and "observation.mode" in result.dropped[0]
     totals = ledger(root).totals().purposes["judge"]
     assert totals.steps == result.steps == 18 and totals.unconfirmed_steps == 0

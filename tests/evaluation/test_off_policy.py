@@ -41,13 +41,24 @@ class WrongFarOut(KnownWorld):
         wrong = np.maximum(0.0, -3.0 - raw[:, 1])
         numbers = out.observation.numbers.clone()
         numbers[:, 0] += torch.from_numpy(wrong).float()
-        apart = torch.from_numpy(wrong).float() if self.knows else torch.rand(len(raw), generator=self.generator)
-        return state, replace(out, observation=replace(out.observation, numbers=numbers), disagreement=apart)
+        apart = (
+            torch.from_numpy(wrong).float()
+            if self.knows
+            else torch.rand(len(raw), generator=self.generator)
+        )
+        return state, replace(
+            out, observation=replace(out.observation, numbers=numbers), disagreement=apart
+        )
 
 
 def played(act: Callable[[Any, Any], Any], episodes: int = 12) -> list[Episode]:
     env = Walk()
-    return [run_episode(env, act, k=k, seed=9, behaviour="b", max_steps=None, config=RealityConfig(env="walk")) for k in range(episodes)]
+    return [
+        run_episode(
+            env, act, k=k, seed=9, behaviour="b", max_steps=None, config=RealityConfig(env="walk")
+        )
+        for k in range(episodes)
+    ]
 
 
 def down(observation: Any, rng: np.random.Generator) -> Any:
@@ -61,10 +72,21 @@ def random(observation: Any, rng: np.random.Generator) -> Any:
 @pytest.mark.parametrize("knows", [True, False])
 def test_where_it_is_wrong_and_whether_it_knows(walks: Dataset, knows: bool) -> None:
     world = WrongFarOut(Codec.fit(walks), knows)
-    found = off_policy(world, walks, [("down", played(down)), ("random", played(random))], horizons=(1, 5), starts=32, samples=2)
-    assert [row.name for row in found.behaviours] == ["random", "down"], "by their distance from the logs"
+    found = off_policy(
+        world,
+        walks,
+        [("down", played(down)), ("random", played(random))],
+        horizons=(1, 5),
+        starts=32,
+        samples=2,
+    )
+    assert [row.name for row in found.behaviours] == ["random", "down"], (
+        "by their distance from the logs"
+    )
     near, far = found.behaviours
-    assert near.divergence < far.divergence and near.divergence == pytest.approx(found.logs, abs=0.3)
+    assert near.divergence < far.divergence and near.divergence == pytest.approx(
+        found.logs, abs=0.3
+    )
     assert far.large > 0.5 > near.large and far.error > near.error
     assert (found.auroc > 0.95) if knows else (0.35 < found.auroc < 0.65)
     assert found.auroc_interval[0] <= found.auroc <= found.auroc_interval[1]
@@ -75,7 +97,11 @@ def test_where_it_is_wrong_and_whether_it_knows(walks: Dataset, knows: bool) -> 
 
 def test_one_step_errors_of_an_exact_world_are_none(walks: Dataset, tmp_path: Path) -> None:
     found = one_step_errors(KnownWorld(Codec.fit(walks)), walks, "valid")  # type: ignore[arg-type]
-    assert found.error.max() < 1e-5 and len(found.error) == walks.count("valid") and found.group.max() + 1 == len(walks.episodes("valid"))
+    assert (
+        found.error.max() < 1e-5
+        and len(found.error) == walks.count("valid")
+        and found.group.max() + 1 == len(walks.episodes("valid"))
+    )
 
 
 class Diverging(KnownWorld):
@@ -86,18 +112,40 @@ class Diverging(KnownWorld):
 
 def test_steps_that_diverge_are_the_largest_errors_and_no_sure_ones(walks: Dataset) -> None:
     found = one_step_errors(Diverging(Codec.fit(walks)), walks, "valid")  # type: ignore[arg-type]
-    assert found.diverged == len(found.error) and (found.error > 1e300).all() and (found.disagreement > 1e300).all()
+    assert (
+        found.diverged == len(found.error)
+        and (found.error > 1e300).all()
+        and (found.disagreement > 1e300).all()
+    )
 
 
 def test_a_clone_of_random_discrete_actions_knows_their_chance(tmp_path: Path) -> None:
     """On observations without numbers, too."""
-    observations, actions, rng = gym.spaces.Discrete(4), gym.spaces.Discrete(3), np.random.default_rng(0)
+    observations, actions, rng = (
+        gym.spaces.Discrete(4),
+        gym.spaces.Discrete(3),
+        np.random.default_rng(0),
+    )
     episodes = [
-        Episode(k, k, "random", [np.int64(v) for v in rng.integers(0, 4, 21)], [np.int64(v) for v in rng.integers(0, 3, 20)], np.ones(20), "truncated")
+        Episode(
+            k,
+            k,
+            "random",
+            [np.int64(v) for v in rng.integers(0, 4, 21)],
+            [np.int64(v) for v in rng.integers(0, 3, 20)],
+            np.ones(20),
+            "truncated",
+        )
         for k in range(60)
     ]
-    facts: dict[str, Any] = {"environment": Environment(id="x"), "observation_space": observations, "action_space": actions}
+    facts: dict[str, Any] = {
+        "environment": Environment(id="x"),
+        "observation_space": observations,
+        "action_space": actions,
+    }
     write_dataset(tmp_path / "d", episodes, id="d", seed=0, valid_fraction=0.2, **facts)
     data = Dataset([tmp_path / "d"])
     codec = Codec.fit(data)
-    assert Clone.fit(data, codec, 0).divergence(data, codec, "valid") == pytest.approx(np.log(3), abs=0.05)
+    assert Clone.fit(data, codec, 0).divergence(data, codec, "valid") == pytest.approx(
+        np.log(3), abs=0.05
+    )

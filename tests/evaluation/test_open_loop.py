@@ -1,4 +1,6 @@
-"""Open-loop error against worlds whose error is known, and against a real one with and without its base."""
+"""Open-loop error against worlds whose error is known, and against a real one with and without its
+base.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +39,30 @@ def by_horizon(table: Any) -> dict[str, Any]:
 
 def test_a_known_error_is_found_at_every_horizon(walks: Dataset) -> None:
     codec, bias = Codec.fit(walks), 0.01
-    table = by_horizon(open_loop(KnownWorld(codec, bias=bias), walks, horizons=(1, 5, 15, "full"), starts=10_000, samples=2, seed=0))
+    table = by_horizon(
+        open_loop(
+            KnownWorld(codec, bias=bias),
+            walks,
+            horizons=(1, 5, 15, "full"),
+            starts=10_000,
+            samples=2,
+            seed=0,
+        )
+    )
     episodes = [walks.episode(int(e)) for e in walks.episodes("valid")]
-    std = np.concatenate([e.observations for e in (walks.episode(int(e)) for e in walks.episodes("train"))]).std(0)
+    std = np.concatenate(
+        [e.observations for e in (walks.episode(int(e)) for e in walks.episodes("train"))]
+    ).std(0)
     for name, row in table.items():
-        spans = [(e.observations, t, t + int(name)) for e in episodes for t in range(len(e) - int(name) + 1)] if name != "full" else []
+        spans = (
+            [
+                (e.observations, t, t + int(name))
+                for e in episodes
+                for t in range(len(e) - int(name) + 1)
+            ]
+            if name != "full"
+            else []
+        )
         spans = spans or [(e.observations, 0, len(e)) for e in episodes]
         moved = math.sqrt(np.mean([(((o[b] - o[a]) / std) ** 2).mean() for o, a, b in spans]))
         wrong = math.sqrt(np.mean([((b - a) * bias / std[0]) ** 2 / 2 for _, a, b in spans]))
@@ -62,20 +83,32 @@ def test_every_imagined_step_is_progress(walks: Dataset) -> None:
 
 
 def test_the_mean_of_rollouts_and_a_single_one_are_told_apart(walks: Dataset) -> None:
-    row = open_loop(KnownWorld(Codec.fit(walks), noise=0.2), walks, horizons=(3,), starts=10_000, samples=16).rows[0]
-    assert row.single / row.ratio == pytest.approx(4.0, rel=0.1), "independent noise averages out as the square root of 16"
+    row = open_loop(
+        KnownWorld(Codec.fit(walks), noise=0.2), walks, horizons=(3,), starts=10_000, samples=16
+    ).rows[0]
+    assert row.single / row.ratio == pytest.approx(4.0, rel=0.1), (
+        "independent noise averages out as the square root of 16"
+    )
 
 
 def test_a_linear_model_is_beside_it(walks: Dataset, tmp_path: Path) -> None:
-    rows = by_horizon(open_loop(KnownWorld(Codec.fit(walks), noise=0.2), walks, horizons=(1, 5, "full"), samples=4))
+    rows = by_horizon(
+        open_loop(
+            KnownWorld(Codec.fit(walks), noise=0.2), walks, horizons=(1, 5, "full"), samples=4
+        )
+    )
     assert all(row.linear < 1e-3 < row.ratio for row in rows.values()), "o' = o + a is linear"
     noisy = collect(tmp_path / "noisy", 60, noise=0.3)
     rows = by_horizon(open_loop(KnownWorld(Codec.fit(noisy)), noisy, horizons=(1,), samples=2))
     assert rows["1"].linear == pytest.approx(rows["1"].ratio, rel=0.05), "of the same expectation"
 
 
-@pytest.mark.parametrize(("noise", "low", "high"), [(0.3, 0.85, 0.95), (0.1, 0.2, 0.75), (1.5, 0.98, 1.0)])
-def test_ninety_percent_intervals_hold_ninety_percent_of_a_calibrated_world(tmp_path: Path, noise: float, low: float, high: float) -> None:
+@pytest.mark.parametrize(
+    ("noise", "low", "high"), [(0.3, 0.85, 0.95), (0.1, 0.2, 0.75), (1.5, 0.98, 1.0)]
+)
+def test_ninety_percent_intervals_hold_ninety_percent_of_a_calibrated_world(
+    tmp_path: Path, noise: float, low: float, high: float
+) -> None:
     data = collect(tmp_path / "noisy", 60, noise=0.3)
     table = open_loop(KnownWorld(Codec.fit(data), noise=noise), data, horizons=(1,), starts=10_000)
     row = table.rows[0]
@@ -90,18 +123,26 @@ def test_a_rare_event_shows_in_the_mean_and_not_in_the_typical_error(walks: Data
             out.observation.numbers[::40] += 5.0
             return state, out
 
-    row = open_loop(Rare(Codec.fit(walks), noise=0.02), walks, horizons=(1,), starts=10_000, samples=1).rows[0]
+    row = open_loop(
+        Rare(Codec.fit(walks), noise=0.02), walks, horizons=(1,), starts=10_000, samples=1
+    ).rows[0]
     assert row.typical < 0.1 and row.ratio > 0.5
 
 
 def test_what_cannot_be_measured_is_said(walks: Dataset, tmp_path: Path) -> None:
     codec = Codec.fit(walks)
     table = open_loop(KnownWorld(codec), walks, horizons=(500,))
-    assert table.rows[0].ratio is None and table.notes == ("horizon 500: no validation episode is that long.",)
+    assert table.rows[0].ratio is None and table.notes == (
+        "horizon 500: no validation episode is that long.",
+    )
     few = collect(tmp_path / "few", 5, valid_fraction=0.01)
     assert len(few.episodes("valid")) < 2
     table = open_loop(KnownWorld(codec), few, horizons=(1,))
-    assert table.split == "train" and "on the training split" in table.notes[0] and table.rows[0].ratio is not None
+    assert (
+        table.split == "train"
+        and "on the training split" in table.notes[0]
+        and table.rows[0].ratio is not None
+    )
     still = collect(tmp_path / "still", 8, valid_fraction=0.4, constant=True)
     table = open_loop(KnownWorld(codec), still, horizons=(1,))
     assert table.rows[0].ratio is None and "persistence makes no error" in table.notes[0]
@@ -110,15 +151,30 @@ def test_what_cannot_be_measured_is_said(walks: Dataset, tmp_path: Path) -> None
 def test_reward_and_termination_a_step_ahead(walks: Dataset) -> None:
     codec = Codec.fit(walks)
     exact = one_step(KnownWorld(codec), walks)
-    assert exact.terminals == sum(walks.episode(int(e)).outcome == "terminated" for e in walks.episodes("valid")) > 0
-    assert exact.precision == exact.recall == 1.0 and exact.expected_terminals == exact.terminals and exact.transitions == walks.count("valid")
+    assert (
+        exact.terminals
+        == sum(walks.episode(int(e)).outcome == "terminated" for e in walks.episodes("valid"))
+        > 0
+    )
+    assert (
+        exact.precision == exact.recall == 1.0
+        and exact.expected_terminals == exact.terminals
+        and exact.transitions == walks.count("valid")
+    )
     assert exact.reward_r2 == pytest.approx(1.0, abs=1e-6) and exact.reward_accuracy is None
     assert exact.auc == 1.0 and exact.auc_interval == (1.0, 1.0) == exact.recall_interval
     blurred = one_step(KnownWorld(codec, noise=1.0), walks)
-    assert 0.5 < blurred.auc < 1.0 and blurred.auc_interval[0] < blurred.auc < blurred.auc_interval[1]
+    assert (
+        0.5 < blurred.auc < 1.0 and blurred.auc_interval[0] < blurred.auc < blurred.auc_interval[1]
+    )
     assert blurred.reward_r2_interval[0] < blurred.reward_r2 < blurred.reward_r2_interval[1]
     early = one_step(KnownWorld(codec, bias=-10.0), walks)
-    assert early.recall == 0.0 and early.precision is None and "no termination was predicted" in early.notes[0] and early.reward_r2 < 0
+    assert (
+        early.recall == 0.0
+        and early.precision is None
+        and "no termination was predicted" in early.notes[0]
+        and early.reward_r2 < 0
+    )
 
 
 def test_when_episodes_end(walks: Dataset, tmp_path: Path) -> None:
@@ -126,9 +182,16 @@ def test_when_episodes_end(walks: Dataset, tmp_path: Path) -> None:
     exact = time_to_end(KnownWorld(codec), walks)
     assert exact.episodes > 3 and exact.bias == exact.error == exact.missed == 0.0
     never = time_to_end(KnownWorld(codec, bias=-10.0), walks)
-    assert never.bias == never.error == never.missed == 1.0, "it goes on at least one step after the end"
+    assert never.bias == never.error == never.missed == 1.0, (
+        "it goes on at least one step after the end"
+    )
     early = time_to_end(KnownWorld(codec, bias=1.0), walks)
-    assert early.bias < -1 and early.error == -early.bias and early.missed == 0.0 and early.error_interval[0] < early.error
+    assert (
+        early.bias < -1
+        and early.error == -early.bias
+        and early.missed == 0.0
+        and early.error_interval[0] < early.error
+    )
     endless = time_to_end(KnownWorld(codec), collect(tmp_path / "short", 9, limit=1, constant=True))
     assert endless.error is None and "no episode terminates" in (endless.note or "")
 
@@ -146,7 +209,17 @@ def test_imagination_of_the_true_dynamics_is_reality(walks: Dataset) -> None:
 
     for k in range(4):
         act = lambda o, rng: Drift().act(o)  # noqa: E731
-        episodes.append(run_episode(env, act, k=k, seed=5, behaviour="policy", max_steps=None, config=RealityConfig(env="walk")))
+        episodes.append(
+            run_episode(
+                env,
+                act,
+                k=k,
+                seed=5,
+                behaviour="policy",
+                max_steps=None,
+                config=RealityConfig(env="walk"),
+            )
+        )
     shown = side_by_side(world, Drift(), episodes, title="t", seed=0, count=4, samples=2)
     assert len(shown.episodes) == 4 and shown.names == ["observation[0]", "observation[1]"]
     for pair, episode in zip(shown.episodes, episodes, strict=True):
@@ -162,18 +235,29 @@ def test_imagination_of_the_true_dynamics_is_reality(walks: Dataset) -> None:
 def untrained(request: pytest.FixtureRequest, walks: Dataset) -> dict[bool, World]:
     codec, worlds = Codec.fit(walks), {}
     for base in (True, False):
-        config = ModelConfig(family=request.param, size="10k", members=2, base=base, base_steps=0, context=6)
+        config = ModelConfig(
+            family=request.param, size="10k", members=2, base=base, base_steps=0, context=6
+        )
         net = build(codec.spec, config)
         mup.init_(net, 0)
-        worlds[base] = World(net, Base.fit(codec.spec, config, transitions(walks, codec), seed=0), codec.to_json())
+        worlds[base] = World(
+            net, Base.fit(codec.spec, config, transitions(walks, codec), seed=0), codec.to_json()
+        )
     return worlds
 
 
-def test_a_real_world_with_the_right_base_is_good_before_training_and_without_it_is_not(walks: Dataset, untrained: dict[bool, World]) -> None:
-    good, bad = (by_horizon(open_loop(untrained[base], walks, horizons=(1, 5), starts=32, samples=4, seed=1)) for base in (True, False))
+def test_a_real_world_with_the_right_base_is_good_before_training_and_without_it_is_not(
+    walks: Dataset, untrained: dict[bool, World]
+) -> None:
+    good, bad = (
+        by_horizon(open_loop(untrained[base], walks, horizons=(1, 5), starts=32, samples=4, seed=1))
+        for base in (True, False)
+    )
     assert good["1"].ratio < 0.05 and good["5"].ratio < 0.1
     assert bad["1"].ratio > 0.5
-    again = by_horizon(open_loop(untrained[True], walks, horizons=(1, 5), starts=32, samples=4, seed=1))
+    again = by_horizon(
+        open_loop(untrained[True], walks, horizons=(1, 5), starts=32, samples=4, seed=1)
+    )
     assert again == good, "the same seed gives the same table"
 
 
@@ -188,19 +272,32 @@ def test_history_is_given_before_a_start(walks: Dataset, untrained: dict[bool, W
     if not world.net.memory:
         assert carry.clock == 0
         return
-    assert carry.position == 3 and carry.start_column.tolist() == [3, 2, 0], "columns before an episode's start are hidden"
-    assert torch.equal(carry.past_observation.numbers[2, :3], log.observation(episode[2:], np.array([[6, 7, 8]])).numbers[0])
-    assert torch.equal(carry.past_action.numbers[1, 2], log.action(episode[:1], np.array([0])).numbers[0])
+    assert carry.position == 3 and carry.start_column.tolist() == [3, 2, 0], (
+        "columns before an episode's start are hidden"
+    )
+    assert torch.equal(
+        carry.past_observation.numbers[2, :3],
+        log.observation(episode[2:], np.array([[6, 7, 8]])).numbers[0],
+    )
+    assert torch.equal(
+        carry.past_action.numbers[1, 2], log.action(episode[:1], np.array([0])).numbers[0]
+    )
 
 
 def test_fidelity_on_real_components_adds_up(walks: Dataset, untrained: dict[bool, World]) -> None:
     found = fidelity(untrained[True], walks, horizons=(1,), starts=16, samples=2)
-    assert found.losses["total"] == pytest.approx(sum(v for k, v in found.losses.items() if k != "total"))
-    assert {"dynamics", "reward", "termination", "task"} <= set(found.losses) and all(math.isfinite(v) and v >= 0 for v in found.losses.values())
+    assert found.losses["total"] == pytest.approx(
+        sum(v for k, v in found.losses.items() if k != "total")
+    )
+    assert {"dynamics", "reward", "termination", "task"} <= set(found.losses) and all(
+        math.isfinite(v) and v >= 0 for v in found.losses.values()
+    )
     assert found.losses == pytest.approx(losses(untrained[True], walks, batch=7)[0], rel=1e-4)
     low, high = found.loss_intervals["total"]
     assert low < found.losses["total"] < high
-    assert found.losses["dynamics"] < losses(untrained[False], walks)[0]["dynamics"], "the base knows the dynamics"
+    assert found.losses["dynamics"] < losses(untrained[False], walks)[0]["dynamics"], (
+        "the base knows the dynamics"
+    )
 
 
 def test_a_world_of_other_spaces_is_refused(walks: Dataset) -> None:

@@ -1,4 +1,6 @@
-"""Graded policies fill the range whatever the task's answer to noise; noise acts as it does in collection; agents of the data are refused."""
+"""Graded policies fill the range whatever the task's answer to noise; noise acts as it does in
+collection; agents of the data are refused.
+"""
 
 from __future__ import annotations
 
@@ -71,10 +73,22 @@ def test_noise_is_what_a_behaviour_calls_noise() -> None:
 def test_an_agent_that_collected_the_worlds_data_is_no_test_of_it(root: str) -> None:
     storage = Storage(root)
     former: dict[str, Any] = {"inputs": {"agents": ["ab12"]}, "metrics": {"kept_former": 1.0}}
-    for name, meta in (("ab12", {"inputs": {}}), ("cd34", {"inputs": {"agents": ["ab12"]}}), ("ef56", former)):
+    for name, meta in (
+        ("ab12", {"inputs": {}}),
+        ("cd34", {"inputs": {"agents": ["ab12"]}}),
+        ("ef56", former),
+    ):
         storage.make("agents", name, meta, lambda folder: (folder / "x").write_text("x") and None)
-    data = Artifact(kind="datasets", id="d1", path=Path("."), uri="", meta={"inputs": {"agents": ["ab12"]}})
+    data = Artifact(
+        kind="datasets", id="d1", path=Path("."), uri="", meta={"inputs": {"agents": ["ab12"]}}
+    )
     panel.held_out(["agents/cd34", "agents/cd34@5"], storage, [data])
-    for same in ("agents/ab12@5", "agents/ef56", "agents/cd34@0"):  # a snapshot 0 is the agent that training began with
-        with pytest.raises(UsageError, match=r"agents/ab12 collected datasets/d1.*judge another agent"):
+    for same in (
+        "agents/ab12@5",
+        "agents/ef56",
+        "agents/cd34@0",
+    ):  # a snapshot 0 is the agent that training began with
+        with pytest.raises(
+            UsageError, match=r"agents/ab12 collected datasets/d1.*judge another agent"
+        ):
             panel.held_out([same], storage, [data])

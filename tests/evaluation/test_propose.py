@@ -1,4 +1,6 @@
-"""What to collect next: a small real ensemble, trained on data that lacks a region, sends the budget there; the config is one that `collect` runs."""
+"""What to collect next: a small real ensemble, trained on data that lacks a region, sends the
+budget there; the config is one that `collect` runs.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ MODULE = __name__
 
 
 class Field(gym.Env[Any, Any]):
-    """A point that moves by its action; beyond 2 it moves by the sine of five times where it is. `side` is where it begins: 0, or at the option."""
+    """A point that moves by its action; beyond 2 it moves by the sine of five times where it is.
+    `side` is where it begins: 0, or at the option.
+    """
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float64)
     action_space = gym.spaces.Box(-1.0, 1.0, (1,), np.float64)
@@ -61,15 +65,21 @@ def right(observation: Any, rng: Any) -> Any:
 
 
 def reality(**more: Any) -> RealityConfig:
-    return RealityConfig(env=f"{MODULE}:Field", horizon=12, price=PriceConfig(per_step=0.5, per_reset=1.0), **more)
+    return RealityConfig(
+        env=f"{MODULE}:Field", horizon=12, price=PriceConfig(per_step=0.5, per_reset=1.0), **more
+    )
 
 
-BEHAVIOURS = [BehaviourConfig(kind="scripted", function=f"{MODULE}:{name}") for name in ("stay", "right")]
+BEHAVIOURS = [
+    BehaviourConfig(kind="scripted", function=f"{MODULE}:{name}") for name in ("stay", "right")
+]
 
 
 def made(root: str, members: int = 3, **more: Any) -> Artifact:
     """A world of 300 random steps, near 0."""
-    cfg = CollectConfig(seed=4, storage=StorageConfig(root), reality=reality(**more), steps=300, lanes=1, workers=0)
+    cfg = CollectConfig(
+        seed=4, storage=StorageConfig(root), reality=reality(**more), steps=300, lanes=1, workers=0
+    )
     with tracking.start("collect", cfg, quiet=True) as run:
         data = collect.run(cfg, run)
     dataset = Dataset([data.path])
@@ -97,21 +107,31 @@ def proposal(root: str, world: Artifact, **more: Any) -> tuple[dict[str, Any], C
     with tracking.start("propose", cfg, quiet=True) as run:
         found = propose.run(cfg, run)
     file = found.path / propose.NEXT
-    return json.loads((found.path / propose.PROPOSAL).read_text()), config.load(CollectConfig, [file]), file.read_text()
+    return (
+        json.loads((found.path / propose.PROPOSAL).read_text()),
+        config.load(CollectConfig, [file]),
+        file.read_text(),
+    )
 
 
 def steps_of(answer: dict[str, Any]) -> dict[str, int]:
     return {row["behaviour"].rpartition(":")[2]: row["steps"] for row in answer["candidates"]}
 
 
-def test_the_budget_goes_where_data_lack_and_members_disagree(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], golden: Any) -> None:
+def test_the_budget_goes_where_data_lack_and_members_disagree(
+    root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], golden: Any
+) -> None:
     world = made(root)
     answer, job, text = proposal(root, world)
     steps = steps_of(answer)
     golden.check("propose", {name: float(count) for name, count in steps.items()})
     assert sum(steps.values()) == 203 == job.steps and steps["right"] > 100 and steps["stay"] < 70
     row = answer["candidates"][0]
-    assert row["behaviour"] == f"scripted {MODULE}:right" and row["gap"] > 1 and row["episodes"] == pytest.approx(row["steps"] / 12)
+    assert (
+        row["behaviour"] == f"scripted {MODULE}:right"
+        and row["gap"] > 1
+        and row["episodes"] == pytest.approx(row["steps"] / 12)
+    )
     assert answer["price"] == pytest.approx(203 * 0.5 + 203 / 12)
     assert job.seed == 5, "the seed of the world's data, 4, would begin alike"
     assert "worth" in text and sum(b.weight for b in job.behaviours) == pytest.approx(1, abs=1e-3)
@@ -119,39 +139,71 @@ def test_the_budget_goes_where_data_lack_and_members_disagree(root: str, tmp_pat
     assert again == answer and same == text == (tmp_path / "next.yaml").read_text()
     forced, _, _ = proposal(root, world, force=True)
     assert forced == answer, "the same seed imagines the same"
-    assert main(["collect", "-c", str(tmp_path / "next.yaml"), f"storage.root={root}", "--dry-run", "--json"]) == 0
+    assert (
+        main(
+            [
+                "collect",
+                "-c",
+                str(tmp_path / "next.yaml"),
+                f"storage.root={root}",
+                "--dry-run",
+                "--json",
+            ]
+        )
+        == 0
+    )
     assert json.loads(capsys.readouterr().out)["real steps"] == 203
     with tracking.start("collect", job, quiet=True) as run:
         job.storage.root, job.workers = root, 0
         data = Dataset([collect.run(job, run).path])
-    assert data.transitions == 203 and any(float(o[0]) > 2 for e in data.iter_episodes() for o in e.observations)
+    assert data.transitions == 203 and any(
+        float(o[0]) > 2 for e in data.iter_episodes() for o in e.observations
+    )
 
 
 @pytest.mark.slow
 def test_tasks_that_are_reset_options_are_candidates(root: str) -> None:
-    """Data of both sides; the candidate of each is imagined from that side alone, and what is collected keeps to it."""
+    """Data of both sides; the candidate of each is imagined from that side alone, and what is
+    collected keeps to it.
+    """
     task = {"task": ["side"], "task_options": {"side": TaskOption(choices=[0.0, 6.0])}}
     world = made(root, **task)
     answer, job, _ = proposal(root, world, behaviours=[], reality=reality(**task))
     names = {row["behaviour"] for row in answer["candidates"]}
-    assert names == {"random", "random side=0.0", "random side=6.0"} and sum(steps_of(answer).values()) == 203
-    only = CollectConfig(storage=StorageConfig(root), reality=job.reality, steps=60, lanes=1, workers=0)
+    assert (
+        names == {"random", "random side=0.0", "random side=6.0"}
+        and sum(steps_of(answer).values()) == 203
+    )
+    only = CollectConfig(
+        storage=StorageConfig(root), reality=job.reality, steps=60, lanes=1, workers=0
+    )
     only.behaviours = [BehaviourConfig(task_options={"side": TaskOption(choices=[6])})]
     with tracking.start("collect", only, quiet=True) as run:
         data = Dataset([collect.run(only, run).path])
-    assert {e.task["side"] for e in data.iter_episodes()} == {6.0} and data.options[0].values is None, "a number, as in the other data"
+    assert {e.task["side"] for e in data.iter_episodes()} == {6.0} and data.options[
+        0
+    ].values is None, "a number, as in the other data"
 
 
 @pytest.mark.slow
 def test_it_says_when_there_is_little_to_tell(root: str) -> None:
     world = made(root, members=1)
     answer, _, text = proposal(root, world, behaviours=[])
-    assert steps_of(answer) == {"random": 203} and "1 member" in answer["notes"][0] and "only candidate" in answer["notes"][1]
+    assert (
+        steps_of(answer) == {"random": 203}
+        and "1 member" in answer["notes"][0]
+        and "only candidate" in answer["notes"][1]
+    )
     assert "# note: random actions are the only candidate" in text
     answer, _, _ = proposal(root, world)
-    assert answer["candidates"][0]["behaviour"].endswith(":right") and steps_of(answer)["right"] > 85, "coverage alone chooses"
+    assert (
+        answer["candidates"][0]["behaviour"].endswith(":right") and steps_of(answer)["right"] > 85
+    ), "coverage alone chooses"
     answer, _, text = proposal(root, world, steps=24)
-    assert any("about 2 episodes, less than one of" in note for note in answer["notes"]) and "# note: the budget is about" in text
+    assert (
+        any("about 2 episodes, less than one of" in note for note in answer["notes"])
+        and "# note: the budget is about" in text
+    )
     answer, _, _ = proposal(root, world, steps=6)
     assert any("less than one episode (some 12 steps)" in note for note in answer["notes"])
 
@@ -167,20 +219,49 @@ LOGGED = np.random.default_rng(0).normal(0, 0.3, (500, 2)).astype(np.float32)
 
 
 def test_steps_go_where_they_tell_the_most_of_all_candidates() -> None:
-    """Twins share what one would get; what lies on the logs gets little; disagreement counts, where there is any."""
-    found = buy([candidate(0), candidate(5), candidate(5), candidate(-5)], LOGGED, 0.5, 101, disagrees=True, seed=0)
+    """Twins share what one would get; what lies on the logs gets little; disagreement counts, where
+    there is any.
+    """
+    found = buy(
+        [candidate(0), candidate(5), candidate(5), candidate(-5)],
+        LOGGED,
+        0.5,
+        101,
+        disagrees=True,
+        seed=0,
+    )
     home, a, b, other = found.steps
     assert sum(found.steps) == 101 and home < 15 and min(a + b, other) > 25 and 0 < found.left < 0.5
-    two = buy([candidate(5), candidate(-5), candidate(-5.1), candidate(-4.9)], LOGGED, 0.5, 10, disagrees=True, seed=0)
+    two = buy(
+        [candidate(5), candidate(-5), candidate(-5.1), candidate(-4.9)],
+        LOGGED,
+        0.5,
+        10,
+        disagrees=True,
+        seed=0,
+    )
     assert two.steps[0] < 5, "what is bought of three near each other tells of all three"
     seen = buy([candidate(5, 0.1), candidate(-5, 3.0)], LOGGED, 0.5, 40, disagrees=True, seed=0)
     blind = buy([candidate(5, 0.1), candidate(-5, 3.0)], LOGGED, 0.5, 40, disagrees=False, seed=0)
     assert seen.steps[1] > blind.steps[1] and seen.scores[1].worth > 5 * seen.scores[0].worth
-    lesser = buy([candidate(5, 3.0, 1.0), candidate(-5, 0.3, 1.0)], LOGGED, 0.5, 100, disagrees=True, seed=0)
+    lesser = buy(
+        [candidate(5, 3.0, 1.0), candidate(-5, 0.3, 1.0)], LOGGED, 0.5, 100, disagrees=True, seed=0
+    )
     assert lesser.scores[0].worth > 4 * lesser.scores[1].worth and 25 <= lesser.steps[1] < 50, (
         "half of the budget is even, the other goes to what is less known"
     )
-    even, greedy = (buy([candidate(0), candidate(5, spread=1.0)], LOGGED, 0.5, 100, disagrees=True, seed=0, even=share).steps for share in (1.0, 0.0))
+    even, greedy = (
+        buy(
+            [candidate(0), candidate(5, spread=1.0)],
+            LOGGED,
+            0.5,
+            100,
+            disagrees=True,
+            seed=0,
+            even=share,
+        ).steps
+        for share in (1.0, 0.0)
+    )
     assert even == [50, 50] and greedy[1] > 80
     assert weights([100, 100], [10.0, 50.0]) == pytest.approx([5 / 6, 1 / 6], abs=1e-3)
 
@@ -188,7 +269,9 @@ def test_steps_go_where_they_tell_the_most_of_all_candidates() -> None:
 def test_budgets_beyond_what_was_imagined_and_worlds_that_diverged() -> None:
     diverged = candidate(-5)
     diverged.disagreement[:] = np.inf
-    found = buy([candidate(0), candidate(5), diverged], LOGGED, 0.5, 100_000, disagrees=True, seed=0)
+    found = buy(
+        [candidate(0), candidate(5), diverged], LOGGED, 0.5, 100_000, disagrees=True, seed=0
+    )
     assert sum(found.steps) == 100_000 and all(np.isfinite([score.worth for score in found.scores]))
     assert found.steps[1] > 20_000 and found.steps[2] > 20_000
     assert buy([candidate(5), candidate(0)], LOGGED, 0.5, 3, disagrees=True, seed=0).steps == [3, 0]
@@ -206,16 +289,39 @@ def test_budgets_beyond_what_was_imagined_and_worlds_that_diverged() -> None:
         (["world=w0"], "worlds/w0"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(words: list[str], said: str, root: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_meant_is_refused(
+    words: list[str], said: str, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["propose", *words, f"storage.root={root}", "--dry-run"]) == 2
     assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("option", "said"),
-    [("{colour: {choices: [1]}}", "part of nothing"), ("{side: {choices: [2]}}", "beyond"), ("{side: {low: 0, high: 1}}", "beyond")],
+    [
+        ("{colour: {choices: [1]}}", "part of nothing"),
+        ("{side: {choices: [2]}}", "beyond"),
+        ("{side: {low: 0, high: 1}}", "beyond"),
+    ],
 )
-def test_a_behaviour_draws_a_part_of_what_reality_draws(option: str, said: str, root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [f"reality.env={MODULE}:Field", "reality.task=[side]", "reality.task_options={side: {choices: [0, 6]}}", f"storage.root={root}"]
-    assert main(["collect", *words, f"behaviours=[{{kind: random, task_options: {option}}}]", "--dry-run"]) == 2
+def test_a_behaviour_draws_a_part_of_what_reality_draws(
+    option: str, said: str, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [
+        f"reality.env={MODULE}:Field",
+        "reality.task=[side]",
+        "reality.task_options={side: {choices: [0, 6]}}",
+        f"storage.root={root}",
+    ]
+    assert (
+        main(
+            [
+                "collect",
+                *words,
+                f"behaviours=[{{kind: random, task_options: {option}}}]",
+                "--dry-run",
+            ]
+        )
+        == 2
+    )
     assert said in capsys.readouterr().err

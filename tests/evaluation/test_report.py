@@ -1,4 +1,6 @@
-"""The report: the page shows the summary's figures, parses, loads nothing, and says what is undefined."""
+"""The report: the page shows the summary's figures, parses, loads nothing, and says what is
+undefined.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,16 @@ from xml.etree import ElementTree
 import numpy as np
 
 from mesocosm.evaluation import page, stats
-from mesocosm.evaluation.report import Curve, Episode, Point, PurposeRow, ReportInput, Stage, Trajectories, write
+from mesocosm.evaluation.report import (
+    Curve,
+    Episode,
+    Point,
+    PurposeRow,
+    ReportInput,
+    Stage,
+    Trajectories,
+    write,
+)
 
 
 def table(scale: float) -> dict[str, Any]:
@@ -26,7 +37,14 @@ def table(scale: float) -> dict[str, Any]:
             "typical": r * scale * 0.5,
             "linear": r * 3,
         }
-        | {"accuracy": 0.75, "accuracy_interval": [0.7, 0.8], "persistence_accuracy": 0.5, "persistence": 0.1 * h, "starts": 64, "episodes": 8}
+        | {
+            "accuracy": 0.75,
+            "accuracy_interval": [0.7, 0.8],
+            "persistence_accuracy": 0.5,
+            "persistence": 0.1 * h,
+            "starts": 64,
+            "episodes": 8,
+        }
         for h, r in ((1, 0.125), (5, 0.25), (50, 4.0))
     ]
     rows.append(
@@ -54,20 +72,43 @@ def example() -> ReportInput:
     path = rng.normal(size=(40, 8)).cumsum(0)
     episodes = [Episode("episode <0>", path, [path[:30] + 0.1, path[:35] - 0.1])]
     world = [
-        Curve("PPO in the world", [Point.of(1000, [20.0, 31.0, 27.0], round=0, wall_seconds=60.0), Point.of(1500, [500.0] * 3, round=1, wall_seconds=120.0)])
+        Curve(
+            "PPO in the world",
+            [
+                Point.of(1000, [20.0, 31.0, 27.0], round=0, wall_seconds=60.0),
+                Point.of(1500, [500.0] * 3, round=1, wall_seconds=120.0),
+            ],
+        )
     ]
-    tuned = Curve("PPO", [Point(3000, 100.0), Point(6000, 480.0, wall_seconds=30.0)], settings="lr 1e-3, a tuning budget of 6 runs")
+    tuned = Curve(
+        "PPO",
+        [Point(3000, 100.0), Point(6000, 480.0, wall_seconds=30.0)],
+        settings="lr 1e-3, a tuning budget of 6 runs",
+    )
     return ReportInput(
         title="Loop <script>alert(1)</script> & more",
         environment="CartPole-v1",
         target=475.0,
         agent=world,
-        model_free=[tuned, Curve("DQN", [Point(1000, 12.0), Point(9000, 180.0)], censored=True, wall_seconds=44.0)],
-        purposes=[PurposeRow("collect", 1500, 70, 1.5, 15.0), PurposeRow("baseline", 15000, 300, 9.0, 150.0), PurposeRow("judge", 1578, 6, 1.0, 15.78, 7)],
+        model_free=[
+            tuned,
+            Curve("DQN", [Point(1000, 12.0), Point(9000, 180.0)], censored=True, wall_seconds=44.0),
+        ],
+        purposes=[
+            PurposeRow("collect", 1500, 70, 1.5, 15.0),
+            PurposeRow("baseline", 15000, 300, 9.0, 150.0),
+            PurposeRow("judge", 1578, 6, 1.0, 15.78, 7),
+        ],
         currency="EUR",
         budget=2000,
         remaining=500,
-        losses=[{"round": r, "parts": {"dynamics": 7.25 - r, "reward": 0.0125, "termination": float("nan")}} for r in range(2)],
+        losses=[
+            {
+                "round": r,
+                "parts": {"dynamics": 7.25 - r, "reward": 0.0125, "termination": float("nan")},
+            }
+            for r in range(2)
+        ],
         open_loop=[{"round": r, "table": table(1 / (1 + r))} for r in range(2)],
         checks=[
             {
@@ -144,7 +185,13 @@ def test_the_page_is_well_formed_self_contained_and_escaped(tmp_path: Path) -> N
     found = parsed(html)
     ElementTree.fromstring(html.replace("<!DOCTYPE html>", ""))
     assert len(found.ids) == len(set(found.ids)), "ids of several plots do not clash"
-    assert "script" not in found.tags and "link" not in found.tags and "img" not in found.tags and "@import" not in html and "url(http" not in html
+    assert (
+        "script" not in found.tags
+        and "link" not in found.tags
+        and "img" not in found.tags
+        and "@import" not in html
+        and "url(http" not in html
+    )
     assert html.count("<svg") == 5
     assert "Loop <script>alert(1)</script> & more" in found.texts, "shown as text"
     assert not re.search(r"\bnan\b|\binf\b|None", " ".join(found.texts), re.I)
@@ -154,10 +201,17 @@ def test_the_page_shows_the_summarys_figures_and_nothing_else(tmp_path: Path) ->
     summary = write(example(), tmp_path)
     kept = json.loads((tmp_path / "summary.json").read_text())
     assert kept == summary
-    assert page.render(kept) == (tmp_path / "report.html").read_text(), "the page is a function of summary.json"
+    assert page.render(kept) == (tmp_path / "report.html").read_text(), (
+        "the page is a function of summary.json"
+    )
     text = " ".join(parsed(page.render(kept)).texts)
-    assert kept["real_steps"]["total"]["steps"] == 18078 and "18,078" in text and "180.78 EUR" in text
-    assert kept["losses"][1]["parts"] == {"dynamics": 6.25, "reward": 0.0125, "termination": None} and "6.2500" in text
+    assert (
+        kept["real_steps"]["total"]["steps"] == 18078 and "18,078" in text and "180.78 EUR" in text
+    )
+    assert (
+        kept["losses"][1]["parts"] == {"dynamics": 6.25, "reward": 0.0125, "termination": None}
+        and "6.2500" in text
+    )
     assert kept["open_loop"][1]["table"]["rows"][2]["ratio"] == 2.0
     changed = json.loads(json.dumps(kept))
     changed["real_steps"]["purposes"][0]["steps"] = 4321
@@ -169,22 +223,39 @@ def test_the_verdict_counts_real_steps_and_says_what_is_censored(tmp_path: Path)
     ours, tuned, censored = verdict["groups"]
     assert ours["median"] == 1500 and ours["reached"] == 1
     assert tuned["median"] == 6000 and tuned["ratio"] == 4.0 and not tuned["ratio_is_bound"]
-    assert censored["median"] is None and censored["more_than"] == 9000 and censored["ratio"] == 6.0 and censored["ratio_is_bound"]
+    assert (
+        censored["median"] is None
+        and censored["more_than"] == 9000
+        and censored["ratio"] == 6.0
+        and censored["ratio_is_bound"]
+    )
     text = verdict["text"]
     assert text[0] == "PPO in the world reached the target of 475 after 1,500 real steps."
     assert text[1] == "PPO needed 6,000 real steps, 4.0 times as many."
     assert text[2].endswith("9,000 real steps, at least 6.0 times as many.")
-    assert text[3].startswith("Wall time: 2.0 min with the world, 30 s for PPO: ") and "model-free training is the faster way" in text[3]
+    assert (
+        text[3].startswith("Wall time: 2.0 min with the world, 30 s for PPO: ")
+        and "model-free training is the faster way" in text[3]
+    )
 
 
 def test_a_missed_target_is_said_and_medians_treat_it_as_more(tmp_path: Path) -> None:
-    runs = [Curve("PPO in the world", [Point.of(1000, [10.0, 20.0]), Point.of(2000, [level, level])]) for level in (500.0, 480.0, 300.0)]
+    runs = [
+        Curve("PPO in the world", [Point.of(1000, [10.0, 20.0]), Point.of(2000, [level, level])])
+        for level in (500.0, 480.0, 300.0)
+    ]
     rival = [Curve("PPO", [Point(1000, 600.0)], wall_seconds=3.0)]
     verdict = write(ReportInput("t", "e", 475.0, runs, rival), tmp_path)["verdict"]
-    assert verdict["groups"][0]["steps"] == [2000, 2000, None] and verdict["groups"][0]["median"] == 2000
+    assert (
+        verdict["groups"][0]["steps"] == [2000, 2000, None]
+        and verdict["groups"][0]["median"] == 2000
+    )
     assert "fewer than the world's agent (0.5 times as many)" in verdict["text"][1]
     missed = write(ReportInput("t", "e", 475.0, runs[2:], rival), tmp_path)["verdict"]
-    assert missed["text"][0].startswith("PPO in the world did not reach the target of 475 within 2,000 real steps; its best mean return was 300.0")
+    assert missed["text"][0].startswith(
+        "PPO in the world did not reach the target of 475 within 2,000 real steps; its best mean"
+        " return was 300.0"
+    )
     assert missed["groups"][1]["ratio"] is None
     assert "300.0" in write(ReportInput("t", "e", None, runs[2:]), tmp_path)["verdict"]["text"][0]
     empty = write(ReportInput("nothing", "e"), tmp_path)
@@ -193,23 +264,39 @@ def test_a_missed_target_is_said_and_medians_treat_it_as_more(tmp_path: Path) ->
 
 
 def test_a_censored_median_is_bounded_by_what_is_known(tmp_path: Path) -> None:
-    """Of runs that took 5000 steps, more than 8000 and more than 30000, the median is known to be more than 8000, and no more is known."""
+    """Of runs that took 5000 steps, more than 8000 and more than 30000, the median is known to be
+    more than 8000, and no more is known.
+    """
     ours = [Curve("ours", [Point.of(1000, [500.0, 500.0])])]
-    rivals = [Curve("PPO", [Point(5000, 600.0)]), *(Curve("PPO", [Point(steps, 1.0)], censored=True) for steps in (8000, 30000))]
+    rivals = [
+        Curve("PPO", [Point(5000, 600.0)]),
+        *(Curve("PPO", [Point(steps, 1.0)], censored=True) for steps in (8000, 30000)),
+    ]
     group = write(ReportInput("t", "e", 475.0, ours, rivals), tmp_path)["verdict"]["groups"][1]
     assert group["more_than"] == 8000 and group["ratio"] == 8.0 and group["ratio_is_bound"]
-    unjudged = write(ReportInput("t", "e", 475.0, ours, [Curve("PPO", [], censored=True, steps=700)]), tmp_path)["verdict"]
+    unjudged = write(
+        ReportInput("t", "e", 475.0, ours, [Curve("PPO", [], censored=True, steps=700)]), tmp_path
+    )["verdict"]
     assert "after 700 real steps" in unjudged["text"][1]
 
 
 def test_statistics_say_when_they_are_undefined() -> None:
     assert stats.mean_interval([3.0]) is None
-    assert stats.mean_interval([2.0, 2.0, 2.0]) == (2.0, 2.0) and "equal" in stats.describe([2.0, 2.0, 2.0])["note"]
+    assert (
+        stats.mean_interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
+        and "equal" in stats.describe([2.0, 2.0, 2.0])["note"]
+    )
     assert stats.describe([])["mean"] is None
-    assert stats.r_squared([1.0, 1.0], [1.0, 0.0]) is None and stats.r_squared([0.0, 1.0], [0.0, 1.0]) == 1.0
+    assert (
+        stats.r_squared([1.0, 1.0], [1.0, 0.0]) is None
+        and stats.r_squared([0.0, 1.0], [0.0, 1.0]) == 1.0
+    )
     assert stats.precision_recall([False, False], [False, False]) == (None, None)
     assert stats.precision_recall([True, True, False], [True, False, False]) == (1.0, 0.5)
-    assert stats.ratio_of_rms([4.0], [0.0]) is None and stats.ratio_of_rms([4.0, 4.0], [1.0, 1.0]) == 2.0
+    assert (
+        stats.ratio_of_rms([4.0], [0.0]) is None
+        and stats.ratio_of_rms([4.0, 4.0], [1.0, 1.0]) == 2.0
+    )
     rng = np.random.default_rng(1)
     covered = 0
     for trial in range(200):

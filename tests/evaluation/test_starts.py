@@ -1,4 +1,6 @@
-"""Generated starts against real ones: generators of known faults, and a real world's start model before and after it has learned."""
+"""Generated starts against real ones: generators of known faults, and a real world's start model
+before and after it has learned.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ from .worlds import KnownWorld, collect
 
 Draw = Callable[[np.random.Generator], Any]
 GOAL = spaces.Dict(
-    goal=spaces.Dict(at=spaces.Box(-3.0, 3.0, (1,), np.float64), name=spaces.Text(4, min_length=1, charset="abc")),
+    goal=spaces.Dict(
+        at=spaces.Box(-3.0, 3.0, (1,), np.float64), name=spaces.Text(4, min_length=1, charset="abc")
+    ),
     body=spaces.Box(-np.inf, np.inf, (2,), np.float64),
     count=spaces.Box(0, 9, (1,), np.int64),
     lamp=spaces.Discrete(3),
@@ -41,10 +45,17 @@ GOAL = spaces.Dict(
 
 
 def goal(rng: np.random.Generator) -> dict[str, Any]:
-    """Two of body lie on a line with the goal; the count is a small integer; the last of body is a constant."""
+    """Two of body lie on a line with the goal; the count is a small integer; the last of body is a
+    constant.
+    """
     at = rng.uniform(-2, 2, 1)
     name = "".join(rng.choice(list("abc"), int(rng.integers(1, 4))))
-    return {"goal": {"at": at, "name": name}, "body": np.array([at[0] + 0.1 * rng.normal(), 7.0]), "count": rng.integers(0, 4, 1), "lamp": rng.integers(0, 2)}
+    return {
+        "goal": {"at": at, "name": name},
+        "body": np.array([at[0] + 0.1 * rng.normal(), 7.0]),
+        "count": rng.integers(0, 4, 1),
+        "lamp": rng.integers(0, 2),
+    }
 
 
 def point(rng: np.random.Generator) -> Any:
@@ -55,19 +66,49 @@ POINTS = spaces.Box(-5.0, 5.0, (3,), np.float64)
 
 
 def reality(
-    folder: Path, draw: Draw, space: Any, episodes: int, valid_fraction: float = 0.5, task: Sequence[str] = (), options: Callable[[Any], Any] | None = None
+    folder: Path,
+    draw: Draw,
+    space: Any,
+    episodes: int,
+    valid_fraction: float = 0.5,
+    task: Sequence[str] = (),
+    options: Callable[[Any], Any] | None = None,
 ) -> Dataset:
-    """Episodes of two steps whose starts are `draw`n, and whose later observations are other draws with the same task."""
+    """Episodes of two steps whose starts are `draw`n, and whose later observations are other draws
+    with the same task.
+    """
     rng, made = np.random.default_rng(5), []
     for k in range(episodes):
         observations = [draw(rng) for _ in range(3)]
         if task:
-            observations = [o | {name: observations[0][name] for name in task} for o in observations]
+            observations = [
+                o | {name: observations[0][name] for name in task} for o in observations
+            ]
         told = options(rng) if options else {}
-        made.append(Episode(k, k, "random", observations, [np.int64(0)] * 2, np.zeros(2), "truncated", None, told, None))
+        made.append(
+            Episode(
+                k,
+                k,
+                "random",
+                observations,
+                [np.int64(0)] * 2,
+                np.zeros(2),
+                "truncated",
+                None,
+                told,
+                None,
+            )
+        )
     environment = Environment(id="starts", task=[*task, *(made[0].task or {})])
     write_dataset(
-        folder, made, id=folder.name, environment=environment, observation_space=space, action_space=spaces.Discrete(2), seed=0, valid_fraction=valid_fraction
+        folder,
+        made,
+        id=folder.name,
+        environment=environment,
+        observation_space=space,
+        action_space=spaces.Discrete(2),
+        seed=0,
+        valid_fraction=valid_fraction,
     )
     return Dataset([folder])
 
@@ -75,7 +116,13 @@ def reality(
 class Generator(KnownWorld):
     """A world of the dataset's codec whose starts are `draw`n anew, `change`d as parts."""
 
-    def __init__(self, dataset: Dataset, draw: Draw, change: Callable[[Parts, Parts], None] | None = None, options: Callable[[Any], Any] | None = None):
+    def __init__(
+        self,
+        dataset: Dataset,
+        draw: Draw,
+        change: Callable[[Parts, Parts], None] | None = None,
+        options: Callable[[Any], Any] | None = None,
+    ):
         super().__init__(Codec.fit(dataset))
         self.draw, self.change, self.options = draw, change, options
 
@@ -115,26 +162,41 @@ def goals(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.mark.parametrize("which", ["points", "goals"])
-def test_the_true_distribution_is_not_told_from_reality(which: str, request: pytest.FixtureRequest) -> None:
+def test_the_true_distribution_is_not_told_from_reality(
+    which: str, request: pytest.FixtureRequest
+) -> None:
     dataset: Dataset = request.getfixturevalue(which)
     world = Generator(dataset, {"points": point, "goals": goal}[which])
     began = time.monotonic()
     found = judged(world, dataset)
     assert time.monotonic() - began < 10
-    assert found.split == "valid" and found.real == found.pairs == len(dataset.episodes("valid")) > 250 and found.generated == 512
+    assert (
+        found.split == "valid"
+        and found.real == found.pairs == len(dataset.episodes("valid")) > 250
+        and found.generated == 512
+    )
     assert 0.43 < found.auc < 0.57 and found.auc_interval[0] < 0.55
-    assert found.coverage == pytest.approx(found.coverage_expected, abs=0.06) and found.coverage_expected == pytest.approx(1 - 2**-5, abs=0.01)
+    assert found.coverage == pytest.approx(
+        found.coverage_expected, abs=0.06
+    ) and found.coverage_expected == pytest.approx(1 - 2**-5, abs=0.01)
     assert found.in_space == 1 and found.validity > 0.95 and found.validity_real > 0.95
     assert 0.8 < found.nearest_ratio < 1.25 and found.copies == found.copies_real == 0
     assert found.notes == ()
     again = task_distribution(Generator(dataset, world.draw), dataset)
     assert again == found, "the same seed gives the same figures"
-    assert task_distribution(world, dataset, seed=1).nearest != found.nearest, "other starts are generated"
+    assert task_distribution(world, dataset, seed=1).nearest != found.nearest, (
+        "other starts are generated"
+    )
 
 
 def test_a_shift_is_found(points: Dataset) -> None:
     found = judged(Generator(points, lambda rng: point(rng) + np.array([4, 0, 0])), points)
-    assert found.auc > 0.95 and found.auc_interval[0] > 0.9 and found.coverage < 0.2 and found.validity < 0.6
+    assert (
+        found.auc > 0.95
+        and found.auc_interval[0] > 0.9
+        and found.coverage < 0.2
+        and found.validity < 0.6
+    )
     small = judged(Generator(points, lambda rng: point(rng) + np.array([1, 0, 0])), points)
     assert 0.65 < small.auc < 0.85 and small.coverage > found.coverage
 
@@ -153,20 +215,32 @@ def test_a_generator_of_one_mode_covers_little(points: Dataset) -> None:
 def test_a_memory_is_found_out(points: Dataset) -> None:
     train = [points.episode(int(e)).observations[0] for e in points.episodes("train")]
     exact = judged(Generator(points, lambda rng: train[rng.integers(len(train))]), points)
-    assert exact.auc < 0.7 and exact.coverage > 0.8 and exact.validity > 0.95, "nothing else sees it well"
-    assert exact.copies == 1 and exact.copies_real == 0 and exact.nearest == exact.nearest_ratio == 0
-    near = judged(Generator(points, lambda rng: train[rng.integers(len(train))] + 0.01 * point(rng)), points)
+    assert exact.auc < 0.7 and exact.coverage > 0.8 and exact.validity > 0.95, (
+        "nothing else sees it well"
+    )
+    assert (
+        exact.copies == 1 and exact.copies_real == 0 and exact.nearest == exact.nearest_ratio == 0
+    )
+    near = judged(
+        Generator(points, lambda rng: train[rng.integers(len(train))] + 0.01 * point(rng)), points
+    )
     assert near.copies == 0 and near.nearest_ratio < 0.1 and near.nearest_ratio_interval[1] < 0.15
 
 
 def test_digits_below_the_precision_tell_nothing(tmp_path: Path) -> None:
-    """Reality knows four values about a large mean; a fraction of a bin beside them is the same start, three bins are not."""
+    """Reality knows four values about a large mean; a fraction of a bin beside them is the same
+    start, three bins are not.
+    """
     draw: Draw = lambda rng: 40 + rng.integers(0, 4, 2) / 100  # noqa: E731
     dataset = reality(tmp_path / "grid", draw, spaces.Box(-np.inf, np.inf, (2,), np.float64), 400)
     precision = Codec.fit(dataset).to_json()["scalings"]["observation"]["precision"][0]
-    same = judged(Generator(dataset, lambda rng: draw(rng) + rng.uniform(-0.4, 0.4, 2) * precision), dataset)
+    same = judged(
+        Generator(dataset, lambda rng: draw(rng) + rng.uniform(-0.4, 0.4, 2) * precision), dataset
+    )
     assert same.auc < 0.6 and same.copies == same.copies_real == 1
-    other = judged(Generator(dataset, lambda rng: draw(rng) + rng.choice([-3, 3], 2) * precision), dataset)
+    other = judged(
+        Generator(dataset, lambda rng: draw(rng) + rng.choice([-3, 3], 2) * precision), dataset
+    )
     assert other.auc > 0.9 and other.copies == 0
 
 
@@ -182,13 +256,20 @@ def test_what_lies_outside_the_spaces_is_counted(goals: Dataset) -> None:
     found = judged(Generator(goals, goal, break_some), goals)
     assert found.in_space == 1 - 5 / 8 and found.in_range == pytest.approx(1 - 3 / 8, abs=0.02)
     assert found.validity == pytest.approx(1 - 6 / 8, abs=0.02) and found.validity_real > 0.95
-    assert "64 of 512 generated starts have numbers that are not finite" in found.notes[0] and found.auc > 0.6
+    assert (
+        "64 of 512 generated starts have numbers that are not finite" in found.notes[0]
+        and found.auc > 0.6
+    )
 
     def break_all(task: Parts, observation: Parts) -> None:
         observation.numbers[:] = torch.inf
 
     found = judged(Generator(goals, goal, break_all), goals)
-    assert found.validity == 0 and found.auc is found.coverage is None and "0 generated starts are too few" in found.notes[1]
+    assert (
+        found.validity == 0
+        and found.auc is found.coverage is None
+        and "0 generated starts are too few" in found.notes[1]
+    )
 
 
 def test_bounds_hold_to_the_precision_and_reality_may_break_them(tmp_path: Path) -> None:
@@ -199,7 +280,10 @@ def test_bounds_hold_to_the_precision_and_reality_may_break_them(tmp_path: Path)
     assert judged(Generator(dataset, lambda rng: edge(rng) * 1.001), dataset).in_space == 0
     broken = reality(tmp_path / "broken", lambda rng: 2 * edge(rng), narrow, 100)
     found = judged(Generator(broken, lambda rng: 2 * edge(rng)), broken)
-    assert found.in_space == found.validity_real == 0 and "100 of 100 real starts lie outside the environment's own space" in found.notes[0]
+    assert (
+        found.in_space == found.validity_real == 0
+        and "100 of 100 real starts lie outside the environment's own space" in found.notes[0]
+    )
 
 
 def test_constant_starts(tmp_path: Path) -> None:
@@ -207,20 +291,51 @@ def test_constant_starts(tmp_path: Path) -> None:
     rng, episodes = np.random.default_rng(0), []
     for k in range(80):
         observations = [np.array([0.25, -0.5]), moves(rng), moves(rng)]
-        episodes.append(Episode(k, k, "random", observations, [np.int64(0)] * 2, np.zeros(2), "truncated", None, {}, None))
+        episodes.append(
+            Episode(
+                k,
+                k,
+                "random",
+                observations,
+                [np.int64(0)] * 2,
+                np.zeros(2),
+                "truncated",
+                None,
+                {},
+                None,
+            )
+        )
     space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
     environment = Environment(id="still")
     write_dataset(
-        tmp_path / "s", episodes, id="s", environment=environment, observation_space=space, action_space=spaces.Discrete(2), seed=0, valid_fraction=0.5
+        tmp_path / "s",
+        episodes,
+        id="s",
+        environment=environment,
+        observation_space=space,
+        action_space=spaces.Discrete(2),
+        seed=0,
+        valid_fraction=0.5,
     )
     dataset = Dataset([tmp_path / "s"])
     same = judged(Generator(dataset, lambda rng: np.array([0.25, -0.5])), dataset)
-    assert same.auc == 0.5 and same.coverage == same.validity == same.copies == same.copies_real == 1
+    assert (
+        same.auc == 0.5 and same.coverage == same.validity == same.copies == same.copies_real == 1
+    )
     assert same.nearest == same.nearest_real == 0 and same.nearest_ratio is None
-    assert "starts are the same" in same.notes[0] and "there is no distance to compare with" in same.notes[-1]
-    near = judged(Generator(dataset, lambda rng: np.array([0.25, -0.5]) + 0.001 * rng.normal(size=2)), dataset)
-    assert near.auc > 0.9 and near.coverage == near.validity == 1, "told by a jitter that matters to nobody: hence the note"
-    assert "2 numbers are constant among the real starts and not among the generated" in near.notes[1]
+    assert (
+        "starts are the same" in same.notes[0]
+        and "there is no distance to compare with" in same.notes[-1]
+    )
+    near = judged(
+        Generator(dataset, lambda rng: np.array([0.25, -0.5]) + 0.001 * rng.normal(size=2)), dataset
+    )
+    assert near.auc > 0.9 and near.coverage == near.validity == 1, (
+        "told by a jitter that matters to nobody: hence the note"
+    )
+    assert (
+        "2 numbers are constant among the real starts and not among the generated" in near.notes[1]
+    )
     far = judged(Generator(dataset, moves), dataset)
     assert far.auc > 0.9 and far.validity < 0.1 and far.nearest > 0.5
 
@@ -230,19 +345,30 @@ def test_categories_only(tmp_path: Path) -> None:
     draw: Draw = lambda rng: {"room": rng.integers(0, 6), "name": "ab"[: rng.integers(0, 3)]}  # noqa: E731
     dataset = reality(tmp_path / "rooms", draw, space, 400)
     found = judged(Generator(dataset, draw), dataset)
-    assert 0.4 < found.auc < 0.6 and found.coverage == found.copies == found.copies_real == found.validity == 1
+    assert (
+        0.4 < found.auc < 0.6
+        and found.coverage == found.copies == found.copies_real == found.validity == 1
+    )
     assert found.nearest_ratio is None and "copies are no fault" in found.notes[-1]
     half = judged(Generator(dataset, lambda rng: draw(rng) | {"room": rng.integers(0, 2)}), dataset)
     assert half.auc > 0.75 and half.coverage < 0.5
 
 
 def test_reset_options_are_part_of_a_start(tmp_path: Path) -> None:
-    options: Draw = lambda rng: {"mass": float(rng.uniform(1, 2)), "map": str(rng.choice(["hill", "lake"]))}  # noqa: E731
+    def options(rng: np.random.Generator) -> dict[str, Any]:
+        return {"mass": float(rng.uniform(1, 2)), "map": str(rng.choice(["hill", "lake"]))}
+
     dataset = reality(tmp_path / "options", point, POINTS, 400, options=options)
     assert judged(Generator(dataset, point, options=options), dataset).auc < 0.6
-    heavy = judged(Generator(dataset, point, options=lambda rng: options(rng) | {"mass": 5.0}), dataset)
-    assert heavy.auc > 0.95 and heavy.in_space == 1 and heavy.validity == 0, "an option has no bounds but those of the data"
-    hills = judged(Generator(dataset, point, options=lambda rng: options(rng) | {"map": "hill"}), dataset)
+    heavy = judged(
+        Generator(dataset, point, options=lambda rng: options(rng) | {"mass": 5.0}), dataset
+    )
+    assert heavy.auc > 0.95 and heavy.in_space == 1 and heavy.validity == 0, (
+        "an option has no bounds but those of the data"
+    )
+    hills = judged(
+        Generator(dataset, point, options=lambda rng: options(rng) | {"map": "hill"}), dataset
+    )
     assert 0.65 < hills.auc < 0.85 and hills.validity > 0.9
 
 
@@ -250,30 +376,58 @@ def test_too_few_starts(points: Dataset, tmp_path: Path) -> None:
     small = reality(tmp_path / "small", point, POINTS, 60, valid_fraction=0.1)
     assert len(small.episodes("valid")) < LEAST <= len(small.episodes("train"))
     found = judged(Generator(small, point), small)
-    assert found.split == "train" and "compared with those of the training split" in found.notes[0] and found.validity_real is None
-    assert 0.3 < found.auc < 0.7 and found.coverage > 0.85 and 0.7 < found.nearest_ratio < 1.4 and found.copies_real == 0, "a start is not its own neighbour"
+    assert (
+        found.split == "train"
+        and "compared with those of the training split" in found.notes[0]
+        and found.validity_real is None
+    )
+    assert (
+        0.3 < found.auc < 0.7
+        and found.coverage > 0.85
+        and 0.7 < found.nearest_ratio < 1.4
+        and found.copies_real == 0
+    ), "a start is not its own neighbour"
     assert "below 100 it overlooks small differences" in found.notes[-1]
     train = [small.episode(int(e)).observations[0] for e in small.episodes("train")]
     memory = judged(Generator(small, lambda rng: train[rng.integers(len(train))]), small)
     assert memory.copies == 1 and memory.nearest_ratio == 0
     tiny = reality(tmp_path / "tiny", point, POINTS, 8)
     found = judged(Generator(tiny, point), tiny)
-    assert found.in_space == 1 and found.validity is found.auc is found.coverage is found.nearest is found.copies is None and found.pairs == 0
+    assert (
+        found.in_space == 1
+        and found.validity is found.auc is found.coverage is found.nearest is found.copies is None
+        and found.pairs == 0
+    )
     assert "validity needs 20" in found.notes[0] and "need 20 of each side" in found.notes[1]
     untrained = reality(tmp_path / "untrained", point, POINTS, 40, valid_fraction=0.8)
     found = judged(Generator(untrained, point), untrained)
-    assert found.auc is not None and found.coverage is found.copies is None and "training starts are too few" in found.notes[-1]
+    assert (
+        found.auc is not None
+        and found.coverage is found.copies is None
+        and "training starts are too few" in found.notes[-1]
+    )
     found = judged(Generator(points, point), points, starts=10)
-    assert found.validity is not None and found.auc is None and "10 generated starts are too few" in found.notes[0]
+    assert (
+        found.validity is not None
+        and found.auc is None
+        and "10 generated starts are too few" in found.notes[0]
+    )
 
 
 def test_starts_of_judged_episodes_are_held_out_ones(tmp_path: Path) -> None:
-    """Where validation alone is too small, they make what there is enough; a memory of the training starts then shows."""
+    """Where validation alone is too small, they make what there is enough; a memory of the training
+    starts then shows.
+    """
     small = reality(tmp_path / "small", point, POINTS, 60, valid_fraction=0.1)
     few = len(small.episodes("valid"))
     more = Generator(small, point).sample_start(torch.arange(4321, 4381))
     found = judged(Generator(small, point), small, more=more)
-    assert found.split == "valid" and found.real == few + 60 and found.copies == 0 and 0.3 < found.auc < 0.7
+    assert (
+        found.split == "valid"
+        and found.real == few + 60
+        and found.copies == 0
+        and 0.3 < found.auc < 0.7
+    )
     train = [small.episode(int(e)).observations[0] for e in small.episodes("train")]
     memory = judged(Generator(small, lambda rng: train[rng.integers(len(train))]), small, more=more)
     assert memory.copies == 1 and memory.copies_real < 0.1 and memory.nearest_ratio == 0
@@ -294,7 +448,16 @@ def test_a_real_world_that_learns_its_starts(tmp_path: Path) -> None:
     optimizer = torch.optim.Adam(net.start.parameters(), 1e-2)
     figures = []
     for _ in range(2):
-        figures.append(judged(World(net, Base.fit(codec.spec, config, transitions(walks, codec), seed=0), codec.to_json()), walks))
+        figures.append(
+            judged(
+                World(
+                    net,
+                    Base.fit(codec.spec, config, transitions(walks, codec), seed=0),
+                    codec.to_json(),
+                ),
+                walks,
+            )
+        )
         net.requires_grad_(True)
         for _ in range(200):
             loss = -net.start.log_prob(task, observation).mean()
@@ -302,5 +465,10 @@ def test_a_real_world_that_learns_its_starts(tmp_path: Path) -> None:
             loss.backward()
             optimizer.step()
     before, after = figures
-    assert before.auc > after.auc + 0.1 and after.auc < 0.62 and after.coverage > 0.9 and after.validity > 0.9
+    assert (
+        before.auc > after.auc + 0.1
+        and after.auc < 0.62
+        and after.coverage > 0.9
+        and after.validity > 0.9
+    )
     assert math.isclose(after.nearest_ratio, 1, abs_tol=0.4)

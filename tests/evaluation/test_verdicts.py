@@ -1,4 +1,6 @@
-"""Each verdict at both sides of each of its thresholds, and the behaviours that the off-policy table is made of."""
+"""Each verdict at both sides of each of its thresholds, and the behaviours that the off-policy
+table is made of.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,24 @@ from mesocosm.evaluation.suite import ADVERSARY, MOST_BEHAVIOURS, behaviours_of
 from mesocosm.evaluation.verdicts import Verdict
 
 
-def told(suite: dict[str, Any], rows: list[dict[str, Any]] | None = None, agent: dict[str, Any] | None = None) -> list[Verdict]:
+def told(
+    suite: dict[str, Any],
+    rows: list[dict[str, Any]] | None = None,
+    agent: dict[str, Any] | None = None,
+) -> list[Verdict]:
     return verdicts.verdicts(suite, {"rows": rows or [], "nominal": 0.9}, agent)
 
 
 def ranking(**other: Any) -> dict[str, Any]:
-    found = {"pearson": 0.95, "pearson_interval": (0.9, 0.99), "regret": 0.0, "fifths": (3, 3, 3, 3, 3), "policies": 15, "error": 1.0, "notes": ()}
+    found = {
+        "pearson": 0.95,
+        "pearson_interval": (0.9, 0.99),
+        "regret": 0.0,
+        "fifths": (3, 3, 3, 3, 3),
+        "policies": 15,
+        "error": 1.0,
+        "notes": (),
+    }
     return {"policy_value": {"ranking": {**found, "low": 0.0, "high": 100.0, **other}}}
 
 
@@ -38,19 +52,34 @@ def test_ranks(other: dict[str, Any], answer: str) -> None:
     assert told(ranking(**other))[0].answer == answer
 
 
-@pytest.mark.parametrize(("world", "answer"), [(60.0, "yes"), (59.0, "yes"), (61.0, "partly"), (80.0, "partly"), (81.0, "no"), (19.0, "no")])
+@pytest.mark.parametrize(
+    ("world", "answer"),
+    [(60.0, "yes"), (59.0, "yes"), (61.0, "partly"), (80.0, "partly"), (81.0, "no"), (19.0, "no")],
+)
 def test_trains_by_the_range_of_the_policies(world: float, answer: str) -> None:
     found = told(ranking(), agent={"real": 50.0, "world": world})[1]
-    assert found.answer == answer and (answer == "yes" or ("flatters" in found.text) == (world > 50))
+    assert found.answer == answer and (
+        answer == "yes" or ("flatters" in found.text) == (world > 50)
+    )
 
 
 def test_trains_by_the_return_where_no_policies_were_compared() -> None:
-    assert [told({}, agent={"real": 100.0, "world": w})[1].answer for w in (110.0, 111.0, 131.0)] == ["yes", "partly", "no"]
+    assert [
+        told({}, agent={"real": 100.0, "world": w})[1].answer for w in (110.0, 111.0, 131.0)
+    ] == ["yes", "partly", "no"]
     assert told({}, agent={"real": 0.0, "world": 1.0})[1].answer == told({})[1].answer == "unknown"
 
 
 def row(horizon: int, **other: Any) -> dict[str, Any]:
-    found = {"ratio": 0.1, "interval": (0.05, 0.2), "linear": 0.5, "accuracy": None, "persistence": 1.0, "persistence_accuracy": None, "coverage": 0.9}
+    found = {
+        "ratio": 0.1,
+        "interval": (0.05, 0.2),
+        "linear": 0.5,
+        "accuracy": None,
+        "persistence": 1.0,
+        "persistence_accuracy": None,
+        "coverage": 0.9,
+    }
     return {"horizon": str(horizon), "steps": float(horizon), "starts": 9, **found, **other}
 
 
@@ -71,7 +100,15 @@ def test_horizon(last: dict[str, Any], answer: str, words: str) -> None:
 
 
 def away(*rows: tuple[str, float, int, bool], auroc: float | None = 0.9) -> dict[str, Any]:
-    return {"off_policy": {"auroc": auroc, "behaviours": [{"name": n, "large": x, "transitions": t, "logged": logged} for n, x, t, logged in rows]}}
+    return {
+        "off_policy": {
+            "auroc": auroc,
+            "behaviours": [
+                {"name": n, "large": x, "transitions": t, "logged": logged}
+                for n, x, t, logged in rows
+            ],
+        }
+    }
 
 
 @pytest.mark.parametrize(
@@ -92,7 +129,16 @@ def test_away_from_the_data(suite: dict[str, Any], answer: str, words: str) -> N
 
 
 def starts(**other: Any) -> dict[str, Any]:
-    found = {"auc": 0.6, "split": "valid", "pairs": POWER, "validity": 0.95, "validity_real": 1.0, "copies": 0.0, "copies_real": 0.0, "nearest_ratio": 0.9}
+    found = {
+        "auc": 0.6,
+        "split": "valid",
+        "pairs": POWER,
+        "validity": 0.95,
+        "validity_real": 1.0,
+        "copies": 0.0,
+        "copies_real": 0.0,
+        "nearest_ratio": 0.9,
+    }
     return {"starts": {**found, "notes": (), **other}}
 
 
@@ -128,7 +174,11 @@ def shown(**other: Any) -> dict[str, Any]:
         ({}, "yes", "90%"),
         ({"free": {"action[0]": 0.21, "action[1]": 0.9}}, "yes", "21%"),
         ({"free": {"action[0]": 0.2, "action[1]": 0.9}}, "partly", "least of action[0]"),
-        ({"free": {"action[0]": 0.01}, "fixed": ["action[0]"]}, "no", "action[0] (1.0% of its variance is free)"),
+        (
+            {"free": {"action[0]": 0.01}, "fixed": ["action[0]"]},
+            "no",
+            "action[0] (1.0% of its variance is free)",
+        ),
         ({"transitions": 99}, "unknown", "99 training transitions"),
     ],
 )
@@ -140,7 +190,9 @@ def test_actions(other: dict[str, Any], answer: str, words: str) -> None:
 
 def test_what_the_logs_do_not_explain_stands_beside_the_agents_return() -> None:
     agent = {"real": 50.0, "world": 60.0, "unexplained": "it earns 6 a step"}
-    assert "The logs do not explain that: it earns 6 a step." in told(ranking(), agent=agent)[1].text
+    assert (
+        "The logs do not explain that: it earns 6 a step." in told(ranking(), agent=agent)[1].text
+    )
     assert "explain" not in told(ranking(), agent={**agent, "unexplained": None})[1].text
 
 
@@ -157,6 +209,15 @@ def test_the_named_kinds_come_first_and_none_comes_twice() -> None:
     scripted = [Judged(f"scripted {i}") for i in range(9)]
     own = [Judged(f"agent@{i}", iteration=i) for i in range(3)] + [Judged("agent", iteration=3)]
     noisy = [Judged(f"noise {i}", noise=i / 4) for i in range(5)]
-    assert names([*scripted, *own, Judged(ADVERSARY), *noisy])[:5] == [ADVERSARY, "agent", "agent@2", "noise 2", "noise 4"]
+    assert names([*scripted, *own, Judged(ADVERSARY), *noisy])[:5] == [
+        ADVERSARY,
+        "agent",
+        "agent@2",
+        "noise 2",
+        "noise 4",
+    ]
     assert len(names([*scripted, *own, *noisy])) == MOST_BEHAVIOURS
-    assert names([Judged("agent", iteration=3), Judged("noise 2", noise=2.0)]) == ["agent", "noise 2"]
+    assert names([Judged("agent", iteration=3), Judged("noise 2", noise=2.0)]) == [
+        "agent",
+        "noise 2",
+    ]

@@ -1,4 +1,6 @@
-"""What the evaluation's tests share: an environment whose dynamics are known, and worlds of known error in it."""
+"""What the evaluation's tests share: an environment whose dynamics are known, and worlds of known
+error in it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
 
 
 class Walk(gym.Env[Any, Any]):
-    """o' = o + a in two dimensions, with noise of standard deviation `noise`. Reward o'[0]; ends when o'[0] > 2, or after `limit` steps."""
+    """o' = o + a in two dimensions, with noise of standard deviation `noise`. Reward o'[0]; ends
+    when o'[0] > 2, or after `limit` steps.
+    """
 
     observation_space, action_space = OBSERVATIONS, ACTIONS
 
@@ -42,8 +46,16 @@ class Walk(gym.Env[Any, Any]):
     def step(self, action: Any) -> Any:
         self.t += 1
         if not self.constant:
-            self.state = self.state + np.asarray(action) + self.noise * self.np_random.normal(size=2)
-        return self.state.copy(), float(self.state[0]), bool(self.state[0] > 2), self.t >= self.limit, {}
+            self.state = (
+                self.state + np.asarray(action) + self.noise * self.np_random.normal(size=2)
+            )
+        return (
+            self.state.copy(),
+            float(self.state[0]),
+            bool(self.state[0] > 2),
+            self.t >= self.limit,
+            {},
+        )
 
 
 def collect(folder: Path, episodes: int, valid_fraction: float = 0.3, **kwargs: Any) -> Dataset:
@@ -51,10 +63,27 @@ def collect(folder: Path, episodes: int, valid_fraction: float = 0.3, **kwargs: 
     done: list[Episode] = []
     for k in range(episodes):
         act = lambda observation, rng: policy.act_one(observation, True, rng)  # noqa: E731
-        done.append(run_episode(env, act, k=k, seed=0, behaviour="random", max_steps=None, config=RealityConfig(env="walk")))
+        done.append(
+            run_episode(
+                env,
+                act,
+                k=k,
+                seed=0,
+                behaviour="random",
+                max_steps=None,
+                config=RealityConfig(env="walk"),
+            )
+        )
     environment = Environment(id="worlds:Walk", max_episode_steps=kwargs.get("limit", 30))
     write_dataset(
-        folder, done, id=folder.name, environment=environment, observation_space=OBSERVATIONS, action_space=ACTIONS, seed=0, valid_fraction=valid_fraction
+        folder,
+        done,
+        id=folder.name,
+        environment=environment,
+        observation_space=OBSERVATIONS,
+        action_space=ACTIONS,
+        seed=0,
+        valid_fraction=valid_fraction,
     )
     return Dataset([folder])
 
@@ -65,7 +94,9 @@ class State:
 
 
 class KnownWorld:
-    """The true dynamics of `Walk`, off by `bias` a step in the first dimension and by fresh noise of `noise` at every look (raw units)."""
+    """The true dynamics of `Walk`, off by `bias` a step in the first dimension and by fresh noise
+    of `noise` at every look (raw units).
+    """
 
     def __init__(self, codec: Codec, bias: float = 0.0, noise: float = 0.0):
         self.codec, self.bias, self.noise = codec.to_json(), bias, noise
@@ -78,17 +109,33 @@ class KnownWorld:
 
     def losses(self, windows: Windows) -> Losses:
         nothing = torch.zeros(len(windows.mask))
-        return Losses(nothing.sum(), {"dynamics": nothing.sum()}, {"dynamics": nothing}, windows.mask.sum(), windows.start.sum())
+        return Losses(
+            nothing.sum(),
+            {"dynamics": nothing.sum()},
+            {"dynamics": nothing},
+            windows.mask.sum(),
+            windows.start.sum(),
+        )
 
     def begin(self, task: Parts, observation: Parts, member: Tensor) -> State:
         return State(observation)
 
     def step(self, carry: State, action: Parts, keys: Tensor) -> tuple[State, StepOut]:
         self.steps += len(keys)
-        raw = self.fitted.decode_observation(carry.observation) + self.fitted.decode_action(action) + np.array([self.bias, 0.0])
-        noisy = raw + self.noise * torch.randn(raw.shape, generator=self.generator, dtype=torch.float64).numpy()
+        raw = (
+            self.fitted.decode_observation(carry.observation)
+            + self.fitted.decode_action(action)
+            + np.array([self.bias, 0.0])
+        )
+        noisy = (
+            raw
+            + self.noise
+            * torch.randn(raw.shape, generator=self.generator, dtype=torch.float64).numpy()
+        )
         seen = torch.from_numpy(noisy[:, 0])
         p = (seen > 2).float()
         zeros = torch.zeros(len(keys))
-        out = StepOut(self.fitted.observation(noisy), seen.float(), p > 0.5, p, zeros, zeros, p.isnan())
+        out = StepOut(
+            self.fitted.observation(noisy), seen.float(), p > 0.5, p, zeros, zeros, p.isnan()
+        )
         return State(self.fitted.observation(raw)), out

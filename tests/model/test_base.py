@@ -39,14 +39,23 @@ def rollouts(env_id: str, steps: int, seed: int) -> list[tuple[np.ndarray, np.nd
         observations, actions, done = [o], [], False
         while not done and len(actions) < 100:
             if discrete:
-                act: Any = int(rng.integers(2)) if len(episodes) % 2 == 0 or rng.random() < 0.5 else int(o[2] + 0.5 * o[3] > 0)
+                act: Any = (
+                    int(rng.integers(2))
+                    if len(episodes) % 2 == 0 or rng.random() < 0.5
+                    else int(o[2] + 0.5 * o[3] > 0)
+                )
             else:
                 mean = 0.0 if len(episodes) % 2 == 0 else 6 * o[1] + o[3] + 0.3 * o[0] + 0.4 * o[2]
                 act = np.clip(rng.normal(mean, 1.0, 1), -3, 3).astype(np.float32)
             o, _, done, _, _ = env.step(act)
             observations.append(o)
             actions.append(act)
-        episodes.append((np.array(observations, dtype=np.float64), np.array(actions, dtype=np.float64).reshape(len(actions), -1)))
+        episodes.append(
+            (
+                np.array(observations, dtype=np.float64),
+                np.array(actions, dtype=np.float64).reshape(len(actions), -1),
+            )
+        )
     return episodes
 
 
@@ -63,12 +72,21 @@ class Data:
         return numbers((values - self.mean) / self.std)
 
     def actions(self, values: np.ndarray) -> Parts:
-        return Parts(torch.zeros(len(values), 0), torch.tensor(values, dtype=torch.int64)) if self.discrete else numbers(values)
+        return (
+            Parts(torch.zeros(len(values), 0), torch.tensor(values, dtype=torch.int64))
+            if self.discrete
+            else numbers(values)
+        )
 
     def transitions(self, episodes: list[tuple[np.ndarray, np.ndarray]]) -> Transitions:
-        before, after = (self.observations(np.concatenate([o[cut] for o, _ in episodes])) for cut in (slice(None, -1), slice(1, None)))
+        before, after = (
+            self.observations(np.concatenate([o[cut] for o, _ in episodes]))
+            for cut in (slice(None, -1), slice(1, None))
+        )
         actions = self.actions(np.concatenate([a for _, a in episodes]))
-        hashes = torch.cat([torch.full((len(a),), i * 7919 + 13) for i, (_, a) in enumerate(episodes)])
+        hashes = torch.cat(
+            [torch.full((len(a),), i * 7919 + 13) for i, (_, a) in enumerate(episodes)]
+        )
         return before, actions, nothing(len(hashes)), after, hashes
 
 
@@ -80,9 +98,13 @@ def one_step_error(base: Base, transitions: Transitions) -> tuple[float, float]:
     return float(error.pow(2).mean().sqrt() / size), float(error.abs().median() / size)
 
 
-@pytest.mark.parametrize(("env_id", "bound", "measure"), [("CartPole-v1", 0.002, 0), ("InvertedPendulum-v5", 0.2, 1)])
+@pytest.mark.parametrize(
+    ("env_id", "bound", "measure"), [("CartPole-v1", 0.002, 0), ("InvertedPendulum-v5", 0.2, 1)]
+)
 def test_real_dynamics(env_id: str, bound: float, measure: int) -> None:
-    """The MLP is worth having: by RMSE on the smooth CartPole, by the median where impacts with the rail's end own the RMSE."""
+    """The MLP is worth having: by RMSE on the smooth CartPole, by the median where impacts with the
+    rail's end own the RMSE.
+    """
     data = Data(env_id)
     base = Base.fit(data.spec, CONFIG, data.transitions(data.train), seed=0)
     ridge = Base.fit(data.spec, CONFIG, data.transitions(data.train), seed=0, steps=0)
@@ -94,11 +116,26 @@ def test_real_dynamics(env_id: str, bound: float, measure: int) -> None:
 
 def linear(rows: int = 800, noise: float = 0.0, seed: int = 0) -> tuple[Spec, Transitions]:
     g = torch.Generator().manual_seed(seed)
-    o, a, t = torch.randn(rows, 3, generator=g), torch.randint(3, (rows, 1), generator=g), torch.randn(rows, 1, generator=g)
-    change = 0.1 * o @ torch.randn(3, 3, generator=g) + torch.randn(3, 3, generator=g)[a[:, 0]] + t + noise * torch.randn(rows, 3, generator=g)
+    o, a, t = (
+        torch.randn(rows, 3, generator=g),
+        torch.randint(3, (rows, 1), generator=g),
+        torch.randn(rows, 1, generator=g),
+    )
+    change = (
+        0.1 * o @ torch.randn(3, 3, generator=g)
+        + torch.randn(3, 3, generator=g)[a[:, 0]]
+        + t
+        + noise * torch.randn(rows, 3, generator=g)
+    )
     spec = Spec(PartSpec(3, (1e-4, 1e-4, 1e-4)), PartSpec(categories=(3,)), PartSpec(1, (1e-4,)))
     empty = torch.zeros(rows, 0, dtype=torch.int64)
-    return spec, (Parts(o, empty), Parts(torch.zeros(rows, 0), a), Parts(t, empty), Parts(o + change, empty), torch.arange(rows) // 20)
+    return spec, (
+        Parts(o, empty),
+        Parts(torch.zeros(rows, 0), a),
+        Parts(t, empty),
+        Parts(o + change, empty),
+        torch.arange(rows) // 20,
+    )
 
 
 def test_linear_dynamics_are_exact_and_the_scale_is_the_noise() -> None:
@@ -114,12 +151,18 @@ def test_same_input_same_bits_and_members_differ(tmp_path: Path) -> None:
     config = ModelConfig(base_steps=20, members=3, base_hidden=32)
     a, b, other = (Base.fit(spec, config, data, seed) for seed in (0, 0, 1))
     out = a(*data[:3])
-    assert out.shape == (3, 800, 3) and torch.equal(out, b(*data[:3])) and not torch.equal(out, other(*data[:3]))
+    assert (
+        out.shape == (3, 800, 3)
+        and torch.equal(out, b(*data[:3]))
+        and not torch.equal(out, other(*data[:3]))
+    )
     assert not torch.allclose(out[0], out[1], atol=1e-4)
     save_file(a.state_dict(), tmp_path / "base.safetensors")
     loaded = Base(spec, config)
     loaded.load_state_dict(load_file(tmp_path / "base.safetensors"))
-    assert torch.equal(loaded(*data[:3]), out) and torch.equal(loaded.residual_scale, a.residual_scale)
+    assert torch.equal(loaded(*data[:3]), out) and torch.equal(
+        loaded.residual_scale, a.residual_scale
+    )
     assert not list(a.parameters())  # frozen: nothing for an optimiser
 
 
@@ -132,7 +175,9 @@ def test_any_leading_shape() -> None:
         return Parts(part.numbers.reshape(4, 16, -1), part.categories.reshape(4, 16, -1))
 
     o, a, t, _, _ = data
-    assert torch.allclose(base(folded(o), folded(a), folded(t)), flat.reshape(4, 4, 16, 3), atol=1e-6)
+    assert torch.allclose(
+        base(folded(o), folded(a), folded(t)), flat.reshape(4, 4, 16, 3), atol=1e-6
+    )
     assert torch.allclose(base(o[0], a[0], t[0]), flat[:, 0], atol=1e-6)
 
 
@@ -144,21 +189,27 @@ def test_the_mlp_is_bounded_far_outside_the_data() -> None:
     linear_part = torch.matmul(base.features(far, act, nothing(256)), base.ridge)
     bound = base.weight2.abs().sum(1, keepdim=True) * base.scale + base.bias2.abs() * base.scale  # type: ignore[operator, union-attr]
     assert isinstance(bound, Tensor)
-    assert torch.all((base(far, act, nothing(256)) - linear_part).abs() <= bound + 1e-3 * linear_part.abs())
+    assert torch.all(
+        (base(far, act, nothing(256)) - linear_part).abs() <= bound + 1e-3 * linear_part.abs()
+    )
 
 
 def test_without_a_base_the_scale_is_the_changes_own() -> None:
     spec, data = linear(noise=0.3)
     base = Base.fit(spec, ModelConfig(base=False), data, 0)
     assert torch.equal(base(*data[:3]), torch.zeros(4, 800, 3))
-    assert torch.allclose(base.residual_scale, (data[3].numbers - data[0].numbers).std(0, correction=0))
+    assert torch.allclose(
+        base.residual_scale, (data[3].numbers - data[0].numbers).std(0, correction=0)
+    )
 
 
 def test_no_numbers_one_episode_and_many_rows() -> None:
     spec = Spec(PartSpec(categories=(5,)), PartSpec(categories=(2,)))
     o = Parts(torch.zeros(10, 0), torch.randint(5, (10, 1)))
     a = Parts(torch.zeros(10, 0), torch.randint(2, (10, 1)))
-    empty = Base.fit(spec, ModelConfig(), (o, a, nothing(10), o, torch.zeros(10, dtype=torch.int64)), 0)
+    empty = Base.fit(
+        spec, ModelConfig(), (o, a, nothing(10), o, torch.zeros(10, dtype=torch.int64)), 0
+    )
     assert empty(o, a, nothing(10)).shape == (4, 10, 0) and empty.residual_scale.shape == (0,)
 
     spec, data = linear(MAX_TRANSITIONS + 1000, noise=0.1)

@@ -1,4 +1,6 @@
-"""Counts are exact: parameters against the modules themselves, FLOPs against torch's counter on the CPU."""
+"""Counts are exact: parameters against the modules themselves, FLOPs against torch's counter on the
+CPU.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,14 @@ import torch
 
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.counts import blank_windows, count, flops_per_batch, flops_per_transition, measured_flops, params
+from mesocosm.model.counts import (
+    blank_windows,
+    count,
+    flops_per_batch,
+    flops_per_transition,
+    measured_flops,
+    params,
+)
 from mesocosm.model.ladder import dims, ensemble_dims
 from mesocosm.model.mup import init_
 from mesocosm.model.net import build
@@ -18,7 +27,11 @@ from mesocosm.model.spec import PartSpec, Spec, TextSpan
 torch.set_num_threads(1)
 PLAIN = Spec(PartSpec(4, (1e-3,) * 4), PartSpec(categories=(2,)), reward_values=(1.0,))
 RICH = Spec(
-    PartSpec(3, (1e-3,) * 3, (3, 7, 7, 7), (TextSpan(1, 3, 1),)), PartSpec(2, (1e-3,) * 2, (4,)), PartSpec(1, (1e-3,)), terminal_rate=0.1, durations=True
+    PartSpec(3, (1e-3,) * 3, (3, 7, 7, 7), (TextSpan(1, 3, 1),)),
+    PartSpec(2, (1e-3,) * 2, (4,)),
+    PartSpec(1, (1e-3,)),
+    terminal_rate=0.1,
+    durations=True,
 )
 WORDS = Spec(PartSpec(0, (), (9, 9), (TextSpan(0, 2, 0),)), PartSpec(0, (), (3,)))
 SPECS = {"plain": PLAIN, "rich": RICH, "words": WORDS}
@@ -31,11 +44,19 @@ def test_parameters_are_exact(spec: Spec, family: str) -> None:
     net, base = build(spec, config), Base(spec, config)
     counts = params(spec, config)
     assert counts == count(net, base)
-    assert counts.total == sum(p.numel() for p in net.parameters()) == counts.dynamics + counts.heads + counts.start
+    assert (
+        counts.total
+        == sum(p.numel() for p in net.parameters())
+        == counts.dynamics + counts.heads + counts.start
+    )
     assert counts.base == sum(b.numel() for b in base.state_dict().values()) and counts.members == 3
     assert counts.n == (dims("30k") if family == "sequence" else ensemble_dims("30k")).params
     one = params(spec, ModelConfig(family=family, size="30k", members=1))
-    assert one.n == counts.n and one.embeddings == counts.embeddings and one.n + one.embeddings == one.dynamics
+    assert (
+        one.n == counts.n
+        and one.embeddings == counts.embeddings
+        and one.n + one.embeddings == one.dynamics
+    )
 
 
 @pytest.mark.parametrize("size", ["10k", "1m", "300m", "7b"])
@@ -54,7 +75,9 @@ def test_every_rung_is_counted_without_being_made(size: str) -> None:
         (RICH, ModelConfig(family="ensemble", size="1m", members=2), 0),
     ],
 )
-def test_flops_are_what_torch_counts_on_the_cpu(spec: Spec, config: ModelConfig, events: int) -> None:
+def test_flops_are_what_torch_counts_on_the_cpu(
+    spec: Spec, config: ModelConfig, events: int
+) -> None:
     net, base = build(spec, config), Base(spec, config)
     init_(net, 0)
     windows = blank_windows(spec, 3, 5, events)
@@ -65,7 +88,9 @@ def test_flops_are_what_torch_counts_on_the_cpu(spec: Spec, config: ModelConfig,
 
 
 def test_attention_counts_the_full_square() -> None:
-    """The second difference over windows of W is the square of scores alone: 2 products of W x W x d_model a layer."""
+    """The second difference over windows of W is the square of scores alone: 2 products of W x W x
+    d_model a layer.
+    """
     config = ModelConfig(size="30k", members=1, context=64)
     rung = dims("30k")
     a, b, c = (flops_per_batch(PLAIN, config, 1, w, backward=False) for w in (16, 32, 48))
@@ -78,4 +103,6 @@ def test_a_planner_can_count_7b_quickly() -> None:
     counts, flops = params(PLAIN, config), flops_per_transition(PLAIN, config, 16)
     assert time.perf_counter() - began < 60
     assert counts.n == pytest.approx(7e9, rel=0.15)
-    assert flops > 6 * 0.97 * (counts.n - 4 * counts.embeddings)  # 6 N for the backbone, and the decoders' on every slot
+    assert flops > 6 * 0.97 * (
+        counts.n - 4 * counts.embeddings
+    )  # 6 N for the backbone, and the decoders' on every slot

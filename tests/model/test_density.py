@@ -1,4 +1,6 @@
-"""The discretised mixture is a distribution over bins, exact in the tails, and what `sample` draws from."""
+"""The discretised mixture is a distribution over bins, exact in the tails, and what `sample` draws
+from.
+"""
 
 import torch
 from torch.nn import functional as F
@@ -39,7 +41,10 @@ def test_agrees_with_the_difference_of_distribution_functions_in_float64():
 
 def test_an_exact_repeat_costs_almost_nothing():
     params = torch.tensor([0.0, 0.0, -30.0])
-    assert float(density.log_prob(density.mixture(params, torch.tensor(1e-4)), torch.tensor(0.0))) > -1e-3
+    assert (
+        float(density.log_prob(density.mixture(params, torch.tensor(1e-4)), torch.tensor(0.0)))
+        > -1e-3
+    )
 
 
 def test_gradients_are_finite_far_out():
@@ -56,7 +61,11 @@ def test_samples_follow_the_density():
     u = torch.rand(2, n, generator=torch.Generator().manual_seed(1)).clamp(1e-7, 1 - 1e-7)
     drawn = density.sample(m, u[0], torch.logit(u[1]))
     centres = torch.arange(-8, 9) * width
-    expected = density.log_prob(density.mixture(params, torch.tensor(width)), centres.unsqueeze(0)).exp().squeeze(0)
+    expected = (
+        density.log_prob(density.mixture(params, torch.tensor(width)), centres.unsqueeze(0))
+        .exp()
+        .squeeze(0)
+    )
     share = torch.stack([((drawn - c).abs() <= width / 2).float().mean() for c in centres])
     assert ((share - expected).abs() < 5 * (expected / n).sqrt() + 1e-4).all()
 
@@ -68,4 +77,8 @@ def test_categories_follow_their_probabilities_and_never_an_impossible_one():
     share = torch.bincount(drawn, minlength=4) / len(u)
     assert torch.allclose(share, F.softmax(logits, -1), atol=1e-4)
     edge = torch.tensor([2.0**-24, 1 - 2.0**-24])
-    assert set(density.categorical(torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]]).expand(2, -1), edge).tolist()) == {1, 2}
+    assert set(
+        density.categorical(
+            torch.tensor([[-torch.inf, 1.0, 2.0, -torch.inf]]).expand(2, -1), edge
+        ).tolist()
+    ) == {1, 2}

@@ -8,11 +8,37 @@ import pytest
 
 from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.ladder import DEC_HEAD, ENSEMBLE_RUNGS, HEAD, RUNGS, dims, ensemble_dims, nominal
+from mesocosm.model.ladder import (
+    DEC_HEAD,
+    ENSEMBLE_RUNGS,
+    HEAD,
+    RUNGS,
+    dims,
+    ensemble_dims,
+    nominal,
+)
 
 
 def test_rungs_are_near_their_names() -> None:
-    assert list(RUNGS) == list(ENSEMBLE_RUNGS) == ["10k", "30k", "100k", "300k", "1m", "3m", "10m", "30m", "100m", "300m", "1b", "3b", "7b"]
+    assert (
+        list(RUNGS)
+        == list(ENSEMBLE_RUNGS)
+        == [
+            "10k",
+            "30k",
+            "100k",
+            "300k",
+            "1m",
+            "3m",
+            "10m",
+            "30m",
+            "100m",
+            "300m",
+            "1b",
+            "3b",
+            "7b",
+        ]
+    )
     for size in RUNGS:
         assert abs(dims(size).params / nominal(size) - 1) < 0.15
         assert abs(ensemble_dims(size).params / nominal(size) - 1) < 0.15
@@ -23,7 +49,11 @@ def test_heads_have_one_size_and_the_decoder_grows_with_the_rung() -> None:
     for rung in rungs:
         assert rung.heads * HEAD == rung.d_model and rung.dec_heads * DEC_HEAD == rung.d_dec
     for below, above in itertools.pairwise(rungs):
-        assert above.d_model >= below.d_model and above.d_dec >= below.d_dec and above.params > below.params
+        assert (
+            above.d_model >= below.d_model
+            and above.d_dec >= below.d_dec
+            and above.params > below.params
+        )
 
 
 @pytest.mark.parametrize(

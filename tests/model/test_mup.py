@@ -1,4 +1,6 @@
-"""Coordinate check: a few steps at one learning rate move activations by as much at every width and depth."""
+"""Coordinate check: a few steps at one learning rate move activations by as much at every width and
+depth.
+"""
 
 from __future__ import annotations
 
@@ -36,23 +38,39 @@ def data() -> Windows:
 def watched(net: WorldNet) -> dict[str, nn.Module]:
     if isinstance(net, Sequence):
         assert net.decoder.density is not None
-        return {"backbone": net.blocks[-1], "decoder": net.decoder.blocks[-1], "outputs": net.decoder.density}
+        return {
+            "backbone": net.blocks[-1],
+            "decoder": net.decoder.blocks[-1],
+            "outputs": net.decoder.density,
+        }
     assert isinstance(net, Ensemble)
     return {"first": net.hidden[0], "last hidden": net.hidden[-1], "outputs": net.last}
 
 
-def moved(monkeypatch: pytest.MonkeyPatch, rung: Dims | EnsembleDims, *, groups: bool = True) -> dict[str, float]:
-    """RMS of what 5 steps change in the activations of a network of `rung`; without `groups` every parameter gets the base's lr."""
+def moved(
+    monkeypatch: pytest.MonkeyPatch, rung: Dims | EnsembleDims, *, groups: bool = True
+) -> dict[str, float]:
+    """RMS of what 5 steps change in the activations of a network of `rung`; without `groups` every
+    parameter gets the base's lr.
+    """
     ensemble = isinstance(rung, EnsembleDims)
-    monkeypatch.setitem(ladder.RUNGS, "test", ladder.RUNGS["30k"] if isinstance(rung, EnsembleDims) else rung)
+    monkeypatch.setitem(
+        ladder.RUNGS, "test", ladder.RUNGS["30k"] if isinstance(rung, EnsembleDims) else rung
+    )
     if isinstance(rung, EnsembleDims):
         monkeypatch.setitem(ladder.ENSEMBLE_RUNGS, "test", rung)
-    config = ModelConfig(family="ensemble" if ensemble else "sequence", size="test", members=1, context=6, base=False)
+    config = ModelConfig(
+        family="ensemble" if ensemble else "sequence", size="test", members=1, context=6, base=False
+    )
     net, base, windows = build(SPEC, config), Base(SPEC, config), data()
     init_(net, 0)
     seen: dict[str, Tensor] = {}
     for name, module in watched(net).items():
-        module.register_forward_hook(lambda _module, _inputs, output, name=name: seen.__setitem__(name, output.detach().clone()))
+        module.register_forward_hook(
+            lambda _module, _inputs, output, name=name: seen.__setitem__(
+                name, output.detach().clone()
+            )
+        )
 
     def look() -> dict[str, Tensor]:
         with torch.no_grad():
@@ -60,7 +78,11 @@ def moved(monkeypatch: pytest.MonkeyPatch, rung: Dims | EnsembleDims, *, groups:
         return dict(seen)
 
     before = look()
-    given = param_groups(net, 1e-2, 0.0) if groups else [{"params": list(net.parameters()), "lr": 1e-2, "weight_decay": 0.0}]
+    given = (
+        param_groups(net, 1e-2, 0.0)
+        if groups
+        else [{"params": list(net.parameters()), "lr": 1e-2, "weight_decay": 0.0}]
+    )
     optimizer = torch.optim.AdamW(given)
     for _ in range(5):
         optimizer.zero_grad()
@@ -78,8 +100,13 @@ def deep(layers: int) -> Dims:
     return Dims(64, layers, 128, 32, layers // 2, 64)
 
 
-@pytest.mark.parametrize(("small", "large"), [(narrow(64), narrow(256)), (deep(2), deep(8)), (EnsembleDims(64, 3), EnsembleDims(512, 3))])
-def test_change_is_alike_at_every_size(monkeypatch: pytest.MonkeyPatch, small: Dims | EnsembleDims, large: Dims | EnsembleDims) -> None:
+@pytest.mark.parametrize(
+    ("small", "large"),
+    [(narrow(64), narrow(256)), (deep(2), deep(8)), (EnsembleDims(64, 3), EnsembleDims(512, 3))],
+)
+def test_change_is_alike_at_every_size(
+    monkeypatch: pytest.MonkeyPatch, small: Dims | EnsembleDims, large: Dims | EnsembleDims
+) -> None:
     a, b = moved(monkeypatch, small), moved(monkeypatch, large)
     for name in a:
         assert 0.6 < b[name] / a[name] < 1.6, (name, a[name], b[name])
@@ -101,7 +128,9 @@ def test_groups_hold_every_parameter_once_with_the_papers_factors() -> None:
     m_n, m_l = 96 / 64, 3 / 2
     hidden = of[id(net.get_parameter("blocks.0.qkv.weight"))]
     assert (
-        hidden["lr"] == pytest.approx(1e-3 / m_n) and hidden["weight_decay"] == pytest.approx(0.1 * m_n) and hidden["eps"] == pytest.approx(1e-8 / (m_n * m_l))
+        hidden["lr"] == pytest.approx(1e-3 / m_n)
+        and hidden["weight_decay"] == pytest.approx(0.1 * m_n)
+        and hidden["eps"] == pytest.approx(1e-8 / (m_n * m_l))
     )
     gain = of[id(net.get_parameter("blocks.0.norm_1.weight"))]
     assert gain["lr"] == 1e-3 and gain["weight_decay"] == 0.0

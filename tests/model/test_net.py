@@ -1,4 +1,6 @@
-"""What a network's forward does with its windows, whatever the family: who trains on which episode, and what noise on the history means."""
+"""What a network's forward does with its windows, whatever the family: who trains on which episode,
+and what noise on the history means.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,19 @@ def windows(batch: int = 6) -> Windows:
         return Parts(torch.randn(parts.numbers.shape, generator=generator), parts.categories)
 
     assert blank.events is not None
-    events = replace(blank.events, observation=noise(blank.events.observation), weight=torch.ones(4), episode=torch.full((4,), EPISODE))
-    return replace(blank, observation=noise(blank.observation), action=noise(blank.action), episode=torch.full((batch,), EPISODE), events=events)
+    events = replace(
+        blank.events,
+        observation=noise(blank.events.observation),
+        weight=torch.ones(4),
+        episode=torch.full((4,), EPISODE),
+    )
+    return replace(
+        blank,
+        observation=noise(blank.observation),
+        action=noise(blank.action),
+        episode=torch.full((batch,), EPISODE),
+        events=events,
+    )
 
 
 def members_that_learn(net: WorldNet, base: Base) -> dict[str, list[bool]]:
@@ -55,17 +68,25 @@ def members_that_learn(net: WorldNet, base: Base) -> dict[str, list[bool]]:
 def test_a_member_without_an_episode_of_its_own_trains_on_all(family: str) -> None:
     net, base = make(family)
     alone = members_that_learn(net, base)
-    assert {"reward", "termination"} < {name.split(".")[0] for name in alone} and all(sum(learn) == 1 for learn in alone.values())
+    assert {"reward", "termination"} < {name.split(".")[0] for name in alone} and all(
+        sum(learn) == 1 for learn in alone.values()
+    )
     net.zero_grad()
     net.trains_on(torch.tensor([EPISODE, EPISODE]))
     assert all(all(learn) for learn in members_that_learn(net, base).values())
     net.trains_on(torch.arange(100))
-    assert torch.equal(net.kept(torch.arange(100)), rng.member_mask(torch.arange(100), K)), "masks stay where every member has some"
+    assert torch.equal(net.kept(torch.arange(100)), rng.member_mask(torch.arange(100), K)), (
+        "masks stay where every member has some"
+    )
 
 
 @pytest.mark.parametrize("family", ["sequence", "ensemble"])
-def test_noise_on_the_history_is_a_step_from_the_noisy_state_to_the_true_next_one(family: str) -> None:
-    """In windows of one transition, a noisy o_t gives every loss that this o_t would give had it been the true one."""
+def test_noise_on_the_history_is_a_step_from_the_noisy_state_to_the_true_next_one(
+    family: str,
+) -> None:
+    """In windows of one transition, a noisy o_t gives every loss that this o_t would give had it
+    been the true one.
+    """
     net, base = make(family)
     clean = replace(windows(), start=torch.zeros(6, dtype=torch.bool))
 
@@ -76,17 +97,26 @@ def test_noise_on_the_history_is_a_step_from_the_noisy_state_to_the_true_next_on
         clean,
         observation=first(clean.observation, 2),
         action=first(clean.action, 1),
-        **{name: getattr(clean, name)[:, :1] for name in ("reward", "terminated", "duration", "mask")},
+        **{
+            name: getattr(clean, name)[:, :1]
+            for name in ("reward", "terminated", "duration", "mask")
+        },
     )
     noisy = Parts(one.observation.numbers[:, :1] + 0.3, one.observation.categories[:, :1])
-    moved = Parts(torch.cat((noisy.numbers, one.observation.numbers[:, 1:]), 1), one.observation.categories)
+    moved = Parts(
+        torch.cat((noisy.numbers, one.observation.numbers[:, 1:]), 1), one.observation.categories
+    )
 
     def losses(of: Windows) -> dict[str, Tensor]:
         with torch.no_grad():
             made = net(of, apply_base(base, of))
         return {**made.nats, "objective": made.objective}
 
-    corrupted, other, plain = losses(replace(one, seen=noisy)), losses(replace(one, observation=moved)), losses(one)
+    corrupted, other, plain = (
+        losses(replace(one, seen=noisy)),
+        losses(replace(one, observation=moved)),
+        losses(one),
+    )
     for name in corrupted:
         assert torch.equal(corrupted[name], other[name]), name
     for name in ("dynamics", "reward", "termination"):

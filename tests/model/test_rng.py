@@ -1,4 +1,6 @@
-"""The hash: the same bits everywhere, uniform, and without the correlations that would show in rollouts."""
+"""The hash: the same bits everywhere, uniform, and without the correlations that would show in
+rollouts.
+"""
 
 import numpy as np
 import torch
@@ -15,8 +17,12 @@ def test_numpy_and_torch_give_the_same_bits():
         assert a.shape == tuple(b.shape) == (40, 50) and np.array_equal(a, b.numpy())
         for slot in (rng.REWARD, rng.OBSERVATION + 9):
             u, v = rng.uniform(a, slot), rng.uniform(b, slot)
-            assert u.dtype == np.float32 and v.dtype == torch.float32 and np.array_equal(u, v.numpy())
-        assert np.array_equal(rng.member_of(seed, env, 2, 4), rng.member_of(seed, torch.from_numpy(env), 2, 4).numpy())
+            assert (
+                u.dtype == np.float32 and v.dtype == torch.float32 and np.array_equal(u, v.numpy())
+            )
+        assert np.array_equal(
+            rng.member_of(seed, env, 2, 4), rng.member_of(seed, torch.from_numpy(env), 2, 4).numpy()
+        )
 
 
 def test_bits_are_pinned():

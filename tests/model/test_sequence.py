@@ -1,4 +1,6 @@
-"""Toys with a known answer, each trained in-process for a few seconds: what the sequence family must be able to learn."""
+"""Toys with a known answer, each trained in-process for a few seconds: what the sequence family
+must be able to learn.
+"""
 
 import numpy as np
 import pytest
@@ -18,7 +20,13 @@ torch.set_num_threads(1)
 W = 8
 
 
-def windows(observation: Parts, action: Parts, *, reward: Tensor | None = None, terminated: Tensor | None = None) -> Windows:
+def windows(
+    observation: Parts,
+    action: Parts,
+    *,
+    reward: Tensor | None = None,
+    terminated: Tensor | None = None,
+) -> Windows:
     """Whole episodes of W transitions: observation [B, W+1, .], action [B, W, .]."""
     batch, steps = action.numbers.shape[:2]
     zeros = torch.zeros(batch, steps)
@@ -40,9 +48,23 @@ def train(spec: Spec, data: Windows, steps: int, *, lr: float = 5e-3, **config: 
     cfg = ModelConfig(**config)
     net = build(spec, cfg)
     init_(net, 0)
-    transitions = tuple(Parts(p.numbers.flatten(0, 1), p.categories.flatten(0, 1)) for p in (data.observation[:, :-1], data.action, data.observation[:, 1:]))
+    transitions = tuple(
+        Parts(p.numbers.flatten(0, 1), p.categories.flatten(0, 1))
+        for p in (data.observation[:, :-1], data.action, data.observation[:, 1:])
+    )
     rows = data.mask.numel()
-    base = Base.fit(spec, cfg, (transitions[0], transitions[1], Parts.empty(spec.task, rows), transitions[2], data.episode.repeat_interleave(W)), seed=0)
+    base = Base.fit(
+        spec,
+        cfg,
+        (
+            transitions[0],
+            transitions[1],
+            Parts.empty(spec.task, rows),
+            transitions[2],
+            data.episode.repeat_interleave(W),
+        ),
+        seed=0,
+    )
     optimizer = torch.optim.AdamW(param_groups(net, lr, 0.01), betas=(0.9, 0.95), fused=True)
     generator = torch.Generator().manual_seed(0)
     for step in range(steps):
@@ -51,7 +73,20 @@ def train(spec: Spec, data: Windows, steps: int, *, lr: float = 5e-3, **config: 
             group["lr"] = group["base_lr"] * min(1.0, 2.0 * (1 - step / steps))
         rows = torch.randint(len(data.episode), (32,), generator=generator)
         some = Windows(
-            *(getattr(data, name)[rows] for name in ("observation", "action", "task", "reward", "terminated", "duration", "mask", "start", "episode"))
+            *(
+                getattr(data, name)[rows]
+                for name in (
+                    "observation",
+                    "action",
+                    "task",
+                    "reward",
+                    "terminated",
+                    "duration",
+                    "mask",
+                    "start",
+                    "episode",
+                )
+            )
         )
         loss = net(some, apply_base(base, some)).objective
         optimizer.zero_grad()
@@ -69,7 +104,9 @@ def numbers(values: Tensor) -> Parts:
     return Parts(values.float(), torch.zeros(*values.shape[:-1], 0, dtype=torch.int64))
 
 
-def rollout(world: World, batch: int, steps: int, start: Parts | None = None, seed: int = 5) -> tuple[Parts, list[object]]:
+def rollout(
+    world: World, batch: int, steps: int, start: Parts | None = None, seed: int = 5
+) -> tuple[Parts, list[object]]:
     """[B, steps + 1, ...] imagined observations, and each step's output."""
     env = torch.arange(batch)
     task, observation = world.sample_start(rng.keys(seed, env, 0, 0))
@@ -80,18 +117,26 @@ def rollout(world: World, batch: int, steps: int, start: Parts | None = None, se
         carry, out = world.step(carry, no_actions(batch), rng.keys(seed, env, 0, step + 1))
         seen.append(out.observation)
         outs.append(out)
-    return Parts(torch.stack([o.numbers for o in seen], 1), torch.stack([o.categories for o in seen], 1)), outs
+    return Parts(
+        torch.stack([o.numbers for o in seen], 1), torch.stack([o.categories for o in seen], 1)
+    ), outs
 
 
 def test_dimensions_that_flip_together_are_drawn_together() -> None:
-    """Both numbers jump to the same fair sign at every step, and a category shows it: the margins are even, the joint is not."""
+    """Both numbers jump to the same fair sign at every step, and a category shows it: the margins
+    are even, the joint is not.
+    """
     sign = torch.from_numpy(np.random.default_rng(0).choice([-1.0, 1.0], size=(256, W + 1)))
     observation = Parts(torch.stack((sign, sign), -1).float(), (sign > 0).long().unsqueeze(-1))
     spec = Spec(PartSpec(2, (0.05, 0.05), (2,)), PartSpec(), reward_values=(0.0,))
     world = train(spec, windows(observation, no_actions(256, W)), 200)
     seen, _ = rollout(world, 256, 4)
     x = seen.numbers[:, 1:]
-    right = ((x.abs() - 1).abs() < 0.1).all(-1) & (x[..., 0].sign() == x[..., 1].sign()) & ((x[..., 0] > 0).long() == seen.categories[:, 1:, 0])
+    right = (
+        ((x.abs() - 1).abs() < 0.1).all(-1)
+        & (x[..., 0].sign() == x[..., 1].sign())
+        & ((x[..., 0] > 0).long() == seen.categories[:, 1:, 0])
+    )
     assert right.float().mean() > 0.97, right.float().mean()
     assert 0.4 < float((x[..., 0] > 0).float().mean()) < 0.6
 
@@ -99,10 +144,13 @@ def test_dimensions_that_flip_together_are_drawn_together() -> None:
 def test_kinds_of_start_come_in_their_frequencies() -> None:
     """Three kinds of start, told apart by a category and by numbers that go with it."""
     share = np.array([0.6, 0.3, 0.1])
-    kind = torch.from_numpy(np.random.default_rng(1).permutation(np.repeat(np.arange(3), (share * 500).astype(int))))
+    kind = torch.from_numpy(
+        np.random.default_rng(1).permutation(np.repeat(np.arange(3), (share * 500).astype(int)))
+    )
     centres = torch.tensor([[-2.0, 1.0], [0.5, 0.5], [2.0, -1.0]])
     observation = Parts(
-        centres[kind].unsqueeze(1).repeat(1, W + 1, 1) + 0.05 * torch.randn(500, W + 1, 2, generator=torch.Generator().manual_seed(2)),
+        centres[kind].unsqueeze(1).repeat(1, W + 1, 1)
+        + 0.05 * torch.randn(500, W + 1, 2, generator=torch.Generator().manual_seed(2)),
         kind.view(-1, 1, 1).repeat(1, W + 1, 1),
     )
     spec = Spec(PartSpec(2, (0.05, 0.05), (3,)), PartSpec(), reward_values=(0.0,))
@@ -116,7 +164,9 @@ def test_kinds_of_start_come_in_their_frequencies() -> None:
 
 
 def hidden_mode(episodes: int, seed: int) -> Windows:
-    """A hidden mode, +0.5 or -0.5 an episode: every other step goes there and back, and from 0 only history tells where."""
+    """A hidden mode, +0.5 or -0.5 an episode: every other step goes there and back, and from 0 only
+    history tells where.
+    """
     mode = np.random.default_rng(seed).choice([-0.5, 0.5], size=(episodes, 1, 1))
     x = np.tile(mode, (1, W + 1, 1))
     x[:, ::2] = 0.0
@@ -138,13 +188,18 @@ def test_history_is_used_where_the_state_is_hidden() -> None:
 
 
 def test_text_is_valid_and_follows_its_grammar() -> None:
-    """Texts of 1 to 3 characters out of 4: sampled ones end once, never early, and say what the data say."""
+    """Texts of 1 to 3 characters out of 4: sampled ones end once, never early, and say what the
+    data say.
+    """
     words = [[1, 0, 0], [2, 3, 0], [2, 3, 4]]
     generator = np.random.default_rng(0)
     text = torch.tensor(words)[torch.from_numpy(generator.integers(0, 3, size=(256, W + 1)))]
     spec = Spec(PartSpec(0, (), (5, 5, 5), (TextSpan(0, 3, 1),)), PartSpec(), reward_values=(0.0,))
     untrained = train(spec, windows(Parts(torch.zeros(256, W + 1, 0), text), no_actions(256, W)), 0)
-    for world in (untrained, train(spec, windows(Parts(torch.zeros(256, W + 1, 0), text), no_actions(256, W)), 120)):
+    for world in (
+        untrained,
+        train(spec, windows(Parts(torch.zeros(256, W + 1, 0), text), no_actions(256, W)), 120),
+    ):
         seen, _ = rollout(world, 200, 4)
         drawn = seen.categories.flatten(0, 1)
         assert (drawn[:, 0] > 0).all(), "an end before min_length"
@@ -157,15 +212,27 @@ def test_text_is_valid_and_follows_its_grammar() -> None:
 
 def test_rare_terminations_and_rewards_are_learned_and_drawn() -> None:
     """A counter that ends at 3 and pays 1 for an even step, 0 for an odd one, but 10 at the end."""
-    x = torch.arange(W + 1).remainder(5).float().repeat(128, 1) + torch.randint(0, 3, (128, 1), generator=torch.Generator().manual_seed(0))
+    x = torch.arange(W + 1).remainder(5).float().repeat(128, 1) + torch.randint(
+        0, 3, (128, 1), generator=torch.Generator().manual_seed(0)
+    )
     after = x[:, 1:]
     reward = torch.where(after > 4.5, 2.0, (after.remainder(2) < 0.5).float())
     spec = Spec(PartSpec(1, (0.05,)), PartSpec(), reward_values=(0.0, 1.0, 10.0), terminal_rate=0.1)
-    data = windows(numbers(x.unsqueeze(-1)), no_actions(128, W), reward=reward, terminated=(after > 4.5).float())
-    world = train(spec, data, 600, lr=3e-3)  # at the other tests' rate it comes out otherwise on another processor
+    data = windows(
+        numbers(x.unsqueeze(-1)),
+        no_actions(128, W),
+        reward=reward,
+        terminated=(after > 4.5).float(),
+    )
+    world = train(
+        spec, data, 600, lr=3e-3
+    )  # at the other tests' rate it comes out otherwise on another processor
     seen, outs = rollout(world, 128, W, start=numbers(x[:, :1]))
     after = seen.numbers[:, 1:, 0].round()
-    paid, ended = torch.stack([o.reward for o in outs], 1), torch.stack([o.terminated for o in outs], 1)  # type: ignore[attr-defined]
+    paid, ended = (
+        torch.stack([o.reward for o in outs], 1),
+        torch.stack([o.terminated for o in outs], 1),
+    )  # type: ignore[attr-defined]
     expected = torch.where(after > 4.5, 10.0, (after.remainder(2) < 0.5).float())
     assert (paid == expected).float().mean() > 0.95
     assert (ended == (after > 4.5)).float().mean() > 0.98
@@ -182,33 +249,69 @@ def test_members_disagree_where_there_were_no_data() -> None:
         _, (out,) = rollout(world, 256, 1, start=numbers(start))
         return float(out.disagreement.mean())  # type: ignore[attr-defined]
 
-    known, unknown = mean(torch.randn(256, 1, generator=generator)), mean(torch.randn(256, 1, generator=generator) + 4.0)
+    known, unknown = (
+        mean(torch.randn(256, 1, generator=generator)),
+        mean(torch.randn(256, 1, generator=generator) + 4.0),
+    )
     assert unknown > 2 * max(known, 0.02), (known, unknown)
 
 
 @pytest.mark.parametrize("family", ["sequence"])
 def test_a_loss_is_the_sum_of_its_slices(family: str) -> None:
-    """Equal slices of a batch average to the batch's objective: what lets the number of ranks change nothing."""
+    """Equal slices of a batch average to the batch's objective: what lets the number of ranks
+    change nothing.
+    """
     spec = Spec(PartSpec(1, (0.05,), (3,)), PartSpec(), reward_values=(0.0, 1.0), terminal_rate=0.1)
     data = hidden_mode(16, 0)
     observation = Parts(data.observation.numbers, data.observation.numbers.round().long().abs())
-    mask = torch.arange(W) < torch.randint(1, W + 1, (16, 1), generator=torch.Generator().manual_seed(0))
-    whole = Windows(observation, data.action, data.task, data.reward, data.terminated, data.duration, mask, torch.arange(16) % 2 == 0, data.episode)
+    mask = torch.arange(W) < torch.randint(
+        1, W + 1, (16, 1), generator=torch.Generator().manual_seed(0)
+    )
+    whole = Windows(
+        observation,
+        data.action,
+        data.task,
+        data.reward,
+        data.terminated,
+        data.duration,
+        mask,
+        torch.arange(16) % 2 == 0,
+        data.episode,
+    )
     world = train(spec, whole, 1, family=family)
-    names = ("observation", "action", "task", "reward", "terminated", "duration", "mask", "start", "episode")
-    halves = [world.losses(Windows(*(getattr(whole, name)[part] for name in names))) for part in (slice(0, 8), slice(8, 16))]
+    names = (
+        "observation",
+        "action",
+        "task",
+        "reward",
+        "terminated",
+        "duration",
+        "mask",
+        "start",
+        "episode",
+    )
+    halves = [
+        world.losses(Windows(*(getattr(whole, name)[part] for name in names)))
+        for part in (slice(0, 8), slice(8, 16))
+    ]
     total = world.losses(whole)
-    assert torch.isclose(total.objective, (halves[0].objective + halves[1].objective) / 2, rtol=1e-5)
+    assert torch.isclose(
+        total.objective, (halves[0].objective + halves[1].objective) / 2, rtol=1e-5
+    )
     assert total.transitions == halves[0].transitions + halves[1].transitions == mask.sum()
     for name, value in total.nats.items():
-        assert value >= 0 and torch.isclose(value, halves[0].nats[name] + halves[1].nats[name], rtol=1e-4), name
+        assert value >= 0 and torch.isclose(
+            value, halves[0].nats[name] + halves[1].nats[name], rtol=1e-4
+        ), name
 
 
 @pytest.mark.parametrize("family", ["sequence", "ensemble"])
 def test_bfloat16_weights_leave_the_densities_in_float32(family: str) -> None:
     spec = Spec(PartSpec(1, (1e-3,), (3,)), PartSpec(), durations=True, terminal_rate=0.1)
     data = hidden_mode(32, 0)
-    data = windows(Parts(data.observation.numbers, data.observation.numbers.sign().long() + 1), data.action)
+    data = windows(
+        Parts(data.observation.numbers, data.observation.numbers.sign().long() + 1), data.action
+    )
     world = train(spec, data, 20, family=family)
     wide = world.losses(data).per_transition
     world.net.bfloat16()

@@ -1,4 +1,6 @@
-"""Stepping: the cache agrees with the full forward, a restored session goes on with the same bits, and a world survives its files."""
+"""Stepping: the cache agrees with the full forward, a restored session goes on with the same bits,
+and a world survives its files.
+"""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,7 +43,9 @@ def make_world(family: str = "sequence", spec: Spec = SPEC, context: int = W) ->
 def actions(step: int, spec: Spec = SPEC) -> Parts:
     key = rng.keys(9, torch.arange(B), 0, step).unsqueeze(1)
     numbers = rng.uniform(key, torch.arange(spec.action.numbers))
-    categories = [(rng.uniform(key, 50 + i) * c).long() for i, c in enumerate(spec.action.categories)]
+    categories = [
+        (rng.uniform(key, 50 + i) * c).long() for i, c in enumerate(spec.action.categories)
+    ]
     return Parts(numbers, torch.cat([*categories, key[:, :0]], 1))
 
 
@@ -59,18 +63,29 @@ def reset(world: World, carry: Carry, which: list[int], seed: int) -> Carry:
     mask = torch.zeros(B, dtype=torch.bool)
     mask[which] = True
     task, observation = world.sample_start(rng.keys(seed, torch.arange(B), 1, 0))
-    return world.reset(carry, mask, task, observation, torch.full((B,), seed % world.config.members))
+    return world.reset(
+        carry, mask, task, observation, torch.full((B,), seed % world.config.members)
+    )
 
 
 def flat(out: StepOut) -> list[Tensor]:
-    return [out.observation.numbers, out.observation.categories, out.reward, out.terminated, out.p_terminated, out.duration, out.disagreement]
+    return [
+        out.observation.numbers,
+        out.observation.categories,
+        out.reward,
+        out.terminated,
+        out.p_terminated,
+        out.duration,
+        out.disagreement,
+    ]
 
 
 @pytest.mark.parametrize("steps", [3, W - 1, W, W + 1, 2 * W + 3])
 @torch.inference_mode()
 def test_cached_stepping_equals_the_full_forward(steps: int) -> None:
-    """The distribution of what follows, given the same history: by the cache (also one that was rebuilt), and by a forward over the
-    columns that it keeps."""
+    """The distribution of what follows, given the same history: by the cache (also one that was
+    rebuilt), and by a forward over the columns that it keeps.
+    """
     world = make_world()
     net = world.net
     assert isinstance(net, Sequence)
@@ -78,7 +93,10 @@ def test_cached_stepping_equals_the_full_forward(steps: int) -> None:
     for step in range(steps):
         carry, out = advance(world, carry, step)
     past = carry.past_observation[:, : carry.position]
-    spread = Parts(carry.task.numbers.unsqueeze(1).expand(-1, carry.position, -1), carry.task.categories.unsqueeze(1).expand(-1, carry.position, -1))
+    spread = Parts(
+        carry.task.numbers.unsqueeze(1).expand(-1, carry.position, -1),
+        carry.task.categories.unsqueeze(1).expand(-1, carry.position, -1),
+    )
     history = Transition(past, carry.past_action[:, : carry.position], spread)
     full = net.context(history)[:, -1]
     last = Transition(past[:, -1], carry.past_action[:, carry.position - 1], carry.task)
@@ -87,7 +105,11 @@ def test_cached_stepping_equals_the_full_forward(steps: int) -> None:
     assert torch.allclose(full, cached, atol=1e-4)
     base = BaseOut(world.base(last.observation, last.action, last.task), world.base.residual_scale)
     outcome = Outcome(out.observation, (out.duration - SPEC.duration_mean) / SPEC.duration_scale)
-    for a, b in zip(net.log_prob(full, last, outcome, base), net.log_prob(cached, last, outcome, base), strict=True):
+    for a, b in zip(
+        net.log_prob(full, last, outcome, base),
+        net.log_prob(cached, last, outcome, base),
+        strict=True,
+    ):
         assert torch.allclose(a, b, atol=1e-4)  # type: ignore[arg-type]
 
 
@@ -98,17 +120,25 @@ def test_a_drawn_step_disagrees_as_the_same_step_would_if_it_were_logged() -> No
     carry = begin(world)
     token = Transition(carry.observation, actions(0), carry.task)
     features = world.net.advance(world.net.new_cache(B), 0, carry.start_column, token)
-    base = BaseOut(world.base(token.observation, token.action, token.task), world.base.residual_scale)
+    base = BaseOut(
+        world.base(token.observation, token.action, token.task), world.base.residual_scale
+    )
     draw = world.net.draw(features, token, base, carry.member, rng.keys(3, torch.arange(B), 0, 0))
-    log_prob, duration = world.net.log_prob(features, token, Outcome(draw.observation, draw.duration), base)
+    log_prob, duration = world.net.log_prob(
+        features, token, Outcome(draw.observation, draw.duration), base
+    )
     assert (log_prob <= 0).all() and duration is not None and (duration <= 0).all()
     apart = world.net.disagreement(features, token, Outcome(draw.observation, draw.duration), base)
-    assert (draw.disagreement > 0).all() and torch.allclose(draw.disagreement, apart, rtol=1e-3, atol=1e-5)
+    assert (draw.disagreement > 0).all() and torch.allclose(
+        draw.disagreement, apart, rtol=1e-3, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("family", ["sequence", "ensemble"])
 def test_a_restored_session_goes_on_with_the_same_bits(family: str) -> None:
-    """Cut at every step of several windows, before, at and after rebuilds, with resets in between; the context goes over the wire."""
+    """Cut at every step of several windows, before, at and after rebuilds, with resets in between;
+    the context goes over the wire.
+    """
     world, other = make_world(family), make_world(family)
     resets = {2: [1], W - 1: [0, 3], W: [2], W + 3: [1, 4], 2 * W: [0]}
     contexts, outs, carry = [], [], begin(world)
@@ -133,7 +163,9 @@ def test_a_restored_session_goes_on_with_the_same_bits(family: str) -> None:
 
 
 def test_an_episode_does_not_see_what_was_before_it() -> None:
-    """After a reset an environment's future is that of a session which never had another past (up to the column's rotation)."""
+    """After a reset an environment's future is that of a session which never had another past (up
+    to the column's rotation).
+    """
     world = make_world()
     carry, other = begin(world, 3), begin(world, 4)
     for step in range(3):
@@ -166,7 +198,9 @@ def test_one_broken_episode_does_not_spoil_the_next() -> None:
 
 
 def test_draws_depend_on_the_key_alone() -> None:
-    """The same keys give the same steps; another seed gives others; each environment's draw is its own."""
+    """The same keys give the same steps; another seed gives others; each environment's draw is its
+    own.
+    """
     world = make_world()
 
     def run(seed: int) -> Tensor:
@@ -192,21 +226,39 @@ def test_a_context_that_does_not_fit_is_refused() -> None:
 def test_integers_are_whole_inside_the_world_too(tmp_path: Path) -> None:
     """What an agent sees, encoded again, is where the world goes on from."""
     generator = np.random.default_rng(0)
-    space = spaces.Dict({"task": spaces.Box(0, 9, (1,), np.int64), "count": spaces.Box(-99, 999, (2,), np.int64), "x": spaces.Box(-1, 1, (1,), np.float32)})
+    space = spaces.Dict(
+        {
+            "task": spaces.Box(0, 9, (1,), np.int64),
+            "count": spaces.Box(-99, 999, (2,), np.int64),
+            "x": spaces.Box(-1, 1, (1,), np.float32),
+        }
+    )
     episodes = []
     for k in range(8):
         row = {"task": np.array([k]), "x": np.array([0.5], np.float32)}
         rows = [row | {"count": np.array([10 * k + t, -t])} for t in range(12)]
-        episodes.append(Episode(k, k, "random", rows, list(generator.integers(0, 2, 11)), np.ones(11), "truncated"))
-    facts = {"environment": Environment(id="Counts-v0", task=["task"]), "observation_space": space, "action_space": spaces.Discrete(2)}
+        episodes.append(
+            Episode(
+                k, k, "random", rows, list(generator.integers(0, 2, 11)), np.ones(11), "truncated"
+            )
+        )
+    facts = {
+        "environment": Environment(id="Counts-v0", task=["task"]),
+        "observation_space": space,
+        "action_space": spaces.Discrete(2),
+    }
     write_dataset(tmp_path, episodes, id="counts", seed=0, **facts)
     codec = Codec.fit(Dataset([tmp_path]))
     world = make_world(spec=Spec.from_json(codec.spec.to_json()))
     carry, seen = begin(world), []
     for step in range(3):
         seen.append(codec.decode_observation(carry.observation, carry.task))
-        torch.testing.assert_close(codec.observation(seen[-1]).numbers, carry.observation.numbers, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(codec.task(seen[-1]).numbers, carry.task.numbers, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            codec.observation(seen[-1]).numbers, carry.observation.numbers, atol=1e-4, rtol=1e-4
+        )
+        torch.testing.assert_close(
+            codec.task(seen[-1]).numbers, carry.task.numbers, atol=1e-4, rtol=1e-4
+        )
         carry, _ = advance(world, carry, step)
     assert len({tuple(row) for now in seen for row in now["count"].tolist()}) > 5
 
@@ -217,7 +269,9 @@ def test_a_world_survives_its_files(family: str, tmp_path: Path) -> None:
     world.codec = {"some": ["codec"]}
     world.save(tmp_path / "w")
     loaded = World.load(tmp_path / "w")
-    assert loaded.spec == world.spec and loaded.config == world.config and loaded.codec == world.codec
+    assert (
+        loaded.spec == world.spec and loaded.config == world.config and loaded.codec == world.codec
+    )
     a, b = begin(world), begin(loaded)
     for step in range(W + 2):
         a, x = advance(world, a, step)
@@ -232,4 +286,6 @@ def test_regressed_rewards_and_durations_come_in_raw_units() -> None:
     spec = replace(SPEC, reward_mean=50.0, reward_scale=2.0, duration_mean=7.0, duration_scale=0.1)
     world, plain = make_world(spec=spec), make_world()
     (_, a), (_, b) = advance(world, begin(world), 0), advance(plain, begin(plain), 0)
-    assert torch.allclose(a.reward, b.reward * 2 + 50, atol=1e-4) and torch.allclose(a.duration, b.duration * 0.1 + 7, atol=1e-4)
+    assert torch.allclose(a.reward, b.reward * 2 + 50, atol=1e-4) and torch.allclose(
+        a.duration, b.duration * 0.1 + 7, atol=1e-4
+    )

@@ -15,7 +15,15 @@ from mesocosm.pretrain.run import PretrainConfig, run
 from mesocosm.storage import Artifact
 
 DATASET = "cart"
-SMALL = ("model.size=10k", "model.members=2", "model.context=8", "model.base_steps=50", "train.batch=8", "train.events=12", "train.lr=3e-3")
+SMALL = (
+    "model.size=10k",
+    "model.members=2",
+    "model.context=8",
+    "model.base_steps=50",
+    "train.batch=8",
+    "train.events=12",
+    "train.lr=3e-3",
+)
 
 
 @dataclass
@@ -28,7 +36,9 @@ class Pretrained:
 
     @property
     def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()
+        ]
 
     @property
     def losses(self) -> dict[int, list[float]]:
@@ -45,7 +55,10 @@ class Pretrained:
 
 
 def _load(root: str, *overrides: str) -> PretrainConfig:
-    return config.load(PretrainConfig, overrides=(f"storage.root={root}", f"data.datasets=[{DATASET}]", *SMALL, *overrides))
+    return config.load(
+        PretrainConfig,
+        overrides=(f"storage.root={root}", f"data.datasets=[{DATASET}]", *SMALL, *overrides),
+    )
 
 
 def _pretrain(root: str, *overrides: str) -> Pretrained:

@@ -1,4 +1,6 @@
-"""A real DeepSpeed engine in this process, a group of one: what it is told reaches the optimiser, and what it was it is again."""
+"""A real DeepSpeed engine in this process, a group of one: what it is told reaches the optimiser,
+and what it was it is again.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def group(one_rank: None) -> Iterator[None]:
 def start(kept: Path | None = None, **options: Any) -> Any:
     net = build(SPEC, MODEL)
     init_(net, 0)
-    return engine.start(net, TrainConfig(batch=4, precision="fp32", **options), ALONE, kept, "test")[0]
+    return engine.start(
+        net, TrainConfig(batch=4, precision="fp32", **options), ALONE, kept, "test"
+    )[0]
 
 
 def moved(running: Any, steps: int = 3) -> float:
@@ -48,12 +52,17 @@ def moved(running: Any, steps: int = 3) -> float:
     for _ in range(steps):
         running.backward(running(windows, base).objective)
         engine.step(running)
-    return max(float((a - b).detach().abs().max()) for a, b in zip(running.module.parameters(), before, strict=True))
+    return max(
+        float((a - b).detach().abs().max())
+        for a, b in zip(running.module.parameters(), before, strict=True)
+    )
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_gradients_are_clipped(stage: int) -> None:
-    """Adam forgets the scale of gradients unless they are far below its eps, so that is where they are clipped to."""
+    """Adam forgets the scale of gradients unless they are far below its eps, so that is where they
+    are clipped to.
+    """
     assert moved(start(zero_stage=stage, weight_decay=0.0)) > 1e-3
     assert moved(start(zero_stage=stage, weight_decay=0.0, clip=1e-14)) < 1e-5
 
@@ -67,14 +76,20 @@ def test_random_state_and_weights_are_restored() -> None:
     torch.manual_seed(12345)
     again = start(folder)
     assert torch.equal(torch.rand(5), following)
-    assert all(torch.equal(a, b) for a, b in zip(again.module.parameters(), running.module.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(again.module.parameters(), running.module.parameters(), strict=True)
+    )
     assert moved(again) == moved(running), "the optimiser's moments too"
     shutil.rmtree(folder)
 
 
 def test_a_checkpoint_without_all_its_ranks_is_refused() -> None:
     running = start()
-    whole, other = (checkpoint.save_running(running, Progress(step=3, steps=9, world_size=2), rank) for rank in range(2))
+    whole, other = (
+        checkpoint.save_running(running, Progress(step=3, steps=9, world_size=2), rank)
+        for rank in range(2)
+    )
     with pytest.raises(MesocosmError, match=r"file 'rank-00001\.json' is missing .*--force"):
         checkpoint.verify(whole)
     shutil.copytree(other, whole, dirs_exist_ok=True)
@@ -101,8 +116,12 @@ def test_a_checkpoint_without_all_its_ranks_is_refused() -> None:
         ({"precision": "bf16"}, 4, 12 + 4 * 6),  # stage 1
     ],
 )
-def test_the_least_memory_follows_zeros_stage(options: dict[str, Any], workers: int, bytes_a_parameter: int) -> None:
+def test_the_least_memory_follows_zeros_stage(
+    options: dict[str, Any], workers: int, bytes_a_parameter: int
+) -> None:
     given = TrainConfig(**{"precision": "fp32", **options})
     found = engine.least_gib(2**30, given, workers, on_gpu=False)
     assert found == pytest.approx(bytes_a_parameter + workers * engine.PROCESS_GIB)
-    assert engine.least_gib(2**30, given, workers, on_gpu=True) == pytest.approx(workers * engine.PROCESS_GIB)
+    assert engine.least_gib(2**30, given, workers, on_gpu=True) == pytest.approx(
+        workers * engine.PROCESS_GIB
+    )

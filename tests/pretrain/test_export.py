@@ -1,4 +1,6 @@
-"""What an exported world is told of itself: the check that its episodes end where reality's do, and the scale of its disagreement."""
+"""What an exported world is told of itself: the check that its episodes end where reality's do, and
+the scale of its disagreement.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,15 @@ from mesocosm.storage import Storage
 
 @pytest.mark.parametrize(("transitions", "measured_on"), [(40, "training"), (400, "validation")])
 def test_a_world_that_ends_everywhere_fails(
-    tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any], transitions: int, measured_on: str
+    tmp_path: Path,
+    cart_root: Callable[..., str],
+    load: Callable[..., Any],
+    transitions: int,
+    measured_on: str,
 ) -> None:
-    """Its precision is the data's own rate of terminals, also where that is measured on events, of which a third are terminals."""
+    """Its precision is the data's own rate of terminals, also where that is measured on events, of
+    which a third are terminals.
+    """
     storage = Storage(cart_root(tmp_path, transitions))
     dataset = prepare.open_datasets(storage, ["cart"])
     codec = Codec.fit(dataset)
@@ -36,18 +44,40 @@ def test_a_world_that_ends_everywhere_fails(
     check = check_termination(world, dataset, codec, 0)
     split = "train" if measured_on == "training" else "valid"
     assert check.measured_on == measured_on and check.recall == 1.0
-    assert check.precision == pytest.approx(len(dataset.episodes(split)) / dataset.count(split), rel=0.01)
+    assert check.precision == pytest.approx(
+        len(dataset.episodes(split)) / dataset.count(split), rel=0.01
+    )
     if check.terminals >= 10:
-        assert check.verdict.startswith(f"failed: precision {check.precision:.2g} on {check.terminals} terminal transitions")
+        assert check.verdict.startswith(
+            f"failed: precision {check.precision:.2g} on {check.terminals} terminal transitions"
+        )
 
 
 @pytest.mark.parametrize(
     ("check", "verdict"),
     [
-        (TerminationCheck(0, 0, 9.0, "training"), "not applicable: no episode of the data terminates"),
-        (TerminationCheck(3, 0, 0.0, "validation"), "failed: of 3 terminal transitions (validation) the world ends none"),
-        (TerminationCheck(50, 4, 0.0, "validation"), "failed: recall 0.08 on 50 terminal transitions (validation) is below 0.1: the world ends almost none"),
-        (TerminationCheck(50, 5, 46.0, "validation"), "failed: precision 0.098 on 50 terminal transitions (validation) is below 0.1: the world ends almost"),
+        (
+            TerminationCheck(0, 0, 9.0, "training"),
+            "not applicable: no episode of the data terminates",
+        ),
+        (
+            TerminationCheck(3, 0, 0.0, "validation"),
+            "failed: of 3 terminal transitions (validation) the world ends none",
+        ),
+        (
+            TerminationCheck(50, 4, 0.0, "validation"),
+            (
+                "failed: recall 0.08 on 50 terminal transitions (validation) is below 0.1: the"
+                " world ends almost none"
+            ),
+        ),
+        (
+            TerminationCheck(50, 5, 46.0, "validation"),
+            (
+                "failed: precision 0.098 on 50 terminal transitions (validation) is below 0.1: the"
+                " world ends almost"
+            ),
+        ),
         (TerminationCheck(50, 5, 5.0, "validation"), "passed"),
         (TerminationCheck(9, 9, 500.0, "validation"), "passed"),
     ],
@@ -72,9 +102,13 @@ def test_a_tenth_of_held_out_transitions_disagree_by_more_than_one(
     calibrate(world, dataset, codec, 0)
     log, n = Log(dataset, codec, "valid"), dataset.count("valid")
     episode, step = log.starts(1, n, np.random.default_rng(0))
-    carry = world.begin(log.task(episode), log.observation(episode, step), torch.zeros(n, dtype=torch.int64))
+    carry = world.begin(
+        log.task(episode), log.observation(episode, step), torch.zeros(n, dtype=torch.int64)
+    )
     _, out = world.step(carry, log.action(episode, step), rng.keys(0, torch.arange(n), 0, 0))
     above = float((out.disagreement > 1).float().mean())
-    assert n > 100 and abs(above - EXCEEDED) < (0.01 if family == "ensemble" else 0.1), "history, which these starts lack, shifts the sequence family's"
+    assert n > 100 and abs(above - EXCEEDED) < (0.01 if family == "ensemble" else 0.1), (
+        "history, which these starts lack, shifts the sequence family's"
+    )
     world.save(tmp_path / "world")
     assert World.load(tmp_path / "world").disagreement_scale == world.disagreement_scale != 1.0

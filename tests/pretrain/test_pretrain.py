@@ -39,7 +39,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, cart_root: Make, pretrain: M
 
 def test_losses_fall(whole: Any, golden: Any) -> None:
     losses = [values[0] for values in whole.losses.values()]
-    assert list(whole.losses) == list(range(1, 13)) and all(len(values) == 1 for values in whole.losses.values())
+    assert list(whole.losses) == list(range(1, 13)) and all(
+        len(values) == 1 for values in whole.losses.values()
+    )
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     family = whole.artifact.meta["config"]["model"]["family"]
     golden.check("pretrain", {f"{family} {step}": losses[step - 1] for step in (1, 6, 12)})
@@ -49,14 +51,19 @@ def test_what_is_measured(whole: Any) -> None:
     first, last = whole.lines[0], next(line for line in whole.lines if line["step"] == 12)
     for part in ("dynamics", "reward", "termination", "task"):
         assert math.isfinite(first[f"train/{part}"]) and math.isfinite(last[f"valid/{part}"])
-    assert first["train/loss"] == pytest.approx(sum(first[f"train/{part}"] for part in ("dynamics", "reward", "termination", "task")))
+    assert first["train/loss"] == pytest.approx(
+        sum(first[f"train/{part}"] for part in ("dynamics", "reward", "termination", "task"))
+    )
     assert 0 < last["mfu"] < 1 and last["positions_per_s"] >= last["transitions_per_s"] > 0
     assert first["train/gradient_norm"] > 0
 
 
 def test_the_optimiser_has_the_rate_of_its_step(whole: Any) -> None:
     rates = [line["lr"] for line in whole.lines if "lr" in line]
-    assert rates == pytest.approx([3e-3 * lr_factor(step, 12, 0.05, 0.4) for step in range(1, 13)]) and len(set(rates)) > 4
+    assert (
+        rates == pytest.approx([3e-3 * lr_factor(step, 12, 0.05, 0.4) for step in range(1, 13)])
+        and len(set(rates)) > 4
+    )
 
 
 def test_the_world_loads_and_steps(whole: Any) -> None:
@@ -73,9 +80,13 @@ def test_the_world_loads_and_steps(whole: Any) -> None:
 def test_the_artifact_says_where_it_came_from(whole: Any) -> None:
     meta = whole.artifact.meta
     assert meta["inputs"] == {"datasets": ["cart"]} and meta["job"] == "pretrain"
-    assert meta["config"]["train"]["precision"] == "fp32" and "workers" not in meta["config"]["train"]
+    assert (
+        meta["config"]["train"]["precision"] == "fp32" and "workers" not in meta["config"]["train"]
+    )
     assert meta["counts"]["steps"] == 12 and meta["counts"]["params"] > 1000
-    assert meta["counts"]["epochs"] == pytest.approx(meta["counts"]["data"] / meta["counts"]["unique"])
+    assert meta["counts"]["epochs"] == pytest.approx(
+        meta["counts"]["data"] / meta["counts"]["unique"]
+    )
     assert meta["metrics"]["valid/loss"] > 0 and "termination" in meta["checks"]
     assert meta["checks"]["actions"] == "passed" and meta["evidence"]["high_rate"] == 1.0
 
@@ -95,8 +106,12 @@ def test_run_again_finds_it_and_nothing_is_left_behind(whole: Any, pretrain: Mak
 
 
 @pytest.mark.slow
-def test_a_killed_worker_costs_no_digit(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGKILL in step 6, after the checkpoint of step 4: every step's loss is that of the undisturbed run, also those trained twice."""
+def test_a_killed_worker_costs_no_digit(
+    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL in step 6, after the checkpoint of step 4: every step's loss is that of the
+    undisturbed run, also those trained twice.
+    """
     marker = tmp_path / "killed"
 
     def killed_once(config: dict[str, Any]) -> None:
@@ -109,7 +124,9 @@ def test_a_killed_worker_costs_no_digit(whole: Any, tmp_path: Path, cart_root: M
             if record.get("step") == 6 and not marker.exists():
                 self.flush()
                 marker.touch()
-                time.sleep(8.0)  # the controller polls its workers: by now it has heard of step 4's checkpoint
+                time.sleep(
+                    8.0
+                )  # the controller polls its workers: by now it has heard of step 4's checkpoint
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Feed.put = put_and_die  # type: ignore[method-assign]
@@ -118,13 +135,21 @@ def test_a_killed_worker_costs_no_digit(whole: Any, tmp_path: Path, cart_root: M
     monkeypatch.setattr(run, "train_loop", killed_once)
     killed = pretrain(cart_root(tmp_path), *SHORT)
     assert marker.exists()
-    assert killed.losses == {step: values * (2 if step in (5, 6) else 1) for step, values in whole.losses.items()}
-    same = [(p / "model.safetensors").read_bytes() for p in (whole.artifact.path, killed.artifact.path)]
+    assert killed.losses == {
+        step: values * (2 if step in (5, 6) else 1) for step, values in whole.losses.items()
+    }
+    same = [
+        (p / "model.safetensors").read_bytes() for p in (whole.artifact.path, killed.artifact.path)
+    ]
     assert same[0] == same[1], "the weights are the same to the last bit"
 
 
-def test_told_to_stop_it_keeps_what_was_trained(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Asked in step 6, two steps after a checkpoint: the next run goes on from step 6, and ends with the undisturbed run's weights."""
+def test_told_to_stop_it_keeps_what_was_trained(
+    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked in step 6, two steps after a checkpoint: the next run goes on from step 6, and ends
+    with the undisturbed run's weights.
+    """
 
     def asked(config: dict[str, Any]) -> None:
         from mesocosm.pretrain.feed import Feed
@@ -143,16 +168,22 @@ def test_told_to_stop_it_keeps_what_was_trained(whole: Any, tmp_path: Path, cart
     root = cart_root(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(run, "train_loop", asked)
-        with pytest.raises(MesocosmError, match="ended before step 12; run the same command again to go on"):
+        with pytest.raises(
+            MesocosmError, match="ended before step 12; run the same command again to go on"
+        ):
             pretrain(root, *SHORT)
     again = pretrain(root, *SHORT)
     assert "going on from step 6 of 12" in again.log and min(again.losses) == 7
-    same = [(p / "model.safetensors").read_bytes() for p in (whole.artifact.path, again.artifact.path)]
+    same = [
+        (p / "model.safetensors").read_bytes() for p in (whole.artifact.path, again.artifact.path)
+    ]
     assert same[0] == same[1], "the weights are the same to the last bit"
 
 
 @pytest.mark.slow
-def test_two_workers_agree_with_one(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
+def test_two_workers_agree_with_one(
+    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make
+) -> None:
     two = pretrain(cart_root(tmp_path), *SHORT, "train.workers=2", "train.peak_flops=1e9")
     last = next(line for line in two.lines if line["step"] == 12)
     flops = two.artifact.meta["counts"]["flops"] / 12 / (8 * 8) * last["positions_per_s"]
@@ -163,18 +194,39 @@ def test_two_workers_agree_with_one(whole: Any, tmp_path: Path, cart_root: Make,
 
 
 @pytest.mark.slow
-def test_a_diverging_loss_stops_the_run_and_names_the_step(tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
+def test_a_diverging_loss_stops_the_run_and_names_the_step(
+    tmp_path: Path, cart_root: Make, pretrain: Make
+) -> None:
     root = cart_root(tmp_path)
-    overrides = ("train.lr=10", "train.steps=30", "train.checkpoint_every=1", "train.warmup=0.5", "train.decay=0")
-    with pytest.raises(MesocosmError, match=r"training stopped: the .* is (nan|inf) at step \d+; the checkpoint of step \d+ is kept; lower train.lr=10"):
+    overrides = (
+        "train.lr=10",
+        "train.steps=30",
+        "train.checkpoint_every=1",
+        "train.warmup=0.5",
+        "train.decay=0",
+    )
+    with pytest.raises(
+        MesocosmError,
+        match=(
+            r"training stopped: the .* is (nan|inf) at step \d+; the checkpoint of step \d+ is"
+            r" kept; lower train.lr=10"
+        ),
+    ):
         pretrain(root, *overrides)
     (id,) = Storage(root).list("runs/checkpoints")
     last = checkpoint.latest(Storage(root), id)
     assert last is not None and last[1].step >= 1 and Storage(root).list("worlds") == []
-    lines = [json.loads(line) for line in next(Path(root).glob("runs/pretrain/*/metrics.jsonl")).read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in next(Path(root).glob("runs/pretrain/*/metrics.jsonl")).read_text().splitlines()
+    ]
     losses = [line["train/loss"] for line in lines]
-    good = [step for step, loss in enumerate(losses, 1) if loss <= FACTOR * min(losses[:step]) + MARGIN]
-    assert last[1].step == good[-1] < len(losses), "no checkpoint was made while the loss was exploding"
+    good = [
+        step for step, loss in enumerate(losses, 1) if loss <= FACTOR * min(losses[:step]) + MARGIN
+    ]
+    assert last[1].step == good[-1] < len(losses), (
+        "no checkpoint was made while the loss was exploding"
+    )
 
 
 def test_more_workers_than_the_cluster_has(tmp_path: Path, cart_root: Make, pretrain: Make) -> None:
@@ -185,7 +237,9 @@ def test_more_workers_than_the_cluster_has(tmp_path: Path, cart_root: Make, pret
 @pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_workers_that_nothing_can_start_are_not_waited_for_for_ever(tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_nothing_can_start_are_not_waited_for_for_ever(
+    tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where nodes leave after the preflight: here somebody else holds the CPUs."""
     import ray
 
@@ -201,37 +255,72 @@ def test_workers_that_nothing_can_start_are_not_waited_for_for_ever(tmp_path: Pa
     assert ray.get(holder.ready.remote(), timeout=60), "what an earlier test holds is let go of"
     try:
         with pytest.raises(
-            MesocosmError, match=r"train\.workers=1 of pretraining were not to be started in 2 attempts: the cluster has .*the same command again"
+            MesocosmError,
+            match=(
+                r"train\.workers=1 of pretraining were not to be started in 2 attempts: the cluster"
+                r" has .*the same command again"
+            ),
         ):
             pretrain(cart_root(tmp_path), *SHORT)
     finally:
         ray.kill(holder)
 
 
-def test_corrupted_histories_of_a_single_episode_train_every_member(tmp_path: Path, cart_root: Make, pretrain: Make, golden: Any) -> None:
-    """The first loss is that of the noisy windows, and a member that would keep no episode keeps all."""
+def test_corrupted_histories_of_a_single_episode_train_every_member(
+    tmp_path: Path, cart_root: Make, pretrain: Make, golden: Any
+) -> None:
+    """The first loss is that of the noisy windows, and a member that would keep no episode keeps
+    all.
+    """
     root = cart_root(tmp_path, 1)
     dataset = prepare.open_datasets(Storage(root), ["cart"])
-    members = next(k for k in range(2, 99) if rng.left_out(torch.from_numpy(dataset.table["hash"].astype(np.int64)), k).any())
-    made = pretrain(root, "train.steps=2", f"model.members={members}", "model.family=ensemble", "train.corrupt_history=5")
-    golden.check("pretrain", {f"ensemble, corrupted {step}": made.losses[step][0] for step in (1, 2)})
+    members = next(
+        k
+        for k in range(2, 99)
+        if rng.left_out(torch.from_numpy(dataset.table["hash"].astype(np.int64)), k).any()
+    )
+    made = pretrain(
+        root,
+        "train.steps=2",
+        f"model.members={members}",
+        "model.family=ensemble",
+        "train.corrupt_history=5",
+    )
+    golden.check(
+        "pretrain", {f"ensemble, corrupted {step}": made.losses[step][0] for step in (1, 2)}
+    )
     world = World.load(made.artifact.path)
     fresh = build(world.spec, world.config)
     init_(fresh, 0)
     for name in ("last.weight", "termination.head.mlp.last.weight"):
-        assert (world.net.get_parameter(name) != fresh.get_parameter(name)).flatten(1).any(1).all(), name
+        assert (
+            (world.net.get_parameter(name) != fresh.get_parameter(name)).flatten(1).any(1).all()
+        ), name
     batch = Loader(dataset, Codec.from_json(world.codec), "train", 8, 8, 0).batch(0)
     first = {}
     for amount in (0.0, 5.0):
         windows = training.corrupted(batch, world.base, amount, 0, 0)
-        first[amount] = float(fresh(windows, apply_base(world.base, windows)).per_transition["total"])
-    assert made.losses[1][0] == pytest.approx(first[5.0], abs=1e-3) and abs(first[5.0] - first[0.0]) > 0.1
+        first[amount] = float(
+            fresh(windows, apply_base(world.base, windows)).per_transition["total"]
+        )
+    assert (
+        made.losses[1][0] == pytest.approx(first[5.0], abs=1e-3)
+        and abs(first[5.0] - first[0.0]) > 0.1
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_stages_agree(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, stage: int) -> None:
-    sharded = pretrain(cart_root(tmp_path), *SHORT, "train.workers=2", f"train.zero_stage={stage}", "train.accumulate=2")
+def test_zero_stages_agree(
+    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, stage: int
+) -> None:
+    sharded = pretrain(
+        cart_root(tmp_path),
+        *SHORT,
+        "train.workers=2",
+        f"train.zero_stage={stage}",
+        "train.accumulate=2",
+    )
     for step, (loss,) in whole.losses.items():
         assert sharded.losses[step][0] == pytest.approx(loss, abs=1e-4)
     ours, theirs = (World.load(made.artifact.path).net.state_dict() for made in (whole, sharded))
@@ -240,7 +329,9 @@ def test_zero_stages_agree(whole: Any, tmp_path: Path, cart_root: Make, pretrain
 
 
 @pytest.mark.slow
-def test_a_killed_second_rank_costs_no_digit_of_sharded_training(tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_second_rank_costs_no_digit_of_sharded_training(
+    tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     marker, sharded = tmp_path / "killed", (*SHORT, "train.workers=2", "train.zero_stage=2")
     whole = pretrain(cart_root(tmp_path / "whole"), *sharded)
 
@@ -266,8 +357,12 @@ def test_a_killed_second_rank_costs_no_digit_of_sharded_training(tmp_path: Path,
     monkeypatch.setattr(run, "train_loop", killed_once)
     killed = pretrain(cart_root(tmp_path / "killed-root"), *sharded)
     assert marker.exists()
-    assert killed.losses == {step: values * (2 if step in (5, 6) else 1) for step, values in whole.losses.items()}
-    same = [(p / "model.safetensors").read_bytes() for p in (whole.artifact.path, killed.artifact.path)]
+    assert killed.losses == {
+        step: values * (2 if step in (5, 6) else 1) for step, values in whole.losses.items()
+    }
+    same = [
+        (p / "model.safetensors").read_bytes() for p in (whole.artifact.path, killed.artifact.path)
+    ]
     assert same[0] == same[1]
 
 
@@ -293,13 +388,21 @@ def _until(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_resume_at_another_world_size(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, stage: int) -> None:
+def test_resume_at_another_world_size(
+    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, stage: int
+) -> None:
     root = cart_root(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         _until(5, patch)
         with pytest.raises(MesocosmError, match="run the same command again"):
             pretrain(root, *SHORT, "train.workers=2", f"train.zero_stage={stage}")
-    with pytest.raises(UsageError, match=f"train.zero_stage={(stage + 1) % 4} cannot resume from step 5, which was saved at stage {stage}"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            f"train.zero_stage={(stage + 1) % 4} cannot resume from step 5, which was saved at"
+            f" stage {stage}"
+        ),
+    ):
         pretrain(root, *SHORT, f"train.zero_stage={(stage + 1) % 4}")
     resumed = pretrain(root, *SHORT, f"train.zero_stage={stage}")
     assert "going on from step 5 of 12" in resumed.log and min(resumed.losses) == 6
@@ -308,8 +411,17 @@ def test_resume_at_another_world_size(whole: Any, tmp_path: Path, cart_root: Mak
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [("train.precision=bf16",), ("train.precision=bf16", "train.zero_stage=3"), ("train.activation_checkpointing=true",)])
-def test_other_ways_to_compute_the_same(whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("train.precision=bf16",),
+        ("train.precision=bf16", "train.zero_stage=3"),
+        ("train.activation_checkpointing=true",),
+    ],
+)
+def test_other_ways_to_compute_the_same(
+    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, options: tuple[str, ...]
+) -> None:
     other = pretrain(cart_root(tmp_path), *SHORT, *options)
     tolerance = 0.05 if "train.precision=bf16" in options else 1e-5
     for step, (loss,) in whole.losses.items():
@@ -318,7 +430,18 @@ def test_other_ways_to_compute_the_same(whole: Any, tmp_path: Path, cart_root: M
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["sequence", "ensemble"])
-def test_termination_is_learned(tmp_path: Path, cart_root: Make, pretrain: Make, family: str) -> None:
-    made = pretrain(cart_root(tmp_path, 2500), f"model.family={family}", "train.steps=600", "train.batch=16", "train.events=48")
+def test_termination_is_learned(
+    tmp_path: Path, cart_root: Make, pretrain: Make, family: str
+) -> None:
+    made = pretrain(
+        cart_root(tmp_path, 2500),
+        f"model.family={family}",
+        "train.steps=600",
+        "train.batch=16",
+        "train.events=48",
+    )
     assert made.artifact.meta["checks"] == {"termination": "passed", "actions": "passed"}
-    assert made.artifact.meta["metrics"]["termination_recall"] >= 0.6 and made.artifact.meta["metrics"]["termination_precision"] > 0.6
+    assert (
+        made.artifact.meta["metrics"]["termination_recall"] >= 0.6
+        and made.artifact.meta["metrics"]["termination_precision"] > 0.6
+    )

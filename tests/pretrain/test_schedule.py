@@ -19,7 +19,11 @@ def test_warm_up_stable_decay() -> None:
     course = [lr_factor(step, 100, 0.1, 0.4) for step in range(1, 101)]
     assert course[0] == pytest.approx(0.1) and course[9] == 1.0
     assert all(factor == 1.0 for factor in course[9:60])
-    assert course[60] == 1.0 and course[80] == pytest.approx(0.5) and 0 < course[99] == pytest.approx(1 / 40)
+    assert (
+        course[60] == 1.0
+        and course[80] == pytest.approx(0.5)
+        and 0 < course[99] == pytest.approx(1 / 40)
+    )
 
 
 def test_neither_warm_up_nor_decay() -> None:
@@ -41,10 +45,16 @@ def told(watch: Watch, *losses: float, start: int = 1) -> list[str | None]:
 
 def test_an_explosion_must_last() -> None:
     watch, high = Watch(), FACTOR * 2.0 + MARGIN + 1
-    assert not any(told(watch, *[2.0] * 64, *[high] * (PATIENCE - 1), 2.0)), "one good step clears it"
+    assert not any(told(watch, *[2.0] * 64, *[high] * (PATIENCE - 1), 2.0)), (
+        "one good step clears it"
+    )
     said = told(watch, *[high] * PATIENCE, start=100)
     assert said[:-1] == [None] * (PATIENCE - 1)
-    assert said[-1] == f"the loss exploded: {high:.4g} nats a transition at step {99 + PATIENCE}, after 2 at its best"
+    assert (
+        said[-1]
+        == f"the loss exploded: {high:.4g} nats a transition at step {99 + PATIENCE}, after 2 at"
+        " its best"
+    )
 
 
 @pytest.mark.parametrize("good", [1, 3, GRACE, 30])
@@ -65,7 +75,10 @@ def test_a_falling_and_noisy_loss_is_no_explosion() -> None:
 def test_the_last_step_of_all_must_not_be_high() -> None:
     watch = Watch()
     told(watch, *[2.0] * 20)
-    assert "exploded" in str(Watch(watch.best).check(21, last=True, loss=31.0)) and watch.check(21, last=True, loss=29.0) is None
+    assert (
+        "exploded" in str(Watch(watch.best).check(21, last=True, loss=31.0))
+        and watch.check(21, last=True, loss=29.0) is None
+    )
 
 
 def test_what_is_saved_is_never_a_high_loss() -> None:
@@ -90,9 +103,18 @@ def test_the_watch_resumes_where_it_stood() -> None:
     ("override", "said"),
     [
         ("data.datasets=[]", "data.datasets"),
-        ("train.batch=9", "train.batch=9 cannot be divided among train.workers=2 x train.accumulate=1; use a multiple of 2"),
+        (
+            "train.batch=9",
+            (
+                "train.batch=9 cannot be divided among train.workers=2 x train.accumulate=1; use a"
+                " multiple of 2"
+            ),
+        ),
         ("train.zero_stage=4", "train.zero_stage=4"),
-        ("train.events=2", "train.events=2 cannot be a third terminals; use at least 3, or 0 for none"),
+        (
+            "train.events=2",
+            "train.events=2 cannot be a third terminals; use at least 3, or 0 for none",
+        ),
         ("train.precision=bf61", "did you mean 'bf16'"),
         ("train.lr=0", "train.lr=0"),
         ("train.epochs=1", "train.steps=5 and train.epochs=1"),
@@ -102,25 +124,41 @@ def test_the_watch_resumes_where_it_stood() -> None:
         ("data.datasets=[carp]", "carp"),
     ],
 )
-def test_wrong_use_is_said_before_anything_starts(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any], override: str, said: str) -> None:
+def test_wrong_use_is_said_before_anything_starts(
+    tmp_path: Path,
+    cart_root: Callable[..., str],
+    load: Callable[..., Any],
+    override: str,
+    said: str,
+) -> None:
     given = load(cart_root(tmp_path, 20), "train.steps=5", "train.workers=2", override)
     with pytest.raises(UsageError) as error:
         plan(given)
     assert said in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_damaged_dataset_is_wrong_use_as_long_as_nothing_started(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:
+def test_a_damaged_dataset_is_wrong_use_as_long_as_nothing_started(
+    tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]
+) -> None:
     given = load(cart_root(tmp_path, 20))
     shard = next((Path(given.storage.root) / "datasets").rglob("obs_num.npy"))
     shard.write_bytes(shard.read_bytes()[:-8])
     said = r"datasets/cart: file '.*obs_num.npy' is damaged"
     with pytest.raises(UsageError, match=said):
         plan(given)
-    with pytest.raises(UsageError, match=said), tracking.start("pretrain", given, quiet=True) as started:
+    with (
+        pytest.raises(UsageError, match=said),
+        tracking.start("pretrain", given, quiet=True) as started,
+    ):
         run(given, started)
 
 
-def test_a_plan_counts_without_doing(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:
+def test_a_plan_counts_without_doing(
+    tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]
+) -> None:
     told = plan(load(cart_root(tmp_path, 100), "train.epochs=2"))
     assert told["params"] > 1000 and told["flops"] > 0
-    assert 2 <= told["epochs"] < 2.5 and 2 * told["unique"] <= told["transitions"] < 2.5 * told["unique"]
+    assert (
+        2 <= told["epochs"] < 2.5
+        and 2 * told["unique"] <= told["transitions"] < 2.5 * told["unique"]
+    )

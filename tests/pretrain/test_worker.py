@@ -36,7 +36,10 @@ def test_records_arrive_once_in_order_whoever_reads(root: str) -> None:
 
 
 def test_a_failure_stops_every_later_attempt(root: str) -> None:
-    worker, driver = Feed(Storage(root), "runs/checkpoints/x"), Feed(Storage(root), "runs/checkpoints/x")
+    worker, driver = (
+        Feed(Storage(root), "runs/checkpoints/x"),
+        Feed(Storage(root), "runs/checkpoints/x"),
+    )
     assert not worker.stopped
     worker.fail("the loss is nan at step 3")
     assert driver.take() == [{"failed": "the loss is nan at step 3"}]
@@ -55,16 +58,26 @@ def test_a_new_run_forgets_failures_and_keeps_what_was_measured(root: str) -> No
     assert fresh.take() == [{"step": 1}] and not fresh.stopped and fresh.take() == []
 
 
-@pytest.mark.parametrize("torn", [b"", b'{"latest_checkpoint_res', b"{}", b'{"latest_checkpoint_result": {"a": 1}}'])
+@pytest.mark.parametrize(
+    "torn", [b"", b'{"latest_checkpoint_res', b"{}", b'{"latest_checkpoint_result": {"a": 1}}']
+)
 def test_a_torn_record_of_checkpoints_is_a_sentence(root: str, torn: bytes) -> None:
     storage = Storage(root)
     assert checkpoint.latest(storage, "w") is None
     storage.write("runs/checkpoints/w/checkpoint_manager_snapshot.json", torn)
-    with pytest.raises(UsageError, match=r"'runs/checkpoints/w/checkpoint_manager_snapshot.json' .* is damaged; use --force to begin anew"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"'runs/checkpoints/w/checkpoint_manager_snapshot.json' .* is damaged; use --force to"
+            r" begin anew"
+        ),
+    ):
         checkpoint.latest(storage, "w")
 
 
-def test_noise_is_on_what_is_read_and_the_same_for_any_number_of_workers(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:
+def test_noise_is_on_what_is_read_and_the_same_for_any_number_of_workers(
+    tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]
+) -> None:
     storage = Storage(cart_root(tmp_path, 200))
     dataset = prepare.open_datasets(storage, [DATASET])
     codec = Codec.fit(dataset)
@@ -73,10 +86,17 @@ def test_noise_is_on_what_is_read_and_the_same_for_any_number_of_workers(tmp_pat
     loader = Loader(dataset, codec, "train", 8, 8, 0)
 
     def noisy(step: int, rank: int, world_size: int) -> torch.Tensor:
-        windows = corrupted(loader.batch(step, rank, world_size), base, 3.0, 0, step * 8 + rank * (8 // world_size))
+        windows = corrupted(
+            loader.batch(step, rank, world_size), base, 3.0, 0, step * 8 + rank * (8 // world_size)
+        )
         transition, outcome = unroll(windows)
-        assert torch.equal(outcome.observation.numbers, windows.observation.numbers[:, 1:]), "what is to be predicted stays clean"
-        assert torch.equal(transition.observation.numbers[windows.start][:, 0], windows.observation.numbers[windows.start][:, 0]), "starts are exact"
+        assert torch.equal(outcome.observation.numbers, windows.observation.numbers[:, 1:]), (
+            "what is to be predicted stays clean"
+        )
+        assert torch.equal(
+            transition.observation.numbers[windows.start][:, 0],
+            windows.observation.numbers[windows.start][:, 0],
+        ), "starts are exact"
         return transition.observation.numbers - windows.observation.numbers[:, :-1]
 
     whole = noisy(3, 0, 1)
@@ -86,19 +106,25 @@ def test_noise_is_on_what_is_read_and_the_same_for_any_number_of_workers(tmp_pat
     torch.testing.assert_close(spread, 3.0 * base.residual_scale, rtol=0.1, atol=0.0)
 
 
-def test_the_base_sees_every_training_transition_once(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:
+def test_the_base_sees_every_training_transition_once(
+    tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]
+) -> None:
     storage = Storage(cart_root(tmp_path, 200))
     dataset = prepare.open_datasets(storage, [DATASET])
     codec = Codec.fit(dataset)
     observation, action, _, following, episode = prepare.transitions(dataset, codec)
     assert len(episode) == dataset.count("train") == len(action.categories)
-    numbers = [codec.observations_list(e.observations).numbers for e in dataset.iter_episodes("train")]
+    numbers = [
+        codec.observations_list(e.observations).numbers for e in dataset.iter_episodes("train")
+    ]
     assert torch.equal(observation.numbers, torch.cat([rows[:-1] for rows in numbers]))
     assert torch.equal(following.numbers, torch.cat([rows[1:] for rows in numbers]))
     assert len(prepare.transitions(dataset, codec, limit=50)[-1]) == 50
 
 
-def test_codec_and_base_are_kept_for_a_resume(tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]) -> None:
+def test_codec_and_base_are_kept_for_a_resume(
+    tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]
+) -> None:
     storage = Storage(cart_root(tmp_path, 100))
     dataset = prepare.open_datasets(storage, [DATASET])
     config = load(storage.root).model
@@ -110,4 +136,7 @@ def test_codec_and_base_are_kept_for_a_resume(tmp_path: Path, cart_root: Callabl
     prepare.fit_base(storage, "runs/checkpoints/x", dataset, codec, config, seed=2)
     second = prepare.read_base(storage, "runs/checkpoints/x", codec.spec, config)
     assert first is not None and second is not None
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )

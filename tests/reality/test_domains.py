@@ -34,15 +34,25 @@ def test_reacher_has_a_task_a_time_limit_and_observations_of_its_space() -> None
 
 
 def test_halfcheetahs_actuators_err_by_the_seed_and_are_exact_without_noise() -> None:
-    plain, exact, worn, again = gymnasium.make("HalfCheetah-v5"), halfcheetah(noise=0.0), halfcheetah(), halfcheetah()
+    plain, exact, worn, again = (
+        gymnasium.make("HalfCheetah-v5"),
+        halfcheetah(noise=0.0),
+        halfcheetah(),
+        halfcheetah(),
+    )
     every = (plain, exact, worn, again)
     for env in every:
         env.reset(seed=3)
     plain.action_space.seed(0)
     for _ in range(5):
         action = plain.action_space.sample()
-        (left, r0, *_), (right, r1, *_), (noisy, *_), (same, *_) = (env.step(action) for env in every)
+        (left, r0, *_), (right, r1, *_), (noisy, *_), (same, *_) = (
+            env.step(action) for env in every
+        )
         np.testing.assert_array_equal(left, right)
         np.testing.assert_array_equal(noisy, same)
         assert r0 == r1 and np.abs(left - noisy).max() > 1e-3
-    assert facts_of(RealityConfig(env="mesocosm.reality.domains:halfcheetah")).max_episode_steps == 1000
+    assert (
+        facts_of(RealityConfig(env="mesocosm.reality.domains:halfcheetah")).max_episode_steps
+        == 1000
+    )

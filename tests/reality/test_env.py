@@ -10,8 +10,25 @@ import pytest
 
 from mesocosm.config import load
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.reality.config import BudgetConfig, PriceConfig, RealityConfig, TaskOption, check, parse_success
-from mesocosm.reality.env import EpisodeError, TaskSampler, draw_options, environment_version, episode_seed, facts_of, make_env, run_episode, task_keys
+from mesocosm.reality.config import (
+    BudgetConfig,
+    PriceConfig,
+    RealityConfig,
+    TaskOption,
+    check,
+    parse_success,
+)
+from mesocosm.reality.env import (
+    EpisodeError,
+    TaskSampler,
+    draw_options,
+    environment_version,
+    episode_seed,
+    facts_of,
+    make_env,
+    run_episode,
+    task_keys,
+)
 
 
 def still(observation: Any, rng: np.random.Generator) -> Any:
@@ -22,16 +39,26 @@ def drift(observation: Any, rng: np.random.Generator) -> Any:
     return rng.uniform(-1, 1, 1).astype(np.float32)
 
 
-def episode(config: RealityConfig, k: int = 0, act: Any = drift, max_steps: int | None = 25, seed: int = 5):
+def episode(
+    config: RealityConfig, k: int = 0, act: Any = drift, max_steps: int | None = 25, seed: int = 5
+):
     env = make_env(config)
     try:
-        return run_episode(env, act, k=k, seed=seed, behaviour="test", max_steps=max_steps, config=config)
+        return run_episode(
+            env, act, k=k, seed=seed, behaviour="test", max_steps=max_steps, config=config
+        )
     finally:
         env.close()
 
 
 @pytest.mark.parametrize(
-    ("id", "horizon", "steps"), [("CartPole-v1", None, 500), ("Pendulum-v1", None, 200), ("InvertedPendulum-v5", None, 1000), ("Pendulum-v1", 33, 33)]
+    ("id", "horizon", "steps"),
+    [
+        ("CartPole-v1", None, 500),
+        ("Pendulum-v1", None, 200),
+        ("InvertedPendulum-v5", None, 1000),
+        ("Pendulum-v1", 33, 33),
+    ],
 )
 def test_gymnasium_ids_and_horizon(id: str, horizon: int | None, steps: int) -> None:
     env = make_env(RealityConfig(env=id, horizon=horizon))
@@ -64,7 +91,9 @@ def test_wrong_kwargs_are_named() -> None:
         make_env(RealityConfig(env="Pendulum-v1", kwargs={"gravityy": 1}))
 
 
-@pytest.mark.parametrize(("id", "limit"), [("ownenvs:OwnLine-v0", 30), ("ownenvs:Line", None), ("ownenvs:make_line", 7)])
+@pytest.mark.parametrize(
+    ("id", "limit"), [("ownenvs:OwnLine-v0", 30), ("ownenvs:Line", None), ("ownenvs:make_line", 7)]
+)
 def test_an_environment_of_ones_own(own: Path, id: str, limit: int | None) -> None:
     got = episode(RealityConfig(env=id, kwargs={"stretch": 0.0}), act=still, max_steps=40)
     assert len(got) == (limit or 40)
@@ -79,7 +108,9 @@ def test_an_episode_is_a_function_of_config_seed_and_k(own: Path) -> None:
     for k in (3, 0, 7):  # an environment that has run others before
         got = run_episode(env, drift, k=k, seed=5, behaviour="test", max_steps=25, config=config)
         alone = episode(config, k)
-        assert np.array_equal(got.observations, alone.observations) and np.array_equal(got.actions, alone.actions)
+        assert np.array_equal(got.observations, alone.observations) and np.array_equal(
+            got.actions, alone.actions
+        )
         assert got.seed == episode_seed(5, k) and np.array_equal(got.rewards, alone.rewards)
     seeds = {episode_seed(s, k) for s in (-1, 0, 1, 2**40) for k in range(1000)}
     assert len(seeds) > 3990 and all(0 <= s < 2**31 for s in seeds)
@@ -88,7 +119,9 @@ def test_an_episode_is_a_function_of_config_seed_and_k(own: Path) -> None:
 def test_outcomes_are_told_apart_and_buffers_copied(own: Path) -> None:
     config = RealityConfig(env="ownenvs:OwnLine-v0")
     right = episode(config, act=lambda o, rng: np.ones(1, np.float32), max_steps=None)
-    assert right.outcome == "terminated" and right.terminated[-1] and not right.terminated[:-1].any()
+    assert (
+        right.outcome == "terminated" and right.terminated[-1] and not right.terminated[:-1].any()
+    )
     assert len(right.observations) == len(right) + 1 == len(right.actions) + 1
     assert [float(o[1]) for o in right.observations] == list(range(len(right) + 1))
     assert right.rewards.dtype == np.float64 and right.durations is None and right.success is None
@@ -104,8 +137,13 @@ def test_dict_observations_durations_and_success(own: Path) -> None:
     got = [episode(config, k, max_steps=None) for k in range(8)]
     assert {e.outcome for e in got} >= {"terminated"} and {e.success for e in got} == {True, False}
     for e in got:
-        assert set(e.observations[0]) == {"state", "goal"} and len({float(o["goal"][0]) for o in e.observations}) == 1
-        assert e.durations is not None and np.array_equal(e.durations, 0.25 * np.arange(1, len(e) + 1))
+        assert (
+            set(e.observations[0]) == {"state", "goal"}
+            and len({float(o["goal"][0]) for o in e.observations}) == 1
+        )
+        assert e.durations is not None and np.array_equal(
+            e.durations, 0.25 * np.arange(1, len(e) + 1)
+        )
     with pytest.raises(UsageError, match=r"reality.task names 'gaol'.*did you mean 'goal'"):
         make_env(RealityConfig(env="ownenvs:Reach", task=["gaol"]))
 
@@ -115,11 +153,16 @@ def test_reset_options_are_drawn_by_seed_and_episode(own: Path) -> None:
     config = RealityConfig(env="ownenvs:Windy", task=["wind", "side"], task_options=options)
     got = [episode(config, k) for k in range(12)]
     assert [e.task for e in got] == [episode(config, k).task for k in range(12)]
-    assert len({e.task["wind"] for e in got}) == 12 and {e.task["side"] for e in got} == {"east", "west"}
+    assert len({e.task["wind"] for e in got}) == 12 and {e.task["side"] for e in got} == {
+        "east",
+        "west",
+    }
     assert all(-0.1 <= e.task["wind"] < 0.1 for e in got)
     assert [e.task for e in got] != [episode(config, k, seed=6).task for k in range(12)]
     step = np.diff([o[0] for o in episode(config, 0, act=still, max_steps=3).observations])
-    assert np.allclose(step, got[0].task["wind"] * (1 if got[0].task["side"] == "east" else -1), atol=1e-6)
+    assert np.allclose(
+        step, got[0].task["wind"] * (1 if got[0].task["side"] == "east" else -1), atol=1e-6
+    )
     sampler = TaskSampler(make_env(config), config)
     winds = []
     for seed in (1, None, None, 1):
@@ -138,7 +181,9 @@ def test_reset_options_are_drawn_by_seed_and_episode(own: Path) -> None:
     ],
 )
 def test_a_failing_environment_is_named(own: Path, trouble: str, said: str) -> None:
-    config = RealityConfig(env="ownenvs:Line", kwargs={"trouble": {str(episode_seed(5, 2)): trouble}})
+    config = RealityConfig(
+        env="ownenvs:Line", kwargs={"trouble": {str(episode_seed(5, 2)): trouble}}
+    )
     with pytest.raises(EpisodeError, match=f"episode 2: .*{said}"):
         episode(config, 2)
     assert len(episode(config, 1)) > 3
@@ -148,7 +193,9 @@ def test_a_failing_behaviour_is_not_realitys_fault(own: Path) -> None:
     def broken(observation: Any, rng: np.random.Generator) -> Any:
         raise KeyError("no such joint")
 
-    with pytest.raises(MesocosmError, match="behaviour 'test' raised KeyError in episode 0") as caught:
+    with pytest.raises(
+        MesocosmError, match="behaviour 'test' raised KeyError in episode 0"
+    ) as caught:
         episode(RealityConfig(env="ownenvs:Line"), act=broken)
     assert not isinstance(caught.value, EpisodeError)
 
@@ -160,14 +207,23 @@ def test_what_is_chosen_and_seen_is_what_is_kept(own: Path) -> None:
         return action
 
     got = episode(RealityConfig(env="ownenvs:Clips", horizon=6), act=meddle)
-    assert [float(a[0]) for a in got.actions] == pytest.approx([0.5 + t / 100 for t in range(6)]), "as chosen, not as the environment clipped it"
+    assert [float(a[0]) for a in got.actions] == pytest.approx([0.5 + t / 100 for t in range(6)]), (
+        "as chosen, not as the environment clipped it"
+    )
     assert [float(o[1]) for o in got.observations] == list(range(7))
 
 
 def test_an_options_kind_is_the_configs(own: Path) -> None:
-    config = RealityConfig(env="ownenvs:Windy", task=["a", "b"], task_options={"a": TaskOption(choices=[1, 2.5]), "b": TaskOption(choices=[1, 2])})
+    config = RealityConfig(
+        env="ownenvs:Windy",
+        task=["a", "b"],
+        task_options={"a": TaskOption(choices=[1, 2.5]), "b": TaskOption(choices=[1, 2])},
+    )
     drawn = [draw_options(config, np.random.default_rng(k)) for k in range(30)]
-    assert {repr(d["a"]) for d in drawn} == {"1.0", "2.5"} and {repr(d["b"]) for d in drawn} == {"1", "2"}
+    assert {repr(d["a"]) for d in drawn} == {"1.0", "2.5"} and {repr(d["b"]) for d in drawn} == {
+        "1",
+        "2",
+    }
 
 
 @pytest.mark.parametrize(
@@ -186,7 +242,10 @@ def test_success(text: str, total: float, info: dict[str, Any], expected: bool) 
     assert parse_success(text)(total, info) is expected
 
 
-@pytest.mark.parametrize("text", ["return == 3", "return >= lots", "return >= nan", "reward > 3", "info.a.b", "", "info['x']"])
+@pytest.mark.parametrize(
+    "text",
+    ["return == 3", "return >= lots", "return >= nan", "reward > 3", "info.a.b", "", "info['x']"],
+)
 def test_bad_success_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"reality.success=.* is not understood; write"):
         check(RealityConfig(env="CartPole-v1", success=text))
@@ -203,12 +262,24 @@ def test_bad_success_is_refused(text: str) -> None:
         ({"step_timeout_s": 0.0}, "reality.step_timeout_s=0"),
         ({"task": ["a", "a"]}, "names something twice"),
         ({"task_options": {"a": TaskOption(low=0, high=1)}}, "add 'a' to reality.task"),
-        ({"task": ["a"], "task_options": {"a": TaskOption()}}, "either choices or both low and high"),
-        ({"task": ["a"], "task_options": {"a": TaskOption(choices=[1], low=0)}}, "either choices or both low and high"),
+        (
+            {"task": ["a"], "task_options": {"a": TaskOption()}},
+            "either choices or both low and high",
+        ),
+        (
+            {"task": ["a"], "task_options": {"a": TaskOption(choices=[1], low=0)}},
+            "either choices or both low and high",
+        ),
         ({"task": ["a"], "task_options": {"a": TaskOption(choices=[])}}, "leaves nothing to draw"),
         ({"task": ["a"], "task_options": {"a": TaskOption(low=2, high=1)}}, "are no range"),
-        ({"task": ["a"], "task_options": {"a": TaskOption(choices=[1, "two"])}}, "are of several kinds"),
-        ({"task": ["a"], "task_options": {"a": TaskOption(choices=[True, 2.5])}}, "are of several kinds"),
+        (
+            {"task": ["a"], "task_options": {"a": TaskOption(choices=[1, "two"])}},
+            "are of several kinds",
+        ),
+        (
+            {"task": ["a"], "task_options": {"a": TaskOption(choices=[True, 2.5])}},
+            "are of several kinds",
+        ),
     ],
 )
 def test_values_that_cannot_be_meant(change: dict[str, Any], said: str) -> None:
@@ -218,8 +289,14 @@ def test_values_that_cannot_be_meant(change: dict[str, Any], said: str) -> None:
 
 def test_the_config_composes(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text("env: ownenvs:Windy\ntask: [wind]\ntask_options: {wind: {low: 0, high: 1}}\nkwargs: {trouble: {}}\n")
+    path.write_text(
+        "env: ownenvs:Windy\ntask: [wind]\ntask_options: {wind: {low: 0, high: 1}}\nkwargs:"
+        " {trouble: {}}\n"
+    )
     config = load(RealityConfig, [path], ["price.per_step=0.5", "task_options.wind.high=2"])
-    assert config.task_options["wind"] == TaskOption(low=0.0, high=2.0) and config.price.per_step == 0.5
+    assert (
+        config.task_options["wind"] == TaskOption(low=0.0, high=2.0)
+        and config.price.per_step == 0.5
+    )
     with pytest.raises(UsageError, match="task_optoins"):
         load(RealityConfig, [path], ["task_optoins.wind.low=1"])

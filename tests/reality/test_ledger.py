@@ -1,4 +1,6 @@
-"""The ledger is exact under parallel processes, and forgets nothing that a killed one may have done."""
+"""The ledger is exact under parallel processes, and forgets nothing that a killed one may have
+done.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ fork = multiprocessing.get_context("fork")
 
 
 def _spend(root: str, budget: int, block: int, purpose: str, out: str) -> None:
-    """Reserve and use blocks, sometimes not wholly, until the budget is spent; write what was really used."""
+    """Reserve and use blocks, sometimes not wholly, until the budget is spent; write what was
+    really used.
+    """
     ledger, used, turn = Ledger(Storage(root), "shared", BudgetConfig(budget)), 0, 0
     try:
         while True:
@@ -48,7 +52,8 @@ def test_four_processes_spend_exactly_the_budget(root: str, tmp_path: Path) -> N
         assert process.exitcode == 0
     used = [int((tmp_path / f"{block}").read_text()) for block in (7, 16, 33, 64)]
     totals = Ledger(Storage(root), "shared", BudgetConfig(budget)).totals()
-    # A process that finds nothing left stops though another may still give some back: never over, and what is counted was used.
+    # A process that finds nothing left stops though another may still give some back: never over,
+    # and what is counted was used.
     assert totals.spent == sum(used) <= budget
     assert budget - totals.spent < 64
     assert totals.unconfirmed == () and totals.remaining == budget - totals.spent
@@ -99,7 +104,12 @@ def test_a_killed_process_is_never_forgotten(root: str, tmp_path: Path) -> None:
     ledger = Ledger(Storage(root), "shared", BudgetConfig(300), PriceConfig(0.5, 10.0, "EUR"))
     totals = ledger.totals()
     collect = totals.purposes["collect"]
-    assert (collect.steps, collect.unconfirmed_steps, collect.resets, collect.unconfirmed_resets) == (128, 64, 5, 3)
+    assert (
+        collect.steps,
+        collect.unconfirmed_steps,
+        collect.resets,
+        collect.unconfirmed_resets,
+    ) == (128, 64, 5, 3)
     assert (collect.price, collect.unconfirmed_price, collect.seconds) == (64 + 50, 32 + 30, 0.5)
     assert totals.spent == 128 and totals.remaining == 172
     assert [(r.purpose, r.steps) for r in totals.unconfirmed] == [("collect", 64)]
@@ -110,17 +120,30 @@ def test_a_killed_process_is_never_forgotten(root: str, tmp_path: Path) -> None:
 
 
 OPERATIONS = st.lists(
-    st.tuples(st.integers(0, 2), st.sampled_from(PURPOSES), st.integers(1, 40), st.floats(0, 1), st.sampled_from(["reserve", "confirm", "both", "exact"])),
+    st.tuples(
+        st.integers(0, 2),
+        st.sampled_from(PURPOSES),
+        st.integers(1, 40),
+        st.floats(0, 1),
+        st.sampled_from(["reserve", "confirm", "both", "exact"]),
+    ),
     max_size=40,
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(operations=OPERATIONS, budget=st.integers(0, 200), bound=st.integers(0, 60))
-def test_any_interleaving_agrees_with_a_plain_count(tmp_path_factory: pytest.TempPathFactory, operations: list, budget: int, bound: int) -> None:
+def test_any_interleaving_agrees_with_a_plain_count(
+    tmp_path_factory: pytest.TempPathFactory, operations: list, budget: int, bound: int
+) -> None:
     """Three ledgers open on one journal against a model in plain integers."""
     storage = Storage(str(tmp_path_factory.mktemp("ledger")))
-    ledgers = [Ledger(storage, "x", BudgetConfig(budget), bounds={"judge": bound, "select": bound}) for _ in range(3)]
+    ledgers = [
+        Ledger(storage, "x", BudgetConfig(budget), bounds={"judge": bound, "select": bound})
+        for _ in range(3)
+    ]
     done, held = dict.fromkeys(PURPOSES, 0), []
 
     def spent(*purposes: str) -> int:
@@ -128,7 +151,10 @@ def test_any_interleaving_agrees_with_a_plain_count(tmp_path_factory: pytest.Tem
 
     def left(purpose: str) -> int:
         limits = [budget - spent("collect", "select")] if purpose in ("collect", "select") else []
-        return min([*limits, *([bound - spent(purpose)] if purpose in ("judge", "select") else [])], default=10**9)
+        return min(
+            [*limits, *([bound - spent(purpose)] if purpose in ("judge", "select") else [])],
+            default=10**9,
+        )
 
     for who, purpose, steps, share, what in operations:
         ledger = ledgers[who]
@@ -148,7 +174,9 @@ def test_any_interleaving_agrees_with_a_plain_count(tmp_path_factory: pytest.Tem
             done[usage.reservation.purpose] += usage.steps
         allowed = left(purpose)
         try:
-            granted = ledger.reserve(purpose, steps, least=steps if what == "exact" else 1, confirming=usage)
+            granted = ledger.reserve(
+                purpose, steps, least=steps if what == "exact" else 1, confirming=usage
+            )
         except BudgetSpent:
             assert allowed < (steps if what == "exact" else 1)
             if usage is not None:  # a refusal confirms nothing either
@@ -172,8 +200,12 @@ def test_of_two_confirmations_the_first_holds(root: str) -> None:
     assert one.totals().steps == two.totals().steps == 4
 
 
-def test_a_reentrant_call_does_not_let_a_grant_pass_the_budget(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The garbage collector closes a forgotten environment between our reading the budget and our record; another process was there before."""
+def test_a_reentrant_call_does_not_let_a_grant_pass_the_budget(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The garbage collector closes a forgotten environment between our reading the budget and our
+    record; another process was there before.
+    """
     ledger, other = (Ledger(Storage(root), "x", BudgetConfig(50)) for _ in range(2))
     forgotten = ledger.reserve("collect", 10)
     remaining, calls = ledger._remaining, []
@@ -211,7 +243,9 @@ def spend(ledger: Ledger, times: int) -> None:
         ledger.confirm(ledger.reserve("collect", 3, resets=1, holder="h"), 2, 1, 0.25)
 
 
-def test_opening_reads_a_snapshot_and_the_records_after_it(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opening_reads_a_snapshot_and_the_records_after_it(
+    root: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ledger = Ledger(Storage(root), "x")
     spend(ledger, 1000)
     waiting = ledger.reserve("judge", 9, holder="late")
@@ -291,7 +325,11 @@ def test_what_is_kept_of_a_confirmed_reservation_stays_spent(root: str) -> None:
 
 def test_no_budget_is_no_bound_and_bounds_are_by_purpose(root: str) -> None:
     ledger = Ledger(Storage(root), "x", bounds={"baseline": 5})
-    assert ledger.reserve("collect", 10**6).steps == 10**6 and ledger.remaining("collect") is None and ledger.totals().remaining is None
+    assert (
+        ledger.reserve("collect", 10**6).steps == 10**6
+        and ledger.remaining("collect") is None
+        and ledger.totals().remaining is None
+    )
     assert ledger.reserve("baseline", 9).steps == 5
     with pytest.raises(BudgetSpent, match="the bound of baseline=5 is spent"):
         ledger.reserve("baseline", 1)
@@ -322,11 +360,16 @@ def _spend_on_s3(root: str, out: str) -> None:
 @pytest.mark.slow
 def test_processes_share_a_budget_on_s3(s3: str, tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
-    started = [spawn.Process(target=_spend_on_s3, args=(s3, str(tmp_path / str(i)))) for i in range(2)]
+    started = [
+        spawn.Process(target=_spend_on_s3, args=(s3, str(tmp_path / str(i)))) for i in range(2)
+    ]
     for process in started:
         process.start()
     for process in started:
         process.join(120)
         assert process.exitcode == 0
     totals = Ledger(Storage(s3), "shared", BudgetConfig(60)).totals()
-    assert totals.spent == 60 == sum(int((tmp_path / str(i)).read_text()) for i in range(2)) and totals.unconfirmed == ()
+    assert (
+        totals.spent == 60 == sum(int((tmp_path / str(i)).read_text()) for i in range(2))
+        and totals.unconfirmed == ()
+    )

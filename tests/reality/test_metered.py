@@ -1,4 +1,6 @@
-"""Nothing touches reality around the meter: blocks are reserved before, confirmed after, and never exceeded."""
+"""Nothing touches reality around the meter: blocks are reserved before, confirmed after, and never
+exceeded.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,12 @@ def test_every_step_is_reserved_before_and_confirmed_on_close(own: Path, root: s
     assert totals.unconfirmed_steps == 10
     env.close()
     totals = eye.totals().purposes["collect"]
-    assert (totals.steps, totals.resets, totals.unconfirmed_steps, totals.unconfirmed_resets) == (25, 1, 0, 0)
+    assert (totals.steps, totals.resets, totals.unconfirmed_steps, totals.unconfirmed_resets) == (
+        25,
+        1,
+        0,
+        0,
+    )
     assert 0 < totals.seconds < 5
 
 
@@ -72,7 +79,11 @@ def test_a_limit_of_ones_own_reserves_no_more(own: Path, root: str) -> None:
 
 def test_a_step_that_crashes_stays_spent(own: Path, root: str) -> None:
     ledger = opened(root)
-    env = MeteredEnv(make_env(RealityConfig(env="ownenvs:Line", kwargs={"trouble": {"7": "crash"}})), ledger, "collect")
+    env = MeteredEnv(
+        make_env(RealityConfig(env="ownenvs:Line", kwargs={"trouble": {"7": "crash"}})),
+        ledger,
+        "collect",
+    )
     env.reset(seed=7)
     for _ in range(2):
         env.step(STILL)
@@ -117,7 +128,11 @@ def test_a_hanging_step_is_counted_and_the_meter_frozen(own: Path, root: str) ->
 def test_a_step_that_comes_back_after_all_is_confirmed_once(own: Path, root: str) -> None:
     """Frozen in the middle of a step; who froze it never reads the answer."""
     ledger = opened(root)
-    env = MeteredEnv(make_env(RealityConfig(env="ownenvs:Line", kwargs={"trouble": {"0": "hang"}, "nap": 2.0})), ledger, "collect")
+    env = MeteredEnv(
+        make_env(RealityConfig(env="ownenvs:Line", kwargs={"trouble": {"0": "hang"}, "nap": 2.0})),
+        ledger,
+        "collect",
+    )
     env.reset(seed=0)
     for _ in range(2):
         env.step(STILL)
@@ -130,7 +145,11 @@ def test_a_step_that_comes_back_after_all_is_confirmed_once(own: Path, root: str
     env.close()
     env.close()
     totals = ledger.totals()
-    assert totals.steps == 3 and totals.unconfirmed == () and totals.purposes["collect"].seconds == pytest.approx(late.seconds, abs=1e-5)
+    assert (
+        totals.steps == 3
+        and totals.unconfirmed == ()
+        and totals.purposes["collect"].seconds == pytest.approx(late.seconds, abs=1e-5)
+    )
     assert len(ledger.storage.list("ledgers/x")) == 2
 
 
@@ -144,7 +163,9 @@ def _step_until_killed(root: str, ready: str) -> None:
 
 
 def test_a_kill_mid_block_is_not_under_counted(own: Path, root: str, tmp_path: Path) -> None:
-    process = multiprocessing.get_context("fork").Process(target=_step_until_killed, args=(root, str(tmp_path / "ready")))
+    process = multiprocessing.get_context("fork").Process(
+        target=_step_until_killed, args=(root, str(tmp_path / "ready"))
+    )
     process.start()
     while not (tmp_path / "ready").exists():
         assert process.is_alive()
@@ -169,13 +190,24 @@ def _collect_in_parallel(root: str, out: str) -> None:
         Path(out).write_text(str(taken))
 
 
-def test_parallel_environments_take_exactly_the_budget(own: Path, root: str, tmp_path: Path) -> None:
-    started = [multiprocessing.get_context("fork").Process(target=_collect_in_parallel, args=(root, str(tmp_path / str(i)))) for i in range(4)]
+def test_parallel_environments_take_exactly_the_budget(
+    own: Path, root: str, tmp_path: Path
+) -> None:
+    started = [
+        multiprocessing.get_context("fork").Process(
+            target=_collect_in_parallel, args=(root, str(tmp_path / str(i)))
+        )
+        for i in range(4)
+    ]
     for process in started:
         process.start()
     for process in started:
         process.join(60)
-    assert sum(int((tmp_path / str(i)).read_text()) for i in range(4)) == 301 == opened(root, budget=301).totals().spent
+    assert (
+        sum(int((tmp_path / str(i)).read_text()) for i in range(4))
+        == 301
+        == opened(root, budget=301).totals().spent
+    )
 
 
 def test_a_vector_counts_steps_and_resets_apart(root: str) -> None:
@@ -186,7 +218,14 @@ def test_a_vector_counts_steps_and_resets_apart(root: str) -> None:
     for env in inner:
         for name in count:
             call = getattr(env, name)
-            setattr(env, name, lambda *a, _name=name, _call=call, **k: (count.__setitem__(_name, count[_name] + 1), _call(*a, **k))[1])
+            setattr(
+                env,
+                name,
+                lambda *a, _name=name, _call=call, **k: (
+                    count.__setitem__(_name, count[_name] + 1),
+                    _call(*a, **k),
+                )[1],
+            )
     vector.action_space.seed(0)
     vector.reset(seed=1)
     ended = 0
@@ -204,10 +243,15 @@ def test_a_vector_counts_steps_and_resets_apart(root: str) -> None:
 
 
 def test_a_vector_never_passes_a_bound(root: str) -> None:
-    vector = make_metered_vector(RealityConfig(env="Pendulum-v1"), root, "x", "baseline", 4, {"baseline": 102})
+    vector = make_metered_vector(
+        RealityConfig(env="Pendulum-v1"), root, "x", "baseline", 4, {"baseline": 102}
+    )
     vector.reset(seed=0)
     taken = 0
-    with pytest.raises(BudgetSpent, match=r"leaves 2 real steps for baseline, fewer than the 4|the bound of baseline=102"):
+    with pytest.raises(
+        BudgetSpent,
+        match=r"leaves 2 real steps for baseline, fewer than the 4|the bound of baseline=102",
+    ):
         while True:
             vector.step(vector.action_space.sample())
             taken += 4
@@ -218,7 +262,10 @@ def test_a_vector_never_passes_a_bound(root: str) -> None:
 
 def test_a_vector_draws_reset_options(own: Path, root: str) -> None:
     config = RealityConfig(
-        env="ownenvs:Windy", task=["wind", "side"], task_options={"wind": TaskOption(low=0, high=1), "side": TaskOption(choices=["east"])}, horizon=4
+        env="ownenvs:Windy",
+        task=["wind", "side"],
+        task_options={"wind": TaskOption(low=0, high=1), "side": TaskOption(choices=["east"])},
+        horizon=4,
     )
     vector = make_metered_vector(config, root, "x", "baseline", 2)
     vector.reset(seed=episode_seed(0, 0))

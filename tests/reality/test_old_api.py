@@ -1,4 +1,6 @@
-"""Environments of gym's old API, and those whose close() raises: one sentence, and nothing that was paid for is lost."""
+"""Environments of gym's old API, and those whose close() raises: one sentence, and nothing that was
+paid for is lost.
+"""
 
 from __future__ import annotations
 
@@ -86,11 +88,15 @@ STEP = "step() must give 5 values (observation, reward, terminated, truncated, i
         ("NoSeed", [], "reset() must take the keyword arguments seed and options"),
     ],
 )
-def test_collecting_of_the_old_api_is_one_sentence(env: str, words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_collecting_of_the_old_api_is_one_sentence(
+    env: str, words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _collect(env, *words) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line and "oldenvs:" in line
-    records = [json.loads(path.read_text()) for path in folder.glob("root/runs/collect/*/status.json")]
+    records = [
+        json.loads(path.read_text()) for path in folder.glob("root/runs/collect/*/status.json")
+    ]
     assert [record["state"] for record in records] == ["failed"]
 
 
@@ -103,14 +109,19 @@ def test_training_on_reality_of_the_old_api_is_the_same_sentence(folder: Path) -
     env.close()
 
 
-def test_a_close_that_raises_loses_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_close_that_raises_loses_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _collect("CloseRaises") == 0
     assert [line for line in capsys.readouterr().err.splitlines() if "close fails" in line] == [
-        "mesocosm: warning: close() of the environment oldenvs:CloseRaises raised RuntimeError: close fails; nothing is lost, correct it"
+        "mesocosm: warning: close() of the environment oldenvs:CloseRaises raised RuntimeError:"
+        " close fails; nothing is lost, correct it"
     ]
     assert len(list(folder.glob("root/datasets/*/COMMIT.json"))) == 1
 
 
-def test_an_environment_that_exits_does_not_end_the_process(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_environment_that_exits_does_not_end_the_process(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _collect("Exits") == 1
     assert "the environment's step 1 raised SystemExit" in capsys.readouterr().err.splitlines()[-1]

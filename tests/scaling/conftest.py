@@ -47,6 +47,9 @@ def sweep_of() -> Callable[..., SweepConfig]:
     """`sweep_of(root, *overrides)`"""
 
     def of(root: str, *overrides: str) -> SweepConfig:
-        return config.load(SweepConfig, overrides=(f"storage.root={root}", f"data.datasets=[{DATASET}]", *SMALL, *overrides))
+        return config.load(
+            SweepConfig,
+            overrides=(f"storage.root={root}", f"data.datasets=[{DATASET}]", *SMALL, *overrides),
+        )
 
     return of

@@ -17,9 +17,17 @@ SIZES = tuple(np.geomspace(1e4, 3e6, 7))
 DATA = tuple(np.geomspace(1e4, 1e6, 6))
 
 
-def loss(params: ArrayLike, data: ArrayLike, truth: dict[str, float] = TRUTH, unique: ArrayLike | None = None) -> np.ndarray:
+def loss(
+    params: ArrayLike,
+    data: ArrayLike,
+    truth: dict[str, float] = TRUTH,
+    unique: ArrayLike | None = None,
+) -> np.ndarray:
     form = "data_constrained" if "r_d" in truth else "chinchilla"
-    n, d, u = (np.log(np.asarray(x, dtype=float)) for x in (params, data, data if unique is None else unique))
+    n, d, u = (
+        np.log(np.asarray(x, dtype=float))
+        for x in (params, data, data if unique is None else unique)
+    )
     return np.exp(FORMS[form].log_loss(theta_of(form, truth), Cells(n, d, u)))[0]
 
 
@@ -40,23 +48,46 @@ def grid(
             shared = trunk_noise * rng.normal() if rng is not None else 0.0
             for d in data:
                 own = noise * rng.normal() if rng is not None else 0.0
-                rows.append({"params": n, "data": d, "loss": float(loss([n], [d], truth)[0] * np.exp(own + shared)), "seed": seed, "trunk": f"{i}-{seed}"})
+                rows.append(
+                    {
+                        "params": n,
+                        "data": d,
+                        "loss": float(loss([n], [d], truth)[0] * np.exp(own + shared)),
+                        "seed": seed,
+                        "trunk": f"{i}-{seed}",
+                    }
+                )
     return rows
 
 
-def budgets(flops: Iterable[float], per_budget: int = 7, truth: dict[str, float] = TRUTH) -> list[dict[str, Any]]:
+def budgets(
+    flops: Iterable[float], per_budget: int = 7, truth: dict[str, float] = TRUTH
+) -> list[dict[str, Any]]:
     """IsoFLOP rows, 6 N D = C, of sizes a factor 1.5 apart around the optimum."""
     a, b = (truth[x] / (truth["alpha"] + truth["beta"]) for x in ("beta", "alpha"))
-    g = (truth["alpha"] * truth["A"] / (truth["beta"] * truth["B"])) ** (1 / (truth["alpha"] + truth["beta"]))
+    g = (truth["alpha"] * truth["A"] / (truth["beta"] * truth["B"])) ** (
+        1 / (truth["alpha"] + truth["beta"])
+    )
     assert abs(a + b - 1) < 1e-12
     rows = []
     for c in flops:
         for n in g * (c / 6) ** a * 1.5 ** np.arange(-(per_budget // 2), per_budget // 2 + 1):
-            rows.append({"params": n, "data": c / 6 / n, "loss": float(loss([n], [c / 6 / n], truth)[0]), "flops": c})
+            rows.append(
+                {
+                    "params": n,
+                    "data": c / 6 / n,
+                    "loss": float(loss([n], [c / 6 / n], truth)[0]),
+                    "flops": c,
+                }
+            )
     return rows
 
 
 def write(path: Path, rows: list[dict[str, Any]], without: Sequence[str] = ()) -> Path:
     columns = [name for name in rows[0] if name not in without]
-    path.write_text(",".join(columns) + "\n" + "".join(",".join(str(row[name]) for name in columns) + "\n" for row in rows))
+    path.write_text(
+        ",".join(columns)
+        + "\n"
+        + "".join(",".join(str(row[name]) for name in columns) + "\n" for row in rows)
+    )
     return path

@@ -20,10 +20,16 @@ from mesocosm.scaling.trunk import Outcome
 
 
 def record(cell: Cell, loss: float, ran: int, seconds: float) -> Outcome:
-    return Outcome(cell.id, Record.of(cell, {"valid/loss": loss, "valid/dynamics": loss}, seconds=seconds, ran=ran), None)
+    return Outcome(
+        cell.id,
+        Record.of(cell, {"valid/loss": loss, "valid/dynamics": loss}, seconds=seconds, ran=ran),
+        None,
+    )
 
 
-def test_the_board_counts_names_and_estimates(root: str, sweep_of: Callable[..., Any], cart: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_board_counts_names_and_estimates(
+    root: str, sweep_of: Callable[..., Any], cart: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = sweep_of(root, "grid.sizes=[10k]", "grid.seeds=[0,1]", "concurrent=1")
     grid = lay_out(config, cart, ClusterConfig([NodeGroup(flops_per_s=1e9, gpus=0)]))
     by_trunk = [trunk.cells for trunk in grid.trunks(grid.cells)]
@@ -34,22 +40,39 @@ def test_the_board_counts_names_and_estimates(root: str, sweep_of: Callable[...,
         first, second = by_trunk[0]
         board.add(record(first, 3.5, first.steps, 10 * expected[first.id]))
         left = sum(expected.values()) - expected[first.id]
-        assert board.hours_left == pytest.approx(10 * left / 3600), "ten times as slow as was thought"
-        assert board.line.startswith("1/4 cells, best loss 3.500 nats (10k, ") and "100MFLOP/s a worker" in board.line
+        assert board.hours_left == pytest.approx(10 * left / 3600), (
+            "ten times as slow as was thought"
+        )
+        assert (
+            board.line.startswith("1/4 cells, best loss 3.500 nats (10k, ")
+            and "100MFLOP/s a worker" in board.line
+        )
         board.add(Outcome(second.id, None, "the loss is nan at step 3"))
         out = Console(file=io.StringIO(), width=100)
         out.print(board._table())
         text = out.file.getvalue()
-        assert "3.500 1/2" in text and "1 failed" in text and [line.split()[0] for line in text.splitlines()[1:]] == ["size", "10k"]
+        assert (
+            "3.500 1/2" in text
+            and "1 failed" in text
+            and [line.split()[0] for line in text.splitlines()[1:]] == ["size", "10k"]
+        )
         for cell in by_trunk[1]:
             board.add(record(cell, 2.0, 1, 1.0))
-        assert board.failed == {second.id: "the loss is nan at step 3"} and board.hours_left == pytest.approx(0, abs=1e-9)
+        assert board.failed == {
+            second.id: "the loss is nan at step 3"
+        } and board.hours_left == pytest.approx(0, abs=1e-9)
     assert (
-        f"cell {second.id[:8]} (10k, D={short(second.data)}, seed {second.seed}) failed: the loss is nan at step 3"
-        in (Path(run.folder) / "log.txt").read_text()
+        f"cell {second.id[:8]} (10k, D={short(second.data)}, seed {second.seed}) failed: the loss"
+        " is nan at step 3" in (Path(run.folder) / "log.txt").read_text()
     )
 
 
 def test_numbers_are_short() -> None:
-    assert [short(n) for n in (7, 12_300, 4.2e6, 1.5e9, 2e13)] == ["7", "12.3k", "4.2M", "1.5G", "20T"]
+    assert [short(n) for n in (7, 12_300, 4.2e6, 1.5e9, 2e13)] == [
+        "7",
+        "12.3k",
+        "4.2M",
+        "1.5G",
+        "20T",
+    ]
     assert (hours(0.25), hours(2.04)) == ("15 min", "2.0 h")

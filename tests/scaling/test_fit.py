@@ -1,4 +1,6 @@
-"""Fits of tables with known truth: what is found, refused, warned of and held out, and the command that does it."""
+"""Fits of tables with known truth: what is found, refused, warned of and held out, and the command
+that does it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from mesocosm.scaling.table import Table
 LONE = ("seed", "trunk")
 
 
-def fitted(tmp_path: Path, rows: list[dict[str, Any]], without: tuple[str, ...] = LONE, **options: Any) -> Law:
+def fitted(
+    tmp_path: Path, rows: list[dict[str, Any]], without: tuple[str, ...] = LONE, **options: Any
+) -> Law:
     return fit.fit(Table.read(write(tmp_path / "t.csv", rows, without)), **options)
 
 
@@ -35,8 +39,15 @@ def noisy(noise: float = 0.004, seed: int = 0, **options: Any) -> list[dict[str,
 
 def test_importing_it_imports_neither_torch_nor_ray() -> None:
     modules = "mesocosm.scaling.fit, mesocosm.scaling.report, mesocosm.scaling.command"
-    code = f"import sys, {modules}; print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True).stdout.strip() == "[]"
+    code = (
+        f"import sys, {modules}; print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_the_truth_is_found_and_lies_in_the_intervals(tmp_path: Path) -> None:
@@ -45,9 +56,17 @@ def test_the_truth_is_found_and_lies_in_the_intervals(tmp_path: Path) -> None:
     for name, value in TRUTH.items():
         low, high = law.interval[name]
         assert low <= law.params[name] <= high and low - 0.1 * value < value < high + 0.1 * value
-    assert law.optimal.a == pytest.approx(0.4 / 0.9, abs=0.02) and law.optimal.a + law.optimal.b == pytest.approx(1)
-    assert law.correlation["E,alpha"] is not None and law.correlation["E,alpha"] > 0.2, "a larger E leaves less to fall, faster"
-    assert law.held_out is not None and law.held_out.beats_baselines and law.held_out.mean_rel_error < 0.01
+    assert law.optimal.a == pytest.approx(
+        0.4 / 0.9, abs=0.02
+    ) and law.optimal.a + law.optimal.b == pytest.approx(1)
+    assert law.correlation["E,alpha"] is not None and law.correlation["E,alpha"] > 0.2, (
+        "a larger E leaves less to fall, faster"
+    )
+    assert (
+        law.held_out is not None
+        and law.held_out.beats_baselines
+        and law.held_out.mean_rel_error < 0.01
+    )
     assert law.held_out.min_flops >= 4 * law.held_out.max_fitted_flops
     assert law.held_out.baselines["power_law"].mean_rel_error > 5 * law.held_out.mean_rel_error
     assert not codes(law) & {"outliers", "e_touches_zero", "baseline_not_beaten", "wide_interval"}
@@ -55,33 +74,65 @@ def test_the_truth_is_found_and_lies_in_the_intervals(tmp_path: Path) -> None:
 
 def test_it_is_deterministic_and_seeded(tmp_path: Path) -> None:
     rows = noisy()
-    law, again, other = fitted(tmp_path, rows), fitted(tmp_path, rows), fitted(tmp_path, rows, seed=1)
+    law, again, other = (
+        fitted(tmp_path, rows),
+        fitted(tmp_path, rows),
+        fitted(tmp_path, rows, seed=1),
+    )
     assert law == again and other.params == law.params and other.interval != law.interval
 
 
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        (grid(sizes=SIZES[:3], data=DATA[:3])[:5], r"has 5 distinct cells for the 5 parameters of chinchilla: train at least 6"),
-        (grid(sizes=SIZES[:1], data=np.geomspace(1e3, 1e6, 9)), r"has 1 distinct params \(10000\), which cannot tell its exponent from E"),
+        (
+            grid(sizes=SIZES[:3], data=DATA[:3])[:5],
+            r"has 5 distinct cells for the 5 parameters of chinchilla: train at least 6",
+        ),
+        (
+            grid(sizes=SIZES[:1], data=np.geomspace(1e3, 1e6, 9)),
+            r"has 1 distinct params \(10000\), which cannot tell its exponent from E",
+        ),
         (grid(sizes=SIZES[:2]), r"has 2 distinct params"),
         (grid(data=DATA[:1]), r"has 1 distinct data \(10000\)"),
-        ([{"params": n, "data": 20 * n, "loss": float(loss([n], [20 * n])[0])} for n in np.geomspace(1e4, 1e6, 8)], "data is a power of params in every cell"),
+        (
+            [
+                {"params": n, "data": 20 * n, "loss": float(loss([n], [20 * n])[0])}
+                for n in np.geomspace(1e4, 1e6, 8)
+            ],
+            "data is a power of params in every cell",
+        ),
         ([row | {"loss": 1 / row["loss"]} for row in grid()], "loss does not fall with"),
     ],
 )
-def test_what_the_data_cannot_say_is_refused(rows: list[dict[str, Any]], said: str, tmp_path: Path) -> None:
+def test_what_the_data_cannot_say_is_refused(
+    rows: list[dict[str, Any]], said: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=rf"t\.csv.*{said}"):
         fitted(tmp_path, rows, without=LONE if "seed" in rows[0] else ())
 
 
 def test_a_batch_more_or_less_is_no_other_data(tmp_path: Path) -> None:
     """Every seed of a sweep sees a D of its own, some transitions apart."""
-    one = [row | {"data": row["data"] * (1 + 0.0005 * row["seed"])} for row in noisy(data=DATA[:1], seeds=4)]
-    with pytest.raises(UsageError, match=r"has 7 distinct cells for the 5 parameters|has 1 distinct data \(10000\)"):
+    one = [
+        row | {"data": row["data"] * (1 + 0.0005 * row["seed"])}
+        for row in noisy(data=DATA[:1], seeds=4)
+    ]
+    with pytest.raises(
+        UsageError, match=r"has 7 distinct cells for the 5 parameters|has 1 distinct data \(10000\)"
+    ):
         fitted(tmp_path, one, without=())
-    two = [row | {"data": row["data"] * (1 + 0.0005 * row["seed"])} for row in noisy(data=DATA[:2], seeds=4)]
-    with pytest.raises(UsageError, match=r"has 2 distinct data \(10000, 25118\.9\), which cannot tell its exponent from E: train at least 3"):
+    two = [
+        row | {"data": row["data"] * (1 + 0.0005 * row["seed"])}
+        for row in noisy(data=DATA[:2], seeds=4)
+    ]
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"has 2 distinct data \(10000, 25118\.9\), which cannot tell its exponent from E: train"
+            r" at least 3"
+        ),
+    ):
         fitted(tmp_path, two, without=())
 
 
@@ -91,31 +142,59 @@ def test_outliers_are_warned_of_and_dropped_on_request(tmp_path: Path) -> None:
         rows[at]["loss"] *= 1.3
     law = fitted(tmp_path, rows)
     note = next(note for note in law.warnings if note.code == "outliers")
-    assert "line 6 " in note.sentence and "line 32 " in note.sentence and "--drop-outliers" in note.sentence and not law.dropped
+    assert (
+        "line 6 " in note.sentence
+        and "line 32 " in note.sentence
+        and "--drop-outliers" in note.sentence
+        and not law.dropped
+    )
     clean = fitted(tmp_path, rows, drop_outliers=True)
     assert [row.line for row in clean.dropped] == [6, 32] and clean.n_cells == law.n_cells - 2
-    assert clean.dropped[0].loss == pytest.approx(1.3 * clean.dropped[0].predicted, rel=0.02) and "outliers_dropped" in codes(clean)
+    assert clean.dropped[0].loss == pytest.approx(
+        1.3 * clean.dropped[0].predicted, rel=0.02
+    ) and "outliers_dropped" in codes(clean)
     assert clean.objective < law.objective
 
 
 def test_an_e_that_may_be_zero_is_fitted_as_zero_too(tmp_path: Path) -> None:
     law = fitted(tmp_path, noisy(0.02, truth=TRUTH | {"E": 0.0}))
     assert "e_touches_zero" in codes(law) and law.without_E is not None
-    assert law.without_E.params["E"] == 0 and law.without_E.params["alpha"] == pytest.approx(0.5, abs=0.03)
+    assert law.without_E.params["E"] == 0 and law.without_E.params["alpha"] == pytest.approx(
+        0.5, abs=0.03
+    )
     assert law.without_E.objective >= law.objective * (1 - 1e-9)
-    assert law.without_E.params["beta"] == pytest.approx(0.4, abs=0.03) and set(law.without_E.interval) == set(law.interval)
+    assert law.without_E.params["beta"] == pytest.approx(0.4, abs=0.03) and set(
+        law.without_E.interval
+    ) == set(law.interval)
 
 
 def test_approaches_that_disagree_are_said(tmp_path: Path) -> None:
     """Most cells follow one law, the budgets another: no form holds both."""
     rng = np.random.default_rng(0)
-    most = noisy(sizes=tuple(SIZES * rng.uniform(0.9, 1.1, 7)), data=tuple(DATA * rng.uniform(0.6, 1.6, 6)), seeds=2)
+    most = noisy(
+        sizes=tuple(SIZES * rng.uniform(0.9, 1.1, 7)),
+        data=tuple(DATA * rng.uniform(0.6, 1.6, 6)),
+        seeds=2,
+    )
     most = [
-        {"params": row["params"] * (1 + 1e-3 * row["seed"]), "data": row["data"], "loss": row["loss"], "flops": 6 * row["params"] * row["data"]} for row in most
+        {
+            "params": row["params"] * (1 + 1e-3 * row["seed"]),
+            "data": row["data"],
+            "loss": row["loss"],
+            "flops": 6 * row["params"] * row["data"],
+        }
+        for row in most
     ]
-    other = budgets((1e11, 4e11, 1.6e12, 6.4e12), truth={"E": 0.3, "A": 20.0, "B": 40.0, "alpha": 0.35, "beta": 0.6})
+    other = budgets(
+        (1e11, 4e11, 1.6e12, 6.4e12),
+        truth={"E": 0.3, "A": 20.0, "B": 40.0, "alpha": 0.35, "beta": 0.6},
+    )
     law = fitted(tmp_path, [*most, *other], without=())
-    assert law.isoflop is not None and law.optimal.a == pytest.approx(0.44, abs=0.03) and law.isoflop.a > 0.55
+    assert (
+        law.isoflop is not None
+        and law.optimal.a == pytest.approx(0.44, abs=0.03)
+        and law.isoflop.a > 0.55
+    )
     assert "approaches_disagree" in codes(law)
 
 
@@ -175,7 +254,11 @@ def test_an_interval_wider_than_a_fifth_is_a_warning(of: str) -> None:
 def test_flops_that_are_not_6nd_move_the_optimum(tmp_path: Path) -> None:
     rows = [row | {"flops": 40 * row["params"] ** 0.9 * row["data"]} for row in noisy()]
     law = fitted(tmp_path, rows)
-    assert law.flops.source == "table" and (law.flops.k, law.flops.p, law.flops.q) == pytest.approx((40, 0.9, 1.0)) and "flops_not_6nd" in codes(law)
+    assert (
+        law.flops.source == "table"
+        and (law.flops.k, law.flops.p, law.flops.q) == pytest.approx((40, 0.9, 1.0))
+        and "flops_not_6nd" in codes(law)
+    )
     assert law.optimal.a == pytest.approx(0.4 / (0.9 * 0.4 + 0.5), abs=0.02)
     same = fitted(tmp_path, [row | {"flops": 6 * row["params"] * row["data"]} for row in noisy()])
     assert same.flops.source == "6ND" and "flops_6nd" not in codes(same)
@@ -184,14 +267,26 @@ def test_flops_that_are_not_6nd_move_the_optimum(tmp_path: Path) -> None:
 def test_repeated_data_gets_its_form_and_unrepeated_does_not(tmp_path: Path) -> None:
     truth = TRUTH | {"r_n": 5.0, "r_d": 12.0}
     rng = np.random.default_rng(0)
-    cells = [(n, u * e, u) for n in np.geomspace(1e4, 3e6, 5) for u in (3e4, 3e5) for e in (1, 4, 16, 64)]
-    rows = [{"params": n, "data": d, "unique": u, "loss": float(loss([n], [d], truth, [u])[0] * np.exp(0.002 * rng.normal()))} for n, d, u in cells]
+    cells = [
+        (n, u * e, u) for n in np.geomspace(1e4, 3e6, 5) for u in (3e4, 3e5) for e in (1, 4, 16, 64)
+    ]
+    rows = [
+        {
+            "params": n,
+            "data": d,
+            "unique": u,
+            "loss": float(loss([n], [d], truth, [u])[0] * np.exp(0.002 * rng.normal())),
+        }
+        for n, d, u in cells
+    ]
     law = fitted(tmp_path, rows, without=())
     assert law.form == "data_constrained" and law.params["r_d"] == pytest.approx(12, rel=0.3)
     assert law.predict(1e5, 1e6, 1e5) > law.predict(1e5, 1e6) > law.predict(1e5, 1e7, 1e5) * 0.5
     fresh = fitted(tmp_path, [row for row in noisy()])
     plain = fitted(tmp_path, [row | {"unique": row["data"]} for row in noisy()])
-    assert plain.form == "chinchilla" and "no_repeats" in codes(plain) and plain.params == fresh.params
+    assert (
+        plain.form == "chinchilla" and "no_repeats" in codes(plain) and plain.params == fresh.params
+    )
 
 
 def test_a_narrow_table_holds_nothing_out_and_says_so(tmp_path: Path) -> None:
@@ -204,9 +299,20 @@ def test_the_held_out_law_never_saw_the_largest(tmp_path: Path) -> None:
     rows = noisy()
     law = fitted(tmp_path, rows)
     assert law.held_out is not None
-    spoiled = [row | {"loss": row["loss"] * (1.1 if 6 * row["params"] * row["data"] >= law.held_out.min_flops * 0.99 else 1)} for row in rows]
+    spoiled = [
+        row
+        | {
+            "loss": (
+                row["loss"]
+                * (1.1 if 6 * row["params"] * row["data"] >= law.held_out.min_flops * 0.99 else 1)
+            )
+        }
+        for row in rows
+    ]
     other = fitted(tmp_path, spoiled)
-    assert other.held_out is not None and other.held_out.mean_rel_error == pytest.approx(1 - 1 / 1.1, abs=0.01)
+    assert other.held_out is not None and other.held_out.mean_rel_error == pytest.approx(
+        1 - 1 / 1.1, abs=0.01
+    )
 
 
 def covered(rows_of: Any, repeats: int, tmp_path: Path) -> dict[str, float]:
@@ -228,23 +334,38 @@ def covered(rows_of: Any, repeats: int, tmp_path: Path) -> dict[str, float]:
 
 @pytest.mark.slow
 def test_intervals_cover_at_the_stated_rate(tmp_path: Path) -> None:
-    """Of 100 tables 90 are due, with a standard deviation of 3. Where noise is of cells, and where trunks share it."""
+    """Of 100 tables 90 are due, with a standard deviation of 3. Where noise is of cells, and where
+    trunks share it.
+    """
     by_cell = covered(lambda rng, path: write(path, grid(rng, 0.01), LONE), 100, tmp_path)
     assert all(0.80 <= rate <= 0.99 for rate in by_cell.values()), by_cell
-    by_trunk = covered(lambda rng, path: write(path, grid(rng, 0.005, seeds=3, trunk_noise=0.005)), 100, tmp_path)
+    by_trunk = covered(
+        lambda rng, path: write(path, grid(rng, 0.005, seeds=3, trunk_noise=0.005)), 100, tmp_path
+    )
     assert all(0.78 <= rate <= 0.99 for rate in by_trunk.values()), by_trunk
 
 
-def test_the_command_writes_a_law_and_a_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_a_law_and_a_plot(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table, out = write(tmp_path / "t.csv", noisy(), LONE), tmp_path / "law.json"
     assert main(["fit", str(table), "--out", str(out), "--dry-run"]) == 0
     assert "chinchilla" in capsys.readouterr().out and not out.exists()
     assert main(["fit", str(table), "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    for word in ("alpha", "90% interval", "N_opt", "a power law without E", "the last size's constant", "flops_6nd"):
+    for word in (
+        "alpha",
+        "90% interval",
+        "N_opt",
+        "a power law without E",
+        "the last size's constant",
+        "flops_6nd",
+    ):
         assert word in shown
     law = Law.read(out)
-    assert law.provenance.command == f"mesocosm fit {table} --out {out}" and law.provenance.rows == 42
+    assert (
+        law.provenance.command == f"mesocosm fit {table} --out {out}" and law.provenance.rows == 42
+    )
     assert (tmp_path / "law.svg").read_text().startswith("<?xml")
     assert main(["fit", str(table), "--out", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == law.model_dump(mode="json")
@@ -256,13 +377,18 @@ def test_wrong_use_is_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "'seed=1' is more than fit takes" in capsys.readouterr().err
     with pytest.raises(SystemExit) as done:
         main(["fit", "--help"])
-    assert done.value.code == 0 and "example:\n  mesocosm fit table.csv --out law.json" in capsys.readouterr().out
+    assert (
+        done.value.code == 0
+        and "example:\n  mesocosm fit table.csv --out law.json" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize("side", [4, 5])
 def test_clean_tables_have_no_outliers_however_small(side: int, tmp_path: Path) -> None:
     for seed in range(6):
-        rows = noisy(0.01, seed, sizes=np.geomspace(1e4, 3e6, side), data=np.geomspace(1e4, 1e6, side))
+        rows = noisy(
+            0.01, seed, sizes=np.geomspace(1e4, 3e6, side), data=np.geomspace(1e4, 1e6, side)
+        )
         table = Table.read(write(tmp_path / "small.csv", rows, LONE))
         form = fit.form_of(table)
         assert not len(fit._outliers(fit._best(form, table, fit.starts_of(form)))), seed
@@ -277,7 +403,9 @@ def test_dropping_outliers_drops_none_of_the_held_out_cells(tmp_path: Path) -> N
         rows[i]["loss"] *= 1.12
     law = fitted(tmp_path, rows, drop_outliers=True)
     assert law.dropped and law.held_out is not None and law.held_out.n_cells == split[1].sum()
-    assert law.held_out.mean_rel_error > 0.08, "the law is no better beyond than its worst cells there"
+    assert law.held_out.mean_rel_error > 0.08, (
+        "the law is no better beyond than its worst cells there"
+    )
 
 
 def test_of_a_single_trunk_cells_are_resampled(tmp_path: Path) -> None:
@@ -287,7 +415,12 @@ def test_of_a_single_trunk_cells_are_resampled(tmp_path: Path) -> None:
     assert law.interval["alpha"][1] > law.interval["alpha"][0]
 
 
-def test_a_plot_does_not_take_the_laws_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plot_does_not_take_the_laws_place(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     table = write(tmp_path / "t.csv", noisy(), LONE)
     assert main(["fit", str(table), "--out", str(tmp_path / "law.svg")]) == 2
-    assert "give the law another name" in capsys.readouterr().err and not (tmp_path / "law.svg").exists()
+    assert (
+        "give the law another name" in capsys.readouterr().err
+        and not (tmp_path / "law.svg").exists()
+    )

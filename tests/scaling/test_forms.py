@@ -25,27 +25,63 @@ def test_derivatives_are_those_of_the_value(name: str, cells: Cells) -> None:
     expansion, weight = form.expand(theta, cells), np.random.default_rng(1).normal(size=(2, 24))
     assert expansion.value == pytest.approx(form.log_loss(theta, cells), abs=1e-14)
     steps = 1e-5 * np.eye(theta.shape[1])
-    slope = np.stack([(form.log_loss(theta + step, cells) - form.log_loss(theta - step, cells)) / 2e-5 for step in steps], 1)
+    slope = np.stack(
+        [
+            (form.log_loss(theta + step, cells) - form.log_loss(theta - step, cells)) / 2e-5
+            for step in steps
+        ],
+        1,
+    )
     assert expansion.slope == pytest.approx(slope, abs=1e-7)
     both = [form.expand(theta + sign * step, cells).slope for step in steps for sign in (1, -1)]
-    hessian = np.stack([np.einsum("mn,mpn->mp", weight, (up - down) / 2e-5) for up, down in zip(both[::2], both[1::2], strict=True)], 1)
-    assert expansion.curvature(weight) - outer(expansion.slope, weight) == pytest.approx(hessian, abs=1e-5)
+    hessian = np.stack(
+        [
+            np.einsum("mn,mpn->mp", weight, (up - down) / 2e-5)
+            for up, down in zip(both[::2], both[1::2], strict=True)
+        ],
+        1,
+    )
+    assert expansion.curvature(weight) - outer(expansion.slope, weight) == pytest.approx(
+        hessian, abs=1e-5
+    )
 
 
 def test_without_repeats_and_below_the_optimal_size_both_forms_are_one(cells: Cells) -> None:
     fresh = Cells(cells.params - 8, cells.data, cells.data)
-    chinchilla, constrained = FORMS["chinchilla"].log_loss(THETA[:, :5], fresh), FORMS["data_constrained"].log_loss(THETA, fresh)
+    chinchilla, constrained = (
+        FORMS["chinchilla"].log_loss(THETA[:, :5], fresh),
+        FORMS["data_constrained"].log_loss(THETA, fresh),
+    )
     assert constrained == pytest.approx(chinchilla, abs=1e-14)
     repeated = Cells(fresh.params, fresh.data, fresh.data - 2.0)
     worse = FORMS["data_constrained"].log_loss(THETA, repeated)
-    assert (worse > chinchilla).all() and (worse < FORMS["chinchilla"].log_loss(THETA[:, :5], Cells(fresh.params, fresh.data - 2.0, fresh.data))).all()
+    assert (worse > chinchilla).all() and (
+        worse
+        < FORMS["chinchilla"].log_loss(
+            THETA[:, :5], Cells(fresh.params, fresh.data - 2.0, fresh.data)
+        )
+    ).all()
 
 
 def test_the_published_evaluation_of_the_data_constrained_form() -> None:
-    """Muennighoff et al.'s constants at N = 6.34e9, D = 242e9, U = 25e9, as their own code evaluates them."""
-    params = {"E": np.exp(0.6254804), "A": np.exp(6.255414), "B": np.exp(7.3049974), "alpha": 0.3526596, "beta": 0.3526596, "r_n": 5.309743, "r_d": 15.387756}
+    """Muennighoff et al.'s constants at N = 6.34e9, D = 242e9, U = 25e9, as their own code
+    evaluates them.
+    """
+    params = {
+        "E": np.exp(0.6254804),
+        "A": np.exp(6.255414),
+        "B": np.exp(7.3049974),
+        "alpha": 0.3526596,
+        "beta": 0.3526596,
+        "r_n": 5.309743,
+        "r_d": 15.387756,
+    }
     theta = theta_of("data_constrained", params)
-    value = np.exp(FORMS["data_constrained"].log_loss(theta, Cells(*(np.log([x]) for x in (6.34e9, 242e9, 25e9)))))
+    value = np.exp(
+        FORMS["data_constrained"].log_loss(
+            theta, Cells(*(np.log([x]) for x in (6.34e9, 242e9, 25e9)))
+        )
+    )
     assert value.item() == pytest.approx(2.2256440889984477, rel=1e-14)
     back = params_of("data_constrained", theta)
     assert {name: found.item() for name, found in back.items()} == pytest.approx(params)
@@ -54,5 +90,7 @@ def test_the_published_evaluation_of_the_data_constrained_form() -> None:
 def test_a_term_that_is_nothing_is_zero() -> None:
     theta = theta_of("chinchilla", {"E": 0.0, "A": 2.0, "B": 3.0, "alpha": 0.5, "beta": 0.5})
     assert params_of("chinchilla", theta)["E"] == 0.0
-    value = np.exp(FORMS["chinchilla"].log_loss(theta, Cells(*(np.log([x]) for x in (4.0, 9.0, 9.0)))))
+    value = np.exp(
+        FORMS["chinchilla"].log_loss(theta, Cells(*(np.log([x]) for x in (4.0, 9.0, 9.0))))
+    )
     assert value.item() == pytest.approx(2.0, rel=1e-14)

@@ -31,19 +31,27 @@ Sweep = Callable[..., Any]
 LOCAL = ClusterConfig([NodeGroup(cpus=2, gpus=0, flops_per_s=1e10, seconds_per_step=0.01)])
 
 
-def grid_of(sweep_of: Sweep, cart: Dataset, *overrides: str, cluster: ClusterConfig = LOCAL) -> Grid:
+def grid_of(
+    sweep_of: Sweep, cart: Dataset, *overrides: str, cluster: ClusterConfig = LOCAL
+) -> Grid:
     return lay_out(sweep_of("unused", *overrides), cart, cluster)
 
 
 def test_importing_it_imports_no_ray() -> None:
     modules = ("sweep_config", "grid", "cells", "trunk", "board", "sweep")
-    code = f"import sys; {'; '.join(f'import mesocosm.scaling.{name}' for name in modules)}; assert not {{'ray', 'deepspeed', 'mlflow'}} & set(sys.modules)"
+    code = (
+        f"import sys; {'; '.join(f'import mesocosm.scaling.{name}' for name in modules)}; assert"
+        " not {'ray', 'deepspeed', 'mlflow'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_cells_are_counted_exactly(sweep_of: Sweep, cart: Dataset) -> None:
     cells = grid_of(sweep_of, cart, "grid.seeds=[0,1]").cells
-    assert len(cells) == len({cell.id for cell in cells}) == 8 and len({cell.trunk for cell in cells}) == 4
+    assert (
+        len(cells) == len({cell.id for cell in cells}) == 8
+        and len({cell.trunk for cell in cells}) == 4
+    )
     codec = Codec.fit(cart)
     for cell in cells:
         model = ModelConfig(size=cell.size, members=1, context=8)
@@ -54,7 +62,9 @@ def test_cells_are_counted_exactly(sweep_of: Sweep, cart: Dataset) -> None:
         assert abs(cell.data - cell.asked) < 2 * 8 * 8 and cell.unique == cart.count("train")
         options = sweep_of("unused").training(1, 0, 1, "fp32")
         assert cell.flops == cell.steps * step_flops(codec.spec, model, options)
-    assert len({(cell.asked, cell.steps) for cell in cells}) == 2, "a D is as many steps for every size and seed"
+    assert len({(cell.asked, cell.steps) for cell in cells}) == 2, (
+        "a D is as many steps for every size and seed"
+    )
 
 
 def test_an_isoflop_budget_is_met_to_half_a_step(sweep_of: Sweep, cart: Dataset) -> None:
@@ -73,49 +83,86 @@ def test_a_cell_is_what_decides_its_result(sweep_of: Sweep, cart: Dataset) -> No
         return {cell.id for cell in grid_of(sweep_of, cart, *overrides).cells}
 
     assert ids < changed("grid.data=[200,300,600,900]", "grid.seeds=[0,3]")
-    assert ids == changed("concurrent=7", "large=5", "workers=4", f"grid.unique=[{cart.count('train')}]")
-    for other in ("train.lr=0.001", "train.decay=0.5", "train.warmup=3", "grid.seeds=[1]", "model.context=4", "train.precision=bf16", "grid.unique=[200]"):
+    assert ids == changed(
+        "concurrent=7", "large=5", "workers=4", f"grid.unique=[{cart.count('train')}]"
+    )
+    for other in (
+        "train.lr=0.001",
+        "train.decay=0.5",
+        "train.warmup=3",
+        "grid.seeds=[1]",
+        "model.context=4",
+        "train.precision=bf16",
+        "grid.unique=[200]",
+    ):
         assert not ids & changed(other), other
 
 
 def test_fresh_data_are_trained_on_once_whatever_u(sweep_of: Sweep, cart: Dataset) -> None:
     """To a law a cell is (N, D, min(D, U)): two of them would be one with two losses."""
-    cells = grid_of(sweep_of, cart, "grid.sizes=[10k]", "grid.data=[150,250,600]", "grid.unique=[100,200,300]").cells
-    assert {(cell.asked, cell.narrowed) for cell in cells} == {(150, 100), (150, 200), (250, 100), (250, 200), (250, 300), (600, 100), (600, 200), (600, 300)}
-    assert {cell.unique for cell in cells} == {100, 200, 300} and len({cell.trunk for cell in cells}) == 3
+    cells = grid_of(
+        sweep_of, cart, "grid.sizes=[10k]", "grid.data=[150,250,600]", "grid.unique=[100,200,300]"
+    ).cells
+    assert {(cell.asked, cell.narrowed) for cell in cells} == {
+        (150, 100),
+        (150, 200),
+        (250, 100),
+        (250, 200),
+        (250, 300),
+        (600, 100),
+        (600, 200),
+        (600, 300),
+    }
+    assert {cell.unique for cell in cells} == {100, 200, 300} and len(
+        {cell.trunk for cell in cells}
+    ) == 3
 
 
 def test_trunks_save_what_their_cells_share(sweep_of: Sweep, cart: Dataset) -> None:
     grid = grid_of(sweep_of, cart, "grid.data=[300,600,1200]", "grid.sizes=[10k]")
     (trunk,) = grid.trunks(grid.cells)
     last = trunk.cells[-1]
-    assert trunk.steps == last.fork + sum(cell.fall for cell in trunk.cells) < sum(cell.steps for cell in grid.cells)
+    assert (
+        trunk.steps
+        == last.fork + sum(cell.fall for cell in trunk.cells)
+        < sum(cell.steps for cell in grid.cells)
+    )
     assert trunk.flops == trunk.steps * (last.flops // last.steps)
     (rest,) = grid.trunks(grid.cells[1:])
-    assert rest.steps == last.fork + sum(cell.fall for cell in grid.cells[1:]), "what is left runs the same trunk"
+    assert rest.steps == last.fork + sum(cell.fall for cell in grid.cells[1:]), (
+        "what is left runs the same trunk"
+    )
 
 
 def test_hours_are_those_of_the_lane_that_ends_last(sweep_of: Sweep, cart: Dataset) -> None:
-    grid = grid_of(sweep_of, cart, "grid.data=[300,600,1200]", "grid.sizes=[10k]", "grid.seeds=[0,1,2]")
+    grid = grid_of(
+        sweep_of, cart, "grid.data=[300,600,1200]", "grid.sizes=[10k]", "grid.seeds=[0,1,2]"
+    )
     of_one = sum(
         cell.flops / cell.steps * ran / 1e10 + ran * 0.01
         for trunk in grid.trunks(grid.cells)[:1]
         for cell, ran in zip(trunk.cells, map(trunk.ran, range(3)), strict=True)
     )
-    assert grid.hours(grid.cells) == pytest.approx(2 * of_one / 3600, rel=1e-6), "three trunks on two lanes"
-    assert replace(grid, config=replace(grid.config, concurrent=32)).hours(grid.cells) == pytest.approx(2 * of_one / 3600, rel=1e-6), (
-        "the cluster has two slots"
+    assert grid.hours(grid.cells) == pytest.approx(2 * of_one / 3600, rel=1e-6), (
+        "three trunks on two lanes"
     )
+    assert replace(grid, config=replace(grid.config, concurrent=32)).hours(
+        grid.cells
+    ) == pytest.approx(2 * of_one / 3600, rel=1e-6), "the cluster has two slots"
     seconds = sum(cell.flops / 1e10 + cell.steps * 0.01 for cell in grid.cells)
     assert seconds / 2 <= grid.hours(grid.cells, alone=True) * 3600 < seconds * 0.6
 
 
-def test_large_cells_are_jobs_of_their_own(sweep_of: Sweep, cart: Dataset, tmp_path: Path, cart_root: Callable[..., str]) -> None:
+def test_large_cells_are_jobs_of_their_own(
+    sweep_of: Sweep, cart: Dataset, tmp_path: Path, cart_root: Callable[..., str]
+) -> None:
     grid = grid_of(sweep_of, cart, "large=20000")
     assert {cell.size: cell.large for cell in grid.cells} == {"10k": False, "30k": True}
     assert [trunk.cells[0].size for trunk in grid.trunks(grid.cells)] == ["10k"]
     cell = grid.cells[-1]
-    job = sweep_of(cart_root(tmp_path)).pretraining(cell.size, cell.seed, 200, cell.steps, cell.rise, cell.fall, "fp32")
+    job = sweep_of(cart_root(tmp_path)).pretraining(
+        cell.size, cell.seed, 200, cell.steps, cell.rise, cell.fall, "fp32"
+    )
     told = plan_pretrain(job)
     assert (told["params"], told["steps"], told["unique"]) == (cell.params, cell.steps, 200)
 
@@ -127,10 +174,14 @@ def test_unique_data_are_nested_exact_and_of_whole_episodes_but_one(cart: Datase
     for u, view in zip((1, 57, 200, cart.count("train")), views, strict=True):
         assert view.count("train") == u
         kept = {int(e): int(view.table["length"][e]) for e in view.episodes("train")}
-        assert all(kept[e] >= length for e, length in before.items()), "a smaller view lies within a larger"
+        assert all(kept[e] >= length for e, length in before.items()), (
+            "a smaller view lies within a larger"
+        )
         cut = [e for e, length in kept.items() if length < all_lengths[e]]
         assert len(cut) <= 1 and all(view.table["outcome"][e] == 2 for e in cut)
-        assert np.array_equal(view.episodes("valid"), cart.episodes("valid")) and view.count("valid") == cart.count("valid")
+        assert np.array_equal(view.episodes("valid"), cart.episodes("valid")) and view.count(
+            "valid"
+        ) == cart.count("valid")
         before = kept
     assert set(views[-1].episodes("train")) == set(cart.episodes("train"))
     assert set(cart.unique(200, 4).episodes("train")) != set(views[2].episodes("train"))
@@ -143,15 +194,30 @@ def test_unique_data_are_nested_exact_and_of_whole_episodes_but_one(cart: Datase
         (["grid.sizes=[10k,31k]"], "grid.sizes='31k' is no rung of the ladder.*did you mean '30k'"),
         (["grid.sizes=[]"], "grid.sizes"),
         (["grid.data=[]"], "neither grid.data nor grid.flops is set"),
-        (["grid.flops=[1e9]"], r"grid.data=\[300, 600\] and grid.flops=\[1000000000.0\] are both set"),
+        (
+            ["grid.flops=[1e9]"],
+            r"grid.data=\[300, 600\] and grid.flops=\[1000000000.0\] are both set",
+        ),
         (["grid.data=[20,300]"], r"grid.data=20 is smaller than a batch, about \d+ transitions"),
         (["grid.data=[300,301]"], r"grid.data 300 and 301 are both \d+ steps"),
         (["grid.data=[300,300]"], "names 300 twice"),
         (["grid.data=[-5]"], "holds -5"),
-        (["grid.data=[]", "grid.flops=[1000.0]"], r"grid.flops=1e\+03 is less than one step of 10k"),
-        (["grid.unique=[100,5000]"], r"grid.unique=5000 is more than the \d+ training transitions of cart"),
+        (
+            ["grid.data=[]", "grid.flops=[1000.0]"],
+            r"grid.flops=1e\+03 is less than one step of 10k",
+        ),
+        (
+            ["grid.unique=[100,5000]"],
+            r"grid.unique=5000 is more than the \d+ training transitions of cart",
+        ),
         (["train.decay=0"], "train.decay=0.0 must be a share"),
-        (["train.warmup=50"], r"grid.data=300 is \d+ steps of 10k, and train.warmup=50 leaves no room .*; use at least \d+ \(\d+ steps\)"),
+        (
+            ["train.warmup=50"],
+            (
+                r"grid.data=300 is \d+ steps of 10k, and train.warmup=50 leaves no room .*; use at"
+                r" least \d+ \(\d+ steps\)"
+            ),
+        ),
         (["train.decay=1"], "train.decay=1 leaves no step for train.warmup=1; give train.warmup=0"),
         (["grid.seeds=[99999999999]"], r"grid.seeds=.* below 2\*\*32"),
         (["grid.data=[9223372036854775807]"], "is the most that can be meant"),
@@ -163,13 +229,17 @@ def test_unique_data_are_nested_exact_and_of_whole_episodes_but_one(cart: Datase
         (["large=20000", "workers=3"], "train.batch=8 cannot be divided among train.workers=3"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_starts(overrides: list[str], said: str, sweep_of: Sweep, tmp_path: Path, cart_root: Sweep) -> None:
+def test_what_cannot_be_is_said_before_anything_starts(
+    overrides: list[str], said: str, sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
+) -> None:
     with pytest.raises(UsageError, match=said) as error:
         plan(sweep_of(cart_root(tmp_path, 300), *overrides))
     assert "\n" not in str(error.value)
 
 
-def test_a_sweep_wants_a_validation_split(sweep_of: Sweep, tmp_path: Path, cart_root: Sweep) -> None:
+def test_a_sweep_wants_a_validation_split(
+    sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
+) -> None:
     with pytest.raises(UsageError, match=r"the valid split of cart is empty.*valid_fraction"):
         plan(sweep_of(cart_root(tmp_path, 300, valid_fraction=0.0)))
 
@@ -179,10 +249,15 @@ def test_steps_are_not_the_users(capsys: pytest.CaptureFixture[str]) -> None:
     assert "train.steps" in capsys.readouterr().err
 
 
-def test_a_dry_run_says_cells_hours_and_price(sweep_of: Sweep, tmp_path: Path, cart_root: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_a_dry_run_says_cells_hours_and_price(
+    sweep_of: Sweep, tmp_path: Path, cart_root: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
     root = cart_root(tmp_path)
     (tmp_path / "clusters").mkdir()
-    (tmp_path / "clusters" / "rented.yaml").write_text("nodes: [{name: a, count: 3, cpus: 4, price_per_hour: 2, flops_per_s: 1.0e6, seconds_per_step: 0}]")
+    (tmp_path / "clusters" / "rented.yaml").write_text(
+        "nodes: [{name: a, count: 3, cpus: 4, price_per_hour: 2, flops_per_s: 1.0e6,"
+        " seconds_per_step: 0}]"
+    )
     monkeypatch.chdir(tmp_path)
     before = sorted(str(path) for path in Path(root).rglob("*"))
     told = plan(sweep_of(root, "cluster=rented"))
@@ -190,11 +265,22 @@ def test_a_dry_run_says_cells_hours_and_price(sweep_of: Sweep, tmp_path: Path, c
     of_trunk: dict[str, float] = {}
     for row in told["cells"]:
         of_trunk[row["trunk"]] = of_trunk.get(row["trunk"], 0.0) + row["worker hours"]
-    assert len(of_trunk) == 2 and max(of_trunk.values()) == pytest.approx(told["hours"], rel=1e-3), "a trunk a lane: the longer one's time"
+    assert len(of_trunk) == 2 and max(of_trunk.values()) == pytest.approx(
+        told["hours"], rel=1e-3
+    ), "a trunk a lane: the longer one's time"
     assert float(told["price"].split()[0]) == pytest.approx(told["hours"] * 6, rel=1e-3)
     assert sum(row["price"] for row in told["cells"]) == pytest.approx(told["hours"] * 6, rel=1e-2)
-    assert told["steps"] < told["steps without trunks"] == sum(row["steps"] for row in told["cells"])
-    arguments = ["sweep", f"storage.root={root}", "data.datasets=[cart]", "grid.sizes=[10k]", "grid.data=[20000]", "--dry-run"]
+    assert (
+        told["steps"] < told["steps without trunks"] == sum(row["steps"] for row in told["cells"])
+    )
+    arguments = [
+        "sweep",
+        f"storage.root={root}",
+        "data.datasets=[cart]",
+        "grid.sizes=[10k]",
+        "grid.data=[20000]",
+        "--dry-run",
+    ]
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "params" in out and "to do" in out and "hours without trunks" in out
@@ -203,10 +289,16 @@ def test_a_dry_run_says_cells_hours_and_price(sweep_of: Sweep, tmp_path: Path, c
     assert sorted(str(path) for path in Path(root).rglob("*")) == before
 
 
-def test_a_cluster_with_a_wrong_key_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_with_a_wrong_key_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "clusters").mkdir()
     monkeypatch.chdir(tmp_path)
-    for text, said in (("nodes: [{prise_per_hour: 2}]", "prise_per_hour"), ("nodes: []", "names no group"), ("nodes: [{count: 0}]", "count=0")):
+    for text, said in (
+        ("nodes: [{prise_per_hour: 2}]", "prise_per_hour"),
+        ("nodes: []", "names no group"),
+        ("nodes: [{count: 0}]", "count=0"),
+    ):
         (tmp_path / "clusters" / "mine.yaml").write_text(text)
         with pytest.raises(UsageError, match=said):
             read("mine")
@@ -218,4 +310,8 @@ def test_shipped_sweeps_are_as_large_as_is_said() -> None:
     configs = Path(__file__).resolve().parents[2] / "configs" / "sweep"
     shipped = config.load(SweepConfig, [configs / "pendulum.yaml"], ["data.datasets=[x]"])
     shipped.validate()
-    assert len(shipped.grid.sizes) >= 6 and len(shipped.grid.data) >= 5 and len(shipped.grid.seeds) >= 2
+    assert (
+        len(shipped.grid.sizes) >= 6
+        and len(shipped.grid.data) >= 5
+        and len(shipped.grid.seeds) >= 2
+    )

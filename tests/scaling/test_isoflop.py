@@ -24,21 +24,33 @@ def approach(path: Path) -> tuple[isoflop.IsoFlop | None, list[isoflop.Note]]:
 def test_the_exponent_of_known_budgets_is_found(tmp_path: Path) -> None:
     found, notes = approach(write(tmp_path / "t.csv", budgets(FLOPS)))
     assert found is not None and found.source == "budgets" and not notes
-    assert found.a == pytest.approx(A, abs=0.005) and found.a + found.b == pytest.approx(1, abs=0.005)
+    assert found.a == pytest.approx(A, abs=0.005) and found.a + found.b == pytest.approx(
+        1, abs=0.005
+    )
     assert found.interval["a"][0] <= found.a <= found.interval["a"][1]
     assert [entry.n_sizes for entry in found.budgets] == [7] * 4
 
 
 def test_a_grid_is_interpolated_to_common_budgets(tmp_path: Path) -> None:
     sizes, data = np.geomspace(1e4, 3e6, 9) * 1.07 ** np.arange(9), np.geomspace(1e3, 1e6, 9)
-    found, _ = approach(write(tmp_path / "t.csv", grid(sizes=tuple(sizes), data=tuple(data)), without=("seed", "trunk")))
+    found, _ = approach(
+        write(
+            tmp_path / "t.csv",
+            grid(sizes=tuple(sizes), data=tuple(data)),
+            without=("seed", "trunk"),
+        )
+    )
     assert found is not None and found.source == "interpolated"
     assert found.a == pytest.approx(A, abs=0.05) and len(found.budgets) >= 4
 
 
 def test_budgets_of_a_grid_that_have_no_minimum_are_counted(tmp_path: Path) -> None:
     found, notes = approach(write(tmp_path / "t.csv", grid(sizes=tuple(np.geomspace(1e4, 1e6, 7)))))
-    assert found is not None and [note.code for note in notes] == ["isoflop_refused"] and found.a == pytest.approx(A, abs=0.05)
+    assert (
+        found is not None
+        and [note.code for note in notes] == ["isoflop_refused"]
+        and found.a == pytest.approx(A, abs=0.05)
+    )
     assert "9 of 17 IsoFLOP budgets between the grid's cells" in notes[0].sentence
 
 
@@ -49,19 +61,35 @@ def test_a_concave_budget_is_refused_and_the_others_stand(tmp_path: Path) -> Non
             row["loss"] = 2 - row["loss"]
     found, notes = approach(write(tmp_path / "t.csv", rows))
     assert found is not None and sum(entry.refused is not None for entry in found.budgets) == 1
-    assert [note.code for note in notes] == ["isoflop_refused"] and "at 4e+11 FLOPs the losses of 7 sizes bend downward (concave)" in notes[0].sentence
+    assert [note.code for note in notes] == [
+        "isoflop_refused"
+    ] and "at 4e+11 FLOPs the losses of 7 sizes bend downward (concave)" in notes[0].sentence
 
 
-@pytest.mark.parametrize(("bend", "said"), [(True, "concave"), (False, r"the minimum would lie at params=.*, outside the .* that were trained")])
+@pytest.mark.parametrize(
+    ("bend", "said"),
+    [
+        (True, "concave"),
+        (False, r"the minimum would lie at params=.*, outside the .* that were trained"),
+    ],
+)
 def test_a_design_without_any_optimum_is_refused(bend: bool, said: str, tmp_path: Path) -> None:
     rows = budgets(FLOPS)
     if bend:
         for row in rows:
             row["loss"] = 2 - row["loss"]
     else:
-        optimum = {c: min((row for row in rows if row["flops"] == c), key=lambda row: row["loss"])["params"] for c in FLOPS}
+        optimum = {
+            c: min((row for row in rows if row["flops"] == c), key=lambda row: row["loss"])[
+                "params"
+            ]
+            for c in FLOPS
+        }
         rows = [row for row in budgets(FLOPS, 9) if row["params"] < 0.8 * optimum[row["flops"]]]
-    with pytest.raises(UsageError, match=f"none of its 4 IsoFLOP budgets has an optimum: .*{said}.*train sizes on both sides"):
+    with pytest.raises(
+        UsageError,
+        match=f"none of its 4 IsoFLOP budgets has an optimum: .*{said}.*train sizes on both sides",
+    ):
         approach(write(tmp_path / "t.csv", rows))
 
 
@@ -71,7 +99,11 @@ def test_a_least_loss_at_an_end_of_the_sizes_brackets_no_minimum(tmp_path: Path)
     first = [row for row in rows if row["flops"] == FLOPS[0]]
     first[0]["loss"] = min(row["loss"] for row in first) - 1e-4
     found, notes = approach(write(tmp_path / "t.csv", rows))
-    assert found is not None and found.budgets[0].N_opt is None and found.a == pytest.approx(A, abs=0.02)
+    assert (
+        found is not None
+        and found.budgets[0].N_opt is None
+        and found.a == pytest.approx(A, abs=0.02)
+    )
     assert "the loss is least at an end of the" in notes[0].sentence
 
 

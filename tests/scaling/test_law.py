@@ -17,7 +17,9 @@ from mesocosm.scaling.table import Table
 
 @pytest.fixture(scope="module")
 def law(tmp_path_factory: pytest.TempPathFactory) -> Law:
-    path = write(tmp_path_factory.mktemp("law") / "t.csv", grid(np.random.default_rng(0), 0.003, seeds=2))
+    path = write(
+        tmp_path_factory.mktemp("law") / "t.csv", grid(np.random.default_rng(0), 0.003, seeds=2)
+    )
     return fit.fit(Table.read(path), command="mesocosm fit t.csv")
 
 
@@ -25,10 +27,30 @@ def test_it_is_read_as_it_was_written(law: Law, tmp_path: Path) -> None:
     law.write(tmp_path / "deep" / "law.json")
     assert Law.read(tmp_path / "deep" / "law.json") == law
     stored = json.loads((tmp_path / "deep" / "law.json").read_text())
-    contract = {"form", "params", "interval", "interval_level", "optimal", "objective", "n_cells", "held_out", "dropped", "warnings", "provenance"}
+    contract = {
+        "form",
+        "params",
+        "interval",
+        "interval_level",
+        "optimal",
+        "objective",
+        "n_cells",
+        "held_out",
+        "dropped",
+        "warnings",
+        "provenance",
+    }
     assert contract <= set(stored)
-    assert set(stored["params"]) == {"E", "A", "B", "alpha", "beta"} and set(stored["optimal"]) == {"a", "b", "kN", "kD"}
-    assert set(stored["interval"]) == {*stored["params"], *stored["optimal"]} and stored["interval_level"] == 0.9
+    assert set(stored["params"]) == {"E", "A", "B", "alpha", "beta"} and set(stored["optimal"]) == {
+        "a",
+        "b",
+        "kN",
+        "kD",
+    }
+    assert (
+        set(stored["interval"]) == {*stored["params"], *stored["optimal"]}
+        and stored["interval_level"] == 0.9
+    )
 
 
 def test_predictions_and_their_interval(law: Law) -> None:
@@ -36,14 +58,27 @@ def test_predictions_and_their_interval(law: Law) -> None:
     predicted, (low, high) = law.predict(n, d), law.predict_interval(n, d)
     assert predicted.shape == low.shape == (2, 3)
     truth = loss(*(x.reshape(-1) for x in np.broadcast_arrays(n, d))).reshape(2, 3)
-    assert predicted == pytest.approx(truth, rel=0.004) and (low <= predicted).all() and (predicted <= high).all() and (high - low < 0.01 * predicted).all()
+    assert (
+        predicted == pytest.approx(truth, rel=0.004)
+        and (low <= predicted).all()
+        and (predicted <= high).all()
+        and (high - low < 0.01 * predicted).all()
+    )
     with pytest.raises(UsageError, match="data=-1 must be above 0"):
         law.predict(1e4, -1)
 
 
-@pytest.mark.parametrize("repeats", [{}, {"r_n": 0.5, "r_d": 9.0}, {"r_n": 5.0, "r_d": 9.0}], ids=["fresh", "r_n=0.5", "r_n=5"])
-@pytest.mark.parametrize(("k", "p", "q"), [(6.0, 1.0, 1.0), (40.0, 0.9, 1.0), (295.0, 0.76, 1.0), (3.0, 1.1, 0.95)])
-def test_the_optimum_is_where_no_other_size_is_better(k: float, p: float, q: float, repeats: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "repeats",
+    [{}, {"r_n": 0.5, "r_d": 9.0}, {"r_n": 5.0, "r_d": 9.0}],
+    ids=["fresh", "r_n=0.5", "r_n=5"],
+)
+@pytest.mark.parametrize(
+    ("k", "p", "q"), [(6.0, 1.0, 1.0), (40.0, 0.9, 1.0), (295.0, 0.76, 1.0), (3.0, 1.1, 0.95)]
+)
+def test_the_optimum_is_where_no_other_size_is_better(
+    k: float, p: float, q: float, repeats: dict[str, float]
+) -> None:
     flops, truth = Flops(source="table", k=k, p=p, q=q, max_rel_residual=0.0), TRUTH | repeats
     form = "data_constrained" if repeats else "chinchilla"
     found = {name: value.item() for name, value in optimal_of(theta_of(form, truth), flops).items()}
@@ -60,7 +95,9 @@ def test_the_optimum_is_where_no_other_size_is_better(k: float, p: float, q: flo
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"form": "cubic"}'])
 def test_what_is_no_law_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "law.json").write_text(text)
-    with pytest.raises(UsageError, match=r"law\.json' is no law: .*; mesocosm fit TABLE\.csv --out .* makes one"):
+    with pytest.raises(
+        UsageError, match=r"law\.json' is no law: .*; mesocosm fit TABLE\.csv --out .* makes one"
+    ):
         Law.read(tmp_path / "law.json")
     with pytest.raises(UsageError, match="cannot be read"):
         Law.read(tmp_path / "nonesuch.json")
@@ -73,9 +110,16 @@ def test_it_cannot_be_written_below_a_file(law: Law, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "said"), [(("params", "A"), "params lacks A"), (("bootstrap", "draws", "E"), "draws lacks E"), (("range", "flops"), "range lacks flops")]
+    ("path", "said"),
+    [
+        (("params", "A"), "params lacks A"),
+        (("bootstrap", "draws", "E"), "draws lacks E"),
+        (("range", "flops"), "range lacks flops"),
+    ],
 )
-def test_a_law_that_lacks_a_part_is_refused(law: Law, path: tuple[str, ...], said: str, tmp_path: Path) -> None:
+def test_a_law_that_lacks_a_part_is_refused(
+    law: Law, path: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
     plain = law.model_dump(mode="json")
     node = plain
     for key in path[:-1]:
@@ -88,6 +132,10 @@ def test_a_law_that_lacks_a_part_is_refused(law: Law, path: tuple[str, ...], sai
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-9, 0.0])
 def test_a_law_that_is_nearly_flat_is_drawn(law: Law, spread: float, tmp_path: Path) -> None:
-    flat = law.model_copy(update={"params": law.params | {"E": 1.0, "A": spread, "B": spread, "alpha": 0.01, "beta": 0.01}})
+    flat = law.model_copy(
+        update={
+            "params": law.params | {"E": 1.0, "A": spread, "B": spread, "alpha": 0.01, "beta": 0.01}
+        }
+    )
     table = Table.read(write(tmp_path / "flat.csv", grid(), ("seed", "trunk")))
     assert report.draw(flat, table).startswith("<?xml")

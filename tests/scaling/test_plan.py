@@ -1,4 +1,6 @@
-"""From a law and a budget to a config: the optimum against closed forms, first-order conditions and a global search; what is written can be run."""
+"""From a law and a budget to a config: the optimum against closed forms, first-order conditions and
+a global search; what is written can be run.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ def law_of(params: dict[str, float], flops: Flops | None = None, spread: float =
     """A law whose resamples scatter about known truth."""
     form = "data_constrained" if "r_d" in params else "chinchilla"
     rng = np.random.default_rng(0)
-    draws = {name: [float(x) for x in value * np.exp(rng.normal(size=40) * spread)] for name, value in params.items()}
+    draws = {
+        name: [float(x) for x in value * np.exp(rng.normal(size=40) * spread)]
+        for name, value in params.items()
+    }
     counted = flops or Flops(source="6ND", k=6.0, p=1.0, q=1.0, max_rel_residual=0.0)
     best = optimal_of(theta_of(form, params), counted)
     return Law(
@@ -43,7 +48,13 @@ def law_of(params: dict[str, float], flops: Flops | None = None, spread: float =
         objective=0.0,
         n_cells=40,
         residual=0.001,
-        range={"params": (1e4, 1e6), "data": (1e4, 1e6), "unique": (1e4, 1e5), "flops": (6e8, 6e12), "loss": (1.0, 50.0)},
+        range={
+            "params": (1e4, 1e6),
+            "data": (1e4, 1e6),
+            "unique": (1e4, 1e5),
+            "flops": (6e8, 6e12),
+            "loss": (1.0, 50.0),
+        },
         correlation={"E,alpha": 0.0, "E,beta": 0.0},
         held_out=None,
         isoflop=None,
@@ -60,7 +71,9 @@ def test_with_6nd_and_fresh_data_the_search_finds_the_closed_form(flops: float) 
     law = law_of(CHINCHILLA)
     found = problem_of(law, Budget(flops, 1.0, None, 0, unlimited=True)).best()
     n, d = law.optimum(flops)
-    assert found.params == pytest.approx(float(n), rel=1e-4) and found.data == pytest.approx(float(d), rel=1e-4)
+    assert found.params == pytest.approx(float(n), rel=1e-4) and found.data == pytest.approx(
+        float(d), rel=1e-4
+    )
     assert found.flops == pytest.approx(flops) and found.unique == found.data and found.epochs == 1
 
 
@@ -73,26 +86,41 @@ def test_money_is_split_where_both_are_worth_the_same(step_price: float) -> None
     assert found.compute + found.reality == pytest.approx(500, rel=1e-6)
     assert found.unique == pytest.approx(10_000 + found.reality / step_price)
     rates = plan._rates(problem, found)
-    assert rates["compute"] == pytest.approx(rates["reality"], rel=0.02), "at an optimum inside, neither is worth more"
+    assert rates["compute"] == pytest.approx(rates["reality"], rel=0.02), (
+        "at an optimum inside, neither is worth more"
+    )
     low = plan._rates(problem, problem.best(0.01))
     assert low["reality"] > low["compute"], "too little reality was bought"
-    search = differential_evolution(lambda x: float(problem.loss(x[:1], x[1:])[0]), [(4.0, 25.0), (0.0, 0.999999)], seed=0, tol=1e-12, popsize=30)
+    search = differential_evolution(
+        lambda x: float(problem.loss(x[:1], x[1:])[0]),
+        [(4.0, 25.0), (0.0, 0.999999)],
+        seed=0,
+        tol=1e-12,
+        popsize=30,
+    )
     assert found.loss <= search.fun * (1 + 1e-7)
 
 
 def test_dearer_steps_buy_less_reality_and_what_is_owned_is_used_first() -> None:
     law = law_of(REPEATS, Flops(source="table", k=20.0, p=1.0, q=1.0, max_rel_residual=0.0))
-    found = [problem_of(law, Budget(500.0, 1e-9, price, 10_000)).best() for price in (1e-3, 1e-2, 1e-1, 1e6)]
+    found = [
+        problem_of(law, Budget(500.0, 1e-9, price, 10_000)).best()
+        for price in (1e-3, 1e-2, 1e-1, 1e6)
+    ]
     bought = [p.unique for p in found]
     assert bought == sorted(bought, reverse=True) and bought[0] > 2 * bought[1]
-    assert bought[-1] == pytest.approx(10_000, rel=1e-3) and [p.loss for p in found] == sorted(p.loss for p in found)
+    assert bought[-1] == pytest.approx(10_000, rel=1e-3) and [p.loss for p in found] == sorted(
+        p.loss for p in found
+    )
     assert problem_of(law, Budget(500.0, 1e-9, None, 10_000)).best().unique == 10_000
 
 
 def test_a_law_without_repeats_plans_none() -> None:
     problem = problem_of(law_of(CHINCHILLA), Budget(100.0, 1e-15, 1e-3, 1_000))
     found = problem.best()
-    assert found.data == pytest.approx(found.unique) and found.compute + found.reality == pytest.approx(100, rel=1e-5)
+    assert found.data == pytest.approx(
+        found.unique
+    ) and found.compute + found.reality == pytest.approx(100, rel=1e-5)
     rates = plan._rates(problem, found)
     assert rates["compute"] == pytest.approx(rates["reality"], rel=0.02)
 
@@ -101,7 +129,9 @@ def test_a_law_without_repeats_plans_none() -> None:
     exact = law_of(CHINCHILLA).predict(compute / 1e-15 / 6 / data, data)
     assert found.loss == pytest.approx(float(exact.min()), rel=1e-6)
     n, d = law_of(CHINCHILLA).optimum(found.flops)
-    assert found.data < float(d) and found.params > float(n), "where data cost money too, a larger model on less of it"
+    assert found.data < float(d) and found.params > float(n), (
+        "where data cost money too, a larger model on less of it"
+    )
 
 
 def test_a_budget_that_buys_nothing_is_refused() -> None:
@@ -133,47 +163,99 @@ def _plan(law: str, root: str, *overrides: str) -> dict[str, Any]:
 
 
 def test_a_plan_is_a_config_that_pretraining_takes(
-    law_file: Callable[..., str], cart_root: Callable[..., str], tmp_path: Path, capsys: Any, golden: Any
+    law_file: Callable[..., str],
+    cart_root: Callable[..., str],
+    tmp_path: Path,
+    capsys: Any,
+    golden: Any,
 ) -> None:
     root = cart_root(tmp_path)
-    law = law_file(law_of(REPEATS, Flops(source="table", k=20.0, p=1.0, q=1.0, max_rel_residual=0.0)))
-    data = ["data.datasets=[cart]", "model.members=1", "model.context=8", "model.base_steps=20", "train.batch=8", "train.events=12"]
-    command = ["plan", "--law", law, "--money", "20", "price.per_step=0.01", "price.per_exaflop=1e9", f"storage.root={root}", *data]
+    law = law_file(
+        law_of(REPEATS, Flops(source="table", k=20.0, p=1.0, q=1.0, max_rel_residual=0.0))
+    )
+    data = [
+        "data.datasets=[cart]",
+        "model.members=1",
+        "model.context=8",
+        "model.base_steps=20",
+        "train.batch=8",
+        "train.events=12",
+    ]
+    command = [
+        "plan",
+        "--law",
+        law,
+        "--money",
+        "20",
+        "price.per_step=0.01",
+        "price.per_exaflop=1e9",
+        f"storage.root={root}",
+        *data,
+    ]
     assert main([*command, "--json"]) == 0
     path = Path(json.loads(capsys.readouterr().out)["path"])
     answer = json.loads((path / "plan.json").read_text())
     made = answer["plan"]
     golden.check("plan", {name: made[name] for name in ("params", "data", "unique", "loss")})
-    assert answer["owned"] > 200 and answer["flops_counted"] and answer["collect"] == round(made["unique"]) - answer["owned"] > 0
+    assert (
+        answer["owned"] > 200
+        and answer["flops_counted"]
+        and answer["collect"] == round(made["unique"]) - answer["owned"] > 0
+    )
     assert made["compute"] + made["reality"] == pytest.approx(20, rel=1e-6)
-    assert made["loss"] >= answer["optimum"]["loss"] * 0.98 and made["interval"]["loss"][0] < made["loss"] < made["interval"]["loss"][1]
+    assert (
+        made["loss"] >= answer["optimum"]["loss"] * 0.98
+        and made["interval"]["loss"][0] < made["loss"] < made["interval"]["loss"][1]
+    )
     assert (path / "plan.svg").read_text().startswith("<?xml")
 
     job = config.load(PretrainConfig, [path / "plan.yaml"], [f"storage.root={root}"])
     told = pretraining.plan(job)
     assert job.model.size == made["size"] and told["params"] == made["params"]
-    assert told["transitions"] == pytest.approx(made["data"], rel=0.02), "D is what the plan says, to half a batch"
+    assert told["transitions"] == pytest.approx(made["data"], rel=0.02), (
+        "D is what the plan says, to half a batch"
+    )
     assert told["flops"] == pytest.approx(made["flops"], rel=0.02), "and costs what it says"
 
 
 def test_flops_on_given_data_repeat_it(law_file: Callable[..., str], tmp_path: Path) -> None:
     answer = _plan(law_file(law_of(REPEATS)), str(tmp_path), "flops=1e13", "owned=20000")
-    assert answer["plan"]["unique"] == 20_000 and answer["plan"]["epochs"] > 2 and answer["collect"] == 0 and answer["next"] is None
+    assert (
+        answer["plan"]["unique"] == 20_000
+        and answer["plan"]["epochs"] > 2
+        and answer["collect"] == 0
+        and answer["next"] is None
+    )
     fresh = _plan(law_file(law_of(CHINCHILLA)), str(tmp_path), "flops=1e16")
     assert fresh["plan"]["epochs"] == 1
-    assert [w["code"] for w in fresh["warnings"]] == ["unknown_models", "far"] and "times the largest" in fresh["warnings"][1]["sentence"]
+    assert [w["code"] for w in fresh["warnings"]] == [
+        "unknown_models",
+        "far",
+    ] and "times the largest" in fresh["warnings"][1]["sentence"]
 
 
 def test_what_binds_a_plan_is_said(law_file: Callable[..., str], tmp_path: Path) -> None:
     """Owned data; and the ladder's end, where compute is next to free beside reality."""
     owned = _plan(law_file(law_of(CHINCHILLA)), str(tmp_path), "flops=1e16", "owned=5000")
-    assert owned["plan"]["unique"] == 5000 and "owned_bind" in {w["code"] for w in owned["warnings"]}
-    dear = _plan(law_file(law_of(CHINCHILLA)), str(tmp_path), "money=500", "price.per_step=0.01", "price.per_exaflop=1e-9")
-    assert dear["plan"]["size"] == "7b" and dear["optimum"]["params"] == pytest.approx(plan.MOST, rel=0.01)
+    assert owned["plan"]["unique"] == 5000 and "owned_bind" in {
+        w["code"] for w in owned["warnings"]
+    }
+    dear = _plan(
+        law_file(law_of(CHINCHILLA)),
+        str(tmp_path),
+        "money=500",
+        "price.per_step=0.01",
+        "price.per_exaflop=1e-9",
+    )
+    assert dear["plan"]["size"] == "7b" and dear["optimum"]["params"] == pytest.approx(
+        plan.MOST, rel=0.01
+    )
     assert "ladder_end" in {w["code"] for w in dear["warnings"]} and dear["next"]["rows"]
 
 
-def test_beyond_the_largest_size_flops_grow_as_it_does(law_file: Callable[..., str], tmp_path: Path) -> None:
+def test_beyond_the_largest_size_flops_grow_as_it_does(
+    law_file: Callable[..., str], tmp_path: Path
+) -> None:
     flops = Flops(source="table", k=705.0, p=0.7, q=1.0, max_rel_residual=0.1, params_most=3e6)
     each = np.exp(flops.log_each(np.log([3e5, 3e6, 3e9])))
     assert each[0] == pytest.approx(705 * 3e5**0.7) and each[2] / each[1] == pytest.approx(1000)
@@ -181,15 +263,27 @@ def test_beyond_the_largest_size_flops_grow_as_it_does(law_file: Callable[..., s
     assert answer["plan"]["flops"] >= 6 * answer["plan"]["params"] * answer["plan"]["data"]
 
 
-def test_a_plan_trains_what_the_law_is_of_or_says_otherwise(law_file: Callable[..., str], tmp_path: Path) -> None:
+def test_a_plan_trains_what_the_law_is_of_or_says_otherwise(
+    law_file: Callable[..., str], tmp_path: Path
+) -> None:
     law = law_of(CHINCHILLA)
     law.provenance.swept = {
         "model": {"family": "sequence", "size": "1m", "members": 1, "context": 8, "base": False},
         "train": {"batch": 16, "lr": 0.006, "warmup": 20},
     }
     path = law_file(law)
-    assert not {"unknown_models", "other_models"} & {w["code"] for w in _plan(path, str(tmp_path), "flops=1e12")["warnings"]}
-    other = _plan(path, str(tmp_path), "flops=1e12", "model.family=ensemble", "model.members=1", "model.context=8", "model.base=false")
+    assert not {"unknown_models", "other_models"} & {
+        w["code"] for w in _plan(path, str(tmp_path), "flops=1e12")["warnings"]
+    }
+    other = _plan(
+        path,
+        str(tmp_path),
+        "flops=1e12",
+        "model.family=ensemble",
+        "model.members=1",
+        "model.context=8",
+        "model.base=false",
+    )
     said = next(w["sentence"] for w in other["warnings"] if w["code"] == "other_models")
     assert "model.family=ensemble (swept: sequence)" in said and "members" not in said
 
@@ -204,7 +298,10 @@ def test_a_plan_trains_what_the_law_is_of_or_says_otherwise(law_file: Callable[.
         (["money=5"], "money needs the price of compute"),
         (["money=5", "price.per_exaflop=1"], "money buys no real step without price.per_step"),
         (["money=5", "price.per_exaflop=1", "cluster=local"], "both say what compute costs"),
-        (["money=5", "cluster=local", "price.per_step=1"], "cluster='local' states no price an hour"),
+        (
+            ["money=5", "cluster=local", "price.per_step=1"],
+            "cluster='local' states no price an hour",
+        ),
         (["flops=1e9", "price.per_step=0.1"], "has no meaning in a budget of FLOPs"),
         (["flops=1e9", "train.steps=5"], "are the plan's to say"),
         (["flops=1e9", "law=nowhere.json"], "cannot be read"),
@@ -212,17 +309,25 @@ def test_a_plan_trains_what_the_law_is_of_or_says_otherwise(law_file: Callable[.
         (["flops=10"], "buys less than one transition|no rung of the ladder"),
     ],
 )
-def test_bad_questions(law_file: Callable[..., str], tmp_path: Path, overrides: list[str], said: str) -> None:
+def test_bad_questions(
+    law_file: Callable[..., str], tmp_path: Path, overrides: list[str], said: str
+) -> None:
     with pytest.raises(UsageError, match=said):
         _plan(law_file(law_of(CHINCHILLA)), str(tmp_path), *overrides)
 
 
-def test_the_price_of_a_cluster(law_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_price_of_a_cluster(
+    law_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "clusters").mkdir()
-    (tmp_path / "clusters" / "dear.yaml").write_text("nodes: [{name: gpus, count: 2, cpus: 1, gpus: 0, price_per_hour: 3.6, flops_per_s: 1e9}]\n")
+    (tmp_path / "clusters" / "dear.yaml").write_text(
+        "nodes: [{name: gpus, count: 2, cpus: 1, gpus: 0, price_per_hour: 3.6, flops_per_s: 1e9}]\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mesocosm.clusters.FOLDERS", (Path("clusters"),))
-    answer = _plan(law_file(law_of(REPEATS)), str(tmp_path), "money=5e6", "cluster=dear", "price.per_step=0.01")
+    answer = _plan(
+        law_file(law_of(REPEATS)), str(tmp_path), "money=5e6", "cluster=dear", "price.per_step=0.01"
+    )
     assert answer["prices"]["per_exaflop"] == pytest.approx(2 * 3.6 / 3600 / (2 * 1e9) * 1e18)
     assert math.isclose(answer["prices"]["per_step"], 0.01)
 

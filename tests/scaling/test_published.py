@@ -25,14 +25,24 @@ def rows_of(name: str) -> list[dict[str, str]]:
 def gadre(tmp_path: Path) -> Table:
     """Gadre et al.'s 34 runs on C4, N with embeddings."""
     runs = [row for row in rows_of("gadre104_losses.csv") if row["train_set"] == "c4_original"]
-    return Table.read(write(tmp_path / "c4.csv", [{"params": row["params"], "data": row["tokens"], "loss": row["loss_c4_val"]} for row in runs]))
+    return Table.read(
+        write(
+            tmp_path / "c4.csv",
+            [
+                {"params": row["params"], "data": row["tokens"], "loss": row["loss_c4_val"]}
+                for row in runs
+            ],
+        )
+    )
 
 
 def test_gadre_on_c4(tmp_path: Path) -> None:
     table = gadre(tmp_path)
     law = fit.fit(table)
     assert law.form == "chinchilla" and law.n_cells == 34
-    assert law.params["alpha"] == pytest.approx(0.253, abs=0.001) and law.params["beta"] == pytest.approx(0.262, abs=0.001)
+    assert law.params["alpha"] == pytest.approx(0.253, abs=0.001) and law.params[
+        "beta"
+    ] == pytest.approx(0.262, abs=0.001)
     assert law.params["E"] == pytest.approx(1.62, abs=0.005)
     assert law.held_out is not None and law.held_out.beats_baselines
     assert law.held_out.min_flops >= 4 * law.held_out.max_fitted_flops
@@ -40,29 +50,54 @@ def test_gadre_on_c4(tmp_path: Path) -> None:
 
 
 def test_gadre_small_runs_predict_the_1_4b_runs(tmp_path: Path) -> None:
-    """From sizes up to 412M. The paper's .7% is of its own form and choice of runs; this form has it at 20 tokens a parameter, without outliers."""
+    """From sizes up to 412M. The paper's .7% is of its own form and choice of runs; this form has
+    it at 20 tokens a parameter, without outliers.
+    """
     table = gadre(tmp_path)
     form = fit.form_of(table)
-    small, large = table.take(table.params < 5e8), table.take((table.params > 1e9) & (table.params < 2e9))
+    small, large = (
+        table.take(table.params < 5e8),
+        table.take((table.params > 1e9) & (table.params < 2e9)),
+    )
     whole = fit._best(form, small, fit.starts_of(form))
     error = np.exp(form.log_loss(whole.theta[None], large.cells())[0]) / large.loss - 1
     assert np.abs(error).max() < 0.022
     clean = small.take(fit._deviations(whole) < fit.OUTLIER)
     assert len(small) - len(clean) <= 3
-    error = np.exp(form.log_loss(fit._best(form, clean, fit.starts_of(form)).theta[None], large.cells())[0]) / large.loss - 1
+    error = (
+        np.exp(
+            form.log_loss(fit._best(form, clean, fit.starts_of(form)).theta[None], large.cells())[0]
+        )
+        / large.loss
+        - 1
+    )
     assert abs(error[np.argmin(large.data)]) < 0.007 and np.abs(error).max() < 0.02
 
 
 def test_datablations_refitted(tmp_path: Path) -> None:
-    """293 runs with seeds. The published E, A and B are of another loss; half-lives of repeats and exponents must be of their order."""
+    """293 runs with seeds. The published E, A and B are of another loss; half-lives of repeats and
+    exponents must be of their order.
+    """
     runs = [row for row in rows_of("datablations_losses.csv") if row["variant"] in ("main", "seed")]
-    columns = {"params": "params", "data": "tokens", "loss": "val_loss", "unique": "unique_tokens", "seed": "seed"}
-    table = Table.read(write(tmp_path / "runs.csv", [{name: row[of] for name, of in columns.items()} for row in runs]))
+    columns = {
+        "params": "params",
+        "data": "tokens",
+        "loss": "val_loss",
+        "unique": "unique_tokens",
+        "seed": "seed",
+    }
+    table = Table.read(
+        write(
+            tmp_path / "runs.csv", [{name: row[of] for name, of in columns.items()} for row in runs]
+        )
+    )
     form = fit.form_of(table)
     assert form.name == "data_constrained" and len(table) == 293
     best = fit._best(form, table, fit.starts_of(form)[::3])
     params = {name: value.item() for name, value in params_of(form.name, best.theta[None]).items()}
-    assert params["alpha"] == pytest.approx(0.35, abs=0.05) and params["beta"] == pytest.approx(0.35, abs=0.1)
+    assert params["alpha"] == pytest.approx(0.35, abs=0.05) and params["beta"] == pytest.approx(
+        0.35, abs=0.1
+    )
     assert 1.5 < params["E"] < 2.2 and 1 < params["r_n"] < 20 and params["r_d"] > 8
     assert np.median(np.abs(best.residual)) < 0.025
     law = fit.fit(table)
@@ -77,8 +112,14 @@ KEY = ("file", "dataset", "hparams", "warmup", "decay", "param_count", "val")
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: "-".join(row[name] for name in KEY))
 def test_porian_exponents(row: dict[str, str]) -> None:
-    """All 15 within .01 of what was published and inside its interval, by plain regression over the (C, N*) pairs."""
-    pairs = [p for p in rows_of("porian_optimal_pairs.csv") if p["n_star"] and all(p[name] == row[name] for name in KEY)]
+    """All 15 within .01 of what was published and inside its interval, by plain regression over the
+    (C, N*) pairs.
+    """
+    pairs = [
+        p
+        for p in rows_of("porian_optimal_pairs.csv")
+        if p["n_star"] and all(p[name] == row[name] for name in KEY)
+    ]
     a, _ = isoflop.exponent([float(p["flops"]) for p in pairs], [float(p["n_star"]) for p in pairs])
     assert a == pytest.approx(float(row["a"]), abs=0.01)
     assert float(row["a_lo"]) <= a <= float(row["a_hi"])

@@ -18,7 +18,14 @@ def test_the_published_law_is_that_of_its_table_and_foretells_the_largest_cells(
     table, published = Table.read(TABLES / "halfcheetah.csv"), Law.read(TABLES / "halfcheetah.json")
     assert len(np.unique(table.params)) >= 6 and table.params.max() >= 1e6 and len(table) == 60
     law = fit.fit(table)
-    assert law.params == pytest.approx(published.params, rel=1e-4) and law.optimal.a == pytest.approx(published.optimal.a, rel=1e-4)
+    assert law.params == pytest.approx(
+        published.params, rel=1e-4
+    ) and law.optimal.a == pytest.approx(published.optimal.a, rel=1e-4)
     held = law.held_out
     assert held is not None and held.n_cells == 6 and held.min_flops >= 4 * held.max_fitted_flops
-    assert held.mean_rel_error < 0.007 and held.max_rel_error < 0.02 and held.beats_baselines and held.mean_error_of_span < 0.05
+    assert (
+        held.mean_rel_error < 0.007
+        and held.max_rel_error < 0.02
+        and held.beats_baselines
+        and held.mean_error_of_span < 0.05
+    )

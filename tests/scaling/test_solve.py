@@ -1,4 +1,6 @@
-"""The solver finds the minimum that scipy's L-BFGS-B finds, or a lower one, from every start and under every row of weights."""
+"""The solver finds the minimum that scipy's L-BFGS-B finds, or a lower one, from every start and
+under every row of weights.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ FORM = FORMS["chinchilla"]
 def table(noise: float, seed: int = 0, **options: object) -> tuple[Cells, np.ndarray]:
     rows = grid(np.random.default_rng(seed), noise, **options)  # type: ignore[arg-type]
     data = np.log([row["data"] for row in rows])
-    return Cells(np.log([row["params"] for row in rows]), data, data), np.log([row["loss"] for row in rows])
+    return Cells(np.log([row["params"] for row in rows]), data, data), np.log(
+        [row["loss"] for row in rows]
+    )
 
 
 def objective(theta: np.ndarray, cells: Cells, log_loss: np.ndarray, weight: np.ndarray) -> float:
@@ -38,22 +42,45 @@ def test_the_truth_is_found_without_noise_from_every_start() -> None:
 def test_no_start_ends_above_where_scipy_ends() -> None:
     cells, log_loss = table(0.01)
     rng = np.random.default_rng(1)
-    weights = np.stack([np.ones(len(log_loss)), rng.multinomial(len(log_loss), np.full(len(log_loss), 1 / len(log_loss))).astype(float)])
-    starts = np.column_stack([rng.uniform(-2, 1, 6), rng.uniform(2, 8, 6), rng.uniform(0, 8, 6), rng.uniform(0.1, 1.5, (6, 2))])
+    weights = np.stack(
+        [
+            np.ones(len(log_loss)),
+            rng.multinomial(len(log_loss), np.full(len(log_loss), 1 / len(log_loss))).astype(float),
+        ]
+    )
+    starts = np.column_stack(
+        [
+            rng.uniform(-2, 1, 6),
+            rng.uniform(2, 8, 6),
+            rng.uniform(0, 8, 6),
+            rng.uniform(0.1, 1.5, (6, 2)),
+        ]
+    )
     found = solve(FORM, cells, log_loss, weights, starts)
     for row, weight in enumerate(weights):
         for start, ours in zip(starts, found.objective[row], strict=True):
-            # in units of delta, as the solver has it: scipy's tolerance on the function is absolute below 1
-            theirs = minimize(lambda t, w: objective(t, cells, log_loss, w) / DELTA, start, args=(weight,), method="L-BFGS-B", options={"maxfun": 10_000})
+            # in units of delta, as the solver has it: scipy's tolerance on the function is absolute
+            # below 1
+            theirs = minimize(
+                lambda t, w: objective(t, cells, log_loss, w) / DELTA,
+                start,
+                args=(weight,),
+                method="L-BFGS-B",
+                options={"maxfun": 10_000},
+            )
             assert ours <= theirs.fun * DELTA * (1 + 1e-9)
         best = found.best()
-        assert objective(best[0][row], cells, log_loss, weight) == pytest.approx(best[1][row], rel=1e-9)
+        assert objective(best[0][row], cells, log_loss, weight) == pytest.approx(
+            best[1][row], rel=1e-9
+        )
 
 
 def test_a_problem_does_not_depend_on_its_neighbours() -> None:
     cells, log_loss = table(0.02, 2)
     rng = np.random.default_rng(3)
-    weights = rng.multinomial(len(log_loss), np.full(len(log_loss), 1 / len(log_loss)), size=40).astype(float)
+    weights = rng.multinomial(
+        len(log_loss), np.full(len(log_loss), 1 / len(log_loss)), size=40
+    ).astype(float)
     starts = fit.starts_of(FORM)[::5]
     together = solve(FORM, cells, log_loss, weights, starts)
     alone = solve(FORM, cells, log_loss, weights[7:8], starts)
@@ -67,26 +94,42 @@ def test_a_fixed_coordinate_stays() -> None:
     found = solve(FORM, cells, log_loss, np.ones((1, len(log_loss))), starts, fixed=(0,))
     best = params_of("chinchilla", found.best()[0])
     assert best["E"] == 0.0
-    assert best["alpha"].item() == pytest.approx(0.5, abs=1e-4) and best["beta"].item() == pytest.approx(0.4, abs=1e-4)
+    assert best["alpha"].item() == pytest.approx(0.5, abs=1e-4) and best[
+        "beta"
+    ].item() == pytest.approx(0.4, abs=1e-4)
 
 
 def test_outliers_hardly_move_it() -> None:
     cells, log_loss = table(0.0)
     spoiled = log_loss.copy()
     spoiled[[3, 17]] += 0.5
-    best = params_of("chinchilla", solve(FORM, cells, spoiled, np.ones((1, len(log_loss))), fit.starts_of(FORM)).best()[0])
+    best = params_of(
+        "chinchilla",
+        solve(FORM, cells, spoiled, np.ones((1, len(log_loss))), fit.starts_of(FORM)).best()[0],
+    )
     for name, value in TRUTH.items():
         assert best[name].item() == pytest.approx(value, rel=0.01)
 
 
 def test_repeated_data_shows_both_half_lives() -> None:
     truth = TRUTH | {"r_n": 5.0, "r_d": 12.0}
-    rows = [(n, u * e, u) for n in np.geomspace(1e4, 1e7, 8) for u in (3e4, 3e5) for e in (1, 3, 10, 30, 100)]
+    rows = [
+        (n, u * e, u)
+        for n in np.geomspace(1e4, 1e7, 8)
+        for u in (3e4, 3e5)
+        for e in (1, 3, 10, 30, 100)
+    ]
     n, d, u = (np.log(column) for column in np.array(rows).T)
     form = FORMS["data_constrained"]
     from laws import loss
 
-    found = solve(form, Cells(n, d, u), np.log(loss(np.exp(n), np.exp(d), truth, np.exp(u))), np.ones((1, len(n))), fit.starts_of(form)[::7])
+    found = solve(
+        form,
+        Cells(n, d, u),
+        np.log(loss(np.exp(n), np.exp(d), truth, np.exp(u))),
+        np.ones((1, len(n))),
+        fit.starts_of(form)[::7],
+    )
     best = params_of(form.name, found.best()[0])
     for name, value in truth.items():
         assert best[name].item() == pytest.approx(value, rel=1e-3)

@@ -40,25 +40,44 @@ def table(artifact: Artifact) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, cart_root: Make, sweep_of: Make) -> tuple[SweepConfig, Artifact, tracking.Run]:
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, cart_root: Make, sweep_of: Make
+) -> tuple[SweepConfig, Artifact, tracking.Run]:
     config = sweep_of(cart_root(tmp_path_factory.mktemp("whole")))
     return config, *swept(config)
 
 
-def test_the_table_has_a_row_a_cell(whole: tuple[SweepConfig, Artifact, tracking.Run], golden: Any) -> None:
+def test_the_table_has_a_row_a_cell(
+    whole: tuple[SweepConfig, Artifact, tracking.Run], golden: Any
+) -> None:
     config, artifact, made = whole
     rows = table(artifact)
     told = plan(config)["cells"]
     assert len(rows) == 4 and list(rows[0])[: len(COLUMNS)] == list(COLUMNS)
-    assert [(int(row["params"]), int(row["data"]), int(row["flops"])) for row in rows] == [(row["params"], row["data"], row["flops"]) for row in told]
+    assert [(int(row["params"]), int(row["data"]), int(row["flops"])) for row in rows] == [
+        (row["params"], row["data"], row["flops"]) for row in told
+    ]
     for row in rows:
-        assert float(row["loss"]) == pytest.approx(sum(float(row[part]) for part in ("dynamics", "reward", "termination", "task")))
+        assert float(row["loss"]) == pytest.approx(
+            sum(float(row[part]) for part in ("dynamics", "reward", "termination", "task"))
+        )
     golden.check("sweep", {f"loss {i}": float(row["loss"]) for i, row in enumerate(rows)})
-    assert len({row["trunk"] for row in rows}) == 2 and {row["state"] for row in told} == {"finished"}
+    assert len({row["trunk"] for row in rows}) == 2 and {row["state"] for row in told} == {
+        "finished"
+    }
     summary = json.loads((artifact.path / "summary.json").read_text())
-    assert summary["steps"]["run"] < summary["steps"]["without_trunks"] == sum(row["steps"] for row in told)
-    assert 0 < summary["seconds"]["training"] < 2 * summary["seconds"]["wall"] and (artifact.path / "loss.svg").exists()
-    assert artifact.meta["inputs"] == {"datasets": ["cart"]} and made.storage.list("runs/tune") == []
+    assert (
+        summary["steps"]["run"]
+        < summary["steps"]["without_trunks"]
+        == sum(row["steps"] for row in told)
+    )
+    assert (
+        0 < summary["seconds"]["training"] < 2 * summary["seconds"]["wall"]
+        and (artifact.path / "loss.svg").exists()
+    )
+    assert (
+        artifact.meta["inputs"] == {"datasets": ["cart"]} and made.storage.list("runs/tune") == []
+    )
 
 
 def test_mlflow_has_a_nested_run_a_cell(whole: tuple[SweepConfig, Artifact, tracking.Run]) -> None:
@@ -66,21 +85,38 @@ def test_mlflow_has_a_nested_run_a_cell(whole: tuple[SweepConfig, Artifact, trac
     client = MlflowClient(tracking_uri=tracking.uri_of(config))
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     assert experiment is not None
-    runs = {found.data.tags["mesocosm.run"]: found for found in client.search_runs([experiment.experiment_id])}
+    runs = {
+        found.data.tags["mesocosm.run"]: found
+        for found in client.search_runs([experiment.experiment_id])
+    }
     parent = runs[f"sweep/{made.id}"]
     losses = {row["cell"]: float(row["loss"]) for row in table(artifact)}
-    nested = {found.data.params["cell"]: found for name, found in runs.items() if name.startswith("cell/")}
+    nested = {
+        found.data.params["cell"]: found for name, found in runs.items() if name.startswith("cell/")
+    }
     assert {cell: found.data.metrics["loss"] for cell, found in nested.items()} == losses
-    assert all(found.data.tags["mlflow.parentRunId"] == parent.info.run_id and found.info.status == "FINISHED" for found in nested.values())
-    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {"table.csv", "loss.svg", "summary.json"}
+    assert all(
+        found.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        and found.info.status == "FINISHED"
+        for found in nested.values()
+    )
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {
+        "table.csv",
+        "loss.svg",
+        "summary.json",
+    }
 
 
-def test_again_it_is_found_and_another_grid_trains_what_is_missing(whole: tuple[SweepConfig, Artifact, tracking.Run], sweep_of: Make) -> None:
+def test_again_it_is_found_and_another_grid_trains_what_is_missing(
+    whole: tuple[SweepConfig, Artifact, tracking.Run], sweep_of: Make
+) -> None:
     config, artifact, _ = whole
     root = config.storage.root
     assert swept(config)[0].id == artifact.id
     stamps = {path.name: path.stat().st_mtime_ns for path in Path(root, "cells/results").iterdir()}
-    larger, made = swept(sweep_of(root, "grid.data=[300,450,600]", "grid.sizes=[10k]", "concurrent=1"))
+    larger, made = swept(
+        sweep_of(root, "grid.data=[300,450,600]", "grid.sizes=[10k]", "concurrent=1")
+    )
     after = {path.name: path.stat().st_mtime_ns for path in Path(root, "cells/results").iterdir()}
     assert stamps.items() < after.items() and len(after) == len(stamps) + 1
     assert "2 of 3 cells were finished before" in (made.folder / "log.txt").read_text()
@@ -89,27 +125,53 @@ def test_again_it_is_found_and_another_grid_trains_what_is_missing(whole: tuple[
     assert all(row == before[row["cell"]] for row in table(larger) if row["cell"] in before)
 
 
-def test_cells_that_fail_are_named_the_others_go_on_and_again_they_are_tried(tmp_path: Path, cart_root: Make, sweep_of: Make) -> None:
+def test_cells_that_fail_are_named_the_others_go_on_and_again_they_are_tried(
+    tmp_path: Path, cart_root: Make, sweep_of: Make
+) -> None:
     """The trunk of U = 150 finds a damaged base, which is then mended."""
     root = cart_root(tmp_path)
-    config = sweep_of(root, "grid.unique=[150,250]", "grid.sizes=[10k]", "grid.data=[300]", "concurrent=1")
-    config_of_one = sweep_of(root, "grid.unique=[150]", "grid.sizes=[10k]", "grid.data=[300]", "concurrent=1", "train.lr=1e-3")
+    config = sweep_of(
+        root, "grid.unique=[150,250]", "grid.sizes=[10k]", "grid.data=[300]", "concurrent=1"
+    )
+    config_of_one = sweep_of(
+        root,
+        "grid.unique=[150]",
+        "grid.sizes=[10k]",
+        "grid.data=[300]",
+        "concurrent=1",
+        "train.lr=1e-3",
+    )
     swept(config_of_one)
     (base,) = Path(root, "cells/bases").iterdir()
     whole = base.read_bytes()
     base.write_bytes(whole[:100])
-    with pytest.raises(MesocosmError, match=r"1 of 2 cells failed; run the same command again .* \(10k, D=\d+, U=150, seed 0\): SafetensorError") as error:
+    with pytest.raises(
+        MesocosmError,
+        match=(
+            r"1 of 2 cells failed; run the same command again .* \(10k, D=\d+, U=150, seed 0\):"
+            r" SafetensorError"
+        ),
+    ) as error:
         swept(config)
     assert error.value.exit_code == 1 and len(cells.finished(Storage(root))) == 2
     folder = max(Path(root, "runs/sweep").iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    assert json.loads((folder / "status.json").read_text())["state"] == "failed" and len((folder / "table.csv").read_text().splitlines()) == 2
-    failed = [json.loads(path.read_text()) for path in Path(root, "runs/cell").glob("*/status.json")]
-    assert [status["error"].split(":")[0] for status in failed if status["state"] == "failed"] == ["SafetensorError"]
+    assert (
+        json.loads((folder / "status.json").read_text())["state"] == "failed"
+        and len((folder / "table.csv").read_text().splitlines()) == 2
+    )
+    failed = [
+        json.loads(path.read_text()) for path in Path(root, "runs/cell").glob("*/status.json")
+    ]
+    assert [status["error"].split(":")[0] for status in failed if status["state"] == "failed"] == [
+        "SafetensorError"
+    ]
     base.write_bytes(whole)
     assert len(table(swept(config)[0])) == 2
 
 
-def test_a_process_that_dies_before_it_answers_is_told_of(whole: tuple[SweepConfig, Artifact, tracking.Run]) -> None:
+def test_a_process_that_dies_before_it_answers_is_told_of(
+    whole: tuple[SweepConfig, Artifact, tracking.Run],
+) -> None:
     """Tune keeps no config of such a trial."""
     from ray import tune
 
@@ -127,12 +189,16 @@ def test_a_process_that_dies_before_it_answers_is_told_of(whole: tuple[SweepConf
             return {"outcome": {"cell": "a", "record": None, "failed": "as asked"}, "done": True}
 
     heard: list[Any] = []
-    lost = sweep._tuned(tune.with_resources(Dies, {"CPU": 1}), ["a", "b", "c"], 3, whole[2], "dies", heard.append)
+    lost = sweep._tuned(
+        tune.with_resources(Dies, {"CPU": 1}), ["a", "b", "c"], 3, whole[2], "dies", heard.append
+    )
     assert set(lost) == {"b"}, lost
     assert len(heard) == 2
 
 
-def test_credentials_are_in_no_runtime_environment(whole: tuple[SweepConfig, Artifact, tracking.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_credentials_are_in_no_runtime_environment(
+    whole: tuple[SweepConfig, Artifact, tracking.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tune would put the driver's there, and Ray logs it."""
     import ray
     from ray import tune
@@ -146,47 +212,89 @@ def test_credentials_are_in_no_runtime_environment(whole: tuple[SweepConfig, Art
             pass
 
         def step(self) -> dict[str, Any]:
-            return {"outcome": {"cell": "a", "record": None, "failed": str(dict(ray.get_runtime_context().runtime_env))}, "done": True}
+            return {
+                "outcome": {
+                    "cell": "a",
+                    "record": None,
+                    "failed": str(dict(ray.get_runtime_context().runtime_env)),
+                },
+                "done": True,
+            }
 
     heard: list[Any] = []
     sweep._tuned(tune.with_resources(Tells, {"CPU": 1}), ["a"], 1, whole[2], "tells", heard.append)
     assert "env_vars" in heard[0].failed and "planted" not in heard[0].failed
 
 
-def test_trials_that_nothing_can_run_do_not_wait_for_ever(whole: tuple[SweepConfig, Artifact, tracking.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trials_that_nothing_can_run_do_not_wait_for_ever(
+    whole: tuple[SweepConfig, Artifact, tracking.Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As where nodes leave after the preflight."""
     from ray import tune
 
     monkeypatch.setattr(sweep, "PATIENCE", 3.0)
     began = time.monotonic()
     with pytest.raises(
-        MesocosmError, match=r"2 of 2 trunks have waited 3 s for 2 lanes and none runs: the cluster has .* CPUs free.*run the same command again"
+        MesocosmError,
+        match=(
+            r"2 of 2 trunks have waited 3 s for 2 lanes and none runs: the cluster has .* CPUs"
+            r" free.*run the same command again"
+        ),
     ):
-        sweep._tuned(tune.with_resources(lambda config: None, {"CPU": 1000}), ["a", "b"], 2, whole[2], "trunks", print)
+        sweep._tuned(
+            tune.with_resources(lambda config: None, {"CPU": 1000}),
+            ["a", "b"],
+            2,
+            whole[2],
+            "trunks",
+            print,
+        )
     assert time.monotonic() - began < 60
 
 
-def test_more_than_the_cluster_has_is_refused(tmp_path: Path, cart_root: Make, sweep_of: Make) -> None:
+def test_more_than_the_cluster_has_is_refused(
+    tmp_path: Path, cart_root: Make, sweep_of: Make
+) -> None:
     root = cart_root(tmp_path)
     with pytest.raises(UsageError, match=r"concurrent=6 asks for 6 CPUs and the cluster has 4"):
         swept(sweep_of(root, "concurrent=6", "grid.seeds=[0,1,2]"))
-    with pytest.raises(UsageError, match=r"workers=4 of a large cell.* asks for 5 CPUs and the cluster has 4"):
+    with pytest.raises(
+        UsageError, match=r"workers=4 of a large cell.* asks for 5 CPUs and the cluster has 4"
+    ):
         swept(sweep_of(root, "large=1", "workers=4"))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_large_cell_is_a_pretrain_job_with_the_same_result(whole: tuple[SweepConfig, Artifact, tracking.Run], sweep_of: Make) -> None:
+def test_a_large_cell_is_a_pretrain_job_with_the_same_result(
+    whole: tuple[SweepConfig, Artifact, tracking.Run], sweep_of: Make
+) -> None:
     config, artifact, _ = whole
     root = config.storage.root
     for workers, exact in ((1, True), (2, False)):
-        small = {int(row["steps"]): float(row["loss"]) for row in table(artifact) if row["size"] == "10k"}
-        options = (f"train.batch={8}", "grid.sizes=[10k]", "large=1", f"workers={workers}", "force=true")
+        small = {
+            int(row["steps"]): float(row["loss"]) for row in table(artifact) if row["size"] == "10k"
+        }
+        options = (
+            f"train.batch={8}",
+            "grid.sizes=[10k]",
+            "large=1",
+            f"workers={workers}",
+            "force=true",
+        )
         made, _ = swept(sweep_of(root, *options))
         for row in table(made):
             record = cells.read(Storage(root), row["cell"])
-            assert record.world is not None and Storage(root).artifact("worlds", record.world).meta["counts"]["steps"] == record.steps
-            assert float(row["loss"]) == (small[int(row["steps"])] if exact else pytest.approx(small[int(row["steps"])], abs=1e-4))
+            assert (
+                record.world is not None
+                and Storage(root).artifact("worlds", record.world).meta["counts"]["steps"]
+                == record.steps
+            )
+            assert float(row["loss"]) == (
+                small[int(row["steps"])]
+                if exact
+                else pytest.approx(small[int(row["steps"])], abs=1e-4)
+            )
 
 
 def _trials() -> list[int]:
@@ -194,9 +302,16 @@ def _trials() -> list[int]:
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            if (folder / "cmdline").read_bytes().startswith((b"ray::TrunkTrial", b"ray::ResourceTrainable")):
+            if (
+                (folder / "cmdline")
+                .read_bytes()
+                .startswith((b"ray::TrunkTrial", b"ray::ResourceTrainable"))
+            ):
                 raylet = (folder / "stat").read_text().rsplit(")", 1)[1].split()[1]
-                if int(Path("/proc", raylet, "stat").read_text().rsplit(")", 1)[1].split()[1]) == os.getpid():
+                if (
+                    int(Path("/proc", raylet, "stat").read_text().rsplit(")", 1)[1].split()[1])
+                    == os.getpid()
+                ):
                     found.append(int(folder.name))
         except OSError:
             continue
@@ -205,20 +320,27 @@ def _trials() -> list[int]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_killed_process_fails_its_own_cells_only(tmp_path: Path, cart_root: Make, sweep_of: Make) -> None:
+def test_a_killed_process_fails_its_own_cells_only(
+    tmp_path: Path, cart_root: Make, sweep_of: Make
+) -> None:
     root = cart_root(tmp_path)
     config = sweep_of(root, "grid.data=[300,30000]", "concurrent=1")
     results = Path(root, "cells/results")
 
     def kill() -> None:
-        while not (results.exists() and any(json.loads(path.read_text() or "{}") for path in results.glob("*.json"))):  # whole, not begun
+        while not (
+            results.exists()
+            and any(json.loads(path.read_text() or "{}") for path in results.glob("*.json"))
+        ):  # whole, not begun
             time.sleep(0.02)
         for pid in _trials():
             os.kill(pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill, daemon=True)
     killer.start()
-    with pytest.raises(MesocosmError, match=r"1 of 4 cells failed.*\(30k, D=30k, seed 0\): .*\w") as error:
+    with pytest.raises(
+        MesocosmError, match=r"1 of 4 cells failed.*\(30k, D=30k, seed 0\): .*\w"
+    ) as error:
         swept(config)
     killer.join()
     assert "ended without a word" not in str(error.value), "Ray's own reason is given"
@@ -229,13 +351,29 @@ def test_a_killed_process_fails_its_own_cells_only(tmp_path: Path, cart_root: Ma
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_killed_driver_costs_no_finished_cell(
-    tmp_path: Path, cart_root: Make, small: Sequence[str], whole: tuple[SweepConfig, Artifact, tracking.Run]
+    tmp_path: Path,
+    cart_root: Make,
+    small: Sequence[str],
+    whole: tuple[SweepConfig, Artifact, tracking.Run],
 ) -> None:
-    """SIGKILL after the first record; the same command again trains the rest, and the losses are the undisturbed sweep's."""
+    """SIGKILL after the first record; the same command again trains the rest, and the losses are
+    the undisturbed sweep's.
+    """
     root = cart_root(tmp_path)
     results = Path(root, "cells/results")
-    command = [sys.executable, "-m", "mesocosm.cli", "sweep", f"storage.root={root}", "data.datasets=[cart]", *small, "--json"]
-    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    command = [
+        sys.executable,
+        "-m",
+        "mesocosm.cli",
+        "sweep",
+        f"storage.root={root}",
+        "data.datasets=[cart]",
+        *small,
+        "--json",
+    ]
+    driver = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
     deadline = time.monotonic() + 400
     while not (results.exists() and list(results.glob("*.json"))):
         assert driver.poll() is None and time.monotonic() < deadline
@@ -249,5 +387,8 @@ def test_a_killed_driver_costs_no_finished_cell(
     assert told["found"] == len(stamps)
     after = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
     assert stamps.items() < after.items() and len(after) == 4
-    losses = [[(row["cell"], row["loss"]) for row in table(made)] for made in (Storage(root).artifact("laws", told["artifact"]), whole[1])]
+    losses = [
+        [(row["cell"], row["loss"]) for row in table(made)]
+        for made in (Storage(root).artifact("laws", told["artifact"]), whole[1])
+    ]
     assert losses[0] == losses[1]

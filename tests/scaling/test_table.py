@@ -24,11 +24,17 @@ def read(tmp_path: Path, text: str) -> Table:
     ("text", "said"),
     [
         ("", r"t\.csv has no column 'params' \(it has none\)"),
-        ("param,data,loss\n1,2,3\n", r"no column 'params' \(it has param, data, loss\); did you mean 'param'"),
+        (
+            "param,data,loss\n1,2,3\n",
+            r"no column 'params' \(it has param, data, loss\); did you mean 'param'",
+        ),
         ("params,data\n1,2\n", "no column 'loss'"),
         ("params,data,loss,loss\n1,2,3,4\n", "2 columns 'loss': keep one"),
         (HEAD, "has no rows"),
-        (HEAD + GOOD + "1e4,2e4,-1.5\n", r"line 4: loss=-1\.5 must be a finite number above 0; leave a run that failed out"),
+        (
+            HEAD + GOOD + "1e4,2e4,-1.5\n",
+            r"line 4: loss=-1\.5 must be a finite number above 0; leave a run that failed out",
+        ),
         (HEAD + GOOD + "1e4,2e4,0\n", "line 4: loss=0 must"),
         (HEAD + GOOD + "1e4,2e4,nan\n", "line 4: loss=nan must"),
         (HEAD + GOOD + "1e4,2e4,inf\n", "line 4: loss=inf must"),
@@ -38,8 +44,14 @@ def read(tmp_path: Path, text: str) -> Table:
         ("params;data;loss\n1;2;3\n", "by semicolons .*; write commas"),
         (HEAD + GOOD + "-3,2e4,1\n", "line 4: params=-3 must"),
         (HEAD + GOOD + "1e4,2e4\n", "line 4: 2 fields for 3 columns"),
-        (HEAD + GOOD + "1e200,1e200,1\n", r"line 4: 6 x params=1e\+200 x data=1e\+200 is beyond a float"),
-        ("params,data,loss,flops\n1e10,1e10,2,-7e18\n", r"line 2: flops=-7e18 must .*beyond int64 turns negative"),
+        (
+            HEAD + GOOD + "1e200,1e200,1\n",
+            r"line 4: 6 x params=1e\+200 x data=1e\+200 is beyond a float",
+        ),
+        (
+            "params,data,loss,flops\n1e10,1e10,2,-7e18\n",
+            r"line 2: flops=-7e18 must .*beyond int64 turns negative",
+        ),
         ("params,data,loss,unique\n1e4,1e4,2,\n", "line 2: unique is empty"),
         ("params,data,loss,weight\n1e4,1e4,2,0\n", "line 2: weight=0 must"),
         ("params,data,loss,trunk\n1e4,1e4,2,\n", "line 2: trunk is empty"),
@@ -61,11 +73,16 @@ def read(tmp_path: Path, text: str) -> Table:
         ),
     ],
 )
-def test_a_wrong_table_is_one_sentence(text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_table_is_one_sentence(
+    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UsageError, match=said):
         read(tmp_path, text)
     assert main(["fit", str(tmp_path / "t.csv"), "--out", str(tmp_path / "law.json")]) == 2
-    assert len(capsys.readouterr().err.strip().splitlines()) == 1 and not (tmp_path / "law.json").exists()
+    assert (
+        len(capsys.readouterr().err.strip().splitlines()) == 1
+        and not (tmp_path / "law.json").exists()
+    )
 
 
 def test_a_table_that_is_none(tmp_path: Path) -> None:
@@ -77,15 +94,28 @@ def test_a_table_that_is_none(tmp_path: Path) -> None:
 
 
 def test_counts_beyond_int64_are_floats(tmp_path: Path) -> None:
-    table = read(tmp_path, "params,data,loss\n6889410560,137788211200,2.4\n10000000000000,40000000000000,2.0\n")
-    assert table.flops == pytest.approx([6 * 6889410560 * 137788211200, 2.4e27], rel=1e-15) and (6 * 6889410560 * 137788211200) > 2**63 - 1
+    table = read(
+        tmp_path,
+        "params,data,loss\n6889410560,137788211200,2.4\n10000000000000,40000000000000,2.0\n",
+    )
+    assert (
+        table.flops == pytest.approx([6 * 6889410560 * 137788211200, 2.4e27], rel=1e-15)
+        and (6 * 6889410560 * 137788211200) > 2**63 - 1
+    )
     assert not table.flops_given and [note.code for note in table.notes] == ["flops_6nd"]
 
 
 def test_seeds_are_told_apart_and_resampled_with_their_cell(tmp_path: Path) -> None:
     table = read(tmp_path, "params,data,loss,seed\n1e4,1e4,2,0\n1e4,1e4,2.1,1\n1e4,2e4,1.9,0\n")
-    assert len(table) == 3 and list(table.group) == [0, 0, 1] and not table.by_trunk and list(table.series) == [0, 1, 0]
-    trunks = read(tmp_path, "params,data,loss,seed,trunk\n1e4,1e4,2,0,a\n1e4,1e4,2.1,1,b\n1e4,2e4,1.9,0,a\n")
+    assert (
+        len(table) == 3
+        and list(table.group) == [0, 0, 1]
+        and not table.by_trunk
+        and list(table.series) == [0, 1, 0]
+    )
+    trunks = read(
+        tmp_path, "params,data,loss,seed,trunk\n1e4,1e4,2,0,a\n1e4,1e4,2.1,1,b\n1e4,2e4,1.9,0,a\n"
+    )
     assert list(trunks.group) == [0, 1, 0] and trunks.by_trunk
 
 
@@ -97,11 +127,23 @@ def test_trunks_tell_runs_of_one_cell_apart(tmp_path: Path) -> None:
 
 
 def test_the_best_learning_rate_of_a_cell_is_kept_and_said(tmp_path: Path) -> None:
-    rows = ["1e4,1e4,2.0,0.1,0", "1e4,1e4,2.6,0.1,1", "1e4,1e4,2.2,0.2,0", "1e4,1e4,2.1,0.2,1", "1e4,1e4,2.9,0.4,0", "1e5,1e4,1.5,0.1,0", "1e5,1e4,1.4,0.2,0"]
+    rows = [
+        "1e4,1e4,2.0,0.1,0",
+        "1e4,1e4,2.6,0.1,1",
+        "1e4,1e4,2.2,0.2,0",
+        "1e4,1e4,2.1,0.2,1",
+        "1e4,1e4,2.9,0.4,0",
+        "1e5,1e4,1.5,0.1,0",
+        "1e5,1e4,1.4,0.2,0",
+    ]
     table = read(tmp_path, "params,data,loss,lr,seed\n" + "\n".join(rows) + "\n")
     assert sorted(table.loss) == [1.4, 2.1, 2.2]
     note = next(note for note in table.notes if note.code == "lr_best")
-    assert "2 of 2 cells" in note.sentence and "4 rows set aside" in note.sentence and "in 1 of them it is the least or the largest" in note.sentence
+    assert (
+        "2 of 2 cells" in note.sentence
+        and "4 rows set aside" in note.sentence
+        and "in 1 of them it is the least or the largest" in note.sentence
+    )
 
 
 def test_exact_repeats_count_once_and_are_said(tmp_path: Path) -> None:
@@ -117,7 +159,15 @@ def test_unique_beyond_the_data_repeats_nothing(tmp_path: Path) -> None:
 
 def test_a_count_that_went_past_int64_is_refused_wherever_it_landed(tmp_path: Path) -> None:
     """6 N D = 2.4e19 comes out of int64 as 5.55e18, which looks like a count."""
-    wrapped = int(np.array(6, np.int64) * np.array(2 * 10**9, np.int64) * np.array(2 * 10**9, np.int64))
+    wrapped = int(
+        np.array(6, np.int64) * np.array(2 * 10**9, np.int64) * np.array(2 * 10**9, np.int64)
+    )
     assert 0 < wrapped < 2**63
-    with pytest.raises(UsageError, match=r"line 2: flops=5\.5\d+e\+18 is 6 x params x data=2\.4e\+19 past the end of int64; count in floats"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"line 2: flops=5\.5\d+e\+18 is 6 x params x data=2\.4e\+19 past the end of int64;"
+            r" count in floats"
+        ),
+    ):
         read(tmp_path, f"params,data,loss,flops\n2000000000,2000000000,2.0,{wrapped}\n")

@@ -1,4 +1,6 @@
-"""A trunk's branches in this process: real engines, a group of one. They are what runs of their own would be, digit for digit."""
+"""A trunk's branches in this process: real engines, a group of one. They are what runs of their own
+would be, digit for digit.
+"""
 
 from __future__ import annotations
 
@@ -30,18 +32,28 @@ def group(one_rank: None) -> Iterator[None]:
 
 
 def started(grid: Grid, trunk: Trunk) -> Training:
-    dataset = grid.dataset if trunk.unique is None else grid.dataset.unique(trunk.unique, trunk.seed)
+    dataset = (
+        grid.dataset if trunk.unique is None else grid.dataset.unique(trunk.unique, trunk.seed)
+    )
     base = Base(grid.codec.spec, trunk.model)
-    return Training.start(dataset, grid.codec, trunk.model, trunk.options, trunk.seed, alone("cpu"), lambda: base)[0]
+    return Training.start(
+        dataset, grid.codec, trunk.model, trunk.options, trunk.seed, alone("cpu"), lambda: base
+    )[0]
 
 
 def run_alone(grid: Grid, trunk: Trunk, cell: Cell) -> tuple[list[float], dict[str, float]]:
-    """The losses of every step, and of validation, of a run of the cell's own schedule, as pretraining makes it from shares."""
+    """The losses of every step, and of validation, of a run of the cell's own schedule, as
+    pretraining makes it from shares.
+    """
     training = started(grid, trunk)
     options = grid.config.training(cell.steps, cell.rise, cell.fall, grid.precision)
     losses = []
     for number in range(1, cell.steps + 1):
-        told = training.step(number, lr_factor(number, cell.steps, options.warmup, options.decay), last=number == cell.steps)
+        told = training.step(
+            number,
+            lr_factor(number, cell.steps, options.warmup, options.decay),
+            last=number == cell.steps,
+        )
         assert told is not None
         losses.append(told["loss"])
     measured = training.validate()
@@ -56,7 +68,9 @@ def test_steps_to_shares_and_back() -> None:
 
 
 def test_before_its_decay_a_run_is_as_any_longer_one() -> None:
-    assert [factor(n, 20, 4, 6) for n in range(1, 15)] == [factor(n, 90, 4, 30) for n in range(1, 15)]
+    assert [factor(n, 20, 4, 6) for n in range(1, 15)] == [
+        factor(n, 90, 4, 30) for n in range(1, 15)
+    ]
     assert factor(16, 20, 4, 6) < 1
 
 
@@ -71,13 +85,21 @@ def test_before_its_decay_a_run_is_as_any_longer_one() -> None:
     ],
     ids=["sequence", "ensemble", "bf16", "corrupted", "all decay"],
 )
-def test_a_branch_is_a_run_of_its_own(sweep_of: Sweep, cart: Dataset, options: Sequence[str]) -> None:
-    grid = lay_out(sweep_of("unused", "grid.sizes=[10k]", "grid.data=[300,600,900]", *options), cart, ClusterConfig())
+def test_a_branch_is_a_run_of_its_own(
+    sweep_of: Sweep, cart: Dataset, options: Sequence[str]
+) -> None:
+    grid = lay_out(
+        sweep_of("unused", "grid.sizes=[10k]", "grid.data=[300,600,900]", *options),
+        cart,
+        ClusterConfig(),
+    )
     (trunk,) = grid.trunks(grid.cells)
     training = started(grid, trunk)
     grown = list(branches(training, trunk.cells))
     training.engine.destroy()
-    assert [g.trouble for g in grown] == [None] * 3 and [g.ran for g in grown] == [trunk.ran(i) for i in range(3)]
+    assert [g.trouble for g in grown] == [None] * 3 and [g.ran for g in grown] == [
+        trunk.ran(i) for i in range(3)
+    ]
     for cell, found in zip(trunk.cells, grown, strict=True):
         losses, measured = run_alone(grid, trunk, cell)
         assert found.measured == measured, f"digit for digit, {cell.steps} steps"
@@ -87,8 +109,14 @@ def test_a_branch_is_a_run_of_its_own(sweep_of: Sweep, cart: Dataset, options: S
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_what_a_fork_did_is_undone(sweep_of: Sweep, cart: Dataset, precision: str) -> None:
-    """Also the moments of the optimiser, torch's random state, and a branch that was cut short by a step that exploded."""
-    grid = lay_out(sweep_of("unused", "grid.sizes=[10k]", f"train.precision={precision}"), cart, ClusterConfig())
+    """Also the moments of the optimiser, torch's random state, and a branch that was cut short by a
+    step that exploded.
+    """
+    grid = lay_out(
+        sweep_of("unused", "grid.sizes=[10k]", f"train.precision={precision}"),
+        cart,
+        ClusterConfig(),
+    )
     (trunk,) = grid.trunks(grid.cells)
 
     def losses(disturbed: bool) -> list[float]:
@@ -114,36 +142,53 @@ def test_what_a_fork_did_is_undone(sweep_of: Sweep, cart: Dataset, precision: st
 
 def grow(root: str, grid: Grid, cells: Sequence[Cell]) -> list[Any]:
     (trunk,) = grid.trunks(cells)
-    warm = Warm(Work(root, ["cart"], grid.codec.to_json(), {trunk.id: trunk}, gpu=False, force=False))
+    warm = Warm(
+        Work(root, ["cart"], grid.codec.to_json(), {trunk.id: trunk}, gpu=False, force=False)
+    )
     return list(warm.grow(trunk.id))
 
 
-def test_a_warm_process_keeps_a_record_a_cell(sweep_of: Sweep, tmp_path: Path, cart_root: Sweep) -> None:
+def test_a_warm_process_keeps_a_record_a_cell(
+    sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
+) -> None:
     root = cart_root(tmp_path)
     dataset = Dataset([Storage(root).artifact("datasets", "cart").path])
-    grid = lay_out(sweep_of(root, "grid.sizes=[10k]", "grid.unique=[250]"), dataset, ClusterConfig())
+    grid = lay_out(
+        sweep_of(root, "grid.sizes=[10k]", "grid.unique=[250]"), dataset, ClusterConfig()
+    )
     first, second = grow(root, grid, grid.cells)
     assert stored.finished(Storage(root)) == {cell.id for cell in grid.cells}
     assert first.record == stored.read(Storage(root), grid.cells[0].id)
-    assert first.record.loss == pytest.approx(sum(first.record.parts.values())) and first.record.loss != second.record.loss
+    assert (
+        first.record.loss == pytest.approx(sum(first.record.parts.values()))
+        and first.record.loss != second.record.loss
+    )
     assert first.base_seconds > 0 == second.base_seconds and first.record.unique == 250
     (again,) = grow(root, grid, grid.cells[1:])
     assert again.base_seconds == 0, "the base was kept"
     assert again.record == second.record, "the first record stands"
 
 
-def test_a_cell_missing_from_the_middle_is_the_same(sweep_of: Sweep, tmp_path: Path, cart_root: Sweep) -> None:
+def test_a_cell_missing_from_the_middle_is_the_same(
+    sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
+) -> None:
     root, other = cart_root(tmp_path / "a"), cart_root(tmp_path / "b")
     dataset = Dataset([Storage(root).artifact("datasets", "cart").path])
-    grid = lay_out(sweep_of(root, "grid.sizes=[10k]", "grid.data=[300,600,900]"), dataset, ClusterConfig())
+    grid = lay_out(
+        sweep_of(root, "grid.sizes=[10k]", "grid.data=[300,600,900]"), dataset, ClusterConfig()
+    )
     whole, lone = grow(root, grid, grid.cells), grow(other, grid, grid.cells[1:2])
     assert lone[0].record.loss == whole[1].record.loss and lone[0].record.ran > whole[1].record.ran
 
 
-def test_a_record_that_cannot_be_kept_costs_its_cell_alone(sweep_of: Sweep, tmp_path: Path, cart_root: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_that_cannot_be_kept_costs_its_cell_alone(
+    sweep_of: Sweep, tmp_path: Path, cart_root: Sweep, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = cart_root(tmp_path)
     dataset = Dataset([Storage(root).artifact("datasets", "cart").path])
-    grid = lay_out(sweep_of(root, "grid.sizes=[10k]", "grid.data=[300,600,900]"), dataset, ClusterConfig())
+    grid = lay_out(
+        sweep_of(root, "grid.sizes=[10k]", "grid.data=[300,600,900]"), dataset, ClusterConfig()
+    )
     keep = stored.keep
 
     def full(storage: Storage, record: stored.Record, **options: Any) -> stored.Record:
@@ -154,14 +199,22 @@ def test_a_record_that_cannot_be_kept_costs_its_cell_alone(sweep_of: Sweep, tmp_
     monkeypatch.setattr(stored, "keep", full)
     outcomes = grow(root, grid, grid.cells)
     assert [o.cell for o in outcomes] == [cell.id for cell in grid.cells]
-    assert [o.failed for o in outcomes] == [None, "its record could not be kept: OSError: [Errno 28] No space left on device", None]
+    assert [o.failed for o in outcomes] == [
+        None,
+        "its record could not be kept: OSError: [Errno 28] No space left on device",
+        None,
+    ]
     assert stored.finished(Storage(root)) == {grid.cells[0].id, grid.cells[2].id}
 
 
-def test_a_trunk_that_diverges_fails_its_cells_and_says_why(sweep_of: Sweep, tmp_path: Path, cart_root: Sweep) -> None:
+def test_a_trunk_that_diverges_fails_its_cells_and_says_why(
+    sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
+) -> None:
     root = cart_root(tmp_path)
     dataset = Dataset([Storage(root).artifact("datasets", "cart").path])
     grid = lay_out(sweep_of(root, "grid.sizes=[10k]", "train.lr=1e6"), dataset, ClusterConfig())
     outcomes = grow(root, grid, grid.cells)
-    assert [o.cell for o in outcomes] == [cell.id for cell in grid.cells] and all(o.record is None for o in outcomes)
+    assert [o.cell for o in outcomes] == [cell.id for cell in grid.cells] and all(
+        o.record is None for o in outcomes
+    )
     assert all("at step" in o.failed for o in outcomes) and not stored.finished(Storage(root))

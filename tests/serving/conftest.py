@@ -1,4 +1,6 @@
-"""Untrained worlds over any spaces: a protocol does not ask whether a world is good. One of them behind an HTTP ingress."""
+"""Untrained worlds over any spaces: a protocol does not ask whether a world is good. One of them
+behind an HTTP ingress.
+"""
 
 from __future__ import annotations
 
@@ -43,15 +45,37 @@ def untrained(
     seed: int = 0,
     **model: Any,
 ) -> World:
-    """A world with random weights, whose episodes end with a probability of about `terminal` a step; `model`: keys of ModelConfig."""
+    """A world with random weights, whose episodes end with a probability of about `terminal` a
+    step; `model`: keys of ModelConfig.
+    """
     o, a = SpaceCodec(observation), SpaceCodec(action, "action")
-    environment = {"id": "Test-v0", "version": "0", "kwargs": {}, "task": list(task), "max_episode_steps": None, "success": None}
-    rest = {"reward_values": rewards, "reward_mean": 0.0, "reward_scale": 1.0, "reward_bin": 1e-3, "durations": False, "duration_mean": 0.0}
+    environment = {
+        "id": "Test-v0",
+        "version": "0",
+        "kwargs": {},
+        "task": list(task),
+        "max_episode_steps": None,
+        "success": None,
+    }
+    rest = {
+        "reward_values": rewards,
+        "reward_mean": 0.0,
+        "reward_scale": 1.0,
+        "reward_bin": 1e-3,
+        "durations": False,
+        "duration_mean": 0.0,
+    }
     rest |= {"duration_scale": 1.0, "duration_bin": 1e-3, "terminal_rate": terminal}
-    scalings = {"observation": scaling(o.numbers), "action": scaling(a.numbers), "options": scaling(0)}
+    scalings = {
+        "observation": scaling(o.numbers),
+        "action": scaling(a.numbers),
+        "options": scaling(0),
+    }
     codec = Codec(o, a, environment, [], scalings, np.ones(o.numbers), rest)
     torch.manual_seed(seed)
-    config = ModelConfig(family=family, **({"size": "10k", "members": 3, "base": False, "context": 6} | model))
+    config = ModelConfig(
+        family=family, **({"size": "10k", "members": 3, "base": False, "context": 6} | model)
+    )
     net = build(codec.spec, config)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -117,7 +141,12 @@ class Client:
 def rich(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A storage root with the world `rich`."""
     root = str(tmp_path_factory.mktemp("ingress"))
-    Storage(root).make("worlds", "rich", {}, untrained(OBSERVATION, ACTION, "sequence", task=("room",), terminal=0.1).save)
+    Storage(root).make(
+        "worlds",
+        "rich",
+        {},
+        untrained(OBSERVATION, ACTION, "sequence", task=("room",), terminal=0.1).save,
+    )
     return root
 
 
@@ -126,6 +155,10 @@ def client(rich: str, ray_local: None) -> Iterator[Client]:
     """Of two replicas behind an ingress on a free port."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MESOCOSM_WORLD_TOKEN", TOKEN)
-        deploy(ServeConfig(world="rich", name="web", replicas=2, cpus=0.5, http=0, storage=StorageConfig(rich)))
+        deploy(
+            ServeConfig(
+                world="rich", name="web", replicas=2, cpus=0.5, http=0, storage=StorageConfig(rich)
+            )
+        )
         yield Client(LISTENERS["web"].url)
     undeploy("web")

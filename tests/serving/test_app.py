@@ -24,7 +24,9 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 def test_a_rayservice_of_the_shipped_file_serves_the_world(
     store: Callable[[str, Any], Artifact], make_world: Callable[..., Any], root: str, tmp_path: Any
 ) -> None:
-    """Its serveConfigV2 goes to Serve's controller, which imports and builds the application in a task of its own; a client's steps are the world's."""
+    """Its serveConfigV2 goes to Serve's controller, which imports and builds the application in a
+    task of its own; a client's steps are the world's.
+    """
     from ray import serve
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
@@ -32,27 +34,46 @@ def test_a_rayservice_of_the_shipped_file_serves_the_world(
     store("w0", make_world())
     shipped = clusters.read("kuberay")
     shipped.storage_root = root
-    service, _ = kuberay.render("kuberay", shipped, "RayService", "serve world=w0 name=apps replicas=1")
+    service, _ = kuberay.render(
+        "kuberay", shipped, "RayService", "serve world=w0 name=apps replicas=1"
+    )
     config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     cluster.ensure(RayConfig())
     serve.start(proxy_location="Disabled")
     _get_global_client().deploy_apps(config)
     try:
         until = time.monotonic() + 120
-        while (state := serve.status().applications["apps"]).status not in ("RUNNING", "DEPLOY_FAILED") and time.monotonic() < until:
+        while (state := serve.status().applications["apps"]).status not in (
+            "RUNNING",
+            "DEPLOY_FAILED",
+        ) and time.monotonic() < until:
             time.sleep(0.2)
         assert state.status == "RUNNING", state.message
-        served, here = WorldVectorEnv(4, app="apps", horizon=9), WorldVectorEnv(4, "w0", root=root, backend="local", horizon=9)
-        assert served.world == "w0" and np.array_equal(served.reset(seed=3)[0], here.reset(seed=3)[0])
+        served, here = (
+            WorldVectorEnv(4, app="apps", horizon=9),
+            WorldVectorEnv(4, "w0", root=root, backend="local", horizon=9),
+        )
+        assert served.world == "w0" and np.array_equal(
+            served.reset(seed=3)[0], here.reset(seed=3)[0]
+        )
         for _ in range(12):
-            for a, b in zip(served.step(np.ones(4, int))[:4], here.step(np.ones(4, int))[:4], strict=True):
+            for a, b in zip(
+                served.step(np.ones(4, int))[:4], here.step(np.ones(4, int))[:4], strict=True
+            ):
                 assert np.array_equal(a, b)
         served.close()
     finally:
         serve.delete("apps")
 
 
-@pytest.mark.parametrize(("args", "said"), [({"replcas": 2}, "did you mean 'replicas'"), ({"replicas": "0"}, "must be at least 1"), ({"world": "w9"}, "w9")])
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ({"replcas": 2}, "did you mean 'replicas'"),
+        ({"replicas": "0"}, "must be at least 1"),
+        ({"world": "w9"}, "w9"),
+    ],
+)
 def test_wrong_arguments_are_sentences(root: str, args: dict[str, Any], said: str) -> None:
     with pytest.raises((UsageError, ArtifactError), match=said):
         build({"storage.root": root, **args})

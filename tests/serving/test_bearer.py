@@ -20,7 +20,9 @@ def test_token_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
     for bad in ("", "short", "with a space in the middle", "nöt of ASCII characters"):
         monkeypatch.setenv("MESOCOSM_WORLD_TOKEN", bad)
-        with pytest.raises(UsageError, match="MESOCOSM_WORLD_TOKEN must hold at least 16 visible ASCII characters") as refused:
+        with pytest.raises(
+            UsageError, match="MESOCOSM_WORLD_TOKEN must hold at least 16 visible ASCII characters"
+        ) as refused:
             read_token()
         assert not bad or bad not in str(refused.value)
 
@@ -31,11 +33,23 @@ def test_token_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MESOCOSM_WORLD_TOKEN", raising=False)
     token, source = read_token()
     file = tmp_path / ".mesocosm/world_token"
-    assert source == str(file) and file.stat().st_mode & 0o777 == 0o600 and file.read_bytes().strip() == token
-    assert read_token()[0] == token and [each.name for each in file.parent.iterdir()] == ["world_token"]
+    assert (
+        source == str(file)
+        and file.stat().st_mode & 0o777 == 0o600
+        and file.read_bytes().strip() == token
+    )
+    assert read_token()[0] == token and [each.name for each in file.parent.iterdir()] == [
+        "world_token"
+    ]
     for mode in (0o640, 0o604, 0o620):
         file.chmod(mode)
-        with pytest.raises(UsageError, match=rf"world_token has mode {mode:04o}, with which others can use it; run `chmod 600 {file}`"):
+        with pytest.raises(
+            UsageError,
+            match=(
+                rf"world_token has mode {mode:04o}, with which others can use it; run `chmod 600"
+                rf" {file}`"
+            ),
+        ):
             read_token()
     file.chmod(0o600)
     file.write_text("")

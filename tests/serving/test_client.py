@@ -1,4 +1,6 @@
-"""The client keeps VectorEnv's contract, as SyncVectorEnv over the same imagined environments shows it."""
+"""The client keeps VectorEnv's contract, as SyncVectorEnv over the same imagined environments shows
+it.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,22 @@ from mesocosm.model.spec import Parts
 from mesocosm.serving.client import WorldEnv, WorldVectorEnv
 
 BOX = spaces.Box(-np.inf, np.inf, (3,), np.float32)
-DICT = spaces.Dict({"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4, start=1), "flags": spaces.MultiBinary(2)})
+DICT = spaces.Dict(
+    {
+        "place": spaces.Box(-np.inf, np.inf, (2,), np.float64),
+        "room": spaces.Discrete(4, start=1),
+        "flags": spaces.MultiBinary(2),
+    }
+)
 TEXT = spaces.Dict({"say": spaces.Text(5, charset="abc"), "x": BOX})
 SPACES = {
     "box, discrete": (BOX, spaces.Discrete(2)),
     "box, continuous": (BOX, spaces.Box(-1, 1, (2,), np.float32)),
     "dict, multidiscrete": (DICT, spaces.MultiDiscrete([2, 3])),
-    "text, dict": (TEXT, spaces.Dict({"a": spaces.Discrete(2), "b": spaces.Box(-1, 1, (1,), np.float64)})),
+    "text, dict": (
+        TEXT,
+        spaces.Dict({"a": spaces.Discrete(2), "b": spaces.Box(-1, 1, (1,), np.float64)}),
+    ),
 }
 
 
@@ -46,35 +57,59 @@ def same(a: Any, b: Any, tolerance: float = 0.0) -> bool:
         return len(a) == len(b) and all(same(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(a, np.ndarray | np.generic):
         assert a.dtype == b.dtype and a.shape == b.shape, (a, b)
-        return bool(np.allclose(a, b, tolerance, tolerance)) if a.dtype.kind == "f" else bool((a == b).all())
+        return (
+            bool(np.allclose(a, b, tolerance, tolerance))
+            if a.dtype.kind == "f"
+            else bool((a == b).all())
+        )
     return bool(a == b)
 
 
 def told(infos: dict[str, Any]) -> dict[str, Any]:
-    """Infos without the keys that are masked out everywhere: a world's keys stay, Gymnasium's come and go."""
+    """Infos without the keys that are masked out everywhere: a world's keys stay, Gymnasium's come
+    and go.
+    """
     names = [name for name in infos if not name.startswith("_") and infos[f"_{name}"].any()]
-    return {name: told(infos[name]) if isinstance(infos[name], dict) else infos[name] for name in names} | {f"_{name}": infos[f"_{name}"] for name in names}
+    return {
+        name: told(infos[name]) if isinstance(infos[name], dict) else infos[name] for name in names
+    } | {f"_{name}": infos[f"_{name}"] for name in names}
 
 
 @pytest.mark.parametrize("family", ["ensemble", "sequence"])
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 @pytest.mark.parametrize("count", [1, 4])
 def test_as_sync_vector_env(make_world: Any, family: str, mode: str, count: int) -> None:
-    """The very same as Gymnasium's own vector of single environments: which step resets, final observations, infos and their masks.
+    """The very same as Gymnasium's own vector of single environments: which step resets, final
+    observations, infos and their masks.
 
-    Batch shapes differ, so the last bits do; what is imagined here is categories, which such bits do not reach. No context is
-    rebuilt, for that happens at other steps of a vector than of a single environment.
+    Batch shapes differ, so the last bits do; what is imagined here is categories, which such bits
+    do not reach. No context is rebuilt, for that happens at other steps of a vector than of a
+    single environment.
     """
     tolerance = 1e-3
     observation = spaces.Dict({"room": spaces.Discrete(4, start=1), "flags": spaces.MultiBinary(3)})
-    world = make_world(observation, spaces.Discrete(2), family, context=64, terminal=0.1, rewards=(0.0, 1.0))
+    world = make_world(
+        observation, spaces.Discrete(2), family, context=64, terminal=0.1, rewards=(0.0, 1.0)
+    )
     limit = None
     if count > 1:  # as some steps exceed and others do not, by more than the last bits
-        seen = np.sort(np.concatenate([step[4]["disagreement"] for step in rollout(WorldVectorEnv(count, world), 30, 5)[1:]]))
+        seen = np.sort(
+            np.concatenate(
+                [
+                    step[4]["disagreement"]
+                    for step in rollout(WorldVectorEnv(count, world), 30, 5)[1:]
+                ]
+            )
+        )
         gaps = np.diff(seen)[len(seen) // 4 : -len(seen) // 4]
         limit = float(seen[len(seen) // 4 + gaps.argmax()] + gaps.max() / 2)
-    vector = WorldVectorEnv(count, world, horizon=7, autoreset_mode=mode, penalty=0.5, max_disagreement=limit)
-    singles = [lambda i=i: WorldEnv(world, first_env=i, horizon=7, penalty=0.5, max_disagreement=limit) for i in range(count)]
+    vector = WorldVectorEnv(
+        count, world, horizon=7, autoreset_mode=mode, penalty=0.5, max_disagreement=limit
+    )
+    singles = [
+        lambda i=i: WorldEnv(world, first_env=i, horizon=7, penalty=0.5, max_disagreement=limit)
+        for i in range(count)
+    ]
     reference = SyncVectorEnv(singles, autoreset_mode=AutoresetMode(mode))
     vector.action_space.seed(1)
     assert same(vector.reset(seed=5), reference.reset(seed=[5] * count), tolerance)
@@ -83,15 +118,22 @@ def test_as_sync_vector_env(make_world: Any, family: str, mode: str, count: int)
     for _ in range(60 // count):
         action = vector.action_space.sample()
         ours, theirs = vector.step(action), reference.step(action)
-        assert same(ours[:4], theirs[:4], tolerance) and same(told(ours[4]), told(theirs[4]), tolerance), (ours, theirs)
+        assert same(ours[:4], theirs[:4], tolerance) and same(
+            told(ours[4]), told(theirs[4]), tolerance
+        ), (ours, theirs)
         ends["terminated"] += int(ours[2].sum())
         ends["truncated"] += int(ours[3].sum())
         if limit is not None:
             seen = ours[4]["disagreement"]
             if mode == "SameStep" and "final_info" in ours[4]:
                 seen = np.where(ours[4]["_final_info"], ours[4]["final_info"]["disagreement"], seen)
-            assert (ours[2] | ours[3])[seen > limit].all(), "an episode goes on after a step that the members do not agree on"
-            uncertain, sure = uncertain + int((seen > limit).sum()), sure + int((seen <= limit).sum())
+            assert (ours[2] | ours[3])[seen > limit].all(), (
+                "an episode goes on after a step that the members do not agree on"
+            )
+            uncertain, sure = (
+                uncertain + int((seen > limit).sum()),
+                sure + int((seen <= limit).sum()),
+            )
         assert ("final_obs" in ours[4]) == (mode == "SameStep" and bool((ours[2] | ours[3]).any()))
     assert min(ends.values()) > 0 and sum(ends.values()) > 5, ends
     assert limit is None or min(uncertain, sure) > 3, (uncertain, sure)
@@ -100,11 +142,17 @@ def test_as_sync_vector_env(make_world: Any, family: str, mode: str, count: int)
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 def test_an_action_that_is_not_finite_is_rejected(make_world: Any, mode: str) -> None:
-    action = spaces.Dict({"a": spaces.Discrete(2), "push": spaces.Box(-np.inf, np.inf, (2,), np.float64)})
+    action = spaces.Dict(
+        {"a": spaces.Discrete(2), "push": spaces.Box(-np.inf, np.inf, (2,), np.float64)}
+    )
     env = WorldVectorEnv(3, make_world(BOX, action, terminal=1e-9), horizon=2, autoreset_mode=mode)
     env.reset(seed=0)
     good = {"a": np.zeros(3, np.int64), "push": np.zeros((3, 2))}
-    for value, said in ((np.nan, "must be finite, got nan"), (-np.inf, "must be finite, got -inf"), (1e300, "holds 1e.300")):
+    for value, said in (
+        (np.nan, "must be finite, got nan"),
+        (-np.inf, "must be finite, got -inf"),
+        (1e300, "holds 1e.300"),
+    ):
         bad = {"a": good["a"], "push": np.array([[0, 0], [0, value], [0, 0]])}
         with pytest.raises(MesocosmError, match=rf"action.push\[1\].*{said}") as error:
             env.step(bad)
@@ -120,9 +168,16 @@ def test_an_action_that_is_not_finite_is_rejected(make_world: Any, mode: str) ->
 
 @pytest.mark.parametrize("name", SPACES)
 def test_spaces(make_world: Any, name: str) -> None:
-    """Observations and final observations lie in their spaces, with dtypes; rewards and flags have Gymnasium's."""
+    """Observations and final observations lie in their spaces, with dtypes; rewards and flags have
+    Gymnasium's.
+    """
     observation, action = SPACES[name]
-    env = WorldVectorEnv(4, make_world(observation, action, "sequence", terminal=0.2), horizon=5, autoreset_mode="SameStep")
+    env = WorldVectorEnv(
+        4,
+        make_world(observation, action, "sequence", terminal=0.2),
+        horizon=5,
+        autoreset_mode="SameStep",
+    )
     assert env.single_observation_space == observation and env.single_action_space == action
     env.action_space.seed(0)
     first, infos = env.reset(seed=0)
@@ -132,7 +187,13 @@ def test_spaces(make_world: Any, name: str) -> None:
         now, reward, terminated, truncated, infos = env.step(env.action_space.sample())
         assert now in env.observation_space
         assert (reward.dtype, terminated.dtype, truncated.dtype) == (np.float64, np.bool_, np.bool_)
-        assert reward.shape == terminated.shape == truncated.shape == infos["disagreement"].shape == (4,)
+        assert (
+            reward.shape
+            == terminated.shape
+            == truncated.shape
+            == infos["disagreement"].shape
+            == (4,)
+        )
         for i in np.flatnonzero(terminated | truncated):
             assert infos["final_obs"][i] in observation
             ended += 1
@@ -142,12 +203,20 @@ def test_spaces(make_world: Any, name: str) -> None:
 @pytest.mark.parametrize("name", SPACES)
 def test_check_env(make_world: Any, name: str, recwarn: pytest.WarningsRecorder) -> None:
     check_env(WorldEnv(make_world(*SPACES[name], "ensemble")), skip_render_check=True)
-    assert not [w for w in recwarn if "WARN" in str(w.message) and "infinity" not in str(w.message) and "Box" not in str(w.message)]
+    assert not [
+        w
+        for w in recwarn
+        if "WARN" in str(w.message)
+        and "infinity" not in str(w.message)
+        and "Box" not in str(w.message)
+    ]
 
 
 @pytest.mark.parametrize("family", ["ensemble", "sequence"])
 def test_seeding(make_world: Any, family: str) -> None:
-    """A seed is a trajectory, again and in another client; without one, episodes go on and differ; clients of other environments differ."""
+    """A seed is a trajectory, again and in another client; without one, episodes go on and differ;
+    clients of other environments differ.
+    """
     world = make_world(family=family)
     env = WorldVectorEnv(4, world, horizon=6, seed=11)
     once, again = rollout(env, 20, 3), rollout(env, 20, 3)
@@ -163,15 +232,26 @@ def test_seeding(make_world: Any, family: str) -> None:
 
 def test_penalty_and_horizon(make_world: Any) -> None:
     world = make_world(terminal=0.0)
-    plain, dear = WorldVectorEnv(3, world, horizon=4), WorldVectorEnv(3, world, horizon=4, penalty=2.0)
-    for (_, reward, _, _, infos), (_, penalised, _, _, kept) in zip(rollout(plain, 9, 0)[1:], rollout(dear, 9, 0)[1:], strict=True):
+    plain, dear = (
+        WorldVectorEnv(3, world, horizon=4),
+        WorldVectorEnv(3, world, horizon=4, penalty=2.0),
+    )
+    for (_, reward, _, _, infos), (_, penalised, _, _, kept) in zip(
+        rollout(plain, 9, 0)[1:], rollout(dear, 9, 0)[1:], strict=True
+    ):
         size = dear._codec.spec.reward_size
-        np.testing.assert_allclose(penalised, reward - size * np.minimum(2.0 * infos["disagreement"], 1.0), atol=1e-6)
+        np.testing.assert_allclose(
+            penalised, reward - size * np.minimum(2.0 * infos["disagreement"], 1.0), atol=1e-6
+        )
         np.testing.assert_array_equal(kept["raw_reward"], reward)
     env = WorldVectorEnv(2, make_world(terminal=0.0), horizon=4)
     steps = rollout(env, 12, 0)[1:]
     assert not any(step[2].any() for step in steps), "a world whose episodes never end"
-    assert [bool(step[3].all()) for step in steps] == [bool(step[3].any()) for step in steps] == [False, False, False, True, False] * 2 + [False, False]
+    assert (
+        [bool(step[3].all()) for step in steps]
+        == [bool(step[3].any()) for step in steps]
+        == [False, False, False, True, False] * 2 + [False, False]
+    )
 
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
@@ -179,14 +259,22 @@ def test_logged_starts(make_world: Any, mode: str) -> None:
     """Every episode begins at one of the given starts, task included, and all of them are used."""
     world = make_world(DICT, spaces.Discrete(2), task=("room",))
     rooms = torch.tensor([[0], [3], [1]])
-    starts = (Parts(torch.zeros(3, 0), rooms), Parts(torch.arange(3.0).reshape(3, 1).repeat(1, 2) * 10, torch.zeros(3, 2, dtype=torch.int64)))
+    starts = (
+        Parts(torch.zeros(3, 0), rooms),
+        Parts(
+            torch.arange(3.0).reshape(3, 1).repeat(1, 2) * 10, torch.zeros(3, 2, dtype=torch.int64)
+        ),
+    )
     env = WorldVectorEnv(8, world, horizon=3, starts=starts, autoreset_mode=mode)
     told = rollout(env, 12, 0)
     seen: set[tuple[float, int]] = set()
     rooms_now = told[0][0]["room"]
     before = np.ones(8, bool)
     for step, after in itertools.pairwise(told):
-        seen |= {(float(p[0]), int(r)) for p, r in zip(step[0]["place"][before], step[0]["room"][before], strict=True)}
+        seen |= {
+            (float(p[0]), int(r))
+            for p, r in zip(step[0]["place"][before], step[0]["room"][before], strict=True)
+        }
         ended = after[2] | after[3]
         if mode == "SameStep":
             assert (after[0]["room"] == rooms_now)[~ended].all()
@@ -207,7 +295,9 @@ def test_make(make_world: Any, store: Any, root: str) -> None:
     artifact = store("abc123", world)
     expected = rollout(WorldVectorEnv(3, world, horizon=5), 8, 2)
     for ref in ("abc123", "abc", "worlds/abc123", str(artifact.path)):
-        env = gymnasium.make_vec("mesocosm/World-v0", num_envs=3, world=ref, root=root, backend="local", horizon=5)
+        env = gymnasium.make_vec(
+            "mesocosm/World-v0", num_envs=3, world=ref, root=root, backend="local", horizon=5
+        )
         assert same(rollout(env, 8, 2), expected)
         env.close()
     single = gymnasium.make("mesocosm/World-v0", world="abc", root=root, backend="local", horizon=2)
@@ -235,7 +325,9 @@ def test_another_version(make_world: Any, store: Any, root: str) -> None:
 
 
 def test_starts_of_another_codec(make_world: Any, store: Any, root: str) -> None:
-    """Logged starts are in the codec of one world, and a version that reads them otherwise is refused."""
+    """Logged starts are in the codec of one world, and a version that reads them otherwise is
+    refused.
+    """
     store("one", make_world(seed=1))
     store("two", make_world(seed=2))
     store("rewards", make_world(rewards=(0.0, 1.0)))
@@ -244,7 +336,10 @@ def test_starts_of_another_codec(make_world: Any, store: Any, root: str) -> None
     env = WorldVectorEnv(2, "one", root=root, backend="local", starts=starts)
     env.reset()
     assert (env.reset(options={"world": "two"})[0] == 1).all()
-    with pytest.raises(UsageError, match=r"starts: they are encoded as world 'two' reads them, and 'rewards' reads otherwise"):
+    with pytest.raises(
+        UsageError,
+        match=r"starts: they are encoded as world 'two' reads them, and 'rewards' reads otherwise",
+    ):
         env.reset(options={"world": "rewards"})
 
 
@@ -264,8 +359,18 @@ def test_wrong_use(make_world: Any, root: str) -> None:
         WorldVectorEnv(1, world, horizon=0)
     with pytest.raises(UsageError, match="autoreset_mode='Disabled'"):
         WorldVectorEnv(1, world, autoreset_mode=AutoresetMode.DISABLED)
-    with pytest.raises(UsageError, match=r"starts: the observation parts .* \(2, 1, 0\) where the world has \(2, 3, 0\)"):
-        WorldVectorEnv(1, world, starts=(Parts(torch.zeros(2, 0), torch.zeros(2, 0)), Parts(torch.zeros(2, 1), torch.zeros(2, 0))))
+    with pytest.raises(
+        UsageError,
+        match=r"starts: the observation parts .* \(2, 1, 0\) where the world has \(2, 3, 0\)",
+    ):
+        WorldVectorEnv(
+            1,
+            world,
+            starts=(
+                Parts(torch.zeros(2, 0), torch.zeros(2, 0)),
+                Parts(torch.zeros(2, 1), torch.zeros(2, 0)),
+            ),
+        )
     env = WorldVectorEnv(2, world)
     with pytest.raises(gymnasium.error.ResetNeeded):
         env.step(np.zeros(2, np.int64))
@@ -302,15 +407,28 @@ def test_observations_stay(make_world: Any) -> None:
 @pytest.mark.parametrize("family", ["ensemble", "sequence"])
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 def test_divergence_is_cut(make_world: Any, family: str, mode: str) -> None:
-    """Dynamics that explode end in a truncated episode, said in the infos, and never in a number that is not finite."""
+    """Dynamics that explode end in a truncated episode, said in the infos, and never in a number
+    that is not finite.
+    """
     world = make_world(family=family, terminal=0.0)
     world.base.residual_scale.fill_(1e38)
     env = WorldVectorEnv(3, world, autoreset_mode=mode)
     steps = rollout(env, 30, 0)[1:]
-    assert all(np.isfinite(step[0]).all() and np.isfinite(step[1]).all() and np.isfinite(step[4]["disagreement"]).all() for step in steps)
-    told = [step[4]["diverged"] | step[4].get("final_info", {}).get("diverged", False) for step in steps]
+    assert all(
+        np.isfinite(step[0]).all()
+        and np.isfinite(step[1]).all()
+        and np.isfinite(step[4]["disagreement"]).all()
+        for step in steps
+    )
+    told = [
+        step[4]["diverged"] | step[4].get("final_info", {}).get("diverged", False) for step in steps
+    ]
     cut = [step[3] for step in steps]
     assert sum(c.sum() for c in cut) > 3 and not any((step[2] & step[3]).any() for step in steps)
     np.testing.assert_array_equal(told, cut)
     if mode == "SameStep":
-        assert all(np.isfinite(step[4]["final_obs"][i]).all() for step in steps for i in np.flatnonzero(step[3]))
+        assert all(
+            np.isfinite(step[4]["final_obs"][i]).all()
+            for step in steps
+            for i in np.flatnonzero(step[3])
+        )

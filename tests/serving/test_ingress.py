@@ -1,4 +1,6 @@
-"""The HTTP ingress on a real Ray Serve: who may ask, the same bits as in process, where it listens and how it ends."""
+"""The HTTP ingress on a real Ray Serve: who may ask, the same bits as in process, where it listens
+and how it ends.
+"""
 
 from __future__ import annotations
 
@@ -58,21 +60,48 @@ def local(rich: str, count: int) -> WorldVectorEnv:
     return env
 
 
-# -- who may ask ---------------------------------------------------------------------------------------------------------
+# -- who may ask
+# ---------------------------------------------------------------------------------------------------------
 
 
 def routes(client: Any) -> list[tuple[str, str]]:
     schema = client("GET", "/openapi.json").json()
-    found = [(method.upper(), path.replace("{session}", "0" * 32)) for path, operations in schema["paths"].items() for method in operations]
+    found = [
+        (method.upper(), path.replace("{session}", "0" * 32))
+        for path, operations in schema["paths"].items()
+        for method in operations
+    ]
     assert len(found) == 6
-    return [*found, ("GET", "/openapi.json"), ("GET", "/docs"), ("GET", "/nowhere"), ("PUT", "/v1/step"), ("POST", "/health"), ("GET", "/-/routes")]
+    return [
+        *found,
+        ("GET", "/openapi.json"),
+        ("GET", "/docs"),
+        ("GET", "/nowhere"),
+        ("PUT", "/v1/step"),
+        ("POST", "/health"),
+        ("GET", "/-/routes"),
+    ]
 
 
 def test_every_route_wants_the_token(client: Any) -> None:
-    wrong = [None, "", "Bearer", f"Bearer {client.token}x", f"Bearer {client.token[:-1]}", f"Basic {client.token}", client.token, "Bearer é".encode("latin-1")]
+    wrong = [
+        None,
+        "",
+        "Bearer",
+        f"Bearer {client.token}x",
+        f"Bearer {client.token[:-1]}",
+        f"Basic {client.token}",
+        client.token,
+        "Bearer é".encode("latin-1"),
+    ]
     for method, path in routes(client):
         for header in wrong:
-            reply = requests.request(method, client.url + path, headers={} if header is None else {"Authorization": header}, timeout=30)
+            reply = requests.request(
+                method,
+                client.url + path,
+                headers={} if header is None else {"Authorization": header},
+                timeout=30,
+            )
             if (method, path) == ("GET", "/health"):
                 assert reply.status_code == 200
                 continue
@@ -85,10 +114,15 @@ def test_every_route_wants_the_token(client: Any) -> None:
 def test_compared_in_constant_time(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[tuple[bytes, bytes]] = []
     compare = ingress.hmac.compare_digest
-    monkeypatch.setattr(ingress.hmac, "compare_digest", lambda a, b: (compared.append((a, b)), compare(a, b))[1])
+    monkeypatch.setattr(
+        ingress.hmac, "compare_digest", lambda a, b: (compared.append((a, b)), compare(a, b))[1]
+    )
     assert type(client)(client.url, "wrong").__call__("GET", "/v1/world").status_code == 401
     assert client("GET", "/v1/world").status_code == 200
-    assert compared == [(b"wrong", client.token.encode()), (client.token.encode(), client.token.encode())]
+    assert compared == [
+        (b"wrong", client.token.encode()),
+        (client.token.encode(), client.token.encode()),
+    ]
 
 
 def raw(client: Any, head: str, body: bytes = b"") -> bytes:
@@ -102,15 +136,28 @@ def raw(client: Any, head: str, body: bytes = b"") -> bytes:
 def test_strangers_send_no_body(client: Any) -> None:
     """The 401 is there while the body is not."""
     for path in ("/v1/call", "/v1/step", "/nowhere"):
-        assert raw(client, f"POST {path} HTTP/1.1\nHost: x\nContent-Length: 1000\n").startswith(b"HTTP/1.1 401")
+        assert raw(client, f"POST {path} HTTP/1.1\nHost: x\nContent-Length: 1000\n").startswith(
+            b"HTTP/1.1 401"
+        )
 
 
 def test_strange_heads(client: Any) -> None:
     """Header bytes that are no UTF-8, a head without an end, and no HTTP at all."""
-    for name in ("x-request-id", "x-request-timeout-seconds", "x-session-id", "authorization", "content-type"):
-        assert raw(client, f"GET /v1/world HTTP/1.1\nHost: x\n{name}: ÿ\n").startswith(b"HTTP/1.1 401"), name
+    for name in (
+        "x-request-id",
+        "x-request-timeout-seconds",
+        "x-session-id",
+        "authorization",
+        "content-type",
+    ):
+        assert raw(client, f"GET /v1/world HTTP/1.1\nHost: x\n{name}: ÿ\n").startswith(
+            b"HTTP/1.1 401"
+        ), name
     host, port = client.url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port)), timeout=20) as line, pytest.raises(ConnectionError):
+    with (
+        socket.create_connection((host, int(port)), timeout=20) as line,
+        pytest.raises(ConnectionError),
+    ):
         line.sendall(b"GET /v1/world HTTP/1.1\r\n")
         for _ in range(10_000):
             line.sendall(b"x: " + b"y" * (1 << 12) + b"\r\n")
@@ -134,35 +181,66 @@ def test_unfinished_heads(client: Any) -> None:
 @pytest.mark.parametrize(("path", "limit"), [("/v1/call", 1 << 24), ("/v1/step", 1 << 20)])
 def test_too_large(client: Any, path: str, limit: int) -> None:
     known = f"POST {path} HTTP/1.1\nHost: x\nAuthorization: Bearer {client.token}\n"
-    assert raw(client, f"{known}Content-Length: {limit + 1}\n").startswith(b"HTTP/1.1 413"), "by what it says"
-    chunked = client("POST", path, data=iter([b"[" * (1 << 18)] * (limit >> 18) + [b"x"]), headers={"Content-Type": "application/json"})
-    assert chunked.status_code == 413 and chunked.json()["detail"] == f"the body is larger than {limit >> 20} MiB; send fewer environments at once"
-    assert client("POST", path, data=b"[" * (limit >> 2), headers={"Content-Type": "application/json"}).status_code == 400, "within the limit"
+    assert raw(client, f"{known}Content-Length: {limit + 1}\n").startswith(b"HTTP/1.1 413"), (
+        "by what it says"
+    )
+    chunked = client(
+        "POST",
+        path,
+        data=iter([b"[" * (1 << 18)] * (limit >> 18) + [b"x"]),
+        headers={"Content-Type": "application/json"},
+    )
+    assert (
+        chunked.status_code == 413
+        and chunked.json()["detail"]
+        == f"the body is larger than {limit >> 20} MiB; send fewer environments at once"
+    )
+    assert (
+        client(
+            "POST", path, data=b"[" * (limit >> 2), headers={"Content-Type": "application/json"}
+        ).status_code
+        == 400
+    ), "within the limit"
 
 
-# -- what is answered ----------------------------------------------------------------------------------------------------
+# -- what is answered
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_world(client: Any, rich: str) -> None:
     told = client("GET", "/v1/world").json()
-    assert (told["world"], told["members"], told["memory"], told["durations"], told["task"]) == ("rich", 3, 6, False, ["room"])
+    assert (told["world"], told["members"], told["memory"], told["durations"], told["task"]) == (
+        "rich",
+        3,
+        6,
+        False,
+        ["room"],
+    )
     env = local(rich, 1)
     assert space_from_json(told["action_space"]) == env.single_action_space
     assert space_from_json(told["observation_space"]) == env.single_observation_space
 
 
 def test_episode(client: Any, rich: str) -> None:
-    """JSON all the way gives the bits of the same world in process: over ends of episodes, a context's rebuilding and a second reset."""
+    """JSON all the way gives the bits of the same world in process: over ends of episodes, a
+    context's rebuilding and a second reset.
+    """
     env = local(rich, 3)
     session, ended = None, 0
     for number in (5, None):
-        reply = client("POST", "/v1/reset", json={"num_envs": 3, "seed": number} if session is None else {"session": session}).json()
+        reply = client(
+            "POST",
+            "/v1/reset",
+            json={"num_envs": 3, "seed": number} if session is None else {"session": session},
+        ).json()
         session = reply["session"]
         assert (reply["world"], reply["task"]) == ("rich", [{}, {}, {}])
         assert reply["observation"] == observations(env, env.reset(seed=number)[0])
         for step in range(20):
             batch = env.action_space.sample()
-            reply = client("POST", "/v1/step", json={"session": session, "action": actions(env, batch)}).json()
+            reply = client(
+                "POST", "/v1/step", json={"session": session, "action": actions(env, batch)}
+            ).json()
             observation, reward, terminated, truncated, infos = env.step(batch)
             assert reply["observation"] == observations(env, observation), step
             expected = {
@@ -172,7 +250,9 @@ def test_episode(client: Any, rich: str) -> None:
                 "disagreement": infos["disagreement"],
                 "diverged": infos["diverged"],
             }
-            assert {name: reply[name] for name in expected} == {name: value.tolist() for name, value in expected.items()}
+            assert {name: reply[name] for name in expected} == {
+                name: value.tolist() for name, value in expected.items()
+            }
             assert reply["duration"] is None
             ended += int(terminated.sum())
     assert ended > 3
@@ -195,9 +275,17 @@ class OverHttp:
 
     def call(self, request: dict[str, Any]) -> dict[str, Any]:
         self.number += 1
-        reply = self.client("POST", "/v1/call", data=pack(request | {"number": self.number}), headers={"Content-Type": "application/octet-stream"})
+        reply = self.client(
+            "POST",
+            "/v1/call",
+            data=pack(request | {"number": self.number}),
+            headers={"Content-Type": "application/octet-stream"},
+        )
         if reply.status_code != 200:
-            return {"error": reply.json()["detail"], "kind": "usage" if reply.status_code == 400 else "failed"}
+            return {
+                "error": reply.json()["detail"],
+                "kind": "usage" if reply.status_code == 400 else "failed",
+            }
         told = unpack(reply.content)
         assert told.pop("number") == self.number
         return told
@@ -208,7 +296,9 @@ class OverHttp:
 
 
 def test_binary(client: Any, rich: str) -> None:
-    """A whole client over POST /v1/call: the same bits, also where its replica is killed on the way."""
+    """A whole client over POST /v1/call: the same bits, also where its replica is killed on the
+    way.
+    """
     env, here = WorldVectorEnv(4, "rich", app="web"), local(rich, 4)
     env.close()
     env.closed = False
@@ -216,7 +306,9 @@ def test_binary(client: Any, rich: str) -> None:
     for step, batch in enumerate([None] + [here.action_space.sample() for _ in range(16)]):
         if step == 9:
             kill(LISTENERS["web"]._visitors.connections.get(env._routed).value)  # type: ignore[union-attr]
-        ours, theirs = (each.reset(seed=2) if step == 0 else each.step(batch) for each in (env, here))
+        ours, theirs = (
+            each.reset(seed=2) if step == 0 else each.step(batch) for each in (env, here)
+        )
         assert observations(here, ours[0]) == observations(here, theirs[0])
         for one, other in zip(ours[1:4], theirs[1:4], strict=True):
             assert step == 0 or one.tobytes() == other.tobytes()
@@ -309,7 +401,9 @@ def test_a_hundred_sessions_at_once(client: Any) -> None:
     assert sorted(statuses) == [[200] * 4] * 64 + [[503]] * 36
 
 
-def test_a_bug_shows_nothing(client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_shows_nothing(
+    client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """A bug here, or on a replica: 500, one sentence, and the rest in the log."""
 
     def fail(*_: Any) -> None:
@@ -317,29 +411,48 @@ def test_a_bug_shows_nothing(client: Any, monkeypatch: pytest.MonkeyPatch, caplo
 
     monkeypatch.setattr(visitors.Visitors, "reset", fail)
     reply = client("POST", "/v1/reset", json={})
-    assert (reply.status_code, reply.json()) == (500, {"detail": "the server failed on this request, which is a bug; its log says where"})
+    assert (reply.status_code, reply.json()) == (
+        500,
+        {"detail": "the server failed on this request, which is a bug; its log says where"},
+    )
     assert "inner workings" in caplog.text
     monkeypatch.undo()
-    monkeypatch.setattr(Served, "call", lambda *_: {"error": "the replica failed: KeyError: 'inner'", "kind": "bug"})
-    for method, path, body in (("POST", "/v1/reset", b"{}"), ("POST", "/v1/call", pack({"op": "end", "session": "", "number": 1}))):
+    monkeypatch.setattr(
+        Served, "call", lambda *_: {"error": "the replica failed: KeyError: 'inner'", "kind": "bug"}
+    )
+    for method, path, body in (
+        ("POST", "/v1/reset", b"{}"),
+        ("POST", "/v1/call", pack({"op": "end", "session": "", "number": 1})),
+    ):
         reply = client(method, path, data=body, headers={"Content-Type": "application/json"})
         assert reply.status_code == 500 and "inner" not in reply.text
 
 
-# -- where it listens, and how it ends -----------------------------------------------------------------------------------
+# -- where it listens, and how it ends
+# -----------------------------------------------------------------------------------
 
 
 def listening() -> set[int]:
     """Ports on which this process listens."""
-    return {found.laddr.port for found in psutil.Process().net_connections("tcp") if found.status == psutil.CONN_LISTEN}
+    return {
+        found.laddr.port
+        for found in psutil.Process().net_connections("tcp")
+        if found.status == psutil.CONN_LISTEN
+    }
 
 
 def test_loopback_alone_and_no_grpc(client: Any, rich: str) -> None:
-    """The one port is on loopback, and Serve's own proxy, which is its HTTP and its gRPC ingress, never starts."""
+    """The one port is on loopback, and Serve's own proxy, which is its HTTP and its gRPC ingress,
+    never starts.
+    """
     from ray import serve
 
     port = int(client.url.rsplit(":", 1)[1])
-    addresses = {found.laddr.ip for found in psutil.Process().net_connections("tcp") if found.status == psutil.CONN_LISTEN and found.laddr.port == port}
+    addresses = {
+        found.laddr.ip
+        for found in psutil.Process().net_connections("tcp")
+        if found.status == psutil.CONN_LISTEN and found.laddr.port == port
+    }
     assert addresses == {"127.0.0.1"}
     assert serve.status().proxies == {}
     before = listening()
@@ -355,7 +468,10 @@ def test_a_port_that_is_taken(client: Any, rich: str) -> None:
     from ray import serve
 
     port = int(client.url.rsplit(":", 1)[1])
-    with pytest.raises(UsageError, match=rf"serve.http={port}: the port is taken on 127.0.0.1; set serve.http to another one"):
+    with pytest.raises(
+        UsageError,
+        match=rf"serve.http={port}: the port is taken on 127.0.0.1; set serve.http to another one",
+    ):
         deploy(ServeConfig(world="rich", name="second", http=port, storage=StorageConfig(rich)))
     assert "second" not in serve.status().applications
     with pytest.raises(UsageError, match=r"serve.http=70000 is no port"):
@@ -365,7 +481,9 @@ def test_a_port_that_is_taken(client: Any, rich: str) -> None:
 
 
 def test_job(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`serve http=0` prints a curl that works, whose file it made; no file of the run or of Ray has the token; the port closes with the job."""
+    """`serve http=0` prints a curl that works, whose file it made; no file of the run or of Ray has
+    the token; the port closes with the job.
+    """
     import ray
 
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -379,7 +497,11 @@ def test_job(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
             while not log.exists() or "curl" not in log.read_text():
                 time.sleep(0.1)
             command = next(line for line in log.read_text().splitlines() if "curl" in line).strip()
-            answers.append(json.loads(subprocess.run(command, shell=True, capture_output=True, timeout=60).stdout)["world"])
+            answers.append(
+                json.loads(
+                    subprocess.run(command, shell=True, capture_output=True, timeout=60).stdout
+                )["world"]
+            )
             answers.append(LISTENERS["job"].url)
         finally:
             os.kill(os.getpid(), signal.SIGINT)
@@ -397,7 +519,10 @@ def test_job(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert len(token) > 30 and file.stat().st_mode & 0o777 == 0o600
     assert str(file) in (Path(rich) / "runs/serve/visited/log.txt").read_text()
     read = 0
-    for folder in (Path(rich) / "runs", Path(ray._private.worker._global_node.get_session_dir_path()) / "logs"):
+    for folder in (
+        Path(rich) / "runs",
+        Path(ray._private.worker._global_node.get_session_dir_path()) / "logs",
+    ):
         for found in folder.rglob("*"):
             if found.is_file():
                 read += 1
@@ -428,8 +553,13 @@ def test_nobody_answers(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch)
             ("POST", "/v1/reset", {}),
         ):
             reply = client(method, path, json=body)
-            assert reply.status_code == 503 and re.search("no replica answered for 2 s|no world application 'brief'", reply.json()["detail"]), reply.text
+            assert reply.status_code == 503 and re.search(
+                "no replica answered for 2 s|no world application 'brief'", reply.json()["detail"]
+            ), reply.text
         reply = client("POST", "/v1/step", json={"session": session, "action": [action]})
-        assert (reply.status_code, reply.json()["detail"]) == (400, "the session's last reset failed; POST /v1/reset with it again")
+        assert (reply.status_code, reply.json()["detail"]) == (
+            400,
+            "the session's last reset failed; POST /v1/reset with it again",
+        )
     finally:
         undeploy("brief")

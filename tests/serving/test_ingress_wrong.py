@@ -1,4 +1,6 @@
-"""Wrong requests to the HTTP ingress: people's, programs' and a fuzzer's. A sentence each, and never a 5xx."""
+"""Wrong requests to the HTTP ingress: people's, programs' and a fuzzer's. A sentence each, and
+never a 5xx.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,10 @@ WRONG: list[tuple[str, Any]] = [
     ("action.0.say='ac': ", [action(say="ac")]),
     ("action.0.say='abab': ", [action(say="abab")]),
     ("action.0.jump=1: extra inputs are not permitted", [action(jump=1)]),
-    ("action.0.turn: field required", [{name: value for name, value in action().items() if name != "turn"}]),
+    (
+        "action.0.turn: field required",
+        [{name: value for name, value in action().items() if name != "turn"}],
+    ),
     ("action=[]: ", []),
     ("action=nothing: ", None),
     ("action has 2 items where the session has 1 environments; give one to each", [action()] * 2),
@@ -59,10 +64,18 @@ WRONG: list[tuple[str, Any]] = [
 def test_wrong_actions(client: Any, said: str, given: Any) -> None:
     """400, with where, what and why; and the session is as it was."""
     session = client.begin()
-    reply = client("POST", "/v1/step", data=json.dumps({"session": session, "action": given}), headers={"Content-Type": "application/json"})
+    reply = client(
+        "POST",
+        "/v1/step",
+        data=json.dumps({"session": session, "action": given}),
+        headers={"Content-Type": "application/json"},
+    )
     assert reply.status_code == 400 and list(reply.json()) == ["detail"]
     assert reply.json()["detail"].startswith(said) and "Traceback" not in reply.text
-    assert client("POST", "/v1/step", json={"session": session, "action": [action()]}).status_code == 200
+    assert (
+        client("POST", "/v1/step", json={"session": session, "action": [action()]}).status_code
+        == 200
+    )
 
 
 @pytest.mark.parametrize(
@@ -88,14 +101,19 @@ def test_wrong_actions(client: Any, said: str, given: Any) -> None:
 )
 def test_wrong_bodies(client: Any, said: str, body: bytes) -> None:
     reply = client("POST", "/v1/reset", data=body, headers={"Content-Type": "application/json"})
-    assert reply.status_code == 400 and reply.json()["detail"].lower().startswith(said.lower()), reply.text
+    assert reply.status_code == 400 and reply.json()["detail"].lower().startswith(said.lower()), (
+        reply.text
+    )
 
 
 def test_wrong_num_envs(client: Any) -> None:
     reply = client("POST", "/v1/reset", json={"session": client.begin(2), "num_envs": 3})
     assert (reply.status_code, reply.json()["detail"]) == (
         400,
-        "num_envs=3 where the session has 2; leave num_envs out, or leave session out for a new one",
+        (
+            "num_envs=3 where the session has 2; leave num_envs out, or leave session out for a"
+            " new one"
+        ),
     )
 
 
@@ -105,7 +123,8 @@ def test_unknown_session(client: Any) -> None:
     assert client("POST", "/v1/reset", json={"session": "0" * 32}).status_code == 404
 
 
-# -- programs that err ---------------------------------------------------------------------------------------------------
+# -- programs that err
+# ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -123,22 +142,41 @@ def messages(rich: str) -> list[dict[str, Any]]:
     sessions._sessions.clear()
     env.step(env.action_space.sample())
     told.append({"op": "end", "session": env._session})
-    kept = {"describe": {"op": "describe", "world": ""}} | {message["op"]: message for message in reversed(told)}
+    kept = {"describe": {"op": "describe", "world": ""}} | {
+        message["op"]: message for message in reversed(told)
+    }
     order = ["describe", "begin", "step", "restore", "end"]
     assert sorted(kept) == sorted(order)
-    return [{name: value.copy() if isinstance(value, np.ndarray) else value for name, value in kept[op].items()} for op in order]
+    return [
+        {
+            name: value.copy() if isinstance(value, np.ndarray) else value
+            for name, value in kept[op].items()
+        }
+        for op in order
+    ]
 
 
 def send(client: Any, data: bytes) -> requests.Response:
-    return client("POST", "/v1/call", data=data, headers={"Content-Type": "application/octet-stream"})
+    return client(
+        "POST", "/v1/call", data=data, headers={"Content-Type": "application/octet-stream"}
+    )
 
 
 def damaged(value: Any) -> list[Any]:
     """What no field that holds `value` may be."""
     if not isinstance(value, np.ndarray):
-        return [None, [], {}, True, *(["x"] if not isinstance(value, str) else [7]), *([1 << 70, -(1 << 70), 0.5] if isinstance(value, int) else [])]
+        return [
+            None,
+            [],
+            {},
+            True,
+            *(["x"] if not isinstance(value, str) else [7]),
+            *([1 << 70, -(1 << 70), 0.5] if isinstance(value, int) else []),
+        ]
     found: list[Any] = ["x", None, 3, value[None], np.zeros((0, *value.shape), value.dtype)]
-    found += [value.astype(other) for other in (np.float32, np.int64, np.bool_) if other != value.dtype]
+    found += [
+        value.astype(other) for other in (np.float32, np.int64, np.bool_) if other != value.dtype
+    ]
     if value.ndim:
         found += [value[:-1], np.concatenate([value, value])]
     if value.dtype == np.float32 and value.size:
@@ -147,10 +185,14 @@ def damaged(value: Any) -> list[Any]:
 
 
 def test_damaged_messages(client: Any, messages: list[dict[str, Any]]) -> None:
-    """Every field of every message missing, of another type, shape or range: 400 with its name, and the session goes on."""
+    """Every field of every message missing, of another type, shape or range: 400 with its name, and
+    the session goes on.
+    """
     for message in messages:
         if message["op"] == "step":
-            assert send(client, pack(messages[1] | {"number": 1})).status_code == 200, "it begins again"
+            assert send(client, pack(messages[1] | {"number": 1})).status_code == 200, (
+                "it begins again"
+            )
         for name, value in message.items():
             without = {other: kept for other, kept in message.items() if other != name}
             wrong = [without] + [message | {name: bad} for bad in damaged(value)]
@@ -158,14 +200,29 @@ def test_damaged_messages(client: Any, messages: list[dict[str, Any]]) -> None:
                 wrong += [message | {name: value + 1000}, message | {name: value - 1000}]
             for bad in wrong:
                 reply = send(client, pack(bad | {"number": 1}))
-                smaller = (message["op"], name) == ("begin", "episode") and np.shape(bad.get(name)) in ((1,), (4,)) and bad[name].dtype == np.int64
-                assert reply.status_code == (200 if smaller else 400), (message["op"], name, bad.get(name), reply.content[:200])
+                smaller = (
+                    (message["op"], name) == ("begin", "episode")
+                    and np.shape(bad.get(name)) in ((1,), (4,))
+                    and bad[name].dtype == np.int64
+                )
+                assert reply.status_code == (200 if smaller else 400), (
+                    message["op"],
+                    name,
+                    bad.get(name),
+                    reply.content[:200],
+                )
                 if not smaller and name != "op":
-                    assert re.search(re.escape(name.split(".")[0]), reply.json()["detail"]), (name, reply.text)
+                    assert re.search(re.escape(name.split(".")[0]), reply.json()["detail"]), (
+                        name,
+                        reply.text,
+                    )
                     assert "replica failed" not in reply.text
         assert send(client, pack(message | {"number": 1})).status_code == 200, "whole again"
     for bad in (messages[0] | {"world": "/etc"}, messages[0] | {"world": "../secret"}):
-        assert "is a path; name a world by its artifact id" in send(client, pack(bad | {"number": 1})).json()["detail"]
+        assert (
+            "is a path; name a world by its artifact id"
+            in send(client, pack(bad | {"number": 1})).json()["detail"]
+        )
     assert "number=None must be an integer" in send(client, pack(messages[0])).json()["detail"]
     many = messages[1] | {"episode": np.zeros(4097, np.int64), "number": 1}
     assert "beyond the limit of 4096" in send(client, pack(many)).json()["detail"]
@@ -177,7 +234,9 @@ def test_damaged_bytes(client: Any, messages: list[dict[str, Any]]) -> None:
     for message in messages:
         whole = pack(message | {"number": 1})
         for cut in {0, 3, 7, 8, 20, *random.integers(0, len(whole), 20).tolist()}:
-            assert send(client, whole[:cut]).status_code == 400 or cut > len(whole) - 8, "but for the last padding"
+            assert send(client, whole[:cut]).status_code == 400 or cut > len(whole) - 8, (
+                "but for the last padding"
+            )
         for _ in range(30):
             data = bytearray(whole)
             for at in random.integers(0, len(data), int(random.integers(1, 4))):
@@ -186,37 +245,64 @@ def test_damaged_bytes(client: Any, messages: list[dict[str, Any]]) -> None:
             assert reply.status_code in (200, 400), (bytes(data), reply.content)
 
 
-# -- the fuzzer ----------------------------------------------------------------------------------------------------------
+# -- the fuzzer
+# ----------------------------------------------------------------------------------------------------------
 
 
-FUZZED = settings(max_examples=40, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+FUZZED = settings(
+    max_examples=40,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 
 
 def fuzz(client: Any, operation: Any) -> set[int]:
-    """Ask one operation of the schema; gives the statuses seen. Half of the steps name a session that exists, of as many environments."""
+    """Ask one operation of the schema; gives the statuses seen. Half of the steps name a session
+    that exists, of as many environments.
+    """
     seen: set[int] = set()
     authorized = {"Authorization": client.session.headers["Authorization"]}
 
     @seed(0)
     @FUZZED
-    @given(case=st.one_of([operation.as_strategy(generation_mode=mode) for mode in schemathesis.GenerationMode]), known=st.booleans())
+    @given(
+        case=st.one_of(
+            [operation.as_strategy(generation_mode=mode) for mode in schemathesis.GenerationMode]
+        ),
+        known=st.booleans(),
+    )
     def ask(case: Any, known: bool) -> None:
         body = case.body if isinstance(case.body, dict) else {}
-        if known and operation.path == "/v1/step" and re.fullmatch("[0-9a-f]{32}", str(body.get("session"))) and isinstance(body.get("action"), list):
+        if (
+            known
+            and operation.path == "/v1/step"
+            and re.fullmatch("[0-9a-f]{32}", str(body.get("session")))
+            and isinstance(body.get("action"), list)
+        ):
             body["session"] = client.begin(max(len(body["action"]), 1))
         reply = case.call(headers=authorized, timeout=60)
         seen.add(reply.status_code)
         assert reply.status_code < 500, reply.text
         # OpenAPI cannot say which bytes are a message, so that these bytes are mostly refused.
-        case.validate_response(reply, headers=authorized, excluded_checks=[positive_data_acceptance] if operation.path == "/v1/call" else [])
+        case.validate_response(
+            reply,
+            headers=authorized,
+            excluded_checks=[positive_data_acceptance] if operation.path == "/v1/call" else [],
+        )
 
     ask()
     return seen
 
 
 def test_fuzz(client: Any) -> None:
-    """schemathesis over the running server, with what the schema allows and what it does not: no 5xx, and every reply is of the schema."""
+    """schemathesis over the running server, with what the schema allows and what it does not: no
+    5xx, and every reply is of the schema.
+    """
     schema = schemathesis.openapi.from_dict(client("GET", "/openapi.json").json())
     schema.config.update(base_url=client.url)
     seen = {result.ok().path: fuzz(client, result.ok()) for result in schema.get_all_operations()}
-    assert len(seen) == 6 and all({200, 400} <= seen[path] for path in ("/v1/reset", "/v1/step")), seen
+    assert len(seen) == 6 and all({200, 400} <= seen[path] for path in ("/v1/reset", "/v1/step")), (
+        seen
+    )

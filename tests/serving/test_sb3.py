@@ -14,11 +14,15 @@ from mesocosm.errors import UsageError
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.serving.sb3 import WorldVecEnv
 
-DICT = spaces.Dict({"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)})
+DICT = spaces.Dict(
+    {"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)}
+)
 
 
 def test_steps(make_world: Any) -> None:
-    """What the vector environment says, in SB3's words: one done, terminal observations, truncation told apart."""
+    """What the vector environment says, in SB3's words: one done, terminal observations, truncation
+    told apart.
+    """
     world = make_world(DICT, spaces.Box(-1, 1, (2,), np.float32), terminal=0.1)
     ours = WorldVecEnv(WorldVectorEnv(4, world, horizon=5, autoreset_mode="SameStep"))
     plain = WorldVectorEnv(4, world, horizon=5, autoreset_mode="SameStep")
@@ -40,7 +44,10 @@ def test_steps(make_world: Any) -> None:
             source = infos["final_info"] if done[i] else infos
             assert each[i]["disagreement"] == source["disagreement"][i]
             if done[i]:
-                assert all((each[i]["terminal_observation"][key] == infos["final_obs"][i][key]).all() for key in DICT)
+                assert all(
+                    (each[i]["terminal_observation"][key] == infos["final_obs"][i][key]).all()
+                    for key in DICT
+                )
                 assert each[i]["TimeLimit.truncated"] == truncated[i]
                 ended, cut = ended + 1, cut + int(truncated[i])
     assert ended > cut > 0
@@ -48,7 +55,9 @@ def test_steps(make_world: Any) -> None:
 
 
 def test_ppo_learns_in_it(make_world: Any) -> None:
-    """The documented example, short: PPO through VecMonitor, and the policy acts on what reality's spaces hold."""
+    """The documented example, short: PPO through VecMonitor, and the policy acts on what reality's
+    spaces hold.
+    """
     world = make_world(spaces.Box(-np.inf, np.inf, (3,), np.float32), terminal=0.1)
     env = VecMonitor(WorldVecEnv(WorldVectorEnv(8, world, horizon=20, autoreset_mode="SameStep")))
     agent = PPO("MlpPolicy", env, n_steps=32, batch_size=64, n_epochs=2, seed=0, device="cpu")
@@ -61,5 +70,10 @@ def test_ppo_learns_in_it(make_world: Any) -> None:
 
 
 def test_wrong_use(make_world: Any) -> None:
-    with pytest.raises(UsageError, match="autoreset_mode='NextStep': Stable-Baselines3 resets in the same step; use 'SameStep'"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            "autoreset_mode='NextStep': Stable-Baselines3 resets in the same step; use 'SameStep'"
+        ),
+    ):
         WorldVecEnv(WorldVectorEnv(2, make_world()))

@@ -1,4 +1,6 @@
-"""Spaces as JSON types: every value of a space is one, what is none is refused, and the JSON Schema says the same."""
+"""Spaces as JSON types: every value of a space is one, what is none is refused, and the JSON Schema
+says the same.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from pydantic import TypeAdapter, ValidationError
 from mesocosm.data.spaces import SpaceCodec
 from mesocosm.serving.schema import json_type, to_batch, to_json
 
-FLOATS = spaces.Box(np.array([[-1, -0.7], [0, -np.inf]], np.float32), np.array([[1, 0.7], [np.inf, 3]], np.float32))
+FLOATS = spaces.Box(
+    np.array([[-1, -0.7], [0, -np.inf]], np.float32), np.array([[1, 0.7], [np.inf, 3]], np.float32)
+)
 SPACES: dict[str, spaces.Space[Any]] = {
     "box": spaces.Box(-1, 1, (2, 3), np.float32),
     "bounds": FLOATS,
@@ -31,7 +35,10 @@ SPACES: dict[str, spaces.Space[Any]] = {
     "multi": spaces.MultiDiscrete([[2, 3], [4, 5]], start=[[0, 1], [-2, 0]]),
     "text": spaces.Text(4, min_length=1, charset='ab"\\]^-é'),
     "nested": spaces.Dict(
-        {"class": spaces.Tuple([spaces.Discrete(2), spaces.Text(2, charset="x")]), "_id": spaces.Dict({"a b": spaces.Discrete(3, start=-1)})}
+        {
+            "class": spaces.Tuple([spaces.Discrete(2), spaces.Text(2, charset="x")]),
+            "_id": spaces.Dict({"a b": spaces.Discrete(3, start=-1)}),
+        }
     ),
 }
 
@@ -48,7 +55,9 @@ def test_every_value_is_one(name: str) -> None:
         if name == "longs":
             values = [value // 2**11 for value in values]
         batch = concatenate(space, values, create_empty_array(space, len(values)))
-        told = json.loads(json.dumps([to_json(value) for value in codec.unbatch(batch)], allow_nan=False))
+        told = json.loads(
+            json.dumps([to_json(value) for value in codec.unbatch(batch)], allow_nan=False)
+        )
         back = to_batch(space, adapter.validate_python(told))
         for one, other in zip(codec.encode(back), codec.encode(batch), strict=True):
             np.testing.assert_array_equal(one, other)
@@ -62,12 +71,22 @@ def test_the_schema_says_the_same(name: str) -> None:
     codec = SpaceCodec(space)
     body = adapter.json_schema(ref_template="#/components/schemas/{model}")
     components = {"schemas": body.pop("$defs", {})}
-    route = {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}, "responses": {"200": {"description": "ok"}}}
-    facts = {"openapi": "3.1.0", "info": {"title": "x", "version": "0"}, "paths": {"/x": {"post": route}}, "components": components}
+    route = {
+        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
+        "responses": {"200": {"description": "ok"}},
+    }
+    facts = {
+        "openapi": "3.1.0",
+        "info": {"title": "x", "version": "0"},
+        "paths": {"/x": {"post": route}},
+        "components": components,
+    }
     operation = schemathesis.openapi.from_dict(facts)["/x"]["POST"]
 
     @seed(0)
-    @settings(max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(operation.as_strategy())
     def accepted(case: Any) -> None:
         numbers, _ = codec.encode(to_batch(space, [adapter.validate_python(case.body)]))
@@ -77,10 +96,19 @@ def test_the_schema_says_the_same(name: str) -> None:
 
 
 def test_bounds() -> None:
-    """0.7 is within a float32 bound of 0.7, which is a little less; a reply may leave the bounds, and what is not finite is null."""
+    """0.7 is within a float32 bound of 0.7, which is a little less; a reply may leave the bounds,
+    and what is not finite is null.
+    """
     adapter: TypeAdapter[Any] = TypeAdapter(json_type(FLOATS, "Value"))
     assert adapter.validate_python([[1, 0.7], [3.4e38, 3]])
-    for wrong in ([[1, 0.7000001], [0, 0]], [[1, 0], [-0.1, 0]], [[1, 0], [3.5e38, 0]], [[1, 0], [0, "nan"]], [[1, 0]], [1, 0, 0, 0]):
+    for wrong in (
+        [[1, 0.7000001], [0, 0]],
+        [[1, 0], [-0.1, 0]],
+        [[1, 0], [3.5e38, 0]],
+        [[1, 0], [0, "nan"]],
+        [[1, 0]],
+        [1, 0, 0, 0],
+    ):
         with pytest.raises(ValidationError):
             adapter.validate_python(wrong)
     assert TypeAdapter(json_type(FLOATS, "Value", reply=True)).validate_python([[5, None], [-1, 4]])

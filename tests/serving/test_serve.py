@@ -1,4 +1,6 @@
-"""Worlds on a real Ray Serve: the same bits as in process, through kills of replicas; sentences for what is not there."""
+"""Worlds on a real Ray Serve: the same bits as in process, through kills of replicas; sentences for
+what is not there.
+"""
 
 from __future__ import annotations
 
@@ -36,16 +38,24 @@ from mesocosm.serving.protocol import pack
 from mesocosm.storage import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_local")
-DICT = spaces.Dict({"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)})
+DICT = spaces.Dict(
+    {"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)}
+)
 
 
 @pytest.fixture(scope="module")
-def served(make_world: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Iterator[str]:
+def served(
+    make_world: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory, ray_local: None
+) -> Iterator[str]:
     """Two replicas over a storage root with a world of each family."""
     root = str(tmp_path_factory.mktemp("served"))
     for family in ("ensemble", "sequence"):
         Storage(root).make("worlds", family, {}, make_world(DICT, family=family, terminal=0.1).save)
-    deploy(ServeConfig(world="ensemble", name="two", replicas=2, storage=StorageConfig(root), ray=RayConfig()))
+    deploy(
+        ServeConfig(
+            world="ensemble", name="two", replicas=2, storage=StorageConfig(root), ray=RayConfig()
+        )
+    )
     yield root
     undeploy("two")
 
@@ -53,10 +63,15 @@ def served(make_world: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
 def flat(step: tuple[Any, ...]) -> list[bytes]:
     observation, *rest = step
     infos = rest.pop()
-    return [np.asarray(value).tobytes() for value in [*observation.values(), *rest, infos.get("disagreement", np.zeros(0))]]
+    return [
+        np.asarray(value).tobytes()
+        for value in [*observation.values(), *rest, infos.get("disagreement", np.zeros(0))]
+    ]
 
 
-def rollout(env: WorldVectorEnv, steps: int, seed: int = 1, at: Callable[[int], None] = lambda step: None) -> list[list[bytes]]:
+def rollout(
+    env: WorldVectorEnv, steps: int, seed: int = 1, at: Callable[[int], None] = lambda step: None
+) -> list[list[bytes]]:
     """The bytes of each step; `at` is called before each."""
     env.action_space.seed(0)
     told = [flat(env.reset(seed=seed))]
@@ -76,7 +91,12 @@ def test_served_is_in_process(served: str, family: str) -> None:
     for mode in ("NextStep", "SameStep"):
         env = WorldVectorEnv(5, family, app="two", horizon=11, autoreset_mode=mode)
         assert replica(env) != os.getpid()
-        assert rollout(env, 30) == rollout(WorldVectorEnv(5, family, root=served, backend="local", horizon=11, autoreset_mode=mode), 30)
+        assert rollout(env, 30) == rollout(
+            WorldVectorEnv(
+                5, family, root=served, backend="local", horizon=11, autoreset_mode=mode
+            ),
+            30,
+        )
         env.close()
 
 
@@ -84,13 +104,17 @@ def test_default_and_make_vec(served: str) -> None:
     """The application's default world, through gymnasium.make_vec."""
     env = gymnasium.make_vec("mesocosm/World-v0", num_envs=3, app="two", horizon=5)
     assert env.unwrapped.world == "ensemble"
-    assert rollout(env, 6) == rollout(WorldVectorEnv(3, "ensemble", root=served, backend="local", horizon=5), 6)
+    assert rollout(env, 6) == rollout(
+        WorldVectorEnv(3, "ensemble", root=served, backend="local", horizon=5), 6
+    )
     env.close()
 
 
 @pytest.mark.parametrize(("family", "kills"), [("sequence", (4, 14)), ("ensemble", (9,))])
 def test_kill(served: str, family: str, kills: tuple[int, ...]) -> None:
-    """SIGKILL of the session's replica, for the family with a context before it is first rebuilt (step 6 of a window of 6) and again after."""
+    """SIGKILL of the session's replica, for the family with a context before it is first rebuilt
+    (step 6 of a window of 6) and again after.
+    """
     undisturbed = rollout(WorldVectorEnv(4, family, app="two", horizon=30), 25)
     env = WorldVectorEnv(4, family, app="two", horizon=30)
     killed: list[int] = []
@@ -106,7 +130,9 @@ def test_kill(served: str, family: str, kills: tuple[int, ...]) -> None:
 
 @pytest.mark.slow
 def test_kill_while_it_answers(served: str) -> None:
-    """SIGKILL of the replica with a request in it, before the context is first rebuilt and after: the client waits on, and not one bit changes."""
+    """SIGKILL of the replica with a request in it, before the context is first rebuilt and after:
+    the client waits on, and not one bit changes.
+    """
     undisturbed = rollout(WorldVectorEnv(4, "sequence", app="two", horizon=30), 16)
     env = WorldVectorEnv(4, "sequence", app="two", horizon=30)
     killed: list[int] = []
@@ -123,7 +149,9 @@ def test_kill_while_it_answers(served: str) -> None:
 
 @pytest.mark.parametrize("other", [False, True], ids=["the same action again", "another action"])
 def test_ctrl_c(served: str, other: bool) -> None:
-    """Ctrl-C while a reply is awaited, as in a notebook: the next call gets its own reply, whether it repeats the action or takes another."""
+    """Ctrl-C while a reply is awaited, as in a notebook: the next call gets its own reply, whether
+    it repeats the action or takes another.
+    """
     env, undisturbed = (WorldVectorEnv(3, "sequence", app="two", horizon=9) for _ in range(2))
     for each in (env, undisturbed):
         each.action_space.seed(0)
@@ -158,7 +186,9 @@ def test_ctrl_c_in_a_reset(served: str) -> None:
 
 
 def test_broken_line(served: str) -> None:
-    """The socket breaks while the replica lives, or is out of step: a reply is never taken for another request's."""
+    """The socket breaks while the replica lives, or is out of step: a reply is never taken for
+    another request's.
+    """
     expected = rollout(WorldVectorEnv(3, "sequence", app="two", horizon=9), 16)
     env = WorldVectorEnv(3, "sequence", app="two", horizon=9)
     line = env._connection
@@ -188,18 +218,26 @@ def full_port() -> Iterator[int]:
 
 
 @pytest.mark.slow
-def test_no_line(served: str, full_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a firewall drops packets, and where the replica listens on the loopback of another node, calls go through Serve: not one step
-    but the first waits for the line, and nobody else is sent the token."""
+def test_no_line(
+    served: str, full_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a firewall drops packets, and where the replica listens on the loopback of another
+    node, calls go through Serve: not one step but the first waits for the line, and nobody else is
+    sent the token.
+    """
     from ray import serve
 
     class Elsewhere(deployment.Replica):
         def connect(self) -> dict[str, Any]:
             return super().connect() | json.loads((tmp_path / "told.json").read_text())
 
-    application = serve.deployment(Elsewhere).options(name="world", ray_actor_options={"num_cpus": 0.5})  # type: ignore[attr-defined]
+    application = serve.deployment(Elsewhere).options(
+        name="world", ray_actor_options={"num_cpus": 0.5}
+    )  # type: ignore[attr-defined]
     (tmp_path / "told.json").write_text(json.dumps({"port": full_port}))
-    serve.run(application.bind(served, "sequence", 1, 8, 1, "cpu"), name="elsewhere", route_prefix=None)
+    serve.run(
+        application.bind(served, "sequence", 1, 8, 1, "cpu"), name="elsewhere", route_prefix=None
+    )
     monkeypatch.setattr(connection, "DIAL_S", 1.5)
     expected = rollout(WorldVectorEnv(3, "sequence", app="two", horizon=9), 16)
     began = time.monotonic()
@@ -212,7 +250,9 @@ def test_no_line(served: str, full_port: int, tmp_path: Path, monkeypatch: pytes
 
     with socket.create_server(("127.0.0.1", 0)) as mine:
         mine.settimeout(0.2)
-        (tmp_path / "told.json").write_text(json.dumps({"port": mine.getsockname()[1], "node": "f" * 56}))
+        (tmp_path / "told.json").write_text(
+            json.dumps({"port": mine.getsockname()[1], "node": "f" * 56})
+        )
         assert rollout(WorldVectorEnv(3, "sequence", app="elsewhere", horizon=9), 16) == expected
         with pytest.raises(TimeoutError):
             mine.accept()
@@ -242,7 +282,9 @@ def test_a_message_too_large(served: str, monkeypatch: pytest.MonkeyPatch) -> No
     env = WorldVectorEnv(64, app="two")
     env.reset(seed=0)
     monkeypatch.setattr(connection, "LARGEST", 1 << 10)
-    with pytest.raises(UsageError, match="is beyond the limit of 0 MiB; lower num_envs, and use more clients"):
+    with pytest.raises(
+        UsageError, match="is beyond the limit of 0 MiB; lower num_envs, and use more clients"
+    ):
         env.step(env.action_space.sample())
     monkeypatch.undo()
     assert rollout(env, 4) == rollout(WorldVectorEnv(64, app="two"), 4)
@@ -250,24 +292,41 @@ def test_a_message_too_large(served: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 def test_eviction(served: str) -> None:
-    """A replica with room for two sessions and three clients: the least recently used goes, and whoever comes back goes on with the same bits."""
-    deploy(ServeConfig(world="sequence", name="small", cpus=0.5, max_sessions=2, storage=StorageConfig(served)))
+    """A replica with room for two sessions and three clients: the least recently used goes, and
+    whoever comes back goes on with the same bits.
+    """
+    deploy(
+        ServeConfig(
+            world="sequence", name="small", cpus=0.5, max_sessions=2, storage=StorageConfig(served)
+        )
+    )
     envs = [WorldVectorEnv(3, app="small", horizon=9, first_env=3 * i) for i in range(3)]
-    alone = [WorldVectorEnv(3, "sequence", root=served, backend="local", horizon=9, first_env=3 * i) for i in range(3)]
+    alone = [
+        WorldVectorEnv(3, "sequence", root=served, backend="local", horizon=9, first_env=3 * i)
+        for i in range(3)
+    ]
     asked: list[list[str]] = [[], [], []]
     for env, local, ops in zip(envs, alone, asked, strict=True):
         send = env._connection.call  # type: ignore[union-attr]
-        env._connection.call = lambda request, send=send, ops=ops: (ops.append(request["op"]), send(request))[1]  # type: ignore[method-assign, union-attr]
+        env._connection.call = lambda request, send=send, ops=ops: (
+            ops.append(request["op"]),
+            send(request),
+        )[1]  # type: ignore[method-assign, union-attr]
         assert flat(env.reset(seed=3)) == flat(local.reset(seed=3))
     action = np.array([0, 1, 1])
     for turn in range(9):
-        for i in (0, 1 + turn % 2):  # the first is used at every turn, the others at every second one
+        for i in (
+            0,
+            1 + turn % 2,
+        ):  # the first is used at every turn, the others at every second one
             assert flat(envs[i].step(action)) == flat(alone[i].step(action)), (turn, i)
     last = {"op": "step", "session": envs[0]._session, "clock": 9}
     envs[0].close()
     assert envs[1]._call(last) == {"missing": True}, "a closed client's session must be gone"
     undeploy("small")
-    assert [ops.count("restore") for ops in asked] == [1, 5, 4], "each reset evicted one, and then the first client stays"
+    assert [ops.count("restore") for ops in asked] == [1, 5, 4], (
+        "each reset evicted one, and then the first client stays"
+    )
 
 
 def test_new_version_while_serving(served: str, make_world: Callable[..., Any]) -> None:
@@ -282,17 +341,28 @@ def test_new_version_while_serving(served: str, make_world: Callable[..., Any]) 
 
 def test_missing(served: str) -> None:
     with pytest.raises(
-        UsageError, match=r"'nobody' is served on this Ray; run `mesocosm serve world=<id> name=nobody` and give the ray.address .* or set backend=local"
+        UsageError,
+        match=(
+            r"'nobody' is served on this Ray; run `mesocosm serve world=<id> name=nobody` and give"
+            r" the ray.address .* or set backend=local"
+        ),
     ):
         WorldVectorEnv(2, app="nobody")
-    with pytest.raises(UsageError, match=r"no artifact worlds/ensembel in storage.root .*did you mean 'ensemble'"):
+    with pytest.raises(
+        UsageError, match=r"no artifact worlds/ensembel in storage.root .*did you mean 'ensemble'"
+    ):
         WorldVectorEnv(2, "ensembel", app="two")
     with pytest.raises(UsageError, match="no artifact worlds/none"):
         deploy(ServeConfig(world="none", storage=StorageConfig(served)))
     with pytest.raises(UsageError, match=r"serve.replicas=99 with serve.cpus=1 asks for 99 CPUs"):
         deploy(ServeConfig(world="ensemble", replicas=99, storage=StorageConfig(served)))
-    with pytest.raises(UsageError, match=r"serve.replicas=2 with serve.device=cuda asks for 2 GPUs and the cluster has 0"):
-        deploy(ServeConfig(world="ensemble", replicas=2, device="cuda", storage=StorageConfig(served)))
+    with pytest.raises(
+        UsageError,
+        match=r"serve.replicas=2 with serve.device=cuda asks for 2 GPUs and the cluster has 0",
+    ):
+        deploy(
+            ServeConfig(world="ensemble", replicas=2, device="cuda", storage=StorageConfig(served))
+        )
 
 
 def test_a_name_that_is_taken(served: str, make_world: Callable[..., Any], tmp_path: Path) -> None:
@@ -300,7 +370,10 @@ def test_a_name_that_is_taken(served: str, make_world: Callable[..., Any], tmp_p
     env = WorldVectorEnv(2, app="two", horizon=5)
     before = rollout(env, 4)
     Storage(str(tmp_path)).make("worlds", "theirs", {}, make_world(DICT).save)
-    with pytest.raises(UsageError, match=r"an application 'two' runs on this Ray already; set serve.name to another name"):
+    with pytest.raises(
+        UsageError,
+        match=r"an application 'two' runs on this Ray already; set serve.name to another name",
+    ):
         deploy(ServeConfig(world="theirs", name="two", storage=StorageConfig(str(tmp_path))))
     assert rollout(env, 4) == before
 
@@ -347,18 +420,24 @@ def test_wrong_values(served: str, override: str, sentence: str) -> None:
 
 @pytest.mark.slow
 def test_nobody_answers(served: str, tmp_path: Path) -> None:
-    """An application that ended while a client was at it: one sentence after the deadline, no endless wait."""
+    """An application that ended while a client was at it: one sentence after the deadline, no
+    endless wait.
+    """
     deploy(ServeConfig(world="ensemble", name="brief", cpus=0.5, storage=StorageConfig(served)))
     env = WorldVectorEnv(2, app="brief", deadline_s=2.0)
     env.reset()
     undeploy("brief")
     undeploy("brief")
-    with pytest.raises(MesocosmError, match="world application 'brief': no replica answered for 2 s"):
+    with pytest.raises(
+        MesocosmError, match="world application 'brief': no replica answered for 2 s"
+    ):
         env.step(env.action_space.sample())
 
 
 def test_from_a_worker(served: str) -> None:
-    """As RLlib's env runners use it: made in a Ray worker from plain arguments, through the registry."""
+    """As RLlib's env runners use it: made in a Ray worker from plain arguments, through the
+    registry.
+    """
     import ray
 
     @ray.remote(num_cpus=0.5)
@@ -369,10 +448,14 @@ def test_from_a_worker(served: str) -> None:
         env.close()
         return np.stack(told)
 
-    there = ray.get(imagine.remote({"num_envs": 3, "world": "sequence", "app": "two", "horizon": 6}))
+    there = ray.get(
+        imagine.remote({"num_envs": 3, "world": "sequence", "app": "two", "horizon": 6})
+    )
     here = WorldVectorEnv(3, "sequence", root=served, backend="local", horizon=6)
     here.reset(seed=4)
-    np.testing.assert_array_equal(there, np.stack([here.step(np.arange(3) % 2)[0]["place"] for _ in range(9)]))
+    np.testing.assert_array_equal(
+        there, np.stack([here.step(np.arange(3) % 2)[0]["place"] for _ in range(9)])
+    )
 
 
 def test_forked_client(served: str) -> None:
@@ -434,8 +517,10 @@ def test_replicas_that_cannot_start(served: str, make_world: Any, tmp_path: Path
 
 
 def test_job(served: str) -> None:
-    """`serve` says how to connect; another process that does just that steps in the world; Ctrl-C ends it without a trace. The command that
-    it prints to train an agent finds the world and the application."""
+    """`serve` says how to connect; another process that does just that steps in the world; Ctrl-C
+    ends it without a trace. The command that it prints to train an agent finds the world and the
+    application.
+    """
     from ray import serve
 
     config = ServeConfig(world="ens", name="job", cpus=0.5, storage=StorageConfig(served))
@@ -448,12 +533,26 @@ def test_job(served: str) -> None:
             time.sleep(0.2)
             logs = list(Path(served).glob("runs/serve/visited/log.txt"))
             log = logs[0].read_text() if logs else None
-        commands.extend(line[line.index("mesocosm train-agent") :] for line in log.splitlines() if "mesocosm train-agent" in line)
-        lines = [line.split("Z ")[-1].strip() for line in log.splitlines() if "import gymnasium" in line or "make_vec" in line]
+        commands.extend(
+            line[line.index("mesocosm train-agent") :]
+            for line in log.splitlines()
+            if "mesocosm train-agent" in line
+        )
+        lines = [
+            line.split("Z ")[-1].strip()
+            for line in log.splitlines()
+            if "import gymnasium" in line or "make_vec" in line
+        ]
         lines[0] = lines[0][lines[0].index("import") :]
-        code = "\n".join([*lines, "envs.reset(seed=0)", "print(envs.step(envs.action_space.sample())[1].shape)"])
-        terminal = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}  # another one inherits nothing of this process's Ray
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=terminal)
+        code = "\n".join(
+            [*lines, "envs.reset(seed=0)", "print(envs.step(envs.action_space.sample())[1].shape)"]
+        )
+        terminal = {
+            name: value for name, value in os.environ.items() if not name.startswith("RAY_")
+        }  # another one inherits nothing of this process's Ray
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=terminal
+        )
         answers.append(done.stdout + done.stderr)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -1,4 +1,6 @@
-"""Messages without pickle, the client's mirror of a context, and sessions that are lost, repeated and restored."""
+"""Messages without pickle, the client's mirror of a context, and sessions that are lost, repeated
+and restored.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,15 @@ from mesocosm.serving.connection import InProcess
 from mesocosm.serving.protocol import Message, pack, unpack
 from mesocosm.serving.session import Sessions, Starts, Worlds
 
-DICT = spaces.Dict({"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)})
+DICT = spaces.Dict(
+    {"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)}
+)
 
 
 class Meddling(InProcess):
-    """A way to the sessions that goes through bytes, counts, and may do something before and after each call."""
+    """A way to the sessions that goes through bytes, counts, and may do something before and after
+    each call.
+    """
 
     def __init__(self, *sessions: Sessions):
         self.replicas = list(sessions)
@@ -36,9 +42,13 @@ class Meddling(InProcess):
         return unpack(pack(self.sessions.handle(unpack(pack(request)))))
 
 
-def client(world: Any, *, sessions: int = 1, max_sessions: int = 8, **arguments: Any) -> tuple[WorldVectorEnv, Meddling]:
+def client(
+    world: Any, *, sessions: int = 1, max_sessions: int = 8, **arguments: Any
+) -> tuple[WorldVectorEnv, Meddling]:
     env = WorldVectorEnv(3, world, horizon=9, **arguments)
-    connection = Meddling(*(Sessions(lambda _: ("in-memory", world), max_sessions) for _ in range(sessions)))
+    connection = Meddling(
+        *(Sessions(lambda _: ("in-memory", world), max_sessions) for _ in range(sessions))
+    )
     env._connection = connection
     return env, connection
 
@@ -51,7 +61,9 @@ def bits(told: list[Any]) -> bytes:
         if isinstance(value, dict):
             for name in sorted(value):
                 walk(value[name])
-        elif isinstance(value, tuple | list) or (isinstance(value, np.ndarray) and value.dtype == object):
+        elif isinstance(value, tuple | list) or (
+            isinstance(value, np.ndarray) and value.dtype == object
+        ):
             for item in value:
                 walk(item)
         else:
@@ -63,7 +75,9 @@ def bits(told: list[Any]) -> bytes:
 
 def rollout(env: WorldVectorEnv, steps: int, seed: int = 3) -> bytes:
     env.action_space.seed(0)
-    return bits([env.reset(seed=seed)] + [env.step(env.action_space.sample()) for _ in range(steps)])
+    return bits(
+        [env.reset(seed=seed)] + [env.step(env.action_space.sample()) for _ in range(steps)]
+    )
 
 
 def test_messages() -> None:
@@ -82,7 +96,13 @@ def test_messages() -> None:
         np.testing.assert_array_equal(back[name], array)
     with pytest.raises(TypeError, match="'d' has dtype float64"):
         pack({"d": np.zeros(2)})
-    for damaged in (b"", b"GET / HTTP/1.1", pack(message | arrays)[:-20], b"MSC1\xff\xff\xff\xff", pack(message)[:9]):
+    for damaged in (
+        b"",
+        b"GET / HTTP/1.1",
+        pack(message | arrays)[:-20],
+        b"MSC1\xff\xff\xff\xff",
+        pack(message)[:9],
+    ):
         with pytest.raises(ValueError, match="message"):
             unpack(damaged)
 
@@ -101,13 +121,17 @@ def test_mirror(make_world: Any, family: str, mode: str) -> None:
         theirs = carry.context.to_numpy()
         assert ours.keys() == theirs.keys()
         for name, array in theirs.items():
-            np.testing.assert_array_equal(ours[name], array, err_msg=f"{name} at clock {env._mirror.clock}")
+            np.testing.assert_array_equal(
+                ours[name], array, err_msg=f"{name} at clock {env._mirror.clock}"
+            )
 
 
 @pytest.mark.parametrize("family", ["ensemble", "sequence"])
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 def test_lost_session(make_world: Any, family: str, mode: str) -> None:
-    """Whichever step the session is lost at (the window of 6 is rebuilt before steps 6, 9, 12, ...), not one bit changes."""
+    """Whichever step the session is lost at (the window of 6 is rebuilt before steps 6, 9, 12,
+    ...), not one bit changes.
+    """
     world = make_world(DICT, family=family, terminal=0.1)
     expected = rollout(WorldVectorEnv(3, world, horizon=9, autoreset_mode=mode), 20)
     env, connection = client(world, autoreset_mode=mode)
@@ -126,7 +150,9 @@ def test_lost_session(make_world: Any, family: str, mode: str) -> None:
 
 
 def test_moved_session(make_world: Any) -> None:
-    """Two replicas, and every call goes to another one by chance: stale sessions are refused and restored."""
+    """Two replicas, and every call goes to another one by chance: stale sessions are refused and
+    restored.
+    """
     world = make_world(DICT, family="sequence", terminal=0.1)
     env, connection = client(world, sessions=2)
     chance = np.random.default_rng(0)
@@ -136,7 +162,8 @@ def test_moved_session(make_world: Any) -> None:
 
     connection.before = move
     expected = rollout(WorldVectorEnv(3, world, horizon=9), 30)
-    # "restore" and the step after it may part ways too: the client asks again until a replica has both.
+    # "restore" and the step after it may part ways too: the client asks again until a replica has
+    # both.
     assert rollout(env, 30) == expected
     assert connection.asked.count("restore") > 5
 
@@ -153,7 +180,9 @@ def test_repeated_request(make_world: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 def test_another_request_at_the_same_clock(make_world: Any, mode: str) -> None:
-    """A client that gave up on one action and takes another gets that one's reply, never the stored one: its mirror knows of nothing else."""
+    """A client that gave up on one action and takes another gets that one's reply, never the stored
+    one: its mirror knows of nothing else.
+    """
     world = make_world(DICT, family="sequence", terminal=0.1)
     expected = rollout(WorldVectorEnv(3, world, horizon=9, autoreset_mode=mode), 20)
     env, connection = client(world, autoreset_mode=mode)
@@ -162,7 +191,9 @@ def test_another_request_at_the_same_clock(make_world: Any, mode: str) -> None:
     def give_up(request: Message) -> None:
         if request["op"] == "step" and request["clock"] in clocks:
             clocks.remove(request["clock"])
-            connection.sessions.handle(unpack(pack(request | {"action.categories": 1 - request["action.categories"]})))
+            connection.sessions.handle(
+                unpack(pack(request | {"action.categories": 1 - request["action.categories"]}))
+            )
 
     connection.before = give_up
     assert rollout(env, 20) == expected
@@ -194,7 +225,9 @@ def test_failed_step(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_eviction(make_world: Any) -> None:
-    """More clients than sessions: the least recently used goes, and a client that comes back goes on with the same bits."""
+    """More clients than sessions: the least recently used goes, and a client that comes back goes
+    on with the same bits.
+    """
     world = make_world(DICT, family="sequence", terminal=0.1)
     sessions = Sessions(lambda _: ("in-memory", world), 2)
     envs = [WorldVectorEnv(3, world, horizon=9, first_env=3 * i) for i in range(3)]
@@ -210,7 +243,9 @@ def test_eviction(make_world: Any) -> None:
     assert [bits(kept) for kept in told] == expected
     assert all(env._connection.asked.count("restore") == 12 for env in envs)
     envs[0].close()
-    assert not any(name.startswith(envs[0]._routed) for name in sessions._sessions), "a closed client's session must be gone"
+    assert not any(name.startswith(envs[0]._routed) for name in sessions._sessions), (
+        "a closed client's session must be gone"
+    )
 
 
 def test_sessions_do_not_pile_up(make_world: Any) -> None:
@@ -269,7 +304,9 @@ def test_a_cold_world(make_world: Any, store: Any, root: str, tmp_path: Path) ->
 
 
 def test_starts_in_blocks(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An episode's start has the same bits in whatever order episodes come, and whatever blocks were let go meanwhile."""
+    """An episode's start has the same bits in whatever order episodes come, and whatever blocks
+    were let go meanwhile.
+    """
     world = make_world(DICT, task=("room",))
     env, all_of_them = np.arange(5, 8), np.ones(3, bool)
     once = Starts(world, 2, env)
@@ -283,7 +320,9 @@ def test_starts_in_blocks(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> N
         for got, position in zip(again.of(episode, mask), (0, 1), strict=True):
             for i in range(3):
                 want = expected[episode[i]][position]
-                assert (got.numbers[i] == (want.numbers[i] if mask[i] else 0)).all() and (got.categories[i] == (want.categories[i] if mask[i] else 0)).all()
+                assert (got.numbers[i] == (want.numbers[i] if mask[i] else 0)).all() and (
+                    got.categories[i] == (want.categories[i] if mask[i] else 0)
+                ).all()
         assert len(again._blocks) <= 1
     places = np.concatenate([observation.numbers.numpy() for _, observation in expected])
     assert len(np.unique(places[:, 0])) > 0.99 * len(places)

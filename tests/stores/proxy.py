@@ -25,8 +25,9 @@ NOT_IMPLEMENTED = (
 HOP = {"connection", "transfer-encoding", "keep-alive"}
 
 Change = Callable[[dict[str, str]], "bytes | tuple[int, bytes] | None"]
-"""Given a request's headers, which it may change; returns the body of a 501, or another status and its body, or None
-to pass on."""
+"""Given a request's headers, which it may change; returns the body of a 501, or another status and
+its body, or None to pass on.
+"""
 
 
 def reject_trailers(headers: dict[str, str]) -> bytes | None:
@@ -53,7 +54,10 @@ class Conflicts:
         if not any(name.lower() == "if-none-match" for name in headers):
             return None
         self.tries += 1
-        body = b"<?xml version='1.0'?><Error><Code>ConditionalRequestConflict</Code><Message>A conflicting conditional operation</Message></Error>"
+        body = (
+            b"<?xml version='1.0'?><Error><Code>ConditionalRequestConflict</Code><Message>A"
+            b" conflicting conditional operation</Message></Error>"
+        )
         return (409, body) if self.tries % 2 else None
 
 
@@ -65,7 +69,13 @@ def no_condition(body: bytes) -> bytes:
 class HttpProxy:
     """Serves on a port of its own until `close`. With `folder`, over TLS (`ca` is its certificate)."""
 
-    def __init__(self, endpoint: str, change: Change, folder: Path | None = None, reword: Callable[[bytes], bytes] | None = None):
+    def __init__(
+        self,
+        endpoint: str,
+        change: Change,
+        folder: Path | None = None,
+        reword: Callable[[bytes], bytes] | None = None,
+    ):
         there = urlsplit(endpoint)
         assert there.scheme == "http" and there.hostname, endpoint
         self._stopped = stopped = threading.Event()

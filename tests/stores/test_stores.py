@@ -55,7 +55,9 @@ def _check(root: str) -> tuple[bool, str]:
 
 
 @pytest.mark.parametrize("setting", [None, "when_required", "WHEN_REQUIRED"])
-def test_a_store_that_rejects_checksum_trailers(proxied: Proxied, monkeypatch: pytest.MonkeyPatch, setting: str | None) -> None:
+def test_a_store_that_rejects_checksum_trailers(
+    proxied: Proxied, monkeypatch: pytest.MonkeyPatch, setting: str | None
+) -> None:
     monkeypatch.delenv(CHECKSUMS, raising=False)
     if setting is not None:
         monkeypatch.setenv(CHECKSUMS, setting)
@@ -77,7 +79,9 @@ def test_a_store_that_rejects_checksum_trailers(proxied: Proxied, monkeypatch: p
     assert storage.list("ledgers") == []
 
 
-def test_the_trailers_of_botocores_default_are_named(proxied: Proxied, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trailers_of_botocores_default_are_named(
+    proxied: Proxied, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(CHECKSUMS, "when_supported")
     root = proxied(reject_trailers, tls=True)
     ok, text = _check(root)
@@ -115,7 +119,9 @@ def test_a_store_with_conditional_writes_is_accepted(proxied: Proxied) -> None:
     assert _check(root) == (True, root)
 
 
-def test_a_lost_connection_names_the_artifact(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_connection_names_the_artifact(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("mesocosm.s3.PATIENCE", 1.0)
     proxy = HttpProxy(os.environ["AWS_ENDPOINT_URL"], lambda headers: None)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
@@ -139,8 +145,19 @@ def test_all_of_storage_without_trailers(proxied: Proxied, s3_environment: dict[
     """The other tests of S3, in a process of their own, on the proxy that rejects trailers."""
     proxied(reject_trailers, tls=True)
     names = ("test_storage.py", "test_storage_command.py", "test_partial.py", "test_damage.py")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *(str(TESTS / n) for n in names)]
-    endpoint = {"MESOCOSM_TEST_S3_ENDPOINT": os.environ["AWS_ENDPOINT_URL"], CHECKSUMS: "when_required"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not slow",
+        *(str(TESTS / n) for n in names),
+    ]
+    endpoint = {
+        "MESOCOSM_TEST_S3_ENDPOINT": os.environ["AWS_ENDPOINT_URL"],
+        CHECKSUMS: "when_required",
+    }
     environment = os.environ | s3_environment | endpoint
     environment |= {"AWS_ENDPOINT_URL": endpoint["MESOCOSM_TEST_S3_ENDPOINT"]}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)

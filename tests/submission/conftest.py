@@ -1,4 +1,6 @@
-"""A Ray cluster of this machine that wants a token, as `cluster up` would start one: a head with a dashboard, on loopback, ended with its module."""
+"""A Ray cluster of this machine that wants a token, as `cluster up` would start one: a head with a
+dashboard, on loopback, ended with its module.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,16 @@ class Cluster:
 
     @property
     def env(self) -> dict[str, str]:
-        return os.environ | {"MESOCOSM_HOME": str(self.home), "PYTHONPATH": os.pathsep.join(sys.path)}
+        return os.environ | {
+            "MESOCOSM_HOME": str(self.home),
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }
 
     def mesocosm(self, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "mesocosm.cli", *arguments]
-        return subprocess.run(command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=timeout)
+        return subprocess.run(
+            command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=timeout
+        )
 
     def end(self) -> None:
         """End every process of the cluster; a head's children are of its own process group."""
@@ -65,22 +72,59 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     token_file.write_text(token)
     folder = base / "user"
     (folder / "clusters").mkdir(parents=True)
-    where = {"where": "address", "address": f"http://127.0.0.1:{dashboard}", "token_file": str(token_file), "storage_root": str(base / "root")}
+    where = {
+        "where": "address",
+        "address": f"http://127.0.0.1:{dashboard}",
+        "token_file": str(token_file),
+        "storage_root": str(base / "root"),
+    }
     for name, other in (("test", {}), ("wrong", {"token_file": str(base / "other")})):
-        (folder / "clusters" / f"{name}.yaml").write_text(yaml.safe_dump(where | other | {"nodes": [{"name": "n", "cpus": 4}]}))
+        (folder / "clusters" / f"{name}.yaml").write_text(
+            yaml.safe_dump(where | other | {"nodes": [{"name": "n", "cpus": 4}]})
+        )
     (base / "other").touch(mode=0o600)
     (base / "other").write_text("not-the-token")
-    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token_file), "OMP_NUM_THREADS": "1"}
-    ports = [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"]
-    local = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--include-dashboard=true", f"--temp-dir=/tmp/mesoray-{gcs}"]
-    ray = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--disable-usage-stats", "--num-cpus=4", "--object-store-memory=200000000"]
+    auth = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token_file),
+        "OMP_NUM_THREADS": "1",
+    }
+    ports = [
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--dashboard-agent-grpc-port={agent_grpc}",
+    ]
+    local = [
+        "--node-ip-address=127.0.0.1",
+        "--dashboard-host=127.0.0.1",
+        "--include-dashboard=true",
+        f"--temp-dir=/tmp/mesoray-{gcs}",
+    ]
+    ray = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        "--disable-usage-stats",
+        "--num-cpus=4",
+        "--object-store-memory=200000000",
+    ]
     with open(base / "ray.log", "wb") as log:
-        process = subprocess.Popen([*ray, *ports, *local], env=os.environ | auth, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(
+            [*ray, *ports, *local],
+            env=os.environ | auth,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     made = Cluster(folder, base / "root", token, process, base / "home")
     try:
         end = time.monotonic() + 120
         while True:
-            assert process.poll() is None and time.monotonic() < end, (base / "ray.log").read_text()[-2000:]
+            assert process.poll() is None and time.monotonic() < end, (
+                base / "ray.log"
+            ).read_text()[-2000:]
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{dashboard}/api/jobs/", timeout=5)
             except urllib.error.HTTPError as error:

@@ -1,4 +1,6 @@
-"""What is sent to a cluster: the user's own files and no others, under one content hash; nothing secret, nothing too large."""
+"""What is sent to a cluster: the user's own files and no others, under one content hash; nothing
+secret, nothing too large.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ from mesocosm.submission import freeze as freezing
 from mesocosm.submission.freeze import CONFIG, Frozen, freeze
 from mesocosm.submission.needs import needs
 
-CLUSTER = ClusterConfig(where="address", address="http://127.0.0.1:1", storage_root="s3://bucket/prefix", nodes=[NodeGroup(cpus=4)])
+CLUSTER = ClusterConfig(
+    where="address",
+    address="http://127.0.0.1:1",
+    storage_root="s3://bucket/prefix",
+    nodes=[NodeGroup(cpus=4)],
+)
 
 
 def given(*overrides: str) -> CollectConfig:
@@ -36,7 +43,14 @@ def own(found: Frozen) -> set[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("mine.py", "data/table.csv", ".env", ".venv/lib.py", "pkg/__pycache__/x.pyc", "ignored.bin"):
+    for name in (
+        "mine.py",
+        "data/table.csv",
+        ".env",
+        ".venv/lib.py",
+        "pkg/__pycache__/x.pyc",
+        "ignored.bin",
+    ):
         path = tmp_path / "code" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
@@ -63,10 +77,18 @@ def test_a_file_that_would_replace_a_module_of_pythons_is_refused(name: str, fol
 def test_this_very_package_goes_along(folder: Path, tmp_path: Path) -> None:
     found = frozen(folder)
     found.write(tmp_path / "sent")
-    assert (tmp_path / "sent" / "mesocosm" / "cli.py").read_bytes() == (freezing.PACKAGE / "cli.py").read_bytes()
-    assert (tmp_path / "sent" / "mesocosm" / "evaluation" / "report.html").exists() and not list((tmp_path / "sent").rglob("*.pyc"))
+    assert (tmp_path / "sent" / "mesocosm" / "cli.py").read_bytes() == (
+        freezing.PACKAGE / "cli.py"
+    ).read_bytes()
+    assert (tmp_path / "sent" / "mesocosm" / "evaluation" / "report.html").exists() and not list(
+        (tmp_path / "sent").rglob("*.pyc")
+    )
     back = config.load(CollectConfig, [tmp_path / "sent" / CONFIG])
-    assert (back.storage.root, back.ray.address, back.reality.env) == ("s3://bucket/prefix", "auto", "CartPole-v1")
+    assert (back.storage.root, back.ray.address, back.reality.env) == (
+        "s3://bucket/prefix",
+        "auto",
+        "CartPole-v1",
+    )
 
 
 def test_the_id_is_of_what_is_sent(folder: Path) -> None:
@@ -77,23 +99,45 @@ def test_the_id_is_of_what_is_sent(folder: Path) -> None:
     assert frozen(folder).id != first
 
 
-def test_too_much_is_refused_by_its_largest_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_much_is_refused_by_its_largest_files(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (folder / "huge.bin").write_bytes(bytes(3 << 20))
     (folder / "large.bin").write_bytes(bytes(2 << 20))
     monkeypatch.setattr(freezing, "LIMIT", 4 << 20)
-    with pytest.raises(UsageError, match=r"MiB, and Ray's Jobs API takes 4: the largest are huge.bin \(3 MiB\), large.bin \(2 MiB\).*let git ignore them"):
+    with pytest.raises(
+        UsageError,
+        match=(
+            r"MiB, and Ray's Jobs API takes 4: the largest are huge.bin \(3 MiB\), large.bin \(2"
+            r" MiB\).*let git ignore them"
+        ),
+    ):
         frozen(folder)
 
 
 @pytest.mark.parametrize(
     ("overrides", "cluster", "message"),
     [
-        (["tracking.uri=http://me:secret@mlflow"], CLUSTER, "tracking.uri holds a user and password, and a frozen config is read by many"),
-        (["reality.kwargs={url: 'postgres://me:secret@db/x'}"], CLUSTER, "reality.kwargs.url holds a user and password"),
-        ([], ClusterConfig(where="address", address="http://127.0.0.1:1"), "storage.root='.mesocosm' is a folder of this machine; set storage_root"),
+        (
+            ["tracking.uri=http://me:secret@mlflow"],
+            CLUSTER,
+            "tracking.uri holds a user and password, and a frozen config is read by many",
+        ),
+        (
+            ["reality.kwargs={url: 'postgres://me:secret@db/x'}"],
+            CLUSTER,
+            "reality.kwargs.url holds a user and password",
+        ),
+        (
+            [],
+            ClusterConfig(where="address", address="http://127.0.0.1:1"),
+            "storage.root='.mesocosm' is a folder of this machine; set storage_root",
+        ),
     ],
 )
-def test_what_may_not_be_sent(folder: Path, overrides: list[str], cluster: ClusterConfig, message: str) -> None:
+def test_what_may_not_be_sent(
+    folder: Path, overrides: list[str], cluster: ClusterConfig, message: str
+) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         frozen(folder, *overrides, cluster=cluster)
     assert "secret" not in str(caught.value)
@@ -105,18 +149,35 @@ def test_what_may_not_be_sent(folder: Path, overrides: list[str], cluster: Clust
         (CollectConfig, ["workers=3"], 3, 0, "workers=3"),
         (PretrainConfig, ["train.workers=4", "train.gpus_per_worker=1"], 4, 4, "train.workers=4"),
         (LoopConfig, ["pretrain.train.workers=5"], 5, 0, "pretrain.train.workers=5"),
-        (LoopConfig, ["serve.replicas=3", "agent.runners=2"], 5, 0, "serve.replicas with agent.runners"),
+        (
+            LoopConfig,
+            ["serve.replicas=3", "agent.runners=2"],
+            5,
+            0,
+            "serve.replicas with agent.runners",
+        ),
     ],
 )
-def test_what_a_job_asks_for(schema: Any, overrides: list[str], cpus: float, gpus: float, what: str) -> None:
+def test_what_a_job_asks_for(
+    schema: Any, overrides: list[str], cpus: float, gpus: float, what: str
+) -> None:
     found = needs(config.load(schema, [], overrides))
     assert (found.cpus, found.gpus, found.what) == (cpus, gpus, what)
 
 
-def test_a_sweep_there_is_estimated_as_of_that_cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_there_is_estimated_as_of_that_cluster(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whose file goes along: clusters/ is beside neither the package nor the driver there."""
     (folder / "clusters").mkdir()
-    (folder / "clusters" / "mine.yaml").write_text("where: address\naddress: http://127.0.0.1:1\nstorage_root: s3://bucket/prefix\nnodes: [{cpus: 4}]\n")
+    (folder / "clusters" / "mine.yaml").write_text(
+        "where: address\naddress: http://127.0.0.1:1\nstorage_root: s3://bucket/prefix\nnodes:"
+        " [{cpus: 4}]\n"
+    )
     monkeypatch.chdir(folder)
     found = freeze("sweep", config.load(SweepConfig, [], []), clusters.read("mine"), None, "mine")
-    assert isinstance(found.config, SweepConfig) and found.config.cluster == "mine" and own(found) == {"clusters/mine.yaml"}
+    assert (
+        isinstance(found.config, SweepConfig)
+        and found.config.cluster == "mine"
+        and own(found) == {"clusters/mine.yaml"}
+    )

@@ -1,4 +1,6 @@
-"""Jobs on a real Ray cluster that wants a token, by the command line alone: submitted, attached to, watched, stopped, begun again."""
+"""Jobs on a real Ray cluster that wants a token, by the command line alone: submitted, attached to,
+watched, stopped, begun again.
+"""
 
 from __future__ import annotations
 
@@ -37,29 +39,58 @@ def collected(cluster: Cluster) -> dict[str, Any]:
 
 
 def test_a_job_runs_there_as_it_does_here(cluster: Cluster, collected: dict[str, Any]) -> None:
-    assert collected["state"] == "SUCCEEDED" and collected["id"].endswith("-1") and not collected["attached"]
+    assert (
+        collected["state"] == "SUCCEEDED"
+        and collected["id"].endswith("-1")
+        and not collected["attached"]
+    )
     found = status(cluster, collected["id"])
     here = cluster.mesocosm(*COLLECT, f"storage.root={cluster.folder}/.here", "--json")
     assert found["artifact"] == json.loads(here.stdout)["artifact"]
-    there, own = (Storage(str(root)).artifact("datasets", found["artifact"]).path for root in (cluster.root, cluster.folder / ".here"))
+    there, own = (
+        Storage(str(root)).artifact("datasets", found["artifact"]).path
+        for root in (cluster.root, cluster.folder / ".here")
+    )
     names = sorted(str(path.relative_to(there)) for path in there.rglob("*.npy"))
     assert names and all((there / name).read_bytes() == (own / name).read_bytes() for name in names)
-    assert "200/200 real steps" in found["progress"] and found["mlflow"] and found["state"] == "SUCCEEDED"
+    assert (
+        "200/200 real steps" in found["progress"]
+        and found["mlflow"]
+        and found["state"] == "SUCCEEDED"
+    )
 
 
 def test_the_checklist_is_seen_from_inside(cluster: Cluster) -> None:
     done = cluster.mesocosm("cluster", "check", "test", "--json")
     found = {check["name"]: check for check in json.loads(done.stdout)}
-    assert done.returncode == 0 and list(found) == ["cluster", "python", "ray", "mesocosm", "nodes", "storage", "mlflow"]
-    assert "with its token" in found["cluster"]["found"] and "1 nodes, 4 CPUs" in found["nodes"]["found"]
+    assert done.returncode == 0 and list(found) == [
+        "cluster",
+        "python",
+        "ray",
+        "mesocosm",
+        "nodes",
+        "storage",
+        "mlflow",
+    ]
+    assert (
+        "with its token" in found["cluster"]["found"]
+        and "1 nodes, 4 CPUs" in found["nodes"]["found"]
+    )
     assert str(cluster.root) in found["storage"]["found"]
     wrong = cluster.mesocosm("cluster", "check", "wrong")
-    assert wrong.returncode == 1 and "is not that of" in wrong.stderr and "copy the cluster's own there" in wrong.stderr
+    assert (
+        wrong.returncode == 1
+        and "is not that of" in wrong.stderr
+        and "copy the cluster's own there" in wrong.stderr
+    )
 
 
 def test_again_is_said_and_does_nothing(cluster: Cluster, collected: dict[str, Any]) -> None:
     again = cluster.mesocosm(*COLLECT, "--cluster", "test")
-    assert again.returncode == 0 and f"{collected['id']} has succeeded on test: nothing was submitted" in again.stderr
+    assert (
+        again.returncode == 0
+        and f"{collected['id']} has succeeded on test: nothing was submitted" in again.stderr
+    )
     rows = json.loads(cluster.mesocosm("jobs", "list", "--json").stdout)
     assert [row["id"] for row in rows] == [collected["id"]]
 
@@ -68,13 +99,18 @@ def test_again_is_said_and_does_nothing(cluster: Cluster, collected: dict[str, A
     ("arguments", "message"),
     [
         (("--cluster", "wrong"), "the token in .*other is not that of http://127.0.0.1"),
-        (("--cluster", "test", "workers=99"), "workers=99 asks for 99 CPUs and cluster 'test' has 4; lower it"),
+        (
+            ("--cluster", "test", "workers=99"),
+            "workers=99 asks for 99 CPUs and cluster 'test' has 4; lower it",
+        ),
         (("--cluster", "test", "reality.env=Nope-v0"), "on cluster 'test': .*Nope-v0"),
         (("--cluster", "local"), "--cluster local is this machine"),
         (("--cluster", "tset"), "did you mean 'test'"),
     ],
 )
-def test_what_cannot_run_is_refused_before_it_is_sent(cluster: Cluster, arguments: tuple[str, ...], message: str) -> None:
+def test_what_cannot_run_is_refused_before_it_is_sent(
+    cluster: Cluster, arguments: tuple[str, ...], message: str
+) -> None:
     import re
 
     done = cluster.mesocosm(*COLLECT, *arguments)
@@ -82,16 +118,44 @@ def test_what_cannot_run_is_refused_before_it_is_sent(cluster: Cluster, argument
     assert "Traceback" not in done.stderr and cluster.token not in done.stderr
 
 
-def test_a_model_that_its_memory_cannot_hold_is_refused(cluster: Cluster, collected: dict[str, Any]) -> None:
+def test_a_model_that_its_memory_cannot_hold_is_refused(
+    cluster: Cluster, collected: dict[str, Any]
+) -> None:
     data = status(cluster, collected["id"])["artifact"].removeprefix("datasets/")
-    done = cluster.mesocosm("pretrain", f"data.datasets=[{data}]", "model.size=7b", "model.family=sequence", "train.workers=2", "--cluster", "test")
-    assert done.returncode == 2 and "GiB of memory on all nodes together and cluster 'test' grants" in done.stderr and "train.zero_stage" in done.stderr
+    done = cluster.mesocosm(
+        "pretrain",
+        f"data.datasets=[{data}]",
+        "model.size=7b",
+        "model.family=sequence",
+        "train.workers=2",
+        "--cluster",
+        "test",
+    )
+    assert (
+        done.returncode == 2
+        and "GiB of memory on all nodes together and cluster 'test' grants" in done.stderr
+        and "train.zero_stage" in done.stderr
+    )
 
 
-def test_a_stopped_training_has_its_checkpoint_and_goes_on(cluster: Cluster, collected: dict[str, Any]) -> None:
+def test_a_stopped_training_has_its_checkpoint_and_goes_on(
+    cluster: Cluster, collected: dict[str, Any]
+) -> None:
     data = status(cluster, collected["id"])["artifact"].removeprefix("datasets/")
-    small = ("model.size=10k", "model.members=1", "model.base_steps=20", "train.batch=8", "train.events=12")
-    training = ("pretrain", f"data.datasets=[{data}]", *small, "train.steps=100000", "train.checkpoint_every=1000000")
+    small = (
+        "model.size=10k",
+        "model.members=1",
+        "model.base_steps=20",
+        "train.batch=8",
+        "train.events=12",
+    )
+    training = (
+        "pretrain",
+        f"data.datasets=[{data}]",
+        *small,
+        "train.steps=100000",
+        "train.checkpoint_every=1000000",
+    )
     first = submit(cluster, *training)
     storage, end = Storage(str(cluster.root)), time.monotonic() + 240
     while "loss" not in (status(cluster, first["id"])["progress"] or ""):
@@ -106,7 +170,10 @@ def test_a_stopped_training_has_its_checkpoint_and_goes_on(cluster: Cluster, col
     assert kept is not None and 0 < kept[1].step < 100000, "of the last step, though none was due"
     second = submit(cluster, *training)
     assert second["id"] == first["id"].removesuffix("-1") + "-2"
-    while f"going on from step {kept[1].step}" not in cluster.mesocosm("jobs", "logs", second["id"]).stdout:
+    while (
+        f"going on from step {kept[1].step}"
+        not in cluster.mesocosm("jobs", "logs", second["id"]).stdout
+    ):
         assert time.monotonic() < end + 120
         time.sleep(2)
     cluster.mesocosm("jobs", "stop", second["id"])

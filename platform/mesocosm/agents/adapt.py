@@ -1,9 +1,11 @@
-"""Any Gymnasium space as what a network takes and gives: a flat float32 observation in, and one simple action out.
+"""Any Gymnasium space as what a network takes and gives: a flat float32 observation in, and one
+simple action out.
 
-A network sees `gymnasium.spaces.utils.flatten` of an observation, batched. It acts in a *head space*, one of Discrete
-(from 0), MultiDiscrete (from 0) or a one-dimensional float32 Box, [-1, 1] where the action is bounded, and `ActionMap` takes such
-actions to the environment's own space.
-The same code runs around the environment in training and in front of the exported policy's network. Imports no Ray.
+A network sees `gymnasium.spaces.utils.flatten` of an observation, batched. It acts in a *head
+space*, one of Discrete (from 0), MultiDiscrete (from 0) or a one-dimensional float32 Box, [-1, 1]
+where the action is bounded, and `ActionMap` takes such actions to the environment's own space. The
+same code runs around the environment in training and in front of the exported policy's network.
+Imports no Ray.
 """
 
 from __future__ import annotations
@@ -20,19 +22,28 @@ from mesocosm.errors import UsageError
 
 
 def flat_size(space: gym.Space[Any]) -> int:
-    """Width of a flattened observation. Raises UsageError for a space of no fixed width (Sequence, Graph, ...)."""
+    """Width of a flattened observation. Raises UsageError for a space of no fixed width (Sequence,
+    Graph, ...).
+    """
     if not space.is_np_flattenable:
-        raise UsageError(f"an agent cannot observe a space {space}; use Box, Discrete, MultiDiscrete, MultiBinary, Text, Dict or Tuple")
+        raise UsageError(
+            f"an agent cannot observe a space {space}; use Box, Discrete, MultiDiscrete,"
+            " MultiBinary, Text, Dict or Tuple"
+        )
     return int(spaces.utils.flatdim(space))
 
 
 def flat_space(space: gym.Space[Any]) -> spaces.Box:
-    """What the network is told it observes. Unbounded: imagined observations may leave the real ones' bounds."""
+    """What the network is told it observes. Unbounded: imagined observations may leave the real
+    ones' bounds.
+    """
     return spaces.Box(-np.inf, np.inf, (flat_size(space),), np.float32)
 
 
 def flatten_batch(space: gym.Space[Any], batch: Any) -> NDArray[np.float32]:
-    """Observations in Gymnasium's vector layout -> [B, flat_size(space)] float32, each row `spaces.utils.flatten` of one."""
+    """Observations in Gymnasium's vector layout -> [B, flat_size(space)] float32, each row
+    `spaces.utils.flatten` of one.
+    """
     return np.concatenate(list(_columns(space, batch)), axis=1, dtype=np.float32)
 
 
@@ -82,8 +93,8 @@ def first(space: gym.Space[Any], batch: Any) -> Any:
 class ActionMap:
     """From head-space actions to raw actions of `space`, batched in vector layout.
 
-    Leaves must be all discrete (Discrete, MultiDiscrete, MultiBinary, integer Box of up to 1024 values a component) or all float Boxes;
-    anything else raises UsageError.
+    Leaves must be all discrete (Discrete, MultiDiscrete, MultiBinary, integer Box of up to 1024
+    values a component) or all float Boxes; anything else raises UsageError.
     """
 
     def __init__(self, space: gym.Space[Any]):
@@ -91,21 +102,34 @@ class ActionMap:
         self._leaves = list(_leaves(space, "action"))
         discrete = [_choices(leaf) for _, leaf in self._leaves]
         if all(choices is not None for choices in discrete):
-            self.counts: list[int] | None = [int(n) for choices in discrete if choices is not None for n in choices]
+            self.counts: list[int] | None = [
+                int(n) for choices in discrete if choices is not None for n in choices
+            ]
             single = isinstance(space, spaces.Discrete)
-            self.head: gym.Space[Any] = spaces.Discrete(self.counts[0]) if single else spaces.MultiDiscrete(self.counts)
-        elif all(isinstance(leaf, spaces.Box) and np.issubdtype(leaf.dtype, np.floating) for _, leaf in self._leaves):
+            self.head: gym.Space[Any] = (
+                spaces.Discrete(self.counts[0]) if single else spaces.MultiDiscrete(self.counts)
+            )
+        elif all(
+            isinstance(leaf, spaces.Box) and np.issubdtype(leaf.dtype, np.floating)
+            for _, leaf in self._leaves
+        ):
             self.counts = None
-            bound = np.concatenate([np.where(_bounded(leaf), 1.0, np.inf).reshape(-1) for _, leaf in self._leaves]).astype(np.float32)
+            bound = np.concatenate(
+                [np.where(_bounded(leaf), 1.0, np.inf).reshape(-1) for _, leaf in self._leaves]
+            ).astype(np.float32)
             self.head = spaces.Box(-bound, bound, dtype=np.float32)
         else:
             named = ", ".join(f"{name}: {leaf}" for name, leaf in self._leaves)
-            raise UsageError(f"an agent cannot act in a space that mixes continuous with discrete parts, or holds text or wide integers ({named})")
+            raise UsageError(
+                "an agent cannot act in a space that mixes continuous with discrete parts, or"
+                f" holds text or wide integers ({named})"
+            )
 
     def to_raw(self, actions: NDArray[Any]) -> Any:
         """Head-space actions [B] or [B, n] -> a batch of raw actions.
 
-        A bounded component is clipped to [-1, 1] and rescaled to its bounds; others are clipped to the bounds that they have.
+        A bounded component is clipped to [-1, 1] and rescaled to its bounds; others are clipped to
+        the bounds that they have.
         """
         columns = actions.reshape(len(actions), -1)
         raw, rest = self._build(self.space, columns)
@@ -135,7 +159,13 @@ class ActionMap:
         elif isinstance(space, spaces.Box):
             bounded = _bounded(space)
             low, high = (np.where(bounded, edge, 0.0) for edge in (space.low, space.high))
-            values = np.clip(np.where(bounded, low + (values.astype(np.float64) + 1.0) * (high - low) / 2.0, values), space.low, space.high)
+            values = np.clip(
+                np.where(
+                    bounded, low + (values.astype(np.float64) + 1.0) * (high - low) / 2.0, values
+                ),
+                space.low,
+                space.high,
+            )
         return values.astype(space.dtype), columns[:, size:]
 
 

@@ -1,7 +1,8 @@
 """Model-free training in reality, every step through the ledger: what a world must beat.
 
-The curve's real steps are all that led to a policy: those it trained on and those of the episodes that confirmed it. With
-`judge_every` the policy is also measured on the way, as agents trained in worlds are: measuring is not counted in either curve.
+The curve's real steps are all that led to a policy: those it trained on and those of the episodes
+that confirmed it. With `judge_every` the policy is also measured on the way, as agents trained in
+worlds are: measuring is not counted in either curve.
 """
 
 from __future__ import annotations
@@ -40,16 +41,30 @@ def check(config: BaselineConfig) -> None:
     """Raise UsageError on the first value that cannot be meant."""
     rllib.check("", config.algo, config.params, config.model)
     num_envs, rollout = shape(config)
-    positive = {"num_envs": num_envs, "rollout": rollout, "window": config.window, "iteration_steps": config.iteration_steps}
+    positive = {
+        "num_envs": num_envs,
+        "rollout": rollout,
+        "window": config.window,
+        "iteration_steps": config.iteration_steps,
+    }
     for key, value in positive.items():
         if value < 1:
             raise UsageError(f"{key}={value} must be at least 1")
     if config.steps < _iteration(config):
-        raise UsageError(f"steps={config.steps} is less than one iteration of {_iteration(config)} real steps; raise it, or lower num_envs or rollout")
+        raise UsageError(
+            f"steps={config.steps} is less than one iteration of {_iteration(config)} real steps;"
+            " raise it, or lower num_envs or rollout"
+        )
     if config.judge_episodes < 1 or (config.judge_every is not None and config.judge_every < 1):
-        raise UsageError(f"judge_every={config.judge_every} and judge_episodes={config.judge_episodes} must be at least 1")
+        raise UsageError(
+            f"judge_every={config.judge_every} and judge_episodes={config.judge_episodes} must be"
+            " at least 1"
+        )
     if config.select_episodes < 0 or config.select_every < 0:
-        raise UsageError(f"select_episodes={config.select_episodes} and select_every={config.select_every} must be at least 0")
+        raise UsageError(
+            f"select_episodes={config.select_episodes} and select_every={config.select_every} must"
+            " be at least 0"
+        )
 
 
 def check_spaces(config: BaselineConfig, spaces: tuple[Any, Any]) -> None:
@@ -61,14 +76,23 @@ def check_spaces(config: BaselineConfig, spaces: tuple[Any, Any]) -> None:
 def shape(config: BaselineConfig) -> tuple[int, int]:
     """(environments, steps of each between updates)"""
     num_envs, rollout = settings.SHAPE[config.algo]
-    return (num_envs if config.num_envs is None else config.num_envs, rollout if config.rollout is None else config.rollout)
+    return (
+        num_envs if config.num_envs is None else config.num_envs,
+        rollout if config.rollout is None else config.rollout,
+    )
 
 
 def _iteration(config: BaselineConfig) -> int:
-    """The most real steps that one `train()` can take: each sample's last vector step may overshoot."""
+    """The most real steps that one `train()` can take: each sample's last vector step may
+    overshoot.
+    """
     num_envs, rollout = shape(config)
     batch = num_envs * rollout
-    wanted = config.iteration_steps if config.algo in settings.REPLAY else int(config.params.get("train_batch_size_per_learner", batch))
+    wanted = (
+        config.iteration_steps
+        if config.algo in settings.REPLAY
+        else int(config.params.get("train_batch_size_per_learner", batch))
+    )
     return -(-wanted // batch) * (batch + num_envs - 1)
 
 
@@ -77,26 +101,47 @@ def plan(config: BaselineConfig) -> dict[str, Any]:
     check(config)
     check_spaces(config, facts_of(config.reality).spaces)
     price = config.reality.price
-    spent = {"real steps": f"at most {config.steps}", "price": f"at most {config.steps * price.per_step:g} {price.currency} and the resets"}
+    spent = {
+        "real steps": f"at most {config.steps}",
+        "price": f"at most {config.steps * price.per_step:g} {price.currency} and the resets",
+    }
     apart = judging(config.reality, judged(config))
-    return {"environment": config.reality.env, "algo": config.algo, "params": _params(config), **spent, **apart, "target": config.target}
+    return {
+        "environment": config.reality.env,
+        "algo": config.algo,
+        "params": _params(config),
+        **spent,
+        **apart,
+        "target": config.target,
+    }
 
 
 def judged(config: BaselineConfig) -> int:
     """Episodes that measure the policy on the way, at most."""
-    return 0 if config.judge_every is None else config.judge_episodes * -(-config.steps // config.judge_every)
+    return (
+        0
+        if config.judge_every is None
+        else config.judge_episodes * -(-config.steps // config.judge_every)
+    )
 
 
 def run(config: BaselineConfig, run: Run) -> Artifact:
-    """Train until the target is confirmed or the steps are spent. An `evaluations` artifact: curve.json and policy/.
+    """Train until the target is confirmed or the steps are spent. An `evaluations` artifact:
+    curve.json and policy/.
 
-    curve.json: {"points": [{"steps", "return", "kind": "train" | "select" | "judge", "seconds"}; of a judgement also "returns" and
-    "judge_steps", what it took], "target", "reached": real steps at which the target was confirmed or null, "reached_in_training": where the
-    training episodes' own mean first was there, or null, "steps", "train_steps", "select_steps", "judge_steps", "dropped": why episodes were
-    cut (a crash, a hang, NaN), "cap", "censored": not reached, "algo", "seconds", "ledger"}.
+    curve.json: {"points": [{"steps", "return", "kind": "train" | "select" | "judge", "seconds"}; of
+    a judgement also "returns" and "judge_steps", what it took], "target", "reached": real steps at
+    which the target was confirmed or null, "reached_in_training": where the training episodes' own
+    mean first was there, or null, "steps", "train_steps", "select_steps", "judge_steps", "dropped":
+    why episodes were cut (a crash, a hang, NaN), "cap", "censored": not reached, "algo", "seconds",
+    "ledger"}.
     """
     check(config)
-    told = {"params": _params(config), "model": settings.model(config.algo, config.model), "shape": list(shape(config))}
+    told = {
+        "params": _params(config),
+        "model": settings.model(config.algo, config.model),
+        "shape": list(shape(config)),
+    }
     known = facts_of(config.reality)
     check_spaces(config, known.spaces)
     facts = identity(config, without=["ledger", *PAID]) | told
@@ -109,7 +154,9 @@ def run(config: BaselineConfig, run: Run) -> Artifact:
         return artifact
 
 
-def _make(config: BaselineConfig, run: Run, id: str, facts: dict[str, Any], known: EnvFacts) -> Artifact:
+def _make(
+    config: BaselineConfig, run: Run, id: str, facts: dict[str, Any], known: EnvFacts
+) -> Artifact:
     ledger = config.ledger or f"baseline-{id}-{run.id}"
     cluster.ensure(config.ray)
 
@@ -117,13 +164,18 @@ def _make(config: BaselineConfig, run: Run, id: str, facts: dict[str, Any], know
         curve, policy = _Training(config, run, ledger, known.spaces).train()
         (folder / CURVE).write_text(json.dumps(curve, indent=1))
         if curve["dropped"]:
-            run.say(f"{len(curve['dropped'])} real episodes were cut; the last: {curve['dropped'][-1]}")
+            run.say(
+                f"{len(curve['dropped'])} real episodes were cut; the last: {curve['dropped'][-1]}"
+            )
         (folder / "policy").mkdir()
         policy.save(folder / "policy")
 
     meta = {"inputs": {}, "config": facts, "job": "baseline", "run": run.id, "ledger": ledger}
     artifact = run.storage.make("evaluations", id, meta, fill, force=config.force)
-    run.record(artifact=artifact.name, ledger=Ledger(run.storage, ledger, BudgetConfig(), config.reality.price).totals().to_json())
+    run.record(
+        artifact=artifact.name,
+        ledger=Ledger(run.storage, ledger, BudgetConfig(), config.reality.price).totals().to_json(),
+    )
     return artifact
 
 
@@ -151,7 +203,9 @@ class _Training:
             config.algo,
             _params(config),
             settings.model(config.algo, config.model),
-            partial(_make_env, _own_reality(config), self.run.storage.root, self.ledger, config.steps),
+            partial(
+                _make_env, _own_reality(config), self.run.storage.root, self.ledger, config.steps
+            ),
             folder=self.run.folder / "rllib",
             seed=config.seed,
             gamma=config.gamma,
@@ -197,7 +251,9 @@ class _Training:
         return curve, policy
 
     def _iterate(self, algorithm: Algorithm, update: Callable[[float, str], None]) -> float | None:
-        """One RLlib iteration; the mean return of the last `window` training episodes, None while there are fewer."""
+        """One RLlib iteration; the mean return of the last `window` training episodes, None while
+        there are fewer.
+        """
         self.meter.limit = self.config.steps - self.select_steps
         rllib.train(algorithm)
         self.train_steps = self.meter.steps
@@ -210,7 +266,9 @@ class _Training:
         return mean
 
     def _confirmed(self, algorithm: Algorithm) -> bool:
-        """Whether greedy real episodes reach the target too. Their steps count; running out of steps in them confirms nothing."""
+        """Whether greedy real episodes reach the target too. Their steps count; running out of
+        steps in them confirms nothing.
+        """
         config = self.config
         if self.train_steps - self.selected_at < config.select_every:
             return False
@@ -218,9 +276,22 @@ class _Training:
         policy = rllib.export(algorithm, config.algo, *self.spaces)
         ledger = Ledger(self.run.storage, self.ledger, BudgetConfig(), config.reality.price)
         before = ledger.totals().purposes["select"].steps
-        ledger = Ledger(self.run.storage, self.ledger, BudgetConfig(), config.reality.price, {"select": before + config.steps - self.steps})
+        ledger = Ledger(
+            self.run.storage,
+            self.ledger,
+            BudgetConfig(),
+            config.reality.price,
+            {"select": before + config.steps - self.steps},
+        )
         try:
-            mean = judge(policy, config.reality, ledger, episodes=config.select_episodes, seed=config.seed + self.steps, purpose="select").mean
+            mean = judge(
+                policy,
+                config.reality,
+                ledger,
+                episodes=config.select_episodes,
+                seed=config.seed + self.steps,
+                purpose="select",
+            ).mean
         except BudgetSpent:
             mean = None
         self.select_steps += ledger.totals().purposes["select"].steps - before
@@ -239,14 +310,30 @@ class _Training:
             return False
         self.judged_at = self.train_steps
         ledger = Ledger(self.run.storage, self.ledger, BudgetConfig(), config.reality.price)
-        result = judge(rllib.export(algorithm, config.algo, *self.spaces), config.reality, ledger, episodes=config.judge_episodes, seed=config.seed)
+        result = judge(
+            rllib.export(algorithm, config.algo, *self.spaces),
+            config.reality,
+            ledger,
+            episodes=config.judge_episodes,
+            seed=config.seed,
+        )
         self.judge_steps += result.steps
         self._point(result.mean, "judge", returns=list(result.returns), judge_steps=result.steps)
         return config.target is not None and result.mean >= config.target
 
     def _point(self, mean: float, kind: str, **more: Any) -> None:
-        self.points.append({"steps": self.steps, "return": mean, "kind": kind, "seconds": round(time.monotonic() - self.began, 2), **more})
-        self.run.log({f"baseline/{kind}_return": mean, "baseline/real_steps": self.steps}, step=self.steps)
+        self.points.append(
+            {
+                "steps": self.steps,
+                "return": mean,
+                "kind": kind,
+                "seconds": round(time.monotonic() - self.began, 2),
+                **more,
+            }
+        )
+        self.run.log(
+            {f"baseline/{kind}_return": mean, "baseline/real_steps": self.steps}, step=self.steps
+        )
 
 
 def _params(config: BaselineConfig) -> dict[str, Any]:
@@ -254,8 +341,12 @@ def _params(config: BaselineConfig) -> dict[str, Any]:
     return settings.params(settings.REAL, config.algo, config.params, num_envs * rollout)
 
 
-def _make_env(reality: RealityConfig, root: str, ledger: str, limit: int, num_envs: int) -> rllib.AgentEnv:
-    return rllib.AgentEnv(make_metered_vector(reality, root, ledger, "baseline", num_envs, limit=limit))
+def _make_env(
+    reality: RealityConfig, root: str, ledger: str, limit: int, num_envs: int
+) -> rllib.AgentEnv:
+    return rllib.AgentEnv(
+        make_metered_vector(reality, root, ledger, "baseline", num_envs, limit=limit)
+    )
 
 
 def _meter(algorithm: Algorithm) -> Meter:

@@ -4,8 +4,9 @@
     state-NNNNNN-*.pkl.z    what `learner_state.capture` returns
     snapshots/N/...         the policies saved on the way, as the artifact will hold them
 
-A state file has a name of its own and is written before progress.json names it, so a kill leaves the
-earlier checkpoint whole. State files are (compressed) pickles, read only from here, after their checksum.
+A state file has a name of its own and is written before progress.json names it, so a kill leaves
+the earlier checkpoint whole. State files are (compressed) pickles, read only from here, after their
+checksum.
 """
 
 from __future__ import annotations
@@ -115,7 +116,9 @@ class Checkpoints:
             self.storage.write(name, path.read_bytes())
 
     def load_snapshots(self, into: Path, progress: Progress) -> None:
-        """Bring the policies saved up to the checkpoint to `into`/<iteration>/. Later ones are made again."""
+        """Bring the policies saved up to the checkpoint to `into`/<iteration>/. Later ones are made
+        again.
+        """
         for name in self.storage.list(f"{self.folder}/{SNAPSHOTS}"):
             if int(name) > progress.iteration:
                 continue
@@ -130,7 +133,10 @@ class Checkpoints:
         self.storage.remove(self.folder)
 
     def _damaged(self, file: str) -> UsageError:
-        return UsageError(f"agents/{self.id} cannot continue: {self.storage.url(self.folder, file)} is missing or damaged; use --force to begin anew")
+        return UsageError(
+            f"agents/{self.id} cannot continue: {self.storage.url(self.folder, file)} is missing or"
+            " damaged; use --force to begin anew"
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -23,16 +23,31 @@ COMPARED = 64
 """Imagined episodes of each policy, by which the best of a training is chosen."""
 
 
-def choose_best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], former: Artifact | None, folder: Path) -> dict[str, float]:
-    """Put what earns most in this world in the agent's place: itself, a snapshot, or the agent it began with; of equals the latest. PPO
-    collapses now and then after the world is solved, and the world predicts the failure."""
+def choose_best(
+    config: AgentConfig,
+    run: Run,
+    arguments: Mapping[str, Any],
+    former: Artifact | None,
+    folder: Path,
+) -> dict[str, float]:
+    """Put what earns most in this world in the agent's place: itself, a snapshot, or the agent it
+    began with; of equals the latest. PPO collapses now and then after the world is solved, and the
+    world predicts the failure.
+    """
     taken = sorted((int(path.name) for path in (folder / SNAPSHOTS).glob("*")), reverse=True)
     taken = [i for i in taken if i or former is None]  # the first is the agent that it began with
-    options = [folder, *(folder / SNAPSHOTS / str(i) for i in taken), *([] if former is None else [former.path])]
+    options = [
+        folder,
+        *(folder / SNAPSHOTS / str(i) for i in taken),
+        *([] if former is None else [former.path]),
+    ]
     iterations = [config.iterations, *taken, *([] if former is None else [-1])]
     if len(options) == 1:
         return {}
-    policies, seed = [Policy.load(option) for option in options], int(fingerprint("compared", config.seed)[:8], 16)
+    policies, seed = (
+        [Policy.load(option) for option in options],
+        int(fingerprint("compared", config.seed)[:8], 16),
+    )
     with run.progress("train-agent: which policy", None) as update:
         env = WorldVectorEnv(len(policies) * COMPARED, **arguments)
 
@@ -42,21 +57,34 @@ def choose_best(config: AgentConfig, run: Run, arguments: Mapping[str, Any], for
         means = imagined_returns(policies, env, seed, report).mean(1)
         update(1, f"imagined {means[0]:.1f} at the end, {np.nanmax(means):.1f} at best")
     best = int(np.nan_to_num(means, nan=-np.inf).argmax())
-    seen = {"greedy_return": float(means[0]), "best_return": float(means[best]), "kept_iteration": float(iterations[best])}
+    seen = {
+        "greedy_return": float(means[0]),
+        "best_return": float(means[best]),
+        "kept_iteration": float(iterations[best]),
+    }
     if former is not None:
         seen |= {"former_return": float(means[-1]), "kept_former": float(best == len(options) - 1)}
     if best:
         for name in (POLICY_JSON, WEIGHTS, rllib.TRAINING_STATE):
             shutil.copyfile(options[best] / name, folder / name)
-        kept = f"its policy after {taken[best - 1]} iterations" if best <= len(taken) else f"{former.name if former else ''}, with which it began"
-        run.say(f"the last policy earns {means[0]:.1f} in the world, {kept}, {means[best]:.1f}: that one is kept")
+        kept = (
+            f"its policy after {taken[best - 1]} iterations"
+            if best <= len(taken)
+            else f"{former.name if former else ''}, with which it began"
+        )
+        run.say(
+            f"the last policy earns {means[0]:.1f} in the world, {kept}, {means[best]:.1f}: that"
+            " one is kept"
+        )
     if seen.get("kept_former"):
         shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of a training that led elsewhere
     run.log({f"agent/{name}": value for name, value in seen.items()}, step=config.iterations)
     return seen
 
 
-def explain(config: AgentConfig, run: Run, arguments: Mapping[str, Any], world: Artifact, folder: Path) -> dict[str, str]:
+def explain(
+    config: AgentConfig, run: Run, arguments: Mapping[str, Any], world: Artifact, folder: Path
+) -> dict[str, str]:
     """{"actions", "return"}: "passed", or what the world's logs do not show, which is a warning.
 
     Empty for an adversary, whose return is no claim, and for a world that records no evidence.

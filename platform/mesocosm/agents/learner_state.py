@@ -1,13 +1,14 @@
-"""The whole state of an RLlib algorithm in training, so that another process continues with the same bits.
+"""The whole state of an RLlib algorithm in training, so that another process continues with the
+same bits.
 
 `Algorithm.get_state` holds weights, optimizers, connectors and RLlib's counters. It leaves out the
 replay buffer, what some learners adapt (PPO's KL coefficient, SAC's temperature, the time of the
 last target update), and the environment runners' episodes in progress; all of these are added here.
 
 Random state is not saved. `reseed` makes the randomness of an iteration a function of
-(seed, iteration, runner), so an iteration depends on nothing but this state and its number. APPO and
-IMPALA learn in a thread of their own: they continue from the same state, but their bits depend on
-the thread's timing with or without an interruption.
+(seed, iteration, runner), so an iteration depends on nothing but this state and its number. APPO
+and IMPALA learn in a thread of their own: they continue from the same state, but their bits depend
+on the thread's timing with or without an interruption.
 """
 
 from __future__ import annotations
@@ -64,8 +65,14 @@ def capture(algorithm: Algorithm) -> dict[str, Any]:
     learner = _learner(algorithm)
     return {
         "algorithm": algorithm.get_state(),
-        "adapted": {name: {id: tensor.detach().clone() for id, tensor in getattr(learner, name).items()} for name in ADAPTED if hasattr(learner, name)},
-        "target_updates": {name: dict(getattr(learner, name)) for name in TARGET_UPDATES if hasattr(learner, name)},
+        "adapted": {
+            name: {id: tensor.detach().clone() for id, tensor in getattr(learner, name).items()}
+            for name in ADAPTED
+            if hasattr(learner, name)
+        },
+        "target_updates": {
+            name: dict(getattr(learner, name)) for name in TARGET_UPDATES if hasattr(learner, name)
+        },
         "runners": runners(algorithm).foreach_env_runner(_runner_state),
         "replay": _replay_state(algorithm),
     }

@@ -1,6 +1,8 @@
-"""A trained policy as data: policy.json (what it is) and policy.safetensors (its weights). Imports torch, no Ray.
+"""A trained policy as data: policy.json (what it is) and policy.safetensors (its weights). Imports
+torch, no Ray.
 
-A policy takes and gives raw values of the environment's own spaces, batched in Gymnasium's vector layout.
+A policy takes and gives raw values of the environment's own spaces, batched in Gymnasium's vector
+layout.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ SNAPSHOTS = "snapshots"
 """Of an `agents` artifact: a folder with a policy for each iteration kept, named by its number."""
 SCHEMA = 1
 Head = Literal["categorical", "gaussian", "squashed_gaussian", "values"]
-"""What the network's outputs mean: logits; mean and log std; the same before a tanh; action values."""
+"""What the network's outputs mean: logits; mean and log std; the same before a tanh; action values.
+"""
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 SQUASHED_LOG_STD = (-5.0, 2.0)
@@ -38,18 +41,24 @@ SQUASHED_LOG_STD = (-5.0, 2.0)
 class Acts(Protocol):
     """Whatever acts: an exported policy, a random one, a script."""
 
-    def act(self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None) -> Any:
+    def act(
+        self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None
+    ) -> Any:
         """Raw observations of B environments in vector layout -> B raw actions in vector layout."""
         ...
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The network: layers as `{"kind": "linear", "in": 4, "out": 64}`, `{"kind": "norm", "size": 64, "eps": 1e-3}`, `{"kind": "tanh"}`."""
+    """The network: layers as `{"kind": "linear", "in": 4, "out": 64}`, `{"kind": "norm", "size":
+    64, "eps": 1e-3}`, `{"kind": "tanh"}`.
+    """
 
     head: Head
     trunk: list[dict[str, Any]]
-    """All layers from the flat observation to the outputs; with `value`, those of the common encoder."""
+    """All layers from the flat observation to the outputs; with `value`, those of the common
+    encoder.
+    """
     advantage: list[dict[str, Any]] = field(default_factory=list)
     """With `value`: the dueling network's advantage stream (Wang et al., arXiv 1511.06581)."""
     value: list[dict[str, Any]] = field(default_factory=list)
@@ -72,7 +81,9 @@ class Network(nn.Module):
         self.trunk = _sequential(layout.trunk)
         self.advantage = _sequential(layout.advantage)
         self.value = _sequential(layout.value)
-        self.log_std = nn.Parameter(torch.zeros(layout.free_log_std)) if layout.free_log_std else None
+        self.log_std = (
+            nn.Parameter(torch.zeros(layout.free_log_std)) if layout.free_log_std else None
+        )
 
     def forward(self, observations: Tensor) -> Tensor:
         out = self.trunk(observations)
@@ -84,7 +95,9 @@ class Network(nn.Module):
             out = torch.cat([out, self.log_std.expand(len(out), -1)], dim=-1)
         if self.layout.head == "gaussian" and self.layout.log_std_clip is not None:
             mean, log_std = out.chunk(2, dim=-1)
-            out = torch.cat([mean, log_std.clamp(-self.layout.log_std_clip, self.layout.log_std_clip)], dim=-1)
+            out = torch.cat(
+                [mean, log_std.clamp(-self.layout.log_std_clip, self.layout.log_std_clip)], dim=-1
+            )
         return out
 
     def _values(self, out: Tensor, value: Tensor | None) -> Tensor:
@@ -116,24 +129,43 @@ def describe(module: nn.Sequential) -> list[dict[str, Any]]:
     layers: list[dict[str, Any]] = []
     for item in module:
         if isinstance(item, nn.Linear):
-            layers.append({"kind": "linear", "in": item.in_features, "out": item.out_features, "bias": item.bias is not None})
+            layers.append(
+                {
+                    "kind": "linear",
+                    "in": item.in_features,
+                    "out": item.out_features,
+                    "bias": item.bias is not None,
+                }
+            )
         elif isinstance(item, nn.LayerNorm):
             layers.append({"kind": "norm", "size": item.normalized_shape[0], "eps": item.eps})
         elif type(item) in names:
             layers.append({"kind": names[type(item)]})
         else:
-            raise ValueError(f"layer {type(item).__name__} of a policy cannot be exported; known are Linear, LayerNorm, {', '.join(sorted(_ACTIVATIONS))}")
+            raise ValueError(
+                f"layer {type(item).__name__} of a policy cannot be exported; known are Linear,"
+                f" LayerNorm, {', '.join(sorted(_ACTIVATIONS))}"
+            )
     return layers
 
 
 class Policy:
     """A network and the two spaces it stands between."""
 
-    def __init__(self, algo: str, observation_space: gym.Space[Any], action_space: gym.Space[Any], layout: Layout, epsilon: float = 0.0):
+    def __init__(
+        self,
+        algo: str,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        layout: Layout,
+        epsilon: float = 0.0,
+    ):
         self.algo, self.observation_space, self.action_space = algo, observation_space, action_space
         self.layout, self.epsilon = layout, epsilon
         self.map = ActionMap(action_space)
-        with torch.random.fork_rng([]):  # its initial weights are replaced: a training that exports on the way draws as one that does not
+        with torch.random.fork_rng(
+            []
+        ):  # its initial weights are replaced: a training that exports on the way draws as one that does not
             self.network = Network(layout, self.map.counts[0] if self.map.counts else 0)
 
     @torch.no_grad()
@@ -141,11 +173,14 @@ class Policy:
         """The network's outputs for raw observations in vector layout."""
         return self.network(torch.from_numpy(flatten_batch(self.observation_space, observations)))
 
-    def act(self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None) -> Any:
+    def act(
+        self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None
+    ) -> Any:
         """Raw observations of B environments -> B raw actions, both in vector layout.
 
-        Without `explore`: the likeliest action, a Gaussian's mean (under its tanh, where squashed), the action of the highest value.
-        With it: a draw from the policy by `rng` (epsilon-greedy, for values). Box actions are rescaled and clipped to their bounds.
+        Without `explore`: the likeliest action, a Gaussian's mean (under its tanh, where squashed),
+        the action of the highest value. With it: a draw from the policy by `rng` (epsilon-greedy,
+        for values). Box actions are rescaled and clipped to their bounds.
         """
         out = self.outputs(observations).double().numpy()
         assert rng is not None or not explore, "explore needs rng"
@@ -157,28 +192,42 @@ class Policy:
             case "values":
                 head = out.argmax(-1)
                 if draw is not None:
-                    head = np.where(draw.random(len(head)) < self.epsilon, draw.integers(out.shape[-1], size=len(head)), head)
+                    head = np.where(
+                        draw.random(len(head)) < self.epsilon,
+                        draw.integers(out.shape[-1], size=len(head)),
+                        head,
+                    )
             case "gaussian" | "squashed_gaussian":
                 head = self._gaussian(out, draw)
         return self.map.to_raw(head)
 
-    def act_one(self, observation: Any, explore: bool = False, rng: np.random.Generator | None = None) -> Any:
+    def act_one(
+        self, observation: Any, explore: bool = False, rng: np.random.Generator | None = None
+    ) -> Any:
         """One raw observation -> one raw action."""
         return first(self.action_space, self.act(one_batch(observation), explore, rng))
 
-    def _categorical(self, logits: NDArray[np.float64], rng: np.random.Generator | None) -> NDArray[np.int64]:
-        if rng is not None:  # the Gumbel trick: argmax of logits plus Gumbel noise is a draw from their softmax
+    def _categorical(
+        self, logits: NDArray[np.float64], rng: np.random.Generator | None
+    ) -> NDArray[np.int64]:
+        if (
+            rng is not None
+        ):  # the Gumbel trick: argmax of logits plus Gumbel noise is a draw from their softmax
             logits = logits + rng.gumbel(size=logits.shape)
         counts = self.map.counts
         assert counts is not None
         parts = np.split(logits, np.cumsum(counts)[:-1], axis=-1)
         return np.stack([part.argmax(-1) for part in parts], axis=-1)
 
-    def _gaussian(self, out: NDArray[np.float64], rng: np.random.Generator | None) -> NDArray[np.float64]:
+    def _gaussian(
+        self, out: NDArray[np.float64], rng: np.random.Generator | None
+    ) -> NDArray[np.float64]:
         mean, log_std = np.split(out, 2, axis=-1)
         squashed = self.layout.head == "squashed_gaussian"
         if rng is not None:
-            mean = mean + np.exp(np.clip(log_std, *SQUASHED_LOG_STD) if squashed else log_std) * rng.standard_normal(mean.shape)
+            mean = mean + np.exp(
+                np.clip(log_std, *SQUASHED_LOG_STD) if squashed else log_std
+            ) * rng.standard_normal(mean.shape)
         return np.tanh(mean) if squashed else mean
 
     def save(self, folder: Path) -> None:
@@ -192,7 +241,13 @@ class Policy:
             "epsilon": self.epsilon,
         }
         (folder / POLICY_JSON).write_text(json.dumps(description, indent=1))
-        save_file({name: tensor.detach().contiguous() for name, tensor in self.network.state_dict().items()}, folder / WEIGHTS)
+        save_file(
+            {
+                name: tensor.detach().contiguous()
+                for name, tensor in self.network.state_dict().items()
+            },
+            folder / WEIGHTS,
+        )
 
     @staticmethod
     def load(folder: Path) -> Policy:
@@ -201,23 +256,33 @@ class Policy:
             data = json.loads((folder / POLICY_JSON).read_text())
             weights = load_file(folder / WEIGHTS)
         except OSError as error:
-            raise ArtifactError(f"{folder} holds no policy ({error}); train one with mesocosm train-agent") from error
+            raise ArtifactError(
+                f"{folder} holds no policy ({error}); train one with mesocosm train-agent"
+            ) from error
         if data.get("schema") != SCHEMA:
-            raise ArtifactError(f"{folder / POLICY_JSON} has schema {data.get('schema')!r}, this version reads {SCHEMA}; train the agent again")
+            raise ArtifactError(
+                f"{folder / POLICY_JSON} has schema {data.get('schema')!r}, this version reads"
+                f" {SCHEMA}; train the agent again"
+            )
         spaces = (space_from_json(data["observation_space"]), space_from_json(data["action_space"]))
         policy = Policy(data["algo"], *spaces, Layout(**data["network"]), data["epsilon"])
         policy.network.load_state_dict(weights)
         return policy
 
     def export_torch(self, path: Path) -> None:
-        """Write the network alone (flat observation -> outputs) as a torch.export program, a `.pt2` file, for use outside this project."""
+        """Write the network alone (flat observation -> outputs) as a torch.export program, a `.pt2`
+        file, for use outside this project.
+        """
         example = torch.zeros(2, flat_size(self.observation_space))
-        program = torch.export.export(self.network.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        program = torch.export.export(
+            self.network.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+        )
         torch.export.save(program, path)
 
 
 def policy_of(storage: Storage, ref: str) -> Policy:
-    """The policy of `agents/<id>`, or `agents/<id>@<iteration>`: as it was when so many iterations of its training were done.
+    """The policy of `agents/<id>`, or `agents/<id>@<iteration>`: as it was when so many iterations
+    of its training were done.
 
     Raises UsageError where there is no such agent, or no snapshot of it at that iteration.
     """
@@ -227,7 +292,10 @@ def policy_of(storage: Storage, ref: str) -> Policy:
         return Policy.load(agent.path)
     kept = sorted((path.name for path in (agent.path / SNAPSHOTS).glob("*")), key=int)
     if iteration not in kept:
-        raise UsageError(f"{agent.name} has no snapshot at iteration {iteration!r}; it has {', '.join(kept) or 'none'}")
+        raise UsageError(
+            f"{agent.name} has no snapshot at iteration {iteration!r}; it has"
+            f" {', '.join(kept) or 'none'}"
+        )
     return Policy.load(agent.path / SNAPSHOTS / iteration)
 
 
@@ -237,13 +305,17 @@ class RandomPolicy:
     def __init__(self, action_space: gym.Space[Any]):
         self.action_space = action_space
 
-    def act(self, observations: Any, explore: bool = True, rng: np.random.Generator | None = None) -> Any:
+    def act(
+        self, observations: Any, explore: bool = True, rng: np.random.Generator | None = None
+    ) -> Any:
         """B raw actions in vector layout, for B observations; random whatever `explore` says."""
         count = batch_size(observations)
         draws = [self.act_one(None, explore, rng) for _ in range(count)]
         return concatenate(self.action_space, draws, create_empty_array(self.action_space, count))
 
-    def act_one(self, observation: Any, explore: bool = True, rng: np.random.Generator | None = None) -> Any:
+    def act_one(
+        self, observation: Any, explore: bool = True, rng: np.random.Generator | None = None
+    ) -> Any:
         """One raw action."""
         assert rng is not None, "a random policy needs rng"
         self.action_space.seed(int(rng.integers(2**31)))

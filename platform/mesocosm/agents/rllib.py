@@ -1,4 +1,5 @@
-"""RLlib (its new API stack) by config: an algorithm by name, its own parameter names, any vector environment; and the way out, a `Policy`.
+"""RLlib (its new API stack) by config: an algorithm by name, its own parameter names, any vector
+environment; and the way out, a `Policy`.
 
 With `durations` and `learner_state` the only module that imports RLlib.
 """
@@ -41,7 +42,9 @@ from mesocosm.serving.client import WorldVectorEnv
 INITIAL_STD = 0.5
 """Of a Gaussian policy, where [-1, 1] is the action's whole range."""
 TRAINING_STATE = "training.safetensors"
-"""All weights of the learner's module (critics and target networks too), from which another training can start."""
+"""All weights of the learner's module (critics and target networks too), from which another
+training can start.
+"""
 
 
 @dataclass
@@ -59,26 +62,34 @@ class Statistics:
     lengths: list[int] = field(default_factory=list)
 
     def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(*(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)))
+        return Statistics(
+            *(getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self))
+        )
 
 
 class AgentEnv(VectorEnv[Any, Any, Any]):
-    """A NEXT_STEP vector environment as a network sees it: flat float32 observations, head-space actions, and of infos durations alone.
+    """A NEXT_STEP vector environment as a network sees it: flat float32 observations, head-space
+    actions, and of infos durations alone.
 
-    RLlib makes of infos a dict for every environment and step, so what else is needed of them is taken here, for `statistics`.
+    RLlib makes of infos a dict for every environment and step, so what else is needed of them is
+    taken here, for `statistics`.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}
 
     def __init__(self, env: VectorEnv[Any, Any, Any]):
         mode = env.metadata.get("autoreset_mode")
-        assert mode == AutoresetMode.NEXT_STEP, f"RLlib assumes NEXT_STEP autoreset, this environment has {mode}"
+        assert mode == AutoresetMode.NEXT_STEP, (
+            f"RLlib assumes NEXT_STEP autoreset, this environment has {mode}"
+        )
         self.env, self.num_envs = env, env.num_envs
         self.map = ActionMap(env.single_action_space)
         self._durations = durations.Durations(env.metadata)
         self.single_observation_space = flat_space(env.single_observation_space)
         self.single_action_space = self.map.head
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, self.num_envs)
+        self.observation_space = gym.vector.utils.batch_space(
+            self.single_observation_space, self.num_envs
+        )
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, self.num_envs)
         self._begin()
 
@@ -88,13 +99,17 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
         self._return = np.zeros(self.num_envs)
         self._length = np.zeros(self.num_envs, np.int64)
 
-    def reset(self, *, seed: Any = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: Any = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         observations, _ = self.env.reset(seed=seed, options=options)
         self._begin()
         return flatten_batch(self.env.single_observation_space, observations), {}
 
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        observations, rewards, terminated, truncated, infos = self.env.step(self.map.to_raw(actions))
+        observations, rewards, terminated, truncated, infos = self.env.step(
+            self.map.to_raw(actions)
+        )
         stepped = ~self._ended
         self._return += np.where(stepped, infos.get("raw_reward", rewards), 0.0)
         self._length += stepped
@@ -109,7 +124,13 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
             self._seen.lengths += self._length[self._ended].tolist()
             self._return[self._ended] = 0.0
             self._length[self._ended] = 0
-        return flatten_batch(self.env.single_observation_space, observations), rewards, terminated, truncated, told
+        return (
+            flatten_batch(self.env.single_observation_space, observations),
+            rewards,
+            terminated,
+            truncated,
+            told,
+        )
 
     def statistics(self) -> Statistics:
         """What was seen since the last call."""
@@ -121,9 +142,15 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
 
         What `statistics` has not reported yet is not part of it.
         """
-        assert isinstance(self.env, WorldVectorEnv), "the state of a real environment cannot be saved"
+        assert isinstance(self.env, WorldVectorEnv), (
+            "the state of a real environment cannot be saved"
+        )
         episodes = {"ended": self._ended, "return": self._return, "length": self._length}
-        return {"env": self.env.state(), "durations": self._durations.given, **copy.deepcopy(episodes)}
+        return {
+            "env": self.env.state(),
+            "durations": self._durations.given,
+            **copy.deepcopy(episodes),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken."""
@@ -139,17 +166,26 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
 
 
 def check(key: str, algo: str, params: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Raise UsageError where an algorithm, one of its parameters or one of the model's is not RLlib's. `key` names the config's section."""
+    """Raise UsageError where an algorithm, one of its parameters or one of the model's is not
+    RLlib's. `key` names the config's section.
+    """
     if algo not in ALGORITHMS:
-        raise UsageError(f"{key}algo={algo!r} is not one of {', '.join(ALGORITHMS)}{nearest(algo, ALGORITHMS)}")
+        raise UsageError(
+            f"{key}algo={algo!r} is not one of {', '.join(ALGORITHMS)}{nearest(algo, ALGORITHMS)}"
+        )
     known = parameters(algo)
     for name in params:
         if name not in known:
-            raise UsageError(f"{key}params.{name} is not a parameter of RLlib's {algo}{nearest(name, known)}")
+            raise UsageError(
+                f"{key}params.{name} is not a parameter of RLlib's {algo}{nearest(name, known)}"
+            )
     fields = [f.name for f in dataclasses.fields(DefaultModelConfig)]
     for name in model:
         if name not in fields:
-            raise UsageError(f"{key}model.{name} is not a field of RLlib's DefaultModelConfig{nearest(name, fields)}")
+            raise UsageError(
+                f"{key}model.{name} is not a field of RLlib's"
+                f" DefaultModelConfig{nearest(name, fields)}"
+            )
     if model.get("use_lstm"):
         raise UsageError(f"{key}model.use_lstm=true cannot be exported as a policy; leave it false")
 
@@ -179,11 +215,13 @@ def build(
     runners: int = 0,
     steps_per_iteration: int | None = None,
 ) -> Algorithm:
-    """An algorithm on `make_env(num_envs)`, which every environment runner calls (with `runners` 0, this process).
+    """An algorithm on `make_env(num_envs)`, which every environment runner calls (with `runners` 0,
+    this process).
 
-    One `train()` of an on-policy algorithm takes num_envs x rollout x max(runners, 1) steps; of a replay algorithm, at least
-    `steps_per_iteration`, in samples of num_envs x rollout. `gamma` is for a step, or for a unit of time where steps have durations. Files
-    go to `folder`. Raises UsageError for values that RLlib refuses.
+    One `train()` of an on-policy algorithm takes num_envs x rollout x max(runners, 1) steps; of a
+    replay algorithm, at least `steps_per_iteration`, in samples of num_envs x rollout. `gamma` is
+    for a step, or for a unit of time where steps have durations. Files go to `folder`. Raises
+    UsageError for values that RLlib refuses.
     """
     for noisy in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -191,30 +229,46 @@ def build(
     name = f"mesocosm-{os.getpid()}-{id(make_env)}"
     tune.register_env(name, lambda context: make_env(context["num_envs"]))  # type: ignore[arg-type]
     base = get_trainable_cls(algo)
-    trainable = type(base.__name__, (base,), {"_setup_logdir": lambda self: setattr(self, "_logdir", str(folder))})
+    trainable = type(
+        base.__name__,
+        (base,),
+        {"_setup_logdir": lambda self: setattr(self, "_logdir", str(folder))},
+    )
     folder.mkdir(parents=True, exist_ok=True)
     config: AlgorithmConfig = base.get_default_config()
     config.algo_class = trainable
     try:
-        # AgentEnv rescales and clips whole batches; RLlib's connector does it action by action, at a fifth of all sampling time.
-        config.environment(name, disable_env_checking=True, normalize_actions=False, clip_actions=False)
+        # AgentEnv rescales and clips whole batches; RLlib's connector does it action by action, at
+        # a fifth of all sampling time.
+        config.environment(
+            name, disable_env_checking=True, normalize_actions=False, clip_actions=False
+        )
         config.framework("torch")
         config.debugging(seed=seed)
         config.env_runners(
-            num_env_runners=runners, num_envs_per_env_runner=num_envs, gym_env_vectorize_mode="vector_entry_point", rollout_fragment_length=rollout
+            num_env_runners=runners,
+            num_envs_per_env_runner=num_envs,
+            gym_env_vectorize_mode="vector_entry_point",
+            rollout_fragment_length=rollout,
         )
         config.learners(num_learners=0)
         config.rl_module(model_config=DefaultModelConfig(**model))
-        config.reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=steps_per_iteration or 0)
+        config.reporting(
+            min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=steps_per_iteration or 0
+        )
         defaults: dict[str, Any] = {"gamma": gamma}
         if algo in ON_POLICY:
             defaults["train_batch_size_per_learner"] = num_envs * rollout * max(runners, 1)
         config.training(**{**defaults, **params})
-        with warnings.catch_warnings():  # Gymnasium's, of the id that RLlib registers again each time
+        with (
+            warnings.catch_warnings()
+        ):  # Gymnasium's, of the id that RLlib registers again each time
             warnings.simplefilter("ignore")
             algorithm = config.build_algo(use_copy=False)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"RLlib's {algo} refuses its settings: {' '.join(str(error).split())}") from error
+        raise UsageError(
+            f"RLlib's {algo} refuses its settings: {' '.join(str(error).split())}"
+        ) from error
     if algo in ON_POLICY:
         _start_small(algorithm)
     durations.install(algorithm)
@@ -222,9 +276,11 @@ def build(
 
 
 def _start_small(algorithm: Algorithm) -> None:
-    """Begin near one distribution for all observations: the policy's last layer a hundredth of its usual size, a Gaussian's std 0.5.
+    """Begin near one distribution for all observations: the policy's last layer a hundredth of its
+    usual size, a Gaussian's std 0.5.
 
-    Among all choices of on-policy training one of the most consequential (Andrychowicz et al., arXiv 2006.05990, section 3.2).
+    Among all choices of on-policy training one of the most consequential (Andrychowicz et al.,
+    arXiv 2006.05990, section 3.2).
     """
     pi: Any = _learner_module(algorithm).pi
     last = [layer for layer in pi.net.mlp if isinstance(layer, nn.Linear)][-1]
@@ -233,18 +289,24 @@ def _start_small(algorithm: Algorithm) -> None:
         last.bias.zero_()
         if pi.clip_log_std:  # a Gaussian head: means, then log stds (or these as a parameter)
             log_std = getattr(pi, "log_std", None)
-            (last.bias[len(last.bias) // 2 :] if log_std is None else log_std).fill_(math.log(INITIAL_STD))
+            (last.bias[len(last.bias) // 2 :] if log_std is None else log_std).fill_(
+                math.log(INITIAL_STD)
+            )
     _sync(algorithm)
 
 
 def statistics(algorithm: Algorithm) -> Statistics:
     """What all environment runners saw since the last call."""
-    parts = runners(algorithm).foreach_env_runner(lambda runner: runner.env.unwrapped.statistics() if runner.env is not None else Statistics())
+    parts = runners(algorithm).foreach_env_runner(
+        lambda runner: runner.env.unwrapped.statistics() if runner.env is not None else Statistics()
+    )
     return sum(parts, Statistics())
 
 
 def train(algorithm: Algorithm) -> dict[str, Any]:
-    """One iteration. RLlib wraps what an environment raises in an empty RuntimeError: a sentence of our own comes through as it was."""
+    """One iteration. RLlib wraps what an environment raises in an empty RuntimeError: a sentence of
+    our own comes through as it was.
+    """
     try:
         return algorithm.train()
     except Exception as error:
@@ -259,32 +321,69 @@ def train(algorithm: Algorithm) -> dict[str, Any]:
 def learned(result: Mapping[str, Any]) -> dict[str, float]:
     """What the learner says of itself, by RLlib's names: losses, entropy, the mean KL divergence."""
     module = result.get("learners", {}).get(DEFAULT_MODULE_ID, {})
-    wanted = ("total_loss", "policy_loss", "vf_loss", "entropy", "mean_kl_loss", "vf_explained_var", "qf_loss", "qf_mean", "alpha_value", "td_error_mean")
+    wanted = (
+        "total_loss",
+        "policy_loss",
+        "vf_loss",
+        "entropy",
+        "mean_kl_loss",
+        "vf_explained_var",
+        "qf_loss",
+        "qf_mean",
+        "alpha_value",
+        "td_error_mean",
+    )
     return {name: float(module[name]) for name in wanted if name in module}
 
 
-def export(algorithm: Algorithm, algo: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]) -> Policy:
+def export(
+    algorithm: Algorithm, algo: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]
+) -> Policy:
     """The algorithm's present policy, between the environment's own (not its flat) spaces."""
     module: Any = _learner_module(algorithm)
-    settings = module.model_config if isinstance(module.model_config, dict) else dataclasses.asdict(module.model_config)
+    settings = (
+        module.model_config
+        if isinstance(module.model_config, dict)
+        else dataclasses.asdict(module.model_config)
+    )
     head: Head
     log_std, epsilon = None, 0.0
     if algo == "DQN":
-        network = {"trunk": _mlp(module.encoder), "advantage": _mlp(module.af), "value": _mlp(module.vf) if settings["dueling"] else nn.Sequential()}
+        network = {
+            "trunk": _mlp(module.encoder),
+            "advantage": _mlp(module.af),
+            "value": _mlp(module.vf) if settings["dueling"] else nn.Sequential(),
+        }
         trunk, advantage, value = (describe(part) for part in network.values())
-        layout = Layout("values", trunk, advantage, value, atoms=int(settings["num_atoms"]), v_min=float(settings["v_min"]), v_max=float(settings["v_max"]))
+        layout = Layout(
+            "values",
+            trunk,
+            advantage,
+            value,
+            atoms=int(settings["num_atoms"]),
+            v_min=float(settings["v_min"]),
+            v_max=float(settings["v_max"]),
+        )
         epsilon = float(module.epsilon_schedule.get_current_value())
     else:
         if algo == "SAC":
             encoder, head = module.pi_encoder, "squashed_gaussian"
         else:
-            encoder, head = getattr(module.encoder, "actor_encoder", None) or module.encoder.encoder, "gaussian"
+            encoder, head = (
+                getattr(module.encoder, "actor_encoder", None) or module.encoder.encoder,
+                "gaussian",
+            )
         if not isinstance(ActionMap(action_space).head, gym.spaces.Box):
             head = "categorical"
         log_std = getattr(module.pi, "log_std", None)
         clip = float(module.pi.log_std_clip_param) if module.pi.clip_log_std else None
         network = {"trunk": nn.Sequential(*_mlp(encoder), *_mlp(module.pi))}
-        layout = Layout(head, describe(network["trunk"]), free_log_std=0 if log_std is None else len(log_std), log_std_clip=clip)
+        layout = Layout(
+            head,
+            describe(network["trunk"]),
+            free_log_std=0 if log_std is None else len(log_std),
+            log_std_clip=clip,
+        )
     policy = Policy(algo, observation_space, action_space, layout, epsilon)
     for name, part in network.items():
         getattr(policy.network, name).load_state_dict(part.state_dict())
@@ -311,21 +410,31 @@ def _learner_module(algorithm: Algorithm) -> Any:
 def save_training(algorithm: Algorithm, folder: Path) -> None:
     """Write the learner module's weights, pickle-free."""
     state = _learner_module(algorithm).state_dict()
-    save_file({name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, folder / TRAINING_STATE)
+    save_file(
+        {name: tensor.detach().clone().contiguous() for name, tensor in state.items()},
+        folder / TRAINING_STATE,
+    )
 
 
 def load_training(algorithm: Algorithm, folder: Path) -> None:
-    """Start from weights that `save_training` wrote. Raises ArtifactError where the networks differ."""
+    """Start from weights that `save_training` wrote. Raises ArtifactError where the networks
+    differ.
+    """
     try:
         _learner_module(algorithm).load_state_dict(load_file(folder / TRAINING_STATE))
     except (OSError, RuntimeError) as error:
-        raise ArtifactError(f"init: {folder} does not hold weights of this network; use the same algo, model and spaces ({_first_line(error)})") from error
+        raise ArtifactError(
+            f"init: {folder} does not hold weights of this network; use the same algo, model and"
+            f" spaces ({_first_line(error)})"
+        ) from error
     _sync(algorithm)
 
 
 def _sync(algorithm: Algorithm) -> None:
     """The learner's weights to all environment runners."""
-    runners(algorithm).sync_weights(from_worker_or_learner_group=algorithm.learner_group, inference_only=True)
+    runners(algorithm).sync_weights(
+        from_worker_or_learner_group=algorithm.learner_group, inference_only=True
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,12 @@ from mesocosm.agents.policy import Acts
 from mesocosm.serving.client import WorldVectorEnv
 
 
-def imagined_returns(policies: Sequence[Acts], env: WorldVectorEnv, seed: int, progress: Callable[[int], None] | None = None) -> NDArray[np.float64]:
+def imagined_returns(
+    policies: Sequence[Acts],
+    env: WorldVectorEnv,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> NDArray[np.float64]:
     """The returns of `imagined_episodes`."""
     return imagined_episodes(policies, env, seed, progress)[0]
 
@@ -23,10 +28,12 @@ def imagined_episodes(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """(undiscounted returns, lengths), each [P, n], of one whole episode of each of P policies in each of its n = num_envs / P environments, acting
-    greedily; a function of (policies, world, starts, seed). `progress` is told the steps done.
+    """(undiscounted returns, lengths), each [P, n], of one whole episode of each of P policies in
+    each of its n = num_envs / P environments, acting greedily; a function of (policies, world,
+    starts, seed). `progress` is told the steps done.
 
-    `env` is closed. A penalty of its own is part of the reward; an episode ends at its horizon, or where the world terminates or diverges.
+    `env` is closed. A penalty of its own is part of the reward; an episode ends at its horizon, or
+    where the world terminates or diverges.
     """
     count = env.num_envs // len(policies)
     assert count * len(policies) == env.num_envs, (len(policies), env.num_envs)
@@ -40,7 +47,9 @@ def imagined_episodes(
             actions = []
             for i, policy in enumerate(policies):
                 own = slice(i * count, (i + 1) * count)
-                if going[own].any() or i not in idle:  # a policy whose episodes are over repeats itself
+                if (
+                    going[own].any() or i not in idle
+                ):  # a policy whose episodes are over repeats itself
                     idle[i] = policy.act(_rows(observation, own), False, rng)
                 actions.append(idle[i])
             observation, reward, terminated, truncated, _ = env.step(_joined(actions))

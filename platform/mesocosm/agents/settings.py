@@ -1,4 +1,6 @@
-"""Settings that a config need not name: RLlib's own defaults suit long runs on Atari. What a config names wins, key by key."""
+"""Settings that a config need not name: RLlib's own defaults suit long runs on Atari. What a config
+names wins, key by key.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,36 @@ _PPO: dict[str, Any] = {"lr": 1e-3, "lambda_": 0.95, "clip_param": 0.2, "vf_clip
 """RLlib clips the squared error of the value at 10: returns above 3 would stop teaching it."""
 
 IMAGINED: dict[str, dict[str, Any]] = {
-    "PPO": {**_PPO, "minibatch_size": 256, "num_epochs": 8, "entropy_coeff": 0.005, "kl_coeff": 0.2, "kl_target": 0.03},
-    "SAC": {"actor_lr": 7e-4, "critic_lr": 7e-4, "alpha_lr": 7e-4, "train_batch_size_per_learner": 256, "num_steps_sampled_before_learning_starts": 1024},
-    "DQN": {"lr": 1e-3, "train_batch_size_per_learner": 256, "num_steps_sampled_before_learning_starts": 1024, "target_network_update_freq": 1024},
+    "PPO": {
+        **_PPO,
+        "minibatch_size": 256,
+        "num_epochs": 8,
+        "entropy_coeff": 0.005,
+        "kl_coeff": 0.2,
+        "kl_target": 0.03,
+    },
+    "SAC": {
+        "actor_lr": 7e-4,
+        "critic_lr": 7e-4,
+        "alpha_lr": 7e-4,
+        "train_batch_size_per_learner": 256,
+        "num_steps_sampled_before_learning_starts": 1024,
+    },
+    "DQN": {
+        "lr": 1e-3,
+        "train_batch_size_per_learner": 256,
+        "num_steps_sampled_before_learning_starts": 1024,
+        "target_network_update_freq": 1024,
+    },
 }
 """In a world, where steps are cheap and come by hundreds at once."""
 
 REAL: dict[str, dict[str, Any]] = {
     "PPO": {**_PPO, "minibatch_size": 64, "num_epochs": 10, "use_kl_loss": False},
-    # Haarnoja et al. (arXiv 1812.05905), one update a step; learning starts early, as short runs need. Batches of 64: RLlib builds an
-    # episode object for every sampled transition, and 256 of them cost a tenth of a second an update.
+    # Haarnoja et al. (arXiv 1812.05905), one update a step; learning starts early, as short runs
+    # need. Batches of 64: RLlib builds an
+    # episode object for every sampled transition, and 256 of them cost a tenth of a second an
+    # update.
     "SAC": {
         "actor_lr": 1e-3,
         "critic_lr": 1e-3,
@@ -48,11 +70,21 @@ SHAPE = {"PPO": (4, 256), "APPO": (4, 64), "IMPALA": (4, 64), "SAC": (1, 8), "DQ
 
 _SMALL = {"fcnet_hiddens": [64, 64], "vf_share_layers": False}
 _WIDE = {"fcnet_hiddens": [256, 256], "fcnet_activation": "relu"}
-MODEL: dict[str, dict[str, Any]] = {"PPO": _SMALL, "APPO": _SMALL, "IMPALA": _SMALL, "SAC": _WIDE, "DQN": _WIDE}
+MODEL: dict[str, dict[str, Any]] = {
+    "PPO": _SMALL,
+    "APPO": _SMALL,
+    "IMPALA": _SMALL,
+    "SAC": _WIDE,
+    "DQN": _WIDE,
+}
 
 
-def params(table: dict[str, dict[str, Any]], algo: str, own: dict[str, Any], batch: int) -> dict[str, Any]:
-    """The table's settings under the config's own. A recommended minibatch is no larger than the `batch`."""
+def params(
+    table: dict[str, dict[str, Any]], algo: str, own: dict[str, Any], batch: int
+) -> dict[str, Any]:
+    """The table's settings under the config's own. A recommended minibatch is no larger than the
+    `batch`.
+    """
     merged = {**table.get(algo, {}), **own}
     if "minibatch_size" in merged and "minibatch_size" not in own:
         merged["minibatch_size"] = min(merged["minibatch_size"], batch)

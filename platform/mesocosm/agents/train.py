@@ -1,8 +1,11 @@
-"""The job `train-agent`: an RLlib agent trained wholly inside a world, and its policy as an artifact.
+"""The job `train-agent`: an RLlib agent trained wholly inside a world, and its policy as an
+artifact.
 
-Running the same command again after a kill continues from the last checkpoint and ends with the same policy.
+Running the same command again after a kill continues from the last checkpoint and ends with the
+same policy.
 
-An `agents` artifact is policy.json and policy.safetensors (what acts) and training.safetensors (what another training can begin with).
+An `agents` artifact is policy.json and policy.safetensors (what acts) and training.safetensors
+(what another training can begin with).
 """
 
 from __future__ import annotations
@@ -56,22 +59,44 @@ def check(config: AgentConfig) -> None:
     if config.snapshots < 0:
         raise UsageError(f"snapshots={config.snapshots} must be at least 0; 0 keeps none")
     if config.runners < 0:
-        raise UsageError(f"runners={config.runners} must be at least 0; 0 is one in the job's own process")
+        raise UsageError(
+            f"runners={config.runners} must be at least 0; 0 is one in the job's own process"
+        )
     if config.starts not in STARTS:
-        raise UsageError(f"starts={config.starts!r} is not one of {', '.join(STARTS)}{nearest(config.starts, STARTS)}")
+        raise UsageError(
+            f"starts={config.starts!r} is not one of"
+            f" {', '.join(STARTS)}{nearest(config.starts, STARTS)}"
+        )
     if config.backend not in BACKENDS:
-        raise UsageError(f"backend={config.backend!r} is not one of {', '.join(BACKENDS)}{nearest(config.backend, BACKENDS)}")
+        raise UsageError(
+            f"backend={config.backend!r} is not one of"
+            f" {', '.join(BACKENDS)}{nearest(config.backend, BACKENDS)}"
+        )
     if config.objective not in OBJECTIVES:
-        raise UsageError(f"objective={config.objective!r} is not one of {', '.join(OBJECTIVES)}{nearest(config.objective, OBJECTIVES)}")
+        raise UsageError(
+            f"objective={config.objective!r} is not one of"
+            f" {', '.join(OBJECTIVES)}{nearest(config.objective, OBJECTIVES)}"
+        )
     if not (math.isfinite(config.penalty) and config.penalty >= 0):
         raise UsageError(f"penalty={config.penalty} must be a finite number of at least 0")
     if config.max_disagreement is not None and not config.max_disagreement > 0:
-        raise UsageError(f"max_disagreement={config.max_disagreement} would end every episode at once; give a number above 0, or null for no limit")
-    batch, minibatch = config.num_envs * config.rollout * max(config.runners, 1), config.params.get("minibatch_size")
+        raise UsageError(
+            f"max_disagreement={config.max_disagreement} would end every episode at once; give a"
+            " number above 0, or null for no limit"
+        )
+    batch, minibatch = (
+        config.num_envs * config.rollout * max(config.runners, 1),
+        config.params.get("minibatch_size"),
+    )
     if config.algo in settings.ON_POLICY and isinstance(minibatch, int) and minibatch > batch:
-        raise UsageError(f"params.minibatch_size={minibatch} is more than the {batch} steps of an iteration; lower it, or raise num_envs or rollout")
+        raise UsageError(
+            f"params.minibatch_size={minibatch} is more than the {batch} steps of an iteration;"
+            " lower it, or raise num_envs or rollout"
+        )
     if not 0 < config.gamma <= 1:
-        raise UsageError(f"gamma={config.gamma} is no discount; give a number above 0 and at most 1")
+        raise UsageError(
+            f"gamma={config.gamma} is no discount; give a number above 0 and at most 1"
+        )
 
 
 def plan(config: AgentConfig) -> dict[str, Any]:
@@ -103,25 +128,14 @@ def resources(config: AgentConfig) -> dict[str, tuple[float, float]]:
     return {f"runners={config.runners}": (config.runners + int(serves), 0)}
 
 
-def check_spaces(
-    config: AgentConfig,
-    spaces: tuple[Any, Any],
-    former: Artifact | None,
-) -> None:
+def check_spaces(config: AgentConfig, spaces: tuple[Any, Any], former: Artifact | None) -> None:
     """Raise UsageError where an agent cannot be trained on (observation, action) spaces.
 
     `former` is the agent that training begins with.
     """
     shape = config.num_envs, config.rollout if config.algo in settings.ON_POLICY else 1
     network = settings.model(config.algo, config.model)
-    module = check_agent(
-        config.algo,
-        _params(config),
-        network,
-        spaces,
-        shape,
-        config.runners,
-    )
+    module = check_agent(config.algo, _params(config), network, spaces, shape, config.runners)
     if former is None:
         return
     policy = Policy.load(former.path)
@@ -139,10 +153,12 @@ def _world(config: AgentConfig, storage: Storage) -> Artifact:
 
 
 def run(config: AgentConfig, run: Run) -> Artifact:
-    """Train and export. Raises UsageError for wrong settings, a missing world, dataset or agent, and weights of another network.
+    """Train and export. Raises UsageError for wrong settings, a missing world, dataset or agent,
+    and weights of another network.
 
-    The artifact is what earns most in this world, by greedy imagined episodes, of the last policy, the snapshots and, with `init`, the agent
-    it began with: its metrics say `greedy_return` (of the last), `best_return`, `kept_iteration`, `former_return` and `kept_former`.
+    The artifact is what earns most in this world, by greedy imagined episodes, of the last policy,
+    the snapshots and, with `init`, the agent it began with: its metrics say `greedy_return` (of the
+    last), `best_return`, `kept_iteration`, `former_return` and `kept_former`.
     """
     check(config)
     world = _world(config, run.storage)
@@ -150,12 +166,20 @@ def run(config: AgentConfig, run: Run) -> Artifact:
     datasets = _datasets(config, run.storage, world)
     _members(config, world)
     former = None if config.init is None else run.storage.artifact("agents", config.init)
-    inputs = {"worlds": [world.id], "datasets": [d.id for d in datasets], "agents": [] if former is None else [former.id]}
+    inputs = {
+        "worlds": [world.id],
+        "datasets": [d.id for d in datasets],
+        "agents": [] if former is None else [former.id],
+    }
     cut = _horizon(config, run.storage, world, codec)
     horizon = cut.steps
     if cut.inferred:
         run.say(f"imagined episodes end after {horizon} steps: {cut.source}")
-    told = {"horizon": horizon, "params": _params(config), "model": settings.model(config.algo, config.model)}
+    told = {
+        "horizon": horizon,
+        "params": _params(config),
+        "model": settings.model(config.algo, config.model),
+    }
     facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | told
     id = fingerprint("agents", facts, inputs, VERSIONS["train-agent"], SCHEMA)
     check_spaces(config, (codec.observation_space, codec.action_space), former)
@@ -205,7 +229,9 @@ def _make(config: AgentConfig, run: Run, task: _Task) -> Artifact:
             algorithm = _build(config, run, arguments)
             try:
                 if progress is not None:
-                    run.say(f"continuing after iteration {progress.iteration} of {config.iterations}")
+                    run.say(
+                        f"continuing after iteration {progress.iteration} of {config.iterations}"
+                    )
                     learner_state.restore(algorithm, checkpoints.load(progress))
                     checkpoints.load_snapshots(folder / SNAPSHOTS, progress)
                 elif former is not None:
@@ -213,7 +239,9 @@ def _make(config: AgentConfig, run: Run, task: _Task) -> Artifact:
                 kept = _snapshots(config)
 
                 def save(where: Path) -> None:
-                    rllib.export(algorithm, config.algo, codec.observation_space, codec.action_space).save(where)
+                    rllib.export(
+                        algorithm, config.algo, codec.observation_space, codec.action_space
+                    ).save(where)
                     rllib.save_training(algorithm, where)
 
                 def snapshot(iteration: int) -> None:
@@ -246,10 +274,16 @@ def _make(config: AgentConfig, run: Run, task: _Task) -> Artifact:
 
 @contextmanager
 def _served(config: AgentConfig, world: Artifact) -> Iterator[None]:
-    """On a Ray of this job's own nobody serves a world but this job; what is served already, or elsewhere, is left as it is."""
+    """On a Ray of this job's own nobody serves a world but this job; what is served already, or
+    elsewhere, is left as it is.
+    """
     from ray import serve
 
-    if config.backend != "serve" or config.ray.address is not None or config.app in serve.status().applications:
+    if (
+        config.backend != "serve"
+        or config.ray.address is not None
+        or config.app in serve.status().applications
+    ):
         yield
         return
     deploy(ServeConfig(world=world.id, name=config.app, storage=config.storage, ray=config.ray))
@@ -268,11 +302,17 @@ def _horizon(config: AgentConfig, storage: Storage, world: Artifact, codec: Code
 
 def _members(config: AgentConfig, world: Artifact) -> None:
     """Raise UsageError where what is asked rests on a disagreement that the world cannot have."""
-    asked: dict[str, Any] = {"max_disagreement": config.max_disagreement, "objective": None if config.objective == "return" else config.objective}
+    asked: dict[str, Any] = {
+        "max_disagreement": config.max_disagreement,
+        "objective": None if config.objective == "return" else config.objective,
+    }
     if json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
         for key, value in asked.items():
             if value is not None:
-                raise UsageError(f"{key}={value} needs members that can disagree, and {world.name} has one; pretrain with model.members=4, or leave {key} out")
+                raise UsageError(
+                    f"{key}={value} needs members that can disagree, and {world.name} has one;"
+                    f" pretrain with model.members=4, or leave {key} out"
+                )
 
 
 def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Artifact]:
@@ -280,11 +320,16 @@ def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Ar
         return []
     names = config.datasets or world.meta.get("inputs", {}).get("datasets", [])
     if not names:
-        raise UsageError(f"starts='logged' needs the data that {world.name} was trained on, which it does not name; set datasets or starts=generated")
+        raise UsageError(
+            f"starts='logged' needs the data that {world.name} was trained on, which it does not"
+            " name; set datasets or starts=generated"
+        )
     return [storage.artifact("datasets", name) for name in names]
 
 
-def _arguments(config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, Parts] | None, horizon: int) -> dict[str, Any]:
+def _arguments(
+    config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, Parts] | None, horizon: int
+) -> dict[str, Any]:
     """Of every WorldVectorEnv of this job."""
     return {
         "world": world.id,
@@ -318,16 +363,22 @@ def _build(config: AgentConfig, run: Run, arguments: Mapping[str, Any]) -> Algor
 
 
 def _params(config: AgentConfig) -> dict[str, Any]:
-    return settings.params(settings.IMAGINED, config.algo, config.params, config.num_envs * config.rollout)
+    return settings.params(
+        settings.IMAGINED, config.algo, config.params, config.num_envs * config.rollout
+    )
 
 
 def _make_env(arguments: Mapping[str, Any], num_envs: int) -> rllib.AgentEnv:
-    """RLlib resets each runner's environment with a seed of its own, so that no two runners imagine the same episodes."""
+    """RLlib resets each runner's environment with a seed of its own, so that no two runners imagine
+    the same episodes.
+    """
     return rllib.AgentEnv(WorldVectorEnv(num_envs, **arguments))
 
 
 def _snapshots(config: AgentConfig) -> set[int]:
-    """Iterations after which the policy is kept: from the first on, and not the last, which is the agent's own."""
+    """Iterations after which the policy is kept: from the first on, and not the last, which is the
+    agent's own.
+    """
     return {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
 
 
@@ -363,14 +414,24 @@ def _train(
                 **rllib.learned(result),
             }
             if seen.returns:
-                metrics |= {"imagined_return": float(np.mean(seen.returns)), "imagined_length": float(np.mean(seen.lengths))}
+                metrics |= {
+                    "imagined_return": float(np.mean(seen.returns)),
+                    "imagined_length": float(np.mean(seen.lengths)),
+                }
             run.log({f"agent/{name}": value for name, value in metrics.items()}, step=iteration)
             if iteration + 1 < config.iterations:
                 snapshot(iteration + 1)
             if checkpoints.due():
                 checkpoints.save(iteration + 1, learner_state.capture(algorithm), metrics)
             shown = f"return {metrics['imagined_return']:.1f}  " if seen.returns else ""
-            update(iteration + 1, f"imagined {shown}disagreement {metrics['disagreement']:.3f}  {metrics['steps_per_s']:,.0f} steps/s")
+            update(
+                iteration + 1,
+                f"imagined {shown}disagreement {metrics['disagreement']:.3f} "
+                f" {metrics['steps_per_s']:,.0f} steps/s",
+            )
     if diverged:
-        run.say(f"{diverged} imagined episodes were cut where the world's numbers left all bounds; a shorter horizon or starts=logged keeps nearer to its data")
+        run.say(
+            f"{diverged} imagined episodes were cut where the world's numbers left all bounds; a"
+            " shorter horizon or starts=logged keeps nearer to its data"
+        )
     return metrics

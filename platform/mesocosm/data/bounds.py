@@ -1,11 +1,12 @@
-"""Values outside their space, and `reality.bounds`, which says what `collect` and `import` do with them.
+"""Values outside their space, and `reality.bounds`, which says what `collect` and `import` do with
+them.
 
     drop     the episode is dropped
     clip     a number outside the bounds of a Box becomes the nearest bound
     ignore   numbers outside the bounds of a Box are stored as they are
 
-`clip` and `ignore` concern the numbers of a Box. A category or a text outside its space always drops
-its episode, because no column can hold it.
+`clip` and `ignore` concern the numbers of a Box. A category or a text outside its space always
+drops its episode, because no column can hold it.
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ def first_outside(space: Space, value: Any, name: str) -> str | None:
     """Describe the first number of one value that is outside the bounds of its Box.
 
     Returns:
-        "observation.pose=[7.0] is outside Box(...)", or None where every number is inside. Values of
-        another shape or kind are left to the codec, which names them.
+        "observation.pose=[7.0] is outside Box(...)", or None where every number is inside. Values
+        of another shape or kind are left to the codec, which names them.
     """
     for key, child, part in _children(space, value):
         found = first_outside(child, part, f"{name}.{key}")

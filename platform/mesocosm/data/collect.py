@@ -1,7 +1,8 @@
 """The job `collect`: metered real steps by a mix of behaviours, in parallel lanes -> a dataset.
 
-The same config and seed make the same episodes, whatever the number of workers. Episodes go to storage as they end
-(`segments`): a collection that was killed is run again, goes on after them, and makes the same dataset.
+The same config and seed make the same episodes, whatever the number of workers. Episodes go to
+storage as they end (`segments`): a collection that was killed is run again, goes on after them, and
+makes the same dataset.
 """
 
 from __future__ import annotations
@@ -44,10 +45,14 @@ class CollectConfig(JobConfig):
     lanes: int = 2
     """The steps are shared out to so many sequences of episodes: part of what is collected."""
     workers: int = 1
-    """Ray actors that run the lanes; 0 runs them in this process (where a step that hangs cannot be ended)."""
+    """Ray actors that run the lanes; 0 runs them in this process (where a step that hangs cannot be
+    ended).
+    """
     behaviours: list[BehaviourConfig] = field(default_factory=lambda: [BehaviourConfig()])
     valid_fraction: float = 0.1
-    """Share of the episodes held out for validation; 0 holds none out. Fewer than 5 episodes may all be trained on."""
+    """Share of the episodes held out for validation; 0 holds none out. Fewer than 5 episodes may
+    all be trained on.
+    """
     ledger: str | None = None
     """The ledger that counts the steps; None is one named as the dataset."""
 
@@ -58,15 +63,21 @@ def check(cfg: CollectConfig) -> None:
         if getattr(cfg, name) < least:
             raise UsageError(f"{name}={getattr(cfg, name)} cannot be; give at least {least}")
     if cfg.lanes > cfg.steps:
-        raise UsageError(f"lanes={cfg.lanes} are more than steps={cfg.steps}; give each lane at least one step")
+        raise UsageError(
+            f"lanes={cfg.lanes} are more than steps={cfg.steps}; give each lane at least one step"
+        )
     if not 0 <= cfg.valid_fraction < 1:
-        raise UsageError(f"valid_fraction={cfg.valid_fraction} is no share; give a number from 0 to below 1")
+        raise UsageError(
+            f"valid_fraction={cfg.valid_fraction} is no share; give a number from 0 to below 1"
+        )
     acting.check(cfg.behaviours)
     acting.check_tasks(cfg.behaviours, cfg.reality)
 
 
 def plan(cfg: CollectConfig) -> dict[str, Any]:
-    """What `run` would spend. Makes the environment, to see that it exists; takes no real step and writes nothing."""
+    """What `run` would spend. Makes the environment, to see that it exists; takes no real step and
+    writes nothing.
+    """
     check(cfg)
     known = check_environment(cfg, Storage(cfg.storage.root))
     budget = cfg.reality.budget.steps
@@ -106,10 +117,11 @@ def check_environment(cfg: CollectConfig, storage: Storage) -> EnvFacts:
 def run(cfg: CollectConfig, run: Run) -> Artifact:
     """Collect `cfg.steps` real steps, or find the dataset that was collected so before.
 
-    Raises UsageError before any step: a wrong config, no such environment, an unsupported space, too small a budget, more
-    workers than the cluster has. MesocosmError after: an environment that keeps failing, a behaviour that raises. Where others
-    spend the same budget meanwhile, what was collected until then is the dataset, and its meta's `short` says so; BudgetSpent if
-    that is nothing.
+    Raises UsageError before any step: a wrong config, no such environment, an unsupported space,
+    too small a budget, more workers than the cluster has. MesocosmError after: an environment that
+    keeps failing, a behaviour that raises. Where others spend the same budget meanwhile, what was
+    collected until then is the dataset, and its meta's `short` says so; BudgetSpent if that is
+    nothing.
     """
     check(cfg)
     storage = run.storage
@@ -152,13 +164,20 @@ def _make(
     )
     attempts = _collect(cfg, plan, ledger, run)
     episodes = [a for a in attempts if a.length is not None]
-    dropped = [{"index": a.index, "behaviour": a.behaviour, "steps": a.steps, "reason": a.reason} for a in attempts if a.reason is not None]
+    dropped = [
+        {"index": a.index, "behaviour": a.behaviour, "steps": a.steps, "reason": a.reason}
+        for a in attempts
+        if a.reason is not None
+    ]
     refusals = [a.spent for a in attempts if a.spent is not None]
     if refusals and not episodes:
         raise BudgetSpent(refusals[-1])
     if not episodes:
         plan.segments().remove()  # so that the next run tries them again
-        raise MesocosmError(f"all {len(dropped)} episodes were dropped, the last because {dropped[-1]['reason']}; correct reality.env={cfg.reality.env!r}")
+        raise MesocosmError(
+            f"all {len(dropped)} episodes were dropped, the last because {dropped[-1]['reason']};"
+            f" correct reality.env={cfg.reality.env!r}"
+        )
     for episode in episodes:
         metrics = {"collect/return": episode.total_reward, "collect/length": episode.length or 0}
         run.log(metrics, step=episode.index)
@@ -167,12 +186,22 @@ def _make(
     tally.add(attempts)
     counts = tally.counts()
     short = None
-    if refusals and counts["steps"] < cfg.steps:  # an earlier run's refusal may have been made up for
+    if (
+        refusals and counts["steps"] < cfg.steps
+    ):  # an earlier run's refusal may have been made up for
         short = f"{counts['steps']} of steps={cfg.steps} were taken: {refusals[-1]}"
     if short is not None:
         run.say(f"warning: {short}")
     meta = {
-        "inputs": {"agents": sorted({b.policy.removeprefix("agents/").partition("@")[0] for b in chosen if b.policy is not None})},
+        "inputs": {
+            "agents": sorted(
+                {
+                    b.policy.removeprefix("agents/").partition("@")[0]
+                    for b in chosen
+                    if b.policy is not None
+                }
+            )
+        },
         "config": {**identity(cfg), "behaviours": what["behaviours"]},
         "job": "collect",
         "run": run.id,
@@ -209,39 +238,53 @@ def _make(
     artifact = storage.make("datasets", id, meta, fill, force=cfg.force)
     segments.remove()
     run.record(artifact=artifact.name, inputs=meta["inputs"], ledger=totals, counts=counts)
-    run.say(f"{artifact.name}: {tally.sentence()}; ledger {ledger.id!r}: {totals['spent']} steps, price {totals['price']:g} {totals['currency']}")
+    run.say(
+        f"{artifact.name}: {tally.sentence()}; ledger {ledger.id!r}: {totals['spent']} steps, price"
+        f" {totals['price']:g} {totals['currency']}"
+    )
     return artifact
 
 
 def _resolve(
-    configs: Sequence[BehaviourConfig], storage: Storage, observation_space: gymnasium.Space[Any], action_space: gymnasium.Space[Any]
+    configs: Sequence[BehaviourConfig],
+    storage: Storage,
+    observation_space: gymnasium.Space[Any],
+    action_space: gymnasium.Space[Any],
 ) -> tuple[list[BehaviourConfig], list[str]]:
-    """The behaviours with their policies' full ids, and the hash of each one's code; each is built once, to refuse it before any step."""
+    """The behaviours with their policies' full ids, and the hash of each one's code; each is built
+    once, to refuse it before any step.
+    """
     chosen, sources = [], []
     for config in configs:
         policy = None if config.policy is None else acting.full_name(storage, config.policy)
         config = replace(config, policy=policy)
         acting.build(config, observation_space, action_space, storage)
         chosen.append(config)
-        sources.append("" if config.function is None else source_hash(acting.load_function(config.function)))
+        sources.append(
+            "" if config.function is None else source_hash(acting.load_function(config.function))
+        )
     return chosen, sources
 
 
 def _check_budget(cfg: CollectConfig, ledger: Ledger, used: int, run: Run) -> None:
-    """Raise UsageError where the budget leaves fewer steps than are to be taken beside the `used` ones in storage."""
+    """Raise UsageError where the budget leaves fewer steps than are to be taken beside the `used`
+    ones in storage.
+    """
     totals = ledger.totals()
     earlier = totals.purposes["collect"].steps - used
     if cfg.ledger is None and earlier > 0:
         run.say(
-            f"ledger {ledger.id!r} already counts {earlier} steps of an earlier collection of this dataset whose episodes are not in storage; they stay spent"
+            f"ledger {ledger.id!r} already counts {earlier} steps of an earlier collection of this"
+            " dataset whose episodes are not in storage; they stay spent"
         )
     left, wanted = ledger.remaining("collect"), cfg.steps - used
     if left is not None and left < wanted:
         apart = sum(r.steps for r in totals.unconfirmed)
         raise UsageError(
-            f"reality.budget.steps={cfg.reality.budget.steps} leaves {left} real steps in ledger {ledger.id!r} "
-            f"({totals.spent} spent, {apart} of them unconfirmed), fewer than the {wanted} to take "
-            f"(steps={cfg.steps}); lower steps, raise the budget, or name another ledger"
+            f"reality.budget.steps={cfg.reality.budget.steps} leaves {left} real steps in ledger"
+            f" {ledger.id!r} ({totals.spent} spent, {apart} of them unconfirmed), fewer than the"
+            f" {wanted} to take (steps={cfg.steps}); lower steps, raise the budget, or name another"
+            " ledger"
         )
 
 
@@ -258,7 +301,10 @@ def _collect(cfg: CollectConfig, plan: Plan, ledger: Ledger, run: Run) -> list[A
     tally.add(attempts)
     used = sum(lane.used for lane in lanes)
     if attempts:
-        run.say(f"an earlier run paid {used} real steps and stored {tally.sentence()}; going on after them")
+        run.say(
+            f"an earlier run paid {used} real steps and stored {tally.sentence()}; going on after"
+            " them"
+        )
     _check_budget(cfg, ledger, used, run)
     if cfg.workers > cfg.lanes:
         run.say(f"workers={cfg.workers}: only lanes={cfg.lanes} can work at once")
@@ -314,8 +360,9 @@ class Tally:
                     self._successes.append(attempt.success)
 
     def counts(self) -> dict[str, Any]:
-        """`mean_return` and `success_rate` are of the episodes that came to their end, None where none did: one that the budget
-        of steps cut (`unfinished`) has no return yet."""
+        """`mean_return` and `success_rate` are of the episodes that came to their end, None where
+        none did: one that the budget of steps cut (`unfinished`) has no return yet.
+        """
         keys = ("steps", "transitions", "episodes", "dropped", "dropped_steps")
         outcomes = ("terminated", "truncated", "unfinished")
         return {

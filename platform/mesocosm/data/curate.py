@@ -1,7 +1,9 @@
-"""The job `curate`: datasets and a list of operations -> one dataset, and a reason for every transition that is not in it.
+"""The job `curate`: datasets and a list of operations -> one dataset, and a reason for every
+transition that is not in it.
 
-The operations work in order on a small table of the episodes; what they need of the transitions is measured where those lie, in this process or on
-Ray Data (`curation/`). Nothing is written before the last one is through. The same datasets and operations make the same bytes, whoever measures. No
+The operations work in order on a small table of the episodes; what they need of the transitions is
+measured where those lie, in this process or on Ray Data (`curation/`). Nothing is written before
+the last one is through. The same datasets and operations make the same bytes, whoever measures. No
 ledger is touched: what was curated away stays paid.
 """
 
@@ -46,10 +48,14 @@ class DataConfig:
 class CurateConfig(JobConfig):
     data: DataConfig = field(default_factory=DataConfig)
     operations: list[dict[str, Any]] = field(default_factory=list)
-    """In order, each {op: NAME, ...its parameters}: exact_duplicates, near_duplicates, stuck, saturated, length, return, where, balance, mix,
-    failures, hold_out; docs/curate.md says what each takes. An empty list joins the datasets."""
+    """In order, each {op: NAME, ...its parameters}: exact_duplicates, near_duplicates, stuck,
+    saturated, length, return, where, balance, mix, failures, hold_out; docs/curate.md says what
+    each takes. An empty list joins the datasets.
+    """
     workers: int | None = None
-    """Tasks of Ray Data at a time; 0 measures in this process; null is 0 below 256 MiB of data, and else as many as there are CPUs."""
+    """Tasks of Ray Data at a time; 0 measures in this process; null is 0 below 256 MiB of data, and
+    else as many as there are CPUs.
+    """
 
 
 def check(cfg: CurateConfig) -> list[Named]:
@@ -62,13 +68,20 @@ def check(cfg: CurateConfig) -> list[Named]:
 
 
 def plan(cfg: CurateConfig) -> dict[str, Any]:
-    """What `run` would keep and drop. Reads all that the operations need in this process, and writes nothing."""
+    """What `run` would keep and drop. Reads all that the operations need in this process, and
+    writes nothing.
+    """
     operations = check(cfg)
     storage = Storage(cfg.storage.root)
     inputs = _inputs(cfg, storage)
     dataset = Dataset([artifact.path for artifact in inputs])
     table = Table(dataset, cfg.seed)
-    entries = work(table, Scan(dataset, cfg.storage.root, tuple(dataset.ids), 0, cfg.ray), operations, lambda said: None)
+    entries = work(
+        table,
+        Scan(dataset, cfg.storage.root, tuple(dataset.ids), 0, cfg.ray),
+        operations,
+        lambda said: None,
+    )
     report = _report(cfg, table, operations, entries)
     told = [
         {
@@ -84,18 +97,32 @@ def plan(cfg: CurateConfig) -> dict[str, Any]:
         for entry in entries
     ]
     reasons = [
-        {"operation": f"{e['operation']} {e['op']}", **{k: v if k != "first" else ", ".join(v) for k, v in row.items()}}
+        {
+            "operation": f"{e['operation']} {e['op']}",
+            **{k: v if k != "first" else ", ".join(v) for k, v in row.items()},
+        }
         for e in entries
         for row in e["reasons"]
     ]
     return {
         "dataset": f"datasets/{_id(cfg, dataset.ids, operations)}",
         "from": ", ".join(dataset.ids),
-        **{f"{name} kept": f"{found['episodes']} episodes, {found['transitions']} transitions" for name, found in report["splits"].items()},
+        **{
+            f"{name} kept": f"{found['episodes']} episodes, {found['transitions']} transitions"
+            for name, found in report["splits"].items()
+        },
         "price": "nothing: no real step is taken",
         **({"operations": told} if told else {}),
         **({"reasons": reasons} if reasons else {}),
-        **({"notes": notes} if (notes := [f"{e['operation']} {e['op']}: {note}" for e in entries for note in e["notes"]]) else {}),
+        **(
+            {"notes": notes}
+            if (
+                notes := [
+                    f"{e['operation']} {e['op']}: {note}" for e in entries for note in e["notes"]
+                ]
+            )
+            else {}
+        ),
         **({"warnings": report["warnings"]} if report["warnings"] else {}),
     }
 
@@ -103,8 +130,8 @@ def plan(cfg: CurateConfig) -> dict[str, Any]:
 def run(cfg: CurateConfig, run: Run) -> Artifact:
     """Curate, or find the dataset that the same operations made of the same datasets.
 
-    Raises UsageError before anything is written: no such dataset or operation, datasets of different environments, an operation that leaves nothing to
-    train on.
+    Raises UsageError before anything is written: no such dataset or operation, datasets of
+    different environments, an operation that leaves nothing to train on.
     """
     operations = check(cfg)
     inputs = _inputs(cfg, run.storage)
@@ -120,18 +147,19 @@ def run(cfg: CurateConfig, run: Run) -> Artifact:
 
 
 def _make(
-    cfg: CurateConfig,
-    run: Run,
-    id: str,
-    operations: list[Named],
-    inputs: Sequence[Artifact],
+    cfg: CurateConfig, run: Run, id: str, operations: list[Named], inputs: Sequence[Artifact]
 ) -> Artifact:
     ids = [artifact.id for artifact in inputs]
     dataset = Dataset([artifact.path for artifact in inputs])
     table = Table(dataset, cfg.seed)
     with run.progress("curate", table.size()["transitions"]) as update:
-        progress: Callable[[int, int], None] = lambda done, total: update(done, f"{done}/{total} pieces of an operation measured")  # noqa: E731
-        scan = Scan(dataset, cfg.storage.root, tuple(ids), _workers(cfg, dataset), cfg.ray, progress)
+
+        def progress(done: int, total: int) -> None:
+            update(done, f"{done}/{total} pieces of an operation measured")
+
+        scan = Scan(
+            dataset, cfg.storage.root, tuple(ids), _workers(cfg, dataset), cfg.ray, progress
+        )
         entries = work(table, scan, operations, lambda said: run.say(f"  {said}"))
     report = _report(cfg, table, operations, entries)
     for entry in entries:
@@ -139,7 +167,13 @@ def _make(
             run.say(f"  note: {entry['op']}: {note}")
     for warning in report["warnings"]:
         run.say(f"warning: {warning}")
-    agents = sorted({agent for artifact in inputs for agent in artifact.meta.get("inputs", {}).get("agents", [])})
+    agents = sorted(
+        {
+            agent
+            for artifact in inputs
+            for agent in artifact.meta.get("inputs", {}).get("agents", [])
+        }
+    )
     meta = {
         "inputs": {"datasets": ids, **({"agents": agents} if agents else {})},
         "config": {**identity(cfg), "operations": report["lineage"]},
@@ -147,13 +181,18 @@ def _make(
         "run": run.id,
         "counts": {**table.size(), "splits": report["splits"]},
         # What reality was paid for and is not here: evaluation counts it as spent.
-        "dropped": [drop for artifact in inputs for drop in artifact.meta.get("dropped", [])] + _gone(entries),
+        "dropped": (
+            [drop for artifact in inputs for drop in artifact.meta.get("dropped", [])]
+            + _gone(entries)
+        ),
     }
 
     def fill(folder: Path) -> None:
         kept = table.size()["transitions"]
         with run.progress("write the dataset", kept) as update:
-            _write(folder, cfg, id, table, lambda done: update(done, f"{done:,}/{kept:,} transitions"))
+            _write(
+                folder, cfg, id, table, lambda done: update(done, f"{done:,}/{kept:,} transitions")
+            )
         pq.write_table(_dropped(table), folder / DROPPED)
         (folder / REPORT).write_text(json.dumps(report, indent=1))
 
@@ -161,7 +200,8 @@ def _make(
     run.record(artifact=artifact.name, inputs=meta["inputs"], **report)
     size = table.size()
     run.say(
-        f"{artifact.name}: {size['episodes']} episodes of {size['transitions']} transitions, of {report['in']['transitions']}; why the others went: {REPORT}"
+        f"{artifact.name}: {size['episodes']} episodes of {size['transitions']} transitions, of"
+        f" {report['in']['transitions']}; why the others went: {REPORT}"
     )
     return artifact
 
@@ -172,7 +212,15 @@ def _inputs(cfg: CurateConfig, storage: Storage) -> list[Artifact]:
 
 def _id(cfg: CurateConfig, ids: list[str], operations: list[Named]) -> str:
     what = identity(cfg, without=["workers", "data", "operations"])
-    return fingerprint("datasets", "curate", what, ids, [{"op": o.name, **o.params()} for o in operations], VERSIONS["curate"], SCHEMA)
+    return fingerprint(
+        "datasets",
+        "curate",
+        what,
+        ids,
+        [{"op": o.name, **o.params()} for o in operations],
+        VERSIONS["curate"],
+        SCHEMA,
+    )
 
 
 def _workers(cfg: CurateConfig, dataset: Dataset) -> int:
@@ -186,13 +234,18 @@ def _workers(cfg: CurateConfig, dataset: Dataset) -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _report(cfg: CurateConfig, table: Table, operations: list[Named], entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(
+    cfg: CurateConfig, table: Table, operations: list[Named], entries: list[dict[str, Any]]
+) -> dict[str, Any]:
     dataset = table.dataset
     every = np.arange(len(table.kept))
     before = [np.flatnonzero(dataset.part == i) for i in range(len(dataset.ids))]
     lengths = dataset.table["length"]
     return {
-        "datasets": [{"id": id, "episodes": len(some), "transitions": int(lengths[some].sum())} for id, some in zip(dataset.ids, before, strict=True)],
+        "datasets": [
+            {"id": id, "episodes": len(some), "transitions": int(lengths[some].sum())}
+            for id, some in zip(dataset.ids, before, strict=True)
+        ],
         "lineage": [{"op": named.name, **named.params()} for named in operations],
         "in": {"episodes": len(every), "transitions": int(lengths.sum())},
         "operations": entries,
@@ -205,26 +258,43 @@ def _report(cfg: CurateConfig, table: Table, operations: list[Named], entries: l
 def _warnings(table: Table, operations: list[Named]) -> list[str]:
     found = []
     names = [named.name for named in operations]
-    if "hold_out" in names and not {"exact_duplicates", "near_duplicates"} & set(names[: names.index("hold_out")]):
-        found.append("hold_out comes before any duplicates are removed, so copies may lie in both splits; put exact_duplicates first")
+    if "hold_out" in names and not {"exact_duplicates", "near_duplicates"} & set(
+        names[: names.index("hold_out")]
+    ):
+        found.append(
+            "hold_out comes before any duplicates are removed, so copies may lie in both splits;"
+            " put exact_duplicates first"
+        )
     if not table.sizes()["valid"]["episodes"]:
         found.append("no episode is left for validation; add {op: hold_out, share: 0.1}")
     success = table.dataset.table["success"]
     if (success == 0).any() and not (success[table.kept] == 0).any():
-        found.append("no failed episode is left: a world that never saw a failure promises agents that there is none; add {op: failures, share: 0.1}")
+        found.append(
+            "no failed episode is left: a world that never saw a failure promises agents that there"
+            " is none; add {op: failures, share: 0.1}"
+        )
     return found
 
 
 def _gone(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     signs = {"dropped": 1, "cut": 1, "put back": -1}
-    return [{"reason": f"{e['op']}: {row['reason']}", "steps": signs[row["what"]] * row["transitions"]} for e in entries for row in e["reasons"]]
+    return [
+        {"reason": f"{e['op']}: {row['reason']}", "steps": signs[row["what"]] * row["transitions"]}
+        for e in entries
+        for row in e["reasons"]
+    ]
 
 
-def _write(folder: Path, cfg: CurateConfig, id: str, table: Table, update: Callable[[int], None]) -> None:
+def _write(
+    folder: Path, cfg: CurateConfig, id: str, table: Table, update: Callable[[int], None]
+) -> None:
     dataset = table.dataset
     versions = {manifest.environment.version for manifest in dataset.manifests}
     rules = {manifest.environment.success for manifest in dataset.manifests}
-    same = {"version": versions.pop() if len(versions) == 1 else "", "success": rules.pop() if len(rules) == 1 else None}
+    same = {
+        "version": versions.pop() if len(versions) == 1 else "",
+        "success": rules.pop() if len(rules) == 1 else None,
+    }
     kept = np.flatnonzero(table.kept)
     writer = DatasetWriter(
         folder,
@@ -260,13 +330,22 @@ def _write(folder: Path, cfg: CurateConfig, id: str, table: Table, update: Calla
         update(done)
     writer.close()
     ids = np.array(dataset.ids)
-    origin = {"episode": pa.array(dataset.table["index"][kept] if alone else np.arange(len(kept))), "dataset": pa.array(ids[dataset.part[kept]], pa.string())}
-    pq.write_table(pa.table({**origin, "index": pa.array(dataset.table["index"][kept])}), folder / ORIGIN)
+    origin = {
+        "episode": pa.array(dataset.table["index"][kept] if alone else np.arange(len(kept))),
+        "dataset": pa.array(ids[dataset.part[kept]], pa.string()),
+    }
+    pq.write_table(
+        pa.table({**origin, "index": pa.array(dataset.table["index"][kept])}), folder / ORIGIN
+    )
 
 
 def _rows(dataset: Dataset, shard: int, first: int, length: int) -> dict[str, Array]:
-    """`manifest.ARRAYS` of an episode, its first `length` transitions: the last row is an observation alone."""
-    rows = {name: np.array(dataset.array(shard, name)[first : first + length + 1]) for name in ARRAYS}
+    """`manifest.ARRAYS` of an episode, its first `length` transitions: the last row is an
+    observation alone.
+    """
+    rows = {
+        name: np.array(dataset.array(shard, name)[first : first + length + 1]) for name in ARRAYS
+    }
     for name in ("act_num", "act_cat", "reward", "terminated"):
         rows[name][-1] = 0
     if not np.isnan(rows["duration"][-1]):
@@ -275,10 +354,23 @@ def _rows(dataset: Dataset, shard: int, first: int, length: int) -> dict[str, Ar
 
 
 def _dropped(table: Table) -> pa.Table:
-    """One row for each episode and operation that dropped, cut or put it back; `transitions`, negative where put back, add up to what is not here."""
+    """One row for each episode and operation that dropped, cut or put it back; `transitions`,
+    negative where put back, add up to what is not here.
+    """
     dataset, ids = table.dataset, np.array(table.dataset.ids)
     columns: dict[str, list[Any]] = {
-        name: [] for name in ("dataset", "episode", "operation", "op", "what", "reason", "transitions", "of_dataset", "of_episode")
+        name: []
+        for name in (
+            "dataset",
+            "episode",
+            "operation",
+            "op",
+            "what",
+            "reason",
+            "transitions",
+            "of_dataset",
+            "of_episode",
+        )
     }
     for event in table.events:
         count, sign = len(event.episodes), -1 if event.kind == "put back" else 1
@@ -289,7 +381,23 @@ def _dropped(table: Table) -> pa.Table:
             columns[name].append(pa.repeat(pa.scalar(text, pa.string()), count))
         columns["transitions"].append(pa.array(sign * event.transitions))
         of = event.of
-        columns["of_dataset"].append(pa.nulls(count, pa.string()) if of is None else pa.array(ids[dataset.part[of]], pa.string()))
-        columns["of_episode"].append(pa.nulls(count, pa.int64()) if of is None else pa.array(dataset.table["index"][of]))
-    types = {"episode": pa.int64(), "operation": pa.int64(), "transitions": pa.int64(), "of_episode": pa.int64()}
-    return pa.table({name: pa.chunked_array(parts, types.get(name, pa.string())) for name, parts in columns.items()})
+        columns["of_dataset"].append(
+            pa.nulls(count, pa.string())
+            if of is None
+            else pa.array(ids[dataset.part[of]], pa.string())
+        )
+        columns["of_episode"].append(
+            pa.nulls(count, pa.int64()) if of is None else pa.array(dataset.table["index"][of])
+        )
+    types = {
+        "episode": pa.int64(),
+        "operation": pa.int64(),
+        "transitions": pa.int64(),
+        "of_episode": pa.int64(),
+    }
+    return pa.table(
+        {
+            name: pa.chunked_array(parts, types.get(name, pa.string()))
+            for name, parts in columns.items()
+        }
+    )

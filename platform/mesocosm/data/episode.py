@@ -9,12 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Outcome = Literal["terminated", "truncated", "unfinished"]
-"""terminated: the environment ended it; truncated: a time limit did; unfinished: the budget of steps ran out."""
+"""terminated: the environment ended it; truncated: a time limit did; unfinished: the budget of
+steps ran out.
+"""
 
 
 @dataclass
 class Episode:
-    """One episode of T transitions. Observations and actions are raw values of their Gymnasium spaces."""
+    """One episode of T transitions. Observations and actions are raw values of their Gymnasium
+    spaces.
+    """
 
     index: int
     """k: the episode is a function of (reality config, seed, k)"""

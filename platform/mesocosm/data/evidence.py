@@ -1,4 +1,5 @@
-"""What logs can show a world: whether actions vary freely where observations agree, and which rewards occur.
+"""What logs can show a world: whether actions vary freely where observations agree, and which
+rewards occur.
 
 A world learns p(next observation | observation, action). Where the logs' action follows from the
 observation, the effect of the action cannot be told from that of the observation: a world that
@@ -28,7 +29,8 @@ NEIGHBOURS = 8
 FIXED_NUMBER, FIXED_CATEGORY = 0.05, 0.1
 """A part of the action whose free share is at most this follows from the observation.
 
-The share of a policy that switches between categories is overestimated: states gather where it switches.
+The share of a policy that switches between categories is overestimated: states gather where it
+switches.
 """
 WINDOW = 10
 """Consecutive steps over which rewards are averaged."""
@@ -44,7 +46,8 @@ class Evidence:
     transitions: int
     """Compared for `free`."""
     free: dict[str, float]
-    """Share of the variance of each part of the action that the observation leaves open, by name."""
+    """Share of the variance of each part of the action that the observation leaves open, by name.
+    """
     fixed: list[str]
     """Those parts that follow from the observation."""
     best_return: float
@@ -64,11 +67,13 @@ class Evidence:
         """A sentence where the effect of some part of the action is not identified."""
         if not self.known or not self.fixed:
             return None
-        named = ", ".join(f"{name} ({self.free[name]:.1%} of its variance is free)" for name in self.fixed[:3])
+        named = ", ".join(
+            f"{name} ({self.free[name]:.1%} of its variance is free)" for name in self.fixed[:3]
+        )
         more = f" and {len(self.fixed) - 3} more" if len(self.fixed) > 3 else ""
         return (
             f"in the logs the action follows from the observation: {named}{more}; a world that "
-            f"ignores it fits as well, so add logs in which it varies, such as random or noisy ones"
+            "ignores it fits as well, so add logs in which it varies, such as random or noisy ones"
         )
 
     def unexplained(self, earned: float, steps: float) -> str | None:
@@ -80,16 +85,19 @@ class Evidence:
         """
         rate = earned / max(steps, 1.0)
         slack = MARGIN * (self.high_rate - self.low_rate) + 1e-3 * abs(self.high_rate)
-        # Fewer steps than WINDOW may earn what WINDOW logged ones did: a goal that is reached sooner.
+        # Fewer steps than WINDOW may earn what WINDOW logged ones did: a goal that is reached
+        # sooner.
         if min(rate, earned / max(steps, WINDOW)) > self.high_rate + slack:
             return (
-                f"it earns {rate:.4g} a step in the world, and no {WINDOW} consecutive steps of the "
-                f"logs average more than {self.high_rate:.4g}; judge it in reality before it is trusted"
+                f"it earns {rate:.4g} a step in the world, and no {WINDOW} consecutive steps of the"
+                f" logs average more than {self.high_rate:.4g}; judge it in reality before it is"
+                " trusted"
             )
         if self.known and self.fixed and earned > self.best_return + slack:
             return (
-                f"it earns {earned:.4g} in the world and the best logged episode {self.best_return:.4g}, "
-                f"but the logs do not show what actions do; judge it in reality before it is trusted"
+                f"it earns {earned:.4g} in the world and the best logged episode"
+                f" {self.best_return:.4g}, but the logs do not show what actions do; judge it in"
+                " reality before it is trusted"
             )
         return None
 
@@ -109,13 +117,19 @@ def evidence(dataset: Dataset, *, seed: int = 0) -> Evidence:
     sample = replace(sample, values=features.of(dataset, sample.episodes, sample.raw))
     free = free_shares(sample, features, codec, seed=seed) if len(sample) >= FEWEST else {}
     numbers = set(codec.labels())
-    fixed = [name for name, share in free.items() if share <= (FIXED_NUMBER if name in numbers else FIXED_CATEGORY)]
+    fixed = [
+        name
+        for name, share in free.items()
+        if share <= (FIXED_NUMBER if name in numbers else FIXED_CATEGORY)
+    ]
     low, high = reward_rates(dataset)
     best = float(dataset.table["total_reward"].max())
     return Evidence(len(sample), free, fixed, best, low, high)
 
 
-def free_shares(sample: Sample, features: Features, codec: SpaceCodec, *, seed: int) -> dict[str, float]:
+def free_shares(
+    sample: Sample, features: Features, codec: SpaceCodec, *, seed: int
+) -> dict[str, float]:
     """Var(part of the action | observation) / Var(part), by the part's name; 0 for a constant part.
 
     Half the mean squared difference of two actions at a state and its k-th neighbour estimates the
@@ -132,7 +146,10 @@ def free_shares(sample: Sample, features: Features, codec: SpaceCodec, *, seed: 
             spread, apart = 2.0 * values.var(), (values[places] - values[:, None]) ** 2
         else:
             counts = np.unique(values, return_counts=True)[1] / len(values)
-            spread, apart = 1.0 - (counts**2).sum(), (values[places] != values[:, None]).astype(float)
+            spread, apart = (
+                1.0 - (counts**2).sum(),
+                (values[places] != values[:, None]).astype(float),
+            )
         x = (distances**2 if squared else distances).mean(0)
         y = apart.mean(0) / spread if spread > 1e-12 else np.zeros(NEIGHBOURS)
         centred = x - x.mean()
@@ -144,7 +161,8 @@ def free_shares(sample: Sample, features: Features, codec: SpaceCodec, *, seed: 
 def _neighbours(states: Array, episodes: Array, seed: int) -> tuple[Array, Array]:
     """(distances, places) [N, NEIGHBOURS] of the nearest states of other episodes.
 
-    The episodes are dealt to folds, as in `coverage.own_gaps`. Of a single episode, itself excepted.
+    The episodes are dealt to folds, as in `coverage.own_gaps`. Of a single episode, itself
+    excepted.
     """
     distinct, member = np.unique(episodes, return_inverse=True)
     if len(distinct) < 2:
@@ -174,7 +192,11 @@ def _parts(sample: Sample, codec: SpaceCodec) -> Iterator[tuple[str, Array, bool
             yield leaf.name, np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1), False
         else:
             for i in range(codes.shape[1]):
-                yield (leaf.name if codes.shape[1] == 1 else f"{leaf.name}[{i}]"), codes[:, i], False
+                yield (
+                    (leaf.name if codes.shape[1] == 1 else f"{leaf.name}[{i}]"),
+                    codes[:, i],
+                    False,
+                )
 
 
 def reward_rates(dataset: Dataset) -> tuple[float, float]:

@@ -1,8 +1,11 @@
-"""The job `import`: logs that others made, Parquet or JSONL of a documented schema (docs/import.md), into a dataset.
+"""The job `import`: logs that others made, Parquet or JSONL of a documented schema
+(docs/import.md), into a dataset.
 
-Two passes over the files, both streaming and, with `workers`, parallel on Ray Data: the first finds what is wrong and what the values are, the
-second writes. Nothing is written before the first is through. The same files and config make the same bytes, whoever reads them; an import
-that was killed goes on from its last whole shard when it is run again (progress.py). No ledger is touched: whoever made the logs has paid for them.
+Two passes over the files, both streaming and, with `workers`, parallel on Ray Data: the first finds
+what is wrong and what the values are, the second writes. Nothing is written before the first is
+through. The same files and config make the same bytes, whoever reads them; an import that was
+killed goes on from its last whole shard when it is run again (progress.py). No ledger is touched:
+whoever made the logs has paid for them.
 """
 
 from __future__ import annotations
@@ -49,28 +52,42 @@ class ImportConfig(JobConfig):
     paths: list[str] = field(default_factory=list)
     """Files, patterns or folders, in order; on the command line they need no key."""
     reality: RealityConfig = field(default_factory=RealityConfig)
-    """`env`: the environment that the logs are of, which gives the spaces and against which every value is checked; empty infers the spaces.
-    Nothing is stepped and nothing paid."""
+    """`env`: the environment that the logs are of, which gives the spaces and against which every
+    value is checked; empty infers the spaces. Nothing is stepped and nothing paid.
+    """
     columns: dict[str, str] = field(default_factory=dict)
-    """What the files call a column of the schema, where they call it otherwise: columns.observation=obs."""
+    """What the files call a column of the schema, where they call it otherwise:
+    columns.observation=obs.
+    """
     per_file: bool = False
     """Each file numbers its episodes for itself; without an episode column each is one."""
     bad: str = "refuse"
-    """What is done with an episode in which something is wrong: refuse (the import, naming file and row), or drop (the episode, counting why)."""
+    """What is done with an episode in which something is wrong: refuse (the import, naming file and
+    row), or drop (the episode, counting why).
+    """
     workers: int | None = None
-    """Tasks of Ray Data at a time; 0 reads in this process; null is 0 below 256 MiB of input, and else as many as there are CPUs."""
+    """Tasks of Ray Data at a time; 0 reads in this process; null is 0 below 256 MiB of input, and
+    else as many as there are CPUs.
+    """
     valid_fraction: float = 0.1
-    """Share of the episodes held out for validation; 0 holds none out. Fewer than 5 episodes may all be trained on."""
+    """Share of the episodes held out for validation; 0 holds none out. Fewer than 5 episodes may
+    all be trained on.
+    """
 
 
 def check(cfg: ImportConfig) -> None:
     """Raise UsageError on the first value that cannot be meant. Reads no file."""
     if cfg.bad not in ("refuse", "drop"):
-        raise UsageError(f"bad={cfg.bad!r} is unknown; use 'refuse' or 'drop'{nearest(cfg.bad, ['refuse', 'drop'])}")
+        raise UsageError(
+            f"bad={cfg.bad!r} is unknown; use 'refuse' or"
+            f" 'drop'{nearest(cfg.bad, ['refuse', 'drop'])}"
+        )
     if cfg.workers is not None and cfg.workers < 0:
         raise UsageError(f"workers={cfg.workers} cannot be; give at least 0")
     if not 0 <= cfg.valid_fraction < 1:
-        raise UsageError(f"valid_fraction={cfg.valid_fraction} is no share; give a number from 0 to below 1")
+        raise UsageError(
+            f"valid_fraction={cfg.valid_fraction} is no share; give a number from 0 to below 1"
+        )
     check_bounds(cfg.reality)
     if cfg.reality.success is not None:
         parse_success(cfg.reality.success)
@@ -98,8 +115,8 @@ def plan(cfg: ImportConfig) -> dict[str, Any]:
 def run(cfg: ImportConfig, run: Run) -> Artifact:
     """Import, or find the dataset that the same files made before.
 
-    Raises UsageError before anything is written: no such file or environment, a column that is missing, anything wrong with a row (named
-    with its file), no episode that can be kept.
+    Raises UsageError before anything is written: no such file or environment, a column that is
+    missing, anything wrong with a row (named with its file), no episode that can be kept.
     """
     check(cfg)
     files = sources(cfg.paths, fetch=True)
@@ -108,7 +125,15 @@ def run(cfg: ImportConfig, run: Run) -> Artifact:
         sums = list(pool.map(_checksum, files))
     what = identity(cfg, without=["paths", "workers", *PAID])
     known = _facts(cfg)
-    id = fingerprint("datasets", "import", what, sums, "" if known is None else known.version, VERSIONS["import"], SCHEMA)
+    id = fingerprint(
+        "datasets",
+        "import",
+        what,
+        sums,
+        "" if known is None else known.version,
+        VERSIONS["import"],
+        SCHEMA,
+    )
     with run.making("datasets", id, cfg) as artifact:
         if artifact is None:
             with progress(run.storage.local_path("scratch"), id, anew=cfg.force) as kept:
@@ -120,7 +145,15 @@ def run(cfg: ImportConfig, run: Run) -> Artifact:
         return artifact
 
 
-def _import(cfg: ImportConfig, run: Run, id: str, kept: Progress, files: list[Source], sums: list[str], stamps: list[tuple[int, tuple[str, ...]]]) -> Artifact:
+def _import(
+    cfg: ImportConfig,
+    run: Run,
+    id: str,
+    kept: Progress,
+    files: list[Source],
+    sums: list[str],
+    stamps: list[tuple[int, tuple[str, ...]]],
+) -> Artifact:
     workers = _workers(cfg, files)
     found = kept.looked()
     if found is None:
@@ -132,34 +165,68 @@ def _import(cfg: ImportConfig, run: Run, id: str, kept: Progress, files: list[So
         looked = _look(cfg, files, workers, lambda rows: None, found)
     report = looked.report()
     for row in report["columns"]:
-        run.say(f"  {row['column']} {row['type']}: {row['became']}" + (f" ({row['how']})" if row["how"] else ""))
+        run.say(
+            f"  {row['column']} {row['type']}: {row['became']}"
+            + (f" ({row['how']})" if row["how"] else "")
+        )
     for row in report["left_out"]:
-        run.say(f"  left out: {row['episodes']} episodes of {row['rows']} rows: {row['reason']} (first at {row['first']})")
+        run.say(
+            f"  left out: {row['episodes']} episodes of {row['rows']} rows: {row['reason']} (first"
+            f" at {row['first']})"
+        )
     for warning in report["warnings"]:
         run.say(f"warning: {warning}")
-    about: list[dict[str, Any]] = [{"name": f.name, "sha256": s, "bytes": size} for f, s, (size, _) in zip(files, sums, stamps, strict=True)]
+    about: list[dict[str, Any]] = [
+        {"name": f.name, "sha256": s, "bytes": size}
+        for f, s, (size, _) in zip(files, sums, stamps, strict=True)
+    ]
     counts, inputs = looked.counts(), {"files": [fingerprint("files", sums)]}
-    meta = {"inputs": inputs, "config": identity(cfg), "job": "import", "run": run.id, "counts": counts, "files": about}
+    meta = {
+        "inputs": inputs,
+        "config": identity(cfg),
+        "job": "import",
+        "run": run.id,
+        "counts": counts,
+        "files": about,
+    }
 
     def fill(folder: Path) -> None:
         with run.progress("write the dataset", counts["transitions"]) as update:
-            _write(kept, cfg, id, looked, workers, lambda done: update(done, f"{done:,}/{counts['transitions']:,} transitions"))
+            _write(
+                kept,
+                cfg,
+                id,
+                looked,
+                workers,
+                lambda done: update(done, f"{done:,}/{counts['transitions']:,} transitions"),
+            )
         if _stamps(files) != stamps:
             kept.forget()
-            raise MesocosmError("a file changed while it was imported; import again when nothing writes to the logs")
+            raise MesocosmError(
+                "a file changed while it was imported; import again when nothing writes to the logs"
+            )
         kept.give(folder)
-        (folder / REPORT).write_text(json.dumps({**report, "files": [{**f, "name": Path(f["name"]).name} for f in about]}, indent=1))
+        (folder / REPORT).write_text(
+            json.dumps(
+                {**report, "files": [{**f, "name": Path(f["name"]).name} for f in about]}, indent=1
+            )
+        )
 
     artifact = run.storage.make("datasets", id, meta, fill, force=cfg.force)
     run.record(artifact=artifact.name, inputs=inputs, **report)
-    run.say(f"{artifact.name}: {counts['episodes']} episodes of {counts['transitions']} transitions; nothing was paid")
+    run.say(
+        f"{artifact.name}: {counts['episodes']} episodes of {counts['transitions']} transitions;"
+        " nothing was paid"
+    )
     return artifact
 
 
 def _stamps(sources: Sequence[Source]) -> list[tuple[int, tuple[str, ...]]]:
     """Of each its bytes, and what changes when it does."""
     found = [[stamp(path) for path in source.files] for source in sources]
-    return [(sum(size for size, _ in stamps), tuple(mark for _, mark in stamps)) for stamps in found]
+    return [
+        (sum(size for size, _ in stamps), tuple(mark for _, mark in stamps)) for stamps in found
+    ]
 
 
 def _checksum(source: Source) -> str:
@@ -171,7 +238,9 @@ def _checksum(source: Source) -> str:
 def _facts(cfg: ImportConfig) -> EnvFacts | None:
     if not cfg.reality.env:
         return None
-    facts = facts_of(replace(cfg.reality, task=[], task_options={}))  # the reset options are the logs', not drawn
+    facts = facts_of(
+        replace(cfg.reality, task=[], task_options={})
+    )  # the reset options are the logs', not drawn
     check_spaces(*facts.spaces)
     return facts
 
@@ -187,13 +256,32 @@ def _workers(cfg: ImportConfig, files: Sequence[Source]) -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _look(cfg: ImportConfig, files: list[Source], workers: int, update: Callable[[int], None], found: Tally | None = None) -> Looked:
+def _look(
+    cfg: ImportConfig,
+    files: list[Source],
+    workers: int,
+    update: Callable[[int], None],
+    found: Tally | None = None,
+) -> Looked:
     """`found`: what an earlier process found, which is not looked for again."""
     known = _facts(cfg)
-    schema = read_schema(files, cfg.columns, cfg.per_file, files[0].spaces if known is None else known.spaces, cfg.reality.bounds)
-    pieces = [replace(piece, number=n) for n, piece in enumerate(piece for i, source in enumerate(files) for piece in source.pieces(i))]
+    schema = read_schema(
+        files,
+        cfg.columns,
+        cfg.per_file,
+        files[0].spaces if known is None else known.spaces,
+        cfg.reality.bounds,
+    )
+    pieces = [
+        replace(piece, number=n)
+        for n, piece in enumerate(
+            piece for i, source in enumerate(files) for piece in source.pieces(i)
+        )
+    ]
     joiner = Joiner([source.name for source in files], schema.layout, cfg.bad == "drop")
-    for batch in stream(Work(schema, cfg.per_file), pieces, workers, cfg.ray) if found is None else ():
+    for batch in (
+        stream(Work(schema, cfg.per_file), pieces, workers, cfg.ray) if found is None else ()
+    ):
         for _ in joiner.add(batch):
             pass
         update(sum(joiner.tally.rows.values()))
@@ -201,7 +289,10 @@ def _look(cfg: ImportConfig, files: list[Source], workers: int, update: Callable
         pass
     tally = joiner.tally if found is None else found
     if not tally.transitions:
-        none = f"each of the {tally.empty} has one row, and nothing says what its action led to; give next_observation"
+        none = (
+            f"each of the {tally.empty} has one row, and nothing says what its action led to; give"
+            " next_observation"
+        )
         first = next(iter(tally.examples.values()), none if tally.empty else "there is none")
         raise UsageError(f"no episode can be kept: {first}")
     spaces = schema.spaces_of(tally.stats)
@@ -216,15 +307,31 @@ def _task(cfg: ImportConfig, schema: Schema, observation: Space) -> list[str]:
     codec = SpaceCodec(observation, "observation")
     for name in options:
         if codec.matching(name):
-            raise UsageError(f"task.{name} is a reset option and {name!r} a key of the observation too; rename one of them")
+            raise UsageError(
+                f"task.{name} is a reset option and {name!r} a key of the observation too; rename"
+                " one of them"
+            )
     for name in cfg.reality.task:
         if name not in options and not codec.matching(name):
-            known = [*options, *(".".join(map(str, leaf.path)) for leaf in codec.leaves if leaf.path)]
-            raise UsageError(f"reality.task names {name!r}, which is no key of the observation and no field of the column task{nearest(name, known)}")
+            known = [
+                *options,
+                *(".".join(map(str, leaf.path)) for leaf in codec.leaves if leaf.path),
+            ]
+            raise UsageError(
+                f"reality.task names {name!r}, which is no key of the observation and no field of"
+                f" the column task{nearest(name, known)}"
+            )
     return [*cfg.reality.task, *(name for name in options if name not in cfg.reality.task)]
 
 
-def _write(kept: Progress, cfg: ImportConfig, id: str, looked: Looked, workers: int, update: Callable[[int], None]) -> None:
+def _write(
+    kept: Progress,
+    cfg: ImportConfig,
+    id: str,
+    looked: Looked,
+    workers: int,
+    update: Callable[[int], None],
+) -> None:
     reality = cfg.reality
     environment = Environment(
         id=reality.env,
@@ -244,10 +351,18 @@ def _write(kept: Progress, cfg: ImportConfig, id: str, looked: Looked, workers: 
         valid_fraction=cfg.valid_fraction,
     )
     codecs = SpaceCodec(looked.spaces[0], "observation"), SpaceCodec(looked.spaces[1], "action")
-    joiner, done = kept.restore(writer, [source.name for source in looked.files], looked.schema.layout, cfg.bad == "drop")
+    joiner, done = kept.restore(
+        writer, [source.name for source in looked.files], looked.schema.layout, cfg.bad == "drop"
+    )
     begin, skip = joiner.next
-    pieces = [replace(piece, skip=skip if piece.number == begin else 0) for piece in looked.pieces[begin:]]
-    succeeded = None if reality.success is None or reality.success.strip().startswith("info") else parse_success(reality.success)
+    pieces = [
+        replace(piece, skip=skip if piece.number == begin else 0) for piece in looked.pieces[begin:]
+    ]
+    succeeded = (
+        None
+        if reality.success is None or reality.success.strip().startswith("info")
+        else parse_success(reality.success)
+    )
 
     def batches() -> Iterator[Closed]:
         for batch in stream(Work(looked.schema, cfg.per_file, codecs), pieces, workers, cfg.ray):
@@ -284,16 +399,26 @@ def _write(kept: Progress, cfg: ImportConfig, id: str, looked: Looked, workers: 
 
 def _rows(episode: Closed) -> dict[str, Array]:
     """`manifest.ARRAYS` of an episode: T+1 rows, the last one an observation alone."""
-    joined = {name: np.concatenate([part[name] for part in episode.parts]) for name in episode.parts[0]}
+    joined = {
+        name: np.concatenate([part[name] for part in episode.parts]) for name in episode.parts[0]
+    }
     length = episode.length
     rows: dict[str, Array] = {}
     for kind in ("num", "cat"):
         seen = joined[f"obs_{kind}"][: length + 1]
-        rows[f"obs_{kind}"] = seen if len(seen) == length + 1 else np.concatenate([seen, joined[f"next_{kind}"][length - 1 : length]])
+        rows[f"obs_{kind}"] = (
+            seen
+            if len(seen) == length + 1
+            else np.concatenate([seen, joined[f"next_{kind}"][length - 1 : length]])
+        )
     for name in ("act_num", "act_cat", "reward", "terminated"):
         kept = joined[name][:length]
         rows[name] = np.concatenate([kept, np.zeros((1, *kept.shape[1:]), kept.dtype)])
     timed = "duration" in joined and not np.isnan(joined["duration"][0])
-    rows["duration"] = np.concatenate([joined["duration"][:length], np.zeros(1)]) if timed else np.full(length + 1, np.nan)
+    rows["duration"] = (
+        np.concatenate([joined["duration"][:length], np.zeros(1)])
+        if timed
+        else np.full(length + 1, np.nan)
+    )
     rows["step"] = np.arange(length + 1, dtype=np.int32)
     return rows

@@ -1,9 +1,10 @@
-"""Where samples lie: sample number -> shard, episode, first transition. What is kept of a dataset are a few integers a shard, and the episodes of the
-shards that were looked at last.
+"""Where samples lie: sample number -> shard, episode, first transition. What is kept of a dataset
+are a few integers a shard, and the episodes of the shards that were looked at last.
 
-Order. Without blocks an epoch is one keyed permutation of all windows. With blocks of B shards it is a keyed permutation of the shards, cut into blocks
-of B, and a keyed permutation of the windows within each block: at a sample only its block must be on this machine, and the next is known. The shards
-of a block are others in every epoch.
+Order. Without blocks an epoch is one keyed permutation of all windows. With blocks of B shards it
+is a keyed permutation of the shards, cut into blocks of B, and a keyed permutation of the windows
+within each block: at a sample only its block must be on this machine, and the next is known. The
+shards of a block are others in every epoch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from mesocosm.data.permutation import key, permute
 
 Index = NDArray[np.int64]
 By = Literal["windows", "transitions", "terminals", "cuts"]
-"""What may be counted: training's windows, single transitions, terminals, and the windows that evaluation cuts from each episode's start."""
+"""What may be counted: training's windows, single transitions, terminals, and the windows that
+evaluation cuts from each episode's start.
+"""
 ORDER, SHIFT, TERMINAL, UNIFORM, BLOCK, SAMPLE = 1, 2, 3, 4, 5, 6
 """Salts of the independent draws."""
 EPISODES = 1 << 20
@@ -38,7 +41,9 @@ class Found:
     shards: Index
     """[K]"""
     facts: Index
-    """[K, 5]: LENGTH in transitions, FIRST_ROW within the shard, HASH, and the windows' least shift (LOW) and number of SHIFTS"""
+    """[K, 5]: LENGTH in transitions, FIRST_ROW within the shard, HASH, and the windows' least shift
+    (LOW) and number of SHIFTS
+    """
     options: NDArray[np.float64]
     """[K, k] of `Codec.option_rows`"""
     rest: Index
@@ -50,7 +55,9 @@ def merged(size: int, parts: Sequence[tuple[Index | slice, Found]]) -> Found:
     if len(parts) == 1:
         return parts[0][1]
     first = parts[0][1]
-    whole = Found(*(np.empty((size, *value.shape[1:]), value.dtype) for value in vars(first).values()))
+    whole = Found(
+        *(np.empty((size, *value.shape[1:]), value.dtype) for value in vars(first).values())
+    )
     for here, part in parts:
         for into, value in zip(vars(whole).values(), vars(part).values(), strict=True):
             into[here] = value
@@ -66,7 +73,16 @@ class _Episodes:
         table = records[chosen]
         length: Index = table["length"].astype(np.int64)
         counts, low, shifts = tiles(length, window)
-        self.facts: Index = np.stack([length, table["first_row"].astype(np.int64), table["hash"].astype(np.int64), low, shifts], 1)
+        self.facts: Index = np.stack(
+            [
+                length,
+                table["first_row"].astype(np.int64),
+                table["hash"].astype(np.int64),
+                low,
+                shifts,
+            ],
+            1,
+        )
         self.options = codec.option_rows(dataset.options, *dataset.shard_options(shard))[chosen]
         self._terminals = np.flatnonzero(table["outcome"] == OUTCOMES.index("terminated"))
         self._counts = {"windows": counts, "transitions": length, "cuts": -(-length // window)}
@@ -87,7 +103,9 @@ class Tables:
     def __init__(self, dataset: Dataset, codec: Codec, split: Split, window: int):
         self.dataset, self.codec, self._split, self._window = dataset, codec, split, window
         none = np.zeros((0, len(dataset.options)))
-        codec.option_rows(dataset.options, none, none.astype(np.int64))  # raises for a choice that the codec does not know
+        codec.option_rows(
+            dataset.options, none, none.astype(np.int64)
+        )  # raises for a choice that the codec does not know
         self._kept: OrderedDict[int, _Episodes] = OrderedDict()
         self._episodes = 0
         some = dataset.lengths[dataset.lengths["split"] == SPLITS.index(split)]
@@ -104,7 +122,9 @@ class Tables:
             np.add.at(self.counts[by], some["shard"], numbers)
 
     def find(self, by: By, shards: Index, ends: Index, numbers: Index) -> Found:
-        """`numbers` [K] count what there is in `shards` [s] in that order, of which `ends` [s] are the cumulated counts."""
+        """`numbers` [K] count what there is in `shards` [s] in that order, of which `ends` [s] are
+        the cumulated counts.
+        """
         position = np.searchsorted(ends, numbers, "right")
         chosen = shards[position]
         within = numbers - (ends - self.counts[by][shards])[position]
@@ -130,22 +150,40 @@ class Tables:
 class Order:
     """The windows of some shards in the order in which training sees them, epoch after epoch."""
 
-    def __init__(self, tables: Tables, shards: Index, seed: int, block: int | None, salt: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        tables: Tables,
+        shards: Index,
+        seed: int,
+        block: int | None,
+        salt: tuple[int, ...] = (),
+    ):
         self.tables, self._seed, self._block, self._salt = tables, seed, block, salt
         self.shards = shards
-        self.windows, self.transitions, self.terminals = (int(tables.counts[by][shards].sum()) for by in ("windows", "transitions", "terminals"))
+        self.windows, self.transitions, self.terminals = (
+            int(tables.counts[by][shards].sum()) for by in ("windows", "transitions", "terminals")
+        )
         self._epochs: OrderedDict[int, tuple[Index, Index]] = OrderedDict()
 
     def find(self, samples: Index) -> tuple[Found, Index]:
-        """`samples` [K], counted from 0 over all epochs -> their episodes, and the shift [K] that their windows have there."""
+        """`samples` [K], counted from 0 over all epochs -> their episodes, and the shift [K] that
+        their windows have there.
+        """
         epochs, positions = np.divmod(samples, self.windows)
         if self._block is None:
             numbers = permute(positions, self.windows, self._key(ORDER, epochs))
-            found = self.tables.find("windows", self.shards, np.cumsum(self.tables.counts["windows"][self.shards]), numbers)
+            found = self.tables.find(
+                "windows",
+                self.shards,
+                np.cumsum(self.tables.counts["windows"][self.shards]),
+                numbers,
+            )
         else:
             found = self._find_in_blocks(epochs, positions)
         draws = key(self._seed, SHIFT, epochs, found.facts[:, HASH])
-        shift = found.facts[:, LOW] + (draws % found.facts[:, SHIFTS].astype(np.uint64)).astype(np.int64)
+        shift = found.facts[:, LOW] + (draws % found.facts[:, SHIFTS].astype(np.uint64)).astype(
+            np.int64
+        )
         return found, shift
 
     def _find_in_blocks(self, epochs: Index, positions: Index) -> Found:
@@ -155,28 +193,43 @@ class Order:
             before = int(ends[block - 1]) if block else 0
             total = int(ends[block]) - before
             numbers = permute(positions[here] - before, total, self._key(ORDER, epoch, block))
-            parts.append((here, self.tables.find("windows", *self._within(epoch, block, "windows"), numbers)))
+            parts.append(
+                (here, self.tables.find("windows", *self._within(epoch, block, "windows"), numbers))
+            )
         return merged(len(positions), parts)
 
     def _blocks(self, epochs: Index, positions: Index) -> Iterator[tuple[int, int, Index]]:
         """[K] samples -> each epoch and block that some of them lie in, and where these stand."""
         for epoch in np.unique(epochs).tolist():
             inside = np.flatnonzero(epochs == epoch)
-            for block, which in grouped(np.searchsorted(self._epoch(epoch)[1], positions[inside], "right")):
+            for block, which in grouped(
+                np.searchsorted(self._epoch(epoch)[1], positions[inside], "right")
+            ):
                 yield epoch, block, inside[which]
 
     def _key(self, salt: int, *parts: Index | int) -> NDArray[np.uint64]:
         return key(self._seed, salt, *parts, *self._salt)
 
-    # -- blocks --------------------------------------------------------------------------------------------------
+    # -- blocks
+    # --------------------------------------------------------------------------------------------------
 
     def _epoch(self, epoch: int) -> tuple[Index, Index]:
         """The shards in an epoch's order, and the last window of each block, plus one."""
         if (found := self._epochs.get(epoch)) is None:
             assert self._block is not None
-            order = self.shards[permute(np.arange(len(self.shards)), len(self.shards), self._key(BLOCK, epoch))]
-            last = np.minimum(np.arange(self._block, len(order) + self._block, self._block), len(order)) - 1
-            found = self._epochs[epoch] = order, np.cumsum(self.tables.counts["windows"][order])[last]
+            order = self.shards[
+                permute(np.arange(len(self.shards)), len(self.shards), self._key(BLOCK, epoch))
+            ]
+            last = (
+                np.minimum(
+                    np.arange(self._block, len(order) + self._block, self._block), len(order)
+                )
+                - 1
+            )
+            found = self._epochs[epoch] = (
+                order,
+                np.cumsum(self.tables.counts["windows"][order])[last],
+            )
             if len(self._epochs) > 4:
                 self._epochs.popitem(last=False)
         return found
@@ -195,7 +248,9 @@ class Order:
         return epoch, int(np.searchsorted(self._epoch(epoch)[1], position, "right"))
 
     def near(self, first: int, last: int) -> tuple[list[int], list[int]]:
-        """The shards that samples `first`..`last` lie in, and those of the block after, where they lie in one block."""
+        """The shards that samples `first`..`last` lie in, and those of the block after, where they
+        lie in one block.
+        """
         at, end = self._at(first), self._at(last)
         now: list[int] = []
         one = at == end
@@ -209,11 +264,15 @@ class Order:
         sizes = sorted(map(self.tables.dataset.shard_bytes, self.shards.tolist()))
         return sum(sizes[-(self._block or len(sizes)) :])
 
-    # -- rare events ---------------------------------------------------------------------------------------------
+    # -- rare events
+    # ---------------------------------------------------------------------------------------------
 
     def draw(self, salt: int, order: Index, samples: Index) -> tuple[Found, Index, Index]:
-        """The `order`-th [K] of a walk round and round, over terminals (TERMINAL) or all transitions (UNIFORM), of all shards or of the block that
-        each of `samples` [K] lies in. Without a terminal there, over its transitions. Also [K]: how many terminals and transitions there are."""
+        """The `order`-th [K] of a walk round and round, over terminals (TERMINAL) or all
+        transitions (UNIFORM), of all shards or of the block that each of `samples` [K] lies in.
+        Without a terminal there, over its transitions. Also [K]: how many terminals and transitions
+        there are.
+        """
         counts, parts = self.tables.counts, list[tuple[Index | slice, Found]]()
         terminals, transitions = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
         blocks: Iterable[tuple[Any, ...]] = [(slice(None),)]
@@ -221,17 +280,27 @@ class Order:
             blocks = self._blocks(*np.divmod(samples, self.windows))
         for *where, here in blocks:
             shards = self._shards(*where) if where else self.shards
-            terminals[here], transitions[here] = (int(counts[by][shards].sum()) for by in ("terminals", "transitions"))
-            by: By = "terminals" if salt == TERMINAL and counts["terminals"][shards].any() else "transitions"
+            terminals[here], transitions[here] = (
+                int(counts[by][shards].sum()) for by in ("terminals", "transitions")
+            )
+            by: By = (
+                "terminals"
+                if salt == TERMINAL and counts["terminals"][shards].any()
+                else "transitions"
+            )
             total = int(counts[by][shards].sum())
             rounds, positions = np.divmod(order[here], total)
             numbers = permute(positions, total, self._key(salt, rounds, *where))
-            parts.append((here, self.tables.find(by, shards, np.cumsum(counts[by][shards]), numbers)))
+            parts.append(
+                (here, self.tables.find(by, shards, np.cumsum(counts[by][shards]), numbers))
+            )
         return merged(len(order), parts), terminals, transitions
 
 
 def tiles(length: NDArray[np.int64], window: int) -> tuple[Index, Index, Index]:
-    """How episodes of `length` [n] transitions are cut: how many windows each, the least shift, and of how many shifts one is drawn."""
+    """How episodes of `length` [n] transitions are cut: how many windows each, the least shift, and
+    of how many shifts one is drawn.
+    """
     least = -(-length // window)
     spare = least * window - length
     more = (least > 1) & (window - 1 - spare > spare + 1)

@@ -1,5 +1,6 @@
-"""Lanes on Ray: actors that run them, watched from the driver. A worker that is lost costs the steps it had not stored, and no
-episode: another worker tries the same episodes again."""
+"""Lanes on Ray: actors that run them, watched from the driver. A worker that is lost costs the
+steps it had not stored, and no episode: another worker tries the same episodes again.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +17,13 @@ from mesocosm.errors import MesocosmError
 START_TIMEOUT_S = 300.0
 """For a worker to get its CPU, start, import and make the environment."""
 SILENCE_S = 30.0
-"""Beyond the step's time limit, for a worker to answer at all: an environment that holds the interpreter lock cannot."""
+"""Beyond the step's time limit, for a worker to answer at all: an environment that holds the
+interpreter lock cannot.
+"""
 DEATHS = 3
-"""Workers that one episode may kill before it is dropped: a worker may also be killed by something else."""
+"""Workers that one episode may kill before it is dropped: a worker may also be killed by something
+else.
+"""
 SILENCES = 2
 """Workers that may fall silent in one episode before it is dropped."""
 
@@ -31,7 +36,9 @@ class Worker:
 
         self._ray, self._plan = ray, plan
         remote: Any = ray.remote
-        self._class = remote(num_cpus=1, max_restarts=0, concurrency_groups={"watch": 1})(LaneRunner)
+        self._class = remote(num_cpus=1, max_restarts=0, concurrency_groups={"watch": 1})(
+            LaneRunner
+        )
         self._actor: Any = None
         self.lane: Lane | None = None
         self.future: Any = None
@@ -62,7 +69,11 @@ class Worker:
     @property
     def under_way(self) -> int:
         """Steps that are not in storage yet, at the last pulse."""
-        return max(0, self._before + self._seen - self.lane.used) if self.lane is not None and self.doing == "advance" else 0
+        return (
+            max(0, self._before + self._seen - self.lane.used)
+            if self.lane is not None and self.doing == "advance"
+            else 0
+        )
 
     def result(self) -> Any:
         """The finished call's value. Raises what the worker raised; RayActorError if it died."""
@@ -74,21 +85,30 @@ class Worker:
             raise
 
     def trouble(self, timeout_s: float) -> tuple[str, list[Attempt] | None] | None:
-        """Why the worker must be given up, and what it has stored if it still answers; None while all is well.
+        """Why the worker must be given up, and what it has stored if it still answers; None while
+        all is well.
 
         Raises MesocosmError if the worker does not get to begin.
         """
         now = time.monotonic()
         if self.doing == "end":  # what was used is in storage before the environment is closed
-            return ("the environment's close hung", None) if now - self.since > timeout_s + SILENCE_S else None
+            return (
+                ("the environment's close hung", None)
+                if now - self.since > timeout_s + SILENCE_S
+                else None
+            )
         if self.doing != "advance":
             if now - self.since > START_TIMEOUT_S:
                 raise MesocosmError(
-                    f"a worker was not ready to collect in {START_TIMEOUT_S:g} s; lower workers to the free CPUs, or see why reality.env starts so late"
+                    f"a worker was not ready to collect in {START_TIMEOUT_S:g} s; lower workers to"
+                    " the free CPUs, or see why reality.env starts so late"
                 )
             return None
         if self._pulse is None:
-            self._pulse, self._pulse_since = self._actor.pulse.options(concurrency_group="watch").remote(timeout_s), now
+            self._pulse, self._pulse_since = (
+                self._actor.pulse.options(concurrency_group="watch").remote(timeout_s),
+                now,
+            )
             return None
         if self._ray.wait([self._pulse], timeout=0)[0]:
             pulse, self._pulse = self._pulse, None
@@ -98,7 +118,10 @@ class Worker:
                 return None  # its own call will say so
             return None if attempts is None else ("a step hung", attempts)
         if now - self._pulse_since > timeout_s + SILENCE_S:
-            return f"the environment's process did not answer for {now - self._pulse_since:.0f} s", None
+            return (
+                f"the environment's process did not answer for {now - self._pulse_since:.0f} s",
+                None,
+            )
         return None
 
     @property
@@ -111,7 +134,11 @@ class Worker:
         self._actor = self.future = self._pulse = None
 
     def halt(self) -> Any:
-        return None if self._actor is None else self._actor.halt.options(concurrency_group="watch").remote()
+        return (
+            None
+            if self._actor is None
+            else self._actor.halt.options(concurrency_group="watch").remote()
+        )
 
 
 class Losses:
@@ -123,11 +150,11 @@ class Losses:
         """By lane: the episode that was lost last, and how often."""
 
     def account(self, lane: Lane, reason: str, died: bool) -> list[Attempt]:
-        """The lane's attempts that are in storage and not recorded: those that the worker wrote before it was lost, or a
-        dropped one where this episode has cost too many workers.
+        """The lane's attempts that are in storage and not recorded: those that the worker wrote
+        before it was lost, or a dropped one where this episode has cost too many workers.
 
-        How many steps a lost worker took is not known. They are unconfirmed in the ledger, and no part of the lane's share:
-        so the dataset does not depend on how a worker was lost.
+        How many steps a lost worker took is not known. They are unconfirmed in the ledger, and no
+        part of the lane's share: so the dataset does not depend on how a worker was lost.
         """
         attempts = self._segments.attempts(lane.index, lane.tried, self._ledger)
         k, tries = self._tries.get(lane.index, (lane.k, 0))
@@ -147,8 +174,9 @@ class Losses:
 def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) -> None:
     """All lanes on `workers` Ray actors of one CPU each.
 
-    What may hang is the environment: its step and reset for `reality.step_timeout_s`, its close for SILENCE_S more (its data is
-    in storage by then). A behaviour that hangs is the caller's own code: nothing ends it but the caller.
+    What may hang is the environment: its step and reset for `reality.step_timeout_s`, its close for
+    SILENCE_S more (its data is in storage by then). A behaviour that hangs is the caller's own
+    code: nothing ends it but the caller.
     """
     import ray
 
@@ -159,7 +187,9 @@ def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) 
 
     def record(lane: Lane, attempts: Sequence[Attempt]) -> None:
         lane.record(attempts)
-        report(attempts, sum(each.used for each in lanes) + sum(worker.under_way for worker in team))
+        report(
+            attempts, sum(each.used for each in lanes) + sum(worker.under_way for worker in team)
+        )
         lane.check(segments, attempts[-1].reason if attempts else None)
 
     def lost(worker: Worker, reason: str, died: bool) -> None:
@@ -172,13 +202,16 @@ def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) 
             worker.deaths += 1
             if worker.deaths >= DEATHS:
                 raise MesocosmError(
-                    f"the process of a worker died {DEATHS} times while it made the environment; "
-                    f"correct reality.env={plan.reality.env!r}, or give each of workers={workers} more memory"
+                    f"the process of a worker died {DEATHS} times while it made the environment;"
+                    f" correct reality.env={plan.reality.env!r}, or give each of workers={workers}"
+                    " more memory"
                 )
         proceed(worker, fresh=False)
 
     def proceed(worker: Worker, *, fresh: bool) -> None:
-        """The next call of a worker whose last one is done; `fresh`: its environment is good for the next episode."""
+        """The next call of a worker whose last one is done; `fresh`: its environment is good for
+        the next episode.
+        """
         assert worker.lane is not None
         if worker.lane.left and fresh:
             worker.advance()
@@ -195,7 +228,9 @@ def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) 
         for worker in team:
             worker.begin(waiting.popleft())
         while busy := [worker for worker in team if worker.future is not None]:
-            ready, _ = ray.wait([worker.future for worker in busy], num_returns=1, timeout=min(0.5, timeout_s / 4))
+            ready, _ = ray.wait(
+                [worker.future for worker in busy], num_returns=1, timeout=min(0.5, timeout_s / 4)
+            )
             for worker in busy:
                 assert worker.lane is not None
                 if worker.future in ready:
@@ -209,7 +244,9 @@ def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) 
                     if worker.doing == "advance":
                         fresh = value is not None
                         if value is None:  # another process has written this lane
-                            value = segments.attempts(worker.lane.index, worker.lane.tried, plan.open_ledger())
+                            value = segments.attempts(
+                                worker.lane.index, worker.lane.tried, plan.open_ledger()
+                            )
                         record(worker.lane, value)
                         fresh = fresh and not worker.lane.failed
                     proceed(worker, fresh=fresh)

@@ -1,8 +1,10 @@
-"""Lanes: who collects which episode. Lane l of L runs the episodes l, l + L, l + 2L, ... until its own share of steps is used.
+"""Lanes: who collects which episode. Lane l of L runs the episodes l, l + L, l + 2L, ... until its
+own share of steps is used.
 
-The lanes, not the workers, decide what is collected: an episode is a function of (config, seed, k) and a lane's share is
-fixed, so any number of workers, or none, makes the same episodes. Each lane has an environment of its own, and writes its
-episodes to storage as they end (`segments`): a collection that was killed goes on after them.
+The lanes, not the workers, decide what is collected: an episode is a function of (config, seed, k)
+and a lane's share is fixed, so any number of workers, or none, makes the same episodes. Each lane
+has an environment of its own, and writes its episodes to storage as they end (`segments`): a
+collection that was killed goes on after them.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from mesocosm.reality.sturdy import MAX_FAILURES
 from mesocosm.storage import Storage
 
 SEGMENT_S = 0.1
-"""Episodes that end within so many seconds are written together: what a crash makes a lane pay again, beside the episode
-that it was at. It is longer where storage is so slow that writing would take more than OVERHEAD of the time."""
+"""Episodes that end within so many seconds are written together: what a crash makes a lane pay
+again, beside the episode that it was at. It is longer where storage is so slow that writing would
+take more than OVERHEAD of the time.
+"""
 BLOCK = 1024
 """Steps that a lane reserves ahead, at most."""
 
@@ -79,7 +83,9 @@ class Lane:
     refused: bool = False
     """The ledger has no more steps for it."""
     careful: bool = False
-    """A worker was lost with it: from then on each episode is written by itself, so that it is known which one kills."""
+    """A worker was lost with it: from then on each episode is written by itself, so that it is
+    known which one kills.
+    """
 
     @property
     def k(self) -> int:
@@ -93,18 +99,24 @@ class Lane:
     def record(self, attempts: Iterable[Attempt]) -> None:
         """Count attempts that are in storage."""
         for attempt in attempts:
-            assert attempt.index == self.k and attempt.steps <= self.share - self.used, (attempt, self)
+            assert attempt.index == self.k and attempt.steps <= self.share - self.used, (
+                attempt,
+                self,
+            )
             self.failed = [] if attempt.reason is None else [*self.failed, self.tried]
             self.used += attempt.steps
             self.tried += 1
             self.refused = attempt.spent is not None
 
     def check(self, segments: Segments, reason: str | None) -> None:
-        """Raise MesocosmError after MAX_FAILURES failures in a row; the next run tries those episodes again."""
+        """Raise MesocosmError after MAX_FAILURES failures in a row; the next run tries those
+        episodes again.
+        """
         if len(self.failed) >= MAX_FAILURES:
             segments.forget(self.index, self.failed)
             raise MesocosmError(
-                f"{len(self.failed)} episodes in a row failed ({reason}); no dataset was written, and the steps stay spent: correct reality.env"
+                f"{len(self.failed)} episodes in a row failed ({reason}); no dataset was written,"
+                " and the steps stay spent: correct reality.env"
             )
 
 
@@ -114,7 +126,9 @@ def split(steps: int, lanes: int) -> list[Lane]:
 
 
 class LaneRunner:
-    """Runs lanes' episodes, one lane at a time. Also the body of a Ray actor, where a second thread calls `pulse` and `halt`."""
+    """Runs lanes' episodes, one lane at a time. Also the body of a Ray actor, where a second thread
+    calls `pulse` and `halt`.
+    """
 
     def __init__(self, plan: Plan):
         if plan.imports not in sys.path:
@@ -130,7 +144,9 @@ class LaneRunner:
         self._pending: list[tuple[Attempt, Rows | None]] = []
         """Finished attempts that are not in storage yet."""
         self._written: list[Attempt] | None = []
-        """What this call of `advance` has put there; None: another process has written this lane meanwhile."""
+        """What this call of `advance` has put there; None: another process has written this lane
+        meanwhile.
+        """
         self._over = True
         """This call of `advance` may write nothing more."""
         self._began = 0
@@ -144,7 +160,10 @@ class LaneRunner:
         self.end()
         env = make_env(self.plan.reality)
         if self._codecs is None:
-            self._codecs = SpaceCodec(env.observation_space, "observation"), SpaceCodec(env.action_space, "action")
+            self._codecs = (
+                SpaceCodec(env.observation_space, "observation"),
+                SpaceCodec(env.action_space, "action"),
+            )
         self._env = MeteredEnv(
             env,
             self._ledger,
@@ -156,11 +175,12 @@ class LaneRunner:
         )
 
     def advance(self, lane: Lane) -> list[Attempt] | None:
-        """Try the lane's next episodes until they are worth a segment; write it and confirm its steps.
+        """Try the lane's next episodes until they are worth a segment; write it and confirm its
+        steps.
 
-        A failure of the environment, or a value that is not of its spaces, is an attempt without an episode, and
-        the last of the call: then `begin` anew. Returns None where another process has written this lane: then
-        read it from storage.
+        A failure of the environment, or a value that is not of its spaces, is an attempt without an
+        episode, and the last of the call: then `begin` anew. Returns None where another process has
+        written this lane: then read it from storage.
         """
         assert self._env is not None, "begin comes first"
         since = time.monotonic()
@@ -206,17 +226,24 @@ class LaneRunner:
         self._over = True
 
     def _write(self) -> None:
-        """Put what is pending into storage, then confirm its steps. Once only, whichever thread comes first."""
+        """Put what is pending into storage, then confirm its steps. Once only, whichever thread
+        comes first.
+        """
         with signals.delayed(), self._lock:
             env, pending = self._env, self._pending
             if self._over or self._written is None or not pending or env is None:
                 return
             attempts = [attempt for attempt, _ in pending]
             rows = [row for _, row in pending if row is not None]
-            lane, first = self._lane.index, (attempts[0].index - self._lane.index) // self._lane.lanes
+            lane, first = (
+                self._lane.index,
+                (attempts[0].index - self._lane.index) // self._lane.lanes,
+            )
 
             def record(usage: Usage, beyond: tuple[int, int]) -> bool:
-                return self._segments.write(lane, first, attempts, rows, self._ledger.id, usage, beyond)
+                return self._segments.write(
+                    lane, first, attempts, rows, self._ledger.id, usage, beyond
+                )
 
             steps = sum(attempt.steps for attempt in attempts)
             if env.meter.settle(steps, len(attempts), record):
@@ -230,11 +257,21 @@ class LaneRunner:
         assert codecs is not None
         name = label(plan.behaviours[which])
         if which not in self._acts:
-            self._acts[which] = build(plan.behaviours[which], env.observation_space, env.action_space, self._storage)
+            self._acts[which] = build(
+                plan.behaviours[which], env.observation_space, env.action_space, self._storage
+            )
         self._began, spent = env.meter.steps, None
         try:
             reality = narrowed(plan.reality, plan.behaviours[which])
-            episode: Episode | None = run_episode(env, self._acts[which], k=k, seed=plan.seed, behaviour=name, max_steps=max_steps, config=reality)
+            episode: Episode | None = run_episode(
+                env,
+                self._acts[which],
+                k=k,
+                seed=plan.seed,
+                behaviour=name,
+                max_steps=max_steps,
+                config=reality,
+            )
         except EpisodeCut as cut:
             episode, spent = cut.episode, str(cut)
         except EpisodeError as error:
@@ -256,8 +293,9 @@ class LaneRunner:
             close(env.env)
 
     def pulse(self, timeout_s: float) -> tuple[int, list[Attempt] | None]:
-        """(steps taken in this lane, and where a step has hung all that this call of `advance` has written: the hanging episode is
-        dropped, and no further one can begin)"""
+        """(steps taken in this lane, and where a step has hung all that this call of `advance` has
+        written: the hanging episode is dropped, and no further one can begin)
+        """
         env = self._env
         if env is None:
             return 0, None
@@ -285,11 +323,15 @@ class LaneRunner:
 
 
 Report = Callable[[Sequence[Attempt], int], None]
-"""Called with the attempts that are new in storage, and the real steps that this run and earlier ones have stored or that are under way."""
+"""Called with the attempts that are new in storage, and the real steps that this run and earlier
+ones have stored or that are under way.
+"""
 
 
 def run_here(plan: Plan, lanes: Sequence[Lane], report: Report) -> None:
-    """All lanes in this process, without Ray. Nothing can end a step or a close that hangs: `reality.step_timeout_s` needs workers."""
+    """All lanes in this process, without Ray. Nothing can end a step or a close that hangs:
+    `reality.step_timeout_s` needs workers.
+    """
     runner, segments = LaneRunner(plan), plan.segments()
     try:
         for lane in lanes:

@@ -1,11 +1,13 @@
-"""Where a table keeps the values of a space: as a list column, a struct, or flattened columns `observation.0`, `observation.pose.x`.
+"""Where a table keeps the values of a space: as a list column, a struct, or flattened columns
+`observation.0`, `observation.pose.x`.
 
     observation: list<float>[4]                        one leaf of shape (4,)
     observation.0 ... observation.3: float             the same leaf
     observation: struct<pose: list<float>[2], n: int>  two leaves, at ("pose",) and ("n",)
     observation.pose: list<float>[2], observation.n    the same two leaves
 
-Keys 0..n-1 are a vector where they are flattened columns of numbers (or of booleans), and otherwise a Tuple.
+Keys 0..n-1 are a vector where they are flattened columns of numbers (or of booleans), and otherwise
+a Tuple.
 """
 
 from __future__ import annotations
@@ -78,13 +80,18 @@ class Leaf:
 
 
 def explore(schema: pa.Schema, part: str) -> Node | None:
-    """What the table has of `part` ("observation"); None where it has nothing. Raises UsageError where it has it twice."""
+    """What the table has of `part` ("observation"); None where it has nothing. Raises UsageError
+    where it has it twice.
+    """
     names = [name for name in schema.names if name == part or name.startswith(part + ".")]
     if not names:
         return None
     if part in names:
         if len(names) > 1:
-            raise UsageError(f"the table has the column {part!r} and the flattened column {names[names.index(part) - 1]!r}, so {part} twice; drop one of them")
+            raise UsageError(
+                f"the table has the column {part!r} and the flattened column"
+                f" {names[names.index(part) - 1]!r}, so {part} twice; drop one of them"
+            )
         return _expand(Column(part, (), schema.field(part).type))
     root: dict[str, Node] = {}
     for name in names:
@@ -93,10 +100,15 @@ def explore(schema: pa.Schema, part: str) -> Node | None:
         for key in above:
             child = at.setdefault(key, {})
             if not isinstance(child, dict):
-                raise UsageError(f"the table has the column {child.name!r} and below it {name!r}; drop one of them")
+                raise UsageError(
+                    f"the table has the column {child.name!r} and below it {name!r}; drop one of"
+                    " them"
+                )
             at = child
         if last in at:
-            raise UsageError(f"the table has the column {name!r} and others below it; drop one of them")
+            raise UsageError(
+                f"the table has the column {name!r} and others below it; drop one of them"
+            )
         at[last] = _expand(Column(name, (), schema.field(name).type))
     return root
 
@@ -105,7 +117,10 @@ def _expand(column: Column) -> Node:
     if not is_.is_struct(column.type):
         return column
     fields = [column.type.field(i) for i in range(column.type.num_fields)]
-    return {field.name: _expand(Column(column.name, (*column.fields, field.name), field.type)) for field in fields}
+    return {
+        field.name: _expand(Column(column.name, (*column.fields, field.name), field.type))
+        for field in fields
+    }
 
 
 def innermost(type: pa.DataType) -> tuple[pa.DataType, int]:
@@ -133,7 +148,9 @@ def is_vector(node: Mapping[str, Node]) -> bool:
     if sorted(node) != sorted(str(i) for i in range(len(node))):
         return False
     columns = list(node.values())
-    if not all(isinstance(c, Column) and not c.fields and innermost(c.type)[1] == 0 for c in columns):
+    if not all(
+        isinstance(c, Column) and not c.fields and innermost(c.type)[1] == 0 for c in columns
+    ):
         return False
     return {kind_of(c.type) for c in columns if isinstance(c, Column)} in ({"number"}, {"bool"})
 
@@ -142,15 +159,20 @@ def is_tuple(node: Mapping[str, Node]) -> bool:
     return sorted(node) == sorted(str(i) for i in range(len(node)))
 
 
-# -- without an environment: leaves as the table has them --------------------------------------------------------------
+# -- without an environment: leaves as the table has them
+# --------------------------------------------------------------
 
 
 def infer(node: Node, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Leaf]:
-    """The leaves of `part`. `shapes`: of list columns, by label, from the first row. Raises UsageError on a type that no space holds."""
+    """The leaves of `part`. `shapes`: of list columns, by label, from the first row. Raises
+    UsageError on a type that no space holds.
+    """
     return list(_infer(node, part, (), shapes))
 
 
-def _infer(node: Node, name: str, path: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Leaf]:
+def _infer(
+    node: Node, name: str, path: tuple[str, ...], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[Leaf]:
     if isinstance(node, dict):
         if is_vector(node):
             columns = tuple(node[str(i)] for i in range(len(node)))
@@ -164,9 +186,15 @@ def _infer(node: Node, name: str, path: tuple[str, ...], shapes: Mapping[str, tu
         return
     kind = kind_of(node.type)
     if kind is None:
-        raise UsageError(f"column {node.label!r} has the type {node.type}, which no space holds; give numbers, booleans, strings, or lists and structs of them")
+        raise UsageError(
+            f"column {node.label!r} has the type {node.type}, which no space holds; give numbers,"
+            " booleans, strings, or lists and structs of them"
+        )
     if kind == "text" and innermost(node.type)[1]:
-        raise UsageError(f"column {node.label!r} is a list of strings, which no space holds; give one string, or a struct of them")
+        raise UsageError(
+            f"column {node.label!r} is a list of strings, which no space holds; give one string, or"
+            " a struct of them"
+        )
     yield Leaf(name, path, (node,), kind, shapes.get(node.label, ()), None)
 
 
@@ -183,29 +211,49 @@ def build(leaves: Sequence[Leaf], found: Mapping[str, Space], depth: int = 0) ->
     return spaces.Dict(list(children.items()))
 
 
-# -- with an environment: its leaves, found in the table ---------------------------------------------------------------
+# -- with an environment: its leaves, found in the table
+# ---------------------------------------------------------------
 
 
 def match(space: Space, node: Node, part: str) -> tuple[list[Leaf], list[str]]:
-    """The leaves of an environment's space, and the columns that it has no place for. Raises UsageError where a leaf has no column of its kind."""
+    """The leaves of an environment's space, and the columns that it has no place for. Raises
+    UsageError where a leaf has no column of its kind.
+    """
     unused: list[str] = []
-    leaves = [_matched(leaf.space, leaf.name, tuple(map(str, leaf.path)), leaf.shape, node, part, unused) for leaf in SpaceCodec(space, part).leaves]
+    leaves = [
+        _matched(leaf.space, leaf.name, tuple(map(str, leaf.path)), leaf.shape, node, part, unused)
+        for leaf in SpaceCodec(space, part).leaves
+    ]
     taken = {column.label for leaf in leaves for column in leaf.columns}
     return leaves, [column.label for column in columns_of(node) if column.label not in taken]
 
 
-def _matched(space: Space, name: str, path: tuple[str, ...], shape: tuple[int, ...], node: Node, part: str, unused: list[str]) -> Leaf:
+def _matched(
+    space: Space,
+    name: str,
+    path: tuple[str, ...],
+    shape: tuple[int, ...],
+    node: Node,
+    part: str,
+    unused: list[str],
+) -> Leaf:
     at: Node | None = node
     for key in path:
         at = at.get(key) if isinstance(at, dict) else None
     if at is None:
         have = ", ".join(column.label for column in columns_of(node))
-        raise UsageError(f"the environment's space has {name} ({space}) and the table has no such column (it has {have}); add it, or leave --env out")
+        raise UsageError(
+            f"the environment's space has {name} ({space}) and the table has no such column (it has"
+            f" {have}); add it, or leave --env out"
+        )
     if isinstance(at, dict):
         size = int(np.prod(shape))
         if not (is_vector(at) and len(shape) == 1 and len(at) == size):
             have = ", ".join(column.label for column in columns_of(at))
-            raise UsageError(f"the environment's {name} is {space} and the table has {have}; give one column, or {size} flattened ones, or leave --env out")
+            raise UsageError(
+                f"the environment's {name} is {space} and the table has {have}; give one column, or"
+                f" {size} flattened ones, or leave --env out"
+            )
         columns = tuple(at[str(i)] for i in range(size))
     else:
         columns = (at,)
@@ -214,7 +262,10 @@ def _matched(space: Space, name: str, path: tuple[str, ...], shape: tuple[int, .
     if not kinds <= wanted:
         column = columns[0]
         assert isinstance(column, Column)
-        raise UsageError(f"column {column.label!r} has the type {column.type} where the environment's {name} is {space}; convert it, or leave --env out")
+        raise UsageError(
+            f"column {column.label!r} has the type {column.type} where the environment's {name} is"
+            f" {space}; convert it, or leave --env out"
+        )
     kind = "text" if wanted == {"text"} else "bool" if kinds == {"bool"} else "number"
     return Leaf(name, path, columns, kind, shape, space)  # type: ignore[arg-type]
 
@@ -227,7 +278,8 @@ def columns_of(node: Node) -> Iterator[Column]:
         yield from columns_of(child)
 
 
-# -- values ------------------------------------------------------------------------------------------------------------
+# -- values
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -243,15 +295,27 @@ class Values:
 
 
 def take(table: pa.Table, leaf: Leaf) -> Values:
-    """A leaf's values. A column that the table has not (a JSON batch without it) is missing in every row."""
+    """A leaf's values. A column that the table has not (a JSON batch without it) is missing in
+    every row.
+    """
     arrays = [_column(table, column) for column in leaf.columns]
     for column, array in zip(leaf.columns, arrays, strict=True):
         if not is_.is_null(innermost(array.type)[0]) and kind_of(array.type) != leaf.kind:
-            raise RowError(_first(array), f"{column.label} is {array.type} where it is {leaf.kind} before (mixed dtypes); give one type")
-    parts = [_values(array, leaf.kind, leaf.shape if len(leaf.columns) == 1 else ()) for array in arrays]
+            raise RowError(
+                _first(array),
+                f"{column.label} is {array.type} where it is {leaf.kind} before (mixed dtypes);"
+                " give one type",
+            )
+    parts = [
+        _values(array, leaf.kind, leaf.shape if len(leaf.columns) == 1 else ()) for array in arrays
+    ]
     if len(parts) == 1:
         return parts[0]
-    return Values(np.stack([p.array for p in parts], 1), np.any([p.missing for p in parts], 0), np.zeros(table.num_rows, bool))
+    return Values(
+        np.stack([p.array for p in parts], 1),
+        np.any([p.missing for p in parts], 0),
+        np.zeros(table.num_rows, bool),
+    )
 
 
 def _column(table: pa.Table, column: Column) -> pa.Array:
@@ -261,10 +325,15 @@ def _column(table: pa.Table, column: Column) -> pa.Array:
     array = chunked.combine_chunks() if chunked.num_chunks != 1 else chunked.chunk(0)
     for field in column.fields:
         if not is_.is_null(array.type) and not is_.is_struct(array.type):
-            raise RowError(_first(array), f"{column.name} is a {array.type} where the first row has a struct; give one type")
+            raise RowError(
+                _first(array),
+                f"{column.name} is a {array.type} where the first row has a struct; give one type",
+            )
         if is_.is_null(array.type) or array.type.get_field_index(field) < 0:
             return pa.nulls(table.num_rows)
-        array = array.flatten()[array.type.get_field_index(field)]  # flatten, unlike field, knows of the struct's own nulls
+        array = array.flatten()[
+            array.type.get_field_index(field)
+        ]  # flatten, unlike field, knows of the struct's own nulls
     return array
 
 
@@ -276,20 +345,32 @@ def _values(array: pa.Array, kind: Kind, shape: tuple[int, ...]) -> Values:
     if is_.is_dictionary(array.type):
         array = array.dictionary_decode()
     rows = len(array)
-    missing = np.zeros(rows, bool) if array.null_count == 0 else array.is_null().to_numpy(zero_copy_only=False)
+    missing = (
+        np.zeros(rows, bool)
+        if array.null_count == 0
+        else array.is_null().to_numpy(zero_copy_only=False)
+    )
     listed = innermost(array.type)[1] > 0
     if not shape or not listed:
-        wrong = ~missing if bool(shape) != listed and not is_.is_null(array.type) else np.zeros(rows, bool)
+        wrong = (
+            ~missing
+            if bool(shape) != listed and not is_.is_null(array.type)
+            else np.zeros(rows, bool)
+        )
         if wrong.any() or is_.is_null(array.type):
             return Values(_zeros(kind, rows, shape), missing, wrong)
         return Values(_scalars(array, kind), missing, wrong)
     lengths = pc.list_value_length(array).fill_null(-1).to_numpy(zero_copy_only=False)
     wrong = ~missing & (lengths != shape[0])
     good = ~(missing | wrong)
-    inner = _values((array if good.all() else array.filter(pa.array(good))).flatten(), kind, shape[1:])
+    inner = _values(
+        (array if good.all() else array.filter(pa.array(good))).flatten(), kind, shape[1:]
+    )
     kept = int(good.sum())
     values = inner.array.reshape(kept, *shape)
-    bad, off = (np.asarray(mask.reshape(kept, shape[0]).any(1)) for mask in (inner.missing, inner.misshapen))
+    bad, off = (
+        np.asarray(mask.reshape(kept, shape[0]).any(1)) for mask in (inner.missing, inner.misshapen)
+    )
     if kept == rows:
         return Values(values, bad, off)
     full = np.zeros((rows, *shape), values.dtype)
@@ -298,7 +379,11 @@ def _values(array: pa.Array, kind: Kind, shape: tuple[int, ...]) -> Values:
 
 
 def _zeros(kind: Kind, rows: int, shape: tuple[int, ...]) -> Array:
-    return np.full((rows, *shape), "", object) if kind == "text" else np.zeros((rows, *shape), bool if kind == "bool" else np.int64)
+    return (
+        np.full((rows, *shape), "", object)
+        if kind == "text"
+        else np.zeros((rows, *shape), bool if kind == "bool" else np.int64)
+    )
 
 
 def _scalars(array: pa.Array, kind: Kind) -> Array:

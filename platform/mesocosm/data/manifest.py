@@ -1,4 +1,6 @@
-"""What a dataset says of itself: `manifest.json`, the tables of its episodes, and how many of each length there are."""
+"""What a dataset says of itself: `manifest.json`, the tables of its episodes, and how many of each
+length there are.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ OUTCOMES = ("terminated", "truncated", "unfinished")
 SPLITS = ("train", "valid")
 
 ARRAYS = ("obs_num", "obs_cat", "act_num", "act_cat", "reward", "terminated", "duration", "step")
-"""A shard's memory-mapped arrays, one row an observation (T+1 rows an episode); an episode never spans two shards.
+"""A shard's memory-mapped arrays, one row an observation (T+1 rows an episode); an episode never
+spans two shards.
 
-obs_num [rows, n] float64 raw, obs_cat [rows, m] unsigned, act_num, act_cat alike (zeros in an episode's last row), reward [rows] float64,
-terminated [rows] bool, duration [rows] float64 seconds (NaN where not given), step [rows] int32.
+obs_num [rows, n] float64 raw, obs_cat [rows, m] unsigned, act_num, act_cat alike (zeros in an
+episode's last row), reward [rows] float64, terminated [rows] bool, duration [rows] float64 seconds
+(NaN where not given), step [rows] int32.
 """
 
 EPISODES = np.dtype(
@@ -49,14 +53,20 @@ LENGTHS = np.dtype(
         ("episodes", "<i8"),  # that are alike in all of the above
     ]
 )
-"""`lengths.npy`: all that must be known of the episodes to count windows of any size, terminals and transitions. Its size is bounded by the shards
-(of R rows each: not more than 4 sqrt(2 R) records), not by the episodes."""
+"""`lengths.npy`: all that must be known of the episodes to count windows of any size, terminals and
+transitions. Its size is bounded by the shards (of R rows each: not more than 4 sqrt(2 R) records),
+not by the episodes.
+"""
 
 
 def lengths_of(table: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """[E] EPISODES -> [n] LENGTHS, sorted."""
     kinds = np.empty(len(table), LENGTHS.descr[:-1])
-    kinds["shard"], kinds["split"], kinds["length"] = table["shard"], table["split"], table["length"]
+    kinds["shard"], kinds["split"], kinds["length"] = (
+        table["shard"],
+        table["split"],
+        table["length"],
+    )
     kinds["terminated"] = table["outcome"] == OUTCOMES.index("terminated")
     distinct, episodes = np.unique(kinds, return_counts=True)
     found = np.empty(len(distinct), LENGTHS)
@@ -146,10 +156,14 @@ class Manifest(_Model):
         try:
             return Manifest.model_validate_json(path.read_text())
         except OSError as error:
-            raise ArtifactError(f"{str(folder)!r} is not a dataset: {MANIFEST} cannot be read ({error.strerror}); give a datasets/<id>") from error
+            raise ArtifactError(
+                f"{str(folder)!r} is not a dataset: {MANIFEST} cannot be read ({error.strerror});"
+                " give a datasets/<id>"
+            ) from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ArtifactError(
-                f"{str(path)!r} is not a manifest of schema {SCHEMA}: {where}: {first['msg']}; make it again by its job with --force"
+                f"{str(path)!r} is not a manifest of schema {SCHEMA}: {where}: {first['msg']}; make"
+                " it again by its job with --force"
             ) from error

@@ -1,4 +1,6 @@
-"""Keyed permutations of 0..n-1 in O(1) memory, and the 64-bit mixer they are made of. Vectorised numpy, no state."""
+"""Keyed permutations of 0..n-1 in O(1) memory, and the 64-bit mixer they are made of. Vectorised
+numpy, no state.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,18 @@ from numpy.typing import NDArray
 U64 = NDArray[np.uint64]
 ROUNDS = 4
 MASK = 2**64 - 1
-GOLDEN, M1, M2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+GOLDEN, M1, M2 = (
+    np.uint64(0x9E3779B97F4A7C15),
+    np.uint64(0xBF58476D1CE4E5B9),
+    np.uint64(0x94D049BB133111EB),
+)
 S30, S27, S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
 def mix(values: NDArray[Any]) -> U64:
-    """splitmix64's finaliser (Steele, Lea and Flood 2014) over an integer array: a bijection of 64-bit integers with full avalanche."""
+    """splitmix64's finaliser (Steele, Lea and Flood 2014) over an integer array: a bijection of
+    64-bit integers with full avalanche.
+    """
     z = values.astype(np.uint64)
     z += GOLDEN
     z ^= z >> S30
@@ -28,7 +36,9 @@ def mix(values: NDArray[Any]) -> U64:
 
 
 def key(*parts: NDArray[Any] | int) -> U64:
-    """Fold integers, and integer arrays broadcast against each other, into 64-bit keys of at least one dimension."""
+    """Fold integers, and integer arrays broadcast against each other, into 64-bit keys of at least
+    one dimension.
+    """
     state = np.zeros(1, np.uint64)
     for part in parts:
         array = np.array([part & MASK], np.uint64) if isinstance(part, int) else part
@@ -37,10 +47,12 @@ def key(*parts: NDArray[Any] | int) -> U64:
 
 
 def permute(index: NDArray[Any], n: int, keys: U64) -> NDArray[np.int64]:
-    """Where position `index` [B] goes under the permutation of 0..n-1 that `keys` ([B] or [1]) names: [B] int64.
+    """Where position `index` [B] goes under the permutation of 0..n-1 that `keys` ([B] or [1])
+    names: [B] int64.
 
-    A Feistel network over Z_a x Z_b with a*b the least such product near n (a = ceil(sqrt n)), as in Black and Rogaway's "Ciphers with
-    Arbitrary Finite Domains" (2002), and cycle walking over the fewer than a values above n.
+    A Feistel network over Z_a x Z_b with a*b the least such product near n (a = ceil(sqrt n)), as
+    in Black and Rogaway's "Ciphers with Arbitrary Finite Domains" (2002), and cycle walking over
+    the fewer than a values above n.
     """
     assert n > 0
     a = math.isqrt(n - 1) + 1

@@ -1,4 +1,5 @@
-"""How far an import has come, kept on this machine, so that one that was killed goes on with the shard that it was at.
+"""How far an import has come, kept on this machine, so that one that was killed goes on with the
+shard that it was at.
 
 looked.json       what the first pass found, once it is through
 data/             the dataset so far
@@ -43,8 +44,12 @@ class Progress:
     def keep_looked(self, tally: Tally) -> None:
         self._write("looked.json", TALLY.dump_json(tally))
 
-    def restore(self, writer: DatasetWriter, names: Sequence[str], layout: Layout, drop: bool) -> tuple[Joiner, int]:
-        """The joiner as it was after the last whole shard, and how many transitions there are. `writer` is as it was, too."""
+    def restore(
+        self, writer: DatasetWriter, names: Sequence[str], layout: Layout, drop: bool
+    ) -> tuple[Joiner, int]:
+        """The joiner as it was after the last whole shard, and how many transitions there are.
+        `writer` is as it was, too.
+        """
         known: list[int | str] = []
         last: dict[str, Any] = {}
         for shard in itertools.count():
@@ -72,14 +77,21 @@ class Progress:
             np.save(file, table, allow_pickle=False)
             file.flush()
             os.fsync(file.fileno())
-        self._write(f"{name}.json", json.dumps({"next": joiner.next, "number": joiner.number, "names": names, "writer": state}).encode())
+        self._write(
+            f"{name}.json",
+            json.dumps(
+                {"next": joiner.next, "number": joiner.number, "names": names, "writer": state}
+            ).encode(),
+        )
 
     def _write(self, name: str, data: bytes) -> None:
         write_synced(str(self.folder / f"{name}.tmp"), data)
         replace(self.folder / f"{name}.tmp", self.folder / name)
 
     def give(self, folder: Path) -> None:
-        """The dataset, now whole, into `folder`; it stays here too, until `folder` has come to where it belongs."""
+        """The dataset, now whole, into `folder`; it stays here too, until `folder` has come to
+        where it belongs.
+        """
         shutil.copytree(self.data, folder, copy_function=os.link, dirs_exist_ok=True)
 
     def forget(self) -> None:
@@ -91,9 +103,11 @@ class Progress:
 
 @contextmanager
 def progress(scratch: Path, id: str, *, anew: bool) -> Iterator[Progress]:
-    """What an earlier import of `id` left in `scratch`, unless `anew`; kept where the block fails, removed where it ends.
+    """What an earlier import of `id` left in `scratch`, unless `anew`; kept where the block fails,
+    removed where it ends.
 
-    For the holder of the dataset's lease: no other process of this root is at work in the folder."""
+    For the holder of the dataset's lease: no other process of this root is at work in the folder.
+    """
     folder = scratch / f"import-{id}"
     kept = Progress(folder)
     if anew:

@@ -1,7 +1,9 @@
-"""A batch of rows of the documented schema, checked: each row by itself, and against the row before it.
+"""A batch of rows of the documented schema, checked: each row by itself, and against the row before
+it.
 
-What is wrong with a row is a `Problem`, kept with the run of rows of its episode; nothing here raises because of a value. A batch says of its
-first and last row what the next and the former batch must fit (`Edge`), so that batches may be read in any process and joined in order.
+What is wrong with a row is a `Problem`, kept with the run of rows of its episode; nothing here
+raises because of a value. A batch says of its first and last row what the next and the former batch
+must fit (`Edge`), so that batches may be read in any process and joined in order.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -45,7 +48,9 @@ class Layout:
     observation: list[Leaf]
     action: list[Leaf]
     following: list[Leaf]
-    """The leaves of next_observation, one for one those of `observation`; empty where the table has none"""
+    """The leaves of next_observation, one for one those of `observation`; empty where the table has
+    none
+    """
     task: list[Leaf]
     present: frozenset[str]
     """Those of OPTIONAL that are there"""
@@ -60,9 +65,13 @@ class Layout:
 
 
 class Block:
-    """One batch of rows as arrays, with what is wrong with each row. Raises UsageError where a column has no episode or step."""
+    """One batch of rows as arrays, with what is wrong with each row. Raises UsageError where a
+    column has no episode or step.
+    """
 
-    def __init__(self, table: pa.Table, layout: Layout, name: Callable[[Key], Key] = lambda key: key):
+    def __init__(
+        self, table: pa.Table, layout: Layout, name: Callable[[Key], Key] = lambda key: key
+    ):
         self.layout, self.rows = layout, table.num_rows
         self._bad: dict[int, tuple[str, Callable[[int], str]]] = {}
         self._wrong = np.zeros(self.rows, bool)
@@ -74,14 +83,23 @@ class Block:
         actions = [take(table, leaf) for leaf in layout.action]
         self.final = np.all([a.missing for a in actions], 0)
         acted = ~self.final
-        self.action = [self._checked(leaf, values, acted) for leaf, values in zip(layout.action, actions, strict=True)]
+        self.action = [
+            self._checked(leaf, values, acted)
+            for leaf, values in zip(layout.action, actions, strict=True)
+        ]
         self.reward = self._number(table, "reward", acted)
         self.duration, self.timed = self._durations(table, acted)
-        self.terminated, self.truncated = self._flag(table, "terminated", acted), self._flag(table, "truncated", acted)
+        self.terminated, self.truncated = (
+            self._flag(table, "terminated", acted),
+            self._flag(table, "truncated", acted),
+        )
         self.following: list[Array] | None = None
         if layout.following:
             following = [take(table, leaf) for leaf in layout.following]
-            self.following = [self._checked(leaf, values, acted) for leaf, values in zip(layout.following, following, strict=True)]
+            self.following = [
+                self._checked(leaf, values, acted)
+                for leaf, values in zip(layout.following, following, strict=True)
+            ]
         self.behaviours = texts(table, "behaviour", IMPORTED)
         self.tasks = self._options(table)
         self.seeds = [UNKNOWN_SEED if s is None else int(s) for s in optional(table, "seed", int)]
@@ -89,24 +107,52 @@ class Block:
         self._pairs()
 
     def _durations(self, table: pa.Table, acted: Array) -> tuple[Array | None, Array]:
-        """(seconds, NaN where a row has none; which rows have one). An episode has one at every step or at none, which `follow` checks."""
+        """(seconds, NaN where a row has none; which rows have one). An episode has one at every
+        step or at none, which `follow` checks.
+        """
         if "duration" not in self.layout.present:
             return None, np.zeros(self.rows, bool)
-        timed = acted & table.column("duration").is_valid().to_numpy() if "duration" in table.column_names else np.zeros(self.rows, bool)
+        timed = (
+            acted & table.column("duration").is_valid().to_numpy()
+            if "duration" in table.column_names
+            else np.zeros(self.rows, bool)
+        )
         seconds = self._number(table, "duration", timed)
-        self._mark(timed & (seconds < 0), "wrong value", lambda row: f"duration is {seconds[row]:g} {self._at(row)}, which is negative; give seconds")
+        self._mark(
+            timed & (seconds < 0),
+            "wrong value",
+            lambda row: (
+                f"duration is {seconds[row]:g} {self._at(row)}, which is negative; give seconds"
+            ),
+        )
         return np.where(timed, seconds, np.nan), timed
 
     def _mark_unusable(self, table: pa.Table, unnamed: Array) -> None:
         """Rows of which the reader, or a missing episode or step, says that they cannot be used."""
         if PROBLEM in table.column_names:
             texts = table.column(PROBLEM).to_pylist()
-            self._mark(np.array([text is not None for text in texts]), "unreadable episode", lambda row: str(texts[row]))
+            self._mark(
+                np.array([text is not None for text in texts]),
+                "unreadable episode",
+                lambda row: str(texts[row]),
+            )
         every = "every row must say which episode it is of"
-        self._mark(unnamed, "missing value", lambda row: f"episode is missing in a row beside episode {self.keys[row]!r}; {every}")
-        self._mark(self.unnumbered, "missing value", lambda row: f"step is missing in a row of episode {self.keys[row]!r}; every row must have a whole number")
+        self._mark(
+            unnamed,
+            "missing value",
+            lambda row: f"episode is missing in a row beside episode {self.keys[row]!r}; {every}",
+        )
+        self._mark(
+            self.unnumbered,
+            "missing value",
+            lambda row: (
+                f"step is missing in a row of episode {self.keys[row]!r}; every row must have a"
+                " whole number"
+            ),
+        )
 
-    # -- one row -----------------------------------------------------------------------------------------------------
+    # -- one row
+    # -----------------------------------------------------------------------------------------------------
 
     def _mark(self, mask: Array, reason: str, text: Callable[[int], str]) -> None:
         """Only a row's first problem is kept."""
@@ -118,48 +164,107 @@ class Block:
     def _at(self, row: int) -> str:
         return f"at step {self.steps[row]} of episode {self.keys[row]!r}"
 
+    def _fault(self, text: str, row: int, end: str = "") -> str:
+        return f"{text} {self._at(row)}{end}"
+
     def _leaf(self, table: pa.Table, leaf: Leaf) -> Array:
         return self._checked(leaf, take(table, leaf), np.ones(self.rows, bool))
 
     def _checked(self, leaf: Leaf, values: Values, there: Array) -> Array:
         array, name = values.array, leaf.name
-        self._mark(values.missing & there, "missing value", lambda row: f"{name} is missing {self._at(row)}")
+        self._mark(
+            values.missing & there,
+            "missing value",
+            lambda row: f"{name} is missing {self._at(row)}",
+        )
         self._mark(
             values.misshapen & there,
             "wrong shape",
-            lambda row: f"{name} has not the shape {leaf.shape} {self._at(row)}, as it has in the first row or the space",
+            lambda row: (
+                f"{name} has not the shape {leaf.shape} {self._at(row)}, as it has in the first row"
+                " or the space"
+            ),
         )
         flat = array.reshape(self.rows, -1)
         if array.dtype.kind == "f":
             bad = there & ~np.isfinite(flat).all(1)
-            self._mark(bad, "not finite", lambda row: f"{name} holds NaN or infinity {self._at(row)}")
-            self._mark(there & _beyond(flat), "too large", lambda row: f"{_labelled(leaf, flat[row])} {self._at(row)}, {FLOATS}")
+            self._mark(
+                bad, "not finite", lambda row: f"{name} holds NaN or infinity {self._at(row)}"
+            )
+            self._mark(
+                there & _beyond(flat),
+                "too large",
+                lambda row: f"{_labelled(leaf, flat[row])} {self._at(row)}, {FLOATS}",
+            )
         elif array.dtype.kind in "iu":
             bad = there & ((flat > EXACT) | (flat < -EXACT)).any(1)
-            self._mark(bad, "too large", lambda row: f"{name} holds an integer beyond 2**53 {self._at(row)}; rescale it")
+            self._mark(
+                bad,
+                "too large",
+                lambda row: f"{name} holds an integer beyond 2**53 {self._at(row)}; rescale it",
+            )
         if leaf.space is not None:
             good = there & ~self._wrong
-            if self.layout.bounds == "clip" and isinstance(leaf.space, spaces.Box) and array.dtype.kind in "fiu":
-                array = np.where(good.reshape(-1, *[1] * len(leaf.shape)), np.clip(array, leaf.space.low, leaf.space.high), array)
+            if (
+                self.layout.bounds == "clip"
+                and isinstance(leaf.space, spaces.Box)
+                and array.dtype.kind in "fiu"
+            ):
+                array = np.where(
+                    good.reshape(-1, *[1] * len(leaf.shape)),
+                    np.clip(array, leaf.space.low, leaf.space.high),
+                    array,
+                )
             bad = np.zeros(self.rows, bool)
             bad[good] = outside(leaf.space, array[good], self.layout.bounds)
-            self._mark(bad, OUTSIDE, lambda row: f"{name}={_shown(array[row])} {self._at(row)} is outside the environment's {leaf.space}; {FIX}")
+            self._mark(
+                bad,
+                OUTSIDE,
+                lambda row: (
+                    f"{name}={_shown(array[row])} {self._at(row)} is outside the environment's"
+                    f" {leaf.space}; {FIX}"
+                ),
+            )
         return array
 
     def _number(self, table: pa.Table, column: str, there: Array) -> Array:
         values = take(table, scalar(table, column, "number"))
-        self._mark(values.missing & there, "missing value", lambda row: f"{column} is missing {self._at(row)}")
+        self._mark(
+            values.missing & there,
+            "missing value",
+            lambda row: f"{column} is missing {self._at(row)}",
+        )
         array = values.array.astype(np.float64)
-        self._mark(there & ~np.isfinite(array), "not finite", lambda row: f"{column} is {array[row]} {self._at(row)}")
-        self._mark(there & _beyond(array[:, None]), "too large", lambda row: f"{column} is {array[row]:g} {self._at(row)}, {FLOATS}")
+        self._mark(
+            there & ~np.isfinite(array),
+            "not finite",
+            lambda row: f"{column} is {array[row]} {self._at(row)}",
+        )
+        self._mark(
+            there & _beyond(array[:, None]),
+            "too large",
+            lambda row: f"{column} is {array[row]:g} {self._at(row)}, {FLOATS}",
+        )
         return array
 
     def _flag(self, table: pa.Table, column: str, there: Array) -> Array:
-        kind = "bool" if column in table.column_names and is_.is_boolean(table.schema.field(column).type) else "number"
+        kind = (
+            "bool"
+            if column in table.column_names and is_.is_boolean(table.schema.field(column).type)
+            else "number"
+        )
         values = take(table, scalar(table, column, kind))
-        self._mark(values.missing & there, "missing value", lambda row: f"{column} is missing {self._at(row)}")
+        self._mark(
+            values.missing & there,
+            "missing value",
+            lambda row: f"{column} is missing {self._at(row)}",
+        )
         other = there & (values.array != 0) & (values.array != 1)
-        self._mark(other, "wrong value", lambda row: f"{column} is {values.array[row]} {self._at(row)}; give true or false")
+        self._mark(
+            other,
+            "wrong value",
+            lambda row: f"{column} is {values.array[row]} {self._at(row)}; give true or false",
+        )
         return (values.array == 1) & there
 
     def _options(self, table: pa.Table) -> list[tuple[tuple[str, Any], ...]]:
@@ -167,15 +272,20 @@ class Block:
             return [()] * self.rows
         taken = [take(table, leaf) for leaf in self.layout.task]
         for leaf, values in zip(self.layout.task, taken, strict=True):
-            self._mark(values.missing, "missing value", lambda row, leaf=leaf: f"{leaf.name} is missing {self._at(row)}")  # type: ignore[misc]
+            name = leaf.name
+            self._mark(values.missing, "missing value", partial(self._fault, f"{name} is missing"))
             if values.array.dtype.kind == "f":
-                self._mark(~np.isfinite(values.array), "not finite", lambda row, leaf=leaf: f"{leaf.name} is not finite {self._at(row)}")  # type: ignore[misc]
-                self._mark(_beyond(values.array[:, None]), "too large", lambda row, leaf=leaf: f"{leaf.name} is too large {self._at(row)}, {FLOATS}")  # type: ignore[misc]
+                infinite = ~np.isfinite(values.array)
+                self._mark(infinite, "not finite", partial(self._fault, f"{name} is not finite"))
+                large = _beyond(values.array[:, None])
+                text = partial(self._fault, f"{name} is too large", end=f", {FLOATS}")
+                self._mark(large, "too large", text)
         names = [leaf.path[0] for leaf in self.layout.task]
         columns = [values.array.tolist() for values in taken]
         return [tuple(zip(names, row, strict=True)) for row in zip(*columns, strict=True)]
 
-    # -- neighbours --------------------------------------------------------------------------------------------------
+    # -- neighbours
+    # --------------------------------------------------------------------------------------------------
 
     def edge(self, row: int) -> Edge:
         following, wrong = None, bool(self._wrong[row])
@@ -186,10 +296,17 @@ class Block:
             step=self._step(row),
             final=bool(self.final[row]),
             ended=bool(self.terminated[row] or self.truncated[row]),
-            constant=(self.behaviours[row], dict(self.tasks[row]), self.seeds[row], None if self.layout.marks_success else self.successes[row]),
+            constant=(
+                self.behaviours[row],
+                dict(self.tasks[row]),
+                self.seeds[row],
+                None if self.layout.marks_success else self.successes[row],
+            ),
             observation=None if wrong else self._seen(self.observation, row),
             following=following,
-            timed=None if self.final[row] or wrong or self.duration is None else bool(self.timed[row]),
+            timed=(
+                None if self.final[row] or wrong or self.duration is None else bool(self.timed[row])
+            ),
         )
 
     def _step(self, row: int) -> int | None:
@@ -206,29 +323,52 @@ class Block:
         odd |= self.final[a] | ((self.terminated | self.truncated)[a] & ~self.final[b])
         if self.duration is not None:
             odd |= (self.timed[a] != self.timed[b]) & ~(self.final[a] | self.final[b])
-        for constant in (self.behaviours, self.tasks, self.seeds, [] if self.layout.marks_success else self.successes):
+        for constant in (
+            self.behaviours,
+            self.tasks,
+            self.seeds,
+            [] if self.layout.marks_success else self.successes,
+        ):
             if not constant:
                 continue
-            odd |= np.fromiter((x != y for x, y in itertools.pairwise(constant)), bool, self.rows - 1)
+            odd |= np.fromiter(
+                (x != y for x, y in itertools.pairwise(constant)), bool, self.rows - 1
+            )
         if self.following is not None:
             for now, then in zip(self.following, self.observation, strict=True):
-                odd |= (now[a] != then[b]).reshape(self.rows - 1, -1).any(1) & ~(self.final | self._wrong)[a] & ~self._wrong[b]
+                odd |= (
+                    (now[a] != then[b]).reshape(self.rows - 1, -1).any(1)
+                    & ~(self.final | self._wrong)[a]
+                    & ~self._wrong[b]
+                )
         for row in np.flatnonzero(odd):
-            if self.keys[row] == self.keys[row + 1] and (found := follow(self.edge(int(row)), self.edge(int(row) + 1))) is not None:
+            if (
+                self.keys[row] == self.keys[row + 1]
+                and (found := follow(self.edge(int(row)), self.edge(int(row) + 1))) is not None
+            ):
                 theirs, reason, text = found
                 self._bad.setdefault(int(row) + theirs, (reason, lambda row, text=text: text))  # type: ignore[misc]
                 self._wrong[int(row) + theirs] = True
 
-    # -- what is told of the batch -----------------------------------------------------------------------------------
+    # -- what is told of the batch
+    # -----------------------------------------------------------------------------------
 
     def runs(self) -> list[Run]:
-        starts = [0, *(i for i in range(1, self.rows) if self.keys[i] != self.keys[i - 1]), self.rows] if self.rows else []
+        starts = (
+            [0, *(i for i in range(1, self.rows) if self.keys[i] != self.keys[i - 1]), self.rows]
+            if self.rows
+            else []
+        )
         bad = sorted(self._bad)
         found = []
         for start, end in itertools.pairwise(starts):
             at = next((row for row in bad[int(np.searchsorted(bad, start)) :] if row < end), None)
             problem = None if at is None else Problem(at, self._bad[at][0], self._bad[at][1](at))
-            if start and (wrong := begins(self.keys[start], self._step(start), self.layout.first_step)) is not None:
+            if (
+                start
+                and (wrong := begins(self.keys[start], self._step(start), self.layout.first_step))
+                is not None
+            ):
                 problem = Problem(start, *wrong)
             found.append(self._run(start, end, problem))
         return found
@@ -248,7 +388,13 @@ class Block:
             end - start,
             problem,
             final,
-            "terminated" if self.terminated[last] else "truncated" if self.truncated[last] else "unfinished",
+            (
+                "terminated"
+                if self.terminated[last]
+                else "truncated"
+                if self.truncated[last]
+                else "unfinished"
+            ),
             self._seen(self.observation, start),
             self._seen(self.observation, last) if len(acted) else None,
             led_to,
@@ -257,8 +403,14 @@ class Block:
         )
 
     def known(self) -> list[dict[str, Any]]:
-        """Of each run, by its first row: what is constant in an episode. A success that is marked step by step is that of any of its rows."""
-        starts = [0, *(i for i in range(1, self.rows) if self.keys[i] != self.keys[i - 1])] if self.rows else []
+        """Of each run, by its first row: what is constant in an episode. A success that is marked
+        step by step is that of any of its rows.
+        """
+        starts = (
+            [0, *(i for i in range(1, self.rows) if self.keys[i] != self.keys[i - 1])]
+            if self.rows
+            else []
+        )
         successes = self.successes
         if self.layout.marks_success:
             ends = [*starts[1:], self.rows]
@@ -267,12 +419,21 @@ class Block:
                 marks = [mark for mark in self.successes[start:end] if mark is not None]
                 successes[start] = any(marks) if marks else None
         constants: tuple[list[Any], ...] = (self.behaviours, self.tasks, self.seeds, successes)
-        return [{name: dict(c[i]) if name == "task" else c[i] for name, c in zip(CONSTANT, constants, strict=True)} for i in starts]
+        return [
+            {
+                name: dict(c[i]) if name == "task" else c[i]
+                for name, c in zip(CONSTANT, constants, strict=True)
+            }
+            for i in starts
+        ]
 
     def summary(self) -> Summary:
         stats = {}
         good = ~self._wrong
-        for leaves, arrays, there in ((self.layout.observation, self.observation, good), (self.layout.action, self.action, good & ~self.final)):
+        for leaves, arrays, there in (
+            (self.layout.observation, self.observation, good),
+            (self.layout.action, self.action, good & ~self.final),
+        ):
             for leaf, array in zip(leaves, arrays, strict=True):
                 stats[leaf.name] = Stat.of(array[there])
         if self.following is not None:
@@ -282,14 +443,18 @@ class Block:
         return Summary(self.rows, self.runs(), first, last, stats)
 
     def encode(self, codecs: tuple[SpaceCodec, SpaceCodec]) -> dict[str, Array]:
-        """`manifest.ARRAYS` of every row, and next_num, next_cat of every row where the table has next observations. Rows with a problem are zeros."""
+        """`manifest.ARRAYS` of every row, and next_num, next_cat of every row where the table has
+        next observations. Rows with a problem are zeros.
+        """
         observation, action = codecs
         good = ~self._wrong
         out: dict[str, Array] = {}
         out["obs_num"], out["obs_cat"] = _encoded(observation, self.observation, good)
         out["act_num"], out["act_cat"] = _encoded(action, self.action, good & ~self.final)
         if self.following is not None:
-            out["next_num"], out["next_cat"] = _encoded(observation, self.following, good & ~self.final)
+            out["next_num"], out["next_cat"] = _encoded(
+                observation, self.following, good & ~self.final
+            )
         out["reward"], out["terminated"] = self.reward, self.terminated
         if self.duration is not None:
             out["duration"] = self.duration
@@ -298,9 +463,14 @@ class Block:
 
 def _encoded(codec: SpaceCodec, arrays: Sequence[Array], good: Array) -> tuple[Array, Array]:
     rows = len(good)
-    numbers, categories = np.zeros((rows, codec.numbers)), np.zeros((rows, codec.categories), np.int64)
+    numbers, categories = (
+        np.zeros((rows, codec.numbers)),
+        np.zeros((rows, codec.categories), np.int64),
+    )
     if good.any():
-        values = [_as(leaf.space, array[good]) for leaf, array in zip(codec.leaves, arrays, strict=True)]
+        values = [
+            _as(leaf.space, array[good]) for leaf, array in zip(codec.leaves, arrays, strict=True)
+        ]
         numbers[good], categories[good] = codec.encode_leaves(values, int(good.sum()))
     widest = np.min_scalar_type(max(codec.cardinalities, default=1) - 1)
     return numbers, categories.astype(widest)
@@ -310,7 +480,11 @@ def _as(space: Any, array: Array) -> Any:
     """Values that were found to be of the space, in its kind: whole floats as integers."""
     if isinstance(space, spaces.Text):
         return list(array)
-    return array.astype(np.int64) if np.dtype(space.dtype).kind not in "f" and array.dtype.kind == "f" else array
+    return (
+        array.astype(np.int64)
+        if np.dtype(space.dtype).kind not in "f" and array.dtype.kind == "f"
+        else array
+    )
 
 
 def _beyond(values: Array) -> Array:

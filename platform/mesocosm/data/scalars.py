@@ -21,11 +21,19 @@ def scalar(table: pa.Table, column: str, kind: str) -> Leaf:
 
 
 def read_keys(table: pa.Table, named: bool) -> tuple[list[Key], Array]:
-    """(each row's episode, which rows do not say theirs). Such a row is taken to be of the episode before it, or else of the one after it."""
+    """(each row's episode, which rows do not say theirs). Such a row is taken to be of the episode
+    before it, or else of the one after it.
+    """
     keys: list[Key | None] = table.column("episode").to_pylist()
     if any(key is not None and isinstance(key, str) != named for key in keys):
-        row = next(i for i, key in enumerate(keys) if key is not None and isinstance(key, str) != named)
-        raise RowError(row, f"episode is {keys[row]!r} where it is {'a string' if named else 'a whole number'} before (mixed dtypes); give one type")
+        row = next(
+            i for i, key in enumerate(keys) if key is not None and isinstance(key, str) != named
+        )
+        raise RowError(
+            row,
+            f"episode is {keys[row]!r} where it is {'a string' if named else 'a whole number'}"
+            " before (mixed dtypes); give one type",
+        )
     missing = np.array([key is None for key in keys], bool)
     if not missing.any():
         return keys, missing  # type: ignore[return-value]
@@ -46,7 +54,14 @@ def read_steps(table: pa.Table) -> tuple[Array, Array]:
     if is_.is_null(column.type):
         return np.zeros(table.num_rows, np.int64), missing
     if not is_.is_integer(column.type):
-        row = next((i for i, step in enumerate(column.to_pylist()) if step is not None and type(step) is not int), 0)
+        row = next(
+            (
+                i
+                for i, step in enumerate(column.to_pylist())
+                if step is not None and type(step) is not int
+            ),
+            0,
+        )
         raise RowError(row, f"step is {column[row].as_py()!r}; every row must have a whole number")
     return np.asarray(column.fill_null(0).to_numpy()).astype(np.int64), missing
 
@@ -60,7 +75,10 @@ def optional(table: pa.Table, column: str, kind: type) -> list[Any]:
     if column not in table.column_names:
         return [None] * table.num_rows
     values: list[Any] = table.column(column).to_pylist()
-    wrong = next((i for i, value in enumerate(values) if value is not None and not isinstance(value, kind)), None)
+    wrong = next(
+        (i for i, value in enumerate(values) if value is not None and not isinstance(value, kind)),
+        None,
+    )
     if wrong is not None:
         wanted = "a string" if kind is str else "a whole number, or true or false"
         raise RowError(wrong, f"{column} is {values[wrong]!r} (mixed dtypes); give {wanted}")

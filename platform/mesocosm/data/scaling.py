@@ -14,10 +14,13 @@ from torch import Tensor
 
 Array = NDArray[Any]
 CONSTANT = 1e-8
-"""A dimension whose deviation is at most this share of its mean's magnitude is constant: scale 1."""
+"""A dimension whose deviation is at most this share of its mean's magnitude is constant: scale 1.
+"""
 CONSTANT_PRECISION = 1e-4
 AT_ONCE = 1 << 15
-"""Numbers that are normalised before the next are, so that between the steps they stay in a core's cache."""
+"""Numbers that are normalised before the next are, so that between the steps they stay in a core's
+cache.
+"""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,9 @@ class Scaling:
 
     @cached_property
     def _repeated(self) -> tuple[Array, Array]:
-        """Mean and scale over and over, for AT_ONCE numbers: one long row takes a third of the time that many short ones do."""
+        """Mean and scale over and over, for AT_ONCE numbers: one long row takes a third of the time
+        that many short ones do.
+        """
         rows = max(1, AT_ONCE // len(self.mean))
         return np.tile(self.mean, rows), np.tile(self.scale, rows)
 
@@ -58,19 +63,28 @@ class Scaling:
         return tuple((self.precision / self.scale)[columns].tolist())
 
     def to_json(self) -> dict[str, list[float]]:
-        return {"mean": self.mean.tolist(), "scale": self.scale.tolist(), "precision": self.precision.tolist()}
+        return {
+            "mean": self.mean.tolist(),
+            "scale": self.scale.tolist(),
+            "precision": self.precision.tolist(),
+        }
 
     @staticmethod
     def from_json(data: Mapping[str, list[float]]) -> Scaling:
-        return Scaling(*(np.array(data[name], np.float64) for name in ("mean", "scale", "precision")))
+        return Scaling(
+            *(np.array(data[name], np.float64) for name in ("mean", "scale", "precision"))
+        )
 
     @staticmethod
     def of(moments: Moments, first: Moments, integers: Array | None = None) -> Scaling:
-        """The precision of a float is 10**floor(log10(1e-4 std)) with the std of the `first` dataset (of all, where the column is
-        constant in the first), an integer's is 1."""
+        """The precision of a float is 10**floor(log10(1e-4 std)) with the std of the `first`
+        dataset (of all, where the column is constant in the first), an integer's is 1.
+        """
         scale = np.where(moments.constant, 1.0, moments.std)
         stated = np.where(first.constant, scale, first.std)
-        precision = np.where(moments.constant, CONSTANT_PRECISION, 10.0 ** np.floor(np.log10(1e-4 * stated)))
+        precision = np.where(
+            moments.constant, CONSTANT_PRECISION, 10.0 ** np.floor(np.log10(1e-4 * stated))
+        )
         if integers is not None:
             precision = np.where(integers, 1.0, precision)
         return Scaling(moments.mean, scale, precision)
@@ -90,7 +104,9 @@ class Moments:
             return
         mean, total = values.mean(0), self.count + len(values)
         shift = mean - self.mean
-        self._squares += ((values - mean) ** 2).sum(0) + shift**2 * (self.count * len(values) / total)
+        self._squares += ((values - mean) ** 2).sum(0) + shift**2 * (
+            self.count * len(values) / total
+        )
         self.mean = self.mean + shift * (len(values) / total)
         self.count = total
 

@@ -1,12 +1,14 @@
 """Episodes that a collection or an evaluation has finished, in storage before the job ends.
 
-A lane writes its episodes as it goes, a segment at a time, and confirms their steps in the ledger afterwards:
+A lane writes its episodes as it goes, a segment at a time, and confirms their steps in the ledger
+afterwards:
 
     ROOT/runs/episodes/<dataset id>/<lane>-<number of its first episode in the lane>.npz
 
-A segment is created exclusively and whole. It names the ledger's reservation that paid for it, so that a process that
-finds a segment whose confirmation was never written can write it. A collection that was killed goes on after the last
-segment of each lane; the folder is removed when the dataset is committed.
+A segment is created exclusively and whole. It names the ledger's reservation that paid for it, so
+that a process that finds a segment whose confirmation was never written can write it. A collection
+that was killed goes on after the last segment of each lane; the folder is removed when the dataset
+is committed.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ class Attempt:
     spent: str | None = None
     """The ledger's refusal that ended it, and its lane."""
     length: int | None = None
-    """Transitions; None where there is no episode. The next six describe the episode, as in `Episode`."""
+    """Transitions; None where there is no episode. The next six describe the episode, as in
+    `Episode`.
+    """
     seed: int = 0
     outcome: Outcome = "unfinished"
     total_reward: float = 0.0
@@ -112,7 +116,8 @@ class Segments:
         usage: Usage | None,
         beyond: tuple[int, int] = (0, 0),
     ) -> bool:
-        """Store attempts of a lane, its `first`-th one and those after it; False where another writer's are there.
+        """Store attempts of a lane, its `first`-th one and those after it; False where another
+        writer's are there.
 
         Args:
             rows: of each attempt that has an episode, in order.
@@ -136,7 +141,8 @@ class Segments:
         path = self._path(lane, first)
         if self._storage.create(path, buffer.getvalue()):
             return True
-        # A remote store may answer "exists" to its own retry of this request, or an earlier try stored
+        # A remote store may answer "exists" to its own retry of this request, or an earlier try
+        # stored
         # them and raised: the nonce tells.
         there, _ = self._read(path)
         return bool(there["nonce"] == self._nonce and there["attempts"] == list(attempts))
@@ -151,7 +157,8 @@ class Segments:
                 return about, arrays
         except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ArtifactError(
-                f"{self._storage.url(path)} is damaged; remove it and those after it of the same lane, and run the job again: it runs their episodes again"
+                f"{self._storage.url(path)} is damaged; remove it and those after it of the same"
+                " lane, and run the job again: it runs their episodes again"
             ) from error
 
     def _firsts(self, lane: int) -> list[int]:
@@ -159,14 +166,24 @@ class Segments:
         return sorted(int(match[2]) for match in matches if match and int(match[1]) == lane)
 
     def attempts(self, lane: int, start: int, ledger: Ledger) -> list[Attempt]:
-        """The attempts of a lane from its `start`-th on, whose steps are confirmed where they were not yet."""
-        return [attempt for about, _ in self._confirmed(lane, start, ledger) for attempt in about["attempts"]]
+        """The attempts of a lane from its `start`-th on, whose steps are confirmed where they were
+        not yet.
+        """
+        return [
+            attempt
+            for about, _ in self._confirmed(lane, start, ledger)
+            for attempt in about["attempts"]
+        ]
 
     def recorded(self, lane: int, start: int, ledger: Ledger) -> list[tuple[Attempt, Rows | None]]:
         """As `attempts`, with the rows of each attempt that has an episode."""
-        return [pair for segment in self._confirmed(lane, start, ledger) for pair in _pairs(*segment)]
+        return [
+            pair for segment in self._confirmed(lane, start, ledger) for pair in _pairs(*segment)
+        ]
 
-    def _confirmed(self, lane: int, start: int, ledger: Ledger) -> Iterator[tuple[dict[str, Any], Rows]]:
+    def _confirmed(
+        self, lane: int, start: int, ledger: Ledger
+    ) -> Iterator[tuple[dict[str, Any], Rows]]:
         """What `_read` gives of each segment. Confirms its steps first."""
         tried = start
         waiting = {reservation.number for reservation in ledger.totals().unconfirmed}

@@ -1,7 +1,8 @@
 """Batches of rows, read anywhere, joined in order into episodes.
 
-Two passes over the same batches: the first finds what is wrong and what the values are, the second encodes. Both join alike, so that they agree
-on what an episode is; what they hold is one open episode, and the name of each episode that was.
+Two passes over the same batches: the first finds what is wrong and what the values are, the second
+encodes. Both join alike, so that they agree on what an episode is; what they hold is one open
+episode, and the name of each episode that was.
 """
 
 from __future__ import annotations
@@ -51,13 +52,21 @@ class Work:
                     continue
                 table = self.schema.ours(table)
                 if self.schema.whole_file:
-                    table = table.append_column("episode", pa.array(np.zeros(table.num_rows, np.int64)))
+                    table = table.append_column(
+                        "episode", pa.array(np.zeros(table.num_rows, np.int64))
+                    )
                 try:
                     block = Block(table, self.schema.layout, name)
                 except RowError as error:
                     raise RowError(done + error.row, error.text) from error
                 arrays = None if self.codecs is None else block.encode(self.codecs)
-                yield Batch(piece.source, (piece.number, piece.skip + done), block.summary(), block.known(), arrays)
+                yield Batch(
+                    piece.source,
+                    (piece.number, piece.skip + done),
+                    block.summary(),
+                    block.known(),
+                    arrays,
+                )
                 done += table.num_rows
         except RowError as error:
             yield Failure(piece.source, done, error.row, error.text)
@@ -86,9 +95,12 @@ class Failure:
     text: str
 
 
-def stream(work: Work, pieces: Sequence[Piece], workers: int, ray_config: RayConfig) -> Iterator[Batch | Failure]:
-    """The batches of all pieces, in order, whoever reads them: this process (`workers` 0), or so many tasks of Ray Data at a time, which
-    run no further ahead than its memory allows."""
+def stream(
+    work: Work, pieces: Sequence[Piece], workers: int, ray_config: RayConfig
+) -> Iterator[Batch | Failure]:
+    """The batches of all pieces, in order, whoever reads them: this process (`workers` 0), or so
+    many tasks of Ray Data at a time, which run no further ahead than its memory allows.
+    """
     if not workers:
         for piece in pieces:
             yield from work(piece)
@@ -118,9 +130,16 @@ def stream(work: Work, pieces: Sequence[Piece], workers: int, ray_config: RayCon
 
     with ray.data.DataContext.current(context):
         data = ray.data.range(len(pieces), override_num_blocks=len(pieces))
-        results = data.map_batches(run, batch_size=1, batch_format="numpy", compute=ray.data.TaskPoolStrategy(size=min(workers, len(pieces))))
+        results = data.map_batches(
+            run,
+            batch_size=1,
+            batch_format="numpy",
+            compute=ray.data.TaskPoolStrategy(size=min(workers, len(pieces))),
+        )
         for row in results.iter_rows():
-            yield pickle.loads(row["result"])  # of `run` above, in this very job: nothing that was read from a file
+            yield pickle.loads(
+                row["result"]
+            )  # of `run` above, in this very job: nothing that was read from a file
 
 
 def _bytes(data: bytes) -> Array:
@@ -129,7 +148,8 @@ def _bytes(data: bytes) -> Array:
     return out
 
 
-# -- joining -----------------------------------------------------------------------------------------------------------
+# -- joining
+# -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -198,8 +218,12 @@ class Tally:
     done_rows: tuple[int, int] = (0, 0)
     """The fewest and the most rows of them"""
 
-    def count_end(self, episode: Closed, terminated: bool, previous: tuple[Any, ...] | None) -> None:
-        """Count how an episode ends. `previous`: what the last action of the episode before it led to."""
+    def count_end(
+        self, episode: Closed, terminated: bool, previous: tuple[Any, ...] | None
+    ) -> None:
+        """Count how an episode ends. `previous`: what the last action of the episode before it led
+        to.
+        """
         self.rewarded += episode.rewarded or (episode.last_rewarded and not episode.led_nowhere)
         if episode.led_to is not None and episode.acted_in is not None:
             self.led += 1
@@ -207,7 +231,11 @@ class Tally:
         if previous is not None:
             self.pairs += 1
             self.restarted += previous == episode.first
-        self.succeeded += episode.length > 0 and episode.outcome == "terminated" and bool(episode.known["success"])
+        self.succeeded += (
+            episode.length > 0
+            and episode.outcome == "terminated"
+            and bool(episode.known["success"])
+        )
         if terminated and not episode.known["success"]:
             fewest, most = self.done_rows if self.done else (episode.rows, episode.rows)
             self.done_rows = min(fewest, episode.rows), max(most, episode.rows)
@@ -217,12 +245,22 @@ class Tally:
 class Joiner:
     """Takes the batches in order, gives each episode when it is over.
 
-    Raises UsageError, naming file and row, at the first thing that is wrong; with `drop`, only where it is wrong with a file as a whole. A value outside
-    its space always drops its episode: `reality.bounds` says what else is to be done with it.
+    Raises UsageError, naming file and row, at the first thing that is wrong; with `drop`, only
+    where it is wrong with a file as a whole. A value outside its space always drops its episode:
+    `reality.bounds` says what else is to be done with it.
     """
 
-    def __init__(self, names: Sequence[str], layout: Layout, drop: bool, before: Sequence[Key] = (), number: int = 0):
-        """`before`: the names of the episodes that another joiner had, and `number` how many those were."""
+    def __init__(
+        self,
+        names: Sequence[str],
+        layout: Layout,
+        drop: bool,
+        before: Sequence[Key] = (),
+        number: int = 0,
+    ):
+        """`before`: the names of the episodes that another joiner had, and `number` how many those
+        were.
+        """
         self._names, self._layout, self._drop = names, layout, drop
         self.seen: dict[Key, None] = dict.fromkeys(before)
         """Names of all episodes that have begun, in that order"""
@@ -248,17 +286,35 @@ class Joiner:
         for name, stat in summary.stats.items():
             self.tally.stats[name] = self.tally.stats.get(name, Stat()).merged(stat)
         for run, known in zip(summary.runs, batch.known, strict=True):
-            problem = None if run.problem is None else (run.problem.reason, f"{self._names[source]!r} row {offset + run.problem.row + 1}: {run.problem.text}")
+            problem = (
+                None
+                if run.problem is None
+                else (
+                    run.problem.reason,
+                    (
+                        f"{self._names[source]!r} row {offset + run.problem.row + 1}:"
+                        f" {run.problem.text}"
+                    ),
+                )
+            )
             goes_on = self._open is not None and self._open.key == run.key
             if goes_on:
                 problem = self._joined(summary, source, offset) or problem
-                if self._layout.marks_success and self._open is not None and known["success"] is not None:
-                    self._open.known["success"] = bool(self._open.known["success"] or known["success"])
+                if (
+                    self._layout.marks_success
+                    and self._open is not None
+                    and known["success"] is not None
+                ):
+                    self._open.known["success"] = bool(
+                        self._open.known["success"] or known["success"]
+                    )
             else:
                 self.next = batch.at[0], batch.at[1] + run.start
                 yield from self.close()
                 problem = self._begun(run, summary, source, offset) or problem
-                self._open = Closed(run.key, self.number, 0, 0, "unfinished", known, None, False, run.first)
+                self._open = Closed(
+                    run.key, self.number, 0, 0, "unfinished", known, None, False, run.first
+                )
                 self.number += 1
             self._extend(run, batch, problem)
         if summary.rows:
@@ -271,7 +327,10 @@ class Joiner:
         name = self._names[failure.source]
         if failure.row is None:
             raise UsageError(failure.text)
-        raise UsageError(f"{name!r} row {self._counted[failure.source] - failure.done + failure.row + 1}: {failure.text}")
+        raise UsageError(
+            f"{name!r} row {self._counted[failure.source] - failure.done + failure.row + 1}:"
+            f" {failure.text}"
+        )
 
     def _joined(self, summary: Summary, source: int, offset: int) -> tuple[str, str] | None:
         """The first row of a batch that goes on with the open episode."""
@@ -283,13 +342,25 @@ class Joiner:
         where = (source, offset + 1) if theirs else self._at
         return reason, f"{self._names[where[0]]!r} row {where[1]}: {text}"
 
-    def _begun(self, run: Run, summary: Summary, source: int, offset: int) -> tuple[str, str] | None:
+    def _begun(
+        self, run: Run, summary: Summary, source: int, offset: int
+    ) -> tuple[str, str] | None:
         where = f"{self._names[source]!r} row {offset + run.start + 1}: "
         if run.key in self.seen:
-            fix = "the rows of an episode must follow each other; sort them by episode and step, or where files number their own episodes say per_file=true"
-            return "episode comes again", f"{where}episode {run.key!r} comes again after another one; {fix}"
+            fix = (
+                "the rows of an episode must follow each other; sort them by episode and step, or"
+                " where files number their own episodes say per_file=true"
+            )
+            return (
+                "episode comes again",
+                f"{where}episode {run.key!r} comes again after another one; {fix}",
+            )
         self.seen[run.key] = None
-        if run.start == 0 and summary.first is not None and (found := begins(run.key, summary.first.step, self._layout.first_step)) is not None:
+        if (
+            run.start == 0
+            and summary.first is not None
+            and (found := begins(run.key, summary.first.step, self._layout.first_step)) is not None
+        ):
             return found[0], where + found[1]
         return None
 
@@ -305,13 +376,20 @@ class Joiner:
             episode.acted_in = run.acted_in
             episode.rewarded |= episode.last_rewarded or run.rewarded
             episode.last_rewarded = run.last_rewarded
-        if not (run.final and run.rows == 1):  # a final observation alone says nothing of how the episode ended
+        if not (
+            run.final and run.rows == 1
+        ):  # a final observation alone says nothing of how the episode ended
             self._outcome = run.outcome
         self._final = run.final
         if episode.problem is not None:
             episode.parts.clear()
         elif batch.arrays is not None:
-            episode.parts.append({name: array[run.start : run.start + run.rows] for name, array in batch.arrays.items()})
+            episode.parts.append(
+                {
+                    name: array[run.start : run.start + run.rows]
+                    for name, array in batch.arrays.items()
+                }
+            )
 
     def close(self) -> Iterator[Closed]:
         """The episode that is open, now that no row of it can follow."""

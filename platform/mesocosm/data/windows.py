@@ -35,7 +35,11 @@ class Place:
         return len(self.first)
 
     def __getitem__(self, here: Index | slice) -> Place:
-        return Place(Found(*(value[here] for value in vars(self.found).values())), self.first[here], self.length[here])
+        return Place(
+            Found(*(value[here] for value in vars(self.found).values())),
+            self.first[here],
+            self.length[here],
+        )
 
 
 def windows(dataset: Dataset, codec: Codec, place: Place, window: int) -> Windows:
@@ -69,25 +73,47 @@ def _each(old: Tensors, change: Callable[[Tensor], Tensor]) -> Tensors:
     def parts(of: Parts) -> Parts:
         return Parts(change(of.numbers), change(of.categories))
 
-    changed: dict[str, Any] = {name: parts(value) if isinstance(value, Parts) else change(value) for name, value in vars(old).items() if value is not None}
+    changed: dict[str, Any] = {
+        name: parts(value) if isinstance(value, Parts) else change(value)
+        for name, value in vars(old).items()
+        if value is not None
+    }
     return type(old)(**changed)
 
 
 def _tensors(whole: Windows | Events) -> list[Tensor]:
     parts = [value for value in vars(whole).values() if value is not None]
-    return [tensor for part in parts for tensor in ((part.numbers, part.categories) if isinstance(part, Parts) else (part,))]
+    return [
+        tensor
+        for part in parts
+        for tensor in ((part.numbers, part.categories) if isinstance(part, Parts) else (part,))
+    ]
 
 
-def raw_rows(dataset: Dataset, codec: Codec, place: Place, window: int) -> Iterator[tuple[Index | slice, dict[str, Array]]]:
-    """Each shard's windows of `place`, and their raw rows by array, [k, W+1, ...] of observations and [k, W, ...] of the rest. Rows after a window's end
-    repeat its last observation, and their actions its last action: nothing later leaks in."""
-    names = ("act_num", "act_cat", "reward", "terminated", *(["duration"] if codec.spec.durations else []))
+def raw_rows(
+    dataset: Dataset, codec: Codec, place: Place, window: int
+) -> Iterator[tuple[Index | slice, dict[str, Array]]]:
+    """Each shard's windows of `place`, and their raw rows by array, [k, W+1, ...] of observations
+    and [k, W, ...] of the rest. Rows after a window's end repeat its last observation, and their
+    actions its last action: nothing later leaks in.
+    """
+    names = (
+        "act_num",
+        "act_cat",
+        "reward",
+        "terminated",
+        *(["duration"] if codec.spec.durations else []),
+    )
     more = {"obs_num": 1, "obs_cat": 1} | dict.fromkeys(names, 0)
     dataset.expect(place.found.shards)
     for shard, here in grouped(place.found.shards):
         first, length = place.found.facts[here, FIRST_ROW] + place.first[here], place.length[here]
         short = np.flatnonzero(length < window)
-        tails = {m: first[short, None] + np.minimum(np.arange(window + m), np.maximum(length[short] - 1 + m, 0)[:, None]) for m in (0, 1)}
+        tails = {
+            m: first[short, None]
+            + np.minimum(np.arange(window + m), np.maximum(length[short] - 1 + m, 0)[:, None])
+            for m in (0, 1)
+        }
         data = {}
         for name, m in more.items():
             array = dataset.array(shard, name)
@@ -98,14 +124,21 @@ def raw_rows(dataset: Dataset, codec: Codec, place: Place, window: int) -> Itera
 
 
 def runs(array: Array, first: Index, size: int) -> Array:
-    """[N, ...] -> [k, size, ...], the `size` rows from each of `first` [k] on, or the last `size` where there are fewer. Each is copied as the bytes
-    that it is, which takes half the time that row after row does."""
+    """[N, ...] -> [k, size, ...], the `size` rows from each of `first` [k] on, or the last `size`
+    where there are fewer. Each is copied as the bytes that it is, which takes half the time that
+    row after row does.
+    """
     shape = (len(first), size, *array.shape[1:])
     if not array.nbytes:
         return np.empty(shape, array.dtype)
     if len(array) < size:
         return array.take(np.minimum(first[:, None] + np.arange(size), len(array) - 1), axis=0)
-    every = np.ndarray((len(array) - size + 1,), np.dtype((np.void, size * array.strides[0])), array, strides=array.strides[:1])
+    every = np.ndarray(
+        (len(array) - size + 1,),
+        np.dtype((np.void, size * array.strides[0])),
+        array,
+        strides=array.strides[:1],
+    )
     return every[np.minimum(first, len(every) - 1)].view(array.dtype).reshape(shape)
 
 
@@ -119,7 +152,9 @@ def _windows(codec: Codec, place: Place, data: dict[str, Array], window: int) ->
         task=codec.task_parts(numbers[:, 0], categories[:, 0], place.found.options),
         reward=torch.where(there, codec.reward(data["reward"]), zero),
         terminated=torch.from_numpy((data["terminated"] & mask).astype(np.float32)),
-        duration=torch.where(there, codec.duration(data["duration"]), zero) if codec.spec.durations else torch.zeros(mask.shape),
+        duration=torch.where(there, codec.duration(data["duration"]), zero)
+        if codec.spec.durations
+        else torch.zeros(mask.shape),
         mask=there,
         start=torch.from_numpy((place.first == 0) & (place.length > 0)),
         episode=torch.from_numpy(place.found.facts[:, HASH].copy()),

@@ -4,16 +4,19 @@
     lengths.npy                        how many episodes of each length each shard has (`manifest.LENGTHS`)
     tables/00000.npy                   one record an episode of the shard (`manifest.EPISODES`)
     tables/00000.task_numbers.npy, tables/00000.task_values.npy
-                                       [episodes, options] float64 and int32, where the task is made of reset options
+                                       [episodes, options] float64 and int32, where the task is made
+                                       of reset options
     shards/00000/*.npy                 memory-mapped training arrays (`manifest.ARRAYS`)
     episodes/00000.parquet             the same episodes for people and other tools, one file a shard
 
-The Parquet schema, one row an observation (T+1 rows an episode of T transitions), in order of episode and step:
+The Parquet schema, one row an observation (T+1 rows an episode of T transitions), in order of
+episode and step:
 
     episode      int64           which episode (`Episode.index`)
     step         int32           0..T
     observation  the space       Box, MultiDiscrete, MultiBinary: nested lists of the space's dtype (a scalar where the shape is ());
-                                 Discrete: int64, counted from its start; Text: string; Dict: struct; Tuple: struct of "0", "1", ...
+                                 Discrete: int64, counted from its start; Text: string; Dict:
+                                 struct; Tuple: struct of "0", "1", ...
     action       the space       null in an episode's last row, as are the next four
     reward       double
     terminated   bool            the environment ended the episode here
@@ -66,10 +69,14 @@ ENOUGH = 5
 """A dataset of so many episodes always holds one out for validation."""
 SHARD_ROWS = 1 << 20
 SHARD_BYTES = 1 << 28
-"""A shard is closed at whichever comes first, so that the writer's memory is bounded for wide observations too."""
+"""A shard is closed at whichever comes first, so that the writer's memory is bounded for wide
+observations too.
+"""
 
 
-def write_dataset(folder: Path, episodes: Iterable[Episode], *, dropped: int = 0, **facts: Any) -> Manifest:
+def write_dataset(
+    folder: Path, episodes: Iterable[Episode], *, dropped: int = 0, **facts: Any
+) -> Manifest:
     """Write `episodes` (a list or a stream) into `folder`; `facts` are `DatasetWriter`'s."""
     writer = DatasetWriter(folder, **facts)
     for episode in episodes:
@@ -78,12 +85,14 @@ def write_dataset(folder: Path, episodes: Iterable[Episode], *, dropped: int = 0
 
 
 class DatasetWriter:
-    """`add` episodes in a fixed order, then `close`. The same episodes in the same order give the same bytes.
+    """`add` episodes in a fixed order, then `close`. The same episodes in the same order give the
+    same bytes.
 
-    The split is by a hash of (seed, episode index, behaviour): each episode is held out with the probability `valid_fraction`. At least one
-    is held out where there are ENOUGH episodes (fewer may be the whole of a short later round: one of two would be half of what was bought),
-    none where the fraction is 0, and never the last one to train on. Where `add` was told each episode's split, that is the split.
-    Raises UsageError at once where a space is not supported.
+    The split is by a hash of (seed, episode index, behaviour): each episode is held out with the
+    probability `valid_fraction`. At least one is held out where there are ENOUGH episodes (fewer
+    may be the whole of a short later round: one of two would be half of what was bought), none
+    where the fraction is 0, and never the last one to train on. Where `add` was told each episode's
+    split, that is the split. Raises UsageError at once where a space is not supported.
     """
 
     def __init__(
@@ -99,11 +108,18 @@ class DatasetWriter:
         shard_rows: int = SHARD_ROWS,
     ):
         self._folder = folder
-        self._id, self._environment, self._seed, self._valid_fraction = id, environment, seed, valid_fraction
+        self._id, self._environment, self._seed, self._valid_fraction = (
+            id,
+            environment,
+            seed,
+            valid_fraction,
+        )
         self._observation = SpaceCodec(observation_space, "observation")
         self._action = SpaceCodec(action_space, "action")
         self._options = [name for name in environment.task if not self._observation.matching(name)]
-        row_bytes = 8 * (self._observation.numbers + self._action.numbers + 4) + 4 * (self._observation.categories + self._action.categories)
+        row_bytes = 8 * (self._observation.numbers + self._action.numbers + 4) + 4 * (
+            self._observation.categories + self._action.categories
+        )
         self._shard_rows = min(shard_rows, SHARD_BYTES // row_bytes)
         self._buffer: list[dict[str, Array]] = []
         self._pending: list[int] = []
@@ -118,23 +134,34 @@ class DatasetWriter:
         self._durations = True
         self._empty = 0
 
-    def add(self, episode: Episode, rows: dict[str, Array] | None = None, split: str | None = None) -> None:
-        """`rows`: the episode as `encode_episode` gives it, where it is encoded already; its observations and actions are then not looked at.
-        `split`: of `SPLITS`, given for every episode or for none.
+    def add(
+        self, episode: Episode, rows: dict[str, Array] | None = None, split: str | None = None
+    ) -> None:
+        """`rows`: the episode as `encode_episode` gives it, where it is encoded already; its
+        observations and actions are then not looked at. `split`: of `SPLITS`, given for every
+        episode or for none.
 
-        Raises MesocosmError naming episode and step where a value is not finite or not of its space.
+        Raises MesocosmError naming episode and step where a value is not finite or not of its
+        space.
         """
         if len(episode) == 0:
             self._empty += 1
             return
         if episode.index in self._indices:
-            raise MesocosmError(f"{_where(episode)} comes twice; episode indices must be unique in a dataset")
+            raise MesocosmError(
+                f"{_where(episode)} comes twice; episode indices must be unique in a dataset"
+            )
         if set(episode.task) != set(self._options):
-            raise MesocosmError(f"{_where(episode)} has the reset options {sorted(episode.task)} where reality.task names {sorted(self._options)}")
+            raise MesocosmError(
+                f"{_where(episode)} has the reset options {sorted(episode.task)} where reality.task"
+                f" names {sorted(self._options)}"
+            )
         rows = encode_episode(episode, self._observation, self._action) if rows is None else rows
         self._durations = self._durations and episode.durations is not None
         self._indices.add(episode.index)
-        behaviour = self._behaviours.setdefault(episode.behaviour, Behaviour(name=episode.behaviour))
+        behaviour = self._behaviours.setdefault(
+            episode.behaviour, Behaviour(name=episode.behaviour)
+        )
         behaviour.episodes += 1
         behaviour.transitions += len(episode)
         success = -1 if episode.success is None else int(episode.success)
@@ -142,7 +169,21 @@ class DatasetWriter:
         outcome, total = OUTCOMES.index(episode.outcome), episode.total_reward
         hashed = int(key(_word(self._id), episode.index).view(np.int64)[0])
         self._pending.append(len(self._table))
-        self._table.append((episode.index, episode.seed, len(self._shards), self._rows, len(episode), position, outcome, success, 0, total, hashed))
+        self._table.append(
+            (
+                episode.index,
+                episode.seed,
+                len(self._shards),
+                self._rows,
+                len(episode),
+                position,
+                outcome,
+                success,
+                0,
+                total,
+                hashed,
+            )
+        )
         if split is not None:
             self._given.append(SPLITS.index(split))
         self._tasks.append({name: _plain(episode.task[name]) for name in self._options})
@@ -192,7 +233,9 @@ class DatasetWriter:
         for field, array in arrays.items():
             np.save(folder / f"{field}.npy", array, allow_pickle=False)
         (self._folder / "episodes").mkdir(exist_ok=True)
-        pq.write_table(self._parquet(arrays), self._folder / "episodes" / f"{name}.parquet", compression="zstd")
+        pq.write_table(
+            self._parquet(arrays), self._folder / "episodes" / f"{name}.parquet", compression="zstd"
+        )
         self._shards.append(Shard(name=name, rows=self._rows, episodes=len(self._pending)))
         self._pending.clear()
         self._rows = 0
@@ -209,26 +252,41 @@ class DatasetWriter:
         columns: dict[str, pa.Array] = {
             "episode": pa.array(np.repeat(records["index"], repeats)),
             "step": pa.array(arrays["step"]),
-            "observation": arrow(self._observation.space, self._observation.decode(arrays["obs_num"], arrays["obs_cat"])),
-            "action": arrow(self._action.space, self._action.decode(arrays["act_num"], arrays["act_cat"]), last),
+            "observation": arrow(
+                self._observation.space,
+                self._observation.decode(arrays["obs_num"], arrays["obs_cat"]),
+            ),
+            "action": arrow(
+                self._action.space, self._action.decode(arrays["act_num"], arrays["act_cat"]), last
+            ),
             "reward": pa.array(arrays["reward"], mask=last),
             "terminated": pa.array(arrays["terminated"], mask=last),
             "truncated": pa.array(truncated, mask=last),
             "behaviour": pa.array(np.repeat(names[records["behaviour"]], repeats), pa.string()),
             "seed": pa.array(np.repeat(records["seed"], repeats)),
-            "success": pa.array(np.repeat(records["success"] == 1, repeats), mask=np.repeat(records["success"] < 0, repeats)),
+            "success": pa.array(
+                np.repeat(records["success"] == 1, repeats),
+                mask=np.repeat(records["success"] < 0, repeats),
+            ),
         }
         if not np.isnan(arrays["duration"]).all():
-            columns["duration"] = pa.array(arrays["duration"], mask=last | np.isnan(arrays["duration"]))
+            columns["duration"] = pa.array(
+                arrays["duration"], mask=last | np.isnan(arrays["duration"])
+            )
         if self._options:
             tasks = pa.array([self._tasks[i] for i in self._pending])
             columns["task"] = tasks.take(pa.array(np.repeat(np.arange(len(records)), repeats)))
         return pa.table(columns)
 
     def close(self, *, dropped: int = 0) -> Manifest:
-        """Write what is left, the episode table and the manifest. `dropped`: episodes that crashed or hung, for the counts."""
+        """Write what is left, the episode table and the manifest. `dropped`: episodes that crashed
+        or hung, for the counts.
+        """
         if not self._table:
-            raise MesocosmError(f"no episode has a single transition ({dropped} dropped, {self._empty} empty); nothing to write")
+            raise MesocosmError(
+                f"no episode has a single transition ({dropped} dropped, {self._empty} empty);"
+                " nothing to write"
+            )
         self._flush()
         table = np.array(self._table, EPISODES)
         table["split"] = self._split(table)
@@ -247,7 +305,9 @@ class DatasetWriter:
             counts=Counts(
                 episodes={name: len(rows) for name, rows in by_split.items()},
                 transitions={name: int(rows["length"].sum()) for name, rows in by_split.items()},
-                outcomes={name: int((table["outcome"] == i).sum()) for i, name in enumerate(OUTCOMES)},
+                outcomes={
+                    name: int((table["outcome"] == i).sum()) for i, name in enumerate(OUTCOMES)
+                },
                 dropped=dropped,
                 empty=self._empty,
             ),
@@ -273,7 +333,9 @@ class DatasetWriter:
         return valid.astype(np.uint8)
 
     def _write_options(self) -> list[TaskOption]:
-        """Floats are numbers (so are the integers beside them); anything else is a category over the values seen."""
+        """Floats are numbers (so are the integers beside them); anything else is a category over
+        the values seen.
+        """
         options = []
         numbers = np.zeros((len(self._tasks), len(self._options)))
         values = np.zeros((len(self._tasks), len(self._options)), np.int32)
@@ -281,13 +343,19 @@ class DatasetWriter:
             raw = [task[name] for task in self._tasks]
             if any(isinstance(value, float) for value in raw):
                 if not all(isinstance(value, float | int) and np.isfinite(value) for value in raw):
-                    raise MesocosmError(f"the reset option {name!r} mixes finite numbers with other values; give one kind")
+                    raise MesocosmError(
+                        f"the reset option {name!r} mixes finite numbers with other values; give"
+                        " one kind"
+                    )
                 numbers[:, column] = raw
                 options.append(TaskOption(name=name))
                 continue
             distinct = sorted(set(raw), key=sort_key)
             if len({type(value) for value in distinct}) > 1:
-                raise MesocosmError(f"the reset option {name!r} has values of several kinds, such as {distinct[0]!r} and {distinct[-1]!r}; give one kind")
+                raise MesocosmError(
+                    f"the reset option {name!r} has values of several kinds, such as"
+                    f" {distinct[0]!r} and {distinct[-1]!r}; give one kind"
+                )
             position = {value: i for i, value in enumerate(distinct)}
             values[:, column] = [position[value] for value in raw]
             options.append(TaskOption(name=name, values=distinct))
@@ -304,15 +372,25 @@ class DatasetWriter:
             np.save(self._folder / "tables" / f"{shard.name}{what}.npy", part, allow_pickle=False)
 
 
-def encode_episode(episode: Episode, observation: SpaceCodec, action: SpaceCodec) -> dict[str, Array]:
-    """The rows of `manifest.ARRAYS` of one episode. Raises MesocosmError naming the episode where a value is not finite or not of its space."""
+def encode_episode(
+    episode: Episode, observation: SpaceCodec, action: SpaceCodec
+) -> dict[str, Array]:
+    """The rows of `manifest.ARRAYS` of one episode. Raises MesocosmError naming the episode where a
+    value is not finite or not of its space.
+    """
     where, length = _where(episode), len(episode)
     if len(episode.observations) != length + 1 or len(episode.actions) != length:
         counts = f"{len(episode.observations)} observations and {len(episode.actions)} actions"
-        raise MesocosmError(f"{where} has {length} rewards but {counts}; T rewards need T+1 observations and T actions")
+        raise MesocosmError(
+            f"{where} has {length} rewards but {counts}; T rewards need T+1 observations and T"
+            " actions"
+        )
     rows: dict[str, Array] = {}
     last = np.zeros((1,), np.float64)
-    for prefix, codec, values in (("obs", observation, episode.observations), ("act", action, episode.actions)):
+    for prefix, codec, values in (
+        ("obs", observation, episode.observations),
+        ("act", action, episode.actions),
+    ):
         try:
             numbers, categories = codec.encode_list(values)
         except MesocosmError as error:
@@ -320,7 +398,10 @@ def encode_episode(episode: Episode, observation: SpaceCodec, action: SpaceCodec
         _refuse_nonfinite(numbers, codec.number_names(), where)
         widest = np.min_scalar_type(max(codec.cardinalities, default=1) - 1)
         if prefix == "act":
-            numbers, categories = (np.concatenate([a, np.zeros((1, a.shape[1]), a.dtype)]) for a in (numbers, categories))
+            numbers, categories = (
+                np.concatenate([a, np.zeros((1, a.shape[1]), a.dtype)])
+                for a in (numbers, categories)
+            )
         rows[f"{prefix}_num"], rows[f"{prefix}_cat"] = numbers, categories.astype(widest)
     rewards = np.asarray(episode.rewards, np.float64)
     _refuse_nonfinite(rewards[:, None], ["reward"], where)
@@ -349,9 +430,16 @@ def _word(text: str) -> int:
 
 
 def _plain(value: Any) -> bool | int | float | str:
-    plain = value.item() if isinstance(value, np.generic | np.ndarray) and np.size(value) == 1 else value
+    plain = (
+        value.item()
+        if isinstance(value, np.generic | np.ndarray) and np.size(value) == 1
+        else value
+    )
     if not isinstance(plain, bool | int | float | str):
-        raise MesocosmError(f"the reset option value {value!r} is a {type(value).__name__}; a task is made of numbers, strings and booleans")
+        raise MesocosmError(
+            f"the reset option value {value!r} is a {type(value).__name__}; a task is made of"
+            " numbers, strings and booleans"
+        )
     return plain
 
 
@@ -359,19 +447,29 @@ def _refuse_nonfinite(values: Array, names: list[str], where: str) -> None:
     if np.isfinite(values).all():
         return
     step, column = np.argwhere(~np.isfinite(values))[0]
-    raise MesocosmError(f"{where}, step {step}: {names[column]} is {values[step, column]}; drop the episode, or fix the environment")
+    raise MesocosmError(
+        f"{where}, step {step}: {names[column]} is {values[step, column]}; drop the episode, or fix"
+        " the environment"
+    )
 
 
 def arrow(space: gymnasium.Space[Any], batch: Any, null: Array | None = None) -> pa.Array:
     """A batch (vector layout) as a nested Arrow array; `null` [B] marks missing rows."""
     mask = None if null is None else pa.array(null)
     if isinstance(space, spaces.Dict | spaces.Tuple):
-        children = list(space.spaces.items()) if isinstance(space, spaces.Dict) else [(str(i), child) for i, child in enumerate(space.spaces)]
+        children = (
+            list(space.spaces.items())
+            if isinstance(space, spaces.Dict)
+            else [(str(i), child) for i, child in enumerate(space.spaces)]
+        )
         items = batch.values() if isinstance(space, spaces.Dict) else batch
         arrays = [arrow(child, item) for (_, child), item in zip(children, items, strict=True)]
         return pa.StructArray.from_arrays(arrays, [name for name, _ in children], mask=mask)
     if isinstance(space, spaces.Text):
-        return pa.array([None if null is not None and null[i] else text for i, text in enumerate(batch)], pa.string())
+        return pa.array(
+            [None if null is not None and null[i] else text for i, text in enumerate(batch)],
+            pa.string(),
+        )
     array = np.asarray(batch)
     if array.ndim == 1:
         return pa.array(array, mask=null)

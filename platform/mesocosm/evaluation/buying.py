@@ -1,21 +1,28 @@
-"""Which real steps would tell a world the most: candidates imagined in it, scored, and a budget shared out over them. Takes no real step.
+"""Which real steps would tell a world the most: candidates imagined in it, scored, and a budget
+shared out over them. Takes no real step.
 
-A *candidate* is a behaviour that `collect` can run, with a part of the tasks where these are reset options. It is imagined from the starts that
-reality was seen to have and those that the world draws. What is not known of an imagined transition, its *worth*, is
+A *candidate* is a behaviour that `collect` can run, with a part of the tasks where these are reset
+options. It is imagined from the starts that reality was seen to have and those that the world
+draws. What is not known of an imagined transition, its *worth*, is
 
     log(1 + disagreement) * log(1 + gap)
 
-The first factor is the reward of exploration by disagreement (Pathak et al. 2019, arXiv 1906.04161; Sekar et al. 2020, Plan2Explore,
-arXiv 2005.05960, with an ensemble as here), in the world's own unit: 1 is what a tenth of held-out transitions exceed. The second is coverage: `gap`
-is the distance to the nearest logged transition (`data/coverage.py`), in the same kind of unit, that a tenth of held-out ones exceed; where the logs
-are dense another step is worth little, however much members differ. A candidate's worth is the mean over its steps.
+The first factor is the reward of exploration by disagreement (Pathak et al. 2019, arXiv 1906.04161;
+Sekar et al. 2020, Plan2Explore, arXiv 2005.05960, with an ensemble as here), in the world's own
+unit: 1 is what a tenth of held-out transitions exceed. The second is coverage: `gap` is the
+distance to the nearest logged transition (`data/coverage.py`), in the same kind of unit, that a
+tenth of held-out ones exceed; where the logs are dense another step is worth little, however much
+members differ. A candidate's worth is the mean over its steps.
 
-A part of the budget is even over the candidates: they say what the world will be asked, and on the one task that was tried nothing did as well as to
-give each its share (docs/buying.md). The rest is bought in BLOCKS equal blocks. Each goes to the candidate whose steps take the most off
-the worth of *all* candidates, each of which counts alike, once what was bought before has joined the logs. So a candidate gets steps for what it
-tells of the others too, and the more it has the less the next are worth. That is greedy facility location, whose gains only diminish (Nemhauser,
-Wolsey and Fisher 1978; for choosing data: Wei, Iyer and Bilmes 2015), with disagreement for weights; what an experiment takes off the sum of what is
-unknown, not where most is unknown, is also Cohn's (1994) choice. Half of a candidate's imagined episodes stand for what would be bought, the other half are
+A part of the budget is even over the candidates: they say what the world will be asked, and on the
+one task that was tried nothing did as well as to give each its share (docs/buying.md). The rest is
+bought in BLOCKS equal blocks. Each goes to the candidate whose steps take the most off the worth of
+*all* candidates, each of which counts alike, once what was bought before has joined the logs. So a
+candidate gets steps for what it tells of the others too, and the more it has the less the next are
+worth. That is greedy facility location, whose gains only diminish (Nemhauser, Wolsey and Fisher
+1978; for choosing data: Wei, Iyer and Bilmes 2015), with disagreement for weights; what an
+experiment takes off the sum of what is unknown, not where most is unknown, is also Cohn's (1994)
+choice. Half of a candidate's imagined episodes stand for what would be bought, the other half are
 what is scored: none covers itself.
 """
 
@@ -99,7 +106,8 @@ def imagine(
     seed: int,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> Imagined:
-    """Whole episodes of `policy` in the world, from `starts` (task, observation) [N, ...] by hash, cut after `horizon` steps.
+    """Whole episodes of `policy` in the world, from `starts` (task, observation) [N, ...] by hash,
+    cut after `horizon` steps.
 
     `dataset`: the world's own, whose columns `features` takes. `progress` is told the steps done.
     """
@@ -116,19 +124,28 @@ def imagine(
             act = features.actions(*dataset.action_codec.encode(action))
             observation, _, terminated, truncated, infos = env.step(action)
             points.append(np.concatenate([state, act], 1)[going])
-            disagreement.append(np.where(infos["diverged"], np.inf, infos["disagreement"].astype(np.float64))[going])
+            disagreement.append(
+                np.where(infos["diverged"], np.inf, infos["disagreement"].astype(np.float64))[going]
+            )
             rows.append(np.flatnonzero(going))
             going &= ~(terminated | truncated)
             steps += 1
             progress(steps)
     finally:
         env.close()
-    return Imagined(np.concatenate(points), np.concatenate(disagreement), np.concatenate(rows), episodes)
+    return Imagined(
+        np.concatenate(points), np.concatenate(disagreement), np.concatenate(rows), episodes
+    )
 
 
 def _options(dataset: Dataset, told: Sequence[dict[str, Any]]) -> tuple[Array, Array]:
-    """The reset options of B environments as `Dataset.option_numbers` and `option_values` have them, [B, k] each."""
-    numbers, values = np.zeros((len(told), len(dataset.options))), np.zeros((len(told), len(dataset.options)), np.int64)
+    """The reset options of B environments as `Dataset.option_numbers` and `option_values` have
+    them, [B, k] each.
+    """
+    numbers, values = (
+        np.zeros((len(told), len(dataset.options))),
+        np.zeros((len(told), len(dataset.options)), np.int64),
+    )
     for column, option in enumerate(dataset.options):
         for row, options in enumerate(told):
             if option.values is None:
@@ -138,8 +155,11 @@ def _options(dataset: Dataset, told: Sequence[dict[str, Any]]) -> tuple[Array, A
     return numbers, values
 
 
-def gap_unit(features: Features, dataset: Dataset, logged: Array, episodes: Array, seed: int) -> float:
-    """The gap that a tenth of held-out transitions exceed; of the training split's to other episodes where nothing is held out. 1 where all are 0.
+def gap_unit(
+    features: Features, dataset: Dataset, logged: Array, episodes: Array, seed: int
+) -> float:
+    """The gap that a tenth of held-out transitions exceed; of the training split's to other
+    episodes where nothing is held out. 1 where all are 0.
 
     logged: [N, F] of the training split, of `episodes` [N].
     """
@@ -150,13 +170,26 @@ def gap_unit(features: Features, dataset: Dataset, logged: Array, episodes: Arra
     return unit if unit > 0 else 1.0
 
 
-def buy(candidates: Sequence[Imagined], logged: Array, unit: float, steps: int, *, disagrees: bool, seed: int, even: float = 0.5) -> Bought:
+def buy(
+    candidates: Sequence[Imagined],
+    logged: Array,
+    unit: float,
+    steps: int,
+    *,
+    disagrees: bool,
+    seed: int,
+    even: float = 0.5,
+) -> Bought:
     """Share `steps` out over the candidates, as the module says.
 
-    logged: [N, F] training transitions; unit: `gap_unit`; disagrees: False where the world has one member, so that coverage alone counts; even: the
-    share of `steps` that does not depend on what is unknown.
+    logged: [N, F] training transitions; unit: `gap_unit`; disagrees: False where the world has one
+    member, so that coverage alone counts; even: the share of `steps` that does not depend on what
+    is unknown.
     """
-    most = max((float(c.disagreement[np.isfinite(c.disagreement)].max(initial=0.0)) for c in candidates), default=0.0)
+    most = max(
+        (float(c.disagreement[np.isfinite(c.disagreement)].max(initial=0.0)) for c in candidates),
+        default=0.0,
+    )
     rng = np.random.default_rng(seed)
     queries, weights, gap, pools, scores = [], [], [], [], []
     for candidate in candidates:
@@ -170,16 +203,26 @@ def buy(candidates: Sequence[Imagined], logged: Array, unit: float, steps: int, 
         gap.append(gaps(logged, queries[-1]) / unit)
         worth = weights[-1] * np.log1p(gap[-1])
         groups = np.unique(candidate.episode[rows], return_inverse=True)[1]
-        mean, interval = stats.mean_of_groups(np.bincount(groups, weights=worth), np.bincount(groups), seed=seed)
+        mean, interval = stats.mean_of_groups(
+            np.bincount(groups, weights=worth), np.bincount(groups), seed=seed
+        )
         assert mean is not None
-        scores.append(Score(mean, interval, float(np.median(disagreement)), float(np.median(gap[-1]))))
+        scores.append(
+            Score(mean, interval, float(np.median(disagreement)), float(np.median(gap[-1])))
+        )
     first = _unknown(weights, gap).sum()
 
     def joined(number: int, points: int) -> list[Array]:
-        """The gaps once so many of a candidate's points have joined the logs, or half of its own: a budget may be larger than what was imagined."""
+        """The gaps once so many of a candidate's points have joined the logs, or half of its own: a
+        budget may be larger than what was imagined.
+        """
         pool = pools[number]
         drawn = pool[rng.permutation(len(pool))[: min(points, max(len(pool) // 2, 1))]]
-        return [np.minimum(g, gaps(drawn, some) / unit) for g, some in zip(gap, queries, strict=True)] if points else gap
+        return (
+            [np.minimum(g, gaps(drawn, some) / unit) for g, some in zip(gap, queries, strict=True)]
+            if points
+            else gap
+        )
 
     first_steps = int(steps * even)
     shares = np.array(_split(first_steps, len(candidates)))
@@ -203,11 +246,15 @@ def _split(total: int, parts: int) -> list[int]:
 
 
 def weights(steps: Sequence[int], lengths: Sequence[float]) -> list[float]:
-    """`BehaviourConfig.weight` (shares of episodes) for shares of steps: a behaviour of short episodes needs more of them. They sum to 1."""
+    """`BehaviourConfig.weight` (shares of episodes) for shares of steps: a behaviour of short
+    episodes needs more of them. They sum to 1.
+    """
     episodes = np.asarray(steps) / np.asarray(lengths)
     return [float(f"{share:.4g}") for share in episodes / episodes.sum()]
 
 
 def kept(behaviours: Sequence[BehaviourConfig], bought: Bought) -> list[int]:
     """Positions of the candidates that were bought from, most steps first."""
-    return sorted((i for i in range(len(behaviours)) if bought.steps[i]), key=lambda i: -bought.steps[i])
+    return sorted(
+        (i for i in range(len(behaviours)) if bought.steps[i]), key=lambda i: -bought.steps[i]
+    )

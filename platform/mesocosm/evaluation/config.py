@@ -17,7 +17,9 @@ class EvaluateConfig(JobConfig):
     world: str = ""
     """`worlds/<id>`, or a unique prefix of the id."""
     agent: str | None = None
-    """`agents/<id>` to judge in reality and to imagine in the world; None evaluates the world alone and takes no real step."""
+    """`agents/<id>` to judge in reality and to imagine in the world; None evaluates the world alone
+    and takes no real step.
+    """
     datasets: list[str] = field(default_factory=list)
     """Datasets whose validation split is used; none: those that the world was trained on."""
     reality: RealityConfig = field(default_factory=RealityConfig)
@@ -33,20 +35,29 @@ class EvaluateConfig(JobConfig):
     starts: int = 128
     """Logged states to start from, for each horizon."""
     samples: int = 19
-    """Sampled rollouts from each start; their range is a (samples - 1) / (samples + 1) interval, 90% for 19."""
+    """Sampled rollouts from each start; their range is a (samples - 1) / (samples + 1) interval,
+    90% for 19.
+    """
     policies: list[BehaviourConfig] = field(default_factory=list)
-    """Policies whose value in the world is compared with reality's, each at its best (`weight` is not used). With any of these, or `graded`,
-    the agent and its snapshots are compared too."""
+    """Policies whose value in the world is compared with reality's, each at its best (`weight` is
+    not used). With any of these, or `graded`, the agent and its snapshots are compared too.
+    """
     graded: int = 0
-    """So many policies more: the agent with noise, the levels bisected until each fifth of the range of real returns holds some."""
+    """So many policies more: the agent with noise, the levels bisected until each fifth of the
+    range of real returns holds some.
+    """
     policy_episodes: int = 5
     """Real episodes that judge each of them."""
     imagined: int = 32
     """Imagined episodes of each of them."""
     adversary: int = 0
-    """Iterations of training, in the world, of one policy more that seeks disagreement; 0 leaves it out."""
+    """Iterations of training, in the world, of one policy more that seeks disagreement; 0 leaves it
+    out.
+    """
     judge_steps: int | None = None
-    """Real steps that this evaluation may take at most, all judging together; one that might take more is refused beforehand."""
+    """Real steps that this evaluation may take at most, all judging together; one that might take
+    more is refused beforehand.
+    """
     ledger: str | None = None
     """The ledger that counts the real steps; None is one named as the evaluation."""
 
@@ -58,7 +69,9 @@ class EvaluateConfig(JobConfig):
     def validate(self) -> None:
         """Raises UsageError naming the key, its value and the fix. Looks at nothing but the config."""
         if not self.world:
-            raise UsageError("world is not set; give the world to evaluate, as in world=worlds/ab12")
+            raise UsageError(
+                "world is not set; give the world to evaluate, as in world=worlds/ab12"
+            )
         for key in ("episodes", "starts", "samples", "policy_episodes", "imagined"):
             if getattr(self, key) < 1:
                 raise UsageError(f"{key}={getattr(self, key)} must be at least 1")
@@ -66,17 +79,33 @@ class EvaluateConfig(JobConfig):
             if getattr(self, key) < 0:
                 raise UsageError(f"{key}={getattr(self, key)} must be at least 0; 0 leaves it out")
             if getattr(self, key) and self.agent is None:
-                raise UsageError(f"{key}={getattr(self, key)} needs an agent; set agent, or {key}=0")
-        for key, judged in (("episodes", self.agent is not None), ("policy_episodes", self.compares)):
+                raise UsageError(
+                    f"{key}={getattr(self, key)} needs an agent; set agent, or {key}=0"
+                )
+        for key, judged in (
+            ("episodes", self.agent is not None),
+            ("policy_episodes", self.compares),
+        ):
             if judged and getattr(self, key) < 2:
-                raise UsageError(f"{key}={getattr(self, key)} gives no interval; judge by at least 2 episodes")
+                raise UsageError(
+                    f"{key}={getattr(self, key)} gives no interval; judge by at least 2 episodes"
+                )
         if self.policies:
             behaviours.check(self.policies, "policies")
             for i, policy in enumerate(self.policies):
                 if policy.task_options:
-                    raise UsageError(f"policies[{i}].task_options is not used: every policy plays the same episodes; remove it")
+                    raise UsageError(
+                        f"policies[{i}].task_options is not used: every policy plays the same"
+                        " episodes; remove it"
+                    )
         if not self.horizons and not self.full:
-            raise UsageError("horizons=[] and full=false leave nothing to measure; give horizons such as [1,5,15,50]")
+            raise UsageError(
+                "horizons=[] and full=false leave nothing to measure; give horizons such as"
+                " [1,5,15,50]"
+            )
         for horizon in self.horizons:
             if horizon < 1:
-                raise UsageError(f"horizons={self.horizons}: {horizon} steps ahead is no horizon; give numbers of at least 1")
+                raise UsageError(
+                    f"horizons={self.horizons}: {horizon} steps ahead is no horizon; give numbers"
+                    " of at least 1"
+                )

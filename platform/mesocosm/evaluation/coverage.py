@@ -1,7 +1,9 @@
-"""What a dataset covers, as one summary: `mesocosm data show` and its page (coverage_page.py) are drawn from it alone.
+"""What a dataset covers, as one summary: `mesocosm data show` and its page (coverage_page.py) are
+drawn from it alone.
 
-Distances are those of `data/coverage.py`: of a transition's state and action, in standard deviations, root mean square over columns. All of them are
-measured on a sample of each split, drawn by the seed; ranges and counts are of every transition.
+Distances are those of `data/coverage.py`: of a transition's state and action, in standard
+deviations, root mean square over columns. All of them are measured on a sample of each split, drawn
+by the seed; ranges and counts are of every transition.
 """
 
 from __future__ import annotations
@@ -12,7 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.data.coverage import Features, Sample, action_entropy, any_action, effective, gaps, nearest, own_gaps, principal, tried
+from mesocosm.data.coverage import (
+    Features,
+    Sample,
+    action_entropy,
+    any_action,
+    effective,
+    gaps,
+    nearest,
+    own_gaps,
+    principal,
+    tried,
+)
 from mesocosm.data.dataset import Dataset, Split
 from mesocosm.data.manifest import OUTCOMES
 from mesocosm.data.spaces import SpaceCodec
@@ -21,7 +34,9 @@ Array = NDArray[Any]
 SCHEMA = 1
 SPLITS: tuple[Split, Split] = ("train", "valid")
 BEYOND = 0.99
-"""A transition is missing in training where its gap is larger than of so many in 100 of training's own."""
+"""A transition is missing in training where its gap is larger than of so many in 100 of training's
+own.
+"""
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 CURVE = 101
 BINS, PLANE = 32, 40
@@ -40,7 +55,9 @@ class Extent:
 
 
 class Columns:
-    """Names of the columns of state and action, in the order numbers of the observation, its categories, those of the action."""
+    """Names of the columns of state and action, in the order numbers of the observation, its
+    categories, those of the action.
+    """
 
     def __init__(self, dataset: Dataset):
         self.parts = [("obs", dataset.observation_codec), ("act", dataset.action_codec)]
@@ -69,10 +86,16 @@ class Columns:
         low, high = np.full(len(self.numbers), np.inf), np.full(len(self.numbers), -np.inf)
         values = [np.zeros(size, np.int64) for size in self.sizes]
         for chunk in dataset.chunks(split):
-            rows = {name: chunk.arrays[name][~chunk.last] for name in ("obs_num", "obs_cat", "act_num", "act_cat")}
+            rows = {
+                name: chunk.arrays[name][~chunk.last]
+                for name in ("obs_num", "obs_cat", "act_num", "act_cat")
+            }
             numbers, categories = self.number(rows), self.category(rows)
             if len(numbers):
-                low, high = np.minimum(low, numbers.min(0, initial=np.inf)), np.maximum(high, numbers.max(0, initial=-np.inf))
+                low, high = (
+                    np.minimum(low, numbers.min(0, initial=np.inf)),
+                    np.maximum(high, numbers.max(0, initial=-np.inf)),
+                )
             for i, counts in enumerate(values):
                 counts += np.bincount(categories[:, i], minlength=len(counts))
         return Extent(low, high, values)
@@ -81,7 +104,10 @@ class Columns:
 def category_names(codec: SpaceCodec) -> list[tuple[str, bool]]:
     """Of each category column its name, and whether it is a character of a text."""
     return [
-        (leaf.name if len(leaf.cardinalities) == 1 else f"{leaf.name}[{i}]", leaf.characters is not None)
+        (
+            leaf.name if len(leaf.cardinalities) == 1 else f"{leaf.name}[{i}]",
+            leaf.characters is not None,
+        )
         for leaf in codec.leaves
         for i in range(len(leaf.cardinalities))
     ]
@@ -104,7 +130,10 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
         "title": name,
         "environment": dataset.manifests[0].environment.id or "no environment was named",
         "seed": seed,
-        "sampled": {split: {"transitions": len(one), "of": dataset.count(split)} for split, one in zip(SPLITS, (train, valid), strict=True)},
+        "sampled": {
+            split: {"transitions": len(one), "of": dataset.count(split)}
+            for split, one in zip(SPLITS, (train, valid), strict=True)
+        },
         "episodes": {split: len(dataset.episodes(split)) for split in SPLITS},
         "behaviours": _behaviours(dataset),
         "behaviour_entropy": _entropy(dataset),
@@ -133,7 +162,11 @@ def _threshold(own: Array) -> float | None:
 
 
 def _share(found: Array, threshold: float | None) -> float | None:
-    return float((found > threshold).mean()) if threshold is not None and len(found) and np.isfinite(found).any() else None
+    return (
+        float((found > threshold).mean())
+        if threshold is not None and len(found) and np.isfinite(found).any()
+        else None
+    )
 
 
 def _curve(found: Array) -> dict[str, Any]:
@@ -142,7 +175,10 @@ def _curve(found: Array) -> dict[str, Any]:
     if not len(known):
         return {"quantiles": None, "curve": None}
     return {
-        "quantiles": {f"{q:g}": float(v) for q, v in zip(QUANTILES, np.quantile(known, QUANTILES), strict=True)},
+        "quantiles": {
+            f"{q:g}": float(v)
+            for q, v in zip(QUANTILES, np.quantile(known, QUANTILES), strict=True)
+        },
         "curve": np.quantile(known, np.linspace(0, 1, CURVE)).tolist(),
     }
 
@@ -162,7 +198,9 @@ def _behaviours(dataset: Dataset) -> list[dict[str, Any]]:
                 "episodes": len(own),
                 "transitions": int(own["length"].sum()),
                 "returns": [float(v) for v in np.quantile(own["total_reward"], (0, 0.5, 1))],
-                "outcomes": {outcome: int((own["outcome"] == k).sum()) for k, outcome in enumerate(OUTCOMES)},
+                "outcomes": {
+                    outcome: int((own["outcome"] == k).sum()) for k, outcome in enumerate(OUTCOMES)
+                },
                 "success": float(said.mean()) if len(said) else None,
                 "valid_episodes": int((own["split"] == SPLITS.index("valid")).sum()),
             }
@@ -183,14 +221,26 @@ def _tasks(dataset: Dataset) -> list[dict[str, Any]]:
     for i, option in enumerate(dataset.options):
         if option.values:
             counts = np.bincount(dataset.option_values[:, i], minlength=len(option.values))
-            rows.append({"name": option.name, "values": {str(value): int(count) for value, count in zip(option.values, counts, strict=True)}})
+            rows.append(
+                {
+                    "name": option.name,
+                    "values": {
+                        str(value): int(count)
+                        for value, count in zip(option.values, counts, strict=True)
+                    },
+                }
+            )
         else:
             numbers = dataset.option_numbers[:, i]
-            rows.append({"name": option.name, "low": float(numbers.min()), "high": float(numbers.max())})
+            rows.append(
+                {"name": option.name, "low": float(numbers.min()), "high": float(numbers.max())}
+            )
     return rows
 
 
-def _numbers(columns: Columns, extents: dict[Split, Extent], train: Sample, valid: Sample) -> list[dict[str, Any]]:
+def _numbers(
+    columns: Columns, extents: dict[Split, Extent], train: Sample, valid: Sample
+) -> list[dict[str, Any]]:
     ours, theirs = columns.number(train.raw), columns.number(valid.raw)
     floor, ceiling = columns.bounds()
     rows = []
@@ -198,9 +248,18 @@ def _numbers(columns: Columns, extents: dict[Split, Extent], train: Sample, vali
         low, high = float(extents["train"].low[i]), float(extents["train"].high[i])
         if not np.isfinite(low):
             continue
-        bounded = bool(np.isfinite(floor[i]) and np.isfinite(ceiling[i]) and abs(floor[i]) < 1e30 and ceiling[i] > floor[i])
+        bounded = bool(
+            np.isfinite(floor[i])
+            and np.isfinite(ceiling[i])
+            and abs(floor[i]) < 1e30
+            and ceiling[i] > floor[i]
+        )
         outside = (theirs[:, i] < low) | (theirs[:, i] > high) if len(valid) else np.zeros(0, bool)
-        edges = np.linspace(np.quantile(ours[:, i], 0.001), np.quantile(ours[:, i], 0.999), BINS + 1) if high > low else np.array([low, high])
+        edges = (
+            np.linspace(np.quantile(ours[:, i], 0.001), np.quantile(ours[:, i], 0.999), BINS + 1)
+            if high > low
+            else np.array([low, high])
+        )
         rows.append(
             {
                 "name": name,
@@ -211,19 +270,29 @@ def _numbers(columns: Columns, extents: dict[Split, Extent], train: Sample, vali
                 "std": float(ours[:, i].std()),
                 "entropy": _spread(ours[:, i], low, high),
                 "space": [float(floor[i]), float(ceiling[i])] if bounded else None,
-                "covered": _covered(ours[:, i], float(floor[i]), float(ceiling[i])) if bounded else None,
+                "covered": (
+                    _covered(ours[:, i], float(floor[i]), float(ceiling[i])) if bounded else None
+                ),
                 "valid_outside": float(outside.mean()) if len(valid) else None,
                 "edges": edges.tolist(),
                 "train": np.histogram(ours[:, i], edges)[0].tolist() if high > low else [len(ours)],
-                "valid": np.histogram(theirs[:, i], edges)[0].tolist() if high > low else [len(theirs)],
+                "valid": (
+                    np.histogram(theirs[:, i], edges)[0].tolist() if high > low else [len(theirs)]
+                ),
             }
         )
     return rows
 
 
 def _spread(values: Array, low: float, high: float) -> float:
-    """Entropy of a number over BINS equal bins of its range, as a share of the largest there can be."""
-    return float(effective(np.histogram(values, BINS, (low, high))[0])[0] / np.log(BINS)) if high > low else 0.0
+    """Entropy of a number over BINS equal bins of its range, as a share of the largest there can
+    be.
+    """
+    return (
+        float(effective(np.histogram(values, BINS, (low, high))[0])[0] / np.log(BINS))
+        if high > low
+        else 0.0
+    )
 
 
 def _covered(values: Array, low: float, high: float) -> float:
@@ -247,14 +316,18 @@ def _categories(columns: Columns, extents: dict[Split, Extent]) -> list[dict[str
                     "entropy": entropy,
                     "effective": number,
                     "counts": {str(value): int(train[value]) for value in common},
-                    "only_valid": [int(value) for value in np.flatnonzero((train == 0) & (valid > 0))[:NAMED]],
+                    "only_valid": [
+                        int(value) for value in np.flatnonzero((train == 0) & (valid > 0))[:NAMED]
+                    ],
                 }
             )
     return rows
 
 
 def _plane(train: Sample, valid: Sample) -> dict[str, Any] | None:
-    """State and action on training's first two principal components: counts in PLANE x PLANE cells over 99.8% of each."""
+    """State and action on training's first two principal components: counts in PLANE x PLANE cells
+    over 99.8% of each.
+    """
     if len(train) < 2:
         return None
     mean, directions, shares = principal(train.values)
@@ -273,7 +346,13 @@ def _plane(train: Sample, valid: Sample) -> dict[str, Any] | None:
 
 
 def _missing(
-    dataset: Dataset, columns: Columns, extents: dict[Split, Extent], train: Sample, valid: Sample, held: Array, threshold: float | None
+    dataset: Dataset,
+    columns: Columns,
+    extents: dict[Split, Extent],
+    train: Sample,
+    valid: Sample,
+    held: Array,
+    threshold: float | None,
 ) -> dict[str, Any] | None:
     """What the validation split has that training lacks; None without one."""
     if not len(valid) or threshold is None:
@@ -307,7 +386,8 @@ def _missing(
         "outside": {
             name: [float(extents["valid"].low[i]), float(extents["valid"].high[i])]
             for i, name in enumerate(columns.numbers)
-            if extents["valid"].low[i] < extents["train"].low[i] or extents["valid"].high[i] > extents["train"].high[i]
+            if extents["valid"].low[i] < extents["train"].low[i]
+            or extents["valid"].high[i] > extents["train"].high[i]
         },
     }
 
@@ -318,7 +398,9 @@ def _most(columns: Columns, train: Sample, valid: Sample, rows: Array) -> str:
     ours, theirs = columns.number(train.raw), columns.number(valid.raw)[rows]
     std = ours.std(0)
     apart = (((theirs - ours[places[:, 0]]) / np.where(std > 0, std, 1.0)) ** 2).mean(0)
-    unlike = (columns.category(valid.raw)[rows] != columns.category(train.raw)[places[:, 0]]).mean(0)
+    unlike = (columns.category(valid.raw)[rows] != columns.category(train.raw)[places[:, 0]]).mean(
+        0
+    )
     return [*columns.numbers, *columns.categories][int(np.argmax(np.concatenate([apart, unlike])))]
 
 
@@ -327,16 +409,23 @@ def _notes(dataset: Dataset, own: Array, valid: Sample) -> list[str]:
     if not np.isfinite(own).any():
         notes.append("training is one episode: there are no other episodes to measure a gap to")
     if not len(valid):
-        notes.append("there is no validation split, so what training lacks cannot be said; hold some out with valid_fraction, or curate's hold_out")
+        notes.append(
+            "there is no validation split, so what training lacks cannot be said; hold some out"
+            " with valid_fraction, or curate's hold_out"
+        )
     if len(_names(dataset)) == 1:
-        notes.append("one behaviour made all of it: what it never does, no world learns from this data")
+        notes.append(
+            "one behaviour made all of it: what it never does, no world learns from this data"
+        )
     return notes
 
 
 def compare(a: Dataset, b: Dataset, *, seed: int = 0) -> dict[str, Any]:
-    """How far each one's training transitions lie from the other's, by a's standard deviations: {"a_lacks": ..., "b_lacks": ...}.
+    """How far each one's training transitions lie from the other's, by a's standard deviations:
+    {"a_lacks": ..., "b_lacks": ...}.
 
-    `beyond` is the share of the other's transitions whose gap is more than that of 99 in 100 of one's own to one's other episodes; of data alike it is .01.
+    `beyond` is the share of the other's transitions whose gap is more than that of 99 in 100 of
+    one's own to one's other episodes; of data alike it is .01.
     """
     features = Features(a)
     ours, theirs = features.sample(a, "train", seed=seed), features.sample(b, "train", seed=seed)
@@ -344,6 +433,10 @@ def compare(a: Dataset, b: Dataset, *, seed: int = 0) -> dict[str, Any]:
     def lacks(one: Sample, other: Sample) -> dict[str, Any]:
         threshold = _threshold(own_gaps(one.values, one.episodes, seed=seed))
         found = gaps(one.values, other.values)
-        return {"beyond": _share(found, threshold), "quantiles": _curve(found)["quantiles"], "threshold": threshold}
+        return {
+            "beyond": _share(found, threshold),
+            "quantiles": _curve(found)["quantiles"],
+            "threshold": threshold,
+        }
 
     return {"a_lacks": lacks(ours, theirs), "b_lacks": lacks(theirs, ours)}

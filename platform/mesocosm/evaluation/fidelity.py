@@ -1,4 +1,6 @@
-"""Is the world faithful: losses by part, reward and termination a step ahead, and the open-loop table, on validation."""
+"""Is the world faithful: losses by part, reward and termination a step ahead, and the open-loop
+table, on validation.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,18 @@ import torch
 from mesocosm.data.dataset import Dataset, Split
 from mesocosm.data.loader import Loader
 from mesocosm.evaluation import stats
-from mesocosm.evaluation.open_loop import HORIZONS, ROWS, Array, Log, OpenLoop, Progress, begin_at, codec_of, open_loop, silent
+from mesocosm.evaluation.open_loop import (
+    HORIZONS,
+    ROWS,
+    Array,
+    Log,
+    OpenLoop,
+    Progress,
+    begin_at,
+    codec_of,
+    open_loop,
+    silent,
+)
 from mesocosm.model import rng
 from mesocosm.model.base import Base
 from mesocosm.model.world import World
@@ -25,9 +38,11 @@ ENDED, AHEAD = 256, 50
 
 @dataclass(frozen=True)
 class OneStep:
-    """Reward and termination after one imagined step from true states; what the agent is told, so from the sampled o_{t+1}.
+    """Reward and termination after one imagined step from true states; what the agent is told, so
+    from the sampled o_{t+1}.
 
-    Intervals are 90% bootstrap over episodes, None where a figure is, or where there are fewer than two episodes.
+    Intervals are 90% bootstrap over episodes, None where a figure is, or where there are fewer than
+    two episodes.
     """
 
     transitions: int
@@ -40,7 +55,8 @@ class OneStep:
     """None where nothing terminated"""
     recall_interval: stats.Interval | None
     auc: float | None
-    """Of p_terminated, terminal transitions against the others; None where there is only one kind"""
+    """Of p_terminated, terminal transitions against the others; None where there is only one kind
+    """
     auc_interval: stats.Interval | None
     reward_accuracy: float | None
     """Share of rewards drawn exactly right; None where rewards are regressed"""
@@ -56,10 +72,11 @@ class OneStep:
 
 @dataclass(frozen=True)
 class TimeToEnd:
-    """When imagined episodes end, against when the logged ones did: logged actions played in the world from `ahead` steps before a terminal.
+    """When imagined episodes end, against when the logged ones did: logged actions played in the
+    world from `ahead` steps before a terminal.
 
-    With the world's chances of termination on the way, the expected number of steps until its end, at most one more than were logged
-    (the restricted mean survival time), less the logged number.
+    With the world's chances of termination on the way, the expected number of steps until its end,
+    at most one more than were logged (the restricted mean survival time), less the logged number.
     """
 
     episodes: int
@@ -109,9 +126,11 @@ def fidelity(
     linear: Base | None = None,
     progress: Progress = silent,
 ) -> Fidelity:
-    """All of it. Falls back on the training split, with a note in each table, where validation holds fewer than two episodes.
+    """All of it. Falls back on the training split, with a note in each table, where validation
+    holds fewer than two episodes.
 
-    Raises UsageError where the dataset is of other spaces than the world. `linear`: see `open_loop`.
+    Raises UsageError where the dataset is of other spaces than the world. `linear`: see
+    `open_loop`.
     """
     table = open_loop(
         world,
@@ -135,8 +154,12 @@ def fidelity(
     )
 
 
-def losses(world: World, dataset: Dataset, split: Split = "valid", batch: int = 64) -> tuple[dict[str, float], dict[str, stats.Interval | None]]:
-    """(nats a transition by part, their intervals over episodes), each transition of the split once, in windows of the world's context."""
+def losses(
+    world: World, dataset: Dataset, split: Split = "valid", batch: int = 64
+) -> tuple[dict[str, float], dict[str, stats.Interval | None]]:
+    """(nats a transition by part, their intervals over episodes), each transition of the split
+    once, in windows of the world's context.
+    """
     loader = Loader(dataset, codec_of(world), split, max(world.config.context, 1), batch, seed=0)
     windows_of: list[Array] = []
     nats: dict[str, list[Array]] = {}
@@ -149,14 +172,21 @@ def losses(world: World, dataset: Dataset, split: Split = "valid", batch: int = 
             nats.setdefault(name, []).append(value.cpu().double().numpy())
     group = np.unique(np.concatenate(windows_of), return_inverse=True)[1]
     counts = np.bincount(group, weights=np.concatenate(transitions))
-    sums = {name: np.bincount(group, weights=np.concatenate(values)) for name, values in nats.items()}
+    sums = {
+        name: np.bincount(group, weights=np.concatenate(values)) for name, values in nats.items()
+    }
     sums["total"] = np.sum(list(sums.values()), axis=0)
     figures = {name: stats.mean_of_groups(values, counts) for name, values in sums.items()}
-    return {name: mean or 0.0 for name, (mean, _) in figures.items()}, {name: interval for name, (_, interval) in figures.items()}
+    return {name: mean or 0.0 for name, (mean, _) in figures.items()}, {
+        name: interval for name, (_, interval) in figures.items()
+    }
 
 
-def one_step(world: World, dataset: Dataset, split: Split = "valid", *, seed: int = 0, told: bool = False) -> OneStep:
-    """Every transition of the split (a uniform draw of ONE_STEP_TRANSITIONS, if there are more), by each member once.
+def one_step(
+    world: World, dataset: Dataset, split: Split = "valid", *, seed: int = 0, told: bool = False
+) -> OneStep:
+    """Every transition of the split (a uniform draw of ONE_STEP_TRANSITIONS, if there are more), by
+    each member once.
 
     `told`: the notes say that validation was too small.
     """
@@ -165,7 +195,9 @@ def one_step(world: World, dataset: Dataset, split: Split = "valid", *, seed: in
     episode, step = log.starts(1, ONE_STEP_TRANSITIONS, np.random.default_rng(seed))
     rewards, chances = np.zeros((len(episode), members)), np.zeros((len(episode), members))
     width = max(1, ROWS // members)
-    for chunk in (np.arange(i, min(i + width, len(episode))) for i in range(0, len(episode), width)):
+    for chunk in (
+        np.arange(i, min(i + width, len(episode))) for i in range(0, len(episode), width)
+    ):
         rows, member = np.repeat(chunk, members), np.tile(np.arange(members), len(chunk))
         drawn_by = torch.from_numpy(member).to(world.device)
         carry = begin_at(world, log, episode[rows], step[rows], drawn_by, warmup)
@@ -175,10 +207,26 @@ def one_step(world: World, dataset: Dataset, split: Split = "valid", *, seed: in
         chances[rows, member] = out.p_terminated.cpu().double().numpy()
     reward, terminated = log.outcome(episode, step)
     group = np.unique(episode, return_inverse=True)[1]
-    return _judged(rewards, chances.mean(1), reward.astype(np.float64), terminated, group, world.spec.reward_values is not None, told)
+    return _judged(
+        rewards,
+        chances.mean(1),
+        reward.astype(np.float64),
+        terminated,
+        group,
+        world.spec.reward_values is not None,
+        told,
+    )
 
 
-def _judged(rewards: Array, chance: Array, reward: Array, terminated: Array, group: Array, exact: bool, told: bool) -> OneStep:
+def _judged(
+    rewards: Array,
+    chance: Array,
+    reward: Array,
+    terminated: Array,
+    group: Array,
+    exact: bool,
+    told: bool,
+) -> OneStep:
     precision, recall = stats.precision_recall(terminated, chance > 0.5)
     hits = np.bincount(group, weights=terminated & (chance > 0.5))
     recalled = stats.mean_of_groups(hits, np.bincount(group, weights=terminated))[1]
@@ -187,10 +235,14 @@ def _judged(rewards: Array, chance: Array, reward: Array, terminated: Array, gro
     accuracy = accurate = None
     if exact:
         right = np.isclose(rewards, reward[:, None], rtol=1e-6, atol=1e-9).mean(1)
-        accuracy, accurate = stats.mean_of_groups(np.bincount(group, weights=right), np.bincount(group))
+        accuracy, accurate = stats.mean_of_groups(
+            np.bincount(group, weights=right), np.bincount(group)
+        )
     notes = []
     if told:
-        notes.append("validation is too small: reward and termination are judged on the training split.")
+        notes.append(
+            "validation is too small: reward and termination are judged on the training split."
+        )
     if recall is None:
         notes.append("no transition terminates here: recall is undefined.")
     elif precision is None:
@@ -209,19 +261,37 @@ def _judged(rewards: Array, chance: Array, reward: Array, terminated: Array, gro
         reward_accuracy=accuracy,
         reward_accuracy_interval=accurate,
         reward_r2=r2,
-        reward_r2_interval=None if r2 is None else stats.r_squared_interval(reward, rewards.mean(1), group),
+        reward_r2_interval=None
+        if r2 is None
+        else stats.r_squared_interval(reward, rewards.mean(1), group),
         notes=tuple(notes),
     )
 
 
-def time_to_end(world: World, dataset: Dataset, split: Split = "valid", *, seed: int = 0) -> TimeToEnd:
-    """Of at most ENDED terminated episodes of the split, from AHEAD steps before their end (or their first state), each member once."""
+def time_to_end(
+    world: World, dataset: Dataset, split: Split = "valid", *, seed: int = 0
+) -> TimeToEnd:
+    """Of at most ENDED terminated episodes of the split, from AHEAD steps before their end (or
+    their first state), each member once.
+    """
     log = Log(dataset, codec_of(world), split)
-    last = log.outcome(np.arange(len(log.lengths)), log.lengths - 1)[1] if len(log.lengths) else np.zeros(0, np.bool_)
+    last = (
+        log.outcome(np.arange(len(log.lengths)), log.lengths - 1)[1]
+        if len(log.lengths)
+        else np.zeros(0, np.bool_)
+    )
     chosen = np.flatnonzero(last)
     chosen = np.sort(np.random.default_rng(seed).permutation(chosen)[:ENDED])
     if not len(chosen):
-        return TimeToEnd(0, 0.0, None, None, None, None, "no episode terminates here: there is no end to be timed.")
+        return TimeToEnd(
+            0,
+            0.0,
+            None,
+            None,
+            None,
+            None,
+            "no episode terminates here: there is no end to be timed.",
+        )
     ahead = np.minimum(AHEAD, log.lengths[chosen])
     members, count = world.config.members, len(chosen)
     rows, member = np.repeat(np.arange(count), members), np.tile(np.arange(members), count)
@@ -232,10 +302,21 @@ def time_to_end(world: World, dataset: Dataset, split: Split = "valid", *, seed:
     for t in range(int(ahead.max())):
         alive = t < ahead[rows]
         action = log.action(episode, np.minimum(start + t, log.lengths[episode] - 1)).to(device)
-        carry, out = world.step(carry, action, rng.keys(seed, torch.from_numpy(rows).to(device), drawn_by, t))
+        carry, out = world.step(
+            carry, action, rng.keys(seed, torch.from_numpy(rows).to(device), drawn_by, t)
+        )
         expected += np.where(alive, going, 0.0)
         going = np.where(alive, going * (1.0 - out.p_terminated.cpu().double().numpy()), going)
-    # The end falls on step t with the chance of going on until then; what goes on for longer ends one step late at least.
+    # The end falls on step t with the chance of going on until then; what goes on for longer ends
+    # one step late at least.
     off = (expected + going - ahead[rows]).reshape(count, members)
     late, errors = off.mean(1), np.abs(off).mean(1)
-    return TimeToEnd(count, float(ahead.mean()), float(late.mean()), float(errors.mean()), stats.mean_interval(errors), float(going.mean()), None)
+    return TimeToEnd(
+        count,
+        float(ahead.mean()),
+        float(late.mean()),
+        float(errors.mean()),
+        stats.mean_interval(errors),
+        float(going.mean()),
+        None,
+    )

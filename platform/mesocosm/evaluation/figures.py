@@ -1,4 +1,6 @@
-"""The report's plots, each an SVG string drawn from the summary alone. Imports matplotlib without a display."""
+"""The report's plots, each an SVG string drawn from the summary alone. Imports matplotlib without a
+display.
+"""
 
 from __future__ import annotations
 
@@ -49,11 +51,18 @@ STYLE: Any = {
 
 
 def returns(summary: Mapping[str, Any]) -> str:
-    """Return in reality against real steps spent: the world's agent with its intervals, model-free runs through the same ledger."""
+    """Return in reality against real steps spent: the world's agent with its intervals, model-free
+    runs through the same ledger.
+    """
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(9.2, 4.5)
         world, free = summary["curves"]["world"], summary["curves"]["model_free"]
-        steps = [p["real_steps"] for curve in [*world, *free] for p in curve["points"] if p["real_steps"] > 0]
+        steps = [
+            p["real_steps"]
+            for curve in [*world, *free]
+            for p in curve["points"]
+            if p["real_steps"] > 0
+        ]
         names = list(dict.fromkeys(curve["name"] for curve in free))
         seen: set[str] = set()
 
@@ -66,15 +75,49 @@ def returns(summary: Mapping[str, Any]) -> str:
             _bars(axes, curve, colour)
             axes.plot(xs, ys, color=colour, linewidth=1.5, alpha=0.85, label=label(curve["name"]))
             if curve["censored"] and xs:
-                axes.plot(xs[-1], ys[-1], marker=">", markersize=9, markerfacecolor="white", markeredgecolor=colour, markeredgewidth=1.6, clip_on=False)
-                axes.annotate("stopped", (xs[-1], ys[-1]), textcoords="offset points", xytext=(-5, 9), ha="right", color=colour, fontsize=9.5)
+                axes.plot(
+                    xs[-1],
+                    ys[-1],
+                    marker=">",
+                    markersize=9,
+                    markerfacecolor="white",
+                    markeredgecolor=colour,
+                    markeredgewidth=1.6,
+                    clip_on=False,
+                )
+                axes.annotate(
+                    "stopped",
+                    (xs[-1], ys[-1]),
+                    textcoords="offset points",
+                    xytext=(-5, 9),
+                    ha="right",
+                    color=colour,
+                    fontsize=9.5,
+                )
         for number, curve in enumerate(world):
             xs, ys = _points(curve)
             colour = WORLD[number % len(WORLD)]
             _bars(axes, curve, colour)
-            axes.plot(xs, ys, color=colour, marker="o", markersize=6, linewidth=2.2, label=label(curve["name"]))
+            axes.plot(
+                xs,
+                ys,
+                color=colour,
+                marker="o",
+                markersize=6,
+                linewidth=2.2,
+                label=label(curve["name"]),
+            )
             if curve["censored"] and xs:
-                axes.plot(xs[-1], ys[-1], marker=">", markersize=11, markerfacecolor="white", markeredgecolor=colour, markeredgewidth=1.8, clip_on=False)
+                axes.plot(
+                    xs[-1],
+                    ys[-1],
+                    marker=">",
+                    markersize=11,
+                    markerfacecolor="white",
+                    markeredgecolor=colour,
+                    markeredgewidth=1.8,
+                    clip_on=False,
+                )
         if steps and max(steps) > 6 * min(steps):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
@@ -98,14 +141,28 @@ def returns(summary: Mapping[str, Any]) -> str:
 
 def _bars(axes: Axes, curve: Mapping[str, Any], colour: str) -> None:
     """The intervals of a curve's judged points."""
-    spans = [(p["real_steps"], p["mean"], p["interval"]) for p in curve["points"] if p["interval"] is not None]
+    spans = [
+        (p["real_steps"], p["mean"], p["interval"])
+        for p in curve["points"]
+        if p["interval"] is not None
+    ]
     if spans:
         down, up = [m - i[0] for _, m, i in spans], [i[1] - m for _, m, i in spans]
-        axes.errorbar([x for x, _, _ in spans], [m for _, m, _ in spans], yerr=[down, up], fmt="none", ecolor=colour, elinewidth=1.4, capsize=3)
+        axes.errorbar(
+            [x for x, _, _ in spans],
+            [m for _, m, _ in spans],
+            yerr=[down, up],
+            fmt="none",
+            ecolor=colour,
+            elinewidth=1.4,
+            capsize=3,
+        )
 
 
 def losses(summary: Mapping[str, Any]) -> str | None:
-    """Validation nats a transition by part, over rounds; None below two rounds, where the table says it all."""
+    """Validation nats a transition by part, over rounds; None below two rounds, where the table
+    says it all.
+    """
     rows = summary["losses"]
     parts = list(dict.fromkeys(part for row in rows for part in row["parts"]))
     if len(rows) < 2 or not parts:
@@ -114,8 +171,18 @@ def losses(summary: Mapping[str, Any]) -> str | None:
         figure = Figure(figsize=(9.2, 2.5), layout="constrained")
         for number, part in enumerate(parts):
             axes = figure.add_subplot(1, len(parts), number + 1)
-            pairs = [(row["round"], row["parts"][part]) for row in rows if row["parts"].get(part) is not None]
-            axes.plot([r for r, _ in pairs], [v for _, v in pairs], color=PARTS[number % len(PARTS)], marker="o", markersize=4.5)
+            pairs = [
+                (row["round"], row["parts"][part])
+                for row in rows
+                if row["parts"].get(part) is not None
+            ]
+            axes.plot(
+                [r for r, _ in pairs],
+                [v for _, v in pairs],
+                color=PARTS[number % len(PARTS)],
+                marker="o",
+                markersize=4.5,
+            )
             axes.set_title(part)
             axes.set_xlabel("round")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
@@ -126,26 +193,54 @@ def losses(summary: Mapping[str, Any]) -> str | None:
 
 
 def open_loop(summary: Mapping[str, Any]) -> str | None:
-    """RMSE over persistence's by horizon, one line a round; 1 is no better than predicting no change. Whole episodes stand apart."""
-    rounds = [entry for entry in summary["open_loop"] if any(row["ratio"] for row in entry["table"]["rows"])]
+    """RMSE over persistence's by horizon, one line a round; 1 is no better than predicting no
+    change. Whole episodes stand apart.
+    """
+    rounds = [
+        entry
+        for entry in summary["open_loop"]
+        if any(row["ratio"] for row in entry["table"]["rows"])
+    ]
     if not rounds:
         return None
-    horizons = list(dict.fromkeys(row["horizon"] for entry in rounds for row in entry["table"]["rows"]))
+    horizons = list(
+        dict.fromkeys(row["horizon"] for entry in rounds for row in entry["table"]["rows"])
+    )
     with matplotlib.rc_context(STYLE):
         figure, axes = _canvas(9.2, 3.6)
-        shades = [ROUNDS[round((len(ROUNDS) - 3) * (k + 1) / len(rounds))] for k in range(len(rounds))]
+        shades = [
+            ROUNDS[round((len(ROUNDS) - 3) * (k + 1) / len(rounds))] for k in range(len(rounds))
+        ]
         for number, (entry, colour) in enumerate(zip(rounds, shades, strict=True)):
-            places = {row["horizon"]: (horizons.index(row["horizon"]), row) for row in entry["table"]["rows"] if row["ratio"]}
+            places = {
+                row["horizon"]: (horizons.index(row["horizon"]), row)
+                for row in entry["table"]["rows"]
+                if row["ratio"]
+            }
             name = "the world" if entry["round"] is None else f"round {entry['round']}"
             line = [found for horizon, found in places.items() if horizon != "full"]
-            axes.plot([x for x, _ in line], [row["ratio"] for _, row in line], color=colour, marker="o", markersize=5, label=name)
+            axes.plot(
+                [x for x, _ in line],
+                [row["ratio"] for _, row in line],
+                color=colour,
+                marker="o",
+                markersize=5,
+                label=name,
+            )
             if "full" in places:
                 x, row = places["full"]
                 axes.plot(x, row["ratio"], color=colour, marker="D", markersize=5.5)
             if number == len(rounds) - 1:
                 for x, row in places.values():
                     if row["interval"] is not None and row["interval"][0] > 0:
-                        axes.plot([x, x], row["interval"], color=colour, linewidth=7, alpha=0.2, solid_capstyle="butt")
+                        axes.plot(
+                            [x, x],
+                            row["interval"],
+                            color=colour,
+                            linewidth=7,
+                            alpha=0.2,
+                            solid_capstyle="butt",
+                        )
         axes.set_yscale("log")
         axes.axhline(1, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
         axes.annotate(
@@ -156,7 +251,9 @@ def open_loop(summary: Mapping[str, Any]) -> str | None:
             xytext=(4, 4),
             fontsize=9.5,
         )
-        axes.set_xticks(range(len(horizons)), ["whole episode" if h == "full" else h for h in horizons])
+        axes.set_xticks(
+            range(len(horizons)), ["whole episode" if h == "full" else h for h in horizons]
+        )
         axes.set_xlim(-0.35, len(horizons) - 0.65)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -167,7 +264,9 @@ def open_loop(summary: Mapping[str, Any]) -> str | None:
 
 
 def trajectories(group: Mapping[str, Any], number: int) -> str | None:
-    """Reality (broad, grey) and imagined rollouts (thin, blue) of one agent from the same first states: a row a dimension, a column an episode."""
+    """Reality (broad, grey) and imagined rollouts (thin, blue) of one agent from the same first
+    states: a row a dimension, a column an episode.
+    """
     episodes, names = group["episodes"], group["names"]
     if not episodes or not names:
         return None
@@ -178,11 +277,25 @@ def trajectories(group: Mapping[str, Any], number: int) -> str | None:
             for row, name in enumerate(names):
                 axes = grid[row][column]
                 real = [state[row] for state in episode["reality"]]
-                axes.plot(range(len(real)), real, color=REAL, linewidth=2.8, solid_capstyle="round", solid_joinstyle="round")
+                axes.plot(
+                    range(len(real)),
+                    real,
+                    color=REAL,
+                    linewidth=2.8,
+                    solid_capstyle="round",
+                    solid_joinstyle="round",
+                )
                 for sample in episode["imagined"]:
                     values = [state[row] for state in sample]
                     axes.plot(range(len(values)), values, color=WORLD[0], linewidth=1.0, alpha=0.7)
-                seen = [*real, *(state[row] for sample in episode["imagined"] for state in sample[: len(real)])]
+                seen = [
+                    *real,
+                    *(
+                        state[row]
+                        for sample in episode["imagined"]
+                        for state in sample[: len(real)]
+                    ),
+                ]
                 pad = 0.06 * (max(seen) - min(seen) or 1.0)
                 low, high = axes.get_ylim() if column else (float("inf"), float("-inf"))
                 axes.set_ylim(min(low, min(seen) - pad), max(high, max(seen) + pad))
@@ -210,10 +323,29 @@ def stages(summary: Mapping[str, Any]) -> str | None:
         for place, name in enumerate(names):
             left = 0.0
             for row in (row for row in rows if row["name"] == name):
-                shade = ROUNDS[2 + rounds.index(row["round"]) % 4] if row["round"] is not None else MUTED
-                axes.barh(place, row["seconds"], left=left, height=0.62, color=shade, edgecolor="white", linewidth=0.8)
+                shade = (
+                    ROUNDS[2 + rounds.index(row["round"]) % 4]
+                    if row["round"] is not None
+                    else MUTED
+                )
+                axes.barh(
+                    place,
+                    row["seconds"],
+                    left=left,
+                    height=0.62,
+                    color=shade,
+                    edgecolor="white",
+                    linewidth=0.8,
+                )
                 left += row["seconds"]
-            axes.annotate(f"{left:.0f} s", (left, place), textcoords="offset points", xytext=(5, 0), va="center", color=MUTED)
+            axes.annotate(
+                f"{left:.0f} s",
+                (left, place),
+                textcoords="offset points",
+                xytext=(5, 0),
+                va="center",
+                color=MUTED,
+            )
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.invert_yaxis()
@@ -265,14 +397,21 @@ def document(figure: Figure, name: str) -> str:
 
 
 def svg(figure: Figure, name: str, title: str) -> str:
-    """The figure as an inline <svg>: no prologue, scalable, ids unique in the page, the same bytes for the same figure."""
+    """The figure as an inline <svg>: no prologue, scalable, ids unique in the page, the same bytes
+    for the same figure.
+    """
     buffer = io.StringIO()
     fonts = logging.getLogger("matplotlib.font_manager")
     level = fonts.level
     fonts.setLevel(logging.ERROR)
     try:
         with matplotlib.rc_context({"svg.hashsalt": name}):
-            figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}, transparent=True)
+            figure.savefig(
+                buffer,
+                format="svg",
+                metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
+                transparent=True,
+            )
     finally:
         fonts.setLevel(level)
     text = buffer.getvalue()
@@ -282,4 +421,9 @@ def svg(figure: Figure, name: str, title: str) -> str:
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
     spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     head = f'<svg class="plot" {spaces} role="img" aria-label="{html.escape(title)}"'
-    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', lambda match: f'{head} viewBox="{match[1]}">', text, count=1)
+    return re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>',
+        lambda match: f'{head} viewBox="{match[1]}">',
+        text,
+        count=1,
+    )

@@ -1,4 +1,6 @@
-"""The same policy in reality and in the world, from the same first states: trajectories side by side."""
+"""The same policy in reality and in the world, from the same first states: trajectories side by
+side.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from mesocosm.model.world import World
 
 
 def starts_of(world: World, episodes: Sequence[Episode]) -> tuple[Parts, Parts]:
-    """(task, o_0) of real episodes, [n, ...]. Raises UsageError for a task that the world does not know."""
+    """(task, o_0) of real episodes, [n, ...]. Raises UsageError for a task that the world does not
+    know.
+    """
     codec = codec_of(world)
     space = codec.observation_space
     first = [episode.observations[0] for episode in episodes]
@@ -30,11 +34,19 @@ def starts_of(world: World, episodes: Sequence[Episode]) -> tuple[Parts, Parts]:
     return codec.task(batch, [episode.task for episode in episodes]), codec.observation(batch)
 
 
-def imagine(world: World, policy: Acts, starts: tuple[Parts, Parts], horizon: int, seed: int, samples: int = 1) -> list[list[NDArray[np.float64]]]:
-    """Play `policy` greedily in the world from each start, `samples` times, each with one member in turn.
+def imagine(
+    world: World,
+    policy: Acts,
+    starts: tuple[Parts, Parts],
+    horizon: int,
+    seed: int,
+    samples: int = 1,
+) -> list[list[NDArray[np.float64]]]:
+    """Play `policy` greedily in the world from each start, `samples` times, each with one member in
+    turn.
 
-    Returns for each of the n starts `samples` arrays [T+1, d] of raw numbers and categories (the columns of `names`), which
-    end where the world terminates or diverges, or after `horizon` steps.
+    Returns for each of the n starts `samples` arrays [T+1, d] of raw numbers and categories (the
+    columns of `names`), which end where the world terminates or diverges, or after `horizon` steps.
     """
     codec = codec_of(world)
     columns = SpaceCodec(codec.observation_space)
@@ -49,7 +61,9 @@ def imagine(world: World, policy: Acts, starts: tuple[Parts, Parts], horizon: in
     generator = np.random.default_rng(seed)
     for t in range(horizon):
         action = codec.action(policy.act(raw, False, generator)).to(world.device)
-        carry, out = world.step(carry, action, rng.keys(seed, row.to(world.device), draw.to(world.device), t))
+        carry, out = world.step(
+            carry, action, rng.keys(seed, row.to(world.device), draw.to(world.device), t)
+        )
         raw = codec.decode_observation(out.observation, task)
         path.append(_flat(columns, raw))
         ended = out.terminated.cpu().numpy()
@@ -58,11 +72,25 @@ def imagine(world: World, policy: Acts, starts: tuple[Parts, Parts], horizon: in
         if (lengths <= t + 2).all():
             break
     whole = np.stack(path, axis=1)
-    return [[whole[k * samples + s, : lengths[k * samples + s]] for s in range(samples)] for k in range(count)]
+    return [
+        [whole[k * samples + s, : lengths[k * samples + s]] for s in range(samples)]
+        for k in range(count)
+    ]
 
 
-def side_by_side(world: World, policy: Acts, episodes: Sequence[Episode], *, title: str, seed: int, count: int = 3, samples: int = 4) -> report.Trajectories:
-    """The first `count` judged episodes, and the same policy imagined from their first states for as long as they lasted (at most 600 steps)."""
+def side_by_side(
+    world: World,
+    policy: Acts,
+    episodes: Sequence[Episode],
+    *,
+    title: str,
+    seed: int,
+    count: int = 3,
+    samples: int = 4,
+) -> report.Trajectories:
+    """The first `count` judged episodes, and the same policy imagined from their first states for
+    as long as they lasted (at most 600 steps).
+    """
     shown = list(episodes[:count])
     if not shown:
         raise UsageError("there is no episode to imagine; judge the agent in reality first")

@@ -89,14 +89,16 @@ def judge(
 ) -> JudgeResult:
     """Run `episodes` episodes of `policy`, acting greedily, one after the other in this process.
 
-    With `segments`, each episode is stored there as it ends, before its steps are confirmed, and those that are stored
-    already are not run again (`JudgeStore`). Without, what a crash interrupts is judged again.
+    With `segments`, each episode is stored there as it ends, before its steps are confirmed, and
+    those that are stored already are not run again (`JudgeStore`). Without, what a crash interrupts
+    is judged again.
 
-    Their seeds are of a stream of (purpose, seed), apart from collection's and from each other purpose's. A step or reset
-    that takes longer than `reality.step_timeout_s` drops its episode, as a crash does (in the main thread; elsewhere a
-    thread cannot be interrupted and a hang hangs).
+    Their seeds are of a stream of (purpose, seed), apart from collection's and from each other
+    purpose's. A step or reset that takes longer than `reality.step_timeout_s` drops its episode, as
+    a crash does (in the main thread; elsewhere a thread cannot be interrupted and a hang hangs).
 
-    Raises UsageError, before a real step, where the policy is of other spaces; BudgetSpent; MesocosmError if every episode was dropped.
+    Raises UsageError, before a real step, where the policy is of other spaces; BudgetSpent;
+    MesocosmError if every episode was dropped.
     """
     if episodes < 1:
         raise UsageError(f"episodes={episodes} judges nothing; give at least 1")
@@ -104,7 +106,9 @@ def judge(
         reality = replace(reality, bounds="ignore")
     bare = make_env(reality)
     check_spaces(policy, bare, reality)
-    timed = reality.horizon is not None or (bare.spec is not None and bare.spec.max_episode_steps is not None)
+    timed = reality.horizon is not None or (
+        bare.spec is not None and bare.spec.max_episode_steps is not None
+    )
     limit = max_episode_steps or (None if timed else MAX_EPISODE_STEPS)
     own_seed = int(fingerprint(purpose, seed)[:8], 16)
     act = _greedy(policy)
@@ -112,7 +116,14 @@ def judge(
 
     def metered(env: Env) -> MeteredEnv:
         timed_env = Timed(env, reality.step_timeout_s)
-        return MeteredEnv(timed_env, ledger, purpose, BLOCK, holder=f"{purpose}-{seed}", deferred=stored is not None)
+        return MeteredEnv(
+            timed_env,
+            ledger,
+            purpose,
+            BLOCK,
+            holder=f"{purpose}-{seed}",
+            deferred=stored is not None,
+        )
 
     judged: list[Judged] = []
     env = metered(bare)
@@ -123,13 +134,23 @@ def judge(
             before = env.meter.steps
             episode, reason = None, None
             try:
-                episode = run_episode(env, act, k=k, seed=own_seed, behaviour="policy", max_steps=limit, config=reality)
+                episode = run_episode(
+                    env,
+                    act,
+                    k=k,
+                    seed=own_seed,
+                    behaviour="policy",
+                    max_steps=limit,
+                    config=reality,
+                )
             except EpisodeError as error:
                 reason = str(error)
             one = Judged(env.meter.steps - before, episode, reason)
             judged += [one] if stored is None else stored.add(env.meter, k, one)
             if reason is not None:
-                with suppress(Exception):  # what has crashed may fail to close; the meter closes first
+                with suppress(
+                    Exception
+                ):  # what has crashed may fail to close; the meter closes first
                     env.close()
                 env = metered(make_env(reality))
             if progress is not None:
@@ -143,7 +164,10 @@ def judge(
     if not done:
         if stored is not None:
             stored.remove()  # so that the next run tries them again
-        raise MesocosmError(f"reality.env={reality.env!r}: all {episodes} judged episodes were dropped; the last: {dropped[-1]}")
+        raise MesocosmError(
+            f"reality.env={reality.env!r}: all {episodes} judged episodes were dropped; the last:"
+            f" {dropped[-1]}"
+        )
     return JudgeResult(done, sum(each.steps for each in judged), len(judged), dropped)
 
 
@@ -152,18 +176,18 @@ def longest(facts: EnvFacts) -> int:
     return facts.max_episode_steps or MAX_EPISODE_STEPS
 
 
-def judging(
-    reality: RealityConfig,
-    episodes: int,
-    limit: int | None = None,
-) -> dict[str, Any]:
+def judging(reality: RealityConfig, episodes: int, limit: int | None = None) -> dict[str, Any]:
     """What judging so many episodes would cost at most, for a dry run. Takes no real step.
 
     `limit` is the longest possible episode; None takes the environment's.
     """
     steps, price = episodes * (limit or longest(facts_of(reality))), reality.price
     dear = steps * price.per_step + episodes * price.per_reset
-    return {"judged episodes": episodes, "judged real steps": f"at most {steps}", "price of judging": f"at most {dear:g} {price.currency}"}
+    return {
+        "judged episodes": episodes,
+        "judged real steps": f"at most {steps}",
+        "price of judging": f"at most {dear:g} {price.currency}",
+    }
 
 
 def check_spaces(policy: Any, env: Env | EnvFacts, reality: RealityConfig) -> None:
@@ -172,7 +196,8 @@ def check_spaces(policy: Any, env: Env | EnvFacts, reality: RealityConfig) -> No
         theirs, own = getattr(policy, what, None), getattr(env, what)
         if theirs is not None and theirs != own:
             raise UsageError(
-                f"the policy's {what} {theirs} is not that of reality.env={reality.env!r}, {own}; judge it where it was trained, or train one here"
+                f"the policy's {what} {theirs} is not that of reality.env={reality.env!r}, {own};"
+                " judge it where it was trained, or train one here"
             )
 
 

@@ -1,7 +1,8 @@
-"""Is the world right away from its data: errors on episodes of other behaviours, by their distance from the logs, and whether the
-members' disagreement knows where it is wrong.
+"""Is the world right away from its data: errors on episodes of other behaviours, by their distance
+from the logs, and whether the members' disagreement knows where it is wrong.
 
-The distance of a behaviour is the mean negative log density of its actions under a clone of the logs' behaviour, per step (nats).
+The distance of a behaviour is the mean negative log density of its actions under a clone of the
+logs' behaviour, per step (nats).
 """
 
 from __future__ import annotations
@@ -25,7 +26,15 @@ from mesocosm.data.manifest import Environment
 from mesocosm.data.writer import write_dataset
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.fidelity import Fidelity, fidelity
-from mesocosm.evaluation.open_loop import Array, Log, Progress, begin_at, codec_of, linear_model, silent
+from mesocosm.evaluation.open_loop import (
+    Array,
+    Log,
+    Progress,
+    begin_at,
+    codec_of,
+    linear_model,
+    silent,
+)
 from mesocosm.model import rng
 from mesocosm.model.base import MAX_CARDINALITY
 from mesocosm.model.world import World
@@ -42,13 +51,16 @@ class Errors:
     """One-step errors of a world on logged transitions, each from its true state."""
 
     error: Array
-    """[N] root mean square over the normalised numbers of (members' mean - truth), categories counted 1 where most members are wrong"""
+    """[N] root mean square over the normalised numbers of (members' mean - truth), categories
+    counted 1 where most members are wrong
+    """
     disagreement: Array
     """[N] mean over members, on the world's scale"""
     group: Array
     """[N] episode, numbered 0..n-1"""
     diverged: int
-    """Steps at which a member left all bounds: their error and disagreement are the largest float"""
+    """Steps at which a member left all bounds: their error and disagreement are the largest float
+    """
 
 
 @dataclass(frozen=True)
@@ -88,11 +100,16 @@ class OffPolicy:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "behaviours": [behaviour.to_json() for behaviour in self.behaviours]}
+        return {
+            **asdict(self),
+            "behaviours": [behaviour.to_json() for behaviour in self.behaviours],
+        }
 
 
 def one_step_errors(world: World, dataset: Dataset, split: Split, *, seed: int = 0) -> Errors:
-    """Of a uniform draw of at most TRANSITIONS transitions of the split. What a member draws stands for its expectation: over K members it averages out."""
+    """Of a uniform draw of at most TRANSITIONS transitions of the split. What a member draws stands
+    for its expectation: over K members it averages out.
+    """
     log = Log(dataset, codec_of(world), split)
     members = world.config.members
     episode, step = log.starts(1, TRANSITIONS, np.random.default_rng([seed, 5]))
@@ -108,11 +125,19 @@ def one_step_errors(world: World, dataset: Dataset, split: Split, *, seed: int =
         categories.append((out.observation.categories.cpu() != truth.categories).double())
         apart.append(out.disagreement.cpu().double())
         diverged |= out.diverged.cpu().numpy()
-    squares = [(torch.stack(drawn).mean(0) - truth.numbers.double()).pow(2), (torch.stack(categories).mean(0) > 0.5).double()]
+    squares = [
+        (torch.stack(drawn).mean(0) - truth.numbers.double()).pow(2),
+        (torch.stack(categories).mean(0) > 0.5).double(),
+    ]
     error = torch.cat(squares, -1).mean(-1).sqrt().numpy()
     most = np.finfo(np.float64).max
     disagreement = np.where(diverged, most, torch.stack(apart).mean(0).numpy())
-    return Errors(np.where(diverged, most, error), disagreement, np.unique(episode, return_inverse=True)[1], int(diverged.sum()))
+    return Errors(
+        np.where(diverged, most, error),
+        disagreement,
+        np.unique(episode, return_inverse=True)[1],
+        int(diverged.sum()),
+    )
 
 
 def off_policy(
@@ -126,15 +151,24 @@ def off_policy(
     seed: int = 0,
     progress: Progress = silent,
 ) -> OffPolicy:
-    """`behaviours`: (name, real episodes that were never trained on). `logs`: the world's own datasets, whose validation split sets the scale."""
+    """`behaviours`: (name, real episodes that were never trained on). `logs`: the world's own
+    datasets, whose validation split sets the scale.
+    """
     codec = codec_of(world)
     held: Split = "valid" if len(logs.episodes("valid")) >= 2 else "train"
-    notes = [] if held == "valid" else ["validation is too small: what a large error is, is taken from the training split."]
+    notes = (
+        []
+        if held == "valid"
+        else ["validation is too small: what a large error is, is taken from the training split."]
+    )
     near = one_step_errors(world, logs, held, seed=seed)
     bound = float(np.quantile(near.error, LARGE))
     alone = world.config.members == 1
     if alone:
-        notes.append("the world has one member, which cannot disagree: whether disagreement knows where it is wrong is undefined.")
+        notes.append(
+            "the world has one member, which cannot disagree: whether disagreement knows where it"
+            " is wrong is undefined."
+        )
 
     def large(error: Array) -> Array:
         # Errors of categories alone are few values, and the bound may be the largest of them.
@@ -145,7 +179,9 @@ def off_policy(
     pooled = [near]
     for name, episodes in behaviours:
         with tempfile.TemporaryDirectory() as folder:
-            data = _dataset(Path(folder) / "episodes", episodes, logs, codec.environment["task"], seed)
+            data = _dataset(
+                Path(folder) / "episodes", episodes, logs, codec.environment["task"], seed
+            )
             far = one_step_errors(world, data, "train", seed=seed)
             found = fidelity(
                 world,
@@ -158,9 +194,14 @@ def off_policy(
                 linear=linear,
                 progress=partial(_of, progress, name),
             )
-            area, interval = (None, None) if alone else stats.auc(large(far.error), far.disagreement, far.group)
+            area, interval = (
+                (None, None) if alone else stats.auc(large(far.error), far.disagreement, far.group)
+            )
             if far.diverged:
-                notes.append(f"{name}: {far.diverged} of {len(far.error)} steps left all bounds; they count as the largest errors.")
+                notes.append(
+                    f"{name}: {far.diverged} of {len(far.error)} steps left all bounds; they count"
+                    " as the largest errors."
+                )
             rows.append(
                 Behaviour(
                     name,
@@ -178,7 +219,10 @@ def off_policy(
             del data
     offsets = np.cumsum([0, *(int(e.group.max()) + 1 for e in pooled)])
     group = np.concatenate([e.group + offset for e, offset in zip(pooled, offsets, strict=False)])
-    error, apart = np.concatenate([e.error for e in pooled]), np.concatenate([e.disagreement for e in pooled])
+    error, apart = (
+        np.concatenate([e.error for e in pooled]),
+        np.concatenate([e.disagreement for e in pooled]),
+    )
     area, interval = (None, None) if alone else stats.auc(large(error), apart, group)
     rows.sort(key=lambda row: -np.inf if row.divergence is None else row.divergence)
     return OffPolicy(tuple(rows), clone.divergence(logs, codec, held), area, interval, tuple(notes))
@@ -188,8 +232,12 @@ def _of(progress: Progress, behaviour: str, text: str) -> None:
     progress(f"{behaviour}: {text}")
 
 
-def _dataset(folder: Path, episodes: Sequence[Episode], logs: Dataset, task: list[str], seed: int) -> Dataset:
-    """A dataset of the world's spaces that lasts as long as its folder; everything is in its training split."""
+def _dataset(
+    folder: Path, episodes: Sequence[Episode], logs: Dataset, task: list[str], seed: int
+) -> Dataset:
+    """A dataset of the world's spaces that lasts as long as its folder; everything is in its
+    training split.
+    """
     write_dataset(
         folder,
         list(episodes),
@@ -204,9 +252,11 @@ def _dataset(folder: Path, episodes: Sequence[Episode], logs: Dataset, task: lis
 
 
 class Clone(nn.Module):
-    """p(a | o, task) of the logs: an MLP to a Gaussian of each number of the action and the logits of each category.
+    """p(a | o, task) of the logs: an MLP to a Gaussian of each number of the action and the logits
+    of each category.
 
-    Numbers are normalised; their standard deviations are at least FLOOR, below which a deterministic logger's density has no bound.
+    Numbers are normalised; their standard deviations are at least FLOOR, below which a
+    deterministic logger's density has no bound.
     """
 
     FLOOR = 0.05
@@ -216,7 +266,10 @@ class Clone(nn.Module):
         self.codec = codec
         spec = codec.spec
         self.numbers, self.categories = spec.action.numbers, spec.action.categories
-        width = 1 + sum(part.numbers + sum(c for c in part.categories if c <= MAX_CARDINALITY) for part in (spec.observation, spec.task))
+        width = 1 + sum(
+            part.numbers + sum(c for c in part.categories if c <= MAX_CARDINALITY)
+            for part in (spec.observation, spec.task)
+        )
         self.net = nn.Sequential(
             nn.Linear(width, CLONE_HIDDEN),
             nn.Tanh(),
@@ -248,26 +301,43 @@ class Clone(nn.Module):
         """[N, F]: numbers and small categories (one-hot) of observation and task."""
         spec = self.codec.spec
         columns = [torch.ones(len(episode), 1)]
-        for part, values in ((spec.observation, log.observation(episode, step)), (spec.task, log.task(episode))):
+        for part, values in (
+            (spec.observation, log.observation(episode, step)),
+            (spec.task, log.task(episode)),
+        ):
             columns.append(values.numbers)
-            columns += [F.one_hot(values.categories[:, i], c).float() for i, c in enumerate(part.categories) if c <= MAX_CARDINALITY]
+            columns += [
+                F.one_hot(values.categories[:, i], c).float()
+                for i, c in enumerate(part.categories)
+                if c <= MAX_CARDINALITY
+            ]
         return torch.cat(columns, -1)
 
     def _nats(self, x: Tensor, numbers: Tensor, categories: Tensor) -> Tensor:
         """[N] negative log density"""
-        mean, raw, logits = self.net(x).split([self.numbers, self.numbers, sum(self.categories)], -1)
+        mean, raw, logits = self.net(x).split(
+            [self.numbers, self.numbers, sum(self.categories)], -1
+        )
         deviation = F.softplus(raw) + self.FLOOR
-        nats = (0.5 * ((numbers - mean) / deviation).pow(2) + deviation.log() + 0.5 * np.log(2 * np.pi)).sum(-1)
-        for i, each in enumerate(logits.split(list(self.categories), -1) if self.categories else ()):
+        nats = (
+            0.5 * ((numbers - mean) / deviation).pow(2) + deviation.log() + 0.5 * np.log(2 * np.pi)
+        ).sum(-1)
+        for i, each in enumerate(
+            logits.split(list(self.categories), -1) if self.categories else ()
+        ):
             nats = nats + F.cross_entropy(each, categories[:, i], reduction="none")
         return nats
 
     @torch.no_grad()
     def divergence(self, dataset: Dataset, codec: Codec, split: Split) -> float | None:
-        """Mean nats a step of the split's actions; None where the action holds neither numbers nor categories."""
+        """Mean nats a step of the split's actions; None where the action holds neither numbers nor
+        categories.
+        """
         if not self.numbers and not self.categories:
             return None
         log = Log(dataset, codec, split)
         episode, step = log.starts(1, TRANSITIONS, np.random.default_rng(0))
         action = log.action(episode, step)
-        return float(self._nats(self._inputs(log, episode, step), action.numbers, action.categories).mean())
+        return float(
+            self._nats(self._inputs(log, episode, step), action.numbers, action.categories).mean()
+        )

@@ -1,12 +1,15 @@
-"""Open-loop error: logged actions played in the world from logged states, against what truly followed.
+"""Open-loop error: logged actions played in the world from logged states, against what truly
+followed.
 
-Numbers are compared normalised (each over its standard deviation in the data), categories by equality. The reference is
-persistence, the prediction that nothing changes: a ratio of 1 is no better than that. At horizon h the error is of
-o_{t+h} alone, for starts t drawn uniformly from all logged states with h steps left; "full" starts at an episode's
-first state and compares its last. A world with history is given the true steps before a start, up to `warmup`.
+Numbers are compared normalised (each over its standard deviation in the data), categories by
+equality. The reference is persistence, the prediction that nothing changes: a ratio of 1 is no
+better than that. At horizon h the error is of o_{t+h} alone, for starts t drawn uniformly from all
+logged states with h steps left; "full" starts at an episode's first state and compares its last. A
+world with history is given the true steps before a start, up to `warmup`.
 
-Two predictions are reported: the mean over several sampled rollouts, each with one member (members in turn), and a
-single rollout. What a model samples well has the smaller ratio in the first; what an agent lives in is the second.
+Two predictions are reported: the mean over several sampled rollouts, each with one member (members
+in turn), and a single rollout. What a model samples well has the smaller ratio in the first; what
+an agent lives in is the second.
 """
 
 from __future__ import annotations
@@ -61,17 +64,25 @@ class Row:
     single: float | None = None
     """The same ratio for a single sampled rollout"""
     typical: float | None = None
-    """The ratio of the median errors: far below `ratio` where rare events (a collision never seen in training) own the mean"""
+    """The ratio of the median errors: far below `ratio` where rare events (a collision never seen
+    in training) own the mean
+    """
     persistence: float | None = None
     """Persistence's RMSE, normalised"""
     linear: float | None = None
-    """The ratio of a linear model: ridge regression of the change on (1, o, a, task), fitted on the training split and iterated"""
+    """The ratio of a linear model: ridge regression of the change on (1, o, a, task), fitted on the
+    training split and iterated
+    """
     coverage: float | None = None
-    """Share of true numbers between the lowest and the highest of the sampled rollouts, true ones spread over their bin: `nominal` where the
-    world is calibrated; None without numbers, or with one sample"""
+    """Share of true numbers between the lowest and the highest of the sampled rollouts, true ones
+    spread over their bin: `nominal` where the world is calibrated; None without numbers, or with
+    one sample
+    """
     coverage_interval: stats.Interval | None = None
     accuracy: float | None = None
-    """Share of category slots that the most frequent category of the rollouts has right; None without categories"""
+    """Share of category slots that the most frequent category of the rollouts has right; None
+    without categories
+    """
     accuracy_interval: stats.Interval | None = None
     persistence_accuracy: float | None = None
 
@@ -105,7 +116,9 @@ class Log:
         self.dataset, self.codec, self.split = dataset, codec, split
         self.episodes: Array = dataset.episodes(split)
         self.lengths: Array = dataset.table["length"][self.episodes].astype(np.int64)
-        self._options = codec.option_rows(dataset.options, dataset.option_numbers, dataset.option_values)
+        self._options = codec.option_rows(
+            dataset.options, dataset.option_numbers, dataset.option_values
+        )
 
     def _gather(self, name: str, episode: Array, step: Array) -> Array:
         """`episode` [n] positions in the split, `step` [n, ...] -> rows [n, ..., columns]."""
@@ -114,22 +127,34 @@ class Log:
         return self.dataset.gather(name, table["shard"], first + step)
 
     def observation(self, episode: Array, step: Array) -> Parts:
-        return self.codec.observation_parts(self._gather("obs_num", episode, step), self._gather("obs_cat", episode, step))
+        return self.codec.observation_parts(
+            self._gather("obs_num", episode, step), self._gather("obs_cat", episode, step)
+        )
 
     def action(self, episode: Array, step: Array) -> Parts:
-        return self.codec.action_parts(self._gather("act_num", episode, step), self._gather("act_cat", episode, step))
+        return self.codec.action_parts(
+            self._gather("act_num", episode, step), self._gather("act_cat", episode, step)
+        )
 
     def task(self, episode: Array) -> Parts:
         zero = np.zeros(len(episode), np.int64)
         options = self._options[self.episodes[episode]]
-        return self.codec.task_parts(self._gather("obs_num", episode, zero), self._gather("obs_cat", episode, zero), options)
+        return self.codec.task_parts(
+            self._gather("obs_num", episode, zero), self._gather("obs_cat", episode, zero), options
+        )
 
     def outcome(self, episode: Array, step: Array) -> tuple[Array, Array]:
         """(raw reward [n], terminated [n]) of transitions."""
-        return self._gather("reward", episode, step), self._gather("terminated", episode, step).astype(bool)
+        return self._gather("reward", episode, step), self._gather(
+            "terminated", episode, step
+        ).astype(bool)
 
-    def starts(self, horizon: int, limit: int, generator: np.random.Generator) -> tuple[Array, Array]:
-        """At most `limit` distinct (episode, step) with at least `horizon` steps left, drawn uniformly from all such."""
+    def starts(
+        self, horizon: int, limit: int, generator: np.random.Generator
+    ) -> tuple[Array, Array]:
+        """At most `limit` distinct (episode, step) with at least `horizon` steps left, drawn
+        uniformly from all such.
+        """
         room = np.maximum(self.lengths - horizon + 1, 0)
         ends = np.cumsum(room)
         total = int(ends[-1]) if len(ends) else 0
@@ -143,13 +168,23 @@ def check_dataset(dataset: Dataset, codec: Codec) -> None:
     for what in ("observation_space", "action_space"):
         theirs, own = getattr(dataset, what), getattr(codec, what)
         if theirs != own:
-            raise UsageError(f"dataset {', '.join(dataset.ids)} has {what} {theirs}, the world {own}; evaluate the world on data of its own environment")
+            raise UsageError(
+                f"dataset {', '.join(dataset.ids)} has {what} {theirs}, the world {own}; evaluate"
+                " the world on data of its own environment"
+            )
 
 
-def begin_at(world: World, log: Log, episode: Array, step: Array, member: Tensor, warmup: int) -> Carry:
-    """A session that stands at o_step of each logged episode [n], having seen the up to `warmup` true steps before it."""
+def begin_at(
+    world: World, log: Log, episode: Array, step: Array, member: Tensor, warmup: int
+) -> Carry:
+    """A session that stands at o_step of each logged episode [n], having seen the up to `warmup`
+    true steps before it.
+    """
     columns = min(warmup, world.net.memory)
-    observation, task = log.observation(episode, step).to(world.device), log.task(episode).to(world.device)
+    observation, task = (
+        log.observation(episode, step).to(world.device),
+        log.task(episode).to(world.device),
+    )
     if not columns:
         return world.begin(task, observation, member)
     before = step[:, None] - columns + np.arange(columns)
@@ -188,15 +223,18 @@ def open_loop(
         linear: the linear model to compare with; None: `linear_model` of the dataset.
         progress: called with a few words on each imagined step.
 
-    Falls back on the training split, with a note, where validation holds fewer than two episodes. Raises UsageError where
-    the dataset is of other spaces.
+    Falls back on the training split, with a note, where validation holds fewer than two episodes.
+    Raises UsageError where the dataset is of other spaces.
     """
     codec = codec_of(world)
     warmup = world.net.memory // 2 if warmup is None else min(warmup, world.net.memory)
     notes: list[str] = []
     if split == "valid" and len(dataset.episodes("valid")) < 2:
         split = "train"
-        notes.append(f"validation holds {len(dataset.episodes('valid'))} episodes, too few: these are errors on the training split.")
+        notes.append(
+            f"validation holds {len(dataset.episodes('valid'))} episodes, too few: these are errors"
+            " on the training split."
+        )
     log = Log(dataset, codec, split)
     linear = linear_model(dataset, codec) if linear is None else linear
     rows = []
@@ -204,11 +242,41 @@ def open_loop(
         generator = np.random.default_rng([seed, number])
         if horizon == "full":
             drawn = generator.permutation(len(log.episodes))[:FULL_EPISODES]
-            rows.append(_measure(world, log, "full", np.sort(drawn), np.zeros(len(drawn), np.int64), None, samples, seed + number, 0, notes, linear, progress))
+            rows.append(
+                _measure(
+                    world,
+                    log,
+                    "full",
+                    np.sort(drawn),
+                    np.zeros(len(drawn), np.int64),
+                    None,
+                    samples,
+                    seed + number,
+                    0,
+                    notes,
+                    linear,
+                    progress,
+                )
+            )
             continue
         steps = int(horizon)
         episode, step = log.starts(steps, starts, generator)
-        rows.append(_measure(world, log, str(horizon), episode, step, steps, samples, seed + number, warmup, notes, linear, progress))
+        rows.append(
+            _measure(
+                world,
+                log,
+                str(horizon),
+                episode,
+                step,
+                steps,
+                samples,
+                seed + number,
+                warmup,
+                notes,
+                linear,
+                progress,
+            )
+        )
     return OpenLoop(tuple(rows), split, samples, warmup, tuple(notes))
 
 
@@ -228,7 +296,10 @@ def _measure(
 ) -> Row:
     ahead = log.lengths[episode] if horizon is None else np.full(len(episode), horizon)
     if not len(episode):
-        notes.append(f"horizon {name}: no {'validation' if log.split == 'valid' else 'training'} episode is that long.")
+        notes.append(
+            f"horizon {name}: no {'validation' if log.split == 'valid' else 'training'} episode is"
+            " that long."
+        )
         return Row(name, float(horizon or 0), 0, 0)
 
     def report(text: str) -> None:
@@ -238,7 +309,9 @@ def _measure(
     numbers, categories = imagined
     truth, start = log.observation(episode, step + ahead), log.observation(episode, step)
     true_numbers, first_numbers = truth.numbers.double().numpy(), start.numbers.double().numpy()
-    ratio = interval = single = typical = persistence = straight = coverage = covered = accuracy = accurate = persistence_accuracy = None
+    ratio = interval = single = typical = persistence = straight = coverage = covered = accuracy = (
+        accurate
+    ) = persistence_accuracy = None
     groups = np.unique(episode, return_inverse=True)[1]
     if true_numbers.shape[1]:
         none = ((first_numbers - true_numbers) ** 2).mean(-1)
@@ -246,28 +319,43 @@ def _measure(
         each = ((numbers - true_numbers[:, None]) ** 2).mean((1, 2))
         persistence = float(np.sqrt(none.mean()))
         if samples > 1:
-            inside = _inside(numbers, true_numbers, np.array(world.spec.observation.bins), np.random.default_rng([seed, 1]))
-            coverage, covered = stats.mean_of_groups(np.bincount(groups, weights=inside.mean(-1)), np.bincount(groups), seed=seed)
+            inside = _inside(
+                numbers,
+                true_numbers,
+                np.array(world.spec.observation.bins),
+                np.random.default_rng([seed, 1]),
+            )
+            coverage, covered = stats.mean_of_groups(
+                np.bincount(groups, weights=inside.mean(-1)), np.bincount(groups), seed=seed
+            )
         if not np.isfinite(each).all():
             notes.append(
-                f"horizon {name}: rollouts from {int((~np.isfinite(each)).sum())} of {len(each)} starts left the finite numbers; the error is infinite."
+                f"horizon {name}: rollouts from {int((~np.isfinite(each)).sum())} of {len(each)}"
+                " starts left the finite numbers; the error is infinite."
             )
         elif persistence == 0:
-            notes.append(f"horizon {name}: persistence makes no error here, so the ratio is undefined.")
+            notes.append(
+                f"horizon {name}: persistence makes no error here, so the ratio is undefined."
+            )
         else:
             by_episode = [np.bincount(groups, weights=values) for values in (mean, none)]
             ratio, single = stats.ratio_of_rms(mean, none), stats.ratio_of_rms(each, none)
             interval = stats.ratio_interval(*by_episode, seed=seed)
             typical = stats.ratio_of_rms(np.median(mean), np.median(none))
             with np.errstate(over="ignore"):
-                straight = stats.ratio_of_rms(((_iterated(linear, log, episode, step, ahead) - true_numbers) ** 2).mean(-1), none)
+                straight = stats.ratio_of_rms(
+                    ((_iterated(linear, log, episode, step, ahead) - true_numbers) ** 2).mean(-1),
+                    none,
+                )
             if straight is not None and not np.isfinite(straight):
                 straight = None
                 notes.append(f"horizon {name}: the linear model left the finite numbers.")
     if truth.categories.shape[1]:
         true_categories = truth.categories.numpy()
         right = (_most_frequent(categories) == true_categories).mean(-1)
-        accuracy, accurate = stats.mean_of_groups(np.bincount(groups, weights=right), np.bincount(groups), seed=seed)
+        accuracy, accurate = stats.mean_of_groups(
+            np.bincount(groups, weights=right), np.bincount(groups), seed=seed
+        )
         persistence_accuracy = float((start.categories.numpy() == true_categories).mean())
     return Row(
         name,
@@ -289,7 +377,9 @@ def _measure(
 
 
 def _inside(numbers: Array, truth: Array, bins: Array, generator: np.random.Generator) -> Array:
-    """[n, d] bool: the truth is within the range of the samples [n, S, d]. A logged number stands for its whole bin, and sampled ones fill it."""
+    """[n, d] bool: the truth is within the range of the samples [n, S, d]. A logged number stands
+    for its whole bin, and sampled ones fill it.
+    """
     spread = truth + (generator.random(truth.shape) - 0.5) * bins
     return (numbers.min(1) <= spread) & (spread <= numbers.max(1))
 
@@ -300,7 +390,9 @@ def linear_model(dataset: Dataset, codec: Codec) -> Base:
 
 
 def _iterated(linear: Base, log: Log, episode: Array, step: Array, ahead: Array) -> Array:
-    """The linear model's numbers `ahead` [n] steps after each start, [n, d]; categories stay what they were at the start."""
+    """The linear model's numbers `ahead` [n] steps after each start, [n, d]; categories stay what
+    they were at the start.
+    """
     now, task = log.observation(episode, step), log.task(episode)
     found = now.numbers.double().numpy().copy()
     for t in range(int(ahead.max())):
@@ -321,7 +413,8 @@ def rollouts(
     warmup: int,
     progress: Progress = silent,
 ) -> tuple[Array, Array]:
-    """Sampled observations `ahead` [n] steps after each start: numbers [n, samples, d] float64 normalised, categories [n, samples, m].
+    """Sampled observations `ahead` [n] steps after each start: numbers [n, samples, d] float64
+    normalised, categories [n, samples, m].
 
     Terminations that the world samples are passed over: the logged episode went on.
     """
@@ -340,14 +433,23 @@ def rollouts(
             progress(f"step {t + 1} of {last}")
             at = np.minimum(step[rows] + t, log.lengths[episode[rows]] - 1)
             action = log.action(episode[rows], at).to(world.device)
-            keys = rng.keys(seed, torch.from_numpy(rows).to(world.device), torch.from_numpy(draw).to(world.device), t)
+            keys = rng.keys(
+                seed,
+                torch.from_numpy(rows).to(world.device),
+                torch.from_numpy(draw).to(world.device),
+                t,
+            )
             carry, out = world.step(carry, action, keys)
             diverged |= out.diverged.cpu().numpy()
             ended = ahead[rows] == t + 1
             if ended.any():
-                seen = np.where(diverged[:, None], np.inf, out.observation.numbers.cpu().double().numpy())
+                seen = np.where(
+                    diverged[:, None], np.inf, out.observation.numbers.cpu().double().numpy()
+                )
                 numbers[rows[ended], draw[ended]] = seen[ended]
-                categories[rows[ended], draw[ended]] = out.observation.categories.cpu().numpy()[ended]
+                categories[rows[ended], draw[ended]] = out.observation.categories.cpu().numpy()[
+                    ended
+                ]
     return numbers, categories
 
 

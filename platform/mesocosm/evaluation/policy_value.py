@@ -1,7 +1,8 @@
-"""What policies are worth in the world against what they are worth in reality, and how the gap moves along an agent's training.
+"""What policies are worth in the world against what they are worth in reality, and how the gap
+moves along an agent's training.
 
-In reality each policy plays the same episodes (the same seeds), metered under `judge`; in the world it starts where the world itself
-starts episodes, and nothing is told of reality.
+In reality each policy plays the same episodes (the same seeds), metered under `judge`; in the world
+it starts where the world itself starts episodes, and nothing is told of reality.
 """
 
 from __future__ import annotations
@@ -68,15 +69,32 @@ class PolicyValue:
                 "iteration": value.candidate.iteration,
                 "noise": value.candidate.noise,
                 "held_out": value.candidate.held_out,
-                "real": {"mean": value.real, "interval": value.judged.interval, "episodes": len(value.judged.returns)},
-                "world": {"mean": value.world, "interval": stats.mean_interval(value.imagined), "episodes": len(value.imagined)},
+                "real": {
+                    "mean": value.real,
+                    "interval": value.judged.interval,
+                    "episodes": len(value.judged.returns),
+                },
+                "world": {
+                    "mean": value.world,
+                    "interval": stats.mean_interval(value.imagined),
+                    "episodes": len(value.imagined),
+                },
                 "gap": value.world - value.real,
                 "success": None,
             }
             if value.judged.successes is not None:
-                row["success"] = {"real": value.judged.successes / len(value.judged.returns), "world": success_by_return(self.success, value.imagined)}
+                row["success"] = {
+                    "real": value.judged.successes / len(value.judged.returns),
+                    "world": success_by_return(self.success, value.imagined),
+                }
             rows.append(row)
-        return {"policies": rows, "ranking": self.ranking.to_json(), "success": self.success, "real_steps": self.steps, "notes": list(self.notes)}
+        return {
+            "policies": rows,
+            "ranking": self.ranking.to_json(),
+            "success": self.success,
+            "real_steps": self.steps,
+            "notes": list(self.notes),
+        }
 
 
 def _by_return(rule: str | None) -> Callable[[float], bool] | None:
@@ -88,7 +106,9 @@ def _by_return(rule: str | None) -> Callable[[float], bool] | None:
 
 
 def imagining(seed: int) -> int:
-    """The seed of imagined episodes: of a stream of its own, for an agent's first imagined episodes in training had its job's seed."""
+    """The seed of imagined episodes: of a stream of its own, for an agent's first imagined episodes
+    in training had its job's seed.
+    """
     return int(fingerprint("imagined", seed)[:8], 16)
 
 
@@ -113,11 +133,13 @@ def policy_value(
     seed: int,
     progress: Callable[[float, str], None] = lambda done, text: None,
 ) -> PolicyValue:
-    """Judge each candidate by `episodes` real episodes and imagine `imagined` of each, of at most `horizon` steps.
+    """Judge each candidate by `episodes` real episodes and imagine `imagined` of each, of at most
+    `horizon` steps.
 
     store: where judged episodes lie until the evaluation is committed.
-    known: real episodes that were judged already, by the candidate's name, of the same seed and limit.
-    more: given all (candidate, mean real return) so far, the next candidate to judge, or None. Raises UsageError if there is none at all.
+    known: real episodes that were judged already, by the candidate's name, of the same seed and
+    limit. more: given all (candidate, mean real return) so far, the next candidate to judge, or
+    None. Raises UsageError if there is none at all.
     """
     judged: list[tuple[Candidate, JudgeResult]] = []
 
@@ -157,11 +179,22 @@ def policy_value(
         some = [candidate.policy for candidate, _ in judged[first : first + width]]
         env = WorldVectorEnv(len(some) * imagined, world, horizon=horizon)
         means += list(imagined_returns(some, env, imagining(seed), report))
-    values = tuple(Value(candidate, result, returns) for (candidate, result), returns in zip(judged, means, strict=True))
+    values = tuple(
+        Value(candidate, result, returns)
+        for (candidate, result), returns in zip(judged, means, strict=True)
+    )
     counted = [v for v in values if v.candidate.held_out]
     found = ranking([v.real for v in counted], [v.world for v in counted], seed=seed)
-    notes = [f"{v.candidate.name}: its like collected some of the world's data; it is shown, and no figure counts it." for v in values if v not in counted]
+    notes = [
+        f"{v.candidate.name}: its like collected some of the world's data; it is shown, and no"
+        " figure counts it."
+        for v in values
+        if v not in counted
+    ]
     notes += [f"{v.candidate.name}: {reason}" for v in values for reason in v.judged.dropped]
     if reality.success is not None and _by_return(reality.success) is None:
-        notes.append(f"reality.success={reality.success!r} asks an info, of which a world knows nothing: success in the world is undefined.")
+        notes.append(
+            f"reality.success={reality.success!r} asks an info, of which a world knows nothing:"
+            " success in the world is undefined."
+        )
     return PolicyValue(values, found, reality.success, tuple(notes))

@@ -1,4 +1,6 @@
-"""Do values in the world rank policies as reality does: correlations, rank violation, regret, and when none of them can be said."""
+"""Do values in the world rank policies as reality does: correlations, rank violation, regret, and
+when none of them can be said.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,18 @@ from scipy import stats as scipy_stats
 from mesocosm.evaluation import stats
 
 LEAST, PER_FIFTH = 15, 3
-"""Policies, and policies in each fifth of the range of real returns, below which a note says that the figures rest on few."""
+"""Policies, and policies in each fifth of the range of real returns, below which a note says that
+the figures rest on few.
+"""
 FEWEST = 3
 """A correlation of two points is 1 or -1 whatever they are."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Of n policies' mean returns in reality R and in the world S. Intervals are 90% bootstrap over policies. None: see `notes`."""
+    """Of n policies' mean returns in reality R and in the world S. Intervals are 90% bootstrap over
+    policies. None: see `notes`.
+    """
 
     policies: int
     low: float
@@ -36,10 +42,14 @@ class Ranking:
     spearman_top: float | None
     """Of the policies whose real return is at least the median"""
     mmrv: float | None
-    """Mean maximum rank violation, in units of return: the mean over policies of the largest real difference to another that the world
-    ranks the other way round (Li et al. 2024, arXiv 2405.05941)"""
+    """Mean maximum rank violation, in units of return: the mean over policies of the largest real
+    difference to another that the world ranks the other way round (Li et al. 2024, arXiv
+    2405.05941)
+    """
     regret: float | None
-    """regret@1: what choosing the policy that is best in the world loses in reality, as a share of the range; the mean over equally good ones"""
+    """regret@1: what choosing the policy that is best in the world loses in reality, as a share of
+    the range; the mean over equally good ones
+    """
     chosen: int
     """Row of that policy among those that are counted, the first of equals"""
     error: float
@@ -56,7 +66,11 @@ def fifths_of(returns: ArrayLike) -> tuple[int, ...]:
     """How many lie in each fifth of their range, from below; they are not all equal."""
     values = np.asarray(returns, dtype=np.float64)
     low, span = values.min(), np.ptp(values)
-    return tuple(np.bincount(np.minimum((5 * (values - low) / span).astype(np.int64), 4), minlength=5).tolist())
+    return tuple(
+        np.bincount(
+            np.minimum((5 * (values - low) / span).astype(np.int64), 4), minlength=5
+        ).tolist()
+    )
 
 
 def firm(fifths: Sequence[int]) -> bool:
@@ -69,24 +83,40 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
     R, S = np.asarray(real, dtype=np.float64), np.asarray(imagined, dtype=np.float64)
     low, high = float(R.min()), float(R.max())
     span = _spread(R)
-    worth = float(R[S.max() == S].mean())  # of policies that the world holds equally good any may be chosen
+    worth = float(
+        R[S.max() == S].mean()
+    )  # of policies that the world holds equally good any may be chosen
     fifths = fifths_of(R) if span > 0 else (len(R), 0, 0, 0, 0)
     notes = []
     if len(R) < FEWEST:
-        notes.append(f"{len(R)} policies: a correlation needs at least {FEWEST}; add policies, or raise graded.")
+        notes.append(
+            f"{len(R)} policies: a correlation needs at least {FEWEST}; add policies, or raise"
+            " graded."
+        )
     elif span == 0:
-        notes.append(f"all {len(R)} policies have the same real return, {low:g}: correlation, rank violation and regret are undefined.")
+        notes.append(
+            f"all {len(R)} policies have the same real return, {low:g}: correlation, rank violation"
+            " and regret are undefined."
+        )
     elif _spread(S) == 0:
-        notes.append(f"the world gives all {len(R)} policies the same value, {S[0]:g}: correlations are undefined.")
+        notes.append(
+            f"the world gives all {len(R)} policies the same value, {S[0]:g}: correlations are"
+            " undefined."
+        )
     if len(R) < LEAST or (span > 0 and not firm(fifths)):
         held = ", ".join(map(str, fifths))
-        notes.append(f"{len(R)} policies, in the fifths of the real range {held}: at least {LEAST}, and {PER_FIFTH} in each, make these figures firm.")
+        notes.append(
+            f"{len(R)} policies, in the fifths of the real range {held}: at least {LEAST}, and"
+            f" {PER_FIFTH} in each, make these figures firm."
+        )
     pearson, pearson_interval = _correlation(_pearson, R, S, seed)
     spearman, spearman_interval = _correlation(_spearman, R, S, seed)
     top = np.median(R) <= R
     spearman_top = _correlation(_spearman, R[top], S[top], seed)[0]
     if spearman is not None and spearman_top is None:
-        notes.append("the better half of the policies are too few, or equal, for a correlation of their own.")
+        notes.append(
+            "the better half of the policies are too few, or equal, for a correlation of their own."
+        )
     chosen = int(S.argmax())
     return Ranking(
         policies=len(R),
@@ -108,7 +138,10 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
 
 
 def _correlation(
-    of: Callable[[NDArray[np.float64], NDArray[np.float64]], float], R: NDArray[np.float64], S: NDArray[np.float64], seed: int
+    of: Callable[[NDArray[np.float64], NDArray[np.float64]], float],
+    R: NDArray[np.float64],
+    S: NDArray[np.float64],
+    seed: int,
 ) -> tuple[float | None, stats.Interval | None]:
     if len(R) < FEWEST or _spread(R) == 0 or _spread(S) == 0:
         return None, None

@@ -1,4 +1,6 @@
-"""The job `evaluate`: is the world faithful on validation data, and what does an agent reach in reality -> a report."""
+"""The job `evaluate`: is the world faithful on validation data, and what does an agent reach in
+reality -> a report.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ from mesocosm.tracking import Run, console
 from mesocosm.versions import VERSIONS
 
 TRUSTED = ("", "mesocosm.reality.domains")
-"""Modules whose environments are made because a world says that it is of them: "" is Gymnasium's registry."""
+"""Modules whose environments are made because a world says that it is of them: "" is Gymnasium's
+registry.
+"""
 
 
 def plan(cfg: EvaluateConfig) -> dict[str, Any]:
@@ -48,21 +52,28 @@ def plan(cfg: EvaluateConfig) -> dict[str, Any]:
     cfg = replace(cfg, reality=reality_of(cfg.reality, codec))
     agent = None if cfg.agent is None else storage.artifact("agents", cfg.agent)
     found = suite.prepare(cfg, storage, world, codec, agent)
-    facts |= {"agent": None if agent is None else agent.name, "policies compared": f"at most {found.most_policies}"}
+    facts |= {
+        "agent": None if agent is None else agent.name,
+        "policies compared": f"at most {found.most_policies}",
+    }
     facts["horizon"] = f"{found.limit} steps: {found.horizon.source}"
     return facts | judging(cfg.reality, found.most_episodes, found.limit)
 
 
 def run(cfg: EvaluateConfig, run: Run) -> Artifact:
-    """Evaluate, or find the evaluation that was made so before. The artifact holds summary.json and report.html.
+    """Evaluate, or find the evaluation that was made so before. The artifact holds summary.json and
+    report.html.
 
-    Raises UsageError before any real step: a wrong config, a missing artifact, datasets or an agent of other spaces.
+    Raises UsageError before any real step: a wrong config, a missing artifact, datasets or an agent
+    of other spaces.
     """
     cfg.validate()
     storage = run.storage
     made = storage.artifact("worlds", cfg.world)
     trained = storage.artifact("agents", cfg.agent) if cfg.agent is not None else None
-    datasets = [storage.artifact("datasets", ref) for ref in (cfg.datasets or made.meta["inputs"]["datasets"])]
+    datasets = [
+        storage.artifact("datasets", ref) for ref in cfg.datasets or made.meta["inputs"]["datasets"]
+    ]
     world, dataset = World.load(made.path), Dataset([artifact.path for artifact in datasets])
     codec = codec_of(world)
     check_dataset(dataset, codec)
@@ -73,15 +84,32 @@ def run(cfg: EvaluateConfig, run: Run) -> Artifact:
         plan = suite.prepare(cfg, storage, made, codec, trained)
         cfg = plan.cfg
     agents = [] if plan is None else [*([] if trained is None else [trained.id]), *plan.agents]
-    inputs = {"worlds": [made.id], "agents": agents, "datasets": [artifact.id for artifact in datasets]}
-    what = identity(cfg, without=["world", "agent", "datasets", "ledger", "judge_steps", "reality.budget", "reality.step_timeout_s"])
+    inputs = {
+        "worlds": [made.id],
+        "agents": agents,
+        "datasets": [artifact.id for artifact in datasets],
+    }
+    what = identity(
+        cfg,
+        without=[
+            "world",
+            "agent",
+            "datasets",
+            "ledger",
+            "judge_steps",
+            "reality.budget",
+            "reality.step_timeout_s",
+        ],
+    )
     known: list[Any] = [] if plan is None else [plan.facts.version, *plan.sources]
     if plan is not None and plan.horizon.inferred:
         known.append({"horizon": plan.limit})
     id = fingerprint("evaluations", what, inputs, known, VERSIONS["evaluate"], SCHEMA)
     with run.making("evaluations", id, cfg) as artifact:
         if artifact is None:
-            question = _Question(cfg, id, inputs, made, datasets, world, dataset, codec, policy, plan)
+            question = _Question(
+                cfg, id, inputs, made, datasets, world, dataset, codec, policy, plan
+            )
             return _evaluate(question, run)
         page = artifact.path / report.PAGE
         run.say(f"found {artifact.name}: nothing was evaluated; the report is {page}")
@@ -152,18 +180,45 @@ def _evaluate(question: _Question, run: Run) -> Artifact:
     agent = None
     if policy is not None and result is not None and plan is not None:
         agent = suite.agent_told(measured, result, world, policy, cfg, plan.limit, run)
-    told = [verdict.to_json() for verdict in verdicts(measured, faithful.open_loop.to_json(), agent)]
+    told = [
+        verdict.to_json() for verdict in verdicts(measured, faithful.open_loop.to_json(), agent)
+    ]
     _warn(run, measured, agent)
-    measured |= {"verdicts": told, "agent": agent, "time_to_end": faithful.time_to_end.to_json(), "loss_intervals": faithful.loss_intervals}
-    spent = dataset.transitions + sum(int(drop["steps"]) for artifact in datasets for drop in artifact.meta.get("dropped", []))
-    about = replace(_report(cfg, codec, world, faithful, policy, result, ledger, spent, inputs), suite=measured)
+    measured |= {
+        "verdicts": told,
+        "agent": agent,
+        "time_to_end": faithful.time_to_end.to_json(),
+        "loss_intervals": faithful.loss_intervals,
+    }
+    spent = dataset.transitions + sum(
+        int(drop["steps"]) for artifact in datasets for drop in artifact.meta.get("dropped", [])
+    )
+    about = replace(
+        _report(cfg, codec, world, faithful, policy, result, ledger, spent, inputs), suite=measured
+    )
     figures = _log(run, faithful, result, measured)
-    meta = {"inputs": inputs, "config": identity(cfg), "job": "evaluate", "run": run.id, "figures": figures}
-    artifact = storage.make("evaluations", id, meta, lambda folder: _ignore(report.write(about, folder)), force=cfg.force)
+    meta = {
+        "inputs": inputs,
+        "config": identity(cfg),
+        "job": "evaluate",
+        "run": run.id,
+        "figures": figures,
+    }
+    artifact = storage.make(
+        "evaluations",
+        id,
+        meta,
+        lambda folder: _ignore(report.write(about, folder)),
+        force=cfg.force,
+    )
     store.remove()
     run.artifact(artifact.path / report.PAGE)
     run.artifact(artifact.path / report.SUMMARY)
-    run.record(artifact=artifact.name, inputs=inputs, **({} if ledger is None else {"ledger": ledger.totals().to_json()}))
+    run.record(
+        artifact=artifact.name,
+        inputs=inputs,
+        **({} if ledger is None else {"ledger": ledger.totals().to_json()}),
+    )
     if not run.quiet:
         console.print(_table(faithful, result))
     run.say(f"{artifact.name}: {artifact.path / report.PAGE}")
@@ -171,9 +226,11 @@ def _evaluate(question: _Question, run: Run) -> Artifact:
 
 
 def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
-    """`reality` as given, or where it names no environment the one that the world is of, at the given price and budget.
+    """`reality` as given, or where it names no environment the one that the world is of, at the
+    given price and budget.
 
-    Raises UsageError where that is a program: a world may be a stranger's, and runs nothing that its user did not name.
+    Raises UsageError where that is a program: a world may be a stranger's, and runs nothing that
+    its user did not name.
     """
     if reality.env:
         return reality
@@ -181,26 +238,43 @@ def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
     module, _, _ = own["id"].rpartition(":")
     if module not in TRUSTED:
         raise UsageError(
-            f"the world is of {own['id']!r}, which is a program; where you trust it, set reality.env={own['id']} and reality.kwargs={own['kwargs']}"
+            f"the world is of {own['id']!r}, which is a program; where you trust it, set"
+            f" reality.env={own['id']} and reality.kwargs={own['kwargs']}"
         )
-    return replace(reality, env=own["id"], kwargs=own["kwargs"], task=own["task"], horizon=own["max_episode_steps"], success=own["success"])
+    return replace(
+        reality,
+        env=own["id"],
+        kwargs=own["kwargs"],
+        task=own["task"],
+        horizon=own["max_episode_steps"],
+        success=own["success"],
+    )
 
 
-def _ledger(cfg: EvaluateConfig, run: Run, id: str, plan: suite.Prepared, store: JudgeStore) -> Ledger:
-    """Bounded by `judge_steps`: a ledger of this evaluation's own for all attempts at it together, one that is given for this attempt.
+def _ledger(
+    cfg: EvaluateConfig, run: Run, id: str, plan: suite.Prepared, store: JudgeStore
+) -> Ledger:
+    """Bounded by `judge_steps`: a ledger of this evaluation's own for all attempts at it together,
+    one that is given for this attempt.
 
-    Raises UsageError where too little is left of it for the episodes that are not stored yet."""
+    Raises UsageError where too little is left of it for the episodes that are not stored yet.
+    """
     ledger = Ledger(run.storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
     stored = store.confirm(ledger)
     if stored:
-        run.say(f"goes on after {stored} judged episodes of an interrupted attempt; they are in storage")
+        run.say(
+            f"goes on after {stored} judged episodes of an interrupted attempt; they are in storage"
+        )
     if cfg.judge_steps is None:
         return ledger
-    spent, most = ledger.totals().purposes["judge"].steps, max(0, plan.most_episodes - stored) * plan.limit
+    spent, most = (
+        ledger.totals().purposes["judge"].steps,
+        max(0, plan.most_episodes - stored) * plan.limit,
+    )
     if cfg.ledger is None and spent + most > cfg.judge_steps:
         raise UsageError(
-            f"judge_steps={cfg.judge_steps}: an attempt at this evaluation that was broken off spent {spent}, and this one may take {most}; "
-            f"raise it to {spent + most}"
+            f"judge_steps={cfg.judge_steps}: an attempt at this evaluation that was broken off"
+            f" spent {spent}, and this one may take {most}; raise it to {spent + most}"
         )
     bound = cfg.judge_steps if cfg.ledger is None else spent + cfg.judge_steps
     ledger.bounds["judge"] = bound
@@ -219,7 +293,9 @@ def _report(
     inputs: dict[str, list[str]],
 ) -> report.ReportInput:
     found = faithful.to_json()
-    parts = {name: value for name, value in faithful.losses.items() if name != "total"} | {"total": faithful.losses["total"]}
+    parts = {name: value for name, value in faithful.losses.items() if name != "total"} | {
+        "total": faithful.losses["total"]
+    }
     about = report.ReportInput(
         title=f"Evaluation of worlds/{inputs['worlds'][0]}",
         environment=codec.environment["id"],
@@ -227,7 +303,8 @@ def _report(
         losses=[{"round": None, "parts": parts, "intervals": faithful.loss_intervals}],
         open_loop=[{"round": None, "table": found["open_loop"]}],
         checks=[{"round": None, **found["one_step"]}],
-        lineage=[(kind, f"{kind}/{id}") for kind, ids in inputs.items() for id in ids] + [("code", f"mesocosm {__version__}")],
+        lineage=[(kind, f"{kind}/{id}") for kind, ids in inputs.items() for id in ids]
+        + [("code", f"mesocosm {__version__}")],
     )
     if ledger is None:
         return about
@@ -239,7 +316,9 @@ def _report(
     return replace(
         about,
         agent=[report.Curve(name, [report.Point.of(spent, result.returns)])],
-        trajectories=[imagine.side_by_side(world, policy, result.episodes, title=name, seed=cfg.seed)],
+        trajectories=[
+            imagine.side_by_side(world, policy, result.episodes, title=name, seed=cfg.seed)
+        ],
         notes=[f"episode dropped: {reason}" for reason in result.dropped],
     )
 
@@ -254,24 +333,57 @@ def _warn(run: Run, measured: dict[str, Any], agent: dict[str, Any] | None) -> N
         run.say(f"warning: the agent's return is not explained by the logs: {agent['unexplained']}")
 
 
-def _log(run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dict[str, Any]) -> dict[str, float]:
+def _log(
+    run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dict[str, Any]
+) -> dict[str, float]:
     """The evaluation's figures, logged and returned; undefined ones are left out."""
-    found: dict[str, float | None] = {f"valid/{name}": value for name, value in faithful.losses.items()}
+    found: dict[str, float | None] = {
+        f"valid/{name}": value for name, value in faithful.losses.items()
+    }
     found |= {f"open_loop/{row.horizon}": row.ratio for row in faithful.open_loop.rows}
     one = faithful.one_step
     found |= {f"coverage/{row.horizon}": row.coverage for row in faithful.open_loop.rows}
-    found |= {"termination/precision": one.precision, "termination/recall": one.recall, "termination/auc": one.auc}
-    found |= {f"termination/{name}": getattr(faithful.time_to_end, key) for name, key in (("late", "bias"), ("off", "error"), ("missed", "missed"))}
+    found |= {
+        "termination/precision": one.precision,
+        "termination/recall": one.recall,
+        "termination/auc": one.auc,
+    }
+    found |= {
+        f"termination/{name}": getattr(faithful.time_to_end, key)
+        for name, key in (("late", "bias"), ("off", "error"), ("missed", "missed"))
+    }
     found |= {"reward/accuracy": one.reward_accuracy, "reward/r2": one.reward_r2}
-    found |= {"starts/auc": measured["starts"]["auc"], "starts/validity": measured["starts"]["validity"], "starts/coverage": measured["starts"]["coverage"]}
+    found |= {
+        "starts/auc": measured["starts"]["auc"],
+        "starts/validity": measured["starts"]["validity"],
+        "starts/coverage": measured["starts"]["coverage"],
+    }
     if "policy_value" in measured:
         ranked = measured["policy_value"]["ranking"]
-        found |= {f"policy_value/{name}": ranked[name] for name in ("policies", "pearson", "spearman", "spearman_top", "mmrv", "regret", "error", "bias")}
-        found |= {"policy_value/real_steps": measured["policy_value"]["real_steps"], "off_policy/auroc": measured["off_policy"]["auroc"]}
+        found |= {
+            f"policy_value/{name}": ranked[name]
+            for name in (
+                "policies",
+                "pearson",
+                "spearman",
+                "spearman_top",
+                "mmrv",
+                "regret",
+                "error",
+                "bias",
+            )
+        }
+        found |= {
+            "policy_value/real_steps": measured["policy_value"]["real_steps"],
+            "off_policy/auroc": measured["off_policy"]["auroc"],
+        }
     if measured["agent"] is not None:
         found["return/imagined"] = measured["agent"]["world"]
         if measured["agent"]["success"] is not None:
-            found |= {"success/real": measured["agent"]["success"]["real"], "success/world": measured["agent"]["success"]["world"]}
+            found |= {
+                "success/real": measured["agent"]["success"]["real"],
+                "success/world": measured["agent"]["success"]["world"],
+            }
     if result is not None:
         found |= {"return/mean": result.mean, "real_steps/judge": float(result.steps)}
         if result.interval is not None:
@@ -282,12 +394,26 @@ def _log(run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dic
 
 
 def _table(faithful: Fidelity, result: JudgeResult | None) -> Table:
-    table = Table("steps ahead", "RMSE / persistence's", "90% interval", "single rollout", box=None, header_style="dim", pad_edge=False)
+    table = Table(
+        "steps ahead",
+        "RMSE / persistence's",
+        "90% interval",
+        "single rollout",
+        box=None,
+        header_style="dim",
+        pad_edge=False,
+    )
     for row in faithful.open_loop.rows:
-        table.add_row(row.horizon, page.ratio(row.ratio), page.span(row.interval, page.ratio), page.ratio(row.single))
+        table.add_row(
+            row.horizon,
+            page.ratio(row.ratio),
+            page.span(row.interval, page.ratio),
+            page.ratio(row.single),
+        )
     if result is not None:
         table.caption = (
-            f"return in reality {page.number(result.mean)} ({page.span(result.interval)}), {len(result.returns)} episodes, {result.steps} real steps"
+            f"return in reality {page.number(result.mean)} ({page.span(result.interval)}),"
+            f" {len(result.returns)} episodes, {result.steps} real steps"
         )
     return table
 

@@ -1,4 +1,6 @@
-"""What an evaluation measures beyond fidelity on held-out data: policy value, errors away from the data, the task distribution."""
+"""What an evaluation measures beyond fidelity on held-out data: policy value, errors away from the
+data, the task distribution.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,13 @@ from mesocosm.evaluation.judge_store import JudgeStore
 from mesocosm.evaluation.off_policy import OffPolicy, off_policy
 from mesocosm.evaluation.open_loop import Progress, codec_of
 from mesocosm.evaluation.panel import Candidate
-from mesocosm.evaluation.policy_value import PolicyValue, Value, imagining, policy_value, success_by_return
+from mesocosm.evaluation.policy_value import (
+    PolicyValue,
+    Value,
+    imagining,
+    policy_value,
+    success_by_return,
+)
 from mesocosm.evaluation.ranking import FEWEST
 from mesocosm.evaluation.starts import task_distribution
 from mesocosm.model.world import World
@@ -72,7 +80,9 @@ class Prepared:
 
 
 def most_episodes(cfg: EvaluateConfig, own: int) -> tuple[int, int]:
-    """(policies, real episodes) that will be judged, at most; `own`: the agent and its snapshots, 0 without an agent."""
+    """(policies, real episodes) that will be judged, at most; `own`: the agent and its snapshots, 0
+    without an agent.
+    """
     policies = len(cfg.policies) + own + cfg.graded + bool(cfg.adversary) if cfg.compares else 0
     return policies, (cfg.episodes if own else 0) + policies * cfg.policy_episodes
 
@@ -82,26 +92,59 @@ def check_steps(cfg: EvaluateConfig, own: int, limit: int) -> None:
     episodes = most_episodes(cfg, own)[1]
     if cfg.judge_steps is not None and episodes * limit > cfg.judge_steps:
         raise UsageError(
-            f"judge_steps={cfg.judge_steps} is less than the {episodes * limit} real steps that {episodes} episodes of at most {limit} steps may take; "
-            "raise it, or lower episodes, policy_episodes or graded"
+            f"judge_steps={cfg.judge_steps} is less than the {episodes * limit} real steps that"
+            f" {episodes} episodes of at most {limit} steps may take; raise it, or lower episodes,"
+            " policy_episodes or graded"
         )
 
 
-def prepare(cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec, agent: Artifact | None) -> Prepared:
-    """Raises UsageError, before a real step is spent, for a reality of other spaces than the world's, a policy that is missing, of other spaces
-    or of the world's own data, and where judging might take more than `judge_steps`. `cfg.reality` is filled in."""
+def prepare(
+    cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec, agent: Artifact | None
+) -> Prepared:
+    """Raises UsageError, before a real step is spent, for a reality of other spaces than the
+    world's, a policy that is missing, of other spaces or of the world's own data, and where judging
+    might take more than `judge_steps`. `cfg.reality` is filled in.
+    """
     facts = facts_of(cfg.reality)
-    for what, theirs, own in zip(("observation", "action"), facts.spaces, (codec.observation_space, codec.action_space), strict=True):
+    for what, theirs, own in zip(
+        ("observation", "action"),
+        facts.spaces,
+        (codec.observation_space, codec.action_space),
+        strict=True,
+    ):
         if theirs != own:
-            raise UsageError(f"reality.env={cfg.reality.env!r} has the {what} space {theirs}, and {world.name} {own}; judge it in its own environment")
-    if cfg.adversary and json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
-        raise UsageError(f"adversary={cfg.adversary} seeks disagreement, and {world.name} has one member; set adversary=0, or pretrain with model.members")
+            raise UsageError(
+                f"reality.env={cfg.reality.env!r} has the {what} space {theirs}, and {world.name}"
+                f" {own}; judge it in its own environment"
+            )
+    if (
+        cfg.adversary
+        and json.loads((world.path / "world.json").read_text())["config"]["members"] == 1
+    ):
+        raise UsageError(
+            f"adversary={cfg.adversary} seeks disagreement, and {world.name} has one member; set"
+            " adversary=0, or pretrain with model.members"
+        )
     _check_options(cfg, codec)
     cfg = replace(cfg, policies=[panel.full(config, storage) for config in cfg.policies])
     horizon = horizon_of(storage, world, facts.max_episode_steps, "reality.horizon")
     data = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
-    logged = {behaviour.name for artifact in data for behaviour in Manifest.read(artifact.path).behaviours} if cfg.policies else set()
-    candidates = [replace(panel.named(config, storage, *facts.spaces), held_out=behaviours.label(config) not in logged) for config in cfg.policies]
+    logged = (
+        {
+            behaviour.name
+            for artifact in data
+            for behaviour in Manifest.read(artifact.path).behaviours
+        }
+        if cfg.policies
+        else set()
+    )
+    candidates = [
+        replace(
+            panel.named(config, storage, *facts.spaces),
+            held_out=behaviours.label(config) not in logged,
+        )
+        for config in cfg.policies
+    ]
     refs = [config.policy for config in cfg.policies if config.policy is not None]
     mine = [] if agent is None else panel.snapshots(agent, storage)
     for candidate in [*candidates, *mine]:
@@ -110,12 +153,23 @@ def prepare(cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec
     if cfg.compares:
         candidates += mine
         panel.held_out([*refs, *([] if agent is None else [agent.name])], storage, data)
-        most = sum(candidate.held_out for candidate in candidates) + cfg.graded + bool(cfg.adversary)
+        most = (
+            sum(candidate.held_out for candidate in candidates) + cfg.graded + bool(cfg.adversary)
+        )
         if most < FEWEST:
-            raise TooFewPolicies(f"{most} policies whose data the world was not trained on cannot be compared: that takes {FEWEST}; add policies, or graded")
+            raise TooFewPolicies(
+                f"{most} policies whose data the world was not trained on cannot be compared: that"
+                f" takes {FEWEST}; add policies, or graded"
+            )
     ids = sorted({ref.removeprefix("agents/").partition("@")[0] for ref in refs})
-    sources = [source_hash(behaviours.load_function(config.function)) for config in cfg.policies if config.function is not None]
-    return Prepared(cfg, facts, horizon, agent, candidates, ids, sources, *most_episodes(cfg, len(mine)))
+    sources = [
+        source_hash(behaviours.load_function(config.function))
+        for config in cfg.policies
+        if config.function is not None
+    ]
+    return Prepared(
+        cfg, facts, horizon, agent, candidates, ids, sources, *most_episodes(cfg, len(mine))
+    )
 
 
 def _check_options(cfg: EvaluateConfig, codec: Codec) -> None:
@@ -142,9 +196,16 @@ def run(
     store: JudgeStore,
     judged: JudgeResult | None,
 ) -> dict[str, Any]:
-    """{"starts", "policy_value", "off_policy"} as JSON, of what was asked for. `judged`: the agent's own episodes, which are not bought twice."""
+    """{"starts", "policy_value", "off_policy"} as JSON, of what was asked for. `judged`: the
+    agent's own episodes, which are not bought twice.
+    """
     with run.progress("starts", None) as update:
-        starts = task_distribution(world, dataset, seed=cfg.seed, more=None if judged is None else starts_of(world, judged.episodes))
+        starts = task_distribution(
+            world,
+            dataset,
+            seed=cfg.seed,
+            more=None if judged is None else starts_of(world, judged.episodes),
+        )
         update(1, "" if starts.auc is None else f"AUC {starts.auc:.2f}")
     found: dict[str, Any] = {"starts": starts.to_json()}
     shown = evidence_of(run.storage, made, cfg.seed)
@@ -168,9 +229,15 @@ def run(
             progress=update,
         )
         r = values.ranking.pearson
-        update(plan.most_policies, f"{len(values.values)} policies, r {'undefined' if r is None else f'{r:.2f}'}, {values.steps} real steps")
+        update(
+            plan.most_policies,
+            f"{len(values.values)} policies, r {'undefined' if r is None else f'{r:.2f}'},"
+            f" {values.steps} real steps",
+        )
     found["policy_value"] = values.to_json()
-    logs = Dataset([run.storage.artifact("datasets", id).path for id in made.meta["inputs"]["datasets"]])
+    logs = Dataset(
+        [run.storage.artifact("datasets", id).path for id in made.meta["inputs"]["datasets"]]
+    )
     with run.progress("off-policy", None) as update:
 
         def report(text: str) -> None:
@@ -182,7 +249,9 @@ def run(
 
 
 def evidence_of(storage: Storage, world: Artifact, seed: int) -> Evidence | None:
-    """What the world's logs show, as pretraining recorded it or from its datasets; None without them."""
+    """What the world's logs show, as pretraining recorded it or from its datasets; None without
+    them.
+    """
     recorded = world.meta.get("evidence")
     if recorded is not None:
         return Evidence(**recorded)
@@ -202,9 +271,11 @@ def agent_told(
     limit: int,
     run: Run,
 ) -> dict[str, Any]:
-    """{"real", "world": mean returns of the judged agent, "success": {"real", "world"} shares of episodes, or None where `reality.success` is
-    not set, "unexplained": a sentence where the logs cannot explain its return in the world, or None}. The world's are its row's among the
-    compared policies, or of `cfg.imagined` episodes."""
+    """{"real", "world": mean returns of the judged agent, "success": {"real", "world"} shares of
+    episodes, or None where `reality.success` is not set, "unexplained": a sentence where the logs
+    cannot explain its return in the world, or None}. The world's are its row's among the compared
+    policies, or of `cfg.imagined` episodes.
+    """
     env = WorldVectorEnv(cfg.imagined, world, horizon=limit)
     with run.progress("imagine the agent", limit) as update:
 
@@ -214,21 +285,23 @@ def agent_told(
         (returns,), (lengths,) = imagined_episodes([policy], env, imagining(cfg.seed), report)
     for row in measured.get("policy_value", {"policies": []})["policies"]:
         if row["name"] == panel.AGENT:
-            imagined, met = float(row["world"]["mean"]), None if row["success"] is None else row["success"]["world"]
+            imagined, met = (
+                float(row["world"]["mean"]),
+                None if row["success"] is None else row["success"]["world"],
+            )
             break
     else:
         imagined, met = float(returns.mean()), success_by_return(cfg.reality.success, returns)
-    success = None if judged.successes is None else {"real": judged.successes / len(judged.returns), "world": met}
+    success = (
+        None
+        if judged.successes is None
+        else {"real": judged.successes / len(judged.returns), "world": met}
+    )
     shown = measured.get("evidence")
     unexplained = None
     if shown is not None:
         unexplained = Evidence(**shown).unexplained(float(returns.mean()), float(lengths.mean()))
-    return {
-        "real": judged.mean,
-        "world": imagined,
-        "success": success,
-        "unexplained": unexplained,
-    }
+    return {"real": judged.mean, "world": imagined, "success": success, "unexplained": unexplained}
 
 
 def with_adversary(plan: Prepared, run: Run, world: Artifact) -> Prepared:
@@ -238,10 +311,15 @@ def with_adversary(plan: Prepared, run: Run, world: Artifact) -> Prepared:
 
 def _grading(cfg: EvaluateConfig, storage: Storage, agent: Artifact | None, world: World) -> Any:
     def more(judged: Sequence[tuple[Candidate, float]]) -> Candidate | None:
-        if agent is None or sum(candidate.noise is not None for candidate, _ in judged) >= cfg.graded:
+        if (
+            agent is None
+            or sum(candidate.noise is not None for candidate, _ in judged) >= cfg.graded
+        ):
             return None
         space = codec_of(world).action_space
-        noises = {candidate.noise: mean for candidate, mean in judged if candidate.noise is not None}
+        noises = {
+            candidate.noise: mean for candidate, mean in judged if candidate.noise is not None
+        }
         noises[0.0] = next(mean for candidate, mean in judged if candidate.name == panel.AGENT)
         noise = panel.next_noise(noises, [mean for _, mean in judged], panel.most_noise(space))
         return None if noise is None else panel.graded(policy_of(storage, agent.name), space, noise)
@@ -250,7 +328,9 @@ def _grading(cfg: EvaluateConfig, storage: Storage, agent: Artifact | None, worl
 
 
 def _adversary(cfg: EvaluateConfig, run: Run, world: Artifact, limit: int) -> Candidate:
-    """A policy trained in the world to go where its members do not agree; it learns to avoid an early end, too, and takes no real step."""
+    """A policy trained in the world to go where its members do not agree; it learns to avoid an
+    early end, too, and takes no real step.
+    """
     from mesocosm.agents import train as agents  # imports RLlib: only where it trains
 
     config = AgentConfig(
@@ -272,13 +352,11 @@ def _adversary(cfg: EvaluateConfig, run: Run, world: Artifact, limit: int) -> Ca
 
 
 def _off_policy(
-    cfg: EvaluateConfig,
-    world: World,
-    logs: Dataset,
-    found: PolicyValue,
-    progress: Progress,
+    cfg: EvaluateConfig, world: World, logs: Dataset, found: PolicyValue, progress: Progress
 ) -> OffPolicy:
-    """Adversarial, trained, half-trained, noisy, random, then those of the config, as far as they are there: the judged episodes are the data."""
+    """Adversarial, trained, half-trained, noisy, random, then those of the config, as far as they
+    are there: the judged episodes are the data.
+    """
     chosen = behaviours_of(found.values)
     episodes = [(v.candidate.name, _some(v)) for v in chosen]
     away = off_policy(
@@ -292,16 +370,27 @@ def _off_policy(
         progress=progress,
     )
     logged = {v.candidate.name for v in chosen if not v.candidate.held_out}
-    return replace(away, behaviours=tuple(replace(row, logged=row.name in logged) for row in away.behaviours))
+    return replace(
+        away, behaviours=tuple(replace(row, logged=row.name in logged) for row in away.behaviours)
+    )
 
 
 def behaviours_of(values: Sequence[Value]) -> list[Value]:
     """At most MOST_BEHAVIOURS, none twice."""
     own = [v for v in values if v.candidate.iteration is not None]
-    graded = sorted((v for v in values if v.candidate.noise is not None), key=lambda v: v.candidate.noise or 0.0)
+    graded = sorted(
+        (v for v in values if v.candidate.noise is not None), key=lambda v: v.candidate.noise or 0.0
+    )
     rest = [v for v in values if v not in own and v not in graded]
     first = [v for v in rest if v.candidate.name == ADVERSARY]
-    wanted = [*first, *own[-1:], *own[len(own) // 2 : len(own) // 2 + 1], *graded[len(graded) // 2 : len(graded) // 2 + 1], *graded[-1:], *rest]
+    wanted = [
+        *first,
+        *own[-1:],
+        *own[len(own) // 2 : len(own) // 2 + 1],
+        *graded[len(graded) // 2 : len(graded) // 2 + 1],
+        *graded[-1:],
+        *rest,
+    ]
     return list({v.candidate.name: v for v in wanted}.values())[:MOST_BEHAVIOURS]
 
 

@@ -1,4 +1,6 @@
-"""Plots of an evaluation's own parts: values of policies, the gap along training, errors away from the data, calibration."""
+"""Plots of an evaluation's own parts: values of policies, the gap along training, errors away from
+the data, calibration.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,23 @@ KINDS = (
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
-    return "snapshot" if row["iteration"] is not None else "graded" if row["noise"] is not None else "given"
+    return (
+        "snapshot"
+        if row["iteration"] is not None
+        else "graded"
+        if row["noise"] is not None
+        else "given"
+    )
 
 
 def values(found: Mapping[str, Any]) -> str:
-    """Left: each policy's mean return in the world against reality's, with 90% intervals. Right: both along the agent's training."""
+    """Left: each policy's mean return in the world against reality's, with 90% intervals. Right:
+    both along the agent's training.
+    """
     rows = found["policies"]
-    curve = sorted((row for row in rows if row["iteration"] is not None), key=lambda row: row["iteration"])
+    curve = sorted(
+        (row for row in rows if row["iteration"] is not None), key=lambda row: row["iteration"]
+    )
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 4.0), layout="constrained")
         left, right = figure.subplots(1, 2) if len(curve) > 1 else (figure.add_subplot(), None)
@@ -39,7 +51,14 @@ def _scatter(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     every = [row[where]["mean"] for row in rows for where in ("real", "world")]
     low, high = min(every), max(every)
     pad = 0.05 * (high - low or 1.0)
-    axes.plot([low - pad, high + pad], [low - pad, high + pad], color=REAL, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
+    axes.plot(
+        [low - pad, high + pad],
+        [low - pad, high + pad],
+        color=REAL,
+        linewidth=1.2,
+        linestyle=(0, (4, 3)),
+        zorder=1,
+    )
     for kind, label, colour, marker in KINDS:
         own = [row for row in rows if kind_of(row) == kind]
         for row in own:
@@ -59,28 +78,59 @@ def _scatter(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
 def _along(axes: Axes, curve: Sequence[Mapping[str, Any]]) -> None:
     iterations = [row["iteration"] for row in curve]
     for where, colour, label in (("real", INK, "in reality"), ("world", WORLD[0], "in the world")):
-        axes.plot(iterations, [row[where]["mean"] for row in curve], color=colour, marker="o", markersize=4.5, label=label)
-        spans = [row[where]["interval"] or (row[where]["mean"], row[where]["mean"]) for row in curve]
-        axes.fill_between(iterations, [s[0] for s in spans], [s[1] for s in spans], color=colour, alpha=0.12, linewidth=0)
+        axes.plot(
+            iterations,
+            [row[where]["mean"] for row in curve],
+            color=colour,
+            marker="o",
+            markersize=4.5,
+            label=label,
+        )
+        spans = [
+            row[where]["interval"] or (row[where]["mean"], row[where]["mean"]) for row in curve
+        ]
+        axes.fill_between(
+            iterations,
+            [s[0] for s in spans],
+            [s[1] for s in spans],
+            color=colour,
+            alpha=0.12,
+            linewidth=0,
+        )
     axes.set_xlabel("iterations of training in the world")
     axes.set_ylabel("return")
     legend(axes, columns=1)
 
 
 def off_policy(found: Mapping[str, Any]) -> str:
-    """Open-loop error over no change's by horizon, a line a behaviour, darker with its distance from the logs."""
+    """Open-loop error over no change's by horizon, a line a behaviour, darker with its distance
+    from the logs.
+    """
     behaviours = found["behaviours"]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(9.2, 3.8), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=[3, 2])
         colours = matplotlib.colormaps["viridis"].resampled(max(len(behaviours), 2))
-        horizons = list(dict.fromkeys(line["horizon"] for row in behaviours for line in row["fidelity"]["open_loop"]["rows"]))
+        horizons = list(
+            dict.fromkeys(
+                line["horizon"]
+                for row in behaviours
+                for line in row["fidelity"]["open_loop"]["rows"]
+            )
+        )
         left.set_xticks(range(len(horizons)), horizons)
         for number, row in enumerate(behaviours):
             lines = [line for line in row["fidelity"]["open_loop"]["rows"] if line["ratio"]]
             colour = colours(0.9 * (1 - number / max(len(behaviours) - 1, 1)))
             places = [horizons.index(line["horizon"]) for line in lines]
-            left.plot(places, [line["ratio"] for line in lines], color=colour, marker="o", markersize=4, label=row["name"])
+            left.plot(
+                places,
+                [line["ratio"] for line in lines],
+                color=colour,
+                marker="o",
+                markersize=4,
+                label=row["name"],
+            )
             right.barh(number, row["large"], color=colour, height=0.62)
         left.set_yscale("log")
         left.axhline(1, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
@@ -105,9 +155,29 @@ def calibration(table: Mapping[str, Any]) -> str | None:
         names = ["whole episode" if row["horizon"] == "full" else row["horizon"] for row in rows]
         for place, row in enumerate(rows):
             if row["coverage_interval"] is not None:
-                axes.plot([place, place], row["coverage_interval"], color=WORLD[0], linewidth=6, alpha=0.2, solid_capstyle="butt")
-        axes.plot(range(len(rows)), [row["coverage"] for row in rows], color=WORLD[0], marker="o", markersize=5, label="the world")
-        axes.axhline(table["nominal"], color=INK, linewidth=1.1, linestyle=(0, (4, 3)), label=f"calibrated: {table['nominal']:.0%}")
+                axes.plot(
+                    [place, place],
+                    row["coverage_interval"],
+                    color=WORLD[0],
+                    linewidth=6,
+                    alpha=0.2,
+                    solid_capstyle="butt",
+                )
+        axes.plot(
+            range(len(rows)),
+            [row["coverage"] for row in rows],
+            color=WORLD[0],
+            marker="o",
+            markersize=5,
+            label="the world",
+        )
+        axes.axhline(
+            table["nominal"],
+            color=INK,
+            linewidth=1.1,
+            linestyle=(0, (4, 3)),
+            label=f"calibrated: {table['nominal']:.0%}",
+        )
         axes.set_xticks(range(len(rows)), names)
         axes.set_ylim(0, 1.02)
         axes.set_xlabel("steps ahead")

@@ -1,4 +1,6 @@
-"""Cluster files turned into what starts a cluster: the config of Ray's launcher, and manifests for KubeRay. Neither imports Ray or asks a cloud."""
+"""Cluster files turned into what starts a cluster: the config of Ray's launcher, and manifests for
+KubeRay. Neither imports Ray or asks a cloud.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: _Dumper, value: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", value, style="|" if "\n" in value else None
+    )
 
 
 _Dumper.add_representer(str, _text)
@@ -23,4 +27,6 @@ _Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
 def to_yaml(documents: Sequence[dict[str, Any]], remarks: str) -> str:
     """YAML documents in the order of their keys, under `remarks` as comments."""
     head = "".join(f"# {line}".rstrip() + "\n" for line in remarks.strip().splitlines())
-    return head + "---\n".join(yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=150) for document in documents)
+    return head + "---\n".join(
+        yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=150) for document in documents
+    )

@@ -1,7 +1,9 @@
-"""`clusters/<name>.yaml` -> manifests for `kubectl apply`: a RayCluster, a RayJob or a RayService of KubeRay, and the NetworkPolicy around it.
+"""`clusters/<name>.yaml` -> manifests for `kubectl apply`: a RayCluster, a RayJob or a RayService
+of KubeRay, and the NetworkPolicy around it.
 
-What it promises: token authentication, from a Secret that is only named here; no Service beyond the cluster; pods that are
-not root and may not become it; only the pods themselves and KubeRay's operator reach them.
+What it promises: token authentication, from a Secret that is only named here; no Service beyond the
+cluster; pods that are not root and may not become it; only the pods themselves and KubeRay's
+operator reach them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from mesocosm.errors import UsageError, nearest
 
 KINDS = ("RayCluster", "RayJob", "RayService")
 LABEL = "mesocosm/cluster"
-"""On every pod of one cluster; KubeRay gives a RayJob's and a RayService's cluster a name that nobody knows before."""
+"""On every pod of one cluster; KubeRay gives a RayJob's and a RayService's cluster a name that
+nobody knows before.
+"""
 DASHBOARD, SERVE = 8265, 8000
 IDLE_SECONDS = 600
 WORDS = {"RayJob": "doctor", "RayService": "serve"}
@@ -30,32 +34,52 @@ the Service is a ClusterIP, the NetworkPolicy lets in the pods of this cluster a
 and you come by kubectl port-forward."""
 
 
-def render(name: str, cluster: ClusterConfig, kind: str, words: str | None = None) -> list[dict[str, Any]]:
-    """The documents of one `kind`; `words` are what follows `mesocosm` in a RayJob, and in a RayService (`serve key=value ...`).
+def render(
+    name: str, cluster: ClusterConfig, kind: str, words: str | None = None
+) -> list[dict[str, Any]]:
+    """The documents of one `kind`; `words` are what follows `mesocosm` in a RayJob, and in a
+    RayService (`serve key=value ...`).
 
-    Raises UsageError where `words` are none that such a kind could run, or where its results would be lost with the pod.
+    Raises UsageError where `words` are none that such a kind could run, or where its results would
+    be lost with the pod.
     """
     called, secret = f"mesocosm-{name}", _token_secret(name)
     if kind == "RayCluster":
         if words is not None:
-            raise UsageError(f"--run {words!r} is for --kind RayJob or RayService; a RayCluster waits for jobs")
+            raise UsageError(
+                f"--run {words!r} is for --kind RayJob or RayService; a RayCluster waits for jobs"
+            )
         made = _resource(kind, called, _cluster(called, cluster, secret))
     else:
         if cluster.storage_root is None:
-            raise UsageError(f"storage_root=null in clusters/{name}.yaml: what a {kind} writes would be lost with its pod; set it to s3://bucket/prefix")
+            raise UsageError(
+                f"storage_root=null in clusters/{name}.yaml: what a {kind} writes would be lost"
+                " with its pod; set it to s3://bucket/prefix"
+            )
         said = shlex.split(WORDS[kind] if words is None else words)
-        called += "-service" if kind == "RayService" else f"-{config.fingerprint(said)[:6]}"  # another job is another resource
-        made = _resource(kind, called, (_job if kind == "RayJob" else _service)(called, cluster, secret, said))
+        called += (
+            "-service" if kind == "RayService" else f"-{config.fingerprint(said)[:6]}"
+        )  # another job is another resource
+        made = _resource(
+            kind, called, (_job if kind == "RayJob" else _service)(called, cluster, secret, said)
+        )
     return [made, _network_policy(called)]
 
 
 def remarks(name: str, cluster: ClusterConfig) -> str:
     """What to know of the documents, and to do before they are applied."""
-    return REMARKS.format(secret=_token_secret(name), token=cluster.token_file.replace("~", "$HOME", 1))
+    return REMARKS.format(
+        secret=_token_secret(name), token=cluster.token_file.replace("~", "$HOME", 1)
+    )
 
 
 def _resource(kind: str, called: str, spec: dict[str, Any]) -> dict[str, Any]:
-    return {"apiVersion": "ray.io/v1", "kind": kind, "metadata": {"name": called, "labels": {LABEL: called}}, "spec": spec}
+    return {
+        "apiVersion": "ray.io/v1",
+        "kind": kind,
+        "metadata": {"name": called, "labels": {LABEL: called}},
+        "spec": spec,
+    }
 
 
 def _token_secret(name: str) -> str:
@@ -72,7 +96,10 @@ def _cluster(called: str, cluster: ClusterConfig, secret: str) -> dict[str, Any]
             "version": "v2",
             "idleTimeoutSeconds": IDLE_SECONDS,
             "securityContext": _confined(),
-            "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "500m", "memory": "1Gi"}},
+            "resources": {
+                "requests": {"cpu": "500m", "memory": "1Gi"},
+                "limits": {"cpu": "500m", "memory": "1Gi"},
+            },
         },
         "headGroupSpec": {
             "serviceType": "ClusterIP",
@@ -99,12 +126,20 @@ def _confined() -> dict[str, Any]:
 
 def _user() -> dict[str, Any]:
     """The user `ray` of Ray's images."""
-    return {"runAsNonRoot": True, "runAsUser": 1000, "runAsGroup": 100, "fsGroup": 100, "seccompProfile": {"type": "RuntimeDefault"}}
+    return {
+        "runAsNonRoot": True,
+        "runAsUser": 1000,
+        "runAsGroup": 100,
+        "fsGroup": 100,
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
 
 
 def _pod(called: str, cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any]:
     assert group.memory_gib is not None and cluster.image is not None
-    resources = {"cpu": str(group.cpus), "memory": f"{group.memory_gib:g}Gi"} | ({"nvidia.com/gpu": str(group.gpus)} if group.gpus else {})
+    resources = {"cpu": str(group.cpus), "memory": f"{group.memory_gib:g}Gi"} | (
+        {"nvidia.com/gpu": str(group.gpus)} if group.gpus else {}
+    )
     container: dict[str, Any] = {
         "name": "ray-head" if group.name == HEAD else "ray-worker",
         "image": cluster.image,
@@ -115,23 +150,34 @@ def _pod(called: str, cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any
     }
     if group.name == HEAD:
         ports = {"gcs-server": 6379, "dashboard": DASHBOARD, "client": 10001, "serve": SERVE}
-        container["ports"] = [{"name": port, "containerPort": number} for port, number in ports.items()]
+        container["ports"] = [
+            {"name": port, "containerPort": number} for port, number in ports.items()
+        ]
     if cluster.secret is not None:
         container["envFrom"] = [{"secretRef": {"name": cluster.secret}}]
     spec: dict[str, Any] = {
         "securityContext": _user(),
         "containers": [container],
         # Ray's object store and NCCL: counts as the container's memory.
-        "volumes": [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": f"{group.memory_gib / 2:g}Gi"}}],
+        "volumes": [
+            {
+                "name": "shm",
+                "emptyDir": {"medium": "Memory", "sizeLimit": f"{group.memory_gib / 2:g}Gi"},
+            }
+        ],
     }
     if group.identity is not None:
         spec["serviceAccountName"] = group.identity
     if group.name != HEAD:
-        spec["automountServiceAccountToken"] = False  # the head's autoscaler alone speaks to Kubernetes; a cloud's identity has a token of its own
+        spec["automountServiceAccountToken"] = (
+            False  # the head's autoscaler alone speaks to Kubernetes; a cloud's identity has a token of its own
+        )
     if group.instance is not None:
         spec["nodeSelector"] = {"node.kubernetes.io/instance-type": group.instance}
     if group.gpus:
-        spec["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+        spec["tolerations"] = [
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+        ]
     return {"metadata": {"labels": {LABEL: called}}, "spec": spec}
 
 
@@ -142,10 +188,24 @@ def _job(called: str, cluster: ClusterConfig, secret: str, words: list[str]) -> 
     known = [*JOBS, "doctor"]
     if not words or words[0] not in known:
         first = words[0] if words else ""
-        raise UsageError(f"--run {shlex.join(words)!r} begins with {first!r}, which is no job; use one of {', '.join(known)}{nearest(first, known)}")
-    where = {"ray.address": "auto", "storage.root": cluster.storage_root, "tracking.uri": cluster.tracking_uri}
+        raise UsageError(
+            f"--run {shlex.join(words)!r} begins with {first!r}, which is no job; use one of"
+            f" {', '.join(known)}{nearest(first, known)}"
+        )
+    where = {
+        "ray.address": "auto",
+        "storage.root": cluster.storage_root,
+        "tracking.uri": cluster.tracking_uri,
+    }
     return {
-        "entrypoint": shlex.join(["mesocosm", words[0], *(f"{key}={value}" for key, value in where.items() if value is not None), *words[1:]]),
+        "entrypoint": shlex.join(
+            [
+                "mesocosm",
+                words[0],
+                *(f"{key}={value}" for key, value in where.items() if value is not None),
+                *words[1:],
+            ]
+        ),
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": IDLE_SECONDS,
         "submissionMode": "K8sJobMode",
@@ -159,7 +219,10 @@ def _job(called: str, cluster: ClusterConfig, secret: str, words: list[str]) -> 
                     {
                         "name": "ray-job-submitter",
                         "image": cluster.image,
-                        "resources": {"requests": {"cpu": "500m", "memory": "1Gi"}, "limits": {"cpu": "1", "memory": "1Gi"}},
+                        "resources": {
+                            "requests": {"cpu": "500m", "memory": "1Gi"},
+                            "limits": {"cpu": "1", "memory": "1Gi"},
+                        },
                         "securityContext": _confined(),
                     }
                 ],
@@ -170,12 +233,17 @@ def _job(called: str, cluster: ClusterConfig, secret: str, words: list[str]) -> 
 
 
 def _service(called: str, cluster: ClusterConfig, secret: str, words: list[str]) -> dict[str, Any]:
-    """A RayService: `mesocosm serve`'s application, which KubeRay keeps running. Clients step in it from jobs of the same Ray."""
+    """A RayService: `mesocosm serve`'s application, which KubeRay keeps running. Clients step in it
+    from jobs of the same Ray.
+    """
     from mesocosm.manifests import to_yaml
     from mesocosm.serving.config import ServeConfig, check
 
     if words[:1] != ["serve"] or any("=" not in word or word.startswith("-") for word in words[1:]):
-        raise UsageError(f"--run {shlex.join(words)!r} is none for a RayService; give `serve` and key=value, e.g. --run 'serve world=ID replicas=2'")
+        raise UsageError(
+            f"--run {shlex.join(words)!r} is none for a RayService; give `serve` and key=value,"
+            " e.g. --run 'serve world=ID replicas=2'"
+        )
     given = [f"storage.root={cluster.storage_root}", *words[1:]]
     loaded = config.load(ServeConfig, overrides=given)
     check(loaded)
@@ -185,16 +253,35 @@ def _service(called: str, cluster: ClusterConfig, secret: str, words: list[str])
         "route_prefix": None,
         "args": {key: value for key, value in (word.split("=", 1) for word in given)},
     }
-    # The proxies run, for KubeRay counts the nodes whose proxy is healthy, but no route leads from them to the application.
-    serve = {"proxy_location": "EveryNode", "http_options": {"host": "0.0.0.0", "port": SERVE}, "applications": [application]}
-    return {"serveConfigV2": to_yaml([serve], ""), "excludeHeadPodFromServeSvc": True, "rayClusterConfig": _cluster(called, cluster, secret)}
+    # The proxies run, for KubeRay counts the nodes whose proxy is healthy, but no route leads from
+    # them to the application.
+    serve = {
+        "proxy_location": "EveryNode",
+        "http_options": {"host": "0.0.0.0", "port": SERVE},
+        "applications": [application],
+    }
+    return {
+        "serveConfigV2": to_yaml([serve], ""),
+        "excludeHeadPodFromServeSvc": True,
+        "rayClusterConfig": _cluster(called, cluster, secret),
+    }
 
 
 def _network_policy(called: str) -> dict[str, Any]:
-    """In come the cluster's own pods, and the operator to the dashboard and to Serve's health; kubectl port-forward needs no rule."""
+    """In come the cluster's own pods, and the operator to the dashboard and to Serve's health;
+    kubectl port-forward needs no rule.
+    """
     operator = {
         "namespaceSelector": {},
-        "podSelector": {"matchExpressions": [{"key": "app.kubernetes.io/component", "operator": "In", "values": ["kuberay-operator"]}]},
+        "podSelector": {
+            "matchExpressions": [
+                {
+                    "key": "app.kubernetes.io/component",
+                    "operator": "In",
+                    "values": ["kuberay-operator"],
+                }
+            ]
+        },
     }
     return {
         "apiVersion": "networking.k8s.io/v1",
@@ -205,7 +292,10 @@ def _network_policy(called: str) -> dict[str, Any]:
             "policyTypes": ["Ingress"],
             "ingress": [
                 {"from": [{"podSelector": {"matchLabels": {LABEL: called}}}]},
-                {"from": [operator], "ports": [{"protocol": "TCP", "port": port} for port in (DASHBOARD, SERVE)]},
+                {
+                    "from": [operator],
+                    "ports": [{"protocol": "TCP", "port": port} for port in (DASHBOARD, SERVE)],
+                },
             ],
         },
     }

@@ -1,7 +1,8 @@
 """`clusters/<name>.yaml` -> the config of Ray's cluster launcher on EC2.
 
-What it promises: every node starts with token authentication and the token as a 0600 file; the dashboard listens on the
-head's loopback only; the head is on demand and runs no task; nodes are ended, not stopped, so that nothing of them is paid for.
+What it promises: every node starts with token authentication and the token as a 0600 file; the
+dashboard listens on the head's loopback only; the head is on demand and runs no task; nodes are
+ended, not stopped, so that nothing of them is paid for.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ def launcher_config(name: str, cluster: ClusterConfig) -> dict[str, Any]:
             "run_options": ["--ulimit nofile=65536:65536"],
         },
         "head_node_type": HEAD,
-        "available_node_types": {group.name: _node_type(cluster, group) for group in (cluster.head, *cluster.workers)},
+        "available_node_types": {
+            group.name: _node_type(cluster, group) for group in (cluster.head, *cluster.workers)
+        },
         # Ray's rsync keeps the mode. The head passes the file on to the workers.
         "file_mounts": {TOKEN: cluster.token_file},
         "cluster_synced_files": [],
-        # A new login is needed before a user counts as one of docker's group; the launcher's connections live 10 s.
+        # A new login is needed before a user counts as one of docker's group; the launcher's
+        # connections live 10 s.
         "initialization_commands": ["sudo usermod -aG docker $USER", "sleep 15"],
         # Empty ones, too, are said: the launcher's defaults would install another Ray.
         "setup_commands": [],
@@ -46,10 +50,16 @@ def launcher_config(name: str, cluster: ClusterConfig) -> dict[str, Any]:
         "worker_setup_commands": [],
         "head_start_ray_commands": [
             "ray stop",
-            f"{START} --head --port=6379 --object-manager-port=8076 --num-cpus=0 --num-gpus=0"
-            " --dashboard-host=127.0.0.1 --dashboard-port=8265 --autoscaling-config=~/ray_bootstrap_config.yaml",
+            (
+                f"{START} --head --port=6379 --object-manager-port=8076 --num-cpus=0 --num-gpus=0"
+                " --dashboard-host=127.0.0.1 --dashboard-port=8265"
+                " --autoscaling-config=~/ray_bootstrap_config.yaml"
+            ),
         ],
-        "worker_start_ray_commands": ["ray stop", f"{START} --address=$RAY_HEAD_IP:6379 --object-manager-port=8076"],
+        "worker_start_ray_commands": [
+            "ray stop",
+            f"{START} --address=$RAY_HEAD_IP:6379 --object-manager-port=8076",
+        ],
     }
 
 
@@ -57,7 +67,12 @@ def _node_type(cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any]:
     node: dict[str, Any] = {
         "InstanceType": group.instance,
         "ImageId": cluster.ami,
-        "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": {"VolumeSize": DISK_GIB, "VolumeType": "gp3", "Encrypted": True}}],
+        "BlockDeviceMappings": [
+            {
+                "DeviceName": "/dev/sda1",
+                "Ebs": {"VolumeSize": DISK_GIB, "VolumeType": "gp3", "Encrypted": True},
+            }
+        ],
         "MetadataOptions": {"HttpTokens": "required"},
     }
     if group.identity is not None:
@@ -65,5 +80,15 @@ def _node_type(cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any]:
     if group.spot:
         node["InstanceMarketOptions"] = {"MarketType": "spot"}
     if group.name == HEAD:
-        return {"resources": {"CPU": 0, "GPU": 0}, "node_config": node, "min_workers": 0, "max_workers": 0}
-    return {"resources": {"CPU": group.cpus, "GPU": group.gpus}, "node_config": node, "min_workers": group.kept, "max_workers": group.count}
+        return {
+            "resources": {"CPU": 0, "GPU": 0},
+            "node_config": node,
+            "min_workers": 0,
+            "max_workers": 0,
+        }
+    return {
+        "resources": {"CPU": group.cpus, "GPU": group.gpus},
+        "node_config": node,
+        "min_workers": group.kept,
+        "max_workers": group.count,
+    }

@@ -13,11 +13,15 @@ FAMILIES = ("sequence", "ensemble")
 @dataclass
 class ModelConfig:
     family: str = "sequence"
-    """`sequence`: a transformer over steps, with history; `ensemble`: probabilistic MLPs on (o, a), as PETS."""
+    """`sequence`: a transformer over steps, with history; `ensemble`: probabilistic MLPs on (o, a),
+    as PETS.
+    """
     size: str = "30k"
     """A rung of `ladder.RUNGS`."""
     members: int = 4
-    """K: decoders (sequence) or MLPs (ensemble), each with its own base and its own mask of episodes."""
+    """K: decoders (sequence) or MLPs (ensemble), each with its own base and its own mask of
+    episodes.
+    """
     base: bool = True
     """Predict the residual over a ridge + MLP base rather than the change itself."""
     base_hidden: int = 128
@@ -30,10 +34,15 @@ class ModelConfig:
     def validate(self) -> None:
         """Raises UsageError naming the key, its value and the fix."""
         if self.family not in FAMILIES:
-            raise UsageError(f"model.family={self.family!r} is unknown, use one of {', '.join(FAMILIES)}{nearest(self.family, FAMILIES)}")
+            raise UsageError(
+                f"model.family={self.family!r} is unknown, use one of"
+                f" {', '.join(FAMILIES)}{nearest(self.family, FAMILIES)}"
+            )
         dims(self.size)
         for key in ("members", "base_hidden", "context", "components"):
             if getattr(self, key) < 1:
                 raise UsageError(f"model.{key}={getattr(self, key)} must be at least 1")
         if self.base_steps < 0:
-            raise UsageError(f"model.base_steps={self.base_steps} must be at least 0 (0 leaves the ridge alone)")
+            raise UsageError(
+                f"model.base_steps={self.base_steps} must be at least 0 (0 leaves the ridge alone)"
+            )

@@ -1,8 +1,10 @@
-"""Densities of numbers: mixtures of logistics, integrated over one bin, as in PixelCNN++ (Salimans et al. 2017, arXiv 1701.05517).
+"""Densities of numbers: mixtures of logistics, integrated over one bin, as in PixelCNN++ (Salimans
+et al. 2017, arXiv 1701.05517).
 
-With a = (x - w/2 - mu) / s and b = (x + w/2 - mu) / s, the mass of a logistic (mu, s) in the bin of width w around x is
-sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(-w / s)), exactly: a product of factors below 1, so its log is a
-sum that never cancels and never exceeds 0, however far the tail. All in float32.
+With a = (x - w/2 - mu) / s and b = (x + w/2 - mu) / s, the mass of a logistic (mu, s) in the bin of
+width w around x is sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(-w / s)), exactly: a
+product of factors below 1, so its log is a sum that never cancels and never exceeds 0, however far
+the tail. All in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ FLOOR = 1 / 16
 
 
 class Mixture(NamedTuple):
-    """A mixture of logistics for each of [...] numbers: float32 [..., M], and half the bin [..., 1]."""
+    """A mixture of logistics for each of [...] numbers: float32 [..., M], and half the bin [...,
+    1].
+    """
 
     logits: Tensor
     mu: Tensor
@@ -29,7 +33,9 @@ class Mixture(NamedTuple):
 
 
 def mixture(params: Tensor, bin: Tensor) -> Mixture:
-    """From a network's output [..., 3 M] and bins that broadcast with [...]: scale = exp(raw) + FLOOR * bin."""
+    """From a network's output [..., 3 M] and bins that broadcast with [...]: scale = exp(raw) +
+    FLOOR * bin.
+    """
     logits, mu, raw = params.float().chunk(PARAMS, -1)
     bin = bin.unsqueeze(-1)
     return Mixture(logits, mu, raw.exp() + FLOOR * bin, 0.5 * bin)
@@ -40,7 +46,11 @@ def log_prob(m: Mixture, x: Tensor) -> Tensor:
     rate = m.scale.reciprocal()
     centre = (x.float().unsqueeze(-1) - m.mu) * rate
     half = m.half * rate
-    mass = F.logsigmoid(centre + half) + F.logsigmoid(half - centre) + torch.log(-torch.expm1(-2.0 * half))
+    mass = (
+        F.logsigmoid(centre + half)
+        + F.logsigmoid(half - centre)
+        + torch.log(-torch.expm1(-2.0 * half))
+    )
     return torch.logsumexp(F.log_softmax(m.logits, -1) + mass, -1).clamp(max=0.0)
 
 
@@ -50,13 +60,21 @@ def mean(m: Mixture) -> Tensor:
 
 
 def sample(m: Mixture, u: Tensor, quantile: Tensor) -> Tensor:
-    """A draw [...] by a uniform `u` (the component) and the logit of another (its quantile), both strictly between 0 and 1."""
+    """A draw [...] by a uniform `u` (the component) and the logit of another (its quantile), both
+    strictly between 0 and 1.
+    """
     component = categorical(m.logits, u).unsqueeze(-1)
-    return m.mu.gather(-1, component).squeeze(-1) + m.scale.gather(-1, component).squeeze(-1) * quantile
+    return (
+        m.mu.gather(-1, component).squeeze(-1)
+        + m.scale.gather(-1, component).squeeze(-1) * quantile
+    )
 
 
 def categorical(logits: Tensor, u: Tensor) -> Tensor:
-    """int64 [...]: the category at quantile `u` [...] of `logits` [..., C]; one of zero probability is never drawn."""
+    """int64 [...]: the category at quantile `u` [...] of `logits` [..., C]; one of zero probability
+    is never drawn.
+    """
     mass = F.softmax(logits.float(), -1).cumsum(-1)
-    # u * mass[-1] < mass[-1] for every u of `rng.uniform`, so the count below stays under C and skips empty categories.
+    # u * mass[-1] < mass[-1] for every u of `rng.uniform`, so the count below stays under C and
+    # skips empty categories.
     return (mass <= u.unsqueeze(-1) * mass[..., -1:]).sum(-1)

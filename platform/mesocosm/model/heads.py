@@ -20,17 +20,27 @@ REWARD_COMPONENTS = 2
 
 
 class StartModel(nn.Module):
-    """p(task, o_0): a decoder over the task's slots, then the observation's, of absolute values and no context; one for all members."""
+    """p(task, o_0): a decoder over the task's slots, then the observation's, of absolute values and
+    no context; one for all members.
+    """
 
     def __init__(self, spec: Spec, config: ModelConfig):
         super().__init__()
         self.spec = spec
         task, o = spec.task, spec.observation
-        order = [("number", j) for j in range(task.numbers)] + [("category", j) for j in range(len(task.categories))]
-        order += [("number", task.numbers + j) for j in range(o.numbers)] + [("category", len(task.categories) + j) for j in range(len(o.categories))]
-        texts = task.texts + tuple(TextSpan(t.start + len(task.categories), t.length, t.min_length) for t in o.texts)
+        order = [("number", j) for j in range(task.numbers)] + [
+            ("category", j) for j in range(len(task.categories))
+        ]
+        order += [("number", task.numbers + j) for j in range(o.numbers)] + [
+            ("category", len(task.categories) + j) for j in range(len(o.categories))
+        ]
+        texts = task.texts + tuple(
+            TextSpan(t.start + len(task.categories), t.length, t.min_length) for t in o.texts
+        )
         layout = Layout(tuple(order), task.bins + o.bins, task.categories + o.categories, texts)
-        self.decoder = Decoder(layout, dims(config.size), members=1, components=config.components, inputs=0)
+        self.decoder = Decoder(
+            layout, dims(config.size), members=1, components=config.components, inputs=0
+        )
         self.scale = Constant(torch.ones(len(layout.bins)))
 
     def _scale(self, like: Tensor) -> Scale:
@@ -45,21 +55,33 @@ class StartModel(nn.Module):
 
     def draw(self, keys: Tensor) -> tuple[Parts, Parts]:
         """(task, o_0) for each of `keys` [B] int64."""
-        numbers, categories, _, _ = self.decoder.draw(None, self._scale(keys), torch.zeros_like(keys), keys)
+        numbers, categories, _, _ = self.decoder.draw(
+            None, self._scale(keys), torch.zeros_like(keys), keys
+        )
         n, m = self.spec.task.numbers, len(self.spec.task.categories)
         return Parts(numbers[:, :n], categories[:, :m]), Parts(numbers[:, n:], categories[:, m:])
 
 
 class Head(nn.Module):
-    """K separate MLPs on (o, a, task, o'), and a correction by the backbone's features, zero at first. No gradient reaches the backbone:
-    on a shared trunk, rare events and scalars were not learned."""
+    """K separate MLPs on (o, a, task, o'), and a correction by the backbone's features, zero at
+    first. No gradient reaches the backbone: on a shared trunk, rare events and scalars were not
+    learned.
+    """
 
     def __init__(self, spec: Spec, members: int, hidden: int, features: int, outputs: int):
         super().__init__()
         parts = (spec.observation, spec.action, spec.task, spec.observation)
-        self.mlp = MemberMLP(*parts, members=members, hidden=hidden, outputs=outputs, width=hidden / BASE_HIDDEN)
+        self.mlp = MemberMLP(
+            *parts, members=members, hidden=hidden, outputs=outputs, width=hidden / BASE_HIDDEN
+        )
         width = features / BASE_WIDTH
-        self.correction = MemberLinear(members, features, outputs, "output", width=width, multiplier=1.0 / width, gain=0.0) if features else None
+        self.correction = (
+            MemberLinear(
+                members, features, outputs, "output", width=width, multiplier=1.0 / width, gain=0.0
+            )
+            if features
+            else None
+        )
 
     def correct(self, features: Tensor | None) -> Tensor | float:
         """[N, d] -> [K, N, out] float32, or 0 without history."""
@@ -70,7 +92,9 @@ class Head(nn.Module):
 
 
 class RewardHead(nn.Module):
-    """p(r | o, a, o', history) for K members: a category where the spec lists reward values, a discretised mixture otherwise."""
+    """p(r | o, a, o', history) for K members: a category where the spec lists reward values, a
+    discretised mixture otherwise.
+    """
 
     def __init__(self, spec: Spec, members: int, hidden: int, features: int):
         super().__init__()
@@ -101,13 +125,16 @@ class RewardHead(nn.Module):
         outputs = own(self._outputs(parts, features), member)
         if self.categorical:
             return self.values(outputs)[density.categorical(outputs, u[:, 0])]
-        return self.mean + self.scale * density.sample(density.mixture(outputs, self.bin(outputs)), u[:, 0], torch.logit(u[:, 1]))
+        return self.mean + self.scale * density.sample(
+            density.mixture(outputs, self.bin(outputs)), u[:, 0], torch.logit(u[:, 1])
+        )
 
 
 class TerminationHead(nn.Module):
     """P(terminated | o, a, o', history) for K members: logit = f(o, a, task, o') + g(history).
 
-    f learns from events, where terminals are oversampled and weighted back; g learns from the windows, with f held fixed.
+    f learns from events, where terminals are oversampled and weighted back; g learns from the
+    windows, with f held fixed.
     """
 
     def __init__(self, spec: Spec, members: int, hidden: int, features: int):
@@ -122,9 +149,16 @@ class TerminationHead(nn.Module):
         outputs: Tensor = self.head.mlp(parts) + self.head.correct(features)
         return outputs.squeeze(-1) + self.prior(outputs)
 
-    def losses(self, windows: Windows, parts: Read, features: Tensor | None, kept: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        """(log-likelihood [K, N] of the windows' own transitions, the scalar objective: mean over members, nats a transition); `kept` is
-        `WorldNet.kept`."""
+    def losses(
+        self,
+        windows: Windows,
+        parts: Read,
+        features: Tensor | None,
+        kept: Callable[[Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """(log-likelihood [K, N] of the windows' own transitions, the scalar objective: mean over
+        members, nats a transition); `kept` is `WorldNet.kept`.
+        """
         terminated = windows.terminated.flatten()
         events = windows.events
         with torch.set_grad_enabled(events is None and torch.is_grad_enabled()):
@@ -133,7 +167,12 @@ class TerminationHead(nn.Module):
         keep = kept(windows.episode).unsqueeze(-1) * windows.mask.float()
         objective = -(log_prob * keep.flatten(1)).sum() / keep.numel()
         if events is not None:
-            of_events = bce(self.logit(inputs(events.observation, events.action, events.task, events.next_observation)), events.terminated)
+            of_events = bce(
+                self.logit(
+                    inputs(events.observation, events.action, events.task, events.next_observation)
+                ),
+                events.terminated,
+            )
             weight = kept(events.episode) * events.weight
             objective = objective + (of_events * weight).sum() / weight.numel()
         return log_prob, objective
@@ -142,7 +181,9 @@ class TerminationHead(nn.Module):
         corrected = self.head.correct(features)
         return corrected.squeeze(-1) if isinstance(corrected, Tensor) else corrected
 
-    def draw(self, parts: Read, features: Tensor | None, member: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, parts: Read, features: Tensor | None, member: Tensor, u: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(p [B] float32, a draw from it [B] bool), by each row's member and uniform u [B]."""
         p = torch.sigmoid(own(self.logit(parts, features), member))
         return p, u < p

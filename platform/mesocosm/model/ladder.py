@@ -1,18 +1,24 @@
 """One ladder of sizes from 10k to 7B, and the multipliers by which its rungs share hyperparameters.
 
-N, a rung's name, counts the hidden matrices and the vectors (norm gains, biases) of the backbone and *one* decoder; what
-the environment's spaces decide (embeddings and output layers) is counted beside it, see `counts`. With SwiGLU blocks,
-N = layers (4 d^2 + 3 d d_ff) + d d_dec + dec_layers (4 d_dec^2 + 3 d_dec d_ff_dec), and the norms.
+N, a rung's name, counts the hidden matrices and the vectors (norm gains, biases) of the backbone
+and *one* decoder; what the environment's spaces decide (embeddings and output layers) is counted
+beside it, see `counts`. With SwiGLU blocks, N = layers (4 d^2 + 3 d d_ff) + d d_dec + dec_layers (4
+d_dec^2 + 3 d_dec d_ff_dec), and the norms.
 
-Width and depth follow CompleteP (Dey et al. 2025, arXiv 2505.01618: width muP, depth with alpha = 1), relative to a base of
-BASE_WIDTH and BASE_LAYERS. What a network must do, for `mup.param_groups` and `mup.init_` to hold:
+Width and depth follow CompleteP (Dey et al. 2025, arXiv 2505.01618: width muP, depth with alpha =
+1), relative to a base of BASE_WIDTH and BASE_LAYERS. What a network must do, for `mup.param_groups`
+and `mup.init_` to hold:
 
-- tag every trainable parameter once with `mup.tag(parameter, kind, width=..., depth=...)`: kind "hidden" (both sides grow with the
-  width), "embedding" (input side fixed: number projections, category tables, slot and position vectors), "output" (output side
-  fixed: mixture parameters, logits) or "vector" (norm gains, biases); width is `dims.width` for a fan-in of d_model or
-  d_ff, `dims.dec_width` for one of d_dec or d_ff_dec; depth is `dims.depth` or `dims.dec_depth` inside residual blocks, 1 outside;
-- add each block as `x + dims.residual_multiplier * block(norm(x))` (`dims.dec_residual_multiplier` in the decoder);
-- multiply what an output layer gives (before its bias) by `dims.output_multiplier` if it reads d_model, `dims.dec_output_multiplier` if d_dec.
+- tag every trainable parameter once with `mup.tag(parameter, kind, width=..., depth=...)`: kind
+  "hidden" (both sides grow with the width), "embedding" (input side fixed: number projections,
+  category tables, slot and position vectors), "output" (output side fixed: mixture parameters,
+  logits) or "vector" (norm gains, biases); width is `dims.width` for a fan-in of d_model or d_ff,
+  `dims.dec_width` for one of d_dec or d_ff_dec; depth is `dims.depth` or `dims.dec_depth` inside
+  residual blocks, 1 outside;
+- add each block as `x + dims.residual_multiplier * block(norm(x))` (`dims.dec_residual_multiplier`
+  in the decoder);
+- multiply what an output layer gives (before its bias) by `dims.output_multiplier` if it reads
+  d_model, `dims.dec_output_multiplier` if d_dec.
 """
 
 from __future__ import annotations
@@ -22,7 +28,9 @@ from dataclasses import dataclass
 from mesocosm.errors import UsageError, nearest
 
 HEAD = 32
-"""Size of a backbone's attention head, at every rung: what an attention score sums over does not grow."""
+"""Size of a backbone's attention head, at every rung: what an attention score sums over does not
+grow.
+"""
 DEC_HEAD = 16
 """Size of a decoder's head: 16 lets the smallest rungs keep a decoder in proportion."""
 BASE_WIDTH = 64
@@ -91,14 +99,22 @@ class Dims:
     @property
     def params(self) -> int:
         """N as the ladder states it; `counts` counts a network's own."""
-        backbone = self.layers * (4 * self.d_model**2 + 3 * self.d_model * self.d_ff + 2 * self.d_model) + self.d_model
-        decoder = self.dec_layers * (4 * self.d_dec**2 + 3 * self.d_dec * self.d_ff_dec + 2 * self.d_dec) + self.d_dec
+        backbone = (
+            self.layers * (4 * self.d_model**2 + 3 * self.d_model * self.d_ff + 2 * self.d_model)
+            + self.d_model
+        )
+        decoder = (
+            self.dec_layers * (4 * self.d_dec**2 + 3 * self.d_dec * self.d_ff_dec + 2 * self.d_dec)
+            + self.d_dec
+        )
         return backbone + self.d_model * self.d_dec + decoder
 
 
 @dataclass(frozen=True)
 class EnsembleDims:
-    """A rung of the ensemble family: `layers` hidden layers of `hidden` units; N is one member's hidden matrices and vectors."""
+    """A rung of the ensemble family: `layers` hidden layers of `hidden` units; N is one member's
+    hidden matrices and vectors.
+    """
 
     hidden: int
     layers: int
@@ -160,12 +176,17 @@ def ensemble_dims(size: str) -> EnsembleDims:
 
 
 def nominal(size: str, key: str = "model.size") -> int:
-    """The number a rung's name states: 30k is 30000. Raises UsageError with the config's `key` and the nearest rung."""
+    """The number a rung's name states: 30k is 30000. Raises UsageError with the config's `key` and
+    the nearest rung.
+    """
     rung = _rung(size, key)
     return int(rung[:-1]) * {"k": 10**3, "m": 10**6, "b": 10**9}[rung[-1]]
 
 
 def _rung(size: str, key: str = "model.size") -> str:
     if size not in RUNGS:
-        raise UsageError(f"{key}={size!r} is no rung of the ladder, use one of {', '.join(RUNGS)}{nearest(size, RUNGS)}")
+        raise UsageError(
+            f"{key}={size!r} is no rung of the ladder, use one of"
+            f" {', '.join(RUNGS)}{nearest(size, RUNGS)}"
+        )
     return size

@@ -27,20 +27,28 @@ class Read(NamedTuple):
 
 def read(*parts: Parts) -> Read:
     """Several `Parts` of one leading shape, side by side."""
-    return Read(squash(torch.cat([part.numbers for part in parts], -1)), torch.cat([part.categories for part in parts], -1))
+    return Read(
+        squash(torch.cat([part.numbers for part in parts], -1)),
+        torch.cat([part.categories for part in parts], -1),
+    )
 
 
 def squash(x: Tensor) -> Tensor:
-    """[..., n] -> [..., 2 n] float32: x bent smoothly towards +-EDGE, and sign(x) log(1 + |x|). Monotone, so nothing is lost to a
-    network that reads both; only inputs are squashed. NaN and infinity become finite, so that a broken episode spoils no other."""
+    """[..., n] -> [..., 2 n] float32: x bent smoothly towards +-EDGE, and sign(x) log(1 + |x|).
+    Monotone, so nothing is lost to a network that reads both; only inputs are squashed. NaN and
+    infinity become finite, so that a broken episode spoils no other.
+    """
     x = torch.nan_to_num(x.float(), nan=0.0, posinf=1e30, neginf=-1e30)
     size = x.abs()
-    return torch.cat((x / torch.sqrt(1.0 + (x / EDGE).square()), torch.sign(x) * torch.log1p(size)), -1)
+    return torch.cat(
+        (x / torch.sqrt(1.0 + (x / EDGE).square()), torch.sign(x) * torch.log1p(size)), -1
+    )
 
 
 class Constant:
-    """A fixed tensor, copied once to each device that asks for it. No buffer, so that an engine that casts its module to bfloat16
-    leaves bins, angles and scales exact."""
+    """A fixed tensor, copied once to each device that asks for it. No buffer, so that an engine
+    that casts its module to bfloat16 leaves bins, angles and scales exact.
+    """
 
     def __init__(self, value: Tensor):
         self._on = {value.device: value}
@@ -55,11 +63,18 @@ class Constant:
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension, in float32. With `members`, the gain is [K, 1, ..., d] for inputs with a leading member dimension."""
+    """Over the last dimension, in float32. With `members`, the gain is [K, 1, ..., d] for inputs
+    with a leading member dimension.
+    """
 
     def __init__(self, width: int, *, m_width: float, m_depth: float, members: int | None = None):
         super().__init__()
-        self.weight = tag(nn.Parameter(torch.ones(width) if members is None else torch.ones(members, 1, width)), "vector", width=m_width, depth=m_depth)
+        self.weight = tag(
+            nn.Parameter(torch.ones(width) if members is None else torch.ones(members, 1, width)),
+            "vector",
+            width=m_width,
+            depth=m_depth,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         # x / (|x| d^-1/2 + eps): four kernels on a CPU, where F.rms_norm is six.
@@ -72,11 +87,31 @@ class Linear(nn.Module):
     """y = multiplier * x W^T (+ b), in the dtype of W. Weights [out, in]."""
 
     def __init__(
-        self, inputs: int, outputs: int, kind: Kind, *, width: float = 1.0, depth: float = 1.0, bias: bool = False, multiplier: float = 1.0, gain: float = 1.0
+        self,
+        inputs: int,
+        outputs: int,
+        kind: Kind,
+        *,
+        width: float = 1.0,
+        depth: float = 1.0,
+        bias: bool = False,
+        multiplier: float = 1.0,
+        gain: float = 1.0,
     ):
         super().__init__()
-        self.weight = tag(nn.Parameter(torch.zeros(outputs, inputs)), kind, width=width, depth=depth, fan_in=inputs, gain=gain)
-        self.bias = tag(nn.Parameter(torch.zeros(outputs)), "vector", width=1.0, depth=depth) if bias else None
+        self.weight = tag(
+            nn.Parameter(torch.zeros(outputs, inputs)),
+            kind,
+            width=width,
+            depth=depth,
+            fan_in=inputs,
+            gain=gain,
+        )
+        self.bias = (
+            tag(nn.Parameter(torch.zeros(outputs)), "vector", width=1.0, depth=depth)
+            if bias
+            else None
+        )
         self.multiplier = multiplier
 
     def forward(self, x: Tensor) -> Tensor:
@@ -87,7 +122,9 @@ class Linear(nn.Module):
 
 
 class MemberLinear(nn.Module):
-    """K linear maps at once: [K, N, in] -> [K, N, out] by weights [K, in, out]; a shared input is [N, in] or [1, N, in]."""
+    """K linear maps at once: [K, N, in] -> [K, N, out] by weights [K, in, out]; a shared input is
+    [N, in] or [1, N, in].
+    """
 
     def __init__(
         self,
@@ -103,8 +140,19 @@ class MemberLinear(nn.Module):
         gain: float = 1.0,
     ):
         super().__init__()
-        self.weight = tag(nn.Parameter(torch.zeros(members, inputs, outputs)), kind, width=width, depth=depth, fan_in=inputs, gain=gain)
-        self.bias = tag(nn.Parameter(torch.zeros(members, 1, outputs)), "vector", width=1.0, depth=depth) if bias else None
+        self.weight = tag(
+            nn.Parameter(torch.zeros(members, inputs, outputs)),
+            kind,
+            width=width,
+            depth=depth,
+            fan_in=inputs,
+            gain=gain,
+        )
+        self.bias = (
+            tag(nn.Parameter(torch.zeros(members, 1, outputs)), "vector", width=1.0, depth=depth)
+            if bias
+            else None
+        )
         self.multiplier = multiplier
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,7 +168,8 @@ class MemberLinear(nn.Module):
 
 
 class PartsEmbedding(nn.Module):
-    """Several `Parts` of one leading shape -> their summed linear embedding: squashed numbers by a matrix, categories by tables.
+    """Several `Parts` of one leading shape -> their summed linear embedding: squashed numbers by a
+    matrix, categories by tables.
 
     Without `members` [...] -> [..., width]; with K members [N] -> [K, N, width].
     """
@@ -132,8 +181,21 @@ class PartsEmbedding(nn.Module):
         columns = width * (members or 1)
         numbers = sum(part.numbers for part in parts)
         cardinalities = [c for part in parts for c in part.categories]
-        self.numbers = tag(nn.Parameter(torch.zeros(columns, 2 * numbers)), "embedding", gain=gain) if numbers else None
-        self.table = tag(nn.Parameter(torch.zeros(sum(cardinalities), columns)), "embedding", fan_in=len(cardinalities), gain=gain) if cardinalities else None
+        self.numbers = (
+            tag(nn.Parameter(torch.zeros(columns, 2 * numbers)), "embedding", gain=gain)
+            if numbers
+            else None
+        )
+        self.table = (
+            tag(
+                nn.Parameter(torch.zeros(sum(cardinalities), columns)),
+                "embedding",
+                fan_in=len(cardinalities),
+                gain=gain,
+            )
+            if cardinalities
+            else None
+        )
         self.bias = tag(nn.Parameter(torch.zeros(columns)), "vector")
         self.offsets = Constant(first_rows(cardinalities))
 
@@ -143,18 +205,31 @@ class PartsEmbedding(nn.Module):
             y = F.linear(of.numbers.to(y.dtype), self.numbers, y)
         if self.table is not None:
             rows = of.categories + self.offsets(of.categories)
-            y = y + F.embedding_bag(rows.flatten(0, -2), self.table, mode="sum").view(*rows.shape[:-1], -1)
+            y = y + F.embedding_bag(rows.flatten(0, -2), self.table, mode="sum").view(
+                *rows.shape[:-1], -1
+            )
         return y if self.members is None else y.view(-1, self.members, self.width).transpose(0, 1)
 
 
 class MemberMLP(nn.Module):
-    """K MLPs with two hidden SiLU layers, and a linear path beside them, on what was `read`, of leading shape [N]: [K, N, out] float32."""
+    """K MLPs with two hidden SiLU layers, and a linear path beside them, on what was `read`, of
+    leading shape [N]: [K, N, out] float32.
+    """
 
     def __init__(self, *parts: PartSpec, members: int, hidden: int, outputs: int, width: float):
         super().__init__()
         self.first = PartsEmbedding(*parts, width=hidden, members=members)
         self.second = MemberLinear(members, hidden, hidden, "hidden", width=width, bias=True)
-        self.last = MemberLinear(members, hidden, outputs, "output", width=width, bias=True, multiplier=1.0 / width, gain=0.1)
+        self.last = MemberLinear(
+            members,
+            hidden,
+            outputs,
+            "output",
+            width=width,
+            bias=True,
+            multiplier=1.0 / width,
+            gain=0.1,
+        )
         self.skip = PartsEmbedding(*parts, width=outputs, members=members, gain=0.0)
 
     def forward(self, of: Read) -> Tensor:
@@ -163,8 +238,12 @@ class MemberMLP(nn.Module):
 
 
 def first_rows(cardinalities: Sequence[int]) -> Tensor:
-    """int64 [m]: where each slot's rows begin in a table that holds all slots' categories one after another."""
-    return torch.tensor([sum(cardinalities[:i]) for i in range(len(cardinalities))], dtype=torch.int64)
+    """int64 [m]: where each slot's rows begin in a table that holds all slots' categories one after
+    another.
+    """
+    return torch.tensor(
+        [sum(cardinalities[:i]) for i in range(len(cardinalities))], dtype=torch.int64
+    )
 
 
 def flatten(parts: Parts) -> Parts:

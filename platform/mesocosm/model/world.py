@@ -1,9 +1,11 @@
-"""An exported world: network, frozen base, spec and codec, and how a vector of environments steps in it.
+"""An exported world: network, frozen base, spec and codec, and how a vector of environments steps
+in it.
 
-State is an explicit `Carry`. Its cache is a pure function of its `Context`, a bounded list of steps, so that a world which
-lost a session goes on from the context with the same bits (same device type, threads and batch shape). Columns of the
-cache are steps of the whole vector. When all W are full, the cache is computed anew from the tokens of the last W // 2, in one
-pass, at the first columns; so nothing of an evicted step lives on in deeper layers.
+State is an explicit `Carry`. Its cache is a pure function of its `Context`, a bounded list of
+steps, so that a world which lost a session goes on from the context with the same bits (same device
+type, threads and batch shape). Columns of the cache are steps of the whole vector. When all W are
+full, the cache is computed anew from the tokens of the last W // 2, in one pass, at the first
+columns; so nothing of an evicted step lives on in deeper layers.
 """
 
 from __future__ import annotations
@@ -35,12 +37,16 @@ SCHEMA = 2
 
 @dataclass(frozen=True)
 class Context:
-    """All that the future of a session depends on, beside its keys: pure data, float32 and int64, on the CPU or the world's device."""
+    """All that the future of a session depends on, beside its keys: pure data, float32 and int64,
+    on the CPU or the world's device.
+    """
 
     clock: int
     """Steps of the session so far."""
     past_observation: Parts
-    """[B, C, ...]: o_t of the steps in columns 0 .. C-1 of the present window (C = 0 without history)"""
+    """[B, C, ...]: o_t of the steps in columns 0 .. C-1 of the present window (C = 0 without
+    history)
+    """
     past_action: Parts
     """[B, C, ...]"""
     start_column: Tensor
@@ -58,7 +64,10 @@ class Context:
         for f in fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Parts):
-                arrays[f"{f.name}.numbers"], arrays[f"{f.name}.categories"] = value.numbers.cpu().numpy(), value.categories.cpu().numpy()
+                arrays[f"{f.name}.numbers"], arrays[f"{f.name}.categories"] = (
+                    value.numbers.cpu().numpy(),
+                    value.categories.cpu().numpy(),
+                )
             elif isinstance(value, Tensor):
                 arrays[f.name] = value.cpu().numpy()
         return arrays
@@ -74,19 +83,26 @@ class Context:
             return torch.from_numpy(np.array(arrays[name]))
 
         def parts(name: str) -> Parts:
-            return Parts(tensor(f"{name}.numbers", np.float32), tensor(f"{name}.categories", np.int64))
+            return Parts(
+                tensor(f"{name}.numbers", np.float32), tensor(f"{name}.categories", np.int64)
+            )
 
         return Context(
             clock=int(tensor("clock", np.int64)),
             start_column=tensor("start_column", np.int64),
             member=tensor("member", np.int64),
-            **{name: parts(name) for name in ("past_observation", "past_action", "observation", "task")},
+            **{
+                name: parts(name)
+                for name in ("past_observation", "past_action", "observation", "task")
+            },
         )
 
 
 @dataclass(frozen=True)
 class Carry:
-    """The state of B environments between steps. `World.step` consumes it: the cache and the tokens are written in place."""
+    """The state of B environments between steps. `World.step` consumes it: the cache and the tokens
+    are written in place.
+    """
 
     clock: int
     position: int
@@ -134,10 +150,14 @@ class StepOut:
     duration: Tensor
     """[B] float32, raw units; zeros without durations"""
     disagreement: Tensor
-    """[B] float32: how far the members' expectations are apart (`net.spread`), 1 being what a tenth of held-out transitions exceed; 0 for one member"""
+    """[B] float32: how far the members' expectations are apart (`net.spread`), 1 being what a tenth
+    of held-out transitions exceed; 0 for one member
+    """
     diverged: Tensor
-    """[B] bool: what was drawn was not finite, as unstable dynamics come to be far from the data. The environment stays where it
-    was, with no reward and not terminated; its episode should be cut there."""
+    """[B] bool: what was drawn was not finite, as unstable dynamics come to be far from the data.
+    The environment stays where it was, with no reward and not terminated; its episode should be cut
+    there.
+    """
 
 
 class World:
@@ -152,7 +172,10 @@ class World:
         self.codec = codec or {}
         self.disagreement_scale = 1.0
         """`net.spread` that counts as a disagreement of 1 (pretrain/export.py measures it)."""
-        self._task_grid, self._observation_grid = _Grid(self.spec.task), _Grid(self.spec.observation)
+        self._task_grid, self._observation_grid = (
+            _Grid(self.spec.task),
+            _Grid(self.spec.observation),
+        )
         self._head_slots = Constant(torch.tensor([rng.REWARD, rng.REWARD_VALUE, rng.TERMINATION]))
 
     @property
@@ -164,7 +187,8 @@ class World:
         self.base.to(device)
         return self
 
-    # -- stepping ----------------------------------------------------------------------------------------------------
+    # -- stepping
+    # ----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def sample_start(self, keys: Tensor) -> tuple[Parts, Parts]:
@@ -174,7 +198,9 @@ class World:
 
     @torch.inference_mode()
     def begin(self, task: Parts, observation: Parts, member: Tensor) -> Carry:
-        """A session of B environments at the start of their episodes; `member` [B] int64 imagines each (`rng.member_of`)."""
+        """A session of B environments at the start of their episodes; `member` [B] int64 imagines
+        each (`rng.member_of`).
+        """
         batch, device = len(member), member.device
         columns = self.net.memory
         return Carry(
@@ -191,8 +217,9 @@ class World:
 
     @torch.inference_mode()
     def step(self, carry: Carry, action: Parts, keys: Tensor) -> tuple[Carry, StepOut]:
-        """One step of B environments; keys [B] int64 by `rng.keys(seed, env, episode, step)`. A terminated environment steps on
-        until `reset`."""
+        """One step of B environments; keys [B] int64 by `rng.keys(seed, env, episode, step)`. A
+        terminated environment steps on until `reset`.
+        """
         if self.net.memory:
             carry = self._rebuilt(carry) if carry.position == self.net.memory else carry
             _write(carry.past_observation, carry.position, carry.observation)
@@ -206,19 +233,30 @@ class World:
         u = rng.uniform(keys.unsqueeze(1), self._head_slots(keys))
         reward = self.net.reward.draw(parts, features, carry.member, u[:, :2])
         p_terminated, terminated = self.net.termination.draw(parts, features, carry.member, u[:, 2])
-        duration = draw.duration * self.spec.duration_scale + self.spec.duration_mean if self.spec.durations else draw.duration
+        duration = (
+            draw.duration * self.spec.duration_scale + self.spec.duration_mean
+            if self.spec.durations
+            else draw.duration
+        )
         finite = torch.isfinite(following.numbers.sum(-1) + reward + duration + draw.disagreement)
         observation = following.where(finite, carry.observation)
         reward, p_terminated, duration, disagreement = (
-            torch.where(finite, x, 0.0) for x in (reward, p_terminated, duration, draw.disagreement / self.disagreement_scale)
+            torch.where(finite, x, 0.0)
+            for x in (reward, p_terminated, duration, draw.disagreement / self.disagreement_scale)
         )
         position = carry.position + 1 if self.net.memory else 0
         carry = replace(carry, clock=carry.clock + 1, position=position, observation=observation)
-        return carry, StepOut(observation, reward, terminated & finite, p_terminated, duration, disagreement, ~finite)
+        return carry, StepOut(
+            observation, reward, terminated & finite, p_terminated, duration, disagreement, ~finite
+        )
 
     @torch.inference_mode()
-    def reset(self, carry: Carry, mask: Tensor, task: Parts, observation: Parts, member: Tensor) -> Carry:
-        """New episodes for the environments where `mask` [B] bool is true; the others' rows of the arguments are not read."""
+    def reset(
+        self, carry: Carry, mask: Tensor, task: Parts, observation: Parts, member: Tensor
+    ) -> Carry:
+        """New episodes for the environments where `mask` [B] bool is true; the others' rows of the
+        arguments are not read.
+        """
         return replace(
             carry,
             start_column=torch.where(mask, carry.position, carry.start_column),
@@ -229,22 +267,38 @@ class World:
 
     @torch.inference_mode()
     def restore(self, context: Context) -> Carry:
-        """The carry whose context this is: its future steps have the same bits. Raises ValueError if the context's columns do not fit
-        its clock."""
+        """The carry whose context this is: its future steps have the same bits. Raises ValueError
+        if the context's columns do not fit its clock.
+        """
         device = self.device
-        task, observation, member = context.task.to(device), context.observation.to(device), context.member.to(device)
-        carry = replace(self.begin(task, observation, member), clock=context.clock, start_column=context.start_column.to(device))
+        task, observation, member = (
+            context.task.to(device),
+            context.observation.to(device),
+            context.member.to(device),
+        )
+        carry = replace(
+            self.begin(task, observation, member),
+            clock=context.clock,
+            start_column=context.start_column.to(device),
+        )
         rebuilt, columns = self._columns(context.clock)
         if context.past_observation.numbers.shape[1] != columns:
             found = context.past_observation.numbers.shape[1]
-            raise ValueError(f"context of {found} columns at clock {context.clock}: a window of {self.net.memory} steps has {columns} there")
+            raise ValueError(
+                f"context of {found} columns at clock {context.clock}: a window of"
+                f" {self.net.memory} steps has {columns} there"
+            )
         for column in range(columns):
             _write(carry.past_observation, column, context.past_observation[:, column].to(device))
             _write(carry.past_action, column, context.past_action[:, column].to(device))
         if rebuilt:
-            self.net.rebuild(carry.cache, carry.start_column, self._tokens(carry, slice(0, rebuilt)))
+            self.net.rebuild(
+                carry.cache, carry.start_column, self._tokens(carry, slice(0, rebuilt))
+            )
         for column in range(rebuilt, columns):
-            token = Transition(carry.past_observation[:, column], carry.past_action[:, column], task)
+            token = Transition(
+                carry.past_observation[:, column], carry.past_action[:, column], task
+            )
             self.net.advance(carry.cache, column, carry.start_column, token)
         return replace(carry, position=columns)
 
@@ -257,10 +311,15 @@ class World:
         return keep, keep + (clock - window - 1) % (window - keep) + 1
 
     def _tokens(self, carry: Carry, columns: slice) -> Transition:
-        """Tokens of past columns, each with its environment's present task: columns of another task are of an episode that nobody sees."""
+        """Tokens of past columns, each with its environment's present task: columns of another task
+        are of an episode that nobody sees.
+        """
         observation = carry.past_observation[:, columns]
         steps = observation.numbers.shape[1]
-        task = Parts(carry.task.numbers.unsqueeze(1).expand(-1, steps, -1), carry.task.categories.unsqueeze(1).expand(-1, steps, -1))
+        task = Parts(
+            carry.task.numbers.unsqueeze(1).expand(-1, steps, -1),
+            carry.task.categories.unsqueeze(1).expand(-1, steps, -1),
+        )
         return Transition(observation, carry.past_action[:, columns], task)
 
     def _rebuilt(self, carry: Carry) -> Carry:
@@ -272,8 +331,12 @@ class World:
             carry,
             position=keep,
             cache=self.net.new_cache(len(carry.member)),
-            past_observation=Parts.empty(self.spec.observation, len(carry.member), window, device=carry.member.device),
-            past_action=Parts.empty(self.spec.action, len(carry.member), window, device=carry.member.device),
+            past_observation=Parts.empty(
+                self.spec.observation, len(carry.member), window, device=carry.member.device
+            ),
+            past_action=Parts.empty(
+                self.spec.action, len(carry.member), window, device=carry.member.device
+            ),
             start_column=start_column,
         )
         if keep:
@@ -282,7 +345,8 @@ class World:
             self.net.rebuild(fresh.cache, start_column, self._tokens(fresh, slice(0, keep)))
         return fresh
 
-    # -- likelihood --------------------------------------------------------------------------------------------------
+    # -- likelihood
+    # --------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def losses(self, windows: Windows) -> Losses:
@@ -290,24 +354,41 @@ class World:
         losses: Losses = self.net(windows, apply_base(self.base, windows))
         return losses
 
-    # -- files -------------------------------------------------------------------------------------------------------
+    # -- files
+    # -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: Path) -> None:
         """world.json, codec.json, model.safetensors, base.safetensors."""
         folder.mkdir(parents=True, exist_ok=True)
-        about = {"schema": SCHEMA, "spec": self.spec.to_json(), "config": asdict(self.config), "disagreement_scale": self.disagreement_scale}
+        about = {
+            "schema": SCHEMA,
+            "spec": self.spec.to_json(),
+            "config": asdict(self.config),
+            "disagreement_scale": self.disagreement_scale,
+        }
         (folder / "world.json").write_text(json.dumps(about, indent=1))
         (folder / "codec.json").write_text(json.dumps(self.codec))
-        save_file({name: value.contiguous() for name, value in self.net.state_dict().items()}, folder / "model.safetensors")
-        save_file({name: value.contiguous() for name, value in self.base.state_dict().items()}, folder / "base.safetensors")
+        save_file(
+            {name: value.contiguous() for name, value in self.net.state_dict().items()},
+            folder / "model.safetensors",
+        )
+        save_file(
+            {name: value.contiguous() for name, value in self.base.state_dict().items()},
+            folder / "base.safetensors",
+        )
 
     @staticmethod
     def load(folder: Path, device: torch.device | str = "cpu") -> World:
-        """Raises ArtifactError on a missing file, another schema, or weights that do not fit the spec."""
+        """Raises ArtifactError on a missing file, another schema, or weights that do not fit the
+        spec.
+        """
         try:
             about = json.loads((folder / "world.json").read_text())
             if about["schema"] != SCHEMA:
-                raise ArtifactError(f"world {str(folder)!r} has schema {about['schema']}, this version reads {SCHEMA}; pretrain it again")
+                raise ArtifactError(
+                    f"world {str(folder)!r} has schema {about['schema']}, this version reads"
+                    f" {SCHEMA}; pretrain it again"
+                )
             spec, config = Spec.from_json(about["spec"]), ModelConfig(**about["config"])
             net, base = build(spec, config), Base(spec, config)
             net.load_state_dict(load_file(folder / "model.safetensors"))
@@ -315,14 +396,18 @@ class World:
             codec = json.loads((folder / "codec.json").read_text())
             scale = float(about["disagreement_scale"])
         except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ArtifactError(f"world {str(folder)!r} cannot be read: {' '.join(str(error).split())}") from error
+            raise ArtifactError(
+                f"world {str(folder)!r} cannot be read: {' '.join(str(error).split())}"
+            ) from error
         world = World(net, base, codec).to(device)
         world.disagreement_scale = scale
         return world
 
 
 class _Grid:
-    """Rounds drawn integers to what an agent sees of them, so that the world goes on from that and from nothing between."""
+    """Rounds drawn integers to what an agent sees of them, so that the world goes on from that and
+    from nothing between.
+    """
 
     def __init__(self, part: PartSpec):
         self._columns = [i for i, zero in enumerate(part.grid) if zero is not None]
@@ -334,7 +419,9 @@ class _Grid:
             return parts
         numbers = parts.numbers.clone()
         zeros, bins = self._zeros(numbers), self._bins(numbers)
-        numbers[:, self._columns] = zeros + torch.round((numbers[:, self._columns] - zeros) / bins) * bins
+        numbers[:, self._columns] = (
+            zeros + torch.round((numbers[:, self._columns] - zeros) / bins) * bins
+        )
         return Parts(numbers, parts.categories)
 
 

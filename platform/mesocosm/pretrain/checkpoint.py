@@ -1,4 +1,5 @@
-"""Training checkpoints: DeepSpeed's shards, every rank's random state, and a plain record of where training stood.
+"""Training checkpoints: DeepSpeed's shards, every rank's random state, and a plain record of where
+training stood.
 
     checkpoint_*/ds/ds/...           DeepSpeed's own files, a shard a rank
                 /rank-00000.pt       the rank's random state
@@ -6,8 +7,8 @@
                 /progress.json       step, world size, ZeRO stage, best loss (rank 0)
                 /model.safetensors   only at the end, instead of DeepSpeed's files: the float32 weights
 
-Every rank saves into its own folder and reports it; Ray merges them in storage, under this project's runs prefix. They
-are pickles, loaded only from there, after their checksums.
+Every rank saves into its own folder and reports it; Ray merges them in storage, under this
+project's runs prefix. They are pickles, loaded only from there, after their checksums.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ MODEL = "model.safetensors"
 
 @dataclass
 class Progress:
-    """Where training stood after `step`. The loader's position is `step`; the schedule is a function of it."""
+    """Where training stood after `step`. The loader's position is `step`; the schedule is a
+    function of it.
+    """
 
     step: int = 0
     steps: int = 0
@@ -57,13 +60,17 @@ class Progress:
 
 
 def folder_of(id: str) -> str:
-    """Where the training of world `id` keeps its state, under the root: always the same, so that running again resumes."""
+    """Where the training of world `id` keeps its state, under the root: always the same, so that
+    running again resumes.
+    """
     return f"runs/checkpoints/{id}"
 
 
 def latest(storage: Storage, id: str) -> tuple[str, Progress] | None:
-    """The last whole checkpoint (its path under the root) and its progress, as Ray Train's own record names it. Raises UsageError where
-    that record is damaged: Ray writes it in place, so a crash may tear it, and resumes from nothing else."""
+    """The last whole checkpoint (its path under the root) and its progress, as Ray Train's own
+    record names it. Raises UsageError where that record is damaged: Ray writes it in place, so a
+    crash may tear it, and resumes from nothing else.
+    """
     name = f"{folder_of(id)}/{SNAPSHOT}"
     snapshot = storage.read(name)
     if snapshot is None:
@@ -77,7 +84,10 @@ def latest(storage: Storage, id: str) -> tuple[str, Progress] | None:
         progress = storage.read(name)
         return None if progress is None else (path, Progress(**json.loads(progress)))
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"training cannot go on: {name!r} in storage.root {storage.root!r} is damaged; use --force to begin anew") from error
+        raise UsageError(
+            f"training cannot go on: {name!r} in storage.root {storage.root!r} is damaged; use"
+            " --force to begin anew"
+        ) from error
 
 
 def read_progress(folder: Path) -> Progress:
@@ -85,13 +95,16 @@ def read_progress(folder: Path) -> Progress:
 
 
 def refuse_other_stage(progress: Progress, zero_stage: int) -> None:
-    """Raises UsageError where DeepSpeed cannot read the checkpoint into the engine that the config asks for."""
+    """Raises UsageError where DeepSpeed cannot read the checkpoint into the engine that the config
+    asks for.
+    """
     if progress.done:
         return
     if progress.zero_stage != zero_stage:
         raise UsageError(
-            f"train.zero_stage={zero_stage} cannot resume from step {progress.step}, which was saved at stage {progress.zero_stage}; "
-            f"use train.zero_stage={progress.zero_stage}, or --force to begin anew"
+            f"train.zero_stage={zero_stage} cannot resume from step {progress.step}, which was"
+            f" saved at stage {progress.zero_stage}; use train.zero_stage={progress.zero_stage}, or"
+            " --force to begin anew"
         )
 
 
@@ -100,7 +113,10 @@ def save_running(engine: Any, progress: Progress, rank: int) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="mesocosm-checkpoint-"))
     (folder / "ds").mkdir()
     engine.save_checkpoint(str(folder / "ds"), tag=TAG)
-    state = {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    state = {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
     torch.save(state, folder / f"rank-{rank:05d}.pt")
     return _seal(folder, progress, rank)
 
@@ -118,7 +134,11 @@ def save_final(weights: dict[str, torch.Tensor] | None, progress: Progress, rank
 def _seal(folder: Path, progress: Progress, rank: int) -> Path:
     if rank == 0:
         (folder / PROGRESS).write_text(json.dumps(asdict(progress)))
-    sums = {str(path.relative_to(folder)): sha256(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+    sums = {
+        str(path.relative_to(folder)): sha256(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
     (folder / _record(rank)).write_text(json.dumps(sums))
     return folder
 
@@ -128,10 +148,15 @@ def _record(rank: int) -> str:
 
 
 def verify(folder: Path) -> None:
-    """Raises MesocosmError where a rank's record is missing, or a file is missing or differs from its checksum."""
+    """Raises MesocosmError where a rank's record is missing, or a file is missing or differs from
+    its checksum.
+    """
 
     def damaged(name: str) -> MesocosmError:
-        return MesocosmError(f"checkpoint {folder.name!r}: file {name!r} is missing or damaged (checksum differs); run again with --force to begin anew")
+        return MesocosmError(
+            f"checkpoint {folder.name!r}: file {name!r} is missing or damaged (checksum differs);"
+            " run again with --force to begin anew"
+        )
 
     name = PROGRESS
     try:
@@ -149,7 +174,10 @@ def load_running(engine: Any, folder: Path, tag: str) -> None:
     """Bring `engine` to where the DeepSpeed checkpoint `folder`/`tag` stood."""
     path, _ = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
-        raise MesocosmError(f"checkpoint {str(folder)!r} holds no DeepSpeed state; run again with --force to begin anew")
+        raise MesocosmError(
+            f"checkpoint {str(folder)!r} holds no DeepSpeed state; run again with --force to begin"
+            " anew"
+        )
 
 
 def load_random(folder: Path, rank: int) -> None:
@@ -168,11 +196,23 @@ def needs_universal(progress: Progress, world_size: int) -> bool:
 
 
 def to_universal(folder: Path, target: Path) -> None:
-    """Convert the DeepSpeed shards of a checkpoint to DeepSpeed's universal format, `target`/UNIVERSAL, which any world size of the same stage reads."""
+    """Convert the DeepSpeed shards of a checkpoint to DeepSpeed's universal format,
+    `target`/UNIVERSAL, which any world size of the same stage reads.
+    """
     from deepspeed.checkpoint import ds_to_universal
 
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    options = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True, "inject_missing_state": True}
-    ds_to_universal.main(Namespace(input_folder=str(folder / "ds" / TAG), output_folder=str(target / UNIVERSAL), **options))
+    options = {
+        "num_extract_workers": 1,
+        "num_merge_workers": 1,
+        "keep_temp_folder": False,
+        "strict": True,
+        "inject_missing_state": True,
+    }
+    ds_to_universal.main(
+        Namespace(
+            input_folder=str(folder / "ds" / TAG), output_folder=str(target / UNIVERSAL), **options
+        )
+    )
     (target / "latest_universal").write_text(UNIVERSAL)

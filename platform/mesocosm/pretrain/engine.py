@@ -25,15 +25,18 @@ from mesocosm.pretrain.config import TrainConfig
 
 BETAS = (0.9, 0.95)
 PROCESS_GIB = 0.7
-"""Host memory of a worker that holds no network: what torch, DeepSpeed and Ray take (0.7 to 0.8 GiB resident, torch 2.13, Linux)."""
+"""Host memory of a worker that holds no network: what torch, DeepSpeed and Ray take (0.7 to 0.8 GiB
+resident, torch 2.13, Linux).
+"""
 
 
 def import_deepspeed() -> ModuleType:
     """`import deepspeed`, quickly and quietly, with nothing to compile.
 
-    Its autotuner imports mlflow where that is installed: half of the import's 13 s of CPU time; it takes mlflow's absence for
-    an answer. On CPU, `init_distributed` probes compilers and builds (40 s, needs ninja) an op for inference alone, if it is
-    listed as compatible; the optimiser here is torch's own, so no op is.
+    Its autotuner imports mlflow where that is installed: half of the import's 13 s of CPU time; it
+    takes mlflow's absence for an answer. On CPU, `init_distributed` probes compilers and builds (40
+    s, needs ninja) an op for inference alone, if it is listed as compatible; the optimiser here is
+    torch's own, so no op is.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -60,16 +63,27 @@ class Rank:
 
 
 def stage(options: TrainConfig) -> int:
-    """The ZeRO stage that runs: bf16 wants an optimiser that keeps float32 masters, which stage 1 is and stage 0 is not."""
+    """The ZeRO stage that runs: bf16 wants an optimiser that keeps float32 masters, which stage 1
+    is and stage 0 is not.
+    """
     return max(options.zero_stage, 1) if options.precision == "bf16" else options.zero_stage
 
 
 def least_gib(total: int, options: TrainConfig, workers: int, *, on_gpu: bool) -> float:
-    """GiB of host memory that so many workers want together, at the least: their processes and, on CPU, weights, float32 gradients and AdamW's two
-    moments (with bf16 float32 masters) of `total` parameters, as ZeRO's stage shares them. Activations and data come on top."""
+    """GiB of host memory that so many workers want together, at the least: their processes and, on
+    CPU, weights, float32 gradients and AdamW's two moments (with bf16 float32 masters) of `total`
+    parameters, as ZeRO's stage shares them. Activations and data come on top.
+    """
     weight, master = (2, 4) if options.precision == "bf16" else (4, 0)
-    copies = [workers if stage(options) < sharded else 1 for sharded in (1, 2, 3)]  # of moments and masters, of gradients, of weights
-    states = 0 if on_gpu else total * sum(each * count for each, count in zip((8 + master, 4, weight), copies, strict=True))
+    copies = [
+        workers if stage(options) < sharded else 1 for sharded in (1, 2, 3)
+    ]  # of moments and masters, of gradients, of weights
+    states = (
+        0
+        if on_gpu
+        else total
+        * sum(each * count for each, count in zip((8 + master, 4, weight), copies, strict=True))
+    )
     return workers * PROCESS_GIB + states / 2**30
 
 
@@ -88,8 +102,12 @@ def settings(options: TrainConfig, world_size: int, universal: bool) -> dict[str
     }
 
 
-def start(net: WorldNet, options: TrainConfig, own: Rank, kept: Path | None, id: str) -> tuple[Any, list[float], Progress | None]:
-    """The engine, each parameter group's full learning rate, and the progress of the checkpoint `kept` (a local folder) that it went on from."""
+def start(
+    net: WorldNet, options: TrainConfig, own: Rank, kept: Path | None, id: str
+) -> tuple[Any, list[float], Progress | None]:
+    """The engine, each parameter group's full learning rate, and the progress of the checkpoint
+    `kept` (a local folder) that it went on from.
+    """
     deepspeed = import_deepspeed()
     before = None
     if kept is not None:
@@ -100,7 +118,12 @@ def start(net: WorldNet, options: TrainConfig, own: Rank, kept: Path | None, id:
     rates = [group["lr"] for group in groups]
     constants = [{name: group[name] for name in ("weight_decay", "eps")} for group in groups]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=BETAS)
-    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=settings(options, own.world_size, universal), dist_init_required=False)
+    engine, *_ = deepspeed.initialize(
+        model=net,
+        optimizer=optimizer,
+        config=settings(options, own.world_size, universal),
+        dist_init_required=False,
+    )
     if kept is None or before is None:
         return engine, rates, None
     if universal:
@@ -109,7 +132,8 @@ def start(net: WorldNet, options: TrainConfig, own: Rank, kept: Path | None, id:
         dist.barrier()
         if own.local_rank == 0:
             shutil.rmtree(folder)
-        # Stage 3 gives every group the first one's constants, and all of them one step counter, which each then counts up.
+        # Stage 3 gives every group the first one's constants, and all of them one step counter,
+        # which each then counts up.
         for group, constant in zip(engine.optimizer.param_groups, constants, strict=True):
             group.update(constant)
         for state in engine.optimizer.optimizer.state.values():
@@ -138,22 +162,30 @@ def step(engine: Any) -> float:
         engine.step()
         return float(engine.get_global_grad_norm())
     # Without ZeRO, DeepSpeed clips and keeps no norm.
-    norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    norm = torch.nn.utils.get_total_norm(
+        [p.grad for p in engine.module.parameters() if p.grad is not None]
+    )
     engine.step()
     return float(norm)
 
 
 def weights(engine: Any, own: Rank) -> dict[str, Tensor] | None:
-    """All float32 parameters and buffers on the CPU, on rank 0; None elsewhere. Every rank must call it: shards are gathered, one parameter at a time."""
+    """All float32 parameters and buffers on the CPU, on rank 0; None elsewhere. Every rank must
+    call it: shards are gathered, one parameter at a time.
+    """
     from deepspeed.utils import safe_get_full_fp32_param
 
     net: WorldNet = engine.module
     full: dict[str, Tensor] = {}
     for name, parameter in net.named_parameters():
-        value = safe_get_full_fp32_param(parameter) if engine.zero_optimization_stage() else parameter
+        value = (
+            safe_get_full_fp32_param(parameter) if engine.zero_optimization_stage() else parameter
+        )
         if own.rank == 0:
             full[name] = value.detach().float().cpu().clone().contiguous()
     if own.rank != 0:
         return None
     kept = net.state_dict().keys()
-    return full | {name: buffer.detach().cpu().clone() for name, buffer in net.named_buffers() if name in kept}
+    return full | {
+        name: buffer.detach().cpu().clone() for name, buffer in net.named_buffers() if name in kept
+    }

@@ -1,4 +1,6 @@
-"""From the last checkpoint to the world artifact: the scale of its disagreement, and the check that its episodes end where reality's do."""
+"""From the last checkpoint to the world artifact: the scale of its disagreement, and the check that
+its episodes end where reality's do.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ CHECK_WINDOWS = 4096
 EXCEEDED = 0.1
 """Share of held-out transitions whose disagreement is above 1."""
 FEW = 100
-"""Held-out transitions below which the training split's are taken: members that train on different episodes differ there too, if less."""
+"""Held-out transitions below which the training split's are taken: members that train on different
+episodes differ there too, if less.
+"""
 BATCH = 128
 LEAST = 0.1
 """Recall and precision below this fail a world, where there are ENOUGH terminals to tell."""
@@ -39,12 +43,16 @@ def world_of(weights: Path, base: Base, codec: Codec, config: ModelConfig) -> Wo
 
 @dataclass(frozen=True)
 class TerminationCheck:
-    """Terminals among real transitions that the world calls terminal (p > 0.5), and the other way round."""
+    """Terminals among real transitions that the world calls terminal (p > 0.5), and the other way
+    round.
+    """
 
     terminals: int
     found: int
     false: float
-    """Other transitions that it calls terminal, in units of `terminals`: oversampled ones are weighted back to the data's own rate."""
+    """Other transitions that it calls terminal, in units of `terminals`: oversampled ones are
+    weighted back to the data's own rate.
+    """
     measured_on: str
 
     @property
@@ -61,19 +69,30 @@ class TerminationCheck:
         if not self.terminals:
             return "not applicable: no episode of the data terminates"
         if not self.found:
-            missed = f"of {self.terminals} terminal transitions ({self.measured_on}) the world ends none, so its episodes never end"
+            missed = (
+                f"of {self.terminals} terminal transitions ({self.measured_on}) the world ends"
+                " none, so its episodes never end"
+            )
             return f"failed: {missed}; train longer or with more train.events"
         if self.terminals >= ENOUGH:
-            for name, value, said in (("recall", self.recall, "ends almost none of its episodes"), ("precision", self.precision, "ends almost anywhere")):
+            for name, value, said in (
+                ("recall", self.recall, "ends almost none of its episodes"),
+                ("precision", self.precision, "ends almost anywhere"),
+            ):
                 if value is not None and value < LEAST:
-                    found = f"{name} {value:.2g} on {self.terminals} terminal transitions ({self.measured_on}) is below {LEAST:g}: the world {said}"
+                    found = (
+                        f"{name} {value:.2g} on {self.terminals} terminal transitions"
+                        f" ({self.measured_on}) is below {LEAST:g}: the world {said}"
+                    )
                     return f"failed: {found}; train longer or with more train.events"
         return "passed"
 
 
 @torch.inference_mode()
 def calibrate(world: World, dataset: Dataset, codec: Codec, seed: int) -> None:
-    """Set `world.disagreement_scale`: what a share EXCEEDED of held-out transitions exceed, from true states; 1 where members never differ."""
+    """Set `world.disagreement_scale`: what a share EXCEEDED of held-out transitions exceed, from
+    true states; 1 where members never differ.
+    """
     found: list[Tensor] = []
     splits: tuple[Split, ...] = ("valid", "train")
     for split in splits:
@@ -83,7 +102,9 @@ def calibrate(world: World, dataset: Dataset, codec: Codec, seed: int) -> None:
         loader = Loader(dataset, codec, split, world.config.context, BATCH, seed)
         for windows in itertools.islice(loader.eval_batches(), CHECK_WINDOWS // BATCH):
             transition, outcome = unroll(windows)
-            spread = world.net.disagreement(world.net.context(transition), transition, outcome, apply_base(world.base, windows))
+            spread = world.net.disagreement(
+                world.net.context(transition), transition, outcome, apply_base(world.base, windows)
+            )
             found.append(spread[windows.mask])
     scale = float(torch.quantile(torch.cat(found).double(), 1 - EXCEEDED))
     world.disagreement_scale = scale if scale > 0 else 1.0
@@ -98,14 +119,26 @@ def check_termination(world: World, dataset: Dataset, codec: Codec, seed: int) -
             for windows in itertools.islice(loader.eval_batches(), CHECK_WINDOWS // BATCH):
                 transition, outcome = unroll(windows)
                 features = world.net.context(transition)
-                parts = inputs(transition.observation, transition.action, transition.task, outcome.observation)
-                logit = world.net.termination.logit(parts, None if features is None else features.flatten(0, 1))
-                counted += _count(logit, windows.terminated.flatten(), windows.mask.flatten().double())
+                parts = inputs(
+                    transition.observation, transition.action, transition.task, outcome.observation
+                )
+                logit = world.net.termination.logit(
+                    parts, None if features is None else features.flatten(0, 1)
+                )
+                counted += _count(
+                    logit, windows.terminated.flatten(), windows.mask.flatten().double()
+                )
         measured_on = "validation"
         if counted[0] == 0:
-            events = Loader(dataset, codec, "train", world.config.context, 1, seed, events=3 * BATCH).batch(0).events
+            events = (
+                Loader(dataset, codec, "train", world.config.context, 1, seed, events=3 * BATCH)
+                .batch(0)
+                .events
+            )
             assert events is not None
-            logit = world.net.termination.logit(inputs(events.observation, events.action, events.task, events.next_observation))
+            logit = world.net.termination.logit(
+                inputs(events.observation, events.action, events.task, events.next_observation)
+            )
             counted = _count(logit, events.terminated, events.weight.double())
             measured_on = "training"
     terminals, found, false = counted.tolist()
@@ -117,4 +150,6 @@ def _count(logit: Tensor, terminated: Tensor, weight: Tensor) -> Tensor:
     called, there, terminal = torch.sigmoid(logit).mean(0) > 0.5, weight > 0, terminated > 0.5
     true = terminal & there
     of_a_terminal = weight[true].mean() if true.any() else 1.0
-    return torch.stack([true.sum(), (called & true).sum(), (weight * (called & ~terminal)).sum() / of_a_terminal])
+    return torch.stack(
+        [true.sum(), (called & true).sum(), (weight * (called & ~terminal)).sum() / of_a_terminal]
+    )

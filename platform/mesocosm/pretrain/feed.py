@@ -1,7 +1,8 @@
 """What rank 0 tells the driver while it trains, and the one word that goes the other way: stop.
 
-Through the root's own storage, so that it works from any node, needs no process of its own, and what a dead driver did
-not read the next one does. `ray.train.report` is no such channel: every report is a barrier that waits for a poll.
+Through the root's own storage, so that it works from any node, needs no process of its own, and
+what a dead driver did not read the next one does. `ray.train.report` is no such channel: every
+report is a barrier that waits for a poll.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Feed:
         self.told_to_stop = False
         """As of the last flush."""
 
-    # -- the worker's side ---------------------------------------------------------------------------------------
+    # -- the worker's side
+    # ---------------------------------------------------------------------------------------
 
     def put(self, record: dict[str, Any]) -> None:
         self._lines.append(json.dumps(record))
@@ -35,7 +37,9 @@ class Feed:
     def flush(self) -> None:
         self._flushed = time.monotonic()
         if self._lines:
-            self._storage.write(f"{self._folder}/feed/{time.time_ns():020d}.json", "\n".join(self._lines).encode())
+            self._storage.write(
+                f"{self._folder}/feed/{time.time_ns():020d}.json", "\n".join(self._lines).encode()
+            )
             self._lines = []
         self.told_to_stop = self.stopped
 
@@ -49,7 +53,8 @@ class Feed:
         self.flush()
         self.stop(sentence)
 
-    # -- the driver's side ---------------------------------------------------------------------------------------
+    # -- the driver's side
+    # ---------------------------------------------------------------------------------------
 
     def take(self) -> list[dict[str, Any]]:
         """The records since the last call, in order."""
@@ -65,7 +70,9 @@ class Feed:
         self._storage.write(f"{self._folder}/stop", reason.encode())
 
     def clear(self) -> None:
-        """Begin anew: forget the word to stop and failures that nobody read; other records are kept to be read."""
+        """Begin anew: forget the word to stop and failures that nobody read; other records are kept
+        to be read.
+        """
         self._storage.remove(f"{self._folder}/stop")
         for record in self.take():
             if "failed" not in record:

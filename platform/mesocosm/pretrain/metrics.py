@@ -1,4 +1,6 @@
-"""How fast training goes: transitions and positions a second, and MFU against a declared or measured peak."""
+"""How fast training goes: transitions and positions a second, and MFU against a declared or
+measured peak.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from mesocosm.model.net import Losses
 
 
 class Meter:
-    """Rates over the steps since the last `read`. `flops` is what one step of the whole group computes, `peak` one device's FLOP/s."""
+    """Rates over the steps since the last `read`. `flops` is what one step of the whole group
+    computes, `peak` one device's FLOP/s.
+    """
 
     def __init__(self, flops: float, positions: int, peak: float, world_size: int):
         self.flops, self.positions, self.peak, self.world_size = flops, positions, peak, world_size
@@ -35,9 +39,15 @@ class Meter:
         self._transitions += transitions
 
     def read(self) -> dict[str, float]:
-        """`transitions_per_s` (valid ones), `positions_per_s` (B * W a step, padding counted), `mfu` (share of the group's peak)."""
+        """`transitions_per_s` (valid ones), `positions_per_s` (B * W a step, padding counted),
+        `mfu` (share of the group's peak).
+        """
         rates = self._rates(self._steps, self._transitions, self._elapsed)
-        self._all = (self._all[0] + self._steps, self._all[1] + self._transitions, self._all[2] + self._elapsed)
+        self._all = (
+            self._all[0] + self._steps,
+            self._all[1] + self._transitions,
+            self._all[2] + self._elapsed,
+        )
         self._steps, self._transitions, self._elapsed = 0, 0.0, 0.0
         return rates
 
@@ -55,7 +65,9 @@ class Meter:
 
 
 def measured_peak(device: torch.device, precision: str) -> float:
-    """FLOP/s of the best of several large matrix products on `device` in the precision that training uses."""
+    """FLOP/s of the best of several large matrix products on `device` in the precision that
+    training uses.
+    """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size, repeats = (8192, 10) if device.type == "cuda" else (512, 5)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -80,15 +92,27 @@ class Sums:
     def add(self, losses: Losses, share: float = 1.0) -> None:
         """`share`: the micro-batch's part of the global batch, by which its objective counts."""
         names = ["objective", "transitions", *sorted(losses.nats)]
-        values = torch.stack([losses.objective.detach(), losses.transitions, *(losses.nats[name] for name in sorted(losses.nats))])
+        values = torch.stack(
+            [
+                losses.objective.detach(),
+                losses.transitions,
+                *(losses.nats[name] for name in sorted(losses.nats)),
+            ]
+        )
         scaled = zip(names, values.double().tolist(), strict=True)
         for name, value in scaled:
-            self._sums[name] = self._sums.get(name, 0.0) + (value * share if name == "objective" else value)
+            self._sums[name] = self._sums.get(name, 0.0) + (
+                value * share if name == "objective" else value
+            )
 
     def reduced(self, device: torch.device, stop: bool = False) -> dict[str, float]:
-        """Over all ranks: nats a transition by part, `loss` (their total), `objective`, `transitions`, and `stop`: 1 if any rank says so."""
+        """Over all ranks: nats a transition by part, `loss` (their total), `objective`,
+        `transitions`, and `stop`: 1 if any rank says so.
+        """
         names = sorted(self._sums)
-        vector = torch.tensor([*(self._sums[name] for name in names), float(stop)], dtype=torch.float64, device=device)
+        vector = torch.tensor(
+            [*(self._sums[name] for name in names), float(stop)], dtype=torch.float64, device=device
+        )
         dist.all_reduce(vector)
         told = dict(zip([*names, "stop"], vector.tolist(), strict=True))
         parts = [name for name in names if name not in ("objective", "transitions")]

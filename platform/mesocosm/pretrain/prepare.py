@@ -1,4 +1,6 @@
-"""What is fitted before the network trains: the codec, the frozen base. Kept in the run's folder, so that a resume uses the very same."""
+"""What is fitted before the network trains: the codec, the frozen base. Kept in the run's folder,
+so that a resume uses the very same.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,17 @@ FLOPS = "flops.json"
 
 
 def open_datasets(storage: Storage, ids: list[str], cache_gib: float | None = None) -> Dataset:
-    """The finished datasets, as one; their shards are fetched and verified when they are read. Raises UsageError or ArtifactError naming what is
-    missing, damaged or of another environment."""
+    """The finished datasets, as one; their shards are fetched and verified when they are read.
+    Raises UsageError or ArtifactError naming what is missing, damaged or of another environment.
+    """
     most = None if cache_gib is None else int(cache_gib * 2**30)
     return Dataset([storage.partial("datasets", id, most) for id in ids])
 
 
 def fit_codec(dataset: Dataset) -> Codec:
-    """`Codec.fit`, the first to read the data: before anything starts, so that UsageError says what is damaged."""
+    """`Codec.fit`, the first to read the data: before anything starts, so that UsageError says what
+    is damaged.
+    """
     try:
         return Codec.fit(dataset)
     except ArtifactError as error:
@@ -40,7 +45,9 @@ def fit_codec(dataset: Dataset) -> Codec:
 
 
 def narrowed(dataset: Dataset, unique: int | None, seed: int) -> Dataset:
-    """`dataset` with so many transitions to train on; None: all. The codec is fitted before, on all, so that nats stay comparable."""
+    """`dataset` with so many transitions to train on; None: all. The codec is fitted before, on
+    all, so that nats stay comparable.
+    """
     return dataset if unique is None else dataset.unique(unique, seed)
 
 
@@ -55,7 +62,10 @@ def transitions(dataset: Dataset, codec: Codec, limit: int = MAX_TRANSITIONS) ->
     number = episodes[position]
     rows = dataset.table["first_row"][number] + chosen - (ends - lengths)[position]
     pairs = rows[:, None] + np.arange(2)
-    found = dataset.gathered(dataset.table["shard"][number], {"obs_num": pairs, "obs_cat": pairs, "act_num": rows, "act_cat": rows})
+    found = dataset.gathered(
+        dataset.table["shard"][number],
+        {"obs_num": pairs, "obs_cat": pairs, "act_num": rows, "act_cat": rows},
+    )
     dataset.turn(())
     options = codec.option_rows(dataset.options, dataset.option_numbers, dataset.option_values)
     numbers, categories = found["obs_num"], found["obs_cat"]
@@ -80,15 +90,27 @@ def fitted_codec(storage: Storage, folder: str, dataset: Dataset) -> Codec:
 
 def step_flops(spec: Spec, model: ModelConfig, options: TrainConfig) -> int:
     """FLOPs of one step of the whole group, by counting (model/counts.py)."""
-    return counts.flops_per_batch(spec, model, options.batch, model.context, events=events_of(spec, options))
+    return counts.flops_per_batch(
+        spec, model, options.batch, model.context, events=events_of(spec, options)
+    )
 
 
 def events_of(spec: Spec, options: TrainConfig) -> int:
     return options.events if spec.terminal_rate > 0 else 0
 
 
-def while_workers_start(storage: Storage, folder: str, dataset: Dataset, codec: Codec, model: ModelConfig, options: TrainConfig, seed: int) -> None:
-    """Seconds of work that the workers need done and need not do: counting FLOPs, then the base, for which they wait."""
+def while_workers_start(
+    storage: Storage,
+    folder: str,
+    dataset: Dataset,
+    codec: Codec,
+    model: ModelConfig,
+    options: TrainConfig,
+    seed: int,
+) -> None:
+    """Seconds of work that the workers need done and need not do: counting FLOPs, then the base,
+    for which they wait.
+    """
     storage.write(f"{folder}/{FLOPS}", json.dumps(step_flops(codec.spec, model, options)).encode())
     fit_base(storage, folder, dataset, codec, model, seed)
 
@@ -98,7 +120,9 @@ def read_flops(storage: Storage, folder: str) -> int:
     return int(json.loads(storage.read(f"{folder}/{FLOPS}") or b"0"))
 
 
-def fit_base(storage: Storage, folder: str, dataset: Dataset, codec: Codec, config: ModelConfig, seed: int) -> None:
+def fit_base(
+    storage: Storage, folder: str, dataset: Dataset, codec: Codec, config: ModelConfig, seed: int
+) -> None:
     """Fit the base, unless the run's folder holds it."""
     if storage.read(f"{folder}/{BASE}") is None:
         base = Base.fit(codec.spec, config, transitions(dataset, codec), seed)

@@ -1,7 +1,7 @@
 """Ray Train's TorchTrainer without the helper processes that a run here has no use for.
 
-Each helper is a Python process that imports Ray Data, some 3 s of CPU, on the way to the first step. Written against the internals of
-ray 2.60, to which the package is pinned.
+Each helper is a Python process that imports Ray Data, some 3 s of CPU, on the way to the first
+step. Written against the internals of ray 2.60, to which the package is pinned.
 """
 
 from __future__ import annotations
@@ -15,12 +15,16 @@ from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
-    """No Ray Datasets are passed, so none are managed. In a private Ray (`private`), which ends with the driver, there is no autoscaler to
-    ask for nodes, and no dashboard, without which the cleaner of placement groups only logs a failed query a second."""
+    """No Ray Datasets are passed, so none are managed. In a private Ray (`private`), which ends
+    with the driver, there is no autoscaler to ask for nodes, and no dashboard, without which the
+    cleaner of placement groups only logs a failed query a second.
+    """
 
     def __init__(self, *args: Any, private: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._unused: tuple[type[Any], ...] = (DatasetsCallback, PlacementGroupCleanerCallback) if private else (DatasetsCallback,)
+        self._unused: tuple[type[Any], ...] = (
+            (DatasetsCallback, PlacementGroupCleanerCallback) if private else (DatasetsCallback,)
+        )
         self._private = private
 
     def _create_default_callbacks(self) -> list[Any]:

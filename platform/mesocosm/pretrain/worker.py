@@ -1,4 +1,6 @@
-"""The worker loop: what every rank of a pretraining group runs, from the datasets to the float32 weights, as one story."""
+"""The worker loop: what every rank of a pretraining group runs, from the datasets to the float32
+weights, as one story.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ class Work:
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Train, or go on from the last checkpoint. What another attempt would meet again is told through the feed."""
+    """Train, or go on from the last checkpoint. What another attempt would meet again is told
+    through the feed.
+    """
     work: Work = config["work"]
     storage = Storage(work.root)
     feed = Feed(storage, checkpoint.folder_of(work.id))
@@ -64,7 +68,12 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
     import ray.train.torch
 
     options, context = work.train, ray.train.get_context()
-    own = Rank(context.get_world_rank(), context.get_local_rank(), context.get_world_size(), ray.train.torch.get_device())
+    own = Rank(
+        context.get_world_rank(),
+        context.get_local_rank(),
+        context.get_world_size(),
+        ray.train.torch.get_device(),
+    )
     if own.device.type == "cpu":
         torch.set_num_threads(1)
 
@@ -85,19 +94,31 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
             id=work.id,
             data=work.data,
         )
-    progress = before or Progress(0, work.steps, own.world_size, engine.stage(options), options.precision)
+    progress = before or Progress(
+        0, work.steps, own.world_size, engine.stage(options), options.precision
+    )
     saved = progress.step
 
     watch = training.watch = Watch(progress.best, progress.high)
     flops = prepare.read_flops(storage, checkpoint.folder_of(work.id))
-    meter = Meter(flops, options.batch * work.model.context, options.peak_flops or measured_peak(own.device, options.precision), own.world_size)
+    meter = Meter(
+        flops,
+        options.batch * work.model.context,
+        options.peak_flops or measured_peak(own.device, options.precision),
+        own.world_size,
+    )
 
     while progress.step < work.steps:
         step = progress.step + 1
         done = step == work.steps
         meter.begin()
         try:
-            told = training.step(step, lr_factor(step, work.steps, options.warmup, options.decay), last=done, stop=feed.told_to_stop)
+            told = training.step(
+                step,
+                lr_factor(step, work.steps, options.warmup, options.decay),
+                last=done,
+                stop=feed.told_to_stop,
+            )
         except Diverged as trouble:
             if own.rank == 0:
                 feed.fail(_stopped(str(trouble), saved, options))
@@ -108,21 +129,37 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
             return
         meter.end(told["transitions"])
 
-        progress = replace(progress, step=step, best=watch.best, high=watch.high, seconds=progress.seconds + meter.last)
-        record = {"step": step, **{f"train/{name}": value for name, value in told.items()}, "lr": training.lr}
+        progress = replace(
+            progress,
+            step=step,
+            best=watch.best,
+            high=watch.high,
+            seconds=progress.seconds + meter.last,
+        )
+        record = {
+            "step": step,
+            **{f"train/{name}": value for name, value in told.items()},
+            "lr": training.lr,
+        }
         if step % RATES_EVERY == 0 or done:
             record |= meter.read()
         if training.valid is not None and (step % options.validate_every == 0 or done):
             measured = training.validate()
             record |= measured
-            progress = replace(progress, validations=[*progress.validations, {"step": step, **measured}])
+            progress = replace(
+                progress, validations=[*progress.validations, {"step": step, **measured}]
+            )
         if own.rank == 0:
             feed.put(record)
         if done or due(step, saved, options.checkpoint_every, watch.high):
             if done:
                 progress = replace(progress, measured=meter.overall())
             full = engine.weights(training.engine, own) if done else None
-            folder = checkpoint.save_final(full, progress, own.rank) if done else checkpoint.save_running(training.engine, progress, own.rank)
+            folder = (
+                checkpoint.save_final(full, progress, own.rank)
+                if done
+                else checkpoint.save_running(training.engine, progress, own.rank)
+            )
             feed.flush()
             _report(folder, step)
             saved = step
@@ -138,7 +175,9 @@ def _report(folder: Path, step: int) -> None:
 
 def _base(work: Work, storage: Storage, codec: Codec, feed: Feed) -> Base:
     """The base that the driver fits while this group starts."""
-    while (base := prepare.read_base(storage, checkpoint.folder_of(work.id), codec.spec, work.model)) is None:
+    while (
+        base := prepare.read_base(storage, checkpoint.folder_of(work.id), codec.spec, work.model)
+    ) is None:
         if feed.stopped:
             raise MesocosmError("stopped while waiting for the base")
         time.sleep(0.1)
@@ -146,5 +185,9 @@ def _base(work: Work, storage: Storage, codec: Codec, feed: Feed) -> Base:
 
 
 def _stopped(trouble: str, saved: int, options: TrainConfig) -> str:
-    where = f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been made yet"
-    return f"training stopped: {trouble}; {where}; lower train.lr={options.lr:g} or look at the data"
+    where = (
+        f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been made yet"
+    )
+    return (
+        f"training stopped: {trouble}; {where}; lower train.lr={options.lr:g} or look at the data"
+    )

@@ -30,7 +30,9 @@ def close(env: Env) -> None:
         if name not in _warned:
             _warned.add(name)
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            warning = f"close() of the environment {name} raised {reason}; nothing is lost, correct it"
+            warning = (
+                f"close() of the environment {name} raised {reason}; nothing is lost, correct it"
+            )
             print(f"mesocosm: warning: {warning}", file=sys.stderr, flush=True)
 
 
@@ -51,17 +53,23 @@ def take_step(env: Env, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]
     return given
 
 
-def take_reset(env: Env, *, seed: int | None, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
+def take_reset(
+    env: Env, *, seed: int | None, options: dict[str, Any] | None
+) -> tuple[Any, dict[str, Any]]:
     """`env.reset(...)`, in Gymnasium's form.
 
     Raises:
         MesocosmError: The environment is of gym's old API, which takes or gives other values.
     """
     try:
-        given = _call(env, partial(env.reset, seed=seed, options=options), "reset", "observation, info", 2)
+        given = _call(
+            env, partial(env.reset, seed=seed, options=options), "reset", "observation, info", 2
+        )
     except TypeError as error:
         if re.search(r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error)):
-            raise _old_api(env, "reset() must take the keyword arguments seed and options") from error
+            raise _old_api(
+                env, "reset() must take the keyword arguments seed and options"
+            ) from error
         raise
     if not isinstance(given[1], Mapping):
         raise _old_api(env, f"the info of reset() must be a dict, got {type(given[1]).__name__}")
@@ -76,7 +84,9 @@ def _call(env: Env, call: Callable[[], Any], method: str, names: str, count: int
         unpacked = re.fullmatch(words, str(error))
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if unpacked and raised_in.is_relative_to(Path(gymnasium.__file__).parent):
-            raise _old_api(env, f"{method}() must give {count} values ({names}), got {unpacked[1] or 'more'}") from error
+            raise _old_api(
+                env, f"{method}() must give {count} values ({names}), got {unpacked[1] or 'more'}"
+            ) from error
         raise
     if not isinstance(given, tuple) or len(given) != count:
         got = len(given) if isinstance(given, tuple) else type(given).__name__
@@ -86,5 +96,6 @@ def _call(env: Env, call: Callable[[], Any], method: str, names: str, count: int
 
 def _old_api(env: Env, problem: str) -> MesocosmError:
     return MesocosmError(
-        f"the environment {_name(env)} is not of Gymnasium's API: {problem}; update it, or wrap it with shimmy.GymV21CompatibilityV0 or GymV26CompatibilityV0"
+        f"the environment {_name(env)} is not of Gymnasium's API: {problem}; update it, or wrap it"
+        " with shimmy.GymV21CompatibilityV0 or GymV26CompatibilityV0"
     )

@@ -1,4 +1,5 @@
-"""Ground-truth environments that come with Mesocosm, beside every Gymnasium id: `reality.env=mesocosm.reality.domains:reacher`.
+"""Ground-truth environments that come with Mesocosm, beside every Gymnasium id:
+`reality.env=mesocosm.reality.domains:reacher`.
 
 Here stands what Gymnasium has, in a form that names its task.
 """
@@ -16,29 +17,38 @@ TARGET = slice(4, 6)
 
 
 class reacher(gymnasium.ObservationWrapper[dict[str, Any], Any, Any]):
-    """Gymnasium's Reacher-v5 with the target as the task: observations are {"arm": [8] float64, "target": [2] float64}, of which the
-    target stays as it is for a whole episode. `reality.task: [target]` makes it the head of every trajectory, and the world learns to draw it."""
+    """Gymnasium's Reacher-v5 with the target as the task: observations are {"arm": [8] float64,
+    "target": [2] float64}, of which the target stays as it is for a whole episode. `reality.task:
+    [target]` makes it the head of every trajectory, and the world learns to draw it.
+    """
 
     def __init__(self, **kwargs: Any):
         super().__init__(gymnasium.make("Reacher-v5", disable_env_checker=True, **kwargs))
         box = self.env.observation_space
         assert isinstance(box, spaces.Box)
-        self.observation_space = spaces.Dict({"arm": _unbounded(box.shape[0] - 2), "target": _unbounded(2)})
+        self.observation_space = spaces.Dict(
+            {"arm": _unbounded(box.shape[0] - 2), "target": _unbounded(2)}
+        )
 
     def observation(self, observation: Any) -> dict[str, Any]:
         return {"arm": np.delete(observation, TARGET), "target": observation[TARGET].copy()}
 
 
 class halfcheetah(gymnasium.ActionWrapper[Any, Any, Any]):
-    """Gymnasium's HalfCheetah-v5 with actuators that err: to each of its six torques, in [-1, 1], Gaussian noise of standard deviation `noise` is
-    added at every step, which no observation shows. What is logged is the action that was asked for, so that the next observation has an entropy of its own."""
+    """Gymnasium's HalfCheetah-v5 with actuators that err: to each of its six torques, in [-1, 1],
+    Gaussian noise of standard deviation `noise` is added at every step, which no observation shows.
+    What is logged is the action that was asked for, so that the next observation has an entropy of
+    its own.
+    """
 
     def __init__(self, noise: float = 0.1, **kwargs: Any):
         super().__init__(gymnasium.make("HalfCheetah-v5", disable_env_checker=True, **kwargs))
         self.noise = noise
 
     def action(self, action: Any) -> Any:
-        return np.clip(action + self.noise * self.np_random.standard_normal(np.shape(action)), -1.0, 1.0).astype(np.float32)
+        return np.clip(
+            action + self.noise * self.np_random.standard_normal(np.shape(action)), -1.0, 1.0
+        ).astype(np.float32)
 
 
 def _unbounded(size: int) -> spaces.Box:

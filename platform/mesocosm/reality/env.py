@@ -1,4 +1,6 @@
-"""Ground-truth environments by name, and one episode of them: a function of (reality config, seed, k), whoever runs it."""
+"""Ground-truth environments by name, and one episode of them: a function of (reality config, seed,
+k), whoever runs it.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +33,15 @@ Act = Callable[[Any, np.random.Generator], Any]
 
 
 class EpisodeError(MesocosmError):
-    """An environment failed in the middle of an episode: it raised, hung, or gave what is not finite or not of its spaces."""
+    """An environment failed in the middle of an episode: it raised, hung, or gave what is not
+    finite or not of its spaces.
+    """
 
 
 class EpisodeCut(BudgetSpent):
-    """The budget ran out in the middle of an episode. `episode` is what was paid for, unfinished; None before its first transition."""
+    """The budget ran out in the middle of an episode. `episode` is what was paid for, unfinished;
+    None before its first transition.
+    """
 
     def __init__(self, message: str, episode: Episode | None):
         super().__init__(message)
@@ -51,15 +57,17 @@ class Behaviour(Protocol):
     def __call__(self, observation: Any, rng: np.random.Generator) -> Any: ...
 
 
-# -- making ----------------------------------------------------------------------------------------------------------
+# -- making
+# ----------------------------------------------------------------------------------------------------------
 
 
 def make_env(config: RealityConfig) -> Env:
     """The environment that `reality.env` names, with its kwargs and horizon.
 
-    `module:Id` imports the module (the current directory is importable) and takes the id that it registers, or else the
-    class or function of that name. Raises UsageError: no such environment (with the nearest id), a module that cannot be
-    imported, keyword arguments it does not take, a task it does not have.
+    `module:Id` imports the module (the current directory is importable) and takes the id that it
+    registers, or else the class or function of that name. Raises UsageError: no such environment
+    (with the nearest id), a module that cannot be imported, keyword arguments it does not take, a
+    task it does not have.
     """
     check(config)
     maker = _maker(config)
@@ -68,10 +76,13 @@ def make_env(config: RealityConfig) -> Env:
     except UsageError:
         raise
     except gymnasium.error.DependencyNotInstalled as error:
-        raise UsageError(f"reality.env={config.env!r} needs a package that is not installed: {_line(error)}") from error
+        raise UsageError(
+            f"reality.env={config.env!r} needs a package that is not installed: {_line(error)}"
+        ) from error
     except (Exception, SystemExit) as error:
         raise UsageError(
-            f"reality.env={config.env!r} cannot be made with reality.kwargs={dict(config.kwargs)!r} ({type(error).__name__}: {_line(error)}); correct them"
+            f"reality.env={config.env!r} cannot be made with reality.kwargs={dict(config.kwargs)!r}"
+            f" ({type(error).__name__}: {_line(error)}); correct them"
         ) from error
     task_keys(config, env.observation_space)
     return Clipped(env) if config.bounds == "clip" else env
@@ -95,10 +106,18 @@ class EnvFacts:
 
 
 def facts_of(config: RealityConfig) -> EnvFacts:
-    """Makes the environment to look at it, and closes it; takes no real step. Raises UsageError as `make_env` does."""
+    """Makes the environment to look at it, and closes it; takes no real step. Raises UsageError as
+    `make_env` does.
+    """
     env = make_env(config)
     try:
-        limit = config.horizon if config.horizon is not None else env.spec.max_episode_steps if env.spec is not None else None
+        limit = (
+            config.horizon
+            if config.horizon is not None
+            else env.spec.max_episode_steps
+            if env.spec is not None
+            else None
+        )
         return EnvFacts(env.observation_space, env.action_space, environment_version(env), limit)
     finally:
         close(env)
@@ -109,13 +128,18 @@ def _maker(config: RealityConfig) -> Callable[[], Env]:
     module = import_module(module_name, f"reality.env={config.env!r}") if module_name else None
     if name in gymnasium.registry or module is None or not hasattr(module, name):
         _check_registered(config.env, name, module)
-        return lambda: gymnasium.make(name, max_episode_steps=config.horizon, disable_env_checker=True, **config.kwargs)
+        return lambda: gymnasium.make(
+            name, max_episode_steps=config.horizon, disable_env_checker=True, **config.kwargs
+        )
     build = getattr(module, name)
 
     def make() -> Env:
         env = build(**config.kwargs)
         if not isinstance(env, gymnasium.Env):
-            raise UsageError(f"reality.env={config.env!r} gave a {type(env).__name__}, not a gymnasium.Env; name a class or function that makes one")
+            raise UsageError(
+                f"reality.env={config.env!r} gave a {type(env).__name__}, not a gymnasium.Env; name"
+                " a class or function that makes one"
+            )
         return env if config.horizon is None else gymnasium.wrappers.TimeLimit(env, config.horizon)
 
     return make
@@ -125,18 +149,31 @@ def _check_registered(env: str, name: str, module: Any) -> None:
     if name in gymnasium.registry:
         return
     if module is not None:
-        own = [n for n, value in vars(module).items() if inspect.isclass(value) and issubclass(value, gymnasium.Env)]
+        own = [
+            n
+            for n, value in vars(module).items()
+            if inspect.isclass(value) and issubclass(value, gymnasium.Env)
+        ]
         where = f" ({path})" if (path := getattr(module, "__file__", None)) else ""
         raise UsageError(
-            f"reality.env={env!r}: module {module.__name__!r}{where} neither registers nor defines {name!r}{nearest(name, [*own, *gymnasium.registry])}"
+            f"reality.env={env!r}: module {module.__name__!r}{where} neither registers nor defines"
+            f" {name!r}{nearest(name, [*own, *gymnasium.registry])}"
         )
-    same = [id for id in gymnasium.registry if id.rsplit("-v", 1)[0].lower() == name.rsplit("-v", 1)[0].lower()]
+    same = [
+        id
+        for id in gymnasium.registry
+        if id.rsplit("-v", 1)[0].lower() == name.rsplit("-v", 1)[0].lower()
+    ]
     hint = f"; did you mean {same[-1]!r}?" if same else nearest(name, gymnasium.registry)
-    raise UsageError(f"reality.env={env!r} does not exist: no environment of that id is registered{hint}")
+    raise UsageError(
+        f"reality.env={env!r} does not exist: no environment of that id is registered{hint}"
+    )
 
 
 def import_module(name: str, what: str) -> Any:
-    """Import a user's module, the current directory being importable. `what` names the config key and value in the UsageError."""
+    """Import a user's module, the current directory being importable. `what` names the config key
+    and value in the UsageError.
+    """
     here = os.getcwd()
     for folder in (here, os.environ.get(IMPORTS, here)):
         if folder not in sys.path:
@@ -145,18 +182,30 @@ def import_module(name: str, what: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise UsageError(f"{what}: there is no module {error.name!r} in {here!r} or among the installed packages; check its name") from error
-        raise UsageError(f"{what}: module {name!r} needs {error.name!r}, which is not installed") from error
+            raise UsageError(
+                f"{what}: there is no module {error.name!r} in {here!r} or among the installed"
+                " packages; check its name"
+            ) from error
+        raise UsageError(
+            f"{what}: module {name!r} needs {error.name!r}, which is not installed"
+        ) from error
     except (Exception, SystemExit) as error:
-        raise UsageError(f"{what}: module {name!r} fails on import ({type(error).__name__}: {_line(error)})") from error
+        raise UsageError(
+            f"{what}: module {name!r} fails on import ({type(error).__name__}: {_line(error)})"
+        ) from error
 
 
 def environment_version(env: Env) -> str:
-    """What code the environment is: the version of its package, or of a loose module the hash of its source."""
+    """What code the environment is: the version of its package, or of a loose module the hash of
+    its source.
+    """
     kind = type(env.unwrapped)
     package = kind.__module__.partition(".")[0]
     versions = []
-    for name in [package, *(["mujoco"] if "mujoco" in kind.__module__ and package != "mujoco" else [])]:
+    for name in [
+        package,
+        *(["mujoco"] if "mujoco" in kind.__module__ and package != "mujoco" else []),
+    ]:
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -165,30 +214,40 @@ def environment_version(env: Env) -> str:
 
 
 def source_hash(thing: Any) -> str:
-    """16 hex digits of the file that defines a class or function; "unknown" where there is no such file."""
+    """16 hex digits of the file that defines a class or function; "unknown" where there is no such
+    file.
+    """
     try:
         path = inspect.getsourcefile(thing)
-        return "unknown" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        return (
+            "unknown" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+        )
     except (OSError, TypeError):
         return "unknown"
 
 
-# -- tasks -----------------------------------------------------------------------------------------------------------
+# -- tasks
+# -----------------------------------------------------------------------------------------------------------
 
 
 def task_keys(config: RealityConfig, observation_space: gymnasium.Space[Any]) -> list[str]:
-    """Those names of `reality.task` that are keys of the observation (dotted where nested); the others are reset options.
+    """Those names of `reality.task` that are keys of the observation (dotted where nested); the
+    others are reset options.
 
     Raises UsageError on a name that is neither.
     """
     keys = _keys(observation_space)
     for name in config.task:
         if name in keys and name in config.task_options:
-            raise UsageError(f"reality.task_options.{name} is drawn, and {name!r} is a key of the observation too; rename the option, or remove it")
+            raise UsageError(
+                f"reality.task_options.{name} is drawn, and {name!r} is a key of the observation"
+                " too; rename the option, or remove it"
+            )
         if name not in keys and name not in config.task_options:
             raise UsageError(
-                f"reality.task names {name!r}, which is no key of the observation (it has {keys}) and has no reality.task_options.{name} to draw it from"
-                f"{nearest(name, [*keys, *config.task_options])}"
+                f"reality.task names {name!r}, which is no key of the observation (it has {keys})"
+                f" and has no reality.task_options.{name} to draw it"
+                f" from{nearest(name, [*keys, *config.task_options])}"
             )
     return [name for name in config.task if name in keys]
 
@@ -200,12 +259,17 @@ def _keys(space: gymnasium.Space[Any], prefix: str = "") -> list[str]:
         children = [(str(i), child) for i, child in enumerate(space.spaces)]
     else:
         return []
-    return [key for name, child in children for key in (f"{prefix}{name}", *_keys(child, f"{prefix}{name}."))]
+    return [
+        key
+        for name, child in children
+        for key in (f"{prefix}{name}", *_keys(child, f"{prefix}{name}."))
+    ]
 
 
 def draw_options(config: RealityConfig, rng: np.random.Generator) -> dict[str, Any]:
-    """The reset options of one episode, in the order of `reality.task`. A float among the choices makes them all floats,
-    so that an option's kind is the config's, not the draw's."""
+    """The reset options of one episode, in the order of `reality.task`. A float among the choices
+    makes them all floats, so that an option's kind is the config's, not the draw's.
+    """
     options: dict[str, Any] = {}
     for name in config.task:
         option = config.task_options.get(name)
@@ -213,7 +277,11 @@ def draw_options(config: RealityConfig, rng: np.random.Generator) -> dict[str, A
             continue
         if option.choices is not None:
             value = option.choices[int(rng.integers(len(option.choices)))]
-            options[name] = float(value) if any(isinstance(choice, float) for choice in option.choices) else value
+            options[name] = (
+                float(value)
+                if any(isinstance(choice, float) for choice in option.choices)
+                else value
+            )
         else:
             assert option.low is not None and option.high is not None
             options[name] = float(rng.uniform(option.low, option.high))
@@ -221,25 +289,34 @@ def draw_options(config: RealityConfig, rng: np.random.Generator) -> dict[str, A
 
 
 class TaskSampler(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Draws the reset options of `reality.task` at each reset that names none: what model-free agents train on."""
+    """Draws the reset options of `reality.task` at each reset that names none: what model-free
+    agents train on.
+    """
 
     def __init__(self, env: Env, config: RealityConfig):
         super().__init__(env)
         self._config = config
         self._rng = np.random.default_rng()
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
             self._rng = np.random.default_rng(seed)
-        return self.env.reset(seed=seed, options={**draw_options(self._config, self._rng), **(options or {})})
+        return self.env.reset(
+            seed=seed, options={**draw_options(self._config, self._rng), **(options or {})}
+        )
 
 
-# -- episodes --------------------------------------------------------------------------------------------------------
+# -- episodes
+# --------------------------------------------------------------------------------------------------------
 
 
 def stream(*key: Any) -> np.random.Generator:
     """A generator that is a function of `key` (numbers and texts) alone."""
-    return np.random.default_rng(int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:16], "big"))
+    return np.random.default_rng(
+        int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:16], "big")
+    )
 
 
 def episode_seed(seed: int, k: int) -> int:
@@ -247,17 +324,28 @@ def episode_seed(seed: int, k: int) -> int:
     return int.from_bytes(hashlib.sha256(f"episode/{seed}/{k}".encode()).digest()[:4], "big") >> 1
 
 
-def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_steps: int | None, config: RealityConfig) -> Episode:
+def run_episode(
+    env: Env,
+    act: Act,
+    *,
+    k: int,
+    seed: int,
+    behaviour: str,
+    max_steps: int | None,
+    config: RealityConfig,
+) -> Episode:
     """Run episode k of (config, seed) and return it.
 
     Args:
         env: a MeteredEnv around `make_env(config)`.
-        act: chooses actions; a `Behaviour`'s `start` is called first. Its generator is a function of (seed, k).
-        max_steps: after so many steps an episode that has not ended is `unfinished`; None runs to its end.
+        act: chooses actions; a `Behaviour`'s `start` is called first. Its generator is a function
+        of (seed, k). max_steps: after so many steps an episode that has not ended is `unfinished`;
+        None runs to its end.
 
-    Raises EpisodeError if the environment raises, or gives an observation, reward or duration that is not finite,
-    a reward or duration beyond float32, a negative duration, or with `reality.bounds=drop` an observation outside its space;
-    EpisodeCut if the meter has no more steps; MesocosmError if `act` raises: that is the caller's fault, not reality's; or if the
+    Raises EpisodeError if the environment raises, or gives an observation, reward or duration that
+    is not finite, a reward or duration beyond float32, a negative duration, or with
+    `reality.bounds=drop` an observation outside its space; EpisodeCut if the meter has no more
+    steps; MesocosmError if `act` raises: that is the caller's fault, not reality's; or if the
     environment is of gym's old API.
     """
     assert max_steps is None or max_steps >= 1, max_steps
@@ -281,7 +369,9 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
         action = _choose(act, copied(observations[-1]), rng, behaviour, k)
         chosen = copied(action)  # an environment may clip the action in place
         try:
-            observation, reward, terminated, truncated, info = _guarded(partial(take_step, env, action), k, f"step {t}")
+            observation, reward, terminated, truncated, info = _guarded(
+                partial(take_step, env, action), k, f"step {t}"
+            )
         except BudgetSpent as error:
             spent = error
             break
@@ -302,9 +392,15 @@ def run_episode(env: Env, act: Act, *, k: int, seed: int, behaviour: str, max_st
         actions=actions,
         rewards=values,
         outcome=outcome,
-        durations=np.asarray(durations, dtype=np.float64) if len(durations) == len(rewards) else None,
+        durations=(
+            np.asarray(durations, dtype=np.float64) if len(durations) == len(rewards) else None
+        ),
         task=task,
-        success=None if config.success is None else parse_success(config.success)(float(values.sum()), cast(Mapping[str, Any], info)),
+        success=(
+            None
+            if config.success is None
+            else parse_success(config.success)(float(values.sum()), cast(Mapping[str, Any], info))
+        ),
     )
     if spent is not None:
         raise EpisodeCut(str(spent), episode if rewards else None) from spent
@@ -317,7 +413,9 @@ def _guarded(call: Callable[[], Any], k: int, where: str) -> Any:
     except MesocosmError:
         raise
     except (Exception, SystemExit) as error:
-        raise EpisodeError(f"episode {k}: the environment's {where} raised {type(error).__name__}: {_line(error)}") from error
+        raise EpisodeError(
+            f"episode {k}: the environment's {where} raised {type(error).__name__}: {_line(error)}"
+        ) from error
 
 
 def _choose(act: Act, observation: Any, rng: np.random.Generator, behaviour: str, k: int) -> Any:
@@ -326,20 +424,30 @@ def _choose(act: Act, observation: Any, rng: np.random.Generator, behaviour: str
     except MesocosmError:
         raise
     except Exception as error:
-        raise MesocosmError(f"behaviour {behaviour!r} raised {type(error).__name__} in episode {k}: {_line(error)}; correct it") from error
+        raise MesocosmError(
+            f"behaviour {behaviour!r} raised {type(error).__name__} in episode {k}: {_line(error)};"
+            " correct it"
+        ) from error
 
 
 def _number(value: Any, what: str, k: int, t: int) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError) as error:
-        raise EpisodeError(f"episode {k}: step {t} gave {what} {value!r}, which is no number") from error
+        raise EpisodeError(
+            f"episode {k}: step {t} gave {what} {value!r}, which is no number"
+        ) from error
     if not np.isfinite(number):
         raise EpisodeError(f"episode {k}: step {t} gave {what} {number}")
     if abs(number) > FLOAT32:
-        raise EpisodeError(f"episode {k}: step {t} gave {what} {number:g}, and a world computes in float32; rescale it")
+        raise EpisodeError(
+            f"episode {k}: step {t} gave {what} {number:g}, and a world computes in float32;"
+            " rescale it"
+        )
     if number < 0 and what != "reward":
-        raise EpisodeError(f"episode {k}: step {t} gave {what} {number:g}, which is negative; give seconds")
+        raise EpisodeError(
+            f"episode {k}: step {t} gave {what} {number:g}, which is negative; give seconds"
+        )
     return number
 
 

@@ -1,13 +1,16 @@
-"""The ledger: what reality has cost, by purpose, exact under any number of processes and after any crash.
+"""The ledger: what reality has cost, by purpose, exact under any number of processes and after any
+crash.
 
-An append-only journal `ROOT/ledgers/<id>/NNNNNNNN.json`. A record reserves real steps and resets *before* they happen,
-confirms an earlier reservation with what was truly used, or does both. Record n is created exclusively, by whoever has
-read records 0..n-1 and found budget left in them, so the records are one agreed sequence and the budget holds without
-a lock or a server. A reservation that was never confirmed (its process died, or is still at work) counts as spent in
-full and is listed apart: never over budget, never under-counted, exact without a crash.
+An append-only journal `ROOT/ledgers/<id>/NNNNNNNN.json`. A record reserves real steps and resets
+*before* they happen, confirms an earlier reservation with what was truly used, or does both. Record
+n is created exclusively, by whoever has read records 0..n-1 and found budget left in them, so the
+records are one agreed sequence and the budget holds without a lock or a server. A reservation that
+was never confirmed (its process died, or is still at work) counts as spent in full and is listed
+apart: never over budget, never under-counted, exact without a crash.
 
-Each record names its predecessor's nonce, so a record that was deleted or replaced is noticed. Every SNAPSHOT_EVERY records
-`snapshots/NNNNNNNN.json` holds the state before record N: opening a ledger reads the newest snapshot and the records after it.
+Each record names its predecessor's nonce, so a record that was deleted or replaced is noticed.
+Every SNAPSHOT_EVERY records `snapshots/NNNNNNNN.json` holds the state before record N: opening a
+ledger reads the newest snapshot and the records after it.
 """
 
 from __future__ import annotations
@@ -28,10 +31,12 @@ from mesocosm.storage import Storage
 
 PURPOSES = ("collect", "baseline", "select", "judge")
 SNAPSHOT_EVERY = 64
-"""Records between two snapshots. Opening a ledger reads at most this many records and one snapshot."""
+"""Records between two snapshots. Opening a ledger reads at most this many records and one snapshot.
+"""
 RECORD = re.compile(r"(\d{8})\.json")
 BUDGETED = ("collect", "select")
-"""What `reality.budget.steps` bounds together; any purpose may have a bound of its own beside it."""
+"""What `reality.budget.steps` bounds together; any purpose may have a bound of its own beside it.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,9 @@ class Reservation:
 
 @dataclass(frozen=True)
 class Usage:
-    """What was truly used of a reservation. `seconds` are measured inside the environment's step and reset."""
+    """What was truly used of a reservation. `seconds` are measured inside the environment's step
+    and reset.
+    """
 
     reservation: Reservation
     steps: int
@@ -57,7 +64,9 @@ class Usage:
 
 @dataclass(frozen=True)
 class PurposeTotals:
-    """All that one purpose has spent. The unconfirmed part is *included* in steps, resets and price."""
+    """All that one purpose has spent. The unconfirmed part is *included* in steps, resets and
+    price.
+    """
 
     steps: int = 0
     resets: int = 0
@@ -122,12 +131,17 @@ class Ledger:
         bounds: Mapping[str, int] | None = None,
     ):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", ledger_id):
-            raise UsageError(f"ledger {ledger_id!r} is not a name for a ledger; use letters, digits, '.', '_' and '-'")
+            raise UsageError(
+                f"ledger {ledger_id!r} is not a name for a ledger; use letters, digits, '.', '_'"
+                " and '-'"
+            )
         self.storage, self.id = storage, ledger_id
         self.budget, self.price = budget or BudgetConfig(), price or PriceConfig()
         self.bounds = dict(bounds or {})
         assert set(self.bounds) <= set(PURPOSES), self.bounds
-        self._lock = threading.RLock()  # re-entrant: the garbage collector may close a forgotten environment while we append
+        self._lock = (
+            threading.RLock()
+        )  # re-entrant: the garbage collector may close a forgotten environment while we append
         self._next = 0
         self._nonce = ""
         """Nonce of record `_next - 1`."""
@@ -135,7 +149,8 @@ class Ledger:
         self._open: dict[int, Reservation] = {}
         self._confirmed = {purpose: _Sum() for purpose in PURPOSES}
 
-    # -- spending ------------------------------------------------------------------------------------------------
+    # -- spending
+    # ------------------------------------------------------------------------------------------------
 
     def reserve(
         self,
@@ -149,8 +164,8 @@ class Ledger:
     ) -> Reservation:
         """Reserve up to `steps` (at least 1) real steps, durably, before they are taken.
 
-        Grants what the budget leaves when that is less than `steps` but at least `least`. `confirming`
-        confirms an earlier reservation in the same record.
+        Grants what the budget leaves when that is less than `steps` but at least `least`.
+        `confirming` confirms an earlier reservation in the same record.
 
         Raises:
             BudgetSpent: fewer than `least` steps are left. Nothing is reserved or confirmed.
@@ -164,7 +179,11 @@ class Ledger:
                 granted = steps if left is None else min(steps, left)
                 if granted < least:
                     raise BudgetSpent(self._refusal(purpose, steps, max(granted, 0)))
-                if self._append(number, {"purpose": purpose, "steps": granted, "resets": resets, "holder": holder}, confirming):
+                if self._append(
+                    number,
+                    {"purpose": purpose, "steps": granted, "resets": resets, "holder": holder},
+                    confirming,
+                ):
                     return self._open[number]
 
     def confirm(
@@ -178,9 +197,9 @@ class Ledger:
     ) -> Reservation | None:
         """Confirm what was used of a reservation; the rest returns to the budget.
 
-        Of two confirmations of one reservation the first counts. `keep` is (steps, resets) of the rest that
-        stay reserved in a new reservation, which is returned: they were used, and what they bought is not
-        recorded yet.
+        Of two confirmations of one reservation the first counts. `keep` is (steps, resets) of the
+        rest that stay reserved in a new reservation, which is returned: they were used, and what
+        they bought is not recorded yet.
         """
         usage = Usage(reservation, steps, resets, seconds)
         kept = None
@@ -200,7 +219,8 @@ class Ledger:
                 self._catch_up()
         return None
 
-    # -- looking -------------------------------------------------------------------------------------------------
+    # -- looking
+    # -------------------------------------------------------------------------------------------------
 
     def totals(self) -> LedgerTotals:
         """Everything spent so far, by everyone."""
@@ -212,11 +232,19 @@ class Ledger:
                 steps, resets = sum(r.steps for r in waiting), sum(r.resets for r in waiting)
                 apart = self._cost(steps, resets)
                 purposes[purpose] = PurposeTotals(
-                    done.steps + steps, done.resets + resets, done.seconds, self._cost(done.steps, done.resets) + apart, steps, resets, apart
+                    done.steps + steps,
+                    done.resets + resets,
+                    done.seconds,
+                    self._cost(done.steps, done.resets) + apart,
+                    steps,
+                    resets,
+                    apart,
                 )
             spent = sum(purposes[p].steps for p in BUDGETED)
             remaining = None if self.budget.steps is None else max(0, self.budget.steps - spent)
-            return LedgerTotals(self.id, self.price.currency, purposes, tuple(self._open.values()), spent, remaining)
+            return LedgerTotals(
+                self.id, self.price.currency, purposes, tuple(self._open.values()), spent, remaining
+            )
 
     def remaining(self, purpose: str) -> int | None:
         """Steps left to a purpose under every bound that applies to it; None if none does."""
@@ -224,7 +252,8 @@ class Ledger:
             self._catch_up()
             return self._remaining(purpose, None)
 
-    # -- the journal ---------------------------------------------------------------------------------------------
+    # -- the journal
+    # ---------------------------------------------------------------------------------------------
 
     def _path(self, number: int) -> str:
         return f"ledgers/{self.id}/{number:08d}.json"
@@ -278,7 +307,10 @@ class Ledger:
             self._open = {r["number"]: Reservation(**r) for r in state["open"]}
             self._next, self._nonce = number, state["nonce"]
         except (ValueError, TypeError, KeyError) as error:
-            raise ArtifactError(f"{path} in {self.storage.root!r} is damaged; remove this snapshot: the ledger's records suffice") from error
+            raise ArtifactError(
+                f"{path} in {self.storage.root!r} is damaged; remove this snapshot: the ledger's"
+                " records suffice"
+            ) from error
 
     def _parse(self, number: int, raw: bytes) -> dict[str, Any]:
         try:
@@ -294,7 +326,8 @@ class Ledger:
 
     def _damaged(self, number: int, how: str) -> ArtifactError:
         return ArtifactError(
-            f"ledger {self.id!r} is damaged: record {self._path(number)} in {self.storage.root!r} is {how}; restore it from a copy, or use another ledger"
+            f"ledger {self.id!r} is damaged: record {self._path(number)} in {self.storage.root!r}"
+            f" is {how}; restore it from a copy, or use another ledger"
         )
 
     def _append(self, number: int, reserve: dict[str, Any] | None, confirm: Usage | None) -> bool:
@@ -310,7 +343,12 @@ class Ledger:
         if confirm is not None:
             held = confirm.reservation
             assert 0 <= confirm.steps <= held.steps and 0 <= confirm.resets <= held.resets, confirm
-            record["confirm"] = {"of": held.number, "steps": confirm.steps, "resets": confirm.resets, "seconds": round(confirm.seconds, 6)}
+            record["confirm"] = {
+                "of": held.number,
+                "steps": confirm.steps,
+                "resets": confirm.resets,
+                "seconds": round(confirm.seconds, 6),
+            }
         if not self.storage.create(self._path(number), json.dumps(record).encode()):
             # A remote store may answer "there" to its own retry of our request: the nonce tells.
             raw = self.storage.read(self._path(number))
@@ -318,7 +356,9 @@ class Ledger:
                 return False
         self._apply(number, record)
         if self._next == number + 1 and self._next % SNAPSHOT_EVERY == 0:
-            with suppress(StorageError):  # the record is there, and whoever opens the ledger next writes the snapshot
+            with suppress(
+                StorageError
+            ):  # the record is there, and whoever opens the ledger next writes the snapshot
                 self._snapshot()
         return True
 
@@ -333,9 +373,12 @@ class Ledger:
             done.resets += confirm["resets"]
             done.seconds += confirm["seconds"]
         if reserve is not None:
-            self._open[number] = Reservation(number, reserve["purpose"], reserve["steps"], reserve["resets"], reserve["holder"])
+            self._open[number] = Reservation(
+                number, reserve["purpose"], reserve["steps"], reserve["resets"], reserve["holder"]
+            )
 
-    # -- the budget ----------------------------------------------------------------------------------------------
+    # -- the budget
+    # ----------------------------------------------------------------------------------------------
 
     def _limits(self, purpose: str) -> list[tuple[str, tuple[str, ...], int]]:
         """(name of the bound, the purposes under it, steps)"""
@@ -347,20 +390,35 @@ class Ledger:
         return limits
 
     def _spent(self, purposes: tuple[str, ...], without: Usage | None = None) -> int:
-        total = sum(self._confirmed[p].steps for p in purposes) + sum(r.steps for r in self._open.values() if r.purpose in purposes)
-        if without is not None and without.reservation.purpose in purposes and without.reservation.number in self._open:
+        total = sum(self._confirmed[p].steps for p in purposes) + sum(
+            r.steps for r in self._open.values() if r.purpose in purposes
+        )
+        if (
+            without is not None
+            and without.reservation.purpose in purposes
+            and without.reservation.number in self._open
+        ):
             total -= without.reservation.steps - without.steps
         return total
 
     def _remaining(self, purpose: str, confirming: Usage | None) -> int | None:
-        return min((bound - self._spent(purposes, confirming) for _, purposes, bound in self._limits(purpose)), default=None)
+        return min(
+            (
+                bound - self._spent(purposes, confirming)
+                for _, purposes, bound in self._limits(purpose)
+            ),
+            default=None,
+        )
 
     def _refusal(self, purpose: str, steps: int, left: int) -> str:
-        name, purposes, bound = min(self._limits(purpose), key=lambda limit: limit[2] - self._spent(limit[1]))
+        name, purposes, bound = min(
+            self._limits(purpose), key=lambda limit: limit[2] - self._spent(limit[1])
+        )
         apart = sum(r.steps for r in self._open.values() if r.purpose in purposes)
         return (
-            f"ledger {self.id!r}: {name}={bound} is spent ({self._spent(purposes)} real steps by {' and '.join(purposes)}, {apart} of them unconfirmed; "
-            f"{steps} more asked for {purpose}, {left} left); raise it or use another ledger"
+            f"ledger {self.id!r}: {name}={bound} is spent ({self._spent(purposes)} real steps by"
+            f" {' and '.join(purposes)}, {apart} of them unconfirmed; {steps} more asked for"
+            f" {purpose}, {left} left); raise it or use another ledger"
         )
 
     def _cost(self, steps: int, resets: int) -> float:

@@ -1,4 +1,6 @@
-"""Environments of reality that crash, hang or give NaN, made fit for a learner that knows nothing of it."""
+"""Environments of reality that crash, hang or give NaN, made fit for a learner that knows nothing
+of it.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,23 @@ from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import Env, all_finite, copied, make_env
 
 MAX_FAILURES = 5
-"""So many failures in a row, with no episode finished between them: the environment is broken, not unlucky."""
+"""So many failures in a row, with no episode finished between them: the environment is broken, not
+unlucky.
+"""
 
 
 class Timed(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Raises TimeoutError in place of a step or reset that takes too long: in the main thread, between two Python instructions (a hang
-    inside a C library is not ended)."""
+    """Raises TimeoutError in place of a step or reset that takes too long: in the main thread,
+    between two Python instructions (a hang inside a C library is not ended).
+    """
 
     def __init__(self, env: Env, timeout_s: float):
         super().__init__(env)
         self._timeout_s = timeout_s
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         with _time_limit(self._timeout_s):
             return self.env.reset(seed=seed, options=options)
 
@@ -37,9 +44,11 @@ class Timed(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 class Sturdy(gymnasium.Env[Any, Any]):
-    """The environment that `config` names, whose failing step ends its episode: truncated, at the last observation, with no reward.
+    """The environment that `config` names, whose failing step ends its episode: truncated, at the
+    last observation, with no reward.
 
-    A fresh environment takes the failed one's place, and `dropped` says why. Raises MesocosmError after MAX_FAILURES in a row.
+    A fresh environment takes the failed one's place, and `dropped` says why. Raises MesocosmError
+    after MAX_FAILURES in a row.
     """
 
     def __init__(self, config: RealityConfig):
@@ -47,13 +56,18 @@ class Sturdy(gymnasium.Env[Any, Any]):
         self.dropped: list[str] = []
         self._in_a_row = 0
         self._renew()
-        self.observation_space, self.action_space = self.env.observation_space, self.env.action_space
+        self.observation_space, self.action_space = (
+            self.env.observation_space,
+            self.env.action_space,
+        )
         self.metadata = self.env.metadata
 
     def _renew(self) -> None:
         self.env = Timed(make_env(self._config), self._config.step_timeout_s)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
         while True:
             try:
@@ -88,7 +102,10 @@ class Sturdy(gymnasium.Env[Any, Any]):
         self.dropped.append(" ".join(reason.split()))
         self._in_a_row += 1
         if self._in_a_row >= MAX_FAILURES:
-            raise MesocosmError(f"reality.env={self._config.env!r} failed {self._in_a_row} times in a row ({self.dropped[-1]}); correct it")
+            raise MesocosmError(
+                f"reality.env={self._config.env!r} failed {self._in_a_row} times in a row"
+                f" ({self.dropped[-1]}); correct it"
+            )
         close(self.env)
         self._renew()
 

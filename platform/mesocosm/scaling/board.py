@@ -1,4 +1,6 @@
-"""What people see of a running sweep: a live table where there is a terminal, lines where there is none. And what MLflow sees: a nested run a cell."""
+"""What people see of a running sweep: a live table where there is a terminal, lines where there is
+none. And what MLflow sees: a nested run a cell.
+"""
 
 from __future__ import annotations
 
@@ -58,11 +60,18 @@ class Board:
 
     def __enter__(self) -> Board:
         if not self._run.quiet and console.is_terminal:
-            self._live = Live(get_renderable=self._table, console=console, transient=True, refresh_per_second=2)
+            self._live = Live(
+                get_renderable=self._table, console=console, transient=True, refresh_per_second=2
+            )
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -80,7 +89,11 @@ class Board:
             self.alone += cell.steps
             self._flops += cell.flops / cell.steps * outcome.record.ran
             self._of_done += self._expected[cell.id]
-            facts = {"sweep/cells": len(self.records), "sweep/loss": outcome.record.loss, "sweep/best_loss": self.best.loss}
+            facts = {
+                "sweep/cells": len(self.records),
+                "sweep/loss": outcome.record.loss,
+                "sweep/best_loss": self.best.loss,
+            }
             self._run.log(facts, step=len(self.records))
         if self._live is None and not self._run.quiet and time.monotonic() - self._printed > EVERY:
             self._printed = time.monotonic()
@@ -96,7 +109,10 @@ class Board:
         if self.failed:
             told.append(f"{len(self.failed)} failed")
         if self.records:
-            told.append(f"best loss {self.best.loss:.3f} nats ({self.best.size}, {short(self.best.data)} transitions)")
+            told.append(
+                f"best loss {self.best.loss:.3f} nats ({self.best.size}, {short(self.best.data)}"
+                " transitions)"
+            )
         if self.seconds:
             told.append(f"{short(self._flops / self.seconds)}FLOP/s a worker")
         if (left := self.hours_left) is not None:
@@ -105,11 +121,20 @@ class Board:
 
     @property
     def hours_left(self) -> float | None:
-        """The estimate for what is left, corrected by how the cells that were done compare with theirs; None before the first."""
+        """The estimate for what is left, corrected by how the cells that were done compare with
+        theirs; None before the first.
+        """
         if not self._of_done:
             return None
-        lanes = min(self._grid.config.concurrent, max(1, len({cell.trunk for cell in self._grid.cells if cell.id not in self.records})))
-        left = sum(self._expected.values()) - self._of_done - sum(self._expected[id] for id in self.failed)
+        lanes = min(
+            self._grid.config.concurrent,
+            max(1, len({cell.trunk for cell in self._grid.cells if cell.id not in self.records})),
+        )
+        left = (
+            sum(self._expected.values())
+            - self._of_done
+            - sum(self._expected[id] for id in self.failed)
+        )
         return left * (self.seconds / self._of_done) / lanes / 3600
 
     def _table(self) -> RenderableType:
@@ -130,7 +155,10 @@ class Board:
         losses = [self.records[cell.id].loss for cell in cells if cell.id in self.records]
         text = f"{sum(losses) / len(losses):.3f}" if losses else "-"
         failed = any(cell.id in self.failed for cell in cells)
-        return Text(text if len(losses) in (0, len(cells)) else f"{text} {len(losses)}/{len(cells)}", style="red" if failed else "" if losses else "dim")
+        return Text(
+            text if len(losses) in (0, len(cells)) else f"{text} {len(losses)}/{len(cells)}",
+            style="red" if failed else "" if losses else "dim",
+        )
 
 
 def name(cell: Cell) -> str:
@@ -159,7 +187,9 @@ class Nested:
     def __init__(self, run: Run):
         self._run = run
         self._lost = ""
-        self._queue: queue.SimpleQueue[tuple[Cell, Record | None, str | None] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[Cell, Record | None, str | None] | None] = (
+            queue.SimpleQueue()
+        )
         self._thread = threading.Thread(target=self._work, name="cells", daemon=True)
         self._thread.start()
 
@@ -170,9 +200,14 @@ class Nested:
         self._queue.put(None)
         self._thread.join(PATIENCE)
         if self._lost:
-            self._run.say(f"not every cell has a nested run in MLflow ({self._lost}); their records are in storage")
+            self._run.say(
+                f"not every cell has a nested run in MLflow ({self._lost}); their records are in"
+                " storage"
+            )
         if self._thread.is_alive():
-            self._run.say("MLflow is slow: some cells have no nested run there; their records are in storage")
+            self._run.say(
+                "MLflow is slow: some cells have no nested run there; their records are in storage"
+            )
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
@@ -185,11 +220,33 @@ class Nested:
 
     def _make(self, cell: Cell, record: Record | None, failed: str | None) -> None:
         where = self._run.config
-        shown = {"cell": cell.id, "trunk": cell.trunk, "family": cell.what["family"], "size": cell.size, "data": cell.data, "unique": cell.unique}
-        config = CellConfig(seed=cell.seed, storage=where.storage, tracking=where.tracking, steps=cell.steps, lr=cell.lr, **shown)
+        shown = {
+            "cell": cell.id,
+            "trunk": cell.trunk,
+            "family": cell.what["family"],
+            "size": cell.size,
+            "data": cell.data,
+            "unique": cell.unique,
+        }
+        config = CellConfig(
+            seed=cell.seed,
+            storage=where.storage,
+            tracking=where.tracking,
+            steps=cell.steps,
+            lr=cell.lr,
+            **shown,
+        )
         with self._run.child("cell", config, id=f"{self._run.id}-{cell.id[:8]}") as child:
             if record is None:
                 raise MesocosmError(failed or "no result")
-            counted = {key: getattr(record, key) for key in ("params", "data", "unique", "flops", "seconds")}
-            child.log({"loss": record.loss} | {f"valid/{part}": value for part, value in record.parts.items()} | counted, step=record.steps)
+            counted = {
+                key: getattr(record, key)
+                for key in ("params", "data", "unique", "flops", "seconds")
+            }
+            child.log(
+                {"loss": record.loss}
+                | {f"valid/{part}": value for part, value in record.parts.items()}
+                | counted,
+                step=record.steps,
+            )
             child.record(cell=f"{record.cell}", world=record.world)

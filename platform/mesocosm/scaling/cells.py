@@ -32,7 +32,21 @@ from mesocosm.storage import Storage
 from mesocosm.versions import VERSIONS
 
 RESULTS, BASES = "cells/results", "cells/bases"
-COLUMNS = ("params", "data", "loss", "unique", "flops", "seed", "lr", "trunk", "family", "size", "total_params", "epochs", "steps")
+COLUMNS = (
+    "params",
+    "data",
+    "loss",
+    "unique",
+    "flops",
+    "seed",
+    "lr",
+    "trunk",
+    "family",
+    "size",
+    "total_params",
+    "epochs",
+    "steps",
+)
 """Of the table, before `loss` by part, `seconds` and `cell`."""
 
 
@@ -69,17 +83,57 @@ class Record:
     schema: int = SCHEMA
 
     @staticmethod
-    def of(cell: Cell, measured: Mapping[str, float], *, seconds: float, ran: int, world: str | None = None) -> Record:
+    def of(
+        cell: Cell,
+        measured: Mapping[str, float],
+        *,
+        seconds: float,
+        ran: int,
+        world: str | None = None,
+    ) -> Record:
         """`measured`: `valid/<part>` and `valid/loss`."""
-        parts = {name.removeprefix("valid/"): value for name, value in measured.items() if name.startswith("valid/")}
+        parts = {
+            name.removeprefix("valid/"): value
+            for name, value in measured.items()
+            if name.startswith("valid/")
+        }
         loss = parts.pop("loss")
-        same = {name: getattr(cell, name) for name in ("trunk", "size", "params", "total_params", "data", "unique", "epochs", "steps", "flops", "seed", "lr")}
-        return Record(cell=cell.id, family=cell.what["family"], loss=loss, parts=parts, seconds=seconds, ran=ran, world=world, what=cell.what, **same)
+        same = {
+            name: getattr(cell, name)
+            for name in (
+                "trunk",
+                "size",
+                "params",
+                "total_params",
+                "data",
+                "unique",
+                "epochs",
+                "steps",
+                "flops",
+                "seed",
+                "lr",
+            )
+        }
+        return Record(
+            cell=cell.id,
+            family=cell.what["family"],
+            loss=loss,
+            parts=parts,
+            seconds=seconds,
+            ran=ran,
+            world=world,
+            what=cell.what,
+            **same,
+        )
 
     @property
     def row(self) -> dict[str, Any]:
         """Of the table."""
-        return {name: getattr(self, name) for name in COLUMNS} | self.parts | {"seconds": round(self.seconds, 3), "cell": self.cell}
+        return (
+            {name: getattr(self, name) for name in COLUMNS}
+            | self.parts
+            | {"seconds": round(self.seconds, 3), "cell": self.cell}
+        )
 
 
 def keep(storage: Storage, record: Record, *, force: bool = False) -> Record:
@@ -103,12 +157,21 @@ def read(storage: Storage, id: str) -> Record:
     try:
         return Record(**json.loads(storage.read(path) or b""))
     except (ValueError, TypeError) as error:
-        raise ArtifactError(f"{path!r} in storage.root {storage.root!r} is damaged ({error}); remove it, and its cell is trained again") from error
+        raise ArtifactError(
+            f"{path!r} in storage.root {storage.root!r} is damaged ({error}); remove it, and its"
+            " cell is trained again"
+        ) from error
 
 
-def base(storage: Storage, dataset: Dataset, codec: Codec, model: ModelConfig, seed: int) -> tuple[Base, float]:
-    """The base of `model` on `dataset`'s training split, fitted or found, and the seconds that it took to fit."""
-    settings = {name: getattr(model, name) for name in ("members", "base", "base_hidden", "base_steps")}
+def base(
+    storage: Storage, dataset: Dataset, codec: Codec, model: ModelConfig, seed: int
+) -> tuple[Base, float]:
+    """The base of `model` on `dataset`'s training split, fitted or found, and the seconds that it
+    took to fit.
+    """
+    settings = {
+        name: getattr(model, name) for name in ("members", "base", "base_hidden", "base_steps")
+    }
     facts = (settings, dataset.ids, codec.id, dataset.count("train"), seed)
     path = f"{BASES}/{fingerprint('base', *facts, VERSIONS['pretrain'], SCHEMA)}.safetensors"
     began = time.perf_counter()
@@ -124,8 +187,15 @@ def base(storage: Storage, dataset: Dataset, codec: Codec, model: ModelConfig, s
 
 def write_table(records: Iterable[Record], path: Path) -> None:
     """`table.csv`: a row a cell, by size, then data, then the rest."""
-    rows = [record.row for record in sorted(records, key=lambda r: (r.params, r.data, r.unique, r.seed, r.cell))]
-    parts = list(dict.fromkeys(name for row in rows for name in row if name not in (*COLUMNS, "seconds", "cell")))
+    rows = [
+        record.row
+        for record in sorted(records, key=lambda r: (r.params, r.data, r.unique, r.seed, r.cell))
+    ]
+    parts = list(
+        dict.fromkeys(
+            name for row in rows for name in row if name not in (*COLUMNS, "seconds", "cell")
+        )
+    )
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *parts, "seconds", "cell"])
         writer.writeheader()

@@ -5,9 +5,10 @@
     D' = U_D + U_D r_d (1 - exp(-R_D / r_d)),  U_D = min(U, D),           R_D = D/U_D - 1
     N' = U_N + U_N r_n (1 - exp(-R_N / r_n)),  U_N = min(N, N_opt(U)),    R_N = N/U_N - 1
 
-N_opt(U) is the size for which U is the compute-optimal data: alpha A / N^alpha = beta B / U^beta. Without repeats and at most that size the
-second is the first. Both are fitted in logarithms: theta = (e, a, b, alpha, beta[, log r_n, log r_d]) with E = exp(e), A = exp(a), B = exp(b) and
-log L = log(exp(e) + exp(a - alpha log N') + exp(b - beta log D')).
+N_opt(U) is the size for which U is the compute-optimal data: alpha A / N^alpha = beta B / U^beta.
+Without repeats and at most that size the second is the first. Both are fitted in logarithms: theta
+= (e, a, b, alpha, beta[, log r_n, log r_d]) with E = exp(e), A = exp(a), B = exp(b) and log L =
+log(exp(e) + exp(a - alpha log N') + exp(b - beta log D')).
 """
 
 from __future__ import annotations
@@ -112,7 +113,10 @@ class DataConstrained:
         e, a, b, alpha, beta, log_rn, log_rd = (theta[:, i, None] for i in range(7))
         h = _log_n_opt(theta, cells)
         h_slope = _n_opt_slope(theta, cells, h)
-        n_eff, d_eff = _Effective(cells.params, h, log_rn), _Effective(cells.data, cells.unique, log_rd)
+        n_eff, d_eff = (
+            _Effective(cells.params, h, log_rn),
+            _Effective(cells.data, cells.unique, log_rd),
+        )
         value, p0, p1, p2 = _mixture(e, a - alpha * n_eff.value, b - beta * d_eff.value)
         m, n = value.shape
         n_slope = n_eff.of_unique[:, None] * h_slope  # of log N'
@@ -120,7 +124,9 @@ class DataConstrained:
         of_n = -alpha[:, None] * n_slope  # of a - alpha log N'
         of_n[:, 1] += 1.0
         of_n[:, 3] -= n_eff.value
-        of_d = np.stack([np.ones((m, n)), -d_eff.value, -beta * d_eff.of_r], 1)  # of b - beta log D', by b, beta and log r_d alone
+        of_d = np.stack(
+            [np.ones((m, n)), -d_eff.value, -beta * d_eff.of_r], 1
+        )  # of b - beta log D', by b, beta and log r_d alone
         slope = np.empty((m, 7, n))
         slope[:, 0] = p0
         np.multiply(p1[:, None], of_n[:, 1:6], out=slope[:, 1:6])
@@ -137,7 +143,9 @@ class DataConstrained:
             cross = np.einsum("mn,mpn->mp", w1, n_slope)
             out[:, 3] -= cross
             out[:, :, 3] -= cross
-            inner = outer(h_slope, w1 * n_eff.of_unique2) + _n_opt_curvature(theta, w1 * n_eff.of_unique, h_slope)
+            inner = outer(h_slope, w1 * n_eff.of_unique2) + _n_opt_curvature(
+                theta, w1 * n_eff.of_unique, h_slope
+            )
             mixed = np.einsum("mn,mpn->mp", w1 * n_eff.of_unique_r, h_slope)
             inner[:, 5] += mixed
             inner[:, :, 5] += mixed
@@ -192,7 +200,10 @@ def _n_opt_curvature(theta: Array, weight: Array, slope: Array) -> Array:
     """Sum over cells of weight [m, n] x the hessian of h, [m, P, P]."""
     _, _, alpha, beta = (values[:, 0] for values in _optimum(theta))
     total = weight.sum(1)
-    of_alpha, of_beta = np.einsum("mn,mn->m", weight, slope[:, 3]), np.einsum("mn,mn->m", weight, slope[:, 4])
+    of_alpha, of_beta = (
+        np.einsum("mn,mn->m", weight, slope[:, 3]),
+        np.einsum("mn,mn->m", weight, slope[:, 4]),
+    )
     out = np.zeros((len(theta), theta.shape[1], theta.shape[1]))
     out[:, 3, 3] = -total / alpha**3 - 2 * of_alpha / alpha
     out[:, 4, 4] = total / (alpha * beta**2)
@@ -202,11 +213,18 @@ def _n_opt_curvature(theta: Array, weight: Array, slope: Array) -> Array:
 
 
 def _optimum(theta: Array) -> tuple[Array, Array, Array, Array]:
-    return theta[:, 1, None], theta[:, 2, None], np.maximum(theta[:, 3, None], _ALPHA_MIN), np.maximum(theta[:, 4, None], _ALPHA_MIN)
+    return (
+        theta[:, 1, None],
+        theta[:, 2, None],
+        np.maximum(theta[:, 3, None], _ALPHA_MIN),
+        np.maximum(theta[:, 4, None], _ALPHA_MIN),
+    )
 
 
 class _Effective:
-    """Log of what x is worth of which only exp(unique) is new, x' = U + U r (1 - exp(-(x/U - 1)/r)), with derivatives by log U and log r; all [m, n]."""
+    """Log of what x is worth of which only exp(unique) is new, x' = U + U r (1 - exp(-(x/U -
+    1)/r)), with derivatives by log U and log r; all [m, n].
+    """
 
     def __init__(self, log_x: Array, log_unique: Array, log_r: Array) -> None:
         r = np.exp(np.clip(log_r, *LOG_R))

@@ -1,10 +1,13 @@
-"""From a sweep's config to its cells: exact parameters, counted FLOPs, transitions, steps. Pure: no Ray, nothing is trained.
+"""From a sweep's config to its cells: exact parameters, counted FLOPs, transitions, steps. Pure: no
+Ray, nothing is trained.
 
-A cell is a model of one size trained once, on D transitions of U different ones, from one seed. Its id is a hash of all that decides its result, so
-two sweeps that ask for the same cell share it. Cells that differ in D alone share a *trunk*: warm-up, then a constant learning
-rate, over the one order of samples that the seed draws. A cell leaves the trunk `fall` steps before its end and decays to 0 there; it is the
-same, to the last bit, as a run of its own. Every U has trunks of its own, for the base is fitted on all U. A D that several U hold
-without a repetition is trained with the smallest of them only: to a law, which knows min(D, U), those cells are one.
+A cell is a model of one size trained once, on D transitions of U different ones, from one seed. Its
+id is a hash of all that decides its result, so two sweeps that ask for the same cell share it.
+Cells that differ in D alone share a *trunk*: warm-up, then a constant learning rate, over the one
+order of samples that the seed draws. A cell leaves the trunk `fall` steps before its end and decays
+to 0 there; it is the same, to the last bit, as a run of its own. Every U has trunks of its own, for
+the base is fitted on all U. A D that several U hold without a repetition is trained with the
+smallest of them only: to a law, which knows min(D, U), those cells are one.
 """
 
 from __future__ import annotations
@@ -106,7 +109,9 @@ class Grid:
     cluster: ClusterConfig
 
     def trunks(self, cells: Iterable[Cell]) -> list[Trunk]:
-        """The trunks of the small ones among `cells`, the longest first, so that the last to end are short."""
+        """The trunks of the small ones among `cells`, the longest first, so that the last to end
+        are short.
+        """
         by_trunk: dict[str, list[Cell]] = {}
         for cell in cells:
             if not cell.large:
@@ -116,17 +121,36 @@ class Grid:
             first = some[0]
             options = self.config.training(first.steps, first.rise, first.fall, self.precision)
             model = _sized(self.config.model, first.size)
-            made.append(Trunk(id, model, options, first.seed, first.narrowed, tuple(sorted(some, key=lambda cell: cell.steps))))
+            made.append(
+                Trunk(
+                    id,
+                    model,
+                    options,
+                    first.seed,
+                    first.narrowed,
+                    tuple(sorted(some, key=lambda cell: cell.steps)),
+                )
+            )
         return sorted(made, key=lambda trunk: -self.cluster.seconds(trunk.flops, trunk.steps))
 
     def expected(self, cells: Iterable[Cell], *, alone: bool = False) -> dict[str, float]:
-        """Estimated seconds of all workers together for each of `cells`, trained together; `alone`: without trunks."""
+        """Estimated seconds of all workers together for each of `cells`, trained together; `alone`:
+        without trunks.
+        """
         some = list(cells)
         single = [cell for cell in some if cell.large or alone]
-        found = {cell.id: self.cluster.seconds(cell.flops, cell.steps, self.workers(cell)) * self.workers(cell) for cell in single}
+        found = {
+            cell.id: (
+                self.cluster.seconds(cell.flops, cell.steps, self.workers(cell))
+                * self.workers(cell)
+            )
+            for cell in single
+        }
         for trunk in [] if alone else self.trunks(some):
             for i, cell in enumerate(trunk.cells):
-                found[cell.id] = self.cluster.seconds(cell.flops // cell.steps * trunk.ran(i), trunk.ran(i))
+                found[cell.id] = self.cluster.seconds(
+                    cell.flops // cell.steps * trunk.ran(i), trunk.ran(i)
+                )
         return found
 
     def hours(self, cells: Sequence[Cell], *, alone: bool = False) -> float:
@@ -139,7 +163,10 @@ class Grid:
                 together[unit] = together.get(unit, 0.0) + expected[cell.id]
         large = [expected[cell.id] / c.workers for cell in cells if cell.large]
         slots = self.cluster.slots
-        return (_makespan(together.values(), min(c.concurrent, slots)) + _makespan(large, min(c.concurrent, slots // c.workers))) / 3600
+        return (
+            _makespan(together.values(), min(c.concurrent, slots))
+            + _makespan(large, min(c.concurrent, slots // c.workers))
+        ) / 3600
 
     def workers(self, cell: Cell) -> int:
         return self.config.workers if cell.large else 1
@@ -154,15 +181,23 @@ def _makespan(seconds: Iterable[float], lanes: int) -> float:
 
 
 def lay_out(config: SweepConfig, dataset: Dataset, cluster: ClusterConfig) -> Grid:
-    """The grid of `config` on `dataset`. Raises UsageError for what cannot be: a D below one batch, a U that the data have not, no
-    validation split, a warm-up that is longer than what comes before the decay."""
+    """The grid of `config` on `dataset`. Raises UsageError for what cannot be: a D below one batch,
+    a U that the data have not, no validation split, a warm-up that is longer than what comes before
+    the decay.
+    """
     config.validate()
     if not len(dataset.episodes("valid")):
-        raise UsageError(f"the valid split of {', '.join(dataset.ids)} is empty, and a sweep is measured on it; collect with valid_fraction above 0")
+        raise UsageError(
+            f"the valid split of {', '.join(dataset.ids)} is empty, and a sweep is measured on it;"
+            " collect with valid_fraction above 0"
+        )
     have = dataset.count("train")
     for unique in config.grid.unique or ():
         if unique > have:
-            raise UsageError(f"grid.unique={unique} is more than the {have} training transitions of {', '.join(dataset.ids)}; collect more, or lower it")
+            raise UsageError(
+                f"grid.unique={unique} is more than the {have} training transitions of"
+                f" {', '.join(dataset.ids)}; collect more, or lower it"
+            )
     codec = prepare.fit_codec(dataset)
     layout = _Layout(config, dataset, codec, precision(config, cluster))
     cells = [cell for size in config.grid.sizes for cell in layout.of_size(size)]
@@ -175,7 +210,13 @@ def lay_out(config: SweepConfig, dataset: Dataset, cluster: ClusterConfig) -> Gr
 
 def precision(config: SweepConfig, cluster: ClusterConfig) -> str:
     """What `train.precision` comes to on `cluster`."""
-    return config.train.precision if config.train.precision != "auto" else "bf16" if cluster.gpus else "fp32"
+    return (
+        config.train.precision
+        if config.train.precision != "auto"
+        else "bf16"
+        if cluster.gpus
+        else "fp32"
+    )
 
 
 class _Layout:
@@ -187,15 +228,22 @@ class _Layout:
         config, grid = self.config, self.config.grid
         model = _sized(config.model, size)
         sizes = counts.params(self.codec.spec, model)
-        step_flops = prepare.step_flops(self.codec.spec, model, config.training(1, 0, 1, self.precision))
+        step_flops = prepare.step_flops(
+            self.codec.spec, model, config.training(1, 0, 1, self.precision)
+        )
         found = []
         fresh: set[tuple[float, int]] = set()
-        for unique, seed in product([None] if grid.unique is None else sorted(grid.unique), sorted(grid.seeds)):
+        for unique, seed in product(
+            [None] if grid.unique is None else sorted(grid.unique), sorted(grid.seeds)
+        ):
             loader = self._loader(unique, seed)
             shared = {
                 "family": config.model.family,
                 "model": asdict(model),
-                "train": {name: value for name, value in asdict(config.train).items() if name != "decay"} | {"precision": self.precision},
+                "train": (
+                    {name: value for name, value in asdict(config.train).items() if name != "decay"}
+                    | {"precision": self.precision}
+                ),
                 "datasets": self.dataset.ids,
                 "codec": self.codec.id,
                 "unique": loader.transitions_per_epoch,
@@ -216,7 +264,9 @@ class _Layout:
                 what = shared | {"steps": steps, "fall": fall}
                 found.append(
                     Cell(
-                        id=fingerprint("cell", what, VERSIONS["pretrain"], VERSIONS["sweep"], SCHEMA),
+                        id=fingerprint(
+                            "cell", what, VERSIONS["pretrain"], VERSIONS["sweep"], SCHEMA
+                        ),
                         trunk=trunk,
                         size=size,
                         seed=seed,
@@ -242,36 +292,64 @@ class _Layout:
         if found is None:
             config = self.config
             view = prepare.narrowed(self.dataset, unique, seed)
-            found = self._loaders[unique, seed] = Loader(view, self.codec, "train", config.model.context, config.train.batch, seed)
+            found = self._loaders[unique, seed] = Loader(
+                view, self.codec, "train", config.model.context, config.train.batch, seed
+            )
         return found
 
     def _steps(self, size: str, asked: float, unit: float) -> int:
         """The number nearest to what was asked; of every size alike, for D."""
         if asked < unit and self.config.grid.data:
-            raise UsageError(f"grid.data={asked:g} is smaller than a batch, about {unit:.0f} transitions; use more, or lower train.batch")
+            raise UsageError(
+                f"grid.data={asked:g} is smaller than a batch, about {unit:.0f} transitions; use"
+                " more, or lower train.batch"
+            )
         if asked < unit:
-            raise UsageError(f"grid.flops={asked:.3g} is less than one step of {size}, {unit:.3g} FLOPs; use more, or lower train.batch")
+            raise UsageError(
+                f"grid.flops={asked:.3g} is less than one step of {size}, {unit:.3g} FLOPs; use"
+                " more, or lower train.batch"
+            )
         return round(asked / unit)
 
     def _unit(self, step_flops: int, loader: Loader) -> float:
         """Of a step, in what the grid asks for: transitions, or FLOPs."""
-        return self.config.train.batch * loader.transitions_per_epoch / loader.windows_per_epoch if self.config.grid.data else float(step_flops)
+        return (
+            self.config.train.batch * loader.transitions_per_epoch / loader.windows_per_epoch
+            if self.config.grid.data
+            else float(step_flops)
+        )
 
-    def _check(self, size: str, asked: float, steps: int, fall: int, before: dict[int, float], unit: float) -> None:
+    def _check(
+        self, size: str, asked: float, steps: int, fall: int, before: dict[int, float], unit: float
+    ) -> None:
         key = "data" if self.config.grid.data else "flops"
         if steps in before:
-            raise UsageError(f"grid.{key} {before[steps]:g} and {asked:g} are both {steps} steps of {size}; give values further apart")
+            raise UsageError(
+                f"grid.{key} {before[steps]:g} and {asked:g} are both {steps} steps of {size}; give"
+                " values further apart"
+            )
         before[steps] = asked
         if self.config.train.warmup > steps - fall:
             least = _least(self.config)
-            what = f"grid.{key}={asked:g} is {steps} steps of {size}, and train.warmup={self.config.train.warmup} leaves no room before the {fall} of its decay"
+            what = (
+                f"grid.{key}={asked:g} is {steps} steps of {size}, and"
+                f" train.warmup={self.config.train.warmup} leaves no room before the {fall} of its"
+                " decay"
+            )
             enough = f"{least * unit:.3g}" if key == "flops" else f"{math.ceil(least * unit)}"
-            raise UsageError(f"{what}; use at least {enough} ({least} steps), a shorter warm-up, or sweep {size} apart")
+            raise UsageError(
+                f"{what}; use at least {enough} ({least} steps), a shorter warm-up, or sweep {size}"
+                " apart"
+            )
 
 
 def _least(config: SweepConfig) -> int:
     """The fewest steps that hold the warm-up and the decay."""
-    steps = max(config.train.warmup + 1, int(config.train.warmup / (1 - config.train.decay)) - 2) if config.train.warmup else 1
+    steps = (
+        max(config.train.warmup + 1, int(config.train.warmup / (1 - config.train.decay)) - 2)
+        if config.train.warmup
+        else 1
+    )
     while steps - config.fall(steps) < config.train.warmup:
         steps += 1
     return steps

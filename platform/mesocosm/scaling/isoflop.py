@@ -1,8 +1,10 @@
-"""The second approach, independent of any form of the law: parabolas in log N at fixed FLOPs, and a power law through their minima.
+"""The second approach, independent of any form of the law: parabolas in log N at fixed FLOPs, and a
+power law through their minima.
 
-Hoffmann et al. 2022, approach 2. A parabola that opens downward, or whose minimum lies outside the sizes that were tried, says nothing of an
-optimum and is refused with a sentence. Where the table holds no budgets of its own (a grid of N x D), each size's losses are interpolated in log C
-to common ones, as Porian et al. do along loss curves (arXiv 2406.19146); nothing is extrapolated.
+Hoffmann et al. 2022, approach 2. A parabola that opens downward, or whose minimum lies outside the
+sizes that were tried, says nothing of an optimum and is refused with a sentence. Where the table
+holds no budgets of its own (a grid of N x D), each size's losses are interpolated in log C to
+common ones, as Porian et al. do along loss curves (arXiv 2406.19146); nothing is extrapolated.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ TOLERANCE = 0.1
 SIZES = 4
 """Distinct sizes that a parabola needs: three are always on one."""
 NEAREST = 7
-"""Sizes, nearest to the best one tried, that a parabola is fitted to: losses are no parabola far from their minimum."""
+"""Sizes, nearest to the best one tried, that a parabola is fitted to: losses are no parabola far
+from their minimum.
+"""
 BUDGETS = 8
 """Interpolated budgets."""
 WIDE = 0.2
@@ -45,19 +49,26 @@ class Points:
 
 
 def exponent(flops: ArrayLike, n_opt: ArrayLike) -> tuple[float, float]:
-    """(a, kN) of N_opt = kN C^a: plain regression of logarithms over pairs. Raises UsageError below two budgets."""
+    """(a, kN) of N_opt = kN C^a: plain regression of logarithms over pairs. Raises UsageError below
+    two budgets.
+    """
     x, y = np.log(np.asarray(flops, dtype=np.float64)), np.log(np.asarray(n_opt, dtype=np.float64))
     if len(np.unique(x)) < 2:
-        raise UsageError(f"{len(np.unique(x))} distinct flops cannot say an exponent; give at least 2 budgets")
+        raise UsageError(
+            f"{len(np.unique(x))} distinct flops cannot say an exponent; give at least 2 budgets"
+        )
     slope, level = np.polyfit(x, y, 1)
     return float(slope), float(np.exp(level))
 
 
-def approach(table: Table, counts: Array, groups: NDArray[np.int64]) -> tuple[IsoFlop | None, list[Note]]:
+def approach(
+    table: Table, counts: Array, groups: NDArray[np.int64]
+) -> tuple[IsoFlop | None, list[Note]]:
     """The estimate with its interval, and notes; None where the table cannot say.
 
-    `groups` [n] numbers what is resampled; `counts` [B, G] says how often each was drawn. Raises UsageError where the table is a design of budgets, each of
-    which is refused: then it holds no optimum, and a law through it would only seem to.
+    `groups` [n] numbers what is resampled; `counts` [B, G] says how often each was drawn. Raises
+    UsageError where the table is a design of budgets, each of which is refused: then it holds no
+    optimum, and a law through it would only seem to.
     """
     rows, groups = fresh(table), groups[_is_fresh(table)]
     every = budgets(rows, groups)
@@ -66,21 +77,36 @@ def approach(table: Table, counts: Array, groups: NDArray[np.int64]) -> tuple[Is
         refused = [entry for entry in said if entry.refused]
         if len(refused) == len(said) and _designed(rows, every):
             raise UsageError(
-                f"{table.name}: none of its {len(said)} IsoFLOP budgets has an optimum: {_joined(refused)}; train sizes on both sides of each minimum"
+                f"{table.name}: none of its {len(said)} IsoFLOP budgets has an optimum:"
+                f" {_joined(refused)}; train sizes on both sides of each minimum"
             )
         notes = [Note(code="isoflop_refused", sentence=f"{_joined(refused)}.")] if refused else []
         if found is not None:
             return found, notes
         if _designed(rows, every):
-            return None, [*notes, _absent("fewer than two budgets have a minimum within their sizes")]
+            return None, [
+                *notes,
+                _absent("fewer than two budgets have a minimum within their sizes"),
+            ]
     usable, without = interpolated(rows)
     found, _ = _through(usable, _counts_of_series(rows, groups, counts), "interpolated")
     if found is None:
-        return None, [_absent("fewer than two compute budgets have a minimum within the sizes that were trained for them")]
+        return None, [
+            _absent(
+                "fewer than two compute budgets have a minimum within the sizes that were trained"
+                " for them"
+            )
+        ]
     if not without:
         return found, []
-    left_out = f"{without} of {without + len(usable)} IsoFLOP budgets between the grid's cells have no minimum within the sizes trained for them"
-    sentence = f"{left_out}; the parabolas are of the others, from {usable[0].flops:.3g} to {usable[-1].flops:.3g} FLOPs."
+    left_out = (
+        f"{without} of {without + len(usable)} IsoFLOP budgets between the grid's cells have no"
+        " minimum within the sizes trained for them"
+    )
+    sentence = (
+        f"{left_out}; the parabolas are of the others, from {usable[0].flops:.3g} to"
+        f" {usable[-1].flops:.3g} FLOPs."
+    )
     return found, [Note(code="isoflop_refused", sentence=sentence)]
 
 
@@ -127,7 +153,11 @@ def fresh(table: Table) -> Table:
 
 
 def _is_fresh(table: Table) -> NDArray[np.bool_]:
-    return np.ones(len(table), dtype=np.bool_) if table.unique is None else table.data <= table.unique * (1 + 1e-9)
+    return (
+        np.ones(len(table), dtype=np.bool_)
+        if table.unique is None
+        else table.data <= table.unique * (1 + 1e-9)
+    )
 
 
 def budgets(table: Table, groups: NDArray[np.int64]) -> list[Points]:
@@ -140,14 +170,25 @@ def budgets(table: Table, groups: NDArray[np.int64]) -> list[Points]:
             at = order[begin:end]
             if len(np.unique(table.params[at])) >= SIZES:
                 flops = float(np.exp(log_c[begin:end].mean()))
-                found.append(Points(flops, np.log(table.params[at]), np.log(table.data[at]), table.loss[at], table.weight[at], groups[at]))
+                found.append(
+                    Points(
+                        flops,
+                        np.log(table.params[at]),
+                        np.log(table.data[at]),
+                        table.loss[at],
+                        table.weight[at],
+                        groups[at],
+                    )
+                )
             begin = end
     return found
 
 
 def interpolated(table: Table) -> tuple[list[Points], int]:
-    """At most `BUDGETS` budgets that have a minimum, evenly spaced in log C among those that at least `SIZES` sizes reach, and how many, at that spacing,
-    have none. A series' values are resampled together."""
+    """At most `BUDGETS` budgets that have a minimum, evenly spaced in log C among those that at
+    least `SIZES` sizes reach, and how many, at that spacing, have none. A series' values are
+    resampled together.
+    """
     curves = []
     for number in np.unique(table.series):
         at = np.flatnonzero(table.series == number)
@@ -159,7 +200,9 @@ def interpolated(table: Table) -> tuple[list[Points], int]:
         return [], 0
 
     def points(log_c: float) -> Points | None:
-        inside = [(number, at, xs) for number, at, xs in curves if xs[0] - 1e-9 <= log_c <= xs[-1] + 1e-9]
+        inside = [
+            (number, at, xs) for number, at, xs in curves if xs[0] - 1e-9 <= log_c <= xs[-1] + 1e-9
+        ]
         if len({float(table.params[at[0]]) for _, at, _ in inside}) < SIZES:
             return None
         rows = [
@@ -172,20 +215,37 @@ def interpolated(table: Table) -> tuple[list[Points], int]:
             )
             for n, at, xs in inside
         ]
-        log_n, log_d, loss, weight, number = (np.array(column) for column in zip(*rows, strict=True))
+        log_n, log_d, loss, weight, number = (
+            np.array(column) for column in zip(*rows, strict=True)
+        )
         return Points(math.exp(log_c), log_n, log_d, loss, weight, number.astype(np.int64))
 
-    fine = [points(log_c) for log_c in np.linspace(min(xs[0] for _, _, xs in curves), max(xs[-1] for _, _, xs in curves), 8 * BUDGETS)]
+    fine = [
+        points(log_c)
+        for log_c in np.linspace(
+            min(xs[0] for _, _, xs in curves), max(xs[-1] for _, _, xs in curves), 8 * BUDGETS
+        )
+    ]
     reached = [found for found in fine if found is not None]
     usable = [found for found in reached if _minimum(found) is not None]
-    picked = sorted({round(i) for i in np.linspace(0, len(usable) - 1, min(BUDGETS, len(usable)))}) if usable else []
-    return [usable[i] for i in picked], round((len(reached) - len(usable)) * len(picked) / max(len(usable), 1))
+    picked = (
+        sorted({round(i) for i in np.linspace(0, len(usable) - 1, min(BUDGETS, len(usable)))})
+        if usable
+        else []
+    )
+    return [usable[i] for i in picked], round(
+        (len(reached) - len(usable)) * len(picked) / max(len(usable), 1)
+    )
 
 
 def parabola(points: Points) -> tuple[float, float, float]:
-    """(c0, c1, c2) of loss = c0 + c1 x + c2 x^2 in x = log N of the sizes nearest to the best one tried."""
+    """(c0, c1, c2) of loss = c0 + c1 x + c2 x^2 in x = log N of the sizes nearest to the best one
+    tried.
+    """
     near = _near(points)
-    c2, c1, c0 = np.polyfit(points.log_n[near], points.loss[near], 2, w=np.sqrt(points.weight[near]))
+    c2, c1, c0 = np.polyfit(
+        points.log_n[near], points.loss[near], 2, w=np.sqrt(points.weight[near])
+    )
     return float(c0), float(c1), float(c2)
 
 
@@ -193,11 +253,17 @@ def _minimum(points: Points) -> float | None:
     """log N of the minimum, or None; see `_why`."""
     _, c1, c2 = parabola(points)
     least = -c1 / (2 * c2) if c2 > 0 else math.nan
-    return least if points.log_n.min() <= least <= points.log_n.max() and not _at_an_edge(points) else None
+    return (
+        least
+        if points.log_n.min() <= least <= points.log_n.max() and not _at_an_edge(points)
+        else None
+    )
 
 
 def _at_an_edge(points: Points) -> bool:
-    """Whether the least or the largest size has the least mean loss: nothing then shows that the loss rises on that side."""
+    """Whether the least or the largest size has the least mean loss: nothing then shows that the
+    loss rises on that side.
+    """
     sizes, which = np.unique(points.log_n.round(9), return_inverse=True)
     means = np.bincount(which, points.weight * points.loss) / np.bincount(which, points.weight)
     return int(means.argmin()) in (0, len(sizes) - 1)
@@ -207,21 +273,42 @@ def _why(points: Points) -> str:
     _, c1, c2 = parabola(points)
     low, high = np.exp(points.log_n.min()), np.exp(points.log_n.max())
     if c2 <= 0:
-        return f"at {points.flops:.3g} FLOPs the losses of {_sizes(points)} sizes bend downward (concave), so that their extreme is a maximum"
+        return (
+            f"at {points.flops:.3g} FLOPs the losses of {_sizes(points)} sizes bend downward"
+            " (concave), so that their extreme is a maximum"
+        )
     least = np.exp(min(-c1 / (2 * c2), 700.0))
     if low <= least <= high:
-        return f"at {points.flops:.3g} FLOPs the loss is least at an end of the {low:.3g} to {high:.3g} parameters that were trained"
-    return f"at {points.flops:.3g} FLOPs the minimum would lie at params={least:.3g}, outside the {low:.3g} to {high:.3g} that were trained"
+        return (
+            f"at {points.flops:.3g} FLOPs the loss is least at an end of the {low:.3g} to"
+            f" {high:.3g} parameters that were trained"
+        )
+    return (
+        f"at {points.flops:.3g} FLOPs the minimum would lie at params={least:.3g}, outside the"
+        f" {low:.3g} to {high:.3g} that were trained"
+    )
 
 
-def _through(every: list[Points], counts: Array, source: str) -> tuple[IsoFlop | None, list[Budget]]:
+def _through(
+    every: list[Points], counts: Array, source: str
+) -> tuple[IsoFlop | None, list[Budget]]:
     minima = [_minimum(points) for points in every]
     said = []
     for points, least in zip(every, minima, strict=True):
         d_opt = None if least is None else float(np.exp(_data_at(points, least)))
         n_opt = None if least is None else math.exp(least)
-        said.append(Budget(flops=points.flops, n_sizes=_sizes(points), N_opt=n_opt, D_opt=d_opt, refused=_why(points) if least is None else None))
-    used = [(points, least) for points, least in zip(every, minima, strict=True) if least is not None]
+        said.append(
+            Budget(
+                flops=points.flops,
+                n_sizes=_sizes(points),
+                N_opt=n_opt,
+                D_opt=d_opt,
+                refused=_why(points) if least is None else None,
+            )
+        )
+    used = [
+        (points, least) for points, least in zip(every, minima, strict=True) if least is not None
+    ]
     if len(used) < 2:
         return None, said
     log_c = np.log([points.flops for points, _ in used])
@@ -237,7 +324,15 @@ def _through(every: list[Points], counts: Array, source: str) -> tuple[IsoFlop |
                 return None, said
             low, high = np.quantile(defined, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
             interval[name] = (float(low), float(high))
-    return IsoFlop(source="budgets" if source == "budgets" else "interpolated", interval=interval, budgets=said, **result), said
+    return (
+        IsoFlop(
+            source="budgets" if source == "budgets" else "interpolated",
+            interval=interval,
+            budgets=said,
+            **result,
+        ),
+        said,
+    )
 
 
 def _resampled(points: Points, counts: Array) -> Array:
@@ -253,12 +348,16 @@ def _resampled(points: Points, counts: Array) -> Array:
     c = np.linalg.solve(square[distinct], right[distinct][:, :, None])[:, :, 0]
     with np.errstate(all="ignore"):
         least = np.where(c[:, 2] > 0, centre - c[:, 1] / (2 * c[:, 2]), np.nan)
-    out[distinct] = np.where((least >= points.log_n.min()) & (least <= points.log_n.max()), least, np.nan)
+    out[distinct] = np.where(
+        (least >= points.log_n.min()) & (least <= points.log_n.max()), least, np.nan
+    )
     return out
 
 
 def _line(x: Array, y: Array) -> tuple[Array, Array]:
-    """(slope, exp(level)) [B] of the lines through (x [k], y [B, k]), without the nan; nan where fewer than two are left."""
+    """(slope, exp(level)) [B] of the lines through (x [k], y [B, k]), without the nan; nan where
+    fewer than two are left.
+    """
     there = np.isfinite(y)
     count = there.sum(1)
     filled = np.where(there, y, 0.0)
@@ -292,7 +391,9 @@ def _along(x: Array, y: Array, at: float) -> float:
 
 
 def _counts_of_series(table: Table, groups: NDArray[np.int64], counts: Array) -> Array:
-    """[B, series]: a series drawn with its trunk; where cells are what is resampled, in the mean of its cells' counts."""
+    """[B, series]: a series drawn with its trunk; where cells are what is resampled, in the mean of
+    its cells' counts.
+    """
     out = np.zeros((len(counts), int(table.series.max()) + 1 if len(table) else 0))
     for number in np.unique(table.series):
         out[:, number] = counts[:, groups[table.series == number]].mean(1)
@@ -300,7 +401,9 @@ def _counts_of_series(table: Table, groups: NDArray[np.int64], counts: Array) ->
 
 
 def _designed(table: Table, every: list[Points]) -> bool:
-    """Is this a table of budgets, rather than a grid of N x D some of whose diagonals happen to be ones."""
+    """Is this a table of budgets, rather than a grid of N x D some of whose diagonals happen to be
+    ones.
+    """
     within = sum(len(points.loss) for points in every) >= 0.8 * len(table)
     cells = len(np.unique(np.stack([table.params, table.data], 1), axis=0))
     return within and cells < 0.6 * len(np.unique(table.params)) * len(np.unique(table.data))
@@ -315,4 +418,6 @@ def _joined(refused: list[Budget]) -> str:
 
 
 def _absent(why: str) -> Note:
-    return Note(code="no_isoflop", sentence=f"No IsoFLOP parabolas to check the law against: {why}.")
+    return Note(
+        code="no_isoflop", sentence=f"No IsoFLOP parabolas to check the law against: {why}."
+    )

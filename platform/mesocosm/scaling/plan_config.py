@@ -20,8 +20,9 @@ class PlanPrice:
 
 @dataclass
 class PlanConfig(PretrainConfig):
-    """What pretraining is to be like, but for its size and length, which the plan gives. With the law of a sweep, `data`, `model` and `train` may be
-    left out: they are the sweep's."""
+    """What pretraining is to be like, but for its size and length, which the plan gives. With the
+    law of a sweep, `data`, `model` and `train` may be left out: they are the sweep's.
+    """
 
     law: str = ""
     """A law.json, or `laws/<id>` of a sweep."""
@@ -33,7 +34,9 @@ class PlanConfig(PretrainConfig):
     cluster: str | None = None
     """`clusters/<name>.yaml`, whose price of a FLOP is taken."""
     owned: int | None = None
-    """Different real transitions that are there already; null: those to train on of `data.datasets`, or none."""
+    """Different real transitions that are there already; null: those to train on of
+    `data.datasets`, or none.
+    """
 
     def validate(self) -> None:
         """Raises UsageError naming the key, its value and the fix. Looks at nothing but the config."""
@@ -41,23 +44,44 @@ class PlanConfig(PretrainConfig):
         if not self.law:
             raise UsageError("law is not set; give --law law.json, or --law laws/<id> of a sweep")
         if (self.flops is None) == (self.money is None):
-            said = "neither flops nor money is set" if self.flops is None else f"flops={self.flops:g} and money={self.money:g} are both set"
+            said = (
+                "neither flops nor money is set"
+                if self.flops is None
+                else f"flops={self.flops:g} and money={self.money:g} are both set"
+            )
             raise UsageError(f"{said}; give one budget, as in --flops 1e18 or --money 500")
         for key, value in (("flops", self.flops), ("money", self.money)):
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{key}={value} is no budget; give a number above 0")
-        for key, value in (("per_step", self.price.per_step), ("per_exaflop", self.price.per_exaflop)):
+        for key, value in (
+            ("per_step", self.price.per_step),
+            ("per_exaflop", self.price.per_exaflop),
+        ):
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"price.{key}={value} is no price; give a number above 0, or leave it out")
+                raise UsageError(
+                    f"price.{key}={value} is no price; give a number above 0, or leave it out"
+                )
         if self.owned is not None and self.owned < 0:
             raise UsageError(f"owned={self.owned} must be at least 0")
         if self.train.steps is not None or self.train.epochs is not None:
             raise UsageError("train.steps and train.epochs are the plan's to say; leave them out")
         if self.flops is not None and self.price.per_step is not None:
-            raise UsageError(f"price.per_step={self.price.per_step:g} has no meaning in a budget of FLOPs; give money=... instead of flops")
+            raise UsageError(
+                f"price.per_step={self.price.per_step:g} has no meaning in a budget of FLOPs; give"
+                " money=... instead of flops"
+            )
         if self.flops is not None and self.cluster is not None:
-            raise UsageError(f"cluster={self.cluster!r} has no meaning in a budget of FLOPs, which needs no price; leave it out, or give money=...")
+            raise UsageError(
+                f"cluster={self.cluster!r} has no meaning in a budget of FLOPs, which needs no"
+                " price; leave it out, or give money=..."
+            )
         if self.money is not None and self.price.per_exaflop is None and self.cluster is None:
-            raise UsageError("money needs the price of compute; give price.per_exaflop=..., or the key cluster=NAME (not --cluster) whose prices are known")
+            raise UsageError(
+                "money needs the price of compute; give price.per_exaflop=..., or the key"
+                " cluster=NAME (not --cluster) whose prices are known"
+            )
         if self.price.per_exaflop is not None and self.cluster is not None:
-            raise UsageError(f"price.per_exaflop={self.price.per_exaflop:g} and cluster={self.cluster!r} both say what compute costs; give one")
+            raise UsageError(
+                f"price.per_exaflop={self.price.per_exaflop:g} and cluster={self.cluster!r} both"
+                " say what compute costs; give one"
+            )

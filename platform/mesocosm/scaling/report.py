@@ -1,4 +1,6 @@
-"""A law for people: tables for the terminal, and one SVG of how well it fits and where its optimum lies."""
+"""A law for people: tables for the terminal, and one SVG of how well it fits and where its optimum
+lies.
+"""
 
 from __future__ import annotations
 
@@ -30,35 +32,65 @@ def facts(values: Mapping[str, Any]) -> Rows:
 
 
 def said(law: Law) -> list[Any]:
-    """What the terminal shows: parameters with intervals, the optimum, the test on larger cells, warnings."""
+    """What the terminal shows: parameters with intervals, the optimum, the test on larger cells,
+    warnings.
+    """
     level = f"{law.interval_level:.0%} interval"
-    rows = Rows(title=f"{law.form}: {law.n_cells} cells, resampled by {law.bootstrap.by}", title_justify="left")
+    rows = Rows(
+        title=f"{law.form}: {law.n_cells} cells, resampled by {law.bootstrap.by}",
+        title_justify="left",
+    )
     for name in ("", "value", level):
         rows.add_column(name, justify="left" if not name else "right")
     for name, value in law.params.items():
         rows.add_row(name, f"{value:.4g}", span(law.interval[name]))
     rows.add_section()
-    rows.add_row("N_opt", f"{law.optimal.kN:.3g} C^{law.optimal.a:.3f}", f"a {span(law.interval['a'])}")
-    rows.add_row("D_opt", f"{law.optimal.kD:.3g} C^{law.optimal.b:.3f}", f"b {span(law.interval['b'])}")
+    rows.add_row(
+        "N_opt", f"{law.optimal.kN:.3g} C^{law.optimal.a:.3f}", f"a {span(law.interval['a'])}"
+    )
+    rows.add_row(
+        "D_opt", f"{law.optimal.kD:.3g} C^{law.optimal.b:.3f}", f"b {span(law.interval['b'])}"
+    )
     if law.isoflop is not None:
-        source = f"{sum(b.refused is None for b in law.isoflop.budgets)} {'budgets' if law.isoflop.source == 'budgets' else 'interpolated budgets'}"
-        rows.add_row(f"N_opt, {source}", f"{law.isoflop.kN:.3g} C^{law.isoflop.a:.3f}", f"a {span(law.isoflop.interval['a'])}")
+        source = (
+            f"{sum(b.refused is None for b in law.isoflop.budgets)}"
+            f" {'budgets' if law.isoflop.source == 'budgets' else 'interpolated budgets'}"
+        )
+        rows.add_row(
+            f"N_opt, {source}",
+            f"{law.isoflop.kN:.3g} C^{law.isoflop.a:.3f}",
+            f"a {span(law.isoflop.interval['a'])}",
+        )
     out: list[Any] = [rows]
     if law.held_out is not None:
         held = law.held_out
-        above = f"{held.min_flops / held.max_fitted_flops:.3g} times the compute of the {held.n_fitted} that were fitted for this"
+        above = (
+            f"{held.min_flops / held.max_fitted_flops:.3g} times the compute of the {held.n_fitted}"
+            " that were fitted for this"
+        )
         test = Rows(title=f"{held.n_cells} held-out cells, {above}", title_justify="left")
         for name in ("", "mean relative error", "largest", "of span"):
             test.add_column(name, justify="left" if not name else "right")
-        named = {"the law": held, "a power law without E": held.baselines["power_law"], "the last size's constant": held.baselines["last_size"]}
+        named = {
+            "the law": held,
+            "a power law without E": held.baselines["power_law"],
+            "the last size's constant": held.baselines["last_size"],
+        }
         for name, errors in named.items():
-            test.add_row(name, f"{errors.mean_rel_error:.2%}", f"{errors.max_rel_error:.2%}", f"{errors.mean_error_of_span:.1%}")
+            test.add_row(
+                name,
+                f"{errors.mean_rel_error:.2%}",
+                f"{errors.max_rel_error:.2%}",
+                f"{errors.mean_error_of_span:.1%}",
+            )
         out.append(test)
     return out + [f"[bold]{note.code}[/]  {escape(note.sentence)}" for note in law.warnings]
 
 
 def draw(law: Law, table: Table) -> str:
-    """Predicted against measured loss, iso-loss contours over data and size with the optimum's path, and IsoFLOP curves (else residuals)."""
+    """Predicted against measured loss, iso-loss contours over data and size with the optimum's
+    path, and IsoFLOP curves (else residuals).
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13.5, 4.3), layout="constrained")
         fit, plane, third = figure.subplots(1, 3)
@@ -66,7 +98,15 @@ def draw(law: Law, table: Table) -> str:
         _plane(plane, law, table)
         if law.isoflop is not None:
             used = isoflop.fresh(table.take(_kept(law, table)))
-            _curves(third, law, isoflop.budgets(used, used.group) if law.isoflop.source == "budgets" else isoflop.interpolated(used)[0])
+            _curves(
+                third,
+                law,
+                (
+                    isoflop.budgets(used, used.group)
+                    if law.isoflop.source == "budgets"
+                    else isoflop.interpolated(used)[0]
+                ),
+            )
         else:
             _residuals(third, law, table)
         bar = figure.colorbar(dots, ax=third, pad=0.02)
@@ -81,15 +121,46 @@ def _kept(law: Law, table: Table) -> Any:
 
 def _fit(axes: Axes, law: Law, table: Table) -> Any:
     predicted, kept = law.predict(table.params, table.data, table.unique), _kept(law, table)
-    dots = axes.scatter(table.loss[kept], predicted[kept], c=table.flops[kept], norm=_norm(table), s=26, linewidths=0, zorder=3)
+    dots = axes.scatter(
+        table.loss[kept],
+        predicted[kept],
+        c=table.flops[kept],
+        norm=_norm(table),
+        s=26,
+        linewidths=0,
+        zorder=3,
+    )
     if law.held_out is not None:
         held = kept & (table.flops >= law.held_out.min_flops)
-        axes.scatter(table.loss[held], predicted[held], s=80, facecolors="none", edgecolors=HELD, linewidths=1.3, zorder=4, label="the largest cells")
+        axes.scatter(
+            table.loss[held],
+            predicted[held],
+            s=80,
+            facecolors="none",
+            edgecolors=HELD,
+            linewidths=1.3,
+            zorder=4,
+            label="the largest cells",
+        )
     if not kept.all():
-        axes.scatter(table.loss[~kept], predicted[~kept], marker="x", color=CROSS, s=40, zorder=4, label="dropped")
+        axes.scatter(
+            table.loss[~kept],
+            predicted[~kept],
+            marker="x",
+            color=CROSS,
+            s=40,
+            zorder=4,
+            label="dropped",
+        )
     low, high = min(table.loss.min(), predicted.min()), max(table.loss.max(), predicted.max())
     axes.plot([low, high], [low, high], color=MUTED, linewidth=1, zorder=2)
-    axes.set(xscale="log", yscale="log", xlabel="measured loss", ylabel="predicted", title=f"{law.form}: E = {law.params['E']:.3g}, {law.n_cells} cells")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="measured loss",
+        ylabel="predicted",
+        title=f"{law.form}: E = {law.params['E']:.3g}, {law.n_cells} cells",
+    )
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(base=10, subs=(1, 1.5, 2, 3, 4, 5, 7)))
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -100,13 +171,18 @@ def _fit(axes: Axes, law: Law, table: Table) -> Any:
 
 
 def _plane(axes: Axes, law: Law, table: Table) -> None:
-    d, n = (np.geomspace(values.min() / 1.6, values.max() * 1.6, 120) for values in (table.data, table.params))
+    d, n = (
+        np.geomspace(values.min() / 1.6, values.max() * 1.6, 120)
+        for values in (table.data, table.params)
+    )
     grid = law.predict(n[:, None], d[None, :])
     levels = np.unique(np.geomspace(grid.min(), grid.max(), 11)[1:-1])
     if len(levels) == 9:  # a law may foretell one loss for all
         lines = axes.contour(d, n, grid, levels=levels, colors=MUTED, linewidths=0.9, alpha=0.8)
         axes.clabel(lines, fmt=lambda value: f"{value:.4g}", fontsize=8.5)
-    axes.scatter(table.data, table.params, c=table.flops, norm=_norm(table), s=22, linewidths=0, zorder=3)
+    axes.scatter(
+        table.data, table.params, c=table.flops, norm=_norm(table), s=22, linewidths=0, zorder=3
+    )
     budget = np.geomspace(table.flops.min() / 10, table.flops.max() * 10, 60)
     n_opt, d_opt = law.optimum(budget)
     axes.plot(d_opt, n_opt, color=LINE, linewidth=2)
@@ -136,16 +212,36 @@ def _curves(axes: Axes, law: Law, every: list[isoflop.Points]) -> None:
         near = y <= points.loss.max() * 1.02
         axes.plot(np.exp(x[near]), y[near], color=colour, linewidth=1.2)
         if c2 > 0 and x[0] <= -c1 / (2 * c2) <= x[-1]:
-            axes.scatter(np.exp(-c1 / (2 * c2)), c0 - c1 * c1 / (4 * c2), marker="D", s=34, color=HELD, zorder=4)
+            axes.scatter(
+                np.exp(-c1 / (2 * c2)),
+                c0 - c1 * c1 / (4 * c2),
+                marker="D",
+                s=34,
+                color=HELD,
+                zorder=4,
+            )
     assert law.isoflop is not None
-    axes.set(xscale="log", xlabel="params N", ylabel="loss", title=f"IsoFLOP ({law.isoflop.source}): N ~ C^{law.isoflop.a:.2f}")
+    axes.set(
+        xscale="log",
+        xlabel="params N",
+        ylabel="loss",
+        title=f"IsoFLOP ({law.isoflop.source}): N ~ C^{law.isoflop.a:.2f}",
+    )
 
 
 def _residuals(axes: Axes, law: Law, table: Table) -> None:
     kept = _kept(law, table)
     residual = 100 * (table.loss / law.predict(table.params, table.data, table.unique) - 1)
     axes.axhline(0, color=MUTED, linewidth=1)
-    axes.scatter(table.flops[kept], residual[kept], c=table.flops[kept], norm=_norm(table), s=26, linewidths=0, zorder=3)
+    axes.scatter(
+        table.flops[kept],
+        residual[kept],
+        c=table.flops[kept],
+        norm=_norm(table),
+        s=26,
+        linewidths=0,
+        zorder=3,
+    )
     axes.scatter(table.flops[~kept], residual[~kept], marker="x", color=CROSS, s=40, zorder=4)
     axes.set(xscale="log", xlabel="FLOPs", ylabel="measured above predicted, %", title="residuals")
     axes.title.set_color(INK)

@@ -1,13 +1,16 @@
-"""Every start of every resample of a fit, at once: batched Newton steps on the Huber loss of log residuals.
+"""Every start of every resample of a fit, at once: batched Newton steps on the Huber loss of log
+residuals.
 
-A problem is one start under one row of weights (a bootstrap resample is a row: how often each cell was drawn). It minimises
+A problem is one start under one row of weights (a bootstrap resample is a row: how often each cell
+was drawn). It minimises
 
     sum_i w_i huber_delta(log L_i - f_i(theta))                the *sum*; with the mean, tolerances end a fit early (arXiv 2404.10102)
 
-in units of delta, so that far residuals count |r|. A step solves with the exact Hessian where that is positive definite, else with that of
-iteratively reweighted least squares, damped as Levenberg and Marquardt do, per problem. The loss is nearly that of least absolute
-deviations, whose kinks stop such methods far from the minimum: hence each problem goes down through wider deltas first. Starts of one row that meet there
-(to 1e-6 in every coordinate) go on as one.
+in units of delta, so that far residuals count |r|. A step solves with the exact Hessian where that
+is positive definite, else with that of iteratively reweighted least squares, damped as Levenberg
+and Marquardt do, per problem. The loss is nearly that of least absolute deviations, whose kinks
+stop such methods far from the minimum: hence each problem goes down through wider deltas first.
+Starts of one row that meet there (to 1e-6 in every coordinate) go on as one.
 """
 
 from __future__ import annotations
@@ -22,14 +25,18 @@ from mesocosm.scaling.forms import Array, Cells, Form, outer
 
 DELTA = 1e-3
 FTOL, GTOL = 1e-10, 1e-6
-"""A problem is done when a step promises and brings no more than FTOL, or no gradient is above GTOL; scipy's `ftol` and `gtol` on the same objective."""
+"""A problem is done when a step promises and brings no more than FTOL, or no gradient is above
+GTOL; scipy's `ftol` and `gtol` on the same objective.
+"""
 LIMIT, ROUND = 200, 25
 """Steps at most at the wanted delta; after each round those that are left close ranks."""
 _WIDER = ((100.0, 30), (30.0, 10), (10.0, 10), (5.0, 8), (2.5, 8))
 """(times delta, steps at most) on the way, each until a step brings no more than _LOOSE."""
 _LOOSE = 1e-4
 _STRIDE = 2.0
-"""A step changes no coordinate by more: a term that is nothing has no gradient, and would never come back."""
+"""A step changes no coordinate by more: a term that is nothing has no gradient, and would never
+come back.
+"""
 _CELLS_AT_ONCE = 8192
 """Problems x cells of one chunk, whose arrays then stay in the cache."""
 
@@ -50,15 +57,28 @@ class Solution:
         return self.theta[rows, at], self.objective[rows, at]
 
 
-def solve(form: Form, cells: Cells, log_loss: Array, weights: Array, starts: Array, *, delta: float = DELTA, fixed: Sequence[int] = ()) -> Solution:
-    """Minimise from `starts` [S, P] or [B, S, P] under each row of `weights` [B, n]; coordinates in `fixed` stay at the start's.
+def solve(
+    form: Form,
+    cells: Cells,
+    log_loss: Array,
+    weights: Array,
+    starts: Array,
+    *,
+    delta: float = DELTA,
+    fixed: Sequence[int] = (),
+) -> Solution:
+    """Minimise from `starts` [S, P] or [B, S, P] under each row of `weights` [B, n]; coordinates in
+    `fixed` stay at the start's.
 
     `log_loss` is [n]. Deterministic; a problem's result does not depend on the others'.
     """
     rows, count = len(weights), starts.shape[-2]
     mean_n, mean_d = float(cells.params.mean()), float(cells.data.mean())
     shift = np.zeros((starts.shape[-1], starts.shape[-1]))
-    shift[1, 3], shift[2, 4] = -mean_n, -mean_d  # a - alpha log N = (a - alpha mean) - alpha (log N - mean): coordinates that hardly correlate
+    shift[1, 3], shift[2, 4] = (
+        -mean_n,
+        -mean_d,
+    )  # a - alpha log N = (a - alpha mean) - alpha (log N - mean): coordinates that hardly correlate
     move, back = np.eye(len(shift)) + shift, np.eye(len(shift)) - shift
     theta = np.broadcast_to(starts, (rows, *starts.shape[-2:])).reshape(rows * count, -1) @ move.T
     row = np.repeat(np.arange(rows), count)
@@ -67,21 +87,33 @@ def solve(form: Form, cells: Cells, log_loss: Array, weights: Array, starts: Arr
     of, theta, row = _met(theta, row, np.arange(len(theta)))
     damping = np.full(len(theta), 1e-3)
     for number, (wider, steps) in enumerate(_WIDER):
-        theta, _, _, damping = problem.descend(theta, row, delta * wider, damping, steps, _LOOSE if number else FTOL)
+        theta, _, _, damping = problem.descend(
+            theta, row, delta * wider, damping, steps, _LOOSE if number else FTOL
+        )
         if number == 0:
             of, theta, row = _met(theta, row, of)
             damping = np.full(len(theta), 1e-3)
     objective, converged = np.empty(len(theta)), np.zeros(len(theta), dtype=np.bool_)
     left = np.arange(len(theta))
     for _ in range(LIMIT // ROUND):
-        theta[left], objective[left], converged[left], damping[left] = problem.descend(theta[left], row[left], delta, damping[left], ROUND, FTOL)
+        theta[left], objective[left], converged[left], damping[left] = problem.descend(
+            theta[left], row[left], delta, damping[left], ROUND, FTOL
+        )
         left = left[~converged[left]]
     theta, objective, converged = (theta @ back.T)[of], objective[of] * delta, converged[of]
-    return Solution(theta.reshape(rows, count, -1), objective.reshape(rows, count), converged.reshape(rows, count))
+    return Solution(
+        theta.reshape(rows, count, -1),
+        objective.reshape(rows, count),
+        converged.reshape(rows, count),
+    )
 
 
-def _met(theta: Array, row: NDArray[np.int64], of: NDArray[np.int64]) -> tuple[NDArray[np.int64], Array, NDArray[np.int64]]:
-    """(which problem each start is now, theta, row) once problems of one row that stand at the same place, to 1e-6, go on as one."""
+def _met(
+    theta: Array, row: NDArray[np.int64], of: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], Array, NDArray[np.int64]]:
+    """(which problem each start is now, theta, row) once problems of one row that stand at the same
+    place, to 1e-6, go on as one.
+    """
     places = np.column_stack([row, np.round(theta, 6)])
     _, first, now = np.unique(places, axis=0, return_index=True, return_inverse=True)
     return now.reshape(-1)[of], theta[first], row[first]
@@ -108,7 +140,12 @@ class _State:
 
     def where(self, at: NDArray[np.bool_], other: _State) -> _State:
         """The other's at `at`, this one's elsewhere."""
-        return _State(*(np.where(at.reshape(-1, *[1] * (new.ndim - 1)), new, old) for old, new in zip(self._all(), other._all(), strict=True)))
+        return _State(
+            *(
+                np.where(at.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+                for old, new in zip(self._all(), other._all(), strict=True)
+            )
+        )
 
     def _all(self) -> tuple[Array, ...]:
         return self.theta, self.objective, self.gradient, self.hessian, self.reweighted
@@ -124,8 +161,12 @@ class _Problem:
     fixed: tuple[int, ...]
 
     def levelled(self, theta: Array, row: NDArray[np.int64]) -> Array:
-        """`theta` with E, A and B, all above 0, of about the least squares of relative errors for its exponents: no term starts as nothing."""
-        return np.concatenate([self._levelled(theta[at], self.weights[row[at]]) for at in self._chunks(len(theta))])
+        """`theta` with E, A and B, all above 0, of about the least squares of relative errors for
+        its exponents: no term starts as nothing.
+        """
+        return np.concatenate(
+            [self._levelled(theta[at], self.weights[row[at]]) for at in self._chunks(len(theta))]
+        )
 
     def _levelled(self, theta: Array, weight: Array) -> Array:
         n_power, d_power = self.form.powers(theta, self.cells)
@@ -146,19 +187,41 @@ class _Problem:
         return out
 
     def descend(
-        self, theta: Array, row: NDArray[np.int64], delta: float, damping: Array, limit: int, ftol: float
+        self,
+        theta: Array,
+        row: NDArray[np.int64],
+        delta: float,
+        damping: Array,
+        limit: int,
+        ftol: float,
     ) -> tuple[Array, Array, NDArray[np.bool_], Array]:
-        """(theta [m, P], objective [m], converged [m], damping [m]) after at most `limit` steps from `theta`."""
-        parts = [self._descend(theta[at], self.weights[row[at]], delta, damping[at], limit, ftol) for at in self._chunks(len(theta))]
+        """(theta [m, P], objective [m], converged [m], damping [m]) after at most `limit` steps
+        from `theta`.
+        """
+        parts = [
+            self._descend(theta[at], self.weights[row[at]], delta, damping[at], limit, ftol)
+            for at in self._chunks(len(theta))
+        ]
         ends, done, damped = zip(*parts, strict=True)
-        return np.concatenate([end.theta for end in ends]), np.concatenate([end.objective for end in ends]), np.concatenate(done), np.concatenate(damped)
+        return (
+            np.concatenate([end.theta for end in ends]),
+            np.concatenate([end.objective for end in ends]),
+            np.concatenate(done),
+            np.concatenate(damped),
+        )
 
     def _chunks(self, count: int) -> list[slice]:
         size = max(1, _CELLS_AT_ONCE // len(self.log_loss))
         return [slice(begin, begin + size) for begin in range(0, max(count, 1), size)]
 
-    def _descend(self, theta: Array, weight: Array, delta: float, damping: Array, limit: int, ftol: float) -> tuple[_State, NDArray[np.bool_], Array]:
-        end, converged, end_damping = self.state(theta, weight, delta), np.zeros(len(theta), dtype=np.bool_), damping.copy()
+    def _descend(
+        self, theta: Array, weight: Array, delta: float, damping: Array, limit: int, ftol: float
+    ) -> tuple[_State, NDArray[np.bool_], Array]:
+        end, converged, end_damping = (
+            self.state(theta, weight, delta),
+            np.zeros(len(theta), dtype=np.bool_),
+            damping.copy(),
+        )
         left, state = np.arange(len(theta)), end
         for _ in range(limit):
             step, promised = _step(state, damping)
@@ -176,7 +239,12 @@ class _Problem:
                 end.put(left[done], state.take(done))
                 converged[left[done]], end_damping[left[done]] = True, damping[done]
                 keep = ~done
-                left, state, damping, weight = left[keep], state.take(keep), damping[keep], weight[keep]
+                left, state, damping, weight = (
+                    left[keep],
+                    state.take(keep),
+                    damping[keep],
+                    weight[keep],
+                )
                 if not len(left):
                     break
         end.put(left, state)
@@ -208,14 +276,20 @@ def _step(state: _State, damping: Array) -> tuple[Array, Array]:
     step, positive = _solve_positive(state.hessian, diagonal, state.gradient)
     if not positive.all():
         other = ~positive
-        step[other] = _solve_positive(state.reweighted[other], diagonal[other], state.gradient[other])[0]
+        step[other] = _solve_positive(
+            state.reweighted[other], diagonal[other], state.gradient[other]
+        )[0]
     part = np.minimum(1.0, _STRIDE / np.maximum(np.abs(step).max(1), 1e-300))
     promised = part * (1 - part / 2) * np.einsum("mp,mp->m", step, state.gradient)
     return -part[:, None] * step, promised + 1e-300
 
 
-def _solve_positive(matrix: Array, diagonal: Array, right: Array) -> tuple[Array, NDArray[np.bool_]]:
-    """(x [m, P] with (matrix + diag) x = right, where it is positive definite [m]) by LDL^T, over all m at once: LAPACK costs a call each."""
+def _solve_positive(
+    matrix: Array, diagonal: Array, right: Array
+) -> tuple[Array, NDArray[np.bool_]]:
+    """(x [m, P] with (matrix + diag) x = right, where it is positive definite [m]) by LDL^T, over
+    all m at once: LAPACK costs a call each.
+    """
     p = matrix.shape[1]
     a = np.ascontiguousarray(matrix.transpose(1, 2, 0))
     x = right.T.copy()

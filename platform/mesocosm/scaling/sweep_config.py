@@ -1,4 +1,6 @@
-"""What a user says of a sweep: a grid of sizes, data and seeds, and how its cells are trained. Imports no Ray."""
+"""What a user says of a sweep: a grid of sizes, data and seeds, and how its cells are trained.
+Imports no Ray.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ class GridConfig:
     flops: list[float] = field(default_factory=list)
     """C: IsoFLOP budgets; each size sees as many transitions as its counted FLOPs allow."""
     unique: list[int] | None = None
-    """U: different transitions that a cell trains on; null: all that the datasets have to train on."""
+    """U: different transitions that a cell trains on; null: all that the datasets have to train on.
+    """
     seeds: list[int] = field(default_factory=lambda: [0])
 
 
@@ -44,9 +47,13 @@ class CellTraining:
     """At the ladder's base width; see model/mup.py."""
     weight_decay: float = 0.01
     warmup: int = 20
-    """Steps in which the learning rate rises from 0: the same for all cells, so that they share trunks, and a changed grid keeps its results."""
+    """Steps in which the learning rate rises from 0: the same for all cells, so that they share
+    trunks, and a changed grid keeps its results.
+    """
     decay: float = 0.3
-    """Share of a cell's steps in which it falls to 0; this is what a cell does not share with the larger ones of its trunk."""
+    """Share of a cell's steps in which it falls to 0; this is what a cell does not share with the
+    larger ones of its trunk.
+    """
     clip: float = 1.0
     corrupt_history: float = 0.0
     precision: str = "auto"
@@ -62,7 +69,9 @@ class SweepConfig(JobConfig):
     grid: GridConfig = field(default_factory=GridConfig)
     train: CellTraining = field(default_factory=CellTraining)
     large: int = 10_000_000
-    """Cells of more parameters than this are each a pretrain job of several workers; smaller ones share warm processes and trunks."""
+    """Cells of more parameters than this are each a pretrain job of several workers; smaller ones
+    share warm processes and trunks.
+    """
     workers: int = 2
     """Of a large cell."""
     concurrent: int = 2
@@ -75,20 +84,38 @@ class SweepConfig(JobConfig):
         g = self.grid
         default = SweepConfig()
         if self.seed != default.seed:
-            raise UsageError(f"seed={self.seed} is not read by a sweep; give grid.seeds=[{self.seed}]")
+            raise UsageError(
+                f"seed={self.seed} is not read by a sweep; give grid.seeds=[{self.seed}]"
+            )
         if self.model.size != default.model.size:
-            raise UsageError(f"model.size={self.model.size} is not read by a sweep; give grid.sizes=[{self.model.size}]")
+            raise UsageError(
+                f"model.size={self.model.size} is not read by a sweep; give"
+                f" grid.sizes=[{self.model.size}]"
+            )
         if self.data.unique is not None:
-            raise UsageError(f"data.unique={self.data.unique} is not read by a sweep; give grid.unique=[{self.data.unique}]")
+            raise UsageError(
+                f"data.unique={self.data.unique} is not read by a sweep; give"
+                f" grid.unique=[{self.data.unique}]"
+            )
         for key in ("weights", "block", "cache_gib"):
             if (value := getattr(self.data, key)) is not None:
-                raise UsageError(f"data.{key}={value} is not read by a sweep; leave it out, or pretrain the sizes one by one")
+                raise UsageError(
+                    f"data.{key}={value} is not read by a sweep; leave it out, or pretrain the"
+                    " sizes one by one"
+                )
         if not g.sizes:
-            raise UsageError("grid.sizes=[] names no size; give rungs of the ladder, as in grid.sizes=[10k,30k,100k]")
+            raise UsageError(
+                "grid.sizes=[] names no size; give rungs of the ladder, as in"
+                " grid.sizes=[10k,30k,100k]"
+            )
         for size in g.sizes:
             nominal(size, "grid.sizes")
         if bool(g.data) == bool(g.flops):
-            said = f"grid.data={g.data} and grid.flops={g.flops} are both set" if g.data else "neither grid.data nor grid.flops is set"
+            said = (
+                f"grid.data={g.data} and grid.flops={g.flops} are both set"
+                if g.data
+                else "neither grid.data nor grid.flops is set"
+            )
             raise UsageError(f"{said}; give either the transitions that cells see or their FLOPs")
         for key, least in (("sizes", 1), ("data", 0), ("flops", 0), ("unique", 1), ("seeds", 1)):
             _distinct(f"grid.{key}", getattr(g, key), least)
@@ -101,22 +128,55 @@ class SweepConfig(JobConfig):
         if t.warmup < 0:
             raise UsageError(f"train.warmup={t.warmup} must be a number of steps not less than 0")
         if not 0 < t.decay <= 1:
-            raise UsageError(f"train.decay={t.decay} must be a share above 0 and at most 1: a law is of models whose learning rate fell to 0")
+            raise UsageError(
+                f"train.decay={t.decay} must be a share above 0 and at most 1: a law is of models"
+                " whose learning rate fell to 0"
+            )
         if t.decay == 1 and t.warmup:
-            raise UsageError(f"train.decay=1 leaves no step for train.warmup={t.warmup}; give train.warmup=0, or a decay below 1")
+            raise UsageError(
+                f"train.decay=1 leaves no step for train.warmup={t.warmup}; give train.warmup=0, or"
+                " a decay below 1"
+            )
         self.pretraining(g.sizes[0], g.seeds[0], None, 1, 0, 1, t.precision).validate()
 
     def training(self, steps: int, rise: int, fall: int, precision: str) -> TrainConfig:
         """A cell's options as pretraining takes them, in one process; `rise` and `fall` in steps."""
-        shared = {f.name: getattr(self.train, f.name) for f in fields(CellTraining) if f.name not in ("warmup", "decay", "precision")}
-        return TrainConfig(**shared, steps=steps, warmup=share(rise, steps), decay=share(fall, steps), precision=precision)
+        shared = {
+            f.name: getattr(self.train, f.name)
+            for f in fields(CellTraining)
+            if f.name not in ("warmup", "decay", "precision")
+        }
+        return TrainConfig(
+            **shared,
+            steps=steps,
+            warmup=share(rise, steps),
+            decay=share(fall, steps),
+            precision=precision,
+        )
 
-    def pretraining(self, size: str, seed: int, unique: int | None, steps: int, rise: int, fall: int, precision: str) -> PretrainConfig:
+    def pretraining(
+        self,
+        size: str,
+        seed: int,
+        unique: int | None,
+        steps: int,
+        rise: int,
+        fall: int,
+        precision: str,
+    ) -> PretrainConfig:
         """The pretrain job that makes the world of a cell."""
         train = self.training(steps, rise, fall, precision)
         model = ModelConfig(**{**vars(self.model), "size": size})
         data = DataConfig(list(self.data.datasets), unique)
-        return PretrainConfig(seed=seed, storage=self.storage, tracking=self.tracking, ray=self.ray, data=data, model=model, train=train)
+        return PretrainConfig(
+            seed=seed,
+            storage=self.storage,
+            tracking=self.tracking,
+            ray=self.ray,
+            data=data,
+            model=model,
+            train=train,
+        )
 
     def fall(self, steps: int) -> int:
         """Steps of decay in a cell of so many."""
@@ -136,7 +196,12 @@ def _distinct(name: str, values: Sequence[Any] | None, least: int) -> None:
     for value in values:
         if values.count(value) > 1:
             raise UsageError(f"{name}={list(values)} names {value} twice; name each once")
-        if name in ("grid.data", "grid.flops", "grid.unique") and not (math.isfinite(value) and value > 0):
+        if name in ("grid.data", "grid.flops", "grid.unique") and not (
+            math.isfinite(value) and value > 0
+        ):
             raise UsageError(f"{name}={list(values)} holds {value}; give numbers above 0")
         if name in ("grid.data", "grid.flops") and value > LARGEST[name]:
-            raise UsageError(f"{name}={list(values)} holds {value:g}; {LARGEST[name]:g} is the most that can be meant")
+            raise UsageError(
+                f"{name}={list(values)} holds {value:g}; {LARGEST[name]:g} is the most that can be"
+                " meant"
+            )

@@ -1,4 +1,6 @@
-"""The table of a fit: one row a trained cell. Whatever is wrong in it is a UsageError with file, line, column, value and fix."""
+"""The table of a fit: one row a trained cell. Whatever is wrong in it is a UsageError with file,
+line, column, value and fix.
+"""
 
 from __future__ import annotations
 
@@ -70,10 +72,17 @@ class Table:
 
     def cells(self) -> Cells:
         data = np.log(self.data)
-        return Cells(np.log(self.params), data, data if self.unique is None else np.minimum(data, np.log(self.unique)))
+        return Cells(
+            np.log(self.params),
+            data,
+            data if self.unique is None else np.minimum(data, np.log(self.unique)),
+        )
 
     def take(self, at: NDArray[Any]) -> Table:
-        kept = {name: getattr(self, name)[at] for name in ("line", "params", "data", "loss", "flops", "weight", "series", "group")}
+        kept = {
+            name: getattr(self, name)[at]
+            for name in ("line", "params", "data", "loss", "flops", "weight", "series", "group")
+        }
         return replace(self, unique=None if self.unique is None else self.unique[at], **kept)
 
     @classmethod
@@ -84,9 +93,14 @@ class Table:
             raw = file.read_bytes()
             text = raw.decode("utf-8-sig")
         except OSError as error:
-            raise UsageError(f"table {str(path)!r} cannot be read: {error.strerror}; give the path of a CSV file") from error
+            raise UsageError(
+                f"table {str(path)!r} cannot be read: {error.strerror}; give the path of a CSV file"
+            ) from error
         except UnicodeDecodeError as error:
-            raise UsageError(f"table {str(path)!r} is no text: give a CSV file with the columns {', '.join(REQUIRED)}") from error
+            raise UsageError(
+                f"table {str(path)!r} is no text: give a CSV file with the columns"
+                f" {', '.join(REQUIRED)}"
+            ) from error
         reader = csv.reader(text.splitlines())
         header = [name.strip() for name in next(reader, [])]
         _check_header(file.name, header)
@@ -95,19 +109,32 @@ class Table:
             if not any(field.strip() for field in fields):
                 continue
             if len(fields) != len(header):
-                raise UsageError(f"{file.name}, line {reader.line_num}: {len(fields)} fields for {len(header)} columns; write one field a column")
+                raise UsageError(
+                    f"{file.name}, line {reader.line_num}: {len(fields)} fields for {len(header)}"
+                    " columns; write one field a column"
+                )
             row = dict(zip(header, fields, strict=True))
             unread = {column: row[column].strip() for column in header if column not in COLUMNS}
             rows.append(_parsed(file.name, reader.line_num, row) | {"unread": unread})
         if not rows:
-            raise UsageError(f"{file.name} has no rows: write one a trained cell, with {', '.join(REQUIRED)}")
+            raise UsageError(
+                f"{file.name} has no rows: write one a trained cell, with {', '.join(REQUIRED)}"
+            )
         kept, notes = _best_rates(rows) if "lr" in header else (rows, [])
         kept, more = _once(file.name, kept, header)
         given = "flops" in header
         if not given:
-            notes.append(Note(code="flops_6nd", sentence="The table has no column `flops`: compute is 6 x params x data."))
+            notes.append(
+                Note(
+                    code="flops_6nd",
+                    sentence="The table has no column `flops`: compute is 6 x params x data.",
+                )
+            )
         trunks = "trunk" in header
-        column = {name: np.array([row[name] for row in kept]) for name in ("params", "data", "loss", "flops", "weight")}
+        column = {
+            name: np.array([row[name] for row in kept])
+            for name in ("params", "data", "loss", "flops", "weight")
+        }
         return cls(
             name=file.name,
             sha256=hashlib.sha256(raw).hexdigest(),
@@ -115,7 +142,12 @@ class Table:
             line=np.array([row["line"] for row in kept]),
             unique=np.array([row["unique"] for row in kept]) if "unique" in header else None,
             flops_given=given,
-            series=_numbered([(row["params"], row["trunk"] if trunks else row["seed"], _epoch_class(row)) for row in kept]),
+            series=_numbered(
+                [
+                    (row["params"], row["trunk"] if trunks else row["seed"], _epoch_class(row))
+                    for row in kept
+                ]
+            ),
             group=_numbered([row["trunk"] if trunks else _cell(row) for row in kept]),
             by_trunk=trunks,
             notes=(*notes, *more),
@@ -127,9 +159,14 @@ def _check_header(name: str, header: list[str]) -> None:
     for column in REQUIRED:
         if column not in header:
             if len(header) == 1 and ";" in header[0]:
-                raise UsageError(f"{name} separates its columns by semicolons ({header[0]}); write commas, and points in numbers")
+                raise UsageError(
+                    f"{name} separates its columns by semicolons ({header[0]}); write commas, and"
+                    " points in numbers"
+                )
             raise UsageError(
-                f"{name} has no column {column!r} (it has {', '.join(filter(None, header)) or 'none'}){nearest(column, header)}; name it in the first line"
+                f"{name} has no column {column!r} (it has"
+                f" {', '.join(filter(None, header)) or 'none'}){nearest(column, header)}; name it"
+                " in the first line"
             )
     for column in (*NUMBERS, *NAMES):
         if header.count(column) > 1:
@@ -138,10 +175,15 @@ def _check_header(name: str, header: list[str]) -> None:
 
 def _parsed(name: str, line: int, fields: dict[str, str]) -> dict[str, Any]:
     row: dict[str, Any] = {"line": line, "weight": 1.0, "seed": "", "trunk": ""}
-    for column, text in ((column, fields[column].strip()) for column in (*NUMBERS, *NAMES) if column in fields):
+    for column, text in (
+        (column, fields[column].strip()) for column in (*NUMBERS, *NAMES) if column in fields
+    ):
         if column in NAMES:
             if not text and column == "trunk":
-                raise UsageError(f"{name}, line {line}: {column} is empty; write one for every row, or leave the column out")
+                raise UsageError(
+                    f"{name}, line {line}: {column} is empty; write one for every row, or leave the"
+                    " column out"
+                )
             row[column] = text
             continue
         try:
@@ -150,13 +192,27 @@ def _parsed(name: str, line: int, fields: dict[str, str]) -> dict[str, Any]:
             value = math.nan
         if not math.isfinite(value) or value <= 0:
             what = f"{column}={text}" if text else f"{column} is empty and"
-            raise UsageError(f"{name}, line {line}: {what} must be a finite number above 0; {_FIX[column]}")
+            raise UsageError(
+                f"{name}, line {line}: {what} must be a finite number above 0; {_FIX[column]}"
+            )
         row[column] = value
     counted = 6.0 * row["params"] * row["data"]
     if not math.isfinite(counted):
-        raise UsageError(f"{name}, line {line}: 6 x params={row['params']:g} x data={row['data']:g} is beyond a float; correct the two")
-    if "flops" in row and counted >= 2.0**63 and math.isclose(row["flops"], _wrapped(6 * int(row["params"]) * int(row["data"])), rel_tol=1e-6):
-        raise UsageError(f"{name}, line {line}: flops={row['flops']:g} is 6 x params x data={counted:g} past the end of int64; count in floats")
+        raise UsageError(
+            f"{name}, line {line}: 6 x params={row['params']:g} x data={row['data']:g} is beyond a"
+            " float; correct the two"
+        )
+    if (
+        "flops" in row
+        and counted >= 2.0**63
+        and math.isclose(
+            row["flops"], _wrapped(6 * int(row["params"]) * int(row["data"])), rel_tol=1e-6
+        )
+    ):
+        raise UsageError(
+            f"{name}, line {line}: flops={row['flops']:g} is 6 x params x data={counted:g} past the"
+            " end of int64; count in floats"
+        )
     return {"unique": row["data"], "flops": counted} | row
 
 
@@ -184,22 +240,31 @@ def _best_rates(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[
     rates: dict[Any, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         rates[_cell(row)][row["lr"]].append(row["loss"])
-    best = {cell: min(tried, key=lambda rate: (sum(tried[rate]) / len(tried[rate]), rate)) for cell, tried in rates.items()}
+    best = {
+        cell: min(tried, key=lambda rate: (sum(tried[rate]) / len(tried[rate]), rate))
+        for cell, tried in rates.items()
+    }
     kept = [row for row in rows if row["lr"] == best[_cell(row)]]
     several = {cell: tried for cell, tried in rates.items() if len(tried) > 1}
     if not several:
         return kept, []
     edge = sum(best[cell] in (min(tried), max(tried)) for cell, tried in several.items())
-    said = f"{len(several)} of {len(rates)} cells were trained with several learning rates: the best (least mean loss) of each was kept, "
+    said = (
+        f"{len(several)} of {len(rates)} cells were trained with several learning rates: the best"
+        " (least mean loss) of each was kept, "
+    )
     said += f"{len(rows) - len(kept)} rows set aside"
-    said += f"; in {edge} of them it is the least or the largest that was tried, so a better one may lie beyond." if edge else "."
+    said += (
+        f"; in {edge} of them it is the least or the largest that was tried, so a better one may"
+        " lie beyond."
+        if edge
+        else "."
+    )
     return kept, [Note(code="lr_best", sentence=said)]
 
 
 def _once(
-    name: str,
-    rows: list[dict[str, Any]],
-    header: list[str],
+    name: str, rows: list[dict[str, Any]], header: list[str]
 ) -> tuple[list[dict[str, Any]], list[Note]]:
     """The rows without exact repeats.
 
@@ -214,7 +279,12 @@ def _once(
     kept = list(seen.values())
     if len(kept) == len(rows):
         return kept, []
-    return kept, [Note(code="duplicate_rows", sentence=f"{len(rows) - len(kept)} rows repeat another exactly and count once.")]
+    return kept, [
+        Note(
+            code="duplicate_rows",
+            sentence=f"{len(rows) - len(kept)} rows repeat another exactly and count once.",
+        )
+    ]
 
 
 def _conflict(before: dict[str, Any], row: dict[str, Any], header: list[str]) -> str:

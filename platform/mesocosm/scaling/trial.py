@@ -1,4 +1,6 @@
-"""The trials that Ray Tune runs: a trunk of small cells in a process that is used again, or a large cell as a pretrain job."""
+"""The trials that Ray Tune runs: a trunk of small cells in a process that is used again, or a large
+cell as a pretrain job.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class TrunkTrial(tune.Trainable):  # type: ignore[misc]
         """Nothing."""
 
 
-def large_trial(jobs: dict[str, tuple[Cell, PretrainConfig]], force: bool) -> Callable[[dict[str, Any]], None]:
+def large_trial(
+    jobs: dict[str, tuple[Cell, PretrainConfig]], force: bool
+) -> Callable[[dict[str, Any]], None]:
     """A trial that drives the pretrain job of one large cell, and reports one result."""
 
     def drive(config: dict[str, Any]) -> None:
@@ -67,5 +71,7 @@ def large_trial(jobs: dict[str, tuple[Cell, PretrainConfig]], force: bool) -> Ca
 def _pretrained(cell: Cell, job: PretrainConfig, force: bool) -> Record:
     with tracking.start("pretrain", job, quiet=True) as run:
         world = pretraining.run(job, run)
-    record = Record.of(cell, world.meta["metrics"], seconds=world.meta["seconds"], ran=cell.steps, world=world.name)
+    record = Record.of(
+        cell, world.meta["metrics"], seconds=world.meta["seconds"], ran=cell.steps, world=world.name
+    )
     return cells.keep(Storage(job.storage.root), record, force=force)

@@ -1,7 +1,8 @@
 """Trunks and their branches, in one warm process. Imports no Ray.
 
-The process keeps what all trunks share: the imports, a group of one rank, the open dataset, the codec. A trunk's engine is
-made and destroyed; each cell's record is in storage when its branch has been validated.
+The process keeps what all trunks share: the imports, a group of one rank, the open dataset, the
+codec. A trunk's engine is made and destroyed; each cell's record is in storage when its branch has
+been validated.
 """
 
 from __future__ import annotations
@@ -62,14 +63,19 @@ class Warm:
         self.codec = Codec.from_json(work.codec)
 
     def grow(self, id: str) -> Iterator[Outcome]:
-        """Train the cells of trunk `id`, and keep their records. A cell that cannot be trained, or kept, is an outcome, and so are those that it
-        spoils. Raises MesocosmError, one line, for whatever else goes wrong: the process (a CUDA context) is not to be trusted with another trunk."""
+        """Train the cells of trunk `id`, and keep their records. A cell that cannot be trained, or
+        kept, is an outcome, and so are those that it spoils. Raises MesocosmError, one line, for
+        whatever else goes wrong: the process (a CUDA context) is not to be trusted with another
+        trunk.
+        """
         trunk = self.work.trunks[id]
         left = list(trunk.cells)
         try:
             dataset = prepare.narrowed(self.dataset, trunk.unique, trunk.seed)
             base, spent = cells.base(self.storage, dataset, self.codec, trunk.model, trunk.seed)
-            training, _ = Training.start(dataset, self.codec, trunk.model, trunk.options, trunk.seed, self.own, lambda: base)
+            training, _ = Training.start(
+                dataset, self.codec, trunk.model, trunk.options, trunk.seed, self.own, lambda: base
+            )
             try:
                 for cell, grown in zip(trunk.cells, branches(training, trunk.cells), strict=True):
                     record, trouble = None, grown.trouble
@@ -107,8 +113,9 @@ class Grown:
 
 
 def branches(training: Training, leaves: Sequence[Cell]) -> Iterator[Grown]:
-    """Train the trunk, and at each cell's fork its decay, to the cell's last step; `leaves` ascend in steps. A branch that diverges
-    spoils itself, a trunk that does all that are left."""
+    """Train the trunk, and at each cell's fork its decay, to the cell's last step; `leaves` ascend
+    in steps. A branch that diverges spoils itself, a trunk that does all that are left.
+    """
     at = 0
     for leaf, following in zip(leaves, [*leaves[1:], None], strict=True):
         began, before = time.perf_counter(), at
@@ -118,7 +125,12 @@ def branches(training: Training, leaves: Sequence[Cell]) -> Iterator[Grown]:
                 at += 1
         except Diverged as trouble:
             for lost in leaves[leaves.index(leaf) :]:
-                yield Grown({}, time.perf_counter() - began, at + 1 - before, f"{trouble}, before cell {lost.id[:8]} decays")
+                yield Grown(
+                    {},
+                    time.perf_counter() - began,
+                    at + 1 - before,
+                    f"{trouble}, before cell {lost.id[:8]} decays",
+                )
             return
         if following is None:
             yield _decayed(training, leaf, began, before)
@@ -129,11 +141,15 @@ def branches(training: Training, leaves: Sequence[Cell]) -> Iterator[Grown]:
 
 
 def _decayed(training: Training, leaf: Cell, began: float, before: int) -> Grown:
-    """From the fork to the cell's end. `began` and `before`: when, and after which step, the trunk's last cell was done."""
+    """From the fork to the cell's end. `began` and `before`: when, and after which step, the
+    trunk's last cell was done.
+    """
     number = leaf.fork
     try:
         for number in range(leaf.fork + 1, leaf.steps + 1):
-            training.step(number, factor(number, leaf.steps, leaf.rise, leaf.fall), last=number == leaf.steps)
+            training.step(
+                number, factor(number, leaf.steps, leaf.rise, leaf.fall), last=number == leaf.steps
+            )
         measured = training.validate()
         trouble = training.watch.check(leaf.steps, validation_loss=measured["valid/loss"])
     except Diverged as error:
@@ -148,5 +164,7 @@ def alone(device: str) -> Rank:
     if not dist.is_initialized():
         os.environ.setdefault("LOCAL_RANK", "0")
         engine.import_deepspeed()
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", rank=0, world_size=1, store=dist.HashStore())  # type: ignore[attr-defined]
+        backend = "nccl" if device == "cuda" else "gloo"
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, rank=0, world_size=1, store=store)
     return Rank(0, 0, 1, torch.device(device))

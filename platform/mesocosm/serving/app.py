@@ -1,4 +1,6 @@
-"""The served world for a Serve config file (`import_path: mesocosm.serving.app:build`): how a RayService runs it."""
+"""The served world for a Serve config file (`import_path: mesocosm.serving.app:build`): how a
+RayService runs it.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,11 @@ from mesocosm.storage import Storage
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The application of `mesocosm serve key=value ...`, where `args` are the keys (`storage.root`, too) and values.
+    """The application of `mesocosm serve key=value ...`, where `args` are the keys (`storage.root`,
+    too) and values.
 
-    Raises UsageError for a key, a value or a world that is wrong: Serve shows it as the application's state.
+    Raises UsageError for a key, a value or a world that is wrong: Serve shows it as the
+    application's state.
     """
     loaded = config.load(ServeConfig, overrides=[f"{key}={value}" for key, value in args.items()])
     check(loaded)

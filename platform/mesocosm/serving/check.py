@@ -1,6 +1,8 @@
-"""What a replica asks of a request before it computes: fields, types, shapes and ranges, so that a wrong one costs a sentence and not a session.
+"""What a replica asks of a request before it computes: fields, types, shapes and ranges, so that a
+wrong one costs a sentence and not a session.
 
-It checks what could raise, or read beyond a table. Numbers may be anything that float32 holds: a world says "diverged" of what is not finite.
+It checks what could raise, or read beyond a table. Numbers may be anything that float32 holds: a
+world says "diverged" of what is not finite.
 """
 
 from __future__ import annotations
@@ -15,7 +17,13 @@ from mesocosm.model.spec import PartSpec, Spec
 
 Message = Mapping[str, Any]
 MODES = ("NextStep", "SameStep")
-_TEXTS = {"describe": ("world",), "begin": ("session", "replaces", "world"), "step": ("session",), "restore": ("session", "world"), "end": ("session",)}
+_TEXTS = {
+    "describe": ("world",),
+    "begin": ("session", "replaces", "world"),
+    "step": ("session",),
+    "restore": ("session", "world"),
+    "end": ("session",),
+}
 _NUMBERS = {"begin": ("seed", "first_env"), "step": ("clock",), "restore": ("seed", "first_env")}
 _LIMITS = {"seed": 1 << 64, "first_env": 1 << 62, "clock": 1 << 62}
 LONGEST = 4096
@@ -28,11 +36,21 @@ def check_fields(request: Message) -> None:
     for name in _TEXTS[op]:
         value = request.get(name)
         if not isinstance(value, str) or len(value) > LONGEST:
-            raise UsageError(f"request {op!r}: {name} must be a text of at most {LONGEST} characters, got {shown(value)}")
+            raise UsageError(
+                f"request {op!r}: {name} must be a text of at most {LONGEST} characters, got"
+                f" {shown(value)}"
+            )
     for name in _NUMBERS.get(op, ()):
         value = request.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not -_LIMITS[name] < int(value) < _LIMITS[name]:
-            raise UsageError(f"request {op!r}: {name} must be an integer between -{_LIMITS[name]:.3g} and {_LIMITS[name]:.3g}, got {shown(value)}")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | np.integer)
+            or not -_LIMITS[name] < int(value) < _LIMITS[name]
+        ):
+            raise UsageError(
+                f"request {op!r}: {name} must be an integer between -{_LIMITS[name]:.3g} and"
+                f" {_LIMITS[name]:.3g}, got {shown(value)}"
+            )
 
 
 def check_begin(request: Message, spec: Spec) -> None:
@@ -46,10 +64,16 @@ def check_step(request: Message, spec: Spec, batch: int) -> None:
     for name, dtype in (("episode", np.int64), ("step", np.int64), ("cut", np.bool_)):
         _array(request, name, dtype, (batch,))
     if request.get("mode") not in MODES:
-        raise UsageError(f"request 'step': mode must be one of {', '.join(MODES)}, got {shown(request.get('mode'))}")
+        raise UsageError(
+            f"request 'step': mode must be one of {', '.join(MODES)}, got"
+            f" {shown(request.get('mode'))}"
+        )
     limit = request.get("max_disagreement")
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit != limit:
-        raise UsageError(f"request 'step': max_disagreement must be a number, or Infinity for no limit, got {shown(limit)}")
+        raise UsageError(
+            "request 'step': max_disagreement must be a number, or Infinity for no limit, got"
+            f" {shown(limit)}"
+        )
     _check_parts(request, "action", spec.action, (batch,))
     _check_starts(request, spec, batch)
 
@@ -63,8 +87,15 @@ def check_restore(request: Message, spec: Spec, members: int) -> None:
     _check_parts(request, "context.past_action", spec.action, (batch, columns))
     _check_parts(request, "context.observation", spec.observation, (batch,))
     _check_parts(request, "context.task", spec.task, (batch,))
-    _in_range(request, "context.clock", _array(request, "context.clock", np.int64, ()), _LIMITS["clock"])
-    _in_range(request, "context.start_column", _array(request, "context.start_column", np.int64, (batch,)), columns + 1)
+    _in_range(
+        request, "context.clock", _array(request, "context.clock", np.int64, ()), _LIMITS["clock"]
+    )
+    _in_range(
+        request,
+        "context.start_column",
+        _array(request, "context.start_column", np.int64, (batch,)),
+        columns + 1,
+    )
     _in_range(request, "context.member", request["context.member"], members)
 
 
@@ -76,15 +107,26 @@ def _check_starts(request: Message, spec: Spec, batch: int) -> None:
 
 def _batch(request: Message, name: str) -> int:
     value = request.get(name)
-    if not isinstance(value, np.ndarray) or value.dtype != np.int64 or value.ndim != 1 or not len(value):
-        raise UsageError(f"request {request['op']!r}: {name} must be an int64 array [B], one for each of at least one environment, got {shown(value)}")
+    if (
+        not isinstance(value, np.ndarray)
+        or value.dtype != np.int64
+        or value.ndim != 1
+        or not len(value)
+    ):
+        raise UsageError(
+            f"request {request['op']!r}: {name} must be an int64 array [B], one for each of at"
+            f" least one environment, got {shown(value)}"
+        )
     return len(value)
 
 
 def _array(request: Message, name: str, dtype: type, shape: tuple[int, ...]) -> Any:
     value = request.get(name)
     if not isinstance(value, np.ndarray) or value.dtype != dtype or value.shape != shape:
-        raise UsageError(f"request {request['op']!r}: {name} must be a {np.dtype(dtype)} array of shape {list(shape)}, got {shown(value)}")
+        raise UsageError(
+            f"request {request['op']!r}: {name} must be a {np.dtype(dtype)} array of shape"
+            f" {list(shape)}, got {shown(value)}"
+        )
     return value
 
 
@@ -99,7 +141,10 @@ def _in_range(request: Message, name: str, value: Any, limit: Any) -> None:
     bad = (value < 0) | (value >= limit)
     if bad.any():
         most = np.broadcast_to(limit, value.shape)[bad][0] - 1
-        raise UsageError(f"request {request['op']!r}: {name} has the value {value[bad][0]} where 0 to {most} are meant")
+        raise UsageError(
+            f"request {request['op']!r}: {name} has the value {value[bad][0]} where 0 to {most} are"
+            " meant"
+        )
 
 
 def shown(value: Any) -> str:

@@ -1,11 +1,13 @@
-"""How a client reaches a world: in its own process, or on Ray Serve, where replicas die and sessions move.
+"""How a client reaches a world: in its own process, or on Ray Serve, where replicas die and
+sessions move.
 
-Serve chooses the replica (by consistent hash of the client's id) and gives out its *line*: a TCP address and a token.
-Steps then ride the line, a plain socket: 0.03 ms a call where a Serve handle takes 4 to 8 ms, which is several times what
-a small world needs for 256 environments. A broken line, or one that cannot be opened, sends the client back to Serve.
+Serve chooses the replica (by consistent hash of the client's id) and gives out its *line*: a TCP
+address and a token. Steps then ride the line, a plain socket: 0.03 ms a call where a Serve handle
+takes 4 to 8 ms, which is several times what a small world needs for 256 environments. A broken
+line, or one that cannot be opened, sends the client back to Serve.
 
-Every request has a number, which its reply repeats: a client that was interrupted, or whose line is out of step, never takes
-one request's reply for another's.
+Every request has a number, which its reply repeats: a client that was interrupted, or whose line is
+out of step, never takes one request's reply for another's.
 """
 
 from __future__ import annotations
@@ -26,18 +28,25 @@ from mesocosm.serving.session import Sessions
 
 FRAME = struct.Struct("<Q")
 LARGEST = 1 << 28
-"""Bytes of the largest frame: Humanoid's 348 numbers over a context of 64 steps for 3000 environments."""
+"""Bytes of the largest frame: Humanoid's 348 numbers over a context of 64 steps for 3000
+environments.
+"""
 LOOPBACK = "127.0.0.1"
 DIAL_S = 5.0
 REDIAL_S = 60.0
-"""For so long a line that could not be opened is not tried again: where a firewall drops packets each try costs DIAL_S."""
+"""For so long a line that could not be opened is not tried again: where a firewall drops packets
+each try costs DIAL_S.
+"""
 
 
 def packed(message: Message) -> bytes:
     """The message as bytes. Raises UsageError where they are more than a frame may hold."""
     data = pack(message)
     if len(data) > LARGEST:
-        raise UsageError(f"a message of {len(data) / 2**20:.0f} MiB is beyond the limit of {LARGEST >> 20} MiB; lower num_envs, and use more clients")
+        raise UsageError(
+            f"a message of {len(data) / 2**20:.0f} MiB is beyond the limit of {LARGEST >> 20} MiB;"
+            " lower num_envs, and use more clients"
+        )
     return data
 
 
@@ -46,9 +55,7 @@ def send_frame(line: socket.socket, data: bytes) -> None:
 
 
 def receive_frame(
-    line: socket.socket,
-    limit: int = LARGEST,
-    deadline: float | None = None,
+    line: socket.socket, limit: int = LARGEST, deadline: float | None = None
 ) -> bytearray | None:
     """The next frame, or None where the other side has closed.
 
@@ -92,9 +99,13 @@ class ReplicaFailed(MesocosmError):
 
 
 def reply_of(reply: Message) -> Message:
-    """A reply that is no error. Raises UsageError, ReplicaFailed or MesocosmError with the sentence of one that is."""
+    """A reply that is no error. Raises UsageError, ReplicaFailed or MesocosmError with the sentence
+    of one that is.
+    """
     if "error" in reply:
-        raise {"usage": UsageError, "bug": ReplicaFailed}.get(reply["kind"], MesocosmError)(reply["error"])
+        raise {"usage": UsageError, "bug": ReplicaFailed}.get(reply["kind"], MesocosmError)(
+            reply["error"]
+        )
     return reply
 
 
@@ -123,7 +134,9 @@ class InProcess:
 
 
 class Served:
-    """A Serve application `app` on the Ray at `address` (None: the one this process is connected to)."""
+    """A Serve application `app` on the Ray at `address` (None: the one this process is connected
+    to).
+    """
 
     def __init__(self, app: str, address: str | None, deadline_s: float):
         import ray
@@ -134,13 +147,17 @@ class Served:
         if address is not None:
             cluster.ensure(RayConfig(address=address))
         elif not ray.is_initialized():
-            raise UsageError(f"world application {app!r}: this process is not connected to Ray; give address=..., as `mesocosm serve` prints it")
+            raise UsageError(
+                f"world application {app!r}: this process is not connected to Ray; give"
+                " address=..., as `mesocosm serve` prints it"
+            )
         try:
             handle = serve.get_app_handle(app)
         except (RayServeException, ValueError) as error:
             raise NotServed(
-                f"no world application {app!r} is served on this Ray; run `mesocosm serve world=<id> name={app}` and give the ray.address "
-                "that it prints (in Python: address=...), or set backend=local"
+                f"no world application {app!r} is served on this Ray; run `mesocosm serve"
+                f" world=<id> name={app}` and give the ray.address that it prints (in Python:"
+                " address=...), or set backend=local"
             ) from error
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self.app = app
@@ -164,19 +181,29 @@ class Served:
             try:
                 reply = unpack(self._send(data, max(1.0, deadline - time.monotonic())))
                 if (answers := reply.pop("number")) != self._number:
-                    raise ConnectionError(f"the line is out of step: request {self._number} got the reply to {answers}")
+                    raise ConnectionError(
+                        f"the line is out of step: request {self._number} got the reply to"
+                        f" {answers}"
+                    )
                 return reply
             except self._lost as error:
                 self._hang_up()
                 self._no_line_until = 0.0
                 if time.monotonic() > deadline:
-                    reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+                    reason = (
+                        f"{type(error).__name__}:"
+                        f" {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+                    )
                     raise MesocosmError(
-                        f"world application {self.app!r}: no replica answered for {self.deadline_s:g} s ({reason}); see `serve status`, or raise deadline_s"
+                        f"world application {self.app!r}: no replica answered for"
+                        f" {self.deadline_s:g} s ({reason}); see `serve status`, or raise"
+                        " deadline_s"
                     ) from error
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
-            except BaseException:  # Ctrl-C while a reply is on its way: the line would be one reply behind from now on
+            except (
+                BaseException
+            ):  # Ctrl-C while a reply is on its way: the line would be one reply behind from now on
                 self._hang_up()
                 raise
 
@@ -192,11 +219,12 @@ class Served:
         return reply
 
     def _dial(self, timeout: float) -> bool:
-        """Ask Serve for a replica and open its line; False where the replica lives and its port cannot be reached from here.
+        """Ask Serve for a replica and open its line; False where the replica lives and its port
+        cannot be reached from here.
 
-        A replica that began while the cluster was one machine listens on loopback, which leads nowhere from another node, or to somebody else.
-        One without a free file descriptor accepts nobody: its port connects, and does not
-        acknowledge the token.
+        A replica that began while the cluster was one machine listens on loopback, which leads
+        nowhere from another node, or to somebody else. One without a free file descriptor accepts
+        nobody: its port connects, and does not acknowledge the token.
         """
         if time.monotonic() < self._no_line_until:
             return False

@@ -1,4 +1,6 @@
-"""The Ray Serve deployment: replicas that hold worlds and sessions, and the line by which clients reach them."""
+"""The Ray Serve deployment: replicas that hold worlds and sessions, and the line by which clients
+reach them.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,13 @@ LISTENERS: dict[str, Listener] = {}
 
 
 class Replica:
-    """One replica: `call` answers a packed request, `connect` gives a client the line that does the same faster."""
+    """One replica: `call` answers a packed request, `connect` gives a client the line that does the
+    same faster.
+    """
 
-    def __init__(self, root: str, world: str, threads: int, max_sessions: int, max_worlds: int, device: str):
+    def __init__(
+        self, root: str, world: str, threads: int, max_sessions: int, max_worlds: int, device: str
+    ):
         torch.set_num_threads(threads)
         worlds = Worlds(root, world, max_worlds, device)
         if world:
@@ -54,10 +60,18 @@ class Replica:
             return pack({"error": str(error), "kind": "usage", "number": number})
         except Exception as error:  # a bug of ours, or bytes that are no message: the client must hear of it and not try again
             logger.exception("a request failed")
-            return pack({"error": f"the replica failed: {type(error).__name__}: {error}", "kind": "bug", "number": number})
+            return pack(
+                {
+                    "error": f"the replica failed: {type(error).__name__}: {error}",
+                    "kind": "bug",
+                    "number": number,
+                }
+            )
 
     def connect(self) -> dict[str, Any]:
-        """Host, port and token of this replica's line, its node and its pid. Who can call this may call the world anyway."""
+        """Host, port and token of this replica's line, its node and its pid. Who can call this may
+        call the world anyway.
+        """
         import ray
 
         host, port = self._line.address
@@ -67,19 +81,23 @@ class Replica:
 
 
 def _host() -> str:
-    """Where the line listens: loopback while the cluster is this machine alone, this node's address otherwise."""
+    """Where the line listens: loopback while the cluster is this machine alone, this node's address
+    otherwise.
+    """
     import ray
 
     return LOOPBACK if len(ray.nodes()) == 1 else ray.util.get_node_ip_address()
 
 
 def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: None) -> str:
-    """Deploy `config.world` on Ray Serve, and wait until it answers; gives the application's name. Serve's own HTTP and gRPC ingress stay off:
-    that of `config.http` is a thread of this process (`ingress`), which ends with `undeploy`.
+    """Deploy `config.world` on Ray Serve, and wait until it answers; gives the application's name.
+    Serve's own HTTP and gRPC ingress stay off: that of `config.http` is a thread of this process
+    (`ingress`), which ends with `undeploy`.
 
-    An empty `config.world` deploys without a default: every client names its own. Raises UsageError before anything starts, also where an
-    application of that name runs on this Ray: its clients, or its owner's `undeploy`, are somebody else's.
-    Raises MesocosmError where its replicas cannot start.
+    An empty `config.world` deploys without a default: every client names its own. Raises UsageError
+    before anything starts, also where an application of that name runs on this Ray: its clients, or
+    its owner's `undeploy`, are somebody else's. Raises MesocosmError where its replicas cannot
+    start.
 
     Args:
         config: What to deploy.
@@ -89,7 +107,10 @@ def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: Non
     if config.world:
         find_world(Storage(config.storage.root), config.world)
     if config.http is not None and not config.world:
-        raise UsageError(f"serve.http={config.http} with serve.world='': the HTTP ingress is to one world; set serve.world")
+        raise UsageError(
+            f"serve.http={config.http} with serve.world='': the HTTP ingress is to one world; set"
+            " serve.world"
+        )
     listener = None
     if config.http is not None:
         from mesocosm.serving.ingress import Listener  # FastAPI, which no worker needs
@@ -120,25 +141,39 @@ def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
         report(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
     cluster.ensure(config.ray)
     gpus = 1 if config.device == "cuda" else 0
-    cluster.preflight(what=f"serve.replicas={config.replicas} with serve.cpus={config.cpus:g}", cpus=config.replicas * config.cpus)
-    cluster.preflight(what=f"serve.replicas={config.replicas} with serve.device={config.device}", gpus=config.replicas * gpus)
+    cluster.preflight(
+        what=f"serve.replicas={config.replicas} with serve.cpus={config.cpus:g}",
+        cpus=config.replicas * config.cpus,
+    )
+    cluster.preflight(
+        what=f"serve.replicas={config.replicas} with serve.device={config.device}",
+        gpus=config.replicas * gpus,
+    )
 
     from ray import serve
 
     report("starting Ray Serve")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "WARNING"})
+    serve.start(
+        proxy_location="Disabled",
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+    )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     running = serve.status().applications.get(config.name)
     if running is not None and running.status in TAKEN:
-        raise UsageError(f"an application {config.name!r} runs on this Ray already; set serve.name to another name, or end that one where it was started")
+        raise UsageError(
+            f"an application {config.name!r} runs on this Ray already; set serve.name to another"
+            " name, or end that one where it was started"
+        )
     world = f"world {config.world}" if config.world else "a world when a client names it"
     report(f"starting {config.replicas} replica(s), each of which loads {world}")
     try:
         target = serve.RunTarget(application(config), name=config.name, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
         _await_running(config, report)
-    except BaseException:  # Ctrl-C while replicas start, or one that cannot: on a shared Ray the name would stay taken
+    except (
+        BaseException
+    ):  # Ctrl-C while replicas start, or one that cannot: on a shared Ray the name would stay taken
         undeploy(config.name)
         raise
 
@@ -199,11 +234,15 @@ def application(config: ServeConfig) -> Any:
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
     )
     root = Storage(config.storage.root).root
-    return deployment.bind(root, config.world, config.threads, config.max_sessions, config.max_worlds, config.device)
+    return deployment.bind(
+        root, config.world, config.threads, config.max_sessions, config.max_worlds, config.device
+    )
 
 
 def undeploy(name: str) -> None:
-    """End the application `name`, its replicas and the HTTP ingress that this process gave it; nothing happens where it is gone already."""
+    """End the application `name`, its replicas and the HTTP ingress that this process gave it;
+    nothing happens where it is gone already.
+    """
     import ray
     from ray import serve
 

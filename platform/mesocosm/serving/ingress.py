@@ -1,11 +1,13 @@
-"""A served world over HTTP: JSON for people, the binary protocol for programs. The routes, what guards them, and the server that listens.
+"""A served world over HTTP: JSON for people, the binary protocol for programs. The routes, what
+guards them, and the server that listens.
 
-Every route but /health wants the bearer token, before a byte of the body is read. An error is {"detail": one sentence}: 400 what is wrong with
-the request, 401, 404 a session that is not kept, 408 a request that is late, 413, 503 no replica
-answers, or the server is full.
+Every route but /health wants the bearer token, before a byte of the body is read. An error is
+{"detail": one sentence}: 400 what is wrong with the request, 401, 404 a session that is not kept,
+408 a request that is late, 413, 503 no replica answers, or the server is full.
 
-The server is a thread of the process that deployed the world. It is not Ray Serve's own proxy: of 2.60 that one answers /-/routes without a
-token, fails with 500 on a header byte that is not UTF-8, shares a taken port silently (SO_REUSEPORT), and is one for all applications of a Ray.
+The server is a thread of the process that deployed the world. It is not Ray Serve's own proxy: of
+2.60 that one answers /-/routes without a token, fails with 500 on a header byte that is not UTF-8,
+shares a taken port silently (SO_REUSEPORT), and is one for all applications of a Ray.
 """
 
 from __future__ import annotations
@@ -71,8 +73,13 @@ class Guard:
             await self.app(scope, receive, send)
             return
         if not self._known(scope):
-            said = "this route wants the world's token; send the header 'Authorization: Bearer <token>'"
-            await JSONResponse({"detail": said}, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
+            said = (
+                "this route wants the world's token; send the header 'Authorization: Bearer"
+                " <token>'"
+            )
+            await JSONResponse({"detail": said}, 401, {"WWW-Authenticate": "Bearer"})(
+                scope, receive, send
+            )
             return
         if self._running >= CONNECTIONS:
             busy = f"{CONNECTIONS} requests are in work; send this one again later"
@@ -120,7 +127,8 @@ def _too_large(limit: int) -> str:
     return f"the body is larger than {limit >> 20} MiB; send fewer environments at once"
 
 
-# -- the bodies ----------------------------------------------------------------------------------------------------------
+# -- the bodies
+# ----------------------------------------------------------------------------------------------------------
 
 Token = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="as POST /v1/reset gave it")]
 Seed: Any = integer(0, (1 << 63) - 1)
@@ -156,7 +164,9 @@ class WorldInfo(Model):
 
 
 class ResetRequest(Model):
-    """Without a session a new one begins; with one, its episodes begin anew. Without a seed a new session has 0, and one that goes on has new episodes."""
+    """Without a session a new one begins; with one, its episodes begin anew. Without a seed a new
+    session has 0, and one that goes on has new episodes.
+    """
 
     session: Token | None = None
     seed: Seed | None = None
@@ -175,7 +185,9 @@ class StepRequest(Model):
 
 
 class StepReply(Model):
-    """An environment that terminated or was truncated is reset by its next step, whose action, reward and disagreement mean nothing."""
+    """An environment that terminated or was truncated is reset by its next step, whose action,
+    reward and disagreement mean nothing.
+    """
 
     task: list[dict[str, bool | int | float | str]]
     reward: Numbers
@@ -189,18 +201,30 @@ class StepReply(Model):
     """Seconds; null where the world has no durations"""
 
 
-# -- the routes ----------------------------------------------------------------------------------------------------------
+# -- the routes
+# ----------------------------------------------------------------------------------------------------------
 
 
 def routes(visitors: Visitors) -> FastAPI:
     """The application without its guard. Its OpenAPI schema has the world's own spaces."""
-    app = FastAPI(title="A Mesocosm world", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app = FastAPI(
+        title="A Mesocosm world",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     codec = visitors.codec
-    action, observation = json_type(codec.action_space, "Action"), json_type(codec.observation_space, "Observation", reply=True)
+    action, observation = (
+        json_type(codec.action_space, "Action"),
+        json_type(codec.observation_space, "Observation", reply=True),
+    )
     one_each = Field(min_length=1, max_length=MAX_ENVS, description="one for each environment")
-    step_request = create_model("Step", __base__=StepRequest, action=(Annotated[list[action], one_each], ...))  # type: ignore[valid-type]
-    reset_reply = create_model("ResetReply", __base__=ResetReply, observation=(list[observation], ...))  # type: ignore[valid-type]
-    step_reply = create_model("StepReply", __base__=StepReply, observation=(list[observation], ...))  # type: ignore[valid-type]
+    actions = Annotated[list[action], one_each], ...  # type: ignore[valid-type]
+    observations = list[observation], ...  # type: ignore[valid-type]
+    step_request = create_model("Step", __base__=StepRequest, action=actions)
+    reset_reply = create_model("ResetReply", __base__=ResetReply, observation=observations)
+    step_reply = create_model("StepReply", __base__=StepReply, observation=observations)
     statuses = (400, 401, 408, 413, 503)
     problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in statuses}
     no_session: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
@@ -212,16 +236,38 @@ def routes(visitors: Visitors) -> FastAPI:
         """Whether a replica answers. Wants no token."""
         nonlocal probe, probed
         if probe is None or (probe.done() and time.monotonic() - probed > HEALTH_S):
-            probe, probed = asyncio.create_task(asyncio.to_thread(visitors.alive)), time.monotonic()  # its own threads: the others may all wait for a replica
+            probe, probed = (
+                asyncio.create_task(asyncio.to_thread(visitors.alive)),
+                time.monotonic(),
+            )  # its own threads: the others may all wait for a replica
         alive = await asyncio.shield(probe)
-        return JSONResponse({"status": "a replica answers" if alive else "no replica answers; see `serve status`"}, 200 if alive else 503)
+        return JSONResponse(
+            {"status": "a replica answers" if alive else "no replica answers; see `serve status`"},
+            200 if alive else 503,
+        )
 
     @app.get("/v1/world", response_model=WorldInfo, responses=problems)
     def world() -> dict[str, Any]:
         """Which world is served, and its spaces."""
-        spaces = {"observation_space": space_to_json(codec.observation_space), "action_space": space_to_json(codec.action_space)}
-        task = [*codec.environment["task"], *(option.name for option in codec.options if option.name not in codec.environment["task"])]
-        facts = {"world": visitors.id, "members": visitors.members, "memory": visitors.memory, "durations": codec.spec.durations, "task": task}
+        spaces = {
+            "observation_space": space_to_json(codec.observation_space),
+            "action_space": space_to_json(codec.action_space),
+        }
+        task = [
+            *codec.environment["task"],
+            *(
+                option.name
+                for option in codec.options
+                if option.name not in codec.environment["task"]
+            ),
+        ]
+        facts = {
+            "world": visitors.id,
+            "members": visitors.members,
+            "memory": visitors.memory,
+            "durations": codec.spec.durations,
+            "task": task,
+        }
         return facts | spaces
 
     def reset(request: ResetRequest) -> Response:
@@ -241,12 +287,24 @@ def routes(visitors: Visitors) -> FastAPI:
         """End a session."""
         visitors.end(session)
 
-    binary = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
+    binary = {
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    }
 
-    @app.post(BINARY, response_class=Response, responses=problems | {200: binary}, openapi_extra={"requestBody": binary | {"required": True}})
+    @app.post(
+        BINARY,
+        response_class=Response,
+        responses=problems | {200: binary},
+        openapi_extra={"requestBody": binary | {"required": True}},
+    )
     async def call(request: Request) -> Response:
-        """One message of the binary protocol (platform/mesocosm/serving/protocol.py), and its reply."""
-        return Response(await run_in_threadpool(visitors.call, await request.body()), media_type="application/octet-stream")
+        """One message of the binary protocol (platform/mesocosm/serving/protocol.py), and its
+        reply.
+        """
+        return Response(
+            await run_in_threadpool(visitors.call, await request.body()),
+            media_type="application/octet-stream",
+        )
 
     say_errors(app)
     schema = app.openapi()
@@ -280,7 +338,9 @@ def say_errors(app: FastAPI) -> None:
 
     def bug(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
-        return _problem(500, "the server failed on this request, which is a bug; its log says where")
+        return _problem(
+            500, "the server failed on this request, which is a bug; its log says where"
+        )
 
     handle(MesocosmError, 503)
     app.add_exception_handler(ReplicaFailed, bug)
@@ -295,30 +355,50 @@ def say_errors(app: FastAPI) -> None:
 def sentence(error: RequestValidationError) -> str:
     """The first thing that is wrong with a request: where, what was given, what is wanted."""
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("body", "path")) or "the body"
+    where = (
+        ".".join(str(part) for part in first["loc"] if part not in ("body", "path")) or "the body"
+    )
     if first["type"] == "json_invalid":
-        return f"the body is not JSON ({first.get('ctx', {}).get('error', 'it cannot be read')}); send application/json"
+        return (
+            f"the body is not JSON ({first.get('ctx', {}).get('error', 'it cannot be read')}); send"
+            " application/json"
+        )
     given = "" if first["type"] == "missing" else f"={shown(first['input'])}"
-    return f"{where[:200]}{given}: {first['msg'][:1].lower()}{first['msg'][1:]}; GET /openapi.json says what each route takes"
+    return (
+        f"{where[:200]}{given}: {first['msg'][:1].lower()}{first['msg'][1:]}; GET /openapi.json"
+        " says what each route takes"
+    )
 
 
 def _problem(status: int, detail: str, headers: Any = None) -> Response:
-    return JSONResponse({"detail": detail.encode("utf-8", "backslashreplace").decode()}, status, headers)
+    return JSONResponse(
+        {"detail": detail.encode("utf-8", "backslashreplace").decode()}, status, headers
+    )
 
 
-# -- the server ----------------------------------------------------------------------------------------------------------
+# -- the server
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Listener:
-    """A bound port of loopback, on which nobody answers until `serve`. Raises UsageError where the port is not to be had, or the token is no secret."""
+    """A bound port of loopback, on which nobody answers until `serve`. Raises UsageError where the
+    port is not to be had, or the token is no secret.
+    """
 
     def __init__(self, port: int):
         self._token, self.token_source = read_token()
         try:
             self._socket = socket.create_server((LOOPBACK, port), backlog=128)
         except OSError as error:
-            why = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be opened ({error.strerror})"
-            raise UsageError(f"serve.http={port}: the port {why} on {LOOPBACK}; set serve.http to another one, or to 0 for any free one") from error
+            why = (
+                "is taken"
+                if error.errno == errno.EADDRINUSE
+                else f"cannot be opened ({error.strerror})"
+            )
+            raise UsageError(
+                f"serve.http={port}: the port {why} on {LOOPBACK}; set serve.http to another one,"
+                " or to 0 for any free one"
+            ) from error
         self.url = f"http://{LOOPBACK}:{self._socket.getsockname()[1]}"
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None

@@ -1,9 +1,11 @@
-"""The messages between a world's client and its replicas: plain numbers and arrays, as bytes, never pickle.
+"""The messages between a world's client and its replicas: plain numbers and arrays, as bytes, never
+pickle.
 
-A message is a flat dict of JSON scalars and numpy arrays (float32, int64, bool). Parts travel as two arrays,
-`<name>.numbers` and `<name>.categories`.
+A message is a flat dict of JSON scalars and numpy arrays (float32, int64, bool). Parts travel as
+two arrays, `<name>.numbers` and `<name>.categories`.
 
-    b"MSC1" | uint32 header length | header: JSON {"values": {...}, "arrays": [[name, dtype, shape], ...]} | arrays, each 8-byte aligned
+    b"MSC1" | uint32 header length | header: JSON {"values": {...}, "arrays": [[name, dtype, shape],
+    ...]} | arrays, each 8-byte aligned
 
 Requests (`op`) and their replies, for B environments:
 
@@ -11,15 +13,16 @@ Requests (`op`) and their replies, for B environments:
     begin     session, world, seed, first_env, replaces, episode [B], start
                                                        -> observation, task
     step      session, clock, mode, episode [B], step [B], action, cut [B], max_disagreement, start
-                                                       -> observation, reward, terminated, duration, disagreement (+ task, final)
+                                                       -> observation, reward, terminated, duration,
+                                                       disagreement (+ task, final)
     restore   session, world, seed, first_env, context.*
                                                        -> clock
     end       session                                  -> nothing
 
 A request through Serve or its line carries `number` besides, which its reply repeats.
 
-Any reply may be {"error": sentence, "kind": "usage" | "failed" | "bug"} or, to a step, {"missing": true}: this replica has no such
-session at that clock, or took another step from there: restore it.
+Any reply may be {"error": sentence, "kind": "usage" | "failed" | "bug"} or, to a step, {"missing":
+true}: this replica has no such session at that clock, or took another step from there: restore it.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
-    """The message as bytes. Raises TypeError on an array of another dtype, or a value that JSON does not know."""
+    """The message as bytes. Raises TypeError on an array of another dtype, or a value that JSON
+    does not know.
+    """
     values: dict[str, Any] = {}
     arrays: list[tuple[str, str, tuple[int, ...]]] = []
     chunks: list[bytes] = []
@@ -51,7 +56,10 @@ def pack(message: Mapping[str, Any]) -> bytes:
         if isinstance(value, np.ndarray):
             code = CODES.get(value.dtype)
             if code is None:
-                raise TypeError(f"array {name!r} has dtype {value.dtype}; a message carries float32, int64 and bool")
+                raise TypeError(
+                    f"array {name!r} has dtype {value.dtype}; a message carries float32, int64 and"
+                    " bool"
+                )
             arrays.append((name, code, value.shape))
             data = value.tobytes()
             chunks.append(data)
@@ -65,9 +73,14 @@ def pack(message: Mapping[str, Any]) -> bytes:
 
 
 def unpack(data: bytes | bytearray) -> Message:
-    """The message in `data`; its arrays are views of one writable copy. Raises ValueError on anything else."""
+    """The message in `data`; its arrays are views of one writable copy. Raises ValueError on
+    anything else.
+    """
     if len(data) < 8 or data[:4] != MAGIC:
-        raise ValueError(f"not a message of this protocol: it begins with {bytes(data[:4])!r} instead of {MAGIC!r}")
+        raise ValueError(
+            f"not a message of this protocol: it begins with {bytes(data[:4])!r} instead of"
+            f" {MAGIC!r}"
+        )
     buffer = data if isinstance(data, bytearray) else bytearray(data)
     (length,) = struct.unpack_from("<I", buffer, 4)
     if 8 + length > len(buffer):
@@ -101,4 +114,7 @@ def put(message: Message, name: str, parts: Parts) -> None:
 
 def get(message: Message, name: str) -> Parts:
     """The parts of that name, sharing memory with the message."""
-    return Parts(torch.from_numpy(message[f"{name}.numbers"]), torch.from_numpy(message[f"{name}.categories"]))
+    return Parts(
+        torch.from_numpy(message[f"{name}.numbers"]),
+        torch.from_numpy(message[f"{name}.categories"]),
+    )

@@ -16,7 +16,9 @@ from mesocosm.tracking import Run
 
 
 def run(config: ServeConfig, run: Run) -> None:
-    """Deploy, say how to connect, and wait. Raises UsageError before anything starts, MesocosmError when the application fails later."""
+    """Deploy, say how to connect, and wait. Raises UsageError before anything starts, MesocosmError
+    when the application fails later.
+    """
     import ray
     from ray import serve
 
@@ -24,29 +26,52 @@ def run(config: ServeConfig, run: Run) -> None:
     deploy(config, run.say)
     address = ray.get_runtime_context().gcs_address
     run.record(app=config.name, address=address, inputs={"world": world})
-    run.say(f"world {world} is served as {config.name!r} by {config.replicas} replica(s); Ctrl-C ends it.")
+    run.say(
+        f"world {world} is served as {config.name!r} by {config.replicas} replica(s); Ctrl-C"
+        " ends it."
+    )
     if not Path(world).is_absolute():
-        where = [f"world={world}", f"app={config.name}", f"ray.address={address}", f"storage.root={run.storage.root}"]
-        run.say(f"To train an agent in it, from another terminal:\n  mesocosm train-agent {shlex.join(where)}")
+        where = [
+            f"world={world}",
+            f"app={config.name}",
+            f"ray.address={address}",
+            f"storage.root={run.storage.root}",
+        ]
+        run.say(
+            "To train an agent in it, from another terminal:\n  mesocosm train-agent"
+            f" {shlex.join(where)}"
+        )
     run.say(
         "To step in it, from Python:\n"
         "  import gymnasium, mesocosm.serving.client\n"
-        f'  envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="{world}", app="{config.name}", address="{address}", horizon=200)'
+        f'  envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="{world}",'
+        f' app="{config.name}", address="{address}", horizon=200)'
     )
     listener = LISTENERS.get(config.name)
     if listener is not None:
-        token = listener.token_source if listener.token_source.startswith("$") else f"$(cat {shlex.quote(listener.token_source)})"
-        run.say(f'Over HTTP, from this machine:\n  curl -H "Authorization: Bearer {token}" {listener.url}/v1/world')
+        token = (
+            listener.token_source
+            if listener.token_source.startswith("$")
+            else f"$(cat {shlex.quote(listener.token_source)})"
+        )
+        run.say(
+            f'Over HTTP, from this machine:\n  curl -H "Authorization: Bearer {token}"'
+            f" {listener.url}/v1/world"
+        )
     try:
         while True:
             time.sleep(1.0)
             state = serve.status().applications.get(config.name)
             if state is None or state.status == "DEPLOY_FAILED":
                 raise MesocosmError(
-                    f"application {config.name!r} is gone ({state.message if state else 'deleted'}); see the replicas' logs, and serve it again"
+                    f"application {config.name!r} is gone"
+                    f" ({state.message if state else 'deleted'}); see the replicas' logs, and serve"
+                    " it again"
                 )
             if listener is not None and not listener.alive:
-                raise MesocosmError(f"the HTTP ingress at {listener.url} has ended; serve the world again")
+                raise MesocosmError(
+                    f"the HTTP ingress at {listener.url} has ended; serve the world again"
+                )
     except KeyboardInterrupt:
         run.say("ending")
         run.stopped = True

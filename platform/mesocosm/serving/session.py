@@ -1,8 +1,10 @@
-"""A world's side of the protocol: sessions, each one client's vector of environments, pinned to one world version.
+"""A world's side of the protocol: sessions, each one client's vector of environments, pinned to one
+world version.
 
-`Sessions.handle` takes a request and gives a reply (see `protocol`); a replica and the in-process backend both are one.
-A session's carry is a cache: whatever it holds follows from the context that the client holds too, so that any replica
-goes on where another died, and a session evicted for room is only slower.
+`Sessions.handle` takes a request and gives a reply (see `protocol`); a replica and the in-process
+backend both are one. A session's carry is a cache: whatever it holds follows from the context that
+the client holds too, so that any replica goes on where another died, and a session evicted for room
+is only slower.
 """
 
 from __future__ import annotations
@@ -34,14 +36,21 @@ TOLD = ("reward", "terminated", "p_terminated", "duration", "disagreement", "div
 
 
 def find_world(storage: Storage, ref: str) -> tuple[str, Path]:
-    """(id, folder) of the world that `ref` names: an artifact id, a unique prefix of one, or a folder. Raises UsageError if there is none."""
+    """(id, folder) of the world that `ref` names: an artifact id, a unique prefix of one, or a
+    folder. Raises UsageError if there is none.
+    """
     if not ref:
-        raise UsageError("world='' names no world; give an artifact id, or a folder that holds a world.json")
+        raise UsageError(
+            "world='' names no world; give an artifact id, or a folder that holds a world.json"
+        )
     folder = Path(ref)
     if (folder / "world.json").is_file():
         return str(folder.absolute()), folder
     if folder.is_absolute():
-        raise UsageError(f"world {ref!r} is a folder without a world.json; give a world's folder, or an artifact id")
+        raise UsageError(
+            f"world {ref!r} is a folder without a world.json; give a world's folder, or an"
+            " artifact id"
+        )
     artifact = storage.artifact("worlds", ref)
     return artifact.id, artifact.path
 
@@ -64,7 +73,9 @@ class Worlds:
         self._loading = threading.Lock()
 
     def get(self, ref: str) -> tuple[str, World]:
-        """(id, world); an empty `ref` is the default. A full id that is loaded costs no look at the storage."""
+        """(id, world); an empty `ref` is the default. A full id that is loaded costs no look at the
+        storage.
+        """
         ref = ref or self.default
         loaded = self._lookup(ref)
         if loaded is not None:
@@ -93,10 +104,12 @@ class Worlds:
 
 
 class Starts:
-    """The starts that a world draws for B environments, in blocks of consecutive episodes of all of them.
+    """The starts that a world draws for B environments, in blocks of consecutive episodes of all of
+    them.
 
-    At 256 environments some episode ends at nearly every step, and a draw for that one alone costs as much as half a step (2 ms).
-    A block is a function of (world, seed, environments, its number), so that a restored session finds the same bits in it.
+    At 256 environments some episode ends at nearly every step, and a draw for that one alone costs
+    as much as half a step (2 ms). A block is a function of (world, seed, environments, its number),
+    so that a restored session finds the same bits in it.
     """
 
     KEEP = 32
@@ -110,21 +123,31 @@ class Starts:
     def of(self, episode: NDArray[np.int64], mask: NDArray[np.bool_]) -> tuple[Parts, Parts]:
         """(task, observation) [B] that begin `episode` [B]; rows outside `mask` [B] are zeros."""
         batch, spec = len(self.env), self.world.spec
-        task, observation = (Parts.empty(part, batch, device=self.world.device) for part in (spec.task, spec.observation))
+        task, observation = (
+            Parts.empty(part, batch, device=self.world.device)
+            for part in (spec.task, spec.observation)
+        )
         numbers = episode // self.episodes
         for number in np.unique(numbers[mask]):
             rows = np.flatnonzero(mask & (numbers == number))
             into = torch.from_numpy(rows).to(self.world.device)
-            where = torch.from_numpy((episode[rows] % self.episodes) * batch + rows).to(self.world.device)
+            where = torch.from_numpy((episode[rows] % self.episodes) * batch + rows).to(
+                self.world.device
+            )
             for out, drawn in zip((task, observation), self._block(int(number)), strict=True):
-                out.numbers[into], out.categories[into] = drawn.numbers[where], drawn.categories[where]
+                out.numbers[into], out.categories[into] = (
+                    drawn.numbers[where],
+                    drawn.categories[where],
+                )
         return task, observation
 
     def _block(self, number: int) -> tuple[Parts, Parts]:
         if number not in self._blocks:
             episode = number * self.episodes + np.arange(self.episodes)
             keys = rng.keys(self.seed, self.env[None, :], episode[:, None], START)
-            self._blocks[number] = self.world.sample_start(torch.from_numpy(keys.reshape(-1)).to(self.world.device))
+            self._blocks[number] = self.world.sample_start(
+                torch.from_numpy(keys.reshape(-1)).to(self.world.device)
+            )
         self._blocks.move_to_end(number)
         while len(self._blocks) > self.KEEP:
             self._blocks.popitem(last=False)
@@ -163,21 +186,38 @@ class Sessions:
 
     def handle(self, request: Message) -> Message:
         """Answer one request. What a user got wrong comes back as {"error", "kind"}; a bug raises."""
-        operations = {"describe": self._describe, "begin": self._begin, "step": self._step, "restore": self._restore, "end": self._end}
+        operations = {
+            "describe": self._describe,
+            "begin": self._begin,
+            "step": self._step,
+            "restore": self._restore,
+            "end": self._end,
+        }
         op = request.get("op")
         operation = operations.get(op) if isinstance(op, str) else None
         if operation is None:
-            return {"error": f"op={op!a:.60} is unknown, use one of {', '.join(operations)}", "kind": "usage"}
+            return {
+                "error": f"op={op!a:.60} is unknown, use one of {', '.join(operations)}",
+                "kind": "usage",
+            }
         try:
             check_fields(request)
             with torch.inference_mode():
                 return operation(request)
         except MesocosmError as error:
-            return {"error": str(error), "kind": "usage" if isinstance(error, UsageError) else "failed"}
+            return {
+                "error": str(error),
+                "kind": "usage" if isinstance(error, UsageError) else "failed",
+            }
 
     def _describe(self, request: Message) -> Message:
         id, world = self.world(request["world"])
-        return {"world": id, "codec": world.codec, "memory": world.net.memory, "members": world.config.members}
+        return {
+            "world": id,
+            "codec": world.codec,
+            "memory": world.net.memory,
+            "members": world.config.members,
+        }
 
     def _begin(self, request: Message) -> Message:
         id, world = self.world(request["world"])
@@ -199,7 +239,13 @@ class Sessions:
     def _restore(self, request: Message) -> Message:
         _, world = self.world(request["world"])
         check_restore(request, world.spec, world.config.members)
-        context = Context.from_numpy({name.removeprefix(CONTEXT): value for name, value in request.items() if name.startswith(CONTEXT)})
+        context = Context.from_numpy(
+            {
+                name.removeprefix(CONTEXT): value
+                for name, value in request.items()
+                if name.startswith(CONTEXT)
+            }
+        )
         seed, env = request["seed"], request["first_env"] + np.arange(len(context.member))
         with self._lock:
             try:
@@ -233,15 +279,26 @@ class Sessions:
             return reply
 
     def _advance(self, session: Session, request: Message) -> Message:
-        """One step of all environments, then new episodes for those that end here (SAME_STEP) or ended before (NEXT_STEP)."""
+        """One step of all environments, then new episodes for those that end here (SAME_STEP) or
+        ended before (NEXT_STEP).
+        """
         world, episode = session.world, request["episode"]
-        keys = torch.from_numpy(rng.keys(session.seed, session.env, episode, request["step"])).to(world.device)
-        session.carry, out = world.step(session.carry, get(request, "action").to(world.device), keys)
+        keys = torch.from_numpy(rng.keys(session.seed, session.env, episode, request["step"])).to(
+            world.device
+        )
+        session.carry, out = world.step(
+            session.carry, get(request, "action").to(world.device), keys
+        )
         observation = out.observation
         reply: Message = {name: getattr(out, name).numpy(force=True) for name in TOLD}
         mask = request["cut"]
         if request["mode"] == "SameStep":
-            mask = mask | reply["terminated"] | reply["diverged"] | (reply["disagreement"] > request["max_disagreement"])
+            mask = (
+                mask
+                | reply["terminated"]
+                | reply["diverged"]
+                | (reply["disagreement"] > request["max_disagreement"])
+            )
         if mask.any():
             if request["mode"] == "SameStep":
                 put(reply, "final", observation)
@@ -250,7 +307,13 @@ class Sessions:
                     reply[name] = np.where(mask, np.zeros(1, reply[name].dtype), reply[name])
             task, start = _logged(world, request) or session.starts.of(episode + 1, mask)
             chosen = torch.from_numpy(mask).to(world.device)
-            session.carry = world.reset(session.carry, chosen, task, start, _member(world, session.seed, session.env, episode + 1))
+            session.carry = world.reset(
+                session.carry,
+                chosen,
+                task,
+                start,
+                _member(world, session.seed, session.env, episode + 1),
+            )
             observation = start.where(chosen, observation)
             put(reply, "task", task)
         put(reply, "observation", observation)
@@ -269,7 +332,9 @@ class Sessions:
 
 
 def _digest(request: Message) -> bytes:
-    """Of everything that a step depends on: a client may give up on one request and send another at the same clock."""
+    """Of everything that a step depends on: a client may give up on one request and send another at
+    the same clock.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name in sorted(request):
         value = request[name]
@@ -286,4 +351,6 @@ def _logged(world: World, request: Message) -> tuple[Parts, Parts] | None:
 
 
 def _member(world: World, seed: int, env: NDArray[np.int64], episode: NDArray[np.int64]) -> Tensor:
-    return torch.from_numpy(rng.member_of(seed, env, episode, world.config.members)).to(world.device)
+    return torch.from_numpy(rng.member_of(seed, env, episode, world.config.members)).to(
+        world.device
+    )

@@ -1,4 +1,6 @@
-"""Who comes to a served world over HTTP: sessions of people, which are kept here, and programs, whose messages are passed on."""
+"""Who comes to a served world over HTTP: sessions of people, which are kept here, and programs,
+whose messages are passed on.
+"""
 
 from __future__ import annotations
 
@@ -139,11 +141,14 @@ class UnknownSession(MesocosmError):
 class Visitors:
     """What the routes do. Every method may be called from several threads.
 
-    They raise UsageError for what is wrong with a request, UnknownSession, and MesocosmError where no replica answers in DEADLINE_S.
+    They raise UsageError for what is wrong with a request, UnknownSession, and MesocosmError where
+    no replica answers in DEADLINE_S.
     """
 
     def __init__(self, app: str, world: str):
-        """`app`: a world application of the Ray that this process is connected to; `world` of it is the one that people step in."""
+        """`app`: a world application of the Ray that this process is connected to; `world` of it is
+        the one that people step in.
+        """
         self.app = app
         self._probe = Served(app, None, DEADLINE_S)
         self._probing = threading.Lock()
@@ -155,12 +160,11 @@ class Visitors:
         self.memory: int = reply["memory"]
         self._observation_codec = SpaceCodec(self.codec.observation_space)
         self.sessions: Kept[WorldVectorEnv] = Kept(
-            MAX_SESSIONS,
-            MAX_TOTAL_ENVS,
-            lambda env: env.close(),
-            IDLE_S,
+            MAX_SESSIONS, MAX_TOTAL_ENVS, lambda env: env.close(), IDLE_S
         )
-        self.connections: Kept[Served] = Kept(MAX_SESSIONS, MAX_SESSIONS, lambda connection: connection.close())
+        self.connections: Kept[Served] = Kept(
+            MAX_SESSIONS, MAX_SESSIONS, lambda connection: connection.close()
+        )
 
     def close(self) -> None:
         self.sessions.clear()
@@ -189,7 +193,10 @@ class Visitors:
         else:
             held = self._session(session)
             if num_envs not in (None, held.weight):
-                raise UsageError(f"num_envs={num_envs} where the session has {held.weight}; leave num_envs out, or leave session out for a new one")
+                raise UsageError(
+                    f"num_envs={num_envs} where the session has {held.weight}; leave num_envs out,"
+                    " or leave session out for a new one"
+                )
             with held.lock:
                 reply = self._begin(self._open(session, held), seed)
         return {"session": session, "world": self.id} | reply
@@ -204,21 +211,34 @@ class Visitors:
     def step(self, session: str, action: list[Any]) -> dict[str, Any]:
         held = self._session(session)
         if len(action) != held.weight:
-            raise UsageError(f"action has {len(action)} items where the session has {held.weight} environments; give one to each")
+            raise UsageError(
+                f"action has {len(action)} items where the session has {held.weight} environments;"
+                " give one to each"
+            )
         batch = to_batch(self.codec.action_space, action)
         try:
             numbers = self.codec.action(batch).numbers
         except MesocosmError as error:
             raise UsageError(str(error)) from error
         if not np.isfinite(numbers.numpy()).all():
-            raise UsageError("action: a number is too large for this world, which computes in float32; lower it")
+            raise UsageError(
+                "action: a number is too large for this world, which computes in float32; lower it"
+            )
         with held.lock:
             env = self._open(session, held)
             try:
                 observation, reward, terminated, truncated, infos = env.step(batch)
             except ResetNeeded as error:
-                raise UsageError("the session's last reset failed; POST /v1/reset with it again") from error
-            reply = {"observation": self._values(observation), "task": env.task_options, "reward": reward, "terminated": terminated, "truncated": truncated}
+                raise UsageError(
+                    "the session's last reset failed; POST /v1/reset with it again"
+                ) from error
+            reply = {
+                "observation": self._values(observation),
+                "task": env.task_options,
+                "reward": reward,
+                "terminated": terminated,
+                "truncated": truncated,
+            }
         reply |= {name: infos[name] for name in ("disagreement", "diverged")}
         reply["duration"] = infos.get("duration")
         return {name: to_json(value) for name, value in reply.items()}
@@ -228,7 +248,9 @@ class Visitors:
             raise UnknownSession(session)
 
     def call(self, data: bytes) -> bytes:
-        """The reply to a message of `protocol`. Requests of one client (a session's name up to its last "-") go to one replica."""
+        """The reply to a message of `protocol`. Requests of one client (a session's name up to its
+        last "-") go to one replica.
+        """
         try:
             request = unpack(data)
         except ValueError as error:
@@ -256,9 +278,14 @@ class Visitors:
         for name, value in request.items():
             if isinstance(value, np.ndarray):
                 if value.ndim and len(value) > MAX_ENVS:
-                    raise UsageError(f"{name!a:.60} is of {len(value)} environments, beyond the limit of {MAX_ENVS}; use more sessions")
+                    raise UsageError(
+                        f"{name!a:.60} is of {len(value)} environments, beyond the limit of"
+                        f" {MAX_ENVS}; use more sessions"
+                    )
                 if value.dtype.kind == "f" and not np.isfinite(value).all():
-                    raise UsageError(f"{name!a:.60} holds a number that is not finite; send finite numbers")
+                    raise UsageError(
+                        f"{name!a:.60} holds a number that is not finite; send finite numbers"
+                    )
 
     def _session(self, session: str) -> Held[WorldVectorEnv]:
         held = self.sessions.get(session)
@@ -267,7 +294,9 @@ class Visitors:
         return held
 
     def _open(self, session: str, held: Held[WorldVectorEnv]) -> WorldVectorEnv:
-        """The session's environment, under its lock: it may have gone while the lock was another request's."""
+        """The session's environment, under its lock: it may have gone while the lock was another
+        request's.
+        """
         if held.closed or held.value is None:
             raise UnknownSession(session)
         return held.value

@@ -1,4 +1,6 @@
-"""Is a cluster ready for jobs: `mesocosm cluster check NAME`, and a part of `doctor --cluster NAME`."""
+"""Is a cluster ready for jobs: `mesocosm cluster check NAME`, and a part of `doctor --cluster
+NAME`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from mesocosm.submission.submit import probe
 
 
 def checks(name: str, given: JobConfig, *, insecure: bool) -> Iterator[Check]:
-    """One after the other; the first that fails of those that the rest needs is the last. Raises UsageError where there is no such cluster."""
+    """One after the other; the first that fails of those that the rest needs is the last. Raises
+    UsageError where there is no such cluster.
+    """
     import ray
 
     cluster = clusters.read(name)
@@ -26,21 +30,43 @@ def checks(name: str, given: JobConfig, *, insecure: bool) -> Iterator[Check]:
     except MesocosmError as error:
         yield Check("cluster", False, str(error).partition("; ")[0], str(error).partition("; ")[2])
         return
-    yield Check("cluster", True, f"{remote.address}, with {'its token' if remote.guarded else 'no token at all'}")
+    yield Check(
+        "cluster",
+        True,
+        f"{remote.address}, with {'its token' if remote.guarded else 'no token at all'}",
+    )
     try:
         with tempfile.TemporaryDirectory(prefix="mesocosm-") as folder:
             freeze("doctor", given, cluster, None).write(Path(folder))
             found = probe(remote, folder, None)
     except MesocosmError as error:
-        yield Check("jobs", False, str(error).partition("; ")[0], str(error).partition("; ")[2] or "see the cluster's own logs")
+        yield Check(
+            "jobs",
+            False,
+            str(error).partition("; ")[0],
+            str(error).partition("; ")[2] or "see the cluster's own logs",
+        )
         return
     own, theirs = platform.python_version(), found["python"]
-    yield Check("python", own.rsplit(".", 1)[0] == theirs.rsplit(".", 1)[0], f"{theirs} there, {own} here", "use the same minor version on both")
-    yield Check("ray", found["ray"] == ray.__version__, f"{found['ray']} there, {ray.__version__} here", "install the same version on both")
+    yield Check(
+        "python",
+        own.rsplit(".", 1)[0] == theirs.rsplit(".", 1)[0],
+        f"{theirs} there, {own} here",
+        "use the same minor version on both",
+    )
+    yield Check(
+        "ray",
+        found["ray"] == ray.__version__,
+        f"{found['ray']} there, {ray.__version__} here",
+        "install the same version on both",
+    )
     yield Check("mesocosm", True, f"{found['mesocosm']}, as sent from here")
     have, full = found["resources"], {key: cluster.full(key) for key in ("cpus", "gpus")}
     grows = f"; at full size {full['cpus']:g} CPUs, {full['gpus']:g} GPUs" if full["cpus"] else ""
-    said = f"{found['nodes']} nodes, {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs, {have.get('memory', 0) / 2**30:.0f} GiB{grows}"
+    said = (
+        f"{found['nodes']} nodes, {have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs,"
+        f" {have.get('memory', 0) / 2**30:.0f} GiB{grows}"
+    )
     yield Check("nodes", have.get("CPU", 0) + full["cpus"] > 0, said, "start worker nodes")
     for what in ("storage", "mlflow"):
         yield Check(what, found[what]["ok"], found[what]["said"], found[what]["fix"])

@@ -17,28 +17,47 @@ class Needs:
 
 
 def needs(config: JobConfig) -> Needs:
-    """The most that the job holds at once. Where a config says nothing of GPUs, none is needed: what is there is used."""
+    """The most that the job holds at once. Where a config says nothing of GPUs, none is needed:
+    what is there is used.
+    """
     found = list(_asked(config, ""))
     for name in ("collect", "explore", "pretrain", "serve", "agent", "evaluate"):
-        if isinstance(getattr(config, name, None), JobConfig):  # a loop's stages follow each other, but for the agent beside its world
+        if isinstance(
+            getattr(config, name, None), JobConfig
+        ):  # a loop's stages follow each other, but for the agent beside its world
             found += _asked(getattr(config, name), f"{name}.")
     served, agent = getattr(config, "serve", None), getattr(config, "agent", None)
     if isinstance(served, JobConfig) and isinstance(agent, JobConfig):
-        a, b = (max(_asked(block, ""), key=lambda n: n.cpus, default=Needs(0, 0, "")) for block in (served, agent))
+        a, b = (
+            max(_asked(block, ""), key=lambda n: n.cpus, default=Needs(0, 0, ""))
+            for block in (served, agent)
+        )
         found.append(Needs(a.cpus + b.cpus, a.gpus + b.gpus, "serve.replicas with agent.runners"))
-    return Needs(max((n.cpus for n in found), default=1.0), max((n.gpus for n in found), default=0.0), max(found, key=lambda n: n.cpus).what if found else "")
+    return Needs(
+        max((n.cpus for n in found), default=1.0),
+        max((n.gpus for n in found), default=0.0),
+        max(found, key=lambda n: n.cpus).what if found else "",
+    )
 
 
 def _asked(config: Any, prefix: str) -> list[Needs]:
     found = []
     train: Any = getattr(config, "train", None)
     if hasattr(train, "workers"):
-        found.append(Needs(train.workers, train.workers * (train.gpus_per_worker or 0), f"{prefix}train.workers={train.workers}"))
+        found.append(
+            Needs(
+                train.workers,
+                train.workers * (train.gpus_per_worker or 0),
+                f"{prefix}train.workers={train.workers}",
+            )
+        )
     elif hasattr(config, "concurrent"):
         found.append(Needs(config.concurrent, 0, f"{prefix}concurrent={config.concurrent}"))
     elif hasattr(config, "replicas"):
         gpus = config.replicas if config.device == "cuda" else 0
-        found.append(Needs(config.replicas * config.cpus, gpus, f"{prefix}replicas={config.replicas}"))
+        found.append(
+            Needs(config.replicas * config.cpus, gpus, f"{prefix}replicas={config.replicas}")
+        )
     elif hasattr(config, "runners"):
         found.append(Needs(max(config.runners, 1), 0, f"{prefix}runners={config.runners}"))
     elif isinstance(getattr(config, "workers", None), int):

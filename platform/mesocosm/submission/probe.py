@@ -1,6 +1,8 @@
-"""What a cluster says of itself, from inside: `python -m mesocosm.submission.probe`, run as a Ray job in the folder that a submission sends.
+"""What a cluster says of itself, from inside: `python -m mesocosm.submission.probe`, run as a Ray
+job in the folder that a submission sends.
 
-Prints one line, MARK and JSON. The preflight of a submission, `cluster check` and `doctor --cluster` are all this.
+Prints one line, MARK and JSON. The preflight of a submission, `cluster check` and `doctor
+--cluster` are all this.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ MARK = "MESOCOSM "
 
 
 def told(job: str | None) -> dict[str, Any]:
-    """{"python", "ray", "mesocosm": versions, "resources", "storage", "mlflow": {"ok", "said"}, and of the frozen job "plan", "needs", or "refused"}."""
+    """{"python", "ray", "mesocosm": versions, "resources", "storage", "mlflow": {"ok", "said"}, and
+    of the frozen job "plan", "needs", or "refused"}.
+    """
     import ray
 
     from mesocosm import __version__, cluster, config, doctor, tracking
@@ -26,11 +30,23 @@ def told(job: str | None) -> dict[str, Any]:
     from mesocosm.submission.freeze import CONFIG
     from mesocosm.submission.needs import needs
 
-    schema = JobConfig if job is None else getattr(importlib.import_module(JOBS[job].module), JOBS[job].schema)
+    schema = (
+        JobConfig
+        if job is None
+        else getattr(importlib.import_module(JOBS[job].module), JOBS[job].schema)
+    )
     given: Any = config.load(schema, [CONFIG]) if Path(CONFIG).exists() else JobConfig()
     cluster.ensure(RayConfig(address="auto"))
-    found: dict[str, Any] = {"python": platform.python_version(), "ray": ray.__version__, "mesocosm": __version__}
-    found["resources"] = {name: amount for name, amount in ray.cluster_resources().items() if name in ("CPU", "GPU", "memory")}
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "ray": ray.__version__,
+        "mesocosm": __version__,
+    }
+    found["resources"] = {
+        name: amount
+        for name, amount in ray.cluster_resources().items()
+        if name in ("CPU", "GPU", "memory")
+    }
     found["nodes"] = sum(node["Alive"] for node in ray.nodes())
     for check in (doctor.storage_check(given), doctor.mlflow_check(given)):
         found[check.name] = {"ok": check.ok, "said": tracking.redact(check.found), "fix": check.fix}
@@ -39,12 +55,17 @@ def told(job: str | None) -> dict[str, Any]:
         try:
             found["plan"] = importlib.import_module(JOBS[job].module).plan(given)
         except Exception as error:
-            found["refused"] = {"said": tracking.redact(" ".join(str(error).split())), "exit_code": getattr(error, "exit_code", 1)}
+            found["refused"] = {
+                "said": tracking.redact(" ".join(str(error).split())),
+                "exit_code": getattr(error, "exit_code", 1),
+            }
     return found
 
 
 def main() -> int:
-    print(MARK + json.dumps(told(sys.argv[1] if len(sys.argv) > 1 else None), default=str), flush=True)
+    print(
+        MARK + json.dumps(told(sys.argv[1] if len(sys.argv) > 1 else None), default=str), flush=True
+    )
     return 0
 
 

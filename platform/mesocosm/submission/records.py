@@ -1,4 +1,6 @@
-"""Which jobs were submitted from here, and where to: `~/.mesocosm/jobs/<id>.json`. Nothing secret; Ray and storage have the rest."""
+"""Which jobs were submitted from here, and where to: `~/.mesocosm/jobs/<id>.json`. Nothing secret;
+Ray and storage have the rest.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +49,21 @@ def find(id: str) -> Record | None:
 
 
 def named(ref: str) -> Record:
-    """The record of `ref`, an id or a unique part of its beginning. Raises UsageError where there is none."""
+    """The record of `ref`, an id or a unique part of its beginning. Raises UsageError where there
+    is none.
+    """
     known = every()
-    matches = [record for record in known if record.id == ref] or [record for record in known if ref and record.id.startswith(ref)]
+    matches = [record for record in known if record.id == ref] or [
+        record for record in known if ref and record.id.startswith(ref)
+    ]
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise UsageError(f"job {ref!r} is ambiguous: {', '.join(record.id for record in matches[:5])}")
+        raise UsageError(
+            f"job {ref!r} is ambiguous: {', '.join(record.id for record in matches[:5])}"
+        )
     ids = [record.id for record in known]
-    raise UsageError(f"no job {ref!r} was submitted from here{nearest(ref, ids) or '; name its cluster with --cluster, or see mesocosm jobs list'}")
+    raise UsageError(
+        f"no job {ref!r} was submitted from"
+        f" here{nearest(ref, ids) or '; name its cluster with --cluster, or see mesocosm jobs list'}"
+    )

@@ -32,8 +32,8 @@ def state_of(details: Any) -> str:
 class Remote:
     """The Jobs API of the cluster `name`.
 
-    Raises UsageError where it is this machine, where nothing answers, where it asks for another token than the one given, and where it
-    answers without any (`insecure` allows that).
+    Raises UsageError where it is this machine, where nothing answers, where it asks for another
+    token than the one given, and where it answers without any (`insecure` allows that).
     """
 
     def __init__(self, name: str, config: ClusterConfig, *, insecure: bool = False):
@@ -41,30 +41,47 @@ class Remote:
         from ray.job_submission import JobSubmissionClient
 
         if config.where == "local" or config.address is None:
-            raise UsageError(f"--cluster {name} is this machine, where no Jobs API is kept; leave --cluster out, or name another of clusters/")
+            raise UsageError(
+                f"--cluster {name} is this machine, where no Jobs API is kept; leave --cluster out,"
+                " or name another of clusters/"
+            )
         self.name, self.config, self.address = name, config, config.address.rstrip("/")
         url = f"{self.address}/api/jobs/"
         try:
             bare = requests.get(url, timeout=TIMEOUT, allow_redirects=False)
         except requests.RequestException as error:
-            raise UsageError(f"cluster {name!r}: {self.address} does not answer ({type(error).__name__}); open its tunnel or port-forward first") from error
+            raise UsageError(
+                f"cluster {name!r}: {self.address} does not answer ({type(error).__name__}); open"
+                " its tunnel or port-forward first"
+            ) from error
         headers: dict[str, str] = {}
         self.guarded = bare.status_code in (401, 403)
         """Whether the cluster wants a token"""
         if bare.status_code == 200 and not insecure:
             raise UsageError(
-                f"cluster {name!r}: {self.address} answers without a token, so anybody who reaches it may run code there; start it with RAY_AUTH_MODE=token "
-                "(docs/clusters.md), or give --insecure"
+                f"cluster {name!r}: {self.address} answers without a token, so anybody who reaches"
+                " it may run code there; start it with RAY_AUTH_MODE=token (docs/clusters.md), or"
+                " give --insecure"
             )
         if self.guarded:
             headers = {"Authorization": f"Bearer {self._token()}"}
             told = requests.get(url, headers=headers, timeout=TIMEOUT, allow_redirects=False)
             if told.status_code in (401, 403):
-                raise UsageError(f"cluster {name!r}: the token in {config.token_path} is not that of {self.address}; copy the cluster's own there")
+                raise UsageError(
+                    f"cluster {name!r}: the token in {config.token_path} is not that of"
+                    f" {self.address}; copy the cluster's own there"
+                )
             bare = told
         if bare.status_code != 200:
-            raise UsageError(f"cluster {name!r}: {url} answers {bare.status_code}, so it is no Ray dashboard; give its address in clusters/{name}.yaml")
-        for logger in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env.packaging"):
+            raise UsageError(
+                f"cluster {name!r}: {url} answers {bare.status_code}, so it is no Ray dashboard;"
+                f" give its address in clusters/{name}.yaml"
+            )
+        for logger in (
+            "ray.dashboard.modules.dashboard_sdk",
+            "ray.dashboard.modules.job.sdk",
+            "ray._private.runtime_env.packaging",
+        ):
             logging.getLogger(logger).setLevel(logging.WARNING)
         with self._said():
             self.client: Any = JobSubmissionClient(self.address, headers=headers)
@@ -82,14 +99,23 @@ class Remote:
         except MesocosmError:
             raise
         except Exception as error:
-            raise MesocosmError(f"cluster {self.name!r}: {' '.join(str(error).split())[:300]}") from error
+            raise MesocosmError(
+                f"cluster {self.name!r}: {' '.join(str(error).split())[:300]}"
+            ) from error
 
-    def submit(self, id: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]) -> None:
+    def submit(
+        self, id: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]
+    ) -> None:
         end = time.monotonic() + STARTING
         with self._said():
             while True:
                 try:
-                    self.client.submit_job(entrypoint=entrypoint, submission_id=id, runtime_env=runtime_env, metadata=metadata)
+                    self.client.submit_job(
+                        entrypoint=entrypoint,
+                        submission_id=id,
+                        runtime_env=runtime_env,
+                        metadata=metadata,
+                    )
                     return
                 except RuntimeError as error:  # a cluster that has just started has no agent yet
                     if "No available agent" not in str(error) or time.monotonic() > end:
@@ -119,7 +145,9 @@ class Remote:
             return str(self.client.get_job_logs(id))
 
     def follow(self, id: str, tell: Callable[[str], None]) -> str:
-        """`tell` the driver's output as it comes, until the job is over; gives its state. A connection that breaks is made anew, and nothing told twice."""
+        """`tell` the driver's output as it comes, until the job is over; gives its state. A
+        connection that breaks is made anew, and nothing told twice.
+        """
         told, failed = 0, 0
 
         async def listen() -> None:
@@ -142,7 +170,10 @@ class Remote:
             if state is None or (state in OVER and broken is None):
                 return state or "UNKNOWN"
             if failed == CONNECTIONS:
-                raise MesocosmError(f"cluster {self.name!r}: the log of {id} broke off {failed} times ({broken}); it goes on, see mesocosm jobs status {id}")
+                raise MesocosmError(
+                    f"cluster {self.name!r}: the log of {id} broke off {failed} times ({broken});"
+                    f" it goes on, see mesocosm jobs status {id}"
+                )
             time.sleep(1.0)
 
     def stop(self, id: str) -> None:

@@ -1,4 +1,6 @@
-"""What is known of a submitted job: Ray's word while its cluster answers, and what the job itself sent to storage in any case."""
+"""What is known of a submitted job: Ray's word while its cluster answers, and what the job itself
+sent to storage in any case.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from mesocosm.submission.remote import Remote, state_of
 RAYS_OWN = 45.0
 """Seconds that Ray may take to end what it was told to stop, beside the grace."""
 ENDED = {"done": "SUCCEEDED", "failed": "FAILED", "stopped": "STOPPED"}
-"""A run's word for Ray's, where Ray cannot be asked; of a run that says it runs nobody knows then."""
+"""A run's word for Ray's, where Ray cannot be asked; of a run that says it runs nobody knows then.
+"""
 
 
 def remote_of(name: str, *, insecure: bool) -> Remote | str:
@@ -35,7 +38,11 @@ def job_of(ref: str, cluster: str | None) -> Record:
         return records.named(ref)
     root = clusters.read(cluster).storage_root or JobConfig().storage.root
     known = records.find(ref)
-    return known if known is not None and known.cluster == cluster else Record(ref, ref.rsplit("-", 2)[0], cluster, root, 0.0)
+    return (
+        known
+        if known is not None and known.cluster == cluster
+        else Record(ref, ref.rsplit("-", 2)[0], cluster, root, 0.0)
+    )
 
 
 def listed(cluster: str | None, *, insecure: bool) -> list[dict[str, Any]]:
@@ -48,7 +55,11 @@ def listed(cluster: str | None, *, insecure: bool) -> list[dict[str, Any]]:
             raise UsageError(remote)
         jobs = {} if isinstance(remote, str) else {job.submission_id: job for job in remote.list()}
         mine = {record.id: record for record in own if record.cluster == name}
-        others = {id: job_of(id, name) for id, job in jobs.items() if (job.metadata or {}).get("job", "probe") != "probe" and cluster is not None}
+        others = {
+            id: job_of(id, name)
+            for id, job in jobs.items()
+            if (job.metadata or {}).get("job", "probe") != "probe" and cluster is not None
+        }
         for id, record in {**others, **mine}.items():
             rows.append(_row(record, jobs.get(id)))
     return sorted(rows, key=lambda row: row["age_s"])
@@ -74,11 +85,17 @@ def status(record: Record, *, insecure: bool) -> dict[str, Any]:
 
 def _row(record: Record, details: Any | None) -> dict[str, Any]:
     own = told(record)
-    began = details.start_time / 1000 if details is not None and details.start_time else (own or {}).get("started") or record.submitted
+    began = (
+        details.start_time / 1000
+        if details is not None and details.start_time
+        else (own or {}).get("started") or record.submitted
+    )
     progress = (own or {}).get("progress")
     ended = ENDED.get(str((own or {}).get("state")))
     state = state_of(details) if details is not None else ended or "UNKNOWN"
-    if state == "FAILED" and ended == "STOPPED":  # a driver that ends by itself when it is asked to has failed in Ray's eyes
+    if (
+        state == "FAILED" and ended == "STOPPED"
+    ):  # a driver that ends by itself when it is asked to has failed in Ray's eyes
         state = ended
     return {
         "id": record.id,
@@ -91,9 +108,15 @@ def _row(record: Record, details: Any | None) -> dict[str, Any]:
 
 
 def said(progress: dict[str, Any]) -> str:
-    share = f"{progress['completed']:g}/{progress['total']:g}" if progress["total"] else f"{progress['completed']:g}"
+    share = (
+        f"{progress['completed']:g}/{progress['total']:g}"
+        if progress["total"]
+        else f"{progress['completed']:g}"
+    )
     note = str(progress["note"])
-    return " ".join(part for part in (progress["what"], "" if share in note else share, note) if part)
+    return " ".join(
+        part for part in (progress["what"], "" if share in note else share, note) if part
+    )
 
 
 def told(record: Record) -> dict[str, Any] | None:
@@ -105,7 +128,9 @@ def _kept(record: Record, name: str) -> dict[str, Any] | None:
     try:
         raw = Storage(record.root).read(f"runs/{record.job}/{record.id}/{name}")
         return None if raw is None else json.loads(raw)
-    except Exception:  # a storage that does not answer, or does not know this user, has nothing to say
+    except (
+        Exception
+    ):  # a storage that does not answer, or does not know this user, has nothing to say
         return None
 
 
@@ -119,8 +144,10 @@ def kept_log(record: Record) -> str | None:
 
 
 def ask_to_stop(record: Record) -> float | None:
-    """Write the request to stop; gives the seconds that the job's config grants it. None where its storage cannot be written from here: Ray's own
-    stop asks the driver in the same way, and waits as long (`submit.submit`)."""
+    """Write the request to stop; gives the seconds that the job's config grants it. None where its
+    storage cannot be written from here: Ray's own stop asks the driver in the same way, and waits
+    as long (`submit.submit`).
+    """
     storage = Storage(record.root)
     folder = f"runs/{record.job}/{record.id}"
     try:
@@ -144,12 +171,27 @@ def _mlflow(record: Record) -> str | None:
 
 def table(rows: list[dict[str, Any]]) -> str:
     head = ["id", "cluster", "state", "age", "progress"]
-    lines = [head, *([row["id"], row["cluster"], row["state"], age(row["age_s"]), row["progress"] or ""] for row in rows)]
+    lines = [
+        head,
+        *(
+            [row["id"], row["cluster"], row["state"], age(row["age_s"]), row["progress"] or ""]
+            for row in rows
+        ),
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    return "\n".join("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
 
 
 def age(seconds: float | None) -> str:
     if seconds is None:
         return "-"
-    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )

@@ -1,4 +1,6 @@
-"""A user's own environments, which misbehave on demand. The tests run in this folder, as a user would."""
+"""A user's own environments, which misbehave on demand. The tests run in this folder, as a user
+would.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +14,20 @@ from gymnasium.spaces import Box, Dict, Discrete, Text
 
 
 class Line(gymnasium.Env):
-    """A walk on a line that ends beyond 1. `trouble` maps a reset seed (as text) to what happens at that episode's third step."""
+    """A walk on a line that ends beyond 1. `trouble` maps a reset seed (as text) to what happens at
+    that episode's third step.
+    """
 
     observation_space = Box(-np.inf, np.inf, (2,), np.float32)
     action_space = Box(-1.0, 1.0, (1,), np.float32)
 
-    def __init__(self, trouble: dict[str, str] | None = None, stretch: float = 0.2, nap: float = 3600.0, closing: float = 0.0):
+    def __init__(
+        self,
+        trouble: dict[str, str] | None = None,
+        stretch: float = 0.2,
+        nap: float = 3600.0,
+        closing: float = 0.0,
+    ):
         self.trouble, self.stretch, self.nap, self.closing = trouble or {}, stretch, nap, closing
         self.t = 0
 
@@ -54,7 +64,9 @@ class Line(gymnasium.Env):
 
 
 class Counted(Line):
-    """Takes STEP_S seconds a step, and appends a byte a step to the file that STEPS_FILE names: what reality was really asked."""
+    """Takes STEP_S seconds a step, and appends a byte a step to the file that STEPS_FILE names:
+    what reality was really asked.
+    """
 
     def __init__(self, **more: Any):
         super().__init__(**more)
@@ -80,16 +92,38 @@ class Stillborn(Line):
 
 
 class Odd(Line):
-    """Gives what is not of its space from an episode's third step on: `trouble` names the key, or `list` for a NaN in a list."""
+    """Gives what is not of its space from an episode's third step on: `trouble` names the key, or
+    `list` for a NaN in a list.
+    """
 
     observation_space = Dict(
-        {"at": Box(-np.inf, np.inf, (2,), np.float64), "count": Box(0, 2**62, (), np.int64), "mode": Discrete(3), "word": Text(3, charset="ab")}
+        {
+            "at": Box(-np.inf, np.inf, (2,), np.float64),
+            "count": Box(0, 2**62, (), np.int64),
+            "mode": Discrete(3),
+            "word": Text(3, charset="ab"),
+        }
     )
 
     def _observe(self) -> Any:
-        right = {"at": np.array([self.x, self.t]), "count": np.int64(self.t), "mode": np.int64(self.t % 3), "word": "ab"[: 1 + self.t % 2]}
-        wrong = {"at": np.zeros(3), "count": np.int64(2**60), "mode": np.int64(7), "word": "z", "list": [self.x, float("nan")]}
-        return right if self.t < 3 or not self.mishap else right | {"at" if self.mishap == "list" else self.mishap: wrong[self.mishap]}
+        right = {
+            "at": np.array([self.x, self.t]),
+            "count": np.int64(self.t),
+            "mode": np.int64(self.t % 3),
+            "word": "ab"[: 1 + self.t % 2],
+        }
+        wrong = {
+            "at": np.zeros(3),
+            "count": np.int64(2**60),
+            "mode": np.int64(7),
+            "word": "z",
+            "list": [self.x, float("nan")],
+        }
+        return (
+            right
+            if self.t < 3 or not self.mishap
+            else right | {"at" if self.mishap == "list" else self.mishap: wrong[self.mishap]}
+        )
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         _, info = super().reset(seed=seed)
@@ -111,7 +145,9 @@ class Clips(Line):
 class Reach(Line):
     """A Dict observation with a goal, an info with durations and success."""
 
-    observation_space = Dict({"state": Box(-np.inf, np.inf, (2,), np.float32), "goal": Box(-1, 1, (1,), np.float32)})
+    observation_space = Dict(
+        {"state": Box(-np.inf, np.inf, (2,), np.float32), "goal": Box(-1, 1, (1,), np.float32)}
+    )
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
         state, info = super().reset(seed=seed)
@@ -121,7 +157,13 @@ class Reach(Line):
     def step(self, action: Any):
         state, reward, terminated, truncated, _ = super().step(action)
         near = abs(self.x - float(self.goal[0])) < 0.1
-        return {"state": state, "goal": self.goal}, reward, terminated or near, truncated, {"duration": 0.25 * self.t, "reached": near}
+        return (
+            {"state": state, "goal": self.goal},
+            reward,
+            terminated or near,
+            truncated,
+            {"duration": 0.25 * self.t, "reached": near},
+        )
 
 
 class Windy(Line):

@@ -1,4 +1,5 @@
-"""What `curate` does to episodes: each operation a small function that looks at a table of the episodes and says which go, and why.
+"""What `curate` does to episodes: each operation a small function that looks at a table of the
+episodes and says which go, and why.
 
 scan.py         per-episode features, measured from the memory-mapped shards, here or on Ray Data
 table.py        what is kept so far, and the account of what went, by operation and reason

@@ -1,4 +1,6 @@
-"""Operations on what says nothing new, or nothing true: copies, near copies, stuck and saturated sensors."""
+"""Operations on what says nothing new, or nothing true: copies, near copies, stuck and saturated
+sensors.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ BLOCK = 1024
 
 @dataclass
 class ExactDuplicates:
-    """Of episodes that are the same bit for bit one is kept: a validation one where there is any, else the first."""
+    """Of episodes that are the same bit for bit one is kept: a validation one where there is any,
+    else the first.
+    """
 
     def check(self) -> None: ...
 
@@ -53,7 +57,9 @@ def hashed(dataset: Dataset, piece: Piece) -> dict[str, Array]:
         array = rows[name]
         if not name.startswith("obs"):
             array[rows.last] = 0  # of an episode that was cut the next action stands there
-        arrays.append(np.ascontiguousarray(array + 0.0 if array.dtype.kind == "f" else array))  # -0.0 is 0.0
+        arrays.append(
+            np.ascontiguousarray(array + 0.0 if array.dtype.kind == "f" else array)
+        )  # -0.0 is 0.0
     out = np.empty((len(rows.lengths), 2), np.uint64)
     for i, (start, length) in enumerate(zip(rows.starts, rows.lengths, strict=True)):
         digest = hashlib.blake2b(digest_size=16)
@@ -67,26 +73,37 @@ def hashed(dataset: Dataset, piece: Piece) -> dict[str, Array]:
 class NearDuplicates:
     """Of episodes whose distance is at most `tolerance` one is kept, as of exact copies.
 
-    Two episodes of the same task, whose lengths differ by at most the share `tolerance` of the longer, are compared at 16 moments, evenly spaced
-    in each (first and last among them): in every number of observation, action and reward, in units of its standard deviation over the
-    episodes that are left, and in every category, where a difference counts 1. The distance is the root of the mean square of these.
+    Two episodes of the same task, whose lengths differ by at most the share `tolerance` of the
+    longer, are compared at 16 moments, evenly spaced in each (first and last among them): in every
+    number of observation, action and reward, in units of its standard deviation over the episodes
+    that are left, and in every category, where a difference counts 1. The distance is the root of
+    the mean square of these.
     """
 
     tolerance: float = 0.01
 
     def check(self) -> None:
         if not (math.isfinite(self.tolerance) and 0 <= self.tolerance < 1):
-            raise UsageError(f"tolerance={self.tolerance} is no share of a standard deviation; give a number from 0 to below 1")
+            raise UsageError(
+                f"tolerance={self.tolerance} is no share of a standard deviation; give a number"
+                " from 0 to below 1"
+            )
 
     def run(self, step: Step) -> None:
-        """A leader, the next in order that is left, is compared with those behind it whose sketches are near, and drops what is near itself. The sketch is an
-        orthogonal projection, which makes no distance longer: no near pair is missed."""
+        """A leader, the next in order that is left, is compared with those behind it whose sketches
+        are near, and drops what is near itself. The sketch is an orthogonal projection, which makes
+        no distance longer: no near pair is missed.
+        """
         episodes = step.episodes()
         episodes = episodes[_priority(step, episodes)]
         lengths = step.table.length[episodes]
         scale = _scale(step.measure(moments, np.sort(episodes)))
         sketch = step.measure(partial(sketched, scale=scale), episodes)["sketch"]
-        width = POINTS * (len(scale) + step.dataset.observation_codec.categories + step.dataset.action_codec.categories)
+        width = POINTS * (
+            len(scale)
+            + step.dataset.observation_codec.categories
+            + step.dataset.action_codec.categories
+        )
         reach = self.tolerance * math.sqrt(width) * (1 + 1e-6) + 1e-9
         tree = cKDTree(sketch)
         near = np.flatnonzero(tree.query_ball_point(sketch, reach, return_length=True) > 1)
@@ -98,30 +115,43 @@ class NearDuplicates:
             others = np.array(tree.query_ball_point(sketch[one], reach), np.int64)
             others = np.sort(others[(others > one) & (leader[others] == others)])
             longer = np.maximum(lengths[others], lengths[one])
-            others = others[(tasks[others] == tasks[one]) & (np.abs(lengths[others] - lengths[one]) <= self.tolerance * longer)]
+            others = others[
+                (tasks[others] == tasks[one])
+                & (np.abs(lengths[others] - lengths[one]) <= self.tolerance * longer)
+            ]
             for block in np.split(others, range(BLOCK, len(others), BLOCK)):
                 if len(block):
                     far = _distance(step, episodes[one], episodes[block], scale, width)
                     leader[block[far <= self.tolerance]] = one
         copies = np.flatnonzero(leader != np.arange(len(episodes)))
         copies = copies[np.argsort(episodes[copies])]
-        step.drop(episodes[copies], f"within {self.tolerance:g} of an episode that is kept", episodes[leader[copies]])
+        step.drop(
+            episodes[copies],
+            f"within {self.tolerance:g} of an episode that is kept",
+            episodes[leader[copies]],
+        )
 
 
 def moments(dataset: Dataset, piece: Piece) -> dict[str, Array]:
-    """Of the piece, for each number of observation, action and reward: count, mean and sum of squared differences from it, each [1, d]."""
+    """Of the piece, for each number of observation, action and reward: count, mean and sum of
+    squared differences from it, each [1, d].
+    """
     rows = Rows(dataset, piece)
     parts = [rows["obs_num"], rows["act_num"][~rows.last], rows["reward"][~rows.last, None]]
     means = [part.mean(0) for part in parts]
     return {
         "count": np.concatenate([np.full(part.shape[1], float(len(part))) for part in parts])[None],
         "mean": np.concatenate(means)[None],
-        "squares": np.concatenate([((part - mean) ** 2).sum(0) for part, mean in zip(parts, means, strict=True)])[None],
+        "squares": np.concatenate(
+            [((part - mean) ** 2).sum(0) for part, mean in zip(parts, means, strict=True)]
+        )[None],
     }
 
 
 def _scale(found: dict[str, Array]) -> Array:
-    """[d] standard deviations, 1 where nothing varies; moments of pieces joined as in Chan, Golub and LeVeque (1979)."""
+    """[d] standard deviations, 1 where nothing varies; moments of pieces joined as in Chan, Golub
+    and LeVeque (1979).
+    """
     count, mean, squares = (found[name] for name in ("count", "mean", "squares"))
     total = count.sum(0)
     centre = (count * mean).sum(0) / total
@@ -130,7 +160,9 @@ def _scale(found: dict[str, Array]) -> Array:
 
 
 def sketched(dataset: Dataset, piece: Piece, scale: Array) -> dict[str, Array]:
-    """sketch [e, SKETCH]. A category enters as a number in [0, 1) drawn by its value: two are never further apart than the 1 that they count."""
+    """sketch [e, SKETCH]. A category enters as a number in [0, 1) drawn by its value: two are never
+    further apart than the 1 that they count.
+    """
     numbers, categories = _vectors(dataset, piece, scale)
     spread = np.random.default_rng(1).random(257)
     values = np.concatenate([numbers, spread[categories % 257]], 1)
@@ -139,28 +171,46 @@ def sketched(dataset: Dataset, piece: Piece, scale: Array) -> dict[str, Array]:
 
 
 def _vectors(dataset: Dataset, piece: Piece, scale: Array) -> tuple[Array, Array]:
-    """What is compared of each episode: (numbers [e, POINTS * d] in units of scale, categories [e, POINTS * m])."""
+    """What is compared of each episode: (numbers [e, POINTS * d] in units of scale, categories [e,
+    POINTS * m]).
+    """
     moment = np.arange(POINTS)
-    seen, acted = ((moment * last[:, None] + (POINTS - 1) // 2) // (POINTS - 1) for last in (piece.length, piece.length - 1))
+    seen, acted = (
+        (moment * last[:, None] + (POINTS - 1) // 2) // (POINTS - 1)
+        for last in (piece.length, piece.length - 1)
+    )
 
     def take(name: str, steps: Array) -> Array:
         return dataset.gather(name, piece.shards, piece.at(steps))
 
-    numbers = np.concatenate([take("obs_num", seen), take("act_num", acted), take("reward", acted)[..., None]], -1) / scale
-    categories = np.concatenate([take("obs_cat", seen).astype(np.int64), take("act_cat", acted).astype(np.int64)], -1)
+    numbers = (
+        np.concatenate(
+            [take("obs_num", seen), take("act_num", acted), take("reward", acted)[..., None]], -1
+        )
+        / scale
+    )
+    categories = np.concatenate(
+        [take("obs_cat", seen).astype(np.int64), take("act_cat", acted).astype(np.int64)], -1
+    )
     return numbers.reshape(len(numbers), -1), categories.reshape(len(categories), -1)
 
 
 def _distance(step: Step, one: int, others: Array, scale: Array, width: int) -> Array:
     """[n]"""
-    numbers, categories = _vectors(step.dataset, _piece(step, np.concatenate([[one], others])), scale)
+    numbers, categories = _vectors(
+        step.dataset, _piece(step, np.concatenate([[one], others])), scale
+    )
     squares = ((numbers[1:] - numbers[0]) ** 2).sum(1) + (categories[1:] != categories[0]).sum(1)
     return np.asarray(np.sqrt(squares / width))
 
 
 def _piece(step: Step, episodes: Array) -> Piece:
     table = step.dataset.table[episodes]
-    return Piece(table["shard"].astype(np.int64), table["first_row"].astype(np.int64), step.table.length[episodes])
+    return Piece(
+        table["shard"].astype(np.int64),
+        table["first_row"].astype(np.int64),
+        step.table.length[episodes],
+    )
 
 
 def _tasks(dataset: Dataset) -> Array:
@@ -172,17 +222,22 @@ def _tasks(dataset: Dataset) -> Array:
 
 
 def _priority(step: Step, episodes: Array) -> Array:
-    """Positions in `episodes`: validation first, for a copy to train on of what is held out is a leak."""
+    """Positions in `episodes`: validation first, for a copy to train on of what is held out is a
+    leak.
+    """
     return np.lexsort((episodes, step.table.split[episodes] == TRAIN))
 
 
-# -- sensors -----------------------------------------------------------------------------------------------------------
+# -- sensors
+# -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Stuck:
-    """Episodes in which a number of the observation does not change for `steps` steps on end though it otherwise does: fewer than half of the
-    episodes that are as long have it so. `keep`: none of the episode, or what was before."""
+    """Episodes in which a number of the observation does not change for `steps` steps on end though
+    it otherwise does: fewer than half of the episodes that are as long have it so. `keep`: none of
+    the episode, or what was before.
+    """
 
     steps: int = 20
     keep: str = "none"
@@ -193,7 +248,10 @@ class Stuck:
         if self.steps < 1:
             raise UsageError(f"steps={self.steps} is no time to be stuck; give at least 1")
         if self.keep not in ("none", "before"):
-            raise UsageError(f"keep={self.keep!r} is unknown; use 'none' or 'before'{nearest(self.keep, ['none', 'before'])}")
+            raise UsageError(
+                f"keep={self.keep!r} is unknown; use 'none' or"
+                f" 'before'{nearest(self.keep, ['none', 'before'])}"
+            )
 
     def run(self, step: Step) -> None:
         names = step.dataset.observation_codec.labels()
@@ -209,16 +267,26 @@ class Stuck:
             return
         since = np.zeros(len(chosen), np.int64)
         if self.keep == "before":
-            since = step.measure(partial(freezes, steps=self.steps, columns=columns), chosen)["since"]
+            since = step.measure(partial(freezes, steps=self.steps, columns=columns), chosen)[
+                "since"
+            ]
         for column in columns:
             here = worst[hit] == column
-            step.cut(chosen[here], since[here], f"{names[column]} does not change for {self.steps} steps")
+            step.cut(
+                chosen[here], since[here], f"{names[column]} does not change for {self.steps} steps"
+            )
 
 
 def frozen(dataset: Dataset, piece: Piece, steps: int) -> dict[str, Array]:
-    """bits [e, n/8]: packed, whether each number of the observation is unchanged for `steps` steps on end somewhere."""
+    """bits [e, n/8]: packed, whether each number of the observation is unchanged for `steps` steps
+    on end somewhere.
+    """
     rows = Rows(dataset, piece)
-    return {"bits": np.packbits(np.logical_or.reduceat(_unchanged(rows, rows["obs_num"], steps), rows.starts), axis=1)}
+    return {
+        "bits": np.packbits(
+            np.logical_or.reduceat(_unchanged(rows, rows["obs_num"], steps), rows.starts), axis=1
+        )
+    }
 
 
 def freezes(dataset: Dataset, piece: Piece, steps: int, columns: Array) -> dict[str, Array]:
@@ -241,8 +309,10 @@ def _unchanged(rows: Rows, values: Array, steps: int) -> Array:
 
 @dataclass
 class Saturated:
-    """Episodes in which a number of the observation stands at its largest or smallest value of all that are left, to the bit, in more than `share` of
-    the observations, though it otherwise does not: fewer than half of the episodes have it so."""
+    """Episodes in which a number of the observation stands at its largest or smallest value of all
+    that are left, to the bit, in more than `share` of the observations, though it otherwise does
+    not: fewer than half of the episodes have it so.
+    """
 
     share: float = 0.2
     dimensions: list[str] = field(default_factory=list)
@@ -250,7 +320,9 @@ class Saturated:
 
     def check(self) -> None:
         if not 0 <= self.share < 1:
-            raise UsageError(f"share={self.share} is no share of an episode; give a number from 0 to below 1")
+            raise UsageError(
+                f"share={self.share} is no share of an episode; give a number from 0 to below 1"
+            )
 
     def run(self, step: Step) -> None:
         names = step.dataset.observation_codec.labels()
@@ -259,11 +331,16 @@ class Saturated:
             return
         found = step.measure(extremes, episodes)
         low, high = found["low"].min(0), found["high"].max(0)
-        bits = step.measure(partial(clipped, low=low, high=high, share=self.share), episodes)["bits"]
+        bits = step.measure(partial(clipped, low=low, high=high, share=self.share), episodes)[
+            "bits"
+        ]
         columns = _columns(step, names, bits, self.dimensions, "at its limits")
         hit, worst = _worst(bits, columns)
         for column in columns:
-            reason = f"{names[column]} is at {low[column]:g} or {high[column]:g}, its limits, in more than {self.share:g} of the episode"
+            reason = (
+                f"{names[column]} is at {low[column]:g} or {high[column]:g}, its limits, in more"
+                f" than {self.share:g} of the episode"
+            )
             step.drop(episodes[hit & (worst == column)], reason)
 
 
@@ -273,27 +350,43 @@ def extremes(dataset: Dataset, piece: Piece) -> dict[str, Array]:
     return {"low": values.min(0)[None], "high": values.max(0)[None]}
 
 
-def clipped(dataset: Dataset, piece: Piece, low: Array, high: Array, share: float) -> dict[str, Array]:
-    """bits [e, n/8]: packed, whether each number is `low` or `high` in more than `share` of an episode's observations, and in two at least."""
+def clipped(
+    dataset: Dataset, piece: Piece, low: Array, high: Array, share: float
+) -> dict[str, Array]:
+    """bits [e, n/8]: packed, whether each number is `low` or `high` in more than `share` of an
+    episode's observations, and in two at least.
+    """
     rows = Rows(dataset, piece)
     values = rows["obs_num"]
     counts = np.add.reduceat(((values == low) | (values == high)).astype(np.int64), rows.starts)
-    return {"bits": np.packbits((counts > share * (rows.lengths[:, None] + 1)) & (counts > 1), axis=1)}
+    return {
+        "bits": np.packbits((counts > share * (rows.lengths[:, None] + 1)) & (counts > 1), axis=1)
+    }
 
 
-def _columns(step: Step, names: Sequence[str], bits: Array, given: Sequence[str], what: str) -> Array:
+def _columns(
+    step: Step, names: Sequence[str], bits: Array, given: Sequence[str], what: str
+) -> Array:
     """The columns in which `bits` means that a sensor is broken; of the others a note is made."""
     for name in given:
         if name not in names:
-            raise UsageError(f"dimensions names {name!r}, which is no number of the observation{nearest(name, names) or '; there are ' + ', '.join(names[:8])}")
+            raise UsageError(
+                f"dimensions names {name!r}, which is no number of the"
+                f" observation{nearest(name, names) or '; there are ' + ', '.join(names[:8])}"
+            )
     if given:
         return np.array([names.index(name) for name in given])
     counts = np.zeros(len(names), np.int64)
     for start in range(0, len(bits), BLOCK):
-        counts += np.unpackbits(bits[start : start + BLOCK], axis=1, count=len(names)).sum(0, dtype=np.int64)
+        counts += np.unpackbits(bits[start : start + BLOCK], axis=1, count=len(names)).sum(
+            0, dtype=np.int64
+        )
     usual = np.flatnonzero(2 * counts >= len(bits))
     for column in usual:
-        step.note(f"{names[int(column)]} is {what} in {counts[column]} of {len(bits)} episodes: taken as its nature, not as a fault")
+        step.note(
+            f"{names[int(column)]} is {what} in {counts[column]} of {len(bits)} episodes: taken as"
+            " its nature, not as a fault"
+        )
     return np.setdiff1d(np.arange(len(names)), usual)
 
 

@@ -1,6 +1,8 @@
-"""Operations that choose among sound episodes: filters, balance, mix, failures put back, and what is held out for validation.
+"""Operations that choose among sound episodes: filters, balance, mix, failures put back, and what
+is held out for validation.
 
-What balances or mixes chooses among the episodes to train on: validation is left as it is. Episodes are taken whole, in an order that the seed draws.
+What balances or mixes chooses among the episodes to train on: validation is left as it is. Episodes
+are taken whole, in an order that the seed draws.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ class Return(Between):
 
 @dataclass
 class Where:
-    """Episodes that have `by` (behaviour, outcome, success, dataset, task, or a part of the task) among `keep`, or not among `drop`."""
+    """Episodes that have `by` (behaviour, outcome, success, dataset, task, or a part of the task)
+    among `keep`, or not among `drop`.
+    """
 
     by: str = ""
     keep: list[str] = field(default_factory=list)
@@ -85,7 +89,9 @@ class Where:
 
 @dataclass
 class Balance:
-    """No group by `by` has more than `most` times the transitions to train on that the smallest has."""
+    """No group by `by` has more than `most` times the transitions to train on that the smallest
+    has.
+    """
 
     by: str = "behaviour"
     most: float = 1.0
@@ -93,7 +99,9 @@ class Balance:
 
     def check(self) -> None:
         if not (math.isfinite(self.most) and self.most >= 1):
-            raise UsageError(f"most={self.most} would leave a group less than the smallest has; give at least 1")
+            raise UsageError(
+                f"most={self.most} would leave a group less than the smallest has; give at least 1"
+            )
 
     def run(self, step: Step) -> None:
         episodes = step.drawn(step.episodes(TRAIN), BALANCE)
@@ -104,42 +112,67 @@ class Balance:
             here = groups.codes == number
             limit = math.floor(self.most * min(sizes.values()))
             over = _beyond(lengths[here], limit)
-            step.drop(np.sort(episodes[here][over]), f"more of {groups.say(number)} than {self.most:g} times the smallest group's {min(sizes.values())}")
+            step.drop(
+                np.sort(episodes[here][over]),
+                f"more of {groups.say(number)} than {self.most:g} times the smallest group's"
+                f" {min(sizes.values())}",
+            )
 
 
 @dataclass
 class Mix:
-    """The datasets' transitions to train on stand as `weights`, in the order of data.datasets: as many as there can be without taking one twice."""
+    """The datasets' transitions to train on stand as `weights`, in the order of data.datasets: as
+    many as there can be without taking one twice.
+    """
 
     weights: list[float] = field(default_factory=list)
     transitions: int | None = None
     """At most so many in all."""
 
     def check(self) -> None:
-        if not self.weights or not all(math.isfinite(w) and w >= 0 for w in self.weights) or not sum(self.weights):
-            raise UsageError(f"weights={self.weights} mix nothing; give a number of at least 0 for each dataset, one of them above 0")
+        if (
+            not self.weights
+            or not all(math.isfinite(w) and w >= 0 for w in self.weights)
+            or not sum(self.weights)
+        ):
+            raise UsageError(
+                f"weights={self.weights} mix nothing; give a number of at least 0 for each dataset,"
+                " one of them above 0"
+            )
         if self.transitions is not None and self.transitions < 1:
-            raise UsageError(f"transitions={self.transitions} leaves nothing; give at least 1, or null")
+            raise UsageError(
+                f"transitions={self.transitions} leaves nothing; give at least 1, or null"
+            )
 
     def run(self, step: Step) -> None:
         ids = step.dataset.ids
         if len(self.weights) != len(ids):
-            raise UsageError(f"weights={self.weights} are {len(self.weights)} for {len(ids)} datasets; give one for each of data.datasets={ids}")
+            raise UsageError(
+                f"weights={self.weights} are {len(self.weights)} for {len(ids)} datasets; give one"
+                f" for each of data.datasets={ids}"
+            )
         episodes = step.drawn(step.episodes(TRAIN), MIX)
         part, lengths = step.dataset.part[episodes], step.table.length[episodes]
         there = [int(lengths[part == i].sum()) for i in range(len(ids))]
-        unit = min(have / weight for have, weight in zip(there, self.weights, strict=True) if weight)
+        unit = min(
+            have / weight for have, weight in zip(there, self.weights, strict=True) if weight
+        )
         if self.transitions is not None:
             unit = min(unit, self.transitions / sum(self.weights))
         for i, weight in enumerate(self.weights):
             here = part == i
             limit = math.floor(weight * unit + 1e-6)
             over = _beyond(lengths[here], limit)
-            step.drop(np.sort(episodes[here][over]), f"more of dataset {ids[i]} than the {limit} transitions of its weight {weight:g}")
+            step.drop(
+                np.sort(episodes[here][over]),
+                f"more of dataset {ids[i]} than the {limit} transitions of its weight {weight:g}",
+            )
 
 
 def _beyond(lengths: Array, limit: int) -> Array:
-    """[n] bool: what comes after the first episodes of at most `limit` transitions together; the first is always kept where the limit is above 0."""
+    """[n] bool: what comes after the first episodes of at most `limit` transitions together; the
+    first is always kept where the limit is above 0.
+    """
     over = np.cumsum(lengths) > limit
     if limit > 0 and len(over):
         over[0] = False
@@ -148,52 +181,76 @@ def _beyond(lengths: Array, limit: int) -> Array:
 
 @dataclass
 class Failures:
-    """At least `share` of the episodes to train on failed: those that earlier filters, balance or mix dropped are put back, as many as it takes. Failed
-    is what `success` says, or with `below` a return less than that."""
+    """At least `share` of the episodes to train on failed: those that earlier filters, balance or
+    mix dropped are put back, as many as it takes. Failed is what `success` says, or with `below` a
+    return less than that.
+    """
 
     share: float = 0.1
     below: float | None = None
 
     def check(self) -> None:
         if not 0 < self.share < 1:
-            raise UsageError(f"share={self.share} is no share of the episodes; give a number above 0 and below 1")
+            raise UsageError(
+                f"share={self.share} is no share of the episodes; give a number above 0 and below 1"
+            )
 
     def run(self, step: Step) -> None:
         table = step.table
         success = step.dataset.table["success"]
-        failed = success == 0 if self.below is None else step.dataset.table["total_reward"] < self.below
+        failed = (
+            success == 0 if self.below is None else step.dataset.table["total_reward"] < self.below
+        )
         if self.below is None and not (success >= 0).any():
-            raise UsageError("no episode says whether it succeeded; collect with reality.success, or give below, a return under which an episode has failed")
+            raise UsageError(
+                "no episode says whether it succeeded; collect with reality.success, or give below,"
+                " a return under which an episode has failed"
+            )
         kept = step.episodes(TRAIN)
         have = int(failed[kept].sum())
         need = max(0, math.ceil((self.share * len(kept) - have) / (1 - self.share) - 1e-9))
-        chosen_against = [0, *(event.operation for event in table.events if event.op in CHOICES)][1:]
-        there = np.flatnonzero(~table.kept & failed & (table.split == TRAIN) & np.isin(table.by, chosen_against))
+        chosen_against = [0, *(event.operation for event in table.events if event.op in CHOICES)][
+            1:
+        ]
+        there = np.flatnonzero(
+            ~table.kept & failed & (table.split == TRAIN) & np.isin(table.by, chosen_against)
+        )
         if need > len(there):
             raise UsageError(
-                f"share={self.share} wants {have + need} failed episodes and there are {have}, with {len(there)} to put back; lower it, collect failures, "
-                "or drop successes by {op: balance, by: success, most: ...}"
+                f"share={self.share} wants {have + need} failed episodes and there are {have}, with"
+                f" {len(there)} to put back; lower it, collect failures, or drop successes by {{op:"
+                " balance, by: success, most: ...}"
             )
-        step.put_back(np.sort(step.drawn(there, FAILURES)[:need]), "failed, and dropped only by choice")
+        step.put_back(
+            np.sort(step.drawn(there, FAILURES)[:need]), "failed, and dropped only by choice"
+        )
 
 
 @dataclass
 class HoldOut:
-    """What is for validation, instead of what the inputs say; nothing is dropped. `by`: random episodes; time, the last ones; or whole groups by behaviour,
-    outcome, success, dataset, task or a part of the task: those named in `values`, or drawn ones.
+    """What is for validation, instead of what the inputs say; nothing is dropped. `by`: random
+    episodes; time, the last ones; or whole groups by behaviour, outcome, success, dataset, task or
+    a part of the task: those named in `values`, or drawn ones.
     """
 
     by: str = "random"
     share: float = 0.1
-    """Of the episodes; of groups that are drawn at most so many of the episodes, but one group at least."""
+    """Of the episodes; of groups that are drawn at most so many of the episodes, but one group at
+    least.
+    """
     values: list[str] = field(default_factory=list)
     bins: int = 5
 
     def check(self) -> None:
         if not 0 <= self.share < 1:
-            raise UsageError(f"share={self.share} is no share of the episodes; give a number from 0 to below 1")
+            raise UsageError(
+                f"share={self.share} is no share of the episodes; give a number from 0 to below 1"
+            )
         if self.values and self.by in ("random", "time"):
-            raise UsageError(f"values={self.values} name no group where by={self.by!r}; leave them out, or hold out by task or behaviour")
+            raise UsageError(
+                f"values={self.values} name no group where by={self.by!r}; leave them out, or hold"
+                " out by task or behaviour"
+            )
 
     def run(self, step: Step) -> None:
         episodes = step.episodes()
@@ -205,7 +262,11 @@ class HoldOut:
             step.hold_out(episodes[order[len(order) - count :]])
         else:
             groups = Groups.of(step, episodes, self.by, self.bins)
-            named = groups.named(self.values, "values") if self.values else self._drawn(step, groups, episodes, count)
+            named = (
+                groups.named(self.values, "values")
+                if self.values
+                else self._drawn(step, groups, episodes, count)
+            )
             step.note("held out: " + ", ".join(groups.say(number) for number in sorted(named)))
             step.hold_out(episodes[np.isin(groups.codes, list(named))])
 
@@ -222,5 +283,8 @@ class HoldOut:
                 chosen.add(number)
                 held += size
         if not chosen:
-            raise UsageError(f"by={self.by!r} makes one group of all episodes, so none can be held out; hold out by something else")
+            raise UsageError(
+                f"by={self.by!r} makes one group of all episodes, so none can be held out; hold out"
+                " by something else"
+            )
         return chosen

@@ -21,7 +21,9 @@ class Operation(Protocol):
         """Raise UsageError on the first value that cannot be meant."""
 
     def run(self, step: Step) -> None:
-        """Drop, cut, put back or hold out. Raises UsageError where the data has not what a parameter names."""
+        """Drop, cut, put back or hold out. Raises UsageError where the data has not what a
+        parameter names.
+        """
 
 
 OPERATIONS: dict[str, type[Any]] = {
@@ -50,7 +52,9 @@ class Named:
 
 
 def parse(said: Sequence[Mapping[str, Any]]) -> list[Named]:
-    """Raises UsageError naming the operation's place in the list, the key and the nearest that there is."""
+    """Raises UsageError naming the operation's place in the list, the key and the nearest that
+    there is.
+    """
     found = []
     for number, each in enumerate(said, 1):
         where = f"operations[{number - 1}]"
@@ -68,8 +72,12 @@ def parse(said: Sequence[Mapping[str, Any]]) -> list[Named]:
     return found
 
 
-def work(table: Table, scan: Scan, operations: Sequence[Named], say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """All of them in order; each one's part of the report. Raises UsageError where one leaves nothing to train on."""
+def work(
+    table: Table, scan: Scan, operations: Sequence[Named], say: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """All of them in order; each one's part of the report. Raises UsageError where one leaves
+    nothing to train on.
+    """
     report = []
     for number, named in enumerate(operations, 1):
         step = Step(table, scan, number, named.name)
@@ -78,7 +86,9 @@ def work(table: Table, scan: Scan, operations: Sequence[Named], say: Callable[[s
             entry = step.close(named.params())
             if not entry["splits"]["train"]["episodes"]:
                 before = f"{entry['in']['episodes']} episodes went in"
-                raise UsageError(f"nothing to train on is left ({before}); loosen it, or hold out less")
+                raise UsageError(
+                    f"nothing to train on is left ({before}); loosen it, or hold out less"
+                )
         report.append(entry)
         say(sentence(entry))
     return report
@@ -91,9 +101,16 @@ def sentence(entry: Mapping[str, Any]) -> str:
         said.append(f"{entry['cut']} episodes cut short")
     if back["episodes"]:
         said.append(f"{back['episodes']} episodes put back")
-    if moved := [f"{size['episodes']} moved to {name}" for name, size in entry["moved_to"].items() if size["episodes"]]:
+    if moved := [
+        f"{size['episodes']} moved to {name}"
+        for name, size in entry["moved_to"].items()
+        if size["episodes"]
+    ]:
         said.append(", ".join(moved))
-    return f"{entry['operation']}. {entry['op']}: {'; '.join(said)}; {kept['episodes']} episodes, {kept['transitions']} transitions are left"
+    return (
+        f"{entry['operation']}. {entry['op']}: {'; '.join(said)}; {kept['episodes']} episodes,"
+        f" {kept['transitions']} transitions are left"
+    )
 
 
 class _said_of:

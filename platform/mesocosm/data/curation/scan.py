@@ -1,6 +1,8 @@
-"""Measures episodes where their shards lie, memory-mapped: in this process, or in tasks of Ray Data that are told which episodes, not given them.
+"""Measures episodes where their shards lie, memory-mapped: in this process, or in tasks of Ray Data
+that are told which episodes, not given them.
 
-Episodes are cut into the same pieces and the results put together in the same order whoever measures, so that the results are the same too.
+Episodes are cut into the same pieces and the results put together in the same order whoever
+measures, so that the results are the same too.
 """
 
 from __future__ import annotations
@@ -62,7 +64,9 @@ class Rows:
 
 
 Measure = Callable[[Dataset, Piece], dict[str, Array]]
-"""What is measured of a piece, by name; the pieces' arrays are joined along their first axis. It is sent to other processes: a function of a module."""
+"""What is measured of a piece, by name; the pieces' arrays are joined along their first axis. It is
+sent to other processes: a function of a module.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,9 @@ class Scan:
     """Called with pieces measured, and how many there are."""
 
     def __call__(self, measure: Measure, episodes: Array, lengths: Array) -> dict[str, Array]:
-        """`measure` of episodes [n] of `dataset`, of which the first `lengths` [n] transitions count, n at least 1."""
+        """`measure` of episodes [n] of `dataset`, of which the first `lengths` [n] transitions
+        count, n at least 1.
+        """
         made = list(pieces(self.dataset, episodes, lengths))
         found = []
         for result in self._results(measure, made):
@@ -111,21 +117,34 @@ class Scan:
             measure, made, root, ids, paths = ray.get(shared)
             dataset = opened(root, ids, paths)
             out = np.empty(len(rows["id"]), object)
-            out[:] = [pickle.dumps(measure(dataset, made[number]), protocol=5) for number in rows["id"]]
+            out[:] = [
+                pickle.dumps(measure(dataset, made[number]), protocol=5) for number in rows["id"]
+            ]
             return {"result": out}
 
         with ray.data.DataContext.current(context):
             data = ray.data.range(len(made), override_num_blocks=len(made))
-            results = data.map_batches(run, batch_size=1, batch_format="numpy", compute=ray.data.TaskPoolStrategy(size=min(self.workers, len(made))))
+            results = data.map_batches(
+                run,
+                batch_size=1,
+                batch_format="numpy",
+                compute=ray.data.TaskPoolStrategy(size=min(self.workers, len(made))),
+            )
             for row in results.iter_rows():
-                yield pickle.loads(row["result"])  # of `run` above, in this very job: nothing that was read from a file
+                yield pickle.loads(
+                    row["result"]
+                )  # of `run` above, in this very job: nothing that was read from a file
 
 
 @functools.cache
 def opened(root: str, ids: tuple[str, ...], paths: tuple[str, ...]) -> Dataset:
-    """In a worker, once a process: the datasets as they lie here, fetched and verified first where storage is remote."""
+    """In a worker, once a process: the datasets as they lie here, fetched and verified first where
+    storage is remote.
+    """
     storage = Storage(root)
-    return Dataset([storage.artifact("datasets", id).path for id in ids] if storage.remote else paths)
+    return Dataset(
+        [storage.artifact("datasets", id).path for id in ids] if storage.remote else paths
+    )
 
 
 def pieces(dataset: Dataset, episodes: Array, lengths: Array) -> Iterator[Piece]:
@@ -134,12 +153,20 @@ def pieces(dataset: Dataset, episodes: Array, lengths: Array) -> Iterator[Piece]
     start = 0
     while start < len(episodes):
         base = int(ends[start - 1]) if start else 0
-        stop = min(max(int(np.searchsorted(ends, base + ROWS, "right")), start + 1), start + EPISODES)
+        stop = min(
+            max(int(np.searchsorted(ends, base + ROWS, "right")), start + 1), start + EPISODES
+        )
         some = episodes[start:stop]
-        yield Piece(table["shard"][some].astype(np.int64), table["first_row"][some].astype(np.int64), lengths[start:stop].astype(np.int64))
+        yield Piece(
+            table["shard"][some].astype(np.int64),
+            table["first_row"][some].astype(np.int64),
+            lengths[start:stop].astype(np.int64),
+        )
         start = stop
 
 
 def size(dataset: Dataset) -> int:
     """Bytes of the shards."""
-    return sum(os.stat(file).st_size for path in dataset.paths for file in path.glob("shards/*/*.npy"))
+    return sum(
+        os.stat(file).st_size for path in dataset.paths for file in path.glob("shards/*/*.npy")
+    )

@@ -1,6 +1,8 @@
-"""What is kept of the episodes so far, and the account of every transition that went: by which operation, for what reason.
+"""What is kept of the episodes so far, and the account of every transition that went: by which
+operation, for what reason.
 
-Memory is a few numbers an episode. For every operation: in + put back = dropped + kept, in episodes and in transitions.
+Memory is a few numbers an episode. For every operation: in + put back = dropped + kept, in episodes
+and in transitions.
 """
 
 from __future__ import annotations
@@ -82,7 +84,10 @@ class Table:
 
     def sizes(self) -> dict[str, dict[str, int]]:
         """By split."""
-        return {name: self.size(np.flatnonzero(self.kept & (self.split == i))) for i, name in enumerate(SPLITS)}
+        return {
+            name: self.size(np.flatnonzero(self.kept & (self.split == i)))
+            for i, name in enumerate(SPLITS)
+        }
 
     def name(self, episode: int) -> str:
         """For people: `ab12/37`, dataset and index."""
@@ -99,7 +104,8 @@ class Step:
         self._before, self._split = table.size(), table.split.copy()
         self.notes: list[str] = []
 
-    # -- what there is -------------------------------------------------------------------------------------------
+    # -- what there is
+    # -------------------------------------------------------------------------------------------
 
     @property
     def dataset(self) -> Dataset:
@@ -107,16 +113,25 @@ class Step:
 
     def episodes(self, split: int | None = None) -> Array:
         """Those that are kept, ascending, [n]."""
-        return np.flatnonzero(self.table.kept if split is None else self.table.kept & (self.table.split == split))
+        return np.flatnonzero(
+            self.table.kept if split is None else self.table.kept & (self.table.split == split)
+        )
 
     def measure(self, measure: Measure, episodes: Array) -> dict[str, Array]:
         return self._scan(measure, episodes, self.table.length[episodes])
 
     def drawn(self, episodes: Array, salt: int) -> Array:
-        """`episodes` in an order that the seed draws: of each pair the order does not depend on what else there is."""
-        return episodes[np.argsort(key(self.table.seed, salt, self.dataset.table["hash"][episodes]), kind="stable")]
+        """`episodes` in an order that the seed draws: of each pair the order does not depend on
+        what else there is.
+        """
+        return episodes[
+            np.argsort(
+                key(self.table.seed, salt, self.dataset.table["hash"][episodes]), kind="stable"
+            )
+        ]
 
-    # -- what is done --------------------------------------------------------------------------------------------
+    # -- what is done
+    # --------------------------------------------------------------------------------------------
 
     def drop(self, episodes: Array, reason: str, of: Array | None = None) -> None:
         """`of`: the episodes that these are copies of."""
@@ -150,10 +165,13 @@ class Step:
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def _add(self, kind: str, reason: str, episodes: Array, transitions: Array, of: Array | None = None) -> None:
+    def _add(
+        self, kind: str, reason: str, episodes: Array, transitions: Array, of: Array | None = None
+    ) -> None:
         self._events.append(Event(self.number, self.op, kind, reason, episodes, transitions, of))
 
-    # -- what was done -------------------------------------------------------------------------------------------
+    # -- what was done
+    # -------------------------------------------------------------------------------------------
 
     def close(self, params: dict[str, Any]) -> dict[str, Any]:
         """Into the table's account; the operation's part of the report."""
@@ -167,7 +185,10 @@ class Step:
             "put_back": _total(self._events, "put back"),
             "dropped": _total(self._events, "dropped", "cut"),
             "cut": sum(len(event.episodes) for event in self._events if event.kind == "cut"),
-            "moved_to": {name: self.table.size(moved[self.table.split[moved] == i]) for i, name in enumerate(SPLITS)},
+            "moved_to": {
+                name: self.table.size(moved[self.table.split[moved] == i])
+                for i, name in enumerate(SPLITS)
+            },
             "kept": self.table.size(),
             "splits": self.table.sizes(),
             "reasons": [self._reason(event) for event in self._events],
@@ -177,14 +198,25 @@ class Step:
     def _reason(self, event: Event) -> dict[str, Any]:
         first = [self.table.name(int(episode)) for episode in event.episodes[:FIRST]]
         if event.of is not None:
-            first = [f"{name} of {self.table.name(int(of))}" for name, of in zip(first, event.of, strict=False)]
-        found = {"what": event.kind, "reason": event.reason, "episodes": len(event.episodes), "transitions": int(event.transitions.sum()), "first": first}
+            first = [
+                f"{name} of {self.table.name(int(of))}"
+                for name, of in zip(first, event.of, strict=False)
+            ]
+        found = {
+            "what": event.kind,
+            "reason": event.reason,
+            "episodes": len(event.episodes),
+            "transitions": int(event.transitions.sum()),
+            "first": first,
+        }
         return found
 
 
 def _total(events: Sequence[Event], *kinds: str) -> dict[str, int]:
     """What went whole is counted in episodes; transitions are those of cut ones, too."""
     return {
-        "episodes": sum(len(event.episodes) for event in events if event.kind in kinds and event.kind != "cut"),
+        "episodes": sum(
+            len(event.episodes) for event in events if event.kind in kinds and event.kind != "cut"
+        ),
         "transitions": sum(int(event.transitions.sum()) for event in events if event.kind in kinds),
     }

@@ -21,7 +21,8 @@ Each of these is optional, too:
     done_only(path) -> bool          "terminated" holds time limits as well
     marks_success(path) -> bool      "success" is a flag of each step, true once the episode succeeds
 
-An episode that cannot be read is rows of its episode and step with a sentence in the column PROBLEM.
+An episode that cannot be read is rows of its episode and step with a sentence in the column
+PROBLEM.
 """
 
 from __future__ import annotations
@@ -85,7 +86,11 @@ class Source:
 
     @property
     def files(self) -> list[str]:
-        return [str(path) for path in self.module.files(self.path)] if hasattr(self.module, "files") else [self.path]
+        return (
+            [str(path) for path in self.module.files(self.path)]
+            if hasattr(self.module, "files")
+            else [self.path]
+        )
 
     @property
     def spaces(self) -> tuple[Any, Any] | None:
@@ -105,19 +110,28 @@ class Source:
     @property
     def done_only(self) -> bool:
         """Whether the logs say only that an episode ended, not whether a time limit ended it."""
-        return bool(self.module.done_only(self.path)) if hasattr(self.module, "done_only") else False
+        return (
+            bool(self.module.done_only(self.path)) if hasattr(self.module, "done_only") else False
+        )
 
     @property
     def marks_success(self) -> bool:
         """Whether success is a flag of each step rather than of the episode."""
-        return bool(self.module.marks_success(self.path)) if hasattr(self.module, "marks_success") else False
+        return (
+            bool(self.module.marks_success(self.path))
+            if hasattr(self.module, "marks_success")
+            else False
+        )
 
     def head(self) -> pa.Table:
         table: pa.Table = self.module.head(self.path)
         return table
 
     def pieces(self, source: int) -> list[Piece]:
-        return [Piece(self.format, source, self.path, begin, end) for begin, end in self.module.pieces(self.path)]
+        return [
+            Piece(self.format, source, self.path, begin, end)
+            for begin, end in self.module.pieces(self.path)
+        ]
 
 
 def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -125,14 +139,18 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def sources(words: Sequence[str], fetch: bool) -> list[Source]:
-    """The files that paths, patterns and folders name, in the order given; those of a pattern or folder sorted by name,
-    numbers in the names by value. Words in alphabetical order are sorted alike: a shell gives the files of a pattern so.
-    `fetch`: Minari's datasets that are not on this machine come from its hub.
+    """The files that paths, patterns and folders name, in the order given; those of a pattern or
+    folder sorted by name, numbers in the names by value. Words in alphabetical order are sorted
+    alike: a shell gives the files of a pattern so. `fetch`: Minari's datasets that are not on this
+    machine come from its hub.
 
     Raises UsageError where there is none, where one is given twice or is of no known format.
     """
     if not words:
-        raise UsageError("no path was given; name files, patterns or folders of Parquet or JSONL, such as 'logs/*.parquet'")
+        raise UsageError(
+            "no path was given; name files, patterns or folders of Parquet or JSONL, such as"
+            " 'logs/*.parquet'"
+        )
     ordered = files.sorted_naturally(words) if list(words) == sorted(words) else words
     found = [source for word in ordered for source in _of(word, fetch)]
     seen: set[str] = set()
@@ -141,7 +159,10 @@ def sources(words: Sequence[str], fetch: bool) -> list[Source]:
             raise UsageError(f"{source.name!r} is given twice; name each file once")
         seen.add(source.path)
     if len({source.format for source in found}) > 1:
-        raise UsageError(f"{found[0].name!r} is {found[0].format} and others are not; import one format at a time, and train on both datasets together")
+        raise UsageError(
+            f"{found[0].name!r} is {found[0].format} and others are not; import one format at a"
+            " time, and train on both datasets together"
+        )
     return found
 
 
@@ -167,27 +188,38 @@ def _in_bucket(word: str) -> list[Source]:
         raise
     except Exception as error:  # botocore's and s3fs's own
         said = " ".join(str(error).split())
-        raise UsageError(f"{word!r} cannot be read ({said}); check the endpoint and credentials in the environment, as for storage.root") from error
+        raise UsageError(
+            f"{word!r} cannot be read ({said}); check the endpoint and credentials in the"
+            " environment, as for storage.root"
+        ) from error
 
 
 def _expand(word: str) -> list[Source]:
     if files.is_folder(word):
         paths = [path for path in files.below(word) if Path(path).suffix in SUFFIXES]
         if not paths:
-            raise UsageError(f"the folder {word!r} has no file that ends in {', '.join(SUFFIXES)}; name one that has")
+            raise UsageError(
+                f"the folder {word!r} has no file that ends in {', '.join(SUFFIXES)}; name one"
+                " that has"
+            )
     elif files.is_file(word):
         paths = [word]
     else:
         paths = files.matching(word)
         if not paths:
-            raise UsageError(f"{word!r} is no file, folder or pattern that matches any; check the path")
+            raise UsageError(
+                f"{word!r} is no file, folder or pattern that matches any; check the path"
+            )
     return [_source(path) for path in paths]
 
 
 def _source(path: str) -> Source:
     format = SUFFIXES.get(Path(path).suffix)
     if format is None:
-        raise UsageError(f"{path!r} is of no format that is known by its name; give files that end in {', '.join(SUFFIXES)}")
+        raise UsageError(
+            f"{path!r} is of no format that is known by its name; give files that end in"
+            f" {', '.join(SUFFIXES)}"
+        )
     if format == "parquet":
         from mesocosm.data.readers import parquet, rllib
 

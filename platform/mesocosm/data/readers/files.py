@@ -1,4 +1,6 @@
-"""Files of logs, on this machine or in a bucket (`s3://bucket/key`, with the endpoint and credentials of the environment)."""
+"""Files of logs, on this machine or in a bucket (`s3://bucket/key`, with the endpoint and
+credentials of the environment).
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,11 @@ def sha256(path: str) -> str:
 
 
 def is_folder(path: str) -> bool:
-    return os.path.isdir(path) if not remote(path) else path.endswith("/") or (not bucket().isfile(path) and bucket().isdir(path))
+    return (
+        os.path.isdir(path)
+        if not remote(path)
+        else path.endswith("/") or (not bucket().isfile(path) and bucket().isdir(path))
+    )
 
 
 def is_file(path: str) -> bool:
@@ -82,7 +88,11 @@ def below(folder: str) -> list[str]:
         root = folder.removeprefix(REMOTE).rstrip("/")
         found = [name for name in bucket().find(root) if _seen(name[len(root) + 1 :].split("/"))]
         return sorted_naturally(REMOTE + name for name in found)
-    return sorted_naturally(str(path) for path in Path(folder).rglob("*") if path.is_file() and _seen(path.relative_to(folder).parts))
+    return sorted_naturally(
+        str(path)
+        for path in Path(folder).rglob("*")
+        if path.is_file() and _seen(path.relative_to(folder).parts)
+    )
 
 
 def _seen(parts: Any) -> bool:
@@ -92,5 +102,9 @@ def _seen(parts: Any) -> bool:
 def matching(pattern: str) -> list[str]:
     """Files that a pattern matches, sorted."""
     if remote(pattern):
-        return sorted_naturally(REMOTE + name for name in bucket().glob(pattern)) if glob.has_magic(pattern) else []
+        return (
+            sorted_naturally(REMOTE + name for name in bucket().glob(pattern))
+            if glob.has_magic(pattern)
+            else []
+        )
     return sorted_naturally(glob.glob(pattern, recursive=True))

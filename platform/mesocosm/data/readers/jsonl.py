@@ -1,4 +1,6 @@
-"""JSONL: one object a line. Pieces are ranges of bytes; a line is of the piece in which it begins. An integer among floats is a float."""
+"""JSONL: one object a line. Pieces are ranges of bytes; a line is of the piece in which it begins.
+An integer among floats is a float.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _rows(path: str, begin: int, end: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """The objects of the lines that begin in [begin, end), each with its length in bytes. A RowError counts rows from `begin`."""
+    """The objects of the lines that begin in [begin, end), each with its length in bytes. A
+    RowError counts rows from `begin`.
+    """
     try:
         with opened(path) as file:
             if begin:
@@ -64,14 +68,18 @@ def _rows(path: str, begin: int, end: int) -> Iterator[tuple[dict[str, Any], int
                 yield _object(line, number), len(line)
                 number += 1
     except OSError as error:
-        raise UsageError(f"{path!r} cannot be read ({error.strerror}); check its permissions") from error
+        raise UsageError(
+            f"{path!r} cannot be read ({error.strerror}); check its permissions"
+        ) from error
 
 
 def _object(line: bytes, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise RowError(number, f"the line is not JSON ({error}); write one object a line") from error
+        raise RowError(
+            number, f"the line is not JSON ({error}); write one object a line"
+        ) from error
     if not isinstance(row, dict):
         raise RowError(number, f"the line holds a {type(row).__name__}; write one object a line")
     return row
@@ -89,8 +97,14 @@ def _array(name: str, values: list[Any]) -> pa.Array:
     try:
         array = pa.array(values)
     except (pa.ArrowException, OverflowError, TypeError) as error:
-        raise _mixed(name, values) or RowError(0, f"{name} cannot be read ({error}); give numbers, booleans, strings, lists or objects of them") from error
-    if is_.is_floating(innermost(array.type)[0]) and (found := _mixed(name, values)) is not None:  # true among floats would become 1.0
+        raise _mixed(name, values) or RowError(
+            0,
+            f"{name} cannot be read ({error}); give numbers, booleans, strings, lists or objects of"
+            " them",
+        ) from error
+    if (
+        is_.is_floating(innermost(array.type)[0]) and (found := _mixed(name, values)) is not None
+    ):  # true among floats would become 1.0
         raise found
     return array
 
@@ -104,7 +118,9 @@ def _mixed(name: str, values: list[Any]) -> RowError | None:
         except TypeError as error:
             return RowError(row, f"{name} {error} (mixed dtypes); give one type")
         except OverflowError:
-            return RowError(row, f"{name} holds an integer beyond 64 bits; rescale it, or write it as a string")
+            return RowError(
+                row, f"{name} holds an integer beyond 64 bits; rescale it, or write it as a string"
+            )
     return None
 
 
@@ -136,4 +152,10 @@ def _joined(a: Any, b: Any) -> Any:
 
 
 def _said(signature: Any) -> str:
-    return "a list" if isinstance(signature, list) else "an object" if isinstance(signature, dict) else str(signature)
+    return (
+        "a list"
+        if isinstance(signature, list)
+        else "an object"
+        if isinstance(signature, dict)
+        else str(signature)
+    )

@@ -1,11 +1,14 @@
-"""LeRobot folders of version 3: `meta/info.json` beside `data/chunk-*/file-*.parquet`, whose files are Parquet with columns of their own names.
+"""LeRobot folders of version 3: `meta/info.json` beside `data/chunk-*/file-*.parquet`, whose files
+are Parquet with columns of their own names.
 
-`observation.state`, `observation.environment_state` and `action` are read, `episode_index` and `frame_index` number
-them. `next.reward`, `next.done`, `next.truncated` and `next.success` are read where they are present. Images and
-videos are not read. A LeRobot episode has no observation after its last action, which therefore leads nowhere.
+`observation.state`, `observation.environment_state` and `action` are read, `episode_index` and
+`frame_index` number them. `next.reward`, `next.done`, `next.truncated` and `next.success` are read
+where they are present. Images and videos are not read. A LeRobot episode has no observation after
+its last action, which therefore leads nowhere.
 
-`next.done` means terminated or truncated. With `next.truncated`, an episode is terminated where it is done and not
-truncated. Without it, `done_only` lets the import decide by the lengths of the episodes.
+`next.done` means terminated or truncated. With `next.truncated`, an episode is terminated where it
+is done and not truncated. Without it, `done_only` lets the import decide by the lengths of the
+episodes.
 """
 
 from __future__ import annotations
@@ -24,10 +27,19 @@ from mesocosm.errors import UsageError
 
 INFO = "meta/info.json"
 VERSION = "v3"
-STATE, ENVIRONMENT, OBSERVATION = "observation.state", "observation.environment_state", "observation"
+STATE, ENVIRONMENT, OBSERVATION = (
+    "observation.state",
+    "observation.environment_state",
+    "observation",
+)
 DONE, TRUNCATED, SUCCESS = "next.done", "next.truncated", "next.success"
 NAMES = {"episode": "episode_index", "step": "frame_index", "action": "action"}
-WHERE_THERE = {"reward": "next.reward", "terminated": DONE, "truncated": TRUNCATED, "success": SUCCESS}
+WHERE_THERE = {
+    "reward": "next.reward",
+    "terminated": DONE,
+    "truncated": TRUNCATED,
+    "success": SUCCESS,
+}
 MADE = {
     "reward": (0.0, "missing: LeRobot's next.reward is not there; 0 throughout"),
     "terminated": (False, "missing: LeRobot's next.done is not there; false throughout"),
@@ -43,17 +55,28 @@ def data(folder: str) -> list[str]:
     try:
         version = str(json.loads(info.read_text()).get("codebase_version"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{str(info)!r} cannot be read ({error}); give a whole LeRobot folder") from error
+        raise UsageError(
+            f"{str(info)!r} cannot be read ({error}); give a whole LeRobot folder"
+        ) from error
     if not version.startswith(VERSION):
-        raise UsageError(f"{folder!r} is a LeRobot folder of version {version}, and {VERSION} is read; convert it by LeRobot's own converter")
-    found = sorted_naturally(str(path) for path in (Path(folder) / "data").glob("chunk-*/file-*.parquet"))
+        raise UsageError(
+            f"{folder!r} is a LeRobot folder of version {version}, and {VERSION} is read; convert"
+            " it by LeRobot's own converter"
+        )
+    found = sorted_naturally(
+        str(path) for path in (Path(folder) / "data").glob("chunk-*/file-*.parquet")
+    )
     if not found:
-        raise UsageError(f"{folder!r} is a LeRobot folder without data/chunk-*/file-*.parquet; give a whole one")
+        raise UsageError(
+            f"{folder!r} is a LeRobot folder without data/chunk-*/file-*.parquet; give a whole one"
+        )
     return found
 
 
 def folder_of(path: str, names: Sequence[str]) -> str | None:
-    """The LeRobot folder that a Parquet file with these columns belongs to, "" where it is not above the file; None of other files."""
+    """The LeRobot folder that a Parquet file with these columns belongs to, "" where it is not
+    above the file; None of other files.
+    """
     if not {NAMES["episode"], NAMES["step"]} <= set(names):
         return None
     above = Path(path).parents
@@ -65,13 +88,23 @@ def columns(path: str) -> Mapping[str, str]:
     have = parquet.head(path).column_names
     seen = {STATE, ENVIRONMENT} & set(have)
     observation = OBSERVATION if len(seen) == 2 else next(iter(seen), STATE)
-    return {**NAMES, "observation": observation, **{ours: name for ours, name in WHERE_THERE.items() if name in have}}
+    return {
+        **NAMES,
+        "observation": observation,
+        **{ours: name for ours, name in WHERE_THERE.items() if name in have},
+    }
 
 
 def ignored(path: str) -> Mapping[str, str]:
-    """Columns that are not read, and why: of the observation's only the states are numbers of one shape."""
+    """Columns that are not read, and why: of the observation's only the states are numbers of one
+    shape.
+    """
     names = parquet.head(path).column_names
-    return {name: "not read" for name in names if name.startswith(f"{OBSERVATION}.") and name not in (STATE, ENVIRONMENT)}
+    return {
+        name: "not read"
+        for name in names
+        if name.startswith(f"{OBSERVATION}.") and name not in (STATE, ENVIRONMENT)
+    }
 
 
 def notes(path: str) -> Mapping[str, str]:
@@ -80,7 +113,10 @@ def notes(path: str) -> Mapping[str, str]:
     found = {}
     if "terminated" in theirs:
         with_truncated = f"{DONE} without {TRUNCATED}: the environment ended the episode"
-        without = f"guess: {DONE} does not say why an episode ended; the episodes end at several lengths, so the environment ends them"
+        without = (
+            f"guess: {DONE} does not say why an episode ended; the episodes end at several lengths,"
+            " so the environment ends them"
+        )
         found["terminated"] = with_truncated if "truncated" in theirs else without
     if "success" in theirs:
         found["success"] = "true of an episode where it is true of any of its steps"

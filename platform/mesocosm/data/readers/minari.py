@@ -1,5 +1,6 @@
-"""Minari's datasets, `minari:ID`: the package `minari` reads them, and fetches what is not on this machine (`pip install 'mesocosm[minari]'`). Pieces
-are ranges of episodes. The spaces are those that the dataset states.
+"""Minari's datasets, `minari:ID`: the package `minari` reads them, and fetches what is not on this
+machine (`pip install 'mesocosm[minari]'`). Pieces are ranges of episodes. The spaces are those that
+the dataset states.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ PIECE_STEPS = 1 << 16
 
 
 def folder(word: str, fetch: bool) -> str:
-    """Where the dataset `minari:ID` lies; with `fetch` it is fetched from Minari's hub (`MINARI_REMOTE`) where it is not on this machine.
+    """Where the dataset `minari:ID` lies; with `fetch` it is fetched from Minari's hub
+    (`MINARI_REMOTE`) where it is not on this machine.
 
     Raises UsageError where the package is missing, or the dataset is neither here nor to be had.
     """
@@ -40,14 +42,16 @@ def folder(word: str, fetch: bool) -> str:
     if not path.is_dir():
         if not fetch:
             raise UsageError(
-                f"{word!r} is not on this machine; without --dry-run it is fetched from {hub}, and `minari download {id}` fetches it to look first"
+                f"{word!r} is not on this machine; without --dry-run it is fetched from {hub}, and"
+                f" `minari download {id}` fetches it to look first"
             )
         try:
             _fetch(id, Path(get_dataset_path()))
         except Exception as error:  # minari's own, the hub's client's, and the network's
             said = " ".join(str(error).split())
             raise UsageError(
-                f"{word!r} is neither on this machine nor to be had from {hub} ({said}); check the name and the network, or put it into {str(path.parent)!r}"
+                f"{word!r} is neither on this machine nor to be had from {hub} ({said}); check the"
+                f" name and the network, or put it into {str(path.parent)!r}"
             ) from error
     return os.path.abspath(path)
 
@@ -67,7 +71,9 @@ def _fetch(id: str, root: Path) -> None:
             os.environ.pop("MINARI_DATASETS_PATH")
             if before is not None:
                 os.environ["MINARI_DATASETS_PATH"] = before
-        for data in sorted(Path(arriving).rglob("data/metadata.json")):  # of a combined dataset its parts, too
+        for data in sorted(
+            Path(arriving).rglob("data/metadata.json")
+        ):  # of a combined dataset its parts, too
             came, to = data.parents[1], root / data.parents[1].relative_to(arriving)
             make_folder(to.parent)
             if not to.exists():
@@ -94,7 +100,9 @@ def head(path: str) -> pa.Table:
                 return table
             if PROBLEM in table.column_names:
                 first = first or table.column(PROBLEM)[0].as_py()
-    raise UsageError(f"no episode of the Minari dataset in {path!r} can be read: {first or 'it has none'}")
+    raise UsageError(
+        f"no episode of the Minari dataset in {path!r} can be read: {first or 'it has none'}"
+    )
 
 
 def pieces(path: str) -> list[tuple[int, int]]:
@@ -108,7 +116,9 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
     held: list[pa.Table] = []
     rows = 0
     for table in _tables(piece.path, piece.begin, piece.end):
-        held.append(table.select([name for name in (*columns, PROBLEM) if name in table.column_names]))
+        held.append(
+            table.select([name for name in (*columns, PROBLEM) if name in table.column_names])
+        )
         rows += table.num_rows
         if rows >= BATCH_ROWS:
             yield pa.concat_tables(held, promote_options="default")
@@ -118,7 +128,9 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _tables(path: str, begin: int, end: int) -> Iterator[pa.Table]:
-    """One an episode: T+1 rows, the last one an observation alone; of one that cannot be read a row with PROBLEM."""
+    """One an episode: T+1 rows, the last one an observation alone; of one that cannot be read a row
+    with PROBLEM.
+    """
     dataset = _open(path)
     for index in dataset.episode_indices[begin:end]:
         number, rows = int(index), 1
@@ -127,18 +139,35 @@ def _tables(path: str, begin: int, end: int) -> Iterator[pa.Table]:
             rows = max(len(episode.rewards), 1)
             problem = _problem(episode, dataset.observation_space, dataset.action_space)
             table = _table(episode, dataset) if problem is None else None
-        except (AttributeError, IndexError, KeyError, OSError, TypeError, ValueError) as error:  # what minari, h5py and Arrow raise
+        except (
+            AttributeError,
+            IndexError,
+            KeyError,
+            OSError,
+            TypeError,
+            ValueError,
+        ) as error:  # what minari, h5py and Arrow raise
             table, problem = None, f"cannot be read ({' '.join(str(error).split())})"
         if table is None:
             text = f"episode {number}: {problem}; correct it, or set bad=drop to leave it out"
-            table = pa.table({"episode": [number] * rows, "step": list(range(rows)), PROBLEM: [text] + [None] * (rows - 1)})
+            table = pa.table(
+                {
+                    "episode": [number] * rows,
+                    "step": list(range(rows)),
+                    PROBLEM: [text] + [None] * (rows - 1),
+                }
+            )
         yield table
 
 
 def _table(episode: Any, dataset: Any) -> pa.Table:
     length = len(episode.rewards)
     last = np.arange(length + 1) == length
-    scalars = (("reward", episode.rewards), ("terminated", episode.terminations), ("truncated", episode.truncations))
+    scalars = (
+        ("reward", episode.rewards),
+        ("terminated", episode.terminations),
+        ("truncated", episode.truncations),
+    )
     columns: dict[str, pa.Array] = {
         "episode": pa.array(np.full(length + 1, int(episode.id))),
         "step": pa.array(np.arange(length + 1)),
@@ -146,18 +175,32 @@ def _table(episode: Any, dataset: Any) -> pa.Table:
     }
     if length:
         columns["action"] = arrow(dataset.action_space, _longer(episode.actions), last)
-        columns |= {name: pa.array(_longer(np.asarray(values)), mask=last) for name, values in scalars}
+        columns |= {
+            name: pa.array(_longer(np.asarray(values)), mask=last) for name, values in scalars
+        }
     return pa.table(columns)
 
 
 def _problem(episode: Any, observation_space: Space, action_space: Space) -> str | None:
     """What is wrong with the lengths of an episode: T rewards need T actions, and T+1 observations."""
     length = len(episode.rewards)
-    observations = [("observations", n, length + 1, "actions") for n in _lengths(observation_space, episode.observations)]
+    observations = [
+        ("observations", n, length + 1, "actions")
+        for n in _lengths(observation_space, episode.observations)
+    ]
     actions = [("actions", n, length, "rewards") for n in _lengths(action_space, episode.actions)]
-    flags = [(name, len(getattr(episode, name)), length, "rewards") for name in ("terminations", "truncations")]
+    flags = [
+        (name, len(getattr(episode, name)), length, "rewards")
+        for name in ("terminations", "truncations")
+    ]
     wrong = [row for row in (*actions, *flags, *observations) if row[1] != row[2]]
-    return next((f"{name} has {n} entries for {length} {others}, {wanted} are wanted" for name, n, wanted, others in wrong), None)
+    return next(
+        (
+            f"{name} has {n} entries for {length} {others}, {wanted} are wanted"
+            for name, n, wanted, others in wrong
+        ),
+        None,
+    )
 
 
 def _lengths(space: Space, values: Any) -> list[int]:
@@ -165,7 +208,11 @@ def _lengths(space: Space, values: Any) -> list[int]:
     if isinstance(space, gymnasium.spaces.Dict):
         return [n for key, child in space.spaces.items() for n in _lengths(child, values[key])]
     if isinstance(space, gymnasium.spaces.Tuple):
-        return [n for child, part in zip(space.spaces, values, strict=True) for n in _lengths(child, part)]
+        return [
+            n
+            for child, part in zip(space.spaces, values, strict=True)
+            for n in _lengths(child, part)
+        ]
     return [len(values)]
 
 
@@ -175,7 +222,11 @@ def _longer(values: Any) -> Any:
         return {key: _longer(value) for key, value in values.items()}
     if isinstance(values, tuple):
         return tuple(_longer(value) for value in values)
-    return [*values, *values[-1:]] if isinstance(values, list) else np.concatenate([values, values[-1:]])
+    return (
+        [*values, *values[-1:]]
+        if isinstance(values, list)
+        else np.concatenate([values, values[-1:]])
+    )
 
 
 def _open(path: str) -> Any:
@@ -189,4 +240,7 @@ def _package(what: str) -> None:
     try:
         import minari  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"{what!r} needs the package minari, which is not installed ({error}); pip install 'minari[hdf5,hf]'") from error
+        raise UsageError(
+            f"{what!r} needs the package minari, which is not installed ({error}); pip install"
+            " 'minari[hdf5,hf]'"
+        ) from error

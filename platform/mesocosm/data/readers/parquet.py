@@ -1,7 +1,8 @@
-"""Parquet files: pieces are row groups, which are read in batches, so that a large one is never in memory whole.
+"""Parquet files: pieces are row groups, which are read in batches, so that a large one is never in
+memory whole.
 
-Types that mean the same are read as one: dictionaries as their values, decimals as float64, views and fixed-size lists
-as lists.
+Types that mean the same are read as one: dictionaries as their values, decimals as float64, views
+and fixed-size lists as lists.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ PIECE_ROWS = 1 << 17
 def head(path: str) -> pa.Table:
     with _open(path) as (file, schema):
         first = next(file.iter_batches(HEAD_ROWS), None)
-        return schema.empty_table() if first is None else pa.Table.from_batches([first]).cast(schema)
+        return (
+            schema.empty_table() if first is None else pa.Table.from_batches([first]).cast(schema)
+        )
 
 
 def pieces(path: str) -> list[tuple[int, int]]:
@@ -65,10 +68,15 @@ def _open(path: str) -> Iterator[tuple[pq.ParquetFile, pa.Schema]]:
             if not any(_fixed(field.type) for field in schema):
                 yield file, plain
                 return
-            with pq.ParquetFile(raw if remote(path) else path, metadata=_without_arrow_schema(raw)) as untyped:
+            with pq.ParquetFile(
+                raw if remote(path) else path, metadata=_without_arrow_schema(raw)
+            ) as untyped:
                 yield untyped, plain
     except (OSError, pa.ArrowException) as error:
-        raise UsageError(f"{path!r} cannot be read as Parquet ({' '.join(str(error).split())}); write it again, or leave it out") from error
+        raise UsageError(
+            f"{path!r} cannot be read as Parquet ({' '.join(str(error).split())}); write it again,"
+            " or leave it out"
+        ) from error
 
 
 def _plain(type: pa.DataType) -> pa.DataType:
@@ -87,7 +95,13 @@ def _plain(type: pa.DataType) -> pa.DataType:
 
 
 def _is_list(type: pa.DataType) -> bool:
-    tests = (is_.is_list, is_.is_large_list, is_.is_fixed_size_list, is_.is_list_view, is_.is_large_list_view)
+    tests = (
+        is_.is_list,
+        is_.is_large_list,
+        is_.is_fixed_size_list,
+        is_.is_list_view,
+        is_.is_large_list_view,
+    )
     return any(test(type) for test in tests)
 
 
@@ -101,8 +115,8 @@ def _fixed(type: pa.DataType) -> bool:
 def _without_arrow_schema(raw: IO[bytes]) -> pq.FileMetaData:
     """The metadata of a file without the Arrow types of its columns.
 
-    Arrow cannot read a null among fixed-size lists (apache/arrow#35692: "Expected all lists to be of size=2"). Without
-    the Arrow types the same column is of lists, which can be null.
+    Arrow cannot read a null among fixed-size lists (apache/arrow#35692: "Expected all lists to be
+    of size=2"). Without the Arrow types the same column is of lists, which can be null.
     """
     raw.seek(-8, os.SEEK_END)
     size = int.from_bytes(raw.read(4), "little")

@@ -1,7 +1,9 @@
-"""Episodes that RLlib (new API stack, Ray 2.60) recorded with `output_write_episodes`: Parquet files whose one column, `item`, holds an episode a row.
+"""Episodes that RLlib (new API stack, Ray 2.60) recorded with `output_write_episodes`: Parquet
+files whose one column, `item`, holds an episode a row.
 
-A row is the state of a `SingleAgentEpisode`, by msgpack with numpy arrays in the form of msgpack-numpy; nothing in it is unpickled. A long
-episode may be recorded in parts, which must then follow each other: record with batch_mode="complete_episodes".
+A row is the state of a `SingleAgentEpisode`, by msgpack with numpy arrays in the form of
+msgpack-numpy; nothing in it is unpickled. A long episode may be recorded in parts, which must then
+follow each other: record with batch_mode="complete_episodes".
 """
 
 from __future__ import annotations
@@ -20,14 +22,19 @@ from mesocosm.data.readers import Piece, parquet
 from mesocosm.data.writer import arrow
 
 ITEM = "item"
-ACTION = "as RLlib's module gave it: of a Box it is scaled to [-1, 1] and not clipped, unless normalize_actions=False was set when it was recorded"
+ACTION = (
+    "as RLlib's module gave it: of a Box it is scaled to [-1, 1] and not clipped, unless"
+    " normalize_actions=False was set when it was recorded"
+)
 
 pieces = parquet.pieces
 
 
 def holds(schema: pa.Schema) -> bool:
     """Whether a Parquet file of this schema is one of these."""
-    return schema.names == [ITEM] and (is_.is_binary(schema.field(ITEM).type) or is_.is_large_binary(schema.field(ITEM).type))
+    return schema.names == [ITEM] and (
+        is_.is_binary(schema.field(ITEM).type) or is_.is_large_binary(schema.field(ITEM).type)
+    )
 
 
 def notes(path: str) -> Mapping[str, str]:
@@ -57,7 +64,9 @@ def _table(item: bytes, done: int) -> pa.Table | None:
     """One row a step; None of an episode without any."""
     try:
         state = msgpack.unpackb(item, object_hook=_decoded, strict_map_key=False)
-        observations, actions, rewards = (_own(state[name]) for name in ("observations", "actions", "rewards"))
+        observations, actions, rewards = (
+            _own(state[name]) for name in ("observations", "actions", "rewards")
+        )
         length = len(rewards)
         if not length:
             return None
@@ -75,8 +84,17 @@ def _table(item: bytes, done: int) -> pa.Table | None:
                 "next_observation": _arrow(observations[1 : length + 1]),
             }
         )
-    except (ValueError, KeyError, TypeError, IndexError, msgpack.exceptions.UnpackException) as error:
-        said = f"the episode cannot be read ({type(error).__name__}: {error}); record it with Ray 2.60's output_write_episodes"
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        IndexError,
+        msgpack.exceptions.UnpackException,
+    ) as error:
+        said = (
+            f"the episode cannot be read ({type(error).__name__}: {error}); record it with Ray"
+            " 2.60's output_write_episodes"
+        )
         raise RowError(done, said) from error
 
 
@@ -94,22 +112,33 @@ def _unstacked(data: Any) -> Any:
 
 
 def _item(value: Any) -> Any:
-    return {str(key): _item(child) for key, child in value.items()} if isinstance(value, dict) else value
+    return (
+        {str(key): _item(child) for key, child in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 def _arrow(values: Sequence[Any]) -> pa.Array:
     first = values[0]
     if isinstance(first, dict):
-        return pa.StructArray.from_arrays([_arrow([value[key] for value in values]) for key in first], list(first))
+        return pa.StructArray.from_arrays(
+            [_arrow([value[key] for value in values]) for key in first], list(first)
+        )
     if isinstance(first, list | tuple) and first and isinstance(first[0], np.ndarray | dict | str):
-        return pa.StructArray.from_arrays([_arrow([value[i] for value in values]) for i in range(len(first))], [str(i) for i in range(len(first))])
+        return pa.StructArray.from_arrays(
+            [_arrow([value[i] for value in values]) for i in range(len(first))],
+            [str(i) for i in range(len(first))],
+        )
     if isinstance(first, str):
         return pa.array(values)
     return arrow(Box(0, 1), np.stack([np.asarray(value) for value in values]))
 
 
 def _decoded(value: dict[Any, Any]) -> Any:
-    """An array or scalar that msgpack-numpy wrote; arrays of objects, which it pickles, are left alone."""
+    """An array or scalar that msgpack-numpy wrote; arrays of objects, which it pickles, are left
+    alone.
+    """
     if b"nd" not in value or value.get(b"kind") == b"O":
         return value
     if not value[b"nd"]:
