@@ -220,8 +220,8 @@ def routes(visitors: Visitors) -> FastAPI:
         json_type(codec.observation_space, "Observation", reply=True),
     )
     one_each = Field(min_length=1, max_length=MAX_ENVS, description="one for each environment")
-    actions = Annotated[list[action], one_each], ...  # type: ignore[valid-type]
-    observations = list[observation], ...  # type: ignore[valid-type]
+    actions: Any = Annotated[list[action], one_each], ...  # type: ignore[valid-type]
+    observations: Any = list[observation], ...  # type: ignore[valid-type]
     step_request = create_model("Step", __base__=StepRequest, action=actions)
     reset_reply = create_model("ResetReply", __base__=ResetReply, observation=observations)
     step_reply = create_model("StepReply", __base__=StepReply, observation=observations)
