@@ -26,7 +26,7 @@ import torch
 
 from mesocosm.data.dataset import Environment, write_dataset
 from mesocosm.data.episode import Episode
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 torch.set_num_threads(1)
 signal.signal(

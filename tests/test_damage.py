@@ -22,7 +22,7 @@ from mesocosm import faults, tracking
 from mesocosm.cli import main
 from mesocosm.config import JobConfig, StorageConfig, TrackingConfig
 from mesocosm.errors import ArtifactError, StorageError, UsageError
-from mesocosm.storage import COMMIT, Storage
+from mesocosm.store.artifacts import COMMIT, Storage
 
 Cart = Callable[..., str]
 DIRTY = re.compile(r"Traceback|Errno|Error\b|SELECT|INSERT|\[SQL")

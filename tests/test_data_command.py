@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mesocosm.cli import main
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 
 @pytest.fixture(params=["folder", "s3"])

@@ -16,7 +16,7 @@ import torch
 
 from mesocosm import cluster
 from mesocosm.config import RayConfig
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 PLATFORM = Path(__file__).resolve().parents[1] / "platform"

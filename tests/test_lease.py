@@ -15,17 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm import lease, tracking
+from mesocosm import tracking
 from mesocosm.config import JobConfig, StorageConfig
 from mesocosm.errors import MesocosmError, StorageError
-from mesocosm.lease import Held, Record, hold
-from mesocosm.owner import Owner, this_process
-from mesocosm.storage import Storage
+from mesocosm.store import lease
+from mesocosm.store.artifacts import Storage
+from mesocosm.store.lease import Held, Record, hold
+from mesocosm.store.owner import Owner, this_process
 
 HOLDER = """
 import sys, time
-from mesocosm.lease import hold
-from mesocosm.storage import Storage
+from mesocosm.store.lease import hold
+from mesocosm.store.artifacts import Storage
 with hold(Storage(sys.argv[1]), "worlds/abc", "pretrain", print):
     print("held", flush=True)
     time.sleep(600)
@@ -222,8 +223,8 @@ def test_a_number_that_is_used_again_does_not_make_two_holders(root: str) -> Non
 RACER = """
 import os, sys, time
 from mesocosm import lease
-from mesocosm.lease import Held, hold
-from mesocosm.storage import Storage
+from mesocosm.store.lease import Held, hold
+from mesocosm.store.artifacts import Storage
 lease.POLL_S = 0.002
 root, inside, end, held = sys.argv[1], sys.argv[1] + "/inside", time.monotonic() + 4, 0
 while time.monotonic() < end:
@@ -341,7 +342,7 @@ read -r stat < /proc/$!/stat
 started=$(echo "$stat" | cut -d' ' -f22)
 exec setpriv --reuid 65534 --regid 65534 --clear-groups {python} -c "
 from dataclasses import replace
-from mesocosm.owner import Owner, this_process
+from mesocosm.store.owner import Owner, this_process
 me = this_process()
 print(me.alive(), replace(me, pid=$!, started=$started).alive(), replace(me, pid=999999, started=1).alive())
 "

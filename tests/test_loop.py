@@ -21,7 +21,7 @@ from mesocosm import config, tracking
 from mesocosm.errors import UsageError
 from mesocosm.loop import LoopConfig, _Loop, check, plan, run
 from mesocosm.reality.ledger import Ledger
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 pytestmark = pytest.mark.timeout(1200)
 

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm import partial
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.loader import Loader
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.storage import Storage
+from mesocosm.store import cache
+from mesocosm.store.artifacts import Storage
 
 Cart = Callable[..., str]
 SHARDS = [f"shards/{number:05d}" for number in range(4)]
@@ -93,7 +93,7 @@ def test_only_what_is_read_is_fetched_and_once_for_all_processes(bucket: Storage
     for path in [path for path in bucket.files("datasets/cart") if "shards/00002" in path]:
         bucket.fs.rm(bucket._path(path))
     code = (
-        f"from mesocosm.storage import Storage; print(Storage({bucket.root!r}).partial('datasets',"
+        f"from mesocosm.store.artifacts import Storage; print(Storage({bucket.root!r}).partial('datasets',"
         " 'cart').hold('shards/00002'))"
     )
     out, errors = python(code).communicate(timeout=60)
@@ -113,7 +113,7 @@ def test_only_what_is_read_is_fetched_and_once_for_all_processes(bucket: Storage
 def test_a_fetch_that_is_killed_leaves_nothing_that_looks_whole(bucket: Storage) -> None:
     code = f"""
 import os, signal
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 storage = Storage({bucket.root!r})
 fetch = storage.fetch
 def half(kind, id, commit, name, path):
@@ -150,14 +150,14 @@ def test_the_least_recently_used_goes_and_never_one_in_use(
     files.hold(SHARDS[2])
     assert here(bucket) == ["00000", "00002"], "the one used least recently went"
     code = f"""
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 files = Storage({bucket.root!r}).partial("datasets", "cart", {most})
 print(files.hold("shards/00000"), flush=True)
 input()
 """
     other = python(code)
     assert other.stdout is not None and other.stdout.readline()
-    monkeypatch.setattr(partial, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(cache, "PATIENCE_S", 0.5)
     with pytest.raises(
         ArtifactError,
         match=(
@@ -179,7 +179,7 @@ def test_a_copy_that_is_here_is_verified_once(
     storage = Storage(cart_root(tmp_path, 400, shard_rows=60))
     read: list[Path] = []
     monkeypatch.setattr(
-        partial, "sha256", lambda path, plain=partial.sha256: read.append(path) or plain(path)
+        cache, "sha256", lambda path, plain=cache.sha256: read.append(path) or plain(path)
     )
     folder = storage.partial("datasets", "cart").hold(SHARDS[1])
     assert len(read) == 8 and {path.parent for path in read} == {folder}
@@ -286,7 +286,7 @@ def test_a_release_by_one_thread_leaves_what_another_holds(
     with ThreadPoolExecutor(1) as pool:
         pool.submit(files.hold, SHARDS[0]).result()
         pool.submit(files.release, [SHARDS[0]]).result()
-    monkeypatch.setattr(partial, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(cache, "PATIENCE_S", 0.5)
     with pytest.raises(ArtifactError, match="other shards in use fill the cache"):
         files.hold(SHARDS[1])
     assert here(bucket) == ["00000"], "it is still held by this thread"
@@ -297,7 +297,7 @@ def test_processes_fetch_different_shards_at_the_same_time(bucket: Storage, tmp_
     code = """
 import sys, time
 from pathlib import Path
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 storage, at = Storage({root!r}), Path({at!r})
 fetch = storage.fetch
 def meet(*args):
@@ -327,7 +327,7 @@ def test_what_others_are_fetching_counts_as_room_in_use(
 ) -> None:
     code = f"""
 import time
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 storage = Storage({bucket.root!r})
 def stuck(*args):
     print("begun\\n", end="", flush=True)  # in one piece: two threads may be here
@@ -339,7 +339,7 @@ storage.partial("datasets", "cart").hold({SHARDS[0]!r})
     assert other.stdout is not None and other.stdout.readline() == "begun\n"
     files = bucket.partial("datasets", "cart")
     files.most = files.bytes(SHARDS[0]) + files.bytes(SHARDS[1]) - 1
-    monkeypatch.setattr(partial, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(cache, "PATIENCE_S", 0.5)
     try:
         with pytest.raises(ArtifactError, match="other shards in use fill the cache"):
             files.hold(SHARDS[1])

@@ -26,7 +26,7 @@ from mesocosm.data.episode import Episode, Outcome
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.suite import TooFewPolicies
 from mesocosm.loop import LoopConfig, _Loop, plan, resources
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 CARTPOLE = gym.make("CartPole-v1")
 TINY = ["rounds=2", "collect.steps=300", "explore.steps=100", "reality.env=CartPole-v1"]

@@ -17,7 +17,7 @@ import pytest
 from mesocosm import tracking
 from mesocosm.config import JobConfig, StorageConfig
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -132,7 +132,7 @@ def test_a_failed_or_killed_maker_leaves_nothing_to_be_taken_for_whole(root: str
     assert storage.find("worlds", "w") is None
     code = f"""
 import os, signal
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 def fill(folder):
     (folder / "x").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -21,9 +21,9 @@ import pytest
 from mesocosm import tracking
 from mesocosm.cli import main
 from mesocosm.config import JobConfig, StorageConfig
-from mesocosm.lease import Record
-from mesocosm.owner import this_process
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
+from mesocosm.store.lease import Record
+from mesocosm.store.owner import this_process
 
 Listed = Callable[..., dict[str, Any]]
 
@@ -64,7 +64,7 @@ def _small(folder: Path) -> None:
 def _killed(root: str, what: str) -> None:
     """A process that does `what` on `storage` and is killed."""
     code = (
-        "import os, signal\nfrom pathlib import Path\nfrom mesocosm.storage import"
+        "import os, signal\nfrom pathlib import Path\nfrom mesocosm.store.artifacts import"
         f" Storage\nstorage = Storage({root!r})\n{what}\n"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == -signal.SIGKILL
@@ -181,7 +181,7 @@ def test_age_is_of_the_newest_file(tmp_path: Path, gc: Listed) -> None:
 def test_temporary_files_of_writes_cut_short(tmp_path: Path, gc: Listed) -> None:
     storage = Storage(str(tmp_path / "root"))
     kill = (
-        "import mesocosm.storage as s\ns.os.replace = lambda *names: os.kill(os.getpid(),"
+        "import mesocosm.store.artifacts as s\ns.os.replace = lambda *names: os.kill(os.getpid(),"
         " signal.SIGKILL)\n"
     )
     _killed(storage.root, kill + "storage.write('runs/collect/r/status.json', b'12345')")
@@ -202,7 +202,7 @@ def test_the_only_copy_of_an_artifact_stays(tmp_path: Path, gc: Listed) -> None:
     storage = Storage(str(tmp_path / "root"))
     storage.make("worlds", "w", {}, _small)
     kill = """
-import mesocosm.storage as s
+import mesocosm.store.artifacts as s
 rename = os.replace
 def once(source, target):
     rename(source, target)

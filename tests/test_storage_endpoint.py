@@ -24,7 +24,7 @@ import pytest
 from mesocosm.cli import main
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.pretrain import checkpoint
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 Cart = Callable[..., str]
 
@@ -186,7 +186,7 @@ def test_two_processes_make_the_same_artifact_at_once(any_root: str, tmp_path: P
     code = """
 import sys, time
 from pathlib import Path
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 me, other = sys.argv[1:] if len(sys.argv) > 1 else ({me!r}, {other!r})
 def fill(folder):
     for name in "abc":
@@ -216,7 +216,7 @@ print(Storage({root!r}).make("laws", "l", {{"maker": me}}, fill).meta["maker"])
 
 MIB = 1 << 20
 MAKER = """
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 def fill(folder):
     (folder / "small").write_bytes(b"s" * 1000)
     (folder / "large").write_bytes(b"0123456789abcdef" * (104 << 16))
@@ -294,7 +294,7 @@ def test_an_endpoint_that_never_answered_is_not_waited_for(monkeypatch: pytest.M
             ("SECRET_ACCESS_KEY", "x"),
         ):
             monkeypatch.setenv(f"AWS_{name}", value)
-        from mesocosm import s3 as client
+        from mesocosm.store import objects as client
 
         began = time.monotonic()
         with pytest.raises(

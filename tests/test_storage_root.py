@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm import cache, cluster
+from mesocosm import cluster
 from mesocosm.cli import main
 from mesocosm.config import JobConfig, StorageConfig, load
 from mesocosm.errors import UsageError
-from mesocosm.storage import Storage
+from mesocosm.store import cache_folder
+from mesocosm.store.artifacts import Storage
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_renames_are_durable(root: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv(cache.VARIABLE, raising=False)
+    monkeypatch.delenv(cache_folder.VARIABLE, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     return tmp_path / "tmp"
@@ -146,15 +147,17 @@ def test_a_link_in_place_of_the_cache_is_refused(place: Path, tmp_path: Path) ->
 def test_the_cache_lies_where_the_key_says(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(cache.VARIABLE, "")
-    cache.use(StorageConfig(cache=None).cache)
+    monkeypatch.setenv(cache_folder.VARIABLE, "")
+    cache_folder.use(StorageConfig(cache=None).cache)
     assert Storage("s3://bucket/x").local_path().is_relative_to(place)
-    cache.use(str(tmp_path / "big" / "disk"))
+    cache_folder.use(str(tmp_path / "big" / "disk"))
     folder = Storage("s3://bucket/x").local_path("cache")
     assert folder.is_relative_to(tmp_path / "big" / "disk" / f"mesocosm-{os.getuid()}")
-    assert cluster.worker_env()[cache.VARIABLE] == str(tmp_path / "big" / "disk"), "Ray's workers"
+    assert cluster.worker_env()[cache_folder.VARIABLE] == str(tmp_path / "big" / "disk"), (
+        "Ray's workers"
+    )
     (tmp_path / "file").write_text("")
-    cache.use(str(tmp_path / "file" / "x"))
+    cache_folder.use(str(tmp_path / "file" / "x"))
     with pytest.raises(UsageError, match=r"cannot be made .*; set storage\.cache"):
         Storage("s3://bucket/x").local_path("cache")
 
@@ -162,7 +165,7 @@ def test_the_cache_lies_where_the_key_says(
 def test_the_command_line_sets_the_cache(
     s3: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(cache.VARIABLE, "")
+    monkeypatch.setenv(cache_folder.VARIABLE, "")
     where = [f"storage.root={s3}/{tmp_path.name}", f"storage.cache={tmp_path / 'mine'}"]
     assert main(["data", "list", *where]) == 0
     made = Storage(f"{s3}/{tmp_path.name}").make("worlds", "w", {}, lambda folder: None)

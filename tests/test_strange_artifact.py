@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mesocosm.errors import ArtifactError
-from mesocosm.storage import COMMIT, Storage
+from mesocosm.store.artifacts import COMMIT, Storage
 
 
 @pytest.mark.parametrize("way", ["relative", "absolute", "folder"])

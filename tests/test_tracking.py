@@ -12,7 +12,7 @@ from mlflow.tracking import MlflowClient
 
 from mesocosm import tracking
 from mesocosm.config import JobConfig, StorageConfig, TrackingConfig
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 
 def _config(root: str, uri: str | None = None) -> JobConfig:

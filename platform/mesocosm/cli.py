@@ -21,8 +21,9 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mesocosm import __version__, cache, cluster, completion, config, faults, output, signals
+from mesocosm import __version__, cluster, completion, config, faults, output, signals
 from mesocosm.errors import MesocosmError, UsageError, nearest
+from mesocosm.store import cache_folder
 
 
 @dataclass(frozen=True)
@@ -260,7 +261,7 @@ def _run(options: argparse.Namespace) -> int:
         from mesocosm.doctor import doctor
 
         given = config.load(config.JobConfig, options.config, options.overrides)
-        cache.use(given.storage.cache)
+        cache_folder.use(given.storage.cache)
         return doctor(
             given, as_json=options.json, cluster=options.cluster, insecure=options.insecure
         )
@@ -286,7 +287,7 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     if words:
         key = WORDS[options.command][0]
         setattr(loaded, key, [*getattr(loaded, key), *words])
-    cache.use(loaded.storage.cache)
+    cache_folder.use(loaded.storage.cache)
     if options.force:
         loaded.force = True
     if options.wait:

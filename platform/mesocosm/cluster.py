@@ -19,9 +19,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mesocosm import cache, clusters, compat, signals
+from mesocosm import clusters, compat, signals
 from mesocosm.config import RayConfig
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.store import cache_folder
 
 STARTS = 3
 """Attempts at a local Ray: on a loaded machine one of its daemons may miss the 30 s that Ray gives
@@ -109,7 +110,11 @@ def worker_env() -> dict[str, str]:
         ),
         "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
         "TOKENIZERS_PARALLELISM": "false",
-        **({cache.VARIABLE: os.environ[cache.VARIABLE]} if cache.VARIABLE in os.environ else {}),
+        **(
+            {cache_folder.VARIABLE: os.environ[cache_folder.VARIABLE]}
+            if cache_folder.VARIABLE in os.environ
+            else {}
+        ),
     }
 
 

@@ -17,9 +17,9 @@ from mesocosm.storage_command import size
 from mesocosm.versions import VERSIONS
 
 if TYPE_CHECKING:
-    from mesocosm.commit import Commit
     from mesocosm.data.manifest import Manifest
-    from mesocosm.storage import Artifact, Storage
+    from mesocosm.store.artifacts import Artifact, Storage
+    from mesocosm.store.commit import Commit
 
 EPILOG = {
     "list": (
@@ -88,11 +88,12 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 0. Raises UsageError where there is no such dataset."""
-    from mesocosm import cache, config
-    from mesocosm.storage import Storage
+    from mesocosm import config
+    from mesocosm.store import cache_folder
+    from mesocosm.store.artifacts import Storage
 
     given = config.load(config.JobConfig, options.config, options.overrides).storage
-    cache.use(given.cache)
+    cache_folder.use(given.cache)
     storage = Storage(given.root)
     storage.readable()
     return {"list": _list, "show": _show, "diff": _diff}[options.action](storage, options)

@@ -17,7 +17,7 @@ from mesocosm import cluster, output, tracking
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError
 from mesocosm.faults import first_line
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from mesocosm.reality import config as reality_config
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.ledger import Ledger
 from mesocosm.serving.deployment import deploy, undeploy
-from mesocosm.storage import SCHEMA, Artifact, Storage
+from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run, console
 from mesocosm.versions import VERSIONS
 

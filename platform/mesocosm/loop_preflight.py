@@ -21,7 +21,7 @@ from mesocosm.evaluation.judge import check_spaces
 from mesocosm.evaluation.ranking import FEWEST
 from mesocosm.loop_config import LoopConfig, acting, check, fill
 from mesocosm.reality.env import EnvFacts
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 __all__ = ["Ready", "preflight", "resources"]
 

@@ -22,9 +22,9 @@ from omegaconf import OmegaConf
 
 from mesocosm import faults
 from mesocosm.config import JobConfig
-from mesocosm.durable import replace, write_synced
 from mesocosm.errors import StorageError
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
+from mesocosm.store.files import replace, write_synced
 
 _FLUSH_SECONDS = 2.0
 PENDING = "mlflow.pending"

@@ -16,7 +16,7 @@ from mesocosm import cluster
 from mesocosm.config import JobConfig, TrackingConfig
 from mesocosm.errors import UsageError
 from mesocosm.mirror import redact
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 SERVERS = {"http": 80, "https": 443}

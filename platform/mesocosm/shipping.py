@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mesocosm.errors import StorageError
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 EVERY = 10.0
 """Seconds between shipments."""

@@ -53,14 +53,16 @@ def add(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Exit status 0; 1 where something listed could not be removed."""
-    from mesocosm import cache, config, faults, remains
+    from mesocosm import config, faults
     from mesocosm.cli import confirm
-    from mesocosm.storage import Storage
+    from mesocosm.store import cache_folder
+    from mesocosm.store import gc as remains
+    from mesocosm.store.artifacts import Storage
 
     if options.older_than < 0:
         raise UsageError(f"--older-than {options.older_than:g} must not be negative")
     given = config.load(config.JobConfig, options.config, options.overrides).storage
-    cache.use(given.cache)
+    cache_folder.use(given.cache)
     storage = Storage(given.root)
     storage.readable()
     remarks: list[str] = []

@@ -32,7 +32,6 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from mesocosm import faults
 from mesocosm.config import JobConfig, to_yaml
 from mesocosm.errors import MesocosmError
-from mesocosm.lease import hold
 from mesocosm.mirror import (
     PENDING,
     Mirror,
@@ -44,9 +43,10 @@ from mesocosm.mirror import (
     uri_of,
     write_whole,
 )
-from mesocosm.owner import Owner, this_process
 from mesocosm.shipping import Shipper
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
+from mesocosm.store.lease import hold
+from mesocosm.store.owner import Owner, this_process
 
 __all__ = [
     "Run",

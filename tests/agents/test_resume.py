@@ -29,7 +29,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import build
 from mesocosm.model.world import World
 from mesocosm.pretrain.prepare import transitions
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 LENGTH = 12
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (2,), np.float32)

@@ -30,7 +30,7 @@ from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.reality.ledger import Ledger
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 OBSERVATIONS = spaces.Dict(
     {"goal": spaces.Discrete(2), "position": spaces.Box(-np.inf, np.inf, (1,), np.float64)}

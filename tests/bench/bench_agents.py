@@ -47,7 +47,7 @@ from mesocosm.agents import baseline
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.reality.config import BudgetConfig
 from mesocosm.reality.ledger import Ledger
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]

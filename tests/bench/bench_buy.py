@@ -56,7 +56,7 @@ from mesocosm.reality.config import BudgetConfig, PriceConfig, RealityConfig
 from mesocosm.reality.env import facts_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 REPOSITORY = HERE.parents[1]
 RESULTS = HERE / "results" / "bench_buy.json"

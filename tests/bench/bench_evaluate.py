@@ -25,7 +25,7 @@ from bench_world import HERE, ROOT
 from mesocosm import config, tracking
 from mesocosm.evaluation import run as evaluation
 from mesocosm.evaluation.config import EvaluateConfig
-from mesocosm.storage import Artifact
+from mesocosm.store.artifacts import Artifact
 
 RESULTS = HERE / "results" / "bench_evaluate.json"
 CONFIGS = HERE.parents[1] / "configs" / "evaluate"

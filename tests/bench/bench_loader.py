@@ -41,7 +41,7 @@ from mesocosm.data.dataset import Dataset, DatasetWriter, Environment
 from mesocosm.data.episode import Episode
 from mesocosm.data.loader import Loader
 from mesocosm.data.windows import raw_rows
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bench_loader.json"

@@ -39,7 +39,7 @@ from mesocosm.evaluation.judge import judge
 from mesocosm.pretrain import run as pretraining
 from mesocosm.reality.config import BudgetConfig
 from mesocosm.reality.ledger import Ledger
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 RESULTS = HERE / "results" / "bench_pessimism.json"
 CONFIGS = HERE.parents[1] / "configs" / "loop"

@@ -35,7 +35,7 @@ from mesocosm.model.config import FAMILIES, ModelConfig
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.deployment import deploy
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bench_serve.json"

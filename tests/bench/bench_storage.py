@@ -31,8 +31,8 @@ from typing import Any
 
 import s3fs
 
-from mesocosm.durable import sha256
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
+from mesocosm.store.files import sha256
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bench_storage.json"

@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from mesocosm.reality.ledger import Ledger
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 KILLS = 30
 LONGEST_S = 600.0

@@ -66,7 +66,10 @@ def start(lab: Lab) -> None:
         log="mlflow",
     )
     inside(lab, WAIT, S3, MLFLOW)
-    inside(lab, "from mesocosm.storage import Storage; Storage('s3://bucket').fs.mkdir('bucket')")
+    inside(
+        lab,
+        "from mesocosm.store.artifacts import Storage; Storage('s3://bucket').fs.mkdir('bucket')",
+    )
 
 
 def inside(lab: Lab, code: str, *arguments: str) -> str:
@@ -84,7 +87,7 @@ def fetched(lab: Lab) -> Path:
     shutil.rmtree(lab.base / "fetched", ignore_errors=True)
     inside(
         lab,
-        f"from mesocosm.storage import Storage; Storage({BUCKET!r}).fs.get('bucket/mesocosm/',"
+        f"from mesocosm.store.artifacts import Storage; Storage({BUCKET!r}).fs.get('bucket/mesocosm/',"
         f" {str(lab.base / 'fetched')!r} + '/', recursive=True)",
     )
     return lab.base / "fetched"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 from .lab import HEAD, PORT, Lab, permitted, until
 from .test_kills import SMALL

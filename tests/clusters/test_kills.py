@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 from .lab import HEAD, PORT, Lab, Place, until
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mesocosm.storage import COMMIT, Storage
+from mesocosm.store.artifacts import COMMIT, Storage
 
 from . import servers
 from .lab import DASHBOARD, HEAD, Lab, logs, permitted, until

@@ -27,7 +27,7 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation.judge import judge
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.ledger import Ledger
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 
 class Square(gymnasium.Env[Any, Any]):

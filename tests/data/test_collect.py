@@ -31,7 +31,7 @@ from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.reality.config import BudgetConfig, RealityConfig, TaskOption
 from mesocosm.reality.env import episode_seed, facts_of
 from mesocosm.reality.ledger import Ledger
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 OWN = Path(__file__).parent.parent / "reality" / "envs"
 

@@ -22,7 +22,7 @@ from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import StorageError
 from mesocosm.reality.config import BudgetConfig, RealityConfig
 from mesocosm.reality.ledger import Ledger, LedgerTotals
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 OWN = Path(__file__).parent.parent / "reality" / "envs"
 

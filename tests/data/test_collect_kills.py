@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from mesocosm.reality.ledger import Ledger, LedgerTotals
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 OWN = Path(__file__).parent.parent / "reality" / "envs"
 

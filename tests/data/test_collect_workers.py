@@ -12,7 +12,7 @@ from mesocosm.data.lane_workers import DEATHS, Losses, run_on_ray
 from mesocosm.data.lanes import LaneRunner, Plan, split
 from mesocosm.errors import MesocosmError
 from mesocosm.reality.config import RealityConfig
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 OWN = Path(__file__).parent.parent / "reality" / "envs"
 

@@ -22,7 +22,7 @@ from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode
 from mesocosm.data.loader import Loader
 from mesocosm.errors import UsageError
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 OBSERVATION = spaces.Box(-np.inf, np.inf, (3,), np.float64)
 Make = Callable[..., Episode]

@@ -15,7 +15,7 @@ from mesocosm.data.dataset import Dataset, Environment, Manifest, write_dataset
 from mesocosm.data.episode import Episode
 from mesocosm.data.loader import Loader
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 Write = Callable[..., Path]
 Counted = Callable[..., Episode]

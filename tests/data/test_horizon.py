@@ -14,7 +14,7 @@ from mesocosm.data.dataset import Environment, write_dataset
 from mesocosm.data.episode import Episode, Outcome
 from mesocosm.data.horizon import horizon_of, logged_horizon
 from mesocosm.errors import UsageError
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 
 def store(root: str, name: str, *episodes: tuple[int, Outcome]) -> None:

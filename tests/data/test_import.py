@@ -30,7 +30,7 @@ from mesocosm.data.readers import parquet as parquet_reader
 from mesocosm.data.stitch import stream
 from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import UsageError
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 Rows = list[dict[str, Any]]
 

@@ -20,7 +20,7 @@ from mesocosm.data.importing import ImportConfig, plan, run
 from mesocosm.data.readers import files, sources
 from mesocosm.data.readers import parquet as parquet_reader
 from mesocosm.errors import UsageError
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 Rows = list[dict[str, Any]]
 

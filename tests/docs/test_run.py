@@ -27,7 +27,7 @@ import mesocosm
 from mesocosm.cli import JOBS
 from mesocosm.scaling import fit
 from mesocosm.scaling.table import Table
-from mesocosm.storage import KINDS, Storage
+from mesocosm.store.artifacts import KINDS, Storage
 
 from .reader import REPOSITORY, Command, blocks, commands, lay_out, name, pages
 from .test_docs import SOMEBODY

@@ -40,7 +40,7 @@ from mesocosm.pretrain.prepare import transitions
 from mesocosm.reality.config import RealityConfig, TaskOption
 from mesocosm.reality.ledger import Ledger
 from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 from . import worlds
 from .test_report import parsed

@@ -28,7 +28,7 @@ from mesocosm.evaluation.panel import Noisy
 from mesocosm.reality.config import RealityConfig, TaskOption
 from mesocosm.reality.env import episode_seed, make_env
 from mesocosm.reality.ledger import Ledger
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 CARTPOLE = RealityConfig(env="CartPole-v1", success="return >= 100")
 
@@ -326,7 +326,7 @@ def main():
     from mesocosm.evaluation.judge_store import JudgeStore
     from mesocosm.reality.config import RealityConfig
     from mesocosm.reality.ledger import Ledger
-    from mesocosm.storage import Storage
+    from mesocosm.store.artifacts import Storage
 
     storage, reality = Storage("root"), RealityConfig(env="killed_module:make")
     policy = random_policy(make().action_space)

@@ -16,7 +16,7 @@ from mesocosm.agents.policy import RandomPolicy
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import panel
 from mesocosm.evaluation.ranking import LEAST, PER_FIFTH, ranking
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from mesocosm.model.world import World
 from mesocosm.pretrain.export import calibrate
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.reality.config import PriceConfig, RealityConfig, TaskOption
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 MODULE = __name__
 

@@ -12,7 +12,7 @@ import pytest
 
 from mesocosm import config, tracking
 from mesocosm.pretrain.run import PretrainConfig, run
-from mesocosm.storage import Artifact
+from mesocosm.store.artifacts import Artifact
 
 DATASET = "cart"
 SMALL = (

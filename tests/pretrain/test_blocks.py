@@ -16,7 +16,7 @@ import pytest
 
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.writer import write_dataset
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 Make = Callable[..., Any]

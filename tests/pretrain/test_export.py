@@ -21,7 +21,7 @@ from mesocosm.model.net import build
 from mesocosm.model.world import World
 from mesocosm.pretrain import prepare
 from mesocosm.pretrain.export import EXCEEDED, TerminationCheck, calibrate, check_termination
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 
 @pytest.mark.parametrize(("transitions", "measured_on"), [(40, "training"), (400, "validation")])

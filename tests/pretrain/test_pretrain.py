@@ -24,7 +24,7 @@ from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
 from mesocosm.pretrain import checkpoint, prepare, run, training, worker
 from mesocosm.pretrain.schedule import FACTOR, MARGIN, lr_factor
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 SHORT = ("train.steps=12", "train.checkpoint_every=4", "train.validate_every=6")

@@ -18,7 +18,7 @@ from mesocosm.model.net import unroll
 from mesocosm.pretrain import checkpoint, prepare
 from mesocosm.pretrain.feed import Feed
 from mesocosm.pretrain.training import corrupted
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 DATASET = "cart"
 

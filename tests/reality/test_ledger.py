@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mesocosm.errors import ArtifactError, BudgetSpent, StorageError, UsageError
 from mesocosm.reality.config import BudgetConfig, PriceConfig
 from mesocosm.reality.ledger import PURPOSES, Ledger, Usage
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 fork = multiprocessing.get_context("fork")
 

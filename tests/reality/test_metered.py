@@ -20,7 +20,7 @@ from mesocosm.reality.config import BudgetConfig, PriceConfig, RealityConfig, Ta
 from mesocosm.reality.env import EpisodeError, episode_seed, make_env
 from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import MeteredEnv, make_metered_vector
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 LINE = RealityConfig(env="ownenvs:Line", kwargs={"stretch": 0.0})
 STILL = np.zeros(1, np.float32)

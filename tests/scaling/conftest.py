@@ -11,7 +11,7 @@ import pytest
 from mesocosm import config
 from mesocosm.data.dataset import Dataset
 from mesocosm.scaling.sweep_config import SweepConfig
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 sys.path.insert(0, str(Path(__file__).parent))
 

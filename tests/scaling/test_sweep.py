@@ -23,7 +23,7 @@ from mesocosm.scaling import cells, sweep
 from mesocosm.scaling.cells import COLUMNS
 from mesocosm.scaling.sweep import plan, run
 from mesocosm.scaling.sweep_config import SweepConfig
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 Make = Callable[..., Any]

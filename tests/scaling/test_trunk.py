@@ -19,7 +19,7 @@ from mesocosm.pretrain.training import Diverged, Training
 from mesocosm.scaling import cells as stored
 from mesocosm.scaling.grid import Cell, Grid, Trunk, lay_out
 from mesocosm.scaling.trunk import Warm, Work, alone, branches
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 Sweep = Callable[..., Any]
 

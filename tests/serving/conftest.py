@@ -23,7 +23,7 @@ from mesocosm.model.net import build
 from mesocosm.model.world import World
 from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.deployment import LISTENERS, deploy, undeploy
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 Space = gymnasium.Space[Any]
 BOX = spaces.Box(-np.inf, np.inf, (3,), np.float32)

@@ -16,7 +16,7 @@ from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.manifests import kuberay
 from mesocosm.serving.app import build
 from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.storage import Artifact
+from mesocosm.store.artifacts import Artifact
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 

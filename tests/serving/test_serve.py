@@ -35,7 +35,7 @@ from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.connection import FRAME, Served, receive_frame, send_frame
 from mesocosm.serving.deployment import deploy, undeploy
 from mesocosm.serving.protocol import pack
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 DICT = spaces.Dict(

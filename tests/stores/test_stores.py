@@ -15,7 +15,7 @@ from mesocosm.cli import main
 from mesocosm.config import JobConfig, StorageConfig
 from mesocosm.doctor import storage_check
 from mesocosm.errors import StorageError, UsageError
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 from .proxy import Conflicts, HttpProxy, drop_if_none_match, no_condition, reject_trailers
 
@@ -122,7 +122,7 @@ def test_a_store_with_conditional_writes_is_accepted(proxied: Proxied) -> None:
 def test_a_lost_connection_names_the_artifact(
     s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mesocosm.s3.PATIENCE", 1.0)
+    monkeypatch.setattr("mesocosm.store.objects.PATIENCE", 1.0)
     proxy = HttpProxy(os.environ["AWS_ENDPOINT_URL"], lambda headers: None)
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     storage = Storage(f"{s3}/{tmp_path.name}")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mesocosm.pretrain import checkpoint
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 from .conftest import Cluster
 

@@ -30,7 +30,7 @@ from mesocosm.reality.config import PAID, BudgetConfig, RealityConfig
 from mesocosm.reality.env import EnvFacts, facts_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import Meter, MeteredVectorEnv, make_metered_vector
-from mesocosm.storage import SCHEMA, Artifact
+from mesocosm.store.artifacts import SCHEMA, Artifact
 from mesocosm.tracking import Run
 from mesocosm.versions import VERSIONS
 

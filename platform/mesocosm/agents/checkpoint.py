@@ -26,7 +26,7 @@ import ray
 import torch
 
 from mesocosm.errors import UsageError
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 PROGRESS = "progress.json"
 SNAPSHOTS = "snapshots"

@@ -16,7 +16,7 @@ from mesocosm.agents.rollout import imagined_episodes, imagined_returns
 from mesocosm.config import fingerprint
 from mesocosm.data.evidence import Evidence
 from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.storage import Artifact
+from mesocosm.store.artifacts import Artifact
 from mesocosm.tracking import Run
 
 COMPARED = 64

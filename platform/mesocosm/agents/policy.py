@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from mesocosm.agents.adapt import ActionMap, first, flat_size, flatten_batch, one_batch
 from mesocosm.data.spaces import space_from_json, space_to_json
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 POLICY_JSON, WEIGHTS = "policy.json", "policy.safetensors"
 SNAPSHOTS = "snapshots"

@@ -39,7 +39,7 @@ from mesocosm.model.spec import Parts
 from mesocosm.serving.client import BACKENDS, WorldVectorEnv
 from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.deployment import deploy, undeploy
-from mesocosm.storage import SCHEMA, Artifact, Storage
+from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run
 from mesocosm.versions import VERSIONS
 

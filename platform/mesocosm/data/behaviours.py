@@ -17,7 +17,7 @@ from mesocosm.data.permutation import GOLDEN
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.reality.config import RealityConfig, TaskOption, check_option
 from mesocosm.reality.env import Act, Behaviour, import_module, stream
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 KINDS = ("random", "noisy", "scripted", "trained")
 

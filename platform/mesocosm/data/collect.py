@@ -32,7 +32,7 @@ from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.reality.config import PAID, RealityConfig
 from mesocosm.reality.env import EnvFacts, facts_of, source_hash
 from mesocosm.reality.ledger import Ledger
-from mesocosm.storage import SCHEMA, Artifact, Storage
+from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.tracking import Run
 from mesocosm.versions import VERSIONS
 

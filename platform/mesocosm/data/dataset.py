@@ -32,7 +32,7 @@ from mesocosm.data.spaces import SpaceCodec, space_from_json
 from mesocosm.data.writer import DatasetWriter, sort_key, write_dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model.spec import Parts
-from mesocosm.partial import Files, Partial, Whole
+from mesocosm.store.cache import Files, Partial, Whole
 
 if TYPE_CHECKING:
     from mesocosm.data.codec import Codec

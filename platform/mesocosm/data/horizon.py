@@ -14,7 +14,7 @@ import numpy as np
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.manifest import OUTCOMES
 from mesocosm.errors import UsageError
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 MAX_EPISODE_STEPS = 10_000
 """Episodes without a known time limit are cut here, in reality and in a world."""

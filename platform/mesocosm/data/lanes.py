@@ -29,7 +29,7 @@ from mesocosm.reality.env import Act, EpisodeCut, EpisodeError, make_env, run_ep
 from mesocosm.reality.ledger import Ledger, Usage
 from mesocosm.reality.metered import OVERHEAD, MeteredEnv
 from mesocosm.reality.sturdy import MAX_FAILURES
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 SEGMENT_S = 0.1
 """Episodes that end within so many seconds are written together: what a crash makes a lane pay

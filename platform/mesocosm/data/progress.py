@@ -23,7 +23,7 @@ from pydantic import TypeAdapter
 from mesocosm.data.rows import Layout
 from mesocosm.data.stitch import Joiner, Tally
 from mesocosm.data.writer import DatasetWriter
-from mesocosm.durable import replace, sync, sync_tree, write_synced
+from mesocosm.store.files import replace, sync, sync_tree, write_synced
 
 TALLY = TypeAdapter(Tally)
 

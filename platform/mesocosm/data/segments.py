@@ -30,7 +30,7 @@ from mesocosm.data.episode import Episode, Outcome
 from mesocosm.data.manifest import ARRAYS
 from mesocosm.errors import ArtifactError
 from mesocosm.reality.ledger import Ledger, Reservation, Usage
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 Rows = dict[str, NDArray[Any]]
 """The arrays of `manifest.ARRAYS` of one episode, as `encode_episode` gives them."""

@@ -27,7 +27,7 @@ from mesocosm.evaluation.panel import Noisy
 from mesocosm.reality.env import Env
 from mesocosm.reality.ledger import Ledger, Usage
 from mesocosm.reality.metered import Meter
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 LANE = 0
 """The one lane of a policy's segments."""

@@ -25,7 +25,7 @@ from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.ranking import fifths_of, firm
 from mesocosm.reality.env import Act
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 
 AGENT = "agent"
 """What the judged agent is called beside other policies; the lineage has its id."""

@@ -41,7 +41,7 @@ from mesocosm.model.world import World
 from mesocosm.reality.env import EnvFacts, facts_of, source_hash
 from mesocosm.reality.ledger import Ledger
 from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.tracking import Run
 
 MOST_BEHAVIOURS = 8

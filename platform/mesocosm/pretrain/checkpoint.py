@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from mesocosm.durable import sha256
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
+from mesocosm.store.files import sha256
 
 TAG = "ds"
 UNIVERSAL = "universal"

@@ -11,7 +11,7 @@ import json
 import time
 from typing import Any
 
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 FLUSH_SECONDS = 0.5
 

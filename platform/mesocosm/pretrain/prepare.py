@@ -19,7 +19,7 @@ from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.spec import Spec
 from mesocosm.pretrain.config import TrainConfig
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 BASE = "base.safetensors"
 CODEC = "codec.json"

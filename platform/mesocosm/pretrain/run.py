@@ -27,7 +27,7 @@ from mesocosm.pretrain.engine import least_gib, stage
 from mesocosm.pretrain.export import calibrate, check_termination, world_of
 from mesocosm.pretrain.feed import Feed
 from mesocosm.pretrain.worker import Work, train_loop
-from mesocosm.storage import SCHEMA, Artifact, Storage
+from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.versions import VERSIONS
 
 __all__ = ["PretrainConfig", "plan", "run"]

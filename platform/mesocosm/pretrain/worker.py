@@ -25,7 +25,7 @@ from mesocosm.pretrain.feed import Feed
 from mesocosm.pretrain.metrics import Meter, measured_peak
 from mesocosm.pretrain.schedule import Watch, due, lr_factor
 from mesocosm.pretrain.training import Diverged, Training
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 RATES_EVERY = 10
 """Steps between measurements of throughput."""

@@ -27,7 +27,7 @@ from typing import Any
 
 from mesocosm.errors import ArtifactError, BudgetSpent, StorageError, UsageError
 from mesocosm.reality.config import BudgetConfig, PriceConfig
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 PURPOSES = ("collect", "baseline", "select", "judge")
 SNAPSHOT_EVERY = 64

@@ -23,7 +23,7 @@ from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.env import EpisodeError, TaskSampler
 from mesocosm.reality.ledger import Ledger, Reservation, Usage
 from mesocosm.reality.sturdy import Sturdy
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 RESETS_A_BLOCK = 8
 """Resets reserved with a block of steps. They have no bound of their own; a crash over-counts at

@@ -28,7 +28,7 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.scaling.grid import SCHEMA, Cell
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 from mesocosm.versions import VERSIONS
 
 RESULTS, BASES = "cells/results", "cells/bases"

@@ -40,7 +40,7 @@ from mesocosm.scaling.optimum import (
 )
 from mesocosm.scaling.plan_config import PlanConfig
 from mesocosm.scaling.sweep_config import CellTraining
-from mesocosm.storage import SCHEMA, Artifact, Storage
+from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.versions import VERSIONS
 
 __all__ = ["PlanConfig", "plan", "run"]

@@ -29,7 +29,7 @@ from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import SCHEMA, Cell, Grid, Trunk, lay_out, precision
 from mesocosm.scaling.sweep_config import SweepConfig, what
 from mesocosm.scaling.trunk import Outcome, Work
-from mesocosm.storage import Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.versions import VERSIONS
 
 __all__ = ["SweepConfig", "plan", "run"]

@@ -18,7 +18,7 @@ from mesocosm.scaling import cells
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import Cell
 from mesocosm.scaling.trunk import Outcome, Warm, Work, said
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 KEY = "id"
 """Of a trial's config: the trunk, or the large cell."""

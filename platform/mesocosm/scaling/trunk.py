@@ -25,7 +25,7 @@ from mesocosm.pretrain.training import Diverged, Training
 from mesocosm.scaling import cells
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import Cell, Trunk
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from mesocosm import config
 from mesocosm.serving.config import ServeConfig, check
 from mesocosm.serving.deployment import application
 from mesocosm.serving.session import find_world
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 
 def build(args: dict[str, Any]) -> Any:

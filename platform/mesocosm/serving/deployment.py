@@ -20,7 +20,7 @@ from mesocosm.serving.connection import LOOPBACK, packed
 from mesocosm.serving.line import LineServer
 from mesocosm.serving.protocol import pack, unpack
 from mesocosm.serving.session import Sessions, Worlds, find_world
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 if TYPE_CHECKING:
     from mesocosm.serving.ingress import Listener

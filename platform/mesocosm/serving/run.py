@@ -11,7 +11,7 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serving.config import ServeConfig, check
 from mesocosm.serving.deployment import LISTENERS, deploy, undeploy
 from mesocosm.serving.session import find_world
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 from mesocosm.tracking import Run
 
 

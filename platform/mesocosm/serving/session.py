@@ -27,7 +27,7 @@ from mesocosm.model.spec import Parts
 from mesocosm.model.world import Carry, Context, World
 from mesocosm.serving.check import check_begin, check_fields, check_restore, check_step
 from mesocosm.serving.protocol import CONTEXT, Message, get, put
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 START = -1
 """The step of the key from which an episode's start is drawn; transitions count from 0."""

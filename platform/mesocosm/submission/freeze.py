@@ -20,8 +20,8 @@ from typing import Any
 from mesocosm import clusters, config
 from mesocosm.clusters import ClusterConfig
 from mesocosm.config import JobConfig, fingerprint, to_dict, to_yaml
-from mesocosm.durable import sha256
 from mesocosm.errors import UsageError
+from mesocosm.store.files import sha256
 
 CONFIG = "config.yaml"
 PACKAGE = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ from mesocosm import clusters
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.shipping import DRIVER_LOG, STOP
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 from mesocosm.submission import records
 from mesocosm.submission.records import Record
 from mesocosm.submission.remote import Remote, state_of

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mesocosm.config import RayConfig
 from mesocosm.data.dataset import Dataset
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
 
 Array = NDArray[Any]
 ROWS, EPISODES = 1 << 16, 2048

@@ -23,9 +23,9 @@ def remote(path: str) -> bool:
 @functools.cache
 def _bucket(process: int) -> Any:
     """One client a process: a fork cannot go on with its parent's."""
-    from mesocosm import s3
+    from mesocosm.store import objects
 
-    return s3.Client(**s3.options())
+    return objects.Client(**objects.options())
 
 
 def bucket() -> Any:

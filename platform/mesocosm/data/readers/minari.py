@@ -19,8 +19,8 @@ import pyarrow as pa
 
 from mesocosm.data.readers import BATCH_ROWS, PROBLEM, Piece
 from mesocosm.data.writer import arrow
-from mesocosm.durable import make_folder, replace, sync_tree
 from mesocosm.errors import UsageError
+from mesocosm.store.files import make_folder, replace, sync_tree
 
 Space = gymnasium.Space[Any]
 PREFIX = "minari:"

@@ -26,8 +26,8 @@ from datetime import UTC, datetime
 
 from mesocosm import faults
 from mesocosm.errors import MesocosmError, StorageError
-from mesocosm.owner import Owner, this_process
-from mesocosm.storage import Storage
+from mesocosm.store.artifacts import Storage
+from mesocosm.store.owner import Owner, this_process
 
 FOLDER = "leases"
 BEAT_S = 10.0

@@ -26,11 +26,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mesocosm import __version__
-from mesocosm.commit import COMMIT, SCHEMA, Commit, parse
-from mesocosm.durable import entry, files_of, make_folder, replace, sha256, sync, sync_tree
 from mesocosm.errors import ArtifactError, UsageError, nearest
-from mesocosm.partial import Partial
-from mesocosm.root import KINDS, Root
+from mesocosm.store.cache import Partial
+from mesocosm.store.commit import COMMIT, SCHEMA, Commit, parse
+from mesocosm.store.files import entry, files_of, make_folder, replace, sha256, sync, sync_tree
+from mesocosm.store.root import KINDS, Root
 
 __all__ = ["COMMIT", "KINDS", "SCHEMA", "Artifact", "Storage"]
 

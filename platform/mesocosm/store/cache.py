@@ -38,12 +38,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Protocol
 
-from mesocosm.commit import Commit
-from mesocosm.durable import make_folder, replace, sha256, sync_tree
 from mesocosm.errors import ArtifactError
+from mesocosm.store.commit import Commit
+from mesocosm.store.files import make_folder, replace, sha256, sync_tree
 
 if TYPE_CHECKING:
-    from mesocosm.storage import Storage
+    from mesocosm.store.artifacts import Storage
 
 AT_ONCE = 4
 """Units that are verified, and files of a unit that are fetched, at once."""

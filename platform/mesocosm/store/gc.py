@@ -23,9 +23,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mesocosm import cluster, faults, lease
+from mesocosm import cluster, faults
 from mesocosm.errors import StorageError
-from mesocosm.storage import COMMIT, KINDS, Storage
+from mesocosm.store import lease
+from mesocosm.store.artifacts import COMMIT, KINDS, Storage
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$|^runs/[0-9a-f]{32}\.tmp$")
 """Names that `Storage.write` and its like give to what is not whole yet."""

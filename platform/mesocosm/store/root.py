@@ -19,9 +19,10 @@ from typing import Any
 import fsspec
 import pyarrow.fs as pafs
 
-from mesocosm import cache, faults
-from mesocosm.durable import make_folder, replace, sync, write_synced
+from mesocosm import faults
 from mesocosm.errors import MesocosmError, StorageError, UsageError
+from mesocosm.store import cache_folder
+from mesocosm.store.files import make_folder, replace, sync, write_synced
 
 KINDS = ("datasets", "worlds", "laws", "plans", "agents", "evaluations")
 
@@ -56,7 +57,7 @@ class Root:
     def machine_path(self, *parts: str) -> Path:
         """In the user's cache on this machine, of this root alone."""
         name = hashlib.sha256(self.root.encode()).hexdigest()[:12]
-        return cache.private_folder().joinpath(name, *parts)
+        return cache_folder.private_folder().joinpath(name, *parts)
 
     def arrow(self) -> tuple[pafs.FileSystem, str]:
         """The filesystem and base path to give to Ray (`storage_filesystem`, `storage_path`)."""
@@ -218,22 +219,22 @@ class Root:
         """
         if not self.remote:
             return {}
-        from mesocosm import s3
+        from mesocosm.store import objects
 
         skip = len(self._path(""))
         found = {}
         with self.naming("uploads"):
-            for upload in s3.uploads(self.fs, self._base):
+            for upload in objects.uploads(self.fs, self._base):
                 found[f"{upload.path[skip:]}?uploadId={upload.id}"] = upload.bytes, upload.modified
         return found
 
     def give_up(self, upload: str) -> None:
         """End an upload of `uploads`; its parts are freed."""
-        from mesocosm import s3
+        from mesocosm.store import objects
 
         path, _, id = upload.partition("?uploadId=")
         with self.naming(path):
-            s3.give_up(self.fs, self._path(path), id)
+            objects.give_up(self.fs, self._path(path), id)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -271,9 +272,9 @@ def _checked(root: str) -> str:
 def _filesystem(root: str, **options: Any) -> tuple[fsspec.AbstractFileSystem, str]:
     if not root.startswith("s3://"):
         return fsspec.core.url_to_fs(root)
-    from mesocosm import s3
+    from mesocosm.store import objects
 
-    return s3.Client(**s3.options(), **options), s3.Client._strip_protocol(root)
+    return objects.Client(**objects.options(), **options), objects.Client._strip_protocol(root)
 
 
 def _modified(entry: dict[str, Any]) -> float:
