@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import sqlalchemy
 
-from mesocosm import faults, tracking
+from mesocosm import faults
 from mesocosm.cli import main
 from mesocosm.config import JobConfig, StorageConfig, TrackingConfig
 from mesocosm.errors import ArtifactError, StorageError, UsageError
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import COMMIT, Storage
 
 Cart = Callable[..., str]

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm import tracking
 from mesocosm.config import JobConfig, StorageConfig
 from mesocosm.errors import MesocosmError, StorageError
+from mesocosm.runs import tracking
 from mesocosm.store import lease
 from mesocosm.store.artifacts import Storage
 from mesocosm.store.lease import Held, Record, hold

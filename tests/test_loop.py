@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from mesocosm import config, tracking
+from mesocosm import config
 from mesocosm.errors import UsageError
 from mesocosm.loop import LoopConfig, _Loop, check, plan, run
 from mesocosm.reality.ledger import Ledger
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
 pytestmark = pytest.mark.timeout(1200)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from mesocosm import loop_preflight, preflight, tracking
+from mesocosm import loop_preflight, preflight
 from mesocosm.agents import settings
 from mesocosm.agents.feasible import check_agent
 from mesocosm.agents.policy import Layout, Policy
@@ -26,6 +26,7 @@ from mesocosm.data.episode import Episode, Outcome
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.suite import TooFewPolicies
 from mesocosm.loop import LoopConfig, _Loop, plan, resources
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
 CARTPOLE = gym.make("CartPole-v1")

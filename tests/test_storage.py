@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm import tracking
 from mesocosm.config import JobConfig, StorageConfig
 from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from mesocosm import tracking
 from mesocosm.cli import main
 from mesocosm.config import JobConfig, StorageConfig
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 from mesocosm.store.lease import Record
 from mesocosm.store.owner import this_process

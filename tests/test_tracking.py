@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from mlflow.tracking import MlflowClient
 
-from mesocosm import tracking
 from mesocosm.config import JobConfig, StorageConfig, TrackingConfig
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
 
@@ -163,7 +163,7 @@ def test_a_run_on_a_remote_root_is_told_there_while_it_goes_on(
     """What a run said is not lost with its machine, a storage that is away for a while is tried
     again, and the end is told last.
     """
-    monkeypatch.setattr("mesocosm.shipping.EVERY", 0.05)
+    monkeypatch.setattr("mesocosm.runs.upload.EVERY", 0.05)
     storage = Storage(f"{s3}/shipped")
     written, away = Storage.write, True
 

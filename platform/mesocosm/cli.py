@@ -304,8 +304,8 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
         return 0
     if options.cluster is not None:
         return _submit(loaded, options)
-    from mesocosm import tracking
-    from mesocosm.shipping import JOB
+    from mesocosm.runs import tracking
+    from mesocosm.runs.upload import JOB
 
     with tracking.start(options.command, loaded, id=os.environ.get(JOB), quiet=options.json) as run:
         tracking.replay_in_background(loaded)
@@ -328,7 +328,8 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
 
 def _preflight(loaded: config.JobConfig) -> None:
     """Check the storage and the tracking that the job needs until its end."""
-    from mesocosm import preflight, tracking
+    from mesocosm import preflight
+    from mesocosm.runs import tracking
 
     for warning in preflight.check(loaded):
         tracking.console.print(f"warning: {warning}")

@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-from mesocosm import cluster, output, tracking
+from mesocosm import cluster, output
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError
 from mesocosm.faults import first_line
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
 

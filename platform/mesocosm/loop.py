@@ -36,9 +36,9 @@ from mesocosm.pretrain import run as pretraining
 from mesocosm.reality import config as reality_config
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.ledger import Ledger
+from mesocosm.runs.tracking import Run, console
 from mesocosm.serving.deployment import deploy, undeploy
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
-from mesocosm.tracking import Run, console
 from mesocosm.versions import VERSIONS
 
 __all__ = ["LoopConfig", "check", "plan", "resources", "run"]

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from mesocosm import cluster
 from mesocosm.config import JobConfig, TrackingConfig
 from mesocosm.errors import UsageError
-from mesocosm.mirror import redact
+from mesocosm.runs.mlflow_mirror import redact
 from mesocosm.store.artifacts import Storage
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")

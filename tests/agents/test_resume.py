@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from mesocosm import tracking
 from mesocosm.agents import checkpoint, train
 from mesocosm.agents.config import AgentConfig
 from mesocosm.config import load
@@ -29,6 +28,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import build
 from mesocosm.model.world import World
 from mesocosm.pretrain.prepare import transitions
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
 LENGTH = 12

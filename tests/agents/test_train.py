@@ -13,7 +13,6 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from mesocosm import tracking
 from mesocosm.agents import baseline, train
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.agents.policy import Policy
@@ -30,6 +29,7 @@ from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.reality.ledger import Ledger
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
 OBSERVATIONS = spaces.Dict(

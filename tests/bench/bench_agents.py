@@ -42,11 +42,12 @@ from bench_world import HERE, ROOT, commit
 from matplotlib import pyplot
 from matplotlib.ticker import NullFormatter
 
-from mesocosm import cluster, config, loop, tracking
+from mesocosm import cluster, config, loop
 from mesocosm.agents import baseline
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.reality.config import BudgetConfig
 from mesocosm.reality.ledger import Ledger
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
 os.environ["PYTHONPATH"] = os.pathsep.join(

@@ -37,7 +37,7 @@ from bench_pessimism import kept
 from bench_world import HERE, ROOT, commit, train
 from matplotlib import pyplot
 
-from mesocosm import config, tracking
+from mesocosm import config
 from mesocosm.agents.rollout import imagined_returns
 from mesocosm.config import StorageConfig, fingerprint, to_dict
 from mesocosm.data import collect
@@ -55,6 +55,7 @@ from mesocosm.pretrain.export import calibrate
 from mesocosm.reality.config import BudgetConfig, PriceConfig, RealityConfig
 from mesocosm.reality.env import facts_of
 from mesocosm.reality.ledger import Ledger
+from mesocosm.runs import tracking
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage
 

@@ -22,9 +22,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from bench_pessimism import FILES, SEEDS, agent_of, configured, kept, measure, world_of
 from bench_world import HERE, ROOT
 
-from mesocosm import config, tracking
+from mesocosm import config
 from mesocosm.evaluation import run as evaluation
 from mesocosm.evaluation.config import EvaluateConfig
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact
 
 RESULTS = HERE / "results" / "bench_evaluate.json"

@@ -38,10 +38,11 @@ from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.stats import spearmanr
 
-from mesocosm import cluster, config, tracking
+from mesocosm import cluster, config
 from mesocosm.data import collect
 from mesocosm.evaluation.figures import STYLE
 from mesocosm.pretrain import run as pretraining
+from mesocosm.runs import tracking
 from mesocosm.scaling import sweep
 from mesocosm.scaling.grid import Cell, lay_out
 from mesocosm.scaling.sweep_config import SweepConfig

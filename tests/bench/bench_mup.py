@@ -34,7 +34,6 @@ import torch
 from bench_world import BEHAVIOURS, HERE, HORIZON, ROOT, commit
 from matplotlib import pyplot
 
-from mesocosm import tracking
 from mesocosm.config import StorageConfig, TrackingConfig, fingerprint
 from mesocosm.data import collect
 from mesocosm.data.codec import Codec
@@ -50,6 +49,7 @@ from mesocosm.pretrain.config import TrainConfig
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.pretrain.schedule import lr_factor
 from mesocosm.reality.config import RealityConfig
+from mesocosm.runs import tracking
 
 RESULTS = HERE / "results" / "bench_mup.json"
 PLOT = HERE.parents[1] / "docs" / "plots" / "bench_mup.svg"

@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from bench_world import HERE, ROOT, commit
 
-from mesocosm import cluster, config, loop, tracking
+from mesocosm import cluster, config, loop
 from mesocosm.agents import train as agents
 from mesocosm.agents.policy import policy_of
 from mesocosm.data import collect
@@ -39,6 +39,7 @@ from mesocosm.evaluation.judge import judge
 from mesocosm.pretrain import run as pretraining
 from mesocosm.reality.config import BudgetConfig
 from mesocosm.reality.ledger import Ledger
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
 RESULTS = HERE / "results" / "bench_pessimism.json"

@@ -33,7 +33,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import torch
 
-from mesocosm import tracking
 from mesocosm.config import StorageConfig, TrackingConfig, fingerprint, load, to_dict
 from mesocosm.data import collect
 from mesocosm.data.behaviours import BehaviourConfig
@@ -52,6 +51,7 @@ from mesocosm.pretrain.prepare import transitions
 from mesocosm.pretrain.schedule import lr_factor
 from mesocosm.pretrain.training import corrupted
 from mesocosm.reality.config import RealityConfig
+from mesocosm.runs import tracking
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bench_world.json"

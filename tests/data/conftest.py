@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from mesocosm import tracking
 from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode, Outcome
 from mesocosm.data.importing import ImportConfig
+from mesocosm.runs import tracking
 
 INTEGERS = spaces.Box(-(10**6), 10**6, (2,), np.int64)
 

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
 
-from mesocosm import tracking
 from mesocosm.data.bounds import clipped, first_outside
 from mesocosm.data.codec import Codec
 from mesocosm.data.collect import CollectConfig
@@ -27,6 +26,7 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation.judge import judge
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.ledger import Ledger
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
 

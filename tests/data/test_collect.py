@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mesocosm import tracking
 from mesocosm.config import StorageConfig, load
 from mesocosm.data import lane_workers
 from mesocosm.data.behaviours import BehaviourConfig, build, choose
@@ -31,6 +30,7 @@ from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.reality.config import BudgetConfig, RealityConfig, TaskOption
 from mesocosm.reality.env import episode_seed, facts_of
 from mesocosm.reality.ledger import Ledger
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
 OWN = Path(__file__).parent.parent / "reality" / "envs"

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from mesocosm import tracking
 from mesocosm.data import collect as collecting
 from mesocosm.data import lanes
 from mesocosm.data.behaviours import BehaviourConfig
@@ -22,6 +21,7 @@ from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import StorageError
 from mesocosm.reality.config import BudgetConfig, RealityConfig
 from mesocosm.reality.ledger import Ledger, LedgerTotals
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
 OWN = Path(__file__).parent.parent / "reality" / "envs"

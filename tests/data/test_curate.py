@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
 
-from mesocosm import tracking
 from mesocosm.cli import main
 from mesocosm.data.codec import Codec
 from mesocosm.data.curate import CurateConfig, plan, run
@@ -22,6 +21,7 @@ from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode
 from mesocosm.data.loader import Loader
 from mesocosm.errors import UsageError
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
 OBSERVATION = spaces.Box(-np.inf, np.inf, (3,), np.float64)

@@ -20,7 +20,6 @@ import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
 
-from mesocosm import tracking
 from mesocosm.cli import main
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.importing import ImportConfig, plan, run
@@ -30,6 +29,7 @@ from mesocosm.data.readers import parquet as parquet_reader
 from mesocosm.data.stitch import stream
 from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import UsageError
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
 Rows = list[dict[str, Any]]

@@ -14,12 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
 
-from mesocosm import tracking
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.importing import ImportConfig, plan, run
 from mesocosm.data.readers import files, sources
 from mesocosm.data.readers import parquet as parquet_reader
 from mesocosm.errors import UsageError
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
 Rows = list[dict[str, Any]]

@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm import tracking
 from mesocosm.agents.policy import Layout, Policy
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.config import StorageConfig, load
@@ -39,6 +38,7 @@ from mesocosm.model.world import World
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.reality.config import RealityConfig, TaskOption
 from mesocosm.reality.ledger import Ledger
+from mesocosm.runs import tracking
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm import config, tracking
+from mesocosm import config
 from mesocosm.cli import main
 from mesocosm.config import StorageConfig, fingerprint
 from mesocosm.data import collect
@@ -33,6 +33,7 @@ from mesocosm.model.world import World
 from mesocosm.pretrain.export import calibrate
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.reality.config import PriceConfig, RealityConfig, TaskOption
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
 MODULE = __name__

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from mesocosm import config, tracking
+from mesocosm import config
 from mesocosm.pretrain.run import PretrainConfig, run
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact
 
 DATASET = "cart"

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mesocosm import tracking
 from mesocosm.errors import UsageError
 from mesocosm.pretrain.run import plan, run
 from mesocosm.pretrain.schedule import FACTOR, GRACE, MARGIN, PATIENCE, Watch, due, lr_factor
+from mesocosm.runs import tracking
 
 
 def test_warm_up_stable_decay() -> None:

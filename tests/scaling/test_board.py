@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mesocosm import tracking
 from mesocosm.clusters import ClusterConfig, NodeGroup
 from mesocosm.data.dataset import Dataset
+from mesocosm.runs import tracking
 from mesocosm.scaling.board import Board, hours, short
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import Cell, lay_out

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
-from mesocosm import tracking
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.runs import tracking
 from mesocosm.scaling import cells, sweep
 from mesocosm.scaling.cells import COLUMNS
 from mesocosm.scaling.sweep import plan, run

@@ -21,10 +21,10 @@ import pytest
 import requests
 from gymnasium.vector.utils import iterate
 
-from mesocosm import tracking
 from mesocosm.config import StorageConfig
 from mesocosm.data.spaces import space_from_json
 from mesocosm.errors import UsageError
+from mesocosm.runs import tracking
 from mesocosm.serving import ingress, visitors
 from mesocosm.serving import run as serve_job
 from mesocosm.serving.client import WorldVectorEnv

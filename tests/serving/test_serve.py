@@ -23,11 +23,11 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from mesocosm import tracking
 from mesocosm.agents.config import AgentConfig
 from mesocosm.config import RayConfig, StorageConfig
 from mesocosm.config import load as config_of
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.runs import tracking
 from mesocosm.serving import connection, deployment
 from mesocosm.serving import run as serve_job
 from mesocosm.serving.client import WorldVectorEnv

@@ -30,8 +30,8 @@ from mesocosm.reality.config import PAID, BudgetConfig, RealityConfig
 from mesocosm.reality.env import EnvFacts, facts_of
 from mesocosm.reality.ledger import Ledger
 from mesocosm.reality.metered import Meter, MeteredVectorEnv, make_metered_vector
+from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import SCHEMA, Artifact
-from mesocosm.tracking import Run
 from mesocosm.versions import VERSIONS
 
 CURVE = "curve.json"

@@ -15,9 +15,9 @@ from mesocosm.agents.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
 from mesocosm.agents.rollout import imagined_episodes, imagined_returns
 from mesocosm.config import fingerprint
 from mesocosm.data.evidence import Evidence
+from mesocosm.runs.tracking import Run
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact
-from mesocosm.tracking import Run
 
 COMPARED = 64
 """Imagined episodes of each policy, by which the best of a training is chosen."""

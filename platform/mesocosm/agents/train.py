@@ -36,11 +36,11 @@ from mesocosm.data.dataset import Dataset
 from mesocosm.data.horizon import Horizon, horizon_of
 from mesocosm.errors import UsageError, nearest
 from mesocosm.model.spec import Parts
+from mesocosm.runs.tracking import Run
 from mesocosm.serving.client import BACKENDS, WorldVectorEnv
 from mesocosm.serving.config import ServeConfig
 from mesocosm.serving.deployment import deploy, undeploy
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
-from mesocosm.tracking import Run
 from mesocosm.versions import VERSIONS
 
 STARTS = ("logged", "generated")

@@ -32,8 +32,8 @@ from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.reality.config import PAID, RealityConfig
 from mesocosm.reality.env import EnvFacts, facts_of, source_hash
 from mesocosm.reality.ledger import Ledger
+from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
-from mesocosm.tracking import Run
 from mesocosm.versions import VERSIONS
 
 

@@ -30,8 +30,8 @@ from mesocosm.data.episode import Episode
 from mesocosm.data.manifest import ARRAYS, OUTCOMES, SPLITS
 from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import UsageError
+from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
-from mesocosm.tracking import Run
 from mesocosm.versions import VERSIONS
 
 Array = NDArray[Any]

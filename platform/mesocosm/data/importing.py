@@ -36,8 +36,8 @@ from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.reality.config import PAID, RealityConfig, check_bounds, parse_success
 from mesocosm.reality.env import EnvFacts, facts_of
+from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import SCHEMA, Artifact
-from mesocosm.tracking import Run
 from mesocosm.versions import VERSIONS
 
 Array = NDArray[Any]

@@ -41,8 +41,8 @@ from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.reality.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.reality.env import EnvFacts, facts_of, source_hash
+from mesocosm.runs.tracking import Run, console
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
-from mesocosm.tracking import Run, console
 from mesocosm.versions import VERSIONS
 
 NEXT, PROPOSAL = "next.yaml", "proposal.json"

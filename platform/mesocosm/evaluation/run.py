@@ -27,8 +27,8 @@ from mesocosm.evaluation.verdicts import verdicts
 from mesocosm.model.world import World
 from mesocosm.reality.config import RealityConfig
 from mesocosm.reality.ledger import Ledger
+from mesocosm.runs.tracking import Run, console
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
-from mesocosm.tracking import Run, console
 from mesocosm.versions import VERSIONS
 
 TRUSTED = ("", "mesocosm.reality.domains")

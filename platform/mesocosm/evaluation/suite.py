@@ -40,9 +40,9 @@ from mesocosm.evaluation.starts import task_distribution
 from mesocosm.model.world import World
 from mesocosm.reality.env import EnvFacts, facts_of, source_hash
 from mesocosm.reality.ledger import Ledger
+from mesocosm.runs.tracking import Run
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage
-from mesocosm.tracking import Run
 
 MOST_BEHAVIOURS = 8
 """Of the off-policy table: the adversary's, the agent's own, then those of the config."""

@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mesocosm import cluster, tracking
+from mesocosm import cluster
 from mesocosm.config import fingerprint
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
@@ -27,6 +27,7 @@ from mesocosm.pretrain.engine import least_gib, stage
 from mesocosm.pretrain.export import calibrate, check_termination, world_of
 from mesocosm.pretrain.feed import Feed
 from mesocosm.pretrain.worker import Work, train_loop
+from mesocosm.runs import tracking
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.versions import VERSIONS
 

@@ -17,10 +17,10 @@ from rich.text import Text
 
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError
+from mesocosm.runs.tracking import Run, console
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import Cell, Grid
 from mesocosm.scaling.trunk import Outcome, said
-from mesocosm.tracking import Run, console
 
 EVERY = 15.0
 """Seconds between lines where there is no terminal."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from scipy.special import expit, logit
 
-from mesocosm import clusters, config, tracking
+from mesocosm import clusters, config
 from mesocosm.clusters import ClusterConfig
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.loader import Loader
@@ -24,6 +24,7 @@ from mesocosm.model.ladder import RUNGS, dims, ensemble_dims
 from mesocosm.pretrain import prepare
 from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.pretrain.schedule import share
+from mesocosm.runs import tracking
 from mesocosm.scaling import plan_figure
 from mesocosm.scaling.law import Law, span
 from mesocosm.scaling.optimum import (

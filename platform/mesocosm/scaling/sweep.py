@@ -16,13 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mesocosm import cluster, clusters, tracking
+from mesocosm import cluster, clusters
 from mesocosm.clusters import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.data.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.pretrain import prepare
 from mesocosm.pretrain.engine import least_gib
+from mesocosm.runs import tracking
 from mesocosm.scaling import cells
 from mesocosm.scaling.board import Board, Nested, name, short
 from mesocosm.scaling.cells import Record

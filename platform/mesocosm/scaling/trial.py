@@ -11,9 +11,9 @@ from typing import Any
 
 from ray import tune
 
-from mesocosm import tracking
 from mesocosm.pretrain import run as pretraining
 from mesocosm.pretrain.config import PretrainConfig
+from mesocosm.runs import tracking
 from mesocosm.scaling import cells
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import Cell

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.runs.tracking import Run
 from mesocosm.serving.config import ServeConfig, check
 from mesocosm.serving.deployment import LISTENERS, deploy, undeploy
 from mesocosm.serving.session import find_world
 from mesocosm.store.artifacts import Storage
-from mesocosm.tracking import Run
 
 
 def run(config: ServeConfig, run: Run) -> None:

@@ -24,9 +24,10 @@ def told(job: str | None) -> dict[str, Any]:
     """
     import ray
 
-    from mesocosm import __version__, cluster, config, doctor, tracking
+    from mesocosm import __version__, cluster, config, doctor
     from mesocosm.cli import JOBS
     from mesocosm.config import JobConfig, RayConfig
+    from mesocosm.runs import tracking
     from mesocosm.submission.freeze import CONFIG
     from mesocosm.submission.needs import needs
 

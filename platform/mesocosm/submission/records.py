@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mesocosm.errors import UsageError, nearest
-from mesocosm.mirror import write_whole
+from mesocosm.runs.mlflow_mirror import write_whole
 
 
 @dataclass(frozen=True)

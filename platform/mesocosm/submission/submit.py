@@ -23,13 +23,13 @@ from mesocosm.cluster import FULL
 from mesocosm.clusters import ClusterConfig
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.shipping import JOB
+from mesocosm.runs.tracking import console
+from mesocosm.runs.upload import JOB
 from mesocosm.submission import records
 from mesocosm.submission.freeze import CONFIG, Frozen, freeze
 from mesocosm.submission.probe import MARK
 from mesocosm.submission.records import Record
 from mesocosm.submission.remote import OVER, Remote, state_of
-from mesocosm.tracking import console
 
 PROBED = 180.0
 """Seconds that a cluster may take to say of itself what it has."""

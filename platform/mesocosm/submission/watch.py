@@ -11,7 +11,7 @@ from typing import Any
 from mesocosm import clusters
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.shipping import DRIVER_LOG, STOP
+from mesocosm.runs.upload import DRIVER_LOG, STOP
 from mesocosm.store.artifacts import Storage
 from mesocosm.submission import records
 from mesocosm.submission.records import Record

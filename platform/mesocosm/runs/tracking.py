@@ -32,7 +32,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from mesocosm import faults
 from mesocosm.config import JobConfig, to_yaml
 from mesocosm.errors import MesocosmError
-from mesocosm.mirror import (
+from mesocosm.runs.mlflow_mirror import (
     PENDING,
     Mirror,
     deliver,
@@ -43,7 +43,7 @@ from mesocosm.mirror import (
     uri_of,
     write_whole,
 )
-from mesocosm.shipping import Shipper
+from mesocosm.runs.upload import Shipper
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.store.lease import hold
 from mesocosm.store.owner import Owner, this_process
