@@ -55,13 +55,13 @@ def ray_local() -> Iterator[None]:
     """A private local Ray with four logical CPUs, ended with the session."""
     import ray
 
-    from mesocosm import cluster
+    from mesocosm.cluster import ray_session
     from mesocosm.config import RayConfig
 
     folder = tempfile.mkdtemp(prefix="mesoray-")
-    cluster.ensure(RayConfig(cpus=4), temp_dir=folder)
+    ray_session.ensure(RayConfig(cpus=4), temp_dir=folder)
     yield
-    cluster.shutdown()
+    ray_session.shutdown()
     assert not ray.is_initialized()
     shutil.rmtree(folder, ignore_errors=True)
 

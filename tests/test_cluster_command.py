@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mesocosm import clusters
 from mesocosm.cli import main
-from mesocosm.manifests import kuberay
-from mesocosm.manifests.launcher import launcher_config
+from mesocosm.cluster import kuberay
+from mesocosm.cluster import spec as cluster_spec
+from mesocosm.cluster.launcher import launcher_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 Launcher = Callable[[], list[str]]
@@ -36,7 +36,7 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "theirs.yaml").write_text(
         "where: address\naddress: https://ray.example.org\nnodes: [{cpus: 4}]\n"
     )
-    monkeypatch.setattr(clusters, "FOLDERS", (folder,))
+    monkeypatch.setattr(cluster_spec, "FOLDERS", (folder,))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path
 
@@ -74,7 +74,7 @@ def test_render_prints_what_the_launcher_reads(
 ) -> None:
     assert main(["cluster", "render", "aws"]) == 0
     text = capfd.readouterr().out
-    assert yaml.safe_load(text) == launcher_config("aws", clusters.read("aws"))
+    assert yaml.safe_load(text) == launcher_config("aws", cluster_spec.read("aws"))
     assert main(["cluster", "render", "aws"]) == 0 and capfd.readouterr().out == text, (
         "the same twice"
     )
@@ -146,7 +146,7 @@ def test_a_dry_run_does_nothing(
         f"# ray {action} --yes {config_of(own)}" in text
         and "# 4.12 USD an hour at full size, 0.2 while nothing runs" in text
     )
-    assert yaml.safe_load(text) == launcher_config("aws", clusters.read("aws"))
+    assert yaml.safe_load(text) == launcher_config("aws", cluster_spec.read("aws"))
     assert main(["cluster", action, "aws", "--dry-run", "--json"]) == 0
     facts = json.loads(capfd.readouterr().out)
     assert facts["config"] == yaml.safe_load(text) and facts["price_per_hour"] == pytest.approx(
@@ -166,7 +166,7 @@ def test_up_gives_the_launcher_a_private_config_and_a_token(
         and "4.12 USD an hour" in out
     )
     config = yaml.safe_load(config_of(own).read_text())
-    assert config == launcher_config("aws", clusters.read("aws"))
+    assert config == launcher_config("aws", cluster_spec.read("aws"))
     token = own / "home" / ".ray" / "auth_token"
     assert [Path(local).expanduser() for local in config["file_mounts"].values()] == [token]
     assert [stat.S_IMODE(path.stat().st_mode) for path in (token, config_of(own))] == [0o600, 0o600]
@@ -228,7 +228,7 @@ def test_placeholders_are_not_started(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(clusters, "FOLDERS", (REPOSITORY / "clusters",))
+    monkeypatch.setattr(cluster_spec, "FOLDERS", (REPOSITORY / "clusters",))
     assert main(["cluster", "up", "aws", "--yes"]) == 2
     assert (
         "is the placeholder that was shipped; put your own there" in capsys.readouterr().err

@@ -19,10 +19,10 @@ import jsonschema
 import pytest
 import yaml
 
-from mesocosm import clusters, manifests
+from mesocosm.cluster import kuberay, yaml_writer
+from mesocosm.cluster import spec as clusters
+from mesocosm.cluster.launcher import TOKEN, launcher_config
 from mesocosm.errors import UsageError
-from mesocosm.manifests import kuberay
-from mesocosm.manifests.launcher import TOKEN, launcher_config
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CRDS = REPOSITORY.parent / "shared" / "data" / "kuberay"
@@ -63,8 +63,8 @@ def cluster_of(
 
 def test_it_imports_neither_ray_nor_torch() -> None:
     code = (
-        "import sys, mesocosm.clusters, mesocosm.cluster_command, mesocosm.manifests.kuberay,"
-        " mesocosm.manifests.launcher"
+        "import sys, mesocosm.cluster.spec, mesocosm.cluster_command, mesocosm.cluster.kuberay,"
+        " mesocosm.cluster.launcher"
     )
     subprocess.run(
         [
@@ -425,8 +425,8 @@ def rendered(
 ) -> list[dict[str, Any]]:
     """The documents as kubectl reads them."""
     documents = kuberay.render("kuberay", cluster or clusters.read("kuberay"), kind, words)
-    text = manifests.to_yaml(documents, "a remark")
-    assert list(yaml.safe_load_all(text)) == documents and text == manifests.to_yaml(
+    text = yaml_writer.to_yaml(documents, "a remark")
+    assert list(yaml.safe_load_all(text)) == documents and text == yaml_writer.to_yaml(
         documents, "a remark"
     )
     return documents

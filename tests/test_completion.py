@@ -16,7 +16,7 @@ import pytest
 
 from mesocosm import completion, config
 from mesocosm.cli import JOBS, TOOLS, main
-from mesocosm.submission.records import Record, keep
+from mesocosm.cluster.records import Record, keep
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "ray", "deepspeed", "mlflow", "gymnasium")

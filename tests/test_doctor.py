@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from mesocosm import cluster
+from mesocosm.cluster import ray_session
 from mesocosm.config import RayConfig
 from mesocosm.store.artifacts import Storage
 
@@ -26,7 +26,9 @@ def doctor(*arguments: str, **env: str) -> tuple[int, dict[str, dict[str, Any]]]
     """Exit status and the checks by name, of another process that is given the session's Ray."""
     import ray
 
-    cluster.ensure(RayConfig(cpus=4))  # a job that an earlier test ran in this process has ended it
+    ray_session.ensure(
+        RayConfig(cpus=4)
+    )  # a job that an earlier test ran in this process has ended it
     command = [
         sys.executable,
         *(["-S"] if "PYTHONPATH" in env else []),

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mesocosm import cluster
+from mesocosm.cluster import ray_session
 
 
 def test_a_private_ray_listens_on_loopback_alone(ray_local: None) -> None:
@@ -92,7 +92,7 @@ def test_a_wrong_token_is_not_reported_as_no_cluster(
         path.write_text(token)
     address = ray.get_runtime_context().gcs_address
     code = (
-        "from mesocosm.cluster import ensure\nfrom mesocosm.config import"
+        "from mesocosm.cluster.ray_session import ensure\nfrom mesocosm.config import"
         f" RayConfig\nensure(RayConfig(address={address!r}))"
     )
     done = subprocess.run(
@@ -133,7 +133,7 @@ def test_a_token_that_others_may_read_is_protected(
     monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
-    cluster._protect_token()
+    ray_session._protect_token()
     assert path.stat().st_mode & 0o777 == 0o600 and path.read_text() == "0" * 64
 
 
@@ -159,5 +159,5 @@ def test_the_logs_of_a_ray_that_did_not_start_stay(tmp_path: Path) -> None:
     message = done.stderr.strip().splitlines()[-1]
     folder = Path(message.rpartition("see ")[2])
     assert message.startswith("mesocosm.errors.MesocosmError") and folder.is_dir()
-    assert cluster.session_ended(folder), "storage gc lists it"
+    assert ray_session.session_ended(folder), "storage gc lists it"
     shutil.rmtree(folder)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm import cluster
 from mesocosm.cli import main
+from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, StorageConfig, load
 from mesocosm.errors import UsageError
 from mesocosm.store import cache_folder
@@ -153,7 +153,7 @@ def test_the_cache_lies_where_the_key_says(
     cache_folder.use(str(tmp_path / "big" / "disk"))
     folder = Storage("s3://bucket/x").local_path("cache")
     assert folder.is_relative_to(tmp_path / "big" / "disk" / f"mesocosm-{os.getuid()}")
-    assert cluster.worker_env()[cache_folder.VARIABLE] == str(tmp_path / "big" / "disk"), (
+    assert ray_session.worker_env()[cache_folder.VARIABLE] == str(tmp_path / "big" / "disk"), (
         "Ray's workers"
     )
     (tmp_path / "file").write_text("")

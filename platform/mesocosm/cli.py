@@ -21,7 +21,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mesocosm import __version__, cluster, completion, config, faults, output, signals
+from mesocosm import __version__, completion, config, faults, output, signals
+from mesocosm.cluster import ray_session
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.store import cache_folder
 
@@ -180,22 +181,22 @@ def job(name: str) -> NoReturn:
 def _imports_from_here() -> Iterator[None]:
     """The folder where the user stands is importable, here and in Ray's workers, after all that is
     installed: a file `http.py` there must not replace Python's own module."""
-    before = os.environ.get(cluster.IMPORTS)
+    before = os.environ.get(ray_session.IMPORTS)
     with suppress(FileNotFoundError):  # the folder was removed
-        os.environ[cluster.IMPORTS] = os.getcwd()
+        os.environ[ray_session.IMPORTS] = os.getcwd()
     if "" not in sys.path:
         sys.path.append("")
     try:
         yield
     finally:
         if before is None:
-            os.environ.pop(cluster.IMPORTS, None)
+            os.environ.pop(ray_session.IMPORTS, None)
         else:
-            os.environ[cluster.IMPORTS] = before
+            os.environ[ray_session.IMPORTS] = before
 
 
 def _end_ray() -> None:
-    cluster.shutdown()
+    ray_session.shutdown()
 
 
 def _flush() -> None:
@@ -344,7 +345,7 @@ def _submit(loaded: config.JobConfig, options: argparse.Namespace) -> int:
     """`JOB ... --cluster NAME`: exit status 0 where it was submitted, runs or has succeeded; with
     --follow 1 where it did not.
     """
-    from mesocosm.submission.submit import Asked, submit
+    from mesocosm.cluster.submit import Asked, submit
 
     asked = Asked(
         follow=options.follow, yes=options.yes, insecure=options.insecure, as_json=options.json

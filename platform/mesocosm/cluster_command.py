@@ -109,11 +109,11 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _render(options: argparse.Namespace) -> int:
-    from mesocosm import clusters, manifests
-    from mesocosm.manifests import kuberay
+    from mesocosm.cluster import kuberay, yaml_writer
+    from mesocosm.cluster import spec as cluster_spec
 
     name = options.name
-    cluster = clusters.read(name)
+    cluster = cluster_spec.read(name)
     if cluster.where == "kuberay":
         documents = kuberay.render(name, cluster, options.kind or "RayCluster", options.run)
         remarks = f"{_source(name)}\n{kuberay.remarks(name, cluster)}"
@@ -125,7 +125,7 @@ def _render(options: argparse.Namespace) -> int:
                     f"--{flag} {value!r} is of KubeRay, and clusters/{name}.yaml has"
                     " where='launcher'; leave it out"
                 )
-        from mesocosm.manifests.launcher import launcher_config
+        from mesocosm.cluster.launcher import launcher_config
 
         packed = launcher_config(name, cluster)
         documents, remarks = [packed], _source(name)
@@ -135,7 +135,7 @@ def _render(options: argparse.Namespace) -> int:
             " for where=launcher or kuberay"
         )
     output.write(
-        json.dumps(packed, indent=1) if options.json else manifests.to_yaml(documents, remarks),
+        json.dumps(packed, indent=1) if options.json else yaml_writer.to_yaml(documents, remarks),
         end="\n" if options.json else "",
     )
     return 0
@@ -150,19 +150,20 @@ def _source(name: str) -> str:
 
 def _launch(options: argparse.Namespace) -> int:
     """`ray up` or `ray down` on the config in a private file."""
-    from mesocosm import clusters, manifests
     from mesocosm.cli import confirm
-    from mesocosm.manifests.launcher import launcher_config
+    from mesocosm.cluster import spec as cluster_spec
+    from mesocosm.cluster import yaml_writer
+    from mesocosm.cluster.launcher import launcher_config
 
     name, up = options.name, options.action == "up"
-    cluster = clusters.read(name)
+    cluster = cluster_spec.read(name)
     if cluster.where != "launcher":
         raise UsageError(
             f"clusters/{name}.yaml has where={cluster.where!r}, and `{options.action}` drives Ray's"
             f" launcher; {_instead(cluster.where, name, up)}"
         )
     config = launcher_config(name, cluster)
-    text = manifests.to_yaml([config], _source(name))
+    text = yaml_writer.to_yaml([config], _source(name))
     path = Path.home() / ".cache" / "mesocosm" / "clusters" / f"{name}.yaml"
     command = ["ray", options.action, "--yes", str(path)]
     price = (
@@ -203,7 +204,7 @@ def _launch(options: argparse.Namespace) -> int:
     said = sys.stderr if options.json else sys.stdout
     print(f"{facts['command']}\n{price}", file=said, flush=True)
     confirm(f"{'start' if up else 'end'} {config['cluster_name']}?", yes=options.yes)
-    if up and clusters.make_token(cluster.token_path):
+    if up and cluster_spec.make_token(cluster.token_path):
         print(f"a new token is in {cluster.token_path}", file=said, flush=True)
     _write_private(path, text)
     status = subprocess.run(

@@ -111,13 +111,13 @@ def _listed(names: Callable[[], Sequence[str]]) -> Callable[..., list[str]]:
 
 
 def _clusters() -> list[str]:
-    from mesocosm import clusters
+    from mesocosm.cluster import spec as cluster_spec
 
-    return clusters.names()
+    return cluster_spec.names()
 
 
 def _jobs() -> list[str]:
-    from mesocosm.submission import records
+    from mesocosm.cluster import records
 
     return [record.id for record in records.every()]
 

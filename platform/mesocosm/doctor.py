@@ -13,7 +13,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-from mesocosm import cluster, output
+from mesocosm import output
+from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError
 from mesocosm.faults import first_line
@@ -35,12 +36,12 @@ def doctor(
     """Print the checklist of this machine, and of `cluster` as seen from inside; exit status 0 if
     every check passed, 1 otherwise.
     """
-    if cluster is None:
+    if ray_session is None:
         return show(_checks(config), as_json=as_json)
     from mesocosm.submission.check import checks
 
     return show(
-        itertools.chain(_checks(config), checks(cluster, config, insecure=insecure)),
+        itertools.chain(_checks(config), checks(ray_session, config, insecure=insecure)),
         as_json=as_json,
     )
 
@@ -83,7 +84,7 @@ def _checks(config: JobConfig) -> Iterator[Check]:
             importlib.metadata.version(package) if there else "not installed",
             "run `make install`",
         )
-    cuda, tools = _cuda(), cluster.worker_env()["PATH"]
+    cuda, tools = _cuda(), ray_session.worker_env()["PATH"]
     compiler = next(
         filter(None, (shutil.which(name, path=tools) for name in ("c++", "g++", "clang++"))), None
     )
@@ -173,7 +174,7 @@ def _mlflow(config: JobConfig) -> str:
 def _ray(config: JobConfig) -> str:
     import ray
 
-    cluster.ensure(config.ray)
+    ray_session.ensure(config.ray)
     have = ray.cluster_resources()
     return (
         f"{have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs,"

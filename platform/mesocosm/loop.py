@@ -18,10 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mesocosm import cluster
 from mesocosm.agents import baseline as model_free
 from mesocosm.agents import train as agents
 from mesocosm.agents.config import BaselineConfig
+from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint, identity
 from mesocosm.data import collect as collecting
 from mesocosm.data.dataset import Dataset
@@ -91,9 +91,9 @@ def run(cfg: LoopConfig, run: Run) -> Artifact:
 
 def _go(cfg: LoopConfig, run: Run, id: str, ready: Ready, given: list[Artifact]) -> Artifact:
     check_port(cfg)
-    cluster.ensure(cfg.ray)
+    ray_session.ensure(cfg.ray)
     for what, (cpus, gpus) in resources(cfg).items():
-        cluster.preflight(what=what, cpus=cpus, gpus=gpus)
+        ray_session.preflight(what=what, cpus=cpus, gpus=gpus)
     if ready.warning is not None:
         run.say(f"warning: {ready.warning}")
     timed = ready.facts.max_episode_steps is not None
@@ -156,7 +156,7 @@ class _Loop:
         points: list[report.Point] = []
         judged: list[dict[str, Any]] = []
         agent: Artifact | None = None
-        cluster.ensure(cfg.ray)
+        ray_session.ensure(cfg.ray)
         try:
             for round in range(cfg.rounds):
                 run.say(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mesocosm import cluster
+from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, TrackingConfig
 from mesocosm.errors import UsageError
 from mesocosm.runs.mlflow_mirror import redact
@@ -56,7 +56,7 @@ def check_resources(config: JobConfig, needs: Needs) -> None:
         message = f"ray.address {config.ray.address!r} does not answer ({reason})"
         raise UsageError(f"{message}; start the cluster or leave ray.address unset")
     for what, (cpus, gpus) in needs.items():
-        cluster.preflight(what=what, cpus=cpus, gpus=gpus, config=config.ray)
+        ray_session.preflight(what=what, cpus=cpus, gpus=gpus, config=config.ray)
 
 
 def _check_folder(folder: Path, what: str, *, links: bool = False) -> None:

@@ -42,9 +42,10 @@ from bench_world import HERE, ROOT, commit
 from matplotlib import pyplot
 from matplotlib.ticker import NullFormatter
 
-from mesocosm import cluster, config, loop
+from mesocosm import config, loop
 from mesocosm.agents import baseline
 from mesocosm.agents.config import BaselineConfig
+from mesocosm.cluster import ray_session
 from mesocosm.reality.config import BudgetConfig
 from mesocosm.reality.ledger import Ledger
 from mesocosm.runs import tracking
@@ -287,7 +288,7 @@ def main() -> int:
                 json.dumps(dict(sorted({**read(), name: cell}.items())), indent=1) + "\n"
             )
     finally:
-        cluster.shutdown()
+        ray_session.shutdown()
     results = read()
     table(results)
     plot(results)

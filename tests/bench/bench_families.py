@@ -38,7 +38,8 @@ from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from scipy.stats import spearmanr
 
-from mesocosm import cluster, config
+from mesocosm import config
+from mesocosm.cluster import ray_session
 from mesocosm.data import collect
 from mesocosm.evaluation.figures import STYLE
 from mesocosm.pretrain import run as pretraining
@@ -173,7 +174,7 @@ def main() -> int:
                     )
             write(rows, kept(RESULTS))
     finally:
-        cluster.shutdown()
+        ray_session.shutdown()
     with open(TABLE, newline="") as file:
         published = list(csv.DictReader(file))
     plot(published)

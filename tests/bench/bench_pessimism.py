@@ -31,9 +31,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from bench_world import HERE, ROOT, commit
 
-from mesocosm import cluster, config, loop
+from mesocosm import config, loop
 from mesocosm.agents import train as agents
 from mesocosm.agents.policy import policy_of
+from mesocosm.cluster import ray_session
 from mesocosm.data import collect
 from mesocosm.evaluation.judge import judge
 from mesocosm.pretrain import run as pretraining
@@ -162,7 +163,7 @@ def measure(
                 json.dumps(dict(sorted({**kept(results), name: found}.items())), indent=1) + "\n"
             )
     finally:
-        cluster.shutdown()
+        ray_session.shutdown()
 
 
 def main() -> int:

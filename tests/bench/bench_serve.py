@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from mesocosm import cluster
+from mesocosm.cluster import ray_session
 from mesocosm.config import RayConfig, StorageConfig
 from mesocosm.model.config import FAMILIES, ModelConfig
 from mesocosm.serving.client import WorldVectorEnv
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--save", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    cluster.ensure(RayConfig(cpus=4))
+    ray_session.ensure(RayConfig(cpus=4))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for family in options.family or FAMILIES:
@@ -121,7 +121,7 @@ def main() -> None:
                     flush=True,
                 )
                 served.close()
-    cluster.shutdown()
+    ray_session.shutdown()
     if options.save:
         commit = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE

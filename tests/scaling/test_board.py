@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mesocosm.clusters import ClusterConfig, NodeGroup
+from mesocosm.cluster.spec import ClusterConfig, NodeGroup
 from mesocosm.data.dataset import Dataset
 from mesocosm.runs import tracking
 from mesocosm.scaling.board import Board, hours, short

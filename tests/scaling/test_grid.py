@@ -15,7 +15,7 @@ import pytest
 
 from mesocosm import config
 from mesocosm.cli import main
-from mesocosm.clusters import ClusterConfig, NodeGroup, read
+from mesocosm.cluster.spec import ClusterConfig, NodeGroup, read
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.loader import Loader

@@ -324,7 +324,7 @@ def test_the_price_of_a_cluster(
         "nodes: [{name: gpus, count: 2, cpus: 1, gpus: 0, price_per_hour: 3.6, flops_per_s: 1e9}]\n"
     )
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("mesocosm.clusters.FOLDERS", (Path("clusters"),))
+    monkeypatch.setattr("mesocosm.cluster.spec.FOLDERS", (Path("clusters"),))
     answer = _plan(
         law_file(law_of(REPEATS)), str(tmp_path), "money=5e6", "cluster=dear", "price.per_step=0.01"
     )

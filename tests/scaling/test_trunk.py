@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mesocosm.clusters import ClusterConfig
+from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.data.dataset import Dataset
 from mesocosm.model.base import Base
 from mesocosm.pretrain.schedule import factor, length, lr_factor, share

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-from mesocosm import cluster, clusters
+from mesocosm.cluster import kuberay, ray_session
+from mesocosm.cluster import spec as cluster_spec
 from mesocosm.config import RayConfig
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.manifests import kuberay
 from mesocosm.serving.app import build
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact
@@ -32,13 +32,13 @@ def test_a_rayservice_of_the_shipped_file_serves_the_world(
     from ray.serve.schema import ServeDeploySchema
 
     store("w0", make_world())
-    shipped = clusters.read("kuberay")
+    shipped = cluster_spec.read("kuberay")
     shipped.storage_root = root
     service, _ = kuberay.render(
         "kuberay", shipped, "RayService", "serve world=w0 name=apps replicas=1"
     )
     config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
-    cluster.ensure(RayConfig())
+    ray_session.ensure(RayConfig())
     serve.start(proxy_location="Disabled")
     _get_global_client().deploy_apps(config)
     try:

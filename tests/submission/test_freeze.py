@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
-from mesocosm import clusters, config
-from mesocosm.clusters import ClusterConfig, NodeGroup
+from mesocosm import config
+from mesocosm.cluster import freeze as freezing
+from mesocosm.cluster import spec as cluster_spec
+from mesocosm.cluster.freeze import CONFIG, Frozen, freeze
+from mesocosm.cluster.resources import needs
+from mesocosm.cluster.spec import ClusterConfig, NodeGroup
 from mesocosm.data.collect import CollectConfig
 from mesocosm.errors import UsageError
 from mesocosm.loop import LoopConfig
 from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.scaling.sweep_config import SweepConfig
-from mesocosm.submission import freeze as freezing
-from mesocosm.submission.freeze import CONFIG, Frozen, freeze
-from mesocosm.submission.needs import needs
 
 CLUSTER = ClusterConfig(
     where="address",
@@ -175,7 +176,9 @@ def test_a_sweep_there_is_estimated_as_of_that_cluster(
         " [{cpus: 4}]\n"
     )
     monkeypatch.chdir(folder)
-    found = freeze("sweep", config.load(SweepConfig, [], []), clusters.read("mine"), None, "mine")
+    found = freeze(
+        "sweep", config.load(SweepConfig, [], []), cluster_spec.read("mine"), None, "mine"
+    )
     assert (
         isinstance(found.config, SweepConfig)
         and found.config.cluster == "mine"

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
-from mesocosm import cluster
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.agents.feasible import check_agent
 from mesocosm.agents.policy import Policy
+from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint, identity
 from mesocosm.errors import BudgetSpent, UsageError
 from mesocosm.evaluation.judge import judge, judging
@@ -158,7 +158,7 @@ def _make(
     config: BaselineConfig, run: Run, id: str, facts: dict[str, Any], known: EnvFacts
 ) -> Artifact:
     ledger = config.ledger or f"baseline-{id}-{run.id}"
-    cluster.ensure(config.ray)
+    ray_session.ensure(config.ray)
 
     def fill(folder: Path) -> None:
         curve, policy = _Training(config, run, ledger, known.spaces).train()

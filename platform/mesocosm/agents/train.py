@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
-from mesocosm import cluster
 from mesocosm.agents import learner_state, rllib, settings
 from mesocosm.agents.checkpoint import Checkpoints, Progress
 from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.feasible import check_agent, check_init
 from mesocosm.agents.policy import SNAPSHOTS, Policy
+from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
@@ -213,9 +213,9 @@ def _make(config: AgentConfig, run: Run, task: _Task) -> Artifact:
     if config.force:
         checkpoints.remove()
     progress = checkpoints.latest()
-    cluster.ensure(config.ray)
+    ray_session.ensure(config.ray)
     if config.runners:
-        cluster.preflight(cpus=config.runners, what=f"runners={config.runners}")
+        ray_session.preflight(cpus=config.runners, what=f"runners={config.runners}")
     starts = None
     if task.datasets:
         data = Dataset([d.path for d in task.datasets])

@@ -18,7 +18,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from mesocosm import cluster
+from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data import behaviours as acting
 from mesocosm.data.behaviours import BehaviourConfig
@@ -324,9 +324,9 @@ def _run_lanes(cfg: CollectConfig, plan: Plan, lanes: list[Lane], report: Report
     if cfg.workers == 0 or not any(lane.left for lane in lanes):
         run_here(plan, lanes, report)
         return
-    cluster.ensure(cfg.ray)
+    ray_session.ensure(cfg.ray)
     workers = min(cfg.workers, cfg.lanes)
-    cluster.preflight(cpus=workers, what=f"workers={cfg.workers}")
+    ray_session.preflight(cpus=workers, what=f"workers={cfg.workers}")
     run_on_ray(plan, lanes, workers, report)
 
 

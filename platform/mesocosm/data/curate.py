@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mesocosm import cluster
+from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data.curation.operations import Named, parse, work
 from mesocosm.data.curation.scan import MANY, Scan, size
@@ -230,7 +230,7 @@ def _workers(cfg: CurateConfig, dataset: Dataset) -> int:
         return 0
     import ray
 
-    cluster.ensure(cfg.ray)
+    ray_session.ensure(cfg.ray)
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 

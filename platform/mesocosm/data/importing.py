@@ -21,7 +21,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm import cluster
+from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data.episode import Episode
 from mesocosm.data.findings import Looked
@@ -252,7 +252,7 @@ def _workers(cfg: ImportConfig, files: Sequence[Source]) -> int:
         return 0
     import ray
 
-    cluster.ensure(cfg.ray)
+    ray_session.ensure(cfg.ray)
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 

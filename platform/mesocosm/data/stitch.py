@@ -110,10 +110,10 @@ def stream(
     import ray
     import ray.data  # sets up its own logging, so it comes before the level
 
-    from mesocosm import cluster
+    from mesocosm.cluster import ray_session
 
-    cluster.ensure(ray_config)
-    cluster.preflight(cpus=workers, what=f"workers={workers}")
+    ray_session.ensure(ray_config)
+    ray_session.preflight(cpus=workers, what=f"workers={workers}")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True

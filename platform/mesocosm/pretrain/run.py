@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mesocosm import cluster
+from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
@@ -75,7 +75,7 @@ def run(config: PretrainConfig, run: tracking.Run) -> Artifact:
     config.validate()
     dataset = _opened(config)
     if config.ray.address is not None:
-        cluster.ensure(config.ray)
+        ray_session.ensure(config.ray)
     gpus = _gpus(config)
     id = _id(config, dataset, gpus)
     run.record(inputs={"datasets": dataset.ids}, artifact=f"worlds/{id}")
@@ -101,8 +101,8 @@ def _make(
     dataset = prepare.narrowed(dataset, config.data.unique, config.seed)
     steps, loader = _steps(config, dataset, codec)
     if last is None or not last[1].done:
-        cluster.ensure(config.ray)
-        cluster.preflight(
+        ray_session.ensure(config.ray)
+        ray_session.preflight(
             what=f"train.workers={config.train.workers}",
             cpus=config.train.workers,
             gpus=config.train.workers * gpus,
@@ -197,7 +197,7 @@ def _train(
                 " the same command again to go on from its last checkpoint"
             ) from errors[0]
         if isinstance(errors[0], ControllerError):
-            cluster.stuck(
+            ray_session.stuck(
                 f"train.workers={work.train.workers} of pretraining were not to be started in"
                 f" {STARTS + 1} attempts"
             )
@@ -366,8 +366,8 @@ def _gpus(config: PretrainConfig) -> float:
     if config.train.gpus_per_worker is not None:
         return config.train.gpus_per_worker
     if config.ray.address is not None:
-        cluster.ensure(config.ray)
-        have = cluster.most().get("GPU", 0.0)
+        ray_session.ensure(config.ray)
+        have = ray_session.most().get("GPU", 0.0)
     else:
         import torch
 

@@ -19,7 +19,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 import gymnasium
 import numpy as np
 
-from mesocosm.cluster import IMPORTS
+from mesocosm.cluster.ray_session import IMPORTS
 from mesocosm.data.bounds import FIX, Clipped, first_outside
 from mesocosm.data.episode import Episode, Outcome
 from mesocosm.data.spaces import FLOAT32

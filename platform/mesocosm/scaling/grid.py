@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import product
 from typing import Any
 
-from mesocosm.clusters import ClusterConfig
+from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset

@@ -13,8 +13,9 @@ from typing import Any
 
 from scipy.special import expit, logit
 
-from mesocosm import clusters, config
-from mesocosm.clusters import ClusterConfig
+from mesocosm import config
+from mesocosm.cluster import spec as cluster_spec
+from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.loader import Loader
 from mesocosm.errors import ArtifactError, UsageError
@@ -193,7 +194,7 @@ def _question(config: PlanConfig, storage: Storage) -> _Question:
         spec, have = codec.spec, loader.transitions_per_epoch
         batch = config.train.batch * loader.transitions_per_epoch / loader.windows_per_epoch
     owned = have if config.owned is None else config.owned
-    cluster = None if config.cluster is None else clusters.read(config.cluster)
+    cluster = None if config.cluster is None else cluster_spec.read(config.cluster)
     currency = config.price.currency if cluster is None else cluster.currency
     return _Question(
         config,

@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mesocosm import cluster, clusters
-from mesocosm.clusters import ClusterConfig
+from mesocosm.cluster import ray_session
+from mesocosm.cluster import spec as cluster_spec
+from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.data.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
@@ -125,7 +126,7 @@ def _make(
         ThreadPoolExecutor(1) as beside
     ):  # Ray takes seconds to start, and counting FLOPs as many. Ray's daemons die with the thread that began them
         counted = beside.submit(lay_out, config, dataset, named)
-        cluster.ensure(config.ray)
+        ray_session.ensure(config.ray)
         importlib.import_module("mesocosm.scaling.trial")
         grid = counted.result()
     done = set() if config.force else cells.finished(run.storage)
@@ -161,10 +162,10 @@ def _train(
     share = (
         1 / -(-lanes // grid.cluster.gpus) if lanes and grid.cluster.gpus else 0.0
     )  # so many fit on each
-    cluster.preflight(what=f"concurrent={config.concurrent}", cpus=lanes, gpus=share * lanes)
+    ray_session.preflight(what=f"concurrent={config.concurrent}", cpus=lanes, gpus=share * lanes)
     if large:
         said = f"workers={config.workers} of a large cell, with one CPU for its driver,"
-        cluster.preflight(
+        ray_session.preflight(
             what=said, cpus=config.workers + 1, gpus=config.workers if grid.cluster.gpus else 0
         )
     by_id = {cell.id: cell for cell in grid.cells}
@@ -252,7 +253,7 @@ def _large(
             1.0 if grid.cluster.gpus else 0.0,
         )
         jobs[cell.id] = (cell, job)
-    have = cluster.most()
+    have = ray_session.most()
     room = int(have["CPU"] // (config.workers + 1))
     if grid.cluster.gpus:
         room = min(room, int(have.get("GPU", 0) // config.workers))
@@ -304,7 +305,7 @@ def _tuned(
                 self.ran = time.monotonic()
             elif time.monotonic() - self.ran > PATIENCE:
                 waiting = sum(trial.status == "PENDING" for trial in trials)
-                cluster.stuck(
+                ray_session.stuck(
                     f"{waiting} of {len(ids)} {name} have waited {PATIENCE:.0f} s for {lanes} lanes"
                     " and none runs"
                 )
@@ -463,7 +464,7 @@ def _least_gib(config: SweepConfig, grid: Grid, trunks: Sequence[Trunk]) -> floa
 def _given(config: SweepConfig) -> tuple[Dataset, ClusterConfig]:
     """Raises UsageError where the config, the cluster or the datasets are not as they must be."""
     config.validate()
-    named = clusters.read(config.cluster)
+    named = cluster_spec.read(config.cluster)
     try:
         return prepare.open_datasets(Storage(config.storage.root), config.data.datasets), named
     except ArtifactError as error:

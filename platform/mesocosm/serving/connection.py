@@ -20,7 +20,7 @@ import time
 import uuid
 from typing import Any, Protocol
 
-from mesocosm import cluster
+from mesocosm.cluster import ray_session
 from mesocosm.config import RayConfig
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serving.protocol import Message, pack, unpack
@@ -143,9 +143,9 @@ class Served:
         from ray import serve
         from ray.serve.exceptions import RayServeException
 
-        cluster.refuse_fork()
+        ray_session.refuse_fork()
         if address is not None:
-            cluster.ensure(RayConfig(address=address))
+            ray_session.ensure(RayConfig(address=address))
         elif not ray.is_initialized():
             raise UsageError(
                 f"world application {app!r}: this process is not connected to Ray; give"
@@ -172,7 +172,7 @@ class Served:
         self._lost = (ray.exceptions.RayActorError, RayServeException, TimeoutError, OSError)
 
     def call(self, request: Message) -> Message:
-        cluster.refuse_fork()
+        ray_session.refuse_fork()
         self._number += 1
         data = packed(request | {"number": self._number})
         deadline = time.monotonic() + self.deadline_s
@@ -246,7 +246,7 @@ class Served:
             self._line = self.replica = None
 
     def close(self, last: Message | None = None) -> None:
-        mine = not cluster.forked()  # the line of a fork is its parent's
+        mine = not ray_session.forked()  # the line of a fork is its parent's
         if mine and last is not None and self._line is not None:
             with contextlib.suppress(OSError):
                 self._line.settimeout(1.0)

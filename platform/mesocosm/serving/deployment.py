@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mesocosm import cluster
+from mesocosm.cluster import ray_session
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serving.config import ServeConfig, check
 from mesocosm.serving.connection import LOOPBACK, packed
@@ -139,13 +139,13 @@ def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
     if not ray.is_initialized():
         address = config.ray.address
         report(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
-    cluster.ensure(config.ray)
+    ray_session.ensure(config.ray)
     gpus = 1 if config.device == "cuda" else 0
-    cluster.preflight(
+    ray_session.preflight(
         what=f"serve.replicas={config.replicas} with serve.cpus={config.cpus:g}",
         cpus=config.replicas * config.cpus,
     )
-    cluster.preflight(
+    ray_session.preflight(
         what=f"serve.replicas={config.replicas} with serve.device={config.device}",
         gpus=config.replicas * gpus,
     )

@@ -23,7 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mesocosm import cluster, faults
+from mesocosm import faults
+from mesocosm.cluster import ray_session
 from mesocosm.errors import StorageError
 from mesocosm.store import lease
 from mesocosm.store.artifacts import COMMIT, KINDS, Storage
@@ -297,17 +298,17 @@ def _sessions() -> Iterator[Remain]:
     """Folders of private Rays whose processes were killed. TMPDIR holds a link where the folder
     lies elsewhere.
     """
-    for path in sorted(Path(tempfile.gettempdir()).glob(f"{cluster.SESSION}*")):
+    for path in sorted(Path(tempfile.gettempdir()).glob(f"{ray_session.SESSION}*")):
         folder = path.resolve()
         if not folder.is_dir():
             yield _on_disk(SESSION, path, "its folder is gone", partial(_rmtree, path))
-        elif folder.stat().st_uid == os.getuid() and cluster.session_ended(folder):
+        elif folder.stat().st_uid == os.getuid() and ray_session.session_ended(folder):
             remove = partial(_remove_session, path, folder)
             yield _on_disk(SESSION, folder, "its process was killed", remove)
 
 
 def _remove_session(path: Path, folder: Path) -> bool:
-    if not cluster.session_ended(folder):
+    if not ray_session.session_ended(folder):
         return False
     shutil.rmtree(folder)
     if path.is_symlink():

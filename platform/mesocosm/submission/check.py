@@ -9,13 +9,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mesocosm import clusters
+from mesocosm.cluster import spec as cluster_spec
+from mesocosm.cluster.freeze import freeze
+from mesocosm.cluster.remote import Remote
+from mesocosm.cluster.submit import probe
 from mesocosm.config import JobConfig
 from mesocosm.doctor import Check
 from mesocosm.errors import MesocosmError
-from mesocosm.submission.freeze import freeze
-from mesocosm.submission.remote import Remote
-from mesocosm.submission.submit import probe
 
 
 def checks(name: str, given: JobConfig, *, insecure: bool) -> Iterator[Check]:
@@ -24,7 +24,7 @@ def checks(name: str, given: JobConfig, *, insecure: bool) -> Iterator[Check]:
     """
     import ray
 
-    cluster = clusters.read(name)
+    cluster = cluster_spec.read(name)
     try:
         remote = Remote(name, cluster, insecure=insecure)
     except MesocosmError as error:

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    from mesocosm.submission import watch
+    from mesocosm.cluster import watch
 
     rows = watch.listed(options.cluster, insecure=options.insecure)
     if options.json:
@@ -80,7 +80,7 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from mesocosm.submission import watch
+    from mesocosm.cluster import watch
 
     found = watch.status(watch.job_of(options.id, options.cluster), insecure=options.insecure)
     if options.json:
@@ -93,7 +93,7 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _logs(options: argparse.Namespace) -> int:
-    from mesocosm.submission import watch
+    from mesocosm.cluster import watch
 
     record = watch.job_of(options.id, options.cluster)
     remote = watch.remote_of(record.cluster, insecure=options.insecure)
@@ -121,8 +121,8 @@ def _logs(options: argparse.Namespace) -> int:
 
 
 def _stop(options: argparse.Namespace) -> int:
-    from mesocosm.submission import watch
-    from mesocosm.submission.remote import OVER
+    from mesocosm.cluster import watch
+    from mesocosm.cluster.remote import OVER
 
     record = watch.job_of(options.id, options.cluster)
     remote = watch.remote_of(record.cluster, insecure=options.insecure)

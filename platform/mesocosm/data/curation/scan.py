@@ -102,10 +102,10 @@ class Scan:
         import ray
         import ray.data  # sets up its own logging, so it comes before the level
 
-        from mesocosm import cluster
+        from mesocosm.cluster import ray_session
 
-        cluster.ensure(self.ray)
-        cluster.preflight(cpus=self.workers, what=f"workers={self.workers}")
+        ray_session.ensure(self.ray)
+        ray_session.preflight(cpus=self.workers, what=f"workers={self.workers}")
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True

@@ -13,7 +13,7 @@ import shlex
 from typing import Any
 
 from mesocosm import config
-from mesocosm.clusters import HEAD, ClusterConfig, NodeGroup
+from mesocosm.cluster.spec import HEAD, ClusterConfig, NodeGroup
 from mesocosm.errors import UsageError, nearest
 
 KINDS = ("RayCluster", "RayJob", "RayService")
@@ -236,7 +236,7 @@ def _service(called: str, cluster: ClusterConfig, secret: str, words: list[str])
     """A RayService: `mesocosm serve`'s application, which KubeRay keeps running. Clients step in it
     from jobs of the same Ray.
     """
-    from mesocosm.manifests import to_yaml
+    from mesocosm.cluster.yaml_writer import to_yaml
     from mesocosm.serving.config import ServeConfig, check
 
     if words[:1] != ["serve"] or any("=" not in word or word.startswith("-") for word in words[1:]):

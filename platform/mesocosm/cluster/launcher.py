@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mesocosm.clusters import HEAD, ClusterConfig, NodeGroup
+from mesocosm.cluster.spec import HEAD, ClusterConfig, NodeGroup
 
 TOKEN = "~/.ray/auth_token"
 """Where Ray looks for the token by itself: the same place in every container."""

@@ -1,4 +1,4 @@
-"""What a cluster says of itself, from inside: `python -m mesocosm.submission.probe`, run as a Ray
+"""What a cluster says of itself, from inside: `python -m mesocosm.cluster.probe`, run as a Ray
 job in the folder that a submission sends.
 
 Prints one line, MARK and JSON. The preflight of a submission, `cluster check` and `doctor
@@ -24,12 +24,13 @@ def told(job: str | None) -> dict[str, Any]:
     """
     import ray
 
-    from mesocosm import __version__, cluster, config, doctor
+    from mesocosm import __version__, config, doctor
     from mesocosm.cli import JOBS
+    from mesocosm.cluster import ray_session
+    from mesocosm.cluster.freeze import CONFIG
+    from mesocosm.cluster.resources import needs
     from mesocosm.config import JobConfig, RayConfig
     from mesocosm.runs import tracking
-    from mesocosm.submission.freeze import CONFIG
-    from mesocosm.submission.needs import needs
 
     schema = (
         JobConfig
@@ -37,7 +38,7 @@ def told(job: str | None) -> dict[str, Any]:
         else getattr(importlib.import_module(JOBS[job].module), JOBS[job].schema)
     )
     given: Any = config.load(schema, [CONFIG]) if Path(CONFIG).exists() else JobConfig()
-    cluster.ensure(RayConfig(address="auto"))
+    ray_session.ensure(RayConfig(address="auto"))
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "ray": ray.__version__,

@@ -19,7 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mesocosm import clusters, compat, signals
+from mesocosm import compat, signals
+from mesocosm.cluster import spec as cluster_spec
 from mesocosm.config import RayConfig
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.store import cache_folder
@@ -269,7 +270,7 @@ def _protect_token() -> None:
     except OSError as error:
         reason = f"cannot be protected ({error.strerror})"
         raise UsageError(f"{str(path)!r} {reason}; run: chmod 600 {path}") from error
-    clusters.make_token(path, "set RAY_AUTH_TOKEN_PATH to a token file of your own")
+    cluster_spec.make_token(path, "set RAY_AUTH_TOKEN_PATH to a token file of your own")
 
 
 def _session_folder() -> str:

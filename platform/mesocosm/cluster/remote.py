@@ -11,8 +11,8 @@ from typing import Any
 
 import aiohttp
 
-from mesocosm import clusters
-from mesocosm.clusters import ClusterConfig
+from mesocosm.cluster import spec as cluster_spec
+from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.errors import MesocosmError, UsageError
 
 TIMEOUT = 10.0
@@ -88,7 +88,7 @@ class Remote:
 
     def _token(self) -> str:
         path = self.config.token_path
-        clusters.check_token(path)
+        cluster_spec.check_token(path)
         return path.read_text().strip()
 
     @contextmanager

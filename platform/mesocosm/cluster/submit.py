@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mesocosm import clusters
 from mesocosm.cli import confirm
-from mesocosm.cluster import FULL
-from mesocosm.clusters import ClusterConfig
+from mesocosm.cluster import records
+from mesocosm.cluster import spec as cluster_spec
+from mesocosm.cluster.freeze import CONFIG, Frozen, freeze
+from mesocosm.cluster.probe import MARK
+from mesocosm.cluster.ray_session import FULL
+from mesocosm.cluster.records import Record
+from mesocosm.cluster.remote import OVER, Remote, state_of
+from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.runs.tracking import console
 from mesocosm.runs.upload import JOB
-from mesocosm.submission import records
-from mesocosm.submission.freeze import CONFIG, Frozen, freeze
-from mesocosm.submission.probe import MARK
-from mesocosm.submission.records import Record
-from mesocosm.submission.remote import OVER, Remote, state_of
 
 PROBED = 180.0
 """Seconds that a cluster may take to say of itself what it has."""
@@ -50,7 +50,7 @@ def submit(cluster_name: str, job: str, given: JobConfig, asked: Asked) -> dict[
     """{"id", "cluster", "state", "attached", "commands"}. Raises UsageError before anything is
     sent, and where the cluster cannot run the job.
     """
-    cluster = clusters.read(cluster_name)
+    cluster = cluster_spec.read(cluster_name)
     remote = Remote(cluster_name, cluster, insecure=asked.insecure)
     frozen = freeze(job, given, cluster, Path.cwd(), cluster_name)
     latest, attempt = last_attempt(remote, frozen.id)
@@ -109,7 +109,7 @@ def probe(remote: Remote, folder: str, job: str | None) -> dict[str, Any]:
     id = f"probe-{uuid.uuid4().hex[:10]}"
     remote.submit(
         id,
-        f"python -m mesocosm.submission.probe {job or ''}".strip(),
+        f"python -m mesocosm.cluster.probe {job or ''}".strip(),
         {"working_dir": folder, "env_vars": grown(remote.config)},
         {"job": "probe"},
     )

@@ -8,14 +8,14 @@ import json
 import time
 from typing import Any
 
-from mesocosm import clusters
+from mesocosm.cluster import records
+from mesocosm.cluster import spec as cluster_spec
+from mesocosm.cluster.records import Record
+from mesocosm.cluster.remote import Remote, state_of
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.runs.upload import DRIVER_LOG, STOP
 from mesocosm.store.artifacts import Storage
-from mesocosm.submission import records
-from mesocosm.submission.records import Record
-from mesocosm.submission.remote import Remote, state_of
 
 RAYS_OWN = 45.0
 """Seconds that Ray may take to end what it was told to stop, beside the grace."""
@@ -27,7 +27,7 @@ ENDED = {"done": "SUCCEEDED", "failed": "FAILED", "stopped": "STOPPED"}
 def remote_of(name: str, *, insecure: bool) -> Remote | str:
     """The cluster, or the sentence why it does not answer."""
     try:
-        return Remote(name, clusters.read(name), insecure=insecure)
+        return Remote(name, cluster_spec.read(name), insecure=insecure)
     except MesocosmError as error:
         return str(error)
 
@@ -36,7 +36,7 @@ def job_of(ref: str, cluster: str | None) -> Record:
     """The job that `ref` names, submitted from here or, with `cluster`, from anywhere."""
     if cluster is None:
         return records.named(ref)
-    root = clusters.read(cluster).storage_root or JobConfig().storage.root
+    root = cluster_spec.read(cluster).storage_root or JobConfig().storage.root
     known = records.find(ref)
     return (
         known

@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mesocosm import clusters, config
-from mesocosm.clusters import ClusterConfig
+from mesocosm import config
+from mesocosm.cluster import spec as cluster_spec
+from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import JobConfig, fingerprint, to_dict, to_yaml
 from mesocosm.errors import UsageError
 from mesocosm.store.files import sha256
@@ -102,7 +103,7 @@ def freeze(
             files[name] = path
     _check_modules(files)
     if called is not None:
-        files[f"clusters/{called}.yaml"] = clusters.path_of(called)
+        files[f"clusters/{called}.yaml"] = cluster_spec.path_of(called)
     total = sum(path.stat().st_size for path in files.values())
     if total > LIMIT:
         largest = sorted(files, key=lambda name: -files[name].stat().st_size)[:NAMED]
