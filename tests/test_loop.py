@@ -18,9 +18,9 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from mesocosm import config
+from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
 from mesocosm.loop import LoopConfig, _Loop, check, plan, run
-from mesocosm.reality.ledger import Ledger
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 

@@ -26,6 +26,9 @@ from mesocosm.config import fingerprint, identity
 from mesocosm.data import collect as collecting
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.horizon import UNKNOWN, logged_horizon
+from mesocosm.envs import config as reality_config
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import panel, report, suite
 from mesocosm.evaluation import run as evaluation
@@ -33,9 +36,6 @@ from mesocosm.evaluation.judge import judging
 from mesocosm.loop_config import FREE, LoopConfig, acting, check, fill, real_steps
 from mesocosm.loop_preflight import Ready, check_port, preflight, resources
 from mesocosm.pretrain import run as pretraining
-from mesocosm.reality import config as reality_config
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.ledger import Ledger
 from mesocosm.runs.tracking import Run, console
 from mesocosm.serving.deployment import deploy, undeploy
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage

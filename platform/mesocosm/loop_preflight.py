@@ -15,12 +15,12 @@ from mesocosm.data.dataset import Dataset
 from mesocosm.data.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
 from mesocosm.data.manifest import Manifest
 from mesocosm.data.spaces import SpaceCodec
+from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import panel, suite
 from mesocosm.evaluation.judge import check_spaces
 from mesocosm.evaluation.ranking import FEWEST
 from mesocosm.loop_config import LoopConfig, acting, check, fill
-from mesocosm.reality.env import EnvFacts
 from mesocosm.store.artifacts import Artifact, Storage
 
 __all__ = ["Ready", "preflight", "resources"]

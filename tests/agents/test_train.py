@@ -21,6 +21,7 @@ from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode
 from mesocosm.data.loader import Loader
+from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.model import mup
 from mesocosm.model.base import Base
@@ -28,7 +29,6 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
 from mesocosm.pretrain.prepare import transitions
-from mesocosm.reality.ledger import Ledger
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 

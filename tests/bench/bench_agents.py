@@ -46,8 +46,8 @@ from mesocosm import config, loop
 from mesocosm.agents import baseline
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.cluster import ray_session
-from mesocosm.reality.config import BudgetConfig
-from mesocosm.reality.ledger import Ledger
+from mesocosm.envs.config import BudgetConfig
+from mesocosm.envs.ledger import Ledger
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 

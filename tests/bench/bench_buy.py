@@ -44,6 +44,9 @@ from mesocosm.data import collect
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
+from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig
+from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import facts_of
 from mesocosm.evaluation import propose, stats
 from mesocosm.evaluation.figures import STYLE
 from mesocosm.evaluation.judge import judge
@@ -52,9 +55,6 @@ from mesocosm.evaluation.policy_value import imagining
 from mesocosm.model.world import World
 from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.pretrain.export import calibrate
-from mesocosm.reality.config import BudgetConfig, PriceConfig, RealityConfig
-from mesocosm.reality.env import facts_of
-from mesocosm.reality.ledger import Ledger
 from mesocosm.runs import tracking
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage

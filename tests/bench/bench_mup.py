@@ -39,6 +39,7 @@ from mesocosm.data import collect
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.loader import Loader
+from mesocosm.envs.config import RealityConfig
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
@@ -48,7 +49,6 @@ from mesocosm.model.world import World
 from mesocosm.pretrain.config import TrainConfig
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.pretrain.schedule import lr_factor
-from mesocosm.reality.config import RealityConfig
 from mesocosm.runs import tracking
 
 RESULTS = HERE / "results" / "bench_mup.json"

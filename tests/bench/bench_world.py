@@ -39,6 +39,7 @@ from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.loader import Loader
+from mesocosm.envs.config import RealityConfig
 from mesocosm.evaluation.fidelity import losses, one_step
 from mesocosm.evaluation.open_loop import open_loop
 from mesocosm.evaluation.page import ratio, span
@@ -50,7 +51,6 @@ from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.pretrain.schedule import lr_factor
 from mesocosm.pretrain.training import corrupted
-from mesocosm.reality.config import RealityConfig
 from mesocosm.runs import tracking
 
 HERE = Path(__file__).resolve().parent

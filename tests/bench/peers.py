@@ -16,10 +16,10 @@ import torch
 from stable_baselines3 import SAC
 from stable_baselines3.common.callbacks import BaseCallback
 
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import make_env
-from mesocosm.reality.ledger import Ledger
-from mesocosm.reality.metered import MeteredEnv
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import make_env
+from mesocosm.envs.meter import MeteredEnv
 
 EPISODES = 10
 

@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mesocosm.reality.ledger import Ledger
+from mesocosm.envs.ledger import Ledger
 from mesocosm.store.artifacts import Storage
 
 KILLS = 30

@@ -22,10 +22,10 @@ from mesocosm.data.collect import run as collect
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.episode import Episode
 from mesocosm.data.importing import ImportConfig, plan, run
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation.judge import judge
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.ledger import Ledger
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 

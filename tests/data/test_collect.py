@@ -25,11 +25,11 @@ from mesocosm.data.dataset import Dataset
 from mesocosm.data.lane_workers import run_on_ray
 from mesocosm.data.lanes import Plan, split
 from mesocosm.data.manifest import Manifest
-from mesocosm.data.segments import Attempt
+from mesocosm.envs.config import BudgetConfig, RealityConfig, TaskOption
+from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import episode_seed, facts_of
+from mesocosm.envs.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
-from mesocosm.reality.config import BudgetConfig, RealityConfig, TaskOption
-from mesocosm.reality.env import episode_seed, facts_of
-from mesocosm.reality.ledger import Ledger
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 

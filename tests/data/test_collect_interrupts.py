@@ -16,11 +16,11 @@ from mesocosm.data import lanes
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collect import CollectConfig
 from mesocosm.data.lanes import Lane, Plan, Report, run_here, split
-from mesocosm.data.segments import Segments
 from mesocosm.data.writer import DatasetWriter
+from mesocosm.envs.config import BudgetConfig, RealityConfig
+from mesocosm.envs.ledger import Ledger, LedgerTotals
+from mesocosm.envs.segments import Segments
 from mesocosm.errors import StorageError
-from mesocosm.reality.config import BudgetConfig, RealityConfig
-from mesocosm.reality.ledger import Ledger, LedgerTotals
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 

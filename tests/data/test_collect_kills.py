@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mesocosm.reality.ledger import Ledger, LedgerTotals
+from mesocosm.envs.ledger import Ledger, LedgerTotals
 from mesocosm.store.artifacts import Storage
 
 OWN = Path(__file__).parent.parent / "reality" / "envs"

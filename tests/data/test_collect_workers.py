@@ -10,8 +10,8 @@ import pytest
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.lane_workers import DEATHS, Losses, run_on_ray
 from mesocosm.data.lanes import LaneRunner, Plan, split
+from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import MesocosmError
-from mesocosm.reality.config import RealityConfig
 from mesocosm.store.artifacts import Storage
 
 OWN = Path(__file__).parent.parent / "reality" / "envs"

@@ -26,6 +26,8 @@ from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode
+from mesocosm.envs.config import RealityConfig, TaskOption
+from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.evaluation.run import plan
@@ -36,8 +38,6 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import build
 from mesocosm.model.world import World
 from mesocosm.pretrain.prepare import transitions
-from mesocosm.reality.config import RealityConfig, TaskOption
-from mesocosm.reality.ledger import Ledger
 from mesocosm.runs import tracking
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Storage

@@ -21,13 +21,13 @@ import pytest
 import torch
 
 from mesocosm.agents.policy import Layout, Policy, random_policy
+from mesocosm.envs.config import RealityConfig, TaskOption
+from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import episode_seed, make_env
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.evaluation.judge import JudgeResult, judge
 from mesocosm.evaluation.judge_store import JudgeStore
 from mesocosm.evaluation.panel import Noisy
-from mesocosm.reality.config import RealityConfig, TaskOption
-from mesocosm.reality.env import episode_seed, make_env
-from mesocosm.reality.ledger import Ledger
 from mesocosm.store.artifacts import Storage
 
 CARTPOLE = RealityConfig(env="CartPole-v1", success="return >= 100")
@@ -324,8 +324,8 @@ def main():
     from mesocosm.agents.policy import random_policy
     from mesocosm.evaluation.judge import judge
     from mesocosm.evaluation.judge_store import JudgeStore
-    from mesocosm.reality.config import RealityConfig
-    from mesocosm.reality.ledger import Ledger
+    from mesocosm.envs.config import RealityConfig
+    from mesocosm.envs.ledger import Ledger
     from mesocosm.store.artifacts import Storage
 
     storage, reality = Storage("root"), RealityConfig(env="killed_module:make")

@@ -16,9 +16,9 @@ import torch
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.make import run_episode
 from mesocosm.evaluation.off_policy import Clone, off_policy, one_step_errors
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import run_episode
 
 from .worlds import KnownWorld, Walk, collect
 

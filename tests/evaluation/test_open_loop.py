@@ -204,8 +204,8 @@ def test_imagination_of_the_true_dynamics_is_reality(walks: Dataset) -> None:
             return np.clip(0.3 - 0.1 * observations, -1, 1)
 
     env, episodes = Walk(), []
-    from mesocosm.reality.config import RealityConfig
-    from mesocosm.reality.env import run_episode
+    from mesocosm.envs.config import RealityConfig
+    from mesocosm.envs.make import run_episode
 
     for k in range(4):
         act = lambda o, rng: Drift().act(o)  # noqa: E731

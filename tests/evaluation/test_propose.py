@@ -22,6 +22,7 @@ from mesocosm.data.codec import Codec
 from mesocosm.data.collect import CollectConfig
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.loader import Loader
+from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.evaluation import propose
 from mesocosm.evaluation.buying import Imagined, buy, weights
 from mesocosm.evaluation.propose import ProposeConfig
@@ -32,7 +33,6 @@ from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
 from mesocosm.pretrain.export import calibrate
 from mesocosm.pretrain.prepare import transitions
-from mesocosm.reality.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 

@@ -18,11 +18,11 @@ from mesocosm.agents.policy import RandomPolicy
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.episode import Episode
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.make import run_episode
 from mesocosm.model.net import Losses
 from mesocosm.model.spec import Parts, Windows
 from mesocosm.model.world import StepOut
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import run_episode
 
 ACTIONS = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)
 OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)

@@ -3,9 +3,9 @@
 import gymnasium
 import numpy as np
 
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.domains import halfcheetah, reacher
-from mesocosm.reality.env import facts_of
+from mesocosm.envs.builtin import halfcheetah, reacher
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.make import facts_of
 
 
 def test_reacher_names_its_target_and_is_reacher_otherwise() -> None:
@@ -28,7 +28,7 @@ def test_reacher_names_its_target_and_is_reacher_otherwise() -> None:
 def test_reacher_has_a_task_a_time_limit_and_observations_of_its_space() -> None:
     env = reacher()
     assert env.observation_space.contains(env.reset(seed=0)[0])
-    facts = facts_of(RealityConfig(env="mesocosm.reality.domains:reacher", task=["target"]))
+    facts = facts_of(RealityConfig(env="mesocosm.envs.builtin:reacher", task=["target"]))
     assert facts.max_episode_steps == 50
     assert set(facts.observation_space.spaces) == {"arm", "target"}
 
@@ -53,6 +53,5 @@ def test_halfcheetahs_actuators_err_by_the_seed_and_are_exact_without_noise() ->
         np.testing.assert_array_equal(noisy, same)
         assert r0 == r1 and np.abs(left - noisy).max() > 1e-3
     assert (
-        facts_of(RealityConfig(env="mesocosm.reality.domains:halfcheetah")).max_episode_steps
-        == 1000
+        facts_of(RealityConfig(env="mesocosm.envs.builtin:halfcheetah")).max_episode_steps == 1000
     )

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from mesocosm.config import load
-from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.reality.config import (
+from mesocosm.envs.config import (
     BudgetConfig,
     PriceConfig,
     RealityConfig,
@@ -18,7 +17,7 @@ from mesocosm.reality.config import (
     check,
     parse_success,
 )
-from mesocosm.reality.env import (
+from mesocosm.envs.make import (
     EpisodeError,
     TaskSampler,
     draw_options,
@@ -29,6 +28,7 @@ from mesocosm.reality.env import (
     run_episode,
     task_keys,
 )
+from mesocosm.errors import MesocosmError, UsageError
 
 
 def still(observation: Any, rng: np.random.Generator) -> Any:

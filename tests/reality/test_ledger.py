@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mesocosm.envs.config import BudgetConfig, PriceConfig
+from mesocosm.envs.ledger import PURPOSES, Ledger, Usage
 from mesocosm.errors import ArtifactError, BudgetSpent, StorageError, UsageError
-from mesocosm.reality.config import BudgetConfig, PriceConfig
-from mesocosm.reality.ledger import PURPOSES, Ledger, Usage
 from mesocosm.store.artifacts import Storage
 
 fork = multiprocessing.get_context("fork")

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig, TaskOption
+from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import EpisodeError, episode_seed, make_env
+from mesocosm.envs.meter import MeteredEnv, make_metered_vector
 from mesocosm.errors import BudgetSpent, MesocosmError
-from mesocosm.reality.config import BudgetConfig, PriceConfig, RealityConfig, TaskOption
-from mesocosm.reality.env import EpisodeError, episode_seed, make_env
-from mesocosm.reality.ledger import Ledger
-from mesocosm.reality.metered import MeteredEnv, make_metered_vector
 from mesocosm.store.artifacts import Storage
 
 LINE = RealityConfig(env="ownenvs:Line", kwargs={"stretch": 0.0})

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mesocosm.cli import main
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.meter import make_metered_vector
 from mesocosm.errors import MesocosmError
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.metered import make_metered_vector
 
 MODULE = """
 import gymnasium, numpy as np

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.meter import MeteredVectorEnv, make_metered_vector
 from mesocosm.errors import MesocosmError
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.metered import MeteredVectorEnv, make_metered_vector
 
 
 def vector(root: str, **kwargs: Any) -> MeteredVectorEnv:

@@ -24,12 +24,12 @@ from mesocosm.agents.feasible import check_agent
 from mesocosm.agents.policy import Policy
 from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint, identity
+from mesocosm.envs.config import PAID, BudgetConfig, RealityConfig
+from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import EnvFacts, facts_of
+from mesocosm.envs.meter import Meter, MeteredVectorEnv, make_metered_vector
 from mesocosm.errors import BudgetSpent, UsageError
 from mesocosm.evaluation.judge import judge, judging
-from mesocosm.reality.config import PAID, BudgetConfig, RealityConfig
-from mesocosm.reality.env import EnvFacts, facts_of
-from mesocosm.reality.ledger import Ledger
-from mesocosm.reality.metered import Meter, MeteredVectorEnv, make_metered_vector
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import SCHEMA, Artifact
 from mesocosm.versions import VERSIONS

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesocosm.config import JobConfig
-from mesocosm.reality.config import RealityConfig
+from mesocosm.envs.config import RealityConfig
 
 
 @dataclass

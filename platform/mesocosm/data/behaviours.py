@@ -14,9 +14,9 @@ from gymnasium.spaces import Box
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
 from mesocosm.data.permutation import GOLDEN
+from mesocosm.envs.config import RealityConfig, TaskOption, check_option
+from mesocosm.envs.make import Act, Behaviour, import_module, stream
 from mesocosm.errors import MesocosmError, UsageError, nearest
-from mesocosm.reality.config import RealityConfig, TaskOption, check_option
-from mesocosm.reality.env import Act, Behaviour, import_module, stream
 from mesocosm.store.artifacts import Storage
 
 KINDS = ("random", "noisy", "scripted", "trained")

@@ -25,13 +25,13 @@ from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.lane_workers import run_on_ray
 from mesocosm.data.lanes import Lane, Plan, Report, run_here, split
 from mesocosm.data.manifest import Environment
-from mesocosm.data.segments import Attempt
 from mesocosm.data.spaces import check_spaces
 from mesocosm.data.writer import DatasetWriter
+from mesocosm.envs.config import PAID, RealityConfig
+from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import EnvFacts, facts_of, source_hash
+from mesocosm.envs.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
-from mesocosm.reality.config import PAID, RealityConfig
-from mesocosm.reality.env import EnvFacts, facts_of, source_hash
-from mesocosm.reality.ledger import Ledger
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.versions import VERSIONS

@@ -33,9 +33,9 @@ from mesocosm.data.schema import Schema, read_schema
 from mesocosm.data.spaces import SpaceCodec, check_spaces
 from mesocosm.data.stitch import Closed, Joiner, Tally, Work, stream
 from mesocosm.data.writer import DatasetWriter
+from mesocosm.envs.config import PAID, RealityConfig, check_bounds, parse_success
+from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.errors import MesocosmError, UsageError, nearest
-from mesocosm.reality.config import PAID, RealityConfig, check_bounds, parse_success
-from mesocosm.reality.env import EnvFacts, facts_of
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import SCHEMA, Artifact
 from mesocosm.versions import VERSIONS

@@ -11,7 +11,7 @@ from typing import Any
 
 from mesocosm.data.behaviours import label
 from mesocosm.data.lanes import Lane, LaneRunner, Plan, Report
-from mesocosm.data.segments import Attempt
+from mesocosm.envs.segments import Attempt
 from mesocosm.errors import MesocosmError
 
 START_TIMEOUT_S = 300.0

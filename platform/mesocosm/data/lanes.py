@@ -19,16 +19,16 @@ from dataclasses import dataclass, field, replace
 from mesocosm import signals
 from mesocosm.data.behaviours import BehaviourConfig, build, choose, label, narrowed
 from mesocosm.data.episode import Episode
-from mesocosm.data.segments import Attempt, Rows, Segments
 from mesocosm.data.spaces import SpaceCodec
 from mesocosm.data.writer import encode_episode
+from mesocosm.envs.api import close
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.guard import MAX_FAILURES
+from mesocosm.envs.ledger import Ledger, Usage
+from mesocosm.envs.make import Act, EpisodeCut, EpisodeError, make_env, run_episode
+from mesocosm.envs.meter import OVERHEAD, MeteredEnv
+from mesocosm.envs.segments import Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError
-from mesocosm.reality.api import close
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import Act, EpisodeCut, EpisodeError, make_env, run_episode
-from mesocosm.reality.ledger import Ledger, Usage
-from mesocosm.reality.metered import OVERHEAD, MeteredEnv
-from mesocosm.reality.sturdy import MAX_FAILURES
 from mesocosm.store.artifacts import Storage
 
 SEGMENT_S = 0.1

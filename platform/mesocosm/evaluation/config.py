@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from mesocosm.config import JobConfig
 from mesocosm.data import behaviours
 from mesocosm.data.behaviours import BehaviourConfig
+from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.open_loop import HORIZONS
-from mesocosm.reality.config import RealityConfig
 
 
 @dataclass

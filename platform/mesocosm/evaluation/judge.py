@@ -13,15 +13,15 @@ from mesocosm.agents.policy import Acts
 from mesocosm.config import fingerprint
 from mesocosm.data.episode import Episode
 from mesocosm.data.horizon import MAX_EPISODE_STEPS
-from mesocosm.data.segments import Segments
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.guard import Timed
+from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import Env, EnvFacts, EpisodeError, facts_of, make_env, run_episode
+from mesocosm.envs.meter import MeteredEnv
+from mesocosm.envs.segments import Segments
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.judge_store import Judged, StoredEpisodes
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import Env, EnvFacts, EpisodeError, facts_of, make_env, run_episode
-from mesocosm.reality.ledger import Ledger
-from mesocosm.reality.metered import MeteredEnv
-from mesocosm.reality.sturdy import Timed
 
 BLOCK = 256
 """Real steps reserved at a time: what a crash over-counts at most."""

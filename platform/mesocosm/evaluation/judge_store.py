@@ -19,14 +19,14 @@ from typing import Any
 from mesocosm.agents.policy import Acts, Policy
 from mesocosm.config import fingerprint
 from mesocosm.data.episode import Episode
-from mesocosm.data.segments import FOLDER, Attempt, Rows, Segments
 from mesocosm.data.spaces import SpaceCodec
 from mesocosm.data.writer import encode_episode
+from mesocosm.envs.ledger import Ledger, Usage
+from mesocosm.envs.make import Env
+from mesocosm.envs.meter import Meter
+from mesocosm.envs.segments import FOLDER, Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError
 from mesocosm.evaluation.panel import Noisy
-from mesocosm.reality.env import Env
-from mesocosm.reality.ledger import Ledger, Usage
-from mesocosm.reality.metered import Meter
 from mesocosm.store.artifacts import Storage
 
 LANE = 0

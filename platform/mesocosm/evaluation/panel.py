@@ -22,9 +22,9 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array,
 from mesocosm.agents.policy import SNAPSHOTS, Acts, RandomPolicy, batch_size, policy_of
 from mesocosm.data import behaviours
 from mesocosm.data.behaviours import BehaviourConfig
+from mesocosm.envs.make import Act
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.ranking import fifths_of, firm
-from mesocosm.reality.env import Act
 from mesocosm.store.artifacts import Artifact, Storage
 
 AGENT = "agent"

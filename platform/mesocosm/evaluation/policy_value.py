@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from mesocosm.agents.rollout import imagined_returns
 from mesocosm.config import fingerprint
+from mesocosm.envs.config import RealityConfig, parse_success
+from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.judge import JudgeResult, judge
@@ -23,8 +25,6 @@ from mesocosm.evaluation.judge_store import JudgeStore
 from mesocosm.evaluation.panel import Candidate
 from mesocosm.evaluation.ranking import Ranking, ranking
 from mesocosm.model.world import World
-from mesocosm.reality.config import RealityConfig, parse_success
-from mesocosm.reality.ledger import Ledger
 from mesocosm.serving.client import WorldVectorEnv
 
 ROWS = 512

@@ -31,6 +31,8 @@ from mesocosm.data.collect import CollectConfig
 from mesocosm.data.coverage import Features
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.horizon import horizon_of
+from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
+from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import buying, panel
 from mesocosm.evaluation.buying import Bought, Imagined
@@ -39,8 +41,6 @@ from mesocosm.evaluation.run import reality_of
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
-from mesocosm.reality.config import PriceConfig, RealityConfig, TaskOption
-from mesocosm.reality.env import EnvFacts, facts_of, source_hash
 from mesocosm.runs.tracking import Run, console
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.versions import VERSIONS

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.table import Table
 
+from mesocosm.envs.ledger import LedgerTotals
 from mesocosm.evaluation import page, stats
-from mesocosm.reality.ledger import LedgerTotals
 
 SUMMARY, PAGE = "summary.json", "report.html"
 

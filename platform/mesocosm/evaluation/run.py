@@ -16,6 +16,8 @@ from mesocosm.config import fingerprint, identity
 from mesocosm.data.codec import Codec
 from mesocosm.data.dataset import Dataset
 from mesocosm.data.evidence import Evidence
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import imagine, page, panel, report, suite
 from mesocosm.evaluation.config import EvaluateConfig
@@ -25,13 +27,11 @@ from mesocosm.evaluation.judge_store import JudgeStore
 from mesocosm.evaluation.open_loop import check_dataset, codec_of
 from mesocosm.evaluation.verdicts import verdicts
 from mesocosm.model.world import World
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.ledger import Ledger
 from mesocosm.runs.tracking import Run, console
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.versions import VERSIONS
 
-TRUSTED = ("", "mesocosm.reality.domains")
+TRUSTED = ("", "mesocosm.envs.builtin")
 """Modules whose environments are made because a world says that it is of them: "" is Gymnasium's
 registry.
 """

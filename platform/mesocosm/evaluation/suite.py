@@ -19,6 +19,8 @@ from mesocosm.data.episode import Episode
 from mesocosm.data.evidence import Evidence, evidence
 from mesocosm.data.horizon import Horizon, horizon_of
 from mesocosm.data.manifest import Manifest
+from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import panel
 from mesocosm.evaluation.config import EvaluateConfig
@@ -38,8 +40,6 @@ from mesocosm.evaluation.policy_value import (
 from mesocosm.evaluation.ranking import FEWEST
 from mesocosm.evaluation.starts import task_distribution
 from mesocosm.model.world import World
-from mesocosm.reality.env import EnvFacts, facts_of, source_hash
-from mesocosm.reality.ledger import Ledger
 from mesocosm.runs.tracking import Run
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage

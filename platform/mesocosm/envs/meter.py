@@ -17,12 +17,12 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrapper
 
 from mesocosm import signals
+from mesocosm.envs.api import close
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.guard import Sturdy
+from mesocosm.envs.ledger import Ledger, Reservation, Usage
+from mesocosm.envs.make import EpisodeError, TaskSampler
 from mesocosm.errors import BudgetSpent, StorageError
-from mesocosm.reality.api import close
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import EpisodeError, TaskSampler
-from mesocosm.reality.ledger import Ledger, Reservation, Usage
-from mesocosm.reality.sturdy import Sturdy
 from mesocosm.store.artifacts import Storage
 
 RESETS_A_BLOCK = 8

@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 
 from mesocosm.data.episode import Episode, Outcome
 from mesocosm.data.manifest import ARRAYS
+from mesocosm.envs.ledger import Ledger, Reservation, Usage
 from mesocosm.errors import ArtifactError
-from mesocosm.reality.ledger import Ledger, Reservation, Usage
 from mesocosm.store.artifacts import Storage
 
 Rows = dict[str, NDArray[Any]]

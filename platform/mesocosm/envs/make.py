@@ -23,9 +23,9 @@ from mesocosm.cluster.ray_session import IMPORTS
 from mesocosm.data.bounds import FIX, Clipped, first_outside
 from mesocosm.data.episode import Episode, Outcome
 from mesocosm.data.spaces import FLOAT32
+from mesocosm.envs.api import close, take_reset, take_step
+from mesocosm.envs.config import RealityConfig, check, parse_success
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError, nearest
-from mesocosm.reality.api import close, take_reset, take_step
-from mesocosm.reality.config import RealityConfig, check, parse_success
 
 Env = gymnasium.Env[Any, Any]
 Act = Callable[[Any, np.random.Generator], Any]

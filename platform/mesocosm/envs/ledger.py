@@ -25,8 +25,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mesocosm.envs.config import BudgetConfig, PriceConfig
 from mesocosm.errors import ArtifactError, BudgetSpent, StorageError, UsageError
-from mesocosm.reality.config import BudgetConfig, PriceConfig
 from mesocosm.store.artifacts import Storage
 
 PURPOSES = ("collect", "baseline", "select", "judge")

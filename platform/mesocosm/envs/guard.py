@@ -12,10 +12,10 @@ from typing import Any
 
 import gymnasium
 
+from mesocosm.envs.api import close, take_reset, take_step
+from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.make import Env, all_finite, copied, make_env
 from mesocosm.errors import MesocosmError
-from mesocosm.reality.api import close, take_reset, take_step
-from mesocosm.reality.config import RealityConfig
-from mesocosm.reality.env import Env, all_finite, copied, make_env
 
 MAX_FAILURES = 5
 """So many failures in a row, with no episode finished between them: the environment is broken, not

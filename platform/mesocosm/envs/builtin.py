@@ -1,5 +1,5 @@
 """Ground-truth environments that come with Mesocosm, beside every Gymnasium id:
-`reality.env=mesocosm.reality.domains:reacher`.
+`reality.env=mesocosm.envs.builtin:reacher`.
 
 Here stands what Gymnasium has, in a form that names its task.
 """
