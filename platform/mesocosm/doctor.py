@@ -36,12 +36,12 @@ def doctor(
     """Print the checklist of this machine, and of `cluster` as seen from inside; exit status 0 if
     every check passed, 1 otherwise.
     """
-    if ray_session is None:
+    if cluster is None:
         return show(_checks(config), as_json=as_json)
     from mesocosm.submission.check import checks
 
     return show(
-        itertools.chain(_checks(config), checks(ray_session, config, insecure=insecure)),
+        itertools.chain(_checks(config), checks(cluster, config, insecure=insecure)),
         as_json=as_json,
     )
 
