@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loader import Loader
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.store import cache

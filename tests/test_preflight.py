@@ -21,8 +21,8 @@ from mesocosm.agents.policy import Layout, Policy
 from mesocosm.agents.rllib import TRAINING_STATE
 from mesocosm.cli import main
 from mesocosm.config import JobConfig, load
-from mesocosm.data.dataset import Environment, write_dataset
-from mesocosm.data.episode import Episode, Outcome
+from mesocosm.data.format.dataset import Environment, write_dataset
+from mesocosm.data.format.episode import Episode, Outcome
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.suite import TooFewPolicies
 from mesocosm.loop import LoopConfig, _Loop, plan, resources

@@ -17,7 +17,7 @@ from mesocosm.storage_command import size
 from mesocosm.versions import VERSIONS
 
 if TYPE_CHECKING:
-    from mesocosm.data.manifest import Manifest
+    from mesocosm.data.format.manifest import Manifest
     from mesocosm.store.artifacts import Artifact, Storage
     from mesocosm.store.commit import Commit
 
@@ -156,7 +156,7 @@ def _listed(storage: Storage, id: str) -> dict[str, Any] | None:
     """
     from pydantic import ValidationError
 
-    from mesocosm.data.manifest import MANIFEST, Manifest
+    from mesocosm.data.format.manifest import MANIFEST, Manifest
 
     commit = storage.commit_of("datasets", id)
     if commit is None:
@@ -195,7 +195,7 @@ def _row(id: str, commit: Commit, manifest: Manifest) -> dict[str, Any]:
 
 
 def _show(storage: Storage, options: argparse.Namespace) -> int:
-    from mesocosm.data.dataset import Dataset
+    from mesocosm.data.format.dataset import Dataset
     from mesocosm.evaluation import coverage_page
 
     artifact = storage.artifact("datasets", options.id)
@@ -242,7 +242,7 @@ def _show(storage: Storage, options: argparse.Namespace) -> int:
 def covered(storage: Storage, artifact: Artifact) -> Artifact:
     """The page and summary.json of a dataset's coverage, `evaluations/ID`: made, or found."""
     from mesocosm.config import fingerprint
-    from mesocosm.data.dataset import Dataset
+    from mesocosm.data.format.dataset import Dataset
     from mesocosm.evaluation import coverage, coverage_page
 
     id = fingerprint("coverage", artifact.id, coverage.SCHEMA, VERSIONS["coverage"])
@@ -344,7 +344,7 @@ def _say(facts: Mapping[str, Any]) -> None:
 
 
 def _diff(storage: Storage, options: argparse.Namespace) -> int:
-    from mesocosm.data.dataset import Dataset
+    from mesocosm.data.format.dataset import Dataset
     from mesocosm.evaluation.coverage import compare
 
     artifacts = [storage.artifact("datasets", ref) for ref in (options.a, options.b)]

@@ -24,8 +24,8 @@ from mesocosm.agents.config import BaselineConfig
 from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint, identity
 from mesocosm.data import collect as collecting
-from mesocosm.data.dataset import Dataset
-from mesocosm.data.horizon import UNKNOWN, logged_horizon
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.horizon import UNKNOWN, logged_horizon
 from mesocosm.envs import config as reality_config
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger

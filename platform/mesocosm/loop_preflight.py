@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from mesocosm.agents import baseline as model_free
 from mesocosm.agents import train as agents
 from mesocosm.data import behaviours, collect
-from mesocosm.data.dataset import Dataset
-from mesocosm.data.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
-from mesocosm.data.manifest import Manifest
-from mesocosm.data.spaces import SpaceCodec
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
+from mesocosm.data.format.manifest import Manifest
+from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import panel, suite

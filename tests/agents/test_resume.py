@@ -19,8 +19,8 @@ from mesocosm.agents import checkpoint, train
 from mesocosm.agents.config import AgentConfig
 from mesocosm.config import load
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.episode import Episode
+from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
+from mesocosm.data.format.episode import Episode
 from mesocosm.errors import UsageError
 from mesocosm.model import mup
 from mesocosm.model.base import Base

@@ -18,8 +18,8 @@ from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.agents.policy import Policy
 from mesocosm.config import load
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.episode import Episode
+from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
+from mesocosm.data.format.episode import Episode
 from mesocosm.data.loader import Loader
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError

@@ -37,8 +37,8 @@ from bench_storage import endpoint
 from gymnasium import spaces
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset, DatasetWriter, Environment
-from mesocosm.data.episode import Episode
+from mesocosm.data.format.dataset import Dataset, DatasetWriter, Environment
+from mesocosm.data.format.episode import Episode
 from mesocosm.data.loader import Loader
 from mesocosm.data.windows import raw_rows
 from mesocosm.store.artifacts import Storage

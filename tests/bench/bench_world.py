@@ -37,7 +37,7 @@ from mesocosm.config import StorageConfig, TrackingConfig, fingerprint, load, to
 from mesocosm.data import collect
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loader import Loader
 from mesocosm.envs.config import RealityConfig
 from mesocosm.evaluation.fidelity import losses, one_step

@@ -15,12 +15,12 @@ import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
 
-from mesocosm.data.bounds import clipped, first_outside
 from mesocosm.data.codec import Codec
 from mesocosm.data.collect import CollectConfig
 from mesocosm.data.collect import run as collect
-from mesocosm.data.dataset import Dataset
-from mesocosm.data.episode import Episode
+from mesocosm.data.format.bounds import clipped, first_outside
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.episode import Episode
 from mesocosm.data.importing import ImportConfig, plan, run
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
@@ -237,7 +237,7 @@ def test_a_codec_is_not_fitted_to_what_no_world_can_hold(
     change: dict[str, Any], said: str, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dataset that an earlier version wrote holds such values."""
-    monkeypatch.setattr("mesocosm.data.spaces.first_beyond_float32", lambda values: None)
+    monkeypatch.setattr("mesocosm.data.format.spaces.first_beyond_float32", lambda values: None)
     whole: dict[str, Any] = {
         "observations": [np.zeros(2)] * 4,
         "actions": [np.zeros(1)] * 3,

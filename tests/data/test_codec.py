@@ -11,8 +11,8 @@ import torch
 from gymnasium import spaces
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
-from mesocosm.data.episode import Episode
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.episode import Episode
 from mesocosm.errors import UsageError
 
 Write = Callable[..., Path]

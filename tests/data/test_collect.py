@@ -21,10 +21,10 @@ from mesocosm.config import StorageConfig, load
 from mesocosm.data import lane_workers
 from mesocosm.data.behaviours import BehaviourConfig, build, choose
 from mesocosm.data.collect import CollectConfig, run
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.manifest import Manifest
 from mesocosm.data.lane_workers import run_on_ray
 from mesocosm.data.lanes import Plan, split
-from mesocosm.data.manifest import Manifest
 from mesocosm.envs.config import BudgetConfig, RealityConfig, TaskOption
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import episode_seed, facts_of

@@ -15,8 +15,8 @@ from mesocosm.data import collect as collecting
 from mesocosm.data import lanes
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collect import CollectConfig
+from mesocosm.data.format.writer import DatasetWriter
 from mesocosm.data.lanes import Lane, Plan, Report, run_here, split
-from mesocosm.data.writer import DatasetWriter
 from mesocosm.envs.config import BudgetConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger, LedgerTotals
 from mesocosm.envs.segments import Segments

@@ -17,8 +17,8 @@ from gymnasium import spaces
 from mesocosm.cli import main
 from mesocosm.data.codec import Codec
 from mesocosm.data.curate import CurateConfig, plan, run
-from mesocosm.data.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.episode import Episode
+from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
+from mesocosm.data.format.episode import Episode
 from mesocosm.data.loader import Loader
 from mesocosm.errors import UsageError
 from mesocosm.runs import tracking

@@ -11,8 +11,8 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset, Environment, Manifest, write_dataset
-from mesocosm.data.episode import Episode
+from mesocosm.data.format.dataset import Dataset, Environment, Manifest, write_dataset
+from mesocosm.data.format.episode import Episode
 from mesocosm.data.loader import Loader
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.store.artifacts import Storage

@@ -21,13 +21,13 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.cli import main
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.manifest import Manifest
+from mesocosm.data.format.writer import DatasetWriter
 from mesocosm.data.importing import ImportConfig, plan, run
-from mesocosm.data.manifest import Manifest
 from mesocosm.data.readers import jsonl as jsonl_reader
 from mesocosm.data.readers import parquet as parquet_reader
 from mesocosm.data.stitch import stream
-from mesocosm.data.writer import DatasetWriter
 from mesocosm.errors import UsageError
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
@@ -930,7 +930,7 @@ def test_a_broken_import_goes_on_where_it_was(
     ]
     path = parquet(tmp_path / "a.parquet", rows, row_group_size=7)
     monkeypatch.setattr(parquet_reader, "PIECE_ROWS", 7)
-    monkeypatch.setattr("mesocosm.data.writer.SHARD_BYTES", 500)
+    monkeypatch.setattr("mesocosm.data.format.writer.SHARD_BYTES", 500)
     whole = bring(path, bad="drop", to=str(tmp_path / "whole"))
     shard_of = Dataset([whole.path]).table["shard"].tolist()
     assert len(shard_of) == 12 and shard_of[-1] >= 4
@@ -976,7 +976,7 @@ def test_a_killed_import_goes_on(tmp_path: Path, root: str) -> None:
 
     def command(root: str) -> list[str]:
         words = ["import", str(path), f"storage.root={root}", "workers=0"]
-        small = "import mesocosm.data.writer as writer; writer.SHARD_BYTES = 1 << 18; "
+        small = "import mesocosm.data.format.writer as writer; writer.SHARD_BYTES = 1 << 18; "
         return [
             sys.executable,
             "-c",

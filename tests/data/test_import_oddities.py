@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
 
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.importing import ImportConfig, plan, run
 from mesocosm.data.readers import files, sources
 from mesocosm.data.readers import parquet as parquet_reader

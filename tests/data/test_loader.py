@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.loader import Loader
-from mesocosm.data.permutation import key, permute
 from mesocosm.data.windows import windows
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, Windows
@@ -106,8 +106,8 @@ def test_every_transition_exactly_once_an_epoch(
 def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Codec]:
     from gymnasium import spaces
 
-    from mesocosm.data.dataset import Environment, write_dataset
-    from mesocosm.data.episode import Episode
+    from mesocosm.data.format.dataset import Environment, write_dataset
+    from mesocosm.data.format.episode import Episode
 
     folder: Path = tmp_path_factory.mktemp("mixed")
     episodes = [

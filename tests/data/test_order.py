@@ -17,9 +17,9 @@ import torch
 from gymnasium import spaces
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.manifest import MANIFEST
 from mesocosm.data.loader import Loader
-from mesocosm.data.manifest import MANIFEST
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, Windows
 

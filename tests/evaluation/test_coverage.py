@@ -14,8 +14,8 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.data.coverage import effective, gaps, own_gaps
-from mesocosm.data.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.episode import Episode
+from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
+from mesocosm.data.format.episode import Episode
 from mesocosm.evaluation import coverage_page
 from mesocosm.evaluation.coverage import compare, summarise
 
@@ -47,7 +47,7 @@ def made(tmp_path: Path) -> Made:
     """`made([(episode, split), ...])`; splits as they are given."""
 
     def make(given: list[tuple[Episode, str]], name: str = "d") -> Dataset:
-        from mesocosm.data.writer import DatasetWriter
+        from mesocosm.data.format.writer import DatasetWriter
 
         box, four = spaces.Box(-np.inf, np.inf, (2,), np.float64), spaces.Discrete(4)
         writer = DatasetWriter(

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.fidelity import fidelity, losses, one_step, time_to_end
 from mesocosm.evaluation.imagine import imagine, side_by_side, starts_of

@@ -20,7 +20,7 @@ from mesocosm.data import collect
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.codec import Codec
 from mesocosm.data.collect import CollectConfig
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loader import Loader
 from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.evaluation import propose

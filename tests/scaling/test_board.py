@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from mesocosm.cluster.spec import ClusterConfig, NodeGroup
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.runs import tracking
 from mesocosm.scaling.board import Board, hours, short
 from mesocosm.scaling.cells import Record

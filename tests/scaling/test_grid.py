@@ -17,7 +17,7 @@ from mesocosm import config
 from mesocosm.cli import main
 from mesocosm.cluster.spec import ClusterConfig, NodeGroup, read
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loader import Loader
 from mesocosm.errors import UsageError
 from mesocosm.model import counts

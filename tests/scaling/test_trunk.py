@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mesocosm.cluster.spec import ClusterConfig
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.model.base import Base
 from mesocosm.pretrain.schedule import factor, length, lr_factor, share
 from mesocosm.pretrain.training import Diverged, Training

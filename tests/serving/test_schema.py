@@ -15,7 +15,7 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 from hypothesis import HealthCheck, given, seed, settings
 from pydantic import TypeAdapter, ValidationError
 
-from mesocosm.data.spaces import SpaceCodec
+from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.serving.schema import json_type, to_batch, to_json
 
 FLOATS = spaces.Box(

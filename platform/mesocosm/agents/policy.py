@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mesocosm.agents.adapt import ActionMap, first, flat_size, flatten_batch, one_batch
-from mesocosm.data.spaces import space_from_json, space_to_json
+from mesocosm.data.format.spaces import space_from_json, space_to_json
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.store.artifacts import Storage
 

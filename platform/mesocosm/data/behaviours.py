@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
-from mesocosm.data.permutation import GOLDEN
+from mesocosm.data.format.permutation import GOLDEN
 from mesocosm.envs.config import RealityConfig, TaskOption, check_option
 from mesocosm.envs.make import Act, Behaviour, import_module, stream
 from mesocosm.errors import MesocosmError, UsageError, nearest

@@ -19,14 +19,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesocosm.config import fingerprint
-from mesocosm.data.manifest import TaskOption
+from mesocosm.data.format.manifest import TaskOption
+from mesocosm.data.format.spaces import (
+    SpaceCodec,
+    first_beyond_float32,
+    space_from_json,
+    space_to_json,
+)
 from mesocosm.data.scaling import Moments, Scaling
-from mesocosm.data.spaces import SpaceCodec, first_beyond_float32, space_from_json, space_to_json
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
 
 if TYPE_CHECKING:
-    from mesocosm.data.dataset import Dataset
+    from mesocosm.data.format.dataset import Dataset
 
 Array = NDArray[Any]
 SCHEMA = 1

@@ -18,11 +18,11 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from mesocosm.data.dataset import Dataset, Split
-from mesocosm.data.manifest import ARRAYS, SPLITS
-from mesocosm.data.permutation import key, mix, permute
+from mesocosm.data.format.dataset import Dataset, Split
+from mesocosm.data.format.manifest import ARRAYS, SPLITS
+from mesocosm.data.format.permutation import key, mix, permute
+from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.scaling import Moments
-from mesocosm.data.spaces import SpaceCodec
 
 Array = NDArray[Any]
 SAMPLE = 20_000

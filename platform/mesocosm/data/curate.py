@@ -25,10 +25,10 @@ from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data.curation.operations import Named, parse, work
 from mesocosm.data.curation.scan import MANY, Scan, size
 from mesocosm.data.curation.table import Table
-from mesocosm.data.dataset import Dataset
-from mesocosm.data.episode import Episode
-from mesocosm.data.manifest import ARRAYS, OUTCOMES, SPLITS
-from mesocosm.data.writer import DatasetWriter
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.episode import Episode
+from mesocosm.data.format.manifest import ARRAYS, OUTCOMES, SPLITS
+from mesocosm.data.format.writer import DatasetWriter
 from mesocosm.errors import UsageError
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage

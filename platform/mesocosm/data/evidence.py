@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.coverage import FOLDS, Features, Sample, nearest
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.scaling import Moments
-from mesocosm.data.spaces import SpaceCodec
 
 Array = NDArray[Any]
 SAMPLE = 5000

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset, Split, grouped
-from mesocosm.data.manifest import OUTCOMES, SPLITS
-from mesocosm.data.permutation import key, permute
+from mesocosm.data.format.dataset import Dataset, Split, grouped
+from mesocosm.data.format.manifest import OUTCOMES, SPLITS
+from mesocosm.data.format.permutation import key, permute
 
 Index = NDArray[np.int64]
 By = Literal["windows", "transitions", "terminals", "cuts"]

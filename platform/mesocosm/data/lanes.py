@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 
 from mesocosm import signals
 from mesocosm.data.behaviours import BehaviourConfig, build, choose, label, narrowed
-from mesocosm.data.episode import Episode
-from mesocosm.data.spaces import SpaceCodec
-from mesocosm.data.writer import encode_episode
+from mesocosm.data.format.episode import Episode
+from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.data.format.writer import encode_episode
 from mesocosm.envs.api import close
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.guard import MAX_FAILURES

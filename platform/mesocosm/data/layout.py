@@ -24,7 +24,7 @@ import pyarrow.types as is_
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.data.spaces import SpaceCodec
+from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]

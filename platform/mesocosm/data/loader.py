@@ -23,7 +23,8 @@ import numpy as np
 import torch
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset, Split
+from mesocosm.data.format.dataset import Dataset, Split
+from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.index import (
     FIRST_ROW,
     HASH,
@@ -37,7 +38,6 @@ from mesocosm.data.index import (
     Tables,
     merged,
 )
-from mesocosm.data.permutation import key, permute
 from mesocosm.data.windows import Place, batches, windows
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Events, Windows

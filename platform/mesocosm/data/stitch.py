@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from mesocosm.config import RayConfig
 from mesocosm.data.edges import Edge, Key, Run, Summary, begins, follow
+from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.inference import Stat
 from mesocosm.data.layout import RowError
 from mesocosm.data.readers import Piece, read
 from mesocosm.data.rows import OUTSIDE, Block, Layout
 from mesocosm.data.schema import Schema
-from mesocosm.data.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset, grouped
+from mesocosm.data.format.dataset import Dataset, grouped
 from mesocosm.data.index import FIRST_ROW, HASH, Found, Index
 from mesocosm.model.spec import Events, Parts, Windows
 

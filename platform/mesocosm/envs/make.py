@@ -20,9 +20,9 @@ import gymnasium
 import numpy as np
 
 from mesocosm.cluster.ray_session import IMPORTS
-from mesocosm.data.bounds import FIX, Clipped, first_outside
-from mesocosm.data.episode import Episode, Outcome
-from mesocosm.data.spaces import FLOAT32
+from mesocosm.data.format.bounds import FIX, Clipped, first_outside
+from mesocosm.data.format.episode import Episode, Outcome
+from mesocosm.data.format.spaces import FLOAT32
 from mesocosm.envs.api import close, take_reset, take_step
 from mesocosm.envs.config import RealityConfig, check, parse_success
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError, nearest

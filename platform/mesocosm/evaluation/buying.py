@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from mesocosm.agents.policy import Acts
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.coverage import Features, gaps, own_gaps
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.evaluation import stats
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World

@@ -26,9 +26,9 @@ from mesocosm.data.coverage import (
     principal,
     tried,
 )
-from mesocosm.data.dataset import Dataset, Split
-from mesocosm.data.manifest import OUTCOMES
-from mesocosm.data.spaces import SpaceCodec
+from mesocosm.data.format.dataset import Dataset, Split
+from mesocosm.data.format.manifest import OUTCOMES
+from mesocosm.data.format.spaces import SpaceCodec
 
 Array = NDArray[Any]
 SCHEMA = 1

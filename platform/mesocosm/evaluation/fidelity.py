@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mesocosm.data.dataset import Dataset, Split
+from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.loader import Loader
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.open_loop import (

@@ -13,8 +13,8 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 
 from mesocosm.agents.policy import Acts
-from mesocosm.data.episode import Episode
-from mesocosm.data.spaces import SpaceCodec
+from mesocosm.data.format.episode import Episode
+from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import report
 from mesocosm.evaluation.open_loop import codec_of

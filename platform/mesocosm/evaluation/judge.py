@@ -11,8 +11,8 @@ import numpy as np
 
 from mesocosm.agents.policy import Acts
 from mesocosm.config import fingerprint
-from mesocosm.data.episode import Episode
-from mesocosm.data.horizon import MAX_EPISODE_STEPS
+from mesocosm.data.format.episode import Episode
+from mesocosm.data.format.horizon import MAX_EPISODE_STEPS
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.guard import Timed
 from mesocosm.envs.ledger import Ledger

@@ -18,9 +18,9 @@ from typing import Any
 
 from mesocosm.agents.policy import Acts, Policy
 from mesocosm.config import fingerprint
-from mesocosm.data.episode import Episode
-from mesocosm.data.spaces import SpaceCodec
-from mesocosm.data.writer import encode_episode
+from mesocosm.data.format.episode import Episode
+from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.data.format.writer import encode_episode
 from mesocosm.envs.ledger import Ledger, Usage
 from mesocosm.envs.make import Env
 from mesocosm.envs.meter import Meter

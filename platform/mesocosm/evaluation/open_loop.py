@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset, Split
+from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import stats
 from mesocosm.model import rng

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset, Split
+from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.loader import Loader
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load, save
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.manifest import SPLITS
 from mesocosm.data.loader import Loader
-from mesocosm.data.manifest import SPLITS
 from mesocosm.errors import MesocosmError
 from mesocosm.model import mup, rng
 from mesocosm.model.base import Base

@@ -22,7 +22,7 @@ from typing import Any
 from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.data.codec import Codec
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loader import Loader
 from mesocosm.errors import UsageError
 from mesocosm.model import counts

@@ -20,7 +20,7 @@ from mesocosm.cluster import ray_session
 from mesocosm.cluster import spec as cluster_spec
 from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.pretrain import prepare
 from mesocosm.pretrain.engine import least_gib

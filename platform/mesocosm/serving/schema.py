@@ -19,7 +19,7 @@ from gymnasium import spaces
 from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Field, Strict
 from typing_extensions import TypedDict
 
-from mesocosm.data.spaces import EXACT
+from mesocosm.data.format.spaces import EXACT
 from mesocosm.errors import UsageError
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 
 from mesocosm.data.codec import Codec
-from mesocosm.data.spaces import SpaceCodec
+from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.serving.connection import Served, reply_of

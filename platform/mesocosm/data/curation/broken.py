@@ -17,8 +17,8 @@ from scipy.spatial import cKDTree
 
 from mesocosm.data.curation.scan import Piece, Rows
 from mesocosm.data.curation.table import TRAIN, Step
-from mesocosm.data.dataset import Dataset
-from mesocosm.data.manifest import ARRAYS
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.manifest import ARRAYS
 from mesocosm.errors import UsageError, nearest
 
 Array = NDArray[Any]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.curation.table import Step
-from mesocosm.data.manifest import OUTCOMES
+from mesocosm.data.format.manifest import OUTCOMES
 from mesocosm.errors import UsageError, nearest
 
 Array = NDArray[Any]

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.config import RayConfig
-from mesocosm.data.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.store.artifacts import Storage
 
 Array = NDArray[Any]

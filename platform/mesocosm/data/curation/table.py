@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.curation.scan import Measure, Scan
-from mesocosm.data.dataset import Dataset
-from mesocosm.data.manifest import OUTCOMES, SPLITS
-from mesocosm.data.permutation import key
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.manifest import OUTCOMES, SPLITS
+from mesocosm.data.format.permutation import key
 
 Array = NDArray[Any]
 TRAIN, VALID = SPLITS.index("train"), SPLITS.index("valid")

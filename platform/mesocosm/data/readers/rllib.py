@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.types as is_
 from gymnasium.spaces import Box
 
+from mesocosm.data.format.writer import arrow
 from mesocosm.data.layout import RowError
 from mesocosm.data.readers import Piece, parquet
-from mesocosm.data.writer import arrow
 
 ITEM = "item"
 ACTION = (

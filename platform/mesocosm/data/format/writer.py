@@ -43,8 +43,8 @@ import pyarrow.parquet as pq
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.data.episode import Episode
-from mesocosm.data.manifest import (
+from mesocosm.data.format.episode import Episode
+from mesocosm.data.format.manifest import (
     ARRAYS,
     EPISODES,
     LENGTHS_FILE,
@@ -60,8 +60,8 @@ from mesocosm.data.manifest import (
     TaskOption,
     lengths_of,
 )
-from mesocosm.data.permutation import key
-from mesocosm.data.spaces import SpaceCodec, space_to_json
+from mesocosm.data.format.permutation import key
+from mesocosm.data.format.spaces import SpaceCodec, space_to_json
 from mesocosm.errors import MesocosmError
 
 Array = NDArray[Any]

@@ -19,7 +19,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.data.spaces import FLOAT32
+from mesocosm.data.format.spaces import FLOAT32
 
 Array = NDArray[Any]
 Space = gymnasium.Space[Any]

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mesocosm.data.dataset import Dataset
-from mesocosm.data.manifest import OUTCOMES
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.manifest import OUTCOMES
 from mesocosm.errors import UsageError
 from mesocosm.store.artifacts import Artifact, Storage
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.data.episode import Episode, Outcome
-from mesocosm.data.manifest import (
+from mesocosm.data.format.episode import Episode, Outcome
+from mesocosm.data.format.manifest import (
     ARRAYS,
     EPISODES,
     LENGTHS,
@@ -27,9 +27,9 @@ from mesocosm.data.manifest import (
     TaskOption,
     lengths_of,
 )
-from mesocosm.data.permutation import key, permute
-from mesocosm.data.spaces import SpaceCodec, space_from_json
-from mesocosm.data.writer import DatasetWriter, sort_key, write_dataset
+from mesocosm.data.format.permutation import key, permute
+from mesocosm.data.format.spaces import SpaceCodec, space_from_json
+from mesocosm.data.format.writer import DatasetWriter, sort_key, write_dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model.spec import Parts
 from mesocosm.store.cache import Files, Partial, Whole
