@@ -18,9 +18,9 @@ from gymnasium import spaces
 from mesocosm.agents import checkpoint, train
 from mesocosm.agents.config import AgentConfig
 from mesocosm.config import load
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
+from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError
 from mesocosm.model import mup
 from mesocosm.model.base import Base

@@ -17,10 +17,10 @@ from mesocosm.agents import baseline, train
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.agents.policy import Policy
 from mesocosm.config import load
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.model import mup

@@ -42,8 +42,8 @@ from mesocosm.agents.rollout import imagined_returns
 from mesocosm.config import StorageConfig, fingerprint, to_dict
 from mesocosm.data import collect
 from mesocosm.data.behaviours import BehaviourConfig
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import facts_of

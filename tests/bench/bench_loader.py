@@ -36,11 +36,11 @@ import numpy as np
 from bench_storage import endpoint
 from gymnasium import spaces
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, DatasetWriter, Environment
 from mesocosm.data.format.episode import Episode
-from mesocosm.data.loader import Loader
-from mesocosm.data.windows import raw_rows
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
+from mesocosm.data.loading.windows import raw_rows
 from mesocosm.store.artifacts import Storage
 
 HERE = Path(__file__).resolve().parent

@@ -36,9 +36,9 @@ from matplotlib import pyplot
 
 from mesocosm.config import StorageConfig, TrackingConfig, fingerprint
 from mesocosm.data import collect
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.envs.config import RealityConfig
 from mesocosm.model import mup
 from mesocosm.model.base import Base

@@ -36,9 +36,9 @@ import torch
 from mesocosm.config import StorageConfig, TrackingConfig, fingerprint, load, to_dict
 from mesocosm.data import collect
 from mesocosm.data.behaviours import BehaviourConfig
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.envs.config import RealityConfig
 from mesocosm.evaluation.fidelity import losses, one_step
 from mesocosm.evaluation.open_loop import open_loop

@@ -10,9 +10,9 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.episode import Episode
+from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError
 
 Write = Callable[..., Path]

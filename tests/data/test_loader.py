@@ -11,11 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.permutation import key, permute
-from mesocosm.data.loader import Loader
-from mesocosm.data.windows import windows
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
+from mesocosm.data.loading.windows import windows
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, Windows
 
@@ -231,7 +231,7 @@ def test_slices_in_turn_are_read_once(
         reads.append(told)
         return windows(*told)
 
-    monkeypatch.setattr("mesocosm.data.loader.windows", counted)
+    monkeypatch.setattr("mesocosm.data.loading.loader.windows", counted)
     loader, whole = (
         Loader(*mixed, "train", 5, 6, 3, events=12),
         Loader(*mixed, "train", 5, 6, 3, events=12),

@@ -16,10 +16,10 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import MANIFEST
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, Windows
 

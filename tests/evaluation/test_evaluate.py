@@ -23,9 +23,9 @@ from mesocosm.agents.policy import Layout, Policy
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.config import StorageConfig, load
 from mesocosm.data.behaviours import BehaviourConfig
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
+from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import RealityConfig, TaskOption
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
+from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.make import run_episode
 from mesocosm.evaluation.off_policy import Clone, off_policy, one_step_errors

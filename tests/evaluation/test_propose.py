@@ -18,10 +18,10 @@ from mesocosm.cli import main
 from mesocosm.config import StorageConfig, fingerprint
 from mesocosm.data import collect
 from mesocosm.data.behaviours import BehaviourConfig
-from mesocosm.data.codec import Codec
 from mesocosm.data.collect import CollectConfig
 from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.evaluation import propose
 from mesocosm.evaluation.buying import Imagined, buy, weights

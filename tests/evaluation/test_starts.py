@@ -17,10 +17,10 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.starts import LEAST, TaskDistribution, task_distribution
 from mesocosm.model import mup

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mesocosm.agents.policy import RandomPolicy
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
+from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.make import run_episode
 from mesocosm.model.net import Losses

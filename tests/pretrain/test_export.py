@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm.data.codec import Codec
+from mesocosm.data.loading.codec import Codec
 from mesocosm.evaluation.open_loop import Log
 from mesocosm.model import rng
 from mesocosm.model.base import Base

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm.data.codec import Codec
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model import rng
 from mesocosm.model.mup import init_

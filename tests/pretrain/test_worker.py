@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from mesocosm.data.codec import Codec
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import UsageError
 from mesocosm.model.base import Base
 from mesocosm.model.net import unroll

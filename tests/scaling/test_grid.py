@@ -16,9 +16,9 @@ import pytest
 from mesocosm import config
 from mesocosm.cli import main
 from mesocosm.cluster.spec import ClusterConfig, NodeGroup, read
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import UsageError
 from mesocosm.model import counts
 from mesocosm.model.config import ModelConfig

@@ -31,9 +31,9 @@ from mesocosm.agents.feasible import check_agent, check_init
 from mesocosm.agents.policy import SNAPSHOTS, Policy
 from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint, identity
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import Horizon, horizon_of
+from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError, nearest
 from mesocosm.model.spec import Parts
 from mesocosm.runs.tracking import Run

@@ -22,7 +22,7 @@ from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.format.manifest import ARRAYS, SPLITS
 from mesocosm.data.format.permutation import key, mix, permute
 from mesocosm.data.format.spaces import SpaceCodec
-from mesocosm.data.scaling import Moments
+from mesocosm.data.loading.normalize import Moments
 
 Array = NDArray[Any]
 SAMPLE = 20_000

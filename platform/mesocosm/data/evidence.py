@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from mesocosm.data.coverage import FOLDS, Features, Sample, nearest
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.spaces import SpaceCodec
-from mesocosm.data.scaling import Moments
+from mesocosm.data.loading.normalize import Moments
 
 Array = NDArray[Any]
 SAMPLE = 5000

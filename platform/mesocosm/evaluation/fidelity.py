@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mesocosm.data.format.dataset import Dataset, Split
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.loader import Loader
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.open_loop import (
     HORIZONS,

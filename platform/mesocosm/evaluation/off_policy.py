@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.manifest import Environment
 from mesocosm.data.format.writer import write_dataset
+from mesocosm.data.loading.codec import Codec
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.fidelity import Fidelity, fidelity
 from mesocosm.evaluation.open_loop import (

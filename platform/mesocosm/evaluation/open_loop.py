@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, Split
+from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import stats
 from mesocosm.model import rng

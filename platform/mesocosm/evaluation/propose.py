@@ -26,11 +26,11 @@ from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data import behaviours as acting
 from mesocosm.data import collect
 from mesocosm.data.behaviours import BehaviourConfig
-from mesocosm.data.codec import Codec
 from mesocosm.data.collect import CollectConfig
 from mesocosm.data.coverage import Features
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import horizon_of
+from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.errors import UsageError

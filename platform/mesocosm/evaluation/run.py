@@ -13,9 +13,9 @@ from rich.table import Table
 from mesocosm import __version__
 from mesocosm.agents.policy import Policy
 from mesocosm.config import fingerprint, identity
-from mesocosm.data.codec import Codec
 from mesocosm.data.evidence import Evidence
 from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError

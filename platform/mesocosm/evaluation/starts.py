@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.data.loading.codec import Codec
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.open_loop import Array, check_dataset, codec_of
 from mesocosm.model import rng

@@ -13,12 +13,12 @@ from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.policy import Acts, policy_of
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.data import behaviours
-from mesocosm.data.codec import Codec
 from mesocosm.data.evidence import Evidence, evidence
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.horizon import Horizon, horizon_of
 from mesocosm.data.format.manifest import Manifest
+from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.errors import UsageError

@@ -2,7 +2,7 @@
 Imports torch only.
 
 Numbers are normalised float32, categories int64. An observation, an action and a task are each a
-`Parts`; how Gymnasium spaces become parts and back is `mesocosm.data.codec`'s business.
+`Parts`; how Gymnasium spaces become parts and back is `mesocosm.data.loading.codec`'s business.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, Split
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.heads import inputs

@@ -15,10 +15,10 @@ from typing import Any
 
 from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint
-from mesocosm.data.codec import Codec
 from mesocosm.data.evidence import evidence
 from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.model import counts
 from mesocosm.pretrain import checkpoint, prepare

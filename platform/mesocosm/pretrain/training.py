@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import SPLITS
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import MesocosmError
 from mesocosm.model import mup, rng
 from mesocosm.model.base import Base

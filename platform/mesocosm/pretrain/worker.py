@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mesocosm.data.codec import Codec
+from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import MesocosmError
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig

@@ -21,9 +21,9 @@ from typing import Any
 
 from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import UsageError
 from mesocosm.model import counts
 from mesocosm.model.config import ModelConfig

@@ -17,7 +17,7 @@ from mesocosm import config
 from mesocosm.cluster import spec as cluster_spec
 from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint, identity
-from mesocosm.data.loader import Loader
+from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts
 from mesocosm.model.config import ModelConfig

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mesocosm.data.codec import Codec
+from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import MesocosmError
 from mesocosm.pretrain import engine, prepare
 from mesocosm.pretrain.engine import Rank

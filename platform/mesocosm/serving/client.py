@@ -23,7 +23,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 from numpy.typing import NDArray
 
-from mesocosm.data.codec import Codec
+from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts

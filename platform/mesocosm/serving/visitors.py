@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 from gymnasium.error import ResetNeeded
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.serving.connection import Served, reply_of

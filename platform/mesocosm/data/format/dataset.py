@@ -35,7 +35,7 @@ from mesocosm.model.spec import Parts
 from mesocosm.store.cache import Files, Partial, Whole
 
 if TYPE_CHECKING:
-    from mesocosm.data.codec import Codec
+    from mesocosm.data.loading.codec import Codec
 
 __all__ = ["Chunk", "Dataset", "DatasetWriter", "Environment", "Manifest", "Split", "write_dataset"]
 

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, Split, grouped
 from mesocosm.data.format.manifest import OUTCOMES, SPLITS
 from mesocosm.data.format.permutation import key, permute
+from mesocosm.data.loading.codec import Codec
 
 Index = NDArray[np.int64]
 By = Literal["windows", "transitions", "terminals", "cuts"]

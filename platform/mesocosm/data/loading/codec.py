@@ -26,7 +26,7 @@ from mesocosm.data.format.spaces import (
     space_from_json,
     space_to_json,
 )
-from mesocosm.data.scaling import Moments, Scaling
+from mesocosm.data.loading.normalize import Moments, Scaling
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
 

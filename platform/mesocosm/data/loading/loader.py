@@ -22,10 +22,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.format.permutation import key, permute
-from mesocosm.data.index import (
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.index import (
     FIRST_ROW,
     HASH,
     LENGTH,
@@ -38,7 +38,7 @@ from mesocosm.data.index import (
     Tables,
     merged,
 )
-from mesocosm.data.windows import Place, batches, windows
+from mesocosm.data.loading.windows import Place, batches, windows
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Events, Windows
 

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mesocosm.data.codec import Codec
 from mesocosm.data.format.dataset import Dataset, grouped
-from mesocosm.data.index import FIRST_ROW, HASH, Found, Index
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.index import FIRST_ROW, HASH, Found, Index
 from mesocosm.model.spec import Events, Parts, Windows
 
 Array = NDArray[Any]
