@@ -25,9 +25,9 @@ from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import Manifest
 from mesocosm.data.format.writer import DatasetWriter
 from mesocosm.data.importing import ImportConfig, plan, run
-from mesocosm.data.readers import jsonl as jsonl_reader
-from mesocosm.data.readers import parquet as parquet_reader
-from mesocosm.data.stitch import stream
+from mesocosm.data.ingest.assemble import stream
+from mesocosm.data.ingest.readers import jsonl as jsonl_reader
+from mesocosm.data.ingest.readers import parquet as parquet_reader
 from mesocosm.errors import UsageError
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage

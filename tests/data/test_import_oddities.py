@@ -16,8 +16,8 @@ from gymnasium import spaces
 
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.importing import ImportConfig, plan, run
-from mesocosm.data.readers import files, sources
-from mesocosm.data.readers import parquet as parquet_reader
+from mesocosm.data.ingest.readers import files, sources
+from mesocosm.data.ingest.readers import parquet as parquet_reader
 from mesocosm.errors import UsageError
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage

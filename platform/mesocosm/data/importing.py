@@ -23,16 +23,16 @@ from numpy.typing import NDArray
 
 from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, fingerprint, identity
-from mesocosm.data.findings import Looked
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.manifest import Environment
 from mesocosm.data.format.spaces import SpaceCodec, check_spaces
 from mesocosm.data.format.writer import DatasetWriter
-from mesocosm.data.progress import Progress, progress
-from mesocosm.data.readers import Source, sources
-from mesocosm.data.readers.files import sha256, stamp
-from mesocosm.data.schema import Schema, read_schema
-from mesocosm.data.stitch import Closed, Joiner, Tally, Work, stream
+from mesocosm.data.ingest.assemble import Closed, Joiner, Tally, Work, stream
+from mesocosm.data.ingest.findings import Looked
+from mesocosm.data.ingest.progress import Progress, progress
+from mesocosm.data.ingest.readers import Source, sources
+from mesocosm.data.ingest.readers.files import sha256, stamp
+from mesocosm.data.ingest.schema import Schema, read_schema
 from mesocosm.envs.config import PAID, RealityConfig, check_bounds, parse_success
 from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.errors import MesocosmError, UsageError, nearest

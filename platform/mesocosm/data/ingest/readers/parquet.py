@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as is_
 
-from mesocosm.data.readers import BATCH_BYTES, BATCH_ROWS, Piece
-from mesocosm.data.readers.files import opened, remote
+from mesocosm.data.ingest.readers import BATCH_BYTES, BATCH_ROWS, Piece
+from mesocosm.data.ingest.readers.files import opened, remote
 from mesocosm.errors import UsageError
 
 HEAD_ROWS = 1000

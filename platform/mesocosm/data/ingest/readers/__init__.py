@@ -36,7 +36,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mesocosm.data.readers import files
+from mesocosm.data.ingest.readers import files
 from mesocosm.errors import MesocosmError, UsageError
 
 SUFFIXES = {".parquet": "parquet", ".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -72,7 +72,7 @@ class Source:
 
     @property
     def module(self) -> Any:
-        return importlib.import_module(f"mesocosm.data.readers.{self.format}")
+        return importlib.import_module(f"mesocosm.data.ingest.readers.{self.format}")
 
     @property
     def columns(self) -> dict[str, str]:
@@ -135,7 +135,9 @@ class Source:
 
 
 def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
-    yield from importlib.import_module(f"mesocosm.data.readers.{piece.format}").read(piece, columns)
+    yield from importlib.import_module(f"mesocosm.data.ingest.readers.{piece.format}").read(
+        piece, columns
+    )
 
 
 def sources(words: Sequence[str], fetch: bool) -> list[Source]:
@@ -168,13 +170,13 @@ def sources(words: Sequence[str], fetch: bool) -> list[Source]:
 
 def _of(word: str, fetch: bool) -> list[Source]:
     if word.startswith("minari:"):
-        from mesocosm.data.readers import minari
+        from mesocosm.data.ingest.readers import minari
 
         return [Source("minari", minari.folder(word, fetch), word)]
     if files.remote(word):
         return _in_bucket(word)
     if os.path.exists(os.path.join(word, "meta", "info.json")):
-        from mesocosm.data.readers import lerobot
+        from mesocosm.data.ingest.readers import lerobot
 
         return [Source("lerobot", os.path.abspath(path), path) for path in lerobot.data(word)]
     return _expand(word)
@@ -221,7 +223,7 @@ def _source(path: str) -> Source:
             f" {', '.join(SUFFIXES)}"
         )
     if format == "parquet":
-        from mesocosm.data.readers import parquet, rllib
+        from mesocosm.data.ingest.readers import parquet, rllib
 
         format = "rllib" if rllib.holds(parquet.head(path).schema) else format
     return Source(format, path if files.remote(path) else os.path.abspath(path), path)

@@ -9,9 +9,9 @@ from typing import Any
 
 import gymnasium
 
-from mesocosm.data.readers import Piece, Source
-from mesocosm.data.schema import Schema
-from mesocosm.data.stitch import Closed, Tally
+from mesocosm.data.ingest.assemble import Closed, Tally
+from mesocosm.data.ingest.readers import Piece, Source
+from mesocosm.data.ingest.schema import Schema
 
 Space = gymnasium.Space[Any]
 

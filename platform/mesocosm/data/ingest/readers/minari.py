@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from mesocosm.data.format.writer import arrow
-from mesocosm.data.readers import BATCH_ROWS, PROBLEM, Piece
+from mesocosm.data.ingest.readers import BATCH_ROWS, PROBLEM, Piece
 from mesocosm.errors import UsageError
 from mesocosm.store.files import make_folder, replace, sync_tree
 

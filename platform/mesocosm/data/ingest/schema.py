@@ -15,8 +15,8 @@ import gymnasium
 import pyarrow as pa
 import pyarrow.types as is_
 
-from mesocosm.data.inference import Stat, space_of
-from mesocosm.data.layout import (
+from mesocosm.data.ingest.inference import Stat, space_of
+from mesocosm.data.ingest.layout import (
     Column,
     Leaf,
     Node,
@@ -29,8 +29,8 @@ from mesocosm.data.layout import (
     kind_of,
     match,
 )
-from mesocosm.data.readers import PROBLEM, Source, lerobot
-from mesocosm.data.rows import IMPORTED, OPTIONAL, REQUIRED, Layout
+from mesocosm.data.ingest.readers import PROBLEM, Source, lerobot
+from mesocosm.data.ingest.rows import IMPORTED, OPTIONAL, REQUIRED, Layout
 from mesocosm.errors import UsageError, nearest
 
 Space = gymnasium.Space[Any]

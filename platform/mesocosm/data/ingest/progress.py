@@ -21,8 +21,8 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from mesocosm.data.format.writer import DatasetWriter
-from mesocosm.data.rows import Layout
-from mesocosm.data.stitch import Joiner, Tally
+from mesocosm.data.ingest.assemble import Joiner, Tally
+from mesocosm.data.ingest.rows import Layout
 from mesocosm.store.files import replace, sync, sync_tree, write_synced
 
 TALLY = TypeAdapter(Tally)

@@ -20,13 +20,13 @@ import pyarrow.types as is_
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.data.edges import CONSTANT, Edge, Key, Problem, Run, Summary, begins, follow
 from mesocosm.data.format.bounds import FIX, outside
 from mesocosm.data.format.spaces import EXACT, FLOAT32, SpaceCodec, first_beyond_float32
-from mesocosm.data.inference import Stat
-from mesocosm.data.layout import Leaf, Values, take
-from mesocosm.data.readers import PROBLEM
-from mesocosm.data.scalars import optional, read_keys, read_steps, scalar, texts
+from mesocosm.data.ingest.edges import CONSTANT, Edge, Key, Problem, Run, Summary, begins, follow
+from mesocosm.data.ingest.inference import Stat
+from mesocosm.data.ingest.layout import Leaf, Values, take
+from mesocosm.data.ingest.readers import PROBLEM
+from mesocosm.data.ingest.scalars import optional, read_keys, read_steps, scalar, texts
 
 Array = NDArray[Any]
 

@@ -18,13 +18,13 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mesocosm.config import RayConfig
-from mesocosm.data.edges import Edge, Key, Run, Summary, begins, follow
 from mesocosm.data.format.spaces import SpaceCodec
-from mesocosm.data.inference import Stat
-from mesocosm.data.layout import RowError
-from mesocosm.data.readers import Piece, read
-from mesocosm.data.rows import OUTSIDE, Block, Layout
-from mesocosm.data.schema import Schema
+from mesocosm.data.ingest.edges import Edge, Key, Run, Summary, begins, follow
+from mesocosm.data.ingest.inference import Stat
+from mesocosm.data.ingest.layout import RowError
+from mesocosm.data.ingest.readers import Piece, read
+from mesocosm.data.ingest.rows import OUTSIDE, Block, Layout
+from mesocosm.data.ingest.schema import Schema
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]

@@ -18,7 +18,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.data.layout import Leaf, Space
+from mesocosm.data.ingest.layout import Leaf, Space
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.types as is_
 from numpy.typing import NDArray
 
-from mesocosm.data.edges import Key
-from mesocosm.data.layout import Column, Leaf, RowError
+from mesocosm.data.ingest.edges import Key
+from mesocosm.data.ingest.layout import Column, Leaf, RowError
 
 Array = NDArray[Any]
 

@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mesocosm.data.readers import Piece, parquet
-from mesocosm.data.readers.files import sorted_naturally
+from mesocosm.data.ingest.readers import Piece, parquet
+from mesocosm.data.ingest.readers.files import sorted_naturally
 from mesocosm.errors import UsageError
 
 INFO = "meta/info.json"

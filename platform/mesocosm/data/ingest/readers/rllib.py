@@ -18,8 +18,8 @@ import pyarrow.types as is_
 from gymnasium.spaces import Box
 
 from mesocosm.data.format.writer import arrow
-from mesocosm.data.layout import RowError
-from mesocosm.data.readers import Piece, parquet
+from mesocosm.data.ingest.layout import RowError
+from mesocosm.data.ingest.readers import Piece, parquet
 
 ITEM = "item"
 ACTION = (

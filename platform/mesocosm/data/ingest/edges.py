@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mesocosm.data.inference import Stat
+from mesocosm.data.ingest.inference import Stat
 
 Key = int | str
 """The name of an episode."""
