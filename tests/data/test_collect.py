@@ -18,13 +18,13 @@ import pytest
 import torch
 
 from mesocosm.config import StorageConfig, load
-from mesocosm.data import lane_workers
 from mesocosm.data.behaviours import BehaviourConfig, build, choose
 from mesocosm.data.collect import CollectConfig, run
+from mesocosm.data.collecting import ray_workers
+from mesocosm.data.collecting.ray_workers import run_on_ray
+from mesocosm.data.collecting.workers import Plan, split
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import Manifest
-from mesocosm.data.lane_workers import run_on_ray
-from mesocosm.data.lanes import Plan, split
 from mesocosm.envs.config import BudgetConfig, RealityConfig, TaskOption
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import episode_seed, facts_of
@@ -300,7 +300,7 @@ def test_a_step_that_comes_back_too_late_costs_its_episode(
 def test_a_close_that_hangs_costs_nothing(
     root: str, own: None, ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lane_workers, "SILENCE_S", 0.5)
+    monkeypatch.setattr(ray_workers, "SILENCE_S", 0.5)
     plan, lanes = a_plan(root, {0: "crash"}, closing=3600.0), split(20, 1)
     report = Busy()
     run_on_ray(plan, lanes, 1, report)

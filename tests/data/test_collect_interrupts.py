@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from mesocosm.data import collect as collecting
-from mesocosm.data import lanes
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collect import CollectConfig
+from mesocosm.data.collecting import workers
+from mesocosm.data.collecting.workers import Lane, Plan, Report, run_here, split
 from mesocosm.data.format.writer import DatasetWriter
-from mesocosm.data.lanes import Lane, Plan, Report, run_here, split
 from mesocosm.envs.config import BudgetConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger, LedgerTotals
 from mesocosm.envs.segments import Segments
@@ -70,7 +70,7 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
     monkeypatch.syspath_prepend(str(OWN))
     monkeypatch.setenv("STEPS_FILE", str(tmp_path / "steps"))
     monkeypatch.setenv("STEP_S", "0.003")
-    monkeypatch.setattr(lanes, "SEGMENT_S", 0.02)
+    monkeypatch.setattr(workers, "SEGMENT_S", 0.02)
     root = str(tmp_path / "root")
 
     def run(
@@ -81,7 +81,7 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
         monkeypatch.setattr(Disturbed, "creations", 0)
         monkeypatch.setattr(Disturbed, "number", number)
         with monkeypatch.context() as patch:
-            patch.setattr(lanes, "Storage", kind)
+            patch.setattr(workers, "Storage", kind)
             with pytest.raises(error):
                 run_here(plan, split(100_000, 1), lambda attempts, steps: None)
         ledger = Ledger(Storage(root), "x")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from mesocosm.data.evidence import FEWEST, Evidence, evidence
+from mesocosm.data.analysis.evidence import FEWEST, Evidence, evidence
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
 

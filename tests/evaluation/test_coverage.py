@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from mesocosm.data.coverage import effective, gaps, own_gaps
+from mesocosm.data.analysis.neighbours import effective, gaps, own_gaps
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.evaluation import coverage_page

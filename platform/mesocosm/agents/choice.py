@@ -14,7 +14,7 @@ from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
 from mesocosm.agents.rollout import imagined_episodes, imagined_returns
 from mesocosm.config import fingerprint
-from mesocosm.data.evidence import Evidence
+from mesocosm.data.analysis.evidence import Evidence
 from mesocosm.runs.tracking import Run
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact

@@ -22,11 +22,11 @@ from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data import behaviours as acting
 from mesocosm.data.behaviours import BehaviourConfig
+from mesocosm.data.collecting.ray_workers import run_on_ray
+from mesocosm.data.collecting.workers import Lane, Plan, Report, run_here, split
 from mesocosm.data.format.manifest import Environment
 from mesocosm.data.format.spaces import check_spaces
 from mesocosm.data.format.writer import DatasetWriter
-from mesocosm.data.lane_workers import run_on_ray
-from mesocosm.data.lanes import Lane, Plan, Report, run_here, split
 from mesocosm.envs.config import PAID, RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of, source_hash

@@ -36,8 +36,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.agents.policy import Acts
+from mesocosm.data.analysis.neighbours import Features, gaps, own_gaps
 from mesocosm.data.behaviours import BehaviourConfig
-from mesocosm.data.coverage import Features, gaps, own_gaps
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.evaluation import stats
 from mesocosm.model.spec import Parts

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.data.coverage import (
+from mesocosm.data.analysis.neighbours import (
     Features,
     Sample,
     action_entropy,

@@ -25,9 +25,9 @@ from mesocosm.agents.policy import Acts, policy_of
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data import behaviours as acting
 from mesocosm.data import collect
+from mesocosm.data.analysis.neighbours import Features
 from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collect import CollectConfig
-from mesocosm.data.coverage import Features
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import horizon_of
 from mesocosm.data.loading.codec import Codec

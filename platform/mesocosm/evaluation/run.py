@@ -13,7 +13,7 @@ from rich.table import Table
 from mesocosm import __version__
 from mesocosm.agents.policy import Policy
 from mesocosm.config import fingerprint, identity
-from mesocosm.data.evidence import Evidence
+from mesocosm.data.analysis.evidence import Evidence
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import RealityConfig

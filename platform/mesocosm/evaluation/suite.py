@@ -13,7 +13,7 @@ from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.policy import Acts, policy_of
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.data import behaviours
-from mesocosm.data.evidence import Evidence, evidence
+from mesocosm.data.analysis.evidence import Evidence, evidence
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.horizon import Horizon, horizon_of

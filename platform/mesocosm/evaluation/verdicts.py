@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from mesocosm.data.evidence import FEWEST, Evidence
+from mesocosm.data.analysis.evidence import FEWEST, Evidence
 from mesocosm.evaluation import page
 from mesocosm.evaluation.ranking import firm
 from mesocosm.evaluation.starts import POWER

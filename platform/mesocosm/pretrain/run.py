@@ -15,7 +15,7 @@ from typing import Any
 
 from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint
-from mesocosm.data.evidence import evidence
+from mesocosm.data.analysis.evidence import evidence
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader

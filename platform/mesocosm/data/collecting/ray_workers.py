@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mesocosm.data.behaviours import label
-from mesocosm.data.lanes import Lane, LaneRunner, Plan, Report
+from mesocosm.data.collecting.workers import Lane, LaneRunner, Plan, Report
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import MesocosmError
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.data.coverage import FOLDS, Features, Sample, nearest
+from mesocosm.data.analysis.neighbours import FOLDS, Features, Sample, nearest
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.normalize import Moments
