@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from mesocosm import loop_preflight, preflight
 from mesocosm.agents import settings
 from mesocosm.agents.feasible import check_agent
-from mesocosm.agents.policy import Layout, Policy
 from mesocosm.agents.rllib import TRAINING_STATE
 from mesocosm.cli import main
 from mesocosm.config import JobConfig, load
@@ -26,6 +25,7 @@ from mesocosm.data.format.episode import Episode, Outcome
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.suite import TooFewPolicies
 from mesocosm.loop import LoopConfig, _Loop, plan, resources
+from mesocosm.policies.policy import Layout, Policy
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 

@@ -12,12 +12,12 @@ from mesocosm.agents import train as agents
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.config import JobConfig
 from mesocosm.data import collect as collecting
-from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collect import CollectConfig
 from mesocosm.envs import config as reality_config
 from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.config import EvaluateConfig
+from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.serving import config as serving
 from mesocosm.serving.config import ServeConfig

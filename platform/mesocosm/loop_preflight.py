@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from mesocosm.agents import baseline as model_free
 from mesocosm.agents import train as agents
-from mesocosm.data import behaviours, collect
+from mesocosm.data import collect
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
 from mesocosm.data.format.manifest import Manifest
@@ -21,6 +21,7 @@ from mesocosm.evaluation import panel, suite
 from mesocosm.evaluation.judge import check_spaces
 from mesocosm.evaluation.ranking import FEWEST
 from mesocosm.loop_config import LoopConfig, acting, check, fill
+from mesocosm.policies import behaviours
 from mesocosm.store.artifacts import Artifact, Storage
 
 __all__ = ["Ready", "preflight", "resources"]

@@ -17,9 +17,10 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchSquashedGaussian
 from ray.rllib.utils.spaces.space_utils import unsquash_action
 
-from mesocosm.agents import adapt, rllib
-from mesocosm.agents.policy import Policy, random_policy
+from mesocosm.agents import rllib
 from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.policies import heads
+from mesocosm.policies.policy import Policy, random_policy
 
 SMALL = {"fcnet_hiddens": [16, 16]}
 
@@ -157,7 +158,7 @@ def test_export_acts_as_rllib(
         for mine, other in zip(_flat(ours), _flat(expected), strict=True):
             assert len(np.unique(mine)) > 1
             np.testing.assert_allclose(mine, other, atol=1e-5)
-        assert action_space.contains(policy.act_one(adapt.first(OBSERVATION, observations)))
+        assert action_space.contains(policy.act_one(heads.first(OBSERVATION, observations)))
 
         rng = np.random.default_rng(0)
         drawn = policy.act(batch_of(OBSERVATION, 1).repeat(4000, 0), explore=True, rng=rng)
@@ -222,11 +223,11 @@ def test_flatten_batch_is_gymnasiums_flatten(space: gym.Space[Any]) -> None:
     expected = np.stack(
         [np.asarray(spaces.utils.flatten(space, value), np.float32) for value in values]
     )
-    np.testing.assert_array_equal(adapt.flatten_batch(space, batch), expected)
+    np.testing.assert_array_equal(heads.flatten_batch(space, batch), expected)
     np.testing.assert_array_equal(
-        adapt.flatten_batch(space, adapt.one_batch(values[0])), expected[:1]
+        heads.flatten_batch(space, heads.one_batch(values[0])), expected[:1]
     )
-    assert expected.shape[1] == adapt.flat_size(space)
+    assert expected.shape[1] == heads.flat_size(space)
 
 
 @pytest.mark.parametrize(
@@ -235,11 +236,11 @@ def test_flatten_batch_is_gymnasiums_flatten(space: gym.Space[Any]) -> None:
     ids=str,
 )
 def test_head_actions_reach_every_raw_action(space: gym.Space[Any]) -> None:
-    mapping = adapt.ActionMap(space)
+    mapping = heads.ActionMap(space)
     mapping.head.seed(0)
     head = np.stack([mapping.head.sample() for _ in range(300)])
     raw = mapping.to_raw(head)
-    seen = [adapt.first(space, _row(raw, i)) for i in range(300)]
+    seen = [heads.first(space, _row(raw, i)) for i in range(300)]
     assert all(space.contains(value) for value in seen)
     if mapping.counts is not None:
         for leaf, count in zip(
@@ -251,7 +252,7 @@ def test_head_actions_reach_every_raw_action(space: gym.Space[Any]) -> None:
 
 
 def sorted_counts(space: gym.Space[Any]) -> list[int]:
-    return [10, 10, 3, 2, 2] if space == NESTED else list(adapt.ActionMap(space).counts or [])
+    return [10, 10, 3, 2, 2] if space == NESTED else list(heads.ActionMap(space).counts or [])
 
 
 def _row(batch: Any, index: int) -> Any:
@@ -266,11 +267,11 @@ def _row(batch: Any, index: int) -> Any:
 
 def test_spaces_that_no_agent_can_use() -> None:
     with pytest.raises(UsageError, match="mixes continuous with discrete"):
-        adapt.ActionMap(spaces.Dict({"x": BOX, "n": DISCRETE}))
+        heads.ActionMap(spaces.Dict({"x": BOX, "n": DISCRETE}))
     with pytest.raises(UsageError, match="text"):
-        adapt.ActionMap(spaces.Text(3))
+        heads.ActionMap(spaces.Text(3))
     with pytest.raises(UsageError, match="cannot observe"):
-        adapt.flat_size(spaces.Sequence(DISCRETE))
+        heads.flat_size(spaces.Sequence(DISCRETE))
 
 
 def test_random_policy_fills_the_space() -> None:

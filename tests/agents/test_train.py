@@ -15,7 +15,6 @@ from gymnasium import spaces
 
 from mesocosm.agents import baseline, train
 from mesocosm.agents.config import AgentConfig, BaselineConfig
-from mesocosm.agents.policy import Policy
 from mesocosm.config import load
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
@@ -28,6 +27,7 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
+from mesocosm.policies.policy import Policy
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage

@@ -41,7 +41,6 @@ from mesocosm import config
 from mesocosm.agents.rollout import imagined_returns
 from mesocosm.config import StorageConfig, fingerprint, to_dict
 from mesocosm.data import collect
-from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig
@@ -53,6 +52,7 @@ from mesocosm.evaluation.judge import judge
 from mesocosm.evaluation.panel import Noisy, Scripted
 from mesocosm.evaluation.policy_value import imagining
 from mesocosm.model.world import World
+from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.pretrain.export import calibrate
 from mesocosm.runs import tracking

@@ -33,12 +33,12 @@ from bench_world import HERE, ROOT, commit
 
 from mesocosm import config, loop
 from mesocosm.agents import train as agents
-from mesocosm.agents.policy import policy_of
 from mesocosm.cluster import ray_session
 from mesocosm.data import collect
 from mesocosm.envs.config import BudgetConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.evaluation.judge import judge
+from mesocosm.policies.policy import policy_of
 from mesocosm.pretrain import run as pretraining
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage

@@ -35,7 +35,6 @@ import torch
 
 from mesocosm.config import StorageConfig, TrackingConfig, fingerprint, load, to_dict
 from mesocosm.data import collect
-from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
@@ -47,6 +46,7 @@ from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
+from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.pretrain.schedule import lr_factor

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from mesocosm.config import StorageConfig, load
-from mesocosm.data.behaviours import BehaviourConfig, build, choose
 from mesocosm.data.collect import CollectConfig, run
 from mesocosm.data.collecting import ray_workers
 from mesocosm.data.collecting.ray_workers import run_on_ray
@@ -30,6 +29,7 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import episode_seed, facts_of
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
+from mesocosm.policies.behaviours import BehaviourConfig, build, choose
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -522,7 +522,7 @@ def test_noise(root: str, own: None) -> None:
 
 
 def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
-    from mesocosm.agents.policy import Layout, Policy
+    from mesocosm.policies.policy import Layout, Policy
 
     spaces = facts_of(RealityConfig(env="CartPole-v1")).spaces
     torch.manual_seed(0)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from mesocosm.data import collect as collecting
-from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collect import CollectConfig
 from mesocosm.data.collecting import workers
 from mesocosm.data.collecting.workers import Lane, Plan, Report, run_here, split
@@ -21,6 +20,7 @@ from mesocosm.envs.config import BudgetConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger, LedgerTotals
 from mesocosm.envs.segments import Segments
 from mesocosm.errors import StorageError
+from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 

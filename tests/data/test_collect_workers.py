@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collecting.ray_workers import DEATHS, Losses, run_on_ray
 from mesocosm.data.collecting.workers import LaneRunner, Plan, split
 from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import MesocosmError
+from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.store.artifacts import Storage
 
 OWN = Path(__file__).parent.parent / "reality" / "envs"

@@ -19,10 +19,8 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm.agents.policy import Layout, Policy
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.config import StorageConfig, load
-from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
@@ -37,6 +35,8 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import build
 from mesocosm.model.world import World
+from mesocosm.policies.behaviours import BehaviourConfig
+from mesocosm.policies.policy import Layout, Policy
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.runs import tracking
 from mesocosm.serving.client import WorldVectorEnv

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm.agents.policy import Layout, Policy, random_policy
 from mesocosm.envs.config import RealityConfig, TaskOption
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import episode_seed, make_env
@@ -28,6 +27,7 @@ from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.evaluation.judge import JudgeResult, judge
 from mesocosm.evaluation.judge_store import JudgeStore
 from mesocosm.evaluation.panel import Noisy
+from mesocosm.policies.policy import Layout, Policy, random_policy
 from mesocosm.store.artifacts import Storage
 
 CARTPOLE = RealityConfig(env="CartPole-v1", success="return >= 100")
@@ -321,7 +321,7 @@ def make():
     return Killing(gymnasium.make("CartPole-v1"))
 
 def main():
-    from mesocosm.agents.policy import random_policy
+    from mesocosm.policies.policy import random_policy
     from mesocosm.evaluation.judge import judge
     from mesocosm.evaluation.judge_store import JudgeStore
     from mesocosm.envs.config import RealityConfig

@@ -12,10 +12,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from mesocosm.agents.policy import RandomPolicy
 from mesocosm.errors import UsageError
 from mesocosm.evaluation import panel
 from mesocosm.evaluation.ranking import LEAST, PER_FIFTH, ranking
+from mesocosm.policies.policy import RandomPolicy
 from mesocosm.store.artifacts import Artifact, Storage
 
 

@@ -17,7 +17,6 @@ from mesocosm import config
 from mesocosm.cli import main
 from mesocosm.config import StorageConfig, fingerprint
 from mesocosm.data import collect
-from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collect import CollectConfig
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
@@ -31,6 +30,7 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
+from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.pretrain.export import calibrate
 from mesocosm.pretrain.prepare import transitions
 from mesocosm.runs import tracking

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mesocosm.agents.policy import RandomPolicy
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
@@ -23,6 +22,7 @@ from mesocosm.envs.make import run_episode
 from mesocosm.model.net import Losses
 from mesocosm.model.spec import Parts, Windows
 from mesocosm.model.world import StepOut
+from mesocosm.policies.policy import RandomPolicy
 
 ACTIONS = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)
 OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)

@@ -21,7 +21,6 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.agents.feasible import check_agent
-from mesocosm.agents.policy import Policy
 from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint, identity
 from mesocosm.envs.config import PAID, BudgetConfig, RealityConfig
@@ -30,6 +29,7 @@ from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.envs.meter import Meter, MeteredVectorEnv, make_metered_vector
 from mesocosm.errors import BudgetSpent, UsageError
 from mesocosm.evaluation.judge import judge, judging
+from mesocosm.policies.policy import Policy
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import SCHEMA, Artifact
 from mesocosm.versions import VERSIONS

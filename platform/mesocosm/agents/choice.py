@@ -11,10 +11,10 @@ import numpy as np
 
 from mesocosm.agents import rllib
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
 from mesocosm.agents.rollout import imagined_episodes, imagined_returns
 from mesocosm.config import fingerprint
 from mesocosm.data.analysis.evidence import Evidence
+from mesocosm.policies.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
 from mesocosm.runs.tracking import Run
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact

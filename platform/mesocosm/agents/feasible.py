@@ -14,10 +14,10 @@ from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.tune.registry import get_trainable_cls
 from safetensors import safe_open
 
-from mesocosm.agents.adapt import ActionMap, flat_space
 from mesocosm.agents.rllib import TRAINING_STATE
 from mesocosm.agents.settings import ON_POLICY
 from mesocosm.errors import UsageError
+from mesocosm.policies.heads import ActionMap, flat_space
 
 ACTIONS: Mapping[str, tuple[type[gym.Space[Any]], ...]] = {
     "DQN": (gym.spaces.Discrete,),

@@ -33,10 +33,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mesocosm.agents import durations
-from mesocosm.agents.adapt import ActionMap, flat_space, flatten_batch
-from mesocosm.agents.policy import Head, Layout, Policy, describe
 from mesocosm.agents.settings import ALGORITHMS, ON_POLICY
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError, nearest
+from mesocosm.policies.heads import ActionMap, flat_space, flatten_batch
+from mesocosm.policies.policy import Head, Layout, Policy, describe
 from mesocosm.serving.client import WorldVectorEnv
 
 INITIAL_STD = 0.5

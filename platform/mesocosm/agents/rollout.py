@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.agents.policy import Acts
+from mesocosm.policies.policy import Acts
 from mesocosm.serving.client import WorldVectorEnv
 
 

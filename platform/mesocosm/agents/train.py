@@ -28,7 +28,6 @@ from mesocosm.agents.checkpoint import Checkpoints, Progress
 from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.feasible import check_agent, check_init
-from mesocosm.agents.policy import SNAPSHOTS, Policy
 from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.format.dataset import Dataset
@@ -36,6 +35,7 @@ from mesocosm.data.format.horizon import Horizon, horizon_of
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError, nearest
 from mesocosm.model.spec import Parts
+from mesocosm.policies.policy import SNAPSHOTS, Policy
 from mesocosm.runs.tracking import Run
 from mesocosm.serving.client import BACKENDS, WorldVectorEnv
 from mesocosm.serving.config import ServeConfig

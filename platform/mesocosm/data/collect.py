@@ -20,8 +20,6 @@ import numpy as np
 
 from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, fingerprint, identity
-from mesocosm.data import behaviours as acting
-from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collecting.ray_workers import run_on_ray
 from mesocosm.data.collecting.workers import Lane, Plan, Report, run_here, split
 from mesocosm.data.format.manifest import Environment
@@ -32,6 +30,8 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
+from mesocosm.policies import behaviours as acting
+from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.versions import VERSIONS

@@ -35,13 +35,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.agents.policy import Acts
 from mesocosm.data.analysis.neighbours import Features, gaps, own_gaps
-from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.evaluation import stats
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
+from mesocosm.policies.behaviours import BehaviourConfig
+from mesocosm.policies.policy import Acts
 from mesocosm.serving.client import WorldVectorEnv
 
 Array = NDArray[Any]

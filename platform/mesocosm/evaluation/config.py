@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from mesocosm.config import JobConfig
-from mesocosm.data import behaviours
-from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.open_loop import HORIZONS
+from mesocosm.policies import behaviours
+from mesocosm.policies.behaviours import BehaviourConfig
 
 
 @dataclass

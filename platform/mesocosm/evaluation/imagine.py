@@ -12,7 +12,6 @@ import torch
 from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 
-from mesocosm.agents.policy import Acts
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.errors import UsageError
@@ -21,6 +20,7 @@ from mesocosm.evaluation.open_loop import codec_of
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
+from mesocosm.policies.policy import Acts
 
 
 def starts_of(world: World, episodes: Sequence[Episode]) -> tuple[Parts, Parts]:

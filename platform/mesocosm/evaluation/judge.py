@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from mesocosm.agents.policy import Acts
 from mesocosm.config import fingerprint
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.horizon import MAX_EPISODE_STEPS
@@ -22,6 +21,7 @@ from mesocosm.envs.segments import Segments
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluation import stats
 from mesocosm.evaluation.judge_store import Judged, StoredEpisodes
+from mesocosm.policies.policy import Acts
 
 BLOCK = 256
 """Real steps reserved at a time: what a crash over-counts at most."""

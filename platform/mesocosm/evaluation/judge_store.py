@@ -16,7 +16,6 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from mesocosm.agents.policy import Acts, Policy
 from mesocosm.config import fingerprint
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.spaces import SpaceCodec
@@ -27,6 +26,7 @@ from mesocosm.envs.meter import Meter
 from mesocosm.envs.segments import FOLDER, Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError
 from mesocosm.evaluation.panel import Noisy
+from mesocosm.policies.policy import Acts, Policy
 from mesocosm.store.artifacts import Storage
 
 LANE = 0

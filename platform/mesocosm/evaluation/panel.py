@@ -19,12 +19,12 @@ import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
-from mesocosm.agents.policy import SNAPSHOTS, Acts, RandomPolicy, batch_size, policy_of
-from mesocosm.data import behaviours
-from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.envs.make import Act
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.ranking import fifths_of, firm
+from mesocosm.policies import behaviours
+from mesocosm.policies.behaviours import BehaviourConfig
+from mesocosm.policies.policy import SNAPSHOTS, Acts, RandomPolicy, batch_size, policy_of
 from mesocosm.store.artifacts import Artifact, Storage
 
 AGENT = "agent"

@@ -21,12 +21,9 @@ import torch
 from rich.table import Table
 
 from mesocosm import config
-from mesocosm.agents.policy import Acts, policy_of
 from mesocosm.config import JobConfig, fingerprint, identity
-from mesocosm.data import behaviours as acting
 from mesocosm.data import collect
 from mesocosm.data.analysis.neighbours import Features
-from mesocosm.data.behaviours import BehaviourConfig
 from mesocosm.data.collect import CollectConfig
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import horizon_of
@@ -41,6 +38,9 @@ from mesocosm.evaluation.run import reality_of
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
+from mesocosm.policies import behaviours as acting
+from mesocosm.policies.behaviours import BehaviourConfig
+from mesocosm.policies.policy import Acts, policy_of
 from mesocosm.runs.tracking import Run, console
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.versions import VERSIONS

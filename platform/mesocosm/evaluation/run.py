@@ -11,7 +11,6 @@ from typing import Any
 from rich.table import Table
 
 from mesocosm import __version__
-from mesocosm.agents.policy import Policy
 from mesocosm.config import fingerprint, identity
 from mesocosm.data.analysis.evidence import Evidence
 from mesocosm.data.format.dataset import Dataset
@@ -27,6 +26,7 @@ from mesocosm.evaluation.judge_store import JudgeStore
 from mesocosm.evaluation.open_loop import check_dataset, codec_of
 from mesocosm.evaluation.verdicts import verdicts
 from mesocosm.model.world import World
+from mesocosm.policies.policy import Policy
 from mesocosm.runs.tracking import Run, console
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.versions import VERSIONS

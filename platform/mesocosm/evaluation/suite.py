@@ -10,9 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.policy import Acts, policy_of
 from mesocosm.agents.rollout import imagined_episodes
-from mesocosm.data import behaviours
 from mesocosm.data.analysis.evidence import Evidence, evidence
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.episode import Episode
@@ -40,6 +38,8 @@ from mesocosm.evaluation.policy_value import (
 from mesocosm.evaluation.ranking import FEWEST
 from mesocosm.evaluation.starts import task_distribution
 from mesocosm.model.world import World
+from mesocosm.policies import behaviours
+from mesocosm.policies.policy import Acts, policy_of
 from mesocosm.runs.tracking import Run
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage

@@ -9,10 +9,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from mesocosm.data.behaviours import label
 from mesocosm.data.collecting.workers import Lane, LaneRunner, Plan, Report
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import MesocosmError
+from mesocosm.policies.behaviours import label
 
 START_TIMEOUT_S = 300.0
 """For a worker to get its CPU, start, import and make the environment."""

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from mesocosm import signals
-from mesocosm.data.behaviours import BehaviourConfig, build, choose, label, narrowed
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.format.writer import encode_episode
@@ -29,6 +28,7 @@ from mesocosm.envs.make import Act, EpisodeCut, EpisodeError, make_env, run_epis
 from mesocosm.envs.meter import OVERHEAD, MeteredEnv
 from mesocosm.envs.segments import Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError
+from mesocosm.policies.behaviours import BehaviourConfig, build, choose, label, narrowed
 from mesocosm.store.artifacts import Storage
 
 SEGMENT_S = 0.1

@@ -254,7 +254,7 @@ class PolicyActions:
         *,
         explore: bool,
     ):
-        from mesocosm.agents.policy import policy_of  # imports torch: only where a policy acts
+        from mesocosm.policies.policy import policy_of  # imports torch: only where a policy acts
 
         self._policy = policy_of(storage, ref)
         for name, made, here in (

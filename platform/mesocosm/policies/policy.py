@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mesocosm.agents.adapt import ActionMap, first, flat_size, flatten_batch, one_batch
 from mesocosm.data.format.spaces import space_from_json, space_to_json
 from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.policies.heads import ActionMap, first, flat_size, flatten_batch, one_batch
 from mesocosm.store.artifacts import Storage
 
 POLICY_JSON, WEIGHTS = "policy.json", "policy.safetensors"
