@@ -23,8 +23,8 @@ import pytest
 
 from mesocosm.cli import main
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.pretrain import checkpoint
 from mesocosm.store.artifacts import Storage
+from mesocosm.train import checkpoint
 
 Cart = Callable[..., str]
 

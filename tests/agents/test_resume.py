@@ -27,9 +27,9 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import build
 from mesocosm.model.world import World
-from mesocosm.pretrain.prepare import transitions
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
+from mesocosm.train.prepare import transitions
 
 LENGTH = 12
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (2,), np.float32)

@@ -28,9 +28,9 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
 from mesocosm.policies.policy import Policy
-from mesocosm.pretrain.prepare import transitions
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
+from mesocosm.train.prepare import transitions
 
 OBSERVATIONS = spaces.Dict(
     {"goal": spaces.Discrete(2), "position": spaces.Box(-np.inf, np.inf, (1,), np.float64)}

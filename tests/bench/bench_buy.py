@@ -53,11 +53,11 @@ from mesocosm.evaluation.panel import Noisy, Scripted
 from mesocosm.evaluation.policy_value import imagining
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
-from mesocosm.pretrain.config import PretrainConfig
-from mesocosm.pretrain.export import calibrate
 from mesocosm.runs import tracking
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage
+from mesocosm.train.config import PretrainConfig
+from mesocosm.train.export import calibrate
 
 REPOSITORY = HERE.parents[1]
 RESULTS = HERE / "results" / "bench_buy.json"

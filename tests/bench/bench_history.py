@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from mesocosm.config import fingerprint, load, to_dict
-from mesocosm.pretrain.config import PretrainConfig
+from mesocosm.train.config import PretrainConfig
 
 RESULTS = bench_world.HERE / "results" / "bench_history.json"
 AMOUNTS = (0.0, 1.0, 4.0)

@@ -46,10 +46,10 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import apply_base, build
 from mesocosm.model.spec import Windows
 from mesocosm.model.world import World
-from mesocosm.pretrain.config import TrainConfig
-from mesocosm.pretrain.prepare import transitions
-from mesocosm.pretrain.schedule import lr_factor
 from mesocosm.runs import tracking
+from mesocosm.train.config import TrainConfig
+from mesocosm.train.prepare import transitions
+from mesocosm.train.schedule import lr_factor
 
 RESULTS = HERE / "results" / "bench_mup.json"
 PLOT = HERE.parents[1] / "docs" / "plots" / "bench_mup.svg"

@@ -47,11 +47,11 @@ from mesocosm.model.base import Base
 from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
-from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig
-from mesocosm.pretrain.prepare import transitions
-from mesocosm.pretrain.schedule import lr_factor
-from mesocosm.pretrain.training import corrupted
 from mesocosm.runs import tracking
+from mesocosm.train.config import DEFAULT_STEPS, PretrainConfig
+from mesocosm.train.prepare import transitions
+from mesocosm.train.schedule import lr_factor
+from mesocosm.train.training import corrupted
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bench_world.json"

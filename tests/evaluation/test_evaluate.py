@@ -37,10 +37,10 @@ from mesocosm.model.net import build
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.policy import Layout, Policy
-from mesocosm.pretrain.prepare import transitions
 from mesocosm.runs import tracking
 from mesocosm.serving.client import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
+from mesocosm.train.prepare import transitions
 
 from . import worlds
 from .test_report import parsed

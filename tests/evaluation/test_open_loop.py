@@ -23,7 +23,7 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import build
 from mesocosm.model.world import World
-from mesocosm.pretrain.prepare import transitions
+from mesocosm.train.prepare import transitions
 
 from .worlds import KnownWorld, Walk, collect
 

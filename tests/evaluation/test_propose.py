@@ -31,10 +31,10 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
-from mesocosm.pretrain.export import calibrate
-from mesocosm.pretrain.prepare import transitions
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
+from mesocosm.train.export import calibrate
+from mesocosm.train.prepare import transitions
 
 MODULE = __name__
 

@@ -29,7 +29,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import build
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
-from mesocosm.pretrain.prepare import transitions
+from mesocosm.train.prepare import transitions
 
 from .worlds import KnownWorld, collect
 

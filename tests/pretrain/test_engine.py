@@ -19,10 +19,10 @@ from mesocosm.model.counts import blank_windows
 from mesocosm.model.mup import init_
 from mesocosm.model.net import apply_base, build
 from mesocosm.model.spec import PartSpec, Spec
-from mesocosm.pretrain import checkpoint, engine
-from mesocosm.pretrain.checkpoint import Progress
-from mesocosm.pretrain.config import TrainConfig
-from mesocosm.pretrain.engine import Rank
+from mesocosm.train import checkpoint, engine
+from mesocosm.train.checkpoint import Progress
+from mesocosm.train.config import TrainConfig
+from mesocosm.train.engine import Rank
 
 SPEC = Spec(PartSpec(2, (1e-2,) * 2), PartSpec(1, (1e-2,)))
 MODEL = ModelConfig(size="10k", members=1, context=4, base=False)

@@ -19,9 +19,9 @@ from mesocosm.model.base import Base
 from mesocosm.model.layers import Constant
 from mesocosm.model.net import build
 from mesocosm.model.world import World
-from mesocosm.pretrain import prepare
-from mesocosm.pretrain.export import EXCEEDED, TerminationCheck, calibrate, check_termination
 from mesocosm.store.artifacts import Storage
+from mesocosm.train import prepare
+from mesocosm.train.export import EXCEEDED, TerminationCheck, calibrate, check_termination
 
 
 @pytest.mark.parametrize(("transitions", "measured_on"), [(40, "training"), (400, "validation")])

@@ -22,9 +22,10 @@ from mesocosm.model import rng
 from mesocosm.model.mup import init_
 from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
-from mesocosm.pretrain import checkpoint, prepare, run, training, worker
-from mesocosm.pretrain.schedule import FACTOR, MARGIN, lr_factor
+from mesocosm.pretrain import run
 from mesocosm.store.artifacts import Storage
+from mesocosm.train import checkpoint, prepare, training, worker
+from mesocosm.train.schedule import FACTOR, MARGIN, lr_factor
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 SHORT = ("train.steps=12", "train.checkpoint_every=4", "train.validate_every=6")
@@ -115,7 +116,7 @@ def test_a_killed_worker_costs_no_digit(
     marker = tmp_path / "killed"
 
     def killed_once(config: dict[str, Any]) -> None:
-        from mesocosm.pretrain.feed import Feed
+        from mesocosm.train.feed import Feed
 
         put = Feed.put
 
@@ -152,7 +153,7 @@ def test_told_to_stop_it_keeps_what_was_trained(
     """
 
     def asked(config: dict[str, Any]) -> None:
-        from mesocosm.pretrain.feed import Feed
+        from mesocosm.train.feed import Feed
 
         put = Feed.put
 
@@ -338,8 +339,8 @@ def test_a_killed_second_rank_costs_no_digit_of_sharded_training(
     def killed_once(config: dict[str, Any]) -> None:
         import ray.train
 
-        from mesocosm.pretrain import feed
-        from mesocosm.pretrain.schedule import Watch
+        from mesocosm.train import feed
+        from mesocosm.train.schedule import Watch
 
         feed.FLUSH_SECONDS = 0.0  # rank 0, which dies with its group, has told all that it did
         check = Watch.check
@@ -370,7 +371,7 @@ def _until(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop after `step`, as a driver that is interrupted does."""
 
     def interrupted(config: dict[str, Any]) -> None:
-        from mesocosm.pretrain.feed import Feed
+        from mesocosm.train.feed import Feed
 
         put = Feed.put
 

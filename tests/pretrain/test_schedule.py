@@ -11,8 +11,8 @@ import pytest
 
 from mesocosm.errors import UsageError
 from mesocosm.pretrain.run import plan, run
-from mesocosm.pretrain.schedule import FACTOR, GRACE, MARGIN, PATIENCE, Watch, due, lr_factor
 from mesocosm.runs import tracking
+from mesocosm.train.schedule import FACTOR, GRACE, MARGIN, PATIENCE, Watch, due, lr_factor
 
 
 def test_warm_up_stable_decay() -> None:

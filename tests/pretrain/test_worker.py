@@ -15,10 +15,10 @@ from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import UsageError
 from mesocosm.model.base import Base
 from mesocosm.model.net import unroll
-from mesocosm.pretrain import checkpoint, prepare
-from mesocosm.pretrain.feed import Feed
-from mesocosm.pretrain.training import corrupted
 from mesocosm.store.artifacts import Storage
+from mesocosm.train import checkpoint, prepare
+from mesocosm.train.feed import Feed
+from mesocosm.train.training import corrupted
 
 DATASET = "cart"
 

@@ -22,10 +22,10 @@ from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import UsageError
 from mesocosm.model import counts
 from mesocosm.model.config import ModelConfig
-from mesocosm.pretrain.prepare import step_flops
 from mesocosm.pretrain.run import plan as plan_pretrain
 from mesocosm.scaling.grid import Grid, lay_out
 from mesocosm.scaling.sweep import plan
+from mesocosm.train.prepare import step_flops
 
 Sweep = Callable[..., Any]
 LOCAL = ClusterConfig([NodeGroup(cpus=2, gpus=0, flops_per_s=1e10, seconds_per_step=0.01)])

@@ -19,11 +19,11 @@ from mesocosm import config
 from mesocosm.cli import main
 from mesocosm.errors import UsageError
 from mesocosm.pretrain import run as pretraining
-from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.scaling import plan
 from mesocosm.scaling.law import Bootstrap, Flops, Law, Optimal, Provenance, optimal_of, theta_of
 from mesocosm.scaling.optimum import Budget, Problem, beyond, problem_of
 from mesocosm.scaling.plan_config import PlanConfig
+from mesocosm.train.config import PretrainConfig
 
 CHINCHILLA = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 REPEATS = {"E": 1.0, "A": 300.0, "B": 800.0, "alpha": 0.35, "beta": 0.35, "r_n": 5.0, "r_d": 15.0}

@@ -14,12 +14,12 @@ import torch
 from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.model.base import Base
-from mesocosm.pretrain.schedule import factor, length, lr_factor, share
-from mesocosm.pretrain.training import Diverged, Training
 from mesocosm.scaling import cells as stored
 from mesocosm.scaling.grid import Cell, Grid, Trunk, lay_out
 from mesocosm.scaling.trunk import Warm, Work, alone, branches
 from mesocosm.store.artifacts import Storage
+from mesocosm.train.schedule import factor, length, lr_factor, share
+from mesocosm.train.training import Diverged, Training
 
 Sweep = Callable[..., Any]
 

@@ -19,8 +19,8 @@ from mesocosm.cluster.spec import ClusterConfig, NodeGroup
 from mesocosm.data.collect import CollectConfig
 from mesocosm.errors import UsageError
 from mesocosm.loop import LoopConfig
-from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.scaling.sweep_config import SweepConfig
+from mesocosm.train.config import PretrainConfig
 
 CLUSTER = ClusterConfig(
     where="address",

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from mesocosm.pretrain import checkpoint
 from mesocosm.store.artifacts import Storage
+from mesocosm.train import checkpoint
 
 from .conftest import Cluster
 

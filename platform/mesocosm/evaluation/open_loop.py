@@ -32,7 +32,7 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import Carry, Context, World
-from mesocosm.pretrain.prepare import transitions
+from mesocosm.train.prepare import transitions
 
 Array = NDArray[Any]
 Progress = Callable[[str], None]

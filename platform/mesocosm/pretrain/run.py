@@ -21,14 +21,14 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.model import counts
-from mesocosm.pretrain import checkpoint, prepare
-from mesocosm.pretrain.config import DEFAULT_STEPS, PretrainConfig, what
-from mesocosm.pretrain.engine import least_gib, stage
-from mesocosm.pretrain.export import calibrate, check_termination, world_of
-from mesocosm.pretrain.feed import Feed
-from mesocosm.pretrain.worker import Work, train_loop
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
+from mesocosm.train import checkpoint, prepare
+from mesocosm.train.config import DEFAULT_STEPS, PretrainConfig, what
+from mesocosm.train.engine import least_gib, stage
+from mesocosm.train.export import calibrate, check_termination, world_of
+from mesocosm.train.feed import Feed
+from mesocosm.train.worker import Work, train_loop
 from mesocosm.versions import VERSIONS
 
 __all__ = ["PretrainConfig", "plan", "run"]
@@ -220,7 +220,7 @@ def _trainer(work: Work, config: PretrainConfig, storage: Storage, gpus: float) 
     from ray.train.torch import TorchConfig
     from ray.train.v2.api.config import FailureConfig
 
-    from mesocosm.pretrain.trainer import Trainer
+    from mesocosm.train.trainer import Trainer
 
     filesystem, base = storage.arrow()
     path, _, name = checkpoint.folder_of(work.id).rpartition("/")

@@ -26,9 +26,9 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import ArtifactError
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.pretrain.prepare import transitions
 from mesocosm.scaling.grid import SCHEMA, Cell
 from mesocosm.store.artifacts import Storage
+from mesocosm.train.prepare import transitions
 from mesocosm.versions import VERSIONS
 
 RESULTS, BASES = "cells/results", "cells/bases"

@@ -27,9 +27,9 @@ from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import UsageError
 from mesocosm.model import counts
 from mesocosm.model.config import ModelConfig
-from mesocosm.pretrain import prepare
-from mesocosm.pretrain.config import TrainConfig
 from mesocosm.scaling.sweep_config import SweepConfig
+from mesocosm.train import prepare
+from mesocosm.train.config import TrainConfig
 from mesocosm.versions import VERSIONS
 
 SCHEMA = 1

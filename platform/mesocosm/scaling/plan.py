@@ -22,9 +22,6 @@ from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.ladder import RUNGS, dims, ensemble_dims
-from mesocosm.pretrain import prepare
-from mesocosm.pretrain.config import PretrainConfig
-from mesocosm.pretrain.schedule import share
 from mesocosm.runs import tracking
 from mesocosm.scaling import plan_figure
 from mesocosm.scaling.law import Law, span
@@ -43,6 +40,9 @@ from mesocosm.scaling.optimum import (
 from mesocosm.scaling.plan_config import PlanConfig
 from mesocosm.scaling.sweep_config import CellTraining
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
+from mesocosm.train import prepare
+from mesocosm.train.config import PretrainConfig
+from mesocosm.train.schedule import share
 from mesocosm.versions import VERSIONS
 
 __all__ = ["PlanConfig", "plan", "run"]

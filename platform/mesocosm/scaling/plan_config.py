@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 
 from mesocosm.errors import UsageError
-from mesocosm.pretrain.config import PretrainConfig
+from mesocosm.train.config import PretrainConfig
 
 
 @dataclass

@@ -22,8 +22,6 @@ from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
-from mesocosm.pretrain import prepare
-from mesocosm.pretrain.engine import least_gib
 from mesocosm.runs import tracking
 from mesocosm.scaling import cells
 from mesocosm.scaling.board import Board, Nested, name, short
@@ -32,6 +30,8 @@ from mesocosm.scaling.grid import SCHEMA, Cell, Grid, Trunk, lay_out, precision
 from mesocosm.scaling.sweep_config import SweepConfig, what
 from mesocosm.scaling.trunk import Outcome, Work
 from mesocosm.store.artifacts import Artifact, Storage
+from mesocosm.train import prepare
+from mesocosm.train.engine import least_gib
 from mesocosm.versions import VERSIONS
 
 __all__ = ["SweepConfig", "plan", "run"]

@@ -13,8 +13,8 @@ from mesocosm.config import JobConfig, identity
 from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.ladder import nominal
-from mesocosm.pretrain.config import DataConfig, PretrainConfig, TrainConfig
-from mesocosm.pretrain.schedule import length, share
+from mesocosm.train.config import DataConfig, PretrainConfig, TrainConfig
+from mesocosm.train.schedule import length, share
 
 LARGEST = {"grid.data": 1e15, "grid.flops": 1e27}
 

@@ -12,13 +12,13 @@ from typing import Any
 from ray import tune
 
 from mesocosm.pretrain import run as pretraining
-from mesocosm.pretrain.config import PretrainConfig
 from mesocosm.runs import tracking
 from mesocosm.scaling import cells
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import Cell
 from mesocosm.scaling.trunk import Outcome, Warm, Work, said
 from mesocosm.store.artifacts import Storage
+from mesocosm.train.config import PretrainConfig
 
 KEY = "id"
 """Of a trial's config: the trunk, or the large cell."""

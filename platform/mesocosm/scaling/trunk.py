@@ -18,14 +18,14 @@ import torch.distributed as dist
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import MesocosmError
-from mesocosm.pretrain import engine, prepare
-from mesocosm.pretrain.engine import Rank
-from mesocosm.pretrain.schedule import factor
-from mesocosm.pretrain.training import Diverged, Training
 from mesocosm.scaling import cells
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import Cell, Trunk
 from mesocosm.store.artifacts import Storage
+from mesocosm.train import engine, prepare
+from mesocosm.train.engine import Rank
+from mesocosm.train.schedule import factor
+from mesocosm.train.training import Diverged, Training
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import Losses, apply_base, build
 from mesocosm.model.spec import Parts, Windows
-from mesocosm.pretrain import engine, prepare
-from mesocosm.pretrain.checkpoint import Progress
-from mesocosm.pretrain.config import DataConfig, TrainConfig
-from mesocosm.pretrain.engine import Rank
-from mesocosm.pretrain.metrics import Sums
-from mesocosm.pretrain.schedule import Watch
+from mesocosm.train import engine, prepare
+from mesocosm.train.checkpoint import Progress
+from mesocosm.train.config import DataConfig, TrainConfig
+from mesocosm.train.engine import Rank
+from mesocosm.train.metrics import Sums
+from mesocosm.train.schedule import Watch
 
 NOISE = -2
 """Salt of the noise on corrupted histories."""

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mesocosm.model import mup
 from mesocosm.model.net import WorldNet
-from mesocosm.pretrain import checkpoint
-from mesocosm.pretrain.checkpoint import Progress
-from mesocosm.pretrain.config import TrainConfig
+from mesocosm.train import checkpoint
+from mesocosm.train.checkpoint import Progress
+from mesocosm.train.config import TrainConfig
 
 BETAS = (0.9, 0.95)
 PROCESS_GIB = 0.7

@@ -17,15 +17,15 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import MesocosmError
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.pretrain import checkpoint, engine, prepare
-from mesocosm.pretrain.checkpoint import Progress
-from mesocosm.pretrain.config import DataConfig, TrainConfig
-from mesocosm.pretrain.engine import Rank
-from mesocosm.pretrain.feed import Feed
-from mesocosm.pretrain.metrics import Meter, measured_peak
-from mesocosm.pretrain.schedule import Watch, due, lr_factor
-from mesocosm.pretrain.training import Diverged, Training
 from mesocosm.store.artifacts import Storage
+from mesocosm.train import checkpoint, engine, prepare
+from mesocosm.train.checkpoint import Progress
+from mesocosm.train.config import DataConfig, TrainConfig
+from mesocosm.train.engine import Rank
+from mesocosm.train.feed import Feed
+from mesocosm.train.metrics import Meter, measured_peak
+from mesocosm.train.schedule import Watch, due, lr_factor
+from mesocosm.train.training import Diverged, Training
 
 RATES_EVERY = 10
 """Steps between measurements of throughput."""

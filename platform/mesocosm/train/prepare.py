@@ -18,8 +18,8 @@ from mesocosm.model import counts
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.spec import Spec
-from mesocosm.pretrain.config import TrainConfig
 from mesocosm.store.artifacts import Storage
+from mesocosm.train.config import TrainConfig
 
 BASE = "base.safetensors"
 CODEC = "codec.json"
