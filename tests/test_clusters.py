@@ -621,7 +621,7 @@ def test_a_service_is_a_config_that_serve_takes() -> None:
     assert (application.name, application.route_prefix, application.import_path) == (
         "robots",
         None,
-        "mesocosm.serving.app:build",
+        "mesocosm.serve.app:build",
     )
     assert application.args == {
         "storage.root": "s3://your-bucket/mesocosm",

@@ -37,7 +37,7 @@ from mesocosm.loop_config import FREE, LoopConfig, acting, check, fill, real_ste
 from mesocosm.loop_preflight import Ready, check_port, preflight, resources
 from mesocosm.pretrain import run as pretraining
 from mesocosm.runs.tracking import Run, console
-from mesocosm.serving.deployment import deploy, undeploy
+from mesocosm.serve.deployment import deploy, undeploy
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.versions import VERSIONS
 

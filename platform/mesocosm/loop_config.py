@@ -18,8 +18,8 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.policies.behaviours import BehaviourConfig
-from mesocosm.serving import config as serving
-from mesocosm.serving.config import ServeConfig
+from mesocosm.serve import config as serving
+from mesocosm.serve.config import ServeConfig
 from mesocosm.train.config import PretrainConfig
 
 J = TypeVar("J", bound=JobConfig)

@@ -54,7 +54,7 @@ from mesocosm.evaluation.policy_value import imagining
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
-from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train.config import PretrainConfig
 from mesocosm.train.export import calibrate

@@ -32,9 +32,9 @@ from gymnasium import spaces
 from mesocosm.cluster import ray_session
 from mesocosm.config import RayConfig, StorageConfig
 from mesocosm.model.config import FAMILIES, ModelConfig
-from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.serving.config import ServeConfig
-from mesocosm.serving.deployment import deploy
+from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.config import ServeConfig
+from mesocosm.serve.deployment import deploy
 from mesocosm.store.artifacts import Storage
 
 HERE = Path(__file__).resolve().parent

@@ -38,7 +38,7 @@ from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.policy import Layout, Policy
 from mesocosm.runs import tracking
-from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.store.artifacts import Storage
 from mesocosm.train.prepare import transitions
 

@@ -21,8 +21,8 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.net import build
 from mesocosm.model.world import World
-from mesocosm.serving.config import ServeConfig
-from mesocosm.serving.deployment import LISTENERS, deploy, undeploy
+from mesocosm.serve.config import ServeConfig
+from mesocosm.serve.deployment import LISTENERS, deploy, undeploy
 from mesocosm.store.artifacts import Artifact, Storage
 
 Space = gymnasium.Space[Any]

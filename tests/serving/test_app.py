@@ -14,8 +14,8 @@ from mesocosm.cluster import kuberay, ray_session
 from mesocosm.cluster import spec as cluster_spec
 from mesocosm.config import RayConfig
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.serving.app import build
-from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serve.app import build
+from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact
 
 pytestmark = pytest.mark.usefixtures("ray_local")

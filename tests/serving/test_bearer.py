@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mesocosm.errors import UsageError
-from mesocosm.serving.bearer import read_token
+from mesocosm.serve.bearer import read_token
 
 TOKEN = "planted-token-4f1c9a0b7d"
 

@@ -17,7 +17,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model.spec import Parts
-from mesocosm.serving.client import WorldEnv, WorldVectorEnv
+from mesocosm.serve.client import WorldEnv, WorldVectorEnv
 
 BOX = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 DICT = spaces.Dict(

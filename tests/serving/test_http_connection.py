@@ -23,8 +23,8 @@ import requests
 import uvicorn
 from fastapi import FastAPI, Request
 
-from mesocosm.serving import http_connection, ingress
-from mesocosm.serving.http_connection import CONNECTIONS, Connection
+from mesocosm.serve import http_connection, ingress
+from mesocosm.serve.http_connection import CONNECTIONS, Connection
 
 TOKEN = "planted-token-4f1c9a0b7d"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}

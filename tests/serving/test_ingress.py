@@ -25,14 +25,14 @@ from mesocosm.config import StorageConfig
 from mesocosm.data.format.spaces import space_from_json
 from mesocosm.errors import UsageError
 from mesocosm.runs import tracking
-from mesocosm.serving import ingress, visitors
+from mesocosm.serve import http_sessions, ingress
+from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.config import ServeConfig
+from mesocosm.serve.connection import Served
+from mesocosm.serve.deployment import LISTENERS, deploy, undeploy
+from mesocosm.serve.http_connection import CONNECTIONS
+from mesocosm.serve.protocol import pack, unpack
 from mesocosm.serving import run as serve_job
-from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.serving.config import ServeConfig
-from mesocosm.serving.connection import Served
-from mesocosm.serving.deployment import LISTENERS, deploy, undeploy
-from mesocosm.serving.http_connection import CONNECTIONS
-from mesocosm.serving.protocol import pack, unpack
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
@@ -409,7 +409,7 @@ def test_a_bug_shows_nothing(
     def fail(*_: Any) -> None:
         raise RuntimeError("inner workings")
 
-    monkeypatch.setattr(visitors.Visitors, "reset", fail)
+    monkeypatch.setattr(http_sessions.Visitors, "reset", fail)
     reply = client("POST", "/v1/reset", json={})
     assert (reply.status_code, reply.json()) == (
         500,
@@ -537,7 +537,7 @@ def test_nobody_answers(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch)
     from ray import serve
 
     monkeypatch.setenv("MESOCOSM_WORLD_TOKEN", client.token)
-    monkeypatch.setattr(visitors, "DEADLINE_S", 2.0)
+    monkeypatch.setattr(http_sessions, "DEADLINE_S", 2.0)
     action = {"push": [0, 0], "turn": 0, "hands": [0, 0], "say": "a"}
     deploy(ServeConfig(world="rich", name="brief", cpus=0.5, http=0, storage=StorageConfig(rich)))
     try:

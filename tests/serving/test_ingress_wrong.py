@@ -16,9 +16,9 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.serving.deployment import LISTENERS
-from mesocosm.serving.protocol import pack
+from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.deployment import LISTENERS
+from mesocosm.serve.protocol import pack
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 

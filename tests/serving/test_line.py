@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from mesocosm.serving import line as lines
-from mesocosm.serving.connection import FRAME, open_line, receive_frame, send_frame
-from mesocosm.serving.line import LineServer
+from mesocosm.serve import line as lines
+from mesocosm.serve.connection import FRAME, open_line, receive_frame, send_frame
+from mesocosm.serve.line import LineServer
 
 FEW_DESCRIPTORS = """
 import os, resource, sys
-from mesocosm.serving.line import LineServer
+from mesocosm.serve.line import LineServer
 
 server = LineServer("127.0.0.1", bytes)
 used = max(int(name) for name in os.listdir("/proc/self/fd")) + 1

@@ -11,8 +11,8 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.vec_env import VecMonitor
 
 from mesocosm.errors import UsageError
-from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.serving.sb3 import WorldVecEnv
+from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.sb3 import WorldVecEnv
 
 DICT = spaces.Dict(
     {"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)}

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, seed, settings
 from pydantic import TypeAdapter, ValidationError
 
 from mesocosm.data.format.spaces import SpaceCodec
-from mesocosm.serving.schema import json_type, to_batch, to_json
+from mesocosm.serve.schema import json_type, to_batch, to_json
 
 FLOATS = spaces.Box(
     np.array([[-1, -0.7], [0, -np.inf]], np.float32), np.array([[1, 0.7], [np.inf, 3]], np.float32)

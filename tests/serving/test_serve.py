@@ -28,13 +28,13 @@ from mesocosm.config import RayConfig, StorageConfig
 from mesocosm.config import load as config_of
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.runs import tracking
-from mesocosm.serving import connection, deployment
+from mesocosm.serve import connection, deployment
+from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.config import ServeConfig
+from mesocosm.serve.connection import FRAME, Served, receive_frame, send_frame
+from mesocosm.serve.deployment import deploy, undeploy
+from mesocosm.serve.protocol import pack
 from mesocosm.serving import run as serve_job
-from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.serving.config import ServeConfig
-from mesocosm.serving.connection import FRAME, Served, receive_frame, send_frame
-from mesocosm.serving.deployment import deploy, undeploy
-from mesocosm.serving.protocol import pack
 from mesocosm.store.artifacts import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_local")

@@ -15,10 +15,10 @@ from gymnasium import spaces
 
 from mesocosm.errors import MesocosmError
 from mesocosm.model import rng
-from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.serving.connection import InProcess
-from mesocosm.serving.protocol import Message, pack, unpack
-from mesocosm.serving.session import Sessions, Starts, Worlds
+from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.connection import InProcess
+from mesocosm.serve.protocol import Message, pack, unpack
+from mesocosm.serve.session import Sessions, Starts, Worlds
 
 DICT = spaces.Dict(
     {"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)}

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mesocosm.serving.visitors import Kept, NoRoom
+from mesocosm.serve.http_sessions import Kept, NoRoom
 
 
 def held(count: int, weight: int, idle_s: float, closed: list[str]) -> Kept[str]:

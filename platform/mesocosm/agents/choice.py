@@ -16,7 +16,7 @@ from mesocosm.config import fingerprint
 from mesocosm.data.analysis.evidence import Evidence
 from mesocosm.policies.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
 from mesocosm.runs.tracking import Run
-from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact
 
 COMPARED = 64

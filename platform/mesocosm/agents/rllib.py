@@ -37,7 +37,7 @@ from mesocosm.agents.settings import ALGORITHMS, ON_POLICY
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError, nearest
 from mesocosm.policies.heads import ActionMap, flat_space, flatten_batch
 from mesocosm.policies.policy import Head, Layout, Policy, describe
-from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serve.client import WorldVectorEnv
 
 INITIAL_STD = 0.5
 """Of a Gaussian policy, where [-1, 1] is the action's whole range."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.policies.policy import Acts
-from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serve.client import WorldVectorEnv
 
 
 def imagined_returns(

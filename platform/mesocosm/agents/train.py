@@ -37,9 +37,9 @@ from mesocosm.errors import UsageError, nearest
 from mesocosm.model.spec import Parts
 from mesocosm.policies.policy import SNAPSHOTS, Policy
 from mesocosm.runs.tracking import Run
-from mesocosm.serving.client import BACKENDS, WorldVectorEnv
-from mesocosm.serving.config import ServeConfig
-from mesocosm.serving.deployment import deploy, undeploy
+from mesocosm.serve.client import BACKENDS, WorldVectorEnv
+from mesocosm.serve.config import ServeConfig
+from mesocosm.serve.deployment import deploy, undeploy
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.versions import VERSIONS
 

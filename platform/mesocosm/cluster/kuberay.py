@@ -237,7 +237,7 @@ def _service(called: str, cluster: ClusterConfig, secret: str, words: list[str])
     from jobs of the same Ray.
     """
     from mesocosm.cluster.yaml_writer import to_yaml
-    from mesocosm.serving.config import ServeConfig, check
+    from mesocosm.serve.config import ServeConfig, check
 
     if words[:1] != ["serve"] or any("=" not in word or word.startswith("-") for word in words[1:]):
         raise UsageError(
@@ -249,7 +249,7 @@ def _service(called: str, cluster: ClusterConfig, secret: str, words: list[str])
     check(loaded)
     application = {
         "name": loaded.name,
-        "import_path": "mesocosm.serving.app:build",
+        "import_path": "mesocosm.serve.app:build",
         "route_prefix": None,
         "args": {key: value for key, value in (word.split("=", 1) for word in given)},
     }

@@ -42,7 +42,7 @@ from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.policy import Acts
-from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serve.client import WorldVectorEnv
 
 Array = NDArray[Any]
 BLOCKS = 20

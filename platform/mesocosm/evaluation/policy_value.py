@@ -25,7 +25,7 @@ from mesocosm.evaluation.judge_store import JudgeStore
 from mesocosm.evaluation.panel import Candidate
 from mesocosm.evaluation.ranking import Ranking, ranking
 from mesocosm.model.world import World
-from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serve.client import WorldVectorEnv
 
 ROWS = 512
 """Imagined environments that step together at most."""

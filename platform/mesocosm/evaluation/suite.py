@@ -41,7 +41,7 @@ from mesocosm.model.world import World
 from mesocosm.policies import behaviours
 from mesocosm.policies.policy import Acts, policy_of
 from mesocosm.runs.tracking import Run
-from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage
 
 MOST_BEHAVIOURS = 8

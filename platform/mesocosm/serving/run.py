@@ -9,9 +9,9 @@ from typing import Any
 
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.runs.tracking import Run
-from mesocosm.serving.config import ServeConfig, check
-from mesocosm.serving.deployment import LISTENERS, deploy, undeploy
-from mesocosm.serving.session import find_world
+from mesocosm.serve.config import ServeConfig, check
+from mesocosm.serve.deployment import LISTENERS, deploy, undeploy
+from mesocosm.serve.session import find_world
 from mesocosm.store.artifacts import Storage
 
 
@@ -43,7 +43,7 @@ def run(config: ServeConfig, run: Run) -> None:
         )
     run.say(
         "To step in it, from Python:\n"
-        "  import gymnasium, mesocosm.serving.client\n"
+        "  import gymnasium, mesocosm.serve.client\n"
         f'  envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="{world}",'
         f' app="{config.name}", address="{address}", horizon=200)'
     )

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from mesocosm.serving.connection import receive_frame, send_frame
+from mesocosm.serve.connection import receive_frame, send_frame
 
 logger = logging.getLogger(__name__)
 TOKEN = 32

@@ -1,4 +1,4 @@
-"""The served world for a Serve config file (`import_path: mesocosm.serving.app:build`): how a
+"""The served world for a Serve config file (`import_path: mesocosm.serve.app:build`): how a
 RayService runs it.
 """
 
@@ -7,9 +7,9 @@ from __future__ import annotations
 from typing import Any
 
 from mesocosm import config
-from mesocosm.serving.config import ServeConfig, check
-from mesocosm.serving.deployment import application
-from mesocosm.serving.session import find_world
+from mesocosm.serve.config import ServeConfig, check
+from mesocosm.serve.deployment import application
+from mesocosm.serve.session import find_world
 from mesocosm.store.artifacts import Storage
 
 

@@ -23,8 +23,8 @@ from typing import Any, Protocol
 from mesocosm.cluster import ray_session
 from mesocosm.config import RayConfig
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.serving.protocol import Message, pack, unpack
-from mesocosm.serving.session import Sessions
+from mesocosm.serve.protocol import Message, pack, unpack
+from mesocosm.serve.session import Sessions
 
 FRAME = struct.Struct("<Q")
 LARGEST = 1 << 28

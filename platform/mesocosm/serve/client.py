@@ -2,7 +2,7 @@
 
 Importing this module registers `mesocosm/World-v0`:
 
-    import gymnasium, mesocosm.serving.client
+    import gymnasium, mesocosm.serve.client
     envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="<id>", horizon=200)
 """
 
@@ -28,10 +28,10 @@ from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
-from mesocosm.serving.connection import Connection, InProcess, Served, reply_of
-from mesocosm.serving.context import Mirror
-from mesocosm.serving.protocol import CONTEXT, Message, get, put
-from mesocosm.serving.session import START, Sessions, Worlds
+from mesocosm.serve.connection import Connection, InProcess, Served, reply_of
+from mesocosm.serve.context import Mirror
+from mesocosm.serve.protocol import CONTEXT, Message, get, put
+from mesocosm.serve.session import START, Sessions, Worlds
 
 ID = "mesocosm/World-v0"
 BACKENDS = ("serve", "local")
@@ -503,6 +503,6 @@ class WorldEnv(gymnasium.Env[Any, Any]):
 if ID not in gymnasium.registry:
     gymnasium.register(
         ID,
-        entry_point="mesocosm.serving.client:WorldEnv",
-        vector_entry_point="mesocosm.serving.client:WorldVectorEnv",
+        entry_point="mesocosm.serve.client:WorldEnv",
+        vector_entry_point="mesocosm.serve.client:WorldVectorEnv",
     )

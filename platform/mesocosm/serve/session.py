@@ -25,8 +25,8 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import Carry, Context, World
-from mesocosm.serving.check import check_begin, check_fields, check_restore, check_step
-from mesocosm.serving.protocol import CONTEXT, Message, get, put
+from mesocosm.serve.check import check_begin, check_fields, check_restore, check_step
+from mesocosm.serve.protocol import CONTEXT, Message, get, put
 from mesocosm.store.artifacts import Storage
 
 START = -1

@@ -19,10 +19,10 @@ from gymnasium.error import ResetNeeded
 from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.serving.connection import Served, reply_of
-from mesocosm.serving.protocol import Message, pack, unpack
-from mesocosm.serving.schema import to_batch, to_json
+from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.connection import Served, reply_of
+from mesocosm.serve.protocol import Message, pack, unpack
+from mesocosm.serve.schema import to_batch, to_json
 
 MAX_ENVS = 4096
 """Environments of one session"""

@@ -15,15 +15,15 @@ import torch
 
 from mesocosm.cluster import ray_session
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.serving.config import ServeConfig, check
-from mesocosm.serving.connection import LOOPBACK, packed
-from mesocosm.serving.line import LineServer
-from mesocosm.serving.protocol import pack, unpack
-from mesocosm.serving.session import Sessions, Worlds, find_world
+from mesocosm.serve.config import ServeConfig, check
+from mesocosm.serve.connection import LOOPBACK, packed
+from mesocosm.serve.line import LineServer
+from mesocosm.serve.protocol import pack, unpack
+from mesocosm.serve.session import Sessions, Worlds, find_world
 from mesocosm.store.artifacts import Storage
 
 if TYPE_CHECKING:
-    from mesocosm.serving.ingress import Listener
+    from mesocosm.serve.ingress import Listener
 
 logger = logging.getLogger(__name__)
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
@@ -113,7 +113,7 @@ def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: Non
         )
     listener = None
     if config.http is not None:
-        from mesocosm.serving.ingress import Listener  # FastAPI, which no worker needs
+        from mesocosm.serve.ingress import Listener  # FastAPI, which no worker needs
 
         listener = Listener(config.http)
     try:

@@ -36,12 +36,12 @@ from starlette.types import Message as Event
 from mesocosm import __version__
 from mesocosm.data.format.spaces import space_to_json
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.serving.bearer import read_token
-from mesocosm.serving.check import shown
-from mesocosm.serving.connection import LOOPBACK, NotServed, ReplicaFailed
-from mesocosm.serving.http_connection import CONNECTIONS, Connection, admit, serve
-from mesocosm.serving.schema import integer, json_type
-from mesocosm.serving.visitors import MAX_ENVS, UnknownSession, Visitors
+from mesocosm.serve.bearer import read_token
+from mesocosm.serve.check import shown
+from mesocosm.serve.connection import LOOPBACK, NotServed, ReplicaFailed
+from mesocosm.serve.http_connection import CONNECTIONS, Connection, admit, serve
+from mesocosm.serve.http_sessions import MAX_ENVS, UnknownSession, Visitors
+from mesocosm.serve.schema import integer, json_type
 
 logger = logging.getLogger(__name__)
 BINARY = "/v1/call"
@@ -298,7 +298,7 @@ def routes(visitors: Visitors) -> FastAPI:
         openapi_extra={"requestBody": binary | {"required": True}},
     )
     async def call(request: Request) -> Response:
-        """One message of the binary protocol (platform/mesocosm/serving/protocol.py), and its
+        """One message of the binary protocol (platform/mesocosm/serve/protocol.py), and its
         reply.
         """
         return Response(

@@ -1,8 +1,8 @@
 """A world for Stable-Baselines3, which has a vector interface of its own. Needs the `sb3` extra.
 
 from stable_baselines3 import PPO
-from mesocosm.serving.client import WorldVectorEnv
-from mesocosm.serving.sb3 import WorldVecEnv
+from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.sb3 import WorldVecEnv
 
 env = WorldVecEnv(WorldVectorEnv(64, "<world id>", horizon=200, autoreset_mode="SameStep"))
 PPO("MlpPolicy", env).learn(100_000)
@@ -19,7 +19,7 @@ from gymnasium.vector import AutoresetMode
 from numpy.typing import NDArray
 
 from mesocosm.errors import UsageError
-from mesocosm.serving.client import WorldVectorEnv
+from mesocosm.serve.client import WorldVectorEnv
 
 try:
     from stable_baselines3.common.vec_env import VecEnv
