@@ -13,9 +13,9 @@ from rich.console import Console
 from mesocosm.cluster.spec import ClusterConfig, NodeGroup
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.runs import tracking
-from mesocosm.scaling.board import Board, hours, short
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import Cell, lay_out
+from mesocosm.scaling.progress_table import Board, hours, short
 from mesocosm.scaling.trunk import Outcome
 
 

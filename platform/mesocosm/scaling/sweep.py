@@ -24,9 +24,9 @@ from mesocosm.data.format.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.runs import tracking
 from mesocosm.scaling import cells
-from mesocosm.scaling.board import Board, Nested, name, short
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import SCHEMA, Cell, Grid, Trunk, lay_out, precision
+from mesocosm.scaling.progress_table import Board, Nested, name, short
 from mesocosm.scaling.sweep_config import SweepConfig, what
 from mesocosm.scaling.trunk import Outcome, Work
 from mesocosm.store.artifacts import Artifact, Storage
