@@ -23,7 +23,7 @@ from mesocosm.config import JobConfig, load
 from mesocosm.data.format.dataset import Environment, write_dataset
 from mesocosm.data.format.episode import Episode, Outcome
 from mesocosm.errors import UsageError
-from mesocosm.evaluation.suite import TooFewPolicies
+from mesocosm.evaluate.suite import TooFewPolicies
 from mesocosm.loop import LoopConfig, _Loop, plan, resources
 from mesocosm.policies.policy import Layout, Policy
 from mesocosm.runs import tracking
@@ -262,7 +262,7 @@ def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("mesocosm.evaluation.run.run", evaluation)
-    monkeypatch.setattr("mesocosm.evaluation.panel.collected", lambda *given: None)
+    monkeypatch.setattr("mesocosm.evaluate.policy_set.collected", lambda *given: None)
     monkeypatch.setattr("mesocosm.agents.train.run", training)
     monkeypatch.setattr("mesocosm.agents.baseline.run", baseline)
     with tracking.start("loop", cfg, quiet=True) as run:

@@ -196,7 +196,7 @@ def _row(id: str, commit: Commit, manifest: Manifest) -> dict[str, Any]:
 
 def _show(storage: Storage, options: argparse.Namespace) -> int:
     from mesocosm.data.format.dataset import Dataset
-    from mesocosm.evaluation import coverage_page
+    from mesocosm.evaluate.report import coverage_page
 
     artifact = storage.artifact("datasets", options.id)
     dataset = Dataset([artifact.path])
@@ -243,7 +243,8 @@ def covered(storage: Storage, artifact: Artifact) -> Artifact:
     """The page and summary.json of a dataset's coverage, `evaluations/ID`: made, or found."""
     from mesocosm.config import fingerprint
     from mesocosm.data.format.dataset import Dataset
-    from mesocosm.evaluation import coverage, coverage_page
+    from mesocosm.evaluate.metrics import coverage
+    from mesocosm.evaluate.report import coverage_page
 
     id = fingerprint("coverage", artifact.id, coverage.SCHEMA, VERSIONS["coverage"])
     meta = {"inputs": {"datasets": [artifact.id]}, "job": "data show", "config": {}}
@@ -345,7 +346,7 @@ def _say(facts: Mapping[str, Any]) -> None:
 
 def _diff(storage: Storage, options: argparse.Namespace) -> int:
     from mesocosm.data.format.dataset import Dataset
-    from mesocosm.evaluation.coverage import compare
+    from mesocosm.evaluate.metrics.coverage import compare
 
     artifacts = [storage.artifact("datasets", ref) for ref in (options.a, options.b)]
     if artifacts[0].id == artifacts[1].id:

@@ -30,9 +30,10 @@ from mesocosm.envs import config as reality_config
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.evaluation import panel, report, suite
+from mesocosm.evaluate import policy_set, suite
+from mesocosm.evaluate.judge import judging
+from mesocosm.evaluate.report import report
 from mesocosm.evaluation import run as evaluation
-from mesocosm.evaluation.judge import judging
 from mesocosm.loop_config import FREE, LoopConfig, acting, check, fill, real_steps
 from mesocosm.loop_preflight import Ready, check_port, preflight, resources
 from mesocosm.pretrain import run as pretraining
@@ -234,7 +235,7 @@ class _Loop:
             self.cfg.evaluate,
             [self.run.storage.artifact("datasets", id) for id in self.inputs["datasets"]],
         )
-        if block.compares and panel.collected(agent.name, self.run.storage, data) is not None:
+        if block.compares and policy_set.collected(agent.name, self.run.storage, data) is not None:
             self.run.say(
                 f"  {agent.name}, which was kept, collected some of this world's data: it is"
                 " judged, and no policies are compared with it"

@@ -16,7 +16,7 @@ from mesocosm.data.collect import CollectConfig
 from mesocosm.envs import config as reality_config
 from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
-from mesocosm.evaluation.config import EvaluateConfig
+from mesocosm.evaluate.config import EvaluateConfig
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.serve import config as serving
 from mesocosm.serve.config import ServeConfig

@@ -17,9 +17,9 @@ from mesocosm.data.format.manifest import Manifest
 from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
-from mesocosm.evaluation import panel, suite
-from mesocosm.evaluation.judge import check_spaces
-from mesocosm.evaluation.ranking import FEWEST
+from mesocosm.evaluate import policy_set, suite
+from mesocosm.evaluate.judge import check_spaces
+from mesocosm.evaluate.metrics.ranking import FEWEST
 from mesocosm.loop_config import LoopConfig, acting, check, fill
 from mesocosm.policies import behaviours
 from mesocosm.store.artifacts import Artifact, Storage
@@ -123,7 +123,7 @@ def _check_collection(cfg: LoopConfig, storage: Storage) -> EnvFacts:
         named = [b for b in acting(cfg.explore, "?").behaviours if b.policy != "?"]
         with _stage("explore"):
             for behaviour in named:
-                behaviours.build(panel.full(behaviour, storage), *facts.spaces, storage)
+                behaviours.build(policy_set.full(behaviour, storage), *facts.spaces, storage)
     return facts
 
 
@@ -211,9 +211,11 @@ def _check_evaluation(cfg: LoopConfig, storage: Storage, ready: Ready) -> None:
             data = Dataset([storage.artifact("datasets", name).path])
             if (data.observation_space, data.action_space) != facts.spaces:
                 raise UsageError(f"datasets: {name} is not of the spaces of reality.env")
-        policies = [panel.full(policy, storage) for policy in block.policies]
+        policies = [policy_set.full(policy, storage) for policy in block.policies]
         for policy in policies:
-            check_spaces(panel.named(policy, storage, *facts.spaces).policy, facts, cfg.reality)
+            check_spaces(
+                policy_set.named(policy, storage, *facts.spaces).policy, facts, cfg.reality
+            )
         suite.check_steps(block, 1 + cfg.agent.snapshots, ready.limit)
         _check_held_out(cfg, storage, ready.given, policies)
 
@@ -229,10 +231,10 @@ def _check_held_out(
     if not block.compares:
         return
     refs = [policy.policy for policy in policies if policy.policy is not None]
-    panel.held_out(refs, storage, given)
+    policy_set.held_out(refs, storage, given)
     stages = [] if cfg.datasets else [cfg.collect]
     stages += [cfg.explore] if cfg.rounds > 1 else []
-    collecting = [panel.full(b, storage) for stage in stages for b in stage.behaviours]
+    collecting = [policy_set.full(b, storage) for stage in stages for b in stage.behaviours]
     acts = {b.policy.partition("@")[0] for b in collecting if b.policy is not None}
     for ref in refs:
         if ref.partition("@")[0] in acts:

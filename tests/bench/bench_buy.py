@@ -46,11 +46,12 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import facts_of
-from mesocosm.evaluation import propose, stats
-from mesocosm.evaluation.figures import STYLE
-from mesocosm.evaluation.judge import judge
-from mesocosm.evaluation.panel import Noisy, Scripted
-from mesocosm.evaluation.policy_value import imagining
+from mesocosm.evaluate.judge import judge
+from mesocosm.evaluate.metrics import stats
+from mesocosm.evaluate.metrics.policy_value import imagining
+from mesocosm.evaluate.policy_set import Noisy, Scripted
+from mesocosm.evaluate.report.figures import STYLE
+from mesocosm.evaluation import propose
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking

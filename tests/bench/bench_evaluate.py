@@ -23,8 +23,8 @@ from bench_pessimism import FILES, SEEDS, agent_of, configured, kept, measure, w
 from bench_world import HERE, ROOT
 
 from mesocosm import config
+from mesocosm.evaluate.config import EvaluateConfig
 from mesocosm.evaluation import run as evaluation
-from mesocosm.evaluation.config import EvaluateConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact
 

@@ -41,7 +41,7 @@ from scipy.stats import spearmanr
 from mesocosm import config
 from mesocosm.cluster import ray_session
 from mesocosm.data import collect
-from mesocosm.evaluation.figures import STYLE
+from mesocosm.evaluate.report.figures import STYLE
 from mesocosm.pretrain import run as pretraining
 from mesocosm.runs import tracking
 from mesocosm.scaling import sweep

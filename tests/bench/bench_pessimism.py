@@ -37,7 +37,7 @@ from mesocosm.cluster import ray_session
 from mesocosm.data import collect
 from mesocosm.envs.config import BudgetConfig
 from mesocosm.envs.ledger import Ledger
-from mesocosm.evaluation.judge import judge
+from mesocosm.evaluate.judge import judge
 from mesocosm.policies.policy import policy_of
 from mesocosm.pretrain import run as pretraining
 from mesocosm.runs import tracking

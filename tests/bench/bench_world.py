@@ -39,9 +39,9 @@ from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.envs.config import RealityConfig
-from mesocosm.evaluation.fidelity import losses, one_step
-from mesocosm.evaluation.open_loop import open_loop
-from mesocosm.evaluation.page import ratio, span
+from mesocosm.evaluate.metrics.fidelity import losses, one_step
+from mesocosm.evaluate.metrics.open_loop import open_loop
+from mesocosm.evaluate.report.page import ratio, span
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.net import apply_base, build

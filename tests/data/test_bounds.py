@@ -25,7 +25,7 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.evaluation.judge import judge
+from mesocosm.evaluate.judge import judge
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 

@@ -16,8 +16,8 @@ from gymnasium import spaces
 from mesocosm.data.analysis.neighbours import effective, gaps, own_gaps
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
-from mesocosm.evaluation import coverage_page
-from mesocosm.evaluation.coverage import compare, summarise
+from mesocosm.evaluate.metrics.coverage import compare, summarise
+from mesocosm.evaluate.report import coverage_page
 
 Made = Callable[..., Dataset]
 

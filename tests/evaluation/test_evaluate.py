@@ -27,7 +27,7 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import RealityConfig, TaskOption
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.evaluation.config import EvaluateConfig
+from mesocosm.evaluate.config import EvaluateConfig
 from mesocosm.evaluation.run import plan
 from mesocosm.evaluation.run import run as evaluate
 from mesocosm.model import mup
@@ -335,7 +335,7 @@ def test_what_interrupted_attempts_spent_counts(
     cfg.judge_steps = 68
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
-            "mesocosm.evaluation.suite.task_distribution", Mock(side_effect=KeyboardInterrupt)
+            "mesocosm.evaluate.suite.task_distribution", Mock(side_effect=KeyboardInterrupt)
         )
         evaluate(cfg, run)
     spent = Ledger(stored, id).totals().steps
@@ -432,7 +432,7 @@ def test_the_horizon_of_a_self_truncating_environment_comes_from_the_logs(
         horizons.append(env.horizon)
         return imagined_episodes(policies, env, *rest)
 
-    monkeypatch.setattr("mesocosm.evaluation.suite.imagined_episodes", imagined)
+    monkeypatch.setattr("mesocosm.evaluate.suite.imagined_episodes", imagined)
     artifact = evaluate(cfg, run)
     summary = json.loads((artifact.path / "summary.json").read_text())
     judged = {row["purpose"]: row for row in summary["real_steps"]["purposes"]}["judge"]

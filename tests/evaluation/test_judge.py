@@ -24,9 +24,9 @@ from mesocosm.envs.config import RealityConfig, TaskOption
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import episode_seed, make_env
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
-from mesocosm.evaluation.judge import JudgeResult, judge
-from mesocosm.evaluation.judge_store import JudgeStore
-from mesocosm.evaluation.panel import Noisy
+from mesocosm.evaluate.judge import JudgeResult, judge
+from mesocosm.evaluate.judge_store import JudgeStore
+from mesocosm.evaluate.policy_set import Noisy
 from mesocosm.policies.policy import Layout, Policy, random_policy
 from mesocosm.store.artifacts import Storage
 
@@ -322,8 +322,8 @@ def make():
 
 def main():
     from mesocosm.policies.policy import random_policy
-    from mesocosm.evaluation.judge import judge
-    from mesocosm.evaluation.judge_store import JudgeStore
+    from mesocosm.evaluate.judge import judge
+    from mesocosm.evaluate.judge_store import JudgeStore
     from mesocosm.envs.config import RealityConfig
     from mesocosm.envs.ledger import Ledger
     from mesocosm.store.artifacts import Storage

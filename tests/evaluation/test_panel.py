@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mesocosm.errors import UsageError
-from mesocosm.evaluation import panel
-from mesocosm.evaluation.ranking import LEAST, PER_FIFTH, ranking
+from mesocosm.evaluate import policy_set
+from mesocosm.evaluate.metrics.ranking import LEAST, PER_FIFTH, ranking
 from mesocosm.policies.policy import RandomPolicy
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -30,7 +30,9 @@ from mesocosm.store.artifacts import Artifact, Storage
 )
 def test_every_fifth_of_the_range_is_filled(answer: Callable[[float], float]) -> None:
     noises: dict[float, float] = {}
-    while (level := panel.next_noise(noises, list(noises.values()), panel.MOST_NOISE)) is not None:
+    while (
+        level := policy_set.next_noise(noises, list(noises.values()), policy_set.MOST_NOISE)
+    ) is not None:
         assert level not in noises
         noises[level] = float(answer(level))
     assert LEAST <= len(noises) <= 22, "and no more are bought than are needed"
@@ -39,7 +41,7 @@ def test_every_fifth_of_the_range_is_filled(answer: Callable[[float], float]) ->
 
 
 def test_a_task_that_noise_does_not_touch_is_given_up() -> None:
-    assert panel.next_noise({0.0: 7.0, 2.0: 7.0}, [7.0, 7.0], 2.0) is None
+    assert policy_set.next_noise({0.0: 7.0, 2.0: 7.0}, [7.0, 7.0], 2.0) is None
 
 
 class Still:
@@ -57,13 +59,13 @@ class Still:
 
 def test_noise_is_what_a_behaviour_calls_noise() -> None:
     box, rng = gym.spaces.Box(np.float32([-2, 0]), np.float32([2, 10])), np.random.default_rng(0)
-    noisy = panel.Noisy(Still(np.float32([0.0, 5.0])), box, 0.1)
+    noisy = policy_set.Noisy(Still(np.float32([0.0, 5.0])), box, 0.1)
     drawn = noisy.act(np.zeros((4000, 1)), rng=rng)
     assert drawn.shape == (4000, 2) and drawn.dtype == np.float32
     np.testing.assert_allclose(drawn.std(0), [0.2, 0.5], rtol=0.05)
     one = noisy.act_one(np.zeros(1), rng=rng)
     assert box.contains(one) and not np.array_equal(one, [0.0, 5.0])
-    discrete = panel.Noisy(Still(np.int64(3)), gym.spaces.Discrete(5), 0.4)
+    discrete = policy_set.Noisy(Still(np.int64(3)), gym.spaces.Discrete(5), 0.4)
     drawn = discrete.act(np.zeros((1000, 1)), rng=rng)
     assert 0.25 < (drawn != 3).mean() < 0.4, "four of five random actions are others"
     assert discrete.action_space.contains(discrete.act_one(np.zeros(1), rng=rng))
@@ -82,7 +84,7 @@ def test_an_agent_that_collected_the_worlds_data_is_no_test_of_it(root: str) -> 
     data = Artifact(
         kind="datasets", id="d1", path=Path("."), uri="", meta={"inputs": {"agents": ["ab12"]}}
     )
-    panel.held_out(["agents/cd34", "agents/cd34@5"], storage, [data])
+    policy_set.held_out(["agents/cd34", "agents/cd34@5"], storage, [data])
     for same in (
         "agents/ab12@5",
         "agents/ef56",
@@ -91,4 +93,4 @@ def test_an_agent_that_collected_the_worlds_data_is_no_test_of_it(root: str) -> 
         with pytest.raises(
             UsageError, match=r"agents/ab12 collected datasets/d1.*judge another agent"
         ):
-            panel.held_out([same], storage, [data])
+            policy_set.held_out([same], storage, [data])

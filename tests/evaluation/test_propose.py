@@ -22,8 +22,8 @@ from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
+from mesocosm.evaluate.buying import Imagined, buy, weights
 from mesocosm.evaluation import propose
-from mesocosm.evaluation.buying import Imagined, buy, weights
 from mesocosm.evaluation.propose import ProposeConfig
 from mesocosm.model import mup
 from mesocosm.model.base import Base

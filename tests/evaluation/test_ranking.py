@@ -9,7 +9,7 @@ import json
 import numpy as np
 import pytest
 
-from mesocosm.evaluation.ranking import ranking
+from mesocosm.evaluate.metrics.ranking import ranking
 
 
 def test_a_right_world_and_a_wrong_one() -> None:

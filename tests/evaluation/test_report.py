@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from mesocosm.evaluation import page, stats
-from mesocosm.evaluation.report import (
+from mesocosm.evaluate.metrics import stats
+from mesocosm.evaluate.report import page
+from mesocosm.evaluate.report.report import (
     Curve,
     Episode,
     Point,

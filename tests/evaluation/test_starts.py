@@ -22,7 +22,7 @@ from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError
-from mesocosm.evaluation.starts import LEAST, TaskDistribution, task_distribution
+from mesocosm.evaluate.metrics.starts import LEAST, TaskDistribution, task_distribution
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig

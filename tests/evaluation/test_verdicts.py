@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from mesocosm.evaluation import panel, verdicts
-from mesocosm.evaluation.panel import Candidate
-from mesocosm.evaluation.starts import POWER
-from mesocosm.evaluation.suite import ADVERSARY, MOST_BEHAVIOURS, behaviours_of
-from mesocosm.evaluation.verdicts import Verdict
+from mesocosm.evaluate import policy_set
+from mesocosm.evaluate.metrics.starts import POWER
+from mesocosm.evaluate.policy_set import Candidate
+from mesocosm.evaluate.report import verdicts
+from mesocosm.evaluate.report.verdicts import Verdict
+from mesocosm.evaluate.suite import ADVERSARY, MOST_BEHAVIOURS, behaviours_of
 
 
 def told(
@@ -198,7 +199,9 @@ def test_what_the_logs_do_not_explain_stands_beside_the_agents_return() -> None:
 
 class Judged:
     def __init__(self, name: str, **facts: Any):
-        self.candidate = Candidate(name, panel.RandomPolicy.__new__(panel.RandomPolicy), **facts)
+        self.candidate = Candidate(
+            name, policy_set.RandomPolicy.__new__(policy_set.RandomPolicy), **facts
+        )
 
 
 def names(values: list[Any]) -> list[str]:

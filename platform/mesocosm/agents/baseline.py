@@ -28,7 +28,7 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.envs.meter import Meter, MeteredVectorEnv, make_metered_vector
 from mesocosm.errors import BudgetSpent, UsageError
-from mesocosm.evaluation.judge import judge, judging
+from mesocosm.evaluate.judge import judge, judging
 from mesocosm.policies.policy import Policy
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import SCHEMA, Artifact

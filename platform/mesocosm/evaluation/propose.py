@@ -31,9 +31,9 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.errors import UsageError
-from mesocosm.evaluation import buying, panel
-from mesocosm.evaluation.buying import Bought, Imagined
-from mesocosm.evaluation.open_loop import codec_of
+from mesocosm.evaluate import buying, policy_set
+from mesocosm.evaluate.buying import Bought, Imagined
+from mesocosm.evaluate.metrics.open_loop import codec_of
 from mesocosm.evaluation.run import reality_of
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
@@ -289,7 +289,7 @@ def _behaviours(cfg: ProposeConfig, storage: Storage) -> list[BehaviourConfig]:
             for noise in cfg.noises
         ),
     ]
-    plain += [replace(panel.full(b, storage), weight=1.0) for b in cfg.behaviours]
+    plain += [replace(policy_set.full(b, storage), weight=1.0) for b in cfg.behaviours]
     every = [
         *plain,
         *(
@@ -326,7 +326,7 @@ def _policy(behaviour: BehaviourConfig, storage: Storage, facts: EnvFacts) -> Ac
     if behaviour.kind == "trained":
         assert behaviour.policy is not None
         return policy_of(storage, behaviour.policy)
-    return panel.named(behaviour, storage, *facts.spaces).policy
+    return policy_set.named(behaviour, storage, *facts.spaces).policy
 
 
 # -- the answer

@@ -18,13 +18,14 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
-from mesocosm.evaluation import imagine, page, panel, report, suite
-from mesocosm.evaluation.config import EvaluateConfig
-from mesocosm.evaluation.fidelity import Fidelity, fidelity
-from mesocosm.evaluation.judge import JudgeResult, judge, judging
-from mesocosm.evaluation.judge_store import JudgeStore
-from mesocosm.evaluation.open_loop import check_dataset, codec_of
-from mesocosm.evaluation.verdicts import verdicts
+from mesocosm.evaluate import imagine, policy_set, suite
+from mesocosm.evaluate.config import EvaluateConfig
+from mesocosm.evaluate.judge import JudgeResult, judge, judging
+from mesocosm.evaluate.judge_store import JudgeStore
+from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
+from mesocosm.evaluate.metrics.open_loop import check_dataset, codec_of
+from mesocosm.evaluate.report import page, report
+from mesocosm.evaluate.report.verdicts import verdicts
 from mesocosm.model.world import World
 from mesocosm.policies.policy import Policy
 from mesocosm.runs.tracking import Run, console
@@ -174,7 +175,9 @@ def _evaluate(question: _Question, run: Run) -> Artifact:
                     seed=cfg.seed,
                     max_episode_steps=plan.limit,
                     progress=update,
-                    segments=store.segments(panel.AGENT, policy, seed=cfg.seed, limit=plan.limit),
+                    segments=store.segments(
+                        policy_set.AGENT, policy, seed=cfg.seed, limit=plan.limit
+                    ),
                 )
     measured = suite.run(cfg, run, world, made, dataset, plan, ledger, store, result)
     agent = None

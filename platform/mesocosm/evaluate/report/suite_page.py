@@ -8,8 +8,8 @@ import html
 from collections.abc import Mapping
 from typing import Any
 
-from mesocosm.evaluation import suite_figures
-from mesocosm.evaluation.page import (
+from mesocosm.evaluate.report import suite_figures
+from mesocosm.evaluate.report.page import (
     UNDEFINED,
     count,
     figure,

@@ -25,7 +25,7 @@ from mesocosm.envs.make import Env
 from mesocosm.envs.meter import Meter
 from mesocosm.envs.segments import FOLDER, Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError
-from mesocosm.evaluation.panel import Noisy
+from mesocosm.evaluate.policy_set import Noisy
 from mesocosm.policies.policy import Acts, Policy
 from mesocosm.store.artifacts import Storage
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as scipy_stats
 
-from mesocosm.evaluation import stats
+from mesocosm.evaluate.metrics import stats
 
 LEAST, PER_FIFTH = 15, 3
 """Policies, and policies in each fifth of the range of real returns, below which a note says that

@@ -21,7 +21,7 @@ from gymnasium.vector.utils import batch_space, concatenate, create_empty_array,
 
 from mesocosm.envs.make import Act
 from mesocosm.errors import UsageError
-from mesocosm.evaluation.ranking import fifths_of, firm
+from mesocosm.evaluate.metrics.ranking import fifths_of, firm
 from mesocosm.policies import behaviours
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.policy import SNAPSHOTS, Acts, RandomPolicy, batch_size, policy_of

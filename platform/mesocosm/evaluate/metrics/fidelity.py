@@ -13,8 +13,8 @@ import torch
 
 from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.loading.loader import Loader
-from mesocosm.evaluation import stats
-from mesocosm.evaluation.open_loop import (
+from mesocosm.evaluate.metrics import stats
+from mesocosm.evaluate.metrics.open_loop import (
     HORIZONS,
     ROWS,
     Array,

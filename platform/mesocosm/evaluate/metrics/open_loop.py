@@ -26,7 +26,7 @@ from torch import Tensor
 from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError
-from mesocosm.evaluation import stats
+from mesocosm.evaluate.metrics import stats
 from mesocosm.model import rng
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig

@@ -10,7 +10,7 @@ from importlib.resources import files
 from string import Template
 from typing import Any
 
-from mesocosm.evaluation import figures
+from mesocosm.evaluate.report import figures
 
 UNDEFINED = "–"
 
@@ -31,7 +31,7 @@ def render(summary: Mapping[str, Any]) -> str:
     )
     sections = [_result, _spent, _judged, _fidelity, _losses, _side_by_side, _wall, _lineage]
     if summary.get("suite") is not None:
-        from mesocosm.evaluation import suite_page  # which uses the pieces below
+        from mesocosm.evaluate.report import suite_page  # which uses the pieces below
 
         own = [
             suite_page.verdicts,

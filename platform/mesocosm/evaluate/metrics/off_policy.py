@@ -24,9 +24,9 @@ from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.manifest import Environment
 from mesocosm.data.format.writer import write_dataset
 from mesocosm.data.loading.codec import Codec
-from mesocosm.evaluation import stats
-from mesocosm.evaluation.fidelity import Fidelity, fidelity
-from mesocosm.evaluation.open_loop import (
+from mesocosm.evaluate.metrics import stats
+from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
+from mesocosm.evaluate.metrics.open_loop import (
     Array,
     Log,
     Progress,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from mesocosm.config import JobConfig
 from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
-from mesocosm.evaluation.open_loop import HORIZONS
+from mesocosm.evaluate.metrics.open_loop import HORIZONS
 from mesocosm.policies import behaviours
 from mesocosm.policies.behaviours import BehaviourConfig
 

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.codec import Codec
-from mesocosm.evaluation import stats
-from mesocosm.evaluation.open_loop import Array, check_dataset, codec_of
+from mesocosm.evaluate.metrics import stats
+from mesocosm.evaluate.metrics.open_loop import Array, check_dataset, codec_of
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts, TextSpan
 from mesocosm.model.world import World

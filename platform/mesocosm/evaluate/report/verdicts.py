@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from mesocosm.data.analysis.evidence import FEWEST, Evidence
-from mesocosm.evaluation import page
-from mesocosm.evaluation.ranking import firm
-from mesocosm.evaluation.starts import POWER
+from mesocosm.evaluate.metrics.ranking import firm
+from mesocosm.evaluate.metrics.starts import POWER
+from mesocosm.evaluate.report import page
 
 Answer = Literal["yes", "partly", "no", "unknown"]
 RANKS, REGRET = 0.9, 0.05

@@ -19,8 +19,8 @@ from mesocosm.envs.make import Env, EnvFacts, EpisodeError, facts_of, make_env, 
 from mesocosm.envs.meter import MeteredEnv
 from mesocosm.envs.segments import Segments
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.evaluation import stats
-from mesocosm.evaluation.judge_store import Judged, StoredEpisodes
+from mesocosm.evaluate.judge_store import Judged, StoredEpisodes
+from mesocosm.evaluate.metrics import stats
 from mesocosm.policies.policy import Acts
 
 BLOCK = 256

@@ -20,23 +20,23 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.errors import UsageError
-from mesocosm.evaluation import panel
-from mesocosm.evaluation.config import EvaluateConfig
-from mesocosm.evaluation.imagine import starts_of
-from mesocosm.evaluation.judge import JudgeResult, check_spaces
-from mesocosm.evaluation.judge_store import JudgeStore
-from mesocosm.evaluation.off_policy import OffPolicy, off_policy
-from mesocosm.evaluation.open_loop import Progress, codec_of
-from mesocosm.evaluation.panel import Candidate
-from mesocosm.evaluation.policy_value import (
+from mesocosm.evaluate import policy_set
+from mesocosm.evaluate.config import EvaluateConfig
+from mesocosm.evaluate.imagine import starts_of
+from mesocosm.evaluate.judge import JudgeResult, check_spaces
+from mesocosm.evaluate.judge_store import JudgeStore
+from mesocosm.evaluate.metrics.off_policy import OffPolicy, off_policy
+from mesocosm.evaluate.metrics.open_loop import Progress, codec_of
+from mesocosm.evaluate.metrics.policy_value import (
     PolicyValue,
     Value,
     imagining,
     policy_value,
     success_by_return,
 )
-from mesocosm.evaluation.ranking import FEWEST
-from mesocosm.evaluation.starts import task_distribution
+from mesocosm.evaluate.metrics.ranking import FEWEST
+from mesocosm.evaluate.metrics.starts import task_distribution
+from mesocosm.evaluate.policy_set import Candidate
 from mesocosm.model.world import World
 from mesocosm.policies import behaviours
 from mesocosm.policies.policy import Acts, policy_of
@@ -126,7 +126,7 @@ def prepare(
             " adversary=0, or pretrain with model.members"
         )
     _check_options(cfg, codec)
-    cfg = replace(cfg, policies=[panel.full(config, storage) for config in cfg.policies])
+    cfg = replace(cfg, policies=[policy_set.full(config, storage) for config in cfg.policies])
     horizon = horizon_of(storage, world, facts.max_episode_steps, "reality.horizon")
     data = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
     logged = (
@@ -140,19 +140,19 @@ def prepare(
     )
     candidates = [
         replace(
-            panel.named(config, storage, *facts.spaces),
+            policy_set.named(config, storage, *facts.spaces),
             held_out=behaviours.label(config) not in logged,
         )
         for config in cfg.policies
     ]
     refs = [config.policy for config in cfg.policies if config.policy is not None]
-    mine = [] if agent is None else panel.snapshots(agent, storage)
+    mine = [] if agent is None else policy_set.snapshots(agent, storage)
     for candidate in [*candidates, *mine]:
         check_spaces(candidate.policy, facts, cfg.reality)
     check_steps(cfg, len(mine), horizon.steps)
     if cfg.compares:
         candidates += mine
-        panel.held_out([*refs, *([] if agent is None else [agent.name])], storage, data)
+        policy_set.held_out([*refs, *([] if agent is None else [agent.name])], storage, data)
         most = (
             sum(candidate.held_out for candidate in candidates) + cfg.graded + bool(cfg.adversary)
         )
@@ -220,7 +220,7 @@ def run(
             cfg.reality,
             ledger,
             store=store,
-            known={} if judged is None else {panel.AGENT: judged},
+            known={} if judged is None else {policy_set.AGENT: judged},
             more=_grading(cfg, run.storage, plan.agent, world),
             episodes=cfg.policy_episodes,
             imagined=cfg.imagined,
@@ -284,7 +284,7 @@ def agent_told(
 
         (returns,), (lengths,) = imagined_episodes([policy], env, imagining(cfg.seed), report)
     for row in measured.get("policy_value", {"policies": []})["policies"]:
-        if row["name"] == panel.AGENT:
+        if row["name"] == policy_set.AGENT:
             imagined, met = (
                 float(row["world"]["mean"]),
                 None if row["success"] is None else row["success"]["world"],
@@ -320,9 +320,15 @@ def _grading(cfg: EvaluateConfig, storage: Storage, agent: Artifact | None, worl
         noises = {
             candidate.noise: mean for candidate, mean in judged if candidate.noise is not None
         }
-        noises[0.0] = next(mean for candidate, mean in judged if candidate.name == panel.AGENT)
-        noise = panel.next_noise(noises, [mean for _, mean in judged], panel.most_noise(space))
-        return None if noise is None else panel.graded(policy_of(storage, agent.name), space, noise)
+        noises[0.0] = next(mean for candidate, mean in judged if candidate.name == policy_set.AGENT)
+        noise = policy_set.next_noise(
+            noises, [mean for _, mean in judged], policy_set.most_noise(space)
+        )
+        return (
+            None
+            if noise is None
+            else policy_set.graded(policy_of(storage, agent.name), space, noise)
+        )
 
     return more
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from mesocosm.envs.ledger import LedgerTotals
-from mesocosm.evaluation import page, stats
+from mesocosm.evaluate.metrics import stats
+from mesocosm.evaluate.report import page
 
 SUMMARY, PAGE = "summary.json", "report.html"
 

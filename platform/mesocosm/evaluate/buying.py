@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from mesocosm.data.analysis.neighbours import Features, gaps, own_gaps
 from mesocosm.data.format.dataset import Dataset
-from mesocosm.evaluation import stats
+from mesocosm.evaluate.metrics import stats
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig

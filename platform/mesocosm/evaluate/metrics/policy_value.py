@@ -19,11 +19,11 @@ from mesocosm.config import fingerprint
 from mesocosm.envs.config import RealityConfig, parse_success
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
-from mesocosm.evaluation import stats
-from mesocosm.evaluation.judge import JudgeResult, judge
-from mesocosm.evaluation.judge_store import JudgeStore
-from mesocosm.evaluation.panel import Candidate
-from mesocosm.evaluation.ranking import Ranking, ranking
+from mesocosm.evaluate.judge import JudgeResult, judge
+from mesocosm.evaluate.judge_store import JudgeStore
+from mesocosm.evaluate.metrics import stats
+from mesocosm.evaluate.metrics.ranking import Ranking, ranking
+from mesocosm.evaluate.policy_set import Candidate
 from mesocosm.model.world import World
 from mesocosm.serve.client import WorldVectorEnv
 
