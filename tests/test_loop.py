@@ -20,7 +20,7 @@ from mlflow.tracking import MlflowClient
 from mesocosm import config
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
-from mesocosm.loop import LoopConfig, _Loop, check, plan, run
+from mesocosm.jobs.loop import LoopConfig, _Loop, check, plan, run
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
@@ -285,7 +285,7 @@ def test_an_agent_that_was_kept_and_has_collected_is_judged_and_not_compared(
         "evaluate.policies=[{kind: random}]",
     )
     asked: list[Any] = []
-    monkeypatch.setattr("mesocosm.evaluation.run.run", lambda config, run: asked.append(config))
+    monkeypatch.setattr("mesocosm.jobs.evaluate.run", lambda config, run: asked.append(config))
     with tracking.start("loop", cfg, quiet=True) as started:
         loop = _Loop(cfg, started, "id", "version", [])
         for data, agent in (

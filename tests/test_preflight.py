@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from safetensors.torch import save_file
 
-from mesocosm import loop_preflight, preflight
 from mesocosm.agents import settings
 from mesocosm.agents.feasible import check_agent
 from mesocosm.agents.rllib import TRAINING_STATE
@@ -24,7 +23,8 @@ from mesocosm.data.format.dataset import Environment, write_dataset
 from mesocosm.data.format.episode import Episode, Outcome
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.suite import TooFewPolicies
-from mesocosm.loop import LoopConfig, _Loop, plan, resources
+from mesocosm.jobs import loop_preflight, preflight
+from mesocosm.jobs.loop import LoopConfig, _Loop, plan, resources
 from mesocosm.policies.policy import Layout, Policy
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
@@ -261,10 +261,10 @@ def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
         asked["baseline"] = config.reality.horizon
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mesocosm.evaluation.run.run", evaluation)
+    monkeypatch.setattr("mesocosm.jobs.evaluate.run", evaluation)
     monkeypatch.setattr("mesocosm.evaluate.policy_set.collected", lambda *given: None)
-    monkeypatch.setattr("mesocosm.agents.train.run", training)
-    monkeypatch.setattr("mesocosm.agents.baseline.run", baseline)
+    monkeypatch.setattr("mesocosm.jobs.train_agent.run", training)
+    monkeypatch.setattr("mesocosm.jobs.baseline.run", baseline)
     with tracking.start("loop", cfg, quiet=True) as run:
         cases = (("cut", False, None), ("ends", False, 1000), ("ends", True, None))
         for name, timed, horizon in cases:

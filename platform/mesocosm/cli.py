@@ -37,73 +37,73 @@ class Job:
 
 JOBS = {
     "collect": Job(
-        "mesocosm.data.collect",
+        "mesocosm.jobs.collect",
         "CollectConfig",
         "metered real steps into a dataset",
         "-c configs/collect/pendulum.yaml steps=2000",
     ),
     "import": Job(
-        "mesocosm.data.importing",
+        "mesocosm.jobs.import_logs",
         "ImportConfig",
         "logs that others made into a dataset",
         "'logs/*.parquet' --env CartPole-v1",
     ),
     "curate": Job(
-        "mesocosm.data.curate",
+        "mesocosm.jobs.curate",
         "CurateConfig",
         "datasets into one, by a list of operations",
         "-c configs/curate/pendulum.yaml data.datasets=[ID]",
     ),
     "pretrain": Job(
-        "mesocosm.pretrain.run",
+        "mesocosm.jobs.pretrain",
         "PretrainConfig",
         "a dataset into a world, by DeepSpeed under Ray Train",
         "-c configs/pretrain/pendulum.yaml model.size=1m",
     ),
     "sweep": Job(
-        "mesocosm.scaling.sweep",
+        "mesocosm.jobs.sweep",
         "SweepConfig",
         "a grid of sizes and data into a table and its law",
         "-c configs/sweep/quickstart.yaml data.datasets=[ID] --dry-run",
     ),
     "plan": Job(
-        "mesocosm.scaling.plan",
+        "mesocosm.jobs.plan",
         "PlanConfig",
         "a law and a budget into the config of a pretraining",
         "--law law.json --money 500 price.per_step=0.01 price.per_exaflop=2",
     ),
     "serve": Job(
-        "mesocosm.serving.run",
+        "mesocosm.jobs.serve",
         "ServeConfig",
         "a world on Ray Serve, until Ctrl-C",
         "-c configs/serve/pendulum.yaml replicas=2",
     ),
     "train-agent": Job(
-        "mesocosm.agents.train",
+        "mesocosm.jobs.train_agent",
         "AgentConfig",
         "an RLlib agent inside a world",
         "-c configs/agent/pendulum-ppo.yaml iterations=20",
     ),
     "baseline": Job(
-        "mesocosm.agents.baseline",
+        "mesocosm.jobs.baseline",
         "BaselineConfig",
         "model-free RLlib on reality, through the ledger",
         "-c configs/baseline/pendulum-ppo.yaml",
     ),
     "evaluate": Job(
-        "mesocosm.evaluation.run",
+        "mesocosm.jobs.evaluate",
         "EvaluateConfig",
         "is the world faithful, is the agent better in reality",
         "-c configs/evaluate/pendulum.yaml",
     ),
     "propose": Job(
-        "mesocosm.evaluation.propose",
+        "mesocosm.jobs.propose",
         "ProposeConfig",
         "a world and a budget of real steps into the config of what to collect",
         "world=ID agents=[ID] steps=2000 --out next.yaml",
     ),
     "loop": Job(
-        "mesocosm.loop",
+        "mesocosm.jobs.loop",
         "LoopConfig",
         "the whole circle, and a report",
         "-c configs/loop/quickstart.yaml",
@@ -298,7 +298,7 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     if options.dry_run:
         plan = module.plan(loaded)
         if options.cluster is None and hasattr(module, "resources"):
-            from mesocosm import preflight
+            from mesocosm.jobs import preflight
 
             preflight.check_resources(loaded, module.resources(loaded))
         _show(plan, options.json)
@@ -329,7 +329,7 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
 
 def _preflight(loaded: config.JobConfig) -> None:
     """Check the storage and the tracking that the job needs until its end."""
-    from mesocosm import preflight
+    from mesocosm.jobs import preflight
     from mesocosm.runs import tracking
 
     for warning in preflight.check(loaded):

@@ -15,13 +15,14 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 
-from mesocosm.agents import checkpoint, train
+from mesocosm.agents import checkpoint
 from mesocosm.agents.config import AgentConfig
 from mesocosm.config import load
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError
+from mesocosm.jobs import train_agent as train
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig

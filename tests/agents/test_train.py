@@ -13,7 +13,6 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from mesocosm.agents import baseline, train
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.config import load
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
@@ -22,6 +21,8 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
+from mesocosm.jobs import baseline
+from mesocosm.jobs import train_agent as train
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig

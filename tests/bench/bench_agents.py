@@ -42,12 +42,12 @@ from bench_world import HERE, ROOT, commit
 from matplotlib import pyplot
 from matplotlib.ticker import NullFormatter
 
-from mesocosm import config, loop
-from mesocosm.agents import baseline
+from mesocosm import config
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.cluster import ray_session
 from mesocosm.envs.config import BudgetConfig
 from mesocosm.envs.ledger import Ledger
+from mesocosm.jobs import baseline, loop
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 

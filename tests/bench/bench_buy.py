@@ -40,7 +40,6 @@ from matplotlib import pyplot
 from mesocosm import config
 from mesocosm.agents.rollout import imagined_returns
 from mesocosm.config import StorageConfig, fingerprint, to_dict
-from mesocosm.data import collect
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig
@@ -51,7 +50,7 @@ from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.policy_value import imagining
 from mesocosm.evaluate.policy_set import Noisy, Scripted
 from mesocosm.evaluate.report.figures import STYLE
-from mesocosm.evaluation import propose
+from mesocosm.jobs import collect, propose
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking

@@ -24,7 +24,7 @@ from bench_world import HERE, ROOT
 
 from mesocosm import config
 from mesocosm.evaluate.config import EvaluateConfig
-from mesocosm.evaluation import run as evaluation
+from mesocosm.jobs import evaluate as evaluation
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact
 

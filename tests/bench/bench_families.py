@@ -40,11 +40,10 @@ from scipy.stats import spearmanr
 
 from mesocosm import config
 from mesocosm.cluster import ray_session
-from mesocosm.data import collect
 from mesocosm.evaluate.report.figures import STYLE
-from mesocosm.pretrain import run as pretraining
+from mesocosm.jobs import collect, sweep
+from mesocosm.jobs import pretrain as pretraining
 from mesocosm.runs import tracking
-from mesocosm.scaling import sweep
 from mesocosm.scaling.grid import Cell, lay_out
 from mesocosm.scaling.sweep_config import SweepConfig
 

@@ -31,15 +31,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 from bench_world import HERE, ROOT, commit
 
-from mesocosm import config, loop
-from mesocosm.agents import train as agents
+from mesocosm import config
 from mesocosm.cluster import ray_session
-from mesocosm.data import collect
 from mesocosm.envs.config import BudgetConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.evaluate.judge import judge
+from mesocosm.jobs import collect, loop
+from mesocosm.jobs import pretrain as pretraining
+from mesocosm.jobs import train_agent as agents
 from mesocosm.policies.policy import policy_of
-from mesocosm.pretrain import run as pretraining
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 

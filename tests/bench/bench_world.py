@@ -34,7 +34,6 @@ import numpy as np
 import torch
 
 from mesocosm.config import StorageConfig, TrackingConfig, fingerprint, load, to_dict
-from mesocosm.data import collect
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
@@ -42,6 +41,7 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.evaluate.metrics.fidelity import losses, one_step
 from mesocosm.evaluate.metrics.open_loop import open_loop
 from mesocosm.evaluate.report.page import ratio, span
+from mesocosm.jobs import collect
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.net import apply_base, build

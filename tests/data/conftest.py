@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode, Outcome
-from mesocosm.data.importing import ImportConfig
+from mesocosm.jobs.import_logs import ImportConfig
 from mesocosm.runs import tracking
 
 INTEGERS = spaces.Box(-(10**6), 10**6, (2,), np.int64)

@@ -18,7 +18,6 @@ import pytest
 import torch
 
 from mesocosm.config import StorageConfig, load
-from mesocosm.data.collect import CollectConfig, run
 from mesocosm.data.collecting import ray_workers
 from mesocosm.data.collecting.ray_workers import run_on_ray
 from mesocosm.data.collecting.workers import Plan, split
@@ -29,6 +28,7 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import episode_seed, facts_of
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
+from mesocosm.jobs.collect import CollectConfig, run
 from mesocosm.policies.behaviours import BehaviourConfig, build, choose
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage

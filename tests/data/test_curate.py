@@ -15,12 +15,12 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.cli import main
-from mesocosm.data.curate import CurateConfig, plan, run
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import UsageError
+from mesocosm.jobs.curate import CurateConfig, plan, run
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 

@@ -24,11 +24,11 @@ from mesocosm.cli import main
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import Manifest
 from mesocosm.data.format.writer import DatasetWriter
-from mesocosm.data.importing import ImportConfig, plan, run
 from mesocosm.data.ingest.assemble import stream
 from mesocosm.data.ingest.readers import jsonl as jsonl_reader
 from mesocosm.data.ingest.readers import parquet as parquet_reader
 from mesocosm.errors import UsageError
+from mesocosm.jobs.import_logs import ImportConfig, plan, run
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -936,7 +936,7 @@ def test_a_broken_import_goes_on_where_it_was(
     assert len(shard_of) == 12 and shard_of[-1] >= 4
     add, passes = DatasetWriter.add, []
     monkeypatch.setattr(
-        "mesocosm.data.importing.stream", lambda *given: passes.append(given) or stream(*given)
+        "mesocosm.jobs.import_logs.stream", lambda *given: passes.append(given) or stream(*given)
     )
 
     for last in range(12):

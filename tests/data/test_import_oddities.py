@@ -15,10 +15,10 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.importing import ImportConfig, plan, run
 from mesocosm.data.ingest.readers import files, sources
 from mesocosm.data.ingest.readers import parquet as parquet_reader
 from mesocosm.errors import UsageError
+from mesocosm.jobs.import_logs import ImportConfig, plan, run
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 

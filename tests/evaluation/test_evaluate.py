@@ -28,8 +28,8 @@ from mesocosm.envs.config import RealityConfig, TaskOption
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate.config import EvaluateConfig
-from mesocosm.evaluation.run import plan
-from mesocosm.evaluation.run import run as evaluate
+from mesocosm.jobs.evaluate import plan
+from mesocosm.jobs.evaluate import run as evaluate
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig

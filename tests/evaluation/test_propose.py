@@ -16,15 +16,14 @@ import torch
 from mesocosm import config
 from mesocosm.cli import main
 from mesocosm.config import StorageConfig, fingerprint
-from mesocosm.data import collect
-from mesocosm.data.collect import CollectConfig
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.evaluate.buying import Imagined, buy, weights
-from mesocosm.evaluation import propose
-from mesocosm.evaluation.propose import ProposeConfig
+from mesocosm.jobs import collect, propose
+from mesocosm.jobs.collect import CollectConfig
+from mesocosm.jobs.propose import ProposeConfig
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig

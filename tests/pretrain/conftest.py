@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mesocosm import config
-from mesocosm.pretrain.run import PretrainConfig, run
+from mesocosm.jobs.pretrain import PretrainConfig, run
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact
 

@@ -18,11 +18,11 @@ import torch
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.jobs import pretrain as run
 from mesocosm.model import rng
 from mesocosm.model.mup import init_
 from mesocosm.model.net import apply_base, build
 from mesocosm.model.world import World
-from mesocosm.pretrain import run
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import checkpoint, prepare, training, worker
 from mesocosm.train.schedule import FACTOR, MARGIN, lr_factor

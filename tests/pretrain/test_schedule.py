@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mesocosm.errors import UsageError
-from mesocosm.pretrain.run import plan, run
+from mesocosm.jobs.pretrain import plan, run
 from mesocosm.runs import tracking
 from mesocosm.train.schedule import FACTOR, GRACE, MARGIN, PATIENCE, Watch, due, lr_factor
 

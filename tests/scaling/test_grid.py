@@ -20,11 +20,11 @@ from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import UsageError
+from mesocosm.jobs.pretrain import plan as plan_pretrain
+from mesocosm.jobs.sweep import plan
 from mesocosm.model import counts
 from mesocosm.model.config import ModelConfig
-from mesocosm.pretrain.run import plan as plan_pretrain
 from mesocosm.scaling.grid import Grid, lay_out
-from mesocosm.scaling.sweep import plan
 from mesocosm.train.prepare import step_flops
 
 Sweep = Callable[..., Any]

@@ -18,8 +18,8 @@ from scipy.optimize import differential_evolution
 from mesocosm import config
 from mesocosm.cli import main
 from mesocosm.errors import UsageError
-from mesocosm.pretrain import run as pretraining
-from mesocosm.scaling import plan
+from mesocosm.jobs import plan
+from mesocosm.jobs import pretrain as pretraining
 from mesocosm.scaling.law import Bootstrap, Flops, Law, Optimal, Provenance, optimal_of, theta_of
 from mesocosm.scaling.optimum import Budget, Problem, beyond, problem_of
 from mesocosm.scaling.plan_config import PlanConfig

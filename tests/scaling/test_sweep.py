@@ -18,10 +18,11 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.jobs import sweep
+from mesocosm.jobs.sweep import plan, run
 from mesocosm.runs import tracking
-from mesocosm.scaling import cells, sweep
+from mesocosm.scaling import cells
 from mesocosm.scaling.cells import COLUMNS
-from mesocosm.scaling.sweep import plan, run
 from mesocosm.scaling.sweep_config import SweepConfig
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -175,7 +176,7 @@ def test_a_process_that_dies_before_it_answers_is_told_of(
     """Tune keeps no config of such a trial."""
     from ray import tune
 
-    from mesocosm.scaling.trial import TrunkTrial
+    from mesocosm.jobs.sweep_trial import TrunkTrial
 
     class Dies(TrunkTrial):
         def setup(self, config: dict[str, Any], work: Any = None) -> None:
@@ -203,7 +204,7 @@ def test_credentials_are_in_no_runtime_environment(
     import ray
     from ray import tune
 
-    from mesocosm.scaling.trial import TrunkTrial
+    from mesocosm.jobs.sweep_trial import TrunkTrial
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
 

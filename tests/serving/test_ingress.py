@@ -24,6 +24,7 @@ from gymnasium.vector.utils import iterate
 from mesocosm.config import StorageConfig
 from mesocosm.data.format.spaces import space_from_json
 from mesocosm.errors import UsageError
+from mesocosm.jobs import serve as serve_job
 from mesocosm.runs import tracking
 from mesocosm.serve import http_sessions, ingress
 from mesocosm.serve.client import WorldVectorEnv
@@ -32,7 +33,6 @@ from mesocosm.serve.connection import Served
 from mesocosm.serve.deployment import LISTENERS, deploy, undeploy
 from mesocosm.serve.http_connection import CONNECTIONS
 from mesocosm.serve.protocol import pack, unpack
-from mesocosm.serving import run as serve_job
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 

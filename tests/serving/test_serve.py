@@ -27,6 +27,7 @@ from mesocosm.agents.config import AgentConfig
 from mesocosm.config import RayConfig, StorageConfig
 from mesocosm.config import load as config_of
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.jobs import serve as serve_job
 from mesocosm.runs import tracking
 from mesocosm.serve import connection, deployment
 from mesocosm.serve.client import WorldVectorEnv
@@ -34,7 +35,6 @@ from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.connection import FRAME, Served, receive_frame, send_frame
 from mesocosm.serve.deployment import deploy, undeploy
 from mesocosm.serve.protocol import pack
-from mesocosm.serving import run as serve_job
 from mesocosm.store.artifacts import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_local")

@@ -337,7 +337,7 @@ def _adversary(cfg: EvaluateConfig, run: Run, world: Artifact, limit: int) -> Ca
     """A policy trained in the world to go where its members do not agree; it learns to avoid an
     early end, too, and takes no real step.
     """
-    from mesocosm.agents import train as agents  # imports RLlib: only where it trains
+    from mesocosm.jobs import train_agent as agents  # imports RLlib: only where it trains
 
     config = AgentConfig(
         seed=cfg.seed,

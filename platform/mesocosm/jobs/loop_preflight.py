@@ -8,9 +8,6 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-from mesocosm.agents import baseline as model_free
-from mesocosm.agents import train as agents
-from mesocosm.data import collect
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
 from mesocosm.data.format.manifest import Manifest
@@ -20,7 +17,10 @@ from mesocosm.errors import UsageError
 from mesocosm.evaluate import policy_set, suite
 from mesocosm.evaluate.judge import check_spaces
 from mesocosm.evaluate.metrics.ranking import FEWEST
-from mesocosm.loop_config import LoopConfig, acting, check, fill
+from mesocosm.jobs import baseline as model_free
+from mesocosm.jobs import collect
+from mesocosm.jobs import train_agent as agents
+from mesocosm.jobs.loop_config import LoopConfig, acting, check, fill
 from mesocosm.policies import behaviours
 from mesocosm.store.artifacts import Artifact, Storage
 

@@ -7,16 +7,16 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from mesocosm.agents import baseline as model_free
-from mesocosm.agents import train as agents
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.config import JobConfig
-from mesocosm.data import collect as collecting
-from mesocosm.data.collect import CollectConfig
 from mesocosm.envs import config as reality_config
 from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.config import EvaluateConfig
+from mesocosm.jobs import baseline as model_free
+from mesocosm.jobs import collect as collecting
+from mesocosm.jobs import train_agent as agents
+from mesocosm.jobs.collect import CollectConfig
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.serve import config as serving
 from mesocosm.serve.config import ServeConfig

@@ -11,7 +11,7 @@ from typing import Any
 
 from ray import tune
 
-from mesocosm.pretrain import run as pretraining
+from mesocosm.jobs import pretrain as pretraining
 from mesocosm.runs import tracking
 from mesocosm.scaling import cells
 from mesocosm.scaling.cells import Record

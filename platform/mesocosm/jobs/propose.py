@@ -22,9 +22,7 @@ from rich.table import Table
 
 from mesocosm import config
 from mesocosm.config import JobConfig, fingerprint, identity
-from mesocosm.data import collect
 from mesocosm.data.analysis.neighbours import Features
-from mesocosm.data.collect import CollectConfig
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import horizon_of
 from mesocosm.data.loading.codec import Codec
@@ -34,7 +32,9 @@ from mesocosm.errors import UsageError
 from mesocosm.evaluate import buying, policy_set
 from mesocosm.evaluate.buying import Bought, Imagined
 from mesocosm.evaluate.metrics.open_loop import codec_of
-from mesocosm.evaluation.run import reality_of
+from mesocosm.jobs import collect
+from mesocosm.jobs.collect import CollectConfig
+from mesocosm.jobs.evaluate import reality_of
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World

@@ -18,12 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mesocosm.agents import baseline as model_free
-from mesocosm.agents import train as agents
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint, identity
-from mesocosm.data import collect as collecting
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import UNKNOWN, logged_horizon
 from mesocosm.envs import config as reality_config
@@ -33,10 +30,13 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate import policy_set, suite
 from mesocosm.evaluate.judge import judging
 from mesocosm.evaluate.report import report
-from mesocosm.evaluation import run as evaluation
-from mesocosm.loop_config import FREE, LoopConfig, acting, check, fill, real_steps
-from mesocosm.loop_preflight import Ready, check_port, preflight, resources
-from mesocosm.pretrain import run as pretraining
+from mesocosm.jobs import baseline as model_free
+from mesocosm.jobs import collect as collecting
+from mesocosm.jobs import evaluate as evaluation
+from mesocosm.jobs import pretrain as pretraining
+from mesocosm.jobs import train_agent as agents
+from mesocosm.jobs.loop_config import FREE, LoopConfig, acting, check, fill, real_steps
+from mesocosm.jobs.loop_preflight import Ready, check_port, preflight, resources
 from mesocosm.runs.tracking import Run, console
 from mesocosm.serve.deployment import deploy, undeploy
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage

@@ -127,7 +127,7 @@ def _make(
     ):  # Ray takes seconds to start, and counting FLOPs as many. Ray's daemons die with the thread that began them
         counted = beside.submit(lay_out, config, dataset, named)
         ray_session.ensure(config.ray)
-        importlib.import_module("mesocosm.scaling.trial")
+        importlib.import_module("mesocosm.jobs.sweep_trial")
         grid = counted.result()
     done = set() if config.force else cells.finished(run.storage)
     found = {cell.id: cells.read(run.storage, cell.id) for cell in grid.cells if cell.id in done}
@@ -214,7 +214,7 @@ def _small(
 ) -> dict[str, str]:
     from ray import tune
 
-    from mesocosm.scaling.trial import TrunkTrial
+    from mesocosm.jobs.sweep_trial import TrunkTrial
 
     work = Work(
         run.storage.root,
@@ -240,7 +240,7 @@ def _large(
 ) -> dict[str, str]:
     from ray import tune
 
-    from mesocosm.scaling.trial import large_trial
+    from mesocosm.jobs.sweep_trial import large_trial
 
     jobs = {}
     for cell in large:
@@ -289,7 +289,7 @@ def _tuned(
     from ray import tune
     from ray.tune.execution import class_cache
 
-    from mesocosm.scaling.trial import KEY
+    from mesocosm.jobs.sweep_trial import KEY
 
     # Tune (2.60) copies these of the driver's environment into its trials' runtime environment,
     # which Ray logs; nodes have credentials of their own.
