@@ -1,6 +1,6 @@
 """`mesocosm serve` as a script: what runs on a cluster."""
 
-from mesocosm.cli import job
+from mesocosm.cli.main import job
 
 if __name__ == "__main__":
     job("serve")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm.cli import JOBS, main
+from mesocosm.cli.main import JOBS, main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

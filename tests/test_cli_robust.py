@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 
 CHATTY = """
 import os, subprocess
@@ -39,7 +39,7 @@ class Chatty(gymnasium.Env):
 
 def _run(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "mesocosm.cli", *words],
+        [sys.executable, "-m", "mesocosm.cli.main", *words],
         cwd=folder,
         capture_output=True,
         text=True,
@@ -174,7 +174,7 @@ def test_an_unexpected_error_without_a_run_names_the_file_of_its_traceback(
 def test_a_closed_pipe_is_no_traceback(words: list[str], tmp_path: Path) -> None:
     """`mesocosm data list | head -0`"""
     (tmp_path / "root" / "datasets").mkdir(parents=True)
-    command = [sys.executable, "-m", "mesocosm.cli", *words, "storage.root=root"]
+    command = [sys.executable, "-m", "mesocosm.cli.main", *words, "storage.root=root"]
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(

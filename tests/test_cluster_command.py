@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.cluster import kuberay
 from mesocosm.cluster import spec as cluster_spec
 from mesocosm.cluster.launcher import launcher_config

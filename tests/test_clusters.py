@@ -63,7 +63,7 @@ def cluster_of(
 
 def test_it_imports_neither_ray_nor_torch() -> None:
     code = (
-        "import sys, mesocosm.cluster.spec, mesocosm.cluster_command, mesocosm.cluster.kuberay,"
+        "import sys, mesocosm.cluster.spec, mesocosm.cli.cluster, mesocosm.cluster.kuberay,"
         " mesocosm.cluster.launcher"
     )
     subprocess.run(

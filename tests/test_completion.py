@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm import completion, config
-from mesocosm.cli import JOBS, TOOLS, main
+from mesocosm import config
+from mesocosm.cli import completion
+from mesocosm.cli.main import JOBS, TOOLS, main
 from mesocosm.cluster.records import Record, keep
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -39,7 +40,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """
     program = tmp_path / "bin" / "mesocosm"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m mesocosm.cli "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m mesocosm.cli.main "$@"\n')
     program.chmod(0o755)
     for name in HEAVY:
         (tmp_path / "traps").mkdir(exist_ok=True)

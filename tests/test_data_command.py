@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.store.artifacts import Storage
 
 
@@ -25,7 +25,7 @@ def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def the_session_keeps_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command line ends what it started when it is over, and here that is other tests' Ray."""
-    monkeypatch.setattr("mesocosm.cli._end_ray", lambda: None)
+    monkeypatch.setattr("mesocosm.cli.main._end_ray", lambda: None)
 
 
 def test_datasets_are_listed_shown_and_held_against_each_other(

@@ -33,7 +33,7 @@ def doctor(*arguments: str, **env: str) -> tuple[int, dict[str, dict[str, Any]]]
         sys.executable,
         *(["-S"] if "PYTHONPATH" in env else []),
         "-m",
-        "mesocosm.cli",
+        "mesocosm.cli.main",
         "doctor",
         "--json",
     ]

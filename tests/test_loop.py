@@ -201,7 +201,7 @@ def test_ctrl_c_ends_every_process_and_says_stopped(root: str, tmp_path: Path) -
         "collect.workers=0",
     ]
     job = subprocess.Popen(
-        [sys.executable, "-m", "mesocosm.cli", "loop", *arguments],
+        [sys.executable, "-m", "mesocosm.cli.main", "loop", *arguments],
         env=os.environ | dict([mark.split("=")]),
         cwd=tmp_path,
         start_new_session=True,

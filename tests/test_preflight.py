@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from mesocosm.agents import settings
 from mesocosm.agents.feasible import check_agent
 from mesocosm.agents.rllib import TRAINING_STATE
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.config import JobConfig, load
 from mesocosm.data.format.dataset import Environment, write_dataset
 from mesocosm.data.format.episode import Episode, Outcome

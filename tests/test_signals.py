@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 
 ENVIRONMENT = """
 import time
@@ -67,7 +67,7 @@ class Collection:
         command = [
             sys.executable,
             "-m",
-            "mesocosm.cli",
+            "mesocosm.cli.main",
             "collect",
             "reality.env=slow:Slow",
             "steps=1000000",
@@ -95,7 +95,7 @@ class Collection:
             pid
             for pid in self.alive()
             if Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[1:4]
-            == [b"-m", b"mesocosm.cli", b"collect"]
+            == [b"-m", b"mesocosm.cli.main", b"collect"]
         )
 
     def alive(self) -> list[int]:

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.config import JobConfig, StorageConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage

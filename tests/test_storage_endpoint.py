@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import checkpoint
@@ -381,7 +381,7 @@ def test_a_checkpoint_outlives_an_outage(
         command = [
             sys.executable,
             "-m",
-            "mesocosm.cli",
+            "mesocosm.cli.main",
             "pretrain",
             f"storage.root={storage.root}",
             *words,

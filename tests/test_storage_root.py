@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, StorageConfig, load
 from mesocosm.errors import UsageError
@@ -38,7 +38,7 @@ def test_an_address_that_names_nothing_is_refused(root: str) -> None:
 def test_an_unknown_scheme_is_one_sentence_of_a_job(tmp_path: Path) -> None:
     """No thread prints a traceback before it."""
     words = ["collect", "reality.env=CartPole-v1", "steps=5", "storage.root=gs://b/x"]
-    command = [sys.executable, "-m", "mesocosm.cli", *words]
+    command = [sys.executable, "-m", "mesocosm.cli.main", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "gs://" in done.stderr, done.stderr

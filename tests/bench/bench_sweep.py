@@ -33,7 +33,7 @@ ALLOWED, GOAL = 0.10, 0.05
 
 def mesocosm(*arguments: str) -> dict[str, Any]:
     """A job by the command line; what it says with --json."""
-    command = [sys.executable, "-m", "mesocosm.cli", *arguments, "--json"]
+    command = [sys.executable, "-m", "mesocosm.cli.main", *arguments, "--json"]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, check=True)
     found: dict[str, Any] = json.loads(done.stdout)
     return found

@@ -355,7 +355,7 @@ class Lab:
             "HOME": str(self.base / "home"),
             "MESOCOSM_HOME": str(self.base / "home" / ".mesocosm"),
         } | env
-        command = self.hub.command(sys.executable, "-m", "mesocosm.cli", *arguments)
+        command = self.hub.command(sys.executable, "-m", "mesocosm.cli.main", *arguments)
         command = [
             part if not part.startswith("--wdns=") else f"--wdns={cwd or self.user}"
             for part in command

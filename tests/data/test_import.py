@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
 
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import Manifest
 from mesocosm.data.format.writer import DatasetWriter
@@ -46,7 +46,7 @@ def cart(tmp_path_factory: pytest.TempPathFactory, cart_root: Callable[..., str]
 @pytest.fixture(autouse=True)
 def the_session_keeps_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command line ends what it started when it is over, and here that is other tests' Ray."""
-    monkeypatch.setattr("mesocosm.cli._end_ray", lambda: None)
+    monkeypatch.setattr("mesocosm.cli.main._end_ray", lambda: None)
 
 
 @pytest.fixture
@@ -980,7 +980,7 @@ def test_a_killed_import_goes_on(tmp_path: Path, root: str) -> None:
         return [
             sys.executable,
             "-c",
-            f"{small}from mesocosm.cli import main; raise SystemExit(main({words!r}))",
+            f"{small}from mesocosm.cli.main import main; raise SystemExit(main({words!r}))",
         ]
 
     for shard in (0, 5, 10):

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm import cli, errors
-from mesocosm.cli import JOBS, TOOLS, main
+from mesocosm import errors
+from mesocosm.cli import main as cli
+from mesocosm.cli.main import JOBS, TOOLS, main
 
 from .reader import (
     FOREIGN,

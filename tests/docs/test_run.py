@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 import mesocosm
-from mesocosm.cli import JOBS
+from mesocosm.cli.main import JOBS
 from mesocosm.scaling import fit
 from mesocosm.scaling.table import Table
 from mesocosm.store.artifacts import KINDS, Storage
@@ -100,7 +100,7 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("home")
     (home / "bin").mkdir()
     (home / "bin" / "mesocosm").write_text(
-        f'#!/bin/sh\nexec {sys.executable} -m mesocosm.cli "$@"\n'
+        f'#!/bin/sh\nexec {sys.executable} -m mesocosm.cli.main "$@"\n'
     )
     (home / "bin" / "mesocosm").chmod(0o755)
     path = os.pathsep.join(

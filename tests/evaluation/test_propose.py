@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mesocosm import config
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.config import StorageConfig, fingerprint
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec

@@ -91,7 +91,7 @@ def test_training_through_a_small_cache_is_that_from_a_folder(
         bucket.local_path("cache", "datasets", id).rename(tmp_path / f"away-{id}")
     words = [f"storage.root={bucket.root}", *SMALL, *given, "train.workers=2", "--json"]
     done = subprocess.run(
-        [sys.executable, "-m", "mesocosm.cli", "pretrain", *words],
+        [sys.executable, "-m", "mesocosm.cli.main", "pretrain", *words],
         capture_output=True,
         text=True,
         timeout=300,

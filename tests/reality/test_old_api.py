@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.meter import make_metered_vector
 from mesocosm.errors import MesocosmError

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from laws import DATA, SIZES, TRUTH, budgets, grid, loss, write
 
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.errors import UsageError
 from mesocosm.scaling import fit, isoflop
 from mesocosm.scaling.law import Flops, IsoFlop, Law, Optimal, optimal_of, params_of
@@ -38,7 +38,7 @@ def noisy(noise: float = 0.004, seed: int = 0, **options: Any) -> list[dict[str,
 
 
 def test_importing_it_imports_neither_torch_nor_ray() -> None:
-    modules = "mesocosm.scaling.fit, mesocosm.scaling.report, mesocosm.scaling.command"
+    modules = "mesocosm.scaling.fit, mesocosm.scaling.report, mesocosm.cli.fit"
     code = (
         f"import sys, {modules}; print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
     )

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mesocosm import config
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.cluster.spec import ClusterConfig, NodeGroup, read
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec

@@ -16,7 +16,7 @@ import pytest
 from scipy.optimize import differential_evolution
 
 from mesocosm import config
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.errors import UsageError
 from mesocosm.jobs import plan
 from mesocosm.jobs import pretrain as pretraining

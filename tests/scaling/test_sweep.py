@@ -365,7 +365,7 @@ def test_a_killed_driver_costs_no_finished_cell(
     command = [
         sys.executable,
         "-m",
-        "mesocosm.cli",
+        "mesocosm.cli.main",
         "sweep",
         f"storage.root={root}",
         "data.datasets=[cart]",

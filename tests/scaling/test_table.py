@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mesocosm.cli import main
+from mesocosm.cli.main import main
 from mesocosm.errors import UsageError
 from mesocosm.scaling.table import Table
 

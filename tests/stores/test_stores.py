@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm.cli import main
+from mesocosm.cli.doctor import storage_check
+from mesocosm.cli.main import main
 from mesocosm.config import JobConfig, StorageConfig
-from mesocosm.doctor import storage_check
 from mesocosm.errors import StorageError, UsageError
 from mesocosm.store.artifacts import Storage
 

@@ -39,7 +39,7 @@ class Cluster:
         }
 
     def mesocosm(self, *arguments: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "mesocosm.cli", *arguments]
+        command = [sys.executable, "-m", "mesocosm.cli.main", *arguments]
         return subprocess.run(
             command, cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=timeout
         )

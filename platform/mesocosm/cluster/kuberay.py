@@ -183,7 +183,7 @@ def _pod(called: str, cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any
 
 def _job(called: str, cluster: ClusterConfig, secret: str, words: list[str]) -> dict[str, Any]:
     """A RayJob: a cluster of its own, `mesocosm WORDS` on its head, and the end of both."""
-    from mesocosm.cli import JOBS
+    from mesocosm.cli.main import JOBS
 
     known = [*JOBS, "doctor"]
     if not words or words[0] not in known:

@@ -24,8 +24,9 @@ def told(job: str | None) -> dict[str, Any]:
     """
     import ray
 
-    from mesocosm import __version__, config, doctor
-    from mesocosm.cli import JOBS
+    from mesocosm import __version__, config
+    from mesocosm.cli import doctor
+    from mesocosm.cli.main import JOBS
     from mesocosm.cluster import ray_session
     from mesocosm.cluster.freeze import CONFIG
     from mesocosm.cluster.resources import needs

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mesocosm.cli import confirm
+from mesocosm.cli.main import confirm
 from mesocosm.cluster import records
 from mesocosm.cluster import spec as cluster_spec
 from mesocosm.cluster.freeze import CONFIG, Frozen, freeze
@@ -33,7 +33,7 @@ from mesocosm.runs.upload import JOB
 
 PROBED = 180.0
 """Seconds that a cluster may take to say of itself what it has."""
-ENTRY = "python -m mesocosm.cli"
+ENTRY = "python -m mesocosm.cli.main"
 TAKEN_BY_RAY = 30.0
 """Seconds beside `stop.grace_s` until Ray kills what it was told to stop."""
 

@@ -22,7 +22,7 @@ examples:
 
 def add(commands: Any) -> None:
     """Add the command, and its own, to argparse's `commands`."""
-    from mesocosm.cli import common
+    from mesocosm.cli.main import common
 
     said = "look after a storage root"
     actions = commands.add_parser("storage", help=said, description=said).add_subparsers(
@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exit status 0; 1 where something listed could not be removed."""
     from mesocosm import config, faults
-    from mesocosm.cli import confirm
+    from mesocosm.cli.main import confirm
     from mesocosm.store import cache_folder
     from mesocosm.store import gc as remains
     from mesocosm.store.artifacts import Storage

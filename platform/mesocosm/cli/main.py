@@ -21,7 +21,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from mesocosm import __version__, completion, config, faults, output, signals
+from mesocosm import __version__, config, faults, output, signals
+from mesocosm.cli import completion
 from mesocosm.cluster import ray_session
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.store import cache_folder
@@ -111,12 +112,12 @@ JOBS = {
 }
 
 TOOLS = {
-    "fit": "mesocosm.scaling.command",
-    "cluster": "mesocosm.cluster_command",
-    "jobs": "mesocosm.submission.command",
-    "data": "mesocosm.data_command",
-    "storage": "mesocosm.storage_command",
-    "completion": "mesocosm.completion",
+    "fit": "mesocosm.cli.fit",
+    "cluster": "mesocosm.cli.cluster",
+    "jobs": "mesocosm.cli.jobs",
+    "data": "mesocosm.cli.data",
+    "storage": "mesocosm.cli.storage",
+    "completion": "mesocosm.cli.completion",
 }
 """Commands that are no config job: a module, light to import, with `add(commands)` and
 `run(options)`, which returns the exit status.
@@ -259,7 +260,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.command in TOOLS:
         return importlib.import_module(TOOLS[options.command]).run(options)
     if options.command == "doctor":
-        from mesocosm.doctor import doctor
+        from mesocosm.cli.doctor import doctor
 
         given = config.load(config.JobConfig, options.config, options.overrides)
         cache_folder.use(given.storage.cache)

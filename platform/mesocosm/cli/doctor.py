@@ -38,7 +38,7 @@ def doctor(
     """
     if cluster is None:
         return show(_checks(config), as_json=as_json)
-    from mesocosm.submission.check import checks
+    from mesocosm.cli.cluster_check import checks
 
     return show(
         itertools.chain(_checks(config), checks(cluster, config, insecure=insecure)),

@@ -12,8 +12,8 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from mesocosm import output
+from mesocosm.cli.storage import size
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.storage_command import size
 from mesocosm.versions import VERSIONS
 
 if TYPE_CHECKING:

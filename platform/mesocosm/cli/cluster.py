@@ -101,9 +101,9 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check(options: argparse.Namespace) -> int:
+    from mesocosm.cli.cluster_check import checks
+    from mesocosm.cli.doctor import show
     from mesocosm.config import JobConfig
-    from mesocosm.doctor import show
-    from mesocosm.submission.check import checks
 
     return show(checks(options.name, JobConfig(), insecure=options.insecure), as_json=options.json)
 
@@ -150,7 +150,7 @@ def _source(name: str) -> str:
 
 def _launch(options: argparse.Namespace) -> int:
     """`ray up` or `ray down` on the config in a private file."""
-    from mesocosm.cli import confirm
+    from mesocosm.cli.main import confirm
     from mesocosm.cluster import spec as cluster_spec
     from mesocosm.cluster import yaml_writer
     from mesocosm.cluster.launcher import launcher_config
