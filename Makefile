@@ -36,11 +36,11 @@ lint: install
 bench: bench-serve bench-world
 
 bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy: install
-	$(BIN)/python tests/bench/$(subst -,_,$@).py
+	$(BIN)/python benchmarks/$(subst -,_,$@).py
 
 bench-agents: install
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
-	$(BIN)/python tests/bench/bench_agents.py
+	$(BIN)/python benchmarks/bench_agents.py
 
 clean:
 	rm -rf $(VENV)

@@ -20,7 +20,7 @@ from mesocosm.agents import durations, rllib, settings
 from mesocosm.agents.durations import Durations, arrival_weights
 from mesocosm.errors import MesocosmError, UsageError
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "envs"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "sample_envs"))
 from pace import DURATION, PRIZE, QUICK, SLOW, SLOWER, Pace
 
 GAMMA = 0.8

@@ -107,7 +107,7 @@ def kill_after(
     root: str, overrides: list[str], output: Path, iteration: int, delay: float = 0.0
 ) -> str:
     """Train in a process of its own and SIGKILL it once a checkpoint of `iteration` is there."""
-    command = [sys.executable, "-m", "mesocosm.cli.main", "train-agent", f"storage.root={root}"]
+    command = [sys.executable, "-m", "mesocosm", "train-agent", f"storage.root={root}"]
     with open(output, "ab") as log:
         process = subprocess.Popen([*command, *SMALL, *overrides], stdout=log, stderr=log)
     while progress_of(root)[1] < iteration:

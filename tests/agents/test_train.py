@@ -464,7 +464,7 @@ def test_a_larger_batch_is_counted_before_it_is_taken(ray_local: None, root: str
 def test_an_environment_that_always_crashes_ends_a_baseline_with_its_own_sentence(
     ray_local: None, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "reality" / "envs"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "sample_envs"))
     config = baseline_config(
         root,
         "reality.env=ownenvs:Line",

@@ -56,7 +56,7 @@ LOOP = [
 
 
 def start(root: str, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mesocosm.cli.main", *LOOP, f"storage.root={root}"]
+    command = [sys.executable, "-m", "mesocosm", *LOOP, f"storage.root={root}"]
     with open(log, "ab") as file:
         file.write(b"\n==== start\n")
         return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)

@@ -33,7 +33,7 @@ from mesocosm.policies.behaviours import BehaviourConfig, build, choose
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
-OWN = Path(__file__).parent.parent / "reality" / "envs"
+OWN = Path(__file__).parent.parent / "sample_envs"
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
-OWN = Path(__file__).parent.parent / "reality" / "envs"
+OWN = Path(__file__).parent.parent / "sample_envs"
 
 
 class Disturbed(Storage):

@@ -20,7 +20,7 @@ import pytest
 from mesocosm.envs.ledger import Ledger, LedgerTotals
 from mesocosm.store.artifacts import Storage
 
-OWN = Path(__file__).parent.parent / "reality" / "envs"
+OWN = Path(__file__).parent.parent / "sample_envs"
 
 
 class Collection:
@@ -43,7 +43,7 @@ class Collection:
     def start(self) -> subprocess.Popen[bytes]:
         env = os.environ | {"STEPS_FILE": str(self.base / "steps"), "STEP_S": str(self.pace)}
         with open(self.base / "log", "ab") as log:
-            command = [sys.executable, "-m", "mesocosm.cli.main", *self._arguments]
+            command = [sys.executable, "-m", "mesocosm", *self._arguments]
             return subprocess.Popen(command, cwd=OWN, env=env, stdout=log, stderr=log)
 
     def asked(self) -> int:

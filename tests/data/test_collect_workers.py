@@ -14,7 +14,7 @@ from mesocosm.errors import MesocosmError
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.store.artifacts import Storage
 
-OWN = Path(__file__).parent.parent / "reality" / "envs"
+OWN = Path(__file__).parent.parent / "sample_envs"
 
 
 @pytest.fixture

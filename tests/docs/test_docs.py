@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import mesocosm
 from mesocosm import errors
 from mesocosm.cli import main as cli
 from mesocosm.cli.main import JOBS, TOOLS, main
@@ -31,7 +32,7 @@ from .reader import (
     prose,
 )
 
-PACKAGE = Path(cli.__file__).parent
+PACKAGE = Path(mesocosm.__file__).parent
 PAGES = pages()
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 BASES = (REPOSITORY, PACKAGE, REPOSITORY / "tests")

@@ -99,9 +99,7 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A home of its own, this package on PATH and PYTHONPATH."""
     home = tmp_path_factory.mktemp("home")
     (home / "bin").mkdir()
-    (home / "bin" / "mesocosm").write_text(
-        f'#!/bin/sh\nexec {sys.executable} -m mesocosm.cli.main "$@"\n'
-    )
+    (home / "bin" / "mesocosm").write_text(f'#!/bin/sh\nexec {sys.executable} -m mesocosm "$@"\n')
     (home / "bin" / "mesocosm").chmod(0o755)
     path = os.pathsep.join(
         [str(home / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]

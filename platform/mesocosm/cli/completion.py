@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SHELLS = ("bash", "zsh", "fish")
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parents[1]
 ASKED = "_ARGCOMPLETE"
 """The environment variable with which the script asks."""
 MOST = 50

@@ -496,7 +496,3 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         )
         + "\n"
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

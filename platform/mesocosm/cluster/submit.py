@@ -33,7 +33,7 @@ from mesocosm.runs.upload import JOB
 
 PROBED = 180.0
 """Seconds that a cluster may take to say of itself what it has."""
-ENTRY = "python -m mesocosm.cli.main"
+ENTRY = "python -m mesocosm"
 TAKEN_BY_RAY = 30.0
 """Seconds beside `stop.grace_s` until Ray kills what it was told to stop."""
 

@@ -123,8 +123,13 @@ def facts_of(config: RealityConfig) -> EnvFacts:
         close(env)
 
 
+MOVED = {"mesocosm.reality.domains": "mesocosm.envs.builtin"}
+"""Modules under the names that artifacts of earlier versions hold."""
+
+
 def _maker(config: RealityConfig) -> Callable[[], Env]:
     module_name, _, name = config.env.rpartition(":")
+    module_name = MOVED.get(module_name, module_name)
     module = import_module(module_name, f"reality.env={config.env!r}") if module_name else None
     if name in gymnasium.registry or module is None or not hasattr(module, name):
         _check_registered(config.env, name, module)

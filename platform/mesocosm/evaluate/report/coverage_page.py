@@ -38,7 +38,7 @@ def write(summary: Mapping[str, Any], folder: Path) -> None:
 def render(summary: Mapping[str, Any]) -> str:
     """The whole page."""
     template = Template(
-        files("mesocosm.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+        files("mesocosm.evaluate.report").joinpath("report.html").read_text(encoding="utf-8")
     )
     of = summary["sampled"]
     subtitle = (

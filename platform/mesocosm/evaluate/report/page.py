@@ -20,7 +20,7 @@ def render(summary: Mapping[str, Any]) -> str:
     summary.json.
     """
     template = Template(
-        files("mesocosm.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+        files("mesocosm.evaluate.report").joinpath("report.html").read_text(encoding="utf-8")
     )
     target = f" · target return {summary['target']:g}" if summary["target"] is not None else ""
     spent = summary["real_steps"]["total"]["steps"]

@@ -1,0 +1,428 @@
+"""`make bench-loader`: the loader's bytes per second against a plain memory-mapped read, its
+memory, and how long it takes to start.
+
+    python benchmarks/bench_loader.py [--transitions N ...] [--remote N] [--rounds N] [--root
+    FOLDER] [--save]
+
+Generated datasets (8 observed numbers, 2 of action, episodes of 50 to 350 steps, shards as
+`mesocosm` writes them) in a folder; one of --remote transitions also at an S3 endpoint, a
+moto_server in a process of its own, or what MESOCOSM_TEST_S3_ENDPOINT names. Every measurement is a
+process of its own. Windows of 32 transitions, 64 a batch, no events.
+
+Plain read: the same windows of the same memory-mapped arrays, where they lie known beforehand, the
+quicker of a slice a window and of a take a shard. Bytes are those of the rows that both hand out,
+seconds the processor's (all pages are in memory; others work here, too). Rounds alternate; a ratio
+is the plain read's seconds over the loader's, the median over rounds. `reading` is the loader up to
+there (the permutation, the episodes' tables, the rows); `batch` is all of it, normalised and as
+tensors. --save keeps the result in benchmarks/results/bench_loader.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_storage import endpoint
+from gymnasium import spaces
+
+from mesocosm.data.format.dataset import Dataset, DatasetWriter, Environment
+from mesocosm.data.format.episode import Episode
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
+from mesocosm.data.loading.windows import raw_rows
+from mesocosm.store.artifacts import Storage
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "bench_loader.json"
+WINDOW, BATCH, BLOCK = 32, 64, 2
+STEPS = 200
+"""Batches a round, about: a multiple of those that are read at once."""
+
+
+def write(folder: Path, id: str, transitions: int, shard_rows: int) -> None:
+    """Episodes of noise; each is a slice of the same few megabytes."""
+    draw = np.random.default_rng(0)
+    rows = {
+        "obs_num": draw.normal(size=(1 << 16, 8)).astype(np.float32).astype(np.float64),
+        "act_num": draw.uniform(-1, 1, (1 << 16, 2)).astype(np.float32).astype(np.float64),
+        "reward": draw.normal(size=1 << 16),
+    }
+    none = np.zeros((1 << 16, 0), np.uint8)
+    facts = {
+        "observation_space": spaces.Box(-np.inf, np.inf, (8,)),
+        "action_space": spaces.Box(-1, 1, (2,)),
+    }
+    writer = DatasetWriter(
+        folder,
+        id=id,
+        environment=Environment(id="Noise-v0"),
+        seed=0,
+        shard_rows=shard_rows,
+        **facts,
+    )
+    left, index = transitions, 0
+    while left > 0:
+        length = min(left, int(draw.integers(50, 351)))
+        at = int(draw.integers(0, (1 << 16) - 351))
+        part = slice(at, at + length + 1)
+        episode = Episode(
+            index,
+            index,
+            "noise",
+            [None] * (length + 1),
+            [None] * length,
+            rows["reward"][at : at + length],
+            "truncated",
+        )
+        own = {name: array[part] for name, array in rows.items()} | {
+            "obs_cat": none[part],
+            "act_cat": none[part],
+        }
+        own |= {
+            "terminated": np.zeros(length + 1, bool),
+            "duration": np.full(length + 1, np.nan),
+            "step": np.arange(length + 1, dtype=np.int32),
+        }
+        writer.add(episode, own)
+        left, index = left - length, index + 1
+    writer.close()
+
+
+def measured(**task: Any) -> dict[str, Any]:
+    """`task` done in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--task", json.dumps(task)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def kib(field: str) -> int:
+    return next(
+        int(line.split()[1])
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
+
+
+def opened(
+    root: str, id: str, block: int | None, cache_gib: float | None = None
+) -> tuple[Dataset, Codec, Loader]:
+    dataset = Dataset(
+        [
+            Storage(root).partial(
+                "datasets", id, None if cache_gib is None else int(cache_gib * 2**30)
+            )
+        ]
+    )
+    codec = Codec.from_json(json.loads((Path(os.environ["CODECS"]) / "codec.json").read_text()))
+    return dataset, codec, Loader(dataset, codec, "train", WINDOW, BATCH, 0, block=block)
+
+
+def start(root: str, id: str) -> dict[str, Any]:
+    """From nothing to the loader, and to its first batch."""
+    began = time.perf_counter()
+    *_, loader = opened(root, id, None)
+    ready = time.perf_counter()
+    loader.batch(0)
+    return {"open_ms": 1e3 * (ready - began), "first_batch_ms": 1e3 * (time.perf_counter() - ready)}
+
+
+def memory(root: str, id: str, block: int | None) -> dict[str, Any]:
+    """An epoch: this process's own memory, and with the pages of the files that it has mapped."""
+    *_, loader = opened(root, id, block)
+    steps = loader.windows_per_epoch // BATCH
+    found = []
+    for step in range(steps):
+        loader.batch(step)
+        if step in (steps // 10, steps // 2, steps - 1):
+            found.append(
+                {
+                    "step": step,
+                    "own_mib": kib("RssAnon") / 1024,
+                    "with_files_mib": kib("VmRSS") / 1024,
+                }
+            )
+    return {"steps": steps, "at": found}
+
+
+def fetched(root: str, id: str, block: int, cache_gib: float) -> dict[str, Any]:
+    """An epoch from an empty cache that cannot hold it all: MiB that were fetched and read, and
+    seconds.
+    """
+    dataset, _, loader = opened(root, id, block, cache_gib)
+    began, most = time.perf_counter(), 0
+    for step in range(loader.windows_per_epoch // BATCH):
+        loader.batch(step)
+        if step % 20 == 0:
+            most = max(
+                most,
+                sum(
+                    f.stat().st_size
+                    for f in Storage(root).local_path("cache", "parts").rglob("shards/*/*")
+                ),
+            )
+    seconds = time.perf_counter() - began
+    whole = sum(map(dataset.shard_bytes, range(len(dataset.shards))))
+    return {
+        "seconds": seconds,
+        "dataset_mib": whole / 2**20,
+        "mib_per_s": whole / 2**20 / seconds,
+        "cache_at_most_mib": most / 2**20,
+    }
+
+
+def speed(root: str, id: str, block: int | None, rounds: int) -> dict[str, Any]:
+    dataset, _, loader = opened(root, id, block)
+    spent: dict[str, list[float]] = {"slices": [], "takes": [], "reading": [], "batch": []}
+    passes: dict[str, float] = {}
+    total, count = 0, max(1, round(STEPS / loader._at_once)) * loader._at_once
+    for shard in range(
+        len(dataset.shards) if block is None else 0
+    ):  # whoever comes first would pay for mapping a page
+        for name in ("obs_num", "act_num", "reward", "terminated"):
+            dataset.array(shard, name).sum()
+    for number in range(rounds + 1):  # the first is not counted: tables
+        steps = range(number * count, (number + 1) * count)
+        places = [loader._places(np.arange(BATCH) + step * BATCH) for step in steps]
+        lying = []
+        for place in places:
+            shards, first = place.found.shards, place.found.facts[:, 1] + place.first
+            names = dict.fromkeys(("obs_num", "obs_cat"), 1) | dict.fromkeys(
+                ("act_num", "act_cat", "reward", "terminated"), 0
+            )
+            lying.append((shards.tolist(), first.tolist(), place.length.tolist(), names))
+        loader._turn(steps[0], 0, BATCH)
+        arrays = (
+            {
+                (shard, name): dataset.array(shard, name)
+                for shard in range(len(dataset.shards))
+                for name in names
+            }
+            if block is None
+            else None
+        )
+        order = (
+            ["slices", "takes", "reading", "batch"]
+            if number % 2
+            else ["batch", "reading", "takes", "slices"]
+        )
+        for what in (
+            "takes",
+            *order,
+        ):  # the first of them pays for memory that no cache has: it counts only if it comes again
+            seconds = 0.0
+            loader._read_ahead = -1, {}
+            for step, (shards, first, length, names) in zip(steps, lying, strict=True):
+                if what in ("slices", "takes"):
+                    if block is not None:
+                        loader._turn(step - step % loader._at_once, 0, BATCH)
+                    here = (
+                        arrays
+                        if arrays is not None
+                        else {(s, n): dataset.array(s, n) for s in set(shards) for n in names}
+                    )
+                    by_shard = {s: np.flatnonzero(np.array(shards) == s) for s in set(shards)}
+                    out = {
+                        n: np.empty(
+                            (BATCH, WINDOW + more, *here[shards[0], n].shape[1:]),
+                            here[shards[0], n].dtype,
+                        )
+                        for n, more in names.items()
+                    }
+                if what == "takes":
+                    padded = [
+                        np.minimum(np.arange(WINDOW + 1), n) + f
+                        for f, n in zip(first, length, strict=True)
+                    ]
+                    tails = [
+                        np.minimum(np.arange(WINDOW), max(n - 1, 0)) + f
+                        for f, n in zip(first, length, strict=True)
+                    ]
+                    lie = {
+                        s: (np.array([tails[i] for i in at]), np.array([padded[i] for i in at]))
+                        for s, at in by_shard.items()
+                    }
+                began = time.thread_time()
+                if what == "slices":
+                    for name, more in names.items():
+                        into = out[name]
+                        for i in range(BATCH):
+                            into[i, : length[i] + more] = here[shards[i], name][
+                                first[i] : first[i] + length[i] + more
+                            ]
+                elif what == "takes":
+                    for s, at in by_shard.items():
+                        for name, more in names.items():
+                            values = here[s, name].take(lie[s][more], axis=0)
+                            if len(by_shard) > 1:
+                                out[name][at] = values
+                elif what == "reading":
+                    if step % loader._at_once == 0:
+                        for _, data in raw_rows(
+                            dataset, loader.codec, loader._coming(step, 0, BATCH), WINDOW
+                        ):
+                            total += (
+                                sum(array.nbytes for array in data.values()) if number == 0 else 0
+                            )
+                else:
+                    loader.batch(step)
+                seconds += time.thread_time() - began
+            passes[what] = seconds
+        if number:
+            for what in order:
+                spent[what].append(passes[what])
+    plain = [min(pair) for pair in zip(spent["slices"], spent["takes"], strict=True)]
+    found: dict[str, Any] = {
+        "bytes_a_batch": total // count,
+        "plain_mib_per_s": total / 2**20 / statistics.median(plain),
+    }
+    for what in ("reading", "batch"):
+        ratios = [a / b for a, b in zip(plain, spent[what], strict=True)]
+        found[what] = {
+            "mib_per_s": total / 2**20 / statistics.median(spent[what]),
+            "ratio": statistics.median(ratios),
+            "lowest": min(ratios),
+            "highest": max(ratios),
+        }
+    return found | {
+        "ms_a_batch": {what: 1e3 * statistics.median(each) / count for what, each in spent.items()}
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--transitions", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000]
+    )
+    parser.add_argument("--remote", type=int, default=1_000_000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--root",
+        help=(
+            "where the datasets are made, and kept for the next time; default: a folder that is"
+            " removed"
+        ),
+    )
+    parser.add_argument("--save", action="store_true")
+    parser.add_argument("--task", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.task:
+        task = json.loads(options.task)
+        print(json.dumps(globals()[task.pop("what")](**task)))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        os.environ["TMPDIR"] = tempfile.tempdir = temporary
+        root = options.root or f"{temporary}/root"
+        storage = Storage(root)
+        for number in options.transitions:
+            storage.make(
+                "datasets", f"d{number}", {}, lambda to, n=number: write(to, f"d{n}", n, 1 << 20)
+            )
+        os.environ["CODECS"] = temporary
+        codec = Codec.fit(Dataset([storage.partial("datasets", f"d{options.transitions[0]}")]))
+        (Path(temporary) / "codec.json").write_text(json.dumps(codec.to_json()))
+        result: dict[str, Any] = {"start": {}, "memory": {}, "speed": {}}
+        for number in options.transitions:
+            shutil.rmtree(storage.machine_path("verified"), ignore_errors=True)
+            first = measured(what="start", root=root, id=f"d{number}")
+            again = [measured(what="start", root=root, id=f"d{number}") for _ in range(5)]
+            row = {name: statistics.median(one[name] for one in again) for name in first} | {
+                f"unverified_{name}": value for name, value in first.items()
+            }
+            result["start"][number] = row
+            print(
+                f"start, {number:,}: "
+                + ", ".join(f"{name} {value:.1f}" for name, value in row.items()),
+                flush=True,
+            )
+        largest = options.transitions[-1]
+        for number, block in (
+            *((number, None) for number in options.transitions[1:]),
+            (largest, BLOCK),
+        ):
+            row = measured(
+                what="speed", root=root, id=f"d{number}", block=block, rounds=options.rounds
+            )
+            result["speed"][f"folder, {number}, block {block}"] = row
+            tell(f"folder, {number:,}, block {block}", row)
+        for block in (None, BLOCK):
+            row = result["memory"][f"block {block}"] = measured(
+                what="memory", root=root, id=f"d{largest}", block=block
+            )
+            told = "; ".join(
+                f"step {at['step']}: own {at['own_mib']:.0f} MiB, with mapped files"
+                f" {at['with_files_mib']:.0f}"
+                for at in row["at"]
+            )
+            print(
+                f"memory, {largest:,}, block {block}, an epoch of {row['steps']} batches: {told}",
+                flush=True,
+            )
+        with endpoint() as bucket:
+            remote = Storage(f"s3://{bucket}/bench-loader")
+            remote.fs.makedirs(bucket, exist_ok=True)
+            remote.make(
+                "datasets", "there", {}, lambda to: write(to, "there", options.remote, 1 << 17)
+            )
+            shutil.rmtree(remote.local_path("cache"))
+            row = result["cold"] = measured(
+                what="fetched", root=remote.root, id="there", block=BLOCK, cache_gib=64 / 1024
+            )
+            print(
+                "s3, cold, an epoch in blocks through a cache of 64 MiB: "
+                + ", ".join(f"{name} {value:.1f}" for name, value in row.items()),
+                flush=True,
+            )
+            shutil.rmtree(remote.local_path("cache"))
+            result["s3_start"] = {
+                "cold": measured(what="start", root=remote.root, id="there"),
+                "warm": measured(what="start", root=remote.root, id="there"),
+            }
+            print(f"s3, start: {json.dumps(result['s3_start'])}", flush=True)
+            for block in (None, BLOCK):
+                row = result["speed"][f"s3, block {block}"] = measured(
+                    what="speed", root=remote.root, id="there", block=block, rounds=options.rounds
+                )
+                tell(f"s3, {options.remote:,}, warm, block {block}", row)
+    if options.save:
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
+        ).stdout.strip()
+        facts = {
+            "commit": commit,
+            "command": "python " + " ".join(sys.argv),
+            "machine": f"{os.cpu_count()} cores, {platform.machine()}",
+        }
+        RESULTS.write_text(json.dumps(facts | result, indent=1) + "\n")
+
+
+def tell(name: str, row: dict[str, Any]) -> None:
+    parts = [
+        f"{what} {row[what]['mib_per_s']:.0f} MiB/s, ratio {row[what]['ratio']:.2f}"
+        f" ({row[what]['lowest']:.2f} to {row[what]['highest']:.2f})"
+        for what in ("reading", "batch")
+    ]
+    each = ", ".join(f"{what} {ms:.2f}" for what, ms in row["ms_a_batch"].items())
+    print(
+        f"speed, {name}: plain {row['plain_mib_per_s']:.0f} MiB/s, {'; '.join(parts)}; ms a batch:"
+        f" {each}",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

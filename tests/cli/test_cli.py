@@ -1,0 +1,237 @@
+"""The command line's contract: exit status, one sentence for what is wrong, help and dry runs that
+start nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mesocosm.cli.main import JOBS, main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["pretrian"]) == 2
+    assert "did you mean 'pretrain'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_help_shows_an_example_and_the_keys(job: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main([job, "--help"])
+    out = capsys.readouterr().out
+    assert (
+        done.value.code == 0
+        and "example:" in out
+        and "\n  # A folder, or `s3://bucket/prefix`.\n  storage.root = " in out
+    )
+
+
+def test_help_of_the_loop_leaves_out_what_its_stages_get_from_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["loop", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "  explore.steps = 500" in lines, "the loop's own default, not collect's"
+    assert not [
+        line
+        for line in lines
+        if line.startswith(
+            ("  collect.storage", "  collect.seed", "  evaluate.reality", "  agent.force")
+        )
+    ]
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_a_wrong_key_is_status_2_and_one_sentence(
+    job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([job, "storage.rot=/tmp/x"]) == 2
+    err = capsys.readouterr().err
+    assert "storage.rot" in err and "storage.root" in err and len(err.strip().splitlines()) == 1
+
+
+SHIPPED = sorted(REPOSITORY.glob("configs/*/*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_every_shipped_config_can_be_planned(
+    path: Path, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = {"agent": "train-agent"}.get(path.parent.name, path.parent.name)
+    wanted = {
+        "curate": ["data.datasets=[d0]"],
+        "pretrain": ["data.datasets=[d0]"],
+        "sweep": ["data.datasets=[d0]"],
+        "train-agent": ["world=w0"],
+        "serve": ["world=w0"],
+        "evaluate": ["world=w0", "agent=a0"],
+        "loop/logs": ["datasets=[d0]", "reality.env=CartPole-v1"],
+    }.get(f"{job}/{path.stem}" if path.stem == "logs" else job, [])
+    status = main([job, "-c", str(path), f"storage.root={root}", "--dry-run", *wanted])
+    error = capsys.readouterr().err
+    # Only what earlier jobs would have made may be missing.
+    assert (
+        status == 0
+        if not wanted
+        else status == 2 and re.search(r"(datasets/d0|worlds/w0|agents/a0|'w0')", error)
+    ), error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["loop", "-c", "configs/loop/quickstart.yaml", "train.steps=10"],
+            "did you mean 'pretrain.train.steps'",
+        ),
+        (["pretrain", "data.datasets=abc"], "write 'data.datasets=[abc]'"),
+        (
+            ["collect", "-c", "configs/collect/pendulum.yaml", "steps", "=", "100"],
+            "write steps=100",
+        ),
+        (["import", "logs.csv", "seed", "=", "3"], "write key=value"),
+        (
+            ["train-agent", "-c", "configs/agent/pendulum-ppo.yaml"],
+            "world is not set; give the world to train in, as in world=worlds/",
+        ),
+    ],
+)
+def test_a_newcomers_mistake_is_answered(
+    words: list[str],
+    message: str,
+    root: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert main([*words, f"storage.root={root}", "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_overrides_may_stand_anywhere(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(
+            [
+                "collect",
+                "steps=7",
+                "--dry-run",
+                f"storage.root={root}",
+                "--json",
+                "reality.env=CartPole-v1",
+            ]
+        )
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out)["real steps"] == 7
+    assert main(["collect", "--dry-rum", "reality.env=CartPole-v1"]) == 2
+    assert "unknown option '--dry-rum'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("agent.algo=PPPO", "agent: algo='PPPO' .*did you mean 'PPO'"),
+        ("agent.params.lrr=1", "agent: params.lrr .*did you mean 'lr'"),
+        ("agent.starts=bogus", "agent: starts='bogus'"),
+        ("evaluate.episodes=0", "evaluate: episodes=0"),
+        ("serve.replicas=0", "mesocosm: serve.replicas=0 must be at least 1"),
+        ("explore.behaviours=[{kind: nosy}]", "explore: .*nosy.*did you mean 'noisy'"),
+        ("baselines=[{algo: PP0}]", "baselines.0.: algo='PP0'"),
+        ("baselines=[{alg: PPO}]", "unknown config key 'alg'; did you mean 'algo'"),
+        ("reality.env=CartPol-v1", "CartPol-v1.*CartPole-v1"),
+        ("pretrain.train.steps=0", "train.steps=0"),
+    ],
+)
+def test_a_loop_is_checked_whole_before_it_starts(
+    override: str, said: str, root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            [
+                "loop",
+                "-c",
+                str(REPOSITORY / "configs/loop/quickstart.yaml"),
+                f"storage.root={root}",
+                "--dry-run",
+                override,
+            ]
+        )
+        == 2
+    )
+    err = capsys.readouterr().err
+    assert re.search(said, err) and len(err.strip().splitlines()) == 1, err
+
+
+def test_a_dry_run_prices_judging_too(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(
+            [
+                "loop",
+                "-c",
+                str(REPOSITORY / "configs/loop/quickstart.yaml"),
+                f"storage.root={root}",
+                "--dry-run",
+                "--json",
+            ]
+        )
+        == 0
+    )
+    plan = json.loads(capsys.readouterr().out)
+    # 2 rounds and 12 measurements of the baseline, 10 episodes of at most 1000 steps each, at .01 a
+    # step and .1 a reset
+    assert (plan["judged real steps"], plan["price of judging"]) == (
+        "at most 140000",
+        "at most 1414 USD",
+    )
+
+
+def test_a_dry_run_says_size_and_price_and_does_nothing(
+    root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "collect",
+        f"storage.root={root}",
+        "reality.env=CartPole-v1",
+        "steps=500",
+        "reality.price.per_step=0.5",
+        "--dry-run",
+        "--json",
+    ]
+    assert main(arguments) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["real steps"] == 500 and plan["price"] == "250 USD"
+    assert not Path(root).exists()
+
+
+def test_no_such_environment_is_status_2(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["collect", f"storage.root={root}", "reality.env=CartPol-v1", "workers=0"]) == 2
+    err = capsys.readouterr().err
+    assert "CartPol-v1" in err and "CartPole-v1" in err
+
+
+def test_collect_by_the_command_line(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "collect",
+        f"storage.root={root}",
+        "reality.env=CartPole-v1",
+        "steps=60",
+        "workers=0",
+        "--json",
+    ]
+    assert main(arguments) == 0
+    first = json.loads(capsys.readouterr().out)
+    assert first["artifact"].startswith("datasets/") and first["ledger"]["spent"] == 60
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["artifact"] == first["artifact"]
+    assert main(["pretrain", f"storage.root={root}", "data.datasets=[nonesuch]", "--json"]) == 2
+    assert "nonesuch" in capsys.readouterr().err
