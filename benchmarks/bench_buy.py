@@ -49,9 +49,9 @@ from mesocosm.evaluate.judge import judge
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.policy_value import imagining
 from mesocosm.evaluate.policy_set import Noisy, Scripted
-from mesocosm.evaluate.report.figures import STYLE
 from mesocosm.jobs import collect, propose
 from mesocosm.model.world import World
+from mesocosm.plotting import STYLE
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
 from mesocosm.serve.client import WorldVectorEnv

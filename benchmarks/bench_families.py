@@ -40,9 +40,9 @@ from scipy.stats import spearmanr
 
 from mesocosm import config
 from mesocosm.cluster import ray_session
-from mesocosm.evaluate.report.figures import STYLE
 from mesocosm.jobs import collect, sweep
 from mesocosm.jobs import pretrain as pretraining
+from mesocosm.plotting import STYLE
 from mesocosm.runs import tracking
 from mesocosm.scaling.grid import Cell, lay_out
 from mesocosm.scaling.sweep_config import SweepConfig

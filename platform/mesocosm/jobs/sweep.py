@@ -494,7 +494,7 @@ def _plot(records: Iterable[Record]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from mesocosm.evaluate.report.figures import STYLE, document
+    from mesocosm.plotting import STYLE, document
 
     lines: dict[tuple[int, str, int], dict[int, list[Record]]] = {}
     trunks: dict[tuple[int, str, int, int], list[Record]] = {}

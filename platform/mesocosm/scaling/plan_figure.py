@@ -20,7 +20,7 @@ def figure(law: Law, problem: Problem, answer: dict[str, Any]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from mesocosm.evaluate.report.figures import STYLE, document
+    from mesocosm.plotting import STYLE, document
 
     with matplotlib.rc_context(STYLE):
         made = Figure(figsize=(11, 4.4), layout="constrained")

@@ -16,7 +16,7 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 from rich.markup import escape
 from rich.table import Table as Rows
 
-from mesocosm.evaluate.report.figures import INK, MUTED, STYLE, document
+from mesocosm.plotting import INK, MUTED, STYLE, document
 from mesocosm.scaling import isoflop
 from mesocosm.scaling.law import Law, span
 from mesocosm.scaling.table import Table

@@ -19,8 +19,8 @@ from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mesocosm.evaluate.report.figures import INK, MUTED, STYLE, WORLD, legend, short, svg
 from mesocosm.evaluate.report.page import count, figure, number, section, share, table, text
+from mesocosm.plotting import INK, MUTED, STYLE, WORLD, legend, short, svg
 
 PAGE, SUMMARY = "coverage.html", "summary.json"
 PANELS, ACROSS = 24, 4

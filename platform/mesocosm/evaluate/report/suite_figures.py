@@ -11,7 +11,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mesocosm.evaluate.report.figures import FREE, INK, MUTED, REAL, STYLE, WORLD, legend, svg
+from mesocosm.plotting import FREE, INK, MUTED, REAL, STYLE, WORLD, legend, svg
 
 KINDS = (
     ("given", "policies of the config", INK, "D"),
