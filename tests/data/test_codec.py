@@ -13,6 +13,7 @@ from gymnasium import spaces
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.parts import start_parts
 from mesocosm.errors import UsageError
 
 Write = Callable[..., Path]
@@ -298,7 +299,7 @@ def test_a_task_of_observation_keys_leaves_the_observation_and_comes_back(write:
     assert (text.start, text.length, text.min_length) == (0, 4, 2)
     assert [(t.start, t.length) for t in spec.task.texts] == [(0, 3)]
     assert len(spec.task.bins) == 1 and len(codec.delta_scale) == 3
-    task, observation = dataset.start_parts(codec, "train")
+    task, observation = start_parts(dataset, codec, "train")
     back = codec.decode_observation(observation, task)
     starts = [e.observations[0] for e in dataset.iter_episodes("train")]
     np.testing.assert_allclose(
@@ -339,12 +340,12 @@ def test_a_task_of_reset_options(write: Write) -> None:
     codec, dataset = fitted(write, episodes, task=["map", "mass", "level"])
     assert (codec.spec.task.numbers, codec.spec.task.categories) == (1, (3, 4))
     assert codec.spec.observation.numbers == 4
-    task, _ = dataset.start_parts(codec, "train")
+    task, _ = start_parts(dataset, codec, "train")
     told = codec.task_options(task)
     for options, episode in zip(told, dataset.iter_episodes("train"), strict=True):
         assert (options["map"], options["level"]) == (episode.task["map"], episode.task["level"])
         assert options["mass"] == pytest.approx(episode.task["mass"], abs=1e-6)
-    batch = codec.decode_observation(dataset.start_parts(codec, "train")[1], task)
+    batch = codec.decode_observation(start_parts(dataset, codec, "train")[1], task)
     again = codec.task(batch, told)
     assert torch.equal(again.categories, task.categories)
     np.testing.assert_allclose(again.numbers, task.numbers, rtol=1e-5, atol=1e-6)
@@ -373,7 +374,7 @@ def test_a_world_refuses_data_with_an_unknown_choice(
     )
     codec = Codec.fit(old)
     with pytest.raises(UsageError, match="map='c'"):
-        new.start_parts(codec, "train")
+        start_parts(new, codec, "train")
 
 
 def test_the_id_says_what_is_in_it(write: Write) -> None:

@@ -14,6 +14,7 @@ from mesocosm.data.format.dataset import Dataset, Environment, Manifest, write_d
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.data.loading.parts import observation_parts, start_parts
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.store.artifacts import Storage
 
@@ -252,11 +253,11 @@ def test_a_dataset_without_validation_works_alone_and_beside_another(
             "train"
         )
         assert (
-            len(dataset.start_parts(codec, "valid")[1].numbers)
+            len(start_parts(dataset, codec, "valid")[1].numbers)
             == len(dataset.episodes("valid"))
             == len(list(dataset.iter_episodes("valid")))
         )
-        assert len(dataset.observation_parts(codec, "valid", 5, 0)[1].numbers) == min(
+        assert len(observation_parts(dataset, codec, "valid", 5, 0)[1].numbers) == min(
             5, dataset.count("valid")
         )
     with pytest.raises(
@@ -410,19 +411,19 @@ def test_starts_and_logged_observations(write: Write, counted: Counted) -> None:
         ]
     )
     codec = Codec.fit(dataset)
-    task, observation = dataset.start_parts(codec, "train")
+    task, observation = start_parts(dataset, codec, "train")
     train = dataset.episodes("train")
     assert codec.decode_observation(observation).tolist() == [[k, 0] for k in train]
     assert [round(t["mass"], 5) for t in codec.task_options(task)] == train.tolist()
-    task, observation = dataset.observation_parts(codec, "train", 10**6, 0)
+    task, observation = observation_parts(dataset, codec, "train", 10**6, 0)
     everything = [tuple(row) for row in codec.decode_observation(observation).tolist()]
     assert sorted(everything) == [(k, t) for k in train for t in range(4 + k)], (
         "every observation but the last of each episode, once"
     )
     assert [round(t["mass"], 5) for t in codec.task_options(task)] == [k for k, _ in everything]
-    some = codec.decode_observation(dataset.observation_parts(codec, "train", 7, 3)[1]).tolist()
+    some = codec.decode_observation(observation_parts(dataset, codec, "train", 7, 3)[1]).tolist()
     assert (
         len(some) == 7
         and some
-        != codec.decode_observation(dataset.observation_parts(codec, "train", 7, 4)[1]).tolist()
+        != codec.decode_observation(observation_parts(dataset, codec, "train", 7, 4)[1]).tolist()
     )

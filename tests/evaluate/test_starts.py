@@ -21,6 +21,7 @@ from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.parts import start_parts
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.starts import LEAST, TaskDistribution, task_distribution
 from mesocosm.model import mup
@@ -444,7 +445,7 @@ def test_a_real_world_that_learns_its_starts(tmp_path: Path) -> None:
     config = ModelConfig(family="ensemble", size="10k", members=2, base_steps=0)
     net = build(codec.spec, config)
     mup.init_(net, 0)
-    task, observation = walks.start_parts(codec)
+    task, observation = start_parts(walks, codec)
     optimizer = torch.optim.Adam(net.start.parameters(), 1e-2)
     figures = []
     for _ in range(2):

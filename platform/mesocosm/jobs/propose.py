@@ -26,6 +26,7 @@ from mesocosm.data.analysis.neighbours import Features
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import horizon_of
 from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.parts import start_parts
 from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.errors import UsageError
@@ -431,7 +432,7 @@ def _starts(world: World, dataset: Dataset, codec: Codec, seed: int) -> tuple[Pa
     through those that there are.
     """
     drawn = world.sample_start(rng.keys(seed, torch.arange(STARTS, device=world.device), 0, 0))
-    logged = dataset.start_parts(codec, "train")
+    logged = start_parts(dataset, codec, "train")
     count = len(logged[0].numbers)
     rows = torch.arange(max(STARTS, count)) % count
     return _joined(logged[0][rows], drawn[0]), _joined(logged[1][rows], drawn[1])

@@ -33,6 +33,7 @@ from mesocosm.config import fingerprint, identity
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import Horizon, horizon_of
 from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.parts import observation_parts
 from mesocosm.errors import UsageError, nearest
 from mesocosm.model.spec import Parts
 from mesocosm.policies.policy import SNAPSHOTS, Policy
@@ -219,7 +220,7 @@ def _make(config: AgentConfig, run: Run, task: _Task) -> Artifact:
     starts = None
     if task.datasets:
         data = Dataset([d.path for d in task.datasets])
-        starts = data.observation_parts(codec, "train", MAX_STARTS, config.seed)
+        starts = observation_parts(data, codec, "train", MAX_STARTS, config.seed)
     seen: dict[str, float] = {}
     checks: dict[str, str] = {}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +31,7 @@ from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.format.spaces import SpaceCodec, space_from_json
 from mesocosm.data.format.writer import DatasetWriter, sort_key, write_dataset
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.model.spec import Parts
 from mesocosm.store.cache import Files, Partial, Whole
-
-if TYPE_CHECKING:
-    from mesocosm.data.loading.codec import Codec
 
 __all__ = ["Chunk", "Dataset", "DatasetWriter", "Environment", "Manifest", "Split", "write_dataset"]
 
@@ -446,38 +442,6 @@ class Dataset:
     def iter_episodes(self, split: Split | None = None) -> Iterator[Episode]:
         for number in self.episodes(split):
             yield self.episode(int(number))
-
-    # -- starts
-    # --------------------------------------------------------------------------------------------------
-
-    def start_parts(self, codec: Codec, split: Split = "train") -> tuple[Parts, Parts]:
-        """(task, observation) of the first row of every episode of a split, in order, [n, ...]."""
-        episodes = self.episodes(split)
-        return self._parts(codec, episodes, np.zeros(len(episodes), np.int64))
-
-    def observation_parts(
-        self, codec: Codec, split: Split, limit: int, seed: int
-    ) -> tuple[Parts, Parts]:
-        """(task, observation) of at most `limit` logged observations that an action followed, drawn
-        without replacement, [n, ...].
-        """
-        episodes = self.episodes(split)
-        ends = np.cumsum(self.table["length"][episodes])
-        total = int(ends[-1]) if len(ends) else 0
-        if not total:
-            return self._parts(codec, episodes, episodes)
-        drawn = permute(np.arange(min(limit, total)), total, key(seed, 0x0B5))
-        position = np.searchsorted(ends, drawn, "right")
-        steps = drawn - (ends - self.table["length"][episodes])[position]
-        return self._parts(codec, episodes[position], steps)
-
-    def _parts(self, codec: Codec, episodes: Array, steps: Array) -> tuple[Parts, Parts]:
-        shards, rows = self.table["shard"][episodes], self.table["first_row"][episodes] + steps
-        numbers, categories = self.gathered(shards, {"obs_num": rows, "obs_cat": rows}).values()
-        options = codec.option_rows(self.options, self.option_numbers, self.option_values)
-        return codec.task_parts(numbers, categories, options[episodes]), codec.observation_parts(
-            numbers, categories
-        )
 
 
 def grouped(shards: Array) -> Iterator[tuple[int, Array | slice]]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesocosm.config import fingerprint
+from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import TaskOption
 from mesocosm.data.format.spaces import (
     SpaceCodec,
@@ -29,9 +30,6 @@ from mesocosm.data.format.spaces import (
 from mesocosm.data.loading.normalize import Moments, Scaling
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
-
-if TYPE_CHECKING:
-    from mesocosm.data.format.dataset import Dataset
 
 Array = NDArray[Any]
 SCHEMA = 1

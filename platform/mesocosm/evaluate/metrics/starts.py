@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.parts import start_parts
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.open_loop import Array, check_dataset, codec_of
 from mesocosm.model import rng
@@ -267,7 +268,7 @@ def task_distribution(
     codec = codec_of(world)
     check_dataset(dataset, codec)
     form = _Form(codec)
-    train, valid = (_Starts.of(*dataset.start_parts(codec, split)) for split in ("train", "valid"))
+    train, valid = (_Starts.of(*start_parts(dataset, codec, split)) for split in ("train", "valid"))
     if more is not None:
         valid += _Starts.of(*more)
     made = _Starts.of(
