@@ -1,4 +1,7 @@
-"""Standard output. With `--json` it carries the result alone, so that a program can parse it."""
+"""Standard output and the question before a costly command.
+
+With `--json` standard output carries the result alone, so that a program can parse it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
+
+from mesocosm.errors import MesocosmError, UsageError
 
 _results: TextIO | None = None
 
@@ -52,3 +57,16 @@ def _is_descriptor_1(stream: TextIO) -> bool:
         return stream.fileno() == 1
     except (OSError, ValueError, AttributeError):  # a test's capture, a notebook
         return False
+
+
+def confirm(question: str, *, yes: bool) -> None:
+    """Ask, unless `yes`. Raises UsageError where nobody can be asked, MesocosmError where the
+    answer is no.
+    """
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise UsageError(f"{question} Nobody can be asked here; give --yes")
+    print(f"{question} [y/N] ", end="", file=sys.stderr, flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise MesocosmError("nothing was done")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm.cli.main import JOBS, main
+from mesocosm.cli.main import main
+from mesocosm.jobs.registry import JOBS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -16,8 +16,9 @@ import pytest
 
 from mesocosm import config
 from mesocosm.cli import completion
-from mesocosm.cli.main import JOBS, TOOLS, main
+from mesocosm.cli.main import TOOLS, main
 from mesocosm.cluster.records import Record, keep
+from mesocosm.jobs.registry import JOBS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "ray", "deepspeed", "mlflow", "gymnasium")

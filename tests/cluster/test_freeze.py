@@ -78,12 +78,12 @@ def test_a_file_that_would_replace_a_module_of_pythons_is_refused(name: str, fol
 def test_this_very_package_goes_along(folder: Path, tmp_path: Path) -> None:
     found = frozen(folder)
     found.write(tmp_path / "sent")
-    assert (tmp_path / "sent" / "mesocosm" / "cli.py").read_bytes() == (
-        freezing.PACKAGE / "cli.py"
+    assert (tmp_path / "sent" / "mesocosm" / "config.py").read_bytes() == (
+        freezing.PACKAGE / "config.py"
     ).read_bytes()
-    assert (tmp_path / "sent" / "mesocosm" / "evaluation" / "report.html").exists() and not list(
-        (tmp_path / "sent").rglob("*.pyc")
-    )
+    assert (
+        tmp_path / "sent" / "mesocosm" / "evaluate" / "report" / "report.html"
+    ).exists() and not list((tmp_path / "sent").rglob("*.pyc"))
     back = config.load(CollectConfig, [tmp_path / "sent" / CONFIG])
     assert (back.storage.root, back.ray.address, back.reality.env) == (
         "s3://bucket/prefix",

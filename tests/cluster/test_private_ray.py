@@ -36,7 +36,7 @@ def test_a_private_ray_listens_on_loopback_alone(ray_local: None) -> None:
 START = """
 import json, os
 from pathlib import Path
-from mesocosm import cluster
+from mesocosm.cluster import ray_session as cluster
 from mesocosm.config import RayConfig
 os.umask(0o022)
 cluster.ensure(RayConfig(cpus=2))
@@ -113,7 +113,7 @@ def test_a_wrong_token_is_not_reported_as_no_cluster(
 
 def test_jobs_that_start_at_once_make_one_token(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from mesocosm import clusters; clusters.make_token(Path.home() /"
+        "from pathlib import Path; from mesocosm.cluster import spec; spec.make_token(Path.home() /"
         " '.ray' / 'auth_token')"
     )
     command = [sys.executable, "-c", code]
@@ -139,7 +139,7 @@ def test_a_token_that_others_may_read_is_protected(
 
 FAIL = """
 import ray
-from mesocosm import cluster
+from mesocosm.cluster import ray_session as cluster
 from mesocosm.config import RayConfig
 def fail(**options):
     raise Exception("one of Ray's daemons is late")

@@ -19,6 +19,7 @@ import jsonschema
 import pytest
 import yaml
 
+from mesocosm.cli.cluster import check_run
 from mesocosm.cluster import kuberay, yaml_writer
 from mesocosm.cluster import spec as clusters
 from mesocosm.cluster.launcher import TOKEN, launcher_config
@@ -424,7 +425,8 @@ def rendered(
     kind: str, words: str | None = None, cluster: clusters.ClusterConfig | None = None
 ) -> list[dict[str, Any]]:
     """The documents as kubectl reads them."""
-    documents = kuberay.render("kuberay", cluster or clusters.read("kuberay"), kind, words)
+    run = check_run(kind, words)
+    documents = kuberay.render("kuberay", cluster or clusters.read("kuberay"), kind, *run)
     text = yaml_writer.to_yaml(documents, "a remark")
     assert list(yaml.safe_load_all(text)) == documents and text == yaml_writer.to_yaml(
         documents, "a remark"
@@ -638,11 +640,11 @@ def test_a_service_is_a_config_that_serve_takes() -> None:
         (
             "RayJob",
             "pretrian -c x",
-            "begins with 'pretrian', which is no job; .*did you mean 'pretrain'",
+            "must begin with a job, got 'pretrian'; .*did you mean 'pretrain'",
         ),
-        ("RayJob", "", "begins with '', which is no job"),
-        ("RayService", "pretrain", "is none for a RayService; give `serve` and key=value"),
-        ("RayService", "serve -c x.yaml", "is none for a RayService"),
+        ("RayJob", "", "must begin with a job, got ''"),
+        ("RayService", "pretrain", "cannot be a RayService; use `serve` and key=value"),
+        ("RayService", "serve -c x.yaml", "cannot be a RayService"),
         ("RayService", "serve replcas=2", "unknown config key 'replcas'; did you mean 'replicas'"),
         ("RayService", "serve replicas=0", "serve.replicas=0 must be at least 1"),
     ],

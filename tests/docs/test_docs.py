@@ -17,7 +17,8 @@ import pytest
 import mesocosm
 from mesocosm import errors
 from mesocosm.cli import main as cli
-from mesocosm.cli.main import JOBS, TOOLS, main
+from mesocosm.cli.main import TOOLS, main
+from mesocosm.jobs.registry import JOBS
 
 from .reader import (
     FOREIGN,

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 import mesocosm
-from mesocosm.cli.main import JOBS
+from mesocosm.jobs.registry import JOBS
 from mesocosm.scaling import fit
 from mesocosm.scaling.table import Table
 from mesocosm.store.artifacts import KINDS, Storage

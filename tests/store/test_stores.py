@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm.cli.doctor import storage_check
 from mesocosm.cli.main import main
+from mesocosm.cluster.checks import storage_check
 from mesocosm.config import JobConfig, StorageConfig
 from mesocosm.errors import StorageError, UsageError
 from mesocosm.store.artifacts import Storage

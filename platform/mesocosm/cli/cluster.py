@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from mesocosm import output
-from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.errors import MesocosmError, UsageError, nearest
 
 PLACEHOLDER = "your-"
 """What the shipped files have where a user's own must stand."""
+
+DEFAULT_RUN = {"RayJob": "doctor", "RayService": "serve"}
+"""What a resource runs without `--run`."""
 
 RENDER = """\
 examples:
@@ -115,7 +118,9 @@ def _render(options: argparse.Namespace) -> int:
     name = options.name
     cluster = cluster_spec.read(name)
     if cluster.where == "kuberay":
-        documents = kuberay.render(name, cluster, options.kind or "RayCluster", options.run)
+        kind = options.kind or "RayCluster"
+        words, application = check_run(kind, options.run)
+        documents = kuberay.render(name, cluster, kind, words, application)
         remarks = f"{_source(name)}\n{kuberay.remarks(name, cluster)}"
         packed: Any = {"apiVersion": "v1", "kind": "List", "items": documents}
     elif cluster.where == "launcher":
@@ -141,6 +146,41 @@ def _render(options: argparse.Namespace) -> int:
     return 0
 
 
+def check_run(kind: str, run: str | None) -> tuple[list[str], str]:
+    """The words of `--run` and, for a RayService, the name of its application.
+
+    Raises:
+        UsageError: `kind` cannot run these words.
+    """
+    from mesocosm import config
+    from mesocosm.jobs.registry import JOBS
+    from mesocosm.serve import config as serve_config
+
+    if kind == "RayCluster":
+        if run is not None:
+            raise UsageError(
+                f"--run {run!r} is for --kind RayJob or RayService; a RayCluster waits for jobs"
+            )
+        return [], ""
+    words = shlex.split(DEFAULT_RUN[kind] if run is None else run)
+    if kind == "RayService":
+        if words[:1] != ["serve"] or any("=" not in w or w.startswith("-") for w in words[1:]):
+            raise UsageError(
+                f"--run {shlex.join(words)!r} cannot be a RayService; use `serve` and key=value,"
+                " e.g. --run 'serve world=ID replicas=2'"
+            )
+        loaded = config.load(serve_config.ServeConfig, overrides=words[1:])
+        serve_config.check(loaded)
+        return words, loaded.name
+    first, known = words[0] if words else "", [*JOBS, "doctor"]
+    if first not in known:
+        raise UsageError(
+            f"--run {shlex.join(words)!r} must begin with a job, got {first!r}; use one of"
+            f" {', '.join(known)}{nearest(first, known)}"
+        )
+    return words, ""
+
+
 def _source(name: str) -> str:
     return (
         f"Made by `mesocosm cluster render {name}` from clusters/{name}.yaml, which is what to"
@@ -150,7 +190,6 @@ def _source(name: str) -> str:
 
 def _launch(options: argparse.Namespace) -> int:
     """`ray up` or `ray down` on the config in a private file."""
-    from mesocosm.cli.main import confirm
     from mesocosm.cluster import spec as cluster_spec
     from mesocosm.cluster import yaml_writer
     from mesocosm.cluster.launcher import launcher_config
@@ -203,7 +242,7 @@ def _launch(options: argparse.Namespace) -> int:
         )
     said = sys.stderr if options.json else sys.stdout
     print(f"{facts['command']}\n{price}", file=said, flush=True)
-    confirm(f"{'start' if up else 'end'} {config['cluster_name']}?", yes=options.yes)
+    output.confirm(f"{'start' if up else 'end'} {config['cluster_name']}?", yes=options.yes)
     if up and cluster_spec.make_token(cluster.token_path):
         print(f"a new token is in {cluster.token_path}", file=said, flush=True)
     _write_private(path, text)

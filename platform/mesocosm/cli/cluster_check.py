@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from mesocosm.cli.doctor import Check
 from mesocosm.cluster import spec as cluster_spec
+from mesocosm.cluster.checks import Check
 from mesocosm.cluster.freeze import freeze
 from mesocosm.cluster.remote import Remote
 from mesocosm.cluster.submit import probe

@@ -10,24 +10,14 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 
 from mesocosm import output
 from mesocosm.cluster import ray_session
+from mesocosm.cluster.checks import Check, guarded, mlflow_check, storage_check
 from mesocosm.config import JobConfig
-from mesocosm.errors import MesocosmError
-from mesocosm.faults import first_line
 from mesocosm.runs import tracking
-from mesocosm.store.artifacts import Storage
-
-
-@dataclass(frozen=True)
-class Check:
-    name: str
-    ok: bool
-    found: str
-    fix: str = ""
 
 
 def doctor(
@@ -102,7 +92,7 @@ def _checks(config: JobConfig) -> Iterator[Check]:
     )
     yield storage_check(config)
     yield mlflow_check(config)
-    yield _guarded(
+    yield guarded(
         "ray", lambda: _ray(config), "set ray.address to a cluster that answers, or leave it unset"
     )
     free = shutil.disk_usage(os.getcwd()).free / 2**30
@@ -111,26 +101,6 @@ def _checks(config: JobConfig) -> Iterator[Check]:
         free > 5,
         f"{free:.0f} GiB free here",
         "free some space: checkpoints and Ray's files need about 5 GiB",
-    )
-
-
-def storage_check(config: JobConfig) -> Check:
-    """Whether `storage.root` can be written and read from here, and creates files exclusively."""
-    return _guarded(
-        "storage",
-        lambda: _storage(config),
-        "set storage.root to a folder you may write to, or s3://bucket/prefix with credentials in"
-        " the environment",
-    )
-
-
-def mlflow_check(config: JobConfig) -> Check:
-    """Whether MLflow answers from here."""
-    return _guarded(
-        "mlflow",
-        lambda: _mlflow(config),
-        "set tracking.uri to a server that answers, or leave it unset; jobs run without it and"
-        " replay later",
     )
 
 
@@ -150,25 +120,6 @@ def _built_with(name: str, found: str | None, cuda: bool, fix: str) -> Check:
         found or ("none" if cuda else "none, and not needed on CPU"),
         fix,
     )
-
-
-def _guarded(name: str, look: Callable[[], str], fix: str) -> Check:
-    try:
-        return Check(name, True, look())
-    except Exception as error:  # whatever a client library raises (botocore's and SQLAlchemy's errors are none of Python's own) is what was asked
-        text = str(error) if isinstance(error, MesocosmError) else first_line(error)
-        return Check(name, False, " ".join(text.split()), fix)
-
-
-def _storage(config: JobConfig) -> str:
-    storage = Storage(config.storage.root)
-    storage.writable()
-    return storage.root
-
-
-def _mlflow(config: JobConfig) -> str:
-    tracking.ping(config)
-    return tracking.redact(tracking.uri_of(config))
 
 
 def _ray(config: JobConfig) -> str:

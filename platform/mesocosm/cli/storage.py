@@ -54,7 +54,6 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exit status 0; 1 where something listed could not be removed."""
     from mesocosm import config, faults
-    from mesocosm.cli.main import confirm
     from mesocosm.store import cache_folder
     from mesocosm.store import gc as remains
     from mesocosm.store.artifacts import Storage
@@ -82,7 +81,9 @@ def run(options: argparse.Namespace) -> int:
         )
     removed, failed = 0, []
     if found and not options.dry_run:
-        confirm(f"remove {'it' if len(found) == 1 else f'these {len(found)}'}?", yes=options.yes)
+        output.confirm(
+            f"remove {'it' if len(found) == 1 else f'these {len(found)}'}?", yes=options.yes
+        )
         for remain in found:
             try:
                 removed += remain.remove()

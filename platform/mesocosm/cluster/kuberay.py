@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import shlex
+from collections.abc import Sequence
 from typing import Any
 
 from mesocosm import config
 from mesocosm.cluster.spec import HEAD, ClusterConfig, NodeGroup
-from mesocosm.errors import UsageError, nearest
+from mesocosm.cluster.yaml_writer import to_yaml
+from mesocosm.errors import UsageError
 
 KINDS = ("RayCluster", "RayJob", "RayService")
 LABEL = "mesocosm/cluster"
@@ -23,8 +25,6 @@ nobody knows before.
 """
 DASHBOARD, SERVE = 8265, 8000
 IDLE_SECONDS = 600
-WORDS = {"RayJob": "doctor", "RayService": "serve"}
-"""What runs, where nothing is said."""
 
 REMARKS = """\
 The token comes from a Secret, made once of the file that the command line reads, too:
@@ -35,35 +35,34 @@ and you come by kubectl port-forward."""
 
 
 def render(
-    name: str, cluster: ClusterConfig, kind: str, words: str | None = None
+    name: str, cluster: ClusterConfig, kind: str, words: Sequence[str] = (), application: str = ""
 ) -> list[dict[str, Any]]:
-    """The documents of one `kind`; `words` are what follows `mesocosm` in a RayJob, and in a
-    RayService (`serve key=value ...`).
+    """The documents of one `kind`.
 
-    Raises UsageError where `words` are none that such a kind could run, or where its results would
-    be lost with the pod.
+    Args:
+        words: What follows `mesocosm` in a RayJob and in a RayService (`serve key=value ...`),
+            already checked.
+        application: The Serve application's name in a RayService.
+
+    Raises:
+        UsageError: The results of a RayJob or RayService would be lost with the pod.
     """
     called, secret = f"mesocosm-{name}", _token_secret(name)
     if kind == "RayCluster":
-        if words is not None:
-            raise UsageError(
-                f"--run {words!r} is for --kind RayJob or RayService; a RayCluster waits for jobs"
-            )
         made = _resource(kind, called, _cluster(called, cluster, secret))
-    else:
-        if cluster.storage_root is None:
-            raise UsageError(
-                f"storage_root=null in clusters/{name}.yaml: what a {kind} writes would be lost"
-                " with its pod; set it to s3://bucket/prefix"
-            )
-        said = shlex.split(WORDS[kind] if words is None else words)
-        called += (
-            "-service" if kind == "RayService" else f"-{config.fingerprint(said)[:6]}"
-        )  # another job is another resource
-        made = _resource(
-            kind, called, (_job if kind == "RayJob" else _service)(called, cluster, secret, said)
+        return [made, _network_policy(called)]
+    if cluster.storage_root is None:
+        raise UsageError(
+            f"storage_root=null in clusters/{name}.yaml: what a {kind} writes would be lost"
+            " with its pod; set it to s3://bucket/prefix"
         )
-    return [made, _network_policy(called)]
+    if kind == "RayJob":
+        called += f"-{config.fingerprint(list(words))[:6]}"  # another job is another resource
+        spec = _job(called, cluster, secret, words)
+    else:
+        called += "-service"
+        spec = _service(called, cluster, secret, words, application)
+    return [_resource(kind, called, spec), _network_policy(called)]
 
 
 def remarks(name: str, cluster: ClusterConfig) -> str:
@@ -181,17 +180,8 @@ def _pod(called: str, cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any
     return {"metadata": {"labels": {LABEL: called}}, "spec": spec}
 
 
-def _job(called: str, cluster: ClusterConfig, secret: str, words: list[str]) -> dict[str, Any]:
+def _job(called: str, cluster: ClusterConfig, secret: str, words: Sequence[str]) -> dict[str, Any]:
     """A RayJob: a cluster of its own, `mesocosm WORDS` on its head, and the end of both."""
-    from mesocosm.cli.main import JOBS
-
-    known = [*JOBS, "doctor"]
-    if not words or words[0] not in known:
-        first = words[0] if words else ""
-        raise UsageError(
-            f"--run {shlex.join(words)!r} begins with {first!r}, which is no job; use one of"
-            f" {', '.join(known)}{nearest(first, known)}"
-        )
     where = {
         "ray.address": "auto",
         "storage.root": cluster.storage_root,
@@ -232,26 +222,18 @@ def _job(called: str, cluster: ClusterConfig, secret: str, words: list[str]) -> 
     }
 
 
-def _service(called: str, cluster: ClusterConfig, secret: str, words: list[str]) -> dict[str, Any]:
+def _service(
+    called: str, cluster: ClusterConfig, secret: str, words: Sequence[str], name: str
+) -> dict[str, Any]:
     """A RayService: `mesocosm serve`'s application, which KubeRay keeps running. Clients step in it
     from jobs of the same Ray.
     """
-    from mesocosm.cluster.yaml_writer import to_yaml
-    from mesocosm.serve.config import ServeConfig, check
-
-    if words[:1] != ["serve"] or any("=" not in word or word.startswith("-") for word in words[1:]):
-        raise UsageError(
-            f"--run {shlex.join(words)!r} is none for a RayService; give `serve` and key=value,"
-            " e.g. --run 'serve world=ID replicas=2'"
-        )
-    given = [f"storage.root={cluster.storage_root}", *words[1:]]
-    loaded = config.load(ServeConfig, overrides=given)
-    check(loaded)
+    keys = [f"storage.root={cluster.storage_root}", *words[1:]]
     application = {
-        "name": loaded.name,
+        "name": name,
         "import_path": "mesocosm.serve.app:build",
         "route_prefix": None,
-        "args": {key: value for key, value in (word.split("=", 1) for word in given)},
+        "args": {key: value for key, value in (word.split("=", 1) for word in keys)},
     }
     # The proxies run, for KubeRay counts the nodes whose proxy is healthy, but no route leads from
     # them to the application.

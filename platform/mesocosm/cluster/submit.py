@@ -17,11 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mesocosm.cli.main import confirm
+from mesocosm import output
 from mesocosm.cluster import records
 from mesocosm.cluster import spec as cluster_spec
 from mesocosm.cluster.freeze import CONFIG, Frozen, freeze
-from mesocosm.cluster.probe import MARK
 from mesocosm.cluster.ray_session import FULL
 from mesocosm.cluster.records import Record
 from mesocosm.cluster.remote import OVER, Remote, state_of
@@ -34,6 +33,9 @@ from mesocosm.runs.upload import JOB
 PROBED = 180.0
 """Seconds that a cluster may take to say of itself what it has."""
 ENTRY = "python -m mesocosm"
+PROBE = "python -m mesocosm.cli.cluster_probe"
+MARK = "MESOCOSM "
+"""The line of the probe's output that is its report starts with this."""
 TAKEN_BY_RAY = 30.0
 """Seconds beside `stop.grace_s` until Ray kills what it was told to stop."""
 
@@ -103,13 +105,13 @@ def last_attempt(remote: Remote, id: str) -> tuple[str | None, int]:
 
 
 def probe(remote: Remote, folder: str, job: str | None) -> dict[str, Any]:
-    """What the cluster says from inside (`submission.probe`), with what is in `folder`. Raises
+    """What the cluster says from inside (`cli.cluster_probe`), with what is in `folder`. Raises
     MesocosmError where it does not say it in time.
     """
     id = f"probe-{uuid.uuid4().hex[:10]}"
     remote.submit(
         id,
-        f"python -m mesocosm.cluster.probe {job or ''}".strip(),
+        f"{PROBE} {job or ''}".strip(),
         {"working_dir": folder, "env_vars": grown(remote.config)},
         {"job": "probe"},
     )
@@ -224,7 +226,7 @@ def _agree(
     if cost is None:
         return
     console.print(f"  {cost}")
-    confirm(f"{frozen.job} on cluster {name!r} costs {cost}.", yes=asked.yes)
+    output.confirm(f"{frozen.job} on cluster {name!r} costs {cost}.", yes=asked.yes)
 
 
 def _done(
