@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
-from gymnasium.vector.utils import concatenate, create_empty_array
+from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.distribution.torch.torch_distribution import TorchSquashedGaussian
 from ray.rllib.utils.spaces.space_utils import unsquash_action
@@ -20,7 +20,7 @@ from ray.rllib.utils.spaces.space_utils import unsquash_action
 from mesocosm.agents import rllib
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.policies import heads
-from mesocosm.policies.policy import Policy, random_policy
+from mesocosm.policies.policy import Policy, RandomPolicy
 
 SMALL = {"fcnet_hiddens": [16, 16]}
 
@@ -158,7 +158,7 @@ def test_export_acts_as_rllib(
         for mine, other in zip(_flat(ours), _flat(expected), strict=True):
             assert len(np.unique(mine)) > 1
             np.testing.assert_allclose(mine, other, atol=1e-5)
-        assert action_space.contains(policy.act_one(heads.first(OBSERVATION, observations)))
+        assert action_space.contains(policy.act_one(observations[0]))
 
         rng = np.random.default_rng(0)
         drawn = policy.act(batch_of(OBSERVATION, 1).repeat(4000, 0), explore=True, rng=rng)
@@ -224,9 +224,6 @@ def test_flatten_batch_is_gymnasiums_flatten(space: gym.Space[Any]) -> None:
         [np.asarray(spaces.utils.flatten(space, value), np.float32) for value in values]
     )
     np.testing.assert_array_equal(heads.flatten_batch(space, batch), expected)
-    np.testing.assert_array_equal(
-        heads.flatten_batch(space, heads.one_batch(values[0])), expected[:1]
-    )
     assert expected.shape[1] == heads.flat_size(space)
 
 
@@ -240,8 +237,7 @@ def test_head_actions_reach_every_raw_action(space: gym.Space[Any]) -> None:
     mapping.head.seed(0)
     head = np.stack([mapping.head.sample() for _ in range(300)])
     raw = mapping.to_raw(head)
-    seen = [heads.first(space, _row(raw, i)) for i in range(300)]
-    assert all(space.contains(value) for value in seen)
+    assert all(space.contains(value) for value in iterate(batch_space(space, 300), raw))
     if mapping.counts is not None:
         for leaf, count in zip(
             np.concatenate([x.reshape(300, -1) for x in _flat(raw)], 1).T,
@@ -255,16 +251,6 @@ def sorted_counts(space: gym.Space[Any]) -> list[int]:
     return [10, 10, 3, 2, 2] if space == NESTED else list(heads.ActionMap(space).counts or [])
 
 
-def _row(batch: Any, index: int) -> Any:
-    if isinstance(batch, dict):
-        return {key: _row(value, index) for key, value in batch.items()}
-    return (
-        tuple(_row(item, index) for item in batch)
-        if isinstance(batch, tuple)
-        else batch[index : index + 1]
-    )
-
-
 def test_spaces_that_no_agent_can_use() -> None:
     with pytest.raises(UsageError, match="mixes continuous with discrete"):
         heads.ActionMap(spaces.Dict({"x": BOX, "n": DISCRETE}))
@@ -276,9 +262,9 @@ def test_spaces_that_no_agent_can_use() -> None:
 
 def test_random_policy_fills_the_space() -> None:
     observations = {"x": np.zeros((50, 2)), "t": ("a",) * 50}
-    policy = random_policy(NESTED)
+    policy = RandomPolicy(NESTED)
     actions = policy.act(observations, rng=np.random.default_rng(0))
-    again = random_policy(NESTED).act(observations, rng=np.random.default_rng(0))
+    again = RandomPolicy(NESTED).act(observations, rng=np.random.default_rng(0))
     assert actions["b"][1].shape == (50, 2) and len(np.unique(actions["a"])) == 10
     np.testing.assert_array_equal(actions["a"], again["a"])
 

@@ -548,7 +548,7 @@ def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
         a_run,
     )
     assert best.id != made.id and 600 / best.meta["counts"]["episodes"] > 60
-    with pytest.raises(UsageError, match="was made for the observation space"):
+    with pytest.raises(UsageError, match="needs the observation space"):
         collect(
             config(
                 root, "Pendulum-v1", behaviours=[BehaviourConfig("trained", policy="agents/feed")]
@@ -568,19 +568,22 @@ def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
         (["workers=-1"], "workers=-1 cannot be"),
         (["lanes=2000"], "lanes=2000 are more than steps=1000"),
         (["valid_fraction=1"], "valid_fraction=1"),
-        (["behaviours=[]"], "leaves nobody to act"),
+        (["behaviours=[]"], "behaviours must list at least one"),
         (["behaviours=[{kind: randm}]"], "did you mean 'random'"),
-        (["behaviours=[{weight: -1}]"], r"behaviours\[0\].weight=-1"),
+        (["behaviours=[{weight: -1}]"], r"behaviours\[0\].weight must be > 0, got -1"),
         (
             ["behaviours=[{policy: agents/x}]"],
-            r"behaviours\[0\].policy='agents/x' is not used by kind 'random'",
+            r"behaviours\[0\].policy must be null for kind 'random', got 'agents/x'",
         ),
         (["behaviours=[{kind: noisy}]"], "function or behaviours.*policy"),
         (
             ["behaviours=[{kind: scripted, function: 'ownenvs:push_lef'}]"],
             "did you mean 'push_left'",
         ),
-        (["behaviours=[{kind: scripted, function: ownenvs}]"], "not of the form module:function"),
+        (
+            ["behaviours=[{kind: scripted, function: ownenvs}]"],
+            "must have the form module:function",
+        ),
         (["behaviours=[{kind: trained, policy: agents/none}]"], "no artifact agents/none"),
         (["reality.success=win"], "reality.success='win'"),
         (["ledger=a/b"], "'a/b' is not a name for a ledger"),
@@ -602,7 +605,7 @@ def test_what_bad_input_gets(
 @pytest.mark.parametrize(
     ("function", "said"),
     [
-        ("too_far", r"gave the action array\(\[7.\].*not in the action space"),
+        ("too_far", r"returned the action array\(\[7.\].*not in the action space"),
         ("broken", "raised KeyError"),
     ],
 )

@@ -529,7 +529,7 @@ def test_a_world_alone_takes_no_real_step(root: str, stored: Storage, run: track
         ),
         (
             {"policies": [BehaviourConfig(kind="traned")]},
-            r"policies\[0\].kind='traned' is not known; did you mean 'trained'",
+            r"policies\[0\].kind must be .*, got 'traned'; did you mean 'trained'",
         ),
         ({"horizons": [0]}, "0 steps ahead is no horizon"),
         ({"horizons": [], "full": False}, "nothing to measure"),

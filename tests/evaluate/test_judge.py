@@ -27,7 +27,7 @@ from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.evaluate.judge import JudgeResult, judge
 from mesocosm.evaluate.judge_store import JudgeStore
 from mesocosm.evaluate.policy_set import Noisy
-from mesocosm.policies.policy import Layout, Policy, random_policy
+from mesocosm.policies.policy import Layout, Policy, RandomPolicy
 from mesocosm.store.artifacts import Storage
 
 CARTPOLE = RealityConfig(env="CartPole-v1", success="return >= 100")
@@ -134,7 +134,7 @@ def test_the_budget_binds_selection_and_a_bound_binds_judging(root: str) -> None
 def test_a_policy_of_other_spaces_costs_no_real_step(root: str) -> None:
     with pytest.raises(UsageError, match=r"action_space .*InvertedPendulum-v5") as caught:
         judge(
-            random_policy(gym.spaces.Discrete(2)),
+            RandomPolicy(gym.spaces.Discrete(2)),
             RealityConfig(env="InvertedPendulum-v5"),
             ledger(root),
             episodes=1,
@@ -152,7 +152,7 @@ def test_a_failing_episode_is_dropped_and_counted(root: str, fault: str) -> None
     Faulty.episodes = 0
     reality = RealityConfig(env="faulty_module:Faulty", kwargs={"fault": fault}, step_timeout_s=0.2)
     result = judge(
-        random_policy(make_env(reality).action_space), reality, ledger(root), episodes=4, seed=0
+        RandomPolicy(make_env(reality).action_space), reality, ledger(root), episodes=4, seed=0
     )
     assert len(result.returns) == 2 and len(result.dropped) == 2
     assert ledger(root).totals().purposes["judge"].steps == result.steps == 5 + 3 + 5 + 3
@@ -160,7 +160,7 @@ def test_a_failing_episode_is_dropped_and_counted(root: str, fault: str) -> None
     assert result.interval == (5.0, 5.0)
     with pytest.raises(MesocosmError, match="all 2 judged episodes were dropped"):
         judge(
-            random_policy(make_env(reality).action_space),
+            RandomPolicy(make_env(reality).action_space),
             RealityConfig(env=reality.env, kwargs={"fault": fault, "every": 1}, step_timeout_s=0.2),
             ledger(root),
             episodes=2,
@@ -172,7 +172,7 @@ def test_an_environment_without_a_limit_is_cut(root: str) -> None:
     sys.modules["faulty_module"] = sys.modules[__name__]
     reality = RealityConfig(env="faulty_module:Faulty", kwargs={"fault": "", "every": 10**9})
     result = judge(
-        random_policy(gym.spaces.Discrete(2)),
+        RandomPolicy(gym.spaces.Discrete(2)),
         reality,
         ledger(root),
         episodes=1,
@@ -223,7 +223,7 @@ class Interrupted:
     """A random policy. Calls `at_once` the one time that it is asked for its `number`-th action."""
 
     def __init__(self, space: gym.Space[Any], number: int, at_once: Callable[[], None]):
-        self.policy, self.left, self.at_once = random_policy(space), number, at_once
+        self.policy, self.left, self.at_once = RandomPolicy(space), number, at_once
 
     def act(self, observations: Any, explore: bool = False, rng: Any = None) -> Any:
         raise NotImplementedError
@@ -278,7 +278,7 @@ def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def test_judging_that_was_interrupted_goes_on_after_the_stored_episodes(any_root: str) -> None:
     reality = varied()
     space = make_env(reality).action_space
-    undisturbed = judge(random_policy(space), reality, ledger(any_root), episodes=5, seed=1)
+    undisturbed = judge(RandomPolicy(space), reality, ledger(any_root), episodes=5, seed=1)
     assert undisturbed.steps == 30 and undisturbed.episodes[0].durations is not None
     policy = Interrupted(space, 3 * 6 + 4, fail)
     store = JudgeStore(Storage(any_root), "broken")
@@ -321,7 +321,7 @@ def make():
     return Killing(gymnasium.make("CartPole-v1"))
 
 def main():
-    from mesocosm.policies.policy import random_policy
+    from mesocosm.policies.policy import RandomPolicy
     from mesocosm.evaluate.judge import judge
     from mesocosm.evaluate.judge_store import JudgeStore
     from mesocosm.envs.config import RealityConfig
@@ -329,7 +329,7 @@ def main():
     from mesocosm.store.artifacts import Storage
 
     storage, reality = Storage("root"), RealityConfig(env="killed_module:make")
-    policy = random_policy(make().action_space)
+    policy = RandomPolicy(make().action_space)
     segments = JudgeStore(storage, "killed").segments("random", policy, seed=0, limit=500)
     return judge(policy, reality, Ledger(storage, "killed"), episodes=8, seed=0, segments=segments)
 
@@ -343,7 +343,7 @@ def test_a_killed_process_pays_again_for_one_episode(
 ) -> None:
     (tmp_path / "killed_module.py").write_text(KILLED)
     whole = judge(
-        random_policy(gym.spaces.Discrete(2)),
+        RandomPolicy(gym.spaces.Discrete(2)),
         CARTPOLE,
         ledger(str(tmp_path / "other")),
         episodes=8,
@@ -370,14 +370,14 @@ def test_an_episode_that_another_process_has_stored_meanwhile_is_used(root: str)
     reality = varied()
     space = make_env(reality).action_space
     mine, theirs = (
-        JudgeStore(Storage(root), "two").segments("random", random_policy(space), seed=1, limit=6)
+        JudgeStore(Storage(root), "two").segments("random", RandomPolicy(space), seed=1, limit=6)
         for _ in range(2)
     )
     other: list[JudgeResult] = []
 
     def overtake() -> None:
         other.append(
-            judge(random_policy(space), reality, ledger(root), episodes=3, seed=1, segments=theirs)
+            judge(RandomPolicy(space), reality, ledger(root), episodes=3, seed=1, segments=theirs)
         )
 
     result = judge(
@@ -406,7 +406,7 @@ def test_stored_episodes_of_different_policies_do_not_mix(root: str) -> None:
         key("agent", network, limit=8),
         key("agent", noisy[0]),
         key("agent", noisy[1]),
-        key("agent", random_policy(network.action_space)),
+        key("agent", RandomPolicy(network.action_space)),
     ]
     assert len(set(keys)) == len(keys)
 
@@ -462,10 +462,10 @@ def test_an_episode_with_a_value_outside_its_space_is_dropped_from_the_store(roo
     reality.env = "judged_module:Outside"
     space = make_env(reality).action_space
     segments = JudgeStore(Storage(root), "outside").segments(
-        "random", random_policy(space), seed=0, limit=6
+        "random", RandomPolicy(space), seed=0, limit=6
     )
     result = judge(
-        random_policy(space), reality, ledger(root), episodes=3, seed=0, segments=segments
+        RandomPolicy(space), reality, ledger(root), episodes=3, seed=0, segments=segments
     )
     assert len(result.episodes) == 2 and "observation.mode" in result.dropped[0]
     totals = ledger(root).totals().purposes["judge"]

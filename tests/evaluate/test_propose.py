@@ -299,9 +299,9 @@ def test_what_cannot_be_meant_is_refused(
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("{colour: {choices: [1]}}", "part of nothing"),
-        ("{side: {choices: [2]}}", "beyond"),
-        ("{side: {low: 0, high: 1}}", "beyond"),
+        ("{colour: {choices: [1]}}", "must name one of reality.task_options"),
+        ("{side: {choices: [2]}}", "must be within"),
+        ("{side: {low: 0, high: 1}}", "must be within"),
     ],
 )
 def test_a_behaviour_draws_a_part_of_what_reality_draws(

@@ -24,7 +24,8 @@ from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.ranking import fifths_of, firm
 from mesocosm.policies import behaviours
 from mesocosm.policies.behaviours import BehaviourConfig
-from mesocosm.policies.policy import SNAPSHOTS, Acts, RandomPolicy, batch_size, policy_of
+from mesocosm.policies.heads import batch_size
+from mesocosm.policies.policy import SNAPSHOTS, Acts, RandomPolicy, policy_of
 from mesocosm.store.artifacts import Artifact, Storage
 
 AGENT = "agent"

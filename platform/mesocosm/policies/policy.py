@@ -1,7 +1,6 @@
-"""A trained policy as data: policy.json (what it is) and policy.safetensors (its weights). Imports
-torch, no Ray.
+"""A trained policy as data: policy.json and policy.safetensors. Imports torch, no Ray.
 
-A policy takes and gives raw values of the environment's own spaces, batched in Gymnasium's vector
+A policy maps observations to actions of the environment's own spaces, batched in Gymnasium's vector
 layout.
 """
 
@@ -22,58 +21,53 @@ from torch import Tensor, nn
 
 from mesocosm.data.format.spaces import space_from_json, space_to_json
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.policies.heads import ActionMap, first, flat_size, flatten_batch, one_batch
+from mesocosm.policies.heads import ActionMap, batch_size, flat_size, flatten_batch, map_batch
 from mesocosm.store.artifacts import Storage
 
 POLICY_JSON, WEIGHTS = "policy.json", "policy.safetensors"
 SNAPSHOTS = "snapshots"
-"""Of an `agents` artifact: a folder with a policy for each iteration kept, named by its number."""
+"""Folder of an `agents` artifact with one policy folder per saved iteration."""
 SCHEMA = 1
 Head = Literal["categorical", "gaussian", "squashed_gaussian", "values"]
-"""What the network's outputs mean: logits; mean and log std; the same before a tanh; action values.
-"""
+"""Network outputs: logits; mean and log std; the same before a tanh; action values."""
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 SQUASHED_LOG_STD = (-5.0, 2.0)
 """RLlib's bounds of a squashed Gaussian's log std (ray.rllib.utils.numpy)."""
+Rng = np.random.Generator
 
 
 class Acts(Protocol):
-    """Whatever acts: an exported policy, a random one, a script."""
+    """An exported policy, a random one or a script."""
 
-    def act(
-        self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None
-    ) -> Any:
-        """Raw observations of B environments in vector layout -> B raw actions in vector layout."""
-        ...
+    def act(self, observations: Any, explore: bool = False, rng: Rng | None = None) -> Any:
+        """Map observations of B environments to B actions, both in vector layout."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The network: layers as `{"kind": "linear", "in": 4, "out": 64}`, `{"kind": "norm", "size":
-    64, "eps": 1e-3}`, `{"kind": "tanh"}`.
+    """The network's layers, such as `{"kind": "linear", "in": 4, "out": 64}`, `{"kind": "norm",
+    "size": 64, "eps": 1e-3}` or `{"kind": "tanh"}`.
     """
 
     head: Head
     trunk: list[dict[str, Any]]
-    """All layers from the flat observation to the outputs; with `value`, those of the common
-    encoder.
-    """
+    """Layers from the flat observation to the outputs; with `value`, the shared encoder."""
     advantage: list[dict[str, Any]] = field(default_factory=list)
     """With `value`: the dueling network's advantage stream (Wang et al., arXiv 1511.06581)."""
     value: list[dict[str, Any]] = field(default_factory=list)
     free_log_std: int = 0
-    """Size of a log std that is a parameter and not a network output; 0: there is none."""
+    """Size of a log std that is a parameter rather than an output; 0 for none."""
     log_std_clip: float | None = None
     """A Gaussian's log std is clipped to plus and minus this."""
     atoms: int = 1
-    """Atoms of a value distribution (C51) over [v_min, v_max]; 1: expected values."""
+    """Atoms of a value distribution (C51) over [v_min, v_max]; 1 for expected values."""
     v_min: float = 0.0
     v_max: float = 0.0
 
 
 class Network(nn.Module):
-    """Flat observations [B, n] float32 -> outputs [B, m], as the layout's head reads them."""
+    """Flat observations [B, n] float32 to outputs [B, m], in the form of the layout's head."""
 
     def __init__(self, layout: Layout, actions: int):
         super().__init__()
@@ -81,9 +75,8 @@ class Network(nn.Module):
         self.trunk = _sequential(layout.trunk)
         self.advantage = _sequential(layout.advantage)
         self.value = _sequential(layout.value)
-        self.log_std = (
-            nn.Parameter(torch.zeros(layout.free_log_std)) if layout.free_log_std else None
-        )
+        size = layout.free_log_std
+        self.log_std = nn.Parameter(torch.zeros(size)) if size else None
 
     def forward(self, observations: Tensor) -> Tensor:
         out = self.trunk(observations)
@@ -93,11 +86,10 @@ class Network(nn.Module):
             return self._values(out, value)
         if self.log_std is not None:
             out = torch.cat([out, self.log_std.expand(len(out), -1)], dim=-1)
-        if self.layout.head == "gaussian" and self.layout.log_std_clip is not None:
+        clip = self.layout.log_std_clip
+        if self.layout.head == "gaussian" and clip is not None:
             mean, log_std = out.chunk(2, dim=-1)
-            out = torch.cat(
-                [mean, log_std.clamp(-self.layout.log_std_clip, self.layout.log_std_clip)], dim=-1
-            )
+            out = torch.cat([mean, log_std.clamp(-clip, clip)], dim=-1)
         return out
 
     def _values(self, out: Tensor, value: Tensor | None) -> Tensor:
@@ -111,46 +103,39 @@ class Network(nn.Module):
 
 
 def _sequential(layers: list[dict[str, Any]]) -> nn.Sequential:
-    def layer(entry: dict[str, Any]) -> nn.Module:
-        match entry["kind"]:
-            case "linear":
-                return nn.Linear(entry["in"], entry["out"], bias=entry.get("bias", True))
-            case "norm":
-                return nn.LayerNorm(entry["size"], eps=entry["eps"])
-            case kind:
-                return _ACTIVATIONS[kind]()
-
-    return nn.Sequential(*[layer(entry) for entry in layers])
+    modules: list[nn.Module] = []
+    for layer in layers:
+        if layer["kind"] == "linear":
+            modules.append(nn.Linear(layer["in"], layer["out"], bias=layer.get("bias", True)))
+        elif layer["kind"] == "norm":
+            modules.append(nn.LayerNorm(layer["size"], eps=layer["eps"]))
+        else:
+            modules.append(_ACTIVATIONS[layer["kind"]]())
+    return nn.Sequential(*modules)
 
 
 def describe(module: nn.Sequential) -> list[dict[str, Any]]:
-    """The layers of a plain MLP as data. Raises ValueError naming a layer that has no description."""
+    """The layers of a plain MLP as data. Raises ValueError for a layer that has no description."""
     names = {kind: name for name, kind in _ACTIVATIONS.items()}
     layers: list[dict[str, Any]] = []
     for item in module:
         if isinstance(item, nn.Linear):
-            layers.append(
-                {
-                    "kind": "linear",
-                    "in": item.in_features,
-                    "out": item.out_features,
-                    "bias": item.bias is not None,
-                }
-            )
+            sizes = {"in": item.in_features, "out": item.out_features}
+            layers.append({"kind": "linear", **sizes, "bias": item.bias is not None})
         elif isinstance(item, nn.LayerNorm):
             layers.append({"kind": "norm", "size": item.normalized_shape[0], "eps": item.eps})
         elif type(item) in names:
             layers.append({"kind": names[type(item)]})
         else:
             raise ValueError(
-                f"layer {type(item).__name__} of a policy cannot be exported; known are Linear,"
+                f"layer {type(item).__name__} of a policy cannot be exported; use Linear,"
                 f" LayerNorm, {', '.join(sorted(_ACTIVATIONS))}"
             )
     return layers
 
 
 class Policy:
-    """A network and the two spaces it stands between."""
+    """A network between an observation and an action space."""
 
     def __init__(
         self,
@@ -163,72 +148,54 @@ class Policy:
         self.algo, self.observation_space, self.action_space = algo, observation_space, action_space
         self.layout, self.epsilon = layout, epsilon
         self.map = ActionMap(action_space)
-        with torch.random.fork_rng(
-            []
-        ):  # its initial weights are replaced: a training that exports on the way draws as one that does not
+        # The initial weights are replaced. Without the fork an export would change the random
+        # state of the training that it interrupts.
+        with torch.random.fork_rng([]):
             self.network = Network(layout, self.map.counts[0] if self.map.counts else 0)
 
     @torch.no_grad()
     def outputs(self, observations: Any) -> Tensor:
-        """The network's outputs for raw observations in vector layout."""
+        """The network's outputs for observations in vector layout."""
         return self.network(torch.from_numpy(flatten_batch(self.observation_space, observations)))
 
-    def act(
-        self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None
-    ) -> Any:
-        """Raw observations of B environments -> B raw actions, both in vector layout.
+    def act(self, observations: Any, explore: bool = False, rng: Rng | None = None) -> Any:
+        """Map observations of B environments to B actions, both in vector layout.
 
-        Without `explore`: the likeliest action, a Gaussian's mean (under its tanh, where squashed),
-        the action of the highest value. With it: a draw from the policy by `rng` (epsilon-greedy,
-        for values). Box actions are rescaled and clipped to their bounds.
+        Args:
+            observations: The observations.
+            explore: Draw from the policy by `rng` (epsilon-greedy for values). Otherwise take the
+                likeliest action, a Gaussian's mean (under its tanh) or the highest value.
+            rng: The generator of the draws.
         """
         out = self.outputs(observations).double().numpy()
         assert rng is not None or not explore, "explore needs rng"
         draw = rng if explore else None
         head: NDArray[Any]
-        match self.layout.head:
-            case "categorical":
-                head = self._categorical(out, draw)
-            case "values":
-                head = out.argmax(-1)
-                if draw is not None:
-                    head = np.where(
-                        draw.random(len(head)) < self.epsilon,
-                        draw.integers(out.shape[-1], size=len(head)),
-                        head,
-                    )
-            case "gaussian" | "squashed_gaussian":
-                head = self._gaussian(out, draw)
+        if self.layout.head == "values":
+            head = out.argmax(-1)
+            if draw is not None:
+                randomly = draw.random(len(head)) < self.epsilon
+                head = np.where(randomly, draw.integers(out.shape[-1], size=len(head)), head)
+        elif self.layout.head == "categorical":
+            if draw is not None:  # Gumbel trick: the argmax of logits plus noise is a softmax draw
+                out = out + draw.gumbel(size=out.shape)
+            assert self.map.counts is not None
+            parts = np.split(out, np.cumsum(self.map.counts)[:-1], axis=-1)
+            head = np.stack([part.argmax(-1) for part in parts], axis=-1)
+        else:
+            head, log_std = np.split(out, 2, axis=-1)
+            squashed = self.layout.head == "squashed_gaussian"
+            if draw is not None:
+                log_std = np.clip(log_std, *SQUASHED_LOG_STD) if squashed else log_std
+                head = head + np.exp(log_std) * draw.standard_normal(head.shape)
+            head = np.tanh(head) if squashed else head
         return self.map.to_raw(head)
 
-    def act_one(
-        self, observation: Any, explore: bool = False, rng: np.random.Generator | None = None
-    ) -> Any:
-        """One raw observation -> one raw action."""
-        return first(self.action_space, self.act(one_batch(observation), explore, rng))
-
-    def _categorical(
-        self, logits: NDArray[np.float64], rng: np.random.Generator | None
-    ) -> NDArray[np.int64]:
-        if (
-            rng is not None
-        ):  # the Gumbel trick: argmax of logits plus Gumbel noise is a draw from their softmax
-            logits = logits + rng.gumbel(size=logits.shape)
-        counts = self.map.counts
-        assert counts is not None
-        parts = np.split(logits, np.cumsum(counts)[:-1], axis=-1)
-        return np.stack([part.argmax(-1) for part in parts], axis=-1)
-
-    def _gaussian(
-        self, out: NDArray[np.float64], rng: np.random.Generator | None
-    ) -> NDArray[np.float64]:
-        mean, log_std = np.split(out, 2, axis=-1)
-        squashed = self.layout.head == "squashed_gaussian"
-        if rng is not None:
-            mean = mean + np.exp(
-                np.clip(log_std, *SQUASHED_LOG_STD) if squashed else log_std
-            ) * rng.standard_normal(mean.shape)
-        return np.tanh(mean) if squashed else mean
+    def act_one(self, observation: Any, explore: bool = False, rng: Rng | None = None) -> Any:
+        """Map one observation to one action."""
+        space = self.observation_space
+        batch = concatenate(space, [observation], create_empty_array(space, 1))
+        return map_batch(_first, self.act(batch, explore, rng))
 
     def save(self, folder: Path) -> None:
         """Write policy.json and policy.safetensors into an existing folder."""
@@ -241,17 +208,13 @@ class Policy:
             "epsilon": self.epsilon,
         }
         (folder / POLICY_JSON).write_text(json.dumps(description, indent=1))
-        save_file(
-            {
-                name: tensor.detach().contiguous()
-                for name, tensor in self.network.state_dict().items()
-            },
-            folder / WEIGHTS,
-        )
+        state = self.network.state_dict()
+        weights = {name: tensor.detach().contiguous() for name, tensor in state.items()}
+        save_file(weights, folder / WEIGHTS)
 
     @staticmethod
     def load(folder: Path) -> Policy:
-        """Read what `save` wrote. Raises ArtifactError if it is not there or of another schema."""
+        """Read a policy. Raises ArtifactError where it is missing or has another schema."""
         try:
             data = json.loads((folder / POLICY_JSON).read_text())
             weights = load_file(folder / WEIGHTS)
@@ -261,8 +224,8 @@ class Policy:
             ) from error
         if data.get("schema") != SCHEMA:
             raise ArtifactError(
-                f"{folder / POLICY_JSON} has schema {data.get('schema')!r}, this version reads"
-                f" {SCHEMA}; train the agent again"
+                f"{folder / POLICY_JSON}: schema must be {SCHEMA}, got {data.get('schema')!r};"
+                " train the agent again"
             )
         spaces = (space_from_json(data["observation_space"]), space_from_json(data["action_space"]))
         policy = Policy(data["algo"], *spaces, Layout(**data["network"]), data["epsilon"])
@@ -270,66 +233,50 @@ class Policy:
         return policy
 
     def export_torch(self, path: Path) -> None:
-        """Write the network alone (flat observation -> outputs) as a torch.export program, a `.pt2`
-        file, for use outside this project.
-        """
+        """Write the network (flat observation to outputs) as a `torch.export` program (`.pt2`)."""
         example = torch.zeros(2, flat_size(self.observation_space))
-        program = torch.export.export(
-            self.network.eval(), (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-        )
+        shapes = ({0: torch.export.Dim("batch")},)
+        program = torch.export.export(self.network.eval(), (example,), dynamic_shapes=shapes)
         torch.export.save(program, path)
 
 
-def policy_of(storage: Storage, ref: str) -> Policy:
-    """The policy of `agents/<id>`, or `agents/<id>@<iteration>`: as it was when so many iterations
-    of its training were done.
+def _first(leaf: Any) -> Any:
+    return leaf[0]
 
-    Raises UsageError where there is no such agent, or no snapshot of it at that iteration.
+
+def policy_of(storage: Storage, ref: str) -> Policy:
+    """Load the policy `agents/<id>`, or its snapshot `agents/<id>@<iteration>`.
+
+    Raises:
+        UsageError: There is no such agent or snapshot.
     """
     name, _, iteration = ref.partition("@")
     agent = storage.artifact("agents", name)
     if not iteration:
         return Policy.load(agent.path)
-    kept = sorted((path.name for path in (agent.path / SNAPSHOTS).glob("*")), key=int)
-    if iteration not in kept:
+    snapshots = sorted((path.name for path in (agent.path / SNAPSHOTS).glob("*")), key=int)
+    if iteration not in snapshots:
         raise UsageError(
             f"{agent.name} has no snapshot at iteration {iteration!r}; it has"
-            f" {', '.join(kept) or 'none'}"
+            f" {', '.join(snapshots) or 'none'}"
         )
     return Policy.load(agent.path / SNAPSHOTS / iteration)
 
 
 class RandomPolicy:
-    """Draws from the action space, by `rng`."""
+    """Uniform draws from the action space by `rng`, whatever `explore` is."""
 
     def __init__(self, action_space: gym.Space[Any]):
         self.action_space = action_space
 
-    def act(
-        self, observations: Any, explore: bool = True, rng: np.random.Generator | None = None
-    ) -> Any:
-        """B raw actions in vector layout, for B observations; random whatever `explore` says."""
+    def act(self, observations: Any, explore: bool = True, rng: Rng | None = None) -> Any:
+        """Return one action per observation, in vector layout."""
         count = batch_size(observations)
         draws = [self.act_one(None, explore, rng) for _ in range(count)]
         return concatenate(self.action_space, draws, create_empty_array(self.action_space, count))
 
-    def act_one(
-        self, observation: Any, explore: bool = True, rng: np.random.Generator | None = None
-    ) -> Any:
-        """One raw action."""
+    def act_one(self, observation: Any, explore: bool = True, rng: Rng | None = None) -> Any:
+        """Return one action."""
         assert rng is not None, "a random policy needs rng"
         self.action_space.seed(int(rng.integers(2**31)))
         return self.action_space.sample()
-
-
-def random_policy(action_space: gym.Space[Any]) -> RandomPolicy:
-    return RandomPolicy(action_space)
-
-
-def batch_size(observations: Any) -> int:
-    """B of values in Gymnasium's vector layout."""
-    if isinstance(observations, dict):
-        return batch_size(next(iter(observations.values())))
-    if isinstance(observations, tuple) and not isinstance(observations[0], str):
-        return batch_size(observations[0])
-    return len(observations)
