@@ -117,7 +117,7 @@ def test_force_replaces_a_damaged_artifact(storage: Storage) -> None:
 
 
 def test_what_is_mended_meanwhile_is_not_removed(storage: Storage) -> None:
-    assert not storage.discard_damaged("datasets", "cart")
+    assert not storage.discard("datasets/cart")
     assert storage.artifact("datasets", "cart").id == "cart"
 
 

@@ -54,8 +54,8 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exit status 0; 1 where something listed could not be removed."""
     from mesocosm import config, faults
-    from mesocosm.store import cache_folder
-    from mesocosm.store import gc as remains
+    from mesocosm.cluster import session_gc
+    from mesocosm.store import cache_folder, gc
     from mesocosm.store.artifacts import Storage
 
     if options.older_than < 0:
@@ -65,15 +65,16 @@ def run(options: argparse.Namespace) -> int:
     storage = Storage(given.root)
     storage.readable()
     remarks: list[str] = []
-    found = remains.find(storage, options.older_than * 3600, remarks.append)
-    total = sum(remain.bytes for remain in found)
+    every = [*gc.find(storage, remarks.append), *session_gc.find()]
+    found = [garbage for garbage in every if garbage.age_s >= options.older_than * 3600]
+    total = sum(garbage.bytes for garbage in found)
     for remark in remarks:
         print(f"mesocosm: {remark}", file=sys.stderr)
     if not options.json:
-        for remain in found:
+        for garbage in found:
             print(
-                f"{size(remain.bytes):>10}  {_age(remain.age_s):>6}  {remain.what:<19} "
-                f" {remain.path}  ({remain.why})"
+                f"{size(garbage.bytes):>10}  {_age(garbage.age_s):>6}  {garbage.category:<19} "
+                f" {garbage.path}  ({garbage.why})"
             )
         print(
             f"{len(found)} may go from {storage.root}, {size(total)}; nothing that changed within"
@@ -84,13 +85,13 @@ def run(options: argparse.Namespace) -> int:
         output.confirm(
             f"remove {'it' if len(found) == 1 else f'these {len(found)}'}?", yes=options.yes
         )
-        for remain in found:
+        for garbage in found:
             try:
-                removed += remain.remove()
+                removed += garbage.remove() is not False
             except Exception as error:  # a remote filesystem's errors are its own
-                failed.append(f"{remain.path} ({faults.first_line(error)})")
+                failed.append(f"{garbage.path} ({faults.first_line(error)})")
     if options.json:
-        rows = [remain.to_json() for remain in found]
+        rows = [garbage.to_json() for garbage in found]
         facts = {
             "root": storage.root,
             "older_than_hours": options.older_than,

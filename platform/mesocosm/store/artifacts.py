@@ -81,27 +81,19 @@ class Storage(Root):
         return None if commit is None else commit["folder"]
 
     def discard(self, path: str) -> bool:
-        """Remove `kind/id`, or on a remote root `kind/id/folder`, which is of no finished artifact;
-        False, and nothing is done, where by now it is.
-        """
-        kind, id, *rest = path.split("/")
-        assert kind in KINDS and id and len(rest) == int(self.remote), path
-        if self.remote:
-            if self.folder_of(kind, id) == rest[0]:
-                return False
-            with self.naming(path), suppress(FileNotFoundError):
-                self.fs.rm(self._path(path), recursive=True)
-            return True
-        return self._discard_folder(kind, id)
+        """Remove an artifact `kind/id` that is unfinished or damaged, or on a remote root a folder
+        `kind/id/folder` that its COMMIT.json does not name.
 
-    def discard_damaged(self, kind: str, id: str) -> bool:
-        """Remove an artifact whose COMMIT.json is damaged; False where by now it is whole."""
+        Returns False, and removes nothing, where the artifact is whole, or the folder named, by
+        now.
+        """
+        kind, id, *folder = path.split("/")
         if not self.remote:
             return self._discard_folder(kind, id)
-        if not self.is_damaged(kind, id):
+        if self.folder_of(kind, id) == folder[0] if folder else not self.is_damaged(kind, id):
             return False
-        with self.naming(f"{kind}/{id}"), suppress(FileNotFoundError):
-            self.fs.rm(self._path(kind, id), recursive=True)
+        with self.naming(path), suppress(FileNotFoundError):
+            self.fs.rm(self._path(path), recursive=True)
         return True
 
     def _discard_folder(self, kind: str, id: str) -> bool:

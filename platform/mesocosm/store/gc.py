@@ -1,10 +1,8 @@
-"""What may go from a root: what interrupted and slower makers left, and what this machine keeps of
-artifacts that are gone.
+"""Garbage collection of a root: files left behind by interrupted or superseded writers, and this
+machine's copies of artifacts that the root no longer has.
 
-Nothing that a job may still be writing: only what has not changed for a stated time, of a folder
-its newest file. Never a finished artifact that can be opened, a run, a ledger, a cell, or the
-checkpoint of an unfinished artifact: of what lies in their folders only the temporary files of
-writes that were cut short.
+Never listed: a readable finished artifact, a run, a ledger, a cell, or the checkpoint of an
+unfinished artifact. In their folders only the temporary files of interrupted writes are.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,198 +22,182 @@ from pathlib import Path
 from typing import Any
 
 from mesocosm import faults
-from mesocosm.cluster import ray_session
-from mesocosm.errors import StorageError
+from mesocosm.errors import ArtifactError, StorageError
 from mesocosm.store import lease
 from mesocosm.store.artifacts import COMMIT, KINDS, Storage
 
 TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp$|^runs/[0-9a-f]{32}\.tmp$")
-"""Names that `Storage.write` and its like give to what is not whole yet."""
+"""Names of the temporary files of `Storage.write`, `create` and `check_writable`."""
 RECORDS = ("runs", "ledgers", "cells", lease.FOLDER)
-MAKING = {"runs/checkpoints": ("worlds", "agents"), "runs/episodes": ("datasets", "evaluations")}
-"""Folders that hold the state of a making, by the id of the artifact that is made, and its kinds.
-"""
+STATE = {"runs/checkpoints": ("worlds", "agents"), "runs/episodes": ("datasets", "evaluations")}
+"""Folders that hold the state of unfinished artifacts by artifact id, and the artifacts' kinds."""
 CHECKPOINTS = ("mesocosm-checkpoint-*", "mesocosm-universal-*")
-"""In this machine's temporary folder: a rank's part of a checkpoint, until it is uploaded, and a
-checkpoint that is converted for another number of workers, until it is loaded."""
-SESSION = "Ray session"
+"""Folders in the temporary folder: a rank's part of a checkpoint before its upload, and a
+checkpoint that is being converted for another number of workers."""
 
-
-DAMAGED = "damaged artifact"
+Entry = tuple[int, float]
+"""A file's size in bytes, and its time of change in seconds since the epoch."""
 
 
 @dataclass(frozen=True)
-class Remain:
-    """Something that may go."""
+class Garbage:
+    """Files that may be removed together."""
 
-    what: str
+    category: str
     path: str
     bytes: int
     age_s: int
+    """Since the newest of the files changed."""
     why: str
-    remove: Callable[[], bool] = field(repr=False, compare=False)
-    """False, and nothing is done, where it is needed by now."""
+    remove: Callable[[], bool | None] = field(repr=False, compare=False)
+    """Returns False, and removes nothing, where the files are in use by now."""
+
+    @staticmethod
+    def of(
+        category: str,
+        path: str | Path,
+        entries: Iterable[Entry],
+        why: str,
+        remove: Callable[[], bool | None],
+    ) -> Garbage:
+        sizes, times = zip(*entries, strict=True)
+        return Garbage(category, str(path), sum(sizes), int(time.time() - max(times)), why, remove)
+
+    @staticmethod
+    def on_disk(
+        category: str, path: Path, why: str, remove: Callable[[], bool | None] | None = None
+    ) -> Garbage:
+        """A file or folder of this machine. It is removed whole unless `remove` is given."""
+        stat = path.lstat()
+        entries = [(0 if path.is_dir() else stat.st_size, stat.st_mtime)]
+        for folder, _, names in os.walk(path):
+            entries.append((0, os.lstat(folder).st_mtime))
+            for name in names:
+                with suppress(FileNotFoundError):
+                    stat = os.lstat(os.path.join(folder, name))
+                    entries.append((stat.st_size, stat.st_mtime))
+        return Garbage.of(category, path, entries, why, remove or partial(_remove_path, path))
 
     def to_json(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("what", "path", "bytes", "age_s", "why")}
+        row = {name: getattr(self, name) for name in ("path", "bytes", "age_s", "why")}
+        return {"what": self.category, **row}
 
 
-def find(storage: Storage, older_than_s: float, remark: Callable[[str], None]) -> list[Remain]:
-    """All that may go and has not changed for so long, in the order of their kinds. What could not
-    be looked at is remarked.
-    """
-    found = list(_of_remote(storage, remark) if storage.remote else _of_local(storage))
-    found += _scratch(storage, remark)
-    found += _local_temporaries(storage)
-    found += [*_finished(storage), *_leases(storage)]
-    found += _checkpoints()
-    found += _sessions()
-    return [remain for remain in found if remain.age_s >= older_than_s]
+def find(storage: Storage, remark: Callable[[str], None]) -> list[Garbage]:
+    """All garbage of a root, whatever its age. `remark` receives what could not be examined."""
+    return [
+        *(_remote_artifacts(storage, remark) if storage.remote else _local_artifacts(storage)),
+        *_scratch(storage, remark),
+        *_local_temporaries(storage),
+        *_state_of_finished(storage),
+        *_leases(storage),
+        *_checkpoint_folders(),
+    ]
 
 
-def _of_local(storage: Storage) -> Iterator[Remain]:
+def _local_artifacts(storage: Storage) -> Iterator[Garbage]:
     for kind in KINDS:
         for id in storage.list(kind):
-            folder = storage.local_path(kind, id)
+            folder, remove = storage.local_path(kind, id), partial(storage.discard, f"{kind}/{id}")
             if storage.is_damaged(kind, id):
-                remove = partial(storage.discard_damaged, kind, id)
-                yield _on_disk(DAMAGED, folder, f"its {COMMIT} cannot be used", remove)
+                yield Garbage.on_disk("damaged artifact", folder, f"{COMMIT} is damaged", remove)
             elif folder.is_dir() and not (folder / COMMIT).exists():
-                yield _on_disk(
-                    "unfinished artifact",
-                    folder,
-                    f"it has no {COMMIT}",
-                    partial(storage.discard, f"{kind}/{id}"),
-                )
+                yield Garbage.on_disk("unfinished artifact", folder, f"it has no {COMMIT}", remove)
 
 
-def _of_remote(storage: Storage, remark: Callable[[str], None]) -> Iterator[Remain]:
-    uploads: dict[str, tuple[int, float]] = {}
+def _remote_artifacts(storage: Storage, remark: Callable[[str], None]) -> Iterator[Garbage]:
+    uploads: dict[str, Entry] = {}
     try:
         uploads = storage.uploads()
     except (StorageError, OSError, NotImplementedError) as error:
         text = faults.first_line(error.__cause__ or error)
         remark(
-            f"uploads that were begun and not finished are not listed by {storage.root!r} ({text});"
-            " see the bucket's lifecycle rules"
+            f"unfinished uploads are not listed by {storage.root!r} ({text}); see the bucket's"
+            " lifecycle rules"
         )
-    finished: dict[str, set[str]] = {}
-    damaged: dict[str, set[str]] = {}
     for kind in KINDS:
-        files = storage.files(kind)
-        finished[kind] = {
-            path.split("/")[1]
-            for path in files
-            if path.endswith(f"/{COMMIT}") and path.count("/") == 2
-        }
-        damaged[kind] = {id for id in finished[kind] if storage.is_damaged(kind, id)}
-        for id in sorted(damaged[kind]):
-            yield _damaged(storage, kind, id, files)
-        files = {p: facts for p, facts in files.items() if p.split("/")[1] not in damaged[kind]}
-        finished[kind] -= damaged[kind]
-        yield from _folders(storage, kind, finished[kind], files, uploads)
-    for top in (*RECORDS, "scratch"):
-        for path, (bytes, modified) in storage.files(top).items():
-            if TEMPORARY.search(path) or top == "scratch":
-                yield Remain(
-                    "temporary file",
-                    storage.url(path),
-                    bytes,
-                    _age(modified),
-                    "its writer was killed",
-                    partial(_removed, storage, path),
-                )
-    for name, (bytes, modified) in uploads.items():
-        yield Remain(
-            "upload",
-            storage.url(name),
-            bytes,
-            _age(modified),
-            "begun, not finished: its parts take room",
-            partial(_given_up, storage, name),
-        )
-    yield from _gone(storage, finished, damaged)
-
-
-def _damaged(storage: Storage, kind: str, id: str, files: dict[str, tuple[int, float]]) -> Remain:
-    """An artifact of a remote root whose COMMIT.json cannot be used."""
-    facts = [entry for path, entry in files.items() if path.startswith(f"{kind}/{id}/")]
-    size = sum(bytes for bytes, _ in facts)
-    age = _age(max(modified for _, modified in facts))
-    remove = partial(storage.discard_damaged, kind, id)
-    return Remain(DAMAGED, storage.url(kind, id), size, age, f"its {COMMIT} cannot be used", remove)
-
-
-def _folders(
-    storage: Storage,
-    kind: str,
-    finished: set[str],
-    files: dict[str, tuple[int, float]],
-    uploads: dict[str, tuple[int, float]],
-) -> Iterator[Remain]:
-    """Makers' folders that no COMMIT.json names."""
-    makers: dict[str, dict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
-    for path, entry in files.items():
-        _, id, *rest = path.split("/")
-        if len(rest) > 1:
-            makers[id][rest[0]].append(entry)
-    for path, entry in uploads.items():
-        top, id, maker, *rest = [*path.split("/"), "", "", ""]
-        if top == kind and rest[0] and maker in makers[id]:
-            makers[id][maker].append(
-                (0, entry[1])
-            )  # its parts are listed apart, but somebody is at work here
-    for id, folders in makers.items():
-        if id in finished and (len(folders) == 1 or storage.folder_of(kind, id) not in folders):
-            continue  # whole; or damaged, which is the business of whoever opens it
-        named = storage.folder_of(kind, id)
-        why = (
-            f"{COMMIT} does not name it: its maker was slower, or killed"
-            if id in finished
-            else f"there is no {COMMIT}: its maker was killed"
-        )
-        for folder, entries in folders.items():
-            if folder != named:
-                path = f"{kind}/{id}/{folder}"
-                newest = max(modified for _, modified in entries)
-                size = sum(bytes for bytes, _ in entries)
-                what = "superseded files" if id in finished else "unfinished artifact"
-                yield Remain(
-                    what, storage.url(path), size, _age(newest), why, partial(storage.discard, path)
-                )
-
-
-def _gone(
-    storage: Storage, finished: dict[str, set[str]], damaged: dict[str, set[str]]
-) -> Iterator[Remain]:
-    """This machine's copies of artifacts that the root has no more. Those of damaged ones stay."""
-    for kind in KINDS:
-        for folder in _entries(storage.local_path("cache", kind)):
-            if folder.name not in finished[kind] | damaged[kind]:
-                yield _on_disk(
-                    "cache",
-                    folder,
-                    f"{kind}/{folder.name} is gone from {storage.root}",
-                    partial(_rmtree, folder),
-                )
-        for part in _entries(storage.local_path("cache", "parts", kind)):
-            if part.name in damaged[kind]:
+        artifacts: dict[str, dict[str, Entry]] = defaultdict(dict)
+        for path, entry in storage.files(kind).items():
+            artifacts[path.split("/")[1]][path] = entry
+        finished: dict[str, str] = {}
+        damaged: set[str] = set()
+        for id, files in artifacts.items():
+            try:
+                folder = storage.folder_of(kind, id)
+            except ArtifactError:
+                damaged.add(id)
+                path, why = f"{kind}/{id}", f"{COMMIT} is damaged"
+                remove = partial(storage.discard, path)
+                url = storage.url(path)
+                yield Garbage.of("damaged artifact", url, files.values(), why, remove)
                 continue
-            named = storage.folder_of(kind, part.name) if part.name in finished[kind] else None
-            for folder in _entries(part):
-                if folder.name != named:
-                    yield _on_disk(
-                        "cache",
-                        folder,
-                        f"{storage.root} has no such {kind}/{part.name} any more",
-                        partial(_rmtree, folder),
-                    )
+            if folder is not None:
+                finished[id] = folder
+            yield from _unnamed_folders(storage, f"{kind}/{id}", folder, files, uploads)
+        yield from _stale_copies(storage, kind, finished, damaged)
+    for top in (*RECORDS, "scratch"):
+        for path, entry in storage.files(top).items():
+            if TEMPORARY.search(path) or top == "scratch":
+                url, remove_file = storage.url(path), partial(storage.remove, path)
+                why = "its writer was killed"
+                yield Garbage.of("temporary file", url, [entry], why, remove_file)
+    for name, entry in uploads.items():
+        why, abort = "unfinished: its parts take room", partial(storage.abort_upload, name)
+        yield Garbage.of("upload", storage.url(name), [entry], why, abort)
 
 
-def _scratch(storage: Storage, remark: Callable[[str], None]) -> Iterator[Remain]:
+def _unnamed_folders(
+    storage: Storage,
+    artifact: str,
+    named: str | None,
+    files: dict[str, Entry],
+    uploads: dict[str, Entry],
+) -> Iterator[Garbage]:
+    """Folders in `kind/id` that COMMIT.json does not name. `named` is the folder that it names."""
+    folders: dict[str, list[Entry]] = defaultdict(list)
+    for path, entry in files.items():
+        folder, _, name = path.removeprefix(f"{artifact}/").partition("/")
+        if name:
+            folders[folder].append(entry)
+    if named is not None and named not in folders:
+        return  # the finished artifact has lost its files: opening it reports that
+    for path, (_, modified) in uploads.items():
+        folder = path.removeprefix(f"{artifact}/").partition("/")[0]
+        if path.startswith(f"{artifact}/") and folder in folders:
+            folders[folder].append((0, modified))  # its parts are listed apart, but show its age
+    if named is None:
+        category, why = "unfinished artifact", f"there is no {COMMIT}: its maker was killed"
+    else:
+        category = "superseded files"
+        why = f"{COMMIT} does not name it: its maker was slower, or killed"
+    for folder, entries in folders.items():
+        if folder != named:
+            remove = partial(storage.discard, f"{artifact}/{folder}")
+            yield Garbage.of(category, storage.url(artifact, folder), entries, why, remove)
+
+
+def _stale_copies(
+    storage: Storage, kind: str, finished: dict[str, str], damaged: set[str]
+) -> Iterator[Garbage]:
+    """This machine's copies of files that a remote root no longer has.
+
+    Copies of damaged artifacts stay. `finished` maps each finished artifact to its folder.
+    """
+    for folder in _entries(storage.local_path("cache", kind)):
+        if folder.name not in finished and folder.name not in damaged:
+            why = f"{kind}/{folder.name} is gone from {storage.root}"
+            yield Garbage.on_disk("cache", folder, why)
+    for artifact in _entries(storage.local_path("cache", "parts", kind)):
+        for folder in _entries(artifact):
+            if artifact.name not in damaged and folder.name != finished.get(artifact.name):
+                why = f"{storage.root} has no such {kind}/{artifact.name} any more"
+                yield Garbage.on_disk("cache", folder, why)
+
+
+def _scratch(storage: Storage, remark: Callable[[str], None]) -> Iterator[Garbage]:
     for path in _entries(storage.local_path("scratch")):
         if (only := _only_copy(storage, path)) is None:
-            yield _on_disk("scratch", path, "its process was killed", partial(_rmtree, path))
+            yield Garbage.on_disk("scratch", path, "its process was killed")
         else:
             remark(
                 f"{only[0]} is the only copy of {only[1]}, kept while it was to be replaced: run"
@@ -224,129 +206,71 @@ def _scratch(storage: Storage, remark: Callable[[str], None]) -> Iterator[Remain
 
 
 def _only_copy(storage: Storage, scratch: Path) -> tuple[Path, str] | None:
-    """The old artifact, where a maker with --force was killed between putting it away and putting
-    the new one there.
+    """The old artifact, where a process with --force was killed between moving it to scratch and
+    putting the new one in its place.
     """
     for marker in scratch.glob(f"*/{COMMIT}"):
-        try:
+        with suppress(ValueError, KeyError, TypeError):
             commit = json.loads(marker.read_bytes())
             name = f"{commit['kind']}/{commit['id']}"
-        except (ValueError, KeyError, TypeError):
-            continue
-        if storage.read(f"{name}/{COMMIT}") is None:
-            return marker.parent, storage.url(name)
+            if storage.read(f"{name}/{COMMIT}") is None:
+                return marker.parent, storage.url(name)
     return None
 
 
-def _local_temporaries(storage: Storage) -> Iterator[Remain]:
+def _local_temporaries(storage: Storage) -> Iterator[Garbage]:
+    base = storage.local_path()
     for top in ("cache",) if storage.remote else RECORDS:
-        for path in storage.local_path(top).rglob("*.tmp"):
-            if path.is_file() and TEMPORARY.search(
-                path.relative_to(storage.local_path()).as_posix()
-            ):
-                yield _on_disk(
-                    "temporary file", path, "its writer was killed", partial(_rmtree, path)
-                )
+        for path in (base / top).rglob("*.tmp"):
+            if path.is_file() and TEMPORARY.search(path.relative_to(base).as_posix()):
+                yield Garbage.on_disk("temporary file", path, "its writer was killed")
 
 
-def _finished(storage: Storage) -> Iterator[Remain]:
-    """State of artifacts that are finished: their maker was killed before it removed it."""
-    for top, kinds in MAKING.items():
-        files: dict[str, list[tuple[int, float]]] = defaultdict(list)
+def _state_of_finished(storage: Storage) -> Iterator[Garbage]:
+    """State of artifacts that are finished: their job was killed before it removed it."""
+    for top, kinds in STATE.items():
+        entries: dict[str, list[Entry]] = defaultdict(list)
         for path, entry in storage.files(top).items():
-            files[path.split("/")[2]].append(entry)
-        for id, entries in files.items():
-            made = [kind for kind in kinds if _is_whole(storage, kind, id)]
-            if made:
-                path = f"{top}/{id}"
-                size = sum(bytes for bytes, _ in entries)
-                age = _age(max(modified for _, modified in entries))
-                why = f"{made[0]}/{id} is finished"
-                remove = partial(_removed, storage, path)
-                yield Remain("checkpoint", storage.url(path), size, age, why, remove)
+            entries[path.split("/")[2]].append(entry)
+        for id in entries:
+            for kind in kinds:
+                if not storage.is_damaged(kind, id) and storage.commit_of(kind, id) is not None:
+                    path, why = f"{top}/{id}", f"{kind}/{id} is finished"
+                    remove = partial(storage.remove, path)
+                    yield Garbage.of("checkpoint", storage.url(path), entries[id], why, remove)
+                    break
 
 
-def _leases(storage: Storage) -> Iterator[Remain]:
-    """Leases of processes that are gone, or run on another host. A live one there renews its file's
-    age every BEAT_S seconds.
+def _leases(storage: Storage) -> Iterator[Garbage]:
+    """Leases of processes that are gone, or run on another host.
+
+    A live process on another host renews its file's age every BEAT_S seconds.
     """
-    for path, (bytes, modified) in storage.files(lease.FOLDER).items():
+    for path, entry in storage.files(lease.FOLDER).items():
         record = lease.Record.parse(storage.read(path) or b"")
         alive = False if record is None else record.owner.alive()
         if not alive:
             why = "its process is gone"
             if record is not None and alive is None:
                 why = f"its process is on host {record.owner.host}"
-            remove = partial(_removed, storage, path)
-            yield Remain("lease", storage.url(path), bytes, _age(modified), why, remove)
+            remove = partial(storage.remove, path)
+            yield Garbage.of("lease", storage.url(path), [entry], why, remove)
 
 
-def _is_whole(storage: Storage, kind: str, id: str) -> bool:
-    there = storage.read(f"{kind}/{id}/{COMMIT}") is not None
-    return there and not storage.is_damaged(kind, id)
-
-
-def _checkpoints() -> Iterator[Remain]:
+def _checkpoint_folders() -> Iterator[Garbage]:
     folder = Path(tempfile.gettempdir())
     for path in sorted(path for pattern in CHECKPOINTS for path in folder.glob(pattern)):
         if path.stat().st_uid == os.getuid():
             why = "a worker was killed while it saved or loaded a checkpoint"
-            yield _on_disk("scratch", path, why, partial(_rmtree, path))
-
-
-def _sessions() -> Iterator[Remain]:
-    """Folders of private Rays whose processes were killed. TMPDIR holds a link where the folder
-    lies elsewhere.
-    """
-    for path in sorted(Path(tempfile.gettempdir()).glob(f"{ray_session.SESSION}*")):
-        folder = path.resolve()
-        if not folder.is_dir():
-            yield _on_disk(SESSION, path, "its folder is gone", partial(_rmtree, path))
-        elif folder.stat().st_uid == os.getuid() and ray_session.session_ended(folder):
-            remove = partial(_remove_session, path, folder)
-            yield _on_disk(SESSION, folder, "its process was killed", remove)
-
-
-def _remove_session(path: Path, folder: Path) -> bool:
-    if not ray_session.session_ended(folder):
-        return False
-    shutil.rmtree(folder)
-    if path.is_symlink():
-        path.unlink()
-    return True
+            yield Garbage.on_disk("scratch", path, why)
 
 
 def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _on_disk(what: str, path: Path, why: str, remove: Callable[[], bool]) -> Remain:
-    size, newest = 0, path.lstat().st_mtime
-    for folder, _, names in os.walk(path):
-        newest = max(newest, os.lstat(folder).st_mtime)
-        for name in names:
-            with suppress(FileNotFoundError):
-                found = os.lstat(os.path.join(folder, name))
-                size, newest = size + found.st_size, max(newest, found.st_mtime)
-    return Remain(
-        what, str(path), size or path.lstat().st_size * path.is_file(), _age(newest), why, remove
-    )
-
-
-def _age(modified: float) -> int:
-    return int(time.time() - modified)
-
-
-def _rmtree(path: Path) -> bool:
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    return True
-
-
-def _removed(storage: Storage, path: str) -> bool:
-    storage.remove(path)
-    return True
-
-
-def _given_up(storage: Storage, upload: str) -> bool:
-    storage.give_up(upload)
-    return True
+def _remove_path(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

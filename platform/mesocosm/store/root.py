@@ -215,7 +215,7 @@ class Root:
     def uploads(self) -> dict[str, tuple[int, float]]:
         """Multipart uploads to this root that were not finished, as `files` has files.
 
-        The key is what `give_up` takes. Raises StorageError where the endpoint does not list them.
+        The key is what `abort_upload` takes. Raises StorageError where the endpoint does not list them.
         """
         if not self.remote:
             return {}
@@ -228,7 +228,7 @@ class Root:
                 found[f"{upload.path[skip:]}?uploadId={upload.id}"] = upload.bytes, upload.modified
         return found
 
-    def give_up(self, upload: str) -> None:
+    def abort_upload(self, upload: str) -> None:
         """End an upload of `uploads`; its parts are freed."""
         from mesocosm.store import objects
 
