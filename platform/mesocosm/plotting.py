@@ -18,6 +18,8 @@ WORLD = ("#1457c2", "#4a86e0", "#88b1ee")
 FREE = ("#c2570c", "#8a6d1f", "#8b3fa8", "#4d7c0f", "#be185d", "#57534e")
 ROUNDS = ("#b9cdf0", "#8fb0e6", "#6694da", "#3d77cd", "#1457c2", "#0f4191", "#0a2b61")
 PARTS = ("#1457c2", "#0f766e", "#c2570c", "#8b3fa8", "#be185d", "#4d7c0f", "#57534e")
+DASHED = (0, (4, 3))
+"""A line style."""
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -54,7 +56,14 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
+def canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of one plot. Sizes are in inches."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
 def legend(axes: Axes, columns: int = 4) -> None:
+    """A legend above the plot, if it has anything to name."""
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         axes.legend(

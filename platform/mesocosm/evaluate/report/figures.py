@@ -1,5 +1,5 @@
-"""The report's plots, each an SVG string drawn from the summary alone. Imports matplotlib without a
-display.
+"""The plots of `report.html`: each an SVG string drawn from the summary alone, or None where the
+summary has nothing to draw.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mesocosm.plotting import (
+    DASHED,
     FREE,
     INK,
     MUTED,
@@ -21,125 +22,93 @@ from mesocosm.plotting import (
     ROUNDS,
     STYLE,
     WORLD,
+    canvas,
     legend,
     short,
     svg,
 )
 
+KINDS = (
+    ("given", "policies of the config", INK, "D"),
+    ("snapshot", "the agent along its training", WORLD[0], "o"),
+    ("graded", "the agent with noise", FREE[0], "s"),
+)
+WHOLE = "whole episode"
 
-def returns(summary: Mapping[str, Any]) -> str:
-    """Return in reality against real steps spent: the world's agent with its intervals, model-free
-    runs through the same ledger.
+
+def returns(summary: Mapping[str, Any]) -> str | None:
+    """Return in reality against real steps spent: the agent of the world with its intervals, and
+    model-free runs through the same ledger.
     """
+    world, free = summary["curves"]["world"], summary["curves"]["model_free"]
+    steps = [p["real_steps"] for curve in [*world, *free] for p in curve["points"]]
+    if not steps:
+        return None
+    names = list(dict.fromkeys(curve["name"] for curve in free))
+    line: dict[str, Any] = {"linewidth": 1.5, "alpha": 0.85}
     with matplotlib.rc_context(STYLE):
-        figure, axes = _canvas(9.2, 4.5)
-        world, free = summary["curves"]["world"], summary["curves"]["model_free"]
-        steps = [
-            p["real_steps"]
-            for curve in [*world, *free]
-            for p in curve["points"]
-            if p["real_steps"] > 0
-        ]
-        names = list(dict.fromkeys(curve["name"] for curve in free))
-        seen: set[str] = set()
-
-        def label(name: str) -> str | None:
-            return None if name in seen or seen.add(name) else name  # type: ignore[func-returns-value]
-
+        figure, axes = canvas(9.2, 4.5)
         for curve in free:
-            xs, ys = _points(curve)
-            colour = FREE[names.index(curve["name"]) % len(FREE)]
-            _bars(axes, curve, colour)
-            axes.plot(xs, ys, color=colour, linewidth=1.5, alpha=0.85, label=label(curve["name"]))
-            if curve["censored"] and xs:
-                axes.plot(
-                    xs[-1],
-                    ys[-1],
-                    marker=">",
-                    markersize=9,
-                    markerfacecolor="white",
-                    markeredgecolor=colour,
-                    markeredgewidth=1.6,
-                    clip_on=False,
-                )
+            _curve(axes, curve, FREE[names.index(curve["name"]) % len(FREE)], 9, 1.6, **line)
+        line = {"linewidth": 2.2, "marker": "o", "markersize": 6}
+        for number, curve in enumerate(world):
+            _curve(axes, curve, WORLD[number % len(WORLD)], 11, 1.8, **line)
+        for curve in free:
+            if curve["censored"] and curve["points"]:
+                last = [p for p in curve["points"] if p["mean"] is not None][-1]
                 axes.annotate(
                     "stopped",
-                    (xs[-1], ys[-1]),
+                    (last["real_steps"], last["mean"]),
                     textcoords="offset points",
                     xytext=(-5, 9),
                     ha="right",
-                    color=colour,
+                    color=FREE[names.index(curve["name"]) % len(FREE)],
                     fontsize=9.5,
                 )
-        for number, curve in enumerate(world):
-            xs, ys = _points(curve)
-            colour = WORLD[number % len(WORLD)]
-            _bars(axes, curve, colour)
-            axes.plot(
-                xs,
-                ys,
-                color=colour,
-                marker="o",
-                markersize=6,
-                linewidth=2.2,
-                label=label(curve["name"]),
-            )
-            if curve["censored"] and xs:
-                axes.plot(
-                    xs[-1],
-                    ys[-1],
-                    marker=">",
-                    markersize=11,
-                    markerfacecolor="white",
-                    markeredgecolor=colour,
-                    markeredgewidth=1.8,
-                    clip_on=False,
-                )
-        if steps and max(steps) > 6 * min(steps):
+        positive = [step for step in steps if step > 0]
+        if positive and max(positive) > 6 * min(positive):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         if summary["target"] is not None:
-            axes.axhline(summary["target"], color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
-            axes.annotate(
-                f"target {summary['target']:g}",
-                (0, summary["target"]),
-                xycoords=("axes fraction", "data"),
-                textcoords="offset points",
-                xytext=(4, -13),
-                fontsize=9.5,
-            )
+            _reference(axes, summary["target"], f"target {summary['target']:g}", -13)
         axes.set_xlabel("real steps spent")
         axes.set_ylabel("return in reality")
         legend(axes)
         return svg(figure, "returns", "Return in reality against real steps spent")
 
 
-def _bars(axes: Axes, curve: Mapping[str, Any], colour: str) -> None:
-    """The intervals of a curve's judged points."""
-    spans = [
-        (p["real_steps"], p["mean"], p["interval"])
-        for p in curve["points"]
-        if p["interval"] is not None
-    ]
+def _curve(
+    axes: Axes, curve: Mapping[str, Any], colour: str, size: float, edge: float, **line: Any
+) -> None:
+    """One run, the intervals of its judged points, and an open arrow where it was stopped."""
+    points = [p for p in curve["points"] if p["mean"] is not None]
+    spans = [p for p in points if p["interval"] is not None]
     if spans:
-        down, up = [m - i[0] for _, m, i in spans], [i[1] - m for _, m, i in spans]
-        axes.errorbar(
-            [x for x, _, _ in spans],
-            [m for _, m, _ in spans],
-            yerr=[down, up],
-            fmt="none",
-            ecolor=colour,
-            elinewidth=1.4,
-            capsize=3,
-        )
+        errors = [[abs(p["interval"][side] - p["mean"]) for p in spans] for side in (0, 1)]
+        xs, ys = [p["real_steps"] for p in spans], [p["mean"] for p in spans]
+        bars: Any = {"fmt": "none", "elinewidth": 1.4, "capsize": 3}
+        axes.errorbar(xs, ys, yerr=errors, ecolor=colour, **bars)
+    xs, ys = [p["real_steps"] for p in points], [p["mean"] for p in points]
+    seen = axes.get_legend_handles_labels()[1]
+    label = None if curve["name"] in seen else curve["name"]
+    axes.plot(xs, ys, color=colour, label=label, **line)
+    if curve["censored"] and points:
+        arrow: dict[str, Any] = {"marker": ">", "markerfacecolor": "white", "clip_on": False}
+        arrow |= {"markersize": size, "markeredgecolor": colour, "markeredgewidth": edge}
+        axes.plot(xs[-1], ys[-1], **arrow)
+
+
+def _reference(axes: Axes, y: float, text: str, below: float) -> None:
+    """A dashed horizontal line with its name."""
+    axes.axhline(y, color=INK, linewidth=1.1, linestyle=DASHED)
+    where: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(text, (0, y), xytext=(4, below), fontsize=9.5, **where)
 
 
 def losses(summary: Mapping[str, Any]) -> str | None:
-    """Validation nats a transition by part, over rounds; None below two rounds, where the table
-    says it all.
-    """
+    """Validation nats a transition by part, over rounds; None below two rounds."""
     rows = summary["losses"]
     parts = list(dict.fromkeys(part for row in rows for part in row["parts"]))
     if len(rows) < 2 or not parts:
@@ -148,18 +117,9 @@ def losses(summary: Mapping[str, Any]) -> str | None:
         figure = Figure(figsize=(9.2, 2.5), layout="constrained")
         for number, part in enumerate(parts):
             axes = figure.add_subplot(1, len(parts), number + 1)
-            pairs = [
-                (row["round"], row["parts"][part])
-                for row in rows
-                if row["parts"].get(part) is not None
-            ]
-            axes.plot(
-                [r for r, _ in pairs],
-                [v for _, v in pairs],
-                color=PARTS[number % len(PARTS)],
-                marker="o",
-                markersize=4.5,
-            )
+            known = [row for row in rows if row["parts"].get(part) is not None]
+            rounds, nats = [row["round"] for row in known], [row["parts"][part] for row in known]
+            axes.plot(rounds, nats, color=PARTS[number % len(PARTS)], marker="o", markersize=4.5)
             axes.set_title(part)
             axes.set_xlabel("round")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
@@ -170,67 +130,32 @@ def losses(summary: Mapping[str, Any]) -> str | None:
 
 
 def open_loop(summary: Mapping[str, Any]) -> str | None:
-    """RMSE over persistence's by horizon, one line a round; 1 is no better than predicting no
-    change. Whole episodes stand apart.
+    """RMSE over that of persistence by horizon, one line a round; 1 is no better than predicting
+    no change. Whole episodes stand apart.
     """
-    rounds = [
-        entry
-        for entry in summary["open_loop"]
-        if any(row["ratio"] for row in entry["table"]["rows"])
-    ]
-    if not rounds:
+    tables = [(entry["round"], entry["table"]["rows"]) for entry in summary["open_loop"]]
+    tables = [(round, rows) for round, rows in tables if any(row["ratio"] for row in rows)]
+    if not tables:
         return None
-    horizons = list(
-        dict.fromkeys(row["horizon"] for entry in rounds for row in entry["table"]["rows"])
-    )
+    horizons = list(dict.fromkeys(row["horizon"] for _, rows in tables for row in rows))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _canvas(9.2, 3.6)
-        shades = [
-            ROUNDS[round((len(ROUNDS) - 3) * (k + 1) / len(rounds))] for k in range(len(rounds))
-        ]
-        for number, (entry, colour) in enumerate(zip(rounds, shades, strict=True)):
-            places = {
-                row["horizon"]: (horizons.index(row["horizon"]), row)
-                for row in entry["table"]["rows"]
-                if row["ratio"]
-            }
-            name = "the world" if entry["round"] is None else f"round {entry['round']}"
-            line = [found for horizon, found in places.items() if horizon != "full"]
-            axes.plot(
-                [x for x, _ in line],
-                [row["ratio"] for _, row in line],
-                color=colour,
-                marker="o",
-                markersize=5,
-                label=name,
-            )
-            if "full" in places:
-                x, row = places["full"]
-                axes.plot(x, row["ratio"], color=colour, marker="D", markersize=5.5)
-            if number == len(rounds) - 1:
-                for x, row in places.values():
-                    if row["interval"] is not None and row["interval"][0] > 0:
-                        axes.plot(
-                            [x, x],
-                            row["interval"],
-                            color=colour,
-                            linewidth=7,
-                            alpha=0.2,
-                            solid_capstyle="butt",
-                        )
+        figure, axes = canvas(9.2, 3.6)
+        for number, (round_, rows) in enumerate(tables):
+            colour = ROUNDS[round((len(ROUNDS) - 3) * (number + 1) / len(tables))]
+            known = [(horizons.index(row["horizon"]), row) for row in rows if row["ratio"]]
+            line = [(x, row["ratio"]) for x, row in known if row["horizon"] != "full"]
+            name = "the world" if round_ is None else f"round {round_}"
+            xs, ys = [x for x, _ in line], [y for _, y in line]
+            axes.plot(xs, ys, color=colour, marker="o", markersize=5, label=name)
+            for x, row in known:
+                if row["horizon"] == "full":
+                    axes.plot(x, row["ratio"], color=colour, marker="D", markersize=5.5)
+            for x, row in known if number == len(tables) - 1 else ():
+                if row["interval"] is not None and row["interval"][0] > 0:
+                    _bar(axes, x, row["interval"], colour, 7)
         axes.set_yscale("log")
-        axes.axhline(1, color=INK, linewidth=1.1, linestyle=(0, (4, 3)))
-        axes.annotate(
-            "persistence: no change",
-            (0, 1),
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-            xytext=(4, 4),
-            fontsize=9.5,
-        )
-        axes.set_xticks(
-            range(len(horizons)), ["whole episode" if h == "full" else h for h in horizons]
-        )
+        _reference(axes, 1, "persistence: no change", 4)
+        axes.set_xticks(range(len(horizons)), [WHOLE if h == "full" else h for h in horizons])
         axes.set_xlim(-0.35, len(horizons) - 0.65)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
@@ -238,6 +163,11 @@ def open_loop(summary: Mapping[str, Any]) -> str | None:
         axes.set_ylabel("RMSE / persistence's")
         legend(axes)
         return svg(figure, "openloop", "Open-loop error by horizon")
+
+
+def _bar(axes: Axes, x: float, interval: Sequence[float], colour: str, width: float) -> None:
+    style: Any = {"alpha": 0.2, "solid_capstyle": "butt"}
+    axes.plot([x, x], interval, color=colour, linewidth=width, **style)
 
 
 def trajectories(group: Mapping[str, Any], number: int) -> str | None:
@@ -254,25 +184,12 @@ def trajectories(group: Mapping[str, Any], number: int) -> str | None:
             for row, name in enumerate(names):
                 axes = grid[row][column]
                 real = [state[row] for state in episode["reality"]]
-                axes.plot(
-                    range(len(real)),
-                    real,
-                    color=REAL,
-                    linewidth=2.8,
-                    solid_capstyle="round",
-                    solid_joinstyle="round",
-                )
-                for sample in episode["imagined"]:
-                    values = [state[row] for state in sample]
+                imagined = [[state[row] for state in sample] for sample in episode["imagined"]]
+                style: Any = {"solid_capstyle": "round", "solid_joinstyle": "round"}
+                axes.plot(range(len(real)), real, color=REAL, linewidth=2.8, **style)
+                for values in imagined:
                     axes.plot(range(len(values)), values, color=WORLD[0], linewidth=1.0, alpha=0.7)
-                seen = [
-                    *real,
-                    *(
-                        state[row]
-                        for sample in episode["imagined"]
-                        for state in sample[: len(real)]
-                    ),
-                ]
+                seen = [*real, *(value for values in imagined for value in values[: len(real)])]
                 pad = 0.06 * (max(seen) - min(seen) or 1.0)
                 low, high = axes.get_ylim() if column else (float("inf"), float("-inf"))
                 axes.set_ylim(min(low, min(seen) - pad), max(high, max(seen) + pad))
@@ -295,34 +212,18 @@ def stages(summary: Mapping[str, Any]) -> str | None:
         return None
     names = list(dict.fromkeys(row["name"] for row in rows))
     rounds = sorted({row["round"] for row in rows if row["round"] is not None})
+    shades = {round: ROUNDS[2 + k % 4] for k, round in enumerate(rounds)}
+    bar: Any = {"height": 0.62, "edgecolor": "white", "linewidth": 0.8}
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure, axes = _canvas(9.2, 0.38 * len(names) + 0.8)
+        figure, axes = canvas(9.2, 0.38 * len(names) + 0.8)
         for place, name in enumerate(names):
             left = 0.0
             for row in (row for row in rows if row["name"] == name):
-                shade = (
-                    ROUNDS[2 + rounds.index(row["round"]) % 4]
-                    if row["round"] is not None
-                    else MUTED
-                )
-                axes.barh(
-                    place,
-                    row["seconds"],
-                    left=left,
-                    height=0.62,
-                    color=shade,
-                    edgecolor="white",
-                    linewidth=0.8,
-                )
+                shade = shades.get(row["round"], MUTED)
+                axes.barh(place, row["seconds"], left=left, color=shade, **bar)
                 left += row["seconds"]
-            axes.annotate(
-                f"{left:.0f} s",
-                (left, place),
-                textcoords="offset points",
-                xytext=(5, 0),
-                va="center",
-                color=MUTED,
-            )
+            style: Any = {"textcoords": "offset points", "va": "center", "color": MUTED}
+            axes.annotate(f"{left:.0f} s", (left, place), xytext=(5, 0), **style)
         axes.set_yticks(range(len(names)), names)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.invert_yaxis()
@@ -332,11 +233,113 @@ def stages(summary: Mapping[str, Any]) -> str | None:
         return svg(figure, "stages", "Wall seconds by stage")
 
 
-def _points(curve: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
-    kept = [p for p in curve["points"] if p["mean"] is not None]
-    return [p["real_steps"] for p in kept], [p["mean"] for p in kept]
+def policy_values(value: Mapping[str, Any]) -> str:
+    """Left: each policy's mean return in the world against its return in reality, with 90%
+    intervals. Right: both along the agent's training.
+    """
+    rows = value["policies"]
+    snapshots = [row for row in rows if row["iteration"] is not None]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.2, 4.0), layout="constrained")
+        if len(snapshots) > 1:
+            left, right = figure.subplots(1, 2)
+            _along(right, sorted(snapshots, key=lambda row: row["iteration"]))
+        else:
+            left = figure.add_subplot()
+        _scatter(left, rows)
+        return svg(figure, "values", "Policy values in the world and in reality")
 
 
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.add_subplot()
+def _kind(row: Mapping[str, Any]) -> str:
+    if row["iteration"] is not None:
+        return "snapshot"
+    return "given" if row["noise"] is None else "graded"
+
+
+def _scatter(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
+    means = [row[where]["mean"] for row in rows for where in ("real", "world")]
+    pad = 0.05 * (max(means) - min(means) or 1.0)
+    ends = [min(means) - pad, max(means) + pad]
+    axes.plot(ends, ends, color=REAL, linewidth=1.2, linestyle=DASHED, zorder=1)
+    for kind, label, colour, marker in KINDS:
+        members = [row for row in rows if _kind(row) == kind]
+        for row in members:
+            (x, across), (y, up) = ((row[k]["mean"], row[k]["interval"]) for k in ("real", "world"))
+            if across is not None:
+                axes.plot(across, [y, y], color=colour, alpha=0.25, linewidth=1.5)
+            if up is not None:
+                axes.plot([x, x], up, color=colour, alpha=0.25, linewidth=1.5)
+        if members:
+            xs, ys = ([row[k]["mean"] for row in members] for k in ("real", "world"))
+            axes.plot(xs, ys, marker, color=colour, markersize=5.5, linestyle="none", label=label)
+    axes.set_xlabel("return in reality")
+    axes.set_ylabel("return in the world")
+    legend(axes, columns=1)
+
+
+def _along(axes: Axes, curve: Sequence[Mapping[str, Any]]) -> None:
+    iterations = [row["iteration"] for row in curve]
+    for where, colour, label in (("real", INK, "in reality"), ("world", WORLD[0], "in the world")):
+        means = [row[where]["mean"] for row in curve]
+        axes.plot(iterations, means, color=colour, marker="o", markersize=4.5, label=label)
+        spans = [row[where]["interval"] or (row[where]["mean"],) * 2 for row in curve]
+        low, high = zip(*spans, strict=True)
+        axes.fill_between(iterations, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.set_xlabel("iterations of training in the world")
+    axes.set_ylabel("return")
+    legend(axes, columns=1)
+
+
+def off_policy(off: Mapping[str, Any]) -> str:
+    """Left: open-loop error over that of no change by horizon, a line a behaviour, darker with its
+    distance from the logs. Right: shares of large errors.
+    """
+    behaviours = off["behaviours"]
+    tables = [row["fidelity"]["open_loop"]["rows"] for row in behaviours]
+    horizons = list(dict.fromkeys(line["horizon"] for lines in tables for line in lines))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(9.2, 3.8), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=[3, 2])
+        colours = matplotlib.colormaps["viridis"].resampled(max(len(behaviours), 2))
+        left.set_xticks(range(len(horizons)), horizons)
+        for number, (row, lines) in enumerate(zip(behaviours, tables, strict=True)):
+            colour = colours(0.9 * (1 - number / max(len(behaviours) - 1, 1)))
+            known = [(horizons.index(line["horizon"]), line["ratio"]) for line in lines]
+            known = [(x, ratio) for x, ratio in known if ratio]
+            xs, ys = [x for x, _ in known], [y for _, y in known]
+            left.plot(xs, ys, color=colour, marker="o", markersize=4, label=row["name"])
+            right.barh(number, row["large"], color=colour, height=0.62)
+        left.set_yscale("log")
+        left.axhline(1, color=INK, linewidth=1.0, linestyle=DASHED)
+        left.set_xlabel("steps ahead")
+        left.set_ylabel("RMSE / no change's")
+        right.set_yticks(range(len(behaviours)), [row["name"] for row in behaviours], fontsize=8.5)
+        right.invert_yaxis()
+        right.axvline(0.1, color=MUTED, linewidth=1.0, linestyle=DASHED)
+        right.set_xlim(0, 1)
+        right.set_xlabel("share of large one-step errors")
+        return svg(figure, "offpolicy", "Errors away from the data")
+
+
+def calibration(table: Mapping[str, Any]) -> str | None:
+    """Share of true numbers inside the world's intervals, by horizon."""
+    rows = [row for row in table["rows"] if row["coverage"] is not None]
+    if not rows:
+        return None
+    nominal = table["nominal"]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = canvas(9.2, 2.4)
+        for x, row in enumerate(rows):
+            if row["coverage_interval"] is not None:
+                _bar(axes, x, row["coverage_interval"], WORLD[0], 6)
+        style: Any = {"color": WORLD[0], "marker": "o", "markersize": 5, "label": "the world"}
+        axes.plot(range(len(rows)), [row["coverage"] for row in rows], **style)
+        name = f"calibrated: {nominal:.0%}"
+        axes.axhline(nominal, color=INK, linewidth=1.1, linestyle=DASHED, label=name)
+        names = [WHOLE if row["horizon"] == "full" else row["horizon"] for row in rows]
+        axes.set_xticks(range(len(rows)), names)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("steps ahead")
+        axes.set_ylabel("truth inside")
+        legend(axes)
+        return svg(figure, "calibration", "Calibration of the world's intervals")
