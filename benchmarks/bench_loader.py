@@ -42,6 +42,7 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.data.loading.windows import raw_rows
 from mesocosm.store.artifacts import Storage
+from mesocosm.store.cache import open_partial
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bench_loader.json"
@@ -123,8 +124,8 @@ def opened(
 ) -> tuple[Dataset, Codec, Loader]:
     dataset = Dataset(
         [
-            Storage(root).partial(
-                "datasets", id, None if cache_gib is None else int(cache_gib * 2**30)
+            open_partial(
+                Storage(root), "datasets", id, None if cache_gib is None else int(cache_gib * 2**30)
             )
         ]
     )
@@ -333,7 +334,9 @@ def main() -> None:
                 "datasets", f"d{number}", {}, lambda to, n=number: write(to, f"d{n}", n, 1 << 20)
             )
         os.environ["CODECS"] = temporary
-        codec = Codec.fit(Dataset([storage.partial("datasets", f"d{options.transitions[0]}")]))
+        codec = Codec.fit(
+            Dataset([open_partial(storage, "datasets", f"d{options.transitions[0]}")])
+        )
         (Path(temporary) / "codec.json").write_text(json.dumps(codec.to_json()))
         result: dict[str, Any] = {"start": {}, "memory": {}, "speed": {}}
         for number in options.transitions:

@@ -22,8 +22,7 @@ from mesocosm.cli.main import main
 from mesocosm.config import JobConfig, StorageConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
-from mesocosm.store.lease import Record
-from mesocosm.store.owner import this_process
+from mesocosm.store.lease import Record, this_process
 
 Listed = Callable[..., dict[str, Any]]
 
@@ -180,10 +179,7 @@ def test_age_is_of_the_newest_file(tmp_path: Path, gc: Listed) -> None:
 
 def test_temporary_files_of_writes_cut_short(tmp_path: Path, gc: Listed) -> None:
     storage = Storage(str(tmp_path / "root"))
-    kill = (
-        "import mesocosm.store.artifacts as s\ns.os.replace = lambda *names: os.kill(os.getpid(),"
-        " signal.SIGKILL)\n"
-    )
+    kill = "os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)\n"
     _killed(storage.root, kill + "storage.write('runs/collect/r/status.json', b'12345')")
     (tmp_path / "root" / "runs" / "collect" / "r" / "mine.tmp").write_text("of the user's own")
     (remain,) = gc(storage.root, "--yes", "--older-than", "0")["remains"]
@@ -202,12 +198,11 @@ def test_the_only_copy_of_an_artifact_stays(tmp_path: Path, gc: Listed) -> None:
     storage = Storage(str(tmp_path / "root"))
     storage.make("worlds", "w", {}, _small)
     kill = """
-import mesocosm.store.artifacts as s
 rename = os.replace
 def once(source, target):
     rename(source, target)
     os.kill(os.getpid(), signal.SIGKILL)
-s.os.replace = once
+os.replace = once
 storage.make("worlds", "w", {}, lambda folder: (folder / "y").write_bytes(b"y"), force=True)
 """
     _killed(storage.root, kill)
@@ -307,7 +302,7 @@ def test_wrong_use_is_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(["storage", "gc", f"storage.root={tmp_path}/nowhere"]) == 2
-    assert f"storage.root '{tmp_path}/nowhere' is not there" in capsys.readouterr().err
+    assert f"storage.root '{tmp_path}/nowhere' does not exist" in capsys.readouterr().err
     assert main(["storage", "gc", "--older-than", "-1"]) == 2
     assert main(["storage", "gc", "storage.rot=x"]) == 2
     assert "did you mean 'storage.root'" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.store import cache
 from mesocosm.store.artifacts import Storage
+from mesocosm.store.cache import open_partial
 
 Cart = Callable[..., str]
 SHARDS = [f"shards/{number:05d}" for number in range(4)]
@@ -86,14 +87,14 @@ def _bytes_here(storage: Storage) -> int:
 
 
 def test_only_what_is_read_is_fetched_and_once_for_all_processes(bucket: Storage) -> None:
-    dataset = Dataset([bucket.partial("datasets", "cart")])
+    dataset = Dataset([open_partial(bucket, "datasets", "cart")])
     assert len(dataset.shards) > 4 and here(bucket) == []
     dataset.array(2, "obs_num")
     assert here(bucket) == ["00002"]
     for path in [path for path in bucket.files("datasets/cart") if "shards/00002" in path]:
         bucket.fs.rm(bucket._path(path))
     code = (
-        f"from mesocosm.store.artifacts import Storage; print(Storage({bucket.root!r}).partial('datasets',"
+        f"from mesocosm.store.artifacts import Storage; from mesocosm.store.cache import open_partial; print(open_partial(Storage({bucket.root!r}), 'datasets',"
         " 'cart').hold('shards/00002'))"
     )
     out, errors = python(code).communicate(timeout=60)
@@ -114,22 +115,23 @@ def test_a_fetch_that_is_killed_leaves_nothing_that_looks_whole(bucket: Storage)
     code = f"""
 import os, signal
 from mesocosm.store.artifacts import Storage
+from mesocosm.store.cache import open_partial
 storage = Storage({bucket.root!r})
 fetch = storage.fetch
-def half(kind, id, commit, name, path):
-    found = fetch(kind, id, commit, name, path)
+def half(commit, name, path):
+    found = fetch(commit, name, path)
     if name.endswith("step.npy"):
         path.write_bytes(path.read_bytes()[:100])
         os.kill(os.getpid(), signal.SIGKILL)
     return found
 storage.fetch = half
-storage.partial("datasets", "cart").hold("shards/00001")
+open_partial(storage, "datasets", "cart").hold("shards/00001")
 """
     killed = python(code)
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
     assert here(bucket) == [] and list(bucket.local_path("cache", "arriving").rglob("*.npy"))
-    folder = bucket.partial("datasets", "cart").hold("shards/00001")
+    folder = open_partial(bucket, "datasets", "cart").hold("shards/00001")
     assert here(bucket) == ["00001"] and np.load(folder / "step.npy").ndim == 1
     assert not bucket.local_path("cache", "arriving", "shards", "00001").exists()
 
@@ -137,10 +139,10 @@ storage.partial("datasets", "cart").hold("shards/00001")
 def test_the_least_recently_used_goes_and_never_one_in_use(
     bucket: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    every = bucket.partial("datasets", "cart")
+    every = open_partial(bucket, "datasets", "cart")
     sizes = [every.bytes(shard) for shard in SHARDS]
     most = sum(sorted(sizes)[-2:]) + 100
-    files = bucket.partial("datasets", "cart", most)
+    files = open_partial(bucket, "datasets", "cart", most)
     for shard in SHARDS[:2]:
         files.hold(shard)
         files.release([shard])
@@ -151,7 +153,8 @@ def test_the_least_recently_used_goes_and_never_one_in_use(
     assert here(bucket) == ["00000", "00002"], "the one used least recently went"
     code = f"""
 from mesocosm.store.artifacts import Storage
-files = Storage({bucket.root!r}).partial("datasets", "cart", {most})
+from mesocosm.store.cache import open_partial
+files = open_partial(Storage({bucket.root!r}), "datasets", "cart", {most})
 print(files.hold("shards/00000"), flush=True)
 input()
 """
@@ -181,9 +184,9 @@ def test_a_copy_that_is_here_is_verified_once(
     monkeypatch.setattr(
         cache, "sha256", lambda path, plain=cache.sha256: read.append(path) or plain(path)
     )
-    folder = storage.partial("datasets", "cart").hold(SHARDS[1])
+    folder = open_partial(storage, "datasets", "cart").hold(SHARDS[1])
     assert len(read) == 8 and {path.parent for path in read} == {folder}
-    storage.partial("datasets", "cart").hold(SHARDS[1])
+    open_partial(storage, "datasets", "cart").hold(SHARDS[1])
     assert len(read) == 8, "not again"
     reward = folder / "reward.npy"
     data = reward.read_bytes()
@@ -191,14 +194,14 @@ def test_a_copy_that_is_here_is_verified_once(
     with pytest.raises(
         ArtifactError, match=r"datasets/cart: file 'shards/00001/reward.npy' is damaged"
     ):
-        storage.partial("datasets", "cart").hold(SHARDS[1])
+        open_partial(storage, "datasets", "cart").hold(SHARDS[1])
     reward.write_bytes(data)
-    storage.partial("datasets", "cart").hold(SHARDS[1])
+    open_partial(storage, "datasets", "cart").hold(SHARDS[1])
     os.unlink(reward)
     with pytest.raises(
         ArtifactError, match=r"datasets/cart: file 'shards/00001/reward.npy' is missing"
     ):
-        storage.partial("datasets", "cart").hold(SHARDS[1])
+        open_partial(storage, "datasets", "cart").hold(SHARDS[1])
 
 
 def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_path: Path) -> None:
@@ -207,7 +210,7 @@ def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_p
     sizes = sorted(local.shard_bytes(shard) for shard in range(len(local.shards)))
     most = 2 * sum(sizes[-2:])
     assert most < sum(sizes)
-    dataset = Dataset([bucket.partial("datasets", "cart", most)])
+    dataset = Dataset([open_partial(bucket, "datasets", "cart", most)])
     assert Codec.fit(dataset).id == codec.id, (
         "what reads all of it in order needs no room for all of it"
     )
@@ -260,7 +263,7 @@ def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_p
 
 def test_threads_share_it(bucket: Storage) -> None:
     """Four threads hold and release the same shards in different orders, with room for all."""
-    files = bucket.partial("datasets", "cart")
+    files = open_partial(bucket, "datasets", "cart")
     sizes = {shard: files.bytes(shard) for shard in SHARDS}
 
     def work(seed: int) -> int:
@@ -280,7 +283,7 @@ def test_threads_share_it(bucket: Storage) -> None:
 def test_a_release_by_one_thread_leaves_what_another_holds(
     bucket: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = bucket.partial("datasets", "cart", 1)  # no shard fits beside another
+    files = open_partial(bucket, "datasets", "cart", 1)  # no shard fits beside another
     files.most = files.bytes(SHARDS[0]) + 1
     files.hold(SHARDS[0])
     with ThreadPoolExecutor(1) as pool:
@@ -298,6 +301,7 @@ def test_processes_fetch_different_shards_at_the_same_time(bucket: Storage, tmp_
 import sys, time
 from pathlib import Path
 from mesocosm.store.artifacts import Storage
+from mesocosm.store.cache import open_partial
 storage, at = Storage({root!r}), Path({at!r})
 fetch = storage.fetch
 def meet(*args):
@@ -306,9 +310,9 @@ def meet(*args):
         time.sleep(0.01)
     return fetch(*args)
 storage.fetch = meet
-print(storage.partial("datasets", "cart", {most}).hold("shards/0000" + {me!r}))
+print(open_partial(storage, "datasets", "cart", {most}).hold("shards/0000" + {me!r}))
 """
-    most = sum(bucket.partial("datasets", "cart").bytes(shard) for shard in SHARDS[:2])
+    most = sum(open_partial(bucket, "datasets", "cart").bytes(shard) for shard in SHARDS[:2])
     pairs = (("0", "1"), ("1", "0"))
     root, at = bucket.root, str(tmp_path)
     both = [python(code.format(root=root, at=at, me=a, other=b, most=most)) for a, b in pairs]
@@ -328,16 +332,17 @@ def test_what_others_are_fetching_counts_as_room_in_use(
     code = f"""
 import time
 from mesocosm.store.artifacts import Storage
+from mesocosm.store.cache import open_partial
 storage = Storage({bucket.root!r})
 def stuck(*args):
     print("begun\\n", end="", flush=True)  # in one piece: two threads may be here
     time.sleep(600)
 storage.fetch = stuck
-storage.partial("datasets", "cart").hold({SHARDS[0]!r})
+open_partial(storage, "datasets", "cart").hold({SHARDS[0]!r})
 """
     other = python(code)
     assert other.stdout is not None and other.stdout.readline() == "begun\n"
-    files = bucket.partial("datasets", "cart")
+    files = open_partial(bucket, "datasets", "cart")
     files.most = files.bytes(SHARDS[0]) + files.bytes(SHARDS[1]) - 1
     monkeypatch.setattr(cache, "PATIENCE_S", 0.5)
     try:

@@ -109,7 +109,7 @@ def test_a_root_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
         UsageError,
         match=r"storage\.root '.*file/root' cannot be written \(Not a directory\); name a folder",
     ) as error:
-        Storage(str(tmp_path / "file" / "root")).writable()
+        Storage(str(tmp_path / "file" / "root")).check_writable()
     assert error.value.exit_code == 2
     with (
         pytest.raises(UsageError, match="cannot be written"),

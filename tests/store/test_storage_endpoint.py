@@ -251,8 +251,7 @@ def test_an_interrupted_upload_is_never_seen_as_whole(
     storage = Storage(root)
     assert storage.find("datasets", "d") is None
     with pytest.raises(
-        UsageError,
-        match=r"no artifact datasets/d in .* it was begun and never finished: run its job again",
+        UsageError, match=r"no artifact datasets/d in .* its job was interrupted: run it again"
     ):
         storage.artifact("datasets", "d")
 
@@ -300,7 +299,7 @@ def test_an_endpoint_that_never_answered_is_not_waited_for(monkeypatch: pytest.M
         with pytest.raises(
             UsageError, match=r"storage\.root 's3://bucket/p' cannot be written .*127\.0\.0\.1"
         ):
-            Storage("s3://bucket/p").writable()
+            Storage("s3://bucket/p").check_writable()
         assert time.monotonic() - began < client.PATIENCE / 2
 
 
@@ -323,7 +322,7 @@ def test_an_outage_is_waited_out(
     proxy = proxied(watch)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.port}")
     storage = Storage(f"{s3}/{tmp_path.name}")
-    storage.writable()
+    storage.check_writable()
     content = os.urandom(40 * MIB)
     made = storage.make(
         "datasets", "d", {}, lambda folder: (folder / "large").write_bytes(content) and None

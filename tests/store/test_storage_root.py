@@ -15,8 +15,8 @@ from mesocosm.cli.main import main
 from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, StorageConfig, load
 from mesocosm.errors import UsageError
-from mesocosm.store import cache_folder
 from mesocosm.store.artifacts import Storage
+from mesocosm.store.files import CACHE_VARIABLE, use_cache
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_renames_are_durable(root: str, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv(cache_folder.VARIABLE, raising=False)
+    monkeypatch.delenv(CACHE_VARIABLE, raising=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     return tmp_path / "tmp"
@@ -133,39 +133,39 @@ def test_a_cache_of_another_user_is_refused(place: Path) -> None:
     mine = place / f"mesocosm-{os.getuid()}"
     mine.mkdir()
     os.chown(mine, 12345, 12345)
-    with pytest.raises(UsageError, match=r"is not a folder of yours; set storage\.cache"):
+    with pytest.raises(UsageError, match=r"must be a folder of this user; set storage\.cache"):
         Storage("s3://bucket/x").local_path("cache")
 
 
 def test_a_link_in_place_of_the_cache_is_refused(place: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (place / f"mesocosm-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match=r"is not a folder of yours"):
+    with pytest.raises(UsageError, match=r"must be a folder of this user"):
         Storage("s3://bucket/x").local_path("cache")
 
 
 def test_the_cache_lies_where_the_key_says(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(cache_folder.VARIABLE, "")
-    cache_folder.use(StorageConfig(cache=None).cache)
+    monkeypatch.setenv(CACHE_VARIABLE, "")
+    use_cache(StorageConfig(cache=None).cache)
     assert Storage("s3://bucket/x").local_path().is_relative_to(place)
-    cache_folder.use(str(tmp_path / "big" / "disk"))
+    use_cache(str(tmp_path / "big" / "disk"))
     folder = Storage("s3://bucket/x").local_path("cache")
     assert folder.is_relative_to(tmp_path / "big" / "disk" / f"mesocosm-{os.getuid()}")
-    assert ray_session.worker_env()[cache_folder.VARIABLE] == str(tmp_path / "big" / "disk"), (
+    assert ray_session.worker_env()[CACHE_VARIABLE] == str(tmp_path / "big" / "disk"), (
         "Ray's workers"
     )
     (tmp_path / "file").write_text("")
-    cache_folder.use(str(tmp_path / "file" / "x"))
-    with pytest.raises(UsageError, match=r"cannot be made .*; set storage\.cache"):
+    use_cache(str(tmp_path / "file" / "x"))
+    with pytest.raises(UsageError, match=r"cannot be created .*; set storage\.cache"):
         Storage("s3://bucket/x").local_path("cache")
 
 
 def test_the_command_line_sets_the_cache(
     s3: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(cache_folder.VARIABLE, "")
+    monkeypatch.setenv(CACHE_VARIABLE, "")
     where = [f"storage.root={s3}/{tmp_path.name}", f"storage.cache={tmp_path / 'mine'}"]
     assert main(["data", "list", *where]) == 0
     made = Storage(f"{s3}/{tmp_path.name}").make("worlds", "w", {}, lambda folder: None)

@@ -110,7 +110,7 @@ def test_a_store_without_conditional_writes_is_refused(proxied: Proxied) -> None
     ok, text = _check(root)
     assert not ok and "If-None-Match" in text and root in text
     with pytest.raises(UsageError, match="creates a file twice"):
-        Storage(root).writable()
+        Storage(root).check_writable()
     assert Storage(root).files("runs") == {}, "nothing is left behind"
 
 

@@ -32,7 +32,7 @@ def test_no_file_lands_outside_of_the_cache(
     )
     storage.write(f"worlds/w0/{COMMIT}", json.dumps(commit).encode())
     with pytest.raises(
-        ArtifactError, match=r"worlds/w0: COMMIT\.json names '.*', which lies outside of it"
+        ArtifactError, match=r"worlds/w0: COMMIT\.json names '.*', which is outside of the artifact"
     ):
         storage.find("worlds", "w0")
     assert not target.exists()

@@ -18,8 +18,7 @@ from mesocosm.versions import VERSIONS
 
 if TYPE_CHECKING:
     from mesocosm.data.format.manifest import Manifest
-    from mesocosm.store.artifacts import Artifact, Storage
-    from mesocosm.store.commit import Commit
+    from mesocosm.store.artifacts import Artifact, Commit, Storage
 
 EPILOG = {
     "list": (
@@ -89,13 +88,13 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Exit status 0. Raises UsageError where there is no such dataset."""
     from mesocosm import config
-    from mesocosm.store import cache_folder
     from mesocosm.store.artifacts import Storage
+    from mesocosm.store.files import use_cache
 
     given = config.load(config.JobConfig, options.config, options.overrides).storage
-    cache_folder.use(given.cache)
+    use_cache(given.cache)
     storage = Storage(given.root)
-    storage.readable()
+    storage.check_readable()
     return {"list": _list, "show": _show, "diff": _diff}[options.action](storage, options)
 
 
@@ -164,11 +163,11 @@ def _listed(storage: Storage, id: str) -> dict[str, Any] | None:
     path = "/".join(filter(None, ("datasets", id, commit.get("folder"), MANIFEST)))
     text = storage.read(path)
     if text is None:
-        raise storage.damaged("datasets", id, commit, MANIFEST, there=False)
+        raise storage.damaged(commit, MANIFEST, missing=True)
     try:
         return _row(id, commit, Manifest.model_validate_json(text))
     except ValidationError as error:
-        raise storage.damaged("datasets", id, commit, MANIFEST, there=True) from error
+        raise storage.damaged(commit, MANIFEST, missing=False) from error
 
 
 FACTS = ("job", "environment", "episodes", "transitions", "behaviours", "bytes", "created")

@@ -25,7 +25,7 @@ from mesocosm.cli import completion
 from mesocosm.cluster import ray_session
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.jobs.registry import JOBS, Job
-from mesocosm.store import cache_folder
+from mesocosm.store.files import use_cache
 
 TOOLS = {
     "fit": "mesocosm.cli.fit",
@@ -179,7 +179,7 @@ def _run(options: argparse.Namespace) -> int:
         from mesocosm.cli.doctor import doctor
 
         given = config.load(config.JobConfig, options.config, options.overrides)
-        cache_folder.use(given.storage.cache)
+        use_cache(given.storage.cache)
         return doctor(
             given, as_json=options.json, cluster=options.cluster, insecure=options.insecure
         )
@@ -205,7 +205,7 @@ def _run_job(job: Job, options: argparse.Namespace) -> int:
     if words:
         key = WORDS[options.command][0]
         setattr(loaded, key, [*getattr(loaded, key), *words])
-    cache_folder.use(loaded.storage.cache)
+    use_cache(loaded.storage.cache)
     if options.force:
         loaded.force = True
     if options.wait:

@@ -55,15 +55,16 @@ def run(options: argparse.Namespace) -> int:
     """Exit status 0; 1 where something listed could not be removed."""
     from mesocosm import config, faults
     from mesocosm.cluster import session_gc
-    from mesocosm.store import cache_folder, gc
+    from mesocosm.store import gc
     from mesocosm.store.artifacts import Storage
+    from mesocosm.store.files import use_cache
 
     if options.older_than < 0:
         raise UsageError(f"--older-than {options.older_than:g} must not be negative")
     given = config.load(config.JobConfig, options.config, options.overrides).storage
-    cache_folder.use(given.cache)
+    use_cache(given.cache)
     storage = Storage(given.root)
-    storage.readable()
+    storage.check_readable()
     remarks: list[str] = []
     every = [*gc.find(storage, remarks.append), *session_gc.find()]
     found = [garbage for garbage in every if garbage.age_s >= options.older_than * 3600]

@@ -50,7 +50,7 @@ def guarded(name: str, look: Callable[[], str], fix: str) -> Check:
 
 def _storage(config: JobConfig) -> str:
     storage = Storage(config.storage.root)
-    storage.writable()
+    storage.check_writable()
     return storage.root
 
 

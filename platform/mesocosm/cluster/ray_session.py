@@ -23,7 +23,7 @@ from mesocosm import compat, signals
 from mesocosm.cluster import spec as cluster_spec
 from mesocosm.config import RayConfig
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.store import cache_folder
+from mesocosm.store.files import CACHE_VARIABLE
 
 STARTS = 3
 """Attempts at a local Ray: on a loaded machine one of its daemons may miss the 30 s that Ray gives
@@ -111,11 +111,7 @@ def worker_env() -> dict[str, str]:
         ),
         "MLFLOW_ENABLE_ASYNC_LOGGING": "false",
         "TOKENIZERS_PARALLELISM": "false",
-        **(
-            {cache_folder.VARIABLE: os.environ[cache_folder.VARIABLE]}
-            if cache_folder.VARIABLE in os.environ
-            else {}
-        ),
+        **({CACHE_VARIABLE: os.environ[CACHE_VARIABLE]} if CACHE_VARIABLE in os.environ else {}),
     }
 
 

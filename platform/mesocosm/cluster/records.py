@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mesocosm.errors import UsageError, nearest
-from mesocosm.runs.mlflow_mirror import write_whole
+from mesocosm.store.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def folder() -> Path:
 
 def keep(record: Record) -> None:
     folder().mkdir(parents=True, exist_ok=True)
-    write_whole(folder() / f"{record.id}.json", json.dumps(asdict(record)))
+    write_whole(folder() / f"{record.id}.json", json.dumps(asdict(record)).encode())
 
 
 def every() -> list[Record]:

@@ -39,7 +39,7 @@ def check(config: JobConfig) -> list[str]:
     """
     storage = Storage(config.storage.root)
     if storage.remote:
-        storage.writable()
+        storage.check_writable()
         _check_folder(storage.local_path("runs"), f"the copy of storage.root {storage.root!r}")
     else:
         _check_folder(Path(storage.root), f"storage.root {storage.root!r}", links=True)

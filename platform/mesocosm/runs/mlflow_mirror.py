@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import threading
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,7 +23,7 @@ from mesocosm import faults
 from mesocosm.config import JobConfig
 from mesocosm.errors import StorageError
 from mesocosm.store.artifacts import Storage
-from mesocosm.store.files import replace, write_synced
+from mesocosm.store.files import write_whole
 
 _FLUSH_SECONDS = 2.0
 PENDING = "mlflow.pending"
@@ -67,7 +66,7 @@ class Mirror:
         self._save_queue()
 
     def _save_queue(self) -> None:
-        write_whole(self.folder / PENDING, json.dumps(self._queue))
+        write_whole(self.folder / PENDING, json.dumps(self._queue).encode())
 
     def close(self) -> None:
         self._closing.set()
@@ -134,7 +133,7 @@ def deliver(folder: Path, where: JobConfig) -> None:
                 client.set_terminated(run_id, status=_ENDED[status["state"]])
                 (folder / PENDING).unlink(missing_ok=True)
         finally:
-            write_whole(folder / _MEMO, json.dumps(memo))
+            write_whole(folder / _MEMO, json.dumps(memo).encode())
 
 
 def memo_of(folder: Path, where: JobConfig) -> dict[str, Any]:
@@ -273,10 +272,3 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return found if isinstance(found, dict) else None
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Whole or not at all, and durable."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    write_synced(temporary, text.encode())
-    replace(temporary, path)

@@ -41,12 +41,11 @@ from mesocosm.runs.mlflow_mirror import (
     read_json,
     redact,
     uri_of,
-    write_whole,
 )
 from mesocosm.runs.upload import Shipper
 from mesocosm.store.artifacts import Artifact, Storage
-from mesocosm.store.lease import hold
-from mesocosm.store.owner import Owner, this_process
+from mesocosm.store.files import write_whole
+from mesocosm.store.lease import Owner, hold, this_process
 
 __all__ = [
     "Run",
@@ -77,7 +76,7 @@ class Run:
         self.job, self.id, self.config, self.parent, self.quiet = job, id, config, parent, quiet
         self.storage = Storage(config.storage.root, self.say)
         if parent is None:
-            self.storage.writable()
+            self.storage.check_writable()
         self.folder: Path = self.storage.local_path("runs", job, id)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.facts: dict[str, Any] = {}
@@ -218,11 +217,13 @@ class Run:
             "facts": self.facts,
         }
         with self._naming():
-            write_whole(self.folder / "status.json", json.dumps(status, indent=1, default=str))
+            write_whole(
+                self.folder / "status.json", json.dumps(status, indent=1, default=str).encode()
+            )
 
     def _naming(self) -> AbstractContextManager[None]:
         """A full disk becomes a StorageError that names the run."""
-        return self.storage.naming(f"runs/{self.job}/{self.id}")
+        return self.storage.storage_errors(f"runs/{self.job}/{self.id}")
 
     def _beat(self) -> None:
         """That the run is alive, and how far it is."""
@@ -307,7 +308,7 @@ def replay_pending(config: JobConfig) -> int:
             status = read_json(mark.parent / "status.json") or status
         if status["state"] == "running":
             status.update(state="failed", error="the process ended without a word (killed?)")
-            write_whole(mark.parent / "status.json", json.dumps(status, indent=1))
+            write_whole(mark.parent / "status.json", json.dumps(status, indent=1).encode())
         try:
             deliver(mark.parent, config)
         except Exception as error:

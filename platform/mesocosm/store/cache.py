@@ -1,23 +1,23 @@
-"""An artifact of which this machine fetches and verifies what is asked for: datasets larger than
-its disk, and opening in a time that does not depend on their size.
+"""Partial artifacts: a machine fetches and verifies only the units that are read. So datasets may be
+larger than its disk, and opening one takes a time that does not depend on its size.
 
-A unit, a file or a folder of files, is verified once on a machine, whatever the number of its
+A unit is a file or a folder of files. It is verified once on a machine, whatever the number of its
 processes. Where the root is a folder, or `Storage.artifact` keeps a whole copy here, a stamp in the
-temporary folder says which files (size, inode, time of change) were found to be right. What is
-fetched from a remote root lies in
+cache folder records which files (size, inode, time of change) were verified. What is fetched from a
+remote root is stored in
 
-    CACHE/parts/<kind>/<id>/<maker's folder>/<unit>
+    CACHE/parts/<kind>/<id>/<writer's folder>/<unit>
 
-and came there by one rename, after its checksums were right and its bytes were on disk: what is
-there is whole.
+by one rename, after its checksums were verified and its bytes were on disk: a unit in there is
+whole.
 
 Locks, which the kernel frees with their holder:
 
 - A unit's lock is exclusive while the unit is fetched or removed, and shared while it is read. So a
-  unit is fetched once on a machine, different units are fetched at the same time, and what is read
-  is never removed.
-- The lock `room` is held for moments: to remove the shards that were used least recently, and to
-  reserve the room of a fetch in CACHE/arriving/<unit's lock>/reserved.
+  unit is fetched once on a machine, different units are fetched at the same time, and a unit that
+  is read is never removed.
+- The lock `room` is held for moments: to remove the least recently used shards, and to reserve the
+  room of a fetch in CACHE/arriving/<unit's lock>/reserved.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ import os
 import shutil
 import threading
 import time
-import uuid
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable
@@ -36,46 +35,41 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Protocol
+from typing import IO, Protocol
 
 from mesocosm.errors import ArtifactError
-from mesocosm.store.commit import Commit
-from mesocosm.store.files import make_folder, replace, sha256, sync_tree
+from mesocosm.store.artifacts import TRANSFERS, Commit, Storage
+from mesocosm.store.files import make_folder, replace, sha256, sync_tree, write_whole
 
-if TYPE_CHECKING:
-    from mesocosm.store.artifacts import Storage
-
-AT_ONCE = 4
-"""Units that are verified, and files of a unit that are fetched, at once."""
 PATIENCE_S = 60.0
-"""How long to wait for others to let go of what the cache has no room beside."""
+"""Seconds to wait for other units to be released when the cache is full."""
 
 
 class Files(Protocol):
-    """A folder of which units are held while they are read."""
+    """A folder whose units are held while they are read."""
 
     @property
     def path(self) -> Path: ...
 
     @property
     def most(self) -> int | None:
-        """Bytes of shards that may lie here; None: any."""
+        """Bytes of shards that may be stored here; None for no bound."""
 
     def hold(self, unit: str) -> Path:
-        """Where the unit lies, until it is released as often as it was held."""
+        """The path of the unit, valid until it is released as often as it was held."""
 
     def ahead(self, units: Iterable[str]) -> None:
-        """Begin, in threads, to hold what will be asked for."""
+        """Begin, in threads, to fetch and verify units that will be held."""
 
     def release(self, units: Iterable[str]) -> None:
-        """Give back one hold of each unit; a unit that was only begun by `ahead` is let go."""
+        """Release one hold of each unit. A unit that was only begun by `ahead` is dropped."""
 
     def bytes(self, unit: str) -> int:
-        """Of all its files."""
+        """The size of all files of the unit."""
 
 
 class Whole:
-    """A folder that is all here and that nobody need verify."""
+    """A local folder that is complete and needs no verification."""
 
     most = None
 
@@ -96,7 +90,7 @@ class Whole:
 
 
 class _NoRoom(ArtifactError):
-    """All that could be removed is in use."""
+    """All shards that could be removed are in use."""
 
 
 @dataclass(frozen=True)
@@ -107,82 +101,81 @@ class _Held:
 
 @dataclass
 class _Unit:
-    """A unit that is here, or on its way."""
+    """A unit that is fetched and verified, or on its way."""
 
-    coming: Future[_Held | None]
+    fetch: Future[_Held]
     holds: int = 0
 
-    def failed(self) -> bool:
-        return self.coming.done() and self.coming.exception() is not None
 
-    def lacked_room(self) -> bool:
-        return self.coming.done() and not self.failed() and self.coming.result() is None
+def open_partial(storage: Storage, kind: str, ref: str, most: int | None = None) -> Partial:
+    """The artifact that `ref` names (see `Storage.find_commit`), fetched and verified as it is read.
+
+    Args:
+        most: Bytes of a remote root's shards that this machine keeps at most; None for all.
+    """
+    return Partial(storage, storage.find_commit(kind, ref), most)
 
 
 class Partial:
-    """Made by `Storage.partial`. Nothing is handed out before it is verified.
+    """Implements `Files` for an artifact of a root. Every unit is verified before it is returned.
 
-    For one process. Threads may share it, each releasing what it held itself; forks may not.
+    For one process. Threads may share it, each releasing its own holds; forks may not.
 
     `hold` raises ArtifactError, naming the file and how to repair it, where one is damaged or
     missing, or the cache has no room for it.
     """
 
-    def __init__(
-        self, storage: Storage, kind: str, id: str, whole: Path, commit: Commit, most: int | None
-    ):
+    def __init__(self, storage: Storage, commit: Commit, most: int | None):
+        kind, id = commit["kind"], commit["id"]
         self.name, self.most = f"{kind}/{id}", most if storage.remote else None
-        self._storage, self._kind, self._id, self._commit, self._whole = (
-            storage,
-            kind,
-            id,
-            commit,
-            whole,
-        )
+        self._storage, self._commit = storage, commit
+        self._whole = storage.artifact_path(kind, id)
         self._cache = storage.local_path("cache")
-        self._arriving = self._cache / "arriving"
-        self.path = (
-            self._cache / "parts" / kind / id / commit["folder"] if storage.remote else whole
-        )
+        self._parts, self._arriving = self._cache / "parts", self._cache / "arriving"
+        self.path = self._whole
+        if storage.remote:
+            self.path = self._parts / kind / id / commit["folder"]
         self._folders: dict[str, list[str]] = defaultdict(list)
         for name in commit["files"]:
             self._folders[os.path.dirname(name)].append(name)
         self._units: dict[str, _Unit] = {}
         self._mutex = threading.Lock()
-        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="partial")
+        self._pool = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="partial")
         weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
 
     def hold(self, unit: str) -> Path:
         if not self._names(unit):
-            return self.path / unit  # its reader says what is wrong
-        until = time.monotonic() + PATIENCE_S
+            return self.path / unit  # its reader reports that it does not exist
+        end = time.monotonic() + PATIENCE_S
         with self._mutex:
-            held_unit = self._begun(unit)
-            held_unit.holds += 1
-            coming = held_unit.coming
+            held = self._begin(unit)
+            held.holds += 1
+            fetch = held.fetch
         try:
-            while (held := coming.result()) is None:
-                if time.monotonic() > until:
-                    full = (
-                        f"other shards in use fill the cache of {self.most} bytes in {self._cache}"
-                    )
-                    fix = "give a larger data.cache_gib or a smaller data.block, or stop other jobs"
-                    raise _NoRoom(f"{self.name}: {unit!r} cannot be fetched: {full}; {fix}")
+            while True:
+                try:
+                    return fetch.result().path
+                except _NoRoom as error:
+                    if time.monotonic() > end:
+                        raise _NoRoom(
+                            f"{self.name}: {unit!r} cannot be fetched: other shards in use fill the"
+                            f" cache of {self.most} bytes in {self._cache}; give a larger"
+                            " data.cache_gib or a smaller data.block, or stop other jobs"
+                        ) from error
                 time.sleep(0.1)
                 with self._mutex:
-                    if held_unit.lacked_room():
-                        held_unit.coming = self._submit(unit)
-                    coming = held_unit.coming
+                    if held.fetch is fetch:
+                        held.fetch = self._submit(unit)
+                    fetch = held.fetch
         except BaseException:
             with self._mutex:
-                self._drop(unit, held_unit)
+                self._drop(unit, held)
             raise
-        return held.path
 
     def ahead(self, units: Iterable[str]) -> None:
         with self._mutex:
             for unit in units:
-                self._begun(unit)
+                self._begin(unit)
 
     def release(self, units: Iterable[str]) -> None:
         with self._mutex:
@@ -190,170 +183,152 @@ class Partial:
                 if (released := self._units.get(unit)) is not None:
                     self._drop(unit, released)
 
-    def _begun(self, unit: str) -> _Unit:
-        """The unit, whose fetch is begun unless it is here or on its way."""
-        begun = self._units.get(unit)
-        if begun is None or begun.failed():
-            begun = self._units[unit] = _Unit(self._submit(unit))
-        elif begun.lacked_room():
-            begun.coming = self._submit(unit)
-        return begun
-
-    def _submit(self, unit: str) -> Future[_Held | None]:
-        return self._pool.submit(_bring, weakref.proxy(self), unit)
-
-    def _drop(self, unit: str, dropped: _Unit) -> None:
-        """Give back one hold, and after the last one the unit's lock."""
-        dropped.holds -= 1
-        if dropped.holds > 0:
-            return
-        if self._units.get(unit) is dropped:
-            del self._units[unit]
-        if not dropped.coming.cancel():
-            dropped.coming.add_done_callback(_let_go)
-
     def bytes(self, unit: str) -> int:
         return sum(self._commit["files"][name]["bytes"] for name in self._names(unit))
 
     def _names(self, unit: str) -> list[str]:
         return [unit] if unit in self._commit["files"] else self._folders.get(unit, [])
 
-    # -- in the threads
-    # ------------------------------------------------------------------------------------------
+    def _begin(self, unit: str) -> _Unit:
+        """The unit, whose fetch is begun unless it is done or under way."""
+        begun = self._units.get(unit)
+        error = begun.fetch.exception() if begun is not None and begun.fetch.done() else None
+        if begun is not None and isinstance(error, _NoRoom):
+            begun.fetch = self._submit(unit)  # a thread may still wait for it
+        elif begun is None or error is not None:
+            begun = self._units[unit] = _Unit(self._submit(unit))
+        return begun
 
-    def bring(self, unit: str) -> _Held | None:
-        """Hold a unit; None where there is no room for it at present."""
-        with self._storage.naming(self.name):
-            return self._brought(unit)
+    def _submit(self, unit: str) -> Future[_Held]:
+        """A thread of the pool does not keep this object alive."""
+        return self._pool.submit(Partial._hold_verified, weakref.proxy(self), unit)
 
-    def _brought(self, unit: str) -> _Held | None:
-        names = self._names(unit)
-        if not self._storage.remote or all((self._whole / name).is_file() for name in names):
-            bad = self._wrong(unit, names)
-            if bad is None:
-                return _Held(self._whole / unit, None)
-            if not self._storage.remote:
-                raise self._storage.damaged(
-                    self._kind, self._id, self._commit, bad, there=(self._whole / bad).is_file()
-                )
-        key = self._key(unit)
-        while True:
-            lock = self._lock(key, fcntl.LOCK_SH)
-            if (self.path / unit).exists():
-                _used(self.path / unit)
-                return _Held(self.path / unit, lock)
-            lock.close()
-            with self._lock(key, fcntl.LOCK_EX):
-                if (self.path / unit).exists():
-                    continue
-                try:
-                    self._fetch(unit, names)
-                except _NoRoom:
-                    return None
+    def _drop(self, unit: str, dropped: _Unit) -> None:
+        """Release one hold, and after the last one the unit's lock."""
+        dropped.holds -= 1
+        if dropped.holds > 0:
+            return
+        if self._units.get(unit) is dropped:
+            del self._units[unit]
+        if not dropped.fetch.cancel():
+            dropped.fetch.add_done_callback(_unlock)
 
-    def _wrong(self, unit: str, names: list[str]) -> str | None:
-        """The first of a whole copy's files that is not as COMMIT.json says. What was right once
-        and has not changed since is not read again.
+    # -- in the threads ------------------------------------------------------------------------
+
+    def _hold_verified(self, unit: str) -> _Held:
+        """Verify a unit, fetching it where needed, and lock it in the cache. May raise _NoRoom."""
+        names, remote = self._names(unit), self._storage.remote
+        with self._storage.storage_errors(self.name):
+            if not remote or all((self._whole / name).is_file() for name in names):
+                wrong = self._first_wrong(unit, names)
+                if wrong is None:
+                    return _Held(self._whole / unit, None)
+                if not remote:
+                    missing = not (self._whole / wrong).is_file()
+                    raise self._storage.damaged(self._commit, wrong, missing=missing)
+            part = self.path / unit
+            key = _flat(str(part.relative_to(self._parts)))
+            while True:
+                lock = self._lock(key, fcntl.LOCK_SH)
+                if part.exists():
+                    _touch(part)
+                    return _Held(part, lock)
+                lock.close()
+                with self._lock(key, fcntl.LOCK_EX):
+                    if not part.exists():
+                        self._fetch(unit, names, self._arriving / key)
+
+    def _first_wrong(self, unit: str, names: list[str]) -> str | None:
+        """The first file of a whole copy that differs from COMMIT.json.
+
+        Files that were verified once and have not changed since are not read again.
         """
-        files, found = self._commit["files"], {}
+        files, stats = self._commit["files"], {}
         for name in names:
             try:
                 stat = (self._whole / name).stat()
             except OSError:
                 return name
-            found[name] = [stat.st_size, stat.st_ino, stat.st_mtime_ns, files[name]["sha256"]]
-        stamp = (
-            self._storage.machine_path("verified") / self._kind / self._id / f"{_flat(unit)}.json"
-        )
+            stats[name] = [stat.st_size, stat.st_ino, stat.st_mtime_ns, files[name]["sha256"]]
+        stamp = self._storage.machine_path("verified", self.name, f"{_flat(unit)}.json")
         with suppress(OSError, ValueError):
-            if json.loads(stamp.read_bytes()) == found:
+            if json.loads(stamp.read_bytes()) == stats:
                 return None
         for name in names:
             if sha256(self._whole / name) != files[name]["sha256"]:
                 return name
         with suppress(OSError):  # without room for a stamp every process verifies
             stamp.parent.mkdir(parents=True, exist_ok=True)
-            temporary = stamp.with_name(f"{stamp.name}.{uuid.uuid4().hex}.part")
-            temporary.write_text(json.dumps(found))
-            replace(temporary, stamp)
+            write_whole(stamp, json.dumps(stats).encode())
         return None
 
-    def _fetch(self, unit: str, names: list[str]) -> None:
-        """Bring a unit into the cache. The caller holds the unit's lock exclusively.
+    def _fetch(self, unit: str, names: list[str], arriving: Path) -> None:
+        """Fetch a unit into the cache. The caller holds the unit's lock exclusively.
 
         Raises:
-            _NoRoom: All that could be removed is in use.
-            ArtifactError: The root has another file than COMMIT.json says, or none.
+            _NoRoom: All shards that could be removed are in use.
+            ArtifactError: A file of the root is missing or differs from COMMIT.json.
         """
-        to, size = self.path / unit, self.bytes(unit)
-        arriving = self._arriving / self._key(unit)
+        part, size, files = self.path / unit, self.bytes(unit), arriving / "files"
+
+        def fetch(name: str) -> None:
+            fetched = self._storage.fetch(self._commit, name, files / name)
+            if not fetched or sha256(files / name) != self._commit["files"][name]["sha256"]:
+                raise self._storage.damaged(self._commit, name, missing=not (files / name).exists())
+
         try:
             with self._lock("room", fcntl.LOCK_EX):
                 shutil.rmtree(arriving, ignore_errors=True)  # of a fetch that was killed
                 make_folder(arriving)
                 if unit.startswith("shards/"):
                     if self.most is not None:
-                        self._make_room(size, arriving)
+                        self._make_room(size, self.most, arriving / "removed")
                     (arriving / "reserved").write_text(str(size))
-            files = arriving / "files"
-            with ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(lambda name: self._fetch_file(name, files / name), names))
+            with ThreadPoolExecutor(TRANSFERS) as pool:
+                list(pool.map(fetch, names))
             sync_tree(arriving)
-            make_folder(to.parent)
+            make_folder(part.parent)
             with self._lock("room", fcntl.LOCK_EX):  # so that a shard is counted once
-                replace(files / unit, to)
+                replace(files / unit, part)
                 shutil.rmtree(arriving, ignore_errors=True)
         except BaseException:
             shutil.rmtree(arriving, ignore_errors=True)
             raise
 
-    def _fetch_file(self, name: str, to: Path) -> None:
-        told = (self._kind, self._id, self._commit, name)
-        if (
-            not self._storage.fetch(*told, to)
-            or sha256(to) != self._commit["files"][name]["sha256"]
-        ):
-            raise self._storage.damaged(*told, there=to.exists())
-
-    def _make_room(self, bytes: int, bin: Path) -> None:
-        """Remove shards until there is room for so many bytes. The caller holds the lock `room`."""
-        assert self.most is not None
+    def _make_room(self, size: int, most: int, removed: Path) -> None:
+        """Remove shards until `size` bytes fit into `most`. The caller holds the lock `room`."""
         shards = [
-            (_when(folder), folder, _size(folder))
-            for folder in (self._cache / "parts").glob("*/*/*/shards/*")
+            (_used_at(folder), folder, sum(path.stat().st_size for path in folder.iterdir()))
+            for folder in self._parts.glob("*/*/*/shards/*")
         ]
-        over = sum(size for _, _, size in shards) + self._reserved() + bytes - self.most
-        for _, folder, size in sorted(shards):
-            if over <= 0:
+        excess = sum(bytes for _, _, bytes in shards) + self._reserved() + size - most
+        for _, folder, bytes in sorted(shards):
+            if excess <= 0:
                 return
-            key = _flat(str(folder.relative_to(self._cache / "parts")))
+            key = _flat(str(folder.relative_to(self._parts)))
             with suppress(BlockingIOError), self._lock(key, fcntl.LOCK_EX | fcntl.LOCK_NB):
-                os.rename(
-                    folder, bin / "gone"
-                )  # whole until then, even where this process is killed now
-                shutil.rmtree(bin / "gone")
-                over -= size
-        if over > 0:
+                os.rename(folder, removed)  # at once, in case this process is killed now
+                shutil.rmtree(removed)
+                excess -= bytes
+        if excess > 0:
             raise _NoRoom
 
     def _reserved(self) -> int:
-        """Bytes of the shards that are being fetched. What killed fetches left is removed."""
+        """Bytes of shards that are being fetched. Removes the files of fetches that were killed."""
         total = 0
         for folder in list(self._arriving.iterdir()):
             try:
                 with self._lock(folder.name, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     shutil.rmtree(folder, ignore_errors=True)
-            except BlockingIOError:  # its fetch goes on
+            except BlockingIOError:  # its fetch is under way
                 with suppress(FileNotFoundError):
                     total += int((folder / "reserved").read_text())
         return total
 
-    def _key(self, unit: str) -> str:
-        return _flat(str((self.path / unit).relative_to(self._cache / "parts")))
-
     def _lock(self, name: str, how: int) -> IO[str]:
-        """A lock among all processes of this machine; closing it frees it. Raises BlockingIOError
-        with LOCK_NB.
+        """A lock among all processes of this machine; closing the file frees it.
+
+        Raises BlockingIOError with LOCK_NB where another process holds it.
         """
         folder = self._cache / "locks"
         folder.mkdir(parents=True, exist_ok=True)
@@ -366,18 +341,12 @@ class Partial:
         return file
 
 
-def _bring(partial: Partial, unit: str) -> _Held | None:
-    return partial.bring(unit)
-
-
-def _let_go(done: Future[_Held | None]) -> None:
-    if (
-        not done.cancelled()
-        and done.exception() is None
-        and (held := done.result()) is not None
-        and held.lock is not None
-    ):
-        _used(held.path)
+def _unlock(fetch: Future[_Held]) -> None:
+    if fetch.cancelled() or fetch.exception() is not None:
+        return
+    held = fetch.result()
+    if held.lock is not None:
+        _touch(held.path)
         held.lock.close()
 
 
@@ -385,19 +354,13 @@ def _flat(name: str) -> str:
     return name.replace("/", "-")
 
 
-def _used(path: Path) -> None:
-    """A unit carries the time of its last use; finer than the kernel's own clock for it, whose
-    ticks are milliseconds.
-    """
+def _touch(path: Path) -> None:
+    """Set a unit's time of last use, finer than the kernel's clock, which ticks in milliseconds."""
     with suppress(OSError):
         os.utime(path, ns=(time.time_ns(), time.time_ns()))
 
 
-def _when(folder: Path) -> int:
+def _used_at(folder: Path) -> int:
     with suppress(OSError):
         return folder.stat().st_mtime_ns
     return 0
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.iterdir())

@@ -1,26 +1,34 @@
-"""Files of this machine, hashed and made to outlive a crash: what storage.py stands on."""
+"""This machine's files: durable writes, checksums, and the user's cache folder."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import stat
+import tempfile
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mesocosm.errors import UsageError
+
+CACHE_VARIABLE = "MESOCOSM_CACHE"
+"""The environment variable that holds `storage.cache`, for this process and those it starts."""
+
 
 def files_of(folder: Path) -> list[str]:
-    """Every file in it and deeper, by its path there, sorted."""
+    """The sorted paths of all files in a folder and its subfolders, relative to it."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def entry(path: Path) -> dict[str, Any]:
-    """As COMMIT.json names a file."""
+    """A file's entry in COMMIT.json."""
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
 
 def sha256(path: Path) -> str:
-    """Of a file, in hex."""
+    """The hexadecimal sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -36,6 +44,13 @@ def write_synced(path: str | Path, data: bytes) -> None:
         with suppress(OSError):
             os.unlink(path)
         raise
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write a file durably. A reader sees the old or the new content, also after a crash."""
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    write_synced(temporary, data)
+    replace(temporary, path)
 
 
 def replace(source: str | Path, target: str | Path) -> None:
@@ -57,7 +72,7 @@ def make_folder(path: str | Path) -> None:
 
 
 def sync(path: str | Path) -> None:
-    """Make a file durable; of a folder the names in it, which a file's own fsync does not."""
+    """Make a file's bytes durable, or the names in a folder, which a file's own fsync does not."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -70,3 +85,34 @@ def sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         sync(path)
     sync(folder)
+
+
+def use_cache(folder: str | None) -> None:
+    """Set the parent of the cache folder (the config key `storage.cache`); None changes nothing."""
+    if folder:
+        os.environ[CACHE_VARIABLE] = os.path.abspath(os.path.expanduser(folder))
+
+
+def cache_folder() -> Path:
+    """The user's folder for copies of remote roots, created with mode 0700.
+
+    Raises:
+        UsageError: The folder cannot be created, or belongs to another user.
+    """
+    parent = os.environ.get(CACHE_VARIABLE) or tempfile.gettempdir()
+    folder = Path(parent) / f"mesocosm-{os.getuid()}"
+    try:
+        os.makedirs(parent, exist_ok=True)
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        facts = os.lstat(folder)
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+            fix = "set storage.cache to a folder in which only you may write"
+            raise UsageError(f"the cache {str(folder)!r} must be a folder of this user; {fix}")
+        if stat.S_IMODE(facts.st_mode) & 0o077:
+            os.chmod(folder, 0o700)
+    except OSError as error:
+        problem = f"the cache {str(folder)!r} cannot be created ({error.strerror})"
+        fix = "set storage.cache to a folder in which you may write"
+        raise UsageError(f"{problem}; {fix}") from error
+    return folder

@@ -1,13 +1,13 @@
 """Leases: one process at a time makes an artifact.
 
-    ROOT/leases/<kind>.<id>.NNNNNNNN.json    who holds it, and a heartbeat; the highest number counts
+    ROOT/leases/<kind>.<id>.NNNNNNNN.json    its holder and a heartbeat; the highest number counts
 
 A lease is claimed by creating the next number exclusively. Numbers are used again once their files
 are removed, so two processes that listed the folder at different times may claim two numbers: a
-claimant lists the folder again, and withdraws where it meets another claim. The holder counts up
-its heartbeat every BEAT_S seconds and removes the file when it is done. A lease is stale, and the
-next number may be claimed, where its process is gone (on the same host), or its heartbeat has
-stopped (on another host).
+claimant lists the folder again, and withdraws if it meets another claim. The holder counts up its
+heartbeat every BEAT_S seconds, and removes the file at the end. A lease is stale, and the next
+number may be claimed, when its process is gone (on the same host) or its heartbeat has stopped (on
+another host).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import random
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -23,21 +24,80 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 
 from mesocosm import faults
 from mesocosm.errors import MesocosmError, StorageError
 from mesocosm.store.artifacts import Storage
-from mesocosm.store.owner import Owner, this_process
 
 FOLDER = "leases"
 BEAT_S = 10.0
 """Seconds between two heartbeats."""
 STALE_S = 60.0
-"""A holder on another host that was silent for so long is watched for SILENT_BEATS beats, whatever
-its clock says, and has then lost its lease.
+"""A holder on another host whose last heartbeat is older is watched for SILENT_BEATS beats. If none
+comes, its lease is stale; the clocks of the hosts do not decide.
 """
 SILENT_BEATS = 3
 POLL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """A process, with what another process needs to see whether it still runs."""
+
+    host: str
+    machine: str
+    """The boot and the PID namespace of `pid`: the same PID elsewhere is another process."""
+    pid: int
+    started: int
+    """The process's start in clock ticks since boot, 0 where unknown: PIDs are used again."""
+
+    def alive(self) -> bool | None:
+        """Whether the process runs; None where this process cannot tell: it is on another host, or
+        another user's and hidden (`hidepid`).
+        """
+        if self.machine != _machine():
+            return None
+        started = _start_of(self.pid)
+        if started is None:
+            return False
+        if self.started and not started:
+            return None
+        return not self.started or started == self.started
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on host {self.host}"
+
+
+def this_process() -> Owner:
+    return Owner(socket.gethostname(), _machine(), os.getpid(), _start_of(os.getpid()) or 0)
+
+
+def _machine() -> str:
+    """Not cached: a forked child may be in another PID namespace."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:  # not Linux: PIDs are the host's
+        return socket.gethostname()
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process of this machine started, 0 where unknown; None where it does not exist."""
+    try:
+        # The command, field 2, is in parentheses and may contain spaces. Field 3 is the state, 22
+        # the start.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else int(fields[19])
+    except OSError:  # no such process, or it ended just now; or it is hidden; or this is not Linux
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return 0
 
 
 class Held(MesocosmError):
@@ -46,7 +106,7 @@ class Held(MesocosmError):
 
 @dataclass(frozen=True)
 class Record:
-    """One lease's file."""
+    """The content of one lease's file."""
 
     owner: Owner
     job: str
@@ -55,14 +115,14 @@ class Record:
     beat: int = 0
     time: float = 0.0
     nonce: str = ""
-    """Of this claim alone."""
+    """Unique to this claim."""
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
     @staticmethod
     def parse(raw: bytes) -> Record | None:
-        """None where the file is not a lease's: its writer wrote none of it, and nobody holds it."""
+        """None where the file is torn: its writer did not finish, and nobody holds it."""
         try:
             values = json.loads(raw)
             return Record(**{**values, "owner": Owner(**values["owner"])})
@@ -74,13 +134,14 @@ class Lease:
     """One artifact's lease."""
 
     def __init__(self, storage: Storage, name: str, job: str, say: Callable[[str], None]):
-        self.name, self._storage, self._job, self._say = name, storage, job, say
+        self.name, self._storage, self._say = name, storage, say
         self._prefix = f"{name.replace('/', '.')}."
-        self._record: Record | None = None
-        """The claim that holds the lease."""
+        now = time.time()
+        self._record = Record(this_process(), job, now, 0, now, uuid.uuid4().hex)
+        """This process's claim."""
         self._number = 0
         self._watched: set[str] = set()
-        """Claims on other hosts that a line was written about."""
+        """Nonces of claims on other hosts that were reported as watched."""
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="lease", daemon=True)
 
@@ -88,11 +149,20 @@ class Lease:
         return f"{FOLDER}/{self._prefix}{number:08d}.json"
 
     def _numbers(self) -> list[int]:
-        names = (name for name in self._storage.list(FOLDER) if name.startswith(self._prefix))
-        return sorted(int(name.split(".")[2]) for name in names)
+        names = self._storage.list(FOLDER)
+        return sorted(int(n.split(".")[2]) for n in names if n.startswith(self._prefix))
+
+    def _read(self, number: int) -> Record | None:
+        raw = self._storage.read(self._path(number))
+        return None if raw is None else Record.parse(raw)
+
+    def _holds(self, number: int) -> bool:
+        """Whether a number is this process's claim."""
+        record = self._read(number)
+        return record is not None and record.nonce == self._record.nonce
 
     def take(self, wait: bool) -> None:
-        """Take the lease; with `wait`, after its holder is done. Raises Held."""
+        """Take the lease; with `wait`, after its holder has released it. Raises Held."""
         reported = False
         while True:
             seen = {number: self._read(number) for number in self._numbers()}
@@ -104,37 +174,36 @@ class Lease:
                 time.sleep(random.uniform(0, POLL_S))
                 continue
             if not wait:
-                raise Held(f"{self._sentence(holder)}; wait for it with --wait, or stop it")
+                raise Held(f"{self._describe(holder)}; wait for it with --wait, or stop it")
             if not reported:
-                self._say(f"{self._sentence(holder)}; waiting for it")
+                self._say(f"{self._describe(holder)}; waiting for it")
                 reported = True
             time.sleep(POLL_S)
 
     def _claim(self, seen: Mapping[int, Record | None]) -> bool:
-        """Claim the number after those seen, whose holders are gone; False where others claim at
-        the same time.
+        """Claim the number after those seen, whose holders are gone. Returns False where others
+        claim at the same time.
         """
         now = time.time()
         number = max(seen) + 1 if seen else 0
-        record = Record(this_process(), self._job, now, 0, now, uuid.uuid4().hex)
-        if not self._storage.create(self._path(number), record.to_json()):
-            # A remote store may answer "exists" to its own retry of this request: the nonce tells.
-            there = self._read(number)
-            if there is None or there.nonce != record.nonce:
-                return False
+        self._record = replace(self._record, since=now, time=now, nonce=uuid.uuid4().hex)
+        # A remote store may refuse its client's own repetition of a request that succeeded.
+        created = self._storage.create(self._path(number), self._record.to_json())
+        if not created and not self._holds(number):
+            return False
         others = [other for other in self._numbers() if other != number]
         for other in others:
-            there = self._read(other)
-            alive = None if there is None else there.owner.alive()
-            if alive or (alive is None and there != seen.get(other)):
+            record = self._read(other)
+            alive = None if record is None else record.owner.alive()
+            if alive or (alive is None and record != seen.get(other)):
                 self._storage.remove(self._path(number))
                 return False
         for other in others:
             self._storage.remove(self._path(other))
-        self._record, self._number = record, number
+        self._number = number
         return True
 
-    def _sentence(self, holder: Record) -> str:
+    def _describe(self, holder: Record) -> str:
         since = datetime.fromtimestamp(holder.since, UTC).isoformat(" ", "seconds")
         silent = max(0, round(time.time() - holder.time))
         return (
@@ -143,7 +212,7 @@ class Lease:
         )
 
     def _holder(self, number: int) -> Record | None:
-        """Who holds the lease; None where its holder is gone."""
+        """The holder of the lease; None where it is gone."""
         record = self._read(number)
         if record is None:
             return None
@@ -155,10 +224,8 @@ class Lease:
         # The clocks of two hosts may differ: the heartbeats, not their times, decide.
         if record.nonce not in self._watched:
             self._watched.add(record.nonce)
-            self._say(
-                f"{self._sentence(record)}; looking for {SILENT_BEATS * BEAT_S:.0f} s whether it"
-                " still runs"
-            )
+            seconds = SILENT_BEATS * BEAT_S
+            self._say(f"{self._describe(record)}; watching its heartbeat for {seconds:.0f} s")
         end = time.monotonic() + SILENT_BEATS * BEAT_S
         while time.monotonic() < end:
             time.sleep(POLL_S)
@@ -167,48 +234,40 @@ class Lease:
                 return now
         return None
 
-    def _read(self, number: int) -> Record | None:
-        raw = self._storage.read(self._path(number))
-        return None if raw is None else Record.parse(raw)
-
-    def _is_mine(self) -> bool:
-        current = self._read(self._number)
-        return (
-            current is not None and self._record is not None and current.nonce == self._record.nonce
-        )
-
     def _beat(self) -> None:
-        """Count up the heartbeat until the lease is released. Where another process has taken it,
-        end the job as Ctrl-C does: two makers of one artifact share its checkpoints.
+        """Count up the heartbeat until the lease is released.
+
+        If another process has taken the lease, end the job as Ctrl-C does: two makers of one
+        artifact would share its checkpoints.
         """
-        assert self._record is not None
-        beat = 0
         while not self._ended.wait(BEAT_S):
-            beat += 1
-            # Storage that is away is tried again at the next beat.
+            # If storage is away, the next beat tries again.
             with suppress(OSError, StorageError):
-                if not self._is_mine():
-                    self._say(
-                        f"another process has taken over the making of {self.name}; this one stops"
-                    )
+                if not self._holds(self._number):
+                    self._say(f"another process has taken over {self.name}; this one stops")
                     os.kill(os.getpid(), signal.SIGINT)
                     return
-                now = replace(self._record, beat=beat, time=time.time())
-                self._storage.write(self._path(self._number), now.to_json())
+                beat = self._record.beat + 1
+                self._record = replace(self._record, beat=beat, time=time.time())
+                self._storage.write(self._path(self._number), self._record.to_json())
 
     def release(self) -> None:
-        """Let others take the lease. Where storage is away it is left to be taken over once this
-        process is gone: the job's own result or error counts.
+        """Let others take the lease.
+
+        Where storage is away the lease stays until this process is gone: the job's own result or
+        error counts.
         """
         self._ended.set()
-        self._heart.join()  # a beat under way would write the file anew
+        self._heart.join()  # a beat under way would write the file again
         try:
-            if self._is_mine():
+            if self._holds(self._number):
                 self._storage.remove(self._path(self._number))
         except (OSError, StorageError) as error:
             with suppress(OSError, StorageError):
-                why = faults.first_line(error)
-                self._say(f"warning: the lease of {self.name} stays until this process ends: {why}")
+                reason = faults.first_line(error)
+                self._say(
+                    f"warning: the lease of {self.name} stays until this process ends: {reason}"
+                )
 
 
 @contextmanager
@@ -217,10 +276,10 @@ def hold(
 ) -> Iterator[None]:
     """Hold the lease of `name` (kind/id) while the block runs.
 
-    Look for the artifact again inside the block: the holder that was waited for may have made it.
+    Look for the artifact again inside the block: an earlier holder may have made it.
 
     Raises:
-        Held: another process holds it, and `wait` is False.
+        Held: Another process holds it, and `wait` is False.
     """
     lease = Lease(storage, name, job, say)
     lease.take(wait)

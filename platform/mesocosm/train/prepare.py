@@ -19,6 +19,7 @@ from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.spec import Spec
 from mesocosm.store.artifacts import Storage
+from mesocosm.store.cache import open_partial
 from mesocosm.train.config import TrainConfig
 
 BASE = "base.safetensors"
@@ -31,7 +32,7 @@ def open_datasets(storage: Storage, ids: list[str], cache_gib: float | None = No
     Raises UsageError or ArtifactError naming what is missing, damaged or of another environment.
     """
     most = None if cache_gib is None else int(cache_gib * 2**30)
-    return Dataset([storage.partial("datasets", id, most) for id in ids])
+    return Dataset([open_partial(storage, "datasets", id, most) for id in ids])
 
 
 def fit_codec(dataset: Dataset) -> Codec:

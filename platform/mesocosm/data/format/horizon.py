@@ -15,6 +15,7 @@ from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import OUTCOMES
 from mesocosm.errors import UsageError
 from mesocosm.store.artifacts import Artifact, Storage
+from mesocosm.store.cache import open_partial
 
 MAX_EPISODE_STEPS = 10_000
 """Episodes without a known time limit are cut here, in reality and in a world."""
@@ -46,7 +47,7 @@ def logged_horizon(storage: Storage, datasets: Iterable[str]) -> Horizon | None:
     lengths: list[np.ndarray] = []
     for name in datasets:
         try:
-            data = Dataset([storage.partial("datasets", name)])
+            data = Dataset([open_partial(storage, "datasets", name)])
         except UsageError:
             continue
         for shard in range(len(data.shards)):
