@@ -221,11 +221,11 @@ def test_imagination_of_the_true_dynamics_is_reality(walks: Dataset) -> None:
             )
         )
     shown = side_by_side(world, Drift(), episodes, title="t", seed=0, count=4, samples=2)
-    assert len(shown.episodes) == 4 and shown.names == ["observation[0]", "observation[1]"]
-    for pair, episode in zip(shown.episodes, episodes, strict=True):
-        assert len(pair.imagined) == 2
-        for rollout in pair.imagined:
-            np.testing.assert_allclose(rollout, pair.reality, atol=1e-5)
+    assert shown["names"] == ["observation[0]", "observation[1]"]
+    for pair, episode in zip(shown["episodes"], episodes, strict=True):
+        assert len(pair["imagined"]) == 2
+        for rollout in pair["imagined"]:
+            np.testing.assert_allclose(rollout, pair["reality"], atol=1e-5)
             assert len(rollout) == len(episode) + 1
     paths = imagine(world, Drift(), starts_of(world, episodes), horizon=3, seed=0)
     assert [len(p[0]) for p in paths] == [min(3, len(e)) + 1 for e in episodes]

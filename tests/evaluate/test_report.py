@@ -22,7 +22,7 @@ from mesocosm.evaluate.report.report import (
     PurposeRow,
     ReportInput,
     Stage,
-    Trajectories,
+    trajectories,
     write,
 )
 
@@ -129,7 +129,7 @@ def example() -> ReportInput:
                 "notes": ["R² is undefined."],
             }
         ],
-        trajectories=[Trajectories("round 1", [f"x{k}" for k in range(8)], episodes)],
+        trajectories=[trajectories("round 1", [f"x{k}" for k in range(8)], episodes)],
         stages=[Stage("pretrain", 31.0, 0), Stage("pretrain", 33.0, 1), Stage("judge", 2.0)],
         wall_seconds=126.0,
         lineage=[("world", "worlds/0123456789abcdef")],

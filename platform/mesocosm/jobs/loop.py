@@ -363,7 +363,7 @@ class _Loop:
             losses=_by_round(judged, "losses"),
             open_loop=_by_round(judged, "open_loop"),
             checks=_by_round(judged, "checks"),
-            trajectories=report.trajectories_of(judged[-1]),
+            trajectories=judged[-1]["trajectories"],
             stages=self.stages,
             wall_seconds=sum(s.seconds for s in self.stages),
             lineage=self.lineage,

@@ -1,8 +1,7 @@
 """The report: one self-contained `report.html`, and the same figures as `summary.json`.
 
-`summarise` turns a `ReportInput` into the summary; the page is drawn from the summary and nothing
-else, so the two cannot differ. No statistic is nan: what the data cannot say is null, with the
-reason beside it.
+`summarise` turns a `ReportInput` into the summary, and the page is drawn from the summary alone. No
+statistic is nan: what the data cannot answer is null, with the reason beside it.
 """
 
 from __future__ import annotations
@@ -24,11 +23,13 @@ from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.report import page
 
 SUMMARY, PAGE = "summary.json", "report.html"
+DIMENSIONS, STEPS = 6, 600
+"""What a page shows of trajectories: the dimensions that move most, and the first steps."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One judgement in reality of an agent, after `real_steps` real steps had been spent on it."""
+    """One judgement in reality of an agent, after `real_steps` real steps were spent on it."""
 
     real_steps: int
     mean: float
@@ -39,37 +40,31 @@ class Point:
     """Since the run began."""
 
     @staticmethod
-    def of(
-        real_steps: int,
-        returns: Sequence[float],
-        *,
-        round: int | None = None,
-        wall_seconds: float | None = None,
-    ) -> Point:
-        """A point from the returns of judged episodes, with its 90% bootstrap interval."""
+    def of(real_steps: int, returns: Sequence[float], **about: Any) -> Point:
+        """A point from the returns of judged episodes, with its 90% bootstrap interval.
+
+        Args:
+            real_steps: Real steps spent before.
+            returns: At least one.
+            about: `round` and `wall_seconds`.
+        """
         values = tuple(float(value) for value in returns)
-        return Point(
-            real_steps,
-            float(np.mean(values)),
-            stats.mean_interval(values),
-            values,
-            round,
-            wall_seconds,
-        )
+        interval = stats.mean_interval(values)
+        return Point(real_steps, float(np.mean(values)), interval, values, **about)
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One run's return in reality against real steps spent. Runs of several seeds share a name."""
+    """The return in reality of one run against real steps spent. Runs of several seeds share a
+    name.
+    """
 
     name: str
     points: Sequence[Point]
     censored: bool = False
-    """Stopped by its budget before the target was reached: what it would have needed is only known
-    to be more.
-    """
+    """The budget stopped the run before the target; it needs more than it spent."""
     steps: int | None = None
-    """All real steps of the run; None: those of its last point."""
+    """All real steps of the run. None: those of its last point."""
     wall_seconds: float | None = None
     settings: str = ""
     """In words: algorithm, how it was tuned, at what cost in real steps."""
@@ -77,7 +72,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class PurposeRow:
-    """What the ledger says was spent on one purpose."""
+    """Real steps that the ledger counts for one purpose."""
 
     purpose: str
     steps: int
@@ -85,13 +80,13 @@ class PurposeRow:
     seconds: float = 0.0
     price: float = 0.0
     unconfirmed: int = 0
-    """Steps that a crash left reserved: counted in `steps` as spent."""
+    """Steps that a crash left reserved; `steps` counts them as spent."""
 
 
 @dataclass(frozen=True)
 class Episode:
-    """Reality [T, d] and imagined rollouts of the same agent from the same first state, each [T_i,
-    d], raw values.
+    """A real episode [T, d] and imagined rollouts [T_i, d] of the same agent from the same first
+    state, as raw values.
     """
 
     title: str
@@ -100,15 +95,9 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class Trajectories:
-    title: str
-    names: Sequence[str]
-    """d names of the dimensions"""
-    episodes: Sequence[Episode]
-
-
-@dataclass(frozen=True)
 class Stage:
+    """Wall time of one stage of a loop."""
+
     name: str
     seconds: float
     round: int | None = None
@@ -116,6 +105,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class ReportInput:
+    """What a report is about."""
+
     title: str
     environment: str
     target: float | None = None
@@ -132,24 +123,23 @@ class ReportInput:
     """{"round": int | None, "table": OpenLoop.to_json()}"""
     checks: Sequence[Mapping[str, Any]] = ()
     """{"round": int | None, **OneStep.to_json()}: reward and termination on validation"""
-    trajectories: Sequence[Trajectories] = ()
+    trajectories: Sequence[Mapping[str, Any]] = ()
+    """As `trajectories` makes them, or as another summary holds them"""
     stages: Sequence[Stage] = ()
     wall_seconds: float | None = None
     lineage: Sequence[tuple[str, str]] = ()
-    """(what, id or uri), in order"""
+    """(kind, id or URI), in order"""
     notes: Sequence[str] = ()
     suite: Mapping[str, Any] | None = None
-    """Of an evaluation: verdicts, policy value, errors away from the data, the task distribution"""
+    """Of an evaluation: verdicts, policy values, off-policy errors, the task distribution"""
 
 
 def purpose_rows(totals: LedgerTotals) -> list[PurposeRow]:
     """The purposes that spent anything."""
     return [
-        PurposeRow(
-            name, spent.steps, spent.resets, spent.seconds, spent.price, spent.unconfirmed_steps
-        )
-        for name, spent in totals.purposes.items()
-        if spent.steps or spent.resets
+        PurposeRow(name, s.steps, s.resets, s.seconds, s.price, s.unconfirmed_steps)
+        for name, s in totals.purposes.items()
+        if s.steps or s.resets
     ]
 
 
@@ -163,15 +153,11 @@ def write(report: ReportInput, folder: Path) -> dict[str, Any]:
 
 
 def summarise(report: ReportInput) -> dict[str, Any]:
-    """Everything the page shows, as JSON-able values; None where something is undefined."""
-    world, free = (
-        [_curve(c, report.target) for c in report.agent],
-        [_curve(c, report.target) for c in report.model_free],
-    )
-    total = {
-        key: sum(getattr(row, key) for row in report.purposes)
-        for key in ("steps", "resets", "seconds", "price", "unconfirmed")
-    }
+    """Everything that the page shows, as JSON values; None where something is undefined."""
+    world = [_curve(curve, report.target) for curve in report.agent]
+    free = [_curve(curve, report.target) for curve in report.model_free]
+    purposes = [vars(row) for row in report.purposes]
+    keys = ("steps", "resets", "seconds", "price", "unconfirmed")
     summary: dict[str, Any] = {
         "schema": 1,
         "title": report.title,
@@ -179,31 +165,29 @@ def summarise(report: ReportInput) -> dict[str, Any]:
         "target": report.target,
         "curves": {"world": world, "model_free": free},
         "real_steps": {
-            "purposes": [vars(row) for row in report.purposes],
-            "total": total,
+            "purposes": purposes,
+            "total": {key: sum(row[key] for row in purposes) for key in keys},
             "currency": report.currency,
             "budget": report.budget,
             "remaining": report.remaining,
         },
-        "losses": [dict(row) for row in report.losses],
-        "open_loop": [dict(row) for row in report.open_loop],
-        "checks": [dict(row) for row in report.checks],
-        "trajectories": [_trajectories(group) for group in report.trajectories],
-        "wall": {
-            "stages": [vars(stage) for stage in report.stages],
-            "seconds": report.wall_seconds,
-        },
-        "lineage": [list(pair) for pair in report.lineage],
-        "notes": list(report.notes),
+        "losses": report.losses,
+        "open_loop": report.open_loop,
+        "checks": report.checks,
+        "trajectories": report.trajectories,
+        "wall": {"stages": [vars(row) for row in report.stages], "seconds": report.wall_seconds},
+        "lineage": report.lineage,
+        "notes": report.notes,
         "suite": report.suite,
+        "verdict": _verdict(world, free, report.target, report.wall_seconds),
     }
-    summary["verdict"] = verdict(world, free, report.target, report.wall_seconds)
     return clean(summary)
 
 
 def _curve(curve: Curve, target: float | None) -> dict[str, Any]:
     points = sorted(curve.points, key=lambda point: point.real_steps)
-    at = next((p for p in points if target is not None and p.mean >= target), None)
+    reached = next((p for p in points if target is not None and p.mean >= target), None)
+    last = points[-1].real_steps if points else 0
     return {
         "name": curve.name,
         "settings": curve.settings,
@@ -211,252 +195,155 @@ def _curve(curve: Curve, target: float | None) -> dict[str, Any]:
             vars(p) | {"note": stats.describe(p.returns)["note"] if p.returns else None}
             for p in points
         ],
-        "steps_to_target": None if at is None else at.real_steps,
-        "seconds_to_target": None if at is None else at.wall_seconds,
-        "censored": curve.censored or (target is not None and at is None),
-        "steps_spent": (
-            curve.steps if curve.steps is not None else points[-1].real_steps if points else 0
-        ),
+        "steps_to_target": None if reached is None else reached.real_steps,
+        "seconds_to_target": None if reached is None else reached.wall_seconds,
+        "censored": curve.censored or (target is not None and reached is None),
+        "steps_spent": last if curve.steps is None else curve.steps,
         "best": max((p.mean for p in points), default=None),
         "wall_seconds": curve.wall_seconds,
     }
 
 
-def verdict(
+def _verdict(
     world: Sequence[Mapping[str, Any]],
     free: Sequence[Mapping[str, Any]],
     target: float | None,
     wall_seconds: float | None,
 ) -> dict[str, Any]:
-    """What was reached, in numbers and in words. Of several seeds the median counts; a censored run
-    is 'more than' its last step.
+    """The result in numbers and in words. The median counts of several seeds; a censored run needs
+    more than its last step.
     """
     groups = [
-        _group("world", name, [c for c in world if c["name"] == name])
-        for name in dict.fromkeys(c["name"] for c in world)
+        _group(kind, name, [curve for curve in curves if curve["name"] == name])
+        for kind, curves in (("world", world), ("model-free", free))
+        for name in dict.fromkeys(curve["name"] for curve in curves)
     ]
-    groups += [
-        _group("model-free", name, [c for c in free if c["name"] == name])
-        for name in dict.fromkeys(c["name"] for c in free)
-    ]
-    ours = min(
-        (g for g in groups if g["kind"] == "world" and g["median"] is not None),
-        key=lambda g: g["median"],
-        default=None,
-    )
+    reached = [g for g in groups if g["kind"] == "world" and g["median"] is not None]
+    best = min(reached, key=lambda group: group["median"], default=None)
     for group in groups:
         group["ratio"] = None
-        if ours is not None and group["kind"] == "model-free" and ours["median"]:
-            group["ratio"] = (group["median"] or group["more_than"]) / ours["median"]
+        if best is not None and group["kind"] == "model-free" and best["median"]:
+            group["ratio"] = (group["median"] or group["more_than"]) / best["median"]
             group["ratio_is_bound"] = group["median"] is None
-    return {"text": _words(groups, ours, target, wall_seconds), "groups": groups}
+    return {"text": _sentences(groups, best, target, wall_seconds), "groups": groups}
 
 
 def _group(kind: str, name: str, curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    reached = sorted(c["steps_to_target"] for c in curves if c["steps_to_target"] is not None)
-    ranked = [*reached, *([math.inf] * (len(curves) - len(reached)))]
-    middle = median(ranked) if ranked else math.inf
+    steps = [curve["steps_to_target"] for curve in curves]
+    middle = median(math.inf if step is None else step for step in steps)
+    # A censored run needs more than it spent, so the median of these bounds is a bound of the
+    # median.
+    bounds = [c["steps_spent"] if s is None else s for s, c in zip(steps, curves, strict=True)]
     seconds = [
-        c["seconds_to_target"] if c["seconds_to_target"] is not None else c["wall_seconds"]
+        c["wall_seconds"] if c["seconds_to_target"] is None else c["seconds_to_target"]
         for c in curves
     ]
+    timed = [value for value in seconds if value is not None]
     return {
         "kind": kind,
         "name": name,
         "runs": len(curves),
-        "reached": len(reached),
-        "steps": [c["steps_to_target"] for c in curves],
+        "reached": sum(step is not None for step in steps),
+        "steps": steps,
         "median": middle if math.isfinite(middle) else None,
-        # A censored run is only known to need more than it spent, so the median of these bounds is
-        # all that is known of the median.
-        "more_than": (
-            None if math.isfinite(middle) else median([_at_least(c) for c in curves] or [0])
-        ),
+        "more_than": None if math.isfinite(middle) else median(bounds),
         "best": max((c["best"] for c in curves if c["best"] is not None), default=None),
-        "seconds": (
-            median(s for s in seconds if s is not None)
-            if any(s is not None for s in seconds)
-            else None
-        ),
+        "seconds": median(timed) if timed else None,
     }
 
 
-def _at_least(curve: Mapping[str, Any]) -> int:
-    steps: int = (
-        curve["steps_spent"] if curve["steps_to_target"] is None else curve["steps_to_target"]
-    )
-    return steps
-
-
-def _words(
+def _sentences(
     groups: Sequence[Mapping[str, Any]],
-    ours: Mapping[str, Any] | None,
+    best: Mapping[str, Any] | None,
     target: float | None,
     wall_seconds: float | None,
 ) -> list[str]:
     """One sentence a fact; the first is the headline."""
-    ranked = [g for g in groups if g["kind"] == "world"]
-    rivals = [g for g in groups if g["kind"] == "model-free"]
     if not groups:
         return ["No agent was judged in reality."]
     if target is None:
-        return [
-            f"No target was set; the best mean return in reality of {g['name']} was"
-            f" {page.number(g['best'])}."
-            for g in groups
-        ]
+        of = "No target was set; the best mean return in reality of"
+        return [f"{of} {g['name']} was {page.number(g['best'])}." for g in groups]
     lines: list[str] = []
-    for group in ranked:
-        if group["median"] is not None:
-            seeds = f" (median of {group['runs']} runs)" if group["runs"] > 1 else ""
+    for group in groups:
+        name, several = group["name"], group["runs"] > 1
+        reached = group["median"] is not None
+        steps = page.count(group["median"] if reached else group["more_than"])
+        if group["kind"] == "model-free":
+            runs = f" ({group['reached']} of {group['runs']} runs reached it)" if several else ""
+            did = "needed" if reached else "had not reached it when it was stopped after"
+            lines.append(f"{name} {did} {steps} real steps{_times(group)}{runs}.")
+        elif reached:
+            seeds = f" (median of {group['runs']} runs)" if several else ""
             lines.append(
-                f"{group['name']} reached the target of {target:g} after"
-                f" {page.count(group['median'])} real steps{seeds}."
-            )
-        else:
-            within = (
-                f"within {page.count(group['more_than'])} real steps; its best mean return was"
-                f" {page.number(group['best'])}"
-            )
-            lines.append(f"{group['name']} did not reach the target of {target:g} {within}.")
-    for group in rivals:
-        runs = (
-            f" ({group['reached']} of {group['runs']} runs reached it)" if group["runs"] > 1 else ""
-        )
-        if group["median"] is not None:
-            lines.append(
-                f"{group['name']} needed {page.count(group['median'])} real"
-                f" steps{_times(group)}{runs}."
+                f"{name} reached the target of {target:g} after {steps} real steps{seeds}."
             )
         else:
             lines.append(
-                f"{group['name']} had not reached it when it was stopped after"
-                f" {page.count(group['more_than'])} real steps{_times(group)}{runs}."
+                f"{name} did not reach the target of {target:g} within {steps} real steps; its best"
+                f" mean return was {page.number(group['best'])}."
             )
-    lines += _wall(ours, rivals, wall_seconds)
+    own_seconds = wall_seconds if best is None or best["seconds"] is None else best["seconds"]
+    timed = [g for g in groups if g["kind"] == "model-free" and g["seconds"] is not None]
+    if own_seconds is not None and timed:
+        quickest = min(timed, key=lambda group: group["seconds"])
+        line = f"Wall time: {page.seconds(own_seconds)} with the world, "
+        line += f"{page.seconds(quickest['seconds'])} for {quickest['name']}"
+        if quickest["seconds"] < own_seconds and quickest["median"] is not None:
+            line += ": where real steps are this quick and cheap, model-free training is the faster"
+            line += " way"
+        lines.append(f"{line}.")
     return [line[0].upper() + line[1:] for line in lines]
 
 
 def _times(group: Mapping[str, Any]) -> str:
-    if group["ratio"] is None:
+    ratio = group["ratio"]
+    if ratio is None:
         return ""
-    times = f"{group['ratio']:.1f} times" if group["ratio"] < 100 else f"{group['ratio']:.0f} times"
-    if group["ratio_is_bound"]:
-        return (
-            f", at least {times} as many"
-            if group["ratio"] >= 1
-            else (
-                f", which is fewer than the world's agent spent ({times}): no comparison can be"
-                " made"
-            )
-        )
-    return (
-        f", {times} as many"
-        if group["ratio"] >= 1
-        else f", fewer than the world's agent ({times} as many)"
-    )
+    times = f"{ratio:.1f} times" if ratio < 100 else f"{ratio:.0f} times"
+    if not group["ratio_is_bound"]:
+        fewer = f", fewer than the world's agent ({times} as many)"
+        return f", {times} as many" if ratio >= 1 else fewer
+    if ratio >= 1:
+        return f", at least {times} as many"
+    return f", which is fewer than the world's agent spent ({times}): no comparison can be made"
 
 
-def _wall(
-    ours: Mapping[str, Any] | None, rivals: Sequence[Mapping[str, Any]], wall_seconds: float | None
-) -> list[str]:
-    mine = ours["seconds"] if ours is not None and ours["seconds"] is not None else wall_seconds
-    timed = [g for g in rivals if g["seconds"] is not None]
-    if mine is None or not timed:
-        return []
-    quickest = min(timed, key=lambda g: g["seconds"])
-    said = (
-        f"Wall time: {page.seconds(mine)} with the world, {page.seconds(quickest['seconds'])} for"
-        f" {quickest['name']}"
-    )
-    if quickest["seconds"] < mine and quickest["median"] is not None:
-        return [
-            said
-            + ": where real steps are this quick and cheap, model-free training is the faster way."
-        ]
-    return [said + "."]
-
-
-def _trajectories(group: Trajectories) -> dict[str, Any]:
-    """At most six dimensions (those that move most) and 600 steps, which is what a page can show."""
-    spread = (
-        np.max(
-            [
-                np.std(e.reality, axis=0) if len(e.reality) else np.zeros(len(group.names))
-                for e in group.episodes
-            ],
-            axis=0,
-        )
-        if group.episodes
-        else []
-    )
-    kept = sorted(np.argsort(-np.asarray(spread), kind="stable")[:6].tolist())
+def trajectories(title: str, names: Sequence[str], episodes: Sequence[Episode]) -> dict[str, Any]:
+    """Episodes of `names` [d] as JSON: the DIMENSIONS that move most, and the first STEPS."""
+    spread = [e.reality.std(0) if len(e.reality) else np.zeros(len(names)) for e in episodes]
+    order = np.argsort(-np.max(spread, axis=0), kind="stable").tolist() if episodes else []
+    columns = sorted(order[:DIMENSIONS])
 
     def rows(values: NDArray[np.float64]) -> list[list[float]]:
-        return [
-            [float(f"{v:.6g}") for v in row]
-            for row in np.asarray(values, dtype=np.float64)[:600, kept]
-        ]
+        return [[float(f"{v:.6g}") for v in row] for row in values[:STEPS, columns].tolist()]
 
-    episodes = [
-        {"title": e.title, "reality": rows(e.reality), "imagined": [rows(i) for i in e.imagined]}
-        for e in group.episodes
-    ]
-    return {"title": group.title, "names": [group.names[k] for k in kept], "episodes": episodes}
-
-
-def trajectories_of(summary: Mapping[str, Any]) -> list[Trajectories]:
-    """The trajectories of a written summary, to be shown in another."""
-    return [
-        Trajectories(
-            group["title"],
-            group["names"],
-            [
-                Episode(
-                    e["title"], np.asarray(e["reality"]), [np.asarray(i) for i in e["imagined"]]
-                )
-                for e in group["episodes"]
-            ],
-        )
-        for group in summary["trajectories"]
-    ]
+    return {
+        "title": title,
+        "names": [names[column] for column in columns],
+        "episodes": [
+            {"title": e.title, "reality": rows(e.reality), "imagined": [*map(rows, e.imagined)]}
+            for e in episodes
+        ],
+    }
 
 
 def curves_table(summary: Mapping[str, Any]) -> Table:
     """Return in reality against real steps spent, the world's agent beside model-free training."""
-    table = Table(
-        "",
-        "real steps",
-        "return in reality",
-        "90% interval",
-        "wall so far",
-        box=None,
-        header_style="dim",
-        pad_edge=False,
-    )
+    head = ("", "real steps", "return in reality", "90% interval", "wall so far")
+    table = Table(*head, box=None, header_style="dim", pad_edge=False)
     for curve in summary["curves"]["world"]:
-        for point in curve["points"]:
-            table.add_row(
-                "in the world",
-                page.count(point["real_steps"]),
-                page.number(point["mean"]),
-                page.span(point["interval"]),
-                page.seconds(point["wall_seconds"]),
-            )
+        for p in curve["points"]:
+            mean, span = page.number(p["mean"]), page.span(p["interval"])
+            wall = page.seconds(p["wall_seconds"])
+            table.add_row("in the world", page.count(p["real_steps"]), mean, span, wall)
     for curve in summary["curves"]["model_free"]:
         points = curve["points"]
-        for point in (
-            [points[round(i * (len(points) - 1) / 4)] for i in range(5)]
-            if len(points) > 5
-            else points
-        ):
-            table.add_row(
-                curve["name"],
-                page.count(point["real_steps"]),
-                page.number(point["mean"]),
-                "",
-                page.seconds(point["wall_seconds"]),
-            )
+        if len(points) > 5:
+            points = [points[round(i * (len(points) - 1) / 4)] for i in range(5)]
+        for p in points:
+            mean, wall = page.number(p["mean"]), page.seconds(p["wall_seconds"])
+            table.add_row(curve["name"], page.count(p["real_steps"]), mean, "", wall)
     table.caption = "\n".join(summary["verdict"]["text"])
     return table
 
