@@ -43,7 +43,8 @@ from mesocosm.jobs import collect
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.net import apply_base, build
+from mesocosm.model.families import build
+from mesocosm.model.net import apply_base
 from mesocosm.model.spec import Windows
 from mesocosm.model.world import World
 from mesocosm.runs import tracking

@@ -44,7 +44,8 @@ from mesocosm.evaluate.report.page import ratio, span
 from mesocosm.jobs import collect
 from mesocosm.model import mup
 from mesocosm.model.base import Base
-from mesocosm.model.net import apply_base, build
+from mesocosm.model.families import build
+from mesocosm.model.net import apply_base
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking

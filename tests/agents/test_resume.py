@@ -26,7 +26,7 @@ from mesocosm.jobs import train_agent as train
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.net import build
+from mesocosm.model.families import build
 from mesocosm.model.world import World
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage

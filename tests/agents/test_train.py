@@ -26,7 +26,8 @@ from mesocosm.jobs import train_agent as train
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.net import apply_base, build
+from mesocosm.model.families import build
+from mesocosm.model.net import apply_base
 from mesocosm.model.world import World
 from mesocosm.policies.policy import Policy
 from mesocosm.runs import tracking

@@ -33,7 +33,7 @@ from mesocosm.jobs.evaluate import run as evaluate
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.net import build
+from mesocosm.model.families import build
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.policy import Layout, Policy

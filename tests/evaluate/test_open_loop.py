@@ -21,7 +21,7 @@ from mesocosm.evaluate.metrics.open_loop import Log, begin_at, open_loop
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.net import build
+from mesocosm.model.families import build
 from mesocosm.model.world import World
 from mesocosm.train.prepare import transitions
 

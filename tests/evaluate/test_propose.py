@@ -27,7 +27,8 @@ from mesocosm.jobs.propose import ProposeConfig
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.net import apply_base, build
+from mesocosm.model.families import build
+from mesocosm.model.net import apply_base
 from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking

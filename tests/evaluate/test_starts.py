@@ -27,7 +27,7 @@ from mesocosm.evaluate.metrics.starts import LEAST, TaskDistribution, task_distr
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.net import build
+from mesocosm.model.families import build
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
 from mesocosm.train.prepare import transitions

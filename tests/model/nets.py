@@ -6,8 +6,9 @@ import torch
 
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
+from mesocosm.model.families import build
 from mesocosm.model.mup import init_
-from mesocosm.model.net import WorldNet, build
+from mesocosm.model.net import WorldNet
 from mesocosm.model.spec import Spec
 
 

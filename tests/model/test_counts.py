@@ -19,9 +19,9 @@ from mesocosm.model.counts import (
     measured_flops,
     params,
 )
+from mesocosm.model.families import build
 from mesocosm.model.ladder import dims, ensemble_dims
 from mesocosm.model.mup import init_
-from mesocosm.model.net import build
 from mesocosm.model.spec import PartSpec, Spec, TextSpan
 
 torch.set_num_threads(1)

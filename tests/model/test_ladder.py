@@ -1,4 +1,4 @@
-"""The ladder's rungs are what their names say, and a wrong name is answered with the nearest."""
+"""The ladder's rungs have the sizes of their names; an error for a wrong name gives the nearest."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import itertools
 import pytest
 
 from mesocosm.errors import UsageError
-from mesocosm.model.config import ModelConfig
+from mesocosm.model.config import FAMILIES, ModelConfig
+from mesocosm.model.families import NETWORKS
 from mesocosm.model.ladder import (
     DEC_HEAD,
     ENSEMBLE_RUNGS,
     HEAD,
+    LADDERS,
     RUNGS,
     dims,
     ensemble_dims,
@@ -20,25 +22,9 @@ from mesocosm.model.ladder import (
 
 
 def test_rungs_are_near_their_names() -> None:
-    assert (
-        list(RUNGS)
-        == list(ENSEMBLE_RUNGS)
-        == [
-            "10k",
-            "30k",
-            "100k",
-            "300k",
-            "1m",
-            "3m",
-            "10m",
-            "30m",
-            "100m",
-            "300m",
-            "1b",
-            "3b",
-            "7b",
-        ]
-    )
+    small, large = ["10k", "30k", "100k", "300k", "1m", "3m"], ["10m", "30m", "100m", "300m"]
+    assert list(RUNGS) == list(ENSEMBLE_RUNGS) == [*small, *large, "1b", "3b", "7b"]
+    assert tuple(LADDERS) == tuple(NETWORKS) == FAMILIES
     for size in RUNGS:
         assert abs(dims(size).params / nominal(size) - 1) < 0.15
         assert abs(ensemble_dims(size).params / nominal(size) - 1) < 0.15
@@ -47,7 +33,8 @@ def test_rungs_are_near_their_names() -> None:
 def test_heads_have_one_size_and_the_decoder_grows_with_the_rung() -> None:
     rungs = list(RUNGS.values())
     for rung in rungs:
-        assert rung.heads * HEAD == rung.d_model and rung.dec_heads * DEC_HEAD == rung.d_dec
+        assert rung.backbone.heads * HEAD == rung.d_model
+        assert rung.decoder.heads * DEC_HEAD == rung.d_dec
     for below, above in itertools.pairwise(rungs):
         assert (
             above.d_model >= below.d_model
@@ -57,18 +44,18 @@ def test_heads_have_one_size_and_the_decoder_grows_with_the_rung() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "said"),
+    ("key", "value", "fix"),
     [
         ("size", "30m0", "'30m'"),
         ("size", "2x", "10k, 30k"),
         ("family", "sequense", "'sequence'"),
-        ("members", 0, "at least 1"),
-        ("base_steps", -1, "at least 0"),
+        ("members", 0, ">= 1"),
+        ("base_steps", -1, ">= 0"),
     ],
 )
-def test_a_wrong_value_is_named_with_the_fix(key: str, value: object, said: str) -> None:
+def test_a_wrong_value_is_named_with_the_fix(key: str, value: object, fix: str) -> None:
     config = ModelConfig()
     setattr(config, key, value)
     with pytest.raises(UsageError, match=f"model.{key}") as error:
         config.validate()
-    assert said in str(error.value) and str(value) in str(error.value)
+    assert fix in str(error.value) and str(value) in str(error.value)

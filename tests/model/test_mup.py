@@ -15,9 +15,10 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.counts import blank_windows
 from mesocosm.model.ensemble import Ensemble
+from mesocosm.model.families import build
 from mesocosm.model.ladder import Dims, EnsembleDims
 from mesocosm.model.mup import init_, param_groups, tag
-from mesocosm.model.net import WorldNet, apply_base, build
+from mesocosm.model.net import WorldNet, apply_base
 from mesocosm.model.sequence import Sequence
 from mesocosm.model.spec import Parts, PartSpec, Spec, Windows
 

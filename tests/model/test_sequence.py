@@ -11,8 +11,9 @@ from torch import Tensor
 from mesocosm.model import rng
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
+from mesocosm.model.families import build
 from mesocosm.model.mup import init_, param_groups
-from mesocosm.model.net import apply_base, build
+from mesocosm.model.net import apply_base
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan, Windows
 from mesocosm.model.world import World
 

@@ -191,7 +191,7 @@ def test_unique_data_are_nested_exact_and_of_whole_episodes_but_one(cart: Datase
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["grid.sizes=[10k,31k]"], "grid.sizes='31k' is no rung of the ladder.*did you mean '30k'"),
+        (["grid.sizes=[10k,31k]"], "grid.sizes must be one of .* got '31k'.*did you mean '30k'"),
         (["grid.sizes=[]"], "grid.sizes"),
         (["grid.data=[]"], "neither grid.data nor grid.flops is set"),
         (

@@ -19,7 +19,7 @@ from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.codec import Codec, Scaling
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.net import build
+from mesocosm.model.families import build
 from mesocosm.model.world import World
 from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.deployment import LISTENERS, deploy, undeploy

@@ -16,8 +16,9 @@ from mesocosm.errors import MesocosmError
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.counts import blank_windows
+from mesocosm.model.families import build
 from mesocosm.model.mup import init_
-from mesocosm.model.net import apply_base, build
+from mesocosm.model.net import apply_base
 from mesocosm.model.spec import PartSpec, Spec
 from mesocosm.train import checkpoint, engine
 from mesocosm.train.checkpoint import Progress

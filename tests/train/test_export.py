@@ -16,8 +16,8 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.evaluate.metrics.open_loop import Log
 from mesocosm.model import rng
 from mesocosm.model.base import Base
+from mesocosm.model.families import build
 from mesocosm.model.layers import Constant
-from mesocosm.model.net import build
 from mesocosm.model.world import World
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import prepare

@@ -20,8 +20,9 @@ from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.jobs import pretrain as run
 from mesocosm.model import rng
+from mesocosm.model.families import build
 from mesocosm.model.mup import init_
-from mesocosm.model.net import apply_base, build
+from mesocosm.model.net import apply_base
 from mesocosm.model.world import World
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import checkpoint, prepare, training, worker

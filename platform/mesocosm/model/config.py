@@ -1,48 +1,46 @@
-"""What a user says of the model: its family, its rung of the ladder and its members."""
+"""The model's part of a config: family, size, members."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from mesocosm.errors import UsageError, nearest
-from mesocosm.model.ladder import dims
+from mesocosm.model.ladder import LADDERS, dims
 
-FAMILIES = ("sequence", "ensemble")
+FAMILIES = tuple(LADDERS)
 
 
 @dataclass
 class ModelConfig:
     family: str = "sequence"
-    """`sequence`: a transformer over steps, with history; `ensemble`: probabilistic MLPs on (o, a),
+    """`sequence`: a transformer over steps, with history. `ensemble`: probabilistic MLPs on (o, a),
     as PETS.
     """
     size: str = "30k"
-    """A rung of `ladder.RUNGS`."""
+    """A rung of the ladder, 10k to 7b."""
     members: int = 4
-    """K: decoders (sequence) or MLPs (ensemble), each with its own base and its own mask of
-    episodes.
+    """K: the number of decoders (sequence) or MLPs (ensemble). Each member has a base of its own
+    and trains on its own subset of the episodes.
     """
     base: bool = True
-    """Predict the residual over a ridge + MLP base rather than the change itself."""
+    """Predict the residual over a ridge + MLP base instead of the change itself."""
     base_hidden: int = 128
+    """Hidden units of the base's MLP."""
     base_steps: int = 1500
+    """Training steps of the base's MLP; 0 keeps the ridge alone."""
     context: int = 16
     """W: steps of history in a window (sequence)."""
     components: int = 3
     """Logistics in the mixture density of a number (sequence)."""
 
     def validate(self) -> None:
-        """Raises UsageError naming the key, its value and the fix."""
+        """Raise UsageError that names the key, its value and the fix."""
         if self.family not in FAMILIES:
-            raise UsageError(
-                f"model.family={self.family!r} is unknown, use one of"
-                f" {', '.join(FAMILIES)}{nearest(self.family, FAMILIES)}"
-            )
+            families = ", ".join(FAMILIES)
+            hint = nearest(self.family, FAMILIES)
+            raise UsageError(f"model.family must be one of {families}, got {self.family!r}{hint}")
         dims(self.size)
-        for key in ("members", "base_hidden", "context", "components"):
-            if getattr(self, key) < 1:
-                raise UsageError(f"model.{key}={getattr(self, key)} must be at least 1")
-        if self.base_steps < 0:
-            raise UsageError(
-                f"model.base_steps={self.base_steps} must be at least 0 (0 leaves the ridge alone)"
-            )
+        least = dict(members=1, base_hidden=1, base_steps=0, context=1, components=1)
+        for key, low in least.items():
+            if getattr(self, key) < low:
+                raise UsageError(f"model.{key} must be >= {low}, got {getattr(self, key)}")

@@ -1,10 +1,10 @@
-"""How large a model is, and how much it computes: exact, and without making it (on torch's meta
-device), 7B in a second or two.
+"""The exact size and compute of a model, counted on torch's meta device without allocating it; 7B
+takes a second or two.
 
-The causal convention, the same everywhere: attention counts the *full square* of scores, the masked
-half too, as `torch.utils.flop_counter` counts it under `sdpa_kernel(SDPBackend.MATH)`. (The fused
-CPU kernel would count as 0.) A multiplication and its addition are 2 FLOPs; elementwise work, norms
-and look-ups are none. Activations that checkpointing computes again are not counted again.
+Attention counts the full square of scores, the masked half too, as `torch.utils.flop_counter`
+counts it under `sdpa_kernel(SDPBackend.MATH)`; the fused CPU kernel would count as 0. A
+multiplication and its addition are 2 FLOPs; elementwise work, norms and look-ups are none.
+Activations that checkpointing recomputes are not counted again.
 """
 
 from __future__ import annotations
@@ -12,29 +12,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
+from mesocosm.model.families import build
 from mesocosm.model.mup import tag_of
-from mesocosm.model.net import WorldNet, apply_base, build
+from mesocosm.model.net import WorldNet, apply_base
 from mesocosm.model.spec import Events, Parts, Spec, Windows
-
-META = "meta"
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters, exactly. `total` is what is trained: dynamics + heads + start."""
+    """Exact numbers of parameters."""
 
     n: int
-    """N of the ladder and the laws: one head (the backbone and one decoder, or one member's MLP)
-    without embeddings and output layers.
+    """N of the ladder and the laws: one member (the backbone and one decoder, or one MLP) without
+    embeddings and output layers.
     """
     embeddings: int
-    """What the spaces decide, of one head: embeddings and output layers with their biases."""
+    """Embeddings and output layers of one member, with their biases: what the spaces decide."""
     dynamics: int
     """The backbone and all members' decoders (or all MLPs), embeddings included."""
     heads: int
@@ -42,43 +41,42 @@ class Counts:
     start: int
     """The start model."""
     total: int
+    """All trained parameters: dynamics + heads + start."""
     members: int
     base: int
     """The frozen base of all members."""
 
 
 def params(spec: Spec, config: ModelConfig) -> Counts:
-    """The counts of a model before it is made. Raises UsageError on an invalid config."""
-    with torch.device(META):
+    """The counts of a model that need not exist. Raises UsageError on an invalid config."""
+    with torch.device("meta"):
         return count(build(spec, config), Base(spec, config))
 
 
-def count(net: WorldNet, base: nn.Module) -> Counts:
-    """The counts of a model as it stands."""
-    sums = dict.fromkeys(("n", "embeddings", "dynamics", "heads", "start"), 0)
+def count(net: WorldNet, base: Base) -> Counts:
+    """The counts of an existing model."""
+    n = embeddings = dynamics = heads = start = 0
     for name, parameter in net.named_parameters():
         size, part = parameter.numel(), name.split(".")[0]
         if part in ("reward", "termination"):
-            sums["heads"] += size
+            heads += size
         elif part == "start":
-            sums["start"] += size
+            start += size
         else:
-            sums["dynamics"] += size
-            # An output's bias is a "vector" to muP, yet the spaces decide its size.
-            of_spaces = (
+            dynamics += size
+            one_member = size // net.members if net.memory == 0 or part == "decoder" else size
+            # An output's bias is a "vector" to muP, but the spaces decide its size.
+            if (
                 part == "embed"
                 or tag_of(name, parameter).kind in ("embedding", "output")
                 or name.endswith(("density_bias", "logits_bias", "last.bias"))
-            )
-            each = size // net.members if net.memory == 0 or part == "decoder" else size
-            sums["embeddings" if of_spaces else "n"] += each
-    total = sums["dynamics"] + sums["heads"] + sums["start"]
-    return Counts(
-        **sums,
-        total=total,
-        members=net.members,
-        base=sum(buffer.numel() for buffer in base.buffers()),
-    )
+            ):
+                embeddings += one_member
+            else:
+                n += one_member
+    buffers = sum(buffer.numel() for buffer in base.buffers())
+    total = dynamics + heads + start
+    return Counts(n, embeddings, dynamics, heads, start, total, net.members, buffers)
 
 
 def flops_per_batch(
@@ -91,9 +89,9 @@ def flops_per_batch(
     backward: bool = True,
 ) -> int:
     """FLOPs of one step on `batch` windows of `window` transitions and `events` single ones: the
-    base's and the network's forward pass and, with `backward`, the network's backward pass.
+    forward pass of base and network and, with `backward`, the network's backward pass.
     """
-    with torch.device(META):
+    with torch.device("meta"):
         net, base = build(spec, config), Base(spec, config)
         windows = blank_windows(spec, batch, window, events)
         return measured_flops(net, base, windows, backward=backward)
@@ -102,16 +100,14 @@ def flops_per_batch(
 def flops_per_transition(
     spec: Spec, config: ModelConfig, window: int, *, backward: bool = True
 ) -> float:
-    """FLOPs of training (or, without `backward`, of evaluating) on one transition of full windows:
-    exact for any batch, in which they are linear.
+    """FLOPs of training on one transition of full windows (without `backward`, of evaluating it):
+    exact for any batch, because they are linear in it.
     """
     return flops_per_batch(spec, config, 1, window, backward=backward) / window
 
 
-def measured_flops(net: WorldNet, base: nn.Module, windows: Windows, *, backward: bool) -> int:
-    """What torch's counter says of this step on the device where everything lies. Leaves gradients
-    on `net`.
-    """
+def measured_flops(net: WorldNet, base: Base, windows: Windows, *, backward: bool) -> int:
+    """FLOPs of this step by torch's counter, on any device. Leaves gradients on `net`."""
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter, torch.set_grad_enabled(backward):
         objective = net(windows, apply_base(base, windows)).objective
@@ -120,33 +116,34 @@ def measured_flops(net: WorldNet, base: nn.Module, windows: Windows, *, backward
     return int(counter.get_total_flops())
 
 
-def blank_windows(
-    spec: Spec, batch: int, window: int, events: int = 0, device: torch.device | str | None = None
-) -> Windows:
-    """Windows of zeros, all valid, on `device` (None: torch's present default)."""
-    place = torch.get_default_device() if device is None else device
+def blank_windows(spec: Spec, batch: int, window: int, events: int = 0) -> Windows:
+    """Windows of zeros, all valid, on torch's default device."""
+    device = torch.get_default_device()
+
+    def parts(part: str, *shape: int) -> Parts:
+        return Parts.empty(getattr(spec, part), *shape, device=device)
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, device=place)
+        return torch.zeros(shape, device=device)
 
-    side = Events(
-        Parts.empty(spec.observation, events, device=place),
-        Parts.empty(spec.action, events, device=place),
-        Parts.empty(spec.observation, events, device=place),
-        Parts.empty(spec.task, events, device=place),
-        terminated=zeros(events),
-        weight=zeros(events),
-        episode=zeros(events).long(),
+    singles = Events(
+        parts("observation", events),
+        parts("action", events),
+        parts("observation", events),
+        parts("task", events),
+        zeros(events),
+        zeros(events),
+        zeros(events).long(),
     )
     return Windows(
-        Parts.empty(spec.observation, batch, window + 1, device=place),
-        Parts.empty(spec.action, batch, window, device=place),
-        Parts.empty(spec.task, batch, device=place),
+        parts("observation", batch, window + 1),
+        parts("action", batch, window),
+        parts("task", batch),
         reward=zeros(batch, window),
         terminated=zeros(batch, window),
         duration=zeros(batch, window),
         mask=zeros(batch, window) == 0,
         start=zeros(batch) == 0,
         episode=zeros(batch).long(),
-        events=side if events else None,
+        events=singles if events else None,
     )

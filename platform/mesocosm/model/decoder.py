@@ -1,9 +1,8 @@
 """The decoder inside a step: an autoregressive transformer over slots of numbers and categories.
 
-Slot i's distribution is conditioned on a context and on the values of slots 0 .. i-1, so that
-dimensions that move together are drawn together. K members are evaluated at once; each has its own
-parameters, and its own view of the numbers (their residual over its own base), but all see one
-sample.
+Slot i's distribution depends on a context and on the values of slots 0 .. i-1, so that dimensions
+that move together are drawn together. K members are evaluated at once. Each has its own parameters
+and its own view of the numbers (their residual over its own base); all see one sample.
 """
 
 from __future__ import annotations
@@ -17,16 +16,21 @@ from torch.nn import functional as F
 
 from mesocosm.model import density, rng
 from mesocosm.model.ladder import Dims
-from mesocosm.model.layers import Constant, MemberLinear, RMSNorm, first_rows
+from mesocosm.model.layers import (
+    Constant,
+    Linear,
+    RMSNorm,
+    TransformerBlock,
+    first_rows,
+    output_layer,
+)
 from mesocosm.model.mup import tag
-from mesocosm.model.spec import TextSpan
+from mesocosm.model.spec import PartSpec, TextSpan
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The slots of a decoder, in their order. Number j is slot `number_slots[j]`; category j is
-    slot `category_slots[j]`.
-    """
+    """The slots of a decoder, in their order."""
 
     order: tuple[tuple[str, int], ...]
     """("number" or "category", j) of each slot"""
@@ -34,13 +38,9 @@ class Layout:
     categories: tuple[int, ...]
     texts: tuple[TextSpan, ...]
 
-    @property
-    def number_slots(self) -> list[int]:
-        return [i for i, (kind, _) in enumerate(self.order) if kind == "number"]
-
-    @property
-    def category_slots(self) -> list[int]:
-        return [i for i, (kind, _) in enumerate(self.order) if kind == "category"]
+    def slots(self, kind: str) -> list[int]:
+        """The slots of the numbers, or of the categories."""
+        return [slot for slot, (of, _) in enumerate(self.order) if of == kind]
 
 
 @dataclass(frozen=True)
@@ -55,65 +55,37 @@ class Scale:
     """[n] float32"""
 
 
-class Block(nn.Module):
-    """Causal attention among the slots of a step, then SwiGLU: [K, N, S, d] -> the same."""
+def slot_order(part: PartSpec, number: int = 0, category: int = 0) -> tuple[tuple[str, int], ...]:
+    """The slots of a part: its numbers, counted from `number`, then its categories."""
+    numbers = [("number", number + j) for j in range(part.numbers)]
+    categories = [("category", category + j) for j in range(len(part.categories))]
+    return (*numbers, *categories)
 
-    def __init__(self, members: int, dims: Dims):
-        super().__init__()
-        width, depth, d, ff = dims.dec_width, dims.dec_depth, dims.d_dec, dims.d_ff_dec
-        self.heads = dims.dec_heads
-        self.norm_1 = RMSNorm(d, m_width=width, m_depth=depth, members=members)
-        self.qkv = MemberLinear(members, d, 3 * d, "hidden", width=width, depth=depth)
-        self.out = MemberLinear(
-            members,
-            d,
-            d,
-            "hidden",
-            width=width,
-            depth=depth,
-            multiplier=dims.dec_residual_multiplier,
-        )
-        self.norm_2 = RMSNorm(d, m_width=width, m_depth=depth, members=members)
-        self.up = MemberLinear(members, d, 2 * ff, "hidden", width=width, depth=depth)
-        self.down = MemberLinear(
-            members,
-            ff,
-            d,
-            "hidden",
-            width=width,
-            depth=depth,
-            multiplier=dims.dec_residual_multiplier,
-        )
+
+class Block(TransformerBlock):
+    """Causal attention among the slots of a step, then SwiGLU."""
 
     def forward(self, x: Tensor, slots: int) -> Tensor:
-        """x: [K, N * S, d], slots innermost."""
+        """[K, N * S, d], slots innermost -> the same."""
         k, rows, d = x.shape
-        q, key, v = (
-            self.qkv(self.norm_1(x))
-            .view(k * rows // slots, slots, 3, self.heads, d // self.heads)
-            .permute(2, 0, 3, 1, 4)
-        )
+        qkv = self.qkv(self.norm_1(x)).view(k * rows // slots, slots, 3, self.heads, self.head)
+        q, key, v = qkv.permute(2, 0, 3, 1, 4)
         attended = v if slots == 1 else F.scaled_dot_product_attention(q, key, v, is_causal=True)
-        return self._mlp(x + self.out(attended.transpose(1, 2).reshape(k, rows, d)))
+        return self.residual(x, attended.transpose(1, 2).reshape(k, rows, d))
 
     def step(self, x: Tensor, cache: Tensor, slot: int) -> Tensor:
-        """x: [K, N, d] at `slot`; `cache` [2, S, K, N, heads, d / heads] holds the slots before,
-        and takes this one.
+        """The same for x [K, N, d] at `slot`: `cache` [2, S, K, N, heads, head] holds the slots
+        before, and takes this one.
         """
         k, rows, d = x.shape
-        q, key, v = self.qkv(self.norm_1(x)).view(k, rows, 3, self.heads, -1).unbind(2)
-        if slot == 0:
-            attended = v
+        q, key, v = self.qkv(self.norm_1(x)).view(k, rows, 3, self.heads, self.head).unbind(2)
+        attended = v
         if cache.shape[1] > 1:
             cache[0, slot], cache[1, slot] = key, v
         if slot:
-            score = (cache[0, : slot + 1] * q).sum(-1, keepdim=True) * (d // self.heads) ** -0.5
+            score = (cache[0, : slot + 1] * q).sum(-1, keepdim=True) * self.head**-0.5
             attended = (score.softmax(0) * cache[1, : slot + 1]).sum(0)
-        return self._mlp(x + self.out(attended.reshape(k, rows, d)))
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        gate, up = self.up(self.norm_2(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        return self.residual(x, attended.reshape(k, rows, d))
 
 
 class Decoder(nn.Module):
@@ -123,78 +95,57 @@ class Decoder(nn.Module):
 
     def __init__(self, layout: Layout, dims: Dims, *, members: int, components: int, inputs: int):
         super().__init__()
-        self.layout = layout
-        self.members = members
+        self.layout, self.members = layout, members
         self.slots = len(layout.order)
-        d, width = dims.d_dec, dims.dec_width
-        numbers, cardinalities = len(layout.bins), layout.categories
+        stack, numbers, cardinalities = dims.decoder, len(layout.bins), layout.categories
         self.most = max(cardinalities, default=0)
-        self.project = (
-            MemberLinear(members, inputs, d, "hidden", width=dims.width) if inputs else None
-        )
-        self.slot = tag(nn.Parameter(torch.zeros(members, self.slots, d)), "embedding", fan_in=1)
-        # A zero-sized parameter is more than a ZeRO engine can partition: what has nothing to hold
-        # is None.
-        many = self.slots > 1
-        self.value = (
-            tag(nn.Parameter(torch.zeros(numbers, members, 2, d)), "embedding", fan_in=2)
-            if numbers and many
-            else None
-        )
-        self.table = (
-            tag(nn.Parameter(torch.zeros(sum(cardinalities), members, d)), "embedding", fan_in=1)
-            if cardinalities and many
-            else None
-        )
-        self.blocks = nn.ModuleList(Block(members, dims) for _ in range(dims.dec_layers))
-        self.norm = RMSNorm(d, m_width=width, m_depth=1.0, members=members)
+        categories, several = len(cardinalities), self.slots > 1
 
-        def output(outputs: int) -> MemberLinear:
-            return MemberLinear(
-                members,
-                d,
-                outputs,
-                "output",
-                width=width,
-                multiplier=dims.dec_output_multiplier,
-                gain=0.1,
-            )
+        def embedding(*shape: int, fan_in: int) -> nn.Parameter:
+            weight = nn.Parameter(torch.zeros(*shape, stack.d))
+            return tag(weight, "embedding", fan_in=fan_in)
 
-        self.density = output(density.PARAMS * components) if numbers else None
-        self.logits = output(self.most) if cardinalities else None
-        spread = torch.zeros(density.PARAMS, components)
-        spread[1] = torch.linspace(-1, 1, components) if components > 1 else 0.0
-        self.density_bias = (
-            tag(nn.Parameter(spread.flatten().repeat(members, numbers, 1)), "vector")
-            if numbers
-            else None
-        )
-        self.logits_bias = (
-            tag(nn.Parameter(torch.zeros(members, len(cardinalities), self.most)), "vector")
-            if cardinalities
-            else None
-        )
+        # A ZeRO engine cannot partition a zero-sized parameter: what has nothing to hold is None.
+        self.project = self.value = self.table = self.density = self.logits = None
+        self.density_bias = self.logits_bias = None
+        if inputs:
+            width = dims.backbone.width
+            self.project = Linear(inputs, stack.d, "hidden", members=members, width=width)
+        self.slot = embedding(members, self.slots, fan_in=1)
+        if numbers and several:
+            self.value = embedding(numbers, members, 2, fan_in=2)
+        if categories and several:
+            self.table = embedding(sum(cardinalities), members, fan_in=1)
+        self.blocks = nn.ModuleList(Block(stack, members) for _ in range(stack.layers))
+        self.norm = RMSNorm(stack, depth=1.0, members=members)
+        if numbers:
+            parameters = density.PARAMS * components
+            self.density = output_layer(stack.d, parameters, members, stack.width)
+            spread = torch.zeros(density.PARAMS, components)
+            spread[1] = torch.linspace(-1, 1, components) if components > 1 else 0.0
+            bias = spread.flatten().repeat(members, numbers, 1)
+            self.density_bias = tag(nn.Parameter(bias), "vector")
+        if categories:
+            self.logits = output_layer(stack.d, self.most, members, stack.width)
+            bias = torch.zeros(members, categories, self.most)
+            self.logits_bias = tag(nn.Parameter(bias), "vector")
 
         self.bins = Constant(torch.tensor(layout.bins))
         self.offsets = Constant(first_rows(cardinalities))
-        allowed = torch.arange(self.most) < torch.tensor(
-            cardinalities, dtype=torch.int64
-        ).unsqueeze(-1)
+        sizes = torch.tensor(cardinalities, dtype=torch.int64).unsqueeze(-1)
+        allowed = torch.arange(self.most) < sizes
         for text in layout.texts:
             allowed[text.start : text.start + text.min_length, 0] = False
         self.allowed = Constant(allowed)
-        # Of each slot's value among (numbers, categories) laid side by side.
-        self.columns = Constant(
-            torch.tensor(
-                [j if kind == "number" else numbers + j for kind, j in layout.order],
-                dtype=torch.int64,
-            )
-        )
+        # The column of each slot's value when (numbers, categories) lie side by side.
+        columns = [j if kind == "number" else numbers + j for kind, j in layout.order]
+        self.columns = Constant(torch.tensor(columns, dtype=torch.int64))
         self.uniforms = Constant(torch.arange(2 * self.slots) + rng.OBSERVATION)
-        self.text_of = {text.start + i: text for text in layout.texts for i in range(text.length)}
+        self.inside_text = {
+            j for text in layout.texts for j in range(text.start + 1, text.start + text.length)
+        }
 
-    # -- all slots at once
-    # -----------------------------------------------------------------------------------------------
+    # All slots at once: the values are given.
 
     def forward(
         self, context: Tensor | None, r: Tensor, numbers: Tensor, categories: Tensor
@@ -209,45 +160,30 @@ class Decoder(nn.Module):
         if self.project is not None:
             x = x + self.project(context).unsqueeze(2)
         if s > 1:
-            x = x + F.pad(
-                self._values(r, numbers, categories)[:, :, self.columns(r)[:-1]], (0, 0, 1, 0)
-            )
+            values = self._values(r, numbers, categories)[:, :, self.columns(r)[:-1]]
+            x = x + F.pad(values, (0, 0, 1, 0))
         x = x.reshape(k, n * s, -1)
         for block in self.blocks:
             x = block(x, s)
         x = self.norm(x).view(k, n, s, -1)
         params, logits = r.new_zeros(k, n, 0, density.PARAMS), r.new_zeros(k, n, 0, 1)
         if self.density is not None and self.density_bias is not None:
-            params = (
-                self.density(x[:, :, self.layout.number_slots].flatten(1, 2))
-                .unflatten(1, (n, -1))
-                .float()
-                + self.density_bias.unsqueeze(1).float()
-            )
+            y = self.density(x[:, :, self.layout.slots("number")].flatten(1, 2))
+            params = y.unflatten(1, (n, -1)).float() + self.density_bias.unsqueeze(1).float()
         if self.logits is not None and self.logits_bias is not None:
-            logits = (
-                self.logits(x[:, :, self.layout.category_slots].flatten(1, 2))
-                .unflatten(1, (n, -1))
-                .float()
-                + self.logits_bias.unsqueeze(1).float()
-            )
+            y = self.logits(x[:, :, self.layout.slots("category")].flatten(1, 2))
+            logits = y.unflatten(1, (n, -1)).float() + self.logits_bias.unsqueeze(1).float()
         return params, logits
 
     def _values(self, r: Tensor, numbers: Tensor, categories: Tensor) -> Tensor:
         """[K, N, n + m, d]: the embeddings of all values, numbers first."""
         values = []
         if self.value is not None:
-            values.append(
-                torch.einsum(
-                    "knsf,skfd->knsd", value_features(r, numbers).to(self.value.dtype), self.value
-                )
-            )
+            features = value_features(r, numbers).to(self.value.dtype)
+            values.append(torch.einsum("knsf,skfd->knsd", features, self.value))
         if self.table is not None:
-            values.append(
-                F.embedding(categories + self.offsets(categories), self.table.flatten(1))
-                .unflatten(-1, (self.members, -1))
-                .permute(2, 0, 1, 3)
-            )
+            rows = F.embedding(categories + self.offsets(categories), self.table.flatten(1))
+            values.append(rows.unflatten(-1, (self.members, -1)).permute(2, 0, 1, 3))
         return torch.cat(values, 2)
 
     def log_prob(
@@ -258,21 +194,20 @@ class Decoder(nn.Module):
         scale: Scale,
         absolute: Tensor | None = None,
     ) -> Tensor:
-        """[K, N, S] float32 <= 0, slots in their order. `numbers` [N, n] in the units of `scale`;
-        `absolute`: what later slots read of them beside r_k (None: the same numbers).
-        """
-        r, m, logits = self._scored(context, numbers, categories, scale, absolute)
-        of_numbers = density.log_prob(m, r)
-        if self.logits is None:
-            return of_numbers
-        of_categories = (
-            F.log_softmax(logits, -1)
-            .gather(-1, categories.expand(self.members, -1, -1).unsqueeze(-1))
-            .squeeze(-1)
-        )
-        return torch.cat((of_numbers, of_categories), -1)[..., self.columns(r)]
+        """[K, N, S] float32 <= 0, slots in their order.
 
-    def _scored(
+        Args:
+            numbers: [N, n] in the units of `scale`.
+            absolute: [N, n]: what later slots read beside r_k; by default `numbers`.
+        """
+        r, mixture, logits = self._distributions(context, numbers, categories, scale, absolute)
+        log_prob = density.log_prob(mixture, r)
+        if self.logits is None:
+            return log_prob
+        both = torch.cat((log_prob, density.categorical_log_prob(logits, categories)), -1)
+        return both[..., self.columns(r)]
+
+    def _distributions(
         self,
         context: Tensor | None,
         numbers: Tensor,
@@ -290,32 +225,28 @@ class Decoder(nn.Module):
     def expected(
         self, context: Tensor, numbers: Tensor, categories: Tensor, scale: Scale, absolute: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """As `log_prob`, each member's expectation: of the numbers in units of `scale` [K, N, n],
-        and the categories' probabilities [K, N, m, C].
+        """Each member's expectations, with the arguments of `log_prob`: of the numbers in units of
+        `scale` [K, N, n], and the categories' probabilities [K, N, m, C].
         """
-        _, m, logits = self._scored(context, numbers, categories, scale, absolute)
-        return density.mean(m) + scale.shift / scale.scale, (
-            None if self.logits is None else F.softmax(logits, -1)
-        )
+        _, mixture, logits = self._distributions(context, numbers, categories, scale, absolute)
+        means = density.mean(mixture) + scale.shift / scale.scale
+        return means, None if self.logits is None else F.softmax(logits, -1)
 
     def _allowed(self, categories: Tensor) -> Tensor:
-        """[N, m, C] bool: what each slot may be, given the slots before: after a text's end only
-        its padding.
+        """[N, m, C] bool: the values that each slot may take, given the slots before: after a
+        text's end only its padding.
         """
-        allowed = self.allowed(categories).expand(categories.shape[0], -1, -1)
+        allowed = self.allowed(categories).expand(len(categories), -1, -1)
         if self.layout.texts:
             allowed = allowed.clone()
-            for text in self.layout.texts:
-                ended = (categories[:, text.start : text.start + text.length - 1] == 0).cumsum(
-                    1
-                ) > 0
-                rest = slice(text.start + 1, text.start + text.length)
-                allowed[:, rest, 1:] &= ~ended.unsqueeze(-1)
-                allowed[:, rest, 0] |= ended
+        for text in self.layout.texts:
+            ended = text_ended(categories, text)
+            rest = slice(text.start + 1, text.start + text.length)
+            allowed[:, rest, 1:] &= ~ended.unsqueeze(-1)
+            allowed[:, rest, 0] |= ended
         return allowed
 
-    # -- one slot after another
-    # ------------------------------------------------------------------------------------------
+    # One slot after another: the values are drawn.
 
     def draw(
         self,
@@ -325,9 +256,14 @@ class Decoder(nn.Module):
         keys: Tensor,
         now: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Sample all slots: (numbers [N, n] in the units of `scale`, categories [N, m], and what
-        every member expected of each slot, given the sample before it, as `expected` has it). Row i
-        draws from `member[i]` with `keys[i]`; later slots read `now` + numbers.
+        """Sample all slots; row i draws from `member[i]` with `keys[i]`.
+
+        Args:
+            now: [N, n]: later slots read `now` + numbers; by default the numbers alone.
+
+        Returns:
+            numbers [N, n] in the units of `scale`, categories [N, m], and what every member
+            expected of each slot, given the sample before it, as `expected` returns it.
         """
         k, n, s = self.members, len(keys), self.slots
         u = rng.uniform(keys.unsqueeze(-1), self.uniforms(keys)).view(n, s, 2)
@@ -338,62 +274,60 @@ class Decoder(nn.Module):
         x0 = self.slot.unsqueeze(2)
         if self.project is not None:
             x0 = x0 + self.project(context).unsqueeze(1)
-        stack = cast(list[Block], list(self.blocks))
-        cache = [
-            x0.new_empty(2, s, k, n, block.heads, x0.shape[-1] // block.heads) for block in stack
-        ]
-        numbers, categories = (
-            u.new_empty(n, len(self.layout.bins)),
-            member.new_empty(n, len(self.layout.categories)),
-        )
-        params, chances = [], []
+        blocks = cast(list[Block], list(self.blocks))
+        caches = [x0.new_empty(2, s, k, n, block.heads, block.head) for block in blocks]
+        numbers = u.new_empty(n, len(self.layout.bins))
+        categories = member.new_empty(n, len(self.layout.categories))
+        params, probabilities = [], []
         value: Tensor | None = None
-        for i, (kind, j) in enumerate(self.layout.order):
-            x = x0[:, i].expand(k, n, -1) if value is None else x0[:, i] + value
-            for block, c in zip(stack, cache, strict=True):
-                x = block.step(x, c, i)
+        for slot, (kind, j) in enumerate(self.layout.order):
+            x = x0[:, slot].expand(k, n, -1) if value is None else x0[:, slot] + value
+            for block, cache in zip(blocks, caches, strict=True):
+                x = block.step(x, cache, slot)
             x = self.norm(x)
+            last = slot + 1 == s
             if kind == "number":
                 assert self.density is not None and self.density_bias is not None
                 params.append(self.density(x).float() + self.density_bias[:, j : j + 1])
                 m = density.mixture(params[-1].flatten(0, 1).index_select(0, rows), bins[j])
-                numbers[:, j] = drawn = torch.addcmul(
-                    shift[:, j], density.sample(m, u[:, i, 0], quantiles[:, i]), scale.scale[j]
-                )
-                if self.value is not None and i + 1 < s:
-                    seen = (drawn - scale.shift[:, :, j]) / scale.scale[j]
-                    features = value_features(seen, drawn if now is None else drawn + now[:, j])
+                r = density.sample(m, u[:, slot, 0], quantiles[:, slot])
+                numbers[:, j] = number = torch.addcmul(shift[:, j], r, scale.scale[j])
+                if self.value is not None and not last:
+                    seen = (number - scale.shift[:, :, j]) / scale.scale[j]
+                    features = value_features(seen, number if now is None else number + now[:, j])
                     value = torch.bmm(features.to(self.value.dtype), self.value[j])
             else:
                 assert self.logits is not None and self.logits_bias is not None
-                logits = (self.logits(x).float() + self.logits_bias[:, j : j + 1]).masked_fill(
-                    ~self._allowed_at(j, categories), -torch.inf
-                )
-                categories[:, j] = drawn = density.categorical(
-                    logits.flatten(0, 1).index_select(0, rows), u[:, i, 0]
-                )
-                chances.append(F.softmax(logits, -1))
-                if self.table is not None and i + 1 < s:
-                    value = self.table[drawn + offsets[j]].transpose(0, 1)
+                logits = self.logits(x).float() + self.logits_bias[:, j : j + 1]
+                logits = logits.masked_fill(~self._allowed_at(j, categories), -torch.inf)
+                mine = logits.flatten(0, 1).index_select(0, rows)
+                categories[:, j] = category = density.categorical(mine, u[:, slot, 0])
+                probabilities.append(F.softmax(logits, -1))
+                if self.table is not None and not last:
+                    value = self.table[category + offsets[j]].transpose(0, 1)
         means = scale.shift.expand(k, n, -1)
-        if params:  # of all numbers at once: the others' expectations are not needed on the way
-            means = (
-                density.mean(density.mixture(torch.stack(params, 2), bins))
-                + scale.shift / scale.scale
-            )
-        return numbers, categories, means, torch.stack(chances, 2) if chances else None
+        if params:  # all numbers at once: no slot needs the expectations of another
+            mixtures = density.mixture(torch.stack(params, 2), bins)
+            means = density.mean(mixtures) + scale.shift / scale.scale
+        return numbers, categories, means, torch.stack(probabilities, 2) if probabilities else None
 
     def _allowed_at(self, j: int, categories: Tensor) -> Tensor:
-        text = self.text_of.get(j)
+        """`_allowed` of category slot j alone."""
         allowed = self.allowed(categories)[j]
-        if text is None or j == text.start:
+        if j not in self.inside_text:
             return allowed
         ended = (categories[:, j - 1] == 0).unsqueeze(-1)
         return torch.where(ended, torch.arange(self.most, device=ended.device) == 0, allowed)
 
 
+def text_ended(categories: Tensor, text: TextSpan) -> Tensor:
+    """[N, length - 1] bool: whether the text has ended before each of its slots but the first."""
+    before = categories[:, text.start : text.start + text.length - 1]
+    return (before == 0).cumsum(1) > 0
+
+
 def value_features(r: Tensor, numbers: Tensor) -> Tensor:
-    """What a slot reads of a number before it: its residual [K, ...] and the number itself [...],
-    by asinh: [K, ..., 2].
+    """[K, ..., 2]: what later slots read of a number: asinh of its residual [K, ...] and of the
+    number itself [...].
     """
     return torch.asinh(torch.stack((r, numbers.expand_as(r)), -1))

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 PARAMS = 3
-"""Values a component takes: logit, mu, raw log-scale."""
+"""Parameters of a component: logit, mu, raw log-scale."""
 FLOOR = 1 / 16
 """Least scale, in bins: a logistic this narrow already has 0.9993 of its mass in its own bin."""
 
 
 class Mixture(NamedTuple):
-    """A mixture of logistics for each of [...] numbers: float32 [..., M], and half the bin [...,
-    1].
+    """A mixture of M logistics for each of [...] numbers: float32 [..., M], and half the bin
+    [..., 1].
     """
 
     logits: Tensor
@@ -41,16 +41,17 @@ def mixture(params: Tensor, bin: Tensor) -> Mixture:
     return Mixture(logits, mu, raw.exp() + FLOOR * bin, 0.5 * bin)
 
 
+def log_mass(x: Tensor, mu: Tensor, scale: Tensor, half: Tensor) -> Tensor:
+    """Log of the mass of one logistic within `half` of `x`; all broadcast."""
+    rate = scale.reciprocal()
+    centre, half = (x - mu) * rate, half * rate
+    tails = F.logsigmoid(centre + half) + F.logsigmoid(half - centre)
+    return tails + torch.log(-torch.expm1(-2.0 * half))
+
+
 def log_prob(m: Mixture, x: Tensor) -> Tensor:
     """Log of the mass of the bin around `x` [...]: float32 [...], <= 0."""
-    rate = m.scale.reciprocal()
-    centre = (x.float().unsqueeze(-1) - m.mu) * rate
-    half = m.half * rate
-    mass = (
-        F.logsigmoid(centre + half)
-        + F.logsigmoid(half - centre)
-        + torch.log(-torch.expm1(-2.0 * half))
-    )
+    mass = log_mass(x.float().unsqueeze(-1), m.mu, m.scale, m.half)
     return torch.logsumexp(F.log_softmax(m.logits, -1) + mass, -1).clamp(max=0.0)
 
 
@@ -60,14 +61,12 @@ def mean(m: Mixture) -> Tensor:
 
 
 def sample(m: Mixture, u: Tensor, quantile: Tensor) -> Tensor:
-    """A draw [...] by a uniform `u` (the component) and the logit of another (its quantile), both
-    strictly between 0 and 1.
+    """A draw [...]: the uniform `u` chooses the component, `quantile` is the logit of a second
+    uniform. Both uniforms are strictly between 0 and 1.
     """
     component = categorical(m.logits, u).unsqueeze(-1)
-    return (
-        m.mu.gather(-1, component).squeeze(-1)
-        + m.scale.gather(-1, component).squeeze(-1) * quantile
-    )
+    mu, scale = (values.gather(-1, component).squeeze(-1) for values in (m.mu, m.scale))
+    return mu + scale * quantile
 
 
 def categorical(logits: Tensor, u: Tensor) -> Tensor:
@@ -78,3 +77,9 @@ def categorical(logits: Tensor, u: Tensor) -> Tensor:
     # u * mass[-1] < mass[-1] for every u of `rng.uniform`, so the count below stays under C and
     # skips empty categories.
     return (mass <= u.unsqueeze(-1) * mass[..., -1:]).sum(-1)
+
+
+def categorical_log_prob(logits: Tensor, categories: Tensor) -> Tensor:
+    """[K, ...]: each member's log-probability, by `logits` [K, ..., C], of `categories` [...]."""
+    index = categories.expand(len(logits), *categories.shape).unsqueeze(-1)
+    return F.log_softmax(logits, -1).gather(-1, index).squeeze(-1)

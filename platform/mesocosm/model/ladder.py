@@ -1,44 +1,56 @@
-"""One ladder of sizes from 10k to 7B, and the multipliers by which its rungs share hyperparameters.
+"""The ladder of model sizes, 10k to 7B, and the multipliers that let its rungs share settings.
 
-N, a rung's name, counts the hidden matrices and the vectors (norm gains, biases) of the backbone
-and *one* decoder; what the environment's spaces decide (embeddings and output layers) is counted
-beside it, see `counts`. With SwiGLU blocks, N = layers (4 d^2 + 3 d d_ff) + d d_dec + dec_layers (4
-d_dec^2 + 3 d_dec d_ff_dec), and the norms.
+A rung is named after N: the hidden matrices and the vectors (norm gains, biases) of the backbone
+and of one decoder. Embeddings and output layers depend on the spaces; `counts` counts them
+separately.
 
-Width and depth follow CompleteP (Dey et al. 2025, arXiv 2505.01618: width muP, depth with alpha =
-1), relative to a base of BASE_WIDTH and BASE_LAYERS. What a network must do, for `mup.param_groups`
-and `mup.init_` to hold:
+Width and depth follow CompleteP (Dey et al. 2025, arXiv 2505.01618: width muP, depth with
+alpha = 1). A network keeps to three rules, on which `mup.init_` and `mup.param_groups` rely:
 
-- tag every trainable parameter once with `mup.tag(parameter, kind, width=..., depth=...)`: kind
-  "hidden" (both sides grow with the width), "embedding" (input side fixed: number projections,
-  category tables, slot and position vectors), "output" (output side fixed: mixture parameters,
-  logits) or "vector" (norm gains, biases); width is `dims.width` for a fan-in of d_model or d_ff,
-  `dims.dec_width` for one of d_dec or d_ff_dec; depth is `dims.depth` or `dims.dec_depth` inside
-  residual blocks, 1 outside;
-- add each block as `x + dims.residual_multiplier * block(norm(x))` (`dims.dec_residual_multiplier`
-  in the decoder);
-- multiply what an output layer gives (before its bias) by `dims.output_multiplier` if it reads
-  d_model, `dims.dec_output_multiplier` if d_dec.
+- Every trainable parameter is tagged once with `mup.tag`. `width` is `Stack.width` of the stack
+  that the parameter reads, `depth` is `Stack.depth` inside residual blocks and 1 outside.
+- A block is added as `x + block(norm(x)) / stack.depth`.
+- The result of an output layer, before its bias, is divided by `stack.width`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mesocosm.errors import UsageError, nearest
 
 HEAD = 32
-"""Size of a backbone's attention head, at every rung: what an attention score sums over does not
-grow.
-"""
+"""Head size of the backbone at every rung, so that an attention score always sums as many terms."""
 DEC_HEAD = 16
-"""Size of a decoder's head: 16 lets the smallest rungs keep a decoder in proportion."""
-BASE_WIDTH = 64
-BASE_LAYERS = 2
-BASE_DEC_WIDTH = 32
-BASE_DEC_LAYERS = 1
+"""Head size of the decoder: 16 keeps the decoder of the smallest rungs in proportion."""
+BASE_WIDTH, BASE_LAYERS = 64, 2
+BASE_DEC_WIDTH, BASE_DEC_LAYERS = 32, 1
 BASE_HIDDEN = 128
 """Base width of the ensemble's MLPs and of other plain MLPs."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stack of transformer blocks of width `d`, with its factors relative to the base size."""
+
+    d: int
+    layers: int
+    d_ff: int
+    head: int
+    width: float
+    """CompleteP's m_N."""
+    depth: float
+    """CompleteP's m_L."""
+
+    @property
+    def heads(self) -> int:
+        return self.d // self.head
+
+    @property
+    def params(self) -> int:
+        """Hidden matrices and norm gains."""
+        return self.layers * (4 * self.d**2 + 3 * self.d * self.d_ff + 2 * self.d) + self.d
 
 
 @dataclass(frozen=True)
@@ -53,68 +65,24 @@ class Dims:
     d_ff_dec: int
 
     @property
-    def heads(self) -> int:
-        return self.d_model // HEAD
+    def backbone(self) -> Stack:
+        width, depth = self.d_model / BASE_WIDTH, self.layers / BASE_LAYERS
+        return Stack(self.d_model, self.layers, self.d_ff, HEAD, width, depth)
 
     @property
-    def dec_heads(self) -> int:
-        return self.d_dec // DEC_HEAD
-
-    @property
-    def width(self) -> float:
-        """CompleteP's m_N of the backbone."""
-        return self.d_model / BASE_WIDTH
-
-    @property
-    def dec_width(self) -> float:
-        return self.d_dec / BASE_DEC_WIDTH
-
-    @property
-    def depth(self) -> float:
-        """CompleteP's m_L of the backbone."""
-        return self.layers / BASE_LAYERS
-
-    @property
-    def dec_depth(self) -> float:
-        return self.dec_layers / BASE_DEC_LAYERS
-
-    @property
-    def residual_multiplier(self) -> float:
-        """m_L^-1: x + residual_multiplier * block(norm(x))."""
-        return 1.0 / self.depth
-
-    @property
-    def dec_residual_multiplier(self) -> float:
-        return 1.0 / self.dec_depth
-
-    @property
-    def output_multiplier(self) -> float:
-        """m_N^-1, on what an output layer computes from d_model."""
-        return 1.0 / self.width
-
-    @property
-    def dec_output_multiplier(self) -> float:
-        return 1.0 / self.dec_width
+    def decoder(self) -> Stack:
+        width, depth = self.d_dec / BASE_DEC_WIDTH, self.dec_layers / BASE_DEC_LAYERS
+        return Stack(self.d_dec, self.dec_layers, self.d_ff_dec, DEC_HEAD, width, depth)
 
     @property
     def params(self) -> int:
-        """N as the ladder states it; `counts` counts a network's own."""
-        backbone = (
-            self.layers * (4 * self.d_model**2 + 3 * self.d_model * self.d_ff + 2 * self.d_model)
-            + self.d_model
-        )
-        decoder = (
-            self.dec_layers * (4 * self.d_dec**2 + 3 * self.d_dec * self.d_ff_dec + 2 * self.d_dec)
-            + self.d_dec
-        )
-        return backbone + self.d_model * self.d_dec + decoder
+        """N; a network's exact number is `counts.Counts.n`."""
+        return self.backbone.params + self.d_model * self.d_dec + self.decoder.params
 
 
 @dataclass(frozen=True)
 class EnsembleDims:
-    """A rung of the ensemble family: `layers` hidden layers of `hidden` units; N is one member's
-    hidden matrices and vectors.
-    """
+    """A rung of the ensemble family: `layers` hidden layers of `hidden` units."""
 
     hidden: int
     layers: int
@@ -124,11 +92,8 @@ class EnsembleDims:
         return self.hidden / BASE_HIDDEN
 
     @property
-    def output_multiplier(self) -> float:
-        return 1.0 / self.width
-
-    @property
     def params(self) -> int:
+        """N: the hidden matrices and vectors of one member."""
         return (self.layers - 1) * (self.hidden**2 + self.hidden)
 
 
@@ -164,29 +129,31 @@ ENSEMBLE_RUNGS: dict[str, EnsembleDims] = {
     "7b": EnsembleDims(34160, 7),
 }
 
+LADDERS: dict[str, Mapping[str, Dims | EnsembleDims]] = {
+    "sequence": RUNGS,
+    "ensemble": ENSEMBLE_RUNGS,
+}
+"""The rungs of every family, by its name; `families.NETWORKS` has the networks."""
+
 
 def dims(size: str) -> Dims:
-    """The rung `size` of the sequence family. Raises UsageError with the nearest rung."""
-    return RUNGS[_rung(size)]
+    """The rung `size` of the sequence family. Raises UsageError for an unknown size."""
+    return RUNGS[_checked(size)]
 
 
 def ensemble_dims(size: str) -> EnsembleDims:
-    """The rung `size` of the ensemble family. Raises UsageError with the nearest rung."""
-    return ENSEMBLE_RUNGS[_rung(size)]
+    """The rung `size` of the ensemble family. Raises UsageError for an unknown size."""
+    return ENSEMBLE_RUNGS[_checked(size)]
 
 
 def nominal(size: str, key: str = "model.size") -> int:
-    """The number a rung's name states: 30k is 30000. Raises UsageError with the config's `key` and
-    the nearest rung.
-    """
-    rung = _rung(size, key)
+    """The number in a rung's name: 30k is 30000. Raises UsageError that names the config's `key`."""
+    rung = _checked(size, key)
     return int(rung[:-1]) * {"k": 10**3, "m": 10**6, "b": 10**9}[rung[-1]]
 
 
-def _rung(size: str, key: str = "model.size") -> str:
+def _checked(size: str, key: str = "model.size") -> str:
     if size not in RUNGS:
-        raise UsageError(
-            f"{key}={size!r} is no rung of the ladder, use one of"
-            f" {', '.join(RUNGS)}{nearest(size, RUNGS)}"
-        )
+        sizes = ", ".join(RUNGS)
+        raise UsageError(f"{key} must be one of {sizes}, got {size!r}{nearest(size, RUNGS)}")
     return size

@@ -1,4 +1,4 @@
-"""The small parts that networks are made of, each tagged for muP (see `ladder`)."""
+"""The layers that networks consist of, each tagged for muP (see `ladder`)."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mesocosm.model.ladder import Stack
 from mesocosm.model.mup import Kind, tag
 from mesocosm.model.spec import Parts, PartSpec
 
 EDGE = 8.0
 """Where `squash` bends: normalised numbers rarely leave +-8 before a policy does."""
 EPS = 1e-4
-"""Of RMSNorm: a root mean square much below this counts as zero."""
+"""RMSNorm's epsilon: a root mean square far below this counts as zero."""
 
 
-class Read(NamedTuple):
-    """What a network reads of several `Parts`: numbers squashed [..., 2 n], categories [..., m]."""
+class Inputs(NamedTuple):
+    """Several `Parts` as a network reads them: squashed numbers [..., 2 n], categories [..., m]."""
 
     numbers: Tensor
     categories: Tensor
 
 
-def read(*parts: Parts) -> Read:
-    """Several `Parts` of one leading shape, side by side."""
-    return Read(
+def read(*parts: Parts) -> Inputs:
+    """Join several `Parts` of one leading shape."""
+    return Inputs(
         squash(torch.cat([part.numbers for part in parts], -1)),
         torch.cat([part.categories for part in parts], -1),
     )
@@ -35,56 +36,52 @@ def read(*parts: Parts) -> Read:
 
 def squash(x: Tensor) -> Tensor:
     """[..., n] -> [..., 2 n] float32: x bent smoothly towards +-EDGE, and sign(x) log(1 + |x|).
-    Monotone, so nothing is lost to a network that reads both; only inputs are squashed. NaN and
-    infinity become finite, so that a broken episode spoils no other.
+
+    The second half is monotone, so no information is lost. NaN and infinity become finite, so that
+    a broken episode spoils no other.
     """
     x = torch.nan_to_num(x.float(), nan=0.0, posinf=1e30, neginf=-1e30)
-    size = x.abs()
-    return torch.cat(
-        (x / torch.sqrt(1.0 + (x / EDGE).square()), torch.sign(x) * torch.log1p(size)), -1
-    )
+    bent = x / torch.sqrt(1.0 + (x / EDGE).square())
+    return torch.cat((bent, torch.sign(x) * torch.log1p(x.abs())), -1)
 
 
 class Constant:
-    """A fixed tensor, copied once to each device that asks for it. No buffer, so that an engine
-    that casts its module to bfloat16 leaves bins, angles and scales exact.
+    """A fixed tensor, copied once to each device that asks for it. It is not a buffer, so that an
+    engine that casts its module to bfloat16 leaves bins, angles and scales exact.
     """
 
     def __init__(self, value: Tensor):
-        self._on = {value.device: value}
+        self._copies = {value.device: value}
         self._value = value
 
     def __call__(self, like: Tensor) -> Tensor:
-        """On the device of `like`."""
-        found = self._on.get(like.device)
-        if found is None:
-            found = self._on[like.device] = self._value.to(like.device)
-        return found
+        """The copy on the device of `like`."""
+        if like.device not in self._copies:
+            self._copies[like.device] = self._value.to(like.device)
+        return self._copies[like.device]
 
 
 class RMSNorm(nn.Module):
-    """Over the last dimension, in float32. With `members`, the gain is [K, 1, ..., d] for inputs
-    with a leading member dimension.
-    """
+    """RMSNorm over the last dimension, in float32. With `members`, the gain is [K, 1, ..., d]."""
 
-    def __init__(self, width: int, *, m_width: float, m_depth: float, members: int | None = None):
+    def __init__(self, stack: Stack, *, depth: float, members: int | None = None):
         super().__init__()
-        self.weight = tag(
-            nn.Parameter(torch.ones(width) if members is None else torch.ones(members, 1, width)),
-            "vector",
-            width=m_width,
-            depth=m_depth,
-        )
+        gain = torch.ones(stack.d) if members is None else torch.ones(members, 1, stack.d)
+        self.weight = tag(nn.Parameter(gain), "vector", width=stack.width, depth=depth)
 
     def forward(self, x: Tensor) -> Tensor:
-        # x / (|x| d^-1/2 + eps): four kernels on a CPU, where F.rms_norm is six.
+        # x / (|x| d^-1/2 + eps): four kernels on a CPU, where F.rms_norm takes six.
         wide = x.float()
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         return (wide / (size * x.shape[-1] ** -0.5 + EPS)).to(x.dtype) * self.weight
 
 
 class Linear(nn.Module):
-    """y = multiplier * x W^T (+ b), in the dtype of W. Weights [out, in]."""
+    """y = multiplier * x W (+ b), in the dtype of W. Weights are [out, in].
+
+    With `members`, K maps at once by weights [K, in, out]: [K, N, in] -> [K, N, out]; a shared
+    input is [N, in] or [1, N, in].
+    """
 
     def __init__(
         self,
@@ -92,6 +89,7 @@ class Linear(nn.Module):
         outputs: int,
         kind: Kind,
         *,
+        members: int | None = None,
         width: float = 1.0,
         depth: float = 1.0,
         bias: bool = False,
@@ -99,153 +97,136 @@ class Linear(nn.Module):
         gain: float = 1.0,
     ):
         super().__init__()
-        self.weight = tag(
-            nn.Parameter(torch.zeros(outputs, inputs)),
-            kind,
-            width=width,
-            depth=depth,
-            fan_in=inputs,
-            gain=gain,
-        )
-        self.bias = (
-            tag(nn.Parameter(torch.zeros(outputs)), "vector", width=1.0, depth=depth)
-            if bias
-            else None
-        )
-        self.multiplier = multiplier
+        self.members, self.multiplier = members, multiplier
+        shape = (outputs, inputs) if members is None else (members, inputs, outputs)
+        weight = nn.Parameter(torch.zeros(shape))
+        self.weight = tag(weight, kind, width=width, depth=depth, fan_in=inputs, gain=gain)
+        self.bias = None
+        if bias:
+            rows = (outputs,) if members is None else (members, 1, outputs)
+            self.bias = tag(nn.Parameter(torch.zeros(rows)), "vector", depth=depth)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x.to(self.weight.dtype), self.weight)
+        x = x.to(self.weight.dtype)
+        if self.members is not None:
+            if x.dim() == 2:
+                x = x.unsqueeze(0)
+            if x.shape[0] != self.members:
+                x = x.expand(self.members, -1, -1)
+            if self.bias is not None:
+                return torch.baddbmm(self.bias, x, self.weight, alpha=self.multiplier)
+        y = F.linear(x, self.weight) if self.members is None else torch.bmm(x, self.weight)
         if self.multiplier != 1.0:
             y = y * self.multiplier
         return y if self.bias is None else y + self.bias
 
 
-class MemberLinear(nn.Module):
-    """K linear maps at once: [K, N, in] -> [K, N, out] by weights [K, in, out]; a shared input is
-    [N, in] or [1, N, in].
+def output_layer(
+    inputs: int, outputs: int, members: int, width: float, *, bias: bool = False, gain: float = 0.1
+) -> Linear:
+    """The last layer of K networks, with muP's multiplier; by default the initial outputs are small."""
+    return Linear(
+        inputs,
+        outputs,
+        "output",
+        members=members,
+        width=width,
+        bias=bias,
+        multiplier=1.0 / width,
+        gain=gain,
+    )
+
+
+class TransformerBlock(nn.Module):
+    """The layers of attention and SwiGLU, without the attention itself: a subclass computes it from
+    `qkv(norm_1(x))` and passes the result to `residual`.
     """
 
-    def __init__(
-        self,
-        members: int,
-        inputs: int,
-        outputs: int,
-        kind: Kind,
-        *,
-        width: float = 1.0,
-        depth: float = 1.0,
-        bias: bool = False,
-        multiplier: float = 1.0,
-        gain: float = 1.0,
-    ):
+    def __init__(self, stack: Stack, members: int | None = None):
         super().__init__()
-        self.weight = tag(
-            nn.Parameter(torch.zeros(members, inputs, outputs)),
-            kind,
-            width=width,
-            depth=depth,
-            fan_in=inputs,
-            gain=gain,
-        )
-        self.bias = (
-            tag(nn.Parameter(torch.zeros(members, 1, outputs)), "vector", width=1.0, depth=depth)
-            if bias
-            else None
-        )
-        self.multiplier = multiplier
+        d, ff, depth = stack.d, stack.d_ff, stack.depth
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype)
-        if x.dim() == 2:
-            x = x.unsqueeze(0)
-        if x.shape[0] != self.weight.shape[0]:
-            x = x.expand(self.weight.shape[0], -1, -1)
-        if self.bias is None:
-            y = torch.bmm(x, self.weight)
-            return y if self.multiplier == 1.0 else y * self.multiplier
-        return torch.baddbmm(self.bias, x, self.weight, alpha=self.multiplier)
+        def linear(inputs: int, outputs: int, multiplier: float = 1.0) -> Linear:
+            return Linear(
+                inputs,
+                outputs,
+                "hidden",
+                members=members,
+                width=stack.width,
+                depth=depth,
+                multiplier=multiplier,
+            )
+
+        self.heads, self.head = stack.heads, stack.head
+        self.norm_1 = RMSNorm(stack, depth=depth, members=members)
+        self.qkv = linear(d, 3 * d)
+        self.out = linear(d, d, 1.0 / depth)
+        self.norm_2 = RMSNorm(stack, depth=depth, members=members)
+        self.up = linear(d, 2 * ff)
+        self.down = linear(ff, d, 1.0 / depth)
+
+    def residual(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Add the attention's result [..., d], then the SwiGLU."""
+        x = x + self.out(attended)
+        gate, up = self.up(self.norm_2(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
 
 
 class PartsEmbedding(nn.Module):
-    """Several `Parts` of one leading shape -> their summed linear embedding: squashed numbers by a
-    matrix, categories by tables.
-
-    Without `members` [...] -> [..., width]; with K members [N] -> [K, N, width].
+    """The summed linear embedding of several `Parts`: a matrix for squashed numbers, tables for
+    categories. Without `members` [...] -> [..., width]; with K members [N] -> [K, N, width].
     """
 
     def __init__(self, *parts: PartSpec, width: int, members: int | None = None, gain: float = 1.0):
         super().__init__()
-        self.members = members
-        self.width = width
+        self.members, self.width = members, width
         columns = width * (members or 1)
         numbers = sum(part.numbers for part in parts)
         cardinalities = [c for part in parts for c in part.categories]
-        self.numbers = (
-            tag(nn.Parameter(torch.zeros(columns, 2 * numbers)), "embedding", gain=gain)
-            if numbers
-            else None
-        )
-        self.table = (
-            tag(
-                nn.Parameter(torch.zeros(sum(cardinalities), columns)),
-                "embedding",
-                fan_in=len(cardinalities),
-                gain=gain,
-            )
-            if cardinalities
-            else None
-        )
+        self.numbers = self.table = None
+        if numbers:
+            weight = nn.Parameter(torch.zeros(columns, 2 * numbers))
+            self.numbers = tag(weight, "embedding", gain=gain)
+        if cardinalities:
+            rows = nn.Parameter(torch.zeros(sum(cardinalities), columns))
+            self.table = tag(rows, "embedding", fan_in=len(cardinalities), gain=gain)
         self.bias = tag(nn.Parameter(torch.zeros(columns)), "vector")
         self.offsets = Constant(first_rows(cardinalities))
 
-    def forward(self, of: Read) -> Tensor:
+    def forward(self, x: Inputs) -> Tensor:
         y: Tensor = self.bias
         if self.numbers is not None:
-            y = F.linear(of.numbers.to(y.dtype), self.numbers, y)
+            y = F.linear(x.numbers.to(y.dtype), self.numbers, y)
         if self.table is not None:
-            rows = of.categories + self.offsets(of.categories)
-            y = y + F.embedding_bag(rows.flatten(0, -2), self.table, mode="sum").view(
-                *rows.shape[:-1], -1
-            )
+            rows = x.categories + self.offsets(x.categories)
+            summed = F.embedding_bag(rows.flatten(0, -2), self.table, mode="sum")
+            y = y + summed.view(*rows.shape[:-1], -1)
         return y if self.members is None else y.view(-1, self.members, self.width).transpose(0, 1)
 
 
 class MemberMLP(nn.Module):
-    """K MLPs with two hidden SiLU layers, and a linear path beside them, on what was `read`, of
-    leading shape [N]: [K, N, out] float32.
+    """K MLPs with two hidden SiLU layers and a linear skip path: inputs of leading shape [N] ->
+    [K, N, out] float32.
     """
 
     def __init__(self, *parts: PartSpec, members: int, hidden: int, outputs: int, width: float):
         super().__init__()
         self.first = PartsEmbedding(*parts, width=hidden, members=members)
-        self.second = MemberLinear(members, hidden, hidden, "hidden", width=width, bias=True)
-        self.last = MemberLinear(
-            members,
-            hidden,
-            outputs,
-            "output",
-            width=width,
-            bias=True,
-            multiplier=1.0 / width,
-            gain=0.1,
-        )
+        self.second = Linear(hidden, hidden, "hidden", members=members, width=width, bias=True)
+        self.last = output_layer(hidden, outputs, members, width, bias=True)
         self.skip = PartsEmbedding(*parts, width=outputs, members=members, gain=0.0)
 
-    def forward(self, of: Read) -> Tensor:
-        hidden = F.silu(self.second(F.silu(self.first(of))))
-        return (self.last(hidden) + self.skip(of)).float()
+    def forward(self, x: Inputs) -> Tensor:
+        hidden = F.silu(self.second(F.silu(self.first(x))))
+        return (self.last(hidden) + self.skip(x)).float()
 
 
 def first_rows(cardinalities: Sequence[int]) -> Tensor:
-    """int64 [m]: where each slot's rows begin in a table that holds all slots' categories one after
-    another.
-    """
-    return torch.tensor(
-        [sum(cardinalities[:i]) for i in range(len(cardinalities))], dtype=torch.int64
-    )
+    """int64 [m]: the first row of each slot in a table that holds all slots' categories in turn."""
+    starts = [sum(cardinalities[:i]) for i in range(len(cardinalities))]
+    return torch.tensor(starts, dtype=torch.int64)
 
 
-def flatten(parts: Parts) -> Parts:
-    """Leading dimensions as one."""
-    return Parts(parts.numbers.flatten(0, -2), parts.categories.flatten(0, -2))
+def member_rows(member: Tensor) -> Tensor:
+    """int64 [N]: the row of environment i's `member[i]` in [K, N, ...] flattened to [K * N, ...]."""
+    return member * len(member) + torch.arange(len(member), device=member.device)

@@ -1,9 +1,9 @@
 """Randomness as a function: an integer hash of (seed, environment, episode, step, slot), the same
 bits in numpy, torch CPU and CUDA.
 
-The hash is splitmix64's finaliser (Steele, Lea, Flood 2014) on int64 with wraparound, arithmetic
-shifts masked to logical ones. Every function takes torch tensors, or numpy arrays of int64, and
-gives the same kind back.
+The hash is splitmix64's finaliser (Steele, Lea, Flood 2014) on int64 with wraparound; arithmetic
+shifts are masked to logical ones. Every function takes torch tensors, or numpy arrays of int64, and
+returns the same kind.
 """
 
 from __future__ import annotations
@@ -16,27 +16,30 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MEMBER, TASK, REWARD, REWARD_VALUE, TERMINATION = range(5)
-"""Slots of the uniforms that are no observation's; slots of observations and starts count from
-OBSERVATION.
-"""
+"""Slots of uniforms that belong to no observation; those of observations start at OBSERVATION."""
 OBSERVATION = 16
 KEEP = 0.8
-"""Share of the episodes that a member trains on."""
+"""Fraction of the episodes that a member trains on."""
 
 Ints = TypeVar("Ints", Tensor, NDArray[np.int64])
 
 
 def _signed(value: int) -> int:
-    value &= 0xFFFFFFFFFFFFFFFF
-    return value - (1 << 64) if value >= 1 << 63 else value
+    """`value` modulo 2^64 as a signed int64."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
-_FIELDS = tuple(
+_GOLDEN, _MIX_1, _MIX_2, _SEED, *_FIELDS = (
     _signed(c)
-    for c in (0xD1342543DE82EF95, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB, 0x8EBC6AF09C88C6E3)
+    for c in (
+        0x9E3779B97F4A7C15,
+        0xBF58476D1CE4E5B9,
+        0x94D049BB133111EB,
+        0xD1342543DE82EF95,
+        0xA0761D6478BD642F,
+        0xE7037ED1A0B428DB,
+        0x8EBC6AF09C88C6E3,
+    )
 )
 
 
@@ -51,32 +54,28 @@ def keys(seed: int, env: Any, episode: Any, step: Any) -> Any:
     """int64 keys of the broadcast shape of `env`, `episode` and `step`: torch if one of them is a
     tensor, numpy otherwise.
     """
-    given = (env, episode, step)
-    tensors = [value for value in given if isinstance(value, Tensor)]
-    if tensors:
-        fields = [
-            torch.as_tensor(value, dtype=torch.int64, device=tensors[0].device) for value in given
-        ]
-        return _fold(
-            torch.full((1,), _signed(seed), dtype=torch.int64, device=tensors[0].device), fields
-        )
-    shape = np.broadcast_shapes(*(np.shape(value) for value in given))
-    arrays = [np.atleast_1d(np.asarray(value, dtype=np.int64)) for value in given]
-    return _fold(np.full(1, _signed(seed), dtype=np.int64), arrays).reshape(shape)
-
-
-def _fold(state: Any, fields: list[Any]) -> Any:
-    state = mix(state * _FIELDS[0] + _GOLDEN)
-    for field, constant in zip(fields, _FIELDS[1:], strict=True):
-        state = mix((state ^ (field * constant)) + _GOLDEN)
+    fields = (env, episode, step)
+    device = next((field.device for field in fields if isinstance(field, Tensor)), None)
+    state: Any
+    arrays: list[Any]
+    if device is None:  # arrays of at least one dimension: numpy warns of a scalar's wraparound
+        state = np.full(1, _signed(seed), np.int64)
+        arrays = [np.atleast_1d(np.asarray(field, dtype=np.int64)) for field in fields]
+    else:
+        state = torch.full((1,), _signed(seed), dtype=torch.int64, device=device)
+        arrays = [torch.as_tensor(field, dtype=torch.int64, device=device) for field in fields]
+    state = mix(state * _SEED + _GOLDEN)
+    for array, constant in zip(arrays, _FIELDS, strict=True):
+        state = mix((state ^ (array * constant)) + _GOLDEN)
+    if device is None:
+        return state.reshape(np.broadcast_shapes(*(np.shape(field) for field in fields)))
     return state
 
 
 def bits(key: Any, slot: Any) -> Any:
     """int64 of the broadcast shape: the hash of (key, slot), from which `uniform` takes its bits."""
-    return mix(
-        key + (_signed((slot + 1) * _GOLDEN) if isinstance(slot, int) else (slot + 1) * _GOLDEN)
-    )
+    step = (slot + 1) * _GOLDEN
+    return mix(key + (_signed(step) if isinstance(slot, int) else step))
 
 
 def uniform(key: Any, slot: Any) -> Any:
@@ -95,18 +94,18 @@ def member_of(seed: int, env: Any, episode: Any, members: int) -> Any:
     return ((hashed >> 32) & 0x7FFFFFFF) % members
 
 
-def member_mask(episode: Tensor, members: int, keep: float = KEEP) -> Tensor:
+def member_mask(episode: Tensor, members: int) -> Tensor:
     """[B] int64 episode hashes -> bool [K, B]: the members that train on an episode, each with
-    probability `keep` (a little more: one member, by the hash too, always does).
+    probability KEEP. One member, chosen by the hash, always trains on it.
     """
     member = torch.arange(members, device=episode.device).unsqueeze(1)
     key = mix(episode)
     always = (key >> 1) % members
-    return (uniform(key, member) < keep) | (member == always)
+    return (uniform(key, member) < KEEP) | (member == always)
 
 
 def left_out(episode: Tensor, members: int) -> Tensor:
     """bool [K]: the members to which `member_mask` gives none of these episodes, as happens with
-    one to three. They train on all of them.
+    one to three episodes. Such members train on all of them.
     """
     return ~member_mask(episode, members).any(1)

@@ -1,8 +1,7 @@
-"""What a world is made of, as the model sees it: slots of normalised numbers and of categories.
-Imports torch only.
+"""What a model sees of an environment: slots of normalised numbers and of categories.
 
 Numbers are normalised float32, categories int64. An observation, an action and a task are each a
-`Parts`; how Gymnasium spaces become parts and back is `mesocosm.data.loading.codec`'s business.
+`Parts`; `mesocosm.data.loading.codec` converts Gymnasium spaces to parts and back.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TextSpan:
-    """Consecutive category slots that hold one text: category 0 ends (and pads) it, c > 0 is the
-    c-th character.
-    """
+    """Consecutive category slots of one text: category 0 ends and pads it, c > 0 is character c."""
 
     start: int
     length: int
@@ -32,15 +29,13 @@ class PartSpec:
 
     numbers: int = 0
     bins: tuple[float, ...] = ()
-    """The precision of each number, in normalised units: the width over which its density is
-    integrated.
-    """
+    """Precision of each number in normalised units: its density is integrated over this width."""
     categories: tuple[int, ...] = ()
     """Cardinality of each category slot."""
     texts: tuple[TextSpan, ...] = ()
     grid: tuple[float | None, ...] = ()
-    """Where an integer number has its zero, in normalised units: its values lie whole bins from
-    there. None for a number that is no integer; empty where none is.
+    """The position of zero for each integer number, in normalised units: its values lie whole bins
+    from there. None for a number that is not an integer; empty if no number is.
     """
 
     @property
@@ -50,59 +45,52 @@ class PartSpec:
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything the model must know of an environment."""
+    """Everything that a model must know of an environment."""
 
     observation: PartSpec
     action: PartSpec
     task: PartSpec = PartSpec()
     reward_values: tuple[float, ...] | None = None
-    """Raw reward values where at most 64 are distinct (rewards are exact categories); None: rewards
-    are regressed.
+    """Raw reward values if at most 64 are distinct: rewards are then categories. None: rewards are
+    numbers.
     """
     reward_mean: float = 0.0
     reward_scale: float = 1.0
-    """Regressed rewards enter as (reward - reward_mean) / reward_scale."""
+    """Numeric rewards enter as (reward - reward_mean) / reward_scale."""
     reward_bin: float = 1e-3
-    """Precision of a regressed reward, in units of `reward_scale`."""
+    """Precision of a numeric reward, in units of `reward_scale`."""
     durations: bool = False
     duration_mean: float = 0.0
     duration_scale: float = 1.0
     duration_bin: float = 1e-3
-    """As the reward's, for `info["duration"]`."""
+    """As for rewards, of `info["duration"]`."""
     terminal_rate: float = 0.0
-    """Share of training transitions that terminate."""
+    """Fraction of the training transitions that terminate."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @property
     def reward_size(self) -> float:
-        """Root mean square of the data's rewards, raw units; 1 where all are 0."""
+        """Root mean square of the data's rewards, raw units; 1 if all are 0."""
         constant = self.reward_values is not None and len(self.reward_values) == 1
         return math.hypot(self.reward_mean, 0.0 if constant else self.reward_scale) or 1.0
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Spec:
-        def part(value: dict[str, Any]) -> PartSpec:
-            texts = tuple(TextSpan(**t) for t in value["texts"])
-            return PartSpec(
-                value["numbers"],
-                tuple(value["bins"]),
-                tuple(value["categories"]),
-                texts,
-                tuple(value.get("grid", ())),
-            )
+        """The inverse of `to_json`."""
 
-        parts: dict[str, Any] = {
-            name: part(data[name]) for name in ("observation", "action", "task")
-        }
-        values = data["reward_values"]
-        rest: dict[str, Any] = {
-            f.name: data[f.name]
-            for f in fields(Spec)
-            if f.name not in parts and f.name != "reward_values"
-        }
-        return Spec(**parts, reward_values=None if values is None else tuple(values), **rest)
+        def part(value: dict[str, Any]) -> PartSpec:
+            bins, categories = tuple(value["bins"]), tuple(value["categories"])
+            texts = tuple(TextSpan(**text) for text in value["texts"])
+            return PartSpec(value["numbers"], bins, categories, texts, tuple(value.get("grid", ())))
+
+        values = {field.name: data[field.name] for field in fields(Spec)}
+        for name in ("observation", "action", "task"):
+            values[name] = part(data[name])
+        if values["reward_values"] is not None:
+            values["reward_values"] = tuple(values["reward_values"])
+        return Spec(**values)
 
 
 @dataclass(frozen=True)
@@ -121,6 +109,20 @@ class Parts:
         """Index the leading (batch, step) dimensions."""
         return Parts(self.numbers[index], self.categories[index])
 
+    def clone(self) -> Parts:
+        return Parts(self.numbers.clone(), self.categories.clone())
+
+    def flatten(self) -> Parts:
+        """Join the leading dimensions into one."""
+        return Parts(self.numbers.flatten(0, -2), self.categories.flatten(0, -2))
+
+    def repeat(self, steps: int) -> Parts:
+        """[B, ...] -> [B, steps, ...]: every row at each step, without a copy."""
+        return Parts(
+            self.numbers.unsqueeze(1).expand(-1, steps, -1),
+            self.categories.unsqueeze(1).expand(-1, steps, -1),
+        )
+
     def where(self, mask: Tensor, other: Parts) -> Parts:
         """Self where `mask` [...] is true, `other` elsewhere."""
         keep = mask.unsqueeze(-1)
@@ -135,7 +137,7 @@ class Parts:
 
     @staticmethod
     def empty(part: PartSpec, *shape: int, device: torch.device | str = "cpu") -> Parts:
-        """All zeros."""
+        """All zeros, of the leading dimensions `shape`."""
         return Parts(
             torch.zeros(*shape, part.numbers, device=device),
             torch.zeros(*shape, len(part.categories), dtype=torch.int64, device=device),
@@ -144,8 +146,7 @@ class Parts:
 
 @dataclass(frozen=True)
 class Windows:
-    """B windows of up to W consecutive transitions of one episode each, and a side batch of rare
-    events.
+    """B windows of up to W consecutive transitions of one episode each, and a batch of rare events.
 
     Row t of `observation` is o_t, t = 0..W; transition t is (o_t, action_t) -> (o_{t+1}, reward_t,
     terminated_t, duration_t).
@@ -158,37 +159,30 @@ class Windows:
     task: Parts
     """[B, ...]"""
     reward: Tensor
-    """[B, W] float32, normalised as Spec says; with `reward_values`, the index of the value as a
-    float.
-    """
+    """[B, W] float32, normalised as in Spec; with `reward_values`, the index of the value."""
     terminated: Tensor
     """[B, W] float32 in {0, 1}"""
     duration: Tensor
     """[B, W] float32 normalised; zeros without durations"""
     mask: Tensor
-    """[B, W] bool: the transition is there (windows at an episode's end are shorter)"""
+    """[B, W] bool: the transition is valid (windows at an episode's end are shorter)"""
     start: Tensor
     """[B] bool: row 0 is the episode's first observation"""
     episode: Tensor
     """[B] int64: a hash of the episode, from which members draw their bootstrap masks"""
     events: Events | None = None
     seen: Parts | None = None
-    """[B, W, ...]: o_t with noise, for all that reads it, where training corrupts its history;
-    None: as it was. o_{t+1} stays true, so the change to it leads from the noisy o_t.
+    """[B, W, ...]: o_t with noise, which every reader of o_t sees instead; None: no noise. o_{t+1}
+    stays true, so the change to it starts from the noisy o_t.
     """
 
     def to(self, device: torch.device | str) -> Windows:
-        moved = {
-            f.name: getattr(self, f.name).to(device)
-            for f in fields(self)
-            if getattr(self, f.name) is not None
-        }
-        return replace(self, **moved)
+        return replace(self, **_moved(self, device))
 
 
 @dataclass(frozen=True)
 class Events:
-    """E single transitions, terminals oversampled to about a third, for the termination network."""
+    """E single transitions, about a third of them terminal, for the termination network."""
 
     observation: Parts
     """[E, ...]"""
@@ -201,9 +195,14 @@ class Events:
     terminated: Tensor
     """[E] float32"""
     weight: Tensor
-    """[E] float32 importance weights back to the data's own rate; they average about 1"""
+    """[E] float32: importance weights back to the data's own rate, about 1 on average"""
     episode: Tensor
     """[E] int64 episode hashes"""
 
     def to(self, device: torch.device | str) -> Events:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        return replace(self, **_moved(self, device))
+
+
+def _moved(batch: Windows | Events, device: torch.device | str) -> dict[str, Any]:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value.to(device) for name, value in values.items() if value is not None}

@@ -17,8 +17,9 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.heads import inputs
-from mesocosm.model.net import apply_base, build, unroll
+from mesocosm.model.families import build
+from mesocosm.model.heads import head_inputs
+from mesocosm.model.net import apply_base, unroll
 from mesocosm.model.world import World
 
 CHECK_WINDOWS = 4096
@@ -119,7 +120,7 @@ def check_termination(world: World, dataset: Dataset, codec: Codec, seed: int) -
             for windows in itertools.islice(loader.eval_batches(), CHECK_WINDOWS // BATCH):
                 transition, outcome = unroll(windows)
                 features = world.net.context(transition)
-                parts = inputs(
+                parts = head_inputs(
                     transition.observation, transition.action, transition.task, outcome.observation
                 )
                 logit = world.net.termination.logit(
@@ -137,7 +138,7 @@ def check_termination(world: World, dataset: Dataset, codec: Codec, seed: int) -
             )
             assert events is not None
             logit = world.net.termination.logit(
-                inputs(events.observation, events.action, events.task, events.next_observation)
+                head_inputs(events.observation, events.action, events.task, events.next_observation)
             )
             counted = _count(logit, events.terminated, events.weight.double())
             measured_on = "training"

@@ -22,7 +22,8 @@ from mesocosm.errors import MesocosmError
 from mesocosm.model import mup, rng
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.net import Losses, apply_base, build
+from mesocosm.model.families import build
+from mesocosm.model.net import Losses, apply_base
 from mesocosm.model.spec import Parts, Windows
 from mesocosm.train import engine, prepare
 from mesocosm.train.checkpoint import Progress
