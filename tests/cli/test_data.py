@@ -25,7 +25,7 @@ def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture(autouse=True)
 def the_session_keeps_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command line ends what it started when it is over, and here that is other tests' Ray."""
-    monkeypatch.setattr("mesocosm.cli.main._end_ray", lambda: None)
+    monkeypatch.setattr("mesocosm.cluster.ray_session.shutdown", lambda: None)
 
 
 def test_datasets_are_listed_shown_and_held_against_each_other(
@@ -127,7 +127,7 @@ def test_wrong_use_is_one_sentence(
         and "are the same dataset" in capsys.readouterr().err
     )
     assert main(["data", "list", f"storage.root={tmp_path}/nowhere"]) == 2
-    assert "is not there" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err
     for words in (
         ["data", "show", at.replace("storage.root=", "storage.root:")],
         ["data", "diff", "cart", at],

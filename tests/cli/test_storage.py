@@ -292,7 +292,7 @@ def test_it_asks(
     assert main(words) == status
     told = capsys.readouterr()
     assert (
-        "remove it? [y/N]" in told.err
+        "remove 1 item? [y/N]" in told.err
         and f"{folder}  (it has no COMMIT.json)" in told.out
         and folder.exists() == (status == 1)
     )

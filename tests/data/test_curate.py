@@ -39,7 +39,7 @@ def a_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tracking.Run]:
 @pytest.fixture(autouse=True)
 def the_session_keeps_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command line ends what it started when it is over, and here that is other tests' Ray."""
-    monkeypatch.setattr("mesocosm.cli.main._end_ray", lambda: None)
+    monkeypatch.setattr("mesocosm.cluster.ray_session.shutdown", lambda: None)
 
 
 def walk(index: int, length: int = 30, seed: int | None = None, **rest: Any) -> Episode:

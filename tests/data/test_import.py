@@ -46,7 +46,7 @@ def cart(tmp_path_factory: pytest.TempPathFactory, cart_root: Callable[..., str]
 @pytest.fixture(autouse=True)
 def the_session_keeps_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """A command line ends what it started when it is over, and here that is other tests' Ray."""
-    monkeypatch.setattr("mesocosm.cli.main._end_ray", lambda: None)
+    monkeypatch.setattr("mesocosm.cluster.ray_session.shutdown", lambda: None)
 
 
 @pytest.fixture

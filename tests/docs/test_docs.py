@@ -12,12 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 
 import mesocosm
 from mesocosm import errors
-from mesocosm.cli import main as cli
-from mesocosm.cli.main import TOOLS, main
+from mesocosm.cli.main import commands as program
+from mesocosm.cli.main import main
 from mesocosm.jobs.registry import JOBS
 
 from .reader import (
@@ -79,7 +80,7 @@ def test_a_command_is_understood(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """argparse takes it, its config keys are known and its values can be meant; what it would read
+    """click accepts it, its config keys are known and its values can be meant; what it would read
     may be missing.
     """
     for file in lay_out(REPOSITORY / command.page, tmp_path):
@@ -93,10 +94,9 @@ def test_a_command_is_understood(
         : next((at for at, word in enumerate(words) if word in ("|", "&&", ">", ";")), None)
     ]
     if words[0] not in JOBS:
-        parsed = cli._parser().parse_args(words)
-        assert parsed.command in (*TOOLS, "doctor")
-        if parsed.command == "cluster" and parsed.action == "render":
-            assert main(words) == 0, capsys.readouterr().err
+        if words[:2] != ["cluster", "render"]:
+            monkeypatch.setattr(click.Command, "invoke", lambda self, context: 0)
+        assert main(words) == 0, capsys.readouterr().err
         return
     status = main([*words, "--dry-run", f"storage.root={root}"])
     said = capsys.readouterr().err
@@ -124,7 +124,7 @@ def test_commands_in_sentences_exist(page: Path) -> None:
         if match := re.fullmatch(r"make ([-a-z]+)", span):
             assert match[1] in known, span
         elif match := re.match(r"mesocosm ([-a-z]+)", span):
-            assert match[1] in (*JOBS, *TOOLS, "doctor"), span
+            assert match[1] in program.commands, span
 
 
 def _anchors(page: Path) -> set[str]:

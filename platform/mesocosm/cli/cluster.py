@@ -1,13 +1,8 @@
-"""`mesocosm cluster render|up|down NAME`: what `clusters/NAME.yaml` stands for, started and ended.
-Light to import; what it needs it imports when run.
-"""
+"""`mesocosm cluster`: show, start, end and check what `clusters/NAME.yaml` describes."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import importlib.util
-import json
 import os
 import shlex
 import shutil
@@ -17,133 +12,81 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mesocosm import output
+import click
+
+from mesocosm import config, output
+from mesocosm.cli import options
+from mesocosm.cli.doctor import cluster_checks, show
+from mesocosm.cluster import kuberay, spec
+from mesocosm.cluster.launcher import launcher_config
+from mesocosm.cluster.yaml_writer import to_yaml
 from mesocosm.errors import MesocosmError, UsageError, nearest
+from mesocosm.jobs.registry import JOBS
+from mesocosm.serve import config as serve_config
 
 PLACEHOLDER = "your-"
-"""What the shipped files have where a user's own must stand."""
+"""The shipped files contain this where a user's own value belongs."""
 
 DEFAULT_RUN = {"RayJob": "doctor", "RayService": "serve"}
 """What a resource runs without `--run`."""
 
-RENDER = """\
-examples:
-  mesocosm cluster render aws                                      the config of Ray's cluster launcher
-  mesocosm cluster render kuberay | kubectl apply -f -
-  mesocosm cluster render kuberay --kind RayJob --run 'pretrain -c configs/pretrain/pendulum.yaml data.datasets=[ID]'
-  mesocosm cluster render kuberay --kind RayService --run 'serve world=ID replicas=2'
-"""
-UP = """\
-examples:
-  mesocosm cluster up aws --dry-run      what would be started, by which command, at what price; nothing is
-  mesocosm cluster up aws
-"""
-DOWN = """\
-examples:
-  mesocosm cluster down aws --dry-run
-  mesocosm cluster down aws --yes
-"""
+NAME = click.Argument(["name"], metavar="NAME", shell_complete=options.complete_clusters)
 
 
-def add(commands: Any) -> None:
-    """Add the command, and its own, to argparse's `commands`."""
-    said = "start and end a cluster of clusters/NAME.yaml, or show what it stands for"
-    actions = commands.add_parser("cluster", help=said, description=said).add_subparsers(
-        dest="action", metavar="ACTION", required=True
-    )
-
-    def action(name: str, help: str, epilog: str) -> Any:
-        parser = actions.add_parser(
-            name,
-            help=help,
-            description=help,
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.add_argument("name", metavar="NAME", help="clusters/NAME.yaml")
-        parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
-        return parser
-
-    render = action("render", "the launcher's config, or manifests for kubectl apply", RENDER)
-    check = action(
-        "check",
-        "connect, and look from inside: versions, nodes, storage, MLflow",
-        "example:\n  mesocosm cluster check aws",
-    )
-    check.add_argument(
-        "--insecure", action="store_true", help="talk to one that answers without a token"
-    )
-    render.add_argument(
-        "--kind",
-        choices=("RayCluster", "RayJob", "RayService"),
-        help="of KubeRay: which resource (RayCluster)",
-    )
-    render.add_argument(
-        "--run",
-        metavar="WORDS",
-        help="of a RayJob or RayService: what follows `mesocosm` (doctor; serve)",
-    )
-    for name, help, epilog in (
-        ("up", "start, or bring up to date, a cluster on EC2", UP),
-        ("down", "end a cluster on EC2, and all of its nodes", DOWN),
-    ):
-        parser = action(name, help, epilog)
-        parser.add_argument("--yes", action="store_true", help="do not ask")
-        parser.add_argument(
-            "--dry-run",
-            action="store_true",
-            help="print the config, the command and the price, and do nothing",
-        )
+@click.group()
+def cluster() -> None:
+    """Start, end, check or render a cluster."""
 
 
-def run(options: argparse.Namespace) -> int:
-    """Exit status 0; raises UsageError for wrong use, MesocosmError where the launcher fails."""
-    return {"render": _render, "up": _launch, "down": _launch, "check": _check}[options.action](
-        options
-    )
+@cluster.command(params=[NAME, options.INSECURE, options.JSON])
+def check(name: str, insecure: bool, as_json: bool) -> int:
+    """Connect, and report versions, nodes, storage and MLflow from inside.
+
+    \b
+    Example:
+      mesocosm cluster check aws
+    """
+    return show(cluster_checks(name, config.JobConfig(), insecure=insecure), as_json)
 
 
-def _check(options: argparse.Namespace) -> int:
-    from mesocosm.cli.cluster_check import checks
-    from mesocosm.cli.doctor import show
-    from mesocosm.config import JobConfig
+@cluster.command(params=[NAME, options.JSON])
+@click.option("--kind", type=click.Choice(kuberay.KINDS), help="The KubeRay resource (RayCluster).")
+@click.option("--run", metavar="WORDS", help="Words after `mesocosm` in a RayJob or RayService.")
+def render(name: str, kind: str | None, run: str | None, as_json: bool) -> None:
+    """Print the launcher's config, or manifests for kubectl apply.
 
-    return show(checks(options.name, JobConfig(), insecure=options.insecure), as_json=options.json)
-
-
-def _render(options: argparse.Namespace) -> int:
-    from mesocosm.cluster import kuberay, yaml_writer
-    from mesocosm.cluster import spec as cluster_spec
-
-    name = options.name
-    cluster = cluster_spec.read(name)
+    \b
+    Examples:
+      mesocosm cluster render aws
+      mesocosm cluster render kuberay | kubectl apply -f -
+      mesocosm cluster render kuberay --kind RayJob --run 'pretrain -c FILE data.datasets=[ID]'
+      mesocosm cluster render kuberay --kind RayService --run 'serve world=ID replicas=2'
+    """
+    cluster = spec.read(name)
+    remarks = _source(name)
     if cluster.where == "kuberay":
-        kind = options.kind or "RayCluster"
-        words, application = check_run(kind, options.run)
-        documents = kuberay.render(name, cluster, kind, words, application)
-        remarks = f"{_source(name)}\n{kuberay.remarks(name, cluster)}"
-        packed: Any = {"apiVersion": "v1", "kind": "List", "items": documents}
+        kind = kind or "RayCluster"
+        documents = kuberay.render(name, cluster, kind, *check_run(kind, run))
+        remarks += f"\n{kuberay.remarks(name, cluster)}"
+        result: Any = {"apiVersion": "v1", "kind": "List", "items": documents}
     elif cluster.where == "launcher":
-        for flag in ("kind", "run"):
-            if (value := getattr(options, flag)) is not None:
+        for flag, value in (("kind", kind), ("run", run)):
+            if value is not None:
                 raise UsageError(
-                    f"--{flag} {value!r} is of KubeRay, and clusters/{name}.yaml has"
+                    f"--{flag} {value!r} is for KubeRay, and clusters/{name}.yaml has"
                     " where='launcher'; leave it out"
                 )
-        from mesocosm.cluster.launcher import launcher_config
-
-        packed = launcher_config(name, cluster)
-        documents, remarks = [packed], _source(name)
+        result = launcher_config(name, cluster)
+        documents = [result]
     else:
         raise UsageError(
-            f"clusters/{name}.yaml has where={cluster.where!r}: nothing is made of it; render is"
-            " for where=launcher or kuberay"
+            f"clusters/{name}.yaml must have where=launcher or kuberay to be rendered, got"
+            f" where={cluster.where!r}"
         )
-    output.write(
-        json.dumps(packed, indent=1) if options.json else yaml_writer.to_yaml(documents, remarks),
-        end="\n" if options.json else "",
-    )
-    return 0
+    if as_json:
+        output.write_json(result)
+    else:
+        output.write(to_yaml(documents, remarks), end="")
 
 
 def check_run(kind: str, run: str | None) -> tuple[list[str], str]:
@@ -152,10 +95,6 @@ def check_run(kind: str, run: str | None) -> tuple[list[str], str]:
     Raises:
         UsageError: `kind` cannot run these words.
     """
-    from mesocosm import config
-    from mesocosm.jobs.registry import JOBS
-    from mesocosm.serve import config as serve_config
-
     if kind == "RayCluster":
         if run is not None:
             raise UsageError(
@@ -182,35 +121,68 @@ def check_run(kind: str, run: str | None) -> tuple[list[str], str]:
 
 
 def _source(name: str) -> str:
-    return (
-        f"Made by `mesocosm cluster render {name}` from clusters/{name}.yaml, which is what to"
-        " edit."
-    )
+    return f"Made by `mesocosm cluster render {name}` from clusters/{name}.yaml: edit that file."
 
 
-def _launch(options: argparse.Namespace) -> int:
-    """`ray up` or `ray down` on the config in a private file."""
-    from mesocosm.cluster import spec as cluster_spec
-    from mesocosm.cluster import yaml_writer
-    from mesocosm.cluster.launcher import launcher_config
+LAUNCH = (NAME, options.DRY_RUN, options.YES, options.JSON)
 
-    name, up = options.name, options.action == "up"
-    cluster = cluster_spec.read(name)
-    if cluster.where != "launcher":
-        raise UsageError(
-            f"clusters/{name}.yaml has where={cluster.where!r}, and `{options.action}` drives Ray's"
-            f" launcher; {_instead(cluster.where, name, up)}"
+
+@cluster.command(params=[*LAUNCH])
+def up(name: str, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """Start a cluster on EC2, or bring it up to date.
+
+    \b
+    Examples:
+      mesocosm cluster up aws --dry-run      the config, the command and the price
+      mesocosm cluster up aws
+    """
+    cluster = _launcher_cluster(name, "apply")
+    path = _launch("up", name, cluster, dry_run, yes, as_json)
+    if not dry_run and not as_json:
+        print(
+            f"{cluster.address} is its dashboard, and takes jobs, while this runs in another"
+            f" terminal:\n  ray dashboard {shlex.quote(str(path))}"
         )
-    config = launcher_config(name, cluster)
-    text = yaml_writer.to_yaml([config], _source(name))
+
+
+@cluster.command(params=[*LAUNCH])
+def down(name: str, dry_run: bool, yes: bool, as_json: bool) -> None:
+    """End a cluster on EC2, and all of its nodes.
+
+    \b
+    Examples:
+      mesocosm cluster down aws --dry-run
+      mesocosm cluster down aws --yes
+    """
+    _launch("down", name, _launcher_cluster(name, "delete"), dry_run, yes, as_json)
+
+
+def _launcher_cluster(name: str, kubectl: str) -> spec.ClusterConfig:
+    """The cluster `name`. Raises UsageError where Ray's launcher cannot start it."""
+    cluster = spec.read(name)
+    fixes = {
+        "kuberay": f"run: mesocosm cluster render {name} | kubectl {kubectl} -f -",
+        "local": "a job starts its own Ray on this machine",
+        "address": "start and end it where it is managed",
+    }
+    if cluster.where in fixes:
+        raise UsageError(
+            f"clusters/{name}.yaml must have where=launcher, got where={cluster.where!r};"
+            f" {fixes[cluster.where]}"
+        )
+    return cluster
+
+
+def _launch(
+    action: str, name: str, cluster: spec.ClusterConfig, dry_run: bool, yes: bool, as_json: bool
+) -> Path:
+    """Run `ray up` or `ray down` on the config in a private file, whose path it returns."""
+    launcher = launcher_config(name, cluster)
+    text = to_yaml([launcher], _source(name))
     path = Path.home() / ".cache" / "mesocosm" / "clusters" / f"{name}.yaml"
-    command = ["ray", options.action, "--yes", str(path)]
-    price = (
-        f"{cluster.price_per_hour:g} {cluster.currency} an hour at full size,"
-        f" {cluster.idle_price_per_hour:g} while nothing runs"
-    )
-    facts = {
-        "cluster": config["cluster_name"],
+    command = ["ray", action, "--yes", str(path)]
+    facts: dict[str, Any] = {
+        "cluster": launcher["cluster_name"],
         "command": shlex.join(command),
         "nodes": {
             group.name: f"{group.kept} to {group.count} {group.instance}" for group in cluster.nodes
@@ -219,19 +191,19 @@ def _launch(options: argparse.Namespace) -> int:
         "idle_price_per_hour": cluster.idle_price_per_hour,
         "currency": cluster.currency,
     }
-    if options.dry_run:
-        output.write(
-            (
-                json.dumps(facts | {"config": config}, indent=1)
-                if options.json
-                else f"# {facts['command']}\n# {price}\n{text}"
-            ),
-            end="",
-        )
-        return 0
-    if mine := next(_placeholders(cluster), None):
+    price = (
+        f"{cluster.price_per_hour:g} {cluster.currency} an hour at full size,"
+        f" {cluster.idle_price_per_hour:g} while nothing runs"
+    )
+    if dry_run:
+        if as_json:
+            output.write_json(facts | {"config": launcher})
+        else:
+            output.write(f"# {facts['command']}\n# {price}\n{text}", end="")
+        return path
+    if placeholder := next(_placeholders(cluster), None):
         raise UsageError(
-            f"clusters/{name}.yaml: {mine} is the placeholder that was shipped; put your own there"
+            f"clusters/{name}.yaml: {placeholder} is the shipped placeholder; put your own there"
         )
     ray = shutil.which("ray") or shutil.which("ray", path=str(Path(sys.executable).parent))
     if ray is None:
@@ -240,52 +212,26 @@ def _launch(options: argparse.Namespace) -> int:
         raise UsageError(
             "Ray's launcher needs boto3 to speak to EC2; run: pip install -c constraints.txt boto3"
         )
-    said = sys.stderr if options.json else sys.stdout
-    print(f"{facts['command']}\n{price}", file=said, flush=True)
-    output.confirm(f"{'start' if up else 'end'} {config['cluster_name']}?", yes=options.yes)
-    if up and cluster_spec.make_token(cluster.token_path):
-        print(f"a new token is in {cluster.token_path}", file=said, flush=True)
-    _write_private(path, text)
+    print(f"{facts['command']}\n{price}", flush=True)
+    output.confirm(f"{'start' if action == 'up' else 'end'} {facts['cluster']}?", yes=yes)
+    if action == "up" and spec.make_token(cluster.token_path):
+        print(f"a new token is in {cluster.token_path}", flush=True)
+    spec.write_private(path, text, os.O_TRUNC)
     status = subprocess.run(
-        [ray, *command[1:]],
-        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
-        stdout=sys.stderr if options.json else None,
+        [ray, *command[1:]], env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     ).returncode
     if status:
         raise MesocosmError(
-            f"`{facts['command']}` failed with status {status}; mend what it says above and run the"
-            " same again, and see what runs in EC2's console"
+            f"`{facts['command']}` failed with status {status}; correct what it reports above, run"
+            " the same again, and see what runs in EC2's console"
         )
-    if options.json:
-        output.write(json.dumps(facts, indent=1))
-    elif up:
-        print(
-            f"{cluster.address} is its dashboard, and takes jobs, while this runs in another"
-            f" terminal:\n  ray dashboard {shlex.quote(str(path))}"
-        )
-    return 0
+    if as_json:
+        output.write_json(facts)
+    return path
 
 
-def _instead(where: str, name: str, up: bool) -> str:
-    if where == "kuberay":
-        return f"run: mesocosm cluster render {name} | kubectl {'apply' if up else 'delete'} -f -"
-    return (
-        "a job starts its own Ray on this machine"
-        if where == "local"
-        else "start and end it where it is kept"
-    )
-
-
-def _placeholders(cluster: Any) -> Iterator[str]:
+def _placeholders(cluster: spec.ClusterConfig) -> Iterator[str]:
     for block in (cluster, *cluster.nodes):
-        for field in dataclasses.fields(block):
-            value = getattr(block, field.name)
+        for key, value in vars(block).items():
             if isinstance(value, str) and PLACEHOLDER in value:
-                yield f"{field.name}={value!r}"
-
-
-def _write_private(path: Path, text: str) -> None:
-    """The launcher's config names no secret, but where one lies."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
+                yield f"{key}={value!r}"

@@ -1,154 +1,191 @@
-"""`mesocosm data list | show | diff`: datasets, what one holds and covers, how two differ. Light to
-import; what it needs it imports when run.
-"""
+"""`mesocosm data`: datasets, what they hold and cover, and how two of them differ."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mesocosm import output
-from mesocosm.cli.storage import size
+import click
+
+from mesocosm import config, output
+from mesocosm.cli import options
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.versions import VERSIONS
 
 if TYPE_CHECKING:
+    from mesocosm.data.format.dataset import Dataset
     from mesocosm.data.format.manifest import Manifest
     from mesocosm.store.artifacts import Artifact, Commit, Storage
 
-EPILOG = {
-    "list": (
-        """\
-examples:
-  mesocosm data list                                     the datasets of .mesocosm, the oldest first
-  mesocosm data list storage.root=s3://bucket/prefix --json
-"""
-    ),
-    "show": (
-        """\
-examples:
-  mesocosm data show ab12                                what it holds, what it was made of, what it covers, and a page of plots
-  mesocosm data show ab12 --json
-"""
-    ),
-    "diff": (
-        """\
-examples:
-  mesocosm data diff ab12 cd34                           facts that differ, and what each one's transitions have that the other's lack
-"""
-    ),
-}
-HELP = {
-    "list": "the datasets of a root",
-    "show": "what a dataset holds, its lineage and its coverage; writes the page, once",
-    "diff": "what two datasets have that is not the other's",
-}
-WORDS = {"list": (), "show": ("ID",), "diff": ("A", "B")}
+PARAMS = (options.overrides(), options.CONFIG, options.JSON)
+MOST_LINES = 20
+"""Lines of a dataset's recipe that `data show` prints."""
 
 
-def add(commands: Any) -> None:
-    """Add the command, and its own, to argparse's `commands`."""
-    said = "list datasets, show what one holds and covers, or how two differ"
-    actions = commands.add_parser("data", help=said, description=said).add_subparsers(
-        dest="action", metavar="ACTION", required=True
-    )
-    for name, words in WORDS.items():
-        parser = actions.add_parser(
-            name,
-            help=HELP[name],
-            description=HELP[name],
-            epilog=EPILOG[name],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        for word in words:
-            parser.add_argument(
-                word.lower(), metavar=word, help="a dataset's id, or the beginning of one"
-            )
-        parser.add_argument(
-            "-c",
-            "--config",
-            action="append",
-            default=[],
-            metavar="FILE",
-            help="a YAML config, for its storage.root",
-        )
-        parser.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="key=value",
-            help="override a config key, such as storage.root=s3://bucket/prefix",
-        )
-        parser.add_argument("--json", action="store_true", help="machine-readable result on stdout")
+def _dataset(name: str) -> click.Argument:
+    return click.Argument([name], metavar=name.upper(), shell_complete=options.complete_datasets)
 
 
-def run(options: argparse.Namespace) -> int:
-    """Exit status 0. Raises UsageError where there is no such dataset."""
-    from mesocosm import config
-    from mesocosm.store.artifacts import Storage
-    from mesocosm.store.files import use_cache
-
-    given = config.load(config.JobConfig, options.config, options.overrides).storage
-    use_cache(given.cache)
-    storage = Storage(given.root)
-    storage.check_readable()
-    return {"list": _list, "show": _show, "diff": _diff}[options.action](storage, options)
+@click.group()
+def data() -> None:
+    """List, show and compare datasets."""
 
 
-# -- list
-# --------------------------------------------------------------------------------------------------------------
+@data.command("list", params=[*PARAMS])
+def list_datasets(files: Sequence[str], overrides: Sequence[str], as_json: bool) -> None:
+    """List the datasets of a root, the oldest first.
 
-
-def _list(storage: Storage, options: argparse.Namespace) -> int:
+    \b
+    Examples:
+      mesocosm data list
+      mesocosm data list storage.root=s3://bucket/prefix --json
+    """
+    storage = options.open_storage(files, overrides)
     rows, damaged = [], []
     for id in storage.list("datasets"):
         try:
-            row = _listed(storage, id)
+            if row := _listed(storage, id):
+                rows.append(row)
         except ArtifactError as error:
             damaged.append((id, str(error)))
-            continue
-        if row is not None:
-            rows.append(row)
     rows.sort(key=lambda row: (row["created"], row["id"]))
-    if options.json:
-        rows += [{**dict.fromkeys(KEYS), "id": id, "error": text} for id, text in damaged]
-        output.write(json.dumps(rows, indent=1))
-        return 0
-    head = (
-        "id",
-        "made by",
-        "environment",
-        "episodes",
-        "transitions",
-        "held out",
-        "size",
-        "created",
-    )
+    if as_json:
+        keys = ("id", "job", "environment", "episodes", "transitions", "behaviours", "bytes")
+        nothing = dict.fromkeys((*keys, "created", "error"))
+        output.write_json([*rows, *(nothing | {"id": id, "error": text} for id, text in damaged)])
+        return
     cells = [
-        (
-            row["id"],
-            row["job"],
-            row["environment"],
-            f"{sum(row['episodes'].values()):,}",
-            f"{sum(row['transitions'].values()):,}",
-            f"{row['transitions']['valid']:,}",
-            size(row["bytes"]),
-            row["created"][:16].replace("T", " "),
-        )
+        {
+            "id": row["id"],
+            "made by": row["job"],
+            "environment": row["environment"],
+            "episodes": sum(row["episodes"].values()),
+            "transitions": sum(row["transitions"].values()),
+            "held out": row["transitions"]["valid"],
+            "size": output.size(row["bytes"]),
+            "created": _minute(row["created"]),
+        }
         for row in rows
     ]
-    _print(head, cells, texts=(0, 1, 2, 7))
+    if cells:
+        print(output.table(cells))
     for _, text in damaged:
         print(text)
     print(f"{len(rows)} dataset{'s' * (len(rows) != 1)} in {storage.root}; mesocosm data show ID")
-    return 0
+
+
+@data.command(params=[_dataset("id"), *PARAMS])
+def show(id: str, files: Sequence[str], overrides: Sequence[str], as_json: bool) -> None:
+    """Show what a dataset holds, its lineage and its coverage, and write a page of plots.
+
+    \b
+    Examples:
+      mesocosm data show ab12
+      mesocosm data show ab12 --json
+    """
+    from mesocosm.data.format.dataset import Dataset
+    from mesocosm.evaluate.report import coverage_page
+
+    storage = options.open_storage(files, overrides)
+    artifact = storage.artifact("datasets", id)
+    dataset = Dataset([artifact.path])
+    manifest = dataset.manifests[0]
+    commit = storage.commit_of("datasets", artifact.id)
+    if commit is None:
+        raise UsageError(f"{artifact.name} was removed meanwhile; see mesocosm data list")
+    facts = _row(artifact.id, commit, manifest) | {
+        "where": artifact.uri,
+        "shards": len(manifest.shards),
+        "observation_space": str(dataset.observation_space),
+        "action_space": str(dataset.action_space),
+        "task": manifest.environment.task,
+        "seed": manifest.seed,
+        "outcomes": manifest.counts.outcomes,
+        "dropped": manifest.counts.dropped,
+        "lineage": _lineage(storage, artifact.id),
+    }
+    if not as_json:
+        _print_facts(facts)
+    folder = _coverage(storage, artifact, dataset)
+    page, summary_file = folder / coverage_page.PAGE, folder / coverage_page.SUMMARY
+    if as_json:
+        output.write_json(facts | {"page": str(page), "summary": str(summary_file)})
+        return
+    summary = json.loads(summary_file.read_text())
+    lines = coverage_page.verdict(summary)
+    for row in summary["behaviours"]:
+        low, median, high = row["returns"]
+        lines.append(
+            f"{row['name']}: {row['episodes']} episodes, {row['transitions']:,} transitions,"
+            f" returns {low:g} to {high:g}, median {median:g}"
+        )
+    print("\n  ".join(["\ncoverage", *lines, f"page: {page}"]))
+
+
+@data.command(params=[_dataset("a"), _dataset("b"), *PARAMS])
+def diff(a: str, b: str, files: Sequence[str], overrides: Sequence[str], as_json: bool) -> None:
+    """Show the facts and transitions that two datasets do not share.
+
+    \b
+    Example:
+      mesocosm data diff ab12 cd34
+    """
+    from mesocosm.data.format.dataset import Dataset
+    from mesocosm.evaluate.metrics.coverage import compare
+
+    storage = options.open_storage(files, overrides)
+    artifacts = [storage.artifact("datasets", ref) for ref in (a, b)]
+    ids = [artifact.id for artifact in artifacts]
+    if ids[0] == ids[1]:
+        raise UsageError(f"{a} and {b} are the same dataset, {ids[0]}; give two")
+    first, second = (Dataset([artifact.path]) for artifact in artifacts)
+    comparable = (first.observation_space, first.action_space) == (
+        second.observation_space,
+        second.action_space,
+    )
+    left, right = _facts(first, artifacts[0]), _facts(second, artifacts[1])
+    differ = {
+        name: [left.get(name), right.get(name)]
+        for name in {**left, **right}
+        if left.get(name) != right.get(name)
+    }
+    shared = _shared_episodes(first, second)
+    coverage = compare(first, second) if comparable else None
+    if as_json:
+        facts = {"differ": differ, "episodes": shared, "coverage": coverage}
+        output.write_json({"a": ids[0], "b": ids[1]} | facts)
+        return
+    lines = [
+        {"": name * (i == 0), ids[0]: one, ids[1]: other}
+        for name, pair in differ.items()
+        for i, (one, other) in enumerate(zip_longest(*map(_lines, pair), fillvalue=""))
+    ]
+    print(output.table(lines))
+    print(
+        f"\n{shared['both']:,} episodes are in both, {shared['only_a']:,} only in {ids[0]},"
+        f" {shared['only_b']:,} only in {ids[1]}"
+    )
+    if coverage is None:
+        print("their spaces differ, so distances between them have no meaning")
+        return
+    for key, one, other in (("a_lacks", *ids), ("b_lacks", *reversed(ids))):
+        lacks = coverage[key]
+        if lacks["beyond"] is None:
+            print(f"{one} has at most one training episode: what it lacks cannot be measured")
+            continue
+        print(
+            f"{lacks['beyond']:.1%} of {other}'s transitions lie farther from {one} than 99% of its"
+            " own do from other episodes (data alike: 1%); median gap"
+            f" {lacks['quantiles']['0.5']:.3g} standard deviations"
+        )
 
 
 def _listed(storage: Storage, id: str) -> dict[str, Any] | None:
-    """A row of `data list`; None of a dataset that is not finished.
+    """A row of `data list`; None for an unfinished dataset.
 
     Raises:
         ArtifactError: Its COMMIT.json or its manifest is damaged.
@@ -170,11 +207,6 @@ def _listed(storage: Storage, id: str) -> dict[str, Any] | None:
         raise storage.damaged(commit, MANIFEST, missing=False) from error
 
 
-FACTS = ("job", "environment", "episodes", "transitions", "behaviours", "bytes", "created")
-KEYS = ("id", *FACTS, "error")
-"""Of a row of `data list --json`. `error` is null, or the only one beside `id` that is not."""
-
-
 def _row(id: str, commit: Commit, manifest: Manifest) -> dict[str, Any]:
     return {
         "id": id,
@@ -189,218 +221,99 @@ def _row(id: str, commit: Commit, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-# -- show
-# --------------------------------------------------------------------------------------------------------------
-
-
-def _show(storage: Storage, options: argparse.Namespace) -> int:
-    from mesocosm.data.format.dataset import Dataset
-    from mesocosm.evaluate.report import coverage_page
-
-    artifact = storage.artifact("datasets", options.id)
-    dataset = Dataset([artifact.path])
-    manifest = dataset.manifests[0]
-    commit = storage.commit_of("datasets", artifact.id)
-    if commit is None:
-        raise UsageError(f"{artifact.name} was removed meanwhile; see mesocosm data list")
-    facts = _row(artifact.id, commit, manifest) | {
-        "where": artifact.uri,
-        "shards": len(manifest.shards),
-        "observation_space": str(dataset.observation_space),
-        "action_space": str(dataset.action_space),
-        "task": manifest.environment.task,
-        "seed": manifest.seed,
-        "outcomes": manifest.counts.outcomes,
-        "dropped": manifest.counts.dropped,
-        "lineage": lineage(storage, artifact),
-    }
-    if not options.json:
-        _say(facts)
-    folder = covered(storage, artifact).path
-    facts |= {
-        "page": str(folder / coverage_page.PAGE),
-        "summary": str(folder / coverage_page.SUMMARY),
-    }
-    if options.json:
-        output.write(json.dumps(facts, indent=1))
-        return 0
-    summary = json.loads((folder / coverage_page.SUMMARY).read_text())
-    print("\ncoverage")
-    for line in coverage_page.verdict(summary):
-        print(f"  {line}")
-    for row in summary["behaviours"]:
-        low, middle, high = row["returns"]
-        print(
-            f"  {row['name']}: {row['episodes']} episodes, {row['transitions']:,} transitions,"
-            f" returns {low:g} to {high:g}, median {middle:g}"
-        )
-    print(f"  page: {facts['page']}")
-    return 0
-
-
-def covered(storage: Storage, artifact: Artifact) -> Artifact:
-    """The page and summary.json of a dataset's coverage, `evaluations/ID`: made, or found."""
-    from mesocosm.config import fingerprint
-    from mesocosm.data.format.dataset import Dataset
+def _coverage(storage: Storage, artifact: Artifact, dataset: Dataset) -> Path:
+    """The folder of the coverage page, `evaluations/ID`. It is made once."""
     from mesocosm.evaluate.metrics import coverage
     from mesocosm.evaluate.report import coverage_page
 
-    id = fingerprint("coverage", artifact.id, coverage.SCHEMA, VERSIONS["coverage"])
+    def make(folder: Path) -> None:
+        name = f"What {artifact.name} covers"
+        coverage_page.write(coverage.summarise(dataset, name=name), folder)
+
+    id = config.fingerprint("coverage", artifact.id, coverage.SCHEMA, VERSIONS["coverage"])
     meta = {"inputs": {"datasets": [artifact.id]}, "job": "data show", "config": {}}
-    name = f"What {artifact.name} covers"
-    return storage.make(
-        "evaluations",
-        id,
-        meta,
-        lambda folder: coverage_page.write(
-            coverage.summarise(Dataset([artifact.path]), name=name), folder
-        ),
-    )
+    return storage.make("evaluations", id, meta, make).path
 
 
-def lineage(storage: Storage, artifact: Artifact) -> list[dict[str, Any]]:
-    """What a dataset was made of and how, itself first, each dataset once: {"dataset", "job",
-    "from", "how"}; `how` is null where the root has it no more.
+def _lineage(storage: Storage, id: str) -> list[dict[str, Any]]:
+    """How a dataset and its ancestors were made, itself first.
+
+    `how` is null for a dataset that the root no longer has.
     """
     rows: list[dict[str, Any]] = []
-    wanted = [artifact.id]
-    for id in wanted:
-        meta, how = _made(storage, id)
+    ids = [id]
+    for id in ids:
+        meta: dict[str, Any] = {}
+        how = None
+        try:
+            if commit := storage.commit_of("datasets", id):
+                meta = commit["meta"]
+                how = _recipe(meta)
+        except ArtifactError as error:
+            how = [str(error)]
         parents = list(meta.get("inputs", {}).get("datasets", []))
-        wanted += [parent for parent in parents if parent not in wanted]
+        ids += [parent for parent in parents if parent not in ids]
         rows.append({"dataset": id, "job": meta.get("job"), "from": parents, "how": how})
     return rows
 
 
-def _made(storage: Storage, id: str) -> tuple[dict[str, Any], list[str] | None]:
-    """A dataset's meta, and what made it (None: the root has it no more)."""
-    try:
-        commit = storage.commit_of("datasets", id)
-    except ArtifactError as error:
-        return {}, [str(error)]
-    return ({}, None) if commit is None else (commit["meta"], _how(commit["meta"]))
-
-
-def _how(meta: Mapping[str, Any]) -> list[str]:
+def _recipe(meta: Mapping[str, Any]) -> list[str]:
     """The operations, files or behaviours that made a dataset."""
-    config = meta.get("config", {})
-    if "operations" in config:
-        return [
-            _call(operation["op"], {k: v for k, v in operation.items() if k != "op"})
-            for operation in config["operations"]
-        ]
+    made = meta.get("config", {})
+    if "operations" in made:
+        return [_call(dict(operation), "op") for operation in made["operations"]]
     if "files" in meta:
         return [file["name"] for file in meta["files"]]
-    return [
-        _call(b["kind"], {k: b[k] for k in ("policy", "function", "noise", "weight") if b.get(k)})
-        for b in config.get("behaviours", [])
-    ]
+    keys = ("kind", "policy", "function", "noise", "weight")
+    return [_call({k: b[k] for k in keys if b.get(k)}, "kind") for b in made.get("behaviours", [])]
 
 
-def _call(name: str, given: Mapping[str, Any]) -> str:
-    said = ", ".join(f"{key}={value}" for key, value in given.items() if value not in (None, []))
-    return f"{name}({said})" if said else name
+def _call(values: dict[str, Any], name: str) -> str:
+    """`name(key=value, ...)`; the values hold the name under the key `name`."""
+    title = values.pop(name)
+    text = ", ".join(f"{k}={value}" for k, value in values.items() if value not in (None, []))
+    return f"{title}({text})" if text else str(title)
 
 
-def _say(facts: Mapping[str, Any]) -> None:
+def _print_facts(facts: Mapping[str, Any]) -> None:
     episodes, transitions = facts["episodes"], facts["transitions"]
     outcomes = ", ".join(f"{count} {name}" for name, count in facts["outcomes"].items() if count)
+    task = f", task {', '.join(facts['task'])}" if facts["task"] else ""
+    shards = f"{facts['shards']} shard{'s' * (facts['shards'] != 1)}"
     lines = {
-        "where": (
-            f"{facts['where']}, {size(facts['bytes'])} in {facts['shards']}"
-            f" shard{'s' * (facts['shards'] != 1)}"
-        ),
-        "made": f"by {facts['job']} at {facts['created'][:16].replace('T', ' ')}",
-        "environment": (
-            facts["environment"] + (f", task {', '.join(facts['task'])}" if facts["task"] else "")
-        ),
-        "episodes": (
-            f"{sum(episodes.values()):,}: {episodes['train']:,} to train on, {episodes['valid']:,}"
-            f" held out; {outcomes}"
-        ),
-        "transitions": (
-            f"{sum(transitions.values()):,}: {transitions['train']:,} to train on,"
-            f" {transitions['valid']:,} held out"
-        ),
+        "where": f"{facts['where']}, {output.size(facts['bytes'])} in {shards}",
+        "made": f"by {facts['job']} at {_minute(facts['created'])}",
+        "environment": f"{facts['environment']}{task}",
+        "episodes": f"{_splits(episodes)}; {outcomes}",
+        "transitions": _splits(transitions),
         "observation": facts["observation_space"],
         "action": facts["action_space"],
     }
     print(f"datasets/{facts['id']}")
-    for name, said in lines.items():
-        print(f"  {name:<12} {said}")
+    for name, text in lines.items():
+        print(f"  {name:<12} {text}")
     print("\nlineage")
     for row in facts["lineage"]:
         parents = f" of {', '.join(row['from'])}" if row["from"] else ""
-        how = "is not in this root" if row["how"] is None else f"{row['job']}{parents}"
-        print(f"  {row['dataset']}  {how}")
-        for line in (row["how"] or [])[:20]:
-            print(f"    {line}")
-        if len(row["how"] or []) > 20:
-            print(f"    and {len(row['how']) - 20} more")
+        recipe = row["how"] or []
+        made = "is not in this root" if row["how"] is None else f"{row['job']}{parents}"
+        more = [f"and {len(recipe) - MOST_LINES} more"] if len(recipe) > MOST_LINES else []
+        print("\n    ".join([f"  {row['dataset']}  {made}", *recipe[:MOST_LINES], *more]))
 
 
-# -- diff
-# --------------------------------------------------------------------------------------------------------------
+def _splits(counts: Mapping[str, int]) -> str:
+    total = sum(counts.values())
+    return f"{total:,}: {counts['train']:,} to train on, {counts['valid']:,} held out"
 
 
-def _diff(storage: Storage, options: argparse.Namespace) -> int:
-    from mesocosm.data.format.dataset import Dataset
-    from mesocosm.evaluate.metrics.coverage import compare
-
-    artifacts = [storage.artifact("datasets", ref) for ref in (options.a, options.b)]
-    if artifacts[0].id == artifacts[1].id:
-        raise UsageError(
-            f"{options.a} and {options.b} are the same dataset, {artifacts[0].id}; give two"
-        )
-    a, b = (Dataset([artifact.path]) for artifact in artifacts)
-    alike = (a.observation_space, a.action_space) == (b.observation_space, b.action_space)
-    ours, theirs = _facts(a, artifacts[0]), _facts(b, artifacts[1])
-    found: dict[str, Any] = {
-        "a": artifacts[0].id,
-        "b": artifacts[1].id,
-        "differ": {
-            name: [ours.get(name), theirs.get(name)]
-            for name in {**ours, **theirs}
-            if ours.get(name) != theirs.get(name)
-        },
-        "episodes": _shared(a, b),
-        "coverage": compare(a, b) if alike else None,
-    }
-    if options.json:
-        output.write(json.dumps(found, indent=1))
-        return 0
-    _print(
-        ("", found["a"], found["b"]),
-        [(name, *map(_plain, pair)) for name, pair in found["differ"].items()],
-        texts=(0, 1, 2),
-    )
-    both = found["episodes"]
-    print(
-        f"\n{both['both']:,} episodes are in both, {both['only_a']:,} only in {found['a']},"
-        f" {both['only_b']:,} only in {found['b']}"
-    )
-    if found["coverage"] is None:
-        print("their spaces differ, so that no distance between them has a meaning")
-        return 0
-    for key, one, other in (
-        ("a_lacks", found["a"], found["b"]),
-        ("b_lacks", found["b"], found["a"]),
-    ):
-        lacks = found["coverage"][key]
-        if lacks["beyond"] is None:
-            print(f"{one} is one episode or none to train on: what it lacks cannot be measured")
-            continue
-        print(
-            f"{lacks['beyond']:.1%} of {other}'s transitions lie farther from {one} than 99% of its"
-            " own do from other episodes (data alike: 1%); median gap"
-            f" {lacks['quantiles']['0.5']:.3g} standard deviations"
-        )
-    return 0
+def _minute(created: str) -> str:
+    return created[:16].replace("T", " ")
 
 
-def _facts(dataset: Any, artifact: Artifact) -> dict[str, Any]:
+def _facts(dataset: Dataset, artifact: Artifact) -> dict[str, Any]:
+    """The facts of a dataset that `data diff` compares."""
     manifest = dataset.manifests[0]
-    meta = artifact.meta
+    counts, meta = manifest.counts, artifact.meta
     return {
         "environment": manifest.environment.id,
         "environment's version": manifest.environment.version,
@@ -409,66 +322,36 @@ def _facts(dataset: Any, artifact: Artifact) -> dict[str, Any]:
         "action": str(dataset.action_space),
         "made by": meta.get("job"),
         "from": meta.get("inputs", {}).get("datasets", []),
-        "how": _how(meta),
+        "how": _recipe(meta),
         "seed": manifest.seed,
-        "episodes": sum(manifest.counts.episodes.values()),
-        "episodes held out": manifest.counts.episodes["valid"],
-        "transitions": sum(manifest.counts.transitions.values()),
-        "transitions held out": manifest.counts.transitions["valid"],
-        **{f"episodes {name}": count for name, count in manifest.counts.outcomes.items()},
-        **{
-            f"episodes by {behaviour.name}": behaviour.episodes for behaviour in manifest.behaviours
-        },
+        "episodes": sum(counts.episodes.values()),
+        "episodes held out": counts.episodes["valid"],
+        "transitions": sum(counts.transitions.values()),
+        "transitions held out": counts.transitions["valid"],
+        **{f"episodes {name}": count for name, count in counts.outcomes.items()},
+        **{f"episodes by {made.name}": made.episodes for made in manifest.behaviours},
     }
 
 
-def _shared(a: Any, b: Any) -> dict[str, int]:
-    """Episodes of the same behaviour, seed, length, outcome and return are taken for the same."""
+def _shared_episodes(a: Dataset, b: Dataset) -> dict[str, int]:
+    """Counts of episodes with the same behaviour, seed, length, outcome and return."""
 
-    def keys(dataset: Any) -> Counter[tuple[Any, ...]]:
+    def keys(dataset: Dataset) -> Counter[tuple[Any, ...]]:
         names = [behaviour.name for behaviour in dataset.manifests[0].behaviours]
+        columns = ("seed", "length", "outcome", "total_reward")
         return Counter(
-            (
-                names[row["behaviour"]],
-                *(row[k].item() for k in ("seed", "length", "outcome", "total_reward")),
-            )
+            (names[row["behaviour"]], *(row[column].item() for column in columns))
             for row in dataset.table
         )
 
-    ours, theirs = keys(a), keys(b)
-    both = (ours & theirs).total()
-    return {"both": both, "only_a": ours.total() - both, "only_b": theirs.total() - both}
+    left, right = keys(a), keys(b)
+    both = (left & right).total()
+    return {"both": both, "only_a": left.total() - both, "only_b": right.total() - both}
 
 
-# -- pieces
-# ------------------------------------------------------------------------------------------------------------
-
-
-def _plain(value: Any) -> str:
-    return (
-        "–"
-        if value in (None, [])
-        else (
-            "\n".join(map(str, value))
-            if isinstance(value, list)
-            else f"{value:,}"
-            if isinstance(value, int)
-            else str(value)
-        )
-    )
-
-
-def _print(head: Sequence[str], rows: Sequence[Sequence[str]], *, texts: Sequence[int]) -> None:
-    """Columns beside each other, however wide the terminal; a cell may have several lines. Those of
-    `texts` are aligned left.
-    """
-    lines = [[cell.split("\n") for cell in row] for row in (head, *rows)]
-    widths = [max(len(line) for row in lines for line in row[i]) for i in range(len(head))]
-    for row in lines:
-        for cells in zip_longest(*row, fillvalue=""):
-            print(
-                "  ".join(
-                    c.ljust(w) if i in texts else c.rjust(w)
-                    for i, (c, w) in enumerate(zip(cells, widths, strict=True))
-                ).rstrip()
-            )
+def _lines(value: Any) -> list[str]:
+    if value in (None, []):
+        return ["–"]
+    if isinstance(value, list):
+        return [str(item) for item in value]
+    return [f"{value:,}" if isinstance(value, int) else str(value)]

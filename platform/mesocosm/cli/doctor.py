@@ -1,110 +1,150 @@
-"""`mesocosm doctor`: is this machine, its storage and its tracking ready? A checklist with fixes."""
+"""`mesocosm doctor`: is this machine ready, its storage and tracking, and a cluster?"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import itertools
-import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mesocosm import output
-from mesocosm.cluster import ray_session
-from mesocosm.cluster.checks import Check, guarded, mlflow_check, storage_check
+import click
+
+from mesocosm import config, output
+from mesocosm.cli import options
+from mesocosm.cluster import ray_session, spec
 from mesocosm.config import JobConfig
-from mesocosm.runs import tracking
+from mesocosm.errors import MesocosmError
+from mesocosm.store.files import use_cache
+
+if TYPE_CHECKING:
+    from mesocosm.cluster.checks import Check
+
+PACKAGES = ["ray", "torch", "deepspeed", "mlflow", "gymnasium", "mujoco", "s3fs", "omegaconf"]
 
 
+@click.command(
+    params=[options.overrides(), options.CONFIG, options.CLUSTER, options.INSECURE, options.JSON]
+)
 def doctor(
-    config: JobConfig, *, as_json: bool, cluster: str | None = None, insecure: bool = False
+    files: Sequence[str],
+    overrides: Sequence[str],
+    cluster: str | None,
+    insecure: bool,
+    as_json: bool,
 ) -> int:
-    """Print the checklist of this machine, and of `cluster` as seen from inside; exit status 0 if
-    every check passed, 1 otherwise.
+    """Check this machine, or a cluster.
+
+    Storage and tracking are checked as the config names them, here and inside the cluster.
     """
-    if cluster is None:
-        return show(_checks(config), as_json=as_json)
-    from mesocosm.cli.cluster_check import checks
-
-    return show(
-        itertools.chain(_checks(config), checks(cluster, config, insecure=insecure)),
-        as_json=as_json,
-    )
+    loaded = config.load(JobConfig, files, overrides)
+    use_cache(loaded.storage.cache)
+    checks = [machine_checks(loaded)]
+    if cluster is not None:
+        checks.append(cluster_checks(cluster, loaded, insecure=insecure))
+    return show((check for group in checks for check in group), as_json)
 
 
-def show(found: Iterable[Check], *, as_json: bool) -> int:
-    """A line a check, as it comes; exit status 0 if every one passed, 1 otherwise."""
-    checks = []
-    for check in found:
-        checks.append(check)
+def show(checks: Iterable[Check], as_json: bool) -> int:
+    """Print each check as it finishes; returns exit status 0 if all pass."""
+    from mesocosm.runs.tracking import console
+
+    results = []
+    for check in checks:
+        results.append(check)
         if not as_json:
             mark = "[green]ok[/]  " if check.ok else "[red]FIX[/] "
-            tracking.console.print(
-                f"{mark} {check.name:<12} {check.found}"
-                + ("" if check.ok else f"\n     -> {check.fix}")
-            )
+            fix = "" if check.ok else f"\n     -> {check.fix}"
+            console.print(f"{mark} {check.name:<12} {check.found}{fix}")
     if as_json:
-        output.write(json.dumps([asdict(check) for check in checks], indent=1))
-    return 0 if all(check.ok for check in checks) else 1
+        output.write_json([asdict(check) for check in results])
+    return 0 if all(check.ok for check in results) else 1
 
 
-def _checks(config: JobConfig) -> Iterator[Check]:
-    version = sys.version_info
-    yield Check(
-        "python", (3, 11) <= version < (3, 13), platform.python_version(), "use Python 3.11 or 3.12"
-    )
-    for package in (
-        "ray",
-        "torch",
-        "deepspeed",
-        "mlflow",
-        "gymnasium",
-        "mujoco",
-        "s3fs",
-        "omegaconf",
+def machine_checks(loaded: JobConfig) -> Iterator[Check]:
+    from mesocosm.cluster.checks import Check, guarded, mlflow_check, storage_check
+
+    supported = (3, 11) <= sys.version_info < (3, 13)
+    yield Check("python", supported, platform.python_version(), "use Python 3.11 or 3.12")
+    for package in PACKAGES:
+        installed = importlib.util.find_spec(package) is not None
+        version = importlib.metadata.version(package) if installed else "not installed"
+        yield Check(package, installed, version, "run `make install`")
+    # On CPU nothing is compiled (`train.engine.import_deepspeed`).
+    cuda = _has_cuda()
+    for name, programs, fix in (
+        ("compiler", ("c++", "g++", "clang++"), "install g++: DeepSpeed builds CUDA ops with it"),
+        ("ninja", ("ninja",), "run `make install`: ninja is one of its packages"),
     ):
-        there = importlib.util.find_spec(package) is not None
-        yield Check(
-            package,
-            there,
-            importlib.metadata.version(package) if there else "not installed",
-            "run `make install`",
-        )
-    cuda, tools = _cuda(), ray_session.worker_env()["PATH"]
-    compiler = next(
-        filter(None, (shutil.which(name, path=tools) for name in ("c++", "g++", "clang++"))), None
-    )
-    yield _built_with(
-        "compiler",
-        compiler,
-        cuda,
-        "install a C++ compiler (g++): DeepSpeed may build its CUDA ops with it",
-    )
-    yield _built_with(
-        "ninja",
-        shutil.which("ninja", path=tools),
-        cuda,
-        "run `make install`: ninja is one of its packages",
-    )
-    yield storage_check(config)
-    yield mlflow_check(config)
+        path = ray_session.worker_env()["PATH"]
+        tool = next(filter(None, (shutil.which(program, path=path) for program in programs)), None)
+        missing = "none" if cuda else "none, and not needed on CPU"
+        yield Check(name, tool is not None or not cuda, tool or missing, fix)
+    yield storage_check(loaded)
+    yield mlflow_check(loaded)
     yield guarded(
-        "ray", lambda: _ray(config), "set ray.address to a cluster that answers, or leave it unset"
+        "ray",
+        lambda: _ray_resources(loaded),
+        "set ray.address to a cluster that answers, or leave it unset",
     )
     free = shutil.disk_usage(os.getcwd()).free / 2**30
-    yield Check(
-        "disk",
-        free > 5,
-        f"{free:.0f} GiB free here",
-        "free some space: checkpoints and Ray's files need about 5 GiB",
-    )
+    fix = "free some space: checkpoints and Ray's files need about 5 GiB"
+    yield Check("disk", free > 5, f"{free:.0f} GiB free here", fix)
 
 
-def _cuda() -> bool:
+def cluster_checks(name: str, loaded: JobConfig, *, insecure: bool) -> Iterator[Check]:
+    """Checks of a cluster, from here and from inside. It ends at the first failure that the later
+    checks depend on.
+
+    Raises:
+        UsageError: There is no such cluster.
+    """
+    import ray
+
+    from mesocosm.cluster.checks import Check
+    from mesocosm.cluster.freeze import freeze
+    from mesocosm.cluster.remote import Remote
+    from mesocosm.cluster.submit import probe
+
+    cluster = spec.read(name)
+    step = "cluster"
+    try:
+        remote = Remote(name, cluster, insecure=insecure)
+        token = "its token" if remote.guarded else "no token"
+        yield Check(step, True, f"{remote.address}, with {token}")
+        step = "jobs"
+        with tempfile.TemporaryDirectory(prefix="mesocosm-") as folder:
+            freeze("doctor", loaded, cluster, None).write(Path(folder))
+            report = probe(remote, folder, None)
+    except MesocosmError as error:
+        problem, _, fix = str(error).partition("; ")
+        yield Check(step, False, problem, fix or "see the cluster's own logs")
+        return
+    here, there = platform.python_version(), report["python"]
+    same = here.rsplit(".", 1)[0] == there.rsplit(".", 1)[0]
+    fix = "use the same minor version on both"
+    yield Check("python", same, f"{there} on the cluster, {here} here", fix)
+    same = report["ray"] == ray.__version__
+    versions = f"{report['ray']} on the cluster, {ray.__version__} here"
+    yield Check("ray", same, versions, "install the same version on both")
+    yield Check("mesocosm", True, f"{report['mesocosm']}, as sent from here")
+    have, cpus, gpus = report["resources"], cluster.full("cpus"), cluster.full("gpus")
+    nodes = f"{report['nodes']} nodes, {ray_session.describe(have)}"
+    if cpus:
+        nodes += f"; at full size {cpus:g} CPUs, {gpus:g} GPUs"
+    yield Check("nodes", have.get("CPU", 0) + cpus > 0, nodes, "start worker nodes")
+    for service in ("storage", "mlflow"):
+        result = report[service]
+        yield Check(service, result["ok"], result["said"], result["fix"])
+
+
+def _has_cuda() -> bool:
     try:
         import torch
     except ImportError:
@@ -112,22 +152,8 @@ def _cuda() -> bool:
     return torch.cuda.is_available()
 
 
-def _built_with(name: str, found: str | None, cuda: bool, fix: str) -> Check:
-    """A tool to compile with: on CPU nothing is compiled (`pretrain.engine.import_deepspeed`)."""
-    return Check(
-        name,
-        found is not None or not cuda,
-        found or ("none" if cuda else "none, and not needed on CPU"),
-        fix,
-    )
-
-
-def _ray(config: JobConfig) -> str:
+def _ray_resources(loaded: JobConfig) -> str:
     import ray
 
-    ray_session.ensure(config.ray)
-    have = ray.cluster_resources()
-    return (
-        f"{have.get('CPU', 0):g} CPUs, {have.get('GPU', 0):g} GPUs,"
-        f" {have.get('memory', 0) / 2**30:.0f} GiB"
-    )
+    ray_session.ensure(loaded.ray)
+    return ray_session.describe(ray.cluster_resources())

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -323,6 +324,11 @@ def _remote_env() -> dict[str, str]:
     imports = {IMPORTS: os.environ[IMPORTS]} if IMPORTS in os.environ else {}
     local = ("PATH", "TORCH_EXTENSIONS_DIR")
     return {name: value for name, value in worker_env().items() if name not in local} | imports
+
+
+def describe(resources: Mapping[str, float]) -> str:
+    cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+    return f"{cpus:g} CPUs, {gpus:g} GPUs, {resources.get('memory', 0) / 2**30:.0f} GiB"
 
 
 def most() -> dict[str, float]:

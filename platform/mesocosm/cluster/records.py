@@ -1,11 +1,13 @@
-"""Which jobs were submitted from here, and where to: `~/.mesocosm/jobs/<id>.json`. Nothing secret;
-Ray and storage have the rest.
+"""The jobs submitted from here, and their clusters: `~/.mesocosm/jobs/<id>.json`.
+
+A record holds nothing secret. Ray and storage have the rest.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,29 +21,27 @@ class Record:
     job: str
     cluster: str
     root: str
-    """Of its storage"""
+    """The job's `storage.root`."""
     submitted: float
-    """Seconds since the epoch"""
+    """Seconds since the epoch."""
 
 
 def folder() -> Path:
     return Path(os.environ.get("MESOCOSM_HOME", "~/.mesocosm")).expanduser() / "jobs"
 
 
-def keep(record: Record) -> None:
+def write(record: Record) -> None:
     folder().mkdir(parents=True, exist_ok=True)
     write_whole(folder() / f"{record.id}.json", json.dumps(asdict(record)).encode())
 
 
 def every() -> list[Record]:
-    """The latest first; a record that cannot be read is passed over."""
-    found = []
+    """All records, the latest first, without those that cannot be read."""
+    records = []
     for path in folder().glob("*.json"):
-        try:
-            found.append(Record(**json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError):
-            continue
-    return sorted(found, key=lambda record: -record.submitted)
+        with suppress(OSError, ValueError, TypeError):
+            records.append(Record(**json.loads(path.read_text())))
+    return sorted(records, key=lambda record: -record.submitted)
 
 
 def find(id: str) -> Record | None:
@@ -49,21 +49,19 @@ def find(id: str) -> Record | None:
 
 
 def named(ref: str) -> Record:
-    """The record of `ref`, an id or a unique part of its beginning. Raises UsageError where there
-    is none.
+    """The record whose id is `ref` or begins with it.
+
+    Raises:
+        UsageError: There is none, or more than one.
     """
-    known = every()
-    matches = [record for record in known if record.id == ref] or [
-        record for record in known if ref and record.id.startswith(ref)
+    records = every()
+    matches = [record for record in records if record.id == ref] or [
+        record for record in records if ref and record.id.startswith(ref)
     ]
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise UsageError(
-            f"job {ref!r} is ambiguous: {', '.join(record.id for record in matches[:5])}"
-        )
-    ids = [record.id for record in known]
-    raise UsageError(
-        f"no job {ref!r} was submitted from"
-        f" here{nearest(ref, ids) or '; name its cluster with --cluster, or see mesocosm jobs list'}"
-    )
+        raise UsageError(f"job {ref!r} is ambiguous: {', '.join(r.id for r in matches[:5])}")
+    hint = nearest(ref, [record.id for record in records])
+    hint = hint or "; name its cluster with --cluster, or see mesocosm jobs list"
+    raise UsageError(f"no job {ref!r} was submitted from here{hint}")

@@ -140,6 +140,15 @@ class Remote:
         found = self.details(id)
         return None if found is None else state_of(found)
 
+    def wait(self, id: str, seconds: float) -> bool:
+        """Wait for the job's end; False if it still runs after `seconds`."""
+        end = time.monotonic() + seconds
+        while self.state(id) not in OVER:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.5)
+        return True
+
     def logs(self, id: str) -> str:
         with self._said():
             return str(self.client.get_job_logs(id))
@@ -180,6 +189,6 @@ class Remote:
         with self._said():
             self.client.stop_job(id)
 
-    def forget(self, id: str) -> None:
+    def delete(self, id: str) -> None:
         with self._said():
             self.client.delete_job(id)

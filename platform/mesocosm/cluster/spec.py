@@ -380,9 +380,7 @@ def make_token(path: Path, fix: str = "set token_file to a place of your own") -
         UsageError: `check_token` refuses the file, or it cannot be written.
     """
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
+        write_private(path, secrets.token_hex(32), os.O_EXCL)
     except FileExistsError:
         _wait_until_written(path)
         check_token(path)
@@ -401,3 +399,14 @@ def _wait_until_written(path: Path) -> None:
             if path.stat().st_size:
                 return
         time.sleep(0.05)
+
+
+def write_private(path: Path, text: str, flag: int) -> None:
+    """Write a file that only its owner may read.
+
+    Args:
+        flag: `os.O_EXCL` to create the file, `os.O_TRUNC` to replace it.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o600), "w") as file:
+        file.write(text)

@@ -1,4 +1,4 @@
-"""The jobs by name: their modules and the first lines of their help. Imports no job."""
+"""The jobs by name, for the command line. Imports no job."""
 
 from __future__ import annotations
 
@@ -17,73 +17,73 @@ JOBS = {
     "collect": Job(
         "mesocosm.jobs.collect",
         "CollectConfig",
-        "metered real steps into a dataset",
+        "Collect metered real steps into a dataset.",
         "-c configs/collect/pendulum.yaml steps=2000",
     ),
     "import": Job(
         "mesocosm.jobs.import_logs",
         "ImportConfig",
-        "logs that others made into a dataset",
+        "Import other people's logs as a dataset.",
         "'logs/*.parquet' --env CartPole-v1",
     ),
     "curate": Job(
         "mesocosm.jobs.curate",
         "CurateConfig",
-        "datasets into one, by a list of operations",
+        "Make a dataset of others by operations.",
         "-c configs/curate/pendulum.yaml data.datasets=[ID]",
     ),
     "pretrain": Job(
         "mesocosm.jobs.pretrain",
         "PretrainConfig",
-        "a dataset into a world, by DeepSpeed under Ray Train",
+        "Train a world with DeepSpeed under Ray Train.",
         "-c configs/pretrain/pendulum.yaml model.size=1m",
     ),
     "sweep": Job(
         "mesocosm.jobs.sweep",
         "SweepConfig",
-        "a grid of sizes and data into a table and its law",
+        "Train a grid of sizes and data, and fit a law.",
         "-c configs/sweep/quickstart.yaml data.datasets=[ID] --dry-run",
     ),
     "plan": Job(
         "mesocosm.jobs.plan",
         "PlanConfig",
-        "a law and a budget into the config of a pretraining",
+        "Plan a pretraining from a law and a budget.",
         "--law law.json --money 500 price.per_step=0.01 price.per_exaflop=2",
     ),
     "serve": Job(
         "mesocosm.jobs.serve",
         "ServeConfig",
-        "a world on Ray Serve, until Ctrl-C",
+        "Serve a world with Ray Serve, until Ctrl-C.",
         "-c configs/serve/pendulum.yaml replicas=2",
     ),
     "train-agent": Job(
         "mesocosm.jobs.train_agent",
         "AgentConfig",
-        "an RLlib agent inside a world",
+        "Train an RLlib agent inside a world.",
         "-c configs/agent/pendulum-ppo.yaml iterations=20",
     ),
     "baseline": Job(
         "mesocosm.jobs.baseline",
         "BaselineConfig",
-        "model-free RLlib on reality, through the ledger",
+        "Train model-free RLlib in reality, metered.",
         "-c configs/baseline/pendulum-ppo.yaml",
     ),
     "evaluate": Job(
         "mesocosm.jobs.evaluate",
         "EvaluateConfig",
-        "is the world faithful, is the agent better in reality",
+        "Judge a world, and an agent in reality.",
         "-c configs/evaluate/pendulum.yaml",
     ),
     "propose": Job(
         "mesocosm.jobs.propose",
         "ProposeConfig",
-        "a world and a budget of real steps into the config of what to collect",
+        "Propose the next real steps to collect.",
         "world=ID agents=[ID] steps=2000 --out next.yaml",
     ),
     "loop": Job(
         "mesocosm.jobs.loop",
         "LoopConfig",
-        "the whole circle, and a report",
+        "Run the whole loop, and write a report.",
         "-c configs/loop/quickstart.yaml",
     ),
 }
