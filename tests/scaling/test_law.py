@@ -64,7 +64,7 @@ def test_predictions_and_their_interval(law: Law) -> None:
         and (predicted <= high).all()
         and (high - low < 0.01 * predicted).all()
     )
-    with pytest.raises(UsageError, match="data=-1 must be above 0"):
+    with pytest.raises(UsageError, match="data must be above 0, got -1"):
         law.predict(1e4, -1)
 
 
@@ -96,7 +96,7 @@ def test_the_optimum_is_where_no_other_size_is_better(
 def test_what_is_no_law_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "law.json").write_text(text)
     with pytest.raises(
-        UsageError, match=r"law\.json' is no law: .*; mesocosm fit TABLE\.csv --out .* makes one"
+        UsageError, match=r"law\.json' is not a law: .*; mesocosm fit TABLE\.csv --out .* makes one"
     ):
         Law.read(tmp_path / "law.json")
     with pytest.raises(UsageError, match="cannot be read"):
@@ -126,7 +126,7 @@ def test_a_law_that_lacks_a_part_is_refused(
         node = node[key]
     del node[path[-1]]
     (tmp_path / "law.json").write_text(json.dumps(plain))
-    with pytest.raises(UsageError, match=f"is no law.*{said}"):
+    with pytest.raises(UsageError, match=f"is not a law.*{said}"):
         Law.read(tmp_path / "law.json")
 
 

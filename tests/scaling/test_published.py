@@ -10,6 +10,8 @@ import pytest
 from laws import write
 
 from mesocosm.scaling import fit, isoflop
+from mesocosm.scaling.estimate import OUTLIER, best_fit, form_of, starts_of
+from mesocosm.scaling.forms import FORMS
 from mesocosm.scaling.law import params_of
 from mesocosm.scaling.table import Table
 
@@ -54,23 +56,17 @@ def test_gadre_small_runs_predict_the_1_4b_runs(tmp_path: Path) -> None:
     it at 20 tokens a parameter, without outliers.
     """
     table = gadre(tmp_path)
-    form = fit.form_of(table)
+    form = form_of(table)
     small, large = (
         table.take(table.params < 5e8),
         table.take((table.params > 1e9) & (table.params < 2e9)),
     )
-    whole = fit._best(form, small, fit.starts_of(form))
-    error = np.exp(form.log_loss(whole.theta[None], large.cells())[0]) / large.loss - 1
+    whole = best_fit(small, form)
+    error = whole.predict(large) / large.loss - 1
     assert np.abs(error).max() < 0.022
-    clean = small.take(fit._deviations(whole) < fit.OUTLIER)
+    clean = small.take(whole.deviations() < OUTLIER)
     assert len(small) - len(clean) <= 3
-    error = (
-        np.exp(
-            form.log_loss(fit._best(form, clean, fit.starts_of(form)).theta[None], large.cells())[0]
-        )
-        / large.loss
-        - 1
-    )
+    error = best_fit(clean, form).predict(large) / large.loss - 1
     assert abs(error[np.argmin(large.data)]) < 0.007 and np.abs(error).max() < 0.02
 
 
@@ -91,10 +87,10 @@ def test_datablations_refitted(tmp_path: Path) -> None:
             tmp_path / "runs.csv", [{name: row[of] for name, of in columns.items()} for row in runs]
         )
     )
-    form = fit.form_of(table)
+    form = form_of(table)
     assert form.name == "data_constrained" and len(table) == 293
-    best = fit._best(form, table, fit.starts_of(form)[::3])
-    params = {name: value.item() for name, value in params_of(form.name, best.theta[None]).items()}
+    best = best_fit(table, form, starts_of(form)[::3])
+    params = {name: value.item() for name, value in params_of(form.name, best.theta).items()}
     assert params["alpha"] == pytest.approx(0.35, abs=0.05) and params["beta"] == pytest.approx(
         0.35, abs=0.1
     )
@@ -102,7 +98,7 @@ def test_datablations_refitted(tmp_path: Path) -> None:
     assert np.median(np.abs(best.residual)) < 0.025
     law = fit.fit(table)
     assert {"approaches_disagree", "wide_interval"} <= {note.code for note in law.warnings}
-    plain = fit._best(fit.FORMS["chinchilla"], table, fit.starts_of(fit.FORMS["chinchilla"]))
+    plain = best_fit(table, FORMS["chinchilla"])
     assert best.objective < 0.8 * plain.objective, "repeats are worth less than fresh data"
 
 

@@ -9,7 +9,7 @@ import pytest
 from laws import TRUTH, grid
 from scipy.optimize import minimize
 
-from mesocosm.scaling import fit
+from mesocosm.scaling.estimate import starts_of
 from mesocosm.scaling.forms import FORMS, NOTHING, Cells
 from mesocosm.scaling.law import params_of
 from mesocosm.scaling.solve import DELTA, solve
@@ -32,7 +32,7 @@ def objective(theta: np.ndarray, cells: Cells, log_loss: np.ndarray, weight: np.
 
 def test_the_truth_is_found_without_noise_from_every_start() -> None:
     cells, log_loss = table(0.0)
-    found = solve(FORM, cells, log_loss, np.ones((1, len(log_loss))), fit.starts_of(FORM))
+    found = solve(FORM, cells, log_loss, np.ones((1, len(log_loss))), starts_of(FORM))
     params = params_of("chinchilla", found.theta[0])
     for name, value in TRUTH.items():
         assert params[name] == pytest.approx(value, rel=1e-4)
@@ -81,7 +81,7 @@ def test_a_problem_does_not_depend_on_its_neighbours() -> None:
     weights = rng.multinomial(
         len(log_loss), np.full(len(log_loss), 1 / len(log_loss)), size=40
     ).astype(float)
-    starts = fit.starts_of(FORM)[::5]
+    starts = starts_of(FORM)[::5]
     together = solve(FORM, cells, log_loss, weights, starts)
     alone = solve(FORM, cells, log_loss, weights[7:8], starts)
     assert alone.best()[1] == pytest.approx(together.best()[1][7:8], rel=1e-9)
@@ -89,7 +89,7 @@ def test_a_problem_does_not_depend_on_its_neighbours() -> None:
 
 def test_a_fixed_coordinate_stays() -> None:
     cells, log_loss = table(0.0, truth=TRUTH | {"E": 0.0})
-    starts = fit.starts_of(FORM)
+    starts = starts_of(FORM)
     starts[:, 0] = NOTHING
     found = solve(FORM, cells, log_loss, np.ones((1, len(log_loss))), starts, fixed=(0,))
     best = params_of("chinchilla", found.best()[0])
@@ -105,7 +105,7 @@ def test_outliers_hardly_move_it() -> None:
     spoiled[[3, 17]] += 0.5
     best = params_of(
         "chinchilla",
-        solve(FORM, cells, spoiled, np.ones((1, len(log_loss))), fit.starts_of(FORM)).best()[0],
+        solve(FORM, cells, spoiled, np.ones((1, len(log_loss))), starts_of(FORM)).best()[0],
     )
     for name, value in TRUTH.items():
         assert best[name].item() == pytest.approx(value, rel=0.01)
@@ -128,7 +128,7 @@ def test_repeated_data_shows_both_half_lives() -> None:
         Cells(n, d, u),
         np.log(loss(np.exp(n), np.exp(d), truth, np.exp(u))),
         np.ones((1, len(n))),
-        fit.starts_of(form)[::7],
+        starts_of(form)[::7],
     )
     best = params_of(form.name, found.best()[0])
     for name, value in truth.items():

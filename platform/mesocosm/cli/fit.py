@@ -37,6 +37,8 @@ def fit(table: str, out: str, drop_outliers: bool, dry_run: bool, as_json: bool)
       mesocosm fit table.csv --out law.json
     """
     from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table as Rows
 
     from mesocosm.scaling import fit, report
     from mesocosm.scaling.table import Table
@@ -50,8 +52,14 @@ def fit(table: str, out: str, drop_outliers: bool, dry_run: bool, as_json: bool)
     cells = Table.read(table)
     console = Console(highlight=False, soft_wrap=True)
     if dry_run:
-        plan = fit.plan(cells)
-        output.write_json(plan) if as_json else console.print(report.facts(plan))
+        facts = fit.plan(cells)
+        if as_json:
+            output.write_json(facts)
+            return
+        rows = Rows(box=None, show_header=False, pad_edge=False)
+        for name, value in facts.items():
+            rows.add_row(name, escape(value))
+        console.print(rows)
         return
     command = ["mesocosm", "fit", table, "--out", out, *["--drop-outliers"] * drop_outliers]
     law = fit.fit(cells, drop_outliers=drop_outliers, command=shlex.join(command))
@@ -65,6 +73,6 @@ def fit(table: str, out: str, drop_outliers: bool, dry_run: bool, as_json: bool)
     if as_json:
         output.write_json(law.model_dump(mode="json"))
         return
-    for part in report.said(law):
+    for part in report.renderables(law):
         console.print(part)
     console.print(f"{out}  {plot}")

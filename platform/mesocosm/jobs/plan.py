@@ -24,7 +24,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.ladder import RUNGS, dims, ensemble_dims
 from mesocosm.runs import tracking
 from mesocosm.scaling import plan_figure
-from mesocosm.scaling.law import Law, span
+from mesocosm.scaling.law import Law, interval_text
 from mesocosm.scaling.optimum import (
     Budget,
     Point,
@@ -543,7 +543,7 @@ def _lines(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _within(value: float, pair: tuple[float, float]) -> str:
-    return f"{value:.4g} ({span(pair)})"
+    return f"{value:.4g} ({interval_text(pair)})"
 
 
 def _yaml(q: _Question, answer: dict[str, Any]) -> str:

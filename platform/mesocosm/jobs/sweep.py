@@ -438,7 +438,7 @@ def _fit(folder: Path, run: tracking.Run, swept: dict[str, Any]) -> None:
         | {"law/a": law.optimal.a, "law/b": law.optimal.b}
     )
     if not run.quiet:
-        for part in report.said(law):
+        for part in report.renderables(law):
             tracking.console.print(part)
 
 

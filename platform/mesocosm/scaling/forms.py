@@ -1,13 +1,18 @@
 """Loss as a function of parameters N, data D and unique data U: two laws behind one interface.
 
-`chinchilla`        L = E + A/N^alpha + B/D^beta                       Hoffmann et al. 2022, arXiv 2203.15556, approach 3
-`data_constrained`  L = E + A/N'^alpha + B/D'^beta                     Muennighoff et al. 2023, arXiv 2305.16264
+`chinchilla` (Hoffmann et al. 2022, arXiv 2203.15556, approach 3):
+
+    L = E + A/N^alpha + B/D^beta
+
+`data_constrained` (Muennighoff et al. 2023, arXiv 2305.16264):
+
+    L = E + A/N'^alpha + B/D'^beta
     D' = U_D + U_D r_d (1 - exp(-R_D / r_d)),  U_D = min(U, D),           R_D = D/U_D - 1
     N' = U_N + U_N r_n (1 - exp(-R_N / r_n)),  U_N = min(N, N_opt(U)),    R_N = N/U_N - 1
 
 N_opt(U) is the size for which U is the compute-optimal data: alpha A / N^alpha = beta B / U^beta.
-Without repeats and at most that size the second is the first. Both are fitted in logarithms: theta
-= (e, a, b, alpha, beta[, log r_n, log r_d]) with E = exp(e), A = exp(a), B = exp(b) and log L =
+Without repeats and up to that size the two forms are equal. Both are fitted in logarithms: theta =
+(e, a, b, alpha, beta[, log r_n, log r_d]) with E = exp(e), A = exp(a), B = exp(b) and log L =
 log(exp(e) + exp(a - alpha log N') + exp(b - beta log D')).
 """
 
@@ -22,16 +27,16 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 NOTHING = -700.0
-"""A logarithm whose exponential is no part of any loss: `e` where E = 0."""
+"""The logarithm of a term that is zero: `e` where E = 0."""
 _ALPHA_MIN = 0.02
 """N_opt(U) is undefined at alpha = 0, which starts and trial steps may touch."""
 LOG_R = (-10.0, 12.0)
-"""Beyond these a half-life of repeats is as good as none, or as infinity."""
+"""Bounds of log r_n and log r_d. Beyond them a half-life is effectively zero or infinite."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """Natural logarithms of N, D and U, each [n]; `unique` is `data` where nothing is repeated."""
+    """Natural logarithms of N, D and U, each [n]. `unique` equals `data` without repeats."""
 
     params: Array
     data: Array
@@ -54,17 +59,17 @@ class Expansion:
 
 
 class Chinchilla:
-    """theta = (e, a, b, alpha, beta)."""
+    """theta [m, P] = (e, a, b, alpha, beta)."""
 
     name = "chinchilla"
     params = ("E", "A", "B", "alpha", "beta")
 
     def powers(self, theta: Array, cells: Cells) -> tuple[Array, Array]:
-        """log N^-alpha and log D^-beta, [m, n]."""
+        """log N^-alpha and log D^-beta, [m, n]. Neither depends on E, A and B."""
         return -theta[:, 3, None] * cells.params, -theta[:, 4, None] * cells.data
 
     def log_loss(self, theta: Array, cells: Cells) -> Array:
-        """[m, P] -> [m, n]."""
+        """Log loss, [m, n]."""
         e, a, b, alpha, beta = (theta[:, i, None] for i in range(5))
         return _mixture(e, a - alpha * cells.params, b - beta * cells.data)[0]
 
@@ -72,17 +77,14 @@ class Chinchilla:
         e, a, b, alpha, beta = (theta[:, i, None] for i in range(5))
         x, z = cells.params, cells.data
         value, p0, p1, p2 = _mixture(e, a - alpha * x, b - beta * z)
-        slope = np.empty((len(theta), 5, len(x)))
-        slope[:, 0], slope[:, 1], slope[:, 2] = p0, p1, p2
-        np.multiply(p1, -x, out=slope[:, 3])
-        np.multiply(p2, -z, out=slope[:, 4])
+        slope = np.stack([p0, p1, p2, -x * p1, -z * p2], 1)
         ones = np.ones_like(x)
-        of_n, of_d = np.stack([ones, -x, x * x], 1), np.stack([ones, -z, z * z], 1)
+        n_powers, d_powers = np.stack([ones, -x, x * x], 1), np.stack([ones, -z, z * z], 1)
 
         def curvature(weight: Array) -> Array:
             out = np.zeros((len(theta), 5, 5))
             out[:, 0, 0] = np.einsum("mn,mn->m", weight, p0)
-            for share, powers, level, power in ((p1, of_n, 1, 3), (p2, of_d, 2, 4)):
+            for share, powers, level, power in ((p1, n_powers, 1, 3), (p2, d_powers, 2, 4)):
                 sums = (weight * share) @ powers
                 out[:, level, level], out[:, power, power] = sums[:, 0], sums[:, 2]
                 out[:, level, power] = out[:, power, level] = sums[:, 1]
@@ -98,64 +100,59 @@ class DataConstrained:
     params = ("E", "A", "B", "alpha", "beta", "r_n", "r_d")
 
     def powers(self, theta: Array, cells: Cells) -> tuple[Array, Array]:
-        """log N^-alpha, which alone needs neither A nor B, and log D'^-beta, [m, n]."""
+        # N' depends on A and B through N_opt, so that N stands for it.
         d_eff = _Effective(cells.data, cells.unique, theta[:, 6, None]).value
         return -theta[:, 3, None] * cells.params, -theta[:, 4, None] * d_eff
 
     def log_loss(self, theta: Array, cells: Cells) -> Array:
-        """[m, P] -> [m, n]."""
         e, a, b, alpha, beta, log_rn, log_rd = (theta[:, i, None] for i in range(7))
-        n_eff = _Effective(cells.params, _log_n_opt(theta, cells), log_rn).value
+        n_eff = _Effective(cells.params, _OptimalSize(theta, cells).value, log_rn).value
         d_eff = _Effective(cells.data, cells.unique, log_rd).value
         return _mixture(e, a - alpha * n_eff, b - beta * d_eff)[0]
 
     def expand(self, theta: Array, cells: Cells) -> Expansion:
         e, a, b, alpha, beta, log_rn, log_rd = (theta[:, i, None] for i in range(7))
-        h = _log_n_opt(theta, cells)
-        h_slope = _n_opt_slope(theta, cells, h)
-        n_eff, d_eff = (
-            _Effective(cells.params, h, log_rn),
-            _Effective(cells.data, cells.unique, log_rd),
-        )
+        n_opt = _OptimalSize(theta, cells)
+        n_eff = _Effective(cells.params, n_opt.value, log_rn)
+        d_eff = _Effective(cells.data, cells.unique, log_rd)
         value, p0, p1, p2 = _mixture(e, a - alpha * n_eff.value, b - beta * d_eff.value)
         m, n = value.shape
-        n_slope = n_eff.of_unique[:, None] * h_slope  # of log N'
-        n_slope[:, 5] = n_eff.of_r
-        of_n = -alpha[:, None] * n_slope  # of a - alpha log N'
-        of_n[:, 1] += 1.0
-        of_n[:, 3] -= n_eff.value
-        of_d = np.stack(
-            [np.ones((m, n)), -d_eff.value, -beta * d_eff.of_r], 1
-        )  # of b - beta log D', by b, beta and log r_d alone
+        n_opt_slope = n_opt.slope()
+        n_slope = n_eff.d_unique[:, None] * n_opt_slope  # of log N'
+        n_slope[:, 5] = n_eff.d_r
+        s_slope = -alpha[:, None] * n_slope  # of s = a - alpha log N'
+        s_slope[:, 1] += 1.0
+        s_slope[:, 3] -= n_eff.value
+        # Of t = b - beta log D', by b, beta and log r_d, on which alone it depends.
+        t_slope = np.stack([np.ones((m, n)), -d_eff.value, -beta * d_eff.d_r], 1)
         slope = np.empty((m, 7, n))
         slope[:, 0] = p0
-        np.multiply(p1[:, None], of_n[:, 1:6], out=slope[:, 1:6])
+        np.multiply(p1[:, None], s_slope[:, 1:6], out=slope[:, 1:6])
         slope[:, 2] += p2
-        slope[:, 4] += p2 * of_d[:, 1]
-        np.multiply(p2, of_d[:, 2], out=slope[:, 6])
+        slope[:, 4] += p2 * t_slope[:, 1]
+        np.multiply(p2, t_slope[:, 2], out=slope[:, 6])
 
         def curvature(weight: Array) -> Array:
             w1, w2 = weight * p1, weight * p2
-            out = outer(of_n, w1)
-            out[:, 2::2, 2::2] += outer(of_d, w2)
+            out = outer(s_slope, w1)
+            out[:, 2::2, 2::2] += outer(t_slope, w2)
             out[:, 0, 0] += (weight * p0).sum(1)
-            # second derivatives of a - alpha log N'(a, b, alpha, beta, r_n)
+            # Second derivatives of s by (a, b, alpha, beta, log r_n) ...
             cross = np.einsum("mn,mpn->mp", w1, n_slope)
             out[:, 3] -= cross
             out[:, :, 3] -= cross
-            inner = outer(h_slope, w1 * n_eff.of_unique2) + _n_opt_curvature(
-                theta, w1 * n_eff.of_unique, h_slope
-            )
-            mixed = np.einsum("mn,mpn->mp", w1 * n_eff.of_unique_r, h_slope)
+            inner = outer(n_opt_slope, w1 * n_eff.d_unique2)
+            inner += n_opt.curvature(w1 * n_eff.d_unique, n_opt_slope)
+            mixed = np.einsum("mn,mpn->mp", w1 * n_eff.d_unique_r, n_opt_slope)
             inner[:, 5] += mixed
             inner[:, :, 5] += mixed
-            inner[:, 5, 5] += (w1 * n_eff.of_r2).sum(1)
+            inner[:, 5, 5] += (w1 * n_eff.d_r2).sum(1)
             out -= alpha[:, None] * inner
-            # and of b - beta log D'(r_d)
-            pair = (w2 * d_eff.of_r).sum(1)
+            # ... and of t by (beta, log r_d).
+            pair = (w2 * d_eff.d_r).sum(1)
             out[:, 4, 6] -= pair
             out[:, 6, 4] -= pair
-            out[:, 6, 6] -= beta[:, 0] * (w2 * d_eff.of_r2).sum(1)
+            out[:, 6, 6] -= beta[:, 0] * (w2 * d_eff.d_r2).sum(1)
             return out
 
         return Expansion(value, slope, curvature)
@@ -181,49 +178,41 @@ def _mixture(e: Array, s: Array, t: Array) -> tuple[Array, Array, Array, Array]:
     return top, p0, p1, p2
 
 
-def _log_n_opt(theta: Array, cells: Cells) -> Array:
+class _OptimalSize:
     """h = log N_opt(U) = (log alpha + a - log beta - b + beta log U) / alpha [m, n]."""
-    a, b, alpha, beta = _optimum(theta)
-    return (np.log(alpha / beta) + a - b + beta * cells.unique) / alpha
 
+    def __init__(self, theta: Array, cells: Cells) -> None:
+        self.theta, self.unique = theta, cells.unique
+        self.alpha, self.beta = (np.maximum(theta[:, i, None], _ALPHA_MIN) for i in (3, 4))
+        level = np.log(self.alpha / self.beta) + theta[:, 1, None] - theta[:, 2, None]
+        self.value = (level + self.beta * cells.unique) / self.alpha
 
-def _n_opt_slope(theta: Array, cells: Cells, h: Array) -> Array:
-    """The gradient of h, [m, P, n]."""
-    _, _, alpha, beta = _optimum(theta)
-    slope = np.zeros((len(theta), theta.shape[1], len(cells.unique)))
-    slope[:, 1], slope[:, 2] = 1 / alpha, -1 / alpha
-    slope[:, 3], slope[:, 4] = (1 / alpha - h) / alpha, (cells.unique - 1 / beta) / alpha
-    return slope
+    def slope(self) -> Array:
+        """The gradient of h, [m, P, n]."""
+        alpha, beta = self.alpha, self.beta
+        slope = np.zeros((*self.theta.shape, len(self.unique)))
+        slope[:, 1], slope[:, 2] = 1 / alpha, -1 / alpha
+        slope[:, 3], slope[:, 4] = (
+            (1 / alpha - self.value) / alpha,
+            (self.unique - 1 / beta) / alpha,
+        )
+        return slope
 
-
-def _n_opt_curvature(theta: Array, weight: Array, slope: Array) -> Array:
-    """Sum over cells of weight [m, n] x the hessian of h, [m, P, P]."""
-    _, _, alpha, beta = (values[:, 0] for values in _optimum(theta))
-    total = weight.sum(1)
-    of_alpha, of_beta = (
-        np.einsum("mn,mn->m", weight, slope[:, 3]),
-        np.einsum("mn,mn->m", weight, slope[:, 4]),
-    )
-    out = np.zeros((len(theta), theta.shape[1], theta.shape[1]))
-    out[:, 3, 3] = -total / alpha**3 - 2 * of_alpha / alpha
-    out[:, 4, 4] = total / (alpha * beta**2)
-    for i, entry in ((1, -total / alpha**2), (2, total / alpha**2), (4, -of_beta / alpha)):
-        out[:, 3, i] = out[:, i, 3] = entry
-    return out
-
-
-def _optimum(theta: Array) -> tuple[Array, Array, Array, Array]:
-    return (
-        theta[:, 1, None],
-        theta[:, 2, None],
-        np.maximum(theta[:, 3, None], _ALPHA_MIN),
-        np.maximum(theta[:, 4, None], _ALPHA_MIN),
-    )
+    def curvature(self, weight: Array, slope: Array) -> Array:
+        """Sum over cells of weight [m, n] x the hessian of h, [m, P, P]."""
+        alpha, beta, total = self.alpha[:, 0], self.beta[:, 0], weight.sum(1)
+        by_alpha, by_beta = (np.einsum("mn,mn->m", weight, slope[:, i]) for i in (3, 4))
+        out = np.zeros((*self.theta.shape, self.theta.shape[1]))
+        out[:, 3, 3] = -total / alpha**3 - 2 * by_alpha / alpha
+        out[:, 4, 4] = total / (alpha * beta**2)
+        for i, entry in ((1, -total / alpha**2), (2, total / alpha**2), (4, -by_beta / alpha)):
+            out[:, 3, i] = out[:, i, 3] = entry
+        return out
 
 
 class _Effective:
-    """Log of what x is worth of which only exp(unique) is new, x' = U + U r (1 - exp(-(x/U -
-    1)/r)), with derivatives by log U and log r; all [m, n].
+    """Log of the effective amount x' = U + U r (1 - exp(-(x/U - 1)/r)) of x, of which only U =
+    exp(log_unique) is new, with derivatives by log U and log r. All are [m, n].
     """
 
     def __init__(self, log_x: Array, log_unique: Array, log_r: Array) -> None:
@@ -238,8 +227,8 @@ class _Effective:
         g_r = grown - decay * repeats
         share, r_share, by_r = m / g, g_r / g, repeats / r
         self.value = np.minimum(log_x, log_unique) + np.log(g)
-        self.of_unique = 1 - share  # 0 where q = 1
-        self.of_unique2 = repeated * (share * (1 - q / r) - share**2)
-        self.of_r = r_share
-        self.of_r2 = (g_r - decay * repeats * by_r) / g - r_share**2
-        self.of_unique_r = share * (r_share - by_r)
+        self.d_unique = 1 - share  # 0 where q = 1
+        self.d_unique2 = repeated * (share * (1 - q / r) - share**2)
+        self.d_r = r_share
+        self.d_r2 = (g_r - decay * repeats * by_r) / g - r_share**2
+        self.d_unique_r = share * (r_share - by_r)

@@ -1,6 +1,4 @@
-"""law.json: a fitted law with its intervals, and what must be known to use it. Imports neither
-torch nor Ray.
-"""
+"""law.json: a fitted law of loss with its intervals and warnings. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -14,20 +12,28 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mesocosm.errors import UsageError
 from mesocosm.scaling.forms import FORMS, LOG_R, NOTHING, Array, Cells
 
 LEVEL = 0.9
+"""The level of every interval."""
 Pair = tuple[float, float]
-NIL = 1e-12
-"""Less is said as 0: E, whose logarithm is fitted, ends at 1e-26 where there is none."""
+ZERO = 1e-12
+"""Values below are shown as 0. E is fitted as a logarithm: it ends near 1e-26 where E = 0."""
 
 
-def span(pair: Pair) -> str:
-    """An interval, as it is said to people."""
-    low, high = (0.0 if abs(value) < NIL else value for value in pair)
+def quantiles(values: ArrayLike, level: float = LEVEL) -> Pair:
+    """The central interval that holds `level` of the finite values."""
+    finite = np.asarray(values, dtype=np.float64)
+    finite = finite[np.isfinite(finite)]
+    low, high = np.quantile(finite if len(finite) else [0.0], [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def interval_text(pair: Pair) -> str:
+    low, high = (0.0 if abs(value) < ZERO else value for value in pair)
     return f"{low:.3g} to {high:.3g}"
 
 
@@ -36,14 +42,15 @@ class _Part(BaseModel):
 
 
 class Note(_Part):
-    """A warning: a stable code, and a sentence with names and values."""
+    """A warning."""
 
     code: str
+    """Stable: scripts may compare it."""
     sentence: str
 
 
 class Optimal(_Part):
-    """N_opt = kN C^a and D_opt = kD C^b, of fresh data, for C FLOPs."""
+    """N_opt = kN C^a and D_opt = kD C^b for C FLOPs on fresh data."""
 
     a: float
     b: float
@@ -60,19 +67,16 @@ class Flops(_Part):
     q: float
     max_rel_residual: float
     params_most: float | None = None
-    """The largest N that was fitted. Beyond it C grows with N at least as 6 N D does: of a small
-    network most FLOPs are those of embeddings and outputs, and a power fitted to them would promise
-    larger ones for far too little.
+    """The largest fitted N. Beyond it C grows with N at least as fast as 6 N D: most FLOPs of a
+    small network are in embeddings and outputs, so that an extrapolated power is too cheap.
     """
 
     def log_each(self, log_n: Array) -> Array:
-        """log of C at D = 1."""
-        beyond = (
-            0.0
-            if self.params_most is None
-            else max(0.0, 1 - self.p) * np.maximum(log_n - math.log(self.params_most), 0.0)
-        )
-        return math.log(self.k) + self.p * log_n + beyond
+        """log C at D = 1."""
+        line = math.log(self.k) + self.p * log_n
+        if self.params_most is None:
+            return line
+        return line + max(0.0, 1 - self.p) * np.maximum(log_n - math.log(self.params_most), 0.0)
 
 
 class Errors(_Part):
@@ -81,14 +85,16 @@ class Errors(_Part):
     mean_rel_error: float
     max_rel_error: float
     mean_error_of_span: float
-    """Mean of |predicted - measured| over what the table's losses span: a discretised likelihood
-    has a constant of its own, which flatters relative errors.
+    """Mean of |predicted - measured| over the range of the table's losses. The constant of a
+    discretised likelihood makes relative errors look small; it cancels here.
     """
 
 
 class HeldOut(Errors):
-    """Of a second fit, which saw no cell above `max_fitted_flops`, on the `n_cells` from
-    `min_flops` up; those between are in neither.
+    """Errors of a second fit on cells that it did not see.
+
+    It is fitted to cells of at most `max_fitted_flops` and tested on those from `min_flops` up.
+    Cells between are in neither set.
     """
 
     n_cells: int
@@ -96,29 +102,27 @@ class HeldOut(Errors):
     min_flops: float
     max_fitted_flops: float
     baselines: dict[str, Errors]
-    """`power_law`: the same form with E = 0, fitted on the same cells. `last_size`: the loss of the
-    largest fitted size on its most data.
+    """`power_law`: the same form with E = 0. `last_size`: the loss of the largest fitted size on
+    its most data.
     """
     beats_baselines: bool
 
 
 class Budget(_Part):
-    """The least loss of one budget's parabola in log N, or why there is none."""
+    """The minimum of one budget's parabola in log N, or why there is none."""
 
     flops: float
     n_sizes: int
-    N_opt: float | None
-    D_opt: float | None
-    refused: str | None
+    N_opt: float | None = None
+    D_opt: float | None = None
+    refused: str | None = None
 
 
 class IsoFlop(_Part):
-    """The second approach: parabolas of loss in log N at fixed FLOPs, and the power law through
-    their minima.
-    """
+    """The second approach: a power law through the minima of parabolas at fixed FLOPs."""
 
     source: Literal["budgets", "interpolated"]
-    """The table's own budgets, or cells of each size interpolated in log C to common ones."""
+    """The table's budgets, or each size's losses interpolated in log C to common budgets."""
     a: float
     b: float
     kN: float
@@ -137,7 +141,7 @@ class WithoutE(_Part):
 
 
 class Dropped(_Part):
-    """An outlier that was left out on request."""
+    """An outlier that the fit left out on request."""
 
     line: int
     params: float
@@ -145,12 +149,11 @@ class Dropped(_Part):
     loss: float
     predicted: float
     deviations: float
+    """Robust standard deviations from the law."""
 
 
 class Bootstrap(_Part):
-    """What the intervals are quantiles of; `draws` holds each resample's parameters, which vary
-    together.
-    """
+    """The resamples behind the intervals. `draws` holds each parameter's value in each of them."""
 
     resamples: int
     by: Literal["trunk", "cell"]
@@ -166,13 +169,11 @@ class Provenance(_Part):
     command: str
     version: str
     swept: dict[str, Any] | None = None
-    """Of a sweep's law, the part of its config that says what was trained (`model`, `train`, ...);
-    plans train the same.
-    """
+    """The sweep's config (`model`, `train`, ...). Plans train the same models."""
 
 
 class Law(_Part):
-    """A law of loss, fitted on all kept cells."""
+    """A law of loss, fitted on all cells that were not dropped."""
 
     schema_version: Literal[1] = 1
     form: Literal["chinchilla", "data_constrained"]
@@ -190,68 +191,66 @@ class Law(_Part):
     residual: float
     """Root mean square of the residuals of log loss."""
     range: dict[str, Pair]
-    """Least and largest params, data, flops, loss (and unique) of the fitted cells: beyond them the
+    """Least and largest params, data, flops, loss (and unique) of the fitted cells. Beyond them the
     law extrapolates.
     """
     correlation: dict[str, float | None]
-    """Of E with the exponents over the resamples; None where one of them does not vary."""
+    """Of E with the exponents over the resamples. None where one of them does not vary."""
     held_out: HeldOut | None
     isoflop: IsoFlop | None
     without_E: WithoutE | None
     dropped: list[Dropped]
     warnings: list[Note]
     bootstrap: Bootstrap
-    provenance: Provenance = Field(description="Where the law came from")
+    provenance: Provenance
 
     @model_validator(mode="after")
-    def _whole(self) -> Law:
-        """All that a law is used for is there."""
-        names = set(FORMS[self.form].params)
-        for what, there in (
-            ("params", set(self.params)),
-            ("interval", set(self.interval)),
-            ("bootstrap.draws", set(self.bootstrap.draws)),
+    def _complete(self) -> Law:
+        names, draws = set(FORMS[self.form].params), self.bootstrap.draws
+        for key, expected, values in (
+            ("params", names, self.params),
+            ("interval", names, self.interval),
+            ("bootstrap.draws", names, draws),
+            ("range", {"params", "data", "flops"}, self.range),
         ):
-            if missing := names - there:
-                raise ValueError(f"{what} lacks {', '.join(sorted(missing))} of {self.form}")
-        if missing := {"params", "data", "flops"} - set(self.range):
-            raise ValueError(f"range lacks {', '.join(sorted(missing))}")
-        if (
-            len({len(values) for values in self.bootstrap.draws.values()}) != 1
-            or not self.bootstrap.draws["E"]
-        ):
-            raise ValueError("bootstrap.draws are not of one length")
+            if missing := expected - set(values):
+                raise ValueError(f"{key} lacks {', '.join(sorted(missing))}")
+        if len({len(values) for values in draws.values()}) != 1 or not draws["E"]:
+            raise ValueError("bootstrap.draws must have one length above 0")
         return self
 
     def predict(self, params: ArrayLike, data: ArrayLike, unique: ArrayLike | None = None) -> Array:
-        """Loss of N `params` trained on D `data`, of which `unique` (None: all) are distinct;
-        broadcasts.
+        """Predict the loss.
+
+        Args:
+            params: N, parameters. The arguments broadcast.
+            data: D, transitions seen.
+            unique: U, different transitions among them. Defaults to all.
         """
         return _predict(self.form, self.params, params, data, unique)[0]
 
     def predict_interval(
         self, params: ArrayLike, data: ArrayLike, unique: ArrayLike | None = None
     ) -> tuple[Array, Array]:
-        """The interval of `predict` at `interval_level`: of the law, without the noise of a single
-        run.
-        """
-        drawn = _predict(self.form, self.bootstrap.draws, params, data, unique)
-        low, high = np.quantile(
-            drawn, [(1 - self.interval_level) / 2, (1 + self.interval_level) / 2], axis=0
-        )
+        """The interval of `predict` at `interval_level`, without the noise of a single run."""
+        draws = _predict(self.form, self.bootstrap.draws, params, data, unique)
+        level = self.interval_level
+        low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return low, high
 
     def optimum(self, flops: ArrayLike) -> tuple[Array, Array]:
         """(N, D) of the least loss for `flops`, on fresh data."""
-        budget = np.asarray(flops, dtype=np.float64)
-        return self.optimal.kN * budget**self.optimal.a, self.optimal.kD * budget**self.optimal.b
+        budget, best = np.asarray(flops, dtype=np.float64), self.optimal
+        return best.kN * budget**best.a, best.kD * budget**best.b
 
     def write(self, path: str | Path) -> None:
-        """Write law.json, one key a line. Raises UsageError where it cannot."""
-        lines = (
-            f" {json.dumps(key)}: {json.dumps(value)}"
-            for key, value in self.model_dump(mode="json").items()
-        )
+        """Write law.json, one key a line, in one rename.
+
+        Raises:
+            UsageError: the file cannot be written.
+        """
+        values = self.model_dump(mode="json")
+        lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
         target = Path(path)
         part = target.with_name(f".{target.name}.{os.getpid()}")
         try:
@@ -261,33 +260,30 @@ class Law(_Part):
         except OSError as error:
             with suppress(OSError):
                 part.unlink()
-            raise UsageError(
-                f"the law cannot be written to {str(path)!r}: {error.strerror}; give --out a file"
-                " in a folder that may be written"
-            ) from error
+            message = f"the law cannot be written to {str(path)!r}: {error.strerror}"
+            raise UsageError(f"{message}; give --out a file in a writable folder") from error
 
     @classmethod
     def read(cls, path: str | Path) -> Law:
-        """Raises UsageError where there is no law."""
+        """Read law.json.
+
+        Raises:
+            UsageError: the file cannot be read or does not hold a law.
+        """
+        fix = f"mesocosm fit TABLE.csv --out {path} makes one"
         try:
             return cls.model_validate_json(Path(path).read_text())
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(
-                f"the law {str(path)!r} cannot be read ({error}); mesocosm fit TABLE.csv --out"
-                f" {path} makes one"
-            ) from error
+            raise UsageError(f"the law {str(path)!r} cannot be read ({error}); {fix}") from error
         except ValidationError as error:
             first = error.errors()[0]
             at = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise UsageError(
-                f"{str(path)!r} is no law: {at}: {first['msg']}; mesocosm fit TABLE.csv --out"
-                f" {path} makes one"
-            ) from error
+            raise UsageError(f"{str(path)!r} is not a law: {at}: {first['msg']}; {fix}") from error
 
 
 def theta_of(form: str, params: Mapping[str, ArrayLike]) -> Array:
-    """[m, P] from published parameters, each one or m of them."""
-    columns: list[Any] = []
+    """[m, P] from parameters by name, each a number or m of them."""
+    columns: list[Array] = []
     for name in FORMS[form].params:
         values = np.atleast_1d(np.asarray(params[name], dtype=np.float64))
         if name not in ("alpha", "beta"):
@@ -298,66 +294,54 @@ def theta_of(form: str, params: Mapping[str, ArrayLike]) -> Array:
 
 
 def params_of(form: str, theta: Array) -> dict[str, Array]:
-    """The inverse of `theta_of`: name -> [m]. A term that is nothing is 0."""
+    """The inverse of `theta_of`: name -> [m]. The logarithm NOTHING becomes 0."""
     out = {}
-    for i, name in enumerate(FORMS[form].params):
+    for name, column in zip(FORMS[form].params, theta.T, strict=True):
         if name in ("alpha", "beta"):
-            out[name] = theta[:, i]
+            out[name] = column
         elif name in ("r_n", "r_d"):
-            out[name] = np.exp(np.clip(theta[:, i], *LOG_R))
+            out[name] = np.exp(np.clip(column, *LOG_R))
         else:
-            out[name] = np.where(
-                theta[:, i] < NOTHING / 10, 0.0, np.exp(np.clip(theta[:, i], NOTHING, -NOTHING))
-            )
+            level = np.exp(np.clip(column, NOTHING, -NOTHING))
+            out[name] = np.where(column < NOTHING / 10, 0.0, level)
     return out
 
 
 def optimal_of(theta: Array, flops: Flops) -> dict[str, Array]:
     """a, b, kN, kD, each [m], of the least E + A/N^alpha + B/D^beta with k N^p D^q = C.
 
-    Of fresh data a size is worth rho = N / N_opt(D) times g of N_opt(D), the size for which D is
-    the optimum at 6 N D, where alpha A / N_opt^alpha = beta B / D^beta; g(rho) is rho, or saturates
-    above 1 with r_n of the data-constrained form (`forms._Effective`). Then the loss above E is
-    proportional to D^-beta (1 + beta/alpha g^-alpha) and C to rho^p D^(p beta/alpha + q), so that
-    the best rho is the same for every C: (q/p)^(1/alpha) where nothing saturates, 1 where C = k N
-    D. So N_opt and D_opt are powers, a = beta / (p beta + q alpha), b = alpha / (p beta + q alpha);
-    with 6 N D they are the closed forms of Hoffmann et al.
+    On fresh data N counts as g(rho) N_opt(D), where rho = N / N_opt(D) and N_opt(D) is the size for
+    which D is the optimum at 6 N D: alpha A / N_opt^alpha = beta B / D^beta. g(rho) is rho, or
+    saturates above 1 with r_n of the data-constrained form (`forms._Effective`). Then the loss
+    above E is proportional to D^-beta (1 + beta/alpha g^-alpha) and C to rho^p D^(p beta/alpha +
+    q), so that the best rho is the same for every C: (q/p)^(1/alpha) where nothing saturates, 1
+    where C = k N D. So N_opt and D_opt are powers, a = beta / (p beta + q alpha), b = alpha / (p
+    beta + q alpha). With 6 N D they are the closed forms of Hoffmann et al.
     """
     a0, b0, alpha, beta = theta[:, 1], theta[:, 2], theta[:, 3], theta[:, 4]
     with np.errstate(all="ignore"):
         log_rho = math.log(flops.q / flops.p) / alpha
         if theta.shape[1] == 7 and flops.q > flops.p:
             log_rho = _saturating(theta, flops, log_rho)
-        log_n = log_rho + (np.log(alpha / beta) + a0 - b0) / alpha  # of the N that goes with D = 1
+        log_n = log_rho + (np.log(alpha / beta) + a0 - b0) / alpha  # log N at D = 1
         a = beta / (flops.p * beta + flops.q * alpha)
         b = alpha / (flops.p * beta + flops.q * alpha)
         log_kd = -b * (math.log(flops.k) + flops.p * log_n)
-        log_kn = log_n + beta / alpha * log_kd
-        return {
-            "a": a,
-            "b": b,
-            "kN": np.exp(np.clip(log_kn, -700, 700)),
-            "kD": np.exp(np.clip(log_kd, -700, 700)),
-        }
+        levels = {"kN": log_n + beta / alpha * log_kd, "kD": log_kd}
+        return {"a": a, "b": b} | {k: np.exp(np.clip(v, -700, 700)) for k, v in levels.items()}
 
 
 def _saturating(theta: Array, flops: Flops, most: Array) -> Array:
-    """The best log rho [m] of `optimal_of`, between 0 and where it would be if g(rho) were rho, by
-    three grids.
-    """
-    alpha, beta, r = (
-        theta[:, 3, None],
-        theta[:, 4, None],
-        np.exp(np.clip(theta[:, 5, None], *LOG_R)),
-    )
+    """The best log rho [m] of `optimal_of`, by nested grids from 0 to the unsaturated `most`."""
+    alpha, beta = theta[:, 3, None], theta[:, 4, None]
+    r = np.exp(np.clip(theta[:, 5, None], *LOG_R))
     low, high = np.zeros(len(theta)), np.where(np.isfinite(most), most, 0.0)
     rows = np.arange(len(theta))
+    cost = flops.p * beta * alpha / (flops.p * beta + flops.q * alpha)
     for _ in range(4):
         at = np.linspace(low, high, 65, axis=1)
         log_g = np.log1p(r * -np.expm1(-np.expm1(at) / r))
-        loss = flops.p * beta * alpha / (flops.p * beta + flops.q * alpha) * at + np.log1p(
-            beta / alpha * np.exp(-alpha * log_g)
-        )
+        loss = cost * at + np.log1p(beta / alpha * np.exp(-alpha * log_g))
         best = loss.argmin(1)
         low, high = at[rows, np.maximum(best - 1, 0)], at[rows, np.minimum(best + 1, 64)]
     return at[rows, best]
@@ -371,14 +355,11 @@ def _predict(
     unique: ArrayLike | None,
 ) -> Array:
     """[m, ...]."""
-    n, d, u = np.broadcast_arrays(
-        *(np.asarray(x, dtype=np.float64) for x in (size, data, data if unique is None else unique))
-    )
-    for name, values in (("params", n), ("data", d), ("unique", u)):
+    named = {"params": size, "data": data, "unique": data if unique is None else unique}
+    n, d, u = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in named.values()))
+    for name, values in zip(named, (n, d, u), strict=True):
         if not (values > 0).all():
-            raise UsageError(
-                f"{name}={float(np.min(values)):g} must be above 0 for a law to predict a loss"
-            )
+            raise UsageError(f"{name} must be above 0, got {float(np.min(values)):g}")
     cells = Cells(*(np.log(x).reshape(-1) for x in (n, d, u)))
     theta = theta_of(form, params)
     return np.exp(FORMS[form].log_loss(theta, cells)).reshape(len(theta), *n.shape)

@@ -1,0 +1,146 @@
+"""The best parameters of one form on one table, and under each of its resamples."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mesocosm.errors import UsageError
+from mesocosm.scaling.forms import FORMS, NOTHING, Array, Form
+from mesocosm.scaling.solve import DELTA, solve
+from mesocosm.scaling.table import Table, levels
+
+RESAMPLES = 300
+EXPONENTS = (0.15, 0.4, 1.0)
+"""Starts of alpha and beta, in every pair. The solver sets E, A and B to the losses' level."""
+REPEATS = (3.0, 30.0)
+"""Starts of r_n and r_d, in every pair."""
+COARSE = ((0.2, 0.2, 10.0, 10.0), (0.7, 0.7, 10.0, 10.0))
+"""(alpha, beta, r_n, r_d): starts of the resamples of the data-constrained form, beside the whole
+table's optimum. Its steps cost six times as much as Chinchilla's.
+"""
+OUTLIER = 5.0
+"""Robust standard deviations. A normal residual is beyond with a probability of 6e-7."""
+JUDGED = 3
+"""Rows a parameter that a fit needs for outliers: with fewer it follows them too closely."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A form fitted to a table."""
+
+    form: Form
+    theta: Array
+    """[1, P]."""
+    objective: float
+    residual: Array
+    """Residuals of log loss, [n]."""
+
+    def predict(self, table: Table) -> Array:
+        return np.exp(self.form.log_loss(self.theta, table.cells())[0])
+
+    def deviations(self) -> Array:
+        """Residuals [n] in robust standard deviations of at least delta.
+
+        A fit of P parameters that nearly minimises absolute residuals passes through about P cells.
+        The deviation is therefore the median of the others, widened by n / (n - P).
+        """
+        size, parameters = np.abs(self.residual), self.theta.shape[1]
+        free, middle = len(size) - parameters, 0.0
+        if free > 0:
+            middle = float(np.median(np.sort(size)[parameters:])) * len(size) / free
+        return size / max(1.4826 * middle, DELTA)
+
+    def outliers(self) -> NDArray[np.int64]:
+        if len(self.residual) < JUDGED * self.theta.shape[1]:
+            return np.zeros(0, dtype=np.int64)
+        return np.flatnonzero(self.deviations() > OUTLIER)
+
+
+def form_of(table: Table) -> Form:
+    return FORMS["data_constrained" if table.repeated else "chinchilla"]
+
+
+def check(table: Table, form: Form) -> None:
+    """Raise UsageError where `table` does not determine the parameters of `form`."""
+    log, parameters = table.cells(), len(form.params)
+    numbers = [levels(np.exp(values)) for values in (log.params, log.data, log.unique)]
+    cells = len(np.unique(np.stack(numbers, 1), axis=0))
+    if cells <= parameters:
+        message = f"{table.name} has {cells} distinct cells for the {parameters} parameters of"
+        raise UsageError(f"{message} {form.name}; train at least {parameters + 1}")
+    for name, values in (("params", table.params), ("data", table.data)):
+        first = np.unique(levels(values), return_index=True)[1]
+        if len(first) < 3:
+            listed = ", ".join(f"{values[i]:g}" for i in first)
+            message = f"{table.name} has {len(first)} distinct {name} ({listed}), too few to"
+            raise UsageError(f"{message} separate its exponent from E; train at least 3")
+    if abs(np.corrcoef(np.log(table.params), np.log(table.data))[0, 1]) > 1 - 1e-6:
+        message = f"{table.name}: data is a power of params in every cell, so that their exponents"
+        raise UsageError(f"{message} cannot be separated; vary data at one size")
+
+
+def starts_of(form: Form) -> Array:
+    """[S, P]: every pair of exponents (times every pair of r_n and r_d)."""
+    halves: Any = [()]
+    if form.name == "data_constrained":
+        halves = itertools.product(np.log(REPEATS), repeat=2)
+    pairs = list(itertools.product(EXPONENTS, repeat=2))
+    return np.array([(0.0, 0.0, 0.0, *pair, *rest) for rest in halves for pair in pairs])
+
+
+def best_fit(
+    table: Table, form: Form, starts: Array | None = None, *, without_e: bool = False
+) -> Fit:
+    """The best fit of all starts (by default `starts_of`); with `without_e` E is 0."""
+    starts, weights = starts_of(form) if starts is None else starts, np.ones((1, len(table)))
+    theta, objective = _solved(table, form, weights, starts, without_e)
+    residual = np.log(table.loss) - form.log_loss(theta, table.cells())[0]
+    return Fit(form, theta, float(objective[0]), residual)
+
+
+def draws(
+    table: Table, form: Form, weights: Array, starts: Array, *, without_e: bool = False
+) -> Array:
+    """The best theta [B, P] under each row of weights [B, n]."""
+    return _solved(table, form, weights, starts, without_e)[0]
+
+
+def _solved(
+    table: Table, form: Form, weights: Array, starts: Array, without_e: bool
+) -> tuple[Array, Array]:
+    """(theta [B, P], objective [B]) of each row's best start."""
+    if without_e:
+        starts = starts.copy()
+        starts[..., 0] = NOTHING
+    weights, fixed = weights * table.weight, (0,) if without_e else ()
+    return solve(form, table.cells(), np.log(table.loss), weights, starts, fixed=fixed).best()
+
+
+def resample(table: Table, seed: int) -> tuple[Array, NDArray[np.int64]]:
+    """(how often each group was drawn [B, G], each row's group [n]).
+
+    A resample with fewer than three sizes or data sizes determines nothing and is drawn again.
+    """
+    names, groups = np.unique(table.group, return_inverse=True)
+    rng = np.random.default_rng([seed, len(names)])
+    numbers = levels(table.params), levels(table.data)
+    counts = np.empty((RESAMPLES, len(names)))
+    left = np.arange(RESAMPLES)
+    shares = np.full(len(names), 1 / len(names))
+    for _ in range(200):
+        counts[left] = rng.multinomial(len(names), shares, size=len(left))
+        drawn = counts[left][:, groups] > 0
+        distinct = [
+            np.stack([drawn[:, of == i].any(1) for i in range(int(of.max()) + 1)], 1).sum(1)
+            for of in numbers
+        ]
+        left = left[np.minimum(*distinct) < 3]
+        if not len(left):
+            break
+    counts[left] = 1.0
+    return counts, groups
