@@ -152,7 +152,7 @@ def world_of(data: list[Artifact], seed: int) -> Artifact:
         return found
     dataset = Dataset([a.path for a in data])
     world, _ = train(dataset, cfg)
-    calibrate(world, dataset, Codec.from_json(world.codec), seed)
+    calibrate(world, dataset, Codec.from_json(world.codec))
     return storage.make("worlds", id, {"inputs": {"datasets": [a.id for a in data]}}, world.save)
 
 

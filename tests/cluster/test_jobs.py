@@ -171,7 +171,7 @@ def test_a_stopped_training_has_its_checkpoint_and_goes_on(
     second = submit(cluster, *training)
     assert second["id"] == first["id"].removesuffix("-1") + "-2"
     while (
-        f"going on from step {kept[1].step}"
+        f"resuming from step {kept[1].step}"
         not in cluster.mesocosm("jobs", "logs", second["id"]).stdout
     ):
         assert time.monotonic() < end + 120

@@ -109,13 +109,7 @@ class KnownWorld:
 
     def losses(self, windows: Windows) -> Losses:
         nothing = torch.zeros(len(windows.mask))
-        return Losses(
-            nothing.sum(),
-            {"dynamics": nothing.sum()},
-            {"dynamics": nothing},
-            windows.mask.sum(),
-            windows.start.sum(),
-        )
+        return Losses(nothing.sum(), {"dynamics": nothing}, windows.mask.sum())
 
     def begin(self, task: Parts, observation: Parts, member: Tensor) -> State:
         return State(observation)

@@ -1,15 +1,26 @@
-"""Networks that are not trained, for tests of what holds for any weights."""
+"""Parts, and networks with random weights, for tests of properties that hold for any weights."""
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.mup import init_
 from mesocosm.model.net import WorldNet
-from mesocosm.model.spec import Spec
+from mesocosm.model.spec import Parts, Spec
+
+
+def numbers(values: Tensor) -> Parts:
+    """Parts [..., n] without categories."""
+    return Parts(values.float(), torch.zeros(*values.shape[:-1], 0, dtype=torch.int64))
+
+
+def nothing(*lead: int) -> Parts:
+    """Parts without slots, of the leading shape `lead`."""
+    return numbers(torch.zeros(*lead, 0))
 
 
 def random_nets(spec: Spec, config: ModelConfig) -> tuple[WorldNet, Base]:

@@ -1,4 +1,4 @@
-"""The base predicts real Gymnasium dynamics, reproducibly, and stays bounded far outside its data."""
+"""The base predicts Gymnasium dynamics reproducibly and stays bounded far outside its data."""
 
 from __future__ import annotations
 
@@ -16,17 +16,10 @@ from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.spec import Parts, PartSpec, Spec
 
+from .nets import nothing, numbers
+
 torch.set_num_threads(1)
 CONFIG = ModelConfig(base_steps=300)
-
-
-def numbers(values: Any) -> Parts:
-    values = torch.as_tensor(np.asarray(values), dtype=torch.float32)
-    return Parts(values, torch.zeros(len(values), 0, dtype=torch.int64))
-
-
-def nothing(rows: int) -> Parts:
-    return Parts(torch.zeros(rows, 0), torch.zeros(rows, 0, dtype=torch.int64))
 
 
 def rollouts(env_id: str, steps: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -69,13 +62,13 @@ class Data:
         self.spec = Spec(PartSpec(4, tuple(1e-4 for _ in range(4))), action)
 
     def observations(self, values: np.ndarray) -> Parts:
-        return numbers((values - self.mean) / self.std)
+        return numbers(torch.from_numpy((values - self.mean) / self.std))
 
     def actions(self, values: np.ndarray) -> Parts:
         return (
             Parts(torch.zeros(len(values), 0), torch.tensor(values, dtype=torch.int64))
             if self.discrete
-            else numbers(values)
+            else numbers(torch.from_numpy(values))
         )
 
     def transitions(self, episodes: list[tuple[np.ndarray, np.ndarray]]) -> Transitions:

@@ -11,14 +11,7 @@ import torch
 
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.counts import (
-    blank_windows,
-    count,
-    flops_per_batch,
-    flops_per_transition,
-    measured_flops,
-    params,
-)
+from mesocosm.model.counts import blank_windows, count, flops_per_batch, measured_flops, params
 from mesocosm.model.families import build
 from mesocosm.model.ladder import dims, ensemble_dims
 from mesocosm.model.mup import init_
@@ -81,26 +74,24 @@ def test_flops_are_what_torch_counts_on_the_cpu(
     net, base = build(spec, config), Base(spec, config)
     init_(net, 0)
     windows = blank_windows(spec, 3, 5, events)
-    for backward in (False, True):
-        expected = measured_flops(net, base, windows, backward=backward)
-        assert flops_per_batch(spec, config, 3, 5, events=events, backward=backward) == expected > 0
-    assert flops_per_transition(spec, config, 5) * 15 == flops_per_batch(spec, config, 3, 5)
+    assert flops_per_batch(spec, config, 3, 5, events) == measured_flops(net, base, windows) > 0
+    assert flops_per_batch(spec, config, 1, 5) * 3 == flops_per_batch(spec, config, 3, 5)
 
 
 def test_attention_counts_the_full_square() -> None:
     """The second difference over windows of W is the square of scores alone: 2 products of W x W x
-    d_model a layer.
+    d_model a layer, and twice as many backward.
     """
     config = ModelConfig(size="30k", members=1, context=64)
     rung = dims("30k")
-    a, b, c = (flops_per_batch(PLAIN, config, 1, w, backward=False) for w in (16, 32, 48))
-    assert (c - b) - (b - a) == rung.layers * 2 * 2 * rung.d_model * (48**2 - 2 * 32**2 + 16**2)
+    a, b, c = (flops_per_batch(PLAIN, config, 1, w) for w in (16, 32, 48))
+    assert (c - b) - (b - a) == rung.layers * 3 * 2 * 2 * rung.d_model * (48**2 - 2 * 32**2 + 16**2)
 
 
 def test_a_planner_can_count_7b_quickly() -> None:
     config = ModelConfig(size="7b", members=4)
     began = time.perf_counter()
-    counts, flops = params(PLAIN, config), flops_per_transition(PLAIN, config, 16)
+    counts, flops = params(PLAIN, config), flops_per_batch(PLAIN, config, 1, 16) / 16
     assert time.perf_counter() - began < 60
     assert counts.n == pytest.approx(7e9, rel=0.15)
     assert flops > 6 * 0.97 * (

@@ -1,5 +1,5 @@
-"""The ensemble family learns the noise that is there, draws what its density says, and its members
-disagree where there were no data.
+"""The ensemble family learns the noise of the data, draws from its density, and its members
+disagree far from the data.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from mesocosm.model.net import BaseOut, Outcome, Transition, apply_base
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan, Windows
 from mesocosm.model.world import World
 
+from .nets import numbers
+
 torch.set_num_threads(1)
 TEXT = TextSpan(1, 3, 1)
 MIXED = Spec(
@@ -32,10 +34,6 @@ MIXED = Spec(
     reward_values=(0.0, 1.0),
     durations=True,
 )
-
-
-def numbers(values: Tensor) -> Parts:
-    return Parts(values.float(), torch.zeros(*values.shape[:-1], 0, dtype=torch.int64))
 
 
 def fit(
@@ -61,9 +59,9 @@ def fit(
             torch.stack((before.numbers[i], after.numbers[i]), 1),
             torch.stack((before.categories[i], after.categories[i]), 1),
         )
-        there, zeros = torch.ones(len(i), 1, dtype=torch.bool), torch.zeros(len(i), 1)
+        valid, zeros = torch.ones(len(i), 1, dtype=torch.bool), torch.zeros(len(i), 1)
         windows = Windows(
-            pair, action[i][:, None], task[i], zeros, zeros, zeros, there, there[:, 0], episode[i]
+            pair, action[i][:, None], task[i], zeros, zeros, zeros, valid, valid[:, 0], episode[i]
         )
         optimizer.zero_grad()
         net(windows, apply_base(base, windows)).objective.backward()
@@ -108,7 +106,7 @@ def test_noise_and_categories_are_learned(noisy: World) -> None:
         assert 0.85 < float(drawn.categories.float().mean()) < 0.95
 
 
-def test_members_disagree_where_there_were_no_data(noisy: World) -> None:
+def test_members_disagree_far_from_the_data(noisy: World) -> None:
     def mean_at(at: float) -> float:
         o = Parts(torch.full((2000, 1), at), torch.zeros(2000, 1, dtype=torch.int64))
         _, disagreement = imagine(noisy, o, numbers(torch.zeros(2000, 1)))
@@ -150,7 +148,7 @@ def transition(rows: int, seed: int = 1) -> tuple[Transition, BaseOut]:
 
 
 @torch.no_grad()
-def test_what_is_drawn_has_the_density_that_is_said() -> None:
+def test_draws_follow_the_density() -> None:
     """Chi-square of categories (a text among them) and of a number's bins against `log_prob`, for
     one member and one (o, a).
     """
@@ -192,13 +190,13 @@ def test_what_is_drawn_has_the_density_that_is_said() -> None:
     p = (
         (log_prob[1] - torch.logsumexp(log_prob[1], 0)).exp().double().numpy()
     )  # the numbers' factor is common
-    found = np.array([int((draw.observation.categories == row).all(1).sum()) for row in grid])
-    assert found[p == 0].sum() == 0
+    drawn = np.array([int((draw.observation.categories == row).all(1).sum()) for row in grid])
+    assert drawn[p == 0].sum() == 0
     likely = p * rows > 5
     rest = [max(1 - p[likely].sum(), 1e-12) * rows]
     expected, counted = (
         np.append(p[likely] * rows, rest),
-        np.append(found[likely], rows - found[likely].sum()),
+        np.append(drawn[likely], rows - drawn[likely].sum()),
     )
     assert (
         stats.chisquare(
@@ -254,14 +252,14 @@ def test_a_draw_is_a_function_of_its_own_row_and_key() -> None:
     ).disagreement.any()
 
 
-def test_it_is_saved_whole_and_stays_finite_far_away(noisy: World, tmp_path: Path) -> None:
+def test_it_is_saved_and_stays_finite_far_away(noisy: World, tmp_path: Path) -> None:
     noisy.save(tmp_path)
     loaded = World.load(tmp_path)
     o = Parts(torch.tensor([[0.1], [1e4], [-1e6]]), torch.zeros(3, 1, dtype=torch.int64))
-    mine, theirs = (
+    one, other = (
         imagine(noisy, o, numbers(torch.zeros(3, 1))),
         imagine(loaded, o, numbers(torch.zeros(3, 1))),
     )
-    assert torch.equal(mine[0].numbers, theirs[0].numbers) and torch.equal(mine[1], theirs[1])
-    assert torch.isfinite(mine[0].numbers).all() and torch.isfinite(mine[1]).all()
+    assert torch.equal(one[0].numbers, other[0].numbers) and torch.equal(one[1], other[1])
+    assert torch.isfinite(one[0].numbers).all() and torch.isfinite(one[1]).all()
     assert loaded.config == noisy.config and loaded.net.memory == 0

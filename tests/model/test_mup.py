@@ -73,23 +73,23 @@ def moved(
             )
         )
 
-    def look() -> dict[str, Tensor]:
+    def activations() -> dict[str, Tensor]:
         with torch.no_grad():
             net(windows, apply_base(base, windows))
         return dict(seen)
 
-    before = look()
-    given = (
+    before = activations()
+    groups_of_parameters = (
         param_groups(net, 1e-2, 0.0)
         if groups
         else [{"params": list(net.parameters()), "lr": 1e-2, "weight_decay": 0.0}]
     )
-    optimizer = torch.optim.AdamW(given)
+    optimizer = torch.optim.AdamW(groups_of_parameters)
     for _ in range(5):
         optimizer.zero_grad()
         net(windows, apply_base(base, windows)).objective.backward()
         optimizer.step()
-    after = look()
+    after = activations()
     return {name: float((after[name] - before[name]).pow(2).mean().sqrt()) for name in before}
 
 

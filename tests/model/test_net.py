@@ -1,5 +1,5 @@
-"""What a network's forward does with its windows, whatever the family: who trains on which episode,
-and what noise on the history means.
+"""The forward pass, for every family: which members train on an episode, and the effect of noise on
+the history.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ def test_noise_on_the_history_is_a_step_from_the_noisy_state_to_the_true_next_on
 
     def losses(of: Windows) -> dict[str, Tensor]:
         with torch.no_grad():
-            made = net(of, apply_base(base, of))
-        return {**made.nats, "objective": made.objective}
+            result = net(of, apply_base(base, of))
+        return {**result.nats, "objective": result.objective}
 
     corrupted, other, plain = (
         losses(replace(one, seen=noisy)),

@@ -438,7 +438,7 @@ def test_a_checkpoint_outlives_an_outage(
             job,
         )
         second = storage.list("runs/pretrain")[-1]
-        assert f"going on from step {last[1].step} of 4000".encode() in (
+        assert f"resuming from step {last[1].step} of 4000".encode() in (
             storage.read(f"runs/pretrain/{second}/log.txt") or b""
         )
     finally:

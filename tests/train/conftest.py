@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mesocosm import config
+from mesocosm.config import load as load_config
 from mesocosm.jobs.pretrain import PretrainConfig, run
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact
@@ -33,7 +33,7 @@ class Pretrained:
 
     artifact: Artifact
     folder: Path
-    """The run's"""
+    """The run's folder."""
 
     @property
     def lines(self) -> list[dict[str, Any]]:
@@ -43,12 +43,12 @@ class Pretrained:
 
     @property
     def losses(self) -> dict[int, list[float]]:
-        """By step, every time it was trained."""
-        found: dict[int, list[float]] = {}
+        """By step, one for each time that it was trained."""
+        losses: dict[int, list[float]] = {}
         for line in self.lines:
             if "train/loss" in line:
-                found.setdefault(line["step"], []).append(line["train/loss"])
-        return found
+                losses.setdefault(line["step"], []).append(line["train/loss"])
+        return losses
 
     @property
     def log(self) -> str:
@@ -56,7 +56,7 @@ class Pretrained:
 
 
 def _load(root: str, *overrides: str) -> PretrainConfig:
-    return config.load(
+    return load_config(
         PretrainConfig,
         overrides=(f"storage.root={root}", f"data.datasets=[{DATASET}]", *SMALL, *overrides),
     )
@@ -64,9 +64,9 @@ def _load(root: str, *overrides: str) -> PretrainConfig:
 
 def _pretrain(root: str, *overrides: str) -> Pretrained:
     """Run the job with the small defaults and `overrides`."""
-    given = _load(root, *overrides)
-    with tracking.start("pretrain", given, quiet=True) as made:
-        return Pretrained(run(given, made), made.folder)
+    config = _load(root, *overrides)
+    with tracking.start("pretrain", config, quiet=True) as started:
+        return Pretrained(run(config, started), started.folder)
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,7 @@ STEPS = (
 
 
 @pytest.fixture(autouse=True)
-def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def short_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For this test's caches; a short name, for Ray's sockets lie in it. Made after pytest's own,
     which would lie in it, too.
     """
@@ -84,12 +84,12 @@ def test_training_through_a_small_cache_is_that_from_a_folder(
     sizes = [datasets.shard_bytes(shard) for shard in range(len(datasets.shards))]
     most = 5 * max(sizes)
     assert most < sum(sizes)
-    given = (*STEPS, "data.weights=[1,3]", f"data.cache_gib={most / 2**30}")
-    whole = pretrain(local.root, *given)
+    options = (*STEPS, "data.weights=[1,3]", f"data.cache_gib={most / 2**30}")
+    whole = pretrain(local.root, *options)
 
     for id in ("cart", "again"):
         bucket.local_path("cache", "datasets", id).rename(tmp_path / f"away-{id}")
-    words = [f"storage.root={bucket.root}", *SMALL, *given, "train.workers=2", "--json"]
+    words = [f"storage.root={bucket.root}", *SMALL, *options, "train.workers=2", "--json"]
     done = subprocess.run(
         [sys.executable, "-m", "mesocosm", "pretrain", *words],
         capture_output=True,
@@ -97,16 +97,16 @@ def test_training_through_a_small_cache_is_that_from_a_folder(
         timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    there = bucket.artifact("worlds", whole.artifact.id)
+    world = bucket.artifact("worlds", whole.artifact.id)
     lines = map(
         json.loads,
-        (bucket.read(f"runs/pretrain/{there.meta['run']}/metrics.jsonl") or b"").splitlines(),
+        (bucket.read(f"runs/pretrain/{world.meta['run']}/metrics.jsonl") or b"").splitlines(),
     )
     losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
     assert losses == pytest.approx({step: of[0] for step, of in whole.losses.items()}, abs=1e-4)
-    kept = [
+    cached = [
         file for file in bucket.local_path("cache", "parts").rglob("shards/*/*") if file.is_file()
     ]
-    assert kept and sum(file.stat().st_size for file in kept) <= most
+    assert cached and sum(file.stat().st_size for file in cached) <= most
     plain = pretrain(local.root, *STEPS)
     assert plain.artifact.id != whole.artifact.id and plain.losses != whole.losses

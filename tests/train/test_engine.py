@@ -1,5 +1,5 @@
-"""A real DeepSpeed engine in this process, a group of one: what it is told reaches the optimiser,
-and what it was it is again.
+"""A real DeepSpeed engine in this process, in a group of one: its options take effect, and its
+state is restored.
 """
 
 from __future__ import annotations
@@ -40,13 +40,11 @@ def group(one_rank: None) -> Iterator[None]:
 def start(kept: Path | None = None, **options: Any) -> Any:
     net = build(SPEC, MODEL)
     init_(net, 0)
-    return engine.start(
-        net, TrainConfig(batch=4, precision="fp32", **options), ALONE, kept, "test"
-    )[0]
+    return engine.start(net, TrainConfig(batch=4, precision="fp32", **options), ALONE, kept)[0]
 
 
-def moved(running: Any, steps: int = 3) -> float:
-    """How far the weights go in a few steps, at most."""
+def largest_change(running: Any, steps: int = 3) -> float:
+    """The largest change of a weight in a few steps."""
     before = [parameter.detach().clone() for parameter in running.module.parameters()]
     windows = blank_windows(SPEC, 4, 4)
     base = apply_base(Base(SPEC, MODEL), windows)
@@ -64,13 +62,13 @@ def test_gradients_are_clipped(stage: int) -> None:
     """Adam forgets the scale of gradients unless they are far below its eps, so that is where they
     are clipped to.
     """
-    assert moved(start(zero_stage=stage, weight_decay=0.0)) > 1e-3
-    assert moved(start(zero_stage=stage, weight_decay=0.0, clip=1e-14)) < 1e-5
+    assert largest_change(start(zero_stage=stage, weight_decay=0.0)) > 1e-3
+    assert largest_change(start(zero_stage=stage, weight_decay=0.0, clip=1e-14)) < 1e-5
 
 
 def test_random_state_and_weights_are_restored() -> None:
     running = start()
-    moved(running)
+    largest_change(running)
     torch.rand(3)
     folder = checkpoint.save_running(running, Progress(step=1, steps=2), 0)
     following = torch.rand(5)
@@ -81,7 +79,9 @@ def test_random_state_and_weights_are_restored() -> None:
         torch.equal(a, b)
         for a, b in zip(again.module.parameters(), running.module.parameters(), strict=True)
     )
-    assert moved(again) == moved(running), "the optimiser's moments too"
+    assert largest_change(again) == largest_change(running), (
+        "the optimiser's moments are restored too"
+    )
     shutil.rmtree(folder)
 
 
@@ -120,9 +120,9 @@ def test_a_checkpoint_without_all_its_ranks_is_refused() -> None:
 def test_the_least_memory_follows_zeros_stage(
     options: dict[str, Any], workers: int, bytes_a_parameter: int
 ) -> None:
-    given = TrainConfig(**{"precision": "fp32", **options})
-    found = engine.least_gib(2**30, given, workers, on_gpu=False)
-    assert found == pytest.approx(bytes_a_parameter + workers * engine.PROCESS_GIB)
-    assert engine.least_gib(2**30, given, workers, on_gpu=True) == pytest.approx(
+    config = TrainConfig(**{"precision": "fp32", **options})
+    memory = engine.least_gib(2**30, config, workers, on_gpu=False)
+    assert memory == pytest.approx(bytes_a_parameter + workers * engine.PROCESS_GIB)
+    assert engine.least_gib(2**30, config, workers, on_gpu=True) == pytest.approx(
         workers * engine.PROCESS_GIB
     )

@@ -1,5 +1,5 @@
-"""What an exported world is told of itself: the check that its episodes end where reality's do, and
-the scale of its disagreement.
+"""The export of a world: the check that its episodes end where those of the data do, and the scale
+of its disagreement.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mesocosm.data.loading.codec import Codec
-from mesocosm.evaluate.metrics.log import Log
+from mesocosm.evaluate.metrics.open_loop import Log
 from mesocosm.model import rng
 from mesocosm.model.base import Base
 from mesocosm.model.families import build
@@ -99,7 +99,7 @@ def test_a_tenth_of_held_out_transitions_disagree_by_more_than_one(
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     world = World(net, Base(codec.spec, config), codec.to_json())
-    calibrate(world, dataset, codec, 0)
+    calibrate(world, dataset, codec)
     log, n = Log(dataset, codec, "valid"), dataset.count("valid")
     episode, step = log.starts(1, n, np.random.default_rng(0))
     carry = world.begin(

@@ -1,4 +1,4 @@
-"""The learning rate's course, the watch over the loss, and what a wrong config gets. No Ray."""
+"""The learning rate schedule, the detection of divergence, and errors of the config. No Ray."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from mesocosm.train.schedule import FACTOR, GRACE, MARGIN, PATIENCE, Watch, due,
 
 
 def test_warm_up_stable_decay() -> None:
-    course = [lr_factor(step, 100, 0.1, 0.4) for step in range(1, 101)]
-    assert course[0] == pytest.approx(0.1) and course[9] == 1.0
-    assert all(factor == 1.0 for factor in course[9:60])
+    factors = [lr_factor(step, 100, 0.1, 0.4) for step in range(1, 101)]
+    assert factors[0] == pytest.approx(0.1) and factors[9] == 1.0
+    assert all(factor == 1.0 for factor in factors[9:60])
     assert (
-        course[60] == 1.0
-        and course[80] == pytest.approx(0.5)
-        and 0 < course[99] == pytest.approx(1 / 40)
+        factors[60] == 1.0
+        and factors[80] == pytest.approx(0.5)
+        and 0 < factors[99] == pytest.approx(1 / 40)
     )
 
 
@@ -34,24 +34,24 @@ def test_a_single_step_is_taken() -> None:
     assert lr_factor(1, 1, 0.05, 0.4) == 1.0
 
 
-def test_what_is_not_finite_is_named_with_its_step() -> None:
+def test_a_value_that_is_not_finite_is_named_with_its_step() -> None:
     assert Watch().check(3, loss=float("nan")) == "the loss is nan at step 3"
     assert Watch().check(4, gradient_norm=float("inf")) == "the gradient norm is inf at step 4"
 
 
-def told(watch: Watch, *losses: float, start: int = 1) -> list[str | None]:
+def problems(watch: Watch, *losses: float, start: int = 1) -> list[str | None]:
     return [watch.check(step, loss=loss) for step, loss in enumerate(losses, start)]
 
 
 def test_an_explosion_must_last() -> None:
     watch, high = Watch(), FACTOR * 2.0 + MARGIN + 1
-    assert not any(told(watch, *[2.0] * 64, *[high] * (PATIENCE - 1), 2.0)), (
+    assert not any(problems(watch, *[2.0] * 64, *[high] * (PATIENCE - 1), 2.0)), (
         "one good step clears it"
     )
-    said = told(watch, *[high] * PATIENCE, start=100)
-    assert said[:-1] == [None] * (PATIENCE - 1)
+    reports = problems(watch, *[high] * PATIENCE, start=100)
+    assert reports[:-1] == [None] * (PATIENCE - 1)
     assert (
-        said[-1]
+        reports[-1]
         == f"the loss exploded: {high:.4g} nats a transition at step {99 + PATIENCE}, after 2 at"
         " its best"
     )
@@ -59,106 +59,100 @@ def test_an_explosion_must_last() -> None:
 
 @pytest.mark.parametrize("good", [1, 3, GRACE, 30])
 def test_an_early_explosion_is_noticed_soon(good: int) -> None:
-    said = told(Watch(), *[2.0] * good, *[1e6] * 20)
-    assert [bool(s) for s in said].index(True) + 1 == max(good + PATIENCE, GRACE + 1)
+    reports = problems(Watch(), *[2.0] * good, *[1e6] * 20)
+    assert [bool(r) for r in reports].index(True) + 1 == max(good + PATIENCE, GRACE + 1)
 
 
-def test_a_slow_explosion_does_not_become_the_usual() -> None:
-    assert any(told(Watch(), *(2.0 * 1.02**step for step in range(400))))
+def test_a_slow_explosion_is_detected() -> None:
+    assert any(problems(Watch(), *(2.0 * 1.02**step for step in range(400))))
 
 
 def test_a_falling_and_noisy_loss_is_no_explosion() -> None:
     noise = np.random.default_rng(0).lognormal(0.0, 0.5, 2000)
-    assert not any(told(Watch(), *(noise * (1.0 + 500.0 * 0.97 ** np.arange(2000)))))
+    assert not any(problems(Watch(), *(noise * (1.0 + 500.0 * 0.97 ** np.arange(2000)))))
 
 
-def test_the_last_step_of_all_must_not_be_high() -> None:
+def test_the_last_step_must_not_be_high() -> None:
     watch = Watch()
-    told(watch, *[2.0] * 20)
+    problems(watch, *[2.0] * 20)
     assert (
         "exploded" in str(Watch(watch.best).check(21, last=True, loss=31.0))
         and watch.check(21, last=True, loss=29.0) is None
     )
 
 
-def test_what_is_saved_is_never_a_high_loss() -> None:
+def test_no_checkpoint_has_a_high_loss() -> None:
     """Checkpoints are due at 4, 8, 12, ...; the loss is high in 7-10 and once in 16."""
-    watch, saved, made = Watch(), 0, []
+    watch, saved, checkpoints = Watch(), 0, []
     for step in range(1, 21):
         assert watch.check(step, loss=100.0 if 7 <= step <= 10 or step == 16 else 2.0) is None
         if due(step, saved, 4, watch.high):
-            made.append(saved := step)
-    assert made == [4, 11, 12, 17, 20]
+            checkpoints.append(saved := step)
+    assert checkpoints == [4, 11, 12, 17, 20]
 
 
-def test_the_watch_resumes_where_it_stood() -> None:
+def test_the_watch_resumes() -> None:
     watch = Watch()
-    told(watch, *[1.0] * 64, 1e6)
+    problems(watch, *[1.0] * 64, 1e6)
     again = Watch(watch.best, watch.high)
-    said = [told(w, *[1e6] * (PATIENCE - 1), start=66) for w in (watch, again)]
-    assert said[0] == said[1] and "exploded" in str(said[0][-1])
+    reports = [problems(w, *[1e6] * (PATIENCE - 1), start=66) for w in (watch, again)]
+    assert reports[0] == reports[1] and "exploded" in str(reports[0][-1])
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("data.datasets=[]", "data.datasets"),
         (
             "train.batch=9",
-            (
-                "train.batch=9 cannot be divided among train.workers=2 x train.accumulate=1; use a"
-                " multiple of 2"
-            ),
+            "train.batch must be a multiple of 2 (train.workers=2 x train.accumulate=1), got 9",
         ),
-        ("train.zero_stage=4", "train.zero_stage=4"),
-        (
-            "train.events=2",
-            "train.events=2 cannot be a third terminals; use at least 3, or 0 for none",
-        ),
+        ("train.zero_stage=4", "train.zero_stage must be 0, 1, 2 or 3, got 4"),
+        ("train.events=2", "train.events must be 0 or >= 3 (a third are terminals), got 2"),
         ("train.precision=bf61", "did you mean 'bf16'"),
-        ("train.lr=0", "train.lr=0"),
+        ("train.lr=0", "train.lr must be > 0, got 0"),
         ("train.epochs=1", "train.steps=5 and train.epochs=1"),
         ("train.warmup=0.7", "train.warmup=0.7"),
-        ("train.workers=0", "train.workers=0"),
+        ("train.workers=0", "train.workers must be >= 1, got 0"),
         ("model.size=31k", "model.size"),
         ("data.datasets=[carp]", "carp"),
     ],
 )
-def test_wrong_use_is_said_before_anything_starts(
+def test_a_wrong_config_is_refused_before_anything_starts(
     tmp_path: Path,
     cart_root: Callable[..., str],
     load: Callable[..., Any],
     override: str,
-    said: str,
+    message: str,
 ) -> None:
-    given = load(cart_root(tmp_path, 20), "train.steps=5", "train.workers=2", override)
+    config = load(cart_root(tmp_path, 20), "train.steps=5", "train.workers=2", override)
     with pytest.raises(UsageError) as error:
-        plan(given)
-    assert said in str(error.value) and "\n" not in str(error.value)
+        plan(config)
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_a_damaged_dataset_is_wrong_use_as_long_as_nothing_started(
+def test_a_damaged_dataset_is_a_usage_error_before_anything_starts(
     tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]
 ) -> None:
-    given = load(cart_root(tmp_path, 20))
-    shard = next((Path(given.storage.root) / "datasets").rglob("obs_num.npy"))
+    config = load(cart_root(tmp_path, 20))
+    shard = next((Path(config.storage.root) / "datasets").rglob("obs_num.npy"))
     shard.write_bytes(shard.read_bytes()[:-8])
-    said = r"datasets/cart: file '.*obs_num.npy' is damaged"
-    with pytest.raises(UsageError, match=said):
-        plan(given)
+    message = r"datasets/cart: file '.*obs_num.npy' is damaged"
+    with pytest.raises(UsageError, match=message):
+        plan(config)
     with (
-        pytest.raises(UsageError, match=said),
-        tracking.start("pretrain", given, quiet=True) as started,
+        pytest.raises(UsageError, match=message),
+        tracking.start("pretrain", config, quiet=True) as started,
     ):
-        run(given, started)
+        run(config, started)
 
 
-def test_a_plan_counts_without_doing(
+def test_a_plan_counts_without_training(
     tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]
 ) -> None:
-    told = plan(load(cart_root(tmp_path, 100), "train.epochs=2"))
-    assert told["params"] > 1000 and told["flops"] > 0
+    report = plan(load(cart_root(tmp_path, 100), "train.epochs=2"))
+    assert report["params"] > 1000 and report["flops"] > 0
     assert (
-        2 <= told["epochs"] < 2.5
-        and 2 * told["unique"] <= told["transitions"] < 2.5 * told["unique"]
+        2 <= report["epochs"] < 2.5
+        and 2 * report["unique"] <= report["transitions"] < 2.5 * report["unique"]
     )

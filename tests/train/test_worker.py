@@ -1,4 +1,4 @@
-"""Parts of the worker that need no cluster: the feed, the noise on histories."""
+"""Parts of the worker that need no cluster: the feed, the base, the noise on histories."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_failure_stops_every_later_attempt(root: str) -> None:
     assert not worker.stopped
 
 
-def test_a_new_run_forgets_failures_and_keeps_what_was_measured(root: str) -> None:
+def test_a_new_run_drops_failures_and_keeps_measurements(root: str) -> None:
     """The driver was killed before it read any of it."""
     worker = Feed(Storage(root), "runs/checkpoints/x")
     worker.put({"step": 1})
@@ -61,7 +61,7 @@ def test_a_new_run_forgets_failures_and_keeps_what_was_measured(root: str) -> No
 @pytest.mark.parametrize(
     "torn", [b"", b'{"latest_checkpoint_res', b"{}", b'{"latest_checkpoint_result": {"a": 1}}']
 )
-def test_a_torn_record_of_checkpoints_is_a_sentence(root: str, torn: bytes) -> None:
+def test_a_torn_record_of_checkpoints_is_an_error(root: str, torn: bytes) -> None:
     storage = Storage(root)
     assert checkpoint.latest(storage, "w") is None
     storage.write("runs/checkpoints/w/checkpoint_manager_snapshot.json", torn)
@@ -69,13 +69,13 @@ def test_a_torn_record_of_checkpoints_is_a_sentence(root: str, torn: bytes) -> N
         UsageError,
         match=(
             r"'runs/checkpoints/w/checkpoint_manager_snapshot.json' .* is damaged; use --force to"
-            r" begin anew"
+            r" start again"
         ),
     ):
         checkpoint.latest(storage, "w")
 
 
-def test_noise_is_on_what_is_read_and_the_same_for_any_number_of_workers(
+def test_noise_is_on_the_inputs_and_the_same_for_any_number_of_workers(
     tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]
 ) -> None:
     storage = Storage(cart_root(tmp_path, 200))
@@ -91,7 +91,7 @@ def test_noise_is_on_what_is_read_and_the_same_for_any_number_of_workers(
         )
         transition, outcome = unroll(windows)
         assert torch.equal(outcome.observation.numbers, windows.observation.numbers[:, 1:]), (
-            "what is to be predicted stays clean"
+            "the targets stay true"
         )
         assert torch.equal(
             transition.observation.numbers[windows.start][:, 0],

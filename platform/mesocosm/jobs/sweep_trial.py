@@ -11,13 +11,13 @@ from typing import Any
 
 from ray import tune
 
-from mesocosm.jobs import pretrain as pretraining
 from mesocosm.runs import tracking
 from mesocosm.scaling import cells
 from mesocosm.scaling.cells import Record
 from mesocosm.scaling.grid import Cell
 from mesocosm.scaling.trunk import Outcome, Warm, Work, said
 from mesocosm.store.artifacts import Storage
+from mesocosm.train import pretrain as pretraining
 from mesocosm.train.config import PretrainConfig
 
 KEY = "id"

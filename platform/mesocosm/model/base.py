@@ -37,12 +37,12 @@ Transitions = tuple[Parts, Parts, Parts, Parts, Tensor]
 
 
 class Base(nn.Module):
-    """All state is in float32 buffers, so that it is saved, moved and counted but never trained with
-    the network.
+    """All state is in float32 buffers: it is saved, moved and counted but not trained with the
+    network.
     """
 
     residual_scale: Tensor
-    """[n] robust spread of the remaining change, at least the number's bin; shared by the members."""
+    """[n] robust spread of the residual, at least the number's bin; shared by the members."""
     ridge: Tensor
     scale: Tensor
 

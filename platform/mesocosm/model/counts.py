@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +20,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.mup import tag_of
 from mesocosm.model.net import WorldNet, apply_base
-from mesocosm.model.spec import Events, Parts, Spec, Windows
+from mesocosm.model.spec import Events, Parts, PartSpec, Spec, Windows
 
 
 @dataclass(frozen=True)
@@ -34,17 +33,12 @@ class Counts:
     """
     embeddings: int
     """Embeddings and output layers of one member, with their biases: what the spaces decide."""
-    dynamics: int
-    """The backbone and all members' decoders (or all MLPs), embeddings included."""
-    heads: int
-    """The reward and termination networks of all members."""
-    start: int
-    """The start model."""
-    total: int
-    """All trained parameters: dynamics + heads + start."""
+    dynamics: int  # the backbone and all members' decoders (or all MLPs), embeddings included
+    heads: int  # the reward and termination networks of all members
+    start: int  # the start model
+    total: int  # all trained parameters: dynamics + heads + start
     members: int
-    base: int
-    """The frozen base of all members."""
+    base: int  # the frozen base of all members
 
 
 def params(spec: Spec, config: ModelConfig) -> Counts:
@@ -80,70 +74,50 @@ def count(net: WorldNet, base: Base) -> Counts:
 
 
 def flops_per_batch(
-    spec: Spec,
-    config: ModelConfig,
-    batch: int,
-    window: int,
-    *,
-    events: int = 0,
-    backward: bool = True,
+    spec: Spec, config: ModelConfig, batch: int, window: int, events: int = 0
 ) -> int:
-    """FLOPs of one step on `batch` windows of `window` transitions and `events` single ones: the
-    forward pass of base and network and, with `backward`, the network's backward pass.
+    """FLOPs of a training step on `batch` windows of `window` transitions and `events` single ones:
+    the forward pass of base and network, and the network's backward pass.
     """
     with torch.device("meta"):
         net, base = build(spec, config), Base(spec, config)
-        windows = blank_windows(spec, batch, window, events)
-        return measured_flops(net, base, windows, backward=backward)
+        return measured_flops(net, base, blank_windows(spec, batch, window, events))
 
 
-def flops_per_transition(
-    spec: Spec, config: ModelConfig, window: int, *, backward: bool = True
-) -> float:
-    """FLOPs of training on one transition of full windows (without `backward`, of evaluating it):
-    exact for any batch, because they are linear in it.
-    """
-    return flops_per_batch(spec, config, 1, window, backward=backward) / window
-
-
-def measured_flops(net: WorldNet, base: Base, windows: Windows, *, backward: bool) -> int:
-    """FLOPs of this step by torch's counter, on any device. Leaves gradients on `net`."""
+def measured_flops(net: WorldNet, base: Base, windows: Windows) -> int:
+    """FLOPs of a training step by torch's counter, on any device. Leaves gradients on `net`."""
     counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter, torch.set_grad_enabled(backward):
-        objective = net(windows, apply_base(base, windows)).objective
-        if backward:
-            objective.backward()
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        net(windows, apply_base(base, windows)).objective.backward()
     return int(counter.get_total_flops())
 
 
 def blank_windows(spec: Spec, batch: int, window: int, events: int = 0) -> Windows:
     """Windows of zeros, all valid, on torch's default device."""
-    device = torch.get_default_device()
+    zeros, single = torch.zeros(batch, window), torch.zeros(events)
 
-    def parts(part: str, *shape: int) -> Parts:
-        return Parts.empty(getattr(spec, part), *shape, device=device)
+    def parts(*shape: int, of: PartSpec) -> Parts:
+        return Parts.empty(of, *shape, device=zeros.device)
 
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, device=device)
-
-    singles = Events(
-        parts("observation", events),
-        parts("action", events),
-        parts("observation", events),
-        parts("task", events),
-        zeros(events),
-        zeros(events),
-        zeros(events).long(),
+    o, a, task = spec.observation, spec.action, spec.task
+    side = Events(
+        parts(events, of=o),
+        parts(events, of=a),
+        parts(events, of=o),
+        parts(events, of=task),
+        single,
+        single,
+        single.long(),
     )
     return Windows(
-        parts("observation", batch, window + 1),
-        parts("action", batch, window),
-        parts("task", batch),
-        reward=zeros(batch, window),
-        terminated=zeros(batch, window),
-        duration=zeros(batch, window),
-        mask=zeros(batch, window) == 0,
-        start=zeros(batch) == 0,
-        episode=zeros(batch).long(),
-        events=singles if events else None,
+        parts(batch, window + 1, of=o),
+        parts(batch, window, of=a),
+        parts(batch, of=task),
+        reward=zeros,
+        terminated=zeros,
+        duration=zeros,
+        mask=zeros == 0,
+        start=zeros[:, 0] == 0,
+        episode=zeros[:, 0].long(),
+        events=side if events else None,
     )

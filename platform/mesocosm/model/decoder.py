@@ -32,8 +32,7 @@ from mesocosm.model.spec import PartSpec, TextSpan
 class Layout:
     """The slots of a decoder, in their order."""
 
-    order: tuple[tuple[str, int], ...]
-    """("number" or "category", j) of each slot"""
+    order: tuple[tuple[str, int], ...]  # ("number" or "category", j) of each slot
     bins: tuple[float, ...]
     categories: tuple[int, ...]
     texts: tuple[TextSpan, ...]
@@ -49,10 +48,8 @@ class Scale:
     units.
     """
 
-    shift: Tensor
-    """[K, N, n] float32"""
-    scale: Tensor
-    """[n] float32"""
+    shift: Tensor  # [K, N, n] float32
+    scale: Tensor  # [n] float32
 
 
 def slot_order(part: PartSpec, number: int = 0, category: int = 0) -> tuple[tuple[str, int], ...]:

@@ -20,7 +20,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import text_ended
 from mesocosm.model.ladder import dims, ensemble_dims
 from mesocosm.model.layers import Constant, Linear, PartsEmbedding, member_rows, output_layer, read
-from mesocosm.model.net import BaseOut, Draw, Outcome, Transition, WorldNet, spread
+from mesocosm.model.net import BaseOut, Draw, Features, Outcome, Transition, WorldNet, spread
 from mesocosm.model.spec import Parts, Spec
 
 
@@ -70,7 +70,7 @@ class Ensemble(WorldNet):
         return mu, raw, logits
 
     def log_prob(
-        self, features: Tensor | None, transition: Transition, outcome: Outcome, base: BaseOut
+        self, features: Features, transition: Transition, outcome: Outcome, base: BaseOut
     ) -> tuple[Tensor, Tensor | None]:
         lead, n = outcome.observation.numbers.shape[:-1], self.spec.observation.numbers
         now, following = transition.observation.flatten(), outcome.observation.flatten()
@@ -102,7 +102,7 @@ class Ensemble(WorldNet):
 
     def draw(
         self,
-        features: Tensor | None,
+        features: Features,
         transition: Transition,
         base: BaseOut,
         member: Tensor,
@@ -129,7 +129,7 @@ class Ensemble(WorldNet):
         return Draw(observation, duration, self._spread(mu, logits, base))
 
     def disagreement(
-        self, features: Tensor | None, transition: Transition, outcome: Outcome, base: BaseOut
+        self, features: Features, transition: Transition, outcome: Outcome, base: BaseOut
     ) -> Tensor:
         mu, _, logits = self._outputs(transition)
         return self._spread(mu, logits, base).view(transition.observation.numbers.shape[:-1])

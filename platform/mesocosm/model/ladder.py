@@ -38,10 +38,8 @@ class Stack:
     layers: int
     d_ff: int
     head: int
-    width: float
-    """CompleteP's m_N."""
-    depth: float
-    """CompleteP's m_L."""
+    width: float  # CompleteP's m_N
+    depth: float  # CompleteP's m_L
 
     @property
     def heads(self) -> int:
@@ -147,7 +145,7 @@ def ensemble_dims(size: str) -> EnsembleDims:
 
 
 def nominal(size: str, key: str = "model.size") -> int:
-    """The number in a rung's name: 30k is 30000. Raises UsageError that names the config's `key`."""
+    """The number in a rung's name: 30k is 30000. Raises UsageError, which names `key`."""
     rung = _checked(size, key)
     return int(rung[:-1]) * {"k": 10**3, "m": 10**6, "b": 10**9}[rung[-1]]
 

@@ -124,7 +124,7 @@ class Linear(nn.Module):
 def output_layer(
     inputs: int, outputs: int, members: int, width: float, *, bias: bool = False, gain: float = 0.1
 ) -> Linear:
-    """The last layer of K networks, with muP's multiplier; by default the initial outputs are small."""
+    """The last layer of K networks, with muP's multiplier and small initial outputs."""
     return Linear(
         inputs,
         outputs,
@@ -228,5 +228,5 @@ def first_rows(cardinalities: Sequence[int]) -> Tensor:
 
 
 def member_rows(member: Tensor) -> Tensor:
-    """int64 [N]: the row of environment i's `member[i]` in [K, N, ...] flattened to [K * N, ...]."""
+    """int64 [N]: the row of environment i's `member[i]` in [K, N, ...] as [K * N, ...]."""
     return member * len(member) + torch.arange(len(member), device=member.device)

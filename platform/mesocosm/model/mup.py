@@ -34,12 +34,9 @@ P = TypeVar("P", bound=Tensor)
 @dataclass(frozen=True)
 class Tag:
     kind: Kind
-    width: float
-    """m_N of the parameter's fan-in."""
-    depth: float
-    """m_L of the parameter's residual stack; 1 outside one."""
-    std: float
-    """Initial standard deviation; 0 leaves the parameter as constructed."""
+    width: float  # m_N of the parameter's fan-in
+    depth: float  # m_L of the parameter's residual stack; 1 outside one
+    std: float  # initial standard deviation; 0 leaves the parameter as constructed
 
 
 def tag(

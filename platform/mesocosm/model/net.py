@@ -22,6 +22,9 @@ from mesocosm.model.layers import Constant
 from mesocosm.model.rng import left_out, member_mask
 from mesocosm.model.spec import Parts, Spec, Windows
 
+Features = Tensor | None
+"""What `WorldNet.context` returns: None without history."""
+
 
 @dataclass(frozen=True)
 class BaseOut:
@@ -29,8 +32,7 @@ class BaseOut:
 
     change: Tensor
     """[K, ..., n]: each member's predicted normalised change o_{t+1} - o_t of the numbers"""
-    scale: Tensor
-    """[n]: residual_scale; a density is over r_k = (change - base_k) / scale"""
+    scale: Tensor  # [n]: residual_scale; a density is over r_k = (change - base_k) / scale
 
     def flat(self, durations: bool) -> tuple[Tensor, Tensor]:
         """(shift [K, N, n], scale [n]), float32; with `durations` one column more for the duration,
@@ -55,22 +57,15 @@ class Transition:
 class Outcome:
     """The results of transitions of the same leading shape [...]."""
 
-    observation: Parts
-    """o_{t+1}"""
-    duration: Tensor
-    """[...] float32 normalised; ignored without `spec.durations`"""
+    observation: Parts  # o_{t+1}
+    duration: Tensor  # [...] float32 normalised; ignored without `spec.durations`
 
 
 @dataclass(frozen=True)
-class Draw:
-    """A sampled next step for B environments, float32."""
+class Draw(Outcome):
+    """A sampled next step for B environments, float32; the duration is 0 without durations."""
 
-    observation: Parts
-    """[B, ...] o_{t+1}"""
-    duration: Tensor
-    """[B] normalised; zeros without durations"""
-    disagreement: Tensor
-    """[B] `spread` of the members' predictions, not yet on the world's scale"""
+    disagreement: Tensor  # [B] `spread` of the members' predictions, not yet on the world's scale
 
 
 @dataclass(frozen=True)
@@ -83,23 +78,17 @@ class Losses:
     valid transitions, so that equal slices of a batch average to the batch's objective, whatever
     the number of ranks.
     """
-    nats: dict[str, Tensor]
-    """"dynamics", "reward", "termination" and "task", and "duration" if the spec has it: the sum of
-    -log of the members' mean likelihood, all members on all transitions; detached, never negative.
-    "task" is the nats of (task, o_0), summed over the windows that start an episode.
-    """
     by_window: dict[str, Tensor]
-    """The same sums for each window, [B]."""
-    transitions: Tensor
-    """Valid transitions, float32 scalar."""
-    starts: Tensor
-    """Windows at an episode's start, float32 scalar."""
+    """[B] of "dynamics", "reward", "termination" and "task", and "duration" if the spec has it: the
+    sum of -log of the members' mean likelihood, all members on all transitions; detached, never
+    negative. "task" is the nats of (task, o_0), 0 for windows that do not start an episode.
+    """
+    transitions: Tensor  # valid transitions, float32 scalar
 
     @property
-    def per_transition(self) -> dict[str, Tensor]:
-        """Nats a transition by part, and their "total"; "task" too is divided by the transitions."""
-        parts = {name: value / self.transitions.clamp(min=1) for name, value in self.nats.items()}
-        return parts | {"total": torch.stack(list(parts.values())).sum()}
+    def nats(self) -> dict[str, Tensor]:
+        """The sums over all windows, by part."""
+        return {name: nats.sum() for name, nats in self.by_window.items()}
 
 
 class WorldNet(nn.Module, ABC):
@@ -111,8 +100,7 @@ class WorldNet(nn.Module, ABC):
     """
 
     memory: int = 0
-    checkpoint_activations: bool = False
-    """Recompute the backbone's blocks in the backward pass."""
+    checkpoint_activations: bool = False  # recompute the backbone's blocks in the backward pass
 
     def __init__(self, spec: Spec, config: ModelConfig, *, hidden: int, features: int):
         """`hidden`: width of the reward and termination networks; `features`: width of `context`, 0
@@ -130,14 +118,14 @@ class WorldNet(nn.Module, ABC):
     # A family implements these.
 
     @abstractmethod
-    def context(self, transition: Transition) -> Tensor | None:
+    def context(self, transition: Transition) -> Features:
         """Windows [B, W] (the task too) -> causal features [B, W, d], in the network's dtype; None
         without history.
         """
 
     @abstractmethod
     def log_prob(
-        self, features: Tensor | None, transition: Transition, outcome: Outcome, base: BaseOut
+        self, features: Features, transition: Transition, outcome: Outcome, base: BaseOut
     ) -> tuple[Tensor, Tensor | None]:
         """Each member's log-likelihood of outcomes of any leading shape [...]: ([K, ...] of
         o_{t+1}, slots jointly; [K, ...] of the duration given o_{t+1}, None without durations).
@@ -146,14 +134,14 @@ class WorldNet(nn.Module, ABC):
 
     @abstractmethod
     def disagreement(
-        self, features: Tensor | None, transition: Transition, outcome: Outcome, base: BaseOut
+        self, features: Features, transition: Transition, outcome: Outcome, base: BaseOut
     ) -> Tensor:
         """[...] float32: `Draw.disagreement` for an o_{t+1} that is logged instead of drawn."""
 
     @abstractmethod
     def draw(
         self,
-        features: Tensor | None,
+        features: Features,
         transition: Transition,
         base: BaseOut,
         member: Tensor,
@@ -229,13 +217,7 @@ class WorldNet(nn.Module, ABC):
         if duration is not None:
             by_window["duration"] = nats(duration)
             total = total + objective(duration)
-        return Losses(
-            total,
-            {name: each.sum() for name, each in by_window.items()},
-            by_window,
-            valid.sum(),
-            windows.start.float().sum(),
-        )
+        return Losses(total, by_window, valid.sum())
 
 
 def unroll(windows: Windows) -> tuple[Transition, Outcome]:

@@ -73,7 +73,7 @@ def keys(seed: int, env: Any, episode: Any, step: Any) -> Any:
 
 
 def bits(key: Any, slot: Any) -> Any:
-    """int64 of the broadcast shape: the hash of (key, slot), from which `uniform` takes its bits."""
+    """int64 of the broadcast shape: the hash of (key, slot), the bits of `uniform`."""
     step = (slot + 1) * _GOLDEN
     return mix(key + (_signed(step) if isinstance(slot, int) else step))
 

@@ -17,7 +17,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import Decoder, Layout, Scale, slot_order
 from mesocosm.model.ladder import HEAD, dims
 from mesocosm.model.layers import Constant, PartsEmbedding, RMSNorm, TransformerBlock, read
-from mesocosm.model.net import BaseOut, Draw, Outcome, Transition, WorldNet, spread
+from mesocosm.model.net import BaseOut, Draw, Features, Outcome, Transition, WorldNet, spread
 from mesocosm.model.spec import Parts, Spec
 
 ROPE_BASE = 10000.0
@@ -164,7 +164,7 @@ class Sequence(WorldNet):
         return change, absolute, following.categories
 
     def log_prob(
-        self, features: Tensor | None, transition: Transition, outcome: Outcome, base: BaseOut
+        self, features: Features, transition: Transition, outcome: Outcome, base: BaseOut
     ) -> tuple[Tensor, Tensor | None]:
         assert features is not None
         change, absolute, categories = self._decoder_inputs(transition, outcome)
@@ -177,7 +177,7 @@ class Sequence(WorldNet):
 
     def draw(
         self,
-        features: Tensor | None,
+        features: Features,
         transition: Transition,
         base: BaseOut,
         member: Tensor,
@@ -194,7 +194,7 @@ class Sequence(WorldNet):
         return Draw(Parts(now + change[:, :n], categories), duration, disagreement)
 
     def disagreement(
-        self, features: Tensor | None, transition: Transition, outcome: Outcome, base: BaseOut
+        self, features: Features, transition: Transition, outcome: Outcome, base: BaseOut
     ) -> Tensor:
         assert features is not None
         change, absolute, categories = self._decoder_inputs(transition, outcome)

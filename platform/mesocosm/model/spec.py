@@ -25,22 +25,17 @@ class TextSpan:
 
 @dataclass(frozen=True)
 class PartSpec:
-    """The slots of an observation, an action or a task: `numbers` first, then one slot a category."""
+    """The slots of an observation, an action or a task: numbers first, then categories."""
 
     numbers: int = 0
     bins: tuple[float, ...] = ()
     """Precision of each number in normalised units: its density is integrated over this width."""
-    categories: tuple[int, ...] = ()
-    """Cardinality of each category slot."""
+    categories: tuple[int, ...] = ()  # cardinality of each category slot
     texts: tuple[TextSpan, ...] = ()
     grid: tuple[float | None, ...] = ()
     """The position of zero for each integer number, in normalised units: its values lie whole bins
     from there. None for a number that is not an integer; empty if no number is.
     """
-
-    @property
-    def slots(self) -> int:
-        return self.numbers + len(self.categories)
 
 
 @dataclass(frozen=True)
@@ -55,17 +50,13 @@ class Spec:
     numbers.
     """
     reward_mean: float = 0.0
-    reward_scale: float = 1.0
-    """Numeric rewards enter as (reward - reward_mean) / reward_scale."""
-    reward_bin: float = 1e-3
-    """Precision of a numeric reward, in units of `reward_scale`."""
+    reward_scale: float = 1.0  # numeric rewards enter as (reward - reward_mean) / reward_scale
+    reward_bin: float = 1e-3  # precision of a numeric reward, in units of `reward_scale`
     durations: bool = False
     duration_mean: float = 0.0
     duration_scale: float = 1.0
-    duration_bin: float = 1e-3
-    """As for rewards, of `info["duration"]`."""
-    terminal_rate: float = 0.0
-    """Fraction of the training transitions that terminate."""
+    duration_bin: float = 1e-3  # as for rewards, of `info["duration"]`
+    terminal_rate: float = 0.0  # fraction of the training transitions that terminate
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -152,22 +143,15 @@ class Windows:
     terminated_t, duration_t).
     """
 
-    observation: Parts
-    """[B, W+1, ...]"""
-    action: Parts
-    """[B, W, ...]"""
-    task: Parts
-    """[B, ...]"""
+    observation: Parts  # [B, W+1, ...]
+    action: Parts  # [B, W, ...]
+    task: Parts  # [B, ...]
     reward: Tensor
     """[B, W] float32, normalised as in Spec; with `reward_values`, the index of the value."""
-    terminated: Tensor
-    """[B, W] float32 in {0, 1}"""
-    duration: Tensor
-    """[B, W] float32 normalised; zeros without durations"""
-    mask: Tensor
-    """[B, W] bool: the transition is valid (windows at an episode's end are shorter)"""
-    start: Tensor
-    """[B] bool: row 0 is the episode's first observation"""
+    terminated: Tensor  # [B, W] float32 in {0, 1}
+    duration: Tensor  # [B, W] float32 normalised; zeros without durations
+    mask: Tensor  # [B, W] bool: the transition is valid (windows at an episode's end are shorter)
+    start: Tensor  # [B] bool: row 0 is the episode's first observation
     episode: Tensor
     """[B] int64: a hash of the episode, from which members draw their bootstrap masks"""
     events: Events | None = None
@@ -184,20 +168,14 @@ class Windows:
 class Events:
     """E single transitions, about a third of them terminal, for the termination network."""
 
-    observation: Parts
-    """[E, ...]"""
-    action: Parts
-    """[E, ...]"""
-    next_observation: Parts
-    """[E, ...]"""
-    task: Parts
-    """[E, ...]"""
-    terminated: Tensor
-    """[E] float32"""
+    observation: Parts  # [E, ...]
+    action: Parts  # [E, ...]
+    next_observation: Parts  # [E, ...]
+    task: Parts  # [E, ...]
+    terminated: Tensor  # [E] float32
     weight: Tensor
     """[E] float32: importance weights back to the data's own rate, about 1 on average"""
-    episode: Tensor
-    """[E] int64 episode hashes"""
+    episode: Tensor  # [E] int64 episode hashes
 
     def to(self, device: torch.device | str) -> Events:
         return replace(self, **_moved(self, device))

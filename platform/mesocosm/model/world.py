@@ -42,20 +42,14 @@ class Context:
     int64, on the CPU or the world's device.
     """
 
-    clock: int
-    """Steps of the session so far."""
+    clock: int  # steps of the session so far
     past_observation: Parts
     """[B, C, ...]: o_t of the steps in columns 0 .. C-1 of the window (C = 0 without history)"""
-    past_action: Parts
-    """[B, C, ...]"""
-    start_column: Tensor
-    """[B] int64: where each environment's present episode begins"""
-    observation: Parts
-    """[B, ...] the present observation"""
-    task: Parts
-    """[B, ...]"""
-    member: Tensor
-    """[B] int64"""
+    past_action: Parts  # [B, C, ...]
+    start_column: Tensor  # [B] int64: where each environment's present episode begins
+    observation: Parts  # [B, ...] the present observation
+    task: Parts  # [B, ...]
+    member: Tensor  # [B] int64
 
     def to_numpy(self) -> dict[str, NDArray[Any]]:
         """Flat arrays for a wire without pickle."""
@@ -99,8 +93,7 @@ class Carry(Context):
     written. `World.step` consumes it: the cache and the past are written in place.
     """
 
-    position: int
-    """The column that the next step writes; W: the cache is rebuilt first."""
+    position: int  # the column that the next step writes; W: the cache is rebuilt first
     cache: Tensor | None
 
     @property
@@ -122,16 +115,11 @@ class Carry(Context):
 class StepOut:
     """The result of a step for each of B environments."""
 
-    observation: Parts
-    """[B, ...] o_{t+1}, normalised"""
-    reward: Tensor
-    """[B] float32, raw units"""
-    terminated: Tensor
-    """[B] bool, drawn with probability `p_terminated`"""
-    p_terminated: Tensor
-    """[B] float32"""
-    duration: Tensor
-    """[B] float32, raw units; zeros without durations"""
+    observation: Parts  # [B, ...] o_{t+1}, normalised
+    reward: Tensor  # [B] float32, raw units
+    terminated: Tensor  # [B] bool, drawn with probability `p_terminated`
+    p_terminated: Tensor  # [B] float32
+    duration: Tensor  # [B] float32, raw units; zeros without durations
     disagreement: Tensor
     """[B] float32: how far the members' expectations lie apart (`net.spread`); a tenth of held-out
     transitions exceed 1. 0 for one member.

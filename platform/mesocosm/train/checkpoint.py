@@ -1,14 +1,14 @@
-"""Training checkpoints: DeepSpeed's shards, every rank's random state, and a plain record of where
-training stood.
+"""Training checkpoints: DeepSpeed's shards, every rank's random state, and the progress.
 
-    checkpoint_*/ds/ds/...           DeepSpeed's own files, a shard a rank
+    checkpoint_*/ds/ds/...           DeepSpeed's files, a shard for each rank
                 /rank-00000.pt       the rank's random state
-                /rank-00000.json     sha256 of the files this rank wrote
+                /rank-00000.json     sha256 of the files that this rank wrote
                 /progress.json       step, world size, ZeRO stage, best loss (rank 0)
-                /model.safetensors   only at the end, instead of DeepSpeed's files: the float32 weights
+                /model.safetensors   at the end, instead of DeepSpeed's files: the float32 weights
 
-Every rank saves into its own folder and reports it; Ray merges them in storage, under this
-project's runs prefix. They are pickles, loaded only from there, after their checksums.
+A checkpoint is whole when every rank's record is present and every file has its checksum
+(`verify`). Every rank saves into a folder of its own and reports it; Ray merges them in storage,
+under this project's runs prefix. They are pickles, loaded only from there, after the check.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.store.artifacts import Storage
@@ -32,13 +33,12 @@ UNIVERSAL = "universal"
 PROGRESS = "progress.json"
 SNAPSHOT = "checkpoint_manager_snapshot.json"
 MODEL = "model.safetensors"
+AGAIN = "use --force to start again"
 
 
 @dataclass
 class Progress:
-    """Where training stood after `step`. The loader's position is `step`; the schedule is a
-    function of it.
-    """
+    """The state of training after `step`. The loader's position and the schedule follow from it."""
 
     step: int = 0
     steps: int = 0
@@ -46,13 +46,11 @@ class Progress:
     zero_stage: int = 0
     precision: str = "fp32"
     best: float | None = None
-    """`Watch`'s memory: the least loss."""
+    """State of `schedule.Watch`: the least loss, and the number of consecutive high losses."""
     high: int = 0
-    seconds: float = 0.0
-    """Spent training, over all attempts."""
+    seconds: float = 0.0  # time spent training, over all attempts
     validations: list[dict[str, float]] = field(default_factory=list)
-    measured: dict[str, float] = field(default_factory=dict)
-    """Throughput, at the end."""
+    measured: dict[str, float] = field(default_factory=dict)  # throughput, at the end
 
     @property
     def done(self) -> bool:
@@ -60,16 +58,18 @@ class Progress:
 
 
 def folder_of(id: str) -> str:
-    """Where the training of world `id` keeps its state, under the root: always the same, so that
-    running again resumes.
+    """The folder of world `id`'s training state, under the root: always the same, so that the same
+    command resumes.
     """
     return f"runs/checkpoints/{id}"
 
 
 def latest(storage: Storage, id: str) -> tuple[str, Progress] | None:
-    """The last whole checkpoint (its path under the root) and its progress, as Ray Train's own
-    record names it. Raises UsageError where that record is damaged: Ray writes it in place, so a
-    crash may tear it, and resumes from nothing else.
+    """The last whole checkpoint (its path under the root) and its progress, by Ray Train's record.
+
+    Raises:
+        UsageError: The record is damaged. Ray writes it in place, so a crash may tear it, and
+            resumes from nothing else.
     """
     name = f"{folder_of(id)}/{SNAPSHOT}"
     snapshot = storage.read(name)
@@ -85,8 +85,7 @@ def latest(storage: Storage, id: str) -> tuple[str, Progress] | None:
         return None if progress is None else (path, Progress(**json.loads(progress)))
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
-            f"training cannot go on: {name!r} in storage.root {storage.root!r} is damaged; use"
-            " --force to begin anew"
+            f"cannot resume: {name!r} in storage.root {storage.root!r} is damaged; {AGAIN}"
         ) from error
 
 
@@ -94,37 +93,18 @@ def read_progress(folder: Path) -> Progress:
     return Progress(**json.loads((folder / PROGRESS).read_text()))
 
 
-def refuse_other_stage(progress: Progress, zero_stage: int) -> None:
-    """Raises UsageError where DeepSpeed cannot read the checkpoint into the engine that the config
-    asks for.
-    """
-    if progress.done:
-        return
-    if progress.zero_stage != zero_stage:
-        raise UsageError(
-            f"train.zero_stage={zero_stage} cannot resume from step {progress.step}, which was"
-            f" saved at stage {progress.zero_stage}; use train.zero_stage={progress.zero_stage}, or"
-            " --force to begin anew"
-        )
-
-
 def save_running(engine: Any, progress: Progress, rank: int) -> Path:
-    """This rank's part of a checkpoint, in a folder of its own."""
+    """Save this rank's part of a checkpoint in a new folder."""
     folder = Path(tempfile.mkdtemp(prefix="mesocosm-checkpoint-"))
     (folder / "ds").mkdir()
     engine.save_checkpoint(str(folder / "ds"), tag=TAG)
-    state = {
-        "cpu": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
-    }
-    torch.save(state, folder / f"rank-{rank:05d}.pt")
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    torch.save({"cpu": torch.get_rng_state(), "cuda": cuda}, folder / f"rank-{rank:05d}.pt")
     return _seal(folder, progress, rank)
 
 
 def save_final(weights: dict[str, torch.Tensor] | None, progress: Progress, rank: int) -> Path:
-    """The end's checkpoint: rank 0 has the weights, the others None."""
-    from safetensors.torch import save_file
-
+    """Save the last checkpoint in a new folder: rank 0 has the weights, the others None."""
     folder = Path(tempfile.mkdtemp(prefix="mesocosm-checkpoint-"))
     if weights is not None:
         save_file(weights, folder / MODEL)
@@ -132,13 +112,11 @@ def save_final(weights: dict[str, torch.Tensor] | None, progress: Progress, rank
 
 
 def _seal(folder: Path, progress: Progress, rank: int) -> Path:
+    """Write the progress (rank 0) and this rank's record of checksums."""
     if rank == 0:
         (folder / PROGRESS).write_text(json.dumps(asdict(progress)))
-    sums = {
-        str(path.relative_to(folder)): sha256(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    sums = {str(path.relative_to(folder)): sha256(path) for path in files}
     (folder / _record(rank)).write_text(json.dumps(sums))
     return folder
 
@@ -148,15 +126,13 @@ def _record(rank: int) -> str:
 
 
 def verify(folder: Path) -> None:
-    """Raises MesocosmError where a rank's record is missing, or a file is missing or differs from
-    its checksum.
+    """Raise MesocosmError if a rank's record is missing, or a file is missing or differs from its
+    checksum.
     """
 
     def damaged(name: str) -> MesocosmError:
-        return MesocosmError(
-            f"checkpoint {folder.name!r}: file {name!r} is missing or damaged (checksum differs);"
-            " run again with --force to begin anew"
-        )
+        problem = f"file {name!r} is missing or damaged (checksum differs)"
+        return MesocosmError(f"checkpoint {folder.name!r}: {problem}; {AGAIN}")
 
     name = PROGRESS
     try:
@@ -171,48 +147,36 @@ def verify(folder: Path) -> None:
 
 
 def load_running(engine: Any, folder: Path, tag: str) -> None:
-    """Bring `engine` to where the DeepSpeed checkpoint `folder`/`tag` stood."""
+    """Load the DeepSpeed checkpoint `folder`/`tag` into `engine`."""
     path, _ = engine.load_checkpoint(str(folder), tag=tag)
     if path is None:
-        raise MesocosmError(
-            f"checkpoint {str(folder)!r} holds no DeepSpeed state; run again with --force to begin"
-            " anew"
-        )
+        raise MesocosmError(f"checkpoint {str(folder)!r} has no DeepSpeed state; {AGAIN}")
 
 
 def load_random(folder: Path, rank: int) -> None:
-    """This rank's random state, where the checkpoint has one (another world size has other ranks)."""
-    path = folder / f"rank-{rank:05d}.pt"
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        torch.set_rng_state(state["cpu"])
-        if state["cuda"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["cuda"])
-
-
-def needs_universal(progress: Progress, world_size: int) -> bool:
-    """Stage 0 has no shards; ZeRO's are cut for one world size."""
-    return progress.zero_stage > 0 and progress.world_size != world_size
+    """Restore this rank's random state."""
+    state = torch.load(folder / f"rank-{rank:05d}.pt", weights_only=True)
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def to_universal(folder: Path, target: Path) -> None:
-    """Convert the DeepSpeed shards of a checkpoint to DeepSpeed's universal format,
-    `target`/UNIVERSAL, which any world size of the same stage reads.
+    """Convert the DeepSpeed shards of a checkpoint to `target`/UNIVERSAL, DeepSpeed's universal
+    format, which any world size of the same stage reads.
     """
     from deepspeed.checkpoint import ds_to_universal
 
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    options = {
-        "num_extract_workers": 1,
-        "num_merge_workers": 1,
-        "keep_temp_folder": False,
-        "strict": True,
-        "inject_missing_state": True,
-    }
-    ds_to_universal.main(
-        Namespace(
-            input_folder=str(folder / "ds" / TAG), output_folder=str(target / UNIVERSAL), **options
-        )
+    arguments = Namespace(
+        input_folder=str(folder / "ds" / TAG),
+        output_folder=str(target / UNIVERSAL),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
     )
+    ds_to_universal.main(arguments)
     (target / "latest_universal").write_text(UNIVERSAL)

@@ -1,6 +1,4 @@
-"""What a user says of pretraining. Keys that do not change the result (`WITHOUT`) are no part of
-the world's id.
-"""
+"""The pretrain job's config, and the part of it that identifies the world."""
 
 from __future__ import annotations
 
@@ -26,6 +24,7 @@ WITHOUT = (
     "validate_every",
     "peak_flops",
 )
+"""Keys of `train` that do not change the result: they are not part of the world's id."""
 
 
 @dataclass
@@ -33,70 +32,68 @@ class DataConfig:
     datasets: list[str] = field(default_factory=list)
     """Dataset ids (or unique prefixes); several are opened as one."""
     unique: int | None = None
-    """Train on so many transitions only: whole episodes in an order that `seed` draws, the last one
-    cut short; null: on all.
+    """Number of transitions to train on: whole episodes in an order that `seed` draws, the last one
+    cut short. Defaults to all.
     """
     weights: list[float] | None = None
-    """Each dataset's share of every batch, in the order of `datasets`, whatever its size; null:
-    what it has of their transitions.
+    """Share of each dataset in every batch, in the order of `datasets`, whatever its size. Defaults
+    to its share of the transitions.
     """
     block: int | None = None
-    """Shuffle the shards, then the windows within so many of them: only these, and as many that are
-    fetched meanwhile, must be on a machine. null: shuffle all windows.
+    """Shuffle the shards, then the windows within this many of them. A machine then holds at most
+    twice as many shards. Defaults to shuffling all windows.
     """
     cache_gib: float | None = None
-    """Of a remote root's shards a machine keeps at most so many GiB, for all its jobs that say so;
-    null: all.
+    """Size limit in GiB of a machine's cache of a remote root's shards, shared by all its jobs that
+    set it. Defaults to no limit.
     """
 
     def validate(self) -> None:
+        """Raise UsageError that names the key, its value and the fix."""
         if self.weights is not None:
             if len(self.weights) != len(self.datasets):
                 raise UsageError(
-                    f"data.weights={self.weights} are {len(self.weights)} for {len(self.datasets)}"
-                    " datasets; give one for each"
+                    f"data.weights must have one number for each of the {len(self.datasets)}"
+                    f" datasets, got {self.weights}"
                 )
             if not all(math.isfinite(weight) and weight > 0 for weight in self.weights):
                 raise UsageError(
-                    f"data.weights={self.weights} must be numbers greater than 0; leave out of"
-                    " data.datasets what is not to be seen"
+                    f"data.weights must be > 0, got {self.weights}; leave a dataset without weight"
+                    " out of data.datasets"
                 )
         if self.block is not None and self.block < 1:
-            raise UsageError(f"data.block={self.block} must be at least 1, or null")
+            raise UsageError(f"data.block must be >= 1 or null, got {self.block}")
         if self.cache_gib is not None and not (
             math.isfinite(self.cache_gib) and self.cache_gib > 0
         ):
-            raise UsageError(
-                f"data.cache_gib={self.cache_gib} must be a number greater than 0, or null"
-            )
+            raise UsageError(f"data.cache_gib must be > 0 or null, got {self.cache_gib}")
 
 
 @dataclass
 class TrainConfig:
     steps: int | None = None
-    """Optimiser steps; 1000 where neither this nor `epochs` is set."""
+    """Optimiser steps. Defaults to 1000 if `epochs` is not set either."""
     epochs: float | None = None
     """Passes over the training transitions, instead of `steps`."""
     batch: int = 32
     """Windows a step, over all workers."""
     events: int = 64
-    """Single transitions a step beside the windows, terminals oversampled to a third, for the
-    termination network; over all workers.
+    """Single transitions a step, over all workers, for the termination network; terminals are
+    oversampled to a third of them.
     """
     lr: float = 6e-3
-    """At the ladder's base width; see model/mup.py."""
+    """Learning rate at the ladder's base width; see model/mup.py."""
     weight_decay: float = 0.01
     warmup: float = 0.05
-    """Share of the steps in which the learning rate rises from 0."""
+    """Fraction of the steps in which the learning rate rises from 0."""
     decay: float = 0.4
-    """Share of the steps in which it falls to 0; it is constant between."""
+    """Fraction of the steps in which it falls to 0; it is constant between."""
     clip: float = 1.0
-    """Of the gradient's global norm."""
+    """Limit of the gradient's global norm."""
     corrupt_history: float = 0.0
-    """Standard deviation of the noise on the observations that a step is predicted from, in units
-    of the base's one-step error; what follows stays true, so the change leads from the noisy to the
-    true and teaches correction. A world that has seen inputs as wrong as its own samples drifts
-    less over long horizons.
+    """Standard deviation of noise on the observations that a step is predicted from, in units of
+    the base's one-step error. The targets stay true, so that the world learns to correct its own
+    errors and drifts less over long horizons.
     """
     precision: str = "auto"
     """`fp32`, `bf16` (with float32 masters: ZeRO stage 1 at least), or `auto`: fp32 on CPU, bf16 on
@@ -104,22 +101,24 @@ class TrainConfig:
     """
     workers: int = 1
     gpus_per_worker: float | None = None
-    """None: one where the cluster has one for every worker, otherwise none."""
+    """Defaults to 1 if the cluster has a GPU for every worker, otherwise to 0."""
     accumulate: int = 1
     """Micro-batches a step."""
     zero_stage: int = 0
     activation_checkpointing: bool = False
     checkpoint_every: int = 500
-    """Steps."""
+    """Steps between checkpoints."""
     keep_checkpoints: int = 2
     max_failures: int = 3
-    """How often dead workers are started again, from the last checkpoint."""
+    """Restarts of failed workers, from the last checkpoint."""
     validate_every: int = 250
-    """Steps; the end is always validated."""
+    """Steps between validations; the last step is always validated."""
     validate_windows: int = 2048
-    """At most so many windows of the validation split, evenly taken."""
+    """Windows of the validation split to evaluate, evenly spaced."""
     peak_flops: float | None = None
-    """FLOP/s of one worker's device, for MFU; None measures a large matrix product once."""
+    """FLOP/s of one worker's device, for MFU. Defaults to the measured rate of a large matrix
+    product.
+    """
 
 
 @dataclass
@@ -129,74 +128,57 @@ class PretrainConfig(JobConfig):
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def validate(self) -> None:
-        """Raises UsageError naming the key, its value and the fix. Looks at nothing but the config."""
+        """Raise UsageError that names the key, its value and the fix, by the config alone."""
         self.model.validate()
         t = self.train
         if not self.data.datasets:
-            raise UsageError(
-                "data.datasets=[] names no dataset; give ids, as in data.datasets=[ab12]"
-            )
+            raise UsageError("data.datasets must not be empty, got []; try data.datasets=[ab12]")
         self.data.validate()
         if t.steps is not None and t.epochs is not None:
             raise UsageError(
-                f"train.steps={t.steps} and train.epochs={t.epochs} are both set; leave one unset"
-                " (null)"
+                f"train.steps={t.steps} and train.epochs={t.epochs} must not both be set; leave one"
+                " null"
             )
-        least = {
-            "steps": 1,
-            "batch": 1,
-            "events": 0,
-            "workers": 1,
-            "accumulate": 1,
-            "checkpoint_every": 1,
-            "keep_checkpoints": 1,
-            "max_failures": 0,
-            "validate_every": 1,
-            "validate_windows": 1,
-        }
-        for key, low in least.items():
-            value = getattr(t, key)
-            if value is not None and value < low:
-                raise UsageError(f"train.{key}={value} must be at least {low}")
+        positive = ["steps", "batch", "workers", "accumulate", "checkpoint_every"]
+        positive += ["keep_checkpoints", "validate_every", "validate_windows"]
+        for low, keys in ((1, positive), (0, ["events", "max_failures"])):
+            for key in keys:
+                value = getattr(t, key)
+                if value is not None and value < low:
+                    raise UsageError(f"train.{key} must be >= {low}, got {value}")
         if 0 < t.events < 3:
             raise UsageError(
-                f"train.events={t.events} cannot be a third terminals; use at least 3, or 0 for"
-                " none"
+                f"train.events must be 0 or >= 3 (a third are terminals), got {t.events}"
             )
         for key in ("lr", "clip", "epochs", "peak_flops"):
             value = getattr(t, key)
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"train.{key}={value} must be a number greater than 0")
+                raise UsageError(f"train.{key} must be > 0, got {value}")
         for key in ("weight_decay", "corrupt_history", "warmup", "decay", "gpus_per_worker"):
             value = getattr(t, key)
             if value is not None and not (math.isfinite(value) and value >= 0):
-                raise UsageError(f"train.{key}={value} must be a number not less than 0")
+                raise UsageError(f"train.{key} must be >= 0, got {value}")
         if t.warmup + t.decay > 1:
             raise UsageError(
-                f"train.warmup={t.warmup} and train.decay={t.decay} are shares of the steps and sum"
-                " to more than 1; lower one"
+                f"train.warmup + train.decay must be <= 1, got train.warmup={t.warmup} and"
+                f" train.decay={t.decay}"
             )
         if t.zero_stage not in (0, 1, 2, 3):
-            raise UsageError(f"train.zero_stage={t.zero_stage} must be 0, 1, 2 or 3")
+            raise UsageError(f"train.zero_stage must be 0, 1, 2 or 3, got {t.zero_stage}")
         if t.precision not in PRECISIONS:
-            raise UsageError(
-                f"train.precision={t.precision!r} is unknown, use one of"
-                f" {', '.join(PRECISIONS)}{nearest(t.precision, PRECISIONS)}"
-            )
-        share = t.workers * t.accumulate
+            choices, hint = ", ".join(PRECISIONS), nearest(t.precision, PRECISIONS)
+            raise UsageError(f"train.precision must be one of {choices}, got {t.precision!r}{hint}")
+        micro = t.workers * t.accumulate
         for key in ("batch", "events"):
-            value = getattr(t, key)
-            if value % share:
+            if getattr(t, key) % micro:
                 raise UsageError(
-                    f"train.{key}={value} cannot be divided among train.workers={t.workers} x"
-                    f" train.accumulate={t.accumulate}; use a multiple of {share}"
+                    f"train.{key} must be a multiple of {micro} (train.workers={t.workers} x"
+                    f" train.accumulate={t.accumulate}), got {getattr(t, key)}"
                 )
 
 
-def what(config: PretrainConfig, precision: str) -> dict[str, Any]:
-    """The part of `config` that says which world is made, with the precision that `auto` came to."""
-    said = identity(config)
-    said["train"] = {key: value for key, value in said["train"].items() if key not in WITHOUT} | {
-        "precision": precision
-    }
-    return said
+def world_identity(config: PretrainConfig) -> dict[str, Any]:
+    """The part of a resolved `config` that identifies the world."""
+    values = identity(config)
+    values["train"] = {key: value for key, value in values["train"].items() if key not in WITHOUT}
+    return values

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: how it is configured, started, resumed, and how float32 weights leave it."""
+"""The DeepSpeed engine: its config, how it starts and resumes, and how float32 weights leave it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from mesocosm.train.config import TrainConfig
 
 BETAS = (0.9, 0.95)
 PROCESS_GIB = 0.7
-"""Host memory of a worker that holds no network: what torch, DeepSpeed and Ray take (0.7 to 0.8 GiB
+"""Host memory of a worker without a network: what torch, DeepSpeed and Ray take (0.7 to 0.8 GiB
 resident, torch 2.13, Linux).
 """
 
@@ -33,10 +33,10 @@ resident, torch 2.13, Linux).
 def import_deepspeed() -> ModuleType:
     """`import deepspeed`, quickly and quietly, with nothing to compile.
 
-    Its autotuner imports mlflow where that is installed: half of the import's 13 s of CPU time; it
-    takes mlflow's absence for an answer. On CPU, `init_distributed` probes compilers and builds (40
-    s, needs ninja) an op for inference alone, if it is listed as compatible; the optimiser here is
-    torch's own, so no op is.
+    Its autotuner imports mlflow if that is installed, which is half of the import's 13 s of CPU
+    time, so mlflow is hidden meanwhile. On CPU, `init_distributed` would probe compilers and build
+    (40 s, needs ninja) an op for inference alone if it is listed as compatible; the optimiser here
+    is torch's own, so no op is listed.
     """
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
@@ -54,7 +54,7 @@ def import_deepspeed() -> ModuleType:
 
 @dataclass(frozen=True)
 class Rank:
-    """Which of the group's workers this is."""
+    """This worker's place in the group."""
 
     rank: int
     local_rank: int
@@ -63,35 +63,47 @@ class Rank:
 
 
 def stage(options: TrainConfig) -> int:
-    """The ZeRO stage that runs: bf16 wants an optimiser that keeps float32 masters, which stage 1
-    is and stage 0 is not.
+    """The ZeRO stage that runs: bf16 needs an optimiser that keeps float32 masters, as stage 1 does
+    and stage 0 does not.
     """
     return max(options.zero_stage, 1) if options.precision == "bf16" else options.zero_stage
 
 
 def least_gib(total: int, options: TrainConfig, workers: int, *, on_gpu: bool) -> float:
-    """GiB of host memory that so many workers want together, at the least: their processes and, on
-    CPU, weights, float32 gradients and AdamW's two moments (with bf16 float32 masters) of `total`
-    parameters, as ZeRO's stage shares them. Activations and data come on top.
+    """The least host memory in GiB of all workers together: their processes and, on CPU, weights,
+    float32 gradients and AdamW's two moments (with bf16 float32 masters) of `total` parameters,
+    sharded by the ZeRO stage. Activations and data come on top.
     """
     weight, master = (2, 4) if options.precision == "bf16" else (4, 0)
-    copies = [
-        workers if stage(options) < sharded else 1 for sharded in (1, 2, 3)
-    ]  # of moments and masters, of gradients, of weights
-    states = (
-        0
-        if on_gpu
-        else total
-        * sum(each * count for each, count in zip((8 + master, 4, weight), copies, strict=True))
-    )
-    return workers * PROCESS_GIB + states / 2**30
+    states = 0.0
+    # (bytes a parameter, the stage that shards them): moments and masters, gradients, weights.
+    for size, sharded in ((8 + master, 1), (4, 2), (weight, 3)):
+        states += total * size * (workers if stage(options) < sharded else 1)
+    return workers * PROCESS_GIB + (0.0 if on_gpu else states / 2**30)
 
 
-def settings(options: TrainConfig, world_size: int, universal: bool) -> dict[str, Any]:
-    """DeepSpeed's config."""
-    return {
+def start(
+    net: WorldNet, options: TrainConfig, rank: Rank, kept: Path | None
+) -> tuple[Any, list[float], Progress | None]:
+    """Start the engine, from the checkpoint in the local folder `kept` if there is one.
+
+    Returns:
+        The engine, each parameter group's full learning rate, and the checkpoint's progress.
+    """
+    deepspeed = import_deepspeed()
+    progress = None
+    if kept is not None:
+        checkpoint.verify(kept)
+        progress = checkpoint.read_progress(kept)
+    # Stage 0 has no shards; those of the other stages fit one world size.
+    same_size = progress is None or progress.world_size == rank.world_size
+    universal = progress is not None and progress.zero_stage > 0 and not same_size
+    groups = mup.param_groups(net, options.lr, options.weight_decay)
+    rates = [group["lr"] for group in groups]
+    constants = [{name: group[name] for name in ("weight_decay", "eps")} for group in groups]
+    config = {
         "train_batch_size": options.batch,
-        "train_micro_batch_size_per_gpu": options.batch // (world_size * options.accumulate),
+        "train_micro_batch_size_per_gpu": options.batch // (rank.world_size * options.accumulate),
         "gradient_accumulation_steps": options.accumulate,
         "gradient_clipping": options.clip,
         "zero_optimization": {"stage": stage(options), "overlap_comm": False},
@@ -100,92 +112,65 @@ def settings(options: TrainConfig, world_size: int, universal: bool) -> dict[str
         "checkpoint": {"load_universal": universal},
         "steps_per_print": 10**12,
     }
-
-
-def start(
-    net: WorldNet, options: TrainConfig, own: Rank, kept: Path | None, id: str
-) -> tuple[Any, list[float], Progress | None]:
-    """The engine, each parameter group's full learning rate, and the progress of the checkpoint
-    `kept` (a local folder) that it went on from.
-    """
-    deepspeed = import_deepspeed()
-    before = None
-    if kept is not None:
-        checkpoint.verify(kept)
-        before = checkpoint.read_progress(kept)
-    universal = before is not None and checkpoint.needs_universal(before, own.world_size)
-    groups = mup.param_groups(net, options.lr, options.weight_decay)
-    rates = [group["lr"] for group in groups]
-    constants = [{name: group[name] for name in ("weight_decay", "eps")} for group in groups]
     optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=BETAS)
     engine, *_ = deepspeed.initialize(
-        model=net,
-        optimizer=optimizer,
-        config=settings(options, own.world_size, universal),
-        dist_init_required=False,
+        model=net, optimizer=optimizer, config=config, dist_init_required=False
     )
-    if kept is None or before is None:
+    if kept is None or progress is None:
         return engine, rates, None
     if universal:
-        folder = _universal(kept, own)
-        checkpoint.load_running(engine, folder, checkpoint.UNIVERSAL)
-        dist.barrier()
-        if own.local_rank == 0:
-            shutil.rmtree(folder)
-        # Stage 3 gives every group the first one's constants, and all of them one step counter,
-        # which each then counts up.
+        _load_universal(engine, kept, rank)
+        # Stage 3 gives every group the constants of the first, and all of them one step counter,
+        # which each then increments.
         for group, constant in zip(engine.optimizer.param_groups, constants, strict=True):
             group.update(constant)
         for state in engine.optimizer.optimizer.state.values():
             state["step"] = torch.as_tensor(state["step"]).clone()
     else:
         checkpoint.load_running(engine, kept / "ds", checkpoint.TAG)
-    if before.world_size == own.world_size:
-        checkpoint.load_random(kept, own.rank)
-    return engine, rates, replace(before, world_size=own.world_size)
+    if same_size:
+        checkpoint.load_random(kept, rank.rank)
+    return engine, rates, replace(progress, world_size=rank.world_size)
 
 
-def _universal(kept: Path, own: Rank) -> Path:
-    """Convert a checkpoint once on each node; the ranks of the node share the folder."""
-    made = ""
-    if own.local_rank == 0:
-        made = tempfile.mkdtemp(prefix="mesocosm-universal-")
-        checkpoint.to_universal(kept, Path(made))
-    folders = [""] * own.world_size
-    dist.all_gather_object(folders, made)
-    return Path(folders[own.rank - own.local_rank])
+def _load_universal(engine: Any, kept: Path, rank: Rank) -> None:
+    """Convert a checkpoint of another world size once on each node, and load it on all ranks."""
+    folder = ""
+    if rank.local_rank == 0:
+        folder = tempfile.mkdtemp(prefix="mesocosm-universal-")
+        checkpoint.to_universal(kept, Path(folder))
+    folders = [""] * rank.world_size
+    dist.all_gather_object(folders, folder)
+    shared = Path(folders[rank.rank - rank.local_rank])
+    checkpoint.load_running(engine, shared, checkpoint.UNIVERSAL)
+    dist.barrier()
+    if rank.local_rank == 0:
+        shutil.rmtree(shared)
 
 
 def step(engine: Any) -> float:
-    """Take the optimiser's step; the gradient's global norm before it was clipped."""
+    """Take the optimiser's step, and return the gradient's global norm before clipping."""
     if engine.zero_optimization_stage():
         engine.step()
         return float(engine.get_global_grad_norm())
     # Without ZeRO, DeepSpeed clips and keeps no norm.
-    norm = torch.nn.utils.get_total_norm(
-        [p.grad for p in engine.module.parameters() if p.grad is not None]
-    )
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     engine.step()
     return float(norm)
 
 
-def weights(engine: Any, own: Rank) -> dict[str, Tensor] | None:
+def weights(engine: Any, rank: Rank) -> dict[str, Tensor] | None:
     """All float32 parameters and buffers on the CPU, on rank 0; None elsewhere. Every rank must
     call it: shards are gathered, one parameter at a time.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
     net: WorldNet = engine.module
+    sharded = engine.zero_optimization_stage()
     full: dict[str, Tensor] = {}
     for name, parameter in net.named_parameters():
-        value = (
-            safe_get_full_fp32_param(parameter) if engine.zero_optimization_stage() else parameter
-        )
-        if own.rank == 0:
+        value = safe_get_full_fp32_param(parameter) if sharded else parameter
+        if rank.rank == 0:
             full[name] = value.detach().float().cpu().clone().contiguous()
-    if own.rank != 0:
-        return None
-    kept = net.state_dict().keys()
-    return full | {
-        name: buffer.detach().cpu().clone() for name, buffer in net.named_buffers() if name in kept
-    }
+    return full if rank.rank == 0 else None

@@ -1,10 +1,11 @@
-"""From the last checkpoint to the world artifact: the scale of its disagreement, and the check that
-its episodes end where reality's do.
+"""From trained weights to a world: the scale of its disagreement, and the check that its episodes
+end where those of the data do.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,23 +21,24 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.heads import head_inputs
 from mesocosm.model.net import apply_base, unroll
+from mesocosm.model.spec import Windows
 from mesocosm.model.world import World
 
 CHECK_WINDOWS = 4096
 EXCEEDED = 0.1
-"""Share of held-out transitions whose disagreement is above 1."""
+"""Fraction of held-out transitions whose disagreement is above 1."""
 FEW = 100
-"""Held-out transitions below which the training split's are taken: members that train on different
-episodes differ there too, if less.
+"""Fewest held-out transitions to measure disagreement on; below, it is measured on the training
+split: members that train on different episodes differ there too, if less.
 """
 BATCH = 128
 LEAST = 0.1
-"""Recall and precision below this fail a world, where there are ENOUGH terminals to tell."""
+"""A world fails with a recall or a precision below this, if there are ENOUGH terminals."""
 ENOUGH = 10
 
 
-def world_of(weights: Path, base: Base, codec: Codec, config: ModelConfig) -> World:
-    """The world of the float32 `weights` file."""
+def load_trained(weights: Path, base: Base, codec: Codec, config: ModelConfig) -> World:
+    """The world with the float32 `weights` file."""
     net = build(codec.spec, config)
     net.load_state_dict(load_file(weights))
     return World(net, base, codec.to_json())
@@ -44,12 +46,10 @@ def world_of(weights: Path, base: Base, codec: Codec, config: ModelConfig) -> Wo
 
 @dataclass(frozen=True)
 class TerminationCheck:
-    """Terminals among real transitions that the world calls terminal (p > 0.5), and the other way
-    round.
-    """
+    """Recall and precision of the world's terminations (p > 0.5) on real transitions."""
 
     terminals: int
-    found: int
+    found: int  # terminals that the world predicts
     false: float
     """Other transitions that it calls terminal, in units of `terminals`: oversampled ones are
     weighted back to the data's own rate.
@@ -69,88 +69,74 @@ class TerminationCheck:
         """`passed`, `not applicable: ...` or `failed: ...`"""
         if not self.terminals:
             return "not applicable: no episode of the data terminates"
+        advice = "train longer or with more train.events"
+        sample = f"{self.terminals} terminal transitions ({self.measured_on})"
         if not self.found:
-            missed = (
-                f"of {self.terminals} terminal transitions ({self.measured_on}) the world ends"
-                " none, so its episodes never end"
-            )
-            return f"failed: {missed}; train longer or with more train.events"
-        if self.terminals >= ENOUGH:
-            for name, value, said in (
-                ("recall", self.recall, "ends almost none of its episodes"),
-                ("precision", self.precision, "ends almost anywhere"),
-            ):
-                if value is not None and value < LEAST:
-                    found = (
-                        f"{name} {value:.2g} on {self.terminals} terminal transitions"
-                        f" ({self.measured_on}) is below {LEAST:g}: the world {said}"
-                    )
-                    return f"failed: {found}; train longer or with more train.events"
+            return f"failed: of {sample} the world ends none, so its episodes never end; {advice}"
+        consequences = {
+            "recall": "the world ends almost none of its episodes",
+            "precision": "the world ends almost anywhere",
+        }
+        for name, consequence in consequences.items():
+            value = self.recall if name == "recall" else self.precision
+            if self.terminals >= ENOUGH and value is not None and value < LEAST:
+                low = f"{name} {value:.2g} on {sample} is below {LEAST:g}"
+                return f"failed: {low}: {consequence}; {advice}"
         return "passed"
 
 
+def _windows(world: World, dataset: Dataset, codec: Codec, split: Split) -> Iterator[Windows]:
+    loader = Loader(dataset, codec, split, world.config.context, BATCH, seed=0)
+    return itertools.islice(loader.eval_batches(), CHECK_WINDOWS // BATCH)
+
+
 @torch.inference_mode()
-def calibrate(world: World, dataset: Dataset, codec: Codec, seed: int) -> None:
-    """Set `world.disagreement_scale`: what a share EXCEEDED of held-out transitions exceed, from
-    true states; 1 where members never differ.
+def calibrate(world: World, dataset: Dataset, codec: Codec) -> None:
+    """Set `world.disagreement_scale`, so that the disagreement of a fraction EXCEEDED of held-out
+    transitions, from true states, is above 1. The scale is 1 if members never differ.
     """
-    found: list[Tensor] = []
+    spreads: list[Tensor] = []
     splits: tuple[Split, ...] = ("valid", "train")
     for split in splits:
-        if sum(map(len, found)) >= FEW or not len(dataset.episodes(split)):
+        if sum(map(len, spreads)) >= FEW or not len(dataset.episodes(split)):
             continue
-        found = []
-        loader = Loader(dataset, codec, split, world.config.context, BATCH, seed)
-        for windows in itertools.islice(loader.eval_batches(), CHECK_WINDOWS // BATCH):
+        spreads = []
+        for windows in _windows(world, dataset, codec, split):
             transition, outcome = unroll(windows)
-            spread = world.net.disagreement(
-                world.net.context(transition), transition, outcome, apply_base(world.base, windows)
-            )
-            found.append(spread[windows.mask])
-    scale = float(torch.quantile(torch.cat(found).double(), 1 - EXCEEDED))
+            features, base = world.net.context(transition), apply_base(world.base, windows)
+            spread = world.net.disagreement(features, transition, outcome, base)
+            spreads.append(spread[windows.mask])
+    scale = float(torch.quantile(torch.cat(spreads).double(), 1 - EXCEEDED))
     world.disagreement_scale = scale if scale > 0 else 1.0
 
 
+@torch.inference_mode()
 def check_termination(world: World, dataset: Dataset, codec: Codec, seed: int) -> TerminationCheck:
-    """On the validation split; on training transitions where that holds no terminal."""
-    counted = torch.zeros(3, dtype=torch.float64)
-    with torch.inference_mode():
-        if len(dataset.episodes("valid")):
-            loader = Loader(dataset, codec, "valid", world.config.context, BATCH, seed)
-            for windows in itertools.islice(loader.eval_batches(), CHECK_WINDOWS // BATCH):
-                transition, outcome = unroll(windows)
-                features = world.net.context(transition)
-                parts = head_inputs(
-                    transition.observation, transition.action, transition.task, outcome.observation
-                )
-                logit = world.net.termination.logit(
-                    parts, None if features is None else features.flatten(0, 1)
-                )
-                counted += _count(
-                    logit, windows.terminated.flatten(), windows.mask.flatten().double()
-                )
-        measured_on = "validation"
-        if counted[0] == 0:
-            events = (
-                Loader(dataset, codec, "train", world.config.context, 1, seed, events=3 * BATCH)
-                .batch(0)
-                .events
-            )
-            assert events is not None
-            logit = world.net.termination.logit(
-                head_inputs(events.observation, events.action, events.task, events.next_observation)
-            )
-            counted = _count(logit, events.terminated, events.weight.double())
-            measured_on = "training"
+    """Check on the validation split, or on training transitions if that holds no terminal."""
+    counted, measured_on = torch.zeros(3, dtype=torch.float64), "validation"
+    head = world.net.termination
+    if len(dataset.episodes("valid")):
+        for windows in _windows(world, dataset, codec, "valid"):
+            t, outcome = unroll(windows)
+            features = world.net.context(t)
+            inputs = head_inputs(t.observation, t.action, t.task, outcome.observation)
+            logit = head.logit(inputs, None if features is None else features.flatten(0, 1))
+            mask = windows.mask.flatten().double()
+            counted += _count(logit, windows.terminated.flatten(), mask)
+    if counted[0] == 0:
+        context = world.config.context
+        loader = Loader(dataset, codec, "train", context, 1, seed, events=3 * BATCH)
+        e = loader.batch(0).events
+        assert e is not None
+        logit = head.logit(head_inputs(e.observation, e.action, e.task, e.next_observation))
+        counted, measured_on = _count(logit, e.terminated, e.weight.double()), "training"
     terminals, found, false = counted.tolist()
     return TerminationCheck(round(terminals), round(found), false, measured_on)
 
 
 def _count(logit: Tensor, terminated: Tensor, weight: Tensor) -> Tensor:
-    """logit [K, N], weight [N] float64 (0: not there) -> (terminals, found, false), [3] float64."""
-    called, there, terminal = torch.sigmoid(logit).mean(0) > 0.5, weight > 0, terminated > 0.5
-    true = terminal & there
-    of_a_terminal = weight[true].mean() if true.any() else 1.0
-    return torch.stack(
-        [true.sum(), (called & true).sum(), (weight * (called & ~terminal)).sum() / of_a_terminal]
-    )
+    """Logits [K, N], weights [N] float64 (0: padding) -> float64 (terminals, found, false)."""
+    predicted, terminal = torch.sigmoid(logit).mean(0) > 0.5, (terminated > 0.5) & (weight > 0)
+    false = (weight * (predicted & ~(terminated > 0.5))).sum()
+    unit = weight[terminal].mean() if terminal.any() else 1.0
+    return torch.stack([terminal.sum(), (predicted & terminal).sum(), false / unit])

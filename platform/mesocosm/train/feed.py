@@ -1,8 +1,8 @@
-"""What rank 0 tells the driver while it trains, and the one word that goes the other way: stop.
+"""Records from rank 0 to the driver, and a request to stop in the other direction.
 
-Through the root's own storage, so that it works from any node, needs no process of its own, and
-what a dead driver did not read the next one does. `ray.train.report` is no such channel: every
-report is a barrier that waits for a poll.
+They go through the root's storage, so that they work from any node, need no process, and the next
+driver reads what a dead one left. `ray.train.report` is no such channel: every report is a barrier
+that waits for a poll.
 """
 
 from __future__ import annotations
@@ -23,13 +23,20 @@ class Feed:
         self._storage, self._folder = storage, folder
         self._lines: list[str] = []
         self._flushed = 0.0
-        self.told_to_stop = False
+        self.stop_requested = False
         """As of the last flush."""
 
-    # -- the worker's side
-    # ---------------------------------------------------------------------------------------
+    @property
+    def stopped(self) -> bool:
+        return self._storage.read(f"{self._folder}/stop") is not None
+
+    def stop(self, reason: str) -> None:
+        self._storage.write(f"{self._folder}/stop", reason.encode())
+
+    # The worker's side.
 
     def put(self, record: dict[str, Any]) -> None:
+        """Queue a record; it is written within FLUSH_SECONDS of the next `put`."""
         self._lines.append(json.dumps(record))
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
@@ -37,42 +44,32 @@ class Feed:
     def flush(self) -> None:
         self._flushed = time.monotonic()
         if self._lines:
-            self._storage.write(
-                f"{self._folder}/feed/{time.time_ns():020d}.json", "\n".join(self._lines).encode()
-            )
+            name = f"{self._folder}/feed/{time.time_ns():020d}.json"
+            self._storage.write(name, "\n".join(self._lines).encode())
             self._lines = []
-        self.told_to_stop = self.stopped
+        self.stop_requested = self.stopped
 
-    @property
-    def stopped(self) -> bool:
-        return self._storage.read(f"{self._folder}/stop") is not None
-
-    def fail(self, sentence: str) -> None:
-        """Training cannot go on, for a reason that another attempt would meet again."""
-        self.put({"failed": sentence})
+    def fail(self, reason: str) -> None:
+        """Report a failure that another attempt would meet again, and stop."""
+        self.put({"failed": reason})
         self.flush()
-        self.stop(sentence)
+        self.stop(reason)
 
-    # -- the driver's side
-    # ---------------------------------------------------------------------------------------
+    # The driver's side.
 
     def take(self) -> list[dict[str, Any]]:
         """The records since the last call, in order."""
         records = []
-        for name in self._storage.list(f"{self._folder}/feed"):
-            data = self._storage.read(f"{self._folder}/feed/{name}")
+        for file in self._storage.list(f"{self._folder}/feed"):
+            name = f"{self._folder}/feed/{file}"
+            data = self._storage.read(name)
             if data is not None:
                 records += [json.loads(line) for line in data.splitlines()]
-                self._storage.remove(f"{self._folder}/feed/{name}")
+                self._storage.remove(name)
         return records
 
-    def stop(self, reason: str) -> None:
-        self._storage.write(f"{self._folder}/stop", reason.encode())
-
     def clear(self) -> None:
-        """Begin anew: forget the word to stop and failures that nobody read; other records are kept
-        to be read.
-        """
+        """Start again: drop the request to stop and unread failures; other records stay."""
         self._storage.remove(f"{self._folder}/stop")
         for record in self.take():
             if "failed" not in record:

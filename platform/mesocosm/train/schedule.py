@@ -1,5 +1,5 @@
-"""The learning rate's course, and the watch for a loss that explodes. Both are functions of plain
-numbers that a checkpoint holds.
+"""The learning rate schedule, and the detection of a diverging loss: functions of plain numbers
+that a checkpoint holds.
 """
 
 from __future__ import annotations
@@ -11,21 +11,21 @@ FACTOR, MARGIN = 10.0, 10.0
 InvertedPendulum no step came near: at most 0.7 of it.
 """
 PATIENCE = 5
-"""So many high losses on end are an explosion; at the last step, one is."""
+"""Consecutive high losses that count as divergence (1 at the last step)."""
 GRACE = 8
-"""No explosion is called in the first steps."""
+"""Steps at the beginning in which nothing counts as divergence."""
 
 
 def lr_factor(step: int, steps: int, warmup: float, decay: float) -> float:
     """Warm-up, stable, decay: the multiplier in step 1..steps. Linear up over the first `warmup`
-    share, linear to 0 over the last `decay` share (the last step still has a positive rate).
+    fraction, linear to 0 over the last `decay` fraction; the last step still has a positive rate.
     """
     return factor(step, steps, length(warmup, steps), length(decay, steps))
 
 
 def factor(step: int, steps: int, rise: int, fall: int) -> float:
-    """`lr_factor` with the warm-up and the decay in steps. Up to step `steps - fall` it is that of
-    any longer run of the same `rise`.
+    """`lr_factor` with warm-up and decay in steps. Up to step `steps - fall` it equals that of any
+    longer run with the same `rise`.
     """
     multiplier = 1.0
     if rise:
@@ -36,34 +36,30 @@ def factor(step: int, steps: int, rise: int, fall: int) -> float:
 
 
 def length(share: float, steps: int) -> int:
-    """Steps in a share of them."""
+    """The number of steps in a fraction of them."""
     return math.ceil(share * steps)
 
 
 def share(length: int, steps: int) -> float:
-    """A share of `steps` that is `length` steps long."""
+    """A fraction of `steps` that is `length` steps long."""
     return max(0.0, length - 0.5) / steps
 
 
 def due(step: int, saved: int, every: int, high: int) -> bool:
-    """Whether `step` is to be saved after step `saved` was: where `every` steps are full, but never
-    while the loss is high; then as soon as it is not.
+    """Whether to save `step` after step `saved`: once `every` steps have passed, but only when the
+    loss is not high.
     """
     return step // every > saved // every and not high
 
 
 class Watch:
-    """Says when training has gone wrong: a value that is not finite, or a loss far above the best
-    so far for several steps on end.
-    """
+    """Detects a value that is not finite, and several consecutive losses far above the best."""
 
     def __init__(self, best: float | None = None, high: int = 0):
         self.best, self.high = best, high
 
     def check(self, step: int, *, last: bool = False, **values: float) -> str | None:
-        """A sentence that names the step, or None. `loss` among `values` is compared with its own
-        past.
-        """
+        """The problem in one sentence, or None. `loss` among `values` is compared with its past."""
         for name, value in values.items():
             if not math.isfinite(value):
                 return f"the {name.replace('_', ' ')} is {value} at step {step}"

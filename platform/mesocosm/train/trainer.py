@@ -1,35 +1,43 @@
-"""Ray Train's TorchTrainer without the helper processes that a run here has no use for.
+"""Ray Train's TorchTrainer without the helper processes that a run here does not need.
 
-Each helper is a Python process that imports Ray Data, some 3 s of CPU, on the way to the first
-step. Written against the internals of ray 2.60, to which the package is pinned.
+Each helper is a Python process that imports Ray Data, some 3 s of CPU, before the first step.
+Written against the internals of ray 2.60, to which the package is pinned.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
-from ray.train.torch import TorchTrainer
+from ray.train import CheckpointConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2.api.config import FailureConfig
+
+from mesocosm.store.artifacts import Storage
+from mesocosm.train import checkpoint
+from mesocosm.train.worker import Work
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
-    """No Ray Datasets are passed, so none are managed. In a private Ray (`private`), which ends
-    with the driver, there is no autoscaler to ask for nodes, and no dashboard, without which the
-    cleaner of placement groups only logs a failed query a second.
+    """No Ray Datasets are passed, so none are managed. A private Ray, which ends with the driver,
+    has no autoscaler to ask for nodes, and no dashboard, without which the cleaner of placement
+    groups only logs a failed query a second.
     """
 
     def __init__(self, *args: Any, private: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        self._unused: tuple[type[Any], ...] = (
-            (DatasetsCallback, PlacementGroupCleanerCallback) if private else (DatasetsCallback,)
-        )
         self._private = private
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()  # type: ignore[misc]
-        return [callback for callback in callbacks if not isinstance(callback, self._unused)]
+        unused: tuple[type[Any], ...] = (DatasetsCallback,)
+        if self._private:
+            unused = (DatasetsCallback, PlacementGroupCleanerCallback)
+        return [callback for callback in callbacks if not isinstance(callback, unused)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         if self._private:
@@ -48,3 +56,45 @@ class _FixedWorkers(FixedScalingPolicy):  # type: ignore[misc]
 
     def _cancel_resource_request(self) -> None:
         pass
+
+
+def make_trainer(
+    loop: Callable[[dict[str, Any]], None],
+    work: Work,
+    storage: Storage,
+    *,
+    private: bool,
+    start_attempts: int,
+) -> Trainer:
+    """A trainer that runs `loop` with `work` on every worker; its state lies in the training's
+    folder in `storage`.
+    """
+    # A poll every 2 s and the watch for preempted nodes (a process) cost seconds of every run.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    if private:
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    filesystem, base = storage.arrow()
+    path, _, name = checkpoint.folder_of(work.id).rpartition("/")
+    options, gpus = work.train, work.train.gpus_per_worker or 0.0
+    return Trainer(
+        loop,
+        private=private,
+        train_loop_config={"work": work},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=options.workers,
+            use_gpu=gpus > 0,
+            resources_per_worker={"CPU": 1, "GPU": gpus} if gpus else {"CPU": 1},
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=f"{base}/{path}",
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(
+                max_failures=options.max_failures, controller_failure_limit=start_attempts
+            ),
+            checkpoint_config=CheckpointConfig(num_to_keep=options.keep_checkpoints),
+        ),
+    )

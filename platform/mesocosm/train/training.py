@@ -1,9 +1,10 @@
-"""A network in training on one rank: a step and a validation at a time. Pretraining's workers and a
-sweep's trunks run the very same.
+"""A network in training on one rank, one step and one validation at a time. Pretraining's workers
+and a sweep's trunks both use it.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mesocosm.data.format.dataset import Dataset
@@ -29,7 +31,6 @@ from mesocosm.train import engine, prepare
 from mesocosm.train.checkpoint import Progress
 from mesocosm.train.config import DataConfig, TrainConfig
 from mesocosm.train.engine import Rank
-from mesocosm.train.metrics import Sums
 from mesocosm.train.schedule import Watch
 
 NOISE = -2
@@ -37,7 +38,7 @@ NOISE = -2
 
 
 class Diverged(MesocosmError):
-    """What `Watch` says of the step that was tried."""
+    """The problem that `Watch` detected in a step."""
 
 
 @dataclass
@@ -45,17 +46,15 @@ class Training:
     """Everything that a step reads and writes on this rank."""
 
     engine: Any
-    rates: list[float]
-    """Each parameter group's full learning rate."""
+    rates: list[float]  # each parameter group's full learning rate
     base: Base
     loader: Loader
     valid: Loader | None
     options: TrainConfig
-    own: Rank
+    rank: Rank
     seed: int
     watch: Watch = field(default_factory=Watch)
-    _pending: bool = False
-    """There are gradients that no optimiser's step has used up."""
+    _pending: bool = False  # there are gradients that no optimiser step has used
 
     @staticmethod
     def start(
@@ -64,44 +63,38 @@ class Training:
         model: ModelConfig,
         options: TrainConfig,
         seed: int,
-        own: Rank,
+        rank: Rank,
         base: Callable[[], Base],
         *,
-        kept: Path | None = None,
-        id: str = "",
         data: DataConfig | None = None,
+        kept: Path | None = None,
     ) -> tuple[Training, Progress | None]:
-        """The training of `model` on `dataset` in the order that `data` says, and the progress of
-        the checkpoint `kept` (a local folder) that it goes on from. `base` is called last: it may
-        have to be waited for.
+        """Start to train `model` on `dataset`, or resume.
+
+        Args:
+            base: Returns the base. It is called last, because the caller may have to wait for it.
+            data: The order of the data; by default all windows are shuffled.
+            kept: A local folder with the checkpoint to resume from.
+
+        Returns:
+            The training, and the checkpoint's progress.
         """
-        order = data or DataConfig()
-        events = prepare.events_of(codec.spec, options)
-        loader = Loader(
-            dataset,
-            codec,
-            "train",
-            model.context,
-            options.batch,
-            seed,
-            events,
-            block=order.block,
-            weights=order.weights,
-        )
-        valid = (
-            Loader(dataset, codec, "valid", model.context, options.batch, seed, block=order.block)
-            if dataset.size("valid")
-            else None
-        )
+        data = data or DataConfig()
+
+        def load(split: Any, events: int, weights: list[float] | None) -> Loader:
+            shape = (model.context, options.batch, seed, events)
+            return Loader(dataset, codec, split, *shape, block=data.block, weights=weights)
+
+        loader = load("train", prepare.events_of(codec.spec, options), data.weights)
+        valid = load("valid", 0, None) if dataset.size("valid") else None
         torch.manual_seed(seed)
         net = build(codec.spec, model)
         mup.init_(net, seed)
         net.checkpoint_activations = options.activation_checkpointing
         net.trains_on(_episodes(dataset, model.members))
-        running, rates, before = engine.start(net, options, own, kept, id)
-        return Training(
-            running, rates, base().to(own.device), loader, valid, options, own, seed
-        ), before
+        running, rates, progress = engine.start(net, options, rank, kept)
+        frozen = base().to(rank.device)
+        return Training(running, rates, frozen, loader, valid, options, rank, seed), progress
 
     @property
     def lr(self) -> float:
@@ -111,113 +104,105 @@ class Training:
     def step(
         self, number: int, factor: float, *, last: bool, stop: bool = False
     ) -> dict[str, float] | None:
-        """Optimiser step `number` (from 1, on the loader's batch `number - 1`) at `factor` of the
-        full learning rates.
+        """Take optimiser step `number` (from 1, on the loader's batch `number - 1`) at `factor` of
+        the full learning rates.
 
-        Nats a transition by part, `loss`, `objective`, `transitions` and `gradient_norm`, over all
-        ranks; None, and everything that a checkpoint keeps is as it was, where a rank says `stop`.
-        Raises Diverged on every rank alike. `last`: the weights after it are kept.
+        Args:
+            last: The weights after this step are kept, so its loss must not be high.
+            stop: Stop instead, on all ranks, if any rank passes True.
+
+        Returns:
+            Over all ranks, nats a transition by part, `loss`, `objective`, `transitions` and
+            `gradient_norm`. None after a stop, which leaves the state as it was.
+
+        Raises:
+            Diverged: On every rank alike.
         """
-        options, own, position = self.options, self.own, number - 1
+        options, rank, position = self.options, self.rank, number - 1
         for group, rate in zip(self.engine.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
-        micro, shares = (
-            own.world_size * options.accumulate,
-            range(own.rank * options.accumulate, (own.rank + 1) * options.accumulate),
-        )
+        micro = rank.world_size * options.accumulate
+        shares = range(rank.rank * options.accumulate, (rank.rank + 1) * options.accumulate)
         sums, random = Sums(), self._random()
         for share in shares:
             first = position * options.batch + share * (options.batch // micro)
-            windows = corrupted(
-                self.loader.batch(position, share, micro),
-                self.base,
-                options.corrupt_history,
-                self.seed,
-                first,
-            ).to(own.device)
-            losses: Losses = self.engine(windows, apply_base(self.base, windows))
+            windows = self.loader.batch(position, share, micro)
+            windows = corrupted(windows, self.base, options.corrupt_history, self.seed, first)
+            losses = self._forward(windows)
             self.engine.backward(losses.objective)
             self._pending = True
             sums.add(losses, 1 / micro)
             if share != shares[-1]:
                 self.engine.step()
-        told = sums.reduced(own.device, stop=stop)
-        if told.pop("stop"):
-            self._draw_on(random)
+        totals = sums.reduced(rank.device, stop=stop)
+        if totals.pop("stop"):
+            self._set_random(random)
             return None
-        trouble = self.watch.check(
-            number, last=last, loss=told["loss"], objective=told["objective"]
-        )
-        if trouble is None:
-            told["gradient_norm"] = self._update()
-            trouble = self.watch.check(number, gradient_norm=told["gradient_norm"])
-        if trouble is not None:
-            raise Diverged(trouble)
-        return told
+        watched = {name: totals[name] for name in ("loss", "objective")}
+        problem = self.watch.check(number, last=last, **watched)
+        if problem is None:
+            totals["gradient_norm"] = self._update()
+            problem = self.watch.check(number, gradient_norm=totals["gradient_norm"])
+        if problem is not None:
+            raise Diverged(problem)
+        return totals
+
+    def _forward(self, windows: Windows) -> Losses:
+        windows = windows.to(self.rank.device)
+        losses: Losses = self.engine(windows, apply_base(self.base, windows))
+        return losses
 
     def _update(self) -> float:
         self._pending = False
         return engine.step(self.engine)
 
     def validate(self) -> dict[str, float]:
-        """Nats a transition by part on the validation split, or on `validate_windows` evenly of it,
-        the ranks sharing every batch.
+        """Nats a transition by part on `validate_windows` of the validation split, evenly spaced;
+        the ranks share every batch.
         """
         assert self.valid is not None
-        options, own = self.options, self.own
+        options, rank = self.options, self.rank
+        batches = self.valid.eval_batches(
+            options.batch, rank.rank, rank.world_size, options.validate_windows
+        )
         self.engine.eval()
         sums = Sums()
         with torch.no_grad():
-            for windows in self.valid.eval_batches(
-                options.batch, own.rank, own.world_size, options.validate_windows
-            ):
-                here = windows.to(own.device)
-                sums.add(self.engine(here, apply_base(self.base, here)))
+            for windows in batches:
+                sums.add(self._forward(windows))
         self.engine.train()
-        told = sums.reduced(own.device)
-        return {
-            f"valid/{name}": value
-            for name, value in told.items()
-            if name not in ("stop", "objective", "transitions")
-        }
+        totals = sums.reduced(rank.device)
+        for name in ("stop", "objective", "transitions"):
+            del totals[name]
+        return {f"valid/{name}": value for name, value in totals.items()}
 
     def _random(self) -> tuple[Tensor, list[Tensor]]:
-        return (
-            torch.get_rng_state(),
-            torch.cuda.get_rng_state_all() if self.own.device.type == "cuda" else [],
-        )
+        cuda = self.rank.device.type == "cuda"
+        return torch.get_rng_state(), torch.cuda.get_rng_state_all() if cuda else []
 
-    def _draw_on(self, state: tuple[Tensor, list[Tensor]]) -> None:
+    def _set_random(self, state: tuple[Tensor, list[Tensor]]) -> None:
         torch.set_rng_state(state[0])
         if state[1]:
             torch.cuda.set_rng_state_all(state[1])
 
     @contextmanager
     def fork(self) -> Iterator[None]:
-        """What is trained inside is undone at the end: weights, the optimiser's state, torch's
-        random state and the watch are as they were, to the last bit. In memory, beside the
-        training's own. For a group of one rank, ZeRO stage 0 to 2.
+        """Undo at the end what is trained inside, to the last bit: weights, the optimiser's state,
+        torch's random state and the watch. The copies are in memory. For a group of one rank, ZeRO
+        stage 0 to 2.
         """
-        assert self.own.world_size == 1
-        optimizer = (
-            self.engine.optimizer.optimizer
-            if self.engine.zero_optimization_stage()
-            else self.engine.optimizer
-        )
+        assert self.rank.world_size == 1
+        module, optimizer = self.engine.module, self.engine.optimizer
+        if self.engine.zero_optimization_stage():
+            optimizer = optimizer.optimizer
         masters = [p for group in optimizer.param_groups for p in group["params"]]
-        tensors: list[Tensor] = list(
-            {
-                id(t): t
-                for t in (*self.engine.module.parameters(), *self.engine.module.buffers(), *masters)
-            }.values()
-        )
+        # The masters of stage 0 are the parameters themselves.
+        tensors = {id(t): t for t in (*module.parameters(), *module.buffers(), *masters)}.values()
         copies = [t.detach().clone() for t in tensors]
         states = {
-            p: {
-                name: v.clone() if isinstance(v, Tensor) else v
-                for name, v in optimizer.state.get(p, {}).items()
-            }
+            p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
             for p in masters
+            for state in [optimizer.state.get(p, {})]
         }
         random = self._random()
         best, high = self.watch.best, self.watch.high
@@ -238,35 +223,59 @@ class Training:
                             state[name].copy_(value)
                         else:
                             state[name] = value
-            self._draw_on(random)
+            self._set_random(random)
             self.watch = Watch(best, high)
 
 
+class Sums:
+    """Losses of micro-batches, added up in float64, over this rank and then over all."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+
+    def add(self, losses: Losses, share: float = 1.0) -> None:
+        """`share`: the micro-batch's part of the global batch, the weight of its objective."""
+        objective, transitions = losses.objective.detach(), losses.transitions
+        values = {"objective": objective, "transitions": transitions, **losses.nats}
+        numbers = torch.stack(list(values.values())).double().tolist()
+        for name, number in zip(values, numbers, strict=True):
+            self._sums[name] += number * share if name == "objective" else number
+
+    def reduced(self, device: torch.device, stop: bool = False) -> dict[str, float]:
+        """Over all ranks: nats a transition by part, `loss` (their total), `objective`,
+        `transitions`, and `stop`: above 0 if any rank passes True.
+        """
+        names = sorted(self._sums)
+        values = [*(self._sums[name] for name in names), float(stop)]
+        vector = torch.tensor(values, dtype=torch.float64, device=device)
+        dist.all_reduce(vector)
+        totals = dict(zip([*names, "stop"], vector.tolist(), strict=True))
+        parts = [name for name in names if name not in ("objective", "transitions")]
+        for name in parts:
+            totals[name] /= max(totals["transitions"], 1.0)
+        totals["loss"] = sum(totals[name] for name in parts)
+        return totals
+
+
 def _episodes(dataset: Dataset, members: int) -> Tensor:
-    """Hashes of the training split's episodes, [n] int64: of its first shards only, where every
+    """Hashes of the training split's episodes, [n] int64; only of the first shards, once every
     member keeps one of these.
     """
-    found = torch.zeros(0, dtype=torch.int64)
+    hashes = torch.zeros(0, dtype=torch.int64)
     for shard in range(len(dataset.shards)):
         records = dataset.records(shard)
-        found = torch.cat(
-            [
-                found,
-                torch.from_numpy(
-                    records["hash"][records["split"] == SPLITS.index("train")].astype(np.int64)
-                ),
-            ]
-        )
-        if not rng.left_out(found, members).any():
+        train = records["hash"][records["split"] == SPLITS.index("train")].astype(np.int64)
+        hashes = torch.cat([hashes, torch.from_numpy(train)])
+        if not rng.left_out(hashes, members).any():
             break
-    return found
+    return hashes
 
 
 def corrupted(windows: Windows, base: Base, amount: float, seed: int, first: int) -> Windows:
-    """Windows whose o_t carry noise of `amount` times the base's one-step error as standard
-    deviation, wherever they are read (`net.unroll`); o_{t+1} is true and an episode's own start is
-    exact. The noise is a function of the sample's global number (`first` is that of row 0),
-    whatever the number of workers.
+    """Windows whose o_t carry noise, of `amount` times the base's one-step error as standard
+    deviation, for every reader (`net.unroll`); o_{t+1} is true and an episode's start is exact. The
+    noise is a function of the sample's global number (`first` is that of row 0), whatever the
+    number of workers.
     """
     if amount == 0:
         return windows

@@ -1,9 +1,10 @@
-"""The worker loop: what every rank of a pretraining group runs, from the datasets to the float32
-weights, as one story.
+"""The training loop that every rank of a pretraining runs, from the datasets to the float32
+weights.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mesocosm.data.loading.codec import Codec
@@ -23,33 +25,31 @@ from mesocosm.train.checkpoint import Progress
 from mesocosm.train.config import DataConfig, TrainConfig
 from mesocosm.train.engine import Rank
 from mesocosm.train.feed import Feed
-from mesocosm.train.metrics import Meter, measured_peak
 from mesocosm.train.schedule import Watch, due, lr_factor
 from mesocosm.train.training import Diverged, Training
 
 RATES_EVERY = 10
 """Steps between measurements of throughput."""
+FLOPS = "flops.json"
+"""FLOPs of a step, in the training's folder once the base is there."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the driver hands to every rank: plain data."""
+    """What the driver sends to every rank: plain data."""
 
-    id: str
-    """Of the world that is made."""
+    id: str  # the world's id
     root: str
-    data: DataConfig
-    """`datasets` are whole ids."""
+    data: DataConfig  # `datasets` are whole ids
     model: ModelConfig
-    train: TrainConfig
-    """`precision` resolved."""
+    train: TrainConfig  # `precision` is resolved
     steps: int
     seed: int
 
 
 def train_loop(config: dict[str, Any]) -> None:
-    """Train, or go on from the last checkpoint. What another attempt would meet again is told
-    through the feed.
+    """Train, or resume from the last checkpoint. Failures that another attempt would meet again are
+    reported through the feed.
     """
     work: Work = config["work"]
     storage = Storage(work.root)
@@ -67,127 +67,159 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
     import ray.train
     import ray.train.torch
 
-    options, context = work.train, ray.train.get_context()
-    own = Rank(
-        context.get_world_rank(),
-        context.get_local_rank(),
-        context.get_world_size(),
-        ray.train.torch.get_device(),
+    options, folder = work.train, checkpoint.folder_of(work.id)
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    rank = Rank(
+        context.get_world_rank(), context.get_local_rank(), context.get_world_size(), device
     )
-    if own.device.type == "cpu":
+    if device.type == "cpu":
         torch.set_num_threads(1)
 
     dataset = prepare.open_datasets(storage, work.data.datasets, work.data.cache_gib)
-    codec = prepare.fitted_codec(storage, checkpoint.folder_of(work.id), dataset)
+    codec = prepare.fitted_codec(storage, folder, dataset)
     dataset = prepare.narrowed(dataset, work.data.unique, work.seed)
+    base = partial(_wait_for_base, work, storage, codec, feed)
     resumed = ray.train.get_checkpoint()
     with resumed.as_directory() if resumed else nullcontext() as kept:
-        training, before = Training.start(
+        training, stored = Training.start(
             dataset,
             codec,
             work.model,
             options,
             work.seed,
-            own,
-            partial(_base, work, storage, codec, feed),
-            kept=Path(kept) if kept else None,
-            id=work.id,
+            rank,
+            base,
             data=work.data,
+            kept=Path(kept) if kept else None,
         )
-    progress = before or Progress(
-        0, work.steps, own.world_size, engine.stage(options), options.precision
+    progress = stored or Progress(
+        0, work.steps, rank.world_size, engine.stage(options), options.precision
     )
     saved = progress.step
-
     watch = training.watch = Watch(progress.best, progress.high)
-    flops = prepare.read_flops(storage, checkpoint.folder_of(work.id))
-    meter = Meter(
-        flops,
-        options.batch * work.model.context,
-        options.peak_flops or measured_peak(own.device, options.precision),
-        own.world_size,
-    )
+    flops = int(json.loads(storage.read(f"{folder}/{FLOPS}") or b"0"))
+    peak = options.peak_flops or measured_peak(device, options.precision)
+    meter = Meter(flops, options.batch * work.model.context, peak * rank.world_size)
 
     while progress.step < work.steps:
-        step = progress.step + 1
+        began, step = time.perf_counter(), progress.step + 1
         done = step == work.steps
-        meter.begin()
+        factor = lr_factor(step, work.steps, options.warmup, options.decay)
         try:
-            told = training.step(
-                step,
-                lr_factor(step, work.steps, options.warmup, options.decay),
-                last=done,
-                stop=feed.told_to_stop,
-            )
-        except Diverged as trouble:
-            if own.rank == 0:
-                feed.fail(_stopped(str(trouble), saved, options))
+            losses = training.step(step, factor, last=done, stop=feed.stop_requested)
+        except Diverged as problem:
+            if rank.rank == 0:
+                feed.fail(_divergence(str(problem), saved, options))
             return
-        if told is None:  # to stop: what was trained is kept
+        if losses is None:  # stop, and keep what was trained
             if progress.step > saved:
-                _report(checkpoint.save_running(training.engine, progress, own.rank), progress.step)
+                _report(checkpoint.save_running(training.engine, progress, rank.rank), progress)
             return
-        meter.end(told["transitions"])
-
+        seconds = time.perf_counter() - began
+        meter.add(losses["transitions"], seconds)
         progress = replace(
             progress,
             step=step,
             best=watch.best,
             high=watch.high,
-            seconds=progress.seconds + meter.last,
+            seconds=progress.seconds + seconds,
         )
-        record = {
-            "step": step,
-            **{f"train/{name}": value for name, value in told.items()},
-            "lr": training.lr,
-        }
+
+        record = {"step": step} | {f"train/{name}": value for name, value in losses.items()}
+        record["lr"] = training.lr
         if step % RATES_EVERY == 0 or done:
             record |= meter.read()
         if training.valid is not None and (step % options.validate_every == 0 or done):
-            measured = training.validate()
-            record |= measured
-            progress = replace(
-                progress, validations=[*progress.validations, {"step": step, **measured}]
-            )
-        if own.rank == 0:
+            nats = training.validate()
+            record |= nats
+            validations = [*progress.validations, {"step": step, **nats}]
+            progress = replace(progress, validations=validations)
+        if rank.rank == 0:
             feed.put(record)
-        if done or due(step, saved, options.checkpoint_every, watch.high):
-            if done:
-                progress = replace(progress, measured=meter.overall())
-            full = engine.weights(training.engine, own) if done else None
-            folder = (
-                checkpoint.save_final(full, progress, own.rank)
-                if done
-                else checkpoint.save_running(training.engine, progress, own.rank)
-            )
-            feed.flush()
-            _report(folder, step)
-            saved = step
+
+        if done:
+            progress = replace(progress, measured=meter.overall())
+            weights = engine.weights(training.engine, rank)
+            part = checkpoint.save_final(weights, progress, rank.rank)
+        elif due(step, saved, options.checkpoint_every, watch.high):
+            part = checkpoint.save_running(training.engine, progress, rank.rank)
+        else:
+            continue
+        feed.flush()
+        _report(part, progress)
+        saved = step
 
 
-def _report(folder: Path, step: int) -> None:
-    """Hand this rank's part of a checkpoint to Ray Train; every rank comes by here."""
-    import ray.train
-
-    made = ray.train.Checkpoint.from_directory(str(folder))
-    ray.train.report({"step": step}, checkpoint=made, delete_local_checkpoint_after_upload=True)
-
-
-def _base(work: Work, storage: Storage, codec: Codec, feed: Feed) -> Base:
-    """The base that the driver fits while this group starts."""
-    while (
-        base := prepare.read_base(storage, checkpoint.folder_of(work.id), codec.spec, work.model)
-    ) is None:
+def _wait_for_base(work: Work, storage: Storage, codec: Codec, feed: Feed) -> Base:
+    """The base, which the driver fits while this group starts."""
+    folder = checkpoint.folder_of(work.id)
+    while (base := prepare.read_base(storage, folder, codec.spec, work.model)) is None:
         if feed.stopped:
             raise MesocosmError("stopped while waiting for the base")
         time.sleep(0.1)
     return base
 
 
-def _stopped(trouble: str, saved: int, options: TrainConfig) -> str:
-    where = (
-        f"the checkpoint of step {saved} is kept" if saved else "no checkpoint had been made yet"
-    )
-    return (
-        f"training stopped: {trouble}; {where}; lower train.lr={options.lr:g} or look at the data"
-    )
+def _report(folder: Path, progress: Progress) -> None:
+    """Hand this rank's part of a checkpoint to Ray Train; a barrier for all ranks."""
+    import ray.train
+
+    part = ray.train.Checkpoint.from_directory(str(folder))
+    metrics = {"step": progress.step}
+    ray.train.report(metrics, checkpoint=part, delete_local_checkpoint_after_upload=True)
+
+
+def _divergence(problem: str, saved: int, options: TrainConfig) -> str:
+    kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
+    return f"training stopped: {problem}; {kept}; lower train.lr={options.lr:g} or check the data"
+
+
+class Meter:
+    """Throughput, since the last `read` and over all steps that were read."""
+
+    def __init__(self, flops: float, positions: int, peak: float):
+        """`flops` and `positions` (B * W, padding counted) of a step of the whole group, and the
+        group's peak FLOP/s.
+        """
+        self.flops, self.positions, self.peak = flops, positions, peak
+        self._recent, self._all = np.zeros(3), np.zeros(3)  # steps, transitions, seconds
+
+    def add(self, transitions: float, seconds: float) -> None:
+        """Count a step that trained on this many valid transitions, over all ranks."""
+        self._recent += (1, transitions, seconds)
+
+    def read(self) -> dict[str, float]:
+        """`transitions_per_s` (valid ones), `positions_per_s`, `mfu` (fraction of the peak)."""
+        rates = self._rates(*self._recent.tolist())
+        self._all += self._recent
+        self._recent = np.zeros(3)
+        return rates
+
+    def overall(self) -> dict[str, float]:
+        return self._rates(*self._all.tolist())
+
+    def _rates(self, steps: float, transitions: float, seconds: float) -> dict[str, float]:
+        seconds = max(seconds, 1e-9)
+        return {
+            "transitions_per_s": transitions / seconds,
+            "positions_per_s": steps * self.positions / seconds,
+            "mfu": steps * self.flops / seconds / self.peak,
+        }
+
+
+def measured_peak(device: torch.device, precision: str) -> float:
+    """FLOP/s of the best of several large matrix products on `device` in training's precision."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    cuda = device.type == "cuda"
+    size, repeats = (8192, 10) if cuda else (512, 5)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(repeats):
+        if cuda:
+            torch.cuda.synchronize(device)
+        began = time.perf_counter()
+        a @ b
+        if cuda:
+            torch.cuda.synchronize(device)
+        best = max(best, 2 * size**3 / max(time.perf_counter() - began, 1e-9))
+    return best

@@ -1,28 +1,32 @@
-"""Do values in the world rank policies as reality does: correlations, rank violation and regret."""
+"""Do values in the world rank policies as reality does: correlations, rank violation, regret, and
+when none of them can be said.
+"""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import rankdata
+from scipy import stats as scipy_stats
 
 from mesocosm.evaluate.metrics import stats
 
-Array = NDArray[np.float64]
 LEAST, PER_FIFTH = 15, 3
-"""Policies, and policies in each fifth of the range of real returns, that a firm ranking needs."""
+"""Policies, and policies in each fifth of the range of real returns, below which a note says that
+the figures rest on few.
+"""
 FEWEST = 3
-"""Policies that a correlation needs: that of two points is always 1 or -1."""
+"""A correlation of two points is 1 or -1 whatever they are."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Statistics of the mean returns of n policies in reality R and in the world S. Intervals are 90%
-    bootstrap over policies. `notes` say why a value is None.
+    """Of n policies' mean returns in reality R and in the world S. Intervals are 90% bootstrap over
+    policies. None: see `notes`.
     """
 
     policies: int
@@ -47,7 +51,7 @@ class Ranking:
     the range; the mean over equally good ones
     """
     chosen: int
-    """Row of that policy, the first of equals"""
+    """Row of that policy among those that are counted, the first of equals"""
     error: float
     """Mean absolute error of the world's values, in units of return"""
     bias: float
@@ -59,41 +63,51 @@ class Ranking:
 
 
 def fifths_of(returns: ArrayLike) -> tuple[int, ...]:
-    """How many lie in each fifth of their range, from below. They are not all equal."""
+    """How many lie in each fifth of their range, from below; they are not all equal."""
     values = np.asarray(returns, dtype=np.float64)
-    fifth = 5 * (values - values.min()) / np.ptp(values)
-    return tuple(np.bincount(np.minimum(fifth.astype(int), 4), minlength=5).tolist())
+    low, span = values.min(), np.ptp(values)
+    return tuple(
+        np.bincount(
+            np.minimum((5 * (values - low) / span).astype(np.int64), 4), minlength=5
+        ).tolist()
+    )
 
 
 def firm(fifths: Sequence[int]) -> bool:
-    """Whether that many policies in each fifth make a firm ranking."""
+    """Whether so many policies in each fifth are enough for figures to rest on."""
     return sum(fifths) >= LEAST and min(fifths) >= PER_FIFTH
 
 
 def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
     """`real`, `imagined`: mean returns [n], n >= 1, of the same policies."""
     R, S = np.asarray(real, dtype=np.float64), np.asarray(imagined, dtype=np.float64)
-    n, low, high = len(R), float(R.min()), float(R.max())
+    low, high = float(R.min()), float(R.max())
     span = _spread(R)
-    fifths = fifths_of(R) if span > 0 else (n, 0, 0, 0, 0)
+    worth = float(
+        R[S.max() == S].mean()
+    )  # of policies that the world holds equally good any may be chosen
+    fifths = fifths_of(R) if span > 0 else (len(R), 0, 0, 0, 0)
     notes = []
-    if n < FEWEST:
+    if len(R) < FEWEST:
         notes.append(
-            f"{n} policies: a correlation needs at least {FEWEST}; add policies, or raise graded."
+            f"{len(R)} policies: a correlation needs at least {FEWEST}; add policies, or raise"
+            " graded."
         )
     elif span == 0:
         notes.append(
-            f"all {n} policies have the same real return, {low:g}: correlation, rank violation and"
-            " regret are undefined."
+            f"all {len(R)} policies have the same real return, {low:g}: correlation, rank violation"
+            " and regret are undefined."
         )
     elif _spread(S) == 0:
         notes.append(
-            f"the world gives all {n} policies the same value, {S[0]:g}: correlations are undefined."
+            f"the world gives all {len(R)} policies the same value, {S[0]:g}: correlations are"
+            " undefined."
         )
-    if n < LEAST or (span > 0 and not firm(fifths)):
+    if len(R) < LEAST or (span > 0 and not firm(fifths)):
+        held = ", ".join(map(str, fifths))
         notes.append(
-            f"{n} policies, in the fifths of the real range {', '.join(map(str, fifths))}: at least"
-            f" {LEAST}, and {PER_FIFTH} in each, make these figures firm."
+            f"{len(R)} policies, in the fifths of the real range {held}: at least {LEAST}, and"
+            f" {PER_FIFTH} in each, make these figures firm."
         )
     pearson, pearson_interval = _correlation(_pearson, R, S, seed)
     spearman, spearman_interval = _correlation(_spearman, R, S, seed)
@@ -103,10 +117,9 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
         notes.append(
             "the better half of the policies are too few, or equal, for a correlation of their own."
         )
-    chosen = R[S.max() == S].mean()  # any of those that the world values equally may be chosen
-    violated = (S[:, None] < S) != (R[:, None] < R)
+    chosen = int(S.argmax())
     return Ranking(
-        policies=n,
+        policies=len(R),
         low=low,
         high=high,
         fifths=fifths,
@@ -115,9 +128,9 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
         spearman=spearman,
         spearman_interval=spearman_interval,
         spearman_top=spearman_top,
-        mmrv=float((np.abs(R[:, None] - R) * violated).max(1).mean()) if span > 0 else None,
-        regret=float(high - chosen) / span if span > 0 and _spread(S) > 0 else None,
-        chosen=int(S.argmax()),
+        mmrv=_mmrv(R, S) if span > 0 else None,
+        regret=(high - worth) / span if span > 0 and _spread(S) > 0 else None,
+        chosen=chosen,
         error=float(np.abs(S - R).mean()),
         bias=float((S - R).mean()),
         notes=tuple(notes),
@@ -125,31 +138,37 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
 
 
 def _correlation(
-    measure: Callable[[Array, Array], Array], R: Array, S: Array, seed: int
+    of: Callable[[NDArray[np.float64], NDArray[np.float64]], float],
+    R: NDArray[np.float64],
+    S: NDArray[np.float64],
+    seed: int,
 ) -> tuple[float | None, stats.Interval | None]:
     if len(R) < FEWEST or _spread(R) == 0 or _spread(S) == 0:
         return None, None
 
-    def statistic(rows: Array) -> Array:
-        return measure(R[rows], S[rows])
+    def statistic(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+            warnings.simplefilter("ignore", scipy_stats.ConstantInputWarning)
+            warnings.simplefilter("ignore", scipy_stats.NearConstantInputWarning)
+            return np.array([of(R[row], S[row]) for row in rows])
 
-    resamples = stats.RESAMPLES // 4
-    return float(measure(R, S)), stats.bootstrap(statistic, len(R), seed=seed, resamples=resamples)
+    return of(R, S), stats.bootstrap(statistic, len(R), seed=seed, resamples=stats.RESAMPLES // 4)
 
 
-def _spread(values: Array) -> float:
-    """The highest less the lowest; 0 where that is rounding."""
+def _spread(values: NDArray[np.float64]) -> float:
+    """Of the highest over the lowest; 0 where that is rounding."""
     spread = float(np.ptp(values))
     return spread if spread > 1e-9 * float(np.abs(values).max()) else 0.0
 
 
-def _pearson(R: Array, S: Array) -> Array:
-    """[..., n] -> [...]; nan where either is constant, which is exactly 0 less its first value."""
-    R, S = R - R[..., :1], S - S[..., :1]
-    R, S = R - R.mean(-1, keepdims=True), S - S.mean(-1, keepdims=True)
-    scale = np.sqrt((R**2).sum(-1) * (S**2).sum(-1))
-    return np.clip((R * S).sum(-1) / scale, -1, 1)
+def _pearson(R: NDArray[np.float64], S: NDArray[np.float64]) -> float:
+    return float(np.clip(scipy_stats.pearsonr(R, S).statistic, -1, 1))
 
 
-def _spearman(R: Array, S: Array) -> Array:
-    return _pearson(rankdata(R, axis=-1), rankdata(S, axis=-1))
+def _spearman(R: NDArray[np.float64], S: NDArray[np.float64]) -> float:
+    return float(np.clip(scipy_stats.spearmanr(R, S).statistic, -1, 1))
+
+
+def _mmrv(R: NDArray[np.float64], S: NDArray[np.float64]) -> float:
+    violated = (S[:, None] < S) != (R[:, None] < R)
+    return float((np.abs(R[:, None] - R) * violated).max(1).mean())

@@ -1,0 +1,330 @@
+"""Train a world from a config, by DeepSpeed under Ray Train: the driver's side.
+
+`run` reads top to bottom: resolve the config, find the world or train it (`worker.train_loop` on
+every rank), and export it. Training state lies under `runs/checkpoints/<world id>`, so that the
+same command resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mesocosm.cluster import ray_session
+from mesocosm.config import fingerprint
+from mesocosm.data.analysis.evidence import evidence
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.loader import Loader
+from mesocosm.errors import ArtifactError, MesocosmError, UsageError
+from mesocosm.model import counts
+from mesocosm.runs import tracking
+from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
+from mesocosm.train import checkpoint, engine, prepare
+from mesocosm.train.checkpoint import Progress
+from mesocosm.train.config import DEFAULT_STEPS, PretrainConfig, world_identity
+from mesocosm.train.export import calibrate, check_termination, load_trained
+from mesocosm.train.feed import Feed
+from mesocosm.train.worker import FLOPS, Work, train_loop
+from mesocosm.versions import VERSIONS
+
+POLL_S, POLL_REMOTE_S = 0.2, 2.0
+"""Seconds between reads of the feed; on a remote root each is a request that is paid for."""
+STARTS = 7
+"""Further attempts to start the workers, of two minutes each (`cluster.ensure`). Ray Train itself
+would try for ever if nodes have left.
+"""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A config with its datasets open, and `auto` and null replaced by what they stand for."""
+
+    config: PretrainConfig
+    dataset: Dataset
+
+    @cached_property
+    def id(self) -> str:
+        """The world's id."""
+        config, ids = self.config, self.dataset.ids
+        order = {key: getattr(config.data, key) for key in ("unique", "weights", "block")}
+        order = {key: value for key, value in order.items() if value is not None}
+        values = world_identity(config) | {"data": {"datasets": ids} | order if order else ids}
+        return fingerprint("worlds", values, VERSIONS["pretrain"], SCHEMA)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of each worker."""
+        return self.config.train.gpus_per_worker or 0.0
+
+    def loader(self, codec: Codec) -> Loader:
+        """The loader of the training split; the codec is fitted on the whole dataset."""
+        c, data = self.config, self.config.data
+        shape = (c.model.context, c.train.batch, c.seed)
+        dataset = prepare.narrowed(self.dataset, data.unique, c.seed)
+        return Loader(dataset, codec, "train", *shape, block=data.block, weights=data.weights)
+
+    def steps(self, loader: Loader) -> int:
+        train = self.config.train
+        if train.epochs is not None:
+            return max(1, math.ceil(train.epochs * loader.windows_per_epoch / train.batch))
+        return train.steps or DEFAULT_STEPS
+
+
+def resolve(config: PretrainConfig) -> Resolved:
+    """Open the datasets and choose the device and the precision.
+
+    Raises:
+        UsageError: The config is wrong, or a dataset is missing or damaged.
+    """
+    config.validate()
+    data, train = config.data, config.train
+    try:
+        storage = Storage(config.storage.root)
+        dataset = prepare.open_datasets(storage, data.datasets, data.cache_gib)
+    except ArtifactError as error:
+        raise UsageError(str(error)) from error
+    gpus, precision = train.gpus_per_worker, train.precision
+    if gpus is None:
+        available: float = torch.cuda.device_count()
+        if config.ray.address is not None:
+            ray_session.ensure(config.ray)
+            available = ray_session.most().get("GPU", 0.0)
+        gpus = 1.0 if available >= train.workers else 0.0
+    if precision == "auto":
+        precision = "bf16" if gpus else "fp32"
+    train = replace(train, gpus_per_worker=gpus, precision=precision)
+    return Resolved(replace(config, train=train), dataset)
+
+
+def plan(config: PretrainConfig) -> dict[str, Any]:
+    """What `run` would do, and its size. Raises UsageError as `run` does before it starts."""
+    resolved = resolve(config)
+    codec = prepare.fit_codec(resolved.dataset)
+    loader = resolved.loader(codec)
+    steps, model, train = resolved.steps(loader), config.model, resolved.config.train
+    sizes = counts.params(codec.spec, model)
+    memory = engine.least_gib(sizes.total, train, train.workers, on_gpu=resolved.gpus > 0)
+    return {
+        "world": f"worlds/{resolved.id}",
+        "datasets": ", ".join(resolved.dataset.ids),
+        "params": sizes.n,
+        "total_params": sizes.total,
+        "steps": steps,
+        "transitions": loader.transitions_seen(steps),
+        "unique": loader.transitions_per_epoch,
+        "epochs": round(steps * train.batch / loader.windows_per_epoch, 2),
+        "flops": steps * prepare.step_flops(codec.spec, model, train),
+        "memory_gib": round(memory, 2),
+    }
+
+
+def run(config: PretrainConfig, run: tracking.Run) -> Artifact:
+    """Pretrain, or find, the world that `config` describes.
+
+    Raises:
+        UsageError: Before anything starts.
+        MesocosmError: Training failed.
+    """
+    resolved = resolve(config)
+    inputs = {"datasets": resolved.dataset.ids}
+    run.record(inputs=inputs, artifact=f"worlds/{resolved.id}")
+    with run.making("worlds", resolved.id, config) as artifact:
+        if artifact is None:
+            return make(resolved, run)
+        run.say(f"found {artifact.name}")
+        return artifact
+
+
+def make(resolved: Resolved, run: tracking.Run) -> Artifact:
+    """Train the world, from its last checkpoint if there is one, and export it."""
+    config, storage, id = resolved.config, run.storage, resolved.id
+    folder, train = checkpoint.folder_of(id), config.train
+    if config.force:
+        storage.remove(folder)
+    last = checkpoint.latest(storage, id)
+    if last is not None and not last[1].done and last[1].zero_stage != engine.stage(train):
+        step, saved = last[1].step, last[1].zero_stage
+        raise UsageError(
+            f"train.zero_stage must be {saved} to resume from step {step}, got {train.zero_stage};"
+            f" {checkpoint.AGAIN}"
+        )
+    codec = prepare.fitted_codec(storage, folder, resolved.dataset)
+    loader = resolved.loader(codec)
+    steps = resolved.steps(loader)
+    if last is None or not last[1].done:
+        ray_session.ensure(config.ray)
+        ray_session.preflight(
+            what=f"train.workers={train.workers}",
+            cpus=train.workers,
+            gpus=train.workers * resolved.gpus,
+        )
+        if last is not None:
+            run.say(f"resuming from step {last[1].step} of {steps}")
+        data = replace(config.data, datasets=resolved.dataset.ids)
+        work = Work(id, storage.root, data, config.model, train, steps, config.seed)
+        _train(work, config, run, loader.dataset, codec)
+        last = checkpoint.latest(storage, id)
+    if last is None or not last[1].done:
+        raise MesocosmError(
+            f"training of worlds/{id} ended before step {steps}; run the same command again to"
+            " resume"
+        )
+    artifact = _export(resolved, run, codec, loader, *last)
+    tracking.register_world(run, artifact)
+    storage.remove(folder)
+    return artifact
+
+
+def _train(
+    work: Work, config: PretrainConfig, run: tracking.Run, dataset: Dataset, codec: Codec
+) -> None:
+    """Train on the cluster and log rank 0's records; fit the base while the workers start."""
+    from mesocosm.train.trainer import make_trainer  # imports Ray Train
+
+    storage, folder = run.storage, checkpoint.folder_of(work.id)
+    feed = Feed(storage, folder)
+    feed.clear()
+    private = config.ray.address is None
+    trainer = make_trainer(train_loop, work, storage, private=private, start_attempts=STARTS)
+    errors: list[BaseException] = []
+    # An event, because an interrupted Thread.join takes the thread for ended (CPython 3.11).
+    ended = threading.Event()
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            ended.set()
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    failure: str | None = None
+    title = f"pretrain {work.model.family} {work.model.size}"
+    with run.progress(title, total=work.steps) as update:
+        try:
+            thread.start()
+            flops = prepare.step_flops(codec.spec, work.model, work.train)
+            storage.write(f"{folder}/{FLOPS}", json.dumps(flops).encode())
+            prepare.fit_base(storage, folder, dataset, codec, work.model, work.seed)
+            alive = True
+            while alive and failure is None:
+                alive = not ended.wait(POLL_REMOTE_S if storage.remote else POLL_S)
+                for record in feed.take():
+                    failure = record.get("failed", failure)
+                    if "step" in record:
+                        step = record.pop("step")
+                        run.log(record, step)
+                        update(step, _note(record))
+        except BaseException:
+            feed.stop("the driver was interrupted")
+            raise
+        finally:
+            if thread.ident is not None:  # the workers save a checkpoint before they end
+                ended.wait(config.stop.grace_s)
+    if failure is not None:
+        raise MesocosmError(failure)
+    if errors:
+        _raise(errors[0], work)
+
+
+def _note(record: dict[str, Any]) -> str:
+    note = f"loss {record['train/loss']:.3f} nats"
+    if "transitions_per_s" in record:
+        note += f"  {record['transitions_per_s']:,.0f} transitions/s"
+    return note
+
+
+def _raise(error: BaseException, work: Work) -> None:
+    """Raise an error of Ray Train as a MesocosmError."""
+    from ray.exceptions import RayError
+    from ray.train.v2.api.exceptions import ControllerError
+
+    if isinstance(error, RayError):
+        raise MesocosmError(
+            f"the process that controls pretraining was lost ({type(error).__name__}); run the same"
+            " command again to resume from its last checkpoint"
+        ) from error
+    if isinstance(error, ControllerError):
+        workers = f"train.workers={work.train.workers} of pretraining"
+        ray_session.stuck(f"{workers} were not to be started in {STARTS + 1} attempts")
+    last = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+    raise MesocosmError(
+        f"pretraining's workers failed more than train.max_failures={work.train.max_failures}"
+        f" times: {last[0]}; run again to resume"
+    ) from error
+
+
+def _export(
+    resolved: Resolved,
+    run: tracking.Run,
+    codec: Codec,
+    loader: Loader,
+    path: str,
+    progress: Progress,
+) -> Artifact:
+    """Turn the last checkpoint, at `path`, into the world artifact."""
+    import ray.train
+
+    config, dataset, storage = resolved.config, loader.dataset, run.storage
+    folder = checkpoint.folder_of(resolved.id)
+    base = prepare.read_base(storage, folder, codec.spec, config.model)
+    assert base is not None, "a finished training has its base"
+    filesystem, prefix = storage.arrow()
+    with ray.train.Checkpoint(f"{prefix}/{path}", filesystem).as_directory() as local:
+        checkpoint.verify(Path(local))
+        world = load_trained(Path(local) / checkpoint.MODEL, base, codec, config.model)
+    calibrate(world, dataset, codec)
+    termination = check_termination(world, dataset, codec, config.seed)
+    shown = evidence(dataset, seed=config.seed)
+    unidentified = shown.unidentified()
+
+    metrics = dict(progress.validations[-1]) if progress.validations else {}
+    metrics.pop("step", None)
+    metrics |= progress.measured
+    for name in ("recall", "precision"):
+        if (value := getattr(termination, name)) is not None:
+            metrics[f"termination_{name}"] = value
+    sizes = counts.params(codec.spec, config.model)
+    seen, unique = loader.transitions_seen(progress.steps), loader.transitions_per_epoch
+    meta = {
+        "inputs": {"datasets": dataset.ids},
+        "config": world_identity(config),
+        "job": "pretrain",
+        "run": run.id,
+        "codec": codec.id,
+        "metrics": metrics,
+        "checks": {"termination": termination.verdict, "actions": unidentified or "passed"},
+        "evidence": shown.to_json(),
+        "counts": {
+            "params": sizes.n,
+            **asdict(sizes),
+            "flops": progress.steps * prepare.step_flops(codec.spec, config.model, config.train),
+            "data": seen,
+            "unique": unique,
+            "epochs": seen / unique,
+            "steps": progress.steps,
+        },
+        "seconds": progress.seconds,
+    }
+    artifact = storage.make("worlds", resolved.id, meta, world.save, force=config.force)
+    run.log(metrics, progress.steps)
+    run.record(metrics=metrics, checks=meta["checks"])
+    if unidentified is not None:
+        run.say(f"warning: {unidentified}")
+    if termination.verdict.startswith("failed"):
+        run.say(f"warning: termination check {termination.verdict}")
+    elif termination.recall is not None:
+        run.say(
+            f"termination ({termination.measured_on}): recall {termination.recall:.2f}, precision"
+            f" {(termination.precision or 0):.2f}"
+        )
+    return artifact
