@@ -152,7 +152,8 @@ def test_bounds_of_what_is_imported(
             ("outside the space", 1)
         ], "no column can hold it"
     with pytest.raises(
-        UsageError, match=r"can be kept: .*row 1: observation=\[7.0, 7.0\] .*reality.bounds=clip"
+        UsageError,
+        match=r"can be imported: .*row 1: observation .* got \[7.0, 7.0\] .*reality.bounds=clip",
     ):
         plan(
             configured(

@@ -24,7 +24,7 @@ from mesocosm.cli.main import main
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import Manifest
 from mesocosm.data.format.writer import DatasetWriter
-from mesocosm.data.ingest.assemble import stream
+from mesocosm.data.ingest.episodes import stream
 from mesocosm.data.ingest.readers import jsonl as jsonl_reader
 from mesocosm.data.ingest.readers import parquet as parquet_reader
 from mesocosm.errors import UsageError
@@ -585,9 +585,12 @@ def changed(row: int, **changes: Any) -> Rows:
 BAD: dict[str, tuple[Rows, str]] = {
     "nan": (
         changed(6, observation=[float("nan"), 0.0]),
-        "row 7: observation holds NaN or infinity at step 1 of episode 1",
+        "row 7: .*observation.* finite, got nan at step 1 of episode 1",
     ),
-    "reward inf": (changed(6, reward=float("inf")), "row 7: reward is inf at step 1 of episode 1"),
+    "reward inf": (
+        changed(6, reward=float("inf")),
+        "row 7: reward .* finite, got inf at step 1 of episode 1",
+    ),
     "duplicate": (changed(6, step=0), "row 7: step 0 of episode 1 comes twice"),
     "gap": (changed(6, step=3), "row 7: episode 1 goes from step 0 to step 3"),
     "unsorted": (changed(7, step=0), "row 8: step 0 of episode 1 comes after its step 1; sort"),
@@ -600,10 +603,7 @@ BAD: dict[str, tuple[Rows, str]] = {
     ),
     "no observation": (changed(6, observation=None), "row 7: observation is missing at step 1"),
     "no reward": (changed(6, reward=None), "row 7: reward is missing at step 1"),
-    "shape": (
-        changed(6, observation=[1.0]),
-        r"row 7: observation has not the shape \(2,\) at step 1",
-    ),
+    "shape": (changed(6, observation=[1.0]), r"row 7: observation .* shape \(2,\) at step 1"),
     "negative": (
         [{**row, "episode": row["episode"] - 1} for row in logs()],
         "row 1: episode -1 is negative",
@@ -661,7 +661,7 @@ def test_bad_rows_are_named(
         ({"observation": [1.0, True]}, "row 7: observation is true or false where it was a number"),
         ({"action": 2**70}, "row 7: action holds an integer beyond 64 bits"),
         ({"episode": None}, "row 7: episode is missing"),
-        ({"step": 1.5}, "row 7: column 'step' has the type double; give whole numbers"),
+        ({"step": 1.5}, "row 7: step .* got 1.5"),
         ({"reward": "much"}, "row 7: reward is a string where it was a number"),
     ],
 )
@@ -678,7 +678,7 @@ def test_mixed_kinds_far_into_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"episode": "2"}, "row 13: episode is .* where it .* before .mixed dtypes"),
         ({"observation": "a"}, "row 13: observation is .* where it .* before .mixed dtypes"),
         ({"behaviour": 3}, "row 13: behaviour is .*mixed dtypes"),
-        ({"observation": [0.0, float("inf")]}, "row 13: observation holds NaN or infinity"),
+        ({"observation": [0.0, float("inf")]}, "row 13: observation.1. .* got inf"),
         ({"step": 7}, "row 13: episode 2 goes from step 1 to step 7"),
     ):
         rows = [{**row, "behaviour": "a"} for row in logs()]
@@ -704,13 +704,13 @@ def test_a_row_that_is_wrong_is_named_and_not_the_one_before_that_led_to_it(
     nan, rows = [float("nan"), 0.0], moves(logs())
     row = next(i for i, r in enumerate(rows) if (r["episode"], r["step"]) == (1, 1))
     for change, said in (
-        ({"observation": nan}, "observation holds NaN"),
-        ({"next_observation": nan}, "next_observation holds NaN"),
+        ({"observation": nan}, "observation.0."),
+        ({"next_observation": nan}, "next_observation.0."),
     ):
         changed = [{**r, **change} if i == row else r for i, r in enumerate(rows)]
         path = jsonl(tmp_path / "a.jsonl", changed)
         with pytest.raises(
-            UsageError, match=f"row {row + 1}: {said} or infinity at step 1 of episode 1"
+            UsageError, match=f"row {row + 1}: {said} .* got nan at step 1 of episode 1"
         ):
             plan(configured([path]))
         (left,) = plan(configured([path], bad="drop"))["left out"]
@@ -766,13 +766,10 @@ def test_every_value_is_checked_against_the_environment(cart: Dataset, tmp_path:
     rows = exported(cart)
     half = next(i for i, row in enumerate(rows) if row["episode"] == 1)
     for change, said in (
-        (
-            {"action": 2},
-            r"row 3: action=2 at step 2 of episode 0 is outside the environment's Discrete\(2\)",
-        ),
+        ({"action": 2}, r"row 3: action .* Discrete\(2\), got 2 at step 2 of episode 0"),
         (
             {"observation": [9.0, 0.0, 0.0, 0.0]},
-            r"row 3: observation=\[9.0, 0.0, 0.0, 0.0\] at step 2 of episode 0 is outside",
+            r"row 3: observation .* got \[9.0, 0.0, 0.0, 0.0\] at step 2 of episode 0",
         ),
     ):
         path = parquet(
@@ -787,7 +784,7 @@ def test_every_value_is_checked_against_the_environment(cart: Dataset, tmp_path:
         only = parquet(tmp_path / "only.parquet", pq.read_table(path).slice(0, half).to_pylist())
         with pytest.raises(UsageError, match=said):
             plan(configured([only], "CartPole-v1"))
-    with pytest.raises(UsageError, match=r"observation has not the shape \(3,\)"):
+    with pytest.raises(UsageError, match=r"observation .* shape \(3,\)"):
         plan(configured([cart.paths[0] / "episodes"], "Pendulum-v1"))
     with pytest.raises(UsageError, match="did you mean 'CartPole-v1'"):
         plan(configured([cart.paths[0] / "episodes"], "CartPol-v1"))

@@ -216,9 +216,7 @@ def test_rewards_that_are_all_0(tmp_path: Path) -> None:
 
 def test_the_files_of_a_lerobot_folder_name_the_folder(tmp_path: Path) -> None:
     folder = lerobot(tmp_path / "robot", (5, 4), next_done=done)
-    with pytest.raises(
-        UsageError, match=rf"name the LeRobot folder itself, '{folder}', instead"
-    ) as error:
+    with pytest.raises(UsageError, match=rf"LeRobot folder itself, '{folder}', instead") as error:
         plan(configured(folder / "data" / "chunk-000" / "file-000.parquet"))
     assert "\n" not in str(error.value)
 
@@ -268,8 +266,7 @@ def test_minari_episodes_of_wrong_lengths(
     with pytest.raises(
         UsageError,
         match=(
-            r"'minari:odd-v0' row 1: episode 0: observations has 6 entries for 6 actions, 7 are"
-            r" wanted"
+            r"'minari:odd-v0' row 1: observations .* 7 entries for 6 actions, got 6 .* of episode 0"
         ),
     ) as error:
         plan(configured("minari:odd-v0"))
@@ -331,17 +328,17 @@ ODD: dict[str, tuple[Rows, dict[str, pa.DataType], str]] = {
     "negative duration": (
         [{**row, "duration": -1.0 if i == 5 else 1.0} for i, row in enumerate(logs())],
         {},
-        "row 6: duration is -1 at step 1 of episode 1",
+        "row 6: duration .* got -1 at step 1 of episode 1",
     ),
     "huge observation": (
         altered(1, 1, observation=[0.5, 1e300]),
         {},
-        r"row 6: observation\[1\] holds 1e\+300 at step 1 of episode 1, .*float32; rescale it",
+        r"row 6: observation\[1\] .*float32.* got 1e\+300 at step 1 of episode 1; rescale it",
     ),
     "huge reward": (
         altered(1, 1, reward=-1e39),
         {},
-        r"row 6: reward is -1e\+39 at step 1 of episode 1, .*float32; rescale it",
+        r"row 6: reward .*float32.* got -1e\+39 at step 1 of episode 1; rescale it",
     ),
 }
 
@@ -429,10 +426,7 @@ def test_episodes_of_one_row_that_lead_nowhere(tmp_path: Path) -> None:
 def test_huge_values_of_a_task(tmp_path: Path) -> None:
     path = parquet(tmp_path / "a.parquet", logs(task={"mass": 1e300}))
     with pytest.raises(
-        UsageError,
-        match=(
-            r"row 1: task.mass is too large at step 0 of episode 0, and a world computes in float32"
-        ),
+        UsageError, match=(r"row 1: task.mass .*float32.* got 1e\+300 at step 0 of episode 0")
     ):
         plan(configured(path))
 

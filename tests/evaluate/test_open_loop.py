@@ -17,7 +17,8 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.imagine import imagine, side_by_side, starts_of
 from mesocosm.evaluate.metrics.fidelity import fidelity, losses, one_step, time_to_end
-from mesocosm.evaluate.metrics.open_loop import Log, begin_at, open_loop
+from mesocosm.evaluate.metrics.log import Log, begin_at
+from mesocosm.evaluate.metrics.open_loop import open_loop
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig

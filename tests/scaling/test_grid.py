@@ -37,9 +37,7 @@ def grid_of(
     return lay_out(sweep_of("unused", *overrides), cart, cluster)
 
 
-PURE = (
-    "estimate fit forms isoflop law optimum plan_config plan_figure report solve sweep_config table"
-)
+PURE = "estimate fit forms isoflop law optimum plan plan_config plan_figure report solve sweep_config table"
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,10 @@ from mesocosm.errors import UsageError
 from mesocosm.jobs import plan
 from mesocosm.jobs import pretrain as pretraining
 from mesocosm.scaling.law import Bootstrap, Flops, Law, Optimal, Provenance, optimal_of, theta_of
-from mesocosm.scaling.optimum import Budget, Problem, beyond, problem_of
-from mesocosm.scaling.plan_config import PlanConfig
+from mesocosm.scaling.optimum import PlanBudget, PlanProblem, beyond
+from mesocosm.scaling.plan import answer, rates
+from mesocosm.scaling.plan_config import LARGEST, PlanConfig
+from mesocosm.store.artifacts import Storage
 from mesocosm.train.config import PretrainConfig
 
 CHINCHILLA = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
@@ -69,7 +71,7 @@ def law_of(params: dict[str, float], flops: Flops | None = None, spread: float =
 @pytest.mark.parametrize("flops", [1e15, 1e20, 5.76e23])
 def test_with_6nd_and_fresh_data_the_search_finds_the_closed_form(flops: float) -> None:
     law = law_of(CHINCHILLA)
-    found = problem_of(law, Budget(flops, 1.0, None, 0, unlimited=True)).best()
+    found = PlanProblem.of(law, PlanBudget(flops, 1.0, None, 0, unlimited=True)).best()
     n, d = law.optimum(flops)
     assert found.params == pytest.approx(float(n), rel=1e-4) and found.data == pytest.approx(
         float(d), rel=1e-4
@@ -80,16 +82,16 @@ def test_with_6nd_and_fresh_data_the_search_finds_the_closed_form(flops: float) 
 @pytest.mark.parametrize("step_price", [1e-3, 1e-2, 1.0])
 def test_money_is_split_where_both_are_worth_the_same(step_price: float) -> None:
     law = law_of(REPEATS, Flops(source="table", k=20.0, p=1.0, q=1.0, max_rel_residual=0.0))
-    budget = Budget(500.0, 1e-12, step_price, 10_000)
-    problem = problem_of(law, budget)
+    budget = PlanBudget(500.0, 1e-12, step_price, 10_000)
+    problem = PlanProblem.of(law, budget)
     found = problem.best()
     assert found.compute + found.reality == pytest.approx(500, rel=1e-6)
     assert found.unique == pytest.approx(10_000 + found.reality / step_price)
-    rates = plan._rates(problem, found)
-    assert rates["compute"] == pytest.approx(rates["reality"], rel=0.02), (
+    rate = rates(problem, found)
+    assert rate["compute"] == pytest.approx(rate["reality"], rel=0.02), (
         "at an optimum inside, neither is worth more"
     )
-    low = plan._rates(problem, problem.best(0.01))
+    low = rates(problem, problem.best(0.01))
     assert low["reality"] > low["compute"], "too little reality was bought"
     search = differential_evolution(
         lambda x: float(problem.loss(x[:1], x[1:])[0]),
@@ -104,7 +106,7 @@ def test_money_is_split_where_both_are_worth_the_same(step_price: float) -> None
 def test_dearer_steps_buy_less_reality_and_what_is_owned_is_used_first() -> None:
     law = law_of(REPEATS, Flops(source="table", k=20.0, p=1.0, q=1.0, max_rel_residual=0.0))
     found = [
-        problem_of(law, Budget(500.0, 1e-9, price, 10_000)).best()
+        PlanProblem.of(law, PlanBudget(500.0, 1e-9, price, 10_000)).best()
         for price in (1e-3, 1e-2, 1e-1, 1e6)
     ]
     bought = [p.unique for p in found]
@@ -112,17 +114,17 @@ def test_dearer_steps_buy_less_reality_and_what_is_owned_is_used_first() -> None
     assert bought[-1] == pytest.approx(10_000, rel=1e-3) and [p.loss for p in found] == sorted(
         p.loss for p in found
     )
-    assert problem_of(law, Budget(500.0, 1e-9, None, 10_000)).best().unique == 10_000
+    assert PlanProblem.of(law, PlanBudget(500.0, 1e-9, None, 10_000)).best().unique == 10_000
 
 
 def test_a_law_without_repeats_plans_none() -> None:
-    problem = problem_of(law_of(CHINCHILLA), Budget(100.0, 1e-15, 1e-3, 1_000))
+    problem = PlanProblem.of(law_of(CHINCHILLA), PlanBudget(100.0, 1e-15, 1e-3, 1_000))
     found = problem.best()
     assert found.data == pytest.approx(
         found.unique
     ) and found.compute + found.reality == pytest.approx(100, rel=1e-5)
-    rates = plan._rates(problem, found)
-    assert rates["compute"] == pytest.approx(rates["reality"], rel=0.02)
+    rate = rates(problem, found)
+    assert rate["compute"] == pytest.approx(rate["reality"], rel=0.02)
 
     data = np.geomspace(100, 1e5 + 999, 20_000)  # along D alone: what is left of the money says N
     compute = 100 - np.maximum(0.0, data - 1_000) * 1e-3
@@ -135,14 +137,14 @@ def test_a_law_without_repeats_plans_none() -> None:
 
 
 def test_a_budget_that_buys_nothing_is_refused() -> None:
-    problem = problem_of(law_of(CHINCHILLA), Budget(1.0, 1.0, None, 0, unlimited=True))
+    problem = PlanProblem.of(law_of(CHINCHILLA), PlanBudget(1.0, 1.0, None, 0, unlimited=True))
     with pytest.raises(UsageError, match="buys less than one transition"):
         problem.point(1e9, 0.0)
 
 
 def test_how_far_beyond_is_said() -> None:
     law = law_of(CHINCHILLA)
-    point = problem_of(law, Budget(6e16, 1.0, None, 0, unlimited=True)).best()
+    point = PlanProblem.of(law, PlanBudget(6e16, 1.0, None, 0, unlimited=True)).best()
     far = beyond(law, point)
     assert far["params"] == pytest.approx(point.params / 1e6) and far["flops"] == pytest.approx(1e4)
     assert beyond(law, replace(point, params=1e5, data=1e5, unique=1e5, flops=6e10)) == {}
@@ -159,7 +161,7 @@ def law_file(tmp_path: Path) -> Callable[..., str]:
 
 def _plan(law: str, root: str, *overrides: str) -> dict[str, Any]:
     cfg = config.load(PlanConfig, overrides=[f"law={law}", f"storage.root={root}", *overrides])
-    return plan._answer(plan._question(cfg, plan.Storage(root)))
+    return answer(plan.resolve(cfg, Storage(root)))
 
 
 def test_a_plan_is_a_config_that_pretraining_takes(
@@ -194,17 +196,17 @@ def test_a_plan_is_a_config_that_pretraining_takes(
     ]
     assert main([*command, "--json"]) == 0
     path = Path(json.loads(capsys.readouterr().out)["path"])
-    answer = json.loads((path / "plan.json").read_text())
-    made = answer["plan"]
+    answered = json.loads((path / "plan.json").read_text())
+    made = answered["plan"]
     golden.check("plan", {name: made[name] for name in ("params", "data", "unique", "loss")})
     assert (
-        answer["owned"] > 200
-        and answer["flops_counted"]
-        and answer["collect"] == round(made["unique"]) - answer["owned"] > 0
+        answered["owned"] > 200
+        and answered["flops_counted"]
+        and answered["collect"] == round(made["unique"]) - answered["owned"] > 0
     )
     assert made["compute"] + made["reality"] == pytest.approx(20, rel=1e-6)
     assert (
-        made["loss"] >= answer["optimum"]["loss"] * 0.98
+        made["loss"] >= answered["optimum"]["loss"] * 0.98
         and made["interval"]["loss"][0] < made["loss"] < made["interval"]["loss"][1]
     )
     assert (path / "plan.svg").read_text().startswith("<?xml")
@@ -219,12 +221,12 @@ def test_a_plan_is_a_config_that_pretraining_takes(
 
 
 def test_flops_on_given_data_repeat_it(law_file: Callable[..., str], tmp_path: Path) -> None:
-    answer = _plan(law_file(law_of(REPEATS)), str(tmp_path), "flops=1e13", "owned=20000")
+    plan_json = _plan(law_file(law_of(REPEATS)), str(tmp_path), "flops=1e13", "owned=20000")
     assert (
-        answer["plan"]["unique"] == 20_000
-        and answer["plan"]["epochs"] > 2
-        and answer["collect"] == 0
-        and answer["next"] is None
+        plan_json["plan"]["unique"] == 20_000
+        and plan_json["plan"]["epochs"] > 2
+        and plan_json["collect"] == 0
+        and plan_json["next"] is None
     )
     fresh = _plan(law_file(law_of(CHINCHILLA)), str(tmp_path), "flops=1e16")
     assert fresh["plan"]["epochs"] == 1
@@ -248,7 +250,7 @@ def test_what_binds_a_plan_is_said(law_file: Callable[..., str], tmp_path: Path)
         "price.per_exaflop=1e-9",
     )
     assert dear["plan"]["size"] == "7b" and dear["optimum"]["params"] == pytest.approx(
-        plan.MOST, rel=0.01
+        LARGEST, rel=0.01
     )
     assert "ladder_end" in {w["code"] for w in dear["warnings"]} and dear["next"]["rows"]
 
@@ -259,8 +261,8 @@ def test_beyond_the_largest_size_flops_grow_as_it_does(
     flops = Flops(source="table", k=705.0, p=0.7, q=1.0, max_rel_residual=0.1, params_most=3e6)
     each = np.exp(flops.log_each(np.log([3e5, 3e6, 3e9])))
     assert each[0] == pytest.approx(705 * 3e5**0.7) and each[2] / each[1] == pytest.approx(1000)
-    answer = _plan(law_file(law_of(CHINCHILLA, flops)), str(tmp_path), "flops=1e20")
-    assert answer["plan"]["flops"] >= 6 * answer["plan"]["params"] * answer["plan"]["data"]
+    plan_json = _plan(law_file(law_of(CHINCHILLA, flops)), str(tmp_path), "flops=1e20")
+    assert plan_json["plan"]["flops"] >= 6 * plan_json["plan"]["params"] * plan_json["plan"]["data"]
 
 
 def test_a_plan_trains_what_the_law_is_of_or_says_otherwise(
@@ -294,19 +296,16 @@ def test_a_plan_trains_what_the_law_is_of_or_says_otherwise(
         (["law=''"], "law is not set"),
         ([], "neither flops nor money is set"),
         (["flops=1e9", "money=3"], "both set"),
-        (["flops=-1"], r"flops=-1\.0 is no budget"),
+        (["flops=-1"], r"flops must be above 0 and finite, got -1\.0"),
         (["money=5"], "money needs the price of compute"),
         (["money=5", "price.per_exaflop=1"], "money buys no real step without price.per_step"),
-        (["money=5", "price.per_exaflop=1", "cluster=local"], "both say what compute costs"),
-        (
-            ["money=5", "cluster=local", "price.per_step=1"],
-            "cluster='local' states no price an hour",
-        ),
-        (["flops=1e9", "price.per_step=0.1"], "has no meaning in a budget of FLOPs"),
-        (["flops=1e9", "train.steps=5"], "are the plan's to say"),
+        (["money=5", "price.per_exaflop=1", "cluster=local"], "both set the price of compute"),
+        (["money=5", "cluster=local", "price.per_step=1"], "cluster='local' has no price"),
+        (["flops=1e9", "price.per_step=0.1"], "has no meaning with a budget of FLOPs"),
+        (["flops=1e9", "train.steps=5"], "are set by the plan"),
         (["flops=1e9", "law=nowhere.json"], "cannot be read"),
         (["flops=1e9", "law=ab12"], "law='ab12' is neither a file nor a sweep's artifact"),
-        (["flops=10"], "buys less than one transition|no rung of the ladder"),
+        (["flops=10"], "buys less than one transition|buys no transition"),
     ],
 )
 def test_bad_questions(
@@ -325,17 +324,17 @@ def test_the_price_of_a_cluster(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mesocosm.cluster.spec.FOLDERS", (Path("clusters"),))
-    answer = _plan(
+    plan_json = _plan(
         law_file(law_of(REPEATS)), str(tmp_path), "money=5e6", "cluster=dear", "price.per_step=0.01"
     )
-    assert answer["prices"]["per_exaflop"] == pytest.approx(2 * 3.6 / 3600 / (2 * 1e9) * 1e18)
-    assert math.isclose(answer["prices"]["per_step"], 0.01)
+    assert plan_json["prices"]["per_exaflop"] == pytest.approx(2 * 3.6 / 3600 / (2 * 1e9) * 1e18)
+    assert math.isclose(plan_json["prices"]["per_step"], 0.01)
 
 
 def test_resampled_problems_are_of_the_law() -> None:
     law = law_of(CHINCHILLA)
-    many = plan.drawn(law, Budget(1e18, 1.0, None, 0, unlimited=True))
-    assert len(many) == 40 and all(isinstance(p, Problem) for p in many)
+    many = PlanProblem.resampled(law, PlanBudget(1e18, 1.0, None, 0, unlimited=True))
+    assert len(many) == 40 and all(isinstance(p, PlanProblem) for p in many)
     sizes = [p.best().params for p in many]
     n, _ = law.optimum(1e18)
     assert min(sizes) < float(n) < max(sizes)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from mesocosm.data.loading.codec import Codec
-from mesocosm.evaluate.metrics.open_loop import Log
+from mesocosm.evaluate.metrics.log import Log
 from mesocosm.model import rng
 from mesocosm.model.base import Base
 from mesocosm.model.families import build

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from mesocosm import config
 from mesocosm.errors import UsageError, nearest
 
-FOLDERS = (Path("clusters"), Path(__file__).resolve().parents[2] / "clusters")
+FOLDERS = (Path("clusters"), Path(__file__).resolve().parents[3] / "clusters")
 """Where the user stands, then beside the package's source."""
 
 WHERE = ("local", "address", "launcher", "kuberay")

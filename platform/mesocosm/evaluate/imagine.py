@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.spaces import SpaceCodec
-from mesocosm.evaluate.metrics.open_loop import codec_of
+from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.evaluate.report import report
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts

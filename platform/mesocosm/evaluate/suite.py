@@ -25,8 +25,9 @@ from mesocosm.evaluate.config import EvaluateConfig
 from mesocosm.evaluate.imagine import starts_of
 from mesocosm.evaluate.judge import JudgeResult, check_spaces
 from mesocosm.evaluate.judge_store import JudgeStore
+from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.evaluate.metrics.off_policy import OffPolicy, off_policy
-from mesocosm.evaluate.metrics.open_loop import Progress, codec_of
+from mesocosm.evaluate.metrics.open_loop import Progress
 from mesocosm.evaluate.metrics.policy_value import (
     PolicyValue,
     Value,

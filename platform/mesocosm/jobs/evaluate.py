@@ -23,7 +23,7 @@ from mesocosm.evaluate.config import EvaluateConfig
 from mesocosm.evaluate.judge import JudgeResult, judge, judging
 from mesocosm.evaluate.judge_store import JudgeStore
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
-from mesocosm.evaluate.metrics.open_loop import check_dataset, codec_of
+from mesocosm.evaluate.metrics.log import check_dataset, codec_of
 from mesocosm.evaluate.report import page, report
 from mesocosm.evaluate.report.verdicts import verdicts
 from mesocosm.model.world import World

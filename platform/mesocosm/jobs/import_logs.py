@@ -27,11 +27,11 @@ from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.manifest import Environment
 from mesocosm.data.format.spaces import SpaceCodec, check_spaces
 from mesocosm.data.format.writer import DatasetWriter
-from mesocosm.data.ingest.assemble import Closed, Joiner, Tally, Work, stream
-from mesocosm.data.ingest.findings import Looked
-from mesocosm.data.ingest.progress import Progress, progress
+from mesocosm.data.ingest.episodes import Joiner, LoggedEpisode, Work, stream
+from mesocosm.data.ingest.progress import Progress, resumable
 from mesocosm.data.ingest.readers import Source, sources
 from mesocosm.data.ingest.readers.files import sha256, stamp
+from mesocosm.data.ingest.report import Inspection, Tally
 from mesocosm.data.ingest.schema import Schema, read_schema
 from mesocosm.envs.config import PAID, RealityConfig, check_bounds, parse_success
 from mesocosm.envs.make import EnvFacts, facts_of
@@ -76,18 +76,14 @@ class ImportConfig(JobConfig):
 
 
 def check(cfg: ImportConfig) -> None:
-    """Raise UsageError on the first value that cannot be meant. Reads no file."""
+    """Raise UsageError at the first invalid value. Reads no file."""
     if cfg.bad not in ("refuse", "drop"):
-        raise UsageError(
-            f"bad={cfg.bad!r} is unknown; use 'refuse' or"
-            f" 'drop'{nearest(cfg.bad, ['refuse', 'drop'])}"
-        )
+        hint = nearest(cfg.bad, ["refuse", "drop"])
+        raise UsageError(f"bad must be 'refuse' or 'drop', got {cfg.bad!r}{hint}")
     if cfg.workers is not None and cfg.workers < 0:
-        raise UsageError(f"workers={cfg.workers} cannot be; give at least 0")
+        raise UsageError(f"workers must be >= 0, got {cfg.workers}")
     if not 0 <= cfg.valid_fraction < 1:
-        raise UsageError(
-            f"valid_fraction={cfg.valid_fraction} is no share; give a number from 0 to below 1"
-        )
+        raise UsageError(f"valid_fraction must be in [0, 1), got {cfg.valid_fraction}")
     check_bounds(cfg.reality)
     if cfg.reality.success is not None:
         parse_success(cfg.reality.success)
@@ -96,15 +92,15 @@ def check(cfg: ImportConfig) -> None:
 def plan(cfg: ImportConfig) -> dict[str, Any]:
     """What `run` would make. Reads all of the files in this process, and writes nothing."""
     check(cfg)
-    looked = _look(cfg, sources(cfg.paths, fetch=False), 0, lambda rows: None)
-    report = looked.report()
+    inspection = _inspect(cfg, sources(cfg.paths, fetch=False), 0, lambda rows: None)
+    report = inspection.report()
     counts = {name: value for name, value in report["counts"].items() if value not in (0, {})}
     return {
         "environment": cfg.reality.env or "none given: the spaces are inferred",
-        "files": len(looked.files),
+        "files": len(inspection.files),
         **{name.replace("_", " "): value for name, value in counts.items()},
-        "observation space": str(looked.spaces[0]),
-        "action space": str(looked.spaces[1]),
+        "observation space": str(inspection.spaces[0]),
+        "action space": str(inspection.spaces[1]),
         "price": "nothing: no real step is taken",
         "columns": report["columns"],
         **({"left out": report["left_out"]} if report["left_out"] else {}),
@@ -136,8 +132,9 @@ def run(cfg: ImportConfig, run: Run) -> Artifact:
     )
     with run.making("datasets", id, cfg) as artifact:
         if artifact is None:
-            with progress(run.storage.local_path("scratch"), id, anew=cfg.force) as kept:
-                return _import(cfg, run, id, kept, files, sums, stamps)
+            scratch = run.storage.local_path("scratch")
+            with resumable(scratch, id, restart=cfg.force) as progress:
+                return _import(cfg, run, id, progress, files, sums, stamps)
         transitions = artifact.meta["counts"]["transitions"]
         run.say(f"found {artifact.name}: {transitions} transitions; nothing was imported")
         report = json.loads((artifact.path / REPORT).read_text())
@@ -149,26 +146,24 @@ def _import(
     cfg: ImportConfig,
     run: Run,
     id: str,
-    kept: Progress,
+    progress: Progress,
     files: list[Source],
     sums: list[str],
     stamps: list[tuple[int, tuple[str, ...]]],
 ) -> Artifact:
     workers = _workers(cfg, files)
-    found = kept.looked()
-    if found is None:
-        with run.progress("look at the logs") as update:
-            looked = _look(cfg, files, workers, lambda rows: update(rows, f"{rows:,} rows"))
-        kept.keep_looked(looked.tally)
+    tally = progress.tally()
+    if tally is None:
+        with run.progress("check the logs") as update:
+            inspection = _inspect(cfg, files, workers, lambda rows: update(rows, f"{rows:,} rows"))
+        progress.save_tally(inspection.tally)
     else:
-        run.say("the logs were looked at before: goes on from there")
-        looked = _look(cfg, files, workers, lambda rows: None, found)
-    report = looked.report()
+        run.say("an earlier run has checked the logs: goes on from there")
+        inspection = _inspect(cfg, files, workers, lambda rows: None, tally)
+    report = inspection.report()
     for row in report["columns"]:
-        run.say(
-            f"  {row['column']} {row['type']}: {row['became']}"
-            + (f" ({row['how']})" if row["how"] else "")
-        )
+        how = f" ({row['how']})" if row["how"] else ""
+        run.say(f"  {row['column']} {row['type']}: {row['became']}{how}")
     for row in report["left_out"]:
         run.say(
             f"  left out: {row['episodes']} episodes of {row['rows']} rows: {row['reason']} (first"
@@ -177,10 +172,10 @@ def _import(
     for warning in report["warnings"]:
         run.say(f"warning: {warning}")
     about: list[dict[str, Any]] = [
-        {"name": f.name, "sha256": s, "bytes": size}
-        for f, s, (size, _) in zip(files, sums, stamps, strict=True)
+        {"name": source.name, "sha256": checksum, "bytes": size}
+        for source, checksum, (size, _) in zip(files, sums, stamps, strict=True)
     ]
-    counts, inputs = looked.counts(), {"files": [fingerprint("files", sums)]}
+    counts, inputs = report["counts"], {"files": [fingerprint("files", sums)]}
     meta = {
         "inputs": inputs,
         "config": identity(cfg),
@@ -189,58 +184,57 @@ def _import(
         "counts": counts,
         "files": about,
     }
+    total = counts["transitions"]
 
     def fill(folder: Path) -> None:
-        with run.progress("write the dataset", counts["transitions"]) as update:
+        with run.progress("write the dataset", total) as update:
             _write(
-                kept,
+                progress,
                 cfg,
                 id,
-                looked,
+                inspection,
                 workers,
-                lambda done: update(done, f"{done:,}/{counts['transitions']:,} transitions"),
+                lambda done: update(done, f"{done:,}/{total:,} transitions"),
             )
         if _stamps(files) != stamps:
-            kept.forget()
+            progress.clear()
             raise MesocosmError(
                 "a file changed while it was imported; import again when nothing writes to the logs"
             )
-        kept.give(folder)
-        (folder / REPORT).write_text(
-            json.dumps(
-                {**report, "files": [{**f, "name": Path(f["name"]).name} for f in about]}, indent=1
-            )
-        )
+        progress.link(folder)
+        names = [{**file, "name": Path(file["name"]).name} for file in about]
+        (folder / REPORT).write_text(json.dumps({**report, "files": names}, indent=1))
 
     artifact = run.storage.make("datasets", id, meta, fill, force=cfg.force)
     run.record(artifact=artifact.name, inputs=inputs, **report)
     run.say(
-        f"{artifact.name}: {counts['episodes']} episodes of {counts['transitions']} transitions;"
-        " nothing was paid"
+        f"{artifact.name}: {counts['episodes']} episodes of {total} transitions; no real step was"
+        " taken"
     )
     return artifact
 
 
 def _stamps(sources: Sequence[Source]) -> list[tuple[int, tuple[str, ...]]]:
-    """Of each its bytes, and what changes when it does."""
-    found = [[stamp(path) for path in source.files] for source in sources]
-    return [
-        (sum(size for size, _ in stamps), tuple(mark for _, mark in stamps)) for stamps in found
-    ]
+    """Of each source, its bytes and what changes when it does."""
+    stamps = [[stamp(path) for path in _files(source)] for source in sources]
+    return [(sum(size for size, _ in each), tuple(mark for _, mark in each)) for each in stamps]
+
+
+def _files(source: Source) -> list[str]:
+    return source.about.files or [source.path]
 
 
 def _checksum(source: Source) -> str:
-    """Of one file its sha256; of several what those make together."""
-    sums = [sha256(path) for path in source.files]
+    """The sha256 of a file, or one of those of several."""
+    sums = [sha256(path) for path in _files(source)]
     return sums[0] if len(sums) == 1 else fingerprint("source", sums)
 
 
 def _facts(cfg: ImportConfig) -> EnvFacts | None:
     if not cfg.reality.env:
         return None
-    facts = facts_of(
-        replace(cfg.reality, task=[], task_options={})
-    )  # the reset options are the logs', not drawn
+    # The reset options come from the logs. They are not drawn.
+    facts = facts_of(replace(cfg.reality, task=[], task_options={}))
     check_spaces(*facts.spaces)
     return facts
 
@@ -256,54 +250,44 @@ def _workers(cfg: ImportConfig, files: Sequence[Source]) -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _look(
+def _inspect(
     cfg: ImportConfig,
     files: list[Source],
     workers: int,
     update: Callable[[int], None],
-    found: Tally | None = None,
-) -> Looked:
-    """`found`: what an earlier process found, which is not looked for again."""
-    known = _facts(cfg)
-    schema = read_schema(
-        files,
-        cfg.columns,
-        cfg.per_file,
-        files[0].spaces if known is None else known.spaces,
-        cfg.reality.bounds,
-    )
-    pieces = [
-        replace(piece, number=n)
-        for n, piece in enumerate(
-            piece for i, source in enumerate(files) for piece in source.pieces(i)
-        )
-    ]
-    joiner = Joiner([source.name for source in files], schema.layout, cfg.bad == "drop")
-    for batch in (
-        stream(Work(schema, cfg.per_file), pieces, workers, cfg.ray) if found is None else ()
-    ):
-        for _ in joiner.add(batch):
-            pass
-        update(sum(joiner.tally.rows.values()))
-    for _ in joiner.close():
-        pass
-    tally = joiner.tally if found is None else found
+    tally: Tally | None = None,
+) -> Inspection:
+    """The first pass. Given its `tally`, the rows are not read again."""
+    facts = _facts(cfg)
+    spaces = files[0].about.spaces if facts is None else facts.spaces
+    schema = read_schema(files, cfg.columns, cfg.per_file, spaces, cfg.reality.bounds)
+    pieces = [piece for i, source in enumerate(files) for piece in source.pieces(i)]
+    pieces = [replace(piece, number=number) for number, piece in enumerate(pieces)]
+    if tally is None:
+        joiner = Joiner([source.name for source in files], schema, cfg.bad == "drop")
+        tally = joiner.tally
+        for batch in stream(Work(schema), pieces, workers, cfg.ray):
+            list(joiner.add(batch))
+            update(sum(tally.rows.values()))
+        list(joiner.close())
     if not tally.transitions:
-        none = (
-            f"each of the {tally.empty} has one row, and nothing says what its action led to; give"
-            " next_observation"
-        )
-        first = next(iter(tally.examples.values()), none if tally.empty else "there is none")
-        raise UsageError(f"no episode can be kept: {first}")
-    spaces = schema.spaces_of(tally.stats)
+        reason = next(iter(tally.examples.values()), "there is none")
+        if tally.empty and not tally.examples:
+            reason = (
+                f"each of the {tally.empty} has one row, and nothing says what its action led to;"
+                " give next_observation"
+            )
+        raise UsageError(f"no episode can be imported: {reason}")
+    spaces = schema.build_spaces(tally.stats)
     check_spaces(*spaces)
-    limit = cfg.reality.horizon if known is None else known.max_episode_steps
-    return Looked(files, pieces, schema, tally, spaces, limit, _task(cfg, schema, spaces[0]))
+    limit = cfg.reality.horizon if facts is None else facts.max_episode_steps
+    task = _task(cfg, schema, spaces[0])
+    return Inspection(files, pieces, schema, tally, spaces, limit, task)
 
 
 def _task(cfg: ImportConfig, schema: Schema, observation: Space) -> list[str]:
-    """`reality.task`, and the reset options that the logs have."""
-    options = [leaf.path[0] for leaf in schema.layout.task]
+    """`reality.task`, and the reset options of the logs."""
+    options = [leaf.path[0] for leaf in schema.task]
     codec = SpaceCodec(observation, "observation")
     for name in options:
         if codec.matching(name):
@@ -313,112 +297,100 @@ def _task(cfg: ImportConfig, schema: Schema, observation: Space) -> list[str]:
             )
     for name in cfg.reality.task:
         if name not in options and not codec.matching(name):
-            known = [
-                *options,
-                *(".".join(map(str, leaf.path)) for leaf in codec.leaves if leaf.path),
-            ]
+            keys = [".".join(map(str, leaf.path)) for leaf in codec.leaves if leaf.path]
             raise UsageError(
-                f"reality.task names {name!r}, which is no key of the observation and no field of"
-                f" the column task{nearest(name, known)}"
+                f"reality.task must name keys of the observation or fields of the column task, got"
+                f" {name!r}{nearest(name, [*options, *keys])}"
             )
     return [*cfg.reality.task, *(name for name in options if name not in cfg.reality.task)]
 
 
 def _write(
-    kept: Progress,
+    progress: Progress,
     cfg: ImportConfig,
     id: str,
-    looked: Looked,
+    inspection: Inspection,
     workers: int,
     update: Callable[[int], None],
 ) -> None:
-    reality = cfg.reality
+    """The second pass."""
+    reality, schema, pieces = cfg.reality, inspection.schema, inspection.pieces
     environment = Environment(
         id=reality.env,
-        version="",  # of the environment that is installed here it is known, of the one that was logged it is not
+        version="",  # the version that was logged is unknown
         kwargs=dict(reality.kwargs),
-        task=looked.task,
-        max_episode_steps=looked.limit,
+        task=inspection.task,
+        max_episode_steps=inspection.limit,
         success=reality.success,
     )
+    observation, action = inspection.spaces
     writer = DatasetWriter(
-        kept.data,
+        progress.data,
         id=id,
         environment=environment,
-        observation_space=looked.spaces[0],
-        action_space=looked.spaces[1],
+        observation_space=observation,
+        action_space=action,
         seed=cfg.seed,
         valid_fraction=cfg.valid_fraction,
     )
-    codecs = SpaceCodec(looked.spaces[0], "observation"), SpaceCodec(looked.spaces[1], "action")
-    joiner, done = kept.restore(
-        writer, [source.name for source in looked.files], looked.schema.layout, cfg.bad == "drop"
-    )
+    codecs = SpaceCodec(observation, "observation"), SpaceCodec(action, "action")
+    names = [source.name for source in inspection.files]
+    joiner, done = progress.restore(writer, names, schema, cfg.bad == "drop")
     begin, skip = joiner.next
-    pieces = [
-        replace(piece, skip=skip if piece.number == begin else 0) for piece in looked.pieces[begin:]
-    ]
-    succeeded = (
-        None
-        if reality.success is None or reality.success.strip().startswith("info")
-        else parse_success(reality.success)
-    )
+    pieces = pieces[begin:]
+    if pieces:
+        pieces = [replace(pieces[0], skip=skip), *pieces[1:]]
+    judge = None
+    if reality.success is not None and not reality.success.strip().startswith("info"):
+        judge = parse_success(reality.success)
 
-    def batches() -> Iterator[Closed]:
-        for batch in stream(Work(looked.schema, cfg.per_file, codecs), pieces, workers, cfg.ray):
+    def episodes() -> Iterator[LoggedEpisode]:
+        for batch in stream(Work(schema, codecs), pieces, workers, cfg.ray):
             yield from joiner.add(batch)
-        joiner.next = len(looked.pieces), 0
+        joiner.next = len(inspection.pieces), 0
         yield from joiner.close()
 
-    for closed in batches():
-        rows = _rows(closed)
-        known, rewards = closed.known, rows["reward"][:-1]
-        success, outcome = known["success"], looked.outcome(closed)
+    for logged in episodes():
+        rows = _arrays(logged)
+        rewards, timed = rows["reward"][:-1], not np.isnan(rows["duration"][0])
+        success, outcome = logged.success, inspection.outcome(logged.outcome, logged.success)
         rows["terminated"] &= outcome == "terminated"
-        if success is None and succeeded is not None:
-            success = succeeded(float(rewards.sum()), {})
+        if success is None and judge is not None:
+            success = judge(float(rewards.sum()), {})
         episode = Episode(
-            index=closed.key if isinstance(closed.key, int) else closed.number,
-            seed=known["seed"],
-            behaviour=known["behaviour"],
+            index=logged.key if isinstance(logged.key, int) else logged.number,
+            seed=logged.rows["seed"][0],
+            behaviour=logged.rows["behaviour"][0],
             observations=[],
             actions=[],
             rewards=rewards,
             outcome=outcome,  # type: ignore[arg-type]
-            durations=None if np.isnan(rows["duration"][0]) else rows["duration"][:-1],
-            task=known["task"],
+            durations=rows["duration"][:-1] if timed else None,
+            task=logged.rows["task"][0],
             success=success,
         )
         writer.add(episode, rows)
         if writer.whole:
-            kept.keep(writer, joiner)
-        done += closed.length
+            progress.save_shard(writer, joiner)
+        done += logged.length
         update(done)
-    writer.close(dropped=sum(looked.tally.left_out.values()))
+    writer.close(dropped=sum(inspection.tally.left_out.values()))
 
 
-def _rows(episode: Closed) -> dict[str, Array]:
+def _arrays(episode: LoggedEpisode) -> dict[str, Array]:
     """`manifest.ARRAYS` of an episode: T+1 rows, the last one an observation alone."""
-    joined = {
-        name: np.concatenate([part[name] for part in episode.parts]) for name in episode.parts[0]
-    }
-    length = episode.length
-    rows: dict[str, Array] = {}
+    logged, length = episode.rows, episode.length
+    arrays: dict[str, Array] = {}
     for kind in ("num", "cat"):
-        seen = joined[f"obs_{kind}"][: length + 1]
-        rows[f"obs_{kind}"] = (
-            seen
-            if len(seen) == length + 1
-            else np.concatenate([seen, joined[f"next_{kind}"][length - 1 : length]])
-        )
-    for name in ("act_num", "act_cat", "reward", "terminated"):
-        kept = joined[name][:length]
-        rows[name] = np.concatenate([kept, np.zeros((1, *kept.shape[1:]), kept.dtype)])
-    timed = "duration" in joined and not np.isnan(joined["duration"][0])
-    rows["duration"] = (
-        np.concatenate([joined["duration"][:length], np.zeros(1)])
-        if timed
-        else np.full(length + 1, np.nan)
-    )
-    rows["step"] = np.arange(length + 1, dtype=np.int32)
-    return rows
+        observations = logged[f"obs_{kind}"][: length + 1]
+        if len(observations) == length:
+            last = logged[f"next_{kind}"][length - 1 : length]
+            observations = np.concatenate([observations, last])
+        arrays[f"obs_{kind}"] = observations
+    for name in ("act_num", "act_cat", "reward", "terminated", "duration"):
+        values = logged[name][:length]
+        arrays[name] = np.concatenate([values, np.zeros((1, *values.shape[1:]), values.dtype)])
+    if length and np.isnan(arrays["duration"][0]):
+        arrays["duration"] = np.full(length + 1, np.nan)
+    arrays["step"] = np.arange(length + 1, dtype=np.int32)
+    return arrays

@@ -32,7 +32,7 @@ from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import buying, policy_set
 from mesocosm.evaluate.buying import Bought, Imagined
-from mesocosm.evaluate.metrics.open_loop import codec_of
+from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.jobs import collect
 from mesocosm.jobs.collect import CollectConfig
 from mesocosm.jobs.evaluate import reality_of

@@ -1,20 +1,19 @@
-"""The least predicted loss that a budget buys: how large a model, how much it sees, how much of
-that is new. Imports neither torch nor Ray.
+"""The least predicted loss that a budget buys: model size, transitions seen, and new ones of them.
+Imports neither torch nor Ray.
 
-    minimise L(N, D, U)   where   compute_price C(N, D) + step_price max(0, U - owned) <= money,  U <= D
+    minimise L(N, D, U)
+    subject to compute_price C(N, D) + step_price max(0, U - owned) <= money and U <= D
 
-U are different real transitions, of which `owned` are there already and cost nothing. A law without
-repeats (`chinchilla`) says nothing of D > U, so that there D = U. With FLOPs as the budget, real
-steps cost nothing, or cannot be had beyond `owned`.
+U are different real transitions, of which `owned` exist already and cost nothing. A law without
+repeats (`chinchilla`) does not predict D > U, so that D = U there. With FLOPs as the budget, real
+steps are free, or cannot be bought beyond `owned`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize_scalar
@@ -25,35 +24,35 @@ from mesocosm.scaling.forms import FORMS, Array, Cells
 from mesocosm.scaling.law import Flops, Law, theta_of
 
 SIZES = (3.0, 40.0)
-"""Of log N, where nothing bounds it: 20 parameters to 2e17."""
+"""Default bounds of log N: 20 parameters to 2e17."""
 LOGITS = (-30.0, 30.0)
-"""Of a share of the money: log(share / (1 - share))."""
+"""Bounds of log(share / (1 - share)) for a share of the money."""
 POINTS, KEEP, ZOOMS = 41, 2, 9
-"""A grid of so many points is narrowed to so many cells about its best, so often: log N and the
-share's logit end within 1e-7 of the optimum.
+"""A grid of POINTS points is narrowed ZOOMS times to KEEP cells around its best point. log N and
+the share's logit end within 1e-7 of the optimum.
 """
 
 
 @dataclass(frozen=True)
-class Budget:
+class PlanBudget:
     """Money, or FLOPs where `compute_price` is 1 and `step_price` None."""
 
     money: float
     compute_price: float
     """Money for a FLOP."""
     step_price: float | None
-    """Money for a real transition; None: none can be bought."""
+    """Money for a real transition. None: none can be bought."""
     owned: float
-    """Different transitions that are there already."""
+    """Different transitions that exist already."""
     unlimited: bool = False
-    """New transitions cost nothing: U = D."""
+    """New transitions are free: U = D."""
     most: float = math.exp(40)
-    """Parameters that a model may have."""
+    """The most parameters of a model."""
 
 
 @dataclass(frozen=True)
-class Point:
-    """What to train, on what. Equal to what `buy` gives for (params, share)."""
+class PlanPoint:
+    """A model size with the data it sees, as `PlanProblem.buy` gives for (params, share)."""
 
     params: float
     data: float
@@ -61,27 +60,49 @@ class Point:
     loss: float
     flops: float
     compute: float
-    """Money."""
+    """Money for compute."""
     reality: float
+    """Money for real steps."""
     share: float
-    """Of the money, that goes to real steps."""
+    """The share of the money that goes to real steps."""
 
     @property
     def epochs(self) -> float:
         return self.data / self.unique
 
 
-class Problem:
-    """One law's parameters (theta [P] of its form) and a budget."""
+@dataclass(frozen=True)
+class PlanProblem:
+    """A budget and the parameters of one law."""
 
-    def __init__(self, form: str, theta: Array, flops: Flops, budget: Budget):
-        self.form, self.theta, self.flops, self.budget = form, theta, flops, budget
-        self.repeats = form == "data_constrained"
+    form: str
+    theta: Array
+    """[P]."""
+    flops: Flops
+    budget: PlanBudget
+
+    @staticmethod
+    def of(law: Law, budget: PlanBudget) -> PlanProblem:
+        return PlanProblem(law.form, theta_of(law.form, law.params)[0], law.flops, budget)
+
+    @staticmethod
+    def resampled(law: Law, budget: PlanBudget, most: int = 200) -> list[PlanProblem]:
+        """The same problem for the law's resamples, at most `most` of them, evenly chosen."""
+        every = theta_of(law.form, law.bootstrap.draws)
+        chosen = np.unique(np.linspace(0, len(every) - 1, min(most, len(every))).astype(int))
+        return [
+            PlanProblem(law.form, theta, law.flops, budget)
+            for theta in every[chosen]
+            if np.isfinite(theta).all() and theta[3] > 0 and theta[4] > 0
+        ]
+
+    def counted(self, params: float, each: float) -> PlanProblem:
+        """The problem for the size `params`, with `each` FLOPs for a transition, whatever D is."""
+        flops = Flops(source="table", k=each / params, p=1.0, q=1.0, max_rel_residual=0.0)
+        return replace(self, flops=flops)
 
     def buy(self, log_n: Array, share: Array) -> tuple[Array, Array]:
-        """(D, U), each [n], that `share` of the money for real steps and the rest for compute buy
-        at size exp(log_n).
-        """
+        """(D, U), each [n], at size exp(log_n) with `share` of the money for real steps."""
         b = self.budget
         compute = b.money * (1 - share) / b.compute_price
         with np.errstate(over="ignore", divide="ignore"):
@@ -90,179 +111,113 @@ class Problem:
             return data, data
         bought = np.zeros_like(data) if b.step_price is None else b.money * share / b.step_price
         unique = np.minimum(b.owned + bought, data)
-        return (data if self.repeats else unique), unique
+        return (data if self.form == "data_constrained" else unique), unique
 
     def loss(self, log_n: Array, share: Array) -> Array:
-        """Of arrays of one shape; infinite where no transition is bought."""
-        shape = log_n.shape
-        log_n, share = log_n.reshape(-1), share.reshape(-1)
+        """The loss, of arrays of one shape. Infinite where no transition is bought."""
+        shape, log_n, share = log_n.shape, log_n.reshape(-1), share.reshape(-1)
         data, unique = self.buy(log_n, share)
         cells = Cells(log_n, np.log(np.maximum(data, 1e-9)), np.log(np.maximum(unique, 1e-9)))
-        found = FORMS[self.form].log_loss(self.theta[None], cells)[0]
-        return np.where(unique >= 1, np.exp(found), np.inf).reshape(shape)
+        log_loss = FORMS[self.form].log_loss(self.theta[None], cells)[0]
+        return np.where(unique >= 1, np.exp(log_loss), np.inf).reshape(shape)
 
     @property
-    def sizes(self) -> tuple[float, float]:
+    def has_choice(self) -> bool:
+        """Whether money can go to compute or to reality."""
+        return self.budget.step_price is not None and not self.budget.unlimited
+
+    def best(self, share: float | None = None) -> PlanPoint:
+        """The point of least loss, at one share of the money for real steps or at the best share.
+
+        The best size is searched for each share, then the best share. The valley of good (size,
+        share) bends, with a crease where U = D, along which a joint search or a gradient would stop
+        short.
+
+        Raises:
+            UsageError: nothing is bought, or the search ends at its bounds.
+        """
+        shares = np.array([0.0 if share is None else share])
+        if share is None and self.has_choice:
+            shares = self._candidates(lambda t: self._sized(expit(t[0]))[1][None])
+        sizes, losses = self._sized(shares)
+        i = int(np.argmin(losses))
+        point = self.point(math.exp(float(sizes[i])), float(shares[i]))
+        if not SIZES[0] + 0.01 <= sizes[i] <= SIZES[1] - 0.01:
+            message = f"the budget {self.budget.money:g} has its least loss at the search's end,"
+            raise UsageError(f"{message} {point.params:.3g} parameters; correct it")
+        return point
+
+    def at_size(self, params: float) -> PlanPoint:
+        """The best point of one size. Raises UsageError where the budget buys no transition."""
+        share = 0.0
+        if self.has_choice:
+            log_n = math.log(params)
+            shares = self._candidates(lambda t: self.loss(np.full_like(t, log_n), expit(t)))
+            share = float(shares[np.argmin(self.loss(np.full(2, log_n), shares))])
+        return self.point(params, share)
+
+    def point(self, params: float, share: float) -> PlanPoint:
+        """What the budget buys at one size and share. Raises UsageError where that is nothing."""
+        b, log_n, shares = self.budget, np.array([math.log(params)]), np.array([share])
+        data, unique = (float(x[0]) for x in self.buy(log_n, shares))
+        loss = float(self.loss(log_n, shares)[0])
+        if not math.isfinite(loss):
+            message = f"the budget {b.money:g} buys less than one transition with {share:.3g} of it"
+            raise UsageError(f"{message} for real steps; raise it, or lower the prices")
+        flops = math.exp(float(self.flops.log_each(log_n)[0])) * data**self.flops.q
+        reality = 0.0
+        if b.step_price is not None:
+            reality = max(0.0, unique - b.owned) * b.step_price
+        compute = flops * b.compute_price
+        return PlanPoint(params, data, unique, loss, flops, compute, reality, share)
+
+    def more(self, at: PlanPoint, compute: float = 0.0, reality: float = 0.0) -> float:
+        """The least loss over N with more money for compute and real steps than `at` spends."""
+        b = self.budget
+        new = (at.reality + reality) / b.step_price if b.step_price else 0.0
+        money, owned = at.compute + compute, b.owned + new
+        fixed = replace(self, budget=replace(b, money=money, step_price=None, owned=owned))
+        centre = math.log(at.params)
+
+        def loss(log_n: float) -> float:
+            return float(fixed.loss(np.array([log_n]), np.zeros(1))[0])
+
+        bounds = centre - 3, min(centre + 3, self._sizes[1])
+        least = minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-7})
+        return min(float(least.fun), loss(centre))
+
+    @property
+    def _sizes(self) -> tuple[float, float]:
         """Bounds of log N."""
         return SIZES[0], min(SIZES[1], math.log(self.budget.most))
 
-    @property
-    def free(self) -> bool:
-        """Whether there is a choice between compute and reality."""
-        return self.budget.step_price is not None and not self.budget.unlimited
-
-    def best(self, share: float | None = None) -> Point:
-        """The least loss, at that share of the money for real steps or, with None, at the best one.
-        Raises UsageError where nothing is bought.
-
-        For each share the best size is sought, then the best share: the valley of good (size,
-        share) bends, and has a crease where U = D, along which a search in both at once, or a
-        gradient, would stop short.
-        """
-        if share is not None or not self.free:
-            parts = np.array([0.0 if share is None else share])
-        else:
-            found, _ = _narrowed(
-                lambda t: self._sized(expit(t[0]))[1][None],
-                np.array([LOGITS[0]]),
-                np.array([LOGITS[1]]),
-            )
-            parts = np.array([0.0, float(expit(found[0]))])
-        sizes, losses = self._sized(parts)
-        i = int(np.argmin(losses))
-        made = self.point(math.exp(float(sizes[i])), float(parts[i]))
-        if sizes[i] < SIZES[0] + 0.01 or sizes[i] > SIZES[1] - 0.01:
-            raise UsageError(
-                f"the loss is least at {made.params:.3g} parameters, where the search ends: no such"
-                f" budget as {self.budget.money:g} can be meant"
-            )
-        return made
-
     def _sized(self, shares: Array) -> tuple[Array, Array]:
         """The best log N at each share [S], and its loss [S]."""
-        low, high = (np.full(len(shares), edge) for edge in self.sizes)
+        low, high = (np.full(len(shares), edge) for edge in self._sizes)
         return _narrowed(
             lambda n: self.loss(n, np.broadcast_to(shares[:, None], n.shape)), low, high
         )
 
-    def point(self, params: float, share: float) -> Point:
-        log_n, part = np.array([math.log(params)]), np.array([share])
-        data, unique = (float(x[0]) for x in self.buy(log_n, part))
-        loss = float(self.loss(log_n, part)[0])
-        if not math.isfinite(loss):
-            raise UsageError(
-                f"the budget of {self.budget.money:g} buys less than one transition with"
-                f" {share:.3g} of it for real steps; raise it, or lower the prices"
-            )
-        flops = math.exp(float(self.flops.log_each(log_n)[0])) * data**self.flops.q
-        reality = (
-            0.0
-            if self.budget.step_price is None
-            else max(0.0, unique - self.budget.owned) * self.budget.step_price
-        )
-        return Point(
-            params, data, unique, loss, flops, flops * self.budget.compute_price, reality, share
-        )
-
-    def more(self, at: Point, compute: float = 0.0, reality: float = 0.0) -> float:
-        """The least loss, over N, of `at` with so much money more on compute and on real steps, the
-        rest spent as it is.
-        """
-        b = self.budget
-        money = at.compute + compute
-        new = (at.reality + reality) / b.step_price if b.step_price else 0.0
-        once = Problem(
-            self.form,
-            self.theta,
-            self.flops,
-            replace(b, money=money, step_price=None, owned=b.owned + new),
-        )
-        centre, most = math.log(at.params), self.sizes[1]
-        nothing = np.zeros(1)
-        found = minimize_scalar(
-            lambda log_n: float(once.loss(np.array([log_n]), nothing)[0]),
-            bounds=(centre - 3, min(centre + 3, most)),
-            method="bounded",
-            options={"xatol": 1e-7},
-        )
-        return min(float(found.fun), float(once.loss(np.array([centre]), nothing)[0]))
+    def _candidates(self, loss: Callable[[Array], Array]) -> Array:
+        """The shares 0 and the best one by `loss` of logits [1, POINTS]."""
+        low, high = (np.array([edge]) for edge in LOGITS)
+        return np.array([0.0, float(expit(_narrowed(loss, low, high)[0][0]))])
 
 
-def problem_of(law: Law, budget: Budget) -> Problem:
-    return Problem(law.form, theta_of(law.form, law.params)[0], law.flops, budget)
+def beyond(law: Law, point: PlanPoint) -> dict[str, float]:
+    """How many times the point's values are the largest fitted ones, or (below 1) the least.
 
-
-def drawn(law: Law, budget: Budget, draws: int = 200) -> list[Problem]:
-    """The same question of the law's resamples, at most so many, evenly taken."""
-    every = theta_of(law.form, law.bootstrap.draws)
-    chosen = np.unique(np.linspace(0, len(every) - 1, min(draws, len(every))).astype(int))
-    return [
-        Problem(law.form, theta, law.flops, budget)
-        for theta in every[chosen]
-        if np.isfinite(theta).all() and theta[3] > 0 and theta[4] > 0
-    ]
-
-
-def interval(values: Sequence[float], level: float) -> tuple[float, float]:
-    low, high = np.quantile(
-        np.asarray(values, dtype=np.float64), [(1 - level) / 2, (1 + level) / 2]
-    )
-    return float(low), float(high)
-
-
-def beyond(law: Law, point: Point) -> dict[str, float]:
-    """How many times the plan's params, data, unique and flops are the largest that were fitted, or
-    (below 1) the least; those within are left out.
+    Values within the fitted range are left out.
     """
-    found = {}
-    here: dict[str, Any] = {
-        "params": point.params,
-        "data": point.data,
-        "unique": point.unique,
-        "flops": point.flops,
-    }
-    for name, value in here.items():
-        if name in law.range:
-            low, high = law.range[name]
-            if value > high * (1 + 1e-9):
-                found[name] = value / high
-            elif value < low * (1 - 1e-9):
-                found[name] = value / low
-    return found
-
-
-def counted(problem: Problem, params: float, each: float) -> Problem:
-    """The problem at one size of `params`, a transition of which takes `each` FLOPs: they do not
-    depend on D.
-    """
-    flops = Flops(source="table", k=each / params, p=1.0, q=1.0, max_rel_residual=0.0)
-    return Problem(problem.form, problem.theta, flops, problem.budget)
-
-
-def at_size(problem: Problem, params: float) -> Point:
-    """The best point of one size. Raises UsageError where the budget buys it no transition."""
-    if not problem.free:
-        return problem.point(params, 0.0)
-    found, _ = _narrowed(
-        lambda t: problem.loss(np.full_like(t, math.log(params)), expit(t)),
-        np.array([LOGITS[0]]),
-        np.array([LOGITS[1]]),
-    )
-    parts = np.array([0.0, float(expit(found[0]))])
-    return problem.point(
-        params, float(parts[np.argmin(problem.loss(np.full(2, math.log(params)), parts))])
-    )
-
-
-def along(problem: Problem, shares: Iterable[float]) -> list[Point]:
-    """The best point at each share of the money for real steps; those that buy nothing are left
-    out.
-    """
-    found = []
-    for share in shares:
-        with suppress(UsageError):
-            found.append(problem.best(share))
-    return found
+    factors = {}
+    for name in ("params", "data", "unique", "flops"):
+        value = getattr(point, name)
+        low, high = law.range.get(name, (0.0, math.inf))
+        if value > high * (1 + 1e-9):
+            factors[name] = value / high
+        elif value < low * (1 - 1e-9):
+            factors[name] = value / low
+    return factors
 
 
 def _narrowed(loss: Callable[[Array], Array], low: Array, high: Array) -> tuple[Array, Array]:

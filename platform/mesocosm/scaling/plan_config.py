@@ -1,27 +1,43 @@
-"""What a user says of a plan: a law, a budget, and what compute and reality cost. Imports no Ray."""
+"""The config of a plan: a law, a budget, and the prices of compute and reality. Imports neither Ray
+nor torch.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
+from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.errors import UsageError
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.ladder import RUNGS, dims
+from mesocosm.scaling.optimum import PlanBudget
+from mesocosm.scaling.sweep_config import CellTraining
+from mesocosm.scaling.table import Notes
 from mesocosm.train.config import PretrainConfig
+
+LARGEST = max(dims(size).params for size in RUNGS)
+"""The parameters of the ladder's last rung. Where compute is nearly free beside reality, money
+would otherwise buy models that nobody can train.
+"""
+NOT_COMPARED = ("size", "warmup", "decay", "precision", "validate_windows")
+"""Keys in which a plan's model and training may differ from the sweep's."""
 
 
 @dataclass
 class PlanPrice:
     per_step: float | None = None
-    """Of a real transition, beyond those that are owned; null: none can be bought."""
+    """Price of a real transition beyond the owned ones. null: none can be bought."""
     per_exaflop: float | None = None
-    """Of 1e18 counted FLOPs; null: from `cluster`'s price an hour and the FLOPs of its workers."""
+    """Price of 1e18 counted FLOPs. null: computed from `cluster`."""
     currency: str = "USD"
 
 
 @dataclass
 class PlanConfig(PretrainConfig):
-    """What pretraining is to be like, but for its size and length, which the plan gives. With the
-    law of a sweep, `data`, `model` and `train` may be left out: they are the sweep's.
+    """How pretraining is to run; the plan sets its size and length. With the law of a sweep,
+    `data`, `model` and `train` default to the sweep's.
     """
 
     law: str = ""
@@ -29,59 +45,106 @@ class PlanConfig(PretrainConfig):
     flops: float | None = None
     """The budget in counted FLOPs. Either this or `money`."""
     money: float | None = None
-    """The budget in money, for compute and for reality together."""
+    """The budget in money, for compute and reality together."""
     price: PlanPrice = field(default_factory=PlanPrice)
     cluster: str | None = None
-    """`clusters/<name>.yaml`, whose price of a FLOP is taken."""
+    """`clusters/<name>.yaml`, which sets the price of a FLOP."""
     owned: int | None = None
-    """Different real transitions that are there already; null: those to train on of
+    """Different real transitions that exist already. null: the training transitions of
     `data.datasets`, or none.
     """
 
     def validate(self) -> None:
-        """Raises UsageError naming the key, its value and the fix. Looks at nothing but the config."""
+        """Check the values alone. Raises UsageError with the key, its value and the fix."""
         self.model.validate()
+        price, per_exaflop, cluster = self.price, self.price.per_exaflop, self.cluster
         if not self.law:
             raise UsageError("law is not set; give --law law.json, or --law laws/<id> of a sweep")
         if (self.flops is None) == (self.money is None):
-            said = (
-                "neither flops nor money is set"
-                if self.flops is None
-                else f"flops={self.flops:g} and money={self.money:g} are both set"
-            )
-            raise UsageError(f"{said}; give one budget, as in --flops 1e18 or --money 500")
-        for key, value in (("flops", self.flops), ("money", self.money)):
+            both = f"flops={self.flops} and money={self.money} are both set"
+            message = "neither flops nor money is set" if self.flops is None else both
+            raise UsageError(f"{message}; give one budget, as in --flops 1e18 or --money 500")
+        for key, value in {
+            "flops": self.flops,
+            "money": self.money,
+            "price.per_step": price.per_step,
+            "price.per_exaflop": per_exaflop,
+        }.items():
             if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(f"{key}={value} is no budget; give a number above 0")
-        for key, value in (
-            ("per_step", self.price.per_step),
-            ("per_exaflop", self.price.per_exaflop),
-        ):
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise UsageError(
-                    f"price.{key}={value} is no price; give a number above 0, or leave it out"
-                )
+                raise UsageError(f"{key} must be above 0 and finite, got {value}")
         if self.owned is not None and self.owned < 0:
-            raise UsageError(f"owned={self.owned} must be at least 0")
+            raise UsageError(f"owned must be >= 0, got {self.owned}")
         if self.train.steps is not None or self.train.epochs is not None:
-            raise UsageError("train.steps and train.epochs are the plan's to say; leave them out")
-        if self.flops is not None and self.price.per_step is not None:
-            raise UsageError(
-                f"price.per_step={self.price.per_step:g} has no meaning in a budget of FLOPs; give"
-                " money=... instead of flops"
-            )
-        if self.flops is not None and self.cluster is not None:
-            raise UsageError(
-                f"cluster={self.cluster!r} has no meaning in a budget of FLOPs, which needs no"
-                " price; leave it out, or give money=..."
-            )
-        if self.money is not None and self.price.per_exaflop is None and self.cluster is None:
+            raise UsageError("train.steps and train.epochs are set by the plan; leave them out")
+        if self.flops is not None and (price.per_step is not None or cluster is not None):
+            setting = f"cluster={cluster}" if cluster else f"price.per_step={price.per_step}"
+            message = f"{setting} has no meaning with a budget of FLOPs"
+            raise UsageError(f"{message}; give money=... instead, or leave it out")
+        if self.money is not None and per_exaflop is None and cluster is None:
             raise UsageError(
                 "money needs the price of compute; give price.per_exaflop=..., or the key"
-                " cluster=NAME (not --cluster) whose prices are known"
+                " cluster=NAME (not --cluster) of a cluster with prices"
             )
-        if self.price.per_exaflop is not None and self.cluster is not None:
+        if per_exaflop is not None and cluster is not None:
+            message = f"price.per_exaflop={per_exaflop:g} and cluster={cluster!r} both set the"
+            raise UsageError(f"{message} price of compute; give one")
+
+    def budget(self, cluster: ClusterConfig | None, owned: int) -> PlanBudget:
+        """The budget with its prices. Raises UsageError where money cannot be spent."""
+        if self.flops is not None:
+            return PlanBudget(self.flops, 1.0, None, owned, unlimited=owned == 0)
+        assert self.money is not None
+        if cluster is None:
+            flop = (self.price.per_exaflop or 0.0) / 1e18
+        else:
+            flops_per_s = cluster.nodes[0].flops_per_s * cluster.slots
+            flop = cluster.price_per_hour / 3600 / flops_per_s
+            if not flop > 0:
+                message = f"cluster={self.cluster!r} has no price; set price_per_hour of its nodes"
+                file = f"clusters/{self.cluster}.yaml"
+                raise UsageError(f"{message} in {file}, or give price.per_exaflop")
+        if self.price.per_step is None and not owned:
             raise UsageError(
-                f"price.per_exaflop={self.price.per_exaflop:g} and cluster={self.cluster!r} both"
-                " say what compute costs; give one"
+                "money buys no real step without price.per_step, and no transition is owned; give"
+                " price.per_step=..., data.datasets=[...] or owned=..."
             )
+        return PlanBudget(self.money, flop, self.price.per_step, owned, most=LARGEST)
+
+    def as_swept(self, swept: dict[str, Any], datasets: list[str]) -> tuple[PlanConfig, int | None]:
+        """Fill what the config leaves at its defaults from a sweep's config and datasets.
+
+        Returns:
+            The config, and the sweep's warm-up in steps where its training is taken.
+        """
+        config, default, warmup = self, PlanConfig(), None
+        if datasets and config.data.datasets == default.data.datasets:
+            config = replace(config, data=replace(config.data, datasets=list(datasets)))
+        if config.model == default.model and "model" in swept:
+            config = replace(config, model=ModelConfig(**swept["model"]))
+        if config.train == default.train and "train" in swept:
+            cell = CellTraining(**swept["train"])
+            warmup = cell.warmup
+            train = replace(default.train, **(asdict(cell) | {"warmup": 0.0}))
+            config = replace(config, train=train)
+        return config, warmup
+
+    def model_notes(self, swept: dict[str, Any]) -> Notes:
+        """A warning where the law is of other models than the plan's, or does not name its own."""
+        if "model" not in swept:
+            model = self.model
+            values = f"model.family={model.family}, members={model.members},"
+            values += f" base={str(model.base).lower()}, context={model.context},"
+            values += f" train.batch={self.train.batch}"
+            sentence = (
+                f"The law does not name its models. The plan is for {values}: give these keys"
+            )
+            return {"unknown_models": f"{sentence} as they were swept."}
+        apart = []
+        for block, config in (("model", self.model), ("train", self.train)):
+            for key, value in swept.get(block, {}).items():
+                planned = getattr(config, key, value)
+                if key not in NOT_COMPARED and planned != value:
+                    apart.append(f"{block}.{key}={planned} (swept: {value})")
+        if not apart:
+            return {}
+        return {"other_models": f"The law is of other models than the plan's: {', '.join(apart)}."}

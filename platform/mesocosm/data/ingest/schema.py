@@ -1,169 +1,134 @@
-"""What the columns of the given files are for: a `Layout` to read them by, and the table that says
-so to the user.
+"""The documented schema (docs/import.md): which column of the given files holds what.
 
-Everything here is decided by the files' columns, types and first rows, before the rows are read;
-what is decided by values (`inference`) is said later, by `Schema.describe`.
+A `Schema` is decided by the files' columns, their types and their first rows, before the rows are
+read. What depends on all values, such as inferred spaces, is added by `Schema.describe`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-import gymnasium
 import pyarrow as pa
 import pyarrow.types as is_
+from gymnasium import spaces
 
-from mesocosm.data.ingest.inference import Stat, space_of
-from mesocosm.data.ingest.layout import (
-    Column,
-    Leaf,
-    Node,
-    RowError,
-    build,
-    columns_of,
-    explore,
-    infer,
-    innermost,
-    kind_of,
-    match,
-)
+from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.ingest.readers import PROBLEM, Source, lerobot
-from mesocosm.data.ingest.rows import IMPORTED, OPTIONAL, REQUIRED, Layout
+from mesocosm.data.ingest.values import (
+    SEPARATOR,
+    Array,
+    Leaf,
+    RowError,
+    Space,
+    Stat,
+    build_space,
+    flatten,
+    infer_space,
+    innermost,
+    is_numbered,
+    kind_of,
+    shown,
+    take_integers,
+)
 from mesocosm.errors import UsageError, nearest
 
-Space = gymnasium.Space[Any]
-KNOWN = (*REQUIRED, *OPTIONAL)
-SCALARS = {
-    "reward": "number",
-    "terminated": "number bool",
-    "truncated": "number bool",
-    "duration": "number",
-    "success": "number bool",
-    "behaviour": "text",
-}
-"""What kinds of value a column may hold."""
+REQUIRED = ("episode", "step", "observation", "action", "reward", "terminated", "truncated")
+OPTIONAL = ("next_observation", "duration", "behaviour", "task", "seed", "success")
+COLUMNS = (*REQUIRED, *OPTIONAL)
+IMPORTED = "imported"
+"""The behaviour of rows that name none."""
 
 
 @dataclass(frozen=True)
 class Schema:
-    layout: Layout
+    """Which column of the files holds what, and how rows are read."""
+
     renames: dict[str, str]
-    """Theirs -> ours, of the columns that are read"""
-    strict: bool
-    """The format has types, which all files must share"""
-    whole_file: bool
-    """The table has no episode column: a file is an episode"""
+    """File's name -> schema's name, of the columns that are read."""
+    names: frozenset[str]
+    """The columns read, flattened, by the schema's names."""
     types: dict[str, str]
-    """Of each column that is read, by our name"""
-    unused: dict[str, str]
-    """Columns that nothing is made of, theirs, and why"""
+    """Arrow types of those columns."""
+    observation: list[Leaf]
+    action: list[Leaf]
+    next_observation: list[Leaf]
+    """As `observation`. Empty where the files have no next observations."""
+    task: list[Leaf]
+    text_keys: bool
+    """Episodes are named by strings."""
+    first_step: int
+    """The number of an episode's first step, 0 or 1."""
+    per_file: bool
+    whole_file: bool
+    """The files have no episode column: each file is one episode."""
+    bounds: str
+    """`reality.bounds`."""
+    marks_success: bool
+    """Success is a flag of each step: any of them makes the episode a success."""
+    done_only: bool
+    """The logs do not say whether a time limit ended an episode."""
     spaces: tuple[Space, Space] | None
-    given: str
-    """Whose the spaces are, where they are not inferred"""
-    made: dict[str, str]
-    """Ours, that the format lacks, and what is put there"""
+    """The environment's spaces. None where they are inferred."""
+    spaces_from: str
     notes: dict[str, str]
-    """What is to be known of our columns in this format"""
-    defaults: list[dict[str, str]] = field(default_factory=list)
-    done_only: bool = False
-    """The logs do not say whether a time limit ended an episode"""
+    """Remarks of the format on our columns."""
+    rows: list[dict[str, str]]
+    """Description of the columns that are not leaves of a space."""
 
-    def columns(self) -> list[str]:
-        """Theirs, to be read."""
-        return list(self.renames)
-
-    def ours(self, table: pa.Table) -> pa.Table:
+    def select(self, table: pa.Table) -> pa.Table:
+        """The columns that are read, by the schema's names, flattened."""
         names = [name for name in table.column_names if name in self.renames or name == PROBLEM]
-        return table.select(names).rename_columns([self.renames.get(name, name) for name in names])
+        renamed = [self.renames.get(name, name) for name in names]
+        return flatten(table.select(names).rename_columns(renamed))
 
-    def spaces_of(self, stats: Mapping[str, Stat]) -> tuple[Space, Space]:
-        """(observation space, action space): the environment's, or what the values make them."""
+    def build_spaces(self, stats: Mapping[str, Stat]) -> tuple[Space, Space]:
+        """(observation space, action space): the environment's, or inferred."""
         if self.spaces is not None:
             return self.spaces
-        both = []
-        for leaves, action in ((self.layout.observation, False), (self.layout.action, True)):
-            both.append(
-                build(
-                    leaves,
-                    {
-                        leaf.name: space_of(leaf, stats.get(leaf.name, Stat()), action)[0]
-                        for leaf in leaves
-                    },
-                )
-            )
-        return both[0], both[1]
+        observation, action = (
+            {leaf.name: infer_space(leaf, stats.get(leaf.name, Stat()), acts)[0] for leaf in leaves}
+            for leaves, acts in ((self.observation, False), (self.action, True))
+        )
+        return build_space(self.observation, observation), build_space(self.action, action)
 
     def describe(self, stats: Mapping[str, Stat]) -> list[dict[str, str]]:
-        """One row a column: what it became, and what is a guess."""
-        theirs = {ours: name for name, ours in self.renames.items()}
+        """One row per column: what it became, and what is a guess."""
         rows = []
-        for leaves, action in ((self.layout.observation, False), (self.layout.action, True)):
-            for leaf in leaves:
-                space, how = (
-                    (leaf.space, f"of {self.given}; every value was checked")
-                    if leaf.space is not None
-                    else space_of(leaf, stats[leaf.name], action)
-                )
-                how = "; ".join(filter(None, [how, self.notes.get(leaf.name.partition(".")[0])]))
-                first, last = leaf.columns[0], leaf.columns[-1]
-                label = (
-                    _theirs(first, theirs)
-                    if first is last
-                    else f"{_theirs(first, theirs)} ... {_theirs(last, theirs)}"
-                )
-                rows.append(
-                    {
-                        "column": label,
-                        "type": str(first.type),
-                        "became": f"{leaf.name}: {_short(space)}",
-                        "how": how,
-                    }
-                )
-        for name in [n for n in KNOWN if n in self.types and n not in ("observation", "action")]:
-            if name in self.made:
-                rows.append({"column": name, "type": "", "became": name, "how": self.made[name]})
-                continue
-            how = self.notes.get(name) or _how(name, self.layout)
-            rows.append(
-                {
-                    "column": theirs.get(name, name),
-                    "type": self.types[name],
-                    "became": name,
-                    "how": how,
-                }
+        for leaf in (*self.observation, *self.action):
+            space, how = leaf.space, f"of {self.spaces_from}; every value was checked"
+            if space is None:
+                space, how = infer_space(leaf, stats[leaf.name], leaf in self.action)
+            ends = dict.fromkeys(
+                _file_name(n, self.renames) for n in (leaf.columns[:1] + leaf.columns[-1:])
             )
-        rows += self.defaults
-        rows += [
-            {"column": name, "type": "", "became": "nothing", "how": why}
-            for name, why in self.unused.items()
-        ]
-        return rows
+            note = self.notes.get(leaf.name.partition(".")[0])
+            # The bounds of a Box may be long. They are in the manifest.
+            box = isinstance(space, spaces.Box)
+            short = f"Box{space.shape} {space.dtype}" if box else str(space)
+            type = self.types[leaf.columns[0]]
+            rows.append(
+                _row(
+                    " ... ".join(ends),
+                    f"{leaf.name}: {short}",
+                    "; ".join(filter(None, [how, note])),
+                    type,
+                )
+            )
+        return rows + self.rows
 
 
-def _short(space: Space) -> str:
-    """Without a Box's bounds, which may be long; they are in the manifest."""
-    return (
-        f"Box{space.shape} {space.dtype}" if isinstance(space, gymnasium.spaces.Box) else str(space)
-    )
+def _row(column: str, became: str, how: str, type: str = "") -> dict[str, str]:
+    return {"column": column, "type": type, "became": became, "how": how}
 
 
-def _theirs(column: Column, theirs: Mapping[str, str]) -> str:
-    return ".".join((theirs.get(column.name, column.name), *column.fields))
-
-
-def _how(name: str, layout: Layout) -> str:
-    return {
-        "step": "" if layout.first_step == 0 else "counted from 1; became 0, 1, ...",
-        "next_observation": (
-            "of an episode's last row: the last observation; of the others it was compared with the"
-            " next row's observation"
-        ),
-        "task": f"reset options of the episode: {', '.join(leaf.path[0] for leaf in layout.task)}",
-        "terminated": "the environment ended the episode",
-        "truncated": "something else did, such as a time limit",
-    }.get(name, "")
+def _file_name(name: str, renames: Mapping[str, str]) -> str:
+    """The file's name of a flattened column."""
+    for theirs, ours in renames.items():
+        if name == ours or name.startswith(ours + SEPARATOR):
+            return theirs + shown(name[len(ours) :])
+    return shown(name)
 
 
 def read_schema(
@@ -173,10 +138,11 @@ def read_schema(
     spaces: tuple[Space, Space] | None,
     bounds: str = "drop",
 ) -> Schema:
-    """Look at every file's columns and the first rows of the first. `bounds`: `reality.bounds`.
+    """Decide the schema from the columns of every file and the first rows of the first.
 
-    Raises UsageError naming the file: a column that is missing, of a type that cannot be, or of
-    another type than in the first file.
+    Raises:
+        UsageError: A column is missing, is of a type that cannot be read, or differs between
+            files. Names the file.
     """
     heads: list[tuple[Source, pa.Schema]] = []
     first: pa.Table | None = None
@@ -189,233 +155,205 @@ def read_schema(
         if first is None and table.num_rows:
             first, origin = table, source
     if first is None:
-        raise UsageError(f"{sources[0].name!r} has no row; give files that have")
-    renames, unused = _renames(origin, first.schema, {**origin.columns, **columns})
-    whole_file = per_file and "episode" not in renames.values()
-    table = first.select(list(renames)).rename_columns(list(renames.values()))
-    _check(origin, table, columns, whole_file, list(first.schema.names))
+        raise UsageError(f"{sources[0].name!r} has no row; give files that have rows")
+    renames, unused = _renames(origin, first.schema, columns)
+    for ours in [ours for ours in renames.values() if ours in OPTIONAL]:
+        theirs = _file_name(ours, renames)
+        if is_.is_null(first.schema.field(theirs).type):
+            unused[theirs] = "null in the first rows"
+            del renames[theirs]
     try:
-        layout, more, defaults = _layout(table, spaces)
+        table = first.select(list(renames)).rename_columns(list(renames.values()))
+        head, top = flatten(table), frozenset(table.column_names)
+        for name in top:
+            if len(overlap := sorted(_below(name, top))) > 1:
+                a, b = overlap[:2]
+                raise UsageError(f"columns {shown(a)!r} and {shown(b)!r} overlap; drop one of them")
+        whole_file = per_file and not _below("episode", head.column_names)
+        _check(origin, head, columns, whole_file, first.column_names)
+        leaves, rest = _leaves(head, top, spaces)
+        task = _task_leaves(head)
+        step, missing = take_integers(head, "step")
+    except RowError as error:
+        raise UsageError(f"{origin.name!r} row {error.row + 1}: {error.text}") from error
     except UsageError as error:
         raise UsageError(f"{origin.name!r}: {error}") from error
-    theirs = {ours: name for name, ours in renames.items()}
-    unused |= {
-        ".".join([theirs.get(label.split(".")[0], label.split(".")[0]), *label.split(".")[1:]]): why
-        for label, why in more.items()
-    }
-    strict = origin.format != "jsonl"
+    unused |= {_file_name(n, renames): "the environment's space has no place for it" for n in rest}
     for source, other in heads:
-        if len(other.names):
-            unused |= _same(
-                origin, table.schema, source, other, renames, {**source.columns, **columns}, strict
-            )
-    if whole_file:
-        defaults.append(_default("episode", "missing: each file is one episode (per_file)"))
-    layout = replace(
-        layout, bounds=bounds, marks_success=origin.marks_success and "success" not in columns
-    )
-    done_only = origin.done_only and not {"terminated", "truncated"} & set(columns)
-    types = {name: str(table.schema.field(name).type) for name in table.column_names}
-    given = "the dataset" if spaces is not None and spaces == origin.spaces else "the environment"
+        if other.names:
+            unused |= _compare(origin, head.schema, source, other, renames, columns)
+    types = {field.name: str(field.type) for field in (*table.schema, *head.schema)}
+    rows = [
+        _row(name, name, origin.about.filled[name])
+        if name in origin.about.filled
+        else _row(
+            _file_name(name, renames),
+            name,
+            origin.about.notes.get(name) or _how(name, step[~missing], task),
+            types[name],
+        )
+        for name in COLUMNS
+        if name in top and name not in ("observation", "action")
+    ]
+    missing_columns = {
+        "behaviour": f"missing: {IMPORTED!r} acted throughout",
+        "next_observation": "missing: an episode needs a last row without an action, or its last"
+        " action leads nowhere",
+        "episode": "missing: each file is one episode (per_file)",
+    }
+    for name, how in missing_columns.items():
+        if not _below(name, head.column_names):
+            rows.append(_row(name, "nothing", how))
+    rows += [_row(name, "nothing", why) for name, why in unused.items()]
+    about = origin.about
     return Schema(
-        layout,
-        renames,
-        strict,
-        whole_file,
-        types,
-        unused,
-        spaces,
-        given,
-        origin.made,
-        origin.notes,
-        defaults,
-        done_only,
+        renames=renames,
+        names=frozenset(head.column_names),
+        types=types,
+        **leaves,
+        task=task,
+        text_keys="episode" in top and kind_of(table.schema.field("episode").type) == "text",
+        first_step=int(step[~missing][:1].tolist() == [1]),
+        per_file=per_file,
+        whole_file=whole_file,
+        bounds=bounds,
+        marks_success=about.marks_success and "success" not in columns,
+        done_only=about.done_only and not {"terminated", "truncated"} & set(columns),
+        spaces=spaces,
+        spaces_from=(
+            "the dataset" if spaces is not None and spaces == about.spaces else "the environment"
+        ),
+        notes=about.notes,
+        rows=rows,
     )
+
+
+def _how(name: str, steps: Array, task: Sequence[Leaf]) -> str:
+    return {
+        "step": "counted from 1; became 0, 1, ..." if steps[:1].tolist() == [1] else "",
+        "next_observation": (
+            "of an episode's last row: the last observation; of the others it was compared with the"
+            " next row's observation"
+        ),
+        "task": f"reset options of the episode: {', '.join(leaf.path[0] for leaf in task)}",
+        "terminated": "the environment ended the episode",
+        "truncated": "something else did, such as a time limit",
+    }.get(name, "")
+
+
+def _below(part: str, names: Iterable[str]) -> list[str]:
+    """The columns of `part`: itself, or `part.KEY`."""
+    return [name for name in names if name == part or name.startswith(part + SEPARATOR)]
 
 
 def _renames(
     source: Source, schema: pa.Schema, columns: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """(theirs -> ours, unused)."""
+    """(file's name -> schema's name, unused column -> reason)."""
     for ours, theirs in columns.items():
-        if ours not in KNOWN:
+        if ours not in COLUMNS:
             raise UsageError(
-                f"columns.{ours}={theirs!r} names no column of the schema{nearest(ours, KNOWN)};"
-                f" the schema has {', '.join(KNOWN)}"
+                f"columns.{ours}={theirs!r} is not a column of the schema{nearest(ours, COLUMNS)};"
+                f" the schema has {', '.join(COLUMNS)}"
             )
-    found: dict[str, str] = {}
-    unused = {name: why for name, why in source.ignored.items() if name in schema.names}
+    theirs_of = {ours: ours for ours in COLUMNS} | source.about.columns | dict(columns)
+    renames: dict[str, str] = {}
+    unused = {name: why for name, why in source.about.ignored.items() if name in schema.names}
     for name in schema.names:
         if name in unused:
             continue
-        for ours in KNOWN:
-            theirs = columns.get(ours, ours)
-            if name == theirs or name.startswith(theirs + "."):
-                found[name] = ours + name[len(theirs) :]
+        for ours, theirs in theirs_of.items():
+            if name == theirs or name.startswith(f"{theirs}."):
+                renames[name] = ours + name[len(theirs) :].replace(".", SEPARATOR)
                 break
         else:
             unused[name] = "unknown column: not used"
-    return found, unused
+    return renames, unused
 
 
 def _check(
-    source: Source, table: pa.Table, columns: Mapping[str, str], whole_file: bool, have: list[str]
+    source: Source,
+    head: pa.Table,
+    columns: Mapping[str, str],
+    whole_file: bool,
+    file_columns: Sequence[str],
 ) -> None:
-    schema = table.schema
+    """Raise UsageError for a required column that is missing, or a column that exists twice."""
+    names = head.column_names
     for name in REQUIRED:
-        if name == "episode" and whole_file:
+        if _below(name, names) or (name == "episode" and whole_file):
             continue
-        if explore(schema, name) is None:
-            wanted = columns.get(name, name)
-            fix = f"add it, or say which column it is: columns.{name}=NAME"
-            folder = lerobot.folder_of(source.path, have)
-            if folder is not None:
-                fix = (
-                    "these columns are LeRobot's: name the LeRobot folder"
-                    f" itself{f', {folder!r},' if folder else ''} instead of its files"
-                )
-            elif name == "episode":
-                fix += "; where each file is one episode, say per_file=true"
-            raise UsageError(
-                f"{source.name!r} has no column {wanted!r}, which is required (it has"
-                f" {', '.join(have)}); {fix}"
-            )
-    for name, kinds in SCALARS.items():
-        if name in schema.names:
-            type = schema.field(name).type
-            if not is_.is_null(type) and (kind_of(type) not in kinds.split() or innermost(type)[1]):
-                raise UsageError(
-                    f"{source.name!r}: column {name!r} has the type {type}; give"
-                    f" {' or '.join(kinds.split())}, one a row"
-                )
-    for name, allowed in (
-        ("episode", "whole numbers or strings"),
-        ("step", "whole numbers"),
-        ("seed", "whole numbers"),
-    ):
-        if name not in schema.names:
-            continue
-        type = schema.field(name).type
-        if not (
-            is_.is_integer(type)
-            or is_.is_null(type)
-            or (name == "episode" and (is_.is_string(type) or is_.is_large_string(type)))
-        ):
-            broken = (
-                i
-                for i, value in enumerate(table.column(name).to_pylist())
-                if isinstance(value, float) and not value.is_integer()
-            )
-            row = next((f" row {i + 1}" for i in broken), "")
-            raise UsageError(
-                f"{source.name!r}{row}: column {name!r} has the type {type}; give {allowed}"
-            )
+        fix = f"add it, or set columns.{name}=NAME to the column that holds it"
+        folder = lerobot.folder_of(source.path, file_columns)
+        if folder is not None:
+            folder = f", {folder!r}," if folder else ""
+            fix = f"these columns are LeRobot's: give the LeRobot folder itself{folder} instead"
+        elif name == "episode":
+            fix += "; where each file is one episode, set per_file=true"
+        raise UsageError(
+            f"the table has no column {columns.get(name, name)!r}, which is required (it has"
+            f" {', '.join(file_columns)}); {fix}"
+        )
+    for name in {"episode", "step", "seed"} & set(names):
+        if name != "episode" or kind_of(head.schema.field(name).type) != "text":
+            take_integers(head, name)
 
 
-def _layout(
-    table: pa.Table, spaces: tuple[Space, Space] | None
-) -> tuple[Layout, dict[str, str], list[dict[str, str]]]:
-    schema = table.schema
-    nodes = {
-        part: explore(schema, part)
-        for part in ("observation", "action", "next_observation", "task")
-    }
-    shapes = {
-        column.label: _shape(table, column)
-        for node in nodes.values()
-        if node is not None
-        for column in columns_of(node)
-    }
-    unused: dict[str, str] = {}
+def _leaves(
+    head: pa.Table, top: frozenset[str], spaces: tuple[Space, Space] | None
+) -> tuple[dict[str, list[Leaf]], list[str]]:
+    """({observation, action, next_observation: leaves}, columns without a place)."""
     leaves: dict[str, list[Leaf]] = {}
-    for part, space in (("observation", 0), ("action", 1), ("next_observation", 0)):
-        node = nodes[part]
-        if node is None:
-            continue
-        if spaces is None:
-            leaves[part] = infer(node, part, shapes)
+    for part in ("observation", "action", "next_observation"):
+        if not _below(part, head.column_names):
+            leaves[part] = []
+        elif spaces is None:
+            leaves[part] = list(_infer(head, top, part, ()))
         else:
-            leaves[part], rest = match(spaces[space], node, part)
-            unused |= dict.fromkeys(rest, "the environment's space has no place for it")
-    following = leaves.get("next_observation", [])
-    own, theirs = (
-        [(leaf.path, leaf.kind, leaf.shape) for leaf in part]
-        for part in (leaves["observation"], following)
-    )
-    if following and own != theirs:
-        raise UsageError(
-            f"next_observation has the parts {theirs} where observation has {own}; make them alike,"
-            " or leave next_observation out"
+            leaves[part] = _match(head, top, spaces[part == "action"], part)
+    if leaves["next_observation"]:
+        seen, following = (
+            [(leaf.path, leaf.kind, leaf.shape) for leaf in leaves[part]]
+            for part in ("observation", "next_observation")
         )
-    defaults = (
-        []
-        if "behaviour" in schema.names
-        else [_default("behaviour", f"missing: {IMPORTED!r} acted throughout")]
-    )
-    if nodes["next_observation"] is None:
-        defaults.append(
-            _default(
-                "next_observation",
-                "missing: an episode needs a last row without an action, or its last action leads"
-                " nowhere",
-            )
-        )
-    present = frozenset(
-        name
-        for name in OPTIONAL
-        if name in schema.names and not is_.is_null(schema.field(name).type)
-    )
-    for name in OPTIONAL:
-        if name in schema.names and name not in present:
-            unused[name] = "it is null in the first rows"
-    named = "episode" in schema.names and kind_of(schema.field("episode").type) == "text"
-    step = next((step for step in table.column("step").to_pylist() if step is not None), 0)
-    task = _task(nodes["task"], shapes)
-    return (
-        Layout(
-            leaves["observation"],
-            leaves["action"],
-            following,
-            task,
-            present,
-            named,
-            1 if step == 1 else 0,
-        ),
-        unused,
-        defaults,
-    )
-
-
-def _task(node: Node | None, shapes: Mapping[str, tuple[int, ...]]) -> list[Leaf]:
-    if node is None or (isinstance(node, Column) and is_.is_null(node.type)):
-        return []
-    if isinstance(node, Column):
-        raise UsageError(
-            f"column 'task' has the type {node.type}; give a struct, or columns task.NAME, that"
-            " name each reset option"
-        )
-    found = []
-    for key in sorted(node):
-        leaf = infer(node[key], f"task.{key}", shapes)
-        if len(leaf) != 1 or leaf[0].path or leaf[0].shape:
+        if seen != following:
             raise UsageError(
-                f"column 'task.{key}' is not one number, boolean or string a row; give one for each"
-                " reset option"
+                f"next_observation has the parts {following} and observation {seen}; make them"
+                " equal, or leave next_observation out"
             )
-        found.append(Leaf(leaf[0].name, (key,), leaf[0].columns, leaf[0].kind, (), None))
-    return found
+    used = {name for part in leaves.values() for leaf in part for name in leaf.columns}
+    return leaves, [n for part in leaves for n in _below(part, head.column_names) if n not in used]
 
 
-def _default(column: str, how: str) -> dict[str, str]:
-    return {"column": column, "type": "", "became": "nothing", "how": how}
+def _infer(head: pa.Table, top: frozenset[str], name: str, path: tuple[str, ...]) -> Iterator[Leaf]:
+    """The leaves below `name`, as the table has them."""
+    if name in head.column_names:
+        type = head.schema.field(name).type
+        kind, depth = kind_of(type), innermost(type)[1]
+        if kind is None or (kind == "text" and depth):
+            raise UsageError(
+                f"column {shown(name)!r} has the type {type}, which no space holds; give numbers,"
+                " booleans or lists of them, strings, or structs"
+            )
+        shape = _shape(head, name) if depth else ()
+        yield Leaf(shown(name), path, (name,), kind, shape)
+        return
+    below = _below(name, head.column_names)
+    keys = dict.fromkeys(column[len(name) + 1 :].split(SEPARATOR)[0] for column in below)
+    columns = [f"{name}{SEPARATOR}{i}" for i in range(len(keys))]
+    if set(columns) == set(below) and set(columns) <= top:
+        types = [head.schema.field(column).type for column in columns]
+        kinds = {kind_of(type) for type in types}
+        if kinds in ({"number"}, {"bool"}) and not any(innermost(type)[1] for type in types):
+            yield Leaf(shown(name), path, tuple(columns), str(kinds.pop()), (len(columns),))
+            return
+    for key in sorted(keys, key=int) if is_numbered(keys) else sorted(keys):
+        yield from _infer(head, top, name + SEPARATOR + key, (*path, key))
 
 
-def _shape(table: pa.Table, column: Column) -> tuple[int, ...]:
-    if not innermost(column.type)[1]:
-        return ()
-    for row in table.column(column.name).to_pylist():
-        for field_name in column.fields:
-            row = None if row is None else row[field_name]
+def _shape(head: pa.Table, name: str) -> tuple[int, ...]:
+    """The shape of the first list of a column that is not empty."""
+    for row in head[name].to_pylist():
         shape: list[int] = []
         while isinstance(row, list):
             shape.append(len(row))
@@ -423,59 +361,101 @@ def _shape(table: pa.Table, column: Column) -> tuple[int, ...]:
         if shape:
             return tuple(shape)
     raise UsageError(
-        f"column {column.label!r} holds no list in its first {table.num_rows} rows; give lists of"
-        " one length"
+        f"column {shown(name)!r} holds no list in its first {head.num_rows} rows; give lists of one length"
     )
 
 
-def _same(
+def _match(head: pa.Table, top: frozenset[str], space: Space, part: str) -> list[Leaf]:
+    """The leaves of an environment's space, with the columns that hold them."""
+    leaves = []
+    for leaf in SpaceCodec(space, part).leaves:
+        path = tuple(map(str, leaf.path))
+        name = SEPARATOR.join((part, *path))
+        below = _below(name, head.column_names)
+        columns = [f"{name}{SEPARATOR}{i}" for i in range(math.prod(leaf.shape))]
+        if name in below:
+            columns = [name]
+        elif len(leaf.shape) != 1 or not set(columns) == set(below) <= top:
+            names = ", ".join(map(shown, below or _below(part, head.column_names)))
+            raise UsageError(
+                f"the environment's {leaf.name} is {leaf.space} and no column of the table fits it"
+                f" (it has {names}); give one column, or one per element, or leave --env out"
+            )
+        kinds = {kind_of(head.schema.field(column).type) for column in columns}
+        text = isinstance(leaf.space, spaces.Text)
+        if not kinds <= ({"text"} if text else {"number", "bool"}):
+            type = head.schema.field(columns[0]).type
+            raise UsageError(
+                f"column {shown(columns[0])!r} has the type {type} where the environment's {leaf.name} is"
+                f" {leaf.space}; convert it, or leave --env out"
+            )
+        kind = "text" if text else "bool" if kinds == {"bool"} else "number"
+        leaves.append(Leaf(leaf.name, path, tuple(columns), kind, leaf.shape, leaf.space))
+    return leaves
+
+
+def _task_leaves(head: pa.Table) -> list[Leaf]:
+    leaves = []
+    for name in sorted(_below("task", head.column_names)):
+        key, type = name.removeprefix(f"task{SEPARATOR}"), head.schema.field(name).type
+        kind = kind_of(type)
+        if name == "task" or SEPARATOR in key or kind is None or innermost(type)[1]:
+            raise UsageError(
+                f"column {shown(name)!r} has the type {type}; give a struct, or columns task.NAME, of one"
+                " number, boolean or string for each reset option"
+            )
+        leaves.append(Leaf(shown(name), (key,), (name,), kind))
+    return leaves
+
+
+def _compare(
     first: Source,
     schema: pa.Schema,
     source: Source,
     other: pa.Schema,
     renames: Mapping[str, str],
     columns: Mapping[str, str],
-    strict: bool,
 ) -> dict[str, str]:
-    """Columns that `source` has beyond what is read. Raises UsageError where one that is read is
-    missing or of another type there.
+    """The columns of `source` that are not read.
+
+    Raises:
+        UsageError: One that is read is missing in `source`, or of another type than in `first`.
     """
-    theirs, unused = _renames(source, other, columns)
-    for name, ours in renames.items():
-        if name not in other.names:
-            if strict or ours.partition(".")[0] in REQUIRED:
-                raise UsageError(
-                    f"{source.name!r} has no column {name!r}, which {first.name!r} has; give files"
-                    " of the same columns"
-                )
+    others, unused = _renames(source, other, columns)
+    typed = first.format != "jsonl"
+    table = other.empty_table().select([name for name in renames if name in other.names])
+    table = flatten(table.rename_columns([renames[name] for name in table.column_names]))
+    names = [n for n, ours in renames.items() if typed or ours.split(SEPARATOR)[0] in REQUIRED]
+    missing = [name for name in names if name not in other.names]
+    for field in schema:
+        name = _file_name(field.name, renames)
+        if field.name not in table.column_names:
+            missing += [name] if typed else []
             continue
-        a, b = schema.field(ours).type, other.field(name).type
-        if _canonical(a, strict) != _canonical(b, strict) and not (
-            is_.is_null(innermost(a)[0]) or is_.is_null(innermost(b)[0])
-        ):
+        a, b = field.type, table.schema.field(field.name).type
+        if len({_comparable(a, typed), _comparable(b, typed)} - {None}) > 1:
             raise UsageError(
                 f"column {name!r} is {a} in {first.name!r} and {b} in {source.name!r} (mixed"
                 " dtypes); give one type"
             )
-    extra = [name for name in theirs if name not in renames]
+    if missing:
+        raise UsageError(
+            f"{source.name!r} has no column {missing[0]!r}, which {first.name!r} has; give files of"
+            " the same columns"
+        )
+    extra = [name for name in others if name not in renames]
     return unused | dict.fromkeys(extra, f"{first.name!r} has no such column: not used")
 
 
-def _canonical(type: pa.DataType, strict: bool) -> Any:
-    """What must be alike in all files: not the width of a number, and in JSON not whether it has a
-    point.
+def _comparable(type: pa.DataType, typed: bool) -> tuple[str | None, int] | None:
+    """What must be equal in all files: neither the width of a number nor, in JSON, its point.
+
+    None for nulls, which go with every type.
     """
-    if is_.is_struct(type):
-        return (
-            {
-                type.field(i).name: _canonical(type.field(i).type, strict)
-                for i in range(type.num_fields)
-            }
-            if strict
-            else "struct"
-        )
     inner, depth = innermost(type)
+    if is_.is_null(inner):
+        return None
     kind = kind_of(inner)
-    if kind == "number" and strict:
+    if kind == "number" and typed:
         kind = "float" if is_.is_floating(inner) else "integer"
-    return [kind, depth]
+    return kind, depth

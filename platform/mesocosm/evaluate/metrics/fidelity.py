@@ -1,5 +1,5 @@
-"""Is the world faithful: losses by part, reward and termination a step ahead, and the open-loop
-table, on validation.
+"""Is the world faithful on held-out data: losses by part, reward and termination a step ahead, and
+the open-loop table.
 """
 
 from __future__ import annotations
@@ -9,40 +9,27 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.loading.loader import Loader
 from mesocosm.evaluate.metrics import stats
-from mesocosm.evaluate.metrics.open_loop import (
-    HORIZONS,
-    ROWS,
-    Array,
-    Log,
-    OpenLoop,
-    Progress,
-    begin_at,
-    codec_of,
-    open_loop,
-    silent,
-)
-from mesocosm.model import rng
+from mesocosm.evaluate.metrics.log import Array, Log, codec_of, play, single_steps
+from mesocosm.evaluate.metrics.open_loop import HORIZONS, OpenLoop, Progress, open_loop, silent
 from mesocosm.model.base import Base
 from mesocosm.model.world import World
 
 ONE_STEP_TRANSITIONS = 4096
-"""Transitions of validation that reward and termination are judged on, at most."""
+"""Transitions that judge reward and termination, at most."""
 ENDED, AHEAD = 256, 50
 """Terminated episodes at most, and steps before their end."""
 
 
 @dataclass(frozen=True)
 class OneStep:
-    """Reward and termination after one imagined step from true states; what the agent is told, so
+    """Reward and termination after one imagined step from true states, as the agent receives them:
     from the sampled o_{t+1}.
 
-    Intervals are 90% bootstrap over episodes, None where a figure is, or where there are fewer than
-    two episodes.
+    Intervals are 90% bootstrap over episodes; None where the value is, or below two episodes.
     """
 
     transitions: int
@@ -72,11 +59,11 @@ class OneStep:
 
 @dataclass(frozen=True)
 class TimeToEnd:
-    """When imagined episodes end, against when the logged ones did: logged actions played in the
-    world from `ahead` steps before a terminal.
+    """When imagined episodes end, against the logged ones: logged actions played in the world from
+    `ahead` steps before a terminal.
 
-    With the world's chances of termination on the way, the expected number of steps until its end,
-    at most one more than were logged (the restricted mean survival time), less the logged number.
+    The world's probabilities of termination give the expected number of steps until its end, at
+    most one more than were logged (the restricted mean survival time).
     """
 
     episodes: int
@@ -97,6 +84,8 @@ class TimeToEnd:
 
 @dataclass(frozen=True)
 class Fidelity:
+    """All of it."""
+
     losses: dict[str, float]
     """Validation nats a transition by part, and their "total" """
     loss_intervals: dict[str, stats.Interval | None]
@@ -105,13 +94,7 @@ class Fidelity:
     open_loop: OpenLoop
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "losses": self.losses,
-            "loss_intervals": self.loss_intervals,
-            "one_step": self.one_step.to_json(),
-            "time_to_end": self.time_to_end.to_json(),
-            "open_loop": self.open_loop.to_json(),
-        }
+        return asdict(self) | {"open_loop": self.open_loop.to_json()}
 
 
 def fidelity(
@@ -126,11 +109,9 @@ def fidelity(
     linear: Base | None = None,
     progress: Progress = silent,
 ) -> Fidelity:
-    """All of it. Falls back on the training split, with a note in each table, where validation
-    holds fewer than two episodes.
+    """All of it; arguments as of `open_loop`, which says when it falls back on the training split.
 
-    Raises UsageError where the dataset is of other spaces than the world. `linear`: see
-    `open_loop`.
+    Raises UsageError where the dataset is of other spaces than the world.
     """
     table = open_loop(
         world,
@@ -145,13 +126,9 @@ def fidelity(
     )
     progress("losses and single steps")
     nats, intervals = losses(world, dataset, table.split)
-    return Fidelity(
-        nats,
-        intervals,
-        one_step(world, dataset, table.split, seed=seed, told=split != table.split),
-        time_to_end(world, dataset, table.split, seed=seed),
-        table,
-    )
+    single = one_step(world, dataset, table.split, seed=seed, fallback=split != table.split)
+    ends = time_to_end(world, dataset, table.split, seed=seed)
+    return Fidelity(nats, intervals, single, ends, table)
 
 
 def losses(
@@ -161,109 +138,72 @@ def losses(
     once, in windows of the world's context.
     """
     loader = Loader(dataset, codec_of(world), split, max(world.config.context, 1), batch, seed=0)
-    windows_of: list[Array] = []
-    nats: dict[str, list[Array]] = {}
-    transitions: list[Array] = []
+    columns: dict[str, list[Array]] = {}
     for windows in loader.eval_batches(batch):
-        found = world.losses(windows.to(world.device))
-        windows_of.append(windows.episode.numpy())
-        transitions.append(windows.mask.sum(1).numpy())
-        for name, value in found.by_window.items():
-            nats.setdefault(name, []).append(value.cpu().double().numpy())
-    group = np.unique(np.concatenate(windows_of), return_inverse=True)[1]
-    counts = np.bincount(group, weights=np.concatenate(transitions))
-    sums = {
-        name: np.bincount(group, weights=np.concatenate(values)) for name, values in nats.items()
-    }
-    sums["total"] = np.sum(list(sums.values()), axis=0)
-    figures = {name: stats.mean_of_groups(values, counts) for name, values in sums.items()}
-    return {name: mean or 0.0 for name, (mean, _) in figures.items()}, {
-        name: interval for name, (_, interval) in figures.items()
-    }
+        found = world.losses(windows.to(world.device)).by_window
+        values = {"episode": windows.episode, "transitions": windows.mask.sum(1), **found}
+        for name, value in values.items():
+            columns.setdefault(name, []).append(value.cpu().double().numpy())
+    nats = {name: np.concatenate(column) for name, column in columns.items()}
+    group = np.unique(nats.pop("episode"), return_inverse=True)[1]
+    transitions = nats.pop("transitions")
+    nats["total"] = np.sum(list(nats.values()), axis=0)
+    means = {name: stats.grouped_mean(v, group, weights=transitions) for name, v in nats.items()}
+    intervals = {name: interval for name, (_, interval) in means.items()}
+    return {name: mean or 0.0 for name, (mean, _) in means.items()}, intervals
 
 
 def one_step(
-    world: World, dataset: Dataset, split: Split = "valid", *, seed: int = 0, told: bool = False
+    world: World, dataset: Dataset, split: Split = "valid", *, seed: int = 0, fallback: bool = False
 ) -> OneStep:
-    """Every transition of the split (a uniform draw of ONE_STEP_TRANSITIONS, if there are more), by
-    each member once.
+    """Every transition of the split, or a uniform draw of ONE_STEP_TRANSITIONS, by each member once.
 
-    `told`: the notes say that validation was too small.
+    With `fallback`, the notes say that validation was too small.
     """
     log = Log(dataset, codec_of(world), split)
-    members, warmup = world.config.members, world.net.memory // 2
+    members = world.config.members
     episode, step = log.starts(1, ONE_STEP_TRANSITIONS, np.random.default_rng(seed))
-    rewards, chances = np.zeros((len(episode), members)), np.zeros((len(episode), members))
-    width = max(1, ROWS // members)
-    for chunk in (
-        np.arange(i, min(i + width, len(episode))) for i in range(0, len(episode), width)
-    ):
-        rows, member = np.repeat(chunk, members), np.tile(np.arange(members), len(chunk))
-        drawn_by = torch.from_numpy(member).to(world.device)
-        carry = begin_at(world, log, episode[rows], step[rows], drawn_by, warmup)
-        keys = rng.keys(seed, torch.from_numpy(rows).to(world.device), drawn_by, 0)
-        _, out = world.step(carry, log.action(episode[rows], step[rows]).to(world.device), keys)
-        rewards[rows, member] = out.reward.cpu().double().numpy()
-        chances[rows, member] = out.p_terminated.cpu().double().numpy()
+    rewards, probability = np.zeros((2, len(episode), members))
+    for rows, out in single_steps(world, log, (episode, step), seed):
+        rewards[rows] = out.reward.cpu().double().numpy().reshape(-1, members)
+        probability[rows] = out.p_terminated.cpu().double().numpy().reshape(-1, members)
     reward, terminated = log.outcome(episode, step)
     group = np.unique(episode, return_inverse=True)[1]
-    return _judged(
-        rewards,
-        chances.mean(1),
-        reward.astype(np.float64),
-        terminated,
-        group,
-        world.spec.reward_values is not None,
-        told,
-    )
-
-
-def _judged(
-    rewards: Array,
-    chance: Array,
-    reward: Array,
-    terminated: Array,
-    group: Array,
-    exact: bool,
-    told: bool,
-) -> OneStep:
-    precision, recall = stats.precision_recall(terminated, chance > 0.5)
-    hits = np.bincount(group, weights=terminated & (chance > 0.5))
-    recalled = stats.mean_of_groups(hits, np.bincount(group, weights=terminated))[1]
-    area, area_interval = stats.auc(terminated, chance, group)
-    r2 = stats.r_squared(reward, rewards.mean(1))
-    accuracy = accurate = None
-    if exact:
-        right = np.isclose(rewards, reward[:, None], rtol=1e-6, atol=1e-9).mean(1)
-        accuracy, accurate = stats.mean_of_groups(
-            np.bincount(group, weights=right), np.bincount(group)
-        )
+    expected = probability.mean(1)
+    predicted = expected > 0.5
+    hits = terminated & predicted
+    recall, recall_interval = stats.grouped_mean(hits, group, weights=terminated)
+    auc, auc_interval = stats.auc(terminated, expected, group)
+    r2, r2_interval = stats.r_squared(reward, rewards.mean(1), group)
+    accuracy = accuracy_interval = None
+    if world.spec.reward_values is not None:
+        truth = reward.astype(np.float64)[:, None]
+        right = np.isclose(rewards, truth, rtol=1e-6, atol=1e-9).mean(1)
+        accuracy, accuracy_interval = stats.grouped_mean(right, group)
     notes = []
-    if told:
+    if fallback:
         notes.append(
             "validation is too small: reward and termination are judged on the training split."
         )
     if recall is None:
         notes.append("no transition terminates here: recall is undefined.")
-    elif precision is None:
+    elif not predicted.any():
         notes.append("no termination was predicted: precision is undefined.")
     if r2 is None:
         notes.append("the rewards are constant here: R² is undefined.")
     return OneStep(
         transitions=len(reward),
         terminals=int(terminated.sum()),
-        expected_terminals=float(chance.sum()),
-        precision=precision,
+        expected_terminals=float(expected.sum()),
+        precision=float(hits.sum() / predicted.sum()) if predicted.any() else None,
         recall=recall,
-        recall_interval=recalled,
-        auc=area,
-        auc_interval=area_interval,
+        recall_interval=recall_interval,
+        auc=auc,
+        auc_interval=auc_interval,
         reward_accuracy=accuracy,
-        reward_accuracy_interval=accurate,
+        reward_accuracy_interval=accuracy_interval,
         reward_r2=r2,
-        reward_r2_interval=None
-        if r2 is None
-        else stats.r_squared_interval(reward, rewards.mean(1), group),
+        reward_r2_interval=r2_interval,
         notes=tuple(notes),
     )
 
@@ -275,48 +215,33 @@ def time_to_end(
     their first state), each member once.
     """
     log = Log(dataset, codec_of(world), split)
-    last = (
-        log.outcome(np.arange(len(log.lengths)), log.lengths - 1)[1]
-        if len(log.lengths)
-        else np.zeros(0, np.bool_)
-    )
-    chosen = np.flatnonzero(last)
-    chosen = np.sort(np.random.default_rng(seed).permutation(chosen)[:ENDED])
-    if not len(chosen):
-        return TimeToEnd(
-            0,
-            0.0,
-            None,
-            None,
-            None,
-            None,
-            "no episode terminates here: there is no end to be timed.",
-        )
-    ahead = np.minimum(AHEAD, log.lengths[chosen])
-    members, count = world.config.members, len(chosen)
-    rows, member = np.repeat(np.arange(count), members), np.tile(np.arange(members), count)
-    device, episode, start = world.device, chosen[rows], (log.lengths[chosen] - ahead)[rows]
-    drawn_by = torch.from_numpy(member).to(device)
-    carry = begin_at(world, log, episode, start, drawn_by, world.net.memory // 2)
-    going, expected = np.ones(len(rows)), np.zeros(len(rows))
-    for t in range(int(ahead.max())):
-        alive = t < ahead[rows]
-        action = log.action(episode, np.minimum(start + t, log.lengths[episode] - 1)).to(device)
-        carry, out = world.step(
-            carry, action, rng.keys(seed, torch.from_numpy(rows).to(device), drawn_by, t)
-        )
+    every = np.arange(len(log.lengths))
+    ended = every[log.outcome(every, log.lengths - 1)[1]] if len(every) else every
+    episode = np.sort(np.random.default_rng(seed).permutation(ended)[:ENDED])
+    if not len(episode):
+        note = "no episode terminates here: there is no end to be timed."
+        return TimeToEnd(0, 0.0, None, None, None, None, note)
+    members, warmup = world.config.members, world.net.memory // 2
+    ahead = np.minimum(AHEAD, log.lengths[episode])
+    start, rows = (episode, log.lengths[episode] - ahead), np.arange(len(episode))
+    steps = int(ahead.max())
+    outputs = play(world, log, start, rows, members, steps=steps, seed=seed, warmup=warmup)
+    going, expected = np.ones((len(rows), members)), np.zeros((len(rows), members))
+    for t, out in enumerate(outputs):
+        alive = (t < ahead)[:, None]
+        ends = out.p_terminated.cpu().double().numpy().reshape(-1, members)
         expected += np.where(alive, going, 0.0)
-        going = np.where(alive, going * (1.0 - out.p_terminated.cpu().double().numpy()), going)
-    # The end falls on step t with the chance of going on until then; what goes on for longer ends
-    # one step late at least.
-    off = (expected + going - ahead[rows]).reshape(count, members)
-    late, errors = off.mean(1), np.abs(off).mean(1)
+        going = np.where(alive, going * (1.0 - ends), going)
+    # The end falls on step t with the probability of going on until then; what goes on for longer
+    # ends one step late at least.
+    late = expected + going - ahead[:, None]
+    errors = np.abs(late).mean(1)
     return TimeToEnd(
-        count,
-        float(ahead.mean()),
-        float(late.mean()),
-        float(errors.mean()),
-        stats.mean_interval(errors),
-        float(going.mean()),
-        None,
+        episodes=len(episode),
+        ahead=float(ahead.mean()),
+        bias=float(late.mean()),
+        error=float(errors.mean()),
+        error_interval=stats.mean_interval(errors),
+        missed=float(going.mean()),
+        note=None,
     )

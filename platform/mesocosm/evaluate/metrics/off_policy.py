@@ -1,5 +1,5 @@
 """Is the world right away from its data: errors on episodes of other behaviours, by their distance
-from the logs, and whether the members' disagreement knows where it is wrong.
+from the logs, and whether the members' disagreement tells where it is wrong.
 
 The distance of a behaviour is the mean negative log density of its actions under a clone of the
 logs' behaviour, per step (nats).
@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,8 @@ from mesocosm.data.format.writer import write_dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
-from mesocosm.evaluate.metrics.open_loop import (
-    Array,
-    Log,
-    Progress,
-    begin_at,
-    codec_of,
-    linear_model,
-    silent,
-)
-from mesocosm.model import rng
+from mesocosm.evaluate.metrics.log import Array, Log, codec_of, single_steps
+from mesocosm.evaluate.metrics.open_loop import Progress, linear_model, silent
 from mesocosm.model.base import MAX_CARDINALITY
 from mesocosm.model.world import World
 
@@ -59,17 +50,22 @@ class Errors:
     group: Array
     """[N] episode, numbered 0..n-1"""
     diverged: int
-    """Steps at which a member left all bounds: their error and disagreement are the largest float
-    """
+    """Steps at which a member left all bounds; their error and disagreement are the largest float"""
+
+    def __add__(self, other: Errors) -> Errors:
+        group = np.concatenate([self.group, other.group + self.group.max() + 1])
+        error = np.concatenate([self.error, other.error])
+        disagreement = np.concatenate([self.disagreement, other.disagreement])
+        return Errors(error, disagreement, group, self.diverged + other.diverged)
 
 
 @dataclass(frozen=True)
 class Behaviour:
-    """A row of the table: episodes of one behaviour, and how the world fares on them."""
+    """A row of the table: errors on the episodes of one behaviour."""
 
     name: str
     divergence: float | None
-    """Nats a step under the clone; None where the action space leaves nothing to say"""
+    """Nats a step under the clone; None where the action space is empty"""
     transitions: int
     fidelity: Fidelity
     error: float
@@ -77,9 +73,9 @@ class Behaviour:
     disagreement: float
     """Median"""
     large: float
-    """Share of transitions with an error above what a tenth of validation's exceed"""
+    """Share of transitions with a larger error than nine tenths of validation's"""
     auroc: float | None
-    """Does disagreement tell those from the others here; None where there is only one kind"""
+    """Of disagreement for those against the others; None where there is only one kind"""
     auroc_interval: stats.Interval | None
     logged: bool = False
     """Some of the world's data are of this behaviour"""
@@ -90,6 +86,8 @@ class Behaviour:
 
 @dataclass(frozen=True)
 class OffPolicy:
+    """The table of errors away from the data."""
+
     behaviours: tuple[Behaviour, ...]
     """By divergence, nearest first"""
     logs: float | None
@@ -100,44 +98,38 @@ class OffPolicy:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **asdict(self),
-            "behaviours": [behaviour.to_json() for behaviour in self.behaviours],
-        }
+        rows = [behaviour.to_json() for behaviour in self.behaviours]
+        return asdict(self) | {"behaviours": rows}
 
 
 def one_step_errors(world: World, dataset: Dataset, split: Split, *, seed: int = 0) -> Errors:
-    """Of a uniform draw of at most TRANSITIONS transitions of the split. What a member draws stands
-    for its expectation: over K members it averages out.
+    """Of a uniform draw of at most TRANSITIONS transitions of the split. A member's draw stands for
+    its expectation: over K members it averages out.
     """
     log = Log(dataset, codec_of(world), split)
-    members = world.config.members
     episode, step = log.starts(1, TRANSITIONS, np.random.default_rng([seed, 5]))
     truth = log.observation(episode, step + 1)
-    drawn, categories, apart = [], [], []
+    error, disagreement = np.zeros((2, len(episode)))
     diverged = np.zeros(len(episode), np.bool_)
-    for member in range(members):
-        chosen = torch.full((len(episode),), member, device=world.device)
-        carry = begin_at(world, log, episode, step, chosen, world.net.memory // 2)
-        keys = rng.keys(seed, torch.arange(len(episode), device=world.device), member, 0)
-        _, out = world.step(carry, log.action(episode, step).to(world.device), keys)
-        drawn.append(out.observation.numbers.cpu().double())
-        categories.append((out.observation.categories.cpu() != truth.categories).double())
-        apart.append(out.disagreement.cpu().double())
-        diverged |= out.diverged.cpu().numpy()
-    squares = [
-        (torch.stack(drawn).mean(0) - truth.numbers.double()).pow(2),
-        (torch.stack(categories).mean(0) > 0.5).double(),
-    ]
-    error = torch.cat(squares, -1).mean(-1).sqrt().numpy()
+    for rows, out in single_steps(world, log, (episode, step), seed):
+        shape, true, seen = (
+            (len(rows), world.config.members),
+            truth[rows],
+            out.observation.to("cpu"),
+        )
+        numbers = seen.numbers.double().reshape(*shape, true.numbers.shape[1])
+        codes = seen.categories.reshape(*shape, true.categories.shape[1])
+        squares = (
+            (numbers.mean(1) - true.numbers.double()).pow(2),
+            ((codes != true.categories[:, None]).double().mean(1) > 0.5).double(),
+        )
+        error[rows] = torch.cat(squares, -1).mean(-1).sqrt().numpy()
+        disagreement[rows] = out.disagreement.cpu().double().reshape(shape).mean(1).numpy()
+        diverged[rows] = out.diverged.cpu().reshape(shape).any(1).numpy()
     most = np.finfo(np.float64).max
-    disagreement = np.where(diverged, most, torch.stack(apart).mean(0).numpy())
-    return Errors(
-        np.where(diverged, most, error),
-        disagreement,
-        np.unique(episode, return_inverse=True)[1],
-        int(diverged.sum()),
-    )
+    error, disagreement = (np.where(diverged, most, x) for x in (error, disagreement))
+    group = np.unique(episode, return_inverse=True)[1]
+    return Errors(error, disagreement, group, int(diverged.sum()))
 
 
 def off_policy(
@@ -151,22 +143,26 @@ def off_policy(
     seed: int = 0,
     progress: Progress = silent,
 ) -> OffPolicy:
-    """`behaviours`: (name, real episodes that were never trained on). `logs`: the world's own
-    datasets, whose validation split sets the scale.
+    """Errors on the episodes of each behaviour, which trained nothing.
+
+    Args:
+        world: The world.
+        logs: Its own datasets, whose validation split sets the scale.
+        behaviours: (name, real episodes).
+        horizons: As of `open_loop`, and so `starts`, `samples` and `seed`.
+        progress: Called on each imagined step.
     """
-    codec = codec_of(world)
-    held: Split = "valid" if len(logs.episodes("valid")) >= 2 else "train"
-    notes = (
-        []
-        if held == "valid"
-        else ["validation is too small: what a large error is, is taken from the training split."]
-    )
-    near = one_step_errors(world, logs, held, seed=seed)
-    bound = float(np.quantile(near.error, LARGE))
-    alone = world.config.members == 1
-    if alone:
+    codec, notes = codec_of(world), []
+    split: Split = "valid" if len(logs.episodes("valid")) >= 2 else "train"
+    if split == "train":
         notes.append(
-            "the world has one member, which cannot disagree: whether disagreement knows where it"
+            "validation is too small: what a large error is, is taken from the training split."
+        )
+    near = one_step_errors(world, logs, split, seed=seed)
+    bound = float(np.quantile(near.error, LARGE))
+    if world.config.members == 1:
+        notes.append(
+            "the world has one member, which cannot disagree: whether disagreement tells where it"
             " is wrong is undefined."
         )
 
@@ -174,16 +170,33 @@ def off_policy(
         # Errors of categories alone are few values, and the bound may be the largest of them.
         return error >= bound if (near.error > bound).sum() == 0 and bound > 0 else error > bound
 
+    def auroc(errors: Errors) -> tuple[float | None, stats.Interval | None]:
+        if world.config.members == 1:
+            return None, None
+        return stats.auc(large(errors.error), errors.disagreement, errors.group)
+
     clone, linear = Clone.fit(logs, codec, seed), linear_model(logs, codec)
     rows: list[Behaviour] = []
-    pooled = [near]
+    pooled = near
     for name, episodes in behaviours:
+
+        def report(text: str, name: str = name) -> None:
+            progress(f"{name}: {text}")
+
         with tempfile.TemporaryDirectory() as folder:
-            data = _dataset(
-                Path(folder) / "episodes", episodes, logs, codec.environment["task"], seed
+            write_dataset(
+                Path(folder) / "episodes",
+                list(episodes),
+                id="episodes",
+                environment=Environment(id="held out", task=codec.environment["task"]),
+                observation_space=logs.observation_space,
+                action_space=logs.action_space,
+                seed=seed,
+                valid_fraction=0.0,
             )
+            data = Dataset([Path(folder) / "episodes"])
             far = one_step_errors(world, data, "train", seed=seed)
-            found = fidelity(
+            table = fidelity(
                 world,
                 data,
                 horizons=horizons,
@@ -192,63 +205,22 @@ def off_policy(
                 seed=seed,
                 split="train",
                 linear=linear,
-                progress=partial(_of, progress, name),
+                progress=report,
             )
-            area, interval = (
-                (None, None) if alone else stats.auc(large(far.error), far.disagreement, far.group)
+            divergence, transitions = clone.divergence(data, codec, "train"), data.transitions
+            del data  # its files are mapped: they end with the folder
+        if far.diverged:
+            notes.append(
+                f"{name}: {far.diverged} of {len(far.error)} steps left all bounds; they count as"
+                " the largest errors."
             )
-            if far.diverged:
-                notes.append(
-                    f"{name}: {far.diverged} of {len(far.error)} steps left all bounds; they count"
-                    " as the largest errors."
-                )
-            rows.append(
-                Behaviour(
-                    name,
-                    clone.divergence(data, codec, "train"),
-                    data.transitions,
-                    found,
-                    float(np.median(far.error)),
-                    float(np.median(far.disagreement)),
-                    float(large(far.error).mean()),
-                    area,
-                    interval,
-                )
-            )
-            pooled.append(far)
-            del data
-    offsets = np.cumsum([0, *(int(e.group.max()) + 1 for e in pooled)])
-    group = np.concatenate([e.group + offset for e, offset in zip(pooled, offsets, strict=False)])
-    error, apart = (
-        np.concatenate([e.error for e in pooled]),
-        np.concatenate([e.disagreement for e in pooled]),
-    )
-    area, interval = (None, None) if alone else stats.auc(large(error), apart, group)
+        medians = float(np.median(far.error)), float(np.median(far.disagreement))
+        share = float(large(far.error).mean())
+        rows.append(Behaviour(name, divergence, transitions, table, *medians, share, *auroc(far)))
+        pooled = pooled + far
     rows.sort(key=lambda row: -np.inf if row.divergence is None else row.divergence)
-    return OffPolicy(tuple(rows), clone.divergence(logs, codec, held), area, interval, tuple(notes))
-
-
-def _of(progress: Progress, behaviour: str, text: str) -> None:
-    progress(f"{behaviour}: {text}")
-
-
-def _dataset(
-    folder: Path, episodes: Sequence[Episode], logs: Dataset, task: list[str], seed: int
-) -> Dataset:
-    """A dataset of the world's spaces that lasts as long as its folder; everything is in its
-    training split.
-    """
-    write_dataset(
-        folder,
-        list(episodes),
-        id=folder.name,
-        environment=Environment(id="held out", task=task),
-        observation_space=logs.observation_space,
-        action_space=logs.action_space,
-        seed=seed,
-        valid_fraction=0.0,
-    )
-    return Dataset([folder])
+    logged = clone.divergence(logs, codec, split)
+    return OffPolicy(tuple(rows), logged, *auroc(pooled), tuple(notes))
 
 
 class Clone(nn.Module):
@@ -265,7 +237,7 @@ class Clone(nn.Module):
         super().__init__()
         self.codec = codec
         spec = codec.spec
-        self.numbers, self.categories = spec.action.numbers, spec.action.categories
+        self.numbers, self.categories = spec.action.numbers, list(spec.action.categories)
         width = 1 + sum(
             part.numbers + sum(c for c in part.categories if c <= MAX_CARDINALITY)
             for part in (spec.observation, spec.task)
@@ -299,45 +271,31 @@ class Clone(nn.Module):
 
     def _inputs(self, log: Log, episode: Array, step: Array) -> Tensor:
         """[N, F]: numbers and small categories (one-hot) of observation and task."""
-        spec = self.codec.spec
-        columns = [torch.ones(len(episode), 1)]
-        for part, values in (
-            (spec.observation, log.observation(episode, step)),
-            (spec.task, log.task(episode)),
-        ):
+        spec, columns = self.codec.spec, [torch.ones(len(episode), 1)]
+        parts = (spec.observation, log.observation(episode, step)), (spec.task, log.task(episode))
+        for part, values in parts:
             columns.append(values.numbers)
-            columns += [
-                F.one_hot(values.categories[:, i], c).float()
-                for i, c in enumerate(part.categories)
-                if c <= MAX_CARDINALITY
-            ]
+            for i, cardinality in enumerate(part.categories):
+                if cardinality <= MAX_CARDINALITY:
+                    columns.append(F.one_hot(values.categories[:, i], cardinality).float())
         return torch.cat(columns, -1)
 
     def _nats(self, x: Tensor, numbers: Tensor, categories: Tensor) -> Tensor:
         """[N] negative log density"""
-        mean, raw, logits = self.net(x).split(
-            [self.numbers, self.numbers, sum(self.categories)], -1
-        )
-        deviation = F.softplus(raw) + self.FLOOR
-        nats = (
-            0.5 * ((numbers - mean) / deviation).pow(2) + deviation.log() + 0.5 * np.log(2 * np.pi)
-        ).sum(-1)
-        for i, each in enumerate(
-            logits.split(list(self.categories), -1) if self.categories else ()
-        ):
+        mean, raw, *logits = self.net(x).split([self.numbers] * 2 + self.categories, -1)
+        scale = F.softplus(raw) + self.FLOOR
+        nats = -torch.distributions.Normal(mean, scale).log_prob(numbers).sum(-1)
+        for i, each in enumerate(logits):
             nats = nats + F.cross_entropy(each, categories[:, i], reduction="none")
         return nats
 
     @torch.no_grad()
     def divergence(self, dataset: Dataset, codec: Codec, split: Split) -> float | None:
-        """Mean nats a step of the split's actions; None where the action holds neither numbers nor
-        categories.
-        """
+        """Mean nats a step of the split's actions; None where the action space is empty."""
         if not self.numbers and not self.categories:
             return None
         log = Log(dataset, codec, split)
-        episode, step = log.starts(1, TRANSITIONS, np.random.default_rng(0))
-        action = log.action(episode, step)
-        return float(
-            self._nats(self._inputs(log, episode, step), action.numbers, action.categories).mean()
-        )
+        start = log.starts(1, TRANSITIONS, np.random.default_rng(0))
+        action = log.action(*start)
+        nats = self._nats(self._inputs(log, *start), action.numbers, action.categories)
+        return float(nats.mean())

@@ -1,5 +1,5 @@
-"""Open-loop error: logged actions played in the world from logged states, against what truly
-followed.
+"""Open-loop error: logged actions played in the world from logged states, against the logged
+observations.
 
 Numbers are compared normalised (each over its standard deviation in the data), categories by
 equality. The reference is persistence, the prediction that nothing changes: a ratio of 1 is no
@@ -8,8 +8,8 @@ logged states with h steps left; "full" starts at an episode's first state and c
 world with history is given the true steps before a start, up to `warmup`.
 
 Two predictions are reported: the mean over several sampled rollouts, each with one member (members
-in turn), and a single rollout. What a model samples well has the smaller ratio in the first; what
-an agent lives in is the second.
+in turn), and a single rollout. A model that samples well has the smaller ratio in the first; an
+agent lives in the second.
 """
 
 from __future__ import annotations
@@ -19,29 +19,22 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.loading.codec import Codec
-from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics import stats
-from mesocosm.model import rng
+from mesocosm.evaluate.metrics.log import ROWS, Array, Log, codec_of, play
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.spec import Parts
-from mesocosm.model.world import Carry, Context, World
+from mesocosm.model.world import World
 from mesocosm.train.prepare import transitions
 
-Array = NDArray[Any]
 Progress = Callable[[str], None]
-"""Told in a few words how far a long computation is."""
+"""Receives in a few words how far a long computation is."""
 HORIZONS: tuple[int | str, ...] = (1, 5, 15, 50, "full")
 FULL_EPISODES = 16
 """Episodes rolled out in full at most."""
-ROWS = 2048
-"""Environments that step together at most."""
 
 
 def silent(text: str) -> None:
@@ -50,7 +43,7 @@ def silent(text: str) -> None:
 
 @dataclass(frozen=True)
 class Row:
-    """One horizon. None where the data cannot say."""
+    """One horizon. None where the data cannot answer."""
 
     horizon: str
     steps: float
@@ -64,9 +57,7 @@ class Row:
     single: float | None = None
     """The same ratio for a single sampled rollout"""
     typical: float | None = None
-    """The ratio of the median errors: far below `ratio` where rare events (a collision never seen
-    in training) own the mean
-    """
+    """The ratio of the median errors: far below `ratio` where rare events dominate the mean"""
     persistence: float | None = None
     """Persistence's RMSE, normalised"""
     linear: float | None = None
@@ -89,6 +80,8 @@ class Row:
 
 @dataclass(frozen=True)
 class OpenLoop:
+    """The table of open-loop errors."""
+
     rows: tuple[Row, ...]
     split: Split
     samples: int
@@ -97,108 +90,11 @@ class OpenLoop:
 
     @property
     def nominal(self) -> float:
-        """What the range of `samples` exchangeable draws covers of one more: 90% for 19."""
+        """The share that the range of `samples` exchangeable draws covers of one more: 90% for 19."""
         return (self.samples - 1) / (self.samples + 1)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"nominal": self.nominal}
-
-
-def codec_of(world: World) -> Codec:
-    return Codec.from_json(world.codec)
-
-
-class Log:
-    """Logged steps as a world's parts, for any (episode, step) of one split."""
-
-    def __init__(self, dataset: Dataset, codec: Codec, split: Split):
-        check_dataset(dataset, codec)
-        self.dataset, self.codec, self.split = dataset, codec, split
-        self.episodes: Array = dataset.episodes(split)
-        self.lengths: Array = dataset.table["length"][self.episodes].astype(np.int64)
-        self._options = codec.option_rows(
-            dataset.options, dataset.option_numbers, dataset.option_values
-        )
-
-    def _gather(self, name: str, episode: Array, step: Array) -> Array:
-        """`episode` [n] positions in the split, `step` [n, ...] -> rows [n, ..., columns]."""
-        table = self.dataset.table[self.episodes[episode]]
-        first = table["first_row"].reshape(-1, *(1,) * (step.ndim - 1))
-        return self.dataset.gather(name, table["shard"], first + step)
-
-    def observation(self, episode: Array, step: Array) -> Parts:
-        return self.codec.observation_parts(
-            self._gather("obs_num", episode, step), self._gather("obs_cat", episode, step)
-        )
-
-    def action(self, episode: Array, step: Array) -> Parts:
-        return self.codec.action_parts(
-            self._gather("act_num", episode, step), self._gather("act_cat", episode, step)
-        )
-
-    def task(self, episode: Array) -> Parts:
-        zero = np.zeros(len(episode), np.int64)
-        options = self._options[self.episodes[episode]]
-        return self.codec.task_parts(
-            self._gather("obs_num", episode, zero), self._gather("obs_cat", episode, zero), options
-        )
-
-    def outcome(self, episode: Array, step: Array) -> tuple[Array, Array]:
-        """(raw reward [n], terminated [n]) of transitions."""
-        return self._gather("reward", episode, step), self._gather(
-            "terminated", episode, step
-        ).astype(bool)
-
-    def starts(
-        self, horizon: int, limit: int, generator: np.random.Generator
-    ) -> tuple[Array, Array]:
-        """At most `limit` distinct (episode, step) with at least `horizon` steps left, drawn
-        uniformly from all such.
-        """
-        room = np.maximum(self.lengths - horizon + 1, 0)
-        ends = np.cumsum(room)
-        total = int(ends[-1]) if len(ends) else 0
-        chosen = np.sort(generator.choice(total, size=min(limit, total), replace=False))
-        episode = np.searchsorted(ends, chosen, "right")
-        return episode, chosen - (ends - room)[episode]
-
-
-def check_dataset(dataset: Dataset, codec: Codec) -> None:
-    """Raise UsageError where a dataset is of other spaces than the world's."""
-    for what in ("observation_space", "action_space"):
-        theirs, own = getattr(dataset, what), getattr(codec, what)
-        if theirs != own:
-            raise UsageError(
-                f"dataset {', '.join(dataset.ids)} has {what} {theirs}, the world {own}; evaluate"
-                " the world on data of its own environment"
-            )
-
-
-def begin_at(
-    world: World, log: Log, episode: Array, step: Array, member: Tensor, warmup: int
-) -> Carry:
-    """A session that stands at o_step of each logged episode [n], having seen the up to `warmup`
-    true steps before it.
-    """
-    columns = min(warmup, world.net.memory)
-    observation, task = (
-        log.observation(episode, step).to(world.device),
-        log.task(episode).to(world.device),
-    )
-    if not columns:
-        return world.begin(task, observation, member)
-    before = step[:, None] - columns + np.arange(columns)
-    seen = np.maximum(before, 0)
-    context = Context(
-        clock=columns,
-        past_observation=log.observation(episode, seen),
-        past_action=log.action(episode, seen),
-        start_column=torch.from_numpy((before < 0).sum(1)),
-        observation=observation,
-        task=task,
-        member=member,
-    )
-    return world.restore(context)
 
 
 def open_loop(
@@ -214,243 +110,175 @@ def open_loop(
     linear: Base | None = None,
     progress: Progress = silent,
 ) -> OpenLoop:
-    """The table of open-loop errors of `world` on the validation split of `dataset`.
+    """The table of open-loop errors of `world` on a split of `dataset`.
 
     Args:
-        starts: logged states at most, for each horizon.
-        samples: sampled rollouts from each start; their mean is the prediction.
-        warmup: true steps of history given before a start; None is half of the world's context.
-        linear: the linear model to compare with; None: `linear_model` of the dataset.
-        progress: called with a few words on each imagined step.
+        world: The world.
+        dataset: Of the world's spaces.
+        horizons: Steps ahead, or "full".
+        starts: Logged states at most, for each horizon.
+        samples: Sampled rollouts from each start; their mean is the prediction.
+        seed: Of the starts and the rollouts.
+        warmup: True steps of history before a start. Defaults to half of the world's context.
+        split: Falls back on "train", with a note, where it holds fewer than two episodes.
+        linear: The linear model to compare with. Defaults to `linear_model` of the dataset.
+        progress: Called on each imagined step.
 
-    Falls back on the training split, with a note, where validation holds fewer than two episodes.
-    Raises UsageError where the dataset is of other spaces.
+    Raises:
+        UsageError: The dataset is of other spaces.
     """
     codec = codec_of(world)
     warmup = world.net.memory // 2 if warmup is None else min(warmup, world.net.memory)
     notes: list[str] = []
-    if split == "valid" and len(dataset.episodes("valid")) < 2:
+    count = len(dataset.episodes("valid"))
+    if split == "valid" and count < 2:
         split = "train"
-        notes.append(
-            f"validation holds {len(dataset.episodes('valid'))} episodes, too few: these are errors"
-            " on the training split."
-        )
+        few = f"validation holds {count} episodes, too few"
+        notes.append(f"{few}: these are errors on the training split.")
     log = Log(dataset, codec, split)
-    linear = linear_model(dataset, codec) if linear is None else linear
+    measure = _Measure(world, log, linear or linear_model(dataset, codec), samples, notes, progress)
     rows = []
     for number, horizon in enumerate(horizons):
         generator = np.random.default_rng([seed, number])
         if horizon == "full":
-            drawn = generator.permutation(len(log.episodes))[:FULL_EPISODES]
-            rows.append(
-                _measure(
-                    world,
-                    log,
-                    "full",
-                    np.sort(drawn),
-                    np.zeros(len(drawn), np.int64),
-                    None,
-                    samples,
-                    seed + number,
-                    0,
-                    notes,
-                    linear,
-                    progress,
-                )
-            )
-            continue
-        steps = int(horizon)
-        episode, step = log.starts(steps, starts, generator)
-        rows.append(
-            _measure(
-                world,
-                log,
-                str(horizon),
-                episode,
-                step,
-                steps,
-                samples,
-                seed + number,
-                warmup,
-                notes,
-                linear,
-                progress,
-            )
-        )
+            episode = np.sort(generator.permutation(len(log.episodes))[:FULL_EPISODES])
+            step, ahead = np.zeros(len(episode), np.int64), log.lengths[episode]
+        else:
+            episode, step = log.starts(int(horizon), starts, generator)
+            ahead = np.full(len(episode), int(horizon))
+        history = 0 if horizon == "full" else warmup
+        rows.append(measure.row(str(horizon), (episode, step), ahead, seed + number, history))
     return OpenLoop(tuple(rows), split, samples, warmup, tuple(notes))
 
 
-def _measure(
-    world: World,
-    log: Log,
-    name: str,
-    episode: Array,
-    step: Array,
-    horizon: int | None,
-    samples: int,
-    seed: int,
-    warmup: int,
-    notes: list[str],
-    linear: Base,
-    progress: Progress,
-) -> Row:
-    ahead = log.lengths[episode] if horizon is None else np.full(len(episode), horizon)
-    if not len(episode):
-        notes.append(
-            f"horizon {name}: no {'validation' if log.split == 'valid' else 'training'} episode is"
-            " that long."
-        )
-        return Row(name, float(horizon or 0), 0, 0)
+@dataclass(frozen=True)
+class _Measure:
+    """Makes the rows of one table, and its notes."""
 
-    def report(text: str) -> None:
-        progress(f"horizon {name}, {text}")
+    world: World
+    log: Log
+    linear: Base
+    samples: int
+    notes: list[str]
+    progress: Progress
 
-    imagined = rollouts(world, log, episode, step, ahead, samples, seed, warmup, report)
-    numbers, categories = imagined
-    truth, start = log.observation(episode, step + ahead), log.observation(episode, step)
-    true_numbers, first_numbers = truth.numbers.double().numpy(), start.numbers.double().numpy()
-    ratio = interval = single = typical = persistence = straight = coverage = covered = accuracy = (
-        accurate
-    ) = persistence_accuracy = None
-    groups = np.unique(episode, return_inverse=True)[1]
-    if true_numbers.shape[1]:
-        none = ((first_numbers - true_numbers) ** 2).mean(-1)
-        mean = ((numbers.mean(1) - true_numbers) ** 2).mean(-1)
-        each = ((numbers - true_numbers[:, None]) ** 2).mean((1, 2))
-        persistence = float(np.sqrt(none.mean()))
-        if samples > 1:
-            inside = _inside(
-                numbers,
-                true_numbers,
-                np.array(world.spec.observation.bins),
-                np.random.default_rng([seed, 1]),
-            )
-            coverage, covered = stats.mean_of_groups(
-                np.bincount(groups, weights=inside.mean(-1)), np.bincount(groups), seed=seed
-            )
-        if not np.isfinite(each).all():
-            notes.append(
-                f"horizon {name}: rollouts from {int((~np.isfinite(each)).sum())} of {len(each)}"
-                " starts left the finite numbers; the error is infinite."
-            )
-        elif persistence == 0:
-            notes.append(
-                f"horizon {name}: persistence makes no error here, so the ratio is undefined."
-            )
-        else:
-            by_episode = [np.bincount(groups, weights=values) for values in (mean, none)]
-            ratio, single = stats.ratio_of_rms(mean, none), stats.ratio_of_rms(each, none)
-            interval = stats.ratio_interval(*by_episode, seed=seed)
-            typical = stats.ratio_of_rms(np.median(mean), np.median(none))
-            with np.errstate(over="ignore"):
-                straight = stats.ratio_of_rms(
-                    ((_iterated(linear, log, episode, step, ahead) - true_numbers) ** 2).mean(-1),
-                    none,
-                )
-            if straight is not None and not np.isfinite(straight):
-                straight = None
-                notes.append(f"horizon {name}: the linear model left the finite numbers.")
-    if truth.categories.shape[1]:
-        true_categories = truth.categories.numpy()
-        right = (_most_frequent(categories) == true_categories).mean(-1)
-        accuracy, accurate = stats.mean_of_groups(
-            np.bincount(groups, weights=right), np.bincount(groups), seed=seed
-        )
-        persistence_accuracy = float((start.categories.numpy() == true_categories).mean())
-    return Row(
-        name,
-        float(ahead.mean()),
-        len(episode),
-        len(np.unique(episode)),
-        ratio,
-        interval,
-        single,
-        typical,
-        persistence,
-        straight,
-        coverage,
-        covered,
-        accuracy,
-        accurate,
-        persistence_accuracy,
-    )
+    def row(
+        self, name: str, start: tuple[Array, Array], ahead: Array, seed: int, warmup: int
+    ) -> Row:
+        """The row of a horizon: from (episode, step) [n], `ahead` [n] steps."""
+        episode, step = start
+        if not len(episode):
+            split = "validation" if self.log.split == "valid" else "training"
+            self.notes.append(f"horizon {name}: no {split} episode is that long.")
+            return Row(name, 0.0 if name == "full" else float(name), 0, 0)
+        numbers, categories = self._rollouts(name, start, ahead, seed, warmup)
+        truth, first = self.log.observation(episode, step + ahead), self.log.observation(*start)
+        group = np.unique(episode, return_inverse=True)[1]
+        facts: dict[str, Any] = {}
+        if truth.numbers.shape[1]:
+            true = truth.numbers.double().numpy()
+            still = ((first.numbers.double().numpy() - true) ** 2).mean(-1)
+            facts = self._coverage(numbers, true, group, seed)
+            facts |= self._errors(name, numbers, true, still, group, seed)
+            if "ratio" in facts:
+                facts["linear"] = self._linear(name, start, ahead, true, still)
+        if truth.categories.shape[1]:
+            expected = truth.categories.numpy()
+            right = (_most_frequent(categories) == expected).mean(-1)
+            facts["accuracy"], interval = stats.grouped_mean(right, group, seed=seed)
+            unchanged = float((first.categories.numpy() == expected).mean())
+            facts |= {"accuracy_interval": interval, "persistence_accuracy": unchanged}
+        return Row(name, float(ahead.mean()), len(episode), len(np.unique(episode)), **facts)
 
+    def _rollouts(
+        self, name: str, start: tuple[Array, Array], ahead: Array, seed: int, warmup: int
+    ) -> tuple[Array, Array]:
+        """Sampled observations `ahead` [n] steps after each start: numbers [n, samples, d] float64
+        normalised, categories [n, samples, m]. Sampled terminations are ignored: the logged episode
+        went on.
+        """
+        spec, samples = self.world.spec.observation, self.samples
+        numbers = np.zeros((len(ahead), samples, spec.numbers))
+        categories = np.zeros((len(ahead), samples, len(spec.categories)), np.int64)
+        order = np.argsort(ahead, kind="stable")
+        width = max(1, ROWS // samples)
+        for chunk in (order[i : i + width] for i in range(0, len(order), width)):
+            last, shape = int(ahead[chunk].max()), (len(chunk), samples)
+            outputs = play(
+                self.world, self.log, start, chunk, samples, steps=last, seed=seed, warmup=warmup
+            )
+            diverged = np.zeros((len(chunk), samples, 1), np.bool_)
+            for t, out in enumerate(outputs, 1):
+                self.progress(f"horizon {name}, step {t} of {last}")
+                diverged |= out.diverged.cpu().numpy().reshape(*shape, 1)
+                end, seen = ahead[chunk] == t, out.observation
+                values = seen.numbers.cpu().double().numpy().reshape(*shape, spec.numbers)
+                numbers[chunk[end]] = np.where(diverged, np.inf, values)[end]
+                codes = seen.categories.cpu().numpy().reshape(*shape, len(spec.categories))
+                categories[chunk[end]] = codes[end]
+        return numbers, categories
 
-def _inside(numbers: Array, truth: Array, bins: Array, generator: np.random.Generator) -> Array:
-    """[n, d] bool: the truth is within the range of the samples [n, S, d]. A logged number stands
-    for its whole bin, and sampled ones fill it.
-    """
-    spread = truth + (generator.random(truth.shape) - 0.5) * bins
-    return (numbers.min(1) <= spread) & (spread <= numbers.max(1))
+    def _coverage(self, numbers: Array, true: Array, group: Array, seed: int) -> dict[str, Any]:
+        """Whether the truth is within the range of the samples [n, S, d]. A logged number stands
+        for its whole bin, which sampled ones fill.
+        """
+        if self.samples == 1:
+            return {}
+        noise = np.random.default_rng([seed, 1]).random(true.shape) - 0.5
+        spread = true + noise * np.array(self.world.spec.observation.bins)
+        inside = (numbers.min(1) <= spread) & (spread <= numbers.max(1))
+        coverage, interval = stats.grouped_mean(inside.mean(-1), group, seed=seed)
+        return {"coverage": coverage, "coverage_interval": interval}
+
+    def _errors(
+        self, name: str, numbers: Array, true: Array, still: Array, group: Array, seed: int
+    ) -> dict[str, Any]:
+        """Errors over those of persistence, `still` [n] squared."""
+        persistence = {"persistence": float(np.sqrt(still.mean()))}
+        mean = ((numbers.mean(1) - true) ** 2).mean(-1)
+        each = ((numbers - true[:, None]) ** 2).mean((1, 2))
+        infinite = int((~np.isfinite(each)).sum())
+        if infinite:
+            self.notes.append(
+                f"horizon {name}: rollouts from {infinite} of {len(each)} starts left the finite"
+                " numbers; the error is infinite."
+            )
+            return persistence
+        if not still.any():
+            none = "persistence makes no error here, so the ratio is undefined"
+            self.notes.append(f"horizon {name}: {none}.")
+            return persistence
+        interval = stats.grouped_mean(mean, group, weights=still, root=True, seed=seed)[1]
+        return persistence | {
+            "ratio": stats.ratio_of_rms(mean, still),
+            "interval": interval,
+            "single": stats.ratio_of_rms(each, still),
+            "typical": stats.ratio_of_rms(np.median(mean), np.median(still)),
+        }
+
+    def _linear(
+        self, name: str, start: tuple[Array, Array], ahead: Array, true: Array, still: Array
+    ) -> float | None:
+        """The ratio of the linear model, iterated; categories stay as they were at the start."""
+        episode, step = start
+        now, task = self.log.observation(episode, step), self.log.task(episode)
+        predicted = now.numbers.double().numpy().copy()
+        for t in range(int(ahead.max())):
+            at = np.minimum(step + t, self.log.lengths[episode] - 1)
+            change = self.linear(now, self.log.action(episode, at), task)[0]
+            now, end = Parts(now.numbers + change, now.categories), ahead == t + 1
+            predicted[end] = now.numbers.double().numpy()[end]
+        with np.errstate(over="ignore", invalid="ignore"):
+            ratio = stats.ratio_of_rms(((predicted - true) ** 2).mean(-1), still)
+        if ratio is None or np.isfinite(ratio):
+            return ratio
+        self.notes.append(f"horizon {name}: the linear model left the finite numbers.")
+        return None
 
 
 def linear_model(dataset: Dataset, codec: Codec) -> Base:
-    """The base's own ridge regression of the training split, without its network."""
+    """The base's ridge regression of the training split, without its network."""
     return Base.fit(codec.spec, ModelConfig(members=1), transitions(dataset, codec), 0, steps=0)
-
-
-def _iterated(linear: Base, log: Log, episode: Array, step: Array, ahead: Array) -> Array:
-    """The linear model's numbers `ahead` [n] steps after each start, [n, d]; categories stay what
-    they were at the start.
-    """
-    now, task = log.observation(episode, step), log.task(episode)
-    found = now.numbers.double().numpy().copy()
-    for t in range(int(ahead.max())):
-        action = log.action(episode, np.minimum(step + t, log.lengths[episode] - 1))
-        now = Parts(now.numbers + linear(now, action, task)[0], now.categories)
-        found[ahead == t + 1] = now.numbers.double().numpy()[ahead == t + 1]
-    return np.nan_to_num(found, nan=np.inf, posinf=np.inf, neginf=-np.inf)
-
-
-def rollouts(
-    world: World,
-    log: Log,
-    episode: Array,
-    step: Array,
-    ahead: Array,
-    samples: int,
-    seed: int,
-    warmup: int,
-    progress: Progress = silent,
-) -> tuple[Array, Array]:
-    """Sampled observations `ahead` [n] steps after each start: numbers [n, samples, d] float64
-    normalised, categories [n, samples, m].
-
-    Terminations that the world samples are passed over: the logged episode went on.
-    """
-    numbers = np.zeros((len(episode), samples, world.spec.observation.numbers))
-    categories = np.zeros((len(episode), samples, len(world.spec.observation.categories)), np.int64)
-    order = np.argsort(ahead, kind="stable")
-    width = max(1, ROWS // samples)
-    for chunk in (order[i : i + width] for i in range(0, len(order), width)):
-        rows = np.repeat(chunk, samples)
-        draw = np.tile(np.arange(samples), len(chunk))
-        member = torch.from_numpy(draw % world.config.members).to(world.device)
-        carry = begin_at(world, log, episode[rows], step[rows], member, warmup)
-        diverged = np.zeros(len(rows), np.bool_)
-        last = int(ahead[chunk].max())
-        for t in range(last):
-            progress(f"step {t + 1} of {last}")
-            at = np.minimum(step[rows] + t, log.lengths[episode[rows]] - 1)
-            action = log.action(episode[rows], at).to(world.device)
-            keys = rng.keys(
-                seed,
-                torch.from_numpy(rows).to(world.device),
-                torch.from_numpy(draw).to(world.device),
-                t,
-            )
-            carry, out = world.step(carry, action, keys)
-            diverged |= out.diverged.cpu().numpy()
-            ended = ahead[rows] == t + 1
-            if ended.any():
-                seen = np.where(
-                    diverged[:, None], np.inf, out.observation.numbers.cpu().double().numpy()
-                )
-                numbers[rows[ended], draw[ended]] = seen[ended]
-                categories[rows[ended], draw[ended]] = out.observation.categories.cpu().numpy()[
-                    ended
-                ]
-    return numbers, categories
 
 
 def _most_frequent(categories: Array) -> Array:

@@ -1,32 +1,28 @@
-"""Do values in the world rank policies as reality does: correlations, rank violation, regret, and
-when none of them can be said.
-"""
+"""Do values in the world rank policies as reality does: correlations, rank violation and regret."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats as scipy_stats
+from scipy.stats import rankdata
 
 from mesocosm.evaluate.metrics import stats
 
+Array = NDArray[np.float64]
 LEAST, PER_FIFTH = 15, 3
-"""Policies, and policies in each fifth of the range of real returns, below which a note says that
-the figures rest on few.
-"""
+"""Policies, and policies in each fifth of the range of real returns, that a firm ranking needs."""
 FEWEST = 3
-"""A correlation of two points is 1 or -1 whatever they are."""
+"""Policies that a correlation needs: that of two points is always 1 or -1."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Of n policies' mean returns in reality R and in the world S. Intervals are 90% bootstrap over
-    policies. None: see `notes`.
+    """Statistics of the mean returns of n policies in reality R and in the world S. Intervals are 90%
+    bootstrap over policies. `notes` say why a value is None.
     """
 
     policies: int
@@ -51,7 +47,7 @@ class Ranking:
     the range; the mean over equally good ones
     """
     chosen: int
-    """Row of that policy among those that are counted, the first of equals"""
+    """Row of that policy, the first of equals"""
     error: float
     """Mean absolute error of the world's values, in units of return"""
     bias: float
@@ -63,51 +59,41 @@ class Ranking:
 
 
 def fifths_of(returns: ArrayLike) -> tuple[int, ...]:
-    """How many lie in each fifth of their range, from below; they are not all equal."""
+    """How many lie in each fifth of their range, from below. They are not all equal."""
     values = np.asarray(returns, dtype=np.float64)
-    low, span = values.min(), np.ptp(values)
-    return tuple(
-        np.bincount(
-            np.minimum((5 * (values - low) / span).astype(np.int64), 4), minlength=5
-        ).tolist()
-    )
+    fifth = 5 * (values - values.min()) / np.ptp(values)
+    return tuple(np.bincount(np.minimum(fifth.astype(int), 4), minlength=5).tolist())
 
 
 def firm(fifths: Sequence[int]) -> bool:
-    """Whether so many policies in each fifth are enough for figures to rest on."""
+    """Whether that many policies in each fifth make a firm ranking."""
     return sum(fifths) >= LEAST and min(fifths) >= PER_FIFTH
 
 
 def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
     """`real`, `imagined`: mean returns [n], n >= 1, of the same policies."""
     R, S = np.asarray(real, dtype=np.float64), np.asarray(imagined, dtype=np.float64)
-    low, high = float(R.min()), float(R.max())
+    n, low, high = len(R), float(R.min()), float(R.max())
     span = _spread(R)
-    worth = float(
-        R[S.max() == S].mean()
-    )  # of policies that the world holds equally good any may be chosen
-    fifths = fifths_of(R) if span > 0 else (len(R), 0, 0, 0, 0)
+    fifths = fifths_of(R) if span > 0 else (n, 0, 0, 0, 0)
     notes = []
-    if len(R) < FEWEST:
+    if n < FEWEST:
         notes.append(
-            f"{len(R)} policies: a correlation needs at least {FEWEST}; add policies, or raise"
-            " graded."
+            f"{n} policies: a correlation needs at least {FEWEST}; add policies, or raise graded."
         )
     elif span == 0:
         notes.append(
-            f"all {len(R)} policies have the same real return, {low:g}: correlation, rank violation"
-            " and regret are undefined."
+            f"all {n} policies have the same real return, {low:g}: correlation, rank violation and"
+            " regret are undefined."
         )
     elif _spread(S) == 0:
         notes.append(
-            f"the world gives all {len(R)} policies the same value, {S[0]:g}: correlations are"
-            " undefined."
+            f"the world gives all {n} policies the same value, {S[0]:g}: correlations are undefined."
         )
-    if len(R) < LEAST or (span > 0 and not firm(fifths)):
-        held = ", ".join(map(str, fifths))
+    if n < LEAST or (span > 0 and not firm(fifths)):
         notes.append(
-            f"{len(R)} policies, in the fifths of the real range {held}: at least {LEAST}, and"
-            f" {PER_FIFTH} in each, make these figures firm."
+            f"{n} policies, in the fifths of the real range {', '.join(map(str, fifths))}: at least"
+            f" {LEAST}, and {PER_FIFTH} in each, make these figures firm."
         )
     pearson, pearson_interval = _correlation(_pearson, R, S, seed)
     spearman, spearman_interval = _correlation(_spearman, R, S, seed)
@@ -117,9 +103,10 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
         notes.append(
             "the better half of the policies are too few, or equal, for a correlation of their own."
         )
-    chosen = int(S.argmax())
+    chosen = R[S.max() == S].mean()  # any of those that the world values equally may be chosen
+    violated = (S[:, None] < S) != (R[:, None] < R)
     return Ranking(
-        policies=len(R),
+        policies=n,
         low=low,
         high=high,
         fifths=fifths,
@@ -128,9 +115,9 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
         spearman=spearman,
         spearman_interval=spearman_interval,
         spearman_top=spearman_top,
-        mmrv=_mmrv(R, S) if span > 0 else None,
-        regret=(high - worth) / span if span > 0 and _spread(S) > 0 else None,
-        chosen=chosen,
+        mmrv=float((np.abs(R[:, None] - R) * violated).max(1).mean()) if span > 0 else None,
+        regret=float(high - chosen) / span if span > 0 and _spread(S) > 0 else None,
+        chosen=int(S.argmax()),
         error=float(np.abs(S - R).mean()),
         bias=float((S - R).mean()),
         notes=tuple(notes),
@@ -138,37 +125,31 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
 
 
 def _correlation(
-    of: Callable[[NDArray[np.float64], NDArray[np.float64]], float],
-    R: NDArray[np.float64],
-    S: NDArray[np.float64],
-    seed: int,
+    measure: Callable[[Array, Array], Array], R: Array, S: Array, seed: int
 ) -> tuple[float | None, stats.Interval | None]:
     if len(R) < FEWEST or _spread(R) == 0 or _spread(S) == 0:
         return None, None
 
-    def statistic(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-            warnings.simplefilter("ignore", scipy_stats.ConstantInputWarning)
-            warnings.simplefilter("ignore", scipy_stats.NearConstantInputWarning)
-            return np.array([of(R[row], S[row]) for row in rows])
+    def statistic(rows: Array) -> Array:
+        return measure(R[rows], S[rows])
 
-    return of(R, S), stats.bootstrap(statistic, len(R), seed=seed, resamples=stats.RESAMPLES // 4)
+    resamples = stats.RESAMPLES // 4
+    return float(measure(R, S)), stats.bootstrap(statistic, len(R), seed=seed, resamples=resamples)
 
 
-def _spread(values: NDArray[np.float64]) -> float:
-    """Of the highest over the lowest; 0 where that is rounding."""
+def _spread(values: Array) -> float:
+    """The highest less the lowest; 0 where that is rounding."""
     spread = float(np.ptp(values))
     return spread if spread > 1e-9 * float(np.abs(values).max()) else 0.0
 
 
-def _pearson(R: NDArray[np.float64], S: NDArray[np.float64]) -> float:
-    return float(np.clip(scipy_stats.pearsonr(R, S).statistic, -1, 1))
+def _pearson(R: Array, S: Array) -> Array:
+    """[..., n] -> [...]; nan where either is constant, which is exactly 0 less its first value."""
+    R, S = R - R[..., :1], S - S[..., :1]
+    R, S = R - R.mean(-1, keepdims=True), S - S.mean(-1, keepdims=True)
+    scale = np.sqrt((R**2).sum(-1) * (S**2).sum(-1))
+    return np.clip((R * S).sum(-1) / scale, -1, 1)
 
 
-def _spearman(R: NDArray[np.float64], S: NDArray[np.float64]) -> float:
-    return float(np.clip(scipy_stats.spearmanr(R, S).statistic, -1, 1))
-
-
-def _mmrv(R: NDArray[np.float64], S: NDArray[np.float64]) -> float:
-    violated = (S[:, None] < S) != (R[:, None] < R)
-    return float((np.abs(R[:, None] - R) * violated).max(1).mean())
+def _spearman(R: Array, S: Array) -> Array:
+    return _pearson(rankdata(R, axis=-1), rankdata(S, axis=-1))

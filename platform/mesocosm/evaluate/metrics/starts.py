@@ -25,7 +25,7 @@ from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.parts import start_parts
 from mesocosm.evaluate.metrics import stats
-from mesocosm.evaluate.metrics.open_loop import Array, check_dataset, codec_of
+from mesocosm.evaluate.metrics.log import Array, check_dataset, codec_of
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts, TextSpan
 from mesocosm.model.world import World

@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.types as is_
 
-from mesocosm.data.ingest.layout import RowError, innermost
 from mesocosm.data.ingest.readers import BATCH_BYTES, BATCH_ROWS, Piece
 from mesocosm.data.ingest.readers.files import opened, size
+from mesocosm.data.ingest.values import RowError, innermost
 from mesocosm.errors import UsageError
 
 HEAD_ROWS = 1000

@@ -14,36 +14,28 @@ episodes.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mesocosm.data.ingest.readers import Piece, parquet
+from mesocosm.data.ingest.readers import About, Piece, parquet
 from mesocosm.data.ingest.readers.files import sorted_naturally
 from mesocosm.errors import UsageError
 
 INFO = "meta/info.json"
 VERSION = "v3"
-STATE, ENVIRONMENT, OBSERVATION = (
-    "observation.state",
-    "observation.environment_state",
-    "observation",
-)
+OBSERVATION = "observation"
+STATE, ENVIRONMENT = "observation.state", "observation.environment_state"
 DONE, TRUNCATED, SUCCESS = "next.done", "next.truncated", "next.success"
 NAMES = {"episode": "episode_index", "step": "frame_index", "action": "action"}
-WHERE_THERE = {
-    "reward": "next.reward",
-    "terminated": DONE,
-    "truncated": TRUNCATED,
-    "success": SUCCESS,
-}
-MADE = {
-    "reward": (0.0, "missing: LeRobot's next.reward is not there; 0 throughout"),
-    "terminated": (False, "missing: LeRobot's next.done is not there; false throughout"),
-    "truncated": (False, "missing: LeRobot's next.truncated is not there; false throughout"),
+OPTIONAL = {"reward": "next.reward", "terminated": DONE, "truncated": TRUNCATED, "success": SUCCESS}
+FILLED = {
+    "reward": (0.0, "missing: no next.reward; 0 throughout"),
+    "terminated": (False, "missing: no next.done; false throughout"),
+    "truncated": (False, "missing: no next.truncated; false throughout"),
 }
 
 pieces = parquet.pieces
@@ -83,74 +75,50 @@ def folder_of(path: str, names: Sequence[str]) -> str | None:
     return str(above[2]) if len(above) > 2 and (above[2] / INFO).exists() else ""
 
 
-def columns(path: str) -> Mapping[str, str]:
-    """Ours to theirs."""
-    have = parquet.head(path).column_names
-    seen = {STATE, ENVIRONMENT} & set(have)
-    observation = OBSERVATION if len(seen) == 2 else next(iter(seen), STATE)
-    return {
-        **NAMES,
-        "observation": observation,
-        **{ours: name for ours, name in WHERE_THERE.items() if name in have},
-    }
-
-
-def ignored(path: str) -> Mapping[str, str]:
-    """Columns that are not read, and why: of the observation's only the states are numbers of one
-    shape.
-    """
+def about(path: str) -> About:
+    """The columns of a data file, and what they mean."""
     names = parquet.head(path).column_names
-    return {
-        name: "not read"
-        for name in names
-        if name.startswith(f"{OBSERVATION}.") and name not in (STATE, ENVIRONMENT)
-    }
-
-
-def notes(path: str) -> Mapping[str, str]:
-    """What is to be known of our columns."""
-    theirs = columns(path)
-    found = {}
-    if "terminated" in theirs:
-        with_truncated = f"{DONE} without {TRUNCATED}: the environment ended the episode"
-        without = (
-            f"guess: {DONE} does not say why an episode ended; the episodes end at several lengths,"
-            " so the environment ends them"
+    states = {STATE, ENVIRONMENT} & set(names)
+    observation = OBSERVATION if len(states) == 2 else next(iter(states), STATE)
+    present = {ours: name for ours, name in OPTIONAL.items() if name in names}
+    notes = {}
+    if "terminated" in present:
+        notes["terminated"] = (
+            f"{DONE} without {TRUNCATED}: the environment ended the episode"
+            if "truncated" in present
+            else f"guess: {DONE} does not say why an episode ended; the episodes end at several"
+            " lengths, so the environment ends them"
         )
-        found["terminated"] = with_truncated if "truncated" in theirs else without
-    if "success" in theirs:
-        found["success"] = "true of an episode where it is true of any of its steps"
-    return found
-
-
-def done_only(path: str) -> bool:
-    theirs = columns(path)
-    return "terminated" in theirs and "truncated" not in theirs
-
-
-def marks_success(path: str) -> bool:
-    return "success" in columns(path)
-
-
-def made(path: str) -> Mapping[str, str]:
-    """Our columns that the file has not, and what is put there."""
-    theirs = columns(path)
-    return {name: how for name, (_, how) in MADE.items() if name not in theirs}
+    if "success" in present:
+        notes["success"] = "true of an episode where it is true of any of its steps"
+    return About(
+        columns={**NAMES, "observation": observation, **present},
+        filled={name: how for name, (_, how) in FILLED.items() if name not in present},
+        notes=notes,
+        # Of the observation, only the states are numbers of one shape.
+        ignored={
+            name: "not read"
+            for name in names
+            if name.startswith(f"{OBSERVATION}.") and name not in (STATE, ENVIRONMENT)
+        },
+        done_only="terminated" in present and "truncated" not in present,
+        marks_success="success" in present,
+    )
 
 
 def head(path: str) -> pa.Table:
-    return _completed(parquet.head(path), made(path))
+    return _completed(parquet.head(path), about(path).filled)
 
 
 def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
-    missing = [name for name in MADE if name in columns]
+    missing = [name for name in FILLED if name in columns]
     for table in parquet.read(piece, columns):
         yield _completed(table, missing)
 
 
-def _completed(table: pa.Table, names: Mapping[str, str] | Sequence[str]) -> pa.Table:
+def _completed(table: pa.Table, names: Iterable[str]) -> pa.Table:
     for name in names:
-        table = table.append_column(name, pa.array(np.full(table.num_rows, MADE[name][0])))
+        table = table.append_column(name, pa.array(np.full(table.num_rows, FILLED[name][0])))
     if DONE in table.column_names and TRUNCATED in table.column_names:
         done, truncated = (table.column(name).cast(pa.bool_()) for name in (DONE, TRUNCATED))
         terminated = pc.and_not(done, truncated)

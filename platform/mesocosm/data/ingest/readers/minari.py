@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from mesocosm.data.format.writer import arrow
-from mesocosm.data.ingest.readers import BATCH_ROWS, PROBLEM, Piece
+from mesocosm.data.ingest.readers import BATCH_ROWS, PROBLEM, About, Piece
 from mesocosm.errors import UsageError
 from mesocosm.store.files import make_folder, replace, sync_tree
 
@@ -81,14 +81,11 @@ def _fetch(id: str, root: Path) -> None:
                 replace(came, to)
 
 
-def files(path: str) -> list[Path]:
-    """What the dataset is made of, for checksums."""
-    return sorted(p for p in Path(path).rglob("*") if p.is_file())
-
-
-def spaces(path: str) -> tuple[gymnasium.Space[Any], gymnasium.Space[Any]]:
+def about(path: str) -> About:
+    """The dataset's own spaces, and its files."""
     dataset = _open(path)
-    return dataset.observation_space, dataset.action_space
+    files = sorted(str(p) for p in Path(path).rglob("*") if p.is_file())
+    return About(spaces=(dataset.observation_space, dataset.action_space), files=files)
 
 
 def head(path: str) -> pa.Table:
@@ -149,12 +146,11 @@ def _tables(path: str, begin: int, end: int) -> Iterator[pa.Table]:
         ) as error:  # what minari, h5py and Arrow raise
             table, problem = None, f"cannot be read ({' '.join(str(error).split())})"
         if table is None:
-            text = f"episode {number}: {problem}; correct it, or set bad=drop to leave it out"
             table = pa.table(
                 {
                     "episode": [number] * rows,
                     "step": list(range(rows)),
-                    PROBLEM: [text] + [None] * (rows - 1),
+                    PROBLEM: [problem] + [None] * (rows - 1),
                 }
             )
         yield table
@@ -182,25 +178,18 @@ def _table(episode: Any, dataset: Any) -> pa.Table:
 
 
 def _problem(episode: Any, observation_space: Space, action_space: Space) -> str | None:
-    """What is wrong with the lengths of an episode: T rewards need T actions, and T+1 observations."""
+    """What is wrong with the lengths of an episode: T actions need T rewards, T+1 observations."""
     length = len(episode.rewards)
-    observations = [
-        ("observations", n, length + 1, "actions")
-        for n in _lengths(observation_space, episode.observations)
-    ]
-    actions = [("actions", n, length, "rewards") for n in _lengths(action_space, episode.actions)]
-    flags = [
-        (name, len(getattr(episode, name)), length, "rewards")
-        for name in ("terminations", "truncations")
-    ]
-    wrong = [row for row in (*actions, *flags, *observations) if row[1] != row[2]]
-    return next(
-        (
-            f"{name} has {n} entries for {length} {others}, {wanted} are wanted"
-            for name, n, wanted, others in wrong
-        ),
-        None,
-    )
+    lengths = [("actions", n, length) for n in _lengths(action_space, episode.actions)]
+    for name in ("terminations", "truncations"):
+        lengths.append((name, len(getattr(episode, name)), length))
+    seen = _lengths(observation_space, episode.observations)
+    lengths += [("observations", n, length + 1) for n in seen]
+    for name, n, right in lengths:
+        if n != right:
+            others = "actions" if name == "observations" else "rewards"
+            return f"{name} must have {right} entries for {length} {others}, got {n}"
+    return None
 
 
 def _lengths(space: Space, values: Any) -> list[int]:

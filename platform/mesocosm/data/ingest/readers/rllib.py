@@ -18,8 +18,8 @@ import pyarrow.types as is_
 from gymnasium.spaces import Box
 
 from mesocosm.data.format.writer import arrow
-from mesocosm.data.ingest.layout import RowError
-from mesocosm.data.ingest.readers import Piece, parquet
+from mesocosm.data.ingest.readers import About, Piece, parquet
+from mesocosm.data.ingest.values import RowError
 
 ITEM = "item"
 ACTION = (
@@ -37,9 +37,8 @@ def holds(schema: pa.Schema) -> bool:
     )
 
 
-def notes(path: str) -> Mapping[str, str]:
-    """What is to be known of a column."""
-    return {"action": ACTION}
+def about(path: str) -> About:
+    return About(notes={"action": ACTION})
 
 
 def head(path: str) -> pa.Table:

@@ -1,0 +1,357 @@
+"""Batches of rows, read in any process, joined in order into episodes.
+
+An import makes two passes over the same batches: the first checks and counts, the second encodes.
+Both join alike, so they agree on what an episode is. They hold one open episode, and the name of
+every episode.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import pickle
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mesocosm.config import RayConfig
+from mesocosm.data.ingest.readers import Piece, read
+from mesocosm.data.ingest.report import Tally
+from mesocosm.data.ingest.rows import OUTSIDE, Batch, Codecs, Key, Problem, Rows, begins, read_batch
+from mesocosm.data.ingest.schema import Schema
+from mesocosm.data.ingest.values import Array, RowError, Stat
+from mesocosm.errors import UsageError
+
+CONSTANT = ("behaviour", "task", "seed", "success")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault of a whole file, found while a piece was read."""
+
+    source: int
+    row: int | None
+    """Its position after the last batch of the file. None where the message names the file."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is done with a piece, in any process."""
+
+    schema: Schema
+    codecs: Codecs | None = None
+    """None: the values are checked, and not encoded."""
+
+    def __call__(self, piece: Piece) -> Iterator[Batch | Fault]:
+        skip, begin = piece.skip, 0
+        try:
+            for table in read(piece, list(self.schema.renames)):
+                skipped = min(skip, table.num_rows)
+                skip, begin, table = skip - skipped, begin + skipped, table.slice(skipped)
+                if not table.num_rows:
+                    continue
+                try:
+                    selected = self.schema.select(table)
+                    yield read_batch(selected, self.schema, self.codecs, piece, begin)
+                except RowError as error:
+                    raise RowError(begin + error.row, error.text) from error
+                begin += table.num_rows
+        except RowError as error:
+            yield Fault(piece.source, error.row - begin, error.text)
+        except UsageError as error:
+            yield Fault(piece.source, None, str(error))
+
+
+def stream(
+    work: Work, pieces: Sequence[Piece], workers: int, ray_config: RayConfig
+) -> Iterator[Batch | Fault]:
+    """The batches of all pieces, in order.
+
+    Args:
+        workers: Tasks of Ray Data that read at a time, no further ahead than its memory allows.
+            0 reads in this process.
+    """
+    if not workers:
+        for piece in pieces:
+            yield from work(piece)
+        return
+    import ray
+    import ray.data  # sets up its own logging, so it comes before the level
+
+    from mesocosm.cluster import ray_session
+
+    ray_session.ensure(ray_config)
+    ray_session.preflight(cpus=workers, what=f"workers={workers}")
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current().copy()
+    context.execution_options.preserve_order = True
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.target_max_block_size = 1 << 25
+    shared = ray.put((work, list(pieces)))
+
+    def run(rows: dict[str, Array]) -> Iterator[dict[str, Array]]:
+        read_piece, every = ray.get(shared)
+        for number in rows["id"]:
+            for result in read_piece(every[number]):
+                yield {"result": np.array([pickle.dumps(result, protocol=5)], object)}
+
+    with ray.data.DataContext.current(context):
+        data = ray.data.range(len(pieces), override_num_blocks=len(pieces))
+        tasks = ray.data.TaskPoolStrategy(size=min(workers, len(pieces)))
+        results = data.map_batches(run, batch_size=1, batch_format="numpy", compute=tasks)
+        for row in results.iter_rows():
+            yield pickle.loads(row["result"])  # of `run` above, in this very job
+
+
+@dataclass
+class LoggedEpisode:
+    """An episode without a fault, all of whose rows were read."""
+
+    key: Key
+    number: int
+    """The number of episodes before it, with those that were left out."""
+    rows: Rows
+    length: int
+    """Transitions."""
+    outcome: str
+    success: bool | None
+
+    def constant(self, name: str) -> Any:
+        """behaviour, task or seed."""
+        return self.rows[name][0]
+
+
+class Joiner:
+    """Takes the batches in order, and gives each episode when it is complete.
+
+    Raises UsageError at the first fault, naming file and row; with `drop`, only at a fault of a
+    whole file. A value outside its space always drops its episode: `reality.bounds` decides.
+
+    Args:
+        names: The files.
+        seen: The names of the episodes that an earlier joiner began.
+        number: Their count.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        schema: Schema,
+        drop: bool,
+        seen: Sequence[Key] = (),
+        number: int = 0,
+    ):
+        self._names, self._schema, self._drop = names, schema, drop
+        self.seen: dict[Key, None] = dict.fromkeys(seen)
+        """The names of all episodes that have begun, in that order."""
+        self.number = number
+        self.next = (0, 0)
+        """(number of the piece, row in it) that the open episode begins at."""
+        self.tally = Tally()
+        self._key: Key = 0
+        """The open episode."""
+        self._parts: list[Rows] = []
+        """Its rows. Of a faulty one, only the last ones."""
+        self._rows = 0
+        self._problem: Problem | None = None
+        self._led_to: list[Array] | None = None
+        """The observation that the last action of the episode before led to, if the logs tell."""
+        self._last_place = ""
+
+    def add(self, batch: Batch | Fault) -> Iterator[LoggedEpisode]:
+        """The episodes that end in a batch."""
+        file, before = self._names[batch.source], self.tally.rows[batch.source]
+        if isinstance(batch, Fault):
+            at = "" if batch.row is None else f"{file!r} row {before + batch.row + 1}: "
+            raise UsageError(f"{at}{batch.text}")
+        for name, stat in batch.stats.items():
+            self.tally.stats[name] = self.tally.stats.get(name, Stat()).merged(stat)
+        rows, keys = batch.rows, batch.rows["key"]
+        self.tally.rows[batch.source] += len(keys)
+        goes_on = bool(self._parts) and self._key == keys[0]
+        problems, block = dict(batch.problems), rows
+        if goes_on:  # the row before the batch is row -1
+            block = _join([_cut(self._parts[-1], -1, None), rows])
+        for row, problem in _neighbour_faults(block, self._schema.marks_success):
+            problems.setdefault(row - goes_on, problem)
+        starts = np.flatnonzero(begins(keys)).tolist()
+        first: dict[int, Problem] = {}
+        for row in sorted(problems):
+            reason, text = problems[row]
+            at = f"{file!r} row {before + row + 1}" if row >= 0 else self._last_place
+            first.setdefault(max(bisect_right(starts, row) - 1, 0), (reason, f"{at}: {text}"))
+        for run, (start, end) in enumerate(itertools.pairwise([*starts, len(keys)])):
+            fault = first.get(run)
+            if start or not goes_on:
+                self.next = batch.piece, batch.begin + start
+                yield from self.close()
+                at = f"{file!r} row {before + start + 1}"
+                step = None if rows["unnumbered"][start] else int(rows["step"][start])
+                fault = self._begin(keys[start], step, at) or fault
+            if fault is not None and not self._drop and fault[0] != OUTSIDE:
+                raise UsageError(fault[1])
+            self._problem = self._problem or fault
+            self._parts.append(_cut(rows, start, end))
+            if self._problem is not None:
+                del self._parts[:-1]
+            self._rows += end - start
+        self._last_place = f"{file!r} row {before + len(keys)}"
+
+    def _begin(self, key: Key, step: int | None, at: str) -> Problem | None:
+        """Open an episode at its first row. Returns what is wrong with it."""
+        again, first_step = key in self.seen, self._schema.first_step
+        self.seen[key] = None
+        self._key, self._rows, self._problem = key, 0, None
+        self.number += 1
+        if again:
+            return "episode comes again", (
+                f"{at}: episode {key!r} comes again after another one; sort the rows by episode and"
+                " step, or set per_file=true where each file numbers its own episodes"
+            )
+        if isinstance(key, int) and key < 0:
+            return "negative episode", (
+                f"{at}: episode {key} is negative; number episodes from 0, or name them by strings"
+            )
+        if step is not None and step != first_step:
+            return "start is missing", (
+                f"{at}: episode {key!r} begins at step {step}, expected {first_step}; give every"
+                " step, sorted by episode and step"
+            )
+        return None
+
+    def close(self) -> Iterator[LoggedEpisode]:
+        """The open episode, once no row of it can follow."""
+        parts, self._parts = self._parts, []
+        tally, before, self._led_to = self.tally, self._led_to, None
+        if not parts:
+            return
+        if self._problem is not None:
+            reason, text = self._problem
+            tally.left_out[reason] += 1
+            tally.left_out_rows[reason] += self._rows
+            tally.examples.setdefault(reason, text)
+            return
+        rows, count = _join(parts), self._rows
+        final = bool(rows["final"][-1])
+        last = count - 1 - final
+        led_nowhere = not final and not self._schema.next_observation
+        length = count - 1 if final or led_nowhere else count
+        terminated, truncated = bool(rows["terminated"][last]), bool(rows["truncated"][last])
+        outcome = "terminated" if terminated else "truncated" if truncated else "unfinished"
+        success = rows["success"][0]
+        if self._schema.marks_success:
+            marks = [bool(mark) for mark in rows["success"] if mark is not None]
+            success = any(marks) if marks else None
+
+        tally.rewarded += bool((rows["reward"][:length] != 0).any())
+        if not led_nowhere:
+            self._led_to = _observation(rows, count - 1, "obs" if final else "next")
+        if self._led_to is not None and last >= 0:
+            tally.led += 1
+            tally.repeated += _equal(self._led_to, _observation(rows, last))
+        if before is not None:
+            tally.pairs += 1
+            tally.restarted += _equal(before, _observation(rows, 0))
+        if terminated and not success:
+            fewest, most = tally.done_rows if tally.done else (count, count)
+            tally.done_rows = min(fewest, count), max(most, count)
+            tally.done += 1
+        if led_nowhere:
+            outcome = "unfinished"
+            tally.last_actions += 1
+        if length:
+            tally.episodes += 1
+            tally.transitions += length
+            tally.longest = max(tally.longest, length)
+            tally.outcomes[outcome] += 1
+            tally.behaviours[rows["behaviour"][0]] += 1
+            tally.succeeded += outcome == "terminated" and bool(success)
+        else:
+            tally.empty += 1
+        yield LoggedEpisode(self._key, self.number - 1, rows, length, outcome, success)
+
+
+def _cut(rows: Rows, start: int, end: int | None) -> Rows:
+    return {name: array[start:end] for name, array in rows.items()}
+
+
+def _join(parts: Sequence[Rows]) -> Rows:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _observation(rows: Rows, row: int, part: str = "obs") -> list[Array]:
+    return [array[row] for name, array in rows.items() if name.startswith(f"{part}_")]
+
+
+def _equal(a: Sequence[Array], b: Sequence[Array]) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _differ(a: Array, b: Array) -> Array:
+    return (a != b).reshape(len(a), math.prod(a.shape[1:])).any(1)
+
+
+def _neighbour_faults(rows: Rows, marks_success: bool) -> list[tuple[int, Problem]]:
+    """What is wrong between a row `a` and the row `b` after it: (row, problem), one a pair."""
+    a, b = _cut(rows, 0, -1), _cut(rows, 1, None)
+    faults: list[tuple[int, Problem]] = []
+    unchecked = (a["key"] == b["key"]) & ~a["unnumbered"] & ~b["unnumbered"]
+
+    def check(mask: Array, blamed: int, reason: str, text: str) -> None:
+        """Where `mask` holds, row a (`blamed` is 0) or row b (1) is at fault."""
+        for i in np.flatnonzero(mask & unchecked).tolist():
+            old, new = ({name: side[name][i] for name in CONSTANT} for side in (a, b))
+            steps = {"a": a["step"][i], "b": b["step"][i]}
+            message = text.format(**steps, k=a["key"][i], old=old, new=new)
+            faults.append((i + blamed, (reason, message)))
+        np.logical_and(unchecked, ~mask, out=unchecked)
+
+    step = b["step"] - a["step"]
+    check(step == 0, 1, "duplicate step", "step {b} of episode {k!r} comes twice")
+    text = "step {b} of episode {k!r} comes after its step {a}; sort the rows by episode and step"
+    check(step < 0, 1, "steps out of order", text)
+    text = "episode {k!r} goes from step {a} to step {b}; give every step"
+    check(step > 1, 1, "gap in steps", text)
+    text = "action is missing at step {a} of episode {k!r}, which goes on; give every action but"
+    check(a["final"], 0, "missing value", f"{text} that of the last row")
+    text = "episode {k!r} has ended at step {a} (terminated or truncated) and goes on; begin a new"
+    ended = a["terminated"] | a["truncated"]
+    check(ended & ~b["final"], 1, "rows after the end", f"{text} episode")
+    for name in CONSTANT:
+        if name != "success" or not marks_success:
+            text = f"from {{old[{name}]!r}} to {{new[{name}]!r}} at step {{b}}; it must be constant"
+            text = f"{name} of episode {{k!r}} changes {text}"
+            check(a[name] != b[name], 1, f"{name} changes", text)
+    right = ~(a["wrong"] | b["wrong"])
+    acted = right & ~a["final"] & ~b["final"]
+    timed_a, timed_b = ~np.isnan(a["duration"]), ~np.isnan(b["duration"])
+    text = "of episode {k!r}; give it at every step of an episode or at none"
+    check(
+        acted & ~timed_a & timed_b, 0, "missing value", f"duration is missing at step {{a}} {text}"
+    )
+    check(
+        acted & timed_a & ~timed_b, 1, "missing value", f"duration is missing at step {{b}} {text}"
+    )
+    contradicts, moves = np.zeros((2, len(step)), bool)
+    for name in [name for name in rows if name.startswith("next_")]:
+        observation = name.replace("next", "obs", 1)
+        contradicts |= _differ(a[name], b[observation])
+        moves |= _differ(a[name], a[observation])
+    contradicts &= right & ~a["final"]
+    at, reason = "next_observation at step {a} of episode {k!r}", "next_observation contradicts"
+    text = (
+        f"{at} repeats the observation of that step, and is not the observation of step {{b}}; log"
+        " what the action led to, or leave next_observation out"
+    )
+    check(contradicts & ~moves, 0, reason, text)
+    text = f"{at} is not the observation of step {{b}}; correct one of them"
+    check(contradicts, 0, reason, text)
+    return faults

@@ -1,0 +1,281 @@
+"""Columns of an Arrow table as NumPy arrays, and the spaces that are inferred from their values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.types as is_
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from mesocosm.errors import UsageError
+
+Array = NDArray[Any]
+Space = gymnasium.Space[Any]
+SEPARATOR = "\x1f"
+"""Between the keys of a flattened column's name, since a key may have dots."""
+CATEGORIES = 256
+"""Integers with more distinct values are a quantity rather than a choice."""
+
+
+class RowError(UsageError):
+    """A fault of a whole file, with the row of the batch (from 0) that shows it."""
+
+    def __init__(self, row: int, text: str):
+        super().__init__(text)
+        self.row, self.text = row, text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return RowError, (self.row, self.text)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of a space, in one column or in the flattened columns of a vector."""
+
+    name: str
+    """For messages: `observation.pose`."""
+    path: tuple[str, ...]
+    columns: tuple[str, ...]
+    """One flattened column, or one per element of a vector."""
+    kind: str
+    """number, bool, text, or flag: a number or a bool."""
+    shape: tuple[int, ...] = ()
+    space: Space | None = None
+    """The environment's space. None where it is inferred from the values."""
+
+    @property
+    def flattened(self) -> bool:
+        """Whether each element has a column."""
+        return shown(self.columns[0]) != self.name
+
+
+def innermost(type: pa.DataType) -> tuple[pa.DataType, int]:
+    """The type inside nested lists, and the depth of the nesting."""
+    depth = 0
+    while is_.is_list(type) or is_.is_large_list(type) or is_.is_fixed_size_list(type):
+        type, depth = type.value_type, depth + 1
+    return type, depth
+
+
+def kind_of(type: pa.DataType) -> str | None:
+    """number, bool or text. None for a type that no space holds; nulls count as numbers."""
+    inner, _ = innermost(type)
+    if is_.is_floating(inner) or is_.is_integer(inner) or is_.is_null(inner):
+        return "number"
+    if is_.is_boolean(inner):
+        return "bool"
+    return "text" if is_.is_string(inner) or is_.is_large_string(inner) else None
+
+
+def flatten(table: pa.Table) -> pa.Table:
+    """Replace each struct by one column per field, at any depth."""
+    while any(is_.is_struct(field.type) for field in table.schema):
+        columns: dict[str, pa.ChunkedArray] = {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            if is_.is_struct(column.type):
+                names = [f"{name}{SEPARATOR}{field.name}" for field in column.type]
+                # Unlike pc.struct_field, this keeps the struct's own nulls.
+                columns |= zip(names, column.flatten(), strict=True)
+            else:
+                columns[name] = column
+        table = pa.table(columns)
+    return table
+
+
+def shown(name: str) -> str:
+    """A flattened column's name, for messages: `observation.pose`."""
+    return name.replace(SEPARATOR, ".")
+
+
+def take(table: pa.Table, leaf: Leaf) -> tuple[Array, Array, Array]:
+    """Read one leaf of B rows from a flattened table.
+
+    Returns:
+        (values [B, *shape], missing [B] bool, wrong shape [B] bool). Values are 0 in rows that
+        are missing, also in part, or of another shape.
+    """
+    parts = []
+    for name in leaf.columns:
+        array = _column(table, name)
+        kinds = {"flag": ("number", "bool")}.get(leaf.kind, (leaf.kind,))
+        if not is_.is_null(innermost(array.type)[0]) and kind_of(array.type) not in kinds:
+            expected = " or ".join(kinds)
+            raise RowError(
+                _first_valid(array),
+                f"{shown(name)} must be {expected}, got {array.type} (mixed dtypes)",
+            )
+        parts.append(_values(array, leaf.kind, () if leaf.flattened else leaf.shape))
+    if not leaf.flattened:
+        return parts[0]
+    values, missing, misshapen = zip(*parts, strict=True)
+    return np.stack(values, 1), np.any(missing, 0), np.any(misshapen, 0)
+
+
+def take_integers(table: pa.Table, name: str) -> tuple[Array, Array]:
+    """A column of whole numbers as (int64 [B], missing [B] bool)."""
+    array = _column(table, name)
+    missing = array.is_null().to_numpy(zero_copy_only=False)
+    if is_.is_null(array.type):
+        return np.zeros(len(array), np.int64), missing
+    if not is_.is_integer(array.type):
+        row = _first_valid(array)
+        if is_.is_floating(array.type):
+            fractions = np.flatnonzero(pc.fill_null(array, 0).to_numpy() % 1)
+            row = int(fractions[0]) if len(fractions) else row
+        raise RowError(row, f"{name} must be a whole number, got {array[row].as_py()!r}")
+    return pc.fill_null(array, 0).to_numpy().astype(np.int64), missing
+
+
+def _column(table: pa.Table, name: str) -> pa.Array:
+    """A column. Batches of JSON may lack it, or hold a struct in one batch and not in another."""
+    if name in table.column_names:
+        return table[name].combine_chunks()
+    for other in table.column_names:
+        type = table.schema.field(other).type
+        nested = other.startswith(name + SEPARATOR) or name.startswith(other + SEPARATOR)
+        if nested and not is_.is_null(type):
+            raise RowError(
+                _first_valid(table[other]),
+                f"{shown(other)} is {type} where the first rows have {shown(name)} (mixed dtypes)",
+            )
+    return pa.nulls(table.num_rows)
+
+
+def _first_valid(array: pa.Array | pa.ChunkedArray) -> int:
+    return max(pc.index(array.is_valid(), True).as_py(), 0)
+
+
+def _values(array: pa.Array, kind: str, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    rows, listed = len(array), innermost(array.type)[1] > 0
+    missing = array.is_null().to_numpy(zero_copy_only=False)
+    nothing = np.zeros((rows, *shape), {"text": object, "bool": bool}.get(kind, np.int64))
+    if is_.is_null(array.type):
+        return nothing, missing, np.zeros(rows, bool)
+    if bool(shape) != listed:
+        return nothing, missing, ~missing
+    if not shape:
+        filled = pc.fill_null(array, {"text": "", "bool": False}.get(kind_of(array.type) or "", 0))
+        values = filled.to_numpy(zero_copy_only=False)
+        return values, missing, np.zeros(rows, bool)
+    missing = missing.copy()
+    whole = pc.fill_null(pc.list_value_length(array), -1).to_numpy() == shape[0]
+    misshapen = ~missing & ~whole
+    if not whole.all():
+        array = array.filter(pa.array(whole))
+    inner, gaps, odd = _values(array.flatten(), kind, shape[1:])
+    count = int(whole.sum())
+    missing[whole] = gaps.reshape(count, shape[0]).any(1)
+    misshapen[whole] = odd.reshape(count, shape[0]).any(1)
+    if whole.all():
+        return inner.reshape(rows, *shape), missing, misshapen
+    values = np.zeros((rows, *shape), inner.dtype)
+    values[whole] = inner.reshape(count, *shape)
+    return values, missing, misshapen
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Statistics of the values of a leaf. `merged` gives the same in any order."""
+
+    count: int = 0
+    kinds: frozenset[str] = frozenset()
+    """NumPy's names of the types, or text."""
+    low: tuple[float, ...] = ()
+    """Per element."""
+    high: tuple[float, ...] = ()
+    longest: int = 0
+    characters: frozenset[str] = frozenset()
+
+    @staticmethod
+    def of(array: Array) -> Stat:
+        """Statistics of values [B, ...]."""
+        if not len(array):
+            return Stat()
+        if array.dtype == object:
+            characters = frozenset().union(*map(set, array))
+            longest = max(map(len, array))
+            kinds = frozenset({"text"})
+            return Stat(len(array), kinds, longest=longest, characters=characters)
+        flat = array.reshape(len(array), -1)
+        low, high = (tuple(bound.astype(float).tolist()) for bound in (flat.min(0), flat.max(0)))
+        return Stat(len(array), frozenset({array.dtype.name}), low, high)
+
+    def merged(self, other: Stat) -> Stat:
+        """Statistics of the values of both."""
+        if not self.count or not other.count:
+            return self if self.count else other
+        return Stat(
+            self.count + other.count,
+            self.kinds | other.kinds,
+            tuple(map(min, self.low, other.low)),
+            tuple(map(max, self.high, other.high)),
+            max(self.longest, other.longest),
+            self.characters | other.characters,
+        )
+
+
+def infer_space(leaf: Leaf, stat: Stat, action: bool) -> tuple[Space, str]:
+    """Infer the space of a leaf from its values.
+
+    Returns:
+        (space, what is a guess in it).
+
+    Raises:
+        UsageError: No row has a value.
+    """
+    if not stat.count:
+        raise UsageError(f"{leaf.name} has no value in any usable row; give data that has some")
+    if "text" in stat.kinds:
+        charset = "".join(sorted(stat.characters))
+        how = f"guess: at most {stat.longest} of the {len(charset)} characters seen"
+        return spaces.Text(max(stat.longest, 1), min_length=0, charset=charset or " "), how
+    if stat.kinds == {"bool"}:
+        if leaf.shape:
+            return spaces.MultiBinary(leaf.shape), "booleans"
+        return spaces.Discrete(2), "booleans: 0 is false, 1 true"
+    seen = f"{min(stat.low):g} to {max(stat.high):g}" if stat.low else "nothing"
+    floats = [kind for kind in stat.kinds if kind.startswith("float")]
+    lowest, highest = min(stat.low, default=0), max(stat.high, default=0)
+    dtype: Any = np.result_type(*stat.kinds)
+    if floats and len(floats) < len(stat.kinds):
+        dtype = np.dtype(np.float64)
+    elif not floats and lowest == 0 and highest < CATEGORIES and (not leaf.shape or action):
+        sizes = np.array(stat.high, np.int64).reshape(leaf.shape) + 1
+        how = "guess: a choice among the integers 0..n-1 that were seen"
+        return (spaces.MultiDiscrete(sizes) if leaf.shape else spaces.Discrete(int(sizes))), how
+    elif not floats and dtype.kind == "f":  # int64 and uint64 together
+        dtype = np.dtype(np.int64)
+    quantity = "" if floats else "a quantity, "
+    if action:
+        low, high = (np.array(bound).astype(dtype) for bound in (stat.low, stat.high))
+        box = spaces.Box(low.reshape(leaf.shape), high.reshape(leaf.shape), leaf.shape, dtype.type)
+        return box, f"guess: {quantity}within the values seen, {seen}"
+    least, most = (-np.inf, np.inf) if floats else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    box = spaces.Box(least, most, leaf.shape, dtype.type)
+    return box, f"guess: {quantity}without bounds; {seen} was seen"
+
+
+def build_space(leaves: Sequence[Leaf], inferred: Mapping[str, Space], depth: int = 0) -> Space:
+    """Nest the spaces of the leaves, by name, as their paths say."""
+    if len(leaves) == 1 and len(leaves[0].path) == depth:
+        return inferred[leaves[0].name]
+    keys = dict.fromkeys(leaf.path[depth] for leaf in leaves)
+    children = {
+        key: build_space([leaf for leaf in leaves if leaf.path[depth] == key], inferred, depth + 1)
+        for key in keys
+    }
+    if is_numbered(children):
+        return spaces.Tuple([children[str(i)] for i in range(len(children))])
+    return spaces.Dict(list(children.items()))
+
+
+def is_numbered(keys: Mapping[str, Any]) -> bool:
+    """Whether the keys are 0, 1, ..., n-1."""
+    return set(keys) == set(map(str, range(len(keys))))
