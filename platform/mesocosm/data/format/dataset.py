@@ -28,7 +28,8 @@ from mesocosm.data.format.manifest import (
     lengths_of,
 )
 from mesocosm.data.format.permutation import key, permute
-from mesocosm.data.format.spaces import SpaceCodec, space_from_json
+from mesocosm.data.format.space_json import space_from_json
+from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.format.writer import DatasetWriter, sort_key, write_dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.store.cache import Files, Partial, Whole

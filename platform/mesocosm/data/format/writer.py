@@ -61,7 +61,8 @@ from mesocosm.data.format.manifest import (
     lengths_of,
 )
 from mesocosm.data.format.permutation import key
-from mesocosm.data.format.spaces import SpaceCodec, space_to_json
+from mesocosm.data.format.space_json import space_to_json
+from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.errors import MesocosmError
 
 Array = NDArray[Any]
@@ -395,7 +396,7 @@ def encode_episode(
             numbers, categories = codec.encode_list(values)
         except MesocosmError as error:
             raise MesocosmError(f"{where}: {error}") from error
-        _refuse_nonfinite(numbers, codec.number_names(), where)
+        _refuse_nonfinite(numbers, codec.labels(), where)
         widest = np.min_scalar_type(max(codec.cardinalities, default=1) - 1)
         if prefix == "act":
             numbers, categories = (

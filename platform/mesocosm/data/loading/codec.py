@@ -21,12 +21,8 @@ from torch import Tensor
 from mesocosm.config import fingerprint
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import TaskOption
-from mesocosm.data.format.spaces import (
-    SpaceCodec,
-    first_beyond_float32,
-    space_from_json,
-    space_to_json,
-)
+from mesocosm.data.format.space_json import space_from_json, space_to_json
+from mesocosm.data.format.spaces import SpaceCodec, first_beyond_float32
 from mesocosm.data.loading.normalize import Moments, Scaling
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
