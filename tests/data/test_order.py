@@ -4,7 +4,6 @@ wherever it is taken up.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +16,6 @@ import torch
 from gymnasium import spaces
 
 from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.manifest import MANIFEST
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import UsageError
@@ -116,53 +114,6 @@ def test_the_plain_order_is_that_of_the_first_version(write: Write, counted: Cou
         assert tags(codec, batch.events.observation).tolist() == events[step]
 
 
-@pytest.mark.parametrize("task", [[], ["mass", "map"]])
-def test_a_dataset_of_schema_1_opens_as_before(
-    write: Write, counted: Counted, task: list[str]
-) -> None:
-    def options(k: int) -> dict[str, Any]:
-        return {"task": {"mass": k / 2, "map": "abc"[k % 3]}} if task else {}
-
-    paths = [
-        write(
-            [counted(k, n, **options(k)) for k, n in enumerate(LENGTHS)],
-            id=f"d{i}",
-            task=task,
-            shard_rows=30,
-        )
-        for i in range(2)
-    ]
-    new = Dataset(paths)
-    for path in paths:
-        manifest = json.loads((path / MANIFEST).read_text())
-        tables = [np.load(path / "tables" / f"{shard['name']}.npy") for shard in manifest["shards"]]
-        np.save(path / "episodes.npy", np.concatenate(tables))
-        for name in ("task_numbers", "task_values") if task else ():
-            np.save(
-                path / f"{name}.npy",
-                np.concatenate(
-                    [
-                        np.load(path / "tables" / f"{shard['name']}.{name}.npy")
-                        for shard in manifest["shards"]
-                    ]
-                ),
-            )
-        for shard in manifest["shards"]:
-            del shard["episodes"]
-        (path / MANIFEST).write_text(json.dumps(manifest | {"schema_version": 1}))
-    episodes, batch = (
-        list(new.iter_episodes()),
-        Loader(new, Codec.fit(new), "train", 5, 8, 0, events=6).batch(3),
-    )
-    for path in paths:
-        (path / "lengths.npy").unlink()
-        shutil.rmtree(path / "tables")
-    old = Dataset(paths)
-    assert np.array_equal(old.table, new.table) and np.array_equal(old.lengths, new.lengths)
-    assert [(e.index, e.task) for e in old.iter_episodes()] == [(e.index, e.task) for e in episodes]
-    assert same(Loader(old, Codec.fit(old), "train", 5, 8, 0, events=6).batch(3), batch)
-
-
 def test_opening_reads_no_episode(two: tuple[list[Path], Codec]) -> None:
     paths, codec = two
     expected = Loader(Dataset(paths), codec, "train", 5, 6, 3).windows_per_epoch
@@ -248,7 +199,7 @@ def test_only_a_block_and_the_next_are_held(two: tuple[list[Path], Codec]) -> No
         assert len(dataset._open) <= 6 and len(events) <= 2, (
             "at most the blocks that a batch lies in"
         )
-        assert len(dataset._coming) <= 8
+        assert len(dataset._pinned) <= 8
         visits += (
             [sorted(touched)]
             if len(touched) == 2 and (not visits or visits[-1] != sorted(touched))
@@ -257,7 +208,7 @@ def test_only_a_block_and_the_next_are_held(two: tuple[list[Path], Codec]) -> No
     pairs = {tuple(pair) for pair in visits}
     assert len(pairs) > len(dataset.shards), "the shards of a block are others in every epoch"
     list(Loader(dataset, codec, "valid", 5, 4, 3, block=2).eval_batches())
-    assert not dataset._open and not dataset._coming, "evaluation lets go of what it read"
+    assert not dataset._open and not dataset._pinned, "evaluation lets go of what it read"
 
 
 @pytest.mark.parametrize("order", ["weights", "both"])

@@ -1,12 +1,11 @@
-"""Opens one or several datasets as one, memory-mapped: opening reads what is said of the shards,
-not of the episodes.
-"""
+"""Opens one or several datasets as one, memory-mapped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -24,13 +23,14 @@ from mesocosm.data.format.manifest import (
     SPLITS,
     Environment,
     Manifest,
-    TaskOption,
+    check_alike,
+    joined_options,
     lengths_of,
 )
 from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.format.space_json import space_from_json
 from mesocosm.data.format.spaces import SpaceCodec
-from mesocosm.data.format.writer import DatasetWriter, sort_key, write_dataset
+from mesocosm.data.format.writer import DatasetWriter, write_dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.store.cache import Files, Partial, Whole
 
@@ -58,19 +58,24 @@ class Chunk:
 
 
 class Dataset:
-    """The episodes of `paths` (folders of datasets, or artifacts of which only what is touched is
-    fetched and verified) in order, numbered 0..E-1.
+    """The episodes of one or several datasets in order, numbered 0..E-1.
 
-    Opening reads the manifests and `lengths.npy` (of schema 1, which has none, the table of all
-    episodes). `table`, `part`, the options and what needs them (`episodes`, `chunks`, `unique`,
-    ...) hold all episodes, some 60 bytes each; training reads them shard by shard (`records`).
-    Raises ArtifactError where a folder is no dataset or is damaged, UsageError where two are of
-    different environments or spaces.
+    Opening reads the manifests and `lengths.npy`. `table`, `part`, the options and what needs them
+    (`episodes`, `chunks`, `unique`, ...) load all episodes, some 60 bytes each; training reads them
+    shard by shard (`records`).
+
+    Args:
+        paths: folders of datasets, or artifacts of which only the units in use are fetched and
+            verified.
+
+    Raises:
+        ArtifactError: a folder is no dataset or is damaged.
+        UsageError: two datasets are of different environments or spaces.
     """
 
     def __init__(self, paths: Sequence[str | Path | Partial]):
         if not paths:
-            raise UsageError("no dataset was given; name at least one in data.datasets")
+            raise UsageError("data.datasets must name at least one dataset, got none")
         self._files: list[Files] = [
             path if isinstance(path, Partial) else Whole(Path(path)) for path in paths
         ]
@@ -78,251 +83,175 @@ class Dataset:
         for files in self._files:
             files.ahead([MANIFEST, LENGTHS_FILE])
         self.manifests = [Manifest.read(files.hold(MANIFEST).parent) for files in self._files]
+        check_alike(self.paths, self.manifests)
         first = self.manifests[0]
-        for path, other in zip(self.paths[1:], self.manifests[1:], strict=True):
-            for field, a, b, fix in _facts(first, other):
-                if a != b:
-                    raise UsageError(
-                        f"datasets {str(self.paths[0])!r} and {str(path)!r} differ in {field}: {a}"
-                        f" and {b}; {fix}"
-                    )
-        ids = [manifest.id for manifest in self.manifests]
-        if len(set(ids)) < len(ids):
-            raise UsageError(f"the same dataset is given twice: {', '.join(ids)}; name each once")
         self.environment: Environment = first.environment
         self.observation_codec = SpaceCodec(space_from_json(first.observation_space), "observation")
         self.action_codec = SpaceCodec(space_from_json(first.action_space), "action")
         self.observation_space = self.observation_codec.space
         self.action_space = self.action_codec.space
         self.durations = all(manifest.durations for manifest in self.manifests)
-        self._open: dict[int, dict[str, Array]] = {}
-        self._folders: dict[int, Path] = {}
-        """Where the shards lie that are held."""
-        self._coming: set[int] = set()
-        self._pinned: set[int] = set()
+        shards = [shard for manifest in self.manifests for shard in manifest.shards]
         counts = [len(manifest.shards) for manifest in self.manifests]
-        self.shards: list[str] = [
-            shard.name for manifest in self.manifests for shard in manifest.shards
-        ]
+        self.shards: list[str] = [shard.name for shard in shards]
         """[S] names within their datasets; shards are numbered over all datasets"""
         self.shard_part: Array = np.repeat(np.arange(len(paths)), counts)
         """[S] which of `paths` a shard is of"""
-        self._old: dict[int, Array] = {}
-        lengths, episodes = [], []
-        for part, (manifest, before) in enumerate(
-            zip(self.manifests, np.cumsum(counts) - counts, strict=True)
-        ):
-            if manifest.schema_version == 1:
-                table = self._old[part] = _load(self._files[part].hold("episodes.npy")).astype(
-                    EPISODES
-                )
-                found = lengths_of(table)
-                episodes += np.bincount(table["shard"], minlength=counts[part]).tolist()
-            else:
-                found = _load(self._files[part].hold(LENGTHS_FILE)).astype(LENGTHS)
-                episodes += [shard.episodes for shard in manifest.shards]
-            found["shard"] += before
-            lengths.append(found)
+        lengths = []
+        for files, before in zip(self._files, np.cumsum(counts) - counts, strict=True):
+            lengths.append(_load(files.hold(LENGTHS_FILE)).astype(LENGTHS))
+            lengths[-1]["shard"] += before
         self.lengths: Array = np.concatenate(lengths)
         """[n] `manifest.LENGTHS`, sorted by shard"""
-        self._ends: Array = np.cumsum(episodes, dtype=np.int64)
-        self._starts: Array = self._ends - np.array(episodes, np.int64)
-        self.options, self._positions = self._read_options()
-        self._view: Array | None = None
-        self._whole: dict[str, Array] = {}
-
-    def _read_options(self) -> tuple[list[TaskOption], list[list[Array | None]]]:
-        """The reset options of the task, and of each dataset and option where its values are among
-        those of all (None: a number).
-        """
-        options = []
-        positions: list[list[Array | None]] = [[] for _ in self.manifests]
-        for column, name in enumerate(option.name for option in self.manifests[0].task_options):
-            seen = [manifest.task_options[column].values for manifest in self.manifests]
-            if any(v is None for v in seen) and not all(v is None for v in seen):
-                raise UsageError(
-                    f"the reset option {name!r} is a number in one dataset and a choice in another;"
-                    " collect both alike"
-                )
-            union = (
-                None
-                if seen[0] is None
-                else sorted({value for some in seen for value in some or ()}, key=sort_key)
-            )
-            position = {value: i for i, value in enumerate(union or ())}
-            for part, some in enumerate(seen):
-                positions[part].append(
-                    None
-                    if some is None
-                    else np.array([position[value] for value in some], np.int64)
-                )
-            options.append(TaskOption(name=name, values=union))
-        return options, positions
+        self._ends: Array = np.cumsum([shard.episodes for shard in shards])
+        self._starts: Array = self._ends - [shard.episodes for shard in shards]
+        self.options, self._positions = joined_options(self.manifests)
+        self._table: Array | None = None
+        # A view (`unique`) shares these.
+        self._open: dict[int, tuple[Path, dict[str, Array]]] = {}
+        """The folder and the mapped arrays of each shard that is held."""
+        self._pinned: set[int] = set()
 
     # -- shards
-    # --------------------------------------------------------------------------------------------------
+
+    def _unit(self, shard: int) -> tuple[Files, str]:
+        return self._files[int(self.shard_part[shard])], f"shards/{self.shards[shard]}"
 
     def shard_bytes(self, shard: int) -> int:
-        return self._files[int(self.shard_part[shard])].bytes(f"shards/{self.shards[shard]}")
+        files, unit = self._unit(shard)
+        return files.bytes(unit)
 
     @property
     def most(self) -> int | None:
-        """Bytes of shards that may lie on this machine; None: any."""
+        """The most bytes of shards that may be on this machine; None: any number."""
         return min((files.most for files in self._files if files.most is not None), default=None)
 
     def turn(self, now: Iterable[int], ahead: Iterable[int] = ()) -> None:
-        """Let go of all shards but these: `now` are read, `ahead` come next and are fetched
-        meanwhile, in threads.
+        """Release all shards but `now`, which are read, and `ahead`, which come next.
+
+        Both are fetched in threads.
         """
-        now, ahead = list(now), list(ahead)
+        pinned = list(dict.fromkeys([*now, *ahead]))
+        self._release((set(self._open) | self._pinned) - set(pinned))
         self._pinned.clear()
-        self._pinned.update(now, ahead)
-        self._let_go(set(self._open) - {*now, *ahead} | (self._coming - {*now, *ahead}))
-        for shard in (*now, *ahead):
-            self._coming.add(shard)
-            self._files[int(self.shard_part[shard])].ahead([f"shards/{self.shards[shard]}"])
+        self._pinned.update(pinned)
+        self._fetch(pinned)
 
     def expect(self, shards: Array) -> None:
-        """Begin to fetch and verify what will be read next, where there is room for all of it."""
+        """Begin to fetch and verify the next shards to be read, where there is room for all."""
         if self.most is None:
-            for shard in np.unique(shards).tolist():
-                if shard not in self._open:
-                    self._files[int(self.shard_part[shard])].ahead([f"shards/{self.shards[shard]}"])
+            self._fetch(shard for shard in np.unique(shards).tolist() if shard not in self._open)
 
-    def _let_go(self, shards: Iterable[int]) -> None:
+    def _fetch(self, shards: Iterable[int]) -> None:
+        for shard in shards:
+            files, unit = self._unit(shard)
+            files.ahead([unit])
+
+    def _release(self, shards: Iterable[int]) -> None:
         for shard in list(shards):
             self._open.pop(shard, None)
-            self._folders.pop(shard, None)
-            self._coming.discard(shard)
-            self._files[int(self.shard_part[shard])].release([f"shards/{self.shards[shard]}"])
+            files, unit = self._unit(shard)
+            files.release([unit])
 
     def array(self, shard: int, name: str) -> Array:
         """A shard's memory-mapped array. Raises ArtifactError where it is missing or damaged."""
-        arrays = self._open.get(shard)
-        if arrays is None:
-            if (
-                self.most is not None and shard not in self._pinned
-            ):  # one at a time: reading here and there goes on, if slowly, and needs no room
-                self._let_go(set(self._open) - self._pinned)
-            arrays = self._open[shard] = {}
-        if (found := arrays.get(name)) is None:
-            if shard not in self._folders:
-                files = self._files[int(self.shard_part[shard])]
-                self._folders[shard] = files.hold(f"shards/{self.shards[shard]}")
-            found = arrays[name] = _load(self._folders[shard] / f"{name}.npy", mapped=True)
-        return found
+        if shard not in self._open:
+            if self.most is not None and shard not in self._pinned:
+                # Hold one unpinned shard at a time, so that random reads need no further room.
+                self._release(set(self._open) - self._pinned)
+            files, unit = self._unit(shard)
+            self._open[shard] = files.hold(unit), {}
+        folder, arrays = self._open[shard]
+        if name not in arrays:
+            arrays[name] = _load(folder / f"{name}.npy", mapped=True)
+        return arrays[name]
 
     def gather(self, name: str, shards: Array, rows: Array) -> Array:
         """Rows of one array: `shards` [K], `rows` [K, ...] within them -> [K, ..., columns]."""
         return self.gathered(shards, {name: rows})[name]
 
-    def gathered(self, shards: Array, wanted: Mapping[str, Array]) -> dict[str, Array]:
-        """Rows of arrays by name: `shards` [K], and each array's rows within them, [K, ...] -> [K,
-        ..., columns]. Shard after shard, so that each is held once.
+    def gathered(self, shards: Array, rows: Mapping[str, Array]) -> dict[str, Array]:
+        """Rows of several arrays, shard by shard, so that each shard is held once.
+
+        Args:
+            shards: [K].
+            rows: for each array, [K, ...] rows within the shards.
+
+        Returns:
+            By array, [K, ..., columns].
         """
-        if len(self.shards) == 1 or len(shards) == 0 or (shards == shards[0]).all():
-            shard = int(shards[0]) if len(shards) else 0
-            return {
-                name: self.array(shard, name).take(rows, axis=0) for name, rows in wanted.items()
-            }
+        groups = list(grouped(shards)) or [(0, slice(None))]
+        if len(groups) == 1:
+            shard = groups[0][0]
+            return {name: self.array(shard, name).take(at, axis=0) for name, at in rows.items()}
         self.expect(shards)
         out: dict[str, Array] = {}
-        distinct = {id(rows): rows for rows in wanted.values()}
-        for shard, here in grouped(shards):
-            at = {number: rows[here] for number, rows in distinct.items()}
-            for name, rows in wanted.items():
-                values = self.array(shard, name).take(at[id(rows)], axis=0)
+        for shard, here in groups:
+            for name, at in rows.items():
+                values = self.array(shard, name).take(at[here], axis=0)
                 if name not in out:
-                    out[name] = np.empty((*rows.shape, *values.shape[rows.ndim :]), values.dtype)
+                    out[name] = np.empty((*at.shape, *values.shape[at.ndim :]), values.dtype)
                 out[name][here] = values
         return out
 
     # -- episodes, as records
-    # ------------------------------------------------------------------------------------
 
     def records(self, shard: int) -> Array:
-        """A shard's [n] `manifest.EPISODES`, in order; their field `shard` counts within the
-        dataset.
-        """
-        if self._view is not None:
-            return self._view[self._starts[shard] : self._ends[shard]]
-        part = int(self.shard_part[shard])
-        if part in self._old:
-            return self._old[part][self._within(shard)]
-        return _load(self._files[part].hold(f"tables/{self.shards[shard]}.npy"), mapped=True)
-
-    def _within(self, shard: int) -> slice:
-        """Of the episodes of its dataset, those of a shard."""
-        before = self._starts[np.searchsorted(self.shard_part, self.shard_part[shard])]
-        return slice(int(self._starts[shard] - before), int(self._ends[shard] - before))
+        """A shard's [n] `manifest.EPISODES`, in order; use any field but `shard`."""
+        if self._table is not None:
+            return self._table[self._starts[shard] : self._ends[shard]]
+        files, _ = self._unit(shard)
+        return _load(files.hold(f"tables/{self.shards[shard]}.npy"), mapped=True)
 
     def shard_options(self, shard: int) -> tuple[Array, Array]:
         """The reset options of a shard's n episodes: [n, k] numbers, and [n, k] positions in
         `TaskOption.values`.
         """
-        part, count = int(self.shard_part[shard]), int(self._ends[shard] - self._starts[shard])
         if not self.options:
+            count = int(self._ends[shard] - self._starts[shard])
             return np.zeros((count, 0)), np.zeros((count, 0), np.int64)
-        hold = self._files[part].hold
-        if part in self._old:
-            numbers, values = (
-                _load(hold(f"task_{what}.npy"), mapped=True)[self._within(shard)]
-                for what in ("numbers", "values")
-            )
-        else:
-            numbers, values = (
-                _load(hold(f"tables/{self.shards[shard]}.task_{what}.npy"))
-                for what in ("numbers", "values")
-            )
-        values = values.astype(np.int64)
-        for column, positions in enumerate(self._positions[part]):
+        files, _ = self._unit(shard)
+        table = f"tables/{self.shards[shard]}"
+        numbers = _load(files.hold(f"{table}.task_numbers.npy"))
+        values = _load(files.hold(f"{table}.task_values.npy")).astype(np.int64)
+        for column, positions in enumerate(self._positions[int(self.shard_part[shard])]):
             if positions is not None:
                 values[:, column] = positions[values[:, column]]
-        return np.asarray(numbers), values
+        return numbers, values
 
     @property
     def table(self) -> Array:
-        """[E] records of `manifest.EPISODES`; `shard` counts over all datasets"""
-        if self._view is not None:
-            return self._view
-        if (found := self._whole.get("table")) is None:
-            for name, part in zip(self.shards, self.shard_part, strict=True):
-                if part not in self._old:
-                    self._files[part].ahead([f"tables/{name}.npy"])
-            found = np.concatenate(
-                [self.records(shard) for shard in range(len(self.shards))]
-            ).astype(EPISODES)
-            found["shard"] = np.repeat(np.arange(len(self.shards)), self._ends - self._starts)
-            self._whole["table"] = found
-        return found
+        """[E] records of `manifest.EPISODES`; `shard` counts over all datasets."""
+        if self._table is None:
+            shards = range(len(self.shards))
+            for shard in shards:
+                self._unit(shard)[0].ahead([f"tables/{self.shards[shard]}.npy"])
+            table = np.concatenate([self.records(shard) for shard in shards]).astype(EPISODES)
+            table["shard"] = np.repeat(shards, self._ends - self._starts)
+            self._table = table
+        return self._table
 
-    @property
+    @cached_property
     def part(self) -> Array:
-        """[E] which of `paths` an episode is from"""
-        if "part" not in self._whole:
-            self._whole["part"] = np.repeat(self.shard_part, self._ends - self._starts)
-        return self._whole["part"]
+        """[E] which of `paths` an episode is from."""
+        return np.repeat(self.shard_part, self._ends - self._starts)
 
     @property
     def option_numbers(self) -> Array:
-        """[E, k] the numbers among the reset options"""
-        return self._all_options()["numbers"]
+        """[E, k] the numbers among the reset options."""
+        return self._all_options[0]
 
     @property
     def option_values(self) -> Array:
-        """[E, k] positions in `TaskOption.values`"""
-        return self._all_options()["values"]
+        """[E, k] positions in `TaskOption.values`."""
+        return self._all_options[1]
 
-    def _all_options(self) -> dict[str, Array]:
-        if "numbers" not in self._whole:
-            numbers, values = zip(
-                *(self.shard_options(shard) for shard in range(len(self.shards))), strict=True
-            )
-            self._whole |= {"numbers": np.concatenate(numbers), "values": np.concatenate(values)}
-        return self._whole
+    @cached_property
+    def _all_options(self) -> tuple[Array, Array]:
+        numbers, values = zip(*map(self.shard_options, range(len(self.shards))), strict=True)
+        return np.concatenate(numbers), np.concatenate(values)
 
-    # -- what there is
-    # -------------------------------------------------------------------------------------------
+    # -- counts
 
     @property
     def ids(self) -> list[str]:
@@ -330,115 +259,104 @@ class Dataset:
 
     @property
     def transitions(self) -> int:
-        """All transitions, of both splits."""
-        return int((self.lengths["length"] * self.lengths["episodes"]).sum())
+        """Transitions of both splits."""
+        return self.count()
 
     def episodes(self, split: Split | None = None) -> Array:
         """Episode numbers of a split (None: all), ascending, [n] int64."""
-        return (
-            np.arange(len(self.table))
-            if split is None
-            else np.flatnonzero(self.table["split"] == SPLITS.index(split))
-        )
+        if split is None:
+            return np.arange(len(self.table))
+        return np.flatnonzero(self.table["split"] == SPLITS.index(split))
 
     def count(self, split: Split | None = None) -> int:
         """Transitions of a split (None: all)."""
-        some = self._of(split)
-        return int((some["length"] * some["episodes"]).sum())
+        lengths = self._lengths(split)
+        return int((lengths["length"] * lengths["episodes"]).sum())
 
     def size(self, split: Split) -> int:
         """Episodes of a split."""
-        return int(self._of(split)["episodes"].sum())
+        return int(self._lengths(split)["episodes"].sum())
 
-    def _of(self, split: Split | None) -> Array:
-        return (
-            self.lengths
-            if split is None
-            else self.lengths[self.lengths["split"] == SPLITS.index(split)]
-        )
+    def _lengths(self, split: Split | None) -> Array:
+        if split is None:
+            return self.lengths
+        return self.lengths[self.lengths["split"] == SPLITS.index(split)]
 
     def unique(self, transitions: int, seed: int) -> Dataset:
-        """The same files with exactly so many transitions in the training split: whole episodes in
-        an order that `seed` draws, the last one cut short. A smaller view of a seed lies within its
-        larger ones; validation is the same. Raises UsageError where there are fewer.
+        """A view of the same files with fewer transitions to train on.
+
+        It takes whole episodes in an order that `seed` draws, and cuts the last one short. A
+        smaller view of a seed lies within its larger ones; validation is the same.
+
+        Raises:
+            UsageError: there are fewer transitions.
         """
         train = self.episodes("train")
         if not 1 <= transitions <= self.count("train"):
             raise UsageError(
-                f"{transitions} unique transitions of {', '.join(self.ids)}, which has"
-                f" {self.count('train')} to train on; ask for 1 to that many"
+                f"the unique transitions must be 1 to {self.count('train')}, as many as"
+                f" {', '.join(self.ids)} has to train on, got {transitions}"
             )
         order = train[permute(np.arange(len(train)), len(train), key(seed, UNIQUE))]
         ends = np.cumsum(self.table["length"][order])
-        kept = int(np.searchsorted(ends, transitions)) + 1
+        last = int(np.searchsorted(ends, transitions))
+        table = self.table.copy()
+        table["split"][order[last + 1 :]] = UNUSED
+        if ends[last] > transitions:
+            table["length"][order[last]] -= ends[last] - transitions
+            table["outcome"][order[last]] = OUTCOMES.index("unfinished")
         view = copy(self)
-        view._view = table = self.table.copy()
-        table["split"][order[kept:]] = UNUSED
-        if (over := int(ends[kept - 1]) - transitions) > 0:
-            table["length"][order[kept - 1]] -= over
-            table["outcome"][order[kept - 1]] = OUTCOMES.index("unfinished")
-        view.lengths = lengths_of(table)
+        view._table, view.lengths = table, lengths_of(table)
         return view
 
-    # -- rows
-    # ----------------------------------------------------------------------------------------------------
+    # -- whole episodes
 
     def chunks(self, split: Split | None = None) -> Iterator[Chunk]:
         """The split's whole episodes in order, about 64k rows at a time."""
         numbers = self.episodes(split)
         rows = self.table["length"][numbers] + 1
-        groups = (np.cumsum(rows) - rows) // CHUNK_ROWS
-        for episodes in (
-            np.split(numbers, np.flatnonzero(np.diff(groups)) + 1) if len(numbers) else []
-        ):
-            lengths = self.table["length"][episodes] + 1
-            ends = np.cumsum(lengths)
-            at = np.arange(ends[-1]) + np.repeat(
-                self.table["first_row"][episodes] - (ends - lengths), lengths
-            )
-            shards = np.repeat(self.table["shard"][episodes], lengths)
+        bounds = np.flatnonzero(np.diff((np.cumsum(rows) - rows) // CHUNK_ROWS)) + 1
+        for episodes in np.split(numbers, bounds) if len(numbers) else ():
+            table = self.table[episodes]
+            at, ends = episode_rows(table["first_row"], table["length"])
             last = np.zeros(len(at), bool)
             last[ends - 1] = True
+            shards = np.repeat(table["shard"], table["length"] + 1)
             yield Chunk(episodes, self.gathered(shards, dict.fromkeys(ARRAYS, at)), last)
         self.turn(())
-
-    # -- episodes
-    # ------------------------------------------------------------------------------------------------
 
     def episode(self, number: int) -> Episode:
         """Episode `number` as it was collected: raw values of the spaces."""
         record = self.table[number]
-        rows = slice(int(record["first_row"]), int(record["first_row"] + record["length"] + 1))
+        first, length = int(record["first_row"]), int(record["length"])
+        rows = slice(first, first + length + 1)
         data = {name: self.array(int(record["shard"]), name)[rows] for name in ARRAYS}
-        manifest = self.manifests[int(self.part[number])]
-        durations = data["duration"][:-1]
+        observations = self.observation_codec.decode(data["obs_num"], data["obs_cat"])
+        actions = self.action_codec.decode(data["act_num"][:-1], data["act_cat"][:-1])
+        durations = np.array(data["duration"][:-1])
+        behaviours = self.manifests[int(self.part[number])].behaviours
         return Episode(
             index=int(record["index"]),
             seed=int(record["seed"]),
-            behaviour=manifest.behaviours[int(record["behaviour"])].name,
-            observations=self.observation_codec.unbatch(
-                self.observation_codec.decode(data["obs_num"], data["obs_cat"])
-            ),
-            actions=self.action_codec.unbatch(
-                self.action_codec.decode(data["act_num"][:-1], data["act_cat"][:-1])
-            ),
+            behaviour=behaviours[int(record["behaviour"])].name,
+            observations=self.observation_codec.unbatch(observations),
+            actions=self.action_codec.unbatch(actions),
             rewards=np.array(data["reward"][:-1]),
             outcome=cast(Outcome, OUTCOMES[int(record["outcome"])]),
-            durations=None if np.isnan(durations).any() else np.array(durations),
+            durations=None if np.isnan(durations).any() else durations,
             task=self.task(number),
             success=None if record["success"] < 0 else bool(record["success"]),
         )
 
     def task(self, number: int) -> dict[str, bool | int | float | str]:
         """The reset options of episode `number`."""
-        return {
-            option.name: (
-                float(self.option_numbers[number, i])
-                if option.values is None
-                else option.values[int(self.option_values[number, i])]
-            )
-            for i, option in enumerate(self.options)
-        }
+        task: dict[str, bool | int | float | str] = {}
+        for i, option in enumerate(self.options):
+            if option.values is None:
+                task[option.name] = float(self.option_numbers[number, i])
+            else:
+                task[option.name] = option.values[int(self.option_values[number, i])]
+        return task
 
     def iter_episodes(self, split: Split | None = None) -> Iterator[Episode]:
         for number in self.episodes(split):
@@ -446,36 +364,28 @@ class Dataset:
 
 
 def grouped(shards: Array) -> Iterator[tuple[int, Array | slice]]:
-    """Each distinct value of [K] and where it stands."""
+    """Each distinct value of [K] and its positions."""
     order = np.argsort(shards, kind="stable")
-    ordered = shards[order]
-    starts = np.flatnonzero(np.r_[len(shards) > 0, ordered[1:] != ordered[:-1]])
-    if len(starts) == 1:
+    bounds = np.flatnonzero(np.diff(shards[order])) + 1
+    if len(shards) and not len(bounds):
         yield int(shards[0]), slice(None)
-        return
-    for start, end in zip(starts, np.r_[starts[1:], len(shards)][: len(starts)], strict=True):
-        yield int(ordered[start]), order[start:end]
+    elif len(shards):
+        for here in np.split(order, bounds):
+            yield int(shards[here[0]]), here
 
 
-def _facts(a: Manifest, b: Manifest) -> Iterator[tuple[str, Any, Any, str]]:
-    """What must be equal, by name, and what to do where it is not."""
-    one = "train on datasets of one environment"
-    for field in ("id", "kwargs", "task", "max_episode_steps"):
-        yield (
-            f"environment {field}",
-            getattr(a.environment, field),
-            getattr(b.environment, field),
-            one,
-        )
-    for field in ("observation_space", "action_space"):
-        yield field, getattr(a, field), getattr(b, field), one
-    if a.environment.version and b.environment.version:  # "" is not known
-        yield (
-            "environment version",
-            a.environment.version,
-            b.environment.version,
-            "collect the older one again, or use one of them alone",
-        )
+def episode_rows(first: Array, lengths: Array) -> tuple[Array, Array]:
+    """The rows of whole episodes, one after the other.
+
+    Args:
+        first: [E] each episode's first row within its shard.
+        lengths: [E] transitions.
+
+    Returns:
+        [R] rows within the shards, and [E] where each episode ends among them.
+    """
+    ends = np.cumsum(lengths + 1)
+    return np.arange(ends[-1]) + np.repeat(first - (ends - lengths - 1), lengths + 1), ends
 
 
 def _load(path: Path, mapped: bool = False) -> Array:

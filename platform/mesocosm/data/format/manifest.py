@@ -1,17 +1,18 @@
-"""What a dataset says of itself: `manifest.json`, the tables of its episodes, and how many of each
-length there are.
-"""
+"""What a dataset's `manifest.json` and tables hold."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mesocosm.errors import ArtifactError
+from mesocosm.errors import ArtifactError, UsageError
 
+Array = NDArray[Any]
 SCHEMA: Literal[2] = 2
 MANIFEST = "manifest.json"
 LENGTHS_FILE = "lengths.npy"
@@ -24,7 +25,7 @@ spans two shards.
 
 obs_num [rows, n] float64 raw, obs_cat [rows, m] unsigned, act_num, act_cat alike (zeros in an
 episode's last row), reward [rows] float64, terminated [rows] bool, duration [rows] float64 seconds
-(NaN where not given), step [rows] int32.
+(NaN where unknown), step [rows] int32.
 """
 
 EPISODES = np.dtype(
@@ -36,10 +37,10 @@ EPISODES = np.dtype(
         ("length", "<i8"),  # transitions
         ("behaviour", "<i4"),  # position in Manifest.behaviours
         ("outcome", "u1"),  # position in OUTCOMES
-        ("success", "i1"),  # 1, 0, or -1 for not said
+        ("success", "i1"),  # 1, 0, or -1 where unknown
         ("split", "u1"),  # position in SPLITS
         ("total_reward", "<f8"),
-        ("hash", "<i8"),  # of (dataset id, index): what members draw their bootstrap masks from
+        ("hash", "<i8"),  # of (dataset id, index): the seed of an episode's bootstrap mask
     ]
 )
 """`tables/<shard>.npy`: one record an episode of the shard, in the order of its rows."""
@@ -50,30 +51,30 @@ LENGTHS = np.dtype(
         ("split", "u1"),
         ("terminated", "?"),
         ("length", "<i8"),
-        ("episodes", "<i8"),  # that are alike in all of the above
+        ("episodes", "<i8"),  # that agree in all of the above
     ]
 )
-"""`lengths.npy`: all that must be known of the episodes to count windows of any size, terminals and
-transitions. Its size is bounded by the shards (of R rows each: not more than 4 sqrt(2 R) records),
-not by the episodes.
+"""`lengths.npy`: enough to count windows of any size, terminals and transitions.
+
+Its size is bounded by the shards (at most 4 sqrt(2 R) records for a shard of R rows), not by the
+episodes.
 """
 
 
-def lengths_of(table: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def lengths_of(table: Array) -> Array:
     """[E] EPISODES -> [n] LENGTHS, sorted."""
-    kinds = np.empty(len(table), LENGTHS.descr[:-1])
-    kinds["shard"], kinds["split"], kinds["length"] = (
-        table["shard"],
-        table["split"],
-        table["length"],
-    )
-    kinds["terminated"] = table["outcome"] == OUTCOMES.index("terminated")
-    distinct, episodes = np.unique(kinds, return_counts=True)
-    found = np.empty(len(distinct), LENGTHS)
-    for name in kinds.dtype.names or ():
-        found[name] = distinct[name]
-    found["episodes"] = episodes
-    return found
+    lengths = np.ones(len(table), LENGTHS)
+    for name in ("shard", "split", "length"):
+        lengths[name] = table[name]
+    lengths["terminated"] = table["outcome"] == OUTCOMES.index("terminated")
+    distinct, counts = np.unique(lengths, return_counts=True)
+    distinct["episodes"] = counts
+    return distinct
+
+
+def sort_key(value: Any) -> tuple[str, Any]:
+    """The key that sorts the values of a reset option, which may be of several kinds."""
+    return type(value).__name__, value
 
 
 class _Model(BaseModel):
@@ -85,7 +86,7 @@ class Environment(_Model):
 
     id: str
     version: str = ""
-    """Of the package that defines it, where known."""
+    """Version of the package that defines it, where known."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     task: list[str] = Field(default_factory=list)
     """`reality.task`: observation keys (dotted where nested) or reset options."""
@@ -117,21 +118,19 @@ class Counts(_Model):
     outcomes: dict[str, int]
     """Episodes by outcome."""
     dropped: int = 0
-    """Episodes that were begun and are not here: the environment crashed or hung."""
+    """Episodes that are not stored: the environment crashed or hung."""
     empty: int = 0
-    """Episodes without a single transition, left out."""
+    """Episodes that are not stored: they have no transition."""
 
 
 class Shard(_Model):
     name: str
     rows: int
-    episodes: int = 0
-    """Not said in schema 1."""
+    episodes: int
 
 
 class Manifest(_Model):
-    schema_version: Literal[1, 2]
-    """1 has the episodes of all shards in one `episodes.npy`, and no `lengths.npy`."""
+    schema_version: Literal[2]
     id: str
     environment: Environment
     observation_space: dict[str, Any]
@@ -141,7 +140,7 @@ class Manifest(_Model):
     counts: Counts
     behaviours: list[Behaviour]
     durations: bool
-    """Every step has `info["duration"]`."""
+    """Whether every step has `info["duration"]`."""
     task_options: list[TaskOption] = Field(default_factory=list)
     shards: list[Shard]
 
@@ -151,7 +150,11 @@ class Manifest(_Model):
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """Raises ArtifactError where the file is missing or is not a manifest of this version."""
+        """Read a folder's manifest.
+
+        Raises:
+            ArtifactError: the file is missing or is not a manifest of this schema.
+        """
         path = folder / MANIFEST
         try:
             return Manifest.model_validate_json(path.read_text())
@@ -162,8 +165,55 @@ class Manifest(_Model):
             ) from error
         except ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
+            place = ".".join(map(str, first["loc"]))
             raise ArtifactError(
-                f"{str(path)!r} is not a manifest of schema {SCHEMA}: {where}: {first['msg']}; make"
+                f"{str(path)!r} is not a manifest of schema {SCHEMA}: {place}: {first['msg']}; make"
                 " it again by its job with --force"
             ) from error
+
+
+def check_alike(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    """Raise UsageError where two datasets are of different environments or spaces, or the same."""
+    first = manifests[0]
+    for path, other in zip(paths[1:], manifests[1:], strict=True):
+        a, b = first.environment, other.environment
+        fields = ["id", "kwargs", "task", "max_episode_steps"]
+        if a.version and b.version:  # "" is unknown
+            fields.append("version")
+        pairs = [(f"environment {name}", getattr(a, name), getattr(b, name)) for name in fields]
+        pairs += [
+            (name, getattr(first, name), getattr(other, name))
+            for name in ("observation_space", "action_space")
+        ]
+        for name, x, y in pairs:
+            if x != y:
+                raise UsageError(
+                    f"datasets {str(paths[0])!r} and {str(path)!r} differ in {name}: {x} and {y};"
+                    " use datasets of one environment, or collect the older one again"
+                )
+    ids = [manifest.id for manifest in manifests]
+    if len(set(ids)) < len(ids):
+        raise UsageError(f"data.datasets must name each dataset once, got {', '.join(ids)}")
+
+
+def joined_options(
+    manifests: Sequence[Manifest],
+) -> tuple[list[TaskOption], list[list[Array | None]]]:
+    """The reset options of the task, and for each dataset and option the position of its values
+    among the values of all datasets (None: a number).
+    """
+    options = []
+    positions: list[list[Array | None]] = [[] for _ in manifests]
+    for column, option in enumerate(manifests[0].task_options):
+        values = [manifest.task_options[column].values for manifest in manifests]
+        if len({some is None for some in values}) > 1:
+            raise UsageError(
+                f"the reset option {option.name!r} is a number in one dataset and a choice in"
+                " another; collect both alike"
+            )
+        union = sorted({value for some in values for value in some or ()}, key=sort_key)
+        position = {value: i for i, value in enumerate(union)}
+        for joined, some in zip(positions, values, strict=True):
+            joined.append(None if some is None else np.array([position[v] for v in some]))
+        options.append(TaskOption(name=option.name, values=None if values[0] is None else union))
+    return options, positions

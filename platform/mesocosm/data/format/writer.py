@@ -1,46 +1,24 @@
 """Writes a dataset, episode by episode, in memory bounded by one shard.
 
-    manifest.json                      what it is
-    lengths.npy                        how many episodes of each length each shard has (`manifest.LENGTHS`)
-    tables/00000.npy                   one record an episode of the shard (`manifest.EPISODES`)
-    tables/00000.task_numbers.npy, tables/00000.task_values.npy
-                                       [episodes, options] float64 and int32, where the task is made
-                                       of reset options
-    shards/00000/*.npy                 memory-mapped training arrays (`manifest.ARRAYS`)
-    episodes/00000.parquet             the same episodes for people and other tools, one file a shard
-
-The Parquet schema, one row an observation (T+1 rows an episode of T transitions), in order of
-episode and step:
-
-    episode      int64           which episode (`Episode.index`)
-    step         int32           0..T
-    observation  the space       Box, MultiDiscrete, MultiBinary: nested lists of the space's dtype (a scalar where the shape is ());
-                                 Discrete: int64, counted from its start; Text: string; Dict:
-                                 struct; Tuple: struct of "0", "1", ...
-    action       the space       null in an episode's last row, as are the next four
-    reward       double
-    terminated   bool            the environment ended the episode here
-    truncated    bool            a time limit ended it here; an episode whose end has neither is unfinished
-    duration     double          seconds; the column is there only where the environment gives durations
-    behaviour    string          who acted
-    seed         int64           of `env.reset`
-    success      bool            of the episode; null where not said
-    task         struct          the reset options of the episode; there only where the task has any
+manifest.json             what it is
+lengths.npy               episodes of each length in each shard (`manifest.LENGTHS`)
+tables/00000.npy          one record an episode of the shard (`manifest.EPISODES`)
+tables/00000.task_numbers.npy, tables/00000.task_values.npy
+                          [episodes, options] float64 and int32, where the task has reset options
+shards/00000/*.npy        memory-mapped training arrays (`manifest.ARRAYS`)
+episodes/00000.parquet    the same episodes for people and other tools (`parquet`)
 """
 
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
-from gymnasium import spaces
 from numpy.typing import NDArray
 
 from mesocosm.data.format.episode import Episode
@@ -59,7 +37,9 @@ from mesocosm.data.format.manifest import (
     Shard,
     TaskOption,
     lengths_of,
+    sort_key,
 )
+from mesocosm.data.format.parquet import episodes_table
 from mesocosm.data.format.permutation import key
 from mesocosm.data.format.space_json import space_to_json
 from mesocosm.data.format.spaces import SpaceCodec
@@ -67,12 +47,10 @@ from mesocosm.errors import MesocosmError
 
 Array = NDArray[Any]
 ENOUGH = 5
-"""A dataset of so many episodes always holds one out for validation."""
+"""A dataset of this many episodes always holds one out for validation."""
 SHARD_ROWS = 1 << 20
 SHARD_BYTES = 1 << 28
-"""A shard is closed at whichever comes first, so that the writer's memory is bounded for wide
-observations too.
-"""
+"""A shard is closed at whichever comes first, so that wide observations fit into memory too."""
 
 
 def write_dataset(
@@ -86,14 +64,15 @@ def write_dataset(
 
 
 class DatasetWriter:
-    """`add` episodes in a fixed order, then `close`. The same episodes in the same order give the
-    same bytes.
+    """`add` episodes in a fixed order, then `close`. The same episodes give the same bytes.
 
     The split is by a hash of (seed, episode index, behaviour): each episode is held out with the
-    probability `valid_fraction`. At least one is held out where there are ENOUGH episodes (fewer
-    may be the whole of a short later round: one of two would be half of what was bought), none
-    where the fraction is 0, and never the last one to train on. Where `add` was told each episode's
-    split, that is the split. Raises UsageError at once where a space is not supported.
+    probability `valid_fraction`. At least one of ENOUGH episodes is held out (fewer may be the
+    whole of a short later round: one of two would be half of it), none where the fraction is 0, and
+    never the last one to train on. `add` may give each episode's split instead.
+
+    Raises:
+        UsageError: a space is not supported.
     """
 
     def __init__(
@@ -108,42 +87,40 @@ class DatasetWriter:
         valid_fraction: float = 0.1,
         shard_rows: int = SHARD_ROWS,
     ):
-        self._folder = folder
-        self._id, self._environment, self._seed, self._valid_fraction = (
-            id,
-            environment,
-            seed,
-            valid_fraction,
-        )
-        self._observation = SpaceCodec(observation_space, "observation")
-        self._action = SpaceCodec(action_space, "action")
-        self._options = [name for name in environment.task if not self._observation.matching(name)]
-        row_bytes = 8 * (self._observation.numbers + self._action.numbers + 4) + 4 * (
-            self._observation.categories + self._action.categories
-        )
+        self._folder, self._id, self._environment = folder, id, environment
+        self._seed, self._valid_fraction = seed, valid_fraction
+        observation = SpaceCodec(observation_space, "observation")
+        action = SpaceCodec(action_space, "action")
+        self._codecs = observation, action
+        self._options = [name for name in environment.task if not observation.matching(name)]
+        numbers, categories = observation.numbers + action.numbers, observation.categories
+        row_bytes = 8 * (numbers + 4) + 4 * (categories + action.categories)
         self._shard_rows = min(shard_rows, SHARD_BYTES // row_bytes)
         self._buffer: list[dict[str, Array]] = []
-        self._pending: list[int] = []
+        """The rows of the last episodes, which are in no shard yet."""
         self._rows = 0
         self._shards: list[Shard] = []
         self._table: list[tuple[Any, ...]] = []
         self._tasks: list[dict[str, Any]] = []
-        self._success: list[bool | None] = []
         self._behaviours: dict[str, Behaviour] = {}
         self._indices: set[int] = set()
-        self._given: list[int] = []
+        self._splits: list[int] = []
         self._durations = True
         self._empty = 0
 
     def add(
         self, episode: Episode, rows: dict[str, Array] | None = None, split: str | None = None
     ) -> None:
-        """`rows`: the episode as `encode_episode` gives it, where it is encoded already; its
-        observations and actions are then not looked at. `split`: of `SPLITS`, given for every
-        episode or for none.
+        """Add an episode.
 
-        Raises MesocosmError naming episode and step where a value is not finite or not of its
-        space.
+        Args:
+            episode: the episode.
+            rows: what `encode_episode` returns for it, where it is encoded already; its
+                observations and actions are then not read.
+            split: of `SPLITS`, given for every episode or for none.
+
+        Raises:
+            MesocosmError: a value is not finite or not of its space; names episode and step.
         """
         if len(episode) == 0:
             self._empty += 1
@@ -154,10 +131,10 @@ class DatasetWriter:
             )
         if set(episode.task) != set(self._options):
             raise MesocosmError(
-                f"{_where(episode)} has the reset options {sorted(episode.task)} where reality.task"
-                f" names {sorted(self._options)}"
+                f"{_where(episode)} must have the reset options {sorted(self._options)} of"
+                f" reality.task, got {sorted(episode.task)}"
             )
-        rows = encode_episode(episode, self._observation, self._action) if rows is None else rows
+        rows = encode_episode(episode, *self._codecs) if rows is None else rows
         self._durations = self._durations and episode.durations is not None
         self._indices.add(episode.index)
         behaviour = self._behaviours.setdefault(
@@ -165,11 +142,6 @@ class DatasetWriter:
         )
         behaviour.episodes += 1
         behaviour.transitions += len(episode)
-        success = -1 if episode.success is None else int(episode.success)
-        position = list(self._behaviours).index(episode.behaviour)
-        outcome, total = OUTCOMES.index(episode.outcome), episode.total_reward
-        hashed = int(key(_word(self._id), episode.index).view(np.int64)[0])
-        self._pending.append(len(self._table))
         self._table.append(
             (
                 episode.index,
@@ -177,16 +149,16 @@ class DatasetWriter:
                 len(self._shards),
                 self._rows,
                 len(episode),
-                position,
-                outcome,
-                success,
+                list(self._behaviours).index(episode.behaviour),
+                OUTCOMES.index(episode.outcome),
+                -1 if episode.success is None else int(episode.success),
                 0,
-                total,
-                hashed,
+                episode.total_reward,
+                int(key(_word(self._id), episode.index).view(np.int64)[0]),
             )
         )
         if split is not None:
-            self._given.append(SPLITS.index(split))
+            self._splits.append(SPLITS.index(split))
         self._tasks.append({name: _plain(episode.task[name]) for name in self._options})
         self._buffer.append(rows)
         self._rows += len(episode) + 1
@@ -195,17 +167,17 @@ class DatasetWriter:
 
     @property
     def transitions(self) -> int:
-        """Of the episodes that were added."""
+        """Transitions of the episodes that were added."""
         return sum(behaviour.transitions for behaviour in self._behaviours.values())
 
     @property
     def whole(self) -> bool:
-        """Whether all that was added is in shards."""
+        """Whether all episodes are in shards."""
         return bool(self._shards) and not self._buffer
 
     def state(self) -> tuple[Array, dict[str, Any]]:
-        """(`manifest.EPISODES` of the last shard, what else `restore` wants), while `whole`."""
-        first = bisect_left(self._table, len(self._shards) - 1, key=lambda row: row[2])
+        """(`manifest.EPISODES` of the last shard, the rest that `restore` reads), while `whole`."""
+        first = len(self._table) - self._shards[-1].episodes
         return np.array(self._table[first:], EPISODES), {
             "tasks": self._tasks[first:],
             "behaviours": [behaviour.model_dump() for behaviour in self._behaviours.values()],
@@ -215,7 +187,7 @@ class DatasetWriter:
         }
 
     def restore(self, table: Array, state: dict[str, Any]) -> None:
-        """Of each shard in order, what `state` gave after it: the shard's files are there."""
+        """Continue after a shard whose files exist, with its `state`; call it shard by shard."""
         self._table += table.tolist()
         self._indices.update(table["index"].tolist())
         self._tasks += state["tasks"]
@@ -224,7 +196,8 @@ class DatasetWriter:
         self._durations, self._empty = state["durations"], state["empty"]
 
     def _flush(self) -> None:
-        if not self._buffer:
+        count = len(self._buffer)
+        if not count:
             return
         name = f"{len(self._shards):05d}"
         folder = self._folder / "shards" / name
@@ -233,55 +206,22 @@ class DatasetWriter:
         self._buffer.clear()
         for field, array in arrays.items():
             np.save(folder / f"{field}.npy", array, allow_pickle=False)
+        records = np.array(self._table[-count:], EPISODES)
+        tasks = self._tasks[-count:]
+        table = episodes_table(self._codecs, arrays, records, list(self._behaviours), tasks)
         (self._folder / "episodes").mkdir(exist_ok=True)
-        pq.write_table(
-            self._parquet(arrays), self._folder / "episodes" / f"{name}.parquet", compression="zstd"
-        )
-        self._shards.append(Shard(name=name, rows=self._rows, episodes=len(self._pending)))
-        self._pending.clear()
+        pq.write_table(table, self._folder / "episodes" / f"{name}.parquet", compression="zstd")
+        self._shards.append(Shard(name=name, rows=self._rows, episodes=count))
         self._rows = 0
 
-    def _parquet(self, arrays: dict[str, Array]) -> pa.Table:
-        records = np.array([self._table[i] for i in self._pending], EPISODES)
-        repeats = records["length"] + 1
-        last = np.zeros(len(arrays["step"]), bool)
-        last[np.cumsum(repeats) - 1] = True
-        truncated = np.zeros(len(last), bool)
-        ended = records["outcome"] == OUTCOMES.index("truncated")
-        truncated[(np.cumsum(repeats) - 2)[ended]] = True
-        names = np.array(list(self._behaviours))
-        columns: dict[str, pa.Array] = {
-            "episode": pa.array(np.repeat(records["index"], repeats)),
-            "step": pa.array(arrays["step"]),
-            "observation": arrow(
-                self._observation.space,
-                self._observation.decode(arrays["obs_num"], arrays["obs_cat"]),
-            ),
-            "action": arrow(
-                self._action.space, self._action.decode(arrays["act_num"], arrays["act_cat"]), last
-            ),
-            "reward": pa.array(arrays["reward"], mask=last),
-            "terminated": pa.array(arrays["terminated"], mask=last),
-            "truncated": pa.array(truncated, mask=last),
-            "behaviour": pa.array(np.repeat(names[records["behaviour"]], repeats), pa.string()),
-            "seed": pa.array(np.repeat(records["seed"], repeats)),
-            "success": pa.array(
-                np.repeat(records["success"] == 1, repeats),
-                mask=np.repeat(records["success"] < 0, repeats),
-            ),
-        }
-        if not np.isnan(arrays["duration"]).all():
-            columns["duration"] = pa.array(
-                arrays["duration"], mask=last | np.isnan(arrays["duration"])
-            )
-        if self._options:
-            tasks = pa.array([self._tasks[i] for i in self._pending])
-            columns["task"] = tasks.take(pa.array(np.repeat(np.arange(len(records)), repeats)))
-        return pa.table(columns)
-
     def close(self, *, dropped: int = 0) -> Manifest:
-        """Write what is left, the episode table and the manifest. `dropped`: episodes that crashed
-        or hung, for the counts.
+        """Write the last shard, the tables and the manifest.
+
+        Args:
+            dropped: episodes that crashed or hung, for the counts.
+
+        Raises:
+            MesocosmError: no episode has a transition.
         """
         if not self._table:
             raise MesocosmError(
@@ -295,20 +235,19 @@ class DatasetWriter:
         self._save_by_shard("", table)
         options = self._write_options()
         by_split = {name: table[table["split"] == i] for i, name in enumerate(SPLITS)}
+        outcomes = np.bincount(table["outcome"], minlength=len(OUTCOMES)).tolist()
         manifest = Manifest(
             schema_version=SCHEMA,
             id=self._id,
             environment=self._environment,
-            observation_space=space_to_json(self._observation.space),
-            action_space=space_to_json(self._action.space),
+            observation_space=space_to_json(self._codecs[0].space),
+            action_space=space_to_json(self._codecs[1].space),
             seed=self._seed,
             valid_fraction=self._valid_fraction,
             counts=Counts(
                 episodes={name: len(rows) for name, rows in by_split.items()},
                 transitions={name: int(rows["length"].sum()) for name, rows in by_split.items()},
-                outcomes={
-                    name: int((table["outcome"] == i).sum()) for i, name in enumerate(OUTCOMES)
-                },
+                outcomes=dict(zip(OUTCOMES, outcomes, strict=True)),
                 dropped=dropped,
                 empty=self._empty,
             ),
@@ -321,9 +260,8 @@ class DatasetWriter:
         return manifest
 
     def _split(self, table: Array) -> Array:
-        if self._given:
-            assert len(self._given) == len(table)
-            return np.array(self._given, np.uint8)
+        if self._splits:
+            return np.array(self._splits, np.uint8)
         names = np.array([_word(name) for name in self._behaviours], np.uint64)
         hashes = key(self._seed, table["index"], names[table["behaviour"]])
         valid = hashes.astype(np.float64) / 2.0**64 < self._valid_fraction
@@ -334,28 +272,24 @@ class DatasetWriter:
         return valid.astype(np.uint8)
 
     def _write_options(self) -> list[TaskOption]:
-        """Floats are numbers (so are the integers beside them); anything else is a category over
-        the values seen.
+        """An option with a float is a number (integers beside floats too); any other option is a
+        category over the values seen.
         """
         options = []
         numbers = np.zeros((len(self._tasks), len(self._options)))
         values = np.zeros((len(self._tasks), len(self._options)), np.int32)
         for column, name in enumerate(self._options):
             raw = [task[name] for task in self._tasks]
-            if any(isinstance(value, float) for value in raw):
-                if not all(isinstance(value, float | int) and np.isfinite(value) for value in raw):
-                    raise MesocosmError(
-                        f"the reset option {name!r} mixes finite numbers with other values; give"
-                        " one kind"
-                    )
+            distinct = sorted(set(raw), key=sort_key)
+            kinds = {type(value) for value in distinct}
+            if float in kinds and kinds <= {float, int, bool} and np.isfinite(raw).all():
                 numbers[:, column] = raw
                 options.append(TaskOption(name=name))
                 continue
-            distinct = sorted(set(raw), key=sort_key)
-            if len({type(value) for value in distinct}) > 1:
+            if len(kinds) > 1 or float in kinds:
                 raise MesocosmError(
-                    f"the reset option {name!r} has values of several kinds, such as"
-                    f" {distinct[0]!r} and {distinct[-1]!r}; give one kind"
+                    f"the reset option {name!r} must have finite numbers, or values of one kind;"
+                    f" got {distinct[0]!r} and {distinct[-1]!r}"
                 )
             position = {value: i for i, value in enumerate(distinct)}
             values[:, column] = [position[value] for value in raw]
@@ -365,29 +299,31 @@ class DatasetWriter:
             self._save_by_shard(".task_values", values)
         return options
 
-    def _save_by_shard(self, what: str, rows: Array) -> None:
-        """[E, ...] into tables/, each shard's part into a file of its own."""
+    def _save_by_shard(self, suffix: str, rows: Array) -> None:
+        """Save [E, ...] into tables/, each shard's part into its own file."""
         (self._folder / "tables").mkdir(exist_ok=True)
         ends = np.cumsum([shard.episodes for shard in self._shards])
         for shard, part in zip(self._shards, np.split(rows, ends[:-1]), strict=True):
-            np.save(self._folder / "tables" / f"{shard.name}{what}.npy", part, allow_pickle=False)
+            path = self._folder / "tables" / f"{shard.name}{suffix}.npy"
+            np.save(path, part, allow_pickle=False)
 
 
 def encode_episode(
     episode: Episode, observation: SpaceCodec, action: SpaceCodec
 ) -> dict[str, Array]:
-    """The rows of `manifest.ARRAYS` of one episode. Raises MesocosmError naming the episode where a
-    value is not finite or not of its space.
+    """The rows of `manifest.ARRAYS` of one episode.
+
+    Raises:
+        MesocosmError: a value is not finite or not of its space; names episode and step.
     """
     where, length = _where(episode), len(episode)
-    if len(episode.observations) != length + 1 or len(episode.actions) != length:
-        counts = f"{len(episode.observations)} observations and {len(episode.actions)} actions"
+    counts = len(episode.observations), len(episode.actions)
+    if counts != (length + 1, length):
         raise MesocosmError(
-            f"{where} has {length} rewards but {counts}; T rewards need T+1 observations and T"
-            " actions"
+            f"{where} has {length} rewards, so it must have {length + 1} observations and {length}"
+            f" actions, got {counts[0]} and {counts[1]}"
         )
     rows: dict[str, Array] = {}
-    last = np.zeros((1,), np.float64)
     for prefix, codec, values in (
         ("obs", observation, episode.observations),
         ("act", action, episode.actions),
@@ -396,23 +332,19 @@ def encode_episode(
             numbers, categories = codec.encode_list(values)
         except MesocosmError as error:
             raise MesocosmError(f"{where}: {error}") from error
-        _refuse_nonfinite(numbers, codec.labels(), where)
-        widest = np.min_scalar_type(max(codec.cardinalities, default=1) - 1)
-        if prefix == "act":
-            numbers, categories = (
-                np.concatenate([a, np.zeros((1, a.shape[1]), a.dtype)])
-                for a in (numbers, categories)
-            )
-        rows[f"{prefix}_num"], rows[f"{prefix}_cat"] = numbers, categories.astype(widest)
-    rewards = np.asarray(episode.rewards, np.float64)
-    _refuse_nonfinite(rewards[:, None], ["reward"], where)
-    rows["reward"] = np.concatenate([rewards, last])
-    rows["terminated"] = np.concatenate([episode.terminated, last.astype(bool)])
+        _check_finite(numbers, codec.labels(), where)
+        kind = np.min_scalar_type(max(codec.cardinalities, default=1) - 1)
+        rows[f"{prefix}_num"], rows[f"{prefix}_cat"] = numbers, categories.astype(kind)
+    rows["reward"] = np.asarray(episode.rewards, np.float64)
+    _check_finite(rows["reward"][:, None], ["reward"], where)
+    rows["terminated"] = episode.terminated
     rows["duration"] = np.full(length + 1, np.nan)
     if episode.durations is not None:
-        durations = np.asarray(episode.durations, np.float64)
-        _refuse_nonfinite(durations[:, None], ["duration"], where)
-        rows["duration"] = np.concatenate([durations, last])
+        rows["duration"] = np.asarray(episode.durations, np.float64)
+        _check_finite(rows["duration"][:, None], ["duration"], where)
+    for name, array in rows.items():
+        if len(array) == length:  # no action follows the last observation
+            rows[name] = np.concatenate([array, np.zeros_like(array, shape=(1, *array.shape[1:]))])
     rows["step"] = np.arange(length + 1, dtype=np.int32)
     return rows
 
@@ -421,30 +353,23 @@ def _where(episode: Episode) -> str:
     return f"episode {episode.index} (behaviour {episode.behaviour!r})"
 
 
-def sort_key(value: Any) -> tuple[str, Any]:
-    """Sorts values of several kinds."""
-    return type(value).__name__, value
-
-
 def _word(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def _plain(value: Any) -> bool | int | float | str:
     plain = (
-        value.item()
-        if isinstance(value, np.generic | np.ndarray) and np.size(value) == 1
-        else value
+        value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
     )
     if not isinstance(plain, bool | int | float | str):
         raise MesocosmError(
-            f"the reset option value {value!r} is a {type(value).__name__}; a task is made of"
-            " numbers, strings and booleans"
+            "a reset option must be a number, a string or a boolean, got"
+            f" {value!r} ({type(value).__name__})"
         )
     return plain
 
 
-def _refuse_nonfinite(values: Array, names: list[str], where: str) -> None:
+def _check_finite(values: Array, names: list[str], where: str) -> None:
     if np.isfinite(values).all():
         return
     step, column = np.argwhere(~np.isfinite(values))[0]
@@ -452,31 +377,3 @@ def _refuse_nonfinite(values: Array, names: list[str], where: str) -> None:
         f"{where}, step {step}: {names[column]} is {values[step, column]}; drop the episode, or fix"
         " the environment"
     )
-
-
-def arrow(space: gymnasium.Space[Any], batch: Any, null: Array | None = None) -> pa.Array:
-    """A batch (vector layout) as a nested Arrow array; `null` [B] marks missing rows."""
-    mask = None if null is None else pa.array(null)
-    if isinstance(space, spaces.Dict | spaces.Tuple):
-        children = (
-            list(space.spaces.items())
-            if isinstance(space, spaces.Dict)
-            else [(str(i), child) for i, child in enumerate(space.spaces)]
-        )
-        items = batch.values() if isinstance(space, spaces.Dict) else batch
-        arrays = [arrow(child, item) for (_, child), item in zip(children, items, strict=True)]
-        return pa.StructArray.from_arrays(arrays, [name for name, _ in children], mask=mask)
-    if isinstance(space, spaces.Text):
-        return pa.array(
-            [None if null is not None and null[i] else text for i, text in enumerate(batch)],
-            pa.string(),
-        )
-    array = np.asarray(batch)
-    if array.ndim == 1:
-        return pa.array(array, mask=null)
-    nested = pa.array(array.reshape(-1))
-    for axis in range(array.ndim - 1, 0, -1):
-        outer = int(np.prod(array.shape[:axis]))
-        offsets = pa.array(np.arange(outer + 1, dtype=np.int32) * array.shape[axis])
-        nested = pa.ListArray.from_arrays(offsets, nested, mask=mask if axis == 1 else None)
-    return nested

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.types as is_
 from gymnasium.spaces import Box
 
-from mesocosm.data.format.writer import arrow
+from mesocosm.data.format.parquet import arrow
 from mesocosm.data.ingest.readers import About, Piece, parquet
 from mesocosm.data.ingest.values import RowError
 
