@@ -201,11 +201,11 @@ def speed(root: str, id: str, block: int | None, rounds: int) -> dict[str, Any]:
         places = [loader._places(np.arange(BATCH) + step * BATCH) for step in steps]
         lying = []
         for place in places:
-            shards, first = place.found.shards, place.found.facts[:, 1] + place.first
+            shards, first = place["shard"], place["first_row"] + place["start"]
             names = dict.fromkeys(("obs_num", "obs_cat"), 1) | dict.fromkeys(
                 ("act_num", "act_cat", "reward", "terminated"), 0
             )
-            lying.append((shards.tolist(), first.tolist(), place.length.tolist(), names))
+            lying.append((shards.tolist(), first.tolist(), place["count"].tolist(), names))
         loader._turn(steps[0], 0, BATCH)
         arrays = (
             {
@@ -273,12 +273,11 @@ def speed(root: str, id: str, block: int | None, rounds: int) -> dict[str, Any]:
                                 out[name][at] = values
                 elif what == "reading":
                     if step % loader._at_once == 0:
-                        for _, data in raw_rows(
-                            dataset, loader.codec, loader._coming(step, 0, BATCH), WINDOW
-                        ):
-                            total += (
-                                sum(array.nbytes for array in data.values()) if number == 0 else 0
-                            )
+                        loader._turn(step, 0, BATCH)
+                        samples = np.arange(loader._at_once * BATCH) + step * BATCH
+                        data = raw_rows(dataset, loader.codec, loader._places(samples), WINDOW)
+                        if number == 0:
+                            total += sum(array.nbytes for array in data.values())
                 else:
                     loader.batch(step)
                 seconds += time.thread_time() - began

@@ -229,7 +229,7 @@ def test_a_value_outside_its_space_costs_its_episode(
     reasons = {d["index"]: d["reason"] for d in made.meta["dropped"]}
     assert reasons.keys() == trouble.keys()
     said = {
-        1: "observation.at: values of several shapes",
+        1: "observation.at: every value must have shape",
         3: "beyond 2**53",
         5: "value 7 is outside",
         8: "'z' is not in the charset",

@@ -255,8 +255,7 @@ def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_p
         "also where the order is not made for it"
     )
     with pytest.raises(
-        UsageError,
-        match=r"two blocks of data\.block=3 shards may have .* GiB, more than data\.cache_gib",
+        UsageError, match=r"data\.cache_gib must be >= .* two blocks of data\.block=3 shards, got"
     ):
         Loader(dataset, codec, "train", 8, 4, 0, block=3)
 

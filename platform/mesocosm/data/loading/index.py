@@ -1,17 +1,18 @@
-"""Where samples lie: sample number -> shard, episode, first transition. What is kept of a dataset
-are a few integers a shard, and the episodes of the shards that were looked at last.
+"""Where samples lie: sample number -> shard, episode, first transition.
+
+In memory are a few integers a shard, and the episodes of the shards that were used last.
 
 Order. Without blocks an epoch is one keyed permutation of all windows. With blocks of B shards it
 is a keyed permutation of the shards, cut into blocks of B, and a keyed permutation of the windows
-within each block: at a sample only its block must be on this machine, and the next is known. The
-shards of a block are others in every epoch.
+within each block: a sample needs only its block on this machine, and the next block is known. The
+shards of a block differ in every epoch.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -22,46 +23,72 @@ from mesocosm.data.format.manifest import OUTCOMES, SPLITS
 from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.loading.codec import Codec
 
+Array = NDArray[Any]
 Index = NDArray[np.int64]
 By = Literal["windows", "transitions", "terminals", "cuts"]
-"""What may be counted: training's windows, single transitions, terminals, and the windows that
+"""What is counted: training's windows, single transitions, terminals, and the windows that
 evaluation cuts from each episode's start.
 """
 ORDER, SHIFT, TERMINAL, UNIFORM, BLOCK, SAMPLE = 1, 2, 3, 4, 5, 6
 """Salts of the independent draws."""
 EPISODES = 1 << 20
-"""That are kept in memory, some 100 bytes each; of one shard all are."""
-LENGTH, FIRST_ROW, HASH, LOW, SHIFTS = range(5)
+"""Episodes kept in memory, some 100 bytes each; at least those of one shard."""
 
 
-@dataclass(frozen=True)
-class Found:
-    """K episodes, and where within them."""
+def place_type(options: int) -> np.dtype[Any]:
+    """The dtype of a place: a window, or a transition, and its episode."""
+    fields = [
+        "shard",
+        "first_row",  # of the episode, within the shard
+        "length",  # of the episode, in transitions
+        "hash",  # of the episode
+        "low",  # the least shift of its windows
+        "shifts",  # from how many shifts one is drawn
+        "rest",  # windows or transitions before this one in the episode
+        "start",  # first transition of the window
+        "count",  # transitions of the window
+    ]
+    # The options are a row of `Codec.option_rows`.
+    return np.dtype([(name, np.int64) for name in fields] + [("options", np.float64, (options,))])
 
-    shards: Index
-    """[K]"""
-    facts: Index
-    """[K, 5]: LENGTH in transitions, FIRST_ROW within the shard, HASH, and the windows' least shift
-    (LOW) and number of SHIFTS
+
+def tiles(length: Index, window: int) -> tuple[Index, Index, Index]:
+    """How episodes are cut into windows.
+
+    Args:
+        length: [n] transitions.
+        window: transitions of a window.
+
+    Returns:
+        For each episode, its windows, the least shift, and from how many shifts one is drawn.
     """
-    options: NDArray[np.float64]
-    """[K, k] of `Codec.option_rows`"""
-    rest: Index
-    """[K] windows, or transitions, before it in the episode; of a terminal its own transition"""
+    least = -(-length // window)
+    spare = least * window - length
+    more = (least > 1) & (window - 1 - spare > spare + 1)
+    low = np.where(more, spare + 1, 0)
+    shifts = np.where(more, window - 1 - spare, np.where(least > 1, spare + 1, 1))
+    return least + more, low, shifts
 
 
-def merged(size: int, parts: Sequence[tuple[Index | slice, Found]]) -> Found:
-    """Parts of a whole of `size`, each with where it goes."""
-    if len(parts) == 1:
-        return parts[0][1]
-    first = parts[0][1]
-    whole = Found(
-        *(np.empty((size, *value.shape[1:]), value.dtype) for value in vars(first).values())
-    )
-    for here, part in parts:
-        for into, value in zip(vars(whole).values(), vars(part).values(), strict=True):
-            into[here] = value
-    return whole
+def words(places: Array) -> Index:
+    """The records as [K, n] integers, which numpy copies several times as fast."""
+    return places.view(np.int64).reshape(len(places), places.itemsize // 8)
+
+
+def cut(places: Array, start: Index, window: int) -> Array:
+    """Set `start` and `count` of windows that begin at `start`; it may be negative."""
+    places["start"] = np.maximum(start, 0)
+    places["count"] = np.minimum(start + window, places["length"]) - places["start"]
+    return places
+
+
+def _counts(length: Index, terminated: Array, window: int) -> dict[By, Index]:
+    return {
+        "windows": tiles(length, window)[0],
+        "transitions": length,
+        "terminals": terminated.astype(np.int64),
+        "cuts": -(-length // window),
+    }
 
 
 class _Episodes:
@@ -70,194 +97,148 @@ class _Episodes:
     def __init__(self, dataset: Dataset, codec: Codec, split: Split, window: int, shard: int):
         records = dataset.records(shard)
         chosen = np.flatnonzero(records["split"] == SPLITS.index(split))
-        table = records[chosen]
-        length: Index = table["length"].astype(np.int64)
-        counts, low, shifts = tiles(length, window)
-        self.facts: Index = np.stack(
-            [
-                length,
-                table["first_row"].astype(np.int64),
-                table["hash"].astype(np.int64),
-                low,
-                shifts,
-            ],
-            1,
-        )
-        self.options = codec.option_rows(dataset.options, *dataset.shard_options(shard))[chosen]
-        self._terminals = np.flatnonzero(table["outcome"] == OUTCOMES.index("terminated"))
-        self._counts = {"windows": counts, "transitions": length, "cuts": -(-length // window)}
-        self._ends = {by: np.cumsum(each) for by, each in self._counts.items()}
+        records = records[chosen]
+        self.places = np.zeros(len(chosen), place_type(len(dataset.options)))
+        self.places["shard"] = shard
+        for name in ("first_row", "length", "hash"):
+            self.places[name] = records[name]
+        length = self.places["length"]
+        _, self.places["low"], self.places["shifts"] = tiles(length, window)
+        options = codec.option_rows(dataset.options, *dataset.shard_options(shard))
+        self.places["options"] = options[chosen]
+        terminated = records["outcome"] == OUTCOMES.index("terminated")
+        self._ends = {by: np.cumsum(n) for by, n in _counts(length, terminated, window).items()}
 
-    def at(self, by: By, numbers: Index) -> tuple[Index, Index]:
-        """The episode that each number falls into, and what is left of the number there."""
+    def at(self, by: By, numbers: Index) -> Array:
+        """The place of each number."""
+        ends = self._ends[by]
+        episode = np.searchsorted(ends, numbers, "right")
+        places = self.places.take(episode)  # faster than places[episode]
         if by == "terminals":
-            episode = self._terminals[numbers]
-            return episode, self.facts[episode, LENGTH] - 1
-        episode = np.searchsorted(self._ends[by], numbers, "right")
-        return episode, numbers - (self._ends[by] - self._counts[by])[episode]
+            places["rest"] = places["length"] - 1
+        else:
+            places["rest"] = numbers - np.where(episode, ends[episode - 1], 0)
+        return places
 
 
 class Tables:
-    """The episodes of a split, shard by shard, and of every shard how many there are."""
+    """The episodes of a split, shard by shard, and the counts of every shard."""
 
     def __init__(self, dataset: Dataset, codec: Codec, split: Split, window: int):
-        self.dataset, self.codec, self._split, self._window = dataset, codec, split, window
+        self.dataset, self.window = dataset, window
+        self.type = place_type(len(dataset.options))
         none = np.zeros((0, len(dataset.options)))
-        codec.option_rows(
-            dataset.options, none, none.astype(np.int64)
-        )  # raises for a choice that the codec does not know
-        self._kept: OrderedDict[int, _Episodes] = OrderedDict()
+        codec.option_rows(dataset.options, none, none.astype(np.int64))  # raises for a new choice
+        self._source = dataset, codec, split, window
+        self._loaded: OrderedDict[int, _Episodes] = OrderedDict()
         self._episodes = 0
-        some = dataset.lengths[dataset.lengths["split"] == SPLITS.index(split)]
-        length, episodes = some["length"], some["episodes"]
-        each: dict[By, Index] = {
-            "windows": tiles(length, window)[0] * episodes,
-            "transitions": length * episodes,
-            "terminals": some["terminated"] * episodes,
-            "cuts": -(-length // window) * episodes,
-        }
-        self.counts: dict[By, Index] = {by: np.zeros(len(dataset.shards), np.int64) for by in each}
+        lengths = dataset.lengths[dataset.lengths["split"] == SPLITS.index(split)]
+        self.counts: dict[By, Index] = {}
         """[S] of every shard"""
-        for by, numbers in each.items():
-            np.add.at(self.counts[by], some["shard"], numbers)
+        for by, each in _counts(lengths["length"], lengths["terminated"], window).items():
+            self.counts[by] = np.zeros(len(dataset.shards), np.int64)
+            np.add.at(self.counts[by], lengths["shard"], each * lengths["episodes"])
 
-    def find(self, by: By, shards: Index, ends: Index, numbers: Index) -> Found:
-        """`numbers` [K] count what there is in `shards` [s] in that order, of which `ends` [s] are
-        the cumulated counts.
-        """
+    def total(self, by: By, shards: Index) -> int:
+        return int(self.counts[by][shards].sum())
+
+    def find(self, by: By, shards: Index, numbers: Index) -> Array:
+        """The places of `numbers` [K], which count through `shards` [s] in that order."""
+        ends = np.cumsum(self.counts[by][shards])
         position = np.searchsorted(ends, numbers, "right")
-        chosen = shards[position]
         within = numbers - (ends - self.counts[by][shards])[position]
-        facts, rest = np.empty((len(numbers), 5), np.int64), np.empty(len(numbers), np.int64)
-        options = np.empty((len(numbers), len(self.dataset.options)))
-        for shard, here in grouped(chosen):
-            of = self._of(shard)
-            episode, rest[here] = of.at(by, within[here])
-            facts[here], options[here] = of.facts[episode], of.options[episode]
-        return Found(chosen, facts, options, rest)
+        places = np.empty(len(numbers), self.type)
+        for shard, here in grouped(shards[position]):
+            words(places)[here] = words(self._of(shard).at(by, within[here]))
+        return places
 
     def _of(self, shard: int) -> _Episodes:
-        found = self._kept.pop(shard, None)
-        if found is None:
-            found = _Episodes(self.dataset, self.codec, self._split, self._window, shard)
-            self._episodes += len(found.facts)
-            while self._kept and self._episodes > EPISODES:
-                self._episodes -= len(self._kept.popitem(last=False)[1].facts)
-        self._kept[shard] = found
-        return found
+        episodes = self._loaded.pop(shard, None)
+        if episodes is None:
+            episodes = _Episodes(*self._source, shard)
+            self._episodes += len(episodes.places)
+            while self._loaded and self._episodes > EPISODES:
+                self._episodes -= len(self._loaded.popitem(last=False)[1].places)
+        self._loaded[shard] = episodes
+        return episodes
 
 
 class Order:
     """The windows of some shards in the order in which training sees them, epoch after epoch."""
 
     def __init__(
-        self,
-        tables: Tables,
-        shards: Index,
-        seed: int,
-        block: int | None,
-        salt: tuple[int, ...] = (),
+        self, tables: Tables, shards: Index, seed: int, block: int | None, salt: tuple[int, ...]
     ):
-        self.tables, self._seed, self._block, self._salt = tables, seed, block, salt
-        self.shards = shards
-        self.windows, self.transitions, self.terminals = (
-            int(tables.counts[by][shards].sum()) for by in ("windows", "transitions", "terminals")
-        )
-        self._epochs: OrderedDict[int, tuple[Index, Index]] = OrderedDict()
-
-    def find(self, samples: Index) -> tuple[Found, Index]:
-        """`samples` [K], counted from 0 over all epochs -> their episodes, and the shift [K] that
-        their windows have there.
-        """
-        epochs, positions = np.divmod(samples, self.windows)
-        if self._block is None:
-            numbers = permute(positions, self.windows, self._key(ORDER, epochs))
-            found = self.tables.find(
-                "windows",
-                self.shards,
-                np.cumsum(self.tables.counts["windows"][self.shards]),
-                numbers,
-            )
-        else:
-            found = self._find_in_blocks(epochs, positions)
-        draws = key(self._seed, SHIFT, epochs, found.facts[:, HASH])
-        shift = found.facts[:, LOW] + (draws % found.facts[:, SHIFTS].astype(np.uint64)).astype(
-            np.int64
-        )
-        return found, shift
-
-    def _find_in_blocks(self, epochs: Index, positions: Index) -> Found:
-        parts: list[tuple[Index | slice, Found]] = []
-        for epoch, block, here in self._blocks(epochs, positions):
-            ends = self._epoch(epoch)[1]
-            before = int(ends[block - 1]) if block else 0
-            total = int(ends[block]) - before
-            numbers = permute(positions[here] - before, total, self._key(ORDER, epoch, block))
-            parts.append(
-                (here, self.tables.find("windows", *self._within(epoch, block, "windows"), numbers))
-            )
-        return merged(len(positions), parts)
-
-    def _blocks(self, epochs: Index, positions: Index) -> Iterator[tuple[int, int, Index]]:
-        """[K] samples -> each epoch and block that some of them lie in, and where these stand."""
-        for epoch in np.unique(epochs).tolist():
-            inside = np.flatnonzero(epochs == epoch)
-            for block, which in grouped(
-                np.searchsorted(self._epoch(epoch)[1], positions[inside], "right")
-            ):
-                yield epoch, block, inside[which]
+        self.tables, self.shards = tables, shards
+        self._seed, self._block, self._salt = seed, block, salt
+        self.windows = tables.total("windows", shards)
+        self.transitions = tables.total("transitions", shards)
+        self.terminals = tables.total("terminals", shards)
+        self._epoch = lru_cache(4)(self._shuffled)
 
     def _key(self, salt: int, *parts: Index | int) -> NDArray[np.uint64]:
         return key(self._seed, salt, *parts, *self._salt)
 
-    # -- blocks
-    # --------------------------------------------------------------------------------------------------
+    def find(self, samples: Index) -> Array:
+        """The windows of `samples` [K], counted from 0 over all epochs."""
+        epochs, positions = np.divmod(samples, self.windows)
+        places = np.empty(len(samples), self.tables.type)
+        for epoch, block, here in self._blocks(epochs, positions):
+            shards = self._shards(epoch, block)
+            before = int(self._epoch(epoch)[1][block[0]]) if block else 0
+            total, order = self.tables.total("windows", shards), self._key(ORDER, epoch, *block)
+            numbers = permute(positions[here] - before, total, order)
+            words(places)[here] = words(self.tables.find("windows", shards, numbers))
+        draws = key(self._seed, SHIFT, epochs, places["hash"]) % places["shifts"].astype(np.uint64)
+        shift = places["low"] + draws.astype(np.int64)
+        return cut(places, places["rest"] * self.tables.window - shift, self.tables.window)
 
-    def _epoch(self, epoch: int) -> tuple[Index, Index]:
-        """The shards in an epoch's order, and the last window of each block, plus one."""
-        if (found := self._epochs.get(epoch)) is None:
-            assert self._block is not None
-            order = self.shards[
-                permute(np.arange(len(self.shards)), len(self.shards), self._key(BLOCK, epoch))
-            ]
-            last = (
-                np.minimum(
-                    np.arange(self._block, len(order) + self._block, self._block), len(order)
-                )
-                - 1
-            )
-            found = self._epochs[epoch] = (
-                order,
-                np.cumsum(self.tables.counts["windows"][order])[last],
-            )
-            if len(self._epochs) > 4:
-                self._epochs.popitem(last=False)
-        return found
+    # -- blocks: () is all shards, (b,) the block b of an epoch
 
-    def _shards(self, epoch: int, block: int) -> Index:
+    def _blocks(
+        self, epochs: Index, positions: Index
+    ) -> Iterator[tuple[int, tuple[int, ...], Array]]:
+        """The epochs and blocks of [K] samples, and the positions of the samples in each."""
+        every = np.arange(len(epochs))
+        for epoch, inside in grouped(epochs):
+            here = every[inside]
+            if self._block is None:
+                yield epoch, (), here
+                continue
+            blocks = np.searchsorted(self._epoch(epoch)[1], positions[here], "right") - 1
+            for block, some in grouped(blocks):
+                yield epoch, (block,), here[some]
+
+    def _shuffled(self, epoch: int) -> tuple[Index, Index]:
+        """The shards in an epoch's order, and the first window of each block."""
         assert self._block is not None
-        return self._epoch(epoch)[0][block * self._block : (block + 1) * self._block]
+        size = len(self.shards)
+        order = self.shards[permute(np.arange(size), size, self._key(BLOCK, epoch))]
+        counts = self.tables.counts["windows"][order]
+        return order, (np.cumsum(counts) - counts)[:: self._block]
 
-    def _within(self, epoch: int, block: int, by: By) -> tuple[Index, Index]:
-        shards = self._shards(epoch, block)
-        return shards, np.cumsum(self.tables.counts[by][shards])
-
-    def _at(self, sample: int) -> tuple[int, int]:
-        """The epoch and block of a sample."""
-        epoch, position = divmod(sample, self.windows)
-        return epoch, int(np.searchsorted(self._epoch(epoch)[1], position, "right"))
+    def _shards(self, epoch: int, block: tuple[int, ...]) -> Index:
+        if not block or self._block is None:
+            return self.shards
+        return self._epoch(epoch)[0][block[0] * self._block : (block[0] + 1) * self._block]
 
     def near(self, first: int, last: int) -> tuple[list[int], list[int]]:
-        """The shards that samples `first`..`last` lie in, and those of the block after, where they
-        lie in one block.
+        """The shards of samples `first`..`last`, and where one block holds them, those of the next
+        block.
         """
         at, end = self._at(first), self._at(last)
-        now: list[int] = []
         one = at == end
+        now: list[int] = []
         while at <= end:
-            now += self._shards(*at).tolist()
-            at = (at[0], at[1] + 1) if at[1] + 1 < len(self._epoch(at[0])[1]) else (at[0] + 1, 0)
-        return now, self._shards(*at).tolist() if one else []
+            epoch, block = at
+            now += self._shards(epoch, (block,)).tolist()
+            last_of_epoch = block + 1 == len(self._epoch(epoch)[1])
+            at = (epoch + 1, 0) if last_of_epoch else (epoch, block + 1)
+        return now, self._shards(at[0], (at[1],)).tolist() if one else []
+
+    def _at(self, sample: int) -> tuple[int, int]:
+        epoch, position = divmod(sample, self.windows)
+        return epoch, int(np.searchsorted(self._epoch(epoch)[1], position, "right")) - 1
 
     def largest(self) -> int:
         """Bytes that the largest block may have, whatever shards come together."""
@@ -265,45 +246,32 @@ class Order:
         return sum(sizes[-(self._block or len(sizes)) :])
 
     # -- rare events
-    # ---------------------------------------------------------------------------------------------
 
-    def draw(self, salt: int, order: Index, samples: Index) -> tuple[Found, Index, Index]:
-        """The `order`-th [K] of a walk round and round, over terminals (TERMINAL) or all
-        transitions (UNIFORM), of all shards or of the block that each of `samples` [K] lies in.
-        Without a terminal there, over its transitions. Also [K]: how many terminals and transitions
-        there are.
+    def draw(self, salt: int, order: Index, samples: Index) -> tuple[Array, Index, Index]:
+        """Draw single transitions.
+
+        Args:
+            salt: TERMINAL walks round and round over terminals, UNIFORM over all transitions, of
+                all shards or of a sample's block. Without a terminal there, TERMINAL walks over
+                transitions.
+            order: [K] the number of each draw in the walk.
+            samples: [K] the sample that each draw goes with.
+
+        Returns:
+            Places, and how many terminals and transitions there are to draw from.
         """
-        counts, parts = self.tables.counts, list[tuple[Index | slice, Found]]()
+        places = np.empty(len(order), self.tables.type)
         terminals, transitions = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
-        blocks: Iterable[tuple[Any, ...]] = [(slice(None),)]
-        if self._block is not None:
-            blocks = self._blocks(*np.divmod(samples, self.windows))
-        for *where, here in blocks:
-            shards = self._shards(*where) if where else self.shards
-            terminals[here], transitions[here] = (
-                int(counts[by][shards].sum()) for by in ("terminals", "transitions")
-            )
-            by: By = (
-                "terminals"
-                if salt == TERMINAL and counts["terminals"][shards].any()
-                else "transitions"
-            )
-            total = int(counts[by][shards].sum())
+        for epoch, block, here in self._blocks(*np.divmod(samples, self.windows)):
+            shards = self._shards(epoch, block)
+            terminals[here] = self.tables.total("terminals", shards)
+            transitions[here] = self.tables.total("transitions", shards)
+            by: By = "transitions"
+            if salt == TERMINAL and self.tables.total("terminals", shards):
+                by = "terminals"
+            total = self.tables.total(by, shards)
             rounds, positions = np.divmod(order[here], total)
-            numbers = permute(positions, total, self._key(salt, rounds, *where))
-            parts.append(
-                (here, self.tables.find(by, shards, np.cumsum(counts[by][shards]), numbers))
-            )
-        return merged(len(order), parts), terminals, transitions
-
-
-def tiles(length: NDArray[np.int64], window: int) -> tuple[Index, Index, Index]:
-    """How episodes of `length` [n] transitions are cut: how many windows each, the least shift, and
-    of how many shifts one is drawn.
-    """
-    least = -(-length // window)
-    spare = least * window - length
-    more = (least > 1) & (window - 1 - spare > spare + 1)
-    low = np.where(more, spare + 1, 0)
-    shifts = np.where(more, window - 1 - spare, np.where(least > 1, spare + 1, 1))
-    return least + more, low, shifts
+            walk = self._key(salt, rounds, *((epoch, *block) if block else ()))
+            numbers = permute(positions, total, walk)
+            words(places)[here] = words(self.tables.find(by, shards, numbers))
+        return places, terminals, transitions
