@@ -149,7 +149,7 @@ def test_windows_hold_what_the_episodes_hold(mixed: tuple[Dataset, Codec]) -> No
         windows = loader.batch(step)
         seen = tags(codec, windows.observation)
         reward, action = (
-            codec.reward_raw(windows.reward),
+            np.array(codec.spec.reward_values)[windows.reward.long()],
             codec.decode_action(
                 Parts(
                     windows.action.numbers.reshape(30, 0), windows.action.categories.reshape(30, 1)

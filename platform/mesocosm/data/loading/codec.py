@@ -1,10 +1,10 @@
-"""What turns an environment's values into a world's slots and back: fitted once on the training
-split, then part of the world.
+"""An environment's values <-> a world's slots: fitted once on the training split, then part of the
+world.
 
-A codec belongs to a world. Numbers are normalised in float64 and cast to float32 last; nothing is
-clipped. `Codec.id` is a fingerprint of everything in it. Means and scales are those of all the
-datasets together; the precision, which the likelihood is counted in, is stated by the first of them
-alone: worlds whose lists of datasets begin alike have comparable nats.
+Numbers are normalised in float64 and cast to float32 last; nothing is clipped. `Codec.id` is a
+fingerprint of everything in it. Means and scales are those of all the datasets together. The
+precision, the unit of the likelihood, is that of the first dataset alone: worlds whose lists of
+datasets begin alike have comparable nats.
 """
 
 from __future__ import annotations
@@ -22,15 +22,37 @@ from mesocosm.config import fingerprint
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import TaskOption
 from mesocosm.data.format.space_json import space_from_json, space_to_json
-from mesocosm.data.format.spaces import SpaceCodec, first_beyond_float32
-from mesocosm.data.loading.normalize import Moments, Scaling
+from mesocosm.data.format.spaces import Leaf, SpaceCodec
+from mesocosm.data.loading.fit import integer_columns, statistics
+from mesocosm.data.loading.normalize import Scaling
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
 
 Array = NDArray[Any]
 SCHEMA = 1
-REWARD_VALUES = 64
-"""Rewards with at most so many distinct values are exact categories."""
+
+
+class _Columns:
+    """The number and category columns of some leaves."""
+
+    def __init__(self, leaves: Sequence[Leaf]):
+        slices = [[leaf.numbers for leaf in leaves], [leaf.categories for leaf in leaves]]
+        self.numbers, self.categories = (
+            np.array([i for part in parts for i in range(part.start, part.stop)], np.int64)
+            for parts in slices
+        )
+
+    def __len__(self) -> int:
+        return len(self.numbers) + len(self.categories)
+
+    def texts(self, codec: SpaceCodec) -> tuple[TextSpan, ...]:
+        """The texts among the categories, counted within them."""
+        position = {column: i for i, column in enumerate(self.categories.tolist())}
+        return tuple(
+            TextSpan(position[text.start], text.length, text.min_length)
+            for text in codec.texts
+            if text.start in position
+        )
 
 
 class Codec:
@@ -46,181 +68,91 @@ class Codec:
         options: Sequence[TaskOption],
         scalings: Mapping[str, Scaling],
         delta_scale: Array,
-        spec_rest: Mapping[str, Any],
+        rest: Mapping[str, Any],
     ):
         self.environment = dict(environment)
         """`manifest.Environment` as JSON: id, version, kwargs, task, max_episode_steps, success"""
         self.options = list(options)
         self._observation, self._action = observation, action
-        self._scalings = dict(scalings)
+        self._scalings, self._rest = dict(scalings), dict(rest)
         self._all_delta_scale = delta_scale
-        self._rest = dict(spec_rest)
-        matched = [leaf for name in self.environment["task"] for leaf in observation.matching(name)]
-        in_task = [any(leaf is other for other in matched) for leaf in observation.leaves]
-        self._task_numbers, self._task_categories = _columns(observation, in_task, True)
-        self._numbers, self._categories = _columns(observation, in_task, False)
-        if not len(self._numbers) + len(self._categories):
+        task = {leaf.path for key in environment["task"] for leaf in observation.matching(key)}
+        self._task = _Columns([leaf for leaf in observation.leaves if leaf.path in task])
+        self._body = _Columns([leaf for leaf in observation.leaves if leaf.path not in task])
+        """The columns that are predicted."""
+        if not len(self._body):
             raise UsageError(
-                f"reality.task {self.environment['task']} names every key of the observation; leave"
-                " at least one to predict"
+                f"reality.task must leave at least one key of the observation to predict, got"
+                f" {environment['task']}"
             )
-        self._option_numbers = [i for i, option in enumerate(self.options) if option.values is None]
-        self._option_categories = [
-            i for i, option in enumerate(self.options) if option.values is not None
-        ]
+        is_number = np.array([option.values is None for option in self.options], bool)
+        self._option_numbers = np.flatnonzero(is_number).tolist()
+        self._option_categories = np.flatnonzero(~is_number).tolist()
+        scaling = self._scalings["observation"]
         self.delta_scale: tuple[float, ...] = tuple(
-            (delta_scale / self._scalings["observation"].scale)[self._numbers].tolist()
+            (delta_scale / scaling.scale)[self._body.numbers].tolist()
         )
         """Standard deviation of the one-step change of each observation number, in normalised
         units.
         """
-        self._predicted, self._seen = (
-            self._scalings["observation"].only(columns)
-            for columns in (self._numbers, self._task_numbers)
-        )
-        self.spec = self._spec(in_task)
+        self._body_scaling = scaling.only(self._body.numbers)
+        self._task_scaling = scaling.only(self._task.numbers)
+        self.spec = self._spec()
 
-    def _spec(self, in_task: Sequence[bool]) -> Spec:
-        observation, action, options = (
-            self._scalings[name] for name in ("observation", "action", "options")
-        )
-        cards = self._observation.cardinalities
-        task = PartSpec(
-            len(self._task_numbers) + len(self._option_numbers),
-            observation.bins(self._task_numbers) + options.bins(),
-            tuple(cards[i] for i in self._task_categories)
-            + tuple(len(self.options[i].values or ()) for i in self._option_categories),
-            _texts(self._observation, self._task_categories),
-            self._grid(self._task_numbers) + (None,) * len(self._option_numbers),
-        )
+    def _spec(self) -> Spec:
+        observation, action = self._observation, self._action
+        of_options = len(self._option_numbers)
+        sizes = tuple(len(self.options[i].values or ()) for i in self._option_categories)
+        integers, zero = integer_columns(observation), self._scalings["observation"].zero()
+
+        def part(columns: _Columns, scaling: Scaling) -> PartSpec:
+            grid = tuple(zero[i] if integers[i] else None for i in columns.numbers.tolist())
+            categories = tuple(observation.cardinalities[i] for i in columns.categories.tolist())
+            texts = columns.texts(observation)
+            return PartSpec(len(columns.numbers), scaling.bins(), categories, texts, grid)
+
+        task = part(self._task, self._task_scaling)
+        rest, values = dict(self._rest), self._rest["reward_values"]
+        rest["reward_values"] = None if values is None else tuple(values)
         return Spec(
-            observation=PartSpec(
-                len(self._numbers),
-                observation.bins(self._numbers),
-                tuple(cards[i] for i in self._categories),
-                _texts(self._observation, self._categories),
-                self._grid(self._numbers),
-            ),
+            observation=part(self._body, self._body_scaling),
             action=PartSpec(
-                self._action.numbers,
-                action.bins(),
-                self._action.cardinalities,
-                tuple(self._action.texts),
+                action.numbers,
+                self._scalings["action"].bins(),
+                action.cardinalities,
+                tuple(action.texts),
             ),
-            task=task,
-            **{
-                **self._rest,
-                "reward_values": (
-                    None
-                    if self._rest["reward_values"] is None
-                    else tuple(self._rest["reward_values"])
-                ),
-            },
-        )
-
-    def _grid(self, columns: Array) -> tuple[float | None, ...]:
-        """Where 0 lies, for the integers among the observation's number `columns`."""
-        scaling, integers = self._scalings["observation"], _integers(self._observation)
-        return tuple(
-            float(-scaling.mean[i] / scaling.scale[i]) if integers[i] else None for i in columns
+            task=PartSpec(
+                task.numbers + of_options,
+                task.bins + self._scalings["options"].bins(),
+                task.categories + sizes,
+                task.texts,
+                task.grid + (None,) * of_options,
+            ),
+            **rest,
         )
 
     # -- fit, save, load
-    # -----------------------------------------------------------------------------------------
 
     @staticmethod
     def fit(dataset: Dataset) -> Codec:
-        """Fit on the training split; the precision on the first dataset's part of it, the set of
-        rewards on both splits (a reward that only validation holds is a category of its own, not
-        one predicted for free).
+        """Fit on the training split.
 
-        Raises UsageError where the training split is empty, a task key changes within an episode, a
-        number is beyond float32, or a duration is negative.
+        The precision is that of the first dataset's part of it. The set of rewards is that of both
+        splits: a reward that only validation holds is a category too, not one predicted for free.
+
+        Raises:
+            UsageError: the training split is empty, a task key changes within an episode, a number
+                is beyond float32, or a duration is negative.
         """
-        observation, action = dataset.observation_codec, dataset.action_codec
-        task = [leaf for name in dataset.environment.task for leaf in observation.matching(name)]
-        columns = {
-            "observation": observation.numbers,
-            "action": action.numbers,
-            "reward": 1,
-            "duration": 1,
-            "options": len(dataset.options),
-        }
-        moments, first = ({name: Moments(n) for name, n in columns.items()} for _ in range(2))
-        change = Moments(observation.numbers)
-        values: set[float] = set()
-        terminals = transitions = 0
-        for chunk in dataset.chunks("train"):
-            data, there = chunk.arrays, ~chunk.last
-            numbers, categories = data["obs_num"], data["obs_cat"]
-            _check_range(dataset, numbers, observation.labels())
-            _check_range(dataset, data["act_num"], action.labels())
-            _check_range(dataset, data["reward"][:, None], ["reward"])
-            if dataset.durations:
-                _check_range(dataset, data["duration"][:, None], ["duration"])
-            inside = there[:-1]
-            delta = np.diff(numbers, axis=0)[inside]
-            for leaf in task:
-                moved = (delta[:, leaf.numbers] != 0).any() or (
-                    np.diff(categories[:, leaf.categories].astype(np.int64), axis=0)[inside] != 0
-                ).any()
-                if moved:
-                    raise UsageError(
-                        f"reality.task names {leaf.name!r}, which changes within an episode; a task"
-                        " is constant, so leave it in the observation"
-                    )
-            change.add(delta)
-            stated = np.repeat(
-                dataset.part[chunk.episodes] == 0, dataset.table["length"][chunk.episodes] + 1
-            )
-            for into, rows in ((moments, np.ones_like(stated)), (first, stated)):
-                into["observation"].add(numbers[rows])
-                into["action"].add(data["act_num"][rows & there])
-                into["reward"].add(data["reward"][rows & there][:, None])
-                if dataset.durations:
-                    into["duration"].add(data["duration"][rows & there][:, None])
-            _add_distinct(values, data["reward"][there])
-            terminals += int(data["terminated"][there].sum())
-            transitions += int(there.sum())
-        if not transitions:
-            raise UsageError(
-                f"the training split of {', '.join(dataset.ids)} is empty; collect more episodes"
-            )
-        for chunk in dataset.chunks("valid"):
-            _add_distinct(values, chunk.arrays["reward"][~chunk.last])
-        train = dataset.episodes("train")
-        moments["options"].add(dataset.option_numbers[train])
-        first["options"].add(dataset.option_numbers[train[dataset.part[train] == 0]])
-        as_numbers = np.array([option.values is None for option in dataset.options], bool)
-        every = Scaling.of(moments["options"], first["options"])
-        scalings = {
-            "observation": Scaling.of(
-                moments["observation"], first["observation"], _integers(observation)
-            ),
-            "action": Scaling.of(moments["action"], first["action"], _integers(action)),
-            "options": every.only(as_numbers),
-        }
-        reward, duration = (
-            Scaling.of(moments[name], first[name]) for name in ("reward", "duration")
-        )
-        rest = {
-            "reward_values": sorted(values) if len(values) <= REWARD_VALUES else None,
-            "reward_mean": float(reward.mean[0]),
-            "reward_scale": float(reward.scale[0]),
-            "reward_bin": reward.bins()[0],
-            "durations": dataset.durations,
-            "duration_mean": float(duration.mean[0]),
-            "duration_scale": float(duration.scale[0]),
-            "duration_bin": duration.bins()[0],
-            "terminal_rate": terminals / transitions,
-        }
+        scalings, delta_scale, rest = statistics(dataset)
         return Codec(
-            observation,
-            action,
+            dataset.observation_codec,
+            dataset.action_codec,
             dataset.environment.model_dump(),
             dataset.options,
             scalings,
-            change.std,
+            delta_scale,
             rest,
         )
 
@@ -267,39 +199,35 @@ class Codec:
         return self._action.space
 
     # -- values -> parts
-    # -----------------------------------------------------------------------------------------
 
     def observation(self, batch: Any) -> Parts:
         """B observations in a vector environment's layout -> [B, ...], without the task keys."""
         return self.observation_parts(*self._observation.encode(batch))
 
-    def observations_list(self, values: Sequence[Any]) -> Parts:
-        """B raw observations -> [B, ...], without the task keys."""
-        return self.observation_parts(*self._observation.encode_list(values))
-
     def task(self, batch: Any, options: Sequence[Mapping[str, Any]] | None = None) -> Parts:
-        """The tasks of B observations (vector layout, of any step) and their B reset options (where
-        the task has any) -> [B, ...].
+        """The tasks of B observations.
 
-        Raises UsageError for an option's value that was not in the data.
+        Args:
+            batch: observations in a vector environment's layout, of any step.
+            options: the B reset options, where the task has any.
+
+        Returns:
+            [B, ...].
+
+        Raises:
+            UsageError: an option's value was not in the data.
         """
         numbers, categories = self._observation.encode(batch)
-        return self.task_parts(numbers, categories, self._encode_options(options, len(numbers)))
-
-    def _encode_options(self, options: Sequence[Mapping[str, Any]] | None, size: int) -> Array:
-        rows = np.zeros((size, len(self.options)))
-        if self.options and (options is None or len(options) != size):
+        rows = np.zeros((len(numbers), len(self.options)))
+        if self.options and (options is None or len(options) != len(rows)):
             raise UsageError(
-                f"{size} reset options were expected, one an environment, with the keys"
-                f" {[option.name for option in self.options]}; got {options!r}"
+                f"the reset options {[option.name for option in self.options]} must be given for"
+                f" each of {len(rows)} environments, got {options!r}"
             )
         for column, option in enumerate(self.options):
             for row, given in enumerate(options or ()):
                 if option.name not in given:
-                    raise UsageError(
-                        f"the reset option {option.name!r} is missing; give it, for it is part of"
-                        " the task"
-                    )
+                    raise UsageError(f"the task needs the reset option {option.name!r}; give it")
                 value = given[option.name]
                 if option.values is None:
                     rows[row, column] = float(value)
@@ -307,10 +235,10 @@ class Codec:
                     rows[row, column] = option.values.index(value)
                 else:
                     raise UsageError(
-                        f"the reset option {option.name}={value!r} was not in the data; use one of"
-                        f" {option.values}"
+                        f"the reset option {option.name} must be in {option.values}, the values in"
+                        f" the data, got {value!r}"
                     )
-        return rows
+        return self.task_parts(numbers, categories, rows)
 
     def action(self, batch: Any) -> Parts:
         """B actions in a vector environment's layout -> [B, ...]."""
@@ -320,200 +248,129 @@ class Codec:
         """A name for each number of an action: `action.push[0]`."""
         return self._action.labels()
 
-    # -- raw columns -> parts (the loader's way)
-    # -----------------------------------------------------------------
+    # -- raw columns -> parts
 
     def observation_parts(self, numbers: Array, categories: Array) -> Parts:
         """Raw columns of whole observations, [..., n] float64 and [..., m] -> Parts [...]."""
-        if len(self._task_numbers) or len(self._task_categories):
-            numbers, categories = numbers[..., self._numbers], categories[..., self._categories]
-        return Parts(
-            self._predicted.normalise(numbers), torch.from_numpy(categories.astype(np.int64))
-        )
+        if len(self._task):
+            numbers, categories = (
+                numbers[..., self._body.numbers],
+                categories[..., self._body.categories],
+            )
+        return Parts(self._body_scaling.normalise(numbers), _int64(categories))
 
     def task_parts(self, numbers: Array, categories: Array, options: Array) -> Parts:
-        """Raw columns of whole observations, [B, n] and [B, m], and rows of `option_rows`, [B, k]
-        -> Parts [B, ...].
+        """The tasks of observations.
+
+        Args:
+            numbers: [B, n] raw columns of whole observations.
+            categories: [B, m] alike.
+            options: [B, k] rows of `option_rows`.
+
+        Returns:
+            [B, ...].
         """
         if not (self.spec.task.numbers or self.spec.task.categories):
             return Parts.empty(self.spec.task, len(numbers))
-        seen = self._seen.normalise(numbers[:, self._task_numbers])
-        told = self._scalings["options"].normalise(options[:, self._option_numbers])
-        chosen = torch.from_numpy(options[:, self._option_categories].astype(np.int64))
-        return Parts(
-            torch.cat([seen, told], 1),
-            torch.cat(
-                [torch.from_numpy(categories[:, self._task_categories].astype(np.int64)), chosen], 1
-            ),
-        )
+        of_keys = self._task_scaling.normalise(numbers[:, self._task.numbers])
+        of_options = self._scalings["options"].normalise(options[:, self._option_numbers])
+        choices = [categories[:, self._task.categories], options[:, self._option_categories]]
+        return Parts(torch.cat([of_keys, of_options], 1), torch.cat([*map(_int64, choices)], 1))
 
     def action_parts(self, numbers: Array, categories: Array) -> Parts:
         """Raw columns of actions -> Parts."""
-        return Parts(
-            self._scalings["action"].normalise(numbers),
-            torch.from_numpy(categories.astype(np.int64)),
-        )
+        return Parts(self._scalings["action"].normalise(numbers), _int64(categories))
 
     def option_rows(self, options: Sequence[TaskOption], numbers: Array, values: Array) -> Array:
         """A dataset's reset options ([E, k] each) as this codec's, [E, k] float64: the number, or
         the category.
 
-        Raises UsageError for a choice that this codec does not know.
+        Raises:
+            UsageError: the options differ, or a choice is not in this codec.
         """
-        if [(o.name, o.values is None) for o in options] != [
-            (o.name, o.values is None) for o in self.options
-        ]:
+        names = [
+            [(option.name, option.values is None) for option in o] for o in (options, self.options)
+        ]
+        if names[0] != names[1]:
             raise UsageError(
-                f"the data's reset options {[o.name for o in options]} are not the world's"
-                f" {[o.name for o in self.options]}; use data of one task"
+                f"the data's reset options must be the world's"
+                f" {[option.name for option in self.options]}, got"
+                f" {[option.name for option in options]}; use data of one task"
             )
         rows = numbers.astype(np.float64)
-        for column, (theirs, ours) in enumerate(zip(options, self.options, strict=True)):
-            if theirs.values is None or ours.values is None:
+        for column, (of_data, option) in enumerate(zip(options, self.options, strict=True)):
+            if of_data.values is None or option.values is None:
                 continue
-            position = {value: i for i, value in enumerate(ours.values)}
-            unknown = [value for value in theirs.values if value not in position]
-            if unknown:
-                raise UsageError(
-                    f"the reset option {ours.name}={unknown[0]!r} is not among the world's"
-                    f" {ours.values}; pretrain on data that has it"
-                )
-            rows[:, column] = np.array([position[value] for value in theirs.values])[
-                values[:, column]
-            ]
+            for value in of_data.values:
+                if value not in option.values:
+                    raise UsageError(
+                        f"the reset option {option.name} must be in {option.values}, the world's"
+                        f" values, got {value!r}; pretrain on data that has it"
+                    )
+            positions = np.array([option.values.index(value) for value in of_data.values])
+            rows[:, column] = positions[values[:, column]]
         return rows
 
     def reward(self, raw: Array) -> Tensor:
         """Raw float64 [...] -> float32 [...]: the index of the (nearest) of `reward_values`, or
         normalised.
         """
-        if self.spec.reward_values is None:
-            return torch.from_numpy(
-                ((raw - self.spec.reward_mean) / self.spec.reward_scale).astype(np.float32)
-            )
-        middles = (self._reward_values[1:] + self._reward_values[:-1]) / 2
-        return torch.from_numpy(np.searchsorted(middles, raw).astype(np.float32))
+        spec = self.spec
+        if spec.reward_values is None:
+            return _float32((raw - spec.reward_mean) / spec.reward_scale)
+        values = np.array(spec.reward_values)
+        return _float32(np.searchsorted((values[1:] + values[:-1]) / 2, raw))
 
     def duration(self, raw: Array) -> Tensor:
         """Seconds, float64 [...] -> normalised float32 [...]; zeros without durations."""
-        if not self.spec.durations:
+        spec = self.spec
+        if not spec.durations:
             return torch.zeros(raw.shape)
-        return torch.from_numpy(
-            ((raw - self.spec.duration_mean) / self.spec.duration_scale).astype(np.float32)
-        )
+        return _float32((raw - spec.duration_mean) / spec.duration_scale)
 
     # -- parts -> values
-    # -----------------------------------------------------------------------------------------
 
     def decode_observation(self, parts: Parts, task: Parts | None = None) -> Any:
         """Parts [B, ...] and their tasks -> B observations in a vector environment's layout. `task`
         may be None where no observation key is in it.
         """
         size = len(parts.numbers)
-        raw = np.zeros((size, self._observation.numbers), np.float32)
-        codes = np.zeros((size, self._observation.categories), np.int64)
-        raw[:, self._numbers] = parts.numbers.detach().cpu().numpy()
-        codes[:, self._categories] = parts.categories.cpu().numpy()
-        if len(self._task_numbers) or len(self._task_categories):
+        numbers = np.zeros((size, self._observation.numbers), np.float32)
+        categories = np.zeros((size, self._observation.categories), np.int64)
+        filled = [(parts, self._body)]
+        if len(self._task):
             assert task is not None
-            raw[:, self._task_numbers] = (
-                task.numbers[:, : len(self._task_numbers)].detach().cpu().numpy()
-            )
-            codes[:, self._task_categories] = (
-                task.categories[:, : len(self._task_categories)].cpu().numpy()
-            )
-        return self._observation.decode(
-            self._scalings["observation"].raw(torch.from_numpy(raw)), codes
-        )
+            filled.append((task, self._task))
+        for values, columns in filled:
+            of_keys, codes = values.numbers.detach().cpu().numpy(), values.categories.cpu().numpy()
+            numbers[:, columns.numbers] = of_keys[:, : len(columns.numbers)]
+            categories[:, columns.categories] = codes[:, : len(columns.categories)]
+        raw = self._scalings["observation"].raw(torch.from_numpy(numbers))
+        return self._observation.decode(raw, categories)
 
     def decode_action(self, parts: Parts) -> Any:
         """Parts [B, ...] -> B actions in a vector environment's layout."""
-        return self._action.decode(
-            self._scalings["action"].raw(parts.numbers), parts.categories.cpu().numpy()
-        )
+        raw = self._scalings["action"].raw(parts.numbers)
+        return self._action.decode(raw, parts.categories.cpu().numpy())
 
     def task_options(self, task: Parts) -> list[dict[str, Any]]:
-        """The B reset options that `task` holds; empty dicts where the task has none."""
-        numbers = self._scalings["options"].raw(task.numbers[:, len(self._task_numbers) :])
-        categories = task.categories[:, len(self._task_categories) :].tolist()
-        found: list[dict[str, Any]] = []
-        for row in range(len(numbers)):
-            told: dict[str, Any] = {
-                self.options[i].name: float(numbers[row, j])
-                for j, i in enumerate(self._option_numbers)
+        """The B reset options of `task`; empty dicts where it has none."""
+        numbers = self._scalings["options"].raw(task.numbers[:, len(self._task.numbers) :])
+        choices = task.categories[:, len(self._task.categories) :].tolist()
+        rows: list[dict[str, Any]] = []
+        for floats, codes in zip(numbers.tolist(), choices, strict=True):
+            row = {
+                self.options[i].name: x for i, x in zip(self._option_numbers, floats, strict=True)
             }
-            told |= {
-                self.options[i].name: (self.options[i].values or [])[categories[row][j]]
-                for j, i in enumerate(self._option_categories)
-            }
-            found.append(told)
-        return found
-
-    def reward_raw(self, reward: Tensor) -> Tensor:
-        """Float [...] as `Windows.reward` -> raw float64 [...]; exact where rewards are categories."""
-        if self.spec.reward_values is None:
-            return reward.double() * self.spec.reward_scale + self.spec.reward_mean
-        return torch.tensor(self.spec.reward_values, dtype=torch.float64, device=reward.device)[
-            reward.long()
-        ]
-
-    def duration_raw(self, duration: Tensor) -> Tensor:
-        """Normalised float [...] -> seconds, float64 [...]."""
-        return duration.double() * self.spec.duration_scale + self.spec.duration_mean
-
-    @cached_property
-    def _reward_values(self) -> Array:
-        assert self.spec.reward_values is not None
-        return np.array(self.spec.reward_values)
+            for i, code in zip(self._option_categories, codes, strict=True):
+                row[self.options[i].name] = (self.options[i].values or [])[code]
+            rows.append(row)
+        return rows
 
 
-def _check_range(dataset: Dataset, values: Array, names: Sequence[str]) -> None:
-    """Raise UsageError, naming the column, where `values` [B, n] has a number beyond float32 or a
-    negative duration.
-    """
-    beyond = first_beyond_float32(values)
-    fix = f"make the dataset again (datasets {', '.join(dataset.ids)})"
-    if beyond is not None:
-        raise UsageError(
-            f"{names[beyond[1]]} holds {values[beyond]:g}, and a world computes in float32; rescale"
-            f" it and {fix}"
-        )
-    if list(names) == ["duration"] and (values < 0).any():
-        raise UsageError(
-            f"duration holds {np.nanmin(values):g}, which is negative; give seconds and {fix}"
-        )
+def _float32(values: Array) -> Tensor:
+    return torch.from_numpy(values.astype(np.float32))
 
 
-def _add_distinct(values: set[float], rewards: Array) -> None:
-    """Add the distinct rewards, as long as they are few enough to be categories."""
-    if len(values) <= REWARD_VALUES:
-        values.update(np.unique(rewards)[: REWARD_VALUES + 1].tolist())
-
-
-def _columns(codec: SpaceCodec, in_task: Sequence[bool], wanted: bool) -> tuple[Array, Array]:
-    """The number and category columns of the leaves that are (or are not) in the task."""
-    leaves = [leaf for leaf, inside in zip(codec.leaves, in_task, strict=True) if inside == wanted]
-    numbers = [i for leaf in leaves for i in range(leaf.numbers.start, leaf.numbers.stop)]
-    categories = [i for leaf in leaves for i in range(leaf.categories.start, leaf.categories.stop)]
-    return np.array(numbers, np.int64), np.array(categories, np.int64)
-
-
-def _texts(codec: SpaceCodec, columns: Array) -> tuple[TextSpan, ...]:
-    """The texts among `columns`, counted within them."""
-    where = {int(column): position for position, column in enumerate(columns)}
-    return tuple(
-        TextSpan(where[text.start], text.length, text.min_length)
-        for text in codec.texts
-        if text.start in where
-    )
-
-
-def _integers(codec: SpaceCodec) -> Array:
-    return np.array(
-        [
-            not leaf.is_float
-            for leaf in codec.leaves
-            for _ in range(leaf.numbers.stop - leaf.numbers.start)
-        ],
-        bool,
-    )
+def _int64(values: Array) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64))

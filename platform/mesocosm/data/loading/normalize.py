@@ -1,4 +1,4 @@
-"""Columns of numbers -> normalised numbers and back, and the moments that say how."""
+"""Columns of numbers -> normalised numbers and back, and the moments they are normalised by."""
 
 from __future__ import annotations
 
@@ -14,13 +14,10 @@ from torch import Tensor
 
 Array = NDArray[Any]
 CONSTANT = 1e-8
-"""A dimension whose deviation is at most this share of its mean's magnitude is constant: scale 1.
-"""
+"""A column whose deviation is at most this share of its mean's magnitude is constant: scale 1."""
 CONSTANT_PRECISION = 1e-4
 AT_ONCE = 1 << 15
-"""Numbers that are normalised before the next are, so that between the steps they stay in a core's
-cache.
-"""
+"""Numbers normalised at once, so that between the two operations they stay in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -45,40 +42,45 @@ class Scaling:
 
     @cached_property
     def _repeated(self) -> tuple[Array, Array]:
-        """Mean and scale over and over, for AT_ONCE numbers: one long row takes a third of the time
-        that many short ones do.
+        """Mean and scale repeated for AT_ONCE numbers: one long row takes a third of the time of
+        many short ones.
         """
         rows = max(1, AT_ONCE // len(self.mean))
         return np.tile(self.mean, rows), np.tile(self.scale, rows)
 
-    def only(self, columns: Array | list[int]) -> Scaling:
-        """Of some columns."""
+    def only(self, columns: Array) -> Scaling:
+        """The scaling of some columns."""
         return Scaling(self.mean[columns], self.scale[columns], self.precision[columns])
 
     def raw(self, normalised: Tensor) -> Array:
         """[..., n] float32 -> float64 raw."""
         return normalised.detach().cpu().numpy().astype(np.float64) * self.scale + self.mean
 
-    def bins(self, columns: Array | slice = slice(None)) -> tuple[float, ...]:
-        return tuple((self.precision / self.scale)[columns].tolist())
+    def bins(self) -> tuple[float, ...]:
+        """The precision in normalised units."""
+        return tuple((self.precision / self.scale).tolist())
+
+    def zero(self) -> list[float]:
+        """A raw 0 in normalised units."""
+        zeros: list[float] = (-self.mean / self.scale).tolist()
+        return zeros
 
     def to_json(self) -> dict[str, list[float]]:
-        return {
-            "mean": self.mean.tolist(),
-            "scale": self.scale.tolist(),
-            "precision": self.precision.tolist(),
-        }
+        return {name: getattr(self, name).tolist() for name in ("mean", "scale", "precision")}
 
     @staticmethod
     def from_json(data: Mapping[str, list[float]]) -> Scaling:
-        return Scaling(
-            *(np.array(data[name], np.float64) for name in ("mean", "scale", "precision"))
-        )
+        return Scaling(**{name: np.array(values, np.float64) for name, values in data.items()})
 
     @staticmethod
     def of(moments: Moments, first: Moments, integers: Array | None = None) -> Scaling:
-        """The precision of a float is 10**floor(log10(1e-4 std)) with the std of the `first`
-        dataset (of all, where the column is constant in the first), an integer's is 1.
+        """The scaling of columns with these moments.
+
+        Args:
+            moments: of all datasets.
+            first: of the first dataset. The precision of a float is 10**floor(log10(1e-4 std)) with
+                its std (that of all, where the column is constant in the first).
+            integers: [n] bool, the columns of integers, whose precision is 1.
         """
         scale = np.where(moments.constant, 1.0, moments.std)
         stated = np.where(first.constant, scale, first.std)
@@ -96,23 +98,26 @@ class Moments:
     def __init__(self, columns: int):
         self.count = 0
         self.mean = np.zeros(columns)
-        self._squares = np.zeros(columns)
+        self.squares = np.zeros(columns)
+        """Sums of squared differences from the mean."""
 
     def add(self, values: Array) -> None:
-        """[rows, columns]"""
-        if not len(values):
-            return
-        mean, total = values.mean(0), self.count + len(values)
+        """Add [rows, columns]."""
+        if len(values):
+            mean = values.mean(0)
+            self.merge(len(values), mean, ((values - mean) ** 2).sum(0))
+
+    def merge(self, count: int, mean: Array, squares: Array) -> None:
+        """Add the moments of `count` rows."""
+        total = self.count + count
         shift = mean - self.mean
-        self._squares += ((values - mean) ** 2).sum(0) + shift**2 * (
-            self.count * len(values) / total
-        )
-        self.mean = self.mean + shift * (len(values) / total)
+        self.squares += squares + shift**2 * (self.count * count / total)
+        self.mean = self.mean + shift * (count / total)
         self.count = total
 
     @property
     def std(self) -> Array:
-        return np.sqrt(self._squares / max(self.count, 1))
+        return np.sqrt(self.squares / max(self.count, 1))
 
     @property
     def constant(self) -> Array:
