@@ -1,8 +1,7 @@
-"""Operations that choose among sound episodes: filters, balance, mix, failures put back, and what
-is held out for validation.
+"""Operations that choose among sound episodes: filters, balance, mix, failures put back, hold-out.
 
-What balances or mixes chooses among the episodes to train on: validation is left as it is. Episodes
-are taken whole, in an order that the seed draws.
+Balance and mix choose among the episodes to train on: validation stays as it is. Episodes are taken
+whole, in an order drawn by the seed.
 """
 
 from __future__ import annotations
@@ -14,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.data.curation.groups import Groups
+from mesocosm.data.curation.groups import Groups, groups
 from mesocosm.data.curation.table import TRAIN, Step
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]
 CHOICES = ("length", "return", "where", "balance", "mix")
-"""What these dropped may be put back: it was chosen against, not broken."""
+"""Episodes that these drop may be put back: they are not broken."""
 BALANCE, MIX, FAILURES, HOLD_OUT = range(0xC0, 0xC4)
 """Salts of the orders in which episodes are drawn."""
 
@@ -34,20 +33,20 @@ class Between:
 
     def check(self) -> None:
         if self.min is None and self.max is None:
-            raise UsageError("neither min nor max is given; give one of them at least")
+            raise UsageError("min or max must be a number, got neither")
         if self.min is not None and self.max is not None and self.min > self.max:
-            raise UsageError(f"min={self.min:g} is above max={self.max:g}; exchange them")
+            raise UsageError(f"min must be <= max={self.max:g}, got {self.min:g}")
 
-    def filter(self, step: Step, episodes: Array, values: Array, what: str) -> None:
-        low = values < (-math.inf if self.min is None else self.min)
-        high = values > (math.inf if self.max is None else self.max)
-        step.drop(episodes[low], f"{what} below {self.min:g}" if self.min is not None else "")
-        step.drop(episodes[high], f"{what} above {self.max:g}" if self.max is not None else "")
+    def filter(self, step: Step, episodes: Array, values: Array, name: str) -> None:
+        if self.min is not None:
+            step.drop(episodes[values < self.min], f"{name} below {self.min:g}")
+        if self.max is not None:
+            step.drop(episodes[values > self.max], f"{name} above {self.max:g}")
 
 
 @dataclass
 class Length(Between):
-    """Episodes of `min` to `max` transitions."""
+    """Keep episodes of `min` to `max` transitions."""
 
     def run(self, step: Step) -> None:
         episodes = step.episodes()
@@ -56,7 +55,7 @@ class Length(Between):
 
 @dataclass
 class Return(Between):
-    """Episodes whose sum of rewards, as it was logged, is from `min` to `max`."""
+    """Keep episodes whose sum of logged rewards is `min` to `max`."""
 
     def run(self, step: Step) -> None:
         episodes = step.episodes()
@@ -65,8 +64,8 @@ class Return(Between):
 
 @dataclass
 class Where:
-    """Episodes that have `by` (behaviour, outcome, success, dataset, task, or a part of the task)
-    among `keep`, or not among `drop`.
+    """Keep episodes whose `by` (behaviour, outcome, success, dataset, task, or a part of the task)
+    is in `keep`, or is not in `drop`.
     """
 
     by: str = ""
@@ -76,22 +75,20 @@ class Where:
 
     def check(self) -> None:
         if bool(self.keep) == bool(self.drop):
-            raise UsageError("give either keep or drop, a list of values")
+            raise UsageError("keep or drop must be a list of values, got both or neither")
 
     def run(self, step: Step) -> None:
         episodes = step.episodes()
-        groups = Groups.of(step, episodes, self.by, self.bins)
-        named = groups.named(self.keep or self.drop, "keep" if self.keep else "drop")
-        for number in groups.present():
+        by = groups(step, episodes, self.by, self.bins)
+        named = by.named(self.keep or self.drop, "keep" if self.keep else "drop")
+        for number in by.present():
             if (number in named) == bool(self.drop):
-                step.drop(episodes[groups.codes == number], groups.say(number))
+                step.drop(episodes[by.codes == number], by.name(number))
 
 
 @dataclass
 class Balance:
-    """No group by `by` has more than `most` times the transitions to train on that the smallest
-    has.
-    """
+    """Give no group by `by` more than `most` times the training transitions of the smallest."""
 
     by: str = "behaviour"
     most: float = 1.0
@@ -99,91 +96,75 @@ class Balance:
 
     def check(self) -> None:
         if not (math.isfinite(self.most) and self.most >= 1):
-            raise UsageError(
-                f"most={self.most} would leave a group less than the smallest has; give at least 1"
-            )
+            raise UsageError(f"most must be >= 1, got {self.most}")
 
     def run(self, step: Step) -> None:
         episodes = step.drawn(step.episodes(TRAIN), BALANCE)
-        groups = Groups.of(step, episodes, self.by, self.bins)
+        by = groups(step, episodes, self.by, self.bins)
         lengths = step.table.length[episodes]
-        sizes = {number: int(lengths[groups.codes == number].sum()) for number in groups.present()}
+        sizes = {number: int(lengths[by.codes == number].sum()) for number in by.present()}
+        smallest = min(sizes.values(), default=0)
         for number in sizes:
-            here = groups.codes == number
-            limit = math.floor(self.most * min(sizes.values()))
-            over = _beyond(lengths[here], limit)
-            step.drop(
-                np.sort(episodes[here][over]),
-                f"more of {groups.say(number)} than {self.most:g} times the smallest group's"
-                f" {min(sizes.values())}",
-            )
+            here = by.codes == number
+            over = _beyond(lengths[here], math.floor(self.most * smallest))
+            limit = f"{self.most:g} times the smallest group's {smallest}"
+            step.drop(np.sort(episodes[here][over]), f"more of {by.name(number)} than {limit}")
 
 
 @dataclass
 class Mix:
-    """The datasets' transitions to train on stand as `weights`, in the order of data.datasets: as
-    many as there can be without taking one twice.
+    """Give the datasets' training transitions the shares `weights`, in the order of data.datasets:
+    as many as possible without taking one twice.
     """
 
     weights: list[float] = field(default_factory=list)
     transitions: int | None = None
-    """At most so many in all."""
+    """At most this many in all."""
 
     def check(self) -> None:
-        if (
-            not self.weights
-            or not all(math.isfinite(w) and w >= 0 for w in self.weights)
-            or not sum(self.weights)
-        ):
+        sound = all(math.isfinite(weight) and weight >= 0 for weight in self.weights)
+        if not sound or sum(self.weights) == 0:
             raise UsageError(
-                f"weights={self.weights} mix nothing; give a number of at least 0 for each dataset,"
-                " one of them above 0"
+                f"weights must be numbers >= 0 for each dataset, one above 0, got {self.weights}"
             )
         if self.transitions is not None and self.transitions < 1:
-            raise UsageError(
-                f"transitions={self.transitions} leaves nothing; give at least 1, or null"
-            )
+            raise UsageError(f"transitions must be >= 1 or null, got {self.transitions}")
 
     def run(self, step: Step) -> None:
         ids = step.dataset.ids
         if len(self.weights) != len(ids):
             raise UsageError(
-                f"weights={self.weights} are {len(self.weights)} for {len(ids)} datasets; give one"
-                f" for each of data.datasets={ids}"
+                f"weights must be one number for each of data.datasets={ids}, got {self.weights}"
             )
         episodes = step.drawn(step.episodes(TRAIN), MIX)
         part, lengths = step.dataset.part[episodes], step.table.length[episodes]
-        there = [int(lengths[part == i].sum()) for i in range(len(ids))]
-        unit = min(
-            have / weight for have, weight in zip(there, self.weights, strict=True) if weight
-        )
+        sizes = np.bincount(part, lengths, len(ids)).tolist()
+        unit = min(n / weight for n, weight in zip(sizes, self.weights, strict=True) if weight)
         if self.transitions is not None:
             unit = min(unit, self.transitions / sum(self.weights))
         for i, weight in enumerate(self.weights):
             here = part == i
             limit = math.floor(weight * unit + 1e-6)
-            over = _beyond(lengths[here], limit)
             step.drop(
-                np.sort(episodes[here][over]),
+                np.sort(episodes[here][_beyond(lengths[here], limit)]),
                 f"more of dataset {ids[i]} than the {limit} transitions of its weight {weight:g}",
             )
 
 
 def _beyond(lengths: Array, limit: int) -> Array:
-    """[n] bool: what comes after the first episodes of at most `limit` transitions together; the
+    """[n] bool: the episodes after the first ones of at most `limit` transitions together; the
     first is always kept where the limit is above 0.
     """
     over = np.cumsum(lengths) > limit
-    if limit > 0 and len(over):
-        over[0] = False
+    over[:1] &= limit <= 0
     return np.asarray(over)
 
 
 @dataclass
 class Failures:
-    """At least `share` of the episodes to train on failed: those that earlier filters, balance or
-    mix dropped are put back, as many as it takes. Failed is what `success` says, or with `below` a
-    return less than that.
+    """Put back failed episodes that filters, balance or mix dropped, until at least `share` of the
+    episodes to train on failed. Failed is what `success` says, or with `below` a return less than
+    that.
     """
 
     share: float = 0.1
@@ -191,17 +172,15 @@ class Failures:
 
     def check(self) -> None:
         if not 0 < self.share < 1:
-            raise UsageError(
-                f"share={self.share} is no share of the episodes; give a number above 0 and below 1"
-            )
+            raise UsageError(f"share must be in (0, 1), got {self.share}")
 
     def run(self, step: Step) -> None:
-        table = step.table
-        success = step.dataset.table["success"]
-        failed = (
-            success == 0 if self.below is None else step.dataset.table["total_reward"] < self.below
-        )
-        if self.below is None and not (success >= 0).any():
+        table, success = step.table, step.dataset.table["success"]
+        if self.below is not None:
+            failed = step.dataset.table["total_reward"] < self.below
+        elif (success >= 0).any():
+            failed = success == 0
+        else:
             raise UsageError(
                 "no episode says whether it succeeded; collect with reality.success, or give below,"
                 " a return under which an episode has failed"
@@ -209,47 +188,40 @@ class Failures:
         kept = step.episodes(TRAIN)
         have = int(failed[kept].sum())
         need = max(0, math.ceil((self.share * len(kept) - have) / (1 - self.share) - 1e-9))
-        chosen_against = [0, *(event.operation for event in table.events if event.op in CHOICES)][
-            1:
-        ]
-        there = np.flatnonzero(
-            ~table.kept & failed & (table.split == TRAIN) & np.isin(table.by, chosen_against)
+        choices = [event.operation for event in table.events if event.op in CHOICES]
+        dropped = np.flatnonzero(
+            ~table.kept & failed & (table.split == TRAIN) & np.isin(table.by, choices)
         )
-        if need > len(there):
+        if need > len(dropped):
             raise UsageError(
-                f"share={self.share} wants {have + need} failed episodes and there are {have}, with"
-                f" {len(there)} to put back; lower it, collect failures, or drop successes by {{op:"
-                " balance, by: success, most: ...}"
+                f"share={self.share} needs {have + need} failed episodes, got {have} and"
+                f" {len(dropped)} to put back; lower it, collect failures, or drop successes by"
+                " {op: balance, by: success, most: ...}"
             )
-        step.put_back(
-            np.sort(step.drawn(there, FAILURES)[:need]), "failed, and dropped only by choice"
-        )
+        chosen = np.sort(step.drawn(dropped, FAILURES)[:need])
+        step.put_back(chosen, "failed, and dropped only by choice")
 
 
 @dataclass
 class HoldOut:
-    """What is for validation, instead of what the inputs say; nothing is dropped. `by`: random
-    episodes; time, the last ones; or whole groups by behaviour, outcome, success, dataset, task or
-    a part of the task: those named in `values`, or drawn ones.
+    """Choose the episodes for validation, instead of the inputs' split; nothing is dropped. `by`:
+    random episodes; time, the last ones; or whole groups by behaviour, outcome, success, dataset,
+    task or a part of the task: those named in `values`, or drawn ones.
     """
 
     by: str = "random"
     share: float = 0.1
-    """Of the episodes; of groups that are drawn at most so many of the episodes, but one group at
-    least.
-    """
+    """Of the episodes; drawn groups hold at most this share, but at least one group."""
     values: list[str] = field(default_factory=list)
     bins: int = 5
 
     def check(self) -> None:
         if not 0 <= self.share < 1:
-            raise UsageError(
-                f"share={self.share} is no share of the episodes; give a number from 0 to below 1"
-            )
+            raise UsageError(f"share must be in [0, 1), got {self.share}")
         if self.values and self.by in ("random", "time"):
             raise UsageError(
-                f"values={self.values} name no group where by={self.by!r}; leave them out, or hold"
-                " out by task or behaviour"
+                f"values must be empty where by={self.by!r}, got {self.values}; hold out by task or"
+                " behaviour"
             )
 
     def run(self, step: Step) -> None:
@@ -261,25 +233,24 @@ class HoldOut:
             order = np.lexsort((step.dataset.table["index"][episodes], step.dataset.part[episodes]))
             step.hold_out(episodes[order[len(order) - count :]])
         else:
-            groups = Groups.of(step, episodes, self.by, self.bins)
-            named = (
-                groups.named(self.values, "values")
-                if self.values
-                else self._drawn(step, groups, episodes, count)
-            )
-            step.note("held out: " + ", ".join(groups.say(number) for number in sorted(named)))
-            step.hold_out(episodes[np.isin(groups.codes, list(named))])
+            by = groups(step, episodes, self.by, self.bins)
+            if self.values:
+                chosen = by.named(self.values, "values")
+            else:
+                chosen = self._drawn(step, by, episodes, count)
+            step.notes.append("held out: " + ", ".join(by.name(i) for i in sorted(chosen)))
+            step.hold_out(episodes[np.isin(by.codes, list(chosen))])
 
-    def _drawn(self, step: Step, groups: Groups, episodes: Array, count: int) -> set[int]:
+    def _drawn(self, step: Step, by: Groups, episodes: Array, count: int) -> set[int]:
         """Whole groups, in the order in which their first drawn episode comes."""
         if not count:
             return set()
-        order = groups.codes[np.searchsorted(episodes, step.drawn(episodes, HOLD_OUT))]
+        order = by.codes[np.searchsorted(episodes, step.drawn(episodes, HOLD_OUT))]
         chosen: set[int] = set()
         held = 0
         for number in dict.fromkeys(order.tolist()):
-            size = int((groups.codes == number).sum())
-            if len(chosen) < len(groups.present()) - 1 and (not chosen or held + size <= count):
+            size = int((by.codes == number).sum())
+            if len(chosen) < len(by.present()) - 1 and (not chosen or held + size <= count):
                 chosen.add(number)
                 held += size
         if not chosen:

@@ -1,4 +1,4 @@
-"""Episodes in groups: by who acted, how they ended, where they are from, or what their task was."""
+"""Episodes in groups: by behaviour, outcome, success, dataset or task."""
 
 from __future__ import annotations
 
@@ -16,143 +16,128 @@ from mesocosm.errors import UsageError, nearest
 
 Array = NDArray[Any]
 BLOCK = 4096
+KINDS = ["behaviour", "outcome", "success", "dataset"]
 
 
 @dataclass(frozen=True)
 class Groups:
+    """The groups of some episodes."""
+
     by: str
     labels: list[str]
     codes: Array
-    """[n] positions in `labels` of the episodes asked for"""
+    """[n] positions in `labels`"""
 
-    @staticmethod
-    def of(step: Step, episodes: Array, by: str, bins: int) -> Groups:
-        """`bins`: into how many ranges of equal width a number is cut that has more values. Raises
-        UsageError naming what there is to group by.
-        """
-        if bins < 1:
-            raise UsageError(f"bins={bins} is no number of ranges; give at least 1")
-        dataset, table = step.dataset, step.table
-        task = dataset.environment.task
-        if by == "behaviour":
-            names = [
-                np.array([b.name for b in m.behaviours])[
-                    dataset.table["behaviour"][dataset.part == i]
-                ]
-                for i, m in enumerate(dataset.manifests)
-            ]
-            found, codes = np.unique(np.concatenate(names)[episodes], return_inverse=True)
-            return Groups(by, [str(label) for label in found], codes.reshape(-1))
-        if by == "outcome":
-            return Groups(by, list(OUTCOMES), table.outcome()[episodes].astype(np.int64))
-        if by == "success":
-            return Groups(by, ["unknown", "failure", "success"], table.success()[episodes] + 1)
-        if by == "dataset":
-            return Groups(by, dataset.ids, dataset.part[episodes])
-        if by != "task" and by not in task:
-            there = [
-                "behaviour",
-                "outcome",
-                "success",
-                "dataset",
-                *(["task", *task] if task else []),
-            ]
-            fix = nearest(by, there) or f"; there are {', '.join(there)}"
-            raise UsageError(f"by={by!r} is nothing that these episodes are told apart by{fix}")
-        if not task:
-            raise UsageError(
-                "by='task': the environment of these datasets has no task (reality.task is empty);"
-                " group by something else"
-            )
-        parts = [_part(step, episodes, name, bins) for name in (task if by == "task" else [by])]
-        distinct, codes = np.unique(
-            np.stack([part.codes for part in parts], 1), axis=0, return_inverse=True
-        )
-        told = len(parts) > 1
-        labels = [
-            ", ".join(
-                part.say(int(code)) if told else part.labels[code]
-                for part, code in zip(parts, row, strict=True)
-            )
-            for row in distinct
-        ]
-        return Groups(by, labels, codes.reshape(-1))
-
-    def say(self, number: int) -> str:
+    def name(self, number: int) -> str:
         return f"{self.by} {self.labels[number]}"
 
     def present(self) -> list[int]:
         return [int(number) for number in np.unique(self.codes)]
 
-    def named(self, labels: Sequence[str], where: str) -> set[int]:
-        """Raises UsageError where one is no group."""
+    def named(self, labels: Sequence[str], parameter: str) -> set[int]:
+        """The groups with these labels. Raises UsageError where there is no such group."""
         for label in labels:
             if label not in self.labels:
-                fix = (
-                    nearest(label, self.labels)
-                    or f"; there are {', '.join(map(repr, self.labels[:12]))}"
-                )
+                few = f"; there are {', '.join(map(repr, self.labels[:12]))}"
                 raise UsageError(
-                    f"{where} names {label!r}, which is no {self.by} of these episodes{fix}"
+                    f"{parameter} names {label!r}, which is no {self.by} of these"
+                    f" episodes{nearest(label, self.labels) or few}"
                 )
         return {self.labels.index(label) for label in labels}
 
 
+def groups(step: Step, episodes: Array, by: str, bins: int) -> Groups:
+    """Group episodes.
+
+    Args:
+        step: the operation.
+        episodes: [n].
+        by: behaviour, outcome, success, dataset, task, or a part of the task.
+        bins: the ranges of equal width into which a number with more values is cut.
+
+    Raises:
+        UsageError: `by` or `bins` is wrong; names what there is to group by.
+    """
+    if bins < 1:
+        raise UsageError(f"bins must be >= 1, got {bins}")
+    dataset, table = step.dataset, step.table
+    task = dataset.environment.task
+    if by == "behaviour":
+        names = np.empty(len(dataset.table), object)
+        for part, manifest in enumerate(dataset.manifests):
+            here = dataset.part == part
+            behaviours = np.array([behaviour.name for behaviour in manifest.behaviours], object)
+            names[here] = behaviours[dataset.table["behaviour"][here]]
+        labels, codes = np.unique(names[episodes], return_inverse=True)
+        return Groups(by, labels.tolist(), codes)
+    if by == "outcome":
+        return Groups(by, list(OUTCOMES), table.outcome()[episodes].astype(np.int64))
+    if by == "success":
+        return Groups(by, ["unknown", "failure", "success"], table.success()[episodes] + 1)
+    if by == "dataset":
+        return Groups(by, dataset.ids, dataset.part[episodes])
+    if by == "task" and not task:
+        raise UsageError(
+            "by='task': the environment of these datasets has no task (reality.task is empty);"
+            " group by something else"
+        )
+    if by != "task" and by not in task:
+        known = KINDS + (["task", *task] if task else [])
+        fix = nearest(by, known) or "; try another"
+        raise UsageError(f"by must be one of {', '.join(known)}, got {by!r}{fix}")
+    parts = [_part(step, episodes, name, bins) for name in (task if by == "task" else [by])]
+    if len(parts) > 1:
+        parts = [
+            Groups(by, [part.name(i) for i in range(len(part.labels))], part.codes)
+            for part in parts
+        ]
+    return _joined(by, parts, ", ")
+
+
+def _joined(by: str, parts: Sequence[Groups], separator: str) -> Groups:
+    """The combinations of groups."""
+    every = np.stack([part.codes for part in parts], 1)
+    distinct, codes = np.unique(every, axis=0, return_inverse=True)
+    labels = [
+        separator.join(part.labels[code] for part, code in zip(parts, row, strict=True))
+        for row in distinct.tolist()
+    ]
+    return Groups(by, labels, codes.reshape(-1))
+
+
 def _part(step: Step, episodes: Array, name: str, bins: int) -> Groups:
-    """By one part of the task: a reset option, or what a key of the first observation holds."""
+    """By one part of the task: a reset option, or the value of a key in the first observation."""
     dataset = step.dataset
     for i, option in enumerate(dataset.options):
         if option.name == name:
             if option.values is None:
                 return _ranges(name, dataset.option_numbers[episodes, i], bins)
-            return Groups(
-                name, [str(value) for value in option.values], dataset.option_values[episodes, i]
-            )
-    columns: list[Array] = []
-    labels: list[list[str]] = []
+            return Groups(name, list(map(str, option.values)), dataset.option_values[episodes, i])
+    parts: list[Groups] = []
     for leaf in dataset.observation_codec.matching(name):
-        for j in range(leaf.numbers.start, leaf.numbers.stop):
-            found = _ranges(name, _first(step, episodes, "obs_num", j), bins)
-            columns.append(found.codes)
-            labels.append(found.labels)
-        for j, at in enumerate(range(leaf.categories.start, leaf.categories.stop)):
-            values = _first(step, episodes, "obs_cat", at).astype(np.int64)
-            columns.append(values)
-            begin = 0 if leaf.start is None else int(leaf.start[j])
-            labels.append([str(value + begin) for value in range(leaf.cardinalities[j])])
-    distinct, codes = np.unique(np.stack(columns, 1), axis=0, return_inverse=True)
-    return Groups(
-        name,
-        [
-            " ".join(label[code] for label, code in zip(labels, row, strict=True))
-            for row in distinct
-        ],
-        codes.reshape(-1),
-    )
+        numbers = _first(step, episodes, "obs_num", leaf.numbers)
+        parts += [_ranges(name, column, bins) for column in numbers.T]
+        start = np.zeros(len(leaf.cardinalities), int) if leaf.start is None else leaf.start
+        codes = _first(step, episodes, "obs_cat", leaf.categories).astype(np.int64)
+        for column, low, size in zip(codes.T, start.tolist(), leaf.cardinalities, strict=True):
+            parts.append(Groups(name, [str(low + i) for i in range(size)], column))
+    return _joined(name, parts, " ")
 
 
-def _first(step: Step, episodes: Array, name: str, column: int) -> Array:
-    """[n] of the episodes' first rows"""
-    table = step.dataset.table
-    blocks = [episodes[start : start + BLOCK] for start in range(0, len(episodes), BLOCK)]
+def _first(step: Step, episodes: Array, name: str, columns: slice) -> Array:
+    """[n, columns] of the episodes' first rows."""
+    table = step.dataset.table[episodes]
+    blocks = [table[start : start + BLOCK] for start in range(0, len(table), BLOCK)]
     return np.concatenate(
-        [
-            step.dataset.gather(name, table["shard"][some], table["first_row"][some])[:, column]
-            for some in blocks
-        ]
+        [step.dataset.gather(name, b["shard"], b["first_row"])[:, columns] for b in blocks]
     )
 
 
 def _ranges(name: str, values: Array, bins: int) -> Groups:
-    """Each value for itself where there are at most `bins`, else ranges of equal width from the
-    least to the greatest.
-    """
+    """One group a value where there are at most `bins`, else ranges of equal width."""
     distinct, codes = np.unique(values, return_inverse=True)
     if len(distinct) <= bins:
         return Groups(name, [f"{value:g}" for value in distinct], codes.reshape(-1))
     edges = np.linspace(distinct[0], distinct[-1], bins + 1)
-    return Groups(
-        name,
-        [f"{low:g}..{high:g}" for low, high in itertools.pairwise(edges)],
-        np.searchsorted(edges[1:-1], values, "right"),
-    )
+    labels = [f"{low:g}..{high:g}" for low, high in itertools.pairwise(edges)]
+    return Groups(name, labels, np.searchsorted(edges[1:-1], values, "right"))

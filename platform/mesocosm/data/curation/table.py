@@ -1,5 +1,4 @@
-"""What is kept of the episodes so far, and the account of every transition that went: by which
-operation, for what reason.
+"""The episodes that are kept so far, and the account of every transition that was dropped.
 
 Memory is a few numbers an episode. For every operation: in + put back = dropped + kept, in episodes
 and in transitions.
@@ -7,8 +6,7 @@ and in transitions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,8 +19,8 @@ from mesocosm.data.format.permutation import key
 
 Array = NDArray[Any]
 TRAIN, VALID = SPLITS.index("train"), SPLITS.index("valid")
-FIRST = 3
-"""Examples of each reason in the report."""
+EXAMPLES = 3
+"""Episodes that the report names for each reason."""
 
 
 @dataclass
@@ -37,112 +35,88 @@ class Event:
     reason: str
     episodes: Array
     transitions: Array
-    """[n] that went; of what was put back, that came"""
+    """[n] dropped, or put back"""
     of: Array | None = None
     """[n] the episodes that these are copies of"""
 
 
-@dataclass
 class Table:
     """All episodes of the inputs: E of them."""
 
-    dataset: Dataset
-    seed: int
-    kept: Array = field(init=False)
-    """[E] bool"""
-    length: Array = field(init=False)
-    """[E] transitions that are left of it"""
-    split: Array = field(init=False)
-    """[E] positions in SPLITS"""
-    by: Array = field(init=False)
-    """[E] the operation that dropped it, 0 for none"""
-    events: list[Event] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        table = self.dataset.table
-        self.kept = np.ones(len(table), bool)
-        self.length = table["length"].astype(np.int64)
-        self.split = table["split"].astype(np.uint8)
-        self.by = np.zeros(len(table), np.int16)
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+        table = dataset.table
+        self.kept: Array = np.ones(len(table), bool)
+        """[E] bool"""
+        self.length: Array = table["length"].astype(np.int64)
+        """[E] transitions that are kept of it"""
+        self.split: Array = table["split"].astype(np.uint8)
+        """[E] positions in SPLITS"""
+        self.by: Array = np.zeros(len(table), np.int16)
+        """[E] the operation that dropped it, 0 for none"""
+        self.events: list[Event] = []
 
     @property
     def cut(self) -> Array:
-        """[E] bool: not all of it is left"""
+        """[E] bool: the end is dropped"""
         return np.asarray(self.length < self.dataset.table["length"])
 
     def outcome(self) -> Array:
-        """[E] positions in OUTCOMES; what was cut is unfinished."""
+        """[E] positions in OUTCOMES; an episode that was cut is unfinished."""
         return np.where(self.cut, OUTCOMES.index("unfinished"), self.dataset.table["outcome"])
 
     def success(self) -> Array:
-        """[E] 1, 0, or -1 where it is not said or the episode was cut."""
+        """[E] 1, 0, or -1 where it is unknown or the episode was cut."""
         return np.where(self.cut, -1, self.dataset.table["success"].astype(np.int64))
 
     def size(self, episodes: Array | None = None) -> dict[str, int]:
         chosen = np.flatnonzero(self.kept) if episodes is None else episodes
         return {"episodes": len(chosen), "transitions": int(self.length[chosen].sum())}
 
-    def sizes(self) -> dict[str, dict[str, int]]:
-        """By split."""
-        return {
-            name: self.size(np.flatnonzero(self.kept & (self.split == i)))
-            for i, name in enumerate(SPLITS)
-        }
+    def sizes(self, chosen: Array | None = None) -> dict[str, dict[str, int]]:
+        """The size by split of the kept episodes, or of `chosen` [E] bool."""
+        chosen = self.kept if chosen is None else chosen
+        splits = enumerate(SPLITS)
+        return {name: self.size(np.flatnonzero(chosen & (self.split == i))) for i, name in splits}
 
     def name(self, episode: int) -> str:
         """For people: `ab12/37`, dataset and index."""
-        return f"{self.dataset.ids[int(self.dataset.part[episode])]}/{int(self.dataset.table['index'][episode])}"
+        index = int(self.dataset.table["index"][episode])
+        return f"{self.dataset.ids[int(self.dataset.part[episode])]}/{index}"
 
 
 class Step:
     """One operation at work on the table."""
 
     def __init__(self, table: Table, scan: Scan, number: int, op: str):
-        self.table, self.number, self.op = table, number, op
+        self.table, self.dataset, self.number, self.op = table, table.dataset, number, op
         self._scan = scan
         self._events: list[Event] = []
         self._before, self._split = table.size(), table.split.copy()
         self.notes: list[str] = []
 
-    # -- what there is
-    # -------------------------------------------------------------------------------------------
-
-    @property
-    def dataset(self) -> Dataset:
-        return self.table.dataset
-
     def episodes(self, split: int | None = None) -> Array:
-        """Those that are kept, ascending, [n]."""
-        return np.flatnonzero(
-            self.table.kept if split is None else self.table.kept & (self.table.split == split)
-        )
+        """The kept episodes, ascending, [n]."""
+        kept = self.table.kept
+        return np.flatnonzero(kept if split is None else kept & (self.table.split == split))
 
     def measure(self, measure: Measure, episodes: Array) -> dict[str, Array]:
         return self._scan(measure, episodes, self.table.length[episodes])
 
     def drawn(self, episodes: Array, salt: int) -> Array:
-        """`episodes` in an order that the seed draws: of each pair the order does not depend on
-        what else there is.
-        """
-        return episodes[
-            np.argsort(
-                key(self.table.seed, salt, self.dataset.table["hash"][episodes]), kind="stable"
-            )
-        ]
-
-    # -- what is done
-    # --------------------------------------------------------------------------------------------
+        """`episodes` in an order drawn by the seed; the order of two does not depend on others."""
+        keys = key(self.table.seed, salt, self.dataset.table["hash"][episodes])
+        return episodes[np.argsort(keys, kind="stable")]
 
     def drop(self, episodes: Array, reason: str, of: Array | None = None) -> None:
-        """`of`: the episodes that these are copies of."""
+        """Drop episodes; `of`: the episodes that these are copies of."""
         if len(episodes):
-            assert self.table.kept[episodes].all()
             self.table.kept[episodes] = False
             self.table.by[episodes] = self.number
-            self._add("dropped", reason, episodes, self.table.length[episodes].copy(), of)
+            self._add("dropped", reason, episodes, self.table.length[episodes], of)
 
     def cut(self, episodes: Array, lengths: Array, reason: str) -> None:
-        """Keep the first `lengths` transitions of each; of none left, it is dropped."""
+        """Keep the first `lengths` transitions of each; an episode of 0 is dropped."""
         empty = lengths < 1
         self.drop(episodes[empty], reason)
         episodes, lengths = episodes[~empty], lengths[~empty]
@@ -152,71 +126,57 @@ class Step:
 
     def put_back(self, episodes: Array, reason: str) -> None:
         if len(episodes):
-            assert not self.table.kept[episodes].any()
             self.table.kept[episodes] = True
             self.table.by[episodes] = 0
-            self._add("put back", reason, episodes, self.table.length[episodes].copy())
+            self._add("put back", reason, episodes, self.table.length[episodes])
 
     def hold_out(self, episodes: Array) -> None:
-        """These of those kept are for validation, all others to train on."""
+        """Hold these kept episodes out for validation, and train on all others."""
         self.table.split[self.table.kept] = TRAIN
         self.table.split[episodes] = VALID
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
     def _add(
         self, kind: str, reason: str, episodes: Array, transitions: Array, of: Array | None = None
     ) -> None:
         self._events.append(Event(self.number, self.op, kind, reason, episodes, transitions, of))
 
-    # -- what was done
-    # -------------------------------------------------------------------------------------------
-
     def close(self, params: dict[str, Any]) -> dict[str, Any]:
-        """Into the table's account; the operation's part of the report."""
+        """Enter the events into the table's account, and return the operation's part of the
+        report.
+        """
         self.table.events += self._events
-        moved = np.flatnonzero(self.table.kept & (self.table.split != self._split))
         return {
             "operation": self.number,
             "op": self.op,
             "params": params,
             "in": self._before,
-            "put_back": _total(self._events, "put back"),
-            "dropped": _total(self._events, "dropped", "cut"),
+            "put_back": self._total("put back"),
+            "dropped": self._total("dropped", "cut"),
             "cut": sum(len(event.episodes) for event in self._events if event.kind == "cut"),
-            "moved_to": {
-                name: self.table.size(moved[self.table.split[moved] == i])
-                for i, name in enumerate(SPLITS)
-            },
+            "moved_to": self.table.sizes(self.table.kept & (self.table.split != self._split)),
             "kept": self.table.size(),
             "splits": self.table.sizes(),
             "reasons": [self._reason(event) for event in self._events],
             "notes": self.notes,
         }
 
+    def _total(self, *kinds: str) -> dict[str, int]:
+        """Episodes that are whole, and all transitions."""
+        events = [event for event in self._events if event.kind in kinds]
+        return {
+            "episodes": sum(len(event.episodes) for event in events if event.kind != "cut"),
+            "transitions": sum(int(event.transitions.sum()) for event in events),
+        }
+
     def _reason(self, event: Event) -> dict[str, Any]:
-        first = [self.table.name(int(episode)) for episode in event.episodes[:FIRST]]
+        examples = [self.table.name(int(episode)) for episode in event.episodes[:EXAMPLES]]
         if event.of is not None:
-            first = [
-                f"{name} of {self.table.name(int(of))}"
-                for name, of in zip(first, event.of, strict=False)
-            ]
-        found = {
+            originals = [self.table.name(int(episode)) for episode in event.of[:EXAMPLES]]
+            examples = [f"{a} of {b}" for a, b in zip(examples, originals, strict=True)]
+        return {
             "what": event.kind,
             "reason": event.reason,
             "episodes": len(event.episodes),
             "transitions": int(event.transitions.sum()),
-            "first": first,
+            "first": examples,
         }
-        return found
-
-
-def _total(events: Sequence[Event], *kinds: str) -> dict[str, int]:
-    """What went whole is counted in episodes; transitions are those of cut ones, too."""
-    return {
-        "episodes": sum(
-            len(event.episodes) for event in events if event.kind in kinds and event.kind != "cut"
-        ),
-        "transitions": sum(int(event.transitions.sum()) for event in events if event.kind in kinds),
-    }

@@ -96,7 +96,8 @@ class Moments:
     """Mean and standard deviation of columns, chunk by chunk (Chan, Golub and LeVeque 1979)."""
 
     def __init__(self, columns: int):
-        self.count = 0
+        self.count: int | Array = 0
+        """Rows; [n] where columns have different numbers of them"""
         self.mean = np.zeros(columns)
         self.squares = np.zeros(columns)
         """Sums of squared differences from the mean."""
@@ -107,8 +108,8 @@ class Moments:
             mean = values.mean(0)
             self.merge(len(values), mean, ((values - mean) ** 2).sum(0))
 
-    def merge(self, count: int, mean: Array, squares: Array) -> None:
-        """Add the moments of `count` rows."""
+    def merge(self, count: int | Array, mean: Array, squares: Array) -> None:
+        """Add the moments of other rows."""
         total = self.count + count
         shift = mean - self.mean
         self.squares += squares + shift**2 * (self.count * count / total)
@@ -117,7 +118,7 @@ class Moments:
 
     @property
     def std(self) -> Array:
-        return np.sqrt(self.squares / max(self.count, 1))
+        return np.sqrt(self.squares / np.maximum(self.count, 1))
 
     @property
     def constant(self) -> Array:

@@ -1,0 +1,190 @@
+"""Operations on copies and near copies."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+
+from mesocosm.data.curation.scan import Piece, Rows
+from mesocosm.data.curation.table import TRAIN, Step
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.manifest import ARRAYS
+from mesocosm.data.loading.normalize import Moments
+from mesocosm.errors import UsageError
+
+Array = NDArray[Any]
+POINTS = 16
+"""Steps of an episode at which near copies are compared."""
+SKETCH = 8
+"""Numbers an episode that show which pairs may be near."""
+BLOCK = 1024
+
+
+@dataclass
+class ExactDuplicates:
+    """Keep one of the episodes that are equal bit for bit: one of validation if there is any, else
+    the first.
+    """
+
+    def check(self) -> None: ...
+
+    def run(self, step: Step) -> None:
+        episodes = step.episodes()
+        digest = step.measure(hashed, episodes)["digest"]
+        keys = np.concatenate([digest, _tasks(step.dataset)[episodes, None].view(np.uint64)], 1)
+        order = _priority(step, episodes)
+        _, first, group = np.unique(keys[order], axis=0, return_index=True, return_inverse=True)
+        leader = np.empty(len(order), np.int64)
+        leader[order] = order[first[group.reshape(-1)]]
+        copies = leader != np.arange(len(order))
+        step.drop(episodes[copies], "the same as an episode that is kept", episodes[leader[copies]])
+
+
+def hashed(dataset: Dataset, piece: Piece) -> dict[str, Array]:
+    """digest [e, 2] uint64: BLAKE2b of 128 bits of all of an episode's arrays."""
+    rows = Rows(dataset, piece)
+    digests = [hashlib.blake2b(digest_size=16) for _ in rows.lengths]
+    for name in ARRAYS:
+        array = rows[name]
+        if not name.startswith("obs"):
+            array[rows.last] = 0  # an episode that was cut has its next action there
+        if array.dtype.kind == "f":
+            array = array + 0.0  # -0.0 becomes 0.0
+        for digest, start, length in zip(digests, rows.starts, rows.lengths, strict=True):
+            digest.update(array[start : start + length + 1].tobytes())
+    every = b"".join(digest.digest() for digest in digests)
+    return {"digest": np.frombuffer(every, np.uint64).reshape(-1, 2)}
+
+
+@dataclass
+class NearDuplicates:
+    """Keep one of the episodes whose distance is at most `tolerance`, as of exact copies.
+
+    Two episodes of the same task, whose lengths differ by at most the share `tolerance` of the
+    longer, are compared at 16 evenly spaced steps (first and last among them): in every number of
+    observation, action and reward, in units of its standard deviation over the kept episodes, and
+    in every category, where a difference counts 1. The distance is the root mean square of these.
+    """
+
+    tolerance: float = 0.01
+
+    def check(self) -> None:
+        if not 0 <= self.tolerance < 1:
+            raise UsageError(
+                f"tolerance must be in [0, 1) standard deviations, got {self.tolerance}"
+            )
+
+    def run(self, step: Step) -> None:
+        """Compare each leader with the later episodes whose sketches are near, and drop the near
+        ones. The sketch is an orthogonal projection, which makes no distance longer: no near pair
+        is missed.
+        """
+        episodes = step.episodes()
+        episodes = episodes[_priority(step, episodes)]
+        lengths, tasks = step.table.length[episodes], _tasks(step.dataset)[episodes]
+        scale = _scale(step.measure(moments, np.sort(episodes)))
+        sketch = step.measure(partial(sketched, scale=scale), episodes)["sketch"]
+        categories = (
+            step.dataset.observation_codec.categories + step.dataset.action_codec.categories
+        )
+        width = POINTS * (len(scale) + categories)
+        reach = self.tolerance * math.sqrt(width) * (1 + 1e-6) + 1e-9
+        tree = cKDTree(sketch)
+        leader = np.arange(len(episodes))
+        for one in np.flatnonzero(tree.query_ball_point(sketch, reach, return_length=True) > 1):
+            if leader[one] != one:
+                continue
+            others = np.array(tree.query_ball_point(sketch[one], reach), np.int64)
+            others = np.sort(others[(others > one) & (leader[others] == others)])
+            longer = np.maximum(lengths[others], lengths[one])
+            alike = np.abs(lengths[others] - lengths[one]) <= self.tolerance * longer
+            others = others[alike & (tasks[others] == tasks[one])]
+            for start in range(0, len(others), BLOCK):
+                block = others[start : start + BLOCK]
+                distance = _distance(step, episodes[one], episodes[block], scale, width)
+                leader[block[distance <= self.tolerance]] = one
+        copies = np.flatnonzero(leader != np.arange(len(episodes)))
+        copies = copies[np.argsort(episodes[copies])]
+        reason = f"within {self.tolerance:g} of an episode that is kept"
+        step.drop(episodes[copies], reason, episodes[leader[copies]])
+
+
+def moments(dataset: Dataset, piece: Piece) -> dict[str, Array]:
+    """Count, mean and sum of squared differences of each number of observation, action and reward,
+    each [1, d].
+    """
+    rows = Rows(dataset, piece)
+    parts = [rows["obs_num"], rows["act_num"][~rows.last], rows["reward"][~rows.last, None]]
+    means = [part.mean(0) for part in parts]
+    squares = [((part - mean) ** 2).sum(0) for part, mean in zip(parts, means, strict=True)]
+    counts = [np.full(part.shape[1], float(len(part))) for part in parts]
+    columns = {"count": counts, "mean": means, "squares": squares}
+    return {name: np.concatenate(values)[None] for name, values in columns.items()}
+
+
+def _scale(pieces: dict[str, Array]) -> Array:
+    """[d] standard deviations, 1 where nothing varies."""
+    joined = Moments(pieces["mean"].shape[1])
+    for count, mean, squares in zip(
+        *(pieces[n] for n in ("count", "mean", "squares")), strict=True
+    ):
+        joined.merge(count, mean, squares)
+    return np.where(joined.std > 0, joined.std, 1.0)
+
+
+def sketched(dataset: Dataset, piece: Piece, scale: Array) -> dict[str, Array]:
+    """sketch [e, SKETCH]. A category enters as a random number in [0, 1) of its value: two are
+    never further apart than the 1 that a difference counts.
+    """
+    numbers, categories = _vectors(dataset, piece, scale)
+    spread = np.random.default_rng(1).random(257)
+    values = np.concatenate([numbers, spread[categories % 257]], 1)
+    basis, _ = np.linalg.qr(np.random.default_rng(0).standard_normal((values.shape[1], SKETCH)))
+    return {"sketch": values @ basis}
+
+
+def _vectors(dataset: Dataset, piece: Piece, scale: Array) -> tuple[Array, Array]:
+    """The compared values of each episode: numbers [e, POINTS * d] in units of scale, and
+    categories [e, POINTS * m].
+    """
+    fractions = np.arange(POINTS)
+
+    def take(name: str, last: Array) -> Array:
+        steps = (fractions * last[:, None] + (POINTS - 1) // 2) // (POINTS - 1)
+        return dataset.gather(name, piece.shards, piece.first[:, None] + steps)
+
+    last = piece.length - 1
+    parts = [take("obs_num", piece.length), take("act_num", last), take("reward", last)[..., None]]
+    numbers = np.concatenate(parts, -1) / scale
+    codes = [take("obs_cat", piece.length), take("act_cat", last)]
+    categories = np.concatenate([code.astype(np.int64) for code in codes], -1)
+    return numbers.reshape(len(numbers), -1), categories.reshape(len(categories), -1)
+
+
+def _distance(step: Step, one: int, others: Array, scale: Array, width: int) -> Array:
+    """[n]"""
+    episodes = np.concatenate([[one], others])
+    piece = Piece.of(step.dataset, episodes, step.table.length[episodes])
+    numbers, categories = _vectors(step.dataset, piece, scale)
+    squares = ((numbers[1:] - numbers[0]) ** 2).sum(1) + (categories[1:] != categories[0]).sum(1)
+    return np.asarray(np.sqrt(squares / width))
+
+
+def _tasks(dataset: Dataset) -> Array:
+    """[E] int64: a number for each combination of reset options."""
+    if not dataset.options:
+        return np.zeros(len(dataset.table), np.int64)
+    both = np.concatenate([dataset.option_numbers, dataset.option_values], 1)
+    return np.unique(both, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+
+def _priority(step: Step, episodes: Array) -> Array:
+    """Positions in `episodes`: validation first, as a training copy of a held-out one is a leak."""
+    return np.lexsort((episodes, step.table.split[episodes] == TRAIN))
