@@ -60,8 +60,8 @@ class Leaf:
         return tuple(self.space.shape or ())
 
     @property
-    def is_float(self) -> bool:
-        return np.dtype(self.space.dtype).kind == "f"
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(self.space.dtype)
 
     def labels(self) -> list[str]:
         """The name of each number column: `observation.pose[2]`."""
@@ -265,9 +265,7 @@ def _descend(value: Any, leaf: Leaf) -> Any:
 
 def _check_numbers(leaf: Leaf, flat: Array) -> None:
     if flat.dtype.kind not in "fiub":
-        raise MesocosmError(
-            f"{leaf.name} must have dtype {leaf.space.dtype}, got {flat.dtype}; {AGREE}"
-        )
+        raise MesocosmError(f"{leaf.name} must have dtype {leaf.dtype}, got {flat.dtype}; {AGREE}")
     if flat.dtype.kind in "iu" and flat.dtype.itemsize == 8 and flat.size:
         for extreme in (flat.max(), flat.min()):
             if abs(int(extreme)) > EXACT:
@@ -324,18 +322,17 @@ def _encode_text(leaf: Leaf, characters: Array, values: Any, size: int) -> Array
 def _decode_leaf(leaf: Leaf, numbers: Array, categories: Array) -> Any:
     if leaf.characters is not None:
         return _decode_text(leaf, leaf.characters, categories[:, leaf.categories])
-    dtype = np.dtype(leaf.space.dtype)
     if leaf.start is not None:
         values = categories[:, leaf.categories] + leaf.start
     else:
         values = numbers[:, leaf.numbers]
-        if dtype.kind != "f":
-            info = np.iinfo(dtype)
+        if leaf.dtype.kind != "f":
+            info = np.iinfo(leaf.dtype)
             top = float(info.max)
             if top > info.max:  # 2**63 - 1 and 2**64 - 1 round up
                 top = np.nextafter(top, 0.0)
             values = np.clip(np.rint(values), float(info.min), top)
-    return values.astype(dtype).reshape(len(numbers), *leaf.shape)
+    return values.astype(leaf.dtype).reshape(len(numbers), *leaf.shape)
 
 
 def _decode_text(leaf: Leaf, characters: Array, codes: Array) -> tuple[str, ...]:

@@ -86,7 +86,7 @@ def _scalar(name: str, scaling: Scaling) -> dict[str, float]:
 
 def integer_columns(codec: SpaceCodec) -> Array:
     """[n] bool: the numbers that are integers."""
-    return np.array([not leaf.is_float for leaf in codec.leaves for _ in leaf.labels()], bool)
+    return np.array([leaf.dtype.kind != "f" for leaf in codec.leaves for _ in leaf.labels()], bool)
 
 
 def _check_task(dataset: Dataset, chunk: Chunk) -> None:
