@@ -1,0 +1,131 @@
+"""Starts (task, o_0) as rows, the spaces that they may lie in, and the distances between them.
+
+Numbers are normalised and rounded to the precision that the codec states, on both sides and to one
+grid, so that no digit below the precision tells them apart. Distances weigh every number by the
+deviation of the real starts (one that is constant there by its deviation over all observations), a
+category that differs as two draws of a number do, and a text by the share of its characters that
+differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.data.loading.codec import Codec
+from mesocosm.model.spec import Parts, TextSpan
+
+CONSTANT = 1e-4
+"""A number that deviates less among the starts, as a share of its deviation over all observations,
+is constant there.
+"""
+
+
+@dataclass(frozen=True)
+class Starts:
+    """n starts, task and observation side by side."""
+
+    numbers: NDArray[np.float64]
+    """[n, d] normalised"""
+    categories: NDArray[np.int64]
+    """[n, m]"""
+
+    @staticmethod
+    def of(task: Parts, observation: Parts) -> Starts:
+        numbers = torch.cat((task.numbers, observation.numbers), -1)
+        categories = torch.cat((task.categories, observation.categories), -1)
+        return Starts(numbers.cpu().double().numpy(), categories.cpu().numpy())
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, rows: Any) -> Starts:
+        return Starts(self.numbers[rows], self.categories[rows])
+
+    def __add__(self, other: Starts) -> Starts:
+        numbers = np.concatenate((self.numbers, other.numbers))
+        return Starts(numbers, np.concatenate((self.categories, other.categories)))
+
+    @property
+    def columns(self) -> NDArray[np.float64]:
+        return np.concatenate((self.numbers, self.categories), 1)
+
+    def fingerprints(self) -> list[bytes]:
+        """Equal for equal starts."""
+        return [row.tobytes() for row in self.columns + 0.0]  # -0.0 becomes 0.0
+
+
+class StartSpace:
+    """What starts of a codec's spaces may be, and how far apart they are."""
+
+    def __init__(self, codec: Codec):
+        task, observation = codec.spec.task, codec.spec.observation
+        self.bins = np.array(task.bins + observation.bins)
+        self.cardinalities = np.array(task.categories + observation.categories, np.int64)
+        offset = len(task.categories)
+        self.texts = task.texts + tuple(
+            TextSpan(text.start + offset, text.length, text.min_length)
+            for text in observation.texts
+        )
+        self.weights = np.ones(len(self.cardinalities))
+        for text in self.texts:
+            self.weights[text.start : text.start + text.length] = 1 / text.length
+        low, high = self._bound(codec, "low"), self._bound(codec, "high")
+        self.low = low - self.bins - 1e-6 * np.abs(low)
+        self.high = high + self.bins + 1e-6 * np.abs(high)
+
+    @staticmethod
+    def _bound(codec: Codec, side: str) -> NDArray[np.float64]:
+        """The Boxes' `side`, normalised; a reset option's number has none."""
+        space = SpaceCodec(codec.observation_space)
+        numbers = np.zeros((1, space.numbers))
+        categories = np.zeros((1, space.categories), np.int64)
+        for leaf in space.leaves:
+            if leaf.numbers.stop > leaf.numbers.start:
+                numbers[0, leaf.numbers] = np.ravel(getattr(leaf.space, side))
+        with np.errstate(over="ignore"):  # a float64 bound beyond float32 becomes infinite
+            task = codec.task_parts(numbers, categories, np.zeros((1, len(codec.options))))
+            bound = Starts.of(task, codec.observation_parts(numbers, categories)).numbers[0]
+        options = sum(option.values is None for option in codec.options)
+        width = codec.spec.task.numbers
+        bound[width - options : width] = -np.inf if side == "low" else np.inf
+        return bound
+
+    def holds(self, starts: Starts) -> NDArray[np.bool_]:
+        """[n]: whether each lies in the spaces."""
+        x, codes = starts.numbers, starts.categories
+        with np.errstate(invalid="ignore"):
+            inside = np.isfinite(x) & (x >= self.low) & (x <= self.high)
+        held: NDArray[np.bool_] = inside.all(1)
+        held &= ((codes >= 0) & (codes < self.cardinalities)).all(1)
+        for text in self.texts:
+            filled = codes[:, text.start : text.start + text.length] > 0
+            held &= filled[:, : text.min_length].all(1)
+            held &= (filled[:, 1:] <= filled[:, :-1]).all(1)
+        return held
+
+    def rounded(self, starts: Starts, origin: NDArray[np.float64]) -> Starts:
+        """Whole bins from `origin` [d], a real start: values that reality rounds more coarsely, or
+        always repeats, lie mid-bin.
+        """
+        numbers = np.round((starts.numbers - origin) / self.bins) * self.bins
+        return Starts(numbers, starts.categories)
+
+    def distances(self, a: Starts, b: Starts, among: Starts) -> NDArray[np.float64]:
+        """[len(a), len(b)] as the module says, with the deviations of `among`."""
+        from scipy.spatial.distance import cdist
+
+        deviation = among.numbers.std(0)
+        scale = np.where(deviation >= CONSTANT, deviation, 1.0)
+        squares = np.zeros((len(a), len(b)))
+        if len(scale):
+            squares += cdist(a.numbers / scale, b.numbers / scale, "sqeuclidean")
+        if len(self.weights):
+            differ = cdist(a.categories, b.categories, "hamming", w=self.weights)
+            squares += 2 * self.weights.sum() * differ
+        return np.sqrt(squares)
