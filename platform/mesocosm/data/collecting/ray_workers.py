@@ -1,5 +1,7 @@
-"""Lanes on Ray: actors that run them, watched from the driver. A worker that is lost costs the
-steps it had not stored, and no episode: another worker tries the same episodes again.
+"""Lanes on Ray actors that the driver watches.
+
+A lost worker costs the steps that it had not stored, and no episode: another one tries the same
+episodes again.
 """
 
 from __future__ import annotations
@@ -15,68 +17,62 @@ from mesocosm.errors import MesocosmError
 from mesocosm.policies.behaviours import label
 
 START_TIMEOUT_S = 300.0
-"""For a worker to get its CPU, start, import and make the environment."""
+"""Time for a worker to get its CPU, start, import and make the environment."""
 SILENCE_S = 30.0
-"""Beyond the step's time limit, for a worker to answer at all: an environment that holds the
-interpreter lock cannot.
+"""Time beyond the step's limit for a worker to answer. An environment that holds the interpreter
+lock cannot answer.
 """
 DEATHS = 3
-"""Workers that one episode may kill before it is dropped: a worker may also be killed by something
-else.
-"""
+"""Workers that die in one episode before it is dropped. Something else may have killed the first."""
 SILENCES = 2
-"""Workers that may fall silent in one episode before it is dropped."""
+"""Workers that fall silent in one episode before it is dropped."""
 
 
 class Worker:
-    """A Ray actor at work on a lane, and what is known of its health."""
+    """A Ray actor that runs lanes, and its health."""
 
     def __init__(self, plan: Plan):
         import ray
 
         self._ray, self._plan = ray, plan
-        remote: Any = ray.remote
-        self._class = remote(num_cpus=1, max_restarts=0, concurrency_groups={"watch": 1})(
-            LaneRunner
-        )
+        options: dict[str, Any] = {"max_restarts": 0, "concurrency_groups": {"watch": 1}}
+        self._class: Any = ray.remote(num_cpus=1, **options)(LaneRunner)
         self._actor: Any = None
-        self.lane: Lane | None = None
+        self.lane = Lane(0, 1, 0)
         self.future: Any = None
-        self.doing = ""
-        self.since = 0.0
+        self.call = ""
+        """The name of the call that is running: begin, advance or end."""
+        self._since = 0.0
         self.deaths = 0
-        """Of its processes, one after the other, before their environment was made."""
-        self._before = self._seen = 0
+        """Processes that died in a row before their environment was made."""
+        self._before = self._steps = 0
         self._pulse: Any = None
         self._pulse_since = 0.0
 
     def begin(self, lane: Lane) -> None:
         if self._actor is None:
             self._actor = self._class.remote(self._plan)
-        self.lane, self._before, self._seen = lane, lane.used, 0
-        self._do("begin", self._actor.begin.remote(lane.index, lane.left))
+        self.lane, self._before, self._steps = lane, lane.used, 0
+        self._start("begin", self._actor.begin.remote(lane.index, lane.left))
 
     def advance(self) -> None:
-        assert self.lane is not None
-        self._do("advance", self._actor.advance.remote(self.lane))
+        self._start("advance", self._actor.advance.remote(self.lane))
 
     def end(self) -> None:
-        self._do("end", self._actor.end.remote())
+        self._start("end", self._actor.end.remote())
 
-    def _do(self, doing: str, future: Any) -> None:
-        self.doing, self.future, self.since, self._pulse = doing, future, time.monotonic(), None
+    def _start(self, call: str, future: Any) -> None:
+        self.call, self.future, self._since, self._pulse = call, future, time.monotonic(), None
 
     @property
-    def under_way(self) -> int:
-        """Steps that are not in storage yet, at the last pulse."""
-        return (
-            max(0, self._before + self._seen - self.lane.used)
-            if self.lane is not None and self.doing == "advance"
-            else 0
-        )
+    def unstored_steps(self) -> int:
+        """Steps that were not in storage at the last pulse."""
+        if self.call != "advance":
+            return 0
+        return max(0, self._before + self._steps - self.lane.used)
 
     def result(self) -> Any:
-        """The finished call's value. Raises what the worker raised; RayActorError if it died."""
+        """The finished call's value. Raises the worker's error; RayActorError if it died."""
         try:
             return self._ray.get(self.future)
         except self._ray.exceptions.RayTaskError as error:
@@ -84,44 +80,40 @@ class Worker:
                 raise error.cause from None
             raise
 
-    def trouble(self, timeout_s: float) -> tuple[str, list[Attempt] | None] | None:
-        """Why the worker must be given up, and what it has stored if it still answers; None while
-        all is well.
+    def check(self, timeout_s: float) -> tuple[str, list[Attempt] | None] | None:
+        """Check the health of a worker whose call is running.
 
-        Raises MesocosmError if the worker does not get to begin.
+        Returns:
+            None, or (why the worker must be replaced, the attempts that it stored if it answers).
+
+        Raises:
+            MesocosmError: The worker does not start.
         """
         now = time.monotonic()
-        if self.doing == "end":  # what was used is in storage before the environment is closed
-            return (
-                ("the environment's close hung", None)
-                if now - self.since > timeout_s + SILENCE_S
-                else None
-            )
-        if self.doing != "advance":
-            if now - self.since > START_TIMEOUT_S:
+        if self.call == "end":  # all steps are stored before the environment is closed
+            hung = now - self._since > timeout_s + SILENCE_S
+            return ("the environment's close hung", None) if hung else None
+        if self.call == "begin":
+            if now - self._since > START_TIMEOUT_S:
                 raise MesocosmError(
                     f"a worker was not ready to collect in {START_TIMEOUT_S:g} s; lower workers to"
-                    " the free CPUs, or see why reality.env starts so late"
+                    " the free CPUs, or find out why reality.env starts so late"
                 )
             return None
         if self._pulse is None:
-            self._pulse, self._pulse_since = (
-                self._actor.pulse.options(concurrency_group="watch").remote(timeout_s),
-                now,
-            )
+            watch = self._actor.pulse.options(concurrency_group="watch")
+            self._pulse, self._pulse_since = watch.remote(timeout_s), now
             return None
         if self._ray.wait([self._pulse], timeout=0)[0]:
             pulse, self._pulse = self._pulse, None
             try:
-                self._seen, attempts = self._ray.get(pulse)
+                self._steps, attempts = self._ray.get(pulse)
             except self._ray.exceptions.RayActorError:
-                return None  # its own call will say so
+                return None  # `result` raises it
             return None if attempts is None else ("a step hung", attempts)
-        if now - self._pulse_since > timeout_s + SILENCE_S:
-            return (
-                f"the environment's process did not answer for {now - self._pulse_since:.0f} s",
-                None,
-            )
+        silent_s = now - self._pulse_since
+        if silent_s > timeout_s + SILENCE_S:
+            return f"the environment's process did not answer for {silent_s:.0f} s", None
         return None
 
     @property
@@ -134,15 +126,12 @@ class Worker:
         self._actor = self.future = self._pulse = None
 
     def halt(self) -> Any:
-        return (
-            None
-            if self._actor is None
-            else self._actor.halt.options(concurrency_group="watch").remote()
-        )
+        """Let the worker write its finished episodes. Returns the call's future."""
+        return self._actor.halt.options(concurrency_group="watch").remote()
 
 
 class Losses:
-    """What workers that were lost have cost: which episode is tried again, and which is dropped."""
+    """Decides, after the loss of a worker, which episode is tried again and which is dropped."""
 
     def __init__(self, plan: Plan):
         self._plan, self._ledger, self._segments = plan, plan.open_ledger(), plan.segments()
@@ -150,11 +139,12 @@ class Losses:
         """By lane: the episode that was lost last, and how often."""
 
     def account(self, lane: Lane, reason: str, died: bool) -> list[Attempt]:
-        """The lane's attempts that are in storage and not recorded: those that the worker wrote
-        before it was lost, or a dropped one where this episode has cost too many workers.
+        """The stored attempts of the lane that are not recorded.
 
-        How many steps a lost worker took is not known. They are unconfirmed in the ledger, and no
-        part of the lane's share: so the dataset does not depend on how a worker was lost.
+        They are those that the worker wrote before it was lost, or a dropped one where this episode
+        has cost too many workers. How many steps a lost worker took is unknown. They are
+        unconfirmed in the ledger and no part of the lane's share, so the dataset does not depend on
+        how a worker was lost.
         """
         attempts = self._segments.attempts(lane.index, lane.tried, self._ledger)
         k, tries = self._tries.get(lane.index, (lane.k, 0))
@@ -163,8 +153,8 @@ class Losses:
         was_careful, lane.careful = lane.careful, True
         if attempts or not was_careful or tries < (DEATHS if died else SILENCES):
             return attempts
-        which = self._plan.behaviours[self._plan.behaviour(lane.k)]
-        dropped = Attempt(lane.k, label(which), 0, f"episode {lane.k}: {reason}, {tries} times")
+        name = label(self._plan.behaviours[self._plan.behaviour(lane.k)])
+        dropped = Attempt(lane.k, name, 0, f"episode {lane.k}: {reason}, {tries} times")
         if self._segments.write(lane.index, lane.tried, [dropped], [], self._ledger.id, None):
             return [dropped]
         # The worker wrote it after all, before it ended.
@@ -172,11 +162,11 @@ class Losses:
 
 
 def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) -> None:
-    """All lanes on `workers` Ray actors of one CPU each.
+    """Run all lanes on `workers` Ray actors of one CPU each.
 
-    What may hang is the environment: its step and reset for `reality.step_timeout_s`, its close for
-    SILENCE_S more (its data is in storage by then). A behaviour that hangs is the caller's own
-    code: nothing ends it but the caller.
+    The environment may hang: its step and reset for `reality.step_timeout_s`, its close for
+    SILENCE_S more (its data is in storage by then). A behaviour that hangs is the caller's code,
+    and only the caller can end it.
     """
     import ray
 
@@ -185,20 +175,21 @@ def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) 
     team = [Worker(plan) for _ in range(min(workers, len(waiting)))]
     timeout_s = plan.reality.step_timeout_s
 
+    def report_steps(attempts: Sequence[Attempt]) -> None:
+        stored = sum(lane.used for lane in lanes)
+        report(attempts, stored + sum(worker.unstored_steps for worker in team))
+
     def record(lane: Lane, attempts: Sequence[Attempt]) -> None:
         lane.record(attempts)
-        report(
-            attempts, sum(each.used for each in lanes) + sum(worker.under_way for worker in team)
-        )
+        report_steps(attempts)
         lane.check(segments, attempts[-1].reason if attempts else None)
 
-    def lost(worker: Worker, reason: str, died: bool) -> None:
-        """The worker is gone: a new one goes on after what is in storage."""
+    def replace(worker: Worker, reason: str, died: bool) -> None:
+        """Replace a lost worker by one that goes on after the stored attempts."""
         worker.kill()
-        assert worker.lane is not None
-        if worker.doing == "advance":
+        if worker.call == "advance":
             record(worker.lane, losses.account(worker.lane, reason, died))
-        elif worker.doing == "begin":
+        elif worker.call == "begin":
             worker.deaths += 1
             if worker.deaths >= DEATHS:
                 raise MesocosmError(
@@ -206,16 +197,30 @@ def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) 
                     f" correct reality.env={plan.reality.env!r}, or give each of workers={workers}"
                     " more memory"
                 )
-        proceed(worker, fresh=False)
+        proceed(worker, usable=False)
 
-    def proceed(worker: Worker, *, fresh: bool) -> None:
-        """The next call of a worker whose last one is done; `fresh`: its environment is good for
-        the next episode.
-        """
-        assert worker.lane is not None
-        if worker.lane.left and fresh:
+    def finish(worker: Worker) -> None:
+        """Take the result of a worker's call, and start the next call."""
+        try:
+            attempts = worker.result()
+        except ray.exceptions.RayActorError:
+            replace(worker, "the environment's process died", died=True)
+            return
+        lane, usable = worker.lane, worker.call == "begin"
+        worker.deaths = 0
+        if worker.call == "advance":
+            written_here = attempts is not None
+            if not written_here:  # another process wrote this lane
+                attempts = segments.attempts(lane.index, lane.tried, plan.open_ledger())
+            record(lane, attempts)
+            usable = written_here and not lane.failed
+        proceed(worker, usable)
+
+    def proceed(worker: Worker, usable: bool) -> None:
+        """Start the next call. `usable`: the environment can run another episode."""
+        if worker.lane.left and usable:
             worker.advance()
-        elif worker.doing != "end" and worker.alive:
+        elif worker.call != "end" and worker.alive:
             worker.end()
         elif worker.lane.left:
             worker.begin(worker.lane)
@@ -228,39 +233,22 @@ def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) 
         for worker in team:
             worker.begin(waiting.popleft())
         while busy := [worker for worker in team if worker.future is not None]:
-            ready, _ = ray.wait(
-                [worker.future for worker in busy], num_returns=1, timeout=min(0.5, timeout_s / 4)
-            )
+            futures = [worker.future for worker in busy]
+            ready, _ = ray.wait(futures, num_returns=1, timeout=min(0.5, timeout_s / 4))
             for worker in busy:
-                assert worker.lane is not None
                 if worker.future in ready:
-                    try:
-                        value = worker.result()
-                    except ray.exceptions.RayActorError:
-                        lost(worker, "the environment's process died", died=True)
-                        continue
-                    fresh = worker.doing == "begin"
-                    worker.deaths = 0
-                    if worker.doing == "advance":
-                        fresh = value is not None
-                        if value is None:  # another process has written this lane
-                            value = segments.attempts(
-                                worker.lane.index, worker.lane.tried, plan.open_ledger()
-                            )
-                        record(worker.lane, value)
-                        fresh = fresh and not worker.lane.failed
-                    proceed(worker, fresh=fresh)
-                elif trouble := worker.trouble(timeout_s):
+                    finish(worker)
+                elif trouble := worker.check(timeout_s):
                     reason, attempts = trouble
                     if attempts is None:
-                        lost(worker, reason, died=False)
-                    else:  # its step hangs: what it had, and that this episode is dropped, is in storage
+                        replace(worker, reason, died=False)
+                    else:  # a step hangs: the attempts, and that its episode is dropped, are stored
                         worker.kill()
                         record(worker.lane, attempts)
-                        proceed(worker, fresh=False)
-            report([], sum(lane.used for lane in lanes) + sum(worker.under_way for worker in team))
+                        proceed(worker, usable=False)
+            report_steps([])
     finally:
-        halts = [halt for worker in team if (halt := worker.halt()) is not None]
+        halts = [worker.halt() for worker in team if worker.alive]
         if halts:
             ray.wait(halts, num_returns=len(halts), timeout=10)
         for worker in team:

@@ -1,10 +1,8 @@
-"""Lanes: who collects which episode. Lane l of L runs the episodes l, l + L, l + 2L, ... until its
-own share of steps is used.
+"""Lane l of L collects the episodes l, l + L, l + 2L, ... until its share of the steps is used.
 
-The lanes, not the workers, decide what is collected: an episode is a function of (config, seed, k)
-and a lane's share is fixed, so any number of workers, or none, makes the same episodes. Each lane
-has an environment of its own, and writes its episodes to storage as they end (`segments`): a
-collection that was killed goes on after them.
+An episode is a function of (config, seed, k) and the share of a lane is fixed, so any number of
+workers, or none, collects the same episodes. Each lane has its own environment and writes its
+episodes to storage as they end (`segments`), where a killed collection goes on after them.
 """
 
 from __future__ import annotations
@@ -32,17 +30,17 @@ from mesocosm.policies.behaviours import BehaviourConfig, build, choose, label, 
 from mesocosm.store.artifacts import Storage
 
 SEGMENT_S = 0.1
-"""Episodes that end within so many seconds are written together: what a crash makes a lane pay
-again, beside the episode that it was at. It is longer where storage is so slow that writing would
-take more than OVERHEAD of the time.
+"""Seconds of finished episodes that are written together, and that a crash makes a lane pay again.
+
+Longer where storage is so slow that writing would take more than OVERHEAD of the time.
 """
 BLOCK = 1024
-"""Steps that a lane reserves ahead, at most."""
+"""Most steps that a lane reserves ahead."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a worker must know, as plain values."""
+    """What a worker needs, as plain values."""
 
     reality: RealityConfig
     behaviours: list[BehaviourConfig]
@@ -50,14 +48,11 @@ class Plan:
     root: str
     ledger: str
     dataset: str
-    """The id of the dataset, which its segments lie under."""
+    """The id of the dataset, which names the folder of the segments."""
     run: str
-    """A name that no other run has: lanes reserve under `<run>/lane<l>`."""
+    """A unique name. Lanes reserve steps under `<run>/lane<l>`."""
     imports: str
-    """A folder that is importable, for environments and functions of the user's own."""
-
-    def holder(self, lane: int) -> str:
-        return f"{self.run}/lane{lane}"
+    """A folder that becomes importable, for the user's environments and functions."""
 
     def open_ledger(self) -> Ledger:
         return Ledger(Storage(self.root), self.ledger, self.reality.budget, self.reality.price)
@@ -66,12 +61,14 @@ class Plan:
         return Segments(Storage(self.root), self.dataset)
 
     def behaviour(self, k: int) -> int:
-        """Which of `behaviours` acts in episode k."""
+        """The position in `behaviours` of the one that acts in episode k."""
         return choose(self.behaviours, self.seed, k)
 
 
 @dataclass
 class Lane:
+    """The progress of one lane."""
+
     index: int
     lanes: int
     share: int
@@ -79,17 +76,15 @@ class Lane:
     used: int = 0
     tried: int = 0
     failed: list[int] = field(default_factory=list)
-    """The last attempts, as many as failed one after the other."""
+    """The last attempts, while they fail in a row."""
     refused: bool = False
     """The ledger has no more steps for it."""
     careful: bool = False
-    """A worker was lost with it: from then on each episode is written by itself, so that it is
-    known which one kills.
-    """
+    """Write each episode by itself, since a worker was lost: the segments tell which one kills."""
 
     @property
     def k(self) -> int:
-        """The episode to try next."""
+        """The next episode."""
         return self.index + self.lanes * self.tried
 
     @property
@@ -99,19 +94,14 @@ class Lane:
     def record(self, attempts: Iterable[Attempt]) -> None:
         """Count attempts that are in storage."""
         for attempt in attempts:
-            assert attempt.index == self.k and attempt.steps <= self.share - self.used, (
-                attempt,
-                self,
-            )
+            assert attempt.index == self.k and attempt.steps <= self.share - self.used
             self.failed = [] if attempt.reason is None else [*self.failed, self.tried]
             self.used += attempt.steps
             self.tried += 1
             self.refused = attempt.spent is not None
 
     def check(self, segments: Segments, reason: str | None) -> None:
-        """Raise MesocosmError after MAX_FAILURES failures in a row; the next run tries those
-        episodes again.
-        """
+        """Raise MesocosmError after MAX_FAILURES failures in a row. The next run tries them again."""
         if len(self.failed) >= MAX_FAILURES:
             segments.forget(self.index, self.failed)
             raise MesocosmError(
@@ -121,13 +111,14 @@ class Lane:
 
 
 def split(steps: int, lanes: int) -> list[Lane]:
-    """`lanes` lanes that share `steps` exactly."""
+    """Lanes whose shares add up to `steps`."""
     return [Lane(index, lanes, steps // lanes + (index < steps % lanes)) for index in range(lanes)]
 
 
 class LaneRunner:
-    """Runs lanes' episodes, one lane at a time. Also the body of a Ray actor, where a second thread
-    calls `pulse` and `halt`.
+    """Runs the episodes of one lane at a time.
+
+    It is also the body of a Ray actor, where a second thread calls `pulse` and `halt`.
     """
 
     def __init__(self, plan: Plan):
@@ -144,43 +135,35 @@ class LaneRunner:
         self._pending: list[tuple[Attempt, Rows | None]] = []
         """Finished attempts that are not in storage yet."""
         self._written: list[Attempt] | None = []
-        """What this call of `advance` has put there; None: another process has written this lane
-        meanwhile.
-        """
+        """Attempts that this `advance` has stored. None where another process wrote this lane."""
         self._over = True
-        """This call of `advance` may write nothing more."""
+        """This `advance` may write nothing more."""
         self._began = 0
-        """The meter's steps when the episode under way began."""
-        self._cost_s = 0.0
-        """What writing the last segment took."""
+        """The meter's steps at the start of the current episode."""
+        self._write_s = 0.0
+        """Seconds that writing the last segment took."""
         self._lock = threading.RLock()
 
     def begin(self, lane: int, steps: int) -> None:
-        """A fresh environment for `lane`, which may take `steps` more steps."""
+        """Make a new environment for a lane that may take `steps` more steps."""
         self.end()
         env = make_env(self.plan.reality)
         if self._codecs is None:
-            self._codecs = (
-                SpaceCodec(env.observation_space, "observation"),
-                SpaceCodec(env.action_space, "action"),
-            )
+            observation = SpaceCodec(env.observation_space, "observation")
+            self._codecs = observation, SpaceCodec(env.action_space, "action")
+        holder = f"{self.plan.run}/lane{lane}"
         self._env = MeteredEnv(
-            env,
-            self._ledger,
-            "collect",
-            BLOCK,
-            limit=steps,
-            holder=self.plan.holder(lane),
-            deferred=True,
+            env, self._ledger, "collect", BLOCK, limit=steps, holder=holder, deferred=True
         )
 
     def advance(self, lane: Lane) -> list[Attempt] | None:
-        """Try the lane's next episodes until they are worth a segment; write it and confirm its
-        steps.
+        """Run the lane's next episodes for a segment, write it, and confirm its steps.
 
-        A failure of the environment, or a value that is not of its spaces, is an attempt without an
-        episode, and the last of the call: then `begin` anew. Returns None where another process has
-        written this lane: then read it from storage.
+        A failure of the environment, or a value outside its spaces, is an attempt without an
+        episode, and the last of the call: call `begin` again after it.
+
+        Returns:
+            The attempts that are stored. None where another process wrote this lane: read it.
         """
         assert self._env is not None, "begin comes first"
         since = time.monotonic()
@@ -191,20 +174,20 @@ class LaneRunner:
             while lane.left and not self._over:
                 attempt, rows = self._try(self._env, lane.k, lane.left)
                 with self._lock:
-                    if self._over:  # ended by `pulse`, while the environment hung
+                    if self._over:  # `pulse` ended it while the environment hung
                         break
                     if attempt.reason is None:
                         self._add(attempt, rows)
                     else:
                         self._fail(attempt)
-                patience_s = max(SEGMENT_S, self._cost_s / OVERHEAD)
-                if lane.careful or attempt.reason or time.monotonic() - since > patience_s:
+                segment_s = max(SEGMENT_S, self._write_s / OVERHEAD)
+                if lane.careful or attempt.reason or time.monotonic() - since > segment_s:
                     break
             began = time.monotonic()
             self._write()
-            self._cost_s = time.monotonic() - began
+            self._write_s = time.monotonic() - began
         finally:
-            with suppress(Exception):  # where something was raised, that is what went wrong
+            with suppress(Exception):  # an error that is already raised is the one to report
                 self._write()
             self._over = True
         return self._written
@@ -214,31 +197,27 @@ class LaneRunner:
         if attempt.spent is None or attempt.steps:
             self._pending.append((attempt, rows))
             return
-        self._write()  # the ledger refused this attempt's reset: nothing of it is to be stored
+        self._write()  # the ledger refused this attempt's reset: it is not stored
         if self._written is not None:
             self._written.append(attempt)
 
     def _fail(self, attempt: Attempt) -> None:
-        """A failed attempt has a segment of its own, so that it alone can be tried again."""
+        """Write a failed attempt as a segment by itself, so that it alone can be tried again."""
         self._write()
         self._add(attempt, None)
         self._write()
         self._over = True
 
     def _write(self) -> None:
-        """Put what is pending into storage, then confirm its steps. Once only, whichever thread
-        comes first.
-        """
+        """Store the pending attempts, then confirm their steps. Only the first thread does."""
         with signals.delayed(), self._lock:
             env, pending = self._env, self._pending
             if self._over or self._written is None or not pending or env is None:
                 return
             attempts = [attempt for attempt, _ in pending]
             rows = [row for _, row in pending if row is not None]
-            lane, first = (
-                self._lane.index,
-                (attempts[0].index - self._lane.index) // self._lane.lanes,
-            )
+            lane = self._lane.index
+            first = (attempts[0].index - lane) // self._lane.lanes
 
             def record(usage: Usage, beyond: tuple[int, int]) -> bool:
                 return self._segments.write(
@@ -253,16 +232,16 @@ class LaneRunner:
             self._pending = []
 
     def _try(self, env: MeteredEnv, k: int, max_steps: int) -> tuple[Attempt, Rows | None]:
-        plan, codecs, which = self.plan, self._codecs, self.plan.behaviour(k)
-        assert codecs is not None
-        name = label(plan.behaviours[which])
+        plan, which = self.plan, self.plan.behaviour(k)
+        assert self._codecs is not None
+        behaviour = plan.behaviours[which]
+        name = label(behaviour)
         if which not in self._acts:
             self._acts[which] = build(
-                plan.behaviours[which], env.observation_space, env.action_space, self._storage
+                behaviour, env.observation_space, env.action_space, self._storage
             )
         self._began, spent = env.meter.steps, None
         try:
-            reality = narrowed(plan.reality, plan.behaviours[which])
             episode: Episode | None = run_episode(
                 env,
                 self._acts[which],
@@ -270,7 +249,7 @@ class LaneRunner:
                 seed=plan.seed,
                 behaviour=name,
                 max_steps=max_steps,
-                config=reality,
+                config=narrowed(plan.reality, behaviour),
             )
         except EpisodeCut as cut:
             episode, spent = cut.episode, str(cut)
@@ -281,20 +260,22 @@ class LaneRunner:
         if episode is None:
             return Attempt(k, name, steps, spent=spent), None
         try:
-            return Attempt.of(episode, steps, spent), encode_episode(episode, *codecs)
+            return Attempt.of(episode, steps, spent), encode_episode(episode, *self._codecs)
         except MesocosmError as error:
             return Attempt(k, name, steps, str(error), spent), None
 
     def end(self) -> None:
-        """Close the lane's environment. What was used and led to no episode stays reserved."""
+        """Close the environment. Steps that led to no episode stay reserved."""
         env, self._env = self._env, None
         if env is not None:
             env.meter.close()
             close(env.env)
 
     def pulse(self, timeout_s: float) -> tuple[int, list[Attempt] | None]:
-        """(steps taken in this lane, and where a step has hung all that this call of `advance` has
-        written: the hanging episode is dropped, and no further one can begin)
+        """Check whether a step hangs. If so, drop its episode, and let no further one begin.
+
+        Returns:
+            (steps taken since `begin`, the attempts that this `advance` has stored if it hung).
         """
         env = self._env
         if env is None:
@@ -313,7 +294,7 @@ class LaneRunner:
         return f"episode {k}: a step took longer than reality.step_timeout_s={timeout_s:g}"
 
     def halt(self) -> None:
-        """Let no further step begin, and write the episodes that ended."""
+        """Let no further step begin, and write the finished episodes."""
         with self._lock:
             if self._env is not None:
                 self._env.meter.stop()
@@ -323,14 +304,13 @@ class LaneRunner:
 
 
 Report = Callable[[Sequence[Attempt], int], None]
-"""Called with the attempts that are new in storage, and the real steps that this run and earlier
-ones have stored or that are under way.
-"""
+"""Called with the newly stored attempts, and all real steps: stored by any run, or in progress."""
 
 
 def run_here(plan: Plan, lanes: Sequence[Lane], report: Report) -> None:
-    """All lanes in this process, without Ray. Nothing can end a step or a close that hangs:
-    `reality.step_timeout_s` needs workers.
+    """Run all lanes in this process.
+
+    A step or close that hangs is never ended: `reality.step_timeout_s` needs workers.
     """
     runner, segments = LaneRunner(plan), plan.segments()
     try:
