@@ -1,9 +1,8 @@
-"""What logs can show a world: whether actions vary freely where observations agree, and which
-rewards occur.
+"""What a world can learn from logs: whether actions vary freely, and which rewards occur.
 
 A world learns p(next observation | observation, action). Where the logs' action follows from the
-observation, the effect of the action cannot be told from that of the observation: a world that
-ignores actions has the same likelihood, and whatever it says of another action is a guess.
+observation, its effect cannot be told from that of the observation: a world that ignores actions
+has the same likelihood, and its answers about other actions are guesses.
 """
 
 from __future__ import annotations
@@ -15,19 +14,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.data.analysis.neighbours import FOLDS, Features, Sample, nearest
+from mesocosm.data.analysis.neighbours import Features, Sample, nearest, nearest_elsewhere
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.normalize import Moments
 
 Array = NDArray[Any]
 SAMPLE = 5000
-"""Transitions of the training split that are compared, at most."""
+"""Most transitions of the training split that are compared."""
 FEWEST = 100
-"""Transitions below which nothing is said."""
+"""Transitions below which `Evidence.known` is false."""
 NEIGHBOURS = 8
 FIXED_NUMBER, FIXED_CATEGORY = 0.05, 0.1
-"""A part of the action whose free share is at most this follows from the observation.
+"""A part of the action with a smaller free share follows from the observation.
 
 The share of a policy that switches between categories is overestimated: states gather where it
 switches.
@@ -37,47 +36,46 @@ WINDOW = 10
 MARGIN = 0.1
 """Share of the range of logged reward rates by which a rate may exceed the highest one."""
 ROWS = 1 << 20
+"""Rows whose rewards are read at a time."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """Of the logs that a world is trained on."""
+    """What the logs that a world is trained on can show."""
 
     transitions: int
-    """Compared for `free`."""
+    """The number that `free` compares."""
     free: dict[str, float]
-    """Share of the variance of each part of the action that the observation leaves open, by name.
-    """
+    """Part of the action -> share of its variance that the observation leaves open."""
     fixed: list[str]
-    """Those parts that follow from the observation."""
+    """The parts that follow from the observation."""
     best_return: float
     low_rate: float
     high_rate: float
-    """Lowest and highest mean reward over WINDOW consecutive steps, as `reward_rates` has them."""
+    """Lowest and highest mean reward over WINDOW consecutive steps (`reward_rates`)."""
 
     @property
     def known(self) -> bool:
-        """Whether there are enough transitions to tell."""
+        """Whether there are enough transitions."""
         return self.transitions >= FEWEST and bool(self.free)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     def unidentified(self) -> str | None:
-        """A sentence where the effect of some part of the action is not identified."""
+        """A warning if the effect of a part of the action is not identified."""
         if not self.known or not self.fixed:
             return None
-        named = ", ".join(
-            f"{name} ({self.free[name]:.1%} of its variance is free)" for name in self.fixed[:3]
-        )
-        more = f" and {len(self.fixed) - 3} more" if len(self.fixed) > 3 else ""
+        shares = [f"{name} ({self.free[name]:.1%} of its variance is free)" for name in self.fixed]
+        named = ", ".join(shares[:3])
+        more = f" and {len(shares) - 3} more" if len(shares) > 3 else ""
         return (
             f"in the logs the action follows from the observation: {named}{more}; a world that "
             "ignores it fits as well, so add logs in which it varies, such as random or noisy ones"
         )
 
     def unexplained(self, earned: float, steps: float) -> str | None:
-        """A sentence where the logs cannot explain a mean return.
+        """A warning if the logs cannot explain a mean return.
 
         Args:
             earned: The mean undiscounted return of an agent's imagined episodes.
@@ -85,8 +83,7 @@ class Evidence:
         """
         rate = earned / max(steps, 1.0)
         slack = MARGIN * (self.high_rate - self.low_rate) + 1e-3 * abs(self.high_rate)
-        # Fewer steps than WINDOW may earn what WINDOW logged ones did: a goal that is reached
-        # sooner.
+        # A goal that is reached sooner: fewer steps than WINDOW may earn what WINDOW logged did.
         if min(rate, earned / max(steps, WINDOW)) > self.high_rate + slack:
             return (
                 f"it earns {rate:.4g} a step in the world, and no {WINDOW} consecutive steps of the"
@@ -103,7 +100,7 @@ class Evidence:
 
 
 def evidence(dataset: Dataset, *, seed: int = 0) -> Evidence:
-    """Of both splits' rewards, and of a sample of the training split's actions."""
+    """Evidence of both splits' rewards, and of a sample of the training split's actions."""
     codec = dataset.action_codec
     moments = {
         "obs_num": Moments(dataset.observation_codec.numbers),
@@ -116,12 +113,8 @@ def evidence(dataset: Dataset, *, seed: int = 0) -> Evidence:
     features = Features(dataset, moments)
     sample = replace(sample, values=features.of(dataset, sample.episodes, sample.raw))
     free = free_shares(sample, features, codec, seed=seed) if len(sample) >= FEWEST else {}
-    numbers = set(codec.labels())
-    fixed = [
-        name
-        for name, share in free.items()
-        if share <= (FIXED_NUMBER if name in numbers else FIXED_CATEGORY)
-    ]
+    limits = dict.fromkeys(codec.labels(), FIXED_NUMBER)
+    fixed = [name for name, share in free.items() if share <= limits.get(name, FIXED_CATEGORY)]
     low, high = reward_rates(dataset)
     best = float(dataset.table["total_reward"].max())
     return Evidence(len(sample), free, fixed, best, low, high)
@@ -130,7 +123,7 @@ def evidence(dataset: Dataset, *, seed: int = 0) -> Evidence:
 def free_shares(
     sample: Sample, features: Features, codec: SpaceCodec, *, seed: int
 ) -> dict[str, float]:
-    """Var(part of the action | observation) / Var(part), by the part's name; 0 for a constant part.
+    """Var(part of the action | observation) / Var(part), by name. 0 for a constant part.
 
     Half the mean squared difference of two actions at a state and its k-th neighbour estimates the
     conditional variance plus a term that vanishes with their distance. The share is the intercept
@@ -139,17 +132,17 @@ def free_shares(
     because an action that is held for several steps is like its neighbours in time.
     """
     states = sample.values[:, features.state]
-    distances, places = _neighbours(states, sample.episodes, seed)
+    if len(np.unique(sample.episodes)) > 1:
+        distances, places = nearest_elsewhere(states, sample.episodes, NEIGHBOURS, seed=seed)
+    else:
+        distances, places = (side[:, 1:] for side in nearest(states, states, NEIGHBOURS + 1))
     shares: dict[str, float] = {}
     for name, values, squared in _parts(sample, codec):
         if squared:
             spread, apart = 2.0 * values.var(), (values[places] - values[:, None]) ** 2
         else:
             counts = np.unique(values, return_counts=True)[1] / len(values)
-            spread, apart = (
-                1.0 - (counts**2).sum(),
-                (values[places] != values[:, None]).astype(float),
-            )
+            spread, apart = 1.0 - (counts**2).sum(), values[places] != values[:, None]
         x = (distances**2 if squared else distances).mean(0)
         y = apart.mean(0) / spread if spread > 1e-12 else np.zeros(NEIGHBOURS)
         centred = x - x.mean()
@@ -158,31 +151,11 @@ def free_shares(
     return shares
 
 
-def _neighbours(states: Array, episodes: Array, seed: int) -> tuple[Array, Array]:
-    """(distances, places) [N, NEIGHBOURS] of the nearest states of other episodes.
-
-    The episodes are dealt to folds, as in `coverage.own_gaps`. Of a single episode, itself
-    excepted.
-    """
-    distinct, member = np.unique(episodes, return_inverse=True)
-    if len(distinct) < 2:
-        distances, places = nearest(states, states, NEIGHBOURS + 1)
-        return distances[:, 1:], places[:, 1:]
-    order = np.random.default_rng(seed).permutation(len(distinct))
-    fold = (np.argsort(order) % min(FOLDS, len(distinct)))[member]
-    distances = np.full((len(states), NEIGHBOURS), np.nan)
-    places = np.zeros((len(states), NEIGHBOURS), np.int64)
-    for this in range(fold.max() + 1):
-        others = np.flatnonzero(fold != this)
-        k = min(NEIGHBOURS, len(others))
-        near, at = nearest(states[others], states[fold == this], k)
-        columns = np.minimum(np.arange(NEIGHBOURS), k - 1)
-        distances[fold == this], places[fold == this] = near[:, columns], others[at][:, columns]
-    return distances, places
-
-
 def _parts(sample: Sample, codec: SpaceCodec) -> Iterator[tuple[str, Array, bool]]:
-    """(name, values [N], is a number) of each part of the action; a text is one category."""
+    """(name, values [N], whether it is a number) of each part of the action.
+
+    A text is one category.
+    """
     numbers, categories = sample.raw["act_num"].astype(np.float64), sample.raw["act_cat"]
     for i, name in enumerate(codec.labels()):
         yield name, numbers[:, i], True
@@ -191,19 +164,15 @@ def _parts(sample: Sample, codec: SpaceCodec) -> Iterator[tuple[str, Array, bool
         if leaf.characters is not None:
             yield leaf.name, np.unique(codes, axis=0, return_inverse=True)[1].reshape(-1), False
         else:
-            for i in range(codes.shape[1]):
-                yield (
-                    (leaf.name if codes.shape[1] == 1 else f"{leaf.name}[{i}]"),
-                    codes[:, i],
-                    False,
-                )
+            for i, values in enumerate(codes.T):
+                yield (leaf.name if len(codes.T) == 1 else f"{leaf.name}[{i}]"), values, False
 
 
 def reward_rates(dataset: Dataset) -> tuple[float, float]:
     """(lowest, highest) mean reward over WINDOW consecutive steps.
 
-    Of a shorter episode, over all its steps and over all but the last one: what ending costs says
-    nothing of the steps before it.
+    A shorter episode counts with all its steps, and with all but the last one, whose reward may be
+    the price of ending.
     """
     table, low, high = dataset.table, np.inf, -np.inf
     parts = int(table["length"].sum()) // ROWS + 1

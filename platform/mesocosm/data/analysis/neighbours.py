@@ -1,11 +1,10 @@
-"""How densely logged transitions lie among what an agent may do: the numbers beneath `mesocosm data
-show` and `diff`.
+"""How densely logged transitions cover what an agent may do: `mesocosm data show` and `diff`.
 
-An agent in a learned world leaves the logged behaviour. What it is told there is true only where
-training holds a transition like it, so every transition becomes a point, and the distance from a
-point to the nearest one of the training split is its *gap*. Time is linear in the data read; memory
-is that of a sample of at most SAMPLE transitions a split, drawn by the seed; the same data and seed
-give the same numbers.
+An agent in a learned world leaves the logged behaviour, and the world's answers are reliable only
+near training transitions. So every transition becomes a point, and the distance from a point to the
+nearest one of the training split is its *gap*. Time is linear in the data. Memory holds a sample of
+at most SAMPLE transitions per split, drawn by the seed: the same data and seed give the same
+numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import Any, cast
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
-from scipy.spatial import cKDTree
 
 from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.format.manifest import ARRAYS, SPLITS
@@ -26,21 +24,21 @@ from mesocosm.data.loading.normalize import Moments
 
 Array = NDArray[Any]
 SAMPLE = 20_000
-"""Transitions of a split that distances are measured on, at most."""
+"""Most transitions of a split that distances are measured on."""
 CELLS = 1 << 23
-"""Values of a sample, at most: transitions of many columns are sampled more thinly."""
+"""Most values of a sample: transitions of many columns are sampled more thinly."""
 BUCKETS = 64
-"""A category of more values, and a text's pairs of characters, are hashed into so many features."""
+"""Features of a category with more values, or of a text's pairs of characters, which are hashed."""
 WIDE = 16
-"""Features from which a tree of points is slower than all distances by one matrix product."""
+"""Features from which a k-d tree is slower than all distances by matrix products."""
 FOLDS = 5
 DRAW, FOLD, ACT = 0xC0FE, 0xF01D, 0xAC7
-"""Salts of what a seed draws: transitions, folds of episodes, actions."""
+"""Salts of the seed for draws of transitions, folds of episodes, and actions."""
 NEIGHBOURS = 32
 PROBES = 4096
-"""Draws that say how near chance comes to an action."""
+"""Draws that estimate how near a uniform action comes to another one."""
 BINS = 16
-"""Of a numeric action, for entropies."""
+"""Bins of a numeric action, for entropies."""
 
 
 @dataclass(frozen=True)
@@ -48,118 +46,109 @@ class Sample:
     """N transitions of a split, in the order of the data."""
 
     values: Array
-    """[N, F] float32: `Features` of each"""
+    """[N, F] float32: the `Features` of each."""
     episodes: Array
-    """[N] int64: the number of its episode in the dataset"""
+    """[N] int64: the number of its episode in the dataset."""
     raw: dict[str, Array]
-    """`manifest.ARRAYS` by name, each [N, ...]"""
+    """`manifest.ARRAYS` by name, each [N, ...]."""
 
     def __len__(self) -> int:
         return len(self.values)
 
 
 class Features:
-    """Transitions as points: F = `width` features, first the state's (`state`: a slice of them),
-    then the action's (`action`).
+    """Transitions as points: `width` features, those of the slice `state`, then of `action`.
 
-    A number is standardised by the training split (a constant one is centred only). A category
-    becomes one feature a value, sqrt(1/2) where it holds, so that two unlike values are 1 apart;
-    with more than BUCKETS values these are hashed. A text becomes its pairs of neighbouring
-    characters, counted in BUCKETS features and scaled to length sqrt(1/2): equal texts are 0 apart,
-    texts that share no pair 1. Reset options of the task are part of the state. State and action
-    are each divided by the root of their number of columns (a text is one), so that a distance is
-    in standard deviations, root mean square over columns, and neither drowns the other: where
-    states agree, an action of one standard deviation more in every column is 1 away.
+    A number is standardised by the training split (a constant one is only centred). A category
+    becomes one feature per value, sqrt(1/2) where it holds, so two different values are 1 apart;
+    more than BUCKETS values are hashed. A text becomes its pairs of neighbouring characters,
+    counted in BUCKETS features and scaled to length sqrt(1/2): equal texts are 0 apart, texts that
+    share no pair 1. Reset options of the task are part of the state. State and action are each
+    divided by the root of their number of columns (a text is one). So a distance is in standard
+    deviations, root mean square over columns: where states agree, an action of one standard
+    deviation more in every column is 1 away.
+
+    Args:
+        moments: Of the training split, by name (`obs_num`, `act_num`). None reads the split once.
     """
 
     def __init__(self, dataset: Dataset, moments: dict[str, Moments] | None = None):
-        """`moments`: of the training split by name (`obs_num`, `act_num`), where they are known
-        already; otherwise it is read once.
-        """
         self._observation, self._action = dataset.observation_codec, dataset.action_codec
         self._choices = [len(option.values or ()) for option in dataset.options]
-        moments = training_moments(dataset) if moments is None else moments
-        self._scale = {name: _scaled(found) for name, found in moments.items()}
-        train = dataset.episodes("train")
         options = Moments(len(self._choices))
-        options.add(dataset.option_numbers[train])
-        self._scale["options"] = _scaled(options)
-        empty = np.zeros((0, len(self._choices)))
-        state = self.states(
-            _none(self._observation)[0], _none(self._observation)[1], empty, empty.astype(np.int64)
-        ).shape[1]
-        self.width = state + self.actions(*_none(self._action)).shape[1]
+        options.add(dataset.option_numbers[dataset.episodes("train")])
+        moments = (moments or training_moments(dataset)) | {"options": options}
+        self._scale = {
+            name: (found.mean, np.where(found.constant, 1.0, found.std))
+            for name, found in moments.items()
+        }
+        none = np.zeros((0, len(self._choices)))
+        state = self.states(*_no_rows(self._observation), none, none.astype(int)).shape[1]
+        self.width = state + self.actions(*_no_rows(self._action)).shape[1]
         self.state, self.action = slice(0, state), slice(state, self.width)
 
     def states(
         self, numbers: Array, categories: Array, option_numbers: Array, option_values: Array
     ) -> Array:
-        """Raw columns of N observations ([N, n] and [N, m]) and their reset options ([N, k] twice,
-        as Dataset has them) -> [N, F_state] float32.
+        """Features of N observations and their reset options.
+
+        Args:
+            numbers: [N, n].
+            categories: [N, m].
+            option_numbers: [N, k], as Dataset has them. `option_values` likewise.
+
+        Returns:
+            [N, F_state] float32.
         """
-        told = [i for i, choices in enumerate(self._choices) if not choices]
-        chosen = [
-            (option_values[:, i], choices) for i, choices in enumerate(self._choices) if choices
-        ]
         mean, scale = self._scale["options"]
-        more = [
-            ((option_numbers - mean) / scale)[:, told],
-            *(_one_hot(values, choices) for values, choices in chosen),
-        ]
-        return _block(
-            self._observation, numbers, categories, self._scale["obs_num"], more, len(self._choices)
-        )
+        numeric = [i for i, choices in enumerate(self._choices) if not choices]
+        options = [((option_numbers - mean) / scale)[:, numeric]]
+        for i, choices in enumerate(self._choices):
+            if choices:
+                options.append(_one_hot(option_values[:, i], choices))
+        scaling, extra = self._scale["obs_num"], len(self._choices)
+        return _features(self._observation, numbers, categories, scaling, options, extra)
 
     def actions(self, numbers: Array, categories: Array) -> Array:
-        """Raw columns of N actions -> [N, F_action] float32."""
-        return _block(self._action, numbers, categories, self._scale["act_num"], [], 0)
+        """Features [N, F_action] float32 of N actions."""
+        return _features(self._action, numbers, categories, self._scale["act_num"], [], 0)
 
     def of(self, dataset: Dataset, episodes: Array, raw: dict[str, Array]) -> Array:
-        """Transitions of `dataset` (of the same spaces): their episodes [N], and their
-        `manifest.ARRAYS` -> [N, F] float32.
+        """Features [N, F] float32 of transitions, given their episodes [N] and ARRAYS.
+
+        `dataset` may be another one of the same spaces.
         """
         options = dataset.option_numbers[episodes], dataset.option_values[episodes]
-        return np.concatenate(
-            [
-                self.states(raw["obs_num"], raw["obs_cat"], *options),
-                self.actions(raw["act_num"], raw["act_cat"]),
-            ],
-            1,
-        )
+        states = self.states(raw["obs_num"], raw["obs_cat"], *options)
+        return np.concatenate([states, self.actions(raw["act_num"], raw["act_cat"])], 1)
 
     def sample(self, dataset: Dataset, split: Split, *, seed: int, limit: int = SAMPLE) -> Sample:
-        """At most `limit` transitions of a split, drawn without replacement; all of them where
-        there are no more.
-        """
-        episodes = dataset.episodes(split)
-        ends = np.cumsum(dataset.table["length"][episodes])
-        total = int(ends[-1]) if len(ends) else 0
-        limit = min(
-            limit, CELLS // (self.width + self._observation.numbers + self._observation.categories)
-        )
-        drawn = (
-            np.arange(total)
-            if total <= limit
-            else np.sort(permute(np.arange(limit), total, key(seed, DRAW, SPLITS.index(split))))
-        )
+        """At most `limit` transitions of a split, drawn without replacement."""
+        table, episodes = dataset.table, dataset.episodes(split)
+        lengths = table["length"][episodes]
+        ends = np.cumsum(lengths)
+        total = int(lengths.sum())
+        columns = self.width + self._observation.numbers + self._observation.categories
+        limit = min(limit, CELLS // columns)
+        drawn = np.arange(total)
+        if total > limit:
+            salt = key(seed, DRAW, SPLITS.index(split))
+            drawn = np.sort(permute(np.arange(limit), total, salt))
         position = np.searchsorted(ends, drawn, "right")
         numbers = episodes[position]
-        rows = (
-            dataset.table["first_row"][numbers]
-            + drawn
-            - (ends - dataset.table["length"][episodes])[position]
-        )
-        shards = dataset.table["shard"][numbers]
-        raw = (
-            {name: dataset.gather(name, shards, rows) for name in ARRAYS}
-            if total
-            else _no_rows(dataset)
-        )
+        rows = table["first_row"][numbers] + drawn - (ends - lengths)[position]
+        shards = table["shard"][numbers]
+        if total:
+            raw = {name: dataset.gather(name, shards, rows) for name in ARRAYS}
+        else:
+            raw = {name: np.zeros(0) for name in ARRAYS}
+            raw["obs_num"], raw["obs_cat"] = _no_rows(self._observation)
+            raw["act_num"], raw["act_cat"] = _no_rows(self._action)
         return Sample(self.of(dataset, numbers, raw), numbers, raw)
 
 
 def training_moments(dataset: Dataset) -> dict[str, Moments]:
-    """Mean and deviation of each number of the training split's transitions, by one pass."""
+    """Mean and deviation of each number of the training split's transitions, in one pass."""
     moments = {
         "obs_num": Moments(dataset.observation_codec.numbers),
         "act_num": Moments(dataset.action_codec.numbers),
@@ -171,80 +160,84 @@ def training_moments(dataset: Dataset) -> dict[str, Moments]:
 
 
 # -- gaps
-# --------------------------------------------------------------------------------------------------------------
 
 
 def nearest(reference: Array, queries: Array, k: int = 1) -> tuple[Array, Array]:
-    """(distances [Q, k] float64, positions in `reference` [Q, k]) of the k nearest of `reference`
-    [N, F] to each of `queries` [Q, F], exact.
+    """The k nearest points, exact.
 
-    A k-d tree (scipy) for few features; for many, where a tree looks at every point anyway, all
-    distances, a block at a time.
+    Args:
+        reference: [N, F].
+        queries: [Q, F].
+
+    Returns:
+        (distances [Q, k] float64, positions in `reference` [Q, k]).
     """
-    assert 1 <= k <= len(reference), (k, len(reference))
+    from sklearn.neighbors import NearestNeighbors  # a second to import
+
     reference, queries = reference.astype(np.float64), queries.astype(np.float64)
-    if reference.shape[1] < WIDE:
-        distances, places = cKDTree(reference, balanced_tree=False, compact_nodes=False).query(
-            queries, k=k
-        )
-        return distances.reshape(len(queries), k), places.reshape(len(queries), k)
-    squares = np.einsum("nf,nf->n", reference, reference)
-    block = max((1 << 24) // len(reference), 1)
-    places = np.empty((len(queries), k), np.int64)
-    for first in range(0, len(queries), block):
-        some = queries[first : first + block]
-        near = squares - 2 * some @ reference.T
-        places[first : first + block] = (
-            np.argpartition(near, k - 1, axis=1)[:, :k] if k < len(reference) else np.arange(k)
-        )
-    distances = np.stack(
-        [np.sqrt(((queries - reference[places[:, j]]) ** 2).sum(1)) for j in range(k)], 1
-    )
-    order = np.argsort(distances, axis=1, kind="stable")
-    return np.take_along_axis(distances, order, 1), np.take_along_axis(places, order, 1)
+    algorithm = "kd_tree" if reference.shape[1] < WIDE else "brute"
+    index = NearestNeighbors(n_neighbors=k, algorithm=algorithm).fit(reference)
+    places: Array = index.kneighbors(queries, return_distance=False)
+    # Distances by matrix products are not exact: equal points would be 1e-7 apart.
+    apart = [np.linalg.norm(queries - reference[places[:, j]], axis=1) for j in range(k)]
+    return np.stack(apart, 1), places
 
 
 def gaps(reference: Array, queries: Array) -> Array:
-    """The distance from each of `queries` [Q, F] to the nearest of `reference` [N, F]: [Q] float64,
-    infinite where there is no reference.
+    """The distance [Q] float64 from each query [Q, F] to the nearest of `reference` [N, F].
+
+    Infinite where there is no reference.
     """
     if not len(reference) or not len(queries):
         return np.full(len(queries), np.inf)
     return nearest(reference, queries)[0][:, 0]
 
 
-def own_gaps(values: Array, episodes: Array, *, seed: int, queries: Array | None = None) -> Array:
-    """Gaps of a split to itself: of each of `values` [N, F] to the nearest of *other* episodes,
-    [N]; NaN where all are of one episode.
+def nearest_elsewhere(
+    values: Array, episodes: Array, k: int, *, seed: int, queries: Array | None = None
+) -> tuple[Array, Array]:
+    """The k nearest of the points of *other* episodes.
 
-    A transition's neighbours in time are near it whatever else is in the data; a held-out
+    A transition's neighbours in time are near it whatever else is in the data. A held-out
     transition has none, so counting them would call half of an honest validation split uncovered.
-    The episodes ([N] numbers) are shared out to FOLDS, and a fold is measured against the other
-    ones: what a split of 4/5 the size leaves to the rest. `queries` [N, F]: other points, each
-    measured in the fold of its row.
+    The episodes are dealt to FOLDS, and each fold is measured against the other ones.
+
+    Args:
+        values: [N, F].
+        episodes: [N] numbers, of at least two episodes.
+        queries: [N, F] other points, each measured in the fold of its row.
+
+    Returns:
+        (distances [N, k], places [N, k]). The last neighbour is repeated where there are fewer.
     """
     queries = values if queries is None else queries
     distinct, member = np.unique(episodes, return_inverse=True)
-    folds = min(FOLDS, len(distinct))
-    found = np.full(len(values), np.nan)
-    if folds < 2:
-        return found
-    order = np.argsort(key(seed, FOLD, distinct), kind="stable")
-    fold = np.empty(len(distinct), np.int64)
-    fold[order] = np.arange(len(distinct)) % folds
-    of = fold[member]
-    for this in range(folds):
-        found[of == this] = gaps(values[of != this], queries[of == this])
-    return found
+    rank = np.argsort(np.argsort(key(seed, FOLD, distinct), kind="stable"))
+    folds = (rank % min(FOLDS, len(distinct)))[member]
+    distances, places = np.empty((len(values), k)), np.empty((len(values), k), np.int64)
+    for fold in np.unique(folds):
+        others, this = np.flatnonzero(folds != fold), folds == fold
+        enough = min(k, len(others))
+        columns = np.minimum(np.arange(k), enough - 1)
+        apart, at = nearest(values[others], queries[this], enough)
+        distances[this], places[this] = apart[:, columns], others[at][:, columns]
+    return distances, places
 
 
-# -- what was done where
-# -----------------------------------------------------------------------------------------------
+def own_gaps(values: Array, episodes: Array, *, seed: int, queries: Array | None = None) -> Array:
+    """Gaps [N] of a split to itself, by `nearest_elsewhere`. NaN where all are of one episode."""
+    if len(np.unique(episodes)) < 2:
+        return np.full(len(values), np.nan)
+    return nearest_elsewhere(values, episodes, 1, seed=seed, queries=queries)[0][:, 0]
+
+
+# -- actions
 
 
 def effective(counts: Array) -> tuple[float, float]:
-    """(entropy in nats, effective number exp(entropy)) of shares given by counts: Shannon (1948),
-    and Hill's number of order 1 (Hill 1973).
+    """(entropy in nats, exp(entropy): the effective number) of shares given by counts.
+
+    Shannon (1948), and Hill's number of order 1 (Hill 1973).
     """
     shares = counts[counts > 0] / max(counts.sum(), 1)
     entropy = float(-(shares * np.log(shares)).sum()) + 0.0
@@ -252,144 +245,127 @@ def effective(counts: Array) -> tuple[float, float]:
 
 
 def action_entropy(sample: Sample, features: Features, codec: SpaceCodec) -> float | None:
-    """How freely actions were chosen where states agree: 0, one action a state, to 1, every action
-    alike. None below 2 * NEIGHBOURS transitions.
+    """How freely actions were chosen where states agree, from 0 (one action per state) to 1.
 
     Entropy of the actions at the NEIGHBOURS nearest states of each state, with Miller's (1955)
-    correction of its bias, (m - 1) / 2n for m values seen in n; averaged over states and over the
-    action's columns, each divided by the log of how many values it has (a number: BINS equal bins
-    over its range). States near each other are not the same state, so a policy that turns sharply
-    counts as somewhat free.
+    correction of its bias, (m - 1) / 2n for m values seen in n. It is averaged over states and over
+    the action's columns, each divided by the log of its number of values (of a number: BINS equal
+    bins over its range). States near each other are not the same state, so a policy that turns
+    sharply counts as somewhat free. None below 2 * NEIGHBOURS transitions.
     """
-    columns = _binned(sample.raw["act_num"], sample.raw["act_cat"], codec)
-    if len(sample) < 2 * NEIGHBOURS or not columns:
+    if len(sample) < 2 * NEIGHBOURS or not codec.numbers + codec.categories:
         return None
+    numbers, categories = sample.raw["act_num"], sample.raw["act_cat"]
+    width = np.ptp(numbers, axis=0)
+    scaled = (numbers - numbers.min(0)) / np.where(width > 0, width, 1.0)
+    bins = np.minimum((scaled * BINS).astype(np.int64), BINS - 1)
+    columns = [*bins.T, *categories.T]
+    sizes = [BINS] * codec.numbers + list(codec.cardinalities)
     states = sample.values[:, features.state]
     _, places = nearest(states, states, NEIGHBOURS)
     shares = []
-    for values, size in columns:
-        if size < 2:
-            continue
-        near = np.sort(values[places], axis=1)
-        starts = np.concatenate([np.ones((len(near), 1), bool), near[:, 1:] != near[:, :-1]], 1)
-        runs = np.diff(np.append(np.flatnonzero(starts), starts.size))
-        row = np.flatnonzero(starts) // NEIGHBOURS
-        p = runs / NEIGHBOURS
-        entropy = np.bincount(row, -p * np.log(p), len(near)) + (
-            np.bincount(row, minlength=len(near)) - 1
-        ) / (2 * NEIGHBOURS)
-        shares.append(np.minimum(entropy / np.log(min(size, NEIGHBOURS)), 1.0).mean())
+    for values, size in zip(columns, sizes, strict=True):
+        if size >= 2:
+            near = values[places]
+            equal = (near[:, :, None] == near[:, None, :]).sum(2)  # of each neighbour, with itself
+            entropy = -np.log(equal / NEIGHBOURS).mean(1)
+            entropy += ((1 / equal).sum(1) - 1) / (2 * NEIGHBOURS)
+            shares.append(np.minimum(entropy / np.log(min(size, NEIGHBOURS)), 1.0).mean())
     return float(np.mean(shares)) if shares else 0.0
 
 
 def tried(sample: Sample, features: Features, codec: SpaceCodec, *, seed: int) -> float | None:
-    """The share of the action space that was tried near logged states, by uniform draws of a state
-    of `sample` and an action.
+    """The share of the action space that was tried near logged states.
 
-    An action counts as tried where one of those at the state's NEIGHBOURS nearest states is as near
-    to it as in 95 of 100 draws it would be, were these actions drawn uniformly too: behaviour that
-    is uniform comes to 0.95 in any action space, one action a state to far less. None below 2 *
-    NEIGHBOURS transitions, and where even uniform draws would not come near (more kinds of actions
-    than a few dozen neighbours can show).
+    Estimated by uniform draws of a state of `sample` and an action. An action counts as tried where
+    one of those at the state's NEIGHBOURS nearest states is as near to it as it would be in 95 of
+    100 draws if these were uniform: uniform behaviour comes to 0.95 in any action space, one action
+    per state to far less.
+
+    Returns:
+        None below 2 * NEIGHBOURS transitions, and where even uniform draws would not come near
+        (more kinds of actions than a few dozen neighbours can show).
     """
     if len(sample) < 2 * NEIGHBOURS:
         return None
-    low, high = action_range(sample, codec)
     rng = np.random.default_rng([seed, ACT])
-
-    def drawn(count: int) -> Array:
-        numbers = low + (high - low) * rng.random((count, codec.numbers))
-        return features.actions(
-            numbers,
-            (rng.random((count, codec.categories)) * np.array(codec.cardinalities)).astype(
-                np.int64
-            ),
-        )
-
-    wanted = drawn(len(sample))
-    chance = drawn(PROBES * NEIGHBOURS).reshape(PROBES, NEIGHBOURS, -1)
-    others = drawn(PROBES)
-    apart = np.linalg.norm(chance - others[:, None], axis=2)
+    bounds = action_range(sample, codec)
+    counts = (len(sample), PROBES * NEIGHBOURS, PROBES)
+    actions, chance, others = (
+        features.actions(*_draw_actions(rng, bounds, codec, count)) for count in counts
+    )
+    apart = np.linalg.norm(chance.reshape(PROBES, NEIGHBOURS, -1) - others[:, None], axis=2)
     tolerance = np.quantile(apart.min(1), 0.95)
     if tolerance >= apart.mean():
         return None
-    states = sample.values[:, features.state]
+    states, logged = sample.values[:, features.state], sample.values[:, features.action]
     _, places = nearest(states, states, NEIGHBOURS)
-    found = np.full(len(sample), np.inf)
-    for j in range(NEIGHBOURS):
-        found = np.minimum(
-            found, np.linalg.norm(sample.values[places[:, j], features.action] - wanted, axis=1)
-        )
-    return float((found <= tolerance + 1e-6).mean())
+    distances = [np.linalg.norm(logged[column] - actions, axis=1) for column in places.T]
+    return float((np.min(distances, 0) <= tolerance + 1e-6).mean())
 
 
 def any_action(sample: Sample, codec: SpaceCodec, *, seed: int) -> tuple[Array, Array]:
-    """Raw columns (numbers, categories) of N actions drawn uniformly from the action space; a
-    number without bounds from the range in `sample`.
+    """Raw columns (numbers, categories) of N actions drawn uniformly from the action space.
+
+    A number without bounds is drawn from its range in `sample`.
     """
     rng = np.random.default_rng([seed, ACT])
-    low, high = action_range(sample, codec)
-    numbers = low + (high - low) * rng.random((len(sample), codec.numbers))
-    categories = (
-        rng.random((len(sample), codec.categories)) * np.array(codec.cardinalities)
-    ).astype(np.int64)
-    return numbers, categories
+    return _draw_actions(rng, action_range(sample, codec), codec, len(sample))
+
+
+def _draw_actions(
+    rng: np.random.Generator, bounds: tuple[Array, Array], codec: SpaceCodec, count: int
+) -> tuple[Array, Array]:
+    low, high = bounds
+    numbers = low + (high - low) * rng.random((count, codec.numbers))
+    categories = rng.random((count, codec.categories)) * np.array(codec.cardinalities)
+    return numbers, categories.astype(np.int64)
 
 
 def action_range(sample: Sample, codec: SpaceCodec) -> tuple[Array, Array]:
-    """(low, high), each [n]: the bounds of an action's numbers, or their range in `sample` where
-    the space has none.
-    """
-    seen = sample.raw["act_num"]
-    low, high = (
-        (seen.min(0), seen.max(0))
-        if len(seen)
-        else (np.zeros(codec.numbers), np.zeros(codec.numbers))
-    )
+    """(low, high), each [n]: the bounds of an action's numbers, or else their range in `sample`."""
+    low, high = np.zeros(codec.numbers), np.zeros(codec.numbers)
+    if len(sample):
+        low, high = sample.raw["act_num"].min(0), sample.raw["act_num"].max(0)
     for leaf in codec.leaves:
         if leaf.start is None and leaf.characters is None:
             box = cast(spaces.Box, leaf.space)
-            bounds = np.ravel(box.low).astype(np.float64), np.ravel(box.high).astype(np.float64)
-            low[leaf.numbers] = np.where(np.isfinite(bounds[0]), bounds[0], low[leaf.numbers])
-            high[leaf.numbers] = np.where(np.isfinite(bounds[1]), bounds[1], high[leaf.numbers])
+            for bounds, limit in ((low, box.low), (high, box.high)):
+                limit = np.ravel(limit).astype(np.float64)
+                bounds[leaf.numbers] = np.where(np.isfinite(limit), limit, bounds[leaf.numbers])
     return low, high
 
 
 def principal(values: Array) -> tuple[Array, Array, Array]:
-    """(mean [F], directions [F, 2], share of the variance of each [2]) of the first two principal
-    components; signs are fixed.
+    """The first two principal components of values [N, F], with fixed signs.
+
+    Returns:
+        (mean [F], directions [F, 2], share of the variance of each [2]).
     """
     mean = values.mean(0, dtype=np.float64)
-    covariance = np.cov((values - mean).T.astype(np.float64)).reshape(
-        values.shape[1], values.shape[1]
-    )
+    covariance = np.atleast_2d(np.cov((values - mean).T.astype(np.float64)))
     variances, directions = np.linalg.eigh(covariance)
-    first = directions[:, ::-1][:, :2]
-    first = first * np.where(
-        first[np.abs(first).argmax(0), np.arange(first.shape[1])] < 0, -1.0, 1.0
-    )
-    if first.shape[1] < 2:
-        first, variances = (
-            np.concatenate([first, np.zeros_like(first)], 1),
-            np.concatenate([np.zeros(1), variances]),
-        )
-    return mean, first, variances[::-1][:2] / max(float(variances.sum()), 1e-300)
+    directions, shares = directions[:, :-3:-1], variances[:-3:-1] / max(variances.sum(), 1e-300)
+    largest = np.take_along_axis(directions, np.abs(directions).argmax(0)[None], 0)
+    directions = directions * np.where(largest < 0, -1.0, 1.0)
+    lacking = 2 - directions.shape[1]
+    return mean, np.pad(directions, ((0, 0), (0, lacking))), np.pad(shares, (0, lacking))
 
 
 # -- columns -> features
-# -----------------------------------------------------------------------------------------------
 
 
-def _block(
+def _features(
     codec: SpaceCodec,
     numbers: Array,
     categories: Array,
     scaling: tuple[Array, Array],
-    more: list[Array],
+    options: list[Array],
     extra: int,
 ) -> Array:
+    """`extra`: the number of columns that `options` are made of."""
     mean, scale = scaling
-    blocks, columns = [(numbers - mean) / scale, *more], codec.numbers + extra
+    blocks, columns = [(numbers - mean) / scale, *options], codec.numbers + extra
     for leaf in codec.leaves:
         codes = categories[:, leaf.categories].astype(np.int64)
         if leaf.characters is not None:
@@ -407,50 +383,21 @@ def _one_hot(values: Array, size: int) -> Array:
 
 
 def _pairs(codes: Array) -> Array:
-    """Texts as codes [N, L], 0 after the end -> [N, BUCKETS]: their pairs, the text's start and end
-    counting as a character.
+    """Pairs of texts, given as codes [N, L] with 0 after the end: [N, BUCKETS].
+
+    The start and the end of a text count as a character.
     """
-    edge = np.zeros((len(codes), 1), np.int64)
-    framed = np.concatenate([edge, codes, edge], 1)
+    framed = np.pad(codes, ((0, 0), (1, 1)))
     left, right = framed[:, :-1], framed[:, 1:]
+    present = (left > 0) | (right > 0)
+    present[:, 0] = True  # the empty text has one pair: start and end
+    counts = np.zeros((len(codes), BUCKETS))
+    row, place = np.nonzero(present)
     buckets = (key(left, right) % np.uint64(BUCKETS)).astype(np.int64)
-    there = (left > 0) | (right > 0)
-    there[:, 0] = True  # the empty text has one pair: start and end
-    flat = (np.arange(len(codes))[:, None] * BUCKETS + buckets)[there]
-    counts = (
-        np.bincount(flat, minlength=len(codes) * BUCKETS)
-        .reshape(len(codes), BUCKETS)
-        .astype(np.float64)
-    )
-    length = np.sqrt((counts**2).sum(1, keepdims=True))
+    np.add.at(counts, (row, buckets[row, place]), 1)
+    length = np.linalg.norm(counts, axis=1, keepdims=True)
     return np.sqrt(0.5) * counts / np.maximum(length, 1.0)
 
 
-def _binned(numbers: Array, categories: Array, codec: SpaceCodec) -> list[tuple[Array, int]]:
-    """An action's columns as (values [N], how many there are)."""
-    low, width = (
-        (numbers.min(0), np.ptp(numbers, axis=0))
-        if len(numbers)
-        else (np.zeros(codec.numbers), np.zeros(codec.numbers))
-    )
-    bins = np.minimum(
-        ((numbers - low) / np.where(width > 0, width, 1.0) * BINS).astype(np.int64), BINS - 1
-    )
-    return [(bins[:, i], BINS) for i in range(codec.numbers)] + [
-        (categories[:, i].astype(np.int64), size) for i, size in enumerate(codec.cardinalities)
-    ]
-
-
-def _scaled(moments: Moments) -> tuple[Array, Array]:
-    return moments.mean, np.where(moments.constant, 1.0, moments.std)
-
-
-def _none(codec: SpaceCodec) -> tuple[Array, Array]:
+def _no_rows(codec: SpaceCodec) -> tuple[Array, Array]:
     return np.zeros((0, codec.numbers)), np.zeros((0, codec.categories), np.int64)
-
-
-def _no_rows(dataset: Dataset) -> dict[str, Array]:
-    raw = {name: np.zeros(0) for name in ARRAYS}
-    raw["obs_num"], raw["obs_cat"] = _none(dataset.observation_codec)
-    raw["act_num"], raw["act_cat"] = _none(dataset.action_codec)
-    return raw
