@@ -16,8 +16,8 @@ from mesocosm.cluster import spec as cluster_spec
 from mesocosm.cluster.freeze import CONFIG, Frozen, freeze
 from mesocosm.cluster.resources import needs
 from mesocosm.cluster.spec import ClusterConfig, NodeGroup
+from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.errors import UsageError
-from mesocosm.jobs.collect import CollectConfig
 from mesocosm.jobs.loop import LoopConfig
 from mesocosm.scaling.sweep_config import SweepConfig
 from mesocosm.train.config import PretrainConfig

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
 
+from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.format.bounds import clipped, first_outside
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.episode import Episode
@@ -23,7 +24,6 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate.judge import judge
-from mesocosm.jobs.collect import CollectConfig
 from mesocosm.jobs.collect import run as collect
 from mesocosm.jobs.import_logs import ImportConfig, plan, run
 from mesocosm.runs import tracking

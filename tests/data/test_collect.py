@@ -19,6 +19,7 @@ import torch
 
 from mesocosm.config import StorageConfig, load
 from mesocosm.data.collecting import ray_workers
+from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.collecting.ray_workers import run_on_ray
 from mesocosm.data.collecting.workers import Plan, split
 from mesocosm.data.format.dataset import Dataset
@@ -28,7 +29,7 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import episode_seed, facts_of
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
-from mesocosm.jobs.collect import CollectConfig, run
+from mesocosm.jobs.collect import run
 from mesocosm.policies.behaviours import BehaviourConfig, build, choose
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
@@ -563,11 +564,11 @@ def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
     ("changes", "said"),
     [
         (["reality.env=CartPol-v1"], "did you mean 'CartPole-v1'"),
-        (["steps=0"], "steps=0 cannot be"),
-        (["lanes=0"], "lanes=0 cannot be"),
-        (["workers=-1"], "workers=-1 cannot be"),
-        (["lanes=2000"], "lanes=2000 are more than steps=1000"),
-        (["valid_fraction=1"], "valid_fraction=1"),
+        (["steps=0"], "steps must be >= 1, got 0"),
+        (["lanes=0"], "lanes must be >= 1, got 0"),
+        (["workers=-1"], "workers must be >= 0, got -1"),
+        (["lanes=2000"], "lanes must be <= steps=1000, got 2000"),
+        (["valid_fraction=1"], r"valid_fraction must be in \[0, 1\), got 1"),
         (["behaviours=[]"], "behaviours must list at least one"),
         (["behaviours=[{kind: randm}]"], "did you mean 'random'"),
         (["behaviours=[{weight: -1}]"], r"behaviours\[0\].weight must be > 0, got -1"),

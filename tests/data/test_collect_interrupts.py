@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mesocosm.data.collecting import workers
+from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.collecting.workers import Lane, Plan, Report, run_here, split
 from mesocosm.data.format.writer import DatasetWriter
 from mesocosm.envs.config import BudgetConfig, RealityConfig
@@ -19,7 +20,6 @@ from mesocosm.envs.ledger import Ledger, LedgerTotals
 from mesocosm.envs.segments import Segments
 from mesocosm.errors import StorageError
 from mesocosm.jobs import collect as collecting
-from mesocosm.jobs.collect import CollectConfig
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage

@@ -615,5 +615,5 @@ def test_datasets_of_different_spaces_are_refused(
         curate(datasets=("d0", "d1"))
     with pytest.raises(UsageError, match="no artifact datasets/d7"):
         curate(datasets=("d7",))
-    with pytest.raises(UsageError, match=r"data.datasets=\[\] names no dataset"):
+    with pytest.raises(UsageError, match=r"data.datasets must name a dataset, got \[\]"):
         curate(datasets=())

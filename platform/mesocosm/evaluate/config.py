@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mesocosm.config import JobConfig
+from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.open_loop import HORIZONS
@@ -109,3 +110,35 @@ class EvaluateConfig(JobConfig):
                     f"horizons={self.horizons}: {horizon} steps ahead is no horizon; give numbers"
                     " of at least 1"
                 )
+
+
+TRUSTED = ("", "mesocosm.envs.builtin")
+"""Modules whose environments are made because a world says that it is of them: "" is Gymnasium's
+registry.
+"""
+
+
+def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
+    """`reality` as given, or where it names no environment the one that the world is of, at the
+    given price and budget.
+
+    Raises UsageError where that is a program: a world may be a stranger's, and runs nothing that
+    its user did not name.
+    """
+    if reality.env:
+        return reality
+    own = codec.environment
+    module, _, _ = own["id"].rpartition(":")
+    if module not in TRUSTED:
+        raise UsageError(
+            f"the world is of {own['id']!r}, which is a program; where you trust it, set"
+            f" reality.env={own['id']} and reality.kwargs={own['kwargs']}"
+        )
+    return replace(
+        reality,
+        env=own["id"],
+        kwargs=own["kwargs"],
+        task=own["task"],
+        horizon=own["max_episode_steps"],
+        success=own["success"],
+    )

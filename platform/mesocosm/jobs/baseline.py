@@ -18,53 +18,36 @@ from typing import Any
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
+from mesocosm import checks
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.agents.feasible import check_agent
 from mesocosm.cluster import ray_session
-from mesocosm.config import fingerprint, identity
+from mesocosm.config import identity
 from mesocosm.envs.config import PAID, BudgetConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.envs.meter import Meter, MeteredVectorEnv, make_metered_vector
 from mesocosm.errors import BudgetSpent, UsageError
 from mesocosm.evaluate.judge import judge, judging
+from mesocosm.job import Job, Plan
 from mesocosm.policies.policy import Policy
 from mesocosm.runs.tracking import Run
-from mesocosm.store.artifacts import SCHEMA, Artifact
-from mesocosm.versions import VERSIONS
+from mesocosm.store.artifacts import Artifact, Storage
 
 CURVE = "curve.json"
 
 
 def check(config: BaselineConfig) -> None:
-    """Raise UsageError on the first value that cannot be meant."""
+    """Raise UsageError on the first wrong value."""
     rllib.check("", config.algo, config.params, config.model)
-    num_envs, rollout = shape(config)
-    positive = {
-        "num_envs": num_envs,
-        "rollout": rollout,
-        "window": config.window,
-        "iteration_steps": config.iteration_steps,
-    }
-    for key, value in positive.items():
-        if value < 1:
-            raise UsageError(f"{key}={value} must be at least 1")
+    checks.at_least(config, 1, "num_envs", "rollout", "window", "iteration_steps")
+    checks.at_least(config, 1, "judge_every", "judge_episodes")
+    checks.at_least(config, 0, "select_episodes", "select_every")
     if config.steps < _iteration(config):
-        raise UsageError(
-            f"steps={config.steps} is less than one iteration of {_iteration(config)} real steps;"
-            " raise it, or lower num_envs or rollout"
-        )
-    if config.judge_episodes < 1 or (config.judge_every is not None and config.judge_every < 1):
-        raise UsageError(
-            f"judge_every={config.judge_every} and judge_episodes={config.judge_episodes} must be"
-            " at least 1"
-        )
-    if config.select_episodes < 0 or config.select_every < 0:
-        raise UsageError(
-            f"select_episodes={config.select_episodes} and select_every={config.select_every} must"
-            " be at least 0"
-        )
+        least = f"{_iteration(config)}, the real steps of one iteration"
+        fix = "raise it, or lower num_envs or rollout"
+        raise UsageError(f"steps must be >= {least}, got {config.steps}; {fix}")
 
 
 def check_spaces(config: BaselineConfig, spaces: tuple[Any, Any]) -> None:
@@ -96,26 +79,6 @@ def _iteration(config: BaselineConfig) -> int:
     return -(-wanted // batch) * (batch + num_envs - 1)
 
 
-def plan(config: BaselineConfig) -> dict[str, Any]:
-    """What `run` would spend at most. Starts nothing."""
-    check(config)
-    check_spaces(config, facts_of(config.reality).spaces)
-    price = config.reality.price
-    spent = {
-        "real steps": f"at most {config.steps}",
-        "price": f"at most {config.steps * price.per_step:g} {price.currency} and the resets",
-    }
-    apart = judging(config.reality, judged(config))
-    return {
-        "environment": config.reality.env,
-        "algo": config.algo,
-        "params": _params(config),
-        **spent,
-        **apart,
-        "target": config.target,
-    }
-
-
 def judged(config: BaselineConfig) -> int:
     """Episodes that measure the policy on the way, at most."""
     return (
@@ -125,58 +88,73 @@ def judged(config: BaselineConfig) -> int:
     )
 
 
-def run(config: BaselineConfig, run: Run) -> Artifact:
-    """Train until the target is confirmed or the steps are spent. An `evaluations` artifact:
-    curve.json and policy/.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaselinePlan(Plan[BaselineConfig]):
+    environment: EnvFacts
 
-    curve.json: {"points": [{"steps", "return", "kind": "train" | "select" | "judge", "seconds"}; of
+
+class Baseline(Job[BaselineConfig, BaselinePlan]):
+    """Train until the target is confirmed or the steps are spent. The artifact holds curve.json and
+    policy/.
+
+    curve.json: {"points": [{"steps", "return", "kind": "train" | "select" | "judge", "seconds"; of
     a judgement also "returns" and "judge_steps", what it took], "target", "reached": real steps at
     which the target was confirmed or null, "reached_in_training": where the training episodes' own
     mean first was there, or null, "steps", "train_steps", "select_steps", "judge_steps", "dropped":
     why episodes were cut (a crash, a hang, NaN), "cap", "censored": not reached, "algo", "seconds",
     "ledger"}.
     """
-    check(config)
-    told = {
-        "params": _params(config),
-        "model": settings.model(config.algo, config.model),
-        "shape": list(shape(config)),
-    }
-    known = facts_of(config.reality)
-    check_spaces(config, known.spaces)
-    facts = identity(config, without=["ledger", *PAID]) | told
-    id = fingerprint("evaluations", "baseline", facts, known.version, VERSIONS["baseline"], SCHEMA)
-    with run.making("evaluations", id, config) as artifact:
-        if artifact is None:
-            return _make(config, run, id, facts, known)
-        run.say(f"found {artifact.name} ({config.algo} without a model)")
-        run.record(artifact=artifact.name)
+
+    name, kind, config = "baseline", "evaluations", BaselineConfig
+
+    def resolve(self, config: BaselineConfig, storage: Storage) -> BaselinePlan:
+        check(config)
+        environment = facts_of(config.reality)
+        check_spaces(config, environment.spaces)
+        settled = {
+            "params": _params(config),
+            "model": settings.model(config.algo, config.model),
+            "shape": list(shape(config)),
+        }
+        facts = identity(config, without=["ledger", *PAID]) | settled
+        return BaselinePlan(
+            config=config,
+            inputs={},
+            facts=facts,
+            identity=("baseline", facts, environment.version),
+            environment=environment,
+        )
+
+    def summary(self, plan: BaselinePlan) -> dict[str, Any]:
+        config, price = plan.config, plan.config.reality.price
+        most = f"at most {config.steps * price.per_step:g} {price.currency} and the resets"
+        return {
+            "environment": config.reality.env,
+            "algo": config.algo,
+            "params": _params(config),
+            "real steps": f"at most {config.steps}",
+            "price": most,
+            **judging(config.reality, judged(config)),
+            "target": config.target,
+        }
+
+    def make(self, plan: BaselinePlan, run: Run) -> Artifact:
+        config = plan.config
+        ledger = config.ledger or f"baseline-{self.id(plan)}-{run.id}"
+        ray_session.ensure(config.ray)
+
+        def fill(folder: Path) -> None:
+            curve, policy = _Training(config, run, ledger, plan.environment.spaces).train()
+            (folder / CURVE).write_text(json.dumps(curve, indent=1))
+            if dropped := curve["dropped"]:
+                run.say(f"{len(dropped)} real episodes were cut; the last: {dropped[-1]}")
+            (folder / "policy").mkdir()
+            policy.save(folder / "policy")
+
+        artifact = self.commit(plan, run, fill, ledger=ledger)
+        totals = Ledger(run.storage, ledger, BudgetConfig(), config.reality.price).totals()
+        run.record(ledger=totals.to_json())
         return artifact
-
-
-def _make(
-    config: BaselineConfig, run: Run, id: str, facts: dict[str, Any], known: EnvFacts
-) -> Artifact:
-    ledger = config.ledger or f"baseline-{id}-{run.id}"
-    ray_session.ensure(config.ray)
-
-    def fill(folder: Path) -> None:
-        curve, policy = _Training(config, run, ledger, known.spaces).train()
-        (folder / CURVE).write_text(json.dumps(curve, indent=1))
-        if curve["dropped"]:
-            run.say(
-                f"{len(curve['dropped'])} real episodes were cut; the last: {curve['dropped'][-1]}"
-            )
-        (folder / "policy").mkdir()
-        policy.save(folder / "policy")
-
-    meta = {"inputs": {}, "config": facts, "job": "baseline", "run": run.id, "ledger": ledger}
-    artifact = run.storage.make("evaluations", id, meta, fill, force=config.force)
-    run.record(
-        artifact=artifact.name,
-        ledger=Ledger(run.storage, ledger, BudgetConfig(), config.reality.price).totals().to_json(),
-    )
-    return artifact
 
 
 class _Training:
@@ -363,3 +341,7 @@ def _vector(algorithm: Algorithm) -> MeteredVectorEnv:
 def _own_reality(config: BaselineConfig) -> RealityConfig:
     """Reality with no budget: `reality.budget.steps` bounds the world's data; `steps` bounds this."""
     return dataclasses.replace(config.reality, budget=BudgetConfig())
+
+
+JOB = Baseline()
+plan, run = JOB.plan, JOB.run

@@ -11,7 +11,7 @@ import os
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,230 +19,165 @@ import gymnasium
 import numpy as np
 
 from mesocosm.cluster import ray_session
-from mesocosm.config import JobConfig, fingerprint, identity
+from mesocosm.config import identity
+from mesocosm.data.collecting.config import CollectConfig, check
 from mesocosm.data.collecting.ray_workers import run_on_ray
-from mesocosm.data.collecting.workers import Lane, Plan, Report, run_here, split
+from mesocosm.data.collecting.workers import Lane, Report, run_here, split
+from mesocosm.data.collecting.workers import Plan as Task
 from mesocosm.data.format.manifest import Environment
 from mesocosm.data.format.spaces import check_spaces
 from mesocosm.data.format.writer import DatasetWriter
-from mesocosm.envs.config import PAID, RealityConfig
+from mesocosm.envs.config import PAID
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
+from mesocosm.job import Job, Plan, Resources
 from mesocosm.policies import behaviours as acting
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs.tracking import Run
-from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
-from mesocosm.versions import VERSIONS
+from mesocosm.store.artifacts import Artifact, Storage
 
 
-@dataclass
-class CollectConfig(JobConfig):
-    reality: RealityConfig = field(default_factory=RealityConfig)
-    steps: int = 1000
-    """Real steps to take, those of dropped episodes included."""
-    lanes: int = 2
-    """The steps are shared out to so many sequences of episodes: part of what is collected."""
-    workers: int = 1
-    """Ray actors that run the lanes; 0 runs them in this process (where a step that hangs cannot be
-    ended).
+@dataclass(frozen=True, kw_only=True)
+class Collection(Plan[CollectConfig]):
+    """What is collected: the environment, and the behaviours with their policies' full names."""
+
+    environment: EnvFacts
+    behaviours: list[BehaviourConfig]
+
+
+class Collect(Job[CollectConfig, Collection]):
+    """Collect `steps` real steps, or find the dataset that was collected so before.
+
+    Where others spend the same budget meanwhile, what was collected until then is the dataset, and
+    its meta's `short` says so; BudgetSpent if that is nothing. An environment that keeps failing
+    and a behaviour that raises are a MesocosmError.
     """
-    behaviours: list[BehaviourConfig] = field(default_factory=lambda: [BehaviourConfig()])
-    valid_fraction: float = 0.1
-    """Share of the episodes held out for validation; 0 holds none out. Fewer than 5 episodes may
-    all be trained on.
-    """
-    ledger: str | None = None
-    """The ledger that counts the steps; None is one named as the dataset."""
 
+    name, kind, config = "collect", "datasets", CollectConfig
 
-def check(cfg: CollectConfig) -> None:
-    """Raise UsageError on the first value that cannot be meant. Makes no environment."""
-    for name, least in (("steps", 1), ("lanes", 1), ("workers", 0)):
-        if getattr(cfg, name) < least:
-            raise UsageError(f"{name}={getattr(cfg, name)} cannot be; give at least {least}")
-    if cfg.lanes > cfg.steps:
-        raise UsageError(
-            f"lanes={cfg.lanes} are more than steps={cfg.steps}; give each lane at least one step"
+    def resolve(self, config: CollectConfig, storage: Storage) -> Collection:
+        check(config)
+        environment = facts_of(config.reality)
+        check_spaces(*environment.spaces)
+        behaviours, sources = _resolve(config.behaviours, storage, *environment.spaces)
+        what = identity(config, without=["workers", "ledger", *PAID])
+        what["behaviours"] = [asdict(b) for b in behaviours]
+        policies = [b.policy for b in behaviours if b.policy is not None]
+        agents = {policy.removeprefix("agents/").partition("@")[0] for policy in policies}
+        return Collection(
+            config=config,
+            inputs={"agents": sorted(agents)},
+            facts={**identity(config), "behaviours": what["behaviours"]},
+            identity=(what, sources, environment.version),
+            environment=environment,
+            behaviours=behaviours,
         )
-    if not 0 <= cfg.valid_fraction < 1:
-        raise UsageError(
-            f"valid_fraction={cfg.valid_fraction} is no share; give a number from 0 to below 1"
+
+    def summary(self, plan: Collection) -> dict[str, Any]:
+        cfg, price, budget = plan.config, plan.config.reality.price, plan.config.reality.budget
+        if budget.steps is not None and cfg.steps > budget.steps:
+            message = f"steps must be <= reality.budget.steps={budget.steps}, got {cfg.steps}"
+            raise UsageError(message)
+        return {
+            "environment": cfg.reality.env,
+            "observation space": str(plan.environment.observation_space),
+            "action space": str(plan.environment.action_space),
+            "real steps": cfg.steps,
+            "budget": budget.steps,
+            "price": f"{cfg.steps * price.per_step:g} {price.currency}",
+            "price of a reset": f"{price.per_reset:g} {price.currency}",
+            "behaviours": [acting.label(b) for b in cfg.behaviours],
+        }
+
+    def resources(self, config: CollectConfig) -> Resources:
+        return {f"workers={config.workers}": (min(config.workers, config.lanes), 0)}
+
+    def make(self, plan: Collection, run: Run) -> Artifact:
+        cfg, id = plan.config, self.id(plan)
+        ledger = Ledger(run.storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
+        task = Task(
+            reality=cfg.reality,
+            behaviours=plan.behaviours,
+            seed=cfg.seed,
+            root=cfg.storage.root,
+            ledger=ledger.id,
+            dataset=id,
+            run=f"{run.id}-{uuid.uuid4().hex[:8]}",
+            imports=os.getcwd(),
         )
-    acting.check(cfg.behaviours)
-    acting.check_tasks(cfg.behaviours, cfg.reality)
+        segments = task.segments()
+        attempts = _collect(cfg, task, ledger, run)
+        dropped = [
+            {"index": a.index, "behaviour": a.behaviour, "steps": a.steps, "reason": a.reason}
+            for a in attempts
+            if a.reason is not None
+        ]
+        episodes = [a for a in attempts if a.length is not None]
+        refusals = [a.spent for a in attempts if a.spent is not None]
+        if not episodes and refusals:
+            raise BudgetSpent(refusals[-1])
+        if not episodes:
+            segments.remove()  # so that the next run tries them again
+            raise MesocosmError(
+                f"all {len(dropped)} episodes were dropped, the last because"
+                f" {dropped[-1]['reason']}; correct reality.env={cfg.reality.env!r}"
+            )
+        for a in episodes:
+            metrics = {"collect/return": a.total_reward, "collect/length": a.length or 0}
+            run.log(metrics, step=a.index)
+        tally, totals, short = Tally(), ledger.totals().to_json(), None
+        tally.add(attempts)
+        counts = tally.counts()
+        # The steps that an earlier run was refused may have been taken since.
+        if refusals and counts["steps"] < cfg.steps:
+            short = f"{counts['steps']} of steps={cfg.steps} were taken: {refusals[-1]}"
+            run.say(f"warning: {short}")
 
+        def fill(folder: Path) -> None:
+            writer = DatasetWriter(
+                folder,
+                id=id,
+                environment=_environment(plan),
+                observation_space=plan.environment.observation_space,
+                action_space=plan.environment.action_space,
+                seed=cfg.seed,
+                valid_fraction=cfg.valid_fraction,
+            )
+            for episode, rows in segments.episodes(cfg.lanes):
+                writer.add(episode, rows)
+            writer.close(dropped=len(dropped))
 
-def plan(cfg: CollectConfig) -> dict[str, Any]:
-    """What `run` would spend. Makes the environment, to see that it exists; takes no real step and
-    writes nothing.
-    """
-    check(cfg)
-    known = check_environment(cfg, Storage(cfg.storage.root))
-    budget = cfg.reality.budget.steps
-    if budget is not None and cfg.steps > budget:
-        raise UsageError(f"steps={cfg.steps} must be at most reality.budget.steps={budget}")
-    price = cfg.reality.price
-    return {
-        "environment": cfg.reality.env,
-        "observation space": str(known.observation_space),
-        "action space": str(known.action_space),
-        "real steps": cfg.steps,
-        "budget": cfg.reality.budget.steps,
-        "price": f"{cfg.steps * price.per_step:g} {price.currency}",
-        "price of a reset": f"{price.per_reset:g} {price.currency}",
-        "behaviours": [acting.label(b) for b in cfg.behaviours],
-    }
+        meta = {"counts": counts, "short": short, "dropped": dropped, "ledger": totals}
+        artifact = self.commit(plan, run, fill, **meta)
+        segments.remove()
+        run.record(ledger=totals, counts=counts)
+        run.say(
+            f"{artifact.name}: {tally.sentence()}; ledger {ledger.id!r}: {totals['spent']} steps,"
+            f" price {totals['price']:g} {totals['currency']}"
+        )
+        return artifact
 
-
-def resources(cfg: CollectConfig) -> dict[str, tuple[float, float]]:
-    """(CPUs, GPUs) that the job needs, by key."""
-    return {f"workers={cfg.workers}": (min(cfg.workers, cfg.lanes), 0)}
-
-
-def check_environment(cfg: CollectConfig, storage: Storage) -> EnvFacts:
-    """The environment's facts. Takes no real step.
-
-    Raises:
-        UsageError: no such environment, a space that a world cannot hold, a behaviour whose
-            policy or function is missing or of other spaces.
-    """
-    known = facts_of(cfg.reality)
-    check_spaces(*known.spaces)
-    _resolve(cfg.behaviours, storage, *known.spaces)
-    return known
-
-
-def run(cfg: CollectConfig, run: Run) -> Artifact:
-    """Collect `cfg.steps` real steps, or find the dataset that was collected so before.
-
-    Raises UsageError before any step: a wrong config, no such environment, an unsupported space,
-    too small a budget, more workers than the cluster has. MesocosmError after: an environment that
-    keeps failing, a behaviour that raises. Where others spend the same budget meanwhile, what was
-    collected until then is the dataset, and its meta's `short` says so; BudgetSpent if that is
-    nothing.
-    """
-    check(cfg)
-    storage = run.storage
-    known = facts_of(cfg.reality)
-    check_spaces(*known.spaces)
-    chosen, sources = _resolve(cfg.behaviours, storage, *known.spaces)
-    what = identity(cfg, without=["workers", "ledger", *PAID])
-    what["behaviours"] = [asdict(b) for b in chosen]
-    id = fingerprint("datasets", what, sources, known.version, VERSIONS["collect"], SCHEMA)
-    with run.making("datasets", id, cfg) as artifact:
-        if artifact is None:
-            return _make(cfg, run, id, known, chosen, what)
+    def report(self, artifact: Artifact, plan: Collection, run: Run, *, made: bool) -> None:
+        if made:
+            return
         short = artifact.meta.get("short")
         hint = f" ({short}; --force collects it anew)" if short else ""
         transitions = artifact.meta["counts"]["transitions"]
         run.say(f"found {artifact.name}: {transitions} transitions; nothing was collected{hint}")
-        run.record(artifact=artifact.name, inputs=artifact.meta["inputs"])
-        return artifact
 
 
-def _make(
-    cfg: CollectConfig,
-    run: Run,
-    id: str,
-    known: EnvFacts,
-    chosen: list[BehaviourConfig],
-    what: dict[str, Any],
-) -> Artifact:
-    storage = run.storage
-    ledger = Ledger(storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
-    plan = Plan(
-        reality=cfg.reality,
-        behaviours=chosen,
-        seed=cfg.seed,
-        root=cfg.storage.root,
-        ledger=ledger.id,
-        dataset=id,
-        run=f"{run.id}-{uuid.uuid4().hex[:8]}",
-        imports=os.getcwd(),
+def _environment(plan: Collection) -> Environment:
+    reality = plan.config.reality
+    return Environment(
+        id=reality.env,
+        version=plan.environment.version,
+        kwargs=dict(reality.kwargs),
+        task=list(reality.task),
+        max_episode_steps=plan.environment.max_episode_steps,
+        success=reality.success,
     )
-    attempts = _collect(cfg, plan, ledger, run)
-    episodes = [a for a in attempts if a.length is not None]
-    dropped = [
-        {"index": a.index, "behaviour": a.behaviour, "steps": a.steps, "reason": a.reason}
-        for a in attempts
-        if a.reason is not None
-    ]
-    refusals = [a.spent for a in attempts if a.spent is not None]
-    if refusals and not episodes:
-        raise BudgetSpent(refusals[-1])
-    if not episodes:
-        plan.segments().remove()  # so that the next run tries them again
-        raise MesocosmError(
-            f"all {len(dropped)} episodes were dropped, the last because {dropped[-1]['reason']};"
-            f" correct reality.env={cfg.reality.env!r}"
-        )
-    for episode in episodes:
-        metrics = {"collect/return": episode.total_reward, "collect/length": episode.length or 0}
-        run.log(metrics, step=episode.index)
-    totals = ledger.totals().to_json()
-    tally = Tally()
-    tally.add(attempts)
-    counts = tally.counts()
-    short = None
-    if (
-        refusals and counts["steps"] < cfg.steps
-    ):  # an earlier run's refusal may have been made up for
-        short = f"{counts['steps']} of steps={cfg.steps} were taken: {refusals[-1]}"
-    if short is not None:
-        run.say(f"warning: {short}")
-    meta = {
-        "inputs": {
-            "agents": sorted(
-                {
-                    b.policy.removeprefix("agents/").partition("@")[0]
-                    for b in chosen
-                    if b.policy is not None
-                }
-            )
-        },
-        "config": {**identity(cfg), "behaviours": what["behaviours"]},
-        "job": "collect",
-        "run": run.id,
-        "counts": counts,
-        "short": short,
-        "dropped": dropped,
-        "ledger": totals,
-    }
-    environment = Environment(
-        id=cfg.reality.env,
-        version=known.version,
-        kwargs=dict(cfg.reality.kwargs),
-        task=list(cfg.reality.task),
-        max_episode_steps=known.max_episode_steps,
-        success=cfg.reality.success,
-    )
-
-    segments = plan.segments()
-
-    def fill(folder: Path) -> None:
-        writer = DatasetWriter(
-            folder,
-            id=id,
-            environment=environment,
-            observation_space=known.observation_space,
-            action_space=known.action_space,
-            seed=cfg.seed,
-            valid_fraction=cfg.valid_fraction,
-        )
-        for episode, rows in segments.episodes(cfg.lanes):
-            writer.add(episode, rows)
-        writer.close(dropped=len(dropped))
-
-    artifact = storage.make("datasets", id, meta, fill, force=cfg.force)
-    segments.remove()
-    run.record(artifact=artifact.name, inputs=meta["inputs"], ledger=totals, counts=counts)
-    run.say(
-        f"{artifact.name}: {tally.sentence()}; ledger {ledger.id!r}: {totals['spent']} steps, price"
-        f" {totals['price']:g} {totals['currency']}"
-    )
-    return artifact
 
 
 def _resolve(
@@ -288,9 +223,9 @@ def _check_budget(cfg: CollectConfig, ledger: Ledger, used: int, run: Run) -> No
         )
 
 
-def _collect(cfg: CollectConfig, plan: Plan, ledger: Ledger, run: Run) -> list[Attempt]:
+def _collect(cfg: CollectConfig, task: Task, ledger: Ledger, run: Run) -> list[Attempt]:
     """Every attempt, by index: those that an earlier run has stored, and those of this one."""
-    lanes, segments = split(cfg.steps, cfg.lanes), plan.segments()
+    lanes, segments = split(cfg.steps, cfg.lanes), task.segments()
     attempts, tally = list[Attempt](), Tally()
     for lane in lanes:
         stored = segments.attempts(lane.index, 0, ledger)
@@ -315,19 +250,19 @@ def _collect(cfg: CollectConfig, plan: Plan, ledger: Ledger, run: Run) -> list[A
             tally.add(new)
             update(steps, f"{steps}/{cfg.steps} real steps, {tally.sentence()}")
 
-        _run_lanes(cfg, plan, lanes, report)
+        _run_lanes(cfg, task, lanes, report)
         report([], sum(lane.used for lane in lanes))
     return sorted(attempts, key=lambda attempt: attempt.index)
 
 
-def _run_lanes(cfg: CollectConfig, plan: Plan, lanes: list[Lane], report: Report) -> None:
+def _run_lanes(cfg: CollectConfig, task: Task, lanes: list[Lane], report: Report) -> None:
     if cfg.workers == 0 or not any(lane.left for lane in lanes):
-        run_here(plan, lanes, report)
+        run_here(task, lanes, report)
         return
     ray_session.ensure(cfg.ray)
     workers = min(cfg.workers, cfg.lanes)
     ray_session.preflight(cpus=workers, what=f"workers={cfg.workers}")
-    run_on_ray(plan, lanes, workers, report)
+    run_on_ray(task, lanes, workers, report)
 
 
 class Tally:
@@ -381,3 +316,7 @@ class Tally:
         episodes, transitions = self._sums["episodes"], self._sums["transitions"]
         plural = "" if episodes == 1 else "s"
         return f"{episodes} episode{plural} of {transitions} transitions{dropped}{mean}"
+
+
+JOB = Collect()
+plan, run = JOB.plan, JOB.run

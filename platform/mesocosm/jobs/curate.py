@@ -10,7 +10,7 @@ ledger is touched: what was curated away stays paid.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mesocosm import checks
 from mesocosm.cluster import ray_session
-from mesocosm.config import JobConfig, fingerprint, identity
+from mesocosm.config import JobConfig, identity
 from mesocosm.data.curation.operations import Named, parse, work
 from mesocosm.data.curation.scan import MANY, Scan, size
 from mesocosm.data.curation.table import Table
@@ -30,9 +31,9 @@ from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.manifest import ARRAYS, OUTCOMES, SPLITS
 from mesocosm.data.format.writer import DatasetWriter
 from mesocosm.errors import UsageError
+from mesocosm.job import Job, Plan
 from mesocosm.runs.tracking import Run
-from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
-from mesocosm.versions import VERSIONS
+from mesocosm.store.artifacts import Artifact, Storage
 
 Array = NDArray[Any]
 REPORT, DROPPED, ORIGIN = "curate.json", "dropped.parquet", "origin.parquet"
@@ -58,169 +59,134 @@ class CurateConfig(JobConfig):
     """
 
 
-def check(cfg: CurateConfig) -> list[Named]:
-    """Raise UsageError on the first value that cannot be meant. Reads no data."""
-    if not cfg.data.datasets:
-        raise UsageError("data.datasets=[] names no dataset; give ids, as in data.datasets=[ab12]")
-    if cfg.workers is not None and cfg.workers < 0:
-        raise UsageError(f"workers={cfg.workers} cannot be; give at least 0")
-    return parse(cfg.operations)
+@dataclass(frozen=True, kw_only=True)
+class Curation(Plan[CurateConfig]):
+    datasets: list[Artifact]
+    operations: list[Named]
 
 
-def plan(cfg: CurateConfig) -> dict[str, Any]:
-    """What `run` would keep and drop. Reads all that the operations need in this process, and
-    writes nothing.
-    """
-    operations = check(cfg)
-    storage = Storage(cfg.storage.root)
-    inputs = _inputs(cfg, storage)
-    dataset = Dataset([artifact.path for artifact in inputs])
-    table = Table(dataset, cfg.seed)
-    entries = work(
-        table,
-        Scan(dataset, cfg.storage.root, tuple(dataset.ids), 0, cfg.ray),
-        operations,
-        lambda said: None,
-    )
-    report = _report(cfg, table, operations, entries)
-    told = [
-        {
-            "operation": f"{entry['operation']} {entry['op']}",
-            "episodes": entry["in"]["episodes"],
-            "transitions": entry["in"]["transitions"],
-            "dropped": entry["dropped"]["episodes"],
-            "of transitions": entry["dropped"]["transitions"],
-            "cut": entry["cut"],
-            "put back": entry["put_back"]["episodes"],
-            "kept": entry["kept"]["episodes"],
-        }
-        for entry in entries
-    ]
-    reasons = [
-        {
-            "operation": f"{e['operation']} {e['op']}",
-            **{k: v if k != "first" else ", ".join(v) for k, v in row.items()},
-        }
-        for e in entries
-        for row in e["reasons"]
-    ]
-    return {
-        "dataset": f"datasets/{_id(cfg, dataset.ids, operations)}",
-        "from": ", ".join(dataset.ids),
-        **{
-            f"{name} kept": f"{found['episodes']} episodes, {found['transitions']} transitions"
-            for name, found in report["splits"].items()
-        },
-        "price": "nothing: no real step is taken",
-        **({"operations": told} if told else {}),
-        **({"reasons": reasons} if reasons else {}),
-        **(
-            {"notes": notes}
-            if (
-                notes := [
-                    f"{e['operation']} {e['op']}: {note}" for e in entries for note in e["notes"]
-                ]
-            )
-            else {}
-        ),
-        **({"warnings": report["warnings"]} if report["warnings"] else {}),
-    }
-
-
-def run(cfg: CurateConfig, run: Run) -> Artifact:
+class Curate(Job[CurateConfig, Curation]):
     """Curate, or find the dataset that the same operations made of the same datasets.
 
     Raises UsageError before anything is written: no such dataset or operation, datasets of
     different environments, an operation that leaves nothing to train on.
     """
-    operations = check(cfg)
-    inputs = _inputs(cfg, run.storage)
-    id = _id(cfg, [artifact.id for artifact in inputs], operations)
-    with run.making("datasets", id, cfg) as artifact:
-        if artifact is None:
-            return _make(cfg, run, id, operations, inputs)
-        transitions = artifact.meta["counts"]["transitions"]
-        run.say(f"found {artifact.name}: {transitions} transitions; nothing was curated")
-        report = json.loads((artifact.path / REPORT).read_text())
-        run.record(artifact=artifact.name, inputs=artifact.meta["inputs"], **report)
+
+    name, kind, config = "curate", "datasets", CurateConfig
+
+    def resolve(self, config: CurateConfig, storage: Storage) -> Curation:
+        if not config.data.datasets:
+            raise UsageError("data.datasets must name a dataset, got []; try data.datasets=[ab12]")
+        checks.at_least(config, 0, "workers")
+        operations = parse(config.operations)
+        datasets = [storage.artifact("datasets", ref) for ref in config.data.datasets]
+        ids = [artifact.id for artifact in datasets]
+        lineage = [{"op": o.name, **o.params()} for o in operations]
+        agents = {a for d in datasets for a in d.meta.get("inputs", {}).get("agents", [])}
+        what = identity(config, without=["workers", "data", "operations"])
+        return Curation(
+            config=config,
+            inputs={"datasets": ids, **({"agents": sorted(agents)} if agents else {})},
+            facts={**identity(config), "operations": lineage},
+            identity=("curate", what, ids, lineage),
+            datasets=datasets,
+            operations=operations,
+        )
+
+    def summary(self, plan: Curation) -> dict[str, Any]:
+        """What is kept and dropped. Reads all that the operations need in this process."""
+        cfg = plan.config
+        dataset = Dataset([artifact.path for artifact in plan.datasets])
+        table = Table(dataset, cfg.seed)
+        scan = Scan(dataset, cfg.storage.root, tuple(dataset.ids), 0, cfg.ray)
+        entries = work(table, scan, plan.operations, lambda text: None)
+        report = _report(plan, table, entries)
+        operations = [
+            {
+                "operation": f"{e['operation']} {e['op']}",
+                "episodes": e["in"]["episodes"],
+                "transitions": e["in"]["transitions"],
+                "dropped": e["dropped"]["episodes"],
+                "of transitions": e["dropped"]["transitions"],
+                "cut": e["cut"],
+                "put back": e["put_back"]["episodes"],
+                "kept": e["kept"]["episodes"],
+            }
+            for e in entries
+        ]
+        reasons = [
+            {
+                "operation": f"{e['operation']} {e['op']}",
+                **{k: v if k != "first" else ", ".join(v) for k, v in row.items()},
+            }
+            for e in entries
+            for row in e["reasons"]
+        ]
+        optional = {
+            "operations": operations,
+            "reasons": reasons,
+            "notes": [
+                f"{e['operation']} {e['op']}: {note}" for e in entries for note in e["notes"]
+            ],
+            "warnings": report["warnings"],
+        }
+        return {
+            "dataset": f"datasets/{self.id(plan)}",
+            "from": ", ".join(dataset.ids),
+            **{
+                f"{name} kept": f"{size['episodes']} episodes, {size['transitions']} transitions"
+                for name, size in report["splits"].items()
+            },
+            "price": "nothing: no real step is taken",
+            **{name: rows for name, rows in optional.items() if rows},
+        }
+
+    def make(self, plan: Curation, run: Run) -> Artifact:
+        cfg = plan.config
+        dataset = Dataset([artifact.path for artifact in plan.datasets])
+        table = Table(dataset, cfg.seed)
+        with run.progress("curate", table.size()["transitions"]) as update:
+
+            def progress(done: int, total: int) -> None:
+                update(done, f"{done}/{total} pieces of an operation measured")
+
+            workers = _workers(cfg, dataset)
+            scan = Scan(dataset, cfg.storage.root, tuple(dataset.ids), workers, cfg.ray, progress)
+            entries = work(table, scan, plan.operations, lambda text: run.say(f"  {text}"))
+        report = _report(plan, table, entries)
+        for entry in entries:
+            for note in entry["notes"]:
+                run.say(f"  note: {entry['op']}: {note}")
+        for warning in report["warnings"]:
+            run.say(f"warning: {warning}")
+
+        def fill(folder: Path) -> None:
+            kept = table.size()["transitions"]
+            with run.progress("write the dataset", kept) as update:
+
+                def progress(done: int) -> None:
+                    update(done, f"{done:,}/{kept:,} transitions")
+
+                _write(folder, cfg, self.id(plan), table, progress)
+            pq.write_table(_dropped(table), folder / DROPPED)
+            (folder / REPORT).write_text(json.dumps(report, indent=1))
+
+        # Real steps that were paid for and are not here: evaluation counts them as spent.
+        dropped = [drop for artifact in plan.datasets for drop in artifact.meta.get("dropped", [])]
+        counts = {**table.size(), "splits": report["splits"]}
+        artifact = self.commit(plan, run, fill, counts=counts, dropped=dropped + _gone(entries))
+        size = table.size()
+        run.say(
+            f"{artifact.name}: {size['episodes']} episodes of {size['transitions']} transitions, of"
+            f" {report['in']['transitions']}; why the others went: {REPORT}"
+        )
         return artifact
 
-
-def _make(
-    cfg: CurateConfig, run: Run, id: str, operations: list[Named], inputs: Sequence[Artifact]
-) -> Artifact:
-    ids = [artifact.id for artifact in inputs]
-    dataset = Dataset([artifact.path for artifact in inputs])
-    table = Table(dataset, cfg.seed)
-    with run.progress("curate", table.size()["transitions"]) as update:
-
-        def progress(done: int, total: int) -> None:
-            update(done, f"{done}/{total} pieces of an operation measured")
-
-        scan = Scan(
-            dataset, cfg.storage.root, tuple(ids), _workers(cfg, dataset), cfg.ray, progress
-        )
-        entries = work(table, scan, operations, lambda said: run.say(f"  {said}"))
-    report = _report(cfg, table, operations, entries)
-    for entry in entries:
-        for note in entry["notes"]:
-            run.say(f"  note: {entry['op']}: {note}")
-    for warning in report["warnings"]:
-        run.say(f"warning: {warning}")
-    agents = sorted(
-        {
-            agent
-            for artifact in inputs
-            for agent in artifact.meta.get("inputs", {}).get("agents", [])
-        }
-    )
-    meta = {
-        "inputs": {"datasets": ids, **({"agents": agents} if agents else {})},
-        "config": {**identity(cfg), "operations": report["lineage"]},
-        "job": "curate",
-        "run": run.id,
-        "counts": {**table.size(), "splits": report["splits"]},
-        # What reality was paid for and is not here: evaluation counts it as spent.
-        "dropped": (
-            [drop for artifact in inputs for drop in artifact.meta.get("dropped", [])]
-            + _gone(entries)
-        ),
-    }
-
-    def fill(folder: Path) -> None:
-        kept = table.size()["transitions"]
-        with run.progress("write the dataset", kept) as update:
-            _write(
-                folder, cfg, id, table, lambda done: update(done, f"{done:,}/{kept:,} transitions")
-            )
-        pq.write_table(_dropped(table), folder / DROPPED)
-        (folder / REPORT).write_text(json.dumps(report, indent=1))
-
-    artifact = run.storage.make("datasets", id, meta, fill, force=cfg.force)
-    run.record(artifact=artifact.name, inputs=meta["inputs"], **report)
-    size = table.size()
-    run.say(
-        f"{artifact.name}: {size['episodes']} episodes of {size['transitions']} transitions, of"
-        f" {report['in']['transitions']}; why the others went: {REPORT}"
-    )
-    return artifact
-
-
-def _inputs(cfg: CurateConfig, storage: Storage) -> list[Artifact]:
-    return [storage.artifact("datasets", ref) for ref in cfg.data.datasets]
-
-
-def _id(cfg: CurateConfig, ids: list[str], operations: list[Named]) -> str:
-    what = identity(cfg, without=["workers", "data", "operations"])
-    return fingerprint(
-        "datasets",
-        "curate",
-        what,
-        ids,
-        [{"op": o.name, **o.params()} for o in operations],
-        VERSIONS["curate"],
-        SCHEMA,
-    )
+    def report(self, artifact: Artifact, plan: Curation, run: Run, *, made: bool) -> None:
+        run.record(**json.loads((artifact.path / REPORT).read_text()))
+        if not made:
+            transitions = artifact.meta["counts"]["transitions"]
+            run.say(f"found {artifact.name}: {transitions} transitions; nothing was curated")
 
 
 def _workers(cfg: CurateConfig, dataset: Dataset) -> int:
@@ -234,9 +200,7 @@ def _workers(cfg: CurateConfig, dataset: Dataset) -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _report(
-    cfg: CurateConfig, table: Table, operations: list[Named], entries: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _report(plan: Curation, table: Table, entries: list[dict[str, Any]]) -> dict[str, Any]:
     dataset = table.dataset
     every = np.arange(len(table.kept))
     before = [np.flatnonzero(dataset.part == i) for i in range(len(dataset.ids))]
@@ -246,12 +210,12 @@ def _report(
             {"id": id, "episodes": len(some), "transitions": int(lengths[some].sum())}
             for id, some in zip(dataset.ids, before, strict=True)
         ],
-        "lineage": [{"op": named.name, **named.params()} for named in operations],
+        "lineage": plan.facts["operations"],
         "in": {"episodes": len(every), "transitions": int(lengths.sum())},
         "operations": entries,
         "kept": table.size(),
         "splits": table.sizes(),
-        "warnings": _warnings(table, operations),
+        "warnings": _warnings(table, plan.operations),
     }
 
 
@@ -401,3 +365,7 @@ def _dropped(table: Table) -> pa.Table:
             for name, parts in columns.items()
         }
     )
+
+
+JOB = Curate()
+plan, run = JOB.plan, JOB.run

@@ -4,145 +4,138 @@ reality -> a report.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from mesocosm import __version__
-from mesocosm.config import fingerprint, identity
+from mesocosm.config import identity
 from mesocosm.data.analysis.evidence import Evidence
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
-from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import imagine, policy_set, suite
-from mesocosm.evaluate.config import EvaluateConfig
+from mesocosm.evaluate.config import EvaluateConfig, reality_of
 from mesocosm.evaluate.judge import JudgeResult, judge, judging
 from mesocosm.evaluate.judge_store import JudgeStore
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
 from mesocosm.evaluate.metrics.log import check_dataset, codec_of
 from mesocosm.evaluate.report import page, report
 from mesocosm.evaluate.report.verdicts import verdicts
+from mesocosm.job import Job, Plan
 from mesocosm.model.world import World
 from mesocosm.policies.policy import Policy
 from mesocosm.runs.tracking import Run, console
-from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
-from mesocosm.versions import VERSIONS
+from mesocosm.store.artifacts import Artifact, Storage
 
-TRUSTED = ("", "mesocosm.envs.builtin")
-"""Modules whose environments are made because a world says that it is of them: "" is Gymnasium's
-registry.
-"""
-
-
-def plan(cfg: EvaluateConfig) -> dict[str, Any]:
-    """What `run` would evaluate and judge. Takes no real step and writes nothing."""
-    cfg.validate()
-    storage = Storage(cfg.storage.root)
-    world = storage.artifact("worlds", cfg.world)
-    codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
-    for name in cfg.datasets:
-        check_dataset(Dataset([storage.artifact("datasets", name).path]), codec)
-    horizons = [*cfg.horizons, *(["full"] if cfg.full else [])]
-    facts: dict[str, Any] = {"world": world.name, "horizons": horizons}
-    if cfg.agent is None and not cfg.compares:
-        return facts | {"real steps": 0}
-    cfg = replace(cfg, reality=reality_of(cfg.reality, codec))
-    agent = None if cfg.agent is None else storage.artifact("agents", cfg.agent)
-    found = suite.prepare(cfg, storage, world, codec, agent)
-    facts |= {
-        "agent": None if agent is None else agent.name,
-        "policies compared": f"at most {found.most_policies}",
-    }
-    facts["horizon"] = f"{found.limit} steps: {found.horizon.source}"
-    return facts | judging(cfg.reality, found.most_episodes, found.limit)
+NOT_IN_ID = [
+    "world",
+    "agent",
+    "datasets",
+    "ledger",
+    "judge_steps",
+    "reality.budget",
+    "reality.step_timeout_s",
+]
+"""Keys that do not change what is measured; inputs are hashed by their ids."""
 
 
-def run(cfg: EvaluateConfig, run: Run) -> Artifact:
-    """Evaluate, or find the evaluation that was made so before. The artifact holds summary.json and
-    report.html.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Plan[EvaluateConfig]):
+    """What is evaluated. `config.reality` names the environment."""
+
+    artifact: Artifact
+    """The world's"""
+    world: World
+    datasets: list[Artifact]
+    dataset: Dataset
+    codec: Codec
+    agent: Artifact | None
+    policy: Policy | None
+    suite: suite.Prepared | None
+    """None where no real step is taken."""
+
+    @property
+    def horizons(self) -> list[Any]:
+        return [*self.config.horizons, *(["full"] if self.config.full else [])]
+
+
+class Evaluate(Job[EvaluateConfig, Evaluation]):
+    """Judge a world, and its agent in reality. The artifact holds summary.json and report.html.
 
     Raises UsageError before any real step: a wrong config, a missing artifact, datasets or an agent
     of other spaces.
     """
-    cfg.validate()
-    storage = run.storage
-    made = storage.artifact("worlds", cfg.world)
-    trained = storage.artifact("agents", cfg.agent) if cfg.agent is not None else None
-    datasets = [
-        storage.artifact("datasets", ref) for ref in cfg.datasets or made.meta["inputs"]["datasets"]
-    ]
-    world, dataset = World.load(made.path), Dataset([artifact.path for artifact in datasets])
-    codec = codec_of(world)
-    check_dataset(dataset, codec)
-    policy, plan = None, None
-    if trained is not None or cfg.compares:
-        cfg = replace(cfg, reality=reality_of(cfg.reality, codec))
-        policy = None if trained is None else Policy.load(trained.path)
-        plan = suite.prepare(cfg, storage, made, codec, trained)
-        cfg = plan.cfg
-    agents = [] if plan is None else [*([] if trained is None else [trained.id]), *plan.agents]
-    inputs = {
-        "worlds": [made.id],
-        "agents": agents,
-        "datasets": [artifact.id for artifact in datasets],
-    }
-    what = identity(
-        cfg,
-        without=[
-            "world",
-            "agent",
-            "datasets",
-            "ledger",
-            "judge_steps",
-            "reality.budget",
-            "reality.step_timeout_s",
-        ],
-    )
-    known: list[Any] = [] if plan is None else [plan.facts.version, *plan.sources]
-    if plan is not None and plan.horizon.inferred:
-        known.append({"horizon": plan.limit})
-    id = fingerprint("evaluations", what, inputs, known, VERSIONS["evaluate"], SCHEMA)
-    with run.making("evaluations", id, cfg) as artifact:
-        if artifact is None:
-            question = _Question(
-                cfg, id, inputs, made, datasets, world, dataset, codec, policy, plan
-            )
-            return _evaluate(question, run)
+
+    name, kind, config = "evaluate", "evaluations", EvaluateConfig
+
+    def resolve(self, config: EvaluateConfig, storage: Storage) -> Evaluation:
+        config.validate()
+        artifact = storage.artifact("worlds", config.world)
+        agent = None if config.agent is None else storage.artifact("agents", config.agent)
+        names = config.datasets or artifact.meta["inputs"]["datasets"]
+        datasets = [storage.artifact("datasets", name) for name in names]
+        world, dataset = World.load(artifact.path), Dataset([d.path for d in datasets])
+        codec = codec_of(world)
+        check_dataset(dataset, codec)
+        prepared, agents = None, list[str]()
+        identities: list[Any] = []
+        if agent is not None or config.compares:
+            config = replace(config, reality=reality_of(config.reality, codec))
+            prepared = suite.prepare(config, storage, artifact, codec, agent)
+            config = prepared.cfg
+            agents = [*([] if agent is None else [agent.id]), *prepared.agents]
+            identities = [prepared.facts.version, *prepared.sources]
+            if prepared.horizon.inferred:
+                identities.append({"horizon": prepared.limit})
+        inputs = {"worlds": [artifact.id], "agents": agents, "datasets": [d.id for d in datasets]}
+        return Evaluation(
+            config=config,
+            inputs=inputs,
+            facts=identity(config),
+            identity=(identity(config, without=NOT_IN_ID), inputs, identities),
+            artifact=artifact,
+            world=world,
+            datasets=datasets,
+            dataset=dataset,
+            codec=codec,
+            agent=agent,
+            policy=None if agent is None else Policy.load(agent.path),
+            suite=prepared,
+        )
+
+    def summary(self, plan: Evaluation) -> dict[str, Any]:
+        facts: dict[str, Any] = {"world": plan.artifact.name, "horizons": plan.horizons}
+        prepared = plan.suite
+        if prepared is None:
+            return facts | {"real steps": 0}
+        return {
+            **facts,
+            "agent": None if plan.agent is None else plan.agent.name,
+            "policies compared": f"at most {prepared.most_policies}",
+            "horizon": f"{prepared.limit} steps: {prepared.horizon.source}",
+            **judging(plan.config.reality, prepared.most_episodes, prepared.limit),
+        }
+
+    def make(self, plan: Evaluation, run: Run) -> Artifact:
+        return _evaluate(self, plan, run)
+
+    def report(self, artifact: Artifact, plan: Evaluation, run: Run, *, made: bool) -> None:
         page = artifact.path / report.PAGE
-        run.say(f"found {artifact.name}: nothing was evaluated; the report is {page}")
-        run.record(artifact=artifact.name, inputs=inputs)
-        return artifact
+        if made:
+            run.artifact(page)
+            run.artifact(artifact.path / report.SUMMARY)
+            run.say(f"{artifact.name}: {page}")
+        else:
+            run.say(f"found {artifact.name}: nothing was evaluated; the report is {page}")
 
 
-@dataclass(frozen=True)
-class _Question:
-    """What is to be evaluated."""
-
-    cfg: EvaluateConfig
-    id: str
-    inputs: dict[str, list[str]]
-    made: Artifact
-    datasets: list[Artifact]
-    world: World
-    dataset: Dataset
-    codec: Codec
-    policy: Policy | None
-    plan: suite.Prepared | None
-
-
-def _evaluate(question: _Question, run: Run) -> Artifact:
-    cfg, id, inputs, storage = question.cfg, question.id, question.inputs, run.storage
-    made, datasets, world, dataset = (
-        question.made,
-        question.datasets,
-        question.world,
-        question.dataset,
-    )
-    codec, policy, plan = question.codec, question.policy, question.plan
+def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
+    cfg, world, dataset = plan.config, plan.world, plan.dataset
+    policy, prepared, id = plan.policy, plan.suite, job.id(plan)
     with run.progress("fidelity", None) as update:
 
         def report_fidelity(text: str) -> None:
@@ -151,20 +144,20 @@ def _evaluate(question: _Question, run: Run) -> Artifact:
         faithful = fidelity(
             world,
             dataset,
-            horizons=[*cfg.horizons, *(["full"] if cfg.full else [])],
+            horizons=plan.horizons,
             starts=cfg.starts,
             samples=cfg.samples,
             seed=cfg.seed,
             progress=report_fidelity,
         )
         update(1, f"{faithful.losses['total']:.3f} nats a transition")
-    result, ledger, store = None, None, JudgeStore(storage, id)
-    if plan is not None:
-        ledger = _ledger(cfg, run, id, plan, store)
-        if plan.horizon.inferred:
-            run.say(f"episodes end after {plan.limit} steps: {plan.horizon.source}")
+    result, ledger, store = None, None, JudgeStore(run.storage, id)
+    if prepared is not None:
+        ledger = _ledger(cfg, run, id, prepared, store)
+        if prepared.horizon.inferred:
+            run.say(f"episodes end after {prepared.limit} steps: {prepared.horizon.source}")
         if cfg.adversary:
-            plan = suite.with_adversary(plan, run, made)
+            prepared = suite.with_adversary(prepared, run, plan.artifact)
         if policy is not None:
             with run.progress("judge", cfg.episodes) as update:
                 result = judge(
@@ -173,85 +166,40 @@ def _evaluate(question: _Question, run: Run) -> Artifact:
                     ledger,
                     episodes=cfg.episodes,
                     seed=cfg.seed,
-                    max_episode_steps=plan.limit,
+                    max_episode_steps=prepared.limit,
                     progress=update,
                     segments=store.segments(
-                        policy_set.AGENT, policy, seed=cfg.seed, limit=plan.limit
+                        policy_set.AGENT, policy, seed=cfg.seed, limit=prepared.limit
                     ),
                 )
-    measured = suite.run(cfg, run, world, made, dataset, plan, ledger, store, result)
+    measured = suite.run(cfg, run, world, plan.artifact, dataset, prepared, ledger, store, result)
     agent = None
-    if policy is not None and result is not None and plan is not None:
-        agent = suite.agent_told(measured, result, world, policy, cfg, plan.limit, run)
-    told = [
-        verdict.to_json() for verdict in verdicts(measured, faithful.open_loop.to_json(), agent)
-    ]
+    if policy is not None and result is not None and prepared is not None:
+        agent = suite.agent_told(measured, result, world, policy, cfg, prepared.limit, run)
     _warn(run, measured, agent)
     measured |= {
-        "verdicts": told,
+        "verdicts": [
+            verdict.to_json() for verdict in verdicts(measured, faithful.open_loop.to_json(), agent)
+        ],
         "agent": agent,
         "time_to_end": faithful.time_to_end.to_json(),
         "loss_intervals": faithful.loss_intervals,
     }
-    spent = dataset.transitions + sum(
-        int(drop["steps"]) for artifact in datasets for drop in artifact.meta.get("dropped", [])
-    )
-    about = replace(
-        _report(cfg, codec, world, faithful, policy, result, ledger, spent, inputs), suite=measured
-    )
+    drops = [drop for artifact in plan.datasets for drop in artifact.meta.get("dropped", [])]
+    spent = dataset.transitions + sum(int(drop["steps"]) for drop in drops)
+    about = replace(_report(plan, faithful, result, ledger, spent), suite=measured)
     figures = _log(run, faithful, result, measured)
-    meta = {
-        "inputs": inputs,
-        "config": identity(cfg),
-        "job": "evaluate",
-        "run": run.id,
-        "figures": figures,
-    }
-    artifact = storage.make(
-        "evaluations",
-        id,
-        meta,
-        lambda folder: _ignore(report.write(about, folder)),
-        force=cfg.force,
-    )
+
+    def fill(folder: Path) -> None:
+        report.write(about, folder)
+
+    artifact = job.commit(plan, run, fill, figures=figures)
     store.remove()
-    run.artifact(artifact.path / report.PAGE)
-    run.artifact(artifact.path / report.SUMMARY)
-    run.record(
-        artifact=artifact.name,
-        inputs=inputs,
-        **({} if ledger is None else {"ledger": ledger.totals().to_json()}),
-    )
+    if ledger is not None:
+        run.record(ledger=ledger.totals().to_json())
     if not run.quiet:
         console.print(_table(faithful, result))
-    run.say(f"{artifact.name}: {artifact.path / report.PAGE}")
     return artifact
-
-
-def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
-    """`reality` as given, or where it names no environment the one that the world is of, at the
-    given price and budget.
-
-    Raises UsageError where that is a program: a world may be a stranger's, and runs nothing that
-    its user did not name.
-    """
-    if reality.env:
-        return reality
-    own = codec.environment
-    module, _, _ = own["id"].rpartition(":")
-    if module not in TRUSTED:
-        raise UsageError(
-            f"the world is of {own['id']!r}, which is a program; where you trust it, set"
-            f" reality.env={own['id']} and reality.kwargs={own['kwargs']}"
-        )
-    return replace(
-        reality,
-        env=own["id"],
-        kwargs=own["kwargs"],
-        task=own["task"],
-        horizon=own["max_episode_steps"],
-        success=own["success"],
-    )
 
 
 def _ledger(
@@ -285,23 +233,20 @@ def _ledger(
 
 
 def _report(
-    cfg: EvaluateConfig,
-    codec: Codec,
-    world: World,
+    plan: Evaluation,
     faithful: Fidelity,
-    policy: Policy | None,
     result: JudgeResult | None,
     ledger: Ledger | None,
     spent: int,
-    inputs: dict[str, list[str]],
 ) -> report.ReportInput:
+    cfg, policy, inputs = plan.config, plan.policy, plan.inputs
     found = faithful.to_json()
     parts = {name: value for name, value in faithful.losses.items() if name != "total"} | {
         "total": faithful.losses["total"]
     }
     about = report.ReportInput(
         title=f"Evaluation of worlds/{inputs['worlds'][0]}",
-        environment=codec.environment["id"],
+        environment=plan.codec.environment["id"],
         target=cfg.target,
         losses=[{"round": None, "parts": parts, "intervals": faithful.loss_intervals}],
         open_loop=[{"round": None, "table": found["open_loop"]}],
@@ -320,7 +265,7 @@ def _report(
         about,
         agent=[report.Curve(name, [report.Point.of(spent, result.returns)])],
         trajectories=[
-            imagine.side_by_side(world, policy, result.episodes, title=name, seed=cfg.seed)
+            imagine.side_by_side(plan.world, policy, result.episodes, title=name, seed=cfg.seed)
         ],
         notes=[f"episode dropped: {reason}" for reason in result.dropped],
     )
@@ -421,5 +366,5 @@ def _table(faithful: Fidelity, result: JudgeResult | None) -> Table:
     return table
 
 
-def _ignore(value: Any) -> None:
-    return None
+JOB = Evaluate()
+plan, run = JOB.plan, JOB.run

@@ -9,14 +9,14 @@ from typing import Any, TypeVar
 
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.config import JobConfig
+from mesocosm.data.collecting import config as collecting
+from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.envs import config as reality_config
 from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.config import EvaluateConfig
 from mesocosm.jobs import baseline as model_free
-from mesocosm.jobs import collect as collecting
 from mesocosm.jobs import train_agent as agents
-from mesocosm.jobs.collect import CollectConfig
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.serve import config as serving
 from mesocosm.serve.config import ServeConfig

@@ -118,7 +118,7 @@ class _stage:
 def _check_collection(cfg: LoopConfig, storage: Storage) -> EnvFacts:
     """The environment, its spaces, and every behaviour that does not wait for an agent."""
     with _stage("collect"):
-        facts = collect.check_environment(fill(cfg.collect, cfg, 0), storage)
+        facts = collect.JOB.resolve(fill(cfg.collect, cfg, 0), storage).environment
     if cfg.rounds > 1:
         named = [b for b in acting(cfg.explore, "?").behaviours if b.policy != "?"]
         with _stage("explore"):

@@ -23,26 +23,26 @@ from typing import Any
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
+from mesocosm import checks
 from mesocosm.agents import learner_state, rllib, settings
 from mesocosm.agents.checkpoint import Checkpoints, Progress
 from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.feasible import check_agent, check_init
 from mesocosm.cluster import ray_session
-from mesocosm.config import fingerprint, identity
+from mesocosm.config import identity
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import Horizon, horizon_of
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.parts import observation_parts
-from mesocosm.errors import UsageError, nearest
-from mesocosm.model.spec import Parts
+from mesocosm.errors import UsageError
+from mesocosm.job import Job, Plan, Resources
 from mesocosm.policies.policy import SNAPSHOTS, Policy
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.client import BACKENDS, WorldVectorEnv
 from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.deployment import deploy, undeploy
-from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
-from mesocosm.versions import VERSIONS
+from mesocosm.store.artifacts import Artifact, Storage
 
 STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
@@ -51,82 +51,23 @@ MAX_STARTS = 50_000
 
 
 def check(config: AgentConfig) -> None:
-    """Raise UsageError on the first value that cannot be meant. Reads no storage, starts nothing."""
+    """Raise UsageError on the first wrong value. Reads no storage, starts nothing."""
     rllib.check("", config.algo, config.params, config.model)
-    for key in ("iterations", "num_envs", "rollout", "horizon"):
-        value = getattr(config, key)
-        if value is not None and value < 1:
-            raise UsageError(f"{key}={value} must be at least 1")
-    if config.snapshots < 0:
-        raise UsageError(f"snapshots={config.snapshots} must be at least 0; 0 keeps none")
-    if config.runners < 0:
-        raise UsageError(
-            f"runners={config.runners} must be at least 0; 0 is one in the job's own process"
-        )
-    if config.starts not in STARTS:
-        raise UsageError(
-            f"starts={config.starts!r} is not one of"
-            f" {', '.join(STARTS)}{nearest(config.starts, STARTS)}"
-        )
-    if config.backend not in BACKENDS:
-        raise UsageError(
-            f"backend={config.backend!r} is not one of"
-            f" {', '.join(BACKENDS)}{nearest(config.backend, BACKENDS)}"
-        )
-    if config.objective not in OBJECTIVES:
-        raise UsageError(
-            f"objective={config.objective!r} is not one of"
-            f" {', '.join(OBJECTIVES)}{nearest(config.objective, OBJECTIVES)}"
-        )
-    if not (math.isfinite(config.penalty) and config.penalty >= 0):
-        raise UsageError(f"penalty={config.penalty} must be a finite number of at least 0")
-    if config.max_disagreement is not None and not config.max_disagreement > 0:
-        raise UsageError(
-            f"max_disagreement={config.max_disagreement} would end every episode at once; give a"
-            " number above 0, or null for no limit"
-        )
-    batch, minibatch = (
-        config.num_envs * config.rollout * max(config.runners, 1),
-        config.params.get("minibatch_size"),
-    )
-    if config.algo in settings.ON_POLICY and isinstance(minibatch, int) and minibatch > batch:
-        raise UsageError(
-            f"params.minibatch_size={minibatch} is more than the {batch} steps of an iteration;"
-            " lower it, or raise num_envs or rollout"
-        )
-    if not 0 < config.gamma <= 1:
-        raise UsageError(
-            f"gamma={config.gamma} is no discount; give a number above 0 and at most 1"
-        )
-
-
-def plan(config: AgentConfig) -> dict[str, Any]:
-    """What `run` would train, and on how many imagined steps. Starts nothing."""
-    check(config)
-    storage = Storage(config.storage.root)
-    world = _world(config, storage)
-    _datasets(config, storage, world)
-    _members(config, world)
-    codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
-    cut = _horizon(config, storage, world, codec)
-    former = None if config.init is None else storage.artifact("agents", config.init)
-    check_spaces(config, (codec.observation_space, codec.action_space), former)
-    steps = config.iterations * config.num_envs * config.rollout * max(config.runners, 1)
-    return {
-        "world": world.name,
-        "algo": config.algo,
-        "params": _params(config),
-        "horizon": f"{cut.steps} steps: {cut.source}",
-        "imagined steps": steps,
-        "real steps": 0,
-        "price": 0.0,
-    }
-
-
-def resources(config: AgentConfig) -> dict[str, tuple[float, float]]:
-    """(CPUs, GPUs) that the job needs, by key."""
-    serves = config.backend == "serve" and config.ray.address is None
-    return {f"runners={config.runners}": (config.runners + int(serves), 0)}
+    checks.at_least(config, 1, "iterations", "num_envs", "rollout", "horizon")
+    checks.at_least(config, 0, "snapshots", "runners")
+    checks.one_of(config, STARTS, "starts")
+    checks.one_of(config, BACKENDS, "backend")
+    checks.one_of(config, OBJECTIVES, "objective")
+    checks.within(config, 0, math.inf, "penalty", open="]")
+    checks.within(config, 0, 1, "gamma", open="[")
+    if config.max_disagreement is not None:
+        checks.within(config, 0, math.inf, "max_disagreement", open="[")
+    steps = config.num_envs * config.rollout * max(config.runners, 1)
+    minibatch = config.params.get("minibatch_size")
+    if config.algo in settings.ON_POLICY and isinstance(minibatch, int) and minibatch > steps:
+        fix = "lower it, or raise num_envs or rollout"
+        message = f"params.minibatch_size must be <= the {steps} steps of an iteration"
+        raise UsageError(f"{message}, got {minibatch}; {fix}")
 
 
 def check_spaces(config: AgentConfig, spaces: tuple[Any, Any], former: Artifact | None) -> None:
@@ -146,131 +87,128 @@ def check_spaces(config: AgentConfig, spaces: tuple[Any, Any], former: Artifact 
     check_init(module, former.path, former.name)
 
 
-def _world(config: AgentConfig, storage: Storage) -> Artifact:
-    """The world to train in. Raises UsageError where none is named."""
-    if not config.world:
-        raise UsageError("world is not set; give the world to train in, as in world=worlds/ab12")
-    return storage.artifact("worlds", config.world)
+@dataclass(frozen=True, kw_only=True)
+class Training(Plan[AgentConfig]):
+    world: Artifact
+    codec: Codec
+    datasets: list[Artifact]
+    former: Artifact | None
+    """The agent that training begins with."""
+    horizon: Horizon
 
 
-def run(config: AgentConfig, run: Run) -> Artifact:
-    """Train and export. Raises UsageError for wrong settings, a missing world, dataset or agent,
-    and weights of another network.
+class TrainAgent(Job[AgentConfig, Training]):
+    """Train an agent and export it.
 
     The artifact is what earns most in this world, by greedy imagined episodes, of the last policy,
     the snapshots and, with `init`, the agent it began with: its metrics say `greedy_return` (of the
     last), `best_return`, `kept_iteration`, `former_return` and `kept_former`.
     """
-    check(config)
-    world = _world(config, run.storage)
-    codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
-    datasets = _datasets(config, run.storage, world)
-    _members(config, world)
-    former = None if config.init is None else run.storage.artifact("agents", config.init)
-    inputs = {
-        "worlds": [world.id],
-        "datasets": [d.id for d in datasets],
-        "agents": [] if former is None else [former.id],
-    }
-    cut = _horizon(config, run.storage, world, codec)
-    horizon = cut.steps
-    if cut.inferred:
-        run.say(f"imagined episodes end after {horizon} steps: {cut.source}")
-    told = {
-        "horizon": horizon,
-        "params": _params(config),
-        "model": settings.model(config.algo, config.model),
-    }
-    facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | told
-    id = fingerprint("agents", facts, inputs, VERSIONS["train-agent"], SCHEMA)
-    check_spaces(config, (codec.observation_space, codec.action_space), former)
-    run.record(inputs=inputs)
-    with run.making("agents", id, config) as artifact:
-        if artifact is None:
-            task = _Task(id, inputs, facts, world, codec, datasets, former, horizon)
-            return _make(config, run, task)
-        run.say(f"found {artifact.name}: it was trained before")
-        run.record(artifact=artifact.name)
-        return artifact
 
+    name, kind, config = "train-agent", "agents", AgentConfig
 
-@dataclass(frozen=True)
-class _Task:
-    """What is to be made of what."""
+    def resolve(self, config: AgentConfig, storage: Storage) -> Training:
+        check(config)
+        if not config.world:
+            raise UsageError("world must name the world to train in, got ''; try world=worlds/ab12")
+        world = storage.artifact("worlds", config.world)
+        codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
+        datasets = _datasets(config, storage, world)
+        _check_members(config, world)
+        horizon = _horizon(config, storage, world, codec)
+        former = None if config.init is None else storage.artifact("agents", config.init)
+        check_spaces(config, (codec.observation_space, codec.action_space), former)
+        inputs = {
+            "worlds": [world.id],
+            "datasets": [d.id for d in datasets],
+            "agents": [] if former is None else [former.id],
+        }
+        settled = {
+            "horizon": horizon.steps,
+            "params": _params(config),
+            "model": settings.model(config.algo, config.model),
+        }
+        facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | settled
+        return Training(
+            config=config,
+            inputs=inputs,
+            facts=facts,
+            identity=(facts, inputs),
+            world=world,
+            codec=codec,
+            datasets=datasets,
+            former=former,
+            horizon=horizon,
+        )
 
-    id: str
-    inputs: dict[str, list[str]]
-    facts: dict[str, Any]
-    world: Artifact
-    codec: Codec
-    datasets: list[Artifact]
-    former: Artifact | None
-    horizon: int
+    def summary(self, plan: Training) -> dict[str, Any]:
+        config = plan.config
+        steps = config.iterations * config.num_envs * config.rollout * max(config.runners, 1)
+        return {
+            "world": plan.world.name,
+            "algo": config.algo,
+            "params": _params(config),
+            "horizon": f"{plan.horizon.steps} steps: {plan.horizon.source}",
+            "imagined steps": steps,
+            "real steps": 0,
+            "price": 0.0,
+        }
 
+    def resources(self, config: AgentConfig) -> Resources:
+        serves = config.backend == "serve" and config.ray.address is None
+        return {f"runners={config.runners}": (config.runners + int(serves), 0)}
 
-def _make(config: AgentConfig, run: Run, task: _Task) -> Artifact:
-    world, codec, former = task.world, task.codec, task.former
-    checkpoints = Checkpoints(run.storage, task.id)
-    if config.force:
+    def make(self, plan: Training, run: Run) -> Artifact:
+        config, world, former = plan.config, plan.world, plan.former
+        if plan.horizon.inferred:
+            source = plan.horizon.source
+            run.say(f"imagined episodes end after {plan.horizon.steps} steps: {source}")
+        checkpoints = Checkpoints(run.storage, self.id(plan))
+        if config.force:
+            checkpoints.remove()
+        progress = checkpoints.latest()
+        ray_session.ensure(config.ray)
+        if config.runners:
+            ray_session.preflight(cpus=config.runners, what=f"runners={config.runners}")
+        arguments = _arguments(plan, run)
+        metrics: dict[str, float] = {}
+        verdicts: dict[str, str] = {}
+
+        def fill(folder: Path) -> None:
+            with _served(config, world):
+                algorithm = _build(config, run, arguments)
+                try:
+                    if progress is not None:
+                        done = f"{progress.iteration} of {config.iterations}"
+                        run.say(f"continuing after iteration {done}")
+                        learner_state.restore(algorithm, checkpoints.load(progress))
+                        checkpoints.load_snapshots(folder / SNAPSHOTS, progress)
+                    elif former is not None:
+                        rllib.load_training(algorithm, former.path)
+                    iterations = _snapshots(config)
+
+                    def save(where: Path) -> None:
+                        spaces = plan.codec.observation_space, plan.codec.action_space
+                        rllib.export(algorithm, config.algo, *spaces).save(where)
+                        rllib.save_training(algorithm, where)
+
+                    def snapshot(iteration: int) -> None:
+                        if iteration in iterations:
+                            where = folder / SNAPSHOTS / str(iteration)
+                            where.mkdir(parents=True)
+                            save(where)
+                            checkpoints.save_snapshot(where, iteration)
+
+                    metrics.update(_train(config, run, algorithm, checkpoints, progress, snapshot))
+                    save(folder)
+                finally:
+                    algorithm.stop()
+                metrics.update(choose_best(config, run, arguments, former, folder))
+                verdicts.update(explain(config, run, arguments, world, folder))
+
+        artifact = self.commit(plan, run, fill, metrics=metrics, checks=verdicts)
         checkpoints.remove()
-    progress = checkpoints.latest()
-    ray_session.ensure(config.ray)
-    if config.runners:
-        ray_session.preflight(cpus=config.runners, what=f"runners={config.runners}")
-    starts = None
-    if task.datasets:
-        data = Dataset([d.path for d in task.datasets])
-        starts = observation_parts(data, codec, "train", MAX_STARTS, config.seed)
-    seen: dict[str, float] = {}
-    checks: dict[str, str] = {}
-
-    def fill(folder: Path) -> None:
-        with _served(config, world):
-            arguments = _arguments(config, run, world, starts, task.horizon)
-            algorithm = _build(config, run, arguments)
-            try:
-                if progress is not None:
-                    run.say(
-                        f"continuing after iteration {progress.iteration} of {config.iterations}"
-                    )
-                    learner_state.restore(algorithm, checkpoints.load(progress))
-                    checkpoints.load_snapshots(folder / SNAPSHOTS, progress)
-                elif former is not None:
-                    rllib.load_training(algorithm, former.path)
-                kept = _snapshots(config)
-
-                def save(where: Path) -> None:
-                    rllib.export(
-                        algorithm, config.algo, codec.observation_space, codec.action_space
-                    ).save(where)
-                    rllib.save_training(algorithm, where)
-
-                def snapshot(iteration: int) -> None:
-                    if iteration in kept:
-                        where = folder / SNAPSHOTS / str(iteration)
-                        where.mkdir(parents=True)
-                        save(where)
-                        checkpoints.save_snapshot(where, iteration)
-
-                seen.update(_train(config, run, algorithm, checkpoints, progress, snapshot))
-                save(folder)
-            finally:
-                algorithm.stop()
-            seen.update(choose_best(config, run, arguments, former, folder))
-            checks.update(explain(config, run, arguments, world, folder))
-
-    meta = {
-        "inputs": task.inputs,
-        "config": task.facts,
-        "job": "train-agent",
-        "run": run.id,
-        "metrics": seen,
-        "checks": checks,
-    }
-    artifact = run.storage.make("agents", task.id, meta, fill, force=config.force)
-    checkpoints.remove()
-    run.record(artifact=artifact.name)
-    return artifact
+        return artifact
 
 
 @contextmanager
@@ -301,7 +239,7 @@ def _horizon(config: AgentConfig, storage: Storage, world: Artifact, codec: Code
     return horizon_of(storage, world, codec.environment["max_episode_steps"], "horizon")
 
 
-def _members(config: AgentConfig, world: Artifact) -> None:
+def _check_members(config: AgentConfig, world: Artifact) -> None:
     """Raise UsageError where what is asked rests on a disagreement that the world cannot have."""
     asked: dict[str, Any] = {
         "max_disagreement": config.max_disagreement,
@@ -328,17 +266,19 @@ def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Ar
     return [storage.artifact("datasets", name) for name in names]
 
 
-def _arguments(
-    config: AgentConfig, run: Run, world: Artifact, starts: tuple[Parts, Parts] | None, horizon: int
-) -> dict[str, Any]:
-    """Of every WorldVectorEnv of this job."""
+def _arguments(plan: Training, run: Run) -> dict[str, Any]:
+    """Arguments of every WorldVectorEnv of this job."""
+    config, starts = plan.config, None
+    if plan.datasets:
+        data = Dataset([d.path for d in plan.datasets])
+        starts = observation_parts(data, plan.codec, "train", MAX_STARTS, config.seed)
     return {
-        "world": world.id,
+        "world": plan.world.id,
         "root": run.storage.root,
         "backend": config.backend,
         "app": config.app,
         "address": config.ray.address,
-        "horizon": horizon,
+        "horizon": plan.horizon.steps,
         "starts": starts,
         "seed": config.seed,
         "penalty": config.penalty,
@@ -436,3 +376,7 @@ def _train(
             " shorter horizon or starts=logged keeps nearer to its data"
         )
     return metrics
+
+
+JOB = TrainAgent()
+plan, run, resources = JOB.plan, JOB.run, JOB.resources

@@ -1,0 +1,44 @@
+"""Checks of config values. Each raises a UsageError that names the key, the value and the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from mesocosm.errors import UsageError, nearest
+
+
+def at_least(config: Any, least: float, *keys: str) -> None:
+    """Check that numbers are not below `least`. None is a default and passes."""
+    for key in keys:
+        value = _get(config, key)
+        if value is not None and not value >= least:
+            raise UsageError(f"{key} must be >= {least:g}, got {value}")
+
+
+def within(config: Any, low: float, high: float, *keys: str, open: str = "") -> None:
+    """Check that numbers lie in an interval. `open` names the ends that are outside: "[", "]"."""
+    left, right = "(" if "[" in open else "[", ")" if "]" in open else "]"
+    for key in keys:
+        value = _get(config, key)
+        inside = (
+            low <= value <= high and (left, value) != ("(", low) and (right, value) != (")", high)
+        )
+        if not inside:
+            raise UsageError(f"{key} must be in {left}{low:g}, {high:g}{right}, got {value}")
+
+
+def one_of(config: Any, choices: Iterable[str], *keys: str) -> None:
+    """Check that strings are among `choices`."""
+    known = list(choices)
+    for key in keys:
+        value = _get(config, key)
+        if value not in known:
+            names = ", ".join(known)
+            raise UsageError(f"{key} must be one of {names}; got {value!r}{nearest(value, known)}")
+
+
+def _get(config: Any, key: str) -> Any:
+    for name in key.split("."):
+        config = getattr(config, name)
+    return config

@@ -1,0 +1,104 @@
+"""The job runner: resolve, identify, find, lease, make, record.
+
+A job is a module `mesocosm.jobs.NAME` with a `JOB`, an instance of `Job`. `JOB.run(config, run)`
+makes one artifact, or finds the one that the same config, inputs and job version made before.
+`JOB.plan(config)` says what a run would do, at what size and price, and does nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from mesocosm.config import JobConfig, fingerprint
+from mesocosm.runs.tracking import Run
+from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
+from mesocosm.versions import VERSIONS
+
+C = TypeVar("C", bound=JobConfig)
+Resources = Mapping[str, tuple[float, float]]
+"""(CPUs, GPUs) by the config key and value that asks for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Generic[C]):
+    """A config that is resolved: its values are checked, its inputs are open, nothing has started.
+
+    A job's own plan adds what its `make` needs.
+    """
+
+    config: C
+    inputs: dict[str, list[str]]
+    """Ids of the artifacts that are read, by kind."""
+    facts: dict[str, Any]
+    """The config as far as results depend on it; stored with the artifact."""
+    identity: tuple[Any, ...]
+    """What the artifact's id hashes, beside its kind, the job's version and the storage schema."""
+
+
+P = TypeVar("P", bound=Plan[Any])
+
+
+class Job(ABC, Generic[C, P]):
+    """A job declares its name, the kind of its artifact, its config, and the methods below."""
+
+    name: ClassVar[str]
+    kind: ClassVar[str]
+    config: type[C]
+
+    @abstractmethod
+    def resolve(self, config: C, storage: Storage) -> P:
+        """Check the config and open its inputs. Takes no real step and starts nothing.
+
+        Raises:
+            UsageError: a value or an input with which the job cannot run.
+        """
+
+    @abstractmethod
+    def summary(self, plan: P) -> dict[str, Any]:
+        """What a run would do, its size and its price, for `--dry-run`."""
+
+    @abstractmethod
+    def make(self, plan: P, run: Run) -> Artifact:
+        """Do the work and `commit` the artifact. Called by one process at a time."""
+
+    def report(self, artifact: Artifact, plan: P, run: Run, *, made: bool) -> None:
+        """Tell the user about the artifact, which was `made` now or found."""
+        if not made:
+            run.say(f"found {artifact.name}; nothing was made")
+
+    def resources(self, config: C) -> Resources:
+        """What the job asks of the cluster, for `--dry-run` and before work starts."""
+        return {}
+
+    def id(self, plan: P) -> str:
+        """The id of the artifact that a plan describes."""
+        return fingerprint(self.kind, *plan.identity, VERSIONS[self.name], SCHEMA)
+
+    def plan(self, config: C) -> dict[str, Any]:
+        """The summary of a config. Raises UsageError as `run` does before it starts."""
+        return self.summary(self.resolve(config, Storage(config.storage.root)))
+
+    def run(self, config: C, run: Run) -> Artifact:
+        """Make the artifact that `config` describes, or find it.
+
+        Raises:
+            UsageError: before anything starts, what `resolve` refuses.
+            Held: another process makes the artifact, and `config.wait` is False.
+        """
+        plan = self.resolve(config, run.storage)
+        run.record(inputs=plan.inputs)
+        with run.making(self.kind, self.id(plan), config) as found:
+            artifact = found or self.make(plan, run)
+        run.record(artifact=artifact.name)
+        self.report(artifact, plan, run, made=found is None)
+        return artifact
+
+    def commit(self, plan: P, run: Run, fill: Callable[[Path], None], **meta: Any) -> Artifact:
+        """Write the artifact with `fill(folder)`. `meta` is stored in its COMMIT.json."""
+        common = {"inputs": plan.inputs, "config": plan.facts, "job": self.name, "run": run.id}
+        force = plan.config.force
+        return run.storage.make(self.kind, self.id(plan), common | meta, fill, force=force)
