@@ -101,7 +101,7 @@ class Question:
 def check(cfg: ProposeConfig) -> None:
     """Raise UsageError on the first wrong value. Reads nothing but the config."""
     if not cfg.world:
-        raise UsageError("world must name the world to improve, got ''; try world=worlds/ab12")
+        raise UsageError("world is not set; give the world to improve, as in world=worlds/ab12")
     checks.at_least(cfg, 2, "steps")
     checks.within(cfg, 0, 1, "even")
     checks.at_least(cfg, 4, "imagined")

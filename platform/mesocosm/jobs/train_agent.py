@@ -110,7 +110,9 @@ class TrainAgent(Job[AgentConfig, Training]):
     def resolve(self, config: AgentConfig, storage: Storage) -> Training:
         check(config)
         if not config.world:
-            raise UsageError("world must name the world to train in, got ''; try world=worlds/ab12")
+            raise UsageError(
+                "world is not set; give the world to train in, as in world=worlds/ab12"
+            )
         world = storage.artifact("worlds", config.world)
         codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
         datasets = _datasets(config, storage, world)
