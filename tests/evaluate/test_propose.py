@@ -73,7 +73,7 @@ def made(root: str, members: int = 3, **more: Any) -> Artifact:
         net(windows, apply_base(base, windows)).objective.backward()
         optimizer.step()
     world = World(net, base, codec.to_json())
-    calibrate(world, dataset, codec, 0)
+    calibrate(world, dataset, codec)
     id = fingerprint("test", members, data.id)
     return Storage(root).make("worlds", id, {"inputs": {"datasets": [data.id]}}, world.save)
 
