@@ -7,9 +7,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from mesocosm.data.ingest.leaves import Space
 from mesocosm.data.ingest.readers import Piece, Source
 from mesocosm.data.ingest.schema import Schema
-from mesocosm.data.ingest.values import Space, Stat
+from mesocosm.data.ingest.values import Stat
 
 
 @dataclass
@@ -124,7 +125,7 @@ class Inspection:
     def _columns(self) -> list[dict[str, str]]:
         rows = self.schema.describe(self.tally.stats)
         if self.time_limit is not None:
-            unless = " without success" if "success" in self.schema.names else ""
+            unless = " without success" if "success" in self.schema.types else ""
             how = (
                 f"guess: all {self.tally.done} episodes that end{unless} have {self.time_limit}"
                 " steps: a time limit ends them"

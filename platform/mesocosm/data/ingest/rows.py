@@ -27,9 +27,10 @@ from gymnasium import spaces
 
 from mesocosm.data.format.bounds import FIX, outside
 from mesocosm.data.format.spaces import EXACT, FLOAT32, SpaceCodec
+from mesocosm.data.ingest.leaves import Leaf, kind_of
 from mesocosm.data.ingest.readers import PROBLEM, Piece
 from mesocosm.data.ingest.schema import IMPORTED, Schema
-from mesocosm.data.ingest.values import Array, Leaf, RowError, Stat, take, take_integers
+from mesocosm.data.ingest.values import Array, RowError, Stat, take, take_integers
 
 Key = int | str
 Rows = dict[str, Array]
@@ -86,7 +87,7 @@ def read_batch(
     ]
     reward = rows.column("reward", "number", acted).astype(np.float64)
     duration = np.full(table.num_rows, np.nan)
-    if "duration" in schema.names:
+    if "duration" in schema.types:
         timed = acted & table["duration"].is_valid().to_numpy()
         seconds = rows.column("duration", "number", timed).astype(np.float64)
         negative = timed & (seconds < 0)
@@ -155,7 +156,7 @@ class _Checked:
         self._faults: dict[int, tuple[str, Callable[[int], str]]] = {}
         self._unnamed = np.zeros(rows, bool)
         self.keys = np.zeros(rows, object)
-        if not schema.whole_file:
+        if "episode" in table.column_names:
             self._unnamed = table["episode"].is_null().to_numpy()
             # A row without an episode counts as one of the episode before it, or else after it.
             named = pc.fill_null_backward(pc.fill_null_forward(table["episode"]))
@@ -164,7 +165,7 @@ class _Checked:
                     0, "episode is missing in all of these rows; every row must have one"
                 )
             filled = pa.table({"episode": named})
-            if schema.text_keys:
+            if kind_of(schema.types["episode"]) == "text":
                 self.keys = take(filled, _scalar("episode", "text"))[0]
             else:
                 self.keys = take_integers(filled, "episode")[0].astype(object)

@@ -6,32 +6,28 @@ read. What depends on all values, such as inferred spaces, is added by `Schema.d
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.types as is_
 from gymnasium import spaces
 
-from mesocosm.data.format.spaces import SpaceCodec
-from mesocosm.data.ingest.readers import PROBLEM, Source, lerobot
-from mesocosm.data.ingest.values import (
+from mesocosm.data.ingest.leaves import (
     SEPARATOR,
-    Array,
     Leaf,
-    RowError,
     Space,
-    Stat,
     build_space,
+    columns_of,
+    find_leaves,
+    find_options,
     flatten,
-    infer_space,
     innermost,
-    is_numbered,
     kind_of,
     shown,
-    take_integers,
 )
+from mesocosm.data.ingest.readers import PROBLEM, About, Source, lerobot
+from mesocosm.data.ingest.values import RowError, Stat, infer_space, take_integers
 from mesocosm.errors import UsageError, nearest
 
 REQUIRED = ("episode", "step", "observation", "action", "reward", "terminated", "truncated")
@@ -47,22 +43,16 @@ class Schema:
 
     renames: dict[str, str]
     """File's name -> schema's name, of the columns that are read."""
-    names: frozenset[str]
-    """The columns read, flattened, by the schema's names."""
-    types: dict[str, str]
-    """Arrow types of those columns."""
+    types: dict[str, pa.DataType]
+    """The columns that are read, flattened, by the schema's names."""
     observation: list[Leaf]
     action: list[Leaf]
     next_observation: list[Leaf]
     """As `observation`. Empty where the files have no next observations."""
     task: list[Leaf]
-    text_keys: bool
-    """Episodes are named by strings."""
     first_step: int
     """The number of an episode's first step, 0 or 1."""
     per_file: bool
-    whole_file: bool
-    """The files have no episode column: each file is one episode."""
     bounds: str
     """`reality.bounds`."""
     marks_success: bool
@@ -70,10 +60,8 @@ class Schema:
     done_only: bool
     """The logs do not say whether a time limit ended an episode."""
     spaces: tuple[Space, Space] | None
-    """The environment's spaces. None where they are inferred."""
-    spaces_from: str
-    notes: dict[str, str]
-    """Remarks of the format on our columns."""
+    """The environment's spaces, or those the logs state. None where they are inferred."""
+    about: About
     rows: list[dict[str, str]]
     """Description of the columns that are not leaves of a space."""
 
@@ -95,27 +83,22 @@ class Schema:
 
     def describe(self, stats: Mapping[str, Stat]) -> list[dict[str, str]]:
         """One row per column: what it became, and what is a guess."""
+        owner = "dataset" if self.spaces == self.about.spaces else "environment"
         rows = []
         for leaf in (*self.observation, *self.action):
-            space, how = leaf.space, f"of {self.spaces_from}; every value was checked"
+            space, how = leaf.space, f"of the {owner}; every value was checked"
             if space is None:
                 space, how = infer_space(leaf, stats[leaf.name], leaf in self.action)
-            ends = dict.fromkeys(
-                _file_name(n, self.renames) for n in (leaf.columns[:1] + leaf.columns[-1:])
-            )
-            note = self.notes.get(leaf.name.partition(".")[0])
-            # The bounds of a Box may be long. They are in the manifest.
-            box = isinstance(space, spaces.Box)
-            short = f"Box{space.shape} {space.dtype}" if box else str(space)
-            type = self.types[leaf.columns[0]]
-            rows.append(
-                _row(
-                    " ... ".join(ends),
-                    f"{leaf.name}: {short}",
-                    "; ".join(filter(None, [how, note])),
-                    type,
-                )
-            )
+            if note := self.about.notes.get(leaf.name.partition(".")[0]):
+                how = f"{how}; {note}"
+            name = _file_name(leaf.columns[0], self.renames)
+            if leaf.flattened and len(leaf.columns) > 1:
+                name = f"{name} ... {_file_name(leaf.columns[-1], self.renames)}"
+            became = str(space)
+            if isinstance(space, spaces.Box):  # its bounds, which may be long, are in the manifest
+                became = f"Box{space.shape} {space.dtype}"
+            type = str(self.types[leaf.columns[0]])
+            rows.append(_row(name, f"{leaf.name}: {became}", how, type))
         return rows + self.rows
 
 
@@ -156,24 +139,19 @@ def read_schema(
             first, origin = table, source
     if first is None:
         raise UsageError(f"{sources[0].name!r} has no row; give files that have rows")
+    about = origin.about
     renames, unused = _renames(origin, first.schema, columns)
-    for ours in [ours for ours in renames.values() if ours in OPTIONAL]:
-        theirs = _file_name(ours, renames)
-        if is_.is_null(first.schema.field(theirs).type):
-            unused[theirs] = "null in the first rows"
-            del renames[theirs]
+    for name, type in zip(first.schema.names, first.schema.types, strict=True):
+        if is_.is_null(type) and renames.get(name) in OPTIONAL:
+            unused[name] = "null in the first rows"
+            del renames[name]
+    table = first.select(list(renames)).rename_columns(list(renames.values()))
+    head = flatten(table)
     try:
-        table = first.select(list(renames)).rename_columns(list(renames.values()))
-        head, top = flatten(table), frozenset(table.column_names)
-        for name in top:
-            if len(overlap := sorted(_below(name, top))) > 1:
-                a, b = overlap[:2]
-                raise UsageError(f"columns {shown(a)!r} and {shown(b)!r} overlap; drop one of them")
-        whole_file = per_file and not _below("episode", head.column_names)
-        _check(origin, head, columns, whole_file, first.column_names)
-        leaves, rest = _leaves(head, top, spaces)
-        task = _task_leaves(head)
-        step, missing = take_integers(head, "step")
+        _check(origin, table, columns, per_file, first.column_names)
+        leaves, rest = find_leaves(head, frozenset(table.column_names), spaces)
+        task = find_options(head)
+        steps, missing = take_integers(head, "step")
     except RowError as error:
         raise UsageError(f"{origin.name!r} row {error.row + 1}: {error.text}") from error
     except UsageError as error:
@@ -182,68 +160,46 @@ def read_schema(
     for source, other in heads:
         if other.names:
             unused |= _compare(origin, head.schema, source, other, renames, columns)
-    types = {field.name: str(field.type) for field in (*table.schema, *head.schema)}
-    rows = [
-        _row(name, name, origin.about.filled[name])
-        if name in origin.about.filled
-        else _row(
-            _file_name(name, renames),
-            name,
-            origin.about.notes.get(name) or _how(name, step[~missing], task),
-            types[name],
-        )
-        for name in COLUMNS
-        if name in top and name not in ("observation", "action")
-    ]
-    missing_columns = {
+    first_step = int(steps[~missing][:1].tolist() == [1])
+    notes = {
+        "step": "counted from 1; became 0, 1, ..." if first_step else "",
+        "next_observation": "of an episode's last row: the last observation; of the others it was"
+        " compared with the next row's observation",
+        "task": f"reset options of the episode: {', '.join(leaf.path[0] for leaf in task)}",
+        "terminated": "the environment ended the episode",
+        "truncated": "something else did, such as a time limit",
+        **about.notes,
+        **about.filled,
+    }
+    rows = []
+    for name in COLUMNS:
+        if name in table.column_names and name not in ("observation", "action"):
+            type = "" if name in about.filled else str(table.schema.field(name).type)
+            rows.append(_row(_file_name(name, renames), name, notes.get(name, ""), type))
+    absent = {
         "behaviour": f"missing: {IMPORTED!r} acted throughout",
         "next_observation": "missing: an episode needs a last row without an action, or its last"
         " action leads nowhere",
         "episode": "missing: each file is one episode (per_file)",
     }
-    for name, how in missing_columns.items():
-        if not _below(name, head.column_names):
+    for name, how in absent.items():
+        if not columns_of(name, head.column_names):
             rows.append(_row(name, "nothing", how))
-    rows += [_row(name, "nothing", why) for name, why in unused.items()]
-    about = origin.about
+    rows += [_row(name, "nothing", how) for name, how in unused.items()]
     return Schema(
         renames=renames,
-        names=frozenset(head.column_names),
-        types=types,
+        types=dict(zip(head.column_names, head.schema.types, strict=True)),
         **leaves,
         task=task,
-        text_keys="episode" in top and kind_of(table.schema.field("episode").type) == "text",
-        first_step=int(step[~missing][:1].tolist() == [1]),
+        first_step=first_step,
         per_file=per_file,
-        whole_file=whole_file,
         bounds=bounds,
         marks_success=about.marks_success and "success" not in columns,
         done_only=about.done_only and not {"terminated", "truncated"} & set(columns),
         spaces=spaces,
-        spaces_from=(
-            "the dataset" if spaces is not None and spaces == about.spaces else "the environment"
-        ),
-        notes=about.notes,
+        about=about,
         rows=rows,
     )
-
-
-def _how(name: str, steps: Array, task: Sequence[Leaf]) -> str:
-    return {
-        "step": "counted from 1; became 0, 1, ..." if steps[:1].tolist() == [1] else "",
-        "next_observation": (
-            "of an episode's last row: the last observation; of the others it was compared with the"
-            " next row's observation"
-        ),
-        "task": f"reset options of the episode: {', '.join(leaf.path[0] for leaf in task)}",
-        "terminated": "the environment ended the episode",
-        "truncated": "something else did, such as a time limit",
-    }.get(name, "")
-
-
-def _below(part: str, names: Iterable[str]) -> list[str]:
-    """The columns of `part`: itself, or `part.KEY`."""
-    return [name for name in names if name == part or name.startswith(part + SEPARATOR)]
 
 
 def _renames(
@@ -273,15 +229,19 @@ def _renames(
 
 def _check(
     source: Source,
-    head: pa.Table,
+    table: pa.Table,
     columns: Mapping[str, str],
-    whole_file: bool,
+    per_file: bool,
     file_columns: Sequence[str],
 ) -> None:
     """Raise UsageError for a required column that is missing, or a column that exists twice."""
-    names = head.column_names
+    names = table.column_names
+    for name in names:
+        if len(overlap := sorted(columns_of(name, names))) > 1:
+            a, b = map(shown, overlap[:2])
+            raise UsageError(f"the columns {a!r} and {b!r} overlap; drop one of them")
     for name in REQUIRED:
-        if _below(name, names) or (name == "episode" and whole_file):
+        if columns_of(name, names) or (name == "episode" and per_file):
             continue
         fix = f"add it, or set columns.{name}=NAME to the column that holds it"
         folder = lerobot.folder_of(source.path, file_columns)
@@ -294,118 +254,10 @@ def _check(
             f"the table has no column {columns.get(name, name)!r}, which is required (it has"
             f" {', '.join(file_columns)}); {fix}"
         )
-    for name in {"episode", "step", "seed"} & set(names):
-        if name != "episode" or kind_of(head.schema.field(name).type) != "text":
-            take_integers(head, name)
-
-
-def _leaves(
-    head: pa.Table, top: frozenset[str], spaces: tuple[Space, Space] | None
-) -> tuple[dict[str, list[Leaf]], list[str]]:
-    """({observation, action, next_observation: leaves}, columns without a place)."""
-    leaves: dict[str, list[Leaf]] = {}
-    for part in ("observation", "action", "next_observation"):
-        if not _below(part, head.column_names):
-            leaves[part] = []
-        elif spaces is None:
-            leaves[part] = list(_infer(head, top, part, ()))
-        else:
-            leaves[part] = _match(head, top, spaces[part == "action"], part)
-    if leaves["next_observation"]:
-        seen, following = (
-            [(leaf.path, leaf.kind, leaf.shape) for leaf in leaves[part]]
-            for part in ("observation", "next_observation")
-        )
-        if seen != following:
-            raise UsageError(
-                f"next_observation has the parts {following} and observation {seen}; make them"
-                " equal, or leave next_observation out"
-            )
-    used = {name for part in leaves.values() for leaf in part for name in leaf.columns}
-    return leaves, [n for part in leaves for n in _below(part, head.column_names) if n not in used]
-
-
-def _infer(head: pa.Table, top: frozenset[str], name: str, path: tuple[str, ...]) -> Iterator[Leaf]:
-    """The leaves below `name`, as the table has them."""
-    if name in head.column_names:
-        type = head.schema.field(name).type
-        kind, depth = kind_of(type), innermost(type)[1]
-        if kind is None or (kind == "text" and depth):
-            raise UsageError(
-                f"column {shown(name)!r} has the type {type}, which no space holds; give numbers,"
-                " booleans or lists of them, strings, or structs"
-            )
-        shape = _shape(head, name) if depth else ()
-        yield Leaf(shown(name), path, (name,), kind, shape)
-        return
-    below = _below(name, head.column_names)
-    keys = dict.fromkeys(column[len(name) + 1 :].split(SEPARATOR)[0] for column in below)
-    columns = [f"{name}{SEPARATOR}{i}" for i in range(len(keys))]
-    if set(columns) == set(below) and set(columns) <= top:
-        types = [head.schema.field(column).type for column in columns]
-        kinds = {kind_of(type) for type in types}
-        if kinds in ({"number"}, {"bool"}) and not any(innermost(type)[1] for type in types):
-            yield Leaf(shown(name), path, tuple(columns), str(kinds.pop()), (len(columns),))
-            return
-    for key in sorted(keys, key=int) if is_numbered(keys) else sorted(keys):
-        yield from _infer(head, top, name + SEPARATOR + key, (*path, key))
-
-
-def _shape(head: pa.Table, name: str) -> tuple[int, ...]:
-    """The shape of the first list of a column that is not empty."""
-    for row in head[name].to_pylist():
-        shape: list[int] = []
-        while isinstance(row, list):
-            shape.append(len(row))
-            row = row[0] if row else None
-        if shape:
-            return tuple(shape)
-    raise UsageError(
-        f"column {shown(name)!r} holds no list in its first {head.num_rows} rows; give lists of one length"
-    )
-
-
-def _match(head: pa.Table, top: frozenset[str], space: Space, part: str) -> list[Leaf]:
-    """The leaves of an environment's space, with the columns that hold them."""
-    leaves = []
-    for leaf in SpaceCodec(space, part).leaves:
-        path = tuple(map(str, leaf.path))
-        name = SEPARATOR.join((part, *path))
-        below = _below(name, head.column_names)
-        columns = [f"{name}{SEPARATOR}{i}" for i in range(math.prod(leaf.shape))]
-        if name in below:
-            columns = [name]
-        elif len(leaf.shape) != 1 or not set(columns) == set(below) <= top:
-            names = ", ".join(map(shown, below or _below(part, head.column_names)))
-            raise UsageError(
-                f"the environment's {leaf.name} is {leaf.space} and no column of the table fits it"
-                f" (it has {names}); give one column, or one per element, or leave --env out"
-            )
-        kinds = {kind_of(head.schema.field(column).type) for column in columns}
-        text = isinstance(leaf.space, spaces.Text)
-        if not kinds <= ({"text"} if text else {"number", "bool"}):
-            type = head.schema.field(columns[0]).type
-            raise UsageError(
-                f"column {shown(columns[0])!r} has the type {type} where the environment's {leaf.name} is"
-                f" {leaf.space}; convert it, or leave --env out"
-            )
-        kind = "text" if text else "bool" if kinds == {"bool"} else "number"
-        leaves.append(Leaf(leaf.name, path, tuple(columns), kind, leaf.shape, leaf.space))
-    return leaves
-
-
-def _task_leaves(head: pa.Table) -> list[Leaf]:
-    leaves = []
-    for name in sorted(_below("task", head.column_names)):
-        key, type = name.removeprefix(f"task{SEPARATOR}"), head.schema.field(name).type
-        kind = kind_of(type)
-        if name == "task" or SEPARATOR in key or kind is None or innermost(type)[1]:
-            raise UsageError(
-                f"column {shown(name)!r} has the type {type}; give a struct, or columns task.NAME, of one"
-                " number, boolean or string for each reset option"
-            )
-        leaves.append(Leaf(shown(name), (key,), (name,), kind))
-    return leaves
+    if "seed" in names:
+        take_integers(table, "seed")
+    if "episode" in names and kind_of(table.schema.field("episode").type) != "text":
+        take_integers(table, "episode")
 
 
 def _compare(

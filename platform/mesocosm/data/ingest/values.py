@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,12 +12,10 @@ import pyarrow.types as is_
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from mesocosm.data.ingest.leaves import SEPARATOR, Leaf, Space, innermost, kind_of, shown
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]
-Space = gymnasium.Space[Any]
-SEPARATOR = "\x1f"
-"""Between the keys of a flattened column's name, since a key may have dots."""
 CATEGORIES = 256
 """Integers with more distinct values are a quantity rather than a choice."""
 
@@ -33,65 +29,6 @@ class RowError(UsageError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return RowError, (self.row, self.text)
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One array of a space, in one column or in the flattened columns of a vector."""
-
-    name: str
-    """For messages: `observation.pose`."""
-    path: tuple[str, ...]
-    columns: tuple[str, ...]
-    """One flattened column, or one per element of a vector."""
-    kind: str
-    """number, bool, text, or flag: a number or a bool."""
-    shape: tuple[int, ...] = ()
-    space: Space | None = None
-    """The environment's space. None where it is inferred from the values."""
-
-    @property
-    def flattened(self) -> bool:
-        """Whether each element has a column."""
-        return shown(self.columns[0]) != self.name
-
-
-def innermost(type: pa.DataType) -> tuple[pa.DataType, int]:
-    """The type inside nested lists, and the depth of the nesting."""
-    depth = 0
-    while is_.is_list(type) or is_.is_large_list(type) or is_.is_fixed_size_list(type):
-        type, depth = type.value_type, depth + 1
-    return type, depth
-
-
-def kind_of(type: pa.DataType) -> str | None:
-    """number, bool or text. None for a type that no space holds; nulls count as numbers."""
-    inner, _ = innermost(type)
-    if is_.is_floating(inner) or is_.is_integer(inner) or is_.is_null(inner):
-        return "number"
-    if is_.is_boolean(inner):
-        return "bool"
-    return "text" if is_.is_string(inner) or is_.is_large_string(inner) else None
-
-
-def flatten(table: pa.Table) -> pa.Table:
-    """Replace each struct by one column per field, at any depth."""
-    while any(is_.is_struct(field.type) for field in table.schema):
-        columns: dict[str, pa.ChunkedArray] = {}
-        for name, column in zip(table.column_names, table.columns, strict=True):
-            if is_.is_struct(column.type):
-                names = [f"{name}{SEPARATOR}{field.name}" for field in column.type]
-                # Unlike pc.struct_field, this keeps the struct's own nulls.
-                columns |= zip(names, column.flatten(), strict=True)
-            else:
-                columns[name] = column
-        table = pa.table(columns)
-    return table
-
-
-def shown(name: str) -> str:
-    """A flattened column's name, for messages: `observation.pose`."""
-    return name.replace(SEPARATOR, ".")
 
 
 def take(table: pa.Table, leaf: Leaf) -> tuple[Array, Array, Array]:
@@ -260,22 +197,3 @@ def infer_space(leaf: Leaf, stat: Stat, action: bool) -> tuple[Space, str]:
     least, most = (-np.inf, np.inf) if floats else (np.iinfo(dtype).min, np.iinfo(dtype).max)
     box = spaces.Box(least, most, leaf.shape, dtype.type)
     return box, f"guess: {quantity}without bounds; {seen} was seen"
-
-
-def build_space(leaves: Sequence[Leaf], inferred: Mapping[str, Space], depth: int = 0) -> Space:
-    """Nest the spaces of the leaves, by name, as their paths say."""
-    if len(leaves) == 1 and len(leaves[0].path) == depth:
-        return inferred[leaves[0].name]
-    keys = dict.fromkeys(leaf.path[depth] for leaf in leaves)
-    children = {
-        key: build_space([leaf for leaf in leaves if leaf.path[depth] == key], inferred, depth + 1)
-        for key in keys
-    }
-    if is_numbered(children):
-        return spaces.Tuple([children[str(i)] for i in range(len(children))])
-    return spaces.Dict(list(children.items()))
-
-
-def is_numbered(keys: Mapping[str, Any]) -> bool:
-    """Whether the keys are 0, 1, ..., n-1."""
-    return set(keys) == set(map(str, range(len(keys))))

@@ -11,9 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.types as is_
 
+from mesocosm.data.ingest.leaves import innermost
 from mesocosm.data.ingest.readers import BATCH_BYTES, BATCH_ROWS, Piece
 from mesocosm.data.ingest.readers.files import opened, size
-from mesocosm.data.ingest.values import RowError, innermost
+from mesocosm.data.ingest.values import RowError
 from mesocosm.errors import UsageError
 
 HEAD_ROWS = 1000

@@ -1,0 +1,222 @@
+"""Where the columns of a table hold the arrays of a space (`Leaf`).
+
+    observation: list<float>[4]                        one leaf of shape (4,)
+    observation.0 ... observation.3: float             the same leaf, flattened
+    observation: struct<pose: list<float>[2], n: int>  two leaves, at ("pose",) and ("n",)
+    observation.pose: list<float>[2], observation.n    the same two leaves
+
+Keys 0..n-1 are a vector if they are flattened columns of numbers (or of booleans), else a Tuple.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import gymnasium
+import pyarrow as pa
+import pyarrow.types as is_
+from gymnasium import spaces
+
+from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.errors import UsageError
+
+Space = gymnasium.Space[Any]
+SEPARATOR = "\x1f"
+"""Between the keys of a flattened column's name, since a key may have dots."""
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One array of a space, in one column or in the flattened columns of a vector."""
+
+    name: str
+    """For messages: `observation.pose`."""
+    path: tuple[str, ...]
+    columns: tuple[str, ...]
+    """One flattened column, or one per element of a vector."""
+    kind: str
+    """number, bool, text, or flag: a number or a bool."""
+    shape: tuple[int, ...] = ()
+    space: Space | None = None
+    """The environment's space. None where it is inferred from the values."""
+
+    @property
+    def flattened(self) -> bool:
+        """Whether each element has a column."""
+        return shown(self.columns[0]) != self.name
+
+
+def innermost(type: pa.DataType) -> tuple[pa.DataType, int]:
+    """The type inside nested lists, and the depth of the nesting."""
+    depth = 0
+    while is_.is_list(type) or is_.is_large_list(type) or is_.is_fixed_size_list(type):
+        type, depth = type.value_type, depth + 1
+    return type, depth
+
+
+def kind_of(type: pa.DataType) -> str | None:
+    """number, bool or text. None for a type that no space holds; nulls count as numbers."""
+    inner, _ = innermost(type)
+    if is_.is_floating(inner) or is_.is_integer(inner) or is_.is_null(inner):
+        return "number"
+    if is_.is_boolean(inner):
+        return "bool"
+    return "text" if is_.is_string(inner) or is_.is_large_string(inner) else None
+
+
+def flatten(table: pa.Table) -> pa.Table:
+    """Replace each struct by one column per field, at any depth."""
+    while any(is_.is_struct(field.type) for field in table.schema):
+        columns: dict[str, pa.ChunkedArray] = {}
+        for name, column in zip(table.column_names, table.columns, strict=True):
+            if is_.is_struct(column.type):
+                names = [f"{name}{SEPARATOR}{field.name}" for field in column.type]
+                # Unlike pc.struct_field, this keeps the struct's own nulls.
+                columns |= zip(names, column.flatten(), strict=True)
+            else:
+                columns[name] = column
+        table = pa.table(columns)
+    return table
+
+
+def shown(name: str) -> str:
+    """A flattened column's name, for messages: `observation.pose`."""
+    return name.replace(SEPARATOR, ".")
+
+
+def columns_of(part: str, names: Iterable[str]) -> list[str]:
+    """The columns of `part`: itself, or `part.KEY`."""
+    return [name for name in names if name == part or name.startswith(part + SEPARATOR)]
+
+
+def find_leaves(
+    head: pa.Table, top: frozenset[str], spaces: tuple[Space, Space] | None
+) -> tuple[dict[str, list[Leaf]], list[str]]:
+    """({observation, action, next_observation: leaves}, columns without a place)."""
+    leaves: dict[str, list[Leaf]] = {}
+    for part in ("observation", "action", "next_observation"):
+        if not columns_of(part, head.column_names):
+            leaves[part] = []
+        elif spaces is None:
+            leaves[part] = list(_infer(head, top, part, ()))
+        else:
+            leaves[part] = _match(head, top, spaces[part == "action"], part)
+    if leaves["next_observation"]:
+        seen, following = (
+            [(leaf.path, leaf.kind, leaf.shape) for leaf in leaves[part]]
+            for part in ("observation", "next_observation")
+        )
+        if seen != following:
+            raise UsageError(
+                f"next_observation has the parts {following} and observation {seen}; make them"
+                " equal, or leave next_observation out"
+            )
+    used = {name for part in leaves.values() for leaf in part for name in leaf.columns}
+    return leaves, [
+        n for part in leaves for n in columns_of(part, head.column_names) if n not in used
+    ]
+
+
+def _infer(head: pa.Table, top: frozenset[str], name: str, path: tuple[str, ...]) -> Iterator[Leaf]:
+    """The leaves below `name`, as the table has them."""
+    if name in head.column_names:
+        type = head.schema.field(name).type
+        kind, depth = kind_of(type), innermost(type)[1]
+        if kind is None or (kind == "text" and depth):
+            raise UsageError(
+                f"column {shown(name)!r} has the type {type}, which no space holds; give numbers,"
+                " booleans or lists of them, strings, or structs"
+            )
+        shape = _shape(head, name) if depth else ()
+        yield Leaf(shown(name), path, (name,), kind, shape)
+        return
+    below = columns_of(name, head.column_names)
+    keys = dict.fromkeys(column[len(name) + 1 :].split(SEPARATOR)[0] for column in below)
+    columns = [f"{name}{SEPARATOR}{i}" for i in range(len(keys))]
+    if set(columns) == set(below) and set(columns) <= top:
+        types = [head.schema.field(column).type for column in columns]
+        kinds = {kind_of(type) for type in types}
+        if kinds in ({"number"}, {"bool"}) and not any(innermost(type)[1] for type in types):
+            yield Leaf(shown(name), path, tuple(columns), str(kinds.pop()), (len(columns),))
+            return
+    for key in sorted(keys, key=int) if is_numbered(keys) else sorted(keys):
+        yield from _infer(head, top, name + SEPARATOR + key, (*path, key))
+
+
+def _shape(head: pa.Table, name: str) -> tuple[int, ...]:
+    """The shape of the first list of a column that is not empty."""
+    for row in head[name].to_pylist():
+        shape: list[int] = []
+        while isinstance(row, list):
+            shape.append(len(row))
+            row = row[0] if row else None
+        if shape:
+            return tuple(shape)
+    raise UsageError(
+        f"column {shown(name)!r} holds no list in its first {head.num_rows} rows; give lists of one length"
+    )
+
+
+def _match(head: pa.Table, top: frozenset[str], space: Space, part: str) -> list[Leaf]:
+    """The leaves of an environment's space, with the columns that hold them."""
+    leaves = []
+    for leaf in SpaceCodec(space, part).leaves:
+        path = tuple(map(str, leaf.path))
+        name = SEPARATOR.join((part, *path))
+        below = columns_of(name, head.column_names)
+        columns = [f"{name}{SEPARATOR}{i}" for i in range(math.prod(leaf.shape))]
+        if name in below:
+            columns = [name]
+        elif len(leaf.shape) != 1 or not set(columns) == set(below) <= top:
+            names = ", ".join(map(shown, below or columns_of(part, head.column_names)))
+            raise UsageError(
+                f"the environment's {leaf.name} is {leaf.space} and no column of the table fits it"
+                f" (it has {names}); give one column, or one per element, or leave --env out"
+            )
+        kinds = {kind_of(head.schema.field(column).type) for column in columns}
+        text = isinstance(leaf.space, spaces.Text)
+        if not kinds <= ({"text"} if text else {"number", "bool"}):
+            type = head.schema.field(columns[0]).type
+            raise UsageError(
+                f"column {shown(columns[0])!r} has the type {type} where the environment's {leaf.name} is"
+                f" {leaf.space}; convert it, or leave --env out"
+            )
+        kind = "text" if text else "bool" if kinds == {"bool"} else "number"
+        leaves.append(Leaf(leaf.name, path, tuple(columns), kind, leaf.shape, leaf.space))
+    return leaves
+
+
+def find_options(head: pa.Table) -> list[Leaf]:
+    leaves = []
+    for name in sorted(columns_of("task", head.column_names)):
+        key, type = name.removeprefix(f"task{SEPARATOR}"), head.schema.field(name).type
+        kind = kind_of(type)
+        if name == "task" or SEPARATOR in key or kind is None or innermost(type)[1]:
+            raise UsageError(
+                f"column {shown(name)!r} has the type {type}; give a struct, or columns task.NAME, of one"
+                " number, boolean or string for each reset option"
+            )
+        leaves.append(Leaf(shown(name), (key,), (name,), kind))
+    return leaves
+
+
+def build_space(leaves: Sequence[Leaf], inferred: Mapping[str, Space], depth: int = 0) -> Space:
+    """Nest the spaces of the leaves, by name, as their paths say."""
+    if len(leaves) == 1 and len(leaves[0].path) == depth:
+        return inferred[leaves[0].name]
+    keys = dict.fromkeys(leaf.path[depth] for leaf in leaves)
+    children = {
+        key: build_space([leaf for leaf in leaves if leaf.path[depth] == key], inferred, depth + 1)
+        for key in keys
+    }
+    if is_numbered(children):
+        return spaces.Tuple([children[str(i)] for i in range(len(children))])
+    return spaces.Dict(list(children.items()))
+
+
+def is_numbered(keys: Mapping[str, Any]) -> bool:
+    """Whether the keys are 0, 1, ..., n-1."""
+    return set(keys) == set(map(str, range(len(keys))))
