@@ -437,7 +437,7 @@ def test_a_lerobot_folder(folder: Path, bring: Callable[..., Artifact]) -> None:
         and table["timestamp"]["became"] == "nothing"
     )
     (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.1"}))
-    with pytest.raises(UsageError, match=r"LeRobot folder of version v2.1, and v3 is read"):
+    with pytest.raises(UsageError, match=r"LeRobot folder of version v3, got v2.1"):
         plan(configured([folder]))
 
 
@@ -484,7 +484,7 @@ def test_a_minari_dataset(
         "of the dataset" in json.loads((made.path / "import.json").read_text())["columns"][0]["how"]
     )
     with pytest.raises(
-        UsageError, match="'minari:none-v0' is not on this machine; without --dry-run"
+        UsageError, match="'minari:none-v0' is not on this machine; leave --dry-run out"
     ):
         plan(configured(["minari:none-v0"]))
 
@@ -515,16 +515,11 @@ def test_a_minari_dataset(
     (tmp_path / "hub" / "broken").touch()
     with pytest.raises(
         UsageError,
-        match=(
-            r"'minari:cart-v0' is neither on this machine nor to be had from folder://hub"
-            r" \(connection reset\)"
-        ),
+        match=(r"'minari:cart-v0' is not on this machine .* folder://hub \(connection reset\)"),
     ):
         bring(Path("minari:cart-v0"))
     assert not (tmp_path / "minari" / "cart-v0").exists(), "half of one is none"
-    with pytest.raises(
-        UsageError, match=r"'minari:none-v0' is neither .*Couldn't find any version"
-    ):
+    with pytest.raises(UsageError, match=r"'minari:none-v0' is not .*Couldn't find any version"):
         bring(Path("minari:none-v0"))
     (tmp_path / "hub" / "broken").unlink()
     assert (

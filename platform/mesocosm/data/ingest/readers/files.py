@@ -1,5 +1,6 @@
-"""Files of logs, on this machine or in a bucket (`s3://bucket/key`, with the endpoint and
-credentials of the environment).
+"""Files of logs, on this machine or in a bucket.
+
+A bucket is `s3://bucket/key`, with the endpoint and credentials of the environment.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def remote(path: str) -> bool:
 
 @functools.cache
 def _bucket(process: int) -> Any:
-    """One client a process: a fork cannot go on with its parent's."""
+    """One client per process: a fork cannot use its parent's."""
     from mesocosm.store import objects
 
     return objects.Client(**objects.options())
@@ -33,16 +34,16 @@ def bucket() -> Any:
 
 
 def opened(path: str) -> IO[bytes]:
-    """To be read and closed. Raises OSError."""
-    return open(path, "rb") if not remote(path) else bucket().open(path, "rb")  # type: ignore[no-any-return]
+    """Open a file for reading. Raises OSError."""
+    return bucket().open(path, "rb") if remote(path) else open(path, "rb")  # type: ignore[no-any-return]
 
 
 def size(path: str) -> int:
-    return os.path.getsize(path) if not remote(path) else int(bucket().info(path)["size"])
+    return stamp(path)[0]
 
 
 def stamp(path: str) -> tuple[int, str]:
-    """(bytes, what changes when the file does)"""
+    """(size in bytes, a mark that changes when the file does)."""
     if remote(path):
         info = bucket().info(path)
         return int(info["size"]), str(info.get("ETag") or info.get("LastModified"))
@@ -52,59 +53,48 @@ def stamp(path: str) -> tuple[int, str]:
 
 def sha256(path: str) -> str:
     with opened(path) as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 22):
-            digest.update(block)
-        return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def is_folder(path: str) -> bool:
-    return (
-        os.path.isdir(path)
-        if not remote(path)
-        else path.endswith("/") or (not bucket().isfile(path) and bucket().isdir(path))
-    )
+    if remote(path):
+        return path.endswith("/") or (not bucket().isfile(path) and bucket().isdir(path))
+    return os.path.isdir(path)
 
 
 def is_file(path: str) -> bool:
-    return os.path.isfile(path) if not remote(path) else bool(bucket().isfile(path))
+    return bool(bucket().isfile(path)) if remote(path) else os.path.isfile(path)
 
 
 def sorted_naturally(paths: Iterable[str]) -> list[str]:
-    """Sorted by name, with the numbers in it by value: part-2 before part-10."""
-    return sorted(paths, key=_natural)
+    """Sort by name, with numbers by value: part-2 before part-10."""
 
+    def natural(path: str) -> tuple[list[tuple[str, int]], str]:
+        parts = re.split(r"([0-9]+)", path)
+        numbers = [int(digits) for digits in parts[1::2]] + [-1]
+        # The path itself decides between 1 and 01.
+        return list(zip(parts[0::2], numbers, strict=True)), path
 
-def _natural(path: str) -> tuple[list[tuple[str, int]], str]:
-    """Pairs of (text, the number after it); the path itself decides between 1 and 01."""
-    parts = re.split(r"([0-9]+)", path)
-    numbers = [int(digits) for digits in parts[1::2]] + [-1]
-    return list(zip(parts[0::2], numbers, strict=True)), path
+    return sorted(paths, key=natural)
 
 
 def below(folder: str) -> list[str]:
-    """Every file in it and deeper, hidden ones left out, sorted."""
+    """All files in a folder and deeper, sorted, without hidden ones."""
     if remote(folder):
         root = folder.removeprefix(REMOTE).rstrip("/")
-        found = [name for name in bucket().find(root) if _seen(name[len(root) + 1 :].split("/"))]
-        return sorted_naturally(REMOTE + name for name in found)
+        names = {REMOTE + name: name[len(root) + 1 :].split("/") for name in bucket().find(root)}
+    else:
+        files = [path for path in Path(folder).rglob("*") if path.is_file()]
+        names = {str(path): list(path.relative_to(folder).parts) for path in files}
+    hidden = (".", "_")
     return sorted_naturally(
-        str(path)
-        for path in Path(folder).rglob("*")
-        if path.is_file() and _seen(path.relative_to(folder).parts)
+        name for name, parts in names.items() if not any(part.startswith(hidden) for part in parts)
     )
 
 
-def _seen(parts: Any) -> bool:
-    return not any(part.startswith((".", "_")) for part in parts)
-
-
 def matching(pattern: str) -> list[str]:
-    """Files that a pattern matches, sorted."""
-    if remote(pattern):
-        return (
-            sorted_naturally(REMOTE + name for name in bucket().glob(pattern))
-            if glob.has_magic(pattern)
-            else []
-        )
-    return sorted_naturally(glob.glob(pattern, recursive=True))
+    """The files that a pattern matches, sorted."""
+    if not remote(pattern):
+        return sorted_naturally(glob.glob(pattern, recursive=True))
+    names = bucket().glob(pattern) if glob.has_magic(pattern) else []
+    return sorted_naturally(REMOTE + name for name in names)

@@ -1,9 +1,11 @@
-"""JSONL: one object a line. Pieces are ranges of bytes; a line is of the piece in which it begins.
+"""JSONL: one object a line. Pieces are byte ranges, and a line belongs to the piece it begins in.
+
 An integer among floats is a float.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,15 +21,12 @@ from mesocosm.errors import UsageError
 
 HEAD_ROWS = 1000
 PIECE_BYTES = 1 << 25
+BIG = "an integer beyond 64 bits"
 
 
 def head(path: str) -> pa.Table:
-    rows: list[dict[str, Any]] = []
-    for row in _rows(path, 0, size(path)):
-        rows.append(row[0])
-        if len(rows) == HEAD_ROWS:
-            break
-    return _table(rows, None)
+    rows = [row for row, _ in itertools.islice(_rows(path, 0, size(path)), HEAD_ROWS)]
+    return _table(rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
 def pieces(path: str) -> list[tuple[int, int]]:
@@ -51,45 +50,38 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _rows(path: str, begin: int, end: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """The objects of the lines that begin in [begin, end), each with its length in bytes. A
-    RowError counts rows from `begin`.
-    """
+    """The objects of the lines that begin in [begin, end), each with its length in bytes."""
     try:
         with opened(path) as file:
             if begin:
                 file.seek(begin - 1)
                 file.readline()
-            number = 0
-            while file.tell() < end:
+            for number in itertools.count():
+                if file.tell() >= end:
+                    return
                 line = file.readline()
                 if not line.strip():
                     if any(iter(lambda: file.read(1 << 16).strip(), b"")):
                         raise RowError(number, "the line is empty; every line must hold one object")
                     return
-                yield _object(line, number), len(line)
-                number += 1
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    text = f"the line is not JSON ({error}); write one object a line"
+                    raise RowError(number, text) from error
+                if not isinstance(row, dict):
+                    kind = type(row).__name__
+                    raise RowError(number, f"the line holds a {kind}; write one object a line")
+                yield row, len(line)
     except OSError as error:
         raise UsageError(
             f"{path!r} cannot be read ({error.strerror}); check its permissions"
         ) from error
 
 
-def _object(line: bytes, number: int) -> dict[str, Any]:
+def _table(rows: list[dict[str, Any]], columns: Sequence[str], done: int = 0) -> pa.Table:
     try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise RowError(
-            number, f"the line is not JSON ({error}); write one object a line"
-        ) from error
-    if not isinstance(row, dict):
-        raise RowError(number, f"the line holds a {type(row).__name__}; write one object a line")
-    return row
-
-
-def _table(rows: list[dict[str, Any]], columns: Sequence[str] | None, done: int = 0) -> pa.Table:
-    names = dict.fromkeys(name for row in rows for name in row) if columns is None else columns
-    try:
-        return pa.table({name: _array(name, [row.get(name) for row in rows]) for name in names})
+        return pa.table({name: _array(name, [row.get(name) for row in rows]) for name in columns})
     except RowError as error:
         raise RowError(done + error.row, error.text) from error
 
@@ -98,65 +90,38 @@ def _array(name: str, values: list[Any]) -> pa.Array:
     try:
         array = pa.array(values)
     except (pa.ArrowException, OverflowError, TypeError) as error:
-        raise _mixed(name, values) or RowError(
-            0,
-            f"{name} cannot be read ({error}); give numbers, booleans, strings, lists or objects of"
-            " them",
-        ) from error
-    if (
-        is_.is_floating(innermost(array.type)[0]) and (found := _mixed(name, values)) is not None
-    ):  # true among floats would become 1.0
-        raise found
+        _check_kinds(name, values)
+        types = "numbers, booleans, strings, lists or objects of them"
+        raise RowError(0, f"{name} cannot be read ({error}); give {types}") from error
+    if is_.is_floating(innermost(array.type)[0]):  # true among floats has become 1.0
+        _check_kinds(name, values)
     return array
 
 
-def _mixed(name: str, values: list[Any]) -> RowError | None:
-    """The first row whose value is of another type than those before it."""
-    so_far: Any = None
+def _check_kinds(name: str, values: list[Any]) -> None:
+    """Raise RowError at the first value of another kind than those before it."""
+    kinds: dict[tuple[str, ...], str] = {}
     for row, value in enumerate(values):
-        try:
-            so_far = _joined(so_far, _signature(value))
-        except TypeError as error:
-            return RowError(row, f"{name} {error} (mixed dtypes); give one type")
-        except OverflowError:
-            return RowError(
-                row, f"{name} holds an integer beyond 64 bits; rescale it, or write it as a string"
-            )
-    return None
+        for path, kind in _kinds(value, ()):
+            if kind == BIG:
+                raise RowError(row, f"{name} holds {BIG}; rescale it, or write it as a string")
+            before = kinds.setdefault(path, kind)
+            if kind != before:
+                text = f"{name} is {kind} where it was {before} before (mixed dtypes)"
+                raise RowError(row, f"{text}; give one type")
 
 
-def _signature(value: Any) -> Any:
-    if value is None:
-        return None
+def _kinds(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(where, kind) of a JSON value and of all values in it."""
     if isinstance(value, list):
-        inner: Any = None
+        yield path, "a list"
         for item in value:
-            inner = _joined(inner, _signature(item))
-        return [inner]
-    if isinstance(value, dict):
-        return {key: _signature(item) for key, item in value.items()}
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise OverflowError
-    return {bool: "true or false", str: "a string"}.get(type(value), "a number")
-
-
-def _joined(a: Any, b: Any) -> Any:
-    if a is None or b is None:
-        return b if a is None else a
-    if isinstance(a, list) and isinstance(b, list):
-        return [_joined(a[0], b[0])]
-    if isinstance(a, dict) and isinstance(b, dict):
-        return {key: _joined(a.get(key), b.get(key)) for key in {**a, **b}}
-    if a != b or isinstance(a, list | dict):
-        raise TypeError(f"is {_said(b)} where it was {_said(a)} before")
-    return a
-
-
-def _said(signature: Any) -> str:
-    return (
-        "a list"
-        if isinstance(signature, list)
-        else "an object"
-        if isinstance(signature, dict)
-        else str(signature)
-    )
+            yield from _kinds(item, (*path, ""))
+    elif isinstance(value, dict):
+        yield path, "an object"
+        for key, item in value.items():
+            yield from _kinds(item, (*path, key))
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield path, BIG
+    elif value is not None:
+        yield path, {bool: "true or false", str: "a string"}.get(type(value), "a number")

@@ -1,5 +1,5 @@
 """LeRobot folders of version 3: `meta/info.json` beside `data/chunk-*/file-*.parquet`, whose files
-are Parquet with columns of their own names.
+are Parquet with their own column names.
 
 `observation.state`, `observation.environment_state` and `action` are read, `episode_index` and
 `frame_index` number them. `next.reward`, `next.done`, `next.truncated` and `next.success` are read
@@ -7,8 +7,7 @@ where they are present. Images and videos are not read. A LeRobot episode has no
 its last action, which therefore leads nowhere.
 
 `next.done` means terminated or truncated. With `next.truncated`, an episode is terminated where it
-is done and not truncated. Without it, `done_only` lets the import decide by the lengths of the
-episodes.
+is done and not truncated. Without it (`done_only`), the lengths of the episodes decide.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ pieces = parquet.pieces
 
 
 def data(folder: str) -> list[str]:
-    """The folder's data, in order. Raises UsageError where it is of another version."""
+    """The folder's data files, in order. Raises UsageError for another version."""
     info = Path(folder) / INFO
     try:
         version = str(json.loads(info.read_text()).get("codebase_version"))
@@ -52,8 +51,8 @@ def data(folder: str) -> list[str]:
         ) from error
     if not version.startswith(VERSION):
         raise UsageError(
-            f"{folder!r} is a LeRobot folder of version {version}, and {VERSION} is read; convert"
-            " it by LeRobot's own converter"
+            f"{folder!r} must be a LeRobot folder of version {VERSION}, got {version}; convert it"
+            " with LeRobot's converter"
         )
     found = sorted_naturally(
         str(path) for path in (Path(folder) / "data").glob("chunk-*/file-*.parquet")
@@ -66,8 +65,9 @@ def data(folder: str) -> list[str]:
 
 
 def folder_of(path: str, names: Sequence[str]) -> str | None:
-    """The LeRobot folder that a Parquet file with these columns belongs to, "" where it is not
-    above the file; None of other files.
+    """The LeRobot folder of a Parquet file with these columns, "" if it is not above the file.
+
+    None if the columns are not LeRobot's.
     """
     if not {NAMES["episode"], NAMES["step"]} <= set(names):
         return None

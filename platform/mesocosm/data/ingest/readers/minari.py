@@ -1,6 +1,6 @@
-"""Minari's datasets, `minari:ID`: the package `minari` reads them, and fetches what is not on this
-machine (`pip install 'mesocosm[minari]'`). Pieces are ranges of episodes. The spaces are those that
-the dataset states.
+"""Minari's datasets, `minari:ID`, read and downloaded by the package `minari`.
+
+Pieces are ranges of episodes. The spaces are those that the dataset states.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ PIECE_STEPS = 1 << 16
 
 
 def folder(word: str, fetch: bool) -> str:
-    """Where the dataset `minari:ID` lies; with `fetch` it is fetched from Minari's hub
-    (`MINARI_REMOTE`) where it is not on this machine.
+    """The folder of the dataset `minari:ID`.
 
-    Raises UsageError where the package is missing, or the dataset is neither here nor to be had.
+    Args:
+        fetch: Download a dataset that is not on this machine from Minari's hub (`MINARI_REMOTE`).
+
+    Raises:
+        UsageError: The package is missing, or the dataset is neither here nor on the hub.
     """
     _package(word)
     from minari.storage.datasets_root_dir import get_dataset_path
@@ -42,22 +45,22 @@ def folder(word: str, fetch: bool) -> str:
     if not path.is_dir():
         if not fetch:
             raise UsageError(
-                f"{word!r} is not on this machine; without --dry-run it is fetched from {hub}, and"
-                f" `minari download {id}` fetches it to look first"
+                f"{word!r} is not on this machine; leave --dry-run out to download it from {hub},"
+                f" or run `minari download {id}`"
             )
         try:
             _fetch(id, Path(get_dataset_path()))
         except Exception as error:  # minari's own, the hub's client's, and the network's
-            said = " ".join(str(error).split())
             raise UsageError(
-                f"{word!r} is neither on this machine nor to be had from {hub} ({said}); check the"
-                f" name and the network, or put it into {str(path.parent)!r}"
+                f"{word!r} is not on this machine and cannot be downloaded from {hub}"
+                f" ({' '.join(str(error).split())}); check the name and the network, or put it into"
+                f" {str(path.parent)!r}"
             ) from error
     return os.path.abspath(path)
 
 
 def _fetch(id: str, root: Path) -> None:
-    """Into a folder beside `root`, and from there by a rename each: what is in `root` is whole."""
+    """Download into a folder beside `root`, then rename: datasets in `root` are always whole."""
     import minari
 
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -71,14 +74,14 @@ def _fetch(id: str, root: Path) -> None:
             os.environ.pop("MINARI_DATASETS_PATH")
             if before is not None:
                 os.environ["MINARI_DATASETS_PATH"] = before
-        for data in sorted(
-            Path(arriving).rglob("data/metadata.json")
-        ):  # of a combined dataset its parts, too
-            came, to = data.parents[1], root / data.parents[1].relative_to(arriving)
-            make_folder(to.parent)
-            if not to.exists():
-                sync_tree(came)
-                replace(came, to)
+        # A combined dataset brings its parts, too.
+        for metadata in sorted(Path(arriving).rglob("data/metadata.json")):
+            source = metadata.parents[1]
+            target = root / source.relative_to(arriving)
+            make_folder(target.parent)
+            if not target.exists():
+                sync_tree(source)
+                replace(source, target)
 
 
 def about(path: str) -> About:
@@ -89,16 +92,16 @@ def about(path: str) -> About:
 
 
 def head(path: str) -> pa.Table:
-    """The first episode with a step that can be read. Raises UsageError where none can be."""
-    first = None
+    """The first readable episode with a step. Raises UsageError if there is none."""
+    problem = None
     for begin, end in pieces(path):
         for table in _tables(path, begin, end):
             if "action" in table.column_names:
                 return table
             if PROBLEM in table.column_names:
-                first = first or table.column(PROBLEM)[0].as_py()
+                problem = problem or table.column(PROBLEM)[0].as_py()
     raise UsageError(
-        f"no episode of the Minari dataset in {path!r} can be read: {first or 'it has none'}"
+        f"no episode of the Minari dataset in {path!r} can be read: {problem or 'it has none'}"
     )
 
 
@@ -125,8 +128,9 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _tables(path: str, begin: int, end: int) -> Iterator[pa.Table]:
-    """One an episode: T+1 rows, the last one an observation alone; of one that cannot be read a row
-    with PROBLEM.
+    """One table per episode: T+1 rows, the last one an observation alone.
+
+    An episode that cannot be read has rows with PROBLEM.
     """
     dataset = _open(path)
     for index in dataset.episode_indices[begin:end]:
@@ -135,25 +139,14 @@ def _tables(path: str, begin: int, end: int) -> Iterator[pa.Table]:
             (episode,) = dataset.iterate_episodes([index])
             rows = max(len(episode.rewards), 1)
             problem = _problem(episode, dataset.observation_space, dataset.action_space)
-            table = _table(episode, dataset) if problem is None else None
-        except (
-            AttributeError,
-            IndexError,
-            KeyError,
-            OSError,
-            TypeError,
-            ValueError,
-        ) as error:  # what minari, h5py and Arrow raise
-            table, problem = None, f"cannot be read ({' '.join(str(error).split())})"
-        if table is None:
-            table = pa.table(
-                {
-                    "episode": [number] * rows,
-                    "step": list(range(rows)),
-                    PROBLEM: [problem] + [None] * (rows - 1),
-                }
-            )
-        yield table
+            if problem is None:
+                yield _table(episode, dataset)
+                continue
+        except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+            # Of minari, h5py and Arrow.
+            problem = f"cannot be read ({' '.join(str(error).split())})"
+        texts = [problem] + [None] * (rows - 1)
+        yield pa.table({"episode": [number] * rows, "step": range(rows), PROBLEM: texts})
 
 
 def _table(episode: Any, dataset: Any) -> pa.Table:
@@ -193,29 +186,24 @@ def _problem(episode: Any, observation_space: Space, action_space: Space) -> str
 
 
 def _lengths(space: Space, values: Any) -> list[int]:
-    """How many values each part of a space has."""
+    """The number of values of each part of a space."""
     if isinstance(space, gymnasium.spaces.Dict):
         return [n for key, child in space.spaces.items() for n in _lengths(child, values[key])]
     if isinstance(space, gymnasium.spaces.Tuple):
-        return [
-            n
-            for child, part in zip(space.spaces, values, strict=True)
-            for n in _lengths(child, part)
-        ]
+        parts = zip(space.spaces, values, strict=True)
+        return [n for child, part in parts for n in _lengths(child, part)]
     return [len(values)]
 
 
 def _longer(values: Any) -> Any:
-    """A batch with its last value once more."""
+    """Repeat the last value of a batch."""
     if isinstance(values, dict):
         return {key: _longer(value) for key, value in values.items()}
     if isinstance(values, tuple):
         return tuple(_longer(value) for value in values)
-    return (
-        [*values, *values[-1:]]
-        if isinstance(values, list)
-        else np.concatenate([values, values[-1:]])
-    )
+    if isinstance(values, list):
+        return [*values, *values[-1:]]
+    return np.concatenate([values, values[-1:]])
 
 
 def _open(path: str) -> Any:
@@ -225,11 +213,11 @@ def _open(path: str) -> Any:
     return MinariDataset(path)
 
 
-def _package(what: str) -> None:
+def _package(name: str) -> None:
     try:
         import minari  # noqa: F401
     except ImportError as error:
         raise UsageError(
-            f"{what!r} needs the package minari, which is not installed ({error}); pip install"
+            f"{name!r} needs the package minari, which is not installed ({error}); pip install"
             " 'minari[hdf5,hf]'"
         ) from error

@@ -1,12 +1,11 @@
-"""Parquet files: pieces are row groups, which are read in batches, so that a large one is never in
-memory whole.
+"""Parquet files. Pieces are row groups, which are read in batches to bound the memory.
 
-Types that mean the same are read as one: dictionaries as their values, decimals as float64, views
-and fixed-size lists as lists.
+Dictionaries are read as their values, decimals as float64, views and fixed-size lists as lists.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,14 +25,12 @@ PIECE_ROWS = 1 << 17
 
 def head(path: str) -> pa.Table:
     with _open(path) as (file, schema):
-        first = next(file.iter_batches(HEAD_ROWS), None)
-        return (
-            schema.empty_table() if first is None else pa.Table.from_batches([first]).cast(schema)
-        )
+        batches = list(itertools.islice(file.iter_batches(HEAD_ROWS), 1))
+        return pa.Table.from_batches(batches, file.schema_arrow).cast(schema)
 
 
 def pieces(path: str) -> list[tuple[int, int]]:
-    """Small row groups together, so that a task has something to do."""
+    """Small row groups are read together, since a task has a cost."""
     with _open(path) as (file, _):
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
     found: list[tuple[int, int]] = []
@@ -52,15 +49,15 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
         bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
         rows = max(sum(file.metadata.row_group(i).num_rows for i in groups), 1)
         size = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(bytes, 1)))
-        wanted = [name for name in columns if name in schema.names]
-        types = pa.schema([schema.field(name) for name in wanted])
-        for batch in file.iter_batches(size, row_groups=list(groups), columns=wanted):
-            yield pa.Table.from_batches([batch]).select(wanted).cast(types)
+        names = [name for name in columns if name in schema.names]
+        types = pa.schema([schema.field(name) for name in names])
+        for batch in file.iter_batches(size, row_groups=list(groups), columns=names):
+            yield pa.Table.from_batches([batch]).select(names).cast(types)
 
 
 @contextmanager
 def _open(path: str) -> Iterator[tuple[pq.ParquetFile, pa.Schema]]:
-    """(file, the types of its columns as they are read)"""
+    """(file, its columns with the types that they are read as)."""
     try:
         with opened(path) as raw, pq.ParquetFile(raw if remote(path) else path) as file:
             schema = file.schema_arrow
@@ -95,18 +92,12 @@ def _plain(type: pa.DataType) -> pa.DataType:
 
 
 def _is_list(type: pa.DataType) -> bool:
-    tests = (
-        is_.is_list,
-        is_.is_large_list,
-        is_.is_fixed_size_list,
-        is_.is_list_view,
-        is_.is_large_list_view,
-    )
-    return any(test(type) for test in tests)
+    lists = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType)
+    return isinstance(type, (*lists, pa.LargeListViewType))
 
 
 def _fixed(type: pa.DataType) -> bool:
-    """Whether a fixed-size list is in it."""
+    """Whether the type is or contains a fixed-size list."""
     if is_.is_struct(type):
         return any(_fixed(field.type) for field in type)
     return is_.is_fixed_size_list(type) or (_is_list(type) and _fixed(type.value_type))

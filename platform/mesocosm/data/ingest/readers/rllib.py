@@ -1,8 +1,7 @@
-"""Episodes that RLlib (new API stack, Ray 2.60) recorded with `output_write_episodes`: Parquet
-files whose one column, `item`, holds an episode a row.
+"""Episodes that RLlib (new API stack, Ray 2.60) recorded with `output_write_episodes`.
 
-A row is the state of a `SingleAgentEpisode`, by msgpack with numpy arrays in the form of
-msgpack-numpy; nothing in it is unpickled. A long episode may be recorded in parts, which must then
+They are Parquet files with one column, `item`. A row is the state of a `SingleAgentEpisode`, by
+msgpack with arrays in msgpack-numpy's form. Nothing is unpickled. The parts of a long episode must
 follow each other: record with batch_mode="complete_episodes".
 """
 
@@ -14,7 +13,6 @@ from typing import Any
 import msgpack
 import numpy as np
 import pyarrow as pa
-import pyarrow.types as is_
 from gymnasium.spaces import Box
 
 from mesocosm.data.format.parquet import arrow
@@ -31,10 +29,8 @@ pieces = parquet.pieces
 
 
 def holds(schema: pa.Schema) -> bool:
-    """Whether a Parquet file of this schema is one of these."""
-    return schema.names == [ITEM] and (
-        is_.is_binary(schema.field(ITEM).type) or is_.is_large_binary(schema.field(ITEM).type)
-    )
+    """Whether a Parquet file of this schema holds RLlib's episodes."""
+    return schema.names == [ITEM] and schema.field(ITEM).type in (pa.binary(), pa.large_binary())
 
 
 def about(path: str) -> About:
@@ -60,11 +56,11 @@ def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _table(item: bytes, done: int) -> pa.Table | None:
-    """One row a step; None of an episode without any."""
+    """One row per step. None for an episode without steps."""
     try:
         state = msgpack.unpackb(item, object_hook=_decoded, strict_map_key=False)
         observations, actions, rewards = (
-            _own(state[name]) for name in ("observations", "actions", "rewards")
+            _items(state[name]) for name in ("observations", "actions", "rewards")
         )
         length = len(rewards)
         if not length:
@@ -90,32 +86,28 @@ def _table(item: bytes, done: int) -> pa.Table | None:
         IndexError,
         msgpack.exceptions.UnpackException,
     ) as error:
-        said = (
-            f"the episode cannot be read ({type(error).__name__}: {error}); record it with Ray"
-            " 2.60's output_write_episodes"
-        )
-        raise RowError(done, said) from error
+        cause = f"{type(error).__name__}: {error}"
+        fix = "record it with Ray 2.60's output_write_episodes"
+        raise RowError(done, f"the episode cannot be read ({cause}); {fix}") from error
 
 
-def _own(buffer: Mapping[str, Any]) -> list[Any]:
-    """A buffer's items without those of the part before, which it repeats."""
-    return [_item(value) for value in list(_unstacked(buffer["data"]))[int(buffer["lookback"]) :]]
+def _items(buffer: Mapping[str, Any]) -> list[Any]:
+    """A buffer's items, without the repeated ones of the part before (`lookback`)."""
+    return [_text_keys(value) for value in _unstacked(buffer["data"])[int(buffer["lookback"]) :]]
 
 
-def _unstacked(data: Any) -> Any:
-    """Of a buffer that was finalised (arrays with a leading dimension), its items."""
+def _unstacked(data: Any) -> list[Any]:
+    """The items of a finalised buffer, whose arrays have a leading dimension."""
     if isinstance(data, dict):
-        columns = {key: list(_unstacked(value)) for key, value in data.items()}
+        columns = {key: _unstacked(value) for key, value in data.items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return data
+    return list(data)
 
 
-def _item(value: Any) -> Any:
-    return (
-        {str(key): _item(child) for key, child in value.items()}
-        if isinstance(value, dict)
-        else value
-    )
+def _text_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _text_keys(child) for key, child in value.items()}
+    return value
 
 
 def _arrow(values: Sequence[Any]) -> pa.Array:
@@ -135,11 +127,8 @@ def _arrow(values: Sequence[Any]) -> pa.Array:
 
 
 def _decoded(value: dict[Any, Any]) -> Any:
-    """An array or scalar that msgpack-numpy wrote; arrays of objects, which it pickles, are left
-    alone.
-    """
+    """Decode an array or scalar of msgpack-numpy. Object arrays, which it pickles, stay encoded."""
     if b"nd" not in value or value.get(b"kind") == b"O":
         return value
-    if not value[b"nd"]:
-        return np.frombuffer(value[b"data"], np.dtype(value[b"type"]))[0]
-    return np.frombuffer(value[b"data"], np.dtype(value[b"type"])).reshape(value[b"shape"])
+    array = np.frombuffer(value[b"data"], np.dtype(value[b"type"]))
+    return array.reshape(value[b"shape"]) if value[b"nd"] else array[0]
