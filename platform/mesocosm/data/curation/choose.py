@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.curation.groups import Groups, groups
-from mesocosm.data.curation.table import TRAIN, Step
+from mesocosm.data.curation.table import TRAIN, Operation, Step
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]
@@ -25,7 +25,7 @@ BALANCE, MIX, FAILURES, HOLD_OUT = range(0xC0, 0xC4)
 
 
 @dataclass
-class Between:
+class Between(Operation):
     """`min` and `max`, either of which may be left out."""
 
     min: float | None = None
@@ -63,7 +63,7 @@ class Return(Between):
 
 
 @dataclass
-class Where:
+class Where(Operation):
     """Keep episodes whose `by` (behaviour, outcome, success, dataset, task, or a part of the task)
     is in `keep`, or is not in `drop`.
     """
@@ -87,16 +87,12 @@ class Where:
 
 
 @dataclass
-class Balance:
+class Balance(Operation):
     """Give no group by `by` more than `most` times the training transitions of the smallest."""
 
     by: str = "behaviour"
     most: float = 1.0
     bins: int = 5
-
-    def check(self) -> None:
-        if not (math.isfinite(self.most) and self.most >= 1):
-            raise UsageError(f"most must be >= 1, got {self.most}")
 
     def run(self, step: Step) -> None:
         episodes = step.drawn(step.episodes(TRAIN), BALANCE)
@@ -112,7 +108,7 @@ class Balance:
 
 
 @dataclass
-class Mix:
+class Mix(Operation):
     """Give the datasets' training transitions the shares `weights`, in the order of data.datasets:
     as many as possible without taking one twice.
     """
@@ -127,8 +123,6 @@ class Mix:
             raise UsageError(
                 f"weights must be numbers >= 0 for each dataset, one above 0, got {self.weights}"
             )
-        if self.transitions is not None and self.transitions < 1:
-            raise UsageError(f"transitions must be >= 1 or null, got {self.transitions}")
 
     def run(self, step: Step) -> None:
         ids = step.dataset.ids
@@ -161,7 +155,7 @@ def _beyond(lengths: Array, limit: int) -> Array:
 
 
 @dataclass
-class Failures:
+class Failures(Operation):
     """Put back failed episodes that filters, balance or mix dropped, until at least `share` of the
     episodes to train on failed. Failed is what `success` says, or with `below` a return less than
     that.
@@ -169,10 +163,6 @@ class Failures:
 
     share: float = 0.1
     below: float | None = None
-
-    def check(self) -> None:
-        if not 0 < self.share < 1:
-            raise UsageError(f"share must be in (0, 1), got {self.share}")
 
     def run(self, step: Step) -> None:
         table, success = step.table, step.dataset.table["success"]
@@ -182,8 +172,8 @@ class Failures:
             failed = success == 0
         else:
             raise UsageError(
-                "no episode says whether it succeeded; collect with reality.success, or give below,"
-                " a return under which an episode has failed"
+                "below must be a return, as no episode says whether it succeeded; or collect with"
+                " reality.success"
             )
         kept = step.episodes(TRAIN)
         have = int(failed[kept].sum())
@@ -203,7 +193,7 @@ class Failures:
 
 
 @dataclass
-class HoldOut:
+class HoldOut(Operation):
     """Choose the episodes for validation, instead of the inputs' split; nothing is dropped. `by`:
     random episodes; time, the last ones; or whole groups by behaviour, outcome, success, dataset,
     task or a part of the task: those named in `values`, or drawn ones.
@@ -216,13 +206,8 @@ class HoldOut:
     bins: int = 5
 
     def check(self) -> None:
-        if not 0 <= self.share < 1:
-            raise UsageError(f"share must be in [0, 1), got {self.share}")
         if self.values and self.by in ("random", "time"):
-            raise UsageError(
-                f"values must be empty where by={self.by!r}, got {self.values}; hold out by task or"
-                " behaviour"
-            )
+            raise UsageError(f"values must be empty where by={self.by!r}, got {self.values}")
 
     def run(self, step: Step) -> None:
         episodes = step.episodes()
@@ -234,10 +219,8 @@ class HoldOut:
             step.hold_out(episodes[order[len(order) - count :]])
         else:
             by = groups(step, episodes, self.by, self.bins)
-            if self.values:
-                chosen = by.named(self.values, "values")
-            else:
-                chosen = self._drawn(step, by, episodes, count)
+            chosen = by.named(self.values, "values")
+            chosen = chosen or self._drawn(step, by, episodes, count)
             step.notes.append("held out: " + ", ".join(by.name(i) for i in sorted(chosen)))
             step.hold_out(episodes[np.isin(by.codes, list(chosen))])
 
@@ -255,7 +238,6 @@ class HoldOut:
                 held += size
         if not chosen:
             raise UsageError(
-                f"by={self.by!r} makes one group of all episodes, so none can be held out; hold out"
-                " by something else"
+                f"by must make more than one group of the episodes, got one by {self.by!r}"
             )
         return chosen

@@ -13,11 +13,10 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
 from mesocosm.data.curation.scan import Piece, Rows
-from mesocosm.data.curation.table import TRAIN, Step
+from mesocosm.data.curation.table import TRAIN, Operation, Step
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import ARRAYS
 from mesocosm.data.loading.normalize import Moments
-from mesocosm.errors import UsageError
 
 Array = NDArray[Any]
 POINTS = 16
@@ -28,12 +27,10 @@ BLOCK = 1024
 
 
 @dataclass
-class ExactDuplicates:
+class ExactDuplicates(Operation):
     """Keep one of the episodes that are equal bit for bit: one of validation if there is any, else
     the first.
     """
-
-    def check(self) -> None: ...
 
     def run(self, step: Step) -> None:
         episodes = step.episodes()
@@ -64,7 +61,7 @@ def hashed(dataset: Dataset, piece: Piece) -> dict[str, Array]:
 
 
 @dataclass
-class NearDuplicates:
+class NearDuplicates(Operation):
     """Keep one of the episodes whose distance is at most `tolerance`, as of exact copies.
 
     Two episodes of the same task, whose lengths differ by at most the share `tolerance` of the
@@ -74,12 +71,6 @@ class NearDuplicates:
     """
 
     tolerance: float = 0.01
-
-    def check(self) -> None:
-        if not 0 <= self.tolerance < 1:
-            raise UsageError(
-                f"tolerance must be in [0, 1) standard deviations, got {self.tolerance}"
-            )
 
     def run(self, step: Step) -> None:
         """Compare each leader with the later episodes whose sketches are near, and drop the near

@@ -47,19 +47,12 @@ class Groups:
 
 
 def groups(step: Step, episodes: Array, by: str, bins: int) -> Groups:
-    """Group episodes.
-
-    Args:
-        step: the operation.
-        episodes: [n].
-        by: behaviour, outcome, success, dataset, task, or a part of the task.
-        bins: the ranges of equal width into which a number with more values is cut.
+    """Group episodes [n] by behaviour, outcome, success, dataset, task, or a part of the task. A
+    number of the task with more than `bins` values is cut into as many ranges.
 
     Raises:
-        UsageError: `by` or `bins` is wrong; names what there is to group by.
+        UsageError: `by` is none of these.
     """
-    if bins < 1:
-        raise UsageError(f"bins must be >= 1, got {bins}")
     dataset, table = step.dataset, step.table
     task = dataset.environment.task
     if by == "behaviour":
@@ -76,15 +69,10 @@ def groups(step: Step, episodes: Array, by: str, bins: int) -> Groups:
         return Groups(by, ["unknown", "failure", "success"], table.success()[episodes] + 1)
     if by == "dataset":
         return Groups(by, dataset.ids, dataset.part[episodes])
-    if by == "task" and not task:
-        raise UsageError(
-            "by='task': the environment of these datasets has no task (reality.task is empty);"
-            " group by something else"
-        )
-    if by != "task" and by not in task:
-        known = KINDS + (["task", *task] if task else [])
-        fix = nearest(by, known) or "; try another"
-        raise UsageError(f"by must be one of {', '.join(known)}, got {by!r}{fix}")
+    known = [*KINDS, *(["task", *task] if task else [])]
+    if by not in known:
+        message = f"by must be one of {', '.join(known)}, got {by!r}{nearest(by, known)}"
+        raise UsageError(message + ("" if task else "; the environment has no task"))
     parts = [_part(step, episodes, name, bins) for name in (task if by == "task" else [by])]
     if len(parts) > 1:
         parts = [

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from mesocosm.config import structured, to_dict
 from mesocosm.data.curation import choose, duplicates, sensors
 from mesocosm.data.curation.scan import Scan
-from mesocosm.data.curation.table import Step, Table
+from mesocosm.data.curation.table import Operation, Step, Table
 from mesocosm.errors import UsageError, nearest
-
-
-class Operation(Protocol):
-    """A dataclass, whose fields are its parameters."""
-
-    def check(self) -> None:
-        """Raise UsageError on the first parameter with a wrong value."""
-
-    def run(self, step: Step) -> None:
-        """Drop, cut, put back or hold out. Raises UsageError where the data lack what a parameter
-        names.
-        """
-
 
 OPERATIONS: dict[str, type[Any]] = {
     "exact_duplicates": duplicates.ExactDuplicates,
@@ -42,6 +30,17 @@ OPERATIONS: dict[str, type[Any]] = {
 }
 
 
+LIMITS = {
+    "bins": (1, math.inf),
+    "steps": (1, math.inf),
+    "most": (1, math.inf),
+    "transitions": (1, math.inf),
+    "tolerance": (0, 1),
+    "share": (0, 1),
+}
+"""What parameters of these names must be: at least the first number, and less than the second."""
+
+
 @dataclass(frozen=True)
 class Named:
     name: str
@@ -53,11 +52,7 @@ class Named:
 
 
 def parse(operations: Sequence[Mapping[str, Any]]) -> list[Named]:
-    """The operations of a config.
-
-    Raises:
-        UsageError: a name, key or value is wrong; names the operation's place in the list.
-    """
+    """The operations of a config. Raises UsageError on a wrong name, key or value."""
     named = []
     for number, each in enumerate(operations):
         place = f"operations[{number}]"
@@ -70,6 +65,10 @@ def parse(operations: Sequence[Mapping[str, Any]]) -> list[Named]:
             )
         operation: Operation = structured(OPERATIONS[name], params, f"{place} ({name})")
         with _naming(number, name):
+            for key, (low, high) in LIMITS.items():
+                value = getattr(operation, key, None)
+                if value is not None and not low <= value < high:
+                    raise UsageError(f"{key} must be in [{low}, {high}), got {value}")
             operation.check()
         named.append(Named(name, operation))
     return named
@@ -78,10 +77,7 @@ def parse(operations: Sequence[Mapping[str, Any]]) -> list[Named]:
 def work(
     table: Table, scan: Scan, operations: Sequence[Named], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Run the operations in order.
-
-    Returns:
-        Each one's part of the report.
+    """Run the operations in order, and return each one's part of the report.
 
     Raises:
         UsageError: an operation leaves nothing to train on.
@@ -104,20 +100,12 @@ def work(
 
 def sentence(entry: Mapping[str, Any]) -> str:
     dropped, back, kept = entry["dropped"], entry["put_back"], entry["kept"]
+    counts = {"episodes cut short": entry["cut"], "episodes put back": back["episodes"]}
+    counts |= {f"moved to {name}": size["episodes"] for name, size in entry["moved_to"].items()}
     parts = [f"dropped {dropped['episodes']} episodes, {dropped['transitions']} transitions"]
-    if entry["cut"]:
-        parts.append(f"{entry['cut']} episodes cut short")
-    if back["episodes"]:
-        parts.append(f"{back['episodes']} episodes put back")
-    parts += [
-        f"{size['episodes']} moved to {name}"
-        for name, size in entry["moved_to"].items()
-        if size["episodes"]
-    ]
-    return (
-        f"{entry['operation']}. {entry['op']}: {'; '.join(parts)}; {kept['episodes']} episodes,"
-        f" {kept['transitions']} transitions are left"
-    )
+    parts += [f"{count} {name}" for name, count in counts.items() if count]
+    parts.append(f"{kept['episodes']} episodes, {kept['transitions']} transitions are left")
+    return f"{entry['operation']}. {entry['op']}: {'; '.join(parts)}"
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.curation.scan import Piece, Rows
-from mesocosm.data.curation.table import Step
+from mesocosm.data.curation.table import Operation, Step
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.errors import UsageError, nearest
 
@@ -19,7 +19,7 @@ Array = NDArray[Any]
 
 
 @dataclass
-class Stuck:
+class Stuck(Operation):
     """Drop episodes in which a number of the observation does not change for `steps` consecutive
     steps though it otherwise does: in fewer than half of the episodes that are as long. `keep`:
     none of the episode, or the part before.
@@ -31,8 +31,6 @@ class Stuck:
     """Only these (`observation[3]`), whether or not they otherwise change; empty: all that do."""
 
     def check(self) -> None:
-        if self.steps < 1:
-            raise UsageError(f"steps must be >= 1, got {self.steps}")
         if self.keep not in ("none", "before"):
             fix = nearest(self.keep, ["none", "before"])
             raise UsageError(f"keep must be 'none' or 'before', got {self.keep!r}{fix}")
@@ -82,7 +80,7 @@ def _unchanged(rows: Rows, values: Array, steps: int) -> Array:
 
 
 @dataclass
-class Saturated:
+class Saturated(Operation):
     """Drop episodes in which a number of the observation has its largest or smallest value of all
     kept episodes, to the bit, in more than `share` of the observations, though it otherwise does
     not: in fewer than half of the episodes.
@@ -91,10 +89,6 @@ class Saturated:
     share: float = 0.2
     dimensions: list[str] = field(default_factory=list)
     """Only these (`observation[3]`), whether or not they otherwise are; empty: all that are not."""
-
-    def check(self) -> None:
-        if not 0 <= self.share < 1:
-            raise UsageError(f"share must be in [0, 1), got {self.share}")
 
     def run(self, step: Step) -> None:
         names = step.dataset.observation_codec.labels()

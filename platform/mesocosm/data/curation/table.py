@@ -85,6 +85,17 @@ class Table:
         return f"{self.dataset.ids[int(self.dataset.part[episode])]}/{index}"
 
 
+class Operation:
+    """An operation: a dataclass, whose fields are its parameters."""
+
+    def check(self) -> None:
+        """Raise UsageError where parameters do not agree."""
+
+    def run(self, step: Step) -> None:
+        """Drop, cut, put back or hold out. Raises UsageError where the data lack a value."""
+        raise NotImplementedError
+
+
 class Step:
     """One operation at work on the table."""
 
