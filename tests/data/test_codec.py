@@ -13,7 +13,7 @@ from gymnasium import spaces
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.parts import start_parts
+from mesocosm.data.loading.windows import start_parts
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts
 

@@ -14,7 +14,7 @@ from mesocosm.data.format.dataset import Dataset, Environment, Manifest, write_d
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
-from mesocosm.data.loading.parts import observation_parts, start_parts
+from mesocosm.data.loading.windows import observation_parts, start_parts
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.store.artifacts import Storage
 

@@ -21,7 +21,7 @@ from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.parts import start_parts
+from mesocosm.data.loading.windows import start_parts
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.starts import LEAST, TaskDistribution, task_distribution
 from mesocosm.model import mup

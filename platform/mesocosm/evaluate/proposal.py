@@ -17,7 +17,7 @@ from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.collecting.config import check as check_collection
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.parts import start_parts
+from mesocosm.data.loading.windows import start_parts
 from mesocosm.evaluate import buying
 from mesocosm.evaluate.buying import Bought, Imagined
 from mesocosm.evaluate.candidates import Question

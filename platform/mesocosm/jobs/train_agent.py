@@ -34,7 +34,7 @@ from mesocosm.config import identity
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import Horizon, horizon_of
 from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.parts import observation_parts
+from mesocosm.data.loading.windows import observation_parts
 from mesocosm.errors import UsageError
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.policies.policy import SNAPSHOTS, Policy

@@ -23,8 +23,7 @@ from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import TaskOption
 from mesocosm.data.format.space_json import space_from_json, space_to_json
 from mesocosm.data.format.spaces import Leaf, SpaceCodec
-from mesocosm.data.loading.fit import integer_columns, statistics
-from mesocosm.data.loading.normalize import Scaling
+from mesocosm.data.loading.normalize import Scaling, integer_columns, statistics
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
 

@@ -11,7 +11,7 @@ shards of a block differ in every epoch.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -22,6 +22,7 @@ from mesocosm.data.format.dataset import Dataset, Split, grouped
 from mesocosm.data.format.manifest import OUTCOMES, SPLITS
 from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.loading.codec import Codec
+from mesocosm.errors import UsageError
 
 Array = NDArray[Any]
 Index = NDArray[np.int64]
@@ -31,6 +32,7 @@ evaluation cuts from each episode's start.
 """
 ORDER, SHIFT, TERMINAL, UNIFORM, BLOCK, SAMPLE = 1, 2, 3, 4, 5, 6
 """Salts of the independent draws."""
+SLOTS = 10_000
 EPISODES = 1 << 20
 """Episodes kept in memory, some 100 bytes each; at least those of one shard."""
 
@@ -53,14 +55,8 @@ def place_type(options: int) -> np.dtype[Any]:
 
 
 def tiles(length: Index, window: int) -> tuple[Index, Index, Index]:
-    """How episodes are cut into windows.
-
-    Args:
-        length: [n] transitions.
-        window: transitions of a window.
-
-    Returns:
-        For each episode, its windows, the least shift, and from how many shifts one is drawn.
+    """Cut episodes of `length` [n] into windows: how many, the least shift, and from how many
+    shifts one is drawn.
     """
     least = -(-length // window)
     spare = least * window - length
@@ -248,30 +244,69 @@ class Order:
     # -- rare events
 
     def draw(self, salt: int, order: Index, samples: Index) -> tuple[Array, Index, Index]:
-        """Draw single transitions.
-
-        Args:
-            salt: TERMINAL walks round and round over terminals, UNIFORM over all transitions, of
-                all shards or of a sample's block. Without a terminal there, TERMINAL walks over
-                transitions.
-            order: [K] the number of each draw in the walk.
-            samples: [K] the sample that each draw goes with.
-
-        Returns:
-            Places, and how many terminals and transitions there are to draw from.
+        """Single transitions, the `order`-th [K] of a walk round and round over terminals
+        (TERMINAL) or all transitions (UNIFORM), of all shards or of the block of `samples` [K].
+        Without a terminal there, over its transitions. Also the numbers of both there, [K].
         """
         places = np.empty(len(order), self.tables.type)
         terminals, transitions = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
         for epoch, block, here in self._blocks(*np.divmod(samples, self.windows)):
             shards = self._shards(epoch, block)
-            terminals[here] = self.tables.total("terminals", shards)
-            transitions[here] = self.tables.total("transitions", shards)
+            terminals[here] = terminal = self.tables.total("terminals", shards)
+            transitions[here] = total = self.tables.total("transitions", shards)
             by: By = "transitions"
-            if salt == TERMINAL and self.tables.total("terminals", shards):
-                by = "terminals"
-            total = self.tables.total(by, shards)
+            if salt == TERMINAL and terminal:
+                by, total = "terminals", terminal
             rounds, positions = np.divmod(order[here], total)
             walk = self._key(salt, rounds, *((epoch, *block) if block else ()))
             numbers = permute(positions, total, walk)
             words(places)[here] = words(self.tables.find(by, shards, numbers))
         return places, terminals, transitions
+
+
+class Turns:
+    """Which source sample g is from, where each source has a weight.
+
+    A pattern of SLOTS repeats, spread so evenly that every stretch of n samples has each source's
+    share of n to within a few. The samples of a source are counted from 0 in g's order.
+
+    Raises:
+        UsageError: a positive weight is less than half a slot.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        exact = np.array(weights, np.float64) / sum(weights) * SLOTS
+        slots = np.floor(exact).astype(np.int64)
+        slots[np.argsort(slots - exact, kind="stable")[: SLOTS - slots.sum()]] += 1
+        for weight, count in zip(weights, slots, strict=True):
+            if weight > 0 and count == 0:
+                raise UsageError(
+                    f"data.weights: {weight:g} of {sum(weights):g} is less than one sample in"
+                    f" {SLOTS}; leave that dataset out, or give it more"
+                )
+        self._slots: Index = slots
+        self.shares: list[float] = (slots / SLOTS).tolist()
+        source = np.repeat(np.arange(len(slots)), slots)
+        own = np.arange(SLOTS) - np.repeat(np.cumsum(slots) - slots, slots)
+        order = np.lexsort((source, (2 * own + 1) / (2 * slots[source])))
+        self._source: Index = source[order]
+        self._own: Index = own[order]
+
+    def of(self, samples: Index) -> Iterator[tuple[int, Index | slice, Index]]:
+        """Each source of [K] samples: its number, their positions, and its own sample numbers."""
+        if len(self._slots) == 1:
+            yield 0, slice(None), samples
+            return
+        slot = samples % SLOTS
+        source: Index = self._source[slot]
+        own: Index = self._own[slot] + samples // SLOTS * self._slots[source]
+        for number in np.unique(source).tolist():
+            here = np.flatnonzero(source == number)
+            yield number, here, own[here]
+
+    def before(self, sample: int) -> list[int]:
+        """How many of the samples 0..`sample`-1 each source has."""
+        rounds, slot = divmod(sample, SLOTS)
+        partial = np.bincount(self._source[:slot], minlength=len(self._slots))
+        counts: list[int] = (rounds * self._slots + partial).tolist()
+        return counts

@@ -4,7 +4,7 @@ step).
 Its position is one integer, whatever the number of workers, so a resume continues the same
 sequence. Global sample number g = step * batch + i; epoch = g // windows; a keyed permutation of
 the epoch's windows gives the window of g (`index`). With weights each dataset has an order and
-epochs of its own, and a fixed pattern gives the dataset of g (`turns`).
+epochs of its own, and a fixed pattern gives the dataset of g (`index.Turns`).
 
 Tiling. An episode of T transitions is cut into n windows of W: window j covers the transitions [jW
 - s, (j+1)W - s) of [0, T), the shift s drawn by (seed, epoch, episode). n is ceil(T/W) or one more,
@@ -26,8 +26,17 @@ from numpy.typing import NDArray
 from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.index import SAMPLE, TERMINAL, UNIFORM, Index, Order, Tables, cut, words
-from mesocosm.data.loading.turns import Turns
+from mesocosm.data.loading.index import (
+    SAMPLE,
+    TERMINAL,
+    UNIFORM,
+    Index,
+    Order,
+    Tables,
+    Turns,
+    cut,
+    words,
+)
 from mesocosm.data.loading.windows import batches, windows
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Events, Windows
@@ -45,12 +54,8 @@ class Loader:
     Memory: a few integers a shard, at most `index.EPISODES` episodes, and READ_AHEAD.
 
     Args:
-        dataset: the episodes.
-        codec: encodes them.
-        split: "train" or "valid".
         window: transitions of a window.
         batch: windows of a step, over all workers.
-        seed: of the order.
         events: single transitions of a step, over all workers; 0: none.
         block: shards that must be on this machine at once (None: all); the next block is fetched
             meanwhile. Events then come from the block of their step's first window, and evaluation
@@ -149,9 +154,7 @@ class Loader:
     # -- training
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Windows:
-        """Batch `step`'s windows, or the slice of them that is `rank`'s.
-
-        The ranks' slices, in order, are the batch.
+        """Batch `step`'s windows, or `rank`'s slice; the ranks' slices, in order, are the batch.
 
         Raises:
             UsageError: the batch or the events do not divide by `world_size`.
@@ -275,8 +278,6 @@ class Loader:
 
         Args:
             batch: windows of a batch, over all workers; None: as in training.
-            rank: of this worker.
-            world_size: workers.
             most: take at most this many windows, evenly spread over the split. With blocks they lie
                 in the same few shards every time: as many as a block has, or as hold `most`
                 windows.

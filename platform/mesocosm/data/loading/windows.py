@@ -1,4 +1,4 @@
-"""Raw rows -> windows as training reads them."""
+"""Raw rows -> windows as training reads them, and logged observations as parts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mesocosm.data.format.dataset import Dataset, grouped
+from mesocosm.data.format.dataset import Dataset, Split, grouped
+from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.index import Index
 from mesocosm.model.spec import Events, Parts, Windows
 
 Array = NDArray[Any]
 Batch = TypeVar("Batch", Windows, Events)
+OBSERVATIONS = 0x0B5
+"""Salt of the draw of logged observations."""
 
 
 def windows(dataset: Dataset, codec: Codec, places: Array, window: int) -> Windows:
@@ -101,3 +104,35 @@ def runs(array: Array, first: Index, size: int) -> Array:
     block = np.dtype((np.void, size * array.strides[0]))
     every = np.ndarray((len(array) - size + 1,), block, array, strides=array.strides[:1])
     return every[np.minimum(first, len(every) - 1)].view(array.dtype).reshape(shape)
+
+
+def start_parts(dataset: Dataset, codec: Codec, split: Split = "train") -> tuple[Parts, Parts]:
+    """The (task, observation) of the first row of every episode of a split, in order, [n, ...]."""
+    episodes = dataset.episodes(split)
+    return _parts(dataset, codec, episodes, np.zeros(len(episodes), np.int64))
+
+
+def observation_parts(
+    dataset: Dataset, codec: Codec, split: Split, limit: int, seed: int
+) -> tuple[Parts, Parts]:
+    """The (task, observation) of at most `limit` logged observations that an action follows, drawn
+    without replacement, [n, ...].
+    """
+    episodes = dataset.episodes(split)
+    lengths = dataset.table["length"][episodes]
+    ends, total = np.cumsum(lengths), int(lengths.sum())
+    if not total:
+        return _parts(dataset, codec, episodes, episodes)
+    drawn = permute(np.arange(min(limit, total)), total, key(seed, OBSERVATIONS))
+    position = np.searchsorted(ends, drawn, "right")
+    return _parts(dataset, codec, episodes[position], drawn - (ends - lengths)[position])
+
+
+def _parts(dataset: Dataset, codec: Codec, episodes: Array, steps: Array) -> tuple[Parts, Parts]:
+    table = dataset.table[episodes]
+    rows = table["first_row"] + steps
+    arrays = dataset.gathered(table["shard"], {"obs_num": rows, "obs_cat": rows})
+    numbers, categories = arrays["obs_num"], arrays["obs_cat"]
+    options = codec.option_rows(dataset.options, dataset.option_numbers, dataset.option_values)
+    task = codec.task_parts(numbers, categories, options[episodes])
+    return task, codec.observation_parts(numbers, categories)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from mesocosm.data.format.dataset import Dataset, Split
-from mesocosm.data.loading.parts import start_parts
+from mesocosm.data.loading.windows import start_parts
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import Array, check_dataset, codec_of
 from mesocosm.evaluate.metrics.start_space import Starts, StartSpace
