@@ -58,15 +58,12 @@ class Chunk:
 
 
 class Dataset:
-    """The episodes of one or several datasets in order, numbered 0..E-1.
+    """The episodes of `paths` in order, numbered 0..E-1: folders of datasets, or artifacts of which
+    only the units in use are fetched and verified.
 
-    Opening reads the manifests and `lengths.npy`. `table`, `part`, the options and what needs them
+    Opening reads the manifests and `lengths.npy`. `table`, `part`, the options and their users
     (`episodes`, `chunks`, `unique`, ...) load all episodes, some 60 bytes each; training reads them
     shard by shard (`records`).
-
-    Args:
-        paths: folders of datasets, or artifacts of which only the units in use are fetched and
-            verified.
 
     Raises:
         ArtifactError: a folder is no dataset or is damaged.
@@ -127,10 +124,7 @@ class Dataset:
         return min((files.most for files in self._files if files.most is not None), default=None)
 
     def turn(self, now: Iterable[int], ahead: Iterable[int] = ()) -> None:
-        """Release all shards but `now`, which are read, and `ahead`, which come next.
-
-        Both are fetched in threads.
-        """
+        """Hold only the shards `now`, which are read, and `ahead`, which are fetched meanwhile."""
         pinned = list(dict.fromkeys([*now, *ahead]))
         self._release((set(self._open) | self._pinned) - set(pinned))
         self._pinned.clear()
@@ -171,14 +165,8 @@ class Dataset:
         return self.gathered(shards, {name: rows})[name]
 
     def gathered(self, shards: Array, rows: Mapping[str, Array]) -> dict[str, Array]:
-        """Rows of several arrays, shard by shard, so that each shard is held once.
-
-        Args:
-            shards: [K].
-            rows: for each array, [K, ...] rows within the shards.
-
-        Returns:
-            By array, [K, ..., columns].
+        """Rows of several arrays, shard by shard, so that each shard is held once: `shards` [K],
+        and by array `rows` [K, ...] within them -> [K, ..., columns].
         """
         groups = list(grouped(shards)) or [(0, slice(None))]
         if len(groups) == 1:
@@ -283,13 +271,9 @@ class Dataset:
         return self.lengths[self.lengths["split"] == SPLITS.index(split)]
 
     def unique(self, transitions: int, seed: int) -> Dataset:
-        """A view of the same files with fewer transitions to train on.
-
-        It takes whole episodes in an order that `seed` draws, and cuts the last one short. A
-        smaller view of a seed lies within its larger ones; validation is the same.
-
-        Raises:
-            UsageError: there are fewer transitions.
+        """A view with exactly this many transitions to train on: whole episodes in an order drawn
+        by `seed`, the last one cut short. A smaller view of a seed lies within its larger ones;
+        validation is the same. Raises UsageError where there are fewer transitions.
         """
         train = self.episodes("train")
         if not 1 <= transitions <= self.count("train"):
@@ -375,14 +359,8 @@ def grouped(shards: Array) -> Iterator[tuple[int, Array | slice]]:
 
 
 def episode_rows(first: Array, lengths: Array) -> tuple[Array, Array]:
-    """The rows of whole episodes, one after the other.
-
-    Args:
-        first: [E] each episode's first row within its shard.
-        lengths: [E] transitions.
-
-    Returns:
-        [R] rows within the shards, and [E] where each episode ends among them.
+    """The rows within their shards of whole episodes one after the other, [R], and the end of each
+    episode among them, [E]; from first rows [E] and transitions [E].
     """
     ends = np.cumsum(lengths + 1)
     return np.arange(ends[-1]) + np.repeat(first - (ends - lengths - 1), lengths + 1), ends

@@ -1,4 +1,4 @@
-"""Episodes as arrays, and what is said of how they ended."""
+"""Episodes as arrays, and how they ended."""
 
 from __future__ import annotations
 
@@ -10,20 +10,18 @@ from numpy.typing import NDArray
 
 Outcome = Literal["terminated", "truncated", "unfinished"]
 """terminated: the environment ended it; truncated: a time limit did; unfinished: the budget of
-steps ran out.
+steps was spent.
 """
 
 
 @dataclass
 class Episode:
-    """One episode of T transitions. Observations and actions are raw values of their Gymnasium
-    spaces.
-    """
+    """One episode of T transitions; observations and actions are raw values of their spaces."""
 
     index: int
     """k: the episode is a function of (reality config, seed, k)"""
     seed: int
-    """what `env.reset(seed=...)` was given"""
+    """The seed of `env.reset(seed=...)`"""
     behaviour: str
     observations: list[Any]
     """T+1 raw observations"""
@@ -35,9 +33,9 @@ class Episode:
     durations: NDArray[np.float64] | None = None
     """[T] seconds from `info["duration"]`, where the environment gives it at every step"""
     task: dict[str, Any] = field(default_factory=dict)
-    """reset options of this episode, where `reality.task` names reset options"""
+    """Reset options of this episode, where `reality.task` names reset options"""
     success: bool | None = None
-    """by `reality.success`; None where it is not set"""
+    """By `reality.success`; None where it is not set"""
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -45,10 +43,8 @@ class Episode:
     @property
     def terminated(self) -> NDArray[np.bool_]:
         """[T], true only at a terminal transition."""
-        flags = np.zeros(len(self), dtype=np.bool_)
-        if self.outcome == "terminated" and len(self):
-            flags[-1] = True
-        return flags
+        last = np.arange(len(self)) == len(self) - 1
+        return last & (self.outcome == "terminated")
 
     @property
     def total_reward(self) -> float:

@@ -1,7 +1,5 @@
-"""The length of an episode where the environment registers no time limit.
-
-Many environments truncate their own episodes in `step` and register no limit. The truncated
-episodes of the logs show it.
+"""The time limit of environments that truncate their own episodes and register no limit: the
+truncated episodes of the logs show it.
 """
 
 from __future__ import annotations
@@ -34,15 +32,8 @@ class Horizon:
 
 
 def logged_horizon(storage: Storage, datasets: Iterable[str]) -> Horizon | None:
-    """Infer the horizon from the truncated episodes of datasets.
-
-    Args:
-        storage: where the datasets are.
-        datasets: ids or names; those that were deleted are skipped.
-
-    Returns:
-        The length of the longest truncated episode, at most `MAX_EPISODE_STEPS`; None where no
-        episode is truncated.
+    """The length of the longest truncated episode of datasets (ids or names; deleted ones are
+    skipped), at most `MAX_EPISODE_STEPS`; None where no episode is truncated.
     """
     lengths: list[np.ndarray] = []
     for name in datasets:
@@ -57,24 +48,18 @@ def logged_horizon(storage: Storage, datasets: Iterable[str]) -> Horizon | None:
     if not len(truncated):
         return None
     longest = int(truncated.max())
+    source = f"the longest of {len(truncated)} truncated episodes of the data"
     if (truncated == longest).all():
         source = f"all {len(truncated)} truncated episodes of the data have this length"
-    else:
-        source = f"the longest of {len(truncated)} truncated episodes of the data"
     return Horizon(min(longest, MAX_EPISODE_STEPS), source, inferred=True)
 
 
 def horizon_of(storage: Storage, world: Artifact, limit: int | None, key: str) -> Horizon:
-    """The horizon of a world's episodes.
-
-    Args:
-        storage: where the world and its datasets are.
-        world: the world.
-        limit: the time limit that the config or the environment gives, if any.
-        key: the config key that sets the horizon.
+    """The horizon of a world's episodes: `limit`, the time limit of the config or the environment,
+    or else that of the logs.
 
     Raises:
-        UsageError: `limit` is None and no truncated episode of the world's data is in storage.
+        UsageError: there is neither; `key` is the config key that sets it.
     """
     if limit is not None:
         return Horizon(limit, "time limit of the environment")

@@ -54,10 +54,8 @@ LENGTHS = np.dtype(
         ("episodes", "<i8"),  # that agree in all of the above
     ]
 )
-"""`lengths.npy`: enough to count windows of any size, terminals and transitions.
-
-Its size is bounded by the shards (at most 4 sqrt(2 R) records for a shard of R rows), not by the
-episodes.
+"""`lengths.npy`: enough to count windows of any size, terminals and transitions. The shards bound
+its size (at most 4 sqrt(2 R) records for a shard of R rows), not the episodes.
 """
 
 
@@ -150,11 +148,7 @@ class Manifest(_Model):
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """Read a folder's manifest.
-
-        Raises:
-            ArtifactError: the file is missing or is not a manifest of this schema.
-        """
+        """Raises ArtifactError where the file is missing or is not a manifest of this schema."""
         path = folder / MANIFEST
         try:
             return Manifest.model_validate_json(path.read_text())
@@ -180,12 +174,10 @@ def check_alike(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
         fields = ["id", "kwargs", "task", "max_episode_steps"]
         if a.version and b.version:  # "" is unknown
             fields.append("version")
-        pairs = [(f"environment {name}", getattr(a, name), getattr(b, name)) for name in fields]
-        pairs += [
-            (name, getattr(first, name), getattr(other, name))
-            for name in ("observation_space", "action_space")
-        ]
-        for name, x, y in pairs:
+        pairs = {f"environment {name}": (getattr(a, name), getattr(b, name)) for name in fields}
+        pairs["observation_space"] = first.observation_space, other.observation_space
+        pairs["action_space"] = first.action_space, other.action_space
+        for name, (x, y) in pairs.items():
             if x != y:
                 raise UsageError(
                     f"datasets {str(paths[0])!r} and {str(path)!r} differ in {name}: {x} and {y};"

@@ -43,14 +43,8 @@ def episodes_table(
     behaviours: Sequence[str],
     tasks: Sequence[dict[str, Any]],
 ) -> pa.Table:
-    """The table of a shard.
-
-    Args:
-        codecs: of observations and actions.
-        arrays: the shard's `manifest.ARRAYS`.
-        records: [E] its `manifest.EPISODES`.
-        behaviours: the names that `records["behaviour"]` counts.
-        tasks: the reset options of each episode.
+    """The table of a shard: its `manifest.ARRAYS`, its E `manifest.EPISODES`, the behaviours that
+    they count, and their reset options.
     """
     observation, action = codecs
     repeats = records["length"] + 1

@@ -156,13 +156,7 @@ class SpaceCodec:
         self.cardinalities += cardinalities
 
     def encode(self, batch: Any) -> tuple[Array, Array]:
-        """Encode B values in the layout of a Gymnasium vector environment.
-
-        Args:
-            batch: leaves [B, ...]; of a Text, B strings.
-
-        Returns:
-            (numbers, categories).
+        """Encode B values in a vector environment's layout (leaves [B, ...]; Text: B strings).
 
         Raises:
             MesocosmError: a leaf's shape, kind or range is not its space's.
@@ -208,13 +202,11 @@ class SpaceCodec:
         return numbers, categories
 
     def decode(self, numbers: Array, categories: Array) -> Any:
-        """Decode numbers [B, n] and categories [B, m] into a vector environment's batch.
+        """Decode numbers [B, n] and categories [B, m] into a vector environment's batch
+        (`gymnasium.vector.utils.concatenate`).
 
         Integers are rounded and saturate at their dtype's range. A text that ends before its
         min_length continues with the first character.
-
-        Returns:
-            The layout of `gymnasium.vector.utils.concatenate`.
         """
         columns = (_decode_leaf(leaf, numbers, categories) for leaf in self.leaves)
         return _build(self.space, columns)

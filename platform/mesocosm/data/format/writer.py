@@ -114,8 +114,7 @@ class DatasetWriter:
         """Add an episode.
 
         Args:
-            episode: the episode.
-            rows: what `encode_episode` returns for it, where it is encoded already; its
+            rows: what `encode_episode` returns, where the episode is encoded already; its
                 observations and actions are then not read.
             split: of `SPLITS`, given for every episode or for none.
 
@@ -215,13 +214,8 @@ class DatasetWriter:
         self._rows = 0
 
     def close(self, *, dropped: int = 0) -> Manifest:
-        """Write the last shard, the tables and the manifest.
-
-        Args:
-            dropped: episodes that crashed or hung, for the counts.
-
-        Raises:
-            MesocosmError: no episode has a transition.
+        """Write the last shard, the tables and the manifest, which counts the `dropped` episodes.
+        Raises MesocosmError where no episode has a transition.
         """
         if not self._table:
             raise MesocosmError(
@@ -311,10 +305,8 @@ class DatasetWriter:
 def encode_episode(
     episode: Episode, observation: SpaceCodec, action: SpaceCodec
 ) -> dict[str, Array]:
-    """The rows of `manifest.ARRAYS` of one episode.
-
-    Raises:
-        MesocosmError: a value is not finite or not of its space; names episode and step.
+    """The rows of `manifest.ARRAYS` of one episode. Raises MesocosmError, naming episode and step,
+    where a value is not finite or not of its space.
     """
     where, length = _where(episode), len(episode)
     counts = len(episode.observations), len(episode.actions)

@@ -74,7 +74,8 @@ class Codec:
         self.options = list(options)
         self._observation, self._action = observation, action
         self._scalings, self._rest = dict(scalings), dict(rest)
-        self._all_delta_scale = delta_scale
+        self._delta_scale = delta_scale
+        """[n] standard deviation of the one-step change of each number of the observation"""
         task = {leaf.path for key in environment["task"] for leaf in observation.matching(key)}
         self._task = _Columns([leaf for leaf in observation.leaves if leaf.path in task])
         self._body = _Columns([leaf for leaf in observation.leaves if leaf.path not in task])
@@ -88,12 +89,6 @@ class Codec:
         self._option_numbers = np.flatnonzero(is_number).tolist()
         self._option_categories = np.flatnonzero(~is_number).tolist()
         scaling = self._scalings["observation"]
-        self.delta_scale: tuple[float, ...] = tuple(
-            (delta_scale / scaling.scale)[self._body.numbers].tolist()
-        )
-        """Standard deviation of the one-step change of each observation number, in normalised
-        units.
-        """
         self._body_scaling = scaling.only(self._body.numbers)
         self._task_scaling = scaling.only(self._task.numbers)
         self.spec = self._spec()
@@ -135,25 +130,17 @@ class Codec:
 
     @staticmethod
     def fit(dataset: Dataset) -> Codec:
-        """Fit on the training split.
-
-        The precision is that of the first dataset's part of it. The set of rewards is that of both
-        splits: a reward that only validation holds is a category too, not one predicted for free.
+        """Fit on the training split; the set of rewards on both, so that a reward that only
+        validation holds is a category too.
 
         Raises:
             UsageError: the training split is empty, a task key changes within an episode, a number
                 is beyond float32, or a duration is negative.
         """
-        scalings, delta_scale, rest = statistics(dataset)
-        return Codec(
-            dataset.observation_codec,
-            dataset.action_codec,
-            dataset.environment.model_dump(),
-            dataset.options,
-            scalings,
-            delta_scale,
-            rest,
-        )
+        codecs = dataset.observation_codec, dataset.action_codec
+        scalings, change, rest = statistics(dataset)
+        environment = dataset.environment.model_dump()
+        return Codec(*codecs, environment, dataset.options, scalings, change, rest)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -163,7 +150,7 @@ class Codec:
             "action_space": space_to_json(self.action_space),
             "options": [option.model_dump() for option in self.options],
             "scalings": {name: scaling.to_json() for name, scaling in self._scalings.items()},
-            "delta_scale": self._all_delta_scale.tolist(),
+            "delta_scale": self._delta_scale.tolist(),
             "spec": self._rest,
         }
 
@@ -204,17 +191,11 @@ class Codec:
         return self.observation_parts(*self._observation.encode(batch))
 
     def task(self, batch: Any, options: Sequence[Mapping[str, Any]] | None = None) -> Parts:
-        """The tasks of B observations.
-
-        Args:
-            batch: observations in a vector environment's layout, of any step.
-            options: the B reset options, where the task has any.
-
-        Returns:
-            [B, ...].
+        """The tasks [B, ...] of B observations (vector layout, of any step) and their B reset
+        options, where the task has any.
 
         Raises:
-            UsageError: an option's value was not in the data.
+            UsageError: an option is missing, or its value was not in the data.
         """
         numbers, categories = self._observation.encode(batch)
         rows = np.zeros((len(numbers), len(self.options)))
@@ -224,19 +205,11 @@ class Codec:
                 f" each of {len(rows)} environments, got {options!r}"
             )
         for column, option in enumerate(self.options):
-            for row, given in enumerate(options or ()):
-                if option.name not in given:
+            for row, values in enumerate(options or ()):
+                if option.name not in values:
                     raise UsageError(f"the task needs the reset option {option.name!r}; give it")
-                value = given[option.name]
-                if option.values is None:
-                    rows[row, column] = float(value)
-                elif value in option.values:
-                    rows[row, column] = option.values.index(value)
-                else:
-                    raise UsageError(
-                        f"the reset option {option.name} must be in {option.values}, the values in"
-                        f" the data, got {value!r}"
-                    )
+                value = values[option.name]
+                rows[row, column] = value if option.values is None else _position(option, value)
         return self.task_parts(numbers, categories, rows)
 
     def action(self, batch: Any) -> Parts:
@@ -252,22 +225,13 @@ class Codec:
     def observation_parts(self, numbers: Array, categories: Array) -> Parts:
         """Raw columns of whole observations, [..., n] float64 and [..., m] -> Parts [...]."""
         if len(self._task):
-            numbers, categories = (
-                numbers[..., self._body.numbers],
-                categories[..., self._body.categories],
-            )
+            numbers = numbers[..., self._body.numbers]
+            categories = categories[..., self._body.categories]
         return Parts(self._body_scaling.normalise(numbers), _int64(categories))
 
     def task_parts(self, numbers: Array, categories: Array, options: Array) -> Parts:
-        """The tasks of observations.
-
-        Args:
-            numbers: [B, n] raw columns of whole observations.
-            categories: [B, m] alike.
-            options: [B, k] rows of `option_rows`.
-
-        Returns:
-            [B, ...].
+        """Raw columns of whole observations, [B, n] and [B, m], and rows of `option_rows` [B, k] ->
+        Parts [B, ...].
         """
         if not (self.spec.task.numbers or self.spec.task.categories):
             return Parts.empty(self.spec.task, len(numbers))
@@ -282,32 +246,21 @@ class Codec:
 
     def option_rows(self, options: Sequence[TaskOption], numbers: Array, values: Array) -> Array:
         """A dataset's reset options ([E, k] each) as this codec's, [E, k] float64: the number, or
-        the category.
-
-        Raises:
-            UsageError: the options differ, or a choice is not in this codec.
+        the category. Raises UsageError where the options differ, or a value is not in this codec.
         """
-        names = [
-            [(option.name, option.values is None) for option in o] for o in (options, self.options)
-        ]
-        if names[0] != names[1]:
+        of_data, own = (
+            [(o.name, o.values is None) for o in some] for some in (options, self.options)
+        )
+        if of_data != own:
             raise UsageError(
-                f"the data's reset options must be the world's"
-                f" {[option.name for option in self.options]}, got"
-                f" {[option.name for option in options]}; use data of one task"
+                f"the data's reset options must be {[name for name, _ in own]}, as the world's, got"
+                f" {[name for name, _ in of_data]}; use data of one task"
             )
         rows = numbers.astype(np.float64)
-        for column, (of_data, option) in enumerate(zip(options, self.options, strict=True)):
-            if of_data.values is None or option.values is None:
-                continue
-            for value in of_data.values:
-                if value not in option.values:
-                    raise UsageError(
-                        f"the reset option {option.name} must be in {option.values}, the world's"
-                        f" values, got {value!r}; pretrain on data that has it"
-                    )
-            positions = np.array([option.values.index(value) for value in of_data.values])
-            rows[:, column] = positions[values[:, column]]
+        for column, (option, ours) in enumerate(zip(options, self.options, strict=True)):
+            if option.values is not None:
+                positions = np.array([_position(ours, value) for value in option.values])
+                rows[:, column] = positions[values[:, column]]
         return rows
 
     def reward(self, raw: Array) -> Tensor:
@@ -365,6 +318,15 @@ class Codec:
                 row[self.options[i].name] = (self.options[i].values or [])[code]
             rows.append(row)
         return rows
+
+
+def _position(option: TaskOption, value: Any) -> int:
+    if option.values is None or value not in option.values:
+        raise UsageError(
+            f"the reset option {option.name} must be in {option.values}, the values that the world"
+            f" was trained on, got {value!r}"
+        )
+    return option.values.index(value)
 
 
 def _float32(values: Array) -> Tensor:
