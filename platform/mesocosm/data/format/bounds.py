@@ -55,7 +55,8 @@ def outside(space: Space, array: Array, bounds: str = "drop") -> Array:
     elif isinstance(space, spaces.Discrete):
         low, high = np.array([space.start]), np.array([space.start + space.n - 1])
     elif isinstance(space, spaces.MultiDiscrete):
-        low, high = np.ravel(space.start), np.ravel(space.start + space.nvec - 1)
+        low = np.ravel(space.start).astype(np.int64)
+        high = low + np.ravel(space.nvec).astype(np.int64) - 1
     else:
         low, high = np.array([0]), np.array([1])
     return np.asarray(~(inside & ((flat >= low) & (flat <= high)).all(1)))

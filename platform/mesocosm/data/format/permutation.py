@@ -13,11 +13,8 @@ from numpy.typing import NDArray
 U64 = NDArray[np.uint64]
 ROUNDS = 4
 MASK = 2**64 - 1
-GOLDEN, M1, M2 = (
-    np.uint64(0x9E3779B97F4A7C15),
-    np.uint64(0xBF58476D1CE4E5B9),
-    np.uint64(0x94D049BB133111EB),
-)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+M1, M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 S30, S27, S31 = np.uint64(30), np.uint64(27), np.uint64(31)
 
 
@@ -47,8 +44,8 @@ def key(*parts: NDArray[Any] | int) -> U64:
 
 
 def permute(index: NDArray[Any], n: int, keys: U64) -> NDArray[np.int64]:
-    """Where position `index` [B] goes under the permutation of 0..n-1 that `keys` ([B] or [1])
-    names: [B] int64.
+    """The image of positions `index` [B] under the permutation of 0..n-1 named by `keys` ([B] or
+    [1]): [B] int64.
 
     A Feistel network over Z_a x Z_b with a*b the least such product near n (a = ceil(sqrt n)), as
     in Black and Rogaway's "Ciphers with Arbitrary Finite Domains" (2002), and cycle walking over
