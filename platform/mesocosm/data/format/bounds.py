@@ -53,10 +53,11 @@ def outside(space: Space, array: Array, bounds: str = "drop") -> Array:
             flat = flat.astype(space.dtype) if np.dtype(space.dtype).kind == "f" else flat
         low, high = space.low.reshape(-1), space.high.reshape(-1)
     elif isinstance(space, spaces.Discrete):
-        low, high = np.array([space.start]), np.array([space.start + space.n - 1])
+        low = np.array([int(space.start)])
+        high = low + int(space.n) - 1
     elif isinstance(space, spaces.MultiDiscrete):
-        low = np.ravel(space.start).astype(np.int64)
-        high = low + np.ravel(space.nvec).astype(np.int64) - 1
+        low = np.ravel(space.start)
+        high = low + np.ravel(space.nvec) - 1
     else:
         low, high = np.array([0]), np.array([1])
     return np.asarray(~(inside & ((flat >= low) & (flat <= high)).all(1)))
