@@ -67,13 +67,13 @@ def test_a_rayservice_of_the_shipped_file_serves_the_world(
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         ({"replcas": 2}, "did you mean 'replicas'"),
-        ({"replicas": "0"}, "must be at least 1"),
+        ({"replicas": "0"}, "serve.replicas must be >= 1, got 0"),
         ({"world": "w9"}, "w9"),
     ],
 )
-def test_wrong_arguments_are_sentences(root: str, args: dict[str, Any], said: str) -> None:
-    with pytest.raises((UsageError, ArtifactError), match=said):
+def test_wrong_arguments(root: str, args: dict[str, Any], message: str) -> None:
+    with pytest.raises((UsageError, ArtifactError), match=message):
         build({"storage.root": root, **args})

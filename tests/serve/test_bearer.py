@@ -13,7 +13,7 @@ from mesocosm.serve.bearer import read_token
 TOKEN = "planted-token-4f1c9a0b7d"
 
 
-def test_token_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_token_in_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("MESOCOSM_WORLD_TOKEN", TOKEN)
     assert read_token() == (TOKEN.encode(), "$MESOCOSM_WORLD_TOKEN")
@@ -28,7 +28,7 @@ def test_token_of_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_token_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Made once, with mode 0600; what others can use, or somebody put there, is refused."""
+    """Made once, with mode 0600. A file that others can use, or no plain file, is refused."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("MESOCOSM_WORLD_TOKEN", raising=False)
     token, source = read_token()
@@ -45,10 +45,7 @@ def test_token_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         file.chmod(mode)
         with pytest.raises(
             UsageError,
-            match=(
-                rf"world_token has mode {mode:04o}, with which others can use it; run `chmod 600"
-                rf" {file}`"
-            ),
+            match=(rf"world_token must have mode 0600, got {mode:04o}; run `chmod 600 {file}`"),
         ):
             read_token()
     file.chmod(0o600)
@@ -62,5 +59,5 @@ def test_token_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
     file.unlink()
     os.mkfifo(file, 0o600)
-    with pytest.raises(UsageError, match="is not a plain file of this user"):
+    with pytest.raises(UsageError, match="must be a plain file of this user"):
         read_token()

@@ -17,7 +17,8 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.model.spec import Parts
-from mesocosm.serve.client import WorldEnv, WorldVectorEnv
+from mesocosm.serve.client import WorldVectorEnv
+from mesocosm.serve.single_env import WorldEnv
 
 BOX = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 DICT = spaces.Dict(
@@ -318,7 +319,9 @@ def test_another_version(make_world: Any, store: Any, root: str) -> None:
     two = rollout(env, 6, 0)
     assert not same(one, two)
     assert same(two, rollout(WorldVectorEnv(2, "two", root=root, backend="local", horizon=5), 6, 0))
-    with pytest.raises(UsageError, match=r"world 'other' has other spaces .* make a new client"):
+    with pytest.raises(
+        UsageError, match=r"world 'other' must have this client's spaces .* make a new client"
+    ):
         env.reset(options={"world": "other"})
     assert env.world == "two", "a refused version leaves the client as it was"
     assert same(two, rollout(env, 6, 0))
@@ -338,7 +341,7 @@ def test_starts_of_another_codec(make_world: Any, store: Any, root: str) -> None
     assert (env.reset(options={"world": "two"})[0] == 1).all()
     with pytest.raises(
         UsageError,
-        match=r"starts: they are encoded as world 'two' reads them, and 'rewards' reads otherwise",
+        match=r"starts: they are encoded for world 'two', and 'rewards' has another codec",
     ):
         env.reset(options={"world": "rewards"})
 
@@ -347,21 +350,20 @@ def test_wrong_use(make_world: Any, root: str) -> None:
     world = make_world()
     with pytest.raises(UsageError, match=r"no artifact worlds/missing in storage.root"):
         WorldVectorEnv(2, "missing", root=root, backend="local")
-    with pytest.raises(UsageError, match=r"world='' names no world"):
+    with pytest.raises(UsageError, match=r"world must be an artifact id .* got ''"):
         WorldVectorEnv(2, root=root, backend="local")
     with pytest.raises(UsageError, match=r"'/nowhere' is a folder without a world.json"):
         WorldVectorEnv(2, "/nowhere", root=root, backend="local")
-    with pytest.raises(UsageError, match=r"backend='sreve' is unknown.*did you mean 'serve'"):
+    with pytest.raises(UsageError, match=r"backend must be .*got 'sreve'; did you mean 'serve'"):
         WorldVectorEnv(2, "x", backend="sreve")
-    with pytest.raises(UsageError, match="num_envs=0"):
+    with pytest.raises(UsageError, match="num_envs must be >= 1, got 0"):
         WorldVectorEnv(0, world)
-    with pytest.raises(UsageError, match="horizon=0"):
+    with pytest.raises(UsageError, match="horizon must be >= 1 or None, got 0"):
         WorldVectorEnv(1, world, horizon=0)
-    with pytest.raises(UsageError, match="autoreset_mode='Disabled'"):
+    with pytest.raises(UsageError, match=r"autoreset_mode must be .* got 'Disabled'"):
         WorldVectorEnv(1, world, autoreset_mode=AutoresetMode.DISABLED)
     with pytest.raises(
-        UsageError,
-        match=r"starts: the observation parts .* \(2, 1, 0\) where the world has \(2, 3, 0\)",
+        UsageError, match=r"starts: the observation parts .* = \(2, 3, 0\), got \(2, 1, 0\)"
     ):
         WorldVectorEnv(
             1,
@@ -383,7 +385,7 @@ def test_wrong_use(make_world: Any, root: str) -> None:
         env.step(np.zeros(3, np.int64))
     with pytest.raises(MesocosmError, match="the value 2 is outside the space"):
         env.step(np.array([0, 2]))
-    with pytest.raises(UsageError, match="num_envs=2 is no argument of a single environment"):
+    with pytest.raises(UsageError, match=r"num_envs is not an argument .* got num_envs=2"):
         WorldEnv(world, num_envs=2)
     single = WorldEnv(world, horizon=1)
     single.reset()

@@ -66,7 +66,7 @@ class Server:
         async def body(request: Request) -> int:
             return len(await request.body())
 
-        ingress.say_errors(app)
+        ingress.handle_errors(app)
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"

@@ -305,7 +305,7 @@ def test_binary(client: Any, rich: str) -> None:
     env._connection = OverHttp(client)
     for step, batch in enumerate([None] + [here.action_space.sample() for _ in range(16)]):
         if step == 9:
-            kill(LISTENERS["web"]._visitors.connections.get(env._routed).value)  # type: ignore[union-attr]
+            kill(LISTENERS["web"].sessions.connections.get(env._routed).value)  # type: ignore[union-attr]
         ours, theirs = (
             each.reset(seed=2) if step == 0 else each.step(batch) for each in (env, here)
         )
@@ -322,7 +322,7 @@ def test_killed_replica(client: Any, rich: str) -> None:
     session = client.begin(2, seed=3)
     for step in range(12):
         if step == 8:
-            kill(LISTENERS["web"]._visitors.sessions.get(session).value._connection)  # type: ignore[union-attr]
+            kill(LISTENERS["web"].sessions.sessions.get(session).value._connection)  # type: ignore[union-attr]
         batch = env.action_space.sample()
         reply = client("POST", "/v1/step", json={"session": session, "action": actions(env, batch)})
         assert reply.status_code == 200, reply.text
@@ -339,7 +339,7 @@ def test_room_for_sessions(client: Any, monkeypatch: pytest.MonkeyPatch) -> None
         replies = [client("POST", "/v1/reset", json={"session": each}) for each in sessions]
         return [reply.status_code for reply in replies]
 
-    kept = LISTENERS["web"]._visitors.sessions  # type: ignore[union-attr]
+    kept = LISTENERS["web"].sessions.sessions  # type: ignore[union-attr]
     kept.clear()
     monkeypatch.setattr(kept, "count", 2)
     first, second = client.begin(), client.begin()
@@ -363,12 +363,12 @@ def test_room_for_sessions(client: Any, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_failed_reset_keeps_no_place(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = LISTENERS["web"]._visitors.sessions  # type: ignore[union-attr]
+    kept = LISTENERS["web"].sessions.sessions  # type: ignore[union-attr]
     kept.clear()
     failed = {"error": "the device went away", "kind": "failed"}
     monkeypatch.setattr(Served, "call", lambda *_: failed)
     assert client("POST", "/v1/reset", json={}).status_code == 503
-    assert not kept._held
+    assert not kept._slots
 
 
 def test_a_hundred_sessions_at_once(client: Any) -> None:
@@ -377,7 +377,7 @@ def test_a_hundred_sessions_at_once(client: Any) -> None:
     Nobody loses a session in mid-episode.
     """
     action = {"push": [0, 0], "turn": 0, "hands": [0, 0], "say": "a"}
-    kept = LISTENERS["web"]._visitors.sessions  # type: ignore[union-attr]
+    kept = LISTENERS["web"].sessions.sessions  # type: ignore[union-attr]
     kept.clear()
     statuses: list[list[int]] = []
     begun = threading.Barrier(100)
@@ -409,11 +409,11 @@ def test_a_bug_shows_nothing(
     def fail(*_: Any) -> None:
         raise RuntimeError("inner workings")
 
-    monkeypatch.setattr(http_sessions.Visitors, "reset", fail)
+    monkeypatch.setattr(http_sessions.HttpSessions, "reset", fail)
     reply = client("POST", "/v1/reset", json={})
     assert (reply.status_code, reply.json()) == (
         500,
-        {"detail": "the server failed on this request, which is a bug; its log says where"},
+        {"detail": "the server failed on this request, which is a bug; see its log"},
     )
     assert "inner workings" in caplog.text
     monkeypatch.undo()
@@ -474,9 +474,11 @@ def test_a_port_that_is_taken(client: Any, rich: str) -> None:
     ):
         deploy(ServeConfig(world="rich", name="second", http=port, storage=StorageConfig(rich)))
     assert "second" not in serve.status().applications
-    with pytest.raises(UsageError, match=r"serve.http=70000 is no port"):
+    with pytest.raises(UsageError, match=r"serve.http must be a port .* got 70000"):
         deploy(ServeConfig(world="rich", name="second", http=70000, storage=StorageConfig(rich)))
-    with pytest.raises(UsageError, match=r"serve.http=0 with serve.world=''"):
+    with pytest.raises(
+        UsageError, match=r"serve.world must be set with serve.http, got serve.world=''"
+    ):
         deploy(ServeConfig(name="second", http=0, storage=StorageConfig(rich)))
 
 

@@ -26,9 +26,9 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 @pytest.fixture(autouse=True)
 def sessions_go_at_once(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """These tests leave more sessions behind than the server has room for."""
-    visitors = LISTENERS["web"]._visitors
-    assert visitors is not None
-    monkeypatch.setattr(visitors.sessions, "idle_s", 0.0)
+    sessions = LISTENERS["web"].sessions
+    assert sessions is not None
+    monkeypatch.setattr(sessions.sessions, "idle_s", 0.0)
 
 
 def action(**other: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ WRONG: list[tuple[str, Any]] = [
     ),
     ("action=[]: ", []),
     ("action=nothing: ", None),
-    ("action has 2 items where the session has 1 environments; give one to each", [action()] * 2),
+    ("action must have 1 items, one per environment, got 2", [action()] * 2),
 ]
 
 
@@ -111,8 +111,8 @@ def test_wrong_num_envs(client: Any) -> None:
     assert (reply.status_code, reply.json()["detail"]) == (
         400,
         (
-            "num_envs=3 where the session has 2; leave num_envs out, or leave session out for a"
-            " new one"
+            "num_envs must be 2, the session's, got 3; leave num_envs out, or leave session out"
+            " for a new one"
         ),
     )
 
@@ -220,12 +220,15 @@ def test_damaged_messages(client: Any, messages: list[dict[str, Any]]) -> None:
         assert send(client, pack(message | {"number": 1})).status_code == 200, "whole again"
     for bad in (messages[0] | {"world": "/etc"}, messages[0] | {"world": "../secret"}):
         assert (
-            "is a path; name a world by its artifact id"
+            "world must be an artifact id, not a path"
             in send(client, pack(bad | {"number": 1})).json()["detail"]
         )
-    assert "number=None must be an integer" in send(client, pack(messages[0])).json()["detail"]
+    assert (
+        "number must be an integer, got number=None"
+        in send(client, pack(messages[0])).json()["detail"]
+    )
     many = messages[1] | {"episode": np.zeros(4097, np.int64), "number": 1}
-    assert "beyond the limit of 4096" in send(client, pack(many)).json()["detail"]
+    assert "must have at most 4096 environments" in send(client, pack(many)).json()["detail"]
 
 
 def test_damaged_bytes(client: Any, messages: list[dict[str, Any]]) -> None:

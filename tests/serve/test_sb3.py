@@ -72,8 +72,6 @@ def test_ppo_learns_in_it(make_world: Any) -> None:
 def test_wrong_use(make_world: Any) -> None:
     with pytest.raises(
         UsageError,
-        match=(
-            "autoreset_mode='NextStep': Stable-Baselines3 resets in the same step; use 'SameStep'"
-        ),
+        match=("autoreset_mode must be 'SameStep' for Stable-Baselines3, got 'NextStep'"),
     ):
         WorldVecEnv(WorldVectorEnv(2, make_world()))

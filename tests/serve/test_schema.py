@@ -1,6 +1,4 @@
-"""Spaces as JSON types: every value of a space is one, what is none is refused, and the JSON Schema
-says the same.
-"""
+"""JSON types of spaces: they accept exactly the values of a space, and so does the JSON Schema."""
 
 from __future__ import annotations
 
@@ -16,7 +14,8 @@ from hypothesis import HealthCheck, given, seed, settings
 from pydantic import TypeAdapter, ValidationError
 
 from mesocosm.data.format.spaces import SpaceCodec
-from mesocosm.serve.schema import json_type, to_batch, to_json
+from mesocosm.serve.http_sessions import to_json
+from mesocosm.serve.schema import json_type
 
 FLOATS = spaces.Box(
     np.array([[-1, -0.7], [0, -np.inf]], np.float32), np.array([[1, 0.7], [np.inf, 3]], np.float32)
@@ -44,8 +43,8 @@ SPACES: dict[str, spaces.Space[Any]] = {
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_every_value_is_one(name: str) -> None:
-    """And it comes back with the same bits, in a request and in a reply."""
+def test_accepts_every_value(name: str) -> None:
+    """A value keeps its bits, in a request and in a reply."""
     space = SPACES[name]
     space.seed(0)
     codec = SpaceCodec(space)
@@ -55,17 +54,15 @@ def test_every_value_is_one(name: str) -> None:
         if name == "longs":
             values = [value // 2**11 for value in values]
         batch = concatenate(space, values, create_empty_array(space, len(values)))
-        told = json.loads(
-            json.dumps([to_json(value) for value in codec.unbatch(batch)], allow_nan=False)
-        )
-        back = to_batch(space, adapter.validate_python(told))
-        for one, other in zip(codec.encode(back), codec.encode(batch), strict=True):
+        received = adapter.validate_python(json.loads(to_json(codec.unbatch(batch))))
+        decoded = codec.decode(*codec.encode_list(received))
+        for one, other in zip(codec.encode(decoded), codec.encode(batch), strict=True):
             np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("name", SPACES)
-def test_the_schema_says_the_same(name: str) -> None:
-    """What the JSON Schema allows is accepted, and lies in the space."""
+def test_json_schema_agrees(name: str) -> None:
+    """Values that the JSON Schema allows are accepted, and are in the space."""
     space = SPACES[name]
     adapter: TypeAdapter[Any] = TypeAdapter(json_type(space, "Value"))
     codec = SpaceCodec(space)
@@ -75,13 +72,13 @@ def test_the_schema_says_the_same(name: str) -> None:
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": {"200": {"description": "ok"}},
     }
-    facts = {
+    document = {
         "openapi": "3.1.0",
         "info": {"title": "x", "version": "0"},
         "paths": {"/x": {"post": route}},
         "components": components,
     }
-    operation = schemathesis.openapi.from_dict(facts)["/x"]["POST"]
+    operation = schemathesis.openapi.from_dict(document)["/x"]["POST"]
 
     @seed(0)
     @settings(
@@ -89,15 +86,15 @@ def test_the_schema_says_the_same(name: str) -> None:
     )
     @given(operation.as_strategy())
     def accepted(case: Any) -> None:
-        numbers, _ = codec.encode(to_batch(space, [adapter.validate_python(case.body)]))
+        numbers, _ = codec.encode_list([adapter.validate_python(case.body)])
         assert np.isfinite(numbers).all()
 
     accepted()
 
 
 def test_bounds() -> None:
-    """0.7 is within a float32 bound of 0.7, which is a little less; a reply may leave the bounds,
-    and what is not finite is null.
+    """0.7 is within a float32 bound of 0.7, which is a little less. A reply may leave the bounds,
+    and its non-finite numbers are null.
     """
     adapter: TypeAdapter[Any] = TypeAdapter(json_type(FLOATS, "Value"))
     assert adapter.validate_python([[1, 0.7], [3.4e38, 3]])
@@ -112,4 +109,5 @@ def test_bounds() -> None:
         with pytest.raises(ValidationError):
             adapter.validate_python(wrong)
     assert TypeAdapter(json_type(FLOATS, "Value", reply=True)).validate_python([[5, None], [-1, 4]])
-    assert to_json(np.array([[1, np.nan], [np.inf, 0]], np.float32)) == [[1, None], [None, 0]]
+    infinite = np.array([[1, np.nan], [np.inf, 0]], np.float32)
+    assert json.loads(to_json(infinite)) == [[1, None], [None, 0]]

@@ -1,5 +1,5 @@
-"""The served world for a Serve config file (`import_path: mesocosm.serve.app:build`): how a
-RayService runs it.
+"""Entry point of a Serve config file (`import_path: mesocosm.serve.app:build`), as a RayService
+uses it.
 """
 
 from __future__ import annotations
@@ -14,11 +14,10 @@ from mesocosm.store.artifacts import Storage
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The application of `mesocosm serve key=value ...`, where `args` are the keys (`storage.root`,
-    too) and values.
+    """The application of `mesocosm serve key=value ...`; `args` holds the keys and values.
 
-    Raises UsageError for a key, a value or a world that is wrong: Serve shows it as the
-    application's state.
+    Raises:
+        UsageError: A key, a value or the world is wrong. Serve shows it as the application's state.
     """
     loaded = config.load(ServeConfig, overrides=[f"{key}={value}" for key, value in args.items()])
     check(loaded)

@@ -1,8 +1,7 @@
-"""What a replica asks of a request before it computes: fields, types, shapes and ranges, so that a
-wrong one costs a sentence and not a session.
+"""Validation of requests on a replica: fields, types, shapes and ranges.
 
-It checks what could raise, or read beyond a table. Numbers may be anything that float32 holds: a
-world says "diverged" of what is not finite.
+It checks everything that could raise or read beyond a table, so that a wrong request does not cost
+its session. Any float32 is valid: a world reports "diverged" where a number is not finite.
 """
 
 from __future__ import annotations
@@ -17,69 +16,56 @@ from mesocosm.model.spec import PartSpec, Spec
 
 Message = Mapping[str, Any]
 MODES = ("NextStep", "SameStep")
-_TEXTS = {
+SCALARS = {
     "describe": ("world",),
-    "begin": ("session", "replaces", "world"),
-    "step": ("session",),
-    "restore": ("session", "world"),
+    "begin": ("session", "replaces", "world", "seed", "first_env"),
+    "step": ("session", "clock"),
+    "restore": ("session", "world", "seed", "first_env"),
     "end": ("session",),
 }
-_NUMBERS = {"begin": ("seed", "first_env"), "step": ("clock",), "restore": ("seed", "first_env")}
-_LIMITS = {"seed": 1 << 64, "first_env": 1 << 62, "clock": 1 << 62}
+LIMITS = {"seed": 1 << 64, "first_env": 1 << 62, "clock": 1 << 62}
+"""Exclusive bound of the absolute value of integer fields. Other scalar fields are strings."""
 LONGEST = 4096
-"""Characters of a text: a session's name, or the folder of a world"""
+"""Characters of a session's name or a world's folder"""
 
 
 def check_fields(request: Message) -> None:
-    """The scalars of a request whose `op` is known. Raises UsageError."""
-    op = request["op"]
-    for name in _TEXTS[op]:
+    """Check the scalars of a request whose `op` is known. Raises UsageError."""
+    for name in SCALARS[request["op"]]:
         value = request.get(name)
-        if not isinstance(value, str) or len(value) > LONGEST:
-            raise UsageError(
-                f"request {op!r}: {name} must be a text of at most {LONGEST} characters, got"
-                f" {shown(value)}"
-            )
-    for name in _NUMBERS.get(op, ()):
-        value = request.get(name)
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | np.integer)
-            or not -_LIMITS[name] < int(value) < _LIMITS[name]
-        ):
-            raise UsageError(
-                f"request {op!r}: {name} must be an integer between -{_LIMITS[name]:.3g} and"
-                f" {_LIMITS[name]:.3g}, got {shown(value)}"
-            )
+        limit = LIMITS.get(name)
+        if limit is None:
+            if not isinstance(value, str) or len(value) > LONGEST:
+                raise _invalid(request, name, f"a string of at most {LONGEST} characters")
+        elif not isinstance(value, int | np.integer) or isinstance(value, bool):
+            raise _invalid(request, name, "an integer")
+        elif not -limit < int(value) < limit:
+            raise _invalid(request, name, f"between -{limit:.3g} and {limit:.3g}")
 
 
 def check_begin(request: Message, spec: Spec) -> None:
-    """Raises UsageError."""
-    batch = _batch(request, "episode")
-    _check_starts(request, spec, batch)
+    """Check the arrays of a `begin`. Raises UsageError."""
+    _check_starts(request, spec, _batch(request, "episode"))
 
 
 def check_step(request: Message, spec: Spec, batch: int) -> None:
-    """`batch`: the session's environments. Raises UsageError."""
+    """Check the arrays of a `step` of a session with `batch` environments. Raises UsageError."""
     for name, dtype in (("episode", np.int64), ("step", np.int64), ("cut", np.bool_)):
         _array(request, name, dtype, (batch,))
     if request.get("mode") not in MODES:
-        raise UsageError(
-            f"request 'step': mode must be one of {', '.join(MODES)}, got"
-            f" {shown(request.get('mode'))}"
-        )
+        raise _invalid(request, "mode", f"one of {', '.join(MODES)}")
     limit = request.get("max_disagreement")
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit != limit:
-        raise UsageError(
-            "request 'step': max_disagreement must be a number, or Infinity for no limit, got"
-            f" {shown(limit)}"
-        )
+        raise _invalid(request, "max_disagreement", "a number (Infinity for no limit)")
     _check_parts(request, "action", spec.action, (batch,))
     _check_starts(request, spec, batch)
 
 
 def check_restore(request: Message, spec: Spec, members: int) -> None:
-    """That the context's columns fit its clock is for `World.restore` to say. Raises UsageError."""
+    """Check a context's arrays; `World.restore` checks that its columns fit its clock.
+
+    Raises UsageError.
+    """
     batch = _batch(request, "context.member")
     past = request.get("context.past_observation.numbers")
     columns = past.shape[1] if isinstance(past, np.ndarray) and past.ndim == 3 else 0
@@ -87,16 +73,9 @@ def check_restore(request: Message, spec: Spec, members: int) -> None:
     _check_parts(request, "context.past_action", spec.action, (batch, columns))
     _check_parts(request, "context.observation", spec.observation, (batch,))
     _check_parts(request, "context.task", spec.task, (batch,))
-    _in_range(
-        request, "context.clock", _array(request, "context.clock", np.int64, ()), _LIMITS["clock"]
-    )
-    _in_range(
-        request,
-        "context.start_column",
-        _array(request, "context.start_column", np.int64, (batch,)),
-        columns + 1,
-    )
-    _in_range(request, "context.member", request["context.member"], members)
+    _array(request, "context.clock", np.int64, (), LIMITS["clock"])
+    _array(request, "context.start_column", np.int64, (batch,), columns + 1)
+    _array(request, "context.member", np.int64, (batch,), members)
 
 
 def _check_starts(request: Message, spec: Spec, batch: int) -> None:
@@ -105,50 +84,43 @@ def _check_starts(request: Message, spec: Spec, batch: int) -> None:
         _check_parts(request, "start", spec.observation, (batch,))
 
 
+def _check_parts(request: Message, name: str, spec: PartSpec, lead: tuple[int, ...]) -> None:
+    cards = spec.categories
+    _array(request, f"{name}.numbers", np.float32, (*lead, spec.numbers))
+    _array(request, f"{name}.categories", np.int64, (*lead, len(cards)), np.array(cards, np.int64))
+
+
 def _batch(request: Message, name: str) -> int:
+    """The number of environments B of an int64 array [B]."""
     value = request.get(name)
-    if (
-        not isinstance(value, np.ndarray)
-        or value.dtype != np.int64
-        or value.ndim != 1
-        or not len(value)
-    ):
-        raise UsageError(
-            f"request {request['op']!r}: {name} must be an int64 array [B], one for each of at"
-            f" least one environment, got {shown(value)}"
-        )
+    if not isinstance(value, np.ndarray) or value.ndim != 1 or not len(value):
+        raise _invalid(request, name, "an int64 array [B], B >= 1")
+    _array(request, name, np.int64, value.shape)
     return len(value)
 
 
-def _array(request: Message, name: str, dtype: type, shape: tuple[int, ...]) -> Any:
+def _array(
+    request: Message, name: str, dtype: type, shape: tuple[int, ...], limit: Any = None
+) -> None:
+    """Check an array; with a `limit`, its values must be in [0, limit)."""
     value = request.get(name)
     if not isinstance(value, np.ndarray) or value.dtype != dtype or value.shape != shape:
-        raise UsageError(
-            f"request {request['op']!r}: {name} must be a {np.dtype(dtype)} array of shape"
-            f" {list(shape)}, got {shown(value)}"
-        )
-    return value
-
-
-def _check_parts(request: Message, name: str, spec: PartSpec, lead: tuple[int, ...]) -> None:
-    _array(request, f"{name}.numbers", np.float32, (*lead, spec.numbers))
-    categories = _array(request, f"{name}.categories", np.int64, (*lead, len(spec.categories)))
-    if spec.categories:
-        _in_range(request, f"{name}.categories", categories, np.array(spec.categories))
-
-
-def _in_range(request: Message, name: str, value: Any, limit: Any) -> None:
+        raise _invalid(request, name, f"a {np.dtype(dtype)} array of shape {list(shape)}")
+    if limit is None:
+        return
     bad = (value < 0) | (value >= limit)
     if bad.any():
         most = np.broadcast_to(limit, value.shape)[bad][0] - 1
-        raise UsageError(
-            f"request {request['op']!r}: {name} has the value {value[bad][0]} where 0 to {most} are"
-            " meant"
-        )
+        raise _invalid(request, name, f"in 0 to {most}", value[bad][0])
+
+
+def _invalid(request: Message, name: str, expected: str, value: Any = None) -> UsageError:
+    value = request.get(name) if value is None else value
+    return UsageError(f"request {request['op']!r}: {name} must be {expected}, got {shown(value)}")
 
 
 def shown(value: Any) -> str:
-    """A value for a message: short, and ASCII whatever a stranger sent."""
+    """A short ASCII form of any value, for messages."""
     if value is None:
         return "nothing"
     if isinstance(value, np.ndarray):

@@ -1,4 +1,4 @@
-"""What `serve` deploys: which world, on how many replicas."""
+"""Config of `mesocosm serve`."""
 
 from __future__ import annotations
 
@@ -14,50 +14,44 @@ DEVICES = ("cpu", "cuda")
 class ServeConfig(JobConfig):
     world: str = ""
     """The default world: an artifact id, a unique prefix of one, or a folder that every replica can
-    read. Clients may ask for any other by id.
+    read. Clients may ask for any other world by id.
     """
     name: str = "mesocosm"
-    """The Serve application's name, by which clients find it."""
+    """Name of the Serve application."""
     replicas: int = 1
     threads: int = 1
-    """Torch threads of a replica. A trajectory is the same to the last bit only where this is the
-    same.
-    """
+    """Torch threads per replica. A trajectory has the same bits only for the same value."""
     cpus: float = 1.0
-    """Logical CPUs reserved for each replica."""
+    """Logical CPUs reserved per replica."""
     device: str = "cpu"
-    """`cpu` or `cuda`: one GPU for each replica."""
+    """`cpu`, or `cuda` for one GPU per replica."""
     max_sessions: int = 64
-    """Sessions whose caches a replica keeps; the least recently used goes first, and its client
-    goes on with one replay.
+    """Cached sessions per replica. The least recently used is evicted; its client replays it once.
     """
     max_worlds: int = 3
-    """World versions a replica keeps loaded."""
+    """Loaded world versions per replica."""
     http: int | None = None
-    """Port of an HTTP ingress to the default world, on the loopback of the machine that runs this,
-    behind a bearer token; 0: any free one; null: none.
+    """Port of an HTTP ingress to the default world, on this machine's loopback, behind a bearer
+    token. 0 takes any free port; null opens none.
     """
 
 
 def check(config: ServeConfig) -> None:
-    """Raise UsageError on the first value that cannot be meant. Reads no storage, starts nothing."""
+    """Raise UsageError on the first invalid value. Reads no storage and starts nothing."""
     for key in ("replicas", "threads", "max_sessions", "max_worlds"):
-        value = getattr(config, key)
-        if value < 1:
-            raise UsageError(f"serve.{key}={value} must be at least 1")
+        if getattr(config, key) < 1:
+            raise UsageError(f"serve.{key} must be >= 1, got {getattr(config, key)}")
     if config.http is not None and not 0 <= config.http <= 65535:
         raise UsageError(
-            f"serve.http={config.http} is no port; set it to one of 1024 to 65535, to 0 for any"
-            " free one, or to null for none"
+            f"serve.http must be a port from 1024 to 65535, 0 for any free port or null for none,"
+            f" got {config.http}"
         )
     if not config.cpus >= 0:
-        raise UsageError(f"serve.cpus={config.cpus} must be at least 0")
+        raise UsageError(f"serve.cpus must be >= 0, got {config.cpus}")
     if not config.name:
-        raise UsageError(
-            "serve.name='' names no application; give it a name, by which clients find it"
-        )
+        raise UsageError("serve.name must not be empty, got ''; name the application")
     if config.device not in DEVICES:
         raise UsageError(
-            f"serve.device={config.device!r} is not one of"
-            f" {', '.join(DEVICES)}{nearest(config.device, DEVICES)}"
+            f"serve.device must be one of {', '.join(DEVICES)}, got"
+            f" {config.device!r}{nearest(config.device, DEVICES)}"
         )

@@ -1,13 +1,12 @@
-"""How a client reaches a world: in its own process, or on Ray Serve, where replicas die and
-sessions move.
+"""A client's connection to a world: in its own process, or on Ray Serve.
 
-Serve chooses the replica (by consistent hash of the client's id) and gives out its *line*: a TCP
-address and a token. Steps then ride the line, a plain socket: 0.03 ms a call where a Serve handle
-takes 4 to 8 ms, which is several times what a small world needs for 256 environments. A broken
-line, or one that cannot be opened, sends the client back to Serve.
+Serve chooses the replica (by consistent hash of the client's id) and returns the address and token
+of its *line*, a plain TCP socket. A call on the line takes 0.03 ms, through a Serve handle 4 to 8
+ms, which is several times what a small world needs for 256 environments. If the line breaks or
+cannot be opened, the client calls through Serve.
 
-Every request has a number, which its reply repeats: a client that was interrupted, or whose line is
-out of step, never takes one request's reply for another's.
+A reply repeats the number of its request, so that an interrupted client never takes the reply to an
+earlier request.
 """
 
 from __future__ import annotations
@@ -28,24 +27,22 @@ from mesocosm.serve.session import Sessions
 
 FRAME = struct.Struct("<Q")
 LARGEST = 1 << 28
-"""Bytes of the largest frame: Humanoid's 348 numbers over a context of 64 steps for 3000
-environments.
-"""
+"""Bytes of the largest frame: Humanoid's 348 numbers, 64 steps of context, 3000 environments"""
 LOOPBACK = "127.0.0.1"
 DIAL_S = 5.0
 REDIAL_S = 60.0
-"""For so long a line that could not be opened is not tried again: where a firewall drops packets
-each try costs DIAL_S.
+"""Seconds before a line that could not be opened is tried again: a firewall that drops packets
+makes each attempt take DIAL_S
 """
 
 
 def packed(message: Message) -> bytes:
-    """The message as bytes. Raises UsageError where they are more than a frame may hold."""
+    """Encode a message. Raises UsageError where it is larger than a frame."""
     data = pack(message)
     if len(data) > LARGEST:
         raise UsageError(
-            f"a message of {len(data) / 2**20:.0f} MiB is beyond the limit of {LARGEST >> 20} MiB;"
-            " lower num_envs, and use more clients"
+            f"a message must be at most {LARGEST >> 20} MiB, got {len(data) / 2**20:.0f} MiB; lower"
+            " num_envs and use more clients"
         )
     return data
 
@@ -57,13 +54,13 @@ def send_frame(line: socket.socket, data: bytes) -> None:
 def receive_frame(
     line: socket.socket, limit: int = LARGEST, deadline: float | None = None
 ) -> bytearray | None:
-    """The next frame, or None where the other side has closed.
+    """Receive a frame, or None where the other side has closed.
 
     Args:
         line: The socket. With a `deadline`, its timeout is changed.
-        limit: The most bytes that the frame may have.
-        deadline: When the whole frame must be there, by `time.monotonic`. None: the socket's
-            timeout holds for each read.
+        limit: The most bytes in the frame.
+        deadline: End of the whole frame, by `time.monotonic`. None: the socket's timeout applies
+            to each read.
 
     Raises:
         OSError: The line is broken or late, or the frame has more than `limit` bytes.
@@ -73,54 +70,63 @@ def receive_frame(
         return None
     (size,) = FRAME.unpack(head)
     if size > limit:
-        raise ConnectionError(f"a frame of {size} bytes is beyond the limit of {limit}")
+        raise ConnectionError(f"a frame must have at most {limit} bytes, got {size}")
     return _receive(line, size, deadline)
 
 
 def _receive(line: socket.socket, size: int, deadline: float | None) -> bytearray | None:
     data = bytearray(size)
-    view, got = memoryview(data), 0
-    while got < size:
+    view, received = memoryview(data), 0
+    while received < size:
         if deadline is not None:
             line.settimeout(max(deadline - time.monotonic(), 1e-3))
-        count = line.recv_into(view[got:])
+        count = line.recv_into(view[received:])
         if count == 0:
             return None
-        got += count
+        received += count
     return data
 
 
+def open_line(host: str, port: int, token: bytes, timeout: float) -> socket.socket | None:
+    """Open a line whose replica acknowledges the token within `timeout` seconds, or return None."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+        line = stack.enter_context(socket.create_connection((host, port), timeout=timeout))
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        send_frame(line, token)
+        if receive_frame(line, 0, time.monotonic() + timeout) is not None:
+            stack.pop_all()
+            return line
+    return None
+
+
 class NotServed(UsageError):
-    """No application of that name is on this Ray."""
+    """This Ray has no application of that name."""
 
 
 class ReplicaFailed(MesocosmError):
-    """A bug of ours, on a replica: its log has more."""
+    """A bug on a replica; its log has the traceback."""
 
 
 def reply_of(reply: Message) -> Message:
-    """A reply that is no error. Raises UsageError, ReplicaFailed or MesocosmError with the sentence
-    of one that is.
-    """
+    """Return a reply, or raise UsageError, ReplicaFailed or MesocosmError for its error."""
     if "error" in reply:
-        raise {"usage": UsageError, "bug": ReplicaFailed}.get(reply["kind"], MesocosmError)(
-            reply["error"]
-        )
+        kinds = {"usage": UsageError, "bug": ReplicaFailed}
+        raise kinds.get(reply["kind"], MesocosmError)(reply["error"])
     return reply
 
 
 class Connection(Protocol):
-    """One client's way to its sessions."""
+    """One client's connection to its sessions."""
 
     def call(self, request: Message) -> Message:
-        """The reply to a request. Raises MesocosmError when nobody answers within the deadline."""
+        """Return the reply to a request. Raises MesocosmError after the deadline."""
 
     def close(self, last: Message | None = None) -> None:
-        """Let go of what the connection holds, after one request that nobody need answer."""
+        """Release the connection, after a last request whose reply is optional."""
 
 
 class InProcess:
-    """The world in the client's own process: the same sessions, no bytes and no copies between."""
+    """The world in the client's own process: the same sessions without bytes and copies."""
 
     def __init__(self, sessions: Sessions):
         self.sessions = sessions
@@ -134,9 +140,7 @@ class InProcess:
 
 
 class Served:
-    """A Serve application `app` on the Ray at `address` (None: the one this process is connected
-    to).
-    """
+    """The Serve application `app` on the Ray at `address`, or on this process's Ray."""
 
     def __init__(self, app: str, address: str | None, deadline_s: float):
         import ray
@@ -148,8 +152,8 @@ class Served:
             ray_session.ensure(RayConfig(address=address))
         elif not ray.is_initialized():
             raise UsageError(
-                f"world application {app!r}: this process is not connected to Ray; give"
-                " address=..., as `mesocosm serve` prints it"
+                f"world application {app!r}: this process is not connected to Ray; give the"
+                " address=... that `mesocosm serve` prints"
             )
         try:
             handle = serve.get_app_handle(app)
@@ -163,7 +167,7 @@ class Served:
         self.app = app
         self.deadline_s = deadline_s
         self.replica: dict[str, Any] | None = None
-        """Host, port and pid of the replica that the line leads to"""
+        """Host, port and pid of the replica at the other end of the line"""
         self._handle = handle.options(session_id=uuid.uuid4().hex, _by_reference=False)
         self._line: socket.socket | None = None
         self._no_line_until = 0.0
@@ -180,30 +184,23 @@ class Served:
         while True:
             try:
                 reply = unpack(self._send(data, max(1.0, deadline - time.monotonic())))
-                if (answers := reply.pop("number")) != self._number:
-                    raise ConnectionError(
-                        f"the line is out of step: request {self._number} got the reply to"
-                        f" {answers}"
-                    )
+                number = reply.pop("number")
+                if number != self._number:
+                    raise ConnectionError(f"request {self._number} got the reply to {number}")
                 return reply
             except self._lost as error:
                 self._hang_up()
                 self._no_line_until = 0.0
                 if time.monotonic() > deadline:
-                    reason = (
-                        f"{type(error).__name__}:"
-                        f" {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
-                    )
+                    lines = str(error).strip().splitlines() or ["no reason given"]
                     raise MesocosmError(
                         f"world application {self.app!r}: no replica answered for"
-                        f" {self.deadline_s:g} s ({reason}); see `serve status`, or raise"
-                        " deadline_s"
+                        f" {self.deadline_s:g} s ({type(error).__name__}: {lines[0]}); see `serve"
+                        " status`, or raise deadline_s"
                     ) from error
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
-            except (
-                BaseException
-            ):  # Ctrl-C while a reply is on its way: the line would be one reply behind from now on
+            except BaseException:  # Ctrl-C: the line still carries this request's reply
                 self._hang_up()
                 raise
 
@@ -215,16 +212,15 @@ class Served:
         send_frame(self._line, data)
         reply = receive_frame(self._line)
         if reply is None:
-            raise ConnectionError("the replica hung up")
+            raise ConnectionError("the replica closed the line")
         return reply
 
     def _dial(self, timeout: float) -> bool:
-        """Ask Serve for a replica and open its line; False where the replica lives and its port
-        cannot be reached from here.
+        """Open the line of the replica that Serve chooses. Returns whether it could be opened.
 
-        A replica that began while the cluster was one machine listens on loopback, which leads
-        nowhere from another node, or to somebody else. One without a free file descriptor accepts
-        nobody: its port connects, and does not acknowledge the token.
+        A replica that began while the cluster was one machine listens on loopback, which from
+        another node leads elsewhere. One without a free file descriptor accepts nobody: its port
+        connects and does not acknowledge the token.
         """
         if time.monotonic() < self._no_line_until:
             return False
@@ -246,26 +242,10 @@ class Served:
             self._line = self.replica = None
 
     def close(self, last: Message | None = None) -> None:
-        mine = not ray_session.forked()  # the line of a fork is its parent's
-        if mine and last is not None and self._line is not None:
+        forked = ray_session.forked()  # the line of a fork belongs to its parent
+        if last is not None and self._line is not None and not forked:
             with contextlib.suppress(OSError):
                 self._line.settimeout(1.0)
                 send_frame(self._line, pack(last | {"number": 0}))
                 receive_frame(self._line)
         self._hang_up()
-
-
-def open_line(host: str, port: int, token: bytes, timeout: float) -> socket.socket | None:
-    """A line on which the replica has acknowledged the token within `timeout` seconds, or None."""
-    line: socket.socket | None = None
-    try:
-        line = socket.create_connection((host, port), timeout=timeout)
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        send_frame(line, token)
-        if receive_frame(line, 0, time.monotonic() + timeout) is not None:
-            return line
-    except OSError:
-        pass
-    if line is not None:
-        line.close()
-    return None

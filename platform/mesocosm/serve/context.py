@@ -1,7 +1,6 @@
-"""The client's copy of what its session depends on: the same bounded list of steps that the world's
-carry keeps.
+"""The client's copy of its session's history: the bounded list of steps in the world's carry.
 
-A step costs the client one append. The arrays are put together only when a replica asks for them.
+A step costs the client one append. The arrays are built only when a replica needs them.
 """
 
 from __future__ import annotations
@@ -14,10 +13,8 @@ from mesocosm.model.spec import Parts, PartSpec
 from mesocosm.model.world import Context
 
 
-class Mirror:
-    """Mirrors `World.begin`, `step` and `reset` for a world of `memory` columns (0: without
-    history), without the world.
-    """
+class History:
+    """Follows `World.begin`, `step` and `reset` of a world with `memory` columns (0 for none)."""
 
     def __init__(self, memory: int):
         self.memory = memory
@@ -25,18 +22,20 @@ class Mirror:
 
     def begin(self, task: Parts, observation: Parts, action: PartSpec) -> None:
         """As `World.begin`; task and observation [B, ...]."""
+        batch = len(observation.numbers)
         self.clock = 0
-        self._no_action = Parts.empty(action, len(observation.numbers))
+        self._no_action = Parts.empty(action, batch)
         self._steps: list[tuple[Parts, Parts]] = []
-        """(observation, action) [B, ...] of the present window's columns"""
-        self._start_column = np.zeros(len(observation.numbers), np.int64)
+        """(observation, action) [B, ...] of the current window's columns"""
+        self._start_column = np.zeros(batch, np.int64)
         self._task, self._observation = task, observation
 
     def step(
         self, action: Parts, observation: Parts, task: Parts, restarted: NDArray[np.bool_]
     ) -> None:
-        """As `World.step` with `action`, then `World.reset` where `restarted` [B]; `observation`
-        and `task` are what holds after both.
+        """As `World.step`, then `World.reset` where `restarted` [B].
+
+        `observation` and `task` are those after both.
         """
         if self.memory:
             if len(self._steps) == self.memory:
@@ -44,19 +43,16 @@ class Mirror:
                 del self._steps[:dropped]
                 self._start_column = np.maximum(self._start_column - dropped, 0)
             self._steps.append((self._observation, action))
-            if restarted.any():
-                self._start_column = np.where(restarted, len(self._steps), self._start_column)
+            self._start_column = np.where(restarted, len(self._steps), self._start_column)
         self.clock += 1
         self._task, self._observation = task, observation
 
     def context(self, member: NDArray[np.int64]) -> Context:
-        """What `World.restore` takes; `member` [B] imagines the present episodes."""
+        """The input of `World.restore`; `member` [B] imagines the current episodes."""
         return Context(
             clock=self.clock,
-            past_observation=_columns(
-                [observation for observation, _ in self._steps], self._observation
-            ),
-            past_action=_columns([action for _, action in self._steps], self._no_action),
+            past_observation=_columns([step[0] for step in self._steps], self._observation),
+            past_action=_columns([step[1] for step in self._steps], self._no_action),
             start_column=torch.from_numpy(self._start_column),
             observation=self._observation,
             task=self._task,
@@ -65,13 +61,8 @@ class Mirror:
 
 
 def _columns(steps: list[Parts], like: Parts) -> Parts:
-    """[B, C, ...] of C steps [B, ...]; C may be 0."""
+    """Stack C steps [B, ...] to [B, C, ...]; C may be 0."""
     if not steps:
-        return Parts(
-            like.numbers.new_zeros(len(like.numbers), 0, like.numbers.shape[1]),
-            like.categories.new_zeros(len(like.numbers), 0, like.categories.shape[1]),
-        )
-    return Parts(
-        torch.stack([step.numbers for step in steps], 1),
-        torch.stack([step.categories for step in steps], 1),
-    )
+        return Parts(like.numbers[:, None][:, :0], like.categories[:, None][:, :0])
+    numbers, categories = ([getattr(p, name) for p in steps] for name in ("numbers", "categories"))
+    return Parts(torch.stack(numbers, 1), torch.stack(categories, 1))

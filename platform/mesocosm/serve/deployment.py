@@ -1,6 +1,4 @@
-"""The Ray Serve deployment: replicas that hold worlds and sessions, and the line by which clients
-reach them.
-"""
+"""The Ray Serve deployment: replicas that hold worlds and sessions, and their lines."""
 
 from __future__ import annotations
 
@@ -27,30 +25,36 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 ROUTER = "ray.serve.experimental.consistent_hash_router:ConsistentHashRouter"
+LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
 TAKEN = ("DEPLOYING", "RUNNING", "UNHEALTHY")
-"""Serve's states of an application in which its name is somebody's."""
+"""Serve's states of an application that uses its name"""
 POLL_S = 0.1
-"""Seconds between looks at an application that starts"""
+"""Seconds between checks of an application that starts"""
 LISTENERS: dict[str, Listener] = {}
-"""The HTTP ingresses of this process, by application."""
+"""The HTTP ingresses of this process, by application"""
 
 
 class Replica:
-    """One replica: `call` answers a packed request, `connect` gives a client the line that does the
-    same faster.
+    """One replica: `call` answers a packed request, `connect` returns the line that does the same
+    faster.
     """
 
     def __init__(
         self, root: str, world: str, threads: int, max_sessions: int, max_worlds: int, device: str
     ):
+        import ray
+
         torch.set_num_threads(threads)
         worlds = Worlds(root, world, max_worlds, device)
         if world:
             worlds.get(world)
         self.sessions = Sessions(worlds.get, max_sessions)
-        self._line = LineServer(_host(), self.call)
+        one_machine = len(ray.nodes()) == 1
+        host = LOOPBACK if one_machine else ray.util.get_node_ip_address()
+        self._line = LineServer(host, self.call)
 
     def call(self, data: bytes | bytearray) -> bytes:
+        """Answer a packed request. Never raises: the client must get the error and not retry."""
         number = None
         try:
             request = unpack(data)
@@ -58,19 +62,15 @@ class Replica:
             return packed(self.sessions.handle(request) | {"number": number})
         except MesocosmError as error:
             return pack({"error": str(error), "kind": "usage", "number": number})
-        except Exception as error:  # a bug of ours, or bytes that are no message: the client must hear of it and not try again
+        except Exception as error:
             logger.exception("a request failed")
-            return pack(
-                {
-                    "error": f"the replica failed: {type(error).__name__}: {error}",
-                    "kind": "bug",
-                    "number": number,
-                }
-            )
+            message = f"the replica failed: {type(error).__name__}: {error}"
+            return pack({"error": message, "kind": "bug", "number": number})
 
     def connect(self) -> dict[str, Any]:
-        """Host, port and token of this replica's line, its node and its pid. Who can call this may
-        call the world anyway.
+        """Host, port and token of this replica's line, its node and its pid.
+
+        Callers of this could also call the world, so that they may have the token.
         """
         import ray
 
@@ -80,39 +80,31 @@ class Replica:
         return replica | {"node": node, "pid": os.getpid()}
 
 
-def _host() -> str:
-    """Where the line listens: loopback while the cluster is this machine alone, this node's address
-    otherwise.
-    """
-    import ray
-
-    return LOOPBACK if len(ray.nodes()) == 1 else ray.util.get_node_ip_address()
-
-
 def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: None) -> str:
-    """Deploy `config.world` on Ray Serve, and wait until it answers; gives the application's name.
-    Serve's own HTTP and gRPC ingress stay off: that of `config.http` is a thread of this process
-    (`ingress`), which ends with `undeploy`.
+    """Deploy `config.world` on Ray Serve and wait until it answers.
 
-    An empty `config.world` deploys without a default: every client names its own. Raises UsageError
-    before anything starts, also where an application of that name runs on this Ray: its clients, or
-    its owner's `undeploy`, are somebody else's. Raises MesocosmError where its replicas cannot
-    start.
+    Serve's own HTTP and gRPC ingress stay off. The HTTP ingress of `config.http` is a thread of
+    this process. An empty `config.world` deploys no default: every client names its own.
 
     Args:
-        config: What to deploy.
-        report: Called with one line at each step of the start.
+        config: The deployment.
+        report: Called with a line at each step of the start.
+
+    Returns:
+        The application's name.
+
+    Raises:
+        UsageError: A value is wrong, or an application of that name already runs on this Ray.
+            Nothing was started.
+        MesocosmError: The replicas cannot start.
     """
     check(config)
     if config.world:
         find_world(Storage(config.storage.root), config.world)
-    if config.http is not None and not config.world:
-        raise UsageError(
-            f"serve.http={config.http} with serve.world='': the HTTP ingress is to one world; set"
-            " serve.world"
-        )
     listener = None
     if config.http is not None:
+        if not config.world:
+            raise UsageError("serve.world must be set with serve.http, got serve.world=''")
         from mesocosm.serve.ingress import Listener  # FastAPI, which no worker needs
 
         listener = Listener(config.http)
@@ -140,24 +132,16 @@ def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
         address = config.ray.address
         report(f"connecting to Ray at {address}" if address else "starting Ray on this machine")
     ray_session.ensure(config.ray)
-    gpus = 1 if config.device == "cuda" else 0
-    ray_session.preflight(
-        what=f"serve.replicas={config.replicas} with serve.cpus={config.cpus:g}",
-        cpus=config.replicas * config.cpus,
-    )
-    ray_session.preflight(
-        what=f"serve.replicas={config.replicas} with serve.device={config.device}",
-        gpus=config.replicas * gpus,
-    )
+    replicas = f"serve.replicas={config.replicas} with serve"
+    cpus, gpus = config.replicas * config.cpus, config.replicas * (config.device == "cuda")
+    ray_session.preflight(what=f"{replicas}.cpus={config.cpus:g}", cpus=cpus)
+    ray_session.preflight(what=f"{replicas}.device={config.device}", gpus=gpus)
 
     from ray import serve
 
     report("starting Ray Serve")
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    serve.start(
-        proxy_location="Disabled",
-        logging_config={"enable_access_log": False, "log_level": "WARNING"},
-    )
+    serve.start(proxy_location="Disabled", logging_config=LOGGING)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     running = serve.status().applications.get(config.name)
     if running is not None and running.status in TAKEN:
@@ -165,23 +149,22 @@ def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
             f"an application {config.name!r} runs on this Ray already; set serve.name to another"
             " name, or end that one where it was started"
         )
-    world = f"world {config.world}" if config.world else "a world when a client names it"
+    world = f"world {config.world}" if config.world else "the worlds that clients name"
     report(f"starting {config.replicas} replica(s), each of which loads {world}")
     try:
         target = serve.RunTarget(application(config), name=config.name, route_prefix=None)
         serve.run_many([target], wait_for_applications_running=False)
         _await_running(config, report)
-    except (
-        BaseException
-    ):  # Ctrl-C while replicas start, or one that cannot: on a shared Ray the name would stay taken
+    except BaseException:  # also Ctrl-C: on a shared Ray the name would stay in use
         undeploy(config.name)
         raise
 
 
 def _await_running(config: ServeConfig, report: Callable[[str], None]) -> None:
-    """Wait until all replicas answer. Report how many do, and what Serve says of the others.
+    """Wait until all replicas answer, and report their number and Serve's messages.
 
-    Raises MesocosmError where they cannot start.
+    Raises:
+        MesocosmError: They cannot start.
     """
     from ray import serve
 
@@ -195,8 +178,7 @@ def _await_running(config: ServeConfig, report: Callable[[str], None]) -> None:
         deployment = status.deployments.get("world")
         if deployment is not None:
             reason = _cause(deployment.message)
-            states = deployment.replica_states.items()
-            running = sum(count for state, count in states if state == "RUNNING")
+            running = deployment.replica_states.get("RUNNING", 0)  # type: ignore[call-overload]
         if status.status == "DEPLOY_FAILED":
             raise MesocosmError(f"{application} did not start: {reason or _cause(status.message)}")
         line = f"{running} of {config.replicas} replica(s) ready"
@@ -211,13 +193,13 @@ def _await_running(config: ServeConfig, report: Callable[[str], None]) -> None:
 
 
 def _cause(message: str) -> str:
-    """One line of a message of Serve: the last one, which in a traceback is the error."""
+    """The last line of a Serve message, which in a traceback is the error."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return re.sub(r"^mesocosm\.errors\.\w+: ", "", lines[-1]) if lines else ""
 
 
 def application(config: ServeConfig) -> Any:
-    """The Serve application: `config.replicas` of `Replica`. Nothing runs yet."""
+    """Build the Serve application of `config.replicas` replicas. Starts nothing."""
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
@@ -227,22 +209,18 @@ def application(config: ServeConfig) -> Any:
         max_ongoing_requests=256,
         ray_actor_options={
             "num_cpus": config.cpus,
-            "num_gpus": 1 if config.device == "cuda" else 0,
+            "num_gpus": int(config.device == "cuda"),
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(config.threads)}},
         },
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
-        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        logging_config=LOGGING,
     )
-    root = Storage(config.storage.root).root
-    return deployment.bind(
-        root, config.world, config.threads, config.max_sessions, config.max_worlds, config.device
-    )
+    root, limits = Storage(config.storage.root).root, (config.max_sessions, config.max_worlds)
+    return deployment.bind(root, config.world, config.threads, *limits, config.device)
 
 
 def undeploy(name: str) -> None:
-    """End the application `name`, its replicas and the HTTP ingress that this process gave it;
-    nothing happens where it is gone already.
-    """
+    """End an application, its replicas and this process's HTTP ingress to it, if they exist."""
     import ray
     from ray import serve
 

@@ -1,9 +1,8 @@
 """HTTP connections with a time limit: uvicorn 0.54 waits forever for a request's head.
 
-A connection is waiting until a request with the token is in it, and again after that request's
-reply. A waiting connection has `HEAD_S` seconds. Where `CONNECTIONS` are open, the one that has
-waited longest gives its place to a new one. So a client without the token holds no place for long,
-however slowly it sends.
+A connection is waiting until it has a request with the token, and again after that request's reply.
+It may wait `HEAD_S` seconds. When `CONNECTIONS` are open, a new one replaces the one that has
+waited longest. A slow client without the token therefore never holds a place for long.
 """
 
 from __future__ import annotations
@@ -25,23 +24,22 @@ CONNECTIONS = 256
 """Connections at once, and requests with the token at once"""
 HEAD_S = 10.0
 """Seconds from a connection's opening, or its last reply, to a request with the token"""
-
 REPORT_S = 60.0
-"""Seconds between lines of the log about a lack of file descriptors"""
+"""Seconds between log lines about a lack of file descriptors"""
 GRACE_S = 0.1
-"""Seconds after which a connection beyond `CONNECTIONS` costs the longest waiting one"""
+"""Seconds after which a connection beyond `CONNECTIONS` replaces the longest waiting one"""
 
 
 def admit(scope: Scope) -> None:
-    """Mark the request as one with the token. Its connection is not waiting until the reply."""
+    """Mark a request as one with the token: its connection is not waiting until the reply."""
     scope.setdefault("state", {})["admitted"] = True
 
 
 async def serve(server: uvicorn.Server, listener: socket.socket) -> None:
     """Answer on `listener` until `server.should_exit`, also through a lack of file descriptors.
 
-    asyncio tries to accept again by itself, and reports each attempt with a traceback, hundreds of
-    them a second (python/cpython#151615). Here they are one line in `REPORT_S` seconds.
+    asyncio retries to accept and reports each attempt with a traceback, hundreds of them a second
+    (python/cpython#151615). Here they are one line in `REPORT_S` seconds.
     """
     reported = -REPORT_S
 
@@ -49,7 +47,7 @@ async def serve(server: uvicorn.Server, listener: socket.socket) -> None:
         nonlocal reported
         error = context.get("exception")
         if isinstance(error, ValueError) and listener.fileno() < 0:
-            return  # asyncio tries once more to accept after the listener is closed
+            return  # asyncio retries once more after the listener is closed
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
         elif loop.time() - reported >= REPORT_S:
@@ -68,7 +66,7 @@ class Connection(H11Protocol):
 
     @property
     def waiting(self) -> bool:
-        """Whether no request with the token is in it."""
+        """Whether the connection has no request with the token."""
         answered = self.cycle is None or self.cycle.response_complete
         return answered or not self.scope["state"].get("admitted")
 
@@ -76,11 +74,11 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         self._wait()
         if len(self.connections) > CONNECTIONS:
-            # A client that sends its whole head with its connection is not waiting by then.
+            # By then a client that sent its whole head at once is not waiting.
             self.loop.call_later(GRACE_S, self._make_room)
 
     def _make_room(self) -> None:
-        """Drop the connection that has waited longest, where there are still too many."""
+        """Drop the connection that has waited longest, if there are still too many."""
         connections = [each for each in self.connections if isinstance(each, Connection)]
         waiting = [each for each in connections if each.waiting]
         if len(connections) > CONNECTIONS and waiting:
@@ -97,7 +95,7 @@ class Connection(H11Protocol):
         self._wait()
 
     def _wait(self) -> None:
-        """Begin the seconds in which the next request must come."""
+        """Start the time limit of the next request."""
         if self._deadline is not None:
             self._deadline.cancel()
         self._since = self.loop.time()
@@ -108,28 +106,23 @@ class Connection(H11Protocol):
             self.drop(408, f"the head did not arrive within {HEAD_S:g} s; send it at once")
 
     def drop(self, status: int, detail: str) -> None:
-        """Close the connection now. A client that has sent a part of a head is told why."""
+        """Close the connection, with an error for a client that has sent part of a head."""
         self.connections.discard(self)
         if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:
             self._refuse(status, detail)
         self.transport.abort()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what h11 does not read as a request."""
+        """Answer what h11 does not parse as a request."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             self._refuse(400, "the request is not valid HTTP/1.1, or its head is too large; fix it")
         self.transport.close()
 
     def _refuse(self, status: int, detail: str) -> None:
         body = json.dumps({"detail": detail}).encode()
-        headers = [
-            ("content-type", "application/json"),
-            ("content-length", str(len(body))),
-            ("connection", "close"),
-        ]
-        events = (
-            h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]),
-            h11.Data(data=body),
-            h11.EndOfMessage(),
-        )
+        headers = {"content-type": "application/json", "content-length": str(len(body))}
+        headers["connection"] = "close"
+        reason = STATUS_PHRASES[status]
+        response = h11.Response(status_code=status, headers=[*headers.items()], reason=reason)
+        events = (response, h11.Data(data=body), h11.EndOfMessage())
         self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))

@@ -1,13 +1,14 @@
-"""A served world over HTTP: JSON for people, the binary protocol for programs. The routes, what
-guards them, and the server that listens.
+"""A served world over HTTP: JSON for interactive clients, the binary protocol for programs.
 
-Every route but /health wants the bearer token, before a byte of the body is read. An error is
-{"detail": one sentence}: 400 what is wrong with the request, 401, 404 a session that is not kept,
-408 a request that is late, 413, 503 no replica answers, or the server is full.
+Every route but /health requires the bearer token, before a byte of the body is read. An error is
+{"detail": message}: 400 for a wrong request, 401, 404 for an unknown session, 408 for a slow
+request, 413, 503 where no replica answers or the server is full.
 
-The server is a thread of the process that deployed the world. It is not Ray Serve's own proxy: of
-2.60 that one answers /-/routes without a token, fails with 500 on a header byte that is not UTF-8,
-shares a taken port silently (SO_REUSEPORT), and is one for all applications of a Ray.
+The server is a thread of the process that deployed the world, rather than Ray Serve's proxy. That
+proxy (of 2.60) answers /-/routes without a token, fails with 500 on a header byte that is not
+UTF-8, shares a taken port silently (SO_REUSEPORT), and is one for all applications of a Ray.
+
+FastAPI's security dependencies cannot replace `Guard`: they run after the body has been read.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from mesocosm.serve.bearer import read_token
 from mesocosm.serve.check import shown
 from mesocosm.serve.connection import LOOPBACK, NotServed, ReplicaFailed
 from mesocosm.serve.http_connection import CONNECTIONS, Connection, admit, serve
-from mesocosm.serve.http_sessions import MAX_ENVS, UnknownSession, Visitors
+from mesocosm.serve.http_sessions import MAX_ENVS, HttpSessions, UnknownSession
 from mesocosm.serve.schema import integer, json_type
 
 logger = logging.getLogger(__name__)
@@ -48,17 +49,17 @@ BINARY = "/v1/call"
 LARGEST_JSON, LARGEST_BINARY = 1 << 20, 1 << 24
 """Bytes of a body"""
 HEALTH_S = 1.0
-"""For so long an answer about health is given again: strangers may ask for it."""
+"""Seconds for which a health answer is reused: anybody may ask"""
 BODY_S = 60.0
 """Seconds in which a request's whole body must arrive"""
 
 
 class Guard:
-    """ASGI: who may ask, and how much at once.
+    """ASGI middleware for the token and the limits.
 
-    401 without the token, 413 for too large a body, 408 for too slow a one, 503 for too many
-    requests.
-    A body without a length is counted while it is read, and never kept beyond its limit.
+    It answers 401 without the token, 413 to a large body, 408 to a slow one and 503 to too many
+    requests. A body without a length is counted while it is read, and never stored beyond its
+    limit.
     """
 
     def __init__(self, app: ASGIApp, token: bytes):
@@ -72,55 +73,59 @@ class Guard:
         if scope["path"] == "/health" and scope["method"] == "GET":
             await self.app(scope, receive, send)
             return
-        if not self._known(scope):
-            said = (
-                "this route wants the world's token; send the header 'Authorization: Bearer"
-                " <token>'"
+        limit = LARGEST_BINARY if scope["path"] == BINARY else LARGEST_JSON
+        refusal: Response | None = None
+        if not self._authorized(scope):
+            fix = "send the header 'Authorization: Bearer <token>'"
+            detail = f"this route requires the world's token; {fix}"
+            refusal = _problem(401, detail, {"WWW-Authenticate": "Bearer"})
+        elif self._running >= CONNECTIONS:
+            refusal = _problem(
+                503, f"{CONNECTIONS} requests are in work; send this one again later"
             )
-            await JSONResponse({"detail": said}, 401, {"WWW-Authenticate": "Bearer"})(
-                scope, receive, send
-            )
+        else:
+            admit(scope)
+            lengths = [int(value) for value in _headers(scope, b"content-length")]
+            if any(length > limit for length in lengths):
+                refusal = _problem(413, _too_large(limit))
+        if refusal is not None:
+            await refusal(scope, receive, send)
             return
-        if self._running >= CONNECTIONS:
-            busy = f"{CONNECTIONS} requests are in work; send this one again later"
-            await JSONResponse({"detail": busy}, 503)(scope, receive, send)
-            return
-        admit(scope)
         self._running += 1
         try:
-            await self._limited(scope, receive, send)
+            await self.app(scope, _limited(receive, limit), send)
         finally:
             self._running -= 1
 
-    async def _limited(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request with the token, within the limits of its body."""
-        limit = LARGEST_BINARY if scope["path"] == BINARY else LARGEST_JSON
-        told = [value for name, value in scope["headers"] if name == b"content-length"]
-        if any(int(value) > limit for value in told):  # the server has refused what is no number
-            await JSONResponse({"detail": _too_large(limit)}, 413)(scope, receive, send)
-            return
-        got = 0
-        deadline = asyncio.get_running_loop().time() + BODY_S
-
-        async def counted() -> Event:
-            nonlocal got
-            try:
-                async with asyncio.timeout_at(deadline):
-                    event = await receive()
-            except TimeoutError as error:
-                late = f"the body did not arrive within {BODY_S:g} s; send it at once"
-                raise HTTPException(408, late) from error
-            got += len(event.get("body", b""))
-            if got > limit:
-                raise HTTPException(413, _too_large(limit))
-            return event
-
-        await self.app(scope, counted, send)
-
-    def _known(self, scope: Scope) -> bool:
-        given = [value for name, value in scope["headers"] if name == b"authorization"]
-        scheme, _, token = given[0].partition(b" ") if len(given) == 1 else (b"", b"", b"")
+    def _authorized(self, scope: Scope) -> bool:
+        headers = _headers(scope, b"authorization")
+        scheme, _, token = headers[0].partition(b" ") if len(headers) == 1 else (b"", b"", b"")
         return hmac.compare_digest(token.strip(), self._token) and scheme.lower() == b"bearer"
+
+
+def _headers(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for key, value in scope["headers"] if key == name]
+
+
+def _limited(receive: Receive, limit: int) -> Receive:
+    """`receive` with a limit of a body's bytes and time."""
+    size = 0
+    deadline = asyncio.get_running_loop().time() + BODY_S
+
+    async def limited() -> Event:
+        nonlocal size
+        try:
+            async with asyncio.timeout_at(deadline):
+                event = await receive()
+        except TimeoutError as error:
+            detail = f"the body did not arrive within {BODY_S:g} s; send it at once"
+            raise HTTPException(408, detail) from error
+        size += len(event.get("body", b""))
+        if size > limit:
+            raise HTTPException(413, _too_large(limit))
+        return event
+
+    return limited
 
 
 def _too_large(limit: int) -> str:
@@ -128,11 +133,11 @@ def _too_large(limit: int) -> str:
 
 
 # -- the bodies
-# ----------------------------------------------------------------------------------------------------------
 
-Token = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="as POST /v1/reset gave it")]
+Token = Annotated[str, Field(pattern="^[0-9a-f]{32}$", description="as POST /v1/reset returns it")]
 Seed: Any = integer(0, (1 << 63) - 1)
 NumEnvs: Any = integer(1, MAX_ENVS)
+Tasks = list[dict[str, bool | int | float | str]]
 Numbers = list[float | None]
 Flags = list[bool]
 
@@ -150,22 +155,22 @@ class Health(Model):
 
 
 class WorldInfo(Model):
-    """Spaces as the world's codec.json has them; bounds that JSON has not are texts ("inf")."""
+    """Spaces as in the world's codec.json; infinite bounds are strings ("inf")."""
 
     world: str
     observation_space: dict[str, Any]
     action_space: dict[str, Any]
     members: int
     memory: int
-    """Steps of history that the world reads; 0: none"""
+    """Steps of history that the world reads; 0 for none"""
     durations: bool
     task: list[str]
-    """What is constant in an episode: keys of the observation, and reset options"""
+    """Constants of an episode: keys of the observation, and reset options"""
 
 
 class ResetRequest(Model):
-    """Without a session a new one begins; with one, its episodes begin anew. Without a seed a new
-    session has 0, and one that goes on has new episodes.
+    """Without a session a new one begins; with one, its episodes begin again. Without a seed a new
+    session has 0, and an existing one has new episodes.
     """
 
     session: Token | None = None
@@ -176,7 +181,7 @@ class ResetRequest(Model):
 class ResetReply(Model):
     session: str
     world: str
-    task: list[dict[str, bool | int | float | str]]
+    task: Tasks
     """Reset options of each environment's task"""
 
 
@@ -185,133 +190,108 @@ class StepRequest(Model):
 
 
 class StepReply(Model):
-    """An environment that terminated or was truncated is reset by its next step, whose action,
-    reward and disagreement mean nothing.
+    """An environment that terminated or was truncated is reset by its next step, which ignores the
+    action and has no reward or disagreement.
     """
 
-    task: list[dict[str, bool | int | float | str]]
+    task: Tasks
     reward: Numbers
     terminated: Flags
     truncated: Flags
     diverged: Flags
-    """Truncated because what the world imagined was not finite"""
+    """Truncated because the imagined observation was not finite"""
     disagreement: Numbers
-    """How far the world's members differ; 1: what a tenth of held-out transitions exceed"""
+    """How far the world's members differ; 1 is what a tenth of held-out transitions exceed"""
     duration: Numbers | None
     """Seconds; null where the world has no durations"""
 
 
 # -- the routes
-# ----------------------------------------------------------------------------------------------------------
 
 
-def routes(visitors: Visitors) -> FastAPI:
+def routes(sessions: HttpSessions) -> FastAPI:
     """The application without its guard. Its OpenAPI schema has the world's own spaces."""
-    app = FastAPI(
-        title="A Mesocosm world",
-        version=__version__,
-        docs_url=None,
-        redoc_url=None,
-        redirect_slashes=False,
-    )
-    codec = visitors.codec
-    action, observation = (
-        json_type(codec.action_space, "Action"),
-        json_type(codec.observation_space, "Observation", reply=True),
-    )
+    off: dict[str, Any] = {"docs_url": None, "redoc_url": None, "redirect_slashes": False}
+    app = FastAPI(title="A Mesocosm world", version=__version__, **off)
+    codec = sessions.codec
+    action: Any = json_type(codec.action_space, "Action")
+    observation: Any = json_type(codec.observation_space, "Observation", reply=True)
     one_each = Field(min_length=1, max_length=MAX_ENVS, description="one for each environment")
-    actions: Any = Annotated[list[action], one_each], ...  # type: ignore[valid-type]
-    observations: Any = list[observation], ...  # type: ignore[valid-type]
+    actions: Any = Annotated[list[action], one_each], ...
+    observations: Any = list[observation], ...
     step_request = create_model("Step", __base__=StepRequest, action=actions)
     reset_reply = create_model("ResetReply", __base__=ResetReply, observation=observations)
     step_reply = create_model("StepReply", __base__=StepReply, observation=observations)
-    statuses = (400, 401, 408, 413, 503)
-    problems: dict[int | str, dict[str, Any]] = {status: {"model": Problem} for status in statuses}
-    no_session: dict[int | str, dict[str, Any]] = {404: {"model": Problem}}
+    problem = {"model": Problem}
+    problems: dict[int | str, Any] = dict.fromkeys((400, 401, 408, 413, 503), problem)
+    with_session = problems | {404: problem}
     probe: asyncio.Task[bool] | None = None
     probed = 0.0
 
     @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> Response:
-        """Whether a replica answers. Wants no token."""
+        """Whether a replica answers. Requires no token."""
         nonlocal probe, probed
         if probe is None or (probe.done() and time.monotonic() - probed > HEALTH_S):
-            probe, probed = (
-                asyncio.create_task(asyncio.to_thread(visitors.alive)),
-                time.monotonic(),
-            )  # its own threads: the others may all wait for a replica
-        alive = await asyncio.shield(probe)
-        return JSONResponse(
-            {"status": "a replica answers" if alive else "no replica answers; see `serve status`"},
-            200 if alive else 503,
-        )
+            # A thread outside the pool, whose threads may all wait for a replica.
+            probe = asyncio.create_task(asyncio.to_thread(sessions.alive))
+            probed = time.monotonic()
+        if await asyncio.shield(probe):
+            return JSONResponse({"status": "a replica answers"})
+        return JSONResponse({"status": "no replica answers; see `serve status`"}, 503)
 
     @app.get("/v1/world", response_model=WorldInfo, responses=problems)
     def world() -> dict[str, Any]:
-        """Which world is served, and its spaces."""
-        spaces = {
+        """The served world and its spaces."""
+        keys = codec.environment["task"]
+        return {
+            "world": sessions.id,
             "observation_space": space_to_json(codec.observation_space),
             "action_space": space_to_json(codec.action_space),
-        }
-        task = [
-            *codec.environment["task"],
-            *(
-                option.name
-                for option in codec.options
-                if option.name not in codec.environment["task"]
-            ),
-        ]
-        facts = {
-            "world": visitors.id,
-            "members": visitors.members,
-            "memory": visitors.memory,
+            "members": sessions.members,
+            "memory": sessions.memory,
             "durations": codec.spec.durations,
-            "task": task,
+            "task": [*keys, *(o.name for o in codec.options if o.name not in keys)],
         }
-        return facts | spaces
 
     def reset(request: ResetRequest) -> Response:
-        """Begin episodes in a new session or in one's own."""
-        return JSONResponse(visitors.reset(request.session, request.seed, request.num_envs))
+        """Begin episodes in a new session or in an existing one."""
+        return _json(sessions.reset(request.session, request.seed, request.num_envs))
 
     def step(request: StepRequest) -> Response:
-        """One step of every environment of a session."""
-        return JSONResponse(visitors.step(request.session, request.action))  # type: ignore[attr-defined]
+        """Step every environment of a session."""
+        return _json(sessions.step(request.session, request.action))  # type: ignore[attr-defined]
 
     step.__annotations__["request"] = step_request
-    app.post("/v1/reset", response_model=reset_reply, responses=problems | no_session)(reset)
-    app.post("/v1/step", response_model=step_reply, responses=problems | no_session)(step)
+    app.post("/v1/reset", response_model=reset_reply, responses=with_session)(reset)
+    app.post("/v1/step", response_model=step_reply, responses=with_session)(step)
 
-    @app.delete("/v1/sessions/{session}", status_code=204, responses=problems | no_session)
+    @app.delete("/v1/sessions/{session}", status_code=204, responses=with_session)
     def end(session: Annotated[Token, Path()]) -> None:
         """End a session."""
-        visitors.end(session)
+        sessions.end(session)
 
-    binary = {
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-    }
+    content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
     @app.post(
         BINARY,
         response_class=Response,
-        responses=problems | {200: binary},
-        openapi_extra={"requestBody": binary | {"required": True}},
+        responses=problems | {200: {"content": content}},
+        openapi_extra={"requestBody": {"content": content, "required": True}},
     )
     async def call(request: Request) -> Response:
         """One message of the binary protocol (platform/mesocosm/serve/protocol.py), and its
         reply.
         """
-        return Response(
-            await run_in_threadpool(visitors.call, await request.body()),
-            media_type="application/octet-stream",
-        )
+        reply = await run_in_threadpool(sessions.call, await request.body())
+        return Response(reply, media_type="application/octet-stream")
 
-    say_errors(app)
+    handle_errors(app)
     schema = app.openapi()
     schema["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
     for path, operations in schema["paths"].items():
         for operation in operations.values():
-            operation["responses"].pop("422", None)  # FastAPI's own, which is a 400 here
+            operation["responses"].pop("422", None)  # FastAPI's validation error is a 400 here
             if path != "/health":
                 operation["security"] = [{"token": []}]
     for unused in ("HTTPValidationError", "ValidationError"):
@@ -319,10 +299,14 @@ def routes(visitors: Visitors) -> FastAPI:
     return app
 
 
-def say_errors(app: FastAPI) -> None:
-    """Every error as one sentence; a bug's is in the log of the process that serves."""
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
 
-    def handle(kind: type[Exception], status: int) -> None:
+
+def handle_errors(app: FastAPI) -> None:
+    """Answer every error with one sentence. A bug's traceback goes to the server's log."""
+
+    def add(kind: type[Exception], status: int) -> None:
         def handler(request: Request, error: Exception) -> Response:
             return _problem(status, str(error))
 
@@ -334,55 +318,48 @@ def say_errors(app: FastAPI) -> None:
 
     def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _problem(400, sentence(error))
+        return _problem(400, validation_message(error))
 
     def bug(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
-        return _problem(
-            500, "the server failed on this request, which is a bug; its log says where"
-        )
+        return _problem(500, "the server failed on this request, which is a bug; see its log")
 
-    handle(MesocosmError, 503)
-    app.add_exception_handler(ReplicaFailed, bug)
-    handle(UsageError, 400)
-    handle(NotServed, 503)
-    handle(UnknownSession, 404)
+    add(MesocosmError, 503)
+    add(UsageError, 400)
+    add(NotServed, 503)
+    add(UnknownSession, 404)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(ReplicaFailed, bug)
     app.add_exception_handler(Exception, bug)
 
 
-def sentence(error: RequestValidationError) -> str:
-    """The first thing that is wrong with a request: where, what was given, what is wanted."""
+def validation_message(error: RequestValidationError) -> str:
+    """The first error of a request: its key, the value and what is expected."""
     first = error.errors()[0]
-    where = (
-        ".".join(str(part) for part in first["loc"] if part not in ("body", "path")) or "the body"
-    )
     if first["type"] == "json_invalid":
-        return (
-            f"the body is not JSON ({first.get('ctx', {}).get('error', 'it cannot be read')}); send"
-            " application/json"
-        )
-    given = "" if first["type"] == "missing" else f"={shown(first['input'])}"
-    return (
-        f"{where[:200]}{given}: {first['msg'][:1].lower()}{first['msg'][1:]}; GET /openapi.json"
-        " says what each route takes"
-    )
+        reason = first.get("ctx", {}).get("error", "it cannot be read")
+        return f"the body is not JSON ({reason}); send application/json"
+    keys = [str(part) for part in first["loc"] if part not in ("body", "path")]
+    key = ".".join(keys) or "the body"
+    value = "" if first["type"] == "missing" else f"={shown(first['input'])}"
+    expected = f"{first['msg'][:1].lower()}{first['msg'][1:]}"
+    return f"{key[:200]}{value}: {expected}; see GET /openapi.json"
 
 
 def _problem(status: int, detail: str, headers: Any = None) -> Response:
-    return JSONResponse(
-        {"detail": detail.encode("utf-8", "backslashreplace").decode()}, status, headers
-    )
+    text = detail.encode("utf-8", "backslashreplace").decode()
+    return JSONResponse({"detail": text}, status, headers)
 
 
 # -- the server
-# ----------------------------------------------------------------------------------------------------------
 
 
 class Listener:
-    """A bound port of loopback, on which nobody answers until `serve`. Raises UsageError where the
-    port is not to be had, or the token is no secret.
+    """A bound port of loopback, which answers nobody until `serve`.
+
+    Raises:
+        UsageError: The port is not available, or the token is not secret.
     """
 
     def __init__(self, port: int):
@@ -390,19 +367,16 @@ class Listener:
         try:
             self._socket = socket.create_server((LOOPBACK, port), backlog=128)
         except OSError as error:
-            why = (
-                "is taken"
-                if error.errno == errno.EADDRINUSE
-                else f"cannot be opened ({error.strerror})"
-            )
+            taken = error.errno == errno.EADDRINUSE
+            reason = "is taken" if taken else f"cannot be opened ({error.strerror})"
             raise UsageError(
-                f"serve.http={port}: the port {why} on {LOOPBACK}; set serve.http to another one,"
-                " or to 0 for any free one"
+                f"serve.http={port}: the port {reason} on {LOOPBACK}; set serve.http to another"
+                " one, or to 0 for any free one"
             ) from error
         self.url = f"http://{LOOPBACK}:{self._socket.getsockname()[1]}"
         self._server: uvicorn.Server | None = None
         self._thread: threading.Thread | None = None
-        self._visitors: Visitors | None = None
+        self.sessions: HttpSessions | None = None
 
     @property
     def alive(self) -> bool:
@@ -410,17 +384,17 @@ class Listener:
 
     def serve(self, app: str, world: str) -> None:
         """Answer for `world` of the application `app`, from a thread of this process."""
-        self._visitors = Visitors(app, world)
+        self.sessions = HttpSessions(app, world)
+        # The log level: uvicorn would log bugs twice, and the broken requests of strangers.
+        quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
         config = uvicorn.Config(
-            Guard(routes(self._visitors), self._token),
+            Guard(routes(self.sessions), self._token),
             http=Connection,
             ws="none",
             lifespan="off",
-            log_config=None,
-            log_level="critical",  # it logs bugs again that we have logged, and a stranger's broken requests
-            access_log=False,
             server_header=False,
             timeout_graceful_shutdown=5,
+            **quiet,
         )
         self._server = uvicorn.Server(config)
         run = partial(asyncio.run, serve(self._server, self._socket))
@@ -428,11 +402,11 @@ class Listener:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop, after at most some seconds for requests that are being answered."""
+        """Stop. Requests that are being answered have a few seconds to finish."""
         if self._server is not None and self._thread is not None:
             self._server.should_exit = True
             self._thread.join(10.0)
         with contextlib.suppress(OSError):
             self._socket.close()
-        if self._visitors is not None:
-            self._visitors.close()
+        if self.sessions is not None:
+            self.sessions.close()

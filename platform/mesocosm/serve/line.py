@@ -1,7 +1,7 @@
-"""The replica's end of its line: a TCP socket that answers clients which know its token.
+"""The replica's end of a line: a TCP socket for clients that know its token.
 
-A client sends the token as its first frame. The line acknowledges it with an empty frame, and then
-answers one request frame after another until the client hangs up.
+A client sends the token as its first frame. The server acknowledges it with an empty frame, and
+then answers request frames one at a time until the client closes the socket.
 """
 
 from __future__ import annotations
@@ -19,23 +19,18 @@ from mesocosm.serve.connection import receive_frame, send_frame
 
 logger = logging.getLogger(__name__)
 TOKEN = 32
-"""Bytes of the token. A client sends nothing else before it is known."""
+"""Bytes of the token, and the most that a client may send before it is authenticated"""
 TOKEN_S = 10.0
-"""Seconds in which a client must send its whole token."""
+"""Seconds in which a client must send its whole token"""
 PAUSE_S = 1.0
-"""Seconds between attempts to accept while no file descriptor or thread is free."""
+"""Seconds between attempts to accept while no file descriptor or thread is free"""
 
 
 class LineServer:
-    """Listens from its construction until `close`, with one thread for each client."""
+    """Listens on a free port until `close`, with one thread per client."""
 
     def __init__(self, host: str, answer: Callable[[bytearray], bytes]):
-        """Listen on a free port.
-
-        Args:
-            host: The address to listen on.
-            answer: Gives the reply to a request. Must not raise.
-        """
+        """`answer` maps a request to its reply and must not raise."""
         self.token = secrets.token_bytes(TOKEN)
         self._answer = answer
         self._socket = socket.create_server((host, 0), backlog=128)
@@ -44,16 +39,15 @@ class LineServer:
         threading.Thread(target=self._accept, name="line", daemon=True).start()
 
     def close(self) -> None:
-        """Accept no more clients. Those that are connected stay."""
+        """Accept no more clients. Connected clients stay."""
         self._closed = True
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _accept(self) -> None:
-        """Accept clients. Without a free file descriptor or thread, wait for one.
-
-        Clients call through Serve meanwhile.
+        """Accept clients. Without a free file descriptor or thread, wait; clients then call through
+        Serve.
         """
         while not self._closed:
             line: socket.socket | None = None
@@ -68,7 +62,6 @@ class LineServer:
                     time.sleep(PAUSE_S)
 
     def _serve(self, line: socket.socket) -> None:
-        """Answer the requests of one client, one after another, until it hangs up."""
         with line, contextlib.suppress(OSError):
             line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             token = receive_frame(line, TOKEN, time.monotonic() + TOKEN_S)

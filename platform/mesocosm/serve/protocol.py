@@ -1,5 +1,4 @@
-"""The messages between a world's client and its replicas: plain numbers and arrays, as bytes, never
-pickle.
+"""Messages between a world's client and its replicas, as bytes without pickle.
 
 A message is a flat dict of JSON scalars and numpy arrays (float32, int64, bool). Parts travel as
 two arrays, `<name>.numbers` and `<name>.categories`.
@@ -19,15 +18,17 @@ Requests (`op`) and their replies, for B environments:
                                                        -> clock
     end       session                                  -> nothing
 
-A request through Serve or its line carries `number` besides, which its reply repeats.
+A request through Serve or its line also has a `number`, which its reply repeats.
 
-Any reply may be {"error": sentence, "kind": "usage" | "failed" | "bug"} or, to a step, {"missing":
-true}: this replica has no such session at that clock, or took another step from there: restore it.
+Any reply may be {"error": message, "kind": "usage" | "failed" | "bug"}. A step's reply may be
+{"missing": true}: the replica lacks the session at that clock, or took another step from it. The
+client then sends `restore`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from typing import Any
@@ -46,58 +47,57 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 def pack(message: Mapping[str, Any]) -> bytes:
-    """The message as bytes. Raises TypeError on an array of another dtype, or a value that JSON
-    does not know.
+    """Encode a message.
+
+    Raises:
+        TypeError: An array has another dtype, or JSON has no such value.
     """
     values: dict[str, Any] = {}
     arrays: list[tuple[str, str, tuple[int, ...]]] = []
     chunks: list[bytes] = []
     for name, value in message.items():
-        if isinstance(value, np.ndarray):
-            code = CODES.get(value.dtype)
-            if code is None:
-                raise TypeError(
-                    f"array {name!r} has dtype {value.dtype}; a message carries float32, int64 and"
-                    " bool"
-                )
-            arrays.append((name, code, value.shape))
-            data = value.tobytes()
-            chunks.append(data)
-            if len(data) % 8:
-                chunks.append(bytes(-len(data) % 8))
-        else:
+        if not isinstance(value, np.ndarray):
             values[name] = value
+            continue
+        code = CODES.get(value.dtype)
+        if code is None:
+            raise TypeError(
+                f"array {name!r} must be float32, int64 or bool, got dtype {value.dtype}"
+            )
+        arrays.append((name, code, value.shape))
+        chunks += [value.tobytes(), bytes(-value.nbytes % 8)]
     header = json.dumps({"values": values, "arrays": arrays}, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
     return b"".join([MAGIC, struct.pack("<I", len(header)), header, *chunks])
 
 
 def unpack(data: bytes | bytearray) -> Message:
-    """The message in `data`; its arrays are views of one writable copy. Raises ValueError on
-    anything else.
+    """Decode a message. Its arrays are views of one writable copy.
+
+    Raises:
+        ValueError: `data` is not a message, or is damaged.
     """
     if len(data) < 8 or data[:4] != MAGIC:
         raise ValueError(
-            f"not a message of this protocol: it begins with {bytes(data[:4])!r} instead of"
-            f" {MAGIC!r}"
+            f"not a message of this protocol: it must begin with {MAGIC!r}, got {bytes(data[:4])!r}"
         )
     buffer = data if isinstance(data, bytearray) else bytearray(data)
     (length,) = struct.unpack_from("<I", buffer, 4)
-    if 8 + length > len(buffer):
-        raise ValueError(f"a damaged message of {len(buffer)} bytes: its header alone is {length}")
+    offset = 8 + length
     try:
-        header = json.loads(buffer[8 : 8 + length])
+        if offset > len(buffer):
+            raise ValueError(f"its header alone has {length} bytes")
+        header = json.loads(buffer[8:offset])
         message: Message = header["values"]
         if not isinstance(message, dict):
-            raise ValueError(f"its values are a {type(message).__name__}, not an object")
-        offset = 8 + length
+            raise ValueError(f"its values must be an object, got {type(message).__name__}")
         for name, code, shape in header["arrays"]:
             dtype: np.dtype[Any] = DTYPES[code]
-            count = 1
-            for size in shape:
-                if type(size) is not int or size < 0 or not isinstance(name, str):
-                    raise ValueError(f"array {name!r} has the shape {shape!r}")
-                count *= size
+            if not isinstance(name, str) or any(
+                type(size) is not int or size < 0 for size in shape
+            ):
+                raise ValueError(f"array {name!r} has the shape {shape!r}")
+            count = math.prod(shape)
             message[name] = np.frombuffer(buffer, dtype, count, offset).reshape(shape)
             offset += count * dtype.itemsize
             offset += -offset % 8
@@ -113,8 +113,6 @@ def put(message: Message, name: str, parts: Parts) -> None:
 
 
 def get(message: Message, name: str) -> Parts:
-    """The parts of that name, sharing memory with the message."""
-    return Parts(
-        torch.from_numpy(message[f"{name}.numbers"]),
-        torch.from_numpy(message[f"{name}.categories"]),
-    )
+    """The parts of that name, which share memory with the message."""
+    numbers, categories = message[f"{name}.numbers"], message[f"{name}.categories"]
+    return Parts(torch.from_numpy(numbers), torch.from_numpy(categories))
