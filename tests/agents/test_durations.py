@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from mesocosm.agents import durations, rllib, settings
 from mesocosm.agents.durations import Durations, arrival_weights
+from mesocosm.agents.env import AgentEnv
 from mesocosm.errors import MesocosmError, UsageError
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sample_envs"))
@@ -189,19 +190,19 @@ def test_weights() -> None:
 # --------------------------------------------------------------------------------------------------------------
 
 
-def pace(num_envs: int, told: bool = True, by_time: bool = False) -> rllib.AgentEnv:
+def pace(num_envs: int, told: bool = True, by_time: bool = False) -> AgentEnv:
     vector = SyncVectorEnv(
         [lambda: Pace(told=told)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
     )
     vector.metadata = {**vector.metadata, **({"arrival": "time"} if by_time else {})}
-    return rllib.AgentEnv(vector)
+    return AgentEnv(vector)
 
 
 @contextmanager
 def built(
     folder: Path,
     algo: str,
-    make_env: Callable[[int], rllib.AgentEnv],
+    make_env: Callable[[int], AgentEnv],
     num_envs: int,
     rollout: int,
     **params: Any,

@@ -18,6 +18,7 @@ from ray.rllib.core.distribution.torch.torch_distribution import TorchSquashedGa
 from ray.rllib.utils.spaces.space_utils import unsquash_action
 
 from mesocosm.agents import rllib
+from mesocosm.agents.env import AgentEnv
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.policies import heads
 from mesocosm.policies.policy import Policy, RandomPolicy
@@ -52,8 +53,8 @@ def batch_of(space: gym.Space[Any], count: int) -> Any:
 def build(
     env: gym.Env[Any, Any], algo: str, folder: Path, model: dict[str, Any], **params: Any
 ) -> Any:
-    def make(count: int) -> rllib.AgentEnv:
-        return rllib.AgentEnv(gym.vector.SyncVectorEnv([lambda: env] * count))
+    def make(count: int) -> AgentEnv:
+        return AgentEnv(gym.vector.SyncVectorEnv([lambda: env] * count))
 
     return rllib.build(
         algo,
@@ -127,7 +128,9 @@ def test_export_acts_as_rllib(
                 parameter.add_(
                     torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.5
                 )
-        rllib._learner_module(algorithm).load_state_dict(module.state_dict(), strict=False)
+        rllib.learner_of(algorithm).module["default_policy"].load_state_dict(
+            module.state_dict(), strict=False
+        )
         policy = rllib.export(algorithm, algo, OBSERVATION, action_space)
         policy.save(tmp_path)
         policy = Policy.load(tmp_path)

@@ -15,8 +15,7 @@ import pytest
 from safetensors.torch import save_file
 
 from mesocosm.agents import settings
-from mesocosm.agents.feasible import check_agent
-from mesocosm.agents.rllib import TRAINING_STATE
+from mesocosm.agents.rllib import TRAINING_STATE, check_agent
 from mesocosm.cli.main import main
 from mesocosm.config import JobConfig, load
 from mesocosm.data.format.dataset import Environment, write_dataset

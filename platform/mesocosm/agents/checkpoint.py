@@ -1,12 +1,11 @@
 """Checkpoints of an agent in training, under `runs/checkpoints/<agent id>`.
 
     progress.json           the last whole checkpoint: iteration, file, sha256, versions, metrics
-    state-NNNNNN-*.pkl.z    what `learner_state.capture` returns
-    snapshots/N/...         the policies saved on the way, as the artifact will hold them
+    state-NNNNNN-*.pkl.z    the state from `learner_state.capture`
+    snapshots/N/...         the policies saved so far, as the artifact will hold them
 
-A state file has a name of its own and is written before progress.json names it, so a kill leaves
-the earlier checkpoint whole. State files are (compressed) pickles, read only from here, after their
-checksum.
+A state file is written before progress.json names it, so that a kill leaves the earlier checkpoint
+whole. State files are compressed pickles, read only from here, after their checksum.
 """
 
 from __future__ import annotations
@@ -26,29 +25,31 @@ import ray
 import torch
 
 from mesocosm.errors import UsageError
+from mesocosm.policies.policy import SNAPSHOTS
 from mesocosm.store.artifacts import Storage
 
 PROGRESS = "progress.json"
-SNAPSHOTS = "snapshots"
-SHARE = 0.05
-"""Checkpoints take at most about this share of the training time."""
+TIME_FRACTION = 0.05
+"""Checkpoints take at most about this fraction of the training time"""
+VERSIONS = {"ray": ray.__version__, "torch": torch.__version__, "numpy": numpy.__version__}
+"""Versions of the libraries whose objects are pickled"""
 
 
 @dataclass
 class Progress:
-    """Where a training stood."""
+    """Progress of a training."""
 
     iteration: int
-    """Finished iterations."""
+    """Finished iterations"""
     file: str
     sha256: str
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last iteration; counts are over all iterations."""
+    """Metrics of the last iteration; counts are over all iterations"""
     versions: dict[str, str] = field(default_factory=dict)
 
 
 def folder_of(id: str) -> str:
-    """Where the training of agent `id` saves its state, under the root."""
+    """The folder of an agent's checkpoints, under the storage root."""
     return f"runs/checkpoints/{id}"
 
 
@@ -61,7 +62,7 @@ class Checkpoints:
         self._next_save = 0.0
 
     def latest(self) -> Progress | None:
-        """The last whole checkpoint; None where there is none.
+        """The last whole checkpoint, or None.
 
         Raises:
             UsageError: progress.json is damaged, or other library versions wrote the checkpoint.
@@ -73,7 +74,7 @@ class Checkpoints:
             progress = Progress(**json.loads(data))
         except (ValueError, TypeError) as error:
             raise self._damaged(PROGRESS) from error
-        for name, version in _versions().items():
+        for name, version in VERSIONS.items():
             if progress.versions.get(name) != version:
                 raise UsageError(
                     f"agents/{self.id}: its checkpoint needs {name} {progress.versions.get(name)}, "
@@ -82,7 +83,7 @@ class Checkpoints:
         return progress
 
     def load(self, progress: Progress) -> Any:
-        """The state that `save` was given. Raises UsageError where its file is missing or damaged."""
+        """The saved state. Raises UsageError where its file is missing or damaged."""
         data = self.storage.read(f"{self.folder}/{progress.file}")
         if data is None or hashlib.sha256(data).hexdigest() != progress.sha256:
             raise self._damaged(progress.file)
@@ -90,24 +91,23 @@ class Checkpoints:
         return pickle.loads(zlib.decompress(data))
 
     def due(self) -> bool:
-        """Whether enough time has passed for another checkpoint to be cheap."""
+        """Whether another checkpoint keeps within TIME_FRACTION."""
         return time.monotonic() >= self._next_save
 
     def save(self, iteration: int, state: Any, metrics: dict[str, float]) -> None:
-        """Write the state after `iteration` iterations, then remove this process's earlier one."""
+        """Write the state after `iteration` iterations, then remove the earlier one."""
         began = time.monotonic()
         # A replay buffer's trees are 80 MB of zeros when it is nearly empty.
         data = zlib.compress(pickle.dumps(state, protocol=5), level=1)
         file = f"state-{iteration:06d}-{uuid.uuid4().hex[:8]}.pkl.z"
         self.storage.write(f"{self.folder}/{file}", data)
-        digest = hashlib.sha256(data).hexdigest()
-        progress = Progress(iteration, file, digest, metrics, _versions())
+        progress = Progress(iteration, file, hashlib.sha256(data).hexdigest(), metrics, VERSIONS)
         self.storage.write(f"{self.folder}/{PROGRESS}", json.dumps(asdict(progress)).encode())
         if self._saved is not None:
             self.storage.remove(f"{self.folder}/{self._saved}")
         self._saved = file
         now = time.monotonic()
-        self._next_save = now + (now - began) / SHARE
+        self._next_save = now + (now - began) / TIME_FRACTION
 
     def save_snapshot(self, folder: Path, iteration: int) -> None:
         """Write the files of the policy saved after `iteration` iterations."""
@@ -116,9 +116,7 @@ class Checkpoints:
             self.storage.write(name, path.read_bytes())
 
     def load_snapshots(self, into: Path, progress: Progress) -> None:
-        """Bring the policies saved up to the checkpoint to `into`/<iteration>/. Later ones are made
-        again.
-        """
+        """Copy the policies up to the checkpoint to `into`/<iteration>/."""
         for name in self.storage.list(f"{self.folder}/{SNAPSHOTS}"):
             if int(name) > progress.iteration:
                 continue
@@ -137,8 +135,3 @@ class Checkpoints:
             f"agents/{self.id} cannot continue: {self.storage.url(self.folder, file)} is missing or"
             " damaged; use --force to begin anew"
         )
-
-
-def _versions() -> dict[str, str]:
-    """Of the libraries whose objects are pickled."""
-    return {"ray": ray.__version__, "torch": torch.__version__, "numpy": numpy.__version__}

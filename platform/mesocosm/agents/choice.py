@@ -1,4 +1,4 @@
-"""Which policy of a training is the agent, and whether the logs explain what it earns."""
+"""Selection of a training's best policy, and whether the logs explain its return."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact
 
 COMPARED = 64
-"""Imagined episodes of each policy, by which the best of a training is chosen."""
+"""Imagined episodes of each policy in a comparison"""
 
 
 def choose_best(
@@ -30,24 +30,26 @@ def choose_best(
     former: Artifact | None,
     folder: Path,
 ) -> dict[str, float]:
-    """Put what earns most in this world in the agent's place: itself, a snapshot, or the agent it
-    began with; of equals the latest. PPO collapses now and then after the world is solved, and the
-    world predicts the failure.
+    """Replace the agent in `folder` by the policy with the highest return in this world.
+
+    Candidates are the last policy, the snapshots, and `former`, the agent that training began with;
+    among equals the latest wins. PPO sometimes collapses after the world is solved, and the world
+    predicts the failure.
+
+    Returns:
+        The metrics of the comparison; {} without other candidates.
     """
-    taken = sorted((int(path.name) for path in (folder / SNAPSHOTS).glob("*")), reverse=True)
-    taken = [i for i in taken if i or former is None]  # the first is the agent that it began with
-    options = [
-        folder,
-        *(folder / SNAPSHOTS / str(i) for i in taken),
-        *([] if former is None else [former.path]),
-    ]
-    iterations = [config.iterations, *taken, *([] if former is None else [-1])]
-    if len(options) == 1:
+    iterations = sorted((int(path.name) for path in (folder / SNAPSHOTS).glob("*")), reverse=True)
+    candidates = {config.iterations: folder}
+    for i in iterations:
+        if i or former is None:  # snapshot 0 is `former`
+            candidates[i] = folder / SNAPSHOTS / str(i)
+    if former is not None:
+        candidates[-1] = former.path
+    if len(candidates) == 1:
         return {}
-    policies, seed = (
-        [Policy.load(option) for option in options],
-        int(fingerprint("compared", config.seed)[:8], 16),
-    )
+    policies = [Policy.load(path) for path in candidates.values()]
+    seed = int(fingerprint("compared", config.seed)[:8], 16)
     with run.progress("train-agent: which policy", None) as update:
         env = WorldVectorEnv(len(policies) * COMPARED, **arguments)
 
@@ -57,47 +59,47 @@ def choose_best(
         means = imagined_returns(policies, env, seed, report).mean(1)
         update(1, f"imagined {means[0]:.1f} at the end, {np.nanmax(means):.1f} at best")
     best = int(np.nan_to_num(means, nan=-np.inf).argmax())
-    seen = {
+    iteration, path = list(candidates.items())[best]
+    metrics = {
         "greedy_return": float(means[0]),
         "best_return": float(means[best]),
-        "kept_iteration": float(iterations[best]),
+        "kept_iteration": float(iteration),
     }
     if former is not None:
-        seen |= {"former_return": float(means[-1]), "kept_former": float(best == len(options) - 1)}
+        metrics |= {"former_return": float(means[-1]), "kept_former": float(iteration == -1)}
     if best:
         for name in (POLICY_JSON, WEIGHTS, rllib.TRAINING_STATE):
-            shutil.copyfile(options[best] / name, folder / name)
-        kept = (
-            f"its policy after {taken[best - 1]} iterations"
-            if best <= len(taken)
-            else f"{former.name if former else ''}, with which it began"
-        )
+            shutil.copyfile(path / name, folder / name)
+        source = f"its policy after {iteration} iterations"
+        if former is not None and iteration == -1:
+            source = f"{former.name}, with which it began"
+            shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of the discarded training
         run.say(
-            f"the last policy earns {means[0]:.1f} in the world, {kept}, {means[best]:.1f}: that"
+            f"the last policy earns {means[0]:.1f} in the world, {source}, {means[best]:.1f}: that"
             " one is kept"
         )
-    if seen.get("kept_former"):
-        shutil.rmtree(folder / SNAPSHOTS, ignore_errors=True)  # of a training that led elsewhere
-    run.log({f"agent/{name}": value for name, value in seen.items()}, step=config.iterations)
-    return seen
+    run.log({f"agent/{name}": value for name, value in metrics.items()}, step=config.iterations)
+    return metrics
 
 
 def explain(
     config: AgentConfig, run: Run, arguments: Mapping[str, Any], world: Artifact, folder: Path
 ) -> dict[str, str]:
-    """{"actions", "return"}: "passed", or what the world's logs do not show, which is a warning.
+    """Check the agent against the evidence in the world's logs, and warn.
 
-    Empty for an adversary, whose return is no claim, and for a world that records no evidence.
+    Returns:
+        {"actions", "return"}: "passed" or the warning. {} for an adversary, whose return is no
+        claim, and for a world without recorded evidence.
     """
     recorded = world.meta.get("evidence")
     if recorded is None or config.objective != "return":
         return {}
-    shown = Evidence(**recorded)
+    evidence = Evidence(**recorded)
     env = WorldVectorEnv(COMPARED, **{**arguments, "penalty": 0.0})
     seed = int(fingerprint("explained", config.seed)[:8], 16)
     returns, lengths = imagined_episodes([Policy.load(folder)], env, seed)
-    unidentified = shown.unidentified()
-    unexplained = shown.unexplained(float(returns.mean()), float(lengths.mean()))
+    unidentified = evidence.unidentified()
+    unexplained = evidence.unexplained(float(returns.mean()), float(lengths.mean()))
     if unidentified is not None:
         run.say(f"warning: {unidentified}")
     if unexplained is not None:

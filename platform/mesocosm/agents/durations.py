@@ -1,24 +1,23 @@
-"""Steps of different duration, where an environment says in `info["duration"]` how long a step
-took: a discount of gamma^dt, and a weight of dt.
+"""Steps of different duration, which an environment reports in `info["duration"]`: a discount of
+gamma^dt, and a weight of dt.
 
-gamma is per unit of duration. PPO's advantages are then those of a semi-Markov process, delta_t =
-r_t + gamma^dt_t V(s_t+1) - V(s_t), summed up with gamma^dt_t lambda; the targets of DQN and SAC and
-the V-trace of APPO and IMPALA discount alike. Without durations RLlib's numbers stay as they are,
-bit for bit.
+gamma is per unit of duration. PPO's advantages are those of a semi-Markov process, delta_t =
+r_t + gamma^dt_t V(s_t+1) - V(s_t), summed with gamma^dt_t lambda. The targets of DQN and SAC and
+the V-trace of APPO and IMPALA discount alike. Without durations RLlib's numbers keep their bits.
 
-The weight is for samples that arrive by time (Yang, He-Yueya, Liang, arXiv 2509.01684): where
-environments repeat what they began until a clock's window closes, action a is seen pi(a) T/dt(a)
-times, and unweighted sums favour what is fast. Samples that come in lock step are distributed as
-the policy is, and so are those of environments at their own pace where what is under way goes on
-and nothing is dropped (a renewal process takes the share pi(a) of its steps with a, however long
-each lasts): the weight would bias both. RLlib's samplers are of these two kinds, so that only an
-environment that says so of itself, by metadata["arrival"] = "time", is weighted. (Where a window's
-unfinished steps are dropped, fast actions are over-represented too, but by less than dt.)
+The weight is for samples that arrive by time (Yang, He-Yueya, Liang, arXiv 2509.01684). Where
+environments repeat an action until a clock's window closes, action a appears pi(a) T/dt(a) times,
+and unweighted sums favour fast actions. In lock step samples are distributed as the policy. They
+also are where environments run at their own pace and no unfinished step is dropped (a renewal
+process takes the fraction pi(a) of its steps with a, whatever their duration). The weight would
+bias both. RLlib's samplers are of these two kinds, so that only an environment with
+metadata["arrival"] = "time" is weighted. (Where a window's unfinished steps are dropped, fast
+actions are over-represented too, but by less than dt.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -37,40 +36,36 @@ from mesocosm.errors import MesocosmError, UsageError
 DURATION = "duration"
 WEIGHT = "weight"
 ARRIVAL = "arrival"
-"""Key of a vector environment's metadata; "time" where its samples arrive by time."""
+"""Key of a vector environment's metadata; "time" where its samples arrive by time"""
 
 
 def arrival_weights(durations: NDArray[Any]) -> NDArray[np.float64]:
-    """What samples that arrived by time count each: dt over its mean, so that the mean weight is 1."""
+    """Weights of samples that arrived by time: dt over its mean."""
     total = durations.sum()
     return durations * (len(durations) / total) if total > 0 else np.ones(len(durations))
 
 
 class Durations:
-    """The durations of a NEXT_STEP vector environment's steps, out of its infos and into infos that
-    RLlib keeps.
-    """
+    """Converts the durations of a NEXT_STEP vector environment into infos that RLlib keeps."""
 
     def __init__(self, metadata: Mapping[str, Any]):
         self._by_time = metadata.get(ARRIVAL) == "time"
         self.given: bool | None = None
+        """Whether the environment reports durations; None before the first step"""
 
     def infos(
         self, infos: Mapping[str, Any], stepped: NDArray[np.bool_], ended: NDArray[np.bool_]
     ) -> dict[str, Any]:
-        """Those of the environments that `stepped`; {} where the environment gives none. Below 0,
-        as a world may imagine one, is 0.
+        """The infos of the environments that `stepped`, or {} without durations.
 
-        A step that `ended` its episode without a duration has failed in reality: it took no time,
-        so that its last value stands. Raises MesocosmError for a duration that is not finite, and
-        where some steps have one and others not.
+        A negative duration, which a world may imagine, becomes 0. A step that `ended` its episode
+        without a duration has failed in reality: it takes 0, so that its last value counts.
+
+        Raises:
+            MesocosmError: A duration is not finite, or only some steps have one.
         """
-        given = (
-            np.asarray(
-                infos.get(f"_{DURATION}", np.full(len(stepped), DURATION in infos)), np.bool_
-            )
-            & stepped
-        )
+        default = np.full(len(stepped), DURATION in infos)
+        given = np.asarray(infos.get(f"_{DURATION}", default), np.bool_) & stepped
         silent = stepped & ~ended & ~given
         if self.given is None and (given | silent).any():
             self.given = bool(given.any())
@@ -84,24 +79,22 @@ class Durations:
         durations = np.zeros(len(stepped))
         if given.any():
             durations[given] = np.asarray(infos[DURATION])[given].astype(np.float64)
-        if not np.isfinite(durations).all():
+        wrong = durations[~np.isfinite(durations)]
+        if wrong.size:
             raise MesocosmError(
-                f"the environment gave info['duration']={durations[~np.isfinite(durations)][0]};"
-                " give a finite number"
+                f"the environment gave info['duration']={wrong[0]}; give a finite number"
             )
         durations = np.maximum(durations, 0.0)
-        told = {DURATION: durations, f"_{DURATION}": stepped}
-        return told | ({WEIGHT: durations, f"_{WEIGHT}": stepped} if self._by_time else {})
+        names = (DURATION, WEIGHT) if self._by_time else (DURATION,)
+        return {key: durations for key in names} | {f"_{key}": stepped for key in names}
 
 
 def install(algorithm: Algorithm) -> None:
-    """Make an algorithm of this process's learner discount by durations, wherever its episodes have
-    them.
-    """
+    """Make the learner of this process discount by durations, if its episodes have them."""
     group: Any = algorithm.learner_group
     config: Any = algorithm.config
     pipeline = group._learner._learner_connector
-    discount = Discount(gamma=config.gamma)
+    discount = Discount(config.gamma)
     if any(isinstance(piece, GeneralAdvantageEstimation) for piece in pipeline.connectors):
         pipeline.insert_before(GeneralAdvantageEstimation, discount)
         pipeline.append(ArrivalWeight())
@@ -114,98 +107,79 @@ def install(algorithm: Algorithm) -> None:
         buffer.sample = partial(buffer.sample, include_infos=True)
 
 
-class Discount(ConnectorV2):
-    """Learner connector: gamma^dt in place of gamma, at the end of the pipeline, or before the
-    advantages are estimated.
+class InfoConnector(ConnectorV2):
+    """A learner connector that applies a value of each step's infos to the module's columns."""
 
-    RLlib's losses multiply by gamma (1 - terminated) wherever a next value or advantage counts, so
-    that a `terminated` of 1 - gamma^(dt-1) where the episode goes on makes it gamma^dt: discounting
-    is a chance of ending.
+    key = DURATION
+
+    def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
+        iterator = self.single_agent_episode_iterator(episodes, agents_that_stepped_only=False)
+        infos = [episode.get_infos() for episode in iterator]
+        if any(self.key in (info[1] or {}) for info in infos if len(info) > 1):
+            # RLlib adds a step for an episode's last value: it counts 1.
+            steps = [step or {} for episode in infos for step in episode[1:]]
+            values = np.array([step.get(self.key, 1.0) for step in steps], np.float64)
+            self.apply(batch[DEFAULT_MODULE_ID], values)
+        return batch
+
+    def apply(self, columns: dict[str, Any], values: NDArray[np.float64]) -> None:
+        raise NotImplementedError
+
+
+class Discount(InfoConnector):
+    """gamma^dt in place of gamma, at the end of the pipeline or before the advantages.
+
+    RLlib's losses multiply by gamma (1 - terminated) wherever a next value or advantage counts. A
+    `terminated` of 1 - gamma^(dt-1) where the episode continues makes it gamma^dt.
     """
 
-    def __init__(self, *, gamma: float):
+    def __init__(self, gamma: float):
         super().__init__()
         self.gamma = gamma
 
-    def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
-        durations = _column(
-            self.single_agent_episode_iterator(episodes, agents_that_stepped_only=False), DURATION
-        )
-        if durations is None or self.gamma == 0:
-            return batch
-        columns = batch[DEFAULT_MODULE_ID]
+    def apply(self, columns: dict[str, Any], values: NDArray[np.float64]) -> None:
+        if self.gamma == 0:
+            return
         if "n_step" in columns and bool((columns["n_step"] != 1).any()):
-            raise UsageError(
-                "params.n_step above 1 cannot be discounted by this environment's durations; leave"
-                " it at 1"
-            )
+            raise UsageError("params.n_step must be 1 where steps have durations, got more")
         terminated = columns[Columns.TERMINATEDS]
-        assert terminated.shape == durations.shape, (terminated.shape, durations.shape)
-        kept = torch.as_tensor(
-            self.gamma ** (durations - 1.0), dtype=torch.float32, device=terminated.device
-        )
+        assert terminated.shape == values.shape, (terminated.shape, values.shape)
+        kept = torch.as_tensor(self.gamma ** (values - 1.0)).to(terminated.device, torch.float32)
         columns[Columns.TERMINATEDS] = 1.0 - (1.0 - terminated.float()) * kept
-        return batch
 
 
-class ArrivalWeight(ConnectorV2):
-    """Learner connector, after the advantages are estimated: each counts as its step's
-    `arrival_weights` where samples arrived by time.
+class ArrivalWeight(InfoConnector):
+    """Weights the advantages by `arrival_weights` where samples arrived by time.
 
-    The value function is not weighted: whatever it has learned is a baseline, and biases no policy
-    gradient but by what it bootstraps.
+    The value function is not weighted. It is a baseline, and biases a policy gradient only by what
+    it bootstraps.
     """
 
-    def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
-        durations = _column(
-            self.single_agent_episode_iterator(episodes, agents_that_stepped_only=False), WEIGHT
-        )
-        if durations is None:
-            return batch
-        columns = batch[DEFAULT_MODULE_ID]
-        advantages, real = (
-            columns[Postprocessing.ADVANTAGES],
-            columns[Columns.LOSS_MASK].cpu().numpy(),
-        )
-        weights = np.ones(len(durations))
-        weights[real] = arrival_weights(durations[real])
-        columns[Postprocessing.ADVANTAGES] = advantages * torch.as_tensor(
-            weights, dtype=advantages.dtype, device=advantages.device
-        )
-        return batch
+    key = WEIGHT
+
+    def apply(self, columns: dict[str, Any], values: NDArray[np.float64]) -> None:
+        advantages = columns[Postprocessing.ADVANTAGES]
+        real = columns[Columns.LOSS_MASK].cpu().numpy()
+        weights = np.ones(len(values))
+        weights[real] = arrival_weights(values[real])
+        tensor = torch.as_tensor(weights).to(advantages.device, advantages.dtype)
+        columns[Postprocessing.ADVANTAGES] = advantages * tensor
 
 
-class Unweighted(ConnectorV2):
-    """Learner connector of an algorithm whose policy gradient is made in its loss (V-trace), where
-    no weight can be given: samples that arrived by time are refused. Q-learning and SAC need no
-    weight: their targets hold whatever the shares of the actions.
+class Unweighted(InfoConnector):
+    """Rejects samples that arrived by time, where the loss computes the policy gradient (V-trace).
+
+    Q-learning and SAC need no weight: their targets hold for any frequency of the actions.
     """
+
+    key = WEIGHT
 
     def __init__(self, name: str):
         super().__init__()
         self.name = name
 
-    def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
-        if (
-            _column(
-                self.single_agent_episode_iterator(episodes, agents_that_stepped_only=False), WEIGHT
-            )
-            is not None
-        ):
-            raise UsageError(
-                f"agent.algo={self.name} cannot weigh samples that arrive by time"
-                " (metadata['arrival']='time'); use PPO, DQN or SAC"
-            )
-        return batch
-
-
-def _column(episodes: Iterable[Any], key: str) -> NDArray[np.float64] | None:
-    """What infos say of the steps of a batch, in its order; 1 at the steps that RLlib adds for a
-    last value. None where they say nothing.
-    """
-    infos = [episode.get_infos() for episode in episodes]
-    if not any(key in (info[1] or {}) for info in infos if len(info) > 1):
-        return None
-    return np.array(
-        [(step or {}).get(key, 1.0) for episode in infos for step in episode[1:]], np.float64
-    )
+    def apply(self, columns: dict[str, Any], values: NDArray[np.float64]) -> None:
+        raise UsageError(
+            f"agent.algo={self.name} cannot weight samples that arrive by time"
+            " (metadata['arrival']='time'); use PPO, DQN or SAC"
+        )

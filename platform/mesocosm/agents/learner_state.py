@@ -1,14 +1,13 @@
-"""The whole state of an RLlib algorithm in training, so that another process continues with the
+"""The whole state of an RLlib algorithm in training, from which another process continues with the
 same bits.
 
-`Algorithm.get_state` holds weights, optimizers, connectors and RLlib's counters. It leaves out the
-replay buffer, what some learners adapt (PPO's KL coefficient, SAC's temperature, the time of the
-last target update), and the environment runners' episodes in progress; all of these are added here.
+`Algorithm.get_state` has weights, optimizers, connectors and RLlib's counters. This module adds the
+replay buffer, the learners' adapted values (PPO's KL coefficient, SAC's temperature, the time of
+the last target update) and the environment runners' unfinished episodes.
 
 Random state is not saved. `reseed` makes the randomness of an iteration a function of
-(seed, iteration, runner), so an iteration depends on nothing but this state and its number. APPO
-and IMPALA learn in a thread of their own: they continue from the same state, but their bits depend
-on the thread's timing with or without an interruption.
+(seed, iteration, runner). APPO and IMPALA learn in a thread whose timing decides their bits: they
+continue, but do not repeat.
 """
 
 from __future__ import annotations
@@ -24,19 +23,25 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 
-from mesocosm.agents.rllib import runners
+from mesocosm.agents.rllib import learner_of, runners
 from mesocosm.config import fingerprint
 
 ADAPTED = ("curr_kl_coeffs_per_module", "curr_log_alpha")
-"""Attributes of learners: tensors by module, which `Learner.get_state` leaves out."""
+"""Attributes of learners: tensors by module, which `Learner.get_state` leaves out"""
 TARGET_UPDATES = ("last_update_ts_by_mid", "_last_update_ts_by_mid")
-"""Attributes of learners: the step of the last target network update by module."""
+"""Attributes of learners: the step of the last target network update by module"""
 SCHEDULERS = "entropy_coeff_schedulers_per_module"
 SAMPLED = (ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME)
+EPISODES = {
+    "episodes": "_ongoing_episodes",
+    "to_module": "_cached_to_module",
+    "shared": "_shared_data",
+}
+"""Attributes of runners with their unfinished episodes, by key of the saved state"""
 
 
 def reseed(algorithm: Algorithm, seed: int, iteration: int) -> None:
-    """Seed every random generator that the next iteration uses, in this process and in the runners."""
+    """Seed all random generators of the next iteration, in this process and in the runners."""
     runners(algorithm).foreach_env_runner(partial(_reseed_runner, seed, iteration))
     _seed_all(seed, iteration, "learner")
     buffer: Any = getattr(algorithm, "local_replay_buffer", None)
@@ -56,32 +61,30 @@ def _seed_all(seed: int, iteration: int, part: str) -> None:
 
 
 def _derived(seed: int, iteration: int, part: str) -> int:
-    """A seed of 32 bits."""
     return int(fingerprint("agent-iteration", seed, iteration, part)[:8], 16)
 
 
 def capture(algorithm: Algorithm) -> dict[str, Any]:
-    """The state between two iterations. It refers to live objects: pickle it before the next one."""
-    learner = _learner(algorithm)
+    """The state between two iterations. It refers to live objects: pickle it before the next."""
+    learner = learner_of(algorithm)
+    adapted = {name: getattr(learner, name) for name in ADAPTED if hasattr(learner, name)}
+    updates = [name for name in TARGET_UPDATES if hasattr(learner, name)]
     return {
         "algorithm": algorithm.get_state(),
         "adapted": {
-            name: {id: tensor.detach().clone() for id, tensor in getattr(learner, name).items()}
-            for name in ADAPTED
-            if hasattr(learner, name)
+            name: {id: tensor.detach().clone() for id, tensor in tensors.items()}
+            for name, tensors in adapted.items()
         },
-        "target_updates": {
-            name: dict(getattr(learner, name)) for name in TARGET_UPDATES if hasattr(learner, name)
-        },
+        "target_updates": {name: dict(getattr(learner, name)) for name in updates},
         "runners": runners(algorithm).foreach_env_runner(_runner_state),
         "replay": _replay_state(algorithm),
     }
 
 
 def restore(algorithm: Algorithm, state: dict[str, Any]) -> None:
-    """Bring a freshly built algorithm of the same settings to a captured state."""
+    """Restore a captured state into a freshly built algorithm of the same settings."""
     algorithm.set_state(state["algorithm"])
-    learner = _learner(algorithm)
+    learner = learner_of(algorithm)
     with torch.no_grad():
         for name, tensors in state["adapted"].items():
             for id, tensor in tensors.items():
@@ -97,17 +100,11 @@ def restore(algorithm: Algorithm, state: dict[str, Any]) -> None:
     if state["replay"] is not None:
         buffer: Any = algorithm.local_replay_buffer
         buffer.episodes = state["replay"]["episodes"]
-        buffer.set_state(state["replay"])  # keeps the episodes that are there already
-
-
-def _learner(algorithm: Algorithm) -> Any:
-    """The learner lives in this process (num_learners=0)."""
-    group: Any = algorithm.learner_group
-    return group._learner
+        buffer.set_state(state["replay"])  # keeps the existing episodes
 
 
 def _replay_state(algorithm: Algorithm) -> dict[str, Any] | None:
-    """The replay buffer's own state. Its episodes stay objects: converting each one is slow."""
+    """The replay buffer's state. Its episodes stay objects: converting each one is slow."""
     buffer: Any = getattr(algorithm, "local_replay_buffer", None)
     if buffer is None:
         return None
@@ -120,7 +117,7 @@ def _replay_state(algorithm: Algorithm) -> dict[str, Any] | None:
 
 
 def _runner_state(runner: Any) -> dict[str, Any] | None:
-    """What `SingleAgentEnvRunner.get_state` leaves out; None for a runner without environments."""
+    """A runner's state, including the parts that `SingleAgentEnvRunner.get_state` leaves out."""
     if runner.env is None:
         return None
     return {
@@ -128,9 +125,7 @@ def _runner_state(runner: Any) -> dict[str, Any] | None:
         "state": runner.get_state(),
         "metrics": runner.metrics.get_state(),
         "env": runner.env.unwrapped.state(),
-        "episodes": runner._ongoing_episodes,
-        "to_module": runner._cached_to_module,
-        "shared": runner._shared_data,
+        **{key: getattr(runner, name) for key, name in EPISODES.items()},
     }
 
 
@@ -138,11 +133,10 @@ def _restore_runner(states: dict[int, dict[str, Any]], runner: Any) -> None:
     if runner.env is None:
         return
     state = states[runner.worker_index]
-    runner.set_state(state["state"] | {"weights_seq_no": 0})  # 0: take the weights in any case
+    runner.set_state(state["state"] | {"weights_seq_no": 0})  # 0: always take the weights
     runner._weights_seq_no = state["state"]["weights_seq_no"]
     runner.metrics.set_state(state["metrics"])
     runner.env.unwrapped.restore(state["env"])
-    runner._ongoing_episodes = state["episodes"]
-    runner._cached_to_module = state["to_module"]
-    runner._shared_data = state["shared"]
+    for key, name in EPISODES.items():
+        setattr(runner, name, state[key])
     runner._needs_initial_reset = False

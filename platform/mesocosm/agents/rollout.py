@@ -1,4 +1,4 @@
-"""What policies earn in a world: greedy imagined episodes, no real step."""
+"""Returns of policies in a world: greedy imagined episodes without real steps."""
 
 from __future__ import annotations
 
@@ -8,54 +8,55 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mesocosm.policies.heads import map_batch
 from mesocosm.policies.policy import Acts
 from mesocosm.serve.client import WorldVectorEnv
 
+Progress = Callable[[int], None]
+
 
 def imagined_returns(
-    policies: Sequence[Acts],
-    env: WorldVectorEnv,
-    seed: int,
-    progress: Callable[[int], None] | None = None,
+    policies: Sequence[Acts], env: WorldVectorEnv, seed: int, progress: Progress | None = None
 ) -> NDArray[np.float64]:
     """The returns of `imagined_episodes`."""
     return imagined_episodes(policies, env, seed, progress)[0]
 
 
 def imagined_episodes(
-    policies: Sequence[Acts],
-    env: WorldVectorEnv,
-    seed: int,
-    progress: Callable[[int], None] | None = None,
+    policies: Sequence[Acts], env: WorldVectorEnv, seed: int, progress: Progress | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """(undiscounted returns, lengths), each [P, n], of one whole episode of each of P policies in
-    each of its n = num_envs / P environments, acting greedily; a function of (policies, world,
-    starts, seed). `progress` is told the steps done.
+    """Imagine one episode of each of P policies in each of its n = num_envs / P environments.
 
-    `env` is closed. A penalty of its own is part of the reward; an episode ends at its horizon, or
-    where the world terminates or diverges.
+    Args:
+        policies: Policies, which act greedily.
+        env: The environments. It is closed. Its penalty is part of the reward. An episode ends at
+            its horizon, or where the world terminates or diverges.
+        seed: Seed of the environments and policies; the result is a function of it.
+        progress: Called with the number of steps.
+
+    Returns:
+        Undiscounted returns and lengths, each [P, n].
     """
     count = env.num_envs // len(policies)
     assert count * len(policies) == env.num_envs, (len(policies), env.num_envs)
     rng = np.random.default_rng(seed)
-    total, going, steps = np.zeros(env.num_envs), np.ones(env.num_envs, np.bool_), 0
+    total, running, steps = np.zeros(env.num_envs), np.ones(env.num_envs, np.bool_), 0
     lengths = np.zeros(env.num_envs, np.int64)
-    idle: dict[int, Any] = {}
+    actions: list[Any] = [None] * len(policies)
     try:
         observation, _ = env.reset(seed=seed)
-        while going.any():
-            actions = []
+        while running.any():
             for i, policy in enumerate(policies):
-                own = slice(i * count, (i + 1) * count)
-                if (
-                    going[own].any() or i not in idle
-                ):  # a policy whose episodes are over repeats itself
-                    idle[i] = policy.act(_rows(observation, own), False, rng)
-                actions.append(idle[i])
-            observation, reward, terminated, truncated, _ = env.step(_joined(actions))
-            total += np.where(going, reward, 0.0)
-            lengths += going
-            going &= ~(terminated | truncated)
+                rows = slice(i * count, (i + 1) * count)
+                # A policy whose episodes are over repeats its last actions.
+                if running[rows].any() or not steps:
+                    own = map_batch(lambda leaf, rows=rows: leaf[rows], observation)
+                    actions[i] = policy.act(own, False, rng)
+            batch = map_batch(_concatenate, *actions)
+            observation, reward, terminated, truncated, _ = env.step(batch)
+            total += np.where(running, reward, 0.0)
+            lengths += running
+            running &= ~(terminated | truncated)
             steps += 1
             if progress is not None:
                 progress(steps)
@@ -64,22 +65,7 @@ def imagined_episodes(
     return total.reshape(len(policies), count), lengths.reshape(len(policies), count)
 
 
-def _rows(batch: Any, rows: slice) -> Any:
-    """Some rows of values in Gymnasium's vector layout."""
-    if isinstance(batch, dict):
-        return {key: _rows(value, rows) for key, value in batch.items()}
-    if isinstance(batch, tuple) and not (batch and isinstance(batch[0], str)):
-        return tuple(_rows(value, rows) for value in batch)
-    return batch[rows]
-
-
-def _joined(batches: Sequence[Any]) -> Any:
-    """Values in vector layout, one after the other."""
-    first = batches[0]
-    if isinstance(first, dict):
-        return {key: _joined([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, tuple):
-        if first and isinstance(first[0], str):
-            return tuple(text for batch in batches for text in batch)
-        return tuple(_joined(values) for values in zip(*batches, strict=True))
-    return np.concatenate(batches)
+def _concatenate(*leaves: Any) -> Any:
+    if isinstance(leaves[0], tuple):
+        return tuple(text for texts in leaves for text in texts)
+    return np.concatenate(leaves)

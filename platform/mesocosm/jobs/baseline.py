@@ -21,7 +21,8 @@ from ray.rllib.algorithms.algorithm import Algorithm
 from mesocosm import checks
 from mesocosm.agents import rllib, settings
 from mesocosm.agents.config import BaselineConfig
-from mesocosm.agents.feasible import check_agent
+from mesocosm.agents.env import AgentEnv
+from mesocosm.agents.rllib import check_agent
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
 from mesocosm.envs.config import PAID, BudgetConfig, RealityConfig
@@ -321,10 +322,8 @@ def _params(config: BaselineConfig) -> dict[str, Any]:
 
 def _make_env(
     reality: RealityConfig, root: str, ledger: str, limit: int, num_envs: int
-) -> rllib.AgentEnv:
-    return rllib.AgentEnv(
-        make_metered_vector(reality, root, ledger, "baseline", num_envs, limit=limit)
-    )
+) -> AgentEnv:
+    return AgentEnv(make_metered_vector(reality, root, ledger, "baseline", num_envs, limit=limit))
 
 
 def _meter(algorithm: Algorithm) -> Meter:

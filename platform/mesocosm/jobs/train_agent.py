@@ -28,7 +28,8 @@ from mesocosm.agents import learner_state, rllib, settings
 from mesocosm.agents.checkpoint import Checkpoints, Progress
 from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.feasible import check_agent, check_init
+from mesocosm.agents.env import AgentEnv
+from mesocosm.agents.rllib import check_agent, check_init
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
 from mesocosm.data.format.dataset import Dataset
@@ -311,11 +312,11 @@ def _params(config: AgentConfig) -> dict[str, Any]:
     )
 
 
-def _make_env(arguments: Mapping[str, Any], num_envs: int) -> rllib.AgentEnv:
+def _make_env(arguments: Mapping[str, Any], num_envs: int) -> AgentEnv:
     """RLlib resets each runner's environment with a seed of its own, so that no two runners imagine
     the same episodes.
     """
-    return rllib.AgentEnv(WorldVectorEnv(num_envs, **arguments))
+    return AgentEnv(WorldVectorEnv(num_envs, **arguments))
 
 
 def _snapshots(config: AgentConfig) -> set[int]:
