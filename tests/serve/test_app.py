@@ -1,4 +1,4 @@
-"""The application of a Serve config file, deployed as a RayService deploys it, on a real Ray Serve."""
+"""The application of a Serve config file, deployed as by a RayService, on a real Ray Serve."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ def test_a_rayservice_of_the_shipped_file_serves_the_world(
     store("w0", make_world())
     shipped = cluster_spec.read("kuberay")
     shipped.storage_root = root
-    service, _ = kuberay.render(
-        "kuberay", shipped, "RayService", "serve world=w0 name=apps replicas=1"
-    )
+    words = ["serve", "world=w0", "name=apps", "replicas=1"]
+    service, _ = kuberay.render("kuberay", shipped, "RayService", words, "apps")
     config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
     ray_session.ensure(RayConfig())
     serve.start(proxy_location="Disabled")

@@ -395,25 +395,24 @@ def test_ctrl_c_while_it_deploys(served: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "sentence"),
+    ("override", "message"),
     [
-        ("replicas=0", "serve.replicas=0 must be at least 1"),
-        ("threads=0", "serve.threads=0 must be at least 1"),
-        ("max_sessions=-1", "serve.max_sessions=-1 must be at least 1"),
-        ("max_worlds=0", "serve.max_worlds=0 must be at least 1"),
-        ("cpus=-1", "serve.cpus=-1.0 must be at least 0"),
-        ("device=cdua", "serve.device='cdua' is not one of cpu, cuda; did you mean 'cuda'?"),
+        ("replicas=0", "serve.replicas must be >= 1, got 0"),
+        ("threads=0", "serve.threads must be >= 1, got 0"),
+        ("max_sessions=-1", "serve.max_sessions must be >= 1, got -1"),
+        ("max_worlds=0", "serve.max_worlds must be >= 1, got 0"),
+        ("cpus=-1", "serve.cpus must be >= 0, got -1.0"),
+        ("device=cdua", "serve.device must be .*, got 'cdua'; did you mean 'cuda'"),
     ],
 )
-def test_wrong_values(served: str, override: str, sentence: str) -> None:
-    """Refused by a dry run and by whoever deploys, before anything starts."""
+def test_wrong_values(served: str, override: str, message: str) -> None:
+    """A dry run and `deploy` refuse them before anything starts."""
     key, value = override.split("=")
     config = ServeConfig(world="ensemble", storage=StorageConfig(served))
     setattr(config, key, type(getattr(config, key))(value))
     for refuse in (serve_job.plan, deploy):
-        with pytest.raises(UsageError) as refused:
+        with pytest.raises(UsageError, match=message):
             refuse(config)
-        assert str(refused.value) == sentence
 
 
 @pytest.mark.slow

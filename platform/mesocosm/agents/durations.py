@@ -50,7 +50,7 @@ class Durations:
 
     def __init__(self, metadata: Mapping[str, Any]):
         self._by_time = metadata.get(ARRIVAL) == "time"
-        self.given: bool | None = None
+        self.reported: bool | None = None
         """Whether the environment reports durations; None before the first step"""
 
     def infos(
@@ -65,20 +65,20 @@ class Durations:
             MesocosmError: A duration is not finite, or only some steps have one.
         """
         default = np.full(len(stepped), DURATION in infos)
-        given = np.asarray(infos.get(f"_{DURATION}", default), np.bool_) & stepped
-        silent = stepped & ~ended & ~given
-        if self.given is None and (given | silent).any():
-            self.given = bool(given.any())
-        if self.given is not None and (silent if self.given else given).any():
+        reported = np.asarray(infos.get(f"_{DURATION}", default), np.bool_) & stepped
+        silent = stepped & ~ended & ~reported
+        if self.reported is None and (reported | silent).any():
+            self.reported = bool(reported.any())
+        if self.reported is not None and (silent if self.reported else reported).any():
             raise MesocosmError(
                 "the environment gave info['duration'] at some steps and not at others; give it at"
                 " every step, or at none"
             )
-        if not self.given:
+        if not self.reported:
             return {}
         durations = np.zeros(len(stepped))
-        if given.any():
-            durations[given] = np.asarray(infos[DURATION])[given].astype(np.float64)
+        if reported.any():
+            durations[reported] = np.asarray(infos[DURATION])[reported].astype(np.float64)
         wrong = durations[~np.isfinite(durations)]
         if wrong.size:
             raise MesocosmError(
@@ -144,8 +144,8 @@ class Discount(InfoConnector):
             raise UsageError("params.n_step must be 1 where steps have durations, got more")
         terminated = columns[Columns.TERMINATEDS]
         assert terminated.shape == values.shape, (terminated.shape, values.shape)
-        kept = torch.as_tensor(self.gamma ** (values - 1.0)).to(terminated.device, torch.float32)
-        columns[Columns.TERMINATEDS] = 1.0 - (1.0 - terminated.float()) * kept
+        factor = torch.as_tensor(self.gamma ** (values - 1.0)).to(terminated.device, torch.float32)
+        columns[Columns.TERMINATEDS] = 1.0 - (1.0 - terminated.float()) * factor
 
 
 class ArrivalWeight(InfoConnector):

@@ -101,7 +101,7 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
         """The state of an imagined environment for `restore`, without its statistics."""
         assert isinstance(self.env, WorldVectorEnv), "a real environment has no state to save"
         episodes = {"ended": self._ended, "return": self._return, "length": self._length}
-        state = {"env": self.env.state(), "durations": self._durations.given}
+        state = {"env": self.env.state(), "durations": self._durations.reported}
         return state | copy.deepcopy(episodes)
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -109,7 +109,7 @@ class AgentEnv(VectorEnv[Any, Any, Any]):
         assert isinstance(self.env, WorldVectorEnv)
         self._begin()
         self.env.restore(state["env"])
-        self._durations.given = state["durations"]
+        self._durations.reported = state["durations"]
         self._ended, self._return = state["ended"], state["return"]
         self._length = state["length"]
 

@@ -57,11 +57,11 @@ def check(key: str, algo: str, params: Mapping[str, Any], model: Mapping[str, An
             f"{key}algo must be one of {', '.join(ALGORITHMS)}, got"
             f" {algo!r}{nearest(algo, ALGORITHMS)}"
         )
-    known = parameters(algo)
+    names = parameters(algo)
     for name in params:
-        if name not in known:
+        if name not in names:
             raise UsageError(
-                f"{key}params.{name} is not a parameter of RLlib's {algo}{nearest(name, known)}"
+                f"{key}params.{name} is not a parameter of RLlib's {algo}{nearest(name, names)}"
             )
     fields = [f.name for f in dataclasses.fields(DefaultModelConfig)]
     for name in model:

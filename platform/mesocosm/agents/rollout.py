@@ -50,8 +50,8 @@ def imagined_episodes(
                 rows = slice(i * count, (i + 1) * count)
                 # A policy whose episodes are over repeats its last actions.
                 if running[rows].any() or not steps:
-                    own = map_batch(lambda leaf, rows=rows: leaf[rows], observation)
-                    actions[i] = policy.act(own, False, rng)
+                    rows_of_policy = map_batch(lambda leaf, rows=rows: leaf[rows], observation)
+                    actions[i] = policy.act(rows_of_policy, False, rng)
             batch = map_batch(_concatenate, *actions)
             observation, reward, terminated, truncated, _ = env.step(batch)
             total += np.where(running, reward, 0.0)

@@ -46,13 +46,13 @@ _WIDE = {"fcnet_hiddens": [256, 256], "fcnet_activation": "relu"}
 MODEL: Settings = dict.fromkeys(ON_POLICY, _SMALL) | dict.fromkeys(REPLAY, _WIDE)
 
 
-def params(table: Settings, algo: str, own: dict[str, Any], batch: int) -> dict[str, Any]:
-    """The table's settings under the config's `own`; a default minibatch is at most the `batch`."""
-    merged = {**table.get(algo, {}), **own}
-    if "minibatch_size" in merged and "minibatch_size" not in own:
+def params(table: Settings, algo: str, overrides: dict[str, Any], batch: int) -> dict[str, Any]:
+    """The table's settings under `overrides`; a default minibatch is at most the `batch`."""
+    merged = {**table.get(algo, {}), **overrides}
+    if "minibatch_size" in merged and "minibatch_size" not in overrides:
         merged["minibatch_size"] = min(merged["minibatch_size"], batch)
     return merged
 
 
-def model(algo: str, own: dict[str, Any]) -> dict[str, Any]:
-    return {**MODEL[algo], **own}
+def model(algo: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    return {**MODEL[algo], **overrides}
