@@ -24,9 +24,7 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 def test_a_rayservice_of_the_shipped_file_serves_the_world(
     store: Callable[[str, Any], Artifact], make_world: Callable[..., Any], root: str, tmp_path: Any
 ) -> None:
-    """Its serveConfigV2 goes to Serve's controller, which imports and builds the application in a
-    task of its own; a client's steps are the world's.
-    """
+    """Serve's controller builds the application of serveConfigV2, which steps as in process."""
     from ray import serve
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema

@@ -1,6 +1,4 @@
-"""The client keeps VectorEnv's contract, as SyncVectorEnv over the same imagined environments shows
-it.
-"""
+"""The client meets VectorEnv's contract: it equals SyncVectorEnv over the same environments."""
 
 from __future__ import annotations
 
@@ -41,12 +39,12 @@ SPACES = {
 
 
 def rollout(env: Any, steps: int, seed: int | None, actions: int = 0) -> list[Any]:
-    """Everything that a rollout under a fixed sequence of actions returns."""
+    """The results of a rollout under a fixed sequence of actions."""
     env.action_space.seed(actions)
-    told = [env.reset(seed=seed)]
+    env_steps = [env.reset(seed=seed)]
     for _ in range(steps):
-        told.append(env.step(env.action_space.sample()))
-    return told
+        env_steps.append(env.step(env.action_space.sample()))
+    return env_steps
 
 
 def same(a: Any, b: Any, tolerance: float = 0.0) -> bool:
@@ -66,13 +64,12 @@ def same(a: Any, b: Any, tolerance: float = 0.0) -> bool:
     return bool(a == b)
 
 
-def told(infos: dict[str, Any]) -> dict[str, Any]:
-    """Infos without the keys that are masked out everywhere: a world's keys stay, Gymnasium's come
-    and go.
-    """
+def unmasked(infos: dict[str, Any]) -> dict[str, Any]:
+    """Infos without the keys that are masked out everywhere. Gymnasium omits these."""
     names = [name for name in infos if not name.startswith("_") and infos[f"_{name}"].any()]
     return {
-        name: told(infos[name]) if isinstance(infos[name], dict) else infos[name] for name in names
+        name: unmasked(infos[name]) if isinstance(infos[name], dict) else infos[name]
+        for name in names
     } | {f"_{name}": infos[f"_{name}"] for name in names}
 
 
@@ -80,12 +77,11 @@ def told(infos: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 @pytest.mark.parametrize("count", [1, 4])
 def test_as_sync_vector_env(make_world: Any, family: str, mode: str, count: int) -> None:
-    """The very same as Gymnasium's own vector of single environments: which step resets, final
-    observations, infos and their masks.
+    """Equals Gymnasium's vector of single environments in resets, observations, infos and masks.
 
-    Batch shapes differ, so the last bits do; what is imagined here is categories, which such bits
-    do not reach. No context is rebuilt, for that happens at other steps of a vector than of a
-    single environment.
+    Batch shapes differ, and with them the last bits of numbers; this world imagines categories,
+    which they do not reach. No context is rebuilt: a vector does that at other steps than a single
+    environment.
     """
     tolerance = 1e-3
     observation = spaces.Dict({"room": spaces.Discrete(4, start=1), "flags": spaces.MultiBinary(3)})
@@ -93,8 +89,8 @@ def test_as_sync_vector_env(make_world: Any, family: str, mode: str, count: int)
         observation, spaces.Discrete(2), family, context=64, terminal=0.1, rewards=(0.0, 1.0)
     )
     limit = None
-    if count > 1:  # as some steps exceed and others do not, by more than the last bits
-        seen = np.sort(
+    if count > 1:  # a limit that some steps exceed, by more than the last bits
+        values = np.sort(
             np.concatenate(
                 [
                     step[4]["disagreement"]
@@ -102,8 +98,8 @@ def test_as_sync_vector_env(make_world: Any, family: str, mode: str, count: int)
                 ]
             )
         )
-        gaps = np.diff(seen)[len(seen) // 4 : -len(seen) // 4]
-        limit = float(seen[len(seen) // 4 + gaps.argmax()] + gaps.max() / 2)
+        gaps = np.diff(values)[len(values) // 4 : -len(values) // 4]
+        limit = float(values[len(values) // 4 + gaps.argmax()] + gaps.max() / 2)
     vector = WorldVectorEnv(
         count, world, horizon=7, autoreset_mode=mode, penalty=0.5, max_disagreement=limit
     )
@@ -118,24 +114,28 @@ def test_as_sync_vector_env(make_world: Any, family: str, mode: str, count: int)
     uncertain, sure = 0, 0
     for _ in range(60 // count):
         action = vector.action_space.sample()
-        ours, theirs = vector.step(action), reference.step(action)
-        assert same(ours[:4], theirs[:4], tolerance) and same(
-            told(ours[4]), told(theirs[4]), tolerance
-        ), (ours, theirs)
-        ends["terminated"] += int(ours[2].sum())
-        ends["truncated"] += int(ours[3].sum())
+        actual, expected = vector.step(action), reference.step(action)
+        assert same(actual[:4], expected[:4], tolerance) and same(
+            unmasked(actual[4]), unmasked(expected[4]), tolerance
+        ), (actual, expected)
+        ends["terminated"] += int(actual[2].sum())
+        ends["truncated"] += int(actual[3].sum())
         if limit is not None:
-            seen = ours[4]["disagreement"]
-            if mode == "SameStep" and "final_info" in ours[4]:
-                seen = np.where(ours[4]["_final_info"], ours[4]["final_info"]["disagreement"], seen)
-            assert (ours[2] | ours[3])[seen > limit].all(), (
-                "an episode goes on after a step that the members do not agree on"
+            values = actual[4]["disagreement"]
+            if mode == "SameStep" and "final_info" in actual[4]:
+                values = np.where(
+                    actual[4]["_final_info"], actual[4]["final_info"]["disagreement"], values
+                )
+            assert (actual[2] | actual[3])[values > limit].all(), (
+                "an episode continues after an uncertain step"
             )
             uncertain, sure = (
-                uncertain + int((seen > limit).sum()),
-                sure + int((seen <= limit).sum()),
+                uncertain + int((values > limit).sum()),
+                sure + int((values <= limit).sum()),
             )
-        assert ("final_obs" in ours[4]) == (mode == "SameStep" and bool((ours[2] | ours[3]).any()))
+        assert ("final_obs" in actual[4]) == (
+            mode == "SameStep" and bool((actual[2] | actual[3]).any())
+        )
     assert min(ends.values()) > 0 and sum(ends.values()) > 5, ends
     assert limit is None or min(uncertain, sure) > 3, (uncertain, sure)
     assert vector.metadata["autoreset_mode"] is AutoresetMode(mode)
@@ -149,13 +149,13 @@ def test_an_action_that_is_not_finite_is_rejected(make_world: Any, mode: str) ->
     env = WorldVectorEnv(3, make_world(BOX, action, terminal=1e-9), horizon=2, autoreset_mode=mode)
     env.reset(seed=0)
     good = {"a": np.zeros(3, np.int64), "push": np.zeros((3, 2))}
-    for value, said in (
+    for value, message in (
         (np.nan, "must be finite, got nan"),
         (-np.inf, "must be finite, got -inf"),
         (1e300, "holds 1e.300"),
     ):
         bad = {"a": good["a"], "push": np.array([[0, 0], [0, value], [0, 0]])}
-        with pytest.raises(MesocosmError, match=rf"action.push\[1\].*{said}") as error:
+        with pytest.raises(MesocosmError, match=rf"action.push\[1\].*{message}") as error:
             env.step(bad)
         assert "\n" not in str(error.value)
     env.step(good)
@@ -169,9 +169,7 @@ def test_an_action_that_is_not_finite_is_rejected(make_world: Any, mode: str) ->
 
 @pytest.mark.parametrize("name", SPACES)
 def test_spaces(make_world: Any, name: str) -> None:
-    """Observations and final observations lie in their spaces, with dtypes; rewards and flags have
-    Gymnasium's.
-    """
+    """Observations are in their spaces; rewards and flags have Gymnasium's dtypes."""
     observation, action = SPACES[name]
     env = WorldVectorEnv(
         4,
@@ -215,8 +213,8 @@ def test_check_env(make_world: Any, name: str, recwarn: pytest.WarningsRecorder)
 
 @pytest.mark.parametrize("family", ["ensemble", "sequence"])
 def test_seeding(make_world: Any, family: str) -> None:
-    """A seed is a trajectory, again and in another client; without one, episodes go on and differ;
-    clients of other environments differ.
+    """A seed fixes the trajectory in every client. Without it, or with another `first_env`, it
+    differs.
     """
     world = make_world(family=family)
     env = WorldVectorEnv(4, world, horizon=6, seed=11)
@@ -233,18 +231,18 @@ def test_seeding(make_world: Any, family: str) -> None:
 
 def test_penalty_and_horizon(make_world: Any) -> None:
     world = make_world(terminal=0.0)
-    plain, dear = (
+    plain, penalized = (
         WorldVectorEnv(3, world, horizon=4),
         WorldVectorEnv(3, world, horizon=4, penalty=2.0),
     )
-    for (_, reward, _, _, infos), (_, penalised, _, _, kept) in zip(
-        rollout(plain, 9, 0)[1:], rollout(dear, 9, 0)[1:], strict=True
+    for (_, reward, _, _, infos), (_, penalised, _, _, penalized_infos) in zip(
+        rollout(plain, 9, 0)[1:], rollout(penalized, 9, 0)[1:], strict=True
     ):
-        size = dear._codec.spec.reward_size
+        size = penalized._codec.spec.reward_size
         np.testing.assert_allclose(
             penalised, reward - size * np.minimum(2.0 * infos["disagreement"], 1.0), atol=1e-6
         )
-        np.testing.assert_array_equal(kept["raw_reward"], reward)
+        np.testing.assert_array_equal(penalized_infos["raw_reward"], reward)
     env = WorldVectorEnv(2, make_world(terminal=0.0), horizon=4)
     steps = rollout(env, 12, 0)[1:]
     assert not any(step[2].any() for step in steps), "a world whose episodes never end"
@@ -257,7 +255,7 @@ def test_penalty_and_horizon(make_world: Any) -> None:
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 def test_logged_starts(make_world: Any, mode: str) -> None:
-    """Every episode begins at one of the given starts, task included, and all of them are used."""
+    """Every episode begins at one of the starts, with its task, and all of them are used."""
     world = make_world(DICT, spaces.Discrete(2), task=("room",))
     rooms = torch.tensor([[0], [3], [1]])
     starts = (
@@ -267,12 +265,12 @@ def test_logged_starts(make_world: Any, mode: str) -> None:
         ),
     )
     env = WorldVectorEnv(8, world, horizon=3, starts=starts, autoreset_mode=mode)
-    told = rollout(env, 12, 0)
-    seen: set[tuple[float, int]] = set()
-    rooms_now = told[0][0]["room"]
+    results = rollout(env, 12, 0)
+    values: set[tuple[float, int]] = set()
+    rooms_now = results[0][0]["room"]
     before = np.ones(8, bool)
-    for step, after in itertools.pairwise(told):
-        seen |= {
+    for step, after in itertools.pairwise(results):
+        values |= {
             (float(p[0]), int(r))
             for p, r in zip(step[0]["place"][before], step[0]["room"][before], strict=True)
         }
@@ -287,11 +285,11 @@ def test_logged_starts(make_world: Any, mode: str) -> None:
             assert (after[0]["room"] == rooms_now)[~previous].all()
             before = previous
         rooms_now = after[0]["room"]
-    assert seen == {(0.0, 1), (10.0, 4), (20.0, 2)}
+    assert values == {(0.0, 1), (10.0, 4), (20.0, 2)}
 
 
 def test_make(make_world: Any, store: Any, root: str) -> None:
-    """gymnasium.make_vec and make build it, from storage by id, by prefix and by folder."""
+    """gymnasium.make_vec and make build it from an id, a prefix and a folder."""
     world = make_world(terminal=0.0)
     artifact = store("abc123", world)
     expected = rollout(WorldVectorEnv(3, world, horizon=5), 8, 2)
@@ -308,7 +306,7 @@ def test_make(make_world: Any, store: Any, root: str) -> None:
 
 
 def test_another_version(make_world: Any, store: Any, root: str) -> None:
-    """A new version takes effect at a reset that asks for it, and one of other spaces is refused."""
+    """A reset pins a new version; one with other spaces is refused."""
     store("one", make_world(seed=1))
     store("two", make_world(seed=2))
     store("other", make_world(DICT))
@@ -328,9 +326,7 @@ def test_another_version(make_world: Any, store: Any, root: str) -> None:
 
 
 def test_starts_of_another_codec(make_world: Any, store: Any, root: str) -> None:
-    """Logged starts are in the codec of one world, and a version that reads them otherwise is
-    refused.
-    """
+    """Logged starts belong to one codec: a version with another codec is refused."""
     store("one", make_world(seed=1))
     store("two", make_world(seed=2))
     store("rewards", make_world(rewards=(0.0, 1.0)))
@@ -395,23 +391,21 @@ def test_wrong_use(make_world: Any, root: str) -> None:
 
 
 def test_observations_stay(make_world: Any) -> None:
-    """What a step returned is the caller's: later steps do not change it."""
+    """Later steps do not change the arrays that a step returned."""
     env = WorldVectorEnv(3, make_world(family="sequence"), horizon=4)
-    told = rollout(env, 10, 0)
+    results = rollout(env, 10, 0)
     copies = rollout(env, 0, 0)
-    assert data_equivalence(told[0][0], copies[0][0])
-    frozen = [step[0].copy() for step in told]
+    assert data_equivalence(results[0][0], copies[0][0])
+    frozen = [step[0].copy() for step in results]
     for _ in range(10):
         env.step(env.action_space.sample())
-    assert all((a == step[0]).all() for a, step in zip(frozen, told, strict=True))
+    assert all((a == step[0]).all() for a, step in zip(frozen, results, strict=True))
 
 
 @pytest.mark.parametrize("family", ["ensemble", "sequence"])
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 def test_divergence_is_cut(make_world: Any, family: str, mode: str) -> None:
-    """Dynamics that explode end in a truncated episode, said in the infos, and never in a number
-    that is not finite.
-    """
+    """Divergence truncates an episode and marks it in the infos; every number stays finite."""
     world = make_world(family=family, terminal=0.0)
     world.base.residual_scale.fill_(1e38)
     env = WorldVectorEnv(3, world, autoreset_mode=mode)
@@ -422,12 +416,12 @@ def test_divergence_is_cut(make_world: Any, family: str, mode: str) -> None:
         and np.isfinite(step[4]["disagreement"]).all()
         for step in steps
     )
-    told = [
+    diverged = [
         step[4]["diverged"] | step[4].get("final_info", {}).get("diverged", False) for step in steps
     ]
     cut = [step[3] for step in steps]
     assert sum(c.sum() for c in cut) > 3 and not any((step[2] & step[3]).any() for step in steps)
-    np.testing.assert_array_equal(told, cut)
+    np.testing.assert_array_equal(diverged, cut)
     if mode == "SameStep":
         assert all(
             np.isfinite(step[4]["final_obs"][i]).all()

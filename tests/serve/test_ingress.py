@@ -1,4 +1,4 @@
-"""The HTTP ingress on a real Ray Serve: who may ask, the same bits as in process, where it listens
+"""The HTTP ingress on a real Ray Serve: its token, the same bits as in process, where it listens,
 and how it ends.
 """
 
@@ -60,20 +60,19 @@ def local(rich: str, count: int) -> WorldVectorEnv:
     return env
 
 
-# -- who may ask
-# ---------------------------------------------------------------------------------------------------------
+# -- the token
 
 
 def routes(client: Any) -> list[tuple[str, str]]:
     schema = client("GET", "/openapi.json").json()
-    found = [
+    paths = [
         (method.upper(), path.replace("{session}", "0" * 32))
         for path, operations in schema["paths"].items()
         for method in operations
     ]
-    assert len(found) == 6
+    assert len(paths) == 6
     return [
-        *found,
+        *paths,
         ("GET", "/openapi.json"),
         ("GET", "/docs"),
         ("GET", "/nowhere"),
@@ -126,7 +125,7 @@ def test_compared_in_constant_time(client: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 def raw(client: Any, head: str, body: bytes = b"") -> bytes:
-    """What is answered to a request whose body need not be as long as it says."""
+    """The answer to a request whose body may be shorter than its Content-Length."""
     host, port = client.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as line:
         line.sendall(head.replace("\n", "\r\n").encode("latin-1") + b"\r\n" + body)
@@ -134,7 +133,7 @@ def raw(client: Any, head: str, body: bytes = b"") -> bytes:
 
 
 def test_strangers_send_no_body(client: Any) -> None:
-    """The 401 is there while the body is not."""
+    """The 401 comes before the body."""
     for path in ("/v1/call", "/v1/step", "/nowhere"):
         assert raw(client, f"POST {path} HTTP/1.1\nHost: x\nContent-Length: 1000\n").startswith(
             b"HTTP/1.1 401"
@@ -142,7 +141,7 @@ def test_strangers_send_no_body(client: Any) -> None:
 
 
 def test_strange_heads(client: Any) -> None:
-    """Header bytes that are no UTF-8, a head without an end, and no HTTP at all."""
+    """Header bytes that are not UTF-8, an endless head, and bytes that are not HTTP."""
     for name in (
         "x-request-id",
         "x-request-timeout-seconds",
@@ -167,7 +166,7 @@ def test_strange_heads(client: Any) -> None:
 
 
 def test_unfinished_heads(client: Any) -> None:
-    """More of them than the server has places: health, and who has the token, are answered."""
+    """With more of them than connections, health and requests with the token are answered."""
     host, port = client.url.removeprefix("http://").split(":")
     held = [socket.create_connection((host, int(port)), timeout=60) for _ in range(CONNECTIONS + 4)]
     for line in held:
@@ -203,27 +202,26 @@ def test_too_large(client: Any, path: str, limit: int) -> None:
     ), "within the limit"
 
 
-# -- what is answered
-# ----------------------------------------------------------------------------------------------------
+# -- answers
 
 
 def test_world(client: Any, rich: str) -> None:
-    told = client("GET", "/v1/world").json()
-    assert (told["world"], told["members"], told["memory"], told["durations"], told["task"]) == (
-        "rich",
-        3,
-        6,
-        False,
-        ["room"],
-    )
+    replies = client("GET", "/v1/world").json()
+    assert (
+        replies["world"],
+        replies["members"],
+        replies["memory"],
+        replies["durations"],
+        replies["task"],
+    ) == ("rich", 3, 6, False, ["room"])
     env = local(rich, 1)
-    assert space_from_json(told["action_space"]) == env.single_action_space
-    assert space_from_json(told["observation_space"]) == env.single_observation_space
+    assert space_from_json(replies["action_space"]) == env.single_action_space
+    assert space_from_json(replies["observation_space"]) == env.single_observation_space
 
 
 def test_episode(client: Any, rich: str) -> None:
-    """JSON all the way gives the bits of the same world in process: over ends of episodes, a
-    context's rebuilding and a second reset.
+    """JSON gives the bits of the same world in process, across episodes, a rebuilt context and a
+    second reset.
     """
     env = local(rich, 3)
     session, ended = None, 0
@@ -261,13 +259,13 @@ def test_episode(client: Any, rich: str) -> None:
 
 
 def kill(connection: Any) -> None:
-    """The replica that it leads to."""
+    """Kill the replica of a connection."""
     assert isinstance(connection, Served) and connection.replica is not None
     os.kill(connection.replica["pid"], signal.SIGKILL)
 
 
 class OverHttp:
-    """A client's connection that posts its messages."""
+    """A client's connection that posts its messages to /v1/call."""
 
     def __init__(self, client: Any):
         self.client = client
@@ -286,9 +284,9 @@ class OverHttp:
                 "error": reply.json()["detail"],
                 "kind": "usage" if reply.status_code == 400 else "failed",
             }
-        told = unpack(reply.content)
-        assert told.pop("number") == self.number
-        return told
+        replies = unpack(reply.content)
+        assert replies.pop("number") == self.number
+        return replies
 
     def close(self, last: dict[str, Any] | None = None) -> None:
         if last is not None:
@@ -296,9 +294,7 @@ class OverHttp:
 
 
 def test_binary(client: Any, rich: str) -> None:
-    """A whole client over POST /v1/call: the same bits, also where its replica is killed on the
-    way.
-    """
+    """A client over POST /v1/call gets the same bits, also after its replica is killed."""
     env, here = WorldVectorEnv(4, "rich", app="web"), local(rich, 4)
     env.close()
     env.closed = False
@@ -306,17 +302,17 @@ def test_binary(client: Any, rich: str) -> None:
     for step, batch in enumerate([None] + [here.action_space.sample() for _ in range(16)]):
         if step == 9:
             kill(LISTENERS["web"].sessions.connections.get(env._routed).value)  # type: ignore[union-attr]
-        ours, theirs = (
+        actual, expected = (
             each.reset(seed=2) if step == 0 else each.step(batch) for each in (env, here)
         )
-        assert observations(here, ours[0]) == observations(here, theirs[0])
-        for one, other in zip(ours[1:4], theirs[1:4], strict=True):
+        assert observations(here, actual[0]) == observations(here, expected[0])
+        for one, other in zip(actual[1:4], expected[1:4], strict=True):
             assert step == 0 or one.tobytes() == other.tobytes()
     env.close()
 
 
 def test_killed_replica(client: Any, rich: str) -> None:
-    """A person's session outlives its replica, bit for bit."""
+    """A session survives its replica, bit for bit."""
     env = local(rich, 2)
     env.reset(seed=3)
     session = client.begin(2, seed=3)
@@ -332,79 +328,79 @@ def test_killed_replica(client: Any, rich: str) -> None:
 def test_room_for_sessions(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sessions in use stay, and a new one is refused, by number and by environments.
 
-    The one that is unused for the longest goes.
+    The one that is unused for the longest is evicted.
     """
 
     def begin_again(*sessions: str) -> list[int]:
         replies = [client("POST", "/v1/reset", json={"session": each}) for each in sessions]
         return [reply.status_code for reply in replies]
 
-    kept = LISTENERS["web"].sessions.sessions  # type: ignore[union-attr]
-    kept.clear()
-    monkeypatch.setattr(kept, "count", 2)
+    pool = LISTENERS["web"].sessions.sessions  # type: ignore[union-attr]
+    pool.clear()
+    monkeypatch.setattr(pool, "count", 2)
     first, second = client.begin(), client.begin()
     refused = client("POST", "/v1/reset", json={})
     assert refused.status_code == 503
     sentence = "2 of 2 sessions with 2 of 16384 environments are in use; end one with DELETE /v1/"
     assert refused.json()["detail"].startswith(sentence)
     assert begin_again(second, first) == [200, 200]
-    monkeypatch.setattr(kept, "idle_s", 0.0)
+    monkeypatch.setattr(pool, "idle_s", 0.0)
     third = client.begin()
     assert begin_again(first, second, third) == [200, 404, 200]
     gone = client("POST", "/v1/reset", json={"session": second}).json()["detail"]
-    assert gone == f"session {second!r} is not kept here; begin one with POST /v1/reset"
-    monkeypatch.setattr(kept, "count", 64)
-    monkeypatch.setattr(kept, "weight", 10)
-    monkeypatch.setattr(kept, "idle_s", 300.0)
+    assert gone == f"session {second!r} is not pool here; begin one with POST /v1/reset"
+    monkeypatch.setattr(pool, "count", 64)
+    monkeypatch.setattr(pool, "weight", 10)
+    monkeypatch.setattr(pool, "idle_s", 300.0)
     assert client("POST", "/v1/reset", json={"num_envs": 9}).status_code == 503
     assert client("DELETE", f"/v1/sessions/{first}").status_code == 204
     client.begin(9)
-    kept.clear()
+    pool.clear()
 
 
 def test_a_failed_reset_keeps_no_place(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = LISTENERS["web"].sessions.sessions  # type: ignore[union-attr]
-    kept.clear()
+    pool = LISTENERS["web"].sessions.sessions  # type: ignore[union-attr]
+    pool.clear()
     failed = {"error": "the device went away", "kind": "failed"}
     monkeypatch.setattr(Served, "call", lambda *_: failed)
     assert client("POST", "/v1/reset", json={}).status_code == 503
-    assert not kept._slots
+    assert not pool._slots
 
 
 def test_a_hundred_sessions_at_once(client: Any) -> None:
-    """As many as there is room for begin, and the others get 503 at their reset.
+    """As many as there is room for begin; the others get 503 at their reset.
 
-    Nobody loses a session in mid-episode.
+    No session is lost during an episode.
     """
     action = {"push": [0, 0], "turn": 0, "hands": [0, 0], "say": "a"}
-    kept = LISTENERS["web"].sessions.sessions  # type: ignore[union-attr]
-    kept.clear()
+    pool = LISTENERS["web"].sessions.sessions  # type: ignore[union-attr]
+    pool.clear()
     statuses: list[list[int]] = []
     begun = threading.Barrier(100)
 
     def play() -> None:
         mine = type(client)(client.url)
         reply = mine("POST", "/v1/reset", json={})
-        told = [reply.status_code]
+        replies = [reply.status_code]
         begun.wait(240)
         if reply.status_code == 200:
             body = {"session": reply.json()["session"], "action": [action]}
-            told += [mine("POST", "/v1/step", json=body).status_code for _ in range(3)]
-        statuses.append(told)
+            replies += [mine("POST", "/v1/step", json=body).status_code for _ in range(3)]
+        statuses.append(replies)
 
     players = [threading.Thread(target=play) for _ in range(100)]
     for each in players:
         each.start()
     for each in players:
         each.join()
-    kept.clear()
+    pool.clear()
     assert sorted(statuses) == [[200] * 4] * 64 + [[503]] * 36
 
 
 def test_a_bug_shows_nothing(
     client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A bug here, or on a replica: 500, one sentence, and the rest in the log."""
+    """A bug here, or on a replica: 500, one sentence, and the traceback in the log."""
 
     def fail(*_: Any) -> None:
         raise RuntimeError("inner workings")
@@ -428,30 +424,27 @@ def test_a_bug_shows_nothing(
         assert reply.status_code == 500 and "inner" not in reply.text
 
 
-# -- where it listens, and how it ends
-# -----------------------------------------------------------------------------------
+# -- listening and ending
 
 
 def listening() -> set[int]:
     """Ports on which this process listens."""
     return {
-        found.laddr.port
-        for found in psutil.Process().net_connections("tcp")
-        if found.status == psutil.CONN_LISTEN
+        connection.laddr.port
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
     }
 
 
 def test_loopback_alone_and_no_grpc(client: Any, rich: str) -> None:
-    """The one port is on loopback, and Serve's own proxy, which is its HTTP and its gRPC ingress,
-    never starts.
-    """
+    """The only port is on loopback, and Serve's proxy, its HTTP and gRPC ingress, never starts."""
     from ray import serve
 
     port = int(client.url.rsplit(":", 1)[1])
     addresses = {
-        found.laddr.ip
-        for found in psutil.Process().net_connections("tcp")
-        if found.status == psutil.CONN_LISTEN and found.laddr.port == port
+        connection.laddr.ip
+        for connection in psutil.Process().net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
     }
     assert addresses == {"127.0.0.1"}
     assert serve.status().proxies == {}
@@ -483,8 +476,9 @@ def test_a_port_that_is_taken(client: Any, rich: str) -> None:
 
 
 def test_job(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """`serve http=0` prints a curl that works, whose file it made; no file of the run or of Ray has
-    the token; the port closes with the job.
+    """`serve http=0` makes a token file and prints a curl command that works.
+
+    No file of the run or of Ray has the token. The port closes with the job.
     """
     import ray
 
@@ -508,11 +502,11 @@ def test_job(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
         finally:
             os.kill(os.getpid(), signal.SIGINT)
 
-    visitor = threading.Thread(target=visit)
-    visitor.start()
+    observer = threading.Thread(target=visit)
+    observer.start()
     with tracking.start("serve", config, id="visited", quiet=True) as job:
         serve_job.run(config, job)
-    visitor.join()
+    observer.join()
     assert answers[0] == "rich" and "job" not in LISTENERS
     with pytest.raises(requests.ConnectionError):
         requests.get(f"{answers[1]}/health", timeout=5)
@@ -525,17 +519,17 @@ def test_job(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
         Path(rich) / "runs",
         Path(ray._private.worker._global_node.get_session_dir_path()) / "logs",
     ):
-        for found in folder.rglob("*"):
-            if found.is_file():
+        for path in folder.rglob("*"):
+            if path.is_file():
                 read += 1
-                text = found.read_bytes()
-                assert token not in text and client.token.encode() not in text, found
+                text = path.read_bytes()
+                assert token not in text and client.token.encode() not in text, path
     assert read > 10
 
 
 @pytest.mark.slow
 def test_nobody_answers(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An application that ended under the ingress: 503 with a sentence, in bounded time."""
+    """If the application ends under the ingress: 503 with a message, in bounded time."""
     from ray import serve
 
     monkeypatch.setenv("MESOCOSM_WORLD_TOKEN", client.token)

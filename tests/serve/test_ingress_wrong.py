@@ -1,5 +1,5 @@
-"""Wrong requests to the HTTP ingress: people's, programs' and a fuzzer's. A sentence each, and
-never a 5xx.
+"""Wrong requests to the HTTP ingress, in JSON, in binary and from a fuzzer: a message each, never a
+5xx.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("ray_local")
 
 @pytest.fixture(autouse=True)
 def sessions_go_at_once(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests leave more sessions behind than the server has room for."""
+    """These tests leave more sessions than the server has room for."""
     sessions = LISTENERS["web"].sessions
     assert sessions is not None
     monkeypatch.setattr(sessions.sessions, "idle_s", 0.0)
@@ -60,9 +60,11 @@ WRONG: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("said", "given"), WRONG, ids=[said.split(":")[0] for said, _ in WRONG])
-def test_wrong_actions(client: Any, said: str, given: Any) -> None:
-    """400, with where, what and why; and the session is as it was."""
+@pytest.mark.parametrize(
+    ("message", "given"), WRONG, ids=[message.split(":")[0] for message, _ in WRONG]
+)
+def test_wrong_actions(client: Any, message: str, given: Any) -> None:
+    """400 with the key, the value and what is expected; the session is unchanged."""
     session = client.begin()
     reply = client(
         "POST",
@@ -71,7 +73,7 @@ def test_wrong_actions(client: Any, said: str, given: Any) -> None:
         headers={"Content-Type": "application/json"},
     )
     assert reply.status_code == 400 and list(reply.json()) == ["detail"]
-    assert reply.json()["detail"].startswith(said) and "Traceback" not in reply.text
+    assert reply.json()["detail"].startswith(message) and "Traceback" not in reply.text
     assert (
         client("POST", "/v1/step", json={"session": session, "action": [action()]}).status_code
         == 200
@@ -79,7 +81,7 @@ def test_wrong_actions(client: Any, said: str, given: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "body"),
+    ("message", "body"),
     [
         ("num_envs=0: input should be greater than or equal to 1", b'{"num_envs": 0}'),
         ("num_envs=4097: input should be less than or equal to 4096", b'{"num_envs": 4097}'),
@@ -99,11 +101,11 @@ def test_wrong_actions(client: Any, said: str, given: Any) -> None:
         ("the body=[]: ", b"[]"),
     ],
 )
-def test_wrong_bodies(client: Any, said: str, body: bytes) -> None:
+def test_wrong_bodies(client: Any, message: str, body: bytes) -> None:
     reply = client("POST", "/v1/reset", data=body, headers={"Content-Type": "application/json"})
-    assert reply.status_code == 400 and reply.json()["detail"].lower().startswith(said.lower()), (
-        reply.text
-    )
+    assert reply.status_code == 400 and reply.json()["detail"].lower().startswith(
+        message.lower()
+    ), reply.text
 
 
 def test_wrong_num_envs(client: Any) -> None:
@@ -123,34 +125,33 @@ def test_unknown_session(client: Any) -> None:
     assert client("POST", "/v1/reset", json={"session": "0" * 32}).status_code == 404
 
 
-# -- programs that err
-# ---------------------------------------------------------------------------------------------------
+# -- the binary protocol
 
 
 @pytest.fixture(scope="module")
-def messages(rich: str) -> list[dict[str, Any]]:
-    """A good message of every operation, as a client sends it; one session's, in order."""
+def valid_requests(rich: str) -> list[dict[str, Any]]:
+    """A valid request of every operation of one session, in order."""
     env = WorldVectorEnv(2, "rich", root=rich, backend="local")
     env.action_space.seed(0)
-    told: list[dict[str, Any]] = []
+    requests_sent: list[dict[str, Any]] = []
     send = env._connection.call  # type: ignore[union-attr]
-    env._connection.call = lambda request: (told.append(request), send(request))[1]  # type: ignore[method-assign, union-attr]
+    env._connection.call = lambda request: (requests_sent.append(request), send(request))[1]  # type: ignore[method-assign, union-attr]
     env.reset(seed=0, options={"world": "rich"})
     for _ in range(3):
         env.step(env.action_space.sample())
     sessions = env._connection.sessions  # type: ignore[union-attr]
     sessions._sessions.clear()
     env.step(env.action_space.sample())
-    told.append({"op": "end", "session": env._session})
-    kept = {"describe": {"op": "describe", "world": ""}} | {
-        message["op"]: message for message in reversed(told)
+    requests_sent.append({"op": "end", "session": env._session})
+    by_operation = {"describe": {"op": "describe", "world": ""}} | {
+        message["op"]: message for message in reversed(requests_sent)
     }
     order = ["describe", "begin", "step", "restore", "end"]
-    assert sorted(kept) == sorted(order)
+    assert sorted(by_operation) == sorted(order)
     return [
         {
             name: value.copy() if isinstance(value, np.ndarray) else value
-            for name, value in kept[op].items()
+            for name, value in by_operation[op].items()
         }
         for op in order
     ]
@@ -163,7 +164,7 @@ def send(client: Any, data: bytes) -> requests.Response:
 
 
 def damaged(value: Any) -> list[Any]:
-    """What no field that holds `value` may be."""
+    """Wrong values of a field that holds `value`."""
     if not isinstance(value, np.ndarray):
         return [
             None,
@@ -173,28 +174,28 @@ def damaged(value: Any) -> list[Any]:
             *(["x"] if not isinstance(value, str) else [7]),
             *([1 << 70, -(1 << 70), 0.5] if isinstance(value, int) else []),
         ]
-    found: list[Any] = ["x", None, 3, value[None], np.zeros((0, *value.shape), value.dtype)]
-    found += [
+    wrong: list[Any] = ["x", None, 3, value[None], np.zeros((0, *value.shape), value.dtype)]
+    wrong += [
         value.astype(other) for other in (np.float32, np.int64, np.bool_) if other != value.dtype
     ]
     if value.ndim:
-        found += [value[:-1], np.concatenate([value, value])]
+        wrong += [value[:-1], np.concatenate([value, value])]
     if value.dtype == np.float32 and value.size:
-        found += [np.full_like(value, np.nan), np.full_like(value, -np.inf)]
-    return found
+        wrong += [np.full_like(value, np.nan), np.full_like(value, -np.inf)]
+    return wrong
 
 
-def test_damaged_messages(client: Any, messages: list[dict[str, Any]]) -> None:
-    """Every field of every message missing, of another type, shape or range: 400 with its name, and
-    the session goes on.
+def test_damaged_messages(client: Any, valid_requests: list[dict[str, Any]]) -> None:
+    """Every field missing, of another type, shape or range: 400 with its name, and the session
+    continues.
     """
-    for message in messages:
+    for message in valid_requests:
         if message["op"] == "step":
-            assert send(client, pack(messages[1] | {"number": 1})).status_code == 200, (
+            assert send(client, pack(valid_requests[1] | {"number": 1})).status_code == 200, (
                 "it begins again"
             )
         for name, value in message.items():
-            without = {other: kept for other, kept in message.items() if other != name}
+            without = {other: field for other, field in message.items() if other != name}
             wrong = [without] + [message | {name: bad} for bad in damaged(value)]
             if name.endswith(".categories") and value.size:
                 wrong += [message | {name: value + 1000}, message | {name: value - 1000}]
@@ -218,23 +219,23 @@ def test_damaged_messages(client: Any, messages: list[dict[str, Any]]) -> None:
                     )
                     assert "replica failed" not in reply.text
         assert send(client, pack(message | {"number": 1})).status_code == 200, "whole again"
-    for bad in (messages[0] | {"world": "/etc"}, messages[0] | {"world": "../secret"}):
+    for bad in (valid_requests[0] | {"world": "/etc"}, valid_requests[0] | {"world": "../secret"}):
         assert (
             "world must be an artifact id, not a path"
             in send(client, pack(bad | {"number": 1})).json()["detail"]
         )
     assert (
         "number must be an integer, got number=None"
-        in send(client, pack(messages[0])).json()["detail"]
+        in send(client, pack(valid_requests[0])).json()["detail"]
     )
-    many = messages[1] | {"episode": np.zeros(4097, np.int64), "number": 1}
+    many = valid_requests[1] | {"episode": np.zeros(4097, np.int64), "number": 1}
     assert "must have at most 4096 environments" in send(client, pack(many)).json()["detail"]
 
 
-def test_damaged_bytes(client: Any, messages: list[dict[str, Any]]) -> None:
+def test_damaged_bytes(client: Any, valid_requests: list[dict[str, Any]]) -> None:
     """Cut anywhere, and with bytes changed anywhere: never a 5xx."""
     random = np.random.default_rng(0)
-    for message in messages:
+    for message in valid_requests:
         whole = pack(message | {"number": 1})
         for cut in {0, 3, 7, 8, 20, *random.integers(0, len(whole), 20).tolist()}:
             assert send(client, whole[:cut]).status_code == 400 or cut > len(whole) - 8, (
@@ -249,7 +250,6 @@ def test_damaged_bytes(client: Any, messages: list[dict[str, Any]]) -> None:
 
 
 # -- the fuzzer
-# ----------------------------------------------------------------------------------------------------------
 
 
 FUZZED = settings(
@@ -262,8 +262,8 @@ FUZZED = settings(
 
 
 def fuzz(client: Any, operation: Any) -> set[int]:
-    """Ask one operation of the schema; gives the statuses seen. Half of the steps name a session
-    that exists, of as many environments.
+    """Call one operation of the schema and return the statuses. Half of the steps name an existing
+    session with as many environments.
     """
     seen: set[int] = set()
     authorized = {"Authorization": client.session.headers["Authorization"]}
@@ -300,8 +300,9 @@ def fuzz(client: Any, operation: Any) -> set[int]:
 
 
 def test_fuzz(client: Any) -> None:
-    """schemathesis over the running server, with what the schema allows and what it does not: no
-    5xx, and every reply is of the schema.
+    """schemathesis against the running server, with valid and invalid requests.
+
+    No reply is a 5xx, and every reply matches the schema.
     """
     schema = schemathesis.openapi.from_dict(client("GET", "/openapi.json").json())
     schema.config.update(base_url=client.url)

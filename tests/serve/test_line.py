@@ -67,15 +67,15 @@ def test_survives_without_free_descriptors() -> None:
     with subprocess.Popen([sys.executable, "-c", FEW_DESCRIPTORS], **pipes) as process:
         assert process.stdout is not None
         port, token = process.stdout.readline().split()
-        known = "127.0.0.1", int(port), bytes.fromhex(token.decode())
+        endpoint = "127.0.0.1", int(port), bytes.fromhex(token.decode())
         held: list[socket.socket] = []
-        while (line := open_line(*known, 3.0)) is not None:
+        while (line := open_line(*endpoint, 3.0)) is not None:
             held.append(line)
         assert held
         time.sleep(2 * lines.PAUSE_S)  # it meets the limit more than once
         for each in held:
             each.close()
-        line = open_line(*known, 60.0)
+        line = open_line(*endpoint, 60.0)
         assert line is not None
         with line:
             send_frame(line, b"still here")

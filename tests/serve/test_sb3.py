@@ -20,14 +20,12 @@ DICT = spaces.Dict(
 
 
 def test_steps(make_world: Any) -> None:
-    """What the vector environment says, in SB3's words: one done, terminal observations, truncation
-    told apart.
-    """
+    """Steps equal the vector environment's: done, terminal observation, truncation."""
     world = make_world(DICT, spaces.Box(-1, 1, (2,), np.float32), terminal=0.1)
-    ours = WorldVecEnv(WorldVectorEnv(4, world, horizon=5, autoreset_mode="SameStep"))
+    env = WorldVecEnv(WorldVectorEnv(4, world, horizon=5, autoreset_mode="SameStep"))
     plain = WorldVectorEnv(4, world, horizon=5, autoreset_mode="SameStep")
-    ours.seed(7)
-    first = ours.reset()
+    env.seed(7)
+    first = env.reset()
     expected, _ = plain.reset(seed=7)
     assert all((first[key] == expected[key]).all() for key in DICT)
     plain.action_space.seed(0)
@@ -35,8 +33,8 @@ def test_steps(make_world: Any) -> None:
     for _ in range(25):
         action = plain.action_space.sample()
         observation, reward, terminated, truncated, infos = plain.step(action)
-        told, rewards, done, each = ours.step(action)
-        assert all((told[key] == observation[key]).all() for key in DICT)
+        observations, rewards, done, each = env.step(action)
+        assert all((observations[key] == observation[key]).all() for key in DICT)
         np.testing.assert_array_equal(rewards, reward.astype(np.float32))
         np.testing.assert_array_equal(done, terminated | truncated)
         for i in range(4):
@@ -51,13 +49,11 @@ def test_steps(make_world: Any) -> None:
                 assert each[i]["TimeLimit.truncated"] == truncated[i]
                 ended, cut = ended + 1, cut + int(truncated[i])
     assert ended > cut > 0
-    ours.close()
+    env.close()
 
 
 def test_ppo_learns_in_it(make_world: Any) -> None:
-    """The documented example, short: PPO through VecMonitor, and the policy acts on what reality's
-    spaces hold.
-    """
+    """A short version of the documented example: PPO through VecMonitor."""
     world = make_world(spaces.Box(-np.inf, np.inf, (3,), np.float32), terminal=0.1)
     env = VecMonitor(WorldVecEnv(WorldVectorEnv(8, world, horizon=20, autoreset_mode="SameStep")))
     agent = PPO("MlpPolicy", env, n_steps=32, batch_size=64, n_epochs=2, seed=0, device="cpu")

@@ -1,6 +1,4 @@
-"""Worlds on a real Ray Serve: the same bits as in process, through kills of replicas; sentences for
-what is not there.
-"""
+"""Worlds on a real Ray Serve: the same bits as in process, also after replicas are killed."""
 
 from __future__ import annotations
 
@@ -74,11 +72,11 @@ def rollout(
 ) -> list[list[bytes]]:
     """The bytes of each step; `at` is called before each."""
     env.action_space.seed(0)
-    told = [flat(env.reset(seed=seed))]
+    results = [flat(env.reset(seed=seed))]
     for step in range(steps):
         at(step)
-        told.append(flat(env.step(env.action_space.sample())))
-    return told
+        results.append(flat(env.step(env.action_space.sample())))
+    return results
 
 
 def replica(env: WorldVectorEnv) -> int:
@@ -112,9 +110,7 @@ def test_default_and_make_vec(served: str) -> None:
 
 @pytest.mark.parametrize(("family", "kills"), [("sequence", (4, 14)), ("ensemble", (9,))])
 def test_kill(served: str, family: str, kills: tuple[int, ...]) -> None:
-    """SIGKILL of the session's replica, for the family with a context before it is first rebuilt
-    (step 6 of a window of 6) and again after.
-    """
+    """SIGKILL of the session's replica; for `sequence` before its context is rebuilt, and after."""
     undisturbed = rollout(WorldVectorEnv(4, family, app="two", horizon=30), 25)
     env = WorldVectorEnv(4, family, app="two", horizon=30)
     killed: list[int] = []
@@ -130,9 +126,7 @@ def test_kill(served: str, family: str, kills: tuple[int, ...]) -> None:
 
 @pytest.mark.slow
 def test_kill_while_it_answers(served: str) -> None:
-    """SIGKILL of the replica with a request in it, before the context is first rebuilt and after:
-    the client waits on, and not one bit changes.
-    """
+    """SIGKILL of a replica that is answering changes no bit, before a context is rebuilt and after."""
     undisturbed = rollout(WorldVectorEnv(4, "sequence", app="two", horizon=30), 16)
     env = WorldVectorEnv(4, "sequence", app="two", horizon=30)
     killed: list[int] = []
@@ -149,9 +143,7 @@ def test_kill_while_it_answers(served: str) -> None:
 
 @pytest.mark.parametrize("other", [False, True], ids=["the same action again", "another action"])
 def test_ctrl_c(served: str, other: bool) -> None:
-    """Ctrl-C while a reply is awaited, as in a notebook: the next call gets its own reply, whether
-    it repeats the action or takes another.
-    """
+    """After Ctrl-C during a call the next call gets its own reply, also for another action."""
     env, undisturbed = (WorldVectorEnv(3, "sequence", app="two", horizon=9) for _ in range(2))
     for each in (env, undisturbed):
         each.action_space.seed(0)
@@ -170,7 +162,7 @@ def test_ctrl_c(served: str, other: bool) -> None:
 
 
 def test_ctrl_c_in_a_reset(served: str) -> None:
-    """The session may have begun and the client not know: it must be reset, and is as good as new."""
+    """After Ctrl-C in `reset` the client must be reset, and then works as before."""
     env = WorldVectorEnv(3, "sequence", app="two", horizon=9)
     expected = rollout(env, 5)
     env.reset(seed=7)
@@ -186,27 +178,25 @@ def test_ctrl_c_in_a_reset(served: str) -> None:
 
 
 def test_broken_line(served: str) -> None:
-    """The socket breaks while the replica lives, or is out of step: a reply is never taken for
-    another request's.
-    """
+    """If the socket breaks or is out of step, a client never takes another request's reply."""
     expected = rollout(WorldVectorEnv(3, "sequence", app="two", horizon=9), 16)
     env = WorldVectorEnv(3, "sequence", app="two", horizon=9)
     line = env._connection
     assert isinstance(line, Served)
 
-    def meddle(step: int) -> None:
+    def break_line(step: int) -> None:
         assert line._line is not None
         if step % 5 == 2:
             line._line.shutdown(2)
         if step % 5 == 4:
             send_frame(line._line, pack({"op": "describe", "world": "", "number": 0}))
 
-    assert rollout(env, 16, at=meddle) == expected
+    assert rollout(env, 16, at=break_line) == expected
 
 
 @pytest.fixture
 def full_port() -> Iterator[int]:
-    """A port that lets every packet drop, as a firewall does: a listener whose queue is full."""
+    """A port that drops every packet, as a firewall does: a listener with a full queue."""
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
         waiting = [socket.socket() for _ in range(4)]
         for one in waiting:
@@ -221,20 +211,20 @@ def full_port() -> Iterator[int]:
 def test_no_line(
     served: str, full_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a firewall drops packets, and where the replica listens on the loopback of another
-    node, calls go through Serve: not one step but the first waits for the line, and nobody else is
-    sent the token.
+    """Behind a firewall, or with a replica on another node's loopback, calls go through Serve.
+
+    Only the first step waits for the line, and nobody else receives the token.
     """
     from ray import serve
 
     class Elsewhere(deployment.Replica):
         def connect(self) -> dict[str, Any]:
-            return super().connect() | json.loads((tmp_path / "told.json").read_text())
+            return super().connect() | json.loads((tmp_path / "results.json").read_text())
 
     application = serve.deployment(Elsewhere).options(
         name="world", ray_actor_options={"num_cpus": 0.5}
     )  # type: ignore[attr-defined]
-    (tmp_path / "told.json").write_text(json.dumps({"port": full_port}))
+    (tmp_path / "results.json").write_text(json.dumps({"port": full_port}))
     serve.run(
         application.bind(served, "sequence", 1, 8, 1, "cpu"), name="elsewhere", route_prefix=None
     )
@@ -250,7 +240,7 @@ def test_no_line(
 
     with socket.create_server(("127.0.0.1", 0)) as mine:
         mine.settimeout(0.2)
-        (tmp_path / "told.json").write_text(
+        (tmp_path / "results.json").write_text(
             json.dumps({"port": mine.getsockname()[1], "node": "f" * 56})
         )
         assert rollout(WorldVectorEnv(3, "sequence", app="elsewhere", horizon=9), 16) == expected
@@ -260,7 +250,7 @@ def test_no_line(
 
 
 def test_line_wants_the_token(served: str) -> None:
-    """Who knows the port but not the token gets no answer, and no memory either."""
+    """Without the token a client gets no answer and allocates no memory."""
     env = WorldVectorEnv(1, app="two")
     assert isinstance(env._connection, Served) and env._connection.replica is not None
     host, port = env._connection.replica["host"], env._connection.replica["port"]
@@ -290,8 +280,8 @@ def test_a_message_too_large(served: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.slow
 def test_eviction(served: str) -> None:
-    """A replica with room for two sessions and three clients: the least recently used goes, and
-    whoever comes back goes on with the same bits.
+    """Three clients of a replica with two sessions: the least recently used is evicted, and its
+    client continues with the same bits.
     """
     deploy(
         ServeConfig(
@@ -303,8 +293,8 @@ def test_eviction(served: str) -> None:
         WorldVectorEnv(3, "sequence", root=served, backend="local", horizon=9, first_env=3 * i)
         for i in range(3)
     ]
-    asked: list[list[str]] = [[], [], []]
-    for env, local, ops in zip(envs, alone, asked, strict=True):
+    operations: list[list[str]] = [[], [], []]
+    for env, local, ops in zip(envs, alone, operations, strict=True):
         send = env._connection.call  # type: ignore[union-attr]
         env._connection.call = lambda request, send=send, ops=ops: (
             ops.append(request["op"]),
@@ -322,13 +312,13 @@ def test_eviction(served: str) -> None:
     envs[0].close()
     assert envs[1]._call(last) == {"missing": True}, "a closed client's session must be gone"
     undeploy("small")
-    assert [ops.count("restore") for ops in asked] == [1, 5, 4], (
+    assert [ops.count("restore") for ops in operations] == [1, 5, 4], (
         "each reset evicted one, and then the first client stays"
     )
 
 
 def test_new_version_while_serving(served: str, make_world: Callable[..., Any]) -> None:
-    """A world made after the deployment is served at the next reset that asks for it."""
+    """A reset can pin a world made after the deployment."""
     env = WorldVectorEnv(2, "ensemble", app="two", horizon=5)
     env.reset()
     Storage(served).make("worlds", "newer", {}, make_world(DICT, seed=9).save)
@@ -364,15 +354,15 @@ def test_missing(served: str) -> None:
 
 
 def test_a_name_that_is_taken(served: str, make_world: Callable[..., Any], tmp_path: Path) -> None:
-    """Somebody's running application is not replaced by another world of another root, and goes on."""
+    """A running application is not replaced by a world of another root, and continues."""
     env = WorldVectorEnv(2, app="two", horizon=5)
     before = rollout(env, 4)
-    Storage(str(tmp_path)).make("worlds", "theirs", {}, make_world(DICT).save)
+    Storage(str(tmp_path)).make("worlds", "other", {}, make_world(DICT).save)
     with pytest.raises(
         UsageError,
         match=r"an application 'two' runs on this Ray already; set serve.name to another name",
     ):
-        deploy(ServeConfig(world="theirs", name="two", storage=StorageConfig(str(tmp_path))))
+        deploy(ServeConfig(world="other", name="two", storage=StorageConfig(str(tmp_path))))
     assert rollout(env, 4) == before
 
 
@@ -441,9 +431,9 @@ def test_from_a_worker(served: str) -> None:
     def imagine(arguments: dict[str, Any]) -> Any:
         env = WorldVectorEnv(**arguments)
         env.reset(seed=4)
-        told = [env.step(np.arange(3) % 2)[0]["place"] for _ in range(9)]
+        results = [env.step(np.arange(3) % 2)[0]["place"] for _ in range(9)]
         env.close()
-        return np.stack(told)
+        return np.stack(results)
 
     there = ray.get(
         imagine.remote({"num_envs": 3, "world": "sequence", "app": "two", "horizon": 6})
@@ -458,7 +448,7 @@ def test_from_a_worker(served: str) -> None:
 def test_forked_client(served: str) -> None:
     """In a fork of a connected process, a new client and an inherited one give one sentence.
 
-    The parent's client goes on.
+    The parent's client continues.
     """
     env = WorldVectorEnv(3, "sequence", app="two", horizon=9)
     expected = rollout(env, 8)
@@ -487,15 +477,15 @@ def test_forked_client(served: str) -> None:
             assert process.exitcode == 0
 
     assert rollout(env, 8, at=fork) == expected
-    said = [answers.get() for _ in range(3)]
+    messages = [answers.get() for _ in range(3)]
     sentence = "was forked from a process that is connected to Ray"
-    assert all(sentence in each and "spawn" in each for each in said), said
+    assert all(sentence in each and "spawn" in each for each in messages), messages
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_replicas_that_cannot_start(served: str, make_world: Any, tmp_path: Path) -> None:
-    """A damaged world: the first failure is reported, and the error is one sentence.
+    """A damaged world: the first failure is reported, and the error has one line.
 
     The name is free again. Serve retries before it gives up.
     """
@@ -514,9 +504,9 @@ def test_replicas_that_cannot_start(served: str, make_world: Any, tmp_path: Path
 
 
 def test_job(served: str) -> None:
-    """`serve` says how to connect; another process that does just that steps in the world; Ctrl-C
-    ends it without a trace. The command that it prints to train an agent finds the world and the
-    application.
+    """`serve` prints how to connect, and another process steps in the world that way.
+
+    Its train-agent command names the world and the application. Ctrl-C ends it and leaves nothing.
     """
     from ray import serve
 
@@ -524,7 +514,7 @@ def test_job(served: str) -> None:
     answers: list[str] = []
     commands: list[str] = []
 
-    def visit() -> None:
+    def use_the_world() -> None:
         log = None
         while log is None or "make_vec" not in log:
             time.sleep(0.2)
@@ -553,11 +543,11 @@ def test_job(served: str) -> None:
         answers.append(done.stdout + done.stderr)
         os.kill(os.getpid(), signal.SIGINT)
 
-    visitor = threading.Thread(target=visit)
-    visitor.start()
+    user = threading.Thread(target=use_the_world)
+    user.start()
     with tracking.start("serve", config, id="visited", quiet=True) as job:
         serve_job.run(config, job)
-    visitor.join()
+    user.join()
     trained = config_of(AgentConfig, overrides=shlex.split(commands[0])[2:])
     assert (trained.world, trained.app, trained.storage.root) == ("ensemble", "job", served)
     assert trained.ray.address == job.facts["address"]

@@ -25,36 +25,34 @@ DICT = spaces.Dict(
 )
 
 
-class Meddling(InProcess):
-    """A way to the sessions that goes through bytes, counts, and may do something before and after
-    each call.
-    """
+class PackedConnection(InProcess):
+    """A connection through bytes that records operations and runs a hook before each call."""
 
     def __init__(self, *sessions: Sessions):
         self.replicas = list(sessions)
-        self.asked: list[str] = []
+        self.operations: list[str] = []
         self.before: Any = lambda request: None
         super().__init__(sessions[0])
 
     def call(self, request: Message) -> Message:
-        self.asked.append(request["op"])
+        self.operations.append(request["op"])
         self.before(request)
         return unpack(pack(self.sessions.handle(unpack(pack(request)))))
 
 
 def client(
     world: Any, *, sessions: int = 1, max_sessions: int = 8, **arguments: Any
-) -> tuple[WorldVectorEnv, Meddling]:
+) -> tuple[WorldVectorEnv, PackedConnection]:
     env = WorldVectorEnv(3, world, horizon=9, **arguments)
-    connection = Meddling(
+    connection = PackedConnection(
         *(Sessions(lambda _: ("in-memory", world), max_sessions) for _ in range(sessions))
     )
     env._connection = connection
     return env, connection
 
 
-def bits(told: list[Any]) -> bytes:
-    """A rollout's every byte."""
+def bits(results: list[Any]) -> bytes:
+    """All bytes of a rollout."""
     arrays: list[bytes] = []
 
     def walk(value: Any) -> None:
@@ -69,7 +67,7 @@ def bits(told: list[Any]) -> bytes:
         else:
             arrays.append(np.asarray(value).tobytes() if value is not None else b"-")
 
-    walk(told)
+    walk(results)
     return b"|".join(arrays)
 
 
@@ -117,21 +115,19 @@ def test_history(make_world: Any, family: str, mode: str) -> None:
     for _ in range(40):
         env.step(env.action_space.sample())
         carry = connection.sessions._sessions[env._session].carry
-        ours = env._history.context(rng.member_of(0, env._env, env._episode, 3)).to_numpy()
-        theirs = carry.context.to_numpy()
-        assert ours.keys() == theirs.keys()
-        for name, array in theirs.items():
+        actual = env._history.context(rng.member_of(0, env._env, env._episode, 3)).to_numpy()
+        expected = carry.context.to_numpy()
+        assert actual.keys() == expected.keys()
+        for name, array in expected.items():
             np.testing.assert_array_equal(
-                ours[name], array, err_msg=f"{name} at clock {env._history.clock}"
+                actual[name], array, err_msg=f"{name} at clock {env._history.clock}"
             )
 
 
 @pytest.mark.parametrize("family", ["ensemble", "sequence"])
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 def test_lost_session(make_world: Any, family: str, mode: str) -> None:
-    """Whichever step the session is lost at (the window of 6 is rebuilt before steps 6, 9, 12,
-    ...), not one bit changes.
-    """
+    """A lost session changes no bit, at any step (the window of 6 is rebuilt before 6, 9, ...)."""
     world = make_world(DICT, family=family, terminal=0.1)
     expected = rollout(WorldVectorEnv(3, world, horizon=9, autoreset_mode=mode), 20)
     env, connection = client(world, autoreset_mode=mode)
@@ -139,20 +135,21 @@ def test_lost_session(make_world: Any, family: str, mode: str) -> None:
 
     for lost in (0, 1, 5, 6, 7, 12, 19):
 
-        def lose(request: Message, lost: int = lost) -> None:
+        def drop_session(request: Message, lost: int = lost) -> None:
             if request["op"] == "step" and request["clock"] == lost:
                 connection.sessions._sessions.clear()
                 connection.before = lambda request: None
 
-        connection.before, connection.asked = lose, []
+        connection.before, connection.operations = drop_session, []
         assert rollout(env, 20) == expected, f"lost before step {lost}"
-        assert connection.asked.count("restore") == 1 and connection.asked.count("step") == 21
+        assert (
+            connection.operations.count("restore") == 1
+            and connection.operations.count("step") == 21
+        )
 
 
 def test_moved_session(make_world: Any) -> None:
-    """Two replicas, and every call goes to another one by chance: stale sessions are refused and
-    restored.
-    """
+    """Each call goes to a random one of two replicas, which refuse and restore stale sessions."""
     world = make_world(DICT, family="sequence", terminal=0.1)
     env, connection = client(world, sessions=2)
     chance = np.random.default_rng(0)
@@ -165,7 +162,7 @@ def test_moved_session(make_world: Any) -> None:
     # "restore" and the step after it may part ways too: the client asks again until a replica has
     # both.
     assert rollout(env, 30) == expected
-    assert connection.asked.count("restore") > 5
+    assert connection.operations.count("restore") > 5
 
 
 def test_repeated_request(make_world: Any) -> None:
@@ -175,14 +172,12 @@ def test_repeated_request(make_world: Any) -> None:
     expected = rollout(WorldVectorEnv(3, world, horizon=9), 15)
     connection.before = lambda request: connection.sessions.handle(unpack(pack(request)))
     assert rollout(env, 15) == expected
-    assert "restore" not in connection.asked
+    assert "restore" not in connection.operations
 
 
 @pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 def test_another_request_at_the_same_clock(make_world: Any, mode: str) -> None:
-    """A client that gave up on one action and takes another gets that one's reply, never the stored
-    one: its history has nothing else.
-    """
+    """A client that replaces an interrupted action gets the new action's reply."""
     world = make_world(DICT, family="sequence", terminal=0.1)
     expected = rollout(WorldVectorEnv(3, world, horizon=9, autoreset_mode=mode), 20)
     env, connection = client(world, autoreset_mode=mode)
@@ -197,11 +192,11 @@ def test_another_request_at_the_same_clock(make_world: Any, mode: str) -> None:
 
     connection.before = give_up
     assert rollout(env, 20) == expected
-    assert connection.asked.count("restore") == 3
+    assert connection.operations.count("restore") == 3
 
 
 def test_failed_step(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that raised half-way leaves no half-changed session behind."""
+    """A step that raises leaves no half-changed session."""
     world = make_world(DICT, family="sequence")
     env, connection = client(world)
     expected = rollout(WorldVectorEnv(3, world, horizon=9), 12)
@@ -212,36 +207,34 @@ def test_failed_step(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         raise MesocosmError("the device went away")
 
     env.action_space.seed(0)
-    told = [env.reset(seed=3)]
+    results = [env.reset(seed=3)]
     for step in range(12):
         action = env.action_space.sample()
         if step == 8:
             monkeypatch.setattr(world.net, "draw", fail)
             with pytest.raises(MesocosmError, match="the device went away"):
                 env.step(action)
-        told.append(env.step(action))
-    assert bits(told) == expected
-    assert connection.asked.count("restore") == 1
+        results.append(env.step(action))
+    assert bits(results) == expected
+    assert connection.operations.count("restore") == 1
 
 
 def test_eviction(make_world: Any) -> None:
-    """More clients than sessions: the least recently used goes, and a client that comes back goes
-    on with the same bits.
-    """
+    """The least recently used session is evicted, and its client continues with the same bits."""
     world = make_world(DICT, family="sequence", terminal=0.1)
     sessions = Sessions(lambda _: ("in-memory", world), 2)
     envs = [WorldVectorEnv(3, world, horizon=9, first_env=3 * i) for i in range(3)]
     expected = [rollout(env, 12) for env in envs]
     for env in envs:
-        env._connection = Meddling(sessions)
+        env._connection = PackedConnection(sessions)
         env.action_space.seed(0)
-    told = [[env.reset(seed=3)] for env in envs]
+    results = [[env.reset(seed=3)] for env in envs]
     for _ in range(12):
-        for env, kept in zip(envs, told, strict=True):
-            kept.append(env.step(env.action_space.sample()))
+        for env, trajectory in zip(envs, results, strict=True):
+            trajectory.append(env.step(env.action_space.sample()))
             assert len(sessions._sessions) <= 2
-    assert [bits(kept) for kept in told] == expected
-    assert all(env._connection.asked.count("restore") == 12 for env in envs)
+    assert [bits(trajectory) for trajectory in results] == expected
+    assert all(env._connection.operations.count("restore") == 12 for env in envs)
     envs[0].close()
     assert not any(name.startswith(envs[0]._routed) for name in sessions._sessions), (
         "a closed client's session must be gone"
@@ -256,7 +249,7 @@ def test_sessions_do_not_pile_up(make_world: Any) -> None:
 
 
 def test_worlds(make_world: Any, store: Any, root: str) -> None:
-    """Versions are loaded when asked for, and the least recently used is let go."""
+    """Versions load on request, and the least recently used is evicted."""
     for i in range(3):
         store(f"world{i}", make_world(seed=i))
     worlds = Worlds(root, default="world0", keep=2)
@@ -272,7 +265,7 @@ def test_worlds(make_world: Any, store: Any, root: str) -> None:
 
 
 def test_a_cold_world(make_world: Any, store: Any, root: str, tmp_path: Path) -> None:
-    """While a world loads from a slow storage (a file of it is a pipe), others step."""
+    """While a world loads from slow storage (one of its files is a pipe), others step."""
     store("warm", make_world())
     cold = tmp_path / "cold"
     make_world(seed=1).save(cold)
@@ -304,9 +297,7 @@ def test_a_cold_world(make_world: Any, store: Any, root: str, tmp_path: Path) ->
 
 
 def test_starts_in_blocks(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An episode's start has the same bits in whatever order episodes come, and whatever blocks
-    were let go meanwhile.
-    """
+    """A start has the same bits in any order of episodes, and after blocks are evicted."""
     world = make_world(DICT, task=("room",))
     env, all_of_them = np.arange(5, 8), np.ones(3, bool)
     once = Starts(world, 2, env)
