@@ -1,6 +1,4 @@
-"""Durations: gamma^dt in every algorithm of RLlib that is offered, and the weight dt where, and
-only where, samples arrive by time.
-"""
+"""Durations: gamma^dt in every algorithm, and the weight dt only where samples arrive by time."""
 
 from __future__ import annotations
 
@@ -27,14 +25,13 @@ from pace import DURATION, PRIZE, QUICK, SLOW, SLOWER, Pace
 GAMMA = 0.8
 
 # -- samplers
-# -----------------------------------------------------------------------------------------------------------
 
 Samples = tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]
 """Actions, rewards and durations of the steps that were completed."""
 
 
 class Sampler:
-    """`n` environments Pace under one policy a window."""
+    """`n` Pace environments, with one policy per window."""
 
     def __init__(self, n: int, window: float, seed: int = 0):
         self.envs, self.window, self.rng = (
@@ -63,9 +60,7 @@ class Sampler:
         )
 
     def carried(self, policy: NDArray[np.float64]) -> Samples:
-        """Every environment acts at its own pace, and what is under way when the window closes is
-        completed in the next.
-        """
+        """At their own pace; an unfinished action is completed in the next window."""
         done, going = [], []
         for a, left in self.under_way or [
             (a, DURATION[a]) for a in (self.draw(policy) for _ in self.envs)
@@ -104,7 +99,7 @@ def gradient(policy: NDArray[np.float64], samples: Samples, weighted: bool) -> N
 def learn(
     sample: Callable[[NDArray[np.float64]], Samples], weighted: bool, updates: int = 60
 ) -> NDArray[np.float64]:
-    """The policy that REINFORCE comes to from the uniform one."""
+    """The policy that REINFORCE learns from the uniform one."""
     logits = np.zeros(3)
     for _ in range(updates):
         samples = sample(softmax(logits))
@@ -121,9 +116,7 @@ def towards(policy: NDArray[np.float64], fitness: NDArray[np.float64]) -> NDArra
     return ascent / np.linalg.norm(ascent)
 
 
-def test_the_weight_makes_the_gradient_unbiased_where_samples_arrive_by_time_and_biases_it_in_lock_step() -> (
-    None
-):
+def test_gradients_with_and_without_the_weight() -> None:
     """Estimates against closed form: in lock step fitness is the prize, by time prize / dt; the
     weight multiplies it by dt.
     """
@@ -135,13 +128,13 @@ def test_the_weight_makes_the_gradient_unbiased_where_samples_arrive_by_time_and
         ("repeated", False): by_time,
         ("repeated", True): PRIZE,
     }
-    found = {}
+    best = {}
     for (name, weighted), fitness in cases.items():
         estimate = gradient(policy, getattr(sampler, name)(policy), weighted)
         estimate /= np.linalg.norm(estimate)
         np.testing.assert_allclose(estimate, towards(policy, fitness), atol=0.07)
-        found[name, weighted] = int(estimate.argmax())
-    assert found == {
+        best[name, weighted] = int(estimate.argmax())
+    assert best == {
         ("lock_step", False): SLOW,
         ("lock_step", True): SLOWER,
         ("repeated", False): QUICK,
@@ -160,20 +153,16 @@ def test_the_weight_makes_the_gradient_unbiased_where_samples_arrive_by_time_and
         ("carried", 5.0, True, SLOWER),
     ],
 )
-def test_what_is_learned_with_and_without_the_weight(
+def test_learning_with_and_without_the_weight(
     sampler: str, window: float, weighted: bool, learned: int
 ) -> None:
-    """SLOW pays most. The weight finds it where fast actions are over-represented, and misses it
-    where they are not.
-    """
+    """SLOW pays most. The weight is needed only where fast actions are over-represented."""
     policy = learn(getattr(Sampler(256, window), sampler), weighted)
     assert policy[learned] > 0.8, policy
 
 
-def test_environments_that_drop_nothing_show_actions_as_often_as_the_policy_takes_them() -> None:
-    """At their own pace, yet a share pi(a) of completed steps: why RLlib's asynchronous algorithms
-    need no weight.
-    """
+def test_environments_that_drop_nothing_sample_the_policy() -> None:
+    """A fraction pi(a) of completed steps: RLlib's asynchronous algorithms need no weight."""
     policy, sampler = np.array([0.5, 0.3, 0.2]), Sampler(500, 5.0)
     windows = [sampler.carried(policy)[0] for _ in range(40)][10:]
     np.testing.assert_allclose(
@@ -187,12 +176,11 @@ def test_weights() -> None:
 
 
 # -- RLlib
-# --------------------------------------------------------------------------------------------------------------
 
 
-def pace(num_envs: int, told: bool = True, by_time: bool = False) -> AgentEnv:
+def pace(num_envs: int, reports: bool = True, by_time: bool = False) -> AgentEnv:
     vector = SyncVectorEnv(
-        [lambda: Pace(told=told)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
+        [lambda: Pace(told=reports)] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP
     )
     vector.metadata = {**vector.metadata, **({"arrival": "time"} if by_time else {})}
     return AgentEnv(vector)
@@ -220,7 +208,7 @@ def built(
 
 
 def learner_batch(algorithm: Any, episodes: list[Any]) -> Any:
-    """What the losses are given, by RLlib's names."""
+    """The losses' input, by RLlib's names."""
     learner = algorithm.learner_group._learner
     return learner._learner_connector(
         rl_module=learner.module,
@@ -279,8 +267,8 @@ def test_every_algorithm_discounts_by_durations(ray_local: None, tmp_path: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", ["APPO", "IMPALA"])
-def test_what_cannot_be_weighed_is_refused(ray_local: None, tmp_path: Path, algo: str) -> None:
-    words = f"agent.algo={algo} cannot weigh samples that arrive by time"
+def test_algorithms_without_weights(ray_local: None, tmp_path: Path, algo: str) -> None:
+    words = f"agent.algo={algo} cannot weight samples that arrive by time"
     with (
         built(tmp_path, algo, lambda n: pace(n, by_time=True), 4, 16) as algorithm,
         pytest.raises(UsageError, match=words),
@@ -320,13 +308,11 @@ def test_advantages_are_those_of_a_semi_markov_process(ray_local: None, tmp_path
 
 
 def test_ppo_finds_what_is_best_for_a_unit_of_time(ray_local: None, tmp_path: Path) -> None:
-    """QUICK with gamma^dt; where nothing says how long a step takes gamma is for a step, and SLOW
-    is best.
-    """
-    for told, best in ((True, QUICK), (False, SLOW)):
+    """QUICK is best with gamma^dt; without durations gamma is per step, and SLOW is best."""
+    for reports, best in ((True, QUICK), (False, SLOW)):
         learning = {"lr": 1e-2, "entropy_coeff": 0.0, "use_kl_loss": False, "minibatch_size": 128}
         with built(
-            tmp_path, "PPO", lambda n, told=told: pace(n, told), 16, 16, **learning
+            tmp_path, "PPO", lambda n, reports=reports: pace(n, reports), 16, 16, **learning
         ) as algorithm:  # type: ignore[misc]
             for _ in range(8):
                 rllib.train(algorithm)
@@ -334,20 +320,20 @@ def test_ppo_finds_what_is_best_for_a_unit_of_time(ray_local: None, tmp_path: Pa
         share = np.bincount(batch["actions"][batch["loss_mask"]].numpy(), minlength=3) / int(
             batch["loss_mask"].sum()
         )
-        assert share[best] > 0.9, (told, share)
+        assert share[best] > 0.9, (reports, share)
 
 
 @pytest.mark.parametrize("algo", ["PPO", "DQN"])
 def test_without_durations_nothing_changes(
     ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str
 ) -> None:
-    """Bit for bit the weights that RLlib's own pipeline comes to; with durations they are others."""
+    """The weights have the bits of RLlib's own pipeline; with durations they differ."""
     learned = {}
     early = {} if algo == "PPO" else {"num_steps_sampled_before_learning_starts": 16}
-    for name, told in (("own", False), ("installed", False), ("told", True)):
+    for name, reports in (("own", False), ("installed", False), ("reports", True)):
         with (
             monkeypatch.context() as patch,
-            built_plain(patch, tmp_path, algo, told, plain=name == "own", **early) as algorithm,
+            built_plain(patch, tmp_path, algo, reports, plain=name == "own", **early) as algorithm,
         ):
             if algo == "DQN":  # RLlib does not seed it
                 algorithm.local_replay_buffer.rng = np.random.default_rng(0)
@@ -359,24 +345,24 @@ def test_without_durations_nothing_changes(
         torch.equal(learned["own"][key], value) for key, value in learned["installed"].items()
     )
     assert not all(
-        torch.equal(learned["own"][key], value) for key, value in learned["told"].items()
+        torch.equal(learned["own"][key], value) for key, value in learned["reports"].items()
     )
 
 
 @contextmanager
 def built_plain(
-    patch: pytest.MonkeyPatch, folder: Path, algo: str, told: bool, plain: bool, **params: Any
+    patch: pytest.MonkeyPatch, folder: Path, algo: str, reports: bool, plain: bool, **params: Any
 ) -> Iterator[Any]:
     if plain:
         patch.setattr(durations, "install", lambda algorithm: None)
-    with built(folder, algo, lambda n: pace(n, told), 4, 16, **params) as algorithm:
+    with built(folder, algo, lambda n: pace(n, reports), 4, 16, **params) as algorithm:
         yield algorithm
 
 
 def test_advantages_of_samples_that_arrive_by_time_count_by_duration(
     ray_local: None, tmp_path: Path
 ) -> None:
-    """Where the environment says so of itself; in lock step they are standardised alone."""
+    """Only with metadata['arrival']='time'; in lock step advantages are only standardised."""
     for by_time in (False, True):
         with built(
             tmp_path, "PPO", lambda n, by_time=by_time: pace(n, by_time=by_time), 4, 16
@@ -403,16 +389,15 @@ def test_steps_of_several_transitions_are_refused_where_durations_discount(
     learning = {"n_step": 3, "num_steps_sampled_before_learning_starts": 16}
     with (
         built(tmp_path, "DQN", pace, 4, 16, **learning) as algorithm,
-        pytest.raises(UsageError, match=r"params.n_step above 1 .*leave it at 1"),
+        pytest.raises(UsageError, match=r"params.n_step must be 1 .*got more"),
     ):
         rllib.train(algorithm)
 
 
 # -- an environment's infos
-# ---------------------------------------------------------------------------------------------
 
 
-def told(
+def duration_infos(
     given: list[float | None], ended: list[bool], before: Durations | None = None
 ) -> dict[str, Any]:
     mask = np.array([g is not None for g in given])
@@ -423,18 +408,22 @@ def told(
 
 
 def test_infos() -> None:
-    assert told([None, None], [False, True]) == {}
-    np.testing.assert_array_equal(told([2.0, -0.1], [False, False])["duration"], [2.0, 0.0])
-    np.testing.assert_array_equal(told([2.0, None], [False, True])["duration"], [2.0, 0.0])
-    assert "weight" not in told([2.0], [False]) and "weight" in told(
+    assert duration_infos([None, None], [False, True]) == {}
+    np.testing.assert_array_equal(
+        duration_infos([2.0, -0.1], [False, False])["duration"], [2.0, 0.0]
+    )
+    np.testing.assert_array_equal(
+        duration_infos([2.0, None], [False, True])["duration"], [2.0, 0.0]
+    )
+    assert "weight" not in duration_infos([2.0], [False]) and "weight" in duration_infos(
         [2.0], [False], Durations({"arrival": "time"})
     )
     for given in ([2.0, None], [None, 2.0]):
         with pytest.raises(MesocosmError, match="at some steps and not at others"):
-            told(list(given), [False, False])
+            duration_infos(list(given), [False, False])
     with pytest.raises(MesocosmError, match=r"info\['duration'\]=nan; give a finite number"):
-        told([float("nan")], [False])
+        duration_infos([float("nan")], [False])
     with pytest.raises(MesocosmError, match="at some steps and not at others"):
         untimed = Durations({})
-        told([None], [False], untimed)
-        told([1.0], [False], untimed)
+        duration_infos([None], [False], untimed)
+        duration_infos([1.0], [False], untimed)

@@ -1,6 +1,4 @@
-"""An exported policy acts as RLlib's own module and connectors do; spaces of all kinds go in and
-out.
-"""
+"""An exported policy acts as RLlib's module and connectors do, on spaces of all kinds."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ SMALL = {"fcnet_hiddens": [16, 16]}
 
 
 class Bandit(gym.Env[Any, Any]):
-    """Spaces of one's choice around nothing."""
+    """An environment with the given spaces and random observations."""
 
     def __init__(self, observation_space: gym.Space[Any], action_space: gym.Space[Any]):
         self.observation_space, self.action_space = observation_space, action_space
@@ -136,31 +134,31 @@ def test_export_acts_as_rllib(
         policy = Policy.load(tmp_path)
 
         observations = batch_of(OBSERVATION, 200)
-        ours = policy.act(observations)
+        actions = policy.act(observations)
         with torch.no_grad():
             out = module.forward_inference({Columns.OBS: torch.from_numpy(observations).float()})
         if Columns.ACTIONS in out:
-            theirs = out[Columns.ACTIONS].numpy()
+            reference = out[Columns.ACTIONS].numpy()
         else:
             distribution = module.get_inference_action_dist_cls().from_logits(
                 out[Columns.ACTION_DIST_INPUTS]
             )
-            theirs = distribution.to_deterministic().sample()
+            reference = distribution.to_deterministic().sample()
             if isinstance(
                 distribution, TorchSquashedGaussian
             ):  # RLlib's to_deterministic forgets the tanh that sample() applies
-                theirs = distribution._squash(theirs)
-            theirs = theirs.numpy()
+                reference = distribution._squash(reference)
+            reference = reference.numpy()
         # RLlib's own rescaling and clipping, where the space is one that its connector knows
         known = isinstance(action_space, spaces.Box)
         expected = (
-            np.stack([unsquash_action(action, action_space) for action in theirs])
+            np.stack([unsquash_action(action, action_space) for action in reference])
             if known
-            else policy.map.to_raw(theirs)
+            else policy.map.to_raw(reference)
         )
-        for mine, other in zip(_flat(ours), _flat(expected), strict=True):
-            assert len(np.unique(mine)) > 1
-            np.testing.assert_allclose(mine, other, atol=1e-5)
+        for action, other in zip(_flat(actions), _flat(expected), strict=True):
+            assert len(np.unique(action)) > 1
+            np.testing.assert_allclose(action, other, atol=1e-5)
         assert action_space.contains(policy.act_one(observations[0]))
 
         rng = np.random.default_rng(0)
@@ -195,11 +193,11 @@ def _same_draws(drawn: Any, module: Any, observation: Any, policy: Policy) -> No
             .sample()
             .numpy()
         )
-    theirs = _flat(policy.map.to_raw(draws))[0].astype(np.float64)
-    mine = _flat(drawn)[0].astype(np.float64)
-    spread = theirs.std(0) / np.sqrt(4000) + 1e-9
-    assert np.all(np.abs(mine.mean(0) - theirs.mean(0)) < 6 * spread)
-    np.testing.assert_allclose(mine.std(0), theirs.std(0), rtol=0.1, atol=1e-6)
+    reference = _flat(policy.map.to_raw(draws))[0].astype(np.float64)
+    action = _flat(drawn)[0].astype(np.float64)
+    spread = reference.std(0) / np.sqrt(4000) + 1e-9
+    assert np.all(np.abs(action.mean(0) - reference.mean(0)) < 6 * spread)
+    np.testing.assert_allclose(action.std(0), reference.std(0), rtol=0.1, atol=1e-6)
 
 
 KINDS = [

@@ -106,7 +106,7 @@ def progress_of(root: str) -> tuple[str, int]:
 def kill_after(
     root: str, overrides: list[str], output: Path, iteration: int, delay: float = 0.0
 ) -> str:
-    """Train in a process of its own and SIGKILL it once a checkpoint of `iteration` is there."""
+    """Train in another process and SIGKILL it at the checkpoint of `iteration`."""
     command = [sys.executable, "-m", "mesocosm", "train-agent", f"storage.root={root}"]
     with open(output, "ab") as log:
         process = subprocess.Popen([*command, *SMALL, *overrides], stdout=log, stderr=log)
@@ -120,7 +120,7 @@ def kill_after(
 
 
 def files_of(artifact: Artifact) -> dict[str, bytes]:
-    """Everything that the artifact holds, but for COMMIT.json, which has times."""
+    """The artifact's files, without COMMIT.json, which has times."""
     found = (p for p in artifact.path.rglob("*") if p.is_file() and p.name != "COMMIT.json")
     return {str(p.relative_to(artifact.path)): p.read_bytes() for p in found}
 
@@ -132,7 +132,7 @@ def same_after_kills(
     kills: list[tuple[int, float]],
     output: Path,
 ) -> None:
-    """Train in two equal roots, in one of them with kills; nothing differs, and nothing is left."""
+    """Train in two equal roots, in one with kills: equal files, and no checkpoint is left."""
     whole, lines = train_agent(undisturbed, overrides)
     for iteration, delay in kills:
         id = kill_after(disturbed, overrides, output, iteration, delay)
@@ -141,10 +141,10 @@ def same_after_kills(
     again, rest = train_agent(disturbed, overrides)
     assert Storage(disturbed).list("runs/checkpoints") == []
     assert [line["step"] for line in rest] == list(range(stood, len(lines)))
-    ours, theirs = files_of(whole), files_of(again)
-    assert ours.keys() == theirs.keys() and any("snapshots" in name for name in ours)
-    for name, data in ours.items():
-        assert theirs[name] == data, f"{name} differs"
+    expected, actual = files_of(whole), files_of(again)
+    assert expected.keys() == actual.keys() and any("snapshots" in name for name in expected)
+    for name, data in expected.items():
+        assert actual[name] == data, f"{name} differs"
     for name in ("imagined_steps", "imagined_return", "total_loss", "qf_loss"):
         key = f"agent/{name}"
         assert [line.get(key) for line in rest] == [line.get(key) for line in lines[stood:]], name
@@ -186,7 +186,7 @@ def test_another_machine_continues_from_a_bucket(ray_local: None, s3: str, tmp_p
 
 @pytest.mark.slow
 def test_an_algorithm_that_learns_in_a_thread_continues(ray_local: None, tmp_path: Path) -> None:
-    """Its bits depend on the thread's timing; only that it continues and ends is certain."""
+    """Its bits depend on the thread's timing, so that only its end is certain."""
     root = make_root(str(tmp_path / "root"))
     appo = ["algo=APPO", "rollout=32", "model.fcnet_hiddens=[16]", "iterations=30"]
     kill_after(root, appo, tmp_path / "output", 2)
@@ -228,7 +228,7 @@ def test_a_checkpoint_is_whole_or_refused(root: str, tmp_path: Path) -> None:
     assert other.latest() is None
 
 
-def test_policies_saved_after_the_checkpoint_are_made_again(root: str, tmp_path: Path) -> None:
+def test_snapshots_after_the_checkpoint_are_not_loaded(root: str, tmp_path: Path) -> None:
     made = checkpoint.Checkpoints(Storage(root), "a")
     for iteration in (0, 2, 4):
         folder = tmp_path / str(iteration)

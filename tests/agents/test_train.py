@@ -52,9 +52,7 @@ SMALL = [
 
 
 class Seek(gym.Env[Any, Any]):
-    """Walk to +1 or -1, as the goal says: reward is minus the distance. Dict observation, actions
-    -1, 0, 1 of half a step.
-    """
+    """Walk to the goal, +1 or -1, by half steps; the reward is minus the distance."""
 
     observation_space, action_space = OBSERVATIONS, ACTIONS
 
@@ -88,7 +86,7 @@ gym.register("Seek-v0", entry_point=Seek)
 
 @pytest.fixture(scope="module")
 def seek(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Artifact]:
-    """A root with random episodes of Seek and a world that was trained on them."""
+    """A root with random episodes of Seek and a world trained on them."""
     torch.manual_seed(0)
     root = str(tmp_path_factory.mktemp("seek"))
     storage, env, rng = Storage(root), Seek(), np.random.default_rng(0)
@@ -136,7 +134,7 @@ def seek(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Artifact]:
     )
 
 
-def test_the_horizon_is_inferred_from_the_logs_or_asked_for(seek: tuple[str, Artifact]) -> None:
+def test_horizon_from_the_logs_or_the_config(seek: tuple[str, Artifact]) -> None:
     root, world = seek
     storage = Storage(root)
     codec = json.loads((world.path / "codec.json").read_text())
@@ -149,13 +147,13 @@ def test_the_horizon_is_inferred_from_the_logs_or_asked_for(seek: tuple[str, Art
 
     storage.make("worlds", "untimed", {"inputs": {"datasets": ["seek"]}}, fill)
     storage.make("worlds", "alone", {"inputs": {}}, fill)
-    facts = train.plan(agent_config(root, "world=untimed", "horizon=null"))
-    assert facts["horizon"].startswith(f"{LENGTH} steps: all 80 truncated episodes")
+    plan = train.plan(agent_config(root, "world=untimed", "horizon=null"))
+    assert plan["horizon"].startswith(f"{LENGTH} steps: all 80 truncated episodes")
     alone = ["world=alone", "starts=generated"]
     with pytest.raises(UsageError, match="horizon must be set for worlds/alone"):
         train.plan(agent_config(root, *alone, "horizon=null"))
-    facts = train.plan(agent_config(root, *alone, "horizon=7"))
-    assert facts["horizon"] == "7 steps: as configured"
+    plan = train.plan(agent_config(root, *alone, "horizon=7"))
+    assert plan["horizon"] == "7 steps: as configured"
 
 
 def agent_config(root: str, *overrides: str) -> AgentConfig:
@@ -182,7 +180,7 @@ def real_return(policy: Policy, episodes: int = 40) -> float:
 
 
 @pytest.mark.slow
-def test_a_ppo_agent_learns_in_the_world_what_holds_in_reality(
+def test_ppo_trained_in_the_world_gains_in_reality(
     ray_local: None, seek: tuple[str, Artifact]
 ) -> None:
     """On a Dict observation, from config alone."""
@@ -224,30 +222,33 @@ def test_a_ppo_agent_learns_in_the_world_what_holds_in_reality(
         10,
         12,
     ]
-    seen = artifact.meta["metrics"]
+    metrics = artifact.meta["metrics"]
     assert (
-        seen["best_return"] >= seen["greedy_return"]
-        and seen["best_return"] > returns[0]
-        and seen["kept_iteration"] > 0
+        metrics["best_return"] >= metrics["greedy_return"]
+        and metrics["best_return"] > returns[0]
+        and metrics["kept_iteration"] > 0
     )
 
     ruined, _, _ = train_agent(
         agent_config(root, "iterations=1", f"init={artifact.name}", "params.lr=10")
     )
-    seen = ruined.meta["metrics"]
-    assert seen["kept_former"] and seen["former_return"] > seen["greedy_return"]
+    metrics = ruined.meta["metrics"]
+    assert metrics["kept_former"] and metrics["former_return"] > metrics["greedy_return"]
     for name in ("policy.json", "policy.safetensors", "training.safetensors"):
         assert (ruined.path / name).read_bytes() == (artifact.path / name).read_bytes(), (
-            "training failed: what it began with is kept, whole"
+            "training failed: the whole earlier agent is best_iteration"
         )
     collapsed, _, _ = train_agent(agent_config(root, "iterations=3", "snapshots=3", "params.lr=10"))
-    seen, kept = collapsed.meta["metrics"], int(collapsed.meta["metrics"]["kept_iteration"])
-    assert kept < 3 and seen["best_return"] > seen["greedy_return"], (
+    metrics, best_iteration = (
+        collapsed.meta["metrics"],
+        int(collapsed.meta["metrics"]["kept_iteration"]),
+    )
+    assert best_iteration < 3 and metrics["best_return"] > metrics["greedy_return"], (
         "the last policy is not the best, and not the agent"
     )
     for name in ("policy.safetensors", "training.safetensors"):
         assert (collapsed.path / name).read_bytes() == (
-            collapsed.path / "snapshots" / str(kept) / name
+            collapsed.path / "snapshots" / str(best_iteration) / name
         ).read_bytes()
     with pytest.raises(ArtifactError, match="does not hold weights of this network"):
         train_agent(
@@ -336,21 +337,18 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("override", "message"), WRONG)
-def test_wrong_use_is_one_sentence_before_anything_starts(
-    seek: tuple[str, Artifact], override: str, message: str
-) -> None:
+def test_wrong_config(seek: tuple[str, Artifact], override: str, message: str) -> None:
     with pytest.raises(UsageError, match=message) as caught:
         train_agent(agent_config(seek[0], override))
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
 
 
-def test_what_rllib_refuses_is_said(ray_local: None, seek: tuple[str, Artifact]) -> None:
+def test_settings_that_rllib_refuses(ray_local: None, seek: tuple[str, Artifact]) -> None:
     with pytest.raises(UsageError, match=r"RLlib's PPO refuses its settings: .*train_batch_size"):
         train_agent(agent_config(seek[0], "params.train_batch_size_per_learner=64"))
 
 
 # -- the baseline
-# ------------------------------------------------------------------------------------------------------
 
 
 def baseline_config(root: str, *overrides: str) -> BaselineConfig:
@@ -401,11 +399,11 @@ def test_every_real_step_of_a_baseline_is_in_the_ledger(ray_local: None, root: s
     Policy.load(artifact.path / "policy")
     assert run_baseline(config)[0].id == artifact.id
     assert Ledger(Storage(root), curve["ledger"]).totals().steps == curve["steps"], (
-        "found, not done again"
+        "the finished artifact is reused"
     )
 
 
-def test_a_measured_baseline_counts_no_measuring(ray_local: None, root: str) -> None:
+def test_judging_does_not_count_as_baseline_steps(ray_local: None, root: str) -> None:
     shape = ["num_envs=2", "rollout=50", "judge_every=150", "judge_episodes=2"]
     _, curve = run_baseline(baseline_config(root, "steps=500", "target=500", *shape))
     totals = Ledger(Storage(root), curve["ledger"]).totals()
@@ -465,7 +463,7 @@ def test_a_larger_batch_is_counted_before_it_is_taken(ray_local: None, root: str
 
 
 @pytest.mark.slow
-def test_an_environment_that_always_crashes_ends_a_baseline_with_its_own_sentence(
+def test_an_environment_that_always_crashes(
     ray_local: None, root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "sample_envs"))

@@ -1,6 +1,4 @@
-"""Untrained worlds over any spaces: a protocol does not ask whether a world is good. One of them
-behind an HTTP ingress.
-"""
+"""Untrained worlds over any spaces, and one behind an HTTP ingress."""
 
 from __future__ import annotations
 
@@ -45,8 +43,9 @@ def untrained(
     seed: int = 0,
     **model: Any,
 ) -> World:
-    """A world with random weights, whose episodes end with a probability of about `terminal` a
-    step; `model`: keys of ModelConfig.
+    """A world with random weights, whose episodes end with probability `terminal` per step.
+
+    `model` holds keys of ModelConfig.
     """
     o, a = SpaceCodec(observation), SpaceCodec(action, "action")
     environment = {
@@ -119,7 +118,7 @@ ACTION = spaces.Dict(
 
 
 class Client:
-    """Of an ingress, with a token."""
+    """An HTTP client of an ingress, with its token."""
 
     token = TOKEN
 
@@ -152,7 +151,7 @@ def rich(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def client(rich: str, ray_local: None) -> Iterator[Client]:
-    """Of two replicas behind an ingress on a free port."""
+    """A client of two replicas behind an ingress on a free port."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MESOCOSM_WORLD_TOKEN", TOKEN)
         deploy(

@@ -126,7 +126,7 @@ def test_kill(served: str, family: str, kills: tuple[int, ...]) -> None:
 
 @pytest.mark.slow
 def test_kill_while_it_answers(served: str) -> None:
-    """SIGKILL of a replica that is answering changes no bit, before a context is rebuilt and after."""
+    """SIGKILL of a replica that is answering changes no bit, before and after a rebuild."""
     undisturbed = rollout(WorldVectorEnv(4, "sequence", app="two", horizon=30), 16)
     env = WorldVectorEnv(4, "sequence", app="two", horizon=30)
     killed: list[int] = []
