@@ -150,10 +150,6 @@ class Problem(Model):
     detail: str
 
 
-class Health(Model):
-    status: str
-
-
 class WorldInfo(Model):
     """Spaces as in the world's codec.json; infinite bounds are strings ("inf")."""
 
@@ -228,7 +224,9 @@ def routes(sessions: HttpSessions) -> FastAPI:
     probe: asyncio.Task[bool] | None = None
     probed = 0.0
 
-    @app.get("/health", response_model=Health, responses={503: {"model": Health}})
+    status = dict[str, str]
+
+    @app.get("/health", response_model=status, responses={503: {"model": status}})
     async def health() -> Response:
         """Whether a replica answers. Requires no token."""
         nonlocal probe, probed
@@ -256,11 +254,13 @@ def routes(sessions: HttpSessions) -> FastAPI:
 
     def reset(request: ResetRequest) -> Response:
         """Begin episodes in a new session or in an existing one."""
-        return _json(sessions.reset(request.session, request.seed, request.num_envs))
+        body = sessions.reset(request.session, request.seed, request.num_envs)
+        return Response(body, media_type="application/json")
 
     def step(request: StepRequest) -> Response:
         """Step every environment of a session."""
-        return _json(sessions.step(request.session, request.action))  # type: ignore[attr-defined]
+        body = sessions.step(request.session, request.action)  # type: ignore[attr-defined]
+        return Response(body, media_type="application/json")
 
     step.__annotations__["request"] = step_request
     app.post("/v1/reset", response_model=reset_reply, responses=with_session)(reset)
@@ -272,13 +272,10 @@ def routes(sessions: HttpSessions) -> FastAPI:
         sessions.end(session)
 
     content = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+    replies = problems | {200: {"content": content}}
+    body = {"requestBody": {"content": content, "required": True}}
 
-    @app.post(
-        BINARY,
-        response_class=Response,
-        responses=problems | {200: {"content": content}},
-        openapi_extra={"requestBody": {"content": content, "required": True}},
-    )
+    @app.post(BINARY, response_class=Response, responses=replies, openapi_extra=body)
     async def call(request: Request) -> Response:
         """One message of the binary protocol (platform/mesocosm/serve/protocol.py), and its
         reply.
@@ -299,10 +296,6 @@ def routes(sessions: HttpSessions) -> FastAPI:
     return app
 
 
-def _json(body: bytes) -> Response:
-    return Response(body, media_type="application/json")
-
-
 def handle_errors(app: FastAPI) -> None:
     """Answer every error with one sentence. A bug's traceback goes to the server's log."""
 
@@ -311,10 +304,6 @@ def handle_errors(app: FastAPI) -> None:
             return _problem(status, str(error))
 
         app.add_exception_handler(kind, handler)
-
-    def http(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return _problem(error.status_code, str(error.detail), error.headers)
 
     def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -328,7 +317,6 @@ def handle_errors(app: FastAPI) -> None:
     add(UsageError, 400)
     add(NotServed, 503)
     add(UnknownSession, 404)
-    app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(ReplicaFailed, bug)
     app.add_exception_handler(Exception, bug)
