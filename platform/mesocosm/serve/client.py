@@ -35,7 +35,6 @@ from mesocosm.serve.session import START, Sessions, Worlds
 
 ID = "mesocosm/World-v0"
 BACKENDS = ("serve", "local")
-IN_MEMORY = "in-memory"
 STATE = ("seed", "first_env", "env", "episode", "steps", "ended", "task", "history")
 """Attributes of a WorldVectorEnv, besides the world, on which its next steps depend"""
 
@@ -122,7 +121,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._env = first_env + np.arange(num_envs)
         self._world = ""
         if isinstance(world, World):
-            self._connection = InProcess(Sessions(lambda _: (IN_MEMORY, world)))
+            self._connection = InProcess(Sessions(lambda _: ("in-memory", world)))
         else:
             self._world = str(world)
             if backend == "local":

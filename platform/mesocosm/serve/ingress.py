@@ -21,7 +21,6 @@ import logging
 import socket
 import threading
 import time
-from functools import partial
 from typing import Annotated, Any
 
 import uvicorn
@@ -385,8 +384,8 @@ class Listener:
             **quiet,
         )
         self._server = uvicorn.Server(config)
-        run = partial(asyncio.run, serve(self._server, self._socket))
-        self._thread = threading.Thread(target=run, name="http", daemon=True)
+        running = serve(self._server, self._socket)
+        self._thread = threading.Thread(target=asyncio.run, args=(running,), daemon=True)
         self._thread.start()
 
     def close(self) -> None:
