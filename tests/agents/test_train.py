@@ -315,7 +315,7 @@ def test_a_return_that_the_logs_cannot_explain_is_a_warning(
 
 
 WRONG = [
-    ("algo=PP0", "algo='PP0' is not one of .*; did you mean 'PPO'"),
+    ("algo=PP0", "algo must be one of .*got 'PP0'; did you mean 'PPO'"),
     (
         "params.learning_rat=1",
         "params.learning_rat is not a parameter of RLlib's PPO; did you mean",

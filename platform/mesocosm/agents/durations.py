@@ -140,8 +140,9 @@ class Discount(InfoConnector):
     def apply(self, columns: dict[str, Any], values: NDArray[np.float64]) -> None:
         if self.gamma == 0:
             return
-        if "n_step" in columns and bool((columns["n_step"] != 1).any()):
-            raise UsageError("params.n_step must be 1 where steps have durations, got more")
+        n_step = int(columns["n_step"].max()) if "n_step" in columns else 1
+        if n_step != 1:
+            raise UsageError(f"params.n_step must be 1 where steps have durations, got {n_step}")
         terminated = columns[Columns.TERMINATEDS]
         assert terminated.shape == values.shape, (terminated.shape, values.shape)
         factor = torch.as_tensor(self.gamma ** (values - 1.0)).to(terminated.device, torch.float32)
