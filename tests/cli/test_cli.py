@@ -136,13 +136,13 @@ def test_overrides_may_stand_anywhere(root: str, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("agent.algo=PPPO", "agent: algo='PPPO' .*did you mean 'PPO'"),
+        ("agent.algo=PPPO", r"agent: algo must be .*got 'PPPO'; did you mean 'PPO'"),
         ("agent.params.lrr=1", "agent: params.lrr .*did you mean 'lr'"),
         ("agent.starts=bogus", "agent: starts='bogus'"),
         ("evaluate.episodes=0", "evaluate: episodes=0"),
         ("serve.replicas=0", "mesocosm: serve.replicas=0 must be at least 1"),
         ("explore.behaviours=[{kind: nosy}]", "explore: .*nosy.*did you mean 'noisy'"),
-        ("baselines=[{algo: PP0}]", "baselines.0.: algo='PP0'"),
+        ("baselines=[{algo: PP0}]", r"baselines.0.: algo must be .*got 'PP0'"),
         ("baselines=[{alg: PPO}]", "unknown config key 'alg'; did you mean 'algo'"),
         ("reality.env=CartPol-v1", "CartPol-v1.*CartPole-v1"),
         ("pretrain.train.steps=0", "train.steps=0"),

@@ -160,8 +160,8 @@ def check_init(module: Any, agent: Path, name: str) -> None:
     for key, tensor in module.state_dict().items():
         if shapes.get(key) != tuple(tensor.shape):
             raise UsageError(
-                f"init={name} must have this network: {key} must be {tuple(tensor.shape)}, got"
-                f" {shapes.get(key)}; use the same algo, model and spaces"
+                f"init={name} is of another network ({key} must be {tuple(tensor.shape)}, got"
+                f" {shapes.get(key)}); use the same algo, model and spaces"
             )
 
 
