@@ -646,7 +646,7 @@ def test_a_service_is_a_config_that_serve_takes() -> None:
         ("RayService", "pretrain", "cannot be a RayService; use `serve` and key=value"),
         ("RayService", "serve -c x.yaml", "cannot be a RayService"),
         ("RayService", "serve replcas=2", "unknown config key 'replcas'; did you mean 'replicas'"),
-        ("RayService", "serve replicas=0", "serve.replicas=0 must be at least 1"),
+        ("RayService", "serve replicas=0", "serve.replicas must be >= 1, got 0"),
     ],
 )
 def test_words_that_no_kind_could_run(kind: str, words: str, said: str) -> None:
