@@ -38,7 +38,7 @@ from bench_world import HERE, ROOT, commit, train
 from matplotlib import pyplot
 
 from mesocosm import config
-from mesocosm.agents.rollout import imagined_returns
+from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.config import StorageConfig, fingerprint, to_dict
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
@@ -175,7 +175,8 @@ def value_errors(world: Artifact, seed: int) -> list[float]:
     errors = []
     for policy, truth in zip(policies(), real(), strict=True):
         env = WorldVectorEnv(IMAGINED, loaded, horizon=HORIZON)
-        errors.append(float(imagined_returns([policy], env, imagining(seed)).mean()) - truth)
+        returns, _ = imagined_episodes([policy], env, imagining(seed))
+        errors.append(float(returns.mean()) - truth)
     return errors
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mesocosm.agents import rllib
 from mesocosm.agents.config import AgentConfig
-from mesocosm.agents.rollout import imagined_episodes, imagined_returns
+from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.config import fingerprint
 from mesocosm.data.analysis.evidence import Evidence
 from mesocosm.policies.policy import POLICY_JSON, SNAPSHOTS, WEIGHTS, Policy
@@ -56,7 +56,7 @@ def choose_best(
         def report(steps: int) -> None:
             update(0, f"imagining, step {steps} of at most {arguments['horizon']}")
 
-        means = imagined_returns(policies, env, seed, report).mean(1)
+        means = imagined_episodes(policies, env, seed, report)[0].mean(1)
         update(1, f"imagined {means[0]:.1f} at the end, {np.nanmax(means):.1f} at best")
     best = int(np.nan_to_num(means, nan=-np.inf).argmax())
     iteration, path = list(candidates.items())[best]

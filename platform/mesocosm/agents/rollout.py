@@ -15,13 +15,6 @@ from mesocosm.serve.client import WorldVectorEnv
 Progress = Callable[[int], None]
 
 
-def imagined_returns(
-    policies: Sequence[Acts], env: WorldVectorEnv, seed: int, progress: Progress | None = None
-) -> NDArray[np.float64]:
-    """The returns of `imagined_episodes`."""
-    return imagined_episodes(policies, env, seed, progress)[0]
-
-
 def imagined_episodes(
     policies: Sequence[Acts], env: WorldVectorEnv, seed: int, progress: Progress | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.agents.rollout import imagined_returns
+from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.config import fingerprint
 from mesocosm.envs.config import RealityConfig, parse_success
 from mesocosm.envs.ledger import Ledger
@@ -178,7 +178,7 @@ def policy_value(
     for first in range(0, len(judged), width):
         some = [candidate.policy for candidate, _ in judged[first : first + width]]
         env = WorldVectorEnv(len(some) * imagined, world, horizon=horizon)
-        means += list(imagined_returns(some, env, imagining(seed), report))
+        means += list(imagined_episodes(some, env, imagining(seed), report)[0])
     values = tuple(
         Value(candidate, result, returns)
         for (candidate, result), returns in zip(judged, means, strict=True)
