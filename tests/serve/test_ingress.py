@@ -348,7 +348,7 @@ def test_room_for_sessions(client: Any, monkeypatch: pytest.MonkeyPatch) -> None
     third = client.begin()
     assert begin_again(first, second, third) == [200, 404, 200]
     gone = client("POST", "/v1/reset", json={"session": second}).json()["detail"]
-    assert gone == f"session {second!r} is not pool here; begin one with POST /v1/reset"
+    assert gone == f"session {second!r} is unknown; begin one with POST /v1/reset"
     monkeypatch.setattr(pool, "count", 64)
     monkeypatch.setattr(pool, "weight", 10)
     monkeypatch.setattr(pool, "idle_s", 300.0)

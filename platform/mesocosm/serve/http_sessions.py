@@ -139,7 +139,7 @@ class UnknownSession(MesocosmError):
     """The session never existed, ended, or was evicted."""
 
     def __init__(self, session: str):
-        super().__init__(f"session {session!r} is not kept here; begin one with POST /v1/reset")
+        super().__init__(f"session {session!r} is unknown; begin one with POST /v1/reset")
 
 
 def to_json(value: Any) -> bytes:
