@@ -1,4 +1,4 @@
-"""What loggers and file formats do wrong: each is named in one sentence, and the rest is imported."""
+"""Mistakes of loggers and oddities of file formats: each is named, and the rest is imported."""
 
 from __future__ import annotations
 

@@ -19,11 +19,9 @@ from mesocosm.policies.behaviours import label
 START_TIMEOUT_S = 300.0
 """Time for a worker to get its CPU, start, import and make the environment."""
 SILENCE_S = 30.0
-"""Time beyond the step's limit for a worker to answer. An environment that holds the interpreter
-lock cannot answer.
-"""
+"""Time beyond the step limit for a worker to answer: one that holds the interpreter lock cannot."""
 DEATHS = 3
-"""Workers that die in one episode before it is dropped. Something else may have killed the first."""
+"""Workers that die in one episode before it is dropped: it need not have killed the first ones."""
 SILENCES = 2
 """Workers that fall silent in one episode before it is dropped."""
 

@@ -101,7 +101,7 @@ class Lane:
             self.refused = attempt.spent is not None
 
     def check(self, segments: Segments, reason: str | None) -> None:
-        """Raise MesocosmError after MAX_FAILURES failures in a row. The next run tries them again."""
+        """Raise MesocosmError after MAX_FAILURES failures in a row, for the next run to retry."""
         if len(self.failed) >= MAX_FAILURES:
             segments.forget(self.index, self.failed)
             raise MesocosmError(

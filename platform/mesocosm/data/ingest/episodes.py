@@ -14,7 +14,6 @@ import pickle
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -122,10 +121,6 @@ class LoggedEpisode:
     outcome: str
     success: bool | None
 
-    def constant(self, name: str) -> Any:
-        """behaviour, task or seed."""
-        return self.rows[name][0]
-
 
 class Joiner:
     """Takes the batches in order, and gives each episode when it is complete.
@@ -157,7 +152,7 @@ class Joiner:
         self._key: Key = 0
         """The open episode."""
         self._parts: list[Rows] = []
-        """Its rows. Of a faulty one, only the last ones."""
+        """Its rows. Only the last ones if it is faulty."""
         self._rows = 0
         self._problem: Problem | None = None
         self._led_to: list[Array] | None = None
@@ -204,7 +199,7 @@ class Joiner:
         self._last_place = f"{file!r} row {before + len(keys)}"
 
     def _begin(self, key: Key, step: int | None, at: str) -> Problem | None:
-        """Open an episode at its first row. Returns what is wrong with it."""
+        """Open an episode at its first row. Returns the fault of that row."""
         again, first_step = key in self.seen, self._schema.first_step
         self.seen[key] = None
         self._key, self._rows, self._problem = key, 0, None
@@ -300,7 +295,7 @@ def _differ(a: Array, b: Array) -> Array:
 
 
 def _neighbour_faults(rows: Rows, marks_success: bool) -> list[tuple[int, Problem]]:
-    """What is wrong between a row `a` and the row `b` after it: (row, problem), one a pair."""
+    """The first fault between each row `a` and the row `b` after it: (row to blame, problem)."""
     a, b = _cut(rows, 0, -1), _cut(rows, 1, None)
     faults: list[tuple[int, Problem]] = []
     unchecked = (a["key"] == b["key"]) & ~a["unnumbered"] & ~b["unnumbered"]

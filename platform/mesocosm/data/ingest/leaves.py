@@ -156,7 +156,8 @@ def _shape(head: pa.Table, name: str) -> tuple[int, ...]:
         if shape:
             return tuple(shape)
     raise UsageError(
-        f"column {shown(name)!r} holds no list in its first {head.num_rows} rows; give lists of one length"
+        f"column {shown(name)!r} holds no list in its first {head.num_rows} rows; give lists of"
+        " one length"
     )
 
 
@@ -181,8 +182,8 @@ def _match(head: pa.Table, top: frozenset[str], space: Space, part: str) -> list
         if not kinds <= ({"text"} if text else {"number", "bool"}):
             type = head.schema.field(columns[0]).type
             raise UsageError(
-                f"column {shown(columns[0])!r} has the type {type} where the environment's {leaf.name} is"
-                f" {leaf.space}; convert it, or leave --env out"
+                f"column {shown(columns[0])!r} must fit the environment's {leaf.name}, which is"
+                f" {leaf.space}, got {type}; convert it, or leave --env out"
             )
         kind = "text" if text else "bool" if kinds == {"bool"} else "number"
         leaves.append(Leaf(leaf.name, path, tuple(columns), kind, leaf.shape, leaf.space))
@@ -196,8 +197,8 @@ def find_options(head: pa.Table) -> list[Leaf]:
         kind = kind_of(type)
         if name == "task" or SEPARATOR in key or kind is None or innermost(type)[1]:
             raise UsageError(
-                f"column {shown(name)!r} has the type {type}; give a struct, or columns task.NAME, of one"
-                " number, boolean or string for each reset option"
+                f"column {shown(name)!r} must hold one number, boolean or string per reset option"
+                f" (a struct, or columns task.NAME), got {type}"
             )
         leaves.append(Leaf(shown(name), (key,), (name,), kind))
     return leaves

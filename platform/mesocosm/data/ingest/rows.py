@@ -118,22 +118,19 @@ def read_batch(
     }
     good = ~rows.wrong
     stats: dict[str, Stat] = {}
-    parts = (
-        ("obs", observation, good),
-        ("act", action, good & acted),
-        ("next", following, good & acted),
-    )
-    for (part, arrays, usable), leaves in zip(
-        parts, (schema.observation, schema.action, schema.observation), strict=True
+    for part, leaves, arrays, usable in (
+        ("obs", schema.observation, observation, good),
+        ("act", schema.action, action, good & acted),
+        ("next", schema.observation, following, good & acted),
     ):
         if codecs is not None and arrays:
             codec = codecs[part == "act"]
             columns[f"{part}_num"], columns[f"{part}_cat"] = _encode(codec, arrays, usable)
-        elif codecs is None:
-            for i, array in enumerate(arrays):
+        elif arrays:
+            for i, (leaf, array) in enumerate(zip(leaves, arrays, strict=True)):
                 columns[f"{part}_{i}"] = array
-                name = leaves[i].name
-                stats[name] = stats.get(name, Stat()).merged(Stat.of(array[usable]))
+                stat = Stat.of(array[usable])
+                stats[leaf.name] = stats.get(leaf.name, Stat()).merged(stat)
     return Batch(piece.source, piece.number, begin, columns, rows.problems(), stats)
 
 
@@ -161,9 +158,7 @@ class _Checked:
             # A row without an episode counts as one of the episode before it, or else after it.
             named = pc.fill_null_backward(pc.fill_null_forward(table["episode"]))
             if named.null_count:
-                raise RowError(
-                    0, "episode is missing in all of these rows; every row must have one"
-                )
+                raise RowError(0, "episode is missing; every row must have one")
             filled = pa.table({"episode": named})
             if kind_of(schema.types["episode"]) == "text":
                 self.keys = take(filled, _scalar("episode", "text"))[0]
@@ -183,24 +178,22 @@ class _Checked:
         """Mark faulty rows. Only a row's first fault is kept."""
         mask = mask & ~self.wrong
         self.wrong |= mask
-        for row in np.flatnonzero(mask).tolist():
-            self._faults[row] = (reason, text)
+        self._faults |= dict.fromkeys(np.flatnonzero(mask).tolist(), (reason, text))
 
     def problems(self) -> dict[int, Problem]:
         """The first fault of each run of rows of one episode."""
         runs = np.cumsum(begins(self.keys))
-        first: dict[int, int] = {}
-        for row in sorted(self._faults):
-            first.setdefault(int(runs[row]), row)
-        found = {}
-        for row in first.values():
-            reason, text = self._faults[row]
+        problems, last_run = {}, 0
+        for row, (reason, text) in sorted(self._faults.items()):
+            if runs[row] == last_run:
+                continue
+            last_run = runs[row]
             at = f"at step {self.steps[row]} of"
             if self._unnamed[row] or self.unnumbered[row]:
                 at = "in a row beside" if self._unnamed[row] else "in a row of"
             fix = f"; {FIXES[reason]}" if reason in FIXES else ""
-            found[row] = reason, f"{text(row)} {at} episode {self.keys[row]!r}{fix}"
-        return found
+            problems[row] = reason, f"{text(row)} {at} episode {self.keys[row]!r}{fix}"
+        return problems
 
     def leaf(self, leaf: Leaf, mask: Array) -> Array:
         """The values of a leaf [B, ...], checked in the rows of `mask`."""
