@@ -19,8 +19,8 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.ensemble import Ensemble
 from mesocosm.model.families import build
 from mesocosm.model.mup import init_, param_groups
-from mesocosm.model.net import BaseOut, Outcome, Transition, apply_base
-from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan, Windows
+from mesocosm.model.net import BaseOut, apply_base
+from mesocosm.model.spec import Outcome, Parts, PartSpec, Spec, TextSpan, Transition, Windows
 from mesocosm.model.world import World
 
 from .nets import numbers

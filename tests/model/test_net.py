@@ -75,7 +75,7 @@ def test_a_member_without_an_episode_of_its_own_trains_on_all(family: str) -> No
     net.trains_on(torch.tensor([EPISODE, EPISODE]))
     assert all(all(learn) for learn in members_that_learn(net, base).values())
     net.trains_on(torch.arange(100))
-    assert torch.equal(net.kept(torch.arange(100)), rng.member_mask(torch.arange(100), K)), (
+    assert torch.equal(net.trained_by(torch.arange(100)), rng.member_mask(torch.arange(100), K)), (
         "masks stay where every member has some"
     )
 

@@ -17,9 +17,9 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import ArtifactError
 from mesocosm.model import rng
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.net import BaseOut, Outcome, Transition
+from mesocosm.model.net import BaseOut
 from mesocosm.model.sequence import Sequence
-from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
+from mesocosm.model.spec import Outcome, Parts, PartSpec, Spec, TextSpan, Transition
 from mesocosm.model.world import Carry, Context, StepOut, World
 
 from .nets import random_nets

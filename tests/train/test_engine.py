@@ -37,10 +37,12 @@ def group(one_rank: None) -> Iterator[None]:
         yield
 
 
-def start(kept: Path | None = None, **options: Any) -> Any:
+def start(resume_from: Path | None = None, **options: Any) -> Any:
     net = build(SPEC, MODEL)
     init_(net, 0)
-    return engine.start(net, TrainConfig(batch=4, precision="fp32", **options), ALONE, kept)[0]
+    return engine.start(net, TrainConfig(batch=4, precision="fp32", **options), ALONE, resume_from)[
+        0
+    ]
 
 
 def largest_change(running: Any, steps: int = 3) -> float:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mesocosm.model import density, rng
-from mesocosm.model.ladder import Dims
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.ladder import dims
 from mesocosm.model.layers import (
     Constant,
     Linear,
@@ -27,19 +28,8 @@ from mesocosm.model.layers import (
 from mesocosm.model.mup import tag
 from mesocosm.model.spec import PartSpec, TextSpan
 
-
-@dataclass(frozen=True)
-class Layout:
-    """The slots of a decoder, in their order."""
-
-    order: tuple[tuple[str, int], ...]  # ("number" or "category", j) of each slot
-    bins: tuple[float, ...]
-    categories: tuple[int, ...]
-    texts: tuple[TextSpan, ...]
-
-    def slots(self, kind: str) -> list[int]:
-        """The slots of the numbers, or of the categories."""
-        return [slot for slot, (of, _) in enumerate(self.order) if of == kind]
+Order = tuple[tuple[str, int], ...]
+"""("number" or "category", j) of each slot"""
 
 
 @dataclass(frozen=True)
@@ -52,7 +42,7 @@ class Scale:
     scale: Tensor  # [n] float32
 
 
-def slot_order(part: PartSpec, number: int = 0, category: int = 0) -> tuple[tuple[str, int], ...]:
+def slot_order(part: PartSpec, number: int = 0, category: int = 0) -> Order:
     """The slots of a part: its numbers, counted from `number`, then its categories."""
     numbers = [("number", number + j) for j in range(part.numbers)]
     categories = [("category", category + j) for j in range(len(part.categories))]
@@ -90,11 +80,16 @@ class Decoder(nn.Module):
     (the start model's).
     """
 
-    def __init__(self, layout: Layout, dims: Dims, *, members: int, components: int, inputs: int):
+    def __init__(
+        self, part: PartSpec, order: Order, config: ModelConfig, *, members: int, inputs: int
+    ):
         super().__init__()
-        self.layout, self.members = layout, members
-        self.slots = len(layout.order)
-        stack, numbers, cardinalities = dims.decoder, len(layout.bins), layout.categories
+        self.part, self.order, self.members = part, order, members
+        self.slots = len(order)
+        self.number_slots = [slot for slot, (kind, _) in enumerate(order) if kind == "number"]
+        self.category_slots = [slot for slot, (kind, _) in enumerate(order) if kind == "category"]
+        rung, components = dims(config.size), config.components
+        stack, numbers, cardinalities = rung.decoder, part.numbers, part.categories
         self.most = max(cardinalities, default=0)
         categories, several = len(cardinalities), self.slots > 1
 
@@ -106,7 +101,7 @@ class Decoder(nn.Module):
         self.project = self.value = self.table = self.density = self.logits = None
         self.density_bias = self.logits_bias = None
         if inputs:
-            width = dims.backbone.width
+            width = rung.backbone.width
             self.project = Linear(inputs, stack.d, "hidden", members=members, width=width)
         self.slot = embedding(members, self.slots, fan_in=1)
         if numbers and several:
@@ -127,19 +122,19 @@ class Decoder(nn.Module):
             bias = torch.zeros(members, categories, self.most)
             self.logits_bias = tag(nn.Parameter(bias), "vector")
 
-        self.bins = Constant(torch.tensor(layout.bins))
+        self.bins = Constant(torch.tensor(part.bins))
         self.offsets = Constant(first_rows(cardinalities))
         sizes = torch.tensor(cardinalities, dtype=torch.int64).unsqueeze(-1)
         allowed = torch.arange(self.most) < sizes
-        for text in layout.texts:
+        for text in part.texts:
             allowed[text.start : text.start + text.min_length, 0] = False
         self.allowed = Constant(allowed)
         # The column of each slot's value when (numbers, categories) lie side by side.
-        columns = [j if kind == "number" else numbers + j for kind, j in layout.order]
+        columns = [j if kind == "number" else numbers + j for kind, j in order]
         self.columns = Constant(torch.tensor(columns, dtype=torch.int64))
         self.uniforms = Constant(torch.arange(2 * self.slots) + rng.OBSERVATION)
         self.inside_text = {
-            j for text in layout.texts for j in range(text.start + 1, text.start + text.length)
+            j for text in part.texts for j in range(text.start + 1, text.start + text.length)
         }
 
     # All slots at once: the values are given.
@@ -165,10 +160,10 @@ class Decoder(nn.Module):
         x = self.norm(x).view(k, n, s, -1)
         params, logits = r.new_zeros(k, n, 0, density.PARAMS), r.new_zeros(k, n, 0, 1)
         if self.density is not None and self.density_bias is not None:
-            y = self.density(x[:, :, self.layout.slots("number")].flatten(1, 2))
+            y = self.density(x[:, :, self.number_slots].flatten(1, 2))
             params = y.unflatten(1, (n, -1)).float() + self.density_bias.unsqueeze(1).float()
         if self.logits is not None and self.logits_bias is not None:
-            y = self.logits(x[:, :, self.layout.slots("category")].flatten(1, 2))
+            y = self.logits(x[:, :, self.category_slots].flatten(1, 2))
             logits = y.unflatten(1, (n, -1)).float() + self.logits_bias.unsqueeze(1).float()
         return params, logits
 
@@ -234,9 +229,9 @@ class Decoder(nn.Module):
         text's end only its padding.
         """
         allowed = self.allowed(categories).expand(len(categories), -1, -1)
-        if self.layout.texts:
+        if self.part.texts:
             allowed = allowed.clone()
-        for text in self.layout.texts:
+        for text in self.part.texts:
             ended = text_ended(categories, text)
             rest = slice(text.start + 1, text.start + text.length)
             allowed[:, rest, 1:] &= ~ended.unsqueeze(-1)
@@ -273,11 +268,11 @@ class Decoder(nn.Module):
             x0 = x0 + self.project(context).unsqueeze(1)
         blocks = cast(list[Block], list(self.blocks))
         caches = [x0.new_empty(2, s, k, n, block.heads, block.head) for block in blocks]
-        numbers = u.new_empty(n, len(self.layout.bins))
-        categories = member.new_empty(n, len(self.layout.categories))
+        numbers = u.new_empty(n, self.part.numbers)
+        categories = member.new_empty(n, len(self.part.categories))
         params, probabilities = [], []
         value: Tensor | None = None
-        for slot, (kind, j) in enumerate(self.layout.order):
+        for slot, (kind, j) in enumerate(self.order):
             x = x0[:, slot].expand(k, n, -1) if value is None else x0[:, slot] + value
             for block, cache in zip(blocks, caches, strict=True):
                 x = block.step(x, cache, slot)

@@ -20,8 +20,8 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import text_ended
 from mesocosm.model.ladder import dims, ensemble_dims
 from mesocosm.model.layers import Constant, Linear, PartsEmbedding, member_rows, output_layer, read
-from mesocosm.model.net import BaseOut, Draw, Features, Outcome, Transition, WorldNet, spread
-from mesocosm.model.spec import Parts, Spec
+from mesocosm.model.net import BaseOut, Draw, Features, WorldNet, spread
+from mesocosm.model.spec import Outcome, Parts, Spec, Transition
 
 
 class Ensemble(WorldNet):

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from mesocosm.model import density
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.decoder import Decoder, Layout, Scale, slot_order
-from mesocosm.model.ladder import BASE_HIDDEN, BASE_WIDTH, dims
+from mesocosm.model.decoder import Decoder, Scale, slot_order
+from mesocosm.model.ladder import BASE_HIDDEN, BASE_WIDTH
 from mesocosm.model.layers import Constant, Inputs, MemberMLP, member_rows, output_layer, read
-from mesocosm.model.spec import Parts, Spec, TextSpan, Windows
+from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan, Transition, Windows
 
 REWARD_COMPONENTS = 2
 
@@ -30,16 +30,11 @@ class StartModel(nn.Module):
         task, o = spec.task, spec.observation
         first = len(task.categories)
         texts = tuple(TextSpan(t.start + first, t.length, t.min_length) for t in o.texts)
-        layout = Layout(
-            slot_order(task) + slot_order(o, task.numbers, first),
-            task.bins + o.bins,
-            task.categories + o.categories,
-            task.texts + texts,
-        )
-        self.decoder = Decoder(
-            layout, dims(config.size), members=1, components=config.components, inputs=0
-        )
-        self.scale = Constant(torch.ones(len(layout.bins)))
+        numbers, categories = task.numbers + o.numbers, task.categories + o.categories
+        both = PartSpec(numbers, task.bins + o.bins, categories, task.texts + texts)
+        order = slot_order(task) + slot_order(o, task.numbers, first)
+        self.decoder = Decoder(both, order, config, members=1, inputs=0)
+        self.scale = Constant(torch.ones(numbers))
 
     def _scale(self, like: Tensor) -> Scale:
         scale = self.scale(like)
@@ -146,10 +141,10 @@ class TerminationHead(nn.Module):
         windows: Windows,
         inputs: Inputs,
         features: Tensor | None,
-        kept: Callable[[Tensor], Tensor],
+        trained_by: Callable[[Tensor], Tensor],
     ) -> tuple[Tensor, Tensor]:
         """Returns (log-likelihood [K, N] of the windows' transitions, the scalar objective: mean
-        over members, nats a transition). `kept` is `WorldNet.kept`.
+        over members, nats a transition). `trained_by` is that of `WorldNet`.
         """
         events = windows.events
         with torch.set_grad_enabled(events is None and torch.is_grad_enabled()):
@@ -157,14 +152,13 @@ class TerminationHead(nn.Module):
         g = self.head.correct(features)
         logit = f + (g.squeeze(-1) if isinstance(g, Tensor) else g)
         log_prob = -bce(logit, windows.terminated.flatten())
-        keep = kept(windows.episode).unsqueeze(-1) * windows.mask.float()
+        keep = trained_by(windows.episode).unsqueeze(-1) * windows.mask.float()
         objective = -(log_prob * keep.flatten(1)).sum() / keep.numel()
         if events is not None:
-            reads = head_inputs(
-                events.observation, events.action, events.task, events.next_observation
-            )
+            single = Transition(events.observation, events.action, events.task)
+            reads = head_inputs(single, events.next_observation)
             loss = bce(self.logit(reads), events.terminated)
-            weight = kept(events.episode) * events.weight
+            weight = trained_by(events.episode) * events.weight
             objective = objective + (loss * weight).sum() / weight.numel()
         return log_prob, objective
 
@@ -177,9 +171,10 @@ class TerminationHead(nn.Module):
         return p, u < p
 
 
-def head_inputs(observation: Parts, action: Parts, task: Parts, next_observation: Parts) -> Inputs:
-    """What the heads read, the leading dimensions joined into one."""
-    return read(observation.flatten(), action.flatten(), task.flatten(), next_observation.flatten())
+def head_inputs(t: Transition, following: Parts) -> Inputs:
+    """The inputs of the heads, the leading dimensions joined into one."""
+    parts = (t.observation, t.action, t.task, following)
+    return read(*(part.flatten() for part in parts))
 
 
 def bce(logit: Tensor, target: Tensor) -> Tensor:

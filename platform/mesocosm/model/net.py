@@ -20,7 +20,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.heads import RewardHead, StartModel, TerminationHead, head_inputs
 from mesocosm.model.layers import Constant
 from mesocosm.model.rng import left_out, member_mask
-from mesocosm.model.spec import Parts, Spec, Windows
+from mesocosm.model.spec import Outcome, Spec, Transition, Windows
 
 Features = Tensor | None
 """What `WorldNet.context` returns: None without history."""
@@ -42,23 +42,6 @@ class BaseOut:
         if durations:
             shift, scale = F.pad(shift, (0, 1)), F.pad(scale, (0, 1), value=1.0)
         return shift, scale
-
-
-@dataclass(frozen=True)
-class Transition:
-    """The inputs of transitions of any leading shape [...]."""
-
-    observation: Parts
-    action: Parts
-    task: Parts
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The results of transitions of the same leading shape [...]."""
-
-    observation: Parts  # o_{t+1}
-    duration: Tensor  # [...] float32 normalised; ignored without `spec.durations`
 
 
 @dataclass(frozen=True)
@@ -176,7 +159,7 @@ class WorldNet(nn.Module, ABC):
         """
         self._left_out = Constant(left_out(episodes, self.members))
 
-    def kept(self, episode: Tensor) -> Tensor:
+    def trained_by(self, episode: Tensor) -> Tensor:
         """[B] int64 hashes -> bool [K, B]: the members that train on an episode."""
         return member_mask(episode, self.members) | self._left_out(episode).unsqueeze(1)
 
@@ -185,7 +168,7 @@ class WorldNet(nn.Module, ABC):
         transition, outcome = unroll(windows)
         valid = windows.mask.float()
         scale = 1.0 / (self.members * valid.numel())
-        keep = self.kept(windows.episode).unsqueeze(-1) * valid
+        keep = self.trained_by(windows.episode).unsqueeze(-1) * valid
         log_k = math.log(self.members)
 
         def nats(log_prob: Tensor) -> Tensor:
@@ -197,12 +180,10 @@ class WorldNet(nn.Module, ABC):
 
         features = self.context(transition)
         dynamics, duration = self.log_prob(features, transition, outcome, base)
-        reads = head_inputs(
-            transition.observation, transition.action, transition.task, outcome.observation
-        )
+        reads = head_inputs(transition, outcome.observation)
         flat = None if features is None else features.flatten(0, 1)
         reward = self.reward.log_prob(reads, flat, windows.reward.flatten()).view(dynamics.shape)
-        termination, of_termination = self.termination.losses(windows, reads, flat, self.kept)
+        termination, of_termination = self.termination.losses(windows, reads, flat, self.trained_by)
         log_start = self.start.log_prob(windows.task, windows.observation[:, 0])
         start = torch.where(windows.start, log_start, 0.0)
 

@@ -6,6 +6,7 @@ the duration). RMSNorm, RoPE, SwiGLU and SDPA.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -14,11 +15,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.decoder import Decoder, Layout, Scale, slot_order
+from mesocosm.model.decoder import Decoder, Scale, slot_order
 from mesocosm.model.ladder import HEAD, dims
 from mesocosm.model.layers import Constant, PartsEmbedding, RMSNorm, TransformerBlock, read
-from mesocosm.model.net import BaseOut, Draw, Features, Outcome, Transition, WorldNet, spread
-from mesocosm.model.spec import Parts, Spec
+from mesocosm.model.net import BaseOut, Draw, Features, WorldNet, spread
+from mesocosm.model.spec import Outcome, Parts, Spec, Transition
 
 ROPE_BASE = 10000.0
 Rope = tuple[Tensor, Tensor]
@@ -86,13 +87,11 @@ class Sequence(WorldNet):
         self.blocks = nn.ModuleList(Block(stack) for _ in range(stack.layers))
         self.norm = RMSNorm(stack, depth=1.0)
         o = spec.observation
-        order, bins = slot_order(o), o.bins
+        order, slots = slot_order(o), o
         if spec.durations:
-            order, bins = (*order, ("number", o.numbers)), (*bins, spec.duration_bin)
-        layout = Layout(order, bins, o.categories, o.texts)
-        self.decoder = Decoder(
-            layout, rung, members=config.members, components=config.components, inputs=d
-        )
+            order = (*order, ("number", o.numbers))
+            slots = replace(o, numbers=o.numbers + 1, bins=(*o.bins, spec.duration_bin))
+        self.decoder = Decoder(slots, order, config, members=config.members, inputs=d)
         columns = torch.arange(self.memory)
         rate = ROPE_BASE ** (torch.arange(0, HEAD, 2) / HEAD)
         angle = (columns.unsqueeze(-1) / rate).repeat(1, 2)[:, None, None]

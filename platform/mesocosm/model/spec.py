@@ -136,6 +136,23 @@ class Parts:
 
 
 @dataclass(frozen=True)
+class Transition:
+    """The inputs of transitions of any leading shape [...]."""
+
+    observation: Parts
+    action: Parts
+    task: Parts
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The results of transitions of the same leading shape [...]."""
+
+    observation: Parts  # o_{t+1}
+    duration: Tensor  # [...] float32 normalised; ignored without `Spec.durations`
+
+
+@dataclass(frozen=True)
 class Windows:
     """B windows of up to W consecutive transitions of one episode each, and a batch of rare events.
 

@@ -30,8 +30,8 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.heads import head_inputs
 from mesocosm.model.layers import Constant
-from mesocosm.model.net import BaseOut, Losses, Transition, WorldNet, apply_base
-from mesocosm.model.spec import Parts, PartSpec, Spec, Windows
+from mesocosm.model.net import BaseOut, Losses, WorldNet, apply_base
+from mesocosm.model.spec import Parts, PartSpec, Spec, Transition, Windows
 
 SCHEMA = 2
 
@@ -198,7 +198,7 @@ class World:
         base = BaseOut(self.base(carry.observation, action, carry.task), self.base.residual_scale)
         draw = self.net.draw(features, token, base, carry.member, keys)
         following = self._observation_grid(draw.observation)
-        inputs = head_inputs(carry.observation, action, carry.task, following)
+        inputs = head_inputs(token, following)
         u = rng.uniform(keys.unsqueeze(1), self._head_slots(keys))
         reward = self.net.reward.draw(inputs, features, carry.member, u[:, :2])
         p, terminated = self.net.termination.draw(inputs, features, carry.member, u[:, 2])

@@ -83,18 +83,18 @@ def least_gib(total: int, options: TrainConfig, workers: int, *, on_gpu: bool) -
 
 
 def start(
-    net: WorldNet, options: TrainConfig, rank: Rank, kept: Path | None
+    net: WorldNet, options: TrainConfig, rank: Rank, resume_from: Path | None
 ) -> tuple[Any, list[float], Progress | None]:
-    """Start the engine, from the checkpoint in the local folder `kept` if there is one.
+    """Start the engine, from the checkpoint in the local folder `resume_from`, if any.
 
     Returns:
         The engine, each parameter group's full learning rate, and the checkpoint's progress.
     """
     deepspeed = import_deepspeed()
     progress = None
-    if kept is not None:
-        checkpoint.verify(kept)
-        progress = checkpoint.read_progress(kept)
+    if resume_from is not None:
+        checkpoint.verify(resume_from)
+        progress = checkpoint.read_progress(resume_from)
     # Stage 0 has no shards; those of the other stages fit one world size.
     same_size = progress is None or progress.world_size == rank.world_size
     universal = progress is not None and progress.zero_stage > 0 and not same_size
@@ -116,10 +116,10 @@ def start(
     engine, *_ = deepspeed.initialize(
         model=net, optimizer=optimizer, config=config, dist_init_required=False
     )
-    if kept is None or progress is None:
+    if resume_from is None or progress is None:
         return engine, rates, None
     if universal:
-        _load_universal(engine, kept, rank)
+        _load_universal(engine, resume_from, rank)
         # Stage 3 gives every group the constants of the first, and all of them one step counter,
         # which each then increments.
         for group, constant in zip(engine.optimizer.param_groups, constants, strict=True):
@@ -127,18 +127,18 @@ def start(
         for state in engine.optimizer.optimizer.state.values():
             state["step"] = torch.as_tensor(state["step"]).clone()
     else:
-        checkpoint.load_running(engine, kept / "ds", checkpoint.TAG)
+        checkpoint.load_running(engine, resume_from / "ds", checkpoint.TAG)
     if same_size:
-        checkpoint.load_random(kept, rank.rank)
+        checkpoint.load_random(resume_from, rank.rank)
     return engine, rates, replace(progress, world_size=rank.world_size)
 
 
-def _load_universal(engine: Any, kept: Path, rank: Rank) -> None:
+def _load_universal(engine: Any, resume_from: Path, rank: Rank) -> None:
     """Convert a checkpoint of another world size once on each node, and load it on all ranks."""
     folder = ""
     if rank.local_rank == 0:
         folder = tempfile.mkdtemp(prefix="mesocosm-universal-")
-        checkpoint.to_universal(kept, Path(folder))
+        checkpoint.to_universal(resume_from, Path(folder))
     folders = [""] * rank.world_size
     dist.all_gather_object(folders, folder)
     shared = Path(folders[rank.rank - rank.local_rank])

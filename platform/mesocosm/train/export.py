@@ -21,7 +21,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.heads import head_inputs
 from mesocosm.model.net import apply_base, unroll
-from mesocosm.model.spec import Windows
+from mesocosm.model.spec import Transition, Windows
 from mesocosm.model.world import World
 
 CHECK_WINDOWS = 4096
@@ -49,8 +49,8 @@ class TerminationCheck:
     """Recall and precision of the world's terminations (p > 0.5) on real transitions."""
 
     terminals: int
-    found: int  # terminals that the world predicts
-    false: float
+    hits: int  # terminals that the world predicts
+    false_alarms: float
     """Other transitions that it calls terminal, in units of `terminals`: oversampled ones are
     weighted back to the data's own rate.
     """
@@ -58,11 +58,13 @@ class TerminationCheck:
 
     @property
     def recall(self) -> float | None:
-        return self.found / self.terminals if self.terminals else None
+        return self.hits / self.terminals if self.terminals else None
 
     @property
     def precision(self) -> float | None:
-        return self.found / (self.found + self.false) if self.found + self.false else None
+        return (
+            self.hits / (self.hits + self.false_alarms) if self.hits + self.false_alarms else None
+        )
 
     @property
     def verdict(self) -> str:
@@ -71,7 +73,7 @@ class TerminationCheck:
             return "not applicable: no episode of the data terminates"
         advice = "train longer or with more train.events"
         sample = f"{self.terminals} terminal transitions ({self.measured_on})"
-        if not self.found:
+        if not self.hits:
             return f"failed: of {sample} the world ends none, so its episodes never end; {advice}"
         consequences = {
             "recall": "the world ends almost none of its episodes",
@@ -119,7 +121,7 @@ def check_termination(world: World, dataset: Dataset, codec: Codec, seed: int) -
         for windows in _windows(world, dataset, codec, "valid"):
             t, outcome = unroll(windows)
             features = world.net.context(t)
-            inputs = head_inputs(t.observation, t.action, t.task, outcome.observation)
+            inputs = head_inputs(t, outcome.observation)
             logit = head.logit(inputs, None if features is None else features.flatten(0, 1))
             mask = windows.mask.flatten().double()
             counted += _count(logit, windows.terminated.flatten(), mask)
@@ -128,14 +130,15 @@ def check_termination(world: World, dataset: Dataset, codec: Codec, seed: int) -
         loader = Loader(dataset, codec, "train", context, 1, seed, events=3 * BATCH)
         e = loader.batch(0).events
         assert e is not None
-        logit = head.logit(head_inputs(e.observation, e.action, e.task, e.next_observation))
+        transition = Transition(e.observation, e.action, e.task)
+        logit = head.logit(head_inputs(transition, e.next_observation))
         counted, measured_on = _count(logit, e.terminated, e.weight.double()), "training"
-    terminals, found, false = counted.tolist()
-    return TerminationCheck(round(terminals), round(found), false, measured_on)
+    terminals, hits, false_alarms = counted.tolist()
+    return TerminationCheck(round(terminals), round(hits), false_alarms, measured_on)
 
 
 def _count(logit: Tensor, terminated: Tensor, weight: Tensor) -> Tensor:
-    """Logits [K, N], weights [N] float64 (0: padding) -> float64 (terminals, found, false)."""
+    """Logits [K, N], weights [N] float64 (0: padding) -> (terminals, hits, false_alarms)."""
     predicted, terminal = torch.sigmoid(logit).mean(0) > 0.5, (terminated > 0.5) & (weight > 0)
     false = (weight * (predicted & ~(terminated > 0.5))).sum()
     unit = weight[terminal].mean() if terminal.any() else 1.0

@@ -67,14 +67,14 @@ class Training:
         base: Callable[[], Base],
         *,
         data: DataConfig | None = None,
-        kept: Path | None = None,
+        resume_from: Path | None = None,
     ) -> tuple[Training, Progress | None]:
         """Start to train `model` on `dataset`, or resume.
 
         Args:
             base: Returns the base. It is called last, because the caller may have to wait for it.
             data: The order of the data; by default all windows are shuffled.
-            kept: A local folder with the checkpoint to resume from.
+            resume_from: The local folder of a checkpoint.
 
         Returns:
             The training, and the checkpoint's progress.
@@ -92,7 +92,7 @@ class Training:
         mup.init_(net, seed)
         net.checkpoint_activations = options.activation_checkpointing
         net.trains_on(_episodes(dataset, model.members))
-        running, rates, progress = engine.start(net, options, rank, kept)
+        running, rates, progress = engine.start(net, options, rank, resume_from)
         frozen = base().to(rank.device)
         return Training(running, rates, frozen, loader, valid, options, rank, seed), progress
 
@@ -214,11 +214,11 @@ class Training:
             with torch.no_grad():
                 for tensor, copy in zip(tensors, copies, strict=True):
                     tensor.copy_(copy)
-                for p, kept in states.items():
+                for p, before in states.items():
                     state = optimizer.state.get(p, {})
-                    for name in [name for name in state if name not in kept]:
+                    for name in [name for name in state if name not in before]:
                         del state[name]
-                    for name, value in kept.items():
+                    for name, value in before.items():
                         if isinstance(value, Tensor):
                             state[name].copy_(value)
                         else:

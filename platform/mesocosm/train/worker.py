@@ -80,7 +80,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
     dataset = prepare.narrowed(dataset, work.data.unique, work.seed)
     base = partial(_wait_for_base, work, storage, codec, feed)
     resumed = ray.train.get_checkpoint()
-    with resumed.as_directory() if resumed else nullcontext() as kept:
+    with resumed.as_directory() if resumed else nullcontext() as local:
         training, stored = Training.start(
             dataset,
             codec,
@@ -90,7 +90,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
             rank,
             base,
             data=work.data,
-            kept=Path(kept) if kept else None,
+            resume_from=Path(local) if local else None,
         )
     progress = stored or Progress(
         0, work.steps, rank.world_size, engine.stage(options), options.precision
@@ -170,8 +170,8 @@ def _report(folder: Path, progress: Progress) -> None:
 
 
 def _divergence(problem: str, saved: int, options: TrainConfig) -> str:
-    kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
-    return f"training stopped: {problem}; {kept}; lower train.lr={options.lr:g} or check the data"
+    state = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
+    return f"training stopped: {problem}; {state}; lower train.lr={options.lr:g} or check the data"
 
 
 class Meter:
