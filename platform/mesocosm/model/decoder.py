@@ -8,6 +8,7 @@ and its own view of the numbers (their residual over its own base); all see one 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -17,14 +18,7 @@ from torch.nn import functional as F
 from mesocosm.model import density, rng
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.ladder import dims
-from mesocosm.model.layers import (
-    Constant,
-    Linear,
-    RMSNorm,
-    TransformerBlock,
-    first_rows,
-    output_layer,
-)
+from mesocosm.model.layers import Constant, Linear, RMSNorm, TransformerBlock, first_rows
 from mesocosm.model.mup import tag
 from mesocosm.model.spec import PartSpec, TextSpan
 
@@ -110,15 +104,18 @@ class Decoder(nn.Module):
             self.table = embedding(sum(cardinalities), members, fan_in=1)
         self.blocks = nn.ModuleList(Block(stack, members) for _ in range(stack.layers))
         self.norm = RMSNorm(stack, depth=1.0, members=members)
+        output = partial(
+            Linear, stack.d, kind="output", members=members, width=stack.width, gain=0.1
+        )
         if numbers:
             parameters = density.PARAMS * components
-            self.density = output_layer(stack.d, parameters, members, stack.width)
+            self.density = output(parameters)
             spread = torch.zeros(density.PARAMS, components)
             spread[1] = torch.linspace(-1, 1, components) if components > 1 else 0.0
             bias = spread.flatten().repeat(members, numbers, 1)
             self.density_bias = tag(nn.Parameter(bias), "vector")
         if categories:
-            self.logits = output_layer(stack.d, self.most, members, stack.width)
+            self.logits = output(self.most)
             bias = torch.zeros(members, categories, self.most)
             self.logits_bias = tag(nn.Parameter(bias), "vector")
 

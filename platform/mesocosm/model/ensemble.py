@@ -19,7 +19,7 @@ from mesocosm.model import density, rng
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import text_ended
 from mesocosm.model.ladder import dims, ensemble_dims
-from mesocosm.model.layers import Constant, Linear, PartsEmbedding, member_rows, output_layer, read
+from mesocosm.model.layers import Constant, Linear, PartsEmbedding, member_rows, read
 from mesocosm.model.net import BaseOut, Draw, Features, WorldNet, spread
 from mesocosm.model.spec import Outcome, Parts, Spec, Transition
 
@@ -39,7 +39,10 @@ class Ensemble(WorldNet):
             Linear(hidden, hidden, "hidden", members=members, width=width, bias=True, gain=1.4)
             for _ in range(rung.layers - 1)
         )
-        self.last = output_layer(hidden, 2 * self.numbers + total, members, width, bias=True)
+        outputs = 2 * self.numbers + total
+        self.last = Linear(
+            hidden, outputs, "output", members=members, width=width, bias=True, gain=0.1
+        )
         self.bins = Constant(torch.tensor(o.bins + (spec.duration_bin,) * spec.durations))
         # All logits lie side by side; `columns` spreads them over [m, most]. The column after the
         # last stands for "no such category".

@@ -13,7 +13,7 @@ from mesocosm.model import density
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.decoder import Decoder, Scale, slot_order
 from mesocosm.model.ladder import BASE_HIDDEN, BASE_WIDTH
-from mesocosm.model.layers import Constant, Inputs, MemberMLP, member_rows, output_layer, read
+from mesocosm.model.layers import Constant, Inputs, Linear, MemberMLP, member_rows, read
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan, Transition, Windows
 
 REWARD_COMPONENTS = 2
@@ -66,9 +66,11 @@ class Head(nn.Module):
         width = hidden / BASE_HIDDEN
         self.mlp = MemberMLP(*parts, members=members, hidden=hidden, outputs=outputs, width=width)
         width = features / BASE_WIDTH
-        self.correction = (
-            output_layer(features, outputs, members, width, gain=0.0) if features else None
-        )
+        self.correction = None
+        if features:
+            self.correction = Linear(
+                features, outputs, "output", members=members, width=width, gain=0.0
+            )
 
     def correct(self, features: Tensor | None) -> Tensor | float:
         """[N, d] -> [K, N, out] float32, or 0 without history."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -79,8 +80,8 @@ class RMSNorm(nn.Module):
 class Linear(nn.Module):
     """y = multiplier * x W (+ b), in the dtype of W. Weights are [out, in].
 
-    With `members`, K maps at once by weights [K, in, out]: [K, N, in] -> [K, N, out]; a shared
-    input is [N, in] or [1, N, in].
+    With `members`, K maps at once by weights [K, in, out], and a bias if `bias`: [K, N, in] ->
+    [K, N, out]; a shared input is [N, in] or [1, N, in]. An output's multiplier is muP's 1 / width.
     """
 
     def __init__(
@@ -97,14 +98,14 @@ class Linear(nn.Module):
         gain: float = 1.0,
     ):
         super().__init__()
-        self.members, self.multiplier = members, multiplier
+        self.members = members
+        self.multiplier = 1.0 / width if kind == "output" else multiplier
         shape = (outputs, inputs) if members is None else (members, inputs, outputs)
         weight = nn.Parameter(torch.zeros(shape))
         self.weight = tag(weight, kind, width=width, depth=depth, fan_in=inputs, gain=gain)
         self.bias = None
-        if bias:
-            rows = (outputs,) if members is None else (members, 1, outputs)
-            self.bias = tag(nn.Parameter(torch.zeros(rows)), "vector", depth=depth)
+        if members is not None and bias:
+            self.bias = tag(nn.Parameter(torch.zeros(members, 1, outputs)), "vector", depth=depth)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.to(self.weight.dtype)
@@ -116,25 +117,7 @@ class Linear(nn.Module):
             if self.bias is not None:
                 return torch.baddbmm(self.bias, x, self.weight, alpha=self.multiplier)
         y = F.linear(x, self.weight) if self.members is None else torch.bmm(x, self.weight)
-        if self.multiplier != 1.0:
-            y = y * self.multiplier
-        return y if self.bias is None else y + self.bias
-
-
-def output_layer(
-    inputs: int, outputs: int, members: int, width: float, *, bias: bool = False, gain: float = 0.1
-) -> Linear:
-    """The last layer of K networks, with muP's multiplier and small initial outputs."""
-    return Linear(
-        inputs,
-        outputs,
-        "output",
-        members=members,
-        width=width,
-        bias=bias,
-        multiplier=1.0 / width,
-        gain=gain,
-    )
+        return y if self.multiplier == 1.0 else y * self.multiplier
 
 
 class TransformerBlock(nn.Module):
@@ -145,25 +128,14 @@ class TransformerBlock(nn.Module):
     def __init__(self, stack: Stack, members: int | None = None):
         super().__init__()
         d, ff, depth = stack.d, stack.d_ff, stack.depth
-
-        def linear(inputs: int, outputs: int, multiplier: float = 1.0) -> Linear:
-            return Linear(
-                inputs,
-                outputs,
-                "hidden",
-                members=members,
-                width=stack.width,
-                depth=depth,
-                multiplier=multiplier,
-            )
-
+        linear = partial(Linear, kind="hidden", members=members, width=stack.width, depth=depth)
         self.heads, self.head = stack.heads, stack.head
         self.norm_1 = RMSNorm(stack, depth=depth, members=members)
         self.qkv = linear(d, 3 * d)
-        self.out = linear(d, d, 1.0 / depth)
+        self.out = linear(d, d, multiplier=1.0 / depth)
         self.norm_2 = RMSNorm(stack, depth=depth, members=members)
         self.up = linear(d, 2 * ff)
-        self.down = linear(ff, d, 1.0 / depth)
+        self.down = linear(ff, d, multiplier=1.0 / depth)
 
     def residual(self, x: Tensor, attended: Tensor) -> Tensor:
         """Add the attention's result [..., d], then the SwiGLU."""
@@ -213,7 +185,9 @@ class MemberMLP(nn.Module):
         super().__init__()
         self.first = PartsEmbedding(*parts, width=hidden, members=members)
         self.second = Linear(hidden, hidden, "hidden", members=members, width=width, bias=True)
-        self.last = output_layer(hidden, outputs, members, width, bias=True)
+        self.last = Linear(
+            hidden, outputs, "output", members=members, width=width, bias=True, gain=0.1
+        )
         self.skip = PartsEmbedding(*parts, width=outputs, members=members, gain=0.0)
 
     def forward(self, x: Inputs) -> Tensor:
