@@ -114,6 +114,10 @@ class Parts:
             self.categories.unsqueeze(1).expand(-1, steps, -1),
         )
 
+    def roll(self, steps: int) -> Parts:
+        """[B, W, ...]: the step dimension shifted, around its end."""
+        return Parts(self.numbers.roll(steps, 1), self.categories.roll(steps, 1))
+
     def where(self, mask: Tensor, other: Parts) -> Parts:
         """Self where `mask` [...] is true, `other` elsewhere."""
         keep = mask.unsqueeze(-1)

@@ -167,11 +167,11 @@ class World:
         """A session of B environments at the start of their episodes; `member` [B] int64 imagines
         each (`rng.member_of`).
         """
-        batch, device = len(member), member.device
+        batch, columns, device = len(member), self.net.memory, member.device
         return Carry(
             clock=0,
-            past_observation=self._past(self.spec.observation, batch, device),
-            past_action=self._past(self.spec.action, batch, device),
+            past_observation=Parts.empty(self.spec.observation, batch, columns, device=device),
+            past_action=Parts.empty(self.spec.action, batch, columns, device=device),
             start_column=torch.zeros(batch, dtype=torch.int64, device=device),
             observation=observation,
             task=task,
@@ -179,9 +179,6 @@ class World:
             position=0,
             cache=self.net.new_cache(batch),
         )
-
-    def _past(self, part: PartSpec, batch: int, device: torch.device) -> Parts:
-        return Parts.empty(part, batch, self.net.memory, device=device)
 
     @torch.inference_mode()
     def step(self, carry: Carry, action: Parts, keys: Tensor) -> tuple[Carry, StepOut]:
@@ -280,23 +277,20 @@ class World:
 
     def _rebuilt(self, carry: Carry) -> Carry:
         """Move the last W // 2 columns to the front and recompute the cache from them."""
-        window, batch, device = self.net.memory, len(carry.member), carry.member.device
-        keep = window // 2
-        fresh = replace(
+        keep = self.net.memory // 2
+        evicted = self.net.memory - keep
+        carry = replace(
             carry,
             position=keep,
-            cache=self.net.new_cache(batch),
-            past_observation=self._past(self.spec.observation, batch, device),
-            past_action=self._past(self.spec.action, batch, device),
-            start_column=(carry.start_column - (window - keep)).clamp(min=0),
+            cache=self.net.new_cache(len(carry.member)),
+            past_observation=carry.past_observation.roll(-evicted),
+            past_action=carry.past_action.roll(-evicted),
+            start_column=(carry.start_column - evicted).clamp(min=0),
         )
         if keep:
-            last = slice(window - keep, window)
-            _write(fresh.past_observation, slice(0, keep), carry.past_observation[:, last])
-            _write(fresh.past_action, slice(0, keep), carry.past_action[:, last])
-            tokens = self._tokens(fresh, slice(0, keep))
-            self.net.rebuild(fresh.cache, fresh.start_column, tokens)
-        return fresh
+            tokens = self._tokens(carry, slice(0, keep))
+            self.net.rebuild(carry.cache, carry.start_column, tokens)
+        return carry
 
     @torch.no_grad()
     def losses(self, windows: Windows) -> Losses:
@@ -364,7 +358,4 @@ class _Grid:
 
 
 def _write(past: Parts, column: int | slice, value: Parts) -> None:
-    if value.numbers.shape[-1]:
-        past.numbers[:, column] = value.numbers
-    if value.categories.shape[-1]:
-        past.categories[:, column] = value.categories
+    past.numbers[:, column], past.categories[:, column] = value.numbers, value.categories
