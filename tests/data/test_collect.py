@@ -25,8 +25,9 @@ from mesocosm.data.collecting.workers import Plan, split
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.manifest import Manifest
 from mesocosm.envs.config import BudgetConfig, RealityConfig, TaskOption
+from mesocosm.envs.episode import episode_seed
 from mesocosm.envs.ledger import Ledger
-from mesocosm.envs.make import episode_seed, facts_of
+from mesocosm.envs.make import facts_of
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.jobs.collect import run

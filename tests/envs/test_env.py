@@ -17,15 +17,13 @@ from mesocosm.envs.config import (
     check,
     parse_success,
 )
+from mesocosm.envs.episode import EpisodeError, episode_seed, run_episode
 from mesocosm.envs.make import (
-    EpisodeError,
     TaskSampler,
     draw_options,
     environment_version,
-    episode_seed,
     facts_of,
     make_env,
-    run_episode,
     task_keys,
 )
 from mesocosm.errors import MesocosmError, UsageError
@@ -72,7 +70,7 @@ def test_gymnasium_ids_and_horizon(id: str, horizon: int | None, steps: int) -> 
 @pytest.mark.parametrize(
     ("id", "said"),
     [
-        ("", "reality.env is not set"),
+        ("", "reality.env must be a Gymnasium id"),
         ("CartPol-v1", "did you mean 'CartPole-v1'"),
         ("CartPole-v9", "did you mean 'CartPole-v1'"),
         ("InvertedPendulm-v5", "did you mean 'InvertedPendulum-v5'"),
@@ -247,20 +245,20 @@ def test_success(text: str, total: float, info: dict[str, Any], expected: bool) 
     ["return == 3", "return >= lots", "return >= nan", "reward > 3", "info.a.b", "", "info['x']"],
 )
 def test_bad_success_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"reality.success=.* is not understood; write"):
+    with pytest.raises(UsageError, match=r"reality\.success must be .* got "):
         check(RealityConfig(env="CartPole-v1", success=text))
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"price": PriceConfig(per_step=-1)}, "reality.price.per_step=-1"),
-        ({"price": PriceConfig(per_reset=float("nan"))}, "reality.price.per_reset=nan"),
+        ({"price": PriceConfig(per_step=-1)}, "reality.price.per_step must .* got -1"),
+        ({"price": PriceConfig(per_reset=float("nan"))}, "reality.price.per_reset must .* got nan"),
         ({"price": PriceConfig(currency="")}, "reality.price.currency"),
-        ({"budget": BudgetConfig(steps=-5)}, "reality.budget.steps=-5 is negative"),
-        ({"horizon": 0}, "reality.horizon=0"),
-        ({"step_timeout_s": 0.0}, "reality.step_timeout_s=0"),
-        ({"task": ["a", "a"]}, "names something twice"),
+        ({"budget": BudgetConfig(steps=-5)}, "reality.budget.steps must .* got -5"),
+        ({"horizon": 0}, "reality.horizon must .* got 0"),
+        ({"step_timeout_s": 0.0}, "reality.step_timeout_s must .* got 0"),
+        ({"task": ["a", "a"]}, "reality.task must .* got \\['a', 'a'\\]"),
         ({"task_options": {"a": TaskOption(low=0, high=1)}}, "add 'a' to reality.task"),
         (
             {"task": ["a"], "task_options": {"a": TaskOption()}},
@@ -270,15 +268,21 @@ def test_bad_success_is_refused(text: str) -> None:
             {"task": ["a"], "task_options": {"a": TaskOption(choices=[1], low=0)}},
             "either choices or both low and high",
         ),
-        ({"task": ["a"], "task_options": {"a": TaskOption(choices=[])}}, "leaves nothing to draw"),
-        ({"task": ["a"], "task_options": {"a": TaskOption(low=2, high=1)}}, "are no range"),
+        (
+            {"task": ["a"], "task_options": {"a": TaskOption(choices=[])}},
+            r"a\.choices must .* got \[\]",
+        ),
+        (
+            {"task": ["a"], "task_options": {"a": TaskOption(low=2, high=1)}},
+            r"a\.low and high must .* got \(2, 1\)",
+        ),
         (
             {"task": ["a"], "task_options": {"a": TaskOption(choices=[1, "two"])}},
-            "are of several kinds",
+            r"a\.choices must be .* got \[(1, .two.|True, 2.5)\]",
         ),
         (
             {"task": ["a"], "task_options": {"a": TaskOption(choices=[True, 2.5])}},
-            "are of several kinds",
+            r"a\.choices must be .* got \[(1, .two.|True, 2.5)\]",
         ),
     ],
 )

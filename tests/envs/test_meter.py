@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig, TaskOption
+from mesocosm.envs.episode import EpisodeError, episode_seed
 from mesocosm.envs.ledger import Ledger
-from mesocosm.envs.make import EpisodeError, episode_seed, make_env
+from mesocosm.envs.make import make_env
 from mesocosm.envs.meter import MeteredEnv, make_metered_vector
 from mesocosm.errors import BudgetSpent, MesocosmError
 from mesocosm.store.artifacts import Storage

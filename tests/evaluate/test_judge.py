@@ -21,8 +21,9 @@ import pytest
 import torch
 
 from mesocosm.envs.config import RealityConfig, TaskOption
+from mesocosm.envs.episode import episode_seed
 from mesocosm.envs.ledger import Ledger
-from mesocosm.envs.make import episode_seed, make_env
+from mesocosm.envs.make import make_env
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
 from mesocosm.evaluate.judge import JudgeResult, judge
 from mesocosm.evaluate.judge_store import JudgeStore

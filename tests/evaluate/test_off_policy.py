@@ -17,7 +17,7 @@ from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import RealityConfig
-from mesocosm.envs.make import run_episode
+from mesocosm.envs.episode import run_episode
 from mesocosm.evaluate.metrics.off_policy import Clone, off_policy, one_step_errors
 
 from .worlds import KnownWorld, Walk, collect

@@ -206,7 +206,7 @@ def test_imagination_of_the_true_dynamics_is_reality(walks: Dataset) -> None:
 
     env, episodes = Walk(), []
     from mesocosm.envs.config import RealityConfig
-    from mesocosm.envs.make import run_episode
+    from mesocosm.envs.episode import run_episode
 
     for k in range(4):
         act = lambda o, rng: Drift().act(o)  # noqa: E731

@@ -18,7 +18,7 @@ from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import RealityConfig
-from mesocosm.envs.make import run_episode
+from mesocosm.envs.episode import run_episode
 from mesocosm.model.net import Losses
 from mesocosm.model.spec import Parts, Windows
 from mesocosm.model.world import StepOut

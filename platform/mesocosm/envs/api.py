@@ -1,4 +1,4 @@
-"""Calls of an environment, which may be of gym's old API, or raise when it is closed."""
+"""Calls of an environment that may have gym's old API, or raise when it is closed."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ _warned: set[str] = set()
 
 
 def close(env: Env) -> None:
-    """Close an environment. A `close()` that raises loses nothing: it is a warning on stderr, once
-    for each class."""
+    """Close an environment. If `close()` raises, warn on stderr, once for each class."""
     try:
         env.close()
     except Exception as error:
@@ -30,10 +29,9 @@ def close(env: Env) -> None:
         if name not in _warned:
             _warned.add(name)
             reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            warning = (
-                f"close() of the environment {name} raised {reason}; nothing is lost, correct it"
-            )
-            print(f"mesocosm: warning: {warning}", file=sys.stderr, flush=True)
+            problem = f"close() of the environment {name} raised {reason}"
+            warning = f"mesocosm: warning: {problem}; nothing is lost, correct it"
+            print(warning, file=sys.stderr, flush=True)
 
 
 def _name(env: Env) -> str:
@@ -41,61 +39,49 @@ def _name(env: Env) -> str:
 
 
 def take_step(env: Env, action: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-    """`env.step(action)`, in Gymnasium's form.
-
-    Raises:
-        MesocosmError: The environment is of gym's old API, which gives other values.
-    """
+    """`env.step(action)`. Raises MesocosmError where the environment has gym's old API."""
     names = "observation, reward, terminated, truncated, info"
-    given = _call(env, partial(env.step, action), "step", names, 5)
-    if not isinstance(given[4], Mapping):
-        raise _old_api(env, f"the info of step() must be a dict, got {type(given[4]).__name__}")
-    return given
+    return _call(env, partial(env.step, action), "step", names)
 
 
 def take_reset(
     env: Env, *, seed: int | None, options: dict[str, Any] | None
 ) -> tuple[Any, dict[str, Any]]:
-    """`env.reset(...)`, in Gymnasium's form.
-
-    Raises:
-        MesocosmError: The environment is of gym's old API, which takes or gives other values.
-    """
+    """`env.reset(...)`. Raises MesocosmError where the environment has gym's old API."""
+    reset = partial(env.reset, seed=seed, options=options)
     try:
-        given = _call(
-            env, partial(env.reset, seed=seed, options=options), "reset", "observation, info", 2
-        )
+        return _call(env, reset, "reset", "observation, info")
     except TypeError as error:
         if re.search(r"reset\(\) got an unexpected keyword argument '(seed|options)'", str(error)):
-            raise _old_api(
-                env, "reset() must take the keyword arguments seed and options"
-            ) from error
+            problem = "reset() must take the keyword arguments seed and options"
+            raise _old_api(env, problem) from error
         raise
-    if not isinstance(given[1], Mapping):
-        raise _old_api(env, f"the info of reset() must be a dict, got {type(given[1]).__name__}")
-    return given
 
 
-def _call(env: Env, call: Callable[[], Any], method: str, names: str, count: int) -> Any:
+def _call(env: Env, call: Callable[[], Any], method: str, names: str) -> Any:
+    """The result of a call that must return a tuple of `names`, the last of them a dict."""
+    count = len(names.split(", "))
+    problem = f"{method}() must give {count} values ({names}), got"
     try:
-        given = call()
-    except ValueError as error:  # Gymnasium's own wrappers unpack what the environment gives
+        result = call()
+    except ValueError as error:  # Gymnasium's own wrappers unpack the environment's tuple
         words = rf"(?:not enough|too many) values to unpack \(expected {count}(?:, got (\d+))?\)"
         unpacked = re.fullmatch(words, str(error))
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if unpacked and raised_in.is_relative_to(Path(gymnasium.__file__).parent):
-            raise _old_api(
-                env, f"{method}() must give {count} values ({names}), got {unpacked[1] or 'more'}"
-            ) from error
+            raise _old_api(env, f"{problem} {unpacked[1] or 'more'}") from error
         raise
-    if not isinstance(given, tuple) or len(given) != count:
-        got = len(given) if isinstance(given, tuple) else type(given).__name__
-        raise _old_api(env, f"{method}() must give {count} values ({names}), got {got}")
-    return given
+    if not isinstance(result, tuple) or len(result) != count:
+        got = len(result) if isinstance(result, tuple) else type(result).__name__
+        raise _old_api(env, f"{problem} {got}")
+    if not isinstance(result[-1], Mapping):
+        kind = type(result[-1]).__name__
+        raise _old_api(env, f"the info of {method}() must be a dict, got {kind}")
+    return result
 
 
 def _old_api(env: Env, problem: str) -> MesocosmError:
     return MesocosmError(
-        f"the environment {_name(env)} is not of Gymnasium's API: {problem}; update it, or wrap it"
-        " with shimmy.GymV21CompatibilityV0 or GymV26CompatibilityV0"
+        f"the environment {_name(env)} does not have Gymnasium's API: {problem}; update it, or wrap"
+        " it with shimmy.GymV21CompatibilityV0 or GymV26CompatibilityV0"
     )

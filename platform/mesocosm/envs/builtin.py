@@ -1,7 +1,5 @@
-"""Ground-truth environments that come with Mesocosm, beside every Gymnasium id:
+"""Environments that come with Mesocosm, beside every Gymnasium id:
 `reality.env=mesocosm.envs.builtin:reacher`.
-
-Here stands what Gymnasium has, in a form that names its task.
 """
 
 from __future__ import annotations
@@ -13,13 +11,15 @@ import numpy as np
 from gymnasium import spaces
 
 TARGET = slice(4, 6)
-"""Where Reacher-v5's observation holds the target's x and y, in metres."""
+"""The target's x and y, in metres, in the observation of Reacher-v5."""
 
 
 class reacher(gymnasium.ObservationWrapper[dict[str, Any], Any, Any]):
-    """Gymnasium's Reacher-v5 with the target as the task: observations are {"arm": [8] float64,
-    "target": [2] float64}, of which the target stays as it is for a whole episode. `reality.task:
-    [target]` makes it the head of every trajectory, and the world learns to draw it.
+    """Gymnasium's Reacher-v5 with the target as the task.
+
+    Observations are {"arm": [8] float64, "target": [2] float64}. The target is constant in an
+    episode: `reality.task: [target]` makes it the start of every trajectory, and the world learns
+    to draw it.
     """
 
     def __init__(self, **kwargs: Any):
@@ -35,10 +35,11 @@ class reacher(gymnasium.ObservationWrapper[dict[str, Any], Any, Any]):
 
 
 class halfcheetah(gymnasium.ActionWrapper[Any, Any, Any]):
-    """Gymnasium's HalfCheetah-v5 with actuators that err: to each of its six torques, in [-1, 1],
-    Gaussian noise of standard deviation `noise` is added at every step, which no observation shows.
-    What is logged is the action that was asked for, so that the next observation has an entropy of
-    its own.
+    """Gymnasium's HalfCheetah-v5 with noisy actuators.
+
+    Gaussian noise of standard deviation `noise` is added to each of the six torques, in [-1, 1], at
+    every step. No observation shows it, and the logged action is the one without noise: so the next
+    observation has a known entropy.
     """
 
     def __init__(self, noise: float = 0.1, **kwargs: Any):
@@ -46,9 +47,8 @@ class halfcheetah(gymnasium.ActionWrapper[Any, Any, Any]):
         self.noise = noise
 
     def action(self, action: Any) -> Any:
-        return np.clip(
-            action + self.noise * self.np_random.standard_normal(np.shape(action)), -1.0, 1.0
-        ).astype(np.float32)
+        noise = self.noise * self.np_random.standard_normal(np.shape(action))
+        return np.clip(action + noise, -1.0, 1.0).astype(np.float32)
 
 
 def _unbounded(size: int) -> spaces.Box:

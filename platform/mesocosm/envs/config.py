@@ -1,6 +1,4 @@
-"""What reality is: an environment, the distribution of its tasks, what it costs and how much of it
-may be spent.
-"""
+"""The config of reality: the environment, its task distribution, its price and budget."""
 
 from __future__ import annotations
 
@@ -16,12 +14,12 @@ from mesocosm.errors import UsageError
 BOUNDS = ("drop", "clip", "ignore")
 """Values of `reality.bounds`."""
 PAID = ("reality.budget", "reality.price", "reality.step_timeout_s")
-"""Keys that change what is paid or waited for, not what reality answers."""
+"""Keys that change costs and waiting times, but no transition."""
 
 
 @dataclass
 class PriceConfig:
-    """The declared price of the ground truth: of a robot's step, an assay, a browser's action."""
+    """The declared price of reality: of a robot's step, an assay, a browser's action."""
 
     per_step: float = 0.0
     per_reset: float = 0.0
@@ -31,16 +29,16 @@ class PriceConfig:
 @dataclass
 class BudgetConfig:
     steps: int | None = None
-    """Real steps that the purposes collect and select may spend together; None is no bound."""
+    """Real steps that the purposes collect and select may spend together; None for no bound."""
 
 
 @dataclass
 class TaskOption:
-    """How one reset option is drawn: uniformly from `choices`, or a float uniform in [low, high)."""
+    """The distribution of one reset option: uniform over `choices`, or a float in [low, high)."""
 
     choices: list[Any] | None = None
-    """Of one kind: numbers (with a float among them the option is a number of the task, else a
-    category), booleans or texts.
+    """All numbers (with a float among them the option is a number of the task, else a category),
+    all booleans or all texts.
     """
     low: float | None = None
     high: float | None = None
@@ -70,99 +68,71 @@ class RealityConfig:
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     step_timeout_s: float = 60.0
     """A step or reset that takes longer has hung: its worker is killed and the episode dropped.
-    Time that a behaviour takes to choose is not bounded.
+    The behaviour's own time is not bounded.
     """
 
 
+def _require(valid: bool, key: str, rule: str, value: Any) -> None:
+    if not valid:
+        raise UsageError(f"{key} must be {rule}, got {value!r}")
+
+
 def check(config: RealityConfig) -> None:
-    """Raise UsageError on the first value that cannot be meant. Makes no environment."""
-    if not config.env:
-        raise UsageError(
-            "reality.env is not set; give a Gymnasium id such as 'InvertedPendulum-v5', or"
-            " module:Id of your own"
-        )
-    for key, value in (("per_step", config.price.per_step), ("per_reset", config.price.per_reset)):
-        if not (math.isfinite(value) and value >= 0):
-            raise UsageError(
-                f"reality.price.{key}={value} is not a price; give a number of at least 0"
-            )
-    if not config.price.currency:
-        raise UsageError("reality.price.currency='' names no currency; give one such as 'USD'")
-    if config.budget.steps is not None and config.budget.steps < 0:
-        raise UsageError(
-            f"reality.budget.steps={config.budget.steps} is negative; give a number of real steps,"
-            " or null for no bound"
-        )
-    if config.horizon is not None and config.horizon < 1:
-        raise UsageError(
-            f"reality.horizon={config.horizon} leaves no step; give at least 1, or null for the"
-            " environment's own limit"
-        )
+    """Raise UsageError on the first invalid value. Makes no environment."""
+    name = "a Gymnasium id such as 'InvertedPendulum-v5', or module:Id of your own"
+    _require(bool(config.env), "reality.env", name, config.env)
+    price, steps, horizon = config.price, config.budget.steps, config.horizon
+    for key, value in (("per_step", price.per_step), ("per_reset", price.per_reset)):
+        valid = math.isfinite(value) and value >= 0
+        _require(valid, f"reality.price.{key}", "a number of at least 0", value)
+    currency = "a currency such as 'USD'"
+    _require(bool(price.currency), "reality.price.currency", currency, price.currency)
+    rule = "at least 0, or null for no bound"
+    _require(steps is None or steps >= 0, "reality.budget.steps", rule, steps)
+    rule = "at least 1, or null for the environment's own limit"
+    _require(horizon is None or horizon >= 1, "reality.horizon", rule, horizon)
     check_bounds(config)
-    if not (math.isfinite(config.step_timeout_s) and config.step_timeout_s > 0):
-        raise UsageError(
-            f"reality.step_timeout_s={config.step_timeout_s} is no time limit; give seconds above 0"
-        )
-    if len(set(config.task)) != len(config.task):
-        raise UsageError(
-            f"reality.task={list(config.task)} names something twice; name each observation key or"
-            " reset option once"
-        )
+    timeout = config.step_timeout_s
+    valid = math.isfinite(timeout) and timeout > 0
+    _require(valid, "reality.step_timeout_s", "a number of seconds above 0", timeout)
+    task = list(config.task)
+    _require(len(set(task)) == len(task), "reality.task", "a list of different names", task)
     for name, option in config.task_options.items():
-        if name not in config.task:
-            key = f"reality.task_options.{name}"
-            raise UsageError(
-                f"{key} is drawn but is no part of the task; add {name!r} to"
-                f" reality.task={list(config.task)}"
-            )
-        check_option(f"reality.task_options.{name}", option)
+        key = f"reality.task_options.{name}"
+        if name not in task:
+            problem = f"{key} is drawn but is not part of the task"
+            raise UsageError(f"{problem}; add {name!r} to reality.task={task}")
+        check_option(key, option)
     if config.success is not None:
         parse_success(config.success)
 
 
 def check_bounds(config: RealityConfig) -> None:
     """Raise UsageError where `reality.bounds` is unknown."""
-    if config.bounds not in BOUNDS:
-        raise UsageError(
-            f"reality.bounds must be 'drop', 'clip' or 'ignore', got {config.bounds!r}"
-        )
+    valid = config.bounds in BOUNDS
+    _require(valid, "reality.bounds", "'drop', 'clip' or 'ignore'", config.bounds)
 
 
 def check_option(key: str, option: TaskOption) -> None:
-    """Raise UsageError where nothing can be drawn from the option of the config key `key`."""
-    ranged = option.low is not None or option.high is not None
-    if (option.choices is not None) == ranged:
+    """Raise UsageError where the option of the config key `key` has no valid distribution."""
+    choices, low, high = option.choices, option.low, option.high
+    if (choices is not None) == (low is not None or high is not None):
         raise UsageError(
             f"{key} needs either choices or both low and high; give {key}.choices=[...] or"
             f" {key}.low and {key}.high"
         )
-    if option.choices is not None:
-        if not option.choices:
-            raise UsageError(f"{key}.choices=[] leaves nothing to draw; give at least one value")
-        for value in option.choices:
-            if not isinstance(value, bool | int | float | str) or (
-                isinstance(value, float) and not math.isfinite(value)
-            ):
-                raise UsageError(
-                    f"{key}.choices holds {value!r}; give finite numbers, booleans or texts"
-                )
-        kinds = {float if type(value) is int else type(value) for value in option.choices}
-        if len(kinds) > 1:
-            raise UsageError(
-                f"{key}.choices={list(option.choices)} are of several kinds; give numbers, booleans"
-                " or texts alone"
-            )
-    elif (
-        option.low is None
-        or option.high is None
-        or not (
-            math.isfinite(option.low) and math.isfinite(option.high) and option.low < option.high
-        )
-    ):
-        raise UsageError(
-            f"{key}.low={option.low} and high={option.high} are no range; give two numbers with low"
-            " < high"
-        )
+    if choices is None:
+        ends = [value for value in (low, high) if value is not None and math.isfinite(value)]
+        valid = len(ends) == 2 and ends[0] < ends[1]
+        _require(valid, f"{key}.low and high", "two numbers with low < high", (low, high))
+        return
+    valid = all(
+        isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+        for value in choices
+    )
+    kinds = {float if type(value) is int else type(value) for value in choices}
+    rule = "one or more finite numbers, or booleans, or texts"
+    _require(valid and len(kinds) == 1, f"{key}.choices", rule, list(choices))
 
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
@@ -174,11 +144,11 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
 
 
 def parse_success(text: str) -> Callable[[float, Mapping[str, Any]], bool]:
-    """`reality.success` as a function of an episode's return and its last step's info. Raises
-    UsageError on any other syntax.
+    """`reality.success` as a function of an episode's return and its last step's info.
+
+    Raises UsageError on any other syntax.
     """
-    by_return = re.fullmatch(r"\s*return\s*(>=|<=|>|<)\s*(\S+)\s*", text)
-    if by_return:
+    if by_return := re.fullmatch(r"\s*return\s*(>=|<=|>|<)\s*(\S+)\s*", text):
         compare = _OPERATORS[by_return[1]]
         try:
             bound = float(by_return[2])
@@ -186,11 +156,8 @@ def parse_success(text: str) -> Callable[[float, Mapping[str, Any]], bool]:
             bound = math.nan
         if math.isfinite(bound):
             return lambda total, info: compare(total, bound)
-    by_info = re.fullmatch(r"\s*info\.(\w+)\s*", text)
-    if by_info:
+    if by_info := re.fullmatch(r"\s*info\.(\w+)\s*", text):
         key = by_info[1]
         return lambda total, info: bool(info.get(key, False))
-    raise UsageError(
-        f"reality.success={text!r} is not understood; write 'return >= NUMBER' (or >, <=, <) or"
-        " 'info.KEY'"
-    )
+    rule = "'return >= NUMBER' (or >, <=, <) or 'info.KEY'"
+    raise UsageError(f"reality.success must be {rule}, got {text!r}")

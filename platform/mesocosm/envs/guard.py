@@ -1,6 +1,4 @@
-"""Environments of reality that crash, hang or give NaN, made fit for a learner that knows nothing
-of it.
-"""
+"""Wrappers for environments that crash, hang or give NaN, for learners that expect none of it."""
 
 from __future__ import annotations
 
@@ -8,24 +6,28 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import gymnasium
 
-from mesocosm.envs.api import close, take_reset, take_step
+from mesocosm.envs.api import Env, close, take_reset, take_step
 from mesocosm.envs.config import RealityConfig
-from mesocosm.envs.make import Env, all_finite, copied, make_env
+from mesocosm.envs.episode import all_finite
+from mesocosm.envs.make import make_env
 from mesocosm.errors import MesocosmError
 
 MAX_FAILURES = 5
-"""So many failures in a row, with no episode finished between them: the environment is broken, not
-unlucky.
+"""After so many failures in a row, without a finished episode between them, the environment counts
+as broken.
 """
 
 
 class Timed(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Raises TimeoutError in place of a step or reset that takes too long: in the main thread,
-    between two Python instructions (a hang inside a C library is not ended).
+    """Raises TimeoutError when a step or reset takes too long.
+
+    It works in the main thread only, and between two Python instructions: a hang inside a C library
+    is not ended.
     """
 
     def __init__(self, env: Env, timeout_s: float):
@@ -43,26 +45,24 @@ class Timed(gymnasium.Wrapper[Any, Any, Any, Any]):
             return self.env.step(action)
 
 
-class Sturdy(gymnasium.Env[Any, Any]):
-    """The environment that `config` names, whose failing step ends its episode: truncated, at the
-    last observation, with no reward.
+class GuardedEnv(gymnasium.Env[Any, Any]):
+    """The environment of `config`. A step that fails truncates its episode at the last observation,
+    without reward.
 
-    A fresh environment takes the failed one's place, and `dropped` says why. Raises MesocosmError
+    A new environment replaces the failed one, and `dropped` lists the reasons. Raises MesocosmError
     after MAX_FAILURES in a row.
     """
 
     def __init__(self, config: RealityConfig):
         self._config = config
         self.dropped: list[str] = []
-        self._in_a_row = 0
-        self._renew()
-        self.observation_space, self.action_space = (
-            self.env.observation_space,
-            self.env.action_space,
-        )
+        self._failures = 0
+        self._make()
+        self.observation_space = self.env.observation_space
+        self.action_space = self.env.action_space
         self.metadata = self.env.metadata
 
-    def _renew(self) -> None:
+    def _make(self) -> None:
         self.env = Timed(make_env(self._config), self._config.step_timeout_s)
 
     def reset(
@@ -73,7 +73,7 @@ class Sturdy(gymnasium.Env[Any, Any]):
             try:
                 observation, info = take_reset(self.env, seed=seed, options=options)
                 if all_finite(observation):
-                    self._last = copied(observation)
+                    self._last = deepcopy(observation)
                     return observation, info
                 reason = "the reset's observation holds NaN or infinity"
             except MesocosmError:
@@ -87,8 +87,8 @@ class Sturdy(gymnasium.Env[Any, Any]):
         try:
             observation, reward, terminated, truncated, info = take_step(self.env, action)
             if all_finite((observation, reward, info.get("duration", 0.0))):
-                self._last = copied(observation)
-                self._in_a_row = 0 if terminated or truncated else self._in_a_row
+                self._last = deepcopy(observation)
+                self._failures = 0 if terminated or truncated else self._failures
                 return observation, reward, terminated, truncated, info
             reason = "a step gave NaN or infinity"
         except MesocosmError:
@@ -100,14 +100,14 @@ class Sturdy(gymnasium.Env[Any, Any]):
 
     def _failed(self, reason: str) -> None:
         self.dropped.append(" ".join(reason.split()))
-        self._in_a_row += 1
-        if self._in_a_row >= MAX_FAILURES:
+        self._failures += 1
+        if self._failures >= MAX_FAILURES:
             raise MesocosmError(
-                f"reality.env={self._config.env!r} failed {self._in_a_row} times in a row"
+                f"reality.env={self._config.env!r} failed {self._failures} times in a row"
                 f" ({self.dropped[-1]}); correct it"
             )
         close(self.env)
-        self._renew()
+        self._make()
 
     def close(self) -> None:
         close(self.env)

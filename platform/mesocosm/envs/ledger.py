@@ -1,14 +1,13 @@
-"""The ledger: what reality has cost, by purpose, exact under any number of processes and after any
-crash.
+"""The ledger: the cost of reality by purpose, exact for any number of processes and any crash.
 
 An append-only journal `ROOT/ledgers/<id>/NNNNNNNN.json`. A record reserves real steps and resets
-*before* they happen, confirms an earlier reservation with what was truly used, or does both. Record
-n is created exclusively, by whoever has read records 0..n-1 and found budget left in them, so the
+*before* they happen, confirms an earlier reservation with what was used, or does both. Record n is
+created exclusively, by a process that has read records 0..n-1 and found budget left in them, so the
 records are one agreed sequence and the budget holds without a lock or a server. A reservation that
 was never confirmed (its process died, or is still at work) counts as spent in full and is listed
 apart: never over budget, never under-counted, exact without a crash.
 
-Each record names its predecessor's nonce, so a record that was deleted or replaced is noticed.
+Each record names its predecessor's nonce, so a record that was deleted or replaced is detected.
 Every SNAPSHOT_EVERY records `snapshots/NNNNNNNN.json` holds the state before record N: opening a
 ledger reads the newest snapshot and the records after it.
 """
@@ -31,17 +30,15 @@ from mesocosm.store.artifacts import Storage
 
 PURPOSES = ("collect", "baseline", "select", "judge")
 SNAPSHOT_EVERY = 64
-"""Records between two snapshots. Opening a ledger reads at most this many records and one snapshot.
-"""
+"""Records between two snapshots: opening a ledger reads one snapshot and at most this many."""
 RECORD = re.compile(r"(\d{8})\.json")
 BUDGETED = ("collect", "select")
-"""What `reality.budget.steps` bounds together; any purpose may have a bound of its own beside it.
-"""
+"""The purposes that `reality.budget.steps` bounds together."""
 
 
 @dataclass(frozen=True)
 class Reservation:
-    """Leave to take `steps` real steps and `resets` resets; `number` is its record's."""
+    """Permission for `steps` real steps and `resets` resets. `number` is that of its record."""
 
     number: int
     purpose: str
@@ -52,9 +49,7 @@ class Reservation:
 
 @dataclass(frozen=True)
 class Usage:
-    """What was truly used of a reservation. `seconds` are measured inside the environment's step
-    and reset.
-    """
+    """What was used of a reservation. `seconds` are those inside step and reset."""
 
     reservation: Reservation
     steps: int
@@ -64,9 +59,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class PurposeTotals:
-    """All that one purpose has spent. The unconfirmed part is *included* in steps, resets and
-    price.
-    """
+    """The total of one purpose. Steps, resets and price *include* the unconfirmed part."""
 
     steps: int = 0
     resets: int = 0
@@ -84,7 +77,7 @@ class LedgerTotals:
     purposes: dict[str, PurposeTotals]
     """For each of PURPOSES."""
     unconfirmed: tuple[Reservation, ...]
-    """Reservations nobody has confirmed: of crashed processes, or of live ones."""
+    """Open reservations, of crashed processes or of live ones."""
     spent: int
     """Steps of collect and select, the unconfirmed included."""
     remaining: int | None
@@ -100,9 +93,7 @@ class LedgerTotals:
         return sum(p.price for p in self.purposes.values())
 
     def to_json(self) -> dict[str, Any]:
-        data = asdict(self)
-        data["unconfirmed"] = [asdict(r) for r in self.unconfirmed]
-        return {**data, "steps": self.steps, "price": self.price}
+        return {**asdict(self), "steps": self.steps, "price": self.price}
 
 
 @dataclass
@@ -113,13 +104,13 @@ class _Sum:
 
 
 class Ledger:
-    """One open ledger. Safe between threads; other processes open their own by the same id.
+    """One open ledger. Threads may share it; other processes open their own by the same id.
+
+    The budget and the prices are not part of the journal: a later run may raise a budget.
 
     Args:
-        budget: bounds collect and select together.
-        bounds: bounds of single purposes, e.g. `{"baseline": 20000}`.
-
-    The budget and the prices are the caller's, not the journal's: a later run may raise a budget.
+        budget: Bounds collect and select together.
+        bounds: Bounds of single purposes, e.g. `{"baseline": 20000}`.
     """
 
     def __init__(
@@ -131,17 +122,14 @@ class Ledger:
         bounds: Mapping[str, int] | None = None,
     ):
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", ledger_id):
-            raise UsageError(
-                f"ledger {ledger_id!r} is not a name for a ledger; use letters, digits, '.', '_'"
-                " and '-'"
-            )
+            rule = "must consist of letters, digits, '.', '_' and '-'"
+            raise UsageError(f"a ledger's name {rule}, got {ledger_id!r}")
         self.storage, self.id = storage, ledger_id
         self.budget, self.price = budget or BudgetConfig(), price or PriceConfig()
         self.bounds = dict(bounds or {})
         assert set(self.bounds) <= set(PURPOSES), self.bounds
-        self._lock = (
-            threading.RLock()
-        )  # re-entrant: the garbage collector may close a forgotten environment while we append
+        # Re-entrant: the garbage collector may close a forgotten environment while we append.
+        self._lock = threading.RLock()
         self._next = 0
         self._nonce = ""
         """Nonce of record `_next - 1`."""
@@ -149,8 +137,7 @@ class Ledger:
         self._open: dict[int, Reservation] = {}
         self._confirmed = {purpose: _Sum() for purpose in PURPOSES}
 
-    # -- spending
-    # ------------------------------------------------------------------------------------------------
+    # -- spending ----------------------------------------------------------------------------------
 
     def reserve(
         self,
@@ -168,22 +155,20 @@ class Ledger:
         `confirming` confirms an earlier reservation in the same record.
 
         Raises:
-            BudgetSpent: fewer than `least` steps are left. Nothing is reserved or confirmed.
+            BudgetSpent: Fewer than `least` steps are left. Nothing is reserved or confirmed.
         """
         assert purpose in PURPOSES and steps >= least >= 1 and resets >= 0, (purpose, steps, resets)
         with self._lock:
             while True:
                 self._catch_up()
-                number = self._next  # a re-entrant call may move on over others' records: what we judge by is what stands before this one
+                # Judge by the records before this one: a re-entrant call may read more meanwhile.
+                number = self._next
                 left = self._remaining(purpose, confirming)
                 granted = steps if left is None else min(steps, left)
                 if granted < least:
                     raise BudgetSpent(self._refusal(purpose, steps, max(granted, 0)))
-                if self._append(
-                    number,
-                    {"purpose": purpose, "steps": granted, "resets": resets, "holder": holder},
-                    confirming,
-                ):
+                wanted = Reservation(number, purpose, granted, resets, holder)
+                if self._append(number, wanted, confirming):
                     return self._open[number]
 
     def confirm(
@@ -197,30 +182,29 @@ class Ledger:
     ) -> Reservation | None:
         """Confirm what was used of a reservation; the rest returns to the budget.
 
-        Of two confirmations of one reservation the first counts. `keep` is (steps, resets) of the
-        rest that stay reserved in a new reservation, which is returned: they were used, and what
-        they bought is not recorded yet.
+        Of two confirmations of one reservation the first counts.
+
+        Args:
+            keep: (steps, resets) of the rest that stay reserved: they were used, and their
+                transitions are not recorded yet.
+
+        Returns:
+            The new reservation of `keep`; None without one.
         """
         usage = Usage(reservation, steps, resets, seconds)
-        kept = None
-        if any(keep):
-            kept = {
-                "purpose": reservation.purpose,
-                "steps": keep[0],
-                "resets": keep[1],
-                "holder": reservation.holder,
-            }
         with self._lock:
             self._catch_up()
             while reservation.number in self._open:
-                number = self._next
+                number, kept = self._next, None
+                if any(keep):
+                    held = reservation
+                    kept = Reservation(number, held.purpose, *keep, held.holder)
                 if self._append(number, kept, usage):
                     return self._open.get(number)
                 self._catch_up()
         return None
 
-    # -- looking
-    # -------------------------------------------------------------------------------------------------
+    # -- totals ------------------------------------------------------------------------------------
 
     def totals(self) -> LedgerTotals:
         """Everything spent so far, by everyone."""
@@ -230,21 +214,19 @@ class Ledger:
             for purpose, done in self._confirmed.items():
                 waiting = [r for r in self._open.values() if r.purpose == purpose]
                 steps, resets = sum(r.steps for r in waiting), sum(r.resets for r in waiting)
-                apart = self._cost(steps, resets)
                 purposes[purpose] = PurposeTotals(
-                    done.steps + steps,
-                    done.resets + resets,
-                    done.seconds,
-                    self._cost(done.steps, done.resets) + apart,
-                    steps,
-                    resets,
-                    apart,
+                    steps=done.steps + steps,
+                    resets=done.resets + resets,
+                    seconds=done.seconds,
+                    price=self._cost(done.steps, done.resets) + self._cost(steps, resets),
+                    unconfirmed_steps=steps,
+                    unconfirmed_resets=resets,
+                    unconfirmed_price=self._cost(steps, resets),
                 )
             spent = sum(purposes[p].steps for p in BUDGETED)
-            remaining = None if self.budget.steps is None else max(0, self.budget.steps - spent)
-            return LedgerTotals(
-                self.id, self.price.currency, purposes, tuple(self._open.values()), spent, remaining
-            )
+            left = None if self.budget.steps is None else max(0, self.budget.steps - spent)
+            waiting_all = tuple(self._open.values())
+            return LedgerTotals(self.id, self.price.currency, purposes, waiting_all, spent, left)
 
     def remaining(self, purpose: str) -> int | None:
         """Steps left to a purpose under every bound that applies to it; None if none does."""
@@ -252,41 +234,42 @@ class Ledger:
             self._catch_up()
             return self._remaining(purpose, None)
 
-    # -- the journal
-    # ---------------------------------------------------------------------------------------------
+    # -- the journal -------------------------------------------------------------------------------
 
     def _path(self, number: int) -> str:
         return f"ledgers/{self.id}/{number:08d}.json"
 
     def _catch_up(self) -> None:
         """Read the records that others have appended since the last call."""
-        if not self._opened:
+        opening = not self._opened
+        if opening:
             self._open_journal()
+        first = self._next
         while (raw := self.storage.read(self._path(number := self._next))) is not None:
             self._apply(number, self._parse(number, raw))
+        if opening and self._next - first >= SNAPSHOT_EVERY:  # whoever should have written it died
+            with suppress(StorageError):  # a reader's root may be read-only
+                self._snapshot()
 
     def _open_journal(self) -> None:
-        """Check that no record is missing, and start from the newest snapshot.
+        """Check that no record is missing, and restore the newest snapshot.
 
         Raises ArtifactError where a record is missing or the newest snapshot is damaged.
         """
         folder = f"ledgers/{self.id}"
         snapshots = _numbers(self.storage.list(f"{folder}/snapshots"))
         numbers = _numbers(self.storage.list(folder))
-        last = max([*(n + 1 for n in numbers), *snapshots], default=0)
-        for number in sorted(set(range(last)) - set(numbers)):
-            # A listing may miss a record that was appended meanwhile.
+        end = max([*(n + 1 for n in numbers), *snapshots], default=0)
+        for number in sorted(set(range(end)) - set(numbers)):
+            # The listing may lack a record that was appended meanwhile.
             if self.storage.read(self._path(number)) is None:
                 raise self._damaged(number, "missing")
         if snapshots:
             self._restore(snapshots[-1])
         self._opened = True
-        start = self._next
-        while (raw := self.storage.read(self._path(number := self._next))) is not None:
-            self._apply(number, self._parse(number, raw))
-        if self._next - start >= SNAPSHOT_EVERY:  # the process that should have written one died
-            with suppress(StorageError):  # who only looks may look into a root that is read-only
-                self._snapshot()
+
+    def _snapshot_path(self, number: int) -> str:
+        return f"ledgers/{self.id}/snapshots/{number:08d}.json"
 
     def _snapshot(self) -> None:
         """Write the state before record `_next`. Any process writes the same bytes."""
@@ -296,11 +279,10 @@ class Ledger:
             "confirmed": {purpose: asdict(total) for purpose, total in self._confirmed.items()},
             "open": [asdict(r) for r in self._open.values()],
         }
-        path = f"ledgers/{self.id}/snapshots/{self._next:08d}.json"
-        self.storage.write(path, json.dumps(state).encode())
+        self.storage.write(self._snapshot_path(self._next), json.dumps(state).encode())
 
     def _restore(self, number: int) -> None:
-        path = f"ledgers/{self.id}/snapshots/{number:08d}.json"
+        path = self._snapshot_path(number)
         try:
             state = json.loads(self.storage.read(path) or b"")
             self._confirmed = {p: _Sum(**state["confirmed"][p]) for p in PURPOSES}
@@ -319,7 +301,7 @@ class Ledger:
                 raise ValueError("not a record of a ledger")
         except (ValueError, TypeError) as error:
             raise self._damaged(number, "damaged") from error
-        # Records of before the chain have no "previous".
+        # Records of the first versions have no "previous".
         if number == self._next and record.get("previous", self._nonce) != self._nonce:
             raise self._damaged(number - 1, "replaced")
         return record
@@ -330,16 +312,18 @@ class Ledger:
             f" is {how}; restore it from a copy, or use another ledger"
         )
 
-    def _append(self, number: int, reserve: dict[str, Any] | None, confirm: Usage | None) -> bool:
-        """Create record `number`; False if it is there already."""
+    def _append(self, number: int, reserve: Reservation | None, confirm: Usage | None) -> bool:
+        """Create record `number`. Returns False where it exists."""
         record: dict[str, Any] = {
             "schema": 1,
             "nonce": uuid.uuid4().hex,
             "previous": self._nonce,
             "time": round(time.time(), 3),
-            "reserve": reserve,
+            "reserve": None,
             "confirm": None,
         }
+        if reserve is not None:
+            record["reserve"] = {k: v for k, v in asdict(reserve).items() if k != "number"}
         if confirm is not None:
             held = confirm.reservation
             assert 0 <= confirm.steps <= held.steps and 0 <= confirm.resets <= held.resets, confirm
@@ -350,15 +334,13 @@ class Ledger:
                 "seconds": round(confirm.seconds, 6),
             }
         if not self.storage.create(self._path(number), json.dumps(record).encode()):
-            # A remote store may answer "there" to its own retry of our request: the nonce tells.
+            # A remote store may refuse its client's own repetition of this request.
             raw = self.storage.read(self._path(number))
             if raw is None or self._parse(number, raw)["nonce"] != record["nonce"]:
                 return False
         self._apply(number, record)
         if self._next == number + 1 and self._next % SNAPSHOT_EVERY == 0:
-            with suppress(
-                StorageError
-            ):  # the record is there, and whoever opens the ledger next writes the snapshot
+            with suppress(StorageError):  # the record counts; the next process writes the snapshot
                 self._snapshot()
         return True
 
@@ -373,12 +355,9 @@ class Ledger:
             done.resets += confirm["resets"]
             done.seconds += confirm["seconds"]
         if reserve is not None:
-            self._open[number] = Reservation(
-                number, reserve["purpose"], reserve["steps"], reserve["resets"], reserve["holder"]
-            )
+            self._open[number] = Reservation(number, **reserve)
 
-    # -- the budget
-    # ----------------------------------------------------------------------------------------------
+    # -- the budget --------------------------------------------------------------------------------
 
     def _limits(self, purpose: str) -> list[tuple[str, tuple[str, ...], int]]:
         """(name of the bound, the purposes under it, steps)"""
@@ -389,36 +368,29 @@ class Ledger:
             limits.append((f"the bound of {purpose}", (purpose,), self.bounds[purpose]))
         return limits
 
-    def _spent(self, purposes: tuple[str, ...], without: Usage | None = None) -> int:
-        total = sum(self._confirmed[p].steps for p in purposes) + sum(
-            r.steps for r in self._open.values() if r.purpose in purposes
-        )
-        if (
-            without is not None
-            and without.reservation.purpose in purposes
-            and without.reservation.number in self._open
+    def _spent(self, purposes: tuple[str, ...], confirming: Usage | None = None) -> int:
+        """Steps spent, the unconfirmed included, as if `confirming` were confirmed."""
+        waiting = [r for r in self._open.values() if r.purpose in purposes]
+        total = sum(self._confirmed[p].steps for p in purposes) + sum(r.steps for r in waiting)
+        if confirming is not None and any(
+            r.number == confirming.reservation.number for r in waiting
         ):
-            total -= without.reservation.steps - without.steps
+            total -= confirming.reservation.steps - confirming.steps
         return total
 
     def _remaining(self, purpose: str, confirming: Usage | None) -> int | None:
-        return min(
-            (
-                bound - self._spent(purposes, confirming)
-                for _, purposes, bound in self._limits(purpose)
-            ),
-            default=None,
-        )
+        limits = self._limits(purpose)
+        left = (bound - self._spent(purposes, confirming) for _, purposes, bound in limits)
+        return min(left, default=None)
 
     def _refusal(self, purpose: str, steps: int, left: int) -> str:
-        name, purposes, bound = min(
-            self._limits(purpose), key=lambda limit: limit[2] - self._spent(limit[1])
-        )
-        apart = sum(r.steps for r in self._open.values() if r.purpose in purposes)
+        limits = self._limits(purpose)
+        name, purposes, bound = min(limits, key=lambda limit: limit[2] - self._spent(limit[1]))
+        unconfirmed = sum(r.steps for r in self._open.values() if r.purpose in purposes)
         return (
             f"ledger {self.id!r}: {name}={bound} is spent ({self._spent(purposes)} real steps by"
-            f" {' and '.join(purposes)}, {apart} of them unconfirmed; {steps} more asked for"
-            f" {purpose}, {left} left); raise it or use another ledger"
+            f" {' and '.join(purposes)}, {unconfirmed} of them unconfirmed; {steps} more requested"
+            f" for {purpose}, {left} left); raise it or use another ledger"
         )
 
     def _cost(self, steps: int, resets: int) -> float:

@@ -1,6 +1,4 @@
-"""Ground-truth environments by name, and one episode of them: a function of (reality config, seed,
-k), whoever runs it.
-"""
+"""Environments of reality by name, their properties and tasks."""
 
 from __future__ import annotations
 
@@ -10,79 +8,50 @@ import importlib.metadata
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any
 
 import gymnasium
 import numpy as np
 
 from mesocosm.cluster.ray_session import IMPORTS
-from mesocosm.data.format.bounds import FIX, Clipped, first_outside
-from mesocosm.data.format.episode import Episode, Outcome
-from mesocosm.data.format.spaces import FLOAT32
-from mesocosm.envs.api import close, take_reset, take_step
-from mesocosm.envs.config import RealityConfig, check, parse_success
-from mesocosm.errors import BudgetSpent, MesocosmError, UsageError, nearest
+from mesocosm.data.format.bounds import Clipped
+from mesocosm.envs.api import Env, close
+from mesocosm.envs.config import RealityConfig, check
+from mesocosm.errors import UsageError, nearest
 
-Env = gymnasium.Env[Any, Any]
-Act = Callable[[Any, np.random.Generator], Any]
-"""(raw observation, the episode's generator) -> raw action"""
+MOVED = {"mesocosm.reality.domains": "mesocosm.envs.builtin"}
+"""Modules by the names that artifacts of earlier versions contain."""
 
 
-class EpisodeError(MesocosmError):
-    """An environment failed in the middle of an episode: it raised, hung, or gave what is not
-    finite or not of its spaces.
-    """
-
-
-class EpisodeCut(BudgetSpent):
-    """The budget ran out in the middle of an episode. `episode` is what was paid for, unfinished;
-    None before its first transition.
-    """
-
-    def __init__(self, message: str, episode: Episode | None):
-        super().__init__(message)
-        self.episode = episode
-
-
-@runtime_checkable
-class Behaviour(Protocol):
-    """An `Act` that is told when an episode begins."""
-
-    def start(self, k: int, rng: np.random.Generator) -> None: ...
-
-    def __call__(self, observation: Any, rng: np.random.Generator) -> Any: ...
-
-
-# -- making
-# ----------------------------------------------------------------------------------------------------------
+# -- environments ------------------------------------------------------------------------------
 
 
 def make_env(config: RealityConfig) -> Env:
-    """The environment that `reality.env` names, with its kwargs and horizon.
+    """The environment of `reality.env`, with its kwargs and horizon.
 
-    `module:Id` imports the module (the current directory is importable) and takes the id that it
-    registers, or else the class or function of that name. Raises UsageError: no such environment
-    (with the nearest id), a module that cannot be imported, keyword arguments it does not take, a
-    task it does not have.
+    `module:Id` imports the module (the current directory is importable) and uses the id that it
+    registers, or else the class or function of that name.
+
+    Raises:
+        UsageError: The environment does not exist, its module cannot be imported, it does not take
+            the keyword arguments, or it does not have the task.
     """
     check(config)
-    maker = _maker(config)
+    build = _builder(config)
     try:
-        env = maker()
+        env = build()
     except UsageError:
         raise
     except gymnasium.error.DependencyNotInstalled as error:
-        raise UsageError(
-            f"reality.env={config.env!r} needs a package that is not installed: {_line(error)}"
-        ) from error
+        problem = f"reality.env={config.env!r} needs a package that is not installed"
+        raise UsageError(f"{problem}: {one_line(error)}") from error
     except (Exception, SystemExit) as error:
         raise UsageError(
             f"reality.env={config.env!r} cannot be made with reality.kwargs={dict(config.kwargs)!r}"
-            f" ({type(error).__name__}: {_line(error)}); correct them"
+            f" ({type(error).__name__}: {one_line(error)}); correct them"
         ) from error
     task_keys(config, env.observation_space)
     return Clipped(env) if config.bounds == "clip" else env
@@ -90,7 +59,7 @@ def make_env(config: RealityConfig) -> Env:
 
 @dataclass(frozen=True)
 class EnvFacts:
-    """What is known of an environment without a step."""
+    """The properties of an environment that are known without a step."""
 
     observation_space: gymnasium.Space[Any]
     action_space: gymnasium.Space[Any]
@@ -106,36 +75,27 @@ class EnvFacts:
 
 
 def facts_of(config: RealityConfig) -> EnvFacts:
-    """Makes the environment to look at it, and closes it; takes no real step. Raises UsageError as
-    `make_env` does.
-    """
+    """Make the environment, inspect it and close it. Raises UsageError as `make_env` does."""
     env = make_env(config)
     try:
-        limit = (
-            config.horizon
-            if config.horizon is not None
-            else env.spec.max_episode_steps
-            if env.spec is not None
-            else None
-        )
+        limit = config.horizon
+        if limit is None and env.spec is not None:
+            limit = env.spec.max_episode_steps
         return EnvFacts(env.observation_space, env.action_space, environment_version(env), limit)
     finally:
         close(env)
 
 
-MOVED = {"mesocosm.reality.domains": "mesocosm.envs.builtin"}
-"""Modules under the names that artifacts of earlier versions hold."""
-
-
-def _maker(config: RealityConfig) -> Callable[[], Env]:
+def _builder(config: RealityConfig) -> Callable[[], Env]:
     module_name, _, name = config.env.rpartition(":")
     module_name = MOVED.get(module_name, module_name)
     module = import_module(module_name, f"reality.env={config.env!r}") if module_name else None
-    if name in gymnasium.registry or module is None or not hasattr(module, name):
-        _check_registered(config.env, name, module)
+    if name in gymnasium.registry:
         return lambda: gymnasium.make(
             name, max_episode_steps=config.horizon, disable_env_checker=True, **config.kwargs
         )
+    if module is None or not hasattr(module, name):
+        raise _unknown(config.env, name, module)
     build = getattr(module, name)
 
     def make() -> Env:
@@ -150,34 +110,29 @@ def _maker(config: RealityConfig) -> Callable[[], Env]:
     return make
 
 
-def _check_registered(env: str, name: str, module: Any) -> None:
-    if name in gymnasium.registry:
-        return
+def _unknown(env: str, name: str, module: Any) -> UsageError:
     if module is not None:
-        own = [
-            n
-            for n, value in vars(module).items()
-            if inspect.isclass(value) and issubclass(value, gymnasium.Env)
-        ]
+        values = vars(module).items()
+        classes = [n for n, v in values if inspect.isclass(v) and issubclass(v, gymnasium.Env)]
         where = f" ({path})" if (path := getattr(module, "__file__", None)) else ""
-        raise UsageError(
+        return UsageError(
             f"reality.env={env!r}: module {module.__name__!r}{where} neither registers nor defines"
-            f" {name!r}{nearest(name, [*own, *gymnasium.registry])}"
+            f" {name!r}{nearest(name, [*classes, *gymnasium.registry])}"
         )
-    same = [
-        id
-        for id in gymnasium.registry
-        if id.rsplit("-v", 1)[0].lower() == name.rsplit("-v", 1)[0].lower()
-    ]
-    hint = f"; did you mean {same[-1]!r}?" if same else nearest(name, gymnasium.registry)
-    raise UsageError(
-        f"reality.env={env!r} does not exist: no environment of that id is registered{hint}"
-    )
+    base = name.rsplit("-v", 1)[0].lower()
+    versions = [id for id in gymnasium.registry if id.rsplit("-v", 1)[0].lower() == base]
+    hint = nearest(name, gymnasium.registry)
+    if versions:
+        hint = f"; did you mean {versions[-1]!r}?"
+    problem = f"reality.env={env!r} does not exist: no environment of that id is registered"
+    return UsageError(f"{problem}{hint}")
 
 
-def import_module(name: str, what: str) -> Any:
-    """Import a user's module, the current directory being importable. `what` names the config key
-    and value in the UsageError.
+def import_module(name: str, setting: str) -> Any:
+    """Import a user's module; the current directory is importable.
+
+    Args:
+        setting: The config key and value, for the UsageError.
     """
     here = os.getcwd()
     for folder in (here, os.environ.get(IMPORTS, here)):
@@ -186,31 +141,26 @@ def import_module(name: str, what: str) -> Any:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise UsageError(
-                f"{what}: there is no module {error.name!r} in {here!r} or among the installed"
-                " packages; check its name"
-            ) from error
-        raise UsageError(
-            f"{what}: module {name!r} needs {error.name!r}, which is not installed"
-        ) from error
+        problem = f"module {name!r} needs {error.name!r}, which is not installed"
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+            problem = (
+                f"there is no module {error.name!r} in {here!r} or among the installed packages;"
+                " check its name"
+            )
+        raise UsageError(f"{setting}: {problem}") from error
     except (Exception, SystemExit) as error:
-        raise UsageError(
-            f"{what}: module {name!r} fails on import ({type(error).__name__}: {_line(error)})"
-        ) from error
+        problem = f"module {name!r} fails on import ({type(error).__name__}: {one_line(error)})"
+        raise UsageError(f"{setting}: {problem}") from error
 
 
 def environment_version(env: Env) -> str:
-    """What code the environment is: the version of its package, or of a loose module the hash of
-    its source.
-    """
+    """The version of the environment's package, or the hash of a single module's source."""
     kind = type(env.unwrapped)
-    package = kind.__module__.partition(".")[0]
+    names = [kind.__module__.partition(".")[0]]
+    if "mujoco" in kind.__module__ and names != ["mujoco"]:
+        names.append("mujoco")
     versions = []
-    for name in [
-        package,
-        *(["mujoco"] if "mujoco" in kind.__module__ and package != "mujoco" else []),
-    ]:
+    for name in names:
         try:
             versions.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
@@ -218,28 +168,25 @@ def environment_version(env: Env) -> str:
     return ", ".join(versions)
 
 
-def source_hash(thing: Any) -> str:
-    """16 hex digits of the file that defines a class or function; "unknown" where there is no such
-    file.
+def source_hash(definition: Any) -> str:
+    """16 hexadecimal digits of the sha256 of the file that defines a class or function; "unknown"
+    where there is no such file.
     """
     try:
-        path = inspect.getsourcefile(thing)
-        return (
-            "unknown" if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
-        )
+        path = inspect.getsourcefile(definition)
+        data = None if path is None else Path(path).read_bytes()
     except (OSError, TypeError):
-        return "unknown"
+        data = None
+    return "unknown" if data is None else hashlib.sha256(data).hexdigest()[:16]
 
 
-# -- tasks
-# -----------------------------------------------------------------------------------------------------------
+# -- tasks -------------------------------------------------------------------------------------
 
 
 def task_keys(config: RealityConfig, observation_space: gymnasium.Space[Any]) -> list[str]:
-    """Those names of `reality.task` that are keys of the observation (dotted where nested); the
-    others are reset options.
+    """The names of `reality.task` that are keys of the observation (dotted where nested).
 
-    Raises UsageError on a name that is neither.
+    The other names are reset options. Raises UsageError on a name that is neither.
     """
     keys = _keys(observation_space)
     for name in config.task:
@@ -258,22 +205,22 @@ def task_keys(config: RealityConfig, observation_space: gymnasium.Space[Any]) ->
 
 
 def _keys(space: gymnasium.Space[Any], prefix: str = "") -> list[str]:
+    children: Any = ()
     if isinstance(space, gymnasium.spaces.Dict):
-        children = list(space.spaces.items())
+        children = space.spaces.items()
     elif isinstance(space, gymnasium.spaces.Tuple) and prefix:
-        children = [(str(i), child) for i, child in enumerate(space.spaces)]
-    else:
-        return []
-    return [
-        key
-        for name, child in children
-        for key in (f"{prefix}{name}", *_keys(child, f"{prefix}{name}."))
-    ]
+        children = enumerate(space.spaces)
+    keys = []
+    for name, child in children:
+        keys += [f"{prefix}{name}", *_keys(child, f"{prefix}{name}.")]
+    return keys
 
 
 def draw_options(config: RealityConfig, rng: np.random.Generator) -> dict[str, Any]:
-    """The reset options of one episode, in the order of `reality.task`. A float among the choices
-    makes them all floats, so that an option's kind is the config's, not the draw's.
+    """The reset options of one episode, in the order of `reality.task`.
+
+    A float among the choices makes all of them floats: the kind of an option does not depend on the
+    draw.
     """
     options: dict[str, Any] = {}
     for name in config.task:
@@ -282,11 +229,8 @@ def draw_options(config: RealityConfig, rng: np.random.Generator) -> dict[str, A
             continue
         if option.choices is not None:
             value = option.choices[int(rng.integers(len(option.choices)))]
-            options[name] = (
-                float(value)
-                if any(isinstance(choice, float) for choice in option.choices)
-                else value
-            )
+            real = any(isinstance(choice, float) for choice in option.choices)
+            options[name] = float(value) if real else value
         else:
             assert option.low is not None and option.high is not None
             options[name] = float(rng.uniform(option.low, option.high))
@@ -294,9 +238,7 @@ def draw_options(config: RealityConfig, rng: np.random.Generator) -> dict[str, A
 
 
 class TaskSampler(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Draws the reset options of `reality.task` at each reset that names none: what model-free
-    agents train on.
-    """
+    """Draws the reset options of `reality.task` at each reset, for agents that train in reality."""
 
     def __init__(self, env: Env, config: RealityConfig):
         super().__init__(env)
@@ -308,186 +250,10 @@ class TaskSampler(gymnasium.Wrapper[Any, Any, Any, Any]):
     ) -> tuple[Any, dict[str, Any]]:
         if seed is not None:
             self._rng = np.random.default_rng(seed)
-        return self.env.reset(
-            seed=seed, options={**draw_options(self._config, self._rng), **(options or {})}
-        )
+        drawn = draw_options(self._config, self._rng)
+        return self.env.reset(seed=seed, options=drawn | (options or {}))
 
 
-# -- episodes
-# --------------------------------------------------------------------------------------------------------
-
-
-def stream(*key: Any) -> np.random.Generator:
-    """A generator that is a function of `key` (numbers and texts) alone."""
-    return np.random.default_rng(
-        int.from_bytes(hashlib.sha256("/".join(map(str, key)).encode()).digest()[:16], "big")
-    )
-
-
-def episode_seed(seed: int, k: int) -> int:
-    """What `env.reset(seed=...)` is given for episode k: 31 bits of a hash of (seed, k)."""
-    return int.from_bytes(hashlib.sha256(f"episode/{seed}/{k}".encode()).digest()[:4], "big") >> 1
-
-
-def run_episode(
-    env: Env,
-    act: Act,
-    *,
-    k: int,
-    seed: int,
-    behaviour: str,
-    max_steps: int | None,
-    config: RealityConfig,
-) -> Episode:
-    """Run episode k of (config, seed) and return it.
-
-    Args:
-        env: a MeteredEnv around `make_env(config)`.
-        act: chooses actions; a `Behaviour`'s `start` is called first. Its generator is a function
-        of (seed, k). max_steps: after so many steps an episode that has not ended is `unfinished`;
-        None runs to its end.
-
-    Raises EpisodeError if the environment raises, or gives an observation, reward or duration that
-    is not finite, a reward or duration beyond float32, a negative duration, or with
-    `reality.bounds=drop` an observation outside its space; EpisodeCut if the meter has no more
-    steps; MesocosmError if `act` raises: that is the caller's fault, not reality's; or if the
-    environment is of gym's old API.
-    """
-    assert max_steps is None or max_steps >= 1, max_steps
-    reset_seed, rng = episode_seed(seed, k), stream("actions", seed, k)
-    task = draw_options(config, stream("task", seed, k))
-    if isinstance(act, Behaviour):
-        act.start(k, rng)
-    try:
-        reset = partial(take_reset, env, seed=reset_seed, options=task or None)
-        observation, info = _guarded(reset, k, "reset")
-    except BudgetSpent as error:
-        raise EpisodeCut(str(error), None) from error
-    bounded = env.observation_space if config.bounds == "drop" else None
-    observations, actions = [_valid(observation, bounded, k, 0)], list[Any]()
-    rewards: list[float] = []
-    durations: list[float] = []
-    outcome: Outcome = "unfinished"
-    spent: BudgetSpent | None = None
-    while max_steps is None or len(rewards) < max_steps:
-        t = len(rewards) + 1
-        action = _choose(act, copied(observations[-1]), rng, behaviour, k)
-        chosen = copied(action)  # an environment may clip the action in place
-        try:
-            observation, reward, terminated, truncated, info = _guarded(
-                partial(take_step, env, action), k, f"step {t}"
-            )
-        except BudgetSpent as error:
-            spent = error
-            break
-        observations.append(_valid(observation, bounded, k, t))
-        actions.append(chosen)
-        rewards.append(_number(reward, "reward", k, t))
-        if "duration" in info:
-            durations.append(_number(info["duration"], "info['duration']", k, t))
-        if terminated or truncated:
-            outcome = "terminated" if terminated else "truncated"
-            break
-    values = np.asarray(rewards, dtype=np.float64)
-    episode = Episode(
-        index=k,
-        seed=reset_seed,
-        behaviour=behaviour,
-        observations=observations,
-        actions=actions,
-        rewards=values,
-        outcome=outcome,
-        durations=(
-            np.asarray(durations, dtype=np.float64) if len(durations) == len(rewards) else None
-        ),
-        task=task,
-        success=(
-            None
-            if config.success is None
-            else parse_success(config.success)(float(values.sum()), cast(Mapping[str, Any], info))
-        ),
-    )
-    if spent is not None:
-        raise EpisodeCut(str(spent), episode if rewards else None) from spent
-    return episode
-
-
-def _guarded(call: Callable[[], Any], k: int, where: str) -> Any:
-    try:
-        return call()
-    except MesocosmError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise EpisodeError(
-            f"episode {k}: the environment's {where} raised {type(error).__name__}: {_line(error)}"
-        ) from error
-
-
-def _choose(act: Act, observation: Any, rng: np.random.Generator, behaviour: str, k: int) -> Any:
-    try:
-        return act(observation, rng)
-    except MesocosmError:
-        raise
-    except Exception as error:
-        raise MesocosmError(
-            f"behaviour {behaviour!r} raised {type(error).__name__} in episode {k}: {_line(error)};"
-            " correct it"
-        ) from error
-
-
-def _number(value: Any, what: str, k: int, t: int) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise EpisodeError(
-            f"episode {k}: step {t} gave {what} {value!r}, which is no number"
-        ) from error
-    if not np.isfinite(number):
-        raise EpisodeError(f"episode {k}: step {t} gave {what} {number}")
-    if abs(number) > FLOAT32:
-        raise EpisodeError(
-            f"episode {k}: step {t} gave {what} {number:g}, and a world computes in float32;"
-            " rescale it"
-        )
-    if number < 0 and what != "reward":
-        raise EpisodeError(
-            f"episode {k}: step {t} gave {what} {number:g}, which is negative; give seconds"
-        )
-    return number
-
-
-def _valid(observation: Any, bounded: gymnasium.Space[Any] | None, k: int, t: int) -> Any:
-    """A copy of an observation that is finite and, where a space is given, inside its bounds."""
-    own = copied(observation)
-    if not all_finite(own):
-        raise EpisodeError(f"episode {k}: the observation after step {t} holds NaN or infinity")
-    problem = None if bounded is None else first_outside(bounded, own, "observation")
-    if problem is not None:
-        raise EpisodeError(f"episode {k}: after step {t}, {problem}; {FIX}")
-    return own
-
-
-def copied(value: Any) -> Any:
-    """Environments may give the same buffer twice."""
-    if isinstance(value, np.ndarray):
-        return value.copy()
-    if isinstance(value, Mapping):
-        return {key: copied(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        items = [copied(item) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
-
-
-def all_finite(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.dtype.kind != "f" or bool(np.isfinite(value).all())
-    if isinstance(value, Mapping):
-        return all(all_finite(item) for item in value.values())
-    if isinstance(value, tuple | list):
-        return all(all_finite(item) for item in value)
-    return not isinstance(value, float | np.floating) or bool(np.isfinite(value))
-
-
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The error's message in one line."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -1,5 +1,5 @@
-"""Environments that pay: every real step and reset goes through a `Meter`, which has reserved it in
-the ledger before.
+"""Metered environments: every real step and reset passes a `Meter`, which has reserved it in the
+ledger before.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import Any
 
 import gymnasium
@@ -19,35 +18,34 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv, VectorWrap
 from mesocosm import signals
 from mesocosm.envs.api import close
 from mesocosm.envs.config import RealityConfig
-from mesocosm.envs.guard import Sturdy
+from mesocosm.envs.episode import EpisodeError
+from mesocosm.envs.guard import GuardedEnv
 from mesocosm.envs.ledger import Ledger, Reservation, Usage
-from mesocosm.envs.make import EpisodeError, TaskSampler
+from mesocosm.envs.make import TaskSampler
 from mesocosm.errors import BudgetSpent, StorageError
 from mesocosm.store.artifacts import Storage
 
 RESETS_A_BLOCK = 8
-"""Resets reserved with a block of steps. They have no bound of their own; a crash over-counts at
-most so many.
-"""
+"""Resets reserved with a block of steps. They have no bound; a crash over-counts at most these."""
 BLOCK_S, OVERHEAD = 0.1, 0.1
-"""A deferred meter reserves about BLOCK_S seconds of steps ahead, which a crash over-counts; or
-more, where storage is so slow that reserving would take more than this share of the time.
+"""A deferred meter reserves about BLOCK_S seconds of steps ahead, which a crash over-counts. It
+reserves more where storage is so slow that reserving would take more than this share of the time.
 """
 FIRST_BLOCK, GROWTH = 4, 4
-"""A deferred meter's first block, and by how much a block may exceed the one before it."""
+"""A deferred meter's first block, and the largest ratio of a block to the one before it."""
 
 
 class Meter:
-    """Reserves blocks before use, counts what is used, confirms. Another thread may watch it and
-    stop it.
+    """Reserves blocks of steps before use, counts what is used, and confirms it.
+
+    Another thread may watch it and stop it.
 
     Args:
-        block: steps a reservation: what a crash over-counts at most.
-        limit: steps this meter may use in all; it never reserves beyond.
-        holder: who reserves, as the ledger's records will say.
-        deferred: nothing is confirmed but by `settle`, once what the steps bought is in storage.
-        The one
-            reservation grows while steps are taken, by about `BLOCK_S` seconds of steps at a time.
+        block: Steps per reservation: what a crash over-counts at most.
+        limit: Steps that this meter may use in all; it never reserves more.
+        holder: Who reserves, for the ledger's records.
+        deferred: Only `settle` confirms, once the transitions are in storage. The one reservation
+            grows while steps are taken, by about `BLOCK_S` seconds of steps at a time.
     """
 
     def __init__(
@@ -61,37 +59,34 @@ class Meter:
         deferred: bool = False,
     ):
         assert block >= 1, block
-        self.ledger, self.purpose, self.block, self.limit, self.holder = (
-            ledger,
-            purpose,
-            block,
-            limit,
-            holder,
-        )
-        self.deferred = deferred
+        self.ledger, self.purpose, self.holder = ledger, purpose, holder
+        self.block, self.limit, self.deferred = block, limit, deferred
         self._grown = (0, 0, time.monotonic())
         """The last block's size, `steps` when it was reserved, and when."""
         self._cost_s = 0.0
-        """What reserving it took."""
+        """The time that reserving it took."""
         self._unconfirmed = False
-        """`settle` has recorded what it could not confirm: the record names the reservation, and is
-        there to confirm it.
+        """Whether `settle` has recorded usage that is not confirmed: the record names the
+        reservation, and whoever reads it confirms.
         """
         self.steps = 0
         """Steps used by this meter so far."""
         self._held: Reservation | None = None
         self._used = (0, 0, 0.0)
+        """(steps, resets, seconds) used of the reservation."""
         self._busy_since: float | None = None
         self.stopped = False
-        """Frozen by another thread: whatever is under way fails when it comes back, and nothing
-        further begins.
-        """
+        """Set by another thread: a call under way fails when it returns, and none begins."""
         self._lock = threading.Lock()
 
     @contextmanager
     def use(self, *, steps: int = 0, resets: int = 0) -> Iterator[None]:
-        """Around the real thing. Counted even if it raises: it may have happened. Raises
-        BudgetSpent before it happens, EpisodeError where the meter was stopped before or meanwhile.
+        """Meter a real step or reset in the block. It counts even if it raises: it may have
+        happened.
+
+        Raises:
+            BudgetSpent: It is not paid for. The block does not run.
+            EpisodeError: The meter was stopped, before or meanwhile.
         """
         with self._lock:
             self._check_running()
@@ -114,56 +109,49 @@ class Meter:
             raise EpisodeError("this meter was stopped: its environment had hung")
 
     def _ensure(self, steps: int, resets: int) -> None:
-        held = self._held
-        if (
-            held is not None
-            and self._used[0] + steps <= held.steps
-            and self._used[1] + resets <= held.resets
-        ):
+        """Reserve a block where the reservation does not cover the next steps and resets."""
+        held, used = self._held, self._used
+        if held is not None and used[0] + steps <= held.steps and used[1] + resets <= held.resets:
             return
-        own = None if self.limit is None else self.limit - self.steps
         need = max(steps, 1)
-        if own is not None and own < need:
+        left = None if self.limit is None else self.limit - self.steps
+        if left is not None and left < need:
             raise BudgetSpent(
                 f"this environment's own limit of {self.limit} real steps is spent; it may take no"
                 f" more for {self.purpose}"
             )
-        wanted = max(self.block, need) if own is None else min(max(self.block, need), own)
         if self.deferred:
             with signals.delayed():
-                self._grow(need, resets, own)
+                self._grow(need, resets, left)
             return
-        usage = self._usage()
+        block = max(self.block, need) if left is None else min(max(self.block, need), left)
+        usage, resets = self._usage(), max(RESETS_A_BLOCK, resets)
         try:
             granted = self.ledger.reserve(
-                self.purpose,
-                wanted,
-                max(RESETS_A_BLOCK, resets),
-                holder=self.holder,
-                confirming=usage,
+                self.purpose, block, resets, holder=self.holder, confirming=usage
             )
         except BudgetSpent:
-            self._release(usage)
+            self._release()
             raise
         self._held, self._used = granted, (0, 0, 0.0)
         if granted.steps < need:
-            self._release(self._usage())
+            self._release()
             raise BudgetSpent(
                 f"ledger {self.ledger.id!r} leaves {granted.steps} real steps for {self.purpose},"
                 f" fewer than the {need} that step together; use fewer environments, or raise the"
                 " budget"
             )
 
-    def _grow(self, need: int, resets: int, own: int | None) -> None:
-        """Exchange the reservation for a larger one, in one record: what was used stays reserved."""
+    def _grow(self, need: int, resets: int, left: int | None) -> None:
+        """Exchange the reservation for a larger one in one record: what was used stays reserved."""
         last, before, since = self._grown
         elapsed = time.monotonic() - since
         pace = (self.steps - before) / elapsed if elapsed > 0 else float(self.block)
-        wanted = round(pace * max(BLOCK_S, self._cost_s / OVERHEAD))
-        block = (
-            max(need, min(self.block, GROWTH * last, wanted)) if last else max(need, FIRST_BLOCK)
-        )
-        block = block if own is None else min(block, own)
+        block = FIRST_BLOCK
+        if last:
+            ahead = round(pace * max(BLOCK_S, self._cost_s / OVERHEAD))
+            block = min(self.block, GROWTH * last, ahead)
+        block = max(need, block) if left is None else min(max(need, block), left)
         used_steps, used_resets, _ = self._used
         began = time.monotonic()
         self._held = self.ledger.reserve(
@@ -180,11 +168,14 @@ class Meter:
     def settle(
         self, steps: int, resets: int, record: Callable[[Usage, tuple[int, int]], bool]
     ) -> bool:
-        """Confirm `steps` and `resets` of those used, after `record` has stored what they bought.
+        """Confirm `steps` and `resets` of those used, after `record` has stored their transitions.
 
-        `record` is given the usage to confirm and the (steps, resets) used beyond it, which stay
-        reserved. Where it returns False, or raises, nothing is confirmed and all that was used
-        stays reserved. For the thread that steps, or another one once the meter is stopped.
+        For the thread that steps, or another one once the meter is stopped.
+
+        Args:
+            record: Called with the usage to confirm and the (steps, resets) used beyond it, which
+                stay reserved. If it returns False or raises, nothing is confirmed and everything
+                used stays reserved.
         """
         assert self.deferred
         with self._lock:
@@ -207,15 +198,17 @@ class Meter:
     def _usage(self) -> Usage | None:
         return None if self._held is None else Usage(self._held, *self._used)
 
-    def _release(self, usage: Usage | None) -> None:
-        if usage is not None:
+    def _release(self) -> None:
+        """Confirm what was used; the rest of the reservation returns to the budget."""
+        if (usage := self._usage()) is not None:
             self.ledger.confirm(usage.reservation, usage.steps, usage.resets, usage.seconds)
         self._held, self._used = None, (0, 0, 0.0)
 
     def close(self) -> None:
-        """Confirm what was used and give the rest back. The meter can go on afterwards, with a new
-        reservation; a stopped one confirms what it was frozen at, in case the one who stopped it
-        does not. A deferred meter keeps what was used reserved.
+        """Confirm what was used and return the rest. The meter may be used again afterwards.
+
+        A stopped meter confirms its usage when it was stopped, in case the thread that stopped it
+        does not. A deferred meter keeps everything used reserved.
         """
         if self.deferred:
             with signals.delayed():
@@ -223,7 +216,7 @@ class Meter:
                     self.settle(0, 0, lambda usage, beyond: True)
             return
         with self._lock:
-            self._release(self._usage())
+            self._release()
 
     def busy_s(self) -> float:
         """Seconds since the step or reset under way began; 0 if none is."""
@@ -231,16 +224,20 @@ class Meter:
         return 0.0 if since is None else time.monotonic() - since
 
     def stop_if_hung(self, timeout_s: float) -> Usage | None:
-        """From another thread: if a step has been under way for longer than `timeout_s`, freeze the
-        meter (no further step can begin) and return what was used of its reservation, the hanging
-        step included, for the caller to confirm. A step that comes back after all raises
-        EpisodeError, and `close` confirms the very same: the first confirmation holds.
+        """Stop the meter, from another thread, if a step has been under way for over `timeout_s`.
+
+        No step can begin afterwards. If the hanging step returns, it raises EpisodeError, and
+        `close` confirms the same usage: the first confirmation counts.
+
+        Returns:
+            The usage of the reservation, with the hanging step, for the caller to confirm; None
+            where no step hangs or nothing is reserved.
         """
         with self._lock:
             return self._freeze() if self.busy_s() > timeout_s else None
 
     def stop(self) -> Usage | None:
-        """As `stop_if_hung`, whatever is under way; None if nothing is reserved."""
+        """Stop the meter as `stop_if_hung` does, whatever is under way."""
         with self._lock:
             return self._freeze()
 
@@ -252,18 +249,20 @@ class Meter:
 
 
 def _close_at_last(meter: Meter) -> None:
-    """Close the meter of an environment that is gone, or at exit. Where storage fails, the error
-    was reported by then, and what is not confirmed counts as spent. So it does where the garbage
-    collector calls this in the thread of s3fs's event loop, which cannot wait for itself
-    (NotImplementedError).
+    """Close the meter of an environment that was garbage-collected, or at exit.
+
+    Usage that is not confirmed counts as spent: where storage fails, whose error was reported by
+    then, and where the garbage collector runs this in the thread of s3fs's event loop, which cannot
+    wait for itself (NotImplementedError).
     """
     with suppress(StorageError, NotImplementedError):
         meter.close()
 
 
 class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """One environment of reality. Raises BudgetSpent in place of a step or reset that is not paid
-    for.
+    """One environment of reality. Raises BudgetSpent before a step or reset that is not paid for.
+
+    The options are those of `Meter`.
     """
 
     def __init__(
@@ -302,36 +301,21 @@ class MeteredVectorEnv(VectorWrapper):
     """A vector of environments of reality in NEXT_STEP autoreset mode, under one meter.
 
     A vector step counts one real step for each environment that steps, and one reset for each that
-    had ended and is only reset by it. All step or none does: BudgetSpent is raised when fewer steps
-    are left than would step.
+    had ended and is only reset. Either all step or none: BudgetSpent is raised when fewer steps are
+    left than would step.
     """
 
-    def __init__(
-        self,
-        env: VectorEnv[Any, Any, Any],
-        ledger: Ledger,
-        purpose: str,
-        block: int | None = None,
-        *,
-        limit: int | None = None,
-        holder: str = "",
-    ):
+    def __init__(self, env: VectorEnv[Any, Any, Any], meter: Meter):
         super().__init__(env)
         assert env.metadata.get("autoreset_mode") == AutoresetMode.NEXT_STEP, env.metadata
-        self.meter = Meter(
-            ledger, purpose, block=block or 16 * env.num_envs, limit=limit, holder=holder
-        )
+        self.meter = meter
         self._ended = np.zeros(env.num_envs, dtype=np.bool_)
-        self._finalizer = weakref.finalize(self, _close_at_last, self.meter)
+        self._finalizer = weakref.finalize(self, _close_at_last, meter)
 
     def reset(
         self, *, seed: Any = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        mask = (
-            np.ones(self.num_envs, dtype=np.bool_)
-            if options is None or "reset_mask" not in options
-            else options["reset_mask"]
-        )
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=np.bool_))
         with self.meter.use(resets=int(mask.sum())):
             result = self.env.reset(seed=seed, options=options)
         self._ended = self._ended & ~mask
@@ -346,11 +330,9 @@ class MeteredVectorEnv(VectorWrapper):
 
     @property
     def dropped(self) -> list[str]:
-        """Why episodes were cut: a member crashed, hung or gave NaN."""
+        """Why episodes were truncated: a member crashed, hung or gave NaN."""
         members: Any = self.env.unwrapped
-        return [
-            reason for member in members.envs for reason in getattr(member.unwrapped, "dropped", [])
-        ]
+        return [reason for member in members.envs for reason in member.unwrapped.dropped]
 
     def close(self, **kwargs: Any) -> None:
         self.meter.close()
@@ -367,22 +349,20 @@ def make_metered_vector(
     *,
     limit: int | None = None,
 ) -> MeteredVectorEnv:
-    """`num_envs` environments of reality behind one meter, from plain picklable values: what an
-    RLlib env runner needs.
+    """`num_envs` environments of reality behind one meter, from plain picklable values, as an RLlib
+    env runner needs. Call `close()` to confirm the last block.
 
-    `bounds` and `config.budget` bind as in `Ledger`; `limit` bounds this vector alone. Call
-    `close()` to confirm the last block. Raises UsageError as `make_env` does.
+    Args:
+        bounds: Bounds of the ledger, as is `config.budget`.
+        limit: Bounds this vector alone.
+
+    Raises UsageError as `make_env` does.
     """
+
+    def make() -> gymnasium.Env[Any, Any]:
+        env = GuardedEnv(config)
+        return TaskSampler(env, config) if config.task_options else env
+
+    vector = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
     ledger = Ledger(Storage(root), ledger_id, config.budget, config.price, bounds)
-    make = partial(_member, config)
-    return MeteredVectorEnv(
-        SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP),
-        ledger,
-        purpose,
-        limit=limit,
-    )
-
-
-def _member(config: RealityConfig) -> gymnasium.Env[Any, Any]:
-    env = Sturdy(config)
-    return TaskSampler(env, config) if config.task_options else env
+    return MeteredVectorEnv(vector, Meter(ledger, purpose, block=16 * num_envs, limit=limit))

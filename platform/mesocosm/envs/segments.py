@@ -1,14 +1,13 @@
-"""Episodes that a collection or an evaluation has finished, in storage before the job ends.
+"""Segments: finished episodes of a collection or an evaluation, stored before the job ends.
 
-A lane writes its episodes as it goes, a segment at a time, and confirms their steps in the ledger
-afterwards:
+A lane writes its episodes a segment at a time and confirms their steps in the ledger afterwards:
 
     ROOT/runs/episodes/<dataset id>/<lane>-<number of its first episode in the lane>.npz
 
 A segment is created exclusively and whole. It names the ledger's reservation that paid for it, so
-that a process that finds a segment whose confirmation was never written can write it. A collection
-that was killed goes on after the last segment of each lane; the folder is removed when the dataset
-is committed.
+that a process that reads a segment whose confirmation is missing can write it. A collection that
+was killed continues after the last segment of each lane. The folder is removed when the dataset is
+committed.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ from mesocosm.errors import ArtifactError
 from mesocosm.store.artifacts import Storage
 
 Rows = dict[str, NDArray[Any]]
-"""The arrays of `manifest.ARRAYS` of one episode, as `encode_episode` gives them."""
+"""The arrays of `manifest.ARRAYS` of one episode, as `encode_episode` returns them."""
 FOLDER = "runs/episodes"
 NAME = re.compile(r"(\d+)-(\d+)\.npz")
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """One episode that was tried. `steps` were taken in reality."""
+    """One attempted episode, which took `steps` real steps."""
 
     index: int
     behaviour: str
@@ -50,9 +49,7 @@ class Attempt:
     spent: str | None = None
     """The ledger's refusal that ended it, and its lane."""
     length: int | None = None
-    """Transitions; None where there is no episode. The next six describe the episode, as in
-    `Episode`.
-    """
+    """Transitions; None where there is no episode. This and the rest are fields of `Episode`."""
     seed: int = 0
     outcome: Outcome = "unfinished"
     total_reward: float = 0.0
@@ -77,8 +74,7 @@ class Attempt:
         )
 
     def episode(self, rows: Rows) -> Episode:
-        """The episode, with its observations and actions in `rows` alone."""
-        assert self.length is not None
+        """The episode without observations and actions, which only `rows` holds."""
         return Episode(
             index=self.index,
             seed=self.seed,
@@ -93,11 +89,33 @@ class Attempt:
         )
 
 
-class Segments:
-    """The segments of one collection, or of one judged policy, as one writer or reader sees them.
+@dataclass(frozen=True)
+class _Segment:
+    """The content of one file."""
 
-    `name` is their folder's under `FOLDER`.
-    """
+    nonce: str
+    """Of its writer."""
+    attempts: list[Attempt]
+    ledger: str
+    usage: Usage | None
+    beyond: tuple[int, int]
+    arrays: Rows
+    """The rows of all episodes, concatenated."""
+
+    def pairs(self) -> Iterator[tuple[Attempt, Rows | None]]:
+        """The attempts, each with its rows where it has an episode."""
+        start = 0
+        for attempt in self.attempts:
+            rows = None
+            if attempt.length is not None:
+                stop = start + attempt.length + 1
+                rows = {name: array[start:stop] for name, array in self.arrays.items()}
+                start = stop
+            yield attempt, rows
+
+
+class Segments:
+    """The segments in `FOLDER/name`: of one collection, or of one judged policy."""
 
     def __init__(self, storage: Storage, name: str):
         self._storage, self.folder = storage, f"{FOLDER}/{name}"
@@ -116,14 +134,16 @@ class Segments:
         usage: Usage | None,
         beyond: tuple[int, int] = (0, 0),
     ) -> bool:
-        """Store attempts of a lane, its `first`-th one and those after it; False where another
-        writer's are there.
+        """Store the attempts of a lane from its `first`-th on.
 
         Args:
-            rows: of each attempt that has an episode, in order.
-            ledger: the id of the ledger that `usage` is of.
-            usage: what the attempts used of their reservation.
+            rows: Of each attempt that has an episode, in order.
+            ledger: The id of the ledger of `usage`.
+            usage: What the attempts used of their reservation.
             beyond: (steps, resets) used of it besides, which stay reserved.
+
+        Returns:
+            False where another writer has stored them.
         """
         about = {
             "nonce": self._nonce,
@@ -135,90 +155,79 @@ class Segments:
         arrays: Rows = {}
         if rows:
             arrays = {name: np.concatenate([row[name] for row in rows]) for name in ARRAYS}
-        buffer = io.BytesIO()
         arrays["about"] = np.frombuffer(json.dumps(about).encode(), np.uint8)
+        buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, **arrays)
         path = self._path(lane, first)
         if self._storage.create(path, buffer.getvalue()):
             return True
-        # A remote store may answer "exists" to its own retry of this request, or an earlier try
-        # stored
-        # them and raised: the nonce tells.
-        there, _ = self._read(path)
-        return bool(there["nonce"] == self._nonce and there["attempts"] == list(attempts))
+        # A remote store may refuse its client's own repetition of this request, or an earlier
+        # attempt stored them and raised: the nonce tells.
+        stored = self._read(path)
+        return stored.nonce == self._nonce and stored.attempts == list(attempts)
 
-    def _read(self, path: str) -> tuple[dict[str, Any], Rows]:
+    def _read(self, path: str) -> _Segment:
         raw = self._storage.read(path)
         try:
             with np.load(io.BytesIO(raw or b""), allow_pickle=False) as file:
                 about: dict[str, Any] = json.loads(file["about"].tobytes())
-                arrays = {name: file[name] for name in ARRAYS if name in file}
                 about["attempts"] = [Attempt(**attempt) for attempt in about["attempts"]]
-                return about, arrays
+                if (usage := about["usage"]) is not None:
+                    reservation = Reservation(**usage["reservation"])
+                    about["usage"] = Usage(**{**usage, "reservation": reservation})
+                about["beyond"] = tuple(about["beyond"])
+                return _Segment(
+                    **about, arrays={name: file[name] for name in ARRAYS if name in file}
+                )
         except (ValueError, KeyError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:
             raise ArtifactError(
                 f"{self._storage.url(path)} is damaged; remove it and those after it of the same"
                 " lane, and run the job again: it runs their episodes again"
             ) from error
 
-    def _firsts(self, lane: int) -> list[int]:
+    def _lane(self, lane: int, start: int = 0) -> Iterator[_Segment]:
+        """The contiguous segments of a lane from its `start`-th attempt on."""
         matches = (NAME.fullmatch(name) for name in self._storage.list(self.folder))
-        return sorted(int(match[2]) for match in matches if match and int(match[1]) == lane)
+        for first in sorted(int(match[2]) for match in matches if match and int(match[1]) == lane):
+            if first == start:
+                segment = self._read(self._path(lane, first))
+                start += len(segment.attempts)
+                yield segment
 
     def attempts(self, lane: int, start: int, ledger: Ledger) -> list[Attempt]:
-        """The attempts of a lane from its `start`-th on, whose steps are confirmed where they were
-        not yet.
+        """The attempts of a lane from its `start`-th on. Confirms their steps where that was not
+        done.
         """
-        return [
-            attempt
-            for about, _ in self._confirmed(lane, start, ledger)
-            for attempt in about["attempts"]
-        ]
+        return [attempt for attempt, _ in self.recorded(lane, start, ledger)]
 
-    def recorded(self, lane: int, start: int, ledger: Ledger) -> list[tuple[Attempt, Rows | None]]:
-        """As `attempts`, with the rows of each attempt that has an episode."""
-        return [
-            pair for segment in self._confirmed(lane, start, ledger) for pair in _pairs(*segment)
-        ]
-
-    def _confirmed(
+    def recorded(
         self, lane: int, start: int, ledger: Ledger
-    ) -> Iterator[tuple[dict[str, Any], Rows]]:
-        """What `_read` gives of each segment. Confirms its steps first."""
-        tried = start
-        waiting = {reservation.number for reservation in ledger.totals().unconfirmed}
-        payers = {ledger.id: ledger}
-        for first in self._firsts(lane):
-            if first != tried:
-                continue
-            about, arrays = self._read(self._path(lane, first))
-            tried += len(about["attempts"])
-            usage = about["usage"]
-            if usage is not None:
-                number = usage["reservation"]["number"]
-                payer = payers.setdefault(about["ledger"], Ledger(self._storage, about["ledger"]))
-                if payer is not ledger or number in waiting:
-                    payer.confirm(
-                        Reservation(**usage["reservation"]),
-                        usage["steps"],
-                        usage["resets"],
-                        usage["seconds"],
-                        keep=tuple(about["beyond"]),
+    ) -> Iterator[tuple[Attempt, Rows | None]]:
+        """As `attempts`, with the rows of each attempt that has an episode."""
+        unconfirmed = {reservation.number for reservation in ledger.totals().unconfirmed}
+        ledgers = {ledger.id: ledger}
+        for segment in self._lane(lane, start):
+            if (usage := segment.usage) is not None:
+                if segment.ledger not in ledgers:
+                    ledgers[segment.ledger] = Ledger(self._storage, segment.ledger)
+                if segment.ledger != ledger.id or usage.reservation.number in unconfirmed:
+                    ledgers[segment.ledger].confirm(
+                        usage.reservation,
+                        usage.steps,
+                        usage.resets,
+                        usage.seconds,
+                        keep=segment.beyond,
                     )
-            yield about, arrays
+            yield from segment.pairs()
 
     def episodes(self, lanes: int) -> Iterator[tuple[Episode, Rows]]:
-        """All episodes in the order of their indices, one segment of each lane in memory at a time."""
-        yield from heapq.merge(*map(self._lane, range(lanes)), key=lambda pair: pair[0].index)
+        """All episodes in the order of their indices, with one segment of each lane in memory."""
+        sources = [self._episodes(lane) for lane in range(lanes)]
+        yield from heapq.merge(*sources, key=lambda pair: pair[0].index)
 
-    def _lane(self, lane: int) -> Iterator[tuple[Episode, Rows]]:
-        tried = 0
-        for first in self._firsts(lane):
-            if first != tried:
-                continue
-            about, arrays = self._read(self._path(lane, first))
-            tried += len(about["attempts"])
-            for attempt, rows in _pairs(about, arrays):
+    def _episodes(self, lane: int) -> Iterator[tuple[Episode, Rows]]:
+        for segment in self._lane(lane):
+            for attempt, rows in segment.pairs():
                 if rows is not None:
                     yield attempt.episode(rows), rows
 
@@ -228,17 +237,5 @@ class Segments:
             self._storage.remove(self._path(lane, first))
 
     def remove(self) -> None:
-        """Remove all segments: what they are of is committed."""
+        """Remove all segments, once their artifact is committed."""
         self._storage.remove(self.folder)
-
-
-def _pairs(about: dict[str, Any], arrays: Rows) -> Iterator[tuple[Attempt, Rows | None]]:
-    """The attempts of a segment, each with its rows where it has an episode."""
-    start = 0
-    for attempt in about["attempts"]:
-        if attempt.length is None:
-            yield attempt, None
-            continue
-        stop = start + attempt.length + 1
-        yield attempt, {name: array[start:stop] for name, array in arrays.items()}
-        start = stop

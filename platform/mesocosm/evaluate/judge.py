@@ -12,10 +12,12 @@ import numpy as np
 from mesocosm.config import fingerprint
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.horizon import MAX_EPISODE_STEPS
+from mesocosm.envs.api import Env
 from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.episode import EpisodeError, run_episode
 from mesocosm.envs.guard import Timed
 from mesocosm.envs.ledger import Ledger
-from mesocosm.envs.make import Env, EnvFacts, EpisodeError, facts_of, make_env, run_episode
+from mesocosm.envs.make import EnvFacts, facts_of, make_env
 from mesocosm.envs.meter import MeteredEnv
 from mesocosm.envs.segments import Segments
 from mesocosm.errors import MesocosmError, UsageError

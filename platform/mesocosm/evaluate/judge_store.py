@@ -20,8 +20,8 @@ from mesocosm.config import fingerprint
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.format.writer import encode_episode
+from mesocosm.envs.api import Env
 from mesocosm.envs.ledger import Ledger, Usage
-from mesocosm.envs.make import Env
 from mesocosm.envs.meter import Meter
 from mesocosm.envs.segments import FOLDER, Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError

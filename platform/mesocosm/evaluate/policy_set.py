@@ -19,7 +19,7 @@ import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector.utils import batch_space, concatenate, create_empty_array, iterate
 
-from mesocosm.envs.make import Act
+from mesocosm.envs.episode import Act
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.ranking import fifths_of, firm
 from mesocosm.policies import behaviours

@@ -14,7 +14,8 @@ from gymnasium.spaces import Box
 
 from mesocosm.data.format.permutation import GOLDEN
 from mesocosm.envs.config import RealityConfig, TaskOption, check_option
-from mesocosm.envs.make import Act, Behaviour, import_module, stream
+from mesocosm.envs.episode import Act, Behaviour, stream
+from mesocosm.envs.make import import_module
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.store.artifacts import Storage
 

@@ -131,8 +131,7 @@ class Storage(Root):
         fix = nearest(id, ids) or f"; give an id: {self.url(kind)} holds {names}"
         if id and id in folders:
             fix = "; its job was interrupted: run it again"
-        where = f"storage.root {self.root!r}"
-        raise UsageError(f"no artifact {kind}/{id or repr(id)} in {where}{fix}")
+        raise UsageError(f"no artifact {kind}/{id or repr(id)} in storage.root {self.root!r}{fix}")
 
     def commit_of(self, kind: str, id: str) -> Commit | None:
         """The artifact's COMMIT.json; None where it does not exist.

@@ -20,9 +20,10 @@ from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.format.writer import encode_episode
 from mesocosm.envs.api import close
 from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.episode import Act, EpisodeCut, EpisodeError, run_episode
 from mesocosm.envs.guard import MAX_FAILURES
 from mesocosm.envs.ledger import Ledger, Usage
-from mesocosm.envs.make import Act, EpisodeCut, EpisodeError, make_env, run_episode
+from mesocosm.envs.make import make_env
 from mesocosm.envs.meter import OVERHEAD, MeteredEnv
 from mesocosm.envs.segments import Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError
