@@ -337,7 +337,7 @@ def test_no_budget_is_no_bound_and_bounds_are_by_purpose(root: str) -> None:
 
 
 def test_bad_names_and_damage_are_said(root: str) -> None:
-    with pytest.raises(UsageError, match="must consist of letters.* got 'a/b'"):
+    with pytest.raises(UsageError, match=r"must consist of letters.* got 'a/b'"):
         Ledger(Storage(root), "a/b")
     ledger = Ledger(Storage(root), "x")
     ledger.reserve("collect", 1)
