@@ -1,4 +1,4 @@
-"""Changes to Ray's internals, each with its reason and the versions of Ray that it was tested with."""
+"""Changes to Ray's internals, each with its reason and the tested versions of Ray."""
 
 from __future__ import annotations
 

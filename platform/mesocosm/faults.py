@@ -1,6 +1,6 @@
 """Errors of the disk, of the network, of S3 and of databases, as short English reasons.
 
-`reason` explains what other libraries raise; `StorageError` carries the sentence to the user.
+`reason` explains the exceptions of other libraries; `StorageError` shows the text to the user.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHECKSUMS = "AWS_REQUEST_CHECKSUM_CALCULATION"
 
 
 def reason(error: BaseException) -> str | None:
-    """Explain an error of the disk, the network, S3 or a database: what is wrong, and the fix.
+    """Explain an error of the disk, the network, S3 or a database, with its fix.
 
     Returns None for every other error.
     """
@@ -33,8 +33,8 @@ def reason(error: BaseException) -> str | None:
     if any(_is_full(link) for link in links):
         return "no space is left on the disk; free some space and run the same command again"
     for link in links:
-        if (found := _of_s3(link)) is not None:
-            return found
+        if (text := _of_s3(link)) is not None:
+            return text
     for link in links:
         if type(link).__module__.split(".")[0] in DATABASES:
             return f"the database answers {first_line(link)!r}; look after the database"
@@ -103,7 +103,7 @@ def _of_disk(error: OSError) -> str:
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return f"{_text(error)}; raise ulimit -n"
     where = f": {os.fspath(error.filename)!r}" if isinstance(error.filename, str) else ""
-    return f"{_text(error)}{where}; check that the path is there and that you may use it"
+    return f"{_text(error)}{where}; check that the path exists and that you may use it"
 
 
 def _text(error: OSError) -> str:

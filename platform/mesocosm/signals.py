@@ -13,7 +13,7 @@ ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def end_like_interrupt() -> Iterator[None]:
-    """SIGTERM and SIGHUP act as Ctrl-C while the block runs; a repetition of them does nothing.
+    """Let SIGTERM and SIGHUP act as Ctrl-C while the block runs. Repeated ones are ignored.
 
     `timeout` sends SIGTERM twice, to its child and to its process group, and the second must not
     cut the clean-up short. A signal that is ignored (`nohup`) stays ignored. Outside of the main
@@ -47,11 +47,11 @@ def end_like_interrupt() -> Iterator[None]:
 
 @contextmanager
 def held_back() -> Iterator[list[int]]:
-    """Hold SIGINT, SIGTERM and SIGHUP back while the block runs, and restore their handlers after
-    it.
+    """Hold SIGINT, SIGTERM and SIGHUP back while the block runs. A second Ctrl-C raises
+    KeyboardInterrupt at once.
 
-    Yields the list of the signals that came: the caller decides what they do. A second Ctrl-C
-    raises KeyboardInterrupt at once.
+    Yields:
+        The list of the signals that arrived: the caller decides what they do.
     """
     held: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -75,7 +75,7 @@ def held_back() -> Iterator[list[int]]:
 
 @contextmanager
 def delayed() -> Iterator[None]:
-    """Let a signal that ends the job act after the block, not in it. A second Ctrl-C acts at once."""
+    """Let a signal that ends the job act after the block. A second Ctrl-C acts at once."""
     held: list[int] = []
     try:
         with held_back() as held:

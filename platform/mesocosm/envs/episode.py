@@ -165,13 +165,13 @@ def _number(value: Any, name: str, k: int, t: int) -> float:
         raise EpisodeError(f"episode {k}: {problem}") from error
     problem = ""
     if not np.isfinite(number):
-        problem = "must be finite"
+        problem = ", which is not finite"
     elif abs(number) > FLOAT32:
-        problem = "must fit float32, in which worlds compute; rescale it"
+        problem = ", and a world computes in float32; rescale it"
     elif number < 0 and name != "reward":
-        problem = "must be at least 0 seconds"
+        problem = ", which is negative; give seconds"
     if problem:
-        raise EpisodeError(f"episode {k}: step {t} gave {name} {number:g}, which {problem}")
+        raise EpisodeError(f"episode {k}: step {t} gave {name} {number:g}{problem}")
     return number
 
 

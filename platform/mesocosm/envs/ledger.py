@@ -167,8 +167,8 @@ class Ledger:
                 granted = steps if left is None else min(steps, left)
                 if granted < least:
                     raise BudgetSpent(self._refusal(purpose, steps, max(granted, 0)))
-                wanted = Reservation(number, purpose, granted, resets, holder)
-                if self._append(number, wanted, confirming):
+                reserved = Reservation(number, purpose, granted, resets, holder)
+                if self._append(number, reserved, confirming):
                     return self._open[number]
 
     def confirm(
@@ -195,11 +195,11 @@ class Ledger:
         with self._lock:
             self._catch_up()
             while reservation.number in self._open:
-                number, kept = self._next, None
+                number, rest = self._next, None
                 if any(keep):
                     held = reservation
-                    kept = Reservation(number, held.purpose, *keep, held.holder)
-                if self._append(number, kept, usage):
+                    rest = Reservation(number, held.purpose, *keep, held.holder)
+                if self._append(number, rest, usage):
                     return self._open.get(number)
                 self._catch_up()
         return None

@@ -1,5 +1,5 @@
-"""Partial artifacts: a machine fetches and verifies only the units that are read. So datasets may be
-larger than its disk, and opening one takes a time that does not depend on its size.
+"""Partial artifacts: a machine fetches and verifies only the units that are read. So a dataset may
+be larger than its disk, and opening one takes a time that does not depend on its size.
 
 A unit is a file or a folder of files. It is verified once on a machine, whatever the number of its
 processes. Where the root is a folder, or `Storage.artifact` keeps a whole copy here, a stamp in the
@@ -108,7 +108,7 @@ class _Unit:
 
 
 def open_partial(storage: Storage, kind: str, ref: str, most: int | None = None) -> Partial:
-    """The artifact that `ref` names (see `Storage.find_commit`), fetched and verified as it is read.
+    """The artifact that `ref` names (see `Storage.find_commit`), fetched and verified when read.
 
     Args:
         most: Bytes of a remote root's shards that this machine keeps at most; None for all.
