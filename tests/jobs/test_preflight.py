@@ -129,7 +129,7 @@ def test_the_loop_refuses_an_action_space_before_it_pays(
             ["evaluate.policies=[{kind: random}]", "agent.snapshots=0"],
             "evaluate: at most 1 policies that did not collect the data",
         ),
-        (["evaluate.judge_steps=10"], "evaluate: judge_steps=10 is less than"),
+        (["evaluate.judge_steps=10"], "evaluate: judge_steps must be >= "),
         (
             ["explore.behaviours=[{kind: trained, policy: nope}]"],
             "explore: no artifact agents/nope",

@@ -26,16 +26,16 @@ from mesocosm.evaluate.metrics import stats
 from mesocosm.policies.policy import Acts
 
 BLOCK = 256
-"""Real steps reserved at a time: what a crash over-counts at most."""
+"""Real steps reserved at a time: the most that a crash over-counts."""
 
 
 @dataclass(frozen=True)
 class JudgeResult:
-    """What reality said of a policy."""
+    """The judged episodes of a policy."""
 
     episodes: tuple[Episode, ...]
     steps: int
-    """Real steps taken, also those of dropped episodes: what the ledger was charged."""
+    """Real steps that the ledger was charged, those of dropped episodes included."""
     resets: int
     dropped: tuple[str, ...]
     """Why episodes were dropped: the environment crashed, hung or gave NaN."""
@@ -89,43 +89,45 @@ def judge(
     progress: Callable[[int, str], None] | None = None,
     segments: Segments | None = None,
 ) -> JudgeResult:
-    """Run `episodes` episodes of `policy`, acting greedily, one after the other in this process.
+    """Run episodes of `policy`, acting greedily, one after the other in this process.
 
-    With `segments`, each episode is stored there as it ends, before its steps are confirmed, and
-    those that are stored already are not run again (`JudgeStore`). Without, what a crash interrupts
-    is judged again.
+    A step or reset that takes longer than `reality.step_timeout_s` drops its episode, as a crash
+    does. (In the main thread: elsewhere a thread cannot be interrupted and a hang hangs.)
 
-    Their seeds are of a stream of (purpose, seed), apart from collection's and from each other
-    purpose's. A step or reset that takes longer than `reality.step_timeout_s` drops its episode, as
-    a crash does (in the main thread; elsewhere a thread cannot be interrupted and a hang hangs).
+    Args:
+        policy: Of the environment's spaces.
+        reality: The environment.
+        ledger: Counts the steps.
+        episodes: At least 1.
+        seed: With `purpose`, seeds the episodes: no other purpose has the same ones.
+        purpose: Of the ledger.
+        max_episode_steps: Cuts an episode. Defaults to the environment's limit.
+        progress: Receives the number of episodes and a text.
+        segments: Stores each episode as it ends, before its steps are confirmed; stored ones are
+            not run again (`JudgeStore`). Without, an interrupted judgement starts again.
 
-    Raises UsageError, before a real step, where the policy is of other spaces; BudgetSpent;
-    MesocosmError if every episode was dropped.
+    Raises:
+        UsageError: Before a real step, where the policy has other spaces.
+        BudgetSpent: The budget is spent.
+        MesocosmError: Every episode was dropped.
     """
-    if episodes < 1:
-        raise UsageError(f"episodes={episodes} judges nothing; give at least 1")
     if reality.bounds == "drop":  # a return is real wherever the observations were
         reality = replace(reality, bounds="ignore")
     bare = make_env(reality)
     check_spaces(policy, bare, reality)
-    timed = reality.horizon is not None or (
-        bare.spec is not None and bare.spec.max_episode_steps is not None
-    )
-    limit = max_episode_steps or (None if timed else MAX_EPISODE_STEPS)
-    own_seed = int(fingerprint(purpose, seed)[:8], 16)
-    act = _greedy(policy)
+    registered = bare.spec.max_episode_steps if bare.spec is not None else None
+    limit = max_episode_steps
+    if limit is None and reality.horizon is None and registered is None:
+        limit = MAX_EPISODE_STEPS
     stored = None if segments is None else StoredEpisodes(segments, ledger, bare)
 
+    def act(observation: Any, rng: np.random.Generator) -> Any:
+        return policy.act_one(observation, False, rng)  # type: ignore[attr-defined]
+
     def metered(env: Env) -> MeteredEnv:
-        timed_env = Timed(env, reality.step_timeout_s)
-        return MeteredEnv(
-            timed_env,
-            ledger,
-            purpose,
-            BLOCK,
-            holder=f"{purpose}-{seed}",
-            deferred=stored is not None,
-        )
+        timed, holder = Timed(env, reality.step_timeout_s), f"{purpose}-{seed}"
+        deferred = stored is not None
+        return MeteredEnv(timed, ledger, purpose, BLOCK, holder=holder, deferred=deferred)
 
     judged: list[Judged] = []
     env = metered(bare)
@@ -140,7 +142,7 @@ def judge(
                     env,
                     act,
                     k=k,
-                    seed=own_seed,
+                    seed=int(fingerprint(purpose, seed)[:8], 16),
                     behaviour="policy",
                     max_steps=limit,
                     config=reality,
@@ -150,9 +152,7 @@ def judge(
             one = Judged(env.meter.steps - before, episode, reason)
             judged += [one] if stored is None else stored.add(env.meter, k, one)
             if reason is not None:
-                with suppress(
-                    Exception
-                ):  # what has crashed may fail to close; the meter closes first
+                with suppress(Exception):  # after a crash, closing may fail; the meter closes first
                     env.close()
                 env = metered(make_env(reality))
             if progress is not None:
@@ -173,38 +173,27 @@ def judge(
     return JudgeResult(done, sum(each.steps for each in judged), len(judged), dropped)
 
 
-def longest(facts: EnvFacts) -> int:
-    """Steps of a judged episode, at most."""
-    return facts.max_episode_steps or MAX_EPISODE_STEPS
-
-
 def judging(reality: RealityConfig, episodes: int, limit: int | None = None) -> dict[str, Any]:
-    """What judging so many episodes would cost at most, for a dry run. Takes no real step.
+    """The cost of judging at most, for a dry run. Takes no real step.
 
     `limit` is the longest possible episode; None takes the environment's.
     """
-    steps, price = episodes * (limit or longest(facts_of(reality))), reality.price
-    dear = steps * price.per_step + episodes * price.per_reset
+    longest = limit or facts_of(reality).max_episode_steps or MAX_EPISODE_STEPS
+    steps, price = episodes * longest, reality.price
+    cost = steps * price.per_step + episodes * price.per_reset
     return {
         "judged episodes": episodes,
         "judged real steps": f"at most {steps}",
-        "price of judging": f"at most {dear:g} {price.currency}",
+        "price of judging": f"at most {cost:g} {price.currency}",
     }
 
 
 def check_spaces(policy: Any, env: Env | EnvFacts, reality: RealityConfig) -> None:
-    """Raise UsageError unless `policy` is of the environment's spaces. Takes no real step."""
-    for what in ("observation_space", "action_space"):
-        theirs, own = getattr(policy, what, None), getattr(env, what)
-        if theirs is not None and theirs != own:
+    """Raise UsageError unless `policy` has the environment's spaces. Takes no real step."""
+    for name in ("observation_space", "action_space"):
+        space, expected = getattr(policy, name, None), getattr(env, name)
+        if space is not None and space != expected:
             raise UsageError(
-                f"the policy's {what} {theirs} is not that of reality.env={reality.env!r}, {own};"
-                " judge it where it was trained, or train one here"
+                f"the policy's {name} must be that of reality.env={reality.env!r}, {expected}, got"
+                f" {space}; judge it where it was trained, or train one here"
             )
-
-
-def _greedy(policy: Any) -> Callable[[Any, np.random.Generator], Any]:
-    def act(observation: Any, rng: np.random.Generator) -> Any:
-        return policy.act_one(observation, False, rng)
-
-    return act

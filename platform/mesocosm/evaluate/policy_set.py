@@ -1,9 +1,9 @@
 """The policies whose values in reality and in the world are compared: those of the config, an
 agent's snapshots, and graded ones.
 
-A graded policy is the agent at its best with noise (`BehaviourConfig.noise`). How much noise makes
-how bad a policy is not known beforehand, so levels are found by bisection: `next_noise` says which
-to try, until each fifth of the range of real returns holds enough policies.
+A graded policy is the agent at its best with noise (`BehaviourConfig.noise`). The effect of noise
+is not known beforehand, so levels are found by bisection: `next_noise` returns the next one to try,
+until each fifth of the range of real returns holds enough policies.
 """
 
 from __future__ import annotations
@@ -29,154 +29,125 @@ from mesocosm.policies.policy import SNAPSHOTS, Acts, RandomPolicy, policy_of
 from mesocosm.store.artifacts import Artifact, Storage
 
 AGENT = "agent"
-"""What the judged agent is called beside other policies; the lineage has its id."""
+"""Name of the judged agent beside other policies; the lineage has its id."""
 MOST_NOISE = 2.0
-"""Of a Box: twice half its range, little better than random; of other spaces at most 1, random
-altogether.
-"""
+"""Of a Box: twice half its range, little better than random. Of other spaces 1, random actions."""
 FINEST = 2e-3
-"""Levels of noise nearer to each other than this are not told apart."""
+"""Smallest difference between levels of noise."""
+Space = gymnasium.Space[Any]
+Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
 class Candidate:
+    """A policy to compare."""
+
     name: str
     policy: Acts
     iteration: int | None = None
-    """Of a snapshot, and the whole of an agent's training: a point of its curve"""
+    """Of a snapshot, or the last of an agent's training: a point of its curve"""
     noise: float | None = None
     """Of a graded policy"""
     held_out: bool = True
-    """None of its episodes trained the world; where they did, its value is shown and is no evidence
-    """
+    """None of its episodes trained the world. Otherwise its value is shown and not counted."""
 
 
 class Noisy:
     """A policy's greedy actions with noise, in vector layout and one by one."""
 
-    def __init__(self, policy: Acts, action_space: gymnasium.Space[Any], noise: float):
+    def __init__(self, policy: Acts, action_space: Space, noise: float):
         self.policy, self.noise, self.action_space = policy, noise, copy.deepcopy(action_space)
         self.observation_space = getattr(policy, "observation_space", None)
-        self._batched = _real(action_space)
 
-    def act(
-        self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None
-    ) -> Any:
+    def act(self, observations: Any, explore: bool = False, rng: Rng | None = None) -> Any:
+        """Map observations of B environments to B actions; `rng` is needed."""
         assert rng is not None, "noise needs rng"
-        actions = self.policy.act(observations, False, rng)
-        if self._batched:
-            return behaviours.perturbed(actions, self.action_space, self.noise, rng).astype(
-                actions.dtype
-            )
-        self.action_space.seed(int(rng.integers(2**31)))
-        count = batch_size(actions)
-        rows = [
-            behaviours.perturbed(action, self.action_space, self.noise, rng)
-            for action in iterate(batch_space(self.action_space, count), actions)
-        ]
-        return concatenate(self.action_space, rows, create_empty_array(self.action_space, count))
+        actions, space = self.policy.act(observations, False, rng), self.action_space
+        if _is_float(space):
+            return behaviours.perturbed(actions, space, self.noise, rng).astype(actions.dtype)
+        space.seed(int(rng.integers(2**31)))
+        rows = iterate(batch_space(space, batch_size(actions)), actions)
+        return _batch(space, [behaviours.perturbed(row, space, self.noise, rng) for row in rows])
 
-    def act_one(
-        self, observation: Any, explore: bool = False, rng: np.random.Generator | None = None
-    ) -> Any:
+    def act_one(self, observation: Any, explore: bool = False, rng: Rng | None = None) -> Any:
+        """Map one observation to one action; `rng` is needed."""
         assert rng is not None, "noise needs rng"
-        self.action_space.seed(int(rng.integers(2**31)))
+        space = self.action_space
+        space.seed(int(rng.integers(2**31)))
         action = self.policy.act_one(observation, False, rng)  # type: ignore[attr-defined]
-        noisy = behaviours.perturbed(action, self.action_space, self.noise, rng)
-        return (
-            noisy.astype(self.action_space.dtype) if isinstance(self.action_space, Box) else noisy
-        )
+        noisy = behaviours.perturbed(action, space, self.noise, rng)
+        return noisy.astype(space.dtype) if isinstance(space, Box) else noisy
 
 
 class Scripted:
-    """A function f(observation, rng) -> action of the user's own. Actions outside the space are
-    refused, as in collection.
-    """
+    """A function f(observation, rng) -> action."""
 
-    def __init__(
-        self,
-        function: Act,
-        observation_space: gymnasium.Space[Any],
-        action_space: gymnasium.Space[Any],
-    ):
-        self.function, self.observation_space, self.action_space = (
-            function,
-            observation_space,
-            action_space,
-        )
+    def __init__(self, function: Act, observation_space: Space, action_space: Space):
+        self.function = function
+        self.observation_space, self.action_space = observation_space, action_space
 
-    def act(
-        self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None
-    ) -> Any:
-        count = batch_size(observations)
-        rows = [
-            self.act_one(one, explore, rng)
-            for one in iterate(batch_space(self.observation_space, count), observations)
-        ]
-        return concatenate(self.action_space, rows, create_empty_array(self.action_space, count))
+    def act(self, observations: Any, explore: bool = False, rng: Rng | None = None) -> Any:
+        """Map observations of B environments to B actions; `rng` is needed."""
+        rows = iterate(batch_space(self.observation_space, batch_size(observations)), observations)
+        return _batch(self.action_space, [self.act_one(row, explore, rng) for row in rows])
 
-    def act_one(
-        self, observation: Any, explore: bool = False, rng: np.random.Generator | None = None
-    ) -> Any:
+    def act_one(self, observation: Any, explore: bool = False, rng: Rng | None = None) -> Any:
+        """Map one observation to one action; `rng` is needed."""
         assert rng is not None, "a scripted policy takes rng"
         return self.function(observation, rng)
 
 
+def _batch(space: Space, rows: list[Any]) -> Any:
+    return concatenate(space, rows, create_empty_array(space, len(rows)))
+
+
 def full(config: BehaviourConfig, storage: Storage) -> BehaviourConfig:
-    """The same with the full name of its policy. Raises UsageError where there is none."""
-    return (
-        config
-        if config.policy is None
-        else replace(config, policy=behaviours.full_name(storage, config.policy))
-    )
+    """The config with the full name of its policy. Raises UsageError where there is none."""
+    if config.policy is None:
+        return config
+    return replace(config, policy=behaviours.full_name(storage, config.policy))
 
 
 def named(
-    config: BehaviourConfig,
-    storage: Storage,
-    observation_space: gymnasium.Space[Any],
-    action_space: gymnasium.Space[Any],
+    config: BehaviourConfig, storage: Storage, observation_space: Space, action_space: Space
 ) -> Candidate:
-    """The policy of one entry of `evaluate.policies`; trained ones at their best. Raises UsageError
+    """The policy of one entry of `evaluate.policies`; trained ones act greedily. Raises UsageError
     where there is no such policy.
     """
     policy: Acts
     if config.kind == "random":
         policy = RandomPolicy(copy.deepcopy(action_space))
     elif config.function is not None:
-        bare = BehaviourConfig(kind="scripted", function=config.function)
-        policy = Scripted(
-            behaviours.build(bare, observation_space, action_space, storage),
-            observation_space,
-            action_space,
-        )
+        checked = BehaviourConfig(kind="scripted", function=config.function)
+        spaces = (observation_space, action_space)
+        policy = Scripted(behaviours.build(checked, *spaces, storage), *spaces)
     else:
         assert config.policy is not None
         policy = policy_of(storage, config.policy)
-    return Candidate(
-        behaviours.label(config),
-        Noisy(policy, action_space, config.noise) if config.kind == "noisy" else policy,
-    )
+    if config.kind == "noisy":
+        policy = Noisy(policy, action_space, config.noise)
+    return Candidate(behaviours.label(config), policy)
 
 
 def snapshots(agent: Artifact, storage: Storage) -> list[Candidate]:
-    """An agent's policies along its training, then the agent itself, which is the best of them. The
-    first, where it began with another agent, is that one.
+    """An agent's policies along its training, then the agent itself, the best of them. Snapshot 0
+    of an agent that began with another agent is left out: it is that one.
     """
     iterations = sorted(int(path.name) for path in (agent.path / SNAPSHOTS).glob("*"))
-    iterations = [i for i in iterations if i or not agent.meta.get("inputs", {}).get("agents")]
-    kept = int(
-        agent.meta.get("metrics", {}).get("kept_iteration", agent.meta["config"]["iterations"])
-    )
-    found = [
+    if agent.meta.get("inputs", {}).get("agents"):
+        iterations = [i for i in iterations if i]
+    last = agent.meta["config"]["iterations"]
+    best = int(agent.meta.get("metrics", {}).get("kept_iteration", last))
+    candidates = [
         Candidate(f"{AGENT}@{i}", policy_of(storage, f"{agent.name}@{i}"), iteration=i)
         for i in iterations
-        if i != kept
+        if i != best
     ]
-    return [*found, Candidate(AGENT, policy_of(storage, agent.name), iteration=max(kept, 0))]
+    return [*candidates, Candidate(AGENT, policy_of(storage, agent.name), iteration=max(best, 0))]
 
 
-def graded(policy: Acts, action_space: gymnasium.Space[Any], noise: float) -> Candidate:
+def graded(policy: Acts, action_space: Space, noise: float) -> Candidate:
+    """The agent with noise."""
     return Candidate(f"{AGENT}, noise {noise:.3g}", Noisy(policy, action_space, noise), noise=noise)
 
 
@@ -185,8 +156,9 @@ def held_out(refs: Sequence[str], storage: Storage, datasets: Sequence[Artifact]
     its value would be no test.
     """
     for ref in refs:
-        if (found := collected(ref, storage, datasets)) is not None:
-            id, dataset = found
+        collector = collected(ref, storage, datasets)
+        if collector is not None:
+            id, dataset = collector
             raise UsageError(
                 f"agents/{id} collected {dataset}, which the world was trained on: its value there"
                 " is no test; judge another agent"
@@ -195,18 +167,16 @@ def held_out(refs: Sequence[str], storage: Storage, datasets: Sequence[Artifact]
 
 def collected(ref: str, storage: Storage, datasets: Sequence[Artifact]) -> tuple[str, str] | None:
     """(agent's id, dataset's name) where the agent `ref`, a full name, collected one of the
-    datasets: itself, or as the agent that it began with and is (`kept_former`, or its snapshot 0).
+    datasets: itself, or as the agent that it began with and equals (`kept_former`, or snapshot 0).
     """
     name, _, iteration = ref.partition("@")
     agent = storage.artifact("agents", name)
-    begun = (
-        agent.meta.get("inputs", {}).get("agents", [])
-        if agent.meta.get("metrics", {}).get("kept_former") or iteration == "0"
-        else []
-    )
+    same = [agent.id]
+    if agent.meta.get("metrics", {}).get("kept_former") or iteration == "0":
+        same += agent.meta.get("inputs", {}).get("agents", [])
     for dataset in datasets:
         for id in dataset.meta.get("inputs", {}).get("agents", []):
-            if id in (agent.id, *begun):
+            if id in same:
                 return id, dataset.name
     return None
 
@@ -214,11 +184,15 @@ def collected(ref: str, storage: Storage, datasets: Sequence[Artifact]) -> tuple
 def next_noise(
     noises: Mapping[float, float], returns: Sequence[float], most: float
 ) -> float | None:
-    """The level of noise to try next; None where each fifth holds PER_FIFTH policies and there are
-    LEAST, or no level can tell more.
+    """The level of noise to try next.
 
-    noises: level -> mean real return of what was tried, from 0 and `most` on; returns: of all
-    policies so far.
+    Args:
+        noises: Mean real return by the level that was tried; 0 and `most` are tried first.
+        returns: Of all policies so far.
+        most: The highest level.
+
+    Returns:
+        None where the policies are enough for a firm ranking, or no level can tell more.
     """
     for level in (0.0, most):
         if level not in noises:
@@ -229,28 +203,27 @@ def next_noise(
     counts = fifths_of(returns)
     if firm(counts):
         return None
-    levels = sorted(noises)
+    steps = [(b - a, a, b) for a, b in itertools.pairwise(sorted(noises)) if b - a > FINEST]
     for fifth in np.argsort(counts, kind="stable"):
         middle = low + (high - low) * (fifth + 0.5) / 5
         across = [
-            (a, b)
-            for a, b in itertools.pairwise(levels)
-            if min(noises[a], noises[b]) <= middle <= max(noises[a], noises[b]) and b - a > FINEST
+            (width, a, b)
+            for width, a, b in steps
+            if min(noises[a], noises[b]) <= middle <= max(noises[a], noises[b])
         ]
         if across:
-            a, b = max(across, key=lambda pair: pair[1] - pair[0])
+            _, a, b = max(across, key=lambda step: step[0])
             return (a + b) / 2
-    wide = max(itertools.pairwise(levels), key=lambda pair: pair[1] - pair[0])
-    return sum(wide) / 2 if wide[1] - wide[0] > FINEST else None
+    if not steps:
+        return None
+    _, a, b = max(steps, key=lambda step: step[0])
+    return (a + b) / 2
 
 
-def most_noise(action_space: gymnasium.Space[Any]) -> float:
-    return MOST_NOISE if _real(action_space) else 1.0
+def most_noise(action_space: Space) -> float:
+    """The highest level of noise of a space."""
+    return MOST_NOISE if _is_float(action_space) else 1.0
 
 
-def _real(space: gymnasium.Space[Any]) -> bool:
-    return (
-        isinstance(space, Box)
-        and space.dtype is not None
-        and np.issubdtype(space.dtype, np.floating)
-    )
+def _is_float(space: Space) -> bool:
+    return isinstance(space, Box) and np.issubdtype(space.dtype, np.floating)

@@ -1,11 +1,11 @@
-"""What an evaluation measures beyond fidelity on held-out data: policy value, errors away from the
-data, the task distribution.
+"""What an evaluation measures beyond fidelity on held-out data: policy values, off-policy errors and
+the task distribution.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,6 @@ from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.data.analysis.evidence import Evidence, evidence
 from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.horizon import Horizon, horizon_of
 from mesocosm.data.format.manifest import Manifest
 from mesocosm.data.loading.codec import Codec
@@ -26,15 +25,8 @@ from mesocosm.evaluate.imagine import starts_of
 from mesocosm.evaluate.judge import JudgeResult, check_spaces
 from mesocosm.evaluate.judge_store import JudgeStore
 from mesocosm.evaluate.metrics.log import codec_of
-from mesocosm.evaluate.metrics.off_policy import OffPolicy, off_policy
-from mesocosm.evaluate.metrics.open_loop import Progress
-from mesocosm.evaluate.metrics.policy_value import (
-    PolicyValue,
-    Value,
-    imagining,
-    policy_value,
-    success_by_return,
-)
+from mesocosm.evaluate.metrics.off_policy import off_policy
+from mesocosm.evaluate.metrics.policy_value import Value, imagining, policy_value, success_by_return
 from mesocosm.evaluate.metrics.ranking import FEWEST
 from mesocosm.evaluate.metrics.starts import task_distribution
 from mesocosm.evaluate.policy_set import Candidate
@@ -58,7 +50,7 @@ class TooFewPolicies(UsageError):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What an evaluation that asks reality will ask it, looked at before it does."""
+    """An evaluation in reality, checked before the first real step."""
 
     cfg: EvaluateConfig
     """With the full names of its policies"""
@@ -81,8 +73,8 @@ class Prepared:
 
 
 def most_episodes(cfg: EvaluateConfig, own: int) -> tuple[int, int]:
-    """(policies, real episodes) that will be judged, at most; `own`: the agent and its snapshots, 0
-    without an agent.
+    """(policies, real episodes) that will be judged, at most. `own` counts the agent and its
+    snapshots; it is 0 without an agent.
     """
     policies = len(cfg.policies) + own + cfg.graded + bool(cfg.adversary) if cfg.compares else 0
     return policies, (cfg.episodes if own else 0) + policies * cfg.policy_episodes
@@ -93,8 +85,8 @@ def check_steps(cfg: EvaluateConfig, own: int, limit: int) -> None:
     episodes = most_episodes(cfg, own)[1]
     if cfg.judge_steps is not None and episodes * limit > cfg.judge_steps:
         raise UsageError(
-            f"judge_steps={cfg.judge_steps} is less than the {episodes * limit} real steps that"
-            f" {episodes} episodes of at most {limit} steps may take; raise it, or lower episodes,"
+            f"judge_steps must be >= {episodes * limit}, the real steps that {episodes} episodes of"
+            f" at most {limit} steps may take, got {cfg.judge_steps}; raise it, or lower episodes,"
             " policy_episodes or graded"
         )
 
@@ -102,75 +94,57 @@ def check_steps(cfg: EvaluateConfig, own: int, limit: int) -> None:
 def prepare(
     cfg: EvaluateConfig, storage: Storage, world: Artifact, codec: Codec, agent: Artifact | None
 ) -> Prepared:
-    """Raises UsageError, before a real step is spent, for a reality of other spaces than the
-    world's, a policy that is missing, of other spaces or of the world's own data, and where judging
-    might take more than `judge_steps`. `cfg.reality` is filled in.
+    """Check an evaluation whose `cfg.reality` is complete. Takes no real step.
+
+    Raises:
+        UsageError: Reality has other spaces than the world; a policy is missing, has other spaces
+            or collected the world's own data; judging might take more than `judge_steps`.
+        TooFewPolicies: The policies make no ranking.
     """
     facts = facts_of(cfg.reality)
-    for what, theirs, own in zip(
-        ("observation", "action"),
-        facts.spaces,
-        (codec.observation_space, codec.action_space),
-        strict=True,
-    ):
-        if theirs != own:
+    spaces = (codec.observation_space, codec.action_space)
+    for name, real, expected in zip(("observation", "action"), facts.spaces, spaces, strict=True):
+        if real != expected:
             raise UsageError(
-                f"reality.env={cfg.reality.env!r} has the {what} space {theirs}, and {world.name}"
-                f" {own}; judge it in its own environment"
+                f"reality.env={cfg.reality.env!r} has the {name} space {real}, and {world.name}"
+                f" {expected}; judge it in its own environment"
             )
-    if (
-        cfg.adversary
-        and json.loads((world.path / "world.json").read_text())["config"]["members"] == 1
-    ):
+    members = json.loads((world.path / "world.json").read_text())["config"]["members"]
+    if cfg.adversary and members == 1:
         raise UsageError(
-            f"adversary={cfg.adversary} seeks disagreement, and {world.name} has one member; set"
-            " adversary=0, or pretrain with model.members"
+            f"adversary must be 0 for {world.name}, whose one member cannot disagree, got"
+            f" {cfg.adversary}; set adversary=0, or pretrain with model.members"
         )
     _check_options(cfg, codec)
     cfg = replace(cfg, policies=[policy_set.full(config, storage) for config in cfg.policies])
     horizon = horizon_of(storage, world, facts.max_episode_steps, "reality.horizon")
     data = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
-    logged = (
-        {
-            behaviour.name
-            for artifact in data
-            for behaviour in Manifest.read(artifact.path).behaviours
-        }
-        if cfg.policies
-        else set()
-    )
-    candidates = [
-        replace(
-            policy_set.named(config, storage, *facts.spaces),
-            held_out=behaviours.label(config) not in logged,
-        )
-        for config in cfg.policies
-    ]
-    refs = [config.policy for config in cfg.policies if config.policy is not None]
-    mine = [] if agent is None else policy_set.snapshots(agent, storage)
-    for candidate in [*candidates, *mine]:
+    logged: set[str] = set()
+    if cfg.policies:
+        logged = {b.name for artifact in data for b in Manifest.read(artifact.path).behaviours}
+    candidates = []
+    for config in cfg.policies:
+        candidate = policy_set.named(config, storage, *facts.spaces)
+        candidates.append(replace(candidate, held_out=behaviours.label(config) not in logged))
+    own = [] if agent is None else policy_set.snapshots(agent, storage)
+    for candidate in [*candidates, *own]:
         check_spaces(candidate.policy, facts, cfg.reality)
-    check_steps(cfg, len(mine), horizon.steps)
+    check_steps(cfg, len(own), horizon.steps)
+    refs = [config.policy for config in cfg.policies if config.policy is not None]
     if cfg.compares:
-        candidates += mine
+        candidates += own
         policy_set.held_out([*refs, *([] if agent is None else [agent.name])], storage, data)
-        most = (
-            sum(candidate.held_out for candidate in candidates) + cfg.graded + bool(cfg.adversary)
-        )
+        most = sum(c.held_out for c in candidates) + cfg.graded + bool(cfg.adversary)
         if most < FEWEST:
             raise TooFewPolicies(
                 f"{most} policies whose data the world was not trained on cannot be compared: that"
                 f" takes {FEWEST}; add policies, or graded"
             )
     ids = sorted({ref.removeprefix("agents/").partition("@")[0] for ref in refs})
-    sources = [
-        source_hash(behaviours.load_function(config.function))
-        for config in cfg.policies
-        if config.function is not None
-    ]
-    return Prepared(
-        cfg, facts, horizon, agent, candidates, ids, sources, *most_episodes(cfg, len(mine))
-    )
+    functions = [config.function for config in cfg.policies if config.function is not None]
+    sources = [source_hash(behaviours.load_function(function)) for function in functions]
+    most_judged = most_episodes(cfg, len(own))
+    return Prepared(cfg, facts, horizon, agent, candidates, ids, sources, *most_judged)
 
 
 def _check_options(cfg: EvaluateConfig, codec: Codec) -> None:
@@ -190,30 +164,39 @@ def run(
     cfg: EvaluateConfig,
     run: Run,
     world: World,
-    made: Artifact,
+    artifact: Artifact,
     dataset: Dataset,
     plan: Prepared | None,
     ledger: Ledger | None,
     store: JudgeStore,
     judged: JudgeResult | None,
 ) -> dict[str, Any]:
-    """{"starts", "policy_value", "off_policy"} as JSON, of what was asked for. `judged`: the
-    agent's own episodes, which are not bought twice.
+    """Measure everything that the config asks for.
+
+    Args:
+        cfg: The config.
+        run: Receives the progress.
+        world: The world of `artifact`.
+        artifact: Of the world.
+        dataset: Its validation split is held out.
+        plan: None without judging in reality, and so `ledger`.
+        ledger: Counts the real steps.
+        store: Holds the judged episodes.
+        judged: The agent's own episodes, which are not bought twice.
+
+    Returns:
+        {"starts", "evidence", "policy_value", "off_policy"} as JSON, as far as measured.
     """
+    more = None if judged is None else starts_of(world, judged.episodes)
     with run.progress("starts", None) as update:
-        starts = task_distribution(
-            world,
-            dataset,
-            seed=cfg.seed,
-            more=None if judged is None else starts_of(world, judged.episodes),
-        )
+        starts = task_distribution(world, dataset, seed=cfg.seed, more=more)
         update(1, "" if starts.auc is None else f"AUC {starts.auc:.2f}")
-    found: dict[str, Any] = {"starts": starts.to_json()}
-    shown = evidence_of(run.storage, made, cfg.seed)
+    measured: dict[str, Any] = {"starts": starts.to_json()}
+    shown = evidence_of(run.storage, artifact, cfg.seed)
     if shown is not None:
-        found["evidence"] = shown.to_json()
+        measured["evidence"] = shown.to_json()
     if plan is None or ledger is None or not cfg.compares:
-        return found
+        return measured
     with run.progress("policy value", plan.most_policies) as update:
         values = policy_value(
             world,
@@ -230,28 +213,37 @@ def run(
             progress=update,
         )
         r = values.ranking.pearson
-        update(
-            plan.most_policies,
-            f"{len(values.values)} policies, r {'undefined' if r is None else f'{r:.2f}'},"
-            f" {values.steps} real steps",
-        )
-    found["policy_value"] = values.to_json()
-    logs = Dataset(
-        [run.storage.artifact("datasets", id).path for id in made.meta["inputs"]["datasets"]]
-    )
+        correlation = "undefined" if r is None else f"{r:.2f}"
+        policies = f"{len(values.values)} policies, r {correlation}"
+        update(plan.most_policies, f"{policies}, {values.steps} real steps")
+    measured["policy_value"] = values.to_json()
+    data = [run.storage.artifact("datasets", id) for id in artifact.meta["inputs"]["datasets"]]
+    chosen = [(v.candidate, v.judged.episodes) for v in behaviours_of(values.values)]
     with run.progress("off-policy", None) as update:
 
         def report(text: str) -> None:
             update(0, text)
 
-        away = _off_policy(cfg, world, logs, values, report)
+        away = off_policy(
+            world,
+            Dataset([artifact.path for artifact in data]),
+            # Numbered anew: judged episodes of different policies have the same numbers.
+            [(c.name, [replace(e, index=k) for k, e in enumerate(es)]) for c, es in chosen],
+            horizons=cfg.horizons,
+            starts=min(cfg.starts, STARTS),
+            samples=cfg.samples,
+            seed=cfg.seed,
+            progress=report,
+        )
         update(1, "" if away.auroc is None else f"AUROC of disagreement {away.auroc:.2f}")
-    return found | {"off_policy": away.to_json()}
+    logged = {candidate.name for candidate, _ in chosen if not candidate.held_out}
+    rows = tuple(replace(row, logged=row.name in logged) for row in away.behaviours)
+    return measured | {"off_policy": replace(away, behaviours=rows).to_json()}
 
 
 def evidence_of(storage: Storage, world: Artifact, seed: int) -> Evidence | None:
-    """What the world's logs show, as pretraining recorded it or from its datasets; None without
-    them.
+    """The evidence of the world's logs, which pretraining recorded, or from its datasets; None
+    without them.
     """
     recorded = world.meta.get("evidence")
     if recorded is not None:
@@ -263,7 +255,7 @@ def evidence_of(storage: Storage, world: Artifact, seed: int) -> Evidence | None
     return evidence(Dataset(data), seed=seed) if data else None
 
 
-def agent_told(
+def agent_summary(
     measured: dict[str, Any],
     judged: JudgeResult,
     world: World,
@@ -272,10 +264,15 @@ def agent_told(
     limit: int,
     run: Run,
 ) -> dict[str, Any]:
-    """{"real", "world": mean returns of the judged agent, "success": {"real", "world"} shares of
-    episodes, or None where `reality.success` is not set, "unexplained": a sentence where the logs
-    cannot explain its return in the world, or None}. The world's are its row's among the compared
-    policies, or of `cfg.imagined` episodes.
+    """The judged agent in reality and in the world.
+
+    Its values in the world are those of its row among the compared policies, or of `cfg.imagined`
+    episodes.
+
+    Returns:
+        {"real", "world": mean returns, "success": {"real", "world"} shares of episodes or None
+        where `reality.success` is not set, "unexplained": a sentence where the logs cannot explain
+        its return in the world, or None}.
     """
     env = WorldVectorEnv(cfg.imagined, world, horizon=limit)
     with run.progress("imagine the agent", limit) as update:
@@ -284,62 +281,29 @@ def agent_told(
             update(steps, f"step {steps} of at most {limit}")
 
         (returns,), (lengths,) = imagined_episodes([policy], env, imagining(cfg.seed), report)
+    mean = float(returns.mean())
+    imagined, success = mean, success_by_return(cfg.reality.success, returns)
     for row in measured.get("policy_value", {"policies": []})["policies"]:
         if row["name"] == policy_set.AGENT:
-            imagined, met = (
-                float(row["world"]["mean"]),
-                None if row["success"] is None else row["success"]["world"],
-            )
-            break
-    else:
-        imagined, met = float(returns.mean()), success_by_return(cfg.reality.success, returns)
-    success = (
-        None
-        if judged.successes is None
-        else {"real": judged.successes / len(judged.returns), "world": met}
-    )
-    shown = measured.get("evidence")
+            imagined = float(row["world"]["mean"])
+            success = None if row["success"] is None else row["success"]["world"]
+    shares = None
+    if judged.successes is not None:
+        shares = {"real": judged.successes / len(judged.returns), "world": success}
     unexplained = None
-    if shown is not None:
-        unexplained = Evidence(**shown).unexplained(float(returns.mean()), float(lengths.mean()))
-    return {"real": judged.mean, "world": imagined, "success": success, "unexplained": unexplained}
+    if "evidence" in measured:
+        logs = Evidence(**measured["evidence"])
+        unexplained = logs.unexplained(mean, float(lengths.mean()))
+    return {"real": judged.mean, "world": imagined, "success": shares, "unexplained": unexplained}
 
 
-def with_adversary(plan: Prepared, run: Run, world: Artifact) -> Prepared:
-    adversary = _adversary(plan.cfg, run, world, plan.limit)
-    return replace(plan, candidates=[*plan.candidates, adversary])
-
-
-def _grading(cfg: EvaluateConfig, storage: Storage, agent: Artifact | None, world: World) -> Any:
-    def more(judged: Sequence[tuple[Candidate, float]]) -> Candidate | None:
-        if (
-            agent is None
-            or sum(candidate.noise is not None for candidate, _ in judged) >= cfg.graded
-        ):
-            return None
-        space = codec_of(world).action_space
-        noises = {
-            candidate.noise: mean for candidate, mean in judged if candidate.noise is not None
-        }
-        noises[0.0] = next(mean for candidate, mean in judged if candidate.name == policy_set.AGENT)
-        noise = policy_set.next_noise(
-            noises, [mean for _, mean in judged], policy_set.most_noise(space)
-        )
-        return (
-            None
-            if noise is None
-            else policy_set.graded(policy_of(storage, agent.name), space, noise)
-        )
-
-    return more
-
-
-def _adversary(cfg: EvaluateConfig, run: Run, world: Artifact, limit: int) -> Candidate:
-    """A policy trained in the world to go where its members do not agree; it learns to avoid an
-    early end, too, and takes no real step.
+def with_adversary(
+    plan: Prepared, run: Run, world: Artifact, train: Callable[[AgentConfig, Run], Artifact]
+) -> Prepared:
+    """Add a policy that `train`, the job train-agent, trains in the world to go where its members
+    disagree. It learns to avoid an early end, too, and takes no real step.
     """
-    from mesocosm.jobs import train_agent as agents  # imports RLlib: only where it trains
-
+    cfg = plan.cfg
     config = AgentConfig(
         seed=cfg.seed,
         storage=cfg.storage,
@@ -348,59 +312,47 @@ def _adversary(cfg: EvaluateConfig, run: Run, world: Artifact, limit: int) -> Ca
         world=world.id,
         backend="local",
         iterations=cfg.adversary,
-        horizon=limit,
+        horizon=plan.limit,
         snapshots=0,
         objective="disagreement",
         params={"minibatch_size": 256, "num_epochs": 8},
     )
     with run.child("train-agent", config) as child:
-        artifact = agents.run(config, child)
-    return Candidate(ADVERSARY, policy_of(run.storage, artifact.name))
+        artifact = train(config, child)
+    adversary = Candidate(ADVERSARY, policy_of(run.storage, artifact.name))
+    return replace(plan, candidates=[*plan.candidates, adversary])
 
 
-def _off_policy(
-    cfg: EvaluateConfig, world: World, logs: Dataset, found: PolicyValue, progress: Progress
-) -> OffPolicy:
-    """Adversarial, trained, half-trained, noisy, random, then those of the config, as far as they
-    are there: the judged episodes are the data.
-    """
-    chosen = behaviours_of(found.values)
-    episodes = [(v.candidate.name, _some(v)) for v in chosen]
-    away = off_policy(
-        world,
-        logs,
-        episodes,
-        horizons=cfg.horizons,
-        starts=min(cfg.starts, STARTS),
-        samples=cfg.samples,
-        seed=cfg.seed,
-        progress=progress,
-    )
-    logged = {v.candidate.name for v in chosen if not v.candidate.held_out}
-    return replace(
-        away, behaviours=tuple(replace(row, logged=row.name in logged) for row in away.behaviours)
-    )
+def _grading(
+    cfg: EvaluateConfig, storage: Storage, agent: Artifact | None, world: World
+) -> Callable[[Sequence[tuple[Candidate, float]]], Candidate | None]:
+    def more(judged: Sequence[tuple[Candidate, float]]) -> Candidate | None:
+        """The next noisy version of the agent to judge; None: there are enough."""
+        noises = {c.noise: mean for c, mean in judged if c.noise is not None}
+        if agent is None or len(noises) >= cfg.graded:
+            return None
+        space = codec_of(world).action_space
+        noises[0.0] = next(mean for c, mean in judged if c.name == policy_set.AGENT)
+        returns = [mean for _, mean in judged]
+        noise = policy_set.next_noise(noises, returns, policy_set.most_noise(space))
+        if noise is None:
+            return None
+        return policy_set.graded(policy_of(storage, agent.name), space, noise)
+
+    return more
 
 
 def behaviours_of(values: Sequence[Value]) -> list[Value]:
-    """At most MOST_BEHAVIOURS, none twice."""
+    """At most MOST_BEHAVIOURS values, each name once: the adversary, the trained agent, the
+    half-trained one, middle and most noise, then the others.
+    """
     own = [v for v in values if v.candidate.iteration is not None]
-    graded = sorted(
-        (v for v in values if v.candidate.noise is not None), key=lambda v: v.candidate.noise or 0.0
-    )
+    graded = [v for v in values if v.candidate.noise is not None]
+    graded.sort(key=lambda value: value.candidate.noise or 0.0)
     rest = [v for v in values if v not in own and v not in graded]
     first = [v for v in rest if v.candidate.name == ADVERSARY]
-    wanted = [
-        *first,
-        *own[-1:],
-        *own[len(own) // 2 : len(own) // 2 + 1],
-        *graded[len(graded) // 2 : len(graded) // 2 + 1],
-        *graded[-1:],
-        *rest,
-    ]
-    return list({v.candidate.name: v for v in wanted}.values())[:MOST_BEHAVIOURS]
-
-
-def _some(value: Value) -> list[Episode]:
-    """Numbered anew: the judged episodes of different policies have the same numbers."""
-    return [replace(episode, index=k) for k, episode in enumerate(value.judged.episodes)]
+    for ordered, some in ((own, own[-1:]), (graded, [])):
+        middle = len(ordered) // 2
+        first += [*some, *ordered[middle : middle + 1]]
+    chosen = [*first, *graded[-1:], *rest]
+    return list({value.candidate.name: value for value in chosen}.values())[:MOST_BEHAVIOURS]

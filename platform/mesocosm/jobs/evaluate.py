@@ -157,7 +157,10 @@ def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
         if prepared.horizon.inferred:
             run.say(f"episodes end after {prepared.limit} steps: {prepared.horizon.source}")
         if cfg.adversary:
-            prepared = suite.with_adversary(prepared, run, plan.artifact)
+            from mesocosm.jobs import train_agent  # imports RLlib: only where it trains
+
+            train = train_agent.JOB.run
+            prepared = suite.with_adversary(prepared, run, plan.artifact, train)
         if policy is not None:
             with run.progress("judge", cfg.episodes) as update:
                 result = judge(
@@ -175,7 +178,7 @@ def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
     measured = suite.run(cfg, run, world, plan.artifact, dataset, prepared, ledger, store, result)
     agent = None
     if policy is not None and result is not None and prepared is not None:
-        agent = suite.agent_told(measured, result, world, policy, cfg, prepared.limit, run)
+        agent = suite.agent_summary(measured, result, world, policy, cfg, prepared.limit, run)
     _warn(run, measured, agent)
     measured |= {
         "verdicts": [

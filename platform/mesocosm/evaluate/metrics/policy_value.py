@@ -1,8 +1,7 @@
-"""What policies are worth in the world against what they are worth in reality, and how the gap
-moves along an agent's training.
+"""Values of policies in the world against their values in reality, also along an agent's training.
 
-In reality each policy plays the same episodes (the same seeds), metered under `judge`; in the world
-it starts where the world itself starts episodes, and nothing is told of reality.
+In reality each policy plays the same episodes (the same seeds), metered under `judge`. In the world
+it starts where the world itself starts episodes, which knows nothing of the judged episodes.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ ROWS = 512
 
 @dataclass(frozen=True)
 class Value:
-    """One policy's: returns of real and of imagined episodes."""
+    """The returns of one policy in real and in imagined episodes."""
 
     candidate: Candidate
     judged: JudgeResult
@@ -47,9 +46,29 @@ class Value:
     def world(self) -> float:
         return float(self.imagined.mean())
 
+    def to_json(self, rule: str | None) -> dict[str, Any]:
+        """`rule` is `reality.success`."""
+        interval, count = stats.mean_interval(self.imagined), len(self.judged.returns)
+        success = None
+        if self.judged.successes is not None:
+            world = success_by_return(rule, self.imagined)
+            success = {"real": self.judged.successes / count, "world": world}
+        return {
+            "name": self.candidate.name,
+            "iteration": self.candidate.iteration,
+            "noise": self.candidate.noise,
+            "held_out": self.candidate.held_out,
+            "real": {"mean": self.real, "interval": self.judged.interval, "episodes": count},
+            "world": {"mean": self.world, "interval": interval, "episodes": len(self.imagined)},
+            "gap": self.world - self.real,
+            "success": success,
+        }
+
 
 @dataclass(frozen=True)
 class PolicyValue:
+    """All compared policies."""
+
     values: tuple[Value, ...]
     ranking: Ranking
     """Of those that are held out"""
@@ -58,38 +77,12 @@ class PolicyValue:
 
     @property
     def steps(self) -> int:
-        """Real steps that it took, those apart that were judged already."""
+        """Real steps that it took, without those of episodes judged before."""
         return sum(value.judged.steps for value in self.values)
 
     def to_json(self) -> dict[str, Any]:
-        rows = []
-        for value in self.values:
-            row: dict[str, Any] = {
-                "name": value.candidate.name,
-                "iteration": value.candidate.iteration,
-                "noise": value.candidate.noise,
-                "held_out": value.candidate.held_out,
-                "real": {
-                    "mean": value.real,
-                    "interval": value.judged.interval,
-                    "episodes": len(value.judged.returns),
-                },
-                "world": {
-                    "mean": value.world,
-                    "interval": stats.mean_interval(value.imagined),
-                    "episodes": len(value.imagined),
-                },
-                "gap": value.world - value.real,
-                "success": None,
-            }
-            if value.judged.successes is not None:
-                row["success"] = {
-                    "real": value.judged.successes / len(value.judged.returns),
-                    "world": success_by_return(self.success, value.imagined),
-                }
-            rows.append(row)
         return {
-            "policies": rows,
+            "policies": [value.to_json(self.success) for value in self.values],
             "ranking": self.ranking.to_json(),
             "success": self.success,
             "real_steps": self.steps,
@@ -97,25 +90,21 @@ class PolicyValue:
         }
 
 
-def _by_return(rule: str | None) -> Callable[[float], bool] | None:
-    """`reality.success` of a return; None where it asks an info, of which a world knows nothing."""
-    if rule is None or not rule.lstrip().startswith("return"):
-        return None
-    met = parse_success(rule)
-    return lambda total: met(total, {})
-
-
 def imagining(seed: int) -> int:
-    """The seed of imagined episodes: of a stream of its own, for an agent's first imagined episodes
-    in training had its job's seed.
+    """The seed of imagined episodes, in a stream of its own: an agent's first imagined episodes in
+    training had its job's seed.
     """
     return int(fingerprint("imagined", seed)[:8], 16)
 
 
 def success_by_return(rule: str | None, returns: NDArray[np.float64]) -> float | None:
-    """Share of imagined episodes that meet `reality.success`; None where that is not of the return."""
-    met = _by_return(rule)
-    return None if met is None else float(np.mean([met(r) for r in returns]))
+    """Share of imagined episodes that meet `reality.success`; None where it is not a rule of the
+    return: a world knows nothing of infos.
+    """
+    if rule is None or not rule.lstrip().startswith("return"):
+        return None
+    met = parse_success(rule)
+    return float(np.mean([met(total, {}) for total in returns]))
 
 
 def policy_value(
@@ -133,24 +122,35 @@ def policy_value(
     seed: int,
     progress: Callable[[float, str], None] = lambda done, text: None,
 ) -> PolicyValue:
-    """Judge each candidate by `episodes` real episodes and imagine `imagined` of each, of at most
-    `horizon` steps.
+    """Judge each candidate in reality, and imagine it in the world.
 
-    store: where judged episodes lie until the evaluation is committed.
-    known: real episodes that were judged already, by the candidate's name, of the same seed and
-    limit. more: given all (candidate, mean real return) so far, the next candidate to judge, or
-    None. Raises UsageError if there is none at all.
+    Args:
+        world: The world.
+        candidates: The policies.
+        reality: Where they are judged.
+        ledger: Counts the real steps.
+        store: Holds judged episodes until the evaluation is committed.
+        known: Real episodes that were judged before with the same seed and limit, by the
+            candidate's name.
+        more: Given all (candidate, mean real return) so far, the next candidate, or None.
+        episodes: Real episodes of each.
+        imagined: Imagined episodes of each.
+        horizon: Steps of an episode, at most.
+        seed: Of both.
+        progress: Receives the number of judged policies and a text.
+
+    Raises:
+        UsageError: There is no candidate.
     """
     judged: list[tuple[Candidate, JudgeResult]] = []
 
     def look(candidate: Candidate) -> None:
-        if candidate.name in known and len(known[candidate.name].episodes) >= episodes:
-            before = known[candidate.name]
+        before = known.get(candidate.name)
+        if before is not None and len(before.episodes) >= episodes:
             result = replace(before, episodes=before.episodes[:episodes], steps=0, resets=0)
         else:
             # Labels may repeat. The order of judging is the same when an evaluation goes on.
             name = f"{len(judged)}: {candidate.name}"
-            segments = store.segments(name, candidate.policy, seed=seed, limit=horizon)
             result = judge(
                 candidate.policy,
                 reality,
@@ -158,7 +158,7 @@ def policy_value(
                 episodes=episodes,
                 seed=seed,
                 max_episode_steps=horizon,
-                segments=segments,
+                segments=store.segments(name, candidate.policy, seed=seed, limit=horizon),
             )
         judged.append((candidate, result))
         progress(len(judged), f"{len(judged)} policies, {candidate.name}: {result.mean:.1f}")
@@ -173,28 +173,25 @@ def policy_value(
     def report(steps: int) -> None:
         progress(len(judged), f"imagining, step {steps} of at most {horizon}")
 
-    means: list[NDArray[np.float64]] = []
+    returns: list[NDArray[np.float64]] = []
     width = max(1, ROWS // imagined)
     for first in range(0, len(judged), width):
         some = [candidate.policy for candidate, _ in judged[first : first + width]]
         env = WorldVectorEnv(len(some) * imagined, world, horizon=horizon)
-        means += list(imagined_episodes(some, env, imagining(seed), report)[0])
-    values = tuple(
-        Value(candidate, result, returns)
-        for (candidate, result), returns in zip(judged, means, strict=True)
-    )
+        returns += list(imagined_episodes(some, env, imagining(seed), report)[0])
+    values = tuple(Value(*pair, each) for pair, each in zip(judged, returns, strict=True))
     counted = [v for v in values if v.candidate.held_out]
-    found = ranking([v.real for v in counted], [v.world for v in counted], seed=seed)
+    ranked = ranking([v.real for v in counted], [v.world for v in counted], seed=seed)
     notes = [
-        f"{v.candidate.name}: its like collected some of the world's data; it is shown, and no"
-        " figure counts it."
+        f"{v.candidate.name}: this behaviour collected some of the world's data; it is shown, and"
+        " no figure counts it."
         for v in values
-        if v not in counted
+        if not v.candidate.held_out
     ]
     notes += [f"{v.candidate.name}: {reason}" for v in values for reason in v.judged.dropped]
-    if reality.success is not None and _by_return(reality.success) is None:
+    if reality.success is not None and success_by_return(reality.success, np.zeros(1)) is None:
         notes.append(
             f"reality.success={reality.success!r} asks an info, of which a world knows nothing:"
             " success in the world is undefined."
         )
-    return PolicyValue(values, found, reality.success, tuple(notes))
+    return PolicyValue(values, ranked, reality.success, tuple(notes))
