@@ -84,7 +84,7 @@ TASKS = {
         ("10k", "30k", "100k"),
         (20_000, 80_000),
         (250, 1000, 4000, 16_000),
-        judged=lambda cell: cell.asked == 80_000 and cell.seed == 0 and cell.size != "30k",
+        judged=lambda cell: cell.target == 80_000 and cell.seed == 0 and cell.size != "30k",
     ),
 }
 JUDGED = {"policy_value_error": "error", "pearson": "pearson", "regret": "regret"}
@@ -125,9 +125,8 @@ def rows_of(cfg: SweepConfig) -> list[dict[str, Any]]:
 
 def judged(cfg: SweepConfig, cell: Cell, precision: str) -> dict[str, Any]:
     """The cell's world, an agent of it, and what the suite says of both."""
-    job = cfg.pretraining(
-        cell.size, cell.seed, cell.narrowed, cell.steps, cell.rise, cell.fall, precision
-    )
+    train = cfg.training(cell.steps, cell.warmup, cell.decay, precision)
+    job = cfg.pretraining(cell.size, cell.seed, cell.unique_limit, train)
     with tracking.start("pretrain", job) as run:
         world = pretraining.run(job, run)
     agent = agent_of(configured(PENDULUM, cell.seed, []), world)
@@ -157,7 +156,7 @@ def main() -> int:
             for (env, task), family in itertools.product(TASKS.items(), FAMILIES):
                 cfg = configured_sweep(task, family, dataset(task))
                 rows += [{"env": env} | row for row in rows_of(cfg)]
-                grid = lay_out(cfg, *sweep._given(cfg))
+                grid = lay_out(cfg, *sweep.open_inputs(cfg))
                 for cell in filter(task.judged, grid.cells if options.worlds else ()):
                     if cell.id in kept(RESULTS) or time.monotonic() - began > options.minutes * 60:
                         continue

@@ -73,11 +73,11 @@ def one_rank() -> Iterator[None]:
     """
     import torch.distributed as dist
 
-    from mesocosm.scaling.trunk import alone
+    from mesocosm.scaling.trunk import single_rank
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
-        alone("cpu")
+        single_rank("cpu")
     yield
     dist.destroy_process_group()
 

@@ -13,16 +13,16 @@ from rich.console import Console
 from mesocosm.cluster.spec import ClusterConfig, NodeGroup
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.runs import tracking
-from mesocosm.scaling.cells import Record
+from mesocosm.scaling.cells import CellRecord
 from mesocosm.scaling.grid import Cell, lay_out
-from mesocosm.scaling.progress_table import Board, hours, short
-from mesocosm.scaling.trunk import Outcome
+from mesocosm.scaling.progress_table import ProgressTable, duration, short
+from mesocosm.scaling.trunk import CellOutcome
 
 
-def record(cell: Cell, loss: float, ran: int, seconds: float) -> Outcome:
-    return Outcome(
+def record(cell: Cell, loss: float, ran: int, seconds: float) -> CellOutcome:
+    return CellOutcome(
         cell.id,
-        Record.of(cell, {"valid/loss": loss, "valid/dynamics": loss}, seconds=seconds, ran=ran),
+        CellRecord.of(cell, {"valid/loss": loss, "valid/dynamics": loss}, seconds=seconds, ran=ran),
         None,
     )
 
@@ -35,7 +35,7 @@ def test_the_board_counts_names_and_estimates(
     by_trunk = [trunk.cells for trunk in grid.trunks(grid.cells)]
     expected = grid.expected(grid.cells)
     with tracking.start("sweep", config, quiet=True) as run:
-        board = Board(run, grid, {})
+        board = ProgressTable(run, grid, {})
         assert board.line == "0/4 cells" and board.hours_left is None
         first, second = by_trunk[0]
         board.add(record(first, 3.5, first.steps, 10 * expected[first.id]))
@@ -47,9 +47,9 @@ def test_the_board_counts_names_and_estimates(
             board.line.startswith("1/4 cells, best loss 3.500 nats (10k, ")
             and "100MFLOP/s a worker" in board.line
         )
-        board.add(Outcome(second.id, None, "the loss is nan at step 3"))
+        board.add(CellOutcome(second.id, None, "the loss is nan at step 3"))
         out = Console(file=io.StringIO(), width=100)
-        out.print(board._table())
+        out.print(board.table())
         text = out.file.getvalue()
         assert (
             "3.500 1/2" in text
@@ -75,4 +75,4 @@ def test_numbers_are_short() -> None:
         "1.5G",
         "20T",
     ]
-    assert (hours(0.25), hours(2.04)) == ("15 min", "2.0 h")
+    assert (duration(0.25), duration(2.04)) == ("15 min", "2.0 h")

@@ -18,12 +18,12 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.jobs import sweep
 from mesocosm.jobs.sweep import plan, run
 from mesocosm.runs import tracking
-from mesocosm.scaling import cells
+from mesocosm.scaling import cells, trials
 from mesocosm.scaling.cells import COLUMNS
 from mesocosm.scaling.sweep_config import SweepConfig
+from mesocosm.scaling.trials import TrunkTrial
 from mesocosm.store.artifacts import Artifact, Storage
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -176,8 +176,6 @@ def test_a_process_that_dies_before_it_answers_is_told_of(
     """Tune keeps no config of such a trial."""
     from ray import tune
 
-    from mesocosm.jobs.sweep_trial import TrunkTrial
-
     class Dies(TrunkTrial):
         def setup(self, config: dict[str, Any], work: Any = None) -> None:
             if config["id"] == "b":
@@ -190,7 +188,7 @@ def test_a_process_that_dies_before_it_answers_is_told_of(
             return {"outcome": {"cell": "a", "record": None, "failed": "as asked"}, "done": True}
 
     heard: list[Any] = []
-    lost = sweep._tuned(
+    lost = trials.run_trials(
         tune.with_resources(Dies, {"CPU": 1}), ["a", "b", "c"], 3, whole[2], "dies", heard.append
     )
     assert set(lost) == {"b"}, lost
@@ -203,8 +201,6 @@ def test_credentials_are_in_no_runtime_environment(
     """Tune would put the driver's there, and Ray logs it."""
     import ray
     from ray import tune
-
-    from mesocosm.jobs.sweep_trial import TrunkTrial
 
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
 
@@ -223,7 +219,9 @@ def test_credentials_are_in_no_runtime_environment(
             }
 
     heard: list[Any] = []
-    sweep._tuned(tune.with_resources(Tells, {"CPU": 1}), ["a"], 1, whole[2], "tells", heard.append)
+    trials.run_trials(
+        tune.with_resources(Tells, {"CPU": 1}), ["a"], 1, whole[2], "tells", heard.append
+    )
     assert "env_vars" in heard[0].failed and "planted" not in heard[0].failed
 
 
@@ -233,16 +231,16 @@ def test_trials_that_nothing_can_run_do_not_wait_for_ever(
     """As where nodes leave after the preflight."""
     from ray import tune
 
-    monkeypatch.setattr(sweep, "PATIENCE", 3.0)
+    monkeypatch.setattr(trials, "PATIENCE", 3.0)
     began = time.monotonic()
     with pytest.raises(
         MesocosmError,
         match=(
-            r"2 of 2 trunks have waited 3 s for 2 lanes and none runs: the cluster has .* CPUs"
+            r"2 of 2 trunks have waited 3 s for 2 slots and none runs: the cluster has .* CPUs"
             r" free.*run the same command again"
         ),
     ):
-        sweep._tuned(
+        trials.run_trials(
             tune.with_resources(lambda config: None, {"CPU": 1000}),
             ["a", "b"],
             2,
@@ -285,7 +283,7 @@ def test_a_large_cell_is_a_pretrain_job_with_the_same_result(
         )
         made, _ = swept(sweep_of(root, *options))
         for row in table(made):
-            record = cells.read(Storage(root), row["cell"])
+            record = cells.read_record(Storage(root), row["cell"])
             assert (
                 record.world is not None
                 and Storage(root).artifact("worlds", record.world).meta["counts"]["steps"]
@@ -344,7 +342,7 @@ def test_a_killed_process_fails_its_own_cells_only(
     ) as error:
         swept(config)
     killer.join()
-    assert "ended without a word" not in str(error.value), "Ray's own reason is given"
+    assert "its process died" not in str(error.value), "Ray's own reason is given"
     assert len(cells.finished(Storage(root))) == 3
     assert len(table(swept(config)[0])) == 4
 

@@ -16,7 +16,7 @@ from mesocosm.data.format.dataset import Dataset
 from mesocosm.model.base import Base
 from mesocosm.scaling import cells as stored
 from mesocosm.scaling.grid import Cell, Grid, Trunk, lay_out
-from mesocosm.scaling.trunk import Warm, Work, alone, branches
+from mesocosm.scaling.trunk import TrunkWork, TrunkWorker, branches, single_rank
 from mesocosm.store.artifacts import Storage
 from mesocosm.train.schedule import factor, length, lr_factor, share
 from mesocosm.train.training import Diverged, Training
@@ -37,7 +37,13 @@ def started(grid: Grid, trunk: Trunk) -> Training:
     )
     base = Base(grid.codec.spec, trunk.model)
     return Training.start(
-        dataset, grid.codec, trunk.model, trunk.options, trunk.seed, alone("cpu"), lambda: base
+        dataset,
+        grid.codec,
+        trunk.model,
+        trunk.options,
+        trunk.seed,
+        single_rank("cpu"),
+        lambda: base,
     )[0]
 
 
@@ -46,7 +52,7 @@ def run_alone(grid: Grid, trunk: Trunk, cell: Cell) -> tuple[list[float], dict[s
     pretraining makes it from shares.
     """
     training = started(grid, trunk)
-    options = grid.config.training(cell.steps, cell.rise, cell.fall, grid.precision)
+    options = grid.config.training(cell.steps, cell.warmup, cell.decay, grid.precision)
     losses = []
     for number in range(1, cell.steps + 1):
         told = training.step(
@@ -97,14 +103,14 @@ def test_a_branch_is_a_run_of_its_own(
     training = started(grid, trunk)
     grown = list(branches(training, trunk.cells))
     training.engine.destroy()
-    assert [g.trouble for g in grown] == [None] * 3 and [g.ran for g in grown] == [
+    assert [g.failed for g in grown] == [None] * 3 and [g.ran for g in grown] == [
         trunk.ran(i) for i in range(3)
     ]
     for cell, found in zip(trunk.cells, grown, strict=True):
         losses, measured = run_alone(grid, trunk, cell)
-        assert found.measured == measured, f"digit for digit, {cell.steps} steps"
+        assert found.metrics == measured, f"digit for digit, {cell.steps} steps"
         assert len(losses) == cell.steps
-    assert len({found.measured["valid/loss"] for found in grown}) == 3
+    assert len({found.metrics["valid/loss"] for found in grown}) == 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
@@ -142,10 +148,10 @@ def test_what_a_fork_did_is_undone(sweep_of: Sweep, cart: Dataset, precision: st
 
 def grow(root: str, grid: Grid, cells: Sequence[Cell]) -> list[Any]:
     (trunk,) = grid.trunks(cells)
-    warm = Warm(
-        Work(root, ["cart"], grid.codec.to_json(), {trunk.id: trunk}, gpu=False, force=False)
+    warm = TrunkWorker(
+        TrunkWork(root, ["cart"], grid.codec.to_json(), {trunk.id: trunk}, gpu=False, force=False)
     )
-    return list(warm.grow(trunk.id))
+    return list(warm.train(trunk.id))
 
 
 def test_a_warm_process_keeps_a_record_a_cell(
@@ -158,7 +164,7 @@ def test_a_warm_process_keeps_a_record_a_cell(
     )
     first, second = grow(root, grid, grid.cells)
     assert stored.finished(Storage(root)) == {cell.id for cell in grid.cells}
-    assert first.record == stored.read(Storage(root), grid.cells[0].id)
+    assert first.record == stored.read_record(Storage(root), grid.cells[0].id)
     assert (
         first.record.loss == pytest.approx(sum(first.record.parts.values()))
         and first.record.loss != second.record.loss
@@ -189,19 +195,19 @@ def test_a_record_that_cannot_be_kept_costs_its_cell_alone(
     grid = lay_out(
         sweep_of(root, "grid.sizes=[10k]", "grid.data=[300,600,900]"), dataset, ClusterConfig()
     )
-    keep = stored.keep
+    keep = stored.save_record
 
-    def full(storage: Storage, record: stored.Record, **options: Any) -> stored.Record:
+    def full(storage: Storage, record: stored.CellRecord, **options: Any) -> stored.CellRecord:
         if record.cell == grid.cells[1].id:
             raise OSError(28, "No space left on device")
         return keep(storage, record, **options)
 
-    monkeypatch.setattr(stored, "keep", full)
+    monkeypatch.setattr(stored, "save_record", full)
     outcomes = grow(root, grid, grid.cells)
     assert [o.cell for o in outcomes] == [cell.id for cell in grid.cells]
     assert [o.failed for o in outcomes] == [
         None,
-        "its record could not be kept: OSError: [Errno 28] No space left on device",
+        "its record could not be stored: OSError: [Errno 28] No space left on device",
         None,
     ]
     assert stored.finished(Storage(root)) == {grid.cells[0].id, grid.cells[2].id}

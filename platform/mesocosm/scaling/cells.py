@@ -1,9 +1,9 @@
-"""What storage holds of cells, whichever sweep made them.
+"""Finished cells in storage, whichever sweep trained them. Imports no Ray.
 
-    ROOT/cells/results/<id>.json          one record a finished cell, created whole
+    ROOT/cells/results/<id>.json          a record of each finished cell, created in one write
     ROOT/cells/bases/<id>.safetensors     a base that several cells share
 
-The table of a sweep is its cells' records, one row each. Imports no Ray.
+A sweep's table has a row for each of its cells' records.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ COLUMNS = (
     "epochs",
     "steps",
 )
-"""Of the table, before `loss` by part, `seconds` and `cell`."""
+"""Columns of the table before the losses by part, `seconds` and `cell`."""
 
 
 @dataclass(frozen=True)
-class Record:
-    """A finished cell."""
+class CellRecord:
+    """A finished cell, as its file holds it."""
 
     cell: str
     trunk: str
@@ -68,16 +68,17 @@ class Record:
     seed: int
     lr: float
     loss: float
-    """Nats a transition on the validation split, all parts."""
+    """Nats a transition on the validation split, over all parts."""
     parts: dict[str, float]
-    """The same by part; they sum to `loss`."""
+    """The loss by part. They sum to `loss`."""
     seconds: float
-    """Of training and validating what it does not share with the cell before it on its trunk."""
+    """Time to train and validate what it does not share with the cell before it on its trunk."""
     ran: int
     """Steps in that time."""
     world: str | None
-    """The artifact, for a cell that was a pretrain job."""
+    """The artifact of a cell that was a pretrain job."""
     what: dict[str, Any]
+    """The cell's `identity`."""
     code: str = __version__
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     schema: int = SCHEMA
@@ -85,64 +86,35 @@ class Record:
     @staticmethod
     def of(
         cell: Cell,
-        measured: Mapping[str, float],
+        metrics: Mapping[str, float],
         *,
         seconds: float,
         ran: int,
         world: str | None = None,
-    ) -> Record:
-        """`measured`: `valid/<part>` and `valid/loss`."""
-        parts = {
-            name.removeprefix("valid/"): value
-            for name, value in measured.items()
-            if name.startswith("valid/")
-        }
-        loss = parts.pop("loss")
-        same = {
-            name: getattr(cell, name)
-            for name in (
-                "trunk",
-                "size",
-                "params",
-                "total_params",
-                "data",
-                "unique",
-                "epochs",
-                "steps",
-                "flops",
-                "seed",
-                "lr",
-            )
-        }
-        return Record(
+    ) -> CellRecord:
+        """A record of `metrics`, of which `valid/<part>` and `valid/loss` are read."""
+        prefix = "valid/"
+        parts = {k.removeprefix(prefix): x for k, x in metrics.items() if k.startswith(prefix)}
+        return CellRecord(
             cell=cell.id,
-            family=cell.what["family"],
-            loss=loss,
+            family=cell.identity["family"],
+            loss=parts.pop("loss"),
             parts=parts,
             seconds=seconds,
             ran=ran,
             world=world,
-            what=cell.what,
-            **same,
-        )
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """Of the table."""
-        return (
-            {name: getattr(self, name) for name in COLUMNS}
-            | self.parts
-            | {"seconds": round(self.seconds, 3), "cell": self.cell}
+            what=cell.identity,
+            **{name: getattr(cell, name) for name in COLUMNS if name not in ("loss", "family")},
         )
 
 
-def keep(storage: Storage, record: Record, *, force: bool = False) -> Record:
-    """Store the record, or find that another sweep was faster; `force` replaces what is there."""
+def save_record(storage: Storage, record: CellRecord, *, force: bool = False) -> CellRecord:
+    """Store the record. Returns the one that another sweep stored first, unless `force`."""
     path, data = f"{RESULTS}/{record.cell}.json", json.dumps(asdict(record), indent=1).encode()
     if force:
         storage.write(path, data)
     elif not storage.create(path, data):
-        return read(storage, record.cell)
+        return read_record(storage, record.cell)
     return record
 
 
@@ -151,52 +123,43 @@ def finished(storage: Storage) -> set[str]:
     return {name.removesuffix(".json") for name in storage.list(RESULTS)}
 
 
-def read(storage: Storage, id: str) -> Record:
-    """A finished cell's record. Raises ArtifactError where it is damaged."""
+def read_record(storage: Storage, id: str) -> CellRecord:
+    """The record of a finished cell. Raises ArtifactError where it is damaged."""
     path = f"{RESULTS}/{id}.json"
     try:
-        return Record(**json.loads(storage.read(path) or b""))
+        return CellRecord(**json.loads(storage.read(path) or b""))
     except (ValueError, TypeError) as error:
-        raise ArtifactError(
-            f"{path!r} in storage.root {storage.root!r} is damaged ({error}); remove it, and its"
-            " cell is trained again"
-        ) from error
+        message = f"{path!r} in storage.root {storage.root!r} is damaged ({error})"
+        raise ArtifactError(f"{message}; remove it, and its cell is trained again") from error
 
 
-def base(
+def fit_base(
     storage: Storage, dataset: Dataset, codec: Codec, model: ModelConfig, seed: int
 ) -> tuple[Base, float]:
-    """The base of `model` on `dataset`'s training split, fitted or found, and the seconds that it
-    took to fit.
+    """The base of `model` on the training split, fitted or read from storage, and the seconds that
+    fitting took.
     """
-    settings = {
-        name: getattr(model, name) for name in ("members", "base", "base_hidden", "base_steps")
-    }
+    names = ("members", "base", "base_hidden", "base_steps")
+    settings = {name: getattr(model, name) for name in names}
     facts = (settings, dataset.ids, codec.id, dataset.count("train"), seed)
     path = f"{BASES}/{fingerprint('base', *facts, VERSIONS['pretrain'], SCHEMA)}.safetensors"
     began = time.perf_counter()
-    kept = storage.read(path)
-    if kept is not None:
-        made = Base(codec.spec, model)
-        made.load_state_dict(load(kept))
-        return made.eval(), 0.0
-    made = Base.fit(codec.spec, model, transitions(dataset, codec), seed)
-    storage.create(path, save(made.state_dict()))
-    return made.eval(), time.perf_counter() - began
+    if (data := storage.read(path)) is not None:
+        base = Base(codec.spec, model)
+        base.load_state_dict(load(data))
+        return base.eval(), 0.0
+    base = Base.fit(codec.spec, model, transitions(dataset, codec), seed)
+    storage.create(path, save(base.state_dict()))
+    return base.eval(), time.perf_counter() - began
 
 
-def write_table(records: Iterable[Record], path: Path) -> None:
-    """`table.csv`: a row a cell, by size, then data, then the rest."""
-    rows = [
-        record.row
-        for record in sorted(records, key=lambda r: (r.params, r.data, r.unique, r.seed, r.cell))
-    ]
-    parts = list(
-        dict.fromkeys(
-            name for row in rows for name in row if name not in (*COLUMNS, "seconds", "cell")
-        )
-    )
+def write_table(records: Iterable[CellRecord], path: Path) -> None:
+    """Write `table.csv`: a row for each cell, by size, then data, then the rest."""
+    ordered = sorted(records, key=lambda r: (r.params, r.data, r.unique, r.seed, r.cell))
+    parts = list(dict.fromkeys(name for record in ordered for name in record.parts))
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *parts, "seconds", "cell"])
         writer.writeheader()
-        writer.writerows(rows)
+        for record in ordered:
+            row = {name: getattr(record, name) for name in COLUMNS} | record.parts
+            writer.writerow(row | {"seconds": round(record.seconds, 3), "cell": record.cell})

@@ -1,13 +1,15 @@
-"""From a sweep's config to its cells: exact parameters, counted FLOPs, transitions, steps. Pure: no
-Ray, nothing is trained.
+"""From a sweep's config to its cells: exact parameters, counted FLOPs, transitions and steps.
+Imports no Ray and trains nothing.
 
-A cell is a model of one size trained once, on D transitions of U different ones, from one seed. Its
-id is a hash of all that decides its result, so two sweeps that ask for the same cell share it.
-Cells that differ in D alone share a *trunk*: warm-up, then a constant learning rate, over the one
-order of samples that the seed draws. A cell leaves the trunk `fall` steps before its end and decays
-to 0 there; it is the same, to the last bit, as a run of its own. Every U has trunks of its own, for
-the base is fitted on all U. A D that several U hold without a repetition is trained with the
-smallest of them only: to a law, which knows min(D, U), those cells are one.
+A cell is a model of one size, trained once on D transitions, of which U are different, from one
+seed. Its id is a hash of everything that decides its result, so that two sweeps with the same cell
+share it.
+
+Cells that differ in D alone share a *trunk*: warm-up and a constant learning rate over the one
+order of samples that the seed draws. A cell forks off the trunk `decay` steps before its end and
+decays to 0 there. It equals a run of its own to the last bit. Every U has its own trunks, because
+the base is fitted on all of U. A D that several U hold without a repeat is trained with the
+smallest of them only: a law, which uses min(D, U), sees one cell.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import product
 from typing import Any
 
@@ -30,10 +33,11 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.scaling.sweep_config import SweepConfig
 from mesocosm.train import prepare
 from mesocosm.train.config import TrainConfig
+from mesocosm.train.engine import least_gib
 from mesocosm.versions import VERSIONS
 
 SCHEMA = 1
-"""Of what a cell's id and its record mean."""
+"""Version of the meaning of a cell's id and record."""
 
 
 @dataclass(frozen=True)
@@ -43,31 +47,31 @@ class Cell:
     """Hash of what it shares with the cells of its trunk."""
     size: str
     seed: int
-    asked: float
+    target: float
     """The grid's D, or its C."""
-    narrowed: int | None
-    """The grid's U; None: all."""
+    unique_limit: int | None
+    """The grid's U. None: all."""
     steps: int
-    rise: int
+    warmup: int
     """Steps of warm-up."""
-    fall: int
+    decay: int
     """Steps of decay."""
     data: int
-    """Transitions that are seen, exactly: batches are of windows, so D is met to half a batch."""
+    """Transitions seen, exactly. Batches are of windows, so that D is met to half a batch."""
     unique: int
     params: int
     total_params: int
     flops: int
-    """Counted, of a run of its own."""
+    """Counted FLOPs of a run of its own."""
     lr: float
     large: bool
-    what: dict[str, Any] = field(compare=False)
-    """What `id` is a hash of, before it is hashed."""
+    identity: dict[str, Any] = field(compare=False)
+    """What `id` is a hash of."""
 
     @property
     def fork(self) -> int:
-        """The trunk's steps that it has in common."""
-        return self.steps - self.fall
+        """Steps that it shares with the trunk."""
+        return self.steps - self.decay
 
     @property
     def epochs(self) -> float:
@@ -76,12 +80,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Trunk:
-    """Cells of one (size, seed, U) that are trained together, from the first fork to the last."""
+    """Cells of one (size, seed, U) that train together, ascending in steps."""
 
     id: str
     model: ModelConfig
     options: TrainConfig
-    """Of all cells; its steps, warm-up and decay are not read."""
+    """Options of all cells. Its steps, warm-up and decay are those of one of them."""
     seed: int
     unique: int | None
     cells: tuple[Cell, ...]
@@ -95,7 +99,7 @@ class Trunk:
         return sum(cell.flops // cell.steps * self.ran(i) for i, cell in enumerate(self.cells))
 
     def ran(self, i: int) -> int:
-        """Steps that are run for cell `i`: the trunk's since the last fork, and its own decay."""
+        """Steps that run for cell `i`: the trunk's since the last fork, and its decay."""
         return self.cells[i].steps - (self.cells[i - 1].fork if i else 0)
 
 
@@ -109,251 +113,250 @@ class Grid:
     cluster: ClusterConfig
 
     def trunks(self, cells: Iterable[Cell]) -> list[Trunk]:
-        """The trunks of the small ones among `cells`, the longest first, so that the last to end
-        are short.
-        """
+        """The trunks of the small ones among `cells`, the longest first."""
         by_trunk: dict[str, list[Cell]] = {}
         for cell in cells:
             if not cell.large:
                 by_trunk.setdefault(cell.trunk, []).append(cell)
-        made = []
-        for id, some in by_trunk.items():
-            first = some[0]
-            options = self.config.training(first.steps, first.rise, first.fall, self.precision)
-            model = _sized(self.config.model, first.size)
-            made.append(
-                Trunk(
-                    id,
-                    model,
-                    options,
-                    first.seed,
-                    first.narrowed,
-                    tuple(sorted(some, key=lambda cell: cell.steps)),
-                )
-            )
-        return sorted(made, key=lambda trunk: -self.cluster.seconds(trunk.flops, trunk.steps))
-
-    def expected(self, cells: Iterable[Cell], *, alone: bool = False) -> dict[str, float]:
-        """Estimated seconds of all workers together for each of `cells`, trained together; `alone`:
-        without trunks.
-        """
-        some = list(cells)
-        single = [cell for cell in some if cell.large or alone]
-        found = {
-            cell.id: (
-                self.cluster.seconds(cell.flops, cell.steps, self.workers(cell))
-                * self.workers(cell)
-            )
-            for cell in single
-        }
-        for trunk in [] if alone else self.trunks(some):
-            for i, cell in enumerate(trunk.cells):
-                found[cell.id] = self.cluster.seconds(
-                    cell.flops // cell.steps * trunk.ran(i), trunk.ran(i)
-                )
-        return found
-
-    def hours(self, cells: Sequence[Cell], *, alone: bool = False) -> float:
-        """Estimated hours on the cluster: the trunks, `concurrent` at once, then the large cells."""
-        expected, c = self.expected(cells, alone=alone), self.config
-        together: dict[str, float] = {}
-        for cell in cells:
-            if not cell.large:
-                unit = cell.id if alone else cell.trunk
-                together[unit] = together.get(unit, 0.0) + expected[cell.id]
-        large = [expected[cell.id] / c.workers for cell in cells if cell.large]
-        slots = self.cluster.slots
-        return (
-            _makespan(together.values(), min(c.concurrent, slots))
-            + _makespan(large, min(c.concurrent, slots // c.workers))
-        ) / 3600
+        trunks = []
+        for id, group in by_trunk.items():
+            c, members = group[0], tuple(sorted(group, key=lambda cell: cell.steps))
+            options = self.config.training(c.steps, c.warmup, c.decay, self.precision)
+            model = replace(self.config.model, size=c.size)
+            trunks.append(Trunk(id, model, options, c.seed, c.unique_limit, members))
+        return sorted(trunks, key=lambda trunk: -self.cluster.seconds(trunk.flops, trunk.steps))
 
     def workers(self, cell: Cell) -> int:
         return self.config.workers if cell.large else 1
 
+    def expected(self, cells: Sequence[Cell], *, alone: bool = False) -> dict[str, float]:
+        """Estimated worker seconds of each cell by id. With `alone`, without trunks."""
+        seconds = {}
+        for cell in cells:
+            if cell.large or alone:
+                count = self.workers(cell)
+                seconds[cell.id] = self.cluster.seconds(cell.flops, cell.steps, count) * count
+        for trunk in [] if alone else self.trunks(cells):
+            for i, cell in enumerate(trunk.cells):
+                ran = trunk.ran(i)
+                seconds[cell.id] = self.cluster.seconds(cell.flops // cell.steps * ran, ran)
+        return seconds
 
-def _makespan(seconds: Iterable[float], lanes: int) -> float:
-    """When the last of several ends that `lanes` of (at least one) take up, the longest first."""
-    free = [0.0] * max(lanes, 1)
-    for one in sorted(seconds, reverse=True):
-        heapq.heapreplace(free, free[0] + one)
+    def hours(self, cells: Sequence[Cell], *, alone: bool = False) -> float:
+        """Estimated hours on the cluster: `concurrent` trunks at once, then the large cells."""
+        expected, concurrent = self.expected(cells, alone=alone), self.config.concurrent
+        small: dict[str, float] = {}
+        for cell in cells:
+            if not cell.large:
+                unit = cell.id if alone else cell.trunk
+                small[unit] = small.get(unit, 0.0) + expected[cell.id]
+        workers, slots = self.config.workers, self.cluster.slots
+        large = [expected[cell.id] / workers for cell in cells if cell.large]
+        seconds = _makespan(small.values(), min(concurrent, slots))
+        return (seconds + _makespan(large, min(concurrent, slots // workers))) / 3600
+
+    def memory_gib(self, trunks: Sequence[Trunk]) -> float:
+        """Host memory that the largest concurrent trunks, or the largest large cell, need."""
+        c, on_gpu = self.config, self.cluster.gpus > 0
+        small = [
+            least_gib(trunk.cells[0].total_params, trunk.options, 1, on_gpu=on_gpu)
+            for trunk in trunks
+        ]
+        options = c.training(1, 0, 1, self.precision)
+        large = [
+            least_gib(cell.total_params, options, c.workers, on_gpu=on_gpu)
+            for cell in self.cells
+            if cell.large
+        ]
+        return max(sum(sorted(small, reverse=True)[: c.concurrent]), *large, 0.0)
+
+    def summary(self, done: set[str]) -> dict[str, Any]:
+        """The cells, and what those that are not `done` would cost, for `--dry-run`."""
+        missing = [cell for cell in self.cells if cell.id not in done]
+        trunks, large = self.trunks(missing), [cell for cell in missing if cell.large]
+        steps = {cell.id: trunk.ran(i) for trunk in trunks for i, cell in enumerate(trunk.cells)}
+        steps |= {cell.id: cell.steps for cell in large}
+        expected, price = self.expected(missing), self.cluster.price_per_hour
+        together, alone = self.hours(missing), self.hours(missing, alone=True)
+        price_per_second = together * price / max(sum(expected.values()), 1e-9)
+        rows = [
+            {
+                "cell": cell.id[:8],
+                "size": cell.size,
+                "params": cell.params,
+                "total": cell.total_params,
+                "data": cell.data,
+                "unique": cell.unique,
+                "epochs": round(cell.epochs, 2),
+                "seed": cell.seed,
+                "steps": cell.steps,
+                "flops": cell.flops,
+                "trunk": "a job" if cell.large else cell.trunk[:6],
+                "steps to run": steps.get(cell.id, 0),
+                "worker hours": round(expected.get(cell.id, 0.0) / 3600, 4),
+                "price": round(expected.get(cell.id, 0.0) * price_per_second, 4),
+                "state": "finished" if cell.id in done else "to do",
+            }
+            for cell in self.cells
+        ]
+        return {
+            "datasets": ", ".join(self.dataset.ids),
+            "cluster": self.config.cluster,
+            "precision": self.precision,
+            "cells": rows,
+            "finished": f"{len(self.cells) - len(missing)} of {len(self.cells)} cells",
+            "trunks": len(trunks),
+            "steps": sum(steps.values()),
+            "steps without trunks": sum(cell.steps for cell in missing),
+            "flops": sum(trunk.flops for trunk in trunks) + sum(cell.flops for cell in large),
+            "flops without trunks": sum(cell.flops for cell in missing),
+            "memory_gib": round(self.memory_gib(trunks), 2),
+            "hours": round(together, 4),
+            "hours without trunks": round(alone, 4),
+            "price": f"{together * price:g} {self.cluster.currency}",
+            "price without trunks": f"{alone * price:g} {self.cluster.currency}",
+        }
+
+
+def _makespan(seconds: Iterable[float], slots: int) -> float:
+    """When the last of several tasks ends that `slots` (at least one) take up, longest first."""
+    free = [0.0] * max(slots, 1)
+    for duration in sorted(seconds, reverse=True):
+        heapq.heapreplace(free, free[0] + duration)
     return max(free)
 
 
 def lay_out(config: SweepConfig, dataset: Dataset, cluster: ClusterConfig) -> Grid:
-    """The grid of `config` on `dataset`. Raises UsageError for what cannot be: a D below one batch,
-    a U that the data have not, no validation split, a warm-up that is longer than what comes before
-    the decay.
+    """The grid of `config` on `dataset`.
+
+    Raises:
+        UsageError: a value that cannot be trained: a D below one batch, a U above the training
+            data, an empty validation split, or a warm-up that does not end before the decay.
     """
     config.validate()
+    ids = ", ".join(dataset.ids)
     if not len(dataset.episodes("valid")):
-        raise UsageError(
-            f"the valid split of {', '.join(dataset.ids)} is empty, and a sweep is measured on it;"
-            " collect with valid_fraction above 0"
-        )
-    have = dataset.count("train")
-    for unique in config.grid.unique or ():
-        if unique > have:
-            raise UsageError(
-                f"grid.unique={unique} is more than the {have} training transitions of"
-                f" {', '.join(dataset.ids)}; collect more, or lower it"
-            )
-    codec = prepare.fit_codec(dataset)
-    layout = _Layout(config, dataset, codec, precision(config, cluster))
-    cells = [cell for size in config.grid.sizes for cell in layout.of_size(size)]
-    if any(cell.large for cell in cells):
-        job = config.pretraining(config.grid.sizes[0], 0, None, 1, 0, 1, layout.precision)
-        job.train.workers = config.workers
-        job.validate()
-    return Grid(config, layout.precision, tuple(cells), dataset, codec, cluster)
+        message = f"the valid split of {ids} is empty, and a sweep measures the loss on it"
+        raise UsageError(f"{message}; collect with valid_fraction above 0")
+    transitions = dataset.count("train")
+    for value in config.grid.unique or ():
+        if value > transitions:
+            message = f"grid.unique must be <= the {transitions} training transitions of {ids}"
+            raise UsageError(f"{message}, got {value}; collect more, or lower it")
+    codec, precision = prepare.fit_codec(dataset), resolved_precision(config, cluster)
 
+    @cache
+    def loader(unique: int | None, seed: int) -> Loader:
+        view = prepare.narrowed(dataset, unique, seed)
+        return Loader(view, codec, "train", config.model.context, config.train.batch, seed)
 
-def precision(config: SweepConfig, cluster: ClusterConfig) -> str:
-    """What `train.precision` comes to on `cluster`."""
-    return (
-        config.train.precision
-        if config.train.precision != "auto"
-        else "bf16"
-        if cluster.gpus
-        else "fp32"
-    )
-
-
-class _Layout:
-    def __init__(self, config: SweepConfig, dataset: Dataset, codec: Codec, precision: str):
-        self.config, self.dataset, self.codec, self.precision = config, dataset, codec, precision
-        self._loaders: dict[tuple[int | None, int], Loader] = {}
-
-    def of_size(self, size: str) -> list[Cell]:
-        config, grid = self.config, self.config.grid
-        model = _sized(config.model, size)
-        sizes = counts.params(self.codec.spec, model)
-        step_flops = prepare.step_flops(
-            self.codec.spec, model, config.training(1, 0, 1, self.precision)
-        )
-        found = []
+    cells: list[Cell] = []
+    seeds = sorted(config.grid.seeds)
+    uniques: list[int | None] = [None]
+    if config.grid.unique is not None:
+        uniques = [*sorted(config.grid.unique)]
+    for size in config.grid.sizes:
         fresh: set[tuple[float, int]] = set()
-        for unique, seed in product(
-            [None] if grid.unique is None else sorted(grid.unique), sorted(grid.seeds)
-        ):
-            loader = self._loader(unique, seed)
-            shared = {
-                "family": config.model.family,
-                "model": asdict(model),
-                "train": (
-                    {name: value for name, value in asdict(config.train).items() if name != "decay"}
-                    | {"precision": self.precision}
-                ),
-                "datasets": self.dataset.ids,
-                "codec": self.codec.id,
-                "unique": loader.transitions_per_epoch,
-                "seed": seed,
-            }
-            trunk = fingerprint("trunk", shared, VERSIONS["pretrain"], VERSIONS["sweep"], SCHEMA)
-            before: dict[int, float] = {}
-            unit = self._unit(step_flops, loader)
-            for asked in sorted(grid.data or grid.flops):
-                steps = self._steps(size, asked, unit)
-                fall = config.fall(steps)
-                self._check(size, asked, steps, fall, before, unit)
-                data = loader.transitions_seen(steps)
-                if data <= loader.transitions_per_epoch:
-                    if (asked, seed) in fresh:
+        for unique, seed in product(uniques, seeds):
+            batches = loader(unique, seed)
+            for cell in _cells(config, precision, codec, dataset.ids, size, unique, batches):
+                if cell.data <= cell.unique:
+                    if (cell.target, seed) in fresh:
                         continue
-                    fresh.add((asked, seed))
-                what = shared | {"steps": steps, "fall": fall}
-                found.append(
-                    Cell(
-                        id=fingerprint(
-                            "cell", what, VERSIONS["pretrain"], VERSIONS["sweep"], SCHEMA
-                        ),
-                        trunk=trunk,
-                        size=size,
-                        seed=seed,
-                        asked=asked,
-                        narrowed=unique,
-                        steps=steps,
-                        rise=config.train.warmup,
-                        fall=fall,
-                        data=data,
-                        unique=loader.transitions_per_epoch,
-                        params=sizes.n,
-                        total_params=sizes.total,
-                        flops=steps * step_flops,
-                        lr=config.train.lr,
-                        large=sizes.n > config.large,
-                        what=what,
-                    )
-                )
-        return found
+                    fresh.add((cell.target, seed))
+                cells.append(cell)
+    if any(cell.large for cell in cells):
+        options = config.training(1, 0, 1, precision)
+        options.workers = config.workers
+        config.pretraining(config.grid.sizes[0], 0, None, options).validate()
+    return Grid(config, precision, tuple(cells), dataset, codec, cluster)
 
-    def _loader(self, unique: int | None, seed: int) -> Loader:
-        found = self._loaders.get((unique, seed))
-        if found is None:
-            config = self.config
-            view = prepare.narrowed(self.dataset, unique, seed)
-            found = self._loaders[unique, seed] = Loader(
-                view, self.codec, "train", config.model.context, config.train.batch, seed
-            )
-        return found
 
-    def _steps(self, size: str, asked: float, unit: float) -> int:
-        """The number nearest to what was asked; of every size alike, for D."""
-        if asked < unit and self.config.grid.data:
-            raise UsageError(
-                f"grid.data={asked:g} is smaller than a batch, about {unit:.0f} transitions; use"
-                " more, or lower train.batch"
-            )
-        if asked < unit:
-            raise UsageError(
-                f"grid.flops={asked:.3g} is less than one step of {size}, {unit:.3g} FLOPs; use"
-                " more, or lower train.batch"
-            )
-        return round(asked / unit)
+def resolved_precision(config: SweepConfig, cluster: ClusterConfig) -> str:
+    """`train.precision`, with `auto` resolved for the cluster."""
+    if config.train.precision != "auto":
+        return config.train.precision
+    return "bf16" if cluster.gpus else "fp32"
 
-    def _unit(self, step_flops: int, loader: Loader) -> float:
-        """Of a step, in what the grid asks for: transitions, or FLOPs."""
-        return (
-            self.config.train.batch * loader.transitions_per_epoch / loader.windows_per_epoch
-            if self.config.grid.data
-            else float(step_flops)
-        )
 
-    def _check(
-        self, size: str, asked: float, steps: int, fall: int, before: dict[int, float], unit: float
-    ) -> None:
-        key = "data" if self.config.grid.data else "flops"
-        if steps in before:
-            raise UsageError(
-                f"grid.{key} {before[steps]:g} and {asked:g} are both {steps} steps of {size}; give"
-                " values further apart"
-            )
-        before[steps] = asked
-        if self.config.train.warmup > steps - fall:
-            least = _least(self.config)
-            what = (
-                f"grid.{key}={asked:g} is {steps} steps of {size}, and"
-                f" train.warmup={self.config.train.warmup} leaves no room before the {fall} of its"
-                " decay"
-            )
+def _cells(
+    config: SweepConfig,
+    precision: str,
+    codec: Codec,
+    datasets: list[str],
+    size: str,
+    unique: int | None,
+    loader: Loader,
+) -> list[Cell]:
+    """The cells of one size, U and seed, ascending in steps."""
+    grid, train, transitions = config.grid, config.train, loader.transitions_per_epoch
+    model = replace(config.model, size=size)
+    params = counts.params(codec.spec, model)
+    step_flops = prepare.step_flops(codec.spec, model, config.training(1, 0, 1, precision))
+    key, targets, unit = "flops", sorted(grid.flops), float(step_flops)
+    if grid.data:
+        key, targets = "data", sorted(grid.data)
+        unit = train.batch * transitions / loader.windows_per_epoch
+    options = {name: value for name, value in asdict(train).items() if name != "decay"}
+    shared = {
+        "family": config.model.family,
+        "model": asdict(model),
+        "train": options | {"precision": precision},
+        "datasets": datasets,
+        "codec": codec.id,
+        "unique": transitions,
+        "seed": loader.seed,
+    }
+    versions = VERSIONS["pretrain"], VERSIONS["sweep"], SCHEMA
+    cells: list[Cell] = []
+    for target in targets:
+        if target < unit:
+            step = f"a batch, about {unit:.0f} transitions"
+            if not grid.data:
+                step = f"one step of {size}, {unit:.3g} FLOPs"
+            fix = "use more, or lower train.batch"
+            raise UsageError(f"grid.{key}={target:.6g} is less than {step}; {fix}")
+        steps = round(target / unit)
+        decay = config.decay_steps(steps)
+        if cells and cells[-1].steps == steps:
+            values = f"{cells[-1].target:g} and {target:g}"
+            message = f"grid.{key} {values} are both {steps} steps of {size}"
+            raise UsageError(f"{message}; give values further apart")
+        if train.warmup > steps - decay:
+            least = _least_steps(config)
+            message = f"grid.{key}={target:g} is {steps} steps of {size}, which are fewer than"
+            message += f" train.warmup={train.warmup} and the {decay} of its decay"
             enough = f"{least * unit:.3g}" if key == "flops" else f"{math.ceil(least * unit)}"
-            raise UsageError(
-                f"{what}; use at least {enough} ({least} steps), a shorter warm-up, or sweep {size}"
-                " apart"
+            fix = f"use at least {enough} ({least} steps), a shorter warm-up, or sweep {size} apart"
+            raise UsageError(f"{message}; {fix}")
+        identity = shared | {"steps": steps, "fall": decay}
+        cells.append(
+            Cell(
+                id=fingerprint("cell", identity, *versions),
+                trunk=fingerprint("trunk", shared, *versions),
+                size=size,
+                seed=loader.seed,
+                target=target,
+                unique_limit=unique,
+                steps=steps,
+                warmup=train.warmup,
+                decay=decay,
+                data=loader.transitions_seen(steps),
+                unique=transitions,
+                params=params.n,
+                total_params=params.total,
+                flops=steps * step_flops,
+                lr=train.lr,
+                large=params.n > config.large,
+                identity=identity,
             )
+        )
+    return cells
 
 
-def _least(config: SweepConfig) -> int:
+def _least_steps(config: SweepConfig) -> int:
     """The fewest steps that hold the warm-up and the decay."""
-    steps = (
-        max(config.train.warmup + 1, int(config.train.warmup / (1 - config.train.decay)) - 2)
-        if config.train.warmup
-        else 1
-    )
-    while steps - config.fall(steps) < config.train.warmup:
+    warmup, steps = config.train.warmup, 1
+    while steps - config.decay_steps(steps) < warmup:
         steps += 1
     return steps
-
-
-def _sized(model: ModelConfig, size: str) -> ModelConfig:
-    return ModelConfig(**{**vars(model), "size": size})

@@ -1,5 +1,5 @@
-"""What people see of a running sweep: a live table where there is a terminal, lines where there is
-none. And what MLflow sees: a nested run a cell.
+"""The progress of a running sweep: a live table on a terminal, lines elsewhere, and a nested MLflow
+run for each cell.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ import queue
 import threading
 import time
 from dataclasses import dataclass
-from types import TracebackType
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -18,14 +17,14 @@ from rich.text import Text
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError
 from mesocosm.runs.tracking import Run, console
-from mesocosm.scaling.cells import Record
+from mesocosm.scaling.cells import CellRecord
 from mesocosm.scaling.grid import Cell, Grid
-from mesocosm.scaling.trunk import Outcome, said
+from mesocosm.scaling.trunk import CellOutcome, error_line
 
 EVERY = 15.0
-"""Seconds between lines where there is no terminal."""
+"""Seconds between lines without a terminal."""
 PATIENCE = 60.0
-"""Seconds that the end waits for MLflow to take the cells."""
+"""Seconds to wait at the end for MLflow to take the cells."""
 
 
 def short(number: float) -> str:
@@ -36,140 +35,125 @@ def short(number: float) -> str:
     return f"{number:.3g}"
 
 
-def hours(value: float) -> str:
-    return f"{value:.1f} h" if value >= 1 else f"{value * 60:.0f} min"
+def duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.0f} min"
 
 
-class Board:
-    """Told of each cell that is done."""
+def cell_text(cell: Cell) -> str:
+    u = "" if cell.unique_limit is None else f", U={short(cell.unique_limit)}"
+    return f"{cell.id[:8]} ({cell.size}, D={short(cell.data)}{u}, seed {cell.seed})"
 
-    def __init__(self, run: Run, grid: Grid, found: dict[str, Record]):
+
+class ProgressTable:
+    """Counts and shows the finished and failed cells. A context manager."""
+
+    def __init__(self, run: Run, grid: Grid, records: dict[str, CellRecord]):
         self._run, self._grid = run, grid
         self._cells = {cell.id: cell for cell in grid.cells}
-        self.records = dict(found)
-        self.failed: dict[str, str] = {}
+        self.records, self.failed = dict(records), dict[str, str]()
         self.seconds = self.bases = 0.0
-        """Training and validating, and fitting bases, in this run, of all workers."""
+        """Worker seconds of this run: training and validating, and fitting bases."""
         self.steps = self.alone = 0
-        """That were run, and that the same cells would have taken without trunks."""
-        self._flops = 0.0
-        self._expected = grid.expected(cell for cell in grid.cells if cell.id not in found)
-        self._of_done = 0.0
+        """Steps that ran, and that the same cells would take without trunks."""
+        self._flops = self._expected_done = 0.0
+        self._expected = grid.expected([c for c in grid.cells if c.id not in records])
         self._printed = time.monotonic()
         self._live: Live | None = None
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> ProgressTable:
         if not self._run.quiet and console.is_terminal:
             self._live = Live(
-                get_renderable=self._table, console=console, transient=True, refresh_per_second=2
+                get_renderable=self.table, console=console, transient=True, refresh_per_second=2
             )
             self._live.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._live is not None:
             self._live.stop()
 
-    def add(self, outcome: Outcome) -> None:
-        """A cell is done or has failed."""
-        cell = self._cells[outcome.cell]
+    def add(self, outcome: CellOutcome) -> None:
+        """Count a cell that finished or failed."""
+        cell, record = self._cells[outcome.cell], outcome.record
         self.bases += outcome.base_seconds
-        if outcome.record is None:
-            self.failed[cell.id] = outcome.failed or "for no reason that was given"
-            self._run.say(f"cell {name(cell)} failed: {self.failed[cell.id]}")
+        if record is None:
+            self.failed[cell.id] = outcome.failed or "no reason was reported"
+            self._run.say(f"cell {cell_text(cell)} failed: {self.failed[cell.id]}")
         else:
-            self.records[cell.id] = outcome.record
-            self.seconds += outcome.record.seconds * self._grid.workers(cell)
-            self.steps += outcome.record.ran
+            self.records[cell.id] = record
+            self.seconds += record.seconds * self._grid.workers(cell)
+            self.steps += record.ran
             self.alone += cell.steps
-            self._flops += cell.flops / cell.steps * outcome.record.ran
-            self._of_done += self._expected[cell.id]
-            facts = {
-                "sweep/cells": len(self.records),
-                "sweep/loss": outcome.record.loss,
-                "sweep/best_loss": self.best.loss,
-            }
-            self._run.log(facts, step=len(self.records))
-        if self._live is None and not self._run.quiet and time.monotonic() - self._printed > EVERY:
+            self._flops += cell.flops / cell.steps * record.ran
+            self._expected_done += self._expected[cell.id]
+            count, best = len(self.records), self.best.loss
+            metrics = {"cells": count, "loss": record.loss, "best_loss": best}
+            self._run.log({f"sweep/{name}": x for name, x in metrics.items()}, step=count)
+        due = time.monotonic() - self._printed > EVERY
+        if self._live is None and not self._run.quiet and due:
             self._printed = time.monotonic()
             console.print(f"  {self.line}")
 
     @property
-    def best(self) -> Record:
+    def best(self) -> CellRecord:
         return min(list(self.records.values()), key=lambda record: record.loss)
 
     @property
     def line(self) -> str:
-        told = [f"{len(self.records)}/{len(self._cells)} cells"]
+        parts = [f"{len(self.records)}/{len(self._cells)} cells"]
         if self.failed:
-            told.append(f"{len(self.failed)} failed")
+            parts.append(f"{len(self.failed)} failed")
         if self.records:
-            told.append(
-                f"best loss {self.best.loss:.3f} nats ({self.best.size}, {short(self.best.data)}"
-                " transitions)"
-            )
+            cell = f"{self.best.size}, {short(self.best.data)} transitions"
+            parts.append(f"best loss {self.best.loss:.3f} nats ({cell})")
         if self.seconds:
-            told.append(f"{short(self._flops / self.seconds)}FLOP/s a worker")
+            parts.append(f"{short(self._flops / self.seconds)}FLOP/s a worker")
         if (left := self.hours_left) is not None:
-            told.append(f"{hours(left)} left")
-        return ", ".join(told)
+            parts.append(f"{duration(left)} left")
+        return ", ".join(parts)
 
     @property
     def hours_left(self) -> float | None:
-        """The estimate for what is left, corrected by how the cells that were done compare with
-        theirs; None before the first.
+        """The estimate for the other cells, scaled by how long the finished ones took. None before
+        the first.
         """
-        if not self._of_done:
+        if not self._expected_done:
             return None
-        lanes = min(
-            self._grid.config.concurrent,
-            max(1, len({cell.trunk for cell in self._grid.cells if cell.id not in self.records})),
-        )
-        left = (
-            sum(self._expected.values())
-            - self._of_done
-            - sum(self._expected[id] for id in self.failed)
-        )
-        return left * (self.seconds / self._of_done) / lanes / 3600
+        trunks = {cell.trunk for cell in self._grid.cells if cell.id not in self.records}
+        workers = min(self._grid.config.concurrent, max(1, len(trunks)))
+        left = sum(self._expected.values()) - self._expected_done
+        left -= sum(self._expected[id] for id in self.failed)
+        return left * (self.seconds / self._expected_done) / workers / 3600
 
-    def _table(self) -> RenderableType:
+    def table(self) -> RenderableType:
+        """The line above a table of mean losses by size and D (or C)."""
         config = self._grid.config.grid
-        asked = sorted(config.data or config.flops)
-        table = Table(box=None, pad_edge=False, title_justify="left")
+        targets = sorted(config.data or config.flops)
+        table = Table(box=None, pad_edge=False)
         table.add_column("size")
-        for value in asked:
-            table.add_column(f"{short(value)}{'' if config.data else 'FLOP'}", justify="right")
-        by_place: dict[tuple[str, float], list[Cell]] = {}
-        for cell in self._grid.cells:
-            by_place.setdefault((cell.size, cell.asked), []).append(cell)
+        for target in targets:
+            unit = "" if config.data else "FLOP"
+            table.add_column(f"{short(target)}{unit}", justify="right")
         for size in config.sizes:
-            table.add_row(size, *(self._place(by_place[size, value]) for value in asked))
+            of_size = [cell for cell in self._grid.cells if cell.size == size]
+            groups = ([cell for cell in of_size if cell.target == target] for target in targets)
+            table.add_row(size, *map(self._loss, groups))
         return Group(Text(self.line), table)
 
-    def _place(self, cells: list[Cell]) -> Text:
+    def _loss(self, cells: list[Cell]) -> Text:
         losses = [self.records[cell.id].loss for cell in cells if cell.id in self.records]
-        text = f"{sum(losses) / len(losses):.3f}" if losses else "-"
+        text, style = "-", "dim"
+        if losses:
+            text, style = f"{sum(losses) / len(losses):.3f}", ""
+            if len(losses) < len(cells):
+                text += f" {len(losses)}/{len(cells)}"
         failed = any(cell.id in self.failed for cell in cells)
-        return Text(
-            text if len(losses) in (0, len(cells)) else f"{text} {len(losses)}/{len(cells)}",
-            style="red" if failed else "" if losses else "dim",
-        )
-
-
-def name(cell: Cell) -> str:
-    """As it is called in sentences."""
-    u = "" if cell.narrowed is None else f", U={short(cell.narrowed)}"
-    return f"{cell.id[:8]} ({cell.size}, D={short(cell.data)}{u}, seed {cell.seed})"
+        return Text(text, style="red" if failed else style)
 
 
 @dataclass
 class CellConfig(JobConfig):
-    """A cell as its nested run shows it."""
+    """The parameters of a cell's nested run."""
 
     cell: str = ""
     trunk: str = ""
@@ -181,72 +165,57 @@ class CellConfig(JobConfig):
     lr: float = 0.0
 
 
-class Nested:
-    """Nested runs, made by a thread of their own: MLflow takes a tenth of a second a cell."""
+class CellRuns:
+    """Nested runs, made by a thread: MLflow takes a tenth of a second for each cell."""
 
     def __init__(self, run: Run):
         self._run = run
         self._lost = ""
-        self._queue: queue.SimpleQueue[tuple[Cell, Record | None, str | None] | None] = (
+        self._queue: queue.SimpleQueue[tuple[Cell, CellRecord | None, str | None] | None] = (
             queue.SimpleQueue()
         )
         self._thread = threading.Thread(target=self._work, name="cells", daemon=True)
         self._thread.start()
 
-    def add(self, cell: Cell, record: Record | None, failed: str | None) -> None:
+    def add(self, cell: Cell, record: CellRecord | None, failed: str | None) -> None:
         self._queue.put((cell, record, failed))
 
     def close(self) -> None:
         self._queue.put(None)
         self._thread.join(PATIENCE)
-        if self._lost:
-            self._run.say(
-                f"not every cell has a nested run in MLflow ({self._lost}); their records are in"
-                " storage"
-            )
-        if self._thread.is_alive():
-            self._run.say(
-                "MLflow is slow: some cells have no nested run there; their records are in storage"
-            )
+        reason = "MLflow is slow" if self._thread.is_alive() else self._lost
+        if reason:
+            where = "their records are in storage"
+            self._run.say(f"some cells have no nested run in MLflow ({reason}); {where}")
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             try:
                 self._make(*item)
             except MesocosmError:
-                pass  # how a failed cell ends its run
+                pass  # a failed cell, whose run has ended as failed
             except Exception as error:
-                self._lost = said(error)
+                self._lost = error_line(error)
 
-    def _make(self, cell: Cell, record: Record | None, failed: str | None) -> None:
-        where = self._run.config
-        shown = {
-            "cell": cell.id,
-            "trunk": cell.trunk,
-            "family": cell.what["family"],
-            "size": cell.size,
-            "data": cell.data,
-            "unique": cell.unique,
-        }
+    def _make(self, cell: Cell, record: CellRecord | None, failed: str | None) -> None:
         config = CellConfig(
             seed=cell.seed,
-            storage=where.storage,
-            tracking=where.tracking,
+            storage=self._run.config.storage,
+            tracking=self._run.config.tracking,
+            cell=cell.id,
+            trunk=cell.trunk,
+            family=cell.identity["family"],
+            size=cell.size,
+            data=cell.data,
+            unique=cell.unique,
             steps=cell.steps,
             lr=cell.lr,
-            **shown,
         )
         with self._run.child("cell", config, id=f"{self._run.id}-{cell.id[:8]}") as child:
             if record is None:
                 raise MesocosmError(failed or "no result")
-            counted = {
-                key: getattr(record, key)
-                for key in ("params", "data", "unique", "flops", "seconds")
-            }
-            child.log(
-                {"loss": record.loss}
-                | {f"valid/{part}": value for part, value in record.parts.items()}
-                | counted,
-                step=record.steps,
-            )
-            child.record(cell=f"{record.cell}", world=record.world)
+            names = ("loss", "params", "data", "unique", "flops", "seconds")
+            metrics = {name: getattr(record, name) for name in names}
+            metrics |= {f"valid/{part}": value for part, value in record.parts.items()}
+            child.log(metrics, step=record.steps)
+            child.record(cell=record.cell, world=record.world)

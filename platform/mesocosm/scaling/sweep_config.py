@@ -1,12 +1,12 @@
-"""What a user says of a sweep: a grid of sizes, data and seeds, and how its cells are trained.
-Imports no Ray.
+"""The config of a sweep: a grid of sizes, data and seeds, and how its cells are trained. Imports
+neither Ray nor torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from mesocosm.config import JobConfig, identity
@@ -16,7 +16,10 @@ from mesocosm.model.ladder import nominal
 from mesocosm.train.config import DataConfig, PretrainConfig, TrainConfig
 from mesocosm.train.schedule import length, share
 
-LARGEST = {"grid.data": 1e15, "grid.flops": 1e27}
+LARGEST = {"data": 1e15, "flops": 1e27}
+"""The largest values of `grid.*`. Larger ones are typing errors."""
+INSTEAD = {"seed": "grid.seeds", "model.size": "grid.sizes", "data.unique": "grid.unique"}
+"""Keys that a sweep does not read, and those that replace them."""
 
 
 @dataclass
@@ -26,18 +29,17 @@ class GridConfig:
     sizes: list[str] = field(default_factory=list)
     """Rungs of the model's ladder, as in [10k, 30k, 100k]."""
     data: list[int] = field(default_factory=list)
-    """D: training transitions that a cell sees, repetitions counted. Either this or `flops`."""
+    """D: training transitions that a cell sees, repeats counted. Either this or `flops`."""
     flops: list[float] = field(default_factory=list)
-    """C: IsoFLOP budgets; each size sees as many transitions as its counted FLOPs allow."""
+    """C: IsoFLOP budgets. Each size sees as many transitions as its counted FLOPs allow."""
     unique: list[int] | None = None
-    """U: different transitions that a cell trains on; null: all that the datasets have to train on.
-    """
+    """U: different transitions that a cell trains on. null: all training transitions."""
     seeds: list[int] = field(default_factory=lambda: [0])
 
 
 @dataclass
 class CellTraining:
-    """How every cell is trained; its steps are the grid's."""
+    """How every cell is trained. The grid sets its steps."""
 
     batch: int = 32
     """Windows a step."""
@@ -47,19 +49,19 @@ class CellTraining:
     """At the ladder's base width; see model/mup.py."""
     weight_decay: float = 0.01
     warmup: int = 20
-    """Steps in which the learning rate rises from 0: the same for all cells, so that they share
-    trunks, and a changed grid keeps its results.
+    """Steps in which the learning rate rises from 0. All cells share it, so that they share trunks
+    and a changed grid keeps its results.
     """
     decay: float = 0.3
-    """Share of a cell's steps in which it falls to 0; this is what a cell does not share with the
-    larger ones of its trunk.
+    """Share of a cell's steps in which the learning rate falls to 0. A cell does not share these
+    steps with the larger cells of its trunk.
     """
     clip: float = 1.0
     corrupt_history: float = 0.0
     precision: str = "auto"
     """`fp32`, `bf16`, or `auto`: fp32 on CPU, bf16 on CUDA."""
     validate_windows: int = 2048
-    """At most so many windows of the validation split, the same for all cells."""
+    """The most windows of the validation split, the same for all cells."""
 
 
 @dataclass
@@ -69,139 +71,94 @@ class SweepConfig(JobConfig):
     grid: GridConfig = field(default_factory=GridConfig)
     train: CellTraining = field(default_factory=CellTraining)
     large: int = 10_000_000
-    """Cells of more parameters than this are each a pretrain job of several workers; smaller ones
-    share warm processes and trunks.
+    """A cell with more parameters is a pretrain job of several workers. Smaller ones share warm
+    processes and trunks.
     """
     workers: int = 2
-    """Of a large cell."""
+    """Workers of a large cell."""
     concurrent: int = 2
-    """Trunks that train at once, a worker each."""
+    """Trunks that train at once, with one worker each."""
     cluster: str = "local"
     """`clusters/<name>.yaml`, for the estimates of hours and price."""
 
     def validate(self) -> None:
-        """Raises UsageError naming the key, its value and the fix. Looks at nothing but the config."""
-        g = self.grid
-        default = SweepConfig()
-        if self.seed != default.seed:
-            raise UsageError(
-                f"seed={self.seed} is not read by a sweep; give grid.seeds=[{self.seed}]"
-            )
-        if self.model.size != default.model.size:
-            raise UsageError(
-                f"model.size={self.model.size} is not read by a sweep; give"
-                f" grid.sizes=[{self.model.size}]"
-            )
-        if self.data.unique is not None:
-            raise UsageError(
-                f"data.unique={self.data.unique} is not read by a sweep; give"
-                f" grid.unique=[{self.data.unique}]"
-            )
+        """Check the values alone. Raises UsageError with the key, its value and the fix."""
+        grid, train, default = self.grid, self.train, SweepConfig()
+        for key, fix in INSTEAD.items():
+            block, _, name = key.rpartition(".")
+            config, plain = (getattr(c, block) if block else c for c in (self, default))
+            if (value := getattr(config, name)) != getattr(plain, name):
+                raise UsageError(f"{key}={value} is not read by a sweep; give {fix}=[{value}]")
         for key in ("weights", "block", "cache_gib"):
             if (value := getattr(self.data, key)) is not None:
-                raise UsageError(
-                    f"data.{key}={value} is not read by a sweep; leave it out, or pretrain the"
-                    " sizes one by one"
-                )
-        if not g.sizes:
-            raise UsageError(
-                "grid.sizes=[] names no size; give rungs of the ladder, as in"
-                " grid.sizes=[10k,30k,100k]"
-            )
-        for size in g.sizes:
+                message = f"data.{key}={value} is not read by a sweep"
+                raise UsageError(f"{message}; leave it out, or pretrain the sizes one by one")
+        if not grid.sizes:
+            fix = "give rungs of the ladder, as in grid.sizes=[10k,30k,100k]"
+            raise UsageError(f"grid.sizes must not be empty; {fix}")
+        for size in grid.sizes:
             nominal(size, "grid.sizes")
-        if bool(g.data) == bool(g.flops):
-            said = (
-                f"grid.data={g.data} and grid.flops={g.flops} are both set"
-                if g.data
-                else "neither grid.data nor grid.flops is set"
-            )
-            raise UsageError(f"{said}; give either the transitions that cells see or their FLOPs")
-        for key, least in (("sizes", 1), ("data", 0), ("flops", 0), ("unique", 1), ("seeds", 1)):
-            _distinct(f"grid.{key}", getattr(g, key), least)
-        if not 0 <= min(g.seeds) <= max(g.seeds) < 2**32:
-            raise UsageError(f"grid.seeds={g.seeds} must be at least 0 and below 2**32")
+        if bool(grid.data) == bool(grid.flops):
+            both = f"grid.data={grid.data} and grid.flops={grid.flops} are both set"
+            message = both if grid.data else "neither grid.data nor grid.flops is set"
+            raise UsageError(f"{message}; give the transitions that cells see, or their FLOPs")
+        for key, values in vars(grid).items():
+            _check_values(key, values)
+        if not 0 <= min(grid.seeds) <= max(grid.seeds) < 2**32:
+            raise UsageError(f"grid.seeds must be in [0, 2**32), got {grid.seeds}")
         for key in ("large", "workers", "concurrent"):
-            if getattr(self, key) < 1:
-                raise UsageError(f"{key}={getattr(self, key)} must be at least 1")
-        t = self.train
-        if t.warmup < 0:
-            raise UsageError(f"train.warmup={t.warmup} must be a number of steps not less than 0")
-        if not 0 < t.decay <= 1:
-            raise UsageError(
-                f"train.decay={t.decay} must be a share above 0 and at most 1: a law is of models"
-                " whose learning rate fell to 0"
-            )
-        if t.decay == 1 and t.warmup:
-            raise UsageError(
-                f"train.decay=1 leaves no step for train.warmup={t.warmup}; give train.warmup=0, or"
-                " a decay below 1"
-            )
-        self.pretraining(g.sizes[0], g.seeds[0], None, 1, 0, 1, t.precision).validate()
+            if (value := getattr(self, key)) < 1:
+                raise UsageError(f"{key} must be >= 1, got {value}")
+        if train.warmup < 0:
+            raise UsageError(f"train.warmup must be >= 0 steps, got {train.warmup}")
+        if not 0 < train.decay <= 1:
+            message = f"train.decay must be in (0, 1], got {train.decay}"
+            raise UsageError(f"{message}; a law is of models whose learning rate fell to 0")
+        if train.decay == 1 and train.warmup:
+            message = f"train.decay=1 leaves no step for train.warmup={train.warmup}"
+            raise UsageError(f"{message}; give train.warmup=0, or a decay below 1")
+        options = self.training(1, 0, 1, train.precision)
+        self.pretraining(grid.sizes[0], grid.seeds[0], None, options).validate()
 
-    def training(self, steps: int, rise: int, fall: int, precision: str) -> TrainConfig:
-        """A cell's options as pretraining takes them, in one process; `rise` and `fall` in steps."""
-        shared = {
-            f.name: getattr(self.train, f.name)
-            for f in fields(CellTraining)
-            if f.name not in ("warmup", "decay", "precision")
-        }
-        return TrainConfig(
-            **shared,
-            steps=steps,
-            warmup=share(rise, steps),
-            decay=share(fall, steps),
-            precision=precision,
-        )
+    def training(self, steps: int, warmup: int, decay: int, precision: str) -> TrainConfig:
+        """A cell's options for pretraining in one process. All lengths are in steps."""
+        options = asdict(self.train) | {"precision": precision, "steps": steps}
+        options |= {"warmup": share(warmup, steps), "decay": share(decay, steps)}
+        return TrainConfig(**options)
 
     def pretraining(
-        self,
-        size: str,
-        seed: int,
-        unique: int | None,
-        steps: int,
-        rise: int,
-        fall: int,
-        precision: str,
+        self, size: str, seed: int, unique: int | None, train: TrainConfig
     ) -> PretrainConfig:
         """The pretrain job that makes the world of a cell."""
-        train = self.training(steps, rise, fall, precision)
-        model = ModelConfig(**{**vars(self.model), "size": size})
-        data = DataConfig(list(self.data.datasets), unique)
         return PretrainConfig(
             seed=seed,
             storage=self.storage,
             tracking=self.tracking,
             ray=self.ray,
-            data=data,
-            model=model,
+            data=DataConfig(list(self.data.datasets), unique),
+            model=replace(self.model, size=size),
             train=train,
         )
 
-    def fall(self, steps: int) -> int:
-        """Steps of decay in a cell of so many."""
+    def decay_steps(self, steps: int) -> int:
+        """Steps of decay in a cell of `steps` steps."""
         return length(self.train.decay, steps)
 
+    def table_identity(self) -> dict[str, Any]:
+        """The keys that determine the table."""
+        return identity(self, without=("large", "workers", "concurrent", "cluster", "data"))
 
-def what(config: SweepConfig) -> dict[str, Any]:
-    """The part of `config` that says which table is made."""
-    return identity(config, without=("large", "workers", "concurrent", "cluster", "data"))
 
-
-def _distinct(name: str, values: Sequence[Any] | None, least: int) -> None:
+def _check_values(key: str, values: Sequence[Any] | None) -> None:
     if values is None:
         return
-    if len(values) < least:
-        raise UsageError(f"{name}=[] must name at least one")
+    name, listed = f"grid.{key}", list(values)
+    if not values and key not in ("data", "flops"):
+        raise UsageError(f"{name} must not be empty")
     for value in values:
         if values.count(value) > 1:
-            raise UsageError(f"{name}={list(values)} names {value} twice; name each once")
-        if name in ("grid.data", "grid.flops", "grid.unique") and not (
-            math.isfinite(value) and value > 0
-        ):
-            raise UsageError(f"{name}={list(values)} holds {value}; give numbers above 0")
-        if name in ("grid.data", "grid.flops") and value > LARGEST[name]:
-            raise UsageError(
-                f"{name}={list(values)} holds {value:g}; {LARGEST[name]:g} is the most that can be"
-                " meant"
-            )
+            raise UsageError(f"{name}={listed} names {value} twice; name each value once")
+        if key in ("data", "flops", "unique") and not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{name} must hold finite numbers above 0, got {value}")
+        if key in LARGEST and value > LARGEST[key]:
+            raise UsageError(f"{name} must be <= {LARGEST[key]:g}, got {value:g}")

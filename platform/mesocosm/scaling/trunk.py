@@ -1,8 +1,7 @@
-"""Trunks and their branches, in one warm process. Imports no Ray.
+"""Train trunks and their branches in one warm process. Imports no Ray.
 
-The process keeps what all trunks share: the imports, a group of one rank, the open dataset, the
-codec. A trunk's engine is made and destroyed; each cell's record is in storage when its branch has
-been validated.
+The process keeps what all trunks share: imports, a group of one rank, the open dataset, the codec.
+Each trunk has its own engine. A cell's record is stored as soon as its branch is validated.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import MesocosmError
 from mesocosm.scaling import cells
-from mesocosm.scaling.cells import Record
+from mesocosm.scaling.cells import CellRecord
 from mesocosm.scaling.grid import Cell, Trunk
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import engine, prepare
@@ -29,20 +28,19 @@ from mesocosm.train.training import Diverged, Training
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a cell."""
+class CellOutcome:
+    """The result of a cell: a record, or the reason of its failure."""
 
     cell: str
-    record: Record | None
-    """None: it failed."""
+    record: CellRecord | None
     failed: str | None
     base_seconds: float = 0.0
-    """Spent fitting the base, before the trunk's first cell."""
+    """Time to fit the base, before the trunk's first cell."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """What the driver hands to every process: plain data."""
+class TrunkWork:
+    """What the driver sends to every process: plain data."""
 
     root: str
     datasets: list[str]
@@ -52,113 +50,122 @@ class Work:
     force: bool
 
 
-class Warm:
-    """A process in which one trunk after the other is grown."""
+class TrunkWorker:
+    """A process that trains one trunk after the other."""
 
-    def __init__(self, work: Work):
+    def __init__(self, work: TrunkWork):
         self.work = work
         self.storage = Storage(work.root)
-        self.own = alone("cuda" if work.gpu else "cpu")
+        self.rank = single_rank("cuda" if work.gpu else "cpu")
         self.dataset = prepare.open_datasets(self.storage, work.datasets)
         self.codec = Codec.from_json(work.codec)
 
-    def grow(self, id: str) -> Iterator[Outcome]:
-        """Train the cells of trunk `id`, and keep their records. A cell that cannot be trained, or
-        kept, is an outcome, and so are those that it spoils. Raises MesocosmError, one line, for
-        whatever else goes wrong: the process (a CUDA context) is not to be trusted with another
-        trunk.
+    def train(self, id: str) -> Iterator[CellOutcome]:
+        """Train the cells of trunk `id` and store their records.
+
+        A cell that diverges or cannot be stored is a failed outcome, and so are the cells that
+        depend on it.
+
+        Raises:
+            MesocosmError: anything else, in one line. The process (a CUDA context) must not train
+                another trunk.
         """
         trunk = self.work.trunks[id]
         left = list(trunk.cells)
         try:
             dataset = prepare.narrowed(self.dataset, trunk.unique, trunk.seed)
-            base, spent = cells.base(self.storage, dataset, self.codec, trunk.model, trunk.seed)
+            base, seconds = cells.fit_base(
+                self.storage, dataset, self.codec, trunk.model, trunk.seed
+            )
             training, _ = Training.start(
-                dataset, self.codec, trunk.model, trunk.options, trunk.seed, self.own, lambda: base
+                dataset, self.codec, trunk.model, trunk.options, trunk.seed, self.rank, lambda: base
             )
             try:
-                for cell, grown in zip(trunk.cells, branches(training, trunk.cells), strict=True):
-                    record, trouble = None, grown.trouble
-                    if trouble is None:
-                        made = Record.of(cell, grown.measured, seconds=grown.seconds, ran=grown.ran)
-                        try:
-                            record = cells.keep(self.storage, made, force=self.work.force)
-                        except Exception as error:  # of this cell alone: the trunk goes on
-                            trouble = f"its record could not be kept: {said(error)}"
+                for cell, branch in zip(trunk.cells, branches(training, trunk.cells), strict=True):
+                    record, failed = self._record(cell, branch)
                     left.remove(cell)
-                    yield Outcome(cell.id, record, trouble, spent)
-                    spent = 0.0
+                    yield CellOutcome(cell.id, record, failed, seconds)
+                    seconds = 0.0
             finally:
                 training.engine.destroy()
         except MesocosmError as error:
             for cell in left:
-                yield Outcome(cell.id, None, said(error))
+                yield CellOutcome(cell.id, None, error_line(error))
         except Exception as error:
-            raise MesocosmError(said(error)) from error
+            raise MesocosmError(error_line(error)) from error
+
+    def _record(self, cell: Cell, branch: Branch) -> tuple[CellRecord | None, str | None]:
+        if branch.failed is not None:
+            return None, branch.failed
+        record = CellRecord.of(cell, branch.metrics, seconds=branch.seconds, ran=branch.ran)
+        try:
+            return cells.save_record(self.storage, record, force=self.work.force), None
+        except Exception as error:  # this cell fails, the trunk continues
+            return None, f"its record could not be stored: {error_line(error)}"
 
 
-def said(error: Exception) -> str:
-    """One line."""
+def error_line(error: Exception) -> str:
     text = str(error) if isinstance(error, MesocosmError) else f"{type(error).__name__}: {error}"
     return text.strip().splitlines()[0]
 
 
 @dataclass(frozen=True)
-class Grown:
-    measured: dict[str, float]
-    """`Training.validate`, empty where there was `trouble`."""
+class Branch:
+    """A trained branch, or why it failed."""
+
+    metrics: dict[str, float]
+    """Of `Training.validate`. Empty where it failed."""
     seconds: float
     ran: int
-    trouble: str | None
+    failed: str | None
 
 
-def branches(training: Training, leaves: Sequence[Cell]) -> Iterator[Grown]:
-    """Train the trunk, and at each cell's fork its decay, to the cell's last step; `leaves` ascend
-    in steps. A branch that diverges spoils itself, a trunk that does all that are left.
+def branches(training: Training, leaves: Sequence[Cell]) -> Iterator[Branch]:
+    """Train the trunk, and at each cell's fork its decay to the cell's last step.
+
+    `leaves` ascend in steps. A branch that diverges fails alone. A trunk that diverges fails all
+    cells that are left.
     """
-    at = 0
-    for leaf, following in zip(leaves, [*leaves[1:], None], strict=True):
-        began, before = time.perf_counter(), at
+    done = 0
+    for i, leaf in enumerate(leaves):
+        began, before = time.perf_counter(), done
         try:
-            while at < leaf.fork:
-                training.step(at + 1, factor(at + 1, leaf.steps, leaf.rise, leaf.fall), last=False)
-                at += 1
-        except Diverged as trouble:
-            for lost in leaves[leaves.index(leaf) :]:
-                yield Grown(
-                    {},
-                    time.perf_counter() - began,
-                    at + 1 - before,
-                    f"{trouble}, before cell {lost.id[:8]} decays",
-                )
+            while done < leaf.fork:
+                multiplier = factor(done + 1, leaf.steps, leaf.warmup, leaf.decay)
+                training.step(done + 1, multiplier, last=False)
+                done += 1
+        except Diverged as error:
+            for lost in leaves[i:]:
+                seconds, failed = time.perf_counter() - began, f"{error}, before cell {lost.id[:8]}"
+                yield Branch({}, seconds, done + 1 - before, f"{failed} decays")
             return
-        if following is None:
+        if leaf is leaves[-1]:
             yield _decayed(training, leaf, began, before)
             return
         with training.fork():
-            grown = _decayed(training, leaf, began, before)
-        yield grown
+            branch = _decayed(training, leaf, began, before)
+        yield branch
 
 
-def _decayed(training: Training, leaf: Cell, began: float, before: int) -> Grown:
-    """From the fork to the cell's end. `began` and `before`: when, and after which step, the
-    trunk's last cell was done.
+def _decayed(training: Training, leaf: Cell, began: float, before: int) -> Branch:
+    """Train from the fork to the cell's last step.
+
+    `began` and `before` are the time and the trunk's step after the previous cell.
     """
-    number = leaf.fork
+    number, metrics = leaf.fork, dict[str, float]()
     try:
         for number in range(leaf.fork + 1, leaf.steps + 1):
-            training.step(
-                number, factor(number, leaf.steps, leaf.rise, leaf.fall), last=number == leaf.steps
-            )
-        measured = training.validate()
-        trouble = training.watch.check(leaf.steps, validation_loss=measured["valid/loss"])
+            multiplier = factor(number, leaf.steps, leaf.warmup, leaf.decay)
+            training.step(number, multiplier, last=number == leaf.steps)
+        metrics = training.validate()
+        failed = training.watch.check(leaf.steps, validation_loss=metrics["valid/loss"])
     except Diverged as error:
-        measured, trouble = {}, str(error)
-    return Grown(measured, time.perf_counter() - began, number - before, trouble)
+        failed = str(error)
+    return Branch(metrics, time.perf_counter() - began, number - before, failed)
 
 
-def alone(device: str) -> Rank:
-    """A group of this process only, made once; one thread on the CPU."""
+def single_rank(device: str) -> Rank:
+    """A process group of this process only, made once. It uses one thread on the CPU."""
     if device == "cpu":
         torch.set_num_threads(1)
     if not dist.is_initialized():
