@@ -1,6 +1,4 @@
-"""Fits of tables with known truth: what is found, refused, warned of and held out, and the command
-that does it.
-"""
+"""Fits of tables with a known law: estimates, refusals, warnings, held-out cells, the command."""
 
 from __future__ import annotations
 
@@ -69,7 +67,7 @@ def test_it_is_deterministic_and_seeded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         (
             grid(sizes=SIZES[:3], data=DATA[:3])[:5],
@@ -88,14 +86,14 @@ def test_it_is_deterministic_and_seeded(tmp_path: Path) -> None:
         ([row | {"loss": 1 / row["loss"]} for row in grid()], "loss does not fall with"),
     ],
 )
-def test_what_the_data_cannot_say_is_refused(
-    rows: list[dict[str, Any]], said: str, tmp_path: Path
+def test_tables_that_determine_no_law_are_refused(
+    rows: list[dict[str, Any]], message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=rf"t\.csv.*{said}"):
+    with pytest.raises(UsageError, match=rf"t\.csv.*{message}"):
         fitted(tmp_path, rows, without=LONE if "seed" in rows[0] else ())
 
 
-def test_a_batch_more_or_less_is_no_other_data(tmp_path: Path) -> None:
+def test_data_that_differ_by_a_batch_count_as_one_size(tmp_path: Path) -> None:
     """Every seed of a sweep sees a D of its own, some transitions apart."""
     one = [
         row | {"data": row["data"] * (1 + 0.0005 * row["seed"])}
@@ -115,7 +113,7 @@ def test_a_batch_more_or_less_is_no_other_data(tmp_path: Path) -> None:
         fitted(tmp_path, two, without=())
 
 
-def test_outliers_are_warned_of_and_dropped_on_request(tmp_path: Path) -> None:
+def test_outliers_warn_and_are_dropped_on_request(tmp_path: Path) -> None:
     rows = noisy()
     for at in (4, 30):
         rows[at]["loss"] *= 1.3
@@ -135,7 +133,7 @@ def test_outliers_are_warned_of_and_dropped_on_request(tmp_path: Path) -> None:
     assert clean.objective < law.objective
 
 
-def test_an_e_that_may_be_zero_is_fitted_as_zero_too(tmp_path: Path) -> None:
+def test_an_interval_of_e_at_zero_adds_a_fit_without_e(tmp_path: Path) -> None:
     law = fitted(tmp_path, noisy(0.02, truth=TRUTH | {"E": 0.0}))
     assert "e_touches_zero" in codes(law) and law.without_E is not None
     assert law.without_E.params["E"] == 0 and law.without_E.params["alpha"] == pytest.approx(
@@ -147,7 +145,7 @@ def test_an_e_that_may_be_zero_is_fitted_as_zero_too(tmp_path: Path) -> None:
     ) == set(law.interval)
 
 
-def test_approaches_that_disagree_are_said(tmp_path: Path) -> None:
+def test_approaches_that_disagree_warn(tmp_path: Path) -> None:
     """Most cells follow one law, the budgets another: no form holds both."""
     rng = np.random.default_rng(0)
     most = noisy(
@@ -177,9 +175,7 @@ def test_approaches_that_disagree_are_said(tmp_path: Path) -> None:
     assert "approaches_disagree" in codes(law)
 
 
-def test_an_estimate_outside_the_other_interval_is_a_warning_though_the_intervals_overlap(
-    tmp_path: Path,
-) -> None:
+def test_an_estimate_outside_the_other_interval_warns(tmp_path: Path) -> None:
     """On this coarse grid the parabolas are off by .035, and the intervals overlap."""
     law = fitted(tmp_path, noisy(seeds=2), without=())
     assert law.isoflop is not None
@@ -189,7 +185,7 @@ def test_an_estimate_outside_the_other_interval_is_a_warning_though_the_interval
     assert f"a={law.optimal.a:.3f}" in note.sentence and f"a={law.isoflop.a:.3f}" in note.sentence
 
 
-def test_approaches_that_agree_and_narrow_intervals_give_no_warning() -> None:
+def test_approaches_that_agree_do_not_warn() -> None:
     form = Optimal(a=0.5, b=0.5, kN=1.0, kD=1.0)
     interval = {"a": (0.45, 0.55), "b": (0.45, 0.55)}
     second = IsoFlop(
@@ -211,7 +207,7 @@ def test_approaches_that_agree_and_narrow_intervals_give_no_warning() -> None:
 
 
 @pytest.mark.parametrize("of", ["the form", "IsoFLOP parabolas"])
-def test_an_interval_wider_than_a_fifth_is_a_warning(of: str) -> None:
+def test_a_wide_interval_warns(of: str) -> None:
     narrow, wide = {"a": (0.45, 0.55), "b": (0.45, 0.55)}, {"a": (0.35, 0.6), "b": (0.4, 0.55)}
     form = Optimal(a=0.5, b=0.5, kN=1.0, kD=1.0)
     second = IsoFlop(
@@ -242,7 +238,7 @@ def test_flops_that_are_not_6nd_move_the_optimum(tmp_path: Path) -> None:
     assert same.flops.source == "6ND" and "flops_6nd" not in codes(same)
 
 
-def test_repeated_data_gets_its_form_and_unrepeated_does_not(tmp_path: Path) -> None:
+def test_the_form_depends_on_repeated_data(tmp_path: Path) -> None:
     truth = TRUTH | {"r_n": 5.0, "r_d": 12.0}
     rng = np.random.default_rng(0)
     cells = [
@@ -267,7 +263,7 @@ def test_repeated_data_gets_its_form_and_unrepeated_does_not(tmp_path: Path) -> 
     )
 
 
-def test_a_narrow_table_holds_nothing_out_and_says_so(tmp_path: Path) -> None:
+def test_a_narrow_table_holds_nothing_out(tmp_path: Path) -> None:
     law = fitted(tmp_path, noisy(sizes=SIZES[:3], data=tuple(np.geomspace(1e4, 2e4, 4))))
     assert law.held_out is None and "no_held_out" in codes(law)
 
@@ -359,7 +355,7 @@ def test_wrong_use_is_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("side", [4, 5])
-def test_clean_tables_have_no_outliers_however_small(side: int, tmp_path: Path) -> None:
+def test_small_clean_tables_have_no_outliers(side: int, tmp_path: Path) -> None:
     for seed in range(6):
         rows = noisy(
             0.01, seed, sizes=np.geomspace(1e4, 3e6, side), data=np.geomspace(1e4, 1e6, side)
@@ -368,7 +364,7 @@ def test_clean_tables_have_no_outliers_however_small(side: int, tmp_path: Path) 
         assert not len(best_fit(table, form_of(table)).outliers()), seed
 
 
-def test_dropping_outliers_drops_none_of_the_held_out_cells(tmp_path: Path) -> None:
+def test_held_out_cells_are_never_dropped(tmp_path: Path) -> None:
     rows = noisy(0.002)
     table = Table.read(write(tmp_path / "given.csv", rows, LONE))
     split = fit.split_held_out(table, form_of(table))
@@ -382,16 +378,14 @@ def test_dropping_outliers_drops_none_of_the_held_out_cells(tmp_path: Path) -> N
     )
 
 
-def test_of_a_single_trunk_cells_are_resampled(tmp_path: Path) -> None:
+def test_cells_of_a_single_trunk_are_resampled(tmp_path: Path) -> None:
     rows = [row | {"trunk": "one"} for row in noisy()]
     law = fitted(tmp_path, rows, ("seed",))
     assert law.bootstrap.by == "cell" and "few_trunks" in codes(law)
     assert law.interval["alpha"][1] > law.interval["alpha"][0]
 
 
-def test_a_plot_does_not_take_the_laws_place(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_law_cannot_be_an_svg_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = write(tmp_path / "t.csv", noisy(), LONE)
     assert main(["fit", str(table), "--out", str(tmp_path / "law.svg")]) == 2
     assert (

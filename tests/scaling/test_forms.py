@@ -19,7 +19,7 @@ def cells() -> Cells:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_derivatives_are_those_of_the_value(name: str, cells: Cells) -> None:
+def test_derivatives_match_differences(name: str, cells: Cells) -> None:
     form = FORMS[name]
     theta = THETA[:, : len(form.params)]
     expansion, weight = form.expand(theta, cells), np.random.default_rng(1).normal(size=(2, 24))
@@ -46,7 +46,7 @@ def test_derivatives_are_those_of_the_value(name: str, cells: Cells) -> None:
     )
 
 
-def test_without_repeats_and_below_the_optimal_size_both_forms_are_one(cells: Cells) -> None:
+def test_both_forms_are_equal_without_repeats(cells: Cells) -> None:
     fresh = Cells(cells.params - 8, cells.data, cells.data)
     chinchilla, constrained = (
         FORMS["chinchilla"].log_loss(THETA[:, :5], fresh),
@@ -84,10 +84,10 @@ def test_the_published_evaluation_of_the_data_constrained_form() -> None:
     )
     assert value.item() == pytest.approx(2.2256440889984477, rel=1e-14)
     back = params_of("data_constrained", theta)
-    assert {name: found.item() for name, found in back.items()} == pytest.approx(params)
+    assert {name: value.item() for name, value in back.items()} == pytest.approx(params)
 
 
-def test_a_term_that_is_nothing_is_zero() -> None:
+def test_a_term_can_be_zero() -> None:
     theta = theta_of("chinchilla", {"E": 0.0, "A": 2.0, "B": 3.0, "alpha": 0.5, "beta": 0.5})
     assert params_of("chinchilla", theta)["E"] == 0.0
     value = np.exp(

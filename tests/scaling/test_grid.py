@@ -88,7 +88,7 @@ def test_an_isoflop_budget_is_met_to_half_a_step(sweep_of: Sweep, cart: Dataset)
     assert small.params < large.params and small.data > large.data
 
 
-def test_a_cell_is_what_decides_its_result(sweep_of: Sweep, cart: Dataset) -> None:
+def test_a_cell_id_hashes_what_decides_its_result(sweep_of: Sweep, cart: Dataset) -> None:
     """So a changed grid keeps its results, and two sweeps share them."""
     ids = {cell.id for cell in grid_of(sweep_of, cart).cells}
 
@@ -111,7 +111,7 @@ def test_a_cell_is_what_decides_its_result(sweep_of: Sweep, cart: Dataset) -> No
         assert not ids & changed(other), other
 
 
-def test_fresh_data_are_trained_on_once_whatever_u(sweep_of: Sweep, cart: Dataset) -> None:
+def test_fresh_data_are_trained_once_for_all_u(sweep_of: Sweep, cart: Dataset) -> None:
     """To a law a cell is (N, D, min(D, U)): two of them would be one with two losses."""
     cells = grid_of(
         sweep_of, cart, "grid.sizes=[10k]", "grid.data=[150,250,600]", "grid.unique=[100,200,300]"
@@ -131,7 +131,7 @@ def test_fresh_data_are_trained_on_once_whatever_u(sweep_of: Sweep, cart: Datase
     ) == 3
 
 
-def test_trunks_save_what_their_cells_share(sweep_of: Sweep, cart: Dataset) -> None:
+def test_trunks_save_shared_steps(sweep_of: Sweep, cart: Dataset) -> None:
     grid = grid_of(sweep_of, cart, "grid.data=[300,600,1200]", "grid.sizes=[10k]")
     (trunk,) = grid.trunks(grid.cells)
     last = trunk.cells[-1]
@@ -147,7 +147,7 @@ def test_trunks_save_what_their_cells_share(sweep_of: Sweep, cart: Dataset) -> N
     )
 
 
-def test_hours_are_those_of_the_lane_that_ends_last(sweep_of: Sweep, cart: Dataset) -> None:
+def test_hours_end_with_the_last_trunk(sweep_of: Sweep, cart: Dataset) -> None:
     grid = grid_of(
         sweep_of, cart, "grid.data=[300,600,1200]", "grid.sizes=[10k]", "grid.seeds=[0,1,2]"
     )
@@ -166,7 +166,7 @@ def test_hours_are_those_of_the_lane_that_ends_last(sweep_of: Sweep, cart: Datas
     assert seconds / 2 <= grid.hours(grid.cells, alone=True) * 3600 < seconds * 0.6
 
 
-def test_large_cells_are_jobs_of_their_own(
+def test_large_cells_are_pretrain_jobs(
     sweep_of: Sweep, cart: Dataset, tmp_path: Path, cart_root: Callable[..., str]
 ) -> None:
     grid = grid_of(sweep_of, cart, "large=20000")
@@ -176,33 +176,37 @@ def test_large_cells_are_jobs_of_their_own(
     config = sweep_of(cart_root(tmp_path))
     options = config.training(cell.steps, cell.warmup, cell.decay, "fp32")
     job = config.pretraining(cell.size, cell.seed, 200, options)
-    told = plan_pretrain(job)
-    assert (told["params"], told["steps"], told["unique"]) == (cell.params, cell.steps, 200)
+    summary = plan_pretrain(job)
+    assert (summary["params"], summary["steps"], summary["unique"]) == (
+        cell.params,
+        cell.steps,
+        200,
+    )
 
 
-def test_unique_data_are_nested_exact_and_of_whole_episodes_but_one(cart: Dataset) -> None:
+def test_unique_data_are_nested_and_exact(cart: Dataset) -> None:
     all_lengths = cart.table["length"]
     views = [cart.unique(u, seed=3) for u in (1, 57, 200, cart.count("train"))]
     before: dict[int, int] = {}
     for u, view in zip((1, 57, 200, cart.count("train")), views, strict=True):
         assert view.count("train") == u
-        kept = {int(e): int(view.table["length"][e]) for e in view.episodes("train")}
-        assert all(kept[e] >= length for e, length in before.items()), (
+        lengths = {int(e): int(view.table["length"][e]) for e in view.episodes("train")}
+        assert all(lengths[e] >= length for e, length in before.items()), (
             "a smaller view lies within a larger"
         )
-        cut = [e for e, length in kept.items() if length < all_lengths[e]]
+        cut = [e for e, length in lengths.items() if length < all_lengths[e]]
         assert len(cut) <= 1 and all(view.table["outcome"][e] == 2 for e in cut)
         assert np.array_equal(view.episodes("valid"), cart.episodes("valid")) and view.count(
             "valid"
         ) == cart.count("valid")
-        before = kept
+        before = lengths
     assert set(views[-1].episodes("train")) == set(cart.episodes("train"))
     assert set(cart.unique(200, 4).episodes("train")) != set(views[2].episodes("train"))
     assert cart.count("train") == views[-1].count("train"), "the dataset itself is as it was"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["grid.sizes=[10k,31k]"], "grid.sizes must be one of .* got '31k'.*did you mean '30k'"),
         (["grid.sizes=[]"], "grid.sizes"),
@@ -239,27 +243,27 @@ def test_unique_data_are_nested_exact_and_of_whole_episodes_but_one(cart: Datase
         (["large=20000", "workers=3"], "train.batch=8 cannot be divided among train.workers=3"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_starts(
-    overrides: list[str], said: str, sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
+def test_bad_configs_are_refused_before_anything_starts(
+    overrides: list[str], message: str, sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
 ) -> None:
-    with pytest.raises(UsageError, match=said) as error:
+    with pytest.raises(UsageError, match=message) as error:
         plan(sweep_of(cart_root(tmp_path, 300), *overrides))
     assert "\n" not in str(error.value)
 
 
-def test_a_sweep_wants_a_validation_split(
+def test_a_sweep_needs_a_validation_split(
     sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
 ) -> None:
     with pytest.raises(UsageError, match=r"the valid split of cart is empty.*valid_fraction"):
         plan(sweep_of(cart_root(tmp_path, 300, valid_fraction=0.0)))
 
 
-def test_steps_are_not_the_users(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_sweep_has_no_key_for_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sweep", "train.steps=5"]) == 2
     assert "train.steps" in capsys.readouterr().err
 
 
-def test_a_dry_run_says_cells_hours_and_price(
+def test_a_dry_run_shows_cells_hours_and_price(
     sweep_of: Sweep, tmp_path: Path, cart_root: Sweep, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     root = cart_root(tmp_path)
@@ -270,18 +274,22 @@ def test_a_dry_run_says_cells_hours_and_price(
     )
     monkeypatch.chdir(tmp_path)
     before = sorted(str(path) for path in Path(root).rglob("*"))
-    told = plan(sweep_of(root, "cluster=rented"))
-    assert [row["state"] for row in told["cells"]] == ["to do"] * 4
+    summary = plan(sweep_of(root, "cluster=rented"))
+    assert [row["state"] for row in summary["cells"]] == ["to do"] * 4
     of_trunk: dict[str, float] = {}
-    for row in told["cells"]:
+    for row in summary["cells"]:
         of_trunk[row["trunk"]] = of_trunk.get(row["trunk"], 0.0) + row["worker hours"]
     assert len(of_trunk) == 2 and max(of_trunk.values()) == pytest.approx(
-        told["hours"], rel=1e-3
+        summary["hours"], rel=1e-3
     ), "a trunk a lane: the longer one's time"
-    assert float(told["price"].split()[0]) == pytest.approx(told["hours"] * 6, rel=1e-3)
-    assert sum(row["price"] for row in told["cells"]) == pytest.approx(told["hours"] * 6, rel=1e-2)
+    assert float(summary["price"].split()[0]) == pytest.approx(summary["hours"] * 6, rel=1e-3)
+    assert sum(row["price"] for row in summary["cells"]) == pytest.approx(
+        summary["hours"] * 6, rel=1e-2
+    )
     assert (
-        told["steps"] < told["steps without trunks"] == sum(row["steps"] for row in told["cells"])
+        summary["steps"]
+        < summary["steps without trunks"]
+        == sum(row["steps"] for row in summary["cells"])
     )
     arguments = [
         "sweep",
@@ -304,17 +312,17 @@ def test_a_cluster_with_a_wrong_key_is_refused(
 ) -> None:
     (tmp_path / "clusters").mkdir()
     monkeypatch.chdir(tmp_path)
-    for text, said in (
+    for text, message in (
         ("nodes: [{prise_per_hour: 2}]", "prise_per_hour"),
         ("nodes: []", "names no group"),
         ("nodes: [{count: 0}]", "count=0"),
     ):
         (tmp_path / "clusters" / "mine.yaml").write_text(text)
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             read("mine")
 
 
-def test_shipped_sweeps_are_as_large_as_is_said() -> None:
+def test_shipped_sweeps_are_large_enough_for_a_law() -> None:
     from mesocosm.scaling.sweep_config import SweepConfig
 
     configs = Path(__file__).resolve().parents[2] / "configs" / "sweep"

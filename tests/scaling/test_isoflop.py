@@ -23,34 +23,36 @@ def approach(path: Path) -> tuple[isoflop.IsoFlop | None, dict[str, str]]:
 
 
 def test_the_exponent_of_known_budgets_is_found(tmp_path: Path) -> None:
-    found, notes = approach(write(tmp_path / "t.csv", budgets(FLOPS)))
-    assert found is not None and found.source == "budgets" and not notes
-    assert found.a == pytest.approx(A, abs=0.005) and found.a + found.b == pytest.approx(
+    estimate, notes = approach(write(tmp_path / "t.csv", budgets(FLOPS)))
+    assert estimate is not None and estimate.source == "budgets" and not notes
+    assert estimate.a == pytest.approx(A, abs=0.005) and estimate.a + estimate.b == pytest.approx(
         1, abs=0.005
     )
-    assert found.interval["a"][0] <= found.a <= found.interval["a"][1]
-    assert [entry.n_sizes for entry in found.budgets] == [7] * 4
+    assert estimate.interval["a"][0] <= estimate.a <= estimate.interval["a"][1]
+    assert [entry.n_sizes for entry in estimate.budgets] == [7] * 4
 
 
 def test_a_grid_is_interpolated_to_common_budgets(tmp_path: Path) -> None:
     sizes, data = np.geomspace(1e4, 3e6, 9) * 1.07 ** np.arange(9), np.geomspace(1e3, 1e6, 9)
-    found, _ = approach(
+    estimate, _ = approach(
         write(
             tmp_path / "t.csv",
             grid(sizes=tuple(sizes), data=tuple(data)),
             without=("seed", "trunk"),
         )
     )
-    assert found is not None and found.source == "interpolated"
-    assert found.a == pytest.approx(A, abs=0.05) and len(found.budgets) >= 4
+    assert estimate is not None and estimate.source == "interpolated"
+    assert estimate.a == pytest.approx(A, abs=0.05) and len(estimate.budgets) >= 4
 
 
 def test_budgets_of_a_grid_that_have_no_minimum_are_counted(tmp_path: Path) -> None:
-    found, notes = approach(write(tmp_path / "t.csv", grid(sizes=tuple(np.geomspace(1e4, 1e6, 7)))))
+    estimate, notes = approach(
+        write(tmp_path / "t.csv", grid(sizes=tuple(np.geomspace(1e4, 1e6, 7))))
+    )
     assert (
-        found is not None
+        estimate is not None
         and list(notes) == ["isoflop_refused"]
-        and found.a == pytest.approx(A, abs=0.05)
+        and estimate.a == pytest.approx(A, abs=0.05)
     )
     assert "9 of 17 IsoFLOP budgets" in notes["isoflop_refused"]
 
@@ -60,16 +62,18 @@ def test_a_concave_budget_is_refused_and_the_others_stand(tmp_path: Path) -> Non
     for row in rows:
         if row["flops"] == FLOPS[1]:
             row["loss"] = 2 - row["loss"]
-    found, notes = approach(write(tmp_path / "t.csv", rows))
-    assert found is not None and sum(entry.refused is not None for entry in found.budgets) == 1
+    estimate, notes = approach(write(tmp_path / "t.csv", rows))
+    assert (
+        estimate is not None and sum(entry.refused is not None for entry in estimate.budgets) == 1
+    )
     assert "at 4e+11 FLOPs the losses of 7 sizes are concave" in notes["isoflop_refused"]
 
 
 @pytest.mark.parametrize(
-    ("bend", "said"),
+    ("bend", "message"),
     [(True, "concave"), (False, r"the minimum would be at params=.*, outside the trained params")],
 )
-def test_a_design_without_any_optimum_is_refused(bend: bool, said: str, tmp_path: Path) -> None:
+def test_budgets_without_any_optimum_are_refused(bend: bool, message: str, tmp_path: Path) -> None:
     rows = budgets(FLOPS)
     if bend:
         for row in rows:
@@ -84,30 +88,30 @@ def test_a_design_without_any_optimum_is_refused(bend: bool, said: str, tmp_path
         rows = [row for row in budgets(FLOPS, 9) if row["params"] < 0.8 * optimum[row["flops"]]]
     with pytest.raises(
         UsageError,
-        match=f"none of its 4 IsoFLOP budgets has an optimum: .*{said}.*train sizes on both sides",
+        match=f"none of its 4 IsoFLOP budgets has an optimum: .*{message}.*train sizes on both sides",
     ):
         approach(write(tmp_path / "t.csv", rows))
 
 
-def test_a_least_loss_at_an_end_of_the_sizes_brackets_no_minimum(tmp_path: Path) -> None:
+def test_a_least_loss_at_an_edge_is_no_minimum(tmp_path: Path) -> None:
     """Though the parabola through them may have its vertex between them."""
     rows = budgets(FLOPS)
     first = [row for row in rows if row["flops"] == FLOPS[0]]
     first[0]["loss"] = min(row["loss"] for row in first) - 1e-4
-    found, notes = approach(write(tmp_path / "t.csv", rows))
+    estimate, notes = approach(write(tmp_path / "t.csv", rows))
     assert (
-        found is not None
-        and found.budgets[0].N_opt is None
-        and found.a == pytest.approx(A, abs=0.02)
+        estimate is not None
+        and estimate.budgets[0].N_opt is None
+        and estimate.a == pytest.approx(A, abs=0.02)
     )
     assert "the loss is least at an end of the" in notes["isoflop_refused"]
 
 
-def test_too_few_sizes_are_no_parabola(tmp_path: Path) -> None:
-    found, notes = approach(write(tmp_path / "t.csv", budgets(FLOPS, 3)))
-    assert found is None and list(notes) == ["no_isoflop"]
+def test_a_parabola_needs_four_sizes(tmp_path: Path) -> None:
+    estimate, notes = approach(write(tmp_path / "t.csv", budgets(FLOPS, 3)))
+    assert estimate is None and list(notes) == ["no_isoflop"]
 
 
-def test_one_budget_says_no_exponent() -> None:
+def test_an_exponent_needs_two_budgets() -> None:
     with pytest.raises(UsageError, match=r"flops must have at least 2 distinct values.*got 1"):
         isoflop.exponent([1e9, 1e9], [1e3, 2e3])

@@ -23,7 +23,7 @@ def law(tmp_path_factory: pytest.TempPathFactory) -> Law:
     return fit.fit(Table.read(path), command="mesocosm fit t.csv")
 
 
-def test_it_is_read_as_it_was_written(law: Law, tmp_path: Path) -> None:
+def test_write_and_read(law: Law, tmp_path: Path) -> None:
     law.write(tmp_path / "deep" / "law.json")
     assert Law.read(tmp_path / "deep" / "law.json") == law
     stored = json.loads((tmp_path / "deep" / "law.json").read_text())
@@ -76,24 +76,26 @@ def test_predictions_and_their_interval(law: Law) -> None:
 @pytest.mark.parametrize(
     ("k", "p", "q"), [(6.0, 1.0, 1.0), (40.0, 0.9, 1.0), (295.0, 0.76, 1.0), (3.0, 1.1, 0.95)]
 )
-def test_the_optimum_is_where_no_other_size_is_better(
+def test_no_size_is_better_than_the_optimum(
     k: float, p: float, q: float, repeats: dict[str, float]
 ) -> None:
     flops, truth = Flops(source="table", k=k, p=p, q=q, max_rel_residual=0.0), TRUTH | repeats
     form = "data_constrained" if repeats else "chinchilla"
-    found = {name: value.item() for name, value in optimal_of(theta_of(form, truth), flops).items()}
+    optimum = {
+        name: value.item() for name, value in optimal_of(theta_of(form, truth), flops).items()
+    }
     for budget in (1e9, 1e12, 1e15):
-        n, d = found["kN"] * budget ** found["a"], found["kD"] * budget ** found["b"]
+        n, d = optimum["kN"] * budget ** optimum["a"], optimum["kD"] * budget ** optimum["b"]
         assert k * n**p * d**q == pytest.approx(budget, rel=1e-9)
         other = n * np.geomspace(0.5, 2, 41)
         losses = loss(other, (budget / k / other**p) ** (1 / q), truth)
         assert np.argmin(losses) == 20
     if (p, q) == (1, 1):
-        assert found["a"] == pytest.approx(TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]))
+        assert optimum["a"] == pytest.approx(TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"]))
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"form": "cubic"}'])
-def test_what_is_no_law_is_refused(text: str, tmp_path: Path) -> None:
+def test_files_without_a_law_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "law.json").write_text(text)
     with pytest.raises(
         UsageError, match=r"law\.json' is not a law: .*; mesocosm fit TABLE\.csv --out .* makes one"
@@ -110,7 +112,7 @@ def test_it_cannot_be_written_below_a_file(law: Law, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "said"),
+    ("path", "message"),
     [
         (("params", "A"), "params lacks A"),
         (("bootstrap", "draws", "E"), "draws lacks E"),
@@ -118,7 +120,7 @@ def test_it_cannot_be_written_below_a_file(law: Law, tmp_path: Path) -> None:
     ],
 )
 def test_a_law_that_lacks_a_part_is_refused(
-    law: Law, path: tuple[str, ...], said: str, tmp_path: Path
+    law: Law, path: tuple[str, ...], message: str, tmp_path: Path
 ) -> None:
     plain = law.model_dump(mode="json")
     node = plain
@@ -126,12 +128,12 @@ def test_a_law_that_lacks_a_part_is_refused(
         node = node[key]
     del node[path[-1]]
     (tmp_path / "law.json").write_text(json.dumps(plain))
-    with pytest.raises(UsageError, match=f"is not a law.*{said}"):
+    with pytest.raises(UsageError, match=f"is not a law.*{message}"):
         Law.read(tmp_path / "law.json")
 
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-9, 0.0])
-def test_a_law_that_is_nearly_flat_is_drawn(law: Law, spread: float, tmp_path: Path) -> None:
+def test_a_flat_law_is_drawn(law: Law, spread: float, tmp_path: Path) -> None:
     flat = law.model_copy(
         update={
             "params": law.params | {"E": 1.0, "A": spread, "B": spread, "alpha": 0.01, "beta": 0.01}

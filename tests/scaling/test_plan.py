@@ -71,23 +71,23 @@ def law_of(params: dict[str, float], flops: Flops | None = None, spread: float =
 @pytest.mark.parametrize("flops", [1e15, 1e20, 5.76e23])
 def test_with_6nd_and_fresh_data_the_search_finds_the_closed_form(flops: float) -> None:
     law = law_of(CHINCHILLA)
-    found = PlanProblem.of(law, PlanBudget(flops, 1.0, None, 0, unlimited=True)).best()
+    point = PlanProblem.of(law, PlanBudget(flops, 1.0, None, 0, unlimited=True)).best()
     n, d = law.optimum(flops)
-    assert found.params == pytest.approx(float(n), rel=1e-4) and found.data == pytest.approx(
+    assert point.params == pytest.approx(float(n), rel=1e-4) and point.data == pytest.approx(
         float(d), rel=1e-4
     )
-    assert found.flops == pytest.approx(flops) and found.unique == found.data and found.epochs == 1
+    assert point.flops == pytest.approx(flops) and point.unique == point.data and point.epochs == 1
 
 
 @pytest.mark.parametrize("step_price", [1e-3, 1e-2, 1.0])
-def test_money_is_split_where_both_are_worth_the_same(step_price: float) -> None:
+def test_money_is_split_at_equal_rates(step_price: float) -> None:
     law = law_of(REPEATS, Flops(source="table", k=20.0, p=1.0, q=1.0, max_rel_residual=0.0))
     budget = PlanBudget(500.0, 1e-12, step_price, 10_000)
     problem = PlanProblem.of(law, budget)
-    found = problem.best()
-    assert found.compute + found.reality == pytest.approx(500, rel=1e-6)
-    assert found.unique == pytest.approx(10_000 + found.reality / step_price)
-    rate = rates(problem, found)
+    point = problem.best()
+    assert point.compute + point.reality == pytest.approx(500, rel=1e-6)
+    assert point.unique == pytest.approx(10_000 + point.reality / step_price)
+    rate = rates(problem, point)
     assert rate["compute"] == pytest.approx(rate["reality"], rel=0.02), (
         "at an optimum inside, neither is worth more"
     )
@@ -100,38 +100,38 @@ def test_money_is_split_where_both_are_worth_the_same(step_price: float) -> None
         tol=1e-12,
         popsize=30,
     )
-    assert found.loss <= search.fun * (1 + 1e-7)
+    assert point.loss <= search.fun * (1 + 1e-7)
 
 
-def test_dearer_steps_buy_less_reality_and_what_is_owned_is_used_first() -> None:
+def test_expensive_steps_buy_less_reality() -> None:
     law = law_of(REPEATS, Flops(source="table", k=20.0, p=1.0, q=1.0, max_rel_residual=0.0))
-    found = [
+    point = [
         PlanProblem.of(law, PlanBudget(500.0, 1e-9, price, 10_000)).best()
         for price in (1e-3, 1e-2, 1e-1, 1e6)
     ]
-    bought = [p.unique for p in found]
+    bought = [p.unique for p in point]
     assert bought == sorted(bought, reverse=True) and bought[0] > 2 * bought[1]
-    assert bought[-1] == pytest.approx(10_000, rel=1e-3) and [p.loss for p in found] == sorted(
-        p.loss for p in found
+    assert bought[-1] == pytest.approx(10_000, rel=1e-3) and [p.loss for p in point] == sorted(
+        p.loss for p in point
     )
     assert PlanProblem.of(law, PlanBudget(500.0, 1e-9, None, 10_000)).best().unique == 10_000
 
 
-def test_a_law_without_repeats_plans_none() -> None:
+def test_a_law_without_repeats_plans_no_repeats() -> None:
     problem = PlanProblem.of(law_of(CHINCHILLA), PlanBudget(100.0, 1e-15, 1e-3, 1_000))
-    found = problem.best()
-    assert found.data == pytest.approx(
-        found.unique
-    ) and found.compute + found.reality == pytest.approx(100, rel=1e-5)
-    rate = rates(problem, found)
+    point = problem.best()
+    assert point.data == pytest.approx(
+        point.unique
+    ) and point.compute + point.reality == pytest.approx(100, rel=1e-5)
+    rate = rates(problem, point)
     assert rate["compute"] == pytest.approx(rate["reality"], rel=0.02)
 
     data = np.geomspace(100, 1e5 + 999, 20_000)  # along D alone: what is left of the money says N
     compute = 100 - np.maximum(0.0, data - 1_000) * 1e-3
     exact = law_of(CHINCHILLA).predict(compute / 1e-15 / 6 / data, data)
-    assert found.loss == pytest.approx(float(exact.min()), rel=1e-6)
-    n, d = law_of(CHINCHILLA).optimum(found.flops)
-    assert found.data < float(d) and found.params > float(n), (
+    assert point.loss == pytest.approx(float(exact.min()), rel=1e-6)
+    n, d = law_of(CHINCHILLA).optimum(point.flops)
+    assert point.data < float(d) and point.params > float(n), (
         "where data cost money too, a larger model on less of it"
     )
 
@@ -142,7 +142,7 @@ def test_a_budget_that_buys_nothing_is_refused() -> None:
         problem.point(1e9, 0.0)
 
 
-def test_how_far_beyond_is_said() -> None:
+def test_beyond_compares_with_the_fitted_range() -> None:
     law = law_of(CHINCHILLA)
     point = PlanProblem.of(law, PlanBudget(6e16, 1.0, None, 0, unlimited=True)).best()
     far = beyond(law, point)
@@ -164,7 +164,7 @@ def _plan(law: str, root: str, *overrides: str) -> dict[str, Any]:
     return answer(plan.resolve(cfg, Storage(root)))
 
 
-def test_a_plan_is_a_config_that_pretraining_takes(
+def test_a_plan_is_a_config_for_pretraining(
     law_file: Callable[..., str],
     cart_root: Callable[..., str],
     tmp_path: Path,
@@ -197,30 +197,30 @@ def test_a_plan_is_a_config_that_pretraining_takes(
     assert main([*command, "--json"]) == 0
     path = Path(json.loads(capsys.readouterr().out)["path"])
     answered = json.loads((path / "plan.json").read_text())
-    made = answered["plan"]
-    golden.check("plan", {name: made[name] for name in ("params", "data", "unique", "loss")})
+    chosen = answered["plan"]
+    golden.check("plan", {name: chosen[name] for name in ("params", "data", "unique", "loss")})
     assert (
         answered["owned"] > 200
         and answered["flops_counted"]
-        and answered["collect"] == round(made["unique"]) - answered["owned"] > 0
+        and answered["collect"] == round(chosen["unique"]) - answered["owned"] > 0
     )
-    assert made["compute"] + made["reality"] == pytest.approx(20, rel=1e-6)
+    assert chosen["compute"] + chosen["reality"] == pytest.approx(20, rel=1e-6)
     assert (
-        made["loss"] >= answered["optimum"]["loss"] * 0.98
-        and made["interval"]["loss"][0] < made["loss"] < made["interval"]["loss"][1]
+        chosen["loss"] >= answered["optimum"]["loss"] * 0.98
+        and chosen["interval"]["loss"][0] < chosen["loss"] < chosen["interval"]["loss"][1]
     )
     assert (path / "plan.svg").read_text().startswith("<?xml")
 
     job = config.load(PretrainConfig, [path / "plan.yaml"], [f"storage.root={root}"])
-    told = pretraining.plan(job)
-    assert job.model.size == made["size"] and told["params"] == made["params"]
-    assert told["transitions"] == pytest.approx(made["data"], rel=0.02), (
+    summary = pretraining.plan(job)
+    assert job.model.size == chosen["size"] and summary["params"] == chosen["params"]
+    assert summary["transitions"] == pytest.approx(chosen["data"], rel=0.02), (
         "D is what the plan says, to half a batch"
     )
-    assert told["flops"] == pytest.approx(made["flops"], rel=0.02), "and costs what it says"
+    assert summary["flops"] == pytest.approx(chosen["flops"], rel=0.02), "and costs what it says"
 
 
-def test_flops_on_given_data_repeat_it(law_file: Callable[..., str], tmp_path: Path) -> None:
+def test_flops_repeat_owned_data(law_file: Callable[..., str], tmp_path: Path) -> None:
     plan_json = _plan(law_file(law_of(REPEATS)), str(tmp_path), "flops=1e13", "owned=20000")
     assert (
         plan_json["plan"]["unique"] == 20_000
@@ -236,26 +236,26 @@ def test_flops_on_given_data_repeat_it(law_file: Callable[..., str], tmp_path: P
     ] and "times the largest" in fresh["warnings"][1]["sentence"]
 
 
-def test_what_binds_a_plan_is_said(law_file: Callable[..., str], tmp_path: Path) -> None:
+def test_a_plan_names_what_limits_it(law_file: Callable[..., str], tmp_path: Path) -> None:
     """Owned data; and the ladder's end, where compute is next to free beside reality."""
     owned = _plan(law_file(law_of(CHINCHILLA)), str(tmp_path), "flops=1e16", "owned=5000")
     assert owned["plan"]["unique"] == 5000 and "owned_bind" in {
         w["code"] for w in owned["warnings"]
     }
-    dear = _plan(
+    expensive = _plan(
         law_file(law_of(CHINCHILLA)),
         str(tmp_path),
         "money=500",
         "price.per_step=0.01",
         "price.per_exaflop=1e-9",
     )
-    assert dear["plan"]["size"] == "7b" and dear["optimum"]["params"] == pytest.approx(
+    assert expensive["plan"]["size"] == "7b" and expensive["optimum"]["params"] == pytest.approx(
         LARGEST, rel=0.01
     )
-    assert "ladder_end" in {w["code"] for w in dear["warnings"]} and dear["next"]["rows"]
+    assert "ladder_end" in {w["code"] for w in expensive["warnings"]} and expensive["next"]["rows"]
 
 
-def test_beyond_the_largest_size_flops_grow_as_it_does(
+def test_flops_grow_with_n_beyond_the_largest_size(
     law_file: Callable[..., str], tmp_path: Path
 ) -> None:
     flops = Flops(source="table", k=705.0, p=0.7, q=1.0, max_rel_residual=0.1, params_most=3e6)
@@ -265,7 +265,7 @@ def test_beyond_the_largest_size_flops_grow_as_it_does(
     assert plan_json["plan"]["flops"] >= 6 * plan_json["plan"]["params"] * plan_json["plan"]["data"]
 
 
-def test_a_plan_trains_what_the_law_is_of_or_says_otherwise(
+def test_a_plan_warns_of_other_models_than_the_laws(
     law_file: Callable[..., str], tmp_path: Path
 ) -> None:
     law = law_of(CHINCHILLA)
@@ -286,12 +286,12 @@ def test_a_plan_trains_what_the_law_is_of_or_says_otherwise(
         "model.context=8",
         "model.base=false",
     )
-    said = next(w["sentence"] for w in other["warnings"] if w["code"] == "other_models")
-    assert "model.family=ensemble (swept: sequence)" in said and "members" not in said
+    message = next(w["sentence"] for w in other["warnings"] if w["code"] == "other_models")
+    assert "model.family=ensemble (swept: sequence)" in message and "members" not in message
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["law=''"], "law is not set"),
         ([], "neither flops nor money is set"),
@@ -308,10 +308,10 @@ def test_a_plan_trains_what_the_law_is_of_or_says_otherwise(
         (["flops=10"], "buys less than one transition|buys no transition"),
     ],
 )
-def test_bad_questions(
-    law_file: Callable[..., str], tmp_path: Path, overrides: list[str], said: str
+def test_bad_plans_are_refused(
+    law_file: Callable[..., str], tmp_path: Path, overrides: list[str], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         _plan(law_file(law_of(CHINCHILLA)), str(tmp_path), *overrides)
 
 
@@ -319,19 +319,23 @@ def test_the_price_of_a_cluster(
     law_file: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "clusters").mkdir()
-    (tmp_path / "clusters" / "dear.yaml").write_text(
+    (tmp_path / "clusters" / "expensive.yaml").write_text(
         "nodes: [{name: gpus, count: 2, cpus: 1, gpus: 0, price_per_hour: 3.6, flops_per_s: 1e9}]\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("mesocosm.cluster.spec.FOLDERS", (Path("clusters"),))
     plan_json = _plan(
-        law_file(law_of(REPEATS)), str(tmp_path), "money=5e6", "cluster=dear", "price.per_step=0.01"
+        law_file(law_of(REPEATS)),
+        str(tmp_path),
+        "money=5e6",
+        "cluster=expensive",
+        "price.per_step=0.01",
     )
     assert plan_json["prices"]["per_exaflop"] == pytest.approx(2 * 3.6 / 3600 / (2 * 1e9) * 1e18)
     assert math.isclose(plan_json["prices"]["per_step"], 0.01)
 
 
-def test_resampled_problems_are_of_the_law() -> None:
+def test_resampled_problems_scatter_about_the_law() -> None:
     law = law_of(CHINCHILLA)
     many = PlanProblem.resampled(law, PlanBudget(1e18, 1.0, None, 0, unlimited=True))
     assert len(many) == 40 and all(isinstance(p, PlanProblem) for p in many)

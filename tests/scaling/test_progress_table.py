@@ -27,7 +27,7 @@ def record(cell: Cell, loss: float, ran: int, seconds: float) -> CellOutcome:
     )
 
 
-def test_the_board_counts_names_and_estimates(
+def test_progress_counts_and_estimates(
     root: str, sweep_of: Callable[..., Any], cart: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = sweep_of(root, "grid.sizes=[10k]", "grid.seeds=[0,1]", "concurrent=1")
@@ -35,21 +35,21 @@ def test_the_board_counts_names_and_estimates(
     by_trunk = [trunk.cells for trunk in grid.trunks(grid.cells)]
     expected = grid.expected(grid.cells)
     with tracking.start("sweep", config, quiet=True) as run:
-        board = ProgressTable(run, grid, {})
-        assert board.line == "0/4 cells" and board.hours_left is None
+        progress = ProgressTable(run, grid, {})
+        assert progress.line == "0/4 cells" and progress.hours_left is None
         first, second = by_trunk[0]
-        board.add(record(first, 3.5, first.steps, 10 * expected[first.id]))
+        progress.add(record(first, 3.5, first.steps, 10 * expected[first.id]))
         left = sum(expected.values()) - expected[first.id]
-        assert board.hours_left == pytest.approx(10 * left / 3600), (
+        assert progress.hours_left == pytest.approx(10 * left / 3600), (
             "ten times as slow as was thought"
         )
         assert (
-            board.line.startswith("1/4 cells, best loss 3.500 nats (10k, ")
-            and "100MFLOP/s a worker" in board.line
+            progress.line.startswith("1/4 cells, best loss 3.500 nats (10k, ")
+            and "100MFLOP/s a worker" in progress.line
         )
-        board.add(CellOutcome(second.id, None, "the loss is nan at step 3"))
+        progress.add(CellOutcome(second.id, None, "the loss is nan at step 3"))
         out = Console(file=io.StringIO(), width=100)
-        out.print(board.table())
+        out.print(progress.table())
         text = out.file.getvalue()
         assert (
             "3.500 1/2" in text
@@ -57,10 +57,10 @@ def test_the_board_counts_names_and_estimates(
             and [line.split()[0] for line in text.splitlines()[1:]] == ["size", "10k"]
         )
         for cell in by_trunk[1]:
-            board.add(record(cell, 2.0, 1, 1.0))
-        assert board.failed == {
+            progress.add(record(cell, 2.0, 1, 1.0))
+        assert progress.failed == {
             second.id: "the loss is nan at step 3"
-        } and board.hours_left == pytest.approx(0, abs=1e-9)
+        } and progress.hours_left == pytest.approx(0, abs=1e-9)
     assert (
         f"cell {second.id[:8]} (10k, D={short(second.data)}, seed {second.seed}) failed: the loss"
         " is nan at step 3" in (Path(run.folder) / "log.txt").read_text()

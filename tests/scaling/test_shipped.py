@@ -14,7 +14,7 @@ from mesocosm.scaling.table import Table
 TABLES = Path(__file__).parents[2] / "docs" / "tables"
 
 
-def test_the_published_law_is_that_of_its_table_and_foretells_the_largest_cells() -> None:
+def test_the_published_law_predicts_its_largest_cells() -> None:
     table, published = Table.read(TABLES / "halfcheetah.csv"), Law.read(TABLES / "halfcheetah.json")
     assert len(np.unique(table.params)) >= 6 and table.params.max() >= 1e6 and len(table) == 60
     law = fit.fit(table)

@@ -32,14 +32,14 @@ def objective(theta: np.ndarray, cells: Cells, log_loss: np.ndarray, weight: np.
 
 def test_the_truth_is_found_without_noise_from_every_start() -> None:
     cells, log_loss = table(0.0)
-    found = solve(FORM, cells, log_loss, np.ones((1, len(log_loss))), starts_of(FORM))
-    params = params_of("chinchilla", found.theta[0])
+    solution = solve(FORM, cells, log_loss, np.ones((1, len(log_loss))), starts_of(FORM))
+    params = params_of("chinchilla", solution.theta[0])
     for name, value in TRUTH.items():
         assert params[name] == pytest.approx(value, rel=1e-4)
-    assert found.converged.all()
+    assert solution.converged.all()
 
 
-def test_no_start_ends_above_where_scipy_ends() -> None:
+def test_no_start_ends_above_scipy() -> None:
     cells, log_loss = table(0.01)
     rng = np.random.default_rng(1)
     weights = np.stack(
@@ -56,20 +56,20 @@ def test_no_start_ends_above_where_scipy_ends() -> None:
             rng.uniform(0.1, 1.5, (6, 2)),
         ]
     )
-    found = solve(FORM, cells, log_loss, weights, starts)
+    solution = solve(FORM, cells, log_loss, weights, starts)
     for row, weight in enumerate(weights):
-        for start, ours in zip(starts, found.objective[row], strict=True):
+        for start, objective_ in zip(starts, solution.objective[row], strict=True):
             # in units of delta, as the solver has it: scipy's tolerance on the function is absolute
             # below 1
-            theirs = minimize(
+            reference = minimize(
                 lambda t, w: objective(t, cells, log_loss, w) / DELTA,
                 start,
                 args=(weight,),
                 method="L-BFGS-B",
                 options={"maxfun": 10_000},
             )
-            assert ours <= theirs.fun * DELTA * (1 + 1e-9)
-        best = found.best()
+            assert objective_ <= reference.fun * DELTA * (1 + 1e-9)
+        best = solution.best()
         assert objective(best[0][row], cells, log_loss, weight) == pytest.approx(
             best[1][row], rel=1e-9
         )
@@ -91,15 +91,15 @@ def test_a_fixed_coordinate_stays() -> None:
     cells, log_loss = table(0.0, truth=TRUTH | {"E": 0.0})
     starts = starts_of(FORM)
     starts[:, 0] = NOTHING
-    found = solve(FORM, cells, log_loss, np.ones((1, len(log_loss))), starts, fixed=(0,))
-    best = params_of("chinchilla", found.best()[0])
+    solution = solve(FORM, cells, log_loss, np.ones((1, len(log_loss))), starts, fixed=(0,))
+    best = params_of("chinchilla", solution.best()[0])
     assert best["E"] == 0.0
     assert best["alpha"].item() == pytest.approx(0.5, abs=1e-4) and best[
         "beta"
     ].item() == pytest.approx(0.4, abs=1e-4)
 
 
-def test_outliers_hardly_move_it() -> None:
+def test_outliers_hardly_move_the_fit() -> None:
     cells, log_loss = table(0.0)
     spoiled = log_loss.copy()
     spoiled[[3, 17]] += 0.5
@@ -123,13 +123,13 @@ def test_repeated_data_shows_both_half_lives() -> None:
     form = FORMS["data_constrained"]
     from laws import loss
 
-    found = solve(
+    solution = solve(
         form,
         Cells(n, d, u),
         np.log(loss(np.exp(n), np.exp(d), truth, np.exp(u))),
         np.ones((1, len(n))),
         starts_of(form)[::7],
     )
-    best = params_of(form.name, found.best()[0])
+    best = params_of(form.name, solution.best()[0])
     for name, value in truth.items():
         assert best[name].item() == pytest.approx(value, rel=1e-3)

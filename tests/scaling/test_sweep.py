@@ -31,8 +31,8 @@ Make = Callable[..., Any]
 
 
 def swept(config: SweepConfig) -> tuple[Artifact, tracking.Run]:
-    with tracking.start("sweep", config, quiet=True) as made:
-        return run(config, made), made
+    with tracking.start("sweep", config, quiet=True) as job_run:
+        return run(config, job_run), job_run
 
 
 def table(artifact: Artifact) -> list[dict[str, str]]:
@@ -51,55 +51,56 @@ def whole(
 def test_the_table_has_a_row_a_cell(
     whole: tuple[SweepConfig, Artifact, tracking.Run], golden: Any
 ) -> None:
-    config, artifact, made = whole
+    config, artifact, job_run = whole
     rows = table(artifact)
-    told = plan(config)["cells"]
+    summary = plan(config)["cells"]
     assert len(rows) == 4 and list(rows[0])[: len(COLUMNS)] == list(COLUMNS)
     assert [(int(row["params"]), int(row["data"]), int(row["flops"])) for row in rows] == [
-        (row["params"], row["data"], row["flops"]) for row in told
+        (row["params"], row["data"], row["flops"]) for row in summary
     ]
     for row in rows:
         assert float(row["loss"]) == pytest.approx(
             sum(float(row[part]) for part in ("dynamics", "reward", "termination", "task"))
         )
     golden.check("sweep", {f"loss {i}": float(row["loss"]) for i, row in enumerate(rows)})
-    assert len({row["trunk"] for row in rows}) == 2 and {row["state"] for row in told} == {
+    assert len({row["trunk"] for row in rows}) == 2 and {row["state"] for row in summary} == {
         "finished"
     }
     summary = json.loads((artifact.path / "summary.json").read_text())
     assert (
         summary["steps"]["run"]
         < summary["steps"]["without_trunks"]
-        == sum(row["steps"] for row in told)
+        == sum(row["steps"] for row in summary)
     )
     assert (
         0 < summary["seconds"]["training"] < 2 * summary["seconds"]["wall"]
         and (artifact.path / "loss.svg").exists()
     )
     assert (
-        artifact.meta["inputs"] == {"datasets": ["cart"]} and made.storage.list("runs/tune") == []
+        artifact.meta["inputs"] == {"datasets": ["cart"]}
+        and job_run.storage.list("runs/tune") == []
     )
 
 
 def test_mlflow_has_a_nested_run_a_cell(whole: tuple[SweepConfig, Artifact, tracking.Run]) -> None:
-    config, artifact, made = whole
+    config, artifact, job_run = whole
     client = MlflowClient(tracking_uri=tracking.uri_of(config))
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     assert experiment is not None
     runs = {
-        found.data.tags["mesocosm.run"]: found
-        for found in client.search_runs([experiment.experiment_id])
+        entry.data.tags["mesocosm.run"]: entry
+        for entry in client.search_runs([experiment.experiment_id])
     }
-    parent = runs[f"sweep/{made.id}"]
+    parent = runs[f"sweep/{job_run.id}"]
     losses = {row["cell"]: float(row["loss"]) for row in table(artifact)}
     nested = {
-        found.data.params["cell"]: found for name, found in runs.items() if name.startswith("cell/")
+        entry.data.params["cell"]: entry for name, entry in runs.items() if name.startswith("cell/")
     }
-    assert {cell: found.data.metrics["loss"] for cell, found in nested.items()} == losses
+    assert {cell: entry.data.metrics["loss"] for cell, entry in nested.items()} == losses
     assert all(
-        found.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        and found.info.status == "FINISHED"
-        for found in nested.values()
+        entry.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        and entry.info.status == "FINISHED"
+        for entry in nested.values()
     )
     assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {
         "table.csv",
@@ -108,25 +109,25 @@ def test_mlflow_has_a_nested_run_a_cell(whole: tuple[SweepConfig, Artifact, trac
     }
 
 
-def test_again_it_is_found_and_another_grid_trains_what_is_missing(
+def test_another_grid_trains_only_the_missing_cells(
     whole: tuple[SweepConfig, Artifact, tracking.Run], sweep_of: Make
 ) -> None:
     config, artifact, _ = whole
     root = config.storage.root
     assert swept(config)[0].id == artifact.id
     stamps = {path.name: path.stat().st_mtime_ns for path in Path(root, "cells/results").iterdir()}
-    larger, made = swept(
+    larger, job_run = swept(
         sweep_of(root, "grid.data=[300,450,600]", "grid.sizes=[10k]", "concurrent=1")
     )
     after = {path.name: path.stat().st_mtime_ns for path in Path(root, "cells/results").iterdir()}
     assert stamps.items() < after.items() and len(after) == len(stamps) + 1
-    assert "2 of 3 cells were finished before" in (made.folder / "log.txt").read_text()
+    assert "2 of 3 cells were finished before" in (job_run.folder / "log.txt").read_text()
     before = {row["cell"]: row for row in table(artifact)}
     assert [row["cell"] in before for row in table(larger)] == [True, False, True]
     assert all(row == before[row["cell"]] for row in table(larger) if row["cell"] in before)
 
 
-def test_cells_that_fail_are_named_the_others_go_on_and_again_they_are_tried(
+def test_failed_cells_are_named_and_tried_again(
     tmp_path: Path, cart_root: Make, sweep_of: Make
 ) -> None:
     """The trunk of U = 150 finds a damaged base, which is then mended."""
@@ -170,7 +171,7 @@ def test_cells_that_fail_are_named_the_others_go_on_and_again_they_are_tried(
     assert len(table(swept(config)[0])) == 2
 
 
-def test_a_process_that_dies_before_it_answers_is_told_of(
+def test_a_process_that_dies_before_its_first_result(
     whole: tuple[SweepConfig, Artifact, tracking.Run],
 ) -> None:
     """Tune keeps no config of such a trial."""
@@ -187,12 +188,12 @@ def test_a_process_that_dies_before_it_answers_is_told_of(
         def step(self) -> dict[str, Any]:
             return {"outcome": {"cell": "a", "record": None, "failed": "as asked"}, "done": True}
 
-    heard: list[Any] = []
+    outcomes: list[Any] = []
     lost = trials.run_trials(
-        tune.with_resources(Dies, {"CPU": 1}), ["a", "b", "c"], 3, whole[2], "dies", heard.append
+        tune.with_resources(Dies, {"CPU": 1}), ["a", "b", "c"], 3, whole[2], "dies", outcomes.append
     )
     assert set(lost) == {"b"}, lost
-    assert len(heard) == 2
+    assert len(outcomes) == 2
 
 
 def test_credentials_are_in_no_runtime_environment(
@@ -218,14 +219,14 @@ def test_credentials_are_in_no_runtime_environment(
                 "done": True,
             }
 
-    heard: list[Any] = []
+    outcomes: list[Any] = []
     trials.run_trials(
-        tune.with_resources(Tells, {"CPU": 1}), ["a"], 1, whole[2], "tells", heard.append
+        tune.with_resources(Tells, {"CPU": 1}), ["a"], 1, whole[2], "tells", outcomes.append
     )
-    assert "env_vars" in heard[0].failed and "planted" not in heard[0].failed
+    assert "env_vars" in outcomes[0].failed and "planted" not in outcomes[0].failed
 
 
-def test_trials_that_nothing_can_run_do_not_wait_for_ever(
+def test_trials_without_resources_do_not_wait_for_ever(
     whole: tuple[SweepConfig, Artifact, tracking.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where nodes leave after the preflight."""
@@ -281,8 +282,8 @@ def test_a_large_cell_is_a_pretrain_job_with_the_same_result(
             f"workers={workers}",
             "force=true",
         )
-        made, _ = swept(sweep_of(root, *options))
-        for row in table(made):
+        larger, _ = swept(sweep_of(root, *options))
+        for row in table(larger):
             record = cells.read_record(Storage(root), row["cell"])
             assert (
                 record.world is not None
@@ -298,7 +299,7 @@ def test_a_large_cell_is_a_pretrain_job_with_the_same_result(
 
 def _trials() -> list[int]:
     """The trial processes of this process's own Ray."""
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if (
@@ -311,10 +312,10 @@ def _trials() -> list[int]:
                     int(Path("/proc", raylet, "stat").read_text().rsplit(")", 1)[1].split()[1])
                     == os.getpid()
                 ):
-                    found.append(int(folder.name))
+                    pids.append(int(folder.name))
         except OSError:
             continue
-    return found
+    return pids
 
 
 @pytest.mark.slow
@@ -382,12 +383,14 @@ def test_a_killed_driver_costs_no_finished_cell(
     time.sleep(3.0)  # its Ray notices
     stamps = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
     assert 1 <= len(stamps) < 4 and not Path(root, "laws").exists()
-    told = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=400).stdout)
-    assert told["found"] == len(stamps)
+    summary = json.loads(
+        subprocess.run(command, capture_output=True, check=True, timeout=400).stdout
+    )
+    assert summary["found"] == len(stamps)
     after = {path.name: path.stat().st_mtime_ns for path in results.glob("*.json")}
     assert stamps.items() < after.items() and len(after) == 4
     losses = [
-        [(row["cell"], row["loss"]) for row in table(made)]
-        for made in (Storage(root).artifact("laws", told["artifact"]), whole[1])
+        [(row["cell"], row["loss"]) for row in table(artifact)]
+        for artifact in (Storage(root).artifact("laws", summary["artifact"]), whole[1])
     ]
     assert losses[0] == losses[1]

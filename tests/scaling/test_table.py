@@ -21,7 +21,7 @@ def read(tmp_path: Path, text: str) -> Table:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("", r"t\.csv has no column 'params' \(it has none\)"),
         (
@@ -74,9 +74,9 @@ def read(tmp_path: Path, text: str) -> Table:
     ],
 )
 def test_a_wrong_table_is_one_sentence(
-    text: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         read(tmp_path, text)
     assert main(["fit", str(tmp_path / "t.csv"), "--out", str(tmp_path / "law.json")]) == 2
     assert (
@@ -85,7 +85,7 @@ def test_a_wrong_table_is_one_sentence(
     )
 
 
-def test_a_table_that_is_none(tmp_path: Path) -> None:
+def test_unreadable_tables_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nonesuch\.csv' cannot be read: No such file"):
         Table.read(tmp_path / "nonesuch.csv")
     (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00\x81")
@@ -105,7 +105,7 @@ def test_counts_beyond_int64_are_floats(tmp_path: Path) -> None:
     assert not table.flops_given and list(table.notes) == ["flops_6nd"]
 
 
-def test_seeds_are_told_apart_and_resampled_with_their_cell(tmp_path: Path) -> None:
+def test_seeds_are_resampled_with_their_cell(tmp_path: Path) -> None:
     table = read(tmp_path, "params,data,loss,seed\n1e4,1e4,2,0\n1e4,1e4,2.1,1\n1e4,2e4,1.9,0\n")
     assert (
         len(table) == 3
@@ -119,14 +119,14 @@ def test_seeds_are_told_apart_and_resampled_with_their_cell(tmp_path: Path) -> N
     assert list(trunks.group) == [0, 1, 0] and trunks.by_trunk
 
 
-def test_trunks_tell_runs_of_one_cell_apart(tmp_path: Path) -> None:
+def test_trunks_distinguish_runs_of_one_cell(tmp_path: Path) -> None:
     table = read(tmp_path, "params,data,loss,trunk\n1e4,1e4,2.0,a\n1e4,1e4,2.1,b\n1e5,1e5,1.0,a\n")
     assert len(table) == 3
     with pytest.raises(UsageError, match=r"loss=2 and loss=2\.5 for one cell .*trunk=a"):
         read(tmp_path, "params,data,loss,trunk\n1e4,1e4,2.0,a\n1e4,1e4,2.5,a\n")
 
 
-def test_the_best_learning_rate_of_a_cell_is_kept_and_said(tmp_path: Path) -> None:
+def test_the_best_learning_rate_of_a_cell_is_fitted(tmp_path: Path) -> None:
     rows = [
         "1e4,1e4,2.0,0.1,0",
         "1e4,1e4,2.6,0.1,1",
@@ -143,7 +143,7 @@ def test_the_best_learning_rate_of_a_cell_is_kept_and_said(tmp_path: Path) -> No
     assert "In 1 of them the best is the least or the largest rate" in note
 
 
-def test_exact_repeats_count_once_and_are_said(tmp_path: Path) -> None:
+def test_exact_repeats_count_once(tmp_path: Path) -> None:
     table = read(tmp_path, HEAD + GOOD + GOOD)
     assert len(table) == 2 and table.rows == 4
     assert "2 rows" in table.notes["duplicate_rows"]
@@ -154,7 +154,7 @@ def test_unique_beyond_the_data_repeats_nothing(tmp_path: Path) -> None:
     assert not table.repeated and table.cells().unique == pytest.approx(np.log([1e4, 4e4]))
 
 
-def test_a_count_that_went_past_int64_is_refused_wherever_it_landed(tmp_path: Path) -> None:
+def test_a_count_that_overflowed_int64_is_refused(tmp_path: Path) -> None:
     """6 N D = 2.4e19 comes out of int64 as 5.55e18, which looks like a count."""
     wrapped = int(
         np.array(6, np.int64) * np.array(2 * 10**9, np.int64) * np.array(2 * 10**9, np.int64)

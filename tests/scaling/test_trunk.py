@@ -55,13 +55,13 @@ def run_alone(grid: Grid, trunk: Trunk, cell: Cell) -> tuple[list[float], dict[s
     options = grid.config.training(cell.steps, cell.warmup, cell.decay, grid.precision)
     losses = []
     for number in range(1, cell.steps + 1):
-        told = training.step(
+        metrics = training.step(
             number,
             lr_factor(number, cell.steps, options.warmup, options.decay),
             last=number == cell.steps,
         )
-        assert told is not None
-        losses.append(told["loss"])
+        assert metrics is not None
+        losses.append(metrics["loss"])
     measured = training.validate()
     training.engine.destroy()
     return losses, measured
@@ -73,7 +73,7 @@ def test_steps_to_shares_and_back() -> None:
             assert length(share(some, steps), steps) == some
 
 
-def test_before_its_decay_a_run_is_as_any_longer_one() -> None:
+def test_before_its_decay_a_run_equals_a_longer_one() -> None:
     assert [factor(n, 20, 4, 6) for n in range(1, 15)] == [
         factor(n, 90, 4, 30) for n in range(1, 15)
     ]
@@ -91,7 +91,7 @@ def test_before_its_decay_a_run_is_as_any_longer_one() -> None:
     ],
     ids=["sequence", "ensemble", "bf16", "corrupted", "all decay"],
 )
-def test_a_branch_is_a_run_of_its_own(
+def test_a_branch_equals_a_separate_run(
     sweep_of: Sweep, cart: Dataset, options: Sequence[str]
 ) -> None:
     grid = lay_out(
@@ -101,20 +101,20 @@ def test_a_branch_is_a_run_of_its_own(
     )
     (trunk,) = grid.trunks(grid.cells)
     training = started(grid, trunk)
-    grown = list(branches(training, trunk.cells))
+    trained = list(branches(training, trunk.cells))
     training.engine.destroy()
-    assert [g.failed for g in grown] == [None] * 3 and [g.ran for g in grown] == [
+    assert [g.failed for g in trained] == [None] * 3 and [g.ran for g in trained] == [
         trunk.ran(i) for i in range(3)
     ]
-    for cell, found in zip(trunk.cells, grown, strict=True):
+    for cell, branch in zip(trunk.cells, trained, strict=True):
         losses, measured = run_alone(grid, trunk, cell)
-        assert found.metrics == measured, f"digit for digit, {cell.steps} steps"
+        assert branch.metrics == measured, f"digit for digit, {cell.steps} steps"
         assert len(losses) == cell.steps
-    assert len({found.metrics["valid/loss"] for found in grown}) == 3
+    assert len({branch.metrics["valid/loss"] for found in trained}) == 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_what_a_fork_did_is_undone(sweep_of: Sweep, cart: Dataset, precision: str) -> None:
+def test_a_fork_is_undone(sweep_of: Sweep, cart: Dataset, precision: str) -> None:
     """Also the moments of the optimiser, torch's random state, and a branch that was cut short by a
     step that exploded.
     """
@@ -127,7 +127,7 @@ def test_what_a_fork_did_is_undone(sweep_of: Sweep, cart: Dataset, precision: st
 
     def losses(disturbed: bool) -> list[float]:
         training = started(grid, trunk)
-        found = []
+        values = []
         for number in range(1, 9):
             if disturbed and number in (1, 4, 6):
                 with training.fork():
@@ -137,24 +137,24 @@ def test_what_a_fork_did_is_undone(sweep_of: Sweep, cart: Dataset, precision: st
                     training.watch.best = -1e9 if number == 4 else training.watch.best
                     for again in range(number, number + 40):
                         training.step(again, 1e7, last=True)
-            told = training.step(number, 1.0, last=False)
-            assert told is not None
-            found += [told["loss"], told["gradient_norm"], float(torch.rand(1))]
+            metrics = training.step(number, 1.0, last=False)
+            assert metrics is not None
+            values += [metrics["loss"], metrics["gradient_norm"], float(torch.rand(1))]
         training.engine.destroy()
-        return found
+        return values
 
     assert losses(True) == losses(False)
 
 
 def grow(root: str, grid: Grid, cells: Sequence[Cell]) -> list[Any]:
     (trunk,) = grid.trunks(cells)
-    warm = TrunkWorker(
+    worker = TrunkWorker(
         TrunkWork(root, ["cart"], grid.codec.to_json(), {trunk.id: trunk}, gpu=False, force=False)
     )
-    return list(warm.train(trunk.id))
+    return list(worker.train(trunk.id))
 
 
-def test_a_warm_process_keeps_a_record_a_cell(
+def test_a_worker_stores_a_record_for_each_cell(
     sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
 ) -> None:
     root = cart_root(tmp_path)
@@ -171,11 +171,11 @@ def test_a_warm_process_keeps_a_record_a_cell(
     )
     assert first.base_seconds > 0 == second.base_seconds and first.record.unique == 250
     (again,) = grow(root, grid, grid.cells[1:])
-    assert again.base_seconds == 0, "the base was kept"
+    assert again.base_seconds == 0, "the base is read from storage"
     assert again.record == second.record, "the first record stands"
 
 
-def test_a_cell_missing_from_the_middle_is_the_same(
+def test_a_missing_cell_in_the_middle_is_the_same(
     sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
 ) -> None:
     root, other = cart_root(tmp_path / "a"), cart_root(tmp_path / "b")
@@ -187,7 +187,7 @@ def test_a_cell_missing_from_the_middle_is_the_same(
     assert lone[0].record.loss == whole[1].record.loss and lone[0].record.ran > whole[1].record.ran
 
 
-def test_a_record_that_cannot_be_kept_costs_its_cell_alone(
+def test_a_record_that_cannot_be_stored_fails_its_cell_only(
     sweep_of: Sweep, tmp_path: Path, cart_root: Sweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = cart_root(tmp_path)
@@ -213,7 +213,7 @@ def test_a_record_that_cannot_be_kept_costs_its_cell_alone(
     assert stored.finished(Storage(root)) == {grid.cells[0].id, grid.cells[2].id}
 
 
-def test_a_trunk_that_diverges_fails_its_cells_and_says_why(
+def test_a_trunk_that_diverges_fails_its_cells(
     sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
 ) -> None:
     root = cart_root(tmp_path)

@@ -147,7 +147,7 @@ def _read_law(name: str, storage: Storage) -> tuple[Law, str, dict[str, Any], li
     if not (artifact.path / "law.json").exists():
         message = f"{artifact.name} holds a table that determined no law"
         command = f"mesocosm fit {artifact.path / 'table.csv'} --out law.json"
-        raise UsageError(f"{message}; `{command}` names the reason")
+        raise UsageError(f"{message}; run {command} for the reason")
     law = Law.read(artifact.path / "law.json")
     return law, artifact.name, artifact.meta["config"], artifact.meta["inputs"]["datasets"]
 
