@@ -10,9 +10,8 @@ import importlib
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,14 @@ from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
-from mesocosm.jobs import pretrain
 from mesocosm.runs import tracking
 from mesocosm.scaling import cells
-from mesocosm.scaling.cells import CellRecord
 from mesocosm.scaling.grid import SCHEMA, Cell, Grid, Trunk, lay_out, resolved_precision
 from mesocosm.scaling.progress_table import CellRuns, ProgressTable, cell_text
 from mesocosm.scaling.sweep_config import SweepConfig
-from mesocosm.scaling.trunk import CellOutcome, TrunkWork, error_line
+from mesocosm.scaling.trunk import CellOutcome, TrunkWork
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train import prepare
-from mesocosm.train.config import PretrainConfig
 from mesocosm.versions import VERSIONS
 
 __all__ = ["SweepConfig", "plan", "run"]
@@ -193,7 +189,7 @@ class _Sweep:
         if gpus:
             room = min(room, int(free.get("GPU", 0) // config.workers))
         at_once = max(1, min(config.concurrent, room))
-        trial = tune.with_resources(_large_trial(jobs), {"CPU": 1})
+        trial = tune.with_resources(trials.large_trial(jobs), {"CPU": 1})
         return trials.run_trials(trial, list(jobs), at_once, self.run, "large", self.report)
 
     def finish(self, id: str, began: float) -> Artifact:
@@ -251,34 +247,6 @@ class _Sweep:
             if path.name != "COMMIT.json":
                 run.artifact(path)
         return artifact
-
-
-def _large_trial(jobs: dict[str, tuple[Cell, PretrainConfig]]) -> Callable[[dict[str, Any]], None]:
-    """A trial that drives the pretrain job of one large cell, and reports one result."""
-
-    def drive(config: dict[str, Any]) -> None:
-        from ray import tune
-
-        from mesocosm.scaling.trials import KEY
-
-        cell, job = jobs[config[KEY]]
-        try:
-            outcome = CellOutcome(cell.id, _pretrained(cell, job), None)
-        except Exception as error:
-            outcome = CellOutcome(cell.id, None, error_line(error))
-        tune.report({"outcome": asdict(outcome)})
-
-    return drive
-
-
-def _pretrained(cell: Cell, job: PretrainConfig) -> CellRecord:
-    with tracking.start("pretrain", job, quiet=True) as run:
-        world = pretrain.run(job, run)
-    meta = world.meta
-    record = CellRecord.of(
-        cell, meta["metrics"], seconds=meta["seconds"], ran=cell.steps, world=world.name
-    )
-    return cells.save_record(Storage(job.storage.root), record, force=job.force)
 
 
 def _fit(folder: Path, run: tracking.Run, swept: dict[str, Any]) -> None:

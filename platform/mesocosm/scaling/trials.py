@@ -1,4 +1,6 @@
-"""Trunks on Ray Tune: a trial is a trunk, in a process that is used again."""
+"""Trials on Ray Tune: a trunk of small cells in a process that is used again, or a large cell as a
+pretrain job.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,14 @@ from ray import tune
 from ray.tune.execution import class_cache
 
 from mesocosm.cluster import ray_session
+from mesocosm.runs import tracking
 from mesocosm.runs.tracking import Run
-from mesocosm.scaling.cells import CellRecord
-from mesocosm.scaling.trunk import CellOutcome, TrunkWork, TrunkWorker
+from mesocosm.scaling.cells import CellRecord, save_record
+from mesocosm.scaling.grid import Cell
+from mesocosm.scaling.trunk import CellOutcome, TrunkWork, TrunkWorker, error_line
+from mesocosm.store.artifacts import Storage
+from mesocosm.train import pretrain
+from mesocosm.train.config import PretrainConfig
 
 KEY = "id"
 """A trial's config holds the id of its trunk, or of its large cell."""
@@ -62,6 +69,28 @@ class TrunkTrial(tune.Trainable):  # type: ignore[misc]
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing."""
+
+
+def large_trial(jobs: dict[str, tuple[Cell, PretrainConfig]]) -> Callable[[dict[str, Any]], None]:
+    """A trial that drives the pretrain job of one large cell, and reports one result."""
+
+    def drive(config: dict[str, Any]) -> None:
+        cell, job = jobs[config[KEY]]
+        try:
+            outcome = CellOutcome(cell.id, _pretrained(cell, job), None)
+        except Exception as error:
+            outcome = CellOutcome(cell.id, None, error_line(error))
+        tune.report({"outcome": asdict(outcome)})
+
+    return drive
+
+
+def _pretrained(cell: Cell, job: PretrainConfig) -> CellRecord:
+    with tracking.start("pretrain", job, quiet=True) as run:
+        world = pretrain.run(job, run)
+    metrics, seconds = world.meta["metrics"], world.meta["seconds"]
+    record = CellRecord.of(cell, metrics, seconds=seconds, ran=cell.steps, world=world.name)
+    return save_record(Storage(job.storage.root), record, force=job.force)
 
 
 class _Listener(tune.Callback):  # type: ignore[misc]
