@@ -37,15 +37,13 @@ def grid_of(
     return lay_out(sweep_of("unused", *overrides), cart, cluster)
 
 
-PURE = "estimate fit forms isoflop law optimum plan plan_config plan_figure report solve sweep_config table"
+PURE = "estimate fit forms isoflop law optimum plan plan_config plan_figure report solve table"
+SWEEP = "cells grid progress_table sweep_config sweep_figure trunk"
 
 
 @pytest.mark.parametrize(
     ("modules", "absent"),
-    [
-        (PURE, ["torch", "ray", "deepspeed", "mlflow"]),
-        ("cells grid progress_table trunk", ["ray", "deepspeed", "mlflow"]),
-    ],
+    [(PURE, ["torch", "ray", "deepspeed", "mlflow"]), (SWEEP, ["ray", "deepspeed", "mlflow"])],
     ids=["fit and plan", "sweep"],
 )
 def test_imports_are_light(modules: str, absent: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The published sweep: its table says the published law, and that law foretells its largest cells."""
+"""The published table gives the published law, which predicts its largest cells."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_a_branch_equals_a_separate_run(
         losses, measured = run_alone(grid, trunk, cell)
         assert branch.metrics == measured, f"digit for digit, {cell.steps} steps"
         assert len(losses) == cell.steps
-    assert len({branch.metrics["valid/loss"] for found in trained}) == 3
+    assert len({branch.metrics["valid/loss"] for branch in trained}) == 3
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])

@@ -122,12 +122,12 @@ class _Sweep:
         trunks, large = self.grid.trunks(missing), [cell for cell in missing if cell.large]
         at_once = min(config.concurrent, len(trunks))
         share = 1 / -(-at_once // gpus) if at_once and gpus else 0.0  # trunks share each GPU
-        what = f"concurrent={config.concurrent}"
-        ray_session.preflight(what=what, cpus=at_once, gpus=share * at_once)
+        key = f"concurrent={config.concurrent}"
+        ray_session.preflight(what=key, cpus=at_once, gpus=share * at_once)
         if large:
-            what = f"workers={config.workers} of a large cell, with one CPU for its driver,"
+            key = f"workers={config.workers} of a large cell, with one CPU for its driver,"
             workers = config.workers if gpus else 0
-            ray_session.preflight(what=what, cpus=config.workers + 1, gpus=workers)
+            ray_session.preflight(what=key, cpus=config.workers + 1, gpus=workers)
         with self.progress:
             if trunks:
                 errors = self.train_trunks(trunks, at_once, share)

@@ -1,3 +1,1 @@
-"""How big a model, how much reality, at what price: the grid, the sweep, the law and the
-recommendation.
-"""
+"""Sweeps over model and data sizes, the laws fitted to them, and plans by these laws."""

@@ -79,7 +79,7 @@ def fit(
             " noise."
         )
         table = replace(table, group=np.arange(len(table)), by_trunk=False)
-    whole, given, dropped = estimate.best_fit(table, form), table, list[Dropped]()
+    whole, full_table, dropped = estimate.best_fit(table, form), table, list[Dropped]()
     if len(outliers := whole.outliers()):
         rows = _described(table, whole, outliers)
         shown = [f"line {r.line} (loss={r.loss:.4g}, law {r.predicted:.4g})" for r in rows[:5]]
@@ -129,7 +129,7 @@ def fit(
             f"The interval of E ({value}) touches 0. With E = 0: {zero}, objective"
             f" {without.objective:.4g} against {whole.objective:.4g}; both fits are in the law."
         )
-    held_out = _held_out(given, form, drop_outliers, notes)
+    held_out = _held_out(full_table, form, drop_outliers, notes)
     second, more = isoflop.approach(table, counts, groups)
     optimal = Optimal(**best)
     notes |= more | isoflop.agreement(optimal, interval, second)
@@ -271,7 +271,7 @@ def split_held_out(table: Table, form: Form) -> tuple[NDArray[np.bool_], NDArray
 
 
 def _held_out(table: Table, form: Form, drop_outliers: bool, notes: Notes) -> HeldOut | None:
-    """Errors on the largest cells of the given table.
+    """Errors on the largest cells of the table, before outliers are dropped.
 
     The second fit drops its own outliers, by a law of the fitted cells only. Held-out cells are
     never dropped.

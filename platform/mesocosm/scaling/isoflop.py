@@ -150,11 +150,11 @@ def approach(
     """
     rows, groups = table.take(table.fresh), groups[table.fresh]
     notes: Notes = {}
-    given = budgets(rows, groups)
-    if len(given) >= 2:
-        estimate, entries = _through(given, counts, "budgets")
+    every = budgets(rows, groups)
+    if len(every) >= 2:
+        estimate, entries = _through(every, counts, "budgets")
         reasons = [entry.refused for entry in entries if entry.refused]
-        designed = _is_design(rows, given)
+        designed = _is_design(rows, every)
         if len(reasons) == len(entries) and designed:
             message = f"{table.name}: none of its {len(entries)} IsoFLOP budgets has an optimum"
             fix = "train sizes on both sides of each minimum"

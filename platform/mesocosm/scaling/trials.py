@@ -105,8 +105,8 @@ class _Listener(tune.Callback):  # type: ignore[misc]
             self.ran = time.monotonic()
         elif time.monotonic() - self.ran > PATIENCE:
             waiting = sum(trial.status == "PENDING" for trial in trials)
-            what = f"{waiting} of {self.count} {self.name} have waited {PATIENCE:.0f} s"
-            ray_session.stuck(f"{what} for {self.at_once} slots and none runs")
+            message = f"{waiting} of {self.count} {self.name} have waited {PATIENCE:.0f} s"
+            ray_session.stuck(f"{message} for {self.at_once} slots and none runs")
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
