@@ -53,24 +53,24 @@ def test_the_table_has_a_row_a_cell(
 ) -> None:
     config, artifact, job_run = whole
     rows = table(artifact)
-    summary = plan(config)["cells"]
+    planned = plan(config)["cells"]
     assert len(rows) == 4 and list(rows[0])[: len(COLUMNS)] == list(COLUMNS)
     assert [(int(row["params"]), int(row["data"]), int(row["flops"])) for row in rows] == [
-        (row["params"], row["data"], row["flops"]) for row in summary
+        (row["params"], row["data"], row["flops"]) for row in planned
     ]
     for row in rows:
         assert float(row["loss"]) == pytest.approx(
             sum(float(row[part]) for part in ("dynamics", "reward", "termination", "task"))
         )
     golden.check("sweep", {f"loss {i}": float(row["loss"]) for i, row in enumerate(rows)})
-    assert len({row["trunk"] for row in rows}) == 2 and {row["state"] for row in summary} == {
+    assert len({row["trunk"] for row in rows}) == 2 and {row["state"] for row in planned} == {
         "finished"
     }
     summary = json.loads((artifact.path / "summary.json").read_text())
     assert (
         summary["steps"]["run"]
         < summary["steps"]["without_trunks"]
-        == sum(row["steps"] for row in summary)
+        == sum(row["steps"] for row in planned)
     )
     assert (
         0 < summary["seconds"]["training"] < 2 * summary["seconds"]["wall"]
