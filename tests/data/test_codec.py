@@ -29,7 +29,7 @@ GOAL = spaces.Dict(
 def goal_episodes(count: int = 12, seed: int = 0, **rest: Any) -> list[Episode]:
     """body = (large offset, constant, unit normal); the goal is constant in an episode."""
     rng = np.random.default_rng(seed)
-    made = []
+    episodes = []
     for k in range(count):
         length = 20
         goal = {"at": np.array([k / 4]), "name": "ab"[: 1 + k % 2]}
@@ -50,7 +50,7 @@ def goal_episodes(count: int = 12, seed: int = 0, **rest: Any) -> list[Episode]:
             "rewards": rng.normal(3, 2, length),
             "outcome": "terminated" if k % 2 else "truncated",
         } | rest
-        made.append(
+        episodes.append(
             Episode(
                 index=k,
                 seed=k,
@@ -60,7 +60,7 @@ def goal_episodes(count: int = 12, seed: int = 0, **rest: Any) -> list[Episode]:
                 **arguments,
             )
         )
-    return made
+    return episodes
 
 
 def fitted(write: Write, episodes: list[Episode], **facts: Any) -> tuple[Codec, Dataset]:
@@ -74,7 +74,7 @@ def encoded(codec: Codec, dataset: Dataset, values: list[Any]) -> Parts:
     return codec.observation_parts(*dataset.observation_codec.encode_list(values))
 
 
-def test_statistics_are_the_training_splits(write: Write) -> None:
+def test_statistics_are_of_the_training_split(write: Write) -> None:
     codec, dataset = fitted(write, goal_episodes())
     train = list(dataset.iter_episodes("train"))
     body = np.concatenate([[o["body"] for o in e.observations] for e in train])
@@ -175,8 +175,8 @@ def test_a_reward_that_only_validation_holds_is_a_category(write: Write) -> None
     )
 
 
-def test_the_first_dataset_states_the_precision(write: Write) -> None:
-    """A deviation that grows from .999 to 1.001 must not move the loss by ln 10 a dimension."""
+def test_the_precision_is_of_the_first_dataset(write: Write) -> None:
+    """A deviation that grows from .999 to 1.001 must not change the loss by ln 10 a dimension."""
 
     def scaled(std: float, id: str) -> Path:
         episodes = goal_episodes(seed=len(id))
@@ -226,9 +226,7 @@ def test_the_first_dataset_states_the_precision(write: Write) -> None:
     )
 
 
-def test_a_column_that_is_constant_in_the_first_dataset_takes_its_precision_from_all(
-    write: Write,
-) -> None:
+def test_the_precision_of_a_column_constant_in_the_first_dataset_is_of_all(write: Write) -> None:
     def constant(value: float, id: str) -> Path:
         episodes = goal_episodes()
         for episode in episodes:
@@ -249,7 +247,7 @@ def test_a_column_that_is_constant_in_the_first_dataset_takes_its_precision_from
     )
 
 
-def test_small_units_are_no_constants(write: Write) -> None:
+def test_small_units_are_not_constants(write: Write) -> None:
     """Columns of deviation 4e-9 around 0 and 1e-3, one beyond float64's reach around 1e6, and one
     that is 0 throughout.
     """
@@ -291,7 +289,7 @@ def test_durations(write: Write) -> None:
     assert not without.spec.durations and without.duration(durations).tolist() == [0.0] * 20
 
 
-def test_a_task_of_observation_keys_leaves_the_observation_and_comes_back(write: Write) -> None:
+def test_a_task_of_observation_keys_round_trips(write: Write) -> None:
     codec, dataset = fitted(write, goal_episodes(), task=["goal"])
     spec = codec.spec
     assert (spec.observation.numbers, spec.observation.categories) == (3, (4, 4, 4, 4, 2))
@@ -342,16 +340,16 @@ def test_a_task_of_reset_options(write: Write) -> None:
     assert (codec.spec.task.numbers, codec.spec.task.categories) == (1, (3, 4))
     assert codec.spec.observation.numbers == 4
     task, _ = start_parts(dataset, codec, "train")
-    told = codec.task_options(task)
-    for options, episode in zip(told, dataset.iter_episodes("train"), strict=True):
+    options_of_tasks = codec.task_options(task)
+    for options, episode in zip(options_of_tasks, dataset.iter_episodes("train"), strict=True):
         assert (options["map"], options["level"]) == (episode.task["map"], episode.task["level"])
         assert options["mass"] == pytest.approx(episode.task["mass"], abs=1e-6)
     batch = codec.decode_observation(start_parts(dataset, codec, "train")[1], task)
-    again = codec.task(batch, told)
+    again = codec.task(batch, options_of_tasks)
     assert torch.equal(again.categories, task.categories)
     np.testing.assert_allclose(again.numbers, task.numbers, rtol=1e-5, atol=1e-6)
     with pytest.raises(UsageError, match=r"map must be in .*hill.*got 'moon'"):
-        codec.task(batch, [{**options, "map": "moon"} for options in told])
+        codec.task(batch, [{**options, "map": "moon"} for options in options_of_tasks])
     with pytest.raises(UsageError, match=r"reset options .* got None"):
         codec.task(batch)
 
@@ -378,7 +376,7 @@ def test_a_world_refuses_data_with_an_unknown_choice(
         start_parts(new, codec, "train")
 
 
-def test_the_id_says_what_is_in_it(write: Write) -> None:
+def test_the_id_is_of_the_content(write: Write) -> None:
     codec, dataset = fitted(write, goal_episodes(), task=["goal"])
     text = json.dumps(codec.to_json(), allow_nan=False)
     back = Codec.from_json(json.loads(text))

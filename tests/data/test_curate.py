@@ -1,5 +1,5 @@
-"""Curating: what each operation drops and why, that the account adds up to the input, and that the
-bytes are the same whoever measures.
+"""Curating: the episodes and reasons of each operation, an account that adds up to the input, and the
+same bytes from one process and from Ray Data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def a_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tracking.Run]:
 
 @pytest.fixture(autouse=True)
 def the_session_keeps_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command line ends what it started when it is over, and here that is other tests' Ray."""
+    """A command line stops the Ray that it started; here other tests use it."""
     monkeypatch.setattr("mesocosm.cluster.ray_session.shutdown", lambda: None)
 
 
@@ -67,9 +67,7 @@ def seen(episode: Episode, change: Callable[[np.ndarray[Any, Any]], None]) -> Ep
 
 @pytest.fixture
 def dataset(root: str) -> Callable[..., str]:
-    """`dataset(episodes, id)` writes them into storage; by default every 10th is for validation, as
-    the hash has it.
-    """
+    """`dataset(episodes, id)` writes them into storage; by default a tenth is for validation."""
 
     def make(episodes: list[Episode], id: str = "d0", **facts: Any) -> str:
         defaults = {
@@ -94,7 +92,7 @@ def dataset(root: str) -> Callable[..., str]:
 
 @pytest.fixture
 def curate(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
-    """`curate(operation, ..., datasets=[...])`, in this process unless told otherwise."""
+    """`curate(operation, ..., datasets=[...])`, in this process unless `workers` is set."""
 
     def make(
         *operations: dict[str, Any], datasets: tuple[str, ...] = ("d0",), **keys: Any
@@ -115,45 +113,49 @@ def configured(
 
 
 def report(artifact: Artifact) -> dict[str, Any]:
-    """curate.json, once it is seen to add up: operation by operation, reason by reason, and against
-    dropped.parquet and the dataset itself.
+    """Check that curate.json adds up, by operation and by reason, and agrees with dropped.parquet
+    and the dataset; return it.
     """
-    said = json.loads((artifact.path / "curate.json").read_text())
-    have = said["in"]
-    assert have["transitions"] == sum(each["transitions"] for each in said["datasets"])
-    for entry in said["operations"]:
-        assert entry["in"] == have
-        for what in ("episodes", "transitions"):
+    account = json.loads((artifact.path / "curate.json").read_text())
+    size_in = account["in"]
+    assert size_in["transitions"] == sum(each["transitions"] for each in account["datasets"])
+    for entry in account["operations"]:
+        assert entry["in"] == size_in
+        for unit in ("episodes", "transitions"):
             assert (
-                entry["in"][what] + entry["put_back"][what]
-                == entry["dropped"][what] + entry["kept"][what]
+                entry["in"][unit] + entry["put_back"][unit]
+                == entry["dropped"][unit] + entry["kept"][unit]
             )
-            assert entry["kept"][what] == sum(size[what] for size in entry["splits"].values())
+            assert entry["kept"][unit] == sum(size[unit] for size in entry["splits"].values())
         signed = {"dropped": 1, "cut": 1, "put back": -1}
         assert entry["in"]["transitions"] - entry["kept"]["transitions"] == sum(
             signed[r["what"]] * r["transitions"] for r in entry["reasons"]
         )
-        have = entry["kept"]
-    made = Dataset([artifact.path])
-    assert have == said["kept"] == {"episodes": len(made.table), "transitions": made.transitions}
+        size_in = entry["kept"]
+    dataset = Dataset([artifact.path])
+    assert (
+        size_in
+        == account["kept"]
+        == {"episodes": len(dataset.table), "transitions": dataset.transitions}
+    )
     rows = pq.read_table(artifact.path / "dropped.parquet").to_pylist()
-    assert sum(row["transitions"] for row in rows) == said["in"][
+    assert sum(row["transitions"] for row in rows) == account["in"][
         "transitions"
-    ] - made.transitions and all(row["reason"] for row in rows)
+    ] - dataset.transitions and all(row["reason"] for row in rows)
     storage = Storage(str(artifact.path.parents[1]))
     inherited = [
         drop
-        for each in said["datasets"]
+        for each in account["datasets"]
         for drop in storage.artifact("datasets", each["id"]).meta["dropped"]
     ]
     steps, before = (
         sum(int(drop["steps"]) for drop in drops) for drops in (artifact.meta["dropped"], inherited)
     )
     assert (
-        before >= 3 * len(said["datasets"])
-        and steps == before + said["in"]["transitions"] - made.transitions
+        before >= 3 * len(account["datasets"])
+        and steps == before + account["in"]["transitions"] - dataset.transitions
     )
-    return said
+    return account
 
 
 def left(artifact: Artifact) -> list[tuple[str, int]]:
@@ -175,11 +177,10 @@ def dropped(artifact: Artifact) -> dict[int, str]:
     }
 
 
-# -- what is broken
-# ----------------------------------------------------------------------------------------------------
+# -- duplicates and sensors
 
 
-def test_of_copies_one_is_kept_and_that_of_validation_first(
+def test_one_copy_is_kept_validation_first(
     dataset: Callable[..., str], curate: Callable[..., Artifact], root: str
 ) -> None:
     episodes = [walk(k) for k in range(40)]
@@ -197,15 +198,15 @@ def test_of_copies_one_is_kept_and_that_of_validation_first(
         "d1",
         valid_fraction=0.0,
     )
-    made = curate({"op": "exact_duplicates"}, datasets=("d0", "d1"))
-    assert left(made) == [*(("d0", k) for k in range(40)), ("d1", 2)]
-    rows = pq.read_table(made.path / "dropped.parquet").to_pylist()
+    artifact = curate({"op": "exact_duplicates"}, datasets=("d0", "d1"))
+    assert left(artifact) == [*(("d0", k) for k in range(40)), ("d1", 2)]
+    rows = pq.read_table(artifact.path / "dropped.parquet").to_pylist()
     assert [(row["episode"], row["of_dataset"], row["of_episode"]) for row in rows] == [
         (0, "d0", held),
         (1, "d0", train[0]),
         (3, "d1", 2),
     ]
-    assert report(made)["operations"][0]["reasons"][0]["first"][0] == f"d1/0 of d0/{held}"
+    assert report(artifact)["operations"][0]["reasons"][0]["first"][0] == f"d1/0 of d0/{held}"
     one_reward = walk(5, seed=train[1])
     one_reward.rewards = one_reward.rewards + np.eye(30)[-1] * 1e-9
     dataset([one_reward], "d2", valid_fraction=0.0)
@@ -220,7 +221,7 @@ def test_of_copies_one_is_kept_and_that_of_validation_first(
     ), "validation before order"
 
 
-def test_near_copies_are_found_as_a_full_comparison_finds_them(
+def test_near_duplicates_agree_with_a_full_comparison(
     dataset: Callable[..., str], curate: Callable[..., Artifact]
 ) -> None:
     rng = np.random.default_rng(0)
@@ -230,7 +231,7 @@ def test_near_copies_are_found_as_a_full_comparison_finds_them(
         noise = 10.0 ** rng.uniform(-3, 0) * rng.normal(size=(len(copy) + 1, 3))
         episodes.append(seen(copy, lambda o, noise=noise: o.__iadd__(noise)))
     dataset(episodes, valid_fraction=0.0)
-    made = curate({"op": "near_duplicates", "tolerance": 0.02})
+    artifact = curate({"op": "near_duplicates", "tolerance": 0.02})
     numbers = np.concatenate([np.array(e.observations) for e in episodes])
     scale = np.array([*numbers.std(0), np.concatenate([e.rewards for e in episodes]).std()])
 
@@ -252,10 +253,10 @@ def test_near_copies_are_found_as_a_full_comparison_finds_them(
             )
         if not near:
             kept.append(e.index)
-    assert indices(made) == kept and 60 < len(kept) < 115
+    assert indices(artifact) == kept and 60 < len(kept) < 115
 
 
-def test_a_sensor_that_sticks_is_found_and_one_that_never_moves_is_not(
+def test_a_stuck_sensor_is_a_fault_and_a_constant_is_not(
     dataset: Callable[..., str], curate: Callable[..., Artifact]
 ) -> None:
     episodes = [
@@ -265,18 +266,18 @@ def test_a_sensor_that_sticks_is_found_and_one_that_never_moves_is_not(
     seen(episodes[4], lambda o: o.__setitem__((slice(12, 22), 1), o[12, 1]))  # one step less
     seen(episodes[5], lambda o: o.__setitem__((slice(0, 31), 0), 0.0))
     dataset(episodes)
-    made = curate({"op": "stuck", "steps": 10})
-    assert dropped(made) == {
+    artifact = curate({"op": "stuck", "steps": 10})
+    assert dropped(artifact) == {
         3: "observation[1] does not change for 10 steps",
         5: "observation[0] does not change for 10 steps",
     }
-    assert report(made)["operations"][0]["notes"] == [
+    assert report(artifact)["operations"][0]["notes"] == [
         "observation[2] is unchanged for 10 steps in 20 of 20 episodes: taken as its nature, not as"
         " a fault"
     ]
     cut = curate({"op": "stuck", "steps": 10, "keep": "before"})
     assert indices(cut) == [k for k in range(20) if k != 5], (
-        "of what is stuck from the start nothing is left"
+        "an episode that is stuck from the start is dropped"
     )
     episode = next(e for e in Dataset([cut.path]).iter_episodes() if e.index == 3)
     assert (
@@ -299,7 +300,7 @@ def test_a_sensor_that_sticks_is_found_and_one_that_never_moves_is_not(
     assert 4 in dropped(curate({"op": "stuck", "steps": 9, "dimensions": ["observation[1]"]}))
 
 
-def test_a_sensor_at_its_limit_is_found_and_a_contact_is_not(
+def test_a_saturated_sensor_is_a_fault_and_a_contact_is_not(
     dataset: Callable[..., str], curate: Callable[..., Artifact]
 ) -> None:
     episodes = [
@@ -309,18 +310,18 @@ def test_a_sensor_at_its_limit_is_found_and_a_contact_is_not(
     for k in (6, 7):
         seen(episodes[k], lambda o, k=k: o.__setitem__((slice(0, 10 if k == 6 else 4), 0), 50.0))
     dataset(episodes)
-    made = curate({"op": "saturated", "share": 0.2})
-    assert list(dropped(made)) == [6] and "observation[0] is at" in dropped(made)[6]
+    artifact = curate({"op": "saturated", "share": 0.2})
+    assert list(dropped(artifact)) == [6] and "observation[0] is at" in dropped(artifact)[6]
     assert (
-        "observation[2] is at its limits in 20 of 20" in report(made)["operations"][0]["notes"][0]
+        "observation[2] is at its limits in 20 of 20"
+        in report(artifact)["operations"][0]["notes"][0]
     )
 
 
-# -- what is chosen
-# ----------------------------------------------------------------------------------------------------
+# -- choices
 
 
-def test_filters_say_what_went_and_why(
+def test_filters_drop_with_a_reason(
     dataset: Callable[..., str], curate: Callable[..., Artifact], root: str
 ) -> None:
     facts = [
@@ -332,16 +333,16 @@ def test_filters_say_what_went_and_why(
         for k in range(30)
     ]
     dataset([walk(k, length=k + 1, **facts[k]) for k in range(30)])
-    made = curate(
+    artifact = curate(
         {"op": "length", "min": 5, "max": 25},
         {"op": "return", "min": 1.0},
         {"op": "where", "by": "behaviour", "keep": ["a"]},
     )
     assert (
-        all(5 <= k + 1 <= 25 and k % 2 == 0 for k in indices(made))
-        and {0: "length below 5", 29: "length above 25"}.items() <= dropped(made).items()
+        all(5 <= k + 1 <= 25 and k % 2 == 0 for k in indices(artifact))
+        and {0: "length below 5", 29: "length above 25"}.items() <= dropped(artifact).items()
     )
-    assert dropped(made)[11] == "behaviour b" and dropped(made)[5] == "return below 1"
+    assert dropped(artifact)[11] == "behaviour b" and dropped(artifact)[5] == "return below 1"
     assert all(
         k % 3 != 1 for k in indices(curate({"op": "where", "by": "success", "drop": ["failure"]}))
     )
@@ -349,7 +350,7 @@ def test_filters_say_what_went_and_why(
         k % 2 for k in indices(curate({"op": "where", "by": "outcome", "keep": ["truncated"]}))
     )
     before = Dataset([Storage(root).artifact("datasets", "d0").path])
-    after = Dataset([made.path])
+    after = Dataset([artifact.path])
     was = dict(zip(before.table["index"].tolist(), before.table["split"].tolist(), strict=True))
     assert all(
         was[k] == split
@@ -363,20 +364,20 @@ def test_filters_say_what_went_and_why(
         curate({"op": "length", "min": 500})
 
 
-def test_balance_and_mix_choose_among_what_is_trained_on(
+def test_balance_and_mix_choose_among_training_episodes(
     dataset: Callable[..., str], curate: Callable[..., Artifact], root: str
 ) -> None:
     dataset([walk(k, length=10, behaviour="few" if k % 5 == 0 else "many") for k in range(100)])
     dataset([walk(k, length=10, seed=500 + k) for k in range(50)], "d1")
-    made = curate({"op": "balance", "by": "behaviour", "most": 2})
-    data = Dataset([made.path])
+    artifact = curate({"op": "balance", "by": "behaviour", "most": 2})
+    data = Dataset([artifact.path])
     sizes = {
         b.name: int((data.table["behaviour"][data.episodes("train")] == i).sum())
         for i, b in enumerate(data.manifests[0].behaviours)
     }
     assert (
         sizes["many"] == 2 * sizes["few"] > 20
-        and report(made)["operations"][0]["splits"]["valid"]["episodes"]
+        and report(artifact)["operations"][0]["splits"]["valid"]["episodes"]
         == len(data.episodes("valid"))
         > 0
     )
@@ -394,18 +395,18 @@ def test_balance_and_mix_choose_among_what_is_trained_on(
         curate({"op": "mix", "weights": [1]}, datasets=("d0", "d1"))
 
 
-def test_failures_that_a_filter_dropped_are_put_back_and_broken_ones_are_not(
+def test_failures_are_put_back_unless_they_are_broken(
     dataset: Callable[..., str], curate: Callable[..., Artifact]
 ) -> None:
     episodes = [walk(k, length=40 if k % 2 else 20, success=bool(k % 2)) for k in range(40)]
     seen(episodes[0], lambda o: o.__setitem__((slice(0, 21), 0), 0.0))
     dataset(episodes, valid_fraction=0.0)
-    made = curate(
+    artifact = curate(
         {"op": "stuck", "steps": 15}, {"op": "length", "min": 30}, {"op": "failures", "share": 0.2}
     )
-    kept = indices(made)
+    kept = indices(artifact)
     assert sum(k % 2 == 0 for k in kept) == 5 and len(kept) == 25 and 0 not in kept
-    assert report(made)["operations"][2]["put_back"] == {"episodes": 5, "transitions": 100}
+    assert report(artifact)["operations"][2]["put_back"] == {"episodes": 5, "transitions": 100}
     with pytest.raises(
         UsageError, match=r"share=0.6 needs .* failed episodes, got 0 and 19 to put back"
     ):
@@ -420,7 +421,7 @@ def test_failures_that_a_filter_dropped_are_put_back_and_broken_ones_are_not(
     )
 
 
-def test_what_is_held_out_is_said_by_task_behaviour_and_time(
+def test_hold_out_by_task_behaviour_and_time(
     dataset: Callable[..., str], curate: Callable[..., Artifact]
 ) -> None:
     tasks = [{"mass": 0.1 * k, "map": ["big", "small", "round"][k % 3]} for k in range(30)]
@@ -429,12 +430,12 @@ def test_what_is_held_out_is_said_by_task_behaviour_and_time(
     )
 
     def held(**params: Any) -> list[int]:
-        made = curate({"op": "exact_duplicates"}, {"op": "hold_out", **params})
-        data = Dataset([made.path])
+        artifact = curate({"op": "exact_duplicates"}, {"op": "hold_out", **params})
+        data = Dataset([artifact.path])
         assert (
             len(data.table) == 30
             and [e.task for e in data.iter_episodes()] == tasks
-            and not report(made)["operations"][1]["dropped"]["episodes"]
+            and not report(artifact)["operations"][1]["dropped"]["episodes"]
         )
         return [int(k) for k in data.table["index"][data.episodes("valid")]]
 
@@ -457,7 +458,6 @@ def test_what_is_held_out_is_said_by_task_behaviour_and_time(
 
 
 # -- the dataset
-# -------------------------------------------------------------------------------------------------------
 
 ALL: tuple[dict[str, Any], ...] = (
     {"op": "exact_duplicates"},
@@ -494,47 +494,50 @@ def checksums(artifact: Artifact) -> dict[str, Any]:
     return json.loads((artifact.path / "COMMIT.json").read_text())["files"]
 
 
-def test_a_curated_dataset_is_one_that_is_trained_on_and_done_once(
+def test_a_curated_dataset_trains_and_is_made_once(
     dataset: Callable[..., str], curate: Callable[..., Artifact], root: str, golden: Any
 ) -> None:
     names = two(dataset)
-    made = curate(*ALL, datasets=names)
-    said = report(made)
+    artifact = curate(*ALL, datasets=names)
+    account = report(artifact)
     assert (
-        made.meta["inputs"] == {"datasets": ["d0", "d1"]}
-        and made.meta["config"]["operations"] == said["lineage"]
-        and made.meta["job"] == "curate"
+        artifact.meta["inputs"] == {"datasets": ["d0", "d1"]}
+        and artifact.meta["config"]["operations"] == account["lineage"]
+        and artifact.meta["job"] == "curate"
     )
-    assert said["lineage"][2] == {"op": "stuck", "steps": 10, "keep": "before", "dimensions": []}
-    golden.check("curate", {"shards": golden.of_files(made.path, "shards/*/*.npy")})
-    data = Dataset([made.path])
+    assert account["lineage"][2] == {"op": "stuck", "steps": 10, "keep": "before", "dimensions": []}
+    golden.check("curate", {"shards": golden.of_files(artifact.path, "shards/*/*.npy")})
+    data = Dataset([artifact.path])
     batch = Loader(data, Codec.fit(data), "train", 8, 16, 0).batch(0)
     assert batch.mask.any() and data.table["index"].tolist() == list(range(len(data.table)))
     inputs = {id: Dataset([Storage(root).artifact("datasets", id).path]) for id in names}
-    for episode, (id, index) in zip(data.iter_episodes(), left(made), strict=True):
+    for episode, (id, index) in zip(data.iter_episodes(), left(artifact), strict=True):
         source = inputs[id].episode(index)
         assert np.array_equal(
             episode.observations, source.observations[: len(episode) + 1]
         ) and np.array_equal(episode.rewards, source.rewards[: len(episode)])
         assert episode.behaviour == source.behaviour and episode.seed == source.seed
-    stamp = (made.path / "COMMIT.json").stat().st_mtime_ns
+    stamp = (artifact.path / "COMMIT.json").stat().st_mtime_ns
     assert (
-        curate(*ALL, datasets=names).id == made.id
-        and (made.path / "COMMIT.json").stat().st_mtime_ns == stamp
+        curate(*ALL, datasets=names).id == artifact.id
+        and (artifact.path / "COMMIT.json").stat().st_mtime_ns == stamp
     )
-    before = checksums(made)
+    before = checksums(artifact)
     again = curate(*ALL, datasets=names, force=True)
     assert checksums(again) == before and (again.path / "COMMIT.json").stat().st_mtime_ns != stamp
-    assert curate(*ALL[:-1], datasets=names).id != made.id
-    twice = curate({"op": "exact_duplicates"}, datasets=(made.id,))
-    assert twice.meta["inputs"]["datasets"] == [made.id] and report(twice)["kept"] == said["kept"]
+    assert curate(*ALL[:-1], datasets=names).id != artifact.id
+    twice = curate({"op": "exact_duplicates"}, datasets=(artifact.id,))
+    assert (
+        twice.meta["inputs"]["datasets"] == [artifact.id]
+        and report(twice)["kept"] == account["kept"]
+    )
     joined = curate(datasets=names)
     assert report(joined)["kept"]["episodes"] == 200 and report(joined)["operations"] == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_same_bytes_whoever_measures(
+def test_ray_data_gives_the_same_bytes(
     dataset: Callable[..., str],
     curate: Callable[..., Artifact],
     ray_local: None,
@@ -542,13 +545,13 @@ def test_the_same_bytes_whoever_measures(
 ) -> None:
     names = two(dataset)
     monkeypatch.setattr("mesocosm.data.curation.scan.ROWS", 900)
-    made = curate(*ALL, datasets=names)
-    before = checksums(made)
-    there = curate(*ALL, datasets=names, workers=2, force=True)
-    assert there.id == made.id and checksums(there) == before
+    artifact = curate(*ALL, datasets=names)
+    before = checksums(artifact)
+    by_ray = curate(*ALL, datasets=names, workers=2, force=True)
+    assert by_ray.id == artifact.id and checksums(by_ray) == before
 
 
-def test_a_dry_run_says_what_would_go_and_writes_nothing(
+def test_a_dry_run_reports_and_writes_nothing(
     dataset: Callable[..., str],
     curate: Callable[..., Artifact],
     root: str,
@@ -561,23 +564,23 @@ def test_a_dry_run_says_what_would_go_and_writes_nothing(
     assert (
         main(["curate", "-c", str(operations), f"storage.root={root}", "--dry-run", "--json"]) == 0
     )
-    said = json.loads(capsys.readouterr().out)
+    account = json.loads(capsys.readouterr().out)
     assert Storage(root).list("datasets") == ["d0", "d1"]
-    made = curate(*ALL, datasets=names)
-    told = report(made)["operations"]
-    assert said["dataset"] == made.name
-    assert [row["kept"] for row in said["operations"]] == [
-        entry["kept"]["episodes"] for entry in told
+    artifact = curate(*ALL, datasets=names)
+    entries = report(artifact)["operations"]
+    assert account["dataset"] == artifact.name
+    assert [row["kept"] for row in account["operations"]] == [
+        entry["kept"]["episodes"] for entry in entries
     ]
-    assert [row["transitions"] for row in said["reasons"]] == [
-        r["transitions"] for entry in told for r in entry["reasons"]
+    assert [row["transitions"] for row in account["reasons"]] == [
+        r["transitions"] for entry in entries for r in entry["reasons"]
     ]
     assert main(["curate", "-c", str(operations), f"storage.root={root}", "--dry-run"]) == 0
     assert "exact_duplicates" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("operation", "said"),
+    ("operation", "message"),
     [
         (
             {"op": "exact_duplicate"},
@@ -598,11 +601,11 @@ def test_a_dry_run_says_what_would_go_and_writes_nothing(
     ],
     ids=str,
 )
-def test_what_is_wrong_is_one_sentence(
-    operation: dict[str, Any], said: str, dataset: Callable[..., str], root: str
+def test_wrong_operations_are_refused(
+    operation: dict[str, Any], message: str, dataset: Callable[..., str], root: str
 ) -> None:
     dataset([walk(k) for k in range(10)])
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         plan(configured(root, operation))
 
 

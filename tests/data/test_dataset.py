@@ -84,17 +84,17 @@ def assert_equal(a: Any, b: Any) -> None:
 
 
 @pytest.mark.parametrize("shard_rows", [1 << 20, 6])
-def test_episodes_come_back_as_they_went(write: Write, shard_rows: int) -> None:
+def test_episodes_round_trip(write: Write, shard_rows: int) -> None:
     episodes = rich_episodes(7)
     dataset = Dataset([rich(write, episodes, shard_rows=shard_rows)])
     assert (len(dataset.manifests[0].shards) > 1) == (shard_rows == 6)
     assert dataset.observation_space == OBSERVATION and dataset.action_space == ACTION
-    for number, wrote in enumerate(episodes):
+    for number, written in enumerate(episodes):
         read = dataset.episode(number)
         for field in ("index", "seed", "behaviour", "outcome", "task", "success"):
-            assert getattr(read, field) == getattr(wrote, field)
+            assert getattr(read, field) == getattr(written, field)
         for field in ("observations", "actions", "rewards", "durations"):
-            assert_equal(getattr(read, field), getattr(wrote, field))
+            assert_equal(getattr(read, field), getattr(written, field))
         assert all(OBSERVATION.contains(o) for o in read.observations) and all(
             ACTION.contains(a) for a in read.actions
         )
@@ -236,7 +236,7 @@ def test_the_split_is_by_episode(write: Write, counted: Counted) -> None:
     assert not len(none.episodes("valid"))
 
 
-def test_a_dataset_without_validation_works_alone_and_beside_another(
+def test_a_dataset_without_validation_works_alone_and_with_another(
     write: Write, counted: Counted
 ) -> None:
     first = write([counted(k, 9) for k in range(12)], id="first")

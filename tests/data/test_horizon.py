@@ -38,26 +38,26 @@ def world(*datasets: str) -> Artifact:
 
 def test_one_common_length_of_the_truncated_episodes_is_the_horizon(root: str) -> None:
     store(root, "own", *[(60, "truncated")] * 9, (5, "terminated"), (80, "unfinished"))
-    found = logged_horizon(Storage(root), ["own"])
-    assert found is not None and found.steps == 60 and found.inferred
-    assert found.source == "all 9 truncated episodes of the data have this length"
+    horizon = logged_horizon(Storage(root), ["own"])
+    assert horizon is not None and horizon.steps == 60 and horizon.inferred
+    assert horizon.source == "all 9 truncated episodes of the data have this length"
 
 
 def test_of_several_lengths_the_longest_is_the_horizon(root: str) -> None:
     store(root, "a", (60, "truncated"), (40, "truncated"))
     store(root, "b", (70, "truncated"), (90, "terminated"))
-    found = logged_horizon(Storage(root), ["a", "b", "deleted"])
-    assert found is not None and found.steps == 70 and "longest of 3" in found.source
+    horizon = logged_horizon(Storage(root), ["a", "b", "deleted"])
+    assert horizon is not None and horizon.steps == 70 and "longest of 3" in horizon.source
 
 
-def test_a_limit_that_is_given_wins_over_the_logs(root: str) -> None:
+def test_a_given_limit_wins_over_the_logs(root: str) -> None:
     store(root, "own", (60, "truncated"))
     assert horizon_of(Storage(root), world("own"), 100, "horizon").steps == 100
     assert horizon_of(Storage(root), world("own"), None, "horizon").steps == 60
 
 
 @pytest.mark.parametrize("datasets", [["ends"], ["deleted"], []])
-def test_without_a_truncated_episode_the_horizon_is_asked_for(
+def test_without_a_truncated_episode_the_horizon_must_be_set(
     datasets: list[str], root: str
 ) -> None:
     store(root, "ends", (5, "terminated"), (80, "unfinished"))

@@ -1,5 +1,10 @@
+"""The loader: the order of samples, also under blocks of shards and weights of datasets, and exact
+resumes.
+"""
+
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -8,10 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
+from mesocosm.data.format.episode import Episode
 from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
@@ -20,11 +27,50 @@ from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, Windows
 
 MakeDataset = Callable[..., Dataset]
+Write = Callable[..., Path]
+Counted = Callable[..., Any]
+BOX = spaces.Box(-(10**6), 10**6, (2,), np.int64)
 LENGTHS = [1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 24, 31, 40, 4, 4, 6]
+ORDERS = {
+    "plain": {},
+    "blocks": {"block": 2},
+    "weights": {"weights": [3.0, 1.0]},
+    "both": {"block": 2, "weights": [3.0, 1.0]},
+}
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Codec]:
+    folder: Path = tmp_path_factory.mktemp("mixed")
+    episodes = [
+        Episode(
+            k,
+            k,
+            "random",
+            [np.array([k, t]) for t in range(n + 1)],
+            [np.int64(t % 3) for t in range(n)],
+            np.arange(n) + 0.5,
+            "terminated" if k % 2 else "truncated",
+        )
+        for k, n in enumerate(LENGTHS)
+    ]
+    write_dataset(
+        folder,
+        episodes,
+        id="mixed",
+        environment=Environment(id="Counted-v0"),
+        observation_space=BOX,
+        action_space=spaces.Discrete(3),
+        seed=0,
+        shard_rows=40,
+    )
+    dataset = Dataset([folder])
+    assert len(dataset.manifests[0].shards) > 3
+    return dataset, Codec.fit(dataset)
 
 
 def tags(codec: Codec, parts: Parts) -> np.ndarray[Any, Any]:
-    """[..., 2]: the (episode, step) that a counted observation says."""
+    """[..., 2]: the (episode, step) of a counted observation."""
     flat = parts.numbers.reshape(-1, 2)
     return codec.decode_observation(
         Parts(flat, torch.zeros(len(flat), 0, dtype=torch.int64))
@@ -66,7 +112,7 @@ def test_the_permutation_is_a_bijection(n: int, seed: int) -> None:
 
 
 def test_the_permutation_mixes() -> None:
-    """Over many keys, where 0 goes is uniform; and neighbours do not stay neighbours."""
+    """Over many keys, the image of 0 is uniform; and neighbours do not stay neighbours."""
     n = 20
     first = permute(np.zeros(20_000, np.int64), n, key(np.arange(20_000)))
     counts = np.bincount(first, minlength=n)
@@ -90,7 +136,7 @@ def test_every_transition_exactly_once_an_epoch(
         windows = loader.batch(step)
         rows = tags(codec, windows.observation)[:, :-1].tolist()
         per_window += [
-            [tuple(tag) for tag, there in zip(row, mask, strict=True) if there]
+            [tuple(tag) for tag, inside in zip(row, mask, strict=True) if inside]
             for row, mask in zip(rows, windows.mask.tolist(), strict=True)
         ]
     expected = every_transition(dataset, "train")
@@ -102,44 +148,7 @@ def test_every_transition_exactly_once_an_epoch(
     assert loader.transitions_seen(steps) == sum(len(w) for w in per_window)
 
 
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Codec]:
-    from gymnasium import spaces
-
-    from mesocosm.data.format.dataset import Environment, write_dataset
-    from mesocosm.data.format.episode import Episode
-
-    folder: Path = tmp_path_factory.mktemp("mixed")
-    episodes = [
-        Episode(
-            k,
-            k,
-            "random",
-            [np.array([k, t]) for t in range(n + 1)],
-            [np.int64(t % 3) for t in range(n)],
-            np.arange(n) + 0.5,
-            "terminated" if k % 2 else "truncated",
-        )
-        for k, n in enumerate(LENGTHS)
-    ]
-    box = spaces.Box(-(10**6), 10**6, (2,), np.int64)
-    environment = Environment(id="Counted-v0")
-    write_dataset(
-        folder,
-        episodes,
-        id="mixed",
-        environment=environment,
-        observation_space=box,
-        action_space=spaces.Discrete(3),
-        seed=0,
-        shard_rows=40,
-    )
-    dataset = Dataset([folder])
-    assert len(dataset.manifests[0].shards) > 3
-    return dataset, Codec.fit(dataset)
-
-
-def test_windows_hold_what_the_episodes_hold(mixed: tuple[Dataset, Codec]) -> None:
+def test_windows_equal_the_episodes(mixed: tuple[Dataset, Codec]) -> None:
     dataset, codec = mixed
     loader = Loader(dataset, codec, "train", 6, 5, 1)
     hashes = dict(zip(dataset.table["hash"].tolist(), dataset.table["index"].tolist(), strict=True))
@@ -221,15 +230,15 @@ def test_ranks_share_the_same_global_batch(mixed: tuple[Dataset, Codec], world_s
         )
 
 
-def test_slices_in_turn_are_read_once(
+def test_slices_of_a_batch_are_read_once(
     mixed: tuple[Dataset, Codec], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A rank that accumulates gradients asks for several slices of each batch, one after the other."""
+    """A rank that accumulates gradients reads several slices of each batch in turn."""
     reads = []
 
-    def counted(*told: Any) -> Windows:
-        reads.append(told)
-        return windows(*told)
+    def counted(*arguments: Any) -> Windows:
+        reads.append(arguments)
+        return windows(*arguments)
 
     monkeypatch.setattr("mesocosm.data.loading.loader.windows", counted)
     loader, whole = (
@@ -292,20 +301,20 @@ def test_evaluation_sees_the_split_once_in_order(mixed: tuple[Dataset, Codec]) -
         )
 
 
-def test_part_of_the_split_is_taken_evenly_of_all_of_it(mixed: tuple[Dataset, Codec]) -> None:
+def test_part_of_the_split_is_taken_evenly(mixed: tuple[Dataset, Codec]) -> None:
     dataset, codec = mixed
     loader = Loader(dataset, codec, "train", 3, 4, 0)
 
     def windows(most: int | None) -> list[list[tuple[int, int]]]:
-        found = []
+        kept = []
         for batch in loader.eval_batches(8, most=most):
             tagged = tags(codec, batch.observation)[:, :-1]
-            found += [
+            kept += [
                 [tuple(tag) for tag in row[mask].tolist()]
                 for row, mask in zip(tagged, batch.mask.numpy(), strict=True)
                 if mask.any()
             ]
-        return found
+        return kept
 
     whole = windows(None)
     for most in (1, 5, 13, len(whole) - 1):
@@ -313,7 +322,9 @@ def test_part_of_the_split_is_taken_evenly_of_all_of_it(mixed: tuple[Dataset, Co
     assert windows(len(whole) + 100) == whole
 
 
-def test_events_oversample_terminals_and_weigh_them_back(mixed: tuple[Dataset, Codec]) -> None:
+def test_events_oversample_terminals_and_weights_restore_their_rate(
+    mixed: tuple[Dataset, Codec],
+) -> None:
     dataset, codec = mixed
     loader = Loader(dataset, codec, "train", 4, 2, 0, events=300)
     terminals = {
@@ -361,3 +372,239 @@ def test_bad_sizes_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=words):
         Loader(*mixed, "train", **({"window": 4, "batch": 4, "seed": 0} | arguments))
+
+
+# -- blocks and weights
+
+
+@pytest.fixture
+def two(write: Write, counted: Counted) -> tuple[list[Path], Codec]:
+    """Two datasets of many shards; the second's episodes are those from 1000 on, and few of them
+    terminate.
+    """
+    paths = []
+    for number, shard_rows in enumerate((20, 30)):
+        outcome = (
+            (lambda k: "terminated")
+            if number == 0
+            else (lambda k: "terminated" if k % 5 == 0 else "truncated")
+        )
+        episodes = [counted(1000 * number + k, n, outcome(k)) for k, n in enumerate(LENGTHS * 2)]
+        paths.append(write(episodes, id=f"d{number}", observation_space=BOX, shard_rows=shard_rows))
+    return paths, Codec.fit(Dataset(paths))
+
+
+def joined(parts: list[Windows]) -> list[torch.Tensor]:
+    return [torch.cat(pieces) for pieces in zip(*map(flat, parts), strict=True)]
+
+
+def test_the_plain_order_is_fixed(write: Write, counted: Counted) -> None:
+    """A world's id names its data and seed, not the loader's version: the first windows and events
+    of steps 0, 7 and 300.
+    """
+    dataset = Dataset(
+        [
+            write(
+                [counted(k, n) for k, n in enumerate(LENGTHS)], observation_space=BOX, shard_rows=40
+            )
+        ]
+    )
+    codec = Codec.fit(dataset)
+    loader = Loader(dataset, codec, "train", 5, 6, 9, events=6)
+    windows = {
+        0: [[9, 8], [10, 7], [8, 7], [11, 21], [5, 0], [10, 0]],
+        7: [[15, 0], [12, 1], [9, 5], [8, 0], [6, 1], [9, 10]],
+        300: [[11, 8], [11, 28], [11, 13], [12, 38], [10, 1], [12, 13]],
+    }
+    events = {
+        0: [[1, 1], [8, 7], [9, 8], [15, 5], [12, 11], [12, 5]],
+        7: [[2, 2], [4, 5], [5, 0], [5, 7], [15, 1], [9, 6]],
+        300: [[12, 39], [11, 3], [4, 3], [6, 8], [11, 17], [12, 18]],
+    }
+    for step, expected in windows.items():
+        batch = loader.batch(step)
+        assert batch.events is not None
+        assert tags(codec, batch.observation)[:, 0].tolist() == expected
+        assert tags(codec, batch.events.observation).tolist() == events[step]
+
+
+def test_opening_reads_no_episode(two: tuple[list[Path], Codec]) -> None:
+    paths, codec = two
+    expected = Loader(Dataset(paths), codec, "train", 5, 6, 3).windows_per_epoch
+    for path in paths:
+        shutil.rmtree(path / "tables")
+        shutil.rmtree(path / "shards")
+    dataset = Dataset(paths)
+    loader = Loader(dataset, codec, "train", 5, 6, 3, events=6, block=2, weights=[1, 2])
+    assert (
+        loader.windows_per_epoch == expected
+        and dataset.transitions == 4 * sum(LENGTHS)
+        and dataset.size("valid") > 0
+    )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_resume_is_exact_also_with_other_ranks(two: tuple[list[Path], Codec], order: str) -> None:
+    paths, codec = two
+
+    def fresh() -> Loader:
+        return Loader(
+            Dataset(paths),
+            Codec.from_json(codec.to_json()),
+            "train",
+            5,
+            12,
+            7,
+            events=12,
+            **ORDERS[order],
+        )
+
+    first = fresh()
+    sequence = [first.batch(step) for step in range(40)]
+    resumed = fresh()
+    assert all(same(resumed.batch(step), sequence[step]) for step in range(23, 40))
+    for world_size in (2, 3):
+        ranks = [fresh() for _ in range(world_size)]
+        for step in (0, 11, 23, 24, 39):
+            parts = [loader.batch(step, rank, world_size) for rank, loader in enumerate(ranks)]
+            assert all(
+                torch.equal(a, b) for a, b in zip(joined(parts), flat(sequence[step]), strict=True)
+            )
+    assert not same(sequence[0], sequence[1])
+
+
+@pytest.mark.parametrize("order", ["plain", "blocks"])
+def test_an_epoch_has_every_transition_once(two: tuple[list[Path], Codec], order: str) -> None:
+    paths, codec = two
+    dataset = Dataset(paths)
+    loader = Loader(dataset, codec, "train", 5, 1, 3, **ORDERS[order])
+    records = dataset.table[dataset.episodes("train")]
+    expected = Counter((int(r["index"]), t) for r in records for t in range(r["length"]))
+    epochs = [
+        [
+            transitions(codec, loader.batch(step))
+            for step in range(e * loader.windows_per_epoch, (e + 1) * loader.windows_per_epoch)
+        ]
+        for e in range(3)
+    ]
+    assert all(Counter(tag for window in epoch for tag in window) == expected for epoch in epochs)
+    assert loader.transitions_seen(3 * loader.windows_per_epoch) == 3 * expected.total()
+    half = loader.windows_per_epoch // 2
+    assert loader.transitions_seen(half) == sum(map(len, epochs[0][:half]))
+
+
+def test_only_a_block_and_the_next_one_are_held(two: tuple[list[Path], Codec]) -> None:
+    paths, codec = two
+    dataset = Dataset(paths)
+    assert len(dataset.shards) > 20
+    loader = Loader(dataset, codec, "train", 5, 4, 3, events=6, block=2)
+    shard_of = {int(r["index"]): int(r["shard"]) for r in dataset.table}
+    dataset.turn(())
+    visits: list[list[int]] = []
+    for step in range(3 * loader.windows_per_epoch // 4):
+        batch = loader.batch(step)
+        assert batch.events is not None
+        touched = {shard_of[tag[0]] for tag in transitions(codec, batch)}
+        events = {shard_of[int(tag[0])] for tag in tags(codec, batch.events.observation)}
+        assert touched | events <= set(dataset._open), "the shards of the batch are held"
+        assert len(dataset._open) <= 6 and len(events) <= 2, "at most the blocks of a batch"
+        assert len(dataset._pinned) <= 8
+        visits += (
+            [sorted(touched)]
+            if len(touched) == 2 and (not visits or visits[-1] != sorted(touched))
+            else []
+        )
+    pairs = {tuple(pair) for pair in visits}
+    assert len(pairs) > len(dataset.shards), "the shards of a block differ in every epoch"
+    list(Loader(dataset, codec, "valid", 5, 4, 3, block=2).eval_batches())
+    assert not dataset._open and not dataset._pinned, "evaluation releases its shards"
+
+
+@pytest.mark.parametrize("order", ["weights", "both"])
+def test_each_dataset_has_its_share_of_every_batch(
+    two: tuple[list[Path], Codec], order: str
+) -> None:
+    paths, codec = two
+    dataset = Dataset(paths)
+    loader = Loader(dataset, codec, "train", 5, 12, 3, **ORDERS[order])
+    alone = [Loader(Dataset([path]), codec, "train", 5, 12, 3).windows_per_epoch for path in paths]
+    windows: list[list[list[tuple[int, int]]]] = [[], []]
+    for step in range(60):
+        batch = loader.batch(step)
+        rows = tags(codec, batch.observation)[:, :-1]
+        batch_windows = [
+            [tuple(tag) for tag in row[mask].tolist()]
+            for row, mask in zip(rows, batch.mask.numpy(), strict=True)
+        ]
+        for window in batch_windows:
+            windows[window[0][0] >= 1000].append(window)
+        assert 8 <= sum(window[0][0] < 1000 for window in batch_windows) <= 10, (
+            "3 of 4, to within one"
+        )
+    assert [len(each) for each in windows] == pytest.approx([540, 180], abs=1)
+    assert loader.transitions_seen(60) == sum(len(window) for each in windows for window in each)
+    for number, each in enumerate(windows):
+        records = [
+            r
+            for e in dataset.episodes("train")
+            if dataset.part[e] == number
+            for r in [dataset.table[e]]
+        ]
+        expected = Counter((int(r["index"]), t) for r in records for t in range(r["length"]))
+        whole = len(each) // alone[number]
+        assert whole >= 1
+        for epoch in range(whole):
+            assert (
+                Counter(
+                    tag
+                    for window in each[epoch * alone[number] : (epoch + 1) * alone[number]]
+                    for tag in window
+                )
+                == expected
+            )
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_event_weights_restore_the_rates_of_every_order(
+    two: tuple[list[Path], Codec], order: str
+) -> None:
+    paths, codec = two
+    dataset = Dataset(paths)
+    loader = Loader(dataset, codec, "train", 5, 12, 3, events=300, **ORDERS[order])
+    records, parts = (
+        dataset.table[dataset.episodes("train")],
+        dataset.part[dataset.episodes("train")],
+    )
+    rates = [
+        (records["outcome"][parts == i] == 0).sum() / records["length"][parts == i].sum()
+        for i in range(2)
+    ]
+    share = (
+        [0.75, 0.25]
+        if "weights" in ORDERS[order]
+        else [records["length"][parts == i].sum() / records["length"].sum() for i in range(2)]
+    )
+    weights: list[float] = []
+    flags: list[float] = []
+    second: list[float] = []
+    for step in range(2 * loader.windows_per_epoch // 12):
+        events = loader.batch(step).events
+        assert events is not None
+        weights += events.weight.tolist()
+        flags += events.terminated.tolist()
+        second += (tags(codec, events.observation)[:, 0] >= 1000).tolist()
+    assert np.mean(flags) > 0.25
+    assert np.mean(weights) == pytest.approx(1, abs=0.03)
+    assert np.average(flags, weights=weights) == pytest.approx(np.dot(share, rates), rel=0.1)
+    assert np.average(second, weights=weights) == pytest.approx(share[1], abs=0.04)
+
+
+def test_wrong_weights_are_refused(
+    two: tuple[list[Path], Codec], write: Write, counted: Counted
+) -> None:
+    paths, codec = two
+    with pytest.raises(UsageError, match="less than one sample in 10000"):
+        Loader(Dataset(paths), codec, "train", 5, 12, 3, weights=[1e6, 1])
+    empty = write([counted(1, 9)], id="empty", valid_fraction=0.0, observation_space=BOX)
+    with pytest.raises(UsageError, match="the valid split of empty is empty"):
+        Loader(Dataset([paths[0], empty]), codec, "valid", 5, 12, 3, weights=[1, 1])

@@ -206,7 +206,7 @@ def test_unsupported_spaces_are_refused_with_their_key_path(
         (spaces.Box(-np.inf, np.inf, (1,), np.int64), np.array([2**60]), ["2**53", str(2**60)]),
     ],
 )
-def test_values_outside_their_space_are_named(
+def test_values_outside_their_space_are_refused_by_name(
     space: gymnasium.Space[Any], value: Any, words: list[str]
 ) -> None:
     with pytest.raises(MesocosmError) as caught:
