@@ -45,7 +45,11 @@ def test_later_files_and_overrides_win(tmp_path: Path) -> None:
         ([], ["model.sise=1m"], ["model.sise", "model.size"]),
         (["modle: {size: 1m}"], [], ["modle", "model"]),
         ([], ["model.members=many"], ["model.members", "many"]),
-        ([], ["model.members=1e2"], ["model.members", "write 100 instead of 100.0"]),
+        (
+            [],
+            ["model.members=1e2"],
+            ["model.members", "must be a whole number, got 100.0; try 100"],
+        ),
         ([], ["model.size"], ["key=value"]),
         (["a: [1"], [], ["not valid YAML"]),
     ],
@@ -110,12 +114,12 @@ class Stages(JobConfig):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rates=1"], "rates must be a list, got 1; write 'rates=[1]'"),
-        (["model=abc"], "model is a block of keys, got 'abc'; set model.size, model.members"),
-        (["model.members=[1]"], "model.members must be a single value, got [1]"),
+        (["rates=1"], "config key 'rates' must be a list, got 1; try 'rates=[1]'"),
+        (["model=abc"], "config key 'model' must be a block of keys, got 'abc'"),
+        (["model.members=[1]"], "config key 'model.members' must be a whole number, got [1]"),
         (["model.members=many"], "must be a whole number, got 'many'"),
         (["force=maybe"], "must be true or false, got 'maybe'"),
-        (["seed="], "has no value"),
+        (["seed="], "config key 'seed' must be a value, got None"),
         (
             ["model.members", "=", "3"],
             "override 'model.members' has spaces around its =; write model.members=3",
@@ -138,7 +142,6 @@ def test_a_key_of_a_stage_is_found(tmp_path: Path) -> None:
         ):
             load(Stages, files, overrides)
     with pytest.raises(
-        UsageError,
-        match=r"blocks\[0\] must be a block of keys, got 'abc'; write 'blocks=\[\{size: abc\}\]'",
+        UsageError, match=r"config key 'blocks\[0\]' must be a block of keys, got 'abc'"
     ):
         load(Stages, [], ["blocks=[abc]"])

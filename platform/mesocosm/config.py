@@ -1,8 +1,7 @@
-"""The whole configuration system: dataclass defaults <- YAML files <- `key=value`, unknown keys
-refused.
+"""The configuration system: dataclass defaults <- YAML files <- `key=value`; unknown keys are errors.
 
-A job's schema is a dataclass that extends `JobConfig`. `load` composes it with OmegaConf and leaves
-OmegaConf behind at the edge: what a job receives is a plain dataclass.
+A job's schema is a dataclass that extends `JobConfig`. OmegaConf composes it; a job receives a plain
+dataclass.
 """
 
 from __future__ import annotations
@@ -22,15 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from omegaconf import (
-    BooleanNode,
-    DictConfig,
-    FloatNode,
-    IntegerNode,
-    ListConfig,
-    OmegaConf,
-    StringNode,
-)
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from mesocosm.errors import UsageError, nearest
@@ -43,8 +34,8 @@ class StorageConfig:
     root: str = ".mesocosm"
     """A folder, or `s3://bucket/prefix`."""
     cache: str | None = None
-    """The folder in which this machine keeps copies of a remote root, in a subfolder that only you
-    may read. Defaults to the temporary folder."""
+    """The folder for this machine's copies of a remote root, in a subfolder that only you may read.
+    Defaults to the temporary folder."""
 
     def __post_init__(self) -> None:
         self.root = os.path.expanduser(self.root)
@@ -53,31 +44,27 @@ class StorageConfig:
 @dataclass
 class TrackingConfig:
     uri: str | None = None
-    """An MLflow tracking URI; None is a sqlite file under `storage.root`."""
+    """An MLflow tracking URI. Defaults to a sqlite file under `storage.root`."""
     experiment: str = "mesocosm"
 
 
 @dataclass
 class RayConfig:
     address: str | None = None
-    """None starts a private local Ray; otherwise an address as `ray.init` takes it."""
+    """An address for `ray.init`. By default a private local Ray starts."""
     cpus: int | None = None
-    """Logical CPUs of a local Ray; None is the machine's own count."""
+    """Logical CPUs of a local Ray. Defaults to this machine's CPU count."""
 
 
 @dataclass
 class StopConfig:
     grace_s: float = 120.0
-    """Seconds that `mesocosm jobs stop` gives a job on a cluster to keep a checkpoint and end by
-    itself.
-    """
+    """Seconds that `mesocosm jobs stop` gives a job to write a checkpoint and end."""
 
 
 @dataclass
 class JobConfig:
-    """What every job's config holds. `storage`, `tracking`, `ray`, `stop` and `wait` say where and
-    how, and are no part of an artifact's id.
-    """
+    """The keys of every job's config."""
 
     seed: int = 0
     storage: StorageConfig = field(default_factory=StorageConfig)
@@ -85,229 +72,205 @@ class JobConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     stop: StopConfig = field(default_factory=StopConfig)
     force: bool = False
-    """Make the artifact again though it is there."""
+    """Make the artifact again if it exists."""
     wait: bool = False
-    """Where another process makes the same artifact, wait for it instead of failing."""
+    """Wait for a process that makes the same artifact, instead of failing."""
 
 
 WHERE = ("storage", "tracking", "ray", "stop", "force", "wait")
-"""Top-level keys that say where a job runs rather than what it makes."""
+"""Top-level keys that decide where and how a job runs. They are not part of an artifact's id."""
+
+EXPECTED = {
+    "to Integer": "a whole number",
+    "to Float": "a number",
+    "to string": "text",
+    "valid bool": "true or false",
+    "a ListConfig": "a list",
+    "a subclass": "a block of keys",
+    "to Dict": "a block of keys",
+    "Optional": "a value",
+    "'None'": "a value",
+}
+"""What a key must be, by a part of OmegaConf's message."""
 
 
 def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> T:
-    """Compose `schema`'s defaults, then `files` in order, then `overrides` (`a.b=value`); later
-    ones win.
+    """Compose the defaults of `schema`, `files` in order and `overrides` (`a.b=value`).
 
-    Raises UsageError naming the file or override, the key, its value and the nearest known key.
+    Raises:
+        UsageError: A file or override is wrong. It names the key, the value and the fix.
     """
-    merged = cast(DictConfig, OmegaConf.structured(schema))
-    known = _known_keys(schema)
+    merged = OmegaConf.structured(schema)
+    known = list(_known_keys(merged))
+    _check_form(overrides, known)
     for path in files:
-        try:
-            layer = OmegaConf.load(path)
-        except OSError as error:
-            raise UsageError(
-                f"config file {str(path)!r} cannot be read ({error.strerror}); check the path given"
-                " to -c"
-            ) from error
-        except Exception as error:
-            raise UsageError(
-                f"config file {str(path)!r} is not valid YAML: {' '.join(str(error).split())}"
-            ) from error
-        if not isinstance(layer, DictConfig):
-            raise UsageError(
-                f"config file {str(path)!r} holds a {type(OmegaConf.to_container(layer)).__name__},"
-                " not `key: value` lines"
-            )
-        merged = _merge(merged, layer, f"config file {str(path)!r}", known)
-    _check_spaces(overrides, known)
+        merged = _merge(merged, _read(path), f"config file {str(path)!r}", known)
     for override in overrides:
-        if "=" not in override.lstrip("="):
-            raise UsageError(
-                f"override {override!r} is not of the form key=value{nearest(override, known)}"
-            )
+        source = f"override {override!r}"
         try:
             layer = OmegaConf.from_dotlist([override])
         except Exception as error:
-            raise UsageError(
-                f"override {override!r} cannot be parsed: {' '.join(str(error).split())}"
-            ) from error
-        merged = _merge(merged, layer, f"override {override!r}", known)
+            raise UsageError(f"{source} cannot be parsed: {_one_line(error)}") from error
+        merged = _merge(merged, layer, source, known)
     try:
         return cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        raise UsageError(
-            f"config key {getattr(error, 'full_key', '')!r}: {_first_line(error)}"
-        ) from error
-
-
-def _check_spaces(overrides: Sequence[str], known: Sequence[str]) -> None:
-    """Raise UsageError for `key = value`, `key= value` and `key =value`, which a shell splits."""
-    for first, second in itertools.pairwise(overrides):
-        key, value = first.removesuffix("="), second.removeprefix("=")
-        if key not in known or (not first.endswith("=") and not second.startswith("=")):
-            continue
-        if first.endswith("=") and "=" in second:
-            continue  # an empty value, and another override
-        if second == "=":
-            value = next(iter(overrides[overrides.index("=") + 1 :]), "VALUE")
-        raise UsageError(f"override {key!r} has spaces around its =; write {key}={value}")
+        key = getattr(error, "full_key", "")
+        raise UsageError(f"config key {key!r}: {_first_line(error)}") from error
 
 
 def structured(schema: type[T], values: Mapping[str, Any], source: str) -> T:
-    """`schema` with `values` in place of its defaults. Raises UsageError as `load` does; `source`
-    says where they stand.
-    """
-    known = [f.name for f in dataclasses.fields(cast(Any, schema))]
-    return cast(
-        T,
-        OmegaConf.to_object(
-            _merge(OmegaConf.structured(schema), OmegaConf.create(dict(values)), source, known)
-        ),
-    )
+    """`schema` with `values` in place of its defaults; `source` names their origin in errors."""
+    base = OmegaConf.structured(schema)
+    layer = OmegaConf.create(dict(values))
+    return cast(T, OmegaConf.to_object(_merge(base, layer, source, list(_known_keys(base)))))
+
+
+def check_least(block: Any, prefix: str = "", **least: float) -> None:
+    """Raise UsageError for the first key of `block` that is set and less than its value here."""
+    for key, low in least.items():
+        value = getattr(block, key)
+        if value is not None and not value >= low:
+            raise UsageError(f"{prefix}{key} must be >= {low}, got {value}")
+
+
+def _read(path: str | Path) -> DictConfig:
+    name = f"config file {str(path)!r}"
+    try:
+        layer = OmegaConf.load(path)
+    except OSError as error:
+        problem = f"{name} cannot be read ({error.strerror}); check the path given to -c"
+        raise UsageError(problem) from error
+    except Exception as error:
+        raise UsageError(f"{name} is not valid YAML: {_one_line(error)}") from error
+    if not isinstance(layer, DictConfig):
+        kind = type(OmegaConf.to_container(layer)).__name__
+        raise UsageError(f"{name} must hold `key: value` lines, got a {kind}")
+    return layer
+
+
+def _check_form(overrides: Sequence[str], known: Sequence[str]) -> None:
+    """Raise UsageError for an override without =, or with spaces around it, where a shell splits."""
+    for i, override in enumerate(overrides):
+        if "=" in override.lstrip("="):
+            continue
+        words = " ".join(overrides[max(i - 1, 0) : i + 3])
+        for word in re.sub(" *= *", "=", words).split():
+            if word not in words.split() and override.strip("=") in word:
+                key = word.partition("=")[0]
+                raise UsageError(f"override {key!r} has spaces around its =; write {word}")
+        raise UsageError(
+            f"override {override!r} is not of the form key=value{nearest(override, known)}"
+        )
 
 
 def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> DictConfig:
-    _check_kinds(base, layer, source)
     try:
         return cast(DictConfig, OmegaConf.merge(base, layer))
     except ConfigKeyError as error:
         key = str(error.full_key)
-        raise UsageError(
-            f"{source}: unknown config key {key!r}{_suggestion(key, layer, known)}"
-        ) from error
+        problem = f"unknown config key {key!r}{_suggestion(key, layer, known)}"
+        raise UsageError(f"{source}: {problem}") from error
     except OmegaConfBaseException as error:
-        value, reason = getattr(error, "value", None), _first_line(error)
-        if isinstance(value, float) and value.is_integer() and "Integer" in reason:
-            reason = f"a whole number is wanted; write {int(value)} instead of {value!r}"
-        elif converted := re.fullmatch(
-            r"Value (.*) of type '\w+' could not be converted to (\w+)", reason
-        ):
-            reason = f"must be a {'whole ' * (converted[2] == 'Integer')}number, got {converted[1]}"
-        elif reason.startswith("Incompatible value 'None'") or reason.endswith("is not Optional"):
-            reason = "has no value; give one, as in key=VALUE"
-        elif boolean := re.fullmatch(r"Value (.*) is not a valid bool .*", reason):
-            reason = f"must be true or false, got {boolean[1]}"
-        raise UsageError(f"{source}: config key {error.full_key!r}: {reason}") from error
+        key, text = str(error.full_key), _first_line(error)
+        value = getattr(error, "value", None)
+        if not key:  # a value of another kind than the key's
+            key, node, value = _mismatch(base, layer)
+            expected = "a list" if isinstance(node, ListConfig) else "a block of keys"
+        else:
+            expected = next((EXPECTED[part] for part in EXPECTED if part in text), text)
+        if expected == "a list":
+            fix = f"; try '{key}=[{value}]'"
+        elif isinstance(value, float) and value.is_integer():
+            fix = f"; try {int(value)}"
+        else:
+            fix = ""
+        problem = f"config key {key!r} must be {expected}, got {value!r}{fix}"
+        raise UsageError(f"{source}: {problem}") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source}: {_first_line(error)}") from error
 
 
-SCALARS = (BooleanNode, FloatNode, IntegerNode, StringNode)
-
-
-def _check_kinds(base: DictConfig, layer: DictConfig, source: str, prefix: str = "") -> None:
-    """Raise UsageError where a list, a block of keys or a single value is wanted and `layer` has
-    another kind."""
-    for name in layer:
-        node, value = base._get_node(name, validate_access=False), layer._get_node(name)
-        if node is None or value is None or value._is_interpolation() or value._is_none():
-            continue  # unknown keys, references and nulls are OmegaConf's to judge
-        key = prefix + str(name)
-        block, listed = isinstance(value, DictConfig), isinstance(value, ListConfig)
-        plain: Any = OmegaConf.to_container(value) if block or listed else value._value()
-        if isinstance(node, ListConfig):
-            element = node._metadata.element_type
-            first = (
-                dataclasses.fields(element)[0].name if dataclasses.is_dataclass(element) else None
-            )
-            if not listed:
-                item = f"{{{first}: VALUE}}" if first else "VALUE" if block else plain
-                example = f"write '{key}=[{item}]'"
-                raise UsageError(f"{source}: {key} must be a list, got {plain!r}; {example}")
-            for i, item in enumerate(plain if first else []):
-                if not isinstance(item, dict):
-                    problem = f"{key}[{i}] must be a block of keys, got {item!r}"
-                    raise UsageError(f"{source}: {problem}; write '{key}=[{{{first}: {item}}}]'")
-        elif isinstance(node, DictConfig) and not block:
-            keys = [str(k) for k in node] if _is_block(node) else ["NAME"]
-            shown = ", ".join(f"{key}.{k}" for k in keys[:3]) + ", ..." * (len(keys) > 3)
-            raise UsageError(f"{source}: {key} is a block of keys, got {plain!r}; set {shown}")
-        elif isinstance(node, DictConfig) and _is_block(node):
-            _check_kinds(node, cast(DictConfig, value), source, f"{key}.")
-        elif isinstance(node, SCALARS) and (block or listed):
-            raise UsageError(f"{source}: {key} must be a single value, got {plain!r}")
-
-
-def _is_block(node: DictConfig) -> bool:
-    """Whether the keys of `node` are those of a dataclass."""
-    return not node._is_none() and dataclasses.is_dataclass(node._metadata.object_type)
+def _mismatch(base: DictConfig, layer: DictConfig) -> tuple[str, Any, Any]:
+    """The key at which `layer` cannot be merged into `base`, the node there, and the value."""
+    for name, value in layer.items():
+        name = str(name)
+        node = base._get_node(name)
+        try:
+            OmegaConf.merge(base, {name: value})
+        except OmegaConfBaseException:
+            if isinstance(node, DictConfig) and isinstance(value, DictConfig):
+                key, node, value = _mismatch(node, value)
+                return f"{name}.{key}", node, value
+            return name, node, value
+    raise AssertionError("the layer can be merged")
 
 
 def _suggestion(key: str, layer: Any, known: Sequence[str]) -> str:
     """The known keys that end as the unknown one does (`train.steps` in a loop is
-    `pretrain.train.steps`), else the nearest."""
+    `pretrain.train.steps`), else the nearest.
+    """
     node = OmegaConf.select(layer, key)
     while isinstance(node, DictConfig) and len(node) == 1:
-        name = str(next(iter(node)))
-        key, node = f"{key}.{name}", node._get_node(name)
-    ending = [name for name in known if name.endswith(f".{key}")]
-    ending.sort(key=lambda name: name.count("."))
-    if not ending:
+        ((name, node),) = node.items()
+        key = f"{key}.{name!s}"
+    matches = sorted((n for n in known if n.endswith(f".{key}")), key=lambda n: n.count("."))
+    if not matches:
         return nearest(key, known)
-    *others, last = [repr(name) for name in ending[:3]]
-    return f"; did you mean {', '.join(others)}{' or ' * bool(others)}{last}?"
+    return f"; did you mean {' or '.join(map(repr, matches[:3]))}?"
+
+
+def _known_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """All keys of a schema. OmegaConf names a key inside a list by its last part."""
+    for key in map(str, node):
+        yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            yield from _known_keys(child, f"{prefix}{key}.")
+        elif isinstance(child, ListConfig):
+            element = child._metadata.element_type
+            if dataclasses.is_dataclass(element):
+                yield from (f.name for f in dataclasses.fields(element))
 
 
 def describe(config: Any, prefix: str = "", without: Sequence[str] = ()) -> list[str]:
-    """One line a key of a dataclass, `key = value`, under the lines that say what it is for: the
-    docstrings beside its fields.
+    """A line `key = value` for each key of a dataclass, below its docstring as a comment.
 
-    A job inside a job (the loop's stages) is shown without what it gets from the outer one.
+    The stages of a loop are shown without the keys that they get from the loop.
     """
     lines: list[str] = []
     plain = to_dict(config)
-    for field_name, text in _documented(type(config)).items():
-        name, value = f"{prefix}{field_name}", getattr(config, field_name)
-        if field_name in without:
+    for name, text in _docstrings(type(config)).items():
+        value = getattr(config, name)
+        if name in without:
             continue
-        lines += textwrap.wrap(text, 110, initial_indent="# ", subsequent_indent="# ")
+        lines += textwrap.wrap(text, 98, initial_indent="# ", subsequent_indent="# ")
         if dataclasses.is_dataclass(value):
-            shared = (*_documented(JobConfig), "reality") if isinstance(value, JobConfig) else ()
-            lines += describe(value, f"{name}.", shared)
+            shared = (*_docstrings(JobConfig), "reality") if isinstance(value, JobConfig) else ()
+            lines += describe(value, f"{prefix}{name}.", shared)
         else:
-            lines.append(f"{name} = {json.dumps(plain[field_name])}")
+            lines.append(f"{prefix}{name} = {json.dumps(plain[name])}")
     return lines
 
 
-def _documented(schema: type[Any]) -> dict[str, str]:
-    """Each field's name, with the string literal that follows it in the source of its class."""
-    comments: dict[str, str] = {}
-    for cls in reversed(schema.__mro__):
-        if not dataclasses.is_dataclass(cls):
-            continue
-        body = cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
-        for node, after in itertools.pairwise(body):
-            if (
-                isinstance(node, ast.AnnAssign)
-                and isinstance(node.target, ast.Name)
-                and isinstance(after, ast.Expr)
-                and isinstance(after.value, ast.Constant)
-            ):
-                comments[node.target.id] = " ".join(str(after.value.value).split())
-    return {f.name: comments.get(f.name, "") for f in dataclasses.fields(schema)}
+def _docstrings(schema: type[Any]) -> dict[str, str]:
+    """Each field's name and docstring: the string literal after it in its class's source."""
+    texts = {f.name: "" for f in dataclasses.fields(schema)}
+    for cls in filter(dataclasses.is_dataclass, reversed(schema.__mro__)):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        for node, after in itertools.pairwise(cast(ast.ClassDef, definition).body):
+            if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
+                text = ast.literal_eval(after.value)
+                texts[ast.unparse(node.target)] = " ".join(text.split())
+    return texts
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _known_keys(schema: type[Any]) -> list[str]:
-    def walk(node: Any, prefix: str) -> Iterator[str]:
-        for key in node:
-            full = f"{prefix}{key}"
-            yield full
-            child = node._get_node(key)
-            if isinstance(child, DictConfig) and not child._is_none() and not child._is_missing():
-                yield from walk(child, full + ".")
-            elif isinstance(child, ListConfig) and dataclasses.is_dataclass(
-                element := child._metadata.element_type
-            ):
-                yield from (
-                    f.name for f in dataclasses.fields(element)
-                )  # OmegaConf names a key inside a list by its last part
-
-    return list(walk(OmegaConf.structured(schema), ""))
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -316,34 +279,32 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_yaml(config: Any, only: Sequence[str] = ()) -> str:
-    """The config as YAML; with `only`, those of its top-level keys."""
+    """The config as YAML, or only those top-level keys."""
     plain = to_dict(config)
     return OmegaConf.to_yaml(OmegaConf.create({key: plain[key] for key in only or plain}))
 
 
 def identity(config: JobConfig, *, without: Sequence[str] = ()) -> dict[str, Any]:
-    """The part of a config that says *what* is made: without `storage`, `tracking`, `ray` and the
-    keys in `without` (dotted where nested).
-    """
-    found = to_dict(config)
+    """The config without the keys of WHERE and those in `without`, which may be dotted."""
+    plain = to_dict(config)
     for key in (*WHERE, *without):
         *blocks, last = key.split(".")
-        node = found
+        node = plain
         for block in blocks:
             node = node[block]
         node.pop(last, None)
-    return found
+    return plain
 
 
 def fingerprint(*parts: Any) -> str:
-    """16 hex digits that identify plain values (None, bool, int, float, str, lists, dicts,
-    dataclasses).
+    """16 hex digits that identify plain values: None, bool, int, float, str, lists, dicts and
+    dataclasses.
 
-    Raises TypeError on anything without a stable identity, rather than hashing its `repr`.
+    Raises:
+        TypeError: A value has no stable identity.
     """
-    text = json.dumps(
-        [_stable(part) for part in parts], sort_keys=True, separators=(",", ":"), allow_nan=False
-    )
+    stable = [_stable(part) for part in parts]
+    text = json.dumps(stable, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -89,7 +89,7 @@ def test_every_shipped_config_can_be_planned(
             ["loop", "-c", "configs/loop/quickstart.yaml", "train.steps=10"],
             "did you mean 'pretrain.train.steps'",
         ),
-        (["pretrain", "data.datasets=abc"], "write 'data.datasets=[abc]'"),
+        (["pretrain", "data.datasets=abc"], "try 'data.datasets=[abc]'"),
         (
             ["collect", "-c", "configs/collect/pendulum.yaml", "steps", "=", "100"],
             "write steps=100",
