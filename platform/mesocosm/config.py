@@ -1,7 +1,7 @@
-"""The configuration system: dataclass defaults <- YAML files <- `key=value`; unknown keys are errors.
+"""Configuration: dataclass defaults <- YAML files <- `key=value`. Unknown keys are errors.
 
-A job's schema is a dataclass that extends `JobConfig`. OmegaConf composes it; a job receives a plain
-dataclass.
+A job's schema is a dataclass that extends `JobConfig`. OmegaConf composes it, and a job receives a
+plain dataclass.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _read(path: str | Path) -> DictConfig:
 
 
 def _check_form(overrides: Sequence[str], known: Sequence[str]) -> None:
-    """Raise UsageError for an override without =, or with spaces around it, where a shell splits."""
+    """Raise UsageError for an override without =, or with spaces around it, which split it."""
     for i, override in enumerate(overrides):
         if "=" in override.lstrip("="):
             continue

@@ -1,8 +1,8 @@
 """What a cluster reports from inside, run as a Ray job in the folder that a submission sends:
 `python -m mesocosm.cli.cluster_probe [JOB]`.
 
-Prints one line, MARK and JSON. A submission's preflight, `cluster check` and `doctor --cluster` read
-it.
+Prints one line, MARK and JSON, for the preflight of a submission, `cluster check` and `doctor
+--cluster`.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def cluster_checks(name: str, loaded: JobConfig, *, insecure: bool) -> Iterator[
         yield Check(step, True, f"{remote.address}, with {token}")
         step = "jobs"
         with tempfile.TemporaryDirectory(prefix="mesocosm-") as folder:
-            freeze("doctor", loaded, cluster, None).write(Path(folder))
+            freeze("doctor", loaded, cluster, None, None).write(Path(folder))
             report = probe(remote, folder, None)
     except MesocosmError as error:
         problem, _, fix = str(error).partition("; ")

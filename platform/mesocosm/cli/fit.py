@@ -37,8 +37,6 @@ def fit(table: str, out: str, drop_outliers: bool, dry_run: bool, as_json: bool)
       mesocosm fit table.csv --out law.json
     """
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table as Rows
 
     from mesocosm.scaling import fit, report
     from mesocosm.scaling.table import Table
@@ -52,14 +50,7 @@ def fit(table: str, out: str, drop_outliers: bool, dry_run: bool, as_json: bool)
     cells = Table.read(table)
     console = Console(highlight=False, soft_wrap=True)
     if dry_run:
-        facts = fit.plan(cells)
-        if as_json:
-            output.write_json(facts)
-            return
-        rows = Rows(box=None, show_header=False, pad_edge=False)
-        for name, value in facts.items():
-            rows.add_row(name, escape(value))
-        console.print(rows)
+        output.facts(fit.plan(cells), as_json)
         return
     command = ["mesocosm", "fit", table, "--out", out, *["--drop-outliers"] * drop_outliers]
     law = fit.fit(cells, drop_outliers=drop_outliers, command=shlex.join(command))

@@ -1,4 +1,4 @@
-"""A cluster's Jobs API, reached over HTTP with its token. What goes wrong is one sentence."""
+"""A cluster's Jobs API, through Ray's client and with the cluster's token."""
 
 from __future__ import annotations
 
@@ -11,103 +11,108 @@ from typing import Any
 
 import aiohttp
 
-from mesocosm.cluster import spec as cluster_spec
-from mesocosm.cluster.spec import ClusterConfig
+from mesocosm.cluster.spec import ClusterConfig, check_token
 from mesocosm.errors import MesocosmError, UsageError
 
-TIMEOUT = 10.0
-"""Seconds that a cluster may take to answer the first question."""
-STARTING = 60.0
-"""Seconds that a cluster which answers may take to be able to start a job."""
-CONNECTIONS = 5
-"""Connections in a row that may bring nothing of a log."""
+TIMEOUT_S = 10.0
+"""Seconds that a cluster may take to answer the first request."""
+STARTING_S = 60.0
+"""Seconds until a cluster that answers can start a job."""
+EMPTY_CONNECTIONS = 5
+"""Consecutive connections to a log that bring no text until `follow` fails."""
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 def state_of(details: Any) -> str:
-    """Ray's word for the state of a job."""
+    """Ray's name for a job's state."""
     return str(details.status.value)
 
 
 class Remote:
-    """The Jobs API of the cluster `name`.
+    """The Jobs API of the cluster `name`. Errors of Ray's client become a MesocosmError.
 
-    Raises UsageError where it is this machine, where nothing answers, where it asks for another
-    token than the one given, and where it answers without any (`insecure` allows that).
+    Raises:
+        UsageError: There is no such API, it wants another token, or it answers without a token and
+            `insecure` is False.
     """
 
+    guarded: bool
+    """Whether the cluster wants a token."""
+
     def __init__(self, name: str, config: ClusterConfig, *, insecure: bool = False):
-        import requests
         from ray.job_submission import JobSubmissionClient
 
         if config.where == "local" or config.address is None:
             raise UsageError(
-                f"--cluster {name} is this machine, where no Jobs API is kept; leave --cluster out,"
-                " or name another of clusters/"
+                f"--cluster {name} is this machine, which has no Jobs API; leave --cluster out, or"
+                " name another of clusters/"
             )
         self.name, self.config, self.address = name, config, config.address.rstrip("/")
-        url = f"{self.address}/api/jobs/"
-        try:
-            bare = requests.get(url, timeout=TIMEOUT, allow_redirects=False)
-        except requests.RequestException as error:
-            raise UsageError(
-                f"cluster {name!r}: {self.address} does not answer ({type(error).__name__}); open"
-                " its tunnel or port-forward first"
-            ) from error
-        headers: dict[str, str] = {}
-        self.guarded = bare.status_code in (401, 403)
-        """Whether the cluster wants a token"""
-        if bare.status_code == 200 and not insecure:
-            raise UsageError(
-                f"cluster {name!r}: {self.address} answers without a token, so anybody who reaches"
-                " it may run code there; start it with RAY_AUTH_MODE=token (docs/clusters.md), or"
-                " give --insecure"
-            )
-        if self.guarded:
-            headers = {"Authorization": f"Bearer {self._token()}"}
-            told = requests.get(url, headers=headers, timeout=TIMEOUT, allow_redirects=False)
-            if told.status_code in (401, 403):
-                raise UsageError(
-                    f"cluster {name!r}: the token in {config.token_path} is not that of"
-                    f" {self.address}; copy the cluster's own there"
-                )
-            bare = told
-        if bare.status_code != 200:
-            raise UsageError(
-                f"cluster {name!r}: {url} answers {bare.status_code}, so it is no Ray dashboard;"
-                f" give its address in clusters/{name}.yaml"
-            )
+        headers = self._authenticate(insecure)
         for logger in (
             "ray.dashboard.modules.dashboard_sdk",
             "ray.dashboard.modules.job.sdk",
             "ray._private.runtime_env.packaging",
         ):
             logging.getLogger(logger).setLevel(logging.WARNING)
-        with self._said():
+        with self._errors():
             self.client: Any = JobSubmissionClient(self.address, headers=headers)
 
-    def _token(self) -> str:
-        path = self.config.token_path
-        cluster_spec.check_token(path)
-        return path.read_text().strip()
+    def _authenticate(self, insecure: bool) -> dict[str, str]:
+        """The headers that the cluster wants. It is asked without the token first."""
+        import requests
+
+        url, problem = f"{self.address}/api/jobs/", f"cluster {self.name!r}: {self.address}"
+        headers: dict[str, str] = {}
+
+        def status() -> int:
+            try:
+                answer = requests.get(
+                    url, headers=headers, timeout=TIMEOUT_S, allow_redirects=False
+                )
+            except requests.RequestException as error:
+                raise UsageError(
+                    f"{problem} does not answer ({type(error).__name__}); open its tunnel or"
+                    " port-forward first"
+                ) from error
+            return answer.status_code
+
+        code = status()
+        self.guarded = code in (401, 403)
+        if code == 200 and not insecure:
+            raise UsageError(
+                f"{problem} answers without a token, so anybody who reaches it may run code there;"
+                " start it with RAY_AUTH_MODE=token (docs/clusters.md), or give --insecure"
+            )
+        if self.guarded:
+            path = self.config.token_path
+            check_token(path)
+            headers["Authorization"] = f"Bearer {path.read_text().strip()}"
+            code = status()
+            if code in (401, 403):
+                raise UsageError(
+                    f"{problem} does not accept the token in {path}; copy the cluster's token there"
+                )
+        if code != 200:
+            raise UsageError(
+                f"{problem} must be a Ray dashboard, got HTTP status {code} from {url}; correct"
+                f" address in clusters/{self.name}.yaml"
+            )
+        return headers
 
     @contextmanager
-    def _said(self) -> Iterator[None]:
-        """Whatever Ray's client and requests raise, as one sentence."""
+    def _errors(self) -> Iterator[None]:
         try:
             yield
-        except MesocosmError:
-            raise
         except Exception as error:
-            raise MesocosmError(
-                f"cluster {self.name!r}: {' '.join(str(error).split())[:300]}"
-            ) from error
+            reason = " ".join(str(error).split())[:300]
+            raise MesocosmError(f"cluster {self.name!r}: {reason}") from error
 
     def submit(
         self, id: str, entrypoint: str, runtime_env: dict[str, Any], metadata: dict[str, str]
     ) -> None:
-        end = time.monotonic() + STARTING
-        with self._said():
+        end = time.monotonic() + STARTING_S
+        with self._errors():
             while True:
                 try:
                     self.client.submit_job(
@@ -123,8 +128,8 @@ class Remote:
                     time.sleep(1.0)
 
     def details(self, id: str) -> Any | None:
-        """Ray's `JobDetails`; None where this cluster does not know the job."""
-        with self._said():
+        """Ray's `JobDetails`; None if the cluster does not know the job."""
+        with self._errors():
             try:
                 return self.client.get_job_info(id)
             except RuntimeError as error:
@@ -133,12 +138,13 @@ class Remote:
                 raise
 
     def list(self) -> list[Any]:
-        with self._said():
+        """`JobDetails` of all submitted jobs."""
+        with self._errors():
             return [job for job in self.client.list_jobs() if job.submission_id]
 
     def state(self, id: str) -> str | None:
-        found = self.details(id)
-        return None if found is None else state_of(found)
+        details = self.details(id)
+        return None if details is None else state_of(details)
 
     def wait(self, id: str, seconds: float) -> bool:
         """Wait for the job's end; False if it still runs after `seconds`."""
@@ -150,45 +156,47 @@ class Remote:
         return True
 
     def logs(self, id: str) -> str:
-        with self._said():
+        with self._errors():
             return str(self.client.get_job_logs(id))
 
-    def follow(self, id: str, tell: Callable[[str], None]) -> str:
-        """`tell` the driver's output as it comes, until the job is over; gives its state. A
-        connection that breaks is made anew, and nothing told twice.
-        """
-        told, failed = 0, 0
+    def follow(self, id: str, write: Callable[[str], None]) -> str:
+        """Pass the driver's output to `write` until the job ends, and return its state.
 
-        async def listen() -> None:
-            nonlocal told, failed
-            heard = 0  # Ray begins at the first line each time
+        A broken connection is opened again, and no text is passed twice.
+        """
+        written, failures = 0, 0
+
+        async def read() -> None:
+            nonlocal written, failures
+            position = 0  # Ray starts at the first line each time
             async for text in self.client.tail_job_logs(id):
-                new = text[max(told - heard, 0) :]
-                heard += len(text)
+                new = text[max(written - position, 0) :]
+                position += len(text)
                 if new:
-                    tell(new)
-                    told, failed = heard, 0
+                    write(new)
+                    written, failures = position, 0
 
         while True:
-            broken: Exception | None = None
+            failure: Exception | None = None
             try:
-                asyncio.run(listen())
+                asyncio.run(read())
             except (RuntimeError, OSError, aiohttp.ClientError) as error:
-                broken, failed = error, failed + 1
+                failure, failures = error, failures + 1
             state = self.state(id)
-            if state is None or (state in OVER and broken is None):
+            if state is None or (state in OVER and failure is None):
                 return state or "UNKNOWN"
-            if failed == CONNECTIONS:
+            if failures == EMPTY_CONNECTIONS:
                 raise MesocosmError(
-                    f"cluster {self.name!r}: the log of {id} broke off {failed} times ({broken});"
-                    f" it goes on, see mesocosm jobs status {id}"
+                    f"cluster {self.name!r}: the log of {id} broke off {failures} times"
+                    f" ({failure}); the job continues, see mesocosm jobs status {id}"
                 )
             time.sleep(1.0)
 
     def stop(self, id: str) -> None:
-        with self._said():
+        with self._errors():
             self.client.stop_job(id)
 
     def delete(self, id: str) -> None:
-        with self._said():
+        """Remove an ended job from the cluster's list."""
+        with self._errors():
             self.client.delete_job(id)

@@ -57,16 +57,12 @@ def submit(
     remote = Remote(name, cluster, insecure=insecure)
     frozen = freeze(job, config, cluster, Path.cwd(), name)
     state, attempt = last_attempt(remote, frozen.id)
-    attached = state is not None and state not in OVER
-    if attached:
-        console.print(
-            f"{frozen.id}-{attempt} is {str(state).lower()} on {name}: attached, nothing was submitted"
-        )
+    attached, last = True, f"{frozen.id}-{attempt}"
+    if state is not None and state not in OVER:
+        console.print(f"{last} is {state.lower()} on {name}: attached, nothing was submitted")
     elif state == "SUCCEEDED" and not config.force:
-        attached = True
         console.print(
-            f"{frozen.id}-{attempt} has succeeded on {name}: nothing was submitted; --force makes"
-            " it again"
+            f"{last} has succeeded on {name}: nothing was submitted; --force makes it again"
         )
     else:
         attached, state, attempt = False, "PENDING", attempt + 1
