@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mesocosm.cluster import ray_session
+from mesocosm.cluster import ray_session, session_folder
 
 
 def test_a_private_ray_listens_on_loopback_alone(ray_local: None) -> None:
@@ -159,5 +159,5 @@ def test_the_logs_of_a_ray_that_did_not_start_stay(tmp_path: Path) -> None:
     message = done.stderr.strip().splitlines()[-1]
     folder = Path(message.rpartition("see ")[2])
     assert message.startswith("mesocosm.errors.MesocosmError") and folder.is_dir()
-    assert ray_session.session_ended(folder), "storage gc lists it"
+    assert session_folder.session_ended(folder), "storage gc lists it"
     shutil.rmtree(folder)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from mesocosm.cluster.ray_session import SESSION, session_ended
+from mesocosm.cluster.session_folder import PREFIX, session_ended
 from mesocosm.store.gc import Garbage
 
 
@@ -18,7 +18,7 @@ def find() -> Iterator[Garbage]:
 
     The temporary folder holds a link where the folder itself is elsewhere.
     """
-    for path in sorted(Path(tempfile.gettempdir()).glob(f"{SESSION}*")):
+    for path in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")):
         folder = path.resolve()
         if not folder.is_dir():
             yield Garbage.on_disk("Ray session", path, "its folder is gone")
