@@ -1,9 +1,7 @@
-"""`clusters/<name>.yaml` -> manifests for `kubectl apply`: a RayCluster, a RayJob or a RayService
-of KubeRay, and the NetworkPolicy around it.
+"""Manifests for `kubectl apply`: a RayCluster, RayJob or RayService, and a NetworkPolicy.
 
-What it promises: token authentication, from a Secret that is only named here; no Service beyond the
-cluster; pods that are not root and may not become it; only the pods themselves and KubeRay's
-operator reach them.
+Authentication is by a token from a Secret that the manifests only name. No Service is public, pods
+run without root and cannot gain it, and only the pods and KubeRay's operator can reach them.
 """
 
 from __future__ import annotations
@@ -20,24 +18,33 @@ from mesocosm.errors import UsageError
 
 KINDS = ("RayCluster", "RayJob", "RayService")
 LABEL = "mesocosm/cluster"
-"""On every pod of one cluster; KubeRay gives a RayJob's and a RayService's cluster a name that
-nobody knows before.
-"""
+"""A label of every pod of a cluster: KubeRay makes up the names of RayJob's and RayService's."""
 DASHBOARD, SERVE = 8265, 8000
 IDLE_SECONDS = 600
+CONFINED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+USER = {
+    "runAsNonRoot": True,
+    "runAsUser": 1000,
+    "runAsGroup": 100,
+    "fsGroup": 100,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+"""The user `ray` of Ray's images."""
+SMALL = {"cpu": "500m", "memory": "1Gi"}
 
 REMARKS = """\
-The token comes from a Secret, made once of the file that the command line reads, too:
+The token is a Secret, made once from the file that the command line reads:
   kubectl create secret generic {secret} --from-file=auth_token={token}
-dashboard-host is 0.0.0.0 inside the pod because the operator and its probes come from outside of it. No way leads there but the token's:
-the Service is a ClusterIP, the NetworkPolicy lets in the pods of this cluster and the operator (if your network plugin enforces policies),
-and you come by kubectl port-forward."""
+dashboard-host is 0.0.0.0 inside the pod because the operator and its probes connect from outside.
+Only the token gives access: the Service is a ClusterIP, the NetworkPolicy admits the pods of this
+cluster and the operator (if your network plugin enforces policies), and you use kubectl
+port-forward."""
 
 
 def render(
     name: str, cluster: ClusterConfig, kind: str, words: Sequence[str] = (), application: str = ""
 ) -> list[dict[str, Any]]:
-    """The documents of one `kind`.
+    """The documents of a resource of `kind`.
 
     Args:
         words: What follows `mesocosm` in a RayJob and in a RayService (`serve key=value ...`),
@@ -47,36 +54,37 @@ def render(
     Raises:
         UsageError: The results of a RayJob or RayService would be lost with the pod.
     """
-    called, secret = f"mesocosm-{name}", _token_secret(name)
+    full_name, secret = f"mesocosm-{name}", _token_secret(name)
     if kind == "RayCluster":
-        made = _resource(kind, called, _cluster(called, cluster, secret))
-        return [made, _network_policy(called)]
+        resource = _resource(kind, full_name, _cluster(full_name, cluster, secret))
+        return [resource, _network_policy(full_name)]
     if cluster.storage_root is None:
         raise UsageError(
             f"storage_root=null in clusters/{name}.yaml: what a {kind} writes would be lost"
             " with its pod; set it to s3://bucket/prefix"
         )
     if kind == "RayJob":
-        called += f"-{config.fingerprint(list(words))[:6]}"  # another job is another resource
-        spec = _job(called, cluster, secret, words)
+        # Another job is another resource.
+        full_name += f"-{config.fingerprint(list(words))[:6]}"
+        spec = _job(full_name, cluster, secret, words)
     else:
-        called += "-service"
-        spec = _service(called, cluster, secret, words, application)
-    return [_resource(kind, called, spec), _network_policy(called)]
+        full_name += "-service"
+        spec = _service(full_name, cluster, secret, words, application)
+    return [_resource(kind, full_name, spec), _network_policy(full_name)]
 
 
 def remarks(name: str, cluster: ClusterConfig) -> str:
-    """What to know of the documents, and to do before they are applied."""
+    """Comments above the documents: what to do before they are applied."""
     return REMARKS.format(
         secret=_token_secret(name), token=cluster.token_file.replace("~", "$HOME", 1)
     )
 
 
-def _resource(kind: str, called: str, spec: dict[str, Any]) -> dict[str, Any]:
+def _resource(kind: str, full_name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "apiVersion": "ray.io/v1",
         "kind": kind,
-        "metadata": {"name": called, "labels": {LABEL: called}},
+        "metadata": {"name": full_name, "labels": {LABEL: full_name}},
         "spec": spec,
     }
 
@@ -85,7 +93,7 @@ def _token_secret(name: str) -> str:
     return f"mesocosm-{name}-token"
 
 
-def _cluster(called: str, cluster: ClusterConfig, secret: str) -> dict[str, Any]:
+def _cluster(full_name: str, cluster: ClusterConfig, secret: str) -> dict[str, Any]:
     """The spec of a RayCluster."""
     return {
         "rayVersion": importlib.metadata.version("ray"),
@@ -94,16 +102,13 @@ def _cluster(called: str, cluster: ClusterConfig, secret: str) -> dict[str, Any]
         "autoscalerOptions": {
             "version": "v2",
             "idleTimeoutSeconds": IDLE_SECONDS,
-            "securityContext": _confined(),
-            "resources": {
-                "requests": {"cpu": "500m", "memory": "1Gi"},
-                "limits": {"cpu": "500m", "memory": "1Gi"},
-            },
+            "securityContext": CONFINED,
+            "resources": {"requests": SMALL, "limits": SMALL},
         },
         "headGroupSpec": {
             "serviceType": "ClusterIP",
             "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
-            "template": _pod(called, cluster, cluster.head),
+            "template": _pod(full_name, cluster, cluster.head),
         },
         "workerGroupSpecs": [
             {
@@ -112,29 +117,14 @@ def _cluster(called: str, cluster: ClusterConfig, secret: str) -> dict[str, Any]
                 "minReplicas": group.kept,
                 "maxReplicas": group.count,
                 "rayStartParams": {},
-                "template": _pod(called, cluster, group),
+                "template": _pod(full_name, cluster, group),
             }
             for group in cluster.workers
         ],
     }
 
 
-def _confined() -> dict[str, Any]:
-    return {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
-
-
-def _user() -> dict[str, Any]:
-    """The user `ray` of Ray's images."""
-    return {
-        "runAsNonRoot": True,
-        "runAsUser": 1000,
-        "runAsGroup": 100,
-        "fsGroup": 100,
-        "seccompProfile": {"type": "RuntimeDefault"},
-    }
-
-
-def _pod(called: str, cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any]:
+def _pod(full_name: str, cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any]:
     assert group.memory_gib is not None and cluster.image is not None
     resources = {"cpu": str(group.cpus), "memory": f"{group.memory_gib:g}Gi"} | (
         {"nvidia.com/gpu": str(group.gpus)} if group.gpus else {}
@@ -144,7 +134,7 @@ def _pod(called: str, cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any
         "image": cluster.image,
         "env": [{"name": "RAY_USAGE_STATS_ENABLED", "value": "0"}],
         "resources": {"requests": resources, "limits": dict(resources)},
-        "securityContext": _confined(),
+        "securityContext": CONFINED,
         "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],
     }
     if group.name == HEAD:
@@ -155,7 +145,7 @@ def _pod(called: str, cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any
     if cluster.secret is not None:
         container["envFrom"] = [{"secretRef": {"name": cluster.secret}}]
     spec: dict[str, Any] = {
-        "securityContext": _user(),
+        "securityContext": USER,
         "containers": [container],
         # Ray's object store and NCCL: counts as the container's memory.
         "volumes": [
@@ -168,20 +158,21 @@ def _pod(called: str, cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any
     if group.identity is not None:
         spec["serviceAccountName"] = group.identity
     if group.name != HEAD:
-        spec["automountServiceAccountToken"] = (
-            False  # the head's autoscaler alone speaks to Kubernetes; a cloud's identity has a token of its own
-        )
+        # Only the head's autoscaler uses Kubernetes' API; a cloud's identity has its own token.
+        spec["automountServiceAccountToken"] = False
     if group.instance is not None:
         spec["nodeSelector"] = {"node.kubernetes.io/instance-type": group.instance}
     if group.gpus:
         spec["tolerations"] = [
             {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
         ]
-    return {"metadata": {"labels": {LABEL: called}}, "spec": spec}
+    return {"metadata": {"labels": {LABEL: full_name}}, "spec": spec}
 
 
-def _job(called: str, cluster: ClusterConfig, secret: str, words: Sequence[str]) -> dict[str, Any]:
-    """A RayJob: a cluster of its own, `mesocosm WORDS` on its head, and the end of both."""
+def _job(
+    full_name: str, cluster: ClusterConfig, secret: str, words: Sequence[str]
+) -> dict[str, Any]:
+    """The spec of a RayJob: a cluster that runs `mesocosm WORDS` on its head, and ends with it."""
     where = {
         "ray.address": "auto",
         "storage.root": cluster.storage_root,
@@ -200,33 +191,31 @@ def _job(called: str, cluster: ClusterConfig, secret: str, words: Sequence[str])
         "ttlSecondsAfterFinished": IDLE_SECONDS,
         "submissionMode": "K8sJobMode",
         "submitterPodTemplate": {
-            "metadata": {"labels": {LABEL: called}},
+            "metadata": {"labels": {LABEL: full_name}},
             "spec": {
                 "restartPolicy": "Never",
                 "automountServiceAccountToken": False,
-                "securityContext": _user(),
+                "securityContext": USER,
                 "containers": [
                     {
                         "name": "ray-job-submitter",
                         "image": cluster.image,
-                        "resources": {
-                            "requests": {"cpu": "500m", "memory": "1Gi"},
-                            "limits": {"cpu": "1", "memory": "1Gi"},
-                        },
-                        "securityContext": _confined(),
+                        "resources": {"requests": SMALL, "limits": SMALL | {"cpu": "1"}},
+                        "securityContext": CONFINED,
                     }
                 ],
             },
         },
-        "rayClusterSpec": _cluster(called, cluster, secret),
+        "rayClusterSpec": _cluster(full_name, cluster, secret),
     }
 
 
 def _service(
-    called: str, cluster: ClusterConfig, secret: str, words: Sequence[str], name: str
+    full_name: str, cluster: ClusterConfig, secret: str, words: Sequence[str], name: str
 ) -> dict[str, Any]:
-    """A RayService: `mesocosm serve`'s application, which KubeRay keeps running. Clients step in it
-    from jobs of the same Ray.
+    """The spec of a RayService: KubeRay keeps the application of `mesocosm serve` running.
+
+    Clients step in it from jobs of the same Ray.
     """
     keys = [f"storage.root={cluster.storage_root}", *words[1:]]
     application = {
@@ -235,8 +224,7 @@ def _service(
         "route_prefix": None,
         "args": {key: value for key, value in (word.split("=", 1) for word in keys)},
     }
-    # The proxies run, for KubeRay counts the nodes whose proxy is healthy, but no route leads from
-    # them to the application.
+    # KubeRay counts the nodes whose proxy is healthy. No proxy has a route to the application.
     serve = {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": SERVE},
@@ -245,12 +233,13 @@ def _service(
     return {
         "serveConfigV2": to_yaml([serve], ""),
         "excludeHeadPodFromServeSvc": True,
-        "rayClusterConfig": _cluster(called, cluster, secret),
+        "rayClusterConfig": _cluster(full_name, cluster, secret),
     }
 
 
-def _network_policy(called: str) -> dict[str, Any]:
-    """In come the cluster's own pods, and the operator to the dashboard and to Serve's health;
+def _network_policy(full_name: str) -> dict[str, Any]:
+    """Admit the cluster's own pods, and the operator to the dashboard and to Serve's health.
+
     kubectl port-forward needs no rule.
     """
     operator = {
@@ -268,12 +257,12 @@ def _network_policy(called: str) -> dict[str, Any]:
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": {"name": called, "labels": {LABEL: called}},
+        "metadata": {"name": full_name, "labels": {LABEL: full_name}},
         "spec": {
-            "podSelector": {"matchLabels": {LABEL: called}},
+            "podSelector": {"matchLabels": {LABEL: full_name}},
             "policyTypes": ["Ingress"],
             "ingress": [
-                {"from": [{"podSelector": {"matchLabels": {LABEL: called}}}]},
+                {"from": [{"podSelector": {"matchLabels": {LABEL: full_name}}}]},
                 {
                     "from": [operator],
                     "ports": [{"protocol": "TCP", "port": port} for port in (DASHBOARD, SERVE)],
