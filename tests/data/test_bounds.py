@@ -31,9 +31,7 @@ from mesocosm.store.artifacts import Artifact, Storage
 
 
 class Square(gymnasium.Env[Any, Any]):
-    """Counts its steps in two numbers of a box to 5; `trouble` is given at the third step of the
-    reset seeds in `when`.
-    """
+    """Observes its steps. `trouble` happens at the third step of every `every`-th reset seed."""
 
     observation_space = spaces.Box(-5.0, 5.0, (2,), np.float64)
     action_space = spaces.Discrete(2)
@@ -57,7 +55,7 @@ class Square(gymnasium.Env[Any, Any]):
 
 
 class Endless(Square):
-    """As Square, of a box to the largest numbers."""
+    """Square with a box of the largest numbers."""
 
     observation_space = spaces.Box(-1.7e308, 1.7e308, (2,), np.float64)
 
@@ -67,7 +65,7 @@ gymnasium.register("OddEndless-v0", entry_point=Endless, max_episode_steps=50)
 
 
 @pytest.fixture
-def bring(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
+def import_logs(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
     def make(*paths: Path | str, **keys: Any) -> Artifact:
         config = configured(*paths, **keys)
         config.storage.root = root
@@ -104,8 +102,9 @@ def configured(
 
 
 def parquet(path: Path, *changes: tuple[int, int, str, Any]) -> Path:
-    """Three episodes of four rows, but for some (episode, step, column, value); an episode of -1 is
-    each.
+    """Write three episodes of four rows, with changes (episode, step, column, value).
+
+    Episode -1 stands for all.
     """
     rows = [
         {
@@ -131,7 +130,7 @@ def parquet(path: Path, *changes: tuple[int, int, str, Any]) -> Path:
 
 @pytest.mark.parametrize("bad", ["refuse", "drop"])
 def test_bounds_of_what_is_imported(
-    bad: str, tmp_path: Path, bring: Callable[..., Artifact]
+    bad: str, tmp_path: Path, import_logs: Callable[..., Artifact]
 ) -> None:
     path = parquet(
         tmp_path / "a.parquet",
@@ -143,8 +142,8 @@ def test_bounds_of_what_is_imported(
         ("outside the space", 1)
     ] and dropped["episodes"] == 2
     for bounds, value in (("clip", -5.0), ("ignore", -7.0)):
-        made = Dataset([bring(path, env="OddSquare-v0", bounds=bounds, bad=bad).path])
-        assert [float(o[0]) for o in made.episode(1).observations] == [0.0, value, 1.0, 1.5, 2.0]
+        result = Dataset([import_logs(path, env="OddSquare-v0", bounds=bounds, bad=bad).path])
+        assert [float(o[0]) for o in result.episode(1).observations] == [0.0, value, 1.0, 1.5, 2.0]
     wrong = parquet(tmp_path / "b.parquet", (1, 1, "action", 2))
     for bounds in ("drop", "clip", "ignore"):
         left_out = plan(configured(wrong, env="OddSquare-v0", bounds=bounds, bad=bad))["left out"]
@@ -168,32 +167,32 @@ def test_bounds_of_what_is_imported(
 
 
 def test_bounds_of_what_is_collected(
-    gather: Callable[..., Artifact], bring: Callable[..., Artifact]
+    gather: Callable[..., Artifact], import_logs: Callable[..., Artifact]
 ) -> None:
     """The same values as `import` drops, clips and ignores; and what is exported is imported by the
     same policy.
     """
-    made = {
+    result = {
         bounds: gather("OddSquare-v0", bounds, trouble="outside", every=3)
         for bounds in ("drop", "clip", "ignore")
     }
-    reasons = [dropped["reason"] for dropped in made["drop"].meta["dropped"]]
+    reasons = [dropped["reason"] for dropped in result["drop"].meta["dropped"]]
     assert reasons and all(
         "after step 3, observation=[1.5, -7.0] is outside Box" in reason for reason in reasons
     )
-    assert all(dropped["steps"] == 3 for dropped in made["drop"].meta["dropped"]), (
+    assert all(dropped["steps"] == 3 for dropped in result["drop"].meta["dropped"]), (
         "no step is paid after it"
     )
-    assert made["clip"].meta["dropped"] == made["ignore"].meta["dropped"] == []
+    assert result["clip"].meta["dropped"] == result["ignore"].meta["dropped"] == []
     lowest = {
         bounds: min(
             o[1] for episode in Dataset([a.path]).iter_episodes() for o in episode.observations
         )
-        for bounds, a in made.items()
+        for bounds, a in result.items()
     }
     assert lowest == {"drop": 0.0, "clip": -5.0, "ignore": -7.0}
-    for bounds, artifact in made.items():
-        back = bring(artifact.path / "episodes", env="OddSquare-v0", bounds=bounds)
+    for bounds, artifact in result.items():
+        back = import_logs(artifact.path / "episodes", env="OddSquare-v0", bounds=bounds)
         assert exports(back) == exports(artifact) and back.meta["counts"]["episodes_left_out"] == 0
     with pytest.raises(
         MesocosmError,
@@ -203,7 +202,7 @@ def test_bounds_of_what_is_collected(
 
 
 @pytest.mark.parametrize(
-    ("trouble", "said"),
+    ("trouble", "message"),
     [
         ("huge", r"observation\[1\] holds 1e\+300, and a world computes in float32; rescale it"),
         ("reward", r"reward -1e\+39, and a world computes in float32; rescale it"),
@@ -211,15 +210,15 @@ def test_bounds_of_what_is_collected(
     ],
 )
 def test_values_that_no_world_can_hold_are_not_collected(
-    trouble: str, said: str, gather: Callable[..., Artifact]
+    trouble: str, message: str, gather: Callable[..., Artifact]
 ) -> None:
     for bounds in ("drop", "ignore"):
-        with pytest.raises(MesocosmError, match=f"5 episodes in a row failed .*{said}"):
+        with pytest.raises(MesocosmError, match=f"5 episodes in a row failed .*{message}"):
             gather("OddEndless-v0", bounds, trouble=trouble)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"observations": [np.array([0.0, -1e300])] * 4},
@@ -235,7 +234,10 @@ def test_values_that_no_world_can_hold_are_not_collected(
     ],
 )
 def test_a_codec_is_not_fitted_to_what_no_world_can_hold(
-    change: dict[str, Any], said: str, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    change: dict[str, Any],
+    message: str,
+    write: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A dataset that an earlier version wrote holds such values."""
     monkeypatch.setattr("mesocosm.data.format.spaces.first_beyond_float32", lambda values: None)
@@ -253,7 +255,7 @@ def test_a_codec_is_not_fitted_to_what_no_world_can_hold(
         spaces.Box(-np.inf, np.inf, (1,), np.float64),
     )
     dataset = Dataset([write([episode], observation_space=box[0], action_space=box[1])])
-    with pytest.raises(UsageError, match=said) as error:
+    with pytest.raises(UsageError, match=message) as error:
         Codec.fit(dataset)
     assert "\n" not in str(error.value)
 
@@ -314,7 +316,6 @@ def test_a_judged_episode_is_not_dropped_for_its_bounds(root: str) -> None:
 
 
 # -- what is exported
-# -------------------------------------------------------------------------------
 
 EVERY = spaces.Dict(
     {
@@ -382,10 +383,12 @@ def exports(artifact: Artifact, *folders: str) -> list[bytes]:
 
 
 def test_what_is_exported_imports_again_byte_for_byte(
-    gather: Callable[..., Artifact], bring: Callable[..., Artifact]
+    gather: Callable[..., Artifact], import_logs: Callable[..., Artifact]
 ) -> None:
-    made = gather("Everything-v0")
-    assert all(made.meta["counts"]["outcomes"].values())
-    back, inferred = (bring(made.path / "episodes", env=env) for env in ("Everything-v0", ""))
-    assert exports(made) == exports(back) == exports(inferred) != []
-    assert exports(made, "shards") == exports(back, "shards") != []
+    result = gather("Everything-v0")
+    assert all(result.meta["counts"]["outcomes"].values())
+    back, inferred = (
+        import_logs(result.path / "episodes", env=env) for env in ("Everything-v0", "")
+    )
+    assert exports(result) == exports(back) == exports(inferred) != []
+    assert exports(result, "shards") == exports(back, "shards") != []

@@ -1,6 +1,4 @@
-"""Collecting: the same dataset whatever the workers, exact in steps, and alive through crashes and
-hangs.
-"""
+"""Collecting: exact in steps, the same for any workers, and robust to crashes and hangs."""
 
 from __future__ import annotations
 
@@ -47,8 +45,8 @@ def a_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tracking.Run]:
 
 
 @pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run in the folder of a user's own module, `ownenvs`."""
+def user_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in the folder of a user's module, `ownenvs`."""
     monkeypatch.chdir(OWN)
     monkeypatch.syspath_prepend(str(OWN))
 
@@ -78,7 +76,7 @@ def spent(cfg: CollectConfig, artifact: Artifact) -> Any:
 
 
 def troubled(trouble: dict[int, str], **more: Any) -> dict[str, Any]:
-    """What happens in which episode (of seed 0)."""
+    """Reality's config, with trouble in episodes of seed 0."""
     return {
         "kwargs": {"trouble": {str(episode_seed(0, k)): what for k, what in trouble.items()}},
         "horizon": 12,
@@ -91,36 +89,36 @@ def test_steps_are_exact_and_a_second_time_is_free(
     root: str, a_run: tracking.Run, env: str
 ) -> None:
     cfg = config(root, env, steps=301, lanes=3)
-    made = collect(cfg, a_run)
-    counts = made.meta["counts"]
+    result = collect(cfg, a_run)
+    counts = result.meta["counts"]
     assert counts["steps"] == counts["transitions"] == 301 and counts["dropped"] == 0
     assert (
         sum(counts["outcomes"].values()) == counts["episodes"]
         and counts["outcomes"]["unfinished"] <= 3
     )
-    totals = spent(cfg, made)
+    totals = spent(cfg, result)
     assert (
         totals.purposes["collect"].steps == 301
         and totals.purposes["collect"].resets == counts["episodes"]
         and totals.unconfirmed == ()
     )
-    assert made.meta["ledger"]["purposes"]["collect"]["steps"] == 301
-    rows = pq.read_table(made.path / "episodes").to_pylist()
+    assert result.meta["ledger"]["purposes"]["collect"]["steps"] == 301
+    rows = pq.read_table(result.path / "episodes").to_pylist()
     assert len(rows) == 301 + counts["episodes"]
     again = collect(cfg, a_run)
-    assert again.id == made.id and spent(cfg, made).steps == 301
+    assert again.id == result.id and spent(cfg, result).steps == 301
     forced = collect(config(root, env, steps=301, lanes=3, force=True), a_run)
     assert (
-        forced.id == made.id
-        and checksums(forced) == checksums(made)
-        and spent(cfg, made).steps == 602
+        forced.id == result.id
+        and checksums(forced) == checksums(result)
+        and spent(cfg, result).steps == 602
     )
 
 
 def test_the_same_dataset_whatever_the_workers(
-    root: str, tmp_path: Path, own: None, a_run: tracking.Run, ray_local: None, golden: Any
+    root: str, tmp_path: Path, user_module: None, a_run: tracking.Run, ray_local: None, golden: Any
 ) -> None:
-    made = []
+    result = []
     for workers in (0, 1, 2):
         cfg = config(
             str(tmp_path / str(workers)),
@@ -134,18 +132,18 @@ def test_the_same_dataset_whatever_the_workers(
             BehaviourConfig(),
             BehaviourConfig("noisy", weight=2, noise=0.3, function="ownenvs:push_left"),
         ]
-        made.append(collect(cfg, a_run))
-        totals = spent(cfg, made[-1])
+        result.append(collect(cfg, a_run))
+        totals = spent(cfg, result[-1])
         assert totals.steps == 200 and totals.unconfirmed == ()
-    assert len({artifact.id for artifact in made}) == 1
-    assert checksums(made[0]) == checksums(made[1]) == checksums(made[2])
-    golden.check("collect", {"shards": golden.of_files(made[0].path, "shards/*/*.npy")})
-    dropped = made[0].meta["dropped"]
+    assert len({artifact.id for artifact in result}) == 1
+    assert checksums(result[0]) == checksums(result[1]) == checksums(result[2])
+    golden.check("collect", {"shards": golden.of_files(result[0].path, "shards/*/*.npy")})
+    dropped = result[0].meta["dropped"]
     assert [(d["index"], d["steps"]) for d in dropped] == [
         (4, 3),
         (9, 3),
     ] and "the arm fell off" in dropped[0]["reason"]
-    counts = made[0].meta["counts"]
+    counts = result[0].meta["counts"]
     assert (
         counts["steps"] == 200
         and counts["transitions"] == 194
@@ -157,7 +155,7 @@ def test_the_same_dataset_whatever_the_workers(
         ),
         a_run,
     )
-    assert other.id != made[0].id
+    assert other.id != result[0].id
 
 
 def test_behaviours_have_their_shares_of_few_episodes_too() -> None:
@@ -176,7 +174,7 @@ def test_behaviours_have_their_shares_of_few_episodes_too() -> None:
 
 
 def test_a_hang_and_a_death_cost_their_episodes(
-    root: str, own: None, a_run: tracking.Run, ray_local: None
+    root: str, user_module: None, a_run: tracking.Run, ray_local: None
 ) -> None:
     cfg = config(
         root,
@@ -186,15 +184,15 @@ def test_a_hang_and_a_death_cost_their_episodes(
         reality=troubled({2: "hang", 5: "die", 8: "reset"}, step_timeout_s=3.0),
         steps=150,
     )
-    made = collect(cfg, a_run)
-    dropped = {d["index"]: d for d in made.meta["dropped"]}
+    result = collect(cfg, a_run)
+    dropped = {d["index"]: d for d in result.meta["dropped"]}
     assert set(dropped) == {2, 5, 8}
     assert (
         "step took longer than reality.step_timeout_s=3" in dropped[2]["reason"]
         and dropped[2]["steps"] == 3
     )
     assert "process died" in dropped[5]["reason"] and dropped[8]["steps"] == 0
-    totals, counts = spent(cfg, made), made.meta["counts"]
+    totals, counts = spent(cfg, result), result.meta["counts"]
     # The hanging step was counted and the rest of its block given back. What the dead processes had
     # reserved stays
     # spent, apart: they are three, for only then the episode is taken to be what kills them.
@@ -204,12 +202,12 @@ def test_a_hang_and_a_death_cost_their_episodes(
     )
     lost = totals.purposes["collect"].unconfirmed_steps
     assert totals.steps == 150 + lost and lost == sum(r.steps for r in totals.unconfirmed) >= 9
-    episodes = set(pq.read_table(made.path / "episodes")["episode"].to_pylist())
+    episodes = set(pq.read_table(result.path / "episodes")["episode"].to_pylist())
     assert episodes >= {0, 1, 3, 4, 6, 7} and not episodes & {2, 5, 8}
 
 
 def test_an_environment_that_always_fails_ends_the_job(
-    root: str, own: None, a_run: tracking.Run
+    root: str, user_module: None, a_run: tracking.Run
 ) -> None:
     cfg = config(
         root, "ownenvs:Line", reality=troubled(dict.fromkeys(range(40), "crash")), ledger="mine"
@@ -224,28 +222,28 @@ def test_an_environment_that_always_fails_ends_the_job(
 
 
 def test_a_value_outside_its_space_costs_its_episode(
-    root: str, own: None, a_run: tracking.Run
+    root: str, user_module: None, a_run: tracking.Run
 ) -> None:
     trouble = {1: "at", 3: "count", 5: "mode", 8: "word", 10: "list"}
-    made = collect(config(root, "ownenvs:Odd", reality=troubled(trouble)), a_run)
-    reasons = {d["index"]: d["reason"] for d in made.meta["dropped"]}
+    result = collect(config(root, "ownenvs:Odd", reality=troubled(trouble)), a_run)
+    reasons = {d["index"]: d["reason"] for d in result.meta["dropped"]}
     assert reasons.keys() == trouble.keys()
-    said = {
+    message = {
         1: "observation.at: every value must have shape",
         3: "beyond 2**53",
         5: "value 7 is outside",
         8: "'z' is not in the charset",
         10: "holds NaN",
     }
-    assert all(f"episode {k}" in reasons[k] and words in reasons[k] for k, words in said.items()), (
-        reasons
-    )
-    counts = made.meta["counts"]
+    assert all(
+        f"episode {k}" in reasons[k] and words in reasons[k] for k, words in message.items()
+    ), reasons
+    counts = result.meta["counts"]
     assert (
         counts["steps"] == 200 == counts["transitions"] + counts["dropped_steps"]
         and counts["dropped"] == 5
     )
-    assert spent(config(root), made).steps == 200
+    assert spent(config(root), result).steps == 200
     with pytest.raises(MesocosmError, match=r"5 episodes in a row failed .*value 7 is outside"):
         collect(
             config(root, "ownenvs:Odd", reality=troubled(dict.fromkeys(range(40), "mode"))), a_run
@@ -284,7 +282,7 @@ def a_plan(root: str, trouble: dict[int, str], **kwargs: Any) -> Plan:
 
 @pytest.mark.slow
 def test_a_step_that_comes_back_too_late_costs_its_episode(
-    root: str, own: None, ray_local: None
+    root: str, user_module: None, ray_local: None
 ) -> None:
     """The meter is frozen, and the step returns before the driver has read so."""
     plan, lanes = a_plan(root, {1: "hang"}, nap=3.1), split(30, 1)
@@ -300,7 +298,7 @@ def test_a_step_that_comes_back_too_late_costs_its_episode(
 
 @pytest.mark.slow
 def test_a_close_that_hangs_costs_nothing(
-    root: str, own: None, ray_local: None, monkeypatch: pytest.MonkeyPatch
+    root: str, user_module: None, ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ray_workers, "SILENCE_S", 0.5)
     plan, lanes = a_plan(root, {0: "crash"}, closing=3600.0), split(20, 1)
@@ -312,7 +310,7 @@ def test_a_close_that_hangs_costs_nothing(
 
 
 def test_a_budget_that_others_spend_meanwhile_keeps_what_was_collected(
-    root: str, own: None, a_run: tracking.Run, monkeypatch: pytest.MonkeyPatch
+    root: str, user_module: None, a_run: tracking.Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ownenvs
 
@@ -337,8 +335,8 @@ def test_a_budget_that_others_spend_meanwhile_keeps_what_was_collected(
             Ledger(Storage(root), "ours", BudgetConfig(300)).reserve("collect", 10**6)
 
     monkeypatch.setattr(ownenvs.beside, "meanwhile", meanwhile)
-    made = collect(cfg(0, 300), a_run)
-    counts = made.meta["counts"]
+    result = collect(cfg(0, 300), a_run)
+    counts = result.meta["counts"]
     # What the lane had reserved: two episodes of twelve at least, and part of another; the other
     # lane is refused its first reset.
     taken = counts["steps"]
@@ -346,18 +344,18 @@ def test_a_budget_that_others_spend_meanwhile_keeps_what_was_collected(
         24 < taken == counts["transitions"] < 100 and counts["outcomes"]["truncated"] == taken // 12
     )
     assert counts["outcomes"]["unfinished"] == int(taken % 12 > 0)
-    assert counts["dropped"] == 0 == counts["dropped_steps"] and made.meta["dropped"] == []
-    assert made.meta["short"].startswith(
+    assert counts["dropped"] == 0 == counts["dropped_steps"] and result.meta["dropped"] == []
+    assert result.meta["short"].startswith(
         f"{taken} of steps=200 were taken: ledger 'ours': reality.budget.steps=300 is spent"
     )
     assert f"warning: {taken} of steps=200" in (a_run.folder / "log.txt").read_text()
     ended = [
-        e.total_reward for e in Dataset([made.path]).iter_episodes() if e.outcome == "truncated"
+        e.total_reward for e in Dataset([result.path]).iter_episodes() if e.outcome == "truncated"
     ]
     assert counts["mean_return"] == pytest.approx(np.mean(ended)) and counts["success_rate"] == 0
     totals = Ledger(Storage(root), "ours", BudgetConfig(300)).totals()
     assert totals.spent == 300 and sum(r.steps for r in totals.unconfirmed) == 300 - taken
-    assert collect(cfg(0, 300), a_run).id == made.id
+    assert collect(cfg(0, 300), a_run).id == result.id
     assert "--force collects it anew" in (a_run.folder / "log.txt").read_text().splitlines()[-1]
 
     monkeypatch.setattr(
@@ -367,36 +365,36 @@ def test_a_budget_that_others_spend_meanwhile_keeps_what_was_collected(
     )
     with pytest.raises(BudgetSpent, match=r"reality.budget.steps=600 is spent"):
         collect(cfg(1, 600), a_run)
-    assert Storage(root).list("datasets") == [made.id]
+    assert Storage(root).list("datasets") == [result.id]
 
 
 def test_returns_and_successes_are_of_ended_episodes(
-    root: str, own: None, a_run: tracking.Run
+    root: str, user_module: None, a_run: tracking.Run
 ) -> None:
     behaviours = [BehaviourConfig("scripted", function="ownenvs:beside")]
     reality = {"horizon": 12, "success": "return <= 0", "kwargs": {"stretch": 0.0}}
-    made = collect(
+    result = collect(
         config(root, "ownenvs:Line", steps=20, reality=reality, behaviours=behaviours), a_run
     )
     assert (
-        made.meta["counts"]["outcomes"]["unfinished"] == 2
-        and made.meta["counts"]["mean_return"] is None is made.meta["counts"]["success_rate"]
+        result.meta["counts"]["outcomes"]["unfinished"] == 2
+        and result.meta["counts"]["mean_return"] is None is result.meta["counts"]["success_rate"]
     )
-    made = collect(
+    result = collect(
         config(root, "ownenvs:Line", steps=30, reality=reality, behaviours=behaviours), a_run
     )
     ended = [
-        e.total_reward for e in Dataset([made.path]).iter_episodes() if e.outcome != "unfinished"
+        e.total_reward for e in Dataset([result.path]).iter_episodes() if e.outcome != "unfinished"
     ]
-    assert len(ended) == 2 == made.meta["counts"]["episodes"] - 2
+    assert len(ended) == 2 == result.meta["counts"]["episodes"] - 2
     assert (
-        made.meta["counts"]["mean_return"] == pytest.approx(np.mean(ended))
-        and made.meta["counts"]["success_rate"] == 1
+        result.meta["counts"]["mean_return"] == pytest.approx(np.mean(ended))
+        and result.meta["counts"]["success_rate"] == 1
     )
 
 
 def test_a_budget_is_refused_before_anything_starts(
-    root: str, own: None, a_run: tracking.Run
+    root: str, user_module: None, a_run: tracking.Run
 ) -> None:
     def cfg(seed: int, steps: int) -> CollectConfig:
         return config(
@@ -422,7 +420,7 @@ def test_a_budget_is_refused_before_anything_starts(
 
 
 def test_a_collection_that_failed_goes_on_after_its_stored_episodes(
-    root: str, tmp_path: Path, own: None, a_run: tracking.Run
+    root: str, tmp_path: Path, user_module: None, a_run: tracking.Run
 ) -> None:
     cfg = config(
         root,
@@ -442,12 +440,12 @@ def test_a_collection_that_failed_goes_on_after_its_stored_episodes(
     lost = sum(r.steps for r in before.unconfirmed)  # of the episode that was under way, exactly
     stored = before.steps - lost
     assert 0 < before.steps < 190 and 0 < lost < 12 and stored > 0 and stored % 12 == 0
-    made = collect(cfg, a_run)
-    totals = spent(cfg, made)
-    assert made.id == ledger and totals.steps == 200 + lost
+    result = collect(cfg, a_run)
+    totals = spent(cfg, result)
+    assert result.id == ledger and totals.steps == 200 + lost
     assert (
         totals.steps - sum(r.steps for r in totals.unconfirmed)
-        == made.meta["counts"]["transitions"]
+        == result.meta["counts"]["transitions"]
     )
     text = (a_run.folder / "log.txt").read_text()
     assert (
@@ -455,19 +453,21 @@ def test_a_collection_that_failed_goes_on_after_its_stored_episodes(
         and f"counts {lost} steps of an" in text
     )
     undisturbed = collect(replace(cfg, storage=StorageConfig(str(tmp_path / "undisturbed"))), a_run)
-    assert checksums(undisturbed) == checksums(made) and undisturbed.id == made.id
+    assert checksums(undisturbed) == checksums(result) and undisturbed.id == result.id
     assert Storage(root).list("runs/episodes") == []
 
 
-def test_reset_options_are_the_datasets_task(root: str, own: None, a_run: tracking.Run) -> None:
+def test_reset_options_are_the_datasets_task(
+    root: str, user_module: None, a_run: tracking.Run
+) -> None:
     options = {
         "wind": TaskOption(low=0.0, high=0.1),
         "side": TaskOption(choices=["east", "west"]),
         "mass": TaskOption(choices=[1, 1, 1, 1, 2.5]),
     }
     reality = {"task": ["wind", "side", "mass"], "task_options": options, "horizon": 9}
-    made = collect(config(root, "ownenvs:Windy", reality=reality), a_run)
-    manifest = Manifest.read(made.path)
+    result = collect(config(root, "ownenvs:Windy", reality=reality), a_run)
+    manifest = Manifest.read(result.path)
     assert [(o.name, o.values) for o in manifest.task_options] == [
         ("wind", None),
         ("side", ["east", "west"]),
@@ -499,7 +499,7 @@ def test_the_mixture_is_a_function_of_seed_and_episode() -> None:
     assert [round(share[i] / 1500, 1) for i in range(3)] == [0.1, 0.3, 0.6]
 
 
-def test_noise(root: str, own: None) -> None:
+def test_noise(root: str, user_module: None) -> None:
     spaces = facts_of(RealityConfig(env="Pendulum-v1")).spaces
     act = build(
         BehaviourConfig("noisy", noise=0.1, function="ownenvs:push_left"), *spaces, Storage(root)
@@ -535,21 +535,21 @@ def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
         policy.network.trunk[0].weight.copy_(torch.tensor([[0.0, 0, -9, -9], [0, 0, 9, 9]]))
         policy.network.trunk[0].bias.zero_()
     agent = Storage(root).make("agents", "feed0123feed0123", {}, policy.save)
-    made = collect(
+    result = collect(
         config(root, steps=600, behaviours=[BehaviourConfig("trained", policy="agents/feed")]),
         a_run,
     )
-    assert made.meta["inputs"] == {"agents": [agent.id]} and made.meta["counts"][
+    assert result.meta["inputs"] == {"agents": [agent.id]} and result.meta["counts"][
         "behaviours"
     ].keys() == {f"trained {agent.name}"}
-    assert 600 / made.meta["counts"]["episodes"] > 60
+    assert 600 / result.meta["counts"]["episodes"] > 60
     best = collect(
         config(
             root, steps=600, behaviours=[BehaviourConfig("noisy", noise=0.0, policy="agents/feed")]
         ),
         a_run,
     )
-    assert best.id != made.id and 600 / best.meta["counts"]["episodes"] > 60
+    assert best.id != result.id and 600 / best.meta["counts"]["episodes"] > 60
     with pytest.raises(UsageError, match="needs the observation space"):
         collect(
             config(
@@ -562,7 +562,7 @@ def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         (["reality.env=CartPol-v1"], "did you mean 'CartPole-v1'"),
         (["steps=0"], "steps must be >= 1, got 0"),
@@ -593,28 +593,33 @@ def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
     ],
 )
 def test_what_bad_input_gets(
-    root: str, own: None, a_run: tracking.Run, ray_local: None, changes: list[str], said: str
+    root: str,
+    user_module: None,
+    a_run: tracking.Run,
+    ray_local: None,
+    changes: list[str],
+    message: str,
 ) -> None:
     cfg = load(
         CollectConfig,
         overrides=["reality.env=CartPole-v1", f"storage.root={root}", "workers=0", *changes],
     )
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         collect(cfg, a_run)
     assert Storage(root).list("ledgers") == Storage(root).list("datasets") == []
 
 
 @pytest.mark.parametrize(
-    ("function", "said"),
+    ("function", "message"),
     [
         ("too_far", r"returned the action array\(\[7.\].*not in the action space"),
         ("broken", "raised KeyError"),
     ],
 )
 def test_a_behaviour_that_is_wrong(
-    root: str, own: None, a_run: tracking.Run, function: str, said: str
+    root: str, user_module: None, a_run: tracking.Run, function: str, message: str
 ) -> None:
-    with pytest.raises(MesocosmError, match=said):
+    with pytest.raises(MesocosmError, match=message):
         collect(
             config(
                 root,

@@ -1,6 +1,4 @@
-"""Ctrl-C and storage that fails, at every write of a collection in this process: the ledger stays
-exact.
-"""
+"""The ledger stays exact after Ctrl-C, or failing storage, at every write of a collection."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ OWN = Path(__file__).parent.parent / "sample_envs"
 
 
 class Disturbed(Storage):
-    """Something happens after the `number`-th creation of a file."""
+    """Disturbs the `number`-th creation of a file."""
 
     creations = 0
     number = 0
@@ -49,8 +47,8 @@ class Interrupted(Disturbed):
         return created
 
 
-class Away(Disturbed):
-    """Of two creations, the job's and its second try."""
+class Failing(Disturbed):
+    """Fails for two creations: the job's, and its retry."""
 
     def disturb(self, path: str, data: bytes) -> bool:
         if 0 <= Disturbed.creations - Disturbed.number < 2:
@@ -63,9 +61,7 @@ Collect = Callable[[type[Disturbed], int, type[BaseException]], tuple[int, int, 
 
 @pytest.fixture
 def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
-    """Collects until the error; returns (steps asked of reality, steps stored, the ledger's
-    totals).
-    """
+    """Collects until the error. Returns (steps taken, steps stored, the ledger's totals)."""
     monkeypatch.chdir(OWN)
     monkeypatch.syspath_prepend(str(OWN))
     monkeypatch.setenv("STEPS_FILE", str(tmp_path / "steps"))
@@ -104,7 +100,7 @@ def test_a_ctrl_c_in_any_write_leaves_the_ledger_exact(collect: Collect, number:
 def test_storage_that_fails_in_any_write_leaves_stored_steps_confirmed(
     collect: Collect, number: int
 ) -> None:
-    asked, stored, totals = collect(Away, number, StorageError)
+    asked, stored, totals = collect(Failing, number, StorageError)
     unconfirmed = sum(r.steps for r in totals.unconfirmed)
     assert totals.steps >= asked and totals.steps - unconfirmed == stored
 
@@ -112,9 +108,7 @@ def test_storage_that_fails_in_any_write_leaves_stored_steps_confirmed(
 def test_a_budget_that_was_raised_makes_up_for_a_refusal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A collection is refused steps and is interrupted before its dataset is whole; its rerun is
-    not short.
-    """
+    """After a refusal and an interrupt, the rerun with a larger budget is not short."""
     cfg = CollectConfig(steps=100, workers=0, ledger="ours")
     cfg.reality = RealityConfig(env="CartPole-v1", budget=BudgetConfig(150))
     cfg.storage.root = str(tmp_path / "root")
@@ -142,5 +136,5 @@ def test_a_budget_that_was_raised_makes_up_for_a_refusal(
     monkeypatch.setattr(DatasetWriter, "close", close)
     cfg.reality.budget.steps = 1000
     with tracking.start("collect", cfg, quiet=True) as run:
-        made = collecting.run(cfg, run)
-    assert made.meta["counts"]["steps"] == 100 and made.meta["short"] is None
+        result = collecting.run(cfg, run)
+    assert result.meta["counts"]["steps"] == 100 and result.meta["short"] is None

@@ -1,6 +1,4 @@
-"""Collections whose processes are killed: no step that was confirmed is lost, and the dataset is
-that of an undisturbed run.
-"""
+"""Killed collections lose no confirmed step, and give the dataset of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ OWN = Path(__file__).parent.parent / "sample_envs"
 
 
 class Collection:
-    """`mesocosm collect` in a root of its own, in processes that can be killed."""
+    """`mesocosm collect` in a storage root of its own, in processes that can be killed."""
 
     def __init__(self, base: Path, steps: int, pace: float, workers: int):
         base.mkdir()
@@ -47,12 +45,12 @@ class Collection:
             return subprocess.Popen(command, cwd=OWN, env=env, stdout=log, stderr=log)
 
     def asked(self) -> int:
-        """Steps that reality was asked for."""
+        """Steps that the environment has taken."""
         path = self.base / "steps"
         return path.stat().st_size if path.exists() else 0
 
     def wait_for(self, steps: int, process: subprocess.Popen[bytes]) -> bool:
-        """Until reality was asked for so many more; False where the collection ended first."""
+        """Wait for so many more steps. False if the collection ended first."""
         target = self.asked() + steps
         while self.asked() < target:
             if process.poll() is not None:
@@ -82,7 +80,7 @@ def actors(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def compare(disturbed: Collection, undisturbed: Collection, lost: int) -> None:
-    """`lost`: steps that may have been asked of reality for nothing."""
+    """`lost`: steps whose transitions may be lost."""
     one, other = disturbed.commit(), undisturbed.commit()
     assert one["id"] == other["id"] and one["files"] == other["files"]
     totals, counts = disturbed.totals(), one["meta"]["counts"]
@@ -117,9 +115,8 @@ def test_a_killed_collection_goes_on_and_makes_the_same_dataset(tmp_path: Path) 
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("victim", ["driver", "worker"])
 def test_ten_kills_at_random_times(tmp_path: Path, victim: str) -> None:
-    """Ten kills of one collection. Each costs a lane at most the episode that it was at (20 steps),
-    those that ended within the last tenth of a second, and a tenth of a second of steps reserved
-    ahead; half of that in the mean.
+    """Each kill costs a lane at most its current episode (20 steps), the episodes that ended within
+    the last 0.1 s, and 0.1 s of steps reserved ahead; on average half of that.
     """
     undisturbed = Collection(tmp_path / "undisturbed", 6000, 0.01, workers=2)
     undisturbed.finish()

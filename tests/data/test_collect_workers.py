@@ -1,4 +1,4 @@
-"""Workers that are lost at odd moments."""
+"""Workers that are lost at inconvenient moments."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OWN = Path(__file__).parent.parent / "sample_envs"
 
 
 @pytest.fixture
-def own(monkeypatch: pytest.MonkeyPatch) -> None:
+def user_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(OWN)
     monkeypatch.syspath_prepend(str(OWN))
 
@@ -29,7 +29,7 @@ def a_plan(root: str, reality: RealityConfig) -> Plan:
 
 @pytest.mark.slow
 def test_a_process_that_dies_while_it_makes_the_environment_ends_the_job(
-    root: str, own: None, ray_local: None
+    root: str, user_module: None, ray_local: None
 ) -> None:
     reality = RealityConfig(env="ownenvs:Stillborn", kwargs={"survivor": os.getpid()})
     with pytest.raises(
@@ -40,11 +40,9 @@ def test_a_process_that_dies_while_it_makes_the_environment_ends_the_job(
 
 
 def test_an_episode_that_is_written_while_its_worker_is_given_up_is_not_dropped(
-    root: str, own: None, monkeypatch: pytest.MonkeyPatch
+    root: str, user_module: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A silent worker writes its episode between the driver's look into storage and the driver's
-    giving it up.
-    """
+    """A silent worker writes its episode after the driver has read storage."""
     plan = a_plan(root, RealityConfig(env="ownenvs:Line", kwargs={"stretch": 0.0}, horizon=10))
     (lane,) = split(10, 1)
     lane.careful = True

@@ -1,4 +1,4 @@
-"""What logs can show a world: free actions, and the rewards that occur."""
+"""Evidence of logs: how freely actions vary, and which rewards occur."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Logs = Callable[..., Evidence]
 
 @pytest.fixture
 def logs(tmp_path: Path) -> Logs:
-    """`logs(action_space, policy, episodes=30, length=20, rewards=None)`: the evidence of a walk."""
+    """`logs(space, policy, episodes=30, length=20, rewards=None)`: the evidence of a walk."""
 
-    def made(
+    def result(
         space: Any, policy: Policy, episodes: int = 30, length: int = 20, rewards: Any = None
     ) -> Evidence:
         rng, done = np.random.default_rng(0), []
         for k in range(episodes):
             walk = list(rng.normal(size=(length + 1, 2)).cumsum(0))
             actions = [policy(observation, rng) for observation in walk[:-1]]
-            given = np.zeros(length) if rewards is None else np.array(rewards(k), np.float64)
-            done.append(Episode(k, k, "logger", walk, actions, given, "truncated"))
+            earned = np.zeros(length) if rewards is None else np.array(rewards(k), np.float64)
+            done.append(Episode(k, k, "logger", walk, actions, earned, "truncated"))
         folder = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
         facts: dict[str, Any] = {"environment": Environment(id="walk"), "action_space": space}
         write_dataset(
@@ -42,7 +42,7 @@ def logs(tmp_path: Path) -> Logs:
         )
         return evidence(Dataset([folder]))
 
-    return made
+    return result
 
 
 def steady(o: Any, rng: np.random.Generator) -> Any:

@@ -1,6 +1,4 @@
-"""Importing: what was exported comes back, what is wrong is named by file and row, and the bytes
-are the same whoever reads.
-"""
+"""Importing: exports come back, faults are named by file and row, and the bytes never differ."""
 
 from __future__ import annotations
 
@@ -44,8 +42,8 @@ def cart(tmp_path_factory: pytest.TempPathFactory, cart_root: Callable[..., str]
 
 
 @pytest.fixture(autouse=True)
-def the_session_keeps_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command line ends what it started when it is over, and here that is other tests' Ray."""
+def keep_the_session_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command ends its Ray session, which other tests use here."""
     monkeypatch.setattr("mesocosm.cluster.ray_session.shutdown", lambda: None)
 
 
@@ -57,8 +55,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def bring(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
-    """`bring(path, ..., key=value)` imports, in this process unless told otherwise."""
+def import_logs(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
+    """`import_logs(path, ..., key=value)` imports, in this process by default."""
 
     def make(*paths: Path, env: str = "", to: str = root, **keys: Any) -> Artifact:
         config = configured(paths, env, **keys)
@@ -147,17 +145,16 @@ def logs(episodes: int = 3, length: int = 4) -> Rows:
     ]
 
 
-# -- what comes back
-# ---------------------------------------------------------------------------------------------------
+# -- imports
 
 
-def test_what_was_collected_comes_back_from_its_own_parquet(
-    cart: Dataset, bring: Callable[..., Artifact], golden: Any
+def test_a_collected_dataset_is_imported_from_its_export(
+    cart: Dataset, import_logs: Callable[..., Artifact], golden: Any
 ) -> None:
-    made = bring(cart.paths[0] / "episodes", env="CartPole-v1")
-    back = Dataset([made.path])
+    result = import_logs(cart.paths[0] / "episodes", env="CartPole-v1")
+    back = Dataset([result.path])
     same(cart, back)
-    golden.check("import", {"shards": golden.of_shards(made.path)})
+    golden.check("import", {"shards": golden.of_shards(result.path)})
     assert (
         back.manifests[0].environment.id == "CartPole-v1"
         and back.environment.max_episode_steps == 500
@@ -171,29 +168,29 @@ def test_what_was_collected_comes_back_from_its_own_parquet(
         back.table["split"], cart.table["split"]
     )
     assert (
-        made.meta["counts"]["transitions"] == cart.transitions
-        and made.meta["job"] == "import"
-        and "ledger" not in made.meta
+        result.meta["counts"]["transitions"] == cart.transitions
+        and result.meta["job"] == "import"
+        and "ledger" not in result.meta
     )
-    report = json.loads((made.path / "import.json").read_text())
+    report = json.loads((result.path / "import.json").read_text())
     assert (
         report["left_out"] == []
         and {"column": "action", "type": "int64", "became": "action: Discrete(2)"}.items()
         <= report["columns"][1].items()
     )
-    again = bring(cart.paths[0] / "episodes", env="CartPole-v1")
-    assert again.id == made.id
-    assert bring(cart.paths[0] / "episodes", env="CartPole-v1", force=True).id == made.id
+    again = import_logs(cart.paths[0] / "episodes", env="CartPole-v1")
+    assert again.id == result.id
+    assert import_logs(cart.paths[0] / "episodes", env="CartPole-v1", force=True).id == result.id
 
 
 @pytest.mark.parametrize("form", ["jsonl", "next", "flat", "struct"])
 @pytest.mark.parametrize("batch", [5, 1 << 14])
-def test_every_form_of_the_schema_gives_the_same(
+def test_every_form_of_the_schema_gives_the_same_dataset(
     form: str,
     batch: int,
     cart: Dataset,
     tmp_path: Path,
-    bring: Callable[..., Artifact],
+    import_logs: Callable[..., Artifact],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(parquet_reader, "BATCH_ROWS", batch)
@@ -225,11 +222,11 @@ def test_every_form_of_the_schema_gives_the_same(
                 for row in rows
             ]
             path = parquet(tmp_path / "b.parquet", rows)
-    made = bring(path, env="" if form == "struct" else "CartPole-v1")
+    result = import_logs(path, env="" if form == "struct" else "CartPole-v1")
     if form != "struct":
-        same(cart, Dataset([made.path]))
+        same(cart, Dataset([result.path]))
         return
-    back = Dataset([made.path])
+    back = Dataset([result.path])
     assert (
         isinstance(back.observation_space, spaces.Dict)
         and back.observation_space["cart"].shape == (2,)
@@ -242,7 +239,7 @@ def test_every_form_of_the_schema_gives_the_same(
         )
 
 
-def test_everything_optional(tmp_path: Path, bring: Callable[..., Artifact]) -> None:
+def test_everything_optional(tmp_path: Path, import_logs: Callable[..., Artifact]) -> None:
     rows = [
         {
             **row,
@@ -254,15 +251,15 @@ def test_everything_optional(tmp_path: Path, bring: Callable[..., Artifact]) -> 
         }
         for row in logs(6)
     ]
-    made = bring(jsonl(tmp_path / "a.jsonl", rows))
-    manifest = Manifest.read(made.path)
+    result = import_logs(jsonl(tmp_path / "a.jsonl", rows))
+    manifest = Manifest.read(result.path)
     assert (
         manifest.environment.task == ["mass", "side"]
         and [o.values for o in manifest.task_options] == [None, ["left"]]
         and manifest.durations
     )
     assert {b.name: b.episodes for b in manifest.behaviours} == {"b0": 3, "b1": 3}
-    episode = Dataset([made.path]).episode(3)
+    episode = Dataset([result.path]).episode(3)
     assert (
         episode.task == {"mass": 1.5, "side": "left"}
         and episode.seed == 7
@@ -272,8 +269,8 @@ def test_everything_optional(tmp_path: Path, bring: Callable[..., Artifact]) -> 
     assert episode.durations.tolist() == [0.25] * 4
 
 
-def test_spaces_are_inferred_and_said_to_be_guesses(
-    tmp_path: Path, bring: Callable[..., Artifact]
+def test_inferred_spaces_are_called_guesses(
+    tmp_path: Path, import_logs: Callable[..., Artifact]
 ) -> None:
     rows = []
     for row in logs(5):
@@ -293,8 +290,8 @@ def test_spaces_are_inferred_and_said_to_be_guesses(
                 "note": "x",
             }
         )
-    made = bring(jsonl(tmp_path / "a.jsonl", rows))
-    dataset = Dataset([made.path])
+    result = import_logs(jsonl(tmp_path / "a.jsonl", rows))
+    dataset = Dataset([result.path])
     seen, done = dataset.observation_space, dataset.action_space
     assert isinstance(seen, spaces.Dict) and isinstance(done, spaces.Dict)
     assert seen["pose"] == spaces.Box(-np.inf, np.inf, (2,), np.float64) and seen[
@@ -314,7 +311,8 @@ def test_spaces_are_inferred_and_said_to_be_guesses(
         "keys"
     ] == spaces.MultiDiscrete([2, 4])
     table = {
-        row["column"]: row for row in json.loads((made.path / "import.json").read_text())["columns"]
+        row["column"]: row
+        for row in json.loads((result.path / "import.json").read_text())["columns"]
     }
     assert table["note"]["became"] == "nothing" and "unknown" in table["note"]["how"]
     assert (
@@ -326,20 +324,21 @@ def test_spaces_are_inferred_and_said_to_be_guesses(
     assert first["word"] == "a" and first["count"] == -1 and first["lit"] == 0
 
 
-def test_ends_that_are_missing(tmp_path: Path, bring: Callable[..., Artifact]) -> None:
+def test_ends_that_are_missing(tmp_path: Path, import_logs: Callable[..., Artifact]) -> None:
     without = [row for row in logs() if row["action"] is not None]
-    made = bring(parquet(tmp_path / "a.parquet", without))
-    counts = made.meta["counts"]
+    result = import_logs(parquet(tmp_path / "a.parquet", without))
+    counts = result.meta["counts"]
     assert (
         counts["last_actions_left_out"] == 3
         and counts["transitions"] == 9
         and counts["outcomes"] == {"terminated": 0, "truncated": 0, "unfinished": 3}
     )
-    warnings = json.loads((made.path / "import.json").read_text())["warnings"]
+    warnings = json.loads((result.path / "import.json").read_text())["warnings"]
     assert "lost their last action" in warnings[0] and "never ends" in warnings[1]
     never = [{**row, "terminated": None if row["action"] is None else False} for row in logs()]
     assert (
-        bring(parquet(tmp_path / "b.parquet", never)).meta["counts"]["outcomes"]["unfinished"] == 3
+        import_logs(parquet(tmp_path / "b.parquet", never)).meta["counts"]["outcomes"]["unfinished"]
+        == 3
     )
     cut = [
         {
@@ -349,17 +348,19 @@ def test_ends_that_are_missing(tmp_path: Path, bring: Callable[..., Artifact]) -
         }
         for row in moves(logs())
     ]
-    outcomes = bring(parquet(tmp_path / "c.parquet", cut)).meta["counts"]["outcomes"]
+    outcomes = import_logs(parquet(tmp_path / "c.parquet", cut)).meta["counts"]["outcomes"]
     assert outcomes == {"terminated": 1, "truncated": 1, "unfinished": 1}
 
 
-def test_files_that_number_their_own_episodes(folder: Path, bring: Callable[..., Artifact]) -> None:
+def test_files_that_number_their_own_episodes(
+    folder: Path, import_logs: Callable[..., Artifact]
+) -> None:
     paths = [parquet(folder / f"{i}.parquet", logs(2)) for i in range(3)]
     with pytest.raises(
         UsageError, match=r"1.parquet' row 1: episode 0 comes again .*per_file=true"
     ):
         plan(configured(paths))
-    assert bring(folder, per_file=True).meta["counts"]["episodes"] == 6
+    assert import_logs(folder, per_file=True).meta["counts"]["episodes"] == 6
     for i in range(3):
         parquet(
             folder / f"{i}.parquet",
@@ -367,21 +368,21 @@ def test_files_that_number_their_own_episodes(folder: Path, bring: Callable[...,
         )
     with pytest.raises(UsageError, match=r"no column 'episode'.*per_file=true"):
         plan(configured(paths))
-    made = bring(folder, per_file=True)
-    assert [e.index for e in Dataset([made.path]).iter_episodes()] == [0, 1, 2]
+    result = import_logs(folder, per_file=True)
+    assert [e.index for e in Dataset([result.path]).iter_episodes()] == [0, 1, 2]
 
 
-def test_episodes_beyond_the_limit_are_told(tmp_path: Path) -> None:
+def test_episodes_beyond_the_limit_give_a_warning(tmp_path: Path) -> None:
     config = configured([parquet(tmp_path / "a.parquet", logs())])
-    for horizon, told in ((4, False), (3, True)):
+    for horizon, warns in ((4, False), (3, True)):
         config.reality.horizon = horizon
         assert (
             any("longest episode has 4 steps" in text for text in plan(config).get("warnings", []))
-            == told
+            == warns
         )
 
 
-def test_names_of_their_own(tmp_path: Path, bring: Callable[..., Artifact]) -> None:
+def test_columns_with_other_names(tmp_path: Path, import_logs: Callable[..., Artifact]) -> None:
     rows = [
         {{"observation": "obs", "terminated": "done"}.get(k, k): v for k, v in row.items()}
         | {"episode": f"run-{row['episode']}"}
@@ -396,13 +397,13 @@ def test_names_of_their_own(tmp_path: Path, bring: Callable[..., Artifact]) -> N
         ),
     ):
         plan(configured([path]))
-    made = bring(path, columns={"observation": "obs", "terminated": "done"})
-    assert made.meta["counts"]["transitions"] == 12 and [
-        e.index for e in Dataset([made.path]).iter_episodes()
+    result = import_logs(path, columns={"observation": "obs", "terminated": "done"})
+    assert result.meta["counts"]["transitions"] == 12 and [
+        e.index for e in Dataset([result.path]).iter_episodes()
     ] == [0, 1, 2]
 
 
-def test_a_lerobot_folder(folder: Path, bring: Callable[..., Artifact]) -> None:
+def test_a_lerobot_folder(folder: Path, import_logs: Callable[..., Artifact]) -> None:
     (folder / "meta").mkdir()
     (folder / "data" / "chunk-000").mkdir(parents=True)
     (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v3.0", "fps": 10}))
@@ -420,16 +421,18 @@ def test_a_lerobot_folder(folder: Path, bring: Callable[..., Artifact]) -> None:
             for t in range(5)
         ]
         parquet(folder / "data" / "chunk-000" / f"file-{i:03d}.parquet", rows)
-    made = bring(folder)
-    dataset = Dataset([made.path])
+    result = import_logs(folder)
+    dataset = Dataset([result.path])
     assert (
-        made.meta["counts"]["episodes"] == 4 and made.meta["counts"]["last_actions_left_out"] == 4
+        result.meta["counts"]["episodes"] == 4
+        and result.meta["counts"]["last_actions_left_out"] == 4
     )
     assert dataset.episode(3).observations[2].tolist() == [1.0, 3.0] and dataset.episode(3).actions[
         2
     ].tolist() == [0.5]
     table = {
-        row["column"]: row for row in json.loads((made.path / "import.json").read_text())["columns"]
+        row["column"]: row
+        for row in json.loads((result.path / "import.json").read_text())["columns"]
     }
     assert (
         "0 throughout" in table["reward"]["how"]
@@ -442,7 +445,10 @@ def test_a_lerobot_folder(folder: Path, bring: Callable[..., Artifact]) -> None:
 
 
 def test_a_minari_dataset(
-    cart: Dataset, tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+    cart: Dataset,
+    tmp_path: Path,
+    import_logs: Callable[..., Artifact],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     minari = pytest.importorskip("minari", reason="an extra")
     from minari.data_collector import EpisodeBuffer
@@ -467,8 +473,8 @@ def test_a_minari_dataset(
     minari.create_dataset_from_buffers(
         "cart-v0", buffers, observation_space=cart.observation_space, action_space=cart.action_space
     )
-    made = bring(Path("minari:cart-v0"))
-    back = Dataset([made.path])
+    result = import_logs(Path("minari:cart-v0"))
+    back = Dataset([result.path])
     assert (
         len(back.table) == len(cart.table)
         and back.observation_space == cart.observation_space
@@ -481,7 +487,8 @@ def test_a_minari_dataset(
             and one.outcome == other.outcome
         )
     assert (
-        "of the dataset" in json.loads((made.path / "import.json").read_text())["columns"][0]["how"]
+        "of the dataset"
+        in json.loads((result.path / "import.json").read_text())["columns"][0]["how"]
     )
     with pytest.raises(
         UsageError, match="'minari:none-v0' is not on this machine; leave --dry-run out"
@@ -491,7 +498,7 @@ def test_a_minari_dataset(
     from minari.storage import remotes
 
     class Folder(remotes.CloudStorage):  # type: ignore[misc]
-        """A hub that is a folder, and that breaks off where it says so."""
+        """A hub that is a folder, whose downloads fail if it holds a file `broken`."""
 
         def __init__(self, name: str, token: str | None = None):
             self.at = tmp_path / name
@@ -517,21 +524,22 @@ def test_a_minari_dataset(
         UsageError,
         match=(r"'minari:cart-v0' is not on this machine .* folder://hub \(connection reset\)"),
     ):
-        bring(Path("minari:cart-v0"))
-    assert not (tmp_path / "minari" / "cart-v0").exists(), "half of one is none"
+        import_logs(Path("minari:cart-v0"))
+    assert not (tmp_path / "minari" / "cart-v0").exists(), "an incomplete download stays"
     with pytest.raises(UsageError, match=r"'minari:none-v0' is not .*Couldn't find any version"):
-        bring(Path("minari:none-v0"))
+        import_logs(Path("minari:none-v0"))
     (tmp_path / "hub" / "broken").unlink()
     assert (
-        bring(Path("minari:cart-v0")).id == made.id and (tmp_path / "minari" / "cart-v0").is_dir()
+        import_logs(Path("minari:cart-v0")).id == result.id
+        and (tmp_path / "minari" / "cart-v0").is_dir()
     )
 
 
 @pytest.mark.slow
 def test_episodes_that_rllib_recorded(
-    folder: Path, bring: Callable[..., Artifact], ray_local: None
+    folder: Path, import_logs: Callable[..., Artifact], ray_local: None
 ) -> None:
-    pytest.importorskip("msgpack_numpy", reason="RLlib records by it")
+    pytest.importorskip("msgpack_numpy", reason="RLlib records with it")
     from ray.rllib.algorithms.ppo import PPOConfig
     from ray.rllib.offline.offline_env_runner import OfflineSingleAgentEnvRunner
 
@@ -545,13 +553,13 @@ def test_episodes_that_rllib_recorded(
     )
     recorded = runner.sample(num_episodes=3, random_actions=True)
     runner.stop()
-    made = bring(folder, env="CartPole-v1")
-    assert made.meta["counts"]["episodes"] == len(recorded) >= 3 and made.meta["counts"][
+    result = import_logs(folder, env="CartPole-v1")
+    assert result.meta["counts"]["episodes"] == len(recorded) >= 3 and result.meta["counts"][
         "transitions"
     ] == sum(map(len, recorded))
     back = {
         episode.observations[0].tobytes(): episode
-        for episode in Dataset([made.path]).iter_episodes()
+        for episode in Dataset([result.path]).iter_episodes()
     }
     for episode in recorded:
         imported = back[episode.get_observations(0).tobytes()]
@@ -563,12 +571,12 @@ def test_episodes_that_rllib_recorded(
             and imported.outcome == "terminated"
         )
     assert (
-        "RLlib's module" in json.loads((made.path / "import.json").read_text())["columns"][1]["how"]
+        "RLlib's module"
+        in json.loads((result.path / "import.json").read_text())["columns"][1]["how"]
     )
 
 
-# -- what is wrong
-# -----------------------------------------------------------------------------------------------------
+# -- faults
 
 
 def changed(row: int, **changes: Any) -> Rows:
@@ -625,21 +633,21 @@ BAD: dict[str, tuple[Rows, str]] = {
 }
 
 
-@pytest.mark.parametrize("what", BAD)
+@pytest.mark.parametrize("name", BAD)
 @pytest.mark.parametrize("form", ["parquet", "jsonl"])
 @pytest.mark.parametrize("batch", [1, 3, 1 << 14])
 def test_bad_rows_are_named(
-    what: str, form: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, form: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet_reader, "BATCH_ROWS", batch)
     monkeypatch.setattr(jsonl_reader, "BATCH_ROWS", batch)
-    rows, said = BAD[what]
+    rows, message = BAD[name]
     path = (
         parquet(tmp_path / "bad.parquet", rows, row_group_size=4)
         if form == "parquet"
         else jsonl(tmp_path / "bad.jsonl", rows)
     )
-    with pytest.raises(UsageError, match=said) as error:
+    with pytest.raises(UsageError, match=message) as error:
         plan(configured([path]))
     assert f"bad.{form}' row" in str(error.value) and "\n" not in str(error.value)
     rest = plan(configured([path], bad="drop"))
@@ -647,7 +655,7 @@ def test_bad_rows_are_named(
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         (
             {"observation": "a"},
@@ -660,8 +668,8 @@ def test_bad_rows_are_named(
         ({"reward": "much"}, "row 7: reward is a string where it was a number"),
     ],
 )
-def test_mixed_kinds_in_json(row: dict[str, Any], said: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_mixed_kinds_in_json(row: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
         plan(configured([jsonl(tmp_path / "a.jsonl", changed(6, **row))]))
 
 
@@ -669,7 +677,7 @@ def test_mixed_kinds_far_into_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(jsonl_reader, "BATCH_ROWS", 6)
     monkeypatch.setattr(jsonl_reader, "HEAD_ROWS", 6)
     monkeypatch.setattr(jsonl_reader, "PIECE_BYTES", 300)
-    for change, said in (
+    for change, message in (
         ({"episode": "2"}, "row 13: episode is .* where it .* before .mixed dtypes"),
         ({"observation": "a"}, "row 13: observation is .* where it .* before .mixed dtypes"),
         ({"behaviour": 3}, "row 13: behaviour is .*mixed dtypes"),
@@ -677,7 +685,7 @@ def test_mixed_kinds_far_into_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"step": 7}, "row 13: episode 2 goes from step 1 to step 7"),
     ):
         rows = [{**row, "behaviour": "a"} for row in logs()]
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             plan(
                 configured(
                     [
@@ -691,36 +699,35 @@ def test_mixed_kinds_far_into_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 100])
-def test_a_row_that_is_wrong_is_named_and_not_the_one_before_that_led_to_it(
+def test_the_faulty_row_is_named_and_not_the_one_before(
     tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However the rows fall into batches."""
     monkeypatch.setattr(jsonl_reader, "BATCH_ROWS", size)
     nan, rows = [float("nan"), 0.0], moves(logs())
     row = next(i for i, r in enumerate(rows) if (r["episode"], r["step"]) == (1, 1))
-    for change, said in (
+    for change, message in (
         ({"observation": nan}, "observation.0."),
         ({"next_observation": nan}, "next_observation.0."),
     ):
         changed = [{**r, **change} if i == row else r for i, r in enumerate(rows)]
         path = jsonl(tmp_path / "a.jsonl", changed)
         with pytest.raises(
-            UsageError, match=f"row {row + 1}: {said} .* got nan at step 1 of episode 1"
+            UsageError, match=f"row {row + 1}: {message} .* got nan at step 1 of episode 1"
         ):
             plan(configured([path]))
         (left,) = plan(configured([path], bad="drop"))["left out"]
         assert (left["reason"], left["episodes"]) == ("not finite", 1)
 
 
-def test_lines_that_are_no_objects(tmp_path: Path) -> None:
+def test_lines_that_are_not_objects(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "a.jsonl", logs())
-    for bad, said in (
+    for bad, message in (
         ("{", "row 16: the line is not JSON"),
         ("[1]", "row 16: the line holds a list"),
         ("\n{}", "row 16: the line is empty"),
     ):
         (tmp_path / "b.jsonl").write_text(path.read_text() + bad + "\n")
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             plan(configured([tmp_path / "b.jsonl"]))
     path.write_text(path.read_text() + "\n\n")
     assert plan(configured([path]))["transitions"] == 12
@@ -760,7 +767,7 @@ def test_files_that_differ(tmp_path: Path) -> None:
 def test_every_value_is_checked_against_the_environment(cart: Dataset, tmp_path: Path) -> None:
     rows = exported(cart)
     half = next(i for i, row in enumerate(rows) if row["episode"] == 1)
-    for change, said in (
+    for change, message in (
         ({"action": 2}, r"row 3: action .* Discrete\(2\), got 2 at step 2 of episode 0"),
         (
             {"observation": [9.0, 0.0, 0.0, 0.0]},
@@ -777,7 +784,7 @@ def test_every_value_is_checked_against_the_environment(cart: Dataset, tmp_path:
                 ("outside the space", 1, f"{str(path)!r} row 3")
             ]
         only = parquet(tmp_path / "only.parquet", pq.read_table(path).slice(0, half).to_pylist())
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             plan(configured([only], "CartPole-v1"))
     with pytest.raises(UsageError, match=r"observation .* shape \(3,\)"):
         plan(configured([cart.paths[0] / "episodes"], "Pendulum-v1"))
@@ -803,25 +810,25 @@ def test_words_are_paths_and_wrong_use_is_status_2(
     assert main(["import", str(bad), f"storage.root={root}", "workers=0"]) == 2
     assert "bad.parquet' row 7: step 0 of episode 1 comes twice" in capsys.readouterr().err
     assert Storage(root).list("datasets") == [] == Storage(root).list("ledgers")
-    for words, said in (
+    for words, message in (
         ([], "no path was given"),
         (["nowhere/*.parquet"], "is no file, folder or pattern"),
         ([str(path), str(path)], "given twice"),
     ):
         assert main(["import", *words, f"storage.root={root}", "--dry-run"]) == 2
         err = capsys.readouterr().err
-        assert said in err and len(err.strip().splitlines()) == 1
+        assert message in err and len(err.strip().splitlines()) == 1
 
 
 def test_logs_in_a_bucket(
     cart: Dataset,
     tmp_path: Path,
     s3: str,
-    bring: Callable[..., Artifact],
+    import_logs: Callable[..., Artifact],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same files make the same dataset wherever they lie: it is named by what is in them."""
+    """The id depends on the content of the files, not on their place."""
     monkeypatch.setattr(parquet_reader, "PIECE_ROWS", 100)
     rows = exported(cart)
     half = next(i for i in range(len(rows) // 2, len(rows)) if rows[i]["step"] == 0)
@@ -837,13 +844,13 @@ def test_logs_in_a_bucket(
         store.write(f"logs/year=2024/{path.name}", path.read_bytes())
     store.write("logs/_temporary/2.parquet", b"hidden")
     store.write("lines/b.jsonl", lines.read_bytes())
-    here = bring(folder, env="CartPole-v1", to=str(tmp_path / "here"))
+    here = import_logs(folder, env="CartPole-v1", to=str(tmp_path / "here"))
     for words in (
         [f"{s3}/logs"],
         [f"{s3}/logs/year=2024/*.parquet"],
         [f"{s3}/logs/year=2024/{path.name}" for path in files],
     ):
-        made = [
+        result = [
             "import",
             *words,
             "--env",
@@ -852,32 +859,33 @@ def test_logs_in_a_bucket(
             "workers=0",
             "--json",
         ]
-        assert main(made) == 0
+        assert main(result) == 0
         assert json.loads(capsys.readouterr().out)["artifact"] == here.name
     same(
         cart,
-        Dataset([bring(f"{s3}/lines/b.jsonl", env="CartPole-v1", to=str(tmp_path / "lines")).path]),
+        Dataset(
+            [import_logs(f"{s3}/lines/b.jsonl", env="CartPole-v1", to=str(tmp_path / "lines")).path]
+        ),
     )  # type: ignore[arg-type]
-    for word, said in (
+    for word, message in (
         (f"{s3}/nowhere/*.parquet", "is no file, folder or pattern"),
         (f"{s3}/lines/c.jsonl", "is no file, folder"),
         ("s3://no-such-bucket-x/a", "is no file, folder|cannot be read"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             plan(configured([word]))
 
 
-# -- whoever reads
-# -----------------------------------------------------------------------------------------------------
+# -- any workers, and after interruptions
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_same_bytes_whoever_reads(
+def test_any_number_of_workers_gives_the_same_bytes(
     cart: Dataset,
     folder: Path,
     tmp_path: Path,
-    bring: Callable[..., Artifact],
+    import_logs: Callable[..., Artifact],
     ray_local: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -890,25 +898,27 @@ def test_the_same_bytes_whoever_reads(
             rows[i * third : (i + 1) * third if i < 2 else None],
             row_group_size=7,
         )
-    made = [
-        bring(folder, env="CartPole-v1", workers=workers, to=str(tmp_path / f"to{workers}"))
+    result = [
+        import_logs(folder, env="CartPole-v1", workers=workers, to=str(tmp_path / f"to{workers}"))
         for workers in (0, 1, 3)
     ]
-    assert len({artifact.id for artifact in made}) == 1
-    assert checksums(made[0]) == checksums(made[1]) == checksums(made[2])
-    same(cart, Dataset([made[2].path]))
-    whole = bring(
+    assert len({artifact.id for artifact in result}) == 1
+    assert checksums(result[0]) == checksums(result[1]) == checksums(result[2])
+    same(cart, Dataset([result[2].path]))
+    whole = import_logs(
         parquet(tmp_path / "whole.parquet", rows), env="CartPole-v1", to=str(tmp_path / "whole")
     )
     shard = [sums for name, sums in checksums(whole).items() if name.startswith("shards")]
-    assert shard == [sums for name, sums in checksums(made[0]).items() if name.startswith("shards")]
+    assert shard == [
+        sums for name, sums in checksums(result[0]).items() if name.startswith("shards")
+    ]
 
 
 def test_a_broken_import_goes_on_where_it_was(
-    tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, import_logs: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Broken off before each episode in turn, of string names, with one that is left out and one
-    that comes again: the same bytes.
+    """Interrupted before each episode in turn: the same bytes. One episode is left out, and one
+    comes again.
     """
     rows = [
         {**row, "episode": f"e{row['episode']}", "task": {"mass": float(row["episode"])}}
@@ -923,7 +933,7 @@ def test_a_broken_import_goes_on_where_it_was(
     path = parquet(tmp_path / "a.parquet", rows, row_group_size=7)
     monkeypatch.setattr(parquet_reader, "PIECE_ROWS", 7)
     monkeypatch.setattr("mesocosm.data.format.writer.SHARD_BYTES", 500)
-    whole = bring(path, bad="drop", to=str(tmp_path / "whole"))
+    whole = import_logs(path, bad="drop", to=str(tmp_path / "whole"))
     shard_of = Dataset([whole.path]).table["shard"].tolist()
     assert len(shard_of) == 12 and shard_of[-1] >= 4
     add, passes = DatasetWriter.add, []
@@ -949,16 +959,16 @@ def test_a_broken_import_goes_on_where_it_was(
         to = tmp_path / str(last)
         monkeypatch.setattr(DatasetWriter, "add", adds)
         with pytest.raises(KeyboardInterrupt):
-            bring(path, bad="drop", to=str(to))
+            import_logs(path, bad="drop", to=str(to))
         assert (
             Storage(str(to)).list("datasets") == [] and len(list(to.glob("scratch/import-*"))) == 1
         )
         added.clear(), passes.clear()
         monkeypatch.setattr(DatasetWriter, "add", adds_again)
-        made = bring(path, bad="drop", to=str(to))
-        assert len(passes) == 1, "the logs were looked at again"
-        assert len(added) == 12 - shard_of.index(shard_of[last]), "whole shards were made again"
-        assert checksums(made) == checksums(whole) and not list(to.glob("scratch/*"))
+        result = import_logs(path, bad="drop", to=str(to))
+        assert len(passes) == 1, "the first pass was repeated"
+        assert len(added) == 12 - shard_of.index(shard_of[last]), "whole shards were written again"
+        assert checksums(result) == checksums(whole) and not list(to.glob("scratch/*"))
 
 
 @pytest.mark.slow
@@ -991,8 +1001,8 @@ def test_a_killed_import_goes_on(tmp_path: Path, root: str) -> None:
     )
     subprocess.run(command(str(tmp_path / "whole")), capture_output=True, check=True)
     (id,) = Storage(root).list("datasets")
-    made, whole = (Storage(at).artifact("datasets", id) for at in (root, str(tmp_path / "whole")))
-    assert checksums(made) == checksums(whole) and made.meta["counts"]["transitions"] == 80000
+    result, whole = (Storage(at).artifact("datasets", id) for at in (root, str(tmp_path / "whole")))
+    assert checksums(result) == checksums(whole) and result.meta["counts"]["transitions"] == 80000
 
 
 @pytest.mark.slow
@@ -1017,8 +1027,8 @@ def test_a_world_is_pretrained_and_judged_on_what_was_imported(
         "train.steps=40",
     )
     world = artifact("pretrain", f"data.datasets=[{data}]", *small)
-    told = artifact("evaluate", f"world={world}", "horizons=[1,5]", "starts=16", "samples=2")
-    assert [text.partition("/")[0] for text in (data, world, told)] == [
+    evaluation = artifact("evaluate", f"world={world}", "horizons=[1,5]", "starts=16", "samples=2")
+    assert [text.partition("/")[0] for text in (data, world, evaluation)] == [
         "datasets",
         "worlds",
         "evaluations",

@@ -26,7 +26,7 @@ Rows = list[dict[str, Any]]
 
 
 @pytest.fixture
-def bring(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
+def import_logs(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
     def make(*paths: Path | str, **keys: Any) -> Artifact:
         config = configured(*paths, **keys)
         config.storage.root = root
@@ -41,9 +41,7 @@ def configured(*paths: Path | str, **keys: Any) -> ImportConfig:
 
 
 def logs(lengths: tuple[int, ...] = (4, 3, 5), **changes: Any) -> Rows:
-    """Episodes that terminate. Their next observations differ from every observation of another
-    step or episode.
-    """
+    """Episodes that terminate. Every next observation is different."""
     return [
         {
             "episode": k,
@@ -85,15 +83,12 @@ def warned(config: ImportConfig, *words: str) -> bool:
 
 
 # -- LeRobot
-# ----------------------------------------------------------------------------------------
 
 
 def lerobot(
     folder: Path, lengths: tuple[int, ...], **columns: Callable[[int, int, bool], Any]
 ) -> Path:
-    """A folder of version 3; each of `columns` is a function of (episode, step, whether it is the
-    last).
-    """
+    """A folder of version 3. `columns` are functions of (episode, step, whether it is the last)."""
     (folder / "meta").mkdir(parents=True)
     (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v3.0", "fps": 10}))
     (folder / "data" / "chunk-000").mkdir(parents=True)
@@ -116,7 +111,7 @@ def lerobot(
     return folder
 
 
-def of_column(config: ImportConfig, name: str) -> dict[str, str]:
+def described(config: ImportConfig, name: str) -> dict[str, str]:
     return next(row for row in plan(config)["columns"] if row["column"] == name)
 
 
@@ -136,13 +131,13 @@ def test_one_common_length_of_lerobot_is_a_time_limit(
     tmp_path: Path, lengths: tuple[int, ...], became: str
 ) -> None:
     config = configured(lerobot(tmp_path / "robot", lengths, next_done=done, next_reward=paid))
-    row = of_column(config, "next.done")
+    row = described(config, "next.done")
     assert row["became"] == became and "guess" in row["how"]
     assert ("have 5 steps: a time limit" in row["how"]) == (became == "truncated")
 
 
 def test_truncated_and_success_of_lerobot(
-    tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, import_logs: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet_reader, "BATCH_ROWS", 2)
     folder = lerobot(
@@ -153,8 +148,8 @@ def test_truncated_and_success_of_lerobot(
         next_success=lambda k, t, last: t == 2 and k == 2,
         next_reward=paid,
     )
-    assert of_column(configured(folder), "next.done")["became"] == "terminated"
-    dataset = Dataset([bring(folder).path])
+    assert described(configured(folder), "next.done")["became"] == "terminated"
+    dataset = Dataset([import_logs(folder).path])
     assert [episode.success for episode in dataset.iter_episodes()] == [False, False, True]
     table = next(source.head() for source in sources([str(folder)], fetch=False))
     ends = table.filter(table["next.done"])["episode_index"].to_pylist()
@@ -168,21 +163,21 @@ def test_successes_of_lerobot_do_not_count_among_those_that_a_limit_ends(tmp_pat
         next_done=done,
         next_success=lambda k, t, last: last and k == 1,
     )
-    row = of_column(configured(folder), "next.done")
+    row = described(configured(folder), "next.done")
     assert (
         row["became"] == "truncated"
         and "all 2 episodes that end without success have 5 steps" in row["how"]
     )
 
 
-def test_the_states_of_lerobot(tmp_path: Path, bring: Callable[..., Artifact]) -> None:
+def test_the_states_of_lerobot(tmp_path: Path, import_logs: Callable[..., Artifact]) -> None:
     state = {
         "observation_environment_state": lambda k, t, last: [1.0, 2.0, float(t)],
         "observation_images.top": lambda k, t, last: b"x",
     }
     folder = lerobot(tmp_path / "robot", (5, 5), next_done=done, **state)
-    assert of_column(configured(folder), "observation.images.top")["became"] == "nothing"
-    dataset = Dataset([bring(folder).path])
+    assert described(configured(folder), "observation.images.top")["became"] == "nothing"
+    dataset = Dataset([import_logs(folder).path])
     assert isinstance(dataset.observation_space, spaces.Dict)
     assert {key: box.shape for key, box in dataset.observation_space.items()} == {
         "state": (2,),
@@ -190,7 +185,7 @@ def test_the_states_of_lerobot(tmp_path: Path, bring: Callable[..., Artifact]) -
     }
     path = folder / "data" / "chunk-000" / "file-000.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["observation.state"]), path)
-    assert Dataset([bring(folder).path]).observation_space.shape == (3,)
+    assert Dataset([import_logs(folder).path]).observation_space.shape == (3,)
 
 
 def test_rewards_that_are_all_0(tmp_path: Path) -> None:
@@ -222,11 +217,10 @@ def test_the_files_of_a_lerobot_folder_name_the_folder(tmp_path: Path) -> None:
 
 
 # -- Minari
-# -----------------------------------------------------------------------------------------
 
 
 def test_minari_episodes_of_wrong_lengths(
-    tmp_path: Path, bring: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, import_logs: Callable[..., Artifact], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     minari = pytest.importorskip("minari", reason="an extra")
     import h5py
@@ -275,8 +269,8 @@ def test_minari_episodes_of_wrong_lengths(
     assert [(row["reason"], row["episodes"], row["first"]) for row in rest["left out"]] == [
         ("unreadable episode", 3, "'minari:odd-v0' row 1")
     ]
-    made = Dataset([bring("minari:odd-v0", bad="drop").path])
-    assert [(e.index, len(e)) for e in made.iter_episodes()] == [
+    result = Dataset([import_logs("minari:odd-v0", bad="drop").path])
+    assert [(e.index, len(e)) for e in result.iter_episodes()] == [
         (1, 1),
         (2, 5),
         (3, 5),
@@ -286,7 +280,6 @@ def test_minari_episodes_of_wrong_lengths(
 
 
 # -- Parquet
-# ----------------------------------------------------------------------------------------
 
 NOTHING: dict[str, Any] = dict.fromkeys(logs()[0])
 FIXED = {"observation": pa.list_(pa.float32(), 2), "next_observation": pa.list_(pa.float32(), 2)}
@@ -349,9 +342,9 @@ def test_an_odd_row_of_parquet_is_named_or_its_episode_dropped(
     name: str, batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(parquet_reader, "BATCH_ROWS", batch)
-    rows, types, said = ODD[name]
+    rows, types, message = ODD[name]
     path = parquet(tmp_path / "odd.parquet", rows, **types)
-    with pytest.raises(UsageError, match=said) as error:
+    with pytest.raises(UsageError, match=message) as error:
         plan(configured(path))
     assert "odd.parquet' row" in str(error.value) and "\n" not in str(error.value)
     rest = plan(configured(path, bad="drop"))
@@ -359,7 +352,7 @@ def test_an_odd_row_of_parquet_is_named_or_its_episode_dropped(
 
 
 def test_types_of_parquet_that_mean_the_same(
-    tmp_path: Path, bring: Callable[..., Artifact]
+    tmp_path: Path, import_logs: Callable[..., Artifact]
 ) -> None:
     half = decimal.Decimal("0.50")
     rows = [
@@ -402,7 +395,7 @@ def test_types_of_parquet_that_mean_the_same(
         plain.set_column(4, "reward", plain["reward"].cast(pa.float64())),
         tmp_path / "plain.parquet",
     )
-    odd = Dataset([bring(tmp_path / "odd.parquet").path])
+    odd = Dataset([import_logs(tmp_path / "odd.parquet").path])
     assert {episode.behaviour for episode in odd.iter_episodes()} == {"a", "b"} and odd.episode(
         0
     ).task == {"side": "left"}
@@ -432,7 +425,6 @@ def test_huge_values_of_a_task(tmp_path: Path) -> None:
 
 
 # -- mistakes of loggers
-# ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("batch", [1, 2, 1 << 14])
@@ -457,11 +449,14 @@ def test_known_mistakes_are_named(
             kept = ("episode", "step", "observation", "action", "reward", "terminated", "truncated")
             rows = [{key: row[key] for key in kept} for row in rows]
             nothing = dict.fromkeys(kept)
-            made = []
+            result = []
             for k, end in ends.items():
-                own = [row for row in rows if row["episode"] == k]
-                made += [*own, nothing | {"episode": k, "step": len(own), "observation": end}]
-            rows = made
+                rows_of_episode = [row for row in rows if row["episode"] == k]
+                result += [
+                    *rows_of_episode,
+                    nothing | {"episode": k, "step": len(rows_of_episode), "observation": end},
+                ]
+            rows = result
         return parquet(tmp_path / f"{name}.parquet", rows)
 
     def same(row: dict[str, Any]) -> Any:
@@ -504,11 +499,10 @@ def test_a_next_observation_that_repeats_every_observation_is_named(tmp_path: Pa
 
 
 # -- order
-# ------------------------------------------------------------------------------------------
 
 
 def test_numbers_in_names_are_sorted_by_value(
-    tmp_path: Path, bring: Callable[..., Artifact]
+    tmp_path: Path, import_logs: Callable[..., Artifact]
 ) -> None:
     names = [f"part-{i}.parquet" for i in range(12)]
     assert files.sorted_naturally(sorted(names)) == names
@@ -525,7 +519,13 @@ def test_numbers_in_names_are_sorted_by_value(
         parquet(tmp_path / "logs" / name, rows[2 * i : 2 * i + 2])
     folder = tmp_path / "logs"
     as_a_shell_gives_them = sorted(str(path) for path in folder.iterdir())
-    made = [bring(folder), bring(folder / "*.parquet"), bring(*as_a_shell_gives_them)]
-    assert len({artifact.id for artifact in made}) == 1 and made[0].meta["counts"]["episodes"] == 2
+    result = [
+        import_logs(folder),
+        import_logs(folder / "*.parquet"),
+        import_logs(*as_a_shell_gives_them),
+    ]
+    assert (
+        len({artifact.id for artifact in result}) == 1 and result[0].meta["counts"]["episodes"] == 2
+    )
     with pytest.raises(UsageError, match=r"part-9.parquet' row 1: episode 1 begins at step 6"):
         plan(configured(*reversed(as_a_shell_gives_them)))
