@@ -6,16 +6,12 @@ plain dataclass.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import hashlib
-import inspect
-import itertools
 import json
 import math
 import os
 import re
-import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -231,38 +227,6 @@ def _known_keys(node: DictConfig, prefix: str = "") -> Iterator[str]:
             element = child._metadata.element_type
             if dataclasses.is_dataclass(element):
                 yield from (f.name for f in dataclasses.fields(element))
-
-
-def describe(config: Any, prefix: str = "", without: Sequence[str] = ()) -> list[str]:
-    """A line `key = value` for each key of a dataclass, below its docstring as a comment.
-
-    The stages of a loop are shown without the keys that they get from the loop.
-    """
-    lines: list[str] = []
-    plain = to_dict(config)
-    for name, text in _docstrings(type(config)).items():
-        value = getattr(config, name)
-        if name in without:
-            continue
-        lines += textwrap.wrap(text, 98, initial_indent="# ", subsequent_indent="# ")
-        if dataclasses.is_dataclass(value):
-            shared = (*_docstrings(JobConfig), "reality") if isinstance(value, JobConfig) else ()
-            lines += describe(value, f"{prefix}{name}.", shared)
-        else:
-            lines.append(f"{prefix}{name} = {json.dumps(plain[name])}")
-    return lines
-
-
-def _docstrings(schema: type[Any]) -> dict[str, str]:
-    """Each field's name and docstring: the string literal after it in its class's source."""
-    texts = {f.name: "" for f in dataclasses.fields(schema)}
-    for cls in filter(dataclasses.is_dataclass, reversed(schema.__mro__)):
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-        for node, after in itertools.pairwise(cast(ast.ClassDef, definition).body):
-            if isinstance(node, ast.AnnAssign) and isinstance(after, ast.Expr):
-                text = ast.literal_eval(after.value)
-                texts[ast.unparse(node.target)] = " ".join(text.split())
-    return texts
 
 
 def _one_line(error: BaseException) -> str:

@@ -12,6 +12,7 @@ import click
 
 from mesocosm import config, faults, output
 from mesocosm.cli import options
+from mesocosm.cli.keys import describe
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.jobs.registry import JOBS, Job
 from mesocosm.store.files import use_cache
@@ -59,7 +60,8 @@ class JobCommand(click.Command):
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         schema = getattr(importlib.import_module(self.job.module), self.job.schema)
-        keys = "\n  ".join(config.describe(schema()))
+        defaults = config.to_dict(schema())
+        keys = "\n  ".join(describe(self.job.module, self.job.schema, defaults))
         formatter.write(f"\nExample:\n  mesocosm {self.name} {self.job.example}\n")
         formatter.write(f"\nKeys and defaults:\n  {keys}\n")
 

@@ -1,4 +1,4 @@
-"""The keys of a config, read from the source of its dataclass.
+"""The keys of a config and their descriptions, read from the source of its dataclass.
 
 Importing a job takes seconds, too long for a Tab.
 """
@@ -7,40 +7,61 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator, Sequence
+import itertools
+import json
+import operator
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parents[1]
+WIDTH = 98
 
 
 def config_keys(
     module: str, schema: str, prefix: str = "", without: Sequence[str] = ()
-) -> Iterator[str]:
-    """The keys of the dataclass `schema`, in the order of its job's `--help`."""
-    for name, (where, annotation) in _fields(module, schema).items():
-        block = _find_class(where, annotation)
+) -> Iterator[tuple[str, str, bool]]:
+    """The keys of the dataclass `schema`: (dotted key, docstring, whether it is a block of keys).
+
+    The stages of a loop are listed without the keys that they get from the loop.
+    """
+    for name, (where, annotation, text) in _fields(module, schema).items():
         if name in without:
             continue
-        if block is None:
-            yield f"{prefix}{name}"
-            continue
-        is_stage = "tracking" in _fields(*block)  # it gets what all jobs share from its loop
-        shared = (*_fields("mesocosm.config", "JobConfig"), "reality") if is_stage else ()
-        yield from config_keys(*block, f"{prefix}{name}.", shared)
+        block = _find_class(where, annotation)
+        yield f"{prefix}{name}", text, block is not None
+        if block is not None:
+            is_stage = "tracking" in _fields(*block)
+            shared = (*_fields("mesocosm.config", "JobConfig"), "reality") if is_stage else ()
+            yield from config_keys(*block, f"{prefix}{name}.", shared)
 
 
-def _fields(module: str, schema: str) -> dict[str, tuple[str, str]]:
-    """Each field's module and annotation; those of base classes first."""
+def describe(module: str, schema: str, defaults: Mapping[str, Any]) -> list[str]:
+    """A line `key = value` for each key, below its docstring as a comment."""
+    lines: list[str] = []
+    for key, text, is_block in config_keys(module, schema):
+        lines += textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="# ")
+        if not is_block:
+            value = functools.reduce(operator.getitem, key.split("."), defaults)
+            lines.append(f"{key} = {json.dumps(value)}")
+    return lines
+
+
+def _fields(module: str, schema: str) -> dict[str, tuple[str, str, str]]:
+    """Each field's module, annotation and docstring; those of base classes first."""
     node = _names(module)[schema]
     if isinstance(node, str):
         return _fields(node, schema)
-    fields: dict[str, tuple[str, str]] = {}
+    fields: dict[str, tuple[str, str, str]] = {}
     for base in node.bases:
         if found := _find_class(module, ast.unparse(base)):
             fields |= _fields(*found)
-    for line in node.body:
+    for line, after in itertools.pairwise([*node.body, ast.Pass()]):
         if isinstance(line, ast.AnnAssign):
-            fields[ast.unparse(line.target)] = (module, ast.unparse(line.annotation))
+            text = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else ""
+            name, annotation = ast.unparse(line.target), ast.unparse(line.annotation)
+            fields[name] = (module, annotation, " ".join(text.split()))
     return fields
 
 

@@ -40,7 +40,8 @@ def _config_keys(context: click.Context, parameter: click.Parameter, word: str) 
         return []  # bash splits key=value at its =
     job = JOBS.get(context.command.name or "")
     schema = ("mesocosm.config", "JobConfig") if job is None else (job.module, job.schema)
-    return [f"{key}=" for key in config_keys(*schema) if key.startswith(word)]
+    keys = [key for key, _, is_block in config_keys(*schema) if not is_block]
+    return [f"{key}=" for key in keys if key.startswith(word)]
 
 
 def _datasets() -> list[str]:
