@@ -19,13 +19,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import make_env
-from mesocosm.envs.meter import MeteredEnv
+from mesocosm.envs.meter import Meter, MeteredEnv
 
 EPISODES = 10
 
 
 def metered(reality: RealityConfig, ledger: Ledger, purpose: str) -> gymnasium.Env[Any, Any]:
-    env: gymnasium.Env[Any, Any] = MeteredEnv(make_env(reality), ledger, purpose)
+    env: gymnasium.Env[Any, Any] = MeteredEnv(make_env(reality), Meter(ledger, purpose))
     return (
         gymnasium.wrappers.FlattenObservation(env)
         if isinstance(env.observation_space, gymnasium.spaces.Dict)

@@ -33,7 +33,7 @@ def _spend(root: str, budget: int, block: int, purpose: str, out: str) -> None:
             turn += 1
             held = ledger.reserve(purpose, block, resets=1)
             steps = held.steps if turn % 3 else held.steps // 2
-            ledger.confirm(held, steps, 1, 0.001)
+            ledger.confirm(Usage(held, steps, 1, 0.001))
             used += steps
     except BudgetSpent:
         Path(out).write_text(str(used))
@@ -86,7 +86,7 @@ def test_parallel_grants_add_up_to_the_budget(root: str, tmp_path: Path) -> None
 
 def _die_mid_block(root: str, ready: str) -> None:
     ledger = Ledger(Storage(root), "shared", BudgetConfig(300))
-    ledger.confirm(ledger.reserve("collect", 64, resets=8), 64, 2, 0.5)
+    ledger.confirm(Usage(ledger.reserve("collect", 64, resets=8), 64, 2, 0.5))
     ledger.reserve("collect", 64, resets=3)
     Path(ready).write_text("")
     time.sleep(600)
@@ -165,7 +165,7 @@ def test_any_interleaving_agrees_with_a_plain_count(
             usage = Usage(first, int(share * first.steps), 0, 0.0)
         if what == "confirm":
             if usage is not None:
-                ledger.confirm(usage.reservation, usage.steps)
+                ledger.confirm(usage)
                 held.remove(usage.reservation)
                 done[usage.reservation.purpose] += usage.steps
             continue
@@ -195,8 +195,8 @@ def test_any_interleaving_agrees_with_a_plain_count(
 def test_of_two_confirmations_the_first_holds(root: str) -> None:
     one, two = Ledger(Storage(root), "x"), Ledger(Storage(root), "x")
     held = one.reserve("collect", 10)
-    two.confirm(held, 4)
-    one.confirm(held, 9)
+    two.confirm(Usage(held, 4))
+    one.confirm(Usage(held, 9))
     assert one.totals().steps == two.totals().steps == 4
 
 
@@ -214,7 +214,7 @@ def test_a_reentrant_call_does_not_let_a_grant_pass_the_budget(
         left = remaining(purpose, confirming)
         if not calls:
             calls.append(other.reserve("collect", 40))
-            ledger.confirm(forgotten, 10)
+            ledger.confirm(Usage(forgotten, 10))
         return left
 
     monkeypatch.setattr(ledger, "_remaining", interrupted)
@@ -226,7 +226,7 @@ def test_a_reentrant_call_does_not_let_a_grant_pass_the_budget(
 def test_appending_reads_only_what_is_new(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ledger = Ledger(Storage(root), "x")
     for _ in range(30):
-        ledger.confirm(ledger.reserve("collect", 1), 1)
+        ledger.confirm(Usage(ledger.reserve("collect", 1), 1))
     reads: list[str] = []
     read = ledger.storage.read
     monkeypatch.setattr(ledger.storage, "read", lambda path: reads.append(path) or read(path))
@@ -240,7 +240,7 @@ def records(root: str, name: str = "x") -> list[Path]:
 
 def spend(ledger: Ledger, times: int) -> None:
     for _ in range(times):
-        ledger.confirm(ledger.reserve("collect", 3, resets=1, holder="h"), 2, 1, 0.25)
+        ledger.confirm(Usage(ledger.reserve("collect", 3, resets=1, holder="h"), 2, 1, 0.25))
 
 
 def test_opening_reads_a_snapshot_and_the_records_after_it(
@@ -257,7 +257,7 @@ def test_opening_reads_a_snapshot_and_the_records_after_it(
     assert len(records(root)) == 2001 and len(reads) <= 100
     assert totals == ledger.totals() and totals.purposes["collect"].seconds == 250.0
     assert totals.unconfirmed == (waiting,)
-    opened.confirm(waiting, 4)
+    opened.confirm(Usage(waiting, 4))
     assert ledger.totals().purposes["judge"].steps == 4
 
 
@@ -316,11 +316,11 @@ def test_a_record_deleted_while_a_ledger_is_open_is_not_appended_anew(root: str)
 def test_what_is_kept_of_a_confirmed_reservation_stays_spent(root: str) -> None:
     ledger = Ledger(Storage(root), "x", BudgetConfig(100))
     held = ledger.reserve("collect", 64, resets=8, holder="h")
-    kept = ledger.confirm(held, 30, 3, 1.5, keep=(12, 1))
+    kept = ledger.confirm(Usage(held, 30, 3, 1.5), keep=(12, 1))
     assert kept is not None and (kept.steps, kept.resets, kept.holder) == (12, 1, "h")
     totals = ledger.totals()
     assert totals.spent == 42 and totals.unconfirmed == (kept,) and totals.remaining == 58
-    assert ledger.confirm(held, 30, keep=(5, 0)) is None and ledger.totals().spent == 42
+    assert ledger.confirm(Usage(held, 30), keep=(5, 0)) is None and ledger.totals().spent == 42
 
 
 def test_no_budget_is_no_bound_and_bounds_are_by_purpose(root: str) -> None:
@@ -351,7 +351,7 @@ def _spend_on_s3(root: str, out: str) -> None:
     try:
         while True:
             held = ledger.reserve("collect", 7)
-            ledger.confirm(held, held.steps)
+            ledger.confirm(Usage(held, held.steps))
             used += held.steps
     except BudgetSpent:
         Path(out).write_text(str(used))

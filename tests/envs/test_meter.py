@@ -19,7 +19,7 @@ from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig, TaskO
 from mesocosm.envs.episode import EpisodeError, episode_seed
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import make_env
-from mesocosm.envs.meter import MeteredEnv, make_metered_vector
+from mesocosm.envs.meter import Meter, MeteredEnv, make_metered_vector
 from mesocosm.errors import BudgetSpent, MesocosmError
 from mesocosm.store.artifacts import Storage
 
@@ -32,7 +32,7 @@ def opened(root: str, **bounds: int) -> Ledger:
 
 
 def test_every_step_is_reserved_before_and_confirmed_on_close(own: Path, root: str) -> None:
-    env, eye = MeteredEnv(make_env(LINE), opened(root), "collect", block=10), opened(root)
+    env, eye = MeteredEnv(make_env(LINE), Meter(opened(root), "collect", block=10)), opened(root)
     env.reset(seed=0)
     for taken in range(1, 26):
         env.step(STILL)
@@ -51,7 +51,7 @@ def test_every_step_is_reserved_before_and_confirmed_on_close(own: Path, root: s
 
 
 def test_the_budget_is_met_exactly_and_never_passed(own: Path, root: str) -> None:
-    env = MeteredEnv(make_env(LINE), opened(root, budget=37), "collect", block=10)
+    env = MeteredEnv(make_env(LINE), Meter(opened(root, budget=37), "collect", block=10))
     env.reset(seed=0)
     for _ in range(37):
         env.step(STILL)
@@ -67,7 +67,7 @@ def test_the_budget_is_met_exactly_and_never_passed(own: Path, root: str) -> Non
 
 def test_a_limit_of_ones_own_reserves_no_more(own: Path, root: str) -> None:
     ledger = opened(root)
-    env = MeteredEnv(make_env(LINE), ledger, "collect", limit=5)
+    env = MeteredEnv(make_env(LINE), Meter(ledger, "collect", limit=5))
     env.reset(seed=0)
     assert ledger.totals().steps == 5
     for _ in range(5):
@@ -82,8 +82,7 @@ def test_a_step_that_crashes_stays_spent(own: Path, root: str) -> None:
     ledger = opened(root)
     env = MeteredEnv(
         make_env(RealityConfig(env="ownenvs:Line", kwargs={"trouble": {"7": "crash"}})),
-        ledger,
-        "collect",
+        Meter(ledger, "collect"),
     )
     env.reset(seed=7)
     for _ in range(2):
@@ -96,7 +95,7 @@ def test_a_step_that_crashes_stays_spent(own: Path, root: str) -> None:
 
 def test_a_hanging_step_is_counted_and_the_meter_frozen(own: Path, root: str) -> None:
     ledger = opened(root)
-    env = MeteredEnv(make_env(LINE), ledger, "collect")
+    env = MeteredEnv(make_env(LINE), Meter(ledger, "collect"))
     gate = threading.Event()
     env.reset(seed=0)
     env.step(STILL)
@@ -117,7 +116,7 @@ def test_a_hanging_step_is_counted_and_the_meter_frozen(own: Path, root: str) ->
     assert env.meter.stop_if_hung(10.0) is None
     usage = env.meter.stop_if_hung(0.04)
     assert usage is not None and usage.steps == 2 and usage.seconds >= 0.05
-    ledger.confirm(usage.reservation, usage.steps, usage.resets, usage.seconds)
+    ledger.confirm(usage)
     gate.set()
     thread.join()
     with pytest.raises(EpisodeError, match="stopped"):
@@ -131,8 +130,7 @@ def test_a_step_that_comes_back_after_all_is_confirmed_once(own: Path, root: str
     ledger = opened(root)
     env = MeteredEnv(
         make_env(RealityConfig(env="ownenvs:Line", kwargs={"trouble": {"0": "hang"}, "nap": 2.0})),
-        ledger,
-        "collect",
+        Meter(ledger, "collect"),
     )
     env.reset(seed=0)
     for _ in range(2):
@@ -155,7 +153,7 @@ def test_a_step_that_comes_back_after_all_is_confirmed_once(own: Path, root: str
 
 
 def _step_until_killed(root: str, ready: str) -> None:
-    env = MeteredEnv(make_env(LINE), opened(root), "collect", block=16)
+    env = MeteredEnv(make_env(LINE), Meter(opened(root), "collect", block=16))
     env.reset(seed=0)
     for _ in range(20):
         env.step(STILL)
@@ -179,7 +177,7 @@ def test_a_kill_mid_block_is_not_under_counted(own: Path, root: str, tmp_path: P
 
 
 def _collect_in_parallel(root: str, out: str) -> None:
-    env = MeteredEnv(make_env(LINE), opened(root, budget=301), "collect", block=8)
+    env = MeteredEnv(make_env(LINE), Meter(opened(root, budget=301), "collect", block=8))
     taken = 0
     try:
         env.reset(seed=0)

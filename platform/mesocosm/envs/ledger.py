@@ -53,8 +53,8 @@ class Usage:
 
     reservation: Reservation
     steps: int
-    resets: int
-    seconds: float
+    resets: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -171,15 +171,7 @@ class Ledger:
                 if self._append(number, reserved, confirming):
                     return self._open[number]
 
-    def confirm(
-        self,
-        reservation: Reservation,
-        steps: int,
-        resets: int = 0,
-        seconds: float = 0.0,
-        *,
-        keep: tuple[int, int] = (0, 0),
-    ) -> Reservation | None:
+    def confirm(self, usage: Usage, *, keep: tuple[int, int] = (0, 0)) -> Reservation | None:
         """Confirm what was used of a reservation; the rest returns to the budget.
 
         Of two confirmations of one reservation the first counts.
@@ -191,13 +183,12 @@ class Ledger:
         Returns:
             The new reservation of `keep`; None without one.
         """
-        usage = Usage(reservation, steps, resets, seconds)
+        held = usage.reservation
         with self._lock:
             self._catch_up()
-            while reservation.number in self._open:
+            while held.number in self._open:
                 number, rest = self._next, None
                 if any(keep):
-                    held = reservation
                     rest = Reservation(number, held.purpose, *keep, held.holder)
                 if self._append(number, rest, usage):
                     return self._open.get(number)

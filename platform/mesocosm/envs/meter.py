@@ -160,7 +160,7 @@ class Meter:
             used_resets + max(RESETS_A_BLOCK, resets),
             least=used_steps + need,
             holder=self.holder,
-            confirming=None if self._held is None else Usage(self._held, 0, 0, 0.0),
+            confirming=None if self._held is None else Usage(self._held, 0),
         )
         now = time.monotonic()
         self._cost_s, self._grown = now - began, (block, self.steps, now)
@@ -186,12 +186,12 @@ class Meter:
         assert min(beyond) >= 0, (used, steps, resets)
         recorded = record(usage, beyond)
         if not recorded:
-            usage, beyond = Usage(held, 0, 0, 0.0), used[:2]
+            usage, beyond = Usage(held, 0), used[:2]
         self._unconfirmed = recorded
-        kept = self.ledger.confirm(held, usage.steps, usage.resets, usage.seconds, keep=beyond)
+        rest = self.ledger.confirm(usage, keep=beyond)
         with self._lock:
-            self._held = kept
-            self._used = (0, 0, 0.0) if kept is None else (*beyond, 0.0)
+            self._held = rest
+            self._used = (0, 0, 0.0) if rest is None else (*beyond, 0.0)
             self._unconfirmed = False
         return recorded
 
@@ -201,7 +201,7 @@ class Meter:
     def _release(self) -> None:
         """Confirm what was used; the rest of the reservation returns to the budget."""
         if (usage := self._usage()) is not None:
-            self.ledger.confirm(usage.reservation, usage.steps, usage.resets, usage.seconds)
+            self.ledger.confirm(usage)
         self._held, self._used = None, (0, 0, 0.0)
 
     def close(self) -> None:
@@ -260,27 +260,12 @@ def _close_at_last(meter: Meter) -> None:
 
 
 class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """One environment of reality. Raises BudgetSpent before a step or reset that is not paid for.
+    """One environment of reality. Raises BudgetSpent before a step or reset that is not paid for."""
 
-    The options are those of `Meter`.
-    """
-
-    def __init__(
-        self,
-        env: gymnasium.Env[Any, Any],
-        ledger: Ledger,
-        purpose: str,
-        block: int = 64,
-        *,
-        limit: int | None = None,
-        holder: str = "",
-        deferred: bool = False,
-    ):
+    def __init__(self, env: gymnasium.Env[Any, Any], meter: Meter):
         super().__init__(env)
-        self.meter = Meter(
-            ledger, purpose, block=block, limit=limit, holder=holder, deferred=deferred
-        )
-        self._finalizer = weakref.finalize(self, _close_at_last, self.meter)
+        self.meter = meter
+        self._finalizer = weakref.finalize(self, _close_at_last, meter)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -211,13 +211,7 @@ class Segments:
                 if segment.ledger not in ledgers:
                     ledgers[segment.ledger] = Ledger(self._storage, segment.ledger)
                 if segment.ledger != ledger.id or usage.reservation.number in unconfirmed:
-                    ledgers[segment.ledger].confirm(
-                        usage.reservation,
-                        usage.steps,
-                        usage.resets,
-                        usage.seconds,
-                        keep=segment.beyond,
-                    )
+                    ledgers[segment.ledger].confirm(usage, keep=segment.beyond)
             yield from segment.pairs()
 
     def episodes(self, lanes: int) -> Iterator[tuple[Episode, Rows]]:

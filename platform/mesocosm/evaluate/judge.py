@@ -18,7 +18,7 @@ from mesocosm.envs.episode import EpisodeError, run_episode
 from mesocosm.envs.guard import Timed
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of, make_env
-from mesocosm.envs.meter import MeteredEnv
+from mesocosm.envs.meter import Meter, MeteredEnv
 from mesocosm.envs.segments import Segments
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate.judge_store import Judged, StoredEpisodes
@@ -125,9 +125,9 @@ def judge(
         return policy.act_one(observation, False, rng)  # type: ignore[attr-defined]
 
     def metered(env: Env) -> MeteredEnv:
-        timed, holder = Timed(env, reality.step_timeout_s), f"{purpose}-{seed}"
-        deferred = stored is not None
-        return MeteredEnv(timed, ledger, purpose, BLOCK, holder=holder, deferred=deferred)
+        holder, deferred = f"{purpose}-{seed}", stored is not None
+        meter = Meter(ledger, purpose, block=BLOCK, holder=holder, deferred=deferred)
+        return MeteredEnv(Timed(env, reality.step_timeout_s), meter)
 
     judged: list[Judged] = []
     env = metered(bare)

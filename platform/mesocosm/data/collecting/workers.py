@@ -24,7 +24,7 @@ from mesocosm.envs.episode import Act, EpisodeCut, EpisodeError, run_episode
 from mesocosm.envs.guard import MAX_FAILURES
 from mesocosm.envs.ledger import Ledger, Usage
 from mesocosm.envs.make import make_env
-from mesocosm.envs.meter import OVERHEAD, MeteredEnv
+from mesocosm.envs.meter import OVERHEAD, Meter, MeteredEnv
 from mesocosm.envs.segments import Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError
 from mesocosm.policies.behaviours import BehaviourConfig, build, choose, label, narrowed
@@ -154,7 +154,8 @@ class LaneRunner:
             self._codecs = observation, SpaceCodec(env.action_space, "action")
         holder = f"{self.plan.run}/lane{lane}"
         self._env = MeteredEnv(
-            env, self._ledger, "collect", BLOCK, limit=steps, holder=holder, deferred=True
+            env,
+            Meter(self._ledger, "collect", block=BLOCK, limit=steps, holder=holder, deferred=True),
         )
 
     def advance(self, lane: Lane) -> list[Attempt] | None:
