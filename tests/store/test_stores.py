@@ -144,7 +144,12 @@ def test_a_lost_connection_names_the_artifact(
 def test_all_of_storage_without_trailers(proxied: Proxied, s3_environment: dict[str, str]) -> None:
     """The other tests of S3, in a process of their own, on the proxy that rejects trailers."""
     proxied(reject_trailers, tls=True)
-    names = ("test_storage.py", "test_storage_command.py", "test_partial.py", "test_damage.py")
+    names = (
+        "store/test_storage.py",
+        "cli/test_storage.py",
+        "store/test_cache.py",
+        "test_damage.py",
+    )
     command = [
         sys.executable,
         "-m",
