@@ -111,6 +111,8 @@ def test_a_parabola_needs_four_sizes(tmp_path: Path) -> None:
     assert estimate is None and list(notes) == ["no_isoflop"]
 
 
-def test_an_exponent_needs_two_budgets() -> None:
-    with pytest.raises(UsageError, match=r"flops must have at least 2 distinct values.*got 1"):
-        isoflop.exponent([1e9, 1e9], [1e3, 2e3])
+def test_a_power_law_needs_two_points() -> None:
+    log_c, log_n = np.log([1e9, 1e10]), np.log([[1e3, 1e4], [1e3, np.nan]])
+    a, level = isoflop.power_law(log_c, log_n)
+    assert a[0] == pytest.approx(1) and level[0] == pytest.approx(1e-6)
+    assert np.isnan(a[1]) and np.isnan(level[1])

@@ -118,19 +118,6 @@ class Points:
         return int(means.argmin()) in (0, len(sizes) - 1)
 
 
-def exponent(flops: ArrayLike, n_opt: ArrayLike) -> tuple[float, float]:
-    """(a, kN) of N_opt = kN C^a by regression of logarithms over pairs.
-
-    Raises:
-        UsageError: there are fewer than two budgets.
-    """
-    x, y = (np.log(np.asarray(values, dtype=np.float64)) for values in (flops, n_opt))
-    if (count := len(np.unique(x))) < 2:
-        raise UsageError(f"flops must have at least 2 distinct values for an exponent, got {count}")
-    slope, level = np.polyfit(x, y, 1)
-    return float(slope), float(np.exp(level))
-
-
 def approach(
     table: Table, counts: Array, groups: NDArray[np.int64]
 ) -> tuple[IsoFlop | None, Notes]:
@@ -314,7 +301,7 @@ def _through(
                 [points.data_at(n) for (points, _), n in zip(used, sizes, strict=True)]
                 for sizes in (best_n, drawn_n)
             )
-        lines = _line(log_c, np.stack(best, 1)), _line(log_c, np.stack(drawn, 1))
+        lines = power_law(log_c, np.stack(best, 1)), power_law(log_c, np.stack(drawn, 1))
         for name, value, draws in zip((slope, level), *lines, strict=True):
             if np.isfinite(draws).sum() * 2 <= len(draws):
                 return None, entries
@@ -322,8 +309,8 @@ def _through(
     return IsoFlop(source=source, interval=interval, budgets=entries, **values), entries
 
 
-def _line(x: Array, y: Array) -> tuple[Array, Array]:
-    """(slope, exp(level)) [B] of the lines through (x [k], y [B, k]).
+def power_law(x: Array, y: Array) -> tuple[Array, Array]:
+    """Regress logarithms: (slope, exp(level)) [B] of the lines through (x [k], y [B, k]).
 
     nan in y is left out. A line through fewer than two points is nan.
     """

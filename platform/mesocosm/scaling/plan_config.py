@@ -8,6 +8,7 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from mesocosm import checks
 from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
@@ -72,8 +73,7 @@ class PlanConfig(PretrainConfig):
         }.items():
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{key} must be above 0 and finite, got {value}")
-        if self.owned is not None and self.owned < 0:
-            raise UsageError(f"owned must be >= 0, got {self.owned}")
+        checks.at_least(self, 0, "owned")
         if self.train.steps is not None or self.train.epochs is not None:
             raise UsageError("train.steps and train.epochs are set by the plan; leave them out")
         if self.flops is not None and (price.per_step is not None or cluster is not None):

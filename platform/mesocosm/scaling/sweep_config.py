@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from mesocosm import checks
 from mesocosm.config import JobConfig, identity
 from mesocosm.errors import UsageError
 from mesocosm.model.config import ModelConfig
@@ -106,14 +107,10 @@ class SweepConfig(JobConfig):
             _check_values(key, values)
         if not 0 <= min(grid.seeds) <= max(grid.seeds) < 2**32:
             raise UsageError(f"grid.seeds must be in [0, 2**32), got {grid.seeds}")
-        for key in ("large", "workers", "concurrent"):
-            if (value := getattr(self, key)) < 1:
-                raise UsageError(f"{key} must be >= 1, got {value}")
-        if train.warmup < 0:
-            raise UsageError(f"train.warmup must be >= 0 steps, got {train.warmup}")
-        if not 0 < train.decay <= 1:
-            message = f"train.decay must be in (0, 1], got {train.decay}"
-            raise UsageError(f"{message}; a law is of models whose learning rate fell to 0")
+        checks.at_least(self, 1, "large", "workers", "concurrent")
+        checks.at_least(self, 0, "train.warmup")
+        # A law is of models whose learning rate fell to 0.
+        checks.within(self, 0, 1, "train.decay", open="[")
         if train.decay == 1 and train.warmup:
             message = f"train.decay=1 leaves no step for train.warmup={train.warmup}"
             raise UsageError(f"{message}; give train.warmup=0, or a decay below 1")
