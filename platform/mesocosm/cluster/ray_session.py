@@ -149,11 +149,12 @@ def _connect(address: str) -> None:
         )
     except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
         ray.shutdown()
-        problem = f"ray.address {address!r}"
         if _is_about_token(error):
-            raise UsageError(f"{problem} {_token_problem()}") from error
-        fix = "start the cluster or leave ray.address unset"
-        raise UsageError(f"{problem} does not answer ({error}); {fix}") from error
+            raise UsageError(f"ray.address {address!r} {_token_problem()}") from error
+        raise UsageError(
+            f"ray.address {address!r} does not answer ({error}); start the cluster or leave"
+            " ray.address unset"
+        ) from error
 
 
 def _token_problem() -> str:
