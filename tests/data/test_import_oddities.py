@@ -404,6 +404,20 @@ def test_types_of_parquet_that_mean_the_same(
     ].tolist() == [0.5, 1.0]
 
 
+def test_a_vector_of_one_flattened_column(
+    tmp_path: Path, import_logs: Callable[..., Artifact]
+) -> None:
+    rows = [
+        {**row, "observation.0": row["step"] / 2, "next_observation.0": (row["step"] + 1) / 2}
+        for row in logs()
+    ]
+    for row in rows:
+        del row["observation"], row["next_observation"]
+    dataset = Dataset([import_logs(parquet(tmp_path / "a.parquet", rows)).path])
+    assert dataset.observation_space.shape == (1,)
+    assert np.concatenate(dataset.episode(1).observations).tolist() == [0.0, 0.5, 1.0, 1.5]
+
+
 def test_episodes_of_one_row_that_lead_nowhere(tmp_path: Path) -> None:
     rows = [
         {key: value for key, value in row.items() if key != "next_observation"}

@@ -135,35 +135,50 @@ class Inspection:
         return rows
 
     def _warnings(self) -> list[str]:
-        tally, lost = self.tally, sum(self.tally.left_out_rows.values())
+        tally, warnings = self.tally, []
+        rows, lost = sum(tally.rows.values()), sum(tally.left_out_rows.values())
         varies = any(
             stat.low != stat.high or stat.longest
             for name, stat in tally.stats.items()
             if name.partition(".")[0] == "observation"
         )
-        some_lost = "; the last actions that were left out may have rewards"
-        limit = tally.longest if self.limit is None else self.limit
-        warnings = {
-            f"in each of {tally.led} episodes the last next_observation equals the observation"
-            " before it: unless the environment stands still, the logger stored one observation"
-            " twice; log the observation that step() returned, or a world learns that the last"
-            " action changes nothing": varies and 1 < tally.led == tally.repeated,
-            f"in each of {tally.pairs} episodes the last next_observation equals the first"
-            " observation of the next episode: unless episodes end where they begin, the"
-            " environment was reset in the same step (SAME_STEP autoreset); log infos['final_obs']"
-            " instead": varies and 1 < tally.pairs == tally.restarted,
-            f"{lost} of {sum(tally.rows.values())} rows were left out: check the reasons, and"
-            " whether these are the intended logs": 2 * lost > sum(tally.rows.values()),
-            f"{tally.last_actions} episodes lost their last action, for no observation follows it:"
-            " they count as unfinished, and whether they ended there is not learned; give"
-            " next_observation, or a last row with the observation alone": tally.last_actions > 0,
-            "every reward is 0, so an agent has nothing to learn from"
-            f"{some_lost if tally.last_actions else ''}: name the column that holds it,"
-            " columns.reward=NAME": tally.episodes > 0 and not tally.rewarded,
-            "no episode is terminated: a world made of these logs never ends one": (
-                tally.episodes > 0 and not self._outcomes()["terminated"]
-            ),
-            f"the longest episode has {tally.longest} steps, more than the limit of {limit}; set"
-            f" reality.horizon={tally.longest} or more": tally.longest > limit,
-        }
-        return [text for text, applies in warnings.items() if applies]
+        if varies and 1 < tally.led == tally.repeated:
+            warnings.append(
+                f"in each of {tally.led} episodes the last next_observation equals the observation"
+                " before it: unless the environment stands still, the logger stored one"
+                " observation twice; log the observation that step() returned, or a world learns"
+                " that the last action changes nothing"
+            )
+        if varies and 1 < tally.pairs == tally.restarted:
+            warnings.append(
+                f"in each of {tally.pairs} episodes the last next_observation equals the first"
+                " observation of the next episode: unless episodes end where they begin, the"
+                " environment was reset in the same step (SAME_STEP autoreset); log"
+                " infos['final_obs'] instead"
+            )
+        if 2 * lost > rows:
+            warnings.append(
+                f"{lost} of {rows} rows were left out: check the reasons, and whether these are the"
+                " intended logs"
+            )
+        if tally.last_actions:
+            warnings.append(
+                f"{tally.last_actions} episodes lost their last action, for no observation follows"
+                " it: they count as unfinished, and whether they ended there is not learned; give"
+                " next_observation, or a last row with the observation alone"
+            )
+        if tally.episodes and not tally.rewarded:
+            lost_rewards = "; the last actions that were left out may have rewards"
+            warnings.append(
+                "every reward is 0, so an agent has nothing to learn from"
+                f"{lost_rewards if tally.last_actions else ''}: name the column that holds it,"
+                " columns.reward=NAME"
+            )
+        if tally.episodes and not self._outcomes()["terminated"]:
+            warnings.append("no episode is terminated: a world made of these logs never ends one")
+        if self.limit is not None and tally.longest > self.limit:
+            warnings.append(
+                f"the longest episode has {tally.longest} steps, more than the limit of"
+                f" {self.limit}; set reality.horizon={tally.longest} or more"
+            )
+        return warnings
