@@ -15,8 +15,9 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.ingest.readers import files, sources
+from mesocosm.data.ingest.readers import files
 from mesocosm.data.ingest.readers import parquet as parquet_reader
+from mesocosm.data.ingest.sources import sources
 from mesocosm.errors import UsageError
 from mesocosm.jobs.import_logs import ImportConfig, plan, run
 from mesocosm.runs import tracking

@@ -29,10 +29,10 @@ from mesocosm.data.format.spaces import SpaceCodec, check_spaces
 from mesocosm.data.format.writer import DatasetWriter
 from mesocosm.data.ingest.episodes import Joiner, LoggedEpisode, Work, stream
 from mesocosm.data.ingest.progress import Progress, resumable
-from mesocosm.data.ingest.readers import Source, sources
 from mesocosm.data.ingest.readers.files import sha256, stamp
 from mesocosm.data.ingest.report import Inspection, Tally
 from mesocosm.data.ingest.schema import Schema, read_schema
+from mesocosm.data.ingest.sources import Source, sources
 from mesocosm.envs.config import PAID, RealityConfig, check_bounds, parse_success
 from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.errors import MesocosmError, UsageError, nearest

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from mesocosm.config import RayConfig
-from mesocosm.data.ingest.readers import Piece, read
+from mesocosm.data.ingest.readers import Piece
 from mesocosm.data.ingest.report import Tally
 from mesocosm.data.ingest.rows import OUTSIDE, Batch, Codecs, Key, Problem, Rows, begins, read_batch
 from mesocosm.data.ingest.schema import Schema
+from mesocosm.data.ingest.sources import read
 from mesocosm.data.ingest.values import Array, RowError, Stat
 from mesocosm.errors import UsageError
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesocosm.data.ingest.leaves import Space
-from mesocosm.data.ingest.readers import Piece, Source
+from mesocosm.data.ingest.readers import Piece
 from mesocosm.data.ingest.schema import Schema
+from mesocosm.data.ingest.sources import Source
 from mesocosm.data.ingest.values import Stat
 
 

@@ -26,7 +26,8 @@ from mesocosm.data.ingest.leaves import (
     kind_of,
     shown,
 )
-from mesocosm.data.ingest.readers import PROBLEM, About, Source, lerobot
+from mesocosm.data.ingest.readers import PROBLEM, About, lerobot
+from mesocosm.data.ingest.sources import Source
 from mesocosm.data.ingest.values import RowError, Stat, infer_space, take_integers
 from mesocosm.errors import UsageError, nearest
 
