@@ -136,26 +136,16 @@ class DatasetWriter:
         rows = encode_episode(episode, *self._codecs) if rows is None else rows
         self._durations = self._durations and episode.durations is not None
         self._indices.add(episode.index)
-        behaviour = self._behaviours.setdefault(
-            episode.behaviour, Behaviour(name=episode.behaviour)
-        )
+        name = episode.behaviour
+        behaviour = self._behaviours.setdefault(name, Behaviour(name=name))
         behaviour.episodes += 1
         behaviour.transitions += len(episode)
-        self._table.append(
-            (
-                episode.index,
-                episode.seed,
-                len(self._shards),
-                self._rows,
-                len(episode),
-                list(self._behaviours).index(episode.behaviour),
-                OUTCOMES.index(episode.outcome),
-                -1 if episode.success is None else int(episode.success),
-                0,
-                episode.total_reward,
-                int(key(_word(self._id), episode.index).view(np.int64)[0]),
-            )
-        )
+        number = list(self._behaviours).index(name)
+        outcome = OUTCOMES.index(episode.outcome)
+        success = -1 if episode.success is None else int(episode.success)
+        hashed = int(key(_word(self._id), episode.index).view(np.int64)[0])
+        place = episode.index, episode.seed, len(self._shards), self._rows, len(episode)
+        self._table.append((*place, number, outcome, success, 0, episode.total_reward, hashed))
         if split is not None:
             self._splits.append(SPLITS.index(split))
         self._tasks.append({name: _plain(episode.task[name]) for name in self._options})

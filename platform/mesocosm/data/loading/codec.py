@@ -248,13 +248,13 @@ class Codec:
         """A dataset's reset options ([E, k] each) as this codec's, [E, k] float64: the number, or
         the category. Raises UsageError where the options differ, or a value is not in this codec.
         """
-        of_data, own = (
-            [(o.name, o.values is None) for o in some] for some in (options, self.options)
+        of_data, of_world = (
+            {o.name: "number" if o.values is None else "choice" for o in some}
+            for some in (options, self.options)
         )
-        if of_data != own:
+        if list(of_data.items()) != list(of_world.items()):
             raise UsageError(
-                f"the data's reset options must be {[name for name, _ in own]}, as the world's, got"
-                f" {[name for name, _ in of_data]}; use data of one task"
+                f"the data's reset options must be those of the world, {of_world}, got {of_data}"
             )
         rows = numbers.astype(np.float64)
         for column, (option, ours) in enumerate(zip(options, self.options, strict=True)):

@@ -39,17 +39,10 @@ EPISODES = 1 << 20
 
 def place_type(options: int) -> np.dtype[Any]:
     """The dtype of a place: a window, or a transition, and its episode."""
-    fields = [
-        "shard",
-        "first_row",  # of the episode, within the shard
-        "length",  # of the episode, in transitions
-        "hash",  # of the episode
-        "low",  # the least shift of its windows
-        "shifts",  # from how many shifts one is drawn
-        "rest",  # windows or transitions before this one in the episode
-        "start",  # first transition of the window
-        "count",  # transitions of the window
-    ]
+    fields = ["shard", "first_row", "length", "hash"]  # of the episode
+    fields += ["low", "shifts"]  # the least shift of its windows, and how many shifts there are
+    fields += ["rest"]  # windows or transitions before this one in the episode
+    fields += ["start", "count"]  # the window's first transition, and how many it has
     # The options are a row of `Codec.option_rows`.
     return np.dtype([(name, np.int64) for name in fields] + [("options", np.float64, (options,))])
 
@@ -167,9 +160,9 @@ class Order:
     ):
         self.tables, self.shards = tables, shards
         self._seed, self._block, self._salt = seed, block, salt
-        self.windows = tables.total("windows", shards)
-        self.transitions = tables.total("transitions", shards)
-        self.terminals = tables.total("terminals", shards)
+        self.windows, self.transitions, self.terminals = (
+            tables.total(by, shards) for by in ("windows", "transitions", "terminals")
+        )
         self._epoch = lru_cache(4)(self._shuffled)
 
     def _key(self, salt: int, *parts: Index | int) -> NDArray[np.uint64]:
@@ -287,22 +280,22 @@ class Turns:
         self._slots: Index = slots
         self.shares: list[float] = (slots / SLOTS).tolist()
         source = np.repeat(np.arange(len(slots)), slots)
-        own = np.arange(SLOTS) - np.repeat(np.cumsum(slots) - slots, slots)
-        order = np.lexsort((source, (2 * own + 1) / (2 * slots[source])))
+        numbers = np.arange(SLOTS) - np.repeat(np.cumsum(slots) - slots, slots)
+        order = np.lexsort((source, (2 * numbers + 1) / (2 * slots[source])))
         self._source: Index = source[order]
-        self._own: Index = own[order]
+        self._numbers: Index = numbers[order]
 
     def of(self, samples: Index) -> Iterator[tuple[int, Index | slice, Index]]:
-        """Each source of [K] samples: its number, their positions, and its own sample numbers."""
+        """Each source of [K] samples: its number, their positions, and their numbers in it."""
         if len(self._slots) == 1:
             yield 0, slice(None), samples
             return
         slot = samples % SLOTS
         source: Index = self._source[slot]
-        own: Index = self._own[slot] + samples // SLOTS * self._slots[source]
+        numbers: Index = self._numbers[slot] + samples // SLOTS * self._slots[source]
         for number in np.unique(source).tolist():
             here = np.flatnonzero(source == number)
-            yield number, here, own[here]
+            yield number, here, numbers[here]
 
     def before(self, sample: int) -> list[int]:
         """How many of the samples 0..`sample`-1 each source has."""

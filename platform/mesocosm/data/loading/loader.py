@@ -91,15 +91,17 @@ class Loader:
         self._block = block
         self._tables = Tables(dataset, codec, split, window)
         every = np.arange(len(dataset.shards))
-        sources = {", ".join(dataset.ids): Order(self._tables, every, seed, block, ())}
-        if weights is not None:
-            parts = [every[dataset.shard_part == part] for part in range(len(dataset.paths))]
-            orders = [Order(self._tables, of, seed, block, (i,)) for i, of in enumerate(parts)]
-            sources = dict(zip(dataset.ids, orders, strict=True))
-        for ids, order in sources.items():
+        if weights is None:
+            orders = {", ".join(dataset.ids): Order(self._tables, every, seed, block, ())}
+        else:
+            orders = {
+                id: Order(self._tables, every[dataset.shard_part == i], seed, block, (i,))
+                for i, id in enumerate(dataset.ids)
+            }
+        for ids, order in orders.items():
             if not order.windows:
                 raise UsageError(f"the {split} split of {ids} is empty; collect more episodes")
-        self._orders = list(sources.values())
+        self._orders = list(orders.values())
         self._at_once = self._batches_at_once()
         self._read_ahead = -1, dict[tuple[int, int], list[Windows]]()
         self._turns = Turns([1.0] if weights is None else weights)
@@ -178,10 +180,10 @@ class Loader:
             read[rank, world_size] = parts
         return read[rank, world_size][step - first]
 
-    def _slice(self, size: int, what: str, rank: int, world_size: int) -> tuple[int, int]:
+    def _slice(self, size: int, name: str, rank: int, world_size: int) -> tuple[int, int]:
         if size % world_size:
             raise UsageError(
-                f"a {what} of {size} does not divide by {world_size} workers; use a multiple of"
+                f"a {name} of {size} does not divide by {world_size} workers; use a multiple of"
                 f" {world_size}"
             )
         each = size // world_size
@@ -195,9 +197,8 @@ class Loader:
         ahead: set[int] = set()
         first, last = step * self.batch_size, (step + self._at_once - 1) * self.batch_size
         starts = self._turns.before(first if self.events else first + lo)
-        for order, start, end in zip(
-            self._orders, starts, self._turns.before(last + hi), strict=True
-        ):
+        ends = self._turns.before(last + hi)
+        for order, start, end in zip(self._orders, starts, ends, strict=True):
             here, after = order.near(start, max(start, end - 1))
             now.update(here)
             ahead.update(after)
@@ -205,8 +206,8 @@ class Loader:
 
     def _places(self, samples: Index) -> Array:
         places = np.empty(len(samples), self._tables.type)
-        for number, here, own in self._turns.of(samples):
-            words(places)[here] = words(self._orders[number].find(own))
+        for number, here, numbers in self._turns.of(samples):
+            words(places)[here] = words(self._orders[number].find(numbers))
         return places
 
     # -- rare events
@@ -236,10 +237,10 @@ class Loader:
             (TERMINAL, self._terminal_turns, np.flatnonzero(is_drawn)),
             (UNIFORM, self._turns, np.flatnonzero(~is_drawn)),
         ):
-            for part, which, own in turns.of(walk[chosen]):
+            for part, which, numbers in turns.of(walk[chosen]):
                 here = chosen[which]
                 order = self._orders[part]
-                draws, terminals, transitions = order.draw(salt, own, samples[here, part])
+                draws, terminals, transitions = order.draw(salt, numbers, samples[here, part])
                 words(places)[here] = words(draws)
                 if not drawn:
                     continue
