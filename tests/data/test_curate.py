@@ -1,5 +1,5 @@
-"""Curating: the episodes and reasons of each operation, an account that adds up to the input, and the
-same bytes from one process and from Ray Data.
+"""Curating: the episodes and reasons of each operation, an account that adds up to the input, and
+the same bytes from one process and from Ray Data.
 """
 
 from __future__ import annotations
@@ -112,6 +112,10 @@ def configured(
     return config
 
 
+def stored(root: str, id: str = "d0") -> Dataset:
+    return Dataset([Storage(root).artifact("datasets", id).path])
+
+
 def report(artifact: Artifact) -> dict[str, Any]:
     """Check that curate.json adds up, by operation and by reason, and agrees with dropped.parquet
     and the dataset; return it.
@@ -185,7 +189,7 @@ def test_one_copy_is_kept_validation_first(
 ) -> None:
     episodes = [walk(k) for k in range(40)]
     dataset(episodes)
-    split = Dataset([Storage(root).artifact("datasets", "d0").path]).table["split"]
+    split = stored(root).table["split"]
     held = int(np.flatnonzero(split == 1)[0])
     train = [int(k) for k in np.flatnonzero(split == 0)[:2]]
     dataset(
@@ -349,7 +353,7 @@ def test_filters_drop_with_a_reason(
     assert all(
         k % 2 for k in indices(curate({"op": "where", "by": "outcome", "keep": ["truncated"]}))
     )
-    before = Dataset([Storage(root).artifact("datasets", "d0").path])
+    before = stored(root)
     after = Dataset([artifact.path])
     was = dict(zip(before.table["index"].tolist(), before.table["split"].tolist(), strict=True))
     assert all(
@@ -385,7 +389,7 @@ def test_balance_and_mix_choose_among_training_episodes(
     report(mixed)
     of = pq.read_table(mixed.path / "origin.parquet")["dataset"].to_pylist()
     train = [of[i] for i in Dataset([mixed.path]).episodes("train")]
-    all_of_d1 = len(Dataset([Storage(root).artifact("datasets", "d1").path]).episodes("train"))
+    all_of_d1 = len(stored(root, "d1").episodes("train"))
     assert 2 * train.count("d0") in (all_of_d1 - 1, all_of_d1) and train.count("d1") == all_of_d1, (
         "all of d1, and half as much of d0"
     )
@@ -510,7 +514,7 @@ def test_a_curated_dataset_trains_and_is_made_once(
     data = Dataset([artifact.path])
     batch = Loader(data, Codec.fit(data), "train", 8, 16, 0).batch(0)
     assert batch.mask.any() and data.table["index"].tolist() == list(range(len(data.table)))
-    inputs = {id: Dataset([Storage(root).artifact("datasets", id).path]) for id in names}
+    inputs = {id: stored(root, id) for id in names}
     for episode, (id, index) in zip(data.iter_episodes(), left(artifact), strict=True):
         source = inputs[id].episode(index)
         assert np.array_equal(

@@ -39,27 +39,16 @@ def rich_episodes(count: int = 5, seed: int = 0) -> list[Episode]:
     episodes = []
     for k in range(count):
         length = int(rng.integers(1, 9))
-        observations, actions = (
-            [observation.sample() for _ in range(length + 1)],
-            [action.sample() for _ in range(length)],
-        )
+        observations = [observation.sample() for _ in range(length + 1)]
+        actions = [action.sample() for _ in range(length)]
         rest: dict[str, Any] = {
             "durations": rng.random(length),
             "task": {"mass": 1.5 * k, "map": ["big", "small"][k % 2]},
             "success": [True, False, None][k % 3],
         }
-        episodes.append(
-            Episode(
-                k,
-                10 + k,
-                ["random", "noisy"][k % 2],
-                observations,
-                actions,
-                rng.normal(size=length),
-                outcomes[k % 3],
-                **rest,
-            )
-        )  # type: ignore[arg-type]
+        rewards, outcome = rng.normal(size=length), outcomes[k % 3]
+        steps = observations, actions, rewards
+        episodes.append(Episode(k, 10 + k, ["random", "noisy"][k % 2], *steps, outcome, **rest))
     return episodes
 
 
@@ -72,12 +61,8 @@ def rich(write: Write, episodes: list[Episode], **facts: Any) -> Path:
 def assert_equal(a: Any, b: Any) -> None:
     if isinstance(a, dict | tuple | list):
         assert len(a) == len(b)
-        for x, y in zip(
-            a.values() if isinstance(a, dict) else a,
-            b.values() if isinstance(b, dict) else b,
-            strict=True,
-        ):
-            assert_equal(x, y)
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_equal(a[key], b[key])
     else:
         np.testing.assert_array_equal(a, b)
         assert np.asarray(a).dtype == np.asarray(b).dtype
@@ -123,14 +108,9 @@ def test_the_parquet_has_the_documented_schema(write: Write) -> None:
         for step in range(len(episode) + 1):
             row, raw, final = rows[at], episode.observations[step], step == len(episode)
             at += 1
-            assert (row["episode"], row["step"], row["behaviour"], row["seed"], row["success"]) == (
-                episode.index,
-                step,
-                episode.behaviour,
-                episode.seed,
-                episode.success,
-            )
-            assert row["task"] == episode.task
+            assert (row["episode"], row["step"]) == (episode.index, step)
+            for name in ("behaviour", "seed", "success", "task"):
+                assert row[name] == getattr(episode, name)
             expected = {
                 "pos": raw["pos"].tolist(),
                 "mode": raw["mode"],
@@ -138,26 +118,15 @@ def test_the_parquet_has_the_documented_schema(write: Write) -> None:
                 "pair": {"0": raw["pair"][0].tolist(), "1": raw["pair"][1]},
             }
             assert row["observation"] == expected
+            of_steps = ["action", "reward", "duration", "terminated", "truncated"]
             if final:
-                assert all(
-                    row[name] is None
-                    for name in ("action", "reward", "terminated", "truncated", "duration")
-                )
+                assert all(row[name] is None for name in of_steps)
                 continue
-            action = episode.actions[step]
-            assert row["action"] == {
-                "push": action["push"].tolist(),
-                "press": action["press"].tolist(),
-            }
-            assert (row["reward"], row["duration"]) == (
-                episode.rewards[step],
-                episode.durations[step],
-            )  # type: ignore[index]
-            ends = step == len(episode) - 1
-            assert (row["terminated"], row["truncated"]) == (
-                ends and episode.outcome == "terminated",
-                ends and episode.outcome == "truncated",
-            )
+            action = {name: part.tolist() for name, part in episode.actions[step].items()}
+            assert row["action"] == action and row["reward"] == episode.rewards[step]
+            assert episode.durations is not None and row["duration"] == episode.durations[step]
+            for name in ("terminated", "truncated"):
+                assert row[name] == (step == len(episode) - 1 and episode.outcome == name)
 
 
 def test_the_manifest_counts(write: Write, counted: Counted) -> None:
@@ -196,8 +165,10 @@ def write_elsewhere(write: Write) -> Path:
     return moved
 
 
-def test_the_split_is_by_episode(write: Write, counted: Counted) -> None:
-    dataset = Dataset([write([counted(k, 3) for k in range(400)])])
+def test_the_split_is_by_episode(
+    write: Write, counted: Counted, counted_dataset: Callable[..., Dataset]
+) -> None:
+    dataset = counted_dataset([3] * 400)
     train, valid = dataset.episodes("train"), dataset.episodes("valid")
     assert sorted([*train, *valid]) == list(range(400))
     assert 20 <= len(valid) <= 65
@@ -208,32 +179,12 @@ def test_the_split_is_by_episode(write: Write, counted: Counted) -> None:
     )
     for seed in range(20):
         for count in (1, 2, 4, 5, 6):
-            few = Dataset(
-                [
-                    write(
-                        [counted(k, 3) for k in range(count)],
-                        id=f"few{seed}-{count}",
-                        seed=seed,
-                        valid_fraction=1e-6,
-                    )
-                ]
-            )
-            assert len(few.episodes("valid")) == (count >= 5), (
-                "one is held out of five, none of fewer"
-            )
-        all = Dataset(
-            [
-                write(
-                    [counted(k, 3) for k in range(2)],
-                    id=f"all{seed}",
-                    seed=seed,
-                    valid_fraction=0.999,
-                )
-            ]
-        )
-        assert len(all.episodes("train")) == 1
-    none = Dataset([write([counted(k, 3) for k in range(100)], id="none", valid_fraction=0.0)])
-    assert not len(none.episodes("valid"))
+            id = f"few{seed}-{count}"
+            few = counted_dataset([3] * count, id=id, seed=seed, valid_fraction=1e-6)
+            assert len(few.episodes("valid")) == (count >= 5), "one of five is held out"
+        most = counted_dataset([3, 3], id=f"most{seed}", seed=seed, valid_fraction=0.999)
+        assert len(most.episodes("train")) == 1
+    assert not len(counted_dataset([3] * 100, id="none", valid_fraction=0.0).episodes("valid"))
 
 
 def test_a_dataset_without_validation_works_alone_and_with_another(

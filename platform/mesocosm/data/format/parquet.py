@@ -7,7 +7,7 @@ One row an observation (T+1 rows an episode of T transitions), in order of episo
     observation  the space       Box, MultiDiscrete, MultiBinary: nested lists of the space's dtype
                                  (a scalar where the shape is ()); Discrete: int64, counted from its
                                  start; Text: string; Dict: struct; Tuple: struct of "0", "1", ...
-    action       the space       null in an episode's last row, as are the next five
+    action       the space       null in an episode's last row, as are the next four
     reward       double
     terminated   bool            the environment ended the episode here
     truncated    bool            a time limit ended it here; an episode that ends with neither is

@@ -86,7 +86,7 @@ class Loader:
                 raise UsageError(f"{name} must be >= 1, got {value}")
         if 0 < events < 3:
             raise UsageError(f"events must be 0 or >= 3 (a third are terminals), got {events}")
-        self.dataset, self.codec, self.split = dataset, codec, split
+        self.dataset, self.codec = dataset, codec
         self.window, self.batch_size, self.events, self.seed = window, batch, events, seed
         self._block = block
         self._tables = Tables(dataset, codec, split, window)
