@@ -139,7 +139,7 @@ def test_overrides_may_stand_anywhere(root: str, capsys: pytest.CaptureFixture[s
         ("agent.algo=PPPO", r"agent: algo must be .*got 'PPPO'; did you mean 'PPO'"),
         ("agent.params.lrr=1", "agent: params.lrr .*did you mean 'lr'"),
         ("agent.starts=bogus", "agent: starts='bogus'"),
-        ("evaluate.episodes=0", "evaluate: episodes=0"),
+        ("evaluate.episodes=0", "evaluate: episodes must be >= "),
         ("serve.replicas=0", "mesocosm: serve.replicas must be >= 1, got 0"),
         ("explore.behaviours=[{kind: nosy}]", "explore: .*nosy.*did you mean 'noisy'"),
         ("baselines=[{algo: PP0}]", r"baselines.0.: algo must be .*got 'PP0'"),

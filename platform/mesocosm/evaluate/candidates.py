@@ -1,8 +1,8 @@
-"""What may be collected next, as candidates that `propose` compares.
+"""The candidates that `propose` compares: what `collect` can run next.
 
-What `collect` can run is a candidate: random actions, agents at several levels of noise, behaviours
-of the user's own; where tasks are reset options, each behaviour on each part of them too (start
-states are among these where the environment takes them as reset options).
+Candidates are random actions, agents at several levels of noise, and behaviours of the user. Where
+tasks are reset options, each behaviour on each part of them is one too; start states are among
+these where the environment takes them as reset options.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 
@@ -30,7 +29,7 @@ from mesocosm.policies.policy import Acts, policy_of
 from mesocosm.store.artifacts import Artifact, Storage
 
 PARTS = 3
-"""The range of a reset option is cut into so many equal parts."""
+"""Equal parts of the range of a reset option."""
 
 
 @dataclass
@@ -40,7 +39,7 @@ class ProposeConfig(JobConfig):
     steps: int = 1000
     """Real steps that may be bought."""
     agents: list[str] = field(default_factory=list)
-    """`agents/<id>`, or `agents/<id>@<iteration>` for a snapshot: each acts at its best, with every
+    """`agents/<id>`, or `agents/<id>@<iteration>` for a snapshot. Each acts greedily, with every
     level of `noises`.
     """
     noises: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.6])
@@ -49,34 +48,38 @@ class ProposeConfig(JobConfig):
     """More candidates, such as scripted ones (`weight` is not used). Random actions are always one.
     """
     even: float = 0.5
-    """Share of the steps that is even over the candidates; the others go where disagreement and
-    coverage say.
+    """Share of the steps that is even over the candidates. Disagreement and coverage choose the
+    others.
     """
     imagined: int = 64
     """Imagined episodes of each candidate."""
     reality: RealityConfig = field(default_factory=RealityConfig)
-    """Where it would be collected; without `reality.env`, the environment that the world is of,
-    with the tasks and the price of its newest data.
+    """Where the steps would be collected. Defaults to the world's environment, with the tasks and
+    the price of its newest data.
     """
     out: str | None = None
-    """A file to write the config to, beside the artifact's own."""
+    """Another file to write the config to."""
 
 
 @dataclass(frozen=True)
 class Candidate:
+    """A behaviour and its policy."""
+
     behaviour: BehaviourConfig
     policy: Acts
 
     @property
     def explore(self) -> bool:
-        """As `collect` lets it act: trained policies draw from their own distribution."""
+        """As in `collect`: trained policies draw from their own distribution."""
         return self.behaviour.kind == "trained"
 
 
 @dataclass(frozen=True)
 class Question:
+    """A checked proposal, before anything is imagined."""
+
     cfg: ProposeConfig
-    """With `reality` filled in, and full names of agents"""
+    """With `reality` completed, and full names of agents"""
     world: Artifact
     datasets: list[Artifact]
     facts: EnvFacts
@@ -88,20 +91,18 @@ class Question:
     """Hashes of scripted behaviours' code"""
 
     def collection(self, behaviours: list[BehaviourConfig]) -> CollectConfig:
-        """Another seed than those of the world's data, whose episodes would begin alike."""
+        """What to collect. Its seed is not that of the world's data, whose episodes would begin
+        alike.
+        """
         seeds = [int(artifact.meta.get("config", {}).get("seed", -1)) for artifact in self.datasets]
-        return CollectConfig(
-            seed=max(seeds, default=-1) + 1,
-            reality=self.cfg.reality,
-            steps=self.cfg.steps,
-            behaviours=behaviours,
-        )
+        seed, cfg = max(seeds, default=-1) + 1, self.cfg
+        return CollectConfig(seed=seed, reality=cfg.reality, steps=cfg.steps, behaviours=behaviours)
 
 
 def check(cfg: ProposeConfig) -> None:
     """Raise UsageError on the first wrong value. Reads nothing but the config."""
     if not cfg.world:
-        raise UsageError("world is not set; give the world to improve, as in world=worlds/ab12")
+        raise UsageError("world is not set; try world=worlds/ab12, the world to improve")
     checks.at_least(cfg, 2, "steps")
     checks.within(cfg, 0, 1, "even")
     checks.at_least(cfg, 4, "imagined")
@@ -116,11 +117,8 @@ def check(cfg: ProposeConfig) -> None:
 
 def _noisy(cfg: ProposeConfig) -> list[BehaviourConfig]:
     """Each agent with each level of noise."""
-    return [
-        BehaviourConfig(kind="noisy", policy=agent, noise=noise)
-        for agent in cfg.agents
-        for noise in cfg.noises
-    ]
+    pairs = itertools.product(cfg.agents, cfg.noises)
+    return [BehaviourConfig(kind="noisy", policy=agent, noise=noise) for agent, noise in pairs]
 
 
 def ask(cfg: ProposeConfig, storage: Storage) -> Question:
@@ -131,98 +129,64 @@ def ask(cfg: ProposeConfig, storage: Storage) -> Question:
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
     reality = _reality(cfg.reality, codec, datasets)
     facts = facts_of(reality)
-    for name, theirs, own in zip(
-        ("observation", "action"),
-        facts.spaces,
-        (codec.observation_space, codec.action_space),
-        strict=True,
-    ):
-        if theirs != own:
+    spaces = (codec.observation_space, codec.action_space)
+    for name, real, expected in zip(("observation", "action"), facts.spaces, spaces, strict=True):
+        if real != expected:
             raise UsageError(
-                f"reality.env={reality.env!r} has the {name} space {theirs}, and {world.name}"
-                f" {own}; propose for its own environment"
+                f"reality.env={reality.env!r} has the {name} space {real}, and {world.name}"
+                f" {expected}; propose for its own environment"
             )
-    cfg = replace(
-        cfg, reality=reality, agents=[acting.full_name(storage, agent) for agent in cfg.agents]
-    )
+    agents = [acting.full_name(storage, agent) for agent in cfg.agents]
+    cfg = replace(cfg, reality=reality, agents=agents)
     acting.check_tasks(cfg.behaviours, reality)
-    candidates = [Candidate(b, _policy(b, storage, facts)) for b in _behaviours(cfg, storage)]
-    sources = [
-        source_hash(acting.load_function(c.behaviour.function))
-        for c in candidates
-        if c.behaviour.function is not None
-    ]
+    plain = [BehaviourConfig(), *_noisy(cfg)]
+    plain += [replace(policy_set.full(b, storage), weight=1.0) for b in cfg.behaviours]
+    parts = _parts(reality.task_options)
+    every = plain + [replace(b, task_options=p) for b in plain if not b.task_options for p in parts]
+    unique = {acting.label(behaviour): behaviour for behaviour in every}.values()
+    candidates = [Candidate(behaviour, _policy(behaviour, storage, facts)) for behaviour in unique]
+    functions = [b.function for b in unique if b.function is not None]
+    sources = [source_hash(acting.load_function(function)) for function in functions]
     members = json.loads((world.path / "world.json").read_text())["config"]["members"]
     horizon = horizon_of(storage, world, facts.max_episode_steps, "reality.horizon").steps
     return Question(cfg, world, datasets, facts, horizon, members, candidates, sources)
 
 
 def _reality(reality: RealityConfig, codec: Codec, datasets: list[Artifact]) -> RealityConfig:
-    """Given, or that of the world, with what its newest data's collection says of tasks and price.
-    Raises UsageError where nobody says how the task's reset options are drawn.
+    """`reality`, completed by the world's environment and the tasks and price of its newest
+    collection. Raises UsageError where the draw of a reset option is unknown.
     """
     if not reality.env:
-        said: dict[str, Any] = next(
-            (
-                a.meta["config"]["reality"]
-                for a in reversed(datasets)
-                if a.meta.get("job") == "collect"
-            ),
-            {},
-        )
+        collected = [
+            a.meta["config"]["reality"] for a in datasets if a.meta.get("job") == "collect"
+        ]
+        newest = collected[-1] if collected else {}
         reality = reality_of(reality, codec)
         if not reality.task_options:
-            reality = replace(
-                reality,
-                task_options={
-                    name: TaskOption(**option)
-                    for name, option in said.get("task_options", {}).items()
-                },
-            )
-        if reality.price == PriceConfig() and "price" in said:
-            reality = replace(reality, price=PriceConfig(**said["price"]))
-    lacking = [option.name for option in codec.options if option.name not in reality.task_options]
-    if lacking:
-        raise UsageError(
-            f"the world's task has the reset option {lacking[0]!r}; say how it is drawn:"
-            f" reality.task_options.{lacking[0]}.choices=[...]"
-        )
+            options = newest.get("task_options", {})
+            drawn = {name: TaskOption(**option) for name, option in options.items()}
+            reality = replace(reality, task_options=drawn)
+        if reality.price == PriceConfig() and "price" in newest:
+            reality = replace(reality, price=PriceConfig(**newest["price"]))
+    for option in codec.options:
+        if option.name not in reality.task_options:
+            key = f"reality.task_options.{option.name}"
+            raise UsageError(f"{key} must be set: the world's task has it; try {key}.choices=[...]")
     return reality
-
-
-def _behaviours(cfg: ProposeConfig, storage: Storage) -> list[BehaviourConfig]:
-    """Every candidate, each once."""
-    plain = [BehaviourConfig(), *_noisy(cfg)]
-    plain += [replace(policy_set.full(b, storage), weight=1.0) for b in cfg.behaviours]
-    every = [
-        *plain,
-        *(
-            replace(b, task_options=part)
-            for b in plain
-            if not b.task_options
-            for part in _parts(cfg.reality.task_options)
-        ),
-    ]
-    return list({acting.label(b): b for b in every}.values())
 
 
 def _parts(options: dict[str, TaskOption]) -> list[dict[str, TaskOption]]:
     """One reset option at a time: each of its choices, or each third of its range."""
-    found = []
+    parts = []
     for name, option in options.items():
-        if option.choices is not None:
-            found += [
-                {name: TaskOption(choices=[choice])}
-                for choice in option.choices
-                if len(option.choices) > 1
-            ]
-        else:
+        if option.choices is None:
             assert option.low is not None and option.high is not None
-            edges = [float(edge) for edge in np.linspace(option.low, option.high, PARTS + 1)]
-            found += [
-                {name: TaskOption(low=low, high=high)} for low, high in itertools.pairwise(edges)
-            ]
-    return found
+            edges = np.linspace(option.low, option.high, PARTS + 1).tolist()
+            pairs = itertools.pairwise(edges)
+            parts += [{name: TaskOption(low=low, high=high)} for low, high in pairs]
+        elif len(option.choices) > 1:
+            parts += [{name: TaskOption(choices=[choice])} for choice in option.choices]
+    return parts
 
 
 def _policy(behaviour: BehaviourConfig, storage: Storage, facts: EnvFacts) -> Acts:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from mesocosm import config
 from mesocosm.data.analysis.neighbours import Features
@@ -18,6 +19,7 @@ from mesocosm.data.collecting.config import check as check_collection
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.windows import start_parts
+from mesocosm.envs.config import TaskOption
 from mesocosm.evaluate import buying
 from mesocosm.evaluate.buying import Bought, Imagined
 from mesocosm.evaluate.candidates import Question
@@ -34,29 +36,32 @@ STARTS = 512
 
 
 def propose(q: Question, run: Run) -> tuple[dict[str, Any], str]:
-    """(proposal.json, next.yaml)"""
+    """Imagine and score the candidates, and share the steps out.
+
+    Returns:
+        The contents of proposal.json and of next.yaml.
+    """
     cfg = q.cfg
     world, dataset = World.load(q.world.path), Dataset([artifact.path for artifact in q.datasets])
     codec, features = codec_of(world), Features(dataset)
     logged = features.sample(dataset, "train", seed=cfg.seed)
     unit = buying.gap_unit(features, dataset, logged.values, logged.episodes, cfg.seed)
-    starts = _starts(world, dataset, codec, cfg.seed)
+    task, observation = _starts(world, dataset, codec, cfg.seed)
     imagined: list[Imagined] = []
     behaviours: list[BehaviourConfig] = []
-    notes: list[str] = []
+    unseen: list[str] = []
     with run.progress("propose", len(q.candidates)) as update:
         for done, candidate in enumerate(q.candidates):
             name = acting.label(candidate.behaviour)
-            rows = _within(codec, starts[0], candidate.behaviour)
+            rows = _within(codec, task, candidate.behaviour)
             if not len(rows):
-                notes.append(
-                    f"{name}: the world has seen no such task and can say nothing of it; what is"
-                    " new to it is best looked at once, by collecting some."
+                unseen.append(
+                    f"{name}: the world has seen no such task, so its worth is unknown; collect"
+                    " some of it once."
                 )
                 continue
-            own = starts[0][rows], starts[1][rows]
 
-            def told(steps: int, done: int = done, name: str = name) -> None:
+            def report(steps: int, done: int = done, name: str = name) -> None:
                 update(done, f"{name}, imagined step {steps}")
 
             imagined.append(
@@ -65,12 +70,12 @@ def propose(q: Question, run: Run) -> tuple[dict[str, Any], str]:
                     dataset,
                     features,
                     candidate.policy,
-                    own,
+                    (task[rows], observation[rows]),
                     explore=candidate.explore,
                     episodes=cfg.imagined,
                     horizon=q.horizon,
                     seed=cfg.seed,
-                    progress=told,
+                    progress=report,
                 )
             )
             behaviours.append(candidate.behaviour)
@@ -83,125 +88,103 @@ def propose(q: Question, run: Run) -> tuple[dict[str, Any], str]:
             disagrees=q.members > 1,
             seed=cfg.seed,
         )
-        update(
-            len(q.candidates),
-            f"{sum(s > 0 for s in bought.steps)} of {len(imagined)} candidates chosen",
-        )
-    chosen = buying.kept(behaviours, bought)
-    weights = buying.weights(
-        [bought.steps[i] for i in chosen], [imagined[i].length for i in chosen]
-    )
-    job = q.collection(
-        [replace(behaviours[i], weight=weight) for i, weight in zip(chosen, weights, strict=True)]
-    )
+        chosen = buying.kept(behaviours, bought)
+        update(len(q.candidates), f"{len(chosen)} of {len(imagined)} candidates chosen")
+    lengths = [candidate.length for candidate in imagined]
+    weights = buying.weights([bought.steps[i] for i in chosen], [lengths[i] for i in chosen])
+    pairs = zip(chosen, weights, strict=True)
+    job = q.collection([replace(behaviours[i], weight=weight) for i, weight in pairs])
     check_collection(job)
     price = cfg.reality.price
-    resets = sum(bought.steps[i] / imagined[i].length for i in chosen)
-    rows = [
-        {
-            "behaviour": acting.label(behaviours[i]),
-            "steps": bought.steps[i],
-            "share": bought.steps[i] / cfg.steps,
-            "episodes": bought.steps[i] / imagined[i].length,
-            "price": bought.steps[i] * (price.per_step + price.per_reset / imagined[i].length),
-            "length": imagined[i].length,
-            **asdict(bought.scores[i]),
-        }
-        for i in sorted(
-            range(len(behaviours)), key=lambda i: (-bought.steps[i], -bought.scores[i].worth)
+    answers: list[dict[str, Any]] = []
+    for i, behaviour in enumerate(behaviours):
+        steps, length = bought.steps[i], lengths[i]
+        cost = steps * (price.per_step + price.per_reset / length)
+        answers.append(
+            {
+                "behaviour": acting.label(behaviour),
+                "steps": steps,
+                "share": steps / cfg.steps,
+                "episodes": steps / length,
+                "price": cost,
+                "length": length,
+                **asdict(bought.scores[i]),
+            }
         )
-    ]
+    answers.sort(key=lambda answer: (-answer["steps"], -answer["worth"]))
     answer = {
         "schema": 1,
         "world": q.world.name,
         "steps": cfg.steps,
         "even": cfg.even,
-        "price": cfg.steps * price.per_step + resets * price.per_reset,
+        "price": sum(answer["price"] for answer in answers),
         "currency": price.currency,
         "gap_unit": unit,
         "left": bought.left,
-        "candidates": rows,
-        "notes": [*_notes(q, behaviours, bought), *_few(rows), *notes],
+        "candidates": answers,
+        "notes": [*_notes(q, behaviours, bought), *_few(answers), *unseen],
     }
     return answer, _yaml(job, answer)
 
 
 def _starts(world: World, dataset: Dataset, codec: Codec, seed: int) -> tuple[Parts, Parts]:
-    """(task, observation) [N, ...]: as many logged starts of training as the world draws, by turns
-    through those that there are.
+    """(task, observation) [N, ...]: the logged starts of training, repeated to as many as the world
+    draws, then those.
     """
     drawn = world.sample_start(rng.keys(seed, torch.arange(STARTS, device=world.device), 0, 0))
     logged = start_parts(dataset, codec, "train")
     count = len(logged[0].numbers)
     rows = torch.arange(max(STARTS, count)) % count
-    return _joined(logged[0][rows], drawn[0]), _joined(logged[1][rows], drawn[1])
+    joined = []
+    for real, own in zip(logged, drawn, strict=True):
+        a, b = real[rows], own.to("cpu")
+        categories = torch.cat((a.categories, b.categories))
+        joined.append(Parts(torch.cat((a.numbers, b.numbers)), categories))
+    return joined[0], joined[1]
 
 
-def _joined(a: Parts, b: Parts) -> Parts:
-    b = b.to("cpu")
-    return Parts(torch.cat((a.numbers, b.numbers)), torch.cat((a.categories, b.categories)))
-
-
-def _within(codec: Codec, task: Parts, behaviour: BehaviourConfig) -> Any:
-    """Rows of `task` that the behaviour may be given."""
-
-    def holds(options: dict[str, Any]) -> bool:
-        for name, part in behaviour.task_options.items():
-            value = options[name]
-            if part.choices is not None:
-                if not any(
-                    (
-                        abs(value - choice) < 1e-6 * (1 + abs(choice))
-                        if isinstance(value, float)
-                        else value == choice
-                    )
-                    for choice in part.choices
-                ):
-                    return False
-            elif (
-                part.low is not None
-                and part.high is not None
-                and not part.low <= value <= part.high
-            ):
-                return False
-        return True
-
-    if not behaviour.task_options:
+def _within(codec: Codec, task: Parts, behaviour: BehaviourConfig) -> Tensor:
+    """Rows of `task` within the behaviour's task options."""
+    options = behaviour.task_options
+    if not options:
         return torch.arange(len(task.numbers))
-    return torch.tensor(
-        [row for row, options in enumerate(codec.task_options(task)) if holds(options)],
-        dtype=torch.int64,
-    )
+    rows = [
+        row
+        for row, values in enumerate(codec.task_options(task))
+        if all(_holds(part, values[name]) for name, part in options.items())
+    ]
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _holds(part: TaskOption, value: Any) -> bool:
+    if part.choices is None:
+        assert part.low is not None and part.high is not None
+        return bool(part.low <= value <= part.high)
+    if not isinstance(value, float):
+        return value in part.choices
+    return any(abs(value - choice) < 1e-6 * (1 + abs(choice)) for choice in part.choices)
 
 
 def _notes(q: Question, behaviours: list[BehaviourConfig], bought: Bought) -> list[str]:
-    """When there is little to tell."""
-    found = []
+    """Reasons why the proposal says little."""
+    notes = []
     if q.members == 1:
-        found.append(
+        notes.append(
             f"{q.world.name} has 1 member, so that nothing disagrees: coverage alone chose;"
             " pretrain with model.members=4 to have both."
         )
     if len(behaviours) == 1:
-        found.append(
-            "random actions are the only candidate, so there is nothing to choose; give agents=[ID]"
-            " or behaviours."
-        )
-        return found
-    best = max(bought.scores, key=lambda score: score.worth)
-    random = bought.scores[0]
+        only = "random actions are the only candidate, so there is nothing to choose"
+        return [*notes, f"{only}; give agents=[ID] or behaviours."]
+    best, random = max(bought.scores, key=lambda score: score.worth), bought.scores[0]
     if best is random:
-        found.append("no candidate is worth more than random actions.")
-    elif (
-        best.interval is not None
-        and random.interval is not None
-        and best.interval[0] <= random.interval[1]
-    ):
-        found.append(
-            "no candidate is told apart from random actions (their 90% intervals meet): take the"
-            " shares for a guess, or raise imagined."
+        notes.append("no candidate is worth more than random actions.")
+    elif best.interval and random.interval and best.interval[0] <= random.interval[1]:
+        notes.append(
+            "no candidate differs from random actions (their 90% intervals overlap): the shares are"
+            " a guess; raise imagined."
         )
-    return found
+    return notes
 
 
 def _few(rows: list[dict[str, Any]]) -> list[str]:
@@ -214,79 +197,45 @@ def _few(rows: list[dict[str, Any]]) -> list[str]:
             f"the budget is less than one episode (some {longest:.3g} steps), of which the"
             " beginning alone would be collected; give more steps."
         ]
-    scarce = [row["behaviour"] for row in chosen if row["episodes"] < 1]
-    return (
-        [
-            f"the budget is about {episodes:.3g} episodes, less than one of {', '.join(scarce)},"
-            " which may not come up."
-        ]
-        if scarce
-        else []
-    )
+    scarce = ", ".join(row["behaviour"] for row in chosen if row["episodes"] < 1)
+    few = f"the budget is about {episodes:.3g} episodes, less than one of {scarce}"
+    return [f"{few}, which may not come up."] if scarce else []
 
 
 def _yaml(job: CollectConfig, answer: dict[str, Any]) -> str:
-    head = [
-        (
-            f"# {answer['steps']} real steps for {answer['world']}, about {answer['price']:.4g}"
-            f" {answer['currency']}"
-        ),
-        (
-            f"# {answer['even']:.0%} of the steps are even over the candidates, the others go where"
-            " they take the most off what is unknown on all candidates'"
-        ),
-        (
-            "# paths. Worth, what is unknown of a candidate's step: the mean of log(1 +"
-            " disagreement) * log(1 + gap); 1 of either is what a tenth of held-out"
-        ),
-        "# transitions exceed. Weights are shares of episodes.",
+    lines = [
+        f"{answer['steps']} real steps for {answer['world']}, about {answer['price']:.4g}"
+        f" {answer['currency']}",
+        f"{answer['even']:.0%} of the steps are even over the candidates, the others go where they"
+        " reduce most what is unknown on all candidates'",
+        "paths. Worth, what is unknown of a candidate's step: the mean of log(1 + disagreement) *"
+        " log(1 + gap). A tenth of held-out transitions",
+        "exceed 1 of either. Weights are shares of episodes.",
     ]
     for row in answer["candidates"]:
         if row["steps"]:
-            said = (
-                f"{row['steps']} steps, some {row['episodes']:.3g} episodes of {row['length']:.3g};"
-                f" worth {row['worth']:.3g}"
+            lines.append(
+                f"  {row['behaviour']}: {row['steps']} steps, some {row['episodes']:.3g} episodes"
+                f" of {row['length']:.3g}; worth {row['worth']:.3g}, median disagreement"
+                f" {row['disagreement']:.3g}, gap {row['gap']:.3g}"
             )
-            head.append(
-                f"#   {row['behaviour']}: {said}, median disagreement {row['disagreement']:.3g},"
-                f" gap {row['gap']:.3g}"
-            )
-    head += [f"# note: {note}" for note in answer["notes"]]
-    return "\n".join(head) + "\n" + config.to_yaml(job, ("seed", "reality", "steps", "behaviours"))
+    lines += [f"note: {note}" for note in answer["notes"]]
+    head = "".join(f"# {line}\n" for line in lines)
+    return head + config.to_yaml(job, ("seed", "reality", "steps", "behaviours"))
 
 
 def table(answer: dict[str, Any]) -> Table:
-    table = Table(
-        "behaviour",
-        "steps",
-        "episodes",
-        "price",
-        "worth",
-        "90%",
-        "disagrees",
-        "gap",
-        box=None,
-        header_style="dim",
-        pad_edge=False,
-    )
+    """The proposal on the terminal."""
+    head = ("behaviour", "steps", "episodes", "price", "worth", "90%", "disagrees", "gap")
+    table = Table(*head, box=None, header_style="dim", pad_edge=False)
     table.columns[0].overflow = "fold"
     for row in answer["candidates"]:
-        span = (
-            "-"
-            if row["interval"] is None
-            else f"{row['interval'][0]:.3g} to {row['interval'][1]:.3g}"
-        )
-        cells = [str(row["steps"]), f"{row['episodes']:.3g}", f"{row['price']:.4g}"]
-        table.add_row(
-            row["behaviour"],
-            *cells,
-            f"{row['worth']:.3g}",
-            span,
-            f"{row['disagreement']:.3g}",
-            f"{row['gap']:.3g}",
-        )
+        low_high = row["interval"]
+        span = "-" if low_high is None else f"{low_high[0]:.3g} to {low_high[1]:.3g}"
+        cells = [f"{row[key]:.3g}" for key in ("worth", "disagreement", "gap")]
+        cells = [f"{row['episodes']:.3g}", f"{row['price']:.4g}", cells[0], span, *cells[1:]]
+        table.add_row(row["behaviour"], str(row["steps"]), *cells)
     less = f"they would take {1 - answer['left']:.0%} off what is unknown on all candidates' paths"
-    table.caption = (
-        f"{answer['steps']} steps, about {answer['price']:.4g} {answer['currency']}; {less}"
-    )
+    price = f"about {answer['price']:.4g} {answer['currency']}"
+    table.caption = f"{answer['steps']} steps, {price}; {less}"
     return table
