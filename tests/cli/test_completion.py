@@ -32,7 +32,7 @@ eval "$(mesocosm completion bash)"
 while IFS= read -r line; do
     read -ra COMP_WORDS <<< "$line"
     if [[ "$line" == *" " ]]; then COMP_WORDS+=(""); fi
-    COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMP_LINE="$line" COMP_POINT=${#line} COMP_TYPE=9 COMPREPLY=()
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
     "$(complete -p mesocosm | sed 's/.* -F //; s/ .*//')" mesocosm "${COMP_WORDS[COMP_CWORD]}"
     echo "${COMPREPLY[*]}"
 done

@@ -157,7 +157,7 @@ def test_episodes_of_a_finished_artifact_and_leases_of_dead_processes_go(
 
 
 def test_age_is_of_the_newest_file(tmp_path: Path, gc: Listed) -> None:
-    """A local folder without COMMIT.json; nothing here makes one, a copy that was cut short does."""
+    """A local folder without COMMIT.json, as a copy that was cut short leaves."""
     folder = tmp_path / "root" / "datasets" / "copied"
     (folder / "deep").mkdir(parents=True)
     (folder / "deep" / "new").write_bytes(b"new")

@@ -81,9 +81,9 @@ def test_this_very_package_goes_along(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "sent" / "mesocosm" / "config.py").read_bytes() == (
         freezing.PACKAGE / "config.py"
     ).read_bytes()
-    assert (
-        tmp_path / "sent" / "mesocosm" / "evaluate" / "report" / "report.html"
-    ).exists() and not list((tmp_path / "sent").rglob("*.pyc"))
+    assert (tmp_path / "sent" / "mesocosm" / "py.typed").exists() and not list(
+        (tmp_path / "sent").rglob("*.pyc")
+    )
     back = config.load(CollectConfig, [tmp_path / "sent" / CONFIG])
     assert (back.storage.root, back.ray.address, back.reality.env) == (
         "s3://bucket/prefix",

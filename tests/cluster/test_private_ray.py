@@ -45,7 +45,8 @@ folders = [str(link.resolve()) for link in links]
 cluster.shutdown()
 left = [path for path in [*map(str, links), *folders] if os.path.lexists(path)]
 home = Path.home() / ".ray"
-print(json.dumps({"folders": folders, "left": left, "modes": [oct(p.stat().st_mode & 0o777) for p in (home, home / "auth_token")]}))
+modes = [oct(path.stat().st_mode & 0o777) for path in (home, home / "auth_token")]
+print(json.dumps({"folders": folders, "left": left, "modes": modes}))
 """
 
 

@@ -96,7 +96,8 @@ class Place:
         script = (
             f"hostname {name} && mount --bind {self._own}/hosts /etc/hosts && mount --bind"
             f" {self._own}/disk {DISK} && mount -t tmpfs shm /dev/shm && "
-            "ip link set lo up && echo ready && while :; do sleep 5; done"  # a shell that waits reaps orphans
+            # A shell that waits reaps orphans.
+            "ip link set lo up && echo ready && while :; do sleep 5; done"
         )
         apart = [
             "unshare",

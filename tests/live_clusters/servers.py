@@ -85,9 +85,6 @@ def inside(lab: Lab, code: str, *arguments: str) -> str:
 def fetched(lab: Lab) -> Path:
     """A copy of the bucket's storage root in a folder of this machine."""
     shutil.rmtree(lab.base / "fetched", ignore_errors=True)
-    inside(
-        lab,
-        f"from mesocosm.store.artifacts import Storage; Storage({BUCKET!r}).fs.get('bucket/mesocosm/',"
-        f" {str(lab.base / 'fetched')!r} + '/', recursive=True)",
-    )
+    copy = f"fs.get('bucket/mesocosm/', '{lab.base / 'fetched'}/', recursive=True)"
+    inside(lab, f"from mesocosm.store.artifacts import Storage; Storage({BUCKET!r}).{copy}")
     return lab.base / "fetched"

@@ -68,16 +68,21 @@ LOOP = (
 )
 JOBS = """
 import json, sys, urllib.request
+HEADERS = {"Authorization": "Bearer " + open(sys.argv[2]).read()}
 def get(path):
-    return urllib.request.urlopen(urllib.request.Request(sys.argv[1] + path, headers={"Authorization": "Bearer " + open(sys.argv[2]).read()})).read().decode()
+    request = urllib.request.Request(sys.argv[1] + path, headers=HEADERS)
+    return urllib.request.urlopen(request).read().decode()
 jobs = get("/api/jobs/")
-print(jobs, *(get(f"/api/jobs/{job['submission_id']}") + get(f"/api/jobs/{job['submission_id']}/logs") for job in json.loads(jobs) if job["submission_id"]))
+print(jobs)
+for id in filter(None, (job["submission_id"] for job in json.loads(jobs))):
+    print(get(f"/api/jobs/{id}") + get(f"/api/jobs/{id}/logs"))
 """
 RUNS = """
 import json, sys
 from mlflow.tracking import MlflowClient
 client = MlflowClient(tracking_uri=sys.argv[1])
-print(json.dumps([run.to_dictionary() for run in client.search_runs([e.experiment_id for e in client.search_experiments()])]))
+experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+print(json.dumps([run.to_dictionary() for run in client.search_runs(experiments)]))
 """
 
 

@@ -1,8 +1,8 @@
-"""`clusters/<name>.yaml` -> the config of Ray's cluster launcher on EC2.
+"""The config of Ray's cluster launcher on EC2, made from `clusters/<name>.yaml`.
 
-What it promises: every node starts with token authentication and the token as a 0600 file; the
-dashboard listens on the head's loopback only; the head is on demand and runs no task; nodes are
-ended, not stopped, so that nothing of them is paid for.
+Every node starts with token authentication and the token in a 0600 file. The dashboard listens on
+the head's loopback only. The head is on demand and runs no tasks. Nodes are terminated rather than
+stopped, as a stopped node's disk costs money.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 from mesocosm.cluster.spec import HEAD, ClusterConfig, NodeGroup
 
 TOKEN = "~/.ray/auth_token"
-"""Where Ray looks for the token by itself: the same place in every container."""
+"""Where Ray looks for the token, in every container."""
 DISK_GIB = 200
-"""Of each node: the image takes about 30, the rest is the cache of shards and checkpoints."""
+"""The disk of each node. The image takes about 30 GiB; the rest caches shards and checkpoints."""
 IDLE_MINUTES = 10
 START = "ulimit -n 65536; RAY_AUTH_MODE=token RAY_USAGE_STATS_ENABLED=0 ray start"
 
 
 def launcher_config(name: str, cluster: ClusterConfig) -> dict[str, Any]:
-    """What `ray up` takes."""
+    """The config for `ray up`."""
     return {
         "cluster_name": f"mesocosm-{name}",
         "max_workers": sum(group.count for group in cluster.workers),
@@ -38,13 +38,12 @@ def launcher_config(name: str, cluster: ClusterConfig) -> dict[str, Any]:
         "available_node_types": {
             group.name: _node_type(cluster, group) for group in (cluster.head, *cluster.workers)
         },
-        # Ray's rsync keeps the mode. The head passes the file on to the workers.
+        # Ray's rsync preserves the mode. The head copies the file to the workers.
         "file_mounts": {TOKEN: cluster.token_file},
         "cluster_synced_files": [],
-        # A new login is needed before a user counts as one of docker's group; the launcher's
-        # connections live 10 s.
+        # The new group needs a new login; the launcher's connections last 10 s.
         "initialization_commands": ["sudo usermod -aG docker $USER", "sleep 15"],
-        # Empty ones, too, are said: the launcher's defaults would install another Ray.
+        # The launcher's defaults would install another Ray.
         "setup_commands": [],
         "head_setup_commands": [],
         "worker_setup_commands": [],

@@ -1,11 +1,14 @@
-"""What a job asks of a cluster, from its config alone. Imports no Ray."""
+"""The resources that a job asks of a cluster, from its config alone. Imports no Ray."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from mesocosm.config import JobConfig
+
+STAGES = ("collect", "explore", "pretrain", "serve", "agent", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -13,53 +16,36 @@ class Needs:
     cpus: float
     gpus: float
     what: str
-    """The keys that ask for the most"""
+    """The config key and value that ask for the most."""
 
 
 def needs(config: JobConfig) -> Needs:
-    """The most that the job holds at once. Where a config says nothing of GPUs, none is needed:
-    what is there is used.
-    """
-    found = list(_asked(config, ""))
-    for name in ("collect", "explore", "pretrain", "serve", "agent", "evaluate"):
-        if isinstance(
-            getattr(config, name, None), JobConfig
-        ):  # a loop's stages follow each other, but for the agent beside its world
-            found += _asked(getattr(config, name), f"{name}.")
-    served, agent = getattr(config, "serve", None), getattr(config, "agent", None)
-    if isinstance(served, JobConfig) and isinstance(agent, JobConfig):
-        a, b = (
-            max(_asked(block, ""), key=lambda n: n.cpus, default=Needs(0, 0, ""))
-            for block in (served, agent)
-        )
-        found.append(Needs(a.cpus + b.cpus, a.gpus + b.gpus, "serve.replicas with agent.runners"))
-    return Needs(
-        max((n.cpus for n in found), default=1.0),
-        max((n.gpus for n in found), default=0.0),
-        max(found, key=lambda n: n.cpus).what if found else "",
-    )
+    """The most that the job holds at once. GPUs that the config does not set are not needed."""
+    asked = list(_asked(config, ""))
+    stages = {name: getattr(config, name, None) for name in STAGES}
+    # A loop's stages follow each other, but the agent trains beside its served world.
+    for name, stage in stages.items():
+        if isinstance(stage, JobConfig):
+            asked += _asked(stage, f"{name}.")
+    if isinstance(stages["serve"], JobConfig) and isinstance(stages["agent"], JobConfig):
+        (served,), (agent,) = _asked(stages["serve"], ""), _asked(stages["agent"], "")
+        what = "serve.replicas with agent.runners"
+        asked.append(Needs(served.cpus + agent.cpus, served.gpus + agent.gpus, what))
+    most = max(asked, key=lambda need: need.cpus, default=Needs(1.0, 0.0, ""))
+    return Needs(most.cpus, max((need.gpus for need in asked), default=0.0), most.what)
 
 
-def _asked(config: Any, prefix: str) -> list[Needs]:
-    found = []
+def _asked(config: Any, prefix: str) -> Iterator[Needs]:
     train: Any = getattr(config, "train", None)
     if hasattr(train, "workers"):
-        found.append(
-            Needs(
-                train.workers,
-                train.workers * (train.gpus_per_worker or 0),
-                f"{prefix}train.workers={train.workers}",
-            )
-        )
+        gpus = train.workers * (train.gpus_per_worker or 0)
+        yield Needs(train.workers, gpus, f"{prefix}train.workers={train.workers}")
     elif hasattr(config, "concurrent"):
-        found.append(Needs(config.concurrent, 0, f"{prefix}concurrent={config.concurrent}"))
+        yield Needs(config.concurrent, 0, f"{prefix}concurrent={config.concurrent}")
     elif hasattr(config, "replicas"):
         gpus = config.replicas if config.device == "cuda" else 0
-        found.append(
-            Needs(config.replicas * config.cpus, gpus, f"{prefix}replicas={config.replicas}")
-        )
+        yield Needs(config.replicas * config.cpus, gpus, f"{prefix}replicas={config.replicas}")
     elif hasattr(config, "runners"):
-        found.append(Needs(max(config.runners, 1), 0, f"{prefix}runners={config.runners}"))
+        yield Needs(max(config.runners, 1), 0, f"{prefix}runners={config.runners}")
     elif isinstance(getattr(config, "workers", None), int):
-        found.append(Needs(config.workers, 0, f"{prefix}workers={config.workers}"))
-    return found
+        yield Needs(config.workers, 0, f"{prefix}workers={config.workers}")

@@ -1,6 +1,4 @@
-"""Cluster files turned into what starts a cluster: the config of Ray's launcher, and manifests for
-KubeRay. Neither imports Ray or asks a cloud.
-"""
+"""Write the configs and manifests of clusters as YAML."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ _Dumper.ignore_aliases = lambda self, data: True  # type: ignore[method-assign]
 
 
 def to_yaml(documents: Sequence[dict[str, Any]], remarks: str) -> str:
-    """YAML documents in the order of their keys, under `remarks` as comments."""
+    """YAML documents with their keys in order, below `remarks` as comments."""
     head = "".join(f"# {line}".rstrip() + "\n" for line in remarks.strip().splitlines())
     return head + "---\n".join(
         yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=150) for document in documents
