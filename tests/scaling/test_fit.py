@@ -299,7 +299,7 @@ def covered(rows_of: Any, repeats: int, tmp_path: Path) -> dict[str, float]:
         form = form_of(table)
         whole = best_fit(table, form, starts_of(form)[5:6])
         counts, groups = resample(table, number)
-        thetas = draws(table, form, counts[:, groups], whole.theta)
+        thetas, _ = draws(table, form, counts[:, groups], whole.theta)
         values = params_of(form.name, thetas) | optimal_of(thetas, flops)
         for name, value in truth.items():
             low, high = quantiles(values[name])

@@ -98,22 +98,15 @@ def best_fit(
 ) -> Fit:
     """The best fit of all starts (by default `starts_of`); with `without_e` E is 0."""
     starts, weights = starts_of(form) if starts is None else starts, np.ones((1, len(table)))
-    theta, objective = _solved(table, form, weights, starts, without_e)
+    theta, objective = draws(table, form, weights, starts, without_e=without_e)
     residual = np.log(table.loss) - form.log_loss(theta, table.cells())[0]
     return Fit(form, theta, float(objective[0]), residual)
 
 
 def draws(
     table: Table, form: Form, weights: Array, starts: Array, *, without_e: bool = False
-) -> Array:
-    """The best theta [B, P] under each row of weights [B, n]."""
-    return _solved(table, form, weights, starts, without_e)[0]
-
-
-def _solved(
-    table: Table, form: Form, weights: Array, starts: Array, without_e: bool
 ) -> tuple[Array, Array]:
-    """(theta [B, P], objective [B]) of each row's best start."""
+    """(theta [B, P], objective [B]) of the best start under each row of weights [B, n]."""
     if without_e:
         starts = starts.copy()
         starts[..., 0] = NOTHING

@@ -109,7 +109,8 @@ def fit(
     if form.name == "data_constrained":
         starts = np.array([(0.0, 0.0, 0.0, a, b, *np.log(r)) for a, b, *r in estimate.COARSE])
     weights = counts[:, groups]
-    thetas = estimate.draws(table, form, weights, np.concatenate([starts, whole.theta]))
+    from_best = np.concatenate([starts, whole.theta])
+    thetas, _ = estimate.draws(table, form, weights, from_best)
     params, best = _first(params_of(form.name, whole.theta)), _first(optimal_of(whole.theta, flops))
     spread = params_of(form.name, thetas)
     interval = _intervals(spread | optimal_of(thetas, flops))
@@ -240,9 +241,8 @@ def _described(table: Table, whole: estimate.Fit, at: NDArray[np.int64]) -> list
 
 def _without_e(table: Table, form: Form, weights: Array, starts: Array, flops: Flops) -> WithoutE:
     zero = estimate.best_fit(table, form, starts, without_e=True)
-    thetas = estimate.draws(
-        table, form, weights, np.concatenate([starts, zero.theta]), without_e=True
-    )
+    starts = np.concatenate([starts, zero.theta])
+    thetas, _ = estimate.draws(table, form, weights, starts, without_e=True)
     return WithoutE(
         params=_first(params_of(form.name, zero.theta)),
         interval=_intervals(params_of(form.name, thetas) | optimal_of(thetas, flops)),

@@ -7,7 +7,7 @@ share it.
 
 Cells that differ in D alone share a *trunk*: warm-up and a constant learning rate over the one
 order of samples that the seed draws. A cell forks off the trunk `decay` steps before its end and
-decays to 0 there. It equals a run of its own to the last bit. Every U has its own trunks, because
+decays to 0 there. It equals a separate run to the last bit. Every U has separate trunks, because
 the base is fitted on all of U. A D that several U hold without a repeat is trained with the
 smallest of them only: a law, which uses min(D, U), sees one cell.
 """
@@ -62,7 +62,7 @@ class Cell:
     params: int
     total_params: int
     flops: int
-    """Counted FLOPs of a run of its own."""
+    """Counted FLOPs of a separate run."""
     lr: float
     large: bool
     identity: dict[str, Any] = field(compare=False)
