@@ -1,4 +1,4 @@
-"""Sweeps on the small CartPole dataset; `laws`, the synthetic tables, lies beside the tests."""
+"""Sweeps on the small CartPole dataset. `laws` beside the tests makes synthetic tables."""
 
 from __future__ import annotations
 

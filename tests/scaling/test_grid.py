@@ -1,4 +1,4 @@
-"""The grid: what its cells are, counted exactly and without training anything."""
+"""The cells of a grid, counted exactly without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The IsoFLOP parabolas: right on tables with a known optimum, refused where there is none."""
+"""IsoFLOP parabolas on tables with a known optimum, or with none."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_budgets_without_any_optimum_are_refused(bend: bool, message: str, tmp_p
 
 
 def test_a_least_loss_at_an_edge_is_no_minimum(tmp_path: Path) -> None:
-    """Though the parabola through them may have its vertex between them."""
+    """The vertex of the parabola may still lie between the sizes."""
     rows = budgets(FLOPS)
     first = [row for row in rows if row["flops"] == FLOPS[0]]
     first[0]["loss"] = min(row["loss"] for row in first) - 1e-4

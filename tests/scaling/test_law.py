@@ -1,4 +1,4 @@
-"""law.json: what is written is read again, predicts, and refuses what is no law."""
+"""law.json: writing, reading, predicting, and refusing other files."""
 
 from __future__ import annotations
 

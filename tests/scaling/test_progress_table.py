@@ -1,4 +1,4 @@
-"""What is shown while a sweep runs: the line, the table, the hours that are left."""
+"""The progress of a running sweep: the line, the table, the hours left."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_progress_counts_and_estimates(
         progress.add(record(first, 3.5, first.steps, 10 * expected[first.id]))
         left = sum(expected.values()) - expected[first.id]
         assert progress.hours_left == pytest.approx(10 * left / 3600), (
-            "ten times as slow as was thought"
+            "ten times slower than estimated"
         )
         assert (
             progress.line.startswith("1/4 cells, best loss 3.500 nats (10k, ")

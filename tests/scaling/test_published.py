@@ -1,4 +1,4 @@
-"""Published data must give what was published. Skipped where the data is not there."""
+"""Fits of published data give the published values. Skipped without the data."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_gadre_on_c4(tmp_path: Path) -> None:
 
 
 def test_gadre_small_runs_predict_the_1_4b_runs(tmp_path: Path) -> None:
-    """From sizes up to 412M. The paper's .7% is of its own form and choice of runs; this form has
-    it at 20 tokens a parameter, without outliers.
+    """The paper's .7% is of another form and choice of runs. This form reaches it at 20 tokens a
+    parameter, without outliers.
     """
     table = gadre(tmp_path)
     form = form_of(table)
@@ -71,8 +71,8 @@ def test_gadre_small_runs_predict_the_1_4b_runs(tmp_path: Path) -> None:
 
 
 def test_datablations_refitted(tmp_path: Path) -> None:
-    """293 runs with seeds. The published E, A and B are of another loss; half-lives of repeats and
-    exponents must be of their order.
+    """293 runs with seeds. The published E, A and B are of another loss, so that only the order of
+    half-lives and exponents must agree.
     """
     runs = [row for row in rows_of("datablations_losses.csv") if row["variant"] in ("main", "seed")]
     columns = {
@@ -108,9 +108,7 @@ KEY = ("file", "dataset", "hparams", "warmup", "decay", "param_count", "val")
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: "-".join(row[name] for name in KEY))
 def test_porian_exponents(row: dict[str, str]) -> None:
-    """All 15 within .01 of what was published and inside its interval, by plain regression over the
-    (C, N*) pairs.
-    """
+    """All 15 are within .01 of the published value and inside its interval."""
     pairs = [
         p
         for p in rows_of("porian_optimal_pairs.csv")

@@ -1,6 +1,4 @@
-"""The solver finds the minimum that scipy's L-BFGS-B finds, or a lower one, from every start and
-under every row of weights.
-"""
+"""From every start and under every weighting, the solver ends as low as scipy's L-BFGS-B."""
 
 from __future__ import annotations
 

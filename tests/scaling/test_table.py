@@ -1,4 +1,4 @@
-"""Reading the table: what is wrong in it is one sentence with file, line, column, value and fix."""
+"""Reading the table: an error is one sentence with file, line, column, value and fix."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_unique_beyond_the_data_repeats_nothing(tmp_path: Path) -> None:
 
 
 def test_a_count_that_overflowed_int64_is_refused(tmp_path: Path) -> None:
-    """6 N D = 2.4e19 comes out of int64 as 5.55e18, which looks like a count."""
+    """6 N D = 2.4e19 wraps to 5.55e18 in int64, which looks like a count."""
     wrapped = int(
         np.array(6, np.int64) * np.array(2 * 10**9, np.int64) * np.array(2 * 10**9, np.int64)
     )

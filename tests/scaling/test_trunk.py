@@ -1,6 +1,4 @@
-"""A trunk's branches in this process: real engines, a group of one. They are what runs of their own
-would be, digit for digit.
-"""
+"""A trunk's branches, with real engines in a group of one, equal separate runs digit for digit."""
 
 from __future__ import annotations
 
@@ -48,9 +46,7 @@ def started(grid: Grid, trunk: Trunk) -> Training:
 
 
 def run_alone(grid: Grid, trunk: Trunk, cell: Cell) -> tuple[list[float], dict[str, float]]:
-    """The losses of every step, and of validation, of a run of the cell's own schedule, as
-    pretraining makes it from shares.
-    """
+    """(the loss of each step, the validation metrics) of a separate run with the cell's schedule."""
     training = started(grid, trunk)
     options = grid.config.training(cell.steps, cell.warmup, cell.decay, grid.precision)
     losses = []
@@ -115,9 +111,7 @@ def test_a_branch_equals_a_separate_run(
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_fork_is_undone(sweep_of: Sweep, cart: Dataset, precision: str) -> None:
-    """Also the moments of the optimiser, torch's random state, and a branch that was cut short by a
-    step that exploded.
-    """
+    """The optimiser's moments and torch's random state are restored, also after a divergence."""
     grid = lay_out(
         sweep_of("unused", "grid.sizes=[10k]", f"train.precision={precision}"),
         cart,
