@@ -16,7 +16,7 @@ class MesocosmError(Exception):
 
 
 class UsageError(MesocosmError):
-    """A wrong key or value, or a missing artifact, detected before the job starts. Exit status 2."""
+    """A wrong key or value, or a missing artifact, before the job starts. Exit status 2."""
 
     exit_code = 2
 

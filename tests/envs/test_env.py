@@ -68,7 +68,7 @@ def test_gymnasium_ids_and_horizon(id: str, horizon: int | None, steps: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("id", "said"),
+    ("id", "message"),
     [
         ("", "reality.env must be a Gymnasium id"),
         ("CartPol-v1", "did you mean 'CartPole-v1'"),
@@ -79,8 +79,8 @@ def test_gymnasium_ids_and_horizon(id: str, horizon: int | None, steps: int) -> 
         ("ownenvs:not_an_env", "gave a int, not a gymnasium.Env"),
     ],
 )
-def test_an_environment_that_does_not_exist(own: Path, id: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_an_environment_that_does_not_exist(own: Path, id: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         make_env(RealityConfig(env=id))
 
 
@@ -92,7 +92,7 @@ def test_wrong_kwargs_are_named() -> None:
 @pytest.mark.parametrize(
     ("id", "limit"), [("ownenvs:OwnLine-v0", 30), ("ownenvs:Line", None), ("ownenvs:make_line", 7)]
 )
-def test_an_environment_of_ones_own(own: Path, id: str, limit: int | None) -> None:
+def test_an_environment_of_a_user_module(own: Path, id: str, limit: int | None) -> None:
     got = episode(RealityConfig(env=id, kwargs={"stretch": 0.0}), act=still, max_steps=40)
     assert len(got) == (limit or 40)
     assert got.outcome == ("unfinished" if limit is None else "truncated")
@@ -114,7 +114,7 @@ def test_an_episode_is_a_function_of_config_seed_and_k(own: Path) -> None:
     assert len(seeds) > 3990 and all(0 <= s < 2**31 for s in seeds)
 
 
-def test_outcomes_are_told_apart_and_buffers_copied(own: Path) -> None:
+def test_outcomes_are_distinguished_and_buffers_copied(own: Path) -> None:
     config = RealityConfig(env="ownenvs:OwnLine-v0")
     right = episode(config, act=lambda o, rng: np.ones(1, np.float32), max_steps=None)
     assert (
@@ -170,7 +170,7 @@ def test_reset_options_are_drawn_by_seed_and_episode(own: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("trouble", "said"),
+    ("trouble", "message"),
     [
         ("crash", "step 3 raised RuntimeError: the arm fell off"),
         ("reset", "reset raised RuntimeError: the arm is jammed"),
@@ -178,16 +178,16 @@ def test_reset_options_are_drawn_by_seed_and_episode(own: Path) -> None:
         ("reward", "step 3 gave reward inf"),
     ],
 )
-def test_a_failing_environment_is_named(own: Path, trouble: str, said: str) -> None:
+def test_a_failing_environment_is_named(own: Path, trouble: str, message: str) -> None:
     config = RealityConfig(
         env="ownenvs:Line", kwargs={"trouble": {str(episode_seed(5, 2)): trouble}}
     )
-    with pytest.raises(EpisodeError, match=f"episode 2: .*{said}"):
+    with pytest.raises(EpisodeError, match=f"episode 2: .*{message}"):
         episode(config, 2)
     assert len(episode(config, 1)) > 3
 
 
-def test_a_failing_behaviour_is_not_realitys_fault(own: Path) -> None:
+def test_a_failing_behaviour_is_not_an_episode_error(own: Path) -> None:
     def broken(observation: Any, rng: np.random.Generator) -> Any:
         raise KeyError("no such joint")
 
@@ -198,7 +198,7 @@ def test_a_failing_behaviour_is_not_realitys_fault(own: Path) -> None:
     assert not isinstance(caught.value, EpisodeError)
 
 
-def test_what_is_chosen_and_seen_is_what_is_kept(own: Path) -> None:
+def test_actions_and_observations_are_stored_as_chosen_and_seen(own: Path) -> None:
     def meddle(observation: Any, rng: np.random.Generator) -> Any:
         action = np.full(1, 0.5 + observation[1] / 100, np.float32)
         observation[:] = 99  # a behaviour's own copy
@@ -211,7 +211,7 @@ def test_what_is_chosen_and_seen_is_what_is_kept(own: Path) -> None:
     assert [float(o[1]) for o in got.observations] == list(range(7))
 
 
-def test_an_options_kind_is_the_configs(own: Path) -> None:
+def test_the_kind_of_an_option_does_not_depend_on_the_draw(own: Path) -> None:
     config = RealityConfig(
         env="ownenvs:Windy",
         task=["a", "b"],
@@ -250,7 +250,7 @@ def test_bad_success_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"price": PriceConfig(per_step=-1)}, "reality.price.per_step must .* got -1"),
         ({"price": PriceConfig(per_reset=float("nan"))}, "reality.price.per_reset must .* got nan"),
@@ -286,8 +286,8 @@ def test_bad_success_is_refused(text: str) -> None:
         ),
     ],
 )
-def test_values_that_cannot_be_meant(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_invalid_values_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         check(RealityConfig(**{"env": "CartPole-v1", **change}))
 
 

@@ -22,7 +22,7 @@ def vector(root: str, **kwargs: Any) -> MeteredVectorEnv:
 
 
 @pytest.mark.parametrize(
-    ("mishap", "said"),
+    ("mishap", "message"),
     [
         ("crash", "RuntimeError: the arm fell off"),
         ("hang", "step_timeout_s=0.5"),
@@ -31,7 +31,7 @@ def vector(root: str, **kwargs: Any) -> MeteredVectorEnv:
     ],
 )
 def test_a_failing_step_truncates_its_own_episode(
-    own: Path, root: str, mishap: str, said: str
+    own: Path, root: str, mishap: str, message: str
 ) -> None:
     env = vector(root, kwargs={"trouble": {"3": mishap}})
     env.reset(seed=3)
@@ -42,7 +42,7 @@ def test_a_failing_step_truncates_its_own_episode(
     assert all(np.isfinite(step[0]).all() and np.isfinite(step[1]).all() for step in steps)
     np.testing.assert_array_equal(steps[2][0][0], steps[1][0][0])
     assert steps[2][1][0] == 0.0 and not any(step[2].any() for step in steps)
-    assert len(env.dropped) == 1 and said in env.dropped[0]
+    assert len(env.dropped) == 1 and message in env.dropped[0]
     assert env.meter.steps == 2 * 6 - 1, (
         "the step that failed was taken, and the reset after it is none"
     )

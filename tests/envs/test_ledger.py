@@ -156,14 +156,14 @@ def test_any_interleaving_agrees_with_a_plain_count(
             default=10**9,
         )
 
-    for who, purpose, steps, share, what in operations:
-        ledger = ledgers[who]
+    for index, purpose, steps, share, operation in operations:
+        ledger = ledgers[index]
         assert (ledger.remaining(purpose) if left(purpose) < 10**9 else 10**9) == left(purpose)
         usage = None
-        if what in ("confirm", "both") and held:
+        if operation in ("confirm", "both") and held:
             first = held[0]
             usage = Usage(first, int(share * first.steps), 0, 0.0)
-        if what == "confirm":
+        if operation == "confirm":
             if usage is not None:
                 ledger.confirm(usage)
                 held.remove(usage.reservation)
@@ -175,10 +175,10 @@ def test_any_interleaving_agrees_with_a_plain_count(
         allowed = left(purpose)
         try:
             granted = ledger.reserve(
-                purpose, steps, least=steps if what == "exact" else 1, confirming=usage
+                purpose, steps, least=steps if operation == "exact" else 1, confirming=usage
             )
         except BudgetSpent:
-            assert allowed < (steps if what == "exact" else 1)
+            assert allowed < (steps if operation == "exact" else 1)
             if usage is not None:  # a refusal confirms nothing either
                 held.insert(0, usage.reservation)
                 done[usage.reservation.purpose] -= usage.steps
@@ -279,7 +279,7 @@ class NoSnapshots(Storage):
 
 
 def test_a_snapshot_that_cannot_be_written_fails_no_record(root: str) -> None:
-    """What was appended is spent: who appended it must not be told otherwise."""
+    """An appended record counts as spent, so appending it must not raise."""
     spend(Ledger(NoSnapshots(root), "x"), 70)
     assert Ledger(NoSnapshots(root), "x").totals().steps == 140
     assert not (Path(root) / "ledgers" / "x" / "snapshots").exists()
@@ -313,13 +313,13 @@ def test_a_record_deleted_while_a_ledger_is_open_is_not_appended_anew(root: str)
         two.totals()
 
 
-def test_what_is_kept_of_a_confirmed_reservation_stays_spent(root: str) -> None:
+def test_the_rest_of_a_confirmed_reservation_stays_spent(root: str) -> None:
     ledger = Ledger(Storage(root), "x", BudgetConfig(100))
     held = ledger.reserve("collect", 64, resets=8, holder="h")
-    kept = ledger.confirm(Usage(held, 30, 3, 1.5), keep=(12, 1))
-    assert kept is not None and (kept.steps, kept.resets, kept.holder) == (12, 1, "h")
+    rest = ledger.confirm(Usage(held, 30, 3, 1.5), keep=(12, 1))
+    assert rest is not None and (rest.steps, rest.resets, rest.holder) == (12, 1, "h")
     totals = ledger.totals()
-    assert totals.spent == 42 and totals.unconfirmed == (kept,) and totals.remaining == 58
+    assert totals.spent == 42 and totals.unconfirmed == (rest,) and totals.remaining == 58
     assert ledger.confirm(Usage(held, 30), keep=(5, 0)) is None and ledger.totals().spent == 42
 
 
@@ -336,7 +336,7 @@ def test_no_budget_is_no_bound_and_bounds_are_by_purpose(root: str) -> None:
     assert ledger.reserve("judge", 7).steps == 7
 
 
-def test_bad_names_and_damage_are_said(root: str) -> None:
+def test_bad_names_and_damage_are_reported(root: str) -> None:
     with pytest.raises(UsageError, match=r"must consist of letters.* got 'a/b'"):
         Ledger(Storage(root), "a/b")
     ledger = Ledger(Storage(root), "x")

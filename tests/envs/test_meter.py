@@ -65,14 +65,14 @@ def test_the_budget_is_met_exactly_and_never_passed(own: Path, root: str) -> Non
         env.reset(seed=1)
 
 
-def test_a_limit_of_ones_own_reserves_no_more(own: Path, root: str) -> None:
+def test_the_limit_of_a_meter_reserves_no_more(own: Path, root: str) -> None:
     ledger = opened(root)
     env = MeteredEnv(make_env(LINE), Meter(ledger, "collect", limit=5))
     env.reset(seed=0)
     assert ledger.totals().steps == 5
     for _ in range(5):
         env.step(STILL)
-    with pytest.raises(BudgetSpent, match="own limit of 5"):
+    with pytest.raises(BudgetSpent, match="limit of 5"):
         env.step(STILL)
     env.close()
     assert ledger.totals().steps == 5

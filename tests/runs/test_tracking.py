@@ -157,12 +157,10 @@ def test_values_that_are_not_finite_stay_in_the_truth_only(root: str) -> None:
     assert set(_runs(config)["pretrain/n"].data.metrics) == {"ok"}
 
 
-def test_a_run_on_a_remote_root_is_told_there_while_it_goes_on(
+def test_a_run_is_uploaded_to_a_remote_root_while_it_works(
     s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a run said is not lost with its machine, a storage that is away for a while is tried
-    again, and the end is told last.
-    """
+    """A storage outage is retried, and the end of the run is uploaded last."""
     monkeypatch.setattr("mesocosm.runs.upload.EVERY", 0.05)
     storage = Storage(f"{s3}/shipped")
     written, away = Storage.write, True
@@ -172,12 +170,12 @@ def test_a_run_on_a_remote_root_is_told_there_while_it_goes_on(
             raise OSError("no route to host")
         written(self, path, data)
 
-    def told(name: str) -> bytes:
+    def uploaded(name: str) -> bytes:
         return storage.read(f"runs/pretrain/k/{name}") or b""
 
-    def until(there: Callable[[], bool]) -> None:
+    def until(condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 30
-        while not there():
+        while not condition():
             assert time.monotonic() < end
             time.sleep(0.02)
 
@@ -187,15 +185,15 @@ def test_a_run_on_a_remote_root_is_told_there_while_it_goes_on(
         run.log({"loss": 1.0}, step=1)
         with run.progress("steps", total=10) as update:
             update(3, "a third")
-            until(lambda: b"a third" in told("status.json"))
-        assert not told("log.txt")
+            until(lambda: b"a third" in uploaded("status.json"))
+        assert not uploaded("log.txt")
         away = False
-        until(lambda: b"it begins" in told("log.txt") and b"loss" in told("metrics.jsonl"))
-        status = json.loads(told("status.json"))
+        until(lambda: b"it begins" in uploaded("log.txt") and b"loss" in uploaded("metrics.jsonl"))
+        status = json.loads(uploaded("status.json"))
         assert status["state"] == "running" and status["progress"] == {
             "what": "steps",
             "completed": 3,
             "total": 10,
             "note": "a third",
         }
-    assert json.loads(told("status.json"))["state"] == "done"
+    assert json.loads(uploaded("status.json"))["state"] == "done"

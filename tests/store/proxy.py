@@ -45,7 +45,7 @@ def drop_if_none_match(headers: dict[str, str]) -> bytes | None:
 
 
 class Conflicts:
-    """As S3 may answer to one of two creations at the same moment: 409, to the first try of each."""
+    """Answers 409 to the first try of each creation, as S3 may to simultaneous creations."""
 
     def __init__(self) -> None:
         self.tries = 0
@@ -67,7 +67,7 @@ def no_condition(body: bytes) -> bytes:
 
 
 class HttpProxy:
-    """Serves on a port of its own until `close`. With `folder`, over TLS (`ca` is its certificate)."""
+    """Serves on a free port until `close`. With `folder`, over TLS (`ca` is its certificate)."""
 
     def __init__(
         self,

@@ -67,14 +67,14 @@ def python(code: str) -> subprocess.Popen[str]:
     )
 
 
-def here(storage: Storage) -> list[str]:
+def cached(storage: Storage) -> list[str]:
     """The shards in the cache."""
     return sorted(
         folder.name for folder in storage.local_path("cache", "parts").glob("*/*/*/shards/*")
     )
 
 
-def there(storage: Storage, unit: str, name: str) -> str:
+def remote_path(storage: Storage, unit: str, name: str) -> str:
     return storage._path(f"datasets/cart/{storage.folder_of('datasets', 'cart')}/{unit}/{name}")
 
 
@@ -88,27 +88,28 @@ def _bytes_here(storage: Storage) -> int:
 
 def test_only_what_is_read_is_fetched_and_once_for_all_processes(bucket: Storage) -> None:
     dataset = Dataset([open_partial(bucket, "datasets", "cart")])
-    assert len(dataset.shards) > 4 and here(bucket) == []
+    assert len(dataset.shards) > 4 and cached(bucket) == []
     dataset.array(2, "obs_num")
-    assert here(bucket) == ["00002"]
+    assert cached(bucket) == ["00002"]
     for path in [path for path in bucket.files("datasets/cart") if "shards/00002" in path]:
         bucket.fs.rm(bucket._path(path))
-    code = (
-        f"from mesocosm.store.artifacts import Storage; from mesocosm.store.cache import open_partial; print(open_partial(Storage({bucket.root!r}), 'datasets',"
-        " 'cart').hold('shards/00002'))"
-    )
+    code = f"""
+from mesocosm.store.artifacts import Storage
+from mesocosm.store.cache import open_partial
+print(open_partial(Storage({bucket.root!r}), "datasets", "cart").hold("shards/00002"))
+"""
     out, errors = python(code).communicate(timeout=60)
     assert Path(out.strip()).is_dir(), errors
     with pytest.raises(
         ArtifactError, match=r"datasets/cart: file 'shards/00003/obs_num.npy' is damaged"
     ):
-        damaged = there(bucket, "shards/00003", "obs_num.npy")
+        damaged = remote_path(bucket, "shards/00003", "obs_num.npy")
         good = bucket.fs.cat(damaged)
         bucket.fs.pipe(damaged, good[:-1] + bytes([good[-1] ^ 1]))
         dataset.array(3, "reward")
-    assert here(bucket) == ["00002"], "nothing of a damaged shard is kept"
+    assert cached(bucket) == ["00002"], "nothing of a damaged shard is kept"
     bucket.fs.pipe(damaged, good)
-    assert len(dataset.array(3, "reward")) > 0, "restored as it said"
+    assert len(dataset.array(3, "reward")) > 0, "restored as the message says"
 
 
 def test_a_fetch_that_is_killed_leaves_nothing_that_looks_whole(bucket: Storage) -> None:
@@ -130,9 +131,9 @@ open_partial(storage, "datasets", "cart").hold("shards/00001")
     killed = python(code)
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    assert here(bucket) == [] and list(bucket.local_path("cache", "arriving").rglob("*.npy"))
+    assert cached(bucket) == [] and list(bucket.local_path("cache", "arriving").rglob("*.npy"))
     folder = open_partial(bucket, "datasets", "cart").hold("shards/00001")
-    assert here(bucket) == ["00001"] and np.load(folder / "step.npy").ndim == 1
+    assert cached(bucket) == ["00001"] and np.load(folder / "step.npy").ndim == 1
     assert not bucket.local_path("cache", "arriving", "shards", "00001").exists()
 
 
@@ -150,7 +151,7 @@ def test_the_least_recently_used_goes_and_never_one_in_use(
     files.hold(SHARDS[0])
     files.release([SHARDS[0]])
     files.hold(SHARDS[2])
-    assert here(bucket) == ["00000", "00002"], "the one used least recently went"
+    assert cached(bucket) == ["00000", "00002"], "the one used least recently went"
     code = f"""
 from mesocosm.store.artifacts import Storage
 from mesocosm.store.cache import open_partial
@@ -169,11 +170,11 @@ input()
         ),
     ):
         files.hold(SHARDS[3])
-    assert here(bucket) == ["00000", "00002"]
+    assert cached(bucket) == ["00000", "00002"]
     other.kill()
     other.wait()
     files.hold(SHARDS[3])
-    assert here(bucket) == ["00002", "00003"], "a killed reader holds nothing"
+    assert cached(bucket) == ["00002", "00003"], "a killed reader holds nothing"
 
 
 def test_a_copy_that_is_here_is_verified_once(
@@ -218,22 +219,22 @@ def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_p
         Loader(data, codec, "train", 8, 4, 0, events=6, block=2) for data in (local, dataset)
     )
     for step in range(2 * loader.windows_per_epoch // 4):
-        ours, theirs = loader.batch(step), expected.batch(step)
+        batch, reference = loader.batch(step), expected.batch(step)
         assert (
-            torch.equal(ours.observation.numbers, theirs.observation.numbers)
-            and ours.events is not None
-            and theirs.events is not None
+            torch.equal(batch.observation.numbers, reference.observation.numbers)
+            and batch.events is not None
+            and reference.events is not None
         )
-        assert torch.equal(ours.events.observation.numbers, theirs.events.observation.numbers)
+        assert torch.equal(batch.events.observation.numbers, reference.events.observation.numbers)
         assert _bytes_here(bucket) <= most
-    for ours, theirs in zip(
+    for batch, reference in zip(
         *(
             Loader(data, codec, "valid", 8, 4, 0, block=2).eval_batches()
             for data in (dataset, local)
         ),
         strict=True,
     ):
-        assert torch.equal(ours.observation.numbers, theirs.observation.numbers)
+        assert torch.equal(batch.observation.numbers, reference.observation.numbers)
     every, some = (
         list(Loader(local, codec, "valid", 8, 4, 0, block=2).eval_batches(most=most))
         for most in (None, 2)
@@ -250,8 +251,10 @@ def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_p
     assert hashes[1] < hashes[0] and len({of[hash] for hash in hashes[1]}) <= 2 < len(
         {of[hash] for hash in hashes[0]}
     ), "no more shards than a block has"
-    plain, there = (Loader(data, codec, "train", 8, 4, 0).batch(5) for data in (dataset, local))
-    assert torch.equal(plain.observation.numbers, there.observation.numbers), (
+    plain, expected_plain = (
+        Loader(data, codec, "train", 8, 4, 0).batch(5) for data in (dataset, local)
+    )
+    assert torch.equal(plain.observation.numbers, expected_plain.observation.numbers), (
         "also where the order is not made for it"
     )
     with pytest.raises(
@@ -291,7 +294,7 @@ def test_a_release_by_one_thread_leaves_what_another_holds(
     monkeypatch.setattr(cache, "PATIENCE_S", 0.5)
     with pytest.raises(ArtifactError, match="other shards in use fill the cache"):
         files.hold(SHARDS[1])
-    assert here(bucket) == ["00000"], "it is still held by this thread"
+    assert cached(bucket) == ["00000"], "it is still held by this thread"
 
 
 def test_processes_fetch_different_shards_at_the_same_time(bucket: Storage, tmp_path: Path) -> None:
@@ -321,7 +324,7 @@ print(open_partial(storage, "datasets", "cart", {most}).hold("shards/0000" + {me
         for process in both:
             process.kill()
     assert [process.returncode for process in both] == [0, 0], outputs
-    assert here(bucket) == ["00000", "00001"]
+    assert cached(bucket) == ["00000", "00001"]
     assert not list(bucket.local_path("cache", "arriving").iterdir())
 
 
@@ -351,4 +354,4 @@ open_partial(storage, "datasets", "cart").hold({SHARDS[0]!r})
         other.kill()
         other.wait()
     files.hold(SHARDS[1])
-    assert here(bucket) == ["00001"], "a killed fetch reserves nothing"
+    assert cached(bucket) == ["00001"], "a killed fetch reserves nothing"

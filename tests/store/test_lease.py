@@ -50,7 +50,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_the_second_process_is_told_who_holds_it(root: str) -> None:
+def test_the_second_process_gets_an_error_that_names_the_holder(root: str) -> None:
     process = holder(root)
     try:
         with (
@@ -82,20 +82,20 @@ def test_a_killed_holder_is_followed_at_once(root: str) -> None:
 
 
 def test_a_lease_is_waited_for(root: str) -> None:
-    process, heard, got = holder(root), list[str](), threading.Event()
+    process, messages, got = holder(root), list[str](), threading.Event()
 
     def wait() -> None:
-        with hold(Storage(root), "worlds/abc", "pretrain", heard.append, wait=True):
+        with hold(Storage(root), "worlds/abc", "pretrain", messages.append, wait=True):
             got.set()
 
     thread = threading.Thread(target=wait)
     thread.start()
-    until(lambda: bool(heard))
-    assert "waiting for it" in heard[0] and not got.is_set()
+    until(lambda: bool(messages))
+    assert "waiting for it" in messages[0] and not got.is_set()
     process.terminate()
     process.wait()
     thread.join(60)
-    assert got.is_set() and len(heard) == 1
+    assert got.is_set() and len(messages) == 1
 
 
 def test_of_many_that_follow_a_dead_holder_one_gets_it(root: str) -> None:
@@ -122,10 +122,10 @@ def test_of_many_that_follow_a_dead_holder_one_gets_it(root: str) -> None:
     assert most == 1 and leases(root) == []
 
 
-def elsewhere(root: str, silent_s: float) -> Record:
+def lease_on_another_host(root: str, silent_s: float) -> Record:
     """A lease of a process on another host."""
-    there = Owner("gpu-7", "another-boot/4026531836", os.getpid(), 1)
-    record = Record(there, "pretrain", time.time() - 9999, 5, time.time() - silent_s)
+    other = Owner("gpu-7", "another-boot/4026531836", os.getpid(), 1)
+    record = Record(other, "pretrain", time.time() - 9999, 5, time.time() - silent_s)
     Storage(root).write("leases/worlds.abc.00000000.json", record.to_json())
     return record
 
@@ -135,15 +135,15 @@ def test_a_holder_on_another_host_is_judged_by_its_heartbeat(
 ) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.2)
     monkeypatch.setattr(lease, "POLL_S", 0.05)
-    elsewhere(root, silent_s=5.0)
+    lease_on_another_host(root, silent_s=5.0)
     with pytest.raises(Held, match="on host gpu-7"), hold(Storage(root), "worlds/abc", "x", print):
         pass
-    heard = list[str]()
-    record = elsewhere(root, silent_s=3600.0)
-    with hold(Storage(root), "worlds/abc", "x", heard.append):
-        assert "watching its heartbeat" in heard[0]
+    messages = list[str]()
+    record = lease_on_another_host(root, silent_s=3600.0)
+    with hold(Storage(root), "worlds/abc", "x", messages.append):
+        assert "watching its heartbeat" in messages[0]
     # Its clock is an hour behind, but its heart beats.
-    record, stop = elsewhere(root, silent_s=3600.0), threading.Event()
+    record, stop = lease_on_another_host(root, silent_s=3600.0), threading.Event()
 
     def beat() -> None:
         now = record
@@ -165,13 +165,13 @@ def test_a_heartbeat_counts_up_and_a_takeover_ends_the_job(
     root: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
-    heard = list[str]()
+    messages = list[str]()
     path = Path(root) / "leases" / "worlds.abc.00000000.json"
-    with pytest.raises(KeyboardInterrupt), hold(Storage(root), "worlds/abc", "x", heard.append):
+    with pytest.raises(KeyboardInterrupt), hold(Storage(root), "worlds/abc", "x", messages.append):
         until(lambda: json.loads(path.read_text())["beat"] > 2)
         path.unlink()
         until(lambda: False)
-    assert heard == ["another process has taken over worlds/abc; this one stops"]
+    assert messages == ["another process has taken over worlds/abc; this one stops"]
 
 
 class Paused(Storage):
@@ -251,7 +251,7 @@ def test_many_short_holders_are_never_two_at_once(root: str) -> None:
 
 
 class Doubting(Storage):
-    """A store that was asked twice for one creation, as a client does that lost the first answer."""
+    """A store that gets each creation twice, as from a client that lost the first answer."""
 
     def create(self, path: str, data: bytes) -> bool:
         super().create(path, data)
@@ -270,12 +270,12 @@ class Away(Storage):
 
 
 def test_storage_that_is_away_at_the_end_hides_neither_result_nor_error(root: str) -> None:
-    heard = list[str]()
-    with hold(Away(root), "worlds/abc", "x", heard.append):
+    messages = list[str]()
+    with hold(Away(root), "worlds/abc", "x", messages.append):
         pass
-    assert len(heard) == 1 and "does not answer" in heard[0]
+    assert len(messages) == 1 and "does not answer" in messages[0]
     Storage(root).remove("leases")
-    with pytest.raises(KeyError), hold(Away(root), "worlds/abc", "x", heard.append):
+    with pytest.raises(KeyError), hold(Away(root), "worlds/abc", "x", messages.append):
         raise KeyError("the job's own error")
 
 
@@ -343,7 +343,8 @@ exec setpriv --reuid 65534 --regid 65534 --clear-groups {python} -c "
 from dataclasses import replace
 from mesocosm.store.lease import Owner, this_process
 me = this_process()
-print(me.alive(), replace(me, pid=$!, started=$started).alive(), replace(me, pid=999999, started=1).alive())
+hidden, gone = replace(me, pid=$!, started=$started), replace(me, pid=999999, started=1)
+print(me.alive(), hidden.alive(), gone.alive())
 "
 """
 
@@ -377,9 +378,9 @@ def test_a_run_on_another_host_is_not_marked_failed(root: str) -> None:
     with tracking.start("collect", config, id="a", quiet=True) as run:
         path = run.folder / "status.json"
         status = json.loads(path.read_text())
-        there = Owner("gpu-7", "another-boot/1", 2**22 + 1, 1)
+        other = Owner("gpu-7", "another-boot/1", 2**22 + 1, 1)
         for silent, state in ((30.0, "running"), (tracking.SILENT_S + 1, "failed")):
-            changed = {"owner": asdict(there), "updated": time.time() - silent}
+            changed = {"owner": asdict(other), "updated": time.time() - silent}
             with run._lock:
                 path.write_text(json.dumps(status | changed))
                 tracking.replay_pending(config)

@@ -20,16 +20,6 @@ from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
 
-@pytest.fixture(params=["local", "s3"])
-def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A fresh root of either kind."""
-    return (
-        str(tmp_path / "root")
-        if request.param == "local"
-        else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
-    )
-
-
 def _fill(folder: Path) -> None:
     (folder / "deep").mkdir()
     (folder / "deep" / "x.bin").write_bytes(b"abc" * 1000)

@@ -116,15 +116,6 @@ def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield
 
 
-@pytest.fixture(params=["local", "s3"])
-def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return (
-        str(tmp_path / "root")
-        if request.param == "local"
-        else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
-    )
-
-
 def _python(code: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -153,33 +144,34 @@ def test_a_flipped_byte_in_a_shard_on_the_bucket(
 ) -> None:
     storage = _on_bucket(s3, tmp_path, cart_root)
     folder = storage.folder_of("datasets", "cart")
-    name, there = next(
-        (path.split("/", 3)[3], storage._path(path))
-        for path in storage.files("datasets/cart")
-        if path.endswith("obs_num.npy")
+    name, path = next(
+        (name.split("/", 3)[3], storage._path(name))
+        for name in storage.files("datasets/cart")
+        if name.endswith("obs_num.npy")
     )
-    good = storage.fs.cat(there)
-    storage.fs.pipe(there, good[:-1] + bytes([good[-1] ^ 1]))
+    good = storage.fs.cat(path)
+    storage.fs.pipe(path, good[:-1] + bytes([good[-1] ^ 1]))
     shutil.rmtree(storage.local_path("cache"))
     assert (
         main(["pretrain", f"storage.root={storage.root}", "data.datasets=[cart]", "--dry-run"]) == 2
     )
-    said = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert (
-        f"datasets/cart: file '{name}' is damaged (its sha256 is not that of COMMIT.json); " in said
+        f"datasets/cart: file '{name}' is damaged (its sha256 is not that of COMMIT.json); "
+        in error
     )
     assert (
         "make the artifact again by `mesocosm collect` with --force, or restore"
-        f" {storage.root}/datasets/cart/{folder}/{name} from a copy" in said
+        f" {storage.root}/datasets/cart/{folder}/{name} from a copy" in error
     )
-    storage.fs.rm(there)
+    storage.fs.rm(path)
     shutil.rmtree(storage.local_path("cache"))
     with pytest.raises(
         ArtifactError, match=rf"datasets/cart: file '{re.escape(name)}' is missing; make"
     ):
         storage.artifact("datasets", "cart")
-    storage.fs.pipe(there, good)
-    assert storage.artifact("datasets", "cart").id == "cart", "restored as it said"
+    storage.fs.pipe(path, good)
+    assert storage.artifact("datasets", "cart").id == "cart", "restored as the message says"
 
 
 def test_two_processes_make_the_same_artifact_at_once(any_root: str, tmp_path: Path) -> None:
@@ -390,15 +382,15 @@ def test_a_checkpoint_outlives_an_outage(
             | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
             | dict([mark.split("=")])
         )
-        with open(tmp_path / "said", "ab") as said:
+        with open(tmp_path / "output", "ab") as output:
             return subprocess.Popen(
-                command, env=environment, start_new_session=True, stdout=said, stderr=said
+                command, env=environment, start_new_session=True, stdout=output, stderr=output
             )
 
-    def until(there: Callable[[], bool], seconds: float, job: subprocess.Popen[bytes]) -> None:
+    def until(condition: Callable[[], bool], seconds: float, job: subprocess.Popen[bytes]) -> None:
         end = time.monotonic() + seconds
-        while not there():
-            assert time.monotonic() < end and job.poll() is None, (tmp_path / "said").read_text()[
+        while not condition():
+            assert time.monotonic() < end and job.poll() is None, (tmp_path / "output").read_text()[
                 -5000:
             ]
             time.sleep(0.2)

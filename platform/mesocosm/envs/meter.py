@@ -117,8 +117,7 @@ class Meter:
         left = None if self.limit is None else self.limit - self.steps
         if left is not None and left < need:
             raise BudgetSpent(
-                f"this environment's own limit of {self.limit} real steps is spent; it may take no"
-                f" more for {self.purpose}"
+                f"this environment's limit of {self.limit} real steps for {self.purpose} is spent"
             )
         if self.deferred:
             with signals.delayed():
@@ -260,7 +259,7 @@ def _close_at_last(meter: Meter) -> None:
 
 
 class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """One environment of reality. Raises BudgetSpent before a step or reset that is not paid for."""
+    """An environment of reality. Raises BudgetSpent before a step or reset that is not paid for."""
 
     def __init__(self, env: gymnasium.Env[Any, Any], meter: Meter):
         super().__init__(env)
