@@ -1,11 +1,9 @@
-"""The job `import`: logs that others made, Parquet or JSONL of a documented schema
-(docs/import.md), into a dataset.
+"""The job `import`: logs in Parquet or JSONL, of a documented schema (docs/import.md) -> a dataset.
 
-Two passes over the files, both streaming and, with `workers`, parallel on Ray Data: the first finds
-what is wrong and what the values are, the second writes. Nothing is written before the first is
-through. The same files and config make the same bytes, whoever reads them; an import that was
-killed goes on from its last whole shard when it is run again (progress.py). No ledger is touched:
-whoever made the logs has paid for them.
+Two passes stream over the files, with `workers` in parallel on Ray Data. The first checks every
+value and counts, the second writes: nothing is written before the first is complete. The same files
+and config give the same bytes for any number of workers. A killed import goes on from its last
+whole shard (`ingest.progress`). No ledger is used.
 """
 
 from __future__ import annotations
@@ -44,35 +42,29 @@ Array = NDArray[Any]
 Space = gymnasium.Space[Any]
 REPORT = "import.json"
 MANY = 1 << 28
-"""Bytes of input from which on all CPUs are used, unless `workers` says otherwise."""
+"""Bytes of input from which `workers` defaults to all CPUs."""
 
 
 @dataclass
 class ImportConfig(JobConfig):
     paths: list[str] = field(default_factory=list)
-    """Files, patterns or folders, in order; on the command line they need no key."""
+    """Files, patterns or folders, in order. They need no key on the command line."""
     reality: RealityConfig = field(default_factory=RealityConfig)
-    """`env`: the environment that the logs are of, which gives the spaces and against which every
-    value is checked; empty infers the spaces. Nothing is stepped and nothing paid.
+    """`env`: the logged environment. It gives the spaces, and every value is checked against them.
+    Empty infers the spaces. No step is taken.
     """
     columns: dict[str, str] = field(default_factory=dict)
-    """What the files call a column of the schema, where they call it otherwise:
-    columns.observation=obs.
-    """
+    """File's names of columns, where they differ from the schema's: columns.observation=obs."""
     per_file: bool = False
-    """Each file numbers its episodes for itself; without an episode column each is one."""
+    """Each file numbers its own episodes. Without an episode column each file is one."""
     bad: str = "refuse"
-    """What is done with an episode in which something is wrong: refuse (the import, naming file and
-    row), or drop (the episode, counting why).
-    """
+    """At a faulty episode: refuse (the import, naming file and row), or drop (the episode)."""
     workers: int | None = None
-    """Tasks of Ray Data at a time; 0 reads in this process; null is 0 below 256 MiB of input, and
-    else as many as there are CPUs.
+    """Parallel tasks of Ray Data; 0 reads in this process. Defaults to 0 below 256 MiB of input, and
+    else to the cluster's CPU count.
     """
     valid_fraction: float = 0.1
-    """Share of the episodes held out for validation; 0 holds none out. Fewer than 5 episodes may
-    all be trained on.
-    """
+    """Share of the episodes held out for validation. Fewer than 5 may all be trained on."""
 
 
 def check(cfg: ImportConfig) -> None:
@@ -90,7 +82,7 @@ def check(cfg: ImportConfig) -> None:
 
 
 def plan(cfg: ImportConfig) -> dict[str, Any]:
-    """What `run` would make. Reads all of the files in this process, and writes nothing."""
+    """The result of `run`, without writing it. Reads all files in this process."""
     check(cfg)
     inspection = _inspect(cfg, sources(cfg.paths, fetch=False), 0, lambda rows: None)
     report = inspection.report()
@@ -109,27 +101,21 @@ def plan(cfg: ImportConfig) -> dict[str, Any]:
 
 
 def run(cfg: ImportConfig, run: Run) -> Artifact:
-    """Import, or find the dataset that the same files made before.
+    """Import, or find the dataset of the same files and config.
 
-    Raises UsageError before anything is written: no such file or environment, a column that is
-    missing, anything wrong with a row (named with its file), no episode that can be kept.
+    Raises:
+        UsageError: Before anything is written. No such file or environment, a missing column, a
+            fault (with file and row), or no episode left.
     """
     check(cfg)
     files = sources(cfg.paths, fetch=True)
     stamps = _stamps(files)
     with ThreadPoolExecutor(4) as pool:
         sums = list(pool.map(_checksum, files))
-    what = identity(cfg, without=["paths", "workers", *PAID])
-    known = _facts(cfg)
-    id = fingerprint(
-        "datasets",
-        "import",
-        what,
-        sums,
-        "" if known is None else known.version,
-        VERSIONS["import"],
-        SCHEMA,
-    )
+    config = identity(cfg, without=["paths", "workers", *PAID])
+    facts = _facts(cfg)
+    version = "" if facts is None else facts.version
+    id = fingerprint("datasets", "import", config, sums, version, VERSIONS["import"], SCHEMA)
     with run.making("datasets", id, cfg) as artifact:
         if artifact is None:
             scratch = run.storage.local_path("scratch")

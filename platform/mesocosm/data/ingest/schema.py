@@ -162,31 +162,6 @@ def read_schema(
         if other.names:
             unused |= _compare(origin, head.schema, source, other, renames, columns)
     first_step = int(steps[~missing][:1].tolist() == [1])
-    notes = {
-        "step": "counted from 1; became 0, 1, ..." if first_step else "",
-        "next_observation": "of an episode's last row: the last observation; of the others it was"
-        " compared with the next row's observation",
-        "task": f"reset options of the episode: {', '.join(leaf.path[0] for leaf in task)}",
-        "terminated": "the environment ended the episode",
-        "truncated": "something else did, such as a time limit",
-        **about.notes,
-        **about.filled,
-    }
-    rows = []
-    for name in COLUMNS:
-        if name in table.column_names and name not in ("observation", "action"):
-            type = "" if name in about.filled else str(table.schema.field(name).type)
-            rows.append(_row(_file_name(name, renames), name, notes.get(name, ""), type))
-    absent = {
-        "behaviour": f"missing: {IMPORTED!r} acted throughout",
-        "next_observation": "missing: an episode needs a last row without an action, or its last"
-        " action leads nowhere",
-        "episode": "missing: each file is one episode (per_file)",
-    }
-    for name, how in absent.items():
-        if not columns_of(name, head.column_names):
-            rows.append(_row(name, "nothing", how))
-    rows += [_row(name, "nothing", how) for name, how in unused.items()]
     return Schema(
         renames=renames,
         types=dict(zip(head.column_names, head.schema.types, strict=True)),
@@ -199,8 +174,39 @@ def read_schema(
         done_only=about.done_only and not {"terminated", "truncated"} & set(columns),
         spaces=spaces,
         about=about,
-        rows=rows,
+        rows=_describe_scalars(origin, table, renames, first_step, task)
+        + [_row(name, "nothing", how) for name, how in unused.items()],
     )
+
+
+def _describe_scalars(
+    source: Source, table: pa.Table, renames: Mapping[str, str], first_step: int, task: list[Leaf]
+) -> list[dict[str, str]]:
+    """One row per column of one value, and per optional column that is missing."""
+    about, names = source.about, table.column_names
+    notes = {
+        "step": "counted from 1; became 0, 1, ..." if first_step else "",
+        "next_observation": "of an episode's last row: the last observation; of the others it was"
+        " compared with the next row's observation",
+        "task": f"reset options of the episode: {', '.join(leaf.path[0] for leaf in task)}",
+        "terminated": "the environment ended the episode",
+        "truncated": "something else did, such as a time limit",
+        **about.notes,
+        **about.filled,
+    }
+    rows = []
+    for name in COLUMNS:
+        if name in names and name not in ("observation", "action"):
+            type = "" if name in about.filled else str(table.schema.field(name).type)
+            rows.append(_row(_file_name(name, renames), name, notes.get(name, ""), type))
+    absent = {
+        "behaviour": f"missing: {IMPORTED!r} acted throughout",
+        "next_observation": "missing: an episode needs a last row without an action, or its last"
+        " action leads nowhere",
+        "episode": "missing: each file is one episode (per_file)",
+    }
+    missing = [name for name in absent if not columns_of(name, names)]
+    return rows + [_row(name, "nothing", absent[name]) for name in missing]
 
 
 def _renames(
