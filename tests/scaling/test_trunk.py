@@ -46,7 +46,7 @@ def started(grid: Grid, trunk: Trunk) -> Training:
 
 
 def run_alone(grid: Grid, trunk: Trunk, cell: Cell) -> tuple[list[float], dict[str, float]]:
-    """(the loss of each step, the validation metrics) of a separate run with the cell's schedule."""
+    """(each step's loss, the validation metrics) of a separate run with the cell's schedule."""
     training = started(grid, trunk)
     options = grid.config.training(cell.steps, cell.warmup, cell.decay, grid.precision)
     losses = []
