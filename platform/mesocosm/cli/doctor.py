@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -68,14 +67,16 @@ def show(checks: Iterable[Check], as_json: bool) -> int:
 
 
 def machine_checks(loaded: JobConfig) -> Iterator[Check]:
+    from importlib.metadata import version
+
     from mesocosm.cluster.checks import Check, guarded, mlflow_check, storage_check
 
     supported = (3, 11) <= sys.version_info < (3, 13)
     yield Check("python", supported, platform.python_version(), "use Python 3.11 or 3.12")
     for package in PACKAGES:
         installed = importlib.util.find_spec(package) is not None
-        version = importlib.metadata.version(package) if installed else "not installed"
-        yield Check(package, installed, version, "run `make install`")
+        found = version(package) if installed else "not installed"
+        yield Check(package, installed, found, "run `make install`")
     # On CPU nothing is compiled (`train.engine.import_deepspeed`).
     cuda = _has_cuda()
     for name, programs, fix in (

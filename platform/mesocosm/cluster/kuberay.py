@@ -6,7 +6,6 @@ run without root and cannot gain it, and only the pods and KubeRay's operator ca
 
 from __future__ import annotations
 
-import importlib.metadata
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -95,8 +94,10 @@ def _token_secret(name: str) -> str:
 
 def _cluster(full_name: str, cluster: ClusterConfig, secret: str) -> dict[str, Any]:
     """The spec of a RayCluster."""
+    from importlib.metadata import version  # slow to import
+
     return {
-        "rayVersion": importlib.metadata.version("ray"),
+        "rayVersion": version("ray"),
         "authOptions": {"mode": "token", "secretName": secret},
         "enableInTreeAutoscaling": True,
         "autoscalerOptions": {
