@@ -60,8 +60,8 @@ class ImportConfig(JobConfig):
     bad: str = "refuse"
     """At a faulty episode: refuse (the import, naming file and row), or drop (the episode)."""
     workers: int | None = None
-    """Parallel tasks of Ray Data; 0 reads in this process. Defaults to 0 below 256 MiB of input, and
-    else to the cluster's CPU count.
+    """Parallel tasks of Ray Data; 0 reads in this process. Defaults to 0 below 256 MiB of input,
+    and else to the cluster's CPU count.
     """
     valid_fraction: float = 0.1
     """Share of the episodes held out for validation. Fewer than 5 may all be trained on."""
