@@ -76,6 +76,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         deadline_s: Seconds that a replica may take, including its replacement.
     """
 
+    world: str
+    """The world version that this client is pinned to"""
     _connection: Connection | None = None
     _codec: Codec
     _begun = False
@@ -119,19 +121,17 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self.deadline_s = deadline_s
         self._seed, self._first_env = seed, first_env
         self._env = first_env + np.arange(num_envs)
-        self._world = ""
+        name = "" if isinstance(world, World) else str(world)
         if isinstance(world, World):
             self._connection = InProcess(Sessions(lambda _: ("in-memory", world)))
+        elif backend == "local":
+            self._connection = InProcess(Sessions(Worlds(root).get))
         else:
-            self._world = str(world)
-            if backend == "local":
-                self._connection = InProcess(Sessions(Worlds(root).get))
-            else:
-                self._connection = Served(app, address, deadline_s)
+            self._connection = Served(app, address, deadline_s)
         self._routed = uuid.uuid4().hex
         self._generation = 0
         self._starts = starts
-        self._describe(self._world)
+        self._describe(name)
         self.metadata = {"autoreset_mode": self.autoreset_mode, "render_modes": []}
         self._check_starts()
         self._episode: NDArray[np.int64] | None = None
@@ -153,12 +153,12 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             )
         elif self._starts is not None and codec.id != self._codec.id:
             raise UsageError(
-                f"starts: they are encoded for world {self._world!r}, and {reply['world']!r} has"
+                f"starts: they are encoded for world {self.world!r}, and {reply['world']!r} has"
                 " another codec; make a new client for it"
             )
         self._begun = False
         self._codec: Codec = codec
-        self._world, self._members = reply["world"], reply["members"]
+        self.world, self._members = reply["world"], reply["members"]
         self._history = History(reply["memory"])
 
     def _check_starts(self) -> None:
@@ -173,11 +173,6 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
                     f"starts: the {name} parts must have (rows, numbers, categories) = {expected},"
                     f" got {shape}; encode them with the world's codec"
                 )
-
-    @property
-    def world(self) -> str:
-        """The world version that this client is pinned to."""
-        return self._world
 
     @property
     def task_options(self) -> list[dict[str, Any]]:
@@ -205,7 +200,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
                 " takes 'world'"
             )
         super().reset(seed=None if seed is None else int(seed))
-        if options.get("world", self._world) != self._world:
+        if options.get("world", self.world) != self.world:
             self._describe(str(options["world"]))
         if seed is not None or self._episode is None:
             self._seed = self._seed if seed is None else int(seed)
@@ -329,7 +324,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         if not self._begun:
             raise ResetNeeded("call reset() before state()")
         state = {name: copy.deepcopy(getattr(self, f"_{name}")) for name in STATE}
-        return {"world": self._world, **state}
+        return {"world": self.world, **state}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a `state`, with the same bits. The next step sends the history.
@@ -337,9 +332,9 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         Raises:
             UsageError: The state belongs to another world.
         """
-        if state["world"] != self._world:
+        if state["world"] != self.world:
             raise UsageError(
-                f"the state must be of world {self._world!r}, got {state['world']!r}; make a client"
+                f"the state must be of world {self.world!r}, got {state['world']!r}; make a client"
                 " of that world"
             )
         for name in STATE:
@@ -358,7 +353,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
 
     def _in_world(self, op: str) -> Message:
         """A request that begins or restores this client's session."""
-        request: Message = {"op": op, "session": self._session, "world": self._world}
+        request: Message = {"op": op, "session": self._session, "world": self.world}
         return request | {"seed": self._seed, "first_env": self._first_env}
 
     def _put_starts(self, request: Message, episode: NDArray[np.int64]) -> None:
@@ -378,7 +373,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
                 return reply
             if time.monotonic() > deadline:
                 raise MesocosmError(
-                    f"world {self._world!r}: no replica kept the session for {self.deadline_s:g} s;"
+                    f"world {self.world!r}: no replica kept the session for {self.deadline_s:g} s;"
                     " raise serve.max_sessions"
                 )
             member = rng.member_of(self._seed, self._env, self._episode, self._members)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
@@ -101,27 +102,22 @@ def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: Non
     check(config)
     if config.world:
         find_world(Storage(config.storage.root), config.world)
-    listener = None
-    if config.http is not None:
-        if not config.world:
-            raise UsageError("serve.world must be set with serve.http, got serve.world=''")
-        from mesocosm.serve.ingress import Listener  # FastAPI, which no worker needs
+    with contextlib.ExitStack() as undo:
+        listener = None
+        if config.http is not None:
+            if not config.world:
+                raise UsageError("serve.world must be set with serve.http, got serve.world=''")
+            from mesocosm.serve.ingress import Listener  # FastAPI, which no worker needs
 
-        listener = Listener(config.http)
-    try:
+            listener = Listener(config.http)
+            undo.callback(listener.close)
         _run(config, report)
-    except BaseException:
+        undo.callback(undeploy, config.name)
         if listener is not None:
-            listener.close()
-        raise
-    if listener is not None:
-        report(f"opening the HTTP ingress at {listener.url}")
-        LISTENERS[config.name] = listener
-        try:
+            report(f"opening the HTTP ingress at {listener.url}")
+            LISTENERS[config.name] = listener
             listener.serve(config.name, config.world)
-        except BaseException:
-            undeploy(config.name)
-            raise
+        undo.pop_all()
     return config.name
 
 

@@ -74,18 +74,15 @@ class Pool(Generic[T]):
     def __init__(self, count: int, weight: int, idle_s: float = 0.0):
         self.count, self.weight, self.idle_s = count, weight, idle_s
         self._slots: OrderedDict[str, Slot[T]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def get(self, key: str) -> Slot[T] | None:
         with self._lock:
-            return self._get(key)
-
-    def _get(self, key: str) -> Slot[T] | None:
-        slot = self._slots.get(key)
-        if slot is not None:
-            slot.used = time.monotonic()
-            self._slots.move_to_end(key)
-        return slot
+            slot = self._slots.get(key)
+            if slot is not None:
+                slot.used = time.monotonic()
+                self._slots.move_to_end(key)
+            return slot
 
     def put(self, key: str, weight: int = 1) -> Slot[T]:
         """Return the slot of `key`, or a new one.
@@ -94,7 +91,7 @@ class Pool(Generic[T]):
             PoolFull: Too few of the others are unused for `idle_s` seconds; nothing changes.
         """
         with self._lock:
-            slot = self._get(key)
+            slot = self.get(key)
             if slot is not None:
                 return slot
             evicted = [self._slots.pop(each) for each in self._evictable(weight)]
