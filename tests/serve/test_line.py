@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from mesocosm.serve import line as lines
-from mesocosm.serve.connection import FRAME, open_line, receive_frame, send_frame
-from mesocosm.serve.line import LineServer
+from mesocosm.serve.line import FRAME, LineServer, open_line, receive_frame, send_frame
 
 FEW_DESCRIPTORS = """
 import os, resource, sys

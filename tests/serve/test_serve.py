@@ -28,10 +28,12 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.jobs import serve as serve_job
 from mesocosm.runs import tracking
 from mesocosm.serve import connection, deployment
+from mesocosm.serve import line as lines
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.config import ServeConfig
-from mesocosm.serve.connection import FRAME, Served, receive_frame, send_frame
+from mesocosm.serve.connection import Served
 from mesocosm.serve.deployment import deploy, undeploy
+from mesocosm.serve.line import FRAME, receive_frame, send_frame
 from mesocosm.serve.protocol import pack
 from mesocosm.store.artifacts import Storage
 
@@ -271,7 +273,7 @@ def test_line_wants_the_token(served: str) -> None:
 def test_a_message_too_large(served: str, monkeypatch: pytest.MonkeyPatch) -> None:
     env = WorldVectorEnv(64, app="two")
     env.reset(seed=0)
-    monkeypatch.setattr(connection, "LARGEST", 1 << 10)
+    monkeypatch.setattr(lines, "LARGEST", 1 << 10)
     with pytest.raises(UsageError, match=r"must be at most 0 MiB, got .*; lower num_envs"):
         env.step(env.action_space.sample())
     monkeypatch.undo()

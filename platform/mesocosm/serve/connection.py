@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import socket
-import struct
 import time
 import uuid
 from typing import Any, Protocol
@@ -22,81 +21,16 @@ from typing import Any, Protocol
 from mesocosm.cluster import ray_session
 from mesocosm.config import RayConfig
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.serve.line import open_line, packed, receive_frame, send_frame
 from mesocosm.serve.protocol import Message, pack, unpack
 from mesocosm.serve.session import Sessions
 
-FRAME = struct.Struct("<Q")
-LARGEST = 1 << 28
-"""Bytes of the largest frame: Humanoid's 348 numbers, 64 steps of context, 3000 environments"""
 LOOPBACK = "127.0.0.1"
 DIAL_S = 5.0
 REDIAL_S = 60.0
 """Seconds before a line that could not be opened is tried again: a firewall that drops packets
 makes each attempt take DIAL_S
 """
-
-
-def packed(message: Message) -> bytes:
-    """Encode a message. Raises UsageError where it is larger than a frame."""
-    data = pack(message)
-    if len(data) > LARGEST:
-        raise UsageError(
-            f"a message must be at most {LARGEST >> 20} MiB, got {len(data) / 2**20:.0f} MiB; lower"
-            " num_envs and use more clients"
-        )
-    return data
-
-
-def send_frame(line: socket.socket, data: bytes) -> None:
-    line.sendall(FRAME.pack(len(data)) + data)
-
-
-def receive_frame(
-    line: socket.socket, limit: int = LARGEST, deadline: float | None = None
-) -> bytearray | None:
-    """Receive a frame, or None where the other side has closed.
-
-    Args:
-        line: The socket. With a `deadline`, its timeout is changed.
-        limit: The most bytes in the frame.
-        deadline: End of the whole frame, by `time.monotonic`. None: the socket's timeout applies
-            to each read.
-
-    Raises:
-        OSError: The line is broken or late, or the frame has more than `limit` bytes.
-    """
-    head = _receive(line, FRAME.size, deadline)
-    if head is None:
-        return None
-    (size,) = FRAME.unpack(head)
-    if size > limit:
-        raise ConnectionError(f"a frame must have at most {limit} bytes, got {size}")
-    return _receive(line, size, deadline)
-
-
-def _receive(line: socket.socket, size: int, deadline: float | None) -> bytearray | None:
-    data = bytearray(size)
-    view, received = memoryview(data), 0
-    while received < size:
-        if deadline is not None:
-            line.settimeout(max(deadline - time.monotonic(), 1e-3))
-        count = line.recv_into(view[received:])
-        if count == 0:
-            return None
-        received += count
-    return data
-
-
-def open_line(host: str, port: int, token: bytes, timeout: float) -> socket.socket | None:
-    """Open a line whose replica acknowledges the token within `timeout` seconds, or return None."""
-    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-        line = stack.enter_context(socket.create_connection((host, port), timeout=timeout))
-        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        send_frame(line, token)
-        if receive_frame(line, 0, time.monotonic() + timeout) is not None:
-            stack.pop_all()
-            return line
-    return None
 
 
 class NotServed(UsageError):

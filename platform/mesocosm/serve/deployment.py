@@ -15,8 +15,8 @@ import torch
 from mesocosm.cluster import ray_session
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serve.config import ServeConfig, check
-from mesocosm.serve.connection import LOOPBACK, packed
-from mesocosm.serve.line import LineServer
+from mesocosm.serve.connection import LOOPBACK
+from mesocosm.serve.line import LineServer, packed
 from mesocosm.serve.protocol import pack, unpack
 from mesocosm.serve.session import Sessions, Worlds, find_world
 from mesocosm.store.artifacts import Storage

@@ -1,4 +1,4 @@
-"""The replica's end of a line: a TCP socket for clients that know its token.
+"""Lines: TCP sockets between clients and replicas, which carry messages in frames.
 
 A client sends the token as its first frame. The server acknowledges it with an empty frame, and
 then answers request frames one at a time until the client closes the socket.
@@ -11,19 +11,87 @@ import hmac
 import logging
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
 
-from mesocosm.serve.connection import receive_frame, send_frame
+from mesocosm.errors import UsageError
+from mesocosm.serve.protocol import Message, pack
 
 logger = logging.getLogger(__name__)
+FRAME = struct.Struct("<Q")
+LARGEST = 1 << 28
+"""Bytes of the largest frame: Humanoid's 348 numbers, 64 steps of context, 3000 environments"""
 TOKEN = 32
 """Bytes of the token, and the most that a client may send before it is authenticated"""
 TOKEN_S = 10.0
 """Seconds in which a client must send its whole token"""
 PAUSE_S = 1.0
 """Seconds between attempts to accept while no file descriptor or thread is free"""
+
+
+def packed(message: Message) -> bytes:
+    """Encode a message. Raises UsageError where it is larger than a frame."""
+    data = pack(message)
+    if len(data) > LARGEST:
+        raise UsageError(
+            f"a message must be at most {LARGEST >> 20} MiB, got {len(data) / 2**20:.0f} MiB; lower"
+            " num_envs and use more clients"
+        )
+    return data
+
+
+def send_frame(line: socket.socket, data: bytes) -> None:
+    line.sendall(FRAME.pack(len(data)) + data)
+
+
+def receive_frame(
+    line: socket.socket, limit: int = LARGEST, deadline: float | None = None
+) -> bytearray | None:
+    """Receive a frame, or None where the other side has closed.
+
+    Args:
+        line: The socket. With a `deadline`, its timeout is changed.
+        limit: The most bytes in the frame.
+        deadline: End of the whole frame, by `time.monotonic`. None: the socket's timeout applies
+            to each read.
+
+    Raises:
+        OSError: The line is broken or late, or the frame has more than `limit` bytes.
+    """
+    head = _receive(line, FRAME.size, deadline)
+    if head is None:
+        return None
+    (size,) = FRAME.unpack(head)
+    if size > limit:
+        raise ConnectionError(f"a frame must have at most {limit} bytes, got {size}")
+    return _receive(line, size, deadline)
+
+
+def _receive(line: socket.socket, size: int, deadline: float | None) -> bytearray | None:
+    data = bytearray(size)
+    view, received = memoryview(data), 0
+    while received < size:
+        if deadline is not None:
+            line.settimeout(max(deadline - time.monotonic(), 1e-3))
+        count = line.recv_into(view[received:])
+        if count == 0:
+            return None
+        received += count
+    return data
+
+
+def open_line(host: str, port: int, token: bytes, timeout: float) -> socket.socket | None:
+    """Open a line whose replica acknowledges the token within `timeout` seconds, or return None."""
+    with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+        line = stack.enter_context(socket.create_connection((host, port), timeout=timeout))
+        line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        send_frame(line, token)
+        if receive_frame(line, 0, time.monotonic() + timeout) is not None:
+            stack.pop_all()
+            return line
+    return None
 
 
 class LineServer:
