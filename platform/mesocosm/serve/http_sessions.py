@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from operator import methodcaller
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pydantic_core
@@ -34,11 +34,7 @@ DEADLINE_S, HEALTH_DEADLINE_S = 60.0, 2.0
 """Seconds that a replica may take, including its replacement"""
 
 
-class Closable(Protocol):
-    def close(self) -> None: ...
-
-
-T = TypeVar("T", bound=Closable)
+T = TypeVar("T", WorldVectorEnv, Served)
 
 
 @dataclass
