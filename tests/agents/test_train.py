@@ -485,7 +485,7 @@ def test_an_environment_that_always_crashes(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("steps=100", "steps=100 is less than one iteration"),
+        ("steps=100", r"steps must be >= .* one iteration, got 100"),
         ("reality.env=CartPol-v1", "CartPol-v1"),
     ],
 )
