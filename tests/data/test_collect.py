@@ -587,8 +587,8 @@ def test_a_trained_policy_acts(root: str, a_run: tracking.Run) -> None:
             "must have the form module:function",
         ),
         (["behaviours=[{kind: trained, policy: agents/none}]"], "no artifact agents/none"),
-        (["reality.success=win"], "reality.success='win'"),
-        (["ledger=a/b"], "'a/b' is not a name for a ledger"),
+        (["reality.success=win"], "reality.success must be 'return >= NUMBER'"),
+        (["ledger=a/b"], "got 'a/b'"),
         (["workers=4000", "lanes=1000", "steps=1000"], "workers=4000 asks for"),
     ],
 )

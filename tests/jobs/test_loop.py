@@ -185,7 +185,7 @@ def test_what_is_wrong_is_said_before_anything_starts(root: str) -> None:
         check(_load(root, "reality.env=CartPole-v1", "agent.world=w0"))
     with pytest.raises(UsageError, match="stop_at_target"):
         check(_load(root, "reality.env=CartPole-v1", "stop_at_target=true"))
-    with pytest.raises(UsageError, match=r"reality\.env is not set"):
+    with pytest.raises(UsageError, match=r"reality\.env must be a Gymnasium id"):
         plan(_load(root))
 
 
