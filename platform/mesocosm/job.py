@@ -35,8 +35,8 @@ class Plan(Generic[C]):
     """Ids of the artifacts that are read, by kind."""
     facts: dict[str, Any]
     """The config as far as results depend on it; stored with the artifact."""
-    identity: tuple[Any, ...]
-    """What the artifact's id hashes, beside its kind, the job's version and the storage schema."""
+    id: str
+    """The artifact's id, from `Job.hash`."""
 
 
 P = TypeVar("P", bound=Plan[Any])
@@ -74,9 +74,9 @@ class Job(ABC, Generic[C, P]):
         """What the job asks of the cluster, for `--dry-run` and before work starts."""
         return {}
 
-    def id(self, plan: P) -> str:
-        """The id of the artifact that a plan describes."""
-        return fingerprint(self.kind, *plan.identity, VERSIONS[self.name], SCHEMA)
+    def hash(self, *parts: Any) -> str:
+        """The id of an artifact: a hash of its kind, `parts`, the job's version and the schema."""
+        return fingerprint(self.kind, *parts, VERSIONS[self.name], SCHEMA)
 
     def plan(self, config: C) -> dict[str, Any]:
         """The summary of a config. Raises UsageError as `run` does before it starts."""
@@ -91,7 +91,7 @@ class Job(ABC, Generic[C, P]):
         """
         plan = self.resolve(config, run.storage)
         run.record(inputs=plan.inputs)
-        with run.making(self.kind, self.id(plan), config) as found:
+        with run.making(self.kind, plan.id, config) as found:
             artifact = found or self.make(plan, run)
         run.record(artifact=artifact.name)
         self.report(artifact, plan, run, made=found is None)
@@ -101,4 +101,4 @@ class Job(ABC, Generic[C, P]):
         """Write the artifact with `fill(folder)`. `meta` is stored in its COMMIT.json."""
         common = {"inputs": plan.inputs, "config": plan.facts, "job": self.name, "run": run.id}
         force = plan.config.force
-        return run.storage.make(self.kind, self.id(plan), common | meta, fill, force=force)
+        return run.storage.make(self.kind, plan.id, common | meta, fill, force=force)

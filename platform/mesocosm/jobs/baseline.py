@@ -122,7 +122,7 @@ class Baseline(Job[BaselineConfig, BaselinePlan]):
             config=config,
             inputs={},
             facts=facts,
-            identity=("baseline", facts, environment.version),
+            id=self.hash("baseline", facts, environment.version),
             environment=environment,
         )
 
@@ -141,7 +141,7 @@ class Baseline(Job[BaselineConfig, BaselinePlan]):
 
     def make(self, plan: BaselinePlan, run: Run) -> Artifact:
         config = plan.config
-        ledger = config.ledger or f"baseline-{self.id(plan)}-{run.id}"
+        ledger = config.ledger or f"baseline-{plan.id}-{run.id}"
         ray_session.ensure(config.ray)
 
         def fill(folder: Path) -> None:

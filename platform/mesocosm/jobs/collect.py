@@ -70,7 +70,7 @@ class Collect(Job[CollectConfig, Collection]):
             config=config,
             inputs={"agents": sorted(agents)},
             facts={**identity(config), "behaviours": what["behaviours"]},
-            identity=(what, sources, environment.version),
+            id=self.hash(what, sources, environment.version),
             environment=environment,
             behaviours=behaviours,
         )
@@ -95,7 +95,7 @@ class Collect(Job[CollectConfig, Collection]):
         return {f"workers={config.workers}": (min(config.workers, config.lanes), 0)}
 
     def make(self, plan: Collection, run: Run) -> Artifact:
-        cfg, id = plan.config, self.id(plan)
+        cfg, id = plan.config, plan.id
         ledger = Ledger(run.storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
         task = Task(
             reality=cfg.reality,

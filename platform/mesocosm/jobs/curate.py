@@ -88,7 +88,7 @@ class Curate(Job[CurateConfig, Curation]):
             config=config,
             inputs={"datasets": ids, **({"agents": sorted(agents)} if agents else {})},
             facts={**identity(config), "operations": lineage},
-            identity=("curate", what, ids, lineage),
+            id=self.hash("curate", what, ids, lineage),
             datasets=datasets,
             operations=operations,
         )
@@ -131,7 +131,7 @@ class Curate(Job[CurateConfig, Curation]):
             "warnings": report["warnings"],
         }
         return {
-            "dataset": f"datasets/{self.id(plan)}",
+            "dataset": f"datasets/{plan.id}",
             "from": ", ".join(dataset.ids),
             **{
                 f"{name} kept": f"{size['episodes']} episodes, {size['transitions']} transitions"
@@ -167,7 +167,7 @@ class Curate(Job[CurateConfig, Curation]):
                 def progress(done: int) -> None:
                     update(done, f"{done:,}/{kept:,} transitions")
 
-                _write(folder, cfg, self.id(plan), table, progress)
+                _write(folder, cfg, plan.id, table, progress)
             pq.write_table(_dropped(table), folder / DROPPED)
             (folder / REPORT).write_text(json.dumps(report, indent=1))
 

@@ -96,7 +96,7 @@ class Evaluate(Job[EvaluateConfig, Evaluation]):
             config=config,
             inputs=inputs,
             facts=identity(config),
-            identity=(identity(config, without=NOT_IN_ID), inputs, identities),
+            id=self.hash(identity(config, without=NOT_IN_ID), inputs, identities),
             artifact=artifact,
             world=world,
             datasets=datasets,
@@ -135,7 +135,7 @@ class Evaluate(Job[EvaluateConfig, Evaluation]):
 
 def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
     cfg, world, dataset = plan.config, plan.world, plan.dataset
-    policy, prepared, id = plan.policy, plan.suite, job.id(plan)
+    policy, prepared, id = plan.policy, plan.suite, plan.id
     with run.progress("fidelity", None) as update:
 
         def report_fidelity(text: str) -> None:

@@ -19,6 +19,7 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from mesocosm import checks
 from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, fingerprint, identity
 from mesocosm.data.format.episode import Episode
@@ -34,9 +35,9 @@ from mesocosm.data.ingest.sources import Source, sources
 from mesocosm.envs.config import PAID, RealityConfig, check_bounds, parse_success
 from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.errors import MesocosmError, UsageError, nearest
+from mesocosm.job import Job, Plan
 from mesocosm.runs.tracking import Run
-from mesocosm.store.artifacts import SCHEMA, Artifact
-from mesocosm.versions import VERSIONS
+from mesocosm.store.artifacts import Artifact, Storage
 
 Array = NDArray[Any]
 Space = gymnasium.Space[Any]
@@ -67,137 +68,136 @@ class ImportConfig(JobConfig):
     """Share of the episodes held out for validation. Fewer than 5 may all be trained on."""
 
 
-def check(cfg: ImportConfig) -> None:
-    """Raise UsageError at the first invalid value. Reads no file."""
-    if cfg.bad not in ("refuse", "drop"):
-        hint = nearest(cfg.bad, ["refuse", "drop"])
-        raise UsageError(f"bad must be 'refuse' or 'drop', got {cfg.bad!r}{hint}")
-    if cfg.workers is not None and cfg.workers < 0:
-        raise UsageError(f"workers must be >= 0, got {cfg.workers}")
-    if not 0 <= cfg.valid_fraction < 1:
-        raise UsageError(f"valid_fraction must be in [0, 1), got {cfg.valid_fraction}")
-    check_bounds(cfg.reality)
-    if cfg.reality.success is not None:
-        parse_success(cfg.reality.success)
+@dataclass(frozen=True, kw_only=True)
+class Import(Plan[ImportConfig]):
+    files: list[Source]
+    sums: list[str]
+    """The sha256 of each file"""
+    stamps: list[tuple[int, tuple[str, ...]]]
+    """Sizes and marks that change when a file does"""
 
 
-def plan(cfg: ImportConfig) -> dict[str, Any]:
-    """The result of `run`, without writing it. Reads all files in this process."""
-    check(cfg)
-    inspection = _inspect(cfg, sources(cfg.paths, fetch=False), 0, lambda rows: None)
-    report = inspection.report()
-    counts = {name: value for name, value in report["counts"].items() if value not in (0, {})}
-    return {
-        "environment": cfg.reality.env or "none given: the spaces are inferred",
-        "files": len(inspection.files),
-        **{name.replace("_", " "): value for name, value in counts.items()},
-        "observation space": str(inspection.spaces[0]),
-        "action space": str(inspection.spaces[1]),
-        "price": "nothing: no real step is taken",
-        "columns": report["columns"],
-        **({"left out": report["left_out"]} if report["left_out"] else {}),
-        **({"warnings": report["warnings"]} if report["warnings"] else {}),
-    }
-
-
-def run(cfg: ImportConfig, run: Run) -> Artifact:
-    """Import, or find the dataset of the same files and config.
+class ImportLogs(Job[ImportConfig, Import]):
+    """Import logs, or find the dataset that the same files made before.
 
     Raises:
         UsageError: Before anything is written. No such file or environment, a missing column, a
             fault (with file and row), or no episode left.
     """
-    check(cfg)
-    files = sources(cfg.paths, fetch=True)
-    stamps = _stamps(files)
-    with ThreadPoolExecutor(4) as pool:
-        sums = list(pool.map(_checksum, files))
-    config = identity(cfg, without=["paths", "workers", *PAID])
-    facts = _facts(cfg)
-    version = "" if facts is None else facts.version
-    id = fingerprint("datasets", "import", config, sums, version, VERSIONS["import"], SCHEMA)
-    with run.making("datasets", id, cfg) as artifact:
-        if artifact is None:
-            scratch = run.storage.local_path("scratch")
-            with resumable(scratch, id, restart=cfg.force) as progress:
-                return _import(cfg, run, id, progress, files, sums, stamps)
-        transitions = artifact.meta["counts"]["transitions"]
-        run.say(f"found {artifact.name}: {transitions} transitions; nothing was imported")
-        report = json.loads((artifact.path / REPORT).read_text())
-        run.record(artifact=artifact.name, inputs=artifact.meta["inputs"], **report)
+
+    name, kind, config = "import", "datasets", ImportConfig
+
+    def check(self, cfg: ImportConfig) -> None:
+        """Raise UsageError at the first invalid value. Reads no file."""
+        checks.one_of(cfg, ("refuse", "drop"), "bad")
+        checks.at_least(cfg, 0, "workers")
+        checks.within(cfg, 0, 1, "valid_fraction", open="]")
+        check_bounds(cfg.reality)
+        if cfg.reality.success is not None:
+            parse_success(cfg.reality.success)
+
+    def plan(self, config: ImportConfig) -> dict[str, Any]:
+        """What `run` would make. Reads the logs in this process, without copies of remote ones."""
+        self.check(config)
+        inspection = _inspect(config, sources(config.paths, fetch=False), 0, lambda rows: None)
+        report = inspection.report()
+        counts = {name: value for name, value in report["counts"].items() if value not in (0, {})}
+        return {
+            "environment": config.reality.env or "none given: the spaces are inferred",
+            "files": len(inspection.files),
+            **{name.replace("_", " "): value for name, value in counts.items()},
+            "observation space": str(inspection.spaces[0]),
+            "action space": str(inspection.spaces[1]),
+            "price": "nothing: no real step is taken",
+            "columns": report["columns"],
+            **({"left out": report["left_out"]} if report["left_out"] else {}),
+            **({"warnings": report["warnings"]} if report["warnings"] else {}),
+        }
+
+    def resolve(self, config: ImportConfig, storage: Storage) -> Import:
+        self.check(config)
+        files = sources(config.paths, fetch=True)
+        stamps = _stamps(files)
+        with ThreadPoolExecutor(4) as pool:
+            sums = list(pool.map(_checksum, files))
+        what = identity(config, without=["paths", "workers", *PAID])
+        facts = _facts(config)
+        return Import(
+            config=config,
+            inputs={"files": [fingerprint("files", sums)]},
+            facts=identity(config),
+            id=self.hash("import", what, sums, "" if facts is None else facts.version),
+            files=files,
+            sums=sums,
+            stamps=stamps,
+        )
+
+    def make(self, plan: Import, run: Run) -> Artifact:
+        scratch = run.storage.local_path("scratch")
+        with resumable(scratch, plan.id, restart=plan.config.force) as progress:
+            return self._import(plan, run, progress)
+
+    def _import(self, plan: Import, run: Run, progress: Progress) -> Artifact:
+        cfg, files = plan.config, plan.files
+        workers = _workers(cfg, files)
+        tally = progress.tally()
+        if tally is None:
+            with run.progress("check the logs") as update:
+
+                def report_rows(rows: int) -> None:
+                    update(rows, f"{rows:,} rows")
+
+                inspection = _inspect(cfg, files, workers, report_rows)
+            progress.save_tally(inspection.tally)
+        else:
+            run.say("an earlier run has checked the logs: goes on from there")
+            inspection = _inspect(cfg, files, workers, lambda rows: None, tally)
+        report = inspection.report()
+        for row in report["columns"]:
+            how = f" ({row['how']})" if row["how"] else ""
+            run.say(f"  {row['column']} {row['type']}: {row['became']}{how}")
+        for row in report["left_out"]:
+            lost = f"{row['episodes']} episodes of {row['rows']} rows"
+            run.say(f"  left out: {lost}: {row['reason']} (first at {row['first']})")
+        for warning in report["warnings"]:
+            run.say(f"warning: {warning}")
+        about: list[dict[str, Any]] = [
+            {"name": source.name, "sha256": checksum, "bytes": size}
+            for source, checksum, (size, _) in zip(files, plan.sums, plan.stamps, strict=True)
+        ]
+        counts = report["counts"]
+        total = counts["transitions"]
+
+        def fill(folder: Path) -> None:
+            with run.progress("write the dataset", total) as update:
+
+                def report_transitions(done: int) -> None:
+                    update(done, f"{done:,}/{total:,} transitions")
+
+                _write(progress, cfg, plan.id, inspection, workers, report_transitions)
+            if _stamps(files) != plan.stamps:
+                progress.clear()
+                raise MesocosmError(
+                    "a file changed while it was imported; import again when nothing writes to the"
+                    " logs"
+                )
+            progress.link(folder)
+            names = [{**file, "name": Path(file["name"]).name} for file in about]
+            (folder / REPORT).write_text(json.dumps({**report, "files": names}, indent=1))
+
+        artifact = self.commit(plan, run, fill, counts=counts, files=about)
+        size = f"{counts['episodes']} episodes of {total} transitions"
+        run.say(f"{artifact.name}: {size}; no real step was taken")
         return artifact
 
+    def summary(self, plan: Import) -> dict[str, Any]:
+        return self.plan(plan.config)
 
-def _import(
-    cfg: ImportConfig,
-    run: Run,
-    id: str,
-    progress: Progress,
-    files: list[Source],
-    sums: list[str],
-    stamps: list[tuple[int, tuple[str, ...]]],
-) -> Artifact:
-    workers = _workers(cfg, files)
-    tally = progress.tally()
-    if tally is None:
-        with run.progress("check the logs") as update:
-            inspection = _inspect(cfg, files, workers, lambda rows: update(rows, f"{rows:,} rows"))
-        progress.save_tally(inspection.tally)
-    else:
-        run.say("an earlier run has checked the logs: goes on from there")
-        inspection = _inspect(cfg, files, workers, lambda rows: None, tally)
-    report = inspection.report()
-    for row in report["columns"]:
-        how = f" ({row['how']})" if row["how"] else ""
-        run.say(f"  {row['column']} {row['type']}: {row['became']}{how}")
-    for row in report["left_out"]:
-        run.say(
-            f"  left out: {row['episodes']} episodes of {row['rows']} rows: {row['reason']} (first"
-            f" at {row['first']})"
-        )
-    for warning in report["warnings"]:
-        run.say(f"warning: {warning}")
-    about: list[dict[str, Any]] = [
-        {"name": source.name, "sha256": checksum, "bytes": size}
-        for source, checksum, (size, _) in zip(files, sums, stamps, strict=True)
-    ]
-    counts, inputs = report["counts"], {"files": [fingerprint("files", sums)]}
-    meta = {
-        "inputs": inputs,
-        "config": identity(cfg),
-        "job": "import",
-        "run": run.id,
-        "counts": counts,
-        "files": about,
-    }
-    total = counts["transitions"]
-
-    def fill(folder: Path) -> None:
-        with run.progress("write the dataset", total) as update:
-            _write(
-                progress,
-                cfg,
-                id,
-                inspection,
-                workers,
-                lambda done: update(done, f"{done:,}/{total:,} transitions"),
-            )
-        if _stamps(files) != stamps:
-            progress.clear()
-            raise MesocosmError(
-                "a file changed while it was imported; import again when nothing writes to the logs"
-            )
-        progress.link(folder)
-        names = [{**file, "name": Path(file["name"]).name} for file in about]
-        (folder / REPORT).write_text(json.dumps({**report, "files": names}, indent=1))
-
-    artifact = run.storage.make("datasets", id, meta, fill, force=cfg.force)
-    run.record(artifact=artifact.name, inputs=inputs, **report)
-    run.say(
-        f"{artifact.name}: {counts['episodes']} episodes of {total} transitions; no real step was"
-        " taken"
-    )
-    return artifact
+    def report(self, artifact: Artifact, plan: Import, run: Run, *, made: bool) -> None:
+        run.record(**json.loads((artifact.path / REPORT).read_text()))
+        if not made:
+            transitions = artifact.meta["counts"]["transitions"]
+            run.say(f"found {artifact.name}: {transitions} transitions; nothing was imported")
 
 
 def _stamps(sources: Sequence[Source]) -> list[tuple[int, tuple[str, ...]]]:
@@ -380,3 +380,7 @@ def _arrays(episode: LoggedEpisode) -> dict[str, Array]:
         arrays["duration"] = np.full(length + 1, np.nan)
     arrays["step"] = np.arange(length + 1, dtype=np.int32)
     return arrays
+
+
+JOB = ImportLogs()
+plan, run = JOB.plan, JOB.run

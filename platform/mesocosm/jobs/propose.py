@@ -50,7 +50,7 @@ class Propose(Job[ProposeConfig, ProposePlan]):
             config=config,
             inputs=inputs,
             facts=identity(q.cfg),
-            identity=("propose", what, inputs, q.sources, q.facts.version),
+            id=self.hash("propose", what, inputs, q.sources, q.facts.version),
             question=q,
         )
 

@@ -136,7 +136,7 @@ class TrainAgent(Job[AgentConfig, Training]):
             config=config,
             inputs=inputs,
             facts=facts,
-            identity=(facts, inputs),
+            id=self.hash(facts, inputs),
             world=world,
             codec=codec,
             datasets=datasets,
@@ -166,7 +166,7 @@ class TrainAgent(Job[AgentConfig, Training]):
         if plan.horizon.inferred:
             source = plan.horizon.source
             run.say(f"imagined episodes end after {plan.horizon.steps} steps: {source}")
-        checkpoints = Checkpoints(run.storage, self.id(plan))
+        checkpoints = Checkpoints(run.storage, plan.id)
         if config.force:
             checkpoints.remove()
         progress = checkpoints.latest()
