@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,88 +30,87 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate import policy_set, suite
 from mesocosm.evaluate.judge import judging
 from mesocosm.evaluate.report import report
+from mesocosm.job import Job, Plan, Resources
 from mesocosm.jobs import baseline as model_free
 from mesocosm.jobs import collect as collecting
 from mesocosm.jobs import evaluate as evaluation
 from mesocosm.jobs import pretrain as pretraining
 from mesocosm.jobs import train_agent as agents
-from mesocosm.jobs.loop_config import FREE, LoopConfig, acting, check, fill, real_steps
+from mesocosm.jobs.loop_config import FREE, LoopConfig, acting, fill, real_steps
 from mesocosm.jobs.loop_preflight import Ready, check_port, preflight, resources
 from mesocosm.runs.tracking import Run, console
 from mesocosm.serve.deployment import deploy, undeploy
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
 from mesocosm.versions import VERSIONS
 
-__all__ = ["LoopConfig", "check", "plan", "resources", "run"]
+
+@dataclass(frozen=True, kw_only=True)
+class LoopPlan(Plan[LoopConfig]):
+    ready: Ready
 
 
-def plan(cfg: LoopConfig) -> dict[str, Any]:
-    """What a run would spend; nothing is started, and no real step taken."""
-    ready = preflight(cfg, Storage(cfg.storage.root))
-    check_port(cfg)
-    horizon = ready.warning
-    if ready.horizon is not None:
-        horizon = f"{ready.limit} steps: {ready.horizon.source}"
-    steps = real_steps(cfg)
-    price = cfg.reality.price
-    free = sum(b.steps for b in cfg.baselines)
-    judged = suite.most_episodes(cfg.evaluate, 1 + cfg.agent.snapshots)[1] * cfg.rounds + sum(
-        map(model_free.judged, cfg.baselines)
-    )
-    return {
-        "rounds": cfg.rounds,
-        "real steps": steps,
-        "price": f"{steps * price.per_step:g} {price.currency} and {price.per_reset:g} a reset",
-        "model-free real steps": f"at most {free}, {free * price.per_step:g} {price.currency}",
-        "horizon": horizon,
-        **judging(cfg.reality, judged, ready.limit),
-        "model": (
-            f"{cfg.pretrain.model.family} {cfg.pretrain.model.size}, {cfg.pretrain.train.steps}"
-            " steps a round"
-        ),
-        "imagined steps": (
-            cfg.rounds * cfg.agent.iterations * cfg.agent.num_envs * cfg.agent.rollout
-        ),
-    }
+class LoopJob(Job[LoopConfig, LoopPlan]):
+    """Go round `rounds` times and write the report. A loop that was broken off resumes."""
 
+    name, kind, config = "loop", "evaluations", LoopConfig
 
-def run(cfg: LoopConfig, run: Run) -> Artifact:
-    """Go round `cfg.rounds` times and write the report; a finished loop is found, a broken-off one
-    goes on where it was.
-    """
-    ready = preflight(cfg, run.storage)
-    given, version = ready.given, ready.facts.version
-    cfg = replace(cfg, datasets=[artifact.name for artifact in given])
-    id = fingerprint("loop", identity(cfg), version, VERSIONS, SCHEMA)
-    with run.making("evaluations", id, cfg) as artifact:
-        if artifact is None:
-            return _done(_go(cfg, run, id, ready, given), run)
-        run.say(f"found {artifact.name}: the loop was finished before")
-        return _done(artifact, run)
+    def resolve(self, config: LoopConfig, storage: Storage) -> LoopPlan:
+        ready = preflight(config, storage)
+        config = replace(config, datasets=[artifact.name for artifact in ready.given])
+        facts = identity(config)
+        return LoopPlan(
+            config=config,
+            inputs={"datasets": [artifact.id for artifact in ready.given]},
+            facts=facts,
+            id=fingerprint("loop", facts, ready.facts.version, VERSIONS, SCHEMA),
+            ready=ready,
+        )
 
+    def summary(self, plan: LoopPlan) -> dict[str, Any]:
+        cfg, ready = plan.config, plan.ready
+        check_port(cfg)
+        horizon = ready.warning
+        if ready.horizon is not None:
+            horizon = f"{ready.limit} steps: {ready.horizon.source}"
+        steps, price, model = real_steps(cfg), cfg.reality.price, cfg.pretrain.model
+        free = sum(b.steps for b in cfg.baselines)
+        judged = suite.most_episodes(cfg.evaluate, 1 + cfg.agent.snapshots)[1] * cfg.rounds
+        judged += sum(map(model_free.judged, cfg.baselines))
+        agent = cfg.agent
+        return {
+            "rounds": cfg.rounds,
+            "real steps": steps,
+            "price": f"{steps * price.per_step:g} {price.currency} and {price.per_reset:g} a reset",
+            "model-free real steps": f"at most {free}, {free * price.per_step:g} {price.currency}",
+            "horizon": horizon,
+            **judging(cfg.reality, judged, ready.limit),
+            "model": f"{model.family} {model.size}, {cfg.pretrain.train.steps} steps a round",
+            "imagined steps": cfg.rounds * agent.iterations * agent.num_envs * agent.rollout,
+        }
 
-def _go(cfg: LoopConfig, run: Run, id: str, ready: Ready, given: list[Artifact]) -> Artifact:
-    check_port(cfg)
-    ray_session.ensure(cfg.ray)
-    for what, (cpus, gpus) in resources(cfg).items():
-        ray_session.preflight(what=what, cpus=cpus, gpus=gpus)
-    if ready.warning is not None:
-        run.say(f"warning: {ready.warning}")
-    timed = ready.facts.max_episode_steps is not None
-    return _Loop(cfg, run, id, ready.facts.version, given, timed=timed).go()
+    def resources(self, config: LoopConfig) -> Resources:
+        return resources(config)
 
+    def make(self, plan: LoopPlan, run: Run) -> Artifact:
+        cfg, ready = plan.config, plan.ready
+        check_port(cfg)
+        ray_session.ensure(cfg.ray)
+        for what, (cpus, gpus) in resources(cfg).items():
+            ray_session.preflight(what=what, cpus=cpus, gpus=gpus)
+        if ready.warning is not None:
+            run.say(f"warning: {ready.warning}")
+        return _Loop(self, plan, run).go()
 
-def _done(artifact: Artifact, run: Run) -> Artifact:
-    summary = json.loads((artifact.path / report.SUMMARY).read_text())
-    run.record(
-        artifact=artifact.name, inputs=artifact.meta["inputs"], ledger=artifact.meta["ledger"]
-    )
-    for name in (report.PAGE, report.SUMMARY):
-        run.artifact(artifact.path / name)
-    if not run.quiet:
-        console.print(report.curves_table(summary))
-    run.say(f"report: {artifact.path / report.PAGE}")
-    return artifact
+    def report(self, artifact: Artifact, plan: LoopPlan, run: Run, *, made: bool) -> None:
+        if not made:
+            run.say(f"found {artifact.name}: the loop was finished before")
+        summary = json.loads((artifact.path / report.SUMMARY).read_text())
+        run.record(inputs=artifact.meta["inputs"], ledger=artifact.meta["ledger"])
+        for name in (report.PAGE, report.SUMMARY):
+            run.artifact(artifact.path / name)
+        if not run.quiet:
+            console.print(report.curves_table(summary))
+        run.say(f"report: {artifact.path / report.PAGE}")
 
 
 def _experiment(cfg: LoopConfig) -> dict[str, Any]:
@@ -124,18 +123,14 @@ def _experiment(cfg: LoopConfig) -> dict[str, Any]:
 
 
 class _Loop:
-    def __init__(
-        self,
-        cfg: LoopConfig,
-        run: Run,
-        id: str,
-        version: str,
-        given: list[Artifact],
-        timed: bool = True,
-    ):
-        self.cfg, self.run, self.id = cfg, run, id
-        self.timed = timed
-        self.ledger_id = f"loop-{fingerprint('ledger', _experiment(cfg), version)}"
+    """The stages of one loop, and what they have made so far."""
+
+    def __init__(self, job: LoopJob, plan: LoopPlan, run: Run):
+        self.job, self.plan, self.run = job, plan, run
+        self.cfg = cfg = plan.config
+        facts = plan.ready.facts
+        self.timed = facts.max_episode_steps is not None
+        self.ledger_id = f"loop-{fingerprint('ledger', _experiment(cfg), facts.version)}"
         self.ledger = Ledger(run.storage, self.ledger_id, cfg.reality.budget, cfg.reality.price)
         self.stages: list[report.Stage] = []
         self.lineage: list[tuple[str, str]] = []
@@ -147,7 +142,7 @@ class _Loop:
         }
         self.steps: list[int] = []
         self.app, self.served = f"loop-{run.id}", False  # loops that share a Ray serve apart
-        for artifact in given:
+        for artifact in plan.ready.given:
             self.lineage.append(("given", artifact.name))
             self._counted(artifact)
             self.inputs["datasets"].append(artifact.id)
@@ -370,18 +365,12 @@ class _Loop:
             notes=self._notes(totals.purposes["collect"].steps),
             suite=judged[-1]["suite"],
         )
-        meta = {
-            "inputs": self.inputs,
-            "config": identity(cfg),
-            "job": "loop",
-            "run": self.run.id,
-            "ledger": totals.to_json(),
-        }
 
         def fill(folder: Path) -> None:
             report.write(given, folder)
 
-        return self.run.storage.make("evaluations", self.id, meta, fill, force=cfg.force)
+        made = replace(self.plan, inputs=self.inputs)
+        return self.job.commit(made, self.run, fill, ledger=totals.to_json())
 
     def _notes(self, collected: int) -> list[str]:
         found = sum(self.steps) - collected
@@ -404,3 +393,7 @@ def _point(point: dict[str, Any]) -> report.Point:
 
 def _by_round(judged: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
     return [{**row, "round": i} for i, summary in enumerate(judged, 1) for row in summary[key]]
+
+
+JOB = LoopJob()
+plan, run = JOB.plan, JOB.run

@@ -11,24 +11,22 @@ from typing import Any
 
 from mesocosm import config
 from mesocosm.cluster import spec as cluster_spec
-from mesocosm.config import fingerprint, identity
+from mesocosm.config import identity
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.job import Job, Plan
 from mesocosm.model import counts
-from mesocosm.runs import tracking
+from mesocosm.runs.tracking import Run
 from mesocosm.scaling import plan as planning
 from mesocosm.scaling import plan_figure
 from mesocosm.scaling.law import Law
 from mesocosm.scaling.optimum import PlanProblem
 from mesocosm.scaling.plan_config import PlanConfig
-from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
+from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train import prepare
 from mesocosm.train.config import PretrainConfig
 from mesocosm.train.schedule import share
-from mesocosm.versions import VERSIONS
-
-__all__ = ["PlanConfig", "plan", "run"]
 
 PLAN, SUMMARY, PLOT = "plan.yaml", "plan.json", "plan.svg"
 
@@ -41,48 +39,57 @@ class Question(planning.Question):
     """The sweep's warm-up in steps, where its training is taken."""
 
 
-def plan(config: PlanConfig) -> dict[str, Any]:
-    """Describe what the budget would buy. Writes nothing."""
-    return planning.lines(planning.answer(resolve(config, Storage(config.storage.root))))
+@dataclass(frozen=True, kw_only=True)
+class BudgetPlan(Plan[PlanConfig]):
+    question: Question
 
 
-def run(config: PlanConfig, run: tracking.Run) -> Artifact:
+class PlanJob(Job[PlanConfig, BudgetPlan]):
     """Write plan.yaml, plan.json and plan.svg. Raises UsageError where there is no plan."""
-    question = resolve(config, run.storage)
-    facts = identity(question.config, without=("law",))
-    law = question.law.model_dump(mode="json")
-    id = fingerprint("plans", facts, law, question.owned, VERSIONS["plan"], SCHEMA)
-    artifact = None if config.force else run.storage.find("plans", id)
-    if artifact is None:
+
+    name, kind, config = "plan", "plans", PlanConfig
+
+    def resolve(self, config: PlanConfig, storage: Storage) -> BudgetPlan:
+        question = resolve(config, storage)
+        facts = identity(question.config, without=("law",))
+        law = question.law.model_dump(mode="json")
+        laws = [question.source] if question.source.startswith("laws/") else []
+        return BudgetPlan(
+            config=config,
+            inputs={"datasets": list(question.config.data.datasets), "laws": laws},
+            facts=identity(question.config),
+            id=self.hash(facts, law, question.owned),
+            question=question,
+        )
+
+    def summary(self, plan: BudgetPlan) -> dict[str, Any]:
+        return planning.lines(planning.answer(plan.question))
+
+    def make(self, plan: BudgetPlan, run: Run) -> Artifact:
+        question = plan.question
         answer = planning.answer(question)
-    else:
+
+        def fill(folder: Path) -> None:
+            (folder / SUMMARY).write_text(json.dumps(answer, indent=1, allow_nan=False) + "\n")
+            (folder / PLAN).write_text(pretrain_yaml(question, answer))
+            problem = PlanProblem.of(question.law, question.budget)
+            (folder / PLOT).write_text(plan_figure.figure(question.law, problem, answer))
+
+        return self.commit(plan, run, fill)
+
+    def report(self, artifact: Artifact, plan: BudgetPlan, run: Run, *, made: bool) -> None:
         answer = json.loads((artifact.path / SUMMARY).read_text())
-
-    def fill(folder: Path) -> None:
-        (folder / SUMMARY).write_text(json.dumps(answer, indent=1, allow_nan=False) + "\n")
-        (folder / PLAN).write_text(pretrain_yaml(question, answer))
-        problem = PlanProblem.of(question.law, question.budget)
-        (folder / PLOT).write_text(plan_figure.figure(question.law, problem, answer))
-
-    inputs = {
-        "datasets": list(question.config.data.datasets),
-        "laws": [question.source] if question.source.startswith("laws/") else [],
-    }
-    meta = {"inputs": inputs, "config": identity(question.config), "job": "plan", "run": run.id}
-    artifact = artifact or run.storage.make("plans", id, meta, fill, force=config.force)
-    run.record(artifact=artifact.name, inputs=inputs)
-    names = ("params", "data", "unique", "epochs", "loss", "flops")
-    run.log({f"plan/{name}": float(answer["plan"][name]) for name in names}, step=0)
-    for name in (PLAN, SUMMARY, PLOT):
-        run.artifact(artifact.path / name)
-    for key, value in planning.lines(answer).items():
-        run.say(f"  {key:<15} {value}")
-    run.say(f"  plot            {artifact.path / PLOT}")
-    if answer["collect"]:
-        count = f"{answer['collect']:,} more real transitions"
-        run.say(f"first collect {count}, and add their dataset to data.datasets; then")
-    run.say(f"mesocosm pretrain -c {artifact.path / PLAN}")
-    return artifact
+        names = ("params", "data", "unique", "epochs", "loss", "flops")
+        run.log({f"plan/{name}": float(answer["plan"][name]) for name in names}, step=0)
+        for name in (PLAN, SUMMARY, PLOT):
+            run.artifact(artifact.path / name)
+        for key, value in planning.lines(answer).items():
+            run.say(f"  {key:<15} {value}")
+        run.say(f"  plot            {artifact.path / PLOT}")
+        if answer["collect"]:
+            count = f"{answer['collect']:,} more real transitions"
+            run.say(f"first collect {count}, and add their dataset to data.datasets; then")
+        run.say(f"mesocosm pretrain -c {artifact.path / PLAN}")
 
 
 def resolve(config: PlanConfig, storage: Storage) -> Question:
@@ -171,3 +178,7 @@ def pretrain_yaml(question: Question, answer: dict[str, Any]) -> str:
     if not data.datasets:
         head.append("# mesocosm pretrain -c plan.yaml data.datasets=[<id that collect printed>]")
     return "\n".join([*head, config.to_yaml(job, ("seed", "data", "model", "train"))])
+
+
+JOB = PlanJob()
+plan, run = JOB.plan, JOB.run

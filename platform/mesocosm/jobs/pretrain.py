@@ -1,8 +1,10 @@
-"""The pretrain job: datasets -> a world (`mesocosm.train.pretrain`)."""
+"""The job `pretrain`: datasets -> a world (`mesocosm.train.pretrain`)."""
 
 from __future__ import annotations
 
 from mesocosm.train.config import PretrainConfig
-from mesocosm.train.pretrain import plan, run
+from mesocosm.train.pretrain import JOB
 
-__all__ = ["PretrainConfig", "plan", "run"]
+__all__ = ["JOB", "PretrainConfig", "plan", "run"]
+
+plan, run = JOB.plan, JOB.run

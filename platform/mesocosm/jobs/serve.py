@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mesocosm.errors import MesocosmError, UsageError
+from mesocosm.job import Resources
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.config import ServeConfig, check
 from mesocosm.serve.deployment import LISTENERS, deploy, undeploy
@@ -15,82 +16,93 @@ from mesocosm.serve.session import find_world
 from mesocosm.store.artifacts import Storage
 
 
-def run(config: ServeConfig, run: Run) -> None:
-    """Deploy, say how to connect, and wait. Raises UsageError before anything starts, MesocosmError
-    when the application fails later.
-    """
-    import ray
-    from ray import serve
+class Serve:
+    """A job that makes no artifact: it ends with Ctrl-C."""
 
-    world = str(plan(config)["world"])
-    deploy(config, run.say)
-    address = ray.get_runtime_context().gcs_address
-    run.record(app=config.name, address=address, inputs={"world": world})
-    run.say(
-        f"world {world} is served as {config.name!r} by {config.replicas} replica(s); Ctrl-C"
-        " ends it."
-    )
-    if not Path(world).is_absolute():
-        where = [
-            f"world={world}",
-            f"app={config.name}",
-            f"ray.address={address}",
-            f"storage.root={run.storage.root}",
-        ]
+    config = ServeConfig
+
+    def resources(self, config: ServeConfig) -> Resources:
+        return {}
+
+    def plan(self, config: ServeConfig) -> dict[str, Any]:
+        """What `run` would deploy, and the CPUs that it takes."""
+        check(config)
+        if not config.world:
+            raise UsageError("serve.world='' names no world; set world=<artifact id>")
+        id, folder = find_world(Storage(config.storage.root), config.world)
+        return {
+            "world": id,
+            "path": str(folder),
+            "app": config.name,
+            "replicas": config.replicas,
+            "cpus": config.replicas * config.cpus,
+            "http": config.http,
+            "price": 0.0,
+        }
+
+    def run(self, config: ServeConfig, run: Run) -> None:
+        """Deploy, say how to connect, and wait. Raises UsageError before anything starts, MesocosmError
+        when the application fails later.
+        """
+        import ray
+        from ray import serve
+
+        world = str(self.plan(config)["world"])
+        deploy(config, run.say)
+        address = ray.get_runtime_context().gcs_address
+        run.record(app=config.name, address=address, inputs={"world": world})
         run.say(
-            "To train an agent in it, from another terminal:\n  mesocosm train-agent"
-            f" {shlex.join(where)}"
+            f"world {world} is served as {config.name!r} by {config.replicas} replica(s); Ctrl-C"
+            " ends it."
         )
-    run.say(
-        "To step in it, from Python:\n"
-        "  import gymnasium, mesocosm.serve.client\n"
-        f'  envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="{world}",'
-        f' app="{config.name}", address="{address}", horizon=200)'
-    )
-    listener = LISTENERS.get(config.name)
-    if listener is not None:
-        token = (
-            listener.token_source
-            if listener.token_source.startswith("$")
-            else f"$(cat {shlex.quote(listener.token_source)})"
-        )
+        if not Path(world).is_absolute():
+            where = [
+                f"world={world}",
+                f"app={config.name}",
+                f"ray.address={address}",
+                f"storage.root={run.storage.root}",
+            ]
+            run.say(
+                "To train an agent in it, from another terminal:\n  mesocosm train-agent"
+                f" {shlex.join(where)}"
+            )
         run.say(
-            f'Over HTTP, from this machine:\n  curl -H "Authorization: Bearer {token}"'
-            f" {listener.url}/v1/world"
+            "To step in it, from Python:\n"
+            "  import gymnasium, mesocosm.serve.client\n"
+            f'  envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="{world}",'
+            f' app="{config.name}", address="{address}", horizon=200)'
         )
-    try:
-        while True:
-            time.sleep(1.0)
-            state = serve.status().applications.get(config.name)
-            if state is None or state.status == "DEPLOY_FAILED":
-                raise MesocosmError(
-                    f"application {config.name!r} is gone"
-                    f" ({state.message if state else 'deleted'}); see the replicas' logs, and serve"
-                    " it again"
-                )
-            if listener is not None and not listener.alive:
-                raise MesocosmError(
-                    f"the HTTP ingress at {listener.url} has ended; serve the world again"
-                )
-    except KeyboardInterrupt:
-        run.say("ending")
-        run.stopped = True
-    finally:
-        undeploy(config.name)
+        listener = LISTENERS.get(config.name)
+        if listener is not None:
+            token = (
+                listener.token_source
+                if listener.token_source.startswith("$")
+                else f"$(cat {shlex.quote(listener.token_source)})"
+            )
+            run.say(
+                f'Over HTTP, from this machine:\n  curl -H "Authorization: Bearer {token}"'
+                f" {listener.url}/v1/world"
+            )
+        try:
+            while True:
+                time.sleep(1.0)
+                state = serve.status().applications.get(config.name)
+                if state is None or state.status == "DEPLOY_FAILED":
+                    raise MesocosmError(
+                        f"application {config.name!r} is gone"
+                        f" ({state.message if state else 'deleted'}); see the replicas' logs, and serve"
+                        " it again"
+                    )
+                if listener is not None and not listener.alive:
+                    raise MesocosmError(
+                        f"the HTTP ingress at {listener.url} has ended; serve the world again"
+                    )
+        except KeyboardInterrupt:
+            run.say("ending")
+            run.stopped = True
+        finally:
+            undeploy(config.name)
 
 
-def plan(config: ServeConfig) -> dict[str, Any]:
-    """What `run` would deploy, and the CPUs that it takes."""
-    check(config)
-    if not config.world:
-        raise UsageError("serve.world='' names no world; set world=<artifact id>")
-    id, folder = find_world(Storage(config.storage.root), config.world)
-    return {
-        "world": id,
-        "path": str(folder),
-        "app": config.name,
-        "replicas": config.replicas,
-        "cpus": config.replicas * config.cpus,
-        "http": config.http,
-        "price": 0.0,
-    }
+JOB = Serve()
+plan, run = JOB.plan, JOB.run

@@ -1,7 +1,6 @@
 """Train a world from a config, by DeepSpeed under Ray Train: the driver's side.
 
-`run` reads top to bottom: resolve the config, find the world or train it (`worker.train_loop` on
-every rank), and export it. Training state lies under `runs/checkpoints/<world id>`, so that the
+`Pretrain.make` trains the world (`worker.train_loop` on every rank) and exports it. Training state lies under `runs/checkpoints/<world id>`, so that the
 same command resumes.
 """
 
@@ -11,29 +10,28 @@ import json
 import math
 import threading
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mesocosm.cluster import ray_session
-from mesocosm.config import fingerprint
 from mesocosm.data.analysis.evidence import evidence
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
+from mesocosm.job import Job, Plan
 from mesocosm.model import counts
 from mesocosm.runs import tracking
-from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
+from mesocosm.runs.tracking import Run
+from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train import checkpoint, engine, prepare
 from mesocosm.train.checkpoint import Progress
 from mesocosm.train.config import DEFAULT_STEPS, PretrainConfig, world_identity
 from mesocosm.train.export import calibrate, check_termination, load_trained
 from mesocosm.train.feed import Feed
 from mesocosm.train.worker import FLOPS, Work, train_loop
-from mesocosm.versions import VERSIONS
 
 POLL_S, POLL_REMOTE_S = 0.2, 2.0
 """Seconds between reads of the feed; on a remote root each is a request that is paid for."""
@@ -43,21 +41,11 @@ would try for ever if nodes have left.
 """
 
 
-@dataclass(frozen=True)
-class Resolved:
+@dataclass(frozen=True, kw_only=True)
+class Pretraining(Plan[PretrainConfig]):
     """A config with its datasets open, and `auto` and null replaced by what they stand for."""
 
-    config: PretrainConfig
     dataset: Dataset
-
-    @cached_property
-    def id(self) -> str:
-        """The world's id."""
-        config, ids = self.config, self.dataset.ids
-        order = {key: getattr(config.data, key) for key in ("unique", "weights", "block")}
-        order = {key: value for key, value in order.items() if value is not None}
-        values = world_identity(config) | {"data": {"datasets": ids} | order if order else ids}
-        return fingerprint("worlds", values, VERSIONS["pretrain"], SCHEMA)
 
     @property
     def gpus(self) -> float:
@@ -78,114 +66,165 @@ class Resolved:
         return train.steps or DEFAULT_STEPS
 
 
-def resolve(config: PretrainConfig) -> Resolved:
-    """Open the datasets and choose the device and the precision.
+class Pretrain(Job[PretrainConfig, Pretraining]):
+    """Pretrain, or find, the world that a config describes."""
 
-    Raises:
-        UsageError: The config is wrong, or a dataset is missing or damaged.
-    """
-    config.validate()
-    data, train = config.data, config.train
-    try:
-        storage = Storage(config.storage.root)
-        dataset = prepare.open_datasets(storage, data.datasets, data.cache_gib)
-    except ArtifactError as error:
-        raise UsageError(str(error)) from error
-    gpus, precision = train.gpus_per_worker, train.precision
-    if gpus is None:
-        available: float = torch.cuda.device_count()
-        if config.ray.address is not None:
+    name, kind, config = "pretrain", "worlds", PretrainConfig
+
+    def resolve(self, config: PretrainConfig, storage: Storage) -> Pretraining:
+        """Open the datasets and choose the device and the precision."""
+        config.validate()
+        data, train = config.data, config.train
+        try:
+            dataset = prepare.open_datasets(storage, data.datasets, data.cache_gib)
+        except ArtifactError as error:
+            raise UsageError(str(error)) from error
+        gpus, precision = train.gpus_per_worker, train.precision
+        if gpus is None:
+            available: float = torch.cuda.device_count()
+            if config.ray.address is not None:
+                ray_session.ensure(config.ray)
+                available = ray_session.most().get("GPU", 0.0)
+            gpus = 1.0 if available >= train.workers else 0.0
+        if precision == "auto":
+            precision = "bf16" if gpus else "fp32"
+        config = replace(config, train=replace(train, gpus_per_worker=gpus, precision=precision))
+        ids = dataset.ids
+        order = {key: getattr(data, key) for key in ("unique", "weights", "block")}
+        order = {key: value for key, value in order.items() if value is not None}
+        facts = world_identity(config)
+        return Pretraining(
+            config=config,
+            inputs={"datasets": ids},
+            facts=facts,
+            id=self.hash(facts | {"data": {"datasets": ids} | order if order else ids}),
+            dataset=dataset,
+        )
+
+    def summary(self, plan: Pretraining) -> dict[str, Any]:
+        codec = prepare.fit_codec(plan.dataset)
+        loader = plan.loader(codec)
+        steps, model, train = plan.steps(loader), plan.config.model, plan.config.train
+        sizes = counts.params(codec.spec, model)
+        memory = engine.least_gib(sizes.total, train, train.workers, on_gpu=plan.gpus > 0)
+        return {
+            "world": f"worlds/{plan.id}",
+            "datasets": ", ".join(plan.dataset.ids),
+            "params": sizes.n,
+            "total_params": sizes.total,
+            "steps": steps,
+            "transitions": loader.transitions_seen(steps),
+            "unique": loader.transitions_per_epoch,
+            "epochs": round(steps * train.batch / loader.windows_per_epoch, 2),
+            "flops": steps * prepare.step_flops(codec.spec, model, train),
+            "memory_gib": round(memory, 2),
+        }
+
+    def make(self, plan: Pretraining, run: Run) -> Artifact:
+        """Train the world, from its last checkpoint if there is one, and export it."""
+        config, storage, id = plan.config, run.storage, plan.id
+        folder, train = checkpoint.folder_of(id), config.train
+        if config.force:
+            storage.remove(folder)
+        last = checkpoint.latest(storage, id)
+        if last is not None and not last[1].done and last[1].zero_stage != engine.stage(train):
+            step, saved = last[1].step, last[1].zero_stage
+            raise UsageError(
+                f"train.zero_stage must be {saved} to resume from step {step}, got"
+                f" {train.zero_stage}; {checkpoint.AGAIN}"
+            )
+        codec = prepare.fitted_codec(storage, folder, plan.dataset)
+        loader = plan.loader(codec)
+        steps = plan.steps(loader)
+        if last is None or not last[1].done:
             ray_session.ensure(config.ray)
-            available = ray_session.most().get("GPU", 0.0)
-        gpus = 1.0 if available >= train.workers else 0.0
-    if precision == "auto":
-        precision = "bf16" if gpus else "fp32"
-    train = replace(train, gpus_per_worker=gpus, precision=precision)
-    return Resolved(replace(config, train=train), dataset)
+            ray_session.preflight(
+                what=f"train.workers={train.workers}",
+                cpus=train.workers,
+                gpus=train.workers * plan.gpus,
+            )
+            if last is not None:
+                run.say(f"resuming from step {last[1].step} of {steps}")
+            data = replace(config.data, datasets=plan.dataset.ids)
+            work = Work(id, storage.root, data, config.model, train, steps, config.seed)
+            _train(work, config, run, loader.dataset, codec)
+            last = checkpoint.latest(storage, id)
+        if last is None or not last[1].done:
+            raise MesocosmError(
+                f"training of worlds/{id} ended before step {steps}; run the same command again to"
+                " resume"
+            )
+        artifact = self._export(plan, run, codec, loader, *last)
+        tracking.register_world(run, artifact)
+        storage.remove(folder)
+        return artifact
 
+    def _export(
+        self,
+        plan: Pretraining,
+        run: Run,
+        codec: Codec,
+        loader: Loader,
+        path: str,
+        progress: Progress,
+    ) -> Artifact:
+        """Turn the last checkpoint, at `path`, into the world artifact."""
+        import ray.train
 
-def plan(config: PretrainConfig) -> dict[str, Any]:
-    """What `run` would do, and its size. Raises UsageError as `run` does before it starts."""
-    resolved = resolve(config)
-    codec = prepare.fit_codec(resolved.dataset)
-    loader = resolved.loader(codec)
-    steps, model, train = resolved.steps(loader), config.model, resolved.config.train
-    sizes = counts.params(codec.spec, model)
-    memory = engine.least_gib(sizes.total, train, train.workers, on_gpu=resolved.gpus > 0)
-    return {
-        "world": f"worlds/{resolved.id}",
-        "datasets": ", ".join(resolved.dataset.ids),
-        "params": sizes.n,
-        "total_params": sizes.total,
-        "steps": steps,
-        "transitions": loader.transitions_seen(steps),
-        "unique": loader.transitions_per_epoch,
-        "epochs": round(steps * train.batch / loader.windows_per_epoch, 2),
-        "flops": steps * prepare.step_flops(codec.spec, model, train),
-        "memory_gib": round(memory, 2),
-    }
+        config, dataset, storage = plan.config, loader.dataset, run.storage
+        folder = checkpoint.folder_of(plan.id)
+        base = prepare.read_base(storage, folder, codec.spec, config.model)
+        assert base is not None, "a finished training has its base"
+        filesystem, prefix = storage.arrow()
+        with ray.train.Checkpoint(f"{prefix}/{path}", filesystem).as_directory() as local:
+            checkpoint.verify(Path(local))
+            world = load_trained(Path(local) / checkpoint.MODEL, base, codec, config.model)
+        calibrate(world, dataset, codec)
+        termination = check_termination(world, dataset, codec, config.seed)
+        shown = evidence(dataset, seed=config.seed)
+        unidentified = shown.unidentified()
 
-
-def run(config: PretrainConfig, run: tracking.Run) -> Artifact:
-    """Pretrain, or find, the world that `config` describes.
-
-    Raises:
-        UsageError: Before anything starts.
-        MesocosmError: Training failed.
-    """
-    resolved = resolve(config)
-    inputs = {"datasets": resolved.dataset.ids}
-    run.record(inputs=inputs, artifact=f"worlds/{resolved.id}")
-    with run.making("worlds", resolved.id, config) as artifact:
-        if artifact is None:
-            return make(resolved, run)
-        run.say(f"found {artifact.name}")
+        metrics = dict(progress.validations[-1]) if progress.validations else {}
+        metrics.pop("step", None)
+        metrics |= progress.measured
+        for name in ("recall", "precision"):
+            if (value := getattr(termination, name)) is not None:
+                metrics[f"termination_{name}"] = value
+        sizes = counts.params(codec.spec, config.model)
+        seen, unique = loader.transitions_seen(progress.steps), loader.transitions_per_epoch
+        meta: dict[str, Any] = {
+            "codec": codec.id,
+            "metrics": metrics,
+            "checks": {"termination": termination.verdict, "actions": unidentified or "passed"},
+            "evidence": shown.to_json(),
+            "counts": {
+                "params": sizes.n,
+                **asdict(sizes),
+                "flops": progress.steps
+                * prepare.step_flops(codec.spec, config.model, config.train),
+                "data": seen,
+                "unique": unique,
+                "epochs": seen / unique,
+                "steps": progress.steps,
+            },
+            "seconds": progress.seconds,
+        }
+        artifact = self.commit(plan, run, world.save, **meta)
+        run.log(metrics, progress.steps)
+        run.record(metrics=metrics, checks=meta["checks"])
+        if unidentified is not None:
+            run.say(f"warning: {unidentified}")
+        if termination.verdict.startswith("failed"):
+            run.say(f"warning: termination check {termination.verdict}")
+        elif termination.recall is not None:
+            run.say(
+                f"termination ({termination.measured_on}): recall {termination.recall:.2f}, precision"
+                f" {(termination.precision or 0):.2f}"
+            )
         return artifact
 
 
-def make(resolved: Resolved, run: tracking.Run) -> Artifact:
-    """Train the world, from its last checkpoint if there is one, and export it."""
-    config, storage, id = resolved.config, run.storage, resolved.id
-    folder, train = checkpoint.folder_of(id), config.train
-    if config.force:
-        storage.remove(folder)
-    last = checkpoint.latest(storage, id)
-    if last is not None and not last[1].done and last[1].zero_stage != engine.stage(train):
-        step, saved = last[1].step, last[1].zero_stage
-        raise UsageError(
-            f"train.zero_stage must be {saved} to resume from step {step}, got {train.zero_stage};"
-            f" {checkpoint.AGAIN}"
-        )
-    codec = prepare.fitted_codec(storage, folder, resolved.dataset)
-    loader = resolved.loader(codec)
-    steps = resolved.steps(loader)
-    if last is None or not last[1].done:
-        ray_session.ensure(config.ray)
-        ray_session.preflight(
-            what=f"train.workers={train.workers}",
-            cpus=train.workers,
-            gpus=train.workers * resolved.gpus,
-        )
-        if last is not None:
-            run.say(f"resuming from step {last[1].step} of {steps}")
-        data = replace(config.data, datasets=resolved.dataset.ids)
-        work = Work(id, storage.root, data, config.model, train, steps, config.seed)
-        _train(work, config, run, loader.dataset, codec)
-        last = checkpoint.latest(storage, id)
-    if last is None or not last[1].done:
-        raise MesocosmError(
-            f"training of worlds/{id} ended before step {steps}; run the same command again to"
-            " resume"
-        )
-    artifact = _export(resolved, run, codec, loader, *last)
-    tracking.register_world(run, artifact)
-    storage.remove(folder)
-    return artifact
-
-
-def _train(
-    work: Work, config: PretrainConfig, run: tracking.Run, dataset: Dataset, codec: Codec
-) -> None:
+def _train(work: Work, config: PretrainConfig, run: Run, dataset: Dataset, codec: Codec) -> None:
     """Train on the cluster and log rank 0's records; fit the base while the workers start."""
     from mesocosm.train.trainer import make_trainer  # imports Ray Train
 
@@ -263,68 +302,4 @@ def _raise(error: BaseException, work: Work) -> None:
     ) from error
 
 
-def _export(
-    resolved: Resolved,
-    run: tracking.Run,
-    codec: Codec,
-    loader: Loader,
-    path: str,
-    progress: Progress,
-) -> Artifact:
-    """Turn the last checkpoint, at `path`, into the world artifact."""
-    import ray.train
-
-    config, dataset, storage = resolved.config, loader.dataset, run.storage
-    folder = checkpoint.folder_of(resolved.id)
-    base = prepare.read_base(storage, folder, codec.spec, config.model)
-    assert base is not None, "a finished training has its base"
-    filesystem, prefix = storage.arrow()
-    with ray.train.Checkpoint(f"{prefix}/{path}", filesystem).as_directory() as local:
-        checkpoint.verify(Path(local))
-        world = load_trained(Path(local) / checkpoint.MODEL, base, codec, config.model)
-    calibrate(world, dataset, codec)
-    termination = check_termination(world, dataset, codec, config.seed)
-    shown = evidence(dataset, seed=config.seed)
-    unidentified = shown.unidentified()
-
-    metrics = dict(progress.validations[-1]) if progress.validations else {}
-    metrics.pop("step", None)
-    metrics |= progress.measured
-    for name in ("recall", "precision"):
-        if (value := getattr(termination, name)) is not None:
-            metrics[f"termination_{name}"] = value
-    sizes = counts.params(codec.spec, config.model)
-    seen, unique = loader.transitions_seen(progress.steps), loader.transitions_per_epoch
-    meta = {
-        "inputs": {"datasets": dataset.ids},
-        "config": world_identity(config),
-        "job": "pretrain",
-        "run": run.id,
-        "codec": codec.id,
-        "metrics": metrics,
-        "checks": {"termination": termination.verdict, "actions": unidentified or "passed"},
-        "evidence": shown.to_json(),
-        "counts": {
-            "params": sizes.n,
-            **asdict(sizes),
-            "flops": progress.steps * prepare.step_flops(codec.spec, config.model, config.train),
-            "data": seen,
-            "unique": unique,
-            "epochs": seen / unique,
-            "steps": progress.steps,
-        },
-        "seconds": progress.seconds,
-    }
-    artifact = storage.make("worlds", resolved.id, meta, world.save, force=config.force)
-    run.log(metrics, progress.steps)
-    run.record(metrics=metrics, checks=meta["checks"])
-    if unidentified is not None:
-        run.say(f"warning: {unidentified}")
-    if termination.verdict.startswith("failed"):
-        run.say(f"warning: termination check {termination.verdict}")
-    elif termination.recall is not None:
-        run.say(
-            f"termination ({termination.measured_on}): recall {termination.recall:.2f}, precision"
-            f" {(termination.precision or 0):.2f}"
-        )
-    return artifact
+JOB = Pretrain()
