@@ -15,12 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gymnasium.spaces import Discrete
 from mlflow.tracking import MlflowClient
 
 from mesocosm import config
 from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
-from mesocosm.jobs.loop import LoopConfig, _Loop, check, plan, run
+from mesocosm.jobs.loop import JOB, LoopConfig, LoopPlan, _Loop, plan, run
+from mesocosm.jobs.loop_config import check
+from mesocosm.jobs.loop_preflight import Ready
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
@@ -287,7 +291,7 @@ def test_an_agent_that_was_kept_and_has_collected_is_judged_and_not_compared(
     asked: list[Any] = []
     monkeypatch.setattr("mesocosm.jobs.evaluate.run", lambda config, run: asked.append(config))
     with tracking.start("loop", cfg, quiet=True) as started:
-        loop = _Loop(cfg, started, "id", "version", [])
+        loop = _Loop(JOB, _plan(cfg), started)
         for data, agent in (
             (["random"], "first"),
             (["random", "explored"], "second"),
@@ -302,3 +306,8 @@ def test_an_agent_that_was_kept_and_has_collected_is_judged_and_not_compared(
     ]
     assert compared == [("first", True, 5, 2), ("second", True, 5, 2), ("kept", False, 0, 0)]
     assert "collected some of this world's data" in (started.folder / "log.txt").read_text()
+
+
+def _plan(cfg: LoopConfig) -> LoopPlan:
+    facts = EnvFacts(Discrete(2), Discrete(2), "version", 100)
+    return LoopPlan(config=cfg, inputs={}, facts={}, id="id", ready=Ready([], facts, None))

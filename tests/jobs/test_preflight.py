@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from gymnasium.spaces import Discrete
 from safetensors.torch import save_file
 
 from mesocosm.agents import settings
@@ -20,10 +21,12 @@ from mesocosm.cli.main import main
 from mesocosm.config import JobConfig, load
 from mesocosm.data.format.dataset import Environment, write_dataset
 from mesocosm.data.format.episode import Episode, Outcome
+from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.suite import TooFewPolicies
 from mesocosm.jobs import loop_preflight, preflight
-from mesocosm.jobs.loop import LoopConfig, _Loop, plan, resources
+from mesocosm.jobs.loop import JOB, LoopConfig, LoopPlan, _Loop, plan
+from mesocosm.jobs.loop_preflight import Ready, stage_resources
 from mesocosm.policies.policy import Layout, Policy
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
@@ -269,7 +272,10 @@ def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
         for name, timed, horizon in cases:
             asked.clear()
             dataset = run.storage.artifact("datasets", name)
-            stages = _Loop(cfg, run, "id", "version", [dataset], timed=timed)
+            facts = EnvFacts(Discrete(2), Discrete(2), "version", 100 if timed else None)
+            ready = Ready([dataset], facts, None)
+            planned = LoopPlan(config=cfg, inputs={}, facts={}, id="id", ready=ready)
+            stages = _Loop(JOB, planned, run)
             stages.served = True
             stages._train(0, dataset, None)
             stages._evaluate(0, dataset, dataset)
@@ -405,7 +411,7 @@ def test_a_ray_that_does_not_answer_is_refused_at_once(
 
 def test_a_loop_states_what_each_stage_needs(root: str) -> None:
     cfg = loop(root, "serve.replicas=2", "serve.device=cuda", "agent.runners=3")
-    needs = resources(cfg)
+    needs = stage_resources(cfg)
     assert needs["serve.replicas with agent.runners=5"] == (5, 2)
     assert needs["explore.workers=1"] == (1, 0)
 
@@ -418,7 +424,7 @@ def test_collect_refuses_in_a_dry_run_what_it_refuses_in_a_run(
 ) -> None:
     for override, message in (
         ("behaviours=[{kind: trained, policy: nope}]", "no artifact agents/nope"),
-        ("reality.budget.steps=5", "steps=10 must be at most reality.budget.steps=5"),
+        ("reality.budget.steps=5", "steps must be <= reality.budget.steps=5, got 10"),
     ):
         assert main([*DRY, f"storage.root={root}", override]) == 2
         assert message in capsys.readouterr().err

@@ -319,4 +319,4 @@ class Tally:
 
 
 JOB = Collect()
-plan, run = JOB.plan, JOB.run
+plan, run, resources = JOB.plan, JOB.run, JOB.resources

@@ -37,7 +37,7 @@ from mesocosm.jobs import evaluate as evaluation
 from mesocosm.jobs import pretrain as pretraining
 from mesocosm.jobs import train_agent as agents
 from mesocosm.jobs.loop_config import FREE, LoopConfig, acting, fill, real_steps
-from mesocosm.jobs.loop_preflight import Ready, check_port, preflight, resources
+from mesocosm.jobs.loop_preflight import Ready, check_port, preflight, stage_resources
 from mesocosm.runs.tracking import Run, console
 from mesocosm.serve.deployment import deploy, undeploy
 from mesocosm.store.artifacts import SCHEMA, Artifact, Storage
@@ -89,13 +89,13 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
         }
 
     def resources(self, config: LoopConfig) -> Resources:
-        return resources(config)
+        return stage_resources(config)
 
     def make(self, plan: LoopPlan, run: Run) -> Artifact:
         cfg, ready = plan.config, plan.ready
         check_port(cfg)
         ray_session.ensure(cfg.ray)
-        for what, (cpus, gpus) in resources(cfg).items():
+        for what, (cpus, gpus) in stage_resources(cfg).items():
             ray_session.preflight(what=what, cpus=cpus, gpus=gpus)
         if ready.warning is not None:
             run.say(f"warning: {ready.warning}")
@@ -396,4 +396,4 @@ def _by_round(judged: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 
 
 JOB = LoopJob()
-plan, run = JOB.plan, JOB.run
+plan, run, resources = JOB.plan, JOB.run, JOB.resources

@@ -24,7 +24,7 @@ from mesocosm.jobs.loop_config import LoopConfig, acting, check, fill
 from mesocosm.policies import behaviours
 from mesocosm.store.artifacts import Artifact, Storage
 
-__all__ = ["Ready", "preflight", "resources"]
+__all__ = ["Ready", "preflight", "stage_resources"]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def preflight(cfg: LoopConfig, storage: Storage) -> Ready:
     return ready
 
 
-def resources(cfg: LoopConfig) -> dict[str, tuple[float, float]]:
+def stage_resources(cfg: LoopConfig) -> dict[str, tuple[float, float]]:
     """(CPUs, GPUs) that each stage needs, by key."""
     served = cfg.agent.backend == "serve"
     replicas = cfg.serve.replicas if served else 0
