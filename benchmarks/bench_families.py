@@ -156,7 +156,8 @@ def main() -> int:
             for (env, task), family in itertools.product(TASKS.items(), FAMILIES):
                 cfg = configured_sweep(task, family, dataset(task))
                 rows += [{"env": env} | row for row in rows_of(cfg)]
-                grid = lay_out(cfg, *sweep.open_inputs(cfg))
+                plan = sweep.JOB.resolve(cfg, Storage(cfg.storage.root))
+                grid = lay_out(cfg, plan.dataset, plan.cluster)
                 for cell in filter(task.judged, grid.cells if options.worlds else ()):
                     if cell.id in kept(RESULTS) or time.monotonic() - began > options.minutes * 60:
                         continue

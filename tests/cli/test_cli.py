@@ -138,14 +138,14 @@ def test_overrides_may_stand_anywhere(root: str, capsys: pytest.CaptureFixture[s
     [
         ("agent.algo=PPPO", r"agent: algo must be .*got 'PPPO'; did you mean 'PPO'"),
         ("agent.params.lrr=1", "agent: params.lrr .*did you mean 'lr'"),
-        ("agent.starts=bogus", "agent: starts='bogus'"),
+        ("agent.starts=bogus", "agent: starts must be one of logged, generated; got 'bogus'"),
         ("evaluate.episodes=0", "evaluate: episodes must be >= "),
         ("serve.replicas=0", "mesocosm: serve.replicas must be >= 1, got 0"),
         ("explore.behaviours=[{kind: nosy}]", "explore: .*nosy.*did you mean 'noisy'"),
         ("baselines=[{algo: PP0}]", r"baselines.0.: algo must be .*got 'PP0'"),
         ("baselines=[{alg: PPO}]", "unknown config key 'alg'; did you mean 'algo'"),
         ("reality.env=CartPol-v1", "CartPol-v1.*CartPole-v1"),
-        ("pretrain.train.steps=0", "train.steps=0"),
+        ("pretrain.train.steps=0", "train.steps must be >= 1, got 0"),
     ],
 )
 def test_a_loop_is_checked_whole_before_it_starts(

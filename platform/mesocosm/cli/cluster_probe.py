@@ -32,8 +32,8 @@ def report(job: str | None) -> dict[str, Any]:
     """{"python", "ray", "mesocosm": versions, "nodes", "resources", "storage", "mlflow": {"ok",
     "said", "fix"}, and of the frozen job "needs", "plan" or "refused"}.
     """
-    module = None if job is None else importlib.import_module(JOBS[job].module)
-    schema = JobConfig if job is None else getattr(module, JOBS[job].schema)
+    declared = None if job is None else importlib.import_module(JOBS[job].module).JOB
+    schema = JobConfig if declared is None else declared.config
     loaded: Any = config.load(schema, [CONFIG]) if Path(CONFIG).exists() else JobConfig()
     ray_session.ensure(RayConfig(address="auto"))
     resources = ray.cluster_resources()
@@ -46,10 +46,10 @@ def report(job: str | None) -> dict[str, Any]:
     }
     for check in (storage_check(loaded), mlflow_check(loaded)):
         facts[check.name] = {"ok": check.ok, "said": tracking.redact(check.found), "fix": check.fix}
-    if module is not None:
+    if declared is not None:
         facts["needs"] = asdict(needs(loaded))
         try:
-            facts["plan"] = module.plan(loaded)
+            facts["plan"] = declared.plan(loaded)
         except Exception as error:
             message = tracking.redact(" ".join(str(error).split()))
             facts["refused"] = {"said": message, "exit_code": getattr(error, "exit_code", 1)}

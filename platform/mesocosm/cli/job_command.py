@@ -84,8 +84,8 @@ def _run_job(
     from mesocosm.runs import tracking
     from mesocosm.runs.upload import JOB
 
-    module = importlib.import_module(JOBS[name].module)
-    loaded = _load(name, getattr(module, JOBS[name].schema), files, overrides, flags)
+    job = importlib.import_module(JOBS[name].module).JOB
+    loaded = _load(name, job.config, files, overrides, flags)
     use_cache(loaded.storage.cache)
     loaded.force |= force
     loaded.wait |= wait
@@ -93,9 +93,10 @@ def _run_job(
         for warning in preflight.check(loaded):
             tracking.console.print(f"warning: {warning}")
     if dry_run:
-        plan = module.plan(loaded)
-        if cluster is None and hasattr(module, "resources"):
-            preflight.check_resources(loaded, module.resources(loaded))
+        plan = job.plan(loaded)
+        resources = job.resources(loaded)
+        if cluster is None and resources:
+            preflight.check_resources(loaded, resources)
         output.facts(plan, as_json)
         return 0
     if cluster is not None:
@@ -110,7 +111,7 @@ def _run_job(
     with tracking.start(name, loaded, id=os.environ.get(JOB), quiet=as_json) as run:
         tracking.replay_in_background(loaded)
         try:
-            artifact = module.run(loaded, run)
+            artifact = job.run(loaded, run)
         except MesocosmError:
             raise
         except (Exception, SystemExit) as error:

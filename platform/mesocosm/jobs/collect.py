@@ -319,4 +319,4 @@ class Tally:
 
 
 JOB = Collect()
-plan, run, resources = JOB.plan, JOB.run, JOB.resources
+plan, run = JOB.plan, JOB.run

@@ -396,4 +396,4 @@ def _by_round(judged: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 
 
 JOB = LoopJob()
-plan, run, resources = JOB.plan, JOB.run, JOB.resources
+plan, run = JOB.plan, JOB.run

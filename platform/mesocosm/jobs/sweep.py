@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
-from mesocosm.runs import tracking
+from mesocosm.job import Job, Plan
+from mesocosm.runs.tracking import Run, console
 from mesocosm.scaling import cells
 from mesocosm.scaling.grid import SCHEMA, Cell, Grid, Trunk, lay_out, resolved_precision
 from mesocosm.scaling.progress_table import CellRuns, ProgressTable, cell_text
@@ -31,66 +33,64 @@ from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train import prepare
 from mesocosm.versions import VERSIONS
 
-__all__ = ["SweepConfig", "plan", "run"]
-
 TABLE, SUMMARY, LAW, PLOT = "table.csv", "summary.json", "law.json", "loss.svg"
 
 
-def plan(config: SweepConfig) -> dict[str, Any]:
-    """Describe the cells, their hours and their price on `config.cluster`.
-
-    Raises:
-        UsageError: as `run` does before it starts.
-    """
-    grid = lay_out(config, *open_inputs(config))
-    done = set() if config.force else cells.finished(Storage(config.storage.root))
-    return {"sweep": f"laws/{_id(config, grid.dataset, grid.cluster)}"} | grid.summary(done)
+@dataclass(frozen=True, kw_only=True)
+class SweepPlan(Plan[SweepConfig]):
+    dataset: Dataset
+    cluster: ClusterConfig
 
 
-def run(config: SweepConfig, run: tracking.Run) -> Artifact:
+class Sweep(Job[SweepConfig, SweepPlan]):
     """Train the missing cells of the grid, write its table, and fit its law.
 
-    Raises:
-        UsageError: before anything starts.
-        MesocosmError: cells failed. It names them after all others are finished.
+    Cells that fail are a MesocosmError, which names them after all others are finished.
     """
-    began = time.perf_counter()
-    dataset, cluster = open_inputs(config)
-    id = _id(config, dataset, cluster)
-    run.record(inputs={"datasets": dataset.ids}, artifact=f"laws/{id}")
-    with run.making("laws", id, config) as artifact:
-        if artifact is None:
-            return _Sweep(config, run, dataset, cluster).make(id, began)
-        run.say(f"found {artifact.name}")
-        return artifact
 
+    name, kind, config = "sweep", "laws", SweepConfig
 
-def open_inputs(config: SweepConfig) -> tuple[Dataset, ClusterConfig]:
-    """Check the config, and open its datasets and its cluster. Raises UsageError."""
-    config.validate()
-    cluster = cluster_spec.read(config.cluster)
-    try:
-        return prepare.open_datasets(Storage(config.storage.root), config.data.datasets), cluster
-    except ArtifactError as error:
-        raise UsageError(str(error)) from error
+    def resolve(self, config: SweepConfig, storage: Storage) -> SweepPlan:
+        config.validate()
+        cluster = cluster_spec.read(config.cluster)
+        try:
+            dataset = prepare.open_datasets(storage, config.data.datasets)
+        except ArtifactError as error:
+            raise UsageError(str(error)) from error
+        facts = config.table_identity()
+        trained = facts, dataset.ids, resolved_precision(config, cluster)
+        versions = VERSIONS["pretrain"], VERSIONS["sweep"]
+        return SweepPlan(
+            config=config,
+            inputs={"datasets": dataset.ids},
+            facts=facts,
+            id=fingerprint("sweep", *trained, *versions, SCHEMA),
+            dataset=dataset,
+            cluster=cluster,
+        )
 
+    def summary(self, plan: SweepPlan) -> dict[str, Any]:
+        """The cells, their hours and their price on the cluster."""
+        grid = lay_out(plan.config, plan.dataset, plan.cluster)
+        storage = Storage(plan.config.storage.root)
+        done = set() if plan.config.force else cells.finished(storage)
+        return {"sweep": f"laws/{plan.id}"} | grid.summary(done)
 
-def _id(config: SweepConfig, dataset: Dataset, cluster: ClusterConfig) -> str:
-    facts = (config.table_identity(), dataset.ids, resolved_precision(config, cluster))
-    return fingerprint("sweep", *facts, VERSIONS["pretrain"], VERSIONS["sweep"], SCHEMA)
+    def make(self, plan: SweepPlan, run: Run) -> Artifact:
+        return _Sweep(self, plan, run).make()
 
 
 class _Sweep:
     """A sweep that runs."""
 
-    def __init__(
-        self, config: SweepConfig, run: tracking.Run, dataset: Dataset, cluster: ClusterConfig
-    ):
-        self.config, self.run = config, run
+    def __init__(self, job: Sweep, plan: SweepPlan, run: Run):
+        self.began = time.perf_counter()
+        self.job, self.plan, self.run = job, plan, run
+        self.config = config = plan.config
         # Ray takes seconds to start, and counting FLOPs as many. Ray's daemons die with the thread
         # that starts them, which is therefore this one.
         with ThreadPoolExecutor(1) as thread:
-            grid = thread.submit(lay_out, config, dataset, cluster)
+            grid = thread.submit(lay_out, config, plan.dataset, plan.cluster)
             ray_session.ensure(config.ray)
             importlib.import_module("mesocosm.scaling.trials")
             self.grid: Grid = grid.result()
@@ -102,13 +102,13 @@ class _Sweep:
         self.progress, self.runs = ProgressTable(run, self.grid, self.found), CellRuns(run)
         self.reported: set[str] = set()
 
-    def make(self, id: str, began: float) -> Artifact:
+    def make(self) -> Artifact:
         try:
             for cell in self.found:
                 self.runs.add(self.cells[cell], self.found[cell], None)
             if missing := [cell for id, cell in self.cells.items() if id not in self.found]:
                 self.train(missing)
-            return self.finish(id, began)
+            return self.finish()
         finally:
             self.runs.close()
 
@@ -192,14 +192,14 @@ class _Sweep:
         trial = tune.with_resources(trials.large_trial(jobs), {"CPU": 1})
         return trials.run_trials(trial, list(jobs), at_once, self.run, "large", self.report)
 
-    def finish(self, id: str, began: float) -> Artifact:
+    def finish(self) -> Artifact:
         """Make the artifact. Raises MesocosmError where cells failed; the run's folder has the
         table of the others.
         """
         config, run, progress = self.config, self.run, self.progress
         records = list(progress.records.values())
         cells.write_table(records, run.folder / TABLE)
-        wall = time.perf_counter() - began
+        wall = time.perf_counter() - self.began
         at_once = min(config.concurrent, len({cell.trunk for cell in self.grid.cells}))
         summary = {
             "cells": len(self.cells),
@@ -224,7 +224,6 @@ class _Sweep:
             fix = f"`mesocosm fit {run.folder / TABLE}` for a law of the others"
             message = f"{len(texts)} of {len(self.cells)} cells failed; run the same command again"
             raise MesocosmError(f"{message} to try them again, or {fix}. {'; '.join(texts)}")
-        identity = config.table_identity()
 
         def fill(folder: Path) -> None:
             from mesocosm.scaling import sweep_figure
@@ -232,24 +231,17 @@ class _Sweep:
             cells.write_table(records, folder / TABLE)
             (folder / SUMMARY).write_text(json.dumps(summary, indent=1))
             (folder / PLOT).write_text(sweep_figure.figure(records))
-            _fit(folder, run, identity)
+            _fit(folder, run, self.plan.facts)
 
-        meta = {
-            "inputs": {"datasets": self.grid.dataset.ids},
-            "config": identity,
-            "job": "sweep",
-            "run": run.id,
-            "codec": self.grid.codec.id,
-            "cells": sorted(progress.records),
-        }
-        artifact = run.storage.make("laws", id, meta, fill, force=config.force)
+        meta = {"codec": self.grid.codec.id, "cells": sorted(progress.records)}
+        artifact = self.job.commit(self.plan, run, fill, **meta)
         for path in sorted(artifact.path.iterdir()):
             if path.name != "COMMIT.json":
                 run.artifact(path)
         return artifact
 
 
-def _fit(folder: Path, run: tracking.Run, swept: dict[str, Any]) -> None:
+def _fit(folder: Path, run: Run, swept: dict[str, Any]) -> None:
     """Write the law of the folder's table. A table that determines none is kept without a law."""
     from mesocosm.scaling import fit, report
     from mesocosm.scaling.table import Table
@@ -266,4 +258,8 @@ def _fit(folder: Path, run: tracking.Run, swept: dict[str, Any]) -> None:
     run.log({f"law/{name}": value for name, value in values.items()})
     if not run.quiet:
         for part in report.renderables(law):
-            tracking.console.print(part)
+            console.print(part)
+
+
+JOB = Sweep()
+plan, run = JOB.plan, JOB.run

@@ -382,4 +382,4 @@ def _train(
 
 
 JOB = TrainAgent()
-plan, run, resources = JOB.plan, JOB.run, JOB.resources
+plan, run = JOB.plan, JOB.run

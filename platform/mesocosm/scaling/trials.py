@@ -87,7 +87,7 @@ def large_trial(jobs: dict[str, tuple[Cell, PretrainConfig]]) -> Callable[[dict[
 
 def _pretrained(cell: Cell, job: PretrainConfig) -> CellRecord:
     with tracking.start("pretrain", job, quiet=True) as run:
-        world = pretrain.run(job, run)
+        world = pretrain.JOB.run(job, run)
     metrics, seconds = world.meta["metrics"], world.meta["seconds"]
     record = CellRecord.of(cell, metrics, seconds=seconds, ran=cell.steps, world=world.name)
     return save_record(Storage(job.storage.root), record, force=job.force)
