@@ -46,6 +46,7 @@ from mesocosm.plotting import STYLE
 from mesocosm.runs import tracking
 from mesocosm.scaling.grid import Cell, lay_out
 from mesocosm.scaling.sweep_config import SweepConfig
+from mesocosm.store.artifacts import Storage
 
 REPOSITORY = HERE.parent
 RESULTS = HERE / "results" / "bench_families.json"

@@ -312,7 +312,7 @@ def test_a_cluster_with_a_wrong_key_is_refused(
     monkeypatch.chdir(tmp_path)
     for text, message in (
         ("nodes: [{prise_per_hour: 2}]", "prise_per_hour"),
-        ("nodes: []", "names no group"),
+        ("nodes: []", "nodes must name at least one group"),
         ("nodes: [{count: 0}]", "count=0"),
     ):
         (tmp_path / "clusters" / "mine.yaml").write_text(text)
