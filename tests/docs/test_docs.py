@@ -39,6 +39,8 @@ PAGES = pages()
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 BASES = (REPOSITORY, PACKAGE, REPOSITORY / "tests")
 """Where a path that a page names may begin."""
+STORED = ("agents/", "worlds/", "serving/", "runs/")
+"""How paths in storage begin, which look like folders of the package."""
 SOMEBODY = re.compile(r"\bID\b|<id[^>]*>")
 """What stands in a page for the id of the reader's own artifact."""
 LACKING = ("id0", "law.json", "table.csv", "mymodule", "is no file, folder or pattern")
@@ -171,8 +173,8 @@ def test_paths_exist(page: Path) -> None:
             or re.search(r"NAME|[<>{}=@\[…]|\bID\b", path)
         ):
             continue
-        if path.split("/")[0] in ("agents", "worlds", "serving") and "." not in path:
-            continue  # an artifact's name
+        if path.startswith(STORED) and "." not in path:
+            continue  # an artifact, or a folder in storage
         assert any(
             (base / path).exists() or ("*" in path and list(base.glob(path))) for base in BASES
         ), f"{name(page)}: there is no {path}"
