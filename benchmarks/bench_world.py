@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def cell(env: str, cfg: PretrainConfig, horizons: Sequence[int | str] = HORIZONS
     return {
         "open_loop": table.to_json(),
         "valid": losses(world, test)[0],
-        "one_step": one.to_json(),
+        "one_step": asdict(one),
         "seconds": seconds | {"evaluate": time.process_time() - began},
     }
 

@@ -19,7 +19,7 @@ from mesocosm.data.format.episode import Episode
 from mesocosm.evaluate.metrics.coverage import compare, summarise
 from mesocosm.evaluate.report import coverage_page
 
-Made = Callable[..., Dataset]
+MakeDataset = Callable[..., Dataset]
 
 
 def episode(
@@ -43,10 +43,10 @@ def episode(
 
 
 @pytest.fixture
-def made(tmp_path: Path) -> Made:
+def make_dataset(tmp_path: Path) -> MakeDataset:
     """`made([(episode, split), ...])`; splits as they are given."""
 
-    def make(given: list[tuple[Episode, str]], name: str = "d") -> Dataset:
+    def make(episodes: list[tuple[Episode, str]], name: str = "d") -> Dataset:
         from mesocosm.data.format.writer import DatasetWriter
 
         box, four = spaces.Box(-np.inf, np.inf, (2,), np.float64), spaces.Discrete(4)
@@ -58,7 +58,7 @@ def made(tmp_path: Path) -> Made:
             action_space=four,
             seed=0,
         )
-        for each, split in given:
+        for each, split in episodes:
             writer.add(each, None, split)
         writer.close()
         return Dataset([tmp_path / name])
@@ -66,7 +66,7 @@ def made(tmp_path: Path) -> Made:
     return make
 
 
-def test_what_is_held_out_and_not_in_training_is_found(made: Made) -> None:
+def test_what_is_held_out_and_not_in_training_is_found(make_dataset: MakeDataset) -> None:
     rng = np.random.default_rng(0)
 
     def any(o: np.ndarray[Any, Any]) -> int:
@@ -74,12 +74,13 @@ def test_what_is_held_out_and_not_in_training_is_found(made: Made) -> None:
 
     train = [(episode(k, rng, any), "train") for k in range(20)]
     alike = summarise(
-        made([*train, *((episode(k, rng, any), "valid") for k in range(20, 30))], "alike"), name="x"
+        make_dataset([*train, *((episode(k, rng, any), "valid") for k in range(20, 30))], "alike"),
+        name="x",
     )
     assert alike["missing"]["beyond"] < 0.06 and not alike["missing"]["behaviours"]
     far = episode(20, rng, lambda o: 3, shift=5.0, behaviour="held")
     apart = summarise(
-        made([*train, (far, "valid"), (episode(21, rng, any), "valid")], "apart"), name="x"
+        make_dataset([*train, (far, "valid"), (episode(21, rng, any), "valid")], "apart"), name="x"
     )
     missing = apart["missing"]
     assert 0.45 < missing["beyond"] < 0.6 and missing["behaviours"] == ["held"]
@@ -102,23 +103,26 @@ def test_what_is_held_out_and_not_in_training_is_found(made: Made) -> None:
     )
 
 
-def test_entropies_are_those_of_closed_forms(made: Made) -> None:
+def test_entropies_are_those_of_closed_forms(make_dataset: MakeDataset) -> None:
     assert effective(np.array([1, 1, 1, 1])) == pytest.approx((np.log(4), 4)) and effective(
         np.array([7, 0])
     ) == (0.0, 1.0)
     assert effective(np.array([3, 1]))[0] == pytest.approx(np.log(4) - 0.75 * np.log(3))
     rng = np.random.default_rng(1)
     free = summarise(
-        made(
+        make_dataset(
             [(episode(k, rng, lambda o: int(rng.integers(4))), "train") for k in range(60)], "free"
         ),
         name="x",
     )
     fixed = summarise(
-        made([(episode(k, rng, lambda o: 2), "train") for k in range(60)], "fixed"), name="x"
+        make_dataset([(episode(k, rng, lambda o: 2), "train") for k in range(60)], "fixed"),
+        name="x",
     )
     half = summarise(
-        made([(episode(k, rng, lambda o: int(o[0] > 0.5)), "train") for k in range(60)], "half"),
+        make_dataset(
+            [(episode(k, rng, lambda o: int(o[0] > 0.5)), "train") for k in range(60)], "half"
+        ),
         name="x",
     )
     assert free["actions"]["entropy"] > 0.95 and free["actions"]["tried"] > 0.93
@@ -142,25 +146,25 @@ def test_gaps_are_to_other_episodes() -> None:
     assert np.isnan(own_gaps(values, np.zeros(4, int), seed=0)).all()
 
 
-def test_two_datasets_are_held_against_each_other(made: Made) -> None:
+def test_two_datasets_are_held_against_each_other(make_dataset: MakeDataset) -> None:
     rng = np.random.default_rng(2)
-    narrow = made(
+    narrow = make_dataset(
         [(episode(k, rng, lambda o: int(rng.integers(4))), "train") for k in range(40)], "narrow"
     )
-    wide = made(
+    wide = make_dataset(
         [
             (episode(k, rng, lambda o: int(rng.integers(4)), shift=3.0 * (k % 2)), "train")
             for k in range(40)
         ],
         "wide",
     )
-    found = compare(narrow, wide)
-    assert 0.45 < found["a_lacks"]["beyond"] < 0.55 and found["b_lacks"]["beyond"] < 0.05
+    result = compare(narrow, wide)
+    assert 0.45 < result["a_lacks"]["beyond"] < 0.55 and result["b_lacks"]["beyond"] < 0.05
 
 
-def test_the_page_is_the_same_for_the_same_data(made: Made, tmp_path: Path) -> None:
+def test_the_page_is_the_same_for_the_same_data(make_dataset: MakeDataset, tmp_path: Path) -> None:
     rng = np.random.default_rng(3)
-    data = made(
+    data = make_dataset(
         [
             (episode(k, rng, lambda o: 1, behaviour="<b>"), "valid" if k > 8 else "train")
             for k in range(10)
@@ -186,11 +190,11 @@ def test_the_page_is_the_same_for_the_same_data(made: Made, tmp_path: Path) -> N
     assert sum(summary["numbers"][0]["train"]) <= summary["sampled"]["train"]["of"] == 180
 
 
-def test_little_data_has_a_page_too(made: Made, tmp_path: Path) -> None:
+def test_little_data_has_a_page_too(make_dataset: MakeDataset, tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     one = episode(0, rng, lambda o: 1)
     one.observations = [np.array([1.0, 2.0])] * 21
-    summary = summarise(made([(one, "train")]), name="x")
+    summary = summarise(make_dataset([(one, "train")]), name="x")
     assert (
         summary["gaps"]["threshold"] is None
         and summary["numbers"][0]["constant"]

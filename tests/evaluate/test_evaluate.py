@@ -175,7 +175,7 @@ def test_a_world_and_an_agent_are_evaluated_once(
 def test_logs_of_one_deterministic_policy_are_named(
     root: str, stored: Storage, run: tracking.Run, tmp_path: Path
 ) -> None:
-    """The world of such logs may ignore actions; and it promises more a step than they ever show."""
+    """The world of such logs may ignore actions, and it promises more a step than they show."""
     episodes = []
     for k in range(30):
         walk = np.random.default_rng(k).normal(size=(11, 2)).cumsum(0)
@@ -238,27 +238,27 @@ def test_policies_are_compared_and_every_real_step_of_it_is_stated(
     artifact = evaluate(cfg, run)
     summary = json.loads((artifact.path / "summary.json").read_text())
     suite = summary["suite"]
-    found = suite["policy_value"]
-    names = [row["name"] for row in found["policies"]]
+    value = suite["policy_value"]
+    names = [row["name"] for row in value["policies"]]
     assert names[:4] == ["random", f"scripted {__name__}:slow", "agent@2", "agent"] and [
-        row["noise"] for row in found["policies"]
+        row["noise"] for row in value["policies"]
     ][4:6] == [2.0, 1.0]
-    assert len(names) == 7 and [row["iteration"] for row in found["policies"]][2:4] == [2, 4]
+    assert len(names) == 7 and [row["iteration"] for row in value["policies"]][2:4] == [2, 4]
     ledger = Ledger(stored, artifact.id).totals()
     assert (
-        cfg.judge_steps >= ledger.purposes["judge"].steps == ledger.steps > found["real_steps"] > 0
+        cfg.judge_steps >= ledger.purposes["judge"].steps == ledger.steps > value["real_steps"] > 0
     )
-    for row in found["policies"]:
+    for row in value["policies"]:
         assert (
             abs(row["gap"] - (row["world"]["mean"] - row["real"]["mean"])) < 1e-9
             and row["world"]["episodes"] == 4
         )
         assert 0 <= row["success"]["real"] <= 1 and 0 <= row["success"]["world"] <= 1
-    assert [row["name"] for row in found["policies"] if not row["held_out"]] == ["random"], (
+    assert [row["name"] for row in value["policies"] if not row["held_out"]] == ["random"], (
         "the walks are random"
     )
-    assert found["ranking"]["policies"] == 6 and any(
-        "random: this behaviour collected" in note for note in found["notes"]
+    assert value["ranking"]["policies"] == 6 and any(
+        "random: this behaviour collected" in note for note in value["notes"]
     )
     away = [row["name"] for row in suite["off_policy"]["behaviours"]]
     assert set(away) >= {"random", "agent"} and len(set(away)) == len(away), "none twice"
@@ -278,10 +278,10 @@ def test_policies_are_compared_and_every_real_step_of_it_is_stated(
     assert html.index("<svg") < html.index("Returns in reality"), "plots first"
     figures = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert (
-        figures["policy_value/error"] == found["ranking"]["error"]
+        figures["policy_value/error"] == value["ranking"]["error"]
         and figures["starts/validity"] == suite["starts"]["validity"]
     )
-    assert found["policies"][3]["world"]["mean"] == suite["agent"]["world"], (
+    assert value["policies"][3]["world"]["mean"] == suite["agent"]["world"], (
         "one value of the agent, and its episodes are bought once"
     )
     assert evaluate(replace(cfg, judge_steps=None), run).id == artifact.id, (

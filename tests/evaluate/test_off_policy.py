@@ -72,7 +72,7 @@ def random(observation: Any, rng: np.random.Generator) -> Any:
 @pytest.mark.parametrize("knows", [True, False])
 def test_where_it_is_wrong_and_whether_it_knows(walks: Dataset, knows: bool) -> None:
     world = WrongFarOut(Codec.fit(walks), knows)
-    found = off_policy(
+    result = off_policy(
         world,
         walks,
         [("down", played(down)), ("random", played(random))],
@@ -80,27 +80,27 @@ def test_where_it_is_wrong_and_whether_it_knows(walks: Dataset, knows: bool) -> 
         starts=32,
         samples=2,
     )
-    assert [row.name for row in found.behaviours] == ["random", "down"], (
+    assert [row.name for row in result.behaviours] == ["random", "down"], (
         "by their distance from the logs"
     )
-    near, far = found.behaviours
+    near, far = result.behaviours
     assert near.divergence < far.divergence and near.divergence == pytest.approx(
-        found.logs, abs=0.3
+        result.logs, abs=0.3
     )
     assert far.large > 0.5 > near.large and far.error > near.error
-    assert (found.auroc > 0.95) if knows else (0.35 < found.auroc < 0.65)
-    assert found.auroc_interval[0] <= found.auroc <= found.auroc_interval[1]
+    assert (result.auroc > 0.95) if knows else (0.35 < result.auroc < 0.65)
+    assert result.auroc_interval[0] <= result.auroc <= result.auroc_interval[1]
     one = {row.horizon: row for row in far.fidelity.open_loop.rows}
     assert one["1"].ratio > 0.1 and far.transitions == sum(len(e) for e in played(down))
-    json.dumps(found.to_json(), allow_nan=False)
+    json.dumps(result.to_json(), allow_nan=False)
 
 
 def test_one_step_errors_of_an_exact_world_are_none(walks: Dataset, tmp_path: Path) -> None:
-    found = one_step_errors(KnownWorld(Codec.fit(walks)), walks, "valid")  # type: ignore[arg-type]
+    result = one_step_errors(KnownWorld(Codec.fit(walks)), walks, "valid")  # type: ignore[arg-type]
     assert (
-        found.error.max() < 1e-5
-        and len(found.error) == walks.count("valid")
-        and found.group.max() + 1 == len(walks.episodes("valid"))
+        result.error.max() < 1e-5
+        and len(result.error) == walks.count("valid")
+        and result.group.max() + 1 == len(walks.episodes("valid"))
     )
 
 
@@ -111,11 +111,11 @@ class Diverging(KnownWorld):
 
 
 def test_steps_that_diverge_are_the_largest_errors_and_no_sure_ones(walks: Dataset) -> None:
-    found = one_step_errors(Diverging(Codec.fit(walks)), walks, "valid")  # type: ignore[arg-type]
+    result = one_step_errors(Diverging(Codec.fit(walks)), walks, "valid")  # type: ignore[arg-type]
     assert (
-        found.diverged == len(found.error)
-        and (found.error > 1e300).all()
-        and (found.disagreement > 1e300).all()
+        result.diverged == len(result.error)
+        and (result.error > 1e300).all()
+        and (result.disagreement > 1e300).all()
     )
 
 

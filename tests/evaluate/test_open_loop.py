@@ -286,17 +286,17 @@ def test_history_is_given_before_a_start(walks: Dataset, untrained: dict[bool, W
 
 
 def test_fidelity_on_real_components_adds_up(walks: Dataset, untrained: dict[bool, World]) -> None:
-    found = fidelity(untrained[True], walks, horizons=(1,), starts=16, samples=2)
-    assert found.losses["total"] == pytest.approx(
-        sum(v for k, v in found.losses.items() if k != "total")
+    result = fidelity(untrained[True], walks, horizons=(1,), starts=16, samples=2)
+    assert result.losses["total"] == pytest.approx(
+        sum(v for k, v in result.losses.items() if k != "total")
     )
-    assert {"dynamics", "reward", "termination", "task"} <= set(found.losses) and all(
-        math.isfinite(v) and v >= 0 for v in found.losses.values()
+    assert {"dynamics", "reward", "termination", "task"} <= set(result.losses) and all(
+        math.isfinite(v) and v >= 0 for v in result.losses.values()
     )
-    assert found.losses == pytest.approx(losses(untrained[True], walks, batch=7)[0], rel=1e-4)
-    low, high = found.loss_intervals["total"]
-    assert low < found.losses["total"] < high
-    assert found.losses["dynamics"] < losses(untrained[False], walks)[0]["dynamics"], (
+    assert result.losses == pytest.approx(losses(untrained[True], walks, batch=7)[0], rel=1e-4)
+    low, high = result.loss_intervals["total"]
+    assert low < result.losses["total"] < high
+    assert result.losses["dynamics"] < losses(untrained[False], walks)[0]["dynamics"], (
         "the base knows the dynamics"
     )
 

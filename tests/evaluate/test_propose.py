@@ -52,7 +52,7 @@ BEHAVIOURS = [
 ]
 
 
-def made(root: str, members: int = 3, **more: Any) -> Artifact:
+def make_world(root: str, members: int = 3, **more: Any) -> Artifact:
     """A world of 300 random steps, near 0."""
     cfg = CollectConfig(
         seed=4, storage=StorageConfig(root), reality=reality(**more), steps=300, lanes=1, workers=0
@@ -82,10 +82,10 @@ def proposal(root: str, world: Artifact, **more: Any) -> tuple[dict[str, Any], C
     more = {"behaviours": BEHAVIOURS, "reality": reality(), "imagined": 16, "steps": 203} | more
     cfg = ProposeConfig(storage=StorageConfig(root), world=world.id, **more)
     with tracking.start("propose", cfg, quiet=True) as run:
-        found = propose.run(cfg, run)
-    file = found.path / propose.NEXT
+        result = propose.run(cfg, run)
+    file = result.path / propose.NEXT
     return (
-        json.loads((found.path / propose.PROPOSAL).read_text()),
+        json.loads((result.path / propose.PROPOSAL).read_text()),
         config.load(CollectConfig, [file]),
         file.read_text(),
     )
@@ -98,7 +98,7 @@ def steps_of(answer: dict[str, Any]) -> dict[str, int]:
 def test_the_budget_goes_where_data_lack_and_members_disagree(
     root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], golden: Any
 ) -> None:
-    world = made(root)
+    world = make_world(root)
     answer, job, text = proposal(root, world)
     steps = steps_of(answer)
     golden.check("propose", {name: float(count) for name, count in steps.items()})
@@ -144,7 +144,7 @@ def test_tasks_that_are_reset_options_are_candidates(root: str) -> None:
     collected keeps to it.
     """
     task = {"task": ["side"], "task_options": {"side": TaskOption(choices=[0.0, 6.0])}}
-    world = made(root, **task)
+    world = make_world(root, **task)
     answer, job, _ = proposal(root, world, behaviours=[], reality=reality(**task))
     names = {row["behaviour"] for row in answer["candidates"]}
     assert (
@@ -164,7 +164,7 @@ def test_tasks_that_are_reset_options_are_candidates(root: str) -> None:
 
 @pytest.mark.slow
 def test_it_says_when_there_is_little_to_tell(root: str) -> None:
-    world = made(root, members=1)
+    world = make_world(root, members=1)
     answer, _, text = proposal(root, world, behaviours=[])
     assert (
         steps_of(answer) == {"random": 203}
@@ -199,7 +199,7 @@ def test_steps_go_where_they_tell_the_most_of_all_candidates() -> None:
     """Twins share what one would get; what lies on the logs gets little; disagreement counts, where
     there is any.
     """
-    found = buy(
+    result = buy(
         [candidate(0), candidate(5), candidate(5), candidate(-5)],
         LOGGED,
         0.5,
@@ -207,8 +207,10 @@ def test_steps_go_where_they_tell_the_most_of_all_candidates() -> None:
         disagrees=True,
         seed=0,
     )
-    home, a, b, other = found.steps
-    assert sum(found.steps) == 101 and home < 15 and min(a + b, other) > 25 and 0 < found.left < 0.5
+    home, a, b, other = result.steps
+    assert (
+        sum(result.steps) == 101 and home < 15 and min(a + b, other) > 25 and 0 < result.left < 0.5
+    )
     two = buy(
         [candidate(5), candidate(-5), candidate(-5.1), candidate(-4.9)],
         LOGGED,
@@ -246,16 +248,18 @@ def test_steps_go_where_they_tell_the_most_of_all_candidates() -> None:
 def test_budgets_beyond_what_was_imagined_and_worlds_that_diverged() -> None:
     diverged = candidate(-5)
     diverged.disagreement[:] = np.inf
-    found = buy(
+    result = buy(
         [candidate(0), candidate(5), diverged], LOGGED, 0.5, 100_000, disagrees=True, seed=0
     )
-    assert sum(found.steps) == 100_000 and all(np.isfinite([score.worth for score in found.scores]))
-    assert found.steps[1] > 20_000 and found.steps[2] > 20_000
+    assert sum(result.steps) == 100_000 and all(
+        np.isfinite([score.worth for score in result.scores])
+    )
+    assert result.steps[1] > 20_000 and result.steps[2] > 20_000
     assert buy([candidate(5), candidate(0)], LOGGED, 0.5, 3, disagrees=True, seed=0).steps == [3, 0]
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["steps=100"], "world is not set"),
         (["world=w0", "steps=1"], "steps must be >= 2, got 1"),
@@ -267,14 +271,14 @@ def test_budgets_beyond_what_was_imagined_and_worlds_that_diverged() -> None:
     ],
 )
 def test_what_cannot_be_meant_is_refused(
-    words: list[str], said: str, root: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["propose", *words, f"storage.root={root}", "--dry-run"]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         ("{colour: {choices: [1]}}", "must name one of reality.task_options"),
         ("{side: {choices: [2]}}", "must be within"),
@@ -282,7 +286,7 @@ def test_what_cannot_be_meant_is_refused(
     ],
 )
 def test_a_behaviour_draws_a_part_of_what_reality_draws(
-    option: str, said: str, root: str, capsys: pytest.CaptureFixture[str]
+    option: str, message: str, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [
         f"reality.env={MODULE}:Field",
@@ -301,4 +305,4 @@ def test_a_behaviour_draws_a_part_of_what_reality_draws(
         )
         == 2
     )
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

@@ -5,6 +5,7 @@ none.
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -39,19 +40,19 @@ def test_a_right_world_and_a_wrong_one() -> None:
 
 
 def test_regret_and_rank_violation_by_hand() -> None:
-    found = ranking([0.0, 8.0, 10.0], [1.0, 5.0, 4.0])
-    assert found.regret == pytest.approx(0.2) and found.chosen == 1, (
+    result = ranking([0.0, 8.0, 10.0], [1.0, 5.0, 4.0])
+    assert result.regret == pytest.approx(0.2) and result.chosen == 1, (
         "the second looks best, and loses 2 of 10"
     )
     assert (
-        found.mmrv == pytest.approx((0 + 2 + 2) / 3)
-        and found.bias == pytest.approx(-8 / 3)
-        and found.error == pytest.approx((1 + 3 + 6) / 3)
+        result.mmrv == pytest.approx((0 + 2 + 2) / 3)
+        and result.bias == pytest.approx(-8 / 3)
+        and result.error == pytest.approx((1 + 3 + 6) / 3)
     )
 
 
 @pytest.mark.parametrize(
-    ("real", "imagined", "said"),
+    ("real", "imagined", "note"),
     [
         ([5.0] * 15, list(range(15)), "all 15 policies have the same real return, 5"),
         (list(range(15)), [5.0] * 15, "the world gives all 15 policies the same value, 5"),
@@ -59,11 +60,11 @@ def test_regret_and_rank_violation_by_hand() -> None:
     ],
 )
 def test_what_is_undefined_is_said_and_never_one_or_nan(
-    real: list[float], imagined: list[float], said: str
+    real: list[float], imagined: list[float], note: str
 ) -> None:
-    found = ranking(real, imagined)
-    assert found.pearson is None and found.spearman is None and said in found.notes[0]
-    assert "NaN" not in json.dumps(found.to_json())
+    result = ranking(real, imagined)
+    assert result.pearson is None and result.spearman is None and note in result.notes[0]
+    assert "NaN" not in json.dumps(asdict(result))
 
 
 def test_few_policies_and_empty_fifths_are_said() -> None:

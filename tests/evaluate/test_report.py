@@ -183,38 +183,40 @@ def parsed(html: str) -> Strict:
 def test_the_page_is_well_formed_self_contained_and_escaped(tmp_path: Path) -> None:
     write(example(), tmp_path)
     html = (tmp_path / "report.html").read_text()
-    found = parsed(html)
+    page_parts = parsed(html)
     ElementTree.fromstring(html.replace("<!DOCTYPE html>", ""))
-    assert len(found.ids) == len(set(found.ids)), "ids of several plots do not clash"
+    assert len(page_parts.ids) == len(set(page_parts.ids)), "ids of several plots do not clash"
     assert (
-        "script" not in found.tags
-        and "link" not in found.tags
-        and "img" not in found.tags
+        "script" not in page_parts.tags
+        and "link" not in page_parts.tags
+        and "img" not in page_parts.tags
         and "@import" not in html
         and "url(http" not in html
     )
     assert html.count("<svg") == 5
-    assert "Loop <script>alert(1)</script> & more" in found.texts, "shown as text"
-    assert not re.search(r"\bnan\b|\binf\b|None", " ".join(found.texts), re.I)
+    assert "Loop <script>alert(1)</script> & more" in page_parts.texts, "shown as text"
+    assert not re.search(r"\bnan\b|\binf\b|None", " ".join(page_parts.texts), re.I)
 
 
 def test_the_page_shows_the_summarys_figures_and_nothing_else(tmp_path: Path) -> None:
     summary = write(example(), tmp_path)
-    kept = json.loads((tmp_path / "summary.json").read_text())
-    assert kept == summary
-    assert page.render(kept) == (tmp_path / "report.html").read_text(), (
+    stored = json.loads((tmp_path / "summary.json").read_text())
+    assert stored == summary
+    assert page.render(stored) == (tmp_path / "report.html").read_text(), (
         "the page is a function of summary.json"
     )
-    text = " ".join(parsed(page.render(kept)).texts)
+    text = " ".join(parsed(page.render(stored)).texts)
     assert (
-        kept["real_steps"]["total"]["steps"] == 18078 and "18,078" in text and "180.78 EUR" in text
+        stored["real_steps"]["total"]["steps"] == 18078
+        and "18,078" in text
+        and "180.78 EUR" in text
     )
     assert (
-        kept["losses"][1]["parts"] == {"dynamics": 6.25, "reward": 0.0125, "termination": None}
+        stored["losses"][1]["parts"] == {"dynamics": 6.25, "reward": 0.0125, "termination": None}
         and "6.2500" in text
     )
-    assert kept["open_loop"][1]["table"]["rows"][2]["ratio"] == 2.0
-    changed = json.loads(json.dumps(kept))
+    assert stored["open_loop"][1]["table"]["rows"][2]["ratio"] == 2.0
+    changed = json.loads(json.dumps(stored))
     changed["real_steps"]["purposes"][0]["steps"] = 4321
     assert "4,321" in page.render(changed)
 

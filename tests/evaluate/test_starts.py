@@ -8,6 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,15 +79,15 @@ def reality(
     """Episodes of two steps whose starts are `draw`n, and whose later observations are other draws
     with the same task.
     """
-    rng, made = np.random.default_rng(5), []
+    rng, episodes_made = np.random.default_rng(5), []
     for k in range(episodes):
         observations = [draw(rng) for _ in range(3)]
         if task:
             observations = [
                 o | {name: observations[0][name] for name in task} for o in observations
             ]
-        told = options(rng) if options else {}
-        made.append(
+        options_drawn = options(rng) if options else {}
+        episodes_made.append(
             Episode(
                 k,
                 k,
@@ -96,14 +97,14 @@ def reality(
                 np.zeros(2),
                 "truncated",
                 None,
-                told,
+                options_drawn,
                 None,
             )
         )
-    environment = Environment(id="starts", task=[*task, *(made[0].task or {})])
+    environment = Environment(id="starts", task=[*task, *(episodes_made[0].task or {})])
     write_dataset(
         folder,
-        made,
+        episodes_made,
         id=folder.name,
         environment=environment,
         observation_space=space,
@@ -130,10 +131,10 @@ class Generator(KnownWorld):
     def sample_start(self, keys: Tensor) -> tuple[Parts, Parts]:
         rng = np.random.default_rng([77, int(keys[0]) & 0xFFFF])
         raw = [self.draw(rng) for _ in keys]
-        told = [self.options(rng) for _ in keys] if self.options else None
+        options_drawn = [self.options(rng) for _ in keys] if self.options else None
         space = SpaceCodec(self.fitted.observation_space)
         batch = space.decode(*space.encode_list(raw))
-        task, observation = self.fitted.task(batch, told), self.fitted.observation(batch)
+        task, observation = self.fitted.task(batch, options_drawn), self.fitted.observation(batch)
         if self.change:
             self.change(task, observation)
         return task, observation
@@ -141,15 +142,15 @@ class Generator(KnownWorld):
 
 def judged(world: Any, dataset: Dataset, **rest: Any) -> TaskDistribution:
     """Of which JSON has every figure, and no nan."""
-    found = task_distribution(world, dataset, **rest)
-    assert json.loads(json.dumps(found.to_json(), allow_nan=False))["pairs"] == found.pairs
+    result = task_distribution(world, dataset, **rest)
+    assert json.loads(json.dumps(asdict(result), allow_nan=False))["pairs"] == result.pairs
     for name in ("in_space", "in_range", "validity", "coverage", "auc", "copies"):
-        value = getattr(found, name)
-        assert (0 <= value <= 1) if value is not None else found.notes, name
+        value = getattr(result, name)
+        assert (0 <= value <= 1) if value is not None else result.notes, name
     for name in ("validity", "coverage", "auc", "nearest_ratio"):
-        value, interval = getattr(found, name), getattr(found, f"{name}_interval")
+        value, interval = getattr(result, name), getattr(result, f"{name}_interval")
         assert interval is None or interval[0] <= value <= interval[1], name
-    return found
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -169,48 +170,48 @@ def test_the_true_distribution_is_not_told_from_reality(
     dataset: Dataset = request.getfixturevalue(which)
     world = Generator(dataset, {"points": point, "goals": goal}[which])
     began = time.monotonic()
-    found = judged(world, dataset)
+    result = judged(world, dataset)
     assert time.monotonic() - began < 10
     assert (
-        found.split == "valid"
-        and found.real == found.pairs == len(dataset.episodes("valid")) > 250
-        and found.generated == 512
+        result.split == "valid"
+        and result.real == result.pairs == len(dataset.episodes("valid")) > 250
+        and result.generated == 512
     )
-    assert 0.43 < found.auc < 0.57 and found.auc_interval[0] < 0.55
-    assert found.coverage == pytest.approx(
-        found.coverage_expected, abs=0.06
-    ) and found.coverage_expected == pytest.approx(1 - 2**-5, abs=0.01)
-    assert found.in_space == 1 and found.validity > 0.95 and found.validity_real > 0.95
-    assert 0.8 < found.nearest_ratio < 1.25 and found.copies == found.copies_real == 0
-    assert found.notes == ()
+    assert 0.43 < result.auc < 0.57 and result.auc_interval[0] < 0.55
+    assert result.coverage == pytest.approx(
+        result.coverage_expected, abs=0.06
+    ) and result.coverage_expected == pytest.approx(1 - 2**-5, abs=0.01)
+    assert result.in_space == 1 and result.validity > 0.95 and result.validity_real > 0.95
+    assert 0.8 < result.nearest_ratio < 1.25 and result.copies == result.copies_real == 0
+    assert result.notes == ()
     again = task_distribution(Generator(dataset, world.draw), dataset)
-    assert again == found, "the same seed gives the same figures"
-    assert task_distribution(world, dataset, seed=1).nearest != found.nearest, (
+    assert again == result, "the same seed gives the same figures"
+    assert task_distribution(world, dataset, seed=1).nearest != result.nearest, (
         "other starts are generated"
     )
 
 
 def test_a_shift_is_found(points: Dataset) -> None:
-    found = judged(Generator(points, lambda rng: point(rng) + np.array([4, 0, 0])), points)
+    result = judged(Generator(points, lambda rng: point(rng) + np.array([4, 0, 0])), points)
     assert (
-        found.auc > 0.95
-        and found.auc_interval[0] > 0.9
-        and found.coverage < 0.2
-        and found.validity < 0.6
+        result.auc > 0.95
+        and result.auc_interval[0] > 0.9
+        and result.coverage < 0.2
+        and result.validity < 0.6
     )
     small = judged(Generator(points, lambda rng: point(rng) + np.array([1, 0, 0])), points)
-    assert 0.65 < small.auc < 0.85 and small.coverage > found.coverage
+    assert 0.65 < small.auc < 0.85 and small.coverage > result.coverage
 
 
 def test_what_the_marginals_hide_is_found(goals: Dataset) -> None:
     """The body of one draw with the goal of another."""
-    found = judged(Generator(goals, lambda rng: goal(rng) | {"goal": goal(rng)["goal"]}), goals)
-    assert found.auc > 0.8 and found.validity > 0.95
+    result = judged(Generator(goals, lambda rng: goal(rng) | {"goal": goal(rng)["goal"]}), goals)
+    assert result.auc > 0.8 and result.validity > 0.95
 
 
 def test_a_generator_of_one_mode_covers_little(points: Dataset) -> None:
-    found = judged(Generator(points, lambda rng: 0.2 * point(rng)), points)
-    assert found.validity == 1 and found.coverage < 0.5 and found.auc > 0.8
+    result = judged(Generator(points, lambda rng: 0.2 * point(rng)), points)
+    assert result.validity == 1 and result.coverage < 0.5 and result.auc > 0.8
 
 
 def test_a_memory_is_found_out(points: Dataset) -> None:
@@ -254,22 +255,22 @@ def test_what_lies_outside_the_spaces_is_counted(goals: Dataset) -> None:
         observation.numbers[256:320] = torch.nan
         observation.numbers[320:384, 0] = 30.0  # its Box has no end; the real ones do
 
-    found = judged(Generator(goals, goal, break_some), goals)
-    assert found.in_space == 1 - 5 / 8 and found.in_range == pytest.approx(1 - 3 / 8, abs=0.02)
-    assert found.validity == pytest.approx(1 - 6 / 8, abs=0.02) and found.validity_real > 0.95
+    result = judged(Generator(goals, goal, break_some), goals)
+    assert result.in_space == 1 - 5 / 8 and result.in_range == pytest.approx(1 - 3 / 8, abs=0.02)
+    assert result.validity == pytest.approx(1 - 6 / 8, abs=0.02) and result.validity_real > 0.95
     assert (
-        "64 of 512 generated starts have numbers that are not finite" in found.notes[0]
-        and found.auc > 0.6
+        "64 of 512 generated starts have numbers that are not finite" in result.notes[0]
+        and result.auc > 0.6
     )
 
     def break_all(task: Parts, observation: Parts) -> None:
         observation.numbers[:] = torch.inf
 
-    found = judged(Generator(goals, goal, break_all), goals)
+    result = judged(Generator(goals, goal, break_all), goals)
     assert (
-        found.validity == 0
-        and found.auc is found.coverage is None
-        and "0 generated starts are too few" in found.notes[1]
+        result.validity == 0
+        and result.auc is result.coverage is None
+        and "0 generated starts are too few" in result.notes[1]
     )
 
 
@@ -280,10 +281,10 @@ def test_bounds_hold_to_the_precision_and_reality_may_break_them(tmp_path: Path)
     assert judged(Generator(dataset, lambda rng: edge(rng) * (1 + 1e-5)), dataset).in_space == 1
     assert judged(Generator(dataset, lambda rng: edge(rng) * 1.001), dataset).in_space == 0
     broken = reality(tmp_path / "broken", lambda rng: 2 * edge(rng), narrow, 100)
-    found = judged(Generator(broken, lambda rng: 2 * edge(rng)), broken)
+    result = judged(Generator(broken, lambda rng: 2 * edge(rng)), broken)
     assert (
-        found.in_space == found.validity_real == 0
-        and "100 of 100 real starts lie outside the environment's own space" in found.notes[0]
+        result.in_space == result.validity_real == 0
+        and "100 of 100 real starts lie outside the environment's own space" in result.notes[0]
     )
 
 
@@ -345,12 +346,12 @@ def test_categories_only(tmp_path: Path) -> None:
     space = spaces.Dict(room=spaces.Discrete(6), name=spaces.Text(3, min_length=0, charset="ab"))
     draw: Draw = lambda rng: {"room": rng.integers(0, 6), "name": "ab"[: rng.integers(0, 3)]}  # noqa: E731
     dataset = reality(tmp_path / "rooms", draw, space, 400)
-    found = judged(Generator(dataset, draw), dataset)
+    result = judged(Generator(dataset, draw), dataset)
     assert (
-        0.4 < found.auc < 0.6
-        and found.coverage == found.copies == found.copies_real == found.validity == 1
+        0.4 < result.auc < 0.6
+        and result.coverage == result.copies == result.copies_real == result.validity == 1
     )
-    assert found.nearest_ratio is None and "copies are no fault" in found.notes[-1]
+    assert result.nearest_ratio is None and "copies are no fault" in result.notes[-1]
     half = judged(Generator(dataset, lambda rng: draw(rng) | {"room": rng.integers(0, 2)}), dataset)
     assert half.auc > 0.75 and half.coverage < 0.5
 
@@ -376,42 +377,47 @@ def test_reset_options_are_part_of_a_start(tmp_path: Path) -> None:
 def test_too_few_starts(points: Dataset, tmp_path: Path) -> None:
     small = reality(tmp_path / "small", point, POINTS, 60, valid_fraction=0.1)
     assert len(small.episodes("valid")) < LEAST <= len(small.episodes("train"))
-    found = judged(Generator(small, point), small)
+    result = judged(Generator(small, point), small)
     assert (
-        found.split == "train"
-        and "compared with those of the training split" in found.notes[0]
-        and found.validity_real is None
+        result.split == "train"
+        and "compared with those of the training split" in result.notes[0]
+        and result.validity_real is None
     )
     assert (
-        0.3 < found.auc < 0.7
-        and found.coverage > 0.85
-        and 0.7 < found.nearest_ratio < 1.4
-        and found.copies_real == 0
+        0.3 < result.auc < 0.7
+        and result.coverage > 0.85
+        and 0.7 < result.nearest_ratio < 1.4
+        and result.copies_real == 0
     ), "a start is not its own neighbour"
-    assert "below 100 it overlooks small differences" in found.notes[-1]
+    assert "below 100 it overlooks small differences" in result.notes[-1]
     train = [small.episode(int(e)).observations[0] for e in small.episodes("train")]
     memory = judged(Generator(small, lambda rng: train[rng.integers(len(train))]), small)
     assert memory.copies == 1 and memory.nearest_ratio == 0
     tiny = reality(tmp_path / "tiny", point, POINTS, 8)
-    found = judged(Generator(tiny, point), tiny)
+    result = judged(Generator(tiny, point), tiny)
     assert (
-        found.in_space == 1
-        and found.validity is found.auc is found.coverage is found.nearest is found.copies is None
-        and found.pairs == 0
+        result.in_space == 1
+        and result.validity
+        is result.auc
+        is result.coverage
+        is result.nearest
+        is result.copies
+        is None
+        and result.pairs == 0
     )
-    assert "validity needs 20" in found.notes[0] and "need 20 of each side" in found.notes[1]
+    assert "validity needs 20" in result.notes[0] and "need 20 of each side" in result.notes[1]
     untrained = reality(tmp_path / "untrained", point, POINTS, 40, valid_fraction=0.8)
-    found = judged(Generator(untrained, point), untrained)
+    result = judged(Generator(untrained, point), untrained)
     assert (
-        found.auc is not None
-        and found.coverage is found.copies is None
-        and "training starts are too few" in found.notes[-1]
+        result.auc is not None
+        and result.coverage is result.copies is None
+        and "training starts are too few" in result.notes[-1]
     )
-    found = judged(Generator(points, point), points, starts=10)
+    result = judged(Generator(points, point), points, starts=10)
     assert (
-        found.validity is not None
-        and found.auc is None
-        and "10 generated starts are too few" in found.notes[0]
+        result.validity is not None
+        and result.auc is None
+        and "10 generated starts are too few" in result.notes[0]
     )
 
 
@@ -422,12 +428,12 @@ def test_starts_of_judged_episodes_are_held_out_ones(tmp_path: Path) -> None:
     small = reality(tmp_path / "small", point, POINTS, 60, valid_fraction=0.1)
     few = len(small.episodes("valid"))
     more = Generator(small, point).sample_start(torch.arange(4321, 4381))
-    found = judged(Generator(small, point), small, more=more)
+    result = judged(Generator(small, point), small, more=more)
     assert (
-        found.split == "valid"
-        and found.real == few + 60
-        and found.copies == 0
-        and 0.3 < found.auc < 0.7
+        result.split == "valid"
+        and result.real == few + 60
+        and result.copies == 0
+        and 0.3 < result.auc < 0.7
     )
     train = [small.episode(int(e)).observations[0] for e in small.episodes("train")]
     memory = judged(Generator(small, lambda rng: train[rng.integers(len(train))]), small, more=more)

@@ -16,7 +16,7 @@ from mesocosm.evaluate.report.verdicts import Verdict
 from mesocosm.evaluate.suite import ADVERSARY, MOST_BEHAVIOURS, behaviours_of
 
 
-def told(
+def answers(
     suite: dict[str, Any],
     rows: list[dict[str, Any]] | None = None,
     agent: dict[str, Any] | None = None,
@@ -24,8 +24,8 @@ def told(
     return verdicts.verdicts(suite, {"rows": rows or [], "nominal": 0.9}, agent)
 
 
-def ranking(**other: Any) -> dict[str, Any]:
-    found = {
+def ranking(**changes: Any) -> dict[str, Any]:
+    verdict = {
         "pearson": 0.95,
         "pearson_interval": (0.9, 0.99),
         "regret": 0.0,
@@ -34,11 +34,11 @@ def ranking(**other: Any) -> dict[str, Any]:
         "error": 1.0,
         "notes": (),
     }
-    return {"policy_value": {"ranking": {**found, "low": 0.0, "high": 100.0, **other}}}
+    return {"policy_value": {"ranking": {**verdict, "low": 0.0, "high": 100.0, **changes}}}
 
 
 @pytest.mark.parametrize(
-    ("other", "answer"),
+    ("changes", "answer"),
     [
         ({}, "yes"),
         ({"pearson": 0.9, "regret": 0.05}, "yes"),
@@ -49,8 +49,8 @@ def ranking(**other: Any) -> dict[str, Any]:
         ({"pearson": None, "notes": ("all the same",)}, "unknown"),
     ],
 )
-def test_ranks(other: dict[str, Any], answer: str) -> None:
-    assert told(ranking(**other))[0].answer == answer
+def test_ranks(changes: dict[str, Any], answer: str) -> None:
+    assert answers(ranking(**changes))[0].answer == answer
 
 
 @pytest.mark.parametrize(
@@ -58,21 +58,25 @@ def test_ranks(other: dict[str, Any], answer: str) -> None:
     [(60.0, "yes"), (59.0, "yes"), (61.0, "partly"), (80.0, "partly"), (81.0, "no"), (19.0, "no")],
 )
 def test_trains_by_the_range_of_the_policies(world: float, answer: str) -> None:
-    found = told(ranking(), agent={"real": 50.0, "world": world})[1]
-    assert found.answer == answer and (
-        answer == "yes" or ("flatters" in found.text) == (world > 50)
+    verdict = answers(ranking(), agent={"real": 50.0, "world": world})[1]
+    assert verdict.answer == answer and (
+        answer == "yes" or ("flatters" in verdict.text) == (world > 50)
     )
 
 
 def test_trains_by_the_return_where_no_policies_were_compared() -> None:
     assert [
-        told({}, agent={"real": 100.0, "world": w})[1].answer for w in (110.0, 111.0, 131.0)
+        answers({}, agent={"real": 100.0, "world": w})[1].answer for w in (110.0, 111.0, 131.0)
     ] == ["yes", "partly", "no"]
-    assert told({}, agent={"real": 0.0, "world": 1.0})[1].answer == told({})[1].answer == "unknown"
+    assert (
+        answers({}, agent={"real": 0.0, "world": 1.0})[1].answer
+        == answers({})[1].answer
+        == "unknown"
+    )
 
 
-def row(horizon: int, **other: Any) -> dict[str, Any]:
-    found = {
+def row(horizon: int, **changes: Any) -> dict[str, Any]:
+    verdict = {
         "ratio": 0.1,
         "interval": (0.05, 0.2),
         "linear": 0.5,
@@ -81,11 +85,11 @@ def row(horizon: int, **other: Any) -> dict[str, Any]:
         "persistence_accuracy": None,
         "coverage": 0.9,
     }
-    return {"horizon": str(horizon), "steps": float(horizon), "starts": 9, **found, **other}
+    return {"horizon": str(horizon), "steps": float(horizon), "starts": 9, **verdict, **changes}
 
 
 @pytest.mark.parametrize(
-    ("last", "answer", "words"),
+    ("last", "answer", "text"),
     [
         ({}, "yes", "15 steps (all that was asked)"),
         ({"interval": (0.5, 1.0)}, "partly", "5 steps (not 15: no better than no change)"),
@@ -94,10 +98,12 @@ def row(horizon: int, **other: Any) -> dict[str, Any]:
         ({"ratio": None, "persistence": 0.0}, "partly", "nothing changes there"),
     ],
 )
-def test_horizon(last: dict[str, Any], answer: str, words: str) -> None:
-    found = told({}, [row(1), row(5), row(15, **last)])[2]
-    assert found.answer == answer and words in found.text
-    assert told({}, [row(1, linear=0.1)])[2].answer == "no" and told({})[2].answer == "unknown"
+def test_horizon(last: dict[str, Any], answer: str, text: str) -> None:
+    verdict = answers({}, [row(1), row(5), row(15, **last)])[2]
+    assert verdict.answer == answer and text in verdict.text
+    assert (
+        answers({}, [row(1, linear=0.1)])[2].answer == "no" and answers({})[2].answer == "unknown"
+    )
 
 
 def away(*rows: tuple[str, float, int, bool], auroc: float | None = 0.9) -> dict[str, Any]:
@@ -113,7 +119,7 @@ def away(*rows: tuple[str, float, int, bool], auroc: float | None = 0.9) -> dict
 
 
 @pytest.mark.parametrize(
-    ("suite", "answer", "words"),
+    ("suite", "answer", "text"),
     [
         (away(("a", 0.2, 100, False), ("b", 0.1, 500, False)), "yes", "worst of a"),
         (away(("a", 0.21, 100, False)), "partly", "AUROC of 0.90"),
@@ -124,13 +130,13 @@ def away(*rows: tuple[str, float, int, bool], auroc: float | None = 0.9) -> dict
         (away(("random", 0.9, 9999, True), ("a", 0.0, 100, False)), "yes", "worst of a"),
     ],
 )
-def test_away_from_the_data(suite: dict[str, Any], answer: str, words: str) -> None:
-    found = told(suite)[3]
-    assert found.answer == answer and words in found.text
+def test_away_from_the_data(suite: dict[str, Any], answer: str, text: str) -> None:
+    verdict = answers(suite)[3]
+    assert verdict.answer == answer and text in verdict.text
 
 
-def starts(**other: Any) -> dict[str, Any]:
-    found = {
+def starts(**changes: Any) -> dict[str, Any]:
+    verdict = {
         "auc": 0.6,
         "split": "valid",
         "pairs": POWER,
@@ -140,11 +146,11 @@ def starts(**other: Any) -> dict[str, Any]:
         "copies_real": 0.0,
         "nearest_ratio": 0.9,
     }
-    return {"starts": {**found, "notes": (), **other}}
+    return {"starts": {**verdict, "notes": (), **changes}}
 
 
 @pytest.mark.parametrize(
-    ("other", "answer", "words"),
+    ("changes", "answer", "text"),
     [
         ({}, "yes", "AUC of 0.60"),
         ({"auc": 0.61}, "partly", "AUC of 0.61"),
@@ -159,18 +165,18 @@ def starts(**other: Any) -> dict[str, Any]:
         ({"auc": None, "notes": ("too few.",)}, "unknown", "too few"),
     ],
 )
-def test_starts(other: dict[str, Any], answer: str, words: str) -> None:
-    found = told(starts(**other))[4]
-    assert found.answer == answer and words in found.text
+def test_starts(changes: dict[str, Any], answer: str, text: str) -> None:
+    verdict = answers(starts(**changes))[4]
+    assert verdict.answer == answer and text in verdict.text
 
 
-def shown(**other: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"transitions": 500, "free": {"action[0]": 0.9}, "fixed": []}
-    return {**found, "best_return": 9.0, "low_rate": 0.0, "high_rate": 1.0, **other}
+def shown(**changes: Any) -> dict[str, Any]:
+    verdict: dict[str, Any] = {"transitions": 500, "free": {"action[0]": 0.9}, "fixed": []}
+    return {**verdict, "best_return": 9.0, "low_rate": 0.0, "high_rate": 1.0, **changes}
 
 
 @pytest.mark.parametrize(
-    ("other", "answer", "words"),
+    ("changes", "answer", "text"),
     [
         ({}, "yes", "90%"),
         ({"free": {"action[0]": 0.21, "action[1]": 0.9}}, "yes", "21%"),
@@ -183,18 +189,19 @@ def shown(**other: Any) -> dict[str, Any]:
         ({"transitions": 99}, "unknown", "99 training transitions"),
     ],
 )
-def test_actions(other: dict[str, Any], answer: str, words: str) -> None:
-    found = told({"evidence": shown(**other)})[5]
-    assert found.answer == answer and words in found.text
-    assert told({})[5].answer == "unknown"
+def test_actions(changes: dict[str, Any], answer: str, text: str) -> None:
+    verdict = answers({"evidence": shown(**changes)})[5]
+    assert verdict.answer == answer and text in verdict.text
+    assert answers({})[5].answer == "unknown"
 
 
 def test_what_the_logs_do_not_explain_stands_beside_the_agents_return() -> None:
     agent = {"real": 50.0, "world": 60.0, "unexplained": "it earns 6 a step"}
     assert (
-        "The logs do not explain that: it earns 6 a step." in told(ranking(), agent=agent)[1].text
+        "The logs do not explain that: it earns 6 a step."
+        in answers(ranking(), agent=agent)[1].text
     )
-    assert "explain" not in told(ranking(), agent={**agent, "unexplained": None})[1].text
+    assert "explain" not in answers(ranking(), agent={**agent, "unexplained": None})[1].text
 
 
 class Judged:
@@ -204,7 +211,7 @@ class Judged:
         )
 
 
-def names(values: list[Any]) -> list[str]:
+def names_of(values: list[Any]) -> list[str]:
     return [value.candidate.name for value in behaviours_of(values)]
 
 
@@ -212,15 +219,15 @@ def test_the_named_kinds_come_first_and_none_comes_twice() -> None:
     scripted = [Judged(f"scripted {i}") for i in range(9)]
     own = [Judged(f"agent@{i}", iteration=i) for i in range(3)] + [Judged("agent", iteration=3)]
     noisy = [Judged(f"noise {i}", noise=i / 4) for i in range(5)]
-    assert names([*scripted, *own, Judged(ADVERSARY), *noisy])[:5] == [
+    assert names_of([*scripted, *own, Judged(ADVERSARY), *noisy])[:5] == [
         ADVERSARY,
         "agent",
         "agent@2",
         "noise 2",
         "noise 4",
     ]
-    assert len(names([*scripted, *own, *noisy])) == MOST_BEHAVIOURS
-    assert names([Judged("agent", iteration=3), Judged("noise 2", noise=2.0)]) == [
+    assert len(names_of([*scripted, *own, *noisy])) == MOST_BEHAVIOURS
+    assert names_of([Judged("agent", iteration=3), Judged("noise 2", noise=2.0)]) == [
         "agent",
         "noise 2",
     ]

@@ -249,7 +249,7 @@ def weights(steps: Sequence[int], lengths: Sequence[float]) -> list[float]:
     return [float(f"{share:.4g}") for share in episodes / episodes.sum()]
 
 
-def kept(behaviours: Sequence[BehaviourConfig], bought: Bought) -> list[int]:
+def chosen(behaviours: Sequence[BehaviourConfig], bought: Bought) -> list[int]:
     """Positions of the candidates that were bought from, most steps first."""
-    chosen = [i for i in range(len(behaviours)) if bought.steps[i]]
-    return sorted(chosen, key=lambda i: -bought.steps[i])
+    positions = [i for i in range(len(behaviours)) if bought.steps[i]]
+    return sorted(positions, key=lambda i: -bought.steps[i])

@@ -88,7 +88,7 @@ def propose(q: Question, run: Run) -> tuple[dict[str, Any], str]:
             disagrees=q.members > 1,
             seed=cfg.seed,
         )
-        chosen = buying.kept(behaviours, bought)
+        chosen = buying.chosen(behaviours, bought)
         update(len(q.candidates), f"{len(chosen)} of {len(imagined)} candidates chosen")
     lengths = [candidate.length for candidate in imagined]
     weights = buying.weights([bought.steps[i] for i in chosen], [lengths[i] for i in chosen])

@@ -1,12 +1,12 @@
-"""What an evaluation measures beyond fidelity on held-out data: policy values, off-policy errors and
-the task distribution.
+"""Measurements beyond fidelity on held-out data: policy values, off-policy errors and the task
+distribution.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from mesocosm.agents.config import AgentConfig
@@ -72,17 +72,19 @@ class Prepared:
         return self.horizon.steps
 
 
-def most_episodes(cfg: EvaluateConfig, own: int) -> tuple[int, int]:
-    """(policies, real episodes) that will be judged, at most. `own` counts the agent and its
-    snapshots; it is 0 without an agent.
+def most_episodes(cfg: EvaluateConfig, snapshots: int) -> tuple[int, int]:
+    """(policies, real episodes) that will be judged, at most. `snapshots` counts the agent too; it
+    is 0 without an agent.
     """
-    policies = len(cfg.policies) + own + cfg.graded + bool(cfg.adversary) if cfg.compares else 0
-    return policies, (cfg.episodes if own else 0) + policies * cfg.policy_episodes
+    policies = 0
+    if cfg.compares:
+        policies = len(cfg.policies) + snapshots + cfg.graded + bool(cfg.adversary)
+    return policies, (cfg.episodes if snapshots else 0) + policies * cfg.policy_episodes
 
 
-def check_steps(cfg: EvaluateConfig, own: int, limit: int) -> None:
+def check_steps(cfg: EvaluateConfig, snapshots: int, limit: int) -> None:
     """Raise UsageError where judging might take more than `judge_steps`."""
-    episodes = most_episodes(cfg, own)[1]
+    episodes = most_episodes(cfg, snapshots)[1]
     if cfg.judge_steps is not None and episodes * limit > cfg.judge_steps:
         raise UsageError(
             f"judge_steps must be >= {episodes * limit}, the real steps that {episodes} episodes of"
@@ -126,13 +128,13 @@ def prepare(
     for config in cfg.policies:
         candidate = policy_set.named(config, storage, *facts.spaces)
         candidates.append(replace(candidate, held_out=behaviours.label(config) not in logged))
-    own = [] if agent is None else policy_set.snapshots(agent, storage)
-    for candidate in [*candidates, *own]:
+    snapshots = [] if agent is None else policy_set.snapshots(agent, storage)
+    for candidate in [*candidates, *snapshots]:
         check_spaces(candidate.policy, facts, cfg.reality)
-    check_steps(cfg, len(own), horizon.steps)
+    check_steps(cfg, len(snapshots), horizon.steps)
     refs = [config.policy for config in cfg.policies if config.policy is not None]
     if cfg.compares:
-        candidates += own
+        candidates += snapshots
         policy_set.held_out([*refs, *([] if agent is None else [agent.name])], storage, data)
         most = sum(c.held_out for c in candidates) + cfg.graded + bool(cfg.adversary)
         if most < FEWEST:
@@ -143,7 +145,7 @@ def prepare(
     ids = sorted({ref.removeprefix("agents/").partition("@")[0] for ref in refs})
     functions = [config.function for config in cfg.policies if config.function is not None]
     sources = [source_hash(behaviours.load_function(function)) for function in functions]
-    most_judged = most_episodes(cfg, len(own))
+    most_judged = most_episodes(cfg, len(snapshots))
     return Prepared(cfg, facts, horizon, agent, candidates, ids, sources, *most_judged)
 
 
@@ -191,7 +193,7 @@ def run(
     with run.progress("starts", None) as update:
         starts = task_distribution(world, dataset, seed=cfg.seed, more=more)
         update(1, "" if starts.auc is None else f"AUC {starts.auc:.2f}")
-    measured: dict[str, Any] = {"starts": starts.to_json()}
+    measured: dict[str, Any] = {"starts": asdict(starts)}
     shown = evidence_of(run.storage, artifact, cfg.seed)
     if shown is not None:
         measured["evidence"] = shown.to_json()
@@ -346,12 +348,12 @@ def behaviours_of(values: Sequence[Value]) -> list[Value]:
     """At most MOST_BEHAVIOURS values, each name once: the adversary, the trained agent, the
     half-trained one, middle and most noise, then the others.
     """
-    own = [v for v in values if v.candidate.iteration is not None]
+    snapshots = [v for v in values if v.candidate.iteration is not None]
     graded = [v for v in values if v.candidate.noise is not None]
     graded.sort(key=lambda value: value.candidate.noise or 0.0)
-    rest = [v for v in values if v not in own and v not in graded]
+    rest = [v for v in values if v not in snapshots and v not in graded]
     first = [v for v in rest if v.candidate.name == ADVERSARY]
-    for ordered, some in ((own, own[-1:]), (graded, [])):
+    for ordered, some in ((snapshots, snapshots[-1:]), (graded, [])):
         middle = len(ordered) // 2
         first += [*some, *ordered[middle : middle + 1]]
     chosen = [*first, *graded[-1:], *rest]

@@ -33,7 +33,7 @@ Array = NDArray[Any]
 SCHEMA = 1
 SPLITS: tuple[Split, Split] = ("train", "valid")
 BEYOND = 0.99
-"""A transition is missing in training where its gap exceeds this quantile of training's own gaps."""
+"""A transition is missing in training if its gap exceeds this quantile of training's gaps."""
 QUANTILES = (0.1, 0.5, 0.9, 0.99)
 CURVE = 101
 BINS, PLANE = 32, 40
@@ -112,17 +112,17 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
     features, columns = Features(dataset), Columns(dataset)
     train, valid = (features.sample(dataset, split, seed=seed) for split in SPLITS)
     extents = [columns.extent(dataset, split) for split in SPLITS]
-    own = own_gaps(train.values, train.episodes, seed=seed)
-    held = gaps(train.values, valid.values) if len(valid) else np.zeros(0)
+    train_gaps = own_gaps(train.values, train.episodes, seed=seed)
+    valid_gaps = gaps(train.values, valid.values) if len(valid) else np.zeros(0)
     numbers, categories = any_action(train, dataset.action_codec, seed=seed)
     free = train.values.copy()
     free[:, features.action] = features.actions(numbers, categories)
     uniform = own_gaps(train.values, train.episodes, seed=seed, queries=free)
-    threshold, names = _threshold(own), _names(dataset)
+    threshold, names = _threshold(train_gaps), _names(dataset)
     counts = np.bincount(dataset.table["behaviour"], dataset.table["length"], len(names))
     entropy, number = effective(counts)
     notes = []
-    if not np.isfinite(own).any():
+    if not np.isfinite(train_gaps).any():
         notes.append("training is one episode: there are no other episodes to measure a gap to")
     if not len(valid):
         notes.append(
@@ -135,7 +135,7 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
         )
     missing = None
     if len(valid) and threshold is not None:
-        missing = _missing(dataset, columns, extents, train, valid, held, threshold)
+        missing = _missing(dataset, columns, extents, train, valid, valid_gaps, threshold)
     return {
         "schema": SCHEMA,
         "title": name,
@@ -157,8 +157,8 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
         },
         "gaps": {
             "threshold": threshold,
-            "train": _curve(own),
-            "valid": _curve(held),
+            "train": _curve(train_gaps),
+            "valid": _curve(valid_gaps),
             "any_action": _curve(uniform) | {"beyond": _share(uniform, threshold)},
         },
         "plane": _plane(train, valid) if len(train) >= 2 else None,
@@ -167,8 +167,8 @@ def summarise(dataset: Dataset, *, name: str, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def _threshold(own: Array) -> float | None:
-    known = own[np.isfinite(own)]
+def _threshold(train_gaps: Array) -> float | None:
+    known = train_gaps[np.isfinite(train_gaps)]
     return float(np.quantile(known, BEYOND)) if len(known) else None
 
 
@@ -315,11 +315,11 @@ def _missing(
     extents: list[Extent],
     train: Sample,
     valid: Sample,
-    held: Array,
+    valid_gaps: Array,
     threshold: float,
 ) -> dict[str, Any]:
     """What the validation split has that training lacks."""
-    beyond, worst, names = held > threshold, [], _names(dataset)
+    beyond, worst, names = valid_gaps > threshold, [], _names(dataset)
     episodes, member = np.unique(valid.episodes, return_inverse=True)
     shares = np.bincount(member, beyond) / np.bincount(member)
     for i in np.lexsort((episodes, -shares))[:NAMED]:
@@ -332,7 +332,7 @@ def _missing(
                     "length": int(row["length"]),
                     "return": float(row["total_reward"]),
                     "beyond": float(shares[i]),
-                    "farthest": float(held[rows].max()),
+                    "farthest": float(valid_gaps[rows].max()),
                     "most": _most(columns, train, valid, rows),
                 }
             )
@@ -349,7 +349,7 @@ def _missing(
 
 
 def _most(columns: Columns, train: Sample, valid: Sample, rows: Array) -> str:
-    """The column in which these transitions of `valid` differ most from their nearest of training."""
+    """The column in which these transitions of `valid` differ most from the nearest of training."""
     places = nearest(train.values, valid.values[rows])[1][:, 0]
     trained, held_out = columns.number(train.raw), columns.number(valid.raw)[rows]
     std = trained.std(0)

@@ -53,9 +53,6 @@ class OneStep:
     reward_r2_interval: stats.Interval | None
     notes: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class TimeToEnd:
@@ -140,8 +137,8 @@ def losses(
     loader = Loader(dataset, codec_of(world), split, max(world.config.context, 1), batch, seed=0)
     columns: dict[str, list[Array]] = {}
     for windows in loader.eval_batches(batch):
-        found = world.losses(windows.to(world.device)).by_window
-        values = {"episode": windows.episode, "transitions": windows.mask.sum(1), **found}
+        nats_by_part = world.losses(windows.to(world.device)).by_window
+        values = {"episode": windows.episode, "transitions": windows.mask.sum(1), **nats_by_part}
         for name, value in values.items():
             columns.setdefault(name, []).append(value.cpu().double().numpy())
     nats = {name: np.concatenate(column) for name, column in columns.items()}
@@ -156,7 +153,7 @@ def losses(
 def one_step(
     world: World, dataset: Dataset, split: Split = "valid", *, seed: int = 0, fallback: bool = False
 ) -> OneStep:
-    """Every transition of the split, or a uniform draw of ONE_STEP_TRANSITIONS, by each member once.
+    """Every transition of the split, or a draw of ONE_STEP_TRANSITIONS, by each member once.
 
     With `fallback`, the notes say that validation was too small.
     """

@@ -95,7 +95,7 @@ def check_dataset(dataset: Dataset, codec: Codec) -> None:
 def begin_at(
     world: World, log: Log, episode: Array, step: Array, member: Tensor, warmup: int
 ) -> Carry:
-    """A session that stands at o_step of each logged episode [n], after up to `warmup` true steps."""
+    """A session at o_step of each logged episode [n], after up to `warmup` true steps."""
     columns = min(warmup, world.net.memory)
     observation = log.observation(episode, step).to(world.device)
     task = log.task(episode).to(world.device)

@@ -50,7 +50,7 @@ class Errors:
     group: Array
     """[N] episode, numbered 0..n-1"""
     diverged: int
-    """Steps at which a member left all bounds; their error and disagreement are the largest float"""
+    """Steps at which a member diverged; their error and disagreement are the largest float"""
 
     def __add__(self, other: Errors) -> Errors:
         group = np.concatenate([self.group, other.group + self.group.max() + 1])

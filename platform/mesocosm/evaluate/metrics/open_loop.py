@@ -90,7 +90,7 @@ class OpenLoop:
 
     @property
     def nominal(self) -> float:
-        """The share that the range of `samples` exchangeable draws covers of one more: 90% for 19."""
+        """Coverage of one more draw by the range of `samples` exchangeable ones: 90% for 19."""
         return (self.samples - 1) / (self.samples + 1)
 
     def to_json(self) -> dict[str, Any]:

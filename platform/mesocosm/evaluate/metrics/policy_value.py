@@ -7,7 +7,7 @@ it starts where the world itself starts episodes, which knows nothing of the jud
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,7 @@ class PolicyValue:
     def to_json(self) -> dict[str, Any]:
         return {
             "policies": [value.to_json(self.success) for value in self.values],
-            "ranking": self.ranking.to_json(),
+            "ranking": asdict(self.ranking),
             "success": self.success,
             "real_steps": self.steps,
             "notes": list(self.notes),

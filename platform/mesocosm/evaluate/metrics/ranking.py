@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,8 +20,9 @@ FEWEST = 3
 
 @dataclass(frozen=True)
 class Ranking:
-    """Statistics of the mean returns of n policies in reality R and in the world S. Intervals are 90%
-    bootstrap over policies. `notes` say why a value is None.
+    """Statistics of the mean returns of n policies in reality R and in the world S.
+
+    Intervals are 90% bootstrap over policies. `notes` say why a value is None.
     """
 
     policies: int
@@ -53,9 +53,6 @@ class Ranking:
     bias: float
     """Mean of (world - reality): above 0 where the world flatters"""
     notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def fifths_of(returns: ArrayLike) -> tuple[int, ...]:
@@ -88,7 +85,8 @@ def ranking(real: ArrayLike, imagined: ArrayLike, *, seed: int = 0) -> Ranking:
         )
     elif _spread(S) == 0:
         notes.append(
-            f"the world gives all {n} policies the same value, {S[0]:g}: correlations are undefined."
+            f"the world gives all {n} policies the same value, {S[0]:g}: correlations are"
+            " undefined."
         )
     if n < LEAST or (span > 0 and not firm(fifths)):
         notes.append(

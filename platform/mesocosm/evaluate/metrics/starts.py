@@ -7,7 +7,7 @@ copies.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ NEIGHBOURS = 5
 """k of coverage: equal distributions have about 1 - 2**-k of it."""
 FOLDS = 5
 MARGIN = 0.1
-"""How far beyond the range of the real starts a number may lie, as a share of the range's width..."""
+"""How far beyond the range of the real starts a number may lie, as a share of the range..."""
 LEEWAY = 0.01
 """... or of its deviation over all observations, whichever is more. It is the least radius of a
 neighbourhood, too.
@@ -49,8 +49,9 @@ Interval = stats.Interval
 
 @dataclass(frozen=True)
 class TaskDistribution:
-    """Generated starts against real ones. `notes` say why a value is None. Intervals are 90% bootstrap
-    over starts.
+    """Generated starts against real ones.
+
+    `notes` say why a value is None. Intervals are 90% bootstrap over starts.
     """
 
     generated: int
@@ -87,8 +88,8 @@ class TaskDistribution:
     on: .5 (or less) tells nothing, 1 everything
     """
     auc_interval: Interval | None
-    """Of these classifiers' scores, not of classifiers trained on other starts, so it is too narrow:
-    of equal distributions of 4 numbers (20 to 200 pairs, 40 draws each) 7 in 10 held .5
+    """Of these classifiers' scores, not of classifiers trained on other starts, so too narrow: of
+    equal distributions of 4 numbers (20 to 200 pairs, 40 draws each) 7 in 10 held .5
     """
     nearest: float | None
     """Median distance of a generated start to the nearest training start"""
@@ -102,9 +103,6 @@ class TaskDistribution:
     copies_real: float | None
     """The same share of held-out starts"""
     notes: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def task_distribution(

@@ -1,5 +1,6 @@
-"""`report.html` from a summary: a jinja2 template with inline SVG, no script, and nothing loaded from
-elsewhere. Every text is escaped.
+"""`report.html` from a summary: a jinja2 template with inline SVG and no script.
+
+The page loads nothing from elsewhere. Every text is escaped.
 """
 
 from __future__ import annotations
