@@ -1,6 +1,6 @@
 # make run   the whole loop on this machine: install, then a world, an agent, a report
 # make test  the tests (under 15 minutes on 2 cores); make test-all adds the slow ones
-# make lint  ruff and a strict type check
+# make lint  ruff, a strict type check, and which package may import which
 # make bench ratios, each measured in one run
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -32,6 +32,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: bench-serve bench-world
 

@@ -16,13 +16,13 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.agents import checkpoint
+from mesocosm.agents import training as train
 from mesocosm.agents.config import AgentConfig
 from mesocosm.config import load
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
 from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
 from mesocosm.errors import UsageError
-from mesocosm.jobs import train_agent as train
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
@@ -88,7 +88,7 @@ def train_agent(root: str, overrides: list[str]) -> tuple[Artifact, list[dict[st
     """Train in this process; the artifact and the logged iterations."""
     config = load(AgentConfig, [], [f"storage.root={root}", *SMALL, *overrides])
     with tracking.start("train-agent", config, quiet=True) as run:
-        artifact = train.run(config, run)
+        artifact = train.JOB.run(config, run)
     lines = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     return artifact, [line for line in lines if "agent/imagined_steps" in line]
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from gymnasium import spaces
 
+from mesocosm.agents import training as train
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.config import load
 from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
@@ -22,7 +23,6 @@ from mesocosm.data.loading.loader import Loader
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.jobs import baseline
-from mesocosm.jobs import train_agent as train
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
@@ -147,12 +147,12 @@ def test_horizon_from_the_logs_or_the_config(seek: tuple[str, Artifact]) -> None
 
     storage.make("worlds", "untimed", {"inputs": {"datasets": ["seek"]}}, fill)
     storage.make("worlds", "alone", {"inputs": {}}, fill)
-    plan = train.plan(agent_config(root, "world=untimed", "horizon=null"))
+    plan = train.JOB.plan(agent_config(root, "world=untimed", "horizon=null"))
     assert plan["horizon"].startswith(f"{LENGTH} steps: all 80 truncated episodes")
     alone = ["world=alone", "starts=generated"]
     with pytest.raises(UsageError, match="horizon must be set for worlds/alone"):
-        train.plan(agent_config(root, *alone, "horizon=null"))
-    plan = train.plan(agent_config(root, *alone, "horizon=7"))
+        train.JOB.plan(agent_config(root, *alone, "horizon=null"))
+    plan = train.JOB.plan(agent_config(root, *alone, "horizon=7"))
     assert plan["horizon"] == "7 steps: as configured"
 
 
@@ -162,7 +162,7 @@ def agent_config(root: str, *overrides: str) -> AgentConfig:
 
 def train_agent(config: AgentConfig) -> tuple[Artifact, list[dict[str, Any]], Path]:
     with tracking.start("train-agent", config, quiet=True) as run:
-        artifact = train.run(config, run)
+        artifact = train.JOB.run(config, run)
     path = run.folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return artifact, [line for line in lines if "agent/imagined_steps" in line], run.folder

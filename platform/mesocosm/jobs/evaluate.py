@@ -157,9 +157,9 @@ def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
         if prepared.horizon.inferred:
             run.say(f"episodes end after {prepared.limit} steps: {prepared.horizon.source}")
         if cfg.adversary:
-            from mesocosm.jobs import train_agent  # imports RLlib: only where it trains
+            from mesocosm.agents import training  # imports RLlib: only where it trains
 
-            train = train_agent.JOB.run
+            train = training.JOB.run
             prepared = suite.with_adversary(prepared, run, plan.artifact, train)
         if policy is not None:
             with run.progress("judge", cfg.episodes) as update:

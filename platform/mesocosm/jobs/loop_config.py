@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
+from mesocosm.agents import training as agents
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.config import JobConfig
 from mesocosm.data.collecting import config as collecting
@@ -16,7 +17,6 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.config import EvaluateConfig
 from mesocosm.jobs import baseline as model_free
-from mesocosm.jobs import train_agent as agents
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.serve import config as serving
 from mesocosm.serve.config import ServeConfig

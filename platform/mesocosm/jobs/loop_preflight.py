@@ -8,6 +8,7 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
+from mesocosm.agents import training as agents
 from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.format.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
 from mesocosm.data.format.manifest import Manifest
@@ -19,7 +20,6 @@ from mesocosm.evaluate.judge import check_spaces
 from mesocosm.evaluate.metrics.ranking import FEWEST
 from mesocosm.jobs import baseline as model_free
 from mesocosm.jobs import collect
-from mesocosm.jobs import train_agent as agents
 from mesocosm.jobs.loop_config import LoopConfig, acting, check, fill
 from mesocosm.policies import behaviours
 from mesocosm.store.artifacts import Artifact, Storage

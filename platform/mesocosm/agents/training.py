@@ -1,0 +1,383 @@
+"""Train an RLlib agent inside a world, and store its policy as an artifact.
+
+Running the same command again after a kill continues from the last checkpoint and ends with the
+same policy.
+
+An `agents` artifact is policy.json and policy.safetensors (what acts) and training.safetensors
+(what another training can begin with).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray.rllib.algorithms.algorithm import Algorithm
+
+from mesocosm import checks
+from mesocosm.agents import learner_state, rllib, settings
+from mesocosm.agents.checkpoint import Checkpoints, Progress
+from mesocosm.agents.choice import choose_best, explain
+from mesocosm.agents.config import AgentConfig
+from mesocosm.agents.env import AgentEnv
+from mesocosm.agents.rllib import check_agent, check_init
+from mesocosm.cluster import ray_session
+from mesocosm.config import identity
+from mesocosm.data.format.dataset import Dataset
+from mesocosm.data.format.horizon import Horizon, horizon_of
+from mesocosm.data.loading.codec import Codec
+from mesocosm.data.loading.windows import observation_parts
+from mesocosm.errors import UsageError
+from mesocosm.job import Job, Plan, Resources
+from mesocosm.policies.policy import SNAPSHOTS, Policy
+from mesocosm.runs.tracking import Run
+from mesocosm.serve.client import BACKENDS, WorldVectorEnv
+from mesocosm.serve.config import ServeConfig
+from mesocosm.serve.deployment import deploy, undeploy
+from mesocosm.store.artifacts import Artifact, Storage
+
+STARTS = ("logged", "generated")
+OBJECTIVES = ("return", "disagreement")
+MAX_STARTS = 50_000
+"""Logged starts are a sample of so many of the datasets' observations at most."""
+
+
+def check(config: AgentConfig) -> None:
+    """Raise UsageError on the first wrong value. Reads no storage, starts nothing."""
+    rllib.check("", config.algo, config.params, config.model)
+    checks.at_least(config, 1, "iterations", "num_envs", "rollout", "horizon")
+    checks.at_least(config, 0, "snapshots", "runners")
+    checks.one_of(config, STARTS, "starts")
+    checks.one_of(config, BACKENDS, "backend")
+    checks.one_of(config, OBJECTIVES, "objective")
+    checks.within(config, 0, math.inf, "penalty", open="]")
+    checks.within(config, 0, 1, "gamma", open="[")
+    if config.max_disagreement is not None:
+        checks.within(config, 0, math.inf, "max_disagreement", open="[")
+    steps = config.num_envs * config.rollout * max(config.runners, 1)
+    minibatch = config.params.get("minibatch_size")
+    if config.algo in settings.ON_POLICY and isinstance(minibatch, int) and minibatch > steps:
+        fix = "lower it, or raise num_envs or rollout"
+        message = f"params.minibatch_size must be <= the {steps} steps of an iteration"
+        raise UsageError(f"{message}, got {minibatch}; {fix}")
+
+
+def check_spaces(config: AgentConfig, spaces: tuple[Any, Any], former: Artifact | None) -> None:
+    """Raise UsageError where an agent cannot be trained on (observation, action) spaces.
+
+    `former` is the agent that training begins with.
+    """
+    shape = config.num_envs, config.rollout if config.algo in settings.ON_POLICY else 1
+    network = settings.model(config.algo, config.model)
+    module = check_agent(config.algo, _params(config), network, spaces, shape, config.runners)
+    if former is None:
+        return
+    policy = Policy.load(former.path)
+    if (policy.observation_space, policy.action_space) != spaces:
+        fix = "use an agent of this environment"
+        raise UsageError(f"init={former.name} was trained on other spaces; {fix}")
+    check_init(module, former.path, former.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Plan[AgentConfig]):
+    world: Artifact
+    codec: Codec
+    datasets: list[Artifact]
+    former: Artifact | None
+    """The agent that training begins with."""
+    horizon: Horizon
+
+
+class TrainAgent(Job[AgentConfig, Training]):
+    """Train an agent and export it.
+
+    The artifact is what earns most in this world, by greedy imagined episodes, of the last policy,
+    the snapshots and, with `init`, the agent it began with: its metrics say `greedy_return` (of the
+    last), `best_return`, `kept_iteration`, `former_return` and `kept_former`.
+    """
+
+    name, kind, config = "train-agent", "agents", AgentConfig
+
+    def resolve(self, config: AgentConfig, storage: Storage) -> Training:
+        check(config)
+        if not config.world:
+            raise UsageError(
+                "world is not set; give the world to train in, as in world=worlds/ab12"
+            )
+        world = storage.artifact("worlds", config.world)
+        codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
+        datasets = _datasets(config, storage, world)
+        _check_members(config, world)
+        horizon = _horizon(config, storage, world, codec)
+        former = None if config.init is None else storage.artifact("agents", config.init)
+        check_spaces(config, (codec.observation_space, codec.action_space), former)
+        inputs = {
+            "worlds": [world.id],
+            "datasets": [d.id for d in datasets],
+            "agents": [] if former is None else [former.id],
+        }
+        settled = {
+            "horizon": horizon.steps,
+            "params": _params(config),
+            "model": settings.model(config.algo, config.model),
+        }
+        facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | settled
+        return Training(
+            config=config,
+            inputs=inputs,
+            facts=facts,
+            id=self.hash(facts, inputs),
+            world=world,
+            codec=codec,
+            datasets=datasets,
+            former=former,
+            horizon=horizon,
+        )
+
+    def summary(self, plan: Training) -> dict[str, Any]:
+        config = plan.config
+        steps = config.iterations * config.num_envs * config.rollout * max(config.runners, 1)
+        return {
+            "world": plan.world.name,
+            "algo": config.algo,
+            "params": _params(config),
+            "horizon": f"{plan.horizon.steps} steps: {plan.horizon.source}",
+            "imagined steps": steps,
+            "real steps": 0,
+            "price": 0.0,
+        }
+
+    def resources(self, config: AgentConfig) -> Resources:
+        serves = config.backend == "serve" and config.ray.address is None
+        return {f"runners={config.runners}": (config.runners + int(serves), 0)}
+
+    def make(self, plan: Training, run: Run) -> Artifact:
+        config, world, former = plan.config, plan.world, plan.former
+        if plan.horizon.inferred:
+            source = plan.horizon.source
+            run.say(f"imagined episodes end after {plan.horizon.steps} steps: {source}")
+        checkpoints = Checkpoints(run.storage, plan.id)
+        if config.force:
+            checkpoints.remove()
+        progress = checkpoints.latest()
+        ray_session.ensure(config.ray)
+        if config.runners:
+            ray_session.preflight(cpus=config.runners, what=f"runners={config.runners}")
+        arguments = _arguments(plan, run)
+        metrics: dict[str, float] = {}
+        verdicts: dict[str, str] = {}
+
+        def fill(folder: Path) -> None:
+            with _served(config, world):
+                algorithm = _build(config, run, arguments)
+                try:
+                    if progress is not None:
+                        done = f"{progress.iteration} of {config.iterations}"
+                        run.say(f"continuing after iteration {done}")
+                        learner_state.restore(algorithm, checkpoints.load(progress))
+                        checkpoints.load_snapshots(folder / SNAPSHOTS, progress)
+                    elif former is not None:
+                        rllib.load_training(algorithm, former.path)
+                    iterations = _snapshots(config)
+
+                    def save(where: Path) -> None:
+                        spaces = plan.codec.observation_space, plan.codec.action_space
+                        rllib.export(algorithm, config.algo, *spaces).save(where)
+                        rllib.save_training(algorithm, where)
+
+                    def snapshot(iteration: int) -> None:
+                        if iteration in iterations:
+                            where = folder / SNAPSHOTS / str(iteration)
+                            where.mkdir(parents=True)
+                            save(where)
+                            checkpoints.save_snapshot(where, iteration)
+
+                    metrics.update(_train(config, run, algorithm, checkpoints, progress, snapshot))
+                    save(folder)
+                finally:
+                    algorithm.stop()
+                metrics.update(choose_best(config, run, arguments, former, folder))
+                verdicts.update(explain(config, run, arguments, world, folder))
+
+        artifact = self.commit(plan, run, fill, metrics=metrics, checks=verdicts)
+        checkpoints.remove()
+        return artifact
+
+
+@contextmanager
+def _served(config: AgentConfig, world: Artifact) -> Iterator[None]:
+    """On a Ray of this job's own nobody serves a world but this job; what is served already, or
+    elsewhere, is left as it is.
+    """
+    from ray import serve
+
+    if (
+        config.backend != "serve"
+        or config.ray.address is not None
+        or config.app in serve.status().applications
+    ):
+        yield
+        return
+    deploy(ServeConfig(world=world.id, name=config.app, storage=config.storage, ray=config.ray))
+    try:
+        yield
+    finally:
+        undeploy(config.app)
+
+
+def _horizon(config: AgentConfig, storage: Storage, world: Artifact, codec: Codec) -> Horizon:
+    """Raises UsageError where neither the config, the environment nor the data gives one."""
+    if config.horizon is not None:
+        return Horizon(config.horizon, "as configured")
+    return horizon_of(storage, world, codec.environment["max_episode_steps"], "horizon")
+
+
+def _check_members(config: AgentConfig, world: Artifact) -> None:
+    """Raise UsageError where what is asked rests on a disagreement that the world cannot have."""
+    asked: dict[str, Any] = {
+        "max_disagreement": config.max_disagreement,
+        "objective": None if config.objective == "return" else config.objective,
+    }
+    if json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
+        for key, value in asked.items():
+            if value is not None:
+                raise UsageError(
+                    f"{key}={value} needs members that can disagree, and {world.name} has one;"
+                    f" pretrain with model.members=4, or leave {key} out"
+                )
+
+
+def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Artifact]:
+    if config.starts != "logged":
+        return []
+    names = config.datasets or world.meta.get("inputs", {}).get("datasets", [])
+    if not names:
+        raise UsageError(
+            f"starts='logged' needs the data that {world.name} was trained on, which it does not"
+            " name; set datasets or starts=generated"
+        )
+    return [storage.artifact("datasets", name) for name in names]
+
+
+def _arguments(plan: Training, run: Run) -> dict[str, Any]:
+    """Arguments of every WorldVectorEnv of this job."""
+    config, starts = plan.config, None
+    if plan.datasets:
+        data = Dataset([d.path for d in plan.datasets])
+        starts = observation_parts(data, plan.codec, "train", MAX_STARTS, config.seed)
+    return {
+        "world": plan.world.id,
+        "root": run.storage.root,
+        "backend": config.backend,
+        "app": config.app,
+        "address": config.ray.address,
+        "horizon": plan.horizon.steps,
+        "starts": starts,
+        "seed": config.seed,
+        "penalty": config.penalty,
+        "max_disagreement": config.max_disagreement,
+        "adversary": config.objective == "disagreement",
+    }
+
+
+def _build(config: AgentConfig, run: Run, arguments: Mapping[str, Any]) -> Algorithm:
+    return rllib.build(
+        config.algo,
+        _params(config),
+        settings.model(config.algo, config.model),
+        partial(_make_env, arguments),
+        folder=run.folder / "rllib",
+        seed=config.seed,
+        gamma=config.gamma,
+        num_envs=config.num_envs,
+        rollout=config.rollout if config.algo in settings.ON_POLICY else 1,
+        runners=config.runners,
+        steps_per_iteration=config.num_envs * config.rollout,
+    )
+
+
+def _params(config: AgentConfig) -> dict[str, Any]:
+    return settings.params(
+        settings.IMAGINED, config.algo, config.params, config.num_envs * config.rollout
+    )
+
+
+def _make_env(arguments: Mapping[str, Any], num_envs: int) -> AgentEnv:
+    """RLlib resets each runner's environment with a seed of its own, so that no two runners imagine
+    the same episodes.
+    """
+    return AgentEnv(WorldVectorEnv(num_envs, **arguments))
+
+
+def _snapshots(config: AgentConfig) -> set[int]:
+    """Iterations after which the policy is kept: from the first on, and not the last, which is the
+    agent's own.
+    """
+    return {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
+
+
+def _train(
+    config: AgentConfig,
+    run: Run,
+    algorithm: Algorithm,
+    checkpoints: Checkpoints,
+    progress: Progress | None,
+    snapshot: Callable[[int], None],
+) -> dict[str, float]:
+    """All iterations after those of `progress`; the metrics of the last one.
+
+    `snapshot` is called with the number of finished iterations: 0 at the start, never at the end.
+    """
+    began_at = 0 if progress is None else progress.iteration
+    metrics: dict[str, float] = {} if progress is None else dict(progress.metrics)
+    total, diverged = (int(metrics.get(name, 0)) for name in ("imagined_steps", "diverged"))
+    if progress is None:
+        snapshot(0)
+    with run.progress(f"train-agent {config.algo}", config.iterations) as update:
+        for iteration in range(began_at, config.iterations):
+            began = time.monotonic()
+            learner_state.reseed(algorithm, config.seed, iteration)
+            result = rllib.train(algorithm)
+            seen = rllib.statistics(algorithm)
+            total, diverged = total + seen.steps, diverged + seen.diverged
+            metrics = {
+                "imagined_steps": total,
+                "steps_per_s": seen.steps / (time.monotonic() - began),
+                "disagreement": seen.disagreement / max(seen.steps, 1),
+                "diverged": diverged,
+                **rllib.learned(result),
+            }
+            if seen.returns:
+                metrics |= {
+                    "imagined_return": float(np.mean(seen.returns)),
+                    "imagined_length": float(np.mean(seen.lengths)),
+                }
+            run.log({f"agent/{name}": value for name, value in metrics.items()}, step=iteration)
+            if iteration + 1 < config.iterations:
+                snapshot(iteration + 1)
+            if checkpoints.due():
+                checkpoints.save(iteration + 1, learner_state.capture(algorithm), metrics)
+            shown = f"return {metrics['imagined_return']:.1f}  " if seen.returns else ""
+            update(
+                iteration + 1,
+                f"imagined {shown}disagreement {metrics['disagreement']:.3f} "
+                f" {metrics['steps_per_s']:,.0f} steps/s",
+            )
+    if diverged:
+        run.say(
+            f"{diverged} imagined episodes were cut where the world's numbers left all bounds; a"
+            " shorter horizon or starts=logged keeps nearer to its data"
+        )
+    return metrics
+
+
+JOB = TrainAgent()
