@@ -134,7 +134,7 @@ def test_overrides_may_stand_anywhere(root: str, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("agent.algo=PPPO", r"agent: algo must be .*got 'PPPO'; did you mean 'PPO'"),
         ("agent.params.lrr=1", "agent: params.lrr .*did you mean 'lr'"),
@@ -149,7 +149,7 @@ def test_overrides_may_stand_anywhere(root: str, capsys: pytest.CaptureFixture[s
     ],
 )
 def test_a_loop_is_checked_whole_before_it_starts(
-    override: str, said: str, root: str, capsys: pytest.CaptureFixture[str]
+    override: str, message: str, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
         main(
@@ -165,7 +165,7 @@ def test_a_loop_is_checked_whole_before_it_starts(
         == 2
     )
     err = capsys.readouterr().err
-    assert re.search(said, err) and len(err.strip().splitlines()) == 1, err
+    assert re.search(message, err) and len(err.strip().splitlines()) == 1, err
 
 
 def test_a_dry_run_prices_judging_too(root: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ Launcher = Callable[[], list[str]]
 
 
 @pytest.fixture
-def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home, and the shipped files with a user's own in place of the placeholders."""
     folder = tmp_path / "clusters"
     folder.mkdir()
@@ -42,21 +42,21 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def launcher(own: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
+def launcher(home: Path, monkeypatch: pytest.MonkeyPatch) -> Launcher:
     """A `ray` that writes down what it was called with, and the arguments of its one call."""
-    folder, record = own / "bin", own / "calls"
+    folder, record = home / "bin", home / "calls"
     folder.mkdir()
     (folder / "ray").write_text(
         f'#!/bin/sh\necho "ray speaks"\nfor word in "$@"; do echo "$word" >> {record}; done\n[ ! -e'
-        f" {own}/broken ]\n"
+        f" {home}/broken ]\n"
     )
     (folder / "ray").chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return lambda: record.read_text().splitlines() if record.exists() else []
 
 
-def config_of(own: Path) -> Path:
-    return own / "home" / ".cache" / "mesocosm" / "clusters" / "aws.yaml"
+def config_of(home: Path) -> Path:
+    return home / "home" / ".cache" / "mesocosm" / "clusters" / "aws.yaml"
 
 
 @pytest.mark.parametrize("action", ["render", "up", "down"])
@@ -66,7 +66,7 @@ def test_help_has_examples(action: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_render_prints_what_the_launcher_reads(
-    own: Path, capfd: pytest.CaptureFixture[str]
+    home: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cluster", "render", "aws"]) == 0
     text = capfd.readouterr().out
@@ -80,7 +80,7 @@ def test_render_prints_what_the_launcher_reads(
 
 @pytest.mark.parametrize("kind", kuberay.KINDS)
 def test_render_prints_what_kubectl_reads(
-    own: Path, capfd: pytest.CaptureFixture[str], kind: str
+    home: Path, capfd: pytest.CaptureFixture[str], kind: str
 ) -> None:
     assert main(["cluster", "render", "kuberay", "--kind", kind]) == 0
     text = capfd.readouterr().out
@@ -100,7 +100,7 @@ def test_render_prints_what_kubectl_reads(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (
             ["render", "awz"],
@@ -125,21 +125,25 @@ def test_render_prints_what_kubectl_reads(
     ],
 )
 def test_wrong_use_is_status_2_and_one_sentence(
-    own: Path, launcher: Launcher, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+    home: Path,
+    launcher: Launcher,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    message: str,
 ) -> None:
     assert main(["cluster", *words]) == 2
     err = capsys.readouterr().err
-    assert said in err and len(err.strip().splitlines()) == 1 and not launcher()
+    assert message in err and len(err.strip().splitlines()) == 1 and not launcher()
 
 
 @pytest.mark.parametrize("action", ["up", "down"])
 def test_a_dry_run_does_nothing(
-    own: Path, launcher: Launcher, capfd: pytest.CaptureFixture[str], action: str
+    home: Path, launcher: Launcher, capfd: pytest.CaptureFixture[str], action: str
 ) -> None:
     assert main(["cluster", action, "aws", "--dry-run"]) == 0
     text = capfd.readouterr().out
     assert (
-        f"# ray {action} --yes {config_of(own)}" in text
+        f"# ray {action} --yes {config_of(home)}" in text
         and "# 4.12 USD an hour at full size, 0.2 while nothing runs" in text
     )
     assert yaml.safe_load(text) == launcher_config("aws", cluster_spec.read("aws"))
@@ -148,37 +152,40 @@ def test_a_dry_run_does_nothing(
     assert facts["config"] == yaml.safe_load(text) and facts["price_per_hour"] == pytest.approx(
         4.12
     )
-    assert not launcher() and not (own / "home").exists(), "no token, no config, no call"
+    assert not launcher() and not (home / "home").exists(), "no token, no config, no call"
 
 
 def test_up_gives_the_launcher_a_private_config_and_a_token(
-    own: Path, launcher: Launcher, capfd: pytest.CaptureFixture[str]
+    home: Path, launcher: Launcher, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["cluster", "up", "aws", "--yes"]) == 0
     out = capfd.readouterr().out
     assert (
-        launcher() == ["up", "--yes", str(config_of(own))]
-        and f"ray dashboard {config_of(own)}" in out
+        launcher() == ["up", "--yes", str(config_of(home))]
+        and f"ray dashboard {config_of(home)}" in out
         and "4.12 USD an hour" in out
     )
-    config = yaml.safe_load(config_of(own).read_text())
+    config = yaml.safe_load(config_of(home).read_text())
     assert config == launcher_config("aws", cluster_spec.read("aws"))
-    token = own / "home" / ".ray" / "auth_token"
+    token = home / "home" / ".ray" / "auth_token"
     assert [Path(local).expanduser() for local in config["file_mounts"].values()] == [token]
-    assert [stat.S_IMODE(path.stat().st_mode) for path in (token, config_of(own))] == [0o600, 0o600]
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (token, config_of(home))] == [
+        0o600,
+        0o600,
+    ]
     secret = token.read_text()
-    assert secret and secret not in out + config_of(own).read_text(), "a token is shown nowhere"
+    assert secret and secret not in out + config_of(home).read_text(), "a token is shown nowhere"
     assert main(["cluster", "down", "aws", "--yes", "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["command"] == f"ray down --yes {config_of(own)}", (
+    assert json.loads(capfd.readouterr().out)["command"] == f"ray down --yes {config_of(home)}", (
         "the launcher's words are not on stdout"
     )
-    assert launcher()[3:] == ["down", "--yes", str(config_of(own))] and token.read_text() == secret
+    assert launcher()[3:] == ["down", "--yes", str(config_of(home))] and token.read_text() == secret
 
 
 def test_a_token_that_others_may_read_is_refused(
-    own: Path, launcher: Launcher, capsys: pytest.CaptureFixture[str]
+    home: Path, launcher: Launcher, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    token = own / "home" / ".ray" / "auth_token"
+    token = home / "home" / ".ray" / "auth_token"
     token.parent.mkdir(parents=True)
     token.write_text("x")
     token.chmod(0o644)
@@ -188,7 +195,7 @@ def test_a_token_that_others_may_read_is_refused(
 
 @pytest.mark.parametrize(("answer", "status"), [("y\n", 0), ("n\n", 1), ("", 1)])
 def test_it_asks_first(
-    own: Path,
+    home: Path,
     launcher: Launcher,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -199,13 +206,13 @@ def test_it_asks_first(
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdin", terminal)
     assert main(["cluster", "up", "aws"]) == status
-    told = capfd.readouterr()
-    assert "start mesocosm-aws? [y/N]" in told.err and "4.12 USD an hour" in told.out
-    assert bool(launcher()) == (status == 0) and (own / "home").exists() == (status == 0)
+    captured = capfd.readouterr()
+    assert "start mesocosm-aws? [y/N]" in captured.err and "4.12 USD an hour" in captured.out
+    assert bool(launcher()) == (status == 0) and (home / "home").exists() == (status == 0)
 
 
 def test_where_nobody_can_be_asked(
-    own: Path,
+    home: Path,
     launcher: Launcher,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -219,7 +226,7 @@ def test_where_nobody_can_be_asked(
 
 
 def test_placeholders_are_not_started(
-    own: Path,
+    home: Path,
     launcher: Launcher,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -233,8 +240,8 @@ def test_placeholders_are_not_started(
 
 
 def test_a_launcher_that_fails_is_status_1(
-    own: Path, launcher: Launcher, capsys: pytest.CaptureFixture[str]
+    home: Path, launcher: Launcher, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (own / "broken").touch()
+    (home / "broken").touch()
     assert main(["cluster", "up", "aws", "--yes"]) == 1
     assert "failed with status 1" in capsys.readouterr().err

@@ -67,7 +67,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def ask(*lines: str, folder: Path = REPOSITORY) -> list[list[str]]:
     """What bash proposes at the end of each line."""
-    said = subprocess.run(
+    shell_output = subprocess.run(
         ["bash", "-c", ASK],
         cwd=folder,
         input="".join(f"{line}\n" for line in lines),
@@ -75,8 +75,8 @@ def ask(*lines: str, folder: Path = REPOSITORY) -> list[list[str]]:
         text=True,
         timeout=120,
     )
-    assert said.returncode == 0 and not said.stderr, said.stderr
-    return [line.split() for line in said.stdout.splitlines()]
+    assert shell_output.returncode == 0 and not shell_output.stderr, shell_output.stderr
+    return [line.split() for line in shell_output.stdout.splitlines()]
 
 
 def test_bash_completes_commands_options_keys_files_and_clusters(home: Path) -> None:

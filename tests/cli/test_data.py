@@ -36,9 +36,9 @@ def test_datasets_are_listed_shown_and_held_against_each_other(
     golden: Any,
 ) -> None:
     local = Storage(cart_root(tmp_path / "here"))
-    given = local.artifact("datasets", "cart")
+    original = local.artifact("datasets", "cart")
     storage = Storage(any_root)
-    storage.make("datasets", "cart", given.meta, lambda folder: _copied(given.path, folder))
+    storage.make("datasets", "cart", original.meta, lambda folder: _copied(original.path, folder))
     at = f"storage.root={any_root}"
     assert (
         main(
@@ -58,22 +58,22 @@ def test_datasets_are_listed_shown_and_held_against_each_other(
     assert main(["data", "list", at, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["id"], row["job"]) for row in rows] == [
-        ("cart", given.meta.get("job", "?")),
+        ("cart", original.meta.get("job", "?")),
         (curated, "curate"),
     ]
     assert sum(rows[0]["transitions"].values()) > sum(rows[1]["transitions"].values()) > 0
     assert main(["data", "list", at]) == 0
-    told = capsys.readouterr().out
-    assert curated in told and "CartPole-v1" in told and "2 datasets in" in told
+    text = capsys.readouterr().out
+    assert curated in text and "CartPole-v1" in text and "2 datasets in" in text
 
     assert main(["data", "show", curated[:6], at]) == 0
-    told = capsys.readouterr().out
+    text = capsys.readouterr().out
     assert (
-        "curate of cart" in told
-        and "length(min=20.0)" in told
-        and "hold_out(bins=5, by=random, share=0.2)" in told
+        "curate of cart" in text
+        and "length(min=20.0)" in text
+        and "hold_out(bins=5, by=random, share=0.2)" in text
     )
-    page = Path(told.rsplit("page: ", 1)[1].strip())
+    page = Path(text.rsplit("page: ", 1)[1].strip())
     summary = json.loads((page.parent / "summary.json").read_text())
     golden.check("coverage", {"summary": golden.of_numbers(summary)})
     assert (
@@ -90,20 +90,20 @@ def test_datasets_are_listed_shown_and_held_against_each_other(
     ]
 
     assert main(["data", "diff", "cart", curated, at, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    report = json.loads(capsys.readouterr().out)
     assert (
-        found["differ"]["made by"][1] == "curate"
-        and found["differ"][
-            "environment's version" if "environment's version" in found["differ"] else "how"
+        report["differ"]["made by"][1] == "curate"
+        and report["differ"][
+            "environment's version" if "environment's version" in report["differ"] else "how"
         ]
     )
     assert (
-        found["episodes"]["only_b"] == 0 < found["episodes"]["only_a"]
-        and found["coverage"]["a_lacks"]["beyond"] < 0.05
+        report["episodes"]["only_b"] == 0 < report["episodes"]["only_a"]
+        and report["coverage"]["a_lacks"]["beyond"] < 0.05
     )
     assert main(["data", "diff", "cart", curated, at]) == 0
-    told = capsys.readouterr().out
-    assert f"{found['episodes']['both']} episodes are in both" in told and "data alike: 1%" in told
+    text = capsys.readouterr().out
+    assert f"{report['episodes']['both']} episodes are in both" in text and "data alike: 1%" in text
 
 
 def _copied(source: Path, folder: Path) -> None:

@@ -88,8 +88,8 @@ def test_only_what_nobody_needs_goes(any_root: str, gc: Listed) -> None:
     ):
         assert gc(any_root, "--dry-run", "--older-than", "0")["remains"] == []
         _killed(any_root, HALF)
-        found = gc(any_root, "--dry-run", "--older-than", "0")
-        assert [(remain["what"], remain["bytes"]) for remain in found["remains"]] == [
+        report = gc(any_root, "--dry-run", "--older-than", "0")
+        assert [(remain["what"], remain["bytes"]) for remain in report["remains"]] == [
             ("scratch", 10)
         ]
         assert gc(any_root, "--dry-run")["remains"] == [], (
@@ -207,14 +207,14 @@ storage.make("worlds", "w", {}, lambda folder: (folder / "y").write_bytes(b"y"),
 """
     _killed(storage.root, kill)
     assert storage.find("worlds", "w") is None
-    found = gc(storage.root, "--yes", "--older-than", "0")
+    report = gc(storage.root, "--yes", "--older-than", "0")
     assert (
-        len(found["remains"]) == 1
-        and "y" in found["remarks"][0]
-        and "move the folder to" in found["remarks"][0]
+        len(report["remains"]) == 1
+        and "y" in report["remarks"][0]
+        and "move the folder to" in report["remarks"][0]
     )
-    kept = Path(found["remarks"][0].split(" is the only copy")[0])
-    kept.rename(tmp_path / "root" / "worlds" / "w")
+    only_copy = Path(report["remarks"][0].split(" is the only copy")[0])
+    only_copy.rename(tmp_path / "root" / "worlds" / "w")
     assert (storage.artifact("worlds", "w").path / "x").read_bytes() == b"x" * 10
 
 
@@ -240,11 +240,11 @@ def test_what_a_bucket_and_its_cache_keep(s3: str, tmp_path: Path, gc: Listed) -
     (tmp_path / "tmp" / "mesocosm-checkpoint-a").mkdir()
     (tmp_path / "tmp" / "mesocosm-checkpoint-a" / "ds").write_bytes(b"c" * 7)
     assert gc(storage.root, "--dry-run")["remains"] == []
-    found = {
+    report = {
         remain["what"]: remain
         for remain in gc(storage.root, "--dry-run", "--older-than", "0")["remains"]
     }
-    sizes = {what: remain["bytes"] for what, remain in found.items()}
+    sizes = {what: remain["bytes"] for what, remain in report.items()}
     assert sizes == {
         "superseded files": 17,
         "unfinished artifact": 15,
@@ -253,10 +253,10 @@ def test_what_a_bucket_and_its_cache_keep(s3: str, tmp_path: Path, gc: Listed) -
         "scratch": 7,
     }
     assert (
-        found["upload"]["path"]
+        report["upload"]["path"]
         == f"{storage.root}/datasets/big/0123456789ab/shard?uploadId={begun['UploadId']}"
     )
-    assert found["cache"]["path"].endswith("cache/worlds/gone")
+    assert report["cache"]["path"].endswith("cache/worlds/gone")
     assert gc(storage.root, "--yes", "--older-than", "0")["removed"] == 5
     assert gc(storage.root, "--dry-run", "--older-than", "0")["remains"] == []
     assert storage.uploads() == {} and storage.list("worlds") == ["whole"]
@@ -290,10 +290,10 @@ def test_it_asks(
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdin", terminal)
     assert main(words) == status
-    told = capsys.readouterr()
+    captured = capsys.readouterr()
     assert (
-        "remove 1 item? [y/N]" in told.err
-        and f"{folder}  (it has no COMMIT.json)" in told.out
+        "remove 1 item? [y/N]" in captured.err
+        and f"{folder}  (it has no COMMIT.json)" in captured.out
         and folder.exists() == (status == 1)
     )
 

@@ -118,7 +118,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             stderr=log,
             start_new_session=True,
         )
-    made = Cluster(folder, base / "root", token, process, base / "home")
+    cluster_ = Cluster(folder, base / "root", token, process, base / "home")
     try:
         end = time.monotonic() + 120
         while True:
@@ -132,6 +132,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 break
             except OSError:
                 time.sleep(0.5)
-        yield made
+        yield cluster_
     finally:
-        made.end()
+        cluster_.end()

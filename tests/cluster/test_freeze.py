@@ -30,16 +30,16 @@ CLUSTER = ClusterConfig(
 )
 
 
-def given(*overrides: str) -> CollectConfig:
+def load_config(*overrides: str) -> CollectConfig:
     return config.load(CollectConfig, [], ["reality.env=CartPole-v1", *overrides])
 
 
 def frozen(folder: Path, *overrides: str, cluster: ClusterConfig = CLUSTER) -> Frozen:
-    return freeze("collect", given(*overrides), cluster, folder, None)
+    return freeze("collect", load_config(*overrides), cluster, folder, None)
 
 
-def own(found: Frozen) -> set[str]:
-    return {name for name in found.files if not name.startswith("mesocosm/")}
+def user_files(result: Frozen) -> set[str]:
+    return {name for name in result.files if not name.startswith("mesocosm/")}
 
 
 @pytest.fixture
@@ -59,10 +59,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_is_hidden_or_made_stays_here(folder: Path) -> None:
-    assert own(frozen(folder)) == {"mine.py", "data/table.csv", "ignored.bin"}
+    assert user_files(frozen(folder)) == {"mine.py", "data/table.csv", "ignored.bin"}
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     (folder / ".gitignore").write_text("ignored.bin\n")
-    assert own(frozen(folder)) == {"mine.py", "data/table.csv"}, "what git ignores, too"
+    assert user_files(frozen(folder)) == {"mine.py", "data/table.csv"}, "what git ignores, too"
 
 
 @pytest.mark.parametrize("name", ["http.py", "queue/__init__.py"])
@@ -72,12 +72,12 @@ def test_a_file_that_would_replace_a_module_of_pythons_is_refused(name: str, fol
     with pytest.raises(UsageError, match=name):
         frozen(folder)
     (folder / name).rename(folder / "data" / "harmless.py")
-    assert "data/harmless.py" in own(frozen(folder))
+    assert "data/harmless.py" in user_files(frozen(folder))
 
 
 def test_this_very_package_goes_along(folder: Path, tmp_path: Path) -> None:
-    found = frozen(folder)
-    found.write(tmp_path / "sent")
+    result = frozen(folder)
+    result.write(tmp_path / "sent")
     assert (tmp_path / "sent" / "mesocosm" / "config.py").read_bytes() == (
         freezing.PACKAGE / "config.py"
     ).read_bytes()
@@ -162,8 +162,8 @@ def test_what_may_not_be_sent(
 def test_what_a_job_asks_for(
     schema: Any, overrides: list[str], cpus: float, gpus: float, what: str
 ) -> None:
-    found = needs(config.load(schema, [], overrides))
-    assert (found.cpus, found.gpus, found.what) == (cpus, gpus, what)
+    result = needs(config.load(schema, [], overrides))
+    assert (result.cpus, result.gpus, result.what) == (cpus, gpus, what)
 
 
 def test_a_sweep_there_is_estimated_as_of_that_cluster(
@@ -176,11 +176,11 @@ def test_a_sweep_there_is_estimated_as_of_that_cluster(
         " [{cpus: 4}]\n"
     )
     monkeypatch.chdir(folder)
-    found = freeze(
+    result = freeze(
         "sweep", config.load(SweepConfig, [], []), cluster_spec.read("mine"), None, "mine"
     )
     assert (
-        isinstance(found.config, SweepConfig)
-        and found.config.cluster == "mine"
-        and own(found) == {"clusters/mine.yaml"}
+        isinstance(result.config, SweepConfig)
+        and result.config.cluster == "mine"
+        and user_files(result) == {"clusters/mine.yaml"}
     )

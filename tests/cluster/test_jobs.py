@@ -22,15 +22,15 @@ COLLECT = ("collect", "reality.env=CartPole-v1", "steps=200", "seed=3")
 def submit(cluster: Cluster, *arguments: str) -> dict[str, Any]:
     done = cluster.mesocosm(*arguments, "--cluster", "test", "--json")
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 def status(cluster: Cluster, id: str) -> dict[str, Any]:
     done = cluster.mesocosm("jobs", "status", id, "--json")
     assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +44,26 @@ def test_a_job_runs_there_as_it_does_here(cluster: Cluster, collected: dict[str,
         and collected["id"].endswith("-1")
         and not collected["attached"]
     )
-    found = status(cluster, collected["id"])
+    report = status(cluster, collected["id"])
     here = cluster.mesocosm(*COLLECT, f"storage.root={cluster.folder}/.here", "--json")
-    assert found["artifact"] == json.loads(here.stdout)["artifact"]
+    assert report["artifact"] == json.loads(here.stdout)["artifact"]
     there, own = (
-        Storage(str(root)).artifact("datasets", found["artifact"]).path
+        Storage(str(root)).artifact("datasets", report["artifact"]).path
         for root in (cluster.root, cluster.folder / ".here")
     )
     names = sorted(str(path.relative_to(there)) for path in there.rglob("*.npy"))
     assert names and all((there / name).read_bytes() == (own / name).read_bytes() for name in names)
     assert (
-        "200/200 real steps" in found["progress"]
-        and found["mlflow"]
-        and found["state"] == "SUCCEEDED"
+        "200/200 real steps" in report["progress"]
+        and report["mlflow"]
+        and report["state"] == "SUCCEEDED"
     )
 
 
 def test_the_checklist_is_seen_from_inside(cluster: Cluster) -> None:
     done = cluster.mesocosm("cluster", "check", "test", "--json")
-    found = {check["name"]: check for check in json.loads(done.stdout)}
-    assert done.returncode == 0 and list(found) == [
+    report = {check["name"]: check for check in json.loads(done.stdout)}
+    assert done.returncode == 0 and list(report) == [
         "cluster",
         "python",
         "ray",
@@ -73,10 +73,10 @@ def test_the_checklist_is_seen_from_inside(cluster: Cluster) -> None:
         "mlflow",
     ]
     assert (
-        "with its token" in found["cluster"]["found"]
-        and "1 nodes, 4 CPUs" in found["nodes"]["found"]
+        "with its token" in report["cluster"]["found"]
+        and "1 nodes, 4 CPUs" in report["nodes"]["found"]
     )
-    assert str(cluster.root) in found["storage"]["found"]
+    assert str(cluster.root) in report["storage"]["found"]
     wrong = cluster.mesocosm("cluster", "check", "wrong")
     assert (
         wrong.returncode == 1
@@ -166,12 +166,12 @@ def test_a_stopped_training_has_its_checkpoint_and_goes_on(
     stopped = cluster.mesocosm("jobs", "stop", first["id"], "--json")
     assert json.loads(stopped.stdout) == {"id": first["id"], "state": "STOPPED"}, stopped.stderr
     world = status(cluster, first["id"])["artifact"].removeprefix("worlds/")
-    kept = checkpoint.latest(storage, world)
-    assert kept is not None and 0 < kept[1].step < 100000, "of the last step, though none was due"
+    saved = checkpoint.latest(storage, world)
+    assert saved is not None and 0 < saved[1].step < 100000, "of the last step, though none was due"
     second = submit(cluster, *training)
     assert second["id"] == first["id"].removesuffix("-1") + "-2"
     while (
-        f"resuming from step {kept[1].step}"
+        f"resuming from step {saved[1].step}"
         not in cluster.mesocosm("jobs", "logs", second["id"]).stdout
     ):
         assert time.monotonic() < end + 120
@@ -182,9 +182,9 @@ def test_a_stopped_training_has_its_checkpoint_and_goes_on(
 def test_what_was_said_outlives_the_cluster(cluster: Cluster, collected: dict[str, Any]) -> None:
     """The last: it ends the cluster. Nothing that anybody may read has the token."""
     cluster.end()
-    said = cluster.mesocosm("jobs", "logs", collected["id"])
-    assert said.returncode == 0 and "200/200 real steps" in said.stdout
-    found = status(cluster, collected["id"])
-    assert found["state"] == "SUCCEEDED" and "does not answer" in found["unreached"]
+    logs = cluster.mesocosm("jobs", "logs", collected["id"])
+    assert logs.returncode == 0 and "200/200 real steps" in logs.stdout
+    report = status(cluster, collected["id"])
+    assert report["state"] == "SUCCEEDED" and "does not answer" in report["unreached"]
     for path in [*cluster.root.rglob("*"), *cluster.home.rglob("*")]:
         assert not path.is_file() or cluster.token.encode() not in path.read_bytes(), path

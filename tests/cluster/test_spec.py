@@ -230,9 +230,9 @@ def test_a_token_is_made_once_and_for_its_owner_alone(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         clusters.check_token(path)
     assert clusters.make_token(path)
-    made = path.read_text()
-    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and re.fullmatch("[0-9a-f]{64}", made)
-    assert not clusters.make_token(path) and path.read_text() == made
+    created = path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600 and re.fullmatch("[0-9a-f]{64}", created)
+    assert not clusters.make_token(path) and path.read_text() == created
     path.chmod(0o640)
     with pytest.raises(UsageError, match=r"may be read by others \(mode 640\); run: chmod 600"):
         clusters.make_token(path)
@@ -350,12 +350,12 @@ def test_ec2_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for node in config["available_node_types"].values():
             provider.create_node(node["node_config"], {}, 1)
         ec2 = boto3.client("ec2")
-        made = [
+        created = [
             instance
             for reservation in ec2.describe_instances()["Reservations"]
             for instance in reservation["Instances"]
         ]
-        assert {(i["InstanceType"], i.get("InstanceLifecycle")) for i in made} == {
+        assert {(i["InstanceType"], i.get("InstanceLifecycle")) for i in created} == {
             ("m7i.xlarge", None),
             ("g6.2xlarge", "spot"),
         }
@@ -383,14 +383,14 @@ def whole(schema: Any) -> Any:
         return schema
     if schema.get("x-kubernetes-int-or-string"):
         return {"anyOf": [{"type": "integer"}, {"type": "string"}]}
-    found = {key: whole(value) for key, value in schema.items()}
+    resolved = {key: whole(value) for key, value in schema.items()}
     if (
-        isinstance(found.get("properties"), dict)
-        and "type" in found
-        and "additionalProperties" not in found
+        isinstance(resolved.get("properties"), dict)
+        and "type" in resolved
+        and "additionalProperties" not in resolved
     ):
-        found["additionalProperties"] = bool(schema.get("x-kubernetes-preserve-unknown-fields"))
-    return found
+        resolved["additionalProperties"] = bool(schema.get("x-kubernetes-preserve-unknown-fields"))
+    return resolved
 
 
 def crd(kind: str) -> Any:
@@ -626,7 +626,7 @@ def test_a_service_is_a_config_that_serve_takes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "said"),
+    ("kind", "words", "message"),
     [
         ("RayCluster", "doctor", "is for --kind RayJob or RayService"),
         (
@@ -641,8 +641,8 @@ def test_a_service_is_a_config_that_serve_takes() -> None:
         ("RayService", "serve replicas=0", "serve.replicas must be >= 1, got 0"),
     ],
 )
-def test_words_that_no_kind_could_run(kind: str, words: str, said: str) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_words_that_no_kind_could_run(kind: str, words: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         rendered(kind, words)
 
 
