@@ -40,15 +40,15 @@ from matplotlib import pyplot
 from mesocosm import config
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.config import StorageConfig, fingerprint, to_dict
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import facts_of
 from mesocosm.evaluate.judge import judge
 from mesocosm.evaluate.metrics import stats
-from mesocosm.evaluate.metrics.policy_value import imagining
 from mesocosm.evaluate.policy_set import Noisy, Scripted
+from mesocosm.evaluate.policy_value import imagining
 from mesocosm.jobs import collect, propose
 from mesocosm.model.world import World
 from mesocosm.plotting import STYLE

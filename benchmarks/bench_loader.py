@@ -36,11 +36,11 @@ import numpy as np
 from bench_storage import endpoint
 from gymnasium import spaces
 
-from mesocosm.data.format.dataset import Dataset, DatasetWriter, Environment
-from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.data.loading.windows import raw_rows
+from mesocosm.datasets.dataset import Dataset, DatasetWriter, Environment
+from mesocosm.datasets.episode import Episode
 from mesocosm.store.artifacts import Storage
 from mesocosm.store.cache import open_partial
 

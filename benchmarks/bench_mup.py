@@ -35,9 +35,9 @@ from bench_world import BEHAVIOURS, HERE, HORIZON, ROOT, commit
 from matplotlib import pyplot
 
 from mesocosm.config import StorageConfig, TrackingConfig, fingerprint
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.config import RealityConfig
 from mesocosm.jobs import collect
 from mesocosm.model import mup

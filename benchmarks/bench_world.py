@@ -35,9 +35,9 @@ import numpy as np
 import torch
 
 from mesocosm.config import StorageConfig, TrackingConfig, fingerprint, load, to_dict
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.config import RealityConfig
 from mesocosm.evaluate.metrics.fidelity import losses, one_step
 from mesocosm.evaluate.metrics.open_loop import open_loop

@@ -24,8 +24,8 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm.data.format.dataset import Environment, write_dataset
-from mesocosm.data.format.episode import Episode
+from mesocosm.datasets.dataset import Environment, write_dataset
+from mesocosm.datasets.episode import Episode
 from mesocosm.store.artifacts import Storage
 
 torch.set_num_threads(1)

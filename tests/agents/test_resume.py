@@ -19,9 +19,9 @@ from mesocosm.agents import checkpoint
 from mesocosm.agents import training as train
 from mesocosm.agents.config import AgentConfig
 from mesocosm.config import load
-from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.episode import Episode
 from mesocosm.errors import UsageError
 from mesocosm.model import mup
 from mesocosm.model.base import Base

@@ -16,10 +16,10 @@ from gymnasium import spaces
 from mesocosm.agents import training as train
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.config import load
-from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.episode import Episode
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.jobs import baseline

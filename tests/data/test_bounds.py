@@ -16,10 +16,10 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.data.collecting.config import CollectConfig
-from mesocosm.data.format.bounds import clipped, first_outside
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.bounds import clipped, first_outside
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.episode import Episode
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
@@ -240,7 +240,7 @@ def test_a_codec_is_not_fitted_to_what_no_world_can_hold(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A dataset that an earlier version wrote holds such values."""
-    monkeypatch.setattr("mesocosm.data.format.spaces.first_beyond_float32", lambda values: None)
+    monkeypatch.setattr("mesocosm.datasets.spaces.first_beyond_float32", lambda values: None)
     whole: dict[str, Any] = {
         "observations": [np.zeros(2)] * 4,
         "actions": [np.zeros(1)] * 3,

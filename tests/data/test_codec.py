@@ -10,10 +10,10 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.windows import start_parts
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.episode import Episode
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts
 

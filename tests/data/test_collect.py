@@ -20,8 +20,8 @@ from mesocosm.data.collecting import ray_workers
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.collecting.ray_workers import run_on_ray
 from mesocosm.data.collecting.workers import Plan, split
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.manifest import Manifest
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.manifest import Manifest
 from mesocosm.envs.config import BudgetConfig, RealityConfig, TaskOption
 from mesocosm.envs.episode import episode_seed
 from mesocosm.envs.ledger import Ledger

@@ -12,7 +12,7 @@ import pytest
 from mesocosm.data.collecting import workers
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.collecting.workers import Lane, Plan, Report, run_here, split
-from mesocosm.data.format.writer import DatasetWriter
+from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.envs.config import BudgetConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger, LedgerTotals
 from mesocosm.envs.segments import Segments

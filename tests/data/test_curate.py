@@ -15,10 +15,10 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.cli.main import main
-from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.episode import Episode
 from mesocosm.errors import UsageError
 from mesocosm.jobs.curate import CurateConfig, plan, run
 from mesocosm.runs import tracking

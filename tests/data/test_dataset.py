@@ -10,11 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
 
-from mesocosm.data.format.dataset import Dataset, Environment, Manifest, write_dataset
-from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.data.loading.windows import observation_parts, start_parts
+from mesocosm.datasets.dataset import Dataset, Environment, Manifest, write_dataset
+from mesocosm.datasets.episode import Episode
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.store.artifacts import Storage
 

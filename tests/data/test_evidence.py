@@ -11,8 +11,8 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.data.analysis.evidence import FEWEST, Evidence, evidence
-from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.format.episode import Episode
+from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.episode import Episode
 
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (2,), np.float64)
 BOX = spaces.Box(-1.0, 1.0, (2,), np.float64)

@@ -10,9 +10,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from mesocosm.data.format.dataset import Environment, write_dataset
-from mesocosm.data.format.episode import Episode, Outcome
-from mesocosm.data.format.horizon import horizon_of, logged_horizon
+from mesocosm.datasets.dataset import Environment, write_dataset
+from mesocosm.datasets.episode import Episode, Outcome
+from mesocosm.datasets.horizon import horizon_of, logged_horizon
 from mesocosm.errors import UsageError
 from mesocosm.store.artifacts import Artifact, Storage
 

@@ -19,12 +19,12 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.cli.main import main
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.manifest import Manifest
-from mesocosm.data.format.writer import DatasetWriter
 from mesocosm.data.ingest.episodes import stream
 from mesocosm.data.ingest.readers import jsonl as jsonl_reader
 from mesocosm.data.ingest.readers import parquet as parquet_reader
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.manifest import Manifest
+from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.errors import UsageError
 from mesocosm.jobs.import_logs import ImportConfig, plan, run
 from mesocosm.runs import tracking
@@ -932,7 +932,7 @@ def test_a_broken_import_goes_on_where_it_was(
     ]
     path = parquet(tmp_path / "a.parquet", rows, row_group_size=7)
     monkeypatch.setattr(parquet_reader, "PIECE_ROWS", 7)
-    monkeypatch.setattr("mesocosm.data.format.writer.SHARD_BYTES", 500)
+    monkeypatch.setattr("mesocosm.datasets.writer.SHARD_BYTES", 500)
     whole = import_logs(path, bad="drop", to=str(tmp_path / "whole"))
     shard_of = Dataset([whole.path]).table["shard"].tolist()
     assert len(shard_of) == 12 and shard_of[-1] >= 4
@@ -978,7 +978,7 @@ def test_a_killed_import_goes_on(tmp_path: Path, root: str) -> None:
 
     def command(root: str) -> list[str]:
         words = ["import", str(path), f"storage.root={root}", "workers=0"]
-        small = "import mesocosm.data.format.writer as writer; writer.SHARD_BYTES = 1 << 18; "
+        small = "import mesocosm.datasets.writer as writer; writer.SHARD_BYTES = 1 << 18; "
         return [
             sys.executable,
             "-c",

@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from gymnasium import spaces
 
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.ingest.readers import files
 from mesocosm.data.ingest.readers import parquet as parquet_reader
 from mesocosm.data.ingest.sources import sources
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
 from mesocosm.jobs.import_logs import ImportConfig, plan, run
 from mesocosm.runs import tracking

@@ -17,12 +17,12 @@ from gymnasium import spaces
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.format.episode import Episode
-from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.data.loading.windows import windows
+from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.episode import Episode
+from mesocosm.datasets.permutation import key, permute
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, Windows
 

@@ -11,8 +11,8 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mesocosm.data.format.space_json import space_from_json, space_to_json
-from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.datasets.space_json import space_from_json, space_to_json
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import MesocosmError, UsageError
 
 FLOATS = [np.float16, np.float32, np.float64]

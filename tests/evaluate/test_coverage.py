@@ -14,8 +14,8 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.data.analysis.neighbours import effective, gaps, own_gaps
-from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.format.episode import Episode
+from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.episode import Episode
 from mesocosm.evaluate.metrics.coverage import compare, summarise
 from mesocosm.evaluate.report import coverage_page
 
@@ -47,7 +47,7 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
     """`made([(episode, split), ...])`; splits as they are given."""
 
     def make(episodes: list[tuple[Episode, str]], name: str = "d") -> Dataset:
-        from mesocosm.data.format.writer import DatasetWriter
+        from mesocosm.datasets.writer import DatasetWriter
 
         box, four = spaces.Box(-np.inf, np.inf, (2,), np.float64), spaces.Discrete(4)
         writer = DatasetWriter(

@@ -21,9 +21,9 @@ import torch
 
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.config import StorageConfig, load
-from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.episode import Episode
 from mesocosm.envs.config import RealityConfig, TaskOption
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError

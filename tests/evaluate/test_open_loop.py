@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.imagine import imagine, side_by_side, starts_of
 from mesocosm.evaluate.metrics.fidelity import fidelity, losses, one_step, time_to_end

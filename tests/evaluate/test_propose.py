@@ -17,9 +17,9 @@ from mesocosm import config
 from mesocosm.cli.main import main
 from mesocosm.config import StorageConfig, fingerprint
 from mesocosm.data.collecting.config import CollectConfig
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.evaluate.buying import Imagined, buy, weights
 from mesocosm.jobs import collect, propose

@@ -18,11 +18,11 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.format.episode import Episode
-from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.windows import start_parts
+from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.episode import Episode
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.starts import LEAST, TaskDistribution, task_distribution
 from mesocosm.model import mup

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mesocosm.data.format.dataset import Dataset, Environment, write_dataset
-from mesocosm.data.format.episode import Episode
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.episode import Episode
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.episode import run_episode
 from mesocosm.model.net import Losses

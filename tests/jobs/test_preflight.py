@@ -19,8 +19,8 @@ from mesocosm.agents import settings
 from mesocosm.agents.rllib import TRAINING_STATE, check_agent
 from mesocosm.cli.main import main
 from mesocosm.config import JobConfig, load
-from mesocosm.data.format.dataset import Environment, write_dataset
-from mesocosm.data.format.episode import Episode, Outcome
+from mesocosm.datasets.dataset import Environment, write_dataset
+from mesocosm.datasets.episode import Episode, Outcome
 from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.suite import TooFewPolicies

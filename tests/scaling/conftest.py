@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mesocosm import config
-from mesocosm.data.format.dataset import Dataset
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.scaling.sweep_config import SweepConfig
 from mesocosm.store.artifacts import Storage
 

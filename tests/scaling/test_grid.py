@@ -16,9 +16,9 @@ import pytest
 from mesocosm import config
 from mesocosm.cli.main import main
 from mesocosm.cluster.spec import ClusterConfig, NodeGroup, read
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
 from mesocosm.jobs.pretrain import plan as plan_pretrain
 from mesocosm.jobs.sweep import plan

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from mesocosm.cluster.spec import ClusterConfig, NodeGroup
-from mesocosm.data.format.dataset import Dataset
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.runs import tracking
 from mesocosm.scaling.cells import CellRecord
 from mesocosm.scaling.grid import Cell, lay_out

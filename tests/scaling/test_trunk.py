@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mesocosm.cluster.spec import ClusterConfig
-from mesocosm.data.format.dataset import Dataset
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.model.base import Base
 from mesocosm.scaling import cells as stored
 from mesocosm.scaling.grid import Cell, Grid, Trunk, lay_out

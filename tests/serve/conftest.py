@@ -13,8 +13,8 @@ import torch
 from gymnasium import spaces
 
 from mesocosm.config import StorageConfig
-from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.codec import Codec, Scaling
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build

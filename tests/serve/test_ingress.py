@@ -22,7 +22,7 @@ import requests
 from gymnasium.vector.utils import iterate
 
 from mesocosm.config import StorageConfig
-from mesocosm.data.format.space_json import space_from_json
+from mesocosm.datasets.space_json import space_from_json
 from mesocosm.errors import UsageError
 from mesocosm.jobs import serve as serve_job
 from mesocosm.runs import tracking

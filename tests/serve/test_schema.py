@@ -13,7 +13,7 @@ from gymnasium.vector.utils import concatenate, create_empty_array
 from hypothesis import HealthCheck, given, seed, settings
 from pydantic import TypeAdapter, ValidationError
 
-from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.serve.http_sessions import to_json
 from mesocosm.serve.schema import json_type
 

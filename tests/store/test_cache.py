@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.store import cache
 from mesocosm.store.artifacts import Storage

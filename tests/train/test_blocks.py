@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.writer import write_dataset
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.writer import write_dataset
 from mesocosm.store.artifacts import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]

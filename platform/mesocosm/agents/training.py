@@ -31,10 +31,10 @@ from mesocosm.agents.env import AgentEnv
 from mesocosm.agents.rllib import check_agent, check_init
 from mesocosm.cluster import ray_session
 from mesocosm.config import identity
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.horizon import Horizon, horizon_of
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.windows import observation_parts
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.horizon import Horizon, horizon_of
 from mesocosm.errors import UsageError
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.policies.policy import SNAPSHOTS, Policy

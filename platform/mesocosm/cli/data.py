@@ -17,8 +17,8 @@ from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.versions import VERSIONS
 
 if TYPE_CHECKING:
-    from mesocosm.data.format.dataset import Dataset
-    from mesocosm.data.format.manifest import Manifest
+    from mesocosm.datasets.dataset import Dataset
+    from mesocosm.datasets.manifest import Manifest
     from mesocosm.store.artifacts import Artifact, Commit, Storage
 
 PARAMS = (options.overrides(), options.CONFIG, options.JSON)
@@ -87,7 +87,7 @@ def show(id: str, files: Sequence[str], overrides: Sequence[str], as_json: bool)
       mesocosm data show ab12
       mesocosm data show ab12 --json
     """
-    from mesocosm.data.format.dataset import Dataset
+    from mesocosm.datasets.dataset import Dataset
     from mesocosm.evaluate.report import coverage_page
 
     storage = options.open_storage(files, overrides)
@@ -134,7 +134,7 @@ def diff(a: str, b: str, files: Sequence[str], overrides: Sequence[str], as_json
     Example:
       mesocosm data diff ab12 cd34
     """
-    from mesocosm.data.format.dataset import Dataset
+    from mesocosm.datasets.dataset import Dataset
     from mesocosm.evaluate.metrics.coverage import compare
 
     storage = options.open_storage(files, overrides)
@@ -192,7 +192,7 @@ def _listed(storage: Storage, id: str) -> dict[str, Any] | None:
     """
     from pydantic import ValidationError
 
-    from mesocosm.data.format.manifest import MANIFEST, Manifest
+    from mesocosm.datasets.manifest import MANIFEST, Manifest
 
     commit = storage.commit_of("datasets", id)
     if commit is None:

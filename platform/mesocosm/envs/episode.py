@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import gymnasium
 import numpy as np
 
-from mesocosm.data.format.bounds import FIX, first_outside
-from mesocosm.data.format.episode import Episode, Outcome
-from mesocosm.data.format.spaces import FLOAT32
+from mesocosm.datasets.bounds import FIX, first_outside
+from mesocosm.datasets.episode import Episode, Outcome
+from mesocosm.datasets.spaces import FLOAT32
 from mesocosm.envs.api import Env, take_reset, take_step
 from mesocosm.envs.config import RealityConfig, parse_success
 from mesocosm.envs.make import draw_options, one_line

@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 
 from mesocosm.cluster.ray_session import IMPORTS
-from mesocosm.data.format.bounds import Clipped
+from mesocosm.datasets.bounds import Clipped
 from mesocosm.envs.api import Env, close
 from mesocosm.envs.config import RealityConfig, check
 from mesocosm.errors import UsageError, nearest

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.data.format.episode import Episode, Outcome
-from mesocosm.data.format.manifest import ARRAYS
+from mesocosm.datasets.episode import Episode, Outcome
+from mesocosm.datasets.manifest import ARRAYS
 from mesocosm.envs.ledger import Ledger, Reservation, Usage
 from mesocosm.errors import ArtifactError
 from mesocosm.store.artifacts import Storage

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.analysis.neighbours import Features, gaps, own_gaps
-from mesocosm.data.format.dataset import Dataset
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.evaluate.metrics import stats
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World

@@ -16,8 +16,8 @@ import numpy as np
 from mesocosm import checks
 from mesocosm.config import JobConfig
 from mesocosm.data.collecting.config import CollectConfig
-from mesocosm.data.format.horizon import horizon_of
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.horizon import horizon_of
 from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
 from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.errors import UsageError

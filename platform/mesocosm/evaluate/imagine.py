@@ -10,8 +10,8 @@ import torch
 from gymnasium.vector.utils import concatenate, create_empty_array
 from numpy.typing import NDArray
 
-from mesocosm.data.format.episode import Episode
-from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.datasets.episode import Episode
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.evaluate.report import report
 from mesocosm.model import rng

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mesocosm.config import fingerprint
-from mesocosm.data.format.episode import Episode
-from mesocosm.data.format.horizon import MAX_EPISODE_STEPS
+from mesocosm.datasets.episode import Episode
+from mesocosm.datasets.horizon import MAX_EPISODE_STEPS
 from mesocosm.envs.api import Env
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.episode import EpisodeError, run_episode

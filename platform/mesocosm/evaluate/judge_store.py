@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mesocosm.config import fingerprint
-from mesocosm.data.format.episode import Episode
-from mesocosm.data.format.spaces import SpaceCodec
-from mesocosm.data.format.writer import encode_episode
+from mesocosm.datasets.episode import Episode
+from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.writer import encode_episode
 from mesocosm.envs.api import Env
 from mesocosm.envs.ledger import Ledger, Usage
 from mesocosm.envs.meter import Meter

@@ -16,9 +16,9 @@ from mesocosm import config
 from mesocosm.data.analysis.neighbours import Features
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.collecting.config import check as check_collection
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.windows import start_parts
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.config import TaskOption
 from mesocosm.evaluate import buying
 from mesocosm.evaluate.buying import Bought, Imagined

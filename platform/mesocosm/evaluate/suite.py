@@ -12,10 +12,10 @@ from typing import Any
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rollout import imagined_episodes
 from mesocosm.data.analysis.evidence import Evidence, evidence
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.horizon import Horizon, horizon_of
-from mesocosm.data.format.manifest import Manifest
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.horizon import Horizon, horizon_of
+from mesocosm.datasets.manifest import Manifest
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.errors import UsageError
@@ -26,10 +26,10 @@ from mesocosm.evaluate.judge import JudgeResult, check_spaces
 from mesocosm.evaluate.judge_store import JudgeStore
 from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.evaluate.metrics.off_policy import off_policy
-from mesocosm.evaluate.metrics.policy_value import Value, imagining, policy_value, success_by_return
 from mesocosm.evaluate.metrics.ranking import FEWEST
 from mesocosm.evaluate.metrics.starts import task_distribution
 from mesocosm.evaluate.policy_set import Candidate
+from mesocosm.evaluate.policy_value import Value, imagining, policy_value, success_by_return
 from mesocosm.model.world import World
 from mesocosm.policies import behaviours
 from mesocosm.policies.policy import Acts, policy_of

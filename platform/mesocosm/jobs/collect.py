@@ -24,9 +24,9 @@ from mesocosm.data.collecting.config import CollectConfig, check
 from mesocosm.data.collecting.ray_workers import run_on_ray
 from mesocosm.data.collecting.workers import Lane, Report, run_here, split
 from mesocosm.data.collecting.workers import Plan as Task
-from mesocosm.data.format.manifest import Environment
-from mesocosm.data.format.spaces import check_spaces
-from mesocosm.data.format.writer import DatasetWriter
+from mesocosm.datasets.manifest import Environment
+from mesocosm.datasets.spaces import check_spaces
+from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.envs.config import PAID
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of, source_hash

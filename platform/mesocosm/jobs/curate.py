@@ -26,10 +26,10 @@ from mesocosm.config import JobConfig, identity
 from mesocosm.data.curation.operations import Named, parse, work
 from mesocosm.data.curation.scan import MANY, Scan, size
 from mesocosm.data.curation.table import Table
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.episode import Episode
-from mesocosm.data.format.manifest import ARRAYS, OUTCOMES, SPLITS
-from mesocosm.data.format.writer import DatasetWriter
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.episode import Episode
+from mesocosm.datasets.manifest import ARRAYS, OUTCOMES, SPLITS
+from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.errors import UsageError
 from mesocosm.job import Job, Plan
 from mesocosm.runs.tracking import Run

@@ -13,8 +13,8 @@ from rich.table import Table
 from mesocosm import __version__
 from mesocosm.config import identity
 from mesocosm.data.analysis.evidence import Evidence
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import imagine, policy_set, suite

@@ -22,16 +22,16 @@ from numpy.typing import NDArray
 from mesocosm import checks
 from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, fingerprint, identity
-from mesocosm.data.format.episode import Episode
-from mesocosm.data.format.manifest import Environment
-from mesocosm.data.format.spaces import SpaceCodec, check_spaces
-from mesocosm.data.format.writer import DatasetWriter
 from mesocosm.data.ingest.episodes import Joiner, LoggedEpisode, Work, stream
 from mesocosm.data.ingest.progress import Progress, resumable
 from mesocosm.data.ingest.readers.files import sha256, stamp
 from mesocosm.data.ingest.report import Inspection, Tally
 from mesocosm.data.ingest.schema import Schema, read_schema
 from mesocosm.data.ingest.sources import Source, sources
+from mesocosm.datasets.episode import Episode
+from mesocosm.datasets.manifest import Environment
+from mesocosm.datasets.spaces import SpaceCodec, check_spaces
+from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.envs.config import PAID, RealityConfig, check_bounds, parse_success
 from mesocosm.envs.make import EnvFacts, facts_of
 from mesocosm.errors import MesocosmError, UsageError, nearest

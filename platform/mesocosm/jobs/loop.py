@@ -21,8 +21,8 @@ from typing import Any
 from mesocosm.agents.config import BaselineConfig
 from mesocosm.cluster import ray_session
 from mesocosm.config import fingerprint, identity
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.horizon import UNKNOWN, logged_horizon
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.horizon import UNKNOWN, logged_horizon
 from mesocosm.envs import config as reality_config
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger

@@ -9,10 +9,10 @@ import socket
 from dataclasses import dataclass
 
 from mesocosm.agents import training as agents
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
-from mesocosm.data.format.manifest import Manifest
-from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
+from mesocosm.datasets.manifest import Manifest
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import policy_set, suite

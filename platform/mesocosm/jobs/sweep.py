@@ -20,7 +20,7 @@ from mesocosm.cluster import ray_session
 from mesocosm.cluster import spec as cluster_spec
 from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
-from mesocosm.data.format.dataset import Dataset
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.job import Job, Plan
 from mesocosm.runs.tracking import Run, console

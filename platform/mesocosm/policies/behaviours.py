@@ -12,7 +12,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 
-from mesocosm.data.format.permutation import GOLDEN
+from mesocosm.datasets.permutation import GOLDEN
 from mesocosm.envs.config import RealityConfig, TaskOption, check_option
 from mesocosm.envs.episode import Act, Behaviour, stream
 from mesocosm.envs.make import import_module

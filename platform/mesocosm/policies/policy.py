@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mesocosm.data.format.space_json import space_from_json, space_to_json
+from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.policies.heads import ActionMap, batch_size, flat_size, flatten_batch, map_batch
 from mesocosm.store.artifacts import Storage

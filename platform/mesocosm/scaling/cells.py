@@ -21,8 +21,8 @@ from safetensors.torch import load, save
 
 from mesocosm import __version__
 from mesocosm.config import fingerprint
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import ArtifactError
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig

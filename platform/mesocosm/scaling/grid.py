@@ -24,9 +24,9 @@ from typing import Any
 
 from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
 from mesocosm.model import counts
 from mesocosm.model.config import ModelConfig

@@ -17,8 +17,8 @@ import numpy as np
 import pydantic_core
 from gymnasium.error import ResetNeeded
 
-from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.connection import Served, reply_of

@@ -34,7 +34,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
 
 from mesocosm import __version__
-from mesocosm.data.format.space_json import space_to_json
+from mesocosm.datasets.space_json import space_to_json
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serve.bearer import read_token
 from mesocosm.serve.check import shown

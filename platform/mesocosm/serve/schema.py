@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from pydantic import AllowInfNan, BeforeValidator, ConfigDict, Field, Strict
 from typing_extensions import TypedDict
 
-from mesocosm.data.format.spaces import EXACT
+from mesocosm.datasets.spaces import EXACT
 from mesocosm.errors import UsageError
 
 

@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build

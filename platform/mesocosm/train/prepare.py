@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load, save
 
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.model import counts
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions

@@ -17,9 +17,9 @@ import torch
 
 from mesocosm.cluster import ray_session
 from mesocosm.data.analysis.evidence import evidence
-from mesocosm.data.format.dataset import Dataset
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.job import Job, Plan
 from mesocosm.model import counts

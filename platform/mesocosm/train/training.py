@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.manifest import SPLITS
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.manifest import SPLITS
 from mesocosm.errors import MesocosmError
 from mesocosm.model import mup, rng
 from mesocosm.model.base import Base

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.analysis.neighbours import Features, Sample, nearest, nearest_elsewhere
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.normalize import Moments
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.spaces import SpaceCodec
 
 Array = NDArray[Any]
 SAMPLE = 5000

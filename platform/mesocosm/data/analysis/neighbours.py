@@ -16,11 +16,11 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.data.format.dataset import Dataset, Split
-from mesocosm.data.format.manifest import ARRAYS, SPLITS
-from mesocosm.data.format.permutation import key, mix, permute
-from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.normalize import Moments
+from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.manifest import ARRAYS, SPLITS
+from mesocosm.datasets.permutation import key, mix, permute
+from mesocosm.datasets.spaces import SpaceCodec
 
 Array = NDArray[Any]
 SAMPLE = 20_000

@@ -15,9 +15,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from mesocosm import signals
-from mesocosm.data.format.episode import Episode
-from mesocosm.data.format.spaces import SpaceCodec
-from mesocosm.data.format.writer import encode_episode
+from mesocosm.datasets.episode import Episode
+from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.writer import encode_episode
 from mesocosm.envs.api import close
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.episode import Act, EpisodeCut, EpisodeError, run_episode

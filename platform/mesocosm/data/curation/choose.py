@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.curation.table import TRAIN, Operation, Step
-from mesocosm.data.format.manifest import OUTCOMES
+from mesocosm.datasets.manifest import OUTCOMES
 from mesocosm.errors import UsageError, nearest
 
 Array = NDArray[Any]

@@ -14,9 +14,9 @@ from scipy.spatial import cKDTree
 
 from mesocosm.data.curation.scan import Piece, Rows
 from mesocosm.data.curation.table import TRAIN, Operation, Step
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.manifest import ARRAYS
 from mesocosm.data.loading.normalize import Moments
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.manifest import ARRAYS
 
 Array = NDArray[Any]
 POINTS = 16

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.config import RayConfig
-from mesocosm.data.format.dataset import Dataset, episode_rows
+from mesocosm.datasets.dataset import Dataset, episode_rows
 from mesocosm.store.artifacts import Storage
 
 Array = NDArray[Any]

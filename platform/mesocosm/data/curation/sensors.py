@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mesocosm.data.curation.scan import Piece, Rows
 from mesocosm.data.curation.table import Operation, Step
-from mesocosm.data.format.dataset import Dataset
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError, nearest
 
 Array = NDArray[Any]

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.data.curation.scan import Measure, Scan
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.manifest import OUTCOMES, SPLITS
-from mesocosm.data.format.permutation import key
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.manifest import OUTCOMES, SPLITS
+from mesocosm.datasets.permutation import key
 
 Array = NDArray[Any]
 TRAIN, VALID = SPLITS.index("train"), SPLITS.index("valid")

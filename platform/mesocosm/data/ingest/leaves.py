@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.types as is_
 from gymnasium import spaces
 
-from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 
 Space = gymnasium.Space[Any]

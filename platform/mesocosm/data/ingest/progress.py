@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from mesocosm.data.format.writer import DatasetWriter
 from mesocosm.data.ingest.episodes import Joiner
 from mesocosm.data.ingest.report import Tally
 from mesocosm.data.ingest.schema import Schema
+from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.store.files import replace, sync, sync_tree, write_synced
 
 TALLY = TypeAdapter(Tally)

@@ -25,12 +25,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from gymnasium import spaces
 
-from mesocosm.data.format.bounds import FIX, outside
-from mesocosm.data.format.spaces import EXACT, FLOAT32, SpaceCodec
 from mesocosm.data.ingest.leaves import Leaf, kind_of
 from mesocosm.data.ingest.readers import PROBLEM, Piece
 from mesocosm.data.ingest.schema import IMPORTED, Schema
 from mesocosm.data.ingest.values import Array, RowError, Stat, take, take_integers
+from mesocosm.datasets.bounds import FIX, outside
+from mesocosm.datasets.spaces import EXACT, FLOAT32, SpaceCodec
 
 Key = int | str
 Rows = dict[str, Array]

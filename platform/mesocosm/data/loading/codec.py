@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mesocosm.config import fingerprint
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.manifest import TaskOption
-from mesocosm.data.format.space_json import space_from_json, space_to_json
-from mesocosm.data.format.spaces import Leaf, SpaceCodec
 from mesocosm.data.loading.normalize import Scaling, integer_columns, statistics
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.manifest import TaskOption
+from mesocosm.datasets.space_json import space_from_json, space_to_json
+from mesocosm.datasets.spaces import Leaf, SpaceCodec
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan
 

@@ -18,10 +18,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.data.format.dataset import Dataset, Split, grouped
-from mesocosm.data.format.manifest import OUTCOMES, SPLITS
-from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset, Split, grouped
+from mesocosm.datasets.manifest import OUTCOMES, SPLITS
+from mesocosm.datasets.permutation import key, permute
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]

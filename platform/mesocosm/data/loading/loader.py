@@ -23,8 +23,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mesocosm.data.format.dataset import Dataset, Split
-from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.index import (
     SAMPLE,
@@ -38,6 +36,8 @@ from mesocosm.data.loading.index import (
     words,
 )
 from mesocosm.data.loading.windows import batches, windows
+from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.permutation import key, permute
 from mesocosm.errors import UsageError
 from mesocosm.model.spec import Events, Windows
 

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mesocosm.data.format.dataset import Chunk, Dataset
-from mesocosm.data.format.spaces import SpaceCodec, first_beyond_float32
+from mesocosm.datasets.dataset import Chunk, Dataset
+from mesocosm.datasets.spaces import SpaceCodec, first_beyond_float32
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]

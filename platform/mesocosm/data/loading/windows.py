@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mesocosm.data.format.dataset import Dataset, Split, grouped
-from mesocosm.data.format.permutation import key, permute
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.index import Index
+from mesocosm.datasets.dataset import Dataset, Split, grouped
+from mesocosm.datasets.permutation import key, permute
 from mesocosm.model.spec import Events, Parts, Windows
 
 Array = NDArray[Any]

@@ -25,9 +25,9 @@ from mesocosm.data.analysis.neighbours import (
     principal,
     tried,
 )
-from mesocosm.data.format.dataset import Dataset, Split
-from mesocosm.data.format.manifest import OUTCOMES
-from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.manifest import OUTCOMES
+from mesocosm.datasets.spaces import SpaceCodec
 
 Array = NDArray[Any]
 SCHEMA = 1

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.loading.loader import Loader
+from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import Array, Log, codec_of, play, single_steps
 from mesocosm.evaluate.metrics.open_loop import HORIZONS, OpenLoop, Progress, open_loop, silent

@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.errors import UsageError
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mesocosm.data.format.dataset import Dataset, Split
-from mesocosm.data.format.episode import Episode
-from mesocosm.data.format.manifest import Environment
-from mesocosm.data.format.writer import write_dataset
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset, Split
+from mesocosm.datasets.episode import Episode
+from mesocosm.datasets.manifest import Environment
+from mesocosm.datasets.writer import write_dataset
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
 from mesocosm.evaluate.metrics.log import Array, Log, codec_of, single_steps

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import ROWS, Array, Log, codec_of, play
 from mesocosm.model.base import Base

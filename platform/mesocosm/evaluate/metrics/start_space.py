@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mesocosm.data.format.spaces import SpaceCodec
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.model.spec import Parts, TextSpan
 
 CONSTANT = 1e-4

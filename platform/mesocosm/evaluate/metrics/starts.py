@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mesocosm.data.format.dataset import Dataset, Split
 from mesocosm.data.loading.windows import start_parts
+from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import Array, check_dataset, codec_of
 from mesocosm.evaluate.metrics.start_space import Starts, StartSpace

@@ -17,8 +17,8 @@ import gymnasium
 import numpy as np
 import pyarrow as pa
 
-from mesocosm.data.format.parquet import arrow
 from mesocosm.data.ingest.readers import BATCH_ROWS, PROBLEM, About, Piece
+from mesocosm.datasets.parquet import arrow
 from mesocosm.errors import UsageError
 from mesocosm.store.files import make_folder, replace, sync_tree
 

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 from gymnasium.spaces import Box
 
-from mesocosm.data.format.parquet import arrow
 from mesocosm.data.ingest.readers import About, Piece, parquet
 from mesocosm.data.ingest.values import RowError
+from mesocosm.datasets.parquet import arrow
 
 ITEM = "item"
 ACTION = (

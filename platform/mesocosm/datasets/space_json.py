@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.data.format.spaces import Space, unsupported
+from mesocosm.datasets.spaces import Space, unsupported
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mesocosm.data.format.dataset import Dataset
-from mesocosm.data.format.manifest import OUTCOMES
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.manifest import OUTCOMES
 from mesocosm.errors import UsageError
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.store.cache import open_partial

@@ -17,7 +17,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.data.format.spaces import FLOAT32, children
+from mesocosm.datasets.spaces import FLOAT32, children
 
 Array = NDArray[Any]
 Space = gymnasium.Space[Any]

@@ -12,8 +12,8 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.data.format.episode import Episode, Outcome
-from mesocosm.data.format.manifest import (
+from mesocosm.datasets.episode import Episode, Outcome
+from mesocosm.datasets.manifest import (
     ARRAYS,
     EPISODES,
     LENGTHS,
@@ -27,10 +27,10 @@ from mesocosm.data.format.manifest import (
     joined_options,
     lengths_of,
 )
-from mesocosm.data.format.permutation import key, permute
-from mesocosm.data.format.space_json import space_from_json
-from mesocosm.data.format.spaces import SpaceCodec
-from mesocosm.data.format.writer import DatasetWriter, write_dataset
+from mesocosm.datasets.permutation import key, permute
+from mesocosm.datasets.space_json import space_from_json
+from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.writer import DatasetWriter, write_dataset
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.store.cache import Files, Partial, Whole
 

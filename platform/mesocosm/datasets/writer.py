@@ -21,8 +21,8 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mesocosm.data.format.episode import Episode
-from mesocosm.data.format.manifest import (
+from mesocosm.datasets.episode import Episode
+from mesocosm.datasets.manifest import (
     ARRAYS,
     EPISODES,
     LENGTHS_FILE,
@@ -39,10 +39,10 @@ from mesocosm.data.format.manifest import (
     lengths_of,
     sort_key,
 )
-from mesocosm.data.format.parquet import episodes_table
-from mesocosm.data.format.permutation import key
-from mesocosm.data.format.space_json import space_to_json
-from mesocosm.data.format.spaces import SpaceCodec
+from mesocosm.datasets.parquet import episodes_table
+from mesocosm.datasets.permutation import key
+from mesocosm.datasets.space_json import space_to_json
+from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import MesocosmError
 
 Array = NDArray[Any]

@@ -30,8 +30,8 @@ import pyarrow as pa
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.data.format.manifest import OUTCOMES
-from mesocosm.data.format.spaces import SpaceCodec, children
+from mesocosm.datasets.manifest import OUTCOMES
+from mesocosm.datasets.spaces import SpaceCodec, children
 
 Array = NDArray[Any]
 
