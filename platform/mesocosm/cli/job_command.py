@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import click
 
-from mesocosm import config, faults, output
+from mesocosm import config, faults, output, shipped
 from mesocosm.cli import options
 from mesocosm.cli.keys import describe
 from mesocosm.errors import MesocosmError, UsageError
@@ -142,7 +142,8 @@ def _load(
         words = [word for word in overrides if not _is_override(word)]
     overrides = [word for word in overrides if word not in words]
     overrides += [f"{FLAGS[name][k]}={value}" for k, value in flags.items() if value is not None]
-    loaded = config.load(schema, files, overrides)
+    paths = [shipped.config_path(file, name) for file in files]
+    loaded = config.load(schema, paths, overrides)
     if words:
         key = WORDS[name][0]
         setattr(loaded, key, [*getattr(loaded, key), *words])

@@ -19,6 +19,7 @@ import click
 from mesocosm import __version__, output, signals
 from mesocosm.cli.cluster import cluster
 from mesocosm.cli.completion import complete, completion
+from mesocosm.cli.configs import configs
 from mesocosm.cli.data import data
 from mesocosm.cli.doctor import doctor
 from mesocosm.cli.fit import fit
@@ -49,7 +50,7 @@ def commands() -> None:
 
 for name, registered in JOBS.items():
     commands.add_command(JobCommand(name, registered))
-for tool in (fit, cluster, jobs, data, storage, doctor, completion):
+for tool in (fit, cluster, jobs, data, storage, configs, doctor, completion):
     commands.add_command(tool)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 from click.shell_completion import CompletionItem
 
-from mesocosm import config
+from mesocosm import config, shipped
 from mesocosm.cli.keys import config_keys
 from mesocosm.cluster import records, spec
 from mesocosm.jobs.registry import JOBS
@@ -32,7 +32,10 @@ def _complete(names: Callable[[], Iterable[str]]) -> Complete:
 def _yaml_files(context: click.Context, parameter: click.Parameter, word: str) -> list[str]:
     paths = [Path(path) for path in sorted(glob.glob(f"{glob.escape(word)}*"))]
     folders = [f"{path}/" for path in paths if path.is_dir()]
-    return folders + [str(path) for path in paths if path.suffix in (".yaml", ".yml")]
+    files = [str(path) for path in paths if path.suffix in (".yaml", ".yml")]
+    folder = f"{(context.command.name or '').removeprefix('train-')}/"
+    names = [name.removeprefix(folder) for name in shipped.configs() if name.startswith(folder)]
+    return folders + files + [name for name in names if name.startswith(word)]
 
 
 def _config_keys(context: click.Context, parameter: click.Parameter, word: str) -> list[str]:
@@ -50,6 +53,7 @@ def _datasets() -> list[str]:
 
 
 complete_clusters = _complete(spec.names)
+complete_configs = _complete(shipped.configs)
 complete_datasets = _complete(_datasets)
 complete_jobs = _complete(lambda: [record.id for record in records.every()])
 
@@ -64,7 +68,7 @@ CONFIG = click.Option(
     multiple=True,
     metavar="FILE",
     shell_complete=_yaml_files,
-    help="A YAML config. May be repeated; later files win.",
+    help="A YAML file, or a shipped config. May be repeated; later ones win.",
 )
 JSON = click.Option(["--json", "as_json"], is_flag=True, help="Print the result as JSON.")
 CLUSTER = click.Option(

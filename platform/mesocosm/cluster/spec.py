@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mesocosm import config
+from mesocosm import config, shipped
 from mesocosm.errors import UsageError, nearest
 
-FOLDERS = (Path("clusters"), Path(__file__).resolve().parents[3] / "clusters")
-"""The user's folder, then the repository's."""
+FOLDERS = (Path("clusters"), shipped.CLUSTERS)
+"""The user's folder, then the package's."""
 
 WHERE = ("local", "address", "launcher", "kuberay")
 MADE = ("launcher", "kuberay")
