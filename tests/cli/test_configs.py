@@ -73,4 +73,4 @@ def test_a_wheel_holds_them(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for file in [*REPOSITORY.glob("configs/*/*.yaml"), *REPOSITORY.glob("clusters/*.yaml")]:
         assert f"mesocosm/shipped/{file.relative_to(REPOSITORY).as_posix()}" in names
-    assert "mesocosm/evaluate/report/page.html" in names or any(n.endswith(".html") for n in names)
+    assert any(name.endswith(".html") for name in names)
