@@ -1,0 +1,1 @@
+"""RLlib agents that train inside a world. Start with training.py; rllib.py builds the algorithm."""

@@ -1,0 +1,1 @@
+"""The command line, on click. main.py holds the commands; job_command.py runs a job."""

@@ -1,0 +1,3 @@
+"""Ray: connecting to it (ray_session.py), clusters/NAME.yaml (spec.py), submitting jobs
+(submit.py).
+"""

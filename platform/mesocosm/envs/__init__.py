@@ -1,0 +1,3 @@
+"""Real environments. Every real step passes meter.py, which counts it in the ledger (ledger.py) and
+refuses it beyond the budget.
+"""

@@ -1,0 +1,3 @@
+"""Is a world faithful, and is its agent better in reality? suite.py composes; metrics/ and
+report/.
+"""

@@ -1,1 +1,1 @@
-"""Sweeps over model and data sizes, the laws fitted to them, and plans by these laws."""
+"""Scaling laws: grid and trials of a sweep, fit.py, law.py, and plan.py for a budget."""

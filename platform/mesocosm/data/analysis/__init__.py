@@ -1,0 +1,1 @@
+"""What a dataset covers: nearest neighbours and evidence about actions and rewards."""

@@ -1,0 +1,3 @@
+"""Collection by workers, in this process or on Ray. Finished episodes are stored before they
+count.
+"""

@@ -1,0 +1,1 @@
+"""Import of logs: readers/ for formats, schema.py for columns, episodes.py joins rows."""

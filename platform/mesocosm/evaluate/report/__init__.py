@@ -1,0 +1,1 @@
+"""report.html and summary.json of an evaluation, from jinja2 templates."""
