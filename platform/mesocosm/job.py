@@ -90,10 +90,10 @@ class Job(ABC, Generic[C, P]):
             Held: another process makes the artifact, and `config.wait` is False.
         """
         plan = self.resolve(config, run.storage)
-        run.record(inputs=plan.inputs)
+        # `jobs status` names the artifact of a job that still runs, or that was stopped.
+        run.record(inputs=plan.inputs, artifact=f"{self.kind}/{plan.id}")
         with run.making(self.kind, plan.id, config) as found:
             artifact = found or self.make(plan, run)
-        run.record(artifact=artifact.name)
         self.report(artifact, plan, run, made=found is None)
         return artifact
 
