@@ -1,3 +1,78 @@
-"""Mesocosm: the platform on which world models are scaled and put to work."""
+"""Mesocosm: agents learn in a learned world model, and reality is asked only for the rest.
 
-__version__ = "0.2.0"
+The public Python API. Each name is imported when it is first used, so that `import mesocosm` is
+fast and imports neither torch nor Ray:
+
+    import mesocosm
+
+    world = mesocosm.load_world("worlds/ID")
+    envs = mesocosm.WorldVectorEnv(64, world, horizon=200)
+    observations, infos = envs.reset(seed=0)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mesocosm.api import fit_law, load_dataset, load_policy, load_world
+    from mesocosm.datasets.dataset import Dataset
+    from mesocosm.envs.ledger import Ledger
+    from mesocosm.errors import MesocosmError, UsageError
+    from mesocosm.model.world import World
+    from mesocosm.policies.policy import Policy
+    from mesocosm.scaling.law import Law
+    from mesocosm.serve.client import WorldVectorEnv
+    from mesocosm.serve.single_env import WorldEnv
+    from mesocosm.store.artifacts import Storage
+
+__version__ = "0.3.0"
+
+__all__ = [
+    "Dataset",
+    "Law",
+    "Ledger",
+    "MesocosmError",
+    "Policy",
+    "Storage",
+    "UsageError",
+    "World",
+    "WorldEnv",
+    "WorldVectorEnv",
+    "__version__",
+    "fit_law",
+    "load_dataset",
+    "load_policy",
+    "load_world",
+]
+
+_MODULES = {
+    "Dataset": "datasets.dataset",
+    "Law": "scaling.law",
+    "Ledger": "envs.ledger",
+    "MesocosmError": "errors",
+    "Policy": "policies.policy",
+    "Storage": "store.artifacts",
+    "UsageError": "errors",
+    "World": "model.world",
+    "WorldEnv": "serve.single_env",
+    "WorldVectorEnv": "serve.client",
+    "fit_law": "api",
+    "load_dataset": "api",
+    "load_policy": "api",
+    "load_world": "api",
+}
+"""Where each public name is defined."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

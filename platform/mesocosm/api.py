@@ -1,0 +1,100 @@
+"""The functions of `import mesocosm`. The package's `__getattr__` loads this module when used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.manifest import MANIFEST
+from mesocosm.model.world import World
+from mesocosm.policies.policy import POLICY_JSON, Policy, policy_of
+from mesocosm.scaling import fit
+from mesocosm.scaling.law import Law
+from mesocosm.scaling.table import Table
+from mesocosm.serve.session import find_world
+from mesocosm.store.artifacts import Storage
+from mesocosm.store.cache import Partial, open_partial
+
+ROOT = ".mesocosm"
+"""The default storage root, as `storage.root` of the jobs."""
+
+
+def load_world(ref: str | Path, root: str = ROOT, *, device: torch.device | str = "cpu") -> World:
+    """Load a world into this process.
+
+    Args:
+        ref: An id, `worlds/<id>`, a unique prefix of an id, or a folder with a `world.json`.
+        root: The storage root: a folder, or `s3://bucket/prefix`.
+        device: Where its networks compute.
+
+    Returns:
+        The world. `WorldVectorEnv(num_envs, world)` steps in it.
+
+    Raises:
+        UsageError: There is no such world, or the prefix is ambiguous.
+        ArtifactError: The world is damaged.
+    """
+    _, folder = find_world(Storage(root), str(ref))
+    return World.load(folder, device)
+
+
+def load_dataset(*refs: str | Path, root: str = ROOT) -> Dataset:
+    """Open one or several datasets as one. Shards are fetched and verified when they are read.
+
+    Args:
+        refs: For each dataset an id, `datasets/<id>`, a unique prefix of an id, or a folder with a
+            `manifest.json`.
+        root: The storage root: a folder, or `s3://bucket/prefix`.
+
+    Raises:
+        UsageError: There is no such dataset, or the datasets are of different environments.
+        ArtifactError: A dataset is damaged.
+    """
+    storage = Storage(root)
+    paths: list[str | Path | Partial] = []
+    for ref in refs:
+        folder = (Path(ref) / MANIFEST).is_file()
+        paths.append(Path(ref) if folder else open_partial(storage, "datasets", str(ref)))
+    return Dataset(paths)
+
+
+def load_policy(ref: str | Path, root: str = ROOT) -> Policy:
+    """Load a trained policy. It acts without Ray.
+
+    Args:
+        ref: An id, `agents/<id>`, a unique prefix of an id, each with `@<iteration>` for a
+            snapshot, or a folder with a `policy.json`.
+        root: The storage root: a folder, or `s3://bucket/prefix`.
+
+    Raises:
+        UsageError: There is no such agent or snapshot, or the prefix is ambiguous.
+        ArtifactError: The policy is damaged.
+    """
+    if (Path(ref) / POLICY_JSON).is_file():
+        return Policy.load(Path(ref))
+    return policy_of(Storage(root), str(ref))
+
+
+def fit_law(table: str | Path, *, drop_outliers: bool = False, seed: int = 0) -> Law:
+    """Fit a scaling law to a table of trained cells.
+
+    The result is deterministic in the arguments. docs/scaling.md explains it.
+
+    Args:
+        table: A CSV file, one row a trained cell, with the columns params, data, loss [, unique,
+            flops, seed, lr, trunk, weight].
+        drop_outliers: Leave out rows more than 5 robust standard deviations from the law. The law
+            lists them under `dropped`.
+        seed: Seed of the bootstrap resamples, from which the intervals come.
+
+    Returns:
+        The law: `params`, `interval`, `optimal`, and `predict(params, data)`.
+
+    Raises:
+        UsageError: The table cannot be read or determines no law.
+    """
+    cells = Table.read(table)
+    command = f"mesocosm.fit_law({str(table)!r}, drop_outliers={drop_outliers}, seed={seed})"
+    return fit.fit(cells, drop_outliers=drop_outliers, seed=seed, command=command)
