@@ -1,6 +1,7 @@
 # make run   the whole loop on this machine: install, then a world, an agent, a report
 # make test  the tests (under 15 minutes on 2 cores); make test-all adds the slow ones
 # make lint  ruff, a strict type check, and which package may import which
+# make docs  the documentation site, into build/site
 # make bench ratios, each measured in one run
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install run test test-all lint bench bench-agents bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy clean
+.PHONY: install run test test-all lint docs bench bench-agents bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy clean
 
 install: $(STAMP)
 
@@ -33,6 +34,10 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: install
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: bench-serve bench-world
 

@@ -70,8 +70,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         penalty: The reward becomes reward - size * min(penalty * disagreement, 1); size is the root
             mean square of the data's rewards. infos["raw_reward"] has the world's reward. Where
             each step has a reward, an unbounded penalty taught agents to end episodes at once.
-        max_disagreement: Truncate an episode after a step with more; infos["uncertain"] [B] marks
-            it. None for never.
+        max_disagreement: Truncate an episode after a step with more, which infos["uncertain"]
+            (bool, B) marks. None for never.
         adversary: The reward becomes log(1 + disagreement); infos["raw_reward"] has the world's.
         deadline_s: Seconds that a replica may take, including its replacement.
     """
