@@ -83,7 +83,7 @@ ZOO_SAC = [*ADAM.format("7.3e-4").split(), "params.tau=0.02", "gamma=0.98"]
 @dataclass(frozen=True)
 class Task:
     config: str
-    """Of configs/loop: the reality, its price, the world's settings."""
+    """File in configs/loop: the reality, its price, the world's settings."""
     target: float
     methods: dict[str, list[list[str]]]
     """Candidate settings of each: overrides of the loop's shipped config, or of
@@ -143,7 +143,7 @@ TASKS = {
 
 def world(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     task = TASKS[name]
-    own = [
+    settings = [
         f"seed={seed}",
         f"target={task.target}",
         "stop_at_target=true",
@@ -151,7 +151,7 @@ def world(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
         *task.world,
     ]
     cfg = config.load(
-        loop.LoopConfig, [CONFIGS / task.config], [f"storage.root={ROOT}", *own, *overrides]
+        loop.LoopConfig, [CONFIGS / task.config], [f"storage.root={ROOT}", *settings, *overrides]
     )
     with tracking.start("loop", cfg) as run:
         artifact = loop.run(cfg, run)
@@ -180,14 +180,14 @@ def model_free(name: str, algo: str, seed: int, overrides: list[str]) -> dict[st
             reality.price,
         )
         return peers.sac(reality, ledger, seed, task.caps[algo], task.target, task.every, {})
-    own = [
+    settings = [
         f"seed={seed}",
         f"algo={algo}",
         f"steps={task.caps[algo]}",
         f"target={task.target}",
         f"judge_every={task.every}",
     ]
-    cfg = config.load(BaselineConfig, [], [f"storage.root={ROOT}", *own, *overrides])
+    cfg = config.load(BaselineConfig, [], [f"storage.root={ROOT}", *settings, *overrides])
     cfg.reality = reality
     with tracking.start("baseline", cfg) as run:
         artifact = baseline.run(cfg, run)
@@ -231,19 +231,19 @@ def cells(options: argparse.Namespace) -> list[tuple[str, str, int, int | None]]
     """(environment, method, seed, candidate) in the order of running: tuning first; None: the
     chosen one.
     """
-    found: list[tuple[str, str, int, int | None]] = []
+    curves: list[tuple[str, str, int, int | None]] = []
     for env, task in TASKS.items():
         for method, candidates in task.methods.items():
             if options.task in (None, env) and options.method in (None, method):
-                found += [
+                curves += [
                     (env, method, TUNING_SEED, i)
                     for i in range(len(candidates))
                     if len(candidates) > 1 and options.seed in (None, "tune")
                 ]
-                found += [
+                curves += [
                     (env, method, seed, None) for seed in SEEDS if options.seed in (None, str(seed))
                 ]
-    return found
+    return curves
 
 
 def read() -> dict[str, Any]:
@@ -273,7 +273,7 @@ def main() -> int:
             if time.monotonic() - began > options.minutes * 60:
                 break
             print(f"--- {name}: {' '.join(overrides) or 'as shipped'}", flush=True)
-            found = (
+            result = (
                 world(env, seed, overrides)
                 if method == "world"
                 else model_free(env, method, seed, overrides)
@@ -282,7 +282,7 @@ def main() -> int:
             command = (
                 f"python benchmarks/bench_agents.py --task {env} --method {method} --seed {which}"
             )
-            cell = {**found, "settings": overrides, "commit": commit(), "command": command}
+            cell = {**result, "settings": overrides, "commit": commit(), "command": command}
             RESULTS.parent.mkdir(exist_ok=True)
             RESULTS.write_text(
                 json.dumps(dict(sorted({**read(), name: cell}.items())), indent=1) + "\n"

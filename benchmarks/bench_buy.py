@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 matplotlib.use("svg")
-from bench_pessimism import kept
+from bench_pessimism import saved
 from bench_world import HERE, ROOT, commit, train
 from matplotlib import pyplot
 
@@ -148,8 +148,8 @@ def world_of(data: list[Artifact], seed: int) -> Artifact:
     id = fingerprint(
         "bench-buy", [a.id for a in data], to_dict(cfg.model), to_dict(cfg.train), seed
     )
-    if (found := storage.find("worlds", id)) is not None:
-        return found
+    if (artifact := storage.find("worlds", id)) is not None:
+        return artifact
     dataset = Dataset([a.path for a in data])
     world, _ = train(dataset, cfg)
     calibrate(world, dataset, Codec.from_json(world.codec))
@@ -157,15 +157,15 @@ def world_of(data: list[Artifact], seed: int) -> Artifact:
 
 
 def real() -> list[float]:
-    """Of each held-out policy."""
-    found = kept(RESULTS).get("reality")
-    if found is None:
+    """The real return of each held-out policy, measured once."""
+    cell = saved(RESULTS).get("reality")
+    if cell is None:
         ledger = Ledger(Storage(str(ROOT)), "bench-buy", BudgetConfig(), REALITY.price)
         values = [
             judge(policy, REALITY, ledger, episodes=EPISODES, seed=0).mean for policy in policies()
         ]
-        found = keep("reality", {"values": values})
-    values: list[float] = found["values"]
+        cell = keep("reality", {"values": values})
+    values: list[float] = cell["values"]
     return values
 
 
@@ -181,7 +181,7 @@ def value_errors(world: Artifact, seed: int) -> list[float]:
 
 
 def proposed(world: Artifact, seed: int) -> tuple[collect.CollectConfig, dict[str, Any]]:
-    """What the job writes, read as `collect -c` reads it."""
+    """The config that `propose` writes, loaded as `collect -c` loads it, and the proposal."""
     cfg = propose.ProposeConfig(
         seed=seed,
         storage=StorageConfig(str(ROOT)),
@@ -192,18 +192,18 @@ def proposed(world: Artifact, seed: int) -> tuple[collect.CollectConfig, dict[st
     )
     with tracking.start("propose", cfg) as run:
         made = propose.run(cfg, run)
-    own = [f"storage.root={ROOT}", "workers=0", "lanes=1"]
-    job = config.load(collect.CollectConfig, [made.path / propose.NEXT], own)
+    overrides = [f"storage.root={ROOT}", "workers=0", "lanes=1"]
+    job = config.load(collect.CollectConfig, [made.path / propose.NEXT], overrides)
     return job, json.loads((made.path / propose.PROPOSAL).read_text())
 
 
-def keep(name: str, found: dict[str, Any]) -> dict[str, Any]:
-    found |= {"commit": commit(), "command": "python benchmarks/bench_buy.py"}
+def keep(name: str, cell: dict[str, Any]) -> dict[str, Any]:
+    cell |= {"commit": commit(), "command": "python benchmarks/bench_buy.py"}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(
-        json.dumps(dict(sorted({**kept(RESULTS), name: found}.items())), indent=1) + "\n"
+        json.dumps(dict(sorted({**saved(RESULTS), name: cell}.items())), indent=1) + "\n"
     )
-    return found
+    return cell
 
 
 def cells(seed: int) -> None:
@@ -218,7 +218,7 @@ def cells(seed: int) -> None:
     }
     for arm in ARMS:
         name = f"{seed}/{arm}"
-        if name in kept(RESULTS):
+        if name in saved(RESULTS):
             continue
         data = [first] if arm == "before" else [first, collected(arms[arm])]
         errors = value_errors(before if arm == "before" else world_of(data, seed), seed)
@@ -228,7 +228,7 @@ def cells(seed: int) -> None:
             else {}
         )
         steps = sum(a.meta["counts"]["steps"] for a in data)
-        found = keep(
+        cell = keep(
             name,
             {
                 "errors": errors,
@@ -237,13 +237,13 @@ def cells(seed: int) -> None:
                 "proposed": shares,
             },
         )
-        print(f"seed {seed}, {arm}: error {np.abs(found['errors']).mean():.1f}", flush=True)
+        print(f"seed {seed}, {arm}: error {np.abs(cell['errors']).mean():.1f}", flush=True)
 
 
 def rows() -> list[dict[str, Any]]:
-    found = kept(RESULTS)
+    cells = saved(RESULTS)
     every = []
-    for name, cell in found.items():
+    for name, cell in cells.items():
         if "/" in name:
             seed, arm = name.split("/")
             errors = np.array(cell["errors"])
@@ -298,7 +298,7 @@ def write(every: list[dict[str, Any]]) -> None:
         pyplot.close(figure)
 
 
-def said(every: list[dict[str, Any]]) -> str:
+def summary(every: list[dict[str, Any]]) -> str:
     """Markdown, and the paired differences over seeds and policies."""
     arms = list(ARMS)
     lines = ["| seed | " + " | ".join(arms) + " |", "|---|" + "---|" * len(arms)]
@@ -312,12 +312,12 @@ def said(every: list[dict[str, Any]]) -> str:
             )
             + " |"
         )
-    found = kept(RESULTS)
+    cells = saved(RESULTS)
     for other in ("random", "even"):
         pairs = [
-            (found[f"{s}/proposed"], found[f"{s}/{other}"])
+            (cells[f"{s}/proposed"], cells[f"{s}/{other}"])
             for s in sorted({row["seed"] for row in every})
-            if {f"{s}/proposed", f"{s}/{other}"} <= found.keys()
+            if {f"{s}/proposed", f"{s}/{other}"} <= cells.keys()
         ]
         apart = np.array([np.abs(a["errors"]) - np.abs(b["errors"]) for a, b in pairs])
         means = ", ".join(f"{mean:.1f}" for mean in apart.mean(1))
@@ -340,7 +340,7 @@ def main() -> int:
     for seed in () if options.table_only else options.seeds:
         cells(seed)
     write(rows())
-    print(said(rows()))
+    print(summary(rows()))
     return 0
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from bench_pessimism import FILES, SEEDS, agent_of, configured, kept, measure, world_of
+from bench_pessimism import FILES, SEEDS, agent_of, configured, measure, saved, world_of
 from bench_world import HERE, ROOT
 
 from mesocosm import config
@@ -59,9 +59,9 @@ def cell(env: str, seed: int) -> dict[str, Any]:
 def evaluated(
     env: str, seed: int, world: Artifact, agent: Artifact, overrides: list[str]
 ) -> dict[str, Any]:
-    """What the suite says of `world` and `agent`, by the settings of configs/evaluate."""
-    own = [f"storage.root={ROOT}", f"seed={seed}", f"world={world.id}", f"agent={agent.id}"]
-    stage = config.load(EvaluateConfig, [CONFIGS / OWN[env]], [*own, *overrides])
+    """The suite's results for `world` and `agent`, with the settings of configs/evaluate."""
+    settings = [f"storage.root={ROOT}", f"seed={seed}", f"world={world.id}", f"agent={agent.id}"]
+    stage = config.load(EvaluateConfig, [CONFIGS / OWN[env]], [*settings, *overrides])
     with tracking.start("evaluate", stage) as run:
         made = evaluation.run(stage, run)
     suite = json.loads((made.path / "summary.json").read_text())["suite"]
@@ -84,7 +84,7 @@ def main() -> int:
         RESULTS,
         [(f"{env}/{seed}", env, seed, partial(cell, env, seed)) for seed in SEEDS for env in FILES],
     )
-    print(table(kept(RESULTS)))
+    print(table(saved(RESULTS)))
     return 0
 
 

@@ -32,7 +32,7 @@ import matplotlib
 
 matplotlib.use("svg")
 from bench_evaluate import evaluated
-from bench_pessimism import agent_of, configured, kept
+from bench_pessimism import agent_of, configured, saved
 from bench_world import HERE, ROOT, commit
 from matplotlib import pyplot
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -60,14 +60,14 @@ FAMILIES = {"ensemble": "#30638e", "sequence": "#d1495b"}
 @dataclass(frozen=True)
 class Task:
     collected: str
-    """Of configs/collect."""
+    """File in configs/collect."""
     steps: int
     sizes: tuple[str, ...]
     data: tuple[int, ...]
     unique: tuple[int, ...]
     seeds: tuple[int, ...] = (0, 1)
     judged: Callable[[Cell], bool] = lambda cell: False
-    """Of which cells worlds are made."""
+    """Selects the cells from which worlds are pretrained."""
 
 
 PENDULUM = "InvertedPendulum-v5"
@@ -94,9 +94,9 @@ EVALUATION = ["adversary=0", "graded=10", "policy_episodes=5"]
 
 
 def dataset(task: Task) -> str:
-    own = [f"storage.root={ROOT}", f"steps={task.steps}", "workers=0"]
+    settings = [f"storage.root={ROOT}", f"steps={task.steps}", "workers=0"]
     cfg = config.load(
-        collect.CollectConfig, [REPOSITORY / "configs" / "collect" / task.collected], own
+        collect.CollectConfig, [REPOSITORY / "configs" / "collect" / task.collected], settings
     )
     with tracking.start("collect", cfg) as run:
         return collect.run(cfg, run).id
@@ -107,14 +107,14 @@ def configured_sweep(task: Task, family: str, data: str) -> SweepConfig:
         f"grid.{key}={json.dumps(getattr(task, key))}"
         for key in ("sizes", "data", "unique", "seeds")
     ]
-    own = [
+    settings = [
         f"storage.root={ROOT}",
         f"data.datasets=[{data}]",
         f"model.family={family}",
         "model.members=1",
         "model.context=8",
     ]
-    return config.load(SweepConfig, [], [*own, *grid])
+    return config.load(SweepConfig, [], [*settings, *grid])
 
 
 def rows_of(cfg: SweepConfig) -> list[dict[str, Any]]:
@@ -131,13 +131,13 @@ def judged(cfg: SweepConfig, cell: Cell, precision: str) -> dict[str, Any]:
     with tracking.start("pretrain", job) as run:
         world = pretraining.run(job, run)
     agent = agent_of(configured(PENDULUM, cell.seed, []), world)
-    found = evaluated(PENDULUM, cell.seed, world, agent, EVALUATION)
-    suite = {key: found[key] for key in JUDGED.values()}
+    report = evaluated(PENDULUM, cell.seed, world, agent, EVALUATION)
+    suite = {key: report[key] for key in JUDGED.values()}
     return {
         "world": world.id,
         "agent": agent.id,
-        "return": found["agent"]["real"],
-        "imagined": found["agent"]["world"],
+        "return": report["agent"]["real"],
+        "imagined": report["agent"]["world"],
         **suite,
     }
 
@@ -160,37 +160,37 @@ def main() -> int:
                 plan = sweep.JOB.resolve(cfg, Storage(cfg.storage.root))
                 grid = lay_out(cfg, plan.dataset, plan.cluster)
                 for cell in filter(task.judged, grid.cells if options.worlds else ()):
-                    if cell.id in kept(RESULTS) or time.monotonic() - began > options.minutes * 60:
+                    if cell.id in saved(RESULTS) or time.monotonic() - began > options.minutes * 60:
                         continue
                     print(f"--- {family} {cell.size}, U={cell.unique}", flush=True)
-                    found = {
+                    result = {
                         **judged(cfg, cell, grid.precision),
                         "commit": commit(),
                         "command": "python benchmarks/bench_families.py --worlds",
                     }
                     RESULTS.parent.mkdir(exist_ok=True)
                     RESULTS.write_text(
-                        json.dumps({**kept(RESULTS), cell.id: found}, indent=1) + "\n"
+                        json.dumps({**saved(RESULTS), cell.id: result}, indent=1) + "\n"
                     )
-            write(rows, kept(RESULTS))
+            write(rows, saved(RESULTS))
     finally:
         ray_session.shutdown()
     with open(TABLE, newline="") as file:
         published = list(csv.DictReader(file))
     plot(published)
-    print(said(published))
+    print(summary(published))
     return 0
 
 
-def write(rows: list[dict[str, Any]], found: dict[str, Any]) -> None:
+def write(rows: list[dict[str, Any]], results: dict[str, Any]) -> None:
     """The sweeps' tables, one under the other, with what was judged of the subset."""
     TABLE.parent.mkdir(parents=True, exist_ok=True)
     more = {**JUDGED, "return": "return", "imagined_return": "imagined"}
     for row in rows:
-        told = found.get(row["cell"], {})
+        result = results.get(row["cell"], {})
         row.update(
             {
-                name: "" if told.get(key) is None else f"{told[key]:.6g}"
+                name: "" if result.get(key) is None else f"{result[key]:.6g}"
                 for name, key in more.items()
             }
         )
@@ -222,8 +222,8 @@ def settings(rows: list[dict[str, Any]], env: str, family: str) -> list[Setting]
     runs: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in rows:
         if row["env"] == env and row["family"] == family:
-            asked = min(TASKS[env].data, key=lambda data: abs(data - int(row["data"])))
-            runs.setdefault((row["size"], row["unique"], asked), []).append(row)
+            target = min(TASKS[env].data, key=lambda data: abs(data - int(row["data"])))
+            runs.setdefault((row["size"], row["unique"], target), []).append(row)
     return [
         Setting(
             int(unique),
@@ -319,7 +319,7 @@ def plot(rows: list[dict[str, Any]]) -> None:
         pyplot.close(figure)
 
 
-def said(rows: list[dict[str, Any]]) -> str:
+def summary(rows: list[dict[str, Any]]) -> str:
     """Markdown: the least loss by U, and the subset."""
     lines = []
     for env in TASKS:
@@ -361,12 +361,12 @@ def said(rows: list[dict[str, Any]]) -> str:
                 if row[column]
             ]
             alike = len({value for _, value in both}) == 1
-            said = (
+            correlations = (
                 "none: it is the same for all"
                 if alike
                 else f"{spearmanr(*zip(*both, strict=True)).statistic:.2f}"
             )
-            lines.append(f"\nSpearman of loss and {column}, {len(both)} worlds: {said}")
+            lines.append(f"\nSpearman of loss and {column}, {len(both)} worlds: {correlations}")
     return "\n".join(lines)
 
 

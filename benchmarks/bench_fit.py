@@ -99,8 +99,8 @@ def scipys(
 
 def ours(cells: Cells, log_loss: np.ndarray, starts: np.ndarray) -> tuple[float, np.ndarray]:
     began = time.process_time()
-    found = solve(FORM, cells, log_loss, np.ones((1, len(log_loss))), starts)
-    return (time.process_time() - began) / len(starts), found.objective[0] / DELTA
+    solution = solve(FORM, cells, log_loss, np.ones((1, len(log_loss))), starts)
+    return (time.process_time() - began) / len(starts), solution.objective[0] / DELTA
 
 
 def commit() -> str:
@@ -141,16 +141,19 @@ def main() -> int:
         seconds, end = ours(cells, log_loss, starts)
         times.append(seconds)
         ends.append(end)
-        theirs, there = scipys(function, begins, gradient)
-        mine = end[: len(there)]
+        scipy_ms, scipy_objectives = scipys(function, begins, gradient)
+        mine = end[: len(scipy_objectives)]
         rows[name] = {
-            "scipy_ms_a_start": 1e3 * theirs,
-            "starts": len(there),
-            "best": {"ours": float(mine.min() * DELTA), "scipy": float(there.min() * DELTA)},
-            "ours_equal_or_lower": float((mine <= there * (1 + 1e-6)).mean()),
+            "scipy_ms_a_start": 1e3 * scipy_ms,
+            "starts": len(scipy_objectives),
+            "best": {
+                "ours": float(mine.min() * DELTA),
+                "scipy": float(scipy_objectives.min() * DELTA),
+            },
+            "ours_equal_or_lower": float((mine <= scipy_objectives * (1 + 1e-6)).mean()),
             "at_the_best": {
                 "ours": float((mine <= mine.min() * (1 + 1e-6)).mean()),
-                "scipy": float((there <= mine.min() * (1 + 1e-6)).mean()),
+                "scipy": float((scipy_objectives <= mine.min() * (1 + 1e-6)).mean()),
             },
         }
     each = float(np.median(times))

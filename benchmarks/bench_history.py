@@ -66,21 +66,21 @@ def main() -> None:
                 )
                 settings = {"model": to_dict(cfg.model), "train": to_dict(cfg.train)}
                 name = f"{env}/{amount:g}/{seed}"
-                found = stored.get(name)
-                if found is None or args.force or found["settings"] != fingerprint(settings):
-                    found = bench_world.cell(env, cfg, (1, 15, 50, "full"))
-                    found |= {
+                cell = stored.get(name)
+                if cell is None or args.force or cell["settings"] != fingerprint(settings):
+                    cell = bench_world.cell(env, cfg, (1, 15, 50, "full"))
+                    cell |= {
                         "settings": fingerprint(settings),
                         "config": settings,
                         "commit": bench_world.commit(),
                         "command": " ".join(["python", *sys.argv]),
                     }
                     stored = (json.loads(RESULTS.read_text()) if RESULTS.exists() else {}) | {
-                        name: found
+                        name: cell
                     }
                     RESULTS.parent.mkdir(exist_ok=True)
                     RESULTS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
-                rows = {row["horizon"]: row["ratio"] for row in found["open_loop"]["rows"]}
+                rows = {row["horizon"]: row["ratio"] for row in cell["open_loop"]["rows"]}
                 ratios.append([np.nan if rows.get(h) is None else rows[h] for h in SHOWN])
             print(
                 f"  corrupt_history={amount:<6g}"

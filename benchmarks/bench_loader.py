@@ -86,16 +86,16 @@ def write(folder: Path, id: str, transitions: int, shard_rows: int) -> None:
             rows["reward"][at : at + length],
             "truncated",
         )
-        own = {name: array[part] for name, array in rows.items()} | {
+        columns = {name: array[part] for name, array in rows.items()} | {
             "obs_cat": none[part],
             "act_cat": none[part],
         }
-        own |= {
+        columns |= {
             "terminated": np.zeros(length + 1, bool),
             "duration": np.full(length + 1, np.nan),
             "step": np.arange(length + 1, dtype=np.int32),
         }
-        writer.add(episode, own)
+        writer.add(episode, columns)
         left, index = left - length, index + 1
     writer.close()
 
@@ -146,18 +146,18 @@ def memory(root: str, id: str, block: int | None) -> dict[str, Any]:
     """An epoch: this process's own memory, and with the pages of the files that it has mapped."""
     *_, loader = opened(root, id, block)
     steps = loader.windows_per_epoch // BATCH
-    found = []
+    points = []
     for step in range(steps):
         loader.batch(step)
         if step in (steps // 10, steps // 2, steps - 1):
-            found.append(
+            points.append(
                 {
                     "step": step,
                     "own_mib": kib("RssAnon") / 1024,
                     "with_files_mib": kib("VmRSS") / 1024,
                 }
             )
-    return {"steps": steps, "at": found}
+    return {"steps": steps, "at": points}
 
 
 def fetched(root: str, id: str, block: int, cache_gib: float) -> dict[str, Any]:
@@ -221,14 +221,14 @@ def speed(root: str, id: str, block: int | None, rounds: int) -> dict[str, Any]:
             if number % 2
             else ["batch", "reading", "takes", "slices"]
         )
-        for what in (
+        for part in (
             "takes",
             *order,
         ):  # the first of them pays for memory that no cache has: it counts only if it comes again
             seconds = 0.0
             loader._read_ahead = -1, {}
             for step, (shards, first, length, names) in zip(steps, lying, strict=True):
-                if what in ("slices", "takes"):
+                if part in ("slices", "takes"):
                     if block is not None:
                         loader._turn(step - step % loader._at_once, 0, BATCH)
                     here = (
@@ -244,7 +244,7 @@ def speed(root: str, id: str, block: int | None, rounds: int) -> dict[str, Any]:
                         )
                         for n, more in names.items()
                     }
-                if what == "takes":
+                if part == "takes":
                     padded = [
                         np.minimum(np.arange(WINDOW + 1), n) + f
                         for f, n in zip(first, length, strict=True)
@@ -258,20 +258,20 @@ def speed(root: str, id: str, block: int | None, rounds: int) -> dict[str, Any]:
                         for s, at in by_shard.items()
                     }
                 began = time.thread_time()
-                if what == "slices":
+                if part == "slices":
                     for name, more in names.items():
                         into = out[name]
                         for i in range(BATCH):
                             into[i, : length[i] + more] = here[shards[i], name][
                                 first[i] : first[i] + length[i] + more
                             ]
-                elif what == "takes":
+                elif part == "takes":
                     for s, at in by_shard.items():
                         for name, more in names.items():
                             values = here[s, name].take(lie[s][more], axis=0)
                             if len(by_shard) > 1:
                                 out[name][at] = values
-                elif what == "reading":
+                elif part == "reading":
                     if step % loader._at_once == 0:
                         loader._turn(step, 0, BATCH)
                         samples = np.arange(loader._at_once * BATCH) + step * BATCH
@@ -281,25 +281,25 @@ def speed(root: str, id: str, block: int | None, rounds: int) -> dict[str, Any]:
                 else:
                     loader.batch(step)
                 seconds += time.thread_time() - began
-            passes[what] = seconds
+            passes[part] = seconds
         if number:
-            for what in order:
-                spent[what].append(passes[what])
+            for part in order:
+                spent[part].append(passes[part])
     plain = [min(pair) for pair in zip(spent["slices"], spent["takes"], strict=True)]
-    found: dict[str, Any] = {
+    speeds: dict[str, Any] = {
         "bytes_a_batch": total // count,
         "plain_mib_per_s": total / 2**20 / statistics.median(plain),
     }
-    for what in ("reading", "batch"):
-        ratios = [a / b for a, b in zip(plain, spent[what], strict=True)]
-        found[what] = {
-            "mib_per_s": total / 2**20 / statistics.median(spent[what]),
+    for part in ("reading", "batch"):
+        ratios = [a / b for a, b in zip(plain, spent[part], strict=True)]
+        speeds[part] = {
+            "mib_per_s": total / 2**20 / statistics.median(spent[part]),
             "ratio": statistics.median(ratios),
             "lowest": min(ratios),
             "highest": max(ratios),
         }
-    return found | {
-        "ms_a_batch": {what: 1e3 * statistics.median(each) / count for what, each in spent.items()}
+    return speeds | {
+        "ms_a_batch": {part: 1e3 * statistics.median(each) / count for part, each in spent.items()}
     }
 
 
@@ -365,13 +365,13 @@ def main() -> None:
             row = result["memory"][f"block {block}"] = measured(
                 what="memory", root=root, id=f"d{largest}", block=block
             )
-            told = "; ".join(
+            steps = "; ".join(
                 f"step {at['step']}: own {at['own_mib']:.0f} MiB, with mapped files"
                 f" {at['with_files_mib']:.0f}"
                 for at in row["at"]
             )
             print(
-                f"memory, {largest:,}, block {block}, an epoch of {row['steps']} batches: {told}",
+                f"memory, {largest:,}, block {block}, an epoch of {row['steps']} batches: {steps}",
                 flush=True,
             )
         with endpoint() as bucket:
@@ -414,11 +414,11 @@ def main() -> None:
 
 def tell(name: str, row: dict[str, Any]) -> None:
     parts = [
-        f"{what} {row[what]['mib_per_s']:.0f} MiB/s, ratio {row[what]['ratio']:.2f}"
-        f" ({row[what]['lowest']:.2f} to {row[what]['highest']:.2f})"
-        for what in ("reading", "batch")
+        f"{part} {row[part]['mib_per_s']:.0f} MiB/s, ratio {row[part]['ratio']:.2f}"
+        f" ({row[part]['lowest']:.2f} to {row[part]['highest']:.2f})"
+        for part in ("reading", "batch")
     ]
-    each = ", ".join(f"{what} {ms:.2f}" for what, ms in row["ms_a_batch"].items())
+    each = ", ".join(f"{part} {ms:.2f}" for part, ms in row["ms_a_batch"].items())
     print(
         f"speed, {name}: plain {row['plain_mib_per_s']:.0f} MiB/s, {'; '.join(parts)}; ms a batch:"
         f" {each}",

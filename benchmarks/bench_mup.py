@@ -206,7 +206,7 @@ def main() -> int:
     torch.set_num_threads(1)
     stored: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     settings = fingerprint(MODEL, OPTIONS, ENV, TRANSITIONS, BEHAVIOURS[ENV])
-    stored = {name: found for name, found in stored.items() if found["settings"] == settings}
+    stored = {name: outcome for name, outcome in stored.items() if outcome["settings"] == settings}
     began, setting = time.monotonic(), None
     todo = [
         (size, steps, notch, seed)
@@ -223,11 +223,12 @@ def main() -> int:
         if time.monotonic() - began > 60 * args.minutes:
             break
         setting = setting or Setting()
-        found = cell(setting, size, steps, BASE * 2.0**notch, seed)
+        outcome = cell(setting, size, steps, BASE * 2.0**notch, seed)
         print(
-            f"{name:<16} {found['total']:.4f} nats, {found['seconds']:.0f} CPU seconds", flush=True
+            f"{name:<16} {outcome['total']:.4f} nats, {outcome['seconds']:.0f} CPU seconds",
+            flush=True,
         )
-        stored[name] = found | {
+        stored[name] = outcome | {
             "settings": settings,
             "commit": commit(),
             "command": " ".join(["python", *sys.argv]),

@@ -1,5 +1,5 @@
-"""What keeps an agent's gain real: return in reality of agents trained in one world, by penalty,
-threshold, horizon, members and base.
+"""Settings that keep an agent's gain real: the real return of agents trained in one world, by
+penalty, threshold, horizon, members and base.
 
     python benchmarks/bench_pessimism.py [--env ID] [--seed N] [--cell TEXT] [--minutes M]
     [--table-only]
@@ -95,8 +95,8 @@ def agent_of(cfg: loop.LoopConfig, world: Artifact) -> Artifact:
 
 
 def configured(env: str, seed: int, overrides: list[str]) -> loop.LoopConfig:
-    own = [f"storage.root={ROOT}", f"seed={seed}", f"collect.steps={STEPS[env]}"]
-    return config.load(loop.LoopConfig, [CONFIGS / FILES[env]], [*own, *overrides])
+    settings = [f"storage.root={ROOT}", f"seed={seed}", f"collect.steps={STEPS[env]}"]
+    return config.load(loop.LoopConfig, [CONFIGS / FILES[env]], [*settings, *overrides])
 
 
 def cell(env: str, seed: int, overrides: list[str]) -> dict[str, Any]:
@@ -118,7 +118,7 @@ def cell(env: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     }
 
 
-def kept(results: Path) -> dict[str, Any]:
+def saved(results: Path) -> dict[str, Any]:
     return json.loads(results.read_text()) if results.exists() else {}
 
 
@@ -147,20 +147,20 @@ def measure(
                 options.env not in (None, env)
                 or options.seed not in (None, str(seed))
                 or options.cell not in name
-                or name in kept(results)
+                or name in saved(results)
             ):
                 continue
             if time.monotonic() - began > options.minutes * 60:
                 break
             print(f"--- {name}", flush=True)
-            found = {
+            result = {
                 **how(),
                 "commit": commit(),
                 "command": f"python benchmarks/{script} --env {env} --seed {seed}",
             }
             results.parent.mkdir(exist_ok=True)
             results.write_text(
-                json.dumps(dict(sorted({**kept(results), name: found}.items())), indent=1) + "\n"
+                json.dumps(dict(sorted({**saved(results), name: result}.items())), indent=1) + "\n"
             )
     finally:
         ray_session.shutdown()
@@ -174,7 +174,7 @@ def main() -> int:
         for env in FILES
     ]
     measure(__doc__, "bench_pessimism.py", RESULTS, every)
-    print(table(kept(RESULTS)))
+    print(table(saved(RESULTS)))
     return 0
 
 
@@ -189,11 +189,11 @@ def table(results: dict[str, Any]) -> str:
         cells = []
         for env in FILES:
             got = [results.get(f"{env}/{variant}/{seed}") for seed in SEEDS]
-            found = [None if g is None else g["return"] for g in got]
-            digits = 0 if all(value is None or abs(value) >= 50 for value in found) else 1
-            said = ", ".join("-" if value is None else f"{value:.{digits}f}" for value in found)
-            there = [value for value in found if value is not None]
-            cells.append(f"{said} (mean {np.mean(there):.{digits}f})" if there else "-")
+            returns = [None if g is None else g["return"] for g in got]
+            digits = 0 if all(value is None or abs(value) >= 50 for value in returns) else 1
+            text = ", ".join("-" if value is None else f"{value:.{digits}f}" for value in returns)
+            defined = [value for value in returns if value is not None]
+            cells.append(f"{text} (mean {np.mean(defined):.{digits}f})" if defined else "-")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

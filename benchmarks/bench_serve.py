@@ -102,14 +102,14 @@ def main() -> None:
                     for _ in range(options.rounds)
                 ]
                 ratios = [a / b for a, b in pairs]
-                here, there = (
+                here, served = (
                     count / statistics.median(times) for times in zip(*pairs, strict=True)
                 )
                 row = {
                     "family": family,
                     "envs": count,
                     "in_process_steps_per_s": round(here),
-                    "served_steps_per_s": round(there),
+                    "served_steps_per_s": round(served),
                 }
                 row |= {
                     "ratio": round(statistics.median(ratios), 3),
@@ -118,7 +118,7 @@ def main() -> None:
                 }
                 rows.append(row)
                 print(
-                    f"{family:<10} {count:>5} {here:>12,.0f} {there:>10,.0f}  {row['ratio']:.2f}"
+                    f"{family:<10} {count:>5} {here:>12,.0f} {served:>10,.0f}  {row['ratio']:.2f}"
                     f" ({row['lowest']:.2f} to {row['highest']:.2f})",
                     flush=True,
                 )

@@ -104,14 +104,14 @@ def main() -> None:
                 os.link(source / name, to / name)
 
         def one(number: int) -> dict[str, float]:
-            there = [f"{storage._path('alone', str(number))}/{name}" for name in names]
+            targets = [f"{storage._path('alone', str(number))}/{name}" for name in names]
             back = Path(folder) / "back"
             back.mkdir()
             spent = {}
             steps = {
-                "put": lambda: alone.put([str(source / name) for name in names], there),
+                "put": lambda: alone.put([str(source / name) for name in names], targets),
                 "make": lambda: storage.make("datasets", str(number), {}, link),
-                "get": lambda: alone.get(there, [str(back / name) for name in names]),
+                "get": lambda: alone.get(targets, [str(back / name) for name in names]),
                 "open": lambda: storage.artifact("datasets", str(number)),
                 "sha256": lambda: [sha256(source / name) for name in names],
             }
@@ -129,12 +129,12 @@ def main() -> None:
     mid = {step: statistics.median(round[step] for round in rounds) for step in rounds[0]}
     rows = []
     print(f"{len(names)} files, {total} MiB; median of {options.rounds} alternating rounds (range)")
-    for ours, theirs in (("make", "put"), ("open", "get")):
-        ratios = [round[theirs] / round[ours] for round in rounds]
+    for ours, s3fs_step in (("make", "put"), ("open", "get")):
+        ratios = [round[s3fs_step] / round[ours] for round in rounds]
         row: dict[str, Any] = {
             "what": ours,
             "mib_per_s": round(total / mid[ours], 1),
-            "s3fs_mib_per_s": round(total / mid[theirs], 1),
+            "s3fs_mib_per_s": round(total / mid[s3fs_step], 1),
         }
         row |= {
             "ratio": round(statistics.median(ratios), 3),
@@ -144,7 +144,7 @@ def main() -> None:
         row["sha256_share"] = round(mid["sha256"] / mid[ours], 3)
         rows.append(row)
         print(
-            f"  {ours}: {row['mib_per_s']:.0f} MiB/s, s3fs alone ({theirs})"
+            f"  {ours}: {row['mib_per_s']:.0f} MiB/s, s3fs alone ({s3fs_step})"
             f" {row['s3fs_mib_per_s']:.0f} MiB/s: ratio {row['ratio']:.2f} ({row['lowest']:.2f} to"
             f" {row['highest']:.2f}); one core's sha256 of the files would be"
             f" {row['sha256_share']:.0%} of that time"

@@ -35,8 +35,8 @@ def mesocosm(*arguments: str) -> dict[str, Any]:
     """A job by the command line; what it says with --json."""
     command = [sys.executable, "-m", "mesocosm", *arguments, "--json"]
     done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, check=True)
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
 
 
 def main() -> int:
@@ -56,9 +56,9 @@ def main() -> int:
             *args.overrides,
         ]
         load, began = os.getloadavg()[0], time.perf_counter()
-        told = mesocosm("sweep", "-c", args.config, *given)
+        report = mesocosm("sweep", "-c", args.config, *given)
         wall = time.perf_counter() - began
-        summary = json.loads((Path(told["path"]) / "summary.json").read_text())
+        summary = json.loads((Path(report["path"]) / "summary.json").read_text())
     seconds = summary["seconds"]
     capacity = wall * seconds["concurrent"]
     commit = subprocess.run(
@@ -68,7 +68,7 @@ def main() -> int:
         text=True,
         check=True,
     ).stdout.strip()
-    found = {
+    result = {
         "command": " ".join(["python", *sys.argv]),
         "commit": commit,
         "cells": summary["cells"],
@@ -83,13 +83,13 @@ def main() -> int:
         "load_before": load,
         "cpus": os.cpu_count(),
     }
-    print(json.dumps(found, indent=1))
+    print(json.dumps(result, indent=1))
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(
-        f"outside training {found['outside_training']:.1%}; allowed {ALLOWED:.0%}, goal {GOAL:.0%}"
+        f"outside training {result['outside_training']:.1%}; allowed {ALLOWED:.0%}, goal {GOAL:.0%}"
     )
-    return int(found["outside_training"] > ALLOWED)
+    return int(result["outside_training"] > ALLOWED)
 
 
 if __name__ == "__main__":

@@ -207,12 +207,12 @@ def show(env: str, family: str, result: dict[str, Any]) -> None:
         f"termination {_two(one['precision'])}/{_two(one['recall'])}"
         f" ({one['expected_terminals']:.0f} expected, {one['terminals']} true)"
     )
-    said = (
+    text = (
         f"reward right {_two(one['reward_accuracy'])}, {ends}, {result['valid']['dynamics']:.2f}"
         " nats"
     )
     print(
-        f"{said}; CPU seconds: base {took['base']:.0f}, network {took['network']:.0f}, evaluation"
+        f"{text}; CPU seconds: base {took['base']:.0f}, network {took['network']:.0f}, evaluation"
         f" {took['evaluate']:.0f}",
         flush=True,
     )
@@ -274,25 +274,25 @@ def main() -> None:
                 )
                 settings = {"model": to_dict(cfg.model), "train": to_dict(cfg.train)}
                 name = f"{env}/{family}/{seed}" + (f"/{args.keep}" if args.keep else "")
-                found = stored.get(name)
+                result = stored.get(name)
                 if (
-                    found is None
+                    result is None
                     or args.force
                     or args.overrides
-                    or found["settings"] != fingerprint(settings)
+                    or result["settings"] != fingerprint(settings)
                 ):
-                    found = cell(env, cfg)
-                    found |= {
+                    result = cell(env, cfg)
+                    result |= {
                         "settings": fingerprint(settings),
                         "config": settings,
                         "commit": commit(),
                         "command": " ".join(["python", *sys.argv]),
                     }
                     if not args.overrides or args.keep:
-                        stored[name] = found
+                        stored[name] = result
                         RESULTS.parent.mkdir(exist_ok=True)
                         RESULTS.write_text(json.dumps(stored, indent=1, sort_keys=True) + "\n")
-                show(env, family, found)
+                show(env, family, result)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Judge(BaseCallback):
         self.env, self.every, self.target = env, every, target
         self.points: list[tuple[int, float]] = []
         self.steps = 0
-        """Of the last measurement."""
+        """Real steps before the last measurement."""
 
     def _on_step(self) -> bool:
         if self.num_timesteps % self.every:

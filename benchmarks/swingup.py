@@ -39,12 +39,14 @@ class swingup(gymnasium.Env[Any, Any]):
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         total = 0.0
         for _ in range(REPEAT):
-            told = self.task.step(action)
-            total += float(told.reward)
-            if told.last():
+            time_step = self.task.step(action)
+            total += float(time_step.reward)
+            if time_step.last():
                 break
-        return self._observed(told), total, False, told.last(), {}
+        return self._observed(time_step), total, False, time_step.last(), {}
 
     @staticmethod
-    def _observed(told: Any) -> Any:
-        return np.concatenate([told.observation["position"], told.observation["velocity"]])
+    def _observed(time_step: Any) -> Any:
+        return np.concatenate(
+            [time_step.observation["position"], time_step.observation["velocity"]]
+        )

@@ -87,7 +87,7 @@ EXPECTED = {
     "Optional": "a value",
     "'None'": "a value",
 }
-"""What a key must be, by a part of OmegaConf's message."""
+"""The type that a key must have, by a part of OmegaConf's message."""
 
 
 def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[str] = ()) -> T:

@@ -45,7 +45,7 @@ def reason(error: BaseException) -> str | None:
 
 
 def of_server(error: BaseException) -> bool:
-    """Whether the error is of a connection to a server: its first OSError concerns no file."""
+    """True if the error is of a connection to a server: its first OSError concerns no file."""
     link = next((link for link in _chain(error) if isinstance(link, OSError)), None)
     client = type(link).__module__.split(".")[0] in CLIENTS
     return client or isinstance(link, ConnectionError | TimeoutError)

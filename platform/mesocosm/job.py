@@ -59,7 +59,7 @@ class Job(ABC, Generic[C, P]):
 
     @abstractmethod
     def summary(self, plan: P) -> dict[str, Any]:
-        """What a run would do, its size and its price, for `--dry-run`."""
+        """The work of a run, its size and its price, for `--dry-run`."""
 
     @abstractmethod
     def make(self, plan: P, run: Run) -> Artifact:
@@ -71,7 +71,7 @@ class Job(ABC, Generic[C, P]):
             run.say(f"found {artifact.name}; nothing was made")
 
     def resources(self, config: C) -> Resources:
-        """What the job asks of the cluster, for `--dry-run` and before work starts."""
+        """The CPUs and GPUs that the job needs, for `--dry-run` and before work starts."""
         return {}
 
     def hash(self, *parts: Any) -> str:
@@ -92,9 +92,9 @@ class Job(ABC, Generic[C, P]):
         plan = self.resolve(config, run.storage)
         # `jobs status` names the artifact of a job that still runs, or that was stopped.
         run.record(inputs=plan.inputs, artifact=f"{self.kind}/{plan.id}")
-        with run.making(self.kind, plan.id, config) as found:
-            artifact = found or self.make(plan, run)
-        self.report(artifact, plan, run, made=found is None)
+        with run.making(self.kind, plan.id, config) as existing:
+            artifact = existing or self.make(plan, run)
+        self.report(artifact, plan, run, made=existing is None)
         return artifact
 
     def commit(self, plan: P, run: Run, fill: Callable[[Path], None], **meta: Any) -> Artifact:

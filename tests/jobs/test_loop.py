@@ -239,7 +239,7 @@ def test_ctrl_c_ends_every_process_and_says_stopped(root: str, tmp_path: Path) -
 
 
 def _marked(mark: str) -> list[int]:
-    """Processes, but those that have ended and wait to be reaped, whose environment holds `mark`."""
+    """Pids of the processes, without zombies, whose environment holds `mark`."""
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):

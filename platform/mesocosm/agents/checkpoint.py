@@ -91,7 +91,7 @@ class Checkpoints:
         return pickle.loads(zlib.decompress(data))
 
     def due(self) -> bool:
-        """Whether another checkpoint keeps within TIME_FRACTION."""
+        """True if another checkpoint keeps within TIME_FRACTION."""
         return time.monotonic() >= self._next_save
 
     def save(self, iteration: int, state: Any, metrics: dict[str, float]) -> None:

@@ -51,7 +51,7 @@ class Durations:
     def __init__(self, metadata: Mapping[str, Any]):
         self._by_time = metadata.get(ARRIVAL) == "time"
         self.reported: bool | None = None
-        """Whether the environment reports durations; None before the first step"""
+        """True if the environment reports durations; None before the first step"""
 
     def infos(
         self, infos: Mapping[str, Any], stepped: NDArray[np.bool_], ended: NDArray[np.bool_]

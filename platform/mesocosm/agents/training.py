@@ -242,13 +242,13 @@ def _horizon(config: AgentConfig, storage: Storage, world: Artifact, codec: Code
 
 
 def _check_members(config: AgentConfig, world: Artifact) -> None:
-    """Raise UsageError where what is asked rests on a disagreement that the world cannot have."""
-    asked: dict[str, Any] = {
+    """Raise UsageError where an option needs disagreement and the world has one member."""
+    options: dict[str, Any] = {
         "max_disagreement": config.max_disagreement,
         "objective": None if config.objective == "return" else config.objective,
     }
     if json.loads((world.path / "world.json").read_text())["config"]["members"] == 1:
-        for key, value in asked.items():
+        for key, value in options.items():
             if value is not None:
                 raise UsageError(
                     f"{key}={value} needs members that can disagree, and {world.name} has one;"

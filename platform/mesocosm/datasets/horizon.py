@@ -28,7 +28,7 @@ class Horizon:
     steps: int
     source: str
     inferred: bool = False
-    """Whether the number comes from the logs rather than from a config or the environment."""
+    """True if the number comes from the logs rather than from a config or the environment."""
 
 
 def logged_horizon(storage: Storage, datasets: Iterable[str]) -> Horizon | None:

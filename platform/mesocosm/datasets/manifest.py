@@ -1,4 +1,4 @@
-"""What a dataset's `manifest.json` and tables hold."""
+"""The contents of a dataset's `manifest.json` and tables."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Manifest(_Model):
     counts: Counts
     behaviours: list[Behaviour]
     durations: bool
-    """Whether every step has `info["duration"]`."""
+    """True if every step has `info["duration"]`."""
     task_options: list[TaskOption] = Field(default_factory=list)
     shards: list[Shard]
 

@@ -161,7 +161,7 @@ class DatasetWriter:
 
     @property
     def whole(self) -> bool:
-        """Whether all episodes are in shards."""
+        """True if all episodes are in shards."""
         return bool(self._shards) and not self._buffer
 
     def state(self) -> tuple[Array, dict[str, Any]]:

@@ -53,7 +53,7 @@ class RealityConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the environment."""
     task: list[str] = field(default_factory=list)
-    """What names an episode's task: keys of a Dict observation, or names of reset options."""
+    """Keys of a Dict observation, or names of reset options, that identify an episode's task."""
     task_options: dict[str, TaskOption] = field(default_factory=dict)
     """How each reset option of `task` is drawn, by name."""
     success: str | None = None
@@ -61,7 +61,7 @@ class RealityConfig:
     horizon: int | None = None
     """Truncates episodes after so many steps, in place of the environment's own time limit."""
     bounds: str = "drop"
-    """What collect and import do with a number outside the bounds of its space: drop the episode,
+    """Policy of collect and import for a number outside the bounds of its space: drop the episode,
     clip the number, or ignore the bounds. Judged episodes are never dropped for their bounds.
     """
     price: PriceConfig = field(default_factory=PriceConfig)

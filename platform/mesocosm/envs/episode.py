@@ -191,7 +191,7 @@ def _valid(observation: Any, bounded: gymnasium.Space[Any] | None, k: int, t: in
 
 
 def all_finite(value: Any) -> bool:
-    """Whether all floating point numbers of an observation are finite."""
+    """True if all floating point numbers of an observation are finite."""
     if isinstance(value, Mapping):
         return all(all_finite(item) for item in value.values())
     if isinstance(value, tuple | list):

@@ -49,7 +49,7 @@ class Reservation:
 
 @dataclass(frozen=True)
 class Usage:
-    """What was used of a reservation. `seconds` are those inside step and reset."""
+    """The used part of a reservation. `seconds` are those inside step and reset."""
 
     reservation: Reservation
     steps: int

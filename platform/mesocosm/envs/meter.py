@@ -66,7 +66,7 @@ class Meter:
         self._cost_s = 0.0
         """The time that reserving it took."""
         self._unconfirmed = False
-        """Whether `settle` has recorded usage that is not confirmed: the record names the
+        """True if `settle` has recorded usage that is not confirmed: the record names the
         reservation, and whoever reads it confirms.
         """
         self.steps = 0

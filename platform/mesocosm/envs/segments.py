@@ -94,7 +94,7 @@ class _Segment:
     """The content of one file."""
 
     nonce: str
-    """Of its writer."""
+    """Random name of the writer."""
     attempts: list[Attempt]
     ledger: str
     usage: Usage | None

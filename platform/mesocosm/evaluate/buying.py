@@ -69,7 +69,7 @@ class Imagined:
 
 @dataclass(frozen=True)
 class Score:
-    """Of one candidate, before anything is bought."""
+    """Scores of one candidate, before anything is bought."""
 
     worth: float
     interval: stats.Interval | None
@@ -85,7 +85,7 @@ class Bought:
     """Shares of a budget."""
 
     steps: list[int]
-    """Of each candidate; they sum to the budget"""
+    """Steps of each candidate; they sum to the budget"""
     scores: list[Score]
     left: float
     """Worth of all candidates' steps once all is bought, as a share of the worth before"""

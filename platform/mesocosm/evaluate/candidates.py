@@ -54,7 +54,7 @@ class ProposeConfig(JobConfig):
     imagined: int = 64
     """Imagined episodes of each candidate."""
     reality: RealityConfig = field(default_factory=RealityConfig)
-    """Where the steps would be collected. Defaults to the world's environment, with the tasks and
+    """The environment of the steps. Defaults to the world's environment, with the tasks and
     the price of its newest data.
     """
     out: str | None = None
@@ -91,8 +91,8 @@ class Question:
     """Hashes of scripted behaviours' code"""
 
     def collection(self, behaviours: list[BehaviourConfig]) -> CollectConfig:
-        """What to collect. Its seed is not that of the world's data, whose episodes would begin
-        alike.
+        """The collection's config. Its seed differs from that of the world's data, whose episodes
+        would begin alike.
         """
         seeds = [int(artifact.meta.get("config", {}).get("seed", -1)) for artifact in self.datasets]
         seed, cfg = max(seeds, default=-1) + 1, self.cfg

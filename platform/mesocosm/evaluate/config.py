@@ -25,7 +25,7 @@ class EvaluateConfig(JobConfig):
     datasets: list[str] = field(default_factory=list)
     """Datasets whose validation split is used. Defaults to those that trained the world."""
     reality: RealityConfig = field(default_factory=RealityConfig)
-    """Where the agent is judged. Defaults to the world's environment."""
+    """The environment that judges the agent. Defaults to the world's environment."""
     episodes: int = 20
     """Judged episodes."""
     target: float | None = None
@@ -63,7 +63,7 @@ class EvaluateConfig(JobConfig):
 
     @property
     def compares(self) -> bool:
-        """Whether policies are compared in the world and in reality."""
+        """True if policies are compared in the world and in reality."""
         return bool(self.policies or self.graded or self.adversary)
 
     def validate(self) -> None:

@@ -135,7 +135,7 @@ class StoredEpisodes:
 
 
 def policy_identity(policy: Acts) -> list[Any]:
-    """What tells one policy of an evaluation from another: noise, and a digest of the weights.
+    """The identity of a policy within an evaluation: its noise, and a digest of the weights.
 
     The code of scripted policies is part of the evaluation's id.
     """

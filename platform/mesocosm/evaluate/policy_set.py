@@ -31,7 +31,7 @@ from mesocosm.store.artifacts import Artifact, Storage
 AGENT = "agent"
 """Name of the judged agent beside other policies; the lineage has its id."""
 MOST_NOISE = 2.0
-"""Of a Box: twice half its range, little better than random. Of other spaces 1, random actions."""
+"""The most noise on a Box, in halves of its range: little better than random. Other spaces: 1."""
 FINEST = 2e-3
 """Smallest difference between levels of noise."""
 Space = gymnasium.Space[Any]
@@ -45,9 +45,9 @@ class Candidate:
     name: str
     policy: Acts
     iteration: int | None = None
-    """Of a snapshot, or the last of an agent's training: a point of its curve"""
+    """Iteration of a snapshot, or the last of an agent's training: a point of its curve"""
     noise: float | None = None
-    """Of a graded policy"""
+    """Noise of a graded policy"""
     held_out: bool = True
     """None of its episodes trained the world. Otherwise its value is shown and not counted."""
 

@@ -71,7 +71,7 @@ class PolicyValue:
 
     values: tuple[Value, ...]
     ranking: Ranking
-    """Of those that are held out"""
+    """Ranking of the held-out policies"""
     success: str | None
     notes: tuple[str, ...]
 

@@ -136,8 +136,8 @@ def _starts(world: World, dataset: Dataset, codec: Codec, seed: int) -> tuple[Pa
     count = len(logged[0].numbers)
     rows = torch.arange(max(STARTS, count)) % count
     joined = []
-    for real, own in zip(logged, drawn, strict=True):
-        a, b = real[rows], own.to("cpu")
+    for real, generated in zip(logged, drawn, strict=True):
+        a, b = real[rows], generated.to("cpu")
         categories = torch.cat((a.categories, b.categories))
         joined.append(Parts(torch.cat((a.numbers, b.numbers)), categories))
     return joined[0], joined[1]

@@ -38,7 +38,7 @@ from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact, Storage
 
 MOST_BEHAVIOURS = 8
-"""Of the off-policy table: the adversary's, the agent's own, then those of the config."""
+"""The most rows of the off-policy table: adversary, agent, then those of the config."""
 ADVERSARY = "adversary"
 STARTS = 64
 """Logged states of each behaviour to start from, for each horizon."""
@@ -226,7 +226,7 @@ def run(
         def report(text: str) -> None:
             update(0, text)
 
-        away = off_policy(
+        errors = off_policy(
             world,
             Dataset([artifact.path for artifact in data]),
             # Numbered anew: judged episodes of different policies have the same numbers.
@@ -237,10 +237,10 @@ def run(
             seed=cfg.seed,
             progress=report,
         )
-        update(1, "" if away.auroc is None else f"AUROC of disagreement {away.auroc:.2f}")
+        update(1, "" if errors.auroc is None else f"AUROC of disagreement {errors.auroc:.2f}")
     logged = {candidate.name for candidate, _ in chosen if not candidate.held_out}
-    rows = tuple(replace(row, logged=row.name in logged) for row in away.behaviours)
-    return measured | {"off_policy": replace(away, behaviours=rows).to_json()}
+    rows = tuple(replace(row, logged=row.name in logged) for row in errors.behaviours)
+    return measured | {"off_policy": replace(errors, behaviours=rows).to_json()}
 
 
 def evidence_of(storage: Storage, world: Artifact, seed: int) -> Evidence | None:

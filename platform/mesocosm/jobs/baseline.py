@@ -72,12 +72,12 @@ def _iteration(config: BaselineConfig) -> int:
     """
     num_envs, rollout = shape(config)
     batch = num_envs * rollout
-    wanted = (
+    samples = (
         config.iteration_steps
         if config.algo in settings.REPLAY
         else int(config.params.get("train_batch_size_per_learner", batch))
     )
-    return -(-wanted // batch) * (batch + num_envs - 1)
+    return -(-samples // batch) * (batch + num_envs - 1)
 
 
 def judged(config: BaselineConfig) -> int:
@@ -197,14 +197,16 @@ class _Training:
             with self.run.progress(f"baseline {config.algo}", config.steps) as update:
                 while reached is None and self.steps + _iteration(config) <= config.steps:
                     mean = self._iterate(algorithm, update)
-                    there = config.target is not None and mean is not None and mean >= config.target
-                    if there:
+                    at_target = (
+                        config.target is not None and mean is not None and mean >= config.target
+                    )
+                    if at_target:
                         reached_in_training = reached_in_training or self.steps
                     if config.judge_every is not None:
-                        there = self._judged(algorithm)
-                    elif there and config.select_episodes:
-                        there = self._confirmed(algorithm)
-                    if there:
+                        at_target = self._judged(algorithm)
+                    elif at_target and config.select_episodes:
+                        at_target = self._confirmed(algorithm)
+                    if at_target:
                         reached = self.steps
             policy = rllib.export(algorithm, config.algo, *self.spaces)
             dropped = _vector(algorithm).dropped
@@ -245,7 +247,7 @@ class _Training:
         return mean
 
     def _confirmed(self, algorithm: Algorithm) -> bool:
-        """Whether greedy real episodes reach the target too. Their steps count; running out of
+        """True if greedy real episodes reach the target too. Their steps count; running out of
         steps in them confirms nothing.
         """
         config = self.config
@@ -338,7 +340,7 @@ def _vector(algorithm: Algorithm) -> MeteredVectorEnv:
 
 
 def _own_reality(config: BaselineConfig) -> RealityConfig:
-    """Reality with no budget: `reality.budget.steps` bounds the world's data; `steps` bounds this."""
+    """Reality without a budget. `reality.budget.steps` bounds the world's data, not this job."""
     return dataclasses.replace(config.reality, budget=BudgetConfig())
 
 

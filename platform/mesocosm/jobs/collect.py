@@ -41,7 +41,7 @@ from mesocosm.store.artifacts import Artifact, Storage
 
 @dataclass(frozen=True, kw_only=True)
 class Collection(Plan[CollectConfig]):
-    """What is collected: the environment, and the behaviours with their policies' full names."""
+    """The collection: the environment, and the behaviours with their policies' full names."""
 
     environment: EnvFacts
     behaviours: list[BehaviourConfig]
@@ -62,15 +62,15 @@ class Collect(Job[CollectConfig, Collection]):
         environment = facts_of(config.reality)
         check_spaces(*environment.spaces)
         behaviours, sources = _resolve(config.behaviours, storage, *environment.spaces)
-        what = identity(config, without=["workers", "ledger", *PAID])
-        what["behaviours"] = [asdict(b) for b in behaviours]
+        facts = identity(config, without=["workers", "ledger", *PAID])
+        facts["behaviours"] = [asdict(b) for b in behaviours]
         policies = [b.policy for b in behaviours if b.policy is not None]
         agents = {policy.removeprefix("agents/").partition("@")[0] for policy in policies}
         return Collection(
             config=config,
             inputs={"agents": sorted(agents)},
-            facts={**identity(config), "behaviours": what["behaviours"]},
-            id=self.hash(what, sources, environment.version),
+            facts={**identity(config), "behaviours": facts["behaviours"]},
+            id=self.hash(facts, sources, environment.version),
             environment=environment,
             behaviours=behaviours,
         )
@@ -212,14 +212,14 @@ def _check_budget(cfg: CollectConfig, ledger: Ledger, used: int, run: Run) -> No
             f"ledger {ledger.id!r} already counts {earlier} steps of an earlier collection of this"
             " dataset whose episodes are not in storage; they stay spent"
         )
-    left, wanted = ledger.remaining("collect"), cfg.steps - used
-    if left is not None and left < wanted:
+    left, missing = ledger.remaining("collect"), cfg.steps - used
+    if left is not None and left < missing:
         apart = sum(r.steps for r in totals.unconfirmed)
         raise UsageError(
             f"reality.budget.steps={cfg.reality.budget.steps} leaves {left} real steps in ledger"
             f" {ledger.id!r} ({totals.spent} spent, {apart} of them unconfirmed), fewer than the"
-            f" {wanted} to take (steps={cfg.steps}); lower steps, raise the budget, or name another"
-            " ledger"
+            f" {missing} to take (steps={cfg.steps}); lower steps, raise the budget, or name"
+            " another ledger"
         )
 
 

@@ -83,18 +83,18 @@ class Curate(Job[CurateConfig, Curation]):
         ids = [artifact.id for artifact in datasets]
         lineage = [{"op": o.name, **o.params()} for o in operations]
         agents = {a for d in datasets for a in d.meta.get("inputs", {}).get("agents", [])}
-        what = identity(config, without=["workers", "data", "operations"])
+        facts = identity(config, without=["workers", "data", "operations"])
         return Curation(
             config=config,
             inputs={"datasets": ids, **({"agents": sorted(agents)} if agents else {})},
             facts={**identity(config), "operations": lineage},
-            id=self.hash("curate", what, ids, lineage),
+            id=self.hash("curate", facts, ids, lineage),
             datasets=datasets,
             operations=operations,
         )
 
     def summary(self, plan: Curation) -> dict[str, Any]:
-        """What is kept and dropped. Reads all that the operations need in this process."""
+        """The retained and dropped episodes. Reads all that the operations need in this process."""
         cfg = plan.config
         dataset = Dataset([artifact.path for artifact in plan.datasets])
         table = Table(dataset, cfg.seed)
@@ -161,11 +161,11 @@ class Curate(Job[CurateConfig, Curation]):
             run.say(f"warning: {warning}")
 
         def fill(folder: Path) -> None:
-            kept = table.size()["transitions"]
-            with run.progress("write the dataset", kept) as update:
+            retained = table.size()["transitions"]
+            with run.progress("write the dataset", retained) as update:
 
                 def progress(done: int) -> None:
-                    update(done, f"{done:,}/{kept:,} transitions")
+                    update(done, f"{done:,}/{retained:,} transitions")
 
                 _write(folder, cfg, plan.id, table, progress)
             pq.write_table(_dropped(table), folder / DROPPED)
@@ -174,7 +174,9 @@ class Curate(Job[CurateConfig, Curation]):
         # Real steps that were paid for and are not here: evaluation counts them as spent.
         dropped = [drop for artifact in plan.datasets for drop in artifact.meta.get("dropped", [])]
         counts = {**table.size(), "splits": report["splits"]}
-        artifact = self.commit(plan, run, fill, counts=counts, dropped=dropped + _gone(entries))
+        artifact = self.commit(
+            plan, run, fill, counts=counts, dropped=dropped + _dropped_steps(entries)
+        )
         size = table.size()
         run.say(
             f"{artifact.name}: {size['episodes']} episodes of {size['transitions']} transitions, of"
@@ -202,7 +204,7 @@ def _workers(cfg: CurateConfig, dataset: Dataset) -> int:
 
 def _report(plan: Curation, table: Table, entries: list[dict[str, Any]]) -> dict[str, Any]:
     dataset = table.dataset
-    every = np.arange(len(table.kept))
+    every = np.arange(len(table.retained))
     before = [np.flatnonzero(dataset.part == i) for i in range(len(dataset.ids))]
     lengths = dataset.table["length"]
     return {
@@ -220,27 +222,27 @@ def _report(plan: Curation, table: Table, entries: list[dict[str, Any]]) -> dict
 
 
 def _warnings(table: Table, operations: list[Named]) -> list[str]:
-    found = []
+    warnings = []
     names = [named.name for named in operations]
     if "hold_out" in names and not {"exact_duplicates", "near_duplicates"} & set(
         names[: names.index("hold_out")]
     ):
-        found.append(
+        warnings.append(
             "hold_out comes before any duplicates are removed, so copies may lie in both splits;"
             " put exact_duplicates first"
         )
     if not table.sizes()["valid"]["episodes"]:
-        found.append("no episode is left for validation; add {op: hold_out, share: 0.1}")
+        warnings.append("no episode is left for validation; add {op: hold_out, share: 0.1}")
     success = table.dataset.table["success"]
-    if (success == 0).any() and not (success[table.kept] == 0).any():
-        found.append(
+    if (success == 0).any() and not (success[table.retained] == 0).any():
+        warnings.append(
             "no failed episode is left: a world that never saw a failure promises agents that there"
             " is none; add {op: failures, share: 0.1}"
         )
-    return found
+    return warnings
 
 
-def _gone(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _dropped_steps(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
     signs = {"dropped": 1, "cut": 1, "put back": -1}
     return [
         {"reason": f"{e['op']}: {row['reason']}", "steps": signs[row["what"]] * row["transitions"]}
@@ -259,7 +261,7 @@ def _write(
         "version": versions.pop() if len(versions) == 1 else "",
         "success": rules.pop() if len(rules) == 1 else None,
     }
-    kept = np.flatnonzero(table.kept)
+    retained = np.flatnonzero(table.retained)
     writer = DatasetWriter(
         folder,
         id=id,
@@ -267,12 +269,12 @@ def _write(
         observation_space=dataset.observation_space,
         action_space=dataset.action_space,
         seed=cfg.seed,
-        valid_fraction=float(np.mean(table.split[kept] == SPLITS.index("valid"))),
+        valid_fraction=float(np.mean(table.split[retained] == SPLITS.index("valid"))),
     )
     outcomes, successes = table.outcome(), table.success()
     alone = len(dataset.ids) == 1
     done = 0
-    for new, number in enumerate(kept):
+    for new, number in enumerate(retained):
         record = dataset.table[number]
         length = int(table.length[number])
         rows = _rows(dataset, int(record["shard"]), int(record["first_row"]), length)
@@ -295,11 +297,13 @@ def _write(
     writer.close()
     ids = np.array(dataset.ids)
     origin = {
-        "episode": pa.array(dataset.table["index"][kept] if alone else np.arange(len(kept))),
-        "dataset": pa.array(ids[dataset.part[kept]], pa.string()),
+        "episode": pa.array(
+            dataset.table["index"][retained] if alone else np.arange(len(retained))
+        ),
+        "dataset": pa.array(ids[dataset.part[retained]], pa.string()),
     }
     pq.write_table(
-        pa.table({**origin, "index": pa.array(dataset.table["index"][kept])}), folder / ORIGIN
+        pa.table({**origin, "index": pa.array(dataset.table["index"][retained])}), folder / ORIGIN
     )
 
 

@@ -45,7 +45,7 @@ NOT_IN_ID = [
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(Plan[EvaluateConfig]):
-    """What is evaluated. `config.reality` names the environment."""
+    """A resolved evaluation. `config.reality` names the environment."""
 
     artifact: Artifact
     """The world's"""
@@ -243,7 +243,7 @@ def _report(
     spent: int,
 ) -> report.ReportInput:
     cfg, policy, inputs = plan.config, plan.policy, plan.inputs
-    found = faithful.to_json()
+    measures = faithful.to_json()
     parts = {name: value for name, value in faithful.losses.items() if name != "total"} | {
         "total": faithful.losses["total"]
     }
@@ -252,8 +252,8 @@ def _report(
         environment=plan.codec.environment["id"],
         target=cfg.target,
         losses=[{"round": None, "parts": parts, "intervals": faithful.loss_intervals}],
-        open_loop=[{"round": None, "table": found["open_loop"]}],
-        checks=[{"round": None, **found["one_step"]}],
+        open_loop=[{"round": None, "table": measures["open_loop"]}],
+        checks=[{"round": None, **measures["one_step"]}],
         lineage=[(kind, f"{kind}/{id}") for kind, ids in inputs.items() for id in ids]
         + [("code", f"mesocosm {__version__}")],
     )
@@ -288,30 +288,30 @@ def _log(
     run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dict[str, Any]
 ) -> dict[str, float]:
     """The evaluation's figures, logged and returned; undefined ones are left out."""
-    found: dict[str, float | None] = {
+    values: dict[str, float | None] = {
         f"valid/{name}": value for name, value in faithful.losses.items()
     }
-    found |= {f"open_loop/{row.horizon}": row.ratio for row in faithful.open_loop.rows}
+    values |= {f"open_loop/{row.horizon}": row.ratio for row in faithful.open_loop.rows}
     one = faithful.one_step
-    found |= {f"coverage/{row.horizon}": row.coverage for row in faithful.open_loop.rows}
-    found |= {
+    values |= {f"coverage/{row.horizon}": row.coverage for row in faithful.open_loop.rows}
+    values |= {
         "termination/precision": one.precision,
         "termination/recall": one.recall,
         "termination/auc": one.auc,
     }
-    found |= {
+    values |= {
         f"termination/{name}": getattr(faithful.time_to_end, key)
         for name, key in (("late", "bias"), ("off", "error"), ("missed", "missed"))
     }
-    found |= {"reward/accuracy": one.reward_accuracy, "reward/r2": one.reward_r2}
-    found |= {
+    values |= {"reward/accuracy": one.reward_accuracy, "reward/r2": one.reward_r2}
+    values |= {
         "starts/auc": measured["starts"]["auc"],
         "starts/validity": measured["starts"]["validity"],
         "starts/coverage": measured["starts"]["coverage"],
     }
     if "policy_value" in measured:
         ranked = measured["policy_value"]["ranking"]
-        found |= {
+        values |= {
             f"policy_value/{name}": ranked[name]
             for name in (
                 "policies",
@@ -324,22 +324,22 @@ def _log(
                 "bias",
             )
         }
-        found |= {
+        values |= {
             "policy_value/real_steps": measured["policy_value"]["real_steps"],
             "off_policy/auroc": measured["off_policy"]["auroc"],
         }
     if measured["agent"] is not None:
-        found["return/imagined"] = measured["agent"]["world"]
+        values["return/imagined"] = measured["agent"]["world"]
         if measured["agent"]["success"] is not None:
-            found |= {
+            values |= {
                 "success/real": measured["agent"]["success"]["real"],
                 "success/world": measured["agent"]["success"]["world"],
             }
     if result is not None:
-        found |= {"return/mean": result.mean, "real_steps/judge": float(result.steps)}
+        values |= {"return/mean": result.mean, "real_steps/judge": float(result.steps)}
         if result.interval is not None:
-            found |= {"return/low": result.interval[0], "return/high": result.interval[1]}
-    figures = {name: value for name, value in found.items() if value is not None}
+            values |= {"return/low": result.interval[0], "return/high": result.interval[1]}
+    figures = {name: value for name, value in values.items() if value is not None}
     run.log(figures)
     return figures
 

@@ -97,7 +97,7 @@ class ImportLogs(Job[ImportConfig, Import]):
             parse_success(cfg.reality.success)
 
     def plan(self, config: ImportConfig) -> dict[str, Any]:
-        """What `run` would make. Reads the logs in this process, without copies of remote ones."""
+        """The dataset that `run` would make. Reads the logs here, and remote ones in place."""
         self.check(config)
         inspection = _inspect(config, sources(config.paths, fetch=False), 0, lambda rows: None)
         report = inspection.report()
@@ -120,13 +120,13 @@ class ImportLogs(Job[ImportConfig, Import]):
         stamps = _stamps(files)
         with ThreadPoolExecutor(4) as pool:
             sums = list(pool.map(_checksum, files))
-        what = identity(config, without=["paths", "workers", *PAID])
+        settings = identity(config, without=["paths", "workers", *PAID])
         facts = _facts(config)
         return Import(
             config=config,
             inputs={"files": [fingerprint("files", sums)]},
             facts=identity(config),
-            id=self.hash("import", what, sums, "" if facts is None else facts.version),
+            id=self.hash("import", settings, sums, "" if facts is None else facts.version),
             files=files,
             sums=sums,
             stamps=stamps,
@@ -201,7 +201,7 @@ class ImportLogs(Job[ImportConfig, Import]):
 
 
 def _stamps(sources: Sequence[Source]) -> list[tuple[int, tuple[str, ...]]]:
-    """Of each source, its bytes and what changes when it does."""
+    """Each source's size in bytes, and strings that change when its files do."""
     stamps = [[stamp(path) for path in _files(source)] for source in sources]
     return [(sum(size for size, _ in each), tuple(mark for _, mark in each)) for each in stamps]
 

@@ -95,8 +95,8 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
         cfg, ready = plan.config, plan.ready
         check_port(cfg)
         ray_session.ensure(cfg.ray)
-        for what, (cpus, gpus) in stage_resources(cfg).items():
-            ray_session.preflight(what=what, cpus=cpus, gpus=gpus)
+        for key, (cpus, gpus) in stage_resources(cfg).items():
+            ray_session.preflight(what=key, cpus=cpus, gpus=gpus)
         if ready.warning is not None:
             run.say(f"warning: {ready.warning}")
         return _Loop(self, plan, run).go()
@@ -114,8 +114,8 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
 
 
 def _experiment(cfg: LoopConfig) -> dict[str, Any]:
-    """What names the ledger: a loop that is run again with a larger budget, more rounds or more
-    workers has spent what it has spent.
+    """The facts that identify the ledger. A larger budget, more rounds or more workers keep it, so
+    a loop that is run again has still spent its steps.
     """
     return identity(
         cfg, without=[*FREE, *reality_config.PAID, "collect.workers", "explore.workers"]
@@ -191,7 +191,6 @@ class _Loop:
         return self._report(points, judged, curves)
 
     # -- stages
-    # --------------------------------------------------------------------------------------------------------
 
     def _collect(self, round: int, agent: Artifact | None) -> Artifact:
         block = self.cfg.collect if agent is None else acting(self.cfg.explore, agent.name)
@@ -317,8 +316,8 @@ class _Loop:
         """Real steps that this round's agent rests on: those of every dataset so far, whichever run
         paid for them, or what the ledger says where that is more (what a crash lost is spent too).
         """
-        own = int(self._once(f"spent-{round}", self.ledger.totals().spent, self.ledger_id))
-        return max(own, sum(self.steps))
+        spent = int(self._once(f"spent-{round}", self.ledger.totals().spent, self.ledger_id))
+        return max(spent, sum(self.steps))
 
     def _once(self, name: str, value: float, folder: str) -> float:
         """The value as it was the first time the loop came by here: a figure measured once is not
@@ -331,7 +330,6 @@ class _Loop:
         return float(json.loads(raw))
 
     # -- the report
-    # ----------------------------------------------------------------------------------------------------
 
     def _report(
         self, points: list[report.Point], judged: list[dict[str, Any]], curves: list[report.Curve]
@@ -373,13 +371,13 @@ class _Loop:
         return self.job.commit(made, self.run, fill, ledger=totals.to_json())
 
     def _notes(self, collected: int) -> list[str]:
-        found = sum(self.steps) - collected
+        reused = sum(self.steps) - collected
         return (
             [
-                f"{found} real steps were collected and paid for by an earlier run: their datasets"
+                f"{reused} real steps were collected and paid for by an earlier run: their datasets"
                 " were found"
             ]
-            if found > 0
+            if reused > 0
             else []
         )
 

@@ -1,4 +1,4 @@
-"""What the stages of a loop could refuse, checked against the environment before a real step.
+"""Checks of the stages of a loop against the environment, before a real step.
 
 A loop that pays for a round and then fails has wasted the round. No real step is taken here.
 """
@@ -29,7 +29,7 @@ __all__ = ["Ready", "preflight", "stage_resources"]
 
 @dataclass(frozen=True)
 class Ready:
-    """What the checks found."""
+    """The results of the checks."""
 
     given: list[Artifact]
     """The datasets that the loop begins with."""
@@ -84,7 +84,7 @@ def stage_resources(cfg: LoopConfig) -> dict[str, tuple[float, float]]:
     replicas = cfg.serve.replicas if served else 0
     train = cfg.pretrain.train
     cpus = replicas * cfg.serve.cpus + cfg.agent.runners
-    found: dict[str, tuple[float, float]] = {
+    resources: dict[str, tuple[float, float]] = {
         f"collect.workers={cfg.collect.workers}": (min(cfg.collect.workers, cfg.collect.lanes), 0),
         f"pretrain.train.workers={train.workers}": (
             train.workers,
@@ -97,8 +97,8 @@ def stage_resources(cfg: LoopConfig) -> dict[str, tuple[float, float]]:
     }
     if cfg.rounds > 1:
         explore = cfg.explore
-        found[f"explore.workers={explore.workers}"] = (min(explore.workers, explore.lanes), 0)
-    return found
+        resources[f"explore.workers={explore.workers}"] = (min(explore.workers, explore.lanes), 0)
+    return resources
 
 
 class _stage:

@@ -55,40 +55,40 @@ def check_resources(config: JobConfig, needs: Needs) -> None:
     if host and port and (reason := _no_answer(host, port)):  # Ray itself waits for minutes
         message = f"ray.address {config.ray.address!r} does not answer ({reason})"
         raise UsageError(f"{message}; start the cluster or leave ray.address unset")
-    for what, (cpus, gpus) in needs.items():
-        ray_session.preflight(what=what, cpus=cpus, gpus=gpus, config=config.ray)
+    for key, (cpus, gpus) in needs.items():
+        ray_session.preflight(what=key, cpus=cpus, gpus=gpus, config=config.ray)
 
 
-def _check_folder(folder: Path, what: str, *, links: bool = False) -> None:
+def _check_folder(folder: Path, name: str, *, links: bool = False) -> None:
     """Check that files can be made in a folder, or in its nearest parent: it is not made here.
 
     Args:
         folder: The folder.
-        what: Its name in the message.
+        name: Its name in the message.
         links: Whether it must allow hard links, which `Storage.create` needs on a local root.
     """
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     probe: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(prefix=".mesocosm-", suffix=".tmp", dir=existing)
+        handle, created = tempfile.mkstemp(prefix=".mesocosm-", suffix=".tmp", dir=existing)
         os.close(handle)
-        probe = Path(name)
+        probe = Path(created)
         if links:
-            _check_links(probe, what)
+            _check_links(probe, name)
     except OSError as error:
         reason = f"{error.strerror}: {str(existing)!r}"
-        raise UsageError(f"{what} cannot be written ({reason}); {WRITABLE}") from error
+        raise UsageError(f"{name} cannot be written ({reason}); {WRITABLE}") from error
     finally:
         if probe is not None:
             probe.unlink(missing_ok=True)
 
 
-def _check_links(probe: Path, what: str) -> None:
+def _check_links(probe: Path, name: str) -> None:
     link = probe.with_suffix(".link.tmp")
     try:
         os.link(probe, link)
     except OSError as error:
-        message = f"{what} is on a filesystem without hard links ({error.strerror})"
+        message = f"{name} is on a filesystem without hard links ({error.strerror})"
         raise UsageError(f"{message}; name a folder of another filesystem, or a bucket") from error
     link.unlink()
 

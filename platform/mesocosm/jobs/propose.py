@@ -45,12 +45,12 @@ class Propose(Job[ProposeConfig, ProposePlan]):
             "datasets": [a.id for a in q.datasets],
             "agents": sorted(agents),
         }
-        what = identity(q.cfg, without=["world", "out"])
+        facts = identity(q.cfg, without=["world", "out"])
         return ProposePlan(
             config=config,
             inputs=inputs,
             facts=identity(q.cfg),
-            id=self.hash("propose", what, inputs, q.sources, q.facts.version),
+            id=self.hash("propose", facts, inputs, q.sources, q.facts.version),
             question=q,
         )
 

@@ -25,7 +25,7 @@ class Serve:
         return {}
 
     def plan(self, config: ServeConfig) -> dict[str, Any]:
-        """What `run` would deploy, and the CPUs that it takes."""
+        """The deployment that `run` would start, and its CPUs."""
         check(config)
         if not config.world:
             raise UsageError("serve.world='' names no world; set world=<artifact id>")
@@ -41,8 +41,11 @@ class Serve:
         }
 
     def run(self, config: ServeConfig, run: Run) -> None:
-        """Deploy, say how to connect, and wait. Raises UsageError before anything starts, MesocosmError
-        when the application fails later.
+        """Deploy, print how to connect, and wait.
+
+        Raises:
+            UsageError: a value with which nothing can start.
+            MesocosmError: the application fails later.
         """
         import ray
         from ray import serve
@@ -90,8 +93,8 @@ class Serve:
                 if state is None or state.status == "DEPLOY_FAILED":
                     raise MesocosmError(
                         f"application {config.name!r} is gone"
-                        f" ({state.message if state else 'deleted'}); see the replicas' logs, and serve"
-                        " it again"
+                        f" ({state.message if state else 'deleted'}); see the replicas' logs, and"
+                        " serve it again"
                     )
                 if listener is not None and not listener.alive:
                     raise MesocosmError(

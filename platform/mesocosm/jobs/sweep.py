@@ -96,17 +96,17 @@ class _Sweep:
             self.grid: Grid = grid.result()
         self.cells = {cell.id: cell for cell in self.grid.cells}
         done = set() if config.force else cells.finished(run.storage)
-        self.found = {id: cells.read_record(run.storage, id) for id in self.cells if id in done}
-        if self.found:
-            run.say(f"{len(self.found)} of {len(self.cells)} cells were finished before")
-        self.progress, self.runs = ProgressTable(run, self.grid, self.found), CellRuns(run)
+        self.finished = {id: cells.read_record(run.storage, id) for id in self.cells if id in done}
+        if self.finished:
+            run.say(f"{len(self.finished)} of {len(self.cells)} cells were finished before")
+        self.progress, self.runs = ProgressTable(run, self.grid, self.finished), CellRuns(run)
         self.reported: set[str] = set()
 
     def make(self) -> Artifact:
         try:
-            for cell in self.found:
-                self.runs.add(self.cells[cell], self.found[cell], None)
-            if missing := [cell for id, cell in self.cells.items() if id not in self.found]:
+            for cell in self.finished:
+                self.runs.add(self.cells[cell], self.finished[cell], None)
+            if missing := [cell for id, cell in self.cells.items() if id not in self.finished]:
                 self.train(missing)
             return self.finish()
         finally:
@@ -203,7 +203,7 @@ class _Sweep:
         at_once = min(config.concurrent, len({cell.trunk for cell in self.grid.cells}))
         summary = {
             "cells": len(self.cells),
-            "found": len(self.found),
+            "found": len(self.finished),
             "failed": progress.failed,
             "steps": {"run": progress.steps, "without_trunks": progress.alone},
             "seconds": {

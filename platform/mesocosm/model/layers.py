@@ -15,7 +15,7 @@ from mesocosm.model.mup import Kind, tag
 from mesocosm.model.spec import Parts, PartSpec
 
 EDGE = 8.0
-"""Where `squash` bends: normalised numbers rarely leave +-8 before a policy does."""
+"""Bend of `squash`: normalised numbers rarely leave +-8 before a policy does."""
 EPS = 1e-4
 """RMSNorm's epsilon: a root mean square far below this counts as zero."""
 

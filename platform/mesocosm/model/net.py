@@ -23,7 +23,7 @@ from mesocosm.model.rng import left_out, member_mask
 from mesocosm.model.spec import Outcome, Spec, Transition, Windows
 
 Features = Tensor | None
-"""What `WorldNet.context` returns: None without history."""
+"""The result of `WorldNet.context`: None without history."""
 
 
 @dataclass(frozen=True)

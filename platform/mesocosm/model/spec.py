@@ -1,4 +1,4 @@
-"""What a model sees of an environment: slots of normalised numbers and of categories.
+"""A model's view of an environment: slots of normalised numbers and of categories.
 
 Numbers are normalised float32, categories int64. An observation, an action and a task are each a
 `Parts`; `mesocosm.data.loading.codec` converts Gymnasium spaces to parts and back.

@@ -37,8 +37,8 @@ class BehaviourConfig:
     weight: float = 1.0
     """Relative share of the episodes, kept to within two episodes for any number of them."""
     noise: float = 0.1
-    """Of kind noisy. Box: the standard deviation as a fraction of half the action's range (1 where
-    unbounded). Other spaces: the probability of a random action.
+    """Noise of kind noisy. Box: the standard deviation as a fraction of half the action's range (1
+    where unbounded). Other spaces: the probability of a random action.
     """
     policy: str | None = None
     """`agents/<id>`, or `agents/<id>@<iteration>` for a snapshot of its training."""

@@ -128,7 +128,7 @@ def deliver(folder: Path, config: JobConfig) -> None:
 
 
 def _read_memo(folder: Path, config: JobConfig) -> dict[str, Any]:
-    """What was delivered of a run. A memo that is torn, or of another MLflow, counts as none."""
+    """The delivered part of a run. A memo that is torn, or of another MLflow, counts as none."""
     uri = redact(uri_of(config))
     memo = read_json(folder / _MEMO)
     if memo and memo.get("uri") == uri:

@@ -296,8 +296,8 @@ def replay_pending(config: JobConfig) -> int:
         except Exception as error:
             try:
                 ping(config)
-            except Exception as away:
-                problem = f"MLflow at {uri_of(config)} is still away ({faults.first_line(away)})"
+            except Exception as outage:
+                problem = f"MLflow at {uri_of(config)} is still away ({faults.first_line(outage)})"
                 console.print(redact(f"{problem}; metrics.jsonl is kept"))
                 break
             name, reason = f"{status['job']}/{status['id']}", faults.first_line(error)
@@ -320,7 +320,7 @@ def replay_in_background(config: JobConfig) -> None:
 
 
 def _alive(status: Mapping[str, Any]) -> bool:
-    """Whether the process of a run whose status is "running" still runs."""
+    """True if the process of a run whose status is "running" still runs."""
     owner = status.get("owner")
     alive = Owner(**owner).alive() if owner else None
     # On another host only the heartbeat tells; hosts' clocks differ.

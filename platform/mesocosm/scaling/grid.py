@@ -66,7 +66,7 @@ class Cell:
     lr: float
     large: bool
     identity: dict[str, Any] = field(compare=False)
-    """What `id` is a hash of."""
+    """The facts that `id` hashes."""
 
     @property
     def fork(self) -> int:

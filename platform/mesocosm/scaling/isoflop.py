@@ -109,7 +109,7 @@ class Points:
         return np.isin(self.log_n, sizes[nearest])
 
     def _at_an_edge(self) -> bool:
-        """Whether the least or the largest size has the least mean loss.
+        """True if the least or the largest size has the least mean loss.
 
         Then nothing shows that the loss rises on that side.
         """
@@ -325,7 +325,7 @@ def power_law(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _is_design(table: Table, every: list[Points]) -> bool:
-    """Whether the table is a design of budgets, and not a grid of N x D with some diagonals that
+    """True if the table is a design of budgets, and not a grid of N x D with some diagonals that
     are budgets by chance.
     """
     within = sum(len(points.loss) for points in every) >= 0.8 * len(table)

@@ -180,7 +180,7 @@ class Law(_Part):
     params: dict[str, float]
     """E, A, B, alpha, beta, and r_n, r_d of the data-constrained form."""
     interval: dict[str, Pair]
-    """Of each of `params` and `optimal`."""
+    """Intervals of each of `params` and `optimal`."""
     interval_level: float = LEVEL
     optimal: Optimal
     flops: Flops
@@ -195,7 +195,7 @@ class Law(_Part):
     law extrapolates.
     """
     correlation: dict[str, float | None]
-    """Of E with the exponents over the resamples. None where one of them does not vary."""
+    """Correlation of E with the exponents over the resamples. None where one does not vary."""
     held_out: HeldOut | None
     isoflop: IsoFlop | None
     without_E: WithoutE | None

@@ -123,7 +123,7 @@ class PlanProblem:
 
     @property
     def has_choice(self) -> bool:
-        """Whether money can go to compute or to reality."""
+        """True if money can go to compute or to reality."""
         return self.budget.step_price is not None and not self.budget.unlimited
 
     def best(self, share: float | None = None) -> PlanPoint:
@@ -157,7 +157,7 @@ class PlanProblem:
         return self.point(params, share)
 
     def point(self, params: float, share: float) -> PlanPoint:
-        """What the budget buys at one size and share. Raises UsageError where that is nothing."""
+        """The purchase at one size and share. Raises UsageError where the budget buys nothing."""
         b, log_n, shares = self.budget, np.array([math.log(params)]), np.array([share])
         data, unique = (float(x[0]) for x in self.buy(log_n, shares))
         loss = float(self.loss(log_n, shares)[0])
@@ -221,8 +221,8 @@ def beyond(law: Law, point: PlanPoint) -> dict[str, float]:
 
 
 def _narrowed(loss: Callable[[Array], Array], low: Array, high: Array) -> tuple[Array, Array]:
-    """Where each row of `loss` ([S, POINTS] -> [S, POINTS]) is least between low and high [S], and
-    its least value.
+    """The minimiser of each row of `loss` ([S, POINTS] -> [S, POINTS]) between low and high [S],
+    and its least value.
     """
     rows = np.arange(len(low))
     for _ in range(ZOOMS):

@@ -180,7 +180,7 @@ def _next(
     spread: Sequence[PlanPoint],
     level: float,
 ) -> dict[str, Any]:
-    """What the next unit of money takes off the loss, at the optimum and to both sides of it.
+    """The loss that the next unit of money removes, at the optimum and to both sides of it.
 
     `reality_first` is the share of the law's resamples in which reality is worth more at the
     optimum.

@@ -68,17 +68,17 @@ def draw(law: Law, table: Table) -> str:
     """Draw the law as SVG: predicted against measured loss, contours of equal loss over data and
     size with the optimum, and IsoFLOP curves (residuals where there are none).
     """
-    kept = ~np.isin(table.line, [row.line for row in law.dropped])
+    used = ~np.isin(table.line, [row.line for row in law.dropped])
     norm = LogNorm(table.flops.min(), table.flops.max() * (1 + 1e-9))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13.5, 4.3), layout="constrained")
         left, middle, right = figure.subplots(1, 3)
-        dots = _fit(left, law, table, kept, norm)
+        dots = _fit(left, law, table, used, norm)
         _plane(middle, law, table, norm)
         if law.isoflop is not None:
-            _curves(right, law.isoflop, table.take(kept & table.fresh))
+            _curves(right, law.isoflop, table.take(used & table.fresh))
         else:
-            _residuals(right, law, table, kept, norm)
+            _residuals(right, law, table, used, norm)
         bar = figure.colorbar(dots, ax=right, pad=0.02)
         bar.set_label("FLOPs")
         bar.outline.set_visible(False)
@@ -93,16 +93,16 @@ def _log_ticks(axes: Axes, subs: tuple[float, ...], formatter: Any) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def _fit(axes: Axes, law: Law, table: Table, kept: NDArray[np.bool_], norm: LogNorm) -> Any:
+def _fit(axes: Axes, law: Law, table: Table, used: NDArray[np.bool_], norm: LogNorm) -> Any:
     predicted, measured = law.predict(table.params, table.data, table.unique), table.loss
-    dots = axes.scatter(measured[kept], predicted[kept], c=table.flops[kept], norm=norm, **DOTS)
+    dots = axes.scatter(measured[used], predicted[used], c=table.flops[used], norm=norm, **DOTS)
     if law.held_out is not None:
-        held = kept & (table.flops >= law.held_out.min_flops)
+        held = used & (table.flops >= law.held_out.min_flops)
         ring: Any = {"facecolors": "none", "edgecolors": HELD, "linewidths": 1.3, "zorder": 4}
         axes.scatter(measured[held], predicted[held], s=80, label="the largest cells", **ring)
-    if not kept.all():
+    if not used.all():
         cross: Any = {"marker": "x", "color": CROSS, "s": 40, "zorder": 4}
-        axes.scatter(measured[~kept], predicted[~kept], label="dropped", **cross)
+        axes.scatter(measured[~used], predicted[~used], label="dropped", **cross)
     ends = [edge(np.concatenate([measured, predicted])) for edge in (np.min, np.max)]
     axes.plot(ends, ends, color=MUTED, linewidth=1, zorder=2)
     _log_ticks(axes, (1, 1.5, 2, 3, 4, 5, 7), FuncFormatter(lambda value, _: f"{value:g}"))
@@ -149,10 +149,10 @@ def _curves(axes: Axes, second: IsoFlop, table: Table) -> None:
     axes.set_title(f"IsoFLOP ({second.source}): N ~ C^{second.a:.2f}")
 
 
-def _residuals(axes: Axes, law: Law, table: Table, kept: NDArray[np.bool_], norm: LogNorm) -> None:
+def _residuals(axes: Axes, law: Law, table: Table, used: NDArray[np.bool_], norm: LogNorm) -> None:
     residual = 100 * (table.loss / law.predict(table.params, table.data, table.unique) - 1)
     axes.axhline(0, color=MUTED, linewidth=1)
-    axes.scatter(table.flops[kept], residual[kept], c=table.flops[kept], norm=norm, **DOTS)
-    axes.scatter(table.flops[~kept], residual[~kept], marker="x", color=CROSS, s=40, zorder=4)
+    axes.scatter(table.flops[used], residual[used], c=table.flops[used], norm=norm, **DOTS)
+    axes.scatter(table.flops[~used], residual[~used], marker="x", color=CROSS, s=40, zorder=4)
     axes.set(xscale="log", xlabel="FLOPs", ylabel="measured above predicted, %", title="residuals")
     axes.title.set_color(INK)

@@ -61,7 +61,7 @@ class Table:
     series: NDArray[np.int64]
     """Rows with one number differ in data only: one size and one trunk (or seed)."""
     group: NDArray[np.int64]
-    """What is resampled together: a trunk, or the seeds of one cell."""
+    """The unit that is resampled together: a trunk, or the seeds of one cell."""
     by_trunk: bool
     notes: Notes
 
@@ -77,7 +77,7 @@ class Table:
 
     @property
     def repeated(self) -> bool:
-        """Whether any row repeats its data."""
+        """True if any row repeats its data."""
         return not self.fresh.all()
 
     def cells(self) -> Cells:

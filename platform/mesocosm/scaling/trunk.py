@@ -40,7 +40,7 @@ class CellOutcome:
 
 @dataclass(frozen=True)
 class TrunkWork:
-    """What the driver sends to every process: plain data."""
+    """The message of the driver to every process: plain data."""
 
     root: str
     datasets: list[str]
@@ -114,7 +114,7 @@ class Branch:
     """A trained branch, or why it failed."""
 
     metrics: dict[str, float]
-    """Of `Training.validate`. Empty where it failed."""
+    """Metrics of `Training.validate`. Empty where it failed."""
     seconds: float
     ran: int
     failed: str | None

@@ -66,7 +66,7 @@ class Connection(H11Protocol):
 
     @property
     def waiting(self) -> bool:
-        """Whether the connection has no request with the token."""
+        """True if the connection has no request with the token."""
         answered = self.cycle is None or self.cycle.response_complete
         return answered or not self.scope["state"].get("admitted")
 

@@ -169,7 +169,7 @@ class HttpSessions:
         self._probe.close()
 
     def alive(self) -> bool:
-        """Whether a replica answers."""
+        """True if a replica answers."""
         with self._probing:
             try:
                 return "error" not in self._probe.call({"op": "end", "session": ""})

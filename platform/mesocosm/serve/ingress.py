@@ -227,7 +227,7 @@ def routes(sessions: HttpSessions) -> FastAPI:
 
     @app.get("/health", response_model=status, responses={503: {"model": status}})
     async def health() -> Response:
-        """Whether a replica answers. Requires no token."""
+        """True if a replica answers. Requires no token."""
         nonlocal probe, probed
         if probe is None or (probe.done() and time.monotonic() - probed > HEALTH_S):
             # A thread outside the pool, whose threads may all wait for a replica.

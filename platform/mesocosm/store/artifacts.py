@@ -175,7 +175,7 @@ class Storage(Root):
         return commit
 
     def is_damaged(self, kind: str, id: str) -> bool:
-        """Whether there is a COMMIT.json that cannot be used."""
+        """True if there is a COMMIT.json that cannot be used."""
         try:
             self.commit_of(kind, id)
         except ArtifactError:

@@ -53,7 +53,7 @@ class Owner:
     """The process's start in clock ticks since boot, 0 where unknown: PIDs are used again."""
 
     def alive(self) -> bool | None:
-        """Whether the process runs; None where this process cannot tell: it is on another host, or
+        """True if the process runs; None where this process cannot tell: it is on another host, or
         another user's and hidden (`hidepid`).
         """
         if self.machine != _machine():
@@ -157,7 +157,7 @@ class Lease:
         return None if raw is None else Record.parse(raw)
 
     def _holds(self, number: int) -> bool:
-        """Whether a number is this process's claim."""
+        """True if a number is this process's claim."""
         record = self._read(number)
         return record is not None and record.nonce == self._record.nonce
 

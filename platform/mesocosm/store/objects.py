@@ -37,7 +37,7 @@ NOT_IMPLEMENTED = 501
 CONFLICT, PRECONDITION_FAILED = 409, 412
 
 _TORN = (HTTPClientError, ClientPayloadError, IncompleteReadError)
-"""What is raised where a reply ends early."""
+"""The errors of a reply that ends early."""
 _log = logging.getLogger(__name__)
 
 
@@ -143,7 +143,7 @@ class Client(S3FileSystem):  # type: ignore[misc]
 
 
 def _is_away(error: BaseException) -> bool:
-    """Whether the endpoint did not answer, or answered that it cannot at present."""
+    """True if the endpoint did not answer, or answered that it cannot at present."""
     if isinstance(error, ConnectionError | HTTPClientError):
         return True
     status = _status(error)

@@ -238,8 +238,8 @@ class Root:
 
         skip = len(self._path(""))
         with self.storage_errors("uploads"):
-            found = objects.uploads(self.fs, self._base)
-            return {path[skip:]: (bytes, modified) for path, bytes, modified in found}
+            uploads = objects.uploads(self.fs, self._base)
+            return {path[skip:]: (bytes, modified) for path, bytes, modified in uploads}
 
     def abort_upload(self, upload: str) -> None:
         """Abort an upload of `uploads`; its parts are freed."""

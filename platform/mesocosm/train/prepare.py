@@ -1,5 +1,5 @@
-"""What is fitted before the network trains: the codec and the frozen base. They are stored in the
-training's folder, so that a resume uses the same ones.
+"""The codec and the frozen base, which are fitted before the network trains. They are stored in
+the training's folder, so that a resume uses the same ones.
 """
 
 from __future__ import annotations

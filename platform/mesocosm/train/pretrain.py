@@ -1,7 +1,7 @@
 """Train a world from a config, by DeepSpeed under Ray Train: the driver's side.
 
-`Pretrain.make` trains the world (`worker.train_loop` on every rank) and exports it. Training state lies under `runs/checkpoints/<world id>`, so that the
-same command resumes.
+`Pretrain.make` trains the world (`worker.train_loop` on every rank) and exports it. Training state
+lies under `runs/checkpoints/<world id>`, so that the same command resumes.
 """
 
 from __future__ import annotations
@@ -218,8 +218,8 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
             run.say(f"warning: termination check {termination.verdict}")
         elif termination.recall is not None:
             run.say(
-                f"termination ({termination.measured_on}): recall {termination.recall:.2f}, precision"
-                f" {(termination.precision or 0):.2f}"
+                f"termination ({termination.measured_on}): recall {termination.recall:.2f},"
+                f" precision {(termination.precision or 0):.2f}"
             )
         return artifact
 

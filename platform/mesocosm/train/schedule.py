@@ -46,8 +46,8 @@ def share(length: int, steps: int) -> float:
 
 
 def due(step: int, saved: int, every: int, high: int) -> bool:
-    """Whether to save `step` after step `saved`: once `every` steps have passed, but only when the
-    loss is not high.
+    """Decide whether to save `step` after step `saved`: once `every` steps have passed, but only
+    when the loss is not high.
     """
     return step // every > saved // every and not high
 

@@ -36,7 +36,7 @@ FLOPS = "flops.json"
 
 @dataclass(frozen=True)
 class Work:
-    """What the driver sends to every rank: plain data."""
+    """The message of the driver to every rank: plain data."""
 
     id: str  # the world's id
     root: str

@@ -1,4 +1,4 @@
-"""What a world can learn from logs: whether actions vary freely, and which rewards occur.
+"""Evidence in logs for a world to learn from: whether actions vary freely, and which rewards occur.
 
 A world learns p(next observation | observation, action). Where the logs' action follows from the
 observation, its effect cannot be told from that of the observation: a world that ignores actions
@@ -41,7 +41,7 @@ ROWS = 1 << 20
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the logs that a world is trained on can show."""
+    """The evidence in the logs that a world is trained on."""
 
     transitions: int
     """The number that `free` compares."""
@@ -56,7 +56,7 @@ class Evidence:
 
     @property
     def known(self) -> bool:
-        """Whether there are enough transitions."""
+        """True if there are enough transitions."""
         return self.transitions >= FEWEST and bool(self.free)
 
     def to_json(self) -> dict[str, Any]:

@@ -79,8 +79,8 @@ class Features:
         options.add(dataset.option_numbers[dataset.episodes("train")])
         moments = (moments or training_moments(dataset)) | {"options": options}
         self._scale = {
-            name: (found.mean, np.where(found.constant, 1.0, found.std))
-            for name, found in moments.items()
+            name: (moment.mean, np.where(moment.constant, 1.0, moment.std))
+            for name, moment in moments.items()
         }
         none = np.zeros((0, len(self._choices)))
         state = self.states(*_no_rows(self._observation), none, none.astype(int)).shape[1]
@@ -154,8 +154,8 @@ def training_moments(dataset: Dataset) -> dict[str, Moments]:
         "act_num": Moments(dataset.action_codec.numbers),
     }
     for chunk in dataset.chunks("train"):
-        for name, found in moments.items():
-            found.add(chunk.arrays[name][~chunk.last])
+        for name, moment in moments.items():
+            moment.add(chunk.arrays[name][~chunk.last])
     return moments
 
 

@@ -41,7 +41,7 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class Plan:
-    """What a worker needs, as plain values."""
+    """A worker's settings, as plain values."""
 
     reality: RealityConfig
     behaviours: list[BehaviourConfig]

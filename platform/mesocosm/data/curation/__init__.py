@@ -1,4 +1,4 @@
-"""What `curate` does to episodes: each operation reads a table of the episodes and drops some.
+"""Operations of `curate`. Each reads a table of the episodes and drops some.
 
 scan.py         measures episodes from the memory-mapped shards, in this process or on Ray Data
 table.py        the kept episodes, and the account of the others by operation and reason

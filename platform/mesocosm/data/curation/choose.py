@@ -25,7 +25,7 @@ CHOICES = ("length", "return", "where", "balance", "mix")
 BALANCE, MIX, FAILURES, HOLD_OUT = range(0xC0, 0xC4)
 """Salts of the orders in which episodes are drawn."""
 KINDS = ["behaviour", "outcome", "success", "dataset"]
-"""What every dataset can be grouped by."""
+"""The grouping keys that every dataset has."""
 BLOCK = 4096
 
 
@@ -180,12 +180,12 @@ class Failures(Operation):
                 "below must be a return, as no episode says whether it succeeded; or collect with"
                 " reality.success"
             )
-        kept = step.episodes(TRAIN)
-        have = int(failed[kept].sum())
-        need = max(0, math.ceil((self.share * len(kept) - have) / (1 - self.share) - 1e-9))
+        retained = step.episodes(TRAIN)
+        have = int(failed[retained].sum())
+        need = max(0, math.ceil((self.share * len(retained) - have) / (1 - self.share) - 1e-9))
         choices = [event.operation for event in table.events if event.op in CHOICES]
         dropped = np.flatnonzero(
-            ~table.kept & failed & (table.split == TRAIN) & np.isin(table.by, choices)
+            ~table.retained & failed & (table.split == TRAIN) & np.isin(table.by, choices)
         )
         if need > len(dropped):
             raise UsageError(
@@ -206,7 +206,7 @@ class HoldOut(Operation):
 
     by: str = "random"
     share: float = 0.1
-    """Of the episodes; drawn groups hold at most this share, but at least one group."""
+    """Share of the episodes. Drawn groups hold at most this share, but at least one is drawn."""
     values: list[str] = field(default_factory=list)
     bins: int = 5
 

@@ -38,7 +38,7 @@ LIMITS = {
     "tolerance": (0, 1),
     "share": (0, 1),
 }
-"""What parameters of these names must be: at least the first number, and less than the second."""
+"""Bounds of parameters by name: at least the first number, less than the second."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ def work(
 
 
 def sentence(entry: Mapping[str, Any]) -> str:
-    dropped, back, kept = entry["dropped"], entry["put_back"], entry["kept"]
+    dropped, back, after = entry["dropped"], entry["put_back"], entry["kept"]
     counts = {"episodes cut short": entry["cut"], "episodes put back": back["episodes"]}
     counts |= {f"moved to {name}": size["episodes"] for name, size in entry["moved_to"].items()}
     parts = [f"dropped {dropped['episodes']} episodes, {dropped['transitions']} transitions"]
     parts += [f"{count} {name}" for name, count in counts.items() if count]
-    parts.append(f"{kept['episodes']} episodes, {kept['transitions']} transitions are left")
+    parts.append(f"{after['episodes']} episodes, {after['transitions']} transitions are left")
     return f"{entry['operation']}. {entry['op']}: {'; '.join(parts)}"
 
 

@@ -46,7 +46,7 @@ class Table:
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
         table = dataset.table
-        self.kept: Array = np.ones(len(table), bool)
+        self.retained: Array = np.ones(len(table), bool)
         """[E] bool"""
         self.length: Array = table["length"].astype(np.int64)
         """[E] transitions that are kept of it"""
@@ -70,12 +70,12 @@ class Table:
         return np.where(self.cut, -1, self.dataset.table["success"].astype(np.int64))
 
     def size(self, episodes: Array | None = None) -> dict[str, int]:
-        chosen = np.flatnonzero(self.kept) if episodes is None else episodes
+        chosen = np.flatnonzero(self.retained) if episodes is None else episodes
         return {"episodes": len(chosen), "transitions": int(self.length[chosen].sum())}
 
     def sizes(self, chosen: Array | None = None) -> dict[str, dict[str, int]]:
         """The size by split of the kept episodes, or of `chosen` [E] bool."""
-        chosen = self.kept if chosen is None else chosen
+        chosen = self.retained if chosen is None else chosen
         splits = enumerate(SPLITS)
         return {name: self.size(np.flatnonzero(chosen & (self.split == i))) for i, name in splits}
 
@@ -108,8 +108,8 @@ class Step:
 
     def episodes(self, split: int | None = None) -> Array:
         """The kept episodes, ascending, [n]."""
-        kept = self.table.kept
-        return np.flatnonzero(kept if split is None else kept & (self.table.split == split))
+        retained = self.table.retained
+        return np.flatnonzero(retained if split is None else retained & (self.table.split == split))
 
     def measure(self, measure: Measure, episodes: Array) -> dict[str, Array]:
         return self._scan(measure, episodes, self.table.length[episodes])
@@ -122,7 +122,7 @@ class Step:
     def drop(self, episodes: Array, reason: str, of: Array | None = None) -> None:
         """Drop episodes; `of`: the episodes that these are copies of."""
         if len(episodes):
-            self.table.kept[episodes] = False
+            self.table.retained[episodes] = False
             self.table.by[episodes] = self.number
             self._add("dropped", reason, episodes, self.table.length[episodes], of)
 
@@ -137,13 +137,13 @@ class Step:
 
     def put_back(self, episodes: Array, reason: str) -> None:
         if len(episodes):
-            self.table.kept[episodes] = True
+            self.table.retained[episodes] = True
             self.table.by[episodes] = 0
             self._add("put back", reason, episodes, self.table.length[episodes])
 
     def hold_out(self, episodes: Array) -> None:
         """Hold these kept episodes out for validation, and train on all others."""
-        self.table.split[self.table.kept] = TRAIN
+        self.table.split[self.table.retained] = TRAIN
         self.table.split[episodes] = VALID
 
     def _add(
@@ -164,7 +164,7 @@ class Step:
             "put_back": self._total("put back"),
             "dropped": self._total("dropped", "cut"),
             "cut": sum(len(event.episodes) for event in self._events if event.kind == "cut"),
-            "moved_to": self.table.sizes(self.table.kept & (self.table.split != self._split)),
+            "moved_to": self.table.sizes(self.table.retained & (self.table.split != self._split)),
             "kept": self.table.size(),
             "splits": self.table.sizes(),
             "reasons": [self._reason(event) for event in self._events],

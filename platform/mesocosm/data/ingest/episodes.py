@@ -41,7 +41,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Work:
-    """What is done with a piece, in any process."""
+    """The work on one piece of a file, in any process."""
 
     schema: Schema
     codecs: Codecs | None = None
@@ -302,7 +302,7 @@ def _neighbour_faults(rows: Rows, marks_success: bool) -> list[tuple[int, Proble
     unchecked = (a["key"] == b["key"]) & ~a["unnumbered"] & ~b["unnumbered"]
 
     def check(mask: Array, blamed: int, reason: str, text: str) -> None:
-        """Where `mask` holds, row a (`blamed` is 0) or row b (1) is at fault."""
+        """Blame row a (`blamed` is 0) or row b (1) where `mask` is true."""
         for i in np.flatnonzero(mask & unchecked).tolist():
             old, new = ({name: side[name][i] for name in CONSTANT} for side in (a, b))
             steps = {"a": a["step"][i], "b": b["step"][i]}

@@ -1,4 +1,4 @@
-"""Where the columns of a table hold the arrays of a space (`Leaf`).
+"""Locations of the arrays of a space in the columns of a table (`Leaf`).
 
     observation: list<float>[4]                        one leaf of shape (4,)
     observation.0 ... observation.3: float             the same leaf, flattened
@@ -45,7 +45,7 @@ class Leaf:
 
     @property
     def flattened(self) -> bool:
-        """Whether each element has a column."""
+        """True if each element has a column."""
         return shown(self.columns[0]) != self.name
 
 
@@ -219,5 +219,5 @@ def build_space(leaves: Sequence[Leaf], inferred: Mapping[str, Space], depth: in
 
 
 def is_numbered(keys: Mapping[str, Any]) -> bool:
-    """Whether the keys are 0, 1, ..., n-1."""
+    """True if the keys are 0, 1, ..., n-1."""
     return set(keys) == set(map(str, range(len(keys))))

@@ -1,4 +1,4 @@
-"""What the first pass of an import counts, and the report of it."""
+"""Counts of the first pass of an import, and their report."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ class Tally:
     led: int = 0
     """Episodes whose logs tell what the last action led to."""
     repeated: int = 0
-    """Of these, those where it equals the observation before the action."""
+    """Episodes of `led` whose last observation equals the one before the last action."""
     pairs: int = 0
-    """Of these, those that another episode follows."""
+    """Episodes of `led` that another episode follows."""
     restarted: int = 0
-    """Of these, those where it equals the first observation of the next episode."""
+    """Episodes of `pairs` whose last observation equals the first one of the next episode."""
     succeeded: int = 0
     """Episodes that are terminated and succeeded."""
     done: int = 0
@@ -68,7 +68,7 @@ class Inspection:
     task: list[str]
 
     def report(self) -> dict[str, Any]:
-        """What each column became, counts, what is left out and why, and warnings."""
+        """The mapping of columns, counts, omissions with their reasons, and warnings."""
         tally = self.tally
         left_out = [
             {

@@ -109,9 +109,9 @@ def _row(column: str, became: str, how: str, type: str = "") -> dict[str, str]:
 
 def _file_name(name: str, renames: Mapping[str, str]) -> str:
     """The file's name of a flattened column."""
-    for theirs, ours in renames.items():
-        if name == ours or name.startswith(ours + SEPARATOR):
-            return theirs + shown(name[len(ours) :])
+    for column, standard in renames.items():
+        if name == standard or name.startswith(standard + SEPARATOR):
+            return column + shown(name[len(standard) :])
     return shown(name)
 
 
@@ -213,21 +213,23 @@ def _renames(
     source: Source, schema: pa.Schema, columns: Mapping[str, str]
 ) -> tuple[dict[str, str], dict[str, str]]:
     """(file's name -> schema's name, unused column -> reason)."""
-    for ours, theirs in columns.items():
-        if ours not in COLUMNS:
+    for standard, column in columns.items():
+        if standard not in COLUMNS:
             raise UsageError(
-                f"columns.{ours}={theirs!r} is not a column of the schema{nearest(ours, COLUMNS)};"
-                f" the schema has {', '.join(COLUMNS)}"
+                f"columns.{standard}={column!r} is not a column of the schema"
+                f"{nearest(standard, COLUMNS)}; the schema has {', '.join(COLUMNS)}"
             )
-    theirs_of = {ours: ours for ours in COLUMNS} | source.about.columns | dict(columns)
+    file_columns = (
+        {standard: standard for standard in COLUMNS} | source.about.columns | dict(columns)
+    )
     renames: dict[str, str] = {}
     unused = {name: why for name, why in source.about.ignored.items() if name in schema.names}
     for name in schema.names:
         if name in unused:
             continue
-        for ours, theirs in theirs_of.items():
-            if name == theirs or name.startswith(f"{theirs}."):
-                renames[name] = ours + name[len(theirs) :].replace(".", SEPARATOR)
+        for standard, column in file_columns.items():
+            if name == column or name.startswith(f"{column}."):
+                renames[name] = standard + name[len(column) :].replace(".", SEPARATOR)
                 break
         else:
             unused[name] = "unknown column: not used"
@@ -307,7 +309,8 @@ def _compare(
 
 
 def _comparable(type: pa.DataType, typed: bool) -> tuple[str | None, int] | None:
-    """What must be equal in all files: neither the width of a number nor, in JSON, its point.
+    """The part of a type that must be equal in all files: not the width of a number, nor, in
+    JSON, whether it is an integer.
 
     None for nulls, which go with every type.
     """

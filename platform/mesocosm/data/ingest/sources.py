@@ -71,18 +71,18 @@ def sources(words: Sequence[str], fetch: bool) -> list[Source]:
             " 'logs/*.parquet'"
         )
     ordered = files.sorted_naturally(words) if list(words) == sorted(words) else words
-    found = [source for word in ordered for source in _sources_of(word, fetch)]
+    sources = [source for word in ordered for source in _sources_of(word, fetch)]
     seen: set[str] = set()
-    for source in found:
+    for source in sources:
         if source.path in seen:
             raise UsageError(f"{source.name!r} is given twice; name each file once")
         seen.add(source.path)
-        if source.format != found[0].format:
+        if source.format != sources[0].format:
             raise UsageError(
-                f"{found[0].name!r} is {found[0].format} and {source.name!r} is {source.format};"
-                " import one format at a time, and train on both datasets together"
+                f"{sources[0].name!r} is {sources[0].format} and {source.name!r} is"
+                f" {source.format}; import one format at a time, and train on both datasets together"
             )
-    return found
+    return sources
 
 
 def _sources_of(word: str, fetch: bool) -> list[Source]:

@@ -1,4 +1,4 @@
-"""Where samples lie: sample number -> shard, episode, first transition.
+"""Locations of samples: sample number -> shard, episode, first transition.
 
 In memory are a few integers a shard, and the episodes of the shards that were used last.
 
@@ -27,7 +27,7 @@ from mesocosm.errors import UsageError
 Array = NDArray[Any]
 Index = NDArray[np.int64]
 By = Literal["windows", "transitions", "terminals", "cuts"]
-"""What is counted: training's windows, single transitions, terminals, and the windows that
+"""The unit of an index: training's windows, single transitions, terminals, and the windows that
 evaluation cuts from each episode's start.
 """
 ORDER, SHIFT, TERMINAL, UNIFORM, BLOCK, SAMPLE = 1, 2, 3, 4, 5, 6

@@ -1,4 +1,4 @@
-"""What a dataset covers, as one summary, which `mesocosm data show` and its page are drawn from.
+"""The coverage of a dataset, as the summary behind `mesocosm data show` and its page.
 
 Distances are those of `data.analysis.neighbours`: of a transition's state and action, in standard
 deviations, root mean square over columns. They are measured on a sample of each split, drawn by the
@@ -75,7 +75,7 @@ class Columns:
         return np.concatenate([raw[f"{part}_cat"] for part in self.parts], 1).astype(np.int64)
 
     def bounds(self) -> tuple[Array, Array]:
-        """Of each number, as the spaces state them; infinite where they do not."""
+        """Bounds of each number, as the spaces state them; infinite where they do not."""
         leaves = [leaf for codec in self.parts.values() for leaf in codec.leaves]
         boxes: list[Any] = [e.space for e in leaves if e.numbers.stop > e.numbers.start]
         low = [np.zeros(0), *(np.ravel(box.low).astype(np.float64) for box in boxes)]
@@ -208,7 +208,7 @@ def _behaviour(dataset: Dataset, number: int, name: str) -> dict[str, Any]:
 
 
 def _tasks(dataset: Dataset) -> list[dict[str, Any]]:
-    """Of each reset option: the range of a number, or episodes by value."""
+    """Coverage of each reset option: the range of a number, or episodes by value."""
     rows: list[dict[str, Any]] = []
     for i, option in enumerate(dataset.options):
         if option.values:
@@ -318,7 +318,7 @@ def _missing(
     valid_gaps: Array,
     threshold: float,
 ) -> dict[str, Any]:
-    """What the validation split has that training lacks."""
+    """Parts of the validation split that training lacks."""
     beyond, worst, names = valid_gaps > threshold, [], _names(dataset)
     episodes, member = np.unique(valid.episodes, return_inverse=True)
     shares = np.bincount(member, beyond) / np.bincount(member)

@@ -37,19 +37,18 @@ class OneStep:
     expected_terminals: float
     """Sum of the probabilities of termination: near `terminals` where the world is calibrated"""
     precision: float | None
-    """Of `p_terminated > 1/2`, p the members' mean; None where none was predicted"""
+    """Precision of `p_terminated > 1/2`, p the members' mean; None where none was predicted"""
     recall: float | None
     """None where nothing terminated"""
     recall_interval: stats.Interval | None
     auc: float | None
-    """Of p_terminated, terminal transitions against the others; None where there is only one kind
-    """
+    """AUC of p_terminated, terminal transitions against the others; None for one kind only"""
     auc_interval: stats.Interval | None
     reward_accuracy: float | None
     """Share of rewards drawn exactly right; None where rewards are regressed"""
     reward_accuracy_interval: stats.Interval | None
     reward_r2: float | None
-    """Of the mean over members' draws; None where the true rewards are constant"""
+    """R2 of the mean over members' draws; None where the true rewards are constant"""
     reward_r2_interval: stats.Interval | None
     notes: tuple[str, ...]
 
@@ -208,8 +207,8 @@ def one_step(
 def time_to_end(
     world: World, dataset: Dataset, split: Split = "valid", *, seed: int = 0
 ) -> TimeToEnd:
-    """Of at most ENDED terminated episodes of the split, from AHEAD steps before their end (or
-    their first state), each member once.
+    """Time to the end of at most ENDED terminated episodes of the split, from AHEAD steps before
+    their end (or their first state), each member once.
     """
     log = Log(dataset, codec_of(world), split)
     every = np.arange(len(log.lengths))

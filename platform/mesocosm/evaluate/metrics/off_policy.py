@@ -34,7 +34,7 @@ CLONE_STEPS, CLONE_BATCH, CLONE_HIDDEN = 600, 256, 64
 LARGE = 0.9
 """An error above this quantile of the errors on validation is large."""
 TRANSITIONS = 2048
-"""Of a behaviour that are looked at, at most."""
+"""The most transitions of a behaviour that are measured."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Behaviour:
     large: float
     """Share of transitions with a larger error than nine tenths of validation's"""
     auroc: float | None
-    """Of disagreement for those against the others; None where there is only one kind"""
+    """AUROC of disagreement for those against the others; None where there is only one kind"""
     auroc_interval: stats.Interval | None
     logged: bool = False
     """Some of the world's data are of this behaviour"""
@@ -103,8 +103,8 @@ class OffPolicy:
 
 
 def one_step_errors(world: World, dataset: Dataset, split: Split, *, seed: int = 0) -> Errors:
-    """Of a uniform draw of at most TRANSITIONS transitions of the split. A member's draw stands for
-    its expectation: over K members it averages out.
+    """Errors on a uniform draw of at most TRANSITIONS transitions of the split. A member's draw
+    stands for its expectation: over K members it averages out.
     """
     log = Log(dataset, codec_of(world), split)
     episode, step = log.starts(1, TRANSITIONS, np.random.default_rng([seed, 5]))

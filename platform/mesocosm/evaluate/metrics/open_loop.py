@@ -219,7 +219,7 @@ class _Measure:
         return numbers, categories
 
     def _coverage(self, numbers: Array, true: Array, group: Array, seed: int) -> dict[str, Any]:
-        """Whether the truth is within the range of the samples [n, S, d]. A logged number stands
+        """True where the truth is within the range of the samples [n, S, d]. A logged number stands
         for its whole bin, which sampled ones fill.
         """
         if self.samples == 1:

@@ -36,7 +36,7 @@ class Ranking:
     spearman: float | None
     spearman_interval: stats.Interval | None
     spearman_top: float | None
-    """Of the policies whose real return is at least the median"""
+    """Spearman of the policies whose real return is at least the median"""
     mmrv: float | None
     """Mean maximum rank violation, in units of return: the mean over policies of the largest real
     difference to another that the world ranks the other way round (Li et al. 2024, arXiv
@@ -63,7 +63,7 @@ def fifths_of(returns: ArrayLike) -> tuple[int, ...]:
 
 
 def firm(fifths: Sequence[int]) -> bool:
-    """Whether that many policies in each fifth make a firm ranking."""
+    """True if that many policies in each fifth make a firm ranking."""
     return sum(fifths) >= LEAST and min(fifths) >= PER_FIFTH
 
 

@@ -61,7 +61,7 @@ class Starts:
 
 
 class StartSpace:
-    """What starts of a codec's spaces may be, and how far apart they are."""
+    """The valid starts of a codec's spaces, and the distances between them."""
 
     def __init__(self, codec: Codec):
         task, observation = codec.spec.task, codec.spec.observation

@@ -59,7 +59,7 @@ class TaskDistribution:
     """Held-out starts compared with"""
     training: int
     split: Split
-    """Where the real starts are from"""
+    """The split of the real starts"""
     pairs: int
     """Starts of each side in `auc` and `nearest`"""
     in_space: float | None
@@ -84,12 +84,12 @@ class TaskDistribution:
     coverage_expected: float | None
     """Its expectation for equal continuous distributions at these numbers of starts"""
     auc: float | None
-    """Of a gradient-boosted classifier of generated against real, on folds that it was not trained
-    on: .5 (or less) tells nothing, 1 everything
+    """AUC of a gradient-boosted classifier of generated against real, on held-out folds: at .5 (or
+    less) it cannot tell them apart, at 1 it always can
     """
     auc_interval: Interval | None
-    """Of these classifiers' scores, not of classifiers trained on other starts, so too narrow: of
-    equal distributions of 4 numbers (20 to 200 pairs, 40 draws each) 7 in 10 held .5
+    """Interval of these classifiers' scores, not of classifiers trained on other starts, so too
+    narrow: with equal distributions of 4 numbers (20 to 200 pairs, 40 draws each) 7 in 10 held .5
     """
     nearest: float | None
     """Median distance of a generated start to the nearest training start"""

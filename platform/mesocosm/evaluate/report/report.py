@@ -24,7 +24,7 @@ from mesocosm.evaluate.report import page
 
 SUMMARY, PAGE = "summary.json", "report.html"
 DIMENSIONS, STEPS = 6, 600
-"""What a page shows of trajectories: the dimensions that move most, and the first steps."""
+"""Limits of trajectories on a page: the dimensions that move most, and the first steps."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class ReportInput:
-    """What a report is about."""
+    """The contents of a report."""
 
     title: str
     environment: str
@@ -131,7 +131,7 @@ class ReportInput:
     """(kind, id or URI), in order"""
     notes: Sequence[str] = ()
     suite: Mapping[str, Any] | None = None
-    """Of an evaluation: verdicts, policy values, off-policy errors, the task distribution"""
+    """An evaluation: verdicts, policy values, off-policy errors, the task distribution"""
 
 
 def purpose_rows(totals: LedgerTotals) -> list[PurposeRow]:

@@ -70,7 +70,7 @@ def verdicts(
         "Trust it to rank policies?": _ranks(value),
         "Trust it to train in?": _trains(value, agent),
         "Up to which horizon?": _horizon(open_loop),
-        "Trust it away from its data?": _away(suite.get("off_policy")),
+        "Trust it away from its data?": _off_policy(suite.get("off_policy")),
         "Are its starts and tasks real ones?": _starts(suite.get("starts")),
         "Do its logs show what actions do?": _actions(suite.get("evidence")),
     }
@@ -157,7 +157,7 @@ def _failure(row: Mapping[str, Any]) -> str | None:
     return "no better than a linear model" if linear else None
 
 
-def _away(off: Mapping[str, Any] | None) -> tuple[Answer, str]:
+def _off_policy(off: Mapping[str, Any] | None) -> tuple[Answer, str]:
     if off is None:
         return "unknown", "not measured: that takes policies, or graded with an agent."
     rows = [row for row in off["behaviours"] if not row["logged"]]

@@ -24,7 +24,7 @@ BATCH_BYTES = 1 << 25
 
 @dataclass(frozen=True)
 class About:
-    """What a format adds to the documented schema."""
+    """The additions of a format to the documented schema."""
 
     columns: dict[str, str] = field(default_factory=dict)
     """Schema's name -> the format's own name."""

@@ -54,14 +54,14 @@ def data(folder: str) -> list[str]:
             f"{folder!r} must be a LeRobot folder of version {VERSION}, got {version}; convert it"
             " with LeRobot's converter"
         )
-    found = sorted_naturally(
+    paths = sorted_naturally(
         str(path) for path in (Path(folder) / "data").glob("chunk-*/file-*.parquet")
     )
-    if not found:
+    if not paths:
         raise UsageError(
             f"{folder!r} is a LeRobot folder without data/chunk-*/file-*.parquet; give a whole one"
         )
-    return found
+    return paths
 
 
 def folder_of(path: str, names: Sequence[str]) -> str | None:

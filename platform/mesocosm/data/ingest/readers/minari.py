@@ -171,7 +171,7 @@ def _table(episode: Any, dataset: Any) -> pa.Table:
 
 
 def _problem(episode: Any, observation_space: Space, action_space: Space) -> str | None:
-    """What is wrong with the lengths of an episode: T actions need T rewards, T+1 observations."""
+    """The problem with an episode's lengths. T actions need T rewards and T+1 observations."""
     length = len(episode.rewards)
     lengths = [("actions", n, length) for n in _lengths(action_space, episode.actions)]
     for name in ("terminations", "truncations"):

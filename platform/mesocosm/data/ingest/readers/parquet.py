@@ -33,14 +33,14 @@ def pieces(path: str) -> list[tuple[int, int]]:
     """Small row groups are read together, since a task has a cost."""
     with _open(path) as (file, _):
         sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-    found: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     begin = rows = 0
     for i, size in enumerate(sizes):
         rows += size
         if rows >= PIECE_ROWS or i == len(sizes) - 1:
-            found.append((begin, i + 1))
+            ranges.append((begin, i + 1))
             begin, rows = i + 1, 0
-    return found
+    return ranges
 
 
 def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
@@ -97,7 +97,7 @@ def _is_list(type: pa.DataType) -> bool:
 
 
 def _fixed(type: pa.DataType) -> bool:
-    """Whether the type is or contains a fixed-size list."""
+    """True if the type is or contains a fixed-size list."""
     if is_.is_struct(type):
         return any(_fixed(field.type) for field in type)
     return is_.is_fixed_size_list(type) or (_is_list(type) and _fixed(type.value_type))

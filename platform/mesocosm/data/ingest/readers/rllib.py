@@ -29,7 +29,7 @@ pieces = parquet.pieces
 
 
 def holds(schema: pa.Schema) -> bool:
-    """Whether a Parquet file of this schema holds RLlib's episodes."""
+    """True if a Parquet file of this schema holds RLlib's episodes."""
     return schema.names == [ITEM] and schema.field(ITEM).type in (pa.binary(), pa.large_binary())
 
 
