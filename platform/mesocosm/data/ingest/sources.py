@@ -80,7 +80,8 @@ def sources(words: Sequence[str], fetch: bool) -> list[Source]:
         if source.format != sources[0].format:
             raise UsageError(
                 f"{sources[0].name!r} is {sources[0].format} and {source.name!r} is"
-                f" {source.format}; import one format at a time, and train on both datasets together"
+                f" {source.format}; import one format at a time, and train on both datasets"
+                " together"
             )
     return sources
 
