@@ -1,1 +1,1 @@
-"""Storage: artifacts.py (COMMIT.json makes an artifact whole), leases, cache, garbage collection."""
+"""Storage: artifacts.py (COMMIT.json makes an artifact whole), leases, cache, garbage."""

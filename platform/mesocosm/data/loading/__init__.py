@@ -1,1 +1,1 @@
-"""Batches: codec.py (arrays to tokens and numbers), index.py (sample number to window), loader.py."""
+"""Batches: codec.py (arrays to numbers and tokens), index.py (sample to window), loader.py."""
