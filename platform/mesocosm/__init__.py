@@ -63,7 +63,7 @@ _MODULES = {
     "load_policy": "api",
     "load_world": "api",
 }
-"""Where each public name is defined."""
+"""The module that defines each public name."""
 
 
 def __getattr__(name: str) -> Any:

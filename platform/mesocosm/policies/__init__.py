@@ -1,1 +1,1 @@
-"""What acts: exported policies (policy.py) and behaviours for data collection (behaviours.py)."""
+"""Actors: exported policies (policy.py) and behaviours for data collection (behaviours.py)."""

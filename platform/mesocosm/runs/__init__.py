@@ -1,1 +1,1 @@
-"""What a job did: status and metrics (tracking.py), mirrored into MLflow."""
+"""Records of jobs: status and metrics (tracking.py), mirrored into MLflow."""

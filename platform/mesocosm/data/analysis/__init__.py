@@ -1,1 +1,1 @@
-"""What a dataset covers: nearest neighbours and evidence about actions and rewards."""
+"""Coverage of a dataset: nearest neighbours and evidence about actions and rewards."""
