@@ -8,12 +8,15 @@ from typing import Any
 from mesocosm.errors import UsageError, nearest
 
 
-def at_least(config: Any, least: float, *keys: str) -> None:
-    """Check that numbers are not below `least`. None is a default and passes."""
+def at_least(config: Any, least: float, *keys: str, prefix: str = "") -> None:
+    """Check that numbers are not below `least`. None is a default and passes.
+
+    `prefix` stands before the keys in the message.
+    """
     for key in keys:
         value = _get(config, key)
         if value is not None and not value >= least:
-            raise UsageError(f"{key} must be >= {least:g}, got {value}")
+            raise UsageError(f"{prefix}{key} must be >= {least:g}, got {value}")
 
 
 def within(config: Any, low: float, high: float, *keys: str, open: str = "") -> None:

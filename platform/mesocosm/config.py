@@ -122,14 +122,6 @@ def structured(schema: type[T], values: Mapping[str, Any], source: str) -> T:
     return cast(T, OmegaConf.to_object(_merge(base, layer, source, list(_known_keys(base)))))
 
 
-def check_least(block: Any, prefix: str = "", **least: float) -> None:
-    """Raise UsageError for the first key of `block` that is set and less than its value here."""
-    for key, low in least.items():
-        value = getattr(block, key)
-        if value is not None and not value >= low:
-            raise UsageError(f"{prefix}{key} must be >= {low}, got {value}")
-
-
 def _read(path: str | Path) -> DictConfig:
     name = f"config file {str(path)!r}"
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mesocosm import config, shipped
+from mesocosm import checks, config, shipped
 from mesocosm.errors import UsageError, nearest
 
 FOLDERS = (Path("clusters"), shipped.CLUSTERS)
@@ -212,8 +212,9 @@ def _check(cluster: ClusterConfig, name: str) -> None:
     for group in cluster.nodes:
         prefix = f"nodes.{group.name}."
         _check_keys(group, where, prefix)
-        config.check_least(group, prefix, count=1, cpus=1, gpus=0, min_count=0)
-        config.check_least(group, prefix, price_per_hour=0, seconds_per_step=0)
+        checks.at_least(group, 1, "count", "cpus", prefix=prefix)
+        keys = ("gpus", "min_count", "price_per_hour", "seconds_per_step")
+        checks.at_least(group, 0, *keys, prefix=prefix)
         for key in ("flops_per_s", "memory_gib"):
             value = getattr(group, key)
             if value is not None and not value > 0:
