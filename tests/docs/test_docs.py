@@ -39,7 +39,7 @@ PAGES = pages()
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 BASES = (REPOSITORY, PACKAGE, REPOSITORY / "tests")
 """Where a path that a page names may begin."""
-STORED = ("agents/", "worlds/", "serving/", "runs/")
+STORED = ("agents/", "runs/")
 """How paths in storage begin, which look like folders of the package."""
 SOMEBODY = re.compile(r"\bID\b|<id[^>]*>")
 """What stands in a page for the id of the reader's own artifact."""
