@@ -163,7 +163,7 @@ def test_what_a_job_asks_for(
     schema: Any, overrides: list[str], cpus: float, gpus: float, what: str
 ) -> None:
     result = needs(config.load(schema, [], overrides))
-    assert (result.cpus, result.gpus, result.what) == (cpus, gpus, what)
+    assert (result.cpus, result.gpus, result.key) == (cpus, gpus, what)
 
 
 def test_a_sweep_there_is_estimated_as_of_that_cluster(

@@ -171,7 +171,7 @@ class TrainAgent(Job[AgentConfig, Training]):
         progress = checkpoints.latest()
         ray_session.ensure(config.ray)
         if config.runners:
-            ray_session.preflight(cpus=config.runners, what=f"runners={config.runners}")
+            ray_session.preflight(cpus=config.runners, key=f"runners={config.runners}")
         arguments = _arguments(plan, run)
         metrics: dict[str, float] = {}
         verdicts: dict[str, str] = {}

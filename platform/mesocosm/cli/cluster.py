@@ -28,7 +28,7 @@ PLACEHOLDER = "your-"
 """The shipped files contain this where a user's own value belongs."""
 
 DEFAULT_RUN = {"RayJob": "doctor", "RayService": "serve"}
-"""What a resource runs without `--run`."""
+"""The job that a resource runs without `--run`."""
 
 NAME = click.Argument(["name"], metavar="NAME", shell_complete=options.complete_clusters)
 
@@ -185,7 +185,8 @@ def _launch(
         "cluster": launcher["cluster_name"],
         "command": shlex.join(command),
         "nodes": {
-            group.name: f"{group.kept} to {group.count} {group.instance}" for group in cluster.nodes
+            group.name: f"{group.min_nodes} to {group.count} {group.instance}"
+            for group in cluster.nodes
         },
         "price_per_hour": cluster.price_per_hour,
         "idle_price_per_hour": cluster.idle_price_per_hour,

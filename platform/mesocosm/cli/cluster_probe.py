@@ -1,4 +1,4 @@
-"""What a cluster reports from inside, run as a Ray job in the folder that a submission sends:
+"""The report of a cluster from inside, as a Ray job in the folder that a submission sends:
 `python -m mesocosm.cli.cluster_probe [JOB]`.
 
 Prints one line, MARK and JSON, for the preflight of a submission, `cluster check` and `doctor

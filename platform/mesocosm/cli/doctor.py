@@ -75,8 +75,8 @@ def machine_checks(loaded: JobConfig) -> Iterator[Check]:
     yield Check("python", supported, platform.python_version(), "use Python 3.11 or 3.12")
     for package in PACKAGES:
         installed = importlib.util.find_spec(package) is not None
-        found = version(package) if installed else "not installed"
-        yield Check(package, installed, found, "run `make install`")
+        detail = version(package) if installed else "not installed"
+        yield Check(package, installed, detail, "run `make install`")
     # On CPU nothing is compiled (`train.engine.import_deepspeed`).
     cuda = _has_cuda()
     for name, programs, fix in (
@@ -127,10 +127,10 @@ def cluster_checks(name: str, loaded: JobConfig, *, insecure: bool) -> Iterator[
         problem, _, fix = str(error).partition("; ")
         yield Check(step, False, problem, fix or "see the cluster's own logs")
         return
-    here, there = platform.python_version(), report["python"]
-    same = here.rsplit(".", 1)[0] == there.rsplit(".", 1)[0]
+    local_python, remote_python = platform.python_version(), report["python"]
+    same = local_python.rsplit(".", 1)[0] == remote_python.rsplit(".", 1)[0]
     fix = "use the same minor version on both"
-    yield Check("python", same, f"{there} on the cluster, {here} here", fix)
+    yield Check("python", same, f"{remote_python} on the cluster, {local_python} here", fix)
     same = report["ray"] == ray.__version__
     versions = f"{report['ray']} on the cluster, {ray.__version__} here"
     yield Check("ray", same, versions, "install the same version on both")

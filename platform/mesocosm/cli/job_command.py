@@ -151,7 +151,7 @@ def _load(
 
 
 def _is_override(word: str) -> bool:
-    """Whether a word is `key=value` rather than the path of a file with = in its name."""
+    """True if a word is `key=value` rather than the path of a file with = in its name."""
     return re.match(r"[A-Za-z_][\w.\[\]]*=", word) is not None and not os.path.exists(word)
 
 

@@ -55,8 +55,8 @@ def _fields(module: str, schema: str) -> dict[str, tuple[str, str, str]]:
         return _fields(node, schema)
     fields: dict[str, tuple[str, str, str]] = {}
     for base in node.bases:
-        if found := _find_class(module, ast.unparse(base)):
-            fields |= _fields(*found)
+        if source := _find_class(module, ast.unparse(base)):
+            fields |= _fields(*source)
     for line, after in itertools.pairwise([*node.body, ast.Pass()]):
         if isinstance(line, ast.AnnAssign):
             text = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else ""

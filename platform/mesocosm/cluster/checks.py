@@ -30,7 +30,7 @@ def guarded(name: str, look: Callable[[], str], fix: str) -> Check:
 
 
 def storage_check(config: JobConfig) -> Check:
-    """Whether `storage.root` can be written and read from here, and creates files exclusively."""
+    """Check that `storage.root` is readable and writable here, and creates files exclusively."""
 
     def look() -> str:
         storage = Storage(config.storage.root)
@@ -42,7 +42,7 @@ def storage_check(config: JobConfig) -> Check:
 
 
 def mlflow_check(config: JobConfig) -> Check:
-    """Whether MLflow answers from here."""
+    """Check that MLflow answers here."""
 
     def look() -> str:
         tracking.ping(config)

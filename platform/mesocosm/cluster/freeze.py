@@ -1,5 +1,5 @@
-"""What a submission sends: the composed config, the user's files and this package, in one folder
-with one content hash.
+"""The folder of a submission: the composed config, the user's files and this package, with
+one content hash.
 
 config.yaml      as composed, for the cluster's storage and tracking
 mesocosm/        this package, which precedes an installed one on the cluster

@@ -114,8 +114,8 @@ def _cluster(full_name: str, cluster: ClusterConfig, secret: str) -> dict[str, A
         "workerGroupSpecs": [
             {
                 "groupName": group.name,
-                "replicas": group.kept,
-                "minReplicas": group.kept,
+                "replicas": group.min_nodes,
+                "minReplicas": group.min_nodes,
                 "maxReplicas": group.count,
                 "rayStartParams": {},
                 "template": _pod(full_name, cluster, group),

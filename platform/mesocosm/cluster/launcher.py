@@ -12,7 +12,7 @@ from typing import Any
 from mesocosm.cluster.spec import HEAD, ClusterConfig, NodeGroup
 
 TOKEN = "~/.ray/auth_token"
-"""Where Ray looks for the token, in every container."""
+"""The file in which Ray looks for the token, in every container."""
 DISK_GIB = 200
 """The disk of each node. The image takes about 30 GiB; the rest caches shards and checkpoints."""
 IDLE_MINUTES = 10
@@ -88,6 +88,6 @@ def _node_type(cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any]:
     return {
         "resources": {"CPU": group.cpus, "GPU": group.gpus},
         "node_config": node,
-        "min_workers": group.kept,
+        "min_workers": group.min_nodes,
         "max_workers": group.count,
     }

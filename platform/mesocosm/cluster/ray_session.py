@@ -37,7 +37,7 @@ IMPORTS = "MESOCOSM_IMPORTS"
 
 _folder: SessionFolder | None = None
 _forked = False
-"""Whether this process was forked from one that was connected to Ray. Its threads are gone."""
+"""True if this process was forked from one that was connected to Ray. Its threads are gone."""
 
 
 def _after_fork() -> None:
@@ -52,7 +52,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def forked() -> bool:
-    """Whether this process was forked from one that was connected to Ray."""
+    """True if this process was forked from one that was connected to Ray."""
     return _forked
 
 
@@ -170,7 +170,7 @@ def _token_problem() -> str:
 
 
 def _is_about_token(error: BaseException | None) -> bool:
-    """Whether a wrong or missing token is among the causes. Ray gives the cause as text only."""
+    """True if a wrong or missing token is among the causes. Ray gives the cause as text only."""
     while error is not None:
         if "AuthenticationError" in f"{type(error).__name__} {error}":
             return True
@@ -281,12 +281,12 @@ def local_cpus(config: RayConfig) -> int:
 
 
 def preflight(
-    *, what: str, cpus: float = 0, gpus: float = 0, config: RayConfig | None = None
+    *, key: str, cpus: float = 0, gpus: float = 0, config: RayConfig | None = None
 ) -> None:
     """Check that the cluster can grant resources.
 
     Args:
-        what: The config key and value that asks for them.
+        key: The config key and value that asks for them.
         config: Check the Ray that it would start or connect to, instead of the running one.
 
     Raises:
@@ -296,21 +296,21 @@ def preflight(
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         if need > have.get(name, 0):
             raise UsageError(
-                f"{what} asks for {need:g} {name}s and the cluster has {have.get(name, 0):g}; lower"
+                f"{key} asks for {need:g} {name}s and the cluster has {have.get(name, 0):g}; lower"
                 " it, or use a larger cluster"
             )
 
 
-def stuck(what: str) -> NoReturn:
-    """Raise MesocosmError: `what` waits for resources. The error reports the cluster's."""
+def stuck(problem: str) -> NoReturn:
+    """Raise MesocosmError for a job that waits for resources, with those of the cluster."""
     import ray
 
     have, free = ray.cluster_resources(), ray.available_resources()
     names = [name for name in ("CPU", "GPU") if name in have]
     report = ", ".join(f"{free.get(n, 0):g} of {have[n]:g} {n}s free" for n in names)
     raise MesocosmError(
-        f"{what}: the cluster has {report or 'no CPU at all'}; bring its nodes back or free some,"
-        " and run the same command again to go on"
+        f"{problem}: the cluster has {report or 'no CPU at all'}; bring its nodes back or free"
+        " some, and run the same command again to go on"
     )
 
 

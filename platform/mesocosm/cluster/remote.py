@@ -37,7 +37,7 @@ class Remote:
     """
 
     guarded: bool
-    """Whether the cluster wants a token."""
+    """True if the cluster requires a token."""
 
     def __init__(self, name: str, config: ClusterConfig, *, insecure: bool = False):
         from ray.job_submission import JobSubmissionClient

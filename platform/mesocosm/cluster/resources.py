@@ -15,27 +15,27 @@ STAGES = ("collect", "explore", "pretrain", "serve", "agent", "evaluate")
 class Needs:
     cpus: float
     gpus: float
-    what: str
-    """The config key and value that ask for the most."""
+    key: str
+    """The config key and value that need the most."""
 
 
 def needs(config: JobConfig) -> Needs:
     """The most that the job holds at once. GPUs that the config does not set are not needed."""
-    asked = list(_asked(config, ""))
+    claims = list(_claims(config, ""))
     stages = {name: getattr(config, name, None) for name in STAGES}
     # A loop's stages follow each other, but the agent trains beside its served world.
     for name, stage in stages.items():
         if isinstance(stage, JobConfig):
-            asked += _asked(stage, f"{name}.")
+            claims += _claims(stage, f"{name}.")
     if isinstance(stages["serve"], JobConfig) and isinstance(stages["agent"], JobConfig):
-        (served,), (agent,) = _asked(stages["serve"], ""), _asked(stages["agent"], "")
-        what = "serve.replicas with agent.runners"
-        asked.append(Needs(served.cpus + agent.cpus, served.gpus + agent.gpus, what))
-    most = max(asked, key=lambda need: need.cpus, default=Needs(1.0, 0.0, ""))
-    return Needs(most.cpus, max((need.gpus for need in asked), default=0.0), most.what)
+        (served,), (agent,) = _claims(stages["serve"], ""), _claims(stages["agent"], "")
+        key = "serve.replicas with agent.runners"
+        claims.append(Needs(served.cpus + agent.cpus, served.gpus + agent.gpus, key))
+    most = max(claims, key=lambda need: need.cpus, default=Needs(1.0, 0.0, ""))
+    return Needs(most.cpus, max((need.gpus for need in claims), default=0.0), most.key)
 
 
-def _asked(config: Any, prefix: str) -> Iterator[Needs]:
+def _claims(config: Any, prefix: str) -> Iterator[Needs]:
     train: Any = getattr(config, "train", None)
     if hasattr(train, "workers"):
         gpus = train.workers * (train.gpus_per_worker or 0)

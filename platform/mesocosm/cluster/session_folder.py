@@ -61,7 +61,7 @@ class SessionFolder:
 
 
 def session_ended(folder: Path) -> bool:
-    """Whether the process that locked a private Ray's folder has ended."""
+    """True if the process that locked a private Ray's folder has ended."""
     try:
         handle = os.open(folder / LOCK, os.O_WRONLY)
     except FileNotFoundError:

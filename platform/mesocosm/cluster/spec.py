@@ -42,7 +42,7 @@ class NodeGroup:
     seconds_per_step: float = 0.0
     """Seconds per step of one worker in addition; small models spend most of their time there."""
     min_count: int | None = None
-    """Nodes kept while nothing runs. Defaults to `count`: the cluster does not grow."""
+    """Nodes of an idle cluster. Defaults to `count`: the cluster does not grow."""
     memory_gib: float | None = None
     """Memory of each pod."""
     instance: str | None = None
@@ -53,8 +53,8 @@ class NodeGroup:
     """The EC2 instance profile or Kubernetes service account that gives nodes access to storage."""
 
     @property
-    def kept(self) -> int:
-        """Nodes kept while nothing runs."""
+    def min_nodes(self) -> int:
+        """Nodes of an idle cluster."""
         return self.count if self.min_count is None else self.min_count
 
 
@@ -111,7 +111,7 @@ class ClusterConfig:
     @property
     def idle_price_per_hour(self) -> float:
         """The price while nothing runs."""
-        return sum(group.kept * group.price_per_hour for group in self.nodes)
+        return sum(group.min_nodes * group.price_per_hour for group in self.nodes)
 
     @property
     def head(self) -> NodeGroup:
@@ -123,7 +123,7 @@ class ClusterConfig:
 
     @property
     def grows(self) -> bool:
-        """Whether nodes may be added when a job asks for them."""
+        """True if nodes may be added when a job asks for them."""
         return self.where in MADE or any(group.min_count is not None for group in self.nodes)
 
     def full(self, key: str) -> float:
@@ -219,7 +219,7 @@ def _check(cluster: ClusterConfig, name: str) -> None:
             value = getattr(group, key)
             if value is not None and not value > 0:
                 raise UsageError(f"{prefix}{key} must be > 0, got {value}")
-        if group.kept > group.count:
+        if group.min_nodes > group.count:
             raise UsageError(
                 f"{prefix}min_count must be <= count={group.count}, got {group.min_count}"
             )

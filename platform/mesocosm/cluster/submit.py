@@ -160,11 +160,11 @@ def refuse(name: str, cluster: ClusterConfig, report: dict[str, Any]) -> None:
     """Raise UsageError for the first problem of a probe's report, with its fix."""
     import ray
 
-    here, there = platform.python_version(), report["python"]
-    if there.rsplit(".", 1)[0] != here.rsplit(".", 1)[0]:
+    local_python, remote_python = platform.python_version(), report["python"]
+    if remote_python.rsplit(".", 1)[0] != local_python.rsplit(".", 1)[0]:
         raise UsageError(
-            f"cluster {name!r} runs Python {there}, and this machine {here}; use the same minor"
-            " version on both"
+            f"cluster {name!r} runs Python {remote_python}, and this machine {local_python}; use"
+            " the same minor version on both"
         )
     if report["ray"] != ray.__version__:
         raise UsageError(

@@ -50,12 +50,12 @@ def list_jobs(cluster: str | None, *, insecure: bool) -> list[dict[str, Any]]:
         if isinstance(remote, str) and cluster:
             raise UsageError(remote)
         jobs = {} if isinstance(remote, str) else {job.submission_id: job for job in remote.list()}
-        found = {record.id: record for record in local if record.cluster == name}
+        known = {record.id: record for record in local if record.cluster == name}
         if cluster:
             for id, job in jobs.items():
                 if (job.metadata or {}).get("job", "probe") != "probe":
-                    found.setdefault(id, find_job(id, cluster))
-        rows += [_row(record, jobs.get(id), _status_file(record)) for id, record in found.items()]
+                    known.setdefault(id, find_job(id, cluster))
+        rows += [_row(record, jobs.get(id), _status_file(record)) for id, record in known.items()]
     return sorted(rows, key=lambda row: row["age_s"] or 0.0)
 
 

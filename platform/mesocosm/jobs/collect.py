@@ -261,7 +261,7 @@ def _run_lanes(cfg: CollectConfig, task: Task, lanes: list[Lane], report: Report
         return
     ray_session.ensure(cfg.ray)
     workers = min(cfg.workers, cfg.lanes)
-    ray_session.preflight(cpus=workers, what=f"workers={cfg.workers}")
+    ray_session.preflight(cpus=workers, key=f"workers={cfg.workers}")
     run_on_ray(task, lanes, workers, report)
 
 

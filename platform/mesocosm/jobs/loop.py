@@ -96,7 +96,7 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
         check_port(cfg)
         ray_session.ensure(cfg.ray)
         for key, (cpus, gpus) in stage_resources(cfg).items():
-            ray_session.preflight(what=key, cpus=cpus, gpus=gpus)
+            ray_session.preflight(key=key, cpus=cpus, gpus=gpus)
         if ready.warning is not None:
             run.say(f"warning: {ready.warning}")
         return _Loop(self, plan, run).go()

@@ -56,7 +56,7 @@ def check_resources(config: JobConfig, needs: Needs) -> None:
         message = f"ray.address {config.ray.address!r} does not answer ({reason})"
         raise UsageError(f"{message}; start the cluster or leave ray.address unset")
     for key, (cpus, gpus) in needs.items():
-        ray_session.preflight(what=key, cpus=cpus, gpus=gpus, config=config.ray)
+        ray_session.preflight(key=key, cpus=cpus, gpus=gpus, config=config.ray)
 
 
 def _check_folder(folder: Path, name: str, *, links: bool = False) -> None:

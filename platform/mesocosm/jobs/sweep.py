@@ -123,11 +123,11 @@ class _Sweep:
         at_once = min(config.concurrent, len(trunks))
         share = 1 / -(-at_once // gpus) if at_once and gpus else 0.0  # trunks share each GPU
         key = f"concurrent={config.concurrent}"
-        ray_session.preflight(what=key, cpus=at_once, gpus=share * at_once)
+        ray_session.preflight(key=key, cpus=at_once, gpus=share * at_once)
         if large:
             key = f"workers={config.workers} of a large cell, with one CPU for its driver,"
             workers = config.workers if gpus else 0
-            ray_session.preflight(what=key, cpus=config.workers + 1, gpus=workers)
+            ray_session.preflight(key=key, cpus=config.workers + 1, gpus=workers)
         with self.progress:
             if trunks:
                 errors = self.train_trunks(trunks, at_once, share)

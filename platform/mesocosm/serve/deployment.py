@@ -130,8 +130,8 @@ def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
     ray_session.ensure(config.ray)
     replicas = f"serve.replicas={config.replicas} with serve"
     cpus, gpus = config.replicas * config.cpus, config.replicas * (config.device == "cuda")
-    ray_session.preflight(what=f"{replicas}.cpus={config.cpus:g}", cpus=cpus)
-    ray_session.preflight(what=f"{replicas}.device={config.device}", gpus=gpus)
+    ray_session.preflight(key=f"{replicas}.cpus={config.cpus:g}", cpus=cpus)
+    ray_session.preflight(key=f"{replicas}.device={config.device}", gpus=gpus)
 
     from ray import serve
 

@@ -30,8 +30,8 @@ def config_path(name: str, job: str = "") -> Path:
         return path
     known = configs()
     folder = job.removeprefix("train-")
-    if (found := known.get(name) or known.get(f"{folder}/{name}")) is not None:
-        return found
+    if (shipped := known.get(name) or known.get(f"{folder}/{name}")) is not None:
+        return shipped
     names = [key.removeprefix(f"{folder}/") for key in known if key.startswith(f"{folder}/")]
     names = names or list(known)
     raise UsageError(

@@ -139,7 +139,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         if last is None or not last[1].done:
             ray_session.ensure(config.ray)
             ray_session.preflight(
-                what=f"train.workers={train.workers}",
+                key=f"train.workers={train.workers}",
                 cpus=train.workers,
                 gpus=train.workers * plan.gpus,
             )

@@ -108,7 +108,7 @@ class Scan:
         from mesocosm.cluster import ray_session
 
         ray_session.ensure(self.ray)
-        ray_session.preflight(cpus=self.workers, what=f"workers={self.workers}")
+        ray_session.preflight(cpus=self.workers, key=f"workers={self.workers}")
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current().copy()
         context.execution_options.preserve_order = True

@@ -86,7 +86,7 @@ def stream(
     from mesocosm.cluster import ray_session
 
     ray_session.ensure(ray_config)
-    ray_session.preflight(cpus=workers, what=f"workers={workers}")
+    ray_session.preflight(cpus=workers, key=f"workers={workers}")
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current().copy()
     context.execution_options.preserve_order = True
