@@ -159,7 +159,7 @@ def test_an_unexpected_error_without_a_run_names_the_file_of_its_traceback(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("mesocosm.jobs.collect.plan", _raises)
+    monkeypatch.setattr("mesocosm.jobs.collect.JOB.plan", _raises)
     assert main(["collect", "reality.env=CartPole-v1", f"storage.root={root}", "--dry-run"]) == 1
     (path,) = tmp_path.glob("mesocosm-traceback-*.txt")
     assert (
