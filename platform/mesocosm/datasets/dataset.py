@@ -174,9 +174,11 @@ class Dataset:
             return {name: self.array(shard, name).take(at, axis=0) for name, at in rows.items()}
         self.expect(shards)
         out: dict[str, Array] = {}
+        distinct = {id(at): at for at in rows.values()}
         for shard, here in groups:
+            chosen = {number: at[here] for number, at in distinct.items()}
             for name, at in rows.items():
-                values = self.array(shard, name).take(at[here], axis=0)
+                values = self.array(shard, name).take(chosen[id(at)], axis=0)
                 if name not in out:
                     out[name] = np.empty((*at.shape, *values.shape[at.ndim :]), values.dtype)
                 out[name][here] = values
@@ -349,13 +351,14 @@ class Dataset:
 
 def grouped(shards: Array) -> Iterator[tuple[int, Array | slice]]:
     """Each distinct value of [K] and its positions."""
-    order = np.argsort(shards, kind="stable")
-    bounds = np.flatnonzero(np.diff(shards[order])) + 1
-    if len(shards) and not len(bounds):
+    if not len(shards):
+        return
+    if (shards == shards[0]).all():  # the usual case, which needs no sorting
         yield int(shards[0]), slice(None)
-    elif len(shards):
-        for here in np.split(order, bounds):
-            yield int(shards[here[0]]), here
+        return
+    order = np.argsort(shards, kind="stable")
+    for here in np.split(order, np.flatnonzero(np.diff(shards[order])) + 1):
+        yield int(shards[here[0]]), here
 
 
 def episode_rows(first: Array, lengths: Array) -> tuple[Array, Array]:

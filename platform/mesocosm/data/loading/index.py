@@ -11,7 +11,7 @@ shards of a block differ in every epoch.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -186,14 +186,13 @@ class Order:
 
     def _blocks(
         self, epochs: Index, positions: Index
-    ) -> Iterator[tuple[int, tuple[int, ...], Array]]:
+    ) -> Iterator[tuple[int, tuple[int, ...], Array | slice]]:
         """The epochs and blocks of [K] samples, and the positions of the samples in each."""
-        every = np.arange(len(epochs))
         for epoch, inside in grouped(epochs):
-            here = every[inside]
             if self._block is None:
-                yield epoch, (), here
+                yield epoch, (), inside
                 continue
+            here = np.arange(len(epochs))[inside]
             blocks = np.searchsorted(self._epoch(epoch)[1], positions[here], "right") - 1
             for block, some in grouped(blocks):
                 yield epoch, (block,), here[some]
@@ -243,7 +242,10 @@ class Order:
         """
         places = np.empty(len(order), self.tables.type)
         terminals, transitions = np.empty(len(order), np.int64), np.empty(len(order), np.int64)
-        for epoch, block, here in self._blocks(*np.divmod(samples, self.windows)):
+        blocks: Iterable[tuple[int, tuple[int, ...], Array | slice]] = [(0, (), slice(None))]
+        if self._block is not None:
+            blocks = self._blocks(*np.divmod(samples, self.windows))
+        for epoch, block, here in blocks:
             shards = self._shards(epoch, block)
             terminals[here] = terminal = self.tables.total("terminals", shards)
             transitions[here] = total = self.tables.total("transitions", shards)
@@ -299,6 +301,8 @@ class Turns:
 
     def before(self, sample: int) -> list[int]:
         """How many of the samples 0..`sample`-1 each source has."""
+        if len(self._slots) == 1:
+            return [sample]
         rounds, slot = divmod(sample, SLOTS)
         partial = np.bincount(self._source[:slot], minlength=len(self._slots))
         counts: list[int] = (rounds * self._slots + partial).tolist()
