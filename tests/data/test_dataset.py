@@ -246,6 +246,17 @@ def test_options_of_several_datasets_are_joined(write: Write, counted: Counted) 
     assert [e.task["map"] for e in dataset.iter_episodes()] == ["b", "d", "c", "d", "a"]
 
 
+def test_an_option_with_a_float_is_a_number(write: Write, counted: Counted) -> None:
+    path = write(
+        [counted(k, 3, task={"mass": mass}) for k, mass in enumerate([1, 2, 1.0])],
+        id="a",
+        task=["mass"],
+    )
+    dataset = Dataset([path])
+    assert dataset.options[0].values is None
+    assert dataset.option_numbers[:, 0].tolist() == [1, 2, 1]
+
+
 def test_datasets_of_different_environments_are_refused(write: Write, counted: Counted) -> None:
     a = write([counted(0, 3)], id="a")
     b = write([counted(0, 3)], id="b", environment=Environment(id="Other-v0"))

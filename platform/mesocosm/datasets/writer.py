@@ -265,12 +265,12 @@ class DatasetWriter:
         for column, name in enumerate(self._options):
             raw = [task[name] for task in self._tasks]
             distinct = sorted(set(raw), key=sort_key)
-            kinds = {type(value) for value in distinct}
+            kinds = {type(value) for value in raw}  # of a set, 1.0 may have become the equal 1
             if float in kinds and kinds <= {float, int, bool} and np.isfinite(raw).all():
                 numbers[:, column] = raw
                 options.append(TaskOption(name=name))
                 continue
-            if len(kinds) > 1 or float in kinds:
+            if float in kinds or len({type(value) for value in distinct}) > 1:
                 raise MesocosmError(
                     f"the reset option {name!r} must have finite numbers, or values of one kind;"
                     f" got {distinct[0]!r} and {distinct[-1]!r}"
