@@ -92,6 +92,17 @@ def test_json_schema_agrees(name: str) -> None:
     accepted()
 
 
+def test_an_array_of_equal_rows_is_a_list() -> None:
+    row = {"items": {"type": "number", "minimum": -1, "maximum": 1}, "minItems": 3, "maxItems": 3}
+    schema = TypeAdapter(json_type(SPACES["box"], "Value")).json_schema()
+    assert schema == {
+        "type": "array",
+        "items": {"type": "array", **row},
+        "minItems": 2,
+        "maxItems": 2,
+    }
+
+
 def test_bounds() -> None:
     """0.7 is within a float32 bound of 0.7, which is a little less. A reply may leave the bounds,
     and its non-finite numbers are null.

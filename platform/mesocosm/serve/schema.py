@@ -107,8 +107,8 @@ def _array_type(types: Any) -> Any:
     """A list of one type where all items have the same type, otherwise a tuple of several."""
     if not isinstance(types, list):
         return types
-    items = [_array_type(part) for part in types]
-    if any(item != items[0] for item in items):
-        return tuple[tuple(items)]  # type: ignore[misc]
-    item = items[0] if items else int
-    return Annotated[list[item], Field(min_length=len(items), max_length=len(items))]  # type: ignore[valid-type]
+    # Annotations of lists are never equal: pydantic's fields have no equality.
+    if any(part != types[0] for part in types):
+        return tuple[tuple(map(_array_type, types))]  # type: ignore[misc]
+    item = _array_type(types[0]) if types else int
+    return Annotated[list[item], Field(min_length=len(types), max_length=len(types))]  # type: ignore[valid-type]
