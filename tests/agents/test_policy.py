@@ -230,7 +230,14 @@ def test_flatten_batch_is_gymnasiums_flatten(space: gym.Space[Any]) -> None:
 
 @pytest.mark.parametrize(
     "space",
-    [DISCRETE, NESTED, BOX, spaces.MultiBinary(3), spaces.Dict({"x": BOX, "y": FREE})],
+    [
+        DISCRETE,
+        NESTED,
+        BOX,
+        spaces.MultiBinary(3),
+        spaces.Dict({"x": BOX, "y": FREE}),
+        spaces.Dict({"a.b": BOX, "a": spaces.Dict({"b": BOX})}),
+    ],
     ids=str,
 )
 def test_head_actions_reach_every_raw_action(space: gym.Space[Any]) -> None:

@@ -114,8 +114,8 @@ class ActionMap:
 
     def __init__(self, space: gym.Space[Any]):
         self.space = space
-        named = {name: leaf for name, leaf, _ in _leaves(space, "action")}
-        self._leaves: list[Any] = list(named.values())
+        leaves = list(_leaves(space, "action"))
+        self._leaves: list[Any] = [leaf for _, leaf, _ in leaves]
         counts = [_value_counts(leaf) for leaf in self._leaves]
         if None not in counts:
             self.counts = [n for leaf_counts in counts for n in leaf_counts or ()]
@@ -129,6 +129,7 @@ class ActionMap:
             bound = np.concatenate(bounds, dtype=np.float32)
             self.head = spaces.Box(-bound, bound, dtype=np.float32)
         else:
+            named = {name: leaf for name, leaf, _ in leaves}
             raise UsageError(
                 "an agent cannot act in a space that mixes continuous with discrete parts, or"
                 f" holds text or wide integers, got {named}"
