@@ -602,6 +602,7 @@ def test_a_dry_run_reports_and_writes_nothing(
         ({"op": "where", "by": "behaviour"}, "keep or drop must be a list"),
         ({"op": "balance", "by": "task"}, "has no task"),
         ({"op": "failures", "share": 0.1}, "below must be a return"),
+        ({"op": "failures", "share": 0}, "share must be > 0, got 0"),
     ],
     ids=str,
 )

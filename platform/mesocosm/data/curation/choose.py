@@ -169,6 +169,10 @@ class Failures(Operation):
     share: float = 0.1
     below: float | None = None
 
+    def check(self) -> None:
+        if not self.share > 0:
+            raise UsageError(f"share must be > 0, got {self.share}")
+
     def run(self, step: Step) -> None:
         table, success = step.table, step.dataset.table["success"]
         if self.below is not None:
