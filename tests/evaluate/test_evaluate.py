@@ -27,7 +27,7 @@ from mesocosm.datasets.episode import Episode
 from mesocosm.envs.config import RealityConfig, TaskOption
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.evaluate.config import EvaluateConfig
+from mesocosm.evaluate.config import EvaluateConfig, reality_of
 from mesocosm.jobs.evaluate import plan
 from mesocosm.jobs.evaluate import run as evaluate
 from mesocosm.model import mup
@@ -567,6 +567,13 @@ def test_a_world_runs_no_program_that_its_user_did_not_name(
     assert (
         evaluate(config(root, world="strange", reality=RealityConfig()), run).kind == "evaluations"
     ), "the world alone makes no environment"
+
+
+def test_the_environment_of_a_world_may_have_an_earlier_module_name(stored: Storage) -> None:
+    path = stored.artifact("worlds", "w0").path
+    codec = Codec.from_json(json.loads((path / "codec.json").read_text()))
+    codec.environment["id"] = "mesocosm.reality.domains:reacher"
+    assert reality_of(RealityConfig(), codec).env == "mesocosm.reality.domains:reacher"
 
 
 def test_the_config_is_read_from_the_command_line() -> None:

@@ -8,6 +8,7 @@ from mesocosm import checks
 from mesocosm.config import JobConfig
 from mesocosm.data.loading.codec import Codec
 from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.make import MOVED
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.open_loop import HORIZONS
 from mesocosm.policies import behaviours
@@ -93,7 +94,7 @@ class EvaluateConfig(JobConfig):
             raise UsageError(f"horizons must be >= 1, got {self.horizons}")
 
 
-TRUSTED = ("", "mesocosm.envs.builtin")
+TRUSTED = ("", "mesocosm.envs.builtin", *MOVED)
 """Modules whose environments a world may name; "" is Gymnasium's registry."""
 
 
