@@ -2,7 +2,7 @@
 
 A job is a module `mesocosm.jobs.NAME` with a `JOB`, an instance of `Job`. `JOB.run(config, run)`
 makes one artifact, or finds the one that the same config, inputs and job version made before.
-`JOB.plan(config)` says what a run would do, at what size and price, and does nothing.
+`JOB.plan(config)` returns a run's work, size and price, without side effects.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ Resources = Mapping[str, tuple[float, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Generic[C]):
-    """A config that is resolved: its values are checked, its inputs are open, nothing has started.
+    """A resolved config, with checked values and open inputs.
 
-    A job's own plan adds what its `make` needs.
+    The plan of a job adds fields for its `make`.
     """
 
     config: C
     inputs: dict[str, list[str]]
-    """Ids of the artifacts that are read, by kind."""
+    """Ids of the input artifacts, by kind."""
     facts: dict[str, Any]
-    """The config as far as results depend on it; stored with the artifact."""
+    """The part of the config that results depend on. It is stored with the artifact."""
     id: str
     """The artifact's id, from `Job.hash`."""
 
@@ -54,7 +54,7 @@ class Job(ABC, Generic[C, P]):
         """Check the config and open its inputs. Takes no real step and starts nothing.
 
         Raises:
-            UsageError: a value or an input with which the job cannot run.
+            UsageError: A value or an input is invalid.
         """
 
     @abstractmethod
@@ -66,7 +66,7 @@ class Job(ABC, Generic[C, P]):
         """Do the work and `commit` the artifact. Called by one process at a time."""
 
     def report(self, artifact: Artifact, plan: P, run: Run, *, made: bool) -> None:
-        """Tell the user about the artifact, which was `made` now or found."""
+        """Print the artifact, which this run `made` or found."""
         if not made:
             run.say(f"found {artifact.name}; nothing was made")
 
@@ -86,8 +86,8 @@ class Job(ABC, Generic[C, P]):
         """Make the artifact that `config` describes, or find it.
 
         Raises:
-            UsageError: before anything starts, what `resolve` refuses.
-            Held: another process makes the artifact, and `config.wait` is False.
+            UsageError: `resolve` rejects the config.
+            Held: Another process makes the artifact, and `config.wait` is False.
         """
         plan = self.resolve(config, run.storage)
         # `jobs status` names the artifact of a job that still runs, or that was stopped.

@@ -185,7 +185,7 @@ def test_what_is_wrong_is_said_before_anything_starts(root: str) -> None:
         check(_load(root, "reality.env=CartPole-v1", "reality.budget.steps=350"))
     with pytest.raises(UsageError, match=r"collect\.seed is the loop's own"):
         check(_load(root, "reality.env=CartPole-v1", "collect.seed=3"))
-    with pytest.raises(UsageError, match=r"agent\.world is the loop's own to fill; leave it out"):
+    with pytest.raises(UsageError, match=r"agent\.world is set by the loop; leave it out"):
         check(_load(root, "reality.env=CartPole-v1", "agent.world=w0"))
     with pytest.raises(UsageError, match="stop_at_target"):
         check(_load(root, "reality.env=CartPole-v1", "stop_at_target=true"))

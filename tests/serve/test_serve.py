@@ -566,5 +566,5 @@ def test_job(served: str) -> None:
     assert json.loads((job.folder / "status.json").read_text())["state"] == "stopped"
     assert "two" in serve.status().applications, "what others serve stays"
     assert serve_job.plan(config)["world"] == "ensemble"
-    with pytest.raises(UsageError, match=r"serve.world='' names no world"):
+    with pytest.raises(UsageError, match=r"serve.world must name a world, got ''"):
         serve_job.plan(ServeConfig())

@@ -3,8 +3,8 @@
 Running the same command again after a kill continues from the last checkpoint and ends with the
 same policy.
 
-An `agents` artifact is policy.json and policy.safetensors (what acts) and training.safetensors
-(what another training can begin with).
+An `agents` artifact is policy.json and policy.safetensors, which act, and
+training.safetensors, from which another training can start.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from mesocosm.store.artifacts import Artifact, Storage
 STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
 MAX_STARTS = 50_000
-"""Logged starts are a sample of so many of the datasets' observations at most."""
+"""The most observations of the datasets that serve as logged starts."""
 
 
 def check(config: AgentConfig) -> None:
-    """Raise UsageError on the first wrong value. Reads no storage, starts nothing."""
+    """Raise UsageError at the first invalid value. Reads no storage."""
     rllib.check("", config.algo, config.params, config.model)
     checks.at_least(config, 1, "iterations", "num_envs", "rollout", "horizon")
     checks.at_least(config, 0, "snapshots", "runners")
@@ -71,9 +71,9 @@ def check(config: AgentConfig) -> None:
 
 
 def check_spaces(config: AgentConfig, spaces: tuple[Any, Any], former: Artifact | None) -> None:
-    """Raise UsageError where an agent cannot be trained on (observation, action) spaces.
+    """Raise UsageError if an agent cannot be trained on (observation, action) spaces.
 
-    `former` is the agent that training begins with.
+    `former` is the initial agent.
     """
     shape = config.num_envs, config.rollout if config.algo in settings.ON_POLICY else 1
     network = settings.model(config.algo, config.model)
@@ -93,16 +93,16 @@ class Training(Plan[AgentConfig]):
     codec: Codec
     datasets: list[Artifact]
     former: Artifact | None
-    """The agent that training begins with."""
+    """The initial agent."""
     horizon: Horizon
 
 
 class TrainAgent(Job[AgentConfig, Training]):
     """Train an agent and export it.
 
-    The artifact is what earns most in this world, by greedy imagined episodes, of the last policy,
-    the snapshots and, with `init`, the agent it began with: its metrics say `greedy_return` (of the
-    last), `best_return`, `kept_iteration`, `former_return` and `kept_former`.
+    The artifact is the policy with the highest return of greedy imagined episodes, among the last
+    policy, the snapshots and, with `init`, the initial agent. Its metrics are `greedy_return` (of
+    the last), `best_return`, `kept_iteration`, `former_return` and `kept_former`.
     """
 
     name, kind, config = "train-agent", "agents", AgentConfig
@@ -215,8 +215,8 @@ class TrainAgent(Job[AgentConfig, Training]):
 
 @contextmanager
 def _served(config: AgentConfig, world: Artifact) -> Iterator[None]:
-    """On a Ray of this job's own nobody serves a world but this job; what is served already, or
-    elsewhere, is left as it is.
+    """Serve the world on the private Ray of this job. A world served already, or on another Ray,
+    stays as it is.
     """
     from ray import serve
 
@@ -235,7 +235,7 @@ def _served(config: AgentConfig, world: Artifact) -> Iterator[None]:
 
 
 def _horizon(config: AgentConfig, storage: Storage, world: Artifact, codec: Codec) -> Horizon:
-    """Raises UsageError where neither the config, the environment nor the data gives one."""
+    """The horizon. Raises UsageError if config, environment and data all lack one."""
     if config.horizon is not None:
         return Horizon(config.horizon, "as configured")
     return horizon_of(storage, world, codec.environment["max_episode_steps"], "horizon")
@@ -312,16 +312,14 @@ def _params(config: AgentConfig) -> dict[str, Any]:
 
 
 def _make_env(arguments: Mapping[str, Any], num_envs: int) -> AgentEnv:
-    """RLlib resets each runner's environment with a seed of its own, so that no two runners imagine
-    the same episodes.
+    """RLlib resets each runner's environment with another seed, so that runners imagine different
+    episodes.
     """
     return AgentEnv(WorldVectorEnv(num_envs, **arguments))
 
 
 def _snapshots(config: AgentConfig) -> set[int]:
-    """Iterations after which the policy is kept: from the first on, and not the last, which is the
-    agent's own.
-    """
+    """Iterations of the snapshots, without the last one, which is the agent itself."""
     return {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
 
 
@@ -333,7 +331,7 @@ def _train(
     progress: Progress | None,
     snapshot: Callable[[int], None],
 ) -> dict[str, float]:
-    """All iterations after those of `progress`; the metrics of the last one.
+    """Run all iterations after those of `progress`; return the metrics of the last one.
 
     `snapshot` is called with the number of finished iterations: 0 at the start, never at the end.
     """

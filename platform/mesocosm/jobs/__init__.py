@@ -1,1 +1,1 @@
-"""One file a job, each with a `JOB` (mesocosm.job.Job), and the registry of their names."""
+"""The jobs, one per file with a `JOB` (mesocosm.job.Job), and their registry."""

@@ -1,8 +1,8 @@
-"""Model-free training in reality, every step through the ledger: what a world must beat.
+"""The job `baseline`: model-free training in reality, which a world must beat.
 
-The curve's real steps are all that led to a policy: those it trained on and those of the episodes
-that confirmed it. With `judge_every` the policy is also measured on the way, as agents trained in
-worlds are: measuring is not counted in either curve.
+The ledger counts every step. The curve's real steps are those of training and of the episodes that
+confirm the target. With `judge_every` the policy is also judged during training, as agents of
+worlds are. Neither curve counts the steps of judging.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CURVE = "curve.json"
 
 
 def check(config: BaselineConfig) -> None:
-    """Raise UsageError on the first wrong value."""
+    """Raise UsageError at the first invalid value."""
     rllib.check("", config.algo, config.params, config.model)
     checks.at_least(config, 1, "num_envs", "rollout", "window", "iteration_steps")
     checks.at_least(config, 1, "judge_every", "judge_episodes")
@@ -67,9 +67,7 @@ def shape(config: BaselineConfig) -> tuple[int, int]:
 
 
 def _iteration(config: BaselineConfig) -> int:
-    """The most real steps that one `train()` can take: each sample's last vector step may
-    overshoot.
-    """
+    """The most real steps of one `train()`. The last vector step of a sample may overshoot."""
     num_envs, rollout = shape(config)
     batch = num_envs * rollout
     samples = (
@@ -81,7 +79,7 @@ def _iteration(config: BaselineConfig) -> int:
 
 
 def judged(config: BaselineConfig) -> int:
-    """Episodes that measure the policy on the way, at most."""
+    """The most episodes that judge the policy during training."""
     return (
         0
         if config.judge_every is None
@@ -159,7 +157,7 @@ class Baseline(Job[BaselineConfig, BaselinePlan]):
 
 
 class _Training:
-    """One run's state: what was spent, what was seen."""
+    """The state of one run."""
 
     def __init__(self, config: BaselineConfig, run: Run, ledger: str, spaces: tuple[Any, Any]):
         self.config, self.run, self.ledger, self.spaces = config, run, ledger, spaces
@@ -232,8 +230,10 @@ class _Training:
         return curve, policy
 
     def _iterate(self, algorithm: Algorithm, update: Callable[[float, str], None]) -> float | None:
-        """One RLlib iteration; the mean return of the last `window` training episodes, None while
-        there are fewer.
+        """Run one RLlib iteration.
+
+        Returns:
+            The mean return of the last `window` training episodes; None if there are fewer.
         """
         self.meter.limit = self.config.steps - self.select_steps
         rllib.train(algorithm)
@@ -247,8 +247,9 @@ class _Training:
         return mean
 
     def _confirmed(self, algorithm: Algorithm) -> bool:
-        """True if greedy real episodes reach the target too. Their steps count; running out of
-        steps in them confirms nothing.
+        """True if greedy real episodes reach the target too. Their steps count.
+
+        If the steps run out in them, the target is not confirmed.
         """
         config = self.config
         if self.train_steps - self.selected_at < config.select_every:
@@ -283,7 +284,7 @@ class _Training:
         return mean >= config.target
 
     def _judged(self, algorithm: Algorithm) -> bool:
-        """Measure the greedy policy when it is time; whether it is at the target."""
+        """Judge the greedy policy if it is due; True if it reaches the target."""
         config = self.config
         assert config.judge_every is not None
         last = self.steps + _iteration(config) > config.steps
@@ -329,7 +330,7 @@ def _make_env(
 
 
 def _meter(algorithm: Algorithm) -> Meter:
-    """The meter of the one environment runner, which lives in this process."""
+    """The meter of the single environment runner, in this process."""
     return _vector(algorithm).meter
 
 

@@ -1,7 +1,7 @@
 """The job `collect`: metered real steps by a mix of behaviours, in parallel lanes -> a dataset.
 
-The same config and seed make the same episodes, whatever the number of workers. Episodes go to
-storage as they end (`segments`): a collection that was killed is run again, goes on after them, and
+The same config and seed give the same episodes for any number of workers. Episodes are stored as
+they end (`segments`). A collection that was killed continues after them when it is run again, and
 makes the same dataset.
 """
 
@@ -48,11 +48,13 @@ class Collection(Plan[CollectConfig]):
 
 
 class Collect(Job[CollectConfig, Collection]):
-    """Collect `steps` real steps, or find the dataset that was collected so before.
+    """Collect `steps` real steps, or find the dataset of the same config.
 
-    Where others spend the same budget meanwhile, what was collected until then is the dataset, and
-    its meta's `short` says so; BudgetSpent if that is nothing. An environment that keeps failing
-    and a behaviour that raises are a MesocosmError.
+    If other jobs spend the same budget first, the dataset is shorter and its meta's `short` is set.
+
+    Raises:
+        BudgetSpent: No episode was collected.
+        MesocosmError: The environment keeps failing, or a behaviour raises.
     """
 
     name, kind, config = "collect", "datasets", CollectConfig
@@ -119,7 +121,7 @@ class Collect(Job[CollectConfig, Collection]):
         if not episodes and refusals:
             raise BudgetSpent(refusals[-1])
         if not episodes:
-            segments.remove()  # so that the next run tries them again
+            segments.remove()  # the next run tries them again
             raise MesocosmError(
                 f"all {len(dropped)} episodes were dropped, the last because"
                 f" {dropped[-1]['reason']}; correct reality.env={cfg.reality.env!r}"
@@ -130,7 +132,7 @@ class Collect(Job[CollectConfig, Collection]):
         tally, totals, short = Tally(), ledger.totals().to_json(), None
         tally.add(attempts)
         counts = tally.counts()
-        # The steps that an earlier run was refused may have been taken since.
+        # The ledger may now have the steps that it refused to an earlier run.
         if refusals and counts["steps"] < cfg.steps:
             short = f"{counts['steps']} of steps={cfg.steps} were taken: {refusals[-1]}"
             run.say(f"warning: {short}")
@@ -186,8 +188,9 @@ def _resolve(
     observation_space: gymnasium.Space[Any],
     action_space: gymnasium.Space[Any],
 ) -> tuple[list[BehaviourConfig], list[str]]:
-    """The behaviours with their policies' full ids, and the hash of each one's code; each is built
-    once, to refuse it before any step.
+    """The behaviours with full policy ids, and the hash of each one's code.
+
+    Builds each behaviour once, so that an invalid one fails before any step.
     """
     chosen, sources = [], []
     for config in configs:
@@ -202,8 +205,9 @@ def _resolve(
 
 
 def _check_budget(cfg: CollectConfig, ledger: Ledger, used: int, run: Run) -> None:
-    """Raise UsageError where the budget leaves fewer steps than are to be taken beside the `used`
-    ones in storage.
+    """Raise UsageError if the budget is smaller than the steps that are missing.
+
+    `used` steps are in storage already.
     """
     totals = ledger.totals()
     earlier = totals.purposes["collect"].steps - used
@@ -224,7 +228,7 @@ def _check_budget(cfg: CollectConfig, ledger: Ledger, used: int, run: Run) -> No
 
 
 def _collect(cfg: CollectConfig, task: Task, ledger: Ledger, run: Run) -> list[Attempt]:
-    """Every attempt, by index: those that an earlier run has stored, and those of this one."""
+    """The attempts of earlier runs and of this one, by index."""
     lanes, segments = split(cfg.steps, cfg.lanes), task.segments()
     attempts, tally = list[Attempt](), Tally()
     for lane in lanes:
@@ -266,7 +270,7 @@ def _run_lanes(cfg: CollectConfig, task: Task, lanes: list[Lane], report: Report
 
 
 class Tally:
-    """Counts of attempts, kept as they come."""
+    """Running counts of attempts."""
 
     def __init__(self) -> None:
         self._sums: Counter[str] = Counter()
@@ -295,8 +299,9 @@ class Tally:
                     self._successes.append(attempt.success)
 
     def counts(self) -> dict[str, Any]:
-        """`mean_return` and `success_rate` are of the episodes that came to their end, None where
-        none did: one that the budget of steps cut (`unfinished`) has no return yet.
+        """The counts, with `mean_return` and `success_rate` over finished episodes (None if none).
+
+        An episode that the budget cut (`unfinished`) has no return.
         """
         keys = ("steps", "transitions", "episodes", "dropped", "dropped_steps")
         outcomes = ("terminated", "truncated", "unfinished")
@@ -309,7 +314,7 @@ class Tally:
         }
 
     def sentence(self) -> str:
-        """One line, in a time that does not depend on the number of episodes."""
+        """One line of progress, in constant time."""
         ended = len(self._returns)
         mean = f", mean return {self._return / ended:.4g}" if ended else ""
         dropped = f", {self._sums['dropped']} dropped" if self._sums["dropped"] else ""

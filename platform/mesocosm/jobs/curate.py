@@ -1,10 +1,9 @@
 """The job `curate`: datasets and a list of operations -> one dataset, and a reason for every
-transition that is not in it.
+dropped transition.
 
-The operations work in order on a small table of the episodes; what they need of the transitions is
-measured where those lie, in this process or on Ray Data (`curation/`). Nothing is written before
-the last one is through. The same datasets and operations make the same bytes, whoever measures. No
-ledger is touched: what was curated away stays paid.
+The operations run in order on a table of the episodes. They measure transitions in this process or
+on Ray Data (`curation/`). Writing starts after the last operation. The same datasets and operations
+give the same bytes in both cases. The ledger does not change: dropped steps remain spent.
 """
 
 from __future__ import annotations
@@ -50,12 +49,12 @@ class CurateConfig(JobConfig):
     data: DataConfig = field(default_factory=DataConfig)
     operations: list[dict[str, Any]] = field(default_factory=list)
     """In order, each {op: NAME, ...its parameters}: exact_duplicates, near_duplicates, stuck,
-    saturated, length, return, where, balance, mix, failures, hold_out; docs/curate.md says what
-    each takes. An empty list joins the datasets.
+    saturated, length, return, where, balance, mix, failures, hold_out; docs/curate.md lists
+    their parameters. An empty list joins the datasets.
     """
     workers: int | None = None
-    """Tasks of Ray Data at a time; 0 measures in this process; null is 0 below 256 MiB of data, and
-    else as many as there are CPUs.
+    """Parallel tasks of Ray Data; 0 measures in this process. Defaults to 0 below 256 MiB of data,
+    and else to the CPU count.
     """
 
 
@@ -66,10 +65,11 @@ class Curation(Plan[CurateConfig]):
 
 
 class Curate(Job[CurateConfig, Curation]):
-    """Curate, or find the dataset that the same operations made of the same datasets.
+    """Curate, or find the dataset of the same operations and datasets.
 
-    Raises UsageError before anything is written: no such dataset or operation, datasets of
-    different environments, an operation that leaves nothing to train on.
+    Raises:
+        UsageError: Before writing. A dataset or operation is unknown, environments differ, or an
+            operation leaves no episode to train on.
     """
 
     name, kind, config = "curate", "datasets", CurateConfig
@@ -171,7 +171,7 @@ class Curate(Job[CurateConfig, Curation]):
             pq.write_table(_dropped(table), folder / DROPPED)
             (folder / REPORT).write_text(json.dumps(report, indent=1))
 
-        # Real steps that were paid for and are not here: evaluation counts them as spent.
+        # Evaluation counts the real steps of dropped transitions as spent.
         dropped = [drop for artifact in plan.datasets for drop in artifact.meta.get("dropped", [])]
         counts = {**table.size(), "splits": report["splits"]}
         artifact = self.commit(
@@ -308,8 +308,8 @@ def _write(
 
 
 def _rows(dataset: Dataset, shard: int, first: int, length: int) -> dict[str, Array]:
-    """`manifest.ARRAYS` of an episode, its first `length` transitions: the last row is an
-    observation alone.
+    """`manifest.ARRAYS` of the first `length` transitions of an episode. The last row has only an
+    observation.
     """
     rows = {
         name: np.array(dataset.array(shard, name)[first : first + length + 1]) for name in ARRAYS
@@ -322,8 +322,9 @@ def _rows(dataset: Dataset, shard: int, first: int, length: int) -> dict[str, Ar
 
 
 def _dropped(table: Table) -> pa.Table:
-    """One row for each episode and operation that dropped, cut or put it back; `transitions`,
-    negative where put back, add up to what is not here.
+    """One row for each episode and operation that dropped, cut or put it back.
+
+    `transitions` (negative if put back) sum to the missing transitions.
     """
     dataset, ids = table.dataset, np.array(table.dataset.ids)
     columns: dict[str, list[Any]] = {

@@ -1,5 +1,5 @@
-"""The job `evaluate`: is the world faithful on validation data, and what does an agent reach in
-reality -> a report.
+"""The job `evaluate`: a world, an agent and validation data -> a report on the world's fidelity and
+the agent's real return.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Evaluation(Plan[EvaluateConfig]):
     agent: Artifact | None
     policy: Policy | None
     suite: suite.Prepared | None
-    """None where no real step is taken."""
+    """None for an evaluation without real steps."""
 
     @property
     def horizons(self) -> list[Any]:
@@ -66,8 +66,9 @@ class Evaluation(Plan[EvaluateConfig]):
 class Evaluate(Job[EvaluateConfig, Evaluation]):
     """Judge a world, and its agent in reality. The artifact holds summary.json and report.html.
 
-    Raises UsageError before any real step: a wrong config, a missing artifact, datasets or an agent
-    of other spaces.
+    Raises:
+        UsageError: Before any real step. The config is invalid, an artifact is missing, or the
+            spaces of datasets or agent differ.
     """
 
     name, kind, config = "evaluate", "evaluations", EvaluateConfig
@@ -208,10 +209,11 @@ def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
 def _ledger(
     cfg: EvaluateConfig, run: Run, id: str, plan: suite.Prepared, store: JudgeStore
 ) -> Ledger:
-    """Bounded by `judge_steps`: a ledger of this evaluation's own for all attempts at it together,
-    one that is given for this attempt.
+    """The ledger of judging. `judge_steps` bounds all attempts at this evaluation together, or this
+    attempt if the config names a ledger.
 
-    Raises UsageError where too little is left of it for the episodes that are not stored yet.
+    Raises:
+        UsageError: The remaining steps are too few for the missing episodes.
     """
     ledger = Ledger(run.storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
     stored = store.confirm(ledger)
@@ -275,7 +277,7 @@ def _report(
 
 
 def _warn(run: Run, measured: dict[str, Any], agent: dict[str, Any] | None) -> None:
-    """Say what the logs cannot show, or cannot explain."""
+    """Report what the logs cannot show or explain."""
     shown = measured.get("evidence")
     unidentified = None if shown is None else Evidence(**shown).unidentified()
     if unidentified is not None:
@@ -287,7 +289,7 @@ def _warn(run: Run, measured: dict[str, Any], agent: dict[str, Any] | None) -> N
 def _log(
     run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dict[str, Any]
 ) -> dict[str, float]:
-    """The evaluation's figures, logged and returned; undefined ones are left out."""
+    """Log and return the evaluation's defined figures."""
     values: dict[str, float | None] = {
         f"valid/{name}": value for name, value in faithful.losses.items()
     }

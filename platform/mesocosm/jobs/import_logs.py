@@ -1,9 +1,9 @@
 """The job `import`: logs in Parquet or JSONL, of a documented schema (docs/import.md) -> a dataset.
 
-Two passes stream over the files, with `workers` in parallel on Ray Data. The first checks every
-value and counts, the second writes: nothing is written before the first is complete. The same files
-and config give the same bytes for any number of workers. A killed import goes on from its last
-whole shard (`ingest.progress`). No ledger is used.
+Two passes stream over the files, with `workers` in parallel on Ray Data. The first checks and
+counts every value, and the second writes. The same files and config give the same bytes for any
+number of workers. A killed import continues from its last whole shard (`ingest.progress`). It uses
+no ledger.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ MANY = 1 << 28
 @dataclass
 class ImportConfig(JobConfig):
     paths: list[str] = field(default_factory=list)
-    """Files, patterns or folders, in order. They need no key on the command line."""
+    """Files, patterns or folders, in order. The command line takes them without a key."""
     reality: RealityConfig = field(default_factory=RealityConfig)
     """`env`: the logged environment. It gives the spaces, and every value is checked against them.
     Empty infers the spaces. No step is taken.
     """
     columns: dict[str, str] = field(default_factory=dict)
-    """File's names of columns, where they differ from the schema's: columns.observation=obs."""
+    """The file's column names that differ from the schema's, as in columns.observation=obs."""
     per_file: bool = False
     """Each file numbers its own episodes. Without an episode column each file is one."""
     bad: str = "refuse"
@@ -78,10 +78,10 @@ class Import(Plan[ImportConfig]):
 
 
 class ImportLogs(Job[ImportConfig, Import]):
-    """Import logs, or find the dataset that the same files made before.
+    """Import logs, or find the dataset of the same files.
 
     Raises:
-        UsageError: Before anything is written. No such file or environment, a missing column, a
+        UsageError: Before writing. No such file or environment, a missing column, a
             fault (with file and row), or no episode left.
     """
 
@@ -243,7 +243,7 @@ def _inspect(
     update: Callable[[int], None],
     tally: Tally | None = None,
 ) -> Inspection:
-    """The first pass. Given its `tally`, the rows are not read again."""
+    """The first pass. A given `tally` replaces reading the rows again."""
     facts = _facts(cfg)
     spaces = files[0].about.spaces if facts is None else facts.spaces
     schema = read_schema(files, cfg.columns, cfg.per_file, spaces, cfg.reality.bounds)
@@ -303,7 +303,7 @@ def _write(
     reality, schema, pieces = cfg.reality, inspection.schema, inspection.pieces
     environment = Environment(
         id=reality.env,
-        version="",  # the version that was logged is unknown
+        version="",  # the logged version is unknown
         kwargs=dict(reality.kwargs),
         task=inspection.task,
         max_episode_steps=inspection.limit,
@@ -364,7 +364,7 @@ def _write(
 
 
 def _arrays(episode: LoggedEpisode) -> dict[str, Array]:
-    """`manifest.ARRAYS` of an episode: T+1 rows, the last one an observation alone."""
+    """`manifest.ARRAYS` of an episode: T+1 rows, of which the last has only an observation."""
     logged, length = episode.rows, episode.length
     arrays: dict[str, Array] = {}
     for kind in ("num", "cat"):

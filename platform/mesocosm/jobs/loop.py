@@ -1,11 +1,11 @@
-"""The job `loop`: the whole circle on one machine or a cluster, and a report.
+"""The job `loop`: rounds of all jobs on one machine or a cluster, and a report.
 
     collect -> pretrain -> serve -> train-agent -> evaluate in reality -> collect with the new agent
     -> ... -> report
 
-Each arrow is the job of that name, run as a child of this one; each result is an artifact, found
-again when the loop is run again. What is spent on data is counted by one ledger, and what
-model-free training spends, for comparison, by its own.
+Each stage is the job of that name, run as a child of this one. A loop that is run again reuses the
+artifacts of finished stages. One ledger counts the steps of data collection, another one those of
+model-free training.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class LoopPlan(Plan[LoopConfig]):
 
 
 class LoopJob(Job[LoopConfig, LoopPlan]):
-    """Go round `rounds` times and write the report. A loop that was broken off resumes."""
+    """Run `rounds` rounds and write the report. An interrupted loop resumes."""
 
     name, kind, config = "loop", "evaluations", LoopConfig
 
@@ -123,7 +123,7 @@ def _experiment(cfg: LoopConfig) -> dict[str, Any]:
 
 
 class _Loop:
-    """The stages of one loop, and what they have made so far."""
+    """The stages of one loop, and their artifacts so far."""
 
     def __init__(self, job: LoopJob, plan: LoopPlan, run: Run):
         self.job, self.plan, self.run = job, plan, run
@@ -141,7 +141,7 @@ class _Loop:
             "evaluations": [],
         }
         self.steps: list[int] = []
-        self.app, self.served = f"loop-{run.id}", False  # loops that share a Ray serve apart
+        self.app, self.served = f"loop-{run.id}", False  # unique among loops that share a Ray
         for artifact in plan.ready.given:
             self.lineage.append(("given", artifact.name))
             self._counted(artifact)
@@ -242,7 +242,7 @@ class _Loop:
         try:
             with self.run.child("evaluate", config) as child:
                 return evaluation.run(config, child)
-        except suite.TooFewPolicies as error:  # the agent is judged all the same: it was paid for
+        except suite.TooFewPolicies as error:  # the agent was paid for, so judge it
             self.run.say(f"  policies are not compared: {error}")
         config = replace(config, policies=[], graded=0, adversary=0)
         with self.run.child("evaluate", config) as child:
@@ -251,7 +251,7 @@ class _Loop:
     def _reality(self) -> RealityConfig:
         """`reality` for stages that have a horizon.
 
-        Where neither the environment nor the data so far shows one, it is set to `UNKNOWN`.
+        It is `UNKNOWN` if neither the environment nor the data so far shows one.
         """
         reality = self.cfg.reality
         if self.timed or logged_horizon(self.run.storage, self.inputs["datasets"]) is not None:
@@ -260,8 +260,8 @@ class _Loop:
 
     def _baseline(self, index: int, block: BaselineConfig) -> report.Curve:
         config = fill(block, self.cfg, index)
-        # The same ledger, under its own purpose; nothing is selected, so the curve is what training
-        # alone cost.
+        # The same ledger, under another purpose. Without selection the curve is the cost of
+        # training alone.
         config = replace(
             config,
             target=config.target if config.target is not None else self.cfg.target,
@@ -294,13 +294,11 @@ class _Loop:
     def _stage(
         self, name: str, round: int | None, kind: str, make: Callable[[], Artifact]
     ) -> Artifact:
-        """Make an artifact and remember how long it took when it was made, also when it is only
-        found now.
-        """
+        """Make or find an artifact, and record the time that making it took."""
         began = time.monotonic()
         try:
             artifact = make()
-        except UsageError as error:  # what is only found now is a failure: reality has been paid
+        except UsageError as error:  # a failure: real steps have been spent
             raise MesocosmError(f"{name}: {error}") if self.stages else error from error
         seconds = self._once(
             f"{kind}-{artifact.id}-{artifact.meta['run']}", time.monotonic() - began, "seconds"
@@ -313,16 +311,14 @@ class _Loop:
         return artifact
 
     def _spent(self, round: int) -> int:
-        """Real steps that this round's agent rests on: those of every dataset so far, whichever run
-        paid for them, or what the ledger says where that is more (what a crash lost is spent too).
+        """Real steps behind this round's agent: those of all datasets so far, or the ledger's if it
+        has more (steps that a crash lost are spent too).
         """
         spent = int(self._once(f"spent-{round}", self.ledger.totals().spent, self.ledger_id))
         return max(spent, sum(self.steps))
 
     def _once(self, name: str, value: float, folder: str) -> float:
-        """The value as it was the first time the loop came by here: a figure measured once is not
-        measured again on resume.
-        """
+        """The value of the first call. A resumed loop does not measure it again."""
         path = f"runs/loop/{folder}/{name}.json"
         self.run.storage.create(path, json.dumps(value).encode())
         raw = self.run.storage.read(path)

@@ -1,4 +1,4 @@
-"""The config of the job `loop`, and what is checked of it before anything starts."""
+"""The config of the job `loop`, and its checks before the start."""
 
 from __future__ import annotations
 
@@ -27,42 +27,38 @@ J = TypeVar("J", bound=JobConfig)
 
 @dataclass
 class LoopConfig(JobConfig):
-    """A job's own block holds what is particular to it; `reality`, `seed`, `storage`, `tracking`
-    and `ray` are said once, here.
-    """
+    """Each job has a block. `reality`, `seed`, `storage`, `tracking` and `ray` are shared."""
 
     reality: RealityConfig = field(default_factory=RealityConfig)
     rounds: int = 3
     target: float | None = None
-    """A mean return in reality: drawn in the report, and what "real steps to target" means."""
+    """The mean real return of "real steps to target", which the report draws."""
     stop_at_target: bool = False
     """End after the first round whose judged mean return reaches the target."""
     datasets: list[str] = field(default_factory=list)
-    """Logs to begin with (`datasets/<id>`): the first round then collects nothing. With rounds=1 no
-    real step is spent on training, whatever `reality.budget.steps`; judging is metered apart.
+    """Logs that replace the first round's collection (`datasets/<id>`). With rounds=1 training then
+    takes no real step, for any `reality.budget.steps`. Judging has its own meter.
     """
     collect: CollectConfig = field(default_factory=CollectConfig)
-    """The first round's data, without `datasets`."""
+    """The first round's collection. Not used with `datasets`."""
     explore: CollectConfig = field(
         default_factory=lambda: CollectConfig(steps=500, behaviours=[BehaviourConfig(kind="noisy")])
     )
-    """Every later round's; a behaviour that wants a policy and names none gets the last round's
-    agent.
+    """The collection of later rounds. A behaviour that needs a policy and names none gets the last
+    round's agent.
     """
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
     warm_start: bool = True
-    """Later rounds go on from the last round's agent; otherwise each begins anew."""
+    """Train the last round's agent further; otherwise each round trains a new one."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     baselines: list[BaselineConfig] = field(default_factory=list)
     """Model-free training on reality, for comparison."""
 
 
 FREE = ("rounds", "target", "stop_at_target", "baselines")
-"""Keys that change how long the loop goes on and what it is compared with, not the experiment: it
-goes on in the same ledger.
-"""
+"""Keys of the loop's length and of its comparisons. A loop that changes them keeps its ledger."""
 SHARED = ("reality", "seed", "storage", "tracking", "ray", "stop", "force", "wait")
 FILLED = {
     "collect": ("ledger",),
@@ -76,11 +72,9 @@ FILLED = {
 
 
 def check(cfg: LoopConfig) -> None:
-    """Raise UsageError on the first value that cannot be meant, in any stage, before anything
-    starts.
-    """
+    """Raise UsageError at the first invalid value of any stage."""
     if cfg.rounds < 1:
-        raise UsageError(f"rounds={cfg.rounds} makes no round; give at least 1")
+        raise UsageError(f"rounds must be >= 1, got {cfg.rounds}")
     if cfg.stop_at_target and cfg.target is None:
         raise UsageError("stop_at_target=true needs a target; set target to a mean return")
     reality_config.check(cfg.reality)
@@ -93,16 +87,16 @@ def check(cfg: LoopConfig) -> None:
         for key in (*SHARED, *FILLED.get(name.partition("[")[0], ())):
             if hasattr(block, key) and getattr(block, key) != getattr(default, key):
                 fix = f"set {key} at the top of the config" if key in SHARED else "leave it out"
-                raise UsageError(f"{name}.{key} is the loop's own to fill; {fix}")
+                raise UsageError(f"{name}.{key} is set by the loop; {fix}")
     if cfg.pretrain.data.datasets:
-        raise UsageError("pretrain.data.datasets must be empty in a loop; give logs as datasets")
+        raise UsageError("pretrain.data.datasets must be empty in a loop; set datasets instead")
     budget, needed = cfg.reality.budget.steps, real_steps(cfg)
     if budget is not None and needed > budget:
         raise UsageError(
             f"reality.budget.steps={budget} is less than the {needed} steps of {cfg.rounds} rounds;"
             " raise it, or lower rounds or explore.steps"
         )
-    # Artifacts that are still to be made stand as "?".
+    # "?" stands for artifacts that the loop will make.
     stages: list[tuple[str, Callable[[], None]]] = [
         ("collect", lambda: collecting.check(fill(cfg.collect, cfg, 0))),
         ("explore", lambda: collecting.check(fill(acting(cfg.explore, "?"), cfg, 1))),
@@ -143,7 +137,7 @@ def real_steps(cfg: LoopConfig) -> int:
 
 
 def acting(block: CollectConfig, policy: str | None) -> CollectConfig:
-    """Behaviours that want a policy and name none get `policy`."""
+    """Give `policy` to behaviours that need a policy and name none."""
     named = [
         (
             b
@@ -156,9 +150,7 @@ def acting(block: CollectConfig, policy: str | None) -> CollectConfig:
 
 
 def fill(block: J, cfg: LoopConfig, round: int) -> J:
-    """A stage's config with what is said once at the top of the loop's; each round has a seed of
-    its own.
-    """
+    """A stage's config with the loop's shared keys. Each round has another seed."""
     shared: dict[str, Any] = {
         key: getattr(cfg, key) for key in SHARED if any(f.name == key for f in fields(block))
     }

@@ -1,6 +1,6 @@
 """Checks of the stages of a loop against the environment, before a real step.
 
-A loop that pays for a round and then fails has wasted the round. No real step is taken here.
+They take no real step. A loop that fails later has wasted the steps of a round.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Ready:
     """The datasets that the loop begins with."""
     facts: EnvFacts
     horizon: Horizon | None
-    """None where only the loop's own data can show it."""
+    """None if only the loop's data can show it."""
 
     @property
     def limit(self) -> int:
-        """Steps of a judged episode at most."""
+        """The most steps of a judged episode."""
         return MAX_EPISODE_STEPS if self.horizon is None else self.horizon.steps
 
     @property
@@ -128,7 +128,7 @@ def _check_collection(cfg: LoopConfig, storage: Storage) -> EnvFacts:
 
 
 def _check_given(cfg: LoopConfig, given: list[Artifact], facts: EnvFacts) -> None:
-    """Given datasets must be alike, and where more are collected, like the environment."""
+    """Check that the datasets are alike, and like the environment if the loop collects more."""
     if not given:
         return
     data = Dataset([artifact.path for artifact in given])
@@ -136,7 +136,7 @@ def _check_given(cfg: LoopConfig, given: list[Artifact], facts: EnvFacts) -> Non
         spaces = f"{data.observation_space}, {data.action_space}"
         env = f"reality.env={cfg.reality.env!r}"
         message = f"{given[0].name} has the spaces {spaces}, and {env} others"
-        raise UsageError(f"{message}; give data of its own")
+        raise UsageError(f"{message}; use data of that environment")
     if cfg.rounds == 1:
         return
     logged = data.environment
@@ -161,7 +161,7 @@ def _check_given(cfg: LoopConfig, given: list[Artifact], facts: EnvFacts) -> Non
 
 
 def _check_task(cfg: LoopConfig, facts: EnvFacts) -> None:
-    """A world predicts the observation without its task: something must be left."""
+    """Check that the observation has parts other than the task, for the world to predict."""
     codec = SpaceCodec(facts.observation_space, "observation")
     task = {leaf.name for name in cfg.reality.task for leaf in codec.matching(name)}
     if task and all(leaf.name in task for leaf in codec.leaves):
@@ -174,7 +174,7 @@ def _check_pretraining(cfg: LoopConfig, given: list[Artifact]) -> None:
     unique = cfg.pretrain.data.unique
     if unique is None:
         return
-    # About as many are collected: which episodes are held out is not known before.
+    # An estimate: the held-out episodes are not known before the collection.
     collected = round(cfg.collect.steps * (1 - cfg.collect.valid_fraction))
     first = Dataset([a.path for a in given]).count("train") if given else collected
     if unique > first:
@@ -191,7 +191,7 @@ def _check_agent(cfg: LoopConfig, storage: Storage, facts: EnvFacts) -> None:
         for name in block.datasets:
             data = Dataset([storage.artifact("datasets", name).path])
             if (data.observation_space, data.action_space) != facts.spaces:
-                raise UsageError(f"datasets: {name} is not of the spaces of reality.env")
+                raise UsageError(f"datasets: {name} has other spaces than reality.env")
     needs = {
         "agent.max_disagreement": block.max_disagreement is not None,
         "agent.objective": block.objective != "return",
@@ -210,7 +210,7 @@ def _check_evaluation(cfg: LoopConfig, storage: Storage, ready: Ready) -> None:
         for name in block.datasets:
             data = Dataset([storage.artifact("datasets", name).path])
             if (data.observation_space, data.action_space) != facts.spaces:
-                raise UsageError(f"datasets: {name} is not of the spaces of reality.env")
+                raise UsageError(f"datasets: {name} has other spaces than reality.env")
         policies = [policy_set.full(policy, storage) for policy in block.policies]
         for policy in policies:
             check_spaces(
@@ -226,7 +226,7 @@ def _check_held_out(
     given: list[Artifact],
     policies: list[behaviours.BehaviourConfig],
 ) -> None:
-    """Policies are compared only where their episodes are not in the world's data."""
+    """Check that policies to compare have episodes that are not in the world's data."""
     block = cfg.evaluate
     if not block.compares:
         return
@@ -251,9 +251,9 @@ def _check_held_out(
 
 
 def check_port(cfg: LoopConfig) -> None:
-    """Raise UsageError where the port that the world is to be served on is taken.
+    """Raise UsageError if the port of the served world is taken.
 
-    Apart from `preflight`: a loop that is finished serves nothing.
+    Not part of `preflight`, because a finished loop serves no world.
     """
     if cfg.agent.backend != "serve" or not cfg.serve.http:
         return

@@ -1,7 +1,7 @@
-"""The job `propose`: a world and a budget of real steps -> what to collect next, as a config that
+"""The job `propose`: a world and a budget of real steps -> the config of the next collection, which
 `mesocosm collect -c` runs.
 
-The artifact holds next.yaml and proposal.json, which says why each part is there.
+The artifact holds next.yaml and proposal.json, which gives the reason for each part.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ class ProposePlan(Plan[ProposeConfig]):
 
 
 class Propose(Job[ProposeConfig, ProposePlan]):
-    """Write next.yaml and proposal.json, or find the proposal that was made so before.
+    """Write next.yaml and proposal.json, or find the proposal of the same config.
 
-    Raises UsageError before anything is imagined: a wrong config, a missing world, dataset or
-    agent, other spaces than the world's.
+    Raises:
+        UsageError: Before imagining. The config is invalid, a world, dataset or agent is missing,
+            or spaces differ from the world's.
     """
 
     name, kind, config = "propose", "plans", ProposeConfig

@@ -17,7 +17,7 @@ from mesocosm.store.artifacts import Storage
 
 
 class Serve:
-    """A job that makes no artifact: it ends with Ctrl-C."""
+    """A job without an artifact. It ends with Ctrl-C."""
 
     config = ServeConfig
 
@@ -28,7 +28,7 @@ class Serve:
         """The deployment that `run` would start, and its CPUs."""
         check(config)
         if not config.world:
-            raise UsageError("serve.world='' names no world; set world=<artifact id>")
+            raise UsageError("serve.world must name a world, got ''; set world=<artifact id>")
         id, folder = find_world(Storage(config.storage.root), config.world)
         return {
             "world": id,
@@ -44,8 +44,8 @@ class Serve:
         """Deploy, print how to connect, and wait.
 
         Raises:
-            UsageError: a value with which nothing can start.
-            MesocosmError: the application fails later.
+            UsageError: A value is invalid.
+            MesocosmError: The application fails later.
         """
         import ray
         from ray import serve

@@ -1,7 +1,7 @@
 """The sweep job: a grid of cells, trained on Ray Tune, into a table and its law.
 
-A cell's record is in storage as soon as the cell is finished. The same command again, or one with
-another grid, trains what is missing.
+A cell's record is stored when the cell finishes. The same command again, or one with another grid,
+trains the missing cells.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class SweepPlan(Plan[SweepConfig]):
 class Sweep(Job[SweepConfig, SweepPlan]):
     """Train the missing cells of the grid, write its table, and fit its law.
 
-    Cells that fail are a MesocosmError, which names them after all others are finished.
+    Raises:
+        MesocosmError: Cells failed. It is raised after the others finish, and names them.
     """
 
     name, kind, config = "sweep", "laws", SweepConfig
@@ -81,14 +82,14 @@ class Sweep(Job[SweepConfig, SweepPlan]):
 
 
 class _Sweep:
-    """A sweep that runs."""
+    """A running sweep."""
 
     def __init__(self, job: Sweep, plan: SweepPlan, run: Run):
         self.began = time.perf_counter()
         self.job, self.plan, self.run = job, plan, run
         self.config = config = plan.config
-        # Ray takes seconds to start, and counting FLOPs as many. Ray's daemons die with the thread
-        # that starts them, which is therefore this one.
+        # Ray takes seconds to start, and so does counting FLOPs. Ray's daemons die with the thread
+        # that starts them, so this thread starts them.
         with ThreadPoolExecutor(1) as thread:
             grid = thread.submit(lay_out, config, plan.dataset, plan.cluster)
             ray_session.ensure(config.ray)
@@ -115,8 +116,8 @@ class _Sweep:
     def train(self, missing: Sequence[Cell]) -> None:
         """Train the small cells by trunks, then the large ones.
 
-        Each kind has the whole cluster: a worker group would wait for ever for CPUs that idle
-        trials hold.
+        Each kind uses the whole cluster: a worker group would wait forever for the CPUs of idle
+        trials.
         """
         config, gpus = self.config, self.grid.cluster.gpus
         trunks, large = self.grid.trunks(missing), [cell for cell in missing if cell.large]
@@ -242,7 +243,7 @@ class _Sweep:
 
 
 def _fit(folder: Path, run: Run, swept: dict[str, Any]) -> None:
-    """Write the law of the folder's table. A table that determines none is kept without a law."""
+    """Write the law of the folder's table, unless the table determines none."""
     from mesocosm.scaling import fit, report
     from mesocosm.scaling.table import Table
 
