@@ -183,7 +183,7 @@ def test_a_dict_observation_from_config_alone(
 def test_what_is_wrong_is_said_before_anything_starts(root: str) -> None:
     with pytest.raises(UsageError, match=r"reality\.budget\.steps=350 is less than the 400 steps"):
         check(_load(root, "reality.env=CartPole-v1", "reality.budget.steps=350"))
-    with pytest.raises(UsageError, match=r"collect\.seed is the loop's own"):
+    with pytest.raises(UsageError, match=r"collect\.seed is set by the loop"):
         check(_load(root, "reality.env=CartPole-v1", "collect.seed=3"))
     with pytest.raises(UsageError, match=r"agent\.world is set by the loop; leave it out"):
         check(_load(root, "reality.env=CartPole-v1", "agent.world=w0"))
