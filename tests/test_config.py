@@ -119,7 +119,9 @@ class Stages(JobConfig):
         (["model.members=[1]"], "config key 'model.members' must be a whole number, got [1]"),
         (["model.members=many"], "must be a whole number, got 'many'"),
         (["force=maybe"], "must be true or false, got 'maybe'"),
-        (["seed="], "config key 'seed' must be a value, got None"),
+        (["model.members=3.0"], "must be a whole number, got 3.0; try 3"),
+        (["model=abc"], "'model' must be a block of keys, got 'abc'; try model."),
+        (["seed="], "config key 'seed' must be set, got null; try seed=VALUE"),
         (
             ["model.members", "=", "3"],
             "override 'model.members' has spaces around its =; write model.members=3",
@@ -141,7 +143,16 @@ def test_a_key_of_a_stage_is_found(tmp_path: Path) -> None:
             UsageError, match=r"unknown config key 'model'; did you mean 'stage.model.members'\?"
         ):
             load(Stages, files, overrides)
-    with pytest.raises(
-        UsageError, match=r"config key 'blocks\[0\]' must be a block of keys, got 'abc'"
-    ):
-        load(Stages, [], ["blocks=[abc]"])
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("blocks=[abc]", "config key 'blocks[0]' must be a block of keys, got 'abc'"),
+        ("blocks=abc", "config key 'blocks' must be a list, got 'abc'"),
+    ],
+)
+def test_a_list_of_blocks_has_an_example(override: str, problem: str) -> None:
+    with pytest.raises(UsageError) as error:
+        load(Stages, [], [override])
+    assert f"{problem}; try 'blocks=[{{KEY: VALUE}}]'" in str(error.value)

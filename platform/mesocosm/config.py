@@ -84,8 +84,8 @@ EXPECTED = {
     "a ListConfig": "a list",
     "a subclass": "a block of keys",
     "to Dict": "a block of keys",
-    "Optional": "a value",
-    "'None'": "a value",
+    "Optional": "set",
+    "'None'": "set",
 }
 """The type that a key must have, by a part of OmegaConf's message."""
 
@@ -167,16 +167,29 @@ def _merge(base: DictConfig, layer: Any, source: str, known: Sequence[str]) -> D
             expected = "a list" if isinstance(node, ListConfig) else "a block of keys"
         else:
             expected = next((EXPECTED[part] for part in EXPECTED if part in text), text)
-        if expected == "a list":
-            fix = f"; try '{key}=[{value}]'"
-        elif isinstance(value, float) and value.is_integer():
-            fix = f"; try {int(value)}"
-        else:
-            fix = ""
-        problem = f"config key {key!r} must be {expected}, got {value!r}{fix}"
+        shown = repr(value).replace("None", "null") if expected == "set" else repr(value)
+        fix = _example(base, key, expected, value, known)
+        problem = f"config key {key!r} must be {expected}, got {shown}{fix}"
         raise UsageError(f"{source}: {problem}") from error
     except (TypeError, ValueError) as error:
         raise UsageError(f"{source}: {_first_line(error)}") from error
+
+
+def _example(base: DictConfig, key: str, expected: str, value: Any, known: Sequence[str]) -> str:
+    """A value that the key takes, for the end of an error message; "" where none is sure."""
+    if expected == "set":
+        return f"; try {key}=VALUE"
+    if isinstance(value, float) and value.is_integer():
+        return f"; try {int(value)}"
+    name = key.partition("[")[0]
+    node = OmegaConf.select(base, name)
+    if expected in ("a list", "a block of keys") and isinstance(node, ListConfig):
+        has_blocks = dataclasses.is_dataclass(node._metadata.element_type)
+        return f"; try '{name}=[{'{KEY: VALUE}' if has_blocks else value}]'"
+    if expected == "a block of keys":
+        first = next((other for other in known if other.startswith(f"{key}.")), f"{key}.NAME")
+        return f"; try {first}=VALUE"
+    return ""
 
 
 def _mismatch(base: DictConfig, layer: DictConfig) -> tuple[str, Any, Any]:

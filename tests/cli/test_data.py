@@ -106,6 +106,18 @@ def test_datasets_are_listed_shown_and_held_against_each_other(
     assert f"{report['episodes']['both']} episodes are in both" in text and "data alike: 1%" in text
 
 
+def test_datasets_without_a_fact_that_differs(
+    tmp_path: Path, cart_root: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = cart_root(tmp_path)
+    storage = Storage(root)
+    cart = storage.artifact("datasets", "cart")
+    storage.make("datasets", "same", cart.meta, lambda folder: _copied(cart.path, folder))
+    assert main(["data", "diff", "cart", "same", f"storage.root={root}"]) == 0
+    report = capsys.readouterr().out
+    assert "no fact" in report and "0 only in cart, 0 only in same" in report
+
+
 def _copied(source: Path, folder: Path) -> None:
     for file in source.rglob("*"):
         if file.is_file() and file.name != "COMMIT.json":

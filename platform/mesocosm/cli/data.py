@@ -164,7 +164,7 @@ def diff(a: str, b: str, files: Sequence[str], overrides: Sequence[str], as_json
         for name, pair in differ.items()
         for i, (one, other) in enumerate(zip_longest(*map(_lines, pair), fillvalue=""))
     ]
-    print(output.table(lines))
+    print(output.table(lines) if lines else "no fact that is shown differs")
     print(
         f"\n{shared['both']:,} episodes are in both, {shared['only_a']:,} only in {ids[0]},"
         f" {shared['only_b']:,} only in {ids[1]}"
