@@ -31,6 +31,11 @@ def test_help_shows_an_example_and_the_keys(job: str, capsys: pytest.CaptureFixt
     assert "\n  # A folder, or `s3://bucket/prefix`.\n  storage.root = " in out
 
 
+def test_help_is_on_standard_output_with_json_too(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["collect", "--json", "--help"]) == 0
+    assert "Keys and defaults:" in capfd.readouterr().out
+
+
 def test_help_of_the_loop_leaves_out_what_its_stages_get_from_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with signals.end_like_interrupt(), _import_from_here():
         try:
             # An environment may print while the command starts.
-            as_json = "--json" in words
+            as_json = "--json" in words and not {"-h", "--help"} & {*words}
             with output.results_only(for_good=argv is None) if as_json else nullcontext():
                 try:
                     return _run(words)
