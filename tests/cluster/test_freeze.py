@@ -4,11 +4,14 @@ secret, nothing too large.
 
 from __future__ import annotations
 
+import platform
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from mesocosm import config
 from mesocosm.cluster import freeze as freezing
@@ -16,6 +19,7 @@ from mesocosm.cluster import spec as cluster_spec
 from mesocosm.cluster.freeze import CONFIG, Frozen, freeze
 from mesocosm.cluster.resources import needs
 from mesocosm.cluster.spec import ClusterConfig, NodeGroup
+from mesocosm.cluster.submit import refuse
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.errors import UsageError
 from mesocosm.jobs.loop import LoopConfig
@@ -164,6 +168,19 @@ def test_what_a_job_asks_for(
 ) -> None:
     result = needs(config.load(schema, [], overrides))
     assert (result.cpus, result.gpus, result.key) == (cpus, gpus, what)
+
+
+def test_a_cluster_that_is_too_small_is_refused() -> None:
+    report = {
+        "python": platform.python_version(),
+        "ray": ray.__version__,
+        "storage": {"ok": True},
+        "mlflow": {"ok": True},
+        "resources": {"CPU": 2.0},
+        "needs": asdict(needs(load_config("workers=9"))),
+    }
+    with pytest.raises(UsageError, match="workers=9 asks for 9 CPUs and cluster 'mine' has 4"):
+        refuse("mine", CLUSTER, report)
 
 
 def test_a_sweep_there_is_estimated_as_of_that_cluster(

@@ -186,7 +186,7 @@ def refuse(name: str, cluster: ClusterConfig, report: dict[str, Any]) -> None:
             most = max(resources.get(resource, 0), cluster.full(key))
             if needs[key] > most:
                 raise UsageError(
-                    f"{needs['what']} asks for {needs[key]:g} {resource}s and cluster {name!r} has"
+                    f"{needs['key']} asks for {needs[key]:g} {resource}s and cluster {name!r} has"
                     f" {most:g}; lower it, or use a larger cluster"
                 )
     # Nothing states the memory of nodes that an autoscaler adds, unless the cluster's file does.
