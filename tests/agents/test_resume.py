@@ -224,6 +224,12 @@ def test_a_checkpoint_is_whole_or_refused(root: str, tmp_path: Path) -> None:
     storage.write(f"{made.folder}/{checkpoint.PROGRESS}", text.encode())
     with pytest.raises(UsageError, match=r"needs ray 1.0, got ray .*--force"):
         other.latest()
+    # Pickled objects of an earlier version may be of classes that this one does not have.
+    record = {"iteration": 1, "file": "s", "sha256": ""}
+    record["versions"] = {**checkpoint.VERSIONS, "mesocosm": "0.2.0"}
+    storage.write(f"{made.folder}/{checkpoint.PROGRESS}", json.dumps(record).encode())
+    with pytest.raises(UsageError, match=r"needs mesocosm 0.2.0, got mesocosm .*--force"):
+        other.latest()
     other.remove()
     assert other.latest() is None
 

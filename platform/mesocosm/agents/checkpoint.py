@@ -24,6 +24,7 @@ import numpy
 import ray
 import torch
 
+from mesocosm import __version__
 from mesocosm.errors import UsageError
 from mesocosm.policies.policy import SNAPSHOTS
 from mesocosm.store.artifacts import Storage
@@ -31,8 +32,13 @@ from mesocosm.store.artifacts import Storage
 PROGRESS = "progress.json"
 TIME_FRACTION = 0.05
 """Checkpoints take at most about this fraction of the training time"""
-VERSIONS = {"ray": ray.__version__, "torch": torch.__version__, "numpy": numpy.__version__}
-"""Versions of the libraries whose objects are pickled"""
+VERSIONS = {
+    "ray": ray.__version__,
+    "torch": torch.__version__,
+    "numpy": numpy.__version__,
+    "mesocosm": __version__,
+}
+"""Versions of the packages whose objects are pickled"""
 
 
 @dataclass
@@ -65,7 +71,7 @@ class Checkpoints:
         """The last whole checkpoint, or None.
 
         Raises:
-            UsageError: progress.json is damaged, or other library versions wrote the checkpoint.
+            UsageError: progress.json is damaged, or other package versions wrote the checkpoint.
         """
         data = self.storage.read(f"{self.folder}/{PROGRESS}")
         if data is None:
