@@ -179,7 +179,7 @@ def test_a_cluster_that_is_too_small_is_refused() -> None:
         "resources": {"CPU": 2.0},
         "needs": asdict(needs(load_config("workers=9"))),
     }
-    with pytest.raises(UsageError, match="workers=9 asks for 9 CPUs and cluster 'mine' has 4"):
+    with pytest.raises(UsageError, match="workers=9 asks for 9 CPUs and cluster 'mine' has 2"):
         refuse("mine", CLUSTER, report)
 
 
