@@ -245,6 +245,23 @@ def test_steps_go_where_they_tell_the_most_of_all_candidates() -> None:
     assert weights([100, 100], [10.0, 50.0]) == pytest.approx([5 / 6, 1 / 6], abs=1e-3)
 
 
+def test_a_proposal_of_the_same_id_has_the_same_digits() -> None:
+    """Also where the even share of a candidate is less than a step."""
+    rng = np.random.default_rng(1)
+    logged = rng.normal(size=(60, 3)).astype(np.float32)
+    episode = np.repeat(np.arange(8), 10)
+    candidates = [
+        Imagined(
+            (rng.normal(size=(80, 3)) * scale).astype(np.float32), rng.uniform(size=80), episode, 8
+        )
+        for scale in (1, 1.15, 1.3, 1.45)
+    ]
+    for even, steps in ((0.0, [10, 6, 14, 10]), (0.02, [10, 6, 14, 10])):
+        bought = buy(candidates, logged, 0.5, 40, disagrees=True, seed=0, even=even)
+        assert bought.steps == steps
+        assert bought.left == pytest.approx(0.833581757)
+
+
 def test_budgets_beyond_what_was_imagined_and_worlds_that_diverged() -> None:
     diverged = candidate(-5)
     diverged.disagreement[:] = np.inf

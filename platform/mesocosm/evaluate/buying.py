@@ -219,10 +219,11 @@ def buy(
         """The gaps once that many of a candidate's points have joined the logs, or half of them: a
         budget may be larger than what was imagined.
         """
+        pool = pools[number]
+        order = rng.permutation(len(pool))  # also for no points: later draws do not depend on them
         if not points:
             return gap
-        pool = pools[number]
-        drawn = pool[rng.permutation(len(pool))[: min(points, max(len(pool) // 2, 1))]]
+        drawn = pool[order[: min(points, max(len(pool) // 2, 1))]]
         return [np.minimum(g, gaps(drawn, q) / unit) for g, q in zip(gap, queries, strict=True)]
 
     first, even_steps = unknown(gap), int(steps * even)
