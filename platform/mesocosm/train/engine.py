@@ -161,7 +161,7 @@ def step(engine: Any) -> float:
 
 
 def weights(engine: Any, rank: Rank) -> dict[str, Tensor] | None:
-    """All float32 parameters and buffers on the CPU, on rank 0; None elsewhere. Every rank must
+    """All parameters in float32 on the CPU, on rank 0; None elsewhere. Every rank must
     call it: shards are gathered, one parameter at a time.
     """
     from deepspeed.utils import safe_get_full_fp32_param
