@@ -274,3 +274,23 @@ def test_a_vector_draws_reset_options(own: Path, root: str) -> None:
         winds |= {env.unwrapped.env.unwrapped.options["wind"] for env in vector.env.envs}  # type: ignore[attr-defined]
     vector.close()
     assert len(winds) >= 6
+
+
+def test_an_environment_is_collected_by_a_thread_that_waits_for_nothing(
+    own: Path, root: str
+) -> None:
+    """The garbage collector may run in the thread that a holder of the ledger's lock waits for."""
+    book = opened(root)
+    env = MeteredEnv(make_env(LINE), Meter(book, "collect", block=10))
+    env.reset(seed=0)
+    env.step(STILL)
+    with book._lock:
+        collector = threading.Thread(target=env._finalizer, daemon=True)
+        collector.start()
+        collector.join(timeout=60)
+        assert not collector.is_alive()
+    until = time.monotonic() + 60
+    while book.totals().unconfirmed and time.monotonic() < until:
+        time.sleep(0.01)
+    totals = book.totals()
+    assert not totals.unconfirmed and totals.purposes["collect"].steps == 1

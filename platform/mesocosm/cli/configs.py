@@ -24,13 +24,16 @@ def configs() -> None:
 @configs.command("list", params=[JSON])
 def list_configs(as_json: bool) -> None:
     """List the names of the shipped configs, with their first line."""
-    lines = {name: path.read_text().partition("\n")[0] for name, path in shipped.configs().items()}
+    lines = {
+        name: path.read_text().partition("\n")[0].lstrip("# ")
+        for name, path in shipped.configs().items()
+    }
     if as_json:
         output.write(json.dumps(lines, indent=1))
         return
     width = max(map(len, lines))
     for name, line in lines.items():
-        click.echo(f"{name:<{width}}  {line.lstrip('# ') if line.startswith('#') else ''}".rstrip())
+        click.echo(f"{name:<{width}}  {line}")
 
 
 @configs.command("show")

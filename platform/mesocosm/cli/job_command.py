@@ -7,6 +7,7 @@ import importlib
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
@@ -84,8 +85,9 @@ def _run_job(
     from mesocosm.runs import tracking
     from mesocosm.runs.upload import JOB
 
+    paths = [shipped.config_path(file, name) for file in files]  # importing a job takes seconds
     job = importlib.import_module(JOBS[name].module).JOB
-    loaded = _load(name, job.config, files, overrides, flags)
+    loaded = _load(name, job.config, paths, overrides, flags)
     use_cache(loaded.storage.cache)
     loaded.force |= force
     loaded.wait |= wait
@@ -130,7 +132,7 @@ def _run_job(
 def _load(
     name: str,
     schema: type[config.JobConfig],
-    files: Sequence[str],
+    files: Sequence[Path],
     overrides: Sequence[str],
     flags: dict[str, str | None],
 ) -> config.JobConfig:
@@ -142,8 +144,7 @@ def _load(
         words = [word for word in overrides if not _is_override(word)]
     overrides = [word for word in overrides if word not in words]
     overrides += [f"{FLAGS[name][k]}={value}" for k, value in flags.items() if value is not None]
-    paths = [shipped.config_path(file, name) for file in files]
-    loaded = config.load(schema, paths, overrides)
+    loaded = config.load(schema, files, overrides)
     if words:
         key = WORDS[name][0]
         setattr(loaded, key, [*getattr(loaded, key), *words])

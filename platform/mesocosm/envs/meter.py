@@ -4,6 +4,7 @@ ledger before.
 
 from __future__ import annotations
 
+import atexit
 import threading
 import time
 import weakref
@@ -247,15 +248,39 @@ class Meter:
         return self._usage()
 
 
+_closing: set[threading.Thread] = set()
+_exiting = False
+
+
 def _close_at_last(meter: Meter) -> None:
     """Close the meter of an environment that was garbage-collected, or at exit.
 
-    Usage that is not confirmed counts as spent: where storage fails, whose error was reported by
-    then, and where the garbage collector runs this in the thread of s3fs's event loop, which cannot
-    wait for itself (NotImplementedError).
+    The garbage collector runs this in any thread: in that of s3fs's event loop, which cannot wait
+    for itself, or in one that holds the ledger's lock. A thread of its own can wait for both.
     """
-    with suppress(StorageError, NotImplementedError):
-        meter.close()
+    if _exiting:
+        _close(meter)
+        return
+    thread = threading.Thread(target=_close, args=(meter,), name="close-meter", daemon=True)
+    _closing.add(thread)
+    thread.start()
+
+
+def _close(meter: Meter) -> None:
+    """Close a meter. Where storage fails, its error was reported, and the usage counts as spent."""
+    try:
+        with suppress(StorageError):
+            meter.close()
+    finally:
+        _closing.discard(threading.current_thread())
+
+
+@atexit.register
+def _wait_for_meters() -> None:
+    global _exiting
+    _exiting = True
+    for thread in list(_closing):
+        thread.join()
 
 
 class MeteredEnv(gymnasium.Wrapper[Any, Any, Any, Any]):

@@ -18,7 +18,7 @@ JOBS = {
         "mesocosm.jobs.collect",
         "CollectConfig",
         "Collect metered real steps into a dataset.",
-        "-c configs/collect/pendulum.yaml steps=2000",
+        "-c pendulum steps=2000",
     ),
     "import": Job(
         "mesocosm.jobs.import_logs",
@@ -29,20 +29,20 @@ JOBS = {
     "curate": Job(
         "mesocosm.jobs.curate",
         "CurateConfig",
-        "Make a dataset of others by operations.",
-        "-c configs/curate/pendulum.yaml data.datasets=[ID]",
+        "Filter and combine datasets into a new one.",
+        "-c pendulum data.datasets=[ID]",
     ),
     "pretrain": Job(
         "mesocosm.jobs.pretrain",
         "PretrainConfig",
         "Train a world with DeepSpeed under Ray Train.",
-        "-c configs/pretrain/pendulum.yaml model.size=1m",
+        "-c pendulum data.datasets=[ID] model.size=1m",
     ),
     "sweep": Job(
         "mesocosm.jobs.sweep",
         "SweepConfig",
         "Train a grid of sizes and data, and fit a law.",
-        "-c configs/sweep/quickstart.yaml data.datasets=[ID] --dry-run",
+        "-c quickstart data.datasets=[ID] --dry-run",
     ),
     "plan": Job(
         "mesocosm.jobs.plan",
@@ -54,25 +54,25 @@ JOBS = {
         "mesocosm.jobs.serve",
         "ServeConfig",
         "Serve a world with Ray Serve, until Ctrl-C.",
-        "-c configs/serve/pendulum.yaml replicas=2",
+        "-c pendulum world=ID replicas=2",
     ),
     "train-agent": Job(
         "mesocosm.jobs.train_agent",
         "AgentConfig",
         "Train an RLlib agent inside a world.",
-        "-c configs/agent/pendulum-ppo.yaml iterations=20",
+        "-c pendulum-ppo world=ID iterations=20",
     ),
     "baseline": Job(
         "mesocosm.jobs.baseline",
         "BaselineConfig",
-        "Train model-free RLlib in reality, metered.",
-        "-c configs/baseline/pendulum-ppo.yaml",
+        "Train a model-free agent in reality, and count its steps.",
+        "-c pendulum-ppo",
     ),
     "evaluate": Job(
         "mesocosm.jobs.evaluate",
         "EvaluateConfig",
-        "Judge a world, and an agent in reality.",
-        "-c configs/evaluate/pendulum.yaml",
+        "Judge a world, and its agent in real episodes.",
+        "-c pendulum world=ID agent=ID",
     ),
     "propose": Job(
         "mesocosm.jobs.propose",
@@ -84,6 +84,6 @@ JOBS = {
         "mesocosm.jobs.loop",
         "LoopConfig",
         "Run the whole loop, and write a report.",
-        "-c configs/loop/quickstart.yaml",
+        "-c quickstart",
     ),
 }

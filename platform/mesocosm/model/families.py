@@ -6,13 +6,18 @@ shortest example), list it in NETWORKS, and list its sizes in `ladder.LADDERS`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.ensemble import Ensemble
 from mesocosm.model.net import WorldNet
 from mesocosm.model.sequence import Sequence
 from mesocosm.model.spec import Spec
 
-NETWORKS: dict[str, type[Sequence] | type[Ensemble]] = {"sequence": Sequence, "ensemble": Ensemble}
+NETWORKS: dict[str, Callable[[Spec, ModelConfig], WorldNet]] = {
+    "sequence": Sequence,
+    "ensemble": Ensemble,
+}
 
 
 def build(spec: Spec, config: ModelConfig) -> WorldNet:

@@ -1,4 +1,8 @@
-"""law.json: a fitted law of loss with its intervals and warnings. Imports neither torch nor Ray."""
+"""law.json: a fitted law of loss with its intervals and warnings.
+
+`fit`, `estimate` and `isoflop` decide whether a table determines a law, and refuse it otherwise.
+Imports neither torch nor Ray.
+"""
 
 from __future__ import annotations
 

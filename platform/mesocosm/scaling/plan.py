@@ -13,7 +13,7 @@ from typing import Any
 from scipy.special import expit, logit
 
 from mesocosm.errors import UsageError
-from mesocosm.model.ladder import RUNGS, dims, ensemble_dims
+from mesocosm.model.ladder import LADDERS
 from mesocosm.scaling.law import Law, Pair, interval_text, quantiles
 from mesocosm.scaling.optimum import PlanBudget, PlanPoint, PlanProblem, beyond
 from mesocosm.scaling.plan_config import PlanConfig
@@ -113,8 +113,8 @@ def answer(question: Question) -> dict[str, Any]:
 
 def _rung(question: Question, problem: PlanProblem, best: PlanPoint) -> tuple[str, PlanPoint]:
     """The rung of the ladder whose best point has the least loss."""
-    sized = ensemble_dims if question.config.model.family == "ensemble" else dims
-    rungs = {size: sized(size).params for size in RUNGS}
+    ladder = LADDERS[question.config.model.family]
+    rungs = {size: ladder[size].params for size in ladder}
     nearest = min(rungs, key=lambda size: abs(math.log(rungs[size] / best.params)))
     points: list[tuple[float, str, PlanPoint]] = []
     for size, params in rungs.items():

@@ -1,6 +1,7 @@
 """The bearer token of a world's HTTP ingress, from the environment or from a private file.
 
-The listening process reads it. It is in no config, log, runtime environment or argument of Ray.
+The listening process reads it, and `ingress.Guard` checks it in every request. It is in no config,
+log, runtime environment or argument of Ray.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ world version.
 
 A replica and the in-process backend both answer requests with `Sessions.handle` (see `protocol`). A
 session's carry is a cache: it follows from the context that the client has too. Another replica can
-therefore continue where one died, and eviction costs only time.
+therefore continue where one died, and eviction costs only time. `client` sends its context then.
 """
 
 from __future__ import annotations

@@ -132,8 +132,9 @@ def free_shares(
     because an action that is held for several steps is like its neighbours in time.
     """
     states = sample.values[:, features.state]
-    if len(np.unique(sample.episodes)) > 1:
-        distances, places = nearest_elsewhere(states, sample.episodes, NEIGHBOURS, seed=seed)
+    if (count := len(np.unique(sample.episodes))) > 1:
+        order = np.random.default_rng(seed).permutation(count)
+        distances, places = nearest_elsewhere(states, sample.episodes, NEIGHBOURS, order=order)
     else:
         distances, places = (side[:, 1:] for side in nearest(states, states, NEIGHBOURS + 1))
     shares: dict[str, float] = {}

@@ -194,7 +194,7 @@ def gaps(reference: Array, queries: Array) -> Array:
 
 
 def nearest_elsewhere(
-    values: Array, episodes: Array, k: int, *, seed: int, queries: Array | None = None
+    values: Array, episodes: Array, k: int, *, order: Array, queries: Array | None = None
 ) -> tuple[Array, Array]:
     """The k nearest of the points of *other* episodes.
 
@@ -205,15 +205,15 @@ def nearest_elsewhere(
     Args:
         values: [N, F].
         episodes: [N] numbers, of at least two episodes.
+        order: [E] the order in which the distinct episodes are dealt to folds.
         queries: [N, F] other points, each measured in the fold of its row.
 
     Returns:
         (distances [N, k], places [N, k]). The last neighbour is repeated where there are fewer.
     """
     queries = values if queries is None else queries
-    distinct, member = np.unique(episodes, return_inverse=True)
-    rank = np.argsort(np.argsort(key(seed, FOLD, distinct), kind="stable"))
-    folds = (rank % min(FOLDS, len(distinct)))[member]
+    member = np.unique(episodes, return_inverse=True)[1]
+    folds = (np.argsort(order) % min(FOLDS, len(order)))[member]
     distances, places = np.empty((len(values), k)), np.empty((len(values), k), np.int64)
     for fold in np.unique(folds):
         others, this = np.flatnonzero(folds != fold), folds == fold
@@ -228,7 +228,8 @@ def own_gaps(values: Array, episodes: Array, *, seed: int, queries: Array | None
     """Gaps [N] of a split to itself, by `nearest_elsewhere`. NaN where all are of one episode."""
     if len(np.unique(episodes)) < 2:
         return np.full(len(values), np.nan)
-    return nearest_elsewhere(values, episodes, 1, seed=seed, queries=queries)[0][:, 0]
+    order = np.argsort(key(seed, FOLD, np.unique(episodes)), kind="stable")
+    return nearest_elsewhere(values, episodes, 1, order=order, queries=queries)[0][:, 0]
 
 
 # -- actions
