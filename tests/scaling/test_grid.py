@@ -313,7 +313,7 @@ def test_a_cluster_with_a_wrong_key_is_refused(
     for text, message in (
         ("nodes: [{prise_per_hour: 2}]", "prise_per_hour"),
         ("nodes: []", "nodes must name at least one group"),
-        ("nodes: [{count: 0}]", "count=0"),
+        ("nodes: [{count: 0}]", "count must be >= 1, got 0"),
     ):
         (tmp_path / "clusters" / "mine.yaml").write_text(text)
         with pytest.raises(UsageError, match=message):
