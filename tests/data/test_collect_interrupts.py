@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,23 +27,23 @@ OWN = Path(__file__).parent.parent / "sample_envs"
 
 
 class Disturbed(Storage):
-    """Disturbs the `number`-th creation of a file."""
+    """Disturbs the `number`-th creation of a file, counted over all threads."""
 
-    creations = 0
+    counter = itertools.count(1)
     number = 0
 
     def create(self, path: str, data: bytes) -> bool:
-        Disturbed.creations += 1
-        return self.disturb(path, data)
+        return self.disturb(next(Disturbed.counter), path, data)
 
-    def disturb(self, path: str, data: bytes) -> bool:
+    def disturb(self, k: int, path: str, data: bytes) -> bool:
+        """Create the file as the k-th."""
         raise NotImplementedError
 
 
 class Interrupted(Disturbed):
-    def disturb(self, path: str, data: bytes) -> bool:
+    def disturb(self, k: int, path: str, data: bytes) -> bool:
         created = super(Disturbed, self).create(path, data)
-        if Disturbed.creations == Disturbed.number:
+        if k == Disturbed.number:
             signal.raise_signal(signal.SIGINT)
         return created
 
@@ -50,8 +51,8 @@ class Interrupted(Disturbed):
 class Failing(Disturbed):
     """Fails for two creations: the job's, and its retry."""
 
-    def disturb(self, path: str, data: bytes) -> bool:
-        if 0 <= Disturbed.creations - Disturbed.number < 2:
+    def disturb(self, k: int, path: str, data: bytes) -> bool:
+        if 0 <= k - Disturbed.number < 2:
             raise StorageError("S3 does not answer")
         return super(Disturbed, self).create(path, data)
 
@@ -74,7 +75,7 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
     ) -> tuple[int, int, LedgerTotals]:
         reality = RealityConfig(env="ownenvs:Counted", kwargs={"stretch": 0.0}, horizon=10)
         plan = Plan(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
-        monkeypatch.setattr(Disturbed, "creations", 0)
+        monkeypatch.setattr(Disturbed, "counter", itertools.count(1))
         monkeypatch.setattr(Disturbed, "number", number)
         with monkeypatch.context() as patch:
             patch.setattr(workers, "Storage", kind)

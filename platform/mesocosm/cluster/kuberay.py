@@ -6,6 +6,7 @@ run without root and cannot gain it, and only the pods and KubeRay's operator ca
 
 from __future__ import annotations
 
+import copy
 import shlex
 from collections.abc import Sequence
 from typing import Any
@@ -54,22 +55,22 @@ def render(
         UsageError: The results of a RayJob or RayService would be lost with the pod.
     """
     full_name, secret = f"mesocosm-{name}", _token_secret(name)
-    if kind == "RayCluster":
-        resource = _resource(kind, full_name, _cluster(full_name, cluster, secret))
-        return [resource, _network_policy(full_name)]
-    if cluster.storage_root is None:
+    if kind != "RayCluster" and cluster.storage_root is None:
         raise UsageError(
             f"storage_root=null in clusters/{name}.yaml: what a {kind} writes would be lost"
             " with its pod; set it to s3://bucket/prefix"
         )
-    if kind == "RayJob":
+    if kind == "RayCluster":
+        spec = _cluster(full_name, cluster, secret)
+    elif kind == "RayJob":
         # Another job is another resource.
         full_name += f"-{config.fingerprint(list(words))[:6]}"
         spec = _job(full_name, cluster, secret, words)
     else:
         full_name += "-service"
         spec = _service(full_name, cluster, secret, words, application)
-    return [_resource(kind, full_name, spec), _network_policy(full_name)]
+    # Copies, so that a caller who changes one document changes no constant of this module.
+    return copy.deepcopy([_resource(kind, full_name, spec), _network_policy(full_name)])
 
 
 def remarks(name: str, cluster: ClusterConfig) -> str:
