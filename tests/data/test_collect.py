@@ -22,7 +22,7 @@ from mesocosm.data.collecting.ray_workers import run_on_ray
 from mesocosm.data.collecting.workers import Plan, split
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import Manifest
-from mesocosm.envs.config import BudgetConfig, RealityConfig, TaskOption
+from mesocosm.envs.config import BudgetConfig, DrawnOption, RealityConfig
 from mesocosm.envs.episode import episode_seed
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import facts_of
@@ -461,9 +461,9 @@ def test_reset_options_are_the_datasets_task(
     root: str, user_module: None, a_run: tracking.Run
 ) -> None:
     options = {
-        "wind": TaskOption(low=0.0, high=0.1),
-        "side": TaskOption(choices=["east", "west"]),
-        "mass": TaskOption(choices=[1, 1, 1, 1, 2.5]),
+        "wind": DrawnOption(low=0.0, high=0.1),
+        "side": DrawnOption(choices=["east", "west"]),
+        "mass": DrawnOption(choices=[1, 1, 1, 1, 2.5]),
     }
     reality = {"task": ["wind", "side", "mass"], "task_options": options, "horizon": 9}
     result = collect(config(root, "ownenvs:Windy", reality=reality), a_run)

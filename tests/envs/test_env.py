@@ -11,9 +11,9 @@ import pytest
 from mesocosm.config import load
 from mesocosm.envs.config import (
     BudgetConfig,
+    DrawnOption,
     PriceConfig,
     RealityConfig,
-    TaskOption,
     check,
     parse_success,
 )
@@ -147,7 +147,10 @@ def test_dict_observations_durations_and_success(own: Path) -> None:
 
 
 def test_reset_options_are_drawn_by_seed_and_episode(own: Path) -> None:
-    options = {"wind": TaskOption(low=-0.1, high=0.1), "side": TaskOption(choices=["east", "west"])}
+    options = {
+        "wind": DrawnOption(low=-0.1, high=0.1),
+        "side": DrawnOption(choices=["east", "west"]),
+    }
     config = RealityConfig(env="ownenvs:Windy", task=["wind", "side"], task_options=options)
     got = [episode(config, k) for k in range(12)]
     assert [e.task for e in got] == [episode(config, k).task for k in range(12)]
@@ -215,7 +218,7 @@ def test_the_kind_of_an_option_does_not_depend_on_the_draw(own: Path) -> None:
     config = RealityConfig(
         env="ownenvs:Windy",
         task=["a", "b"],
-        task_options={"a": TaskOption(choices=[1, 2.5]), "b": TaskOption(choices=[1, 2])},
+        task_options={"a": DrawnOption(choices=[1, 2.5]), "b": DrawnOption(choices=[1, 2])},
     )
     drawn = [draw_options(config, np.random.default_rng(k)) for k in range(30)]
     assert {repr(d["a"]) for d in drawn} == {"1.0", "2.5"} and {repr(d["b"]) for d in drawn} == {
@@ -259,29 +262,29 @@ def test_bad_success_is_refused(text: str) -> None:
         ({"horizon": 0}, "reality.horizon must .* got 0"),
         ({"step_timeout_s": 0.0}, "reality.step_timeout_s must .* got 0"),
         ({"task": ["a", "a"]}, "reality.task must .* got \\['a', 'a'\\]"),
-        ({"task_options": {"a": TaskOption(low=0, high=1)}}, "add 'a' to reality.task"),
+        ({"task_options": {"a": DrawnOption(low=0, high=1)}}, "add 'a' to reality.task"),
         (
-            {"task": ["a"], "task_options": {"a": TaskOption()}},
+            {"task": ["a"], "task_options": {"a": DrawnOption()}},
             "either choices or both low and high",
         ),
         (
-            {"task": ["a"], "task_options": {"a": TaskOption(choices=[1], low=0)}},
+            {"task": ["a"], "task_options": {"a": DrawnOption(choices=[1], low=0)}},
             "either choices or both low and high",
         ),
         (
-            {"task": ["a"], "task_options": {"a": TaskOption(choices=[])}},
+            {"task": ["a"], "task_options": {"a": DrawnOption(choices=[])}},
             r"a\.choices must .* got \[\]",
         ),
         (
-            {"task": ["a"], "task_options": {"a": TaskOption(low=2, high=1)}},
+            {"task": ["a"], "task_options": {"a": DrawnOption(low=2, high=1)}},
             r"a\.low and high must .* got \(2, 1\)",
         ),
         (
-            {"task": ["a"], "task_options": {"a": TaskOption(choices=[1, "two"])}},
+            {"task": ["a"], "task_options": {"a": DrawnOption(choices=[1, "two"])}},
             r"a\.choices must be .* got \[(1, .two.|True, 2.5)\]",
         ),
         (
-            {"task": ["a"], "task_options": {"a": TaskOption(choices=[True, 2.5])}},
+            {"task": ["a"], "task_options": {"a": DrawnOption(choices=[True, 2.5])}},
             r"a\.choices must be .* got \[(1, .two.|True, 2.5)\]",
         ),
     ],
@@ -299,7 +302,7 @@ def test_the_config_composes(tmp_path: Path) -> None:
     )
     config = load(RealityConfig, [path], ["price.per_step=0.5", "task_options.wind.high=2"])
     assert (
-        config.task_options["wind"] == TaskOption(low=0.0, high=2.0)
+        config.task_options["wind"] == DrawnOption(low=0.0, high=2.0)
         and config.price.per_step == 0.5
     )
     with pytest.raises(UsageError, match="task_optoins"):

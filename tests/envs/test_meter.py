@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mesocosm.envs.config import BudgetConfig, PriceConfig, RealityConfig, TaskOption
+from mesocosm.envs.config import BudgetConfig, DrawnOption, PriceConfig, RealityConfig
 from mesocosm.envs.episode import EpisodeError, episode_seed
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import make_env
@@ -263,7 +263,7 @@ def test_a_vector_draws_reset_options(own: Path, root: str) -> None:
     config = RealityConfig(
         env="ownenvs:Windy",
         task=["wind", "side"],
-        task_options={"wind": TaskOption(low=0, high=1), "side": TaskOption(choices=["east"])},
+        task_options={"wind": DrawnOption(low=0, high=1), "side": DrawnOption(choices=["east"])},
         horizon=4,
     )
     vector = make_metered_vector(config, root, "x", "baseline", 2)

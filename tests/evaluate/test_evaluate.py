@@ -24,7 +24,7 @@ from mesocosm.config import StorageConfig, load
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
-from mesocosm.envs.config import RealityConfig, TaskOption
+from mesocosm.envs.config import DrawnOption, RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate.config import EvaluateConfig, reality_of
@@ -472,10 +472,10 @@ def test_a_task_that_the_world_has_not_seen_is_refused_before_a_real_step(
     stored.make("worlds", "tasks", {"inputs": {"datasets": ["walks"]}}, fill)
     cfg = config(root, world="tasks", agent="a0")
     cfg.reality.task = ["colour"]
-    cfg.reality.task_options = {"colour": TaskOption(choices=["red", "green"])}
+    cfg.reality.task_options = {"colour": DrawnOption(choices=["red", "green"])}
     with pytest.raises(UsageError, match="choices holds 'green', which the world has not seen"):
         plan(cfg)
-    cfg.reality.task_options = {"colour": TaskOption(choices=["red"])}
+    cfg.reality.task_options = {"colour": DrawnOption(choices=["red"])}
     assert plan(cfg)["judged episodes"] == 5
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from mesocosm.envs.config import RealityConfig, TaskOption
+from mesocosm.envs.config import DrawnOption, RealityConfig
 from mesocosm.envs.episode import episode_seed
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import make_env
@@ -242,7 +242,7 @@ def fail() -> None:
 
 def varied() -> RealityConfig:
     sys.modules["judged_module"] = sys.modules[__name__]
-    slope, colour = TaskOption(low=-1.0, high=1.0), TaskOption(choices=["red", "blue"])
+    slope, colour = DrawnOption(low=-1.0, high=1.0), DrawnOption(choices=["red", "blue"])
     task_options = {"slope": slope, "colour": colour}
     return RealityConfig(
         env="judged_module:Varied",

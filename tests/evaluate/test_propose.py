@@ -20,7 +20,7 @@ from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset
-from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
+from mesocosm.envs.config import DrawnOption, PriceConfig, RealityConfig
 from mesocosm.evaluate.buying import Imagined, buy, weights
 from mesocosm.jobs import collect, propose
 from mesocosm.jobs.propose import ProposeConfig
@@ -143,7 +143,7 @@ def test_tasks_that_are_reset_options_are_candidates(root: str) -> None:
     """Data of both sides; the candidate of each is imagined from that side alone, and what is
     collected keeps to it.
     """
-    task = {"task": ["side"], "task_options": {"side": TaskOption(choices=[0.0, 6.0])}}
+    task = {"task": ["side"], "task_options": {"side": DrawnOption(choices=[0.0, 6.0])}}
     world = make_world(root, **task)
     answer, job, _ = proposal(root, world, behaviours=[], reality=reality(**task))
     names = {row["behaviour"] for row in answer["candidates"]}
@@ -154,7 +154,7 @@ def test_tasks_that_are_reset_options_are_candidates(root: str) -> None:
     only = CollectConfig(
         storage=StorageConfig(root), reality=job.reality, steps=60, lanes=1, workers=0
     )
-    only.behaviours = [BehaviourConfig(task_options={"side": TaskOption(choices=[6])})]
+    only.behaviours = [BehaviourConfig(task_options={"side": DrawnOption(choices=[6])})]
     with tracking.start("collect", only, quiet=True) as run:
         data = Dataset([collect.run(only, run).path])
     assert {e.task["side"] for e in data.iter_episodes()} == {6.0} and data.options[

@@ -42,7 +42,7 @@ VERSIONS = {
 
 
 @dataclass
-class Progress:
+class AgentProgress:
     """Progress of a training."""
 
     iteration: int
@@ -67,7 +67,7 @@ class Checkpoints:
         self._saved: str | None = None
         self._next_save = 0.0
 
-    def latest(self) -> Progress | None:
+    def latest(self) -> AgentProgress | None:
         """The last whole checkpoint, or None.
 
         Raises:
@@ -77,7 +77,7 @@ class Checkpoints:
         if data is None:
             return None
         try:
-            progress = Progress(**json.loads(data))
+            progress = AgentProgress(**json.loads(data))
         except (ValueError, TypeError) as error:
             raise self._damaged(PROGRESS) from error
         for name, version in VERSIONS.items():
@@ -88,7 +88,7 @@ class Checkpoints:
                 )
         return progress
 
-    def load(self, progress: Progress) -> Any:
+    def load(self, progress: AgentProgress) -> Any:
         """The saved state. Raises UsageError where its file is missing or damaged."""
         data = self.storage.read(f"{self.folder}/{progress.file}")
         if data is None or hashlib.sha256(data).hexdigest() != progress.sha256:
@@ -107,7 +107,8 @@ class Checkpoints:
         data = zlib.compress(pickle.dumps(state, protocol=5), level=1)
         file = f"state-{iteration:06d}-{uuid.uuid4().hex[:8]}.pkl.z"
         self.storage.write(f"{self.folder}/{file}", data)
-        progress = Progress(iteration, file, hashlib.sha256(data).hexdigest(), metrics, VERSIONS)
+        digest = hashlib.sha256(data).hexdigest()
+        progress = AgentProgress(iteration, file, digest, metrics, VERSIONS)
         self.storage.write(f"{self.folder}/{PROGRESS}", json.dumps(asdict(progress)).encode())
         if self._saved is not None:
             self.storage.remove(f"{self.folder}/{self._saved}")
@@ -121,7 +122,7 @@ class Checkpoints:
             name = f"{self.folder}/{SNAPSHOTS}/{iteration}/{path.name}"
             self.storage.write(name, path.read_bytes())
 
-    def load_snapshots(self, into: Path, progress: Progress) -> None:
+    def load_snapshots(self, into: Path, progress: AgentProgress) -> None:
         """Copy the policies up to the checkpoint to `into`/<iteration>/."""
         for name in self.storage.list(f"{self.folder}/{SNAPSHOTS}"):
             if int(name) > progress.iteration:

@@ -12,11 +12,12 @@ from mesocosm.policies.heads import map_batch
 from mesocosm.policies.policy import Acts
 from mesocosm.serve.client import WorldVectorEnv
 
-Progress = Callable[[int], None]
-
 
 def imagined_episodes(
-    policies: Sequence[Acts], env: WorldVectorEnv, seed: int, progress: Progress | None = None
+    policies: Sequence[Acts],
+    env: WorldVectorEnv,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Imagine one episode of each of P policies in each of its n = num_envs / P environments.
 

@@ -24,7 +24,7 @@ from ray.rllib.algorithms.algorithm import Algorithm
 
 from mesocosm import checks
 from mesocosm.agents import learner_state, rllib, settings
-from mesocosm.agents.checkpoint import Checkpoints, Progress
+from mesocosm.agents.checkpoint import AgentProgress, Checkpoints
 from mesocosm.agents.choice import choose_best, explain
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.env import AgentEnv
@@ -88,7 +88,7 @@ def check_spaces(config: AgentConfig, spaces: tuple[Any, Any], former: Artifact 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(Plan[AgentConfig]):
+class TrainAgentPlan(Plan[AgentConfig]):
     world: Artifact
     codec: Codec
     datasets: list[Artifact]
@@ -97,7 +97,7 @@ class Training(Plan[AgentConfig]):
     horizon: Horizon
 
 
-class TrainAgent(Job[AgentConfig, Training]):
+class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
     """Train an agent and export it.
 
     The artifact is the policy with the highest return of greedy imagined episodes, among the last
@@ -107,7 +107,7 @@ class TrainAgent(Job[AgentConfig, Training]):
 
     name, kind, config = "train-agent", "agents", AgentConfig
 
-    def resolve(self, config: AgentConfig, storage: Storage) -> Training:
+    def resolve(self, config: AgentConfig, storage: Storage) -> TrainAgentPlan:
         check(config)
         if not config.world:
             raise UsageError(
@@ -131,7 +131,7 @@ class TrainAgent(Job[AgentConfig, Training]):
             "model": settings.model(config.algo, config.model),
         }
         facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | settled
-        return Training(
+        return TrainAgentPlan(
             config=config,
             inputs=inputs,
             facts=facts,
@@ -143,7 +143,7 @@ class TrainAgent(Job[AgentConfig, Training]):
             horizon=horizon,
         )
 
-    def summary(self, plan: Training) -> dict[str, Any]:
+    def summary(self, plan: TrainAgentPlan) -> dict[str, Any]:
         config = plan.config
         steps = config.iterations * config.num_envs * config.rollout * max(config.runners, 1)
         return {
@@ -160,7 +160,7 @@ class TrainAgent(Job[AgentConfig, Training]):
         serves = config.backend == "serve" and config.ray.address is None
         return {f"runners={config.runners}": (config.runners + int(serves), 0)}
 
-    def make(self, plan: Training, run: Run) -> Artifact:
+    def make(self, plan: TrainAgentPlan, run: Run) -> Artifact:
         config, world, former = plan.config, plan.world, plan.former
         if plan.horizon.inferred:
             source = plan.horizon.source
@@ -268,7 +268,7 @@ def _datasets(config: AgentConfig, storage: Storage, world: Artifact) -> list[Ar
     return [storage.artifact("datasets", name) for name in names]
 
 
-def _arguments(plan: Training, run: Run) -> dict[str, Any]:
+def _arguments(plan: TrainAgentPlan, run: Run) -> dict[str, Any]:
     """Arguments of every WorldVectorEnv of this job."""
     config, starts = plan.config, None
     if plan.datasets:
@@ -328,7 +328,7 @@ def _train(
     run: Run,
     algorithm: Algorithm,
     checkpoints: Checkpoints,
-    progress: Progress | None,
+    progress: AgentProgress | None,
     snapshot: Callable[[int], None],
 ) -> dict[str, float]:
     """Run all iterations after those of `progress`; return the metrics of the last one.

@@ -33,7 +33,7 @@ class BudgetConfig:
 
 
 @dataclass
-class TaskOption:
+class DrawnOption:
     """The distribution of one reset option: uniform over `choices`, or a float in [low, high)."""
 
     choices: list[Any] | None = None
@@ -54,7 +54,7 @@ class RealityConfig:
     """Keyword arguments of the environment."""
     task: list[str] = field(default_factory=list)
     """Keys of a Dict observation, or names of reset options, that identify an episode's task."""
-    task_options: dict[str, TaskOption] = field(default_factory=dict)
+    task_options: dict[str, DrawnOption] = field(default_factory=dict)
     """How each reset option of `task` is drawn, by name."""
     success: str | None = None
     """`return >= 475` (or >, <=, <), or `info.KEY`: true at the last step."""
@@ -113,7 +113,7 @@ def check_bounds(config: RealityConfig) -> None:
     _require(valid, "reality.bounds", "'drop', 'clip' or 'ignore'", config.bounds)
 
 
-def check_option(key: str, option: TaskOption) -> None:
+def check_option(key: str, option: DrawnOption) -> None:
     """Raise UsageError where the option of the config key `key` has no valid distribution."""
     choices, low, high = option.choices, option.low, option.high
     if (choices is not None) == (low is not None or high is not None):

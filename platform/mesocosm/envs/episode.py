@@ -40,7 +40,7 @@ class EpisodeCut(BudgetSpent):
 
 
 @runtime_checkable
-class Behaviour(Protocol):
+class EpisodeAct(Protocol):
     """An `Act` whose `start` is called when an episode begins."""
 
     def start(self, k: int, rng: np.random.Generator) -> None: ...
@@ -73,7 +73,7 @@ def run_episode(
 
     Args:
         env: A MeteredEnv around `make_env(config)`.
-        act: Chooses actions; a `Behaviour`'s `start` is called first. Its generator is a function
+        act: Chooses actions; a `EpisodeAct`'s `start` is called first. Its generator is a function
             of (seed, k).
         max_steps: An episode that has not ended after so many steps is `unfinished`; None runs it
             to its end.
@@ -89,7 +89,7 @@ def run_episode(
     assert max_steps is None or max_steps >= 1, max_steps
     reset_seed, rng = episode_seed(seed, k), stream("actions", seed, k)
     task = draw_options(config, stream("task", seed, k))
-    if isinstance(act, Behaviour):
+    if isinstance(act, EpisodeAct):
         act.start(k, rng)
     try:
         reset = partial(take_reset, env, seed=reset_seed, options=task or None)

@@ -18,7 +18,7 @@ from mesocosm.config import JobConfig
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.horizon import horizon_of
-from mesocosm.envs.config import PriceConfig, RealityConfig, TaskOption
+from mesocosm.envs.config import DrawnOption, PriceConfig, RealityConfig
 from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import policy_set
@@ -164,7 +164,7 @@ def _reality(reality: RealityConfig, codec: Codec, datasets: list[Artifact]) -> 
         reality = reality_of(reality, codec)
         if not reality.task_options:
             options = newest.get("task_options", {})
-            drawn = {name: TaskOption(**option) for name, option in options.items()}
+            drawn = {name: DrawnOption(**option) for name, option in options.items()}
             reality = replace(reality, task_options=drawn)
         if reality.price == PriceConfig() and "price" in newest:
             reality = replace(reality, price=PriceConfig(**newest["price"]))
@@ -175,7 +175,7 @@ def _reality(reality: RealityConfig, codec: Codec, datasets: list[Artifact]) -> 
     return reality
 
 
-def _parts(options: dict[str, TaskOption]) -> list[dict[str, TaskOption]]:
+def _parts(options: dict[str, DrawnOption]) -> list[dict[str, DrawnOption]]:
     """One reset option at a time: each of its choices, or each third of its range."""
     parts = []
     for name, option in options.items():
@@ -183,9 +183,9 @@ def _parts(options: dict[str, TaskOption]) -> list[dict[str, TaskOption]]:
             assert option.low is not None and option.high is not None
             edges = np.linspace(option.low, option.high, PARTS + 1).tolist()
             pairs = itertools.pairwise(edges)
-            parts += [{name: TaskOption(low=low, high=high)} for low, high in pairs]
+            parts += [{name: DrawnOption(low=low, high=high)} for low, high in pairs]
         elif len(option.choices) > 1:
-            parts += [{name: TaskOption(choices=[choice])} for choice in option.choices]
+            parts += [{name: DrawnOption(choices=[choice])} for choice in option.choices]
     return parts
 
 

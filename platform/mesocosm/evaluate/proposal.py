@@ -19,7 +19,7 @@ from mesocosm.data.collecting.config import check as check_collection
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.windows import start_parts
 from mesocosm.datasets.dataset import Dataset
-from mesocosm.envs.config import TaskOption
+from mesocosm.envs.config import DrawnOption
 from mesocosm.evaluate import buying
 from mesocosm.evaluate.buying import Bought, Imagined
 from mesocosm.evaluate.candidates import Question
@@ -156,7 +156,7 @@ def _within(codec: Codec, task: Parts, behaviour: BehaviourConfig) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def _holds(part: TaskOption, value: Any) -> bool:
+def _holds(part: DrawnOption, value: Any) -> bool:
     if part.choices is None:
         assert part.low is not None and part.high is not None
         return bool(part.low <= value <= part.high)

@@ -13,8 +13,8 @@ import numpy as np
 from gymnasium.spaces import Box
 
 from mesocosm.datasets.permutation import GOLDEN
-from mesocosm.envs.config import RealityConfig, TaskOption, check_option
-from mesocosm.envs.episode import Act, Behaviour, stream
+from mesocosm.envs.config import DrawnOption, RealityConfig, check_option
+from mesocosm.envs.episode import Act, EpisodeAct, stream
 from mesocosm.envs.make import import_module
 from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.store.artifacts import Storage
@@ -46,7 +46,7 @@ class BehaviourConfig:
     """`module:function`, called as f(observation, rng) -> action. Modules may be in the current
     directory.
     """
-    task_options: dict[str, TaskOption] = field(default_factory=dict)
+    task_options: dict[str, DrawnOption] = field(default_factory=dict)
     """Narrower ranges of some `reality.task_options` for these episodes."""
 
 
@@ -274,7 +274,7 @@ class CheckedActions:
         self._source, self._space, self._name = source, action_space, name
 
     def start(self, k: int, rng: np.random.Generator) -> None:
-        if isinstance(self._source, Behaviour):
+        if isinstance(self._source, EpisodeAct):
             self._source.start(k, rng)
 
     def __call__(self, observation: Any, rng: np.random.Generator) -> Any:
