@@ -19,7 +19,7 @@ from mesocosm.config import StorageConfig, load
 from mesocosm.data.collecting import ray_workers
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.collecting.ray_workers import run_on_ray
-from mesocosm.data.collecting.workers import Plan, split
+from mesocosm.data.collecting.workers import CollectTask, split
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import Manifest
 from mesocosm.envs.config import BudgetConfig, DrawnOption, RealityConfig
@@ -269,7 +269,7 @@ class Busy:
         return [(a.index, a.steps, a.length is None) for a in self.attempts]
 
 
-def a_plan(root: str, trouble: dict[int, str], **kwargs: Any) -> Plan:
+def a_plan(root: str, trouble: dict[int, str], **kwargs: Any) -> CollectTask:
     seeded = {str(episode_seed(0, k)): what for k, what in trouble.items()}
     reality = RealityConfig(
         env="ownenvs:Line",
@@ -277,7 +277,7 @@ def a_plan(root: str, trouble: dict[int, str], **kwargs: Any) -> Plan:
         horizon=10,
         step_timeout_s=0.3,
     )
-    return Plan(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
+    return CollectTask(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 
 from mesocosm.data.collecting import workers
 from mesocosm.data.collecting.config import CollectConfig
-from mesocosm.data.collecting.workers import Lane, Plan, Report, run_here, split
+from mesocosm.data.collecting.workers import CollectTask, Lane, Report, run_here, split
 from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.envs.config import BudgetConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger, LedgerTotals
@@ -74,7 +74,7 @@ def collect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Collect:
         kind: type[Disturbed], number: int, error: type[BaseException]
     ) -> tuple[int, int, LedgerTotals]:
         reality = RealityConfig(env="ownenvs:Counted", kwargs={"stretch": 0.0}, horizon=10)
-        plan = Plan(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
+        plan = CollectTask(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
         monkeypatch.setattr(Disturbed, "counter", itertools.count(1))
         monkeypatch.setattr(Disturbed, "number", number)
         with monkeypatch.context() as patch:
@@ -118,7 +118,7 @@ def test_a_budget_that_was_raised_makes_up_for_a_refusal(
     def interrupted(writer: DatasetWriter, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    def spend(plan: Plan, chosen: Sequence[Lane], report: Report) -> None:
+    def spend(plan: CollectTask, chosen: Sequence[Lane], report: Report) -> None:
         Ledger(Storage(cfg.storage.root), "ours").reserve("collect", 142)
         run_here(plan, chosen, report)
 

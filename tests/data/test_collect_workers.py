@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mesocosm.data.collecting.ray_workers import DEATHS, Losses, run_on_ray
-from mesocosm.data.collecting.workers import LaneRunner, Plan, split
+from mesocosm.data.collecting.ray_workers import DEATHS, LostWorkers, run_on_ray
+from mesocosm.data.collecting.workers import CollectTask, LaneRunner, split
 from mesocosm.envs.config import RealityConfig
 from mesocosm.errors import MesocosmError
 from mesocosm.policies.behaviours import BehaviourConfig
@@ -23,8 +23,8 @@ def user_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(OWN))
 
 
-def a_plan(root: str, reality: RealityConfig) -> Plan:
-    return Plan(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
+def a_plan(root: str, reality: RealityConfig) -> CollectTask:
+    return CollectTask(reality, [BehaviourConfig()], 0, root, "x", "d", "r", str(OWN))
 
 
 @pytest.mark.slow
@@ -46,7 +46,7 @@ def test_an_episode_that_is_written_while_its_worker_is_given_up_is_not_dropped(
     plan = a_plan(root, RealityConfig(env="ownenvs:Line", kwargs={"stretch": 0.0}, horizon=10))
     (lane,) = split(10, 1)
     lane.careful = True
-    losses = Losses(plan)
+    losses = LostWorkers(plan)
     runner = LaneRunner(plan)
     runner.begin(0, 10)
     read = losses._segments.attempts

@@ -22,8 +22,8 @@ from mesocosm.cluster import ray_session
 from mesocosm.config import identity
 from mesocosm.data.collecting.config import CollectConfig, check
 from mesocosm.data.collecting.ray_workers import run_on_ray
+from mesocosm.data.collecting.workers import CollectTask as Task
 from mesocosm.data.collecting.workers import Lane, Report, run_here, split
-from mesocosm.data.collecting.workers import Plan as Task
 from mesocosm.datasets.manifest import Environment
 from mesocosm.datasets.spaces import check_spaces
 from mesocosm.datasets.writer import DatasetWriter

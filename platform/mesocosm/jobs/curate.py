@@ -24,7 +24,7 @@ from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, identity
 from mesocosm.data.curation.operations import Named, parse, work
 from mesocosm.data.curation.scan import MANY, Scan, size
-from mesocosm.data.curation.table import Table
+from mesocosm.data.curation.table import EpisodeTable
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.manifest import ARRAYS, OUTCOMES, SPLITS
@@ -39,14 +39,14 @@ REPORT, DROPPED, ORIGIN = "curate.json", "dropped.parquet", "origin.parquet"
 
 
 @dataclass
-class DataConfig:
+class CurateData:
     datasets: list[str] = field(default_factory=list)
     """Dataset ids (or unique prefixes); several are opened as one."""
 
 
 @dataclass
 class CurateConfig(JobConfig):
-    data: DataConfig = field(default_factory=DataConfig)
+    data: CurateData = field(default_factory=CurateData)
     operations: list[dict[str, Any]] = field(default_factory=list)
     """In order, each {op: NAME, ...its parameters}: exact_duplicates, near_duplicates, stuck,
     saturated, length, return, where, balance, mix, failures, hold_out; docs/curate.md lists
@@ -97,7 +97,7 @@ class Curate(Job[CurateConfig, Curation]):
         """The retained and dropped episodes. Reads all that the operations need in this process."""
         cfg = plan.config
         dataset = Dataset([artifact.path for artifact in plan.datasets])
-        table = Table(dataset, cfg.seed)
+        table = EpisodeTable(dataset, cfg.seed)
         scan = Scan(dataset, cfg.storage.root, tuple(dataset.ids), 0, cfg.ray)
         entries = work(table, scan, plan.operations, lambda text: None)
         report = _report(plan, table, entries)
@@ -144,7 +144,7 @@ class Curate(Job[CurateConfig, Curation]):
     def make(self, plan: Curation, run: Run) -> Artifact:
         cfg = plan.config
         dataset = Dataset([artifact.path for artifact in plan.datasets])
-        table = Table(dataset, cfg.seed)
+        table = EpisodeTable(dataset, cfg.seed)
         with run.progress("curate", table.size()["transitions"]) as update:
 
             def progress(done: int, total: int) -> None:
@@ -202,7 +202,7 @@ def _workers(cfg: CurateConfig, dataset: Dataset) -> int:
     return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
-def _report(plan: Curation, table: Table, entries: list[dict[str, Any]]) -> dict[str, Any]:
+def _report(plan: Curation, table: EpisodeTable, entries: list[dict[str, Any]]) -> dict[str, Any]:
     dataset = table.dataset
     every = np.arange(len(table.retained))
     before = [np.flatnonzero(dataset.part == i) for i in range(len(dataset.ids))]
@@ -221,7 +221,7 @@ def _report(plan: Curation, table: Table, entries: list[dict[str, Any]]) -> dict
     }
 
 
-def _warnings(table: Table, operations: list[Named]) -> list[str]:
+def _warnings(table: EpisodeTable, operations: list[Named]) -> list[str]:
     warnings = []
     names = [named.name for named in operations]
     if "hold_out" in names and not {"exact_duplicates", "near_duplicates"} & set(
@@ -252,7 +252,7 @@ def _dropped_steps(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _write(
-    folder: Path, cfg: CurateConfig, id: str, table: Table, update: Callable[[int], None]
+    folder: Path, cfg: CurateConfig, id: str, table: EpisodeTable, update: Callable[[int], None]
 ) -> None:
     dataset = table.dataset
     versions = {manifest.environment.version for manifest in dataset.manifests}
@@ -321,7 +321,7 @@ def _rows(dataset: Dataset, shard: int, first: int, length: int) -> dict[str, Ar
     return rows
 
 
-def _dropped(table: Table) -> pa.Table:
+def _dropped(table: EpisodeTable) -> pa.Table:
     """One row for each episode and operation that dropped, cut or put it back.
 
     `transitions` (negative if put back) sum to the missing transitions.

@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from mesocosm import checks
 from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, fingerprint, identity
-from mesocosm.data.ingest.episodes import Joiner, LoggedEpisode, Work, stream
-from mesocosm.data.ingest.progress import Progress, resumable
+from mesocosm.data.ingest.episodes import Joiner, LoggedEpisode, PieceReader, stream
+from mesocosm.data.ingest.progress import ImportProgress, resumable
 from mesocosm.data.ingest.readers.files import sha256, stamp
-from mesocosm.data.ingest.report import Inspection, Tally
+from mesocosm.data.ingest.report import ImportTally, Inspection
 from mesocosm.data.ingest.schema import Schema, read_schema
 from mesocosm.data.ingest.sources import Source, sources
 from mesocosm.datasets.episode import Episode
@@ -137,7 +137,7 @@ class ImportLogs(Job[ImportConfig, Import]):
         with resumable(scratch, plan.id, restart=plan.config.force) as progress:
             return self._import(plan, run, progress)
 
-    def _import(self, plan: Import, run: Run, progress: Progress) -> Artifact:
+    def _import(self, plan: Import, run: Run, progress: ImportProgress) -> Artifact:
         cfg, files = plan.config, plan.files
         workers = _workers(cfg, files)
         tally = progress.tally()
@@ -241,7 +241,7 @@ def _inspect(
     files: list[Source],
     workers: int,
     update: Callable[[int], None],
-    tally: Tally | None = None,
+    tally: ImportTally | None = None,
 ) -> Inspection:
     """The first pass. A given `tally` replaces reading the rows again."""
     facts = _facts(cfg)
@@ -252,7 +252,7 @@ def _inspect(
     if tally is None:
         joiner = Joiner([source.name for source in files], schema, cfg.bad == "drop")
         tally = joiner.tally
-        for batch in stream(Work(schema), pieces, workers, cfg.ray):
+        for batch in stream(PieceReader(schema), pieces, workers, cfg.ray):
             list(joiner.add(batch))
             update(sum(tally.rows.values()))
         list(joiner.close())
@@ -292,7 +292,7 @@ def _task(cfg: ImportConfig, schema: Schema, observation: Space) -> list[str]:
 
 
 def _write(
-    progress: Progress,
+    progress: ImportProgress,
     cfg: ImportConfig,
     id: str,
     inspection: Inspection,
@@ -331,7 +331,7 @@ def _write(
         judge = parse_success(reality.success)
 
     def episodes() -> Iterator[LoggedEpisode]:
-        for batch in stream(Work(schema, codecs), pieces, workers, cfg.ray):
+        for batch in stream(PieceReader(schema, codecs), pieces, workers, cfg.ray):
             yield from joiner.add(batch)
         joiner.next = len(inspection.pieces), 0
         yield from joiner.close()

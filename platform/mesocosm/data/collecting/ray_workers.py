@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from mesocosm.data.collecting.workers import Lane, LaneRunner, Plan, Report
+from mesocosm.data.collecting.workers import CollectTask, Lane, LaneRunner, Report
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import MesocosmError
 from mesocosm.policies.behaviours import label
@@ -29,7 +29,7 @@ SILENCES = 2
 class Worker:
     """A Ray actor that runs lanes, and its health."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: CollectTask):
         import ray
 
         self._ray, self._plan = ray, plan
@@ -128,10 +128,10 @@ class Worker:
         return self._actor.halt.options(concurrency_group="watch").remote()
 
 
-class Losses:
+class LostWorkers:
     """Decides, after the loss of a worker, which episode is tried again and which is dropped."""
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: CollectTask):
         self._plan, self._ledger, self._segments = plan, plan.open_ledger(), plan.segments()
         self._tries: dict[int, tuple[int, int]] = {}
         """By lane: the episode that was lost last, and how often."""
@@ -159,7 +159,7 @@ class Losses:
         return self._segments.attempts(lane.index, lane.tried, self._ledger)
 
 
-def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) -> None:
+def run_on_ray(plan: CollectTask, lanes: Sequence[Lane], workers: int, report: Report) -> None:
     """Run all lanes on `workers` Ray actors of one CPU each.
 
     The environment may hang: its step and reset for `reality.step_timeout_s`, its close for
@@ -168,7 +168,7 @@ def run_on_ray(plan: Plan, lanes: Sequence[Lane], workers: int, report: Report) 
     """
     import ray
 
-    losses, segments = Losses(plan), plan.segments()
+    losses, segments = LostWorkers(plan), plan.segments()
     waiting = deque(lane for lane in lanes if lane.left)
     team = [Worker(plan) for _ in range(min(workers, len(waiting)))]
     timeout_s = plan.reality.step_timeout_s

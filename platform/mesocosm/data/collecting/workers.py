@@ -40,7 +40,7 @@ BLOCK = 1024
 
 
 @dataclass(frozen=True)
-class Plan:
+class CollectTask:
     """A worker's settings, as plain values."""
 
     reality: RealityConfig
@@ -122,7 +122,7 @@ class LaneRunner:
     It is also the body of a Ray actor, where a second thread calls `pulse` and `halt`.
     """
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: CollectTask):
         if plan.imports not in sys.path:
             sys.path.append(plan.imports)
         self.plan = plan
@@ -309,7 +309,7 @@ Report = Callable[[Sequence[Attempt], int], None]
 """Called with the newly stored attempts, and all real steps: stored by any run, or in progress."""
 
 
-def run_here(plan: Plan, lanes: Sequence[Lane], report: Report) -> None:
+def run_here(plan: CollectTask, lanes: Sequence[Lane], report: Report) -> None:
     """Run all lanes in this process.
 
     A step or close that hangs is never ended: `reality.step_timeout_s` needs workers.

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 
-from mesocosm.data.curation.scan import Piece, Rows
+from mesocosm.data.curation.scan import EpisodePiece, Rows
 from mesocosm.data.curation.table import TRAIN, Operation, Step
 from mesocosm.data.loading.normalize import Moments
 from mesocosm.datasets.dataset import Dataset
@@ -44,7 +44,7 @@ class ExactDuplicates(Operation):
         step.drop(episodes[copies], "the same as an episode that is kept", episodes[leader[copies]])
 
 
-def hashed(dataset: Dataset, piece: Piece) -> dict[str, Array]:
+def hashed(dataset: Dataset, piece: EpisodePiece) -> dict[str, Array]:
     """digest [e, 2] uint64: BLAKE2b of 128 bits of all of an episode's arrays."""
     rows = Rows(dataset, piece)
     digests = [hashlib.blake2b(digest_size=16) for _ in rows.lengths]
@@ -107,7 +107,7 @@ class NearDuplicates(Operation):
         step.drop(episodes[copies], reason, episodes[leader[copies]])
 
 
-def moments(dataset: Dataset, piece: Piece) -> dict[str, Array]:
+def moments(dataset: Dataset, piece: EpisodePiece) -> dict[str, Array]:
     """Count, mean and sum of squared differences of each number of observation, action and reward,
     each [1, d].
     """
@@ -130,7 +130,7 @@ def _scale(pieces: dict[str, Array]) -> Array:
     return np.where(joined.std > 0, joined.std, 1.0)
 
 
-def sketched(dataset: Dataset, piece: Piece, scale: Array) -> dict[str, Array]:
+def sketched(dataset: Dataset, piece: EpisodePiece, scale: Array) -> dict[str, Array]:
     """sketch [e, SKETCH]. A category enters as a random number in [0, 1) of its value: two are
     never further apart than the 1 that a difference counts.
     """
@@ -141,7 +141,7 @@ def sketched(dataset: Dataset, piece: Piece, scale: Array) -> dict[str, Array]:
     return {"sketch": values @ basis}
 
 
-def _vectors(dataset: Dataset, piece: Piece, scale: Array) -> tuple[Array, Array]:
+def _vectors(dataset: Dataset, piece: EpisodePiece, scale: Array) -> tuple[Array, Array]:
     """The compared values of each episode: numbers [e, POINTS * d] in units of scale, and
     categories [e, POINTS * m].
     """
@@ -162,7 +162,7 @@ def _vectors(dataset: Dataset, piece: Piece, scale: Array) -> tuple[Array, Array
 def _distance(step: Step, one: int, others: Array, scale: Array, width: int) -> Array:
     """[n]"""
     episodes = np.concatenate([[one], others])
-    piece = Piece.of(step.dataset, episodes, step.table.length[episodes])
+    piece = EpisodePiece.of(step.dataset, episodes, step.table.length[episodes])
     numbers, categories = _vectors(step.dataset, piece, scale)
     squares = ((numbers[1:] - numbers[0]) ** 2).sum(1) + (categories[1:] != categories[0]).sum(1)
     return np.asarray(np.sqrt(squares / width))

@@ -12,7 +12,7 @@ from typing import Any
 from mesocosm.config import structured, to_dict
 from mesocosm.data.curation import choose, duplicates, sensors
 from mesocosm.data.curation.scan import Scan
-from mesocosm.data.curation.table import Operation, Step, Table
+from mesocosm.data.curation.table import EpisodeTable, Operation, Step
 from mesocosm.errors import UsageError, nearest
 
 OPERATIONS: dict[str, type[Any]] = {
@@ -75,7 +75,7 @@ def parse(operations: Sequence[Mapping[str, Any]]) -> list[Named]:
 
 
 def work(
-    table: Table, scan: Scan, operations: Sequence[Named], say: Callable[[str], None]
+    table: EpisodeTable, scan: Scan, operations: Sequence[Named], say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Run the operations in order, and return each one's part of the report.
 

@@ -28,7 +28,7 @@ MANY = 1 << 28
 
 
 @dataclass(frozen=True)
-class Piece:
+class EpisodePiece:
     """The places of episodes: each array [e]."""
 
     shards: Array
@@ -38,16 +38,16 @@ class Piece:
     """Transitions; the episode has one row more"""
 
     @staticmethod
-    def of(dataset: Dataset, episodes: Array, lengths: Array) -> Piece:
+    def of(dataset: Dataset, episodes: Array, lengths: Array) -> EpisodePiece:
         table = dataset.table[episodes]
         columns = table["shard"], table["first_row"], lengths
-        return Piece(*(column.astype(np.int64) for column in columns))
+        return EpisodePiece(*(column.astype(np.int64) for column in columns))
 
 
 class Rows:
     """The T+1 rows of each episode of a piece, one episode after the other: R rows."""
 
-    def __init__(self, dataset: Dataset, piece: Piece):
+    def __init__(self, dataset: Dataset, piece: EpisodePiece):
         self._dataset = dataset
         self._at, ends = episode_rows(piece.first, piece.length)
         self._shards = np.repeat(piece.shards, piece.length + 1)
@@ -63,7 +63,7 @@ class Rows:
         return self._dataset.gather(name, self._shards, self._at)
 
 
-Measure = Callable[[Dataset, Piece], dict[str, Array]]
+Measure = Callable[[Dataset, EpisodePiece], dict[str, Array]]
 """A measurement of a piece, by name; the pieces' arrays are joined along their first axis. A
 function of a module, so that it can be sent to other processes.
 """
@@ -96,7 +96,9 @@ class Scan:
             self.progress(len(results), len(pieces))
         return {name: np.concatenate([r[name] for r in results]) for name in results[0]}
 
-    def _results(self, measure: Measure, pieces: Sequence[Piece]) -> Iterator[dict[str, Array]]:
+    def _results(
+        self, measure: Measure, pieces: Sequence[EpisodePiece]
+    ) -> Iterator[dict[str, Array]]:
         if not self.workers:
             yield from (measure(self.dataset, piece) for piece in pieces)
             return
@@ -141,14 +143,14 @@ def opened(root: str, ids: tuple[str, ...], paths: tuple[str, ...]) -> Dataset:
     return Dataset(paths)
 
 
-def _pieces(dataset: Dataset, episodes: Array, lengths: Array) -> Iterator[Piece]:
+def _pieces(dataset: Dataset, episodes: Array, lengths: Array) -> Iterator[EpisodePiece]:
     ends = np.cumsum(lengths + 1)
     start = 0
     while start < len(episodes):
         before = ends[start - 1] if start else 0
         stop = max(int(np.searchsorted(ends, before + ROWS, "right")), start + 1)
         some = slice(start, min(stop, start + EPISODES))
-        yield Piece.of(dataset, episodes[some], lengths[some])
+        yield EpisodePiece.of(dataset, episodes[some], lengths[some])
         start = some.stop
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mesocosm.data.curation.scan import Piece, Rows
+from mesocosm.data.curation.scan import EpisodePiece, Rows
 from mesocosm.data.curation.table import Operation, Step
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError, nearest
@@ -54,14 +54,16 @@ class Stuck(Operation):
             step.cut(episodes[here], since[here], reason)
 
 
-def stuck(dataset: Dataset, piece: Piece, steps: int) -> dict[str, Array]:
+def stuck(dataset: Dataset, piece: EpisodePiece, steps: int) -> dict[str, Array]:
     """stuck [e, n] bool: a number of the observation is unchanged for `steps` consecutive steps."""
     rows = Rows(dataset, piece)
     unchanged = _unchanged(rows, rows["obs_num"], steps)
     return {"stuck": np.logical_or.reduceat(unchanged, rows.starts)}
 
 
-def stuck_since(dataset: Dataset, piece: Piece, steps: int, columns: Array) -> dict[str, Array]:
+def stuck_since(
+    dataset: Dataset, piece: EpisodePiece, steps: int, columns: Array
+) -> dict[str, Array]:
     """since [e]: the step from which the first of `columns` is stuck; each episode has one."""
     rows = Rows(dataset, piece)
     ends = np.flatnonzero(_unchanged(rows, rows["obs_num"][:, columns], steps).any(1))
@@ -108,14 +110,14 @@ class Saturated(Operation):
             step.drop(episodes[here], reason)
 
 
-def extremes(dataset: Dataset, piece: Piece) -> dict[str, Array]:
+def extremes(dataset: Dataset, piece: EpisodePiece) -> dict[str, Array]:
     """low, high [1, n] of the observations' numbers."""
     values = Rows(dataset, piece)["obs_num"]
     return {"low": values.min(0)[None], "high": values.max(0)[None]}
 
 
 def saturated(
-    dataset: Dataset, piece: Piece, low: Array, high: Array, share: float
+    dataset: Dataset, piece: EpisodePiece, low: Array, high: Array, share: float
 ) -> dict[str, Array]:
     """saturated [e, n] bool: a number is `low` or `high` in more than `share` of an episode's
     observations, and in two at least.

@@ -40,7 +40,7 @@ class Event:
     """[n] the episodes that these are copies of"""
 
 
-class Table:
+class EpisodeTable:
     """All episodes of the inputs: E of them."""
 
     def __init__(self, dataset: Dataset, seed: int):
@@ -99,7 +99,7 @@ class Operation:
 class Step:
     """One operation at work on the table."""
 
-    def __init__(self, table: Table, scan: Scan, number: int, op: str):
+    def __init__(self, table: EpisodeTable, scan: Scan, number: int, op: str):
         self.table, self.dataset, self.number, self.op = table, table.dataset, number, op
         self._scan = scan
         self._events: list[Event] = []

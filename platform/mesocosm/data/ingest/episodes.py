@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mesocosm.config import RayConfig
-from mesocosm.data.ingest.readers import Piece
-from mesocosm.data.ingest.report import Tally
+from mesocosm.data.ingest.readers import LogPiece
+from mesocosm.data.ingest.report import ImportTally
 from mesocosm.data.ingest.rows import OUTSIDE, Batch, Codecs, Key, Problem, Rows, begins, read_batch
 from mesocosm.data.ingest.schema import Schema
 from mesocosm.data.ingest.sources import read
@@ -40,14 +40,14 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class Work:
+class PieceReader:
     """The work on one piece of a file, in any process."""
 
     schema: Schema
     codecs: Codecs | None = None
     """None: the values are checked, and not encoded."""
 
-    def __call__(self, piece: Piece) -> Iterator[Batch | Fault]:
+    def __call__(self, piece: LogPiece) -> Iterator[Batch | Fault]:
         skip, begin = piece.skip, 0
         try:
             for table in read(piece, list(self.schema.renames)):
@@ -68,7 +68,7 @@ class Work:
 
 
 def stream(
-    work: Work, pieces: Sequence[Piece], workers: int, ray_config: RayConfig
+    work: PieceReader, pieces: Sequence[LogPiece], workers: int, ray_config: RayConfig
 ) -> Iterator[Batch | Fault]:
     """The batches of all pieces, in order.
 
@@ -149,7 +149,7 @@ class Joiner:
         self.number = number
         self.next = (0, 0)
         """(number of the piece, row in it) that the open episode begins at."""
-        self.tally = Tally()
+        self.tally = ImportTally()
         self._key: Key = 0
         """The open episode."""
         self._parts: list[Rows] = []

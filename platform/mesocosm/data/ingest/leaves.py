@@ -1,4 +1,4 @@
-"""Locations of the arrays of a space in the columns of a table (`Leaf`).
+"""Locations of the arrays of a space in the columns of a table (`ColumnLeaf`).
 
     observation: list<float>[4]                        one leaf of shape (4,)
     observation.0 ... observation.3: float             the same leaf, flattened
@@ -29,7 +29,7 @@ SEPARATOR = "\x1f"
 
 
 @dataclass(frozen=True)
-class Leaf:
+class ColumnLeaf:
     """One array of a space, in one column or in the flattened columns of a vector."""
 
     name: str
@@ -94,9 +94,9 @@ def columns_of(part: str, names: Iterable[str]) -> list[str]:
 
 def find_leaves(
     head: pa.Table, top: frozenset[str], spaces: tuple[Space, Space] | None
-) -> tuple[dict[str, list[Leaf]], list[str]]:
+) -> tuple[dict[str, list[ColumnLeaf]], list[str]]:
     """({observation, action, next_observation: leaves}, columns without a place)."""
-    leaves: dict[str, list[Leaf]] = {}
+    leaves: dict[str, list[ColumnLeaf]] = {}
     for part in ("observation", "action", "next_observation"):
         if not columns_of(part, head.column_names):
             leaves[part] = []
@@ -120,7 +120,9 @@ def find_leaves(
     ]
 
 
-def _infer(head: pa.Table, top: frozenset[str], name: str, path: tuple[str, ...]) -> Iterator[Leaf]:
+def _infer(
+    head: pa.Table, top: frozenset[str], name: str, path: tuple[str, ...]
+) -> Iterator[ColumnLeaf]:
     """The leaves below `name`, as the table has them."""
     if name in head.column_names:
         type = head.schema.field(name).type
@@ -131,7 +133,7 @@ def _infer(head: pa.Table, top: frozenset[str], name: str, path: tuple[str, ...]
                 " booleans or lists of them, strings, or structs"
             )
         shape = _shape(head, name) if depth else ()
-        yield Leaf(shown(name), path, (name,), kind, shape)
+        yield ColumnLeaf(shown(name), path, (name,), kind, shape)
         return
     below = columns_of(name, head.column_names)
     keys = dict.fromkeys(column[len(name) + 1 :].split(SEPARATOR)[0] for column in below)
@@ -140,7 +142,7 @@ def _infer(head: pa.Table, top: frozenset[str], name: str, path: tuple[str, ...]
         types = [head.schema.field(column).type for column in columns]
         kinds = {kind_of(type) for type in types}
         if kinds in ({"number"}, {"bool"}) and not any(innermost(type)[1] for type in types):
-            yield Leaf(shown(name), path, tuple(columns), str(kinds.pop()), (len(columns),))
+            yield ColumnLeaf(shown(name), path, tuple(columns), str(kinds.pop()), (len(columns),))
             return
     for key in sorted(keys, key=int) if is_numbered(keys) else sorted(keys):
         yield from _infer(head, top, name + SEPARATOR + key, (*path, key))
@@ -161,7 +163,7 @@ def _shape(head: pa.Table, name: str) -> tuple[int, ...]:
     )
 
 
-def _match(head: pa.Table, top: frozenset[str], space: Space, part: str) -> list[Leaf]:
+def _match(head: pa.Table, top: frozenset[str], space: Space, part: str) -> list[ColumnLeaf]:
     """The leaves of an environment's space, with the columns that hold them."""
     leaves = []
     for leaf in SpaceCodec(space, part).leaves:
@@ -186,11 +188,11 @@ def _match(head: pa.Table, top: frozenset[str], space: Space, part: str) -> list
                 f" {leaf.space}, got {type}; convert it, or leave --env out"
             )
         kind = "text" if text else "bool" if kinds == {"bool"} else "number"
-        leaves.append(Leaf(leaf.name, path, tuple(columns), kind, leaf.shape, leaf.space))
+        leaves.append(ColumnLeaf(leaf.name, path, tuple(columns), kind, leaf.shape, leaf.space))
     return leaves
 
 
-def find_options(head: pa.Table) -> list[Leaf]:
+def find_options(head: pa.Table) -> list[ColumnLeaf]:
     leaves = []
     for name in sorted(columns_of("task", head.column_names)):
         key, type = name.removeprefix(f"task{SEPARATOR}"), head.schema.field(name).type
@@ -200,11 +202,13 @@ def find_options(head: pa.Table) -> list[Leaf]:
                 f"column {shown(name)!r} must hold one number, boolean or string per reset option"
                 f" (a struct, or columns task.NAME), got {type}"
             )
-        leaves.append(Leaf(shown(name), (key,), (name,), kind))
+        leaves.append(ColumnLeaf(shown(name), (key,), (name,), kind))
     return leaves
 
 
-def build_space(leaves: Sequence[Leaf], inferred: Mapping[str, Space], depth: int = 0) -> Space:
+def build_space(
+    leaves: Sequence[ColumnLeaf], inferred: Mapping[str, Space], depth: int = 0
+) -> Space:
     """Nest the spaces of the leaves, by name, as their paths say."""
     if len(leaves) == 1 and len(leaves[0].path) == depth:
         return inferred[leaves[0].name]

@@ -21,15 +21,15 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from mesocosm.data.ingest.episodes import Joiner
-from mesocosm.data.ingest.report import Tally
+from mesocosm.data.ingest.report import ImportTally
 from mesocosm.data.ingest.schema import Schema
 from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.store.files import replace, sync, sync_tree, write_synced
 
-TALLY = TypeAdapter(Tally)
+TALLY = TypeAdapter(ImportTally)
 
 
-class Progress:
+class ImportProgress:
     """The progress of one import in `folder`, which is created."""
 
     def __init__(self, folder: Path):
@@ -37,12 +37,12 @@ class Progress:
         self.data.mkdir(parents=True, exist_ok=True)
         self._saved_names = 0
 
-    def tally(self) -> Tally | None:
+    def tally(self) -> ImportTally | None:
         """The result of the first pass of an earlier process."""
         file = self.folder / "looked.json"
         return TALLY.validate_json(file.read_bytes()) if file.exists() else None
 
-    def save_tally(self, tally: Tally) -> None:
+    def save_tally(self, tally: ImportTally) -> None:
         self._write("looked.json", TALLY.dump_json(tally))
 
     def restore(
@@ -98,7 +98,7 @@ class Progress:
 
 
 @contextmanager
-def resumable(scratch: Path, id: str, *, restart: bool) -> Iterator[Progress]:
+def resumable(scratch: Path, id: str, *, restart: bool) -> Iterator[ImportProgress]:
     """The progress of the import `id`, kept where the block fails and removed where it ends.
 
     The caller holds the dataset's lease, so no other process of this root uses the folder.
@@ -107,7 +107,7 @@ def resumable(scratch: Path, id: str, *, restart: bool) -> Iterator[Progress]:
         restart: Discard the progress of an earlier process.
     """
     folder = scratch / f"import-{id}"
-    progress = Progress(folder)
+    progress = ImportProgress(folder)
     if restart:
         progress.clear()
     yield progress

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mesocosm.data.ingest.leaves import Space
-from mesocosm.data.ingest.readers import Piece
+from mesocosm.data.ingest.readers import LogPiece
 from mesocosm.data.ingest.schema import Schema
 from mesocosm.data.ingest.sources import Source
 from mesocosm.data.ingest.values import Stat
 
 
 @dataclass
-class Tally:
+class ImportTally:
     """Counts of rows and episodes."""
 
     stats: dict[str, Stat] = field(default_factory=dict)
@@ -59,9 +59,9 @@ class Inspection:
     """The result of the first pass."""
 
     files: list[Source]
-    pieces: list[Piece]
+    pieces: list[LogPiece]
     schema: Schema
-    tally: Tally
+    tally: ImportTally
     spaces: tuple[Space, Space]
     limit: int | None
     """Steps of an episode: `reality.horizon`, or the environment's own limit."""

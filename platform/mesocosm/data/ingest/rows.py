@@ -25,8 +25,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from gymnasium import spaces
 
-from mesocosm.data.ingest.leaves import Leaf, kind_of
-from mesocosm.data.ingest.readers import PROBLEM, Piece
+from mesocosm.data.ingest.leaves import ColumnLeaf, kind_of
+from mesocosm.data.ingest.readers import PROBLEM, LogPiece
 from mesocosm.data.ingest.schema import IMPORTED, Schema
 from mesocosm.data.ingest.values import Array, RowError, Stat, take, take_integers
 from mesocosm.datasets.bounds import FIX, outside
@@ -66,7 +66,7 @@ class Batch:
 
 
 def read_batch(
-    table: pa.Table, schema: Schema, codecs: Codecs | None, piece: Piece, begin: int
+    table: pa.Table, schema: Schema, codecs: Codecs | None, piece: LogPiece, begin: int
 ) -> Batch:
     """Check the rows of a table that `Schema.select` made.
 
@@ -139,8 +139,8 @@ def begins(keys: Array) -> Array:
     return np.append(np.ones(len(keys[:1]), bool), keys[1:] != keys[:-1])
 
 
-def _scalar(name: str, kind: str) -> Leaf:
-    return Leaf(name, (), (name,), kind)
+def _scalar(name: str, kind: str) -> ColumnLeaf:
+    return ColumnLeaf(name, (), (name,), kind)
 
 
 class _Checked:
@@ -195,7 +195,7 @@ class _Checked:
             problems[row] = reason, f"{text(row)} {at} episode {self.keys[row]!r}{fix}"
         return problems
 
-    def leaf(self, leaf: Leaf, mask: Array) -> Array:
+    def leaf(self, leaf: ColumnLeaf, mask: Array) -> Array:
         """The values of a leaf [B, ...], checked in the rows of `mask`."""
         return self.check(leaf, *take(self._table, leaf), mask)
 
@@ -212,7 +212,7 @@ class _Checked:
         return (values == 1) & mask
 
     def check(
-        self, leaf: Leaf, values: Array, missing: Array, misshapen: Array, mask: Array
+        self, leaf: ColumnLeaf, values: Array, missing: Array, misshapen: Array, mask: Array
     ) -> Array:
         name, space = leaf.name, leaf.space
         self.mark(missing & mask, "missing value", lambda row: f"{name} is missing")
@@ -244,7 +244,7 @@ class _Checked:
         return values
 
     def _elements(
-        self, leaf: Leaf, flat: Array, mask: Array, bad: Array, reason: str, must: str
+        self, leaf: ColumnLeaf, flat: Array, mask: Array, bad: Array, reason: str, must: str
     ) -> None:
         """Mark rows with a bad number, and name the first one: `observation[2]`."""
 

@@ -15,7 +15,7 @@ from gymnasium import spaces
 
 from mesocosm.data.ingest.leaves import (
     SEPARATOR,
-    Leaf,
+    ColumnLeaf,
     Space,
     build_space,
     columns_of,
@@ -46,11 +46,11 @@ class Schema:
     """File's name -> schema's name, of the columns that are read."""
     types: dict[str, pa.DataType]
     """The columns that are read, flattened, by the schema's names."""
-    observation: list[Leaf]
-    action: list[Leaf]
-    next_observation: list[Leaf]
+    observation: list[ColumnLeaf]
+    action: list[ColumnLeaf]
+    next_observation: list[ColumnLeaf]
     """As `observation`. Empty where the files have no next observations."""
-    task: list[Leaf]
+    task: list[ColumnLeaf]
     first_step: int
     """The number of an episode's first step, 0 or 1."""
     per_file: bool
@@ -180,7 +180,11 @@ def read_schema(
 
 
 def _describe_scalars(
-    source: Source, table: pa.Table, renames: Mapping[str, str], first_step: int, task: list[Leaf]
+    source: Source,
+    table: pa.Table,
+    renames: Mapping[str, str],
+    first_step: int,
+    task: list[ColumnLeaf],
 ) -> list[dict[str, str]]:
     """One row per column of one value, and per optional column that is missing."""
     about, names = source.about, table.column_names

@@ -11,7 +11,16 @@ from typing import Any
 
 import pyarrow as pa
 
-from mesocosm.data.ingest.readers import About, Piece, files, jsonl, lerobot, minari, parquet, rllib
+from mesocosm.data.ingest.readers import (
+    About,
+    LogPiece,
+    files,
+    jsonl,
+    lerobot,
+    minari,
+    parquet,
+    rllib,
+)
 from mesocosm.errors import MesocosmError, UsageError
 
 READERS: dict[str, Any] = {
@@ -43,12 +52,12 @@ class Source:
         table: pa.Table = READERS[self.format].head(self.path)
         return table
 
-    def pieces(self, source: int) -> list[Piece]:
+    def pieces(self, source: int) -> list[LogPiece]:
         ranges = READERS[self.format].pieces(self.path)
-        return [Piece(self.format, source, self.path, begin, end) for begin, end in ranges]
+        return [LogPiece(self.format, source, self.path, begin, end) for begin, end in ranges]
 
 
-def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
+def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
     """The rows of a piece, in batches of bounded size."""
     yield from READERS[piece.format].read(piece, columns)
 

@@ -12,7 +12,7 @@ import pyarrow.types as is_
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from mesocosm.data.ingest.leaves import SEPARATOR, Leaf, Space, innermost, kind_of, shown
+from mesocosm.data.ingest.leaves import SEPARATOR, ColumnLeaf, Space, innermost, kind_of, shown
 from mesocosm.errors import UsageError
 
 Array = NDArray[Any]
@@ -31,7 +31,7 @@ class RowError(UsageError):
         return RowError, (self.row, self.text)
 
 
-def take(table: pa.Table, leaf: Leaf) -> tuple[Array, Array, Array]:
+def take(table: pa.Table, leaf: ColumnLeaf) -> tuple[Array, Array, Array]:
     """Read one leaf of B rows from a flattened table.
 
     Returns:
@@ -158,7 +158,7 @@ class Stat:
         )
 
 
-def infer_space(leaf: Leaf, stat: Stat, action: bool) -> tuple[Space, str]:
+def infer_space(leaf: ColumnLeaf, stat: Stat, action: bool) -> tuple[Space, str]:
     """Infer the space of a leaf from its values.
 
     Returns:

@@ -45,7 +45,7 @@ class About:
 
 
 @dataclass(frozen=True)
-class Piece:
+class LogPiece:
     """A part of a source that is read by itself."""
 
     format: str

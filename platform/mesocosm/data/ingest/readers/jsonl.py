@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.types as is_
 
 from mesocosm.data.ingest.leaves import innermost
-from mesocosm.data.ingest.readers import BATCH_BYTES, BATCH_ROWS, Piece
+from mesocosm.data.ingest.readers import BATCH_BYTES, BATCH_ROWS, LogPiece
 from mesocosm.data.ingest.readers.files import opened, size
 from mesocosm.data.ingest.values import RowError
 from mesocosm.errors import UsageError
@@ -34,7 +34,7 @@ def pieces(path: str) -> list[tuple[int, int]]:
     return [(begin, min(begin + PIECE_BYTES, end)) for begin in range(0, end, PIECE_BYTES)]
 
 
-def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
+def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
     """A RowError counts rows from the piece's begin."""
     rows: list[dict[str, Any]] = []
     done = bytes = 0

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mesocosm.data.ingest.readers import About, Piece, parquet
+from mesocosm.data.ingest.readers import About, LogPiece, parquet
 from mesocosm.data.ingest.readers.files import sorted_naturally
 from mesocosm.errors import UsageError
 
@@ -110,7 +110,7 @@ def head(path: str) -> pa.Table:
     return _completed(parquet.head(path), about(path).filled)
 
 
-def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
+def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
     missing = [name for name in FILLED if name in columns]
     for table in parquet.read(piece, columns):
         yield _completed(table, missing)

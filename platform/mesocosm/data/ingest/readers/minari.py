@@ -17,7 +17,7 @@ import gymnasium
 import numpy as np
 import pyarrow as pa
 
-from mesocosm.data.ingest.readers import BATCH_ROWS, PROBLEM, About, Piece
+from mesocosm.data.ingest.readers import BATCH_ROWS, PROBLEM, About, LogPiece
 from mesocosm.datasets.parquet import arrow
 from mesocosm.errors import UsageError
 from mesocosm.store.files import make_folder, replace, sync_tree
@@ -112,7 +112,7 @@ def pieces(path: str) -> list[tuple[int, int]]:
     return [(begin, min(begin + each, episodes)) for begin in range(0, episodes, each)]
 
 
-def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
+def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
     held: list[pa.Table] = []
     rows = 0
     for table in _tables(piece.path, piece.begin, piece.end):

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as is_
 
-from mesocosm.data.ingest.readers import BATCH_BYTES, BATCH_ROWS, Piece
+from mesocosm.data.ingest.readers import BATCH_BYTES, BATCH_ROWS, LogPiece
 from mesocosm.data.ingest.readers.files import opened, remote
 from mesocosm.errors import UsageError
 
@@ -43,7 +43,7 @@ def pieces(path: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
+def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
     with _open(piece.path) as (file, schema):
         groups = range(piece.begin, piece.end)
         bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)

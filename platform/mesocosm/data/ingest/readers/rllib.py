@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from gymnasium.spaces import Box
 
-from mesocosm.data.ingest.readers import About, Piece, parquet
+from mesocosm.data.ingest.readers import About, LogPiece, parquet
 from mesocosm.data.ingest.values import RowError
 from mesocosm.datasets.parquet import arrow
 
@@ -45,7 +45,7 @@ def head(path: str) -> pa.Table:
     return pa.table({})
 
 
-def read(piece: Piece, columns: Sequence[str]) -> Iterator[pa.Table]:
+def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
     done = 0
     for batch in parquet.read(piece, [ITEM]):
         for item in batch.column(ITEM).to_pylist():
