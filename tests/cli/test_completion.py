@@ -22,7 +22,7 @@ from mesocosm.cli import completion
 from mesocosm.cli.keys import config_keys
 from mesocosm.cli.main import commands as program
 from mesocosm.cli.main import main
-from mesocosm.cluster.records import Record, write
+from mesocosm.cluster.records import SubmittedJob, write
 from mesocosm.jobs.registry import JOBS
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -116,7 +116,7 @@ def test_bash_completes_datasets(home: Path) -> None:
 
 def test_bash_completes_the_jobs_that_were_submitted_from_here(home: Path) -> None:
     for id in ("pretrain-1a2b3c4d5e-1", "sweep-0f0f0f0f0f-2"):
-        write(Record(id, id.partition("-")[0], "aws", "s3://bucket", 0.0))
+        write(SubmittedJob(id, id.partition("-")[0], "aws", "s3://bucket", 0.0))
     logs, stop, status = ask(
         "mesocosm jobs logs pre", "mesocosm jobs stop ", "mesocosm jobs status --"
     )

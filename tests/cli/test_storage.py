@@ -22,7 +22,7 @@ from mesocosm.cli.main import main
 from mesocosm.config import JobConfig, StorageConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
-from mesocosm.store.lease import Record, this_process
+from mesocosm.store.lease import Claim, this_process
 
 Listed = Callable[..., dict[str, Any]]
 
@@ -142,7 +142,7 @@ def test_episodes_of_a_finished_artifact_and_leases_of_dead_processes_go(
     for number, owner in enumerate(
         (mine, replace(mine, started=1), replace(mine, machine="other"))
     ):
-        record = Record(owner, "collect", 0.0)
+        record = Claim(owner, "collect", 0.0)
         storage.write(f"leases/datasets.{number}.00000000.json", record.to_json())
     listed = gc(any_root, "--dry-run", "--older-than", "0")["remains"]
     assert [(remain["what"], remain["why"]) for remain in listed] == [

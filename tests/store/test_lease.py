@@ -20,7 +20,7 @@ from mesocosm.errors import MesocosmError, StorageError
 from mesocosm.runs import tracking
 from mesocosm.store import lease
 from mesocosm.store.artifacts import Storage
-from mesocosm.store.lease import Held, Owner, Record, hold, this_process
+from mesocosm.store.lease import Claim, Held, Owner, hold, this_process
 
 HOLDER = """
 import sys, time
@@ -122,10 +122,10 @@ def test_of_many_that_follow_a_dead_holder_one_gets_it(root: str) -> None:
     assert most == 1 and leases(root) == []
 
 
-def lease_on_another_host(root: str, silent_s: float) -> Record:
+def lease_on_another_host(root: str, silent_s: float) -> Claim:
     """A lease of a process on another host."""
     other = Owner("gpu-7", "another-boot/4026531836", os.getpid(), 1)
-    record = Record(other, "pretrain", time.time() - 9999, 5, time.time() - silent_s)
+    record = Claim(other, "pretrain", time.time() - 9999, 5, time.time() - silent_s)
     Storage(root).write("leases/worlds.abc.00000000.json", record.to_json())
     return record
 
@@ -366,7 +366,7 @@ def test_a_pid_of_another_namespace_is_not_looked_up_here(root: str) -> None:
     """As two containers of one host see each other."""
     process = holder(root, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
     try:
-        record = Record.parse(Storage(root).read("leases/worlds.abc.00000000.json") or b"")
+        record = Claim.parse(Storage(root).read("leases/worlds.abc.00000000.json") or b"")
         assert record is not None and record.owner.pid < 100 and record.owner.alive() is None
     finally:
         process.kill()

@@ -16,7 +16,7 @@ from mesocosm.store.files import write_whole
 
 
 @dataclass(frozen=True)
-class Record:
+class SubmittedJob:
     id: str
     job: str
     cluster: str
@@ -30,25 +30,25 @@ def folder() -> Path:
     return Path(os.environ.get("MESOCOSM_HOME", "~/.mesocosm")).expanduser() / "jobs"
 
 
-def write(record: Record) -> None:
+def write(record: SubmittedJob) -> None:
     folder().mkdir(parents=True, exist_ok=True)
     write_whole(folder() / f"{record.id}.json", json.dumps(asdict(record)).encode())
 
 
-def every() -> list[Record]:
+def every() -> list[SubmittedJob]:
     """All records, the latest first, without those that cannot be read."""
     records = []
     for path in folder().glob("*.json"):
         with suppress(OSError, ValueError, TypeError):
-            records.append(Record(**json.loads(path.read_text())))
+            records.append(SubmittedJob(**json.loads(path.read_text())))
     return sorted(records, key=lambda record: -record.submitted)
 
 
-def find(id: str) -> Record | None:
+def find(id: str) -> SubmittedJob | None:
     return next((record for record in every() if record.id == id), None)
 
 
-def named(ref: str) -> Record:
+def named(ref: str) -> SubmittedJob:
     """The record whose id is `ref` or begins with it.
 
     Raises:

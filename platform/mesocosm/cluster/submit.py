@@ -19,7 +19,7 @@ from mesocosm import output
 from mesocosm.cluster import records, spec
 from mesocosm.cluster.freeze import CONFIG, Frozen, freeze
 from mesocosm.cluster.ray_session import FULL, describe
-from mesocosm.cluster.records import Record
+from mesocosm.cluster.records import SubmittedJob
 from mesocosm.cluster.remote import OVER, Remote, state_of
 from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import JobConfig
@@ -74,7 +74,7 @@ def submit(
         "stop": f"mesocosm jobs stop {id}",
     }
     if records.find(id) is None:
-        records.write(Record(id, job, name, frozen.config.storage.root, time.time()))
+        records.write(SubmittedJob(id, job, name, frozen.config.storage.root, time.time()))
     console.print(f"[bold]{id}[/]")
     for verb, command in commands.items():
         console.print(f"  {verb:<6} {command}")

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from mesocosm.cluster import records, spec
-from mesocosm.cluster.records import Record
+from mesocosm.cluster.records import SubmittedJob
 from mesocosm.cluster.remote import Remote, state_of
 from mesocosm.config import JobConfig
 from mesocosm.errors import MesocosmError, UsageError
@@ -30,7 +30,7 @@ def connect(name: str, *, insecure: bool) -> Remote | str:
         return str(error)
 
 
-def find_job(ref: str, cluster: str | None) -> Record:
+def find_job(ref: str, cluster: str | None) -> SubmittedJob:
     """The job `ref`, submitted from here or, with `cluster`, from anywhere."""
     if cluster is None:
         return records.named(ref)
@@ -38,7 +38,7 @@ def find_job(ref: str, cluster: str | None) -> Record:
     if record is not None and record.cluster == cluster:
         return record
     root = spec.read(cluster).storage_root or JobConfig().storage.root
-    return Record(ref, ref.rsplit("-", 2)[0], cluster, root, 0.0)
+    return SubmittedJob(ref, ref.rsplit("-", 2)[0], cluster, root, 0.0)
 
 
 def list_jobs(cluster: str | None, *, insecure: bool) -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def list_jobs(cluster: str | None, *, insecure: bool) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: row["age_s"] or 0.0)
 
 
-def status(record: Record, *, insecure: bool) -> dict[str, Any]:
+def status(record: SubmittedJob, *, insecure: bool) -> dict[str, Any]:
     """A job's row of `jobs list`, its results, and where its run is recorded."""
     remote = connect(record.cluster, insecure=insecure)
     details = None if isinstance(remote, str) else remote.details(record.id)
@@ -76,7 +76,7 @@ def status(record: Record, *, insecure: bool) -> dict[str, Any]:
     }
 
 
-def _row(record: Record, details: Any | None, report: dict[str, Any]) -> dict[str, Any]:
+def _row(record: SubmittedJob, details: Any | None, report: dict[str, Any]) -> dict[str, Any]:
     """A row of `jobs list`, from Ray's details of the job and its own status.json."""
     started = report.get("started") or record.submitted
     ended = ENDED.get(str(report.get("state")))
@@ -105,12 +105,12 @@ def _progress(progress: dict[str, Any]) -> str:
     return " ".join(filter(None, parts))
 
 
-def _status_file(record: Record) -> dict[str, Any]:
+def _status_file(record: SubmittedJob) -> dict[str, Any]:
     """The job's own status.json, as it last sent it."""
     return _read_json(record, "status.json")
 
 
-def _read_json(record: Record, name: str) -> dict[str, Any]:
+def _read_json(record: SubmittedJob, name: str) -> dict[str, Any]:
     try:
         raw = Storage(record.root).read(f"runs/{record.job}/{record.id}/{name}")
         return {} if raw is None else dict(json.loads(raw))
@@ -118,7 +118,7 @@ def _read_json(record: Record, name: str) -> dict[str, Any]:
         return {}
 
 
-def stored_log(record: Record) -> str | None:
+def stored_log(record: SubmittedJob) -> str | None:
     """The driver's output, as the job last sent it."""
     for name in (DRIVER_LOG, "log.txt"):
         raw = Storage(record.root).read(f"runs/{record.job}/{record.id}/{name}")
@@ -127,7 +127,7 @@ def stored_log(record: Record) -> str | None:
     return None
 
 
-def stop(record: Record, remote: Remote) -> str:
+def stop(record: SubmittedJob, remote: Remote) -> str:
     """Stop a running job and wait for its end; returns its state.
 
     The job is asked through its storage, and Ray ends it after its grace period. Without access to
@@ -141,7 +141,7 @@ def stop(record: Record, remote: Remote) -> str:
     return str(_row(record, details, _status_file(record))["state"])
 
 
-def _ask_to_stop(record: Record) -> float | None:
+def _ask_to_stop(record: SubmittedJob) -> float | None:
     """Write the request to stop; returns the job's grace period in seconds.
 
     None means that the storage cannot be written from here.

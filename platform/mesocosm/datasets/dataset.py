@@ -195,7 +195,7 @@ class Dataset:
 
     def shard_options(self, shard: int) -> tuple[Array, Array]:
         """The reset options of a shard's n episodes: [n, k] numbers, and [n, k] positions in
-        `TaskOption.values`.
+        `ResetOption.values`.
         """
         if not self.options:
             count = int(self._ends[shard] - self._starts[shard])
@@ -233,7 +233,7 @@ class Dataset:
 
     @property
     def option_values(self) -> Array:
-        """[E, k] positions in `TaskOption.values`."""
+        """[E, k] positions in `ResetOption.values`."""
         return self._all_options[1]
 
     @cached_property

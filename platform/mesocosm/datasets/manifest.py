@@ -94,7 +94,7 @@ class Environment(_Model):
     """`reality.success`"""
 
 
-class TaskOption(_Model):
+class ResetOption(_Model):
     """A reset option that is part of the task: a number, or one of `values`."""
 
     name: str
@@ -102,13 +102,13 @@ class TaskOption(_Model):
     """The distinct values, sorted; None: the option is a float."""
 
 
-class Behaviour(_Model):
+class BehaviourCounts(_Model):
     name: str
     episodes: int = 0
     transitions: int = 0
 
 
-class Counts(_Model):
+class EpisodeCounts(_Model):
     episodes: dict[str, int]
     """By split."""
     transitions: dict[str, int]
@@ -135,11 +135,11 @@ class Manifest(_Model):
     action_space: dict[str, Any]
     seed: int
     valid_fraction: float
-    counts: Counts
-    behaviours: list[Behaviour]
+    counts: EpisodeCounts
+    behaviours: list[BehaviourCounts]
     durations: bool
     """True if every step has `info["duration"]`."""
-    task_options: list[TaskOption] = Field(default_factory=list)
+    task_options: list[ResetOption] = Field(default_factory=list)
     shards: list[Shard]
 
     @property
@@ -190,7 +190,7 @@ def check_alike(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
 
 def joined_options(
     manifests: Sequence[Manifest],
-) -> tuple[list[TaskOption], list[list[Array | None]]]:
+) -> tuple[list[ResetOption], list[list[Array | None]]]:
     """The reset options of the task, and for each dataset and option the position of its values
     among the values of all datasets (None: a number).
     """
@@ -207,5 +207,5 @@ def joined_options(
         position = {value: i for i, value in enumerate(union)}
         for joined, some in zip(positions, values, strict=True):
             joined.append(None if some is None else np.array([position[v] for v in some]))
-        options.append(TaskOption(name=option.name, values=None if values[0] is None else union))
+        options.append(ResetOption(name=option.name, values=None if values[0] is None else union))
     return options, positions

@@ -30,12 +30,12 @@ from mesocosm.datasets.manifest import (
     OUTCOMES,
     SCHEMA,
     SPLITS,
-    Behaviour,
-    Counts,
+    BehaviourCounts,
     Environment,
+    EpisodeCounts,
     Manifest,
+    ResetOption,
     Shard,
-    TaskOption,
     lengths_of,
     sort_key,
 )
@@ -102,7 +102,7 @@ class DatasetWriter:
         self._shards: list[Shard] = []
         self._table: list[tuple[Any, ...]] = []
         self._tasks: list[dict[str, Any]] = []
-        self._behaviours: dict[str, Behaviour] = {}
+        self._behaviours: dict[str, BehaviourCounts] = {}
         self._indices: set[int] = set()
         self._splits: list[int] = []
         self._durations = True
@@ -137,7 +137,7 @@ class DatasetWriter:
         self._durations = self._durations and episode.durations is not None
         self._indices.add(episode.index)
         name = episode.behaviour
-        behaviour = self._behaviours.setdefault(name, Behaviour(name=name))
+        behaviour = self._behaviours.setdefault(name, BehaviourCounts(name=name))
         behaviour.episodes += 1
         behaviour.transitions += len(episode)
         number = list(self._behaviours).index(name)
@@ -180,7 +180,7 @@ class DatasetWriter:
         self._table += table.tolist()
         self._indices.update(table["index"].tolist())
         self._tasks += state["tasks"]
-        self._behaviours = {row["name"]: Behaviour(**row) for row in state["behaviours"]}
+        self._behaviours = {row["name"]: BehaviourCounts(**row) for row in state["behaviours"]}
         self._shards.append(Shard(**state["shard"]))
         self._durations, self._empty = state["durations"], state["empty"]
 
@@ -228,7 +228,7 @@ class DatasetWriter:
             action_space=space_to_json(self._codecs[1].space),
             seed=self._seed,
             valid_fraction=self._valid_fraction,
-            counts=Counts(
+            counts=EpisodeCounts(
                 episodes={name: len(rows) for name, rows in by_split.items()},
                 transitions={name: int(rows["length"].sum()) for name, rows in by_split.items()},
                 outcomes=dict(zip(OUTCOMES, outcomes, strict=True)),
@@ -255,7 +255,7 @@ class DatasetWriter:
             valid[hashes.argmax()] = False
         return valid.astype(np.uint8)
 
-    def _write_options(self) -> list[TaskOption]:
+    def _write_options(self) -> list[ResetOption]:
         """An option with a float is a number (integers beside floats too); any other option is a
         category over the values seen.
         """
@@ -268,7 +268,7 @@ class DatasetWriter:
             kinds = {type(value) for value in raw}  # of a set, 1.0 may have become the equal 1
             if float in kinds and kinds <= {float, int, bool} and np.isfinite(raw).all():
                 numbers[:, column] = raw
-                options.append(TaskOption(name=name))
+                options.append(ResetOption(name=name))
                 continue
             if float in kinds or len({type(value) for value in distinct}) > 1:
                 raise MesocosmError(
@@ -277,7 +277,7 @@ class DatasetWriter:
                 )
             position = {value: i for i, value in enumerate(distinct)}
             values[:, column] = [position[value] for value in raw]
-            options.append(TaskOption(name=name, values=distinct))
+            options.append(ResetOption(name=name, values=distinct))
         if self._options:
             self._save_by_shard(".task_numbers", numbers)
             self._save_by_shard(".task_values", values)

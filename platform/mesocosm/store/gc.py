@@ -247,7 +247,7 @@ def _leases(storage: Storage) -> Iterator[Garbage]:
     A live process on another host renews its file's age every BEAT_S seconds.
     """
     for path, entry in storage.files(lease.FOLDER).items():
-        record = lease.Record.parse(storage.read(path) or b"")
+        record = lease.Claim.parse(storage.read(path) or b"")
         alive = False if record is None else record.owner.alive()
         if not alive:
             why = "its process is gone"

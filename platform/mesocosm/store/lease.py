@@ -105,7 +105,7 @@ class Held(MesocosmError):
 
 
 @dataclass(frozen=True)
-class Record:
+class Claim:
     """The content of one lease's file."""
 
     owner: Owner
@@ -121,11 +121,11 @@ class Record:
         return json.dumps(asdict(self)).encode()
 
     @staticmethod
-    def parse(raw: bytes) -> Record | None:
+    def parse(raw: bytes) -> Claim | None:
         """None where the file is torn: its writer did not finish, and nobody holds it."""
         try:
             values = json.loads(raw)
-            return Record(**{**values, "owner": Owner(**values["owner"])})
+            return Claim(**{**values, "owner": Owner(**values["owner"])})
         except (ValueError, TypeError, KeyError):
             return None
 
@@ -137,7 +137,7 @@ class Lease:
         self.name, self._storage, self._say = name, storage, say
         self._prefix = f"{name.replace('/', '.')}."
         now = time.time()
-        self._record = Record(this_process(), job, now, 0, now, uuid.uuid4().hex)
+        self._record = Claim(this_process(), job, now, 0, now, uuid.uuid4().hex)
         """This process's claim."""
         self._number = 0
         self._watched: set[str] = set()
@@ -152,9 +152,9 @@ class Lease:
         names = self._storage.list(FOLDER)
         return sorted(int(n.split(".")[2]) for n in names if n.startswith(self._prefix))
 
-    def _read(self, number: int) -> Record | None:
+    def _read(self, number: int) -> Claim | None:
         raw = self._storage.read(self._path(number))
-        return None if raw is None else Record.parse(raw)
+        return None if raw is None else Claim.parse(raw)
 
     def _holds(self, number: int) -> bool:
         """True if a number is this process's claim."""
@@ -180,7 +180,7 @@ class Lease:
                 reported = True
             time.sleep(POLL_S)
 
-    def _claim(self, seen: Mapping[int, Record | None]) -> bool:
+    def _claim(self, seen: Mapping[int, Claim | None]) -> bool:
         """Claim the number after those seen, whose holders are gone. Returns False where others
         claim at the same time.
         """
@@ -203,7 +203,7 @@ class Lease:
         self._number = number
         return True
 
-    def _describe(self, holder: Record) -> str:
+    def _describe(self, holder: Claim) -> str:
         since = datetime.fromtimestamp(holder.since, UTC).isoformat(" ", "seconds")
         silent = max(0, round(time.time() - holder.time))
         return (
@@ -211,7 +211,7 @@ class Lease:
             f" last heartbeat {silent} s ago)"
         )
 
-    def _holder(self, number: int) -> Record | None:
+    def _holder(self, number: int) -> Claim | None:
         """The holder of the lease; None where it is gone."""
         record = self._read(number)
         if record is None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from mesocosm.config import fingerprint
 from mesocosm.data.loading.normalize import Scaling, integer_columns, statistics
 from mesocosm.datasets.dataset import Dataset
-from mesocosm.datasets.manifest import TaskOption
+from mesocosm.datasets.manifest import ResetOption
 from mesocosm.datasets.space_json import space_from_json, space_to_json
 from mesocosm.datasets.spaces import Leaf, SpaceCodec
 from mesocosm.errors import UsageError
@@ -64,7 +64,7 @@ class Codec:
         observation: SpaceCodec,
         action: SpaceCodec,
         environment: Mapping[str, Any],
-        options: Sequence[TaskOption],
+        options: Sequence[ResetOption],
         scalings: Mapping[str, Scaling],
         delta_scale: Array,
         rest: Mapping[str, Any],
@@ -166,7 +166,7 @@ class Codec:
             SpaceCodec(space_from_json(data["observation_space"]), "observation"),
             SpaceCodec(space_from_json(data["action_space"]), "action"),
             data["environment"],
-            [TaskOption(**option) for option in data["options"]],
+            [ResetOption(**option) for option in data["options"]],
             {name: Scaling.from_json(value) for name, value in data["scalings"].items()},
             np.array(data["delta_scale"], np.float64),
             data["spec"],
@@ -244,7 +244,7 @@ class Codec:
         """Raw columns of actions -> Parts."""
         return Parts(self._scalings["action"].normalise(numbers), _int64(categories))
 
-    def option_rows(self, options: Sequence[TaskOption], numbers: Array, values: Array) -> Array:
+    def option_rows(self, options: Sequence[ResetOption], numbers: Array, values: Array) -> Array:
         """A dataset's reset options ([E, k] each) as this codec's, [E, k] float64: the number, or
         the category. Raises UsageError where the options differ, or a value is not in this codec.
         """
@@ -320,7 +320,7 @@ class Codec:
         return rows
 
 
-def _position(option: TaskOption, value: Any) -> int:
+def _position(option: ResetOption, value: Any) -> int:
     if option.values is None or value not in option.values:
         raise UsageError(
             f"the reset option {option.name} must be in {option.values}, the values that the world"
