@@ -19,7 +19,7 @@ from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.episode import run_episode
-from mesocosm.model.net import Losses
+from mesocosm.model.net import WindowLosses
 from mesocosm.model.spec import Parts, Windows
 from mesocosm.model.world import StepOut
 from mesocosm.policies.policy import RandomPolicy
@@ -107,9 +107,9 @@ class KnownWorld:
         self.generator = torch.Generator().manual_seed(0)
         self.steps = 0
 
-    def losses(self, windows: Windows) -> Losses:
+    def losses(self, windows: Windows) -> WindowLosses:
         nothing = torch.zeros(len(windows.mask))
-        return Losses(nothing.sum(), {"dynamics": nothing}, windows.mask.sum())
+        return WindowLosses(nothing.sum(), {"dynamics": nothing}, windows.mask.sum())
 
     def begin(self, task: Parts, observation: Parts, member: Tensor) -> State:
         return State(observation)

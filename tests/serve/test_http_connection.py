@@ -24,7 +24,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 
 from mesocosm.serve import http_connection, ingress
-from mesocosm.serve.http_connection import CONNECTIONS, Connection
+from mesocosm.serve.http_connection import CONNECTIONS, HttpConnection
 
 TOKEN = "planted-token-4f1c9a0b7d"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
@@ -72,7 +72,7 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         guarded = ingress.Guard(app, TOKEN.encode())
         quiet: dict[str, Any] = {"log_config": None, "log_level": "critical"}
-        config = uvicorn.Config(guarded, http=Connection, ws="none", lifespan="off", **quiet)
+        config = uvicorn.Config(guarded, http=HttpConnection, ws="none", lifespan="off", **quiet)
         self._server = uvicorn.Server(config)
         run = partial(asyncio.run, http_connection.serve(self._server, self._socket))
         self._thread = threading.Thread(target=run)

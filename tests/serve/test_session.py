@@ -18,7 +18,7 @@ from mesocosm.model import rng
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.connection import InProcess
 from mesocosm.serve.protocol import Message, pack, unpack
-from mesocosm.serve.session import Sessions, Starts, Worlds
+from mesocosm.serve.session import Sessions, StartBlocks, Worlds
 
 DICT = spaces.Dict(
     {"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)}
@@ -300,11 +300,11 @@ def test_starts_in_blocks(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> N
     """A start has the same bits in any order of episodes, and after blocks are evicted."""
     world = make_world(DICT, task=("room",))
     env, all_of_them = np.arange(5, 8), np.ones(3, bool)
-    once = Starts(world, 2, env)
+    once = StartBlocks(world, 2, env)
     count = 3 * once.episodes
     expected = [once.of(np.full(3, episode), all_of_them) for episode in range(count)]
-    monkeypatch.setattr(Starts, "KEEP", 1)
-    again = Starts(world, 2, env)
+    monkeypatch.setattr(StartBlocks, "KEEP", 1)
+    again = StartBlocks(world, 2, env)
     chance = np.random.default_rng(0)
     for _ in range(60):
         episode, mask = chance.integers(count, size=3), chance.random(3) < 0.6

@@ -24,7 +24,7 @@ from mesocosm.model.spec import Events, Parts, PartSpec, Spec, Windows
 
 
 @dataclass(frozen=True)
-class Counts:
+class ParamCounts:
     """Exact numbers of parameters."""
 
     n: int
@@ -41,13 +41,13 @@ class Counts:
     base: int  # the frozen base of all members
 
 
-def params(spec: Spec, config: ModelConfig) -> Counts:
+def params(spec: Spec, config: ModelConfig) -> ParamCounts:
     """The counts of a model that need not exist. Raises UsageError on an invalid config."""
     with torch.device("meta"):
         return count(build(spec, config), Base(spec, config))
 
 
-def count(net: WorldNet, base: Base) -> Counts:
+def count(net: WorldNet, base: Base) -> ParamCounts:
     """The counts of an existing model."""
     n = embeddings = dynamics = heads = start = 0
     for name, parameter in net.named_parameters():
@@ -70,7 +70,7 @@ def count(net: WorldNet, base: Base) -> Counts:
                 n += one_member
     buffers = sum(buffer.numel() for buffer in base.buffers())
     total = dynamics + heads + start
-    return Counts(n, embeddings, dynamics, heads, start, total, net.members, buffers)
+    return ParamCounts(n, embeddings, dynamics, heads, start, total, net.members, buffers)
 
 
 def flops_per_batch(

@@ -43,7 +43,7 @@ def slot_order(part: PartSpec, number: int = 0, category: int = 0) -> Order:
     return (*numbers, *categories)
 
 
-class Block(TransformerBlock):
+class SlotBlock(TransformerBlock):
     """Causal attention among the slots of a step, then SwiGLU."""
 
     def forward(self, x: Tensor, slots: int) -> Tensor:
@@ -102,7 +102,7 @@ class Decoder(nn.Module):
             self.value = embedding(numbers, members, 2, fan_in=2)
         if categories and several:
             self.table = embedding(sum(cardinalities), members, fan_in=1)
-        self.blocks = nn.ModuleList(Block(stack, members) for _ in range(stack.layers))
+        self.blocks = nn.ModuleList(SlotBlock(stack, members) for _ in range(stack.layers))
         self.norm = RMSNorm(stack, depth=1.0, members=members)
         output = partial(
             Linear, stack.d, kind="output", members=members, width=stack.width, gain=0.1
@@ -263,7 +263,7 @@ class Decoder(nn.Module):
         x0 = self.slot.unsqueeze(2)
         if self.project is not None:
             x0 = x0 + self.project(context).unsqueeze(1)
-        blocks = cast(list[Block], list(self.blocks))
+        blocks = cast(list[SlotBlock], list(self.blocks))
         caches = [x0.new_empty(2, s, k, n, block.heads, block.head) for block in blocks]
         numbers = u.new_empty(n, self.part.numbers)
         categories = member.new_empty(n, len(self.part.categories))

@@ -74,7 +74,7 @@ class Dims:
 
     @property
     def params(self) -> int:
-        """N; a network's exact number is `counts.Counts.n`."""
+        """N; a network's exact number is `counts.ParamCounts.n`."""
         return self.backbone.params + self.d_model * self.d_dec + self.decoder.params
 
 

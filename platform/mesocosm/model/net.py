@@ -52,7 +52,7 @@ class Draw(Outcome):
 
 
 @dataclass(frozen=True)
-class Losses:
+class WindowLosses:
     """Sums over the valid transitions of a batch, so that batches and ranks add up."""
 
     objective: Tensor
@@ -163,7 +163,7 @@ class WorldNet(nn.Module, ABC):
         """[B] int64 hashes -> bool [K, B]: the members that train on an episode."""
         return member_mask(episode, self.members) | self._left_out(episode).unsqueeze(1)
 
-    def forward(self, windows: Windows, base: BaseOut) -> Losses:
+    def forward(self, windows: Windows, base: BaseOut) -> WindowLosses:
         """The losses of `windows`; `base` is `apply_base(base, windows)`, [K, B, W, n]."""
         transition, outcome = unroll(windows)
         valid = windows.mask.float()
@@ -198,7 +198,7 @@ class WorldNet(nn.Module, ABC):
         if duration is not None:
             by_window["duration"] = nats(duration)
             total = total + objective(duration)
-        return Losses(total, by_window, valid.sum())
+        return WindowLosses(total, by_window, valid.sum())
 
 
 def unroll(windows: Windows) -> tuple[Transition, Outcome]:

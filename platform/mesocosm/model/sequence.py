@@ -26,7 +26,7 @@ Rope = tuple[Tensor, Tensor]
 """(cos, sin) [T, 1, 1, HEAD] of the positions' angles"""
 
 
-class Block(TransformerBlock):
+class StepBlock(TransformerBlock):
     """Attention over steps, then SwiGLU: [B, T, d] -> the same."""
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
@@ -84,7 +84,7 @@ class Sequence(WorldNet):
         super().__init__(spec, config, hidden=2 * d, features=d)
         self.memory = config.context
         self.embed = PartsEmbedding(spec.observation, spec.action, spec.task, width=d)
-        self.blocks = nn.ModuleList(Block(stack) for _ in range(stack.layers))
+        self.blocks = nn.ModuleList(StepBlock(stack) for _ in range(stack.layers))
         self.norm = RMSNorm(stack, depth=1.0)
         o = spec.observation
         order, slots = slot_order(o), o
@@ -117,7 +117,7 @@ class Sequence(WorldNet):
 
     def new_cache(self, batch: int) -> Tensor:
         """[layers, 2, W, B, heads, HEAD]: rotated keys, and values."""
-        block = cast(Block, self.blocks[0])
+        block = cast(StepBlock, self.blocks[0])
         shape = (len(self.blocks), 2, self.memory, batch, block.heads, HEAD)
         return self.norm.weight.new_zeros(shape)
 
@@ -131,7 +131,7 @@ class Sequence(WorldNet):
         seen = self._columns(x)[: column + 1].unsqueeze(1) >= start_column.clamp(max=column)
         mask = _score_mask(seen, x).unsqueeze(-1)
         rope = self._rope(x, slice(column, column + 1))
-        for layer, block in enumerate(cast(list[Block], list(self.blocks))):
+        for layer, block in enumerate(cast(list[StepBlock], list(self.blocks))):
             x = block.step(x, rope, cache[layer], column, mask)
         return cast(Tensor, self.norm(x.squeeze(1)))
 
@@ -143,7 +143,7 @@ class Sequence(WorldNet):
         seen = ((columns <= row) & (columns >= start_column[:, None, None])) | (columns == row)
         mask = _score_mask(seen, x).unsqueeze(1)
         rope = self._rope(x, slice(0, x.shape[1]))
-        for layer, block in enumerate(cast(list[Block], list(self.blocks))):
+        for layer, block in enumerate(cast(list[StepBlock], list(self.blocks))):
             x = block.columns(x, rope, cache[layer], mask)
 
     # The next step.

@@ -30,7 +30,7 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.heads import head_inputs
 from mesocosm.model.layers import Constant
-from mesocosm.model.net import BaseOut, Losses, WorldNet, apply_base
+from mesocosm.model.net import BaseOut, WindowLosses, WorldNet, apply_base
 from mesocosm.model.spec import Parts, PartSpec, Spec, Transition, Windows
 
 SCHEMA = 2
@@ -293,9 +293,9 @@ class World:
         return carry
 
     @torch.no_grad()
-    def losses(self, windows: Windows) -> Losses:
-        """Nats by part on windows, see `net.Losses`."""
-        losses: Losses = self.net(windows, apply_base(self.base, windows))
+    def losses(self, windows: Windows) -> WindowLosses:
+        """Nats by part on windows, see `net.WindowLosses`."""
+        losses: WindowLosses = self.net(windows, apply_base(self.base, windows))
         return losses
 
     def save(self, folder: Path) -> None:

@@ -58,7 +58,7 @@ async def serve(server: uvicorn.Server, listener: socket.socket) -> None:
     await server.serve(sockets=[listener])
 
 
-class Connection(H11Protocol):
+class HttpConnection(H11Protocol):
     """uvicorn's HTTP/1.1 connection, with the limits of this module and errors in JSON."""
 
     _deadline: asyncio.TimerHandle | None = None
@@ -79,7 +79,7 @@ class Connection(H11Protocol):
 
     def _make_room(self) -> None:
         """Drop the connection that has waited longest, if there are still too many."""
-        connections = [each for each in self.connections if isinstance(each, Connection)]
+        connections = [each for each in self.connections if isinstance(each, HttpConnection)]
         waiting = [each for each in connections if each.waiting]
         if len(connections) > CONNECTIONS and waiting:
             oldest = min(waiting, key=lambda each: each._since)

@@ -39,7 +39,7 @@ from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serve.bearer import read_token
 from mesocosm.serve.check import shown
 from mesocosm.serve.connection import LOOPBACK, NotServed, ReplicaFailed
-from mesocosm.serve.http_connection import CONNECTIONS, Connection, admit, serve
+from mesocosm.serve.http_connection import CONNECTIONS, HttpConnection, admit, serve
 from mesocosm.serve.http_sessions import MAX_ENVS, HttpSessions, UnknownSession
 from mesocosm.serve.schema import integer, json_type
 
@@ -376,7 +376,7 @@ class Listener:
         quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
         config = uvicorn.Config(
             Guard(routes(self.sessions), self._token),
-            http=Connection,
+            http=HttpConnection,
             ws="none",
             lifespan="off",
             server_header=False,

@@ -95,7 +95,7 @@ class Worlds:
         return id, world
 
 
-class Starts:
+class StartBlocks:
     """The starts that a world draws for B environments, in blocks of consecutive episodes.
 
     At 256 environments some episode ends at nearly every step, and a draw for it alone costs as
@@ -144,7 +144,7 @@ class Session:
     seed: int
     env: NDArray[np.int64]
     """[B] numbers of the environments"""
-    starts: Starts
+    starts: StartBlocks
     carry: Carry
     clock: int
     """Steps taken since `begin`"""
@@ -199,7 +199,7 @@ class Sessions:
         check_begin(request, world.spec)
         seed, episode = request["seed"], request["episode"]
         env = request["first_env"] + np.arange(len(episode))
-        starts = Starts(world, seed, env)
+        starts = StartBlocks(world, seed, env)
         with self._lock:
             self._sessions.pop(request["replaces"], None)
             everywhere = np.ones(len(episode), np.bool_)
@@ -224,7 +224,7 @@ class Sessions:
                 raise UsageError(
                     f"request 'restore': {error}; send the steps since the session began"
                 ) from error
-            starts = Starts(world, seed, env)
+            starts = StartBlocks(world, seed, env)
             session = Session(world, seed, env, starts, carry, context.clock)
             self._keep(request["session"], session)
         return {"clock": context.clock}

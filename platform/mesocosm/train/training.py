@@ -25,7 +25,7 @@ from mesocosm.model import mup, rng
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
-from mesocosm.model.net import Losses, apply_base
+from mesocosm.model.net import WindowLosses, apply_base
 from mesocosm.model.spec import Parts, Windows
 from mesocosm.train import engine, prepare
 from mesocosm.train.checkpoint import Progress
@@ -147,9 +147,9 @@ class Training:
             raise Diverged(problem)
         return totals
 
-    def _forward(self, windows: Windows) -> Losses:
+    def _forward(self, windows: Windows) -> WindowLosses:
         windows = windows.to(self.rank.device)
-        losses: Losses = self.engine(windows, apply_base(self.base, windows))
+        losses: WindowLosses = self.engine(windows, apply_base(self.base, windows))
         return losses
 
     def _update(self) -> float:
@@ -233,7 +233,7 @@ class Sums:
     def __init__(self) -> None:
         self._sums: dict[str, float] = defaultdict(float)
 
-    def add(self, losses: Losses, share: float = 1.0) -> None:
+    def add(self, losses: WindowLosses, share: float = 1.0) -> None:
         """`share`: the micro-batch's part of the global batch, the weight of its objective."""
         objective, transitions = losses.objective.detach(), losses.transitions
         values = {"objective": objective, "transitions": transitions, **losses.nats}
