@@ -12,7 +12,7 @@ from mesocosm.model.world import World
 from mesocosm.policies.policy import POLICY_JSON, Policy, policy_of
 from mesocosm.scaling import fit
 from mesocosm.scaling.law import Law
-from mesocosm.scaling.table import Table
+from mesocosm.scaling.table import CellTable
 from mesocosm.serve.session import find_world
 from mesocosm.store.artifacts import Storage
 from mesocosm.store.cache import Partial, open_partial
@@ -95,6 +95,6 @@ def fit_law(table: str | Path, *, drop_outliers: bool = False, seed: int = 0) ->
     Raises:
         UsageError: The table cannot be read or determines no law.
     """
-    cells = Table.read(table)
+    cells = CellTable.read(table)
     command = f"mesocosm.fit_law({str(table)!r}, drop_outliers={drop_outliers}, seed={seed})"
     return fit.fit(cells, drop_outliers=drop_outliers, seed=seed, command=command)

@@ -26,7 +26,7 @@ import pytest
 import mesocosm
 from mesocosm.jobs.registry import JOBS
 from mesocosm.scaling import fit
-from mesocosm.scaling.table import Table
+from mesocosm.scaling.table import CellTable
 from mesocosm.store.artifacts import KINDS, Storage
 
 from .reader import REPOSITORY, Command, blocks, commands, lay_out, name, pages
@@ -136,7 +136,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, env: dict[str, str]) -> Path:
         for n, d in zip(sizes.ravel(), data.ravel(), strict=True)
     ]
     (folder / "table.csv").write_text("\n".join(["params,data,loss", *rows]) + "\n")
-    law = fit.fit(Table.read(folder / "table.csv"))
+    law = fit.fit(CellTable.read(folder / "table.csv"))
     law.write(folder / "law.json")
     storage = Storage(str(folder / ".mesocosm"))
     storage.make(

@@ -15,7 +15,7 @@ from mesocosm.errors import UsageError
 from mesocosm.scaling import fit, isoflop
 from mesocosm.scaling.estimate import best_fit, draws, form_of, resample, starts_of
 from mesocosm.scaling.law import Flops, IsoFlop, Law, Optimal, optimal_of, params_of, quantiles
-from mesocosm.scaling.table import Table
+from mesocosm.scaling.table import CellTable
 
 LONE = ("seed", "trunk")
 
@@ -23,7 +23,7 @@ LONE = ("seed", "trunk")
 def fitted(
     tmp_path: Path, rows: list[dict[str, Any]], without: tuple[str, ...] = LONE, **options: Any
 ) -> Law:
-    return fit.fit(Table.read(write(tmp_path / "t.csv", rows, without)), **options)
+    return fit.fit(CellTable.read(write(tmp_path / "t.csv", rows, without)), **options)
 
 
 def codes(law: Law) -> set[str]:
@@ -295,7 +295,7 @@ def covered(rows_of: Any, repeats: int, tmp_path: Path) -> dict[str, float]:
     truth = TRUTH | {"a": TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"])}
     hits = dict.fromkeys(truth, 0)
     for number in range(repeats):
-        table = Table.read(rows_of(np.random.default_rng([11, number]), tmp_path / "t.csv"))
+        table = CellTable.read(rows_of(np.random.default_rng([11, number]), tmp_path / "t.csv"))
         form = form_of(table)
         whole = best_fit(table, form, starts_of(form)[5:6])
         counts, groups = resample(table, number)
@@ -360,13 +360,13 @@ def test_small_clean_tables_have_no_outliers(side: int, tmp_path: Path) -> None:
         rows = noisy(
             0.01, seed, sizes=np.geomspace(1e4, 3e6, side), data=np.geomspace(1e4, 1e6, side)
         )
-        table = Table.read(write(tmp_path / "small.csv", rows, LONE))
+        table = CellTable.read(write(tmp_path / "small.csv", rows, LONE))
         assert not len(best_fit(table, form_of(table)).outliers()), seed
 
 
 def test_held_out_cells_are_never_dropped(tmp_path: Path) -> None:
     rows = noisy(0.002)
-    table = Table.read(write(tmp_path / "given.csv", rows, LONE))
+    table = CellTable.read(write(tmp_path / "given.csv", rows, LONE))
     split = fit.split_held_out(table, form_of(table))
     assert split is not None
     for i in np.flatnonzero(split[1]):

@@ -11,14 +11,14 @@ from laws import TRUTH, budgets, grid, write
 from mesocosm.errors import UsageError
 from mesocosm.scaling import isoflop
 from mesocosm.scaling.estimate import resample
-from mesocosm.scaling.table import Table
+from mesocosm.scaling.table import CellTable
 
 FLOPS = (1e11, 4e11, 1.6e12, 6.4e12)
 A = TRUTH["beta"] / (TRUTH["alpha"] + TRUTH["beta"])
 
 
 def approach(path: Path) -> tuple[isoflop.IsoFlop | None, dict[str, str]]:
-    table = Table.read(path)
+    table = CellTable.read(path)
     return isoflop.approach(table, *resample(table, 0))
 
 

@@ -12,7 +12,7 @@ from laws import TRUTH, grid, loss, write
 from mesocosm.errors import UsageError
 from mesocosm.scaling import fit, report
 from mesocosm.scaling.law import Flops, Law, optimal_of, theta_of
-from mesocosm.scaling.table import Table
+from mesocosm.scaling.table import CellTable
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def law(tmp_path_factory: pytest.TempPathFactory) -> Law:
     path = write(
         tmp_path_factory.mktemp("law") / "t.csv", grid(np.random.default_rng(0), 0.003, seeds=2)
     )
-    return fit.fit(Table.read(path), command="mesocosm fit t.csv")
+    return fit.fit(CellTable.read(path), command="mesocosm fit t.csv")
 
 
 def test_write_and_read(law: Law, tmp_path: Path) -> None:
@@ -139,5 +139,5 @@ def test_a_flat_law_is_drawn(law: Law, spread: float, tmp_path: Path) -> None:
             "params": law.params | {"E": 1.0, "A": spread, "B": spread, "alpha": 0.01, "beta": 0.01}
         }
     )
-    table = Table.read(write(tmp_path / "flat.csv", grid(), ("seed", "trunk")))
+    table = CellTable.read(write(tmp_path / "flat.csv", grid(), ("seed", "trunk")))
     assert report.draw(flat, table).startswith("<?xml")

@@ -13,7 +13,7 @@ from mesocosm.scaling import fit, isoflop
 from mesocosm.scaling.estimate import OUTLIER, best_fit, form_of, starts_of
 from mesocosm.scaling.forms import FORMS
 from mesocosm.scaling.law import params_of
-from mesocosm.scaling.table import Table
+from mesocosm.scaling.table import CellTable
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "scaling"
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="no published data beside the repository")
@@ -24,10 +24,10 @@ def rows_of(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def gadre(tmp_path: Path) -> Table:
+def gadre(tmp_path: Path) -> CellTable:
     """Gadre et al.'s 34 runs on C4, N with embeddings."""
     runs = [row for row in rows_of("gadre104_losses.csv") if row["train_set"] == "c4_original"]
-    return Table.read(
+    return CellTable.read(
         write(
             tmp_path / "c4.csv",
             [
@@ -82,7 +82,7 @@ def test_datablations_refitted(tmp_path: Path) -> None:
         "unique": "unique_tokens",
         "seed": "seed",
     }
-    table = Table.read(
+    table = CellTable.read(
         write(
             tmp_path / "runs.csv", [{name: row[of] for name, of in columns.items()} for row in runs]
         )

@@ -9,13 +9,16 @@ import pytest
 
 from mesocosm.scaling import fit
 from mesocosm.scaling.law import Law
-from mesocosm.scaling.table import Table
+from mesocosm.scaling.table import CellTable
 
 TABLES = Path(__file__).parents[2] / "docs" / "tables"
 
 
 def test_the_published_law_predicts_its_largest_cells() -> None:
-    table, published = Table.read(TABLES / "halfcheetah.csv"), Law.read(TABLES / "halfcheetah.json")
+    table, published = (
+        CellTable.read(TABLES / "halfcheetah.csv"),
+        Law.read(TABLES / "halfcheetah.json"),
+    )
     assert len(np.unique(table.params)) >= 6 and table.params.max() >= 1e6 and len(table) == 60
     law = fit.fit(table)
     assert law.params == pytest.approx(

@@ -9,15 +9,15 @@ import pytest
 
 from mesocosm.cli.main import main
 from mesocosm.errors import UsageError
-from mesocosm.scaling.table import Table
+from mesocosm.scaling.table import CellTable
 
 HEAD = "params,data,loss\n"
 GOOD = "1e4,1e4,2.0\n1e5,1e5,1.0\n"
 
 
-def read(tmp_path: Path, text: str) -> Table:
+def read(tmp_path: Path, text: str) -> CellTable:
     (tmp_path / "t.csv").write_text(text)
-    return Table.read(tmp_path / "t.csv")
+    return CellTable.read(tmp_path / "t.csv")
 
 
 @pytest.mark.parametrize(
@@ -87,10 +87,10 @@ def test_a_wrong_table_is_one_sentence(
 
 def test_unreadable_tables_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nonesuch\.csv' cannot be read: No such file"):
-        Table.read(tmp_path / "nonesuch.csv")
+        CellTable.read(tmp_path / "nonesuch.csv")
     (tmp_path / "t.csv").write_bytes(b"\xff\xfe\x00\x81")
     with pytest.raises(UsageError, match="is not text"):
-        Table.read(tmp_path / "t.csv")
+        CellTable.read(tmp_path / "t.csv")
 
 
 def test_counts_beyond_int64_are_floats(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mesocosm.scaling.grid import Cell, Grid, Trunk, lay_out
 from mesocosm.scaling.trunk import TrunkWork, TrunkWorker, branches, single_rank
 from mesocosm.store.artifacts import Storage
 from mesocosm.train.schedule import factor, length, lr_factor, share
-from mesocosm.train.training import Diverged, Training
+from mesocosm.train.training import Diverged, RankTrainer
 
 Sweep = Callable[..., Any]
 
@@ -29,12 +29,12 @@ def group(one_rank: None) -> Iterator[None]:
         yield
 
 
-def started(grid: Grid, trunk: Trunk) -> Training:
+def started(grid: Grid, trunk: Trunk) -> RankTrainer:
     dataset = (
         grid.dataset if trunk.unique is None else grid.dataset.unique(trunk.unique, trunk.seed)
     )
     base = Base(grid.codec.spec, trunk.model)
-    return Training.start(
+    return RankTrainer.start(
         dataset,
         grid.codec,
         trunk.model,

@@ -21,7 +21,7 @@ from mesocosm.model.mup import init_
 from mesocosm.model.net import apply_base
 from mesocosm.model.spec import PartSpec, Spec
 from mesocosm.train import checkpoint, engine
-from mesocosm.train.checkpoint import Progress
+from mesocosm.train.checkpoint import TrainingProgress
 from mesocosm.train.config import TrainConfig
 from mesocosm.train.engine import Rank
 
@@ -72,7 +72,7 @@ def test_random_state_and_weights_are_restored() -> None:
     running = start()
     largest_change(running)
     torch.rand(3)
-    folder = checkpoint.save_running(running, Progress(step=1, steps=2), 0)
+    folder = checkpoint.save_running(running, TrainingProgress(step=1, steps=2), 0)
     following = torch.rand(5)
     torch.manual_seed(12345)
     again = start(folder)
@@ -90,7 +90,7 @@ def test_random_state_and_weights_are_restored() -> None:
 def test_a_checkpoint_without_all_its_ranks_is_refused() -> None:
     running = start()
     whole, other = (
-        checkpoint.save_running(running, Progress(step=3, steps=9, world_size=2), rank)
+        checkpoint.save_running(running, TrainingProgress(step=3, steps=9, world_size=2), rank)
         for rank in range(2)
     )
     with pytest.raises(MesocosmError, match=r"file 'rank-00001\.json' is missing .*--force"):

@@ -39,7 +39,7 @@ def fit(table: str, out: str, drop_outliers: bool, dry_run: bool, as_json: bool)
     from rich.console import Console
 
     from mesocosm.scaling import fit, report
-    from mesocosm.scaling.table import Table
+    from mesocosm.scaling.table import CellTable
 
     plot = Path(out).with_suffix(".svg")
     if plot == Path(out):
@@ -47,7 +47,7 @@ def fit(table: str, out: str, drop_outliers: bool, dry_run: bool, as_json: bool)
             f"--out must not be an .svg file, got {out}: the plot is written there; try"
             f" {plot.with_suffix('.json')}"
         )
-    cells = Table.read(table)
+    cells = CellTable.read(table)
     console = Console(highlight=False, soft_wrap=True)
     if dry_run:
         output.facts(fit.plan(cells), as_json)

@@ -22,6 +22,7 @@ from mesocosm.scaling import plan as planning
 from mesocosm.scaling import plan_figure
 from mesocosm.scaling.law import Law
 from mesocosm.scaling.optimum import PlanProblem
+from mesocosm.scaling.plan import PlanRequest
 from mesocosm.scaling.plan_config import PlanConfig
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train import prepare
@@ -31,17 +32,9 @@ from mesocosm.train.schedule import share
 PLAN, SUMMARY, PLOT = "plan.yaml", "plan.json", "plan.svg"
 
 
-@dataclass(frozen=True)
-class Question(planning.Question):
-    batch: float
-    """Transitions in a batch. 0 without datasets."""
-    sweep_warmup: int | None
-    """The sweep's warm-up in steps, where its training is taken."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class BudgetPlan(Plan[PlanConfig]):
-    question: Question
+    request: PlanRequest
 
 
 class PlanJob(Job[PlanConfig, BudgetPlan]):
@@ -50,30 +43,30 @@ class PlanJob(Job[PlanConfig, BudgetPlan]):
     name, kind, config = "plan", "plans", PlanConfig
 
     def resolve(self, config: PlanConfig, storage: Storage) -> BudgetPlan:
-        question = resolve(config, storage)
-        facts = identity(question.config, without=("law",))
-        law = question.law.model_dump(mode="json")
-        laws = [question.source] if question.source.startswith("laws/") else []
+        request = resolve(config, storage)
+        facts = identity(request.config, without=("law",))
+        law = request.law.model_dump(mode="json")
+        laws = [request.source] if request.source.startswith("laws/") else []
         return BudgetPlan(
             config=config,
-            inputs={"datasets": list(question.config.data.datasets), "laws": laws},
-            facts=identity(question.config),
-            id=self.hash(facts, law, question.owned),
-            question=question,
+            inputs={"datasets": list(request.config.data.datasets), "laws": laws},
+            facts=identity(request.config),
+            id=self.hash(facts, law, request.owned),
+            request=request,
         )
 
     def summary(self, plan: BudgetPlan) -> dict[str, Any]:
-        return planning.lines(planning.answer(plan.question))
+        return planning.lines(planning.answer(plan.request))
 
     def make(self, plan: BudgetPlan, run: Run) -> Artifact:
-        question = plan.question
-        answer = planning.answer(question)
+        request = plan.request
+        answer = planning.answer(request)
 
         def fill(folder: Path) -> None:
             (folder / SUMMARY).write_text(json.dumps(answer, indent=1, allow_nan=False) + "\n")
-            (folder / PLAN).write_text(pretrain_yaml(question, answer))
-            problem = PlanProblem.of(question.law, question.budget)
-            (folder / PLOT).write_text(plan_figure.figure(question.law, problem, answer))
+            (folder / PLAN).write_text(pretrain_yaml(request, answer))
+            problem = PlanProblem.of(request.law, request.budget)
+            (folder / PLOT).write_text(plan_figure.figure(request.law, problem, answer))
 
         return self.commit(plan, run, fill)
 
@@ -92,7 +85,7 @@ class PlanJob(Job[PlanConfig, BudgetPlan]):
         run.say(f"mesocosm pretrain -c {artifact.path / PLAN}")
 
 
-def resolve(config: PlanConfig, storage: Storage) -> Question:
+def resolve(config: PlanConfig, storage: Storage) -> PlanRequest:
     """Read the law, open the datasets, and fill the config from the law's sweep.
 
     Raises:
@@ -116,7 +109,7 @@ def resolve(config: PlanConfig, storage: Storage) -> Question:
         count = _counter(config, codec, batch)
     owned = transitions if config.owned is None else config.owned
     cluster = None if config.cluster is None else cluster_spec.read(config.cluster)
-    return Question(
+    return PlanRequest(
         config=config,
         law=law,
         source=source,
@@ -159,19 +152,19 @@ def _read_law(name: str, storage: Storage) -> tuple[Law, str, dict[str, Any], li
     return law, artifact.name, artifact.meta["config"], artifact.meta["inputs"]["datasets"]
 
 
-def pretrain_yaml(question: Question, answer: dict[str, Any]) -> str:
+def pretrain_yaml(request: PlanRequest, answer: dict[str, Any]) -> str:
     """The config of the pretrain job."""
-    plan, data, train = answer["plan"], question.config.data, question.config.train
-    steps = max(1, round(plan["data"] / question.batch)) if question.batch else None
-    if question.sweep_warmup is not None and steps is not None:
-        train = replace(train, warmup=share(question.sweep_warmup, steps))
+    plan, data, train = answer["plan"], request.config.data, request.config.train
+    steps = max(1, round(plan["data"] / request.batch)) if request.batch else None
+    if request.sweep_warmup is not None and steps is not None:
+        train = replace(train, warmup=share(request.sweep_warmup, steps))
     train = replace(train, steps=steps, epochs=None if steps else plan["epochs"])
-    model = replace(question.config.model, size=plan["size"])
-    job = PretrainConfig(seed=question.config.seed, data=data, model=model, train=train)
+    model = replace(request.config.model, size=plan["size"])
+    job = PretrainConfig(seed=request.config.seed, data=data, model=model, train=train)
     loss = planning.value_text(plan["loss"], plan["interval"]["loss"])
     head = [
         f"# {plan['size']}: {plan['data']:.4g} transitions, {plan['unique']:.4g} different ones.",
-        f"# The law {question.source} predicts {loss} nats.",
+        f"# The law {request.source} predicts {loss} nats.",
     ]
     if answer["collect"]:
         head.append(f"# First collect {answer['collect']} of them: add their dataset to datasets.")

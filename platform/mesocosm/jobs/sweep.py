@@ -245,10 +245,10 @@ class _Sweep:
 def _fit(folder: Path, run: Run, swept: dict[str, Any]) -> None:
     """Write the law of the folder's table, unless the table determines none."""
     from mesocosm.scaling import fit, report
-    from mesocosm.scaling.table import Table
+    from mesocosm.scaling.table import CellTable
 
     try:
-        table = Table.read(folder / TABLE)
+        table = CellTable.read(folder / TABLE)
         law = fit.fit(table, command=f"mesocosm fit {TABLE} --out {LAW}", swept=swept)
     except UsageError as error:
         run.say(f"no law: {error}")

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mesocosm.errors import UsageError
-from mesocosm.scaling.forms import FORMS, NOTHING, Array, Form
+from mesocosm.scaling.forms import FORMS, NOTHING, Array, Form, Ints
 from mesocosm.scaling.solve import DELTA, solve
-from mesocosm.scaling.table import Table, levels
+from mesocosm.scaling.table import CellTable, levels
 
 RESAMPLES = 300
 EXPONENTS = (0.15, 0.4, 1.0)
@@ -40,7 +39,7 @@ class Fit:
     residual: Array
     """Residuals of log loss, [n]."""
 
-    def predict(self, table: Table) -> Array:
+    def predict(self, table: CellTable) -> Array:
         return np.exp(self.form.log_loss(self.theta, table.cells())[0])
 
     def deviations(self) -> Array:
@@ -55,17 +54,17 @@ class Fit:
             middle = float(np.median(np.sort(size)[parameters:])) * len(size) / free
         return size / max(1.4826 * middle, DELTA)
 
-    def outliers(self) -> NDArray[np.int64]:
+    def outliers(self) -> Ints:
         if len(self.residual) < JUDGED * self.theta.shape[1]:
             return np.zeros(0, dtype=np.int64)
         return np.flatnonzero(self.deviations() > OUTLIER)
 
 
-def form_of(table: Table) -> Form:
+def form_of(table: CellTable) -> Form:
     return FORMS["data_constrained" if table.repeated else "chinchilla"]
 
 
-def check(table: Table, form: Form) -> None:
+def check(table: CellTable, form: Form) -> None:
     """Raise UsageError where `table` does not determine the parameters of `form`."""
     log, parameters = table.cells(), len(form.params)
     numbers = [levels(np.exp(values)) for values in (log.params, log.data, log.unique)]
@@ -94,7 +93,7 @@ def starts_of(form: Form) -> Array:
 
 
 def best_fit(
-    table: Table, form: Form, starts: Array | None = None, *, without_e: bool = False
+    table: CellTable, form: Form, starts: Array | None = None, *, without_e: bool = False
 ) -> Fit:
     """The best fit of all starts (by default `starts_of`); with `without_e` E is 0."""
     starts, weights = starts_of(form) if starts is None else starts, np.ones((1, len(table)))
@@ -104,7 +103,7 @@ def best_fit(
 
 
 def draws(
-    table: Table, form: Form, weights: Array, starts: Array, *, without_e: bool = False
+    table: CellTable, form: Form, weights: Array, starts: Array, *, without_e: bool = False
 ) -> tuple[Array, Array]:
     """(theta [B, P], objective [B]) of the best start under each row of weights [B, n]."""
     if without_e:
@@ -114,7 +113,7 @@ def draws(
     return solve(form, table.cells(), np.log(table.loss), weights, starts, fixed=fixed).best()
 
 
-def resample(table: Table, seed: int) -> tuple[Array, NDArray[np.int64]]:
+def resample(table: CellTable, seed: int) -> tuple[Array, Ints]:
     """(how often each group was drawn [B, G], each row's group [n]).
 
     A resample with fewer than three sizes or data sizes determines nothing and is drawn again.

@@ -9,19 +9,18 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mesocosm import __version__
 from mesocosm.errors import UsageError
 from mesocosm.scaling import estimate, isoflop
-from mesocosm.scaling.forms import Array, Form
+from mesocosm.scaling.forms import Array, Form, Ints, Mask
 from mesocosm.scaling.law import (
     Bootstrap,
     Dropped,
-    Errors,
     Flops,
     HeldOut,
     Law,
+    LawErrors,
     Note,
     Optimal,
     Pair,
@@ -32,7 +31,7 @@ from mesocosm.scaling.law import (
     params_of,
     quantiles,
 )
-from mesocosm.scaling.table import Notes, Table
+from mesocosm.scaling.table import CellTable, Notes
 
 LEAST_TRUNKS = 3
 """With fewer trunks, cells are resampled instead."""
@@ -49,7 +48,7 @@ LARGEST_R = 1e4
 
 
 def fit(
-    table: Table,
+    table: CellTable,
     *,
     drop_outliers: bool = False,
     seed: int = 0,
@@ -171,7 +170,7 @@ def fit(
     )
 
 
-def plan(table: Table) -> dict[str, Any]:
+def plan(table: CellTable) -> dict[str, Any]:
     """Describe what `fit` would fit. Raises UsageError as `fit` does before it fits."""
     form = estimate.form_of(table)
     estimate.check(table, form)
@@ -197,7 +196,7 @@ def plan(table: Table) -> dict[str, Any]:
     }
 
 
-def _flops(table: Table, notes: Notes) -> Flops:
+def _flops(table: CellTable, notes: Notes) -> Flops:
     """C(N, D) of the table: 6 N D where that is within 1%, else a power law through its counts."""
     off = float(np.abs(table.flops / (6 * table.params * table.data) - 1).max())
     if not table.flops_given or off <= 0.01:
@@ -224,7 +223,7 @@ def _flops(table: Table, notes: Notes) -> Flops:
     return Flops(source="table", k=k, p=p, q=q, max_rel_residual=residual, params_most=most)
 
 
-def _described(table: Table, whole: estimate.Fit, at: NDArray[np.int64]) -> list[Dropped]:
+def _described(table: CellTable, whole: estimate.Fit, at: Ints) -> list[Dropped]:
     far = whole.deviations()
     return [
         Dropped(
@@ -239,7 +238,9 @@ def _described(table: Table, whole: estimate.Fit, at: NDArray[np.int64]) -> list
     ]
 
 
-def _without_e(table: Table, form: Form, weights: Array, starts: Array, flops: Flops) -> WithoutE:
+def _without_e(
+    table: CellTable, form: Form, weights: Array, starts: Array, flops: Flops
+) -> WithoutE:
     zero = estimate.best_fit(table, form, starts, without_e=True)
     starts = np.concatenate([starts, zero.theta])
     thetas, _ = estimate.draws(table, form, weights, starts, without_e=True)
@@ -251,7 +252,7 @@ def _without_e(table: Table, form: Form, weights: Array, starts: Array, flops: F
     )
 
 
-def split_held_out(table: Table, form: Form) -> tuple[NDArray[np.bool_], NDArray[np.bool_]] | None:
+def split_held_out(table: CellTable, form: Form) -> tuple[Mask, Mask] | None:
     """(fitted [n], held out [n]). The largest cells by compute are held out, `HELD_OUT_FACTOR`
     above all fitted ones. None where too few would be left.
     """
@@ -270,7 +271,7 @@ def split_held_out(table: Table, form: Form) -> tuple[NDArray[np.bool_], NDArray
     return split
 
 
-def _held_out(table: Table, form: Form, drop_outliers: bool, notes: Notes) -> HeldOut | None:
+def _held_out(table: CellTable, form: Form, drop_outliers: bool, notes: Notes) -> HeldOut | None:
     """Errors on the largest cells of the table, before outliers are dropped.
 
     The second fit drops its own outliers, by a law of the fitted cells only. Held-out cells are
@@ -315,10 +316,10 @@ def _held_out(table: Table, form: Form, drop_outliers: bool, notes: Notes) -> He
     )
 
 
-def _errors(predicted: Array | float, table: Table, span: float) -> Errors:
+def _errors(predicted: Array | float, table: CellTable, span: float) -> LawErrors:
     error = np.abs(predicted - table.loss)
     relative = error / table.loss
-    return Errors(
+    return LawErrors(
         mean_rel_error=float(relative.mean()),
         max_rel_error=float(relative.max()),
         mean_error_of_span=float(error.mean()) / span,

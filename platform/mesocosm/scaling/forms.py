@@ -25,6 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
+Ints = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 NOTHING = -700.0
 """The logarithm of a term that is zero: `e` where E = 0."""

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.interpolate import PchipInterpolator
 
 from mesocosm.errors import UsageError
-from mesocosm.scaling.forms import Array
+from mesocosm.scaling.forms import Array, Ints, Mask
 from mesocosm.scaling.law import Budget, IsoFlop, Optimal, Pair, interval_text, quantiles
-from mesocosm.scaling.table import Notes, Table
+from mesocosm.scaling.table import CellTable, Notes
 
 TOLERANCE = 0.1
 """Cells whose FLOPs differ by at most a tenth share a budget."""
@@ -47,7 +47,7 @@ class Points:
     log_d: Array
     loss: Array
     weight: Array
-    group: NDArray[np.int64]
+    group: Ints
 
     @property
     def n_sizes(self) -> int:
@@ -103,7 +103,7 @@ class Points:
         out[enough] = np.where(inside, least, np.nan)
         return out
 
-    def _near(self) -> NDArray[np.bool_]:
+    def _near(self) -> Mask:
         sizes, best = np.unique(self.log_n), self.log_n[np.argmin(self.loss)]
         nearest = np.argsort(np.abs(sizes - best), kind="stable")[:NEAREST]
         return np.isin(self.log_n, sizes[nearest])
@@ -118,9 +118,7 @@ class Points:
         return int(means.argmin()) in (0, len(sizes) - 1)
 
 
-def approach(
-    table: Table, counts: Array, groups: NDArray[np.int64]
-) -> tuple[IsoFlop | None, Notes]:
+def approach(table: CellTable, counts: Array, groups: Ints) -> tuple[IsoFlop | None, Notes]:
     """Estimate the optimum by parabolas.
 
     Args:
@@ -206,7 +204,7 @@ def agreement(form: Optimal, interval: dict[str, Pair], second: IsoFlop | None) 
     return notes
 
 
-def budgets(table: Table, groups: NDArray[np.int64]) -> list[Points]:
+def budgets(table: CellTable, groups: Ints) -> list[Points]:
     """The table's budgets of at least `SIZES` sizes, ascending."""
     order = np.argsort(table.flops, kind="stable")
     log_c = np.log(table.flops[order])
@@ -223,14 +221,14 @@ def budgets(table: Table, groups: NDArray[np.int64]) -> list[Points]:
     return every
 
 
-def interpolated(table: Table) -> tuple[list[Points], int]:
+def interpolated(table: CellTable) -> tuple[list[Points], int]:
     """Interpolate budgets between the cells of each size. A series is resampled as one.
 
     Returns:
         At most `BUDGETS` budgets with a minimum, evenly spaced in log C among those that at least
         `SIZES` sizes reach, and how many have none at that spacing.
     """
-    curves: list[tuple[NDArray[np.int64], Array]] = []
+    curves: list[tuple[Ints, Array]] = []
     for number in np.unique(table.series):
         at = np.flatnonzero(table.series == number)
         at = at[np.argsort(table.flops[at], kind="stable")]
@@ -251,9 +249,7 @@ def interpolated(table: Table) -> tuple[list[Points], int]:
     return [usable[i] for i in chosen], without
 
 
-def _points(
-    table: Table, curves: list[tuple[NDArray[np.int64], Array]], log_c: float
-) -> Points | None:
+def _points(table: CellTable, curves: list[tuple[Ints, Array]], log_c: float) -> Points | None:
     """Each curve's values at log C. None where fewer than `SIZES` sizes reach it."""
     inside = [(at, xs) for at, xs in curves if xs[0] - 1e-9 <= log_c <= xs[-1] + 1e-9]
     if len({float(table.params[at[0]]) for at, _ in inside}) < SIZES:
@@ -324,7 +320,7 @@ def power_law(x: Array, y: Array) -> tuple[Array, Array]:
         return slope, np.exp(np.clip(mean_y - slope * mean_x, -700, 700))
 
 
-def _is_design(table: Table, every: list[Points]) -> bool:
+def _is_design(table: CellTable, every: list[Points]) -> bool:
     """True if the table is a design of budgets, and not a grid of N x D with some diagonals that
     are budgets by chance.
     """

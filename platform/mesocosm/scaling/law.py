@@ -83,7 +83,7 @@ class Flops(_Part):
         return line + max(0.0, 1 - self.p) * np.maximum(log_n - math.log(self.params_most), 0.0)
 
 
-class Errors(_Part):
+class LawErrors(_Part):
     """Relative errors |predicted / measured - 1|."""
 
     mean_rel_error: float
@@ -94,7 +94,7 @@ class Errors(_Part):
     """
 
 
-class HeldOut(Errors):
+class HeldOut(LawErrors):
     """Errors of a second fit on cells that it did not see.
 
     It is fitted to cells of at most `max_fitted_flops` and tested on those from `min_flops` up.
@@ -105,7 +105,7 @@ class HeldOut(Errors):
     n_fitted: int
     min_flops: float
     max_fitted_flops: float
-    baselines: dict[str, Errors]
+    baselines: dict[str, LawErrors]
     """`power_law`: the same form with E = 0. `last_size`: the loss of the largest fitted size on
     its most data.
     """

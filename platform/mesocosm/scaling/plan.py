@@ -47,7 +47,7 @@ Counter = Callable[[str], tuple[int, float]]
 
 
 @dataclass(frozen=True)
-class Question:
+class PlanRequest:
     """A budget to spend by a law."""
 
     config: PlanConfig
@@ -62,20 +62,24 @@ class Question:
     """None without datasets."""
     notes: Notes
     """Warnings of how the plan's models differ from the law's."""
+    batch: float
+    """Transitions in a batch. 0 without datasets."""
+    sweep_warmup: int | None
+    """The sweep's warm-up in steps, where its training is taken."""
 
 
-def answer(question: Question) -> dict[str, Any]:
+def answer(request: PlanRequest) -> dict[str, Any]:
     """The contents of plan.json. None where a figure is undefined.
 
     Raises:
         UsageError: the budget buys nothing.
     """
-    law, budget, level = question.law, question.budget, question.law.interval_level
+    law, budget, level = request.law, request.budget, request.law.interval_level
     problem = PlanProblem.of(law, budget)
     best = problem.best()
     resampled = PlanProblem.resampled(law, budget)
     spread = [other.best() for other in resampled]
-    size, chosen = _rung(question, problem, best)
+    size, chosen = _rung(request, problem, best)
     each = chosen.flops / chosen.data
     losses = [other.counted(chosen.params, each).at_size(chosen.params).loss for other in resampled]
     optimum = asdict(best) | {"epochs": best.epochs}
@@ -86,23 +90,23 @@ def answer(question: Question) -> dict[str, Any]:
     plan = {"size": size, **asdict(chosen), "epochs": chosen.epochs}
     plan["interval"] = {"loss": quantiles(losses, level)}
     factors = beyond(law, chosen)
-    notes = question.notes | {n.code: n.sentence for n in law.warnings if n.code in RELEVANT}
-    notes |= _notes(question, best, size, chosen, factors)
-    flops, paid = question.config.flops, budget.step_price is not None
-    collect = max(0, round(chosen.unique) - question.owned)
+    notes = request.notes | {n.code: n.sentence for n in law.warnings if n.code in RELEVANT}
+    notes |= _notes(request, best, size, chosen, factors)
+    flops, paid = request.config.flops, budget.step_price is not None
+    collect = max(0, round(chosen.unique) - request.owned)
     return {
         "schema": 1,
-        "law": question.source,
+        "law": request.source,
         "form": law.form,
-        "budget": {"flops": flops, "money": question.config.money, "currency": question.currency},
+        "budget": {"flops": flops, "money": request.config.money, "currency": request.currency},
         "prices": {
             "per_step": budget.step_price,
             "per_exaflop": None if flops is not None else budget.compute_price * 1e18,
         },
-        "owned": question.owned,
+        "owned": request.owned,
         "optimum": optimum,
         "plan": plan,
-        "flops_counted": question.count is not None,
+        "flops_counted": request.count is not None,
         "collect": collect if paid or budget.unlimited else 0,
         "next": _next(problem, best, resampled, spread, level) if paid else None,
         "shares": _shares(problem, best) if paid else None,
@@ -111,9 +115,9 @@ def answer(question: Question) -> dict[str, Any]:
     }
 
 
-def _rung(question: Question, problem: PlanProblem, best: PlanPoint) -> tuple[str, PlanPoint]:
+def _rung(request: PlanRequest, problem: PlanProblem, best: PlanPoint) -> tuple[str, PlanPoint]:
     """The rung of the ladder whose best point has the least loss."""
-    ladder = LADDERS[question.config.model.family]
+    ladder = LADDERS[request.config.model.family]
     rungs = {size: ladder[size].params for size in ladder}
     nearest = min(rungs, key=lambda size: abs(math.log(rungs[size] / best.params)))
     points: list[tuple[float, str, PlanPoint]] = []
@@ -121,23 +125,23 @@ def _rung(question: Question, problem: PlanProblem, best: PlanPoint) -> tuple[st
         if size != nearest and not best.params / NEAR <= params <= best.params * NEAR:
             continue
         at = problem
-        if question.count is not None:
-            params, each = question.count(size)
+        if request.count is not None:
+            params, each = request.count(size)
             at = problem.counted(params, each)
         with suppress(UsageError):  # too large for the budget
             point = at.at_size(params)
             points.append((point.loss, size, point))
     if not points:
-        message = f"the budget {question.budget.money:g} buys no transition at any rung near the"
+        message = f"the budget {request.budget.money:g} buys no transition at any rung near the"
         raise UsageError(f"{message} best size, {best.params:.3g} parameters; raise it")
     _, size, point = min(points)
     return size, point
 
 
 def _notes(
-    question: Question, best: PlanPoint, size: str, chosen: PlanPoint, factors: dict[str, float]
+    request: PlanRequest, best: PlanPoint, size: str, chosen: PlanPoint, factors: dict[str, float]
 ) -> Notes:
-    budget, notes = question.budget, Notes()
+    budget, notes = request.budget, Notes()
     listed = ", ".join(
         f"{name} {x:.3g} times the largest"
         if x > 1
@@ -159,7 +163,7 @@ def _notes(
             f"All {budget.owned:,.0f} owned transitions are used: collect more to spend the rest of"
             " the budget well."
         )
-    if question.law.form == "chinchilla" and not budget.unlimited:
+    if request.law.form == "chinchilla" and not budget.unlimited:
         notes["one_epoch"] = (
             "The law was fitted without repeated data: the plan sees each transition once. A sweep"
             " over grid.unique shows what repeats are worth."

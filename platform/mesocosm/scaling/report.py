@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
-from numpy.typing import NDArray
 from rich.markup import escape
 from rich.table import Table as Rows
 
 from mesocosm.plotting import INK, MUTED, STYLE, document
 from mesocosm.scaling import isoflop
+from mesocosm.scaling.forms import Mask
 from mesocosm.scaling.law import IsoFlop, Law, Pair, interval_text
-from mesocosm.scaling.table import Table
+from mesocosm.scaling.table import CellTable
 
 LINE, HELD, CROSS = "#1457c2", "#c2570c", "#be185d"
 DOTS: Any = {"s": 26, "linewidths": 0, "zorder": 3}
@@ -64,7 +64,7 @@ def _table(title: str, *columns: str) -> Rows:
     return rows
 
 
-def draw(law: Law, table: Table) -> str:
+def draw(law: Law, table: CellTable) -> str:
     """Draw the law as SVG: predicted against measured loss, contours of equal loss over data and
     size with the optimum, and IsoFLOP curves (residuals where there are none).
     """
@@ -93,7 +93,7 @@ def _log_ticks(axes: Axes, subs: tuple[float, ...], formatter: Any) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
-def _fit(axes: Axes, law: Law, table: Table, used: NDArray[np.bool_], norm: LogNorm) -> Any:
+def _fit(axes: Axes, law: Law, table: CellTable, used: Mask, norm: LogNorm) -> Any:
     predicted, measured = law.predict(table.params, table.data, table.unique), table.loss
     dots = axes.scatter(measured[used], predicted[used], c=table.flops[used], norm=norm, **DOTS)
     if law.held_out is not None:
@@ -113,7 +113,7 @@ def _fit(axes: Axes, law: Law, table: Table, used: NDArray[np.bool_], norm: LogN
     return dots
 
 
-def _plane(axes: Axes, law: Law, table: Table, norm: LogNorm) -> None:
+def _plane(axes: Axes, law: Law, table: CellTable, norm: LogNorm) -> None:
     d, n = (np.geomspace(x.min() / 1.6, x.max() * 1.6, 120) for x in (table.data, table.params))
     loss = law.predict(n[:, None], d[None, :])
     levels = np.unique(np.geomspace(loss.min(), loss.max(), 11)[1:-1])
@@ -128,7 +128,7 @@ def _plane(axes: Axes, law: Law, table: Table, norm: LogNorm) -> None:
     axes.set_title(f"equal loss; blue, the optimum: N ~ C^{law.optimal.a:.2f}")
 
 
-def _curves(axes: Axes, second: IsoFlop, table: Table) -> None:
+def _curves(axes: Axes, second: IsoFlop, table: CellTable) -> None:
     if second.source == "budgets":
         every = isoflop.budgets(table, table.group)
     else:
@@ -149,7 +149,7 @@ def _curves(axes: Axes, second: IsoFlop, table: Table) -> None:
     axes.set_title(f"IsoFLOP ({second.source}): N ~ C^{second.a:.2f}")
 
 
-def _residuals(axes: Axes, law: Law, table: Table, used: NDArray[np.bool_], norm: LogNorm) -> None:
+def _residuals(axes: Axes, law: Law, table: CellTable, used: Mask, norm: LogNorm) -> None:
     residual = 100 * (table.loss / law.predict(table.params, table.data, table.unique) - 1)
     axes.axhline(0, color=MUTED, linewidth=1)
     axes.scatter(table.flops[used], residual[used], c=table.flops[used], norm=norm, **DOTS)

@@ -20,9 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
-from numpy.typing import NDArray
 
-from mesocosm.scaling.forms import Array, Cells, Form, outer
+from mesocosm.scaling.forms import Array, Cells, Form, Ints, Mask, outer
 
 DELTA = 1e-3
 FTOL, GTOL = 1e-10, 1e-6
@@ -48,7 +47,7 @@ class Solution:
     """[B, S, P]."""
     objective: Array
     """[B, S]: sums of Huber losses of log residuals."""
-    converged: NDArray[np.bool_]
+    converged: Mask
     """[B, S]."""
 
     def best(self) -> tuple[Array, Array]:
@@ -114,9 +113,7 @@ def solve(
     )
 
 
-def _merged(
-    theta: Array, row: NDArray[np.int64], index: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], Array, NDArray[np.int64]]:
+def _merged(theta: Array, row: Ints, index: Ints) -> tuple[Ints, Array, Ints]:
     """Merge problems of one row that stand at the same point, to 1e-6.
 
     `index` maps each start to its problem. Returns the new (index, theta, row).
@@ -138,14 +135,14 @@ class _State:
     reweighted: Array
     """The Hessian of iteratively reweighted least squares: positive, and above the exact one."""
 
-    def take(self, at: NDArray[np.bool_]) -> _State:
+    def take(self, at: Mask) -> _State:
         return _State(*(values[at] for values in self._arrays()))
 
-    def put(self, at: NDArray[np.int64], other: _State) -> None:
+    def put(self, at: Ints, other: _State) -> None:
         for values, new in zip(self._arrays(), other._arrays(), strict=True):
             values[at] = new
 
-    def where(self, at: NDArray[np.bool_], other: _State) -> _State:
+    def where(self, at: Mask, other: _State) -> _State:
         """The other's problems at `at`, this one's elsewhere."""
         pairs = zip(self._arrays(), other._arrays(), strict=True)
         return _State(
@@ -165,7 +162,7 @@ class _Problem:
     """[B, n]. Each problem's `row` selects one."""
     fixed: tuple[int, ...]
 
-    def levelled(self, theta: Array, row: NDArray[np.int64]) -> Array:
+    def levelled(self, theta: Array, row: Ints) -> Array:
         """`theta` with E, A and B set by least squares of relative errors for its exponents.
 
         All three are above 0, so that no term starts as nothing.
@@ -191,14 +188,8 @@ class _Problem:
         return out
 
     def descend(
-        self,
-        theta: Array,
-        row: NDArray[np.int64],
-        delta: float,
-        damping: Array,
-        limit: int,
-        ftol: float,
-    ) -> tuple[Array, Array, NDArray[np.bool_], Array]:
+        self, theta: Array, row: Ints, delta: float, damping: Array, limit: int, ftol: float
+    ) -> tuple[Array, Array, Mask, Array]:
         """(theta [m, P], objective [m], converged [m], damping [m]) after at most `limit` steps."""
         parts = [
             self._descend(theta[at], self.weights[row[at]], delta, damping[at], limit, ftol)
@@ -217,7 +208,7 @@ class _Problem:
 
     def _descend(
         self, theta: Array, weight: Array, delta: float, damping: Array, limit: int, ftol: float
-    ) -> tuple[_State, NDArray[np.bool_], Array]:
+    ) -> tuple[_State, Mask, Array]:
         end, end_damping = self.state(theta, weight, delta), damping.copy()
         converged = np.zeros(len(theta), dtype=np.bool_)
         left, state = np.arange(len(theta)), end
@@ -281,9 +272,7 @@ def _step(state: _State, damping: Array) -> tuple[Array, Array]:
     return -part[:, None] * step, promised + 1e-300
 
 
-def _solve_positive(
-    matrix: Array, diagonal: Array, right: Array
-) -> tuple[Array, NDArray[np.bool_]]:
+def _solve_positive(matrix: Array, diagonal: Array, right: Array) -> tuple[Array, Mask]:
     """Solve (matrix + diag) x = right by LDL^T over all m at once: LAPACK needs a call for each.
 
     Returns (x [m, P], whether the matrix is positive definite [m]).

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.errors import UsageError, nearest
-from mesocosm.scaling.forms import Array, Cells
+from mesocosm.scaling.forms import Array, Cells, Ints, Mask
 
 REQUIRED = ("params", "data", "loss")
 DISTINGUISHING = ("lr", "seed", "trunk", "unique")
@@ -42,14 +42,14 @@ Notes = dict[str, str]
 
 
 @dataclass(frozen=True)
-class Table:
+class CellTable:
     """n rows to fit. Arrays are [n]."""
 
     name: str
     sha256: str
     rows: int
     """Rows of the file."""
-    line: NDArray[np.int64]
+    line: Ints
     params: Array
     data: Array
     loss: Array
@@ -58,9 +58,9 @@ class Table:
     """The table's, or 6 N D."""
     flops_given: bool
     weight: Array
-    series: NDArray[np.int64]
+    series: Ints
     """Rows with one number differ in data only: one size and one trunk (or seed)."""
-    group: NDArray[np.int64]
+    group: Ints
     """The unit that is resampled together: a trunk, or the seeds of one cell."""
     by_trunk: bool
     notes: Notes
@@ -69,7 +69,7 @@ class Table:
         return len(self.line)
 
     @property
-    def fresh(self) -> NDArray[np.bool_]:
+    def fresh(self) -> Mask:
         """Rows that repeat no data."""
         if self.unique is None:
             return np.ones(len(self), dtype=np.bool_)
@@ -85,14 +85,14 @@ class Table:
         unique = data if self.unique is None else np.minimum(data, np.log(self.unique))
         return Cells(np.log(self.params), data, unique)
 
-    def take(self, at: NDArray[Any]) -> Table:
+    def take(self, at: NDArray[Any]) -> CellTable:
         """The rows at the indices, or where the mask is true."""
         names = ("line", "params", "data", "loss", "flops", "weight", "series", "group")
         rows = {name: getattr(self, name)[at] for name in names}
         return replace(self, unique=None if self.unique is None else self.unique[at], **rows)
 
     @classmethod
-    def read(cls, path: str | Path) -> Table:
+    def read(cls, path: str | Path) -> CellTable:
         """Read a CSV file with a header.
 
         Raises:
@@ -222,7 +222,7 @@ def _parsed(where: str, line: int, fields: dict[str, str]) -> _Row:
     return _Row(line, unread, **({"unique": data, "flops": counted} | values))
 
 
-def _numbered(keys: Sequence[Hashable]) -> NDArray[np.int64]:
+def _numbered(keys: Sequence[Hashable]) -> Ints:
     number = {key: i for i, key in enumerate(dict.fromkeys(keys))}
     return np.array([number[key] for key in keys])
 
@@ -296,7 +296,7 @@ def _joined(words: list[str], last: str = "and") -> str:
     return f" {last} ".join([*([", ".join(words[:-1])] if len(words) > 1 else []), words[-1]])
 
 
-def levels(values: Array) -> NDArray[np.int64]:
+def levels(values: Array) -> Ints:
     """Number the distinct values. Those within `SAME` of the next lower one are equal."""
     order = np.argsort(values, kind="stable")
     steps = np.diff(np.log(values[order]), prepend=np.log(values[order[0]])) > SAME

@@ -24,7 +24,7 @@ from mesocosm.store.artifacts import Storage
 from mesocosm.train import engine, prepare
 from mesocosm.train.engine import Rank
 from mesocosm.train.schedule import factor
-from mesocosm.train.training import Diverged, Training
+from mesocosm.train.training import Diverged, RankTrainer
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class TrunkWorker:
             base, seconds = cells.fit_base(
                 self.storage, dataset, self.codec, trunk.model, trunk.seed
             )
-            training, _ = Training.start(
+            training, _ = RankTrainer.start(
                 dataset, self.codec, trunk.model, trunk.options, trunk.seed, self.rank, lambda: base
             )
             try:
@@ -114,13 +114,13 @@ class Branch:
     """A trained branch, or why it failed."""
 
     metrics: dict[str, float]
-    """Metrics of `Training.validate`. Empty where it failed."""
+    """Metrics of `RankTrainer.validate`. Empty where it failed."""
     seconds: float
     ran: int
     failed: str | None
 
 
-def branches(training: Training, leaves: Sequence[Cell]) -> Iterator[Branch]:
+def branches(training: RankTrainer, leaves: Sequence[Cell]) -> Iterator[Branch]:
     """Train the trunk, and at each cell's fork its decay to the cell's last step.
 
     `leaves` ascend in steps. A branch that diverges fails alone. A trunk that diverges fails all
@@ -147,7 +147,7 @@ def branches(training: Training, leaves: Sequence[Cell]) -> Iterator[Branch]:
         yield branch
 
 
-def _decayed(training: Training, leaf: Cell, began: float, before: int) -> Branch:
+def _decayed(training: RankTrainer, leaf: Cell, began: float, before: int) -> Branch:
     """Train from the fork to the cell's last step.
 
     `began` and `before` are the time and the trunk's step after the previous cell.

@@ -37,7 +37,7 @@ AGAIN = "use --force to start again"
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """The state of training after `step`. The loader's position and the schedule follow from it."""
 
     step: int = 0
@@ -64,7 +64,7 @@ def folder_of(id: str) -> str:
     return f"runs/checkpoints/{id}"
 
 
-def latest(storage: Storage, id: str) -> tuple[str, Progress] | None:
+def latest(storage: Storage, id: str) -> tuple[str, TrainingProgress] | None:
     """The last whole checkpoint (its path under the root) and its progress, by Ray Train's record.
 
     Raises:
@@ -82,18 +82,18 @@ def latest(storage: Storage, id: str) -> tuple[str, Progress] | None:
         path = f"{folder_of(id)}/{result['checkpoint_dir_name']}"
         name = f"{path}/{PROGRESS}"
         progress = storage.read(name)
-        return None if progress is None else (path, Progress(**json.loads(progress)))
+        return None if progress is None else (path, TrainingProgress(**json.loads(progress)))
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"cannot resume: {name!r} in storage.root {storage.root!r} is damaged; {AGAIN}"
         ) from error
 
 
-def read_progress(folder: Path) -> Progress:
-    return Progress(**json.loads((folder / PROGRESS).read_text()))
+def read_progress(folder: Path) -> TrainingProgress:
+    return TrainingProgress(**json.loads((folder / PROGRESS).read_text()))
 
 
-def save_running(engine: Any, progress: Progress, rank: int) -> Path:
+def save_running(engine: Any, progress: TrainingProgress, rank: int) -> Path:
     """Save this rank's part of a checkpoint in a new folder."""
     folder = Path(tempfile.mkdtemp(prefix="mesocosm-checkpoint-"))
     (folder / "ds").mkdir()
@@ -103,7 +103,9 @@ def save_running(engine: Any, progress: Progress, rank: int) -> Path:
     return _seal(folder, progress, rank)
 
 
-def save_final(weights: dict[str, torch.Tensor] | None, progress: Progress, rank: int) -> Path:
+def save_final(
+    weights: dict[str, torch.Tensor] | None, progress: TrainingProgress, rank: int
+) -> Path:
     """Save the last checkpoint in a new folder: rank 0 has the weights, the others None."""
     folder = Path(tempfile.mkdtemp(prefix="mesocosm-checkpoint-"))
     if weights is not None:
@@ -111,7 +113,7 @@ def save_final(weights: dict[str, torch.Tensor] | None, progress: Progress, rank
     return _seal(folder, progress, rank)
 
 
-def _seal(folder: Path, progress: Progress, rank: int) -> Path:
+def _seal(folder: Path, progress: TrainingProgress, rank: int) -> Path:
     """Write the progress (rank 0) and this rank's record of checksums."""
     if rank == 0:
         (folder / PROGRESS).write_text(json.dumps(asdict(progress)))

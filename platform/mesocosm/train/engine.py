@@ -20,7 +20,7 @@ from torch import Tensor
 from mesocosm.model import mup
 from mesocosm.model.net import WorldNet
 from mesocosm.train import checkpoint
-from mesocosm.train.checkpoint import Progress
+from mesocosm.train.checkpoint import TrainingProgress
 from mesocosm.train.config import TrainConfig
 
 BETAS = (0.9, 0.95)
@@ -84,7 +84,7 @@ def least_gib(total: int, options: TrainConfig, workers: int, *, on_gpu: bool) -
 
 def start(
     net: WorldNet, options: TrainConfig, rank: Rank, resume_from: Path | None
-) -> tuple[Any, list[float], Progress | None]:
+) -> tuple[Any, list[float], TrainingProgress | None]:
     """Start the engine, from the checkpoint in the local folder `resume_from`, if any.
 
     Returns:

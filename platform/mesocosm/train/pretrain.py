@@ -27,11 +27,11 @@ from mesocosm.runs import tracking
 from mesocosm.runs.tracking import Run
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train import checkpoint, engine, prepare
-from mesocosm.train.checkpoint import Progress
+from mesocosm.train.checkpoint import TrainingProgress
 from mesocosm.train.config import DEFAULT_STEPS, PretrainConfig, world_identity
 from mesocosm.train.export import calibrate, check_termination, load_trained
 from mesocosm.train.feed import Feed
-from mesocosm.train.worker import FLOPS, Work, train_loop
+from mesocosm.train.worker import FLOPS, TrainWork, train_loop
 
 POLL_S, POLL_REMOTE_S = 0.2, 2.0
 """Seconds between reads of the feed; on a remote root each is a request that is paid for."""
@@ -146,7 +146,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
             if last is not None:
                 run.say(f"resuming from step {last[1].step} of {steps}")
             data = replace(config.data, datasets=plan.dataset.ids)
-            work = Work(id, storage.root, data, config.model, train, steps, config.seed)
+            work = TrainWork(id, storage.root, data, config.model, train, steps, config.seed)
             _train(work, config, run, loader.dataset, codec)
             last = checkpoint.latest(storage, id)
         if last is None or not last[1].done:
@@ -166,7 +166,7 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         codec: Codec,
         loader: Loader,
         path: str,
-        progress: Progress,
+        progress: TrainingProgress,
     ) -> Artifact:
         """Turn the last checkpoint, at `path`, into the world artifact."""
         import ray.train
@@ -224,7 +224,9 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
         return artifact
 
 
-def _train(work: Work, config: PretrainConfig, run: Run, dataset: Dataset, codec: Codec) -> None:
+def _train(
+    work: TrainWork, config: PretrainConfig, run: Run, dataset: Dataset, codec: Codec
+) -> None:
     """Train on the cluster and log rank 0's records; fit the base while the workers start."""
     from mesocosm.train.trainer import make_trainer  # imports Ray Train
 
@@ -282,7 +284,7 @@ def _note(record: dict[str, Any]) -> str:
     return note
 
 
-def _raise(error: BaseException, work: Work) -> None:
+def _raise(error: BaseException, work: TrainWork) -> None:
     """Raise an error of Ray Train as a MesocosmError."""
     from ray.exceptions import RayError
     from ray.train.v2.api.exceptions import ControllerError

@@ -19,7 +19,7 @@ from ray.train.v2.api.config import FailureConfig
 
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import checkpoint
-from mesocosm.train.worker import Work
+from mesocosm.train.worker import TrainWork
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
@@ -60,7 +60,7 @@ class _FixedWorkers(FixedScalingPolicy):  # type: ignore[misc]
 
 def make_trainer(
     loop: Callable[[dict[str, Any]], None],
-    work: Work,
+    work: TrainWork,
     storage: Storage,
     *,
     private: bool,

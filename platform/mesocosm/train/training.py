@@ -28,7 +28,7 @@ from mesocosm.model.families import build
 from mesocosm.model.net import WindowLosses, apply_base
 from mesocosm.model.spec import Parts, Windows
 from mesocosm.train import engine, prepare
-from mesocosm.train.checkpoint import Progress
+from mesocosm.train.checkpoint import TrainingProgress
 from mesocosm.train.config import DataConfig, TrainConfig
 from mesocosm.train.engine import Rank
 from mesocosm.train.schedule import Watch
@@ -42,7 +42,7 @@ class Diverged(MesocosmError):
 
 
 @dataclass
-class Training:
+class RankTrainer:
     """Everything that a step reads and writes on this rank."""
 
     engine: Any
@@ -68,7 +68,7 @@ class Training:
         *,
         data: DataConfig | None = None,
         resume_from: Path | None = None,
-    ) -> tuple[Training, Progress | None]:
+    ) -> tuple[RankTrainer, TrainingProgress | None]:
         """Start to train `model` on `dataset`, or resume.
 
         Args:
@@ -94,7 +94,7 @@ class Training:
         net.trains_on(_episodes(dataset, model.members))
         running, rates, progress = engine.start(net, options, rank, resume_from)
         frozen = base().to(rank.device)
-        return Training(running, rates, frozen, loader, valid, options, rank, seed), progress
+        return RankTrainer(running, rates, frozen, loader, valid, options, rank, seed), progress
 
     @property
     def lr(self) -> float:

@@ -21,12 +21,12 @@ from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import checkpoint, engine, prepare
-from mesocosm.train.checkpoint import Progress
+from mesocosm.train.checkpoint import TrainingProgress
 from mesocosm.train.config import DataConfig, TrainConfig
 from mesocosm.train.engine import Rank
 from mesocosm.train.feed import Feed
 from mesocosm.train.schedule import Watch, due, lr_factor
-from mesocosm.train.training import Diverged, Training
+from mesocosm.train.training import Diverged, RankTrainer
 
 RATES_EVERY = 10
 """Steps between measurements of throughput."""
@@ -35,7 +35,7 @@ FLOPS = "flops.json"
 
 
 @dataclass(frozen=True)
-class Work:
+class TrainWork:
     """The message of the driver to every rank: plain data."""
 
     id: str  # the world's id
@@ -51,7 +51,7 @@ def train_loop(config: dict[str, Any]) -> None:
     """Train, or resume from the last checkpoint. Failures that another attempt would meet again are
     reported through the feed.
     """
-    work: Work = config["work"]
+    work: TrainWork = config["work"]
     storage = Storage(work.root)
     feed = Feed(storage, checkpoint.folder_of(work.id))
     if feed.stopped:
@@ -63,7 +63,7 @@ def train_loop(config: dict[str, Any]) -> None:
         raise
 
 
-def _train(work: Work, storage: Storage, feed: Feed) -> None:
+def _train(work: TrainWork, storage: Storage, feed: Feed) -> None:
     import ray.train
     import ray.train.torch
 
@@ -81,7 +81,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
     base = partial(_wait_for_base, work, storage, codec, feed)
     resumed = ray.train.get_checkpoint()
     with resumed.as_directory() if resumed else nullcontext() as local:
-        training, stored = Training.start(
+        training, stored = RankTrainer.start(
             dataset,
             codec,
             work.model,
@@ -92,14 +92,14 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
             data=work.data,
             resume_from=Path(local) if local else None,
         )
-    progress = stored or Progress(
+    progress = stored or TrainingProgress(
         0, work.steps, rank.world_size, engine.stage(options), options.precision
     )
     saved = progress.step
     watch = training.watch = Watch(progress.best, progress.high)
     flops = int(json.loads(storage.read(f"{folder}/{FLOPS}") or b"0"))
     peak = options.peak_flops or measured_peak(device, options.precision)
-    meter = Meter(flops, options.batch * work.model.context, peak * rank.world_size)
+    meter = Throughput(flops, options.batch * work.model.context, peak * rank.world_size)
 
     while progress.step < work.steps:
         began, step = time.perf_counter(), progress.step + 1
@@ -150,7 +150,7 @@ def _train(work: Work, storage: Storage, feed: Feed) -> None:
         saved = step
 
 
-def _wait_for_base(work: Work, storage: Storage, codec: Codec, feed: Feed) -> Base:
+def _wait_for_base(work: TrainWork, storage: Storage, codec: Codec, feed: Feed) -> Base:
     """The base, which the driver fits while this group starts."""
     folder = checkpoint.folder_of(work.id)
     while (base := prepare.read_base(storage, folder, codec.spec, work.model)) is None:
@@ -160,7 +160,7 @@ def _wait_for_base(work: Work, storage: Storage, codec: Codec, feed: Feed) -> Ba
     return base
 
 
-def _report(folder: Path, progress: Progress) -> None:
+def _report(folder: Path, progress: TrainingProgress) -> None:
     """Hand this rank's part of a checkpoint to Ray Train; a barrier for all ranks."""
     import ray.train
 
@@ -174,7 +174,7 @@ def _divergence(problem: str, saved: int, options: TrainConfig) -> str:
     return f"training stopped: {problem}; {state}; lower train.lr={options.lr:g} or check the data"
 
 
-class Meter:
+class Throughput:
     """Throughput, since the last `read` and over all steps that were read."""
 
     def __init__(self, flops: float, positions: int, peak: float):
