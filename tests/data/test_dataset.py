@@ -257,6 +257,15 @@ def test_an_option_with_a_float_is_a_number(write: Write, counted: Counted) -> N
     assert dataset.option_numbers[:, 0].tolist() == [1, 2, 1]
 
 
+def test_an_environment_under_its_earlier_name_is_the_same(write: Write, counted: Counted) -> None:
+    names = ("mesocosm.reality.domains:reacher", "mesocosm.envs.builtin:reacher")
+    first, second = (
+        write([counted(0, 3)], id=f"d{i}", environment=Environment(id=name))
+        for i, name in enumerate(names)
+    )
+    assert Dataset([first, second]).transitions == 6
+
+
 def test_datasets_of_different_environments_are_refused(write: Write, counted: Counted) -> None:
     a = write([counted(0, 3)], id="a")
     b = write([counted(0, 3)], id="b", environment=Environment(id="Other-v0"))

@@ -75,6 +75,16 @@ def sort_key(value: Any) -> tuple[str, Any]:
     return type(value).__name__, value
 
 
+MOVED = {"mesocosm.reality.domains": "mesocosm.envs.builtin"}
+"""Modules of environments by the names that artifacts of earlier versions contain."""
+
+
+def current_id(env: str) -> str:
+    """An environment's id (`reality.env`) with its module's current name."""
+    module, colon, name = env.rpartition(":")
+    return f"{MOVED.get(module, module)}{colon}{name}"
+
+
 class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -171,10 +181,11 @@ def check_alike(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
     first = manifests[0]
     for path, other in zip(paths[1:], manifests[1:], strict=True):
         a, b = first.environment, other.environment
-        fields = ["id", "kwargs", "task", "max_episode_steps"]
+        fields = ["kwargs", "task", "max_episode_steps"]
         if a.version and b.version:  # "" is unknown
             fields.append("version")
-        pairs = {f"environment {name}": (getattr(a, name), getattr(b, name)) for name in fields}
+        pairs = {"environment id": (current_id(a.id), current_id(b.id))}
+        pairs |= {f"environment {name}": (getattr(a, name), getattr(b, name)) for name in fields}
         pairs["observation_space"] = first.observation_space, other.observation_space
         pairs["action_space"] = first.action_space, other.action_space
         for name, (x, y) in pairs.items():

@@ -18,13 +18,10 @@ import numpy as np
 
 from mesocosm.cluster.ray_session import IMPORTS
 from mesocosm.datasets.bounds import Clipped
+from mesocosm.datasets.manifest import current_id
 from mesocosm.envs.api import Env, close
 from mesocosm.envs.config import RealityConfig, check
 from mesocosm.errors import UsageError, nearest
-
-MOVED = {"mesocosm.reality.domains": "mesocosm.envs.builtin"}
-"""Modules by the names that artifacts of earlier versions contain."""
-
 
 # -- environments ------------------------------------------------------------------------------
 
@@ -87,8 +84,7 @@ def facts_of(config: RealityConfig) -> EnvFacts:
 
 
 def _builder(config: RealityConfig) -> Callable[[], Env]:
-    module_name, _, name = config.env.rpartition(":")
-    module_name = MOVED.get(module_name, module_name)
+    module_name, _, name = current_id(config.env).rpartition(":")
     module = import_module(module_name, f"reality.env={config.env!r}") if module_name else None
     if name in gymnasium.registry:
         return lambda: gymnasium.make(

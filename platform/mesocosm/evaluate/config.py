@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 from mesocosm import checks
 from mesocosm.config import JobConfig
 from mesocosm.data.loading.codec import Codec
+from mesocosm.datasets.manifest import current_id
 from mesocosm.envs.config import RealityConfig
-from mesocosm.envs.make import MOVED
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.open_loop import HORIZONS
 from mesocosm.policies import behaviours
@@ -94,7 +94,7 @@ class EvaluateConfig(JobConfig):
             raise UsageError(f"horizons must be >= 1, got {self.horizons}")
 
 
-TRUSTED = ("", "mesocosm.envs.builtin", *MOVED)
+TRUSTED = ("", "mesocosm.envs.builtin")
 """Modules whose environments a world may name; "" is Gymnasium's registry."""
 
 
@@ -108,7 +108,7 @@ def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
     if reality.env:
         return reality
     known = codec.environment
-    if known["id"].rpartition(":")[0] not in TRUSTED:
+    if current_id(known["id"]).rpartition(":")[0] not in TRUSTED:
         raise UsageError(
             f"reality.env must be set: the world's environment {known['id']!r} is a program; if you"
             f" trust it, try reality.env={known['id']} reality.kwargs={known['kwargs']}"
