@@ -184,7 +184,7 @@ def check_alike(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
         fields = ["kwargs", "task", "max_episode_steps"]
         if a.version and b.version:  # "" is unknown
             fields.append("version")
-        pairs = {"environment id": (current_id(a.id), current_id(b.id))}
+        pairs: dict[str, tuple[Any, Any]] = {"environment id": (current_id(a.id), current_id(b.id))}
         pairs |= {f"environment {name}": (getattr(a, name), getattr(b, name)) for name in fields}
         pairs["observation_space"] = first.observation_space, other.observation_space
         pairs["action_space"] = first.action_space, other.action_space
