@@ -154,7 +154,7 @@ def world(name: str, seed: int, overrides: list[str]) -> dict[str, Any]:
         loop.LoopConfig, [CONFIGS / task.config], [f"storage.root={ROOT}", *settings, *overrides]
     )
     with tracking.start("loop", cfg) as run:
-        artifact = loop.run(cfg, run)
+        artifact = loop.JOB.run(cfg, run)
     summary = json.loads((artifact.path / "summary.json").read_text())
     curve = summary["curves"]["world"][0]
     spent = {row["purpose"]: row for row in summary["real_steps"]["purposes"]}
@@ -190,7 +190,7 @@ def model_free(name: str, algo: str, seed: int, overrides: list[str]) -> dict[st
     cfg = config.load(BaselineConfig, [], [f"storage.root={ROOT}", *settings, *overrides])
     cfg.reality = reality
     with tracking.start("baseline", cfg) as run:
-        artifact = baseline.run(cfg, run)
+        artifact = baseline.JOB.run(cfg, run)
         ledger = Ledger(run.storage, artifact.meta["ledger"], BudgetConfig(), reality.price)
         price = ledger.totals().purposes["baseline"].price
     curve = json.loads((artifact.path / "curve.json").read_text())

@@ -117,7 +117,7 @@ def policies() -> list[Noisy]:
 
 def collected(cfg: collect.CollectConfig) -> Artifact:
     with tracking.start("collect", cfg, quiet=True) as run:
-        return collect.run(cfg, run)
+        return collect.JOB.run(cfg, run)
 
 
 def buying(seed: int, steps: int, behaviours: list[BehaviourConfig]) -> collect.CollectConfig:
@@ -191,7 +191,7 @@ def proposed(world: Artifact, seed: int) -> tuple[collect.CollectConfig, dict[st
         reality=REALITY,
     )
     with tracking.start("propose", cfg) as run:
-        made = propose.run(cfg, run)
+        made = propose.JOB.run(cfg, run)
     overrides = [f"storage.root={ROOT}", "workers=0", "lanes=1"]
     job = config.load(collect.CollectConfig, [made.path / propose.NEXT], overrides)
     return job, json.loads((made.path / propose.PROPOSAL).read_text())

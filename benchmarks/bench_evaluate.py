@@ -63,7 +63,7 @@ def evaluated(
     settings = [f"storage.root={ROOT}", f"seed={seed}", f"world={world.id}", f"agent={agent.id}"]
     stage = config.load(EvaluateConfig, [CONFIGS / OWN[env]], [*settings, *overrides])
     with tracking.start("evaluate", stage) as run:
-        made = evaluation.run(stage, run)
+        made = evaluation.JOB.run(stage, run)
     suite = json.loads((made.path / "summary.json").read_text())["suite"]
     value, off, starts = suite["policy_value"], suite["off_policy"], suite["starts"]
     return {

@@ -99,7 +99,7 @@ def dataset(task: Task) -> str:
         collect.CollectConfig, [REPOSITORY / "configs" / "collect" / task.collected], settings
     )
     with tracking.start("collect", cfg) as run:
-        return collect.run(cfg, run).id
+        return collect.JOB.run(cfg, run).id
 
 
 def configured_sweep(task: Task, family: str, data: str) -> SweepConfig:
@@ -119,7 +119,7 @@ def configured_sweep(task: Task, family: str, data: str) -> SweepConfig:
 
 def rows_of(cfg: SweepConfig) -> list[dict[str, Any]]:
     with tracking.start("sweep", cfg) as run:
-        made = sweep.run(cfg, run)
+        made = sweep.JOB.run(cfg, run)
     with open(made.path / "table.csv", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -129,7 +129,7 @@ def judged(cfg: SweepConfig, cell: Cell, precision: str) -> dict[str, Any]:
     train = cfg.training(cell.steps, cell.warmup, cell.decay, precision)
     job = cfg.pretraining(cell.size, cell.seed, cell.unique_limit, train)
     with tracking.start("pretrain", job) as run:
-        world = pretraining.run(job, run)
+        world = pretraining.JOB.run(job, run)
     agent = agent_of(configured(PENDULUM, cell.seed, []), world)
     report = evaluated(PENDULUM, cell.seed, world, agent, EVALUATION)
     suite = {key: report[key] for key in JUDGED.values()}

@@ -81,7 +81,7 @@ class Setting:
             valid_fraction=0.2,
         )
         with tracking.start("collect", cfg, quiet=True) as run:
-            self.data = Dataset([collect.run(cfg, run).path])
+            self.data = Dataset([collect.JOB.run(cfg, run).path])
         self.codec = Codec.fit(self.data)
         self.base = Base.fit(self.codec.spec, MODEL, transitions(self.data, self.codec), 0)
         self.valid: list[Windows] = list(self.loader("valid", 0).eval_batches(128))

@@ -80,10 +80,10 @@ def world_of(cfg: loop.LoopConfig) -> Artifact:
     """The first round's world; found where it was trained before."""
     first, stage = loop._fill(cfg.collect, cfg, 0), loop._fill(cfg.pretrain, cfg, 0)
     with tracking.start("collect", first, quiet=True) as run:
-        data = collect.run(first, run)
+        data = collect.JOB.run(first, run)
     stage.data.datasets = [data.id]
     with tracking.start("pretrain", stage, quiet=True) as run:
-        return pretraining.run(stage, run)
+        return pretraining.JOB.run(stage, run)
 
 
 def agent_of(cfg: loop.LoopConfig, world: Artifact) -> Artifact:
@@ -91,7 +91,7 @@ def agent_of(cfg: loop.LoopConfig, world: Artifact) -> Artifact:
     stage = loop._fill(cfg.agent, cfg, 0)
     stage.world, stage.backend = world.id, "local"
     with tracking.start("train-agent", stage) as run:
-        return agents.run(stage, run)
+        return agents.JOB.run(stage, run)
 
 
 def configured(env: str, seed: int, overrides: list[str]) -> loop.LoopConfig:

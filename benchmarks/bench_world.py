@@ -134,7 +134,7 @@ def dataset(env: str, seed: int, *, held_out: bool) -> Dataset:
         valid_fraction=0.99 if held_out else 0.1,
     )
     with tracking.start("collect", cfg, quiet=True) as run:
-        return Dataset([collect.run(cfg, run).path])
+        return Dataset([collect.JOB.run(cfg, run).path])
 
 
 def train(data: Dataset, cfg: PretrainConfig) -> tuple[World, dict[str, float]]:

@@ -361,7 +361,7 @@ def baseline_config(root: str, *overrides: str) -> BaselineConfig:
 
 def run_baseline(config: BaselineConfig) -> tuple[Artifact, dict[str, Any]]:
     with tracking.start("baseline", config, quiet=True) as run:
-        artifact = baseline.run(config, run)
+        artifact = baseline.JOB.run(config, run)
     return artifact, json.loads((artifact.path / baseline.CURVE).read_text())
 
 

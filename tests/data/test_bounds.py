@@ -24,8 +24,9 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate.judge import judge
-from mesocosm.jobs.collect import run as collect
-from mesocosm.jobs.import_logs import ImportConfig, plan, run
+from mesocosm.jobs.collect import JOB as COLLECT
+from mesocosm.jobs.import_logs import JOB as IMPORT
+from mesocosm.jobs.import_logs import ImportConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -70,7 +71,7 @@ def import_logs(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
         config = configured(*paths, **keys)
         config.storage.root = root
         a_run.storage = Storage(root)
-        return run(config, a_run)
+        return IMPORT.run(config, a_run)
 
     return make
 
@@ -88,7 +89,7 @@ def gather(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
         )
         config.storage.root = root
         a_run.storage = Storage(root)
-        return collect(config, a_run)
+        return COLLECT.run(config, a_run)
 
     return make
 
@@ -137,7 +138,7 @@ def test_bounds_of_what_is_imported(
         (1, 0, "next_observation", [-7.0, 0.125]),
         (1, 1, "observation", [-7.0, 0.125]),
     )
-    dropped = plan(configured(path, env="OddSquare-v0", bad=bad))
+    dropped = IMPORT.plan(configured(path, env="OddSquare-v0", bad=bad))
     assert [(row["reason"], row["episodes"]) for row in dropped["left out"]] == [
         ("outside the space", 1)
     ] and dropped["episodes"] == 2
@@ -146,7 +147,8 @@ def test_bounds_of_what_is_imported(
         assert [float(o[0]) for o in result.episode(1).observations] == [0.0, value, 1.0, 1.5, 2.0]
     wrong = parquet(tmp_path / "b.parquet", (1, 1, "action", 2))
     for bounds in ("drop", "clip", "ignore"):
-        left_out = plan(configured(wrong, env="OddSquare-v0", bounds=bounds, bad=bad))["left out"]
+        config = configured(wrong, env="OddSquare-v0", bounds=bounds, bad=bad)
+        left_out = IMPORT.plan(config)["left out"]
         assert [(row["reason"], row["episodes"]) for row in left_out] == [
             ("outside the space", 1)
         ], "no column can hold it"
@@ -154,7 +156,7 @@ def test_bounds_of_what_is_imported(
         UsageError,
         match=r"can be imported: .*row 1: observation .* got \[7.0, 7.0\] .*reality.bounds=clip",
     ):
-        plan(
+        IMPORT.plan(
             configured(
                 parquet(tmp_path / "c.parquet", (-1, 0, "observation", [7.0, 7.0])),
                 env="OddSquare-v0",
@@ -163,7 +165,7 @@ def test_bounds_of_what_is_imported(
     with pytest.raises(
         UsageError, match=r"reality.bounds must be 'drop', 'clip' or 'ignore', got 'keep'"
     ):
-        plan(configured(path, bounds="keep"))
+        IMPORT.plan(configured(path, bounds="keep"))
 
 
 def test_bounds_of_what_is_collected(

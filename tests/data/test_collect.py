@@ -28,7 +28,7 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import facts_of
 from mesocosm.envs.segments import Attempt
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
-from mesocosm.jobs.collect import run
+from mesocosm.jobs.collect import JOB
 from mesocosm.policies.behaviours import BehaviourConfig, build, choose
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
@@ -64,7 +64,7 @@ def config(root: str, env: str = "CartPole-v1", **changes: Any) -> CollectConfig
 
 def collect(cfg: CollectConfig, a_run: tracking.Run) -> Artifact:
     a_run.storage = Storage(cfg.storage.root)
-    return run(cfg, a_run)
+    return JOB.run(cfg, a_run)
 
 
 def checksums(artifact: Artifact) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def test_a_budget_that_was_raised_makes_up_for_a_refusal(
     monkeypatch.setattr(collecting, "run_here", spend)
     monkeypatch.setattr(DatasetWriter, "close", interrupted)
     with pytest.raises(KeyboardInterrupt), tracking.start("collect", cfg, quiet=True) as run:
-        collecting.run(cfg, run)
+        collecting.JOB.run(cfg, run)
     stored = Segments(Storage(cfg.storage.root), Storage(cfg.storage.root).list("runs/episodes")[0])
     refused = [
         a.spent
@@ -137,5 +137,5 @@ def test_a_budget_that_was_raised_makes_up_for_a_refusal(
     monkeypatch.setattr(DatasetWriter, "close", close)
     cfg.reality.budget.steps = 1000
     with tracking.start("collect", cfg, quiet=True) as run:
-        result = collecting.run(cfg, run)
+        result = collecting.JOB.run(cfg, run)
     assert result.meta["counts"]["steps"] == 100 and result.meta["short"] is None

@@ -20,7 +20,7 @@ from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.errors import UsageError
-from mesocosm.jobs.curate import CurateConfig, plan, run
+from mesocosm.jobs.curate import JOB, CurateConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -98,7 +98,7 @@ def curate(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
         *operations: dict[str, Any], datasets: tuple[str, ...] = ("d0",), **keys: Any
     ) -> Artifact:
         a_run.storage = Storage(root)
-        return run(configured(root, *operations, datasets=datasets, **keys), a_run)
+        return JOB.run(configured(root, *operations, datasets=datasets, **keys), a_run)
 
     return make
 
@@ -611,7 +611,7 @@ def test_wrong_operations_are_refused(
 ) -> None:
     dataset([walk(k) for k in range(10)])
     with pytest.raises(UsageError, match=message):
-        plan(configured(root, operation))
+        JOB.plan(configured(root, operation))
 
 
 def test_datasets_of_different_spaces_are_refused(

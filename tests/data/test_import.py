@@ -26,7 +26,7 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import Manifest
 from mesocosm.datasets.writer import DatasetWriter
 from mesocosm.errors import UsageError
-from mesocosm.jobs.import_logs import ImportConfig, plan, run
+from mesocosm.jobs.import_logs import JOB, ImportConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -62,7 +62,7 @@ def import_logs(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
         config = configured(paths, env, **keys)
         config.storage.root = to
         a_run.storage = Storage(to)
-        return run(config, a_run)
+        return JOB.run(config, a_run)
 
     return make
 
@@ -359,7 +359,7 @@ def test_files_that_number_their_own_episodes(
     with pytest.raises(
         UsageError, match=r"1.parquet' row 1: episode 0 comes again .*per_file=true"
     ):
-        plan(configured(paths))
+        JOB.plan(configured(paths))
     assert import_logs(folder, per_file=True).meta["counts"]["episodes"] == 6
     for i in range(3):
         parquet(
@@ -367,7 +367,7 @@ def test_files_that_number_their_own_episodes(
             [{k: v for k, v in row.items() if k != "episode"} for row in logs(1)],
         )
     with pytest.raises(UsageError, match=r"no column 'episode'.*per_file=true"):
-        plan(configured(paths))
+        JOB.plan(configured(paths))
     result = import_logs(folder, per_file=True)
     assert [e.index for e in Dataset([result.path]).iter_episodes()] == [0, 1, 2]
 
@@ -376,10 +376,8 @@ def test_episodes_beyond_the_limit_give_a_warning(tmp_path: Path) -> None:
     config = configured([parquet(tmp_path / "a.parquet", logs())])
     for horizon, warns in ((4, False), (3, True)):
         config.reality.horizon = horizon
-        assert (
-            any("longest episode has 4 steps" in text for text in plan(config).get("warnings", []))
-            == warns
-        )
+        warnings = JOB.plan(config).get("warnings", [])
+        assert any("longest episode has 4 steps" in text for text in warnings) == warns
 
 
 def test_columns_with_other_names(tmp_path: Path, import_logs: Callable[..., Artifact]) -> None:
@@ -396,7 +394,7 @@ def test_columns_with_other_names(tmp_path: Path, import_logs: Callable[..., Art
             r" obs.*columns.observation=NAME"
         ),
     ):
-        plan(configured([path]))
+        JOB.plan(configured([path]))
     result = import_logs(path, columns={"observation": "obs", "terminated": "done"})
     assert result.meta["counts"]["transitions"] == 12 and [
         e.index for e in Dataset([result.path]).iter_episodes()
@@ -441,7 +439,7 @@ def test_a_lerobot_folder(folder: Path, import_logs: Callable[..., Artifact]) ->
     )
     (folder / "meta" / "info.json").write_text(json.dumps({"codebase_version": "v2.1"}))
     with pytest.raises(UsageError, match=r"LeRobot folder of version v3, got v2.1"):
-        plan(configured([folder]))
+        JOB.plan(configured([folder]))
 
 
 def test_a_minari_dataset(
@@ -493,7 +491,7 @@ def test_a_minari_dataset(
     with pytest.raises(
         UsageError, match="'minari:none-v0' is not on this machine; leave --dry-run out"
     ):
-        plan(configured(["minari:none-v0"]))
+        JOB.plan(configured(["minari:none-v0"]))
 
     from minari.storage import remotes
 
@@ -648,9 +646,9 @@ def test_bad_rows_are_named(
         else jsonl(tmp_path / "bad.jsonl", rows)
     )
     with pytest.raises(UsageError, match=message) as error:
-        plan(configured([path]))
+        JOB.plan(configured([path]))
     assert f"bad.{form}' row" in str(error.value) and "\n" not in str(error.value)
-    rest = plan(configured([path], bad="drop"))
+    rest = JOB.plan(configured([path], bad="drop"))
     assert rest["left out"][0]["episodes"] >= 1 and rest["episodes"] >= 1
 
 
@@ -670,7 +668,7 @@ def test_bad_rows_are_named(
 )
 def test_mixed_kinds_in_json(row: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        plan(configured([jsonl(tmp_path / "a.jsonl", changed(6, **row))]))
+        JOB.plan(configured([jsonl(tmp_path / "a.jsonl", changed(6, **row))]))
 
 
 def test_mixed_kinds_far_into_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -686,7 +684,7 @@ def test_mixed_kinds_far_into_json(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ):
         rows = [{**row, "behaviour": "a"} for row in logs()]
         with pytest.raises(UsageError, match=message):
-            plan(
+            JOB.plan(
                 configured(
                     [
                         jsonl(
@@ -714,8 +712,8 @@ def test_the_faulty_row_is_named_and_not_the_one_before(
         with pytest.raises(
             UsageError, match=f"row {row + 1}: {message} .* got nan at step 1 of episode 1"
         ):
-            plan(configured([path]))
-        (left,) = plan(configured([path], bad="drop"))["left out"]
+            JOB.plan(configured([path]))
+        (left,) = JOB.plan(configured([path], bad="drop"))["left out"]
         assert (left["reason"], left["episodes"]) == ("not finite", 1)
 
 
@@ -728,9 +726,9 @@ def test_lines_that_are_not_objects(tmp_path: Path) -> None:
     ):
         (tmp_path / "b.jsonl").write_text(path.read_text() + bad + "\n")
         with pytest.raises(UsageError, match=message):
-            plan(configured([tmp_path / "b.jsonl"]))
+            JOB.plan(configured([tmp_path / "b.jsonl"]))
     path.write_text(path.read_text() + "\n\n")
-    assert plan(configured([path]))["transitions"] == 12
+    assert JOB.plan(configured([path]))["transitions"] == 12
 
 
 def test_files_that_differ(tmp_path: Path) -> None:
@@ -744,24 +742,24 @@ def test_files_that_differ(tmp_path: Path) -> None:
             r" '.*b.parquet' \(mixed dtypes\)"
         ),
     ):
-        plan(configured([a, b]))
+        JOB.plan(configured([a, b]))
     c = parquet(
         tmp_path / "c.parquet", [{k: v for k, v in row.items() if k != "reward"} for row in later]
     )
     with pytest.raises(
         UsageError, match=r"c.parquet' has no column 'reward', which '.*a.parquet' has"
     ):
-        plan(configured([a, c]))
+        JOB.plan(configured([a, c]))
     d = parquet(tmp_path / "d.parquet", [{**row, "extra": 1} for row in later])
     assert (
-        next(row for row in plan(configured([a, d]))["columns"] if row["column"] == "extra")[
+        next(row for row in JOB.plan(configured([a, d]))["columns"] if row["column"] == "extra")[
             "became"
         ]
         == "nothing"
     )
     (tmp_path / "e.parquet").write_bytes(b"PAR1 not at all")
     with pytest.raises(UsageError, match=r"e.parquet' cannot be read as Parquet"):
-        plan(configured([a, tmp_path / "e.parquet"]))
+        JOB.plan(configured([a, tmp_path / "e.parquet"]))
 
 
 def test_every_value_is_checked_against_the_environment(cart: Dataset, tmp_path: Path) -> None:
@@ -779,17 +777,17 @@ def test_every_value_is_checked_against_the_environment(cart: Dataset, tmp_path:
             [{**row, **change} if i == 2 else row for i, row in enumerate(rows)],
         )
         for bad in ("refuse", "drop"):
-            dropped = plan(configured([path], "CartPole-v1", bad=bad))["left out"]
+            dropped = JOB.plan(configured([path], "CartPole-v1", bad=bad))["left out"]
             assert [(d["reason"], d["episodes"], d["first"]) for d in dropped] == [
                 ("outside the space", 1, f"{str(path)!r} row 3")
             ]
         only = parquet(tmp_path / "only.parquet", pq.read_table(path).slice(0, half).to_pylist())
         with pytest.raises(UsageError, match=message):
-            plan(configured([only], "CartPole-v1"))
+            JOB.plan(configured([only], "CartPole-v1"))
     with pytest.raises(UsageError, match=r"observation .* shape \(3,\)"):
-        plan(configured([cart.paths[0] / "episodes"], "Pendulum-v1"))
+        JOB.plan(configured([cart.paths[0] / "episodes"], "Pendulum-v1"))
     with pytest.raises(UsageError, match="did you mean 'CartPole-v1'"):
-        plan(configured([cart.paths[0] / "episodes"], "CartPol-v1"))
+        JOB.plan(configured([cart.paths[0] / "episodes"], "CartPol-v1"))
 
 
 def test_words_are_paths_and_wrong_use_is_status_2(
@@ -873,7 +871,7 @@ def test_logs_in_a_bucket(
         ("s3://no-such-bucket-x/a", "is no file, folder|cannot be read"),
     ):
         with pytest.raises(UsageError, match=message):
-            plan(configured([word]))
+            JOB.plan(configured([word]))
 
 
 # -- any workers, and after interruptions

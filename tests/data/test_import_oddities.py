@@ -19,7 +19,7 @@ from mesocosm.data.ingest.readers import parquet as parquet_reader
 from mesocosm.data.ingest.sources import sources
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
-from mesocosm.jobs.import_logs import ImportConfig, plan, run
+from mesocosm.jobs.import_logs import JOB, ImportConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
@@ -32,7 +32,7 @@ def import_logs(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
         config = configured(*paths, **keys)
         config.storage.root = root
         a_run.storage = Storage(root)
-        return run(config, a_run)
+        return JOB.run(config, a_run)
 
     return make
 
@@ -80,7 +80,7 @@ def parquet(path: Path, rows: Rows, **types: pa.DataType) -> Path:
 
 
 def warned(config: ImportConfig, *words: str) -> bool:
-    return any(all(word in text for word in words) for text in plan(config).get("warnings", []))
+    return any(all(word in text for word in words) for text in JOB.plan(config).get("warnings", []))
 
 
 # -- LeRobot
@@ -113,7 +113,7 @@ def lerobot(
 
 
 def described(config: ImportConfig, name: str) -> dict[str, str]:
-    return next(row for row in plan(config)["columns"] if row["column"] == name)
+    return next(row for row in JOB.plan(config)["columns"] if row["column"] == name)
 
 
 def paid(k: int, t: int, last: bool) -> float:
@@ -213,7 +213,7 @@ def test_rewards_that_are_all_0(tmp_path: Path) -> None:
 def test_the_files_of_a_lerobot_folder_name_the_folder(tmp_path: Path) -> None:
     folder = lerobot(tmp_path / "robot", (5, 4), next_done=done)
     with pytest.raises(UsageError, match=rf"LeRobot folder itself, '{folder}', instead") as error:
-        plan(configured(folder / "data" / "chunk-000" / "file-000.parquet"))
+        JOB.plan(configured(folder / "data" / "chunk-000" / "file-000.parquet"))
     assert "\n" not in str(error.value)
 
 
@@ -264,9 +264,9 @@ def test_minari_episodes_of_wrong_lengths(
             r"'minari:odd-v0' row 1: observations .* 7 entries for 6 actions, got 6 .* of episode 0"
         ),
     ) as error:
-        plan(configured("minari:odd-v0"))
+        JOB.plan(configured("minari:odd-v0"))
     assert "\n" not in str(error.value)
-    rest = plan(configured("minari:odd-v0", bad="drop"))
+    rest = JOB.plan(configured("minari:odd-v0", bad="drop"))
     assert [(row["reason"], row["episodes"], row["first"]) for row in rest["left out"]] == [
         ("unreadable episode", 3, "'minari:odd-v0' row 1")
     ]
@@ -346,9 +346,9 @@ def test_an_odd_row_of_parquet_is_named_or_its_episode_dropped(
     rows, types, message = ODD[name]
     path = parquet(tmp_path / "odd.parquet", rows, **types)
     with pytest.raises(UsageError, match=message) as error:
-        plan(configured(path))
+        JOB.plan(configured(path))
     assert "odd.parquet' row" in str(error.value) and "\n" not in str(error.value)
-    rest = plan(configured(path, bad="drop"))
+    rest = JOB.plan(configured(path, bad="drop"))
     assert rest["episodes left out"] == 1 and rest["episodes"] == 2 and rest["transitions"] == 9
 
 
@@ -427,8 +427,8 @@ def test_episodes_of_one_row_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match="each of the 2 has one row, and nothing says what its action led to"
     ):
-        plan(configured(parquet(tmp_path / "a.parquet", rows)))
-    assert plan(configured(parquet(tmp_path / "b.parquet", logs((1, 1)))))["transitions"] == 2
+        JOB.plan(configured(parquet(tmp_path / "a.parquet", rows)))
+    assert JOB.plan(configured(parquet(tmp_path / "b.parquet", logs((1, 1)))))["transitions"] == 2
 
 
 def test_huge_values_of_a_task(tmp_path: Path) -> None:
@@ -436,7 +436,7 @@ def test_huge_values_of_a_task(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=(r"row 1: task.mass .*float32.* got 1e\+300 at step 0 of episode 0")
     ):
-        plan(configured(path))
+        JOB.plan(configured(path))
 
 
 # -- mistakes of loggers
@@ -510,7 +510,7 @@ def test_a_next_observation_that_repeats_every_observation_is_named(tmp_path: Pa
         UsageError,
         match="row 1: next_observation at step 0 of episode 0 repeats the observation of that step",
     ):
-        plan(configured(parquet(tmp_path / "a.parquet", rows)))
+        JOB.plan(configured(parquet(tmp_path / "a.parquet", rows)))
 
 
 # -- order
@@ -543,4 +543,4 @@ def test_numbers_in_names_are_sorted_by_value(
         len({artifact.id for artifact in result}) == 1 and result[0].meta["counts"]["episodes"] == 2
     )
     with pytest.raises(UsageError, match=r"part-9.parquet' row 1: episode 1 begins at step 6"):
-        plan(configured(*reversed(as_a_shell_gives_them)))
+        JOB.plan(configured(*reversed(as_a_shell_gives_them)))

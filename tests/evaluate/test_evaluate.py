@@ -28,8 +28,7 @@ from mesocosm.envs.config import DrawnOption, RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate.config import EvaluateConfig, reality_of
-from mesocosm.jobs.evaluate import plan
-from mesocosm.jobs.evaluate import run as evaluate
+from mesocosm.jobs.evaluate import JOB
 from mesocosm.model import mup
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
@@ -141,7 +140,7 @@ def test_a_world_and_an_agent_are_evaluated_once(
 ) -> None:
     cfg = config(root, agent="a0", target=1e9)
     cfg.reality.price.per_step = 0.5
-    artifact = evaluate(cfg, run)
+    artifact = JOB.run(cfg, run)
     figures = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
     summary = json.loads((artifact.path / "summary.json").read_text())
     assert artifact.meta["inputs"] == {"worlds": ["w0"], "agents": ["a0"], "datasets": ["walks"]}
@@ -166,7 +165,7 @@ def test_a_world_and_an_agent_are_evaluated_once(
     )
     assert len(summary["trajectories"][0]["episodes"]) == 3
     parsed((artifact.path / "report.html").read_text())
-    assert evaluate(cfg, run).id == artifact.id
+    assert JOB.run(cfg, run).id == artifact.id
     assert Ledger(stored, artifact.id).totals().steps == ledger.steps, (
         "what is finished takes no real step"
     )
@@ -196,7 +195,7 @@ def test_logs_of_one_deterministic_policy_are_named(
 
     stored.make("datasets", "steady", {"inputs": {}}, write)
     stored.make("worlds", "blind", {"inputs": {"datasets": ["steady"]}}, copy)
-    artifact = evaluate(config(root, world="blind", datasets=["walks"], agent="a0"), run)
+    artifact = JOB.run(config(root, world="blind", datasets=["walks"], agent="a0"), run)
     summary = json.loads((artifact.path / "summary.json").read_text())["suite"]
     assert summary["verdicts"][5]["answer"] == "no"
     assert "action[0] (0.0% of its variance is free), action[1]" in summary["verdicts"][5]["text"]
@@ -235,7 +234,7 @@ def test_policies_are_compared_and_every_real_step_of_it_is_stated(
         {"limit": 12},
         12,
     )
-    artifact = evaluate(cfg, run)
+    artifact = JOB.run(cfg, run)
     summary = json.loads((artifact.path / "summary.json").read_text())
     suite = summary["suite"]
     value = suite["policy_value"]
@@ -284,7 +283,7 @@ def test_policies_are_compared_and_every_real_step_of_it_is_stated(
     assert value["policies"][3]["world"]["mean"] == suite["agent"]["world"], (
         "one value of the agent, and its episodes are bought once"
     )
-    assert evaluate(replace(cfg, judge_steps=None), run).id == artifact.id, (
+    assert JOB.run(replace(cfg, judge_steps=None), run).id == artifact.id, (
         "a bound is not part of what is found"
     )
     assert Ledger(stored, artifact.id).totals().steps == ledger.steps
@@ -292,7 +291,7 @@ def test_policies_are_compared_and_every_real_step_of_it_is_stated(
         sys.modules[__name__], "slow", lambda observation, rng: np.array([5.0, 7.0])
     )
     with pytest.raises(MesocosmError, match="not in the action space"):
-        evaluate(replace(cfg, seed=4), run)
+        JOB.run(replace(cfg, seed=4), run)
 
 
 def break_off(cfg: EvaluateConfig, run: tracking.Run, number: int) -> None:
@@ -307,7 +306,7 @@ def break_off(cfg: EvaluateConfig, run: tracking.Run, number: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worlds.Walk, "step", breaks)
         with pytest.raises(KeyboardInterrupt):
-            evaluate(cfg, run)
+            JOB.run(cfg, run)
 
 
 def test_what_interrupted_attempts_spent_counts(
@@ -330,17 +329,17 @@ def test_what_interrupted_attempts_spent_counts(
     with pytest.raises(
         UsageError, match=r"judge_steps=60: .* spent 20, and this one may take 48; raise it to 68"
     ):
-        evaluate(cfg, run)
+        JOB.run(cfg, run)
     assert Ledger(stored, id).totals().steps == 20
     cfg.judge_steps = 68
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(
             "mesocosm.evaluate.suite.task_distribution", Mock(side_effect=KeyboardInterrupt)
         )
-        evaluate(cfg, run)
+        JOB.run(cfg, run)
     spent = Ledger(stored, id).totals().steps
     assert 20 < spent <= 68 and len(stored.files(f"runs/episodes/{id}")) == 5
-    artifact = evaluate(cfg, run)
+    artifact = JOB.run(cfg, run)
     assert artifact.id == id and Ledger(stored, id).totals().steps == spent
     assert "goes on after 5 judged episodes" in (run.folder / "log.txt").read_text()
     assert stored.list(f"runs/episodes/{id}") == []
@@ -380,7 +379,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_result(
         cfg.reality.success = "return >= 0"
         return cfg
 
-    artifact = evaluate(make(root), run)
+    artifact = JOB.run(make(root), run)
     whole = Ledger(stored, artifact.id).totals().purposes["judge"]
     cfg, lost = make(other.root), 0
     with tracking.start("evaluate", cfg, quiet=True) as second:
@@ -389,7 +388,7 @@ def test_an_interrupted_evaluation_goes_on_and_gives_the_same_result(
             totals = Ledger(other, artifact.id).totals().purposes["judge"]
             assert lost < totals.unconfirmed_steps <= lost + 12, "the episode that it was at"
             lost = totals.unconfirmed_steps
-        again = evaluate(cfg, second)
+        again = JOB.run(cfg, second)
     assert again.id == artifact.id
     totals = Ledger(other, artifact.id).totals().purposes["judge"]
     assert totals.steps - totals.unconfirmed_steps == whole.steps and whole.unconfirmed_steps == 0
@@ -414,7 +413,7 @@ def test_a_given_ledger_is_bounded_for_this_evaluation_alone(
         12,
     )
     Ledger(stored, "shared").reserve("judge", 1000)
-    evaluate(cfg, run)
+    JOB.run(cfg, run)
     assert 1000 < Ledger(stored, "shared").totals().purposes["judge"].steps <= 1060
 
 
@@ -424,7 +423,7 @@ def test_the_horizon_of_a_self_truncating_environment_comes_from_the_logs(
     """`Walk` truncates itself and registers no limit; its logged episodes are truncated at 30."""
     cfg = config(root, agent="a0", episodes=2, imagined=4, seed=11)
     cfg.reality.kwargs = {"limit": 1000}  # the policy never ends an episode by itself
-    facts = plan(cfg)
+    facts = JOB.plan(cfg)
     assert facts["judged real steps"] == "at most 60" and facts["horizon"].startswith("30 steps")
     horizons = []
 
@@ -433,7 +432,7 @@ def test_the_horizon_of_a_self_truncating_environment_comes_from_the_logs(
         return imagined_episodes(policies, env, *rest)
 
     monkeypatch.setattr("mesocosm.evaluate.suite.imagined_episodes", imagined)
-    artifact = evaluate(cfg, run)
+    artifact = JOB.run(cfg, run)
     summary = json.loads((artifact.path / "summary.json").read_text())
     judged = {row["purpose"]: row for row in summary["real_steps"]["purposes"]}["judge"]
     assert horizons == [30] and judged["steps"] <= 60
@@ -451,12 +450,12 @@ def test_an_unknown_horizon_is_asked_for_before_a_real_step(
     stored.make("worlds", "alone", {"inputs": {"datasets": []}}, fill)
     cfg = config(root, world="alone", agent="a0", datasets=["walks"])
     before = stored.list("ledgers")
-    for ask in (plan, lambda cfg: evaluate(cfg, run)):
+    for ask in (JOB.plan, lambda cfg: JOB.run(cfg, run)):
         with pytest.raises(UsageError, match=r"reality\.horizon must be set for worlds/alone"):
             ask(cfg)
     assert stored.list("ledgers") == before
     cfg.reality.horizon = 12
-    assert plan(cfg)["judged real steps"] == "at most 60"
+    assert JOB.plan(cfg)["judged real steps"] == "at most 60"
 
 
 def test_a_task_that_the_world_has_not_seen_is_refused_before_a_real_step(
@@ -474,16 +473,14 @@ def test_a_task_that_the_world_has_not_seen_is_refused_before_a_real_step(
     cfg.reality.task = ["colour"]
     cfg.reality.task_options = {"colour": DrawnOption(choices=["red", "green"])}
     with pytest.raises(UsageError, match="choices holds 'green', which the world has not seen"):
-        plan(cfg)
+        JOB.plan(cfg)
     cfg.reality.task_options = {"colour": DrawnOption(choices=["red"])}
-    assert plan(cfg)["judged episodes"] == 5
+    assert JOB.plan(cfg)["judged episodes"] == 5
 
 
 def test_a_world_alone_takes_no_real_step(root: str, stored: Storage, run: tracking.Run) -> None:
     before = stored.list("ledgers")
-    summary = json.loads(
-        (evaluate(config(root, full=False), run).path / "summary.json").read_text()
-    )
+    summary = json.loads((JOB.run(config(root, full=False), run).path / "summary.json").read_text())
     assert stored.list("ledgers") == before
     assert (
         summary["curves"] == {"world": [], "model_free": []}
@@ -540,7 +537,7 @@ def test_wrong_use_is_one_sentence_before_anything_starts(
 ) -> None:
     before = stored.list("ledgers"), stored.list("evaluations")
     with pytest.raises(UsageError, match=message) as caught:
-        evaluate(config(root, **wrong), run)
+        JOB.run(config(root, **wrong), run)
     assert "\n" not in str(caught.value)
     assert (stored.list("ledgers"), stored.list("evaluations")) == before
 
@@ -562,10 +559,10 @@ def test_a_world_runs_no_program_that_its_user_did_not_name(
     with pytest.raises(
         UsageError, match=r"reality.env must be set: .*'subprocess:check_call' is a program"
     ):
-        evaluate(config(root, world="strange", agent="a0", reality=RealityConfig()), run)
+        JOB.run(config(root, world="strange", agent="a0", reality=RealityConfig()), run)
     assert not (tmp_path / "ran").exists()
     assert (
-        evaluate(config(root, world="strange", reality=RealityConfig()), run).kind == "evaluations"
+        JOB.run(config(root, world="strange", reality=RealityConfig()), run).kind == "evaluations"
     ), "the world alone makes no environment"
 
 

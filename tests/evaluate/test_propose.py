@@ -58,7 +58,7 @@ def make_world(root: str, members: int = 3, **more: Any) -> Artifact:
         seed=4, storage=StorageConfig(root), reality=reality(**more), steps=300, lanes=1, workers=0
     )
     with tracking.start("collect", cfg, quiet=True) as run:
-        data = collect.run(cfg, run)
+        data = collect.JOB.run(cfg, run)
     dataset = Dataset([data.path])
     codec, model = Codec.fit(dataset), ModelConfig(family="ensemble", size="10k", members=members)
     base = Base.fit(codec.spec, model, transitions(dataset, codec), 0)
@@ -82,7 +82,7 @@ def proposal(root: str, world: Artifact, **more: Any) -> tuple[dict[str, Any], C
     more = {"behaviours": BEHAVIOURS, "reality": reality(), "imagined": 16, "steps": 203} | more
     cfg = ProposeConfig(storage=StorageConfig(root), world=world.id, **more)
     with tracking.start("propose", cfg, quiet=True) as run:
-        result = propose.run(cfg, run)
+        result = propose.JOB.run(cfg, run)
     file = result.path / propose.NEXT
     return (
         json.loads((result.path / propose.PROPOSAL).read_text()),
@@ -132,7 +132,7 @@ def test_the_budget_goes_where_data_lack_and_members_disagree(
     assert json.loads(capsys.readouterr().out)["real steps"] == 203
     with tracking.start("collect", job, quiet=True) as run:
         job.storage.root, job.workers = root, 0
-        data = Dataset([collect.run(job, run).path])
+        data = Dataset([collect.JOB.run(job, run).path])
     assert data.transitions == 203 and any(
         float(o[0]) > 2 for e in data.iter_episodes() for o in e.observations
     )
@@ -156,7 +156,7 @@ def test_tasks_that_are_reset_options_are_candidates(root: str) -> None:
     )
     only.behaviours = [BehaviourConfig(task_options={"side": DrawnOption(choices=[6])})]
     with tracking.start("collect", only, quiet=True) as run:
-        data = Dataset([collect.run(only, run).path])
+        data = Dataset([collect.JOB.run(only, run).path])
     assert {e.task["side"] for e in data.iter_episodes()} == {6.0} and data.options[
         0
     ].values is None, "a number, as in the other data"

@@ -22,7 +22,7 @@ from mesocosm import config
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
-from mesocosm.jobs.loop import JOB, LoopConfig, LoopPlan, _Loop, plan, run
+from mesocosm.jobs.loop import JOB, LoopConfig, LoopPlan, _Loop
 from mesocosm.jobs.loop_config import check
 from mesocosm.jobs.loop_preflight import Ready
 from mesocosm.runs import tracking
@@ -55,7 +55,7 @@ def _load(root: str, *overrides: str) -> LoopConfig:
 
 def _run(cfg: LoopConfig) -> tuple[Any, dict[str, Any]]:
     with tracking.start("loop", cfg, quiet=True) as started:
-        artifact = run(cfg, started)
+        artifact = JOB.run(cfg, started)
     return artifact, json.loads((artifact.path / "summary.json").read_text())
 
 
@@ -190,7 +190,7 @@ def test_what_is_wrong_is_said_before_anything_starts(root: str) -> None:
     with pytest.raises(UsageError, match="stop_at_target"):
         check(_load(root, "reality.env=CartPole-v1", "stop_at_target=true"))
     with pytest.raises(UsageError, match=r"reality\.env must be a Gymnasium id"):
-        plan(_load(root))
+        JOB.plan(_load(root))
 
 
 @pytest.mark.slow
@@ -289,7 +289,7 @@ def test_an_agent_that_was_kept_and_has_collected_is_judged_and_not_compared(
         "evaluate.policies=[{kind: random}]",
     )
     asked: list[Any] = []
-    monkeypatch.setattr("mesocosm.jobs.evaluate.run", lambda config, run: asked.append(config))
+    monkeypatch.setattr("mesocosm.jobs.evaluate.JOB.run", lambda config, run: asked.append(config))
     with tracking.start("loop", cfg, quiet=True) as started:
         loop = _Loop(JOB, _plan(cfg), started)
         for data, agent in (

@@ -25,7 +25,7 @@ from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.suite import TooFewPolicies
 from mesocosm.jobs import loop_preflight, preflight
-from mesocosm.jobs.loop import JOB, LoopConfig, LoopPlan, _Loop, plan
+from mesocosm.jobs.loop import JOB, LoopConfig, LoopPlan, _Loop
 from mesocosm.jobs.loop_preflight import Ready, stage_resources
 from mesocosm.policies.policy import Layout, Policy
 from mesocosm.runs import tracking
@@ -67,7 +67,7 @@ def loop(root: str, *overrides: str) -> LoopConfig:
 def refused(root: str, message: str, *overrides: str) -> None:
     """`loop` and its dry run exit with status 2, and nothing is stored."""
     with pytest.raises(UsageError, match=message) as caught:
-        plan(loop(root, *overrides))
+        JOB.plan(loop(root, *overrides))
     assert "\n" not in str(caught.value)
     assert not Storage(root).list("ledgers")
 
@@ -164,7 +164,7 @@ def test_given_data_must_be_what_later_rounds_add_to(root: str) -> None:
     logs(root, "same")
     logs(root, "untimed", environment=Environment(id="CartPole-v1"))
     logs(root, "other", environment=Environment(id="CartPole-v0", max_episode_steps=500))
-    plan(loop(root, "datasets=[same]"))
+    JOB.plan(loop(root, "datasets=[same]"))
     refused(
         root,
         "datasets/untimed is of an environment with max_episode_steps=None",
@@ -172,7 +172,7 @@ def test_given_data_must_be_what_later_rounds_add_to(root: str) -> None:
     )
     refused(root, "differ in environment id", "datasets=[same,other]", "rounds=1")
     refused(root, "environment with id='CartPole-v0'", "datasets=[other]")
-    plan(loop(root, "datasets=[other]", "rounds=1"))
+    JOB.plan(loop(root, "datasets=[other]", "rounds=1"))
 
 
 def test_an_agent_that_collects_cannot_also_be_compared(root: str) -> None:
@@ -199,7 +199,7 @@ def test_an_agent_to_begin_with_must_have_the_same_network(root: str) -> None:
         save_file(module.state_dict(), folder / TRAINING_STATE)
 
     Storage(root).make("agents", "a0", {"inputs": {}}, fill)
-    plan(loop(root, "agent.init=a0"))
+    JOB.plan(loop(root, "agent.init=a0"))
     wide = "agent.model={fcnet_hiddens: [128, 128]}"
     refused(root, "agent: init=agents/a0 is of another network", "agent.init=a0", wide)
 
@@ -220,9 +220,9 @@ def test_a_loop_whose_horizon_is_not_known_warns_before_its_first_step(
     root: str, own: None
 ) -> None:
     overrides = ["reality.env=preflight_envs:Base", "explore.behaviours=[{kind: random}]"]
-    assert "set reality.horizon" in plan(loop(root, *overrides))["horizon"]
-    assert plan(loop(root, *overrides, "reality.horizon=40"))["horizon"].startswith("40 steps")
-    facts = plan(loop(root))
+    assert "set reality.horizon" in JOB.plan(loop(root, *overrides))["horizon"]
+    assert JOB.plan(loop(root, *overrides, "reality.horizon=40"))["horizon"].startswith("40 steps")
+    facts = JOB.plan(loop(root))
     assert facts["horizon"] == "500 steps: time limit of the environment"
 
 
@@ -236,7 +236,7 @@ def test_a_loop_infers_its_horizon_from_given_logs(root: str, own: None) -> None
     fill = partial(write_dataset, episodes=[episode], id="own", seed=0, valid_fraction=0, **facts)
     Storage(root).make("datasets", "own", {}, lambda folder: fill(folder) and None)
     cfg = loop(root, "reality.env=preflight_envs:Base", "datasets=[own]", "evaluate.episodes=5")
-    facts = plan(cfg)
+    facts = JOB.plan(cfg)
     assert facts["horizon"].startswith("8 steps: all 1 truncated")
     assert facts["judged real steps"] == "at most 80"
 
@@ -263,10 +263,10 @@ def test_training_judging_and_baselines_of_a_loop_have_one_horizon(
         asked["baseline"] = config.reality.horizon
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mesocosm.jobs.evaluate.run", evaluation)
+    monkeypatch.setattr("mesocosm.jobs.evaluate.JOB.run", evaluation)
     monkeypatch.setattr("mesocosm.evaluate.policy_set.collected", lambda *given: None)
-    monkeypatch.setattr("mesocosm.jobs.train_agent.run", training)
-    monkeypatch.setattr("mesocosm.jobs.baseline.run", baseline)
+    monkeypatch.setattr("mesocosm.jobs.train_agent.JOB.run", training)
+    monkeypatch.setattr("mesocosm.jobs.baseline.JOB.run", baseline)
     with tracking.start("loop", cfg, quiet=True) as run:
         cases = (("cut", False, None), ("ends", False, 1000), ("ends", True, None))
         for name, timed, horizon in cases:

@@ -20,8 +20,8 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import UsageError
-from mesocosm.jobs.pretrain import plan as plan_pretrain
-from mesocosm.jobs.sweep import plan
+from mesocosm.jobs.pretrain import JOB as PRETRAIN
+from mesocosm.jobs.sweep import JOB as SWEEP_JOB
 from mesocosm.model import counts
 from mesocosm.model.config import ModelConfig
 from mesocosm.scaling.grid import Grid, lay_out
@@ -174,7 +174,7 @@ def test_large_cells_are_pretrain_jobs(
     config = sweep_of(cart_root(tmp_path))
     options = config.training(cell.steps, cell.warmup, cell.decay, "fp32")
     job = config.pretraining(cell.size, cell.seed, 200, options)
-    summary = plan_pretrain(job)
+    summary = PRETRAIN.plan(job)
     assert (summary["params"], summary["steps"], summary["unique"]) == (
         cell.params,
         cell.steps,
@@ -245,7 +245,7 @@ def test_bad_configs_are_refused_before_anything_starts(
     overrides: list[str], message: str, sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
 ) -> None:
     with pytest.raises(UsageError, match=message) as error:
-        plan(sweep_of(cart_root(tmp_path, 300), *overrides))
+        SWEEP_JOB.plan(sweep_of(cart_root(tmp_path, 300), *overrides))
     assert "\n" not in str(error.value)
 
 
@@ -253,7 +253,7 @@ def test_a_sweep_needs_a_validation_split(
     sweep_of: Sweep, tmp_path: Path, cart_root: Sweep
 ) -> None:
     with pytest.raises(UsageError, match=r"the valid split of cart is empty.*valid_fraction"):
-        plan(sweep_of(cart_root(tmp_path, 300, valid_fraction=0.0)))
+        SWEEP_JOB.plan(sweep_of(cart_root(tmp_path, 300, valid_fraction=0.0)))
 
 
 def test_a_sweep_has_no_key_for_steps(capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,7 +272,7 @@ def test_a_dry_run_shows_cells_hours_and_price(
     )
     monkeypatch.chdir(tmp_path)
     before = sorted(str(path) for path in Path(root).rglob("*"))
-    summary = plan(sweep_of(root, "cluster=rented"))
+    summary = SWEEP_JOB.plan(sweep_of(root, "cluster=rented"))
     assert [row["state"] for row in summary["cells"]] == ["to do"] * 4
     of_trunk: dict[str, float] = {}
     for row in summary["cells"]:

@@ -212,7 +212,7 @@ def test_a_plan_is_a_config_for_pretraining(
     assert (path / "plan.svg").read_text().startswith("<?xml")
 
     job = config.load(PretrainConfig, [path / "plan.yaml"], [f"storage.root={root}"])
-    summary = pretraining.plan(job)
+    summary = pretraining.JOB.plan(job)
     assert job.model.size == chosen["size"] and summary["params"] == chosen["params"]
     assert summary["transitions"] == pytest.approx(chosen["data"], rel=0.02), (
         "D is what the plan says, to half a batch"

@@ -18,7 +18,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.jobs.sweep import plan, run
+from mesocosm.jobs.sweep import JOB
 from mesocosm.runs import tracking
 from mesocosm.scaling import cells, trials
 from mesocosm.scaling.cells import COLUMNS
@@ -32,7 +32,7 @@ Make = Callable[..., Any]
 
 def swept(config: SweepConfig) -> tuple[Artifact, tracking.Run]:
     with tracking.start("sweep", config, quiet=True) as job_run:
-        return run(config, job_run), job_run
+        return JOB.run(config, job_run), job_run
 
 
 def table(artifact: Artifact) -> list[dict[str, str]]:
@@ -53,7 +53,7 @@ def test_the_table_has_a_row_a_cell(
 ) -> None:
     config, artifact, job_run = whole
     rows = table(artifact)
-    planned = plan(config)["cells"]
+    planned = JOB.plan(config)["cells"]
     assert len(rows) == 4 and list(rows[0])[: len(COLUMNS)] == list(COLUMNS)
     assert [(int(row["params"]), int(row["data"]), int(row["flops"])) for row in rows] == [
         (row["params"], row["data"], row["flops"]) for row in planned

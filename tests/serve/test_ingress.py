@@ -505,7 +505,7 @@ def test_job(client: Any, rich: str, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     observer = threading.Thread(target=visit)
     observer.start()
     with tracking.start("serve", config, id="visited", quiet=True) as job:
-        serve_job.run(config, job)
+        serve_job.JOB.run(config, job)
     observer.join()
     assert answers[0] == "rich" and "job" not in LISTENERS
     with pytest.raises(requests.ConnectionError):

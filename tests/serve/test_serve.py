@@ -402,7 +402,7 @@ def test_wrong_values(served: str, override: str, message: str) -> None:
     key, value = override.split("=")
     config = ServeConfig(world="ensemble", storage=StorageConfig(served))
     setattr(config, key, type(getattr(config, key))(value))
-    for refuse in (serve_job.plan, deploy):
+    for refuse in (serve_job.JOB.plan, deploy):
         with pytest.raises(UsageError, match=message):
             refuse(config)
 
@@ -548,7 +548,7 @@ def test_job(served: str) -> None:
     user = threading.Thread(target=use_the_world)
     user.start()
     with tracking.start("serve", config, id="visited", quiet=True) as job:
-        serve_job.run(config, job)
+        serve_job.JOB.run(config, job)
     user.join()
     trained = config_of(AgentConfig, overrides=shlex.split(commands[0])[2:])
     assert (trained.world, trained.app, trained.storage.root) == ("ensemble", "job", served)
@@ -565,6 +565,6 @@ def test_job(served: str) -> None:
     assert "job" not in serve.status().applications
     assert json.loads((job.folder / "status.json").read_text())["state"] == "stopped"
     assert "two" in serve.status().applications, "what others serve stays"
-    assert serve_job.plan(config)["world"] == "ensemble"
+    assert serve_job.JOB.plan(config)["world"] == "ensemble"
     with pytest.raises(UsageError, match=r"serve.world must name a world, got ''"):
-        serve_job.plan(ServeConfig())
+        serve_job.JOB.plan(ServeConfig())

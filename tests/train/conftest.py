@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mesocosm.config import load as load_config
-from mesocosm.jobs.pretrain import PretrainConfig, run
+from mesocosm.jobs.pretrain import JOB, PretrainConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact
 
@@ -66,7 +66,7 @@ def _pretrain(root: str, *overrides: str) -> Pretrained:
     """Run the job with the small defaults and `overrides`."""
     config = _load(root, *overrides)
     with tracking.start("pretrain", config, quiet=True) as started:
-        return Pretrained(run(config, started), started.folder)
+        return Pretrained(JOB.run(config, started), started.folder)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mesocosm.errors import UsageError
-from mesocosm.jobs.pretrain import plan, run
+from mesocosm.jobs.pretrain import JOB
 from mesocosm.runs import tracking
 from mesocosm.train.schedule import FACTOR, GRACE, MARGIN, PATIENCE, Watch, due, lr_factor
 
@@ -127,7 +127,7 @@ def test_a_wrong_config_is_refused_before_anything_starts(
 ) -> None:
     config = load(cart_root(tmp_path, 20), "train.steps=5", "train.workers=2", override)
     with pytest.raises(UsageError) as error:
-        plan(config)
+        JOB.plan(config)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -139,18 +139,18 @@ def test_a_damaged_dataset_is_a_usage_error_before_anything_starts(
     shard.write_bytes(shard.read_bytes()[:-8])
     message = r"datasets/cart: file '.*obs_num.npy' is damaged"
     with pytest.raises(UsageError, match=message):
-        plan(config)
+        JOB.plan(config)
     with (
         pytest.raises(UsageError, match=message),
         tracking.start("pretrain", config, quiet=True) as started,
     ):
-        run(config, started)
+        JOB.run(config, started)
 
 
 def test_a_plan_counts_without_training(
     tmp_path: Path, cart_root: Callable[..., str], load: Callable[..., Any]
 ) -> None:
-    report = plan(load(cart_root(tmp_path, 100), "train.epochs=2"))
+    report = JOB.plan(load(cart_root(tmp_path, 100), "train.epochs=2"))
     assert report["params"] > 1000 and report["flops"] > 0
     assert (
         2 <= report["epochs"] < 2.5

@@ -15,7 +15,7 @@ from mesocosm import config, faults, output, shipped
 from mesocosm.cli import options
 from mesocosm.cli.keys import describe
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.jobs.registry import JOBS, Job
+from mesocosm.jobs.registry import JOBS, JobEntry
 from mesocosm.store.files import use_cache
 
 FLAGS = {
@@ -47,7 +47,7 @@ RUN_OPTIONS = (
 class JobCommand(click.Command):
     """A job. Its help ends with an example and the keys, read from its config only when asked."""
 
-    def __init__(self, name: str, job: Job):
+    def __init__(self, name: str, job: JobEntry):
         self.job = job
         flags = [
             click.Option([f"--{flag}"], metavar=flag.upper(), help=f"Set {key}.")

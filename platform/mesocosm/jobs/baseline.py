@@ -346,4 +346,3 @@ def _own_reality(config: BaselineConfig) -> RealityConfig:
 
 
 JOB = Baseline()
-plan, run = JOB.plan, JOB.run

@@ -22,8 +22,7 @@ from mesocosm.cluster import ray_session
 from mesocosm.config import identity
 from mesocosm.data.collecting.config import CollectConfig, check
 from mesocosm.data.collecting.ray_workers import run_on_ray
-from mesocosm.data.collecting.workers import CollectTask as Task
-from mesocosm.data.collecting.workers import Lane, Report, run_here, split
+from mesocosm.data.collecting.workers import CollectTask, Lane, Report, run_here, split
 from mesocosm.datasets.manifest import Environment
 from mesocosm.datasets.spaces import check_spaces
 from mesocosm.datasets.writer import DatasetWriter
@@ -99,7 +98,7 @@ class Collect(Job[CollectConfig, Collection]):
     def make(self, plan: Collection, run: Run) -> Artifact:
         cfg, id = plan.config, plan.id
         ledger = Ledger(run.storage, cfg.ledger or id, cfg.reality.budget, cfg.reality.price)
-        task = Task(
+        task = CollectTask(
             reality=cfg.reality,
             behaviours=plan.behaviours,
             seed=cfg.seed,
@@ -227,7 +226,7 @@ def _check_budget(cfg: CollectConfig, ledger: Ledger, used: int, run: Run) -> No
         )
 
 
-def _collect(cfg: CollectConfig, task: Task, ledger: Ledger, run: Run) -> list[Attempt]:
+def _collect(cfg: CollectConfig, task: CollectTask, ledger: Ledger, run: Run) -> list[Attempt]:
     """The attempts of earlier runs and of this one, by index."""
     lanes, segments = split(cfg.steps, cfg.lanes), task.segments()
     attempts, tally = list[Attempt](), Tally()
@@ -259,7 +258,7 @@ def _collect(cfg: CollectConfig, task: Task, ledger: Ledger, run: Run) -> list[A
     return sorted(attempts, key=lambda attempt: attempt.index)
 
 
-def _run_lanes(cfg: CollectConfig, task: Task, lanes: list[Lane], report: Report) -> None:
+def _run_lanes(cfg: CollectConfig, task: CollectTask, lanes: list[Lane], report: Report) -> None:
     if cfg.workers == 0 or not any(lane.left for lane in lanes):
         run_here(task, lanes, report)
         return
@@ -324,4 +323,3 @@ class Tally:
 
 
 JOB = Collect()
-plan, run = JOB.plan, JOB.run

@@ -373,4 +373,3 @@ def _dropped(table: EpisodeTable) -> pa.Table:
 
 
 JOB = Curate()
-plan, run = JOB.plan, JOB.run

@@ -372,4 +372,3 @@ def _table(faithful: Fidelity, result: JudgeResult | None) -> Table:
 
 
 JOB = Evaluate()
-plan, run = JOB.plan, JOB.run

@@ -383,4 +383,3 @@ def _arrays(episode: LoggedEpisode) -> dict[str, Array]:
 
 
 JOB = ImportLogs()
-plan, run = JOB.plan, JOB.run

@@ -196,7 +196,7 @@ class _Loop:
         block = self.cfg.collect if agent is None else acting(self.cfg.explore, agent.name)
         config = replace(fill(block, self.cfg, round), ledger=self.ledger_id)
         with self.run.child("collect", config) as child:
-            artifact = collecting.run(config, child)
+            artifact = collecting.JOB.run(config, child)
         self._counted(artifact)
         return artifact
 
@@ -210,7 +210,7 @@ class _Loop:
         config = fill(self.cfg.pretrain, self.cfg, round)
         config = replace(config, data=replace(config.data, datasets=list(self.inputs["datasets"])))
         with self.run.child("pretrain", config) as child:
-            return pretraining.run(config, child)
+            return pretraining.JOB.run(config, child)
 
     def _train(self, round: int, world: Artifact, former: Artifact | None) -> Artifact:
         if not self.served and self.cfg.agent.backend == "serve":
@@ -222,7 +222,7 @@ class _Loop:
         )
         config = replace(config, horizon=config.horizon or self._reality().horizon)
         with self.run.child("train-agent", config) as child:
-            return agents.run(config, child)
+            return agents.JOB.run(config, child)
 
     def _evaluate(self, round: int, world: Artifact, agent: Artifact) -> Artifact:
         block, data = (
@@ -241,12 +241,12 @@ class _Loop:
         config = replace(config, reality=self._reality())
         try:
             with self.run.child("evaluate", config) as child:
-                return evaluation.run(config, child)
+                return evaluation.JOB.run(config, child)
         except suite.TooFewPolicies as error:  # the agent was paid for, so judge it
             self.run.say(f"  policies are not compared: {error}")
         config = replace(config, policies=[], graded=0, adversary=0)
         with self.run.child("evaluate", config) as child:
-            return evaluation.run(config, child)
+            return evaluation.JOB.run(config, child)
 
     def _reality(self) -> RealityConfig:
         """`reality` for stages that have a horizon.
@@ -272,7 +272,7 @@ class _Loop:
 
         def train() -> Artifact:
             with self.run.child("baseline", config) as child:
-                return model_free.run(config, child)
+                return model_free.JOB.run(config, child)
 
         artifact = self._stage(f"baseline {config.algo}", None, "evaluations", train)
         curve = json.loads((artifact.path / "curve.json").read_text())
@@ -390,4 +390,3 @@ def _by_round(judged: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 
 
 JOB = LoopJob()
-plan, run = JOB.plan, JOB.run

@@ -174,4 +174,3 @@ def pretrain_yaml(request: PlanRequest, answer: dict[str, Any]) -> str:
 
 
 JOB = PlanJob()
-plan, run = JOB.plan, JOB.run

@@ -5,6 +5,4 @@ from __future__ import annotations
 from mesocosm.train.config import PretrainConfig
 from mesocosm.train.pretrain import JOB
 
-__all__ = ["JOB", "PretrainConfig", "plan", "run"]
-
-plan, run = JOB.plan, JOB.run
+__all__ = ["JOB", "PretrainConfig"]

@@ -96,4 +96,3 @@ class Propose(Job[ProposeConfig, ProposePlan]):
 
 
 JOB = Propose()
-plan, run = JOB.plan, JOB.run

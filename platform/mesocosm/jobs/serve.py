@@ -108,4 +108,3 @@ class Serve:
 
 
 JOB = Serve()
-plan, run = JOB.plan, JOB.run

@@ -263,4 +263,3 @@ def _fit(folder: Path, run: Run, swept: dict[str, Any]) -> None:
 
 
 JOB = Sweep()
-plan, run = JOB.plan, JOB.run

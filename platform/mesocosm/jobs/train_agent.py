@@ -5,6 +5,4 @@ from __future__ import annotations
 from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.training import JOB
 
-__all__ = ["JOB", "AgentConfig", "plan", "run"]
-
-plan, run = JOB.plan, JOB.run
+__all__ = ["JOB", "AgentConfig"]
