@@ -17,10 +17,10 @@ from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.report import page
 from mesocosm.evaluate.report.report import (
     Curve,
-    Episode,
     Point,
     PurposeRow,
     ReportInput,
+    SideBySide,
     Stage,
     trajectories,
     write,
@@ -71,7 +71,7 @@ def table(scale: float) -> dict[str, Any]:
 def example() -> ReportInput:
     rng = np.random.default_rng(0)
     path = rng.normal(size=(40, 8)).cumsum(0)
-    episodes = [Episode("episode <0>", path, [path[:30] + 0.1, path[:35] - 0.1])]
+    episodes = [SideBySide("episode <0>", path, [path[:30] + 0.1, path[:35] - 0.1])]
     world = [
         Curve(
             "PPO in the world",

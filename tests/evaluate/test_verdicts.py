@@ -10,7 +10,7 @@ import pytest
 
 from mesocosm.evaluate import policy_set
 from mesocosm.evaluate.metrics.starts import POWER
-from mesocosm.evaluate.policy_set import Candidate
+from mesocosm.evaluate.policy_set import ComparedPolicy
 from mesocosm.evaluate.report import verdicts
 from mesocosm.evaluate.report.verdicts import Verdict
 from mesocosm.evaluate.suite import ADVERSARY, MOST_BEHAVIOURS, behaviours_of
@@ -206,7 +206,7 @@ def test_what_the_logs_do_not_explain_stands_beside_the_agents_return() -> None:
 
 class Judged:
     def __init__(self, name: str, **facts: Any):
-        self.candidate = Candidate(
+        self.candidate = ComparedPolicy(
             name, policy_set.RandomPolicy.__new__(policy_set.RandomPolicy), **facts
         )
 

@@ -62,7 +62,7 @@ class ProposeConfig(JobConfig):
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CollectCandidate:
     """A behaviour and its policy."""
 
     behaviour: BehaviourConfig
@@ -75,7 +75,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Question:
+class CheckedProposal:
     """A checked proposal, before anything is imagined."""
 
     cfg: ProposeConfig
@@ -86,7 +86,7 @@ class Question:
     horizon: int
     """Steps of an imagined episode at most."""
     members: int
-    candidates: list[Candidate]
+    candidates: list[CollectCandidate]
     sources: list[str]
     """Hashes of scripted behaviours' code"""
 
@@ -121,7 +121,7 @@ def _noisy(cfg: ProposeConfig) -> list[BehaviourConfig]:
     return [BehaviourConfig(kind="noisy", policy=agent, noise=noise) for agent, noise in pairs]
 
 
-def ask(cfg: ProposeConfig, storage: Storage) -> Question:
+def ask(cfg: ProposeConfig, storage: Storage) -> CheckedProposal:
     """Check the config, open the world and its data, and list the candidates."""
     check(cfg)
     world = storage.artifact("worlds", cfg.world)
@@ -144,12 +144,14 @@ def ask(cfg: ProposeConfig, storage: Storage) -> Question:
     parts = _parts(reality.task_options)
     every = plain + [replace(b, task_options=p) for b in plain if not b.task_options for p in parts]
     unique = {acting.label(behaviour): behaviour for behaviour in every}.values()
-    candidates = [Candidate(behaviour, _policy(behaviour, storage, facts)) for behaviour in unique]
+    candidates = [
+        CollectCandidate(behaviour, _policy(behaviour, storage, facts)) for behaviour in unique
+    ]
     functions = [b.function for b in unique if b.function is not None]
     sources = [source_hash(acting.load_function(function)) for function in functions]
     members = json.loads((world.path / "world.json").read_text())["config"]["members"]
     horizon = horizon_of(storage, world, facts.max_episode_steps, "reality.horizon").steps
-    return Question(cfg, world, datasets, facts, horizon, members, candidates, sources)
+    return CheckedProposal(cfg, world, datasets, facts, horizon, members, candidates, sources)
 
 
 def _reality(reality: RealityConfig, codec: Codec, datasets: list[Artifact]) -> RealityConfig:

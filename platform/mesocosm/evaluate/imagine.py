@@ -91,7 +91,7 @@ def side_by_side(
     for episode, rollouts in zip(shown, imagined, strict=True):
         real = np.concatenate(columns.encode_list(episode.observations[: horizon + 1]), axis=1)
         heading = f"episode {episode.index}: return {episode.total_reward:.0f}, {episode.outcome}"
-        pairs.append(report.Episode(heading, real, [r[: len(episode) + 1] for r in rollouts]))
+        pairs.append(report.SideBySide(heading, real, [r[: len(episode) + 1] for r in rollouts]))
     names = []
     for kind in ("numbers", "categories"):
         for leaf in columns.leaves:

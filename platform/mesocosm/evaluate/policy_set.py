@@ -39,7 +39,7 @@ Rng = np.random.Generator
 
 
 @dataclass(frozen=True)
-class Candidate:
+class ComparedPolicy:
     """A policy to compare."""
 
     name: str
@@ -110,7 +110,7 @@ def full(config: BehaviourConfig, storage: Storage) -> BehaviourConfig:
 
 def named(
     config: BehaviourConfig, storage: Storage, observation_space: Space, action_space: Space
-) -> Candidate:
+) -> ComparedPolicy:
     """The policy of one entry of `evaluate.policies`; trained ones act greedily. Raises UsageError
     where there is no such policy.
     """
@@ -126,10 +126,10 @@ def named(
         policy = policy_of(storage, config.policy)
     if config.kind == "noisy":
         policy = Noisy(policy, action_space, config.noise)
-    return Candidate(behaviours.label(config), policy)
+    return ComparedPolicy(behaviours.label(config), policy)
 
 
-def snapshots(agent: Artifact, storage: Storage) -> list[Candidate]:
+def snapshots(agent: Artifact, storage: Storage) -> list[ComparedPolicy]:
     """An agent's policies along its training, then the agent itself, the best of them. Snapshot 0
     of an agent that began with another agent is left out: it is that one.
     """
@@ -139,16 +139,21 @@ def snapshots(agent: Artifact, storage: Storage) -> list[Candidate]:
     last = agent.meta["config"]["iterations"]
     best = int(agent.meta.get("metrics", {}).get("kept_iteration", last))
     candidates = [
-        Candidate(f"{AGENT}@{i}", policy_of(storage, f"{agent.name}@{i}"), iteration=i)
+        ComparedPolicy(f"{AGENT}@{i}", policy_of(storage, f"{agent.name}@{i}"), iteration=i)
         for i in iterations
         if i != best
     ]
-    return [*candidates, Candidate(AGENT, policy_of(storage, agent.name), iteration=max(best, 0))]
+    return [
+        *candidates,
+        ComparedPolicy(AGENT, policy_of(storage, agent.name), iteration=max(best, 0)),
+    ]
 
 
-def graded(policy: Acts, action_space: Space, noise: float) -> Candidate:
+def graded(policy: Acts, action_space: Space, noise: float) -> ComparedPolicy:
     """The agent with noise."""
-    return Candidate(f"{AGENT}, noise {noise:.3g}", Noisy(policy, action_space, noise), noise=noise)
+    return ComparedPolicy(
+        f"{AGENT}, noise {noise:.3g}", Noisy(policy, action_space, noise), noise=noise
+    )
 
 
 def held_out(refs: Sequence[str], storage: Storage, datasets: Sequence[Artifact]) -> None:

@@ -22,7 +22,7 @@ from mesocosm.evaluate.judge import JudgeResult, judge
 from mesocosm.evaluate.judge_store import JudgeStore
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.ranking import Ranking, ranking
-from mesocosm.evaluate.policy_set import Candidate
+from mesocosm.evaluate.policy_set import ComparedPolicy
 from mesocosm.model.world import World
 from mesocosm.serve.client import WorldVectorEnv
 
@@ -34,7 +34,7 @@ ROWS = 512
 class Value:
     """The returns of one policy in real and in imagined episodes."""
 
-    candidate: Candidate
+    candidate: ComparedPolicy
     judged: JudgeResult
     imagined: NDArray[np.float64]
 
@@ -109,13 +109,15 @@ def success_by_return(rule: str | None, returns: NDArray[np.float64]) -> float |
 
 def policy_value(
     world: World,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[ComparedPolicy],
     reality: RealityConfig,
     ledger: Ledger,
     *,
     store: JudgeStore,
     known: Mapping[str, JudgeResult],
-    more: Callable[[Sequence[tuple[Candidate, float]]], Candidate | None] = lambda _: None,
+    more: Callable[[Sequence[tuple[ComparedPolicy, float]]], ComparedPolicy | None] = lambda _: (
+        None
+    ),
     episodes: int,
     imagined: int,
     horizon: int,
@@ -142,9 +144,9 @@ def policy_value(
     Raises:
         UsageError: There is no candidate.
     """
-    judged: list[tuple[Candidate, JudgeResult]] = []
+    judged: list[tuple[ComparedPolicy, JudgeResult]] = []
 
-    def look(candidate: Candidate) -> None:
+    def look(candidate: ComparedPolicy) -> None:
         before = known.get(candidate.name)
         if before is not None and len(before.episodes) >= episodes:
             result = replace(before, episodes=before.episodes[:episodes], steps=0, resets=0)

@@ -22,7 +22,7 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.config import DrawnOption
 from mesocosm.evaluate import buying
 from mesocosm.evaluate.buying import Bought, Imagined
-from mesocosm.evaluate.candidates import Question
+from mesocosm.evaluate.candidates import CheckedProposal
 from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
@@ -35,7 +35,7 @@ STARTS = 512
 """Starts that the world draws, beside the logged ones."""
 
 
-def propose(q: Question, run: Run) -> tuple[dict[str, Any], str]:
+def propose(q: CheckedProposal, run: Run) -> tuple[dict[str, Any], str]:
     """Imagine and score the candidates, and share the steps out.
 
     Returns:
@@ -165,7 +165,7 @@ def _holds(part: DrawnOption, value: Any) -> bool:
     return any(abs(value - choice) < 1e-6 * (1 + abs(choice)) for choice in part.choices)
 
 
-def _notes(q: Question, behaviours: list[BehaviourConfig], bought: Bought) -> list[str]:
+def _notes(q: CheckedProposal, behaviours: list[BehaviourConfig], bought: Bought) -> list[str]:
     """Reasons why the proposal says little."""
     notes = []
     if q.members == 1:

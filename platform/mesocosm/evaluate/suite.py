@@ -28,7 +28,7 @@ from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.evaluate.metrics.off_policy import off_policy
 from mesocosm.evaluate.metrics.ranking import FEWEST
 from mesocosm.evaluate.metrics.starts import task_distribution
-from mesocosm.evaluate.policy_set import Candidate
+from mesocosm.evaluate.policy_set import ComparedPolicy
 from mesocosm.evaluate.policy_value import Value, imagining, policy_value, success_by_return
 from mesocosm.model.world import World
 from mesocosm.policies import behaviours
@@ -58,7 +58,7 @@ class Prepared:
     horizon: Horizon
     """Steps of an episode at most, real or imagined."""
     agent: Artifact | None
-    candidates: list[Candidate]
+    candidates: list[ComparedPolicy]
     agents: list[str]
     """Ids of the agents among `policies`"""
     sources: list[str]
@@ -321,14 +321,14 @@ def with_adversary(
     )
     with run.child("train-agent", config) as child:
         artifact = train(config, child)
-    adversary = Candidate(ADVERSARY, policy_of(run.storage, artifact.name))
+    adversary = ComparedPolicy(ADVERSARY, policy_of(run.storage, artifact.name))
     return replace(plan, candidates=[*plan.candidates, adversary])
 
 
 def _grading(
     cfg: EvaluateConfig, storage: Storage, agent: Artifact | None, world: World
-) -> Callable[[Sequence[tuple[Candidate, float]]], Candidate | None]:
-    def more(judged: Sequence[tuple[Candidate, float]]) -> Candidate | None:
+) -> Callable[[Sequence[tuple[ComparedPolicy, float]]], ComparedPolicy | None]:
+    def more(judged: Sequence[tuple[ComparedPolicy, float]]) -> ComparedPolicy | None:
         """The next noisy version of the agent to judge; None: there are enough."""
         noises = {c.noise: mean for c, mean in judged if c.noise is not None}
         if agent is None or len(noises) >= cfg.graded:

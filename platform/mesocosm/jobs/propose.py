@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mesocosm.config import identity
-from mesocosm.evaluate.candidates import ProposeConfig, Question, ask
+from mesocosm.evaluate.candidates import CheckedProposal, ProposeConfig, ask
 from mesocosm.evaluate.proposal import propose, table
 from mesocosm.job import Job, Plan
 from mesocosm.policies import behaviours as acting
@@ -24,7 +24,7 @@ NEXT, PROPOSAL = "next.yaml", "proposal.json"
 
 @dataclass(frozen=True, kw_only=True)
 class ProposePlan(Plan[ProposeConfig]):
-    question: Question
+    question: CheckedProposal
 
 
 class Propose(Job[ProposeConfig, ProposePlan]):

@@ -38,7 +38,7 @@ TRANSITIONS = 2048
 
 
 @dataclass(frozen=True)
-class Errors:
+class OneStepErrors:
     """One-step errors of a world on logged transitions, each from its true state."""
 
     error: Array
@@ -52,15 +52,15 @@ class Errors:
     diverged: int
     """Steps at which a member diverged; their error and disagreement are the largest float"""
 
-    def __add__(self, other: Errors) -> Errors:
+    def __add__(self, other: OneStepErrors) -> OneStepErrors:
         group = np.concatenate([self.group, other.group + self.group.max() + 1])
         error = np.concatenate([self.error, other.error])
         disagreement = np.concatenate([self.disagreement, other.disagreement])
-        return Errors(error, disagreement, group, self.diverged + other.diverged)
+        return OneStepErrors(error, disagreement, group, self.diverged + other.diverged)
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class BehaviourErrors:
     """A row of the table: errors on the episodes of one behaviour."""
 
     name: str
@@ -88,7 +88,7 @@ class Behaviour:
 class OffPolicy:
     """The table of errors away from the data."""
 
-    behaviours: tuple[Behaviour, ...]
+    behaviours: tuple[BehaviourErrors, ...]
     """By divergence, nearest first"""
     logs: float | None
     """Divergence of the held-out logs themselves"""
@@ -102,7 +102,9 @@ class OffPolicy:
         return asdict(self) | {"behaviours": rows}
 
 
-def one_step_errors(world: World, dataset: Dataset, split: Split, *, seed: int = 0) -> Errors:
+def one_step_errors(
+    world: World, dataset: Dataset, split: Split, *, seed: int = 0
+) -> OneStepErrors:
     """Errors on a uniform draw of at most TRANSITIONS transitions of the split. A member's draw
     stands for its expectation: over K members it averages out.
     """
@@ -129,7 +131,7 @@ def one_step_errors(world: World, dataset: Dataset, split: Split, *, seed: int =
     most = np.finfo(np.float64).max
     error, disagreement = (np.where(diverged, most, x) for x in (error, disagreement))
     group = np.unique(episode, return_inverse=True)[1]
-    return Errors(error, disagreement, group, int(diverged.sum()))
+    return OneStepErrors(error, disagreement, group, int(diverged.sum()))
 
 
 def off_policy(
@@ -170,13 +172,13 @@ def off_policy(
         # Errors of categories alone are few values, and the bound may be the largest of them.
         return error >= bound if (near.error > bound).sum() == 0 and bound > 0 else error > bound
 
-    def auroc(errors: Errors) -> tuple[float | None, stats.Interval | None]:
+    def auroc(errors: OneStepErrors) -> tuple[float | None, stats.Interval | None]:
         if world.config.members == 1:
             return None, None
         return stats.auc(large(errors.error), errors.disagreement, errors.group)
 
     clone, linear = Clone.fit(logs, codec, seed), linear_model(logs, codec)
-    rows: list[Behaviour] = []
+    rows: list[BehaviourErrors] = []
     pooled = near
     for name, episodes in behaviours:
 
@@ -216,7 +218,9 @@ def off_policy(
             )
         medians = float(np.median(far.error)), float(np.median(far.disagreement))
         share = float(large(far.error).mean())
-        rows.append(Behaviour(name, divergence, transitions, table, *medians, share, *auroc(far)))
+        rows.append(
+            BehaviourErrors(name, divergence, transitions, table, *medians, share, *auroc(far))
+        )
         pooled = pooled + far
     rows.sort(key=lambda row: -np.inf if row.divergence is None else row.divergence)
     logged = clone.divergence(logs, codec, split)

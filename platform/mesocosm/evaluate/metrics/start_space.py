@@ -27,7 +27,7 @@ is constant there.
 
 
 @dataclass(frozen=True)
-class Starts:
+class StartRows:
     """n starts, task and observation side by side."""
 
     numbers: NDArray[np.float64]
@@ -36,20 +36,20 @@ class Starts:
     """[n, m]"""
 
     @staticmethod
-    def of(task: Parts, observation: Parts) -> Starts:
+    def of(task: Parts, observation: Parts) -> StartRows:
         numbers = torch.cat((task.numbers, observation.numbers), -1)
         categories = torch.cat((task.categories, observation.categories), -1)
-        return Starts(numbers.cpu().double().numpy(), categories.cpu().numpy())
+        return StartRows(numbers.cpu().double().numpy(), categories.cpu().numpy())
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, rows: Any) -> Starts:
-        return Starts(self.numbers[rows], self.categories[rows])
+    def __getitem__(self, rows: Any) -> StartRows:
+        return StartRows(self.numbers[rows], self.categories[rows])
 
-    def __add__(self, other: Starts) -> Starts:
+    def __add__(self, other: StartRows) -> StartRows:
         numbers = np.concatenate((self.numbers, other.numbers))
-        return Starts(numbers, np.concatenate((self.categories, other.categories)))
+        return StartRows(numbers, np.concatenate((self.categories, other.categories)))
 
     @property
     def columns(self) -> NDArray[np.float64]:
@@ -90,13 +90,13 @@ class StartSpace:
                 numbers[0, leaf.numbers] = np.ravel(getattr(leaf.space, side))
         with np.errstate(over="ignore"):  # a float64 bound beyond float32 becomes infinite
             task = codec.task_parts(numbers, categories, np.zeros((1, len(codec.options))))
-            bound = Starts.of(task, codec.observation_parts(numbers, categories)).numbers[0]
+            bound = StartRows.of(task, codec.observation_parts(numbers, categories)).numbers[0]
         options = sum(option.values is None for option in codec.options)
         width = codec.spec.task.numbers
         bound[width - options : width] = -np.inf if side == "low" else np.inf
         return bound
 
-    def holds(self, starts: Starts) -> NDArray[np.bool_]:
+    def holds(self, starts: StartRows) -> NDArray[np.bool_]:
         """[n]: whether each lies in the spaces."""
         x, codes = starts.numbers, starts.categories
         with np.errstate(invalid="ignore"):
@@ -109,14 +109,14 @@ class StartSpace:
             held &= (filled[:, 1:] <= filled[:, :-1]).all(1)
         return held
 
-    def rounded(self, starts: Starts, origin: NDArray[np.float64]) -> Starts:
+    def rounded(self, starts: StartRows, origin: NDArray[np.float64]) -> StartRows:
         """Whole bins from `origin` [d], a real start: values that reality rounds more coarsely, or
         always repeats, lie mid-bin.
         """
         numbers = np.round((starts.numbers - origin) / self.bins) * self.bins
-        return Starts(numbers, starts.categories)
+        return StartRows(numbers, starts.categories)
 
-    def distances(self, a: Starts, b: Starts, among: Starts) -> NDArray[np.float64]:
+    def distances(self, a: StartRows, b: StartRows, among: StartRows) -> NDArray[np.float64]:
         """[len(a), len(b)] as the module says, with the deviations of `among`."""
         from scipy.spatial.distance import cdist
 

@@ -18,7 +18,7 @@ from mesocosm.data.loading.windows import start_parts
 from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import Array, check_dataset, codec_of
-from mesocosm.evaluate.metrics.start_space import Starts, StartSpace
+from mesocosm.evaluate.metrics.start_space import StartRows, StartSpace
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
@@ -131,11 +131,13 @@ def task_distribution(
     codec = codec_of(world)
     check_dataset(dataset, codec)
     space = StartSpace(codec)
-    train, valid = (Starts.of(*start_parts(dataset, codec, split)) for split in ("train", "valid"))
+    train, valid = (
+        StartRows.of(*start_parts(dataset, codec, split)) for split in ("train", "valid")
+    )
     if more is not None:
-        valid += Starts.of(*more)
+        valid += StartRows.of(*more)
     keys = rng.keys(seed, torch.arange(starts, device=world.device), 0, 0)
-    made = Starts.of(*world.sample_start(keys))
+    made = StartRows.of(*world.sample_start(keys))
     split: Split = "valid" if len(valid) >= LEAST else "train"
     real, every = valid if split == "valid" else train, train + valid
     notes: list[str] = []
@@ -175,9 +177,14 @@ def task_distribution(
 
 
 def _validity(
-    notes: list[str], space: StartSpace, made: Starts, train: Starts, valid: Starts, seed: int
+    notes: list[str],
+    space: StartSpace,
+    made: StartRows,
+    train: StartRows,
+    valid: StartRows,
+    seed: int,
 ) -> dict[str, Any]:
-    def in_range(starts: Starts, among: Starts) -> NDArray[np.bool_]:
+    def in_range(starts: StartRows, among: StartRows) -> NDArray[np.bool_]:
         low, high = among.numbers.min(0), among.numbers.max(0)
         margin = np.maximum(np.maximum(MARGIN * (high - low), LEEWAY), space.bins)
         return ((starts.numbers >= low - margin) & (starts.numbers <= high + margin)).all(1)
@@ -205,7 +212,7 @@ def _validity(
 
 
 def _two_sample(
-    notes: list[str], real: Starts, made: Starts, pairs: int, seed: int
+    notes: list[str], real: StartRows, made: StartRows, pairs: int, seed: int
 ) -> dict[str, Any]:
     a, b = out_of_fold(real.columns[:pairs], made.columns[:pairs], seed)
     wins = (b > a[:, None]) + 0.5 * (b == a[:, None])
@@ -264,10 +271,10 @@ def out_of_fold(
 def _against_training(
     notes: list[str],
     space: StartSpace,
-    train: Starts,
-    real: Starts,
+    train: StartRows,
+    real: StartRows,
     positions: Array | None,
-    made: Starts,
+    made: StartRows,
     pairs: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -287,13 +294,13 @@ def _against_training(
             " random."
         )
 
-    def to_training(starts: Starts, among: Array) -> NDArray[np.float64]:
+    def to_training(starts: StartRows, among: Array) -> NDArray[np.float64]:
         distances = space.distances(starts, train[among], train)
         if positions is not None and starts is real:
             distances[positions[:, None] == among] = np.inf
         return distances
 
-    def nearest(starts: Starts) -> NDArray[np.float64]:
+    def nearest(starts: StartRows) -> NDArray[np.float64]:
         chunks = [drawn[i : i + CHUNK] for i in range(0, len(drawn), CHUNK)]
         return np.min([to_training(starts, chunk).min(1) for chunk in chunks], axis=0)
 

@@ -84,7 +84,7 @@ class PurposeRow:
 
 
 @dataclass(frozen=True)
-class Episode:
+class SideBySide:
     """A real episode [T, d] and imagined rollouts [T_i, d] of the same agent from the same first
     state, as raw values.
     """
@@ -309,7 +309,9 @@ def _times(group: Mapping[str, Any]) -> str:
     return f", which is fewer than the world's agent spent ({times}): no comparison can be made"
 
 
-def trajectories(title: str, names: Sequence[str], episodes: Sequence[Episode]) -> dict[str, Any]:
+def trajectories(
+    title: str, names: Sequence[str], episodes: Sequence[SideBySide]
+) -> dict[str, Any]:
     """Episodes of `names` [d] as JSON: the DIMENSIONS that move most, and the first STEPS."""
     spread = [e.reality.std(0) if len(e.reality) else np.zeros(len(names)) for e in episodes]
     order = np.argsort(-np.max(spread, axis=0), kind="stable").tolist() if episodes else []
