@@ -48,6 +48,38 @@ def root(cart_root: Callable[..., str], tmp_path_factory: pytest.TempPathFactory
     return root
 
 
+WITHOUT_EXTRAS = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"ray", "mlflow", "deepspeed", "s3fs", "matplotlib", "sklearn"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def test_the_api_works_without_the_extras(root: str) -> None:
+    script = (
+        f"{WITHOUT_EXTRAS}\nimport mesocosm\n"
+        "for name in mesocosm.__all__: getattr(mesocosm, name)\n"
+        f"world = mesocosm.load_world('tiny123', {root!r})\n"
+        "envs = mesocosm.WorldVectorEnv(2, world, horizon=3)\n"
+        "envs.reset(seed=0); envs.step(envs.action_space.sample())"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_a_command_names_the_extra_that_it_needs(tmp_path: Path) -> None:
+    script = f"{WITHOUT_EXTRAS}\nfrom mesocosm.cli.main import main\nsys.exit(main(['doctor']))"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True
+    )
+    message = "mesocosm: the package ray is not installed; run pip install 'mesocosm[all]'"
+    assert ended.returncode == 2 and ended.stderr.splitlines()[-1] == message
+
+
 def test_importing_the_package_imports_nothing_else() -> None:
     """Importing it, and listing its names, loads neither its modules nor torch or Ray."""
     script = (

@@ -53,6 +53,17 @@ for name, registered in JOBS.items():
 for tool in (fit, cluster, jobs, data, storage, configs, doctor, completion):
     commands.add_command(tool)
 
+EXTRAS = {
+    "ray": "all",
+    "mlflow": "all",
+    "sklearn": "all",
+    "matplotlib": "all",
+    "deepspeed": "train",
+    "mujoco": "agents",
+    "s3fs": "s3",
+}
+"""The extra of pyproject.toml that installs a package."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
@@ -96,6 +107,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             return 1
         except Exception as error:
+            if isinstance(error, ModuleNotFoundError) and error.name in EXTRAS:
+                print(
+                    f"mesocosm: the package {error.name} is not installed; run"
+                    f" pip install 'mesocosm[{EXTRAS[error.name]}]'",
+                    file=sys.stderr,
+                )
+                return 2
             print(f"mesocosm: {describe_error(error)}{_write_traceback()}", file=sys.stderr)
             return 1
 
