@@ -155,7 +155,7 @@ def _starts() -> set[str]:
         path.name
         for base in BASES
         for path in base.iterdir()
-        if path.is_dir() and not path.name.startswith((".", "__"))
+        if path.is_dir() and not path.name.startswith((".", "__", "build"))
     }
 
 
