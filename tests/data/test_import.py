@@ -19,9 +19,9 @@ import pytest
 from gymnasium import spaces
 
 from mesocosm.cli.main import main
-from mesocosm.data.ingest.episodes import stream
 from mesocosm.data.ingest.readers import jsonl as jsonl_reader
 from mesocosm.data.ingest.readers import parquet as parquet_reader
+from mesocosm.data.parallel import ordered
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.manifest import Manifest
 from mesocosm.datasets.writer import DatasetWriter
@@ -936,7 +936,7 @@ def test_a_broken_import_goes_on_where_it_was(
     assert len(shard_of) == 12 and shard_of[-1] >= 4
     add, passes = DatasetWriter.add, []
     monkeypatch.setattr(
-        "mesocosm.jobs.import_logs.stream", lambda *given: passes.append(given) or stream(*given)
+        "mesocosm.jobs.import_logs.ordered", lambda *given: passes.append(given) or ordered(*given)
     )
 
     for last in range(12):

@@ -260,9 +260,7 @@ def test_minari_episodes_of_wrong_lengths(
         del store["episode_5"]["rewards"]
     with pytest.raises(
         UsageError,
-        match=(
-            r"'minari:odd-v0' row 1: observations .* 7 entries for 6 actions, got 6 .* of episode 0"
-        ),
+        match=(r"'minari:odd-v0' row 1: .*observation must .* 7 .* 6 rewards, got 6.* episode 0"),
     ) as error:
         JOB.plan(configured("minari:odd-v0"))
     assert "\n" not in str(error.value)

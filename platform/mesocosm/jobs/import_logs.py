@@ -2,16 +2,17 @@
 
 Two passes stream over the files, with `workers` in parallel on Ray Data. The first checks and
 counts every value, and the second writes. The same files and config give the same bytes for any
-number of workers. A killed import continues from its last whole shard (`ingest.progress`). It uses
-no ledger.
+number of workers. A killed import continues from its last whole shard (`ingest.progress`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm import checks
-from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, fingerprint, identity
-from mesocosm.data.ingest.episodes import Joiner, LoggedEpisode, PieceReader, stream
-from mesocosm.data.ingest.progress import ImportProgress, resumable
+from mesocosm.data.ingest.episodes import Joiner, LoggedEpisode, read_batches
+from mesocosm.data.ingest.progress import ImportProgress
 from mesocosm.data.ingest.readers.files import sha256, stamp
 from mesocosm.data.ingest.report import ImportTally, Inspection
 from mesocosm.data.ingest.schema import Schema, read_schema
 from mesocosm.data.ingest.sources import Source, sources
+from mesocosm.data.parallel import ordered, worker_count
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.manifest import Environment
 from mesocosm.datasets.spaces import SpaceCodec, check_spaces
@@ -42,8 +43,6 @@ from mesocosm.store.artifacts import Artifact, Storage
 Array = NDArray[Any]
 Space = gymnasium.Space[Any]
 REPORT = "import.json"
-MANY = 1 << 28
-"""Bytes of input from which `workers` defaults to all CPUs."""
 
 
 @dataclass
@@ -99,25 +98,26 @@ class ImportLogs(Job[ImportConfig, Import]):
     def plan(self, config: ImportConfig) -> dict[str, Any]:
         """The dataset that `run` would make. Reads the logs here, and remote ones in place."""
         self.check(config)
-        inspection = _inspect(config, sources(config.paths, fetch=False), 0, lambda rows: None)
+        files = sources(config.paths, fetch=False)
+        inspection = _inspect(config, files, 0, lambda rows: None)
         report = inspection.report()
         counts = {name: value for name, value in report["counts"].items() if value not in (0, {})}
+        optional = {"left out": report["left_out"], "warnings": report["warnings"]}
         return {
             "environment": config.reality.env or "none given: the spaces are inferred",
-            "files": len(inspection.files),
+            "files": len(files),
             **{name.replace("_", " "): value for name, value in counts.items()},
             "observation space": str(inspection.spaces[0]),
             "action space": str(inspection.spaces[1]),
             "price": "nothing: no real step is taken",
             "columns": report["columns"],
-            **({"left out": report["left_out"]} if report["left_out"] else {}),
-            **({"warnings": report["warnings"]} if report["warnings"] else {}),
+            **{name: rows for name, rows in optional.items() if rows},
         }
 
     def resolve(self, config: ImportConfig, storage: Storage) -> Import:
         self.check(config)
         files = sources(config.paths, fetch=True)
-        stamps = _stamps(files)
+        stamps = [_stamp(source) for source in files]
         with ThreadPoolExecutor(4) as pool:
             sums = list(pool.map(_checksum, files))
         settings = identity(config, without=["paths", "workers", *PAID])
@@ -132,26 +132,23 @@ class ImportLogs(Job[ImportConfig, Import]):
             stamps=stamps,
         )
 
+    def summary(self, plan: Import) -> dict[str, Any]:
+        return self.plan(plan.config)
+
     def make(self, plan: Import, run: Run) -> Artifact:
-        scratch = run.storage.local_path("scratch")
-        with resumable(scratch, plan.id, restart=plan.config.force) as progress:
-            return self._import(plan, run, progress)
-
-    def _import(self, plan: Import, run: Run, progress: ImportProgress) -> Artifact:
         cfg, files = plan.config, plan.files
-        workers = _workers(cfg, files)
+        # This run holds the dataset's lease, so no other process of this root uses the folder.
+        progress = ImportProgress(run.storage.local_path("scratch") / f"import-{plan.id}")
+        if cfg.force:
+            progress.clear()
+        workers = worker_count(cfg.workers, sum(size for size, _ in plan.stamps), cfg.ray)
         tally = progress.tally()
-        if tally is None:
-            with run.progress("check the logs") as update:
-
-                def report_rows(rows: int) -> None:
-                    update(rows, f"{rows:,} rows")
-
-                inspection = _inspect(cfg, files, workers, report_rows)
-            progress.save_tally(inspection.tally)
-        else:
+        if tally is not None:
             run.say("an earlier run has checked the logs: goes on from there")
-            inspection = _inspect(cfg, files, workers, lambda rows: None, tally)
+        with run.progress("check the logs") as update:
+            report_rows = partial(_report_done, update, "rows")
+            inspection = _inspect(cfg, files, workers, report_rows, tally)
+        progress.save_tally(inspection.tally)
         report = inspection.report()
         for row in report["columns"]:
             how = f" ({row['how']})" if row["how"] else ""
@@ -170,12 +167,9 @@ class ImportLogs(Job[ImportConfig, Import]):
 
         def fill(folder: Path) -> None:
             with run.progress("write the dataset", total) as update:
-
-                def report_transitions(done: int) -> None:
-                    update(done, f"{done:,}/{total:,} transitions")
-
-                _write(progress, cfg, plan.id, inspection, workers, report_transitions)
-            if _stamps(files) != plan.stamps:
+                report_transitions = partial(_report_done, update, f"of {total:,} transitions")
+                _write(progress, plan, inspection, workers, report_transitions)
+            if [_stamp(source) for source in files] != plan.stamps:
                 progress.clear()
                 raise MesocosmError(
                     "a file changed while it was imported; import again when nothing writes to the"
@@ -186,12 +180,10 @@ class ImportLogs(Job[ImportConfig, Import]):
             (folder / REPORT).write_text(json.dumps({**report, "files": names}, indent=1))
 
         artifact = self.commit(plan, run, fill, counts=counts, files=about)
+        shutil.rmtree(progress.folder, ignore_errors=True)
         size = f"{counts['episodes']} episodes of {total} transitions"
         run.say(f"{artifact.name}: {size}; no real step was taken")
         return artifact
-
-    def summary(self, plan: Import) -> dict[str, Any]:
-        return self.plan(plan.config)
 
     def report(self, artifact: Artifact, plan: Import, run: Run, *, made: bool) -> None:
         run.record(**json.loads((artifact.path / REPORT).read_text()))
@@ -200,19 +192,19 @@ class ImportLogs(Job[ImportConfig, Import]):
             run.say(f"found {artifact.name}: {transitions} transitions; nothing was imported")
 
 
-def _stamps(sources: Sequence[Source]) -> list[tuple[int, tuple[str, ...]]]:
-    """Each source's size in bytes, and strings that change when its files do."""
-    stamps = [[stamp(path) for path in _files(source)] for source in sources]
-    return [(sum(size for size, _ in each), tuple(mark for _, mark in each)) for each in stamps]
+def _report_done(update: Callable[[float, str], None], unit: str, done: int) -> None:
+    update(done, f"{done:,} {unit}")
 
 
-def _files(source: Source) -> list[str]:
-    return source.about.files or [source.path]
+def _stamp(source: Source) -> tuple[int, tuple[str, ...]]:
+    """A source's size in bytes, and strings that change when its files do."""
+    sizes, marks = zip(*map(stamp, source.files), strict=True)
+    return sum(sizes), marks
 
 
 def _checksum(source: Source) -> str:
     """The sha256 of a file, or one of those of several."""
-    sums = [sha256(path) for path in _files(source)]
+    sums = [sha256(path) for path in source.files]
     return sums[0] if len(sums) == 1 else fingerprint("source", sums)
 
 
@@ -223,17 +215,6 @@ def _facts(cfg: ImportConfig) -> EnvFacts | None:
     facts = facts_of(replace(cfg.reality, task=[], task_options={}))
     check_spaces(*facts.spaces)
     return facts
-
-
-def _workers(cfg: ImportConfig, files: Sequence[Source]) -> int:
-    if cfg.workers is not None:
-        return cfg.workers
-    if sum(size for size, _ in _stamps(files)) < MANY:
-        return 0
-    import ray
-
-    ray_session.ensure(cfg.ray)
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
 
 
 def _inspect(
@@ -252,7 +233,7 @@ def _inspect(
     if tally is None:
         joiner = Joiner([source.name for source in files], schema, cfg.bad == "drop")
         tally = joiner.tally
-        for batch in stream(PieceReader(schema), pieces, workers, cfg.ray):
+        for batch in ordered(partial(read_batches, schema=schema), pieces, workers, cfg.ray):
             list(joiner.add(batch))
             update(sum(tally.rows.values()))
         list(joiner.close())
@@ -267,8 +248,7 @@ def _inspect(
     spaces = schema.build_spaces(tally.stats)
     check_spaces(*spaces)
     limit = cfg.reality.horizon if facts is None else facts.max_episode_steps
-    task = _task(cfg, schema, spaces[0])
-    return Inspection(files, pieces, schema, tally, spaces, limit, task)
+    return Inspection(pieces, schema, tally, spaces, limit, _task(cfg, schema, spaces[0]))
 
 
 def _task(cfg: ImportConfig, schema: Schema, observation: Space) -> list[str]:
@@ -293,45 +273,44 @@ def _task(cfg: ImportConfig, schema: Schema, observation: Space) -> list[str]:
 
 def _write(
     progress: ImportProgress,
-    cfg: ImportConfig,
-    id: str,
+    plan: Import,
     inspection: Inspection,
     workers: int,
     update: Callable[[int], None],
 ) -> None:
     """The second pass."""
-    reality, schema, pieces = cfg.reality, inspection.schema, inspection.pieces
-    environment = Environment(
-        id=reality.env,
-        version="",  # the logged version is unknown
-        kwargs=dict(reality.kwargs),
-        task=inspection.task,
-        max_episode_steps=inspection.limit,
-        success=reality.success,
-    )
+    cfg, reality, schema = plan.config, plan.config.reality, inspection.schema
     observation, action = inspection.spaces
     writer = DatasetWriter(
         progress.data,
-        id=id,
-        environment=environment,
+        id=plan.id,
+        environment=Environment(
+            id=reality.env,
+            version="",  # the logged version is unknown
+            kwargs=dict(reality.kwargs),
+            task=inspection.task,
+            max_episode_steps=inspection.limit,
+            success=reality.success,
+        ),
         observation_space=observation,
         action_space=action,
         seed=cfg.seed,
         valid_fraction=cfg.valid_fraction,
     )
-    codecs = SpaceCodec(observation, "observation"), SpaceCodec(action, "action")
-    names = [source.name for source in inspection.files]
-    joiner, done = progress.restore(writer, names, schema, cfg.bad == "drop")
+    joiner = Joiner([source.name for source in plan.files], schema, cfg.bad == "drop")
+    progress.restore(writer, joiner)
     begin, skip = joiner.next
-    pieces = pieces[begin:]
+    pieces = inspection.pieces[begin:]
     if pieces:
-        pieces = [replace(pieces[0], skip=skip), *pieces[1:]]
+        pieces[0] = replace(pieces[0], skip=skip)
     judge = None
     if reality.success is not None and not reality.success.strip().startswith("info"):
         judge = parse_success(reality.success)
 
     def episodes() -> Iterator[LoggedEpisode]:
-        for batch in stream(PieceReader(schema, codecs), pieces, workers, cfg.ray):
+        codecs = SpaceCodec(observation, "observation"), SpaceCodec(action, "action")
+        encode = partial(read_batches, schema=schema, codecs=codecs)
+        for batch in ordered(encode, pieces, workers, cfg.ray):
             yield from joiner.add(batch)
         joiner.next = len(inspection.pieces), 0
         yield from joiner.close()
@@ -358,8 +337,7 @@ def _write(
         writer.add(episode, rows)
         if writer.whole:
             progress.save_shard(writer, joiner)
-        done += logged.length
-        update(done)
+        update(writer.transitions)
     writer.close(dropped=sum(inspection.tally.left_out.values()))
 
 

@@ -8,16 +8,13 @@ every episode.
 from __future__ import annotations
 
 import itertools
-import logging
 import math
-import pickle
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from mesocosm.config import RayConfig
 from mesocosm.data.ingest.readers import LogPiece
 from mesocosm.data.ingest.report import ImportTally
 from mesocosm.data.ingest.rows import OUTSIDE, Batch, Codecs, Key, Problem, Rows, begins, read_batch
@@ -39,74 +36,30 @@ class Fault:
     text: str
 
 
-@dataclass(frozen=True)
-class PieceReader:
-    """The work on one piece of a file, in any process."""
-
-    schema: Schema
-    codecs: Codecs | None = None
-    """None: the values are checked, and not encoded."""
-
-    def __call__(self, piece: LogPiece) -> Iterator[Batch | Fault]:
-        skip, begin = piece.skip, 0
-        try:
-            for table in read(piece, list(self.schema.renames)):
-                skipped = min(skip, table.num_rows)
-                skip, begin, table = skip - skipped, begin + skipped, table.slice(skipped)
-                if not table.num_rows:
-                    continue
-                try:
-                    selected = self.schema.select(table)
-                    yield read_batch(selected, self.schema, self.codecs, piece, begin)
-                except RowError as error:
-                    raise RowError(begin + error.row, error.text) from error
-                begin += table.num_rows
-        except RowError as error:
-            yield Fault(piece.source, error.row - begin, error.text)
-        except UsageError as error:
-            yield Fault(piece.source, None, str(error))
-
-
-def stream(
-    work: PieceReader, pieces: Sequence[LogPiece], workers: int, ray_config: RayConfig
+def read_batches(
+    piece: LogPiece, schema: Schema, codecs: Codecs | None = None
 ) -> Iterator[Batch | Fault]:
-    """The batches of all pieces, in order.
+    """The batches of a piece of a file, in any process, up to a fault of the file.
 
     Args:
-        workers: Tasks of Ray Data that read at a time, no further ahead than its memory allows.
-            0 reads in this process.
+        codecs: None checks the values and does not encode them.
     """
-    if not workers:
-        for piece in pieces:
-            yield from work(piece)
-        return
-    import ray
-    import ray.data  # sets up its own logging, so it comes before the level
-
-    from mesocosm.cluster import ray_session
-
-    ray_session.ensure(ray_config)
-    ray_session.preflight(cpus=workers, key=f"workers={workers}")
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = ray.data.DataContext.get_current().copy()
-    context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.target_max_block_size = 1 << 25
-    shared = ray.put((work, list(pieces)))
-
-    def run(rows: dict[str, Array]) -> Iterator[dict[str, Array]]:
-        read_piece, every = ray.get(shared)
-        for number in rows["id"]:
-            for result in read_piece(every[number]):
-                yield {"result": np.array([pickle.dumps(result, protocol=5)], object)}
-
-    with ray.data.DataContext.current(context):
-        data = ray.data.range(len(pieces), override_num_blocks=len(pieces))
-        tasks = ray.data.TaskPoolStrategy(size=min(workers, len(pieces)))
-        results = data.map_batches(run, batch_size=1, batch_format="numpy", compute=tasks)
-        for row in results.iter_rows():
-            yield pickle.loads(row["result"])  # of `run` above, in this very job
+    skip, begin = piece.skip, 0
+    try:
+        for table in read(piece, list(schema.renames)):
+            skipped = min(skip, table.num_rows)
+            skip, begin, table = skip - skipped, begin + skipped, table.slice(skipped)
+            if not table.num_rows:
+                continue
+            try:
+                yield read_batch(schema.select(table), schema, codecs, piece, begin)
+            except RowError as error:
+                raise RowError(begin + error.row, error.text) from error
+            begin += table.num_rows
+    except RowError as error:
+        yield Fault(piece.source, error.row - begin, error.text)
+    except UsageError as error:
+        yield Fault(piece.source, None, str(error))
 
 
 @dataclass
@@ -123,46 +76,38 @@ class LoggedEpisode:
     success: bool | None
 
 
+@dataclass
 class Joiner:
     """Takes the batches in order, and gives each episode when it is complete.
 
     Raises UsageError at the first fault, naming file and row; with `drop`, only at a fault of a
     whole file. A value outside its space always drops its episode: `reality.bounds` decides.
-
-    Args:
-        names: The files.
-        seen: The names of the episodes that an earlier joiner began.
-        number: Their count.
     """
 
-    def __init__(
-        self,
-        names: Sequence[str],
-        schema: Schema,
-        drop: bool,
-        seen: Sequence[Key] = (),
-        number: int = 0,
-    ):
-        self._names, self._schema, self._drop = names, schema, drop
-        self.seen: dict[Key, None] = dict.fromkeys(seen)
-        """The names of all episodes that have begun, in that order."""
-        self.number = number
-        self.next = (0, 0)
-        """(number of the piece, row in it) that the open episode begins at."""
-        self.tally = ImportTally()
-        self._key: Key = 0
-        """The open episode."""
-        self._parts: list[Rows] = []
-        """Its rows. Only the last ones if it is faulty."""
-        self._rows = 0
-        self._problem: Problem | None = None
-        self._led_to: list[Array] | None = None
-        """The observation that the last action of the episode before led to, if the logs tell."""
-        self._last_place = ""
+    names: Sequence[str]
+    """Of the files."""
+    schema: Schema
+    drop: bool
+    seen: dict[Key, None] = field(default_factory=dict)
+    """The names of all episodes that have begun, in that order."""
+    number: int = 0
+    """The number of episodes that have begun."""
+    next: tuple[int, int] = (0, 0)
+    """(number of the piece, row in it) that the open episode begins at."""
+    tally: ImportTally = field(default_factory=ImportTally)
+    _key: Key = 0
+    """The open episode."""
+    _parts: list[Rows] = field(default_factory=list)
+    """Its rows. Only the last ones if it is faulty."""
+    _rows: int = 0
+    _problem: Problem | None = None
+    _led_to: list[Array] | None = None
+    """The observation that the last action of the episode before led to, if the logs tell."""
+    _last_place: str = ""
 
     def add(self, batch: Batch | Fault) -> Iterator[LoggedEpisode]:
         """The episodes that end in a batch."""
-        file, before = self._names[batch.source], self.tally.rows[batch.source]
+        file, before = self.names[batch.source], self.tally.rows[batch.source]
         if isinstance(batch, Fault):
             at = "" if batch.row is None else f"{file!r} row {before + batch.row + 1}: "
             raise UsageError(f"{at}{batch.text}")
@@ -174,7 +119,7 @@ class Joiner:
         problems, block = dict(batch.problems), rows
         if goes_on:  # the row before the batch is row -1
             block = _join([_cut(self._parts[-1], -1, None), rows])
-        for row, problem in _neighbour_faults(block, self._schema.marks_success):
+        for row, problem in _neighbour_faults(block, self.schema.marks_success):
             problems.setdefault(row - goes_on, problem)
         starts = np.flatnonzero(begins(keys)).tolist()
         first: dict[int, Problem] = {}
@@ -190,7 +135,7 @@ class Joiner:
                 at = f"{file!r} row {before + start + 1}"
                 step = None if rows["unnumbered"][start] else int(rows["step"][start])
                 fault = self._begin(keys[start], step, at) or fault
-            if fault is not None and not self._drop and fault[0] != OUTSIDE:
+            if fault is not None and not self.drop and fault[0] != OUTSIDE:
                 raise UsageError(fault[1])
             self._problem = self._problem or fault
             self._parts.append(_cut(rows, start, end))
@@ -201,7 +146,7 @@ class Joiner:
 
     def _begin(self, key: Key, step: int | None, at: str) -> Problem | None:
         """Open an episode at its first row. Returns the fault of that row."""
-        again, first_step = key in self.seen, self._schema.first_step
+        again, first_step = key in self.seen, self.schema.first_step
         self.seen[key] = None
         self._key, self._rows, self._problem = key, 0, None
         self.number += 1
@@ -236,12 +181,12 @@ class Joiner:
         rows, count = _join(parts), self._rows
         final = bool(rows["final"][-1])
         last = count - 1 - final
-        led_nowhere = not final and not self._schema.next_observation
-        length = count - 1 if final or led_nowhere else count
+        led_nowhere = not final and not self.schema.next_observation
+        length = count - (final or led_nowhere)
         terminated, truncated = bool(rows["terminated"][last]), bool(rows["truncated"][last])
         outcome = "terminated" if terminated else "truncated" if truncated else "unfinished"
         success = rows["success"][0]
-        if self._schema.marks_success:
+        if self.schema.marks_success:
             marks = [bool(mark) for mark in rows["success"] if mark is not None]
             success = any(marks) if marks else None
 
@@ -330,12 +275,8 @@ def _neighbour_faults(rows: Rows, marks_success: bool) -> list[tuple[int, Proble
     acted = right & ~a["final"] & ~b["final"]
     timed_a, timed_b = ~np.isnan(a["duration"]), ~np.isnan(b["duration"])
     text = "of episode {k!r}; give it at every step of an episode or at none"
-    check(
-        acted & ~timed_a & timed_b, 0, "missing value", f"duration is missing at step {{a}} {text}"
-    )
-    check(
-        acted & timed_a & ~timed_b, 1, "missing value", f"duration is missing at step {{b}} {text}"
-    )
+    for mask, blamed, at in ((~timed_a & timed_b, 0, "{a}"), (timed_a & ~timed_b, 1, "{b}")):
+        check(acted & mask, blamed, "missing value", f"duration is missing at step {at} {text}")
     contradicts, moves = np.zeros((2, len(step)), bool)
     for name in [name for name in rows if name.startswith("next_")]:
         observation = name.replace("next", "obs", 1)

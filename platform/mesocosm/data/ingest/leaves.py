@@ -43,6 +43,10 @@ class ColumnLeaf:
     space: Space | None = None
     """The environment's space. None where it is inferred from the values."""
 
+    @staticmethod
+    def scalar(name: str, kind: str) -> ColumnLeaf:
+        return ColumnLeaf(name, (), (name,), kind)
+
     @property
     def flattened(self) -> bool:
         """True if each element has a column."""
@@ -52,7 +56,7 @@ class ColumnLeaf:
 def innermost(type: pa.DataType) -> tuple[pa.DataType, int]:
     """The type inside nested lists, and the depth of the nesting."""
     depth = 0
-    while is_.is_list(type) or is_.is_large_list(type) or is_.is_fixed_size_list(type):
+    while is_.is_list(type):
         type, depth = type.value_type, depth + 1
     return type, depth
 
@@ -64,7 +68,7 @@ def kind_of(type: pa.DataType) -> str | None:
         return "number"
     if is_.is_boolean(inner):
         return "bool"
-    return "text" if is_.is_string(inner) or is_.is_large_string(inner) else None
+    return "text" if is_.is_string(inner) else None
 
 
 def flatten(table: pa.Table) -> pa.Table:
@@ -95,29 +99,32 @@ def columns_of(part: str, names: Iterable[str]) -> list[str]:
 def find_leaves(
     head: pa.Table, top: frozenset[str], spaces: tuple[Space, Space] | None
 ) -> tuple[dict[str, list[ColumnLeaf]], list[str]]:
-    """({observation, action, next_observation: leaves}, columns without a place)."""
+    """({observation, action, next_observation: leaves}, columns without a place).
+
+    Args:
+        head: The first rows, flattened. `top` are its columns before that.
+    """
     leaves: dict[str, list[ColumnLeaf]] = {}
+    unused: list[str] = []
     for part in ("observation", "action", "next_observation"):
-        if not columns_of(part, head.column_names):
-            leaves[part] = []
-        elif spaces is None:
+        names = columns_of(part, head.column_names)
+        leaves[part] = []
+        if names and spaces is None:
             leaves[part] = list(_infer(head, top, part, ()))
-        else:
+        elif names and spaces is not None:
             leaves[part] = _match(head, top, spaces[part == "action"], part)
-    if leaves["next_observation"]:
-        seen, following = (
-            [(leaf.path, leaf.kind, leaf.shape) for leaf in leaves[part]]
-            for part in ("observation", "next_observation")
+        used = {name for leaf in leaves[part] for name in leaf.columns}
+        unused += [name for name in names if name not in used]
+    seen, following = (
+        [(leaf.path, leaf.kind, leaf.shape) for leaf in leaves[part]]
+        for part in ("observation", "next_observation")
+    )
+    if following and seen != following:
+        raise UsageError(
+            f"next_observation has the parts {following} and observation {seen}; make them equal,"
+            " or leave next_observation out"
         )
-        if seen != following:
-            raise UsageError(
-                f"next_observation has the parts {following} and observation {seen}; make them"
-                " equal, or leave next_observation out"
-            )
-    used = {name for part in leaves.values() for leaf in part for name in leaf.columns}
-    return leaves, [
-        n for part in leaves for n in columns_of(part, head.column_names) if n not in used
-    ]
+    return leaves, unused
 
 
 def _infer(

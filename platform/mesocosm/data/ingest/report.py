@@ -10,7 +10,6 @@ from typing import Any
 from mesocosm.data.ingest.leaves import Space
 from mesocosm.data.ingest.readers import LogPiece
 from mesocosm.data.ingest.schema import Schema
-from mesocosm.data.ingest.sources import Source
 from mesocosm.data.ingest.values import Stat
 
 
@@ -58,7 +57,6 @@ class ImportTally:
 class Inspection:
     """The result of the first pass."""
 
-    files: list[Source]
     pieces: list[LogPiece]
     schema: Schema
     tally: ImportTally
@@ -66,40 +64,6 @@ class Inspection:
     limit: int | None
     """Steps of an episode: `reality.horizon`, or the environment's own limit."""
     task: list[str]
-
-    def report(self) -> dict[str, Any]:
-        """The mapping of columns, counts, omissions with their reasons, and warnings."""
-        tally = self.tally
-        left_out = [
-            {
-                "reason": reason,
-                "episodes": tally.left_out[reason],
-                "rows": tally.left_out_rows[reason],
-                "first": re.sub(r"( row \d+): .*", r"\1", tally.examples[reason], flags=re.DOTALL),
-            }
-            for reason in sorted(tally.left_out)
-        ]
-        return {
-            "columns": self._columns(),
-            "counts": self.counts(),
-            "left_out": left_out,
-            "warnings": self._warnings(),
-        }
-
-    def counts(self) -> dict[str, Any]:
-        tally, outcomes = self.tally, self._outcomes()
-        return {
-            "rows": sum(tally.rows.values()),
-            "episodes": tally.episodes,
-            "transitions": tally.transitions,
-            "outcomes": {
-                name: outcomes[name] for name in ("terminated", "truncated", "unfinished")
-            },
-            "behaviours": dict(sorted(tally.behaviours.items())),
-            "episodes_left_out": sum(tally.left_out.values()),
-            "empty_episodes": tally.empty,
-            "last_actions_left_out": tally.last_actions,
-        }
 
     @property
     def time_limit(self) -> int | None:
@@ -116,70 +80,96 @@ class Inspection:
         limited = outcome == "terminated" and self.time_limit is not None and not success
         return "truncated" if limited else outcome
 
-    def _outcomes(self) -> Counter[str]:
-        counts = Counter(self.tally.outcomes)
+    def report(self) -> dict[str, Any]:
+        """The mapping of columns, counts, omissions with their reasons, and warnings."""
+        tally, columns = self.tally, self.schema.describe(self.tally.stats)
+        outcomes = {
+            name: tally.outcomes[name] for name in ("terminated", "truncated", "unfinished")
+        }
         if self.time_limit is not None:
-            limited = counts["terminated"] - self.tally.succeeded
-            counts.update(terminated=-limited, truncated=limited)
-        return counts
-
-    def _columns(self) -> list[dict[str, str]]:
-        rows = self.schema.describe(self.tally.stats)
-        if self.time_limit is not None:
+            limited = outcomes["terminated"] - tally.succeeded
+            outcomes["terminated"] -= limited
+            outcomes["truncated"] += limited
             unless = " without success" if "success" in self.schema.types else ""
             how = (
-                f"guess: all {self.tally.done} episodes that end{unless} have {self.time_limit}"
-                " steps: a time limit ends them"
+                f"guess: all {tally.done} episodes that end{unless} have {self.time_limit} steps: a"
+                " time limit ends them"
             )
             truncated = {"became": "truncated", "how": how}
-            rows = [row | truncated if row["became"] == "terminated" else row for row in rows]
-        return rows
+            columns = [row | truncated if row["became"] == "terminated" else row for row in columns]
+        return {
+            "columns": columns,
+            "counts": {
+                "rows": sum(tally.rows.values()),
+                "episodes": tally.episodes,
+                "transitions": tally.transitions,
+                "outcomes": outcomes,
+                "behaviours": dict(sorted(tally.behaviours.items())),
+                "episodes_left_out": sum(tally.left_out.values()),
+                "empty_episodes": tally.empty,
+                "last_actions_left_out": tally.last_actions,
+            },
+            "left_out": [
+                {
+                    "reason": reason,
+                    "episodes": tally.left_out[reason],
+                    "rows": tally.left_out_rows[reason],
+                    "first": re.sub(r"( row \d+): .*", r"\1", tally.examples[reason], flags=re.S),
+                }
+                for reason in sorted(tally.left_out)
+            ],
+            "warnings": self._warnings(ends=outcomes["terminated"] > 0),
+        }
 
-    def _warnings(self) -> list[str]:
-        tally, warnings = self.tally, []
+    def _warnings(self, ends: bool) -> list[str]:
+        tally, limit = self.tally, self.limit
         rows, lost = sum(tally.rows.values()), sum(tally.left_out_rows.values())
         varies = any(
             stat.low != stat.high or stat.longest
             for name, stat in tally.stats.items()
             if name.partition(".")[0] == "observation"
         )
-        if varies and 1 < tally.led == tally.repeated:
-            warnings.append(
+        unrewarded = "; the last actions that were left out may have rewards"
+        warnings = [
+            (
+                varies and 1 < tally.led == tally.repeated,
                 f"in each of {tally.led} episodes the last next_observation equals the observation"
                 " before it: unless the environment stands still, the logger stored one"
                 " observation twice; log the observation that step() returned, or a world learns"
-                " that the last action changes nothing"
-            )
-        if varies and 1 < tally.pairs == tally.restarted:
-            warnings.append(
+                " that the last action changes nothing",
+            ),
+            (
+                varies and 1 < tally.pairs == tally.restarted,
                 f"in each of {tally.pairs} episodes the last next_observation equals the first"
                 " observation of the next episode: unless episodes end where they begin, the"
                 " environment was reset in the same step (SAME_STEP autoreset); log"
-                " infos['final_obs'] instead"
-            )
-        if 2 * lost > rows:
-            warnings.append(
+                " infos['final_obs'] instead",
+            ),
+            (
+                2 * lost > rows,
                 f"{lost} of {rows} rows were left out: check the reasons, and whether these are the"
-                " intended logs"
-            )
-        if tally.last_actions:
-            warnings.append(
+                " intended logs",
+            ),
+            (
+                tally.last_actions,
                 f"{tally.last_actions} episodes lost their last action, for no observation follows"
                 " it: they count as unfinished, and whether they ended there is not learned; give"
-                " next_observation, or a last row with the observation alone"
-            )
-        if tally.episodes and not tally.rewarded:
-            lost_rewards = "; the last actions that were left out may have rewards"
-            warnings.append(
+                " next_observation, or a last row with the observation alone",
+            ),
+            (
+                tally.episodes and not tally.rewarded,
                 "every reward is 0, so an agent has nothing to learn from"
-                f"{lost_rewards if tally.last_actions else ''}: name the column that holds it,"
-                " columns.reward=NAME"
-            )
-        if tally.episodes and not self._outcomes()["terminated"]:
-            warnings.append("no episode is terminated: a world made of these logs never ends one")
-        if self.limit is not None and tally.longest > self.limit:
-            warnings.append(
-                f"the longest episode has {tally.longest} steps, more than the limit of"
-                f" {self.limit}; set reality.horizon={tally.longest} or more"
-            )
-        return warnings
+                f"{unrewarded if tally.last_actions else ''}: name the column that holds it,"
+                " columns.reward=NAME",
+            ),
+            (
+                tally.episodes and not ends,
+                "no episode is terminated: a world made of these logs never ends one",
+            ),
+            (
+                limit is not None and tally.longest > limit,
+                f"the longest episode has {tally.longest} steps, more than the limit of {limit};"
+                f" set reality.horizon={tally.longest} or more",
+            ),
+        ]
+        return [text for holds, text in warnings if holds]

@@ -42,11 +42,11 @@ UNKNOWN_SEED = -1
 OUTSIDE = "outside the space"
 """The reason that `reality.bounds` decides about."""
 FIXES = {
-    "not finite": "give finite numbers",
-    "wrong shape": "give one shape in all rows",
-    "too large": "rescale it",
-    "unreadable episode": "correct it, or set bad=drop",
-    OUTSIDE: FIX,
+    "not finite": "; give finite numbers",
+    "wrong shape": "; give one shape in all rows",
+    "too large": "; rescale it",
+    "unreadable episode": "; correct it, or set bad=drop",
+    OUTSIDE: f"; {FIX}",
 }
 
 
@@ -76,31 +76,29 @@ def read_batch(
     Raises:
         RowError: A column has another type than in the first rows, or no row has an episode.
     """
-    rows = _Checked(table, schema, f" of file {piece.source + 1}" if schema.per_file else "")
-    everything = np.ones(table.num_rows, bool)
-    observation = [rows.leaf(leaf, everything) for leaf in schema.observation]
-    actions = [take(table, leaf) for leaf in schema.action]
-    final = np.all([missing for _, missing, _ in actions], 0)
+    rows, count = _CheckedRows(table, schema, piece), table.num_rows
+    everything = np.ones(count, bool)
+    observation = [rows.read(leaf, everything) for leaf in schema.observation]
+    taken = [take(table, leaf) for leaf in schema.action]
+    final = np.all([missing for _, missing, _ in taken], 0)
     acted = ~final
-    action = [
-        rows.check(leaf, *taken, acted) for leaf, taken in zip(schema.action, actions, strict=True)
-    ]
-    reward = rows.column("reward", "number", acted).astype(np.float64)
-    duration = np.full(table.num_rows, np.nan)
+    action = [rows.check(leaf, *t, acted) for leaf, t in zip(schema.action, taken, strict=True)]
+    reward = rows.read(ColumnLeaf.scalar("reward", "number"), acted).astype(np.float64)
+    duration = np.full(count, np.nan)
     if "duration" in schema.types:
         timed = acted & table["duration"].is_valid().to_numpy()
-        seconds = rows.column("duration", "number", timed).astype(np.float64)
+        seconds = rows.read(ColumnLeaf.scalar("duration", "number"), timed).astype(np.float64)
         negative = timed & (seconds < 0)
         rows.mark(negative, "wrong value", lambda i: f"duration must be >= 0, got {seconds[i]:g}")
         duration = np.where(timed, seconds, np.nan)
     terminated, truncated = rows.flag("terminated", acted), rows.flag("truncated", acted)
-    following = [rows.leaf(leaf, acted) for leaf in schema.next_observation]
-    options = [rows.leaf(leaf, everything).tolist() for leaf in schema.task]
+    following = [rows.read(leaf, acted) for leaf in schema.next_observation]
     names = [leaf.path[0] for leaf in schema.task]
-    tasks = [dict(zip(names, row, strict=True)) for row in zip(*options, strict=True)]
+    options = zip(*(rows.read(leaf, everything).tolist() for leaf in schema.task), strict=True)
+    tasks = [dict(zip(names, row, strict=True)) for row in options] or [{}] * count
     seeds, seedless = take_integers(table, "seed")
-    success, unknown, _ = take(table, _scalar("success", "flag"))
-    behaviour, nameless, _ = take(table, _scalar("behaviour", "text"))
+    success, unknown, _ = take(table, ColumnLeaf.scalar("success", "flag"))
+    behaviour, nameless, _ = take(table, ColumnLeaf.scalar("behaviour", "text"))
     columns: Rows = {
         "key": rows.keys,
         "step": rows.steps,
@@ -111,26 +109,25 @@ def read_batch(
         "truncated": truncated,
         "duration": duration,
         "behaviour": np.where(nameless, IMPORTED, behaviour),
-        "task": np.fromiter(tasks or [{}] * table.num_rows, object, table.num_rows),
+        "task": np.fromiter(tasks, object, count),
         "seed": np.where(seedless, UNKNOWN_SEED, seeds).astype(object),
         "success": np.where(unknown, np.array(None), success.astype(bool)),
         "wrong": rows.wrong,
     }
-    good = ~rows.wrong
     stats: dict[str, Stat] = {}
     for part, leaves, arrays, usable in (
-        ("obs", schema.observation, observation, good),
-        ("act", schema.action, action, good & acted),
-        ("next", schema.observation, following, good & acted),
+        ("obs", schema.observation, observation, ~rows.wrong),
+        ("act", schema.action, action, ~rows.wrong & acted),
+        ("next", schema.next_observation, following, ~rows.wrong & acted),
     ):
         if codecs is not None and arrays:
             codec = codecs[part == "act"]
             columns[f"{part}_num"], columns[f"{part}_cat"] = _encode(codec, arrays, usable)
-        elif arrays:
-            for i, (leaf, array) in enumerate(zip(leaves, arrays, strict=True)):
-                columns[f"{part}_{i}"] = array
-                stat = Stat.of(array[usable])
-                stats[leaf.name] = stats.get(leaf.name, Stat()).merged(stat)
+            continue
+        for i, (leaf, array) in enumerate(zip(leaves, arrays, strict=True)):
+            columns[f"{part}_{i}"] = array
+            name = leaf.name.removeprefix("next_")
+            stats[name] = stats.get(name, Stat()).merged(Stat.of(array[usable]))
     return Batch(piece.source, piece.number, begin, columns, rows.problems(), stats)
 
 
@@ -139,20 +136,15 @@ def begins(keys: Array) -> Array:
     return np.append(np.ones(len(keys[:1]), bool), keys[1:] != keys[:-1])
 
 
-def _scalar(name: str, kind: str) -> ColumnLeaf:
-    return ColumnLeaf(name, (), (name,), kind)
-
-
-class _Checked:
+class _CheckedRows:
     """The rows of a table, and the first fault of each."""
 
-    def __init__(self, table: pa.Table, schema: Schema, suffix: str):
+    def __init__(self, table: pa.Table, schema: Schema, piece: LogPiece):
         self._table, self._schema = table, schema
-        rows = table.num_rows
-        self.wrong = np.zeros(rows, bool)
+        self.wrong = np.zeros(table.num_rows, bool)
         self._faults: dict[int, tuple[str, Callable[[int], str]]] = {}
-        self._unnamed = np.zeros(rows, bool)
-        self.keys = np.zeros(rows, object)
+        self._unnamed = np.zeros(table.num_rows, bool)
+        self.keys = np.zeros(table.num_rows, object)
         if "episode" in table.column_names:
             self._unnamed = table["episode"].is_null().to_numpy()
             # A row without an episode counts as one of the episode before it, or else after it.
@@ -161,11 +153,11 @@ class _Checked:
                 raise RowError(0, "episode is missing; every row must have one")
             filled = pa.table({"episode": named})
             if kind_of(schema.types["episode"]) == "text":
-                self.keys = take(filled, _scalar("episode", "text"))[0]
+                self.keys = take(filled, ColumnLeaf.scalar("episode", "text"))[0]
             else:
                 self.keys = take_integers(filled, "episode")[0].astype(object)
-        if suffix:
-            self.keys = np.array([f"{key}{suffix}" for key in self.keys], object)
+        if schema.per_file:
+            self.keys = np.array([f"{k} of file {piece.source + 1}" for k in self.keys], object)
         self.steps, self.unnumbered = take_integers(table, "step")
         if PROBLEM in table.column_names:
             texts = table[PROBLEM].to_pylist()
@@ -175,7 +167,7 @@ class _Checked:
         self.mark(self.unnumbered, "missing value", lambda row: "step is missing")
 
     def mark(self, mask: Array, reason: str, text: Callable[[int], str]) -> None:
-        """Mark faulty rows. Only a row's first fault is kept."""
+        """Mark faulty rows. Only a row's first fault is recorded."""
         mask = mask & ~self.wrong
         self.wrong |= mask
         self._faults |= dict.fromkeys(np.flatnonzero(mask).tolist(), (reason, text))
@@ -191,24 +183,20 @@ class _Checked:
             at = f"at step {self.steps[row]} of"
             if self._unnamed[row] or self.unnumbered[row]:
                 at = "in a row beside" if self._unnamed[row] else "in a row of"
-            fix = f"; {FIXES[reason]}" if reason in FIXES else ""
-            problems[row] = reason, f"{text(row)} {at} episode {self.keys[row]!r}{fix}"
+            message = f"{text(row)} {at} episode {self.keys[row]!r}{FIXES.get(reason, '')}"
+            problems[row] = reason, message
         return problems
 
-    def leaf(self, leaf: ColumnLeaf, mask: Array) -> Array:
+    def read(self, leaf: ColumnLeaf, mask: Array) -> Array:
         """The values of a leaf [B, ...], checked in the rows of `mask`."""
         return self.check(leaf, *take(self._table, leaf), mask)
 
-    def column(self, name: str, kind: str, mask: Array) -> Array:
-        return self.leaf(_scalar(name, kind), mask)
-
     def flag(self, name: str, mask: Array) -> Array:
         """A column of booleans, or of 0 and 1, as [B] bool: false outside of `mask`."""
-        values = self.column(name, "flag", mask)
+        values = self.read(ColumnLeaf.scalar(name, "flag"), mask)
         other = mask & (values != 0) & (values != 1)
-        self.mark(
-            other, "wrong value", lambda row: f"{name} must be true or false, got {values[row]}"
-        )
+        must = f"{name} must be true or false"
+        self.mark(other, "wrong value", lambda row: f"{must}, got {values[row]}")
         return (values == 1) & mask
 
     def check(
@@ -216,18 +204,17 @@ class _Checked:
     ) -> Array:
         name, space = leaf.name, leaf.space
         self.mark(missing & mask, "missing value", lambda row: f"{name} is missing")
-        self.mark(
-            misshapen & mask, "wrong shape", lambda row: f"{name} must have the shape {leaf.shape}"
-        )
+        shape = f"{name} must have the shape {leaf.shape}"
+        self.mark(misshapen & mask, "wrong shape", lambda row: shape)
         kind, flat = values.dtype.kind, values.reshape(len(values), math.prod(leaf.shape))
         if kind == "f":
-            self._elements(leaf, flat, mask, ~np.isfinite(flat), "not finite", "finite")
+            self._check_elements(leaf, flat, mask, ~np.isfinite(flat), "not finite", "finite")
         if kind in "fiu" and values.dtype.itemsize == 8:
-            limit: float = EXACT
-            most = "within 2**53"
+            limit, most = (float(EXACT), "within 2**53")
             if kind == "f":
                 limit, most = FLOAT32, "within 3.4e38 (worlds compute in float32)"
-            self._elements(leaf, flat, mask, (flat > limit) | (flat < -limit), "too large", most)
+            beyond = (flat > limit) | (flat < -limit)
+            self._check_elements(leaf, flat, mask, beyond, "too large", most)
         if space is None:
             return values
         good = mask & ~self.wrong
@@ -236,14 +223,11 @@ class _Checked:
             values = np.where(good.reshape(-1, *[1] * len(leaf.shape)), clipped, values)
         bad = np.zeros(len(values), bool)
         bad[good] = outside(space, values[good], self._schema.bounds)
-        self.mark(
-            bad,
-            OUTSIDE,
-            lambda row: f"{name} must be in the environment's {space}, got {_plain(values[row])!r}",
-        )
+        must = f"{name} must be in the environment's {space}"
+        self.mark(bad, OUTSIDE, lambda row: f"{must}, got {_plain(values[row])!r}")
         return values
 
-    def _elements(
+    def _check_elements(
         self, leaf: ColumnLeaf, flat: Array, mask: Array, bad: Array, reason: str, must: str
     ) -> None:
         """Mark rows with a bad number, and name the first one: `observation[2]`."""

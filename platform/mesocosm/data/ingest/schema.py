@@ -128,14 +128,14 @@ def read_schema(
         UsageError: A column is missing, is of a type that cannot be read, or differs between
             files. Names the file.
     """
-    heads: list[tuple[Source, pa.Schema]] = []
+    schemas: list[tuple[Source, pa.Schema]] = []
     first: pa.Table | None = None
     for source in sources:
         try:
             table = source.head()
         except RowError as error:
             raise UsageError(f"{source.name!r} row {error.row + 1}: {error.text}") from error
-        heads.append((source, table.schema))
+        schemas.append((source, table.schema))
         if first is None and table.num_rows:
             first, origin = table, source
     if first is None:
@@ -158,7 +158,7 @@ def read_schema(
     except UsageError as error:
         raise UsageError(f"{origin.name!r}: {error}") from error
     unused |= {_file_name(n, renames): "the environment's space has no place for it" for n in rest}
-    for source, other in heads:
+    for source, other in schemas:
         if other.names:
             unused |= _compare(origin, head.schema, source, other, renames, columns)
     first_step = int(steps[~missing][:1].tolist() == [1])
@@ -174,20 +174,20 @@ def read_schema(
         done_only=about.done_only and not {"terminated", "truncated"} & set(columns),
         spaces=spaces,
         about=about,
-        rows=_describe_scalars(origin, table, renames, first_step, task)
+        rows=_describe_scalars(about, table, renames, first_step, task)
         + [_row(name, "nothing", how) for name, how in unused.items()],
     )
 
 
 def _describe_scalars(
-    source: Source,
+    about: About,
     table: pa.Table,
     renames: Mapping[str, str],
     first_step: int,
     task: list[ColumnLeaf],
 ) -> list[dict[str, str]]:
     """One row per column of one value, and per optional column that is missing."""
-    about, names = source.about, table.column_names
+    names = table.column_names
     notes = {
         "step": "counted from 1; became 0, 1, ..." if first_step else "",
         "next_observation": "of an episode's last row: the last observation; of the others it was"
@@ -198,17 +198,17 @@ def _describe_scalars(
         **about.notes,
         **about.filled,
     }
-    rows = []
-    for name in COLUMNS:
-        if name in names and name not in ("observation", "action"):
-            type = "" if name in about.filled else str(table.schema.field(name).type)
-            rows.append(_row(_file_name(name, renames), name, notes.get(name, ""), type))
     absent = {
         "behaviour": f"missing: {IMPORTED!r} acted throughout",
         "next_observation": "missing: an episode needs a last row without an action, or its last"
         " action leads nowhere",
         "episode": "missing: each file is one episode (per_file)",
     }
+    rows = []
+    for name in COLUMNS:
+        if name in names and name not in ("observation", "action"):
+            type = "" if name in about.filled else str(table.schema.field(name).type)
+            rows.append(_row(_file_name(name, renames), name, notes.get(name, ""), type))
     missing = [name for name in absent if not columns_of(name, names)]
     return rows + [_row(name, "nothing", absent[name]) for name in missing]
 
@@ -267,8 +267,7 @@ def _check(
             f"the table has no column {columns.get(name, name)!r}, which is required (it has"
             f" {', '.join(file_columns)}); {fix}"
         )
-    if "seed" in names:
-        take_integers(table, "seed")
+    take_integers(table, "seed")
     if "episode" in names and kind_of(table.schema.field("episode").type) != "text":
         take_integers(table, "episode")
 
@@ -290,7 +289,7 @@ def _compare(
     typed = first.format != "jsonl"
     table = other.empty_table().select([name for name in renames if name in other.names])
     table = flatten(table.rename_columns([renames[name] for name in table.column_names]))
-    names = [n for n, ours in renames.items() if typed or ours.split(SEPARATOR)[0] in REQUIRED]
+    names = [n for n, to in renames.items() if typed or to.split(SEPARATOR)[0] in REQUIRED]
     missing = [name for name in names if name not in other.names]
     for field in schema:
         name = _file_name(field.name, renames)
@@ -313,10 +312,9 @@ def _compare(
 
 
 def _comparable(type: pa.DataType, typed: bool) -> tuple[str | None, int] | None:
-    """The part of a type that must be equal in all files: not the width of a number, nor, in
-    JSON, whether it is an integer.
+    """The part of a type that must be equal in all files; None for nulls, which fit any type.
 
-    None for nulls, which go with every type.
+    It is not the width of a number nor, in JSON, whether it is an integer.
     """
     inner, depth = innermost(type)
     if is_.is_null(inner):

@@ -1,4 +1,4 @@
-"""The files of an import, each read by the reader of its format."""
+"""The files of an import, each with the reader of its format."""
 
 from __future__ import annotations
 
@@ -45,12 +45,14 @@ class Source:
     @functools.cached_property
     def about(self) -> About:
         reader = READERS[self.format]
-        about: About = reader.about(self.path) if hasattr(reader, "about") else About()
-        return about
+        return reader.about(self.path) if hasattr(reader, "about") else About()
+
+    @property
+    def files(self) -> list[str]:
+        return self.about.files or [self.path]
 
     def head(self) -> pa.Table:
-        table: pa.Table = READERS[self.format].head(self.path)
-        return table
+        return READERS[self.format].head(self.path)
 
     def pieces(self, source: int) -> list[LogPiece]:
         ranges = READERS[self.format].pieces(self.path)
@@ -96,37 +98,27 @@ def sources(words: Sequence[str], fetch: bool) -> list[Source]:
 
 
 def _sources_of(word: str, fetch: bool) -> list[Source]:
-    if word.startswith("minari:"):
+    if word.startswith(minari.PREFIX):
         return [Source("minari", minari.folder(word, fetch), word)]
-    if os.path.exists(os.path.join(word, "meta", "info.json")) and not files.remote(word):
+    if not files.is_remote(word) and os.path.exists(os.path.join(word, lerobot.INFO)):
         return [Source("lerobot", os.path.abspath(path), path) for path in lerobot.data(word)]
     try:
-        return _expand(word)
+        paths = files.expand(word, list(SUFFIXES))
+        if not paths:
+            raise UsageError(
+                f"{word!r} is no file, folder or pattern that matches a file that ends in"
+                f" {', '.join(SUFFIXES)}; check the path"
+            )
+        return [_source(path) for path in paths]
     except MesocosmError:
         raise
     except Exception as error:  # botocore's and s3fs's own
-        if not files.remote(word):
+        if not files.is_remote(word):
             raise
         raise UsageError(
             f"{word!r} cannot be read ({' '.join(str(error).split())}); check the endpoint and"
             " credentials in the environment, as for storage.root"
         ) from error
-
-
-def _expand(word: str) -> list[Source]:
-    """The files of a path, folder or pattern."""
-    suffixes = ", ".join(SUFFIXES)
-    if files.is_folder(word):
-        paths = [path for path in files.below(word) if Path(path).suffix in SUFFIXES]
-        if not paths:
-            raise UsageError(f"the folder {word!r} has no file that ends in {suffixes}")
-    else:
-        paths = [word] if files.is_file(word) else files.matching(word)
-        if not paths:
-            raise UsageError(
-                f"{word!r} is no file, folder or pattern that matches a file; check the path"
-            )
-    return [_source(path) for path in paths]
 
 
 def _source(path: str) -> Source:
@@ -135,6 +127,6 @@ def _source(path: str) -> Source:
         raise UsageError(
             f"{path!r} has an unknown suffix; give files that end in {', '.join(SUFFIXES)}"
         )
-    if format == "parquet":
-        format = "rllib" if rllib.holds(parquet.head(path).schema) else format
-    return Source(format, path if files.remote(path) else os.path.abspath(path), path)
+    if format == "parquet" and rllib.holds(parquet.head(path).schema):
+        format = "rllib"
+    return Source(format, path if files.is_remote(path) else os.path.abspath(path), path)

@@ -39,15 +39,12 @@ def take(table: pa.Table, leaf: ColumnLeaf) -> tuple[Array, Array, Array]:
         are missing, also in part, or of another shape.
     """
     parts = []
+    kinds = ("number", "bool") if leaf.kind == "flag" else (leaf.kind,)
     for name in leaf.columns:
         array = _column(table, name)
-        kinds = {"flag": ("number", "bool")}.get(leaf.kind, (leaf.kind,))
         if not is_.is_null(innermost(array.type)[0]) and kind_of(array.type) not in kinds:
-            expected = " or ".join(kinds)
-            raise RowError(
-                _first_valid(array),
-                f"{shown(name)} must be {expected}, got {array.type} (mixed dtypes)",
-            )
+            must = f"{shown(name)} must be {' or '.join(kinds)}"
+            raise RowError(_first_valid(array), f"{must}, got {array.type} (mixed dtypes)")
         parts.append(_values(array, leaf.kind, () if leaf.flattened else leaf.shape))
     if not leaf.flattened:
         return parts[0]
@@ -90,29 +87,24 @@ def _first_valid(array: pa.Array | pa.ChunkedArray) -> int:
 
 
 def _values(array: pa.Array, kind: str, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    rows, listed = len(array), innermost(array.type)[1] > 0
+    """(values [B, *shape], missing [B], wrong shape [B]) of an array of B values or lists."""
     missing = array.is_null().to_numpy(zero_copy_only=False)
-    nothing = np.zeros((rows, *shape), {"text": object, "bool": bool}.get(kind, np.int64))
+    fine = np.zeros(len(array), bool)
+    values = np.zeros((len(array), *shape), {"text": object, "bool": bool}.get(kind, np.int64))
     if is_.is_null(array.type):
-        return nothing, missing, np.zeros(rows, bool)
-    if bool(shape) != listed:
-        return nothing, missing, ~missing
+        return values, missing, fine
+    if bool(shape) != is_.is_list(array.type):
+        return values, missing, ~missing
     if not shape:
-        filled = pc.fill_null(array, {"text": "", "bool": False}.get(kind_of(array.type) or "", 0))
-        values = filled.to_numpy(zero_copy_only=False)
-        return values, missing, np.zeros(rows, bool)
-    missing = missing.copy()
+        fill = {"text": "", "bool": False}.get(kind_of(array.type) or "", 0)
+        return pc.fill_null(array, fill).to_numpy(zero_copy_only=False), missing, fine
     whole = pc.fill_null(pc.list_value_length(array), -1).to_numpy() == shape[0]
-    misshapen = ~missing & ~whole
-    if not whole.all():
-        array = array.filter(pa.array(whole))
-    inner, gaps, odd = _values(array.flatten(), kind, shape[1:])
+    inner, gaps, odd = _values(array.filter(pa.array(whole)).flatten(), kind, shape[1:])
+    missing, misshapen = missing.copy(), ~missing & ~whole
     count = int(whole.sum())
     missing[whole] = gaps.reshape(count, shape[0]).any(1)
     misshapen[whole] = odd.reshape(count, shape[0]).any(1)
-    if whole.all():
-        return inner.reshape(rows, *shape), missing, misshapen
-    values = np.zeros((rows, *shape), inner.dtype)
+    values = values.astype(inner.dtype)
     values[whole] = inner.reshape(count, *shape)
     return values, missing, misshapen
 
@@ -177,22 +169,22 @@ def infer_space(leaf: ColumnLeaf, stat: Stat, action: bool) -> tuple[Space, str]
         if leaf.shape:
             return spaces.MultiBinary(leaf.shape), "booleans"
         return spaces.Discrete(2), "booleans: 0 is false, 1 true"
-    seen = f"{min(stat.low):g} to {max(stat.high):g}" if stat.low else "nothing"
-    floats = [kind for kind in stat.kinds if kind.startswith("float")]
     lowest, highest = min(stat.low, default=0), max(stat.high, default=0)
-    dtype: Any = np.result_type(*stat.kinds)
-    if floats and len(floats) < len(stat.kinds):
-        dtype = np.dtype(np.float64)
-    elif not floats and lowest == 0 and highest < CATEGORIES and (not leaf.shape or action):
+    seen = f"{lowest:g} to {highest:g}" if stat.low else "nothing"
+    floats = [kind for kind in stat.kinds if kind.startswith("float")]
+    if not floats and lowest == 0 and highest < CATEGORIES and (not leaf.shape or action):
         sizes = np.array(stat.high, np.int64).reshape(leaf.shape) + 1
         how = "guess: a choice among the integers 0..n-1 that were seen"
         return (spaces.MultiDiscrete(sizes) if leaf.shape else spaces.Discrete(int(sizes))), how
+    dtype: Any = np.result_type(*stat.kinds)
+    if floats and len(floats) < len(stat.kinds):
+        dtype = np.dtype(np.float64)
     elif not floats and dtype.kind == "f":  # int64 and uint64 together
         dtype = np.dtype(np.int64)
     quantity = "" if floats else "a quantity, "
     if action:
-        low, high = (np.array(bound).astype(dtype) for bound in (stat.low, stat.high))
-        box = spaces.Box(low.reshape(leaf.shape), high.reshape(leaf.shape), leaf.shape, dtype.type)
+        low, high = (np.array(b).astype(dtype).reshape(leaf.shape) for b in (stat.low, stat.high))
+        box = spaces.Box(low, high, leaf.shape, dtype.type)
         return box, f"guess: {quantity}within the values seen, {seen}"
     least, most = (-np.inf, np.inf) if floats else (np.iinfo(dtype).min, np.iinfo(dtype).max)
     box = spaces.Box(least, most, leaf.shape, dtype.type)

@@ -17,7 +17,6 @@ from typing import Any
 import gymnasium
 
 PROBLEM = "mesocosm problem"
-"""A text column that a reader adds: what is wrong with the row's episode."""
 BATCH_ROWS = 1 << 14
 BATCH_BYTES = 1 << 25
 

@@ -1,7 +1,4 @@
-"""Files of logs, on this machine or in a bucket.
-
-A bucket is `s3://bucket/key`, with the endpoint and credentials of the environment.
-"""
+"""Files of logs, on this machine or at `s3://bucket/key` with the environment's credentials."""
 
 from __future__ import annotations
 
@@ -10,14 +7,14 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 REMOTE = "s3://"
 
 
-def remote(path: str) -> bool:
+def is_remote(path: str) -> bool:
     return path.startswith(REMOTE)
 
 
@@ -29,41 +26,23 @@ def _bucket(process: int) -> Any:
     return objects.Client(**objects.options())
 
 
-def bucket() -> Any:
-    return _bucket(os.getpid())
-
-
-def opened(path: str) -> IO[bytes]:
+def open_file(path: str) -> IO[bytes]:
     """Open a file for reading. Raises OSError."""
-    return bucket().open(path, "rb") if remote(path) else open(path, "rb")  # type: ignore[no-any-return]
-
-
-def size(path: str) -> int:
-    return stamp(path)[0]
+    return _bucket(os.getpid()).open(path, "rb") if is_remote(path) else open(path, "rb")  # type: ignore[no-any-return]
 
 
 def stamp(path: str) -> tuple[int, str]:
     """(size in bytes, a mark that changes when the file does)."""
-    if remote(path):
-        info = bucket().info(path)
+    if is_remote(path):
+        info = _bucket(os.getpid()).info(path)
         return int(info["size"]), str(info.get("ETag") or info.get("LastModified"))
     stat = os.stat(path)
     return stat.st_size, str(stat.st_mtime_ns)
 
 
 def sha256(path: str) -> str:
-    with opened(path) as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-
-
-def is_folder(path: str) -> bool:
-    if remote(path):
-        return path.endswith("/") or (not bucket().isfile(path) and bucket().isdir(path))
-    return os.path.isdir(path)
-
-
-def is_file(path: str) -> bool:
-    return bool(bucket().isfile(path)) if remote(path) else os.path.isfile(path)
 
 
 def sorted_naturally(paths: Iterable[str]) -> list[str]:
@@ -78,23 +57,23 @@ def sorted_naturally(paths: Iterable[str]) -> list[str]:
     return sorted(paths, key=natural)
 
 
-def below(folder: str) -> list[str]:
-    """All files in a folder and deeper, sorted, without hidden ones."""
-    if remote(folder):
-        root = folder.removeprefix(REMOTE).rstrip("/")
-        names = {REMOTE + name: name[len(root) + 1 :].split("/") for name in bucket().find(root)}
+def expand(word: str, suffixes: Sequence[str]) -> list[str]:
+    """The files of a path, a pattern, or a folder (with these suffixes, not hidden), sorted."""
+    if is_remote(word):
+        client = _bucket(os.getpid())
+        if not word.endswith("/") and client.isfile(word):
+            return [word]
+        if not word.endswith("/") and not client.isdir(word):
+            names = client.glob(word) if glob.has_magic(word) else []
+            return sorted_naturally(REMOTE + name for name in names)
+        paths = [REMOTE + name for name in client.find(word)]
+    elif os.path.isdir(word):
+        paths = [str(path) for path in Path(word).rglob("*") if path.is_file()]
     else:
-        files = [path for path in Path(folder).rglob("*") if path.is_file()]
-        names = {str(path): list(path.relative_to(folder).parts) for path in files}
-    hidden = (".", "_")
+        return sorted_naturally(glob.glob(word, recursive=True)) or [word] * os.path.isfile(word)
     return sorted_naturally(
-        name for name, parts in names.items() if not any(part.startswith(hidden) for part in parts)
+        path
+        for path in paths
+        if Path(path).suffix in suffixes
+        and not any(part.startswith((".", "_")) for part in Path(path).relative_to(word).parts)
     )
-
-
-def matching(pattern: str) -> list[str]:
-    """The files that a pattern matches, sorted."""
-    if not remote(pattern):
-        return sorted_naturally(glob.glob(pattern, recursive=True))
-    names = bucket().glob(pattern) if glob.has_magic(pattern) else []
-    return sorted_naturally(REMOTE + name for name in names)

@@ -15,7 +15,7 @@ import pyarrow.types as is_
 
 from mesocosm.data.ingest.leaves import innermost
 from mesocosm.data.ingest.readers import BATCH_BYTES, BATCH_ROWS, LogPiece
-from mesocosm.data.ingest.readers.files import opened, size
+from mesocosm.data.ingest.readers.files import open_file, stamp
 from mesocosm.data.ingest.values import RowError
 from mesocosm.errors import UsageError
 
@@ -25,12 +25,12 @@ BIG = "an integer beyond 64 bits"
 
 
 def head(path: str) -> pa.Table:
-    rows = [row for row, _ in itertools.islice(_rows(path, 0, size(path)), HEAD_ROWS)]
+    rows = [row for row, _ in itertools.islice(_rows(path, 0, stamp(path)[0]), HEAD_ROWS)]
     return _table(rows, list(dict.fromkeys(name for row in rows for name in row)))
 
 
 def pieces(path: str) -> list[tuple[int, int]]:
-    end = size(path)
+    end = stamp(path)[0]
     return [(begin, min(begin + PIECE_BYTES, end)) for begin in range(0, end, PIECE_BYTES)]
 
 
@@ -52,7 +52,7 @@ def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
 def _rows(path: str, begin: int, end: int) -> Iterator[tuple[dict[str, Any], int]]:
     """The objects of the lines that begin in [begin, end), each with its length in bytes."""
     try:
-        with opened(path) as file:
+        with open_file(path) as file:
             if begin:
                 file.seek(begin - 1)
                 file.readline()

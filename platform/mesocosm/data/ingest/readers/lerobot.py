@@ -78,30 +78,30 @@ def folder_of(path: str, names: Sequence[str]) -> str | None:
 def about(path: str) -> About:
     """The columns of a data file, and what they mean."""
     names = parquet.head(path).column_names
-    states = {STATE, ENVIRONMENT} & set(names)
-    observation = OBSERVATION if len(states) == 2 else next(iter(states), STATE)
-    present = {ours: name for ours, name in OPTIONAL.items() if name in names}
-    notes = {}
-    if "terminated" in present:
+    states = [name for name in (STATE, ENVIRONMENT) if name in names]
+    observation = OBSERVATION if len(states) == 2 else (states or [STATE])[0]
+    present = {standard: name for standard, name in OPTIONAL.items() if name in names}
+    done_only = "terminated" in present and "truncated" not in present
+    notes = {
+        "terminated": f"{DONE} without {TRUNCATED}: the environment ended the episode",
+        "success": "true of an episode where it is true of any of its steps",
+    }
+    if done_only:
         notes["terminated"] = (
-            f"{DONE} without {TRUNCATED}: the environment ended the episode"
-            if "truncated" in present
-            else f"guess: {DONE} does not say why an episode ended; the episodes end at several"
+            f"guess: {DONE} does not say why an episode ended; the episodes end at several"
             " lengths, so the environment ends them"
         )
-    if "success" in present:
-        notes["success"] = "true of an episode where it is true of any of its steps"
     return About(
         columns={**NAMES, "observation": observation, **present},
         filled={name: how for name, (_, how) in FILLED.items() if name not in present},
-        notes=notes,
+        notes={name: note for name, note in notes.items() if name in present},
         # Of the observation, only the states are numbers of one shape.
         ignored={
             name: "not read"
             for name in names
-            if name.startswith(f"{OBSERVATION}.") and name not in (STATE, ENVIRONMENT)
+            if name.startswith(f"{OBSERVATION}.") and name not in states
         },
-        done_only="terminated" in present and "truncated" not in present,
+        done_only=done_only,
         marks_success="success" in present,
     )
 

@@ -13,7 +13,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
 import pyarrow as pa
 
@@ -22,7 +21,6 @@ from mesocosm.datasets.parquet import arrow
 from mesocosm.errors import UsageError
 from mesocosm.store.files import make_folder, replace, sync_tree
 
-Space = gymnasium.Space[Any]
 PREFIX = "minari:"
 PIECE_STEPS = 1 << 16
 
@@ -65,9 +63,9 @@ def _fetch(id: str, root: Path) -> None:
 
     root.parent.mkdir(parents=True, exist_ok=True)
     before = os.environ.get("MINARI_DATASETS_PATH")
-    with tempfile.TemporaryDirectory(prefix="minari-", dir=root.parent) as arriving:
+    with tempfile.TemporaryDirectory(prefix="minari-", dir=root.parent) as download:
         try:
-            os.environ["MINARI_DATASETS_PATH"] = arriving
+            os.environ["MINARI_DATASETS_PATH"] = download
             with redirect_stdout(sys.stderr):
                 minari.download_dataset(id)
         finally:
@@ -75,9 +73,9 @@ def _fetch(id: str, root: Path) -> None:
             if before is not None:
                 os.environ["MINARI_DATASETS_PATH"] = before
         # A combined dataset brings its parts, too.
-        for metadata in sorted(Path(arriving).rglob("data/metadata.json")):
+        for metadata in sorted(Path(download).rglob("data/metadata.json")):
             source = metadata.parents[1]
-            target = root / source.relative_to(arriving)
+            target = root / source.relative_to(download)
             make_folder(target.parent)
             if not target.exists():
                 sync_tree(source)
@@ -113,18 +111,15 @@ def pieces(path: str) -> list[tuple[int, int]]:
 
 
 def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
-    held: list[pa.Table] = []
-    rows = 0
+    tables: list[pa.Table] = []
     for table in _tables(piece.path, piece.begin, piece.end):
-        held.append(
-            table.select([name for name in (*columns, PROBLEM) if name in table.column_names])
-        )
-        rows += table.num_rows
-        if rows >= BATCH_ROWS:
-            yield pa.concat_tables(held, promote_options="default")
-            held, rows = [], 0
-    if held:
-        yield pa.concat_tables(held, promote_options="default")
+        names = [name for name in (*columns, PROBLEM) if name in table.column_names]
+        tables.append(table.select(names))
+        if sum(map(len, tables)) >= BATCH_ROWS:
+            yield pa.concat_tables(tables, promote_options="default")
+            tables = []
+    if tables:
+        yield pa.concat_tables(tables, promote_options="default")
 
 
 def _tables(path: str, begin: int, end: int) -> Iterator[pa.Table]:
@@ -138,72 +133,37 @@ def _tables(path: str, begin: int, end: int) -> Iterator[pa.Table]:
         try:
             (episode,) = dataset.iterate_episodes([index])
             rows = max(len(episode.rewards), 1)
-            problem = _problem(episode, dataset.observation_space, dataset.action_space)
-            if problem is None:
-                yield _table(episode, dataset)
-                continue
+            table = _table(episode, dataset)
         except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
             # Of minari, h5py and Arrow.
-            problem = f"cannot be read ({' '.join(str(error).split())})"
-        texts = [problem] + [None] * (rows - 1)
-        yield pa.table({"episode": [number] * rows, "step": range(rows), PROBLEM: texts})
+            texts = [f"cannot be read ({' '.join(str(error).split())})"] + [None] * (rows - 1)
+            table = pa.table({"episode": [number] * rows, "step": range(rows), PROBLEM: texts})
+        yield table
 
 
 def _table(episode: Any, dataset: Any) -> pa.Table:
+    """Raises ValueError where T rewards do not come with T actions and T+1 observations."""
     length = len(episode.rewards)
-    last = np.arange(length + 1) == length
-    scalars = (
-        ("reward", episode.rewards),
-        ("terminated", episode.terminations),
-        ("truncated", episode.truncations),
-    )
-    columns: dict[str, pa.Array] = {
-        "episode": pa.array(np.full(length + 1, int(episode.id))),
-        "step": pa.array(np.arange(length + 1)),
+    parts = {
         "observation": arrow(dataset.observation_space, episode.observations),
+        "action": arrow(dataset.action_space, episode.actions),
+        "reward": pa.array(np.asarray(episode.rewards)),
+        "terminated": pa.array(np.asarray(episode.terminations)),
+        "truncated": pa.array(np.asarray(episode.truncations)),
     }
-    if length:
-        columns["action"] = arrow(dataset.action_space, _longer(episode.actions), last)
-        columns |= {
-            name: pa.array(_longer(np.asarray(values)), mask=last) for name, values in scalars
-        }
+    columns = {"episode": pa.array([int(episode.id)] * (length + 1))}
+    columns["step"] = pa.array(range(length + 1))
+    for name, values in parts.items():
+        expected = length + (name == "observation")
+        if len(values) != expected:
+            raise ValueError(
+                f"{name} must have {expected} entries for {length} rewards, got {len(values)}"
+            )
+        if name == "observation":
+            columns[name] = values
+        elif length:
+            columns[name] = pa.concat_arrays([values, pa.nulls(1, values.type)])
     return pa.table(columns)
-
-
-def _problem(episode: Any, observation_space: Space, action_space: Space) -> str | None:
-    """The problem with an episode's lengths. T actions need T rewards and T+1 observations."""
-    length = len(episode.rewards)
-    lengths = [("actions", n, length) for n in _lengths(action_space, episode.actions)]
-    for name in ("terminations", "truncations"):
-        lengths.append((name, len(getattr(episode, name)), length))
-    seen = _lengths(observation_space, episode.observations)
-    lengths += [("observations", n, length + 1) for n in seen]
-    for name, n, right in lengths:
-        if n != right:
-            others = "actions" if name == "observations" else "rewards"
-            return f"{name} must have {right} entries for {length} {others}, got {n}"
-    return None
-
-
-def _lengths(space: Space, values: Any) -> list[int]:
-    """The number of values of each part of a space."""
-    if isinstance(space, gymnasium.spaces.Dict):
-        return [n for key, child in space.spaces.items() for n in _lengths(child, values[key])]
-    if isinstance(space, gymnasium.spaces.Tuple):
-        parts = zip(space.spaces, values, strict=True)
-        return [n for child, part in parts for n in _lengths(child, part)]
-    return [len(values)]
-
-
-def _longer(values: Any) -> Any:
-    """Repeat the last value of a batch."""
-    if isinstance(values, dict):
-        return {key: _longer(value) for key, value in values.items()}
-    if isinstance(values, tuple):
-        return tuple(_longer(value) for value in values)
-    if isinstance(values, list):
-        return [*values, *values[-1:]]
-    return np.concatenate([values, values[-1:]])
 
 
 def _open(path: str) -> Any:

@@ -1,22 +1,20 @@
 """Parquet files. Pieces are row groups, which are read in batches to bound the memory.
 
-Dictionaries are read as their values, decimals as float64, views and fixed-size lists as lists.
+Decimals are read as float64, dictionaries as their values, fixed-size lists and views as lists.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import IO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pyarrow.types as is_
 
 from mesocosm.data.ingest.readers import BATCH_BYTES, BATCH_ROWS, LogPiece
-from mesocosm.data.ingest.readers.files import opened, remote
+from mesocosm.data.ingest.readers.files import is_remote, open_file
 from mesocosm.errors import UsageError
 
 HEAD_ROWS = 1000
@@ -25,8 +23,10 @@ PIECE_ROWS = 1 << 17
 
 def head(path: str) -> pa.Table:
     with _open(path) as (file, schema):
-        batches = list(itertools.islice(file.iter_batches(HEAD_ROWS), 1))
-        return pa.Table.from_batches(batches, file.schema_arrow).cast(schema)
+        batch = next(file.iter_batches(HEAD_ROWS), None)
+        return (
+            schema.empty_table() if batch is None else pa.Table.from_batches([batch]).cast(schema)
+        )
 
 
 def pieces(path: str) -> list[tuple[int, int]]:
@@ -45,30 +45,34 @@ def pieces(path: str) -> list[tuple[int, int]]:
 
 def read(piece: LogPiece, columns: Sequence[str]) -> Iterator[pa.Table]:
     with _open(piece.path) as (file, schema):
-        groups = range(piece.begin, piece.end)
-        bytes = sum(file.metadata.row_group(i).total_byte_size for i in groups)
-        rows = max(sum(file.metadata.row_group(i).num_rows for i in groups), 1)
+        numbers = list(range(piece.begin, piece.end))
+        groups = [file.metadata.row_group(i) for i in numbers]
+        bytes, rows = sum(g.total_byte_size for g in groups), sum(g.num_rows for g in groups)
         size = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(bytes, 1)))
         names = [name for name in columns if name in schema.names]
         types = pa.schema([schema.field(name) for name in names])
-        for batch in file.iter_batches(size, row_groups=list(groups), columns=names):
+        for batch in file.iter_batches(size, row_groups=numbers, columns=names):
             yield pa.Table.from_batches([batch]).select(names).cast(types)
 
 
 @contextmanager
 def _open(path: str) -> Iterator[tuple[pq.ParquetFile, pa.Schema]]:
-    """(file, its columns with the types that they are read as)."""
+    """(file, its columns with the types that they are read as).
+
+    The Arrow types of the columns are hidden: Arrow cannot read a null among fixed-size lists
+    (apache/arrow#35692: "Expected all lists to be of size=2"). Without them the same column is of
+    lists, which can be null.
+    """
     try:
-        with opened(path) as raw, pq.ParquetFile(raw if remote(path) else path) as file:
-            schema = file.schema_arrow
-            plain = pa.schema([field.with_type(_plain(field.type)) for field in schema])
-            if not any(_fixed(field.type) for field in schema):
-                yield file, plain
-                return
-            with pq.ParquetFile(
-                raw if remote(path) else path, metadata=_without_arrow_schema(raw)
-            ) as untyped:
-                yield untyped, plain
+        with open_file(path) as raw:
+            raw.seek(-8, os.SEEK_END)
+            size = int.from_bytes(raw.read(4), "little")
+            raw.seek(-8 - size, os.SEEK_END)
+            footer = raw.read(size + 8).replace(b"ARROW:schema", b"arrow-schema")
+            metadata = pq.read_metadata(pa.BufferReader(b"PAR1" + footer))
+            with pq.ParquetFile(raw if is_remote(path) else path, metadata=metadata) as file:
+                fields = [field.with_type(_plain(field.type)) for field in file.schema_arrow]
+                yield file, pa.schema(fields)
     except (OSError, pa.ArrowException) as error:
         raise UsageError(
             f"{path!r} cannot be read as Parquet ({' '.join(str(error).split())}); write it again,"
@@ -77,41 +81,10 @@ def _open(path: str) -> Iterator[tuple[pq.ParquetFile, pa.Schema]]:
 
 
 def _plain(type: pa.DataType) -> pa.DataType:
-    if is_.is_dictionary(type):
-        return _plain(type.value_type)
     if is_.is_decimal(type):
         return pa.float64()
-    if is_.is_string_view(type):
-        return pa.string()
     if is_.is_struct(type):
         return pa.struct([field.with_type(_plain(field.type)) for field in type])
-    if _is_list(type):
-        field = type.value_field
-        return pa.list_(field.with_type(_plain(field.type)))
+    if is_.is_list(type):
+        return pa.list_(type.value_field.with_type(_plain(type.value_type)))
     return type
-
-
-def _is_list(type: pa.DataType) -> bool:
-    lists = (pa.ListType, pa.LargeListType, pa.FixedSizeListType, pa.ListViewType)
-    return isinstance(type, (*lists, pa.LargeListViewType))
-
-
-def _fixed(type: pa.DataType) -> bool:
-    """True if the type is or contains a fixed-size list."""
-    if is_.is_struct(type):
-        return any(_fixed(field.type) for field in type)
-    return is_.is_fixed_size_list(type) or (_is_list(type) and _fixed(type.value_type))
-
-
-def _without_arrow_schema(raw: IO[bytes]) -> pq.FileMetaData:
-    """The metadata of a file without the Arrow types of its columns.
-
-    Arrow cannot read a null among fixed-size lists (apache/arrow#35692: "Expected all lists to be
-    of size=2"). Without the Arrow types the same column is of lists, which can be null.
-    """
-    raw.seek(-8, os.SEEK_END)
-    size = int.from_bytes(raw.read(4), "little")
-    raw.seek(-8 - size, os.SEEK_END)
-    footer = raw.read(size + 8).replace(b"ARROW:schema", b"arrow-schema")
-    raw.seek(0)
-    return pq.read_metadata(pa.BufferReader(b"PAR1" + footer))

@@ -30,7 +30,7 @@ pieces = parquet.pieces
 
 def holds(schema: pa.Schema) -> bool:
     """True if a Parquet file of this schema holds RLlib's episodes."""
-    return schema.names == [ITEM] and schema.field(ITEM).type in (pa.binary(), pa.large_binary())
+    return schema.names == [ITEM] and schema.field(ITEM).type == pa.binary()
 
 
 def about(path: str) -> About:
@@ -59,9 +59,8 @@ def _table(item: bytes, done: int) -> pa.Table | None:
     """One row per step. None for an episode without steps."""
     try:
         state = msgpack.unpackb(item, object_hook=_decoded, strict_map_key=False)
-        observations, actions, rewards = (
-            _items(state[name]) for name in ("observations", "actions", "rewards")
-        )
+        names = ("observations", "actions", "rewards")
+        observations, actions, rewards = (_items(state[name]) for name in names)
         length = len(rewards)
         if not length:
             return None
@@ -79,13 +78,7 @@ def _table(item: bytes, done: int) -> pa.Table | None:
                 "next_observation": _arrow(observations[1 : length + 1]),
             }
         )
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        IndexError,
-        msgpack.exceptions.UnpackException,
-    ) as error:
+    except (ValueError, LookupError, TypeError, msgpack.UnpackException) as error:
         cause = f"{type(error).__name__}: {error}"
         fix = "record it with Ray 2.60's output_write_episodes"
         raise RowError(done, f"the episode cannot be read ({cause}); {fix}") from error
@@ -93,7 +86,7 @@ def _table(item: bytes, done: int) -> pa.Table | None:
 
 def _items(buffer: Mapping[str, Any]) -> list[Any]:
     """A buffer's items, without the repeated ones of the part before (`lookback`)."""
-    return [_text_keys(value) for value in _unstacked(buffer["data"])[int(buffer["lookback"]) :]]
+    return _unstacked(buffer["data"])[int(buffer["lookback"]) :]
 
 
 def _unstacked(data: Any) -> list[Any]:
@@ -104,23 +97,14 @@ def _unstacked(data: Any) -> list[Any]:
     return list(data)
 
 
-def _text_keys(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _text_keys(child) for key, child in value.items()}
-    return value
-
-
 def _arrow(values: Sequence[Any]) -> pa.Array:
     first = values[0]
-    if isinstance(first, dict):
-        return pa.StructArray.from_arrays(
-            [_arrow([value[key] for value in values]) for key in first], list(first)
-        )
     if isinstance(first, list | tuple) and first and isinstance(first[0], np.ndarray | dict | str):
-        return pa.StructArray.from_arrays(
-            [_arrow([value[i] for value in values]) for i in range(len(first))],
-            [str(i) for i in range(len(first))],
-        )
+        values = [dict(enumerate(value)) for value in values]
+        first = values[0]
+    if isinstance(first, dict):
+        parts = [_arrow([value[key] for value in values]) for key in first]
+        return pa.StructArray.from_arrays(parts, list(map(str, first)))
     if isinstance(first, str):
         return pa.array(values)
     return arrow(Box(0, 1), np.stack([np.asarray(value) for value in values]))
