@@ -1,5 +1,6 @@
 # make run   the whole loop on this machine: install, then a world, an agent, a report
-# make test  the tests (under 15 minutes on 2 cores); make test-all adds the slow ones
+# make test  the unit and integration tests (under 12 minutes on 2 cores)
+# make test-unit, test-all, coverage  the unit tests alone; all tests; what make test covers
 # make lint  ruff, a strict type check, and which package may import which
 # make docs  the documentation site, into build/site
 # make bench ratios, each measured in one run
@@ -7,10 +8,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS := 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS := 1
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: install run test test-all lint docs bench bench-agents bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy clean
+.PHONY: install run test test-unit test-all coverage lint docs bench bench-agents bench-world bench-serve bench-mup bench-pessimism bench-evaluate bench-fit bench-sweep bench-families bench-storage bench-loader bench-buy clean
 
 install: $(STAMP)
 
@@ -23,11 +26,17 @@ $(STAMP): pyproject.toml constraints.txt
 run: install
 	$(BIN)/mesocosm loop -c configs/loop/quickstart.yaml
 
+test-unit: install
+	$(PYTEST) -m unit
+
 test: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'unit or integration'
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+coverage: install
+	$(PYTEST) -m 'unit or integration' --cov --cov-report term --cov-report html
 
 lint: install
 	$(BIN)/ruff check .

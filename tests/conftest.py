@@ -1,4 +1,8 @@
-"""Shared fixtures: one private local Ray a session, and a fresh storage root a test."""
+"""Shared fixtures and the tiers of tests. Builders without a fixture are in factories.py.
+
+A test without the marker `integration` or `slow` is a `unit` test: it starts no Ray and no server.
+A test that uses a fixture of `STARTERS` is an `integration` test by itself.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +23,54 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import gymnasium
-import numpy as np
+import factories
 import pytest
 import torch
 
-from mesocosm.datasets.dataset import Environment, write_dataset
-from mesocosm.datasets.episode import Episode
+from mesocosm.cluster import ray_session
+from mesocosm.config import RayConfig
 from mesocosm.store.artifacts import Storage
 
 torch.set_num_threads(1)
 signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # what a script starts in its background ignores Ctrl-C, which tests send
+
+STARTERS = {"ray_local", "s3_environment", "cluster", "lab"}
+"""Fixtures that start Ray or a server."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test with its tier, and run the longer tiers first: workers then end together."""
+    for item in items:
+        names = {mark.name for mark in item.iter_markers()}
+        if not names & {"integration", "slow"}:
+            starts = STARTERS & set(getattr(item, "fixturenames", ()))
+            item.add_marker(pytest.mark.integration if starts else pytest.mark.unit)
+    slowest: dict[Path, int] = {}
+    for item in items:
+        tier = 0 if item.get_closest_marker("slow") else 1
+        tier = 2 if item.get_closest_marker("unit") else tier
+        slowest[item.path] = min(slowest.get(item.path, 2), tier)
+    items.sort(key=lambda item: slowest[item.path])
+
+
+@pytest.fixture(autouse=True)
+def unit_tests_start_no_ray(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a unit test that starts Ray."""
+    if request.node.get_closest_marker("unit") is None:
+        yield
+        return
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("a unit test starts Ray; use the fixture ray_local or mark it integration")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_session, "ensure", fail)
+        if "ray" in sys.modules:
+            patch.setattr("ray.init", fail)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -52,15 +91,17 @@ def root(tmp_path: Path) -> str:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """A private local Ray with four logical CPUs, ended with the session."""
-    import ray
+    """A private local Ray with four logical CPUs, one in each process of pytest-xdist.
 
-    from mesocosm.cluster import ray_session
-    from mesocosm.config import RayConfig
+    It ends with the session, and not with a command that a test runs in this process.
+    """
+    import ray
 
     folder = tempfile.mkdtemp(prefix="mesoray-")
     ray_session.ensure(RayConfig(cpus=4), temp_dir=folder)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_session, "shutdown", lambda: None)
+        yield
     ray_session.shutdown()
     assert not ray.is_initialized()
     shutil.rmtree(folder, ignore_errors=True)
@@ -130,47 +171,7 @@ def s3(s3_environment: dict[str, str]) -> Iterator[str]:
             filesystem.rm(root, recursive=True)
 
 
-def _cart_episodes(transitions: int) -> list[Episode]:
-    """Random CartPole-v1 episodes, at least so many transitions; they terminate."""
-    env = gymnasium.make("CartPole-v1")
-    episodes: list[Episode] = []
-    while sum(map(len, episodes)) < transitions:
-        k = len(episodes)
-        env.action_space.seed(k)
-        observations, actions, rewards, done = [env.reset(seed=k)[0]], [], [], False
-        while not done:
-            actions.append(env.action_space.sample())
-            observation, reward, done, _, _ = env.step(actions[-1])
-            observations.append(observation)
-            rewards.append(float(reward))
-        episodes.append(
-            Episode(k, k, "random", observations, actions, np.array(rewards), "terminated")
-        )
-    return episodes
-
-
-def _cart_root(folder: Path, transitions: int = 400, **options: Any) -> str:
-    """A storage root that holds the dataset `cart`."""
-    env = gymnasium.make("CartPole-v1")
-    storage = Storage(str(folder / "root"))
-    facts: dict[str, Any] = {
-        "environment": Environment(id="CartPole-v1"),
-        "observation_space": env.observation_space,
-        "action_space": env.action_space,
-    }
-    facts |= options
-    storage.make(
-        "datasets",
-        "cart",
-        {},
-        lambda to: (
-            write_dataset(to, _cart_episodes(transitions), id="cart", seed=0, **facts) and None
-        ),
-    )
-    return storage.root
-
-
 @pytest.fixture(scope="session")
 def cart_root() -> Callable[..., str]:
     """`cart_root(folder, transitions=400, **options of write_dataset)`"""
-    return _cart_root
+    return factories.cart_root

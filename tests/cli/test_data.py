@@ -22,12 +22,6 @@ def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     )
 
 
-@pytest.fixture(autouse=True)
-def the_session_keeps_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command line ends what it started when it is over, and here that is other tests' Ray."""
-    monkeypatch.setattr("mesocosm.cluster.ray_session.shutdown", lambda: None)
-
-
 def test_datasets_are_listed_shown_and_held_against_each_other(
     any_root: str,
     tmp_path: Path,

@@ -36,12 +36,6 @@ def a_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tracking.Run]:
         yield started
 
 
-@pytest.fixture(autouse=True)
-def the_session_keeps_its_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command line stops the Ray that it started; here other tests use it."""
-    monkeypatch.setattr("mesocosm.cluster.ray_session.shutdown", lambda: None)
-
-
 def walk(index: int, length: int = 30, seed: int | None = None, **rest: Any) -> Episode:
     """A random walk in three dimensions; the return is near 0.1 a step."""
     rng = np.random.default_rng(index if seed is None else seed)

@@ -41,12 +41,6 @@ def cart(tmp_path_factory: pytest.TempPathFactory, cart_root: Callable[..., str]
     )
 
 
-@pytest.fixture(autouse=True)
-def keep_the_session_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command ends its Ray session, which other tests use here."""
-    monkeypatch.setattr("mesocosm.cluster.ray_session.shutdown", lambda: None)
-
-
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of logs alone."""

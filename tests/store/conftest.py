@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.integration)])
 def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A fresh root of either kind."""
     if request.param == "local":
