@@ -1,9 +1,8 @@
 """The job `curate`: datasets and a list of operations -> one dataset, and a reason for every
 dropped transition.
 
-The operations run in order on a table of the episodes. They measure transitions in this process or
-on Ray Data (`curation/`). Writing starts after the last operation. The same datasets and operations
-give the same bytes in both cases. The ledger does not change: dropped steps remain spent.
+The operations run in order on a table of the episodes; writing starts after the last one. The same
+datasets and operations give the same bytes for any number of workers. Dropped steps remain spent.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mesocosm import checks
-from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, identity
 from mesocosm.data.curation.operations import Named, parse, work
-from mesocosm.data.curation.scan import MANY, Scan, size
+from mesocosm.data.curation.scan import Scan, size
 from mesocosm.data.curation.table import EpisodeTable
+from mesocosm.data.parallel import worker_count
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.manifest import ARRAYS, OUTCOMES, SPLITS
@@ -36,6 +35,19 @@ from mesocosm.store.artifacts import Artifact, Storage
 
 Array = NDArray[Any]
 REPORT, DROPPED, ORIGIN = "curate.json", "dropped.parquet", "origin.parquet"
+DROPPED_SCHEMA = pa.schema(
+    {
+        "dataset": pa.string(),
+        "episode": pa.int64(),
+        "operation": pa.int64(),
+        "op": pa.string(),
+        "what": pa.string(),
+        "reason": pa.string(),
+        "transitions": pa.int64(),
+        "of_dataset": pa.string(),
+        "of_episode": pa.int64(),
+    }
+)
 
 
 @dataclass
@@ -95,44 +107,33 @@ class Curate(Job[CurateConfig, Curation]):
 
     def summary(self, plan: Curation) -> dict[str, Any]:
         """The retained and dropped episodes. Reads all that the operations need in this process."""
-        cfg = plan.config
-        dataset = Dataset([artifact.path for artifact in plan.datasets])
-        table = EpisodeTable(dataset, cfg.seed)
-        scan = Scan(dataset, cfg.storage.root, tuple(dataset.ids), 0, cfg.ray)
-        entries = work(table, scan, plan.operations, lambda text: None)
-        report = _report(plan, table, entries)
-        operations = [
-            {
-                "operation": f"{e['operation']} {e['op']}",
-                "episodes": e["in"]["episodes"],
-                "transitions": e["in"]["transitions"],
-                "dropped": e["dropped"]["episodes"],
-                "of transitions": e["dropped"]["transitions"],
-                "cut": e["cut"],
-                "put back": e["put_back"]["episodes"],
-                "kept": e["kept"]["episodes"],
-            }
-            for e in entries
-        ]
-        reasons = [
-            {
-                "operation": f"{e['operation']} {e['op']}",
-                **{k: v if k != "first" else ", ".join(v) for k, v in row.items()},
-            }
-            for e in entries
-            for row in e["reasons"]
-        ]
+        table, report = _curate(plan, 0, lambda done, total: None, lambda text: None)
+        entries = [(f"{e['operation']} {e['op']}", e) for e in report["operations"]]
         optional = {
-            "operations": operations,
-            "reasons": reasons,
-            "notes": [
-                f"{e['operation']} {e['op']}: {note}" for e in entries for note in e["notes"]
+            "operations": [
+                {
+                    "operation": name,
+                    "episodes": e["in"]["episodes"],
+                    "transitions": e["in"]["transitions"],
+                    "dropped": e["dropped"]["episodes"],
+                    "of transitions": e["dropped"]["transitions"],
+                    "cut": e["cut"],
+                    "put back": e["put_back"]["episodes"],
+                    "kept": e["kept"]["episodes"],
+                }
+                for name, e in entries
             ],
+            "reasons": [
+                {"operation": name, **row, "first": ", ".join(row["first"])}
+                for name, e in entries
+                for row in e["reasons"]
+            ],
+            "notes": [f"{name}: {note}" for name, e in entries for note in e["notes"]],
             "warnings": report["warnings"],
         }
         return {
             "dataset": f"datasets/{plan.id}",
-            "from": ", ".join(dataset.ids),
+            "from": ", ".join(table.dataset.ids),
             **{
                 f"{name} kept": f"{size['episodes']} episodes, {size['transitions']} transitions"
                 for name, size in report["splits"].items()
@@ -143,17 +144,13 @@ class Curate(Job[CurateConfig, Curation]):
 
     def make(self, plan: Curation, run: Run) -> Artifact:
         cfg = plan.config
-        dataset = Dataset([artifact.path for artifact in plan.datasets])
-        table = EpisodeTable(dataset, cfg.seed)
-        with run.progress("curate", table.size()["transitions"]) as update:
+        with run.progress("curate") as update:
 
-            def progress(done: int, total: int) -> None:
+            def measured(done: int, total: int) -> None:
                 update(done, f"{done}/{total} pieces of an operation measured")
 
-            workers = _workers(cfg, dataset)
-            scan = Scan(dataset, cfg.storage.root, tuple(dataset.ids), workers, cfg.ray, progress)
-            entries = work(table, scan, plan.operations, lambda text: run.say(f"  {text}"))
-        report = _report(plan, table, entries)
+            table, report = _curate(plan, cfg.workers, measured, lambda text: run.say(f"  {text}"))
+        entries, retained = report["operations"], report["kept"]["transitions"]
         for entry in entries:
             for note in entry["notes"]:
                 run.say(f"  note: {entry['op']}: {note}")
@@ -161,25 +158,30 @@ class Curate(Job[CurateConfig, Curation]):
             run.say(f"warning: {warning}")
 
         def fill(folder: Path) -> None:
-            retained = table.size()["transitions"]
             with run.progress("write the dataset", retained) as update:
 
-                def progress(done: int) -> None:
+                def written(done: int) -> None:
                     update(done, f"{done:,}/{retained:,} transitions")
 
-                _write(folder, cfg, plan.id, table, progress)
+                _write(folder, plan, table, written)
             pq.write_table(_dropped(table), folder / DROPPED)
             (folder / REPORT).write_text(json.dumps(report, indent=1))
 
         # Evaluation counts the real steps of dropped transitions as spent.
         dropped = [drop for artifact in plan.datasets for drop in artifact.meta.get("dropped", [])]
-        counts = {**table.size(), "splits": report["splits"]}
-        artifact = self.commit(
-            plan, run, fill, counts=counts, dropped=dropped + _dropped_steps(entries)
-        )
-        size = table.size()
+        signs = {"dropped": 1, "cut": 1, "put back": -1}
+        dropped += [
+            {
+                "reason": f"{entry['op']}: {row['reason']}",
+                "steps": signs[row["what"]] * row["transitions"],
+            }
+            for entry in entries
+            for row in entry["reasons"]
+        ]
+        counts = {**report["kept"], "splits": report["splits"]}
+        artifact = self.commit(plan, run, fill, counts=counts, dropped=dropped)
         run.say(
-            f"{artifact.name}: {size['episodes']} episodes of {size['transitions']} transitions, of"
+            f"{artifact.name}: {report['kept']['episodes']} episodes of {retained} transitions, of"
             f" {report['in']['transitions']}; why the others went: {REPORT}"
         )
         return artifact
@@ -191,29 +193,27 @@ class Curate(Job[CurateConfig, Curation]):
             run.say(f"found {artifact.name}: {transitions} transitions; nothing was curated")
 
 
-def _workers(cfg: CurateConfig, dataset: Dataset) -> int:
-    if cfg.workers is not None:
-        return cfg.workers
-    if size(dataset) < MANY:
-        return 0
-    import ray
-
-    ray_session.ensure(cfg.ray)
-    return max(1, int(ray.cluster_resources().get("CPU", 1)))
-
-
-def _report(plan: Curation, table: EpisodeTable, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    dataset = table.dataset
-    every = np.arange(len(table.retained))
-    before = [np.flatnonzero(dataset.part == i) for i in range(len(dataset.ids))]
+def _curate(
+    plan: Curation,
+    workers: int | None,
+    progress: Callable[[int, int], None],
+    say: Callable[[str], None],
+) -> tuple[EpisodeTable, dict[str, Any]]:
+    """Run the operations. Returns the table and the report."""
+    cfg, dataset = plan.config, Dataset([artifact.path for artifact in plan.datasets])
+    workers = worker_count(workers, size(dataset), cfg.ray)
+    table = EpisodeTable(dataset, cfg.seed)
+    scan = Scan(dataset, cfg.storage.root, workers, cfg.ray, progress)
+    entries = work(table, scan, plan.operations, say)
     lengths = dataset.table["length"]
-    return {
+    inputs = [lengths[dataset.part == i] for i in range(len(dataset.ids))]
+    return table, {
         "datasets": [
-            {"id": id, "episodes": len(some), "transitions": int(lengths[some].sum())}
-            for id, some in zip(dataset.ids, before, strict=True)
+            {"id": id, "episodes": len(some), "transitions": int(some.sum())}
+            for id, some in zip(dataset.ids, inputs, strict=True)
         ],
         "lineage": plan.facts["operations"],
-        "in": {"episodes": len(every), "transitions": int(lengths.sum())},
+        "in": {"episodes": len(lengths), "transitions": int(lengths.sum())},
         "operations": entries,
         "kept": table.size(),
         "splits": table.sizes(),
@@ -224,9 +224,8 @@ def _report(plan: Curation, table: EpisodeTable, entries: list[dict[str, Any]]) 
 def _warnings(table: EpisodeTable, operations: list[Named]) -> list[str]:
     warnings = []
     names = [named.name for named in operations]
-    if "hold_out" in names and not {"exact_duplicates", "near_duplicates"} & set(
-        names[: names.index("hold_out")]
-    ):
+    first = names[: names.index("hold_out")] if "hold_out" in names else None
+    if first is not None and not {"exact_duplicates", "near_duplicates"} & set(first):
         warnings.append(
             "hold_out comes before any duplicates are removed, so copies may lie in both splits;"
             " put exact_duplicates first"
@@ -242,17 +241,8 @@ def _warnings(table: EpisodeTable, operations: list[Named]) -> list[str]:
     return warnings
 
 
-def _dropped_steps(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    signs = {"dropped": 1, "cut": 1, "put back": -1}
-    return [
-        {"reason": f"{e['op']}: {row['reason']}", "steps": signs[row["what"]] * row["transitions"]}
-        for e in entries
-        for row in e["reasons"]
-    ]
-
-
 def _write(
-    folder: Path, cfg: CurateConfig, id: str, table: EpisodeTable, update: Callable[[int], None]
+    folder: Path, plan: Curation, table: EpisodeTable, update: Callable[[int], None]
 ) -> None:
     dataset = table.dataset
     versions = {manifest.environment.version for manifest in dataset.manifests}
@@ -264,23 +254,21 @@ def _write(
     retained = np.flatnonzero(table.retained)
     writer = DatasetWriter(
         folder,
-        id=id,
+        id=plan.id,
         environment=dataset.environment.model_copy(update=same),
         observation_space=dataset.observation_space,
         action_space=dataset.action_space,
-        seed=cfg.seed,
+        seed=plan.config.seed,
         valid_fraction=float(np.mean(table.split[retained] == SPLITS.index("valid"))),
     )
-    outcomes, successes = table.outcome(), table.success()
-    alone = len(dataset.ids) == 1
-    done = 0
-    for new, number in enumerate(retained):
+    outcomes, successes, index = table.outcome(), table.success(), dataset.table["index"][retained]
+    numbers = index if len(dataset.ids) == 1 else np.arange(len(retained))
+    for new, number in zip(numbers.tolist(), retained.tolist(), strict=True):
         record = dataset.table[number]
-        length = int(table.length[number])
-        rows = _rows(dataset, int(record["shard"]), int(record["first_row"]), length)
+        rows = _rows(dataset, record, int(table.length[number]))
         manifest = dataset.manifests[int(dataset.part[number])]
         episode = Episode(
-            index=int(record["index"]) if alone else new,
+            index=new,
             seed=int(record["seed"]),
             behaviour=manifest.behaviours[int(record["behaviour"])].name,
             observations=[],
@@ -288,29 +276,22 @@ def _write(
             rewards=rows["reward"][:-1],
             outcome=OUTCOMES[int(outcomes[number])],  # type: ignore[arg-type]
             durations=None if np.isnan(rows["duration"]).any() else rows["duration"][:-1],
-            task=dataset.task(int(number)),
+            task=dataset.task(number),
             success=None if successes[number] < 0 else bool(successes[number]),
         )
         writer.add(episode, rows, SPLITS[int(table.split[number])])
-        done += length
-        update(done)
+        update(writer.transitions)
     writer.close()
-    ids = np.array(dataset.ids)
-    origin = {
-        "episode": pa.array(
-            dataset.table["index"][retained] if alone else np.arange(len(retained))
-        ),
-        "dataset": pa.array(ids[dataset.part[retained]], pa.string()),
-    }
-    pq.write_table(
-        pa.table({**origin, "index": pa.array(dataset.table["index"][retained])}), folder / ORIGIN
-    )
+    ids = np.array(dataset.ids, object)[dataset.part[retained]]
+    origin = {"episode": numbers, "dataset": pa.array(ids, pa.string()), "index": index}
+    pq.write_table(pa.table(origin), folder / ORIGIN)
 
 
-def _rows(dataset: Dataset, shard: int, first: int, length: int) -> dict[str, Array]:
+def _rows(dataset: Dataset, record: Array, length: int) -> dict[str, Array]:
     """`manifest.ARRAYS` of the first `length` transitions of an episode. The last row has only an
     observation.
     """
+    shard, first = int(record["shard"]), int(record["first_row"])
     rows = {
         name: np.array(dataset.array(shard, name)[first : first + length + 1]) for name in ARRAYS
     }
@@ -326,50 +307,25 @@ def _dropped(table: EpisodeTable) -> pa.Table:
 
     `transitions` (negative if put back) sum to the missing transitions.
     """
-    dataset, ids = table.dataset, np.array(table.dataset.ids)
-    columns: dict[str, list[Any]] = {
-        name: []
-        for name in (
-            "dataset",
-            "episode",
-            "operation",
-            "op",
-            "what",
-            "reason",
-            "transitions",
-            "of_dataset",
-            "of_episode",
-        )
-    }
+    dataset, index = table.dataset, table.dataset.table["index"]
+    ids = np.array(dataset.ids, object)[dataset.part]
+    parts = [DROPPED_SCHEMA.empty_table()]
     for event in table.events:
-        count, sign = len(event.episodes), -1 if event.kind == "put back" else 1
-        columns["dataset"].append(pa.array(ids[dataset.part[event.episodes]], pa.string()))
-        columns["episode"].append(pa.array(dataset.table["index"][event.episodes]))
-        columns["operation"].append(pa.array(np.full(count, event.operation, np.int64)))
-        for name, text in (("op", event.op), ("what", event.kind), ("reason", event.reason)):
-            columns[name].append(pa.repeat(pa.scalar(text, pa.string()), count))
-        columns["transitions"].append(pa.array(sign * event.transitions))
-        of = event.of
-        columns["of_dataset"].append(
-            pa.nulls(count, pa.string())
-            if of is None
-            else pa.array(ids[dataset.part[of]], pa.string())
-        )
-        columns["of_episode"].append(
-            pa.nulls(count, pa.int64()) if of is None else pa.array(dataset.table["index"][of])
-        )
-    types = {
-        "episode": pa.int64(),
-        "operation": pa.int64(),
-        "transitions": pa.int64(),
-        "of_episode": pa.int64(),
-    }
-    return pa.table(
-        {
-            name: pa.chunked_array(parts, types.get(name, pa.string()))
-            for name, parts in columns.items()
+        count, of = len(event.episodes), event.of
+        columns = {
+            "dataset": ids[event.episodes],
+            "episode": index[event.episodes],
+            "operation": np.full(count, event.operation),
+            "op": [event.op] * count,
+            "what": [event.kind] * count,
+            "reason": [event.reason] * count,
+            "transitions": event.transitions * (-1 if event.kind == "put back" else 1),
+            "of_dataset": [None] * count if of is None else ids[of],
+            "of_episode": [None] * count if of is None else index[of],
         }
-    )
+        parts.append(pa.table(columns, DROPPED_SCHEMA))
+    return pa.concat_tables(parts)
 
 
 JOB = Curate()
+plan, run = JOB.plan, JOB.run

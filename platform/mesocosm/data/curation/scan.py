@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,14 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mesocosm.config import RayConfig
+from mesocosm.data.parallel import ordered
 from mesocosm.datasets.dataset import Dataset, episode_rows
 from mesocosm.store.artifacts import Storage
 
 Array = NDArray[Any]
 ROWS, EPISODES = 1 << 16, 2048
 """A piece is closed at whichever comes first; a task holds one piece."""
-MANY = 1 << 28
-"""From this many bytes of data, all CPUs are used, unless `workers` is set."""
 
 
 @dataclass(frozen=True)
@@ -64,19 +62,18 @@ class Rows:
 
 
 Measure = Callable[[Dataset, EpisodePiece], dict[str, Array]]
-"""A measurement of a piece, by name; the pieces' arrays are joined along their first axis. A
-function of a module, so that it can be sent to other processes.
-"""
+"""Measures a piece, by name. The pieces' arrays are joined along their first axis."""
 
 
 @dataclass(frozen=True)
 class Scan:
+    """Measures episodes of `dataset`."""
+
     dataset: Dataset
     root: str
-    """`storage.root`, where a worker on another machine reads the datasets"""
-    ids: tuple[str, ...]
+    """`storage.root`, where a worker on another machine reads the datasets."""
     workers: int
-    """Tasks of Ray Data at a time; 0 measures in this process"""
+    """Tasks of Ray Data at a time; 0 measures in this process."""
     ray: RayConfig
     progress: Callable[[int, int], None] = lambda done, total: None
     """Called with the pieces measured so far, and all of them."""
@@ -85,57 +82,26 @@ class Scan:
         """Measure episodes.
 
         Args:
-            measure: what to measure.
+            measure: A function of a module, so that it can be sent to other processes.
             episodes: [n] of `dataset`, at least one.
             lengths: [n] the transitions of each that count.
         """
         pieces = list(_pieces(self.dataset, episodes, lengths))
+        ids, paths = tuple(self.dataset.ids), tuple(map(str, self.dataset.paths))
+        root, here = self.root, None if self.workers else self.dataset
+
+        def measured(piece: EpisodePiece) -> Iterator[dict[str, Array]]:
+            yield measure(_opened(root, ids, paths) if here is None else here, piece)
+
         results = []
-        for result in self._results(measure, pieces):
+        for result in ordered(measured, pieces, self.workers, self.ray):
             results.append(result)
             self.progress(len(results), len(pieces))
         return {name: np.concatenate([r[name] for r in results]) for name in results[0]}
 
-    def _results(
-        self, measure: Measure, pieces: Sequence[EpisodePiece]
-    ) -> Iterator[dict[str, Array]]:
-        if not self.workers:
-            yield from (measure(self.dataset, piece) for piece in pieces)
-            return
-        import logging
-
-        import ray
-        import ray.data  # sets up its own logging, so it comes before the level
-
-        from mesocosm.cluster import ray_session
-
-        ray_session.ensure(self.ray)
-        ray_session.preflight(cpus=self.workers, key=f"workers={self.workers}")
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        context = ray.data.DataContext.get_current().copy()
-        context.execution_options.preserve_order = True
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        shared = ray.put(
-            (measure, pieces, self.root, self.ids, tuple(map(str, self.dataset.paths)))
-        )
-
-        def run(rows: dict[str, Array]) -> dict[str, Array]:
-            measure, pieces, root, ids, paths = ray.get(shared)
-            dataset = opened(root, ids, paths)
-            results = [measure(dataset, pieces[number]) for number in rows["id"]]
-            return {"result": np.array([pickle.dumps(result) for result in results], object)}
-
-        with ray.data.DataContext.current(context):
-            data = ray.data.range(len(pieces), override_num_blocks=len(pieces))
-            tasks = ray.data.TaskPoolStrategy(size=min(self.workers, len(pieces)))
-            results = data.map_batches(run, batch_size=1, batch_format="numpy", compute=tasks)
-            for row in results.iter_rows():
-                yield pickle.loads(row["result"])  # of `run` in this job: no pickle from a file
-
 
 @functools.cache
-def opened(root: str, ids: tuple[str, ...], paths: tuple[str, ...]) -> Dataset:
+def _opened(root: str, ids: tuple[str, ...], paths: tuple[str, ...]) -> Dataset:
     """In a worker, once a process: the datasets, fetched and verified where storage is remote."""
     storage = Storage(root)
     if storage.remote:
