@@ -36,8 +36,8 @@ signal.signal(
     signal.SIGINT, signal.default_int_handler
 )  # what a script starts in its background ignores Ctrl-C, which tests send
 
-STARTERS = {"ray_local", "s3_environment", "cluster", "lab"}
-"""Fixtures that start Ray or a server."""
+STARTERS = {"ray_local", "one_rank", "s3_environment", "cluster", "lab"}
+"""Fixtures that start Ray, a process group or a server."""
 
 
 @pytest.hookimpl(tryfirst=True)

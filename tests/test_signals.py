@@ -21,6 +21,8 @@ import pytest
 
 from mesocosm.cli.main import main
 
+pytestmark = pytest.mark.integration
+
 ENVIRONMENT = """
 import time
 from pathlib import Path

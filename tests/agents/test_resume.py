@@ -13,24 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from factories import fit_world
 from gymnasium import spaces
 
 from mesocosm.agents import checkpoint
 from mesocosm.agents import training as train
 from mesocosm.agents.config import AgentConfig
 from mesocosm.config import load
-from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.errors import UsageError
-from mesocosm.model import mup
-from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.families import build
-from mesocosm.model.world import World
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
-from mesocosm.train.prepare import transitions
 
 LENGTH = 12
 OBSERVATIONS = spaces.Box(-np.inf, np.inf, (2,), np.float32)
@@ -74,13 +69,8 @@ def make_root(root: str, actions: Any = DISCRETE, family: str = "ensemble") -> s
         write_dataset(to, episodes, id="d", seed=0, valid_fraction=0.1, **facts)
 
     data = Dataset([storage.make("datasets", "d", {}, write).path])
-    codec = Codec.fit(data)
-    config = ModelConfig(family=family, size="10k", members=2, base=False)
-    base = Base.fit(codec.spec, config, transitions(data, codec), 0)
-    net = build(codec.spec, config)
-    mup.init_(net, 0)
-    meta = {"inputs": {"datasets": ["d"]}}
-    storage.make("worlds", "w", meta, World(net, base, codec.to_json()).save)
+    model = ModelConfig(family=family, size="10k", members=2, base=False)
+    storage.make("worlds", "w", {"inputs": {"datasets": ["d"]}}, fit_world(data, model).save)
     return root
 
 

@@ -10,29 +10,23 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
+from factories import fit_world
 from gymnasium import spaces
 
 from mesocosm.agents import training as train
 from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.config import load
-from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
 from mesocosm.jobs import baseline
-from mesocosm.model import mup
-from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.families import build
-from mesocosm.model.net import apply_base
-from mesocosm.model.world import World
 from mesocosm.policies.policy import Policy
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
-from mesocosm.train.prepare import transitions
+
+pytestmark = pytest.mark.integration
 
 OBSERVATIONS = spaces.Dict(
     {"goal": spaces.Discrete(2), "position": spaces.Box(-np.inf, np.inf, (1,), np.float64)}
@@ -87,7 +81,6 @@ gym.register("Seek-v0", entry_point=Seek)
 @pytest.fixture(scope="module")
 def seek(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Artifact]:
     """A root with random episodes of Seek and a world trained on them."""
-    torch.manual_seed(0)
     root = str(tmp_path_factory.mktemp("seek"))
     storage, env, rng = Storage(root), Seek(), np.random.default_rng(0)
     episodes = []
@@ -115,23 +108,9 @@ def seek(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Artifact]:
         ),
     )
     data = Dataset([storage.artifact("datasets", "seek").path])
-    codec, config = (
-        Codec.fit(data),
-        ModelConfig(family="ensemble", size="10k", members=2, base=False),
-    )
-    base = Base.fit(codec.spec, config, transitions(data, codec), 0)
-    net = build(codec.spec, config)
-    mup.init_(net, 0)
-    optimizer = torch.optim.AdamW(mup.param_groups(net, 2e-3, 0.0))
-    loader = Loader(data, codec, "train", config.context, 32, 0)
-    for step in range(300):
-        windows = loader.batch(step)
-        optimizer.zero_grad()
-        net(windows, apply_base(base, windows)).objective.backward()
-        optimizer.step()
-    return root, storage.make(
-        "worlds", "seek", {"inputs": {"datasets": ["seek"]}}, World(net, base, codec.to_json()).save
-    )
+    model = ModelConfig(family="ensemble", size="10k", members=2, base=False)
+    world = fit_world(data, model, steps=300, batch=32, lr=2e-3)
+    return root, storage.make("worlds", "seek", {"inputs": {"datasets": ["seek"]}}, world.save)
 
 
 def test_horizon_from_the_logs_or_the_config(seek: tuple[str, Artifact]) -> None:

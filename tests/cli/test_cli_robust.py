@@ -15,6 +15,8 @@ import pytest
 
 from mesocosm.cli.main import main
 
+pytestmark = pytest.mark.integration
+
 CHATTY = """
 import os, subprocess
 import gymnasium, numpy as np

@@ -15,6 +15,8 @@ import pytest
 
 from mesocosm.cluster import ray_session, session_folder
 
+pytestmark = pytest.mark.integration
+
 
 def test_a_private_ray_listens_on_loopback_alone(ray_local: None) -> None:
     listening = []

@@ -18,6 +18,8 @@ import pytest
 from mesocosm.envs.ledger import Ledger, LedgerTotals
 from mesocosm.store.artifacts import Storage
 
+pytestmark = pytest.mark.integration
+
 OWN = Path(__file__).parent.parent / "sample_envs"
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from factories import SMALL_WORLD
 from gymnasium import spaces
 
 from mesocosm.cli.main import main
@@ -1009,15 +1010,7 @@ def test_a_world_is_pretrained_and_judged_on_what_was_imported(
         return str(json.loads(capsys.readouterr().out)["artifact"])
 
     data = artifact("import", str(path), "--env", "CartPole-v1", "workers=0")
-    small = (
-        "model.size=10k",
-        "model.members=2",
-        "model.context=8",
-        "model.base_steps=50",
-        "train.batch=8",
-        "train.events=12",
-        "train.steps=40",
-    )
+    small = (*SMALL_WORLD, "train.steps=40")
     world = artifact("pretrain", f"data.datasets=[{data}]", *small)
     evaluation = artifact("evaluate", f"world={world}", "horizons=[1,5]", "starts=16", "samples=2")
     assert [text.partition("/")[0] for text in (data, world, evaluation)] == [

@@ -15,6 +15,8 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.meter import make_metered_vector
 from mesocosm.errors import MesocosmError
 
+pytestmark = pytest.mark.integration
+
 MODULE = """
 import gymnasium, numpy as np
 

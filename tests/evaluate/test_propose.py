@@ -11,30 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from factories import fit_world
 
 from mesocosm import config
 from mesocosm.cli.main import main
 from mesocosm.config import StorageConfig, fingerprint
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.loading.codec import Codec
-from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.config import DrawnOption, PriceConfig, RealityConfig
 from mesocosm.evaluate.buying import Imagined, buy, weights
 from mesocosm.jobs import collect, propose
 from mesocosm.jobs.propose import ProposeConfig
-from mesocosm.model import mup
-from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.families import build
-from mesocosm.model.net import apply_base
-from mesocosm.model.world import World
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 from mesocosm.train.export import calibrate
-from mesocosm.train.prepare import transitions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sample_envs"))
 MODULE = "field"
@@ -60,20 +53,9 @@ def make_world(root: str, members: int = 3, **more: Any) -> Artifact:
     with tracking.start("collect", cfg, quiet=True) as run:
         data = collect.JOB.run(cfg, run)
     dataset = Dataset([data.path])
-    codec, model = Codec.fit(dataset), ModelConfig(family="ensemble", size="10k", members=members)
-    base = Base.fit(codec.spec, model, transitions(dataset, codec), 0)
-    torch.manual_seed(0)
-    net = build(codec.spec, model)
-    mup.init_(net, 0)
-    optimizer = torch.optim.AdamW(mup.param_groups(net, 3e-3, 0.0))
-    loader = Loader(dataset, codec, "train", model.context, 16, 0)
-    for step in range(60):
-        windows = loader.batch(step)
-        optimizer.zero_grad()
-        net(windows, apply_base(base, windows)).objective.backward()
-        optimizer.step()
-    world = World(net, base, codec.to_json())
-    calibrate(world, dataset, codec)
+    model = ModelConfig(family="ensemble", size="10k", members=members)
+    world = fit_world(dataset, model, steps=60)
+    calibrate(world, dataset, Codec.fit(dataset))
     id = fingerprint("test", members, data.id)
     return Storage(root).make("worlds", id, {"inputs": {"datasets": [data.id]}}, world.save)
 

@@ -26,6 +26,8 @@ from fastapi import FastAPI, Request
 from mesocosm.serve import http_connection, ingress
 from mesocosm.serve.http_connection import CONNECTIONS, HttpConnection
 
+pytestmark = pytest.mark.integration
+
 TOKEN = "planted-token-4f1c9a0b7d"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 KNOWN = f"Host: x\r\nAuthorization: Bearer {TOKEN}\r\n"

@@ -15,6 +15,8 @@ import pytest
 from mesocosm.serve import line as lines
 from mesocosm.serve.line import FRAME, LineServer, open_line, receive_frame, send_frame
 
+pytestmark = pytest.mark.integration
+
 FEW_DESCRIPTORS = """
 import os, resource, sys
 from mesocosm.serve.line import LineServer

@@ -5,7 +5,6 @@ whatever is killed.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from factories import cart_in_bucket
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
@@ -41,20 +41,11 @@ def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 
 @pytest.fixture
-def bucket(s3: str, tmp_path: Path, cart_root: Cart) -> Storage:
+def bucket(s3: str, tmp_path: Path) -> Storage:
     """A root in the bucket with the dataset `cart` of several shards, of which this machine has
     nothing.
     """
-    made = Storage(cart_root(tmp_path, 400, shard_rows=60)).artifact("datasets", "cart")
-    storage = Storage(f"{s3}/{tmp_path.name}")
-    storage.make(
-        "datasets",
-        "cart",
-        {"job": "collect"},
-        lambda folder: shutil.copytree(made.path, folder, dirs_exist_ok=True) and None,
-    )
-    shutil.rmtree(storage.local_path("cache"))
-    return storage
+    return cart_in_bucket(f"{s3}/{tmp_path.name}", tmp_path, shard_rows=60)
 
 
 def python(code: str) -> subprocess.Popen[str]:

@@ -22,6 +22,8 @@ from mesocosm.store import lease
 from mesocosm.store.artifacts import Storage
 from mesocosm.store.lease import Claim, Held, Owner, hold, this_process
 
+pytestmark = pytest.mark.integration
+
 HOLDER = """
 import sys, time
 from mesocosm.store.lease import hold

@@ -20,13 +20,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from factories import SMALL_WORLD, cart_in_bucket
 
 from mesocosm.cli.main import main
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import checkpoint
-
-Cart = Callable[..., str]
 
 
 class Proxy:
@@ -126,23 +125,10 @@ def _python(code: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
-def _on_bucket(s3: str, tmp_path: Path, cart_root: Cart) -> Storage:
-    """A root in the bucket that holds the dataset `cart`."""
-    made = Storage(cart_root(tmp_path)).artifact("datasets", "cart")
-    storage = Storage(f"{s3}/{tmp_path.name}")
-    storage.make(
-        "datasets",
-        "cart",
-        {"job": "collect"},
-        lambda folder: shutil.copytree(made.path, folder, dirs_exist_ok=True) and None,
-    )
-    return storage
-
-
 def test_a_flipped_byte_in_a_shard_on_the_bucket(
-    s3: str, tmp_path: Path, cart_root: Cart, capsys: pytest.CaptureFixture[str]
+    s3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    storage = _on_bucket(s3, tmp_path, cart_root)
+    storage = cart_in_bucket(f"{s3}/{tmp_path.name}", tmp_path)
     folder = storage.folder_of("datasets", "cart")
     name, path = next(
         (name.split("/", 3)[3], storage._path(name))
@@ -327,27 +313,18 @@ def test_an_outage_is_waited_out(
     ]
 
 
-SMALL = (
-    "model.size=10k",
-    "model.members=2",
-    "model.context=8",
-    "model.base_steps=50",
-    "train.batch=8",
-    "train.events=12",
-    "train.lr=3e-3",
-)
 OUTAGE = 30.0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_checkpoint_outlives_an_outage(
-    s3: str, tmp_path: Path, proxied: Callable[..., Proxy], cart_root: Cart
+    s3: str, tmp_path: Path, proxied: Callable[..., Proxy]
 ) -> None:
     """The endpoint is cut for 30 s when a checkpoint's first bytes are under way: no worker is
     started again, and the checkpoint is resumed from.
     """
-    storage = _on_bucket(s3, tmp_path, cart_root)
+    storage = cart_in_bucket(f"{s3}/{tmp_path.name}", tmp_path)
     name, mended = "", threading.Event()
 
     def watch(data: bytes) -> None:
@@ -367,7 +344,8 @@ def test_a_checkpoint_outlives_an_outage(
             "train.steps=4000",
             "train.checkpoint_every=300",
             "train.keep_checkpoints=100",
-            *SMALL,
+            *SMALL_WORLD,
+            "train.lr=3e-3",
         ]
         command = [
             sys.executable,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import SMALL_WORLD
 
 from mesocosm.config import load as load_config
 from mesocosm.jobs.pretrain import JOB, PretrainConfig
@@ -16,15 +17,7 @@ from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact
 
 DATASET = "cart"
-SMALL = (
-    "model.size=10k",
-    "model.members=2",
-    "model.context=8",
-    "model.base_steps=50",
-    "train.batch=8",
-    "train.events=12",
-    "train.lr=3e-3",
-)
+SMALL = (*SMALL_WORLD, "train.lr=3e-3")
 
 
 @dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import SMALL_WORLD
 
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.writer import write_dataset
@@ -20,15 +21,6 @@ from mesocosm.store.artifacts import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_local")]
 Make = Callable[..., Any]
-SMALL = (
-    "model.size=10k",
-    "model.members=2",
-    "model.context=8",
-    "model.base_steps=50",
-    "train.batch=8",
-    "train.events=12",
-    "train.lr=3e-3",
-)
 STEPS = (
     "train.steps=12",
     "train.checkpoint_every=4",
@@ -89,7 +81,14 @@ def test_training_through_a_small_cache_is_that_from_a_folder(
 
     for id in ("cart", "again"):
         bucket.local_path("cache", "datasets", id).rename(tmp_path / f"away-{id}")
-    words = [f"storage.root={bucket.root}", *SMALL, *options, "train.workers=2", "--json"]
+    words = [
+        f"storage.root={bucket.root}",
+        *SMALL_WORLD,
+        "train.lr=3e-3",
+        *options,
+        "train.workers=2",
+    ]
+    words += ["--json"]
     done = subprocess.run(
         [sys.executable, "-m", "mesocosm", "pretrain", *words],
         capture_output=True,
