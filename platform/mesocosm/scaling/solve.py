@@ -7,17 +7,18 @@ was drawn). It minimises
     sum_i w_i huber_delta(log L_i - f_i(theta))
 
 in units of delta, so that residuals beyond it count |r|. It is the sum: with the mean, tolerances
-end a fit early (arXiv 2404.10102). A step solves with the exact Hessian where that is positive
-definite, else with that of iteratively reweighted least squares, with Levenberg-Marquardt damping
-per problem. The loss is close to least absolute deviations, whose kinks stop such methods far from
-the minimum. Each problem therefore first descends with wider deltas. Starts of one row that reach
-the same point (to 1e-6 in every coordinate) continue as one problem.
+end a fit early (arXiv 2404.10102). A step solves with the exact Hessian where that descends, else
+with that of iteratively reweighted least squares, with Levenberg-Marquardt damping per problem. The
+loss is close to least absolute deviations, whose kinks stop such methods far from the minimum. Each
+problem therefore first descends with wider deltas. Starts of one row that reach the same point (to
+1e-6 in every coordinate) continue as one problem.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,7 +29,7 @@ FTOL, GTOL = 1e-10, 1e-6
 """A problem has converged when a step promises and brings at most FTOL, or no gradient is above
 GTOL: scipy's `ftol` and `gtol` on the same objective.
 """
-LIMIT, ROUND = 200, 25
+LIMIT, ROUND = 200, 10
 """Most steps at the final delta. After each round the arrays shrink to the unconverged problems."""
 _WIDER = ((100.0, 30), (30.0, 10), (10.0, 10), (5.0, 8), (2.5, 8))
 """(multiple of delta, most steps) of each earlier stage, which ends at a step of _LOOSE."""
@@ -43,12 +44,11 @@ _CHUNK = 8192
 
 @dataclass(frozen=True)
 class Solution:
+    """The ends of all problems: theta [B, S, P], objective and converged [B, S]."""
+
     theta: Array
-    """[B, S, P]."""
     objective: Array
-    """[B, S]: sums of Huber losses of log residuals."""
     converged: Mask
-    """[B, S]."""
 
     def best(self) -> tuple[Array, Array]:
         """(theta [B, P], objective [B]) of each row's best start."""
@@ -64,7 +64,6 @@ def solve(
     weights: Array,
     starts: Array,
     *,
-    delta: float = DELTA,
     fixed: Sequence[int] = (),
 ) -> Solution:
     """Minimise from every start under every row of weights. Deterministic.
@@ -76,40 +75,34 @@ def solve(
         cells: n cells.
         log_loss: their log losses, [n].
         weights: [B, n].
-        starts: [S, P] or [B, S, P].
-        delta: the width of the Huber loss.
+        starts: [S, P].
         fixed: coordinates that stay at the start's value.
     """
-    rows, count = len(weights), starts.shape[-2]
+    rows, (count, size) = len(weights), starts.shape
     mean_n, mean_d = float(cells.params.mean()), float(cells.data.mean())
     # a - alpha log N = (a - alpha mean) - alpha (log N - mean): these coordinates hardly correlate.
-    shift = np.zeros((starts.shape[-1], starts.shape[-1]))
+    shift = np.zeros((size, size))
     shift[1, 3], shift[2, 4] = -mean_n, -mean_d
-    move, back = np.eye(len(shift)) + shift, np.eye(len(shift)) - shift
-    theta = np.broadcast_to(starts, (rows, *starts.shape[-2:])).reshape(rows * count, -1) @ move.T
+    theta = np.tile(starts @ (np.eye(size) + shift).T, (rows, 1))
     row = np.repeat(np.arange(rows), count)
     problem = _Problem(form, cells.shifted(mean_n, mean_d), log_loss, weights, tuple(fixed))
-    theta = problem.levelled(theta, row)
+    theta = np.concatenate(
+        [problem.levelled(theta[at], weights[row[at]]) for at in problem.chunks(len(theta))]
+    )
     index, theta, row = _merged(theta, row, np.arange(len(theta)))
     damping = np.full(len(theta), 1e-3)
     for stage, (wider, steps) in enumerate(_WIDER):
         ftol = _LOOSE if stage else FTOL
-        theta, _, _, damping = problem.descend(theta, row, delta * wider, damping, steps, ftol)
+        theta, _, _, damping = problem.descend(theta, row, DELTA * wider, damping, steps, ftol)
         if stage == 0:
             index, theta, row = _merged(theta, row, index)
             damping = np.full(len(theta), 1e-3)
-    objective, converged = np.empty(len(theta)), np.zeros(len(theta), dtype=np.bool_)
-    left = np.arange(len(theta))
-    for _ in range(LIMIT // ROUND):
-        theta[left], objective[left], converged[left], damping[left] = problem.descend(
-            theta[left], row[left], delta, damping[left], ROUND, FTOL
-        )
-        left = left[~converged[left]]
-    theta, objective, shape = theta @ back.T, objective * delta, (rows, count)
+    theta, objective, converged, _ = problem.descend(theta, row, DELTA, damping, LIMIT, FTOL)
+    theta = theta @ (np.eye(size) - shift).T
     return Solution(
-        theta[index].reshape(*shape, -1),
-        objective[index].reshape(shape),
-        converged[index].reshape(shape),
+        theta[index].reshape(rows, count, size),
+        (objective * DELTA)[index].reshape(rows, count),
+        converged[index].reshape(rows, count),
     )
 
 
@@ -123,34 +116,23 @@ def _merged(theta: Array, row: Ints, index: Ints) -> tuple[Ints, Array, Ints]:
     return new.reshape(-1)[index], theta[first], row[first]
 
 
-@dataclass(frozen=True)
-class _State:
-    """m problems at their current points, in units of delta."""
+class _State(NamedTuple):
+    """m problems at their current points, in units of delta. The Hessian is exact; the reweighted
+    one, of iteratively reweighted least squares, is positive and above it.
+    """
 
     theta: Array
     objective: Array
     gradient: Array
     hessian: Array
-    """Exact."""
     reweighted: Array
-    """The Hessian of iteratively reweighted least squares: positive, and above the exact one."""
-
-    def take(self, at: Mask) -> _State:
-        return _State(*(values[at] for values in self._arrays()))
-
-    def put(self, at: Ints, other: _State) -> None:
-        for values, new in zip(self._arrays(), other._arrays(), strict=True):
-            values[at] = new
 
     def where(self, at: Mask, other: _State) -> _State:
         """The other's problems at `at`, this one's elsewhere."""
-        pairs = zip(self._arrays(), other._arrays(), strict=True)
+        pairs = zip(self, other, strict=True)
         return _State(
             *(np.where(at.reshape(-1, *[1] * (new.ndim - 1)), new, old) for old, new in pairs)
         )
-
-    def _arrays(self) -> list[Array]:
-        return [getattr(self, field.name) for field in fields(self)]
 
 
 @dataclass(frozen=True)
@@ -162,15 +144,15 @@ class _Problem:
     """[B, n]. Each problem's `row` selects one."""
     fixed: tuple[int, ...]
 
-    def levelled(self, theta: Array, row: Ints) -> Array:
+    def chunks(self, count: int) -> list[slice]:
+        size = max(1, _CHUNK // len(self.log_loss))
+        return [slice(begin, begin + size) for begin in range(0, count, size)]
+
+    def levelled(self, theta: Array, weight: Array) -> Array:
         """`theta` with E, A and B set by least squares of relative errors for its exponents.
 
         All three are above 0, so that no term starts as nothing.
         """
-        chunks = self._chunks(len(theta))
-        return np.concatenate([self._levelled(theta[at], self.weights[row[at]]) for at in chunks])
-
-    def _levelled(self, theta: Array, weight: Array) -> Array:
         n_power, d_power = self.form.powers(theta, self.cells)
         terms = np.stack([np.zeros_like(n_power), n_power, d_power], 1) - self.log_loss
         top = terms.max(2)
@@ -191,54 +173,39 @@ class _Problem:
         self, theta: Array, row: Ints, delta: float, damping: Array, limit: int, ftol: float
     ) -> tuple[Array, Array, Mask, Array]:
         """(theta [m, P], objective [m], converged [m], damping [m]) after at most `limit` steps."""
-        parts = [
-            self._descend(theta[at], self.weights[row[at]], delta, damping[at], limit, ftol)
-            for at in self._chunks(len(theta))
-        ]
-        theta, objective = (
-            np.concatenate([getattr(end, name) for end, *_ in parts])
-            for name in ("theta", "objective")
-        )
-        done, damped = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
-        return theta, objective, done, damped
+        theta, damping, objective = theta.copy(), damping.copy(), np.empty(len(theta))
+        converged, left = np.zeros(len(theta), dtype=np.bool_), np.arange(len(theta))
+        for begin in range(0, limit, ROUND):
+            steps = min(ROUND, limit - begin)
+            for chunk in self.chunks(len(left)):
+                at = left[chunk]
+                theta[at], objective[at], converged[at], damping[at] = self._steps(
+                    theta[at], self.weights[row[at]], delta, damping[at], steps, ftol
+                )
+            left = left[~converged[left]]
+        return theta, objective, converged, damping
 
-    def _chunks(self, count: int) -> list[slice]:
-        size = max(1, _CHUNK // len(self.log_loss))
-        return [slice(begin, begin + size) for begin in range(0, max(count, 1), size)]
-
-    def _descend(
-        self, theta: Array, weight: Array, delta: float, damping: Array, limit: int, ftol: float
-    ) -> tuple[_State, Mask, Array]:
-        end, end_damping = self.state(theta, weight, delta), damping.copy()
-        converged = np.zeros(len(theta), dtype=np.bool_)
-        left, state = np.arange(len(theta)), end
-        for _ in range(limit):
+    def _steps(
+        self, theta: Array, weight: Array, delta: float, damping: Array, count: int, ftol: float
+    ) -> tuple[Array, Array, Mask, Array]:
+        state, converged = self.state(theta, weight, delta), np.zeros(len(theta), dtype=np.bool_)
+        for _ in range(count):
             step, promised = _step(state, damping)
             new = self.state(state.theta + step, weight, delta)
             gained = state.objective - new.objective
             better = gained >= 0  # false where the objective is not finite
-            state = state.where(better, new)
+            state = state.where(better & ~converged, new)
             done = (np.abs(gained) <= ftol) & (promised <= ftol) & (damping <= 1.0)
             done |= np.abs(state.gradient).max(1) <= GTOL
             done |= damping > 1e14  # no step descends, however small
             ratio = gained / promised
             accepted = damping * np.where(ratio > 0.75, 0.1, np.where(ratio > 0.25, 0.4, 2.0))
-            rejected = np.maximum(5 * damping, 1e-3)
-            damping = np.maximum(np.where(better, accepted, rejected), 1e-12)
-            if done.any():
-                end.put(left[done], state.take(done))
-                converged[left[done]], end_damping[left[done]] = True, damping[done]
-                left, state, damping, weight = (
-                    left[~done],
-                    state.take(~done),
-                    damping[~done],
-                    weight[~done],
-                )
-                if not len(left):
-                    break
-        end.put(left, state)
-        end_damping[left] = damping
-        return end, converged, end_damping
+            changed = np.where(better, accepted, np.maximum(5 * damping, 1e-3))
+            damping = np.where(converged, damping, np.maximum(changed, 1e-12))
+            converged |= done
+            if converged.all():
+                break
+        return state.theta, state.objective, converged, damping
 
     def state(self, theta: Array, weight: Array, delta: float) -> _State:
         """The objective and its derivatives at `theta` [m, P] under `weight` [m, n]."""
@@ -262,42 +229,13 @@ class _Problem:
 
 def _step(state: _State, damping: Array) -> tuple[Array, Array]:
     """(step [m, P], the decrease [m] above 0 that its damped quadratic model promises)."""
-    diagonal = damping[:, None] * (np.diagonal(state.reweighted, axis1=1, axis2=2) + 1e-12)
-    step, positive = _solve_positive(state.hessian, diagonal, state.gradient)
-    if not positive.all():
-        at = ~positive
-        step[at], _ = _solve_positive(state.reweighted[at], diagonal[at], state.gradient[at])
+    diagonal = np.diagonal(state.reweighted, axis1=1, axis2=2) + 1e-12
+    damped = (damping[:, None] * diagonal)[:, :, None] * np.eye(diagonal.shape[1])
+    right = state.gradient[:, :, None]
+    step = np.linalg.solve(state.hessian + damped, right)[:, :, 0]
+    rising = np.einsum("mp,mp->m", step, state.gradient) <= 0  # the exact Hessian is indefinite
+    if rising.any():
+        step[rising] = np.linalg.solve((state.reweighted + damped)[rising], right[rising])[:, :, 0]
     part = np.minimum(1.0, _STRIDE / np.maximum(np.abs(step).max(1), 1e-300))
     promised = part * (1 - part / 2) * np.einsum("mp,mp->m", step, state.gradient)
     return -part[:, None] * step, promised + 1e-300
-
-
-def _solve_positive(matrix: Array, diagonal: Array, right: Array) -> tuple[Array, Mask]:
-    """Solve (matrix + diag) x = right by LDL^T over all m at once: LAPACK needs a call for each.
-
-    Returns (x [m, P], whether the matrix is positive definite [m]).
-    """
-    p = matrix.shape[1]
-    a = np.ascontiguousarray(matrix.transpose(1, 2, 0))
-    x = right.T.copy()
-    d = np.empty((p, len(matrix)))
-    positive = np.ones(len(matrix), dtype=np.bool_)
-    for j in range(p):
-        pivot = a[j, j] + diagonal[:, j]
-        for k in range(j):
-            pivot -= a[j, k] ** 2 * d[k]
-        good = pivot > 1e-14 * np.abs(a[j, j]) + 1e-300
-        positive &= good
-        d[j] = np.where(good, pivot, 1.0)
-        for i in range(j + 1, p):
-            entry = a[i, j]
-            for k in range(j):
-                entry = entry - a[i, k] * a[j, k] * d[k]
-            a[i, j] = entry / d[j]
-        for k in range(j):
-            x[j] -= a[j, k] * x[k]
-    x /= d
-    for j in range(p - 2, -1, -1):
-        for i in range(j + 1, p):
-            x[j] -= a[i, j] * x[i]
-    return x.T.copy(), positive
