@@ -18,7 +18,6 @@ log(exp(e) + exp(a - alpha log N') + exp(b - beta log D')).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,18 +47,6 @@ class Cells:
         return Cells(self.params - params, self.data - data, self.unique - data)
 
 
-@dataclass(frozen=True)
-class Expansion:
-    """Log loss and its derivatives at m thetas of P coordinates, for n cells."""
-
-    value: Array
-    """[m, n]."""
-    slope: Array
-    """[m, P, n]."""
-    curvature: Callable[[Array], Array]
-    """Weights [m, n] -> sum over cells of weight x (hessian + slope slope^T), [m, P, P]."""
-
-
 class Chinchilla:
     """theta [m, P] = (e, a, b, alpha, beta)."""
 
@@ -72,27 +59,13 @@ class Chinchilla:
 
     def log_loss(self, theta: Array, cells: Cells) -> Array:
         """Log loss, [m, n]."""
+        return self.expand(theta, cells)[0]
+
+    def expand(self, theta: Array, cells: Cells) -> tuple[Array, Array]:
+        """Log loss [m, n] and its gradient [m, P, n]."""
         e, a, b, alpha, beta = (theta[:, i, None] for i in range(5))
-        return _mixture(e, a - alpha * cells.params, b - beta * cells.data)[0]
-
-    def expand(self, theta: Array, cells: Cells) -> Expansion:
-        e, a, b, alpha, beta = (theta[:, i, None] for i in range(5))
-        x, z = cells.params, cells.data
-        value, p0, p1, p2 = _mixture(e, a - alpha * x, b - beta * z)
-        slope = np.stack([p0, p1, p2, -x * p1, -z * p2], 1)
-        ones = np.ones_like(x)
-        n_powers, d_powers = np.stack([ones, -x, x * x], 1), np.stack([ones, -z, z * z], 1)
-
-        def curvature(weight: Array) -> Array:
-            out = np.zeros((len(theta), 5, 5))
-            out[:, 0, 0] = np.einsum("mn,mn->m", weight, p0)
-            for share, powers, level, power in ((p1, n_powers, 1, 3), (p2, d_powers, 2, 4)):
-                sums = (weight * share) @ powers
-                out[:, level, level], out[:, power, power] = sums[:, 0], sums[:, 2]
-                out[:, level, power] = out[:, power, level] = sums[:, 1]
-            return out
-
-        return Expansion(value, slope, curvature)
+        value, p0, p1, p2 = _mixture(e, a - alpha * cells.params, b - beta * cells.data)
+        return value, np.stack([p0, p1, p2, -cells.params * p1, -cells.data * p2], 1)
 
 
 class DataConstrained:
@@ -103,61 +76,27 @@ class DataConstrained:
 
     def powers(self, theta: Array, cells: Cells) -> tuple[Array, Array]:
         # N' depends on A and B through N_opt, so that N stands for it.
-        d_eff = _Effective(cells.data, cells.unique, theta[:, 6, None]).value
+        d_eff, _, _ = _effective(cells.data, cells.unique, theta[:, 6, None])
         return -theta[:, 3, None] * cells.params, -theta[:, 4, None] * d_eff
 
     def log_loss(self, theta: Array, cells: Cells) -> Array:
-        e, a, b, alpha, beta, log_rn, log_rd = (theta[:, i, None] for i in range(7))
-        n_eff = _Effective(cells.params, _OptimalSize(theta, cells).value, log_rn).value
-        d_eff = _Effective(cells.data, cells.unique, log_rd).value
-        return _mixture(e, a - alpha * n_eff, b - beta * d_eff)[0]
+        return self.expand(theta, cells)[0]
 
-    def expand(self, theta: Array, cells: Cells) -> Expansion:
+    def expand(self, theta: Array, cells: Cells) -> tuple[Array, Array]:
         e, a, b, alpha, beta, log_rn, log_rd = (theta[:, i, None] for i in range(7))
-        n_opt = _OptimalSize(theta, cells)
-        n_eff = _Effective(cells.params, n_opt.value, log_rn)
-        d_eff = _Effective(cells.data, cells.unique, log_rd)
-        value, p0, p1, p2 = _mixture(e, a - alpha * n_eff.value, b - beta * d_eff.value)
-        m, n = value.shape
-        n_opt_slope = n_opt.slope()
-        n_slope = n_eff.d_unique[:, None] * n_opt_slope  # of log N'
-        n_slope[:, 5] = n_eff.d_r
-        s_slope = -alpha[:, None] * n_slope  # of s = a - alpha log N'
-        s_slope[:, 1] += 1.0
-        s_slope[:, 3] -= n_eff.value
-        # Of t = b - beta log D', by b, beta and log r_d, on which alone it depends.
-        t_slope = np.stack([np.ones((m, n)), -d_eff.value, -beta * d_eff.d_r], 1)
-        slope = np.empty((m, 7, n))
+        n_opt, n_opt_slope = _optimal_size(theta, cells)
+        n_eff, by_unique, by_rn = _effective(cells.params, n_opt, log_rn)
+        d_eff, _, by_rd = _effective(cells.data, cells.unique, log_rd)
+        value, p0, p1, p2 = _mixture(e, a - alpha * n_eff, b - beta * d_eff)
+        slope = -(alpha * p1 * by_unique)[:, None] * n_opt_slope  # log N' through N_opt
         slope[:, 0] = p0
-        np.multiply(p1[:, None], s_slope[:, 1:6], out=slope[:, 1:6])
+        slope[:, 1] += p1
         slope[:, 2] += p2
-        slope[:, 4] += p2 * t_slope[:, 1]
-        np.multiply(p2, t_slope[:, 2], out=slope[:, 6])
-
-        def curvature(weight: Array) -> Array:
-            w1, w2 = weight * p1, weight * p2
-            out = outer(s_slope, w1)
-            out[:, 2::2, 2::2] += outer(t_slope, w2)
-            out[:, 0, 0] += (weight * p0).sum(1)
-            # Second derivatives of s by (a, b, alpha, beta, log r_n) ...
-            cross = np.einsum("mn,mpn->mp", w1, n_slope)
-            out[:, 3] -= cross
-            out[:, :, 3] -= cross
-            inner = outer(n_opt_slope, w1 * n_eff.d_unique2)
-            inner += n_opt.curvature(w1 * n_eff.d_unique, n_opt_slope)
-            mixed = np.einsum("mn,mpn->mp", w1 * n_eff.d_unique_r, n_opt_slope)
-            inner[:, 5] += mixed
-            inner[:, :, 5] += mixed
-            inner[:, 5, 5] += (w1 * n_eff.d_r2).sum(1)
-            out -= alpha[:, None] * inner
-            # ... and of t by (beta, log r_d).
-            pair = (w2 * d_eff.d_r).sum(1)
-            out[:, 4, 6] -= pair
-            out[:, 6, 4] -= pair
-            out[:, 6, 6] -= beta[:, 0] * (w2 * d_eff.d_r2).sum(1)
-            return out
-
-        return Expansion(value, slope, curvature)
+        slope[:, 3] -= p1 * n_eff
+        slope[:, 4] -= p2 * d_eff
+        slope[:, 5] = -alpha * p1 * by_rn
+        slope[:, 6] = -beta * p2 * by_rd
+        return value, slope
 
 
 Form = Chinchilla | DataConstrained
@@ -180,57 +119,27 @@ def _mixture(e: Array, s: Array, t: Array) -> tuple[Array, Array, Array, Array]:
     return top, p0, p1, p2
 
 
-class _OptimalSize:
-    """h = log N_opt(U) = (log alpha + a - log beta - b + beta log U) / alpha [m, n]."""
-
-    def __init__(self, theta: Array, cells: Cells) -> None:
-        self.theta, self.unique = theta, cells.unique
-        self.alpha, self.beta = (np.maximum(theta[:, i, None], _ALPHA_MIN) for i in (3, 4))
-        level = np.log(self.alpha / self.beta) + theta[:, 1, None] - theta[:, 2, None]
-        self.value = (level + self.beta * cells.unique) / self.alpha
-
-    def slope(self) -> Array:
-        """The gradient of h, [m, P, n]."""
-        alpha, beta = self.alpha, self.beta
-        slope = np.zeros((*self.theta.shape, len(self.unique)))
-        slope[:, 1], slope[:, 2] = 1 / alpha, -1 / alpha
-        slope[:, 3], slope[:, 4] = (
-            (1 / alpha - self.value) / alpha,
-            (self.unique - 1 / beta) / alpha,
-        )
-        return slope
-
-    def curvature(self, weight: Array, slope: Array) -> Array:
-        """Sum over cells of weight [m, n] x the hessian of h, [m, P, P]."""
-        alpha, beta, total = self.alpha[:, 0], self.beta[:, 0], weight.sum(1)
-        by_alpha, by_beta = (np.einsum("mn,mn->m", weight, slope[:, i]) for i in (3, 4))
-        out = np.zeros((*self.theta.shape, self.theta.shape[1]))
-        out[:, 3, 3] = -total / alpha**3 - 2 * by_alpha / alpha
-        out[:, 4, 4] = total / (alpha * beta**2)
-        for i, entry in ((1, -total / alpha**2), (2, total / alpha**2), (4, -by_beta / alpha)):
-            out[:, 3, i] = out[:, i, 3] = entry
-        return out
-
-
-class _Effective:
-    """Log of the effective amount x' = U + U r (1 - exp(-(x/U - 1)/r)) of x, of which only U =
-    exp(log_unique) is new, with derivatives by log U and log r. All are [m, n].
+def _optimal_size(theta: Array, cells: Cells) -> tuple[Array, Array]:
+    """h = log N_opt(U) = (log alpha + a - log beta - b + beta log U) / alpha [m, n], and its
+    gradient [m, P, n].
     """
+    alpha, beta = (np.maximum(theta[:, i, None], _ALPHA_MIN) for i in (3, 4))
+    level = np.log(alpha / beta) + theta[:, 1, None] - theta[:, 2, None]
+    h = (level + beta * cells.unique) / alpha
+    slope = np.zeros((*theta.shape, len(cells.unique)))
+    slope[:, 1], slope[:, 2] = 1 / alpha, -1 / alpha
+    slope[:, 3], slope[:, 4] = (1 / alpha - h) / alpha, (cells.unique - 1 / beta) / alpha
+    return h, slope
 
-    def __init__(self, log_x: Array, log_unique: Array, log_r: Array) -> None:
-        r = np.exp(np.clip(log_r, *LOG_R))
-        excess = log_x - log_unique
-        repeated = excess > 0
-        q = np.exp(np.clip(excess, 0.0, 50.0))
-        repeats = q - 1
-        decay = np.exp(-repeats / r)
-        grown = r * (1 - decay)
-        g, m = 1 + grown, q * decay
-        g_r = grown - decay * repeats
-        share, r_share, by_r = m / g, g_r / g, repeats / r
-        self.value = np.minimum(log_x, log_unique) + np.log(g)
-        self.d_unique = 1 - share  # 0 where q = 1
-        self.d_unique2 = repeated * (share * (1 - q / r) - share**2)
-        self.d_r = r_share
-        self.d_r2 = (g_r - decay * repeats * by_r) / g - r_share**2
-        self.d_unique_r = share * (r_share - by_r)
+
+def _effective(log_x: Array, log_unique: Array, log_r: Array) -> tuple[Array, Array, Array]:
+    """Log of the effective amount x' = U + U r (1 - exp(-(x/U - 1)/r)) of x, of which only U =
+    exp(log_unique) is new, and its derivatives by log U and log r. All are [m, n].
+    """
+    r = np.exp(np.clip(log_r, *LOG_R))
+    q = np.exp(np.clip(log_x - log_unique, 0.0, 50.0))
+    decay = np.exp(-(q - 1) / r)
+    grown = r * (1 - decay)
+    value = np.minimum(log_x, log_unique) + np.log1p(grown)
+    by_unique = 1 - q * decay / (1 + grown)  # 0 where q = 1
+    return value, by_unique, (grown - decay * (q - 1)) / (1 + grown)

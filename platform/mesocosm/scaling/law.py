@@ -316,7 +316,7 @@ def optimal_of(theta: Array, flops: Flops) -> dict[str, Array]:
 
     On fresh data N counts as g(rho) N_opt(D), where rho = N / N_opt(D) and N_opt(D) is the size for
     which D is the optimum at 6 N D: alpha A / N_opt^alpha = beta B / D^beta. g(rho) is rho, or
-    saturates above 1 with r_n of the data-constrained form (`forms._Effective`). Then the loss
+    saturates above 1 with r_n of the data-constrained form (`forms._effective`). Then the loss
     above E is proportional to D^-beta (1 + beta/alpha g^-alpha) and C to rho^p D^(p beta/alpha +
     q), so that the best rho is the same for every C: (q/p)^(1/alpha) where nothing saturates, 1
     where C = k N D. So N_opt and D_opt are powers, a = beta / (p beta + q alpha), b = alpha / (p

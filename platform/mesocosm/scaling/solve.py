@@ -1,5 +1,5 @@
-"""Every start of every resample of a fit at once: batched Newton steps on the Huber loss of log
-residuals.
+"""Every start of every resample of a fit at once: batched steps of iteratively reweighted least
+squares on the Huber loss of log residuals.
 
 A problem is one start under one row of weights (a bootstrap resample is a row: how often each cell
 was drawn). It minimises
@@ -7,11 +7,10 @@ was drawn). It minimises
     sum_i w_i huber_delta(log L_i - f_i(theta))
 
 in units of delta, so that residuals beyond it count |r|. It is the sum: with the mean, tolerances
-end a fit early (arXiv 2404.10102). A step solves with the exact Hessian where that descends, else
-with that of iteratively reweighted least squares, with Levenberg-Marquardt damping per problem. The
-loss is close to least absolute deviations, whose kinks stop such methods far from the minimum. Each
-problem therefore first descends with wider deltas. Starts of one row that reach the same point (to
-1e-6 in every coordinate) continue as one problem.
+end a fit early (arXiv 2404.10102). Steps have Levenberg-Marquardt damping per problem. The loss is
+close to least absolute deviations, whose kinks stop such methods far from the minimum. Each problem
+therefore first descends with wider deltas. Starts of one row that reach the same point (to 1e-6 in
+every coordinate) continue as one problem.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ import numpy as np
 from mesocosm.scaling.forms import Array, Cells, Form, Ints, Mask, outer
 
 DELTA = 1e-3
-FTOL, GTOL = 1e-10, 1e-6
+FTOL, GTOL = 1e-13, 1e-6
 """A problem has converged when a step promises and brings at most FTOL, or no gradient is above
-GTOL: scipy's `ftol` and `gtol` on the same objective.
+GTOL. The last steps converge linearly, so that FTOL is small.
 """
 LIMIT, ROUND = 200, 10
 """Most steps at the final delta. After each round the arrays shrink to the unconverged problems."""
@@ -117,15 +116,14 @@ def _merged(theta: Array, row: Ints, index: Ints) -> tuple[Ints, Array, Ints]:
 
 
 class _State(NamedTuple):
-    """m problems at their current points, in units of delta. The Hessian is exact; the reweighted
-    one, of iteratively reweighted least squares, is positive and above it.
+    """m problems at their current points, in units of delta: theta [m, P], the objective [m], its
+    gradient [m, P] and the Hessian [m, P, P] of iteratively reweighted least squares.
     """
 
     theta: Array
     objective: Array
     gradient: Array
     hessian: Array
-    reweighted: Array
 
     def where(self, at: Mask, other: _State) -> _State:
         """The other's problems at `at`, this one's elsewhere."""
@@ -209,33 +207,24 @@ class _Problem:
 
     def state(self, theta: Array, weight: Array, delta: float) -> _State:
         """The objective and its derivatives at `theta` [m, P] under `weight` [m, n]."""
-        at = self.form.expand(theta, self.cells)
-        residual = self.log_loss - at.value
+        value, slope = self.form.expand(theta, self.cells)
+        residual = self.log_loss - value
         size = np.abs(residual)
         near = np.minimum(size, delta)
         objective = np.einsum("mn,mn->m", weight * near, size - near / 2) / delta
         reach = weight / np.maximum(size, delta)
-        pull = reach * residual
-        gradient = -np.einsum("mpn,mn->mp", at.slope, pull)
-        hessian = outer(at.slope, np.where(size <= delta, reach + pull, pull)) - at.curvature(pull)
-        reweighted = outer(at.slope, reach)
+        gradient = -np.einsum("mpn,mn->mp", slope, reach * residual)
+        hessian = outer(slope, reach)
         for i in self.fixed:
-            gradient[:, i] = 0.0
-            for matrix in (hessian, reweighted):
-                matrix[:, i], matrix[:, :, i] = 0.0, 0.0
-                matrix[:, i, i] = 1.0
-        return _State(theta, objective, gradient, hessian, reweighted)
+            gradient[:, i], hessian[:, i], hessian[:, :, i], hessian[:, i, i] = 0.0, 0.0, 0.0, 1.0
+        return _State(theta, objective, gradient, hessian)
 
 
 def _step(state: _State, damping: Array) -> tuple[Array, Array]:
     """(step [m, P], the decrease [m] above 0 that its damped quadratic model promises)."""
-    diagonal = np.diagonal(state.reweighted, axis1=1, axis2=2) + 1e-12
-    damped = (damping[:, None] * diagonal)[:, :, None] * np.eye(diagonal.shape[1])
-    right = state.gradient[:, :, None]
-    step = np.linalg.solve(state.hessian + damped, right)[:, :, 0]
-    rising = np.einsum("mp,mp->m", step, state.gradient) <= 0  # the exact Hessian is indefinite
-    if rising.any():
-        step[rising] = np.linalg.solve((state.reweighted + damped)[rising], right[rising])[:, :, 0]
+    diagonal = damping[:, None] * (np.diagonal(state.hessian, axis1=1, axis2=2) + 1e-12)
+    matrix = state.hessian + diagonal[:, :, None] * np.eye(diagonal.shape[1])
+    step = np.linalg.solve(matrix, state.gradient[:, :, None])[:, :, 0]
     part = np.minimum(1.0, _STRIDE / np.maximum(np.abs(step).max(1), 1e-300))
     promised = part * (1 - part / 2) * np.einsum("mp,mp->m", step, state.gradient)
     return -part[:, None] * step, promised + 1e-300
