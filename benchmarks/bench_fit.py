@@ -31,7 +31,7 @@ import numpy as np
 from scipy.optimize import minimize
 
 from mesocosm.scaling.forms import FORMS, Cells
-from mesocosm.scaling.solve import DELTA, FTOL, GTOL, _Problem, solve
+from mesocosm.scaling.solve import DELTA, GTOL, _Problem, solve
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bench_fit.json"
@@ -89,7 +89,7 @@ def scipys(
 ) -> tuple[float, np.ndarray]:
     """(CPU seconds a start, objectives)."""
     began = time.process_time()
-    options = {"ftol": FTOL, "gtol": GTOL, "maxiter": 15_000, "maxfun": 1_000_000}
+    options = {"ftol": 1e-10, "gtol": GTOL, "maxiter": 15_000, "maxfun": 1_000_000}
     ends = [
         minimize(function, start, jac=gradient, method="L-BFGS-B", options=options).fun
         for start in starts
@@ -125,9 +125,8 @@ def main() -> int:
     cells, log_loss = table()
     starts = np.random.default_rng(1).uniform(LOW, HIGH, (options.starts, 5))
     reference = Reference(cells, log_loss)
-    level = _Problem(FORM, cells, log_loss, np.ones((1, len(log_loss))), ()).levelled(
-        starts, np.zeros(len(starts), dtype=np.int64)
-    )
+    weights = np.ones((len(starts), len(log_loss)))
+    level = _Problem(FORM, cells, log_loss, weights, ()).levelled(starts, weights)
     ours(cells, log_loss, starts[:50])
     half = options.starts // 2
     times, ends = [], []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -18,10 +17,8 @@ EXPONENTS = (0.15, 0.4, 1.0)
 """Starts of alpha and beta, in every pair. The solver sets E, A and B to the losses' level."""
 REPEATS = (3.0, 30.0)
 """Starts of r_n and r_d, in every pair."""
-COARSE = ((0.2, 0.2, 10.0, 10.0), (0.7, 0.7, 10.0, 10.0))
-"""(alpha, beta, r_n, r_d): starts of the resamples of the data-constrained form, beside the whole
-table's optimum. Its steps cost six times as much as Chinchilla's.
-"""
+COARSE = (0.2, 0.7)
+"""alpha = beta in the starts of the data-constrained form's resamples, whose steps are expensive."""
 OUTLIER = 5.0
 """Robust standard deviations. A normal residual is beyond with a probability of 6e-7."""
 JUDGED = 3
@@ -70,26 +67,31 @@ def check(table: CellTable, form: Form) -> None:
     numbers = [levels(np.exp(values)) for values in (log.params, log.data, log.unique)]
     cells = len(np.unique(np.stack(numbers, 1), axis=0))
     if cells <= parameters:
-        message = f"{table.name} has {cells} distinct cells for the {parameters} parameters of"
-        raise UsageError(f"{message} {form.name}; train at least {parameters + 1}")
+        text = f"{table.name} has {cells} distinct cells for the {parameters} parameters of"
+        raise UsageError(f"{text} {form.name}; train at least {parameters + 1}")
     for name, values in (("params", table.params), ("data", table.data)):
         first = np.unique(levels(values), return_index=True)[1]
         if len(first) < 3:
             listed = ", ".join(f"{values[i]:g}" for i in first)
-            message = f"{table.name} has {len(first)} distinct {name} ({listed}), too few to"
-            raise UsageError(f"{message} separate its exponent from E; train at least 3")
-    if abs(np.corrcoef(np.log(table.params), np.log(table.data))[0, 1]) > 1 - 1e-6:
-        message = f"{table.name}: data is a power of params in every cell, so that their exponents"
-        raise UsageError(f"{message} cannot be separated; vary data at one size")
+            text = f"{table.name} has {len(first)} distinct {name} ({listed}), too few to separate"
+            raise UsageError(f"{text} its exponent from E; train at least 3")
+    if abs(np.corrcoef(log.params, log.data)[0, 1]) > 1 - 1e-6:
+        text = f"{table.name}: data is a power of params in every cell, so that their exponents"
+        raise UsageError(f"{text} cannot be separated; vary data at one size")
 
 
 def starts_of(form: Form) -> Array:
     """[S, P]: every pair of exponents (times every pair of r_n and r_d)."""
-    halves: Any = [()]
-    if form.name == "data_constrained":
-        halves = itertools.product(np.log(REPEATS), repeat=2)
-    pairs = list(itertools.product(EXPONENTS, repeat=2))
-    return np.array([(0.0, 0.0, 0.0, *pair, *rest) for rest in halves for pair in pairs])
+    pairs = itertools.product(EXPONENTS, repeat=2)
+    halves = itertools.product(np.log(REPEATS), repeat=len(form.params) - 5)
+    return np.array([(0, 0, 0, *pair, *rest) for rest, pair in itertools.product(halves, pairs)])
+
+
+def resample_starts(form: Form) -> Array:
+    """The starts of the resamples, beside the whole table's optimum."""
+    if form.name == "chinchilla":
+        return starts_of(form)
+    return np.array([(0, 0, 0, x, x, np.log(10), np.log(10)) for x in COARSE])
 
 
 def best_fit(
@@ -118,20 +120,16 @@ def resample(table: CellTable, seed: int) -> tuple[Array, Ints]:
 
     A resample with fewer than three sizes or data sizes determines nothing and is drawn again.
     """
-    names, groups = np.unique(table.group, return_inverse=True)
-    rng = np.random.default_rng([seed, len(names)])
-    numbers = levels(table.params), levels(table.data)
-    counts = np.empty((RESAMPLES, len(names)))
-    left = np.arange(RESAMPLES)
-    shares = np.full(len(names), 1 / len(names))
+    groups = np.unique(table.group, return_inverse=True)[1]
+    total, left = int(groups.max()) + 1, np.arange(RESAMPLES)
+    rng = np.random.default_rng([seed, total])
+    counts, shares = np.empty((RESAMPLES, total)), np.full(total, 1 / total)
     for _ in range(200):
-        counts[left] = rng.multinomial(len(names), shares, size=len(left))
-        drawn = counts[left][:, groups] > 0
-        distinct = [
-            np.stack([drawn[:, of == i].any(1) for i in range(int(of.max()) + 1)], 1).sum(1)
-            for of in numbers
-        ]
-        left = left[np.minimum(*distinct) < 3]
+        counts[left] = rng.multinomial(total, shares, size=len(left))
+        drawn, enough = counts[left][:, groups] > 0, np.ones(len(left), dtype=np.bool_)
+        for numbers in (levels(table.params), levels(table.data)):
+            enough &= sum(drawn[:, numbers == i].any(1) for i in np.unique(numbers)) >= 3
+        left = left[~enough]
         if not len(left):
             break
     counts[left] = 1.0

@@ -1,6 +1,4 @@
-"""Fit a law of loss to a table of trained cells, with intervals, a test on larger cells, and
-warnings about what the data cannot show. Imports neither torch nor Ray.
-"""
+"""Fit a law of loss to a table of trained cells. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
@@ -73,69 +71,58 @@ def fit(
     if table.unique is not None and not table.repeated:
         notes["no_repeats"] = "No cell repeats its `unique` data: the form is chinchilla."
     if table.by_trunk and len(np.unique(table.group)) < LEAST_TRUNKS:
-        notes["few_trunks"] = (
-            f"There are fewer than {LEAST_TRUNKS} trunks: cells are resampled, as if they shared no"
-            " noise."
-        )
+        text = f"There are fewer than {LEAST_TRUNKS} trunks: cells are resampled"
+        notes["few_trunks"] = f"{text}, as if they shared no noise."
         table = replace(table, group=np.arange(len(table)), by_trunk=False)
-    whole, full_table, dropped = estimate.best_fit(table, form), table, list[Dropped]()
+    full_table, dropped = table, list[Dropped]()
+    whole = estimate.best_fit(table, form)
     if len(outliers := whole.outliers()):
-        rows = _described(table, whole, outliers)
+        rows = _dropped(table, whole, outliers)
         shown = [f"line {r.line} (loss={r.loss:.4g}, law {r.predicted:.4g})" for r in rows[:5]]
-        shown += [f"{len(rows) - 5} more"] * (len(rows) > 5)
-        sentence = f"Rows more than {estimate.OUTLIER:g} robust standard deviations from the law"
+        text = f"{len(rows)} rows are more than {estimate.OUTLIER:g} robust standard deviations"
+        text = f"{text} from the law: {', '.join(shown)}"
         if drop_outliers:
-            notes["outliers_dropped"] = f"{sentence} are left out: {', '.join(shown)}."
+            notes["outliers_dropped"] = f"{text}. They are left out."
             dropped, table = rows, table.take(np.setdiff1d(np.arange(len(table)), outliers))
             estimate.check(table, form)
             whole = estimate.best_fit(table, form)
         else:
-            fix = "--drop-outliers leaves them out"
-            notes["outliers"] = f"{sentence}: {', '.join(shown)}; {fix}."
+            notes["outliers"] = f"{text}; --drop-outliers leaves them out."
     for name, at, column in (("alpha", 3, "params"), ("beta", 4, "data")):
         if not (value := whole.theta[0, at]) > 0:
-            message = f"{table.name}: loss does not fall with {column} ({name}={value:.3g})"
-            raise UsageError(f"{message}; check the column, or train longer")
+            text = f"{table.name}: loss does not fall with {column} ({name}={value:.3g})"
+            raise UsageError(f"{text}; check the column, or train longer")
 
     flops = _flops(table, notes)
     counts, groups = estimate.resample(table, seed)
     if counts.shape[1] < FEW_GROUPS:
-        units = "trunks" if table.by_trunk else "cells"
-        notes["few_groups"] = (
-            f"Intervals rest on resamples of only {counts.shape[1]} {units} and are too narrow."
-        )
-    starts = estimate.starts_of(form)
-    if form.name == "data_constrained":
-        starts = np.array([(0.0, 0.0, 0.0, a, b, *np.log(r)) for a, b, *r in estimate.COARSE])
-    weights = counts[:, groups]
-    from_best = np.concatenate([starts, whole.theta])
-    thetas, _ = estimate.draws(table, form, weights, from_best)
-    params, best = _first(params_of(form.name, whole.theta)), _first(optimal_of(whole.theta, flops))
+        text = f"Intervals rest on {counts.shape[1]} {'trunks' if table.by_trunk else 'cells'}"
+        notes["few_groups"] = f"{text} and are too narrow."
+    starts = np.concatenate([estimate.resample_starts(form), whole.theta])
+    thetas, _ = estimate.draws(table, form, counts[:, groups], starts)
+    params = _first(params_of(form.name, whole.theta))
+    optimal = Optimal(**_first(optimal_of(whole.theta, flops)))
     spread = params_of(form.name, thetas)
     interval = _intervals(spread | optimal_of(thetas, flops))
     for name, kind in (("r_d", "data"), ("r_n", "size")):
         if name in params and max(interval[name][1], params[name]) > LARGEST_R:
-            value = f"{name}={params[name]:.3g}, {interval_text(interval[name])}"
-            notes[f"{name}_unmeasured"] = (
-                f"{name} has no upper end ({value}): these cells do not show how repeats of {kind}"
-                " wear off."
-            )
+            text = f"{name} has no upper end ({params[name]:.3g}, {interval_text(interval[name])})"
+            notes[f"{name}_unmeasured"] = f"{text}: no cell shows how repeats of {kind} wear off."
     without = None
     if interval["E"][0] < NO_E * float(table.loss.min()):
-        without = _without_e(table, form, weights, starts, flops)
-        value = f"{params['E']:.3g}, {interval_text(interval['E'])}"
+        without = _without_e(table, form, counts[:, groups], starts, flops)
         zero = ", ".join(f"{name}={without.params[name]:.3f}" for name in ("alpha", "beta"))
         notes["e_touches_zero"] = (
-            f"The interval of E ({value}) touches 0. With E = 0: {zero}, objective"
-            f" {without.objective:.4g} against {whole.objective:.4g}; both fits are in the law."
+            f"The interval of E ({params['E']:.3g}, {interval_text(interval['E'])}) touches 0. With"
+            f" E = 0: {zero}, objective {without.objective:.4g} against {whole.objective:.4g}."
         )
     held_out = _held_out(full_table, form, drop_outliers, notes)
     second, more = isoflop.approach(table, counts, groups)
-    optimal = Optimal(**best)
     notes |= more | isoflop.agreement(optimal, interval, second)
     columns = {name: getattr(table, name) for name in ("params", "data", "flops", "loss")}
     if table.unique is not None:
         columns["unique"] = np.minimum(table.unique, table.data)
+    correlation = {f"E,{x}": _correlation(spread["E"], spread[x]) for x in ("alpha", "beta")}
     return Law(
         form=cast(Literal["chinchilla", "data_constrained"], form.name),
         params=params,
@@ -146,7 +133,7 @@ def fit(
         n_cells=len(table),
         residual=float(np.sqrt(np.mean(whole.residual**2))),
         range={name: (float(x.min()), float(x.max())) for name, x in columns.items()},
-        correlation={f"E,{k}": _correlation(spread["E"], spread[k]) for k in ("alpha", "beta")},
+        correlation=correlation,
         held_out=held_out,
         isoflop=second,
         without_E=without,
@@ -199,12 +186,11 @@ def plan(table: CellTable) -> dict[str, Any]:
 def _flops(table: CellTable, notes: Notes) -> Flops:
     """C(N, D) of the table: 6 N D where that is within 1%, else a power law through its counts."""
     off = float(np.abs(table.flops / (6 * table.params * table.data) - 1).max())
-    if not table.flops_given or off <= 0.01:
-        residual = off if table.flops_given else 0.0
-        return Flops(source="6ND", k=6.0, p=1.0, q=1.0, max_rel_residual=residual)
+    if off <= 0.01:
+        return Flops(source="6ND", k=6.0, p=1.0, q=1.0, max_rel_residual=off)
     design = np.stack([np.ones(len(table)), np.log(table.params), np.log(table.data)], 1)
     coefficients, *_ = np.linalg.lstsq(design, np.log(table.flops), rcond=None)
-    log_k, p, q = (float(x) for x in coefficients)
+    k, p, q = math.exp(coefficients[0]), float(coefficients[1]), float(coefficients[2])
     apart = np.abs(np.exp(design @ coefficients - np.log(table.flops)) - 1)
     worst, residual = int(apart.argmax()), float(apart.max())
     fix = "correct the column, or leave it out for 6 x params x data"
@@ -214,7 +200,6 @@ def _flops(table: CellTable, notes: Notes) -> Flops:
     if p <= 0 or q <= 0:
         power = f"C ~ N^{p:.2g} D^{q:.2g}"
         raise UsageError(f"{table.name}: flops do not rise with params and data ({power}); {fix}")
-    k = math.exp(log_k)
     notes["flops_not_6nd"] = (
         f"flops are up to {off:.0%} from 6 x params x data: the optimum follows C = {k:.3g}"
         f" N^{p:.3f} D^{q:.3f}, which fits them within {residual:.1%}."
@@ -223,19 +208,16 @@ def _flops(table: CellTable, notes: Notes) -> Flops:
     return Flops(source="table", k=k, p=p, q=q, max_rel_residual=residual, params_most=most)
 
 
-def _described(table: CellTable, whole: estimate.Fit, at: Ints) -> list[Dropped]:
-    far = whole.deviations()
-    return [
-        Dropped(
-            line=int(table.line[i]),
-            params=float(table.params[i]),
-            data=float(table.data[i]),
-            loss=float(table.loss[i]),
-            predicted=float(table.loss[i] * np.exp(-whole.residual[i])),
-            deviations=float(far[i]),
-        )
-        for i in at
-    ]
+def _dropped(table: CellTable, whole: estimate.Fit, at: Ints) -> list[Dropped]:
+    columns = {
+        "line": table.line,
+        "params": table.params,
+        "data": table.data,
+        "loss": table.loss,
+        "predicted": table.loss * np.exp(-whole.residual),
+        "deviations": whole.deviations(),
+    }
+    return [Dropped(**{name: values[i].item() for name, values in columns.items()}) for i in at]
 
 
 def _without_e(
@@ -272,17 +254,14 @@ def split_held_out(table: CellTable, form: Form) -> tuple[Mask, Mask] | None:
 
 
 def _held_out(table: CellTable, form: Form, drop_outliers: bool, notes: Notes) -> HeldOut | None:
-    """Errors on the largest cells of the table, before outliers are dropped.
+    """Errors of a second fit on the largest cells of the table, before outliers are dropped.
 
-    The second fit drops its own outliers, by a law of the fitted cells only. Held-out cells are
-    never dropped.
+    The second fit drops its own outliers. Held-out cells are never dropped.
     """
     split = split_held_out(table, form)
     if split is None:
-        notes["no_held_out"] = (
-            f"No out-of-sample error: too few cells are below {1 / HELD_OUT_FACTOR:g} of the"
-            f" largest compute ({table.flops.max():.3g} FLOPs)."
-        )
+        limit = f"{1 / HELD_OUT_FACTOR:g} of the largest compute ({table.flops.max():.3g} FLOPs)"
+        notes["no_held_out"] = f"No out-of-sample error: too few cells are below {limit}."
         return None
     below, above = table.take(split[0]), table.take(split[1])
     if drop_outliers:
@@ -291,19 +270,17 @@ def _held_out(table: CellTable, form: Form, drop_outliers: bool, notes: Notes) -
     largest = below.params == below.params.max()
     last = below.loss[largest & (below.data == below.data[largest].max())].mean()
     span = float(np.ptp(table.loss))
-    law = _errors(estimate.best_fit(below, form).predict(above), above, span)
-    power_law = _errors(estimate.best_fit(below, form, without_e=True).predict(above), above, span)
+    law, power_law = (
+        _errors(estimate.best_fit(below, form, without_e=zero).predict(above), above, span)
+        for zero in (False, True)
+    )
     baselines = {"power_law": power_law, "last_size": _errors(last, above, span)}
-    texts = {"power_law": "a power law without E", "last_size": "the last size's constant"}
-    better = [
-        f"{texts[name]} ({errors.mean_rel_error:.2%})"
-        for name, errors in baselines.items()
-        if errors.mean_rel_error < law.mean_rel_error
-    ]
+    better = [name for name, e in baselines.items() if e.mean_rel_error < law.mean_rel_error]
     if better:
+        values = ", ".join(f"{name} {baselines[name].mean_rel_error:.2%}" for name in better)
         notes["baseline_not_beaten"] = (
             f"On the held-out cells the law's mean relative error ({law.mean_rel_error:.2%}) is"
-            f" above that of {' and '.join(better)}: do not extrapolate with it."
+            f" above a baseline's ({values}): do not extrapolate with it."
         )
     return HeldOut(
         **law.model_dump(),
