@@ -18,7 +18,7 @@ EXPONENTS = (0.15, 0.4, 1.0)
 REPEATS = (3.0, 30.0)
 """Starts of r_n and r_d, in every pair."""
 COARSE = (0.2, 0.7)
-"""alpha = beta in the starts of the data-constrained form's resamples, whose steps are expensive."""
+"""alpha = beta in the starts of the data-constrained form's resamples."""
 OUTLIER = 5.0
 """Robust standard deviations. A normal residual is beyond with a probability of 6e-7."""
 JUDGED = 3

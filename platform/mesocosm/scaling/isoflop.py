@@ -1,10 +1,8 @@
 """The second approach, which assumes no form of the law: parabolas of loss in log N at fixed FLOPs,
 and a power law through their minima (Hoffmann et al. 2022, approach 2).
 
-A parabola that opens downward, or whose minimum lies outside the trained sizes, shows no optimum
-and is refused with a sentence. Where the table holds no budgets (a grid of N x D), each size's
-losses are interpolated in log C to common budgets, as Porian et al. do along loss curves (arXiv
-2406.19146). Nothing is extrapolated.
+Where the table holds no budgets (a grid of N x D), each size's losses are interpolated in log C to
+common budgets, as Porian et al. do along loss curves (arXiv 2406.19146). Nothing is extrapolated.
 """
 
 from __future__ import annotations
@@ -33,9 +31,7 @@ their minimum.
 BUDGETS = 8
 """Interpolated budgets."""
 WIDE = 0.2
-"""A wider interval of an exponent is a warning: over a factor 100 in compute its ends are a factor
-2.5 apart in N_opt.
-"""
+"""A wider interval of an exponent is a warning."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +45,6 @@ class Points:
     weight: Array
     group: Ints
 
-    @property
-    def n_sizes(self) -> int:
-        return len(np.unique(self.log_n))
-
     def parabola(self) -> tuple[float, float, float]:
         """(c0, c1, c2) of loss = c0 + c1 x + c2 x^2 in x = log N of the sizes near the best one."""
         near = self._near()
@@ -60,24 +52,23 @@ class Points:
         c2, c1, c0 = np.polyfit(self.log_n[near], self.loss[near], 2, w=weight)
         return float(c0), float(c1), float(c2)
 
-    def minimum(self) -> float | None:
-        """log N of the minimum. None where `refusal` has a reason."""
+    def minimum(self) -> tuple[float | None, str]:
+        """log N of the minimum, or None and the reason."""
         _, c1, c2 = self.parabola()
-        least = -c1 / (2 * c2) if c2 > 0 else math.nan
-        inside = self.log_n.min() <= least <= self.log_n.max()
-        return least if inside and not self._at_an_edge() else None
-
-    def refusal(self) -> str:
-        """Why there is no minimum."""
-        _, c1, c2 = self.parabola()
-        low, high = np.exp(self.log_n.min()), np.exp(self.log_n.max())
-        trained, at = f"the trained params {low:.3g} to {high:.3g}", f"at {self.flops:.3g} FLOPs"
+        low, high = self.log_n.min(), self.log_n.max()
+        sizes, index = np.unique(self.log_n.round(9), return_inverse=True)
+        at = f"at {self.flops:.3g} FLOPs"
+        trained = f"the trained params {np.exp(low):.3g} to {np.exp(high):.3g}"
         if c2 <= 0:
-            return f"{at} the losses of {self.n_sizes} sizes are concave and have a maximum"
-        least = np.exp(min(-c1 / (2 * c2), 700.0))
-        if low <= least <= high:
-            return f"{at} the loss is least at an end of {trained}"
-        return f"{at} the minimum would be at params={least:.3g}, outside {trained}"
+            return None, f"{at} the losses of {len(sizes)} sizes are concave and have a maximum"
+        least = -c1 / (2 * c2)
+        if not low <= least <= high:
+            value = f"params={np.exp(min(least, 700.0)):.3g}"
+            return None, f"{at} the minimum would be at {value}, outside {trained}"
+        means = np.bincount(index, self.weight * self.loss) / np.bincount(index, self.weight)
+        if means.argmin() in (0, len(sizes) - 1):  # nothing shows that the loss rises beyond
+            return None, f"{at} the loss is least at an end of {trained}"
+        return least, ""
 
     def data_at(self, log_n: ArrayLike) -> Array:
         """log D at log N, interpolated between the trained sizes."""
@@ -108,15 +99,6 @@ class Points:
         nearest = np.argsort(np.abs(sizes - best), kind="stable")[:NEAREST]
         return np.isin(self.log_n, sizes[nearest])
 
-    def _at_an_edge(self) -> bool:
-        """True if the least or the largest size has the least mean loss.
-
-        Then nothing shows that the loss rises on that side.
-        """
-        sizes, index = np.unique(self.log_n.round(9), return_inverse=True)
-        means = np.bincount(index, self.weight * self.loss) / np.bincount(index, self.weight)
-        return int(means.argmin()) in (0, len(sizes) - 1)
-
 
 def approach(table: CellTable, counts: Array, groups: Ints) -> tuple[IsoFlop | None, Notes]:
     """Estimate the optimum by parabolas.
@@ -130,20 +112,19 @@ def approach(table: CellTable, counts: Array, groups: Ints) -> tuple[IsoFlop | N
         The estimate, None where the table shows none, and warnings.
 
     Raises:
-        UsageError: the table is a design of budgets, none of which has an optimum. A law through
-            such a table would only seem to have one.
+        UsageError: the table is a design of budgets, none of which has an optimum.
     """
     rows, groups = table.take(table.fresh), groups[table.fresh]
-    notes: Notes = {}
     every = budgets(rows, groups)
     if len(every) >= 2:
+        notes: Notes = {}
         estimate, entries = _through(every, counts, "budgets")
         reasons = [entry.refused for entry in entries if entry.refused]
         designed = _is_design(rows, every)
         if len(reasons) == len(entries) and designed:
-            message = f"{table.name}: none of its {len(entries)} IsoFLOP budgets has an optimum"
+            text = f"{table.name}: none of its {len(entries)} IsoFLOP budgets has an optimum"
             fix = "train sizes on both sides of each minimum"
-            raise UsageError(f"{message}: {'; '.join(reasons)}; {fix}")
+            raise UsageError(f"{text}: {'; '.join(reasons)}; {fix}")
         if reasons:
             notes["isoflop_refused"] = f"{'; '.join(reasons)}."
         if estimate is None and designed:
@@ -157,16 +138,12 @@ def approach(table: CellTable, counts: Array, groups: Ints) -> tuple[IsoFlop | N
         by_series[:, number] = counts[:, groups[rows.series == number]].mean(1)
     estimate, _ = _through(usable, by_series, "interpolated")
     if estimate is None:
-        sentence = "Fewer than two compute budgets have a minimum within the sizes trained for them"
-        return None, {"no_isoflop": f"{sentence}: no parabolas check the law."}
+        text = "Fewer than two compute budgets have a minimum within the sizes trained for them"
+        return None, {"no_isoflop": f"{text}: no parabolas check the law."}
     if not without:
         return estimate, {}
-    sentence = (
-        f"{without} of {without + len(usable)} IsoFLOP budgets between the grid's cells have no"
-        " minimum within the sizes trained for them; the parabolas are of the others, from"
-        f" {usable[0].flops:.3g} to {usable[-1].flops:.3g} FLOPs."
-    )
-    return estimate, {"isoflop_refused": sentence}
+    text = f"{without} of {without + len(usable)} IsoFLOP budgets between the grid's cells have no"
+    return estimate, {"isoflop_refused": f"{text} minimum within the sizes trained for them."}
 
 
 def agreement(form: Optimal, interval: dict[str, Pair], second: IsoFlop | None) -> Notes:
@@ -190,17 +167,15 @@ def agreement(form: Optimal, interval: dict[str, Pair], second: IsoFlop | None) 
         widths = [pair[1] - pair[0] for _, pair, _ in estimates]
         wide += [text for text, width in zip(texts, widths, strict=True) if width > WIDE]
         (x, inside, _), (y, around, _) = estimates[0], estimates[-1]
-        if second is not None and not (around[0] <= x <= around[1] and inside[0] <= y <= inside[1]):
+        if not (around[0] <= x <= around[1] and inside[0] <= y <= inside[1]):
             apart.append(", ".join(texts))
     notes: Notes = {}
-    if apart:
-        sentence = f"The two approaches disagree: {'; '.join(apart)}."
-        sentence += " An estimate is outside the other's interval; treat the optimum as uncertain."
-        notes["approaches_disagree"] = sentence
+    if apart and second is not None:
+        text = f"The two approaches disagree: {'; '.join(apart)}. An estimate is outside the"
+        notes["approaches_disagree"] = f"{text} other's interval: the optimum is uncertain."
     if wide:
-        sentence = f"Intervals are wider than {WIDE:g}: {'; '.join(wide)}."
-        sentence += " Train more sizes or a wider range of compute to narrow them."
-        notes["wide_interval"] = sentence
+        text = f"Intervals are wider than {WIDE:g}: {'; '.join(wide)}. Train more sizes or a wider"
+        notes["wide_interval"] = f"{text} range of compute to narrow them."
     return notes
 
 
@@ -240,7 +215,7 @@ def interpolated(table: CellTable) -> tuple[list[Points], int]:
     low, high = min(xs[0] for _, xs in curves), max(xs[-1] for _, xs in curves)
     fine = [_points(table, curves, log_c) for log_c in np.linspace(low, high, 8 * BUDGETS)]
     reached = [points for points in fine if points is not None]
-    usable = [points for points in reached if points.minimum() is not None]
+    usable = [points for points in reached if points.minimum()[0] is not None]
     if not usable:
         return [], 0
     spaced = np.linspace(0, len(usable) - 1, min(BUDGETS, len(usable)))
@@ -275,10 +250,10 @@ def _through(
     """The power laws through the minima, None where the resamples define none, and each budget."""
     entries, used = [], []
     for points in every:
-        least = points.minimum()
-        entry = Budget(flops=points.flops, n_sizes=points.n_sizes)
+        least, reason = points.minimum()
+        entry = Budget(flops=points.flops, n_sizes=len(np.unique(points.log_n)))
         if least is None:
-            entry.refused = points.refusal()
+            entry.refused = reason
         else:
             used.append((points, least))
             entry.N_opt, entry.D_opt = math.exp(least), float(np.exp(points.data_at(least)))
@@ -286,22 +261,16 @@ def _through(
     if len(used) < 2:
         return None, entries
     log_c = np.log([points.flops for points, _ in used])
-    best_n = [np.array([least]) for _, least in used]
-    drawn_n = [points.resampled(counts) for points, _ in used]
+    # The first column is the estimate, the others are the resamples.
+    n = [np.append(least, points.resampled(counts)) for points, least in used]
+    d = [points.data_at(log_n) for (points, _), log_n in zip(used, n, strict=True)]
+    lines = *power_law(log_c, np.stack(n, 1)), *power_law(log_c, np.stack(d, 1))
     values: dict[str, float] = {}
     interval: dict[str, Pair] = {}
-    for slope, level in (("a", "kN"), ("b", "kD")):
-        best, drawn = best_n, drawn_n
-        if slope == "b":
-            best, drawn = (
-                [points.data_at(n) for (points, _), n in zip(used, sizes, strict=True)]
-                for sizes in (best_n, drawn_n)
-            )
-        lines = power_law(log_c, np.stack(best, 1)), power_law(log_c, np.stack(drawn, 1))
-        for name, value, draws in zip((slope, level), *lines, strict=True):
-            if np.isfinite(draws).sum() * 2 <= len(draws):
-                return None, entries
-            values[name], interval[name] = float(value[0]), quantiles(draws)
+    for name, (value, *draws) in zip(("a", "kN", "b", "kD"), lines, strict=True):
+        if np.isfinite(draws).sum() * 2 <= len(draws):
+            return None, entries
+        values[name], interval[name] = float(value), quantiles(draws)
     return IsoFlop(source=source, interval=interval, budgets=entries, **values), entries
 
 
@@ -321,9 +290,7 @@ def power_law(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _is_design(table: CellTable, every: list[Points]) -> bool:
-    """True if the table is a design of budgets, and not a grid of N x D with some diagonals that
-    are budgets by chance.
-    """
+    """True if the table is a design of budgets, and not a grid with diagonals of equal compute."""
     within = sum(len(points.loss) for points in every) >= 0.8 * len(table)
     cells = len(np.unique(np.stack([table.params, table.data], 1), axis=0))
     return within and cells < 0.6 * len(np.unique(table.params)) * len(np.unique(table.data))

@@ -1,16 +1,10 @@
-"""law.json: a fitted law of loss with its intervals and warnings.
-
-`fit`, `estimate` and `isoflop` decide whether a table determines a law, and refuse it otherwise.
-Imports neither torch nor Ray.
-"""
+"""law.json: a fitted law of loss with its intervals and warnings. Imports neither torch nor Ray."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +14,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mesocosm.errors import UsageError
 from mesocosm.scaling.forms import FORMS, LOG_R, NOTHING, Array, Cells
+from mesocosm.store.files import write_whole
 
 LEVEL = 0.9
 """The level of every interval."""
 Pair = tuple[float, float]
-ZERO = 1e-12
-"""Values below are shown as 0. E is fitted as a logarithm: it ends near 1e-26 where E = 0."""
 
 
 def quantiles(values: ArrayLike, level: float = LEVEL) -> Pair:
@@ -37,7 +30,8 @@ def quantiles(values: ArrayLike, level: float = LEVEL) -> Pair:
 
 
 def interval_text(pair: Pair) -> str:
-    low, high = (0.0 if abs(value) < ZERO else value for value in pair)
+    # E is fitted as a logarithm: it ends near 1e-26 where E = 0.
+    low, high = (0.0 if abs(value) < 1e-12 else value for value in pair)
     return f"{low:.3g} to {high:.3g}"
 
 
@@ -46,10 +40,9 @@ class _Part(BaseModel):
 
 
 class Note(_Part):
-    """A warning."""
+    """A warning. Scripts may compare its code."""
 
     code: str
-    """Stable: scripts may compare it."""
     sentence: str
 
 
@@ -84,21 +77,20 @@ class Flops(_Part):
 
 
 class LawErrors(_Part):
-    """Relative errors |predicted / measured - 1|."""
+    """Relative errors |predicted / measured - 1|, and the mean of |predicted - measured| over the
+    range of the table's losses, in which the constant of a discretised likelihood cancels.
+    """
 
     mean_rel_error: float
     max_rel_error: float
     mean_error_of_span: float
-    """Mean of |predicted - measured| over the range of the table's losses. The constant of a
-    discretised likelihood makes relative errors look small; it cancels here.
-    """
 
 
 class HeldOut(LawErrors):
-    """Errors of a second fit on cells that it did not see.
+    """Errors of a second fit to cells of at most `max_fitted_flops`, on those from `min_flops` up.
 
-    It is fitted to cells of at most `max_fitted_flops` and tested on those from `min_flops` up.
-    Cells between are in neither set.
+    The baselines are `power_law`, the same form with E = 0, and `last_size`, the loss of the
+    largest fitted size on its most data.
     """
 
     n_cells: int
@@ -106,9 +98,6 @@ class HeldOut(LawErrors):
     min_flops: float
     max_fitted_flops: float
     baselines: dict[str, LawErrors]
-    """`power_law`: the same form with E = 0. `last_size`: the loss of the largest fitted size on
-    its most data.
-    """
     beats_baselines: bool
 
 
@@ -122,15 +111,13 @@ class Budget(_Part):
     refused: str | None = None
 
 
-class IsoFlop(_Part):
-    """The second approach: a power law through the minima of parabolas at fixed FLOPs."""
+class IsoFlop(Optimal):
+    """The second approach: a power law through the minima of parabolas at fixed FLOPs.
+
+    The source is the table's budgets, or each size's losses interpolated in log C.
+    """
 
     source: Literal["budgets", "interpolated"]
-    """The table's budgets, or each size's losses interpolated in log C to common budgets."""
-    a: float
-    b: float
-    kN: float
-    kD: float
     interval: dict[str, Pair]
     budgets: list[Budget]
 
@@ -145,7 +132,7 @@ class WithoutE(_Part):
 
 
 class Dropped(_Part):
-    """An outlier that the fit left out on request."""
+    """An outlier that the fit left out on request, robust standard deviations from the law."""
 
     line: int
     params: float
@@ -153,7 +140,6 @@ class Dropped(_Part):
     loss: float
     predicted: float
     deviations: float
-    """Robust standard deviations from the law."""
 
 
 class Bootstrap(_Part):
@@ -167,39 +153,31 @@ class Bootstrap(_Part):
 
 
 class Provenance(_Part):
+    """The table and the command. `swept` is the sweep's config: plans train the same models."""
+
     table: str
     sha256: str
     rows: int
     command: str
     version: str
     swept: dict[str, Any] | None = None
-    """The sweep's config (`model`, `train`, ...). Plans train the same models."""
 
 
 class Law(_Part):
-    """A law of loss, fitted on all cells that were not dropped."""
+    """A law of loss, fitted on all cells that were not dropped. docs/scaling.md lists its keys."""
 
     schema_version: Literal[1] = 1
     form: Literal["chinchilla", "data_constrained"]
     params: dict[str, float]
-    """E, A, B, alpha, beta, and r_n, r_d of the data-constrained form."""
     interval: dict[str, Pair]
-    """Intervals of each of `params` and `optimal`."""
     interval_level: float = LEVEL
     optimal: Optimal
     flops: Flops
     objective: float
-    """Sum over cells of weight x Huber loss (delta 1e-3) of the residual of log loss."""
     n_cells: int
-    """Rows that were fitted."""
     residual: float
-    """Root mean square of the residuals of log loss."""
     range: dict[str, Pair]
-    """Least and largest params, data, flops, loss (and unique) of the fitted cells. Beyond them the
-    law extrapolates.
-    """
     correlation: dict[str, float | None]
-    """Correlation of E with the exponents over the resamples. None where one does not vary."""
     held_out: HeldOut | None
     isoflop: IsoFlop | None
     without_E: WithoutE | None
@@ -231,16 +209,33 @@ class Law(_Part):
             data: D, transitions seen.
             unique: U, different transitions among them. Defaults to all.
         """
-        return _predict(self.form, self.params, params, data, unique)[0]
+        return self._losses(self.params, params, data, unique)[0]
 
     def predict_interval(
         self, params: ArrayLike, data: ArrayLike, unique: ArrayLike | None = None
     ) -> tuple[Array, Array]:
         """The interval of `predict` at `interval_level`, without the noise of a single run."""
-        draws = _predict(self.form, self.bootstrap.draws, params, data, unique)
+        losses = self._losses(self.bootstrap.draws, params, data, unique)
         level = self.interval_level
-        low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0)
+        low, high = np.quantile(losses, [(1 - level) / 2, (1 + level) / 2], axis=0)
         return low, high
+
+    def _losses(
+        self,
+        values: Mapping[str, ArrayLike],
+        params: ArrayLike,
+        data: ArrayLike,
+        unique: ArrayLike | None,
+    ) -> Array:
+        """[m, ...] for m values of each parameter of the law."""
+        named = {"params": params, "data": data, "unique": data if unique is None else unique}
+        arrays = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in named.values()))
+        for name, array in zip(named, arrays, strict=True):
+            if not (array > 0).all():
+                raise UsageError(f"{name} must be above 0, got {float(np.min(array)):g}")
+        cells, theta = Cells(*(np.log(x).reshape(-1) for x in arrays)), theta_of(self.form, values)
+        log_loss = FORMS[self.form].log_loss(theta, cells)
+        return np.exp(log_loss).reshape(len(theta), *arrays[0].shape)
 
     def optimum(self, flops: ArrayLike) -> tuple[Array, Array]:
         """(N, D) of the least loss for `flops`, on fresh data."""
@@ -255,15 +250,10 @@ class Law(_Part):
         """
         values = self.model_dump(mode="json")
         lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in values.items())
-        target = Path(path)
-        part = target.with_name(f".{target.name}.{os.getpid()}")
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-            part.replace(target)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(Path(path).absolute(), ("{\n" + ",\n".join(lines) + "\n}\n").encode())
         except OSError as error:
-            with suppress(OSError):
-                part.unlink()
             message = f"the law cannot be written to {str(path)!r}: {error.strerror}"
             raise UsageError(f"{message}; give --out a file in a writable folder") from error
 
@@ -299,16 +289,11 @@ def theta_of(form: str, params: Mapping[str, ArrayLike]) -> Array:
 
 def params_of(form: str, theta: Array) -> dict[str, Array]:
     """The inverse of `theta_of`: name -> [m]. The logarithm NOTHING becomes 0."""
-    out = {}
-    for name, column in zip(FORMS[form].params, theta.T, strict=True):
-        if name in ("alpha", "beta"):
-            out[name] = column
-        elif name in ("r_n", "r_d"):
-            out[name] = np.exp(np.clip(column, *LOG_R))
-        else:
-            level = np.exp(np.clip(column, NOTHING, -NOTHING))
-            out[name] = np.where(column < NOTHING / 10, 0.0, level)
-    return out
+    out = dict(zip(FORMS[form].params, theta.T, strict=True))
+    for name in ("E", "A", "B"):
+        level = np.exp(np.clip(out[name], NOTHING, -NOTHING))
+        out[name] = np.where(out[name] < NOTHING / 10, 0.0, level)
+    return out | {name: np.exp(np.clip(out[name], *LOG_R)) for name in out.keys() & {"r_n", "r_d"}}
 
 
 def optimal_of(theta: Array, flops: Flops) -> dict[str, Array]:
@@ -349,21 +334,3 @@ def _saturating(theta: Array, flops: Flops, most: Array) -> Array:
         best = loss.argmin(1)
         low, high = at[rows, np.maximum(best - 1, 0)], at[rows, np.minimum(best + 1, 64)]
     return at[rows, best]
-
-
-def _predict(
-    form: str,
-    params: Mapping[str, ArrayLike],
-    size: ArrayLike,
-    data: ArrayLike,
-    unique: ArrayLike | None,
-) -> Array:
-    """[m, ...]."""
-    named = {"params": size, "data": data, "unique": data if unique is None else unique}
-    n, d, u = np.broadcast_arrays(*(np.asarray(x, dtype=np.float64) for x in named.values()))
-    for name, values in zip(named, (n, d, u), strict=True):
-        if not (values > 0).all():
-            raise UsageError(f"{name} must be above 0, got {float(np.min(values)):g}")
-    cells = Cells(*(np.log(x).reshape(-1) for x in (n, d, u)))
-    theta = theta_of(form, params)
-    return np.exp(FORMS[form].log_loss(theta, cells)).reshape(len(theta), *n.shape)
