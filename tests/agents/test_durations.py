@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from numpy.typing import NDArray
 
 from mesocosm.agents import durations, rllib, settings
+from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.durations import Durations, arrival_weights
 from mesocosm.agents.env import AgentEnv
 from mesocosm.errors import MesocosmError, UsageError
@@ -195,12 +197,11 @@ def built(
     rollout: int,
     **params: Any,
 ) -> Iterator[Any]:
-    chosen = settings.params(settings.IMAGINED, algo, params, num_envs * rollout)
-    model = settings.model(algo, {"fcnet_hiddens": [16]})
-    shape = {"num_envs": num_envs, "rollout": rollout, "steps_per_iteration": num_envs * rollout}
-    algorithm = rllib.build(
-        algo, chosen, model, make_env, folder=folder, seed=0, gamma=GAMMA, **shape
-    )
+    model = {"fcnet_hiddens": [16]}
+    shape = {"num_envs": num_envs, "rollout": rollout}
+    config = AgentConfig(algo=algo, params=params, model=model, gamma=GAMMA, **shape)
+    setup = replace(settings.imagined(config), rollout=rollout)
+    algorithm = rllib.build(setup, make_env, folder)
     try:
         yield algorithm
     finally:

@@ -17,6 +17,7 @@ from ray.rllib.utils.spaces.space_utils import unsquash_action
 
 from mesocosm.agents import rllib
 from mesocosm.agents.env import AgentEnv
+from mesocosm.agents.settings import Setup
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.policies import heads
 from mesocosm.policies.policy import Policy, RandomPolicy
@@ -54,17 +55,8 @@ def build(
     def make(count: int) -> AgentEnv:
         return AgentEnv(gym.vector.SyncVectorEnv([lambda: env] * count))
 
-    return rllib.build(
-        algo,
-        params,
-        SMALL | model,
-        make,
-        folder=folder,
-        seed=0,
-        gamma=0.99,
-        num_envs=1,
-        rollout=128,
-    )
+    setup = Setup(algo, params, SMALL | model, 1, 128, 0, runners=0, gamma=0.99, seed=0)
+    return rllib.build(setup, make, folder)
 
 
 BOX = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 5.0], np.float32))
@@ -129,7 +121,7 @@ def test_export_acts_as_rllib(
         rllib.learner_of(algorithm).module["default_policy"].load_state_dict(
             module.state_dict(), strict=False
         )
-        policy = rllib.export(algorithm, algo, OBSERVATION, action_space)
+        policy = rllib.export(algorithm, (OBSERVATION, action_space))
         policy.save(tmp_path)
         policy = Policy.load(tmp_path)
 
@@ -285,7 +277,7 @@ def test_a_folder_without_a_policy(tmp_path: Path) -> None:
 def test_torch_export_gives_the_networks_outputs(ray_local: None, tmp_path: Path) -> None:
     algorithm = build(Bandit(OBSERVATION, DISCRETE), "DQN", tmp_path / "rllib", {})
     try:
-        policy = rllib.export(algorithm, "DQN", OBSERVATION, DISCRETE)
+        policy = rllib.export(algorithm, (OBSERVATION, DISCRETE))
     finally:
         algorithm.stop()
     policy.export_torch(tmp_path / "policy.pt2")

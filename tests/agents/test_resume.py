@@ -87,7 +87,7 @@ def progress_of(root: str) -> tuple[str, int]:
     """(agent id, finished iterations) of the checkpoint under `root`; ("", 0) without one."""
     storage = Storage(root)
     for id in storage.list("runs/checkpoints"):
-        data = storage.read(f"{checkpoint.folder_of(id)}/{checkpoint.PROGRESS}")
+        data = storage.read(f"runs/checkpoints/{id}/{checkpoint.PROGRESS}")
         if data is not None:
             return id, json.loads(data)["iteration"]
     return "", 0

@@ -16,6 +16,7 @@ from gymnasium.spaces import Discrete
 from safetensors.torch import save_file
 
 from mesocosm.agents import settings
+from mesocosm.agents.config import AgentConfig
 from mesocosm.agents.rllib import TRAINING_STATE, check_agent
 from mesocosm.cli.main import main
 from mesocosm.config import JobConfig, load
@@ -195,7 +196,7 @@ def test_an_agent_to_begin_with_must_have_the_same_network(root: str) -> None:
 
     def fill(folder: Path) -> None:
         Policy("PPO", *spaces, Layout("categorical", layers)).save(folder)
-        module = check_agent("PPO", {}, settings.model("PPO", {}), spaces, (64, 64))
+        module = check_agent(settings.imagined(AgentConfig()), spaces)
         save_file(module.state_dict(), folder / TRAINING_STATE)
 
     Storage(root).make("agents", "a0", {"inputs": {}}, fill)

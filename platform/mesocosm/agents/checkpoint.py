@@ -43,7 +43,7 @@ VERSIONS = {
 
 @dataclass
 class AgentProgress:
-    """Progress of a training."""
+    """The content of progress.json."""
 
     iteration: int
     """Finished iterations"""
@@ -54,16 +54,11 @@ class AgentProgress:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def folder_of(id: str) -> str:
-    """The folder of an agent's checkpoints, under the storage root."""
-    return f"runs/checkpoints/{id}"
-
-
 class Checkpoints:
-    """The checkpoints of one training. Only the last one is retained."""
+    """The checkpoints of one training, of which storage holds the last."""
 
     def __init__(self, storage: Storage, id: str):
-        self.storage, self.id, self.folder = storage, id, folder_of(id)
+        self.storage, self.id, self.folder = storage, id, f"runs/checkpoints/{id}"
         self._saved: str | None = None
         self._next_save = 0.0
 
@@ -89,7 +84,7 @@ class Checkpoints:
         return progress
 
     def load(self, progress: AgentProgress) -> Any:
-        """The saved state. Raises UsageError where its file is missing or damaged."""
+        """The saved state. Raises UsageError where it is missing or damaged."""
         data = self.storage.read(f"{self.folder}/{progress.file}")
         if data is None or hashlib.sha256(data).hexdigest() != progress.sha256:
             raise self._damaged(progress.file)

@@ -33,19 +33,16 @@ def choose_best(
     """Replace the agent in `folder` by the policy with the highest return in this world.
 
     Candidates are the last policy, the snapshots, and `former`, the agent that training began with;
-    among equals the latest wins. PPO sometimes collapses after the world is solved, and the world
-    predicts the failure.
+    among equals the latest wins. PPO sometimes collapses after it has solved the world.
 
     Returns:
         The metrics of the comparison; {} without other candidates.
     """
-    iterations = sorted((int(path.name) for path in (folder / SNAPSHOTS).glob("*")), reverse=True)
-    candidates = {config.iterations: folder}
-    for i in iterations:
-        if i or former is None:  # snapshot 0 is `former`
-            candidates[i] = folder / SNAPSHOTS / str(i)
+    snapshots = {int(path.name): path for path in (folder / SNAPSHOTS).glob("*")}
     if former is not None:
-        candidates[-1] = former.path
+        snapshots.pop(0, None)  # it is `former`
+        snapshots[-1] = former.path
+    candidates = {config.iterations: folder, **dict(sorted(snapshots.items(), reverse=True))}
     if len(candidates) == 1:
         return {}
     policies = [Policy.load(path) for path in candidates.values()]
@@ -59,7 +56,7 @@ def choose_best(
         means = imagined_episodes(policies, env, seed, report)[0].mean(1)
         update(1, f"imagined {means[0]:.1f} at the end, {np.nanmax(means):.1f} at best")
     best = int(np.nan_to_num(means, nan=-np.inf).argmax())
-    iteration, path = list(candidates.items())[best]
+    iteration = list(candidates)[best]
     metrics = {
         "greedy_return": float(means[0]),
         "best_return": float(means[best]),
@@ -69,7 +66,7 @@ def choose_best(
         metrics |= {"former_return": float(means[-1]), "kept_former": float(iteration == -1)}
     if best:
         for name in (POLICY_JSON, WEIGHTS, rllib.TRAINING_STATE):
-            shutil.copyfile(path / name, folder / name)
+            shutil.copyfile(candidates[iteration] / name, folder / name)
         source = f"its policy after {iteration} iterations"
         if former is not None and iteration == -1:
             source = f"{former.name}, with which it began"

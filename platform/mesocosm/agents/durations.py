@@ -17,7 +17,7 @@ actions are over-represented too, but by less than dt.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -94,23 +94,27 @@ def install(algorithm: Algorithm) -> None:
     group: Any = algorithm.learner_group
     config: Any = algorithm.config
     pipeline = group._learner._learner_connector
-    discount = Discount(config.gamma)
+    discounting = InfoConnector(DURATION, partial(discount, config.gamma))
     if any(isinstance(piece, GeneralAdvantageEstimation) for piece in pipeline.connectors):
-        pipeline.insert_before(GeneralAdvantageEstimation, discount)
-        pipeline.append(ArrivalWeight())
+        pipeline.insert_before(GeneralAdvantageEstimation, discounting)
+        pipeline.append(InfoConnector(WEIGHT, weight_advantages))
     else:
-        pipeline.append(discount)
+        pipeline.append(discounting)
         if hasattr(config, "vtrace"):
-            pipeline.append(Unweighted(type(algorithm).__name__))
+            pipeline.append(InfoConnector(WEIGHT, partial(refuse, type(algorithm).__name__)))
     buffer: Any = getattr(algorithm, "local_replay_buffer", None)
     if buffer is not None:
         buffer.sample = partial(buffer.sample, include_infos=True)
 
 
 class InfoConnector(ConnectorV2):
-    """A learner connector that applies a value of each step's infos to the module's columns."""
+    """A learner connector: `apply(columns of the module, values)` with a value of each step's
+    infos, where there are any.
+    """
 
-    key = DURATION
+    def __init__(self, key: str, apply: Callable[[dict[str, Any], NDArray[np.float64]], None]):
+        super().__init__()
+        self.key, self.apply = key, apply
 
     def __call__(self, *, batch: Any, episodes: Any, **kwargs: Any) -> Any:
         iterator = self.single_agent_episode_iterator(episodes, agents_that_stepped_only=False)
@@ -122,65 +126,44 @@ class InfoConnector(ConnectorV2):
             self.apply(batch[DEFAULT_MODULE_ID], values)
         return batch
 
-    def apply(self, columns: dict[str, Any], values: NDArray[np.float64]) -> None:
-        raise NotImplementedError
 
-
-class Discount(InfoConnector):
+def discount(gamma: float, columns: dict[str, Any], durations: NDArray[np.float64]) -> None:
     """gamma^dt in place of gamma, at the end of the pipeline or before the advantages.
 
     RLlib's losses multiply by gamma (1 - terminated) wherever a next value or advantage counts. A
     `terminated` of 1 - gamma^(dt-1) where the episode continues makes it gamma^dt.
     """
-
-    def __init__(self, gamma: float):
-        super().__init__()
-        self.gamma = gamma
-
-    def apply(self, columns: dict[str, Any], values: NDArray[np.float64]) -> None:
-        if self.gamma == 0:
-            return
-        n_step = int(columns["n_step"].max()) if "n_step" in columns else 1
-        if n_step != 1:
-            raise UsageError(f"params.n_step must be 1 where steps have durations, got {n_step}")
-        terminated = columns[Columns.TERMINATEDS]
-        assert terminated.shape == values.shape, (terminated.shape, values.shape)
-        factor = torch.as_tensor(self.gamma ** (values - 1.0)).to(terminated.device, torch.float32)
-        columns[Columns.TERMINATEDS] = 1.0 - (1.0 - terminated.float()) * factor
+    if gamma == 0:
+        return
+    n_step = int(columns["n_step"].max()) if "n_step" in columns else 1
+    if n_step != 1:
+        raise UsageError(f"params.n_step must be 1 where steps have durations, got {n_step}")
+    terminated = columns[Columns.TERMINATEDS]
+    assert terminated.shape == durations.shape, (terminated.shape, durations.shape)
+    factor = torch.as_tensor(gamma ** (durations - 1.0)).to(terminated.device, torch.float32)
+    columns[Columns.TERMINATEDS] = 1.0 - (1.0 - terminated.float()) * factor
 
 
-class ArrivalWeight(InfoConnector):
-    """Weights the advantages by `arrival_weights` where samples arrived by time.
+def weight_advantages(columns: dict[str, Any], durations: NDArray[np.float64]) -> None:
+    """Weight the advantages by `arrival_weights` where samples arrived by time.
 
     The value function is not weighted. It is a baseline, and biases a policy gradient only by what
     it bootstraps.
     """
-
-    key = WEIGHT
-
-    def apply(self, columns: dict[str, Any], values: NDArray[np.float64]) -> None:
-        advantages = columns[Postprocessing.ADVANTAGES]
-        real = columns[Columns.LOSS_MASK].cpu().numpy()
-        weights = np.ones(len(values))
-        weights[real] = arrival_weights(values[real])
-        tensor = torch.as_tensor(weights).to(advantages.device, advantages.dtype)
-        columns[Postprocessing.ADVANTAGES] = advantages * tensor
+    advantages = columns[Postprocessing.ADVANTAGES]
+    real = columns[Columns.LOSS_MASK].cpu().numpy()
+    weights = np.ones(len(durations))
+    weights[real] = arrival_weights(durations[real])
+    tensor = torch.as_tensor(weights).to(advantages.device, advantages.dtype)
+    columns[Postprocessing.ADVANTAGES] = advantages * tensor
 
 
-class Unweighted(InfoConnector):
-    """Rejects samples that arrived by time, where the loss computes the policy gradient (V-trace).
+def refuse(algo: str, columns: dict[str, Any], durations: NDArray[np.float64]) -> None:
+    """Reject samples that arrived by time, where the loss computes the policy gradient (V-trace).
 
     Q-learning and SAC need no weight: their targets hold for any frequency of the actions.
     """
-
-    key = WEIGHT
-
-    def __init__(self, name: str):
-        super().__init__()
-        self.name = name
-
-    def apply(self, columns: dict[str, Any], values: NDArray[np.float64]) -> None:
-        raise UsageError(
-            f"agent.algo={self.name} cannot weight samples that arrive by time"
-            " (metadata['arrival']='time'); use PPO, DQN or SAC"
-        )
+    raise UsageError(
+        f"agent.algo={algo} cannot weight samples that arrive by time"
+        " (metadata['arrival']='time'); use PPO, DQN or SAC"
+    )

@@ -42,40 +42,37 @@ EPISODES = {
 
 def reseed(algorithm: Algorithm, seed: int, iteration: int) -> None:
     """Seed all random generators of the next iteration, in this process and in the runners."""
-    runners(algorithm).foreach_env_runner(partial(_reseed_runner, seed, iteration))
-    _seed_all(seed, iteration, "learner")
+
+    def derived(part: str) -> int:
+        return int(fingerprint("agent-iteration", seed, iteration, part)[:8], 16)
+
+    def seed_all(value: int) -> None:
+        random.seed(value)
+        np.random.seed(value)
+        torch.manual_seed(value)
+
+    runners(algorithm).foreach_env_runner(
+        lambda runner: seed_all(derived(f"runner {runner.worker_index}"))
+    )
+    seed_all(derived("learner"))
     buffer: Any = getattr(algorithm, "local_replay_buffer", None)
     if buffer is not None:
-        buffer.rng = np.random.default_rng(_derived(seed, iteration, "replay"))
-
-
-def _reseed_runner(seed: int, iteration: int, runner: Any) -> None:
-    _seed_all(seed, iteration, f"runner {runner.worker_index}")
-
-
-def _seed_all(seed: int, iteration: int, part: str) -> None:
-    value = _derived(seed, iteration, part)
-    random.seed(value)
-    np.random.seed(value)
-    torch.manual_seed(value)
-
-
-def _derived(seed: int, iteration: int, part: str) -> int:
-    return int(fingerprint("agent-iteration", seed, iteration, part)[:8], 16)
+        buffer.rng = np.random.default_rng(derived("replay"))
 
 
 def capture(algorithm: Algorithm) -> dict[str, Any]:
     """The state between two iterations. It refers to live objects: pickle it before the next."""
     learner = learner_of(algorithm)
-    adapted = {name: getattr(learner, name) for name in ADAPTED if hasattr(learner, name)}
-    updates = [name for name in TARGET_UPDATES if hasattr(learner, name)]
     return {
         "algorithm": algorithm.get_state(),
         "adapted": {
-            name: {id: tensor.detach().clone() for id, tensor in tensors.items()}
-            for name, tensors in adapted.items()
+            name: {id: tensor.detach() for id, tensor in getattr(learner, name).items()}
+            for name in ADAPTED
+            if hasattr(learner, name)
         },
-        "target_updates": {name: dict(getattr(learner, name)) for name in updates},
+        "target_updates": {
+            name: dict(getattr(learner, name)) for name in TARGET_UPDATES if hasattr(learner, name)
+        },
         "runners": runners(algorithm).foreach_env_runner(_runner_state),
         "replay": _replay_state(algorithm),
     }

@@ -1,7 +1,4 @@
-"""RLlib algorithms (new API stack) from a config, and the export of their policies.
-
-Only this package imports RLlib.
-"""
+"""RLlib algorithms (new API stack), and the export of their policies."""
 
 from __future__ import annotations
 
@@ -28,9 +25,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mesocosm import checks
 from mesocosm.agents import durations
+from mesocosm.agents.config import AgentConfig, BaselineConfig
 from mesocosm.agents.env import AgentEnv, Statistics
-from mesocosm.agents.settings import ALGORITHMS, ON_POLICY
+from mesocosm.agents.settings import ALGORITHMS, ON_POLICY, Setup
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError, nearest
 from mesocosm.policies.heads import ActionMap, flat_space
 from mesocosm.policies.policy import Head, Layout, Policy, describe
@@ -50,107 +49,73 @@ LEARNER_METRICS = (
 )
 
 
-def check(key: str, algo: str, params: Mapping[str, Any], model: Mapping[str, Any]) -> None:
-    """Raise UsageError where RLlib lacks the algorithm or a parameter; `key` prefixes the keys."""
-    if algo not in ALGORITHMS:
-        raise UsageError(
-            f"{key}algo must be one of {', '.join(ALGORITHMS)}, got"
-            f" {algo!r}{nearest(algo, ALGORITHMS)}"
-        )
-    names = parameters(algo)
-    for name in params:
-        if name not in names:
-            raise UsageError(
-                f"{key}params.{name} is not a parameter of RLlib's {algo}{nearest(name, names)}"
-            )
+def check(config: AgentConfig | BaselineConfig) -> None:
+    """Raise UsageError where RLlib lacks the config's algorithm, parameter or model field."""
+    checks.one_of(config, ALGORITHMS, "algo")
+    algo = config.algo
     fields = [f.name for f in dataclasses.fields(DefaultModelConfig)]
-    for name in model:
-        if name not in fields:
-            raise UsageError(
-                f"{key}model.{name} is not a field of RLlib's"
-                f" DefaultModelConfig{nearest(name, fields)}"
-            )
-    if model.get("use_lstm"):
-        raise UsageError(f"{key}model.use_lstm must be false, got true; LSTMs cannot be exported")
+    for key, values, names, meaning in (
+        ("params", config.params, _parameters(algo), f"parameter of RLlib's {algo}"),
+        ("model", config.model, fields, "field of RLlib's DefaultModelConfig"),
+    ):
+        for name in values:
+            if name not in names:
+                raise UsageError(f"{key}.{name} is not a {meaning}{nearest(name, names)}")
+    if config.model.get("use_lstm"):
+        raise UsageError("model.use_lstm must be false, got true; LSTMs cannot be exported")
 
 
-def parameters(algo: str) -> list[str]:
+def _parameters(algo: str) -> list[str]:
     """The parameter names of an algorithm's `.training()`, with those of its base classes."""
-    names: dict[str, None] = {}
+    names: list[str] = []
     for cls in type(get_trainable_cls(algo).get_default_config()).__mro__:
         if "training" in vars(cls):
-            for name, parameter in inspect.signature(vars(cls)["training"]).parameters.items():
-                if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-                    names[name] = None
-    return list(names)
+            parameters = inspect.signature(vars(cls)["training"]).parameters.values()
+            names += [p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    return names
 
 
-def _configure(
-    config: AlgorithmConfig,
-    algo: str,
-    params: Mapping[str, Any],
-    model: Mapping[str, Any],
-    shape: tuple[int, int],
-    runners: int,
-) -> None:
-    """Apply the settings of an algorithm; `shape` is (environments, rollout) per runner."""
+def _configure(config: AlgorithmConfig, setup: Setup) -> None:
     for noisy in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    num_envs, rollout = shape
     config.framework("torch")
     config.learners(num_learners=0)
     config.env_runners(
-        num_env_runners=runners,
-        num_envs_per_env_runner=num_envs,
+        num_env_runners=setup.runners,
+        num_envs_per_env_runner=setup.num_envs,
         gym_env_vectorize_mode="vector_entry_point",
-        rollout_fragment_length=rollout,
+        rollout_fragment_length=setup.rollout,
     )
-    config.rl_module(model_config=DefaultModelConfig(**model))
+    config.rl_module(model_config=DefaultModelConfig(**setup.model))
     batch: dict[str, Any] = {}
-    if algo in ON_POLICY:
-        batch["train_batch_size_per_learner"] = num_envs * rollout * max(runners, 1)
-    config.training(**{**batch, **params})
+    if setup.algo in ON_POLICY:
+        steps = setup.num_envs * setup.rollout * max(setup.runners, 1)
+        batch["train_batch_size_per_learner"] = steps
+    config.training(**{"gamma": setup.gamma, **batch, **setup.params})
+    config.debugging(seed=setup.seed)
 
 
-def check_agent(
-    algo: str,
-    params: Mapping[str, Any],
-    model: Mapping[str, Any],
-    spaces: tuple[gym.Space[Any], gym.Space[Any]],
-    shape: tuple[int, int],
-    runners: int = 0,
-) -> Any:
-    """Build the algorithm's network without starting Ray.
-
-    Args:
-        algo: The algorithm's name.
-        params: Its `.training()` arguments, complete.
-        model: Fields of DefaultModelConfig, complete.
-        spaces: The observation and the action space of the environment.
-        shape: Environments of a runner, and steps of each between updates.
-        runners: Environment runners; 0 for one in this process.
-
-    Returns:
-        The RLModule.
+def check_agent(setup: Setup, spaces: tuple[gym.Space[Any], gym.Space[Any]]) -> Any:
+    """Build the algorithm's RLModule for (observation, action) spaces, without starting Ray.
 
     Raises:
         UsageError: An agent cannot use the spaces, or RLlib rejects a setting.
     """
     observations, head = flat_space(spaces[0]), ActionMap(spaces[1]).head
-    supported = ACTIONS.get(algo)
+    supported = ACTIONS.get(setup.algo)
     if supported is not None and not isinstance(head, supported):
         names = " or ".join(kind.__name__ for kind in supported)
-        raise UsageError(f"algo={algo} needs {names} actions, got {spaces[1]}; use PPO")
+        raise UsageError(f"algo={setup.algo} needs {names} actions, got {spaces[1]}; use PPO")
     try:
-        config: AlgorithmConfig = get_trainable_cls(algo).get_default_config()
+        config: AlgorithmConfig = get_trainable_cls(setup.algo).get_default_config()
         config.environment(observation_space=observations, action_space=head)
-        _configure(config, algo, params, model, shape, runners)
+        _configure(config, setup)
         config.validate()
         module_spaces: Any = {DEFAULT_MODULE_ID: (observations, head)}
         spec: Any = config.get_multi_rl_module_spec(spaces=module_spaces)
         return spec.build()[DEFAULT_MODULE_ID]
     except Exception as error:  # RLlib raises all kinds for wrong settings
-        raise _refused(algo, error) from error
+        raise _refused(setup.algo, error) from error
 
 
 def check_init(module: Any, agent: Path, name: str) -> None:
@@ -170,35 +135,10 @@ def _refused(algo: str, error: Exception) -> UsageError:
     return UsageError(f"RLlib's {algo} refuses its settings: {reason}")
 
 
-def build(
-    algo: str,
-    params: Mapping[str, Any],
-    model: Mapping[str, Any],
-    make_env: Callable[[int], AgentEnv],
-    *,
-    folder: Path,
-    seed: int,
-    gamma: float,
-    num_envs: int,
-    rollout: int,
-    runners: int = 0,
-    steps_per_iteration: int | None = None,
-) -> Algorithm:
-    """Build an algorithm on `make_env(num_envs)`, which every environment runner calls.
+def build(setup: Setup, make_env: Callable[[int], AgentEnv], folder: Path) -> Algorithm:
+    """Build an algorithm on `make_env(num_envs)`, with RLlib's files in `folder`.
 
-    Args:
-        algo: The algorithm's name.
-        params: Its `.training()` arguments.
-        model: Fields of DefaultModelConfig.
-        make_env: Called by every runner; with `runners` 0 by this process.
-        folder: Folder of RLlib's files.
-        seed: Seed of RLlib.
-        gamma: Discount per step, or per unit of time where steps have durations.
-        num_envs: Environments of a runner.
-        rollout: Steps of each environment in a sample.
-        runners: Environment runners in Ray actors.
-        steps_per_iteration: Least steps of a `train()` of a replay algorithm. On-policy algorithms
-            take num_envs x rollout x max(runners, 1).
+    Every environment runner calls `make_env`; without runners this process does.
 
     Raises:
         UsageError: RLlib rejects a setting.
@@ -206,7 +146,7 @@ def build(
     torch.set_num_threads(1)  # several threads make small updates ten times slower
     name = f"mesocosm-{os.getpid()}-{id(make_env)}"
     tune.register_env(name, lambda context: make_env(context["num_envs"]))  # type: ignore[arg-type]
-    base = get_trainable_cls(algo)
+    base = get_trainable_cls(setup.algo)
     folder.mkdir(parents=True, exist_ok=True)
     in_folder = {"_setup_logdir": lambda self: setattr(self, "_logdir", str(folder))}
     config: AlgorithmConfig = base.get_default_config()
@@ -216,26 +156,23 @@ def build(
         # a fifth of all sampling time.
         off: dict[str, Any] = {"normalize_actions": False, "clip_actions": False}
         config.environment(name, disable_env_checking=True, **off)
-        _configure(config, algo, {"gamma": gamma, **params}, model, (num_envs, rollout), runners)
-        config.debugging(seed=seed)
-        steps = steps_per_iteration or 0
+        _configure(config, setup)
+        steps = setup.iteration_steps
         config.reporting(min_time_s_per_iteration=0, min_sample_timesteps_per_iteration=steps)
         with warnings.catch_warnings():  # Gymnasium's, of an id that RLlib registers repeatedly
             warnings.simplefilter("ignore")
             algorithm = config.build_algo(use_copy=False)
     except (TypeError, ValueError) as error:
-        raise _refused(algo, error) from error
-    if algo in ON_POLICY:
+        raise _refused(setup.algo, error) from error
+    if setup.algo in ON_POLICY:
         _start_small(algorithm)
     durations.install(algorithm)
     return algorithm
 
 
 def _start_small(algorithm: Algorithm) -> None:
-    """Start near one distribution for all observations: scale the policy's last layer by 0.01.
-
-    One of the most consequential choices of on-policy training (Andrychowicz et al., arXiv
-    2006.05990, section 3.2).
+    """Start near one distribution for all observations: scale the policy's last layer by 0.01
+    (Andrychowicz et al., arXiv 2006.05990, section 3.2).
     """
     pi: Any = learner_of(algorithm).module[DEFAULT_MODULE_ID].pi
     last = [layer for layer in pi.net.mlp if isinstance(layer, nn.Linear)][-1]
@@ -258,11 +195,7 @@ def statistics(algorithm: Algorithm) -> Statistics:
 
 
 def train(algorithm: Algorithm) -> dict[str, Any]:
-    """Run one iteration.
-
-    RLlib wraps an environment's error in an empty RuntimeError. A MesocosmError is raised as it
-    was.
-    """
+    """Run one iteration. Raises a MesocosmError of an environment, which RLlib wraps, as it was."""
     try:
         return algorithm.train()
     except Exception as error:
@@ -280,10 +213,9 @@ def learned(result: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(module[name]) for name in LEARNER_METRICS if name in module}
 
 
-def export(
-    algorithm: Algorithm, algo: str, observation_space: gym.Space[Any], action_space: gym.Space[Any]
-) -> Policy:
-    """The algorithm's current policy, between the environment's own (not flat) spaces."""
+def export(algorithm: Algorithm, spaces: tuple[gym.Space[Any], gym.Space[Any]]) -> Policy:
+    """The algorithm's current policy, between the environment's (observation, action) spaces."""
+    algo = type(algorithm).__name__
     module: Any = learner_of(algorithm).module[DEFAULT_MODULE_ID]
     log_std, epsilon = None, 0.0
     if algo == "DQN":
@@ -291,22 +223,25 @@ def export(
         settings = settings if isinstance(settings, dict) else dataclasses.asdict(settings)
         network = {"trunk": module.encoder.net.mlp, "advantage": module.af.net.mlp}
         network["value"] = module.vf.net.mlp if settings["dueling"] else nn.Sequential()
-        atoms, v_min, v_max = (settings[name] for name in ("num_atoms", "v_min", "v_max"))
         layers: dict[str, Any] = {name: describe(part) for name, part in network.items()}
-        support: dict[str, Any] = {"atoms": int(atoms), "v_min": float(v_min)}
-        support["v_max"] = float(v_max)
-        layout = Layout("values", **layers, **support)
+        layout = Layout(
+            "values",
+            **layers,
+            atoms=int(settings["num_atoms"]),
+            v_min=float(settings["v_min"]),
+            v_max=float(settings["v_max"]),
+        )
         epsilon = float(module.epsilon_schedule.get_current_value())
     else:
+        pi = module.pi
         if algo == "SAC":
             encoder = module.pi_encoder
         else:
             encoder = getattr(module.encoder, "actor_encoder", None) or module.encoder.encoder
-        pi = module.pi
         log_std = getattr(pi, "log_std", None)
         network = {"trunk": nn.Sequential(*encoder.net.mlp, *pi.net.mlp)}
         head: Head = "squashed_gaussian" if algo == "SAC" else "gaussian"
-        if not isinstance(ActionMap(action_space).head, gym.spaces.Box):
+        if not isinstance(ActionMap(spaces[1]).head, gym.spaces.Box):
             head = "categorical"
         layout = Layout(
             head,
@@ -314,7 +249,7 @@ def export(
             free_log_std=0 if log_std is None else len(log_std),
             log_std_clip=float(pi.log_std_clip_param) if pi.clip_log_std else None,
         )
-    policy = Policy(algo, observation_space, action_space, layout, epsilon)
+    policy = Policy(algo, *spaces, layout, epsilon)
     for name, part in network.items():
         getattr(policy.network, name).load_state_dict(part.state_dict())
     if log_std is not None:
@@ -341,11 +276,7 @@ def save_training(algorithm: Algorithm, folder: Path) -> None:
 
 
 def load_training(algorithm: Algorithm, folder: Path) -> None:
-    """Load the weights that `save_training` wrote.
-
-    Raises:
-        ArtifactError: They belong to another network.
-    """
+    """Load the weights that `save_training` wrote. Raises ArtifactError for another network."""
     module = learner_of(algorithm).module[DEFAULT_MODULE_ID]
     try:
         module.load_state_dict(load_file(folder / TRAINING_STATE))

@@ -1,8 +1,11 @@
-"""Default settings of algorithms: RLlib's own suit long runs on Atari. A config's values win."""
+"""Settings of algorithms. RLlib's defaults suit long runs on Atari; a config's values win."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
+
+from mesocosm.agents.config import AgentConfig, BaselineConfig
 
 Settings = dict[str, dict[str, Any]]
 ON_POLICY = ("PPO", "APPO", "IMPALA")
@@ -46,13 +49,54 @@ _WIDE = {"fcnet_hiddens": [256, 256], "fcnet_activation": "relu"}
 MODEL: Settings = dict.fromkeys(ON_POLICY, _SMALL) | dict.fromkeys(REPLAY, _WIDE)
 
 
-def params(table: Settings, algo: str, overrides: dict[str, Any], batch: int) -> dict[str, Any]:
-    """The table's settings under `overrides`; a default minibatch is at most the `batch`."""
-    merged = {**table.get(algo, {}), **overrides}
-    if "minibatch_size" in merged and "minibatch_size" not in overrides:
-        merged["minibatch_size"] = min(merged["minibatch_size"], batch)
-    return merged
+@dataclass(frozen=True)
+class Setup:
+    """An algorithm with all its settings."""
+
+    algo: str
+    params: dict[str, Any]
+    """Arguments of RLlib's `.training()`."""
+    model: dict[str, Any]
+    """Fields of RLlib's DefaultModelConfig."""
+    num_envs: int
+    """Environments of a runner."""
+    rollout: int
+    """Steps of each environment in a sample."""
+    iteration_steps: int
+    """Least steps of an iteration of a replay algorithm. Others take one sample of each runner."""
+    runners: int
+    gamma: float
+    seed: int
 
 
-def model(algo: str, overrides: dict[str, Any]) -> dict[str, Any]:
-    return {**MODEL[algo], **overrides}
+def imagined(config: AgentConfig) -> Setup:
+    """The setup of training in a world."""
+    steps = config.num_envs * config.rollout
+    rollout = config.rollout if config.algo in ON_POLICY else 1
+    return _setup(config, IMAGINED, steps, config.num_envs, rollout, steps, config.runners)
+
+
+def real(config: BaselineConfig) -> Setup:
+    """The setup of training in reality."""
+    num_envs, rollout = SHAPE[config.algo]
+    num_envs = num_envs if config.num_envs is None else config.num_envs
+    rollout = rollout if config.rollout is None else config.rollout
+    steps = config.iteration_steps if config.algo in REPLAY else 0
+    return _setup(config, REAL, num_envs * rollout, num_envs, rollout, steps, runners=0)
+
+
+def _setup(
+    config: AgentConfig | BaselineConfig,
+    defaults: Settings,
+    batch: int,
+    num_envs: int,
+    rollout: int,
+    iteration_steps: int,
+    runners: int,
+) -> Setup:
+    params = {**defaults.get(config.algo, {}), **config.params}
+    if "minibatch_size" in params and "minibatch_size" not in config.params:
+        params["minibatch_size"] = min(params["minibatch_size"], batch)
+    model = {**MODEL[config.algo], **config.model}
+    shape = num_envs, rollout, iteration_steps, runners
+    return Setup(config.algo, params, model, *shape, config.gamma, config.seed)

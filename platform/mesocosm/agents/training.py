@@ -1,10 +1,8 @@
-"""Train an RLlib agent inside a world, and store its policy as an artifact.
+"""The job `train-agent`: train an RLlib agent inside a world. After a kill, the same command
+continues from the last checkpoint and ends with the same policy.
 
-Running the same command again after a kill continues from the last checkpoint and ends with the
-same policy.
-
-An `agents` artifact is policy.json and policy.safetensors, which act, and
-training.safetensors, from which another training can start.
+An `agents` artifact is policy.json and policy.safetensors, which act, and training.safetensors,
+from which another training can start.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 from ray.rllib.algorithms.algorithm import Algorithm
 
@@ -44,6 +43,7 @@ from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.deployment import deploy, undeploy
 from mesocosm.store.artifacts import Artifact, Storage
 
+Spaces = tuple[gymnasium.Space[Any], gymnasium.Space[Any]]
 STARTS = ("logged", "generated")
 OBJECTIVES = ("return", "disagreement")
 MAX_STARTS = 50_000
@@ -52,7 +52,7 @@ MAX_STARTS = 50_000
 
 def check(config: AgentConfig) -> None:
     """Raise UsageError at the first invalid value. Reads no storage."""
-    rllib.check("", config.algo, config.params, config.model)
+    rllib.check(config)
     checks.at_least(config, 1, "iterations", "num_envs", "rollout", "horizon")
     checks.at_least(config, 0, "snapshots", "runners")
     checks.one_of(config, STARTS, "starts")
@@ -70,14 +70,12 @@ def check(config: AgentConfig) -> None:
         raise UsageError(f"{message}, got {minibatch}; {fix}")
 
 
-def check_spaces(config: AgentConfig, spaces: tuple[Any, Any], former: Artifact | None) -> None:
+def check_spaces(config: AgentConfig, spaces: Spaces, former: Artifact | None) -> None:
     """Raise UsageError if an agent cannot be trained on (observation, action) spaces.
 
     `former` is the initial agent.
     """
-    shape = config.num_envs, config.rollout if config.algo in settings.ON_POLICY else 1
-    network = settings.model(config.algo, config.model)
-    module = check_agent(config.algo, _params(config), network, spaces, shape, config.runners)
+    module = check_agent(settings.imagined(config), spaces)
     if former is None:
         return
     policy = Policy.load(former.path)
@@ -95,6 +93,10 @@ class TrainAgentPlan(Plan[AgentConfig]):
     former: Artifact | None
     """The initial agent."""
     horizon: Horizon
+
+    @property
+    def spaces(self) -> Spaces:
+        return self.codec.observation_space, self.codec.action_space
 
 
 class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
@@ -117,7 +119,11 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
         datasets = _datasets(config, storage, world)
         _check_members(config, world)
-        horizon = _horizon(config, storage, world, codec)
+        if config.horizon is not None:
+            horizon = Horizon(config.horizon, "as configured")
+        else:
+            limit = codec.environment["max_episode_steps"]
+            horizon = horizon_of(storage, world, limit, "horizon")
         former = None if config.init is None else storage.artifact("agents", config.init)
         check_spaces(config, (codec.observation_space, codec.action_space), former)
         inputs = {
@@ -125,12 +131,9 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             "datasets": [d.id for d in datasets],
             "agents": [] if former is None else [former.id],
         }
-        settled = {
-            "horizon": horizon.steps,
-            "params": _params(config),
-            "model": settings.model(config.algo, config.model),
-        }
-        facts = identity(config, without=["world", "backend", "app", "datasets", "init"]) | settled
+        setup = settings.imagined(config)
+        facts = identity(config, without=["world", "backend", "app", "datasets", "init"])
+        facts |= {"horizon": horizon.steps, "params": setup.params, "model": setup.model}
         return TrainAgentPlan(
             config=config,
             inputs=inputs,
@@ -149,7 +152,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         return {
             "world": plan.world.name,
             "algo": config.algo,
-            "params": _params(config),
+            "params": settings.imagined(config).params,
             "horizon": f"{plan.horizon.steps} steps: {plan.horizon.source}",
             "imagined steps": steps,
             "real steps": 0,
@@ -161,10 +164,9 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         return {f"runners={config.runners}": (config.runners + int(serves), 0)}
 
     def make(self, plan: TrainAgentPlan, run: Run) -> Artifact:
-        config, world, former = plan.config, plan.world, plan.former
-        if plan.horizon.inferred:
-            source = plan.horizon.source
-            run.say(f"imagined episodes end after {plan.horizon.steps} steps: {source}")
+        config, horizon = plan.config, plan.horizon
+        if horizon.inferred:
+            run.say(f"imagined episodes end after {horizon.steps} steps: {horizon.source}")
         checkpoints = Checkpoints(run.storage, plan.id)
         if config.force:
             checkpoints.remove()
@@ -177,36 +179,10 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
         verdicts: dict[str, str] = {}
 
         def fill(folder: Path) -> None:
-            with _served(config, world):
-                algorithm = _build(config, run, arguments)
-                try:
-                    if progress is not None:
-                        done = f"{progress.iteration} of {config.iterations}"
-                        run.say(f"continuing after iteration {done}")
-                        learner_state.restore(algorithm, checkpoints.load(progress))
-                        checkpoints.load_snapshots(folder / SNAPSHOTS, progress)
-                    elif former is not None:
-                        rllib.load_training(algorithm, former.path)
-                    iterations = _snapshots(config)
-
-                    def save(where: Path) -> None:
-                        spaces = plan.codec.observation_space, plan.codec.action_space
-                        rllib.export(algorithm, config.algo, *spaces).save(where)
-                        rllib.save_training(algorithm, where)
-
-                    def snapshot(iteration: int) -> None:
-                        if iteration in iterations:
-                            where = folder / SNAPSHOTS / str(iteration)
-                            where.mkdir(parents=True)
-                            save(where)
-                            checkpoints.save_snapshot(where, iteration)
-
-                    metrics.update(_train(config, run, algorithm, checkpoints, progress, snapshot))
-                    save(folder)
-                finally:
-                    algorithm.stop()
-                metrics.update(choose_best(config, run, arguments, former, folder))
-                verdicts.update(explain(config, run, arguments, world, folder))
+            with _served(config, plan.world):
+                metrics.update(_train(plan, run, arguments, checkpoints, progress, folder))
+                metrics.update(choose_best(config, run, arguments, plan.former, folder))
+                verdicts.update(explain(config, run, arguments, plan.world, folder))
 
         artifact = self.commit(plan, run, fill, metrics=metrics, checks=verdicts)
         checkpoints.remove()
@@ -232,13 +208,6 @@ def _served(config: AgentConfig, world: Artifact) -> Iterator[None]:
         yield
     finally:
         undeploy(config.app)
-
-
-def _horizon(config: AgentConfig, storage: Storage, world: Artifact, codec: Codec) -> Horizon:
-    """The horizon. Raises UsageError if config, environment and data all lack one."""
-    if config.horizon is not None:
-        return Horizon(config.horizon, "as configured")
-    return horizon_of(storage, world, codec.environment["max_episode_steps"], "horizon")
 
 
 def _check_members(config: AgentConfig, world: Artifact) -> None:
@@ -289,28 +258,6 @@ def _arguments(plan: TrainAgentPlan, run: Run) -> dict[str, Any]:
     }
 
 
-def _build(config: AgentConfig, run: Run, arguments: Mapping[str, Any]) -> Algorithm:
-    return rllib.build(
-        config.algo,
-        _params(config),
-        settings.model(config.algo, config.model),
-        partial(_make_env, arguments),
-        folder=run.folder / "rllib",
-        seed=config.seed,
-        gamma=config.gamma,
-        num_envs=config.num_envs,
-        rollout=config.rollout if config.algo in settings.ON_POLICY else 1,
-        runners=config.runners,
-        steps_per_iteration=config.num_envs * config.rollout,
-    )
-
-
-def _params(config: AgentConfig) -> dict[str, Any]:
-    return settings.params(
-        settings.IMAGINED, config.algo, config.params, config.num_envs * config.rollout
-    )
-
-
 def _make_env(arguments: Mapping[str, Any], num_envs: int) -> AgentEnv:
     """RLlib resets each runner's environment with another seed, so that runners imagine different
     episodes.
@@ -318,12 +265,51 @@ def _make_env(arguments: Mapping[str, Any], num_envs: int) -> AgentEnv:
     return AgentEnv(WorldVectorEnv(num_envs, **arguments))
 
 
-def _snapshots(config: AgentConfig) -> set[int]:
-    """Iterations of the snapshots, without the last one, which is the agent itself."""
-    return {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
-
-
 def _train(
+    plan: TrainAgentPlan,
+    run: Run,
+    arguments: Mapping[str, Any],
+    checkpoints: Checkpoints,
+    progress: AgentProgress | None,
+    folder: Path,
+) -> dict[str, float]:
+    """Write the trained agent and its snapshots to `folder`.
+
+    Returns:
+        The metrics of the last iteration.
+    """
+    config = plan.config
+    make_env = partial(_make_env, arguments)
+    algorithm = rllib.build(settings.imagined(config), make_env, run.folder / "rllib")
+    snapshots = {round(i * config.iterations / config.snapshots) for i in range(config.snapshots)}
+
+    def save(to: Path) -> None:
+        to.mkdir(parents=True, exist_ok=True)
+        rllib.export(algorithm, plan.spaces).save(to)
+        rllib.save_training(algorithm, to)
+
+    def snapshot(iteration: int) -> None:
+        if iteration in snapshots:
+            save(to := folder / SNAPSHOTS / str(iteration))
+            checkpoints.save_snapshot(to, iteration)
+
+    try:
+        if progress is not None:
+            run.say(f"continuing after iteration {progress.iteration} of {config.iterations}")
+            learner_state.restore(algorithm, checkpoints.load(progress))
+            checkpoints.load_snapshots(folder / SNAPSHOTS, progress)
+        else:
+            if plan.former is not None:
+                rllib.load_training(algorithm, plan.former.path)
+            snapshot(0)
+        metrics = _iterate(config, run, algorithm, checkpoints, progress, snapshot)
+        save(folder)
+    finally:
+        algorithm.stop()
+    return metrics
+
+
+def _iterate(
     config: AgentConfig,
     run: Run,
     algorithm: Algorithm,
@@ -331,15 +317,13 @@ def _train(
     progress: AgentProgress | None,
     snapshot: Callable[[int], None],
 ) -> dict[str, float]:
-    """Run all iterations after those of `progress`; return the metrics of the last one.
+    """Run the iterations after those of `progress`; return the metrics of the last one.
 
-    `snapshot` is called with the number of finished iterations: 0 at the start, never at the end.
+    `snapshot` is called with the number of finished iterations, except at the end.
     """
     began_at = 0 if progress is None else progress.iteration
     metrics: dict[str, float] = {} if progress is None else dict(progress.metrics)
     total, diverged = (int(metrics.get(name, 0)) for name in ("imagined_steps", "diverged"))
-    if progress is None:
-        snapshot(0)
     with run.progress(f"train-agent {config.algo}", config.iterations) as update:
         for iteration in range(began_at, config.iterations):
             began = time.monotonic()
@@ -354,17 +338,16 @@ def _train(
                 "diverged": diverged,
                 **rllib.learned(result),
             }
+            shown = ""
             if seen.returns:
-                metrics |= {
-                    "imagined_return": float(np.mean(seen.returns)),
-                    "imagined_length": float(np.mean(seen.lengths)),
-                }
+                metrics["imagined_return"] = float(np.mean(seen.returns))
+                metrics["imagined_length"] = float(np.mean(seen.lengths))
+                shown = f"return {metrics['imagined_return']:.1f}  "
             run.log({f"agent/{name}": value for name, value in metrics.items()}, step=iteration)
             if iteration + 1 < config.iterations:
                 snapshot(iteration + 1)
             if checkpoints.due():
                 checkpoints.save(iteration + 1, learner_state.capture(algorithm), metrics)
-            shown = f"return {metrics['imagined_return']:.1f}  " if seen.returns else ""
             update(
                 iteration + 1,
                 f"imagined {shown}disagreement {metrics['disagreement']:.3f} "

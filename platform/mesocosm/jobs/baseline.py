@@ -1,8 +1,7 @@
 """The job `baseline`: model-free training in reality, which a world must beat.
 
 The ledger counts every step. The curve's real steps are those of training and of the episodes that
-confirm the target. With `judge_every` the policy is also judged during training, as agents of
-worlds are. Neither curve counts the steps of judging.
+confirm the target, not those of judging.
 """
 
 from __future__ import annotations
@@ -10,13 +9,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ray.rllib.algorithms.algorithm import Algorithm
 
 from mesocosm import checks
 from mesocosm.agents import rllib, settings
@@ -28,9 +25,9 @@ from mesocosm.config import identity
 from mesocosm.envs.config import PAID, BudgetConfig, RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import EnvFacts, facts_of
-from mesocosm.envs.meter import Meter, MeteredVectorEnv, make_metered_vector
+from mesocosm.envs.meter import MeteredVectorEnv, make_metered_vector
 from mesocosm.errors import BudgetSpent, UsageError
-from mesocosm.evaluate.judge import judge, judging
+from mesocosm.evaluate.judge import JudgeResult, judge, judging
 from mesocosm.job import Job, Plan
 from mesocosm.policies.policy import Policy
 from mesocosm.runs.tracking import Run
@@ -41,7 +38,7 @@ CURVE = "curve.json"
 
 def check(config: BaselineConfig) -> None:
     """Raise UsageError at the first invalid value."""
-    rllib.check("", config.algo, config.params, config.model)
+    rllib.check(config)
     checks.at_least(config, 1, "num_envs", "rollout", "window", "iteration_steps")
     checks.at_least(config, 1, "judge_every", "judge_episodes")
     checks.at_least(config, 0, "select_episodes", "select_every")
@@ -53,38 +50,21 @@ def check(config: BaselineConfig) -> None:
 
 def check_spaces(config: BaselineConfig, spaces: tuple[Any, Any]) -> None:
     """Raise UsageError where the algorithm cannot be trained on (observation, action) spaces."""
-    network = settings.model(config.algo, config.model)
-    check_agent(config.algo, _params(config), network, spaces, shape(config))
-
-
-def shape(config: BaselineConfig) -> tuple[int, int]:
-    """(environments, steps of each between updates)"""
-    num_envs, rollout = settings.SHAPE[config.algo]
-    return (
-        num_envs if config.num_envs is None else config.num_envs,
-        rollout if config.rollout is None else config.rollout,
-    )
+    check_agent(settings.real(config), spaces)
 
 
 def _iteration(config: BaselineConfig) -> int:
     """The most real steps of one `train()`. The last vector step of a sample may overshoot."""
-    num_envs, rollout = shape(config)
-    batch = num_envs * rollout
-    samples = (
-        config.iteration_steps
-        if config.algo in settings.REPLAY
-        else int(config.params.get("train_batch_size_per_learner", batch))
-    )
-    return -(-samples // batch) * (batch + num_envs - 1)
+    setup = settings.real(config)
+    batch = setup.num_envs * setup.rollout
+    steps = setup.iteration_steps or int(setup.params.get("train_batch_size_per_learner", batch))
+    return -(-steps // batch) * (batch + setup.num_envs - 1)
 
 
 def judged(config: BaselineConfig) -> int:
     """The most episodes that judge the policy during training."""
-    return (
-        0
-        if config.judge_every is None
-        else config.judge_episodes * -(-config.steps // config.judge_every)
-    )
+    every = config.judge_every
+    return 0 if every is None else config.judge_episodes * -(-config.steps // every)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,63 +90,62 @@ class Baseline(Job[BaselineConfig, BaselinePlan]):
         check(config)
         environment = facts_of(config.reality)
         check_spaces(config, environment.spaces)
-        settled = {
-            "params": _params(config),
-            "model": settings.model(config.algo, config.model),
-            "shape": list(shape(config)),
+        setup = settings.real(config)
+        facts = identity(config, without=["ledger", *PAID]) | {
+            "params": setup.params,
+            "model": setup.model,
+            "shape": [setup.num_envs, setup.rollout],
         }
-        facts = identity(config, without=["ledger", *PAID]) | settled
-        return BaselinePlan(
-            config=config,
-            inputs={},
-            facts=facts,
-            id=self.hash("baseline", facts, environment.version),
-            environment=environment,
-        )
+        id = self.hash("baseline", facts, environment.version)
+        return BaselinePlan(config=config, inputs={}, facts=facts, id=id, environment=environment)
 
     def summary(self, plan: BaselinePlan) -> dict[str, Any]:
         config, price = plan.config, plan.config.reality.price
-        most = f"at most {config.steps * price.per_step:g} {price.currency} and the resets"
         return {
             "environment": config.reality.env,
             "algo": config.algo,
-            "params": _params(config),
+            "params": settings.real(config).params,
             "real steps": f"at most {config.steps}",
-            "price": most,
+            "price": f"at most {config.steps * price.per_step:g} {price.currency} and the resets",
             **judging(config.reality, judged(config)),
             "target": config.target,
         }
 
     def make(self, plan: BaselinePlan, run: Run) -> Artifact:
         config = plan.config
-        ledger = config.ledger or f"baseline-{plan.id}-{run.id}"
+        id = config.ledger or f"baseline-{plan.id}-{run.id}"
+        ledger = Ledger(run.storage, id, price=config.reality.price)
         ray_session.ensure(config.ray)
 
         def fill(folder: Path) -> None:
-            curve, policy = _Training(config, run, ledger, plan.environment.spaces).train()
+            curve, policy = _RealTraining(config, run, ledger, plan.environment.spaces).train()
             (folder / CURVE).write_text(json.dumps(curve, indent=1))
             if dropped := curve["dropped"]:
                 run.say(f"{len(dropped)} real episodes were cut; the last: {dropped[-1]}")
             (folder / "policy").mkdir()
             policy.save(folder / "policy")
 
-        artifact = self.commit(plan, run, fill, ledger=ledger)
-        totals = Ledger(run.storage, ledger, BudgetConfig(), config.reality.price).totals()
-        run.record(ledger=totals.to_json())
+        artifact = self.commit(plan, run, fill, ledger=id)
+        run.record(ledger=ledger.totals().to_json())
         return artifact
 
 
-class _Training:
+class _RealTraining:
     """The state of one run."""
 
-    def __init__(self, config: BaselineConfig, run: Run, ledger: str, spaces: tuple[Any, Any]):
+    def __init__(self, config: BaselineConfig, run: Run, ledger: Ledger, spaces: tuple[Any, Any]):
         self.config, self.run, self.ledger, self.spaces = config, run, ledger, spaces
         self.points: list[dict[str, Any]] = []
         self.returns: list[float] = []
         self.train_steps = self.select_steps = self.judge_steps = 0
         self.began = time.monotonic()
-        self.selected_at = -config.select_every
-        self.judged_at = 0
+        self.selected_at, self.judged_at = -config.select_every, 0
+        # `reality.budget.steps` bounds the data of a world, not this job.
+        reality = dataclasses.replace(config.reality, budget=BudgetConfig())
+        make_env = partial(_make_env, reality, run.storage.root, ledger.id, config.steps)
+        self.algorithm = rllib.build(settings.real(config), make_env, run.folder / "rllib")
+        runner: Any = self.algorithm.env_runner
+        self.vector: MeteredVectorEnv = runner.env.unwrapped.env
 
     @property
     def steps(self) -> int:
@@ -175,42 +154,25 @@ class _Training:
     def train(self) -> tuple[dict[str, Any], Policy]:
         config = self.config
         reached = reached_in_training = None
-        num_envs, rollout = shape(config)
-        algorithm = rllib.build(
-            config.algo,
-            _params(config),
-            settings.model(config.algo, config.model),
-            partial(
-                _make_env, _own_reality(config), self.run.storage.root, self.ledger, config.steps
-            ),
-            folder=self.run.folder / "rllib",
-            seed=config.seed,
-            gamma=config.gamma,
-            num_envs=num_envs,
-            rollout=rollout,
-            steps_per_iteration=config.iteration_steps if config.algo in settings.REPLAY else None,
-        )
-        self.meter = _meter(algorithm)
         try:
             with self.run.progress(f"baseline {config.algo}", config.steps) as update:
                 while reached is None and self.steps + _iteration(config) <= config.steps:
-                    mean = self._iterate(algorithm, update)
-                    at_target = (
-                        config.target is not None and mean is not None and mean >= config.target
-                    )
+                    mean = self._iterate()
+                    if mean is not None:
+                        update(self.steps, f"{self.steps} real steps, return {mean:.1f}")
+                    at_target = self._reaches(mean)
                     if at_target:
                         reached_in_training = reached_in_training or self.steps
                     if config.judge_every is not None:
-                        at_target = self._judged(algorithm)
+                        at_target = self._judged(config.judge_every)
                     elif at_target and config.select_episodes:
-                        at_target = self._confirmed(algorithm)
+                        at_target = self._confirmed()
                     if at_target:
                         reached = self.steps
-            policy = rllib.export(algorithm, config.algo, *self.spaces)
-            dropped = _vector(algorithm).dropped
+            policy, dropped = rllib.export(self.algorithm, self.spaces), self.vector.dropped
         finally:
-            algorithm.stop()
-            self.meter.close()
+            self.algorithm.stop()
+            self.vector.meter.close()
         curve = {
             "algo": config.algo,
             "points": self.points,
@@ -225,28 +187,36 @@ class _Training:
             "dropped": dropped,
             "cap": config.steps,
             "seconds": round(time.monotonic() - self.began, 1),
-            "ledger": self.ledger,
+            "ledger": self.ledger.id,
         }
         return curve, policy
 
-    def _iterate(self, algorithm: Algorithm, update: Callable[[float, str], None]) -> float | None:
+    def _reaches(self, mean: float | None) -> bool:
+        target = self.config.target
+        return target is not None and mean is not None and mean >= target
+
+    def _iterate(self) -> float | None:
         """Run one RLlib iteration.
 
         Returns:
             The mean return of the last `window` training episodes; None if there are fewer.
         """
-        self.meter.limit = self.config.steps - self.select_steps
-        rllib.train(algorithm)
-        self.train_steps = self.meter.steps
-        self.returns += rllib.statistics(algorithm).returns
-        if len(self.returns) < self.config.window:
+        meter, window = self.vector.meter, self.config.window
+        meter.limit = self.config.steps - self.select_steps
+        rllib.train(self.algorithm)
+        self.train_steps = meter.steps
+        self.returns += rllib.statistics(self.algorithm).returns
+        if len(self.returns) < window:
             return None
-        mean = float(np.mean(self.returns[-self.config.window :]))
+        mean = float(np.mean(self.returns[-window:]))
         self._point(mean, "train")
-        update(self.steps, f"{self.steps} real steps, return {mean:.1f}")
         return mean
 
-    def _confirmed(self, algorithm: Algorithm) -> bool:
+    def _judge(self, purpose: str, episodes: int, seed: int) -> JudgeResult:
+        policy, reality = rllib.export(self.algorithm, self.spaces), self.config.reality
+        return judge(policy, reality, self.ledger, episodes=episodes, seed=seed, purpose=purpose)
+
+    def _confirmed(self) -> bool:
         """True if greedy real episodes reach the target too. Their steps count.
 
         If the steps run out in them, the target is not confirmed.
@@ -255,94 +225,42 @@ class _Training:
         if self.train_steps - self.selected_at < config.select_every:
             return False
         self.selected_at = self.train_steps
-        policy = rllib.export(algorithm, config.algo, *self.spaces)
-        ledger = Ledger(self.run.storage, self.ledger, BudgetConfig(), config.reality.price)
-        before = ledger.totals().purposes["select"].steps
-        ledger = Ledger(
-            self.run.storage,
-            self.ledger,
-            BudgetConfig(),
-            config.reality.price,
-            {"select": before + config.steps - self.steps},
-        )
+        before = self.ledger.totals().purposes["select"].steps
+        self.ledger.bounds["select"] = before + config.steps - self.steps
         try:
-            mean = judge(
-                policy,
-                config.reality,
-                ledger,
-                episodes=config.select_episodes,
-                seed=config.seed + self.steps,
-                purpose="select",
-            ).mean
+            mean = self._judge("select", config.select_episodes, config.seed + self.steps).mean
         except BudgetSpent:
             mean = None
-        self.select_steps += ledger.totals().purposes["select"].steps - before
-        if mean is None:
-            return False
-        self._point(mean, "select")
-        assert config.target is not None
-        return mean >= config.target
+        self.select_steps += self.ledger.totals().purposes["select"].steps - before
+        if mean is not None:
+            self._point(mean, "select")
+        return self._reaches(mean)
 
-    def _judged(self, algorithm: Algorithm) -> bool:
+    def _judged(self, every: int) -> bool:
         """Judge the greedy policy if it is due; True if it reaches the target."""
         config = self.config
-        assert config.judge_every is not None
         last = self.steps + _iteration(config) > config.steps
-        if self.train_steps - self.judged_at < config.judge_every and not last:
+        if self.train_steps - self.judged_at < every and not last:
             return False
         self.judged_at = self.train_steps
-        ledger = Ledger(self.run.storage, self.ledger, BudgetConfig(), config.reality.price)
-        result = judge(
-            rllib.export(algorithm, config.algo, *self.spaces),
-            config.reality,
-            ledger,
-            episodes=config.judge_episodes,
-            seed=config.seed,
-        )
+        result = self._judge("judge", config.judge_episodes, config.seed)
         self.judge_steps += result.steps
         self._point(result.mean, "judge", returns=list(result.returns), judge_steps=result.steps)
-        return config.target is not None and result.mean >= config.target
+        return self._reaches(result.mean)
 
     def _point(self, mean: float, kind: str, **more: Any) -> None:
-        self.points.append(
-            {
-                "steps": self.steps,
-                "return": mean,
-                "kind": kind,
-                "seconds": round(time.monotonic() - self.began, 2),
-                **more,
-            }
-        )
+        seconds = round(time.monotonic() - self.began, 2)
+        point = {"steps": self.steps, "return": mean, "kind": kind, "seconds": seconds, **more}
+        self.points.append(point)
         self.run.log(
             {f"baseline/{kind}_return": mean, "baseline/real_steps": self.steps}, step=self.steps
         )
-
-
-def _params(config: BaselineConfig) -> dict[str, Any]:
-    num_envs, rollout = shape(config)
-    return settings.params(settings.REAL, config.algo, config.params, num_envs * rollout)
 
 
 def _make_env(
     reality: RealityConfig, root: str, ledger: str, limit: int, num_envs: int
 ) -> AgentEnv:
     return AgentEnv(make_metered_vector(reality, root, ledger, "baseline", num_envs, limit=limit))
-
-
-def _meter(algorithm: Algorithm) -> Meter:
-    """The meter of the single environment runner, in this process."""
-    return _vector(algorithm).meter
-
-
-def _vector(algorithm: Algorithm) -> MeteredVectorEnv:
-    runner: Any = algorithm.env_runner
-    vector: MeteredVectorEnv = runner.env.unwrapped.env
-    return vector
-
-
-def _own_reality(config: BaselineConfig) -> RealityConfig:
-    """Reality without a budget. `reality.budget.steps` bounds the world's data, not this job."""
-    return dataclasses.replace(config.reality, budget=BudgetConfig())
 
 
 JOB = Baseline()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mesocosm.agents import training as agents
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import MAX_EPISODE_STEPS, UNKNOWN, Horizon, logged_horizon
-from mesocosm.datasets.manifest import Manifest
+from mesocosm.datasets.manifest import Manifest, current_id
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
@@ -139,9 +139,9 @@ def _check_given(cfg: LoopConfig, given: list[Artifact], facts: EnvFacts) -> Non
         raise UsageError(f"{message}; use data of that environment")
     if cfg.rounds == 1:
         return
-    logged = data.environment
+    logged = data.environment.model_copy(update={"id": current_id(data.environment.id)})
     expected = {
-        "id": cfg.reality.env,
+        "id": current_id(cfg.reality.env),
         "kwargs": dict(cfg.reality.kwargs),
         "task": list(cfg.reality.task),
         "max_episode_steps": facts.max_episode_steps,
