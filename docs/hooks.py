@@ -6,7 +6,6 @@ import importlib
 import re
 from typing import Any
 
-from mesocosm import config
 from mesocosm.cli.keys import describe
 from mesocosm.jobs.registry import JOBS
 
@@ -22,10 +21,13 @@ def on_page_markdown(markdown: str, page: Any, **context: Any) -> str:
 
 
 def _keys() -> str:
-    sections = []
+    pages = []
     for name, job in JOBS.items():
-        schema = getattr(importlib.import_module(job.module), job.schema)
-        lines = "\n".join(describe(job.module, job.schema, config.to_dict(schema())))
-        example = f"Example: `mesocosm {name} {job.example}`"
-        sections.append(f"## {name}\n\n{example}\n\n```\n{lines}\n```\n")
-    return "\n".join(sections)
+        schema = importlib.import_module(job.module).JOB.config
+        sections = describe(name, schema).items()
+        blocks = (
+            f"**{section}**\n\n```\n{chr(10).join(lines)}\n```\n" for section, lines in sections
+        )
+        pages.append(f"## {name}\n\nExample: `mesocosm {name} {job.example}`\n")
+        pages += blocks
+    return "\n".join(pages)

@@ -100,7 +100,7 @@ def load(schema: type[T], files: Sequence[str | Path] = (), overrides: Sequence[
     known = list(_known_keys(merged))
     _check_form(overrides, known)
     for path in files:
-        merged = _merge(merged, _read(path), f"config file {str(path)!r}", known)
+        merged = _merge(merged, read(path), f"config file {str(path)!r}", known)
     for override in overrides:
         source = f"override {override!r}"
         try:
@@ -122,7 +122,8 @@ def structured(schema: type[T], values: Mapping[str, Any], source: str) -> T:
     return cast(T, OmegaConf.to_object(_merge(base, layer, source, list(_known_keys(base)))))
 
 
-def _read(path: str | Path) -> DictConfig:
+def read(path: str | Path) -> DictConfig:
+    """A YAML file of keys. Raises UsageError where it cannot be read."""
     name = f"config file {str(path)!r}"
     try:
         layer = OmegaConf.load(path)

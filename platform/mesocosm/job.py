@@ -2,7 +2,6 @@
 
 A job is a module `mesocosm.jobs.NAME` with a `JOB`, an instance of `Job`. `JOB.run(config, run)`
 makes one artifact, or finds the one that the same config, inputs and job version made before.
-`JOB.plan(config)` returns a run's work, size and price, without side effects.
 """
 
 from __future__ import annotations
@@ -61,17 +60,17 @@ class Job(ABC, Generic[C, P]):
     def summary(self, plan: P) -> dict[str, Any]:
         """The work of a run, its size and its price, for `--dry-run`."""
 
-    @abstractmethod
     def make(self, plan: P, run: Run) -> Artifact:
         """Do the work and `commit` the artifact. Called by one process at a time."""
+        raise NotImplementedError
 
     def report(self, artifact: Artifact, plan: P, run: Run, *, made: bool) -> None:
         """Print the artifact, which this run `made` or found."""
         if not made:
             run.say(f"found {artifact.name}; nothing was made")
 
-    def resources(self, config: C) -> Resources:
-        """The CPUs and GPUs that the job needs, for `--dry-run` and before work starts."""
+    def resources(self, plan: P) -> Resources:
+        """The CPUs and GPUs that the job needs, for `--dry-run` and for submissions."""
         return {}
 
     def hash(self, *parts: Any) -> str:
@@ -79,20 +78,22 @@ class Job(ABC, Generic[C, P]):
         return fingerprint(self.kind, *parts, VERSIONS[self.name], SCHEMA)
 
     def plan(self, config: C) -> dict[str, Any]:
-        """The summary of a config. Raises UsageError as `run` does before it starts."""
+        """The summary of a config, without side effects. Raises UsageError as `resolve` does."""
         return self.summary(self.resolve(config, Storage(config.storage.root)))
 
     def run(self, config: C, run: Run) -> Artifact:
-        """Make the artifact that `config` describes, or find it.
+        """`resolve` a config and `execute` it."""
+        return self.execute(self.resolve(config, run.storage), run)
+
+    def execute(self, plan: P, run: Run) -> Artifact:
+        """Make the artifact of a plan, or find it.
 
         Raises:
-            UsageError: `resolve` rejects the config.
             Held: Another process makes the artifact, and `config.wait` is False.
         """
-        plan = self.resolve(config, run.storage)
         # `jobs status` names the artifact of a job that still runs, or that was stopped.
         run.record(inputs=plan.inputs, artifact=f"{self.kind}/{plan.id}")
-        with run.making(self.kind, plan.id, config) as existing:
+        with run.making(self.kind, plan.id, plan.config) as existing:
             artifact = existing or self.make(plan, run)
         self.report(artifact, plan, run, made=existing is None)
         return artifact

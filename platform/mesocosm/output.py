@@ -37,7 +37,15 @@ def facts(values: Mapping[str, Any], as_json: bool) -> None:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             write(table(value) + "\n")
         else:
-            write(f"{key:<{width}}  {'-' if value is None else value}")
+            write(f"{key:<{width}}  {_words(value)}")
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {item}" for key, item in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value is None else str(value)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

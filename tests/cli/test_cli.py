@@ -28,12 +28,14 @@ def test_help_shows_an_example_and_the_keys(job: str, capsys: pytest.CaptureFixt
     assert main([job, "--help"]) == 0
     out = capsys.readouterr().out
     assert f"Example:\n  mesocosm {job} " in out
+    sections = re.findall(r"^([a-z -]+):$", out, re.MULTILINE)
+    assert (sections[0], sections[-1]) == (job, "every job") and len({*sections}) == len(sections)
     assert "\n  # A folder, or `s3://bucket/prefix`.\n  storage.root = " in out
 
 
 def test_help_is_on_standard_output_with_json_too(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["collect", "--json", "--help"]) == 0
-    assert "Keys and defaults:" in capfd.readouterr().out
+    assert "every job:" in capfd.readouterr().out
 
 
 def test_help_of_the_loop_leaves_out_what_its_stages_get_from_it(
@@ -173,27 +175,60 @@ def test_a_loop_is_checked_whole_before_it_starts(
     assert re.search(message, err) and len(err.strip().splitlines()) == 1, err
 
 
-def test_a_dry_run_prices_judging_too(root: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            [
-                "loop",
-                "-c",
-                str(REPOSITORY / "configs/loop/quickstart.yaml"),
-                f"storage.root={root}",
-                "--dry-run",
-                "--json",
-            ]
-        )
-        == 0
-    )
-    plan = json.loads(capsys.readouterr().out)
-    # 2 rounds and 12 measurements of the baseline, 10 episodes of at most 1000 steps each, at .01 a
-    # step and .1 a reset
-    assert (plan["judged real steps"], plan["price of judging"]) == (
-        "at most 140000",
-        "at most 1414 USD",
-    )
+def test_a_dry_run_of_a_loop_prices_each_stage(
+    root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["loop", "-c", "quickstart", f"storage.root={root}", "--dry-run", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["stages"]
+    assert [(row["stage"], row["real steps"], row["price"]) for row in rows] == [
+        ("collect", 500, "5.00 USD"),
+        ("explore", 250, "2.50 USD"),
+        ("pretrain", 0, "-"),
+        ("train-agent", 0, "-"),
+        ("baseline PPO", 12_000, "at most 120.00 USD"),
+        # 2 rounds and 12 measurements of the baseline, 10 episodes of at most 1000 steps each, at
+        # 0.01 a step and 0.1 a reset
+        ("judging", 140_000, "at most 1,414.00 USD"),
+        ("total", 152_750, "at most 1,541.50 USD"),
+    ]
+
+
+def test_a_dry_run_prints_words(root: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["collect", "-c", "pendulum", "behaviours=[{kind: random},{kind: random, weight: 2}]"]
+    assert main([*words, f"storage.root={root}", "--dry-run"]) == 0
+    assert re.search(r"^behaviours +random, random", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["collect", "reality.env=CartPole-v1", "steps=0"],
+        ["collect", "reality.env=CartPole-v1", "behaviours=[{kind: nosy}]"],
+        ["collect", "reality.env=CartPole-v1", "steps=10", "reality.budget.steps=5"],
+        ["pretrain", "data.datasets=[none]"],
+        ["loop", "-c", "quickstart", "evaluate.episodes=0"],
+        ["serve", "world=none"],
+        ["evaluate", "-c", "pendulum", "world=none"],
+    ],
+)
+def test_a_wrong_value_is_reported_before_a_run_begins(
+    words: list[str], root: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, f"storage.root={root}"]) == 2
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    assert not Path(root).exists()
+
+
+@pytest.mark.parametrize(
+    ("job", "name", "other"),
+    [("pretrain", "sweep/quickstart", "sweep"), ("loop", "collect/pendulum", "collect")],
+)
+def test_a_config_of_another_job_is_recognized(
+    job: str, name: str, other: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([job, "-c", name]) == 2
+    message = capsys.readouterr().err
+    assert f"looks like a config of '{other}'" in message and f"mesocosm {other} -c" in message
 
 
 def test_a_dry_run_says_size_and_price_and_does_nothing(

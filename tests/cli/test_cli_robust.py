@@ -144,7 +144,7 @@ def _raises(*arguments: Any) -> None:
 def test_an_unexpected_error_of_a_job_is_one_sentence_and_in_its_log(
     root: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mesocosm.jobs.collect._resolve", _raises)
+    monkeypatch.setattr("mesocosm.jobs.collect._collect", _raises)
     assert main(["collect", "reality.env=CartPole-v1", f"storage.root={root}"]) == 1
     (log,) = Path(root).glob("runs/collect/*/log.txt")
     message = capsys.readouterr().err.splitlines()[-1]
@@ -161,7 +161,7 @@ def test_an_unexpected_error_without_a_run_names_the_file_of_its_traceback(
     root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("mesocosm.jobs.collect.JOB.plan", _raises)
+    monkeypatch.setattr("mesocosm.jobs.collect._resolve", _raises)
     assert main(["collect", "reality.env=CartPole-v1", f"storage.root={root}", "--dry-run"]) == 1
     (path,) = tmp_path.glob("mesocosm-traceback-*.txt")
     assert (

@@ -19,7 +19,7 @@ import pytest
 
 from mesocosm import config
 from mesocosm.cli import completion
-from mesocosm.cli.keys import config_keys
+from mesocosm.cli.keys import config_keys, config_of
 from mesocosm.cli.main import commands as program
 from mesocosm.cli.main import main
 from mesocosm.cluster.records import SubmittedJob, write
@@ -143,8 +143,8 @@ def leaves(block: Any, prefix: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("job", JOBS)
 def test_keys_are_those_of_the_dataclass(job: str) -> None:
-    schema = getattr(importlib.import_module(JOBS[job].module), JOBS[job].schema)
-    keys = config_keys(JOBS[job].module, JOBS[job].schema)
+    schema = importlib.import_module(JOBS[job].module).JOB.config
+    keys = config_keys(*config_of(JOBS[job].module))
     assert [key for key, _, is_block in keys if not is_block] == list(leaves(schema()))
 
 

@@ -6,9 +6,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ray
@@ -17,14 +15,11 @@ from mesocosm import config
 from mesocosm.cluster import freeze as freezing
 from mesocosm.cluster import spec as cluster_spec
 from mesocosm.cluster.freeze import CONFIG, Frozen, freeze
-from mesocosm.cluster.resources import needs
 from mesocosm.cluster.spec import ClusterConfig, NodeGroup
 from mesocosm.cluster.submit import refuse
 from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.errors import UsageError
-from mesocosm.jobs.loop import LoopConfig
 from mesocosm.scaling.sweep_config import SweepConfig
-from mesocosm.train.config import PretrainConfig
 
 CLUSTER = ClusterConfig(
     where="address",
@@ -148,28 +143,6 @@ def test_what_may_not_be_sent(
     assert "secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("schema", "overrides", "cpus", "gpus", "what"),
-    [
-        (CollectConfig, ["workers=3"], 3, 0, "workers=3"),
-        (PretrainConfig, ["train.workers=4", "train.gpus_per_worker=1"], 4, 4, "train.workers=4"),
-        (LoopConfig, ["pretrain.train.workers=5"], 5, 0, "pretrain.train.workers=5"),
-        (
-            LoopConfig,
-            ["serve.replicas=3", "agent.runners=2"],
-            5,
-            0,
-            "serve.replicas with agent.runners",
-        ),
-    ],
-)
-def test_what_a_job_asks_for(
-    schema: Any, overrides: list[str], cpus: float, gpus: float, what: str
-) -> None:
-    result = needs(config.load(schema, [], overrides))
-    assert (result.cpus, result.gpus, result.key) == (cpus, gpus, what)
-
-
 def test_a_cluster_that_is_too_small_is_refused() -> None:
     report = {
         "python": platform.python_version(),
@@ -177,7 +150,7 @@ def test_a_cluster_that_is_too_small_is_refused() -> None:
         "storage": {"ok": True},
         "mlflow": {"ok": True},
         "resources": {"CPU": 2.0},
-        "needs": asdict(needs(load_config("workers=9"))),
+        "needs": [{"key": "workers=9", "cpus": 9, "gpus": 0}],
     }
     with pytest.raises(UsageError, match="workers=9 asks for 9 CPUs and cluster 'mine' has 2"):
         refuse("mine", CLUSTER, report)

@@ -239,7 +239,8 @@ def test_a_loop_infers_its_horizon_from_given_logs(root: str, own: None) -> None
     cfg = loop(root, "reality.env=preflight_envs:Base", "datasets=[own]", "evaluate.episodes=5")
     facts = JOB.plan(cfg)
     assert facts["horizon"].startswith("8 steps: all 1 truncated")
-    assert facts["judged real steps"] == "at most 80"
+    stages = {row["stage"]: row for row in facts["stages"]}
+    assert stages["judging"]["real steps"] == 80
 
 
 def test_training_judging_and_baselines_of_a_loop_have_one_horizon(

@@ -159,7 +159,8 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
             "price": 0.0,
         }
 
-    def resources(self, config: AgentConfig) -> Resources:
+    def resources(self, plan: TrainAgentPlan) -> Resources:
+        config = plan.config
         serves = config.backend == "serve" and config.ray.address is None
         return {f"runners={config.runners}": (config.runners + int(serves), 0)}
 

@@ -11,7 +11,6 @@ import importlib
 import json
 import platform
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from mesocosm import __version__, config
 from mesocosm.cluster import ray_session
 from mesocosm.cluster.checks import mlflow_check, storage_check
 from mesocosm.cluster.freeze import CONFIG
-from mesocosm.cluster.resources import needs
 from mesocosm.cluster.submit import MARK
 from mesocosm.config import JobConfig, RayConfig
 from mesocosm.jobs.registry import JOBS
 from mesocosm.runs import tracking
+from mesocosm.store.artifacts import Storage
 
 
 def report(job: str | None) -> dict[str, Any]:
@@ -47,9 +46,13 @@ def report(job: str | None) -> dict[str, Any]:
     for check in (storage_check(loaded), mlflow_check(loaded)):
         facts[check.name] = {"ok": check.ok, "said": tracking.redact(check.found), "fix": check.fix}
     if declared is not None:
-        facts["needs"] = asdict(needs(loaded))
         try:
-            facts["plan"] = declared.plan(loaded)
+            plan = declared.resolve(loaded, Storage(loaded.storage.root))
+            facts["plan"] = declared.summary(plan)
+            facts["needs"] = [
+                {"key": key, "cpus": cpus, "gpus": gpus}
+                for key, (cpus, gpus) in declared.resources(plan).items()
+            ]
         except Exception as error:
             message = tracking.redact(" ".join(str(error).split()))
             facts["refused"] = {"said": message, "exit_code": getattr(error, "exit_code", 1)}

@@ -13,7 +13,7 @@ import click
 
 from mesocosm import config, faults, output, shipped
 from mesocosm.cli import options
-from mesocosm.cli.keys import describe
+from mesocosm.cli.keys import describe, field_names
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.jobs.registry import JOBS, JobEntry
 from mesocosm.store.files import use_cache
@@ -60,11 +60,12 @@ class JobCommand(click.Command):
         )
 
     def format_epilog(self, context: click.Context, formatter: click.HelpFormatter) -> None:
-        schema = getattr(importlib.import_module(self.job.module), self.job.schema)
-        defaults = config.to_dict(schema())
-        keys = "\n  ".join(describe(self.job.module, self.job.schema, defaults))
         formatter.write(f"\nExample:\n  mesocosm {self.name} {self.job.example}\n")
-        formatter.write(f"\nKeys and defaults:\n  {keys}\n")
+        formatter.write("\nConfig keys and their defaults, by section:\n")
+        schema = importlib.import_module(self.job.module).JOB.config
+        for section, lines in describe(str(self.name), schema).items():
+            keys = "\n  ".join(lines)
+            formatter.write(f"\n{section}:\n  {keys}\n")
 
 
 def _run_job(
@@ -84,6 +85,7 @@ def _run_job(
     from mesocosm.jobs import preflight
     from mesocosm.runs import tracking
     from mesocosm.runs.upload import JOB
+    from mesocosm.store.artifacts import Storage
 
     paths = [shipped.config_path(file, name) for file in files]  # importing a job takes seconds
     job = importlib.import_module(JOBS[name].module).JOB
@@ -94,14 +96,7 @@ def _run_job(
     if cluster is None:
         for warning in preflight.check(loaded):
             tracking.console.print(f"warning: {warning}")
-    if dry_run:
-        plan = job.plan(loaded)
-        resources = job.resources(loaded)
-        if cluster is None and resources:
-            preflight.check_resources(loaded, resources)
-        output.facts(plan, as_json)
-        return 0
-    if cluster is not None:
+    if cluster is not None and not dry_run:
         from mesocosm.cluster.submit import submit
 
         facts = submit(
@@ -110,10 +105,17 @@ def _run_job(
         if as_json:
             output.facts(facts, as_json)
         return 1 if follow and facts["state"] != "SUCCEEDED" else 0
+    plan = job.resolve(loaded, Storage(loaded.storage.root))
+    if dry_run:
+        facts = job.summary(plan)
+        if cluster is None and (resources := job.resources(plan)):
+            preflight.check_resources(loaded, resources)
+        output.facts(facts, as_json)
+        return 0
     with tracking.start(name, loaded, id=os.environ.get(JOB), quiet=as_json) as run:
         tracking.replay_in_background(loaded)
         try:
-            artifact = job.run(loaded, run)
+            artifact = job.execute(plan, run)
         except MesocosmError:
             raise
         except (Exception, SystemExit) as error:
@@ -144,11 +146,27 @@ def _load(
         words = [word for word in overrides if not _is_override(word)]
     overrides = [word for word in overrides if word not in words]
     overrides += [f"{FLAGS[name][k]}={value}" for k, value in flags.items() if value is not None]
-    loaded = config.load(schema, files, overrides)
+    try:
+        loaded = config.load(schema, files, overrides)
+    except UsageError as error:
+        raise _of_another_job(name, files) or error from error
     if words:
         key = WORDS[name][0]
         setattr(loaded, key, [*getattr(loaded, key), *words])
     return loaded
+
+
+def _of_another_job(name: str, files: Sequence[Path]) -> UsageError | None:
+    """An error for the first file whose keys are those of another job only; None if all fit."""
+    top_level = {job: {*field_names(entry.module)} for job, entry in JOBS.items()}
+    for file in files:
+        keys = {*config.read(file)}
+        others = [job for job, fields in top_level.items() if keys <= fields]
+        if others and name not in others:
+            jobs = " or ".join(map(repr, others))
+            problem = f"config file {str(file)!r} looks like a config of {jobs}, not of {name!r}"
+            return UsageError(f"{problem}; try mesocosm {others[0]} -c {file}")
+    return None
 
 
 def _is_override(word: str) -> bool:

@@ -52,8 +52,8 @@ def list_jobs(cluster: str | None, insecure: bool, as_json: bool) -> None:
         print(output.table([{name: row[name] for name in columns} for row in rows]))
     else:
         print(
-            "no job was submitted from here; mesocosm JOB ... --cluster NAME submits one,"
-            " --cluster NAME lists everybody's"
+            "No job was submitted from this machine. Submit one with `mesocosm JOB --cluster NAME`,"
+            " or list all jobs of a cluster with `mesocosm jobs list --cluster NAME`."
         )
 
 

@@ -11,12 +11,32 @@ import itertools
 import json
 import operator
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
+from mesocosm.config import JobConfig, to_dict
+
+SHARED = [field.name for field in fields(JobConfig)]
+"""The keys of every job, which the stages of a loop get from the loop."""
 PACKAGE = Path(__file__).resolve().parents[1]
 WIDTH = 98
+
+
+def config_of(module: str) -> tuple[str, str]:
+    """The module and name of a job's config, from the job's class `NAME(Job[CONFIG, PLAN])`."""
+    names = _names(module)
+    if isinstance(source := names.get("JOB"), str):
+        return config_of(source)
+    classes = [node for node in names.values() if isinstance(node, ast.ClassDef)]
+    bases = [ast.unparse(base) for node in classes for base in node.bases]
+    (job,) = (base for base in bases if base.startswith("Job["))
+    return module, job.removeprefix("Job[").partition(",")[0]
+
+
+def field_names(module: str) -> list[str]:
+    """The top-level keys of a job's config."""
+    return [key for key, _, _ in config_keys(*config_of(module)) if "." not in key]
 
 
 def config_keys(
@@ -33,19 +53,26 @@ def config_keys(
         yield f"{prefix}{name}", text, block is not None
         if block is not None:
             is_stage = "tracking" in _fields(*block)
-            shared = (*_fields("mesocosm.config", "JobConfig"), "reality") if is_stage else ()
+            shared = (*SHARED, "reality") if is_stage else ()
             yield from config_keys(*block, f"{prefix}{name}.", shared)
 
 
-def describe(module: str, schema: str, defaults: Mapping[str, Any]) -> list[str]:
-    """A line `key = value` for each key, below its docstring as a comment."""
-    lines: list[str] = []
-    for key, text, is_block in config_keys(module, schema):
+def describe(job: str, schema: type[JobConfig]) -> dict[str, list[str]]:
+    """The lines of each section of a config: the job's own keys, a section for each block, and the
+    keys of every job. A line `key = value` stands below its docstring, which is a comment.
+    """
+    sections: dict[str, list[str]] = {job: []}
+    defaults = to_dict(schema())
+    for key, text, is_block in config_keys(schema.__module__, schema.__name__):
+        top, *rest = key.split(".")
+        name = "every job" if top in SHARED else top if rest or is_block else job
+        lines = sections.setdefault(name, [])
         lines += textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="# ")
         if not is_block:
             value = functools.reduce(operator.getitem, key.split("."), defaults)
             lines.append(f"{key} = {json.dumps(value)}")
-    return lines
+    sections["every job"] = sections.pop("every job")  # the last
+    return sections
 
 
 def _fields(module: str, schema: str) -> dict[str, tuple[str, str, str]]:
@@ -53,16 +80,16 @@ def _fields(module: str, schema: str) -> dict[str, tuple[str, str, str]]:
     node = _names(module)[schema]
     if isinstance(node, str):
         return _fields(node, schema)
-    fields: dict[str, tuple[str, str, str]] = {}
+    entries: dict[str, tuple[str, str, str]] = {}
     for base in node.bases:
         if source := _find_class(module, ast.unparse(base)):
-            fields |= _fields(*source)
+            entries |= _fields(*source)
     for line, after in itertools.pairwise([*node.body, ast.Pass()]):
         if isinstance(line, ast.AnnAssign):
             text = ast.literal_eval(after.value) if isinstance(after, ast.Expr) else ""
             name, annotation = ast.unparse(line.target), ast.unparse(line.annotation)
-            fields[name] = (module, annotation, " ".join(text.split()))
-    return fields
+            entries[name] = (module, annotation, " ".join(text.split()))
+    return entries
 
 
 def _find_class(module: str, name: str) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from mesocosm import config, shipped
-from mesocosm.cli.keys import config_keys
+from mesocosm.cli.keys import config_keys, config_of
 from mesocosm.cluster import records, spec
 from mesocosm.jobs.registry import JOBS
 from mesocosm.store.files import use_cache
@@ -42,7 +42,7 @@ def _config_keys(context: click.Context, parameter: click.Parameter, word: str) 
     if (context.params.get("overrides") or ())[-1:] == ("=",):
         return []  # bash splits key=value at its =
     job = JOBS.get(context.command.name or "")
-    schema = ("mesocosm.config", "JobConfig") if job is None else (job.module, job.schema)
+    schema = ("mesocosm.config", "JobConfig") if job is None else config_of(job.module)
     keys = [key for key, _, is_block in config_keys(*schema) if not is_block]
     return [f"{key}=" for key in keys if key.startswith(word)]
 

@@ -181,12 +181,12 @@ def refuse(name: str, cluster: ClusterConfig, report: dict[str, Any]) -> None:
         kind = UsageError if report["refused"]["exit_code"] == 2 else MesocosmError
         raise kind(f"on cluster {name!r}: {report['refused']['said']}")
     resources = report["resources"]
-    if needs := report.get("needs"):
+    for need in report.get("needs", []):
         for key, resource in (("cpus", "CPU"), ("gpus", "GPU")):
             most = max(resources.get(resource, 0), cluster.full(key))
-            if needs[key] > most:
+            if need[key] > most:
                 raise UsageError(
-                    f"{needs['key']} asks for {needs[key]:g} {resource}s and cluster {name!r} has"
+                    f"{need['key']} asks for {need[key]:g} {resource}s and cluster {name!r} has"
                     f" {most:g}; lower it, or use a larger cluster"
                 )
     # Nothing states the memory of nodes that an autoscaler adds, unless the cluster's file does.

@@ -60,6 +60,9 @@ class Collect(Job[CollectConfig, Collection]):
 
     def resolve(self, config: CollectConfig, storage: Storage) -> Collection:
         check(config)
+        budget = config.reality.budget.steps
+        if budget is not None and config.steps > budget:
+            raise UsageError(f"steps must be <= reality.budget.steps={budget}, got {config.steps}")
         environment = facts_of(config.reality)
         check_spaces(*environment.spaces)
         behaviours, sources = _resolve(config.behaviours, storage, *environment.spaces)
@@ -77,22 +80,20 @@ class Collect(Job[CollectConfig, Collection]):
         )
 
     def summary(self, plan: Collection) -> dict[str, Any]:
-        cfg, price, budget = plan.config, plan.config.reality.price, plan.config.reality.budget
-        if budget.steps is not None and cfg.steps > budget.steps:
-            message = f"steps must be <= reality.budget.steps={budget.steps}, got {cfg.steps}"
-            raise UsageError(message)
+        cfg, price = plan.config, plan.config.reality.price
         return {
             "environment": cfg.reality.env,
             "observation space": str(plan.environment.observation_space),
             "action space": str(plan.environment.action_space),
             "real steps": cfg.steps,
-            "budget": budget.steps,
+            "budget": cfg.reality.budget.steps,
             "price": f"{cfg.steps * price.per_step:g} {price.currency}",
             "price of a reset": f"{price.per_reset:g} {price.currency}",
             "behaviours": [acting.label(b) for b in cfg.behaviours],
         }
 
-    def resources(self, config: CollectConfig) -> Resources:
+    def resources(self, plan: Collection) -> Resources:
+        config = plan.config
         return {f"workers={config.workers}": (min(config.workers, config.lanes), 0)}
 
     def make(self, plan: Collection, run: Run) -> Artifact:

@@ -28,7 +28,6 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.evaluate import policy_set, suite
-from mesocosm.evaluate.judge import judging
 from mesocosm.evaluate.report import report
 from mesocosm.job import Job, Plan, Resources
 from mesocosm.jobs import baseline as model_free
@@ -36,7 +35,7 @@ from mesocosm.jobs import collect as collecting
 from mesocosm.jobs import evaluate as evaluation
 from mesocosm.jobs import pretrain as pretraining
 from mesocosm.jobs import train_agent as agents
-from mesocosm.jobs.loop_config import FREE, LoopConfig, acting, fill, real_steps
+from mesocosm.jobs.loop_config import FREE, LoopConfig, acting, fill
 from mesocosm.jobs.loop_preflight import Ready, check_port, preflight, stage_resources
 from mesocosm.runs.tracking import Run, console
 from mesocosm.serve.deployment import deploy, undeploy
@@ -69,27 +68,20 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
     def summary(self, plan: LoopPlan) -> dict[str, Any]:
         cfg, ready = plan.config, plan.ready
         check_port(cfg)
-        horizon = ready.warning
+        price, horizon = cfg.reality.price, ready.warning
         if ready.horizon is not None:
             horizon = f"{ready.limit} steps: {ready.horizon.source}"
-        steps, price, model = real_steps(cfg), cfg.reality.price, cfg.pretrain.model
-        free = sum(b.steps for b in cfg.baselines)
-        judged = suite.most_episodes(cfg.evaluate, 1 + cfg.agent.snapshots)[1] * cfg.rounds
-        judged += sum(map(model_free.judged, cfg.baselines))
-        agent = cfg.agent
         return {
+            "environment": cfg.reality.env,
             "rounds": cfg.rounds,
-            "real steps": steps,
-            "price": f"{steps * price.per_step:g} {price.currency} and {price.per_reset:g} a reset",
-            "model-free real steps": f"at most {free}, {free * price.per_step:g} {price.currency}",
             "horizon": horizon,
-            **judging(cfg.reality, judged, ready.limit),
-            "model": f"{model.family} {model.size}, {cfg.pretrain.train.steps} steps a round",
-            "imagined steps": cfg.rounds * agent.iterations * agent.num_envs * agent.rollout,
+            "price": f"{price.per_step:g} {price.currency} a step, {price.per_reset:g} a reset;"
+            " below, only judging includes its resets",
+            "stages": _stages(cfg, ready.limit),
         }
 
-    def resources(self, config: LoopConfig) -> Resources:
-        return stage_resources(config)
+    def resources(self, plan: LoopPlan) -> Resources:
+        return stage_resources(plan.config)
 
     def make(self, plan: LoopPlan, run: Run) -> Artifact:
         cfg, ready = plan.config, plan.ready
@@ -111,6 +103,35 @@ class LoopJob(Job[LoopConfig, LoopPlan]):
         if not run.quiet:
             console.print(report.curves_table(summary))
         run.say(f"report: {artifact.path / report.PAGE}")
+
+
+def _stages(cfg: LoopConfig, limit: int) -> list[dict[str, Any]]:
+    """The work of each stage and its price in reality, and their total, for a dry run."""
+    price, agent, pretrain = cfg.reality.price, cfg.agent, cfg.pretrain
+    trained = f"{pretrain.model.family} {pretrain.model.size}, {pretrain.train.steps} steps each"
+    imagined = agent.iterations * agent.num_envs * agent.rollout
+    judged = suite.most_episodes(cfg.evaluate, 1 + agent.snapshots)[1] * cfg.rounds
+    judged += sum(map(model_free.judged, cfg.baselines))
+    work = [  # stage, times, real steps, work
+        ("collect", 0 if cfg.datasets else 1, cfg.collect.steps, ""),
+        ("explore", cfg.rounds - 1, (cfg.rounds - 1) * cfg.explore.steps, ""),
+        ("pretrain", cfg.rounds, 0, trained),
+        ("train-agent", cfg.rounds, 0, f"{imagined:,} imagined steps each"),
+        *((f"baseline {b.algo}", 1, b.steps, "") for b in cfg.baselines),
+        ("judging", cfg.rounds, judged * limit, f"{judged} episodes"),
+    ]
+    work = [row for row in work if row[1]]
+    work.append(("total", 1, sum(row[2] for row in work), ""))
+    rows = []
+    for stage, times, steps, text in work:
+        resets = judged if stage in ("judging", "total") else 0
+        amount = steps * price.per_step + resets * price.per_reset
+        at_most = "" if stage in ("collect", "explore") else "at most "
+        cost = f"{at_most}{amount:,.2f} {price.currency}" if steps else "-"
+        rows.append(
+            {"stage": stage, "times": times, "real steps": steps, "price": cost, "work": text}
+        )
+    return rows
 
 
 def _experiment(cfg: LoopConfig) -> dict[str, Any]:

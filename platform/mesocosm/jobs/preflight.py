@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from mesocosm.cluster import ray_session
 from mesocosm.config import JobConfig, TrackingConfig
 from mesocosm.errors import UsageError
+from mesocosm.job import Resources
 from mesocosm.runs.mlflow_mirror import redact
 from mesocosm.store.artifacts import Storage
 
@@ -23,9 +23,6 @@ SERVERS = {"http": 80, "https": 443}
 WRITABLE = "name a folder or bucket in which you may write"
 ANSWER_S = 3.0
 """Seconds to wait for a tracking server to accept a connection."""
-
-Needs = Mapping[str, tuple[float, float]]
-"""(CPUs, GPUs) by the config key and value that asks for them."""
 
 
 def check(config: JobConfig) -> list[str]:
@@ -46,7 +43,7 @@ def check(config: JobConfig) -> list[str]:
     return _check_tracking(config.tracking)
 
 
-def check_resources(config: JobConfig, needs: Needs) -> None:
+def check_resources(config: JobConfig, resources: Resources) -> None:
     """Raise UsageError where the cluster, or the local Ray that would start, lacks resources.
 
     For a dry run: a real run checks its resources when Ray runs.
@@ -55,7 +52,7 @@ def check_resources(config: JobConfig, needs: Needs) -> None:
     if host and port and (reason := _no_answer(host, port)):  # Ray itself waits for minutes
         message = f"ray.address {config.ray.address!r} does not answer ({reason})"
         raise UsageError(f"{message}; start the cluster or leave ray.address unset")
-    for key, (cpus, gpus) in needs.items():
+    for key, (cpus, gpus) in resources.items():
         ray_session.preflight(key=key, cpus=cpus, gpus=gpus, config=config.ray)
 
 

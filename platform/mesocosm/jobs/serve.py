@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import shlex
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.job import Resources
+from mesocosm.job import Job, Plan, Resources
 from mesocosm.runs.tracking import Run
 from mesocosm.serve.config import ServeConfig, check
 from mesocosm.serve.deployment import LISTENERS, deploy, undeploy
@@ -16,23 +17,36 @@ from mesocosm.serve.session import find_world
 from mesocosm.store.artifacts import Storage
 
 
-class Serve:
+@dataclass(frozen=True, kw_only=True)
+class ServePlan(Plan[ServeConfig]):
+    """The world to serve: `id` is that of its artifact, or a folder."""
+
+    folder: Path
+
+
+class Serve(Job[ServeConfig, ServePlan]):
     """A job without an artifact. It ends with Ctrl-C."""
 
-    config = ServeConfig
+    name, kind, config = "serve", "worlds", ServeConfig
 
-    def resources(self, config: ServeConfig) -> Resources:
-        return {}
-
-    def plan(self, config: ServeConfig) -> dict[str, Any]:
-        """The deployment that `run` would start, and its CPUs."""
+    def resolve(self, config: ServeConfig, storage: Storage) -> ServePlan:
         check(config)
         if not config.world:
-            raise UsageError("serve.world must name a world, got ''; set world=<artifact id>")
-        id, folder = find_world(Storage(config.storage.root), config.world)
+            raise UsageError("serve.world must name a world, got ''; try world=worlds/ID")
+        id, folder = find_world(storage, config.world)
+        inputs = {"worlds": [id]}
+        return ServePlan(config=config, inputs=inputs, facts={}, id=id, folder=folder)
+
+    def resources(self, plan: ServePlan) -> Resources:
+        config = plan.config
+        gpus = config.replicas if config.device == "cuda" else 0
+        return {f"replicas={config.replicas}": (config.replicas * config.cpus, gpus)}
+
+    def summary(self, plan: ServePlan) -> dict[str, Any]:
+        config = plan.config
         return {
-            "world": id,
-            "path": str(folder),
+            "world": plan.id,
+            "path": str(plan.folder),
             "app": config.name,
             "replicas": config.replicas,
             "cpus": config.replicas * config.cpus,
@@ -40,17 +54,16 @@ class Serve:
             "price": 0.0,
         }
 
-    def run(self, config: ServeConfig, run: Run) -> None:
+    def execute(self, plan: ServePlan, run: Run) -> None:  # type: ignore[override]
         """Deploy, print how to connect, and wait.
 
         Raises:
-            UsageError: A value is invalid.
             MesocosmError: The application fails later.
         """
         import ray
         from ray import serve
 
-        world = str(self.plan(config)["world"])
+        config, world = plan.config, plan.id
         deploy(config, run.say)
         address = ray.get_runtime_context().gcs_address
         run.record(app=config.name, address=address, inputs={"world": world})

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mesocosm.cluster.spec import ClusterConfig
 from mesocosm.config import fingerprint
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
-from mesocosm.job import Job, Plan
+from mesocosm.job import Job, Plan, Resources
 from mesocosm.runs.tracking import Run, console
 from mesocosm.scaling import cells
 from mesocosm.scaling.grid import SCHEMA, Cell, Grid, Trunk, lay_out, resolved_precision
@@ -40,6 +41,11 @@ TABLE, SUMMARY, LAW, PLOT = "table.csv", "summary.json", "law.json", "loss.svg"
 class SweepPlan(Plan[SweepConfig]):
     dataset: Dataset
     cluster: ClusterConfig
+
+    @cached_property
+    def grid(self) -> Grid:
+        """The cells and their work. Counting FLOPs takes seconds."""
+        return lay_out(self.config, self.dataset, self.cluster)
 
 
 class Sweep(Job[SweepConfig, SweepPlan]):
@@ -72,10 +78,13 @@ class Sweep(Job[SweepConfig, SweepPlan]):
 
     def summary(self, plan: SweepPlan) -> dict[str, Any]:
         """The cells, their hours and their price on the cluster."""
-        grid = lay_out(plan.config, plan.dataset, plan.cluster)
         storage = Storage(plan.config.storage.root)
         done = set() if plan.config.force else cells.finished(storage)
-        return {"sweep": f"laws/{plan.id}"} | grid.summary(done)
+        return {"sweep": f"laws/{plan.id}"} | plan.grid.summary(done)
+
+    def resources(self, plan: SweepPlan) -> Resources:
+        at_once = min(plan.config.concurrent, len(plan.grid.trunks(plan.grid.cells)))
+        return {f"concurrent={plan.config.concurrent}": (at_once, 0)}
 
     def make(self, plan: SweepPlan, run: Run) -> Artifact:
         return _Sweep(self, plan, run).make()
@@ -91,7 +100,7 @@ class _Sweep:
         # Ray takes seconds to start, and so does counting FLOPs. Ray's daemons die with the thread
         # that starts them, so this thread starts them.
         with ThreadPoolExecutor(1) as thread:
-            grid = thread.submit(lay_out, config, plan.dataset, plan.cluster)
+            grid = thread.submit(lambda: plan.grid)
             ray_session.ensure(config.ray)
             importlib.import_module("mesocosm.scaling.trials")
             self.grid: Grid = grid.result()

@@ -21,7 +21,7 @@ from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.errors import ArtifactError, MesocosmError, UsageError
-from mesocosm.job import Job, Plan
+from mesocosm.job import Job, Plan, Resources
 from mesocosm.model import counts
 from mesocosm.runs import tracking
 from mesocosm.runs.tracking import Run
@@ -119,6 +119,10 @@ class Pretrain(Job[PretrainConfig, Pretraining]):
             "flops": steps * prepare.step_flops(codec.spec, model, train),
             "memory_gib": round(memory, 2),
         }
+
+    def resources(self, plan: Pretraining) -> Resources:
+        workers = plan.config.train.workers
+        return {f"train.workers={workers}": (workers, workers * plan.gpus)}
 
     def make(self, plan: Pretraining, run: Run) -> Artifact:
         """Train the world, from its last checkpoint if there is one, and export it."""
