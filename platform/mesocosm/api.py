@@ -25,7 +25,7 @@ def load_world(ref: str | Path, root: str = ROOT, *, device: torch.device | str 
     """Load a world into this process.
 
     Args:
-        ref: An id, `worlds/<id>`, a unique prefix of an id, or a folder with a `world.json`.
+        ref: An id, `worlds/ID`, a unique prefix of an id, or a folder with a `world.json`.
         root: The storage root: a folder, or `s3://bucket/prefix`.
         device: Where its networks compute.
 
@@ -44,7 +44,7 @@ def load_dataset(*refs: str | Path, root: str = ROOT) -> Dataset:
     """Open one or several datasets as one. Shards are fetched and verified when they are read.
 
     Args:
-        refs: For each dataset an id, `datasets/<id>`, a unique prefix of an id, or a folder with a
+        refs: For each dataset an id, `datasets/ID`, a unique prefix of an id, or a folder with a
             `manifest.json`.
         root: The storage root: a folder, or `s3://bucket/prefix`.
 
@@ -64,7 +64,7 @@ def load_policy(ref: str | Path, root: str = ROOT) -> Policy:
     """Load a trained policy. It acts without Ray.
 
     Args:
-        ref: An id, `agents/<id>`, a unique prefix of an id, each with `@<iteration>` for a
+        ref: An id, `agents/ID`, a unique prefix of an id, each with `@ITERATION` for a
             snapshot, or a folder with a `policy.json`.
         root: The storage root: a folder, or `s3://bucket/prefix`.
 

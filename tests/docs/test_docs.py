@@ -41,7 +41,7 @@ BASES = (REPOSITORY, PACKAGE, REPOSITORY / "tests")
 """Where a path that a page names may begin."""
 STORED = ("agents/", "runs/")
 """How paths in storage begin, which look like folders of the package."""
-SOMEBODY = re.compile(r"\bID\b|<id[^>]*>")
+SOMEBODY = re.compile(r"\b(OTHER_)?ID\b")
 """What stands in a page for the id of the reader's own artifact."""
 LACKING = ("id0", "law.json", "table.csv", "mymodule", "is no file, folder or pattern")
 """Of these a dry run may say that they are not there: an earlier command would have made them, or
@@ -90,7 +90,7 @@ def test_a_command_is_understood(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("MESOCOSM_HOME", str(tmp_path))
-    words = shlex.split(SOMEBODY.sub("id0", command.text).replace("<port>", "6379"))
+    words = shlex.split(SOMEBODY.sub("id0", command.text).replace("PORT", "6379"))
     words = words[words.index("mesocosm") + 1 :]
     words = words[
         : next((at for at, word in enumerate(words) if word in ("|", "&&", ">", ";")), None)

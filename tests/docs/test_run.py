@@ -1,7 +1,7 @@
 """The commands of every page, run as a reader would type them, in the page's order, each in a
 folder and a storage of the page's own.
 
-Jobs are given what makes them short (SHORT). Where a page says `ID` or `<id>` stands the newest
+Jobs are given what makes them short (SHORT). Where a page says `ID` or `ID` stands the newest
 artifact of the kind that the word before it names, as the page's own commands made it, or else what
 came with the folder. A served world runs until the page's end, or until it serves another.
 """
@@ -198,8 +198,8 @@ def _filled(text: str, folder: Path, heard: dict[str, str]) -> str:
 
     for word, what in (
         ("<as reset said>", "session"),
-        ("<session>", "session"),
-        ("<port>", "address"),
+        ("SESSION", "session"),
+        ("PORT", "address"),
         ("8000", "port"),
     ):
         if what in heard:

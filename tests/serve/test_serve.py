@@ -333,7 +333,7 @@ def test_missing(served: str) -> None:
     with pytest.raises(
         UsageError,
         match=(
-            r"'nobody' is served on this Ray; run `mesocosm serve world=<id> name=nobody` and give"
+            r"'nobody' is served on this Ray; run `mesocosm serve world=ID name=nobody` and give"
             r" the ray.address .* or set backend=local"
         ),
     ):

@@ -118,7 +118,7 @@ class Checkpoints:
             self.storage.write(name, path.read_bytes())
 
     def load_snapshots(self, into: Path, progress: AgentProgress) -> None:
-        """Copy the policies up to the checkpoint to `into`/<iteration>/."""
+        """Copy the policies up to the checkpoint to `into`/ITERATION/."""
         for name in self.storage.list(f"{self.folder}/{SNAPSHOTS}"):
             if int(name) > progress.iteration:
                 continue

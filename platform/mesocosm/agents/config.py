@@ -12,7 +12,7 @@ from mesocosm.envs.config import RealityConfig
 @dataclass
 class AgentConfig(JobConfig):
     world: str = ""
-    """The world to train in: `worlds/<id>`, an id, or a unique prefix of one."""
+    """The world to train in: `worlds/ID`, an id, or a unique prefix of one."""
     backend: str = "serve"
     """`serve` (the Ray Serve application `app`) or `local` (in the environment runner's process).
     Both give the same trajectories.
@@ -37,7 +37,7 @@ class AgentConfig(JobConfig):
     rollout: int = 64
     """Steps of each environment in an iteration, which takes num_envs x rollout imagined steps."""
     snapshots: int = 8
-    """Policies saved during training, evenly spread over the iterations: `agents/<id>@<iteration>`.
+    """Policies saved during training, evenly spread over the iterations: `agents/ID@ITERATION`.
     The agent is the best of them and the last, by greedy imagined episodes. 0 saves none.
     """
     runners: int = 0
@@ -70,7 +70,7 @@ class AgentConfig(JobConfig):
     rest).
     """
     init: str | None = None
-    """`agents/<id>`: start from the weights of an earlier agent with the same algorithm, network
+    """`agents/ID`: start from the weights of an earlier agent with the same algorithm, network
     and spaces. The earlier agent is kept where training makes it worse in this world.
     """
 

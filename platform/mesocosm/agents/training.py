@@ -112,9 +112,7 @@ class TrainAgent(Job[AgentConfig, TrainAgentPlan]):
     def resolve(self, config: AgentConfig, storage: Storage) -> TrainAgentPlan:
         check(config)
         if not config.world:
-            raise UsageError(
-                "world is not set; give the world to train in, as in world=worlds/ab12"
-            )
+            raise UsageError("world is not set; give the world to train in, as in world=worlds/ID")
         world = storage.artifact("worlds", config.world)
         codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
         datasets = _datasets(config, storage, world)

@@ -84,8 +84,8 @@ def show(id: str, files: Sequence[str], overrides: Sequence[str], as_json: bool)
 
     \b
     Examples:
-      mesocosm data show ab12
-      mesocosm data show ab12 --json
+      mesocosm data show ID
+      mesocosm data show ID --json
     """
     from mesocosm.datasets.dataset import Dataset
     from mesocosm.evaluate.report import coverage_page
@@ -132,7 +132,7 @@ def diff(a: str, b: str, files: Sequence[str], overrides: Sequence[str], as_json
 
     \b
     Example:
-      mesocosm data diff ab12 cd34
+      mesocosm data diff ID OTHER_ID
     """
     from mesocosm.datasets.dataset import Dataset
     from mesocosm.evaluate.metrics.coverage import compare

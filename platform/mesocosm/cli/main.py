@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def job(name: str) -> NoReturn:
-    """The entry point of `jobs/<name>.py`."""
+    """The entry point of `jobs/NAME.py`."""
     sys.argv.insert(1, name)
     sys.exit(main())
 

@@ -39,7 +39,7 @@ UNUSED = {"test", "this", "antigravity", "idlelib", "turtle", "turtledemo"}
 class Frozen:
     job: str
     id: str
-    """`<job>-<content hash>`, without the attempt."""
+    """`JOB-HASH`, without the attempt."""
     config: JobConfig
     """The config for the cluster."""
     files: dict[str, Path]

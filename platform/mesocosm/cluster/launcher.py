@@ -1,4 +1,4 @@
-"""The config of Ray's cluster launcher on EC2, made from `clusters/<name>.yaml`.
+"""The config of Ray's cluster launcher on EC2, made from `clusters/NAME.yaml`.
 
 Every node starts with token authentication and the token in a 0600 file. The dashboard listens on
 the head's loopback only. The head is on demand and runs no tasks. Nodes are terminated rather than

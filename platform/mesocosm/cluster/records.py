@@ -1,4 +1,4 @@
-"""The jobs submitted from here, and their clusters: `~/.mesocosm/jobs/<id>.json`.
+"""The jobs submitted from here, and their clusters: `~/.mesocosm/jobs/ID.json`.
 
 A record holds nothing secret. Ray and storage have the rest.
 """

@@ -1,4 +1,4 @@
-"""Cluster files, `clusters/<name>.yaml`: place, nodes, prices and token. Imports no Ray."""
+"""Cluster files, `clusters/NAME.yaml`: place, nodes, prices and token. Imports no Ray."""
 
 from __future__ import annotations
 

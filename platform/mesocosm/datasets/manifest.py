@@ -43,7 +43,7 @@ EPISODES = np.dtype(
         ("hash", "<i8"),  # of (dataset id, index): the seed of an episode's bootstrap mask
     ]
 )
-"""`tables/<shard>.npy`: one record an episode of the shard, in the order of its rows."""
+"""`tables/SHARD.npy`: one record an episode of the shard, in the order of its rows."""
 
 LENGTHS = np.dtype(
     [
@@ -165,7 +165,7 @@ class Manifest(_Model):
         except OSError as error:
             raise ArtifactError(
                 f"{str(folder)!r} is not a dataset: {MANIFEST} cannot be read ({error.strerror});"
-                " give a datasets/<id>"
+                " give a datasets/ID"
             ) from error
         except ValidationError as error:
             first = error.errors()[0]

@@ -1,6 +1,6 @@
 """The ledger: the cost of reality by purpose, exact for any number of processes and any crash.
 
-An append-only journal `ROOT/ledgers/<id>/NNNNNNNN.json`. A record reserves real steps and resets
+An append-only journal `ROOT/ledgers/ID/NNNNNNNN.json`. A record reserves real steps and resets
 *before* they happen, confirms an earlier reservation with what was used, or does both. Record n is
 created exclusively, by a process that has read records 0..n-1 and found budget left in them, so the
 records are one agreed sequence and the budget holds without a lock or a server. A reservation that

@@ -35,11 +35,11 @@ PARTS = 3
 @dataclass
 class ProposeConfig(JobConfig):
     world: str = ""
-    """`worlds/<id>`, or a unique prefix of the id."""
+    """`worlds/ID`, or a unique prefix of the id."""
     steps: int = 1000
     """Real steps that may be bought."""
     agents: list[str] = field(default_factory=list)
-    """`agents/<id>`, or `agents/<id>@<iteration>` for a snapshot. Each acts greedily, with every
+    """`agents/ID`, or `agents/ID@ITERATION` for a snapshot. Each acts greedily, with every
     level of `noises`.
     """
     noises: list[float] = field(default_factory=lambda: [0.0, 0.1, 0.3, 0.6])
@@ -102,7 +102,7 @@ class CheckedProposal:
 def check(cfg: ProposeConfig) -> None:
     """Raise UsageError on the first wrong value. Reads nothing but the config."""
     if not cfg.world:
-        raise UsageError("world is not set; try world=worlds/ab12, the world to improve")
+        raise UsageError("world is not set; try world=worlds/ID, the world to improve")
     checks.at_least(cfg, 2, "steps")
     checks.within(cfg, 0, 1, "even")
     checks.at_least(cfg, 4, "imagined")

@@ -18,9 +18,9 @@ from mesocosm.policies.behaviours import BehaviourConfig
 @dataclass
 class EvaluateConfig(JobConfig):
     world: str = ""
-    """`worlds/<id>`, or a unique prefix of the id."""
+    """`worlds/ID`, or a unique prefix of the id."""
     agent: str | None = None
-    """`agents/<id>` to judge in reality and in the world. None evaluates the world alone and takes
+    """`agents/ID` to judge in reality and in the world. None evaluates the world alone and takes
     no real step.
     """
     datasets: list[str] = field(default_factory=list)
@@ -70,7 +70,7 @@ class EvaluateConfig(JobConfig):
     def validate(self) -> None:
         """Raise UsageError on the first wrong value. Reads nothing but the config."""
         if not self.world:
-            raise UsageError("world is not set; try world=worlds/ab12, the world to evaluate")
+            raise UsageError("world is not set; try world=worlds/ID, the world to evaluate")
         checks.at_least(self, 1, "starts", "samples", "imagined")
         # An interval needs two episodes.
         checks.at_least(self, 1 if self.agent is None else 2, "episodes")

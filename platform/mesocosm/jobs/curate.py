@@ -88,7 +88,7 @@ class Curate(Job[CurateConfig, Curation]):
 
     def resolve(self, config: CurateConfig, storage: Storage) -> Curation:
         if not config.data.datasets:
-            raise UsageError("data.datasets must name a dataset, got []; try data.datasets=[ab12]")
+            raise UsageError("data.datasets must name a dataset, got []; try data.datasets=[ID]")
         checks.at_least(config, 0, "workers")
         operations = parse(config.operations)
         datasets = [storage.artifact("datasets", ref) for ref in config.data.datasets]

@@ -36,7 +36,7 @@ class LoopConfig(JobConfig):
     stop_at_target: bool = False
     """End after the first round whose judged mean return reaches the target."""
     datasets: list[str] = field(default_factory=list)
-    """Logs that replace the first round's collection (`datasets/<id>`). With rounds=1 training then
+    """Logs that replace the first round's collection (`datasets/ID`). With rounds=1 training then
     takes no real step, for any `reality.budget.steps`. Judging has its own meter.
     """
     collect: CollectConfig = field(default_factory=CollectConfig)

@@ -169,7 +169,7 @@ def pretrain_yaml(request: PlanRequest, answer: dict[str, Any]) -> str:
     if answer["collect"]:
         head.append(f"# First collect {answer['collect']} of them: add their dataset to datasets.")
     if not data.datasets:
-        head.append("# mesocosm pretrain -c plan.yaml data.datasets=[<id that collect printed>]")
+        head.append("# mesocosm pretrain -c plan.yaml data.datasets=[ID]")
     return "\n".join([*head, config.to_yaml(job, ("seed", "data", "model", "train"))])
 
 

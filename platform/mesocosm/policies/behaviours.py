@@ -41,7 +41,7 @@ class BehaviourConfig:
     where unbounded). Other spaces: the probability of a random action.
     """
     policy: str | None = None
-    """`agents/<id>`, or `agents/<id>@<iteration>` for a snapshot of its training."""
+    """`agents/ID`, or `agents/ID@ITERATION` for a snapshot of its training."""
     function: str | None = None
     """`module:function`, called as f(observation, rng) -> action. Modules may be in the current
     directory.
@@ -138,7 +138,7 @@ def narrowed(reality: RealityConfig, behaviour: BehaviourConfig) -> RealityConfi
 
 
 def full_name(storage: Storage, policy: str) -> str:
-    """`agents/<id>` or `agents/<id>@<iteration>` of a reference, which may be a prefix.
+    """`agents/ID` or `agents/ID@ITERATION` of a reference, which may be a prefix.
 
     Raises:
         UsageError: There is no such agent.

@@ -245,7 +245,7 @@ def _first(leaf: Any) -> Any:
 
 
 def policy_of(storage: Storage, ref: str) -> Policy:
-    """Load the policy `agents/<id>`, or its snapshot `agents/<id>@<iteration>`.
+    """Load the policy `agents/ID`, or its snapshot `agents/ID@ITERATION`.
 
     Raises:
         UsageError: There is no such agent or snapshot.

@@ -1,6 +1,6 @@
 """Runs: the record of a job, written while it works.
 
-    ROOT/runs/<job>/<id>/config.yaml     the composed config
+    ROOT/runs/JOB/ID/config.yaml         the composed config
                         /status.json     running | done | failed | stopped, times, the error, facts
                         /metrics.jsonl   the truth: lines of {"time", "step", metric: value, ...}
                         /log.txt         all messages, and the traceback of a failure

@@ -1,7 +1,7 @@
 """Finished cells in storage, whichever sweep trained them. Imports no Ray.
 
-    ROOT/cells/results/<id>.json          a record of each finished cell, created in one write
-    ROOT/cells/bases/<id>.safetensors     a base that several cells share
+    ROOT/cells/results/ID.json            a record of each finished cell, created in one write
+    ROOT/cells/bases/ID.safetensors       a base that several cells share
 
 A sweep's table has a row for each of its cells' records.
 """

@@ -42,14 +42,14 @@ class PlanConfig(PretrainConfig):
     """
 
     law: str = ""
-    """A law.json, or `laws/<id>` of a sweep."""
+    """A law.json, or `laws/ID` of a sweep."""
     flops: float | None = None
     """The budget in counted FLOPs. Either this or `money`."""
     money: float | None = None
     """The budget in money, for compute and reality together."""
     price: PlanPrice = field(default_factory=PlanPrice)
     cluster: str | None = None
-    """`clusters/<name>.yaml`, which sets the price of a FLOP."""
+    """`clusters/NAME.yaml`, which sets the price of a FLOP."""
     owned: int | None = None
     """Different real transitions that exist already. null: the training transitions of
     `data.datasets`, or none.
@@ -60,7 +60,7 @@ class PlanConfig(PretrainConfig):
         self.model.validate()
         price, per_exaflop, cluster = self.price, self.price.per_exaflop, self.cluster
         if not self.law:
-            raise UsageError("law is not set; give --law law.json, or --law laws/<id> of a sweep")
+            raise UsageError("law is not set; give --law law.json, or --law laws/ID of a sweep")
         if (self.flops is None) == (self.money is None):
             both = f"flops={self.flops} and money={self.money} are both set"
             message = "neither flops nor money is set" if self.flops is None else both

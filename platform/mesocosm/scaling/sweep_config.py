@@ -80,7 +80,7 @@ class SweepConfig(JobConfig):
     concurrent: int = 2
     """Trunks that train at once, with one worker each."""
     cluster: str = "local"
-    """`clusters/<name>.yaml`, for the estimates of hours and price."""
+    """`clusters/NAME.yaml`, for the estimates of hours and price."""
 
     def validate(self) -> None:
         """Check the values alone. Raises UsageError with the key, its value and the fix."""

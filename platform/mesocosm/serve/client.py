@@ -3,7 +3,7 @@
 Importing this module registers `mesocosm/World-v0`:
 
     import gymnasium, mesocosm.serve.client
-    envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="<id>", horizon=200)
+    envs = gymnasium.make_vec("mesocosm/World-v0", num_envs=64, world="ID", horizon=200)
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Served:
         except (RayServeException, ValueError) as error:
             raise NotServed(
                 f"no world application {app!r} is served on this Ray; run `mesocosm serve"
-                f" world=<id> name={app}` and give the ray.address that it prints (in Python:"
+                f" world=ID name={app}` and give the ray.address that it prints (in Python:"
                 " address=...), or set backend=local"
             ) from error
         logging.getLogger("ray.serve").setLevel(logging.WARNING)

@@ -106,7 +106,7 @@ class Pool(Generic[T]):
                 break
             wait_s = slot.used + self.idle_s - time.monotonic()
             if wait_s > 0:
-                fix = "end one with DELETE /v1/sessions/<session>"
+                fix = "end one with DELETE /v1/sessions/SESSION"
                 raise PoolFull(f"{limits} are in use; {fix}, or try again in {math.ceil(wait_s)} s")
             keys.append(key)
             count, total = count - 1, total - slot.weight

@@ -75,7 +75,7 @@ class Guard:
         limit = LARGEST_BINARY if scope["path"] == BINARY else LARGEST_JSON
         refusal: Response | None = None
         if not self._authorized(scope):
-            fix = "send the header 'Authorization: Bearer <token>'"
+            fix = "send the header 'Authorization: Bearer TOKEN'"
             detail = f"this route requires the world's token; {fix}"
             refusal = _problem(401, detail, {"WWW-Authenticate": "Bearer"})
         elif self._running >= CONNECTIONS:

@@ -1,10 +1,10 @@
 """Artifacts, which appear whole or not at all.
 
-    ROOT/<kind>/<id>/...            an artifact. COMMIT.json (checksums, lineage) is written last.
+    ROOT/KIND/ID/...                an artifact. COMMIT.json (checksums, lineage) is written last.
                                     A remote root cannot rename folders: there the files are in a
                                     subfolder of their writer, which COMMIT.json names.
-    ROOT/runs/<job>/<id>/...        a run's config.yaml, status.json, metrics.jsonl, log.txt
-    ROOT/ledgers/<id>/NNNNNNNN.json an append-only journal: record n is created exclusively
+    ROOT/runs/JOB/ID/...            a run's config.yaml, status.json, metrics.jsonl, log.txt
+    ROOT/ledgers/ID/NNNNNNNN.json   an append-only journal: record n is created exclusively
 
 A root is a folder or `s3://bucket/prefix`.
 """

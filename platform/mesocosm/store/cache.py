@@ -6,7 +6,7 @@ processes. Where the root is a folder, or `Storage.artifact` keeps a whole copy 
 cache folder records which files (size, inode, time of change) were verified. What is fetched from a
 remote root is stored in
 
-    CACHE/parts/<kind>/<id>/<writer's folder>/<unit>
+    CACHE/parts/KIND/ID/WRITER/UNIT
 
 by one rename, after its checksums were verified and its bytes were on disk: a unit in there is
 whole.

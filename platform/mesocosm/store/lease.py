@@ -1,6 +1,6 @@
 """Leases: one process at a time makes an artifact.
 
-    ROOT/leases/<kind>.<id>.NNNNNNNN.json    its holder and a heartbeat; the highest number counts
+    ROOT/leases/KIND.ID.NNNNNNNN.json        its holder and a heartbeat; the highest number counts
 
 A lease is claimed by creating the next number exclusively. Numbers are used again once their files
 are removed, so two processes that listed the folder at different times may claim two numbers: a

@@ -132,7 +132,7 @@ class PretrainConfig(JobConfig):
         self.model.validate()
         t = self.train
         if not self.data.datasets:
-            raise UsageError("data.datasets must not be empty, got []; try data.datasets=[ab12]")
+            raise UsageError("data.datasets must not be empty, got []; try data.datasets=[ID]")
         self.data.validate()
         if t.steps is not None and t.epochs is not None:
             raise UsageError(
