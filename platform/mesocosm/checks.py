@@ -19,7 +19,9 @@ def at_least(config: Any, least: float, *keys: str, prefix: str = "") -> None:
             raise UsageError(f"{prefix}{key} must be >= {least:g}, got {value}")
 
 
-def within(config: Any, low: float, high: float, *keys: str, open: str = "") -> None:
+def within(
+    config: Any, low: float, high: float, *keys: str, open: str = "", prefix: str = ""
+) -> None:
     """Check that numbers lie in an interval. `open` names the ends that are outside: "[", "]"."""
     left, right = "(" if "[" in open else "[", ")" if "]" in open else "]"
     for key in keys:
@@ -28,17 +30,18 @@ def within(config: Any, low: float, high: float, *keys: str, open: str = "") -> 
             low <= value <= high and (left, value) != ("(", low) and (right, value) != (")", high)
         )
         if not inside:
-            raise UsageError(f"{key} must be in {left}{low:g}, {high:g}{right}, got {value}")
+            interval = f"{left}{low:g}, {high:g}{right}"
+            raise UsageError(f"{prefix}{key} must be in {interval}, got {value}")
 
 
-def one_of(config: Any, choices: Iterable[str], *keys: str) -> None:
+def one_of(config: Any, choices: Iterable[str], *keys: str, prefix: str = "") -> None:
     """Check that strings are among `choices`."""
     known = list(choices)
     for key in keys:
         value = _get(config, key)
         if value not in known:
-            names = ", ".join(known)
-            raise UsageError(f"{key} must be one of {names}; got {value!r}{nearest(value, known)}")
+            names, hint = ", ".join(known), nearest(value, known)
+            raise UsageError(f"{prefix}{key} must be one of {names}; got {value!r}{hint}")
 
 
 def _get(config: Any, key: str) -> Any:

@@ -163,7 +163,7 @@ def test_bounds_of_what_is_imported(
             )
         )
     with pytest.raises(
-        UsageError, match=r"reality.bounds must be 'drop', 'clip' or 'ignore', got 'keep'"
+        UsageError, match=r"reality.bounds must be one of drop, clip, ignore; got 'keep'"
     ):
         IMPORT.plan(configured(path, bounds="keep"))
 

@@ -18,14 +18,8 @@ from mesocosm.envs.config import (
     parse_success,
 )
 from mesocosm.envs.episode import EpisodeError, episode_seed, run_episode
-from mesocosm.envs.make import (
-    TaskSampler,
-    draw_options,
-    environment_version,
-    facts_of,
-    make_env,
-    task_keys,
-)
+from mesocosm.envs.guard import GuardedEnv
+from mesocosm.envs.make import draw_options, environment_version, facts_of, make_env, task_keys
 from mesocosm.errors import MesocosmError, UsageError
 
 
@@ -164,11 +158,11 @@ def test_reset_options_are_drawn_by_seed_and_episode(own: Path) -> None:
     assert np.allclose(
         step, got[0].task["wind"] * (1 if got[0].task["side"] == "east" else -1), atol=1e-6
     )
-    sampler = TaskSampler(make_env(config), config)
+    sampler = GuardedEnv(config)
     winds = []
     for seed in (1, None, None, 1):
         sampler.reset(seed=seed)
-        winds.append(sampler.unwrapped.options["wind"])
+        winds.append(sampler.env.unwrapped.options["wind"])
     assert winds[0] == winds[3] and len(set(winds)) == 3
 
 

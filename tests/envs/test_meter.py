@@ -113,8 +113,8 @@ def test_a_hanging_step_is_counted_and_the_meter_frozen(own: Path, root: str) ->
     thread.start()
     while env.meter.busy_s() < 0.05:
         time.sleep(0.01)
-    assert env.meter.stop_if_hung(10.0) is None
-    usage = env.meter.stop_if_hung(0.04)
+    assert env.meter.stop(10.0) is None
+    usage = env.meter.stop(0.04)
     assert usage is not None and usage.steps == 2 and usage.seconds >= 0.05
     ledger.confirm(usage)
     gate.set()
@@ -135,7 +135,7 @@ def test_a_step_that_comes_back_after_all_is_confirmed_once(own: Path, root: str
     env.reset(seed=0)
     for _ in range(2):
         env.step(STILL)
-    asked = threading.Timer(0.3, lambda: env.meter.stop_if_hung(0.1))
+    asked = threading.Timer(0.3, lambda: env.meter.stop(0.1))
     asked.start()
     with pytest.raises(EpisodeError, match="stopped"):
         env.step(STILL)

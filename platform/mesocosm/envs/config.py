@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mesocosm import checks
 from mesocosm.errors import UsageError
 
 BOUNDS = ("drop", "clip", "ignore")
@@ -72,29 +73,18 @@ class RealityConfig:
     """
 
 
-def _require(valid: bool, key: str, rule: str, value: Any) -> None:
-    if not valid:
-        raise UsageError(f"{key} must be {rule}, got {value!r}")
-
-
 def check(config: RealityConfig) -> None:
     """Raise UsageError on the first invalid value. Makes no environment."""
-    name = "a Gymnasium id such as 'InvertedPendulum-v5', or module:Id of your own"
-    _require(bool(config.env), "reality.env", name, config.env)
-    price, steps, horizon = config.price, config.budget.steps, config.horizon
-    for key, value in (("per_step", price.per_step), ("per_reset", price.per_reset)):
-        valid = math.isfinite(value) and value >= 0
-        _require(valid, f"reality.price.{key}", "a number of at least 0", value)
-    currency = "a currency such as 'USD'"
-    _require(bool(price.currency), "reality.price.currency", currency, price.currency)
-    rule = "at least 0, or null for no bound"
-    _require(steps is None or steps >= 0, "reality.budget.steps", rule, steps)
-    rule = "at least 1, or null for the environment's own limit"
-    _require(horizon is None or horizon >= 1, "reality.horizon", rule, horizon)
+    rule = "a Gymnasium id such as 'InvertedPendulum-v5', or module:Id of your own"
+    _require(bool(config.env), "reality.env", rule, config.env)
+    keys = ("price.per_step", "price.per_reset")
+    checks.within(config, 0, math.inf, *keys, open="]", prefix="reality.")
+    currency = config.price.currency
+    _require(bool(currency), "reality.price.currency", "a currency such as 'USD'", currency)
+    checks.at_least(config, 0, "budget.steps", prefix="reality.")
+    checks.at_least(config, 1, "horizon", prefix="reality.")
     check_bounds(config)
-    timeout = config.step_timeout_s
-    valid = math.isfinite(timeout) and timeout > 0
-    _require(valid, "reality.step_timeout_s", "a number of seconds above 0", timeout)
+    checks.within(config, 0, math.inf, "step_timeout_s", open="[]", prefix="reality.")
     task = list(config.task)
     _require(len(set(task)) == len(task), "reality.task", "a list of different names", task)
     for name, option in config.task_options.items():
@@ -107,10 +97,14 @@ def check(config: RealityConfig) -> None:
         parse_success(config.success)
 
 
+def _require(valid: bool, key: str, rule: str, value: Any) -> None:
+    if not valid:
+        raise UsageError(f"{key} must be {rule}, got {value!r}")
+
+
 def check_bounds(config: RealityConfig) -> None:
     """Raise UsageError where `reality.bounds` is unknown."""
-    valid = config.bounds in BOUNDS
-    _require(valid, "reality.bounds", "'drop', 'clip' or 'ignore'", config.bounds)
+    checks.one_of(config, BOUNDS, "bounds", prefix="reality.")
 
 
 def check_option(key: str, option: DrawnOption) -> None:
@@ -122,8 +116,7 @@ def check_option(key: str, option: DrawnOption) -> None:
             f" {key}.low and {key}.high"
         )
     if choices is None:
-        ends = [value for value in (low, high) if value is not None and math.isfinite(value)]
-        valid = len(ends) == 2 and ends[0] < ends[1]
+        valid = low is not None and high is not None and -math.inf < low < high < math.inf
         _require(valid, f"{key}.low and high", "two numbers with low < high", (low, high))
         return
     valid = all(

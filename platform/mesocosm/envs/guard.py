@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import gymnasium
+import numpy as np
 
 from mesocosm.envs.api import Env, close, take_reset, take_step
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.episode import all_finite
-from mesocosm.envs.make import make_env
+from mesocosm.envs.make import draw_options, make_env
 from mesocosm.errors import MesocosmError
 
 MAX_FAILURES = 5
-"""After so many failures in a row, without a finished episode between them, the environment counts
-as broken.
-"""
+"""Consecutive failures, without a finished episode between them, after which it counts as broken"""
 
 
 class Timed(gymnasium.Wrapper[Any, Any, Any, Any]):
@@ -46,15 +46,16 @@ class Timed(gymnasium.Wrapper[Any, Any, Any, Any]):
 
 
 class GuardedEnv(gymnasium.Env[Any, Any]):
-    """The environment of `config`. A step that fails truncates its episode at the last observation,
-    without reward.
+    """The environment of `config`, with its reset options drawn, for agents that train in reality.
 
-    A new environment replaces the failed one, and `dropped` lists the reasons. Raises MesocosmError
-    after MAX_FAILURES in a row.
+    A step that fails truncates its episode at the last observation, without reward. A new
+    environment replaces the failed one, and `dropped` lists the reasons. Raises MesocosmError after
+    MAX_FAILURES in a row.
     """
 
     def __init__(self, config: RealityConfig):
         self._config = config
+        self._options = np.random.default_rng()
         self.dropped: list[str] = []
         self._failures = 0
         self._make()
@@ -69,36 +70,36 @@ class GuardedEnv(gymnasium.Env[Any, Any]):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         super().reset(seed=seed)
+        if seed is not None:
+            self._options = np.random.default_rng(seed)
+        options = draw_options(self._config, self._options) | (options or {}) or None
         while True:
-            try:
-                observation, info = take_reset(self.env, seed=seed, options=options)
-                if all_finite(observation):
-                    self._last = deepcopy(observation)
-                    return observation, info
-                reason = "the reset's observation holds NaN or infinity"
-            except MesocosmError:
-                raise
-            except (Exception, SystemExit) as error:
-                reason = f"the reset raised {type(error).__name__}: {error}"
-            self._failed(reason)
+            reset = partial(take_reset, self.env, seed=seed, options=options)
+            if (result := self._attempt("reset", reset)) is not None:
+                return result
             seed = None  # the same seed might fail again
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        result = self._attempt("step", partial(take_step, self.env, action))
+        if result is None:
+            return self._last, 0.0, False, True, {}
+        if result[2] or result[3]:
+            self._failures = 0
+        return result
+
+    def _attempt(self, name: str, call: Callable[[], Any]) -> Any:
+        """The result of a step or reset. None where it failed: a new environment is made."""
         try:
-            observation, reward, terminated, truncated, info = take_step(self.env, action)
-            if all_finite((observation, reward, info.get("duration", 0.0))):
-                self._last = deepcopy(observation)
-                self._failures = 0 if terminated or truncated else self._failures
-                return observation, reward, terminated, truncated, info
-            reason = "a step gave NaN or infinity"
+            result = call()
+            *values, info = result
+            if all_finite((*values, info.get("duration", 0.0))):
+                self._last = deepcopy(result[0])
+                return result
+            reason = f"the {name} gave NaN or infinity"
         except MesocosmError:
             raise
         except (Exception, SystemExit) as error:
-            reason = f"a step raised {type(error).__name__}: {error}"
-        self._failed(reason)
-        return self._last, 0.0, False, True, {}
-
-    def _failed(self, reason: str) -> None:
+            reason = f"the {name} raised {type(error).__name__}: {error}"
         self.dropped.append(" ".join(reason.split()))
         self._failures += 1
         if self._failures >= MAX_FAILURES:
@@ -108,6 +109,7 @@ class GuardedEnv(gymnasium.Env[Any, Any]):
             )
         close(self.env)
         self._make()
+        return None
 
     def close(self) -> None:
         close(self.env)

@@ -8,7 +8,6 @@ import importlib.metadata
 import inspect
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from mesocosm.envs.api import Env, close
 from mesocosm.envs.config import RealityConfig, check
 from mesocosm.errors import UsageError, nearest
 
-# -- environments ------------------------------------------------------------------------------
-
 
 def make_env(config: RealityConfig) -> Env:
     """The environment of `reality.env`, with its kwargs and horizon.
@@ -37,17 +34,37 @@ def make_env(config: RealityConfig) -> Env:
             the keyword arguments, or it does not have the task.
     """
     check(config)
-    build = _builder(config)
+    setting = f"reality.env={config.env!r}"
+    module_name, _, name = current_id(config.env).rpartition(":")
+    module = import_module(module_name, setting) if module_name else None
+    registered = name in gymnasium.registry
+    if not registered and (module is None or not hasattr(module, name)):
+        raise _unknown(config.env, name, module)
     try:
-        env = build()
+        env: Any
+        if registered:
+            limit: dict[str, Any] = {
+                "max_episode_steps": config.horizon,
+                "disable_env_checker": True,
+            }
+            env = gymnasium.make(name, **limit, **config.kwargs)
+        else:
+            env = getattr(module, name)(**config.kwargs)
+            if not isinstance(env, gymnasium.Env):
+                raise UsageError(
+                    f"{setting} gave a {type(env).__name__}, not a gymnasium.Env; name a class or"
+                    " function that makes one"
+                )
+            if config.horizon is not None:
+                env = gymnasium.wrappers.TimeLimit(env, config.horizon)
     except UsageError:
         raise
     except gymnasium.error.DependencyNotInstalled as error:
-        problem = f"reality.env={config.env!r} needs a package that is not installed"
+        problem = f"{setting} needs a package that is not installed"
         raise UsageError(f"{problem}: {one_line(error)}") from error
     except (Exception, SystemExit) as error:
         raise UsageError(
-            f"reality.env={config.env!r} cannot be made with reality.kwargs={dict(config.kwargs)!r}"
+            f"{setting} cannot be made with reality.kwargs={dict(config.kwargs)!r}"
             f" ({type(error).__name__}: {one_line(error)}); correct them"
         ) from error
     task_keys(config, env.observation_space)
@@ -83,29 +100,6 @@ def facts_of(config: RealityConfig) -> EnvFacts:
         close(env)
 
 
-def _builder(config: RealityConfig) -> Callable[[], Env]:
-    module_name, _, name = current_id(config.env).rpartition(":")
-    module = import_module(module_name, f"reality.env={config.env!r}") if module_name else None
-    if name in gymnasium.registry:
-        return lambda: gymnasium.make(
-            name, max_episode_steps=config.horizon, disable_env_checker=True, **config.kwargs
-        )
-    if module is None or not hasattr(module, name):
-        raise _unknown(config.env, name, module)
-    build = getattr(module, name)
-
-    def make() -> Env:
-        env = build(**config.kwargs)
-        if not isinstance(env, gymnasium.Env):
-            raise UsageError(
-                f"reality.env={config.env!r} gave a {type(env).__name__}, not a gymnasium.Env; name"
-                " a class or function that makes one"
-            )
-        return env if config.horizon is None else gymnasium.wrappers.TimeLimit(env, config.horizon)
-
-    return make
-
-
 def _unknown(env: str, name: str, module: Any) -> UsageError:
     if module is not None:
         values = vars(module).items()
@@ -117,9 +111,7 @@ def _unknown(env: str, name: str, module: Any) -> UsageError:
         )
     base = name.rsplit("-v", 1)[0].lower()
     versions = [id for id in gymnasium.registry if id.rsplit("-v", 1)[0].lower() == base]
-    hint = nearest(name, gymnasium.registry)
-    if versions:
-        hint = f"; did you mean {versions[-1]!r}?"
+    hint = nearest(versions[-1] if versions else name, gymnasium.registry)
     problem = f"reality.env={env!r} does not exist: no environment of that id is registered"
     return UsageError(f"{problem}{hint}")
 
@@ -176,9 +168,6 @@ def source_hash(definition: Any) -> str:
     return "unknown" if data is None else hashlib.sha256(data).hexdigest()[:16]
 
 
-# -- tasks -------------------------------------------------------------------------------------
-
-
 def task_keys(config: RealityConfig, observation_space: gymnasium.Space[Any]) -> list[str]:
     """The names of `reality.task` that are keys of the observation (dotted where nested).
 
@@ -231,23 +220,6 @@ def draw_options(config: RealityConfig, rng: np.random.Generator) -> dict[str, A
             assert option.low is not None and option.high is not None
             options[name] = float(rng.uniform(option.low, option.high))
     return options
-
-
-class TaskSampler(gymnasium.Wrapper[Any, Any, Any, Any]):
-    """Draws the reset options of `reality.task` at each reset, for agents that train in reality."""
-
-    def __init__(self, env: Env, config: RealityConfig):
-        super().__init__(env)
-        self._config = config
-        self._rng = np.random.default_rng()
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Any, dict[str, Any]]:
-        if seed is not None:
-            self._rng = np.random.default_rng(seed)
-        drawn = draw_options(self._config, self._rng)
-        return self.env.reset(seed=seed, options=drawn | (options or {}))
 
 
 def one_line(error: BaseException) -> str:

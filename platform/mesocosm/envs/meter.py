@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import gymnasium
@@ -22,15 +23,14 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.episode import EpisodeError
 from mesocosm.envs.guard import GuardedEnv
 from mesocosm.envs.ledger import Ledger, Reservation, Usage
-from mesocosm.envs.make import TaskSampler
 from mesocosm.errors import BudgetSpent, StorageError
 from mesocosm.store.artifacts import Storage
 
 RESETS_A_BLOCK = 8
 """Resets reserved with a block of steps. They have no bound; a crash over-counts at most these."""
 BLOCK_S, OVERHEAD = 0.1, 0.1
-"""A deferred meter reserves about BLOCK_S seconds of steps ahead, which a crash over-counts. It
-reserves more where storage is so slow that reserving would take more than this share of the time.
+"""A deferred meter reserves about BLOCK_S seconds of steps ahead, which a crash over-counts; more
+where storage is so slow that reserving would take more than OVERHEAD of the time.
 """
 FIRST_BLOCK, GROWTH = 4, 4
 """A deferred meter's first block, and the largest ratio of a block to the one before it."""
@@ -110,7 +110,11 @@ class Meter:
             raise EpisodeError("this meter was stopped: its environment had hung")
 
     def _ensure(self, steps: int, resets: int) -> None:
-        """Reserve a block where the reservation does not cover the next steps and resets."""
+        """Reserve a block where the reservation does not cover the next steps and resets.
+
+        A deferred meter exchanges its reservation for a larger one, in one record: the used part
+        stays reserved. Otherwise the same record confirms the used part.
+        """
         held, used = self._held, self._used
         if held is not None and used[0] + steps <= held.steps and used[1] + resets <= held.resets:
             return
@@ -120,50 +124,38 @@ class Meter:
             raise BudgetSpent(
                 f"this environment's limit of {self.limit} real steps for {self.purpose} is spent"
             )
-        if self.deferred:
-            with signals.delayed():
-                self._grow(need, resets, left)
-            return
-        block = max(self.block, need) if left is None else min(max(self.block, need), left)
-        usage, resets = self._usage(), max(RESETS_A_BLOCK, resets)
-        try:
-            granted = self.ledger.reserve(
-                self.purpose, block, resets, holder=self.holder, confirming=usage
-            )
-        except BudgetSpent:
-            self._release()
-            raise
-        self._held, self._used = granted, (0, 0, 0.0)
-        if granted.steps < need:
-            self._release()
-            raise BudgetSpent(
-                f"ledger {self.ledger.id!r} leaves {granted.steps} real steps for {self.purpose},"
-                f" fewer than the {need} that step together; use fewer environments, or raise the"
-                " budget"
-            )
-
-    def _grow(self, need: int, resets: int, left: int | None) -> None:
-        """Exchange the reservation for a larger one in one record: what was used stays reserved."""
-        last, before, since = self._grown
-        elapsed = time.monotonic() - since
-        pace = (self.steps - before) / elapsed if elapsed > 0 else float(self.block)
-        block = FIRST_BLOCK
-        if last:
-            ahead = round(pace * max(BLOCK_S, self._cost_s / OVERHEAD))
-            block = min(self.block, GROWTH * last, ahead)
-        block = max(need, block) if left is None else min(max(need, block), left)
-        used_steps, used_resets, _ = self._used
+        block = max(need, self._ahead() if self.deferred else self.block)
+        block = block if left is None else min(block, left)
+        used_steps, used_resets = used[:2] if self.deferred else (0, 0)
+        usage = Usage(held, 0) if held is not None and self.deferred else self._usage()
         began = time.monotonic()
-        self._held = self.ledger.reserve(
-            self.purpose,
-            used_steps + block,
-            used_resets + max(RESETS_A_BLOCK, resets),
-            least=used_steps + need,
-            holder=self.holder,
-            confirming=None if self._held is None else Usage(self._held, 0),
-        )
+        try:
+            with signals.delayed():
+                self._held = self.ledger.reserve(
+                    self.purpose,
+                    used_steps + block,
+                    used_resets + max(RESETS_A_BLOCK, resets),
+                    least=used_steps + need,
+                    holder=self.holder,
+                    confirming=usage,
+                )
+        except BudgetSpent:
+            if not self.deferred:
+                self._release()
+            raise
+        if not self.deferred:
+            self._used = (0, 0, 0.0)
         now = time.monotonic()
         self._cost_s, self._grown = now - began, (block, self.steps, now)
+
+    def _ahead(self) -> int:
+        """Steps that a deferred meter reserves ahead."""
+        last, before, since = self._grown
+        if not last:
+            return FIRST_BLOCK
+        elapsed = time.monotonic() - since
+        pace = (self.steps - before) / elapsed if elapsed > 0 else float(self.block)
+        return min(self.block, GROWTH * last, round(pace * max(BLOCK_S, self._cost_s / OVERHEAD)))
 
     def settle(
         self, steps: int, resets: int, record: Callable[[Usage, tuple[int, int]], bool]
@@ -223,29 +215,24 @@ class Meter:
         since = self._busy_since
         return 0.0 if since is None else time.monotonic() - since
 
-    def stop_if_hung(self, timeout_s: float) -> Usage | None:
-        """Stop the meter, from another thread, if a step has been under way for over `timeout_s`.
+    def stop(self, hung_s: float | None = None) -> Usage | None:
+        """Stop the meter, from another thread; with `hung_s` only if a step has been under way for
+        longer.
 
         No step can begin afterwards. If the hanging step returns, it raises EpisodeError, and
         `close` confirms the same usage: the first confirmation counts.
 
         Returns:
-            The usage of the reservation, with the hanging step, for the caller to confirm; None
+            The usage of the reservation, with the step under way, for the caller to confirm; None
             where no step hangs or nothing is reserved.
         """
         with self._lock:
-            return self._freeze() if self.busy_s() > timeout_s else None
-
-    def stop(self) -> Usage | None:
-        """Stop the meter as `stop_if_hung` does, whatever is under way."""
-        with self._lock:
-            return self._freeze()
-
-    def _freeze(self) -> Usage | None:
-        if not self.stopped:
-            self._used = (*self._used[:2], self._used[2] + self.busy_s())
-            self.stopped = True
-        return self._usage()
+            if hung_s is not None and self.busy_s() <= hung_s:
+                return None
+            if not self.stopped:
+                self._used = (*self._used[:2], self._used[2] + self.busy_s())
+                self.stopped = True
+            return self._usage()
 
 
 _closing: set[threading.Thread] = set()
@@ -368,10 +355,7 @@ def make_metered_vector(
     Raises UsageError as `make_env` does.
     """
 
-    def make() -> gymnasium.Env[Any, Any]:
-        env = GuardedEnv(config)
-        return TaskSampler(env, config) if config.task_options else env
-
-    vector = SyncVectorEnv([make] * num_envs, autoreset_mode=AutoresetMode.NEXT_STEP)
+    makers = [partial(GuardedEnv, config)] * num_envs
+    vector = SyncVectorEnv(makers, autoreset_mode=AutoresetMode.NEXT_STEP)
     ledger = Ledger(Storage(root), ledger_id, config.budget, config.price, bounds)
     return MeteredVectorEnv(vector, Meter(ledger, purpose, block=16 * num_envs, limit=limit))

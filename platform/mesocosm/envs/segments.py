@@ -35,6 +35,8 @@ Rows = dict[str, NDArray[Any]]
 """The arrays of `manifest.ARRAYS` of one episode, as `encode_episode` returns them."""
 FOLDER = "runs/episodes"
 NAME = re.compile(r"(\d+)-(\d+)\.npz")
+SHARED = ("index", "behaviour", "seed", "outcome", "success", "task")
+"""Fields that an attempt has in common with its episode"""
 
 
 @dataclass(frozen=True)
@@ -59,33 +61,24 @@ class Attempt:
 
     @staticmethod
     def of(episode: Episode, steps: int, spent: str | None) -> Attempt:
+        """An attempt that gave an episode."""
         return Attempt(
-            index=episode.index,
-            behaviour=episode.behaviour,
             steps=steps,
             spent=spent,
             length=len(episode),
-            seed=episode.seed,
-            outcome=episode.outcome,
             total_reward=episode.total_reward,
-            success=episode.success,
             durations=episode.durations is not None,
-            task=episode.task,
+            **{name: getattr(episode, name) for name in SHARED},
         )
 
     def episode(self, rows: Rows) -> Episode:
         """The episode without observations and actions, which only `rows` holds."""
         return Episode(
-            index=self.index,
-            seed=self.seed,
-            behaviour=self.behaviour,
             observations=[],
             actions=[],
             rewards=rows["reward"][:-1],
-            outcome=self.outcome,
             durations=rows["duration"][:-1] if self.durations else None,
-            task=self.task,
-            success=self.success,
+            **{name: getattr(self, name) for name in SHARED},
         )
 
 
@@ -216,14 +209,14 @@ class Segments:
 
     def episodes(self, lanes: int) -> Iterator[tuple[Episode, Rows]]:
         """All episodes in the order of their indices, with one segment of each lane in memory."""
-        sources = [self._episodes(lane) for lane in range(lanes)]
-        yield from heapq.merge(*sources, key=lambda pair: pair[0].index)
 
-    def _episodes(self, lane: int) -> Iterator[tuple[Episode, Rows]]:
-        for segment in self._lane(lane):
-            for attempt, rows in segment.pairs():
-                if rows is not None:
-                    yield attempt.episode(rows), rows
+        def of_lane(lane: int) -> Iterator[tuple[Episode, Rows]]:
+            for segment in self._lane(lane):
+                for attempt, rows in segment.pairs():
+                    if rows is not None:
+                        yield attempt.episode(rows), rows
+
+        yield from heapq.merge(*map(of_lane, range(lanes)), key=lambda pair: pair[0].index)
 
     def forget(self, lane: int, firsts: Iterable[int]) -> None:
         """Remove segments of a lane."""

@@ -282,7 +282,7 @@ class LaneRunner:
         env = self._env
         if env is None:
             return 0, None
-        if not self._over and env.meter.stop_if_hung(timeout_s):
+        if not self._over and env.meter.stop(timeout_s):
             with self._lock:
                 if not self._over:
                     k = self._lane.k
