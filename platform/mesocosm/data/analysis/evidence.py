@@ -1,8 +1,7 @@
 """Evidence in logs for a world to learn from: whether actions vary freely, and which rewards occur.
 
-A world learns p(next observation | observation, action). Where the logs' action follows from the
-observation, its effect cannot be told from that of the observation: a world that ignores actions
-has the same likelihood, and its answers about other actions are guesses.
+Where the logs' action follows from the observation, a world that ignores actions has the same
+likelihood, and its answers about other actions are guesses.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """How densely logged transitions cover what an agent may do: `mesocosm data show` and `diff`.
 
-An agent in a learned world leaves the logged behaviour, and the world's answers are reliable only
-near training transitions. So every transition becomes a point, and the distance from a point to the
-nearest one of the training split is its *gap*. Time is linear in the data. Memory holds a sample of
-at most SAMPLE transitions per split, drawn by the seed: the same data and seed give the same
-numbers.
+A world's answers are reliable only near training transitions. Every transition becomes a point; the
+distance from a point to the nearest one of the training split is its *gap*. Memory holds at most
+SAMPLE transitions per split, drawn by the seed: the same data and seed give the same numbers.
 """
 
 from __future__ import annotations
@@ -90,16 +88,7 @@ class Features:
     def states(
         self, numbers: Array, categories: Array, option_numbers: Array, option_values: Array
     ) -> Array:
-        """Features of N observations and their reset options.
-
-        Args:
-            numbers: [N, n].
-            categories: [N, m].
-            option_numbers: [N, k], as Dataset has them. `option_values` likewise.
-
-        Returns:
-            [N, F_state] float32.
-        """
+        """Features [N, F_state] float32 of N observations and their reset options [N, k]."""
         mean, scale = self._scale["options"]
         numeric = [i for i, choices in enumerate(self._choices) if not choices]
         options = [((option_numbers - mean) / scale)[:, numeric]]
@@ -137,13 +126,7 @@ class Features:
         position = np.searchsorted(ends, drawn, "right")
         numbers = episodes[position]
         rows = table["first_row"][numbers] + drawn - (ends - lengths)[position]
-        shards = table["shard"][numbers]
-        if total:
-            raw = {name: dataset.gather(name, shards, rows) for name in ARRAYS}
-        else:
-            raw = {name: np.zeros(0) for name in ARRAYS}
-            raw["obs_num"], raw["obs_cat"] = _no_rows(self._observation)
-            raw["act_num"], raw["act_cat"] = _no_rows(self._action)
+        raw = dataset.gathered(table["shard"][numbers], dict.fromkeys(ARRAYS, rows))
         return Sample(self.of(dataset, numbers, raw), numbers, raw)
 
 
@@ -163,11 +146,7 @@ def training_moments(dataset: Dataset) -> dict[str, Moments]:
 
 
 def nearest(reference: Array, queries: Array, k: int = 1) -> tuple[Array, Array]:
-    """The k nearest points, exact.
-
-    Args:
-        reference: [N, F].
-        queries: [Q, F].
+    """The k nearest of `reference` [N, F] to each of `queries` [Q, F], exact.
 
     Returns:
         (distances [Q, k] float64, positions in `reference` [Q, k]).
@@ -198,9 +177,8 @@ def nearest_elsewhere(
 ) -> tuple[Array, Array]:
     """The k nearest of the points of *other* episodes.
 
-    A transition's neighbours in time are near it whatever else is in the data. A held-out
-    transition has none, so counting them would call half of an honest validation split uncovered.
-    The episodes are dealt to FOLDS, and each fold is measured against the other ones.
+    A transition's neighbours in time are near it whatever else is in the data, and a held-out
+    transition has none. So the episodes are dealt to FOLDS, each measured against the others.
 
     Args:
         values: [N, F].
@@ -251,8 +229,7 @@ def action_entropy(sample: Sample, features: Features, codec: SpaceCodec) -> flo
     Entropy of the actions at the NEIGHBOURS nearest states of each state, with Miller's (1955)
     correction of its bias, (m - 1) / 2n for m values seen in n. It is averaged over states and over
     the action's columns, each divided by the log of its number of values (of a number: BINS equal
-    bins over its range). States near each other are not the same state, so a policy that turns
-    sharply counts as somewhat free. None below 2 * NEIGHBOURS transitions.
+    bins over its range). None below 2 * NEIGHBOURS transitions.
     """
     if len(sample) < 2 * NEIGHBOURS or not codec.numbers + codec.categories:
         return None
@@ -276,12 +253,11 @@ def action_entropy(sample: Sample, features: Features, codec: SpaceCodec) -> flo
 
 
 def tried(sample: Sample, features: Features, codec: SpaceCodec, *, seed: int) -> float | None:
-    """The share of the action space that was tried near logged states.
+    """The share of the action space that was tried near logged states, by uniform draws.
 
-    Estimated by uniform draws of a state of `sample` and an action. An action counts as tried where
-    one of those at the state's NEIGHBOURS nearest states is as near to it as it would be in 95 of
-    100 draws if these were uniform: uniform behaviour comes to 0.95 in any action space, one action
-    per state to far less.
+    A drawn action counts as tried where one of those at the state's NEIGHBOURS nearest states is as
+    near to it as it would be in 95 of 100 draws if these were uniform: uniform behaviour comes to
+    0.95 in any action space, one action per state to far less.
 
     Returns:
         None below 2 * NEIGHBOURS transitions, and where even uniform draws would not come near
@@ -306,10 +282,7 @@ def tried(sample: Sample, features: Features, codec: SpaceCodec, *, seed: int) -
 
 
 def any_action(sample: Sample, codec: SpaceCodec, *, seed: int) -> tuple[Array, Array]:
-    """Raw columns (numbers, categories) of N actions drawn uniformly from the action space.
-
-    A number without bounds is drawn from its range in `sample`.
-    """
+    """Raw columns (numbers, categories) of N actions drawn uniformly from the action space."""
     rng = np.random.default_rng([seed, ACT])
     return _draw_actions(rng, action_range(sample, codec), codec, len(sample))
 
@@ -325,9 +298,8 @@ def _draw_actions(
 
 def action_range(sample: Sample, codec: SpaceCodec) -> tuple[Array, Array]:
     """(low, high), each [n]: the bounds of an action's numbers, or else their range in `sample`."""
-    low, high = np.zeros(codec.numbers), np.zeros(codec.numbers)
-    if len(sample):
-        low, high = sample.raw["act_num"].min(0), sample.raw["act_num"].max(0)
+    logged = sample.raw["act_num"] if len(sample) else np.zeros((1, codec.numbers))
+    low, high = logged.min(0), logged.max(0)
     for leaf in codec.leaves:
         if leaf.start is None and leaf.characters is None:
             box = cast(spaces.Box, leaf.space)
