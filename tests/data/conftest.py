@@ -12,8 +12,11 @@ from gymnasium import spaces
 
 from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode, Outcome
-from mesocosm.jobs.import_logs import ImportConfig
+from mesocosm.jobs.import_logs import JOB, ImportConfig
 from mesocosm.runs import tracking
+from mesocosm.store.artifacts import Artifact, Storage
+
+from .logs import configured
 
 INTEGERS = spaces.Box(-(10**6), 10**6, (2,), np.int64)
 
@@ -43,6 +46,33 @@ def a_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tracking.Run]:
     config.storage.root = str(tmp_path_factory.mktemp("run"))
     with tracking.start("import", config, quiet=True) as started:
         yield started
+
+
+@pytest.fixture(scope="module")
+def cart(tmp_path_factory: pytest.TempPathFactory, cart_root: Callable[..., str]) -> Dataset:
+    """400 transitions of CartPole-v1 and more, by a random policy."""
+    storage = Storage(cart_root(tmp_path_factory.mktemp("cart")))
+    return Dataset([storage.artifact("datasets", "cart").path])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of logs alone."""
+    (tmp_path / "logs").mkdir()
+    return tmp_path / "logs"
+
+
+@pytest.fixture
+def import_logs(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
+    """`import_logs(path, ..., key=value)` imports, in this process by default."""
+
+    def make(*paths: Path | str, to: str = root, **keys: Any) -> Artifact:
+        config = configured(*paths, **keys)
+        config.storage.root = to
+        a_run.storage = Storage(to)
+        return JOB.run(config, a_run)
+
+    return make
 
 
 @pytest.fixture
