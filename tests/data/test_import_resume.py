@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from factories import SMALL_WORLD
 
 from mesocosm.cli.main import main
 from mesocosm.data.ingest.readers import parquet as parquet_reader
@@ -153,9 +154,7 @@ def test_a_world_is_pretrained_and_judged_on_what_was_imported(
         return str(json.loads(capsys.readouterr().out)["artifact"])
 
     data = artifact("import", str(path), "--env", "CartPole-v1", "workers=0")
-    model = ("model.size=10k", "model.members=2", "model.context=8", "model.base_steps=50")
-    train = ("train.batch=8", "train.events=12", "train.steps=40")
-    world = artifact("pretrain", f"data.datasets=[{data}]", *model, *train)
+    world = artifact("pretrain", f"data.datasets=[{data}]", *SMALL_WORLD, "train.steps=40")
     evaluation = artifact("evaluate", f"world={world}", "horizons=[1,5]", "starts=16", "samples=2")
     kinds = [name.partition("/")[0] for name in (data, world, evaluation)]
     assert kinds == ["datasets", "worlds", "evaluations"]

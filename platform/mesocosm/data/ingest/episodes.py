@@ -85,7 +85,7 @@ class Joiner:
     """
 
     names: Sequence[str]
-    """Of the files."""
+    """The names of the files."""
     schema: Schema
     drop: bool
     seen: dict[Key, None] = field(default_factory=dict)
