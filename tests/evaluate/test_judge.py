@@ -25,8 +25,7 @@ from mesocosm.envs.episode import episode_seed
 from mesocosm.envs.ledger import Ledger
 from mesocosm.envs.make import make_env
 from mesocosm.errors import BudgetSpent, MesocosmError, UsageError
-from mesocosm.evaluate.judge import JudgeResult, judge
-from mesocosm.evaluate.judge_store import JudgeStore
+from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judge
 from mesocosm.evaluate.policy_set import Noisy
 from mesocosm.policies.policy import Layout, Policy, RandomPolicy
 from mesocosm.store.artifacts import Storage
@@ -323,8 +322,7 @@ def make():
 
 def main():
     from mesocosm.policies.policy import RandomPolicy
-    from mesocosm.evaluate.judge import judge
-    from mesocosm.evaluate.judge_store import JudgeStore
+    from mesocosm.evaluate.judge import JudgeStore, judge
     from mesocosm.envs.config import RealityConfig
     from mesocosm.envs.ledger import Ledger
     from mesocosm.store.artifacts import Storage

@@ -1,7 +1,14 @@
-"""Judge a policy in reality: whole episodes through the ledger, the same ones for the same seed."""
+"""Judge a policy in reality: whole episodes through the ledger, the same ones for the same seed.
+
+An evaluation stores each episode as a segment of `envs.segments` before the ledger confirms its
+steps, in ROOT/runs/episodes/<evaluation id>/<key of a policy>/, until the evaluation is committed.
+An interrupted evaluation continues after them. All its episodes pass through this encoding, so that
+a continued evaluation has the same ones as an undisturbed one, dtypes included.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -12,21 +19,26 @@ import numpy as np
 from mesocosm.config import fingerprint
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.horizon import MAX_EPISODE_STEPS
+from mesocosm.datasets.spaces import SpaceCodec
+from mesocosm.datasets.writer import encode_episode
 from mesocosm.envs.api import Env
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.episode import EpisodeError, run_episode
 from mesocosm.envs.guard import Timed
-from mesocosm.envs.ledger import Ledger
+from mesocosm.envs.ledger import Ledger, Usage
 from mesocosm.envs.make import EnvFacts, facts_of, make_env
 from mesocosm.envs.meter import Meter, MeteredEnv
-from mesocosm.envs.segments import Segments
+from mesocosm.envs.segments import FOLDER, Attempt, Rows, Segments
 from mesocosm.errors import MesocosmError, UsageError
-from mesocosm.evaluate.judge_store import Judged, StoredEpisodes
 from mesocosm.evaluate.metrics import stats
-from mesocosm.policies.policy import Acts
+from mesocosm.evaluate.policy_set import Noisy
+from mesocosm.policies.policy import Acts, Policy
+from mesocosm.store.artifacts import Storage
 
 BLOCK = 256
 """Real steps reserved at a time: the most that a crash over-counts."""
+LANE = 0
+"""The one lane of a policy's segments."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,6 @@ class JudgeResult:
         return stats.mean_interval(self.returns)
 
     def to_json(self) -> dict[str, Any]:
-        cut = sum(episode.outcome == "unfinished" for episode in self.episodes)
         return {
             **stats.describe(self.returns),
             "returns": list(self.returns),
@@ -73,8 +84,17 @@ class JudgeResult:
             "steps": self.steps,
             "resets": self.resets,
             "dropped": list(self.dropped),
-            "cut": cut,
+            "cut": sum(episode.outcome == "unfinished" for episode in self.episodes),
         }
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """One judged episode of `steps` real steps, or the reason why it was dropped."""
+
+    steps: int
+    episode: Episode | None = None
+    reason: str | None = None
 
 
 def judge(
@@ -86,7 +106,7 @@ def judge(
     seed: int,
     purpose: str = "judge",
     max_episode_steps: int | None = None,
-    progress: Callable[[int, str], None] | None = None,
+    progress: Callable[[int, str], None] = lambda done, text: None,
     segments: Segments | None = None,
 ) -> JudgeResult:
     """Run episodes of `policy`, acting greedily, one after the other in this process.
@@ -103,8 +123,7 @@ def judge(
         purpose: Of the ledger.
         max_episode_steps: Cuts an episode. Defaults to the environment's limit.
         progress: Receives the number of episodes and a text.
-        segments: Stores each episode as it ends, before its steps are confirmed; stored ones are
-            not run again (`JudgeStore`). Without, an interrupted judgement starts again.
+        segments: Stores each episode as it ends (`JudgeStore`); stored ones are not run again.
 
     Raises:
         UsageError: Before a real step, where the policy has other spaces.
@@ -119,7 +138,7 @@ def judge(
     limit = max_episode_steps
     if limit is None and reality.horizon is None and registered is None:
         limit = MAX_EPISODE_STEPS
-    stored = None if segments is None else StoredEpisodes(segments, ledger, bare)
+    stored = None if segments is None else _StoredEpisodes(segments, ledger, bare)
 
     def act(observation: Any, rng: np.random.Generator) -> Any:
         return policy.act_one(observation, False, rng)  # type: ignore[attr-defined]
@@ -129,43 +148,35 @@ def judge(
         meter = Meter(ledger, purpose, block=BLOCK, holder=holder, deferred=deferred)
         return MeteredEnv(Timed(env, reality.step_timeout_s), meter)
 
-    judged: list[Judged] = []
+    episode_seed = int(fingerprint(purpose, seed)[:8], 16)
+    judged: list[_Judged] = []
     env = metered(bare)
     try:
         if stored is not None:
             judged = stored.load()[:episodes]
         while (k := len(judged)) < episodes:
-            before = env.meter.steps
-            episode, reason = None, None
+            before, episode, reason = env.meter.steps, None, None
+            about: dict[str, Any] = {"behaviour": "policy", "max_steps": limit, "config": reality}
             try:
-                episode = run_episode(
-                    env,
-                    act,
-                    k=k,
-                    seed=int(fingerprint(purpose, seed)[:8], 16),
-                    behaviour="policy",
-                    max_steps=limit,
-                    config=reality,
-                )
+                episode = run_episode(env, act, k=k, seed=episode_seed, **about)
             except EpisodeError as error:
                 reason = str(error)
-            one = Judged(env.meter.steps - before, episode, reason)
+            one = _Judged(env.meter.steps - before, episode, reason)
             judged += [one] if stored is None else stored.add(env.meter, k, one)
             if reason is not None:
                 with suppress(Exception):  # after a crash, closing may fail; the meter closes first
                     env.close()
                 env = metered(make_env(reality))
-            if progress is not None:
-                returns = [each.episode.total_reward for each in judged if each.episode is not None]
-                progress(len(judged), f"mean return {np.mean(returns):.1f}" if returns else "")
+            returns = [each.episode.total_reward for each in judged if each.episode is not None]
+            progress(len(judged), f"mean return {np.mean(returns):.1f}" if returns else "")
     finally:
         env.close()
     judged = judged[:episodes]
     done = tuple(each.episode for each in judged if each.episode is not None)
     dropped = tuple(each.reason for each in judged if each.reason is not None)
     if not done:
-        if stored is not None:
-            stored.remove()  # so that the next run tries them again
+        if segments is not None:
+            segments.remove()  # so that the next run tries them again
         raise MesocosmError(
             f"reality.env={reality.env!r}: all {episodes} judged episodes were dropped; the last:"
             f" {dropped[-1]}"
@@ -197,3 +208,102 @@ def check_spaces(policy: Any, env: Env | EnvFacts, reality: RealityConfig) -> No
                 f"the policy's {name} must be that of reality.env={reality.env!r}, {expected}, got"
                 f" {space}; judge it where it was trained, or train one here"
             )
+
+
+class JudgeStore:
+    """The stored episodes of one evaluation, by policy."""
+
+    def __init__(self, storage: Storage, evaluation: str):
+        self._storage, self._evaluation = storage, evaluation
+        self._folder = f"{FOLDER}/{evaluation}"
+
+    def segments(self, name: str, policy: Acts, *, seed: int, limit: int) -> Segments:
+        """The segments of one policy.
+
+        Args:
+            name: Unique among the policies of the evaluation.
+            policy: Its weights are part of the key, so an agent that was trained again is judged
+                again.
+            seed: Of the judged episodes.
+            limit: The longest possible episode, in steps.
+        """
+        key = fingerprint("judge", name, policy_identity(policy), seed, limit)
+        return Segments(self._storage, f"{self._evaluation}/{key}")
+
+    def confirm(self, ledger: Ledger) -> int:
+        """Confirm the steps of all stored episodes that are not confirmed yet.
+
+        Returns:
+            The number of stored episodes, dropped ones included.
+        """
+        keys = self._storage.list(self._folder)
+        stored = [Segments(self._storage, f"{self._evaluation}/{key}") for key in keys]
+        return sum(len(segments.attempts(LANE, 0, ledger)) for segments in stored)
+
+    def remove(self) -> None:
+        """Remove all episodes: the evaluation is committed."""
+        self._storage.remove(self._folder)
+
+
+class _StoredEpisodes:
+    """The episodes of one policy, read from and written to its segments."""
+
+    def __init__(self, segments: Segments, ledger: Ledger, env: Env):
+        self._segments, self._ledger = segments, ledger
+        self._observation = SpaceCodec(env.observation_space, "observation")
+        self._action = SpaceCodec(env.action_space, "action")
+
+    def load(self, start: int = 0) -> list[_Judged]:
+        """The stored episodes from number `start` on. Confirms their steps where needed."""
+        pairs = self._segments.recorded(LANE, start, self._ledger)
+        return [self._judged(attempt, rows) for attempt, rows in pairs]
+
+    def add(self, meter: Meter, k: int, judged: _Judged) -> list[_Judged]:
+        """Store episode k, then confirm its steps.
+
+        An episode with a value that is not of its space is dropped, as in collection.
+
+        Returns:
+            Episode k. Where another process has stored it meanwhile, the stored ones from k on.
+        """
+        rows: Rows | None = None
+        attempt = Attempt(k, "policy", judged.steps, judged.reason)
+        if judged.episode is not None:
+            try:
+                rows = encode_episode(judged.episode, self._observation, self._action)
+                attempt = Attempt.of(judged.episode, judged.steps, None)
+            except MesocosmError as error:
+                attempt = replace(attempt, reason=str(error))
+
+        def record(usage: Usage, beyond: tuple[int, int]) -> bool:
+            some = [] if rows is None else [rows]
+            return self._segments.write(LANE, k, [attempt], some, self._ledger.id, usage, beyond)
+
+        if meter.settle(attempt.steps, 1, record):
+            return [self._judged(attempt, rows)]
+        return self.load(k)
+
+    def _judged(self, attempt: Attempt, rows: Rows | None) -> _Judged:
+        if rows is None:
+            return _Judged(attempt.steps, reason=attempt.reason)
+        episode = attempt.episode(rows)
+        observations = self._observation.decode(rows["obs_num"], rows["obs_cat"])
+        actions = self._action.decode(rows["act_num"][:-1], rows["act_cat"][:-1])
+        episode.observations = self._observation.unbatch(observations)
+        episode.actions = self._action.unbatch(actions)
+        return _Judged(attempt.steps, episode)
+
+
+def policy_identity(policy: Acts) -> list[Any]:
+    """The identity of a policy within an evaluation: its noise, and a digest of the weights.
+
+    The code of scripted policies is part of the evaluation's id.
+    """
+    if isinstance(policy, Noisy):
+        return ["noisy", policy.noise, policy_identity(policy.policy)]
+    if isinstance(policy, Policy):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(policy.network.state_dict().items()):
+            digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+        return ["network", digest.hexdigest()]
+    return [type(policy).__qualname__]

@@ -18,8 +18,7 @@ from mesocosm.config import fingerprint
 from mesocosm.envs.config import RealityConfig, parse_success
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
-from mesocosm.evaluate.judge import JudgeResult, judge
-from mesocosm.evaluate.judge_store import JudgeStore
+from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judge
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.ranking import Ranking, ranking
 from mesocosm.evaluate.policy_set import ComparedPolicy

@@ -22,8 +22,7 @@ from mesocosm.errors import UsageError
 from mesocosm.evaluate import policy_set
 from mesocosm.evaluate.config import EvaluateConfig
 from mesocosm.evaluate.imagine import starts_of
-from mesocosm.evaluate.judge import JudgeResult, check_spaces
-from mesocosm.evaluate.judge_store import JudgeStore
+from mesocosm.evaluate.judge import JudgeResult, JudgeStore, check_spaces
 from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.evaluate.metrics.off_policy import off_policy
 from mesocosm.evaluate.metrics.ranking import FEWEST

@@ -19,8 +19,7 @@ from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import imagine, policy_set, suite
 from mesocosm.evaluate.config import EvaluateConfig, reality_of
-from mesocosm.evaluate.judge import JudgeResult, judge, judging
-from mesocosm.evaluate.judge_store import JudgeStore
+from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judge, judging
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
 from mesocosm.evaluate.metrics.log import check_dataset, codec_of
 from mesocosm.evaluate.report import page, report
