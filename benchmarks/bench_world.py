@@ -183,7 +183,7 @@ def cell(env: str, cfg: PretrainConfig, horizons: Sequence[int | str] = HORIZONS
     table = open_loop(world, test, horizons=horizons, starts=256, samples=8, seed=cfg.seed)
     one = one_step(world, test)
     return {
-        "open_loop": table.to_json(),
+        "open_loop": asdict(table),
         "valid": losses(world, test)[0],
         "one_step": asdict(one),
         "seconds": seconds | {"evaluate": time.process_time() - began},

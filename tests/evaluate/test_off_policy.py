@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def test_where_it_is_wrong_and_whether_it_knows(walks: Dataset, knows: bool) -> 
     assert result.auroc_interval[0] <= result.auroc <= result.auroc_interval[1]
     one = {row.horizon: row for row in far.fidelity.open_loop.rows}
     assert one["1"].ratio > 0.1 and far.transitions == sum(len(e) for e in played(down))
-    json.dumps(result.to_json(), allow_nan=False)
+    json.dumps(asdict(result), allow_nan=False)
 
 
 def test_one_step_errors_of_an_exact_world_are_none(walks: Dataset, tmp_path: Path) -> None:

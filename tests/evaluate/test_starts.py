@@ -20,20 +20,15 @@ from torch import Tensor
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.windows import start_parts
-from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.dataset import Dataset, Environment
 from mesocosm.datasets.episode import Episode
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.starts import LEAST, TaskDistribution, task_distribution
-from mesocosm.model import mup
-from mesocosm.model.base import Base
-from mesocosm.model.config import ModelConfig
-from mesocosm.model.families import build
 from mesocosm.model.spec import Parts
-from mesocosm.model.world import World
-from mesocosm.train.prepare import transitions
 
-from .worlds import KnownWorld, collect
+from . import worlds
+from .worlds import KnownWorld
 
 Draw = Callable[[np.random.Generator], Any]
 GOAL = spaces.Dict(
@@ -79,40 +74,31 @@ def reality(
     """Episodes of two steps whose starts are `draw`n, and whose later observations are other draws
     with the same task.
     """
-    rng, episodes_made = np.random.default_rng(5), []
+    rng, done = np.random.default_rng(5), []
     for k in range(episodes):
         observations = [draw(rng) for _ in range(3)]
         if task:
-            observations = [
-                o | {name: observations[0][name] for name in task} for o in observations
-            ]
-        options_drawn = options(rng) if options else {}
-        episodes_made.append(
-            Episode(
-                k,
-                k,
-                "random",
-                observations,
-                [np.int64(0)] * 2,
-                np.zeros(2),
-                "truncated",
-                None,
-                options_drawn,
-                None,
-            )
-        )
-    environment = Environment(id="starts", task=[*task, *(episodes_made[0].task or {})])
-    write_dataset(
-        folder,
-        episodes_made,
-        id=folder.name,
-        environment=environment,
-        observation_space=space,
-        action_space=spaces.Discrete(2),
-        seed=0,
-        valid_fraction=valid_fraction,
-    )
-    return Dataset([folder])
+            same = {name: observations[0][name] for name in task}
+            observations = [o | same for o in observations]
+        done.append(episode(k, observations, options(rng) if options else {}))
+    environment = Environment(id="starts", task=[*task, *done[0].task])
+    return worlds.dataset(folder, done, environment, (space, spaces.Discrete(2)), valid_fraction)
+
+
+def episode(k: int, observations: list[Any], task: dict[str, Any]) -> Episode:
+    actions, rewards = [np.int64(0)] * 2, np.zeros(2)
+    return Episode(k, k, "random", observations, actions, rewards, "truncated", task=task)
+
+
+def memory_of(dataset: Dataset, noise: float = 0.0) -> Generator:
+    """A generator that repeats the training starts, with `noise`."""
+    train = [dataset.episode(int(e)).observations[0] for e in dataset.episodes("train")]
+
+    def draw(rng: np.random.Generator) -> Any:
+        start = train[rng.integers(len(train))]
+        return start + noise * point(rng) if noise else start
+
+    return Generator(dataset, draw)
 
 
 class Generator(KnownWorld):
@@ -141,7 +127,7 @@ class Generator(KnownWorld):
 
 
 def judged(world: Any, dataset: Dataset, **rest: Any) -> TaskDistribution:
-    """Of which JSON has every figure, and no nan."""
+    """The figures of `world`, which are valid JSON and lie in their intervals."""
     result = task_distribution(world, dataset, **rest)
     assert json.loads(json.dumps(asdict(result), allow_nan=False))["pairs"] == result.pairs
     for name in ("in_space", "in_range", "validity", "coverage", "auc", "copies"):
@@ -172,38 +158,28 @@ def test_the_true_distribution_is_not_told_from_reality(
     began = time.monotonic()
     result = judged(world, dataset)
     assert time.monotonic() - began < 10
-    assert (
-        result.split == "valid"
-        and result.real == result.pairs == len(dataset.episodes("valid")) > 250
-        and result.generated == 512
-    )
+    assert result.real == result.pairs == len(dataset.episodes("valid")) > 250
+    assert result.split == "valid" and result.generated == 512
     assert 0.43 < result.auc < 0.57 and result.auc_interval[0] < 0.55
-    assert result.coverage == pytest.approx(
-        result.coverage_expected, abs=0.06
-    ) and result.coverage_expected == pytest.approx(1 - 2**-5, abs=0.01)
+    assert result.coverage == pytest.approx(result.coverage_expected, abs=0.06)
+    assert result.coverage_expected == pytest.approx(1 - 2**-5, abs=0.01)
     assert result.in_space == 1 and result.validity > 0.95 and result.validity_real > 0.95
     assert 0.8 < result.nearest_ratio < 1.25 and result.copies == result.copies_real == 0
     assert result.notes == ()
     again = task_distribution(Generator(dataset, world.draw), dataset)
     assert again == result, "the same seed gives the same figures"
-    assert task_distribution(world, dataset, seed=1).nearest != result.nearest, (
-        "other starts are generated"
-    )
+    assert task_distribution(world, dataset, seed=1).nearest != result.nearest
 
 
-def test_a_shift_is_found(points: Dataset) -> None:
+def test_a_shift_is_detected(points: Dataset) -> None:
     result = judged(Generator(points, lambda rng: point(rng) + np.array([4, 0, 0])), points)
-    assert (
-        result.auc > 0.95
-        and result.auc_interval[0] > 0.9
-        and result.coverage < 0.2
-        and result.validity < 0.6
-    )
+    assert result.auc > 0.95 and result.auc_interval[0] > 0.9
+    assert result.coverage < 0.2 and result.validity < 0.6
     small = judged(Generator(points, lambda rng: point(rng) + np.array([1, 0, 0])), points)
     assert 0.65 < small.auc < 0.85 and small.coverage > result.coverage
 
 
-def test_what_the_marginals_hide_is_found(goals: Dataset) -> None:
+def test_a_fault_that_the_marginals_hide_is_detected(goals: Dataset) -> None:
     """The body of one draw with the goal of another."""
     result = judged(Generator(goals, lambda rng: goal(rng) | {"goal": goal(rng)["goal"]}), goals)
     assert result.auc > 0.8 and result.validity > 0.95
@@ -214,18 +190,12 @@ def test_a_generator_of_one_mode_covers_little(points: Dataset) -> None:
     assert result.validity == 1 and result.coverage < 0.5 and result.auc > 0.8
 
 
-def test_a_memory_is_found_out(points: Dataset) -> None:
-    train = [points.episode(int(e)).observations[0] for e in points.episodes("train")]
-    exact = judged(Generator(points, lambda rng: train[rng.integers(len(train))]), points)
-    assert exact.auc < 0.7 and exact.coverage > 0.8 and exact.validity > 0.95, (
-        "nothing else sees it well"
-    )
-    assert (
-        exact.copies == 1 and exact.copies_real == 0 and exact.nearest == exact.nearest_ratio == 0
-    )
-    near = judged(
-        Generator(points, lambda rng: train[rng.integers(len(train))] + 0.01 * point(rng)), points
-    )
+def test_a_memory_is_detected(points: Dataset) -> None:
+    exact = judged(memory_of(points), points)
+    assert exact.auc < 0.7 and exact.coverage > 0.8 and exact.validity > 0.95
+    assert exact.copies == 1 and exact.copies_real == 0
+    assert exact.nearest == exact.nearest_ratio == 0
+    near = judged(memory_of(points, noise=0.01), points)
     assert near.copies == 0 and near.nearest_ratio < 0.1 and near.nearest_ratio_interval[1] < 0.15
 
 
@@ -236,17 +206,15 @@ def test_digits_below_the_precision_tell_nothing(tmp_path: Path) -> None:
     draw: Draw = lambda rng: 40 + rng.integers(0, 4, 2) / 100  # noqa: E731
     dataset = reality(tmp_path / "grid", draw, spaces.Box(-np.inf, np.inf, (2,), np.float64), 400)
     precision = Codec.fit(dataset).to_json()["scalings"]["observation"]["precision"][0]
-    same = judged(
-        Generator(dataset, lambda rng: draw(rng) + rng.uniform(-0.4, 0.4, 2) * precision), dataset
-    )
+    within: Draw = lambda rng: draw(rng) + rng.uniform(-0.4, 0.4, 2) * precision  # noqa: E731
+    same = judged(Generator(dataset, within), dataset)
     assert same.auc < 0.6 and same.copies == same.copies_real == 1
-    other = judged(
-        Generator(dataset, lambda rng: draw(rng) + rng.choice([-3, 3], 2) * precision), dataset
-    )
+    apart: Draw = lambda rng: draw(rng) + rng.choice([-3, 3], 2) * precision  # noqa: E731
+    other = judged(Generator(dataset, apart), dataset)
     assert other.auc > 0.9 and other.copies == 0
 
 
-def test_what_lies_outside_the_spaces_is_counted(goals: Dataset) -> None:
+def test_starts_outside_the_spaces_are_counted(goals: Dataset) -> None:
     def break_some(task: Parts, observation: Parts) -> None:
         task.numbers[:64] = 1e3  # the Box ends at 3
         task.categories[64:128] = 0  # a text of no characters, where one is the least
@@ -258,20 +226,15 @@ def test_what_lies_outside_the_spaces_is_counted(goals: Dataset) -> None:
     result = judged(Generator(goals, goal, break_some), goals)
     assert result.in_space == 1 - 5 / 8 and result.in_range == pytest.approx(1 - 3 / 8, abs=0.02)
     assert result.validity == pytest.approx(1 - 6 / 8, abs=0.02) and result.validity_real > 0.95
-    assert (
-        "64 of 512 generated starts have numbers that are not finite" in result.notes[0]
-        and result.auc > 0.6
-    )
+    assert "64 of 512 generated starts have numbers that are not finite" in result.notes[0]
+    assert result.auc > 0.6
 
     def break_all(task: Parts, observation: Parts) -> None:
         observation.numbers[:] = torch.inf
 
     result = judged(Generator(goals, goal, break_all), goals)
-    assert (
-        result.validity == 0
-        and result.auc is result.coverage is None
-        and "0 generated starts are too few" in result.notes[1]
-    )
+    assert result.validity == 0 and result.auc is result.coverage is None
+    assert "0 generated starts are too few" in result.notes[1]
 
 
 def test_bounds_hold_to_the_precision_and_reality_may_break_them(tmp_path: Path) -> None:
@@ -282,62 +245,29 @@ def test_bounds_hold_to_the_precision_and_reality_may_break_them(tmp_path: Path)
     assert judged(Generator(dataset, lambda rng: edge(rng) * 1.001), dataset).in_space == 0
     broken = reality(tmp_path / "broken", lambda rng: 2 * edge(rng), narrow, 100)
     result = judged(Generator(broken, lambda rng: 2 * edge(rng)), broken)
-    assert (
-        result.in_space == result.validity_real == 0
-        and "100 of 100 real starts lie outside the environment's own space" in result.notes[0]
-    )
+    assert result.in_space == result.validity_real == 0
+    assert "100 of 100 real starts lie outside the environment's own space" in result.notes[0]
 
 
 def test_constant_starts(tmp_path: Path) -> None:
     moves: Draw = lambda rng: rng.normal(size=2)  # noqa: E731
-    rng, episodes = np.random.default_rng(0), []
-    for k in range(80):
-        observations = [np.array([0.25, -0.5]), moves(rng), moves(rng)]
-        episodes.append(
-            Episode(
-                k,
-                k,
-                "random",
-                observations,
-                [np.int64(0)] * 2,
-                np.zeros(2),
-                "truncated",
-                None,
-                {},
-                None,
-            )
-        )
+    rng, start = np.random.default_rng(0), np.array([0.25, -0.5])
+    episodes = [episode(k, [start, moves(rng), moves(rng)], {}) for k in range(80)]
     space = spaces.Box(-np.inf, np.inf, (2,), np.float64)
-    environment = Environment(id="still")
-    write_dataset(
-        tmp_path / "s",
-        episodes,
-        id="s",
-        environment=environment,
-        observation_space=space,
-        action_space=spaces.Discrete(2),
-        seed=0,
-        valid_fraction=0.5,
+    dataset = worlds.dataset(
+        tmp_path / "s", episodes, Environment(id="still"), (space, spaces.Discrete(2))
     )
-    dataset = Dataset([tmp_path / "s"])
-    same = judged(Generator(dataset, lambda rng: np.array([0.25, -0.5])), dataset)
-    assert (
-        same.auc == 0.5 and same.coverage == same.validity == same.copies == same.copies_real == 1
-    )
+    same = judged(Generator(dataset, lambda rng: start.copy()), dataset)
+    assert same.auc == 0.5
+    assert same.coverage == same.validity == same.copies == same.copies_real == 1
     assert same.nearest == same.nearest_real == 0 and same.nearest_ratio is None
-    assert (
-        "starts are the same" in same.notes[0]
-        and "there is no distance to compare with" in same.notes[-1]
-    )
-    near = judged(
-        Generator(dataset, lambda rng: np.array([0.25, -0.5]) + 0.001 * rng.normal(size=2)), dataset
-    )
-    assert near.auc > 0.9 and near.coverage == near.validity == 1, (
-        "told by a jitter that matters to nobody: hence the note"
-    )
-    assert (
-        "2 numbers are constant among the real starts and not among the generated" in near.notes[1]
-    )
+    assert "starts are the same" in same.notes[0]
+    assert "there is no distance to compare with" in same.notes[-1]
+    near = judged(Generator(dataset, lambda rng: start + 0.001 * rng.normal(size=2)), dataset)
+    assert near.auc > 0.9, "a jitter that matters to nobody is detected: hence the note"
+    assert near.coverage == near.validity == 1
+    note = "2 numbers are constant among the real starts and not among the generated"
+    assert note in near.notes[1]
     far = judged(Generator(dataset, moves), dataset)
     assert far.auc > 0.9 and far.validity < 0.1 and far.nearest > 0.5
 
@@ -347,10 +277,8 @@ def test_categories_only(tmp_path: Path) -> None:
     draw: Draw = lambda rng: {"room": rng.integers(0, 6), "name": "ab"[: rng.integers(0, 3)]}  # noqa: E731
     dataset = reality(tmp_path / "rooms", draw, space, 400)
     result = judged(Generator(dataset, draw), dataset)
-    assert (
-        0.4 < result.auc < 0.6
-        and result.coverage == result.copies == result.copies_real == result.validity == 1
-    )
+    assert 0.4 < result.auc < 0.6
+    assert result.coverage == result.copies == result.copies_real == result.validity == 1
     assert result.nearest_ratio is None and "copies are no fault" in result.notes[-1]
     half = judged(Generator(dataset, lambda rng: draw(rng) | {"room": rng.integers(0, 2)}), dataset)
     assert half.auc > 0.75 and half.coverage < 0.5
@@ -362,15 +290,15 @@ def test_reset_options_are_part_of_a_start(tmp_path: Path) -> None:
 
     dataset = reality(tmp_path / "options", point, POINTS, 400, options=options)
     assert judged(Generator(dataset, point, options=options), dataset).auc < 0.6
-    heavy = judged(
-        Generator(dataset, point, options=lambda rng: options(rng) | {"mass": 5.0}), dataset
-    )
-    assert heavy.auc > 0.95 and heavy.in_space == 1 and heavy.validity == 0, (
-        "an option has no bounds but those of the data"
-    )
-    hills = judged(
-        Generator(dataset, point, options=lambda rng: options(rng) | {"map": "hill"}), dataset
-    )
+
+    def with_option(**fixed: Any) -> TaskDistribution:
+        world = Generator(dataset, point, options=lambda rng: options(rng) | fixed)
+        return judged(world, dataset)
+
+    heavy = with_option(mass=5.0)
+    assert heavy.auc > 0.95 and heavy.validity == 0
+    assert heavy.in_space == 1, "an option has no bounds but those of the data"
+    hills = with_option(map="hill")
     assert 0.65 < hills.auc < 0.85 and hills.validity > 0.9
 
 
@@ -378,65 +306,37 @@ def test_too_few_starts(points: Dataset, tmp_path: Path) -> None:
     small = reality(tmp_path / "small", point, POINTS, 60, valid_fraction=0.1)
     assert len(small.episodes("valid")) < LEAST <= len(small.episodes("train"))
     result = judged(Generator(small, point), small)
-    assert (
-        result.split == "train"
-        and "compared with those of the training split" in result.notes[0]
-        and result.validity_real is None
-    )
-    assert (
-        0.3 < result.auc < 0.7
-        and result.coverage > 0.85
-        and 0.7 < result.nearest_ratio < 1.4
-        and result.copies_real == 0
-    ), "a start is not its own neighbour"
+    assert result.split == "train" and result.validity_real is None
+    assert "compared with those of the training split" in result.notes[0]
+    assert 0.3 < result.auc < 0.7 and result.coverage > 0.85 and 0.7 < result.nearest_ratio < 1.4
+    assert result.copies_real == 0, "a start is not its own neighbour"
     assert "below 100 it overlooks small differences" in result.notes[-1]
-    train = [small.episode(int(e)).observations[0] for e in small.episodes("train")]
-    memory = judged(Generator(small, lambda rng: train[rng.integers(len(train))]), small)
+    memory = judged(memory_of(small), small)
     assert memory.copies == 1 and memory.nearest_ratio == 0
     tiny = reality(tmp_path / "tiny", point, POINTS, 8)
     result = judged(Generator(tiny, point), tiny)
-    assert (
-        result.in_space == 1
-        and result.validity
-        is result.auc
-        is result.coverage
-        is result.nearest
-        is result.copies
-        is None
-        and result.pairs == 0
-    )
+    assert result.in_space == 1 and result.pairs == 0
+    for name in ("validity", "auc", "coverage", "nearest", "copies"):
+        assert getattr(result, name) is None
     assert "validity needs 20" in result.notes[0] and "need 20 of each side" in result.notes[1]
     untrained = reality(tmp_path / "untrained", point, POINTS, 40, valid_fraction=0.8)
     result = judged(Generator(untrained, point), untrained)
-    assert (
-        result.auc is not None
-        and result.coverage is result.copies is None
-        and "training starts are too few" in result.notes[-1]
-    )
+    assert result.auc is not None and result.coverage is result.copies is None
+    assert "training starts are too few" in result.notes[-1]
     result = judged(Generator(points, point), points, starts=10)
-    assert (
-        result.validity is not None
-        and result.auc is None
-        and "10 generated starts are too few" in result.notes[0]
-    )
+    assert result.validity is not None and result.auc is None
+    assert "10 generated starts are too few" in result.notes[0]
 
 
 def test_starts_of_judged_episodes_are_held_out_ones(tmp_path: Path) -> None:
-    """Where validation alone is too small, they make what there is enough; a memory of the training
-    starts then shows.
-    """
+    """They complete a validation split that is too small; then a memory shows."""
     small = reality(tmp_path / "small", point, POINTS, 60, valid_fraction=0.1)
     few = len(small.episodes("valid"))
     more = Generator(small, point).sample_start(torch.arange(4321, 4381))
     result = judged(Generator(small, point), small, more=more)
-    assert (
-        result.split == "valid"
-        and result.real == few + 60
-        and result.copies == 0
-        and 0.3 < result.auc < 0.7
-    )
-    train = [small.episode(int(e)).observations[0] for e in small.episodes("train")]
-    memory = judged(Generator(small, lambda rng: train[rng.integers(len(train))]), small, more=more)
+    assert result.split == "valid" and result.real == few + 60
+    assert result.copies == 0 and 0.3 < result.auc < 0.7
+    memory = judged(memory_of(small), small, more=more)
     assert memory.copies == 1 and memory.copies_real < 0.1 and memory.nearest_ratio == 0
 
 
@@ -446,36 +346,18 @@ def test_a_world_of_other_spaces_is_refused(points: Dataset, goals: Dataset) -> 
 
 
 def test_a_real_world_that_learns_its_starts(tmp_path: Path) -> None:
-    walks = collect(tmp_path / "walks", 300, valid_fraction=0.4, limit=2)
-    codec = Codec.fit(walks)
-    config = ModelConfig(family="ensemble", size="10k", members=2, base_steps=0)
-    net = build(codec.spec, config)
-    mup.init_(net, 0)
-    task, observation = start_parts(walks, codec)
-    optimizer = torch.optim.Adam(net.start.parameters(), 1e-2)
-    figures = []
-    for _ in range(2):
-        figures.append(
-            judged(
-                World(
-                    net,
-                    Base.fit(codec.spec, config, transitions(walks, codec), seed=0),
-                    codec.to_json(),
-                ),
-                walks,
-            )
-        )
-        net.requires_grad_(True)
-        for _ in range(200):
-            loss = -net.start.log_prob(task, observation).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    before, after = figures
-    assert (
-        before.auc > after.auc + 0.1
-        and after.auc < 0.62
-        and after.coverage > 0.9
-        and after.validity > 0.9
-    )
+    walks = worlds.collect(tmp_path / "walks", 300, valid_fraction=0.4, limit=2)
+    world = worlds.untrained_world(walks, family="ensemble")
+    start = world.net.start
+    optimizer = torch.optim.Adam(start.parameters(), 1e-2)
+    before = judged(world, walks)
+    world.net.requires_grad_(True)
+    for _ in range(200):
+        loss = -start.log_prob(*start_parts(walks, Codec.fit(walks))).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    after = judged(world, walks)
+    assert before.auc > after.auc + 0.1 and after.auc < 0.62
+    assert after.coverage > 0.9 and after.validity > 0.9
     assert math.isclose(after.nearest_ratio, 1, abs_tol=0.4)

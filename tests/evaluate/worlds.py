@@ -1,6 +1,4 @@
-"""What the evaluation's tests share: an environment whose dynamics are known, and worlds of known
-error in it.
-"""
+"""An environment of known dynamics, and worlds of known error in it."""
 
 from __future__ import annotations
 
@@ -19,10 +17,15 @@ from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.episode import run_episode
+from mesocosm.model import mup
+from mesocosm.model.base import Base
+from mesocosm.model.config import ModelConfig
+from mesocosm.model.families import build
 from mesocosm.model.net import WindowLosses
 from mesocosm.model.spec import Parts, Windows
-from mesocosm.model.world import StepOut
+from mesocosm.model.world import StepOut, World
 from mesocosm.policies.policy import RandomPolicy
+from mesocosm.train.prepare import transitions
 
 ACTIONS = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)
 OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
@@ -46,46 +49,57 @@ class Walk(gym.Env[Any, Any]):
     def step(self, action: Any) -> Any:
         self.t += 1
         if not self.constant:
-            self.state = (
-                self.state + np.asarray(action) + self.noise * self.np_random.normal(size=2)
-            )
-        return (
-            self.state.copy(),
-            float(self.state[0]),
-            bool(self.state[0] > 2),
-            self.t >= self.limit,
-            {},
-        )
+            noise = self.noise * self.np_random.normal(size=2)
+            self.state = self.state + np.asarray(action) + noise
+        ended, cut = bool(self.state[0] > 2), self.t >= self.limit
+        return self.state.copy(), float(self.state[0]), ended, cut, {}
 
 
-def collect(folder: Path, episodes: int, valid_fraction: float = 0.3, **kwargs: Any) -> Dataset:
-    env, policy = Walk(**kwargs), RandomPolicy(ACTIONS)
-    done: list[Episode] = []
-    for k in range(episodes):
-        act = lambda observation, rng: policy.act_one(observation, True, rng)  # noqa: E731
-        done.append(
-            run_episode(
-                env,
-                act,
-                k=k,
-                seed=0,
-                behaviour="random",
-                max_steps=None,
-                config=RealityConfig(env="walk"),
-            )
-        )
-    environment = Environment(id="worlds:Walk", max_episode_steps=kwargs.get("limit", 30))
+def dataset(
+    folder: Path,
+    episodes: list[Episode],
+    environment: Environment,
+    spaces: tuple[Any, Any] = (OBSERVATIONS, ACTIONS),
+    valid_fraction: float = 0.5,
+) -> Dataset:
     write_dataset(
         folder,
-        done,
+        episodes,
         id=folder.name,
         environment=environment,
-        observation_space=OBSERVATIONS,
-        action_space=ACTIONS,
+        observation_space=spaces[0],
+        action_space=spaces[1],
         seed=0,
         valid_fraction=valid_fraction,
     )
     return Dataset([folder])
+
+
+def episodes_of(env: gym.Env[Any, Any], policy: Any, count: int, seed: int = 0) -> list[Episode]:
+    """`count` real episodes of `policy`, which explores."""
+
+    def act(observation: Any, rng: np.random.Generator) -> Any:
+        return policy.act_one(observation, True, rng)
+
+    common: dict[str, Any] = {"max_steps": None, "config": RealityConfig(env="walk")}
+    return [
+        run_episode(env, act, k=k, seed=seed, behaviour="random", **common) for k in range(count)
+    ]
+
+
+def collect(folder: Path, episodes: int, valid_fraction: float = 0.3, **kwargs: Any) -> Dataset:
+    environment = Environment(id="worlds:Walk", max_episode_steps=kwargs.get("limit", 30))
+    done = episodes_of(Walk(**kwargs), RandomPolicy(ACTIONS), episodes)
+    return dataset(folder, done, environment, valid_fraction=valid_fraction)
+
+
+def untrained_world(data: Dataset, **model: Any) -> World:
+    """A world of a real family whose base is fitted and whose networks are not trained."""
+    codec, config = Codec.fit(data), ModelConfig(size="10k", members=2, base_steps=0, **model)
+    net = build(codec.spec, config)
+    mup.init_(net, 0)
+    base = Base.fit(codec.spec, config, transitions(data, codec), seed=0)
+    return World(net, base, codec.to_json())
 
 
 @dataclass
@@ -116,16 +130,10 @@ class KnownWorld:
 
     def step(self, carry: State, action: Parts, keys: Tensor) -> tuple[State, StepOut]:
         self.steps += len(keys)
-        raw = (
-            self.fitted.decode_observation(carry.observation)
-            + self.fitted.decode_action(action)
-            + np.array([self.bias, 0.0])
-        )
-        noisy = (
-            raw
-            + self.noise
-            * torch.randn(raw.shape, generator=self.generator, dtype=torch.float64).numpy()
-        )
+        raw = self.fitted.decode_observation(carry.observation)
+        raw = raw + self.fitted.decode_action(action) + np.array([self.bias, 0.0])
+        draws = torch.randn(raw.shape, generator=self.generator, dtype=torch.float64).numpy()
+        noisy = raw + self.noise * draws
         seen = torch.from_numpy(noisy[:, 0])
         p = (seen > 2).float()
         zeros = torch.zeros(len(keys))

@@ -9,17 +9,15 @@ imagined transition, what is unknown of it, is
 
 The first factor is the reward of exploration by disagreement (Pathak et al. 2019, arXiv 1906.04161;
 Sekar et al. 2020, Plan2Explore, arXiv 2005.05960). The second is coverage: `gap` is the distance to
-the nearest logged transition. A tenth of held-out transitions exceed 1 of either. Where the logs
-are dense another step is worth little, however much members differ. A candidate's worth is the mean
-over its steps.
+the nearest logged transition. A tenth of held-out transitions exceed 1 of either. A candidate's
+worth is the mean over its steps.
 
-A part of the budget is even over the candidates, which define what the world will be asked
-(docs/buying.md compares). The rest is bought in BLOCKS equal blocks. Each goes to the candidate
-whose steps reduce the worth of *all* candidates the most, once the earlier blocks have joined the
-logs: greedy facility location, whose gains only diminish (Nemhauser, Wolsey and Fisher 1978; for
-choosing data: Wei, Iyer and Bilmes 2015), with the sum of what is unknown as in Cohn (1994). Half
-of a candidate's imagined episodes stand for what would be bought, and the other half is scored, so
-that none covers itself.
+A part of the budget is even over the candidates (docs/buying.md compares). The rest is bought in
+BLOCKS equal blocks. Each goes to the candidate whose steps reduce the worth of *all* candidates the
+most, once the earlier blocks have joined the logs: greedy facility location, whose gains only
+diminish (Nemhauser, Wolsey and Fisher 1978; for choosing data: Wei, Iyer and Bilmes 2015), with the
+sum of what is unknown as in Cohn (1994). Half of a candidate's imagined episodes stand for what
+would be bought, and the other half is scored, so that none covers itself.
 """
 
 from __future__ import annotations
@@ -36,7 +34,6 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.evaluate.metrics import stats
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
-from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.policy import Acts
 from mesocosm.serve.client import WorldVectorEnv
 
@@ -108,7 +105,7 @@ def imagine(
 
     Args:
         world: The world.
-        dataset: Its own, whose columns `features` takes.
+        dataset: The world's data, whose columns `features` takes.
         features: Of the transitions.
         policy: The candidate's.
         starts: (task, observation) [N, ...], of which a hash chooses.
@@ -248,9 +245,3 @@ def weights(steps: Sequence[int], lengths: Sequence[float]) -> list[float]:
     """
     episodes = np.asarray(steps) / np.asarray(lengths)
     return [float(f"{share:.4g}") for share in episodes / episodes.sum()]
-
-
-def chosen(behaviours: Sequence[BehaviourConfig], bought: Bought) -> list[int]:
-    """Positions of the candidates that were bought from, most steps first."""
-    positions = [i for i in range(len(behaviours)) if bought.steps[i]]
-    return sorted(positions, key=lambda i: -bought.steps[i])

@@ -19,10 +19,10 @@ from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.horizon import horizon_of
 from mesocosm.envs.config import DrawnOption, PriceConfig, RealityConfig
-from mesocosm.envs.make import EnvFacts, facts_of, source_hash
+from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import policy_set
-from mesocosm.evaluate.config import reality_of
+from mesocosm.evaluate.config import facts_for, reality_of
 from mesocosm.policies import behaviours as acting
 from mesocosm.policies.behaviours import BehaviourConfig
 from mesocosm.policies.policy import Acts, policy_of
@@ -67,11 +67,7 @@ class CollectCandidate:
 
     behaviour: BehaviourConfig
     policy: Acts
-
-    @property
-    def explore(self) -> bool:
-        """As in `collect`: trained policies draw from their own distribution."""
-        return self.behaviour.kind == "trained"
+    """Explores if the behaviour is of kind trained, as in `collect`."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +81,11 @@ class CheckedProposal:
     facts: EnvFacts
     horizon: int
     """Steps of an imagined episode at most."""
-    members: int
     candidates: list[CollectCandidate]
-    sources: list[str]
-    """Hashes of scripted behaviours' code"""
+
+    @property
+    def behaviours(self) -> list[BehaviourConfig]:
+        return [candidate.behaviour for candidate in self.candidates]
 
     def collection(self, behaviours: list[BehaviourConfig]) -> CollectConfig:
         """The collection's config. Its seed differs from that of the world's data, whose episodes
@@ -128,14 +125,7 @@ def ask(cfg: ProposeConfig, storage: Storage) -> CheckedProposal:
     datasets = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
     codec = Codec.from_json(json.loads((world.path / "codec.json").read_text()))
     reality = _reality(cfg.reality, codec, datasets)
-    facts = facts_of(reality)
-    spaces = (codec.observation_space, codec.action_space)
-    for name, real, expected in zip(("observation", "action"), facts.spaces, spaces, strict=True):
-        if real != expected:
-            raise UsageError(
-                f"reality.env={reality.env!r} has the {name} space {real}, and {world.name}"
-                f" {expected}; propose for its own environment"
-            )
+    facts = facts_for(reality, world, codec)
     agents = [acting.full_name(storage, agent) for agent in cfg.agents]
     cfg = replace(cfg, reality=reality, agents=agents)
     acting.check_tasks(cfg.behaviours, reality)
@@ -147,11 +137,8 @@ def ask(cfg: ProposeConfig, storage: Storage) -> CheckedProposal:
     candidates = [
         CollectCandidate(behaviour, _policy(behaviour, storage, facts)) for behaviour in unique
     ]
-    functions = [b.function for b in unique if b.function is not None]
-    sources = [source_hash(acting.load_function(function)) for function in functions]
-    members = json.loads((world.path / "world.json").read_text())["config"]["members"]
     horizon = horizon_of(storage, world, facts.max_episode_steps, "reality.horizon").steps
-    return CheckedProposal(cfg, world, datasets, facts, horizon, members, candidates, sources)
+    return CheckedProposal(cfg, world, datasets, facts, horizon, candidates)
 
 
 def _reality(reality: RealityConfig, codec: Codec, datasets: list[Artifact]) -> RealityConfig:
@@ -159,10 +146,8 @@ def _reality(reality: RealityConfig, codec: Codec, datasets: list[Artifact]) -> 
     collection. Raises UsageError where the draw of a reset option is unknown.
     """
     if not reality.env:
-        collected = [
-            a.meta["config"]["reality"] for a in datasets if a.meta.get("job") == "collect"
-        ]
-        newest = collected[-1] if collected else {}
+        collected = [a.meta["config"] for a in datasets if a.meta.get("job") == "collect"]
+        newest = collected[-1]["reality"] if collected else {}
         reality = reality_of(reality, codec)
         if not reality.task_options:
             options = newest.get("task_options", {})

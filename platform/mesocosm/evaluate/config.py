@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from mesocosm import checks
@@ -9,10 +11,12 @@ from mesocosm.config import JobConfig
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.manifest import current_id
 from mesocosm.envs.config import RealityConfig
+from mesocosm.envs.make import EnvFacts, facts_of, source_hash
 from mesocosm.errors import UsageError
 from mesocosm.evaluate.metrics.open_loop import HORIZONS
 from mesocosm.policies import behaviours
 from mesocosm.policies.behaviours import BehaviourConfig
+from mesocosm.store.artifacts import Artifact
 
 
 @dataclass
@@ -121,3 +125,34 @@ def reality_of(reality: RealityConfig, codec: Codec) -> RealityConfig:
         horizon=known["max_episode_steps"],
         success=known["success"],
     )
+
+
+def facts_for(reality: RealityConfig, world: Artifact, codec: Codec) -> EnvFacts:
+    """The facts of `reality`. Raises UsageError where its spaces differ from the world's."""
+    facts = facts_of(reality)
+    spaces = (codec.observation_space, codec.action_space)
+    for name, real, expected in zip(("observation", "action"), facts.spaces, spaces, strict=True):
+        if real != expected:
+            raise UsageError(
+                f"reality.env={reality.env!r} has the {name} space {real}, and {world.name}"
+                f" {expected}; use the world's own environment"
+            )
+    return facts
+
+
+def members_of(world: Artifact) -> int:
+    """The number of the world's members."""
+    config = json.loads((world.path / "world.json").read_text())["config"]
+    return int(config["members"])
+
+
+def sources_of(policies: Sequence[BehaviourConfig]) -> list[str]:
+    """Hashes of the code of scripted policies."""
+    functions = [policy.function for policy in policies if policy.function is not None]
+    return [source_hash(behaviours.load_function(function)) for function in functions]
+
+
+def agents_of(policies: Sequence[BehaviourConfig]) -> list[str]:
+    """Ids of the agents that `policies`, with full names, refer to."""
+    refs = [policy.policy for policy in policies if policy.policy is not None]
+    return sorted({ref.removeprefix("agents/").partition("@")[0] for ref in refs})

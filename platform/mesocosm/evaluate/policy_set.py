@@ -53,14 +53,14 @@ class ComparedPolicy:
 
 
 class Noisy:
-    """A policy's greedy actions with noise, in vector layout and one by one."""
+    """A policy's greedy actions with noise, in vector layout and one by one. Needs `rng`."""
 
     def __init__(self, policy: Acts, action_space: Space, noise: float):
         self.policy, self.noise, self.action_space = policy, noise, copy.deepcopy(action_space)
         self.observation_space = getattr(policy, "observation_space", None)
 
     def act(self, observations: Any, explore: bool = False, rng: Rng | None = None) -> Any:
-        """Map observations of B environments to B actions; `rng` is needed."""
+        """Map observations of B environments to B actions."""
         assert rng is not None, "noise needs rng"
         actions, space = self.policy.act(observations, False, rng), self.action_space
         if _is_float(space):
@@ -70,7 +70,7 @@ class Noisy:
         return _batch(space, [behaviours.perturbed(row, space, self.noise, rng) for row in rows])
 
     def act_one(self, observation: Any, explore: bool = False, rng: Rng | None = None) -> Any:
-        """Map one observation to one action; `rng` is needed."""
+        """Map one observation to one action."""
         assert rng is not None, "noise needs rng"
         space = self.action_space
         space.seed(int(rng.integers(2**31)))
@@ -208,21 +208,16 @@ def next_noise(
     counts = fifths_of(returns)
     if firm(counts):
         return None
-    steps = [(b - a, a, b) for a, b in itertools.pairwise(sorted(noises)) if b - a > FINEST]
+    steps = [(a, b) for a, b in itertools.pairwise(sorted(noises)) if b - a > FINEST]
+    across: list[tuple[float, float]] = []
     for fifth in np.argsort(counts, kind="stable"):
         middle = low + (high - low) * (fifth + 0.5) / 5
-        across = [
-            (width, a, b)
-            for width, a, b in steps
-            if min(noises[a], noises[b]) <= middle <= max(noises[a], noises[b])
-        ]
+        ends = [sorted((noises[a], noises[b])) for a, b in steps]
+        across = [step for step, (x, y) in zip(steps, ends, strict=True) if x <= middle <= y]
         if across:
-            _, a, b = max(across, key=lambda step: step[0])
-            return (a + b) / 2
-    if not steps:
-        return None
-    _, a, b = max(steps, key=lambda step: step[0])
-    return (a + b) / 2
+            break
+    widest = max(across or steps, key=lambda step: step[1] - step[0], default=None)
+    return None if widest is None else sum(widest) / 2
 
 
 def most_noise(action_space: Space) -> float:

@@ -144,30 +144,23 @@ def policy_value(
         UsageError: There is no candidate.
     """
     judged: list[tuple[ComparedPolicy, JudgeResult]] = []
-
-    def look(candidate: ComparedPolicy) -> None:
+    waiting = list(candidates)
+    while waiting:
+        candidate = waiting.pop(0)
         before = known.get(candidate.name)
         if before is not None and len(before.episodes) >= episodes:
             result = replace(before, episodes=before.episodes[:episodes], steps=0, resets=0)
         else:
             # Labels may repeat. The order of judging is the same when an evaluation goes on.
-            name = f"{len(judged)}: {candidate.name}"
-            result = judge(
-                candidate.policy,
-                reality,
-                ledger,
-                episodes=episodes,
-                seed=seed,
-                max_episode_steps=horizon,
-                segments=store.segments(name, candidate.policy, seed=seed, limit=horizon),
-            )
+            name, policy = f"{len(judged)}: {candidate.name}", candidate.policy
+            segments = store.segments(name, policy, seed=seed, limit=horizon)
+            limits: dict[str, Any] = {"episodes": episodes, "max_episode_steps": horizon}
+            result = judge(policy, reality, ledger, seed=seed, segments=segments, **limits)
         judged.append((candidate, result))
         progress(len(judged), f"{len(judged)} policies, {candidate.name}: {result.mean:.1f}")
-
-    for candidate in candidates:
-        look(candidate)
-    while (following := more([(c, r.mean) for c, r in judged if c.held_out])) is not None:
-        look(following)
+        if not waiting:
+            following = more([(c, r.mean) for c, r in judged if c.held_out])
+            waiting += [] if following is None else [following]
     if not any(candidate.held_out for candidate, _ in judged):
         raise UsageError("there is no policy to compare; give policies, or an agent and graded")
 

@@ -23,6 +23,7 @@ from mesocosm.envs.config import DrawnOption
 from mesocosm.evaluate import buying
 from mesocosm.evaluate.buying import Bought, Imagined
 from mesocosm.evaluate.candidates import CheckedProposal
+from mesocosm.evaluate.config import members_of
 from mesocosm.evaluate.metrics.log import codec_of
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
@@ -55,29 +56,26 @@ def propose(q: CheckedProposal, run: Run) -> tuple[dict[str, Any], str]:
             name = acting.label(candidate.behaviour)
             rows = _within(codec, task, candidate.behaviour)
             if not len(rows):
-                unseen.append(
-                    f"{name}: the world has seen no such task, so its worth is unknown; collect"
-                    " some of it once."
-                )
+                reason = "the world has seen no such task, so its worth is unknown"
+                unseen.append(f"{name}: {reason}; collect some of it once.")
                 continue
 
             def report(steps: int, done: int = done, name: str = name) -> None:
                 update(done, f"{name}, imagined step {steps}")
 
-            imagined.append(
-                buying.imagine(
-                    world,
-                    dataset,
-                    features,
-                    candidate.policy,
-                    (task[rows], observation[rows]),
-                    explore=candidate.explore,
-                    episodes=cfg.imagined,
-                    horizon=q.horizon,
-                    seed=cfg.seed,
-                    progress=report,
-                )
+            episodes = buying.imagine(
+                world,
+                dataset,
+                features,
+                candidate.policy,
+                (task[rows], observation[rows]),
+                explore=candidate.behaviour.kind == "trained",
+                episodes=cfg.imagined,
+                horizon=q.horizon,
+                seed=cfg.seed,
+                progress=report,
             )
+            imagined.append(episodes)
             behaviours.append(candidate.behaviour)
         bought = buying.buy(
             imagined,
@@ -85,10 +83,11 @@ def propose(q: CheckedProposal, run: Run) -> tuple[dict[str, Any], str]:
             unit,
             cfg.steps,
             even=cfg.even,
-            disagrees=q.members > 1,
+            disagrees=members_of(q.world) > 1,
             seed=cfg.seed,
         )
-        chosen = buying.chosen(behaviours, bought)
+        chosen = [i for i, steps in enumerate(bought.steps) if steps]
+        chosen.sort(key=lambda i: -bought.steps[i])
         update(len(q.candidates), f"{len(chosen)} of {len(imagined)} candidates chosen")
     lengths = [candidate.length for candidate in imagined]
     weights = buying.weights([bought.steps[i] for i in chosen], [lengths[i] for i in chosen])
@@ -96,21 +95,20 @@ def propose(q: CheckedProposal, run: Run) -> tuple[dict[str, Any], str]:
     job = q.collection([replace(behaviours[i], weight=weight) for i, weight in pairs])
     check_collection(job)
     price = cfg.reality.price
-    answers: list[dict[str, Any]] = []
-    for i, behaviour in enumerate(behaviours):
-        steps, length = bought.steps[i], lengths[i]
-        cost = steps * (price.per_step + price.per_reset / length)
-        answers.append(
-            {
-                "behaviour": acting.label(behaviour),
-                "steps": steps,
-                "share": steps / cfg.steps,
-                "episodes": steps / length,
-                "price": cost,
-                "length": length,
-                **asdict(bought.scores[i]),
-            }
+    answers: list[dict[str, Any]] = [
+        {
+            "behaviour": acting.label(behaviour),
+            "steps": steps,
+            "share": steps / cfg.steps,
+            "episodes": steps / length,
+            "price": steps * (price.per_step + price.per_reset / length),
+            "length": length,
+            **asdict(score),
+        }
+        for behaviour, steps, length, score in zip(
+            behaviours, bought.steps, lengths, bought.scores, strict=True
         )
+    ]
     answers.sort(key=lambda answer: (-answer["steps"], -answer["worth"]))
     answer = {
         "schema": 1,
@@ -145,30 +143,29 @@ def _starts(world: World, dataset: Dataset, codec: Codec, seed: int) -> tuple[Pa
 
 def _within(codec: Codec, task: Parts, behaviour: BehaviourConfig) -> Tensor:
     """Rows of `task` within the behaviour's task options."""
-    options = behaviour.task_options
+    options = behaviour.task_options.items()
     if not options:
         return torch.arange(len(task.numbers))
-    rows = [
-        row
-        for row, values in enumerate(codec.task_options(task))
-        if all(_holds(part, values[name]) for name, part in options.items())
+
+    def holds(part: DrawnOption, value: Any) -> bool:
+        if part.choices is None:
+            assert part.low is not None and part.high is not None
+            return bool(part.low <= value <= part.high)
+        if not isinstance(value, float):
+            return value in part.choices
+        return any(abs(value - choice) < 1e-6 * (1 + abs(choice)) for choice in part.choices)
+
+    inside = [
+        all(holds(part, values[name]) for name, part in options)
+        for values in codec.task_options(task)
     ]
-    return torch.tensor(rows, dtype=torch.int64)
-
-
-def _holds(part: DrawnOption, value: Any) -> bool:
-    if part.choices is None:
-        assert part.low is not None and part.high is not None
-        return bool(part.low <= value <= part.high)
-    if not isinstance(value, float):
-        return value in part.choices
-    return any(abs(value - choice) < 1e-6 * (1 + abs(choice)) for choice in part.choices)
+    return torch.tensor(inside).nonzero().flatten()
 
 
 def _notes(q: CheckedProposal, behaviours: list[BehaviourConfig], bought: Bought) -> list[str]:
     """Reasons why the proposal says little."""
     notes = []
-    if q.members == 1:
+    if members_of(q.world) == 1:
         notes.append(
             f"{q.world.name} has 1 member, so that nothing disagrees: coverage alone chose;"
             " pretrain with model.members=4 to have both."
@@ -188,15 +185,13 @@ def _notes(q: CheckedProposal, behaviours: list[BehaviourConfig], bought: Bought
 
 
 def _few(rows: list[dict[str, Any]]) -> list[str]:
-    """Whole episodes are collected."""
+    """The notes of a budget that is too small for whole episodes."""
     chosen = [row for row in rows if row["steps"]]
     episodes = sum(row["episodes"] for row in chosen)
     if episodes < 1:
         longest = max(row["length"] for row in chosen)
-        return [
-            f"the budget is less than one episode (some {longest:.3g} steps), of which the"
-            " beginning alone would be collected; give more steps."
-        ]
+        few = f"the budget is less than one episode (some {longest:.3g} steps)"
+        return [f"{few}, of which the beginning alone would be collected; give more steps."]
     scarce = ", ".join(row["behaviour"] for row in chosen if row["episodes"] < 1)
     few = f"the budget is about {episodes:.3g} episodes, less than one of {scarce}"
     return [f"{few}, which may not come up."] if scarce else []

@@ -4,9 +4,9 @@ distribution.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from mesocosm.agents.config import AgentConfig
@@ -17,10 +17,10 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.horizon import Horizon, horizon_of
 from mesocosm.datasets.manifest import Manifest
 from mesocosm.envs.ledger import Ledger
-from mesocosm.envs.make import EnvFacts, facts_of, source_hash
+from mesocosm.envs.make import EnvFacts
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import policy_set
-from mesocosm.evaluate.config import EvaluateConfig
+from mesocosm.evaluate.config import EvaluateConfig, facts_for, members_of
 from mesocosm.evaluate.imagine import starts_of
 from mesocosm.evaluate.judge import JudgeResult, JudgeStore, check_spaces
 from mesocosm.evaluate.metrics.log import codec_of
@@ -58,10 +58,6 @@ class Prepared:
     """Steps of an episode at most, real or imagined."""
     agent: Artifact | None
     candidates: list[ComparedPolicy]
-    agents: list[str]
-    """Ids of the agents among `policies`"""
-    sources: list[str]
-    """Hashes of scripted policies' code"""
     most_policies: int
     most_episodes: int
 
@@ -102,31 +98,31 @@ def prepare(
             or collected the world's own data; judging might take more than `judge_steps`.
         TooFewPolicies: The policies make no ranking.
     """
-    facts = facts_of(cfg.reality)
-    spaces = (codec.observation_space, codec.action_space)
-    for name, real, expected in zip(("observation", "action"), facts.spaces, spaces, strict=True):
-        if real != expected:
-            raise UsageError(
-                f"reality.env={cfg.reality.env!r} has the {name} space {real}, and {world.name}"
-                f" {expected}; judge it in its own environment"
-            )
-    members = json.loads((world.path / "world.json").read_text())["config"]["members"]
-    if cfg.adversary and members == 1:
+    facts = facts_for(cfg.reality, world, codec)
+    if cfg.adversary and members_of(world) == 1:
         raise UsageError(
             f"adversary must be 0 for {world.name}, whose one member cannot disagree, got"
             f" {cfg.adversary}; set adversary=0, or pretrain with model.members"
         )
-    _check_options(cfg, codec)
+    for option in codec.options:
+        drawn = cfg.reality.task_options.get(option.name)
+        if option.values is None or drawn is None or drawn.choices is None:
+            continue
+        unseen = [value for value in drawn.choices if value not in option.values]
+        if unseen:
+            key = f"reality.task_options.{option.name}.choices"
+            fix = "collect episodes of it first, or leave it out"
+            raise UsageError(f"{key} holds {unseen[0]!r}, which the world has not seen; {fix}")
     cfg = replace(cfg, policies=[policy_set.full(config, storage) for config in cfg.policies])
     horizon = horizon_of(storage, world, facts.max_episode_steps, "reality.horizon")
     data = [storage.artifact("datasets", id) for id in world.meta["inputs"]["datasets"]]
-    logged: set[str] = set()
-    if cfg.policies:
-        logged = {b.name for artifact in data for b in Manifest.read(artifact.path).behaviours}
+    manifests = [Manifest.read(artifact.path) for artifact in data if cfg.policies]
+    logged = {behaviour.name for manifest in manifests for behaviour in manifest.behaviours}
     candidates = []
     for config in cfg.policies:
+        is_held_out = behaviours.label(config) not in logged
         candidate = policy_set.named(config, storage, *facts.spaces)
-        candidates.append(replace(candidate, held_out=behaviours.label(config) not in logged))
+        candidates.append(replace(candidate, held_out=is_held_out))
     snapshots = [] if agent is None else policy_set.snapshots(agent, storage)
     for candidate in [*candidates, *snapshots]:
         check_spaces(candidate.policy, facts, cfg.reality)
@@ -141,24 +137,8 @@ def prepare(
                 f"{most} policies whose data the world was not trained on cannot be compared: that"
                 f" takes {FEWEST}; add policies, or graded"
             )
-    ids = sorted({ref.removeprefix("agents/").partition("@")[0] for ref in refs})
-    functions = [config.function for config in cfg.policies if config.function is not None]
-    sources = [source_hash(behaviours.load_function(function)) for function in functions]
     most_judged = most_episodes(cfg, len(snapshots))
-    return Prepared(cfg, facts, horizon, agent, candidates, ids, sources, *most_judged)
-
-
-def _check_options(cfg: EvaluateConfig, codec: Codec) -> None:
-    """Raise UsageError where reality draws a reset option's value that the world has not seen."""
-    for option in codec.options:
-        drawn = cfg.reality.task_options.get(option.name)
-        if option.values is None or drawn is None or drawn.choices is None:
-            continue
-        unseen = [value for value in drawn.choices if value not in option.values]
-        if unseen:
-            key = f"reality.task_options.{option.name}.choices"
-            fix = "collect episodes of it first, or leave it out"
-            raise UsageError(f"{key} holds {unseen[0]!r}, which the world has not seen; {fix}")
+    return Prepared(cfg, facts, horizon, agent, candidates, *most_judged)
 
 
 def run(
@@ -214,17 +194,12 @@ def run(
             progress=update,
         )
         r = values.ranking.pearson
-        correlation = "undefined" if r is None else f"{r:.2f}"
-        policies = f"{len(values.values)} policies, r {correlation}"
-        update(plan.most_policies, f"{policies}, {values.steps} real steps")
+        text = f"{len(values.values)} policies, r {'undefined' if r is None else f'{r:.2f}'}"
+        update(plan.most_policies, f"{text}, {values.steps} real steps")
     measured["policy_value"] = values.to_json()
     data = [run.storage.artifact("datasets", id) for id in artifact.meta["inputs"]["datasets"]]
     chosen = [(v.candidate, v.judged.episodes) for v in behaviours_of(values.values)]
     with run.progress("off-policy", None) as update:
-
-        def report(text: str) -> None:
-            update(0, text)
-
         errors = off_policy(
             world,
             Dataset([artifact.path for artifact in data]),
@@ -234,12 +209,12 @@ def run(
             starts=min(cfg.starts, STARTS),
             samples=cfg.samples,
             seed=cfg.seed,
-            progress=report,
+            progress=partial(update, 0),
         )
         update(1, "" if errors.auroc is None else f"AUROC of disagreement {errors.auroc:.2f}")
     logged = {candidate.name for candidate, _ in chosen if not candidate.held_out}
     rows = tuple(replace(row, logged=row.name in logged) for row in errors.behaviours)
-    return measured | {"off_policy": replace(errors, behaviours=rows).to_json()}
+    return measured | {"off_policy": asdict(replace(errors, behaviours=rows))}
 
 
 def evidence_of(storage: Storage, world: Artifact, seed: int) -> Evidence | None:
@@ -301,15 +276,14 @@ def agent_summary(
 def with_adversary(
     plan: Prepared, run: Run, world: Artifact, train: Callable[[AgentConfig, Run], Artifact]
 ) -> Prepared:
-    """Add a policy that `train`, the job train-agent, trains in the world to go where its members
-    disagree. It learns to avoid an early end, too, and takes no real step.
+    """Add a policy that `train`, the job train-agent, trains in the world to seek disagreement.
+
+    It learns to avoid an early end, too, and takes no real step.
     """
     cfg = plan.cfg
+    common = {key: getattr(cfg, key) for key in ("seed", "storage", "tracking", "ray")}
     config = AgentConfig(
-        seed=cfg.seed,
-        storage=cfg.storage,
-        tracking=cfg.tracking,
-        ray=cfg.ray,
+        **common,
         world=world.id,
         backend="local",
         iterations=cfg.adversary,
@@ -351,9 +325,7 @@ def behaviours_of(values: Sequence[Value]) -> list[Value]:
     graded = [v for v in values if v.candidate.noise is not None]
     graded.sort(key=lambda value: value.candidate.noise or 0.0)
     rest = [v for v in values if v not in snapshots and v not in graded]
-    first = [v for v in rest if v.candidate.name == ADVERSARY]
-    for ordered, some in ((snapshots, snapshots[-1:]), (graded, [])):
-        middle = len(ordered) // 2
-        first += [*some, *ordered[middle : middle + 1]]
-    chosen = [*first, *graded[-1:], *rest]
+    adversary = [v for v in rest if v.candidate.name == ADVERSARY]
+    halves = [some[len(some) // 2 :][:1] for some in (snapshots, graded)]
+    chosen = [*adversary, *snapshots[-1:], *halves[0], *halves[1], *graded[-1:], *rest]
     return list({value.candidate.name: value for value in chosen}.values())[:MOST_BEHAVIOURS]

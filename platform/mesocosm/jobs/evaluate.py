@@ -4,7 +4,9 @@ the agent's real return.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.ledger import Ledger
 from mesocosm.errors import UsageError
 from mesocosm.evaluate import imagine, policy_set, suite
-from mesocosm.evaluate.config import EvaluateConfig, reality_of
+from mesocosm.evaluate.config import EvaluateConfig, agents_of, reality_of, sources_of
 from mesocosm.evaluate.judge import JudgeResult, JudgeStore, judge, judging
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
 from mesocosm.evaluate.metrics.log import check_dataset, codec_of
@@ -40,6 +42,8 @@ NOT_IN_ID = [
     "reality.step_timeout_s",
 ]
 """Keys that do not change what is measured; inputs are hashed by their ids."""
+RANKED = ("policies", "pearson", "spearman", "spearman_top", "mmrv", "regret", "error", "bias")
+"""Figures of the ranking that are logged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +91,8 @@ class Evaluate(Job[EvaluateConfig, Evaluation]):
             config = replace(config, reality=reality_of(config.reality, codec))
             prepared = suite.prepare(config, storage, artifact, codec, agent)
             config = prepared.cfg
-            agents = [*([] if agent is None else [agent.id]), *prepared.agents]
-            identities = [prepared.facts.version, *prepared.sources]
+            agents = [*([] if agent is None else [agent.id]), *agents_of(config.policies)]
+            identities = [prepared.facts.version, *sources_of(config.policies)]
             if prepared.horizon.inferred:
                 identities.append({"horizon": prepared.limit})
         inputs = {"worlds": [artifact.id], "agents": agents, "datasets": [d.id for d in datasets]}
@@ -137,10 +141,6 @@ def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
     cfg, world, dataset = plan.config, plan.world, plan.dataset
     policy, prepared, id = plan.policy, plan.suite, plan.id
     with run.progress("fidelity", None) as update:
-
-        def report_fidelity(text: str) -> None:
-            update(0, text)
-
         faithful = fidelity(
             world,
             dataset,
@@ -148,7 +148,7 @@ def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
             starts=cfg.starts,
             samples=cfg.samples,
             seed=cfg.seed,
-            progress=report_fidelity,
+            progress=partial(update, 0),
         )
         update(1, f"{faithful.losses['total']:.3f} nats a transition")
     result, ledger, store = None, None, JudgeStore(run.storage, id)
@@ -159,9 +159,10 @@ def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
         if cfg.adversary:
             from mesocosm.agents import training  # imports RLlib: only where it trains
 
-            train = training.JOB.run
-            prepared = suite.with_adversary(prepared, run, plan.artifact, train)
+            prepared = suite.with_adversary(prepared, run, plan.artifact, training.JOB.run)
         if policy is not None:
+            limit = prepared.limit
+            segments = store.segments(policy_set.AGENT, policy, seed=cfg.seed, limit=limit)
             with run.progress("judge", cfg.episodes) as update:
                 result = judge(
                     policy,
@@ -169,23 +170,25 @@ def _evaluate(job: Evaluate, plan: Evaluation, run: Run) -> Artifact:
                     ledger,
                     episodes=cfg.episodes,
                     seed=cfg.seed,
-                    max_episode_steps=prepared.limit,
+                    max_episode_steps=limit,
                     progress=update,
-                    segments=store.segments(
-                        policy_set.AGENT, policy, seed=cfg.seed, limit=prepared.limit
-                    ),
+                    segments=segments,
                 )
     measured = suite.run(cfg, run, world, plan.artifact, dataset, prepared, ledger, store, result)
     agent = None
     if policy is not None and result is not None and prepared is not None:
         agent = suite.agent_summary(measured, result, world, policy, cfg, prepared.limit, run)
-    _warn(run, measured, agent)
+    logs = measured.get("evidence")
+    unidentified = None if logs is None else Evidence(**logs).unidentified()
+    if unidentified is not None:
+        run.say(f"warning: {unidentified}")
+    if agent is not None and agent["unexplained"] is not None:
+        run.say(f"warning: the agent's return is not explained by the logs: {agent['unexplained']}")
+    answers = verdicts(measured, asdict(faithful.open_loop), agent)
     measured |= {
-        "verdicts": [
-            verdict.to_json() for verdict in verdicts(measured, faithful.open_loop.to_json(), agent)
-        ],
+        "verdicts": [asdict(verdict) for verdict in answers],
         "agent": agent,
-        "time_to_end": faithful.time_to_end.to_json(),
+        "time_to_end": asdict(faithful.time_to_end),
         "loss_intervals": faithful.loss_intervals,
     }
     drops = [drop for artifact in plan.datasets for drop in artifact.meta.get("dropped", [])]
@@ -222,17 +225,14 @@ def _ledger(
         )
     if cfg.judge_steps is None:
         return ledger
-    spent, most = (
-        ledger.totals().purposes["judge"].steps,
-        max(0, plan.most_episodes - stored) * plan.limit,
-    )
+    spent = ledger.totals().purposes["judge"].steps
+    most = max(0, plan.most_episodes - stored) * plan.limit
     if cfg.ledger is None and spent + most > cfg.judge_steps:
         raise UsageError(
             f"judge_steps={cfg.judge_steps}: an attempt at this evaluation that was broken off"
             f" spent {spent}, and this one may take {most}; raise it to {spent + most}"
         )
-    bound = cfg.judge_steps if cfg.ledger is None else spent + cfg.judge_steps
-    ledger.bounds["judge"] = bound
+    ledger.bounds["judge"] = cfg.judge_steps + (0 if cfg.ledger is None else spent)
     return ledger
 
 
@@ -244,17 +244,13 @@ def _report(
     spent: int,
 ) -> report.ReportInput:
     cfg, policy, inputs = plan.config, plan.policy, plan.inputs
-    measures = faithful.to_json()
-    parts = {name: value for name, value in faithful.losses.items() if name != "total"} | {
-        "total": faithful.losses["total"]
-    }
     about = report.ReportInput(
         title=f"Evaluation of worlds/{inputs['worlds'][0]}",
         environment=plan.codec.environment["id"],
         target=cfg.target,
-        losses=[{"round": None, "parts": parts, "intervals": faithful.loss_intervals}],
-        open_loop=[{"round": None, "table": measures["open_loop"]}],
-        checks=[{"round": None, **measures["one_step"]}],
+        losses=[{"round": None, "parts": faithful.losses, "intervals": faithful.loss_intervals}],
+        open_loop=[{"round": None, "table": asdict(faithful.open_loop)}],
+        checks=[{"round": None, **asdict(faithful.one_step)}],
         lineage=[(kind, f"{kind}/{id}") for kind, ids in inputs.items() for id in ids]
         + [("code", f"mesocosm {__version__}")],
     )
@@ -275,67 +271,34 @@ def _report(
     )
 
 
-def _warn(run: Run, measured: dict[str, Any], agent: dict[str, Any] | None) -> None:
-    """Report what the logs cannot show or explain."""
-    shown = measured.get("evidence")
-    unidentified = None if shown is None else Evidence(**shown).unidentified()
-    if unidentified is not None:
-        run.say(f"warning: {unidentified}")
-    if agent is not None and agent["unexplained"] is not None:
-        run.say(f"warning: the agent's return is not explained by the logs: {agent['unexplained']}")
-
-
 def _log(
     run: Run, faithful: Fidelity, result: JudgeResult | None, measured: dict[str, Any]
 ) -> dict[str, float]:
     """Log and return the evaluation's defined figures."""
-    values: dict[str, float | None] = {
-        f"valid/{name}": value for name, value in faithful.losses.items()
-    }
-    values |= {f"open_loop/{row.horizon}": row.ratio for row in faithful.open_loop.rows}
-    one = faithful.one_step
-    values |= {f"coverage/{row.horizon}": row.coverage for row in faithful.open_loop.rows}
-    values |= {
-        "termination/precision": one.precision,
-        "termination/recall": one.recall,
-        "termination/auc": one.auc,
-    }
-    values |= {
-        f"termination/{name}": getattr(faithful.time_to_end, key)
-        for name, key in (("late", "bias"), ("off", "error"), ("missed", "missed"))
-    }
-    values |= {"reward/accuracy": one.reward_accuracy, "reward/r2": one.reward_r2}
-    values |= {
-        "starts/auc": measured["starts"]["auc"],
-        "starts/validity": measured["starts"]["validity"],
-        "starts/coverage": measured["starts"]["coverage"],
-    }
+    values: dict[str, float | None] = {}
+
+    def add(group: str, source: Mapping[str, Any], *names: str, **renamed: str) -> None:
+        values.update({f"{group}/{name}": source[name] for name in names})
+        values.update({f"{group}/{name}": source[key] for name, key in renamed.items()})
+
+    rows = faithful.open_loop.rows
+    add("valid", faithful.losses, *faithful.losses)
+    values |= {f"open_loop/{row.horizon}": row.ratio for row in rows}
+    values |= {f"coverage/{row.horizon}": row.coverage for row in rows}
+    one_step, ends = vars(faithful.one_step), vars(faithful.time_to_end)
+    add("termination", one_step, "precision", "recall", "auc")
+    add("termination", ends, late="bias", off="error", missed="missed")
+    add("reward", one_step, accuracy="reward_accuracy", r2="reward_r2")
+    add("starts", measured["starts"], "auc", "validity", "coverage")
     if "policy_value" in measured:
-        ranked = measured["policy_value"]["ranking"]
-        values |= {
-            f"policy_value/{name}": ranked[name]
-            for name in (
-                "policies",
-                "pearson",
-                "spearman",
-                "spearman_top",
-                "mmrv",
-                "regret",
-                "error",
-                "bias",
-            )
-        }
-        values |= {
-            "policy_value/real_steps": measured["policy_value"]["real_steps"],
-            "off_policy/auroc": measured["off_policy"]["auroc"],
-        }
-    if measured["agent"] is not None:
-        values["return/imagined"] = measured["agent"]["world"]
-        if measured["agent"]["success"] is not None:
-            values |= {
-                "success/real": measured["agent"]["success"]["real"],
-                "success/world": measured["agent"]["success"]["world"],
-            }
+        add("policy_value", measured["policy_value"]["ranking"], *RANKED)
+        add("policy_value", measured["policy_value"], "real_steps")
+        add("off_policy", measured["off_policy"], "auroc")
+    agent = measured["agent"]
+    if agent is not None:
+        add("return", agent, imagined="world")
+        if agent["success"] is not None:
+            add("success", agent["success"], "real", "world")
     if result is not None:
         values |= {"return/mean": result.mean, "real_steps/judge": float(result.steps)}
         if result.interval is not None:
@@ -346,22 +309,11 @@ def _log(
 
 
 def _table(faithful: Fidelity, result: JudgeResult | None) -> Table:
-    table = Table(
-        "steps ahead",
-        "RMSE / persistence's",
-        "90% interval",
-        "single rollout",
-        box=None,
-        header_style="dim",
-        pad_edge=False,
-    )
+    head = ("steps ahead", "RMSE / persistence's", "90% interval", "single rollout")
+    table = Table(*head, box=None, header_style="dim", pad_edge=False)
     for row in faithful.open_loop.rows:
-        table.add_row(
-            row.horizon,
-            page.ratio(row.ratio),
-            page.span(row.interval, page.ratio),
-            page.ratio(row.single),
-        )
+        interval, single = page.span(row.interval, page.ratio), page.ratio(row.single)
+        table.add_row(row.horizon, page.ratio(row.ratio), interval, single)
     if result is not None:
         table.caption = (
             f"return in reality {page.number(result.mean)} ({page.span(result.interval)}),"

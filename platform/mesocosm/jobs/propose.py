@@ -13,6 +13,7 @@ from typing import Any
 
 from mesocosm.config import identity
 from mesocosm.evaluate.candidates import CheckedProposal, ProposeConfig, ask
+from mesocosm.evaluate.config import agents_of, sources_of
 from mesocosm.evaluate.proposal import propose, table
 from mesocosm.job import Job, Plan
 from mesocosm.policies import behaviours as acting
@@ -39,19 +40,17 @@ class Propose(Job[ProposeConfig, ProposePlan]):
 
     def resolve(self, config: ProposeConfig, storage: Storage) -> ProposePlan:
         q = ask(config, storage)
-        policies = [c.behaviour.policy for c in q.candidates if c.behaviour.policy is not None]
-        agents = {policy.removeprefix("agents/").partition("@")[0] for policy in policies}
         inputs = {
             "worlds": [q.world.id],
             "datasets": [a.id for a in q.datasets],
-            "agents": sorted(agents),
+            "agents": agents_of(q.behaviours),
         }
         facts = identity(q.cfg, without=["world", "out"])
         return ProposePlan(
             config=config,
             inputs=inputs,
             facts=identity(q.cfg),
-            id=self.hash("propose", facts, inputs, q.sources, q.facts.version),
+            id=self.hash("propose", facts, inputs, sources_of(q.behaviours), q.facts.version),
             question=q,
         )
 
@@ -62,7 +61,7 @@ class Propose(Job[ProposeConfig, ProposePlan]):
         return {
             "world": q.world.name,
             "environment": q.cfg.reality.env,
-            "candidates": [acting.label(c.behaviour) for c in q.candidates],
+            "candidates": [acting.label(behaviour) for behaviour in q.behaviours],
             "imagined steps": f"at most {len(q.candidates) * plan.config.imagined * q.horizon}",
             "real steps": 0,
             "real steps proposed": steps,

@@ -5,8 +5,7 @@ the open-loop table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,7 +13,7 @@ from mesocosm.data.loading.loader import Loader
 from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.log import Array, Log, codec_of, play, single_steps
-from mesocosm.evaluate.metrics.open_loop import HORIZONS, OpenLoop, Progress, open_loop, silent
+from mesocosm.evaluate.metrics.open_loop import HORIZONS, OpenLoop, Progress, open_loop
 from mesocosm.model.base import Base
 from mesocosm.model.world import World
 
@@ -74,9 +73,6 @@ class TimeToEnd:
     """Mean chance of going on after the terminal"""
     note: str | None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -89,9 +85,6 @@ class Fidelity:
     time_to_end: TimeToEnd
     open_loop: OpenLoop
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"open_loop": self.open_loop.to_json()}
-
 
 def fidelity(
     world: World,
@@ -103,7 +96,7 @@ def fidelity(
     seed: int = 0,
     split: Split = "valid",
     linear: Base | None = None,
-    progress: Progress = silent,
+    progress: Progress = lambda text: None,
 ) -> Fidelity:
     """All of it; arguments as of `open_loop`, which says when it falls back on the training split.
 
@@ -171,16 +164,15 @@ def one_step(
     recall, recall_interval = stats.grouped_mean(hits, group, weights=terminated)
     auc, auc_interval = stats.auc(terminated, expected, group)
     r2, r2_interval = stats.r_squared(reward, rewards.mean(1), group)
-    accuracy = accuracy_interval = None
+    accuracy: tuple[float | None, stats.Interval | None] = (None, None)
     if world.spec.reward_values is not None:
         truth = reward.astype(np.float64)[:, None]
         right = np.isclose(rewards, truth, rtol=1e-6, atol=1e-9).mean(1)
-        accuracy, accuracy_interval = stats.grouped_mean(right, group)
+        accuracy = stats.grouped_mean(right, group)
     notes = []
     if fallback:
-        notes.append(
-            "validation is too small: reward and termination are judged on the training split."
-        )
+        small = "validation is too small"
+        notes.append(f"{small}: reward and termination are judged on the training split.")
     if recall is None:
         notes.append("no transition terminates here: recall is undefined.")
     elif not predicted.any():
@@ -196,8 +188,8 @@ def one_step(
         recall_interval=recall_interval,
         auc=auc,
         auc_interval=auc_interval,
-        reward_accuracy=accuracy,
-        reward_accuracy_interval=accuracy_interval,
+        reward_accuracy=accuracy[0],
+        reward_accuracy_interval=accuracy[1],
         reward_r2=r2,
         reward_r2_interval=r2_interval,
         notes=tuple(notes),

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from mesocosm.datasets.writer import write_dataset
 from mesocosm.evaluate.metrics import stats
 from mesocosm.evaluate.metrics.fidelity import Fidelity, fidelity
 from mesocosm.evaluate.metrics.log import Array, Log, codec_of, single_steps
-from mesocosm.evaluate.metrics.open_loop import Progress, linear_model, silent
+from mesocosm.evaluate.metrics.open_loop import Progress, linear_model
 from mesocosm.model.base import MAX_CARDINALITY
 from mesocosm.model.world import World
 
@@ -80,9 +79,6 @@ class BehaviourErrors:
     logged: bool = False
     """Some of the world's data are of this behaviour"""
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"fidelity": self.fidelity.to_json()}
-
 
 @dataclass(frozen=True)
 class OffPolicy:
@@ -97,10 +93,6 @@ class OffPolicy:
     auroc_interval: stats.Interval | None
     notes: tuple[str, ...]
 
-    def to_json(self) -> dict[str, Any]:
-        rows = [behaviour.to_json() for behaviour in self.behaviours]
-        return asdict(self) | {"behaviours": rows}
-
 
 def one_step_errors(
     world: World, dataset: Dataset, split: Split, *, seed: int = 0
@@ -114,11 +106,8 @@ def one_step_errors(
     error, disagreement = np.zeros((2, len(episode)))
     diverged = np.zeros(len(episode), np.bool_)
     for rows, out in single_steps(world, log, (episode, step), seed):
-        shape, true, seen = (
-            (len(rows), world.config.members),
-            truth[rows],
-            out.observation.to("cpu"),
-        )
+        shape, true = (len(rows), world.config.members), truth[rows]
+        seen = out.observation.to("cpu")
         numbers = seen.numbers.double().reshape(*shape, true.numbers.shape[1])
         codes = seen.categories.reshape(*shape, true.categories.shape[1])
         squares = (
@@ -143,7 +132,7 @@ def off_policy(
     starts: int,
     samples: int,
     seed: int = 0,
-    progress: Progress = silent,
+    progress: Progress = lambda text: None,
 ) -> OffPolicy:
     """Errors on the episodes of each behaviour, which trained nothing.
 

@@ -2,20 +2,18 @@
 observations.
 
 Numbers are compared normalised (each over its standard deviation in the data), categories by
-equality. The reference is persistence, the prediction that nothing changes: a ratio of 1 is no
-better than that. At horizon h the error is of o_{t+h} alone, for starts t drawn uniformly from all
-logged states with h steps left; "full" starts at an episode's first state and compares its last. A
-world with history is given the true steps before a start, up to `warmup`.
+equality. The reference is persistence, the prediction that nothing changes. At horizon h the error
+is of o_{t+h} alone, for starts t drawn uniformly from all logged states with h steps left; "full"
+starts at an episode's first state and compares its last.
 
-Two predictions are reported: the mean over several sampled rollouts, each with one member (members
-in turn), and a single rollout. A model that samples well has the smaller ratio in the first; an
-agent lives in the second.
+Two predictions are reported: the mean over several sampled rollouts (members in turn), in which a
+model that samples well has the smaller ratio, and a single rollout, which an agent lives in.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -35,10 +33,6 @@ Progress = Callable[[str], None]
 HORIZONS: tuple[int | str, ...] = (1, 5, 15, 50, "full")
 FULL_EPISODES = 16
 """Episodes rolled out in full at most."""
-
-
-def silent(text: str) -> None:
-    """Report no progress."""
 
 
 @dataclass(frozen=True)
@@ -87,14 +81,8 @@ class OpenLoop:
     samples: int
     warmup: int
     notes: tuple[str, ...]
-
-    @property
-    def nominal(self) -> float:
-        """Coverage of one more draw by the range of `samples` exchangeable ones: 90% for 19."""
-        return (self.samples - 1) / (self.samples + 1)
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"nominal": self.nominal}
+    nominal: float
+    """Coverage of one more draw by the range of `samples` exchangeable ones: 90% for 19."""
 
 
 def open_loop(
@@ -108,7 +96,7 @@ def open_loop(
     warmup: int | None = None,
     split: Split = "valid",
     linear: Base | None = None,
-    progress: Progress = silent,
+    progress: Progress = lambda text: None,
 ) -> OpenLoop:
     """The table of open-loop errors of `world` on a split of `dataset`.
 
@@ -148,7 +136,8 @@ def open_loop(
             ahead = np.full(len(episode), int(horizon))
         history = 0 if horizon == "full" else warmup
         rows.append(measure.row(str(horizon), (episode, step), ahead, seed + number, history))
-    return OpenLoop(tuple(rows), split, samples, warmup, tuple(notes))
+    nominal = (samples - 1) / (samples + 1)
+    return OpenLoop(tuple(rows), split, samples, warmup, tuple(notes), nominal)
 
 
 @dataclass(frozen=True)
@@ -178,13 +167,20 @@ class _Measure:
         if truth.numbers.shape[1]:
             true = truth.numbers.double().numpy()
             still = ((first.numbers.double().numpy() - true) ** 2).mean(-1)
-            facts = self._coverage(numbers, true, group, seed)
+            if self.samples > 1:
+                # A logged number stands for its whole bin, which sampled ones fill.
+                noise = np.random.default_rng([seed, 1]).random(true.shape) - 0.5
+                spread = true + noise * np.array(self.world.spec.observation.bins)
+                inside = ((numbers.min(1) <= spread) & (spread <= numbers.max(1))).mean(-1)
+                facts["coverage"], interval = stats.grouped_mean(inside, group, seed=seed)
+                facts["coverage_interval"] = interval
             facts |= self._errors(name, numbers, true, still, group, seed)
             if "ratio" in facts:
                 facts["linear"] = self._linear(name, start, ahead, true, still)
         if truth.categories.shape[1]:
             expected = truth.categories.numpy()
-            right = (_most_frequent(categories) == expected).mean(-1)
+            counts = (categories[..., None] == np.arange(categories.max() + 1)).sum(1)
+            right = (counts.argmax(-1) == expected).mean(-1)  # the smallest of equals
             facts["accuracy"], interval = stats.grouped_mean(right, group, seed=seed)
             unchanged = float((first.categories.numpy() == expected).mean())
             facts |= {"accuracy_interval": interval, "persistence_accuracy": unchanged}
@@ -218,18 +214,6 @@ class _Measure:
                 categories[chunk[end]] = codes[end]
         return numbers, categories
 
-    def _coverage(self, numbers: Array, true: Array, group: Array, seed: int) -> dict[str, Any]:
-        """True where the truth is within the range of the samples [n, S, d]. A logged number stands
-        for its whole bin, which sampled ones fill.
-        """
-        if self.samples == 1:
-            return {}
-        noise = np.random.default_rng([seed, 1]).random(true.shape) - 0.5
-        spread = true + noise * np.array(self.world.spec.observation.bins)
-        inside = (numbers.min(1) <= spread) & (spread <= numbers.max(1))
-        coverage, interval = stats.grouped_mean(inside.mean(-1), group, seed=seed)
-        return {"coverage": coverage, "coverage_interval": interval}
-
     def _errors(
         self, name: str, numbers: Array, true: Array, still: Array, group: Array, seed: int
     ) -> dict[str, Any]:
@@ -238,15 +222,14 @@ class _Measure:
         mean = ((numbers.mean(1) - true) ** 2).mean(-1)
         each = ((numbers - true[:, None]) ** 2).mean((1, 2))
         infinite = int((~np.isfinite(each)).sum())
+        reason = None
         if infinite:
-            self.notes.append(
-                f"horizon {name}: rollouts from {infinite} of {len(each)} starts left the finite"
-                " numbers; the error is infinite."
-            )
-            return persistence
-        if not still.any():
-            none = "persistence makes no error here, so the ratio is undefined"
-            self.notes.append(f"horizon {name}: {none}.")
+            reason = f"rollouts from {infinite} of {len(each)} starts left the finite numbers; the"
+            reason += " error is infinite"
+        elif not still.any():
+            reason = "persistence makes no error here, so the ratio is undefined"
+        if reason is not None:
+            self.notes.append(f"horizon {name}: {reason}.")
             return persistence
         interval = stats.grouped_mean(mean, group, weights=still, root=True, seed=seed)[1]
         return persistence | {
@@ -279,9 +262,3 @@ class _Measure:
 def linear_model(dataset: Dataset, codec: Codec) -> Base:
     """The base's ridge regression of the training split, without its network."""
     return Base.fit(codec.spec, ModelConfig(members=1), transitions(dataset, codec), 0, steps=0)
-
-
-def _most_frequent(categories: Array) -> Array:
-    """[n, samples, m] -> [n, m]; the smallest of equals."""
-    values = np.arange(categories.max() + 1)
-    return (categories[..., None] == values).sum(1).argmax(-1)

@@ -53,18 +53,13 @@ def returns(summary: Mapping[str, Any]) -> str | None:
         line = {"linewidth": 2.2, "marker": "o", "markersize": 6}
         for number, curve in enumerate(world):
             _curve(axes, curve, WORLD[number % len(WORLD)], 11, 1.8, **line)
+        style: Any = {"textcoords": "offset points", "xytext": (-5, 9), "ha": "right"}
         for curve in free:
-            if curve["censored"] and curve["points"]:
-                last = [p for p in curve["points"] if p["mean"] is not None][-1]
-                axes.annotate(
-                    "stopped",
-                    (last["real_steps"], last["mean"]),
-                    textcoords="offset points",
-                    xytext=(-5, 9),
-                    ha="right",
-                    color=FREE[names.index(curve["name"]) % len(FREE)],
-                    fontsize=9.5,
-                )
+            points = [p for p in curve["points"] if p["mean"] is not None]
+            if curve["censored"] and points:
+                colour = FREE[names.index(curve["name"]) % len(FREE)]
+                end = points[-1]["real_steps"], points[-1]["mean"]
+                axes.annotate("stopped", end, color=colour, fontsize=9.5, **style)
         positive = [step for step in steps if step > 0]
         if positive and max(positive) > 6 * min(positive):
             axes.set_xscale("log")
@@ -73,8 +68,7 @@ def returns(summary: Mapping[str, Any]) -> str | None:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
         if summary["target"] is not None:
             _reference(axes, summary["target"], f"target {summary['target']:g}", -13)
-        axes.set_xlabel("real steps spent")
-        axes.set_ylabel("return in reality")
+        axes.set(xlabel="real steps spent", ylabel="return in reality")
         legend(axes)
         return svg(figure, "returns", "Return in reality against real steps spent")
 
@@ -120,8 +114,7 @@ def losses(summary: Mapping[str, Any]) -> str | None:
             known = [row for row in rows if row["parts"].get(part) is not None]
             rounds, nats = [row["round"] for row in known], [row["parts"][part] for row in known]
             axes.plot(rounds, nats, color=PARTS[number % len(PARTS)], marker="o", markersize=4.5)
-            axes.set_title(part)
-            axes.set_xlabel("round")
+            axes.set(title=part, xlabel="round")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
             axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
             if number == 0:
@@ -159,8 +152,7 @@ def open_loop(summary: Mapping[str, Any]) -> str | None:
         axes.set_xlim(-0.35, len(horizons) - 0.65)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.set_xlabel("steps ahead")
-        axes.set_ylabel("RMSE / persistence's")
+        axes.set(xlabel="steps ahead", ylabel="RMSE / persistence's")
         legend(axes)
         return svg(figure, "openloop", "Open-loop error by horizon")
 
@@ -272,8 +264,7 @@ def _scatter(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
         if members:
             xs, ys = ([row[k]["mean"] for row in members] for k in ("real", "world"))
             axes.plot(xs, ys, marker, color=colour, markersize=5.5, linestyle="none", label=label)
-    axes.set_xlabel("return in reality")
-    axes.set_ylabel("return in the world")
+    axes.set(xlabel="return in reality", ylabel="return in the world")
     legend(axes, columns=1)
 
 
@@ -285,8 +276,7 @@ def _along(axes: Axes, curve: Sequence[Mapping[str, Any]]) -> None:
         spans = [row[where]["interval"] or (row[where]["mean"],) * 2 for row in curve]
         low, high = zip(*spans, strict=True)
         axes.fill_between(iterations, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.set_xlabel("iterations of training in the world")
-    axes.set_ylabel("return")
+    axes.set(xlabel="iterations of training in the world", ylabel="return")
     legend(axes, columns=1)
 
 
@@ -311,8 +301,7 @@ def off_policy(off: Mapping[str, Any]) -> str:
             right.barh(number, row["large"], color=colour, height=0.62)
         left.set_yscale("log")
         left.axhline(1, color=INK, linewidth=1.0, linestyle=DASHED)
-        left.set_xlabel("steps ahead")
-        left.set_ylabel("RMSE / no change's")
+        left.set(xlabel="steps ahead", ylabel="RMSE / no change's")
         right.set_yticks(range(len(behaviours)), [row["name"] for row in behaviours], fontsize=8.5)
         right.invert_yaxis()
         right.axvline(0.1, color=MUTED, linewidth=1.0, linestyle=DASHED)
@@ -339,7 +328,6 @@ def calibration(table: Mapping[str, Any]) -> str | None:
         names = [WHOLE if row["horizon"] == "full" else row["horizon"] for row in rows]
         axes.set_xticks(range(len(rows)), names)
         axes.set_ylim(0, 1.02)
-        axes.set_xlabel("steps ahead")
-        axes.set_ylabel("truth inside")
+        axes.set(xlabel="steps ahead", ylabel="truth inside")
         legend(axes)
         return svg(figure, "calibration", "Calibration of the world's intervals")

@@ -43,10 +43,7 @@ class Point:
     def of(real_steps: int, returns: Sequence[float], **about: Any) -> Point:
         """A point from the returns of judged episodes, with its 90% bootstrap interval.
 
-        Args:
-            real_steps: Real steps spent before.
-            returns: At least one.
-            about: `round` and `wall_seconds`.
+        `about` holds `round` and `wall_seconds`.
         """
         values = tuple(float(value) for value in returns)
         interval = stats.mean_interval(values)
@@ -55,9 +52,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """The return in reality of one run against real steps spent. Runs of several seeds share a
-    name.
-    """
+    """The return in reality of one run by real steps spent. Runs of several seeds share a name."""
 
     name: str
     points: Sequence[Point]
@@ -68,19 +63,6 @@ class Curve:
     wall_seconds: float | None = None
     settings: str = ""
     """In words: algorithm, how it was tuned, at what cost in real steps."""
-
-
-@dataclass(frozen=True)
-class PurposeRow:
-    """Real steps that the ledger counts for one purpose."""
-
-    purpose: str
-    steps: int
-    resets: int = 0
-    seconds: float = 0.0
-    price: float = 0.0
-    unconfirmed: int = 0
-    """Steps that a crash left reserved; `steps` counts them as spent."""
 
 
 @dataclass(frozen=True)
@@ -113,16 +95,17 @@ class ReportInput:
     agent: Sequence[Curve] = ()
     """The agent trained in the world: a curve a seed."""
     model_free: Sequence[Curve] = ()
-    purposes: Sequence[PurposeRow] = ()
+    purposes: Sequence[Mapping[str, Any]] = ()
+    """As `purpose_rows` makes them"""
     currency: str = "USD"
     budget: int | None = None
     remaining: int | None = None
     losses: Sequence[Mapping[str, Any]] = ()
     """{"round": int | None, "parts": {part: nats a transition on validation}}"""
     open_loop: Sequence[Mapping[str, Any]] = ()
-    """{"round": int | None, "table": OpenLoop.to_json()}"""
+    """{"round": int | None, "table": an `OpenLoop` as a dict}"""
     checks: Sequence[Mapping[str, Any]] = ()
-    """{"round": int | None, **OneStep.to_json()}: reward and termination on validation"""
+    """{"round": int | None, **an `OneStep` as a dict}: reward and termination on validation"""
     trajectories: Sequence[Mapping[str, Any]] = ()
     """As `trajectories` makes them, or as another summary holds them"""
     stages: Sequence[Stage] = ()
@@ -134,10 +117,15 @@ class ReportInput:
     """An evaluation: verdicts, policy values, off-policy errors, the task distribution"""
 
 
-def purpose_rows(totals: LedgerTotals) -> list[PurposeRow]:
-    """The purposes that spent anything."""
+def purpose_rows(totals: LedgerTotals) -> list[dict[str, Any]]:
+    """The purposes that spent anything.
+
+    `unconfirmed` steps are those that a crash left reserved; `steps` counts them as spent.
+    """
     return [
-        PurposeRow(name, s.steps, s.resets, s.seconds, s.price, s.unconfirmed_steps)
+        {"purpose": name}
+        | {key: getattr(s, key) for key in ("steps", "resets", "seconds", "price")}
+        | {"unconfirmed": s.unconfirmed_steps}
         for name, s in totals.purposes.items()
         if s.steps or s.resets
     ]
@@ -156,7 +144,7 @@ def summarise(report: ReportInput) -> dict[str, Any]:
     """Everything that the page shows, as JSON values; None where something is undefined."""
     world = [_curve(curve, report.target) for curve in report.agent]
     free = [_curve(curve, report.target) for curve in report.model_free]
-    purposes = [vars(row) for row in report.purposes]
+    purposes = list(report.purposes)
     keys = ("steps", "resets", "seconds", "price", "unconfirmed")
     summary: dict[str, Any] = {
         "schema": 1,
@@ -231,13 +219,10 @@ def _verdict(
 def _group(kind: str, name: str, curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     steps = [curve["steps_to_target"] for curve in curves]
     middle = median(math.inf if step is None else step for step in steps)
-    # A censored run needs more than it spent, so the median of these bounds is a bound of the
-    # median.
+    # A censored run needs more than it spent: the median of these bounds is a bound of the median.
     bounds = [c["steps_spent"] if s is None else s for s, c in zip(steps, curves, strict=True)]
-    seconds = [
-        c["wall_seconds"] if c["seconds_to_target"] is None else c["seconds_to_target"]
-        for c in curves
-    ]
+    both = [(c["seconds_to_target"], c["wall_seconds"]) for c in curves]
+    seconds = [whole if reached is None else reached for reached, whole in both]
     timed = [value for value in seconds if value is not None]
     return {
         "kind": kind,
@@ -275,23 +260,20 @@ def _sentences(
             lines.append(f"{name} {did} {steps} real steps{_times(group)}{runs}.")
         elif reached:
             seeds = f" (median of {group['runs']} runs)" if several else ""
-            lines.append(
-                f"{name} reached the target of {target:g} after {steps} real steps{seeds}."
-            )
+            reach = f"{name} reached the target of {target:g}"
+            lines.append(f"{reach} after {steps} real steps{seeds}.")
         else:
-            lines.append(
-                f"{name} did not reach the target of {target:g} within {steps} real steps; its best"
-                f" mean return was {page.number(group['best'])}."
-            )
-    own_seconds = wall_seconds if best is None or best["seconds"] is None else best["seconds"]
+            reach = f"{name} did not reach the target of {target:g} within {steps} real steps"
+            lines.append(f"{reach}; its best mean return was {page.number(group['best'])}.")
+    ours = wall_seconds if best is None or best["seconds"] is None else best["seconds"]
     timed = [g for g in groups if g["kind"] == "model-free" and g["seconds"] is not None]
-    if own_seconds is not None and timed:
+    if ours is not None and timed:
         quickest = min(timed, key=lambda group: group["seconds"])
-        line = f"Wall time: {page.seconds(own_seconds)} with the world, "
+        line = f"Wall time: {page.seconds(ours)} with the world, "
         line += f"{page.seconds(quickest['seconds'])} for {quickest['name']}"
-        if quickest["seconds"] < own_seconds and quickest["median"] is not None:
-            line += ": where real steps are this quick and cheap, model-free training is the faster"
-            line += " way"
+        if quickest["seconds"] < ours and quickest["median"] is not None:
+            cheap = "where real steps are this quick and cheap"
+            line += f": {cheap}, model-free training is the faster way"
         lines.append(f"{line}.")
     return [line[0].upper() + line[1:] for line in lines]
 
@@ -334,18 +316,16 @@ def curves_table(summary: Mapping[str, Any]) -> Table:
     """Return in reality against real steps spent, the world's agent beside model-free training."""
     head = ("", "real steps", "return in reality", "90% interval", "wall so far")
     table = Table(*head, box=None, header_style="dim", pad_edge=False)
-    for curve in summary["curves"]["world"]:
-        for p in curve["points"]:
-            mean, span = page.number(p["mean"]), page.span(p["interval"])
-            wall = page.seconds(p["wall_seconds"])
-            table.add_row("in the world", page.count(p["real_steps"]), mean, span, wall)
+    rows = [("in the world", p) for c in summary["curves"]["world"] for p in c["points"]]
     for curve in summary["curves"]["model_free"]:
         points = curve["points"]
         if len(points) > 5:
             points = [points[round(i * (len(points) - 1) / 4)] for i in range(5)]
-        for p in points:
-            mean, wall = page.number(p["mean"]), page.seconds(p["wall_seconds"])
-            table.add_row(curve["name"], page.count(p["real_steps"]), mean, "", wall)
+        rows += [(curve["name"], p | {"interval": ""}) for p in points]
+    for name, p in rows:
+        span = page.span(p["interval"]) if p["interval"] != "" else ""
+        steps, mean = page.count(p["real_steps"]), page.number(p["mean"])
+        table.add_row(name, steps, mean, span, page.seconds(p["wall_seconds"]))
     table.caption = "\n".join(summary["verdict"]["text"])
     return table
 

@@ -5,7 +5,7 @@ not.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from mesocosm.data.analysis.evidence import FEWEST, Evidence
@@ -51,9 +51,6 @@ class Verdict:
     answer: Answer
     text: str
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def verdicts(
     suite: Mapping[str, Any], open_loop: Mapping[str, Any], agent: Mapping[str, Any] | None
@@ -62,7 +59,7 @@ def verdicts(
 
     Args:
         suite: As `suite.run` returns it.
-        open_loop: `OpenLoop.to_json()`.
+        open_loop: an `OpenLoop` as a dict.
         agent: {"real", "world"} mean returns of the judged agent, or None.
     """
     value = suite.get("policy_value")
