@@ -19,14 +19,9 @@ from mesocosm.evaluate.imagine import imagine, side_by_side, starts_of
 from mesocosm.evaluate.metrics.fidelity import fidelity, losses, one_step, time_to_end
 from mesocosm.evaluate.metrics.log import Log, begin_at
 from mesocosm.evaluate.metrics.open_loop import open_loop
-from mesocosm.model import mup
-from mesocosm.model.base import Base
-from mesocosm.model.config import ModelConfig
-from mesocosm.model.families import build
 from mesocosm.model.world import World
-from mesocosm.train.prepare import transitions
 
-from .worlds import KnownWorld, Walk, collect
+from .worlds import KnownWorld, Walk, collect, episodes_of, untrained_world
 
 
 @pytest.fixture(scope="module")
@@ -34,44 +29,34 @@ def walks(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return collect(tmp_path_factory.mktemp("data") / "walks", 40)
 
 
-def by_horizon(table: Any) -> dict[str, Any]:
-    return {row.horizon: row for row in table.rows}
+def table(world: Any, data: Dataset, *horizons: int | str, **options: Any) -> dict[str, Any]:
+    """The rows of the open-loop table by horizon."""
+    rows = open_loop(world, data, horizons=horizons, **options).rows
+    return {row.horizon: row for row in rows}
 
 
-def test_a_known_error_is_found_at_every_horizon(walks: Dataset) -> None:
+def test_a_known_error_is_measured_at_every_horizon(walks: Dataset) -> None:
     codec, bias = Codec.fit(walks), 0.01
-    table = by_horizon(
-        open_loop(
-            KnownWorld(codec, bias=bias),
-            walks,
-            horizons=(1, 5, 15, "full"),
-            starts=10_000,
-            samples=2,
-            seed=0,
-        )
+    world = KnownWorld(codec, bias=bias)
+    rows = table(world, walks, 1, 5, 15, "full", starts=10_000, samples=2)
+    train, valid = (
+        [walks.episode(int(e)).observations for e in walks.episodes(split)]
+        for split in ("train", "valid")
     )
-    episodes = [walks.episode(int(e)) for e in walks.episodes("valid")]
-    std = np.concatenate(
-        [e.observations for e in (walks.episode(int(e)) for e in walks.episodes("train"))]
-    ).std(0)
-    for name, row in table.items():
-        spans = (
-            [
-                (e.observations, t, t + int(name))
-                for e in episodes
-                for t in range(len(e) - int(name) + 1)
-            ]
-            if name != "full"
-            else []
-        )
-        spans = spans or [(e.observations, 0, len(e)) for e in episodes]
+    std = np.concatenate(train).std(0)
+    for name, row in rows.items():
+        if name == "full":
+            spans = [(path, 0, len(path) - 1) for path in valid]
+        else:
+            h = int(name)
+            spans = [(path, t, t + h) for path in valid for t in range(len(path) - h)]
         moved = math.sqrt(np.mean([(((o[b] - o[a]) / std) ** 2).mean() for o, a, b in spans]))
         wrong = math.sqrt(np.mean([((b - a) * bias / std[0]) ** 2 / 2 for _, a, b in spans]))
         assert row.starts == len(spans) and row.episodes == len({id(o) for o, _, _ in spans})
         assert row.persistence == pytest.approx(moved, rel=1e-4)
         assert row.ratio == pytest.approx(wrong / moved, rel=1e-3) == row.single, name
         assert row.interval[0] <= row.ratio <= row.interval[1]
-    exact = by_horizon(open_loop(KnownWorld(codec), walks, horizons=(1, "full"), samples=1))
+    exact = table(KnownWorld(codec), walks, 1, "full", samples=1)
     assert exact["1"].ratio < 1e-5 and exact["full"].ratio < 1e-5
 
 
@@ -83,25 +68,18 @@ def test_every_imagined_step_is_progress(walks: Dataset) -> None:
     assert seen[3].startswith("horizon full, step 1 of ")
 
 
-def test_the_mean_of_rollouts_and_a_single_one_are_told_apart(walks: Dataset) -> None:
-    row = open_loop(
-        KnownWorld(Codec.fit(walks), noise=0.2), walks, horizons=(3,), starts=10_000, samples=16
-    ).rows[0]
-    assert row.single / row.ratio == pytest.approx(4.0, rel=0.1), (
-        "independent noise averages out as the square root of 16"
-    )
+def test_independent_noise_averages_out_in_the_mean_of_rollouts(walks: Dataset) -> None:
+    world = KnownWorld(Codec.fit(walks), noise=0.2)
+    row = table(world, walks, 3, starts=10_000, samples=16)["3"]
+    assert row.single / row.ratio == pytest.approx(math.sqrt(16), rel=0.1)
 
 
 def test_a_linear_model_is_beside_it(walks: Dataset, tmp_path: Path) -> None:
-    rows = by_horizon(
-        open_loop(
-            KnownWorld(Codec.fit(walks), noise=0.2), walks, horizons=(1, 5, "full"), samples=4
-        )
-    )
+    rows = table(KnownWorld(Codec.fit(walks), noise=0.2), walks, 1, 5, "full", samples=4)
     assert all(row.linear < 1e-3 < row.ratio for row in rows.values()), "o' = o + a is linear"
     noisy = collect(tmp_path / "noisy", 60, noise=0.3)
-    rows = by_horizon(open_loop(KnownWorld(Codec.fit(noisy)), noisy, horizons=(1,), samples=2))
-    assert rows["1"].linear == pytest.approx(rows["1"].ratio, rel=0.05), "of the same expectation"
+    row = table(KnownWorld(Codec.fit(noisy)), noisy, 1, samples=2)["1"]
+    assert row.linear == pytest.approx(row.ratio, rel=0.05), "of the same expectation"
 
 
 @pytest.mark.parametrize(
@@ -111,9 +89,10 @@ def test_ninety_percent_intervals_hold_ninety_percent_of_a_calibrated_world(
     tmp_path: Path, noise: float, low: float, high: float
 ) -> None:
     data = collect(tmp_path / "noisy", 60, noise=0.3)
-    table = open_loop(KnownWorld(Codec.fit(data), noise=noise), data, horizons=(1,), starts=10_000)
-    row = table.rows[0]
-    assert table.nominal == 0.9 and low < row.coverage <= high
+    world = KnownWorld(Codec.fit(data), noise=noise)
+    result = open_loop(world, data, horizons=(1,), starts=10_000)
+    row = result.rows[0]
+    assert result.nominal == 0.9 and low < row.coverage <= high
     assert row.coverage_interval[0] <= row.coverage <= row.coverage_interval[1]
 
 
@@ -124,58 +103,41 @@ def test_a_rare_event_shows_in_the_mean_and_not_in_the_typical_error(walks: Data
             out.observation.numbers[::40] += 5.0
             return state, out
 
-    row = open_loop(
-        Rare(Codec.fit(walks), noise=0.02), walks, horizons=(1,), starts=10_000, samples=1
-    ).rows[0]
+    world = Rare(Codec.fit(walks), noise=0.02)
+    row = table(world, walks, 1, starts=10_000, samples=1)["1"]
     assert row.typical < 0.1 and row.ratio > 0.5
 
 
-def test_what_cannot_be_measured_is_said(walks: Dataset, tmp_path: Path) -> None:
-    codec = Codec.fit(walks)
-    table = open_loop(KnownWorld(codec), walks, horizons=(500,))
-    assert table.rows[0].ratio is None and table.notes == (
-        "horizon 500: no validation episode is that long.",
-    )
+def test_a_note_names_figures_that_the_data_cannot_answer(walks: Dataset, tmp_path: Path) -> None:
+    world = KnownWorld(Codec.fit(walks))
+    result = open_loop(world, walks, horizons=(500,))
+    assert result.rows[0].ratio is None
+    assert result.notes == ("horizon 500: no validation episode is that long.",)
     few = collect(tmp_path / "few", 5, valid_fraction=0.01)
     assert len(few.episodes("valid")) < 2
-    table = open_loop(KnownWorld(codec), few, horizons=(1,))
-    assert (
-        table.split == "train"
-        and "on the training split" in table.notes[0]
-        and table.rows[0].ratio is not None
-    )
+    result = open_loop(world, few, horizons=(1,))
+    assert result.split == "train" and "on the training split" in result.notes[0]
+    assert result.rows[0].ratio is not None
     still = collect(tmp_path / "still", 8, valid_fraction=0.4, constant=True)
-    table = open_loop(KnownWorld(codec), still, horizons=(1,))
-    assert table.rows[0].ratio is None and "persistence makes no error" in table.notes[0]
+    result = open_loop(world, still, horizons=(1,))
+    assert result.rows[0].ratio is None and "persistence makes no error" in result.notes[0]
 
 
 def test_reward_and_termination_a_step_ahead(walks: Dataset) -> None:
     codec = Codec.fit(walks)
     exact = one_step(KnownWorld(codec), walks)
-    assert (
-        exact.terminals
-        == sum(walks.episode(int(e)).outcome == "terminated" for e in walks.episodes("valid"))
-        > 0
-    )
-    assert (
-        exact.precision == exact.recall == 1.0
-        and exact.expected_terminals == exact.terminals
-        and exact.transitions == walks.count("valid")
-    )
+    outcomes = [walks.episode(int(e)).outcome for e in walks.episodes("valid")]
+    assert exact.terminals == outcomes.count("terminated") == exact.expected_terminals > 0
+    assert exact.precision == exact.recall == 1.0 and exact.transitions == walks.count("valid")
     assert exact.reward_r2 == pytest.approx(1.0, abs=1e-6) and exact.reward_accuracy is None
     assert exact.auc == 1.0 and exact.auc_interval == (1.0, 1.0) == exact.recall_interval
     blurred = one_step(KnownWorld(codec, noise=1.0), walks)
-    assert (
-        0.5 < blurred.auc < 1.0 and blurred.auc_interval[0] < blurred.auc < blurred.auc_interval[1]
-    )
+    assert blurred.auc_interval[0] < blurred.auc < blurred.auc_interval[1]
+    assert 0.5 < blurred.auc < 1.0
     assert blurred.reward_r2_interval[0] < blurred.reward_r2 < blurred.reward_r2_interval[1]
     early = one_step(KnownWorld(codec, bias=-10.0), walks)
-    assert (
-        early.recall == 0.0
-        and early.precision is None
-        and "no termination was predicted" in early.notes[0]
-        and early.reward_r2 < 0
-    )
+    assert early.recall == 0.0 and early.precision is None and early.reward_r2 < 0
+    assert "no termination was predicted" in early.notes[0]
 
 
 def test_when_episodes_end(walks: Dataset, tmp_path: Path) -> None:
@@ -183,16 +145,10 @@ def test_when_episodes_end(walks: Dataset, tmp_path: Path) -> None:
     exact = time_to_end(KnownWorld(codec), walks)
     assert exact.episodes > 3 and exact.bias == exact.error == exact.missed == 0.0
     never = time_to_end(KnownWorld(codec, bias=-10.0), walks)
-    assert never.bias == never.error == never.missed == 1.0, (
-        "it goes on at least one step after the end"
-    )
+    assert never.bias == never.error == never.missed == 1.0, "at least one step after the end"
     early = time_to_end(KnownWorld(codec, bias=1.0), walks)
-    assert (
-        early.bias < -1
-        and early.error == -early.bias
-        and early.missed == 0.0
-        and early.error_interval[0] < early.error
-    )
+    assert early.bias < -1 and early.error == -early.bias and early.missed == 0.0
+    assert early.error_interval[0] < early.error
     endless = time_to_end(KnownWorld(codec), collect(tmp_path / "short", 9, limit=1, constant=True))
     assert endless.error is None and "no episode terminates" in (endless.note or "")
 
@@ -204,23 +160,9 @@ def test_imagination_of_the_true_dynamics_is_reality(walks: Dataset) -> None:
         def act(self, observations: Any, explore: bool = False, rng: Any = None) -> Any:
             return np.clip(0.3 - 0.1 * observations, -1, 1)
 
-    env, episodes = Walk(), []
-    from mesocosm.envs.config import RealityConfig
-    from mesocosm.envs.episode import run_episode
+        act_one = act
 
-    for k in range(4):
-        act = lambda o, rng: Drift().act(o)  # noqa: E731
-        episodes.append(
-            run_episode(
-                env,
-                act,
-                k=k,
-                seed=5,
-                behaviour="policy",
-                max_steps=None,
-                config=RealityConfig(env="walk"),
-            )
-        )
+    episodes = episodes_of(Walk(), Drift(), 4, seed=5)
     shown = side_by_side(world, Drift(), episodes, title="t", seed=0, count=4, samples=2)
     assert shown["names"] == ["observation[0]", "observation[1]"]
     for pair, episode in zip(shown["episodes"], episodes, strict=True):
@@ -234,31 +176,21 @@ def test_imagination_of_the_true_dynamics_is_reality(walks: Dataset) -> None:
 
 @pytest.fixture(scope="module", params=["sequence", "ensemble"])
 def untrained(request: pytest.FixtureRequest, walks: Dataset) -> dict[bool, World]:
-    codec, worlds = Codec.fit(walks), {}
-    for base in (True, False):
-        config = ModelConfig(
-            family=request.param, size="10k", members=2, base=base, base_steps=0, context=6
-        )
-        net = build(codec.spec, config)
-        mup.init_(net, 0)
-        worlds[base] = World(
-            net, Base.fit(codec.spec, config, transitions(walks, codec), seed=0), codec.to_json()
-        )
-    return worlds
+    """A world with a base that knows the dynamics, and one without a base."""
+    return {
+        base: untrained_world(walks, family=request.param, base=base, context=6)
+        for base in (True, False)
+    }
 
 
 def test_a_real_world_with_the_right_base_is_good_before_training_and_without_it_is_not(
     walks: Dataset, untrained: dict[bool, World]
 ) -> None:
-    good, bad = (
-        by_horizon(open_loop(untrained[base], walks, horizons=(1, 5), starts=32, samples=4, seed=1))
-        for base in (True, False)
-    )
+    options = {"starts": 32, "samples": 4, "seed": 1}
+    good, bad = (table(untrained[base], walks, 1, 5, **options) for base in (True, False))
     assert good["1"].ratio < 0.05 and good["5"].ratio < 0.1
     assert bad["1"].ratio > 0.5
-    again = by_horizon(
-        open_loop(untrained[True], walks, horizons=(1, 5), starts=32, samples=4, seed=1)
-    )
+    again = table(untrained[True], walks, 1, 5, **options)
     assert again == good, "the same seed gives the same table"
 
 
@@ -273,32 +205,26 @@ def test_history_is_given_before_a_start(walks: Dataset, untrained: dict[bool, W
     if not world.net.memory:
         assert carry.clock == 0
         return
-    assert carry.position == 3 and carry.start_column.tolist() == [3, 2, 0], (
-        "columns before an episode's start are hidden"
-    )
-    assert torch.equal(
-        carry.past_observation.numbers[2, :3],
-        log.observation(episode[2:], np.array([[6, 7, 8]])).numbers[0],
-    )
-    assert torch.equal(
-        carry.past_action.numbers[1, 2], log.action(episode[:1], np.array([0])).numbers[0]
-    )
+    assert carry.position == 3
+    assert carry.start_column.tolist() == [3, 2, 0], "columns before a start are hidden"
+    past = log.observation(episode[2:], np.array([[6, 7, 8]])).numbers[0]
+    assert torch.equal(carry.past_observation.numbers[2, :3], past)
+    action = log.action(episode[:1], np.array([0])).numbers[0]
+    assert torch.equal(carry.past_action.numbers[1, 2], action)
 
 
 def test_fidelity_on_real_components_adds_up(walks: Dataset, untrained: dict[bool, World]) -> None:
     result = fidelity(untrained[True], walks, horizons=(1,), starts=16, samples=2)
-    assert result.losses["total"] == pytest.approx(
-        sum(v for k, v in result.losses.items() if k != "total")
-    )
-    assert {"dynamics", "reward", "termination", "task"} <= set(result.losses) and all(
-        math.isfinite(v) and v >= 0 for v in result.losses.values()
-    )
-    assert result.losses == pytest.approx(losses(untrained[True], walks, batch=7)[0], rel=1e-4)
+    nats = dict(result.losses)
+    assert nats == pytest.approx(losses(untrained[True], walks, batch=7)[0], rel=1e-4)
     low, high = result.loss_intervals["total"]
-    assert low < result.losses["total"] < high
-    assert result.losses["dynamics"] < losses(untrained[False], walks)[0]["dynamics"], (
-        "the base knows the dynamics"
-    )
+    assert low < nats["total"] < high
+    total = nats.pop("total")
+    assert total == pytest.approx(sum(nats.values()))
+    assert {"dynamics", "reward", "termination", "task"} <= set(nats)
+    assert all(math.isfinite(v) and v >= 0 for v in nats.values())
+    without_base = losses(untrained[False], walks)[0]["dynamics"]
+    assert nats["dynamics"] < without_base, "the base knows the dynamics"
 
 
 def test_a_world_of_other_spaces_is_refused(walks: Dataset) -> None:

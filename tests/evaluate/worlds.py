@@ -10,6 +10,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from factories import fit_world
 from torch import Tensor
 
 from mesocosm.data.loading.codec import Codec
@@ -17,15 +18,11 @@ from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode
 from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.episode import run_episode
-from mesocosm.model import mup
-from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.families import build
 from mesocosm.model.net import WindowLosses
 from mesocosm.model.spec import Parts, Windows
 from mesocosm.model.world import StepOut, World
 from mesocosm.policies.policy import RandomPolicy
-from mesocosm.train.prepare import transitions
 
 ACTIONS = gym.spaces.Box(-1.0, 1.0, (2,), np.float64)
 OBSERVATIONS = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
@@ -95,11 +92,7 @@ def collect(folder: Path, episodes: int, valid_fraction: float = 0.3, **kwargs: 
 
 def untrained_world(data: Dataset, **model: Any) -> World:
     """A world of a real family whose base is fitted and whose networks are not trained."""
-    codec, config = Codec.fit(data), ModelConfig(size="10k", members=2, base_steps=0, **model)
-    net = build(codec.spec, config)
-    mup.init_(net, 0)
-    base = Base.fit(codec.spec, config, transitions(data, codec), seed=0)
-    return World(net, base, codec.to_json())
+    return fit_world(data, ModelConfig(size="10k", members=2, base_steps=0, **model))
 
 
 @dataclass
