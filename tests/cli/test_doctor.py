@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from mesocosm.cluster import ray_session
-from mesocosm.config import RayConfig
 from mesocosm.store.artifacts import Storage
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -26,9 +24,6 @@ def doctor(*arguments: str, **env: str) -> tuple[int, dict[str, dict[str, Any]]]
     """Exit status and the checks by name, of another process that is given the session's Ray."""
     import ray
 
-    ray_session.ensure(
-        RayConfig(cpus=4)
-    )  # a job that an earlier test ran in this process has ended it
     command = [
         sys.executable,
         *(["-S"] if "PYTHONPATH" in env else []),

@@ -21,6 +21,8 @@ from mesocosm.model.world import World
 
 from .nets import nothing, numbers
 
+pytestmark = pytest.mark.integration
+
 torch.set_num_threads(1)
 W = 8
 
