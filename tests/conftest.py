@@ -28,7 +28,8 @@ import pytest
 import torch
 
 from mesocosm.cluster import ray_session
-from mesocosm.config import RayConfig
+from mesocosm.config import JobConfig, RayConfig, TrackingConfig
+from mesocosm.runs import mlflow_mirror
 from mesocosm.store.artifacts import Storage
 
 torch.set_num_threads(1)
@@ -70,6 +71,28 @@ def unit_tests_start_no_ray(request: pytest.FixtureRequest) -> Iterator[None]:
         patch.setattr(ray_session, "ensure", fail)
         if "ray" in sys.modules:
             patch.setattr("ray.init", fail)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Copy one empty MLflow database into each new root: MLflow takes seconds to create one."""
+    template = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    client_of, scheme = mlflow_mirror._client, "sqlite:///"
+
+    def client(config: JobConfig) -> Any:
+        uri = mlflow_mirror.uri_of(config)
+        path = Path(uri.removeprefix(scheme))
+        if uri.startswith(scheme) and path.parent.is_dir() and not path.exists():
+            if not template.exists():
+                client_of(JobConfig(tracking=TrackingConfig(uri=f"{scheme}{template}")))
+            copy = path.with_suffix(f".{uuid.uuid4().hex}")
+            shutil.copy(template, copy)
+            copy.rename(path)
+        return client_of(config)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mlflow_mirror, "_client", client)
         yield
 
 

@@ -15,8 +15,6 @@ from mesocosm.envs.config import RealityConfig
 from mesocosm.envs.meter import make_metered_vector
 from mesocosm.errors import MesocosmError
 
-pytestmark = pytest.mark.integration
-
 MODULE = """
 import gymnasium, numpy as np
 

@@ -190,7 +190,8 @@ def test_a_stopped_training_saves_a_checkpoint(
 def test_two_workers_agree_with_one(
     whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make
 ) -> None:
-    two = pretrain(cart_root(tmp_path), *SHORT, "train.workers=2", "train.peak_flops=1e9")
+    options = ("train.workers=2", "train.accumulate=2", "train.peak_flops=1e9")
+    two = pretrain(cart_root(tmp_path), *SHORT, *options)
     last = next(line for line in two.lines if line["step"] == 12)
     flops = two.artifact.meta["counts"]["flops"] / 12 / (8 * 8) * last["positions_per_s"]
     assert last["mfu"] == pytest.approx(flops / 1e9 / 2), "of the declared peak of each worker"
@@ -314,25 +315,6 @@ def test_corrupted_histories_of_a_single_episode_train_every_member(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_stages_agree(
-    whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, stage: int
-) -> None:
-    sharded = pretrain(
-        cart_root(tmp_path),
-        *SHORT,
-        "train.workers=2",
-        f"train.zero_stage={stage}",
-        "train.accumulate=2",
-    )
-    for step, (loss,) in whole.losses.items():
-        assert sharded.losses[step][0] == pytest.approx(loss, abs=1e-4)
-    one, other = (World.load(result.artifact.path).net.state_dict() for result in (whole, sharded))
-    for name, value in one.items():
-        torch.testing.assert_close(other[name], value, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.slow
 def test_a_killed_second_rank_costs_no_digit_of_sharded_training(
     tmp_path: Path, cart_root: Make, pretrain: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,6 +354,7 @@ def test_a_killed_second_rank_costs_no_digit_of_sharded_training(
 def test_resume_at_another_world_size(
     whole: Any, tmp_path: Path, cart_root: Make, pretrain: Make, stage: int
 ) -> None:
+    """Two workers train five steps under each ZeRO stage, and one worker the rest."""
     root = cart_root(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         _until(5, patch)
@@ -384,8 +367,14 @@ def test_resume_at_another_world_size(
         pretrain(root, *SHORT, f"train.zero_stage={(stage + 1) % 4}")
     resumed = pretrain(root, *SHORT, f"train.zero_stage={stage}")
     assert "resuming from step 5 of 12" in resumed.log and min(resumed.losses) == 6
-    for step, values in resumed.losses.items():
-        assert values[-1] == pytest.approx(whole.losses[step][0], abs=1e-4)
+    files = list(Path(root).glob("runs/pretrain/*/metrics.jsonl"))
+    lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    for step, (loss,) in whole.losses.items():
+        assert losses[step] == pytest.approx(loss, abs=1e-4)
+    one, other = (World.load(result.artifact.path).net.state_dict() for result in (whole, resumed))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
