@@ -265,7 +265,7 @@ def test_budgets_beyond_what_was_imagined_and_worlds_that_diverged() -> None:
         (["world=w0", "imagined=1"], "imagined must be >= 4, got 1"),
         (["world=w0", "even=2"], "even must be in [0, 1], got 2"),
         (["world=w0", "agents=[a0]", "noises=[]"], "noises must name levels of noise"),
-        (["world=w0", "agents=[a0]", "noises=[-1]"], "noise must be >= 0, got -1"),
+        (["world=w0", "agents=[a0]", "noises=[-1]"], "noise must be in [0, inf), got -1"),
         (["world=w0"], "worlds/w0"),
     ],
 )

@@ -12,6 +12,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 
+from mesocosm import checks
 from mesocosm.datasets.permutation import GOLDEN
 from mesocosm.envs.config import DrawnOption, RealityConfig, check_option
 from mesocosm.envs.episode import Act, EpisodeAct, stream
@@ -56,13 +57,8 @@ def check(behaviours: Sequence[BehaviourConfig], name: str = "behaviours") -> No
         raise UsageError(f"{name} must list at least one behaviour, got []; try [{{kind: random}}]")
     for i, b in enumerate(behaviours):
         key = f"{name}[{i}]"
-        if b.kind not in SOURCES:
-            raise UsageError(
-                f"{key}.kind must be one of {', '.join(SOURCES)}, got"
-                f" {b.kind!r}{nearest(b.kind, SOURCES)}"
-            )
-        if not (math.isfinite(b.weight) and b.weight > 0):
-            raise UsageError(f"{key}.weight must be > 0, got {b.weight}")
+        checks.one_of(b, SOURCES, "kind", prefix=f"{key}.")
+        checks.within(b, 0, math.inf, "weight", open="[]", prefix=f"{key}.")
         sources = [name for name in ("function", "policy") if getattr(b, name) is not None]
         for source in sources:
             if source not in SOURCES[b.kind]:
@@ -75,8 +71,8 @@ def check(behaviours: Sequence[BehaviourConfig], name: str = "behaviours") -> No
             raise UsageError(
                 f"{key}: kind {b.kind!r} needs one of {options}, got {sources or 'none'}"
             )
-        if b.kind == "noisy" and not (math.isfinite(b.noise) and b.noise >= 0):
-            raise UsageError(f"{key}.noise must be >= 0, got {b.noise}")
+        if b.kind == "noisy":
+            checks.within(b, 0, math.inf, "noise", open="]", prefix=f"{key}.")
         if b.function is not None:
             load_function(b.function)
 
@@ -125,7 +121,7 @@ def check_tasks(
 
 
 def narrowed(reality: RealityConfig, behaviour: BehaviourConfig) -> RealityConfig:
-    """`reality` with the behaviour's task options. A numeric option keeps its kind."""
+    """`reality` with the behaviour's task options; numbers of a real option are floats."""
     options = dict(reality.task_options)
     for name, option in behaviour.task_options.items():
         whole = options[name].choices
@@ -150,10 +146,9 @@ def full_name(storage: Storage, policy: str) -> str:
 def choose(behaviours: Sequence[BehaviourConfig], seed: int, k: int) -> int:
     """The index of the behaviour that acts in episode k, a function of (seed, k).
 
-    In any run of episodes each behaviour has its share to within two. The unit circle is divided by
-    weight. Episode k is k steps of the golden ratio from a seeded start: every run of these points
-    is evenly spread (discrepancy O(log n / n): Kuipers and Niederreiter 1974, Uniform Distribution
-    of Sequences, chapter 2.3).
+    In any run of episodes each behaviour has its share to within two. Weights divide the unit
+    circle, and episode k is k steps of the golden ratio from a seeded start, which spreads evenly
+    (Kuipers and Niederreiter 1974, Uniform Distribution of Sequences, chapter 2.3).
     """
     edges = np.cumsum([b.weight for b in behaviours])
     start = int(stream("behaviour", seed).integers(2**64, dtype=np.uint64))
@@ -170,11 +165,8 @@ def load_function(name: str) -> Act:
     module = import_module(module_name, key)
     function = getattr(module, attribute, None)
     if not callable(function):
-        names = [name for name, value in vars(module).items() if callable(value)]
-        raise UsageError(
-            f"{key}: module {module_name!r} has no function"
-            f" {attribute!r}{nearest(attribute, names)}"
-        )
+        hint = nearest(attribute, [name for name, value in vars(module).items() if callable(value)])
+        raise UsageError(f"{key}: module {module_name!r} has no function {attribute!r}{hint}")
     return function
 
 
@@ -196,7 +188,7 @@ def build(
     else:
         assert behaviour.policy is not None
         spaces = (observation_space, action_space)
-        source = PolicyActions(behaviour.policy, spaces, storage, behaviour.kind == "trained")
+        source = policy_actions(behaviour.policy, spaces, storage, behaviour.kind == "trained")
     if behaviour.kind == "noisy":
         source = NoisyActions(source, action_space, behaviour.noise)
     return CheckedActions(source, action_space, label(behaviour))
@@ -215,29 +207,24 @@ class RandomActions:
         return self._space.sample()
 
 
-class PolicyActions:
-    """An exported policy that acts on one observation at a time."""
+def policy_actions(
+    ref: str,
+    spaces: tuple[gymnasium.Space[Any], gymnasium.Space[Any]],
+    storage: Storage,
+    explore: bool,
+) -> Act:
+    """The actions of an exported policy on one observation at a time."""
+    from mesocosm.policies.policy import policy_of  # imports torch: only where a policy acts
 
-    def __init__(
-        self,
-        ref: str,
-        spaces: tuple[gymnasium.Space[Any], gymnasium.Space[Any]],
-        storage: Storage,
-        explore: bool,
-    ):
-        from mesocosm.policies.policy import policy_of  # imports torch: only where a policy acts
-
-        self._policy, self._explore = policy_of(storage, ref), explore
-        trained = (self._policy.observation_space, self._policy.action_space)
-        for name, expected, space in zip(("observation", "action"), trained, spaces, strict=True):
-            if space != expected:
-                raise UsageError(
-                    f"policy {ref!r} needs the {name} space {expected}, reality.env has {space};"
-                    " use a policy of this environment"
-                )
-
-    def __call__(self, observation: Any, rng: np.random.Generator) -> Any:
-        return self._policy.act_one(observation, self._explore, rng)
+    policy = policy_of(storage, ref)
+    trained = (policy.observation_space, policy.action_space)
+    for name, expected, space in zip(("observation", "action"), trained, spaces, strict=True):
+        if space != expected:
+            raise UsageError(
+                f"policy {ref!r} needs the {name} space {expected}, reality.env has {space}; use a"
+                " policy of this environment"
+            )
+    return lambda observation, rng: policy.act_one(observation, explore, rng)
 
 
 class NoisyActions(RandomActions):

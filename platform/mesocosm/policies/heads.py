@@ -1,9 +1,8 @@
-"""Conversion between Gymnasium spaces and the arrays of a policy network.
+"""Conversion between Gymnasium spaces and the arrays of a policy network, for training and export.
 
 A network observes `gymnasium.spaces.utils.flatten` of an observation, batched. It acts in a *head
 space*: a Discrete or MultiDiscrete from 0, or a one-dimensional float32 Box, [-1, 1] where the
-action is bounded. `ActionMap` converts head actions to actions of the environment. Training and the
-exported policy share this code. Imports no Ray.
+action is bounded.
 """
 
 from __future__ import annotations

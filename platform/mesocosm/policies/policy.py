@@ -1,8 +1,4 @@
-"""A trained policy as data: policy.json and policy.safetensors. Imports torch, no Ray.
-
-A policy maps observations to actions of the environment's own spaces, batched in Gymnasium's vector
-layout.
-"""
+"""A trained policy as data: policy.json and policy.safetensors. Imports torch, no Ray."""
 
 from __future__ import annotations
 
@@ -127,10 +123,8 @@ def describe(module: nn.Sequential) -> list[dict[str, Any]]:
         elif type(item) in names:
             layers.append({"kind": names[type(item)]})
         else:
-            raise ValueError(
-                f"layer {type(item).__name__} of a policy cannot be exported; use Linear,"
-                f" LayerNorm, {', '.join(sorted(_ACTIVATIONS))}"
-            )
+            known = ", ".join(["Linear", "LayerNorm", *sorted(_ACTIVATIONS)])
+            raise ValueError(f"layer {type(item).__name__} cannot be exported; use {known}")
     return layers
 
 
@@ -195,7 +189,7 @@ class Policy:
         """Map one observation to one action."""
         space = self.observation_space
         batch = concatenate(space, [observation], create_empty_array(space, 1))
-        return map_batch(_first, self.act(batch, explore, rng))
+        return map_batch(lambda leaf: leaf[0], self.act(batch, explore, rng))
 
     def save(self, folder: Path) -> None:
         """Write policy.json and policy.safetensors into an existing folder."""
@@ -238,10 +232,6 @@ class Policy:
         shapes = ({0: torch.export.Dim("batch")},)
         program = torch.export.export(self.network.eval(), (example,), dynamic_shapes=shapes)
         torch.export.save(program, path)
-
-
-def _first(leaf: Any) -> Any:
-    return leaf[0]
 
 
 def policy_of(storage: Storage, ref: str) -> Policy:
