@@ -1,6 +1,4 @@
-"""A small loop whose processes are killed at random: run again, it ends with the ids and digits of
-an undisturbed run.
-"""
+"""A small loop whose processes are killed at random ends with the ids and digits of a calm one."""
 
 from __future__ import annotations
 
@@ -25,38 +23,18 @@ from mesocosm.store.artifacts import Storage
 
 KILLS = 30
 LONGEST_S = 600.0
-"""No attempt takes longer than this: a job whose parts were killed goes on or ends, it does not
-hang.
-"""
-LOOP = [
-    "loop",
-    "reality.env=CartPole-v1",
-    "reality.budget.steps=4000",
-    "rounds=2",
-    "collect.steps=400",
-    "collect.workers=2",
-    "collect.lanes=2",
-    "explore.steps=200",
-    "pretrain.model.family=ensemble",
-    "pretrain.model.size=10k",
-    "pretrain.model.members=2",
-    "pretrain.model.base_steps=50",
-    "pretrain.train.steps=60",
-    "pretrain.train.batch=16",
-    "pretrain.train.checkpoint_every=10",
-    "agent.backend=local",
-    "agent.iterations=4",
-    "agent.num_envs=16",
-    "evaluate.episodes=2",
-    "evaluate.starts=8",
-    "evaluate.samples=2",
-    "evaluate.horizons=[1,5]",
-    "evaluate.full=false",
-]
+"""No attempt takes longer: a job whose parts were killed goes on or ends, it does not hang."""
+LOOP = """loop reality.env=CartPole-v1 reality.budget.steps=4000 rounds=2 collect.steps=400
+    collect.workers=2 collect.lanes=2 explore.steps=200
+    pretrain.model.family=ensemble pretrain.model.size=10k pretrain.model.members=2
+    pretrain.model.base_steps=50 pretrain.train.steps=60 pretrain.train.batch=16
+    pretrain.train.checkpoint_every=10 agent.backend=local agent.iterations=4 agent.num_envs=16
+    evaluate.episodes=2 evaluate.starts=8 evaluate.samples=2 evaluate.horizons=[1,5]
+    evaluate.full=false"""
 
 
 def start(root: str, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mesocosm", *LOOP, f"storage.root={root}"]
+    command = [sys.executable, "-m", "mesocosm", *LOOP.split(), f"storage.root={root}"]
     with open(log, "ab") as file:
         file.write(b"\n==== start\n")
         return subprocess.Popen(command, stdout=file, stderr=file, start_new_session=True)
@@ -71,16 +49,17 @@ def tree(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def victims(process: subprocess.Popen[bytes]) -> Iterator[tuple[str, psutil.Process]]:
-    """What may be killed: the driver, workers that work, and the daemons of Ray."""
-    for one in tree(process):
+    """The driver, busy workers, and the daemons of Ray, with their names."""
+    for member in tree(process):
         with suppress(psutil.NoSuchProcess):
-            line = " ".join(one.cmdline())
-            if one.pid == process.pid:
-                yield "driver", one
+            line = " ".join(member.cmdline())
+            program = Path(line.split()[0] if line else "").name
+            if member.pid == process.pid:
+                yield "driver", member
             elif line.startswith("ray::") and "IDLE" not in line and "Agent" not in line:
-                yield line.split("(")[0].split()[0], one
-            elif Path(line.split()[0] if line else "").name in ("raylet", "gcs_server"):
-                yield Path(line.split()[0]).name, one
+                yield line.split("(")[0].split()[0], member
+            elif program in ("raylet", "gcs_server"):
+                yield program, member
 
 
 def artifacts(root: str) -> dict[str, dict[str, Any]]:
@@ -92,9 +71,7 @@ def artifacts(root: str) -> dict[str, dict[str, Any]]:
 
 
 def digits(root: str) -> dict[str, Any]:
-    """What may not depend on kills: data and policies to the byte, losses and returns to the last
-    digit.
-    """
+    """What kills must not change: bytes of data and policies, digits of losses and returns."""
     result: dict[str, Any] = {}
     for name, commit in artifacts(root).items():
         files = {file: entry["sha256"] for file, entry in commit["files"].items()}
@@ -102,12 +79,9 @@ def digits(root: str) -> dict[str, Any]:
         if kind == "datasets":
             result[name] = files
         elif kind == "worlds":
-            metrics = commit["meta"]["metrics"]
-            result[name] = {
-                k: v
-                for k, v in metrics.items()
-                if not k.startswith(("mfu", "positions", "transitions"))
-            }
+            speeds = ("mfu", "positions", "transitions")
+            metrics = commit["meta"]["metrics"].items()
+            result[name] = {key: value for key, value in metrics if not key.startswith(speeds)}
         elif kind == "agents":
             result[name] = files["policy.safetensors"]
         else:
@@ -132,9 +106,8 @@ class Chaos:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(pause)
             if process.poll() is None:
-                assert time.monotonic() - since < LONGEST_S, (
-                    f"hangs after {self.killed[-3:]}: {log.read_text()[-3000:]}"
-                )
+                hangs = f"hangs after {self.killed[-3:]}: {log.read_text()[-3000:]}"
+                assert time.monotonic() - since < LONGEST_S, hangs
                 self._kill(process, log)
                 continue
             assert process.returncode in (0, 1, -signal.SIGKILL), log.read_text()[-3000:]
@@ -150,12 +123,9 @@ class Chaos:
         if not self.left or not choices:
             return
         working = [choice for choice in choices if choice[0].startswith("ray::")]
-        name, victim = self._dice.choice(
-            working if working and self._dice.random() < 0.5 else choices
-        )
-        workers = (
-            [one for kind, one in choices if kind.startswith("ray::")] if name == "driver" else []
-        )
+        prefer_workers = bool(working) and self._dice.random() < 0.5
+        name, victim = self._dice.choice(working if prefer_workers else choices)
+        workers = [worker for _, worker in working] if name == "driver" else []
         with suppress(psutil.NoSuchProcess):
             victim.kill()
             self.left -= 1
@@ -168,9 +138,7 @@ class Chaos:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_a_loop_whose_processes_are_killed_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    """Loops are run until all kills are dealt; each ends with the ids and digits of the undisturbed
-    one.
-    """
+    """Loops are run until all kills are dealt."""
     calm, log = str(tmp_path / "calm"), tmp_path / "log"
     assert start(calm, log).wait(1800) == 0, log.read_text()[-3000:]
     expected, chaos, loops = digits(calm), Chaos(KILLS), 0

@@ -1,9 +1,8 @@
-"""What is sent to a cluster: the user's own files and no others, under one content hash; nothing
-secret, nothing too large.
-"""
+"""The files of a submission: the user's own, one content hash, nothing secret or too large."""
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -43,21 +42,15 @@ def user_files(result: Frozen) -> set[str]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in (
-        "mine.py",
-        "data/table.csv",
-        ".env",
-        ".venv/lib.py",
-        "pkg/__pycache__/x.pyc",
-        "ignored.bin",
-    ):
+    hidden = (".env", ".venv/lib.py", "pkg/__pycache__/x.pyc")
+    for name in ("mine.py", "data/table.csv", "ignored.bin", *hidden):
         path = tmp_path / "code" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(name)
     return tmp_path / "code"
 
 
-def test_what_is_hidden_or_made_stays_here(folder: Path) -> None:
+def test_hidden_and_generated_files_are_not_sent(folder: Path) -> None:
     assert user_files(frozen(folder)) == {"mine.py", "data/table.csv", "ignored.bin"}
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     (folder / ".gitignore").write_text("ignored.bin\n")
@@ -77,18 +70,13 @@ def test_a_file_that_would_replace_a_module_of_pythons_is_refused(name: str, fol
 def test_this_very_package_goes_along(folder: Path, tmp_path: Path) -> None:
     result = frozen(folder)
     result.write(tmp_path / "sent")
-    assert (tmp_path / "sent" / "mesocosm" / "config.py").read_bytes() == (
-        freezing.PACKAGE / "config.py"
-    ).read_bytes()
-    assert (tmp_path / "sent" / "mesocosm" / "py.typed").exists() and not list(
-        (tmp_path / "sent").rglob("*.pyc")
-    )
+    package = tmp_path / "sent" / "mesocosm"
+    original = freezing.PACKAGE / "config.py"
+    assert (package / "config.py").read_bytes() == original.read_bytes()
+    assert (package / "py.typed").exists() and not list(package.rglob("*.pyc"))
     back = config.load(CollectConfig, [tmp_path / "sent" / CONFIG])
-    assert (back.storage.root, back.ray.address, back.reality.env) == (
-        "s3://bucket/prefix",
-        "auto",
-        "CartPole-v1",
-    )
+    assert (back.storage.root, back.ray.address) == ("s3://bucket/prefix", "auto")
+    assert back.reality.env == "CartPole-v1"
 
 
 def test_the_id_is_of_what_is_sent(folder: Path) -> None:
@@ -105,42 +93,31 @@ def test_too_much_is_refused_by_its_largest_files(
     (folder / "huge.bin").write_bytes(bytes(3 << 20))
     (folder / "large.bin").write_bytes(bytes(2 << 20))
     monkeypatch.setattr(freezing, "LIMIT", 4 << 20)
-    with pytest.raises(
-        UsageError,
-        match=(
-            r"MiB, and Ray's Jobs API takes 4: the largest are huge.bin \(3 MiB\), large.bin \(2"
-            r" MiB\).*let git ignore them"
-        ),
-    ):
+    largest = r"Jobs API takes 4: the largest are huge.bin \(3 MiB\), large.bin \(2 MiB\)"
+    with pytest.raises(UsageError, match=largest):
         frozen(folder)
 
 
 @pytest.mark.parametrize(
-    ("overrides", "cluster", "message"),
+    ("key", "value"),
     [
-        (
-            ["tracking.uri=http://me:secret@mlflow"],
-            CLUSTER,
-            "tracking.uri holds a user and password",
-        ),
-        (
-            ["reality.kwargs={url: 'postgres://me:secret@db/x'}"],
-            CLUSTER,
-            "reality.kwargs.url holds a user and password",
-        ),
-        (
-            [],
-            ClusterConfig(where="address", address="http://127.0.0.1:1"),
-            "storage.root must be a folder or bucket that all nodes share, got '.mesocosm'; set",
-        ),
+        ("tracking.uri", "http://me:secret@mlflow"),
+        ("reality.kwargs.url", "postgres://me:secret@db/x"),
     ],
 )
-def test_what_may_not_be_sent(
-    folder: Path, overrides: list[str], cluster: ClusterConfig, message: str
-) -> None:
-    with pytest.raises(UsageError, match=message) as caught:
-        frozen(folder, *overrides, cluster=cluster)
+def test_a_password_is_not_sent(folder: Path, key: str, value: str) -> None:
+    override = f"{key}={value}"
+    if key == "reality.kwargs.url":
+        override = f"reality.kwargs={{url: '{value}'}}"
+    with pytest.raises(UsageError, match=f"{key} holds a user and password") as caught:
+        frozen(folder, override)
     assert "secret" not in str(caught.value)
+
+
+def test_a_root_on_this_machine_is_refused(folder: Path) -> None:
+    cluster = ClusterConfig(where="address", address="http://127.0.0.1:1")
+    with pytest.raises(UsageError, match=r"storage.root must .* all nodes share, got '.mesocosm'"):
+        frozen(folder, cluster=cluster)
 
 
 def test_a_cluster_that_is_too_small_is_refused() -> None:
@@ -156,21 +133,16 @@ def test_a_cluster_that_is_too_small_is_refused() -> None:
         refuse("mine", CLUSTER, report)
 
 
-def test_a_sweep_there_is_estimated_as_of_that_cluster(
+def test_a_sweep_is_estimated_by_the_file_of_its_cluster(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whose file goes along: clusters/ is beside neither the package nor the driver there."""
+    """The file is sent: on the cluster clusters/ is beside neither the package nor the driver."""
     (folder / "clusters").mkdir()
-    (folder / "clusters" / "mine.yaml").write_text(
-        "where: address\naddress: http://127.0.0.1:1\nstorage_root: s3://bucket/prefix\nnodes:"
-        " [{cpus: 4}]\n"
-    )
+    values = {"where": "address", "address": "http://127.0.0.1:1", "nodes": [{"cpus": 4}]}
+    values["storage_root"] = "s3://bucket/prefix"
+    (folder / "clusters" / "mine.yaml").write_text(json.dumps(values))
     monkeypatch.chdir(folder)
-    result = freeze(
-        "sweep", config.load(SweepConfig, [], []), cluster_spec.read("mine"), None, "mine"
-    )
-    assert (
-        isinstance(result.config, SweepConfig)
-        and result.config.cluster == "mine"
-        and user_files(result) == {"clusters/mine.yaml"}
-    )
+    sweep = config.load(SweepConfig, [], [])
+    result = freeze("sweep", sweep, cluster_spec.read("mine"), None, "mine")
+    assert isinstance(result.config, SweepConfig) and result.config.cluster == "mine"
+    assert user_files(result) == {"clusters/mine.yaml"}

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -21,18 +22,12 @@ pytestmark = pytest.mark.integration
 def test_a_private_ray_listens_on_loopback_alone(ray_local: None) -> None:
     listening = []
     for process in psutil.Process().children(recursive=True):
-        try:
-            listening += [
-                (process.name(), found.laddr)
-                for found in process.net_connections("inet")
-                if found.status == psutil.CONN_LISTEN
-            ]
-        except psutil.NoSuchProcess:
-            continue
-    assert listening and all(
-        ipaddress.ip_address(address.ip.removeprefix("::ffff:")).is_loopback
-        for _, address in listening
-    ), listening
+        with suppress(psutil.NoSuchProcess):
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    listening.append((process.name(), connection.laddr.ip))
+    addresses = [ipaddress.ip_address(ip.removeprefix("::ffff:")) for _, ip in listening]
+    assert addresses and all(address.is_loopback for address in addresses), listening
 
 
 START = """
@@ -52,32 +47,27 @@ print(json.dumps({"folders": folders, "left": left, "modes": modes}))
 """
 
 
-def _environment(**changes: str) -> dict[str, str]:
-    return {
-        name: value for name, value in os.environ.items() if not name.startswith("RAY_")
-    } | changes
+def environment(**changes: str) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return clean | changes
+
+
+def run(code: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    command, env = [sys.executable, "-c", code], environment(**changes)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
 
 
 def test_a_new_home_and_a_long_temporary_folder(tmp_path: Path) -> None:
     """The token is its owner's alone, and the sockets fit whatever TMPDIR is."""
-    temporary = (
-        tmp_path
-        / "a_rather_long_folder_name_as_slurm_makes_them"
-        / "slurm_jobdir"
-        / "1355700"
-        / "tmp.t0016"
-    )
+    long_name = "a_rather_long_folder_name_as_slurm_makes_them/slurm_jobdir/1355700/tmp.t0016"
+    temporary = tmp_path / long_name
     temporary.mkdir(parents=True)
     (tmp_path / "home").mkdir()
-    environment = _environment(TMPDIR=str(temporary), HOME=str(tmp_path / "home"))
-    done = subprocess.run(
-        [sys.executable, "-c", START], env=environment, capture_output=True, text=True, timeout=280
-    )
-    facts = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
-    assert facts["modes"] == ["0o700", "0o600"]
-    assert [Path(folder).parent for folder in facts["folders"]] == [Path("/tmp")] and facts[
-        "left"
-    ] == []
+    done = run(START, TMPDIR=str(temporary), HOME=str(tmp_path / "home"))
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout.splitlines()[-1])
+    assert facts["modes"] == ["0o700", "0o600"] and facts["left"] == []
+    assert [Path(folder).parent for folder in facts["folders"]] == [Path("/tmp")]
 
 
 @pytest.mark.slow
@@ -94,33 +84,18 @@ def test_a_wrong_token_is_not_reported_as_no_cluster(
     if token is not None:
         path.write_text(token)
     address = ray.get_runtime_context().gcs_address
-    code = (
-        "from mesocosm.cluster.ray_session import ensure\nfrom mesocosm.config import"
-        f" RayConfig\nensure(RayConfig(address={address!r}))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=_environment(HOME=str(tmp_path)),
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    imports = "from mesocosm.cluster.ray_session import ensure, RayConfig"
+    done = run(f"{imports}\nensure(RayConfig(address={address!r}))", HOME=str(tmp_path))
     last = done.stderr.strip().splitlines()[-1]
-    assert (
-        last.startswith("mesocosm.errors.UsageError")
-        and address in last
-        and words.format(path=path) in last
-    )
-    assert "does not answer" not in last
+    assert last.startswith("mesocosm.errors.UsageError") and "does not answer" not in last
+    assert address in last and words.format(path=path) in last
 
 
 def test_jobs_that_start_at_once_make_one_token(tmp_path: Path) -> None:
-    code = (
-        "from pathlib import Path; from mesocosm.cluster import spec; spec.make_token(Path.home() /"
-        " '.ray' / 'auth_token')"
-    )
-    command = [sys.executable, "-c", code]
-    jobs = [subprocess.Popen(command, env=_environment(HOME=str(tmp_path))) for _ in range(4)]
+    imports = "from pathlib import Path; from mesocosm.cluster import spec"
+    code = f"{imports}; spec.make_token(Path.home() / '.ray' / 'auth_token')"
+    command, env = [sys.executable, "-c", code], environment(HOME=str(tmp_path))
+    jobs = [subprocess.Popen(command, env=env) for _ in range(4)]
     assert [job.wait(120) for job in jobs] == [0] * 4
     assert len((tmp_path / ".ray" / "auth_token").read_text()) == 64
 
@@ -155,10 +130,7 @@ finally:
 
 
 def test_the_logs_of_a_ray_that_did_not_start_stay(tmp_path: Path) -> None:
-    environment = _environment(TMPDIR=str(tmp_path), HOME=str(tmp_path))
-    done = subprocess.run(
-        [sys.executable, "-c", FAIL], env=environment, capture_output=True, text=True, timeout=280
-    )
+    done = run(FAIL, TMPDIR=str(tmp_path), HOME=str(tmp_path))
     message = done.stderr.strip().splitlines()[-1]
     folder = Path(message.rpartition("see ")[2])
     assert message.startswith("mesocosm.errors.MesocosmError") and folder.is_dir()

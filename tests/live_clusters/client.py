@@ -1,8 +1,8 @@
-"""A client of a served world, to be run on a node: `python client.py WORLD APP ADDRESS STEPS HEAD`,
-a line of JSON a step.
+"""A client of a served world, for a node: `python client.py WORLD APP ADDRESS STEPS HEAD` prints a
+line of JSON a step.
 
-It pins itself to a replica that is not on the node HEAD, and steps until it has made STEPS steps.
-With APP empty the world is in its own process, found under the storage root ADDRESS.
+It steps a replica that is not on the node HEAD. With APP empty the world runs in this process, from
+the storage root ADDRESS.
 """
 
 from __future__ import annotations
@@ -19,16 +19,10 @@ import torch
 from mesocosm.serve.client import WorldVectorEnv
 
 torch.set_num_threads(1)
-world, app, address, steps, head = (
-    sys.argv[1],
-    sys.argv[2],
-    sys.argv[3],
-    int(sys.argv[4]),
-    sys.argv[5],
-)
+world, app, address, steps, head = sys.argv[1:]
 
 
-def made() -> WorldVectorEnv:
+def make() -> WorldVectorEnv:
     if not app:
         return WorldVectorEnv(4, world, root=address, backend="local", horizon=50)
     while True:
@@ -43,26 +37,18 @@ def host(env: WorldVectorEnv) -> str:
     return replica["host"] if replica else ""
 
 
-def digest(told: tuple[Any, ...]) -> str:
-    *arrays, infos = told
-    return hashlib.sha256(
-        b"".join(
-            np.asarray(value).tobytes()
-            for value in [*arrays, infos.get("disagreement", np.zeros(0))]
-        )
-    ).hexdigest()
+def digest(reply: tuple[Any, ...]) -> str:
+    *arrays, infos = reply
+    values = [*arrays, infos.get("disagreement", np.zeros(0))]
+    return hashlib.sha256(b"".join(np.asarray(value).tobytes() for value in values)).hexdigest()
 
 
-env = made()
+env = make()
 env.action_space.seed(0)
-told: tuple[Any, ...] = env.reset(seed=1)
-for step in range(steps + 1):
-    print(
-        json.dumps(
-            {"step": step, "digest": digest(told), "host": host(env), "at": time.monotonic()}
-        ),
-        flush=True,
-    )
+reply: tuple[Any, ...] = env.reset(seed=1)
+for step in range(int(steps) + 1):
+    line = {"step": step, "digest": digest(reply), "host": host(env), "at": time.monotonic()}
+    print(json.dumps(line), flush=True)
     if app:
         time.sleep(0.1)
-    told = env.step(env.action_space.sample())
+    reply = env.step(env.action_space.sample())

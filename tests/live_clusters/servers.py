@@ -1,6 +1,4 @@
-"""What stands beside a cluster: an S3 endpoint and an MLflow server, each a process of its own in
-the hub.
-"""
+"""An S3 endpoint and an MLflow server, each a process in the hub."""
 
 from __future__ import annotations
 
@@ -14,6 +12,7 @@ from .lab import BIN, HUB, Lab
 
 S3, MLFLOW = f"http://{HUB}:5000", f"http://{HUB}:5001"
 BUCKET = "s3://bucket/mesocosm"
+STORAGE = "from mesocosm.store.artifacts import Storage"
 WAIT = """
 import sys, time, urllib.error, urllib.request
 end = time.monotonic() + 400
@@ -31,7 +30,7 @@ for url in sys.argv[1:]:
 
 
 def credentials() -> dict[str, str]:
-    """What every node has in its environment, and nobody else."""
+    """The storage credentials, which only nodes have."""
     return {
         "AWS_ENDPOINT_URL": S3,
         "AWS_ACCESS_KEY_ID": "AKIAPLANTED",
@@ -41,50 +40,29 @@ def credentials() -> dict[str, str]:
 
 
 def start(lab: Lab) -> None:
-    """Both, with a bucket."""
+    """Start both, and make the bucket."""
     env = lab.environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     lab.hub.start(str(BIN / "moto_server"), "-H", HUB, "-p", "5000", env=env, log="s3")
-    where = [
-        "--backend-store-uri",
-        f"sqlite:///{lab.base}/mlflow.db",
-        "--artifacts-destination",
-        str(lab.base / "mlflow"),
-        "--workers",
-        "1",
-        "--allowed-hosts",
-        f"{HUB}:5001",
-    ]
-    lab.hub.start(
-        str(BIN / "mlflow"),
-        "server",
-        "--host",
-        HUB,
-        "--port",
-        "5001",
-        *where,
-        env=env,
-        log="mlflow",
-    )
-    inside(lab, WAIT, S3, MLFLOW)
-    inside(
-        lab,
-        "from mesocosm.store.artifacts import Storage; Storage('s3://bucket').fs.mkdir('bucket')",
-    )
+    options = f"""server --host {HUB} --port 5001 --backend-store-uri sqlite:///{lab.base}/mlflow.db
+        --artifacts-destination {lab.base}/mlflow --workers 1 --allowed-hosts {HUB}:5001"""
+    lab.hub.start(str(BIN / "mlflow"), *options.split(), env=env, log="mlflow")
+    run_in_hub(lab, WAIT, S3, MLFLOW)
+    run_in_hub(lab, f"{STORAGE}; Storage('s3://bucket').fs.mkdir('bucket')")
 
 
-def inside(lab: Lab, code: str, *arguments: str) -> str:
-    """What `code` prints, run in the hub with the nodes' credentials."""
+def run_in_hub(lab: Lab, code: str, *arguments: str) -> str:
+    """The output of `code`, run in the hub with the nodes' credentials."""
     command = lab.hub.command(sys.executable, "-c", code, *arguments)
-    done = subprocess.run(
-        command, env=lab.environment | lab.env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr + lab.hub.said("mlflow") + lab.hub.said("s3")
+    env = lab.environment | lab.env
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr + lab.hub.log("mlflow") + lab.hub.log("s3")
     return done.stdout
 
 
-def fetched(lab: Lab) -> Path:
+def fetch(lab: Lab) -> Path:
     """A copy of the bucket's storage root in a folder of this machine."""
-    shutil.rmtree(lab.base / "fetched", ignore_errors=True)
-    copy = f"fs.get('bucket/mesocosm/', '{lab.base / 'fetched'}/', recursive=True)"
-    inside(lab, f"from mesocosm.store.artifacts import Storage; Storage({BUCKET!r}).{copy}")
-    return lab.base / "fetched"
+    copy = lab.base / "fetched"
+    shutil.rmtree(copy, ignore_errors=True)
+    call = f"fs.get('bucket/mesocosm/', '{copy}/', recursive=True)"
+    run_in_hub(lab, f"{STORAGE}; Storage({BUCKET!r}).{call}")
+    return copy

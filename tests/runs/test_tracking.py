@@ -14,6 +14,10 @@ from mesocosm.config import JobConfig, StorageConfig, TrackingConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Storage
 
+AWAY = "http://127.0.0.1:9"
+ELSEWHERE: dict[str, object] = {"uri": "http://elsewhere:5000", "run_id": "0123", "offset": 9}
+ELSEWHERE |= {"files": [], "worlds": []}
+
 
 def _config(root: str, uri: str | None = None) -> JobConfig:
     return JobConfig(storage=StorageConfig(root), tracking=TrackingConfig(uri=uri))
@@ -23,9 +27,18 @@ def _runs(config: JobConfig) -> dict[str, object]:
     client = MlflowClient(tracking_uri=tracking.uri_of(config))
     experiment = client.get_experiment_by_name(config.tracking.experiment)
     assert experiment is not None
-    return {
-        run.data.tags["mesocosm.run"]: run for run in client.search_runs([experiment.experiment_id])
-    }
+    runs = client.search_runs([experiment.experiment_id])
+    return {run.data.tags["mesocosm.run"]: run for run in runs}
+
+
+def _runs_while_mlflow_is_away(root: str, *ids: str) -> JobConfig:
+    """Runs of `collect` that log a metric; returns the config of an MLflow that answers."""
+    for id in ids:
+        with tracking.start("collect", _config(root, uri=AWAY), id=id, quiet=True) as run:
+            run.log({"steps": 5}, step=2)
+        assert (run.folder / "mlflow.pending").exists()
+        assert "is away" in (run.folder / "log.txt").read_text()
+    return _config(root)
 
 
 def test_runs_are_mirrored_with_params_metrics_lineage_and_end(root: str) -> None:
@@ -45,59 +58,32 @@ def test_runs_are_mirrored_with_params_metrics_lineage_and_end(root: str) -> Non
         tracking.register_world(run, world)
     runs = _runs(config)
     outer, inner, bad = runs["loop/outer"], runs["collect/inner"], runs["pretrain/bad"]
-    assert (
-        outer.info.status == "FINISHED"
-        and inner.info.status == "FINISHED"
-        and bad.info.status == "FAILED"
-    )
+    statuses = [run.info.status for run in (outer, inner, bad)]
+    assert statuses == ["FINISHED", "FINISHED", "FAILED"]
     assert inner.data.tags["mlflow.parentRunId"] == outer.info.run_id
     assert outer.data.metrics["return"] == 1.5 and inner.data.metrics["steps"] == 7
     assert outer.data.params["seed"] == "0" and outer.data.tags["mesocosm.artifact"] == "worlds/abc"
     client = MlflowClient(tracking_uri=tracking.uri_of(config))
-    assert {f.path for f in client.list_artifacts(outer.info.run_id)} >= {
-        "note.html",
-        "config.yaml",
-        "log.txt",
-    }
+    files = {file.path for file in client.list_artifacts(outer.info.run_id)}
+    assert files >= {"note.html", "config.yaml", "log.txt"}
     versions = client.search_model_versions("name = 'mesocosm-world'")
     assert [v.source for v in versions] == [world.uri]
-    status = json.loads(
-        (Storage(root).local_path("runs", "pretrain", "bad") / "status.json").read_text()
-    )
+    status = json.loads(Storage(root).read("runs/pretrain/bad/status.json") or b"")
     assert status["state"] == "failed" and "division" in status["error"]
 
 
-def test_mlflow_away_loses_nothing(root: str, tmp_path: Path) -> None:
-    away = _config(root, uri="http://127.0.0.1:9")
-    with tracking.start("collect", away, id="a", quiet=True) as run:
-        run.log({"steps": 5}, step=2)
-    assert (run.folder / "mlflow.pending").exists() and "is away" in (
-        run.folder / "log.txt"
-    ).read_text()
-    back = _config(root)
+def test_mlflow_away_loses_nothing(root: str) -> None:
+    back = _runs_while_mlflow_is_away(root, "a")
     assert tracking.replay_pending(back) == 1
     mirrored = _runs(back)["collect/a"]
     assert mirrored.data.metrics["steps"] == 5 and mirrored.info.status == "FINISHED"
     assert tracking.replay_pending(back) == 0
 
 
-@pytest.mark.parametrize(
-    "memo",
-    [
-        "",
-        (
-            '{"uri": "http://elsewhere:5000", "run_id": "0123", "offset": 9, "files": [],'
-            ' "worlds": []}'
-        ),
-    ],
-)
+@pytest.mark.parametrize("memo", ["", json.dumps(ELSEWHERE)])
 def test_a_memo_that_is_torn_or_of_another_server_begins_anew(root: str, memo: str) -> None:
-    away = _config(root, uri="http://127.0.0.1:9")
-    for id in ("a", "b"):
-        with tracking.start("collect", away, id=id, quiet=True) as run:
-            run.log({"steps": 5}, step=2)
-    (Storage(root).local_path("runs", "collect", "a") / "mlflow.json").write_text(memo)
-    back = _config(root)
+    back = _runs_while_mlflow_is_away(root, "a", "b")
+    (Path(root) / "runs" / "collect" / "a" / "mlflow.json").write_text(memo)
     assert tracking.replay_pending(back) == 2
     assert [_runs(back)[f"collect/{id}"].data.metrics["steps"] for id in "ab"] == [5, 5]
 
@@ -105,12 +91,8 @@ def test_a_memo_that_is_torn_or_of_another_server_begins_anew(root: str, memo: s
 def test_one_bad_run_does_not_keep_the_others(
     root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    away = _config(root, uri="http://127.0.0.1:9")
-    for id in ("a", "b"):
-        with tracking.start("collect", away, id=id, quiet=True) as run:
-            run.log({"steps": 5}, step=2)
-    (Storage(root).local_path("runs", "collect", "a") / "metrics.jsonl").write_text("not JSON\n")
-    back = _config(root)
+    back = _runs_while_mlflow_is_away(root, "a", "b")
+    (Path(root) / "runs" / "collect" / "a" / "metrics.jsonl").write_text("not JSON\n")
     assert tracking.replay_pending(back) == 1
     assert "run collect/a could not be brought to MLflow" in capsys.readouterr().err
     assert "steps" in _runs(back)["collect/b"].data.metrics
@@ -129,9 +111,8 @@ def test_a_password_is_nowhere_written(root: str, capsys: pytest.CaptureFixture[
     printed = capsys.readouterr()
     for text in (written, printed.out, printed.err, str(error.value)):
         assert "alice" not in text and "cr@t" not in text
-    assert written.count("http://***@127.0.0.1:9/x") >= 4, (
-        "config, say, error and status still say where"
-    )
+    count = written.count("http://***@127.0.0.1:9/x")
+    assert count >= 4, "in the config, the message, the error and the status"
     assert tracking.uri_of(config) == uri
 
 
@@ -190,10 +171,6 @@ def test_a_run_is_uploaded_to_a_remote_root_while_it_works(
         away = False
         until(lambda: b"it begins" in uploaded("log.txt") and b"loss" in uploaded("metrics.jsonl"))
         status = json.loads(uploaded("status.json"))
-        assert status["state"] == "running" and status["progress"] == {
-            "what": "steps",
-            "completed": 3,
-            "total": 10,
-            "note": "a third",
-        }
+        progress = {"what": "steps", "completed": 3, "total": 10, "note": "a third"}
+        assert status["state"] == "running" and status["progress"] == progress
     assert json.loads(uploaded("status.json"))["state"] == "done"

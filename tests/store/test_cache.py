@@ -1,18 +1,14 @@
-"""Artifacts of which a machine holds what is read: fetched and verified once, within a budget,
-whatever is killed.
-"""
+"""Partial artifacts: units are fetched and verified once, within a budget, whatever is killed."""
 
 from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,56 +17,42 @@ from factories import cart_in_bucket
 
 from mesocosm.data.loading.codec import Codec
 from mesocosm.data.loading.loader import Loader
-from mesocosm.datasets.dataset import Dataset
+from mesocosm.datasets.dataset import Dataset, Split
 from mesocosm.errors import ArtifactError, UsageError
 from mesocosm.store import cache
 from mesocosm.store.artifacts import Storage
 from mesocosm.store.cache import open_partial
 
-Cart = Callable[..., str]
+from .conftest import python
+
+pytestmark = pytest.mark.usefixtures("temporary_folder")
 SHARDS = [f"shards/{number:05d}" for number in range(4)]
 
 
-@pytest.fixture(autouse=True)
-def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For this test's caches. Made after pytest's own, which would lie in it, too."""
-    with tempfile.TemporaryDirectory(prefix="meso-", ignore_cleanup_errors=True) as folder:
-        monkeypatch.setenv("TMPDIR", folder)
-        monkeypatch.setattr(tempfile, "tempdir", None)
-        yield
+OPEN = """
+import os, signal, sys, time
+from pathlib import Path
+from mesocosm.store.artifacts import Storage
+from mesocosm.store.cache import open_partial
+storage = Storage({root!r})
+fetch = storage.fetch
+"""
 
 
 @pytest.fixture
 def bucket(s3: str, tmp_path: Path) -> Storage:
-    """A root in the bucket with the dataset `cart` of several shards, of which this machine has
-    nothing.
-    """
+    """A root with the dataset `cart` of several shards, of which this machine has nothing."""
     return cart_in_bucket(f"{s3}/{tmp_path.name}", tmp_path, shard_rows=60)
-
-
-def python(code: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def cached(storage: Storage) -> list[str]:
     """The shards in the cache."""
-    return sorted(
-        folder.name for folder in storage.local_path("cache", "parts").glob("*/*/*/shards/*")
-    )
+    parts = storage.local_path("cache", "parts")
+    return sorted(folder.name for folder in parts.glob("*/*/*/shards/*"))
 
 
-def remote_path(storage: Storage, unit: str, name: str) -> str:
-    return storage._path(f"datasets/cart/{storage.folder_of('datasets', 'cart')}/{unit}/{name}")
-
-
-def _bytes_here(storage: Storage) -> int:
-    """Of the shards in the cache, from which threads remove some meanwhile."""
+def cached_bytes(storage: Storage) -> int:
+    """Bytes of the shards in the cache, from which threads remove some meanwhile."""
     while True:
         with suppress(FileNotFoundError):
             files = storage.local_path("cache", "parts").glob("*/*/*/shards/*/*")
@@ -84,19 +66,14 @@ def test_only_what_is_read_is_fetched_and_once_for_all_processes(bucket: Storage
     assert cached(bucket) == ["00002"]
     for path in [path for path in bucket.files("datasets/cart") if "shards/00002" in path]:
         bucket.fs.rm(bucket._path(path))
-    code = f"""
-from mesocosm.store.artifacts import Storage
-from mesocosm.store.cache import open_partial
-print(open_partial(Storage({bucket.root!r}), "datasets", "cart").hold("shards/00002"))
-"""
-    out, errors = python(code).communicate(timeout=60)
+    code = OPEN + 'print(open_partial(storage, "datasets", "cart").hold("shards/00002"))'
+    out, errors = python(code.format(root=bucket.root)).communicate(timeout=60)
     assert Path(out.strip()).is_dir(), errors
-    with pytest.raises(
-        ArtifactError, match=r"datasets/cart: file 'shards/00003/obs_num.npy' is damaged"
-    ):
-        damaged = remote_path(bucket, "shards/00003", "obs_num.npy")
-        good = bucket.fs.cat(damaged)
-        bucket.fs.pipe(damaged, good[:-1] + bytes([good[-1] ^ 1]))
+    folder = bucket.folder_of("datasets", "cart")
+    damaged = bucket._path(f"datasets/cart/{folder}/shards/00003/obs_num.npy")
+    good = bucket.fs.cat(damaged)
+    bucket.fs.pipe(damaged, good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(ArtifactError, match=r"file 'shards/00003/obs_num.npy' is damaged"):
         dataset.array(3, "reward")
     assert cached(bucket) == ["00002"], "nothing of a damaged shard is kept"
     bucket.fs.pipe(damaged, good)
@@ -104,22 +81,17 @@ print(open_partial(Storage({bucket.root!r}), "datasets", "cart").hold("shards/00
 
 
 def test_a_fetch_that_is_killed_leaves_nothing_that_looks_whole(bucket: Storage) -> None:
-    code = f"""
-import os, signal
-from mesocosm.store.artifacts import Storage
-from mesocosm.store.cache import open_partial
-storage = Storage({bucket.root!r})
-fetch = storage.fetch
+    code = """
 def half(commit, name, path):
-    found = fetch(commit, name, path)
+    fetch(commit, name, path)
     if name.endswith("step.npy"):
         path.write_bytes(path.read_bytes()[:100])
         os.kill(os.getpid(), signal.SIGKILL)
-    return found
+    return True
 storage.fetch = half
 open_partial(storage, "datasets", "cart").hold("shards/00001")
 """
-    killed = python(code)
+    killed = python((OPEN + code).format(root=bucket.root))
     killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
     assert cached(bucket) == [] and list(bucket.local_path("cache", "arriving").rglob("*.npy"))
@@ -143,23 +115,15 @@ def test_the_least_recently_used_goes_and_never_one_in_use(
     files.release([SHARDS[0]])
     files.hold(SHARDS[2])
     assert cached(bucket) == ["00000", "00002"], "the one used least recently went"
-    code = f"""
-from mesocosm.store.artifacts import Storage
-from mesocosm.store.cache import open_partial
-files = open_partial(Storage({bucket.root!r}), "datasets", "cart", {most})
+    code = """
+files = open_partial(storage, "datasets", "cart", {most})
 print(files.hold("shards/00000"), flush=True)
 input()
 """
-    other = python(code)
+    other = python((OPEN + code).format(root=bucket.root, most=most))
     assert other.stdout is not None and other.stdout.readline()
     monkeypatch.setattr(cache, "PATIENCE_S", 0.5)
-    with pytest.raises(
-        ArtifactError,
-        match=(
-            r"other shards in use fill the cache .* give a larger data\.cache_gib or a smaller"
-            r" data\.block"
-        ),
-    ):
+    with pytest.raises(ArtifactError, match=r"shards in use .* data\.cache_gib .* data\.block"):
         files.hold(SHARDS[3])
     assert cached(bucket) == ["00000", "00002"]
     other.kill()
@@ -168,32 +132,34 @@ input()
     assert cached(bucket) == ["00002", "00003"], "a killed reader holds nothing"
 
 
-def test_a_copy_that_is_here_is_verified_once(
-    tmp_path: Path, cart_root: Cart, monkeypatch: pytest.MonkeyPatch
+def test_a_local_copy_is_verified_once(
+    tmp_path: Path, cart_root: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = Storage(cart_root(tmp_path, 400, shard_rows=60))
     read: list[Path] = []
-    monkeypatch.setattr(
-        cache, "sha256", lambda path, plain=cache.sha256: read.append(path) or plain(path)
-    )
-    folder = open_partial(storage, "datasets", "cart").hold(SHARDS[1])
+
+    def sha256(path: Path, plain: Callable[[Path], str] = cache.sha256) -> str:
+        read.append(path)
+        return plain(path)
+
+    def hold() -> Path:
+        return open_partial(storage, "datasets", "cart").hold(SHARDS[1])
+
+    monkeypatch.setattr(cache, "sha256", sha256)
+    folder = hold()
     assert len(read) == 8 and {path.parent for path in read} == {folder}
-    open_partial(storage, "datasets", "cart").hold(SHARDS[1])
+    hold()
     assert len(read) == 8, "not again"
     reward = folder / "reward.npy"
     data = reward.read_bytes()
     reward.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(
-        ArtifactError, match=r"datasets/cart: file 'shards/00001/reward.npy' is damaged"
-    ):
-        open_partial(storage, "datasets", "cart").hold(SHARDS[1])
+    with pytest.raises(ArtifactError, match=r"cart: file 'shards/00001/reward.npy' is damaged"):
+        hold()
     reward.write_bytes(data)
-    open_partial(storage, "datasets", "cart").hold(SHARDS[1])
+    hold()
     os.unlink(reward)
-    with pytest.raises(
-        ArtifactError, match=r"datasets/cart: file 'shards/00001/reward.npy' is missing"
-    ):
-        open_partial(storage, "datasets", "cart").hold(SHARDS[1])
+    with pytest.raises(ArtifactError, match=r"cart: file 'shards/00001/reward.npy' is missing"):
+        hold()
 
 
 def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_path: Path) -> None:
@@ -203,59 +169,40 @@ def test_data_larger_than_the_cache_load_as_from_a_folder(bucket: Storage, tmp_p
     most = 2 * sum(sizes[-2:])
     assert most < sum(sizes)
     dataset = Dataset([open_partial(bucket, "datasets", "cart", most)])
-    assert Codec.fit(dataset).id == codec.id, (
-        "what reads all of it in order needs no room for all of it"
-    )
-    expected, loader = (
-        Loader(data, codec, "train", 8, 4, 0, events=6, block=2) for data in (local, dataset)
-    )
+    assert Codec.fit(dataset).id == codec.id, "a fit reads shards in order and needs few at once"
+
+    def load(data: Dataset, split: Split, **options: int) -> Loader:
+        return Loader(data, codec, split, 8, 4, 0, **options)
+
+    def same(a: Any, b: Any) -> bool:
+        return torch.equal(a.observation.numbers, b.observation.numbers)
+
+    expected, loader = (load(data, "train", events=6, block=2) for data in (local, dataset))
     for step in range(2 * loader.windows_per_epoch // 4):
         batch, reference = loader.batch(step), expected.batch(step)
-        assert (
-            torch.equal(batch.observation.numbers, reference.observation.numbers)
-            and batch.events is not None
-            and reference.events is not None
-        )
-        assert torch.equal(batch.events.observation.numbers, reference.events.observation.numbers)
-        assert _bytes_here(bucket) <= most
-    for batch, reference in zip(
-        *(
-            Loader(data, codec, "valid", 8, 4, 0, block=2).eval_batches()
-            for data in (dataset, local)
-        ),
-        strict=True,
-    ):
-        assert torch.equal(batch.observation.numbers, reference.observation.numbers)
-    every, some = (
-        list(Loader(local, codec, "valid", 8, 4, 0, block=2).eval_batches(most=most))
-        for most in (None, 2)
-    )
-    hashes = [
-        {int(hash) for batch in batches for hash in batch.episode[batch.mask.any(1)]}
-        for batches in (every, some)
-    ]
-    of = {
-        int(hash): int(shard)
-        for hash, shard in local.table[["hash", "shard"]][local.episodes("valid")].tolist()
-    }
+        assert batch.events is not None and reference.events is not None
+        assert same(batch, reference) and same(batch.events, reference.events)
+        assert cached_bytes(bucket) <= most
+    valid = [list(load(data, "valid", block=2).eval_batches()) for data in (dataset, local)]
+    assert all(same(*pair) for pair in zip(*valid, strict=True))
+    some = list(load(local, "valid", block=2).eval_batches(most=2))
     assert sum(int(batch.mask.any(1).sum()) for batch in some) == 2
-    assert hashes[1] < hashes[0] and len({of[hash] for hash in hashes[1]}) <= 2 < len(
-        {of[hash] for hash in hashes[0]}
-    ), "no more shards than a block has"
-    plain, expected_plain = (
-        Loader(data, codec, "train", 8, 4, 0).batch(5) for data in (dataset, local)
+    all_hashes, some_hashes = (
+        {int(hash) for batch in batches for hash in batch.episode[batch.mask.any(1)]}
+        for batches in (valid[1], some)
     )
-    assert torch.equal(plain.observation.numbers, expected_plain.observation.numbers), (
-        "also where the order is not made for it"
-    )
-    with pytest.raises(
-        UsageError, match=r"data\.cache_gib must be >= .* two blocks of data\.block=3 shards, got"
-    ):
-        Loader(dataset, codec, "train", 8, 4, 0, block=3)
+    table = local.table[local.episodes("valid")]
+    shard_of = dict(zip(table["hash"].tolist(), table["shard"].tolist(), strict=True))
+    counts = [len({shard_of[hash] for hash in hashes}) for hashes in (some_hashes, all_hashes)]
+    assert some_hashes < all_hashes and counts[0] <= 2 < counts[1], "at most a block's shards"
+    unblocked = [load(data, "train").batch(5) for data in (dataset, local)]
+    assert same(*unblocked), "also where the order does not suit the cache"
+    with pytest.raises(UsageError, match=r"data\.cache_gib must be >= .* data\.block=3 .*, got"):
+        load(dataset, "train", block=3)
 
 
 def test_threads_share_it(bucket: Storage) -> None:
-    """Four threads hold and release the same shards in different orders, with room for all."""
+    """They hold and release the same shards in different orders, with room for all."""
     files = open_partial(bucket, "datasets", "cart")
     sizes = {shard: files.bytes(shard) for shard in SHARDS}
 
@@ -291,15 +238,9 @@ def test_a_release_by_one_thread_leaves_what_another_holds(
 def test_processes_fetch_different_shards_at_the_same_time(bucket: Storage, tmp_path: Path) -> None:
     """Each is in the middle of its fetch when the other begins."""
     code = """
-import sys, time
-from pathlib import Path
-from mesocosm.store.artifacts import Storage
-from mesocosm.store.cache import open_partial
-storage, at = Storage({root!r}), Path({at!r})
-fetch = storage.fetch
 def meet(*args):
-    (at / {me!r}).touch()
-    while not (at / {other!r}).exists():
+    Path({at!r}, {me!r}).touch()
+    while not Path({at!r}, {other!r}).exists():
         time.sleep(0.01)
     return fetch(*args)
 storage.fetch = meet
@@ -308,7 +249,9 @@ print(open_partial(storage, "datasets", "cart", {most}).hold("shards/0000" + {me
     most = sum(open_partial(bucket, "datasets", "cart").bytes(shard) for shard in SHARDS[:2])
     pairs = (("0", "1"), ("1", "0"))
     root, at = bucket.root, str(tmp_path)
-    both = [python(code.format(root=root, at=at, me=a, other=b, most=most)) for a, b in pairs]
+    both = [
+        python((OPEN + code).format(root=root, at=at, me=a, other=b, most=most)) for a, b in pairs
+    ]
     try:
         outputs = [process.communicate(timeout=120) for process in both]
     finally:
@@ -322,18 +265,14 @@ print(open_partial(storage, "datasets", "cart", {most}).hold("shards/0000" + {me
 def test_what_others_are_fetching_counts_as_room_in_use(
     bucket: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = f"""
-import time
-from mesocosm.store.artifacts import Storage
-from mesocosm.store.cache import open_partial
-storage = Storage({bucket.root!r})
+    code = """
 def stuck(*args):
     print("begun\\n", end="", flush=True)  # in one piece: two threads may be here
     time.sleep(600)
 storage.fetch = stuck
-open_partial(storage, "datasets", "cart").hold({SHARDS[0]!r})
+open_partial(storage, "datasets", "cart").hold("shards/00000")
 """
-    other = python(code)
+    other = python((OPEN + code).format(root=bucket.root))
     assert other.stdout is not None and other.stdout.readline() == "begun\n"
     files = open_partial(bucket, "datasets", "cart")
     files.most = files.bytes(SHARDS[0]) + files.bytes(SHARDS[1]) - 1

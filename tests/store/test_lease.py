@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -34,11 +34,16 @@ with hold(Storage(sys.argv[1]), "worlds/abc", "pretrain", print):
 """
 
 
-def holder(root: str, *before: str) -> subprocess.Popen[str]:
+@contextmanager
+def holder(root: str, *before: str) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lease until the end of the block, or until it is killed."""
     command = [*before, sys.executable, "-c", HOLDER, root]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "held\n"
-    return process
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def leases(root: str) -> list[str]:
@@ -52,76 +57,65 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def take(
+    storage: Storage | str, say: Callable[[str], None] = print
+) -> AbstractContextManager[None]:
+    """Hold the lease of worlds/abc."""
+    return hold(Storage(storage) if isinstance(storage, str) else storage, "worlds/abc", "x", say)
+
+
 def test_the_second_process_gets_an_error_that_names_the_holder(root: str) -> None:
-    process = holder(root)
-    try:
-        with (
-            pytest.raises(
-                Held,
-                match=(
-                    rf"worlds/abc is being made by `mesocosm pretrain` \(process {process.pid} on"
-                    r" host "
-                    r".*last heartbeat \d+ s ago\); wait for it with --wait"
-                ),
-            ),
-            hold(Storage(root), "worlds/abc", "pretrain", print),
-        ):
+    with holder(root) as process:
+        name = rf"worlds/abc is being made by `mesocosm pretrain` \(process {process.pid} on host "
+        message = name + r".*last heartbeat \d+ s ago\); wait for it with --wait"
+        with pytest.raises(Held, match=message), take(root):
             pass
         with hold(Storage(root), "worlds/abcd", "pretrain", print):  # another artifact
             assert len(leases(root)) == 2
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_a_killed_holder_is_followed_at_once(root: str) -> None:
-    process = holder(root)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    with hold(Storage(root), "worlds/abc", "pretrain", print):
+    with holder(root):
+        pass
+    with take(root):
         assert leases(root) == ["worlds.abc.00000001.json"]
     assert leases(root) == []
 
 
 def test_a_lease_is_waited_for(root: str) -> None:
-    process, messages, got = holder(root), list[str](), threading.Event()
+    messages, taken = list[str](), threading.Event()
 
     def wait() -> None:
         with hold(Storage(root), "worlds/abc", "pretrain", messages.append, wait=True):
-            got.set()
+            taken.set()
 
     thread = threading.Thread(target=wait)
-    thread.start()
-    until(lambda: bool(messages))
-    assert "waiting for it" in messages[0] and not got.is_set()
-    process.terminate()
-    process.wait()
+    with holder(root):
+        thread.start()
+        until(lambda: bool(messages))
+        assert "waiting for it" in messages[0] and not taken.is_set()
     thread.join(60)
-    assert got.is_set() and len(messages) == 1
+    assert taken.is_set() and len(messages) == 1
 
 
 def test_of_many_that_follow_a_dead_holder_one_gets_it(root: str) -> None:
-    process = holder(root)
-    process.kill()
-    process.wait()
-    inside, most, lock = 0, 0, threading.Lock()
+    with holder(root):
+        pass
+    inside, done = threading.Lock(), list[bool]()
 
     def work() -> None:
-        nonlocal inside, most
         with hold(Storage(root), "worlds/abc", "pretrain", lambda text: None, wait=True):
-            with lock:
-                inside += 1
-                most = max(most, inside)
+            assert inside.acquire(blocking=False), "two holders at once"
             time.sleep(0.02)
-            with lock:
-                inside -= 1
+            inside.release()
+        done.append(True)
 
     threads = [threading.Thread(target=work) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(120)
-    assert most == 1 and leases(root) == []
+    assert len(done) == 6 and leases(root) == []
 
 
 def lease_on_another_host(root: str, silent_s: float) -> Claim:
@@ -138,11 +132,11 @@ def test_a_holder_on_another_host_is_judged_by_its_heartbeat(
     monkeypatch.setattr(lease, "BEAT_S", 0.2)
     monkeypatch.setattr(lease, "POLL_S", 0.05)
     lease_on_another_host(root, silent_s=5.0)
-    with pytest.raises(Held, match="on host gpu-7"), hold(Storage(root), "worlds/abc", "x", print):
+    with pytest.raises(Held, match="on host gpu-7"), take(root):
         pass
     messages = list[str]()
-    record = lease_on_another_host(root, silent_s=3600.0)
-    with hold(Storage(root), "worlds/abc", "x", messages.append):
+    lease_on_another_host(root, silent_s=3600.0)
+    with take(root, messages.append):
         assert "watching its heartbeat" in messages[0]
     # Its clock is an hour behind, but its heart beats.
     record, stop = lease_on_another_host(root, silent_s=3600.0), threading.Event()
@@ -156,7 +150,7 @@ def test_a_holder_on_another_host_is_judged_by_its_heartbeat(
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(Held), hold(Storage(root), "worlds/abc", "x", print):
+        with pytest.raises(Held), take(root):
             pass
     finally:
         stop.set()
@@ -169,7 +163,7 @@ def test_a_heartbeat_counts_up_and_a_takeover_ends_the_job(
     monkeypatch.setattr(lease, "BEAT_S", 0.05)
     messages = list[str]()
     path = Path(root) / "leases" / "worlds.abc.00000000.json"
-    with pytest.raises(KeyboardInterrupt), hold(Storage(root), "worlds/abc", "x", messages.append):
+    with pytest.raises(KeyboardInterrupt), take(root, messages.append):
         until(lambda: json.loads(path.read_text())["beat"] > 2)
         path.unlink()
         until(lambda: False)
@@ -181,8 +175,7 @@ class Paused(Storage):
 
     def __init__(self, root: str):
         super().__init__(root)
-        self.looked, self.judge = threading.Event(), threading.Event()
-        self.judged, self.go = threading.Event(), threading.Event()
+        self.looked, self.judge, self.judged, self.go = (threading.Event() for _ in range(4))
 
     def list(self, path: str) -> list[str]:
         names = super().list(path)
@@ -204,18 +197,18 @@ def test_a_number_that_is_used_again_does_not_make_two_holders(root: str) -> Non
 
     def claim() -> None:
         try:
-            with hold(slow, "worlds/abc", "slow", print):
+            with take(slow):
                 pass
         except Held as error:
             errors.append(error)
 
     thread = threading.Thread(target=claim)
-    with hold(Storage(root), "worlds/abc", "first", print):
+    with take(root):
         thread.start()
         assert slow.looked.wait(60)
     slow.judge.set()
     assert slow.judged.wait(60)
-    with hold(Storage(root), "worlds/abc", "second", print):
+    with take(root):
         slow.go.set()
         thread.join(60)
         assert len(errors) == 1 and leases(root) == ["worlds.abc.00000000.json"]
@@ -261,7 +254,7 @@ class Doubting(Storage):
 
 
 def test_a_claim_that_was_sent_twice_is_known_again(root: str) -> None:
-    with hold(Doubting(root), "worlds/abc", "x", print):
+    with take(Doubting(root)):
         assert len(leases(root)) == 1
     assert leases(root) == []
 
@@ -273,11 +266,11 @@ class Away(Storage):
 
 def test_storage_that_is_away_at_the_end_hides_neither_result_nor_error(root: str) -> None:
     messages = list[str]()
-    with hold(Away(root), "worlds/abc", "x", messages.append):
+    with take(Away(root), messages.append):
         pass
     assert len(messages) == 1 and "does not answer" in messages[0]
     Storage(root).remove("leases")
-    with pytest.raises(KeyError), hold(Away(root), "worlds/abc", "x", messages.append):
+    with pytest.raises(KeyError), take(Away(root), messages.append):
         raise KeyError("the job's own error")
 
 
@@ -299,24 +292,24 @@ def test_a_beat_under_way_does_not_bring_a_released_lease_back(
 ) -> None:
     monkeypatch.setattr(lease, "BEAT_S", 0.01)
     storage = SlowBeat(root)
-    with hold(storage, "worlds/abc", "x", print):
+    with take(storage):
         assert storage.begun.wait(60)
         threading.Timer(0.2, storage.go.set).start()
     assert leases(root) == [] and "lease" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_a_lost_lease_is_not_released_for_its_new_holder(root: str) -> None:
-    lost = hold(Storage(root), "worlds/abc", "lost", print)
+    lost = take(root)
     lost.__enter__()
     Storage(root).remove("leases")
-    with hold(Storage(root), "worlds/abc", "new", print):
+    with take(root):
         lost.__exit__(None, None, None)
         assert leases(root) == ["worlds.abc.00000000.json"]
 
 
 def test_a_torn_lease_holds_nothing_up(root: str) -> None:
     Storage(root).write("leases/worlds.abc.00000000.json", b"{")
-    with hold(Storage(root), "worlds/abc", "x", print):
+    with take(root):
         pass
 
 
@@ -356,9 +349,8 @@ def test_a_hidden_process_is_not_taken_to_be_gone(how: str) -> None:
     """As on shared hosts, where users do not see each other's processes."""
     script = HIDDEN.format(how=how, python=sys.executable)
     namespaces = ["unshare", "--mount", "--pid", "--fork", "--kill-child"]
-    done = subprocess.run(
-        [*namespaces, "sh", "-c", script], capture_output=True, text=True, timeout=300
-    )
+    command = [*namespaces, "sh", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if "failed" in done.stderr or "permitted" in done.stderr or done.returncode == 7:
         pytest.skip(f"this machine cannot hide processes: {done.stderr}")
     assert done.stdout.split() == ["True", "None", "False"], done.stderr
@@ -366,13 +358,9 @@ def test_a_hidden_process_is_not_taken_to_be_gone(how: str) -> None:
 
 def test_a_pid_of_another_namespace_is_not_looked_up_here(root: str) -> None:
     """As two containers of one host see each other."""
-    process = holder(root, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
-    try:
+    with holder(root, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"):
         record = Claim.parse(Storage(root).read("leases/worlds.abc.00000000.json") or b"")
         assert record is not None and record.owner.pid < 100 and record.owner.alive() is None
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_a_run_on_another_host_is_not_marked_failed(root: str) -> None:
@@ -394,17 +382,17 @@ def test_a_run_that_ends_while_it_is_judged_is_not_marked_failed(
 ) -> None:
     config = JobConfig(storage=StorageConfig(root))
     with tracking.start("collect", config, id="a", quiet=True) as run:
-        alive = tracking._alive
+        alive, path = tracking._alive, run.folder / "status.json"
 
         def ends(status: dict[str, object]) -> bool:
             """The process writes its last status and is gone, after its status was read."""
             assert alive(status)
-            run._status("done")
+            path.write_text(json.dumps(status | {"state": "done"}))
             return False
 
         monkeypatch.setattr(tracking, "_alive", ends)
         tracking.replay_pending(config)
-        assert json.loads((run.folder / "status.json").read_text())["state"] == "done"
+        assert json.loads(path.read_text())["state"] == "done"
 
 
 def test_errors_of_a_job_release_its_lease(root: str) -> None:

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -24,21 +23,25 @@ from factories import SMALL_WORLD, cart_in_bucket
 
 from mesocosm.cli.main import main
 from mesocosm.errors import ArtifactError, UsageError
+from mesocosm.store import objects
 from mesocosm.store.artifacts import Storage
 from mesocosm.train import checkpoint
 
+from .conftest import fill_with, python
+
+pytestmark = pytest.mark.usefixtures("temporary_folder")
+Watch = Callable[[bytes], None]
+
 
 class Proxy:
-    """A TCP proxy before an endpoint. `watch`: what is done with every piece that a client sends,
-    before it is passed on.
+    """A TCP proxy before a plain HTTP endpoint. `watch` sees all bytes of clients before they are
+    passed on.
     """
 
-    def __init__(self, endpoint: str, watch: Callable[[bytes], None]):
+    def __init__(self, endpoint: str, watch: Watch):
         parts = urlsplit(endpoint)
-        assert parts.scheme == "http" and parts.hostname, (
-            f"{endpoint}: the proxy passes on plain HTTP"
-        )
-        self._there = (parts.hostname, parts.port or 80)
+        assert parts.scheme == "http" and parts.hostname, endpoint
+        self._server = (parts.hostname, parts.port or 80)
         self._watch = watch
         self._open: set[socket.socket] = set()
         self._listener = self._listen(0)
@@ -53,20 +56,14 @@ class Proxy:
         while True:
             try:
                 client, _ = listener.accept()
-                server = socket.create_connection(self._there)
+                server = socket.create_connection(self._server)
             except OSError:
                 return
             self._open |= {client, server}
-            threading.Thread(
-                target=self._pass, args=(client, server, self._watch), daemon=True
-            ).start()
-            threading.Thread(
-                target=self._pass, args=(server, client, lambda data: None), daemon=True
-            ).start()
+            for ends in ((client, server, self._watch), (server, client, lambda data: None)):
+                threading.Thread(target=self._pass, args=ends, daemon=True).start()
 
-    def _pass(
-        self, source: socket.socket, target: socket.socket, watch: Callable[[bytes], None]
-    ) -> None:
+    def _pass(self, source: socket.socket, target: socket.socket, watch: Watch) -> None:
         with suppress(OSError):
             while data := source.recv(1 << 16):
                 watch(data)
@@ -91,11 +88,11 @@ class Proxy:
 
 
 @pytest.fixture
-def proxied(s3: str) -> Iterator[Callable[[Callable[[bytes], None]], Proxy]]:
+def proxied(s3: str) -> Iterator[Callable[[Watch], Proxy]]:
     """`proxied(watch)`: a proxy before the endpoint of `s3`."""
     made: list[Proxy] = []
 
-    def make(watch: Callable[[bytes], None]) -> Proxy:
+    def make(watch: Watch) -> Proxy:
         made.append(Proxy(os.environ["AWS_ENDPOINT_URL"], watch))
         return made[-1]
 
@@ -104,57 +101,26 @@ def proxied(s3: str) -> Iterator[Callable[[Callable[[bytes], None]], Proxy]]:
         proxy.cut()
 
 
-@pytest.fixture(autouse=True)
-def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """For this test's caches and scratch; a short name, for Ray's sockets lie in it. Made after
-    pytest's own, which would lie in it, too.
-    """
-    with tempfile.TemporaryDirectory(prefix="meso-", ignore_cleanup_errors=True) as folder:
-        monkeypatch.setenv("TMPDIR", folder)
-        monkeypatch.setattr(tempfile, "tempdir", None)
-        yield
-
-
-def _python(code: str, **environment: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_a_flipped_byte_in_a_shard_on_the_bucket(
     s3: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     storage = cart_in_bucket(f"{s3}/{tmp_path.name}", tmp_path)
-    folder = storage.folder_of("datasets", "cart")
-    name, path = next(
-        (name.split("/", 3)[3], storage._path(name))
-        for name in storage.files("datasets/cart")
-        if name.endswith("obs_num.npy")
-    )
+    files = [path for path in storage.files("datasets/cart") if path.endswith("obs_num.npy")]
+    name, path = files[0].split("/", 3)[3], storage._path(files[0])
     good = storage.fs.cat(path)
     storage.fs.pipe(path, good[:-1] + bytes([good[-1] ^ 1]))
-    shutil.rmtree(storage.local_path("cache"))
-    assert (
-        main(["pretrain", f"storage.root={storage.root}", "data.datasets=[cart]", "--dry-run"]) == 2
-    )
+    words = ["pretrain", f"storage.root={storage.root}", "data.datasets=[cart]", "--dry-run"]
+    assert main(words) == 2
     error = capsys.readouterr().err
     assert (
-        f"datasets/cart: file '{name}' is damaged (its sha256 is not that of COMMIT.json); "
-        in error
+        f"datasets/cart: file '{name}' is damaged (its sha256 is not that of COMMIT.json)" in error
     )
-    assert (
-        "make the artifact again by `mesocosm collect` with --force, or restore"
-        f" {storage.root}/datasets/cart/{folder}/{name} from a copy" in error
-    )
+    assert "make the artifact again by `mesocosm collect` with --force, or restore" in error
+    assert f" {storage.url(files[0])} from a copy" in error
     storage.fs.rm(path)
     shutil.rmtree(storage.local_path("cache"))
-    with pytest.raises(
-        ArtifactError, match=rf"datasets/cart: file '{re.escape(name)}' is missing; make"
-    ):
+    message = rf"datasets/cart: file '{re.escape(name)}' is missing; make"
+    with pytest.raises(ArtifactError, match=message):
         storage.artifact("datasets", "cart")
     storage.fs.pipe(path, good)
     assert storage.artifact("datasets", "cart").id == "cart", "restored as the message says"
@@ -162,34 +128,29 @@ def test_a_flipped_byte_in_a_shard_on_the_bucket(
 
 def test_two_processes_make_the_same_artifact_at_once(any_root: str, tmp_path: Path) -> None:
     code = """
-import sys, time
+import time
 from pathlib import Path
 from mesocosm.store.artifacts import Storage
-me, other = sys.argv[1:] if len(sys.argv) > 1 else ({me!r}, {other!r})
 def fill(folder):
     for name in "abc":
-        (folder / name).write_text(me * 1000)
-    Path({at!r}, me).touch()
-    while not Path({at!r}, other).exists():
+        (folder / name).write_text({me!r} * 1000)
+    Path({at!r}, {me!r}).touch()
+    while not Path({at!r}, {other!r}).exists():
         time.sleep(0.01)
-print(Storage({root!r}).make("laws", "l", {{"maker": me}}, fill).meta["maker"])
+print(Storage({root!r}).make("laws", "l", {{"maker": {me!r}}}, fill).meta["maker"])
 """
-    makers = [
-        _python(code.format(me=me, other=other, at=str(tmp_path), root=any_root))
-        for me, other in (("1", "2"), ("2", "1"))
-    ]
+    names = {"at": str(tmp_path), "root": any_root}
+    pairs = (("1", "2"), ("2", "1"))
+    makers = [python(code.format(me=me, other=other, **names)) for me, other in pairs]
     outputs = [maker.communicate(timeout=120) for maker in makers]
     assert [maker.returncode for maker in makers] == [0, 0], outputs
     (winner,) = {out.strip() for out, _ in outputs}
-    lost = (
-        "laws/l was finished by another process meanwhile: its files are kept and used, those made"
-        " here are dropped\n"
-    )
-    assert [err for _, err in outputs] == ([lost, ""] if winner == "2" else ["", lost])
+    lost = ["laws/l was finished by another process meanwhile" in err for _, err in outputs]
+    assert lost == [winner == "2", winner == "1"]
     storage = Storage(any_root)
-    files = storage.files("laws/l")
-    held = [storage.read(path) for path in files if not path.endswith("COMMIT.json")]
-    assert held == [winner.encode() * 1000] * 3, "whole, and nothing of the other's"
+    files = [path for path in storage.files("laws/l") if not path.endswith("COMMIT.json")]
+    contents = [storage.read(path) for path in files]
+    assert contents == [winner.encode() * 1000] * 3, "whole, and nothing of the other's"
 
 
 MIB = 1 << 20
@@ -203,11 +164,7 @@ Storage({root!r}).make("datasets", "d", {{}}, fill)
 
 
 def test_an_interrupted_upload_is_never_seen_as_whole(
-    s3: str,
-    tmp_path: Path,
-    proxied: Callable[..., Proxy],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    s3: str, tmp_path: Path, proxied: Callable[..., Proxy], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its maker is killed when half of a file's parts are under way."""
     seen, stalled, go_on = [0], threading.Event(), threading.Event()
@@ -220,7 +177,7 @@ def test_an_interrupted_upload_is_never_seen_as_whole(
 
     root = f"{s3}/{tmp_path.name}"
     proxy = proxied(watch)
-    maker = _python(MAKER.format(root=root), AWS_ENDPOINT_URL=f"http://127.0.0.1:{proxy.port}")
+    maker = python(MAKER.format(root=root), AWS_ENDPOINT_URL=f"http://127.0.0.1:{proxy.port}")
     assert stalled.wait(60), maker.communicate()
     maker.send_signal(signal.SIGKILL)
     maker.communicate(timeout=30)
@@ -228,65 +185,45 @@ def test_an_interrupted_upload_is_never_seen_as_whole(
     proxy.cut()
     storage = Storage(root)
     assert storage.find("datasets", "d") is None
-    with pytest.raises(
-        UsageError, match=r"no artifact datasets/d in .* its job was interrupted: run it again"
-    ):
+    with pytest.raises(UsageError, match=r"no artifact datasets/d in .* was interrupted: run"):
         storage.artifact("datasets", "d")
 
-    def listed(*words: str) -> dict[str, int]:
+    def garbage(*words: str) -> dict[str, int]:
         capsys.readouterr()
-        assert (
-            main(["storage", "gc", f"storage.root={root}", "--older-than", "0", "--json", *words])
-            == 0
-        )
-        return {
-            remain["what"]: remain["bytes"]
-            for remain in json.loads(capsys.readouterr().out)["remains"]
-        }
+        command = ["storage", "gc", f"storage.root={root}", "--older-than", "0", "--json", *words]
+        assert main(command) == 0
+        rows = json.loads(capsys.readouterr().out)["remains"]
+        return {row["what"]: row["bytes"] for row in rows}
 
-    found = listed("--dry-run")
-    assert (
-        found["scratch"] == 1000 + 104 * MIB
-        and found["unfinished artifact"] == 1000
-        and 0 <= found["upload"] < 104 * MIB
-        and len(found) == 3
-    )
-    again = _python(MAKER.format(root=root))
+    sizes = garbage("--dry-run")
+    assert 0 <= sizes.pop("upload") < 104 * MIB
+    assert sizes == {"scratch": 1000 + 104 * MIB, "unfinished artifact": 1000}
+    again = python(MAKER.format(root=root))
     assert again.wait(120) == 0, again.communicate()
-    assert sorted(path.name for path in storage.artifact("datasets", "d").path.iterdir()) == [
-        "large",
-        "small",
-    ]
-    found = listed("--yes")
-    assert set(found) == {"scratch", "superseded files", "upload"}
-    assert listed("--dry-run") == {} and storage.artifact("datasets", "d").id == "d"
+    names = {path.name for path in storage.artifact("datasets", "d").path.iterdir()}
+    assert names == {"large", "small"}
+    assert set(garbage("--yes")) == {"scratch", "superseded files", "upload"}
+    assert garbage("--dry-run") == {} and storage.artifact("datasets", "d").id == "d"
 
 
 def test_an_endpoint_that_never_answered_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        for name, value in (
-            ("ENDPOINT_URL", f"http://127.0.0.1:{nobody.getsockname()[1]}"),
-            ("ACCESS_KEY_ID", "x"),
-            ("SECRET_ACCESS_KEY", "x"),
-        ):
+        endpoint = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        for name, value in (("ENDPOINT_URL", endpoint), ("ACCESS_KEY_ID", "x")):
             monkeypatch.setenv(f"AWS_{name}", value)
-        from mesocosm.store import objects as client
-
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "x")
         began = time.monotonic()
-        with pytest.raises(
-            UsageError, match=r"storage\.root 's3://bucket/p' cannot be written .*127\.0\.0\.1"
-        ):
+        message = r"storage\.root 's3://bucket/p' cannot be written .*127\.0\.0\.1"
+        with pytest.raises(UsageError, match=message):
             Storage("s3://bucket/p").check_writable()
-        assert time.monotonic() - began < client.PATIENCE / 2
+        assert time.monotonic() - began < objects.PATIENCE / 2
 
 
 def test_an_outage_is_waited_out(
     s3: str, tmp_path: Path, proxied: Callable[..., Proxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut in the middle of an upload and of a download, for longer than the client's own retries
-    last.
-    """
+    """Cut during an upload and during a download, for longer than the client's own retries."""
     passed, threshold, cuts = [0], [20 * MIB], [0]
 
     def watch(data: bytes) -> None:
@@ -302,17 +239,15 @@ def test_an_outage_is_waited_out(
     storage = Storage(f"{s3}/{tmp_path.name}")
     storage.check_writable()
     content = os.urandom(40 * MIB)
-    made = storage.make(
-        "datasets", "d", {}, lambda folder: (folder / "large").write_bytes(content) and None
-    )
+    made = storage.make("datasets", "d", {}, fill_with(large=content))
     assert cuts == [1] and (made.path / "large").read_bytes() == content
     shutil.rmtree(storage.local_path("cache"))
     threshold[0] = passed[0] + 1500  # the second request or so of the download
-    assert (storage.artifact("datasets", "d").path / "large").read_bytes() == content and cuts == [
-        2
-    ]
+    assert (storage.artifact("datasets", "d").path / "large").read_bytes() == content
+    assert cuts == [2]
 
 
+CHECKPOINTS = ("train.steps=4000", "train.checkpoint_every=300", "train.keep_checkpoints=100")
 OUTAGE = 30.0
 
 
@@ -329,48 +264,29 @@ def test_a_checkpoint_outlives_an_outage(
 
     def watch(data: bytes) -> None:
         nonlocal name
-        found = re.match(rb"(?:PUT|POST) \S*/(checkpoint_[^/\s]+)/\S* HTTP", data)
-        if found and not name:
-            name = found[1].decode()
+        match = re.match(rb"(?:PUT|POST) \S*/(checkpoint_[^/\s]+)/\S* HTTP", data)
+        if match and not name:
+            name = match[1].decode()
             proxy.cut()
             threading.Timer(OUTAGE, lambda: (proxy.mend(), mended.set())).start()
 
     proxy = proxied(watch)
-    mark = f"MESOCOSM_TEST_MARK={uuid.uuid4().hex}"
+    mark = uuid.uuid4().hex
+    environment = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "MESOCOSM_TEST_MARK": mark}
 
     def start() -> subprocess.Popen[bytes]:
-        words = [
-            "data.datasets=[cart]",
-            "train.steps=4000",
-            "train.checkpoint_every=300",
-            "train.keep_checkpoints=100",
-            *SMALL_WORLD,
-            "train.lr=3e-3",
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            "mesocosm.cli.main",
-            "pretrain",
-            f"storage.root={storage.root}",
-            *words,
-        ]
-        environment = (
-            os.environ
-            | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}"}
-            | dict([mark.split("=")])
-        )
+        command = [sys.executable, "-m", "mesocosm.cli.main", "pretrain", "data.datasets=[cart]"]
+        command += [f"storage.root={storage.root}", "train.lr=3e-3", *SMALL_WORLD, *CHECKPOINTS]
+        env = os.environ | environment
         with open(tmp_path / "output", "ab") as output:
-            return subprocess.Popen(
-                command, env=environment, start_new_session=True, stdout=output, stderr=output
-            )
+            streams = {"stdout": output, "stderr": output, "start_new_session": True}
+            return subprocess.Popen(command, env=env, **streams)
 
     def until(condition: Callable[[], bool], seconds: float, job: subprocess.Popen[bytes]) -> None:
         end = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < end and job.poll() is None, (tmp_path / "output").read_text()[
-                -5000:
-            ]
+            running = time.monotonic() < end and job.poll() is None
+            assert running, (tmp_path / "output").read_text()[-5000:]
             time.sleep(0.2)
 
     def losses(run: str) -> list[int]:
@@ -388,29 +304,22 @@ def test_a_checkpoint_outlives_an_outage(
         _kill(mark)
         job.wait(60)
         last = checkpoint.latest(storage, id)
-        assert last is not None and losses(first) == sorted(set(losses(first))), (
-            "each step once: no worker was started again"
-        )
-        storage.fs.get(
-            storage._path(f"runs/checkpoints/{id}/{name}/"),
-            str(tmp_path / "kept" / name),
-            recursive=True,
-        )
-        checkpoint.verify(tmp_path / "kept" / name)
-        assert checkpoint.read_progress(tmp_path / "kept" / name).step == 300
+        assert last is not None
+        assert losses(first) == sorted(set(losses(first))), "no worker was started again"
+        saved = tmp_path / "saved" / name
+        remote = storage._path(f"runs/checkpoints/{id}/{name}/")
+        storage.fs.get(remote, str(saved), recursive=True)
+        checkpoint.verify(saved)
+        assert checkpoint.read_progress(saved).step == 300
         job = start()
-        until(
-            lambda: (
-                last[1].step + 1
-                in losses((set(storage.list("runs/pretrain")) - {first} or {"none"}).pop())
-            ),
-            240,
-            job,
-        )
-        second = storage.list("runs/pretrain")[-1]
-        assert f"resuming from step {last[1].step} of 4000".encode() in (
-            storage.read(f"runs/pretrain/{second}/log.txt") or b""
-        )
+
+        def resumed() -> bool:
+            runs = set(storage.list("runs/pretrain")) - {first}
+            return any(last[1].step + 1 in losses(run) for run in runs)
+
+        until(resumed, 240, job)
+        log = storage.read(f"runs/pretrain/{storage.list('runs/pretrain')[-1]}/log.txt") or b""
+        assert f"resuming from step {last[1].step} of 4000".encode() in log
     finally:
         _kill(mark)
 
@@ -419,5 +328,5 @@ def _kill(mark: str) -> None:
     """End this test's own processes: those whose environment holds `mark`."""
     for path in Path("/proc").glob("[0-9]*/environ"):
         with suppress(OSError):
-            if mark.encode() in path.read_bytes():
+            if f"MESOCOSM_TEST_MARK={mark}".encode() in path.read_bytes():
                 os.kill(int(path.parent.name), signal.SIGKILL)

@@ -91,15 +91,9 @@ def test_renames_are_durable(root: str, monkeypatch: pytest.MonkeyPatch) -> None
 
     for _ in range(2):
         storage.make("worlds", "w", {}, fill, force=True)
-    for folder, name in (
-        ("", "runs"),
-        ("runs", "a"),
-        ("runs/a", "status.json"),
-        ("ledgers/l", "0.json"),
-        ("", "worlds"),
-        ("worlds", "w"),
-    ):
-        assert name in synced[os.path.join(root, folder).rstrip("/")], (folder, name)
+    for path in ("runs", "runs/a", "runs/a/status.json", "ledgers/l/0.json", "worlds", "worlds/w"):
+        folder, name = os.path.split(os.path.join(root, path))
+        assert name in synced[folder], path
     inside = [names for path, names in synced.items() if path.endswith("/deep")]
     assert inside and all("x" in names for names in inside)
 
@@ -153,9 +147,7 @@ def test_the_cache_lies_where_the_key_says(
     use_cache(str(tmp_path / "big" / "disk"))
     folder = Storage("s3://bucket/x").local_path("cache")
     assert folder.is_relative_to(tmp_path / "big" / "disk" / f"mesocosm-{os.getuid()}")
-    assert ray_session.worker_env()[CACHE_VARIABLE] == str(tmp_path / "big" / "disk"), (
-        "Ray's workers"
-    )
+    assert ray_session.worker_env()[CACHE_VARIABLE] == str(tmp_path / "big" / "disk")
     (tmp_path / "file").write_text("")
     use_cache(str(tmp_path / "file" / "x"))
     with pytest.raises(UsageError, match=r"cannot be created .*; set storage\.cache"):

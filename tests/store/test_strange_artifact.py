@@ -31,8 +31,6 @@ def test_no_file_lands_outside_of_the_cache(
         "put_object", Bucket=bucket.split("/")[0], Key=bucket.partition("/")[2], Body=b"evil"
     )
     storage.write(f"worlds/w0/{COMMIT}", json.dumps(commit).encode())
-    with pytest.raises(
-        ArtifactError, match=r"worlds/w0: COMMIT\.json names '.*', which is outside of the artifact"
-    ):
+    with pytest.raises(ArtifactError, match=r"COMMIT\.json names '.*', .* outside of the artifact"):
         storage.find("worlds", "w0")
     assert not target.exists()

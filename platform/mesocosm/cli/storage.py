@@ -45,14 +45,14 @@ def gc(
       mesocosm storage gc storage.root=s3://bucket/prefix --dry-run --json
       mesocosm storage gc storage.root=s3://bucket/prefix --yes     remove them
     """
-    from mesocosm.cluster import session_gc
+    from mesocosm.cluster import session_folder
     from mesocosm.store import gc
 
     if older_than < 0:
         raise UsageError(f"--older-than must be >= 0, got {older_than:g}")
     root = options.open_storage(files, overrides)
     remarks: list[str] = []
-    every = [*gc.find(root, remarks.append), *session_gc.find()]
+    every = [*gc.find(root, remarks.append), *session_folder.garbage()]
     garbage = [item for item in every if item.age_s >= older_than * 3600]
     total = sum(item.bytes for item in garbage)
     for remark in remarks:

@@ -1,3 +1,1 @@
-"""Ray: connecting to it (ray_session.py), clusters/NAME.yaml (spec.py), submitting jobs
-(submit.py).
-"""
+"""Ray: connections (ray_session.py), clusters/NAME.yaml (spec.py), submission (submit.py)."""

@@ -1,5 +1,4 @@
-"""The folder of a submission: the composed config, the user's files and this package, with
-one content hash.
+"""The folder of a submission, with one content hash.
 
 config.yaml      as composed, for the cluster's storage and tracking
 mesocosm/        this package, which precedes an installed one on the cluster
@@ -28,8 +27,6 @@ CONFIG = "config.yaml"
 PACKAGE = Path(__file__).resolve().parents[1]
 LIMIT = 100 << 20
 """Bytes that Ray's Jobs API takes in one package (`ray_constants.DASHBOARD_CLIENT_MAX_SIZE`)."""
-NAMED = 5
-"""How many of the largest files the error about LIMIT names."""
 CREDENTIALS = re.compile(r"://[^/\s@:]*:[^/\s@]+@")
 UNUSED = {"test", "this", "antigravity", "idlelib", "turtle", "turtledemo"}
 """Python's modules that no job imports."""
@@ -69,20 +66,33 @@ def freeze(
         UsageError: The config cannot run on the cluster, or the files cannot be sent.
     """
     placed = _place(config, cluster, name)
-    files = {f"mesocosm/{path.relative_to(PACKAGE)}": path for path in _package_files()}
+    paths = (path for path in sorted(PACKAGE.rglob("*")) if path.is_file())
+    names = {path.relative_to(PACKAGE): path for path in paths}
+    files = {f"mesocosm/{file}": path for file, path in names.items() if not _hidden(file)}
     for path in sorted(_user_files(folder)) if folder is not None else []:
         path_name = str(path.relative_to(folder or path))
         if not path_name.startswith("mesocosm/") and path_name != CONFIG:
             files[path_name] = path
-    _check_modules(files)
+    for file in files:
+        # Ray puts the folder first in `sys.path`.
+        module = file.removesuffix("/__init__.py").removesuffix(".py")
+        if module in sys.stdlib_module_names - UNUSED and file != module:
+            problem = f"the file {file!r} would replace Python's module {module!r} on the cluster"
+            raise UsageError(f"{problem}; rename it, or let git ignore it")
     if name is not None:
         files[f"clusters/{name}.yaml"] = spec.path_of(name)
-    _check_size(files)
-    content = {
-        "job": job,
-        "config": to_dict(placed),
-        "files": {file: sha256(path) for file, path in sorted(files.items())},
-    }
+    sizes = {file: path.stat().st_size for file, path in files.items()}
+    total = sum(sizes.values())
+    if total > LIMIT:
+        largest = sorted(sizes, key=lambda file: -sizes[file])[:5]
+        listing = ", ".join(f"{file} ({sizes[file] / 2**20:.0f} MiB)" for file in largest)
+        raise UsageError(
+            f"the files to send are {total / 2**20:.0f} MiB, and Ray's Jobs API takes"
+            f" {LIMIT >> 20}: the largest are {listing}; submit from a folder that holds your code"
+            " alone, or let git ignore them"
+        )
+    hashes = {file: sha256(path) for file, path in sorted(files.items())}
+    content = {"job": job, "config": to_dict(placed), "files": hashes}
     return Frozen(job, f"{job}-{fingerprint('submission', content)[:10]}", placed, files)
 
 
@@ -111,54 +121,20 @@ def _place(config: JobConfig, cluster: ClusterConfig, name: str | None) -> JobCo
     return placed
 
 
-def _check_size(files: dict[str, Path]) -> None:
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    total = sum(sizes.values())
-    if total > LIMIT:
-        largest = sorted(sizes, key=lambda name: -sizes[name])[:NAMED]
-        listing = ", ".join(f"{name} ({sizes[name] / 2**20:.0f} MiB)" for name in largest)
-        raise UsageError(
-            f"the files to send are {total / 2**20:.0f} MiB, and Ray's Jobs API takes"
-            f" {LIMIT >> 20}: the largest are {listing}; submit from a folder that holds your code"
-            " alone, or let git ignore them"
-        )
-
-
-def _check_modules(files: dict[str, Path]) -> None:
-    """Refuse a file that replaces a module of Python: Ray puts the folder first in `sys.path`."""
-    for name in files:
-        module = name.removesuffix("/__init__.py").removesuffix(".py")
-        if module in sys.stdlib_module_names - UNUSED and name != module:
-            raise UsageError(
-                f"the file {name!r} would replace Python's module {module!r} on the cluster; rename"
-                " it, or let git ignore it"
-            )
-
-
 def _user_files(folder: Path) -> list[Path]:
     """The files that git tracks or would add, or all outside of a repository; none hidden."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
-        listing = subprocess.run(
-            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-            cwd=folder,
-            capture_output=True,
-            check=True,
-        )
+        listing = subprocess.run(command, cwd=folder, capture_output=True, check=True)
         names = [Path(name) for name in os.fsdecode(listing.stdout).split("\0") if name]
     except (OSError, subprocess.CalledProcessError):
         names = [path.relative_to(folder) for path in folder.rglob("*")]
     return [folder / name for name in names if not _hidden(name) and (folder / name).is_file()]
 
 
-def _package_files() -> list[Path]:
-    paths = sorted(PACKAGE.rglob("*"))
-    return [path for path in paths if path.is_file() and not _hidden(path.relative_to(PACKAGE))]
-
-
 def _hidden(name: Path) -> bool:
-    return name.suffix == ".pyc" or any(
-        part[0] == "." or part == "__pycache__" for part in name.parts
-    )
+    hidden = any(part[0] == "." or part == "__pycache__" for part in name.parts)
+    return hidden or name.suffix == ".pyc"
 
 
 def _strings(value: Any, key: str) -> Iterator[tuple[str, str]]:

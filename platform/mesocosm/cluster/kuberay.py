@@ -1,7 +1,7 @@
 """Manifests for `kubectl apply`: a RayCluster, RayJob or RayService, and a NetworkPolicy.
 
-Authentication is by a token from a Secret that the manifests only name. No Service is public, pods
-run without root and cannot gain it, and only the pods and KubeRay's operator can reach them.
+The token is in a Secret that the manifests only name. No Service is public, pods run without root,
+and only they and KubeRay's operator can reach each other.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+import yaml
+
 from mesocosm import config
 from mesocosm.cluster.spec import HEAD, ClusterConfig, NodeGroup
-from mesocosm.cluster.yaml_writer import to_yaml
 from mesocosm.errors import UsageError
 
 KINDS = ("RayCluster", "RayJob", "RayService")
@@ -54,12 +55,10 @@ def render(
     Raises:
         UsageError: The results of a RayJob or RayService would be lost with the pod.
     """
-    full_name, secret = f"mesocosm-{name}", _token_secret(name)
+    full_name, secret = f"mesocosm-{name}", f"mesocosm-{name}-token"
     if kind != "RayCluster" and cluster.storage_root is None:
-        raise UsageError(
-            f"storage_root=null in clusters/{name}.yaml: what a {kind} writes would be lost"
-            " with its pod; set it to s3://bucket/prefix"
-        )
+        problem = f"storage_root=null in clusters/{name}.yaml: what a {kind} writes would be lost"
+        raise UsageError(f"{problem} with its pod; set it to s3://bucket/prefix")
     if kind == "RayCluster":
         spec = _cluster(full_name, cluster, secret)
     elif kind == "RayJob":
@@ -69,28 +68,42 @@ def render(
     else:
         full_name += "-service"
         spec = _service(full_name, cluster, secret, words, application)
-    # Copies, so that a caller who changes one document changes no constant of this module.
-    return copy.deepcopy([_resource(kind, full_name, spec), _network_policy(full_name)])
-
-
-def remarks(name: str, cluster: ClusterConfig) -> str:
-    """Comments above the documents: what to do before they are applied."""
-    return REMARKS.format(
-        secret=_token_secret(name), token=cluster.token_file.replace("~", "$HOME", 1)
-    )
-
-
-def _resource(kind: str, full_name: str, spec: dict[str, Any]) -> dict[str, Any]:
-    return {
+    resource = {
         "apiVersion": "ray.io/v1",
         "kind": kind,
         "metadata": {"name": full_name, "labels": {LABEL: full_name}},
         "spec": spec,
     }
+    # Copies, so that a caller who changes one document changes no constant of this module.
+    return copy.deepcopy([resource, _network_policy(full_name)])
 
 
-def _token_secret(name: str) -> str:
-    return f"mesocosm-{name}-token"
+def remarks(name: str, cluster: ClusterConfig) -> str:
+    """Comments above the documents: what to do before they are applied."""
+    token = cluster.token_file.replace("~", "$HOME", 1)
+    return REMARKS.format(secret=f"mesocosm-{name}-token", token=token)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes texts of several lines as blocks, and no aliases."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: _Dumper, value: str) -> yaml.Node:
+    style = "|" if "\n" in value else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def to_yaml(documents: Sequence[dict[str, Any]], remarks: str) -> str:
+    """YAML documents with their keys in order, below `remarks` as comments."""
+    head = "".join(f"# {line}".rstrip() + "\n" for line in remarks.strip().splitlines())
+    texts = (yaml.dump(it, Dumper=_Dumper, sort_keys=False, width=150) for it in documents)
+    return head + "---\n".join(texts)
 
 
 def _cluster(full_name: str, cluster: ClusterConfig, secret: str) -> dict[str, Any]:
@@ -128,9 +141,11 @@ def _cluster(full_name: str, cluster: ClusterConfig, secret: str) -> dict[str, A
 
 def _pod(full_name: str, cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any]:
     assert group.memory_gib is not None and cluster.image is not None
-    resources = {"cpu": str(group.cpus), "memory": f"{group.memory_gib:g}Gi"} | (
-        {"nvidia.com/gpu": str(group.gpus)} if group.gpus else {}
-    )
+    resources = {"cpu": str(group.cpus), "memory": f"{group.memory_gib:g}Gi"}
+    if group.gpus:
+        resources["nvidia.com/gpu"] = str(group.gpus)
+    # The memory of Ray's object store and NCCL counts as the container's.
+    shm = {"medium": "Memory", "sizeLimit": f"{group.memory_gib / 2:g}Gi"}
     container: dict[str, Any] = {
         "name": "ray-head" if group.name == HEAD else "ray-worker",
         "image": cluster.image,
@@ -149,13 +164,7 @@ def _pod(full_name: str, cluster: ClusterConfig, group: NodeGroup) -> dict[str, 
     spec: dict[str, Any] = {
         "securityContext": USER,
         "containers": [container],
-        # Ray's object store and NCCL: counts as the container's memory.
-        "volumes": [
-            {
-                "name": "shm",
-                "emptyDir": {"medium": "Memory", "sizeLimit": f"{group.memory_gib / 2:g}Gi"},
-            }
-        ],
+        "volumes": [{"name": "shm", "emptyDir": shm}],
     }
     if group.identity is not None:
         spec["serviceAccountName"] = group.identity
@@ -165,9 +174,8 @@ def _pod(full_name: str, cluster: ClusterConfig, group: NodeGroup) -> dict[str, 
     if group.instance is not None:
         spec["nodeSelector"] = {"node.kubernetes.io/instance-type": group.instance}
     if group.gpus:
-        spec["tolerations"] = [
-            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
-        ]
+        gpu = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+        spec["tolerations"] = [gpu]
     return {"metadata": {"labels": {LABEL: full_name}}, "spec": spec}
 
 
@@ -175,20 +183,17 @@ def _job(
     full_name: str, cluster: ClusterConfig, secret: str, words: Sequence[str]
 ) -> dict[str, Any]:
     """The spec of a RayJob: a cluster that runs `mesocosm WORDS` on its head, and ends with it."""
-    where = {
-        "ray.address": "auto",
-        "storage.root": cluster.storage_root,
-        "tracking.uri": cluster.tracking_uri,
+    keys = ["ray.address=auto", f"storage.root={cluster.storage_root}"]
+    if cluster.tracking_uri is not None:
+        keys.append(f"tracking.uri={cluster.tracking_uri}")
+    submitter = {
+        "name": "ray-job-submitter",
+        "image": cluster.image,
+        "resources": {"requests": SMALL, "limits": SMALL | {"cpu": "1"}},
+        "securityContext": CONFINED,
     }
     return {
-        "entrypoint": shlex.join(
-            [
-                "mesocosm",
-                words[0],
-                *(f"{key}={value}" for key, value in where.items() if value is not None),
-                *words[1:],
-            ]
-        ),
+        "entrypoint": shlex.join(["mesocosm", words[0], *keys, *words[1:]]),
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": IDLE_SECONDS,
         "submissionMode": "K8sJobMode",
@@ -198,14 +203,7 @@ def _job(
                 "restartPolicy": "Never",
                 "automountServiceAccountToken": False,
                 "securityContext": USER,
-                "containers": [
-                    {
-                        "name": "ray-job-submitter",
-                        "image": cluster.image,
-                        "resources": {"requests": SMALL, "limits": SMALL | {"cpu": "1"}},
-                        "securityContext": CONFINED,
-                    }
-                ],
+                "containers": [submitter],
             },
         },
         "rayClusterSpec": _cluster(full_name, cluster, secret),
@@ -215,16 +213,13 @@ def _job(
 def _service(
     full_name: str, cluster: ClusterConfig, secret: str, words: Sequence[str], name: str
 ) -> dict[str, Any]:
-    """The spec of a RayService: KubeRay keeps the application of `mesocosm serve` running.
-
-    Clients step in it from jobs of the same Ray.
-    """
+    """The spec of a RayService: KubeRay keeps the application of `mesocosm serve` running."""
     keys = [f"storage.root={cluster.storage_root}", *words[1:]]
     application = {
         "name": name,
         "import_path": "mesocosm.serve.app:build",
         "route_prefix": None,
-        "args": {key: value for key, value in (word.split("=", 1) for word in keys)},
+        "args": dict(word.split("=", 1) for word in keys),
     }
     # KubeRay counts the nodes whose proxy is healthy. No proxy has a route to the application.
     serve = {
@@ -244,31 +239,18 @@ def _network_policy(full_name: str) -> dict[str, Any]:
 
     kubectl port-forward needs no rule.
     """
-    operator = {
-        "namespaceSelector": {},
-        "podSelector": {
-            "matchExpressions": [
-                {
-                    "key": "app.kubernetes.io/component",
-                    "operator": "In",
-                    "values": ["kuberay-operator"],
-                }
-            ]
-        },
-    }
+    component = "app.kubernetes.io/component"
+    expression = {"key": component, "operator": "In", "values": ["kuberay-operator"]}
+    operator = {"namespaceSelector": {}, "podSelector": {"matchExpressions": [expression]}}
+    ports = [{"protocol": "TCP", "port": port} for port in (DASHBOARD, SERVE)]
+    pods = {"matchLabels": {LABEL: full_name}}
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
         "metadata": {"name": full_name, "labels": {LABEL: full_name}},
         "spec": {
-            "podSelector": {"matchLabels": {LABEL: full_name}},
+            "podSelector": pods,
             "policyTypes": ["Ingress"],
-            "ingress": [
-                {"from": [{"podSelector": {"matchLabels": {LABEL: full_name}}}]},
-                {
-                    "from": [operator],
-                    "ports": [{"protocol": "TCP", "port": port} for port in (DASHBOARD, SERVE)],
-                },
-            ],
+            "ingress": [{"from": [{"podSelector": pods}]}, {"from": [operator], "ports": ports}],
         },
     }

@@ -1,8 +1,7 @@
 """The config of Ray's cluster launcher on EC2, made from `clusters/NAME.yaml`.
 
-Every node starts with token authentication and the token in a 0600 file. The dashboard listens on
-the head's loopback only. The head is on demand and runs no tasks. Nodes are terminated rather than
-stopped, as a stopped node's disk costs money.
+Every node starts with token authentication. The dashboard listens on the head's loopback only. The
+head is on demand and runs no tasks. Nodes are terminated: a stopped node's disk costs money.
 """
 
 from __future__ import annotations
@@ -63,31 +62,21 @@ def launcher_config(name: str, cluster: ClusterConfig) -> dict[str, Any]:
 
 
 def _node_type(cluster: ClusterConfig, group: NodeGroup) -> dict[str, Any]:
+    disk = {"VolumeSize": DISK_GIB, "VolumeType": "gp3", "Encrypted": True}
     node: dict[str, Any] = {
         "InstanceType": group.instance,
         "ImageId": cluster.ami,
-        "BlockDeviceMappings": [
-            {
-                "DeviceName": "/dev/sda1",
-                "Ebs": {"VolumeSize": DISK_GIB, "VolumeType": "gp3", "Encrypted": True},
-            }
-        ],
+        "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": disk}],
         "MetadataOptions": {"HttpTokens": "required"},
     }
     if group.identity is not None:
         node["IamInstanceProfile"] = {"Name": group.identity}
     if group.spot:
         node["InstanceMarketOptions"] = {"MarketType": "spot"}
-    if group.name == HEAD:
-        return {
-            "resources": {"CPU": 0, "GPU": 0},
-            "node_config": node,
-            "min_workers": 0,
-            "max_workers": 0,
-        }
+    head = group.name == HEAD
     return {
-        "resources": {"CPU": group.cpus, "GPU": group.gpus},
+        "resources": {"CPU": 0 if head else group.cpus, "GPU": 0 if head else group.gpus},
         "node_config": node,
-        "min_workers": group.min_nodes,
-        "max_workers": group.count,
+        "min_workers": 0 if head else group.min_nodes,
+        "max_workers": 0 if head else group.count,
     }

@@ -1,7 +1,5 @@
-"""The only module that connects to Ray: one connection per process, resource checks, a clean end.
-
-A local Ray is private to this process: on loopback only, with its own temporary folder, without a
-dashboard or usage report. `shutdown`, which also runs at exit, ends it.
+"""The only module that connects to Ray. A local Ray is private to this process: on loopback, in its
+own temporary folder, without a dashboard or usage report.
 """
 
 from __future__ import annotations
@@ -24,14 +22,10 @@ from mesocosm.store.files import CACHE_VARIABLE
 
 STARTS = 3
 """Attempts to start a local Ray: on a busy machine one of its daemons may miss Ray's 30 s."""
-
 FULL = "MESOCOSM_FULL_SIZE"
-"""The environment variable of a submitted job with the CPUs and GPUs, as JSON, that its cluster has
-at full size, if it grows."""
-
+"""A submitted job's environment variable with its growing cluster's full CPUs and GPUs, as JSON."""
 GROWING_S = 3600
 """Seconds that ranks wait for nodes where the cluster grows: a cloud's machine takes minutes."""
-
 IMPORTS = "MESOCOSM_IMPORTS"
 """The environment variable with the user's folder, from which their modules are imported."""
 
@@ -52,7 +46,6 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def forked() -> bool:
-    """True if this process was forked from one that was connected to Ray."""
     return _forked
 
 
@@ -60,10 +53,9 @@ def refuse_fork() -> None:
     """Raise UsageError in a fork of a process connected to Ray, where a call to Ray hangs."""
     if _forked:
         raise UsageError(
-            f"process {os.getpid()} was forked from a process that is connected to Ray, "
-            "and cannot use that connection; start it with the spawn method "
-            "(in gymnasium.make_vec: vector_kwargs={'context': 'spawn'}), "
-            "or step all environments in one process (leave vectorization_mode out)"
+            f"process {os.getpid()} was forked from a process that is connected to Ray, and cannot"
+            " use that connection; start it with the spawn method (in gymnasium.make_vec:"
+            " vector_kwargs={'context': 'spawn'}), or leave vectorization_mode out"
         )
 
 
@@ -96,14 +88,10 @@ def _inherited(name: str) -> dict[str, str]:
 def ensure(config: RayConfig, *, temp_dir: str | None = None) -> None:
     """Connect to `config.address`, or start a private local Ray; a second call does nothing.
 
-    Signals that end a job wait until Ray has started; their handlers, which Ray replaces, are
-    restored.
-
     Raises:
-        UsageError: The address does not answer or wants another token, or this process was forked
-            from one that is connected to Ray.
+        UsageError: The address does not answer or wants another token, or this process is a fork.
         MesocosmError: Ray cannot start on this machine.
-        KeyboardInterrupt: A signal that ends the job came while Ray started.
+        KeyboardInterrupt: A signal that ends the job came while Ray started, and waited for it.
     """
     import ray
 
@@ -135,15 +123,15 @@ def _connect(address: str) -> None:
         # A private Ray of this machine (see `_start`): else Ray asks at the machine's own address.
         ray_constants.ENABLE_RAY_CLUSTER = False
         # Such a Ray wants the token in ~/.ray, which Ray does not send to an explicit address.
-        authentication_token_setup.logger.setLevel(logging.ERROR)
-        authentication_token_setup.maybe_enable_token_auth_if_token_available(
-            warn_if_disabled=False
-        )
+        setup = authentication_token_setup
+        setup.logger.setLevel(logging.ERROR)
+        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    job_config: Any = compat.job_config_of_command_line() if IMPORTS in os.environ else None
     try:
         ray.init(
             address=address,
             runtime_env={"env_vars": _remote_env()},
-            job_config=_job_config(),
+            job_config=job_config,
             log_to_driver=True,
             logging_level=logging.WARNING,
         )
@@ -151,20 +139,16 @@ def _connect(address: str) -> None:
         ray.shutdown()
         if _is_about_token(error):
             raise UsageError(f"ray.address {address!r} {_token_problem()}") from error
-        raise UsageError(
-            f"ray.address {address!r} does not answer ({error}); start the cluster or leave"
-            " ray.address unset"
-        ) from error
+        fix = "start the cluster or leave ray.address unset"
+        raise UsageError(f"ray.address {address!r} does not answer ({error}); {fix}") from error
 
 
 def _token_problem() -> str:
     default = Path.home() / ".ray" / "auth_token"
     names = [name for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH") if os.environ.get(name)]
     if not names and not default.exists():
-        return (
-            "wants a token, and this machine has none; copy that Ray's token to ~/.ray/auth_token"
-            " (chmod 600)"
-        )
+        fix = "copy that Ray's token to ~/.ray/auth_token (chmod 600)"
+        return f"wants a token, and this machine has none; {fix}"
     source = f"${names[0]}" if names else default
     return f"does not accept the token in {source}; copy that Ray's token there"
 
@@ -178,15 +162,9 @@ def _is_about_token(error: BaseException | None) -> bool:
     return False
 
 
-def _job_config() -> Any:
-    return compat.job_config_of_command_line() if IMPORTS in os.environ else None
-
-
 def _start(config: RayConfig, temp_dir: str | None) -> None:
-    """Start a private Ray.
-
-    On Linux Ray turns 127.0.0.1 into the machine's own address and listens on every interface; on
-    macOS and Windows it stays on loopback, as here: nobody else may reach it.
+    """Start a private Ray on loopback: on Linux Ray turns 127.0.0.1 into the machine's own address
+    and listens on every interface, unless it believes that it cannot form a cluster.
     """
     global _folder
     import ray
@@ -197,6 +175,7 @@ def _start(config: RayConfig, temp_dir: str | None) -> None:
         _folder = SessionFolder()
         temp_dir = _folder.path
     ray_constants.ENABLE_RAY_CLUSTER = False
+    job_config: Any = compat.job_config_of_command_line() if IMPORTS in os.environ else None
     for attempt in range(1, STARTS + 1):
         try:
             with compat.private_start():
@@ -204,7 +183,7 @@ def _start(config: RayConfig, temp_dir: str | None) -> None:
                     address="local",
                     num_cpus=local_cpus(config),
                     include_dashboard=False,
-                    job_config=_job_config(),
+                    job_config=job_config,
                     _temp_dir=temp_dir,
                     _node_ip_address="127.0.0.1",
                     object_store_memory=512 * 1024**2,
@@ -214,26 +193,21 @@ def _start(config: RayConfig, temp_dir: str | None) -> None:
             break
         except Exception as error:  # Ray raises a bare Exception when one of its daemons is late
             ray.shutdown()
-            if attempt == STARTS:
-                if _folder is not None:
-                    _folder.release()  # the logs stay; `storage gc` lists them
-                    _folder = None
-                reason = " ".join(str(error).split())
-                raise MesocosmError(
-                    f"Ray did not start on this machine in {STARTS} attempts ({reason}); free some"
-                    f" CPU or memory, or see {temp_dir}"
-                ) from error
+            if attempt < STARTS:
+                continue
+            if _folder is not None:
+                _folder.release()  # the logs stay; `storage gc` lists them
+                _folder = None
+            reason = f"in {STARTS} attempts ({' '.join(str(error).split())})"
+            fix = f"free some CPU or memory, or see {temp_dir}"
+            raise MesocosmError(f"Ray did not start on this machine {reason}; {fix}") from error
     atexit.register(shutdown)
 
 
 def _protect_token() -> None:
-    """Make the token of this machine's private Rays, for its owner alone.
-
-    Ray itself makes one that everybody may read.
-    """
-    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
-        return
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+    """Make the token of private Rays. Ray itself makes one that everybody may read."""
+    token = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if token or os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         return
     path = Path.home() / ".ray" / "auth_token"
     try:
@@ -251,10 +225,7 @@ def describe(resources: Mapping[str, float]) -> str:
 
 
 def most() -> dict[str, float]:
-    """The cluster's resources, at full size if it grows.
-
-    Ray does not know how far its autoscaler may go; the cluster's file does.
-    """
+    """The cluster's resources, at full size if it grows, which its file states and Ray does not."""
     import ray
 
     have = {name: float(amount) for name, amount in ray.cluster_resources().items()}
@@ -283,22 +254,14 @@ def local_cpus(config: RayConfig) -> int:
 def preflight(
     *, key: str, cpus: float = 0, gpus: float = 0, config: RayConfig | None = None
 ) -> None:
-    """Check that the cluster can grant resources.
-
-    Args:
-        key: The config key and value that asks for them.
-        config: Check the Ray that it would start or connect to, instead of the running one.
-
-    Raises:
-        UsageError: The cluster can never grant them.
+    """Raise UsageError where the cluster can never grant the resources that `key` asks for. With
+    `config`, check the Ray that it would start or connect to, instead of the running one.
     """
     have = most() if config is None else expected(config)
     for name, need in (("CPU", cpus), ("GPU", gpus)):
         if need > have.get(name, 0):
-            raise UsageError(
-                f"{key} asks for {need:g} {name}s and the cluster has {have.get(name, 0):g}; lower"
-                " it, or use a larger cluster"
-            )
+            problem = f"{key} asks for {need:g} {name}s and the cluster has {have.get(name, 0):g}"
+            raise UsageError(f"{problem}; lower it, or use a larger cluster")
 
 
 def stuck(problem: str) -> NoReturn:

@@ -1,7 +1,4 @@
-"""The jobs submitted from here, and their clusters: `~/.mesocosm/jobs/ID.json`.
-
-A record holds nothing secret. Ray and storage have the rest.
-"""
+"""The jobs submitted from here: `~/.mesocosm/jobs/ID.json`, which hold nothing secret."""
 
 from __future__ import annotations
 
@@ -49,17 +46,12 @@ def find(id: str) -> SubmittedJob | None:
 
 
 def named(ref: str) -> SubmittedJob:
-    """The record whose id is `ref` or begins with it.
-
-    Raises:
-        UsageError: There is none, or more than one.
-    """
+    """The record whose id is `ref` or begins with it. Raises UsageError unless there is one."""
     records = every()
-    matches = [record for record in records if record.id == ref] or [
-        record for record in records if ref and record.id.startswith(ref)
-    ]
-    if len(matches) == 1:
-        return matches[0]
+    matches = [record for record in records if ref and record.id.startswith(ref)]
+    exact = [record for record in matches if record.id == ref]
+    if len(exact or matches) == 1:
+        return (exact or matches)[0]
     if matches:
         raise UsageError(f"job {ref!r} is ambiguous: {', '.join(r.id for r in matches[:5])}")
     hint = nearest(ref, [record.id for record in records])

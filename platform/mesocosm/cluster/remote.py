@@ -32,8 +32,7 @@ class Remote:
     """The Jobs API of the cluster `name`. Errors of Ray's client become a MesocosmError.
 
     Raises:
-        UsageError: There is no such API, it wants another token, or it answers without a token and
-            `insecure` is False.
+        UsageError: There is none, it wants another token, or none and `insecure` is False.
     """
 
     guarded: bool
@@ -42,18 +41,13 @@ class Remote:
     def __init__(self, name: str, config: ClusterConfig, *, insecure: bool = False):
         from ray.job_submission import JobSubmissionClient
 
-        if config.where == "local" or config.address is None:
-            raise UsageError(
-                f"--cluster {name} is this machine, which has no Jobs API; leave --cluster out, or"
-                " name another of clusters/"
-            )
+        if config.address is None:
+            problem = f"--cluster {name} is this machine, which has no Jobs API"
+            raise UsageError(f"{problem}; leave --cluster out, or name another of clusters/")
         self.name, self.config, self.address = name, config, config.address.rstrip("/")
         headers = self._authenticate(insecure)
-        for logger in (
-            "ray.dashboard.modules.dashboard_sdk",
-            "ray.dashboard.modules.job.sdk",
-            "ray._private.runtime_env.packaging",
-        ):
+        sdk = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+        for logger in (*sdk, "ray._private.runtime_env.packaging"):
             logging.getLogger(logger).setLevel(logging.WARNING)
         with self._errors():
             self.client: Any = JobSubmissionClient(self.address, headers=headers)
@@ -66,16 +60,13 @@ class Remote:
         headers: dict[str, str] = {}
 
         def status() -> int:
+            options: Any = {"timeout": TIMEOUT_S, "allow_redirects": False}
             try:
-                answer = requests.get(
-                    url, headers=headers, timeout=TIMEOUT_S, allow_redirects=False
-                )
+                return requests.get(url, headers=headers, **options).status_code
             except requests.RequestException as error:
-                raise UsageError(
-                    f"{problem} does not answer ({type(error).__name__}); open its tunnel or"
-                    " port-forward first"
-                ) from error
-            return answer.status_code
+                reason = f"does not answer ({type(error).__name__})"
+                fix = "open its tunnel or port-forward first"
+                raise UsageError(f"{problem} {reason}; {fix}") from error
 
         code = status()
         self.guarded = code in (401, 403)
@@ -90,9 +81,8 @@ class Remote:
             headers["Authorization"] = f"Bearer {path.read_text().strip()}"
             code = status()
             if code in (401, 403):
-                raise UsageError(
-                    f"{problem} does not accept the token in {path}; copy the cluster's token there"
-                )
+                fix = "copy the cluster's token there"
+                raise UsageError(f"{problem} does not accept the token in {path}; {fix}")
         if code != 200:
             raise UsageError(
                 f"{problem} must be a Ray dashboard, got HTTP status {code} from {url}; correct"
@@ -115,12 +105,8 @@ class Remote:
         with self._errors():
             while True:
                 try:
-                    self.client.submit_job(
-                        entrypoint=entrypoint,
-                        submission_id=id,
-                        runtime_env=runtime_env,
-                        metadata=metadata,
-                    )
+                    options = {"runtime_env": runtime_env, "metadata": metadata}
+                    self.client.submit_job(entrypoint=entrypoint, submission_id=id, **options)
                     return
                 except RuntimeError as error:  # a cluster that has just started has no agent yet
                     if "No available agent" not in str(error) or time.monotonic() > end:
@@ -160,10 +146,7 @@ class Remote:
             return str(self.client.get_job_logs(id))
 
     def follow(self, id: str, write: Callable[[str], None]) -> str:
-        """Pass the driver's output to `write` until the job ends, and return its state.
-
-        A broken connection is opened again, and no text is passed twice.
-        """
+        """Pass the driver's output to `write` until the job ends, and return its state."""
         written, failures = 0, 0
 
         async def read() -> None:

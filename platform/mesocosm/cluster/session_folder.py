@@ -1,4 +1,6 @@
-"""The temporary folder of a private Ray, locked by its process."""
+"""The temporary folder of a private Ray, locked by its process, and garbage collection of those
+whose process was killed.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +9,13 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from mesocosm.errors import MesocosmError
+from mesocosm.store.gc import Garbage
 
 PREFIX = "mesocosm-ray-"
 LOCK = "owner.lock"
@@ -22,11 +27,7 @@ SOCKET = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store.1"
 
 
 class SessionFolder:
-    """A new folder, short enough for Ray's sockets and locked by this process.
-
-    Raises:
-        MesocosmError: The folder cannot be made.
-    """
+    """A new folder, short enough for Ray's sockets and locked by this process."""
 
     def __init__(self) -> None:
         base = temporary = tempfile.gettempdir()
@@ -42,10 +43,9 @@ class SessionFolder:
                 self.link = os.path.join(temporary, os.path.basename(self.path))  # for `storage gc`
                 os.symlink(self.path, self.link)
         except OSError as error:
-            longest = limit - len(PREFIX) - 9
             raise MesocosmError(
                 f"a folder for Ray cannot be made in {base!r} ({error.strerror}); set TMPDIR to a"
-                f" writable folder of at most {longest} characters"
+                f" writable folder of at most {limit - len(PREFIX) - 9} characters"
             ) from error
 
     def release(self) -> None:
@@ -63,13 +63,30 @@ class SessionFolder:
 def session_ended(folder: Path) -> bool:
     """True if the process that locked a private Ray's folder has ended."""
     try:
-        handle = os.open(folder / LOCK, os.O_WRONLY)
-    except FileNotFoundError:
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with open(folder / LOCK, "r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
-    finally:
-        os.close(handle)
+    except FileNotFoundError:
+        pass
+    return True
+
+
+def garbage() -> Iterator[Garbage]:
+    """Folders of private Rays that ended without removing them, and links to removed folders."""
+    for path in sorted(Path(tempfile.gettempdir()).glob(f"{PREFIX}*")):
+        folder = path.resolve()
+        if not folder.is_dir():
+            yield Garbage.on_disk("Ray session", path, "its folder is gone")
+        elif folder.stat().st_uid == os.getuid() and session_ended(folder):
+            remove = partial(_remove, path, folder)
+            yield Garbage.on_disk("Ray session", folder, "its process was killed", remove)
+
+
+def _remove(path: Path, folder: Path) -> bool:
+    if not session_ended(folder):
+        return False
+    shutil.rmtree(folder)
+    if path.is_symlink():
+        path.unlink()
     return True

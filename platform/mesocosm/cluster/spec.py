@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,7 +16,6 @@ from mesocosm.errors import UsageError, nearest
 
 FOLDERS = (Path("clusters"), shipped.CLUSTERS)
 """The user's folder, then the package's."""
-
 WHERE = ("local", "address", "launcher", "kuberay")
 MADE = ("launcher", "kuberay")
 """The clusters that are made from their file."""
@@ -54,7 +54,6 @@ class NodeGroup:
 
     @property
     def min_nodes(self) -> int:
-        """Nodes of an idle cluster."""
         return self.count if self.min_count is None else self.min_count
 
 
@@ -64,9 +63,7 @@ class ClusterConfig:
     """Training runs on the first group; all groups are paid for while it runs."""
     currency: str = "USD"
     where: str = "local"
-    """`local`: this machine; `address`: an existing cluster; `launcher`: EC2, by Ray's cluster
-    launcher; `kuberay`: Kubernetes.
-    """
+    """`local` (this machine), `address` (an existing cluster), `launcher` (EC2) or `kuberay`."""
     address: str | None = None
     """The dashboard's URL, as this machine reaches it: the near end of a tunnel, or https."""
     token_file: str = "~/.ray/auth_token"
@@ -80,13 +77,9 @@ class ClusterConfig:
     region: str | None = None
     """EC2's region."""
     ami: str | None = None
-    """EC2's machine image, with Docker and NVIDIA's driver and container toolkit: an id, or
-    `resolve:ssm:` and a public parameter.
-    """
+    """EC2's machine image with Docker and NVIDIA's toolkit: an id, or `resolve:ssm:...`."""
     secret: str | None = None
-    """A Kubernetes Secret whose entries become environment variables of every pod: storage
-    credentials, where `identity` gives no access.
-    """
+    """A Kubernetes Secret with the environment of every pod, e.g. storage credentials."""
 
     @property
     def gpus(self) -> int:
@@ -142,34 +135,24 @@ class ClusterConfig:
         return flops / (group.flops_per_s * workers) + steps * group.seconds_per_step
 
 
-USED_WITH = {
-    "address": ("address", *MADE),
-    "token_file": ("address", *MADE),
-    "image": MADE,
-    "region": ("launcher",),
-    "ami": ("launcher",),
-    "secret": ("kuberay",),
-    "min_count": ("address", *MADE),
-    "instance": MADE,
-    "identity": MADE,
-    "spot": ("launcher",),
-    "memory_gib": ("kuberay",),
+REMOTE = ("address", *MADE)
+KEYS: dict[str, tuple[Sequence[str], Sequence[str], str]] = {
+    "address": (REMOTE, REMOTE, "the dashboard's URL, e.g. http://127.0.0.1:8265 by a tunnel"),
+    "token_file": (REMOTE, (), ""),
+    "image": (MADE, MADE, "what was built of clusters/Dockerfile and pushed"),
+    "region": (("launcher",), ("launcher",), "EC2's region, e.g. us-west-2"),
+    "ami": (("launcher",), ("launcher",), "a machine image with Docker, see clusters/aws.yaml"),
+    "secret": (("kuberay",), (), ""),
+    "cpus": (WHERE, MADE, "the CPUs of a node"),
+    "min_count": (REMOTE, (), ""),
+    "instance": (MADE, ("launcher",), "an instance type, e.g. g6.2xlarge"),
+    "identity": (MADE, (), ""),
+    "spot": (("launcher",), (), ""),
+    "memory_gib": (("kuberay",), ("kuberay",), "the memory of a pod"),
 }
-"""The values of `where` with which a key has an effect. Elsewhere it is an error."""
-
-REQUIRED = {
-    "address": (("address", *MADE), "the dashboard's URL, e.g. http://127.0.0.1:8265 by a tunnel"),
-    "image": (MADE, "what was built of clusters/Dockerfile and pushed"),
-    "region": (("launcher",), "EC2's region, e.g. us-west-2"),
-    "ami": (
-        ("launcher",),
-        "a machine image with Docker and NVIDIA's driver, see clusters/aws.yaml",
-    ),
-    "cpus": (MADE, "the CPUs of a node"),
-    "instance": (("launcher",), "an instance type, e.g. g6.2xlarge"),
-    "memory_gib": (("kuberay",), "the memory of a pod"),
-}
-"""The values of `where` that require a key, and a description of its value."""
+"""By key: the values of `where` with which it has an effect (elsewhere it is an error), those that
+require it, and its value then.
+"""
 
 
 def read(name: str) -> ClusterConfig:
@@ -188,11 +171,8 @@ def path_of(name: str) -> Path:
     for folder in FOLDERS:
         if (path := folder / f"{name}.yaml").exists():
             return path
-    known = names()
-    raise UsageError(
-        f"cluster={name!r}: there is no clusters/{name}.yaml; use one of"
-        f" {', '.join(known)}{nearest(name, known)}"
-    )
+    fix = f"use one of {', '.join(names())}{nearest(name, names())}"
+    raise UsageError(f"cluster={name!r}: there is no clusters/{name}.yaml; {fix}")
 
 
 def names() -> list[str]:
@@ -204,10 +184,7 @@ def _check(cluster: ClusterConfig, name: str) -> None:
     where = cluster.where
     if not cluster.nodes:
         raise UsageError("nodes must name at least one group, got []")
-    if where not in WHERE:
-        raise UsageError(
-            f"where must be one of {', '.join(WHERE)}, got {where!r}{nearest(where, WHERE)}"
-        )
+    checks.one_of(cluster, WHERE, "where")
     _check_keys(cluster, where, "")
     for group in cluster.nodes:
         prefix = f"nodes.{group.name}."
@@ -220,9 +197,8 @@ def _check(cluster: ClusterConfig, name: str) -> None:
             if value is not None and not value > 0:
                 raise UsageError(f"{prefix}{key} must be > 0, got {value}")
         if group.min_nodes > group.count:
-            raise UsageError(
-                f"{prefix}min_count must be <= count={group.count}, got {group.min_count}"
-            )
+            limit = f"count={group.count}"
+            raise UsageError(f"{prefix}min_count must be <= {limit}, got {group.min_count}")
     if where in MADE:
         _check_groups(cluster, name)
     if cluster.address is not None:
@@ -233,13 +209,10 @@ def _check_keys(block: ClusterConfig | NodeGroup, where: str, prefix: str) -> No
     """Raise UsageError for a key that `where` does not use, or requires."""
     for entry in fields(block):
         key, value = f"{prefix}{entry.name}", getattr(block, entry.name)
-        used_with = USED_WITH.get(entry.name, WHERE)
-        required_by, description = REQUIRED.get(entry.name, ((), ""))
+        used_with, required_by, description = KEYS.get(entry.name, (WHERE, (), ""))
         if where not in used_with and value != entry.default:
-            raise UsageError(
-                f"{key} must be left out with where={where!r}, got {value!r}; it is used with"
-                f" where={' or '.join(used_with)}"
-            )
+            problem = f"{key} must be left out with where={where!r}, got {value!r}"
+            raise UsageError(f"{problem}; it is used with where={' or '.join(used_with)}")
         if where in required_by and not value:
             raise UsageError(f"{key} must be {description}, got {value!r}")
         if entry.name in ("cpus", "gpus") and value is None and where != "local":
@@ -251,14 +224,11 @@ def _check_groups(cluster: ClusterConfig, file_name: str) -> None:
     names = [group.name for group in cluster.nodes]
     for name in (file_name, *names):
         if not NAME.fullmatch(name):
-            raise UsageError(
-                f"name must be up to 30 lower-case letters, digits and hyphens, a letter first, got"
-                f" {name!r}"
-            )
+            form = "up to 30 lower-case letters, digits and hyphens, a letter first"
+            raise UsageError(f"name must be {form}, got {name!r}")
     if names.count(HEAD) != 1 or names[0] == HEAD:
-        raise UsageError(
-            f"nodes must hold one group named {HEAD!r}, after the group that trains, got {names}"
-        )
+        position = f"one group named {HEAD!r}, after the group that trains"
+        raise UsageError(f"nodes must hold {position}, got {names}")
     if len(set(names)) < len(names):
         raise UsageError(f"nodes must have different names, got {names}")
     # The loss of the head ends every job.
@@ -275,9 +245,8 @@ def _check_address(address: str) -> None:
     except ValueError:
         host = None
     if not host or url.scheme not in ("http", "https"):
-        raise UsageError(
-            f"address must be the dashboard's URL, e.g. http://127.0.0.1:8265, got {address!r}"
-        )
+        example = "the dashboard's URL, e.g. http://127.0.0.1:8265"
+        raise UsageError(f"address must be {example}, got {address!r}")
     if has_user:
         raise UsageError("address must not name a user or password; put the token into token_file")
     if url.scheme == "http" and host not in LOOPBACK:
@@ -290,33 +259,24 @@ def _check_address(address: str) -> None:
 
 def check_token(path: Path) -> None:
     """Raise UsageError unless the file holds a token that only its owner may read."""
+    name = f"token_file {str(path)!r}"
     try:
         mode, token = path.stat().st_mode, path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"token_file {str(path)!r} cannot be read ({error}); `mesocosm cluster up` makes one"
-        ) from error
+        fix = "`mesocosm cluster up` makes one"
+        raise UsageError(f"{name} cannot be read ({error}); {fix}") from error
     if mode & 0o077:
-        raise UsageError(
-            f"token_file {str(path)!r} may be read by others (mode {mode & 0o777:o}); run: chmod"
-            f" 600 {path}"
-        )
+        problem = f"{name} may be read by others (mode {mode & 0o777:o})"
+        raise UsageError(f"{problem}; run: chmod 600 {path}")
     if not token:
-        raise UsageError(f"token_file {str(path)!r} is empty; remove it, and make a new one")
+        raise UsageError(f"{name} is empty; remove it, and make a new one")
 
 
 def make_token(path: Path, fix: str = "set token_file to a file of your own") -> bool:
-    """Write a random token where there is none, readable by its owner alone.
-
-    Args:
-        path: The token's file. Its folder is made with mode 0700.
-        fix: The end of the error when the file cannot be written.
-
-    Returns:
-        Whether the token was made.
+    """Write a random token for its owner alone, if there is none, and return whether it was made.
 
     Raises:
-        UsageError: `check_token` refuses the file, or it cannot be written.
+        UsageError: `check_token` refuses the file, or it cannot be written; ends with `fix`.
     """
     try:
         write_private(path, secrets.token_hex(32), os.O_EXCL)
@@ -328,17 +288,12 @@ def make_token(path: Path, fix: str = "set token_file to a file of your own") ->
         check_token(path)
         return False
     except OSError as error:
-        reason = error.strerror
-        raise UsageError(f"token_file {str(path)!r} cannot be written ({reason}); {fix}") from error
+        problem = f"token_file {str(path)!r} cannot be written ({error.strerror})"
+        raise UsageError(f"{problem}; {fix}") from error
 
 
 def write_private(path: Path, text: str, flag: int) -> None:
-    """Write a file that only its owner may read.
-
-    Args:
-        path: The file. Its folder is made with mode 0700.
-        flag: `os.O_EXCL` to create the file, `os.O_TRUNC` to replace it.
-    """
+    """Write a file that only its owner may read, with `os.O_EXCL` or `os.O_TRUNC` as `flag`."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | flag, 0o600), "w") as file:
         file.write(text)

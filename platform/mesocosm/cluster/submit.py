@@ -49,21 +49,16 @@ def submit(
 
     Returns:
         {"id", "cluster", "state", "attached", "commands"}.
-
-    Raises:
-        UsageError: The job cannot be sent, or the cluster cannot run it.
     """
-    cluster = spec.read(name)
-    remote = Remote(name, cluster, insecure=insecure)
-    frozen = freeze(job, config, cluster, Path.cwd(), name)
+    remote = Remote(name, spec.read(name), insecure=insecure)
+    frozen = freeze(job, config, remote.config, Path.cwd(), name)
     state, attempt = last_attempt(remote, frozen.id)
     attached, last = True, f"{frozen.id}-{attempt}"
     if state is not None and state not in OVER:
         console.print(f"{last} is {state.lower()} on {name}: attached, nothing was submitted")
     elif state == "SUCCEEDED" and not config.force:
-        console.print(
-            f"{last} has succeeded on {name}: nothing was submitted; --force makes it again"
-        )
+        fix = "--force makes it again"
+        console.print(f"{last} has succeeded on {name}: nothing was submitted; {fix}")
     else:
         attached, state, attempt = False, "PENDING", attempt + 1
         _start(remote, frozen, attempt, yes=yes)
@@ -78,10 +73,13 @@ def submit(
     console.print(f"[bold]{id}[/]")
     for verb, command in commands.items():
         console.print(f"  {verb:<6} {command}")
+
+    def write(text: str) -> None:
+        if not quiet:
+            console.out(text, end="", highlight=False)
+
     if follow:
-        state = remote.follow(
-            id, lambda text: None if quiet else console.out(text, end="", highlight=False)
-        )
+        state = remote.follow(id, write)
     return {"id": id, "cluster": name, "state": state, "attached": attached, "commands": commands}
 
 
@@ -129,11 +127,7 @@ def last_attempt(remote: Remote, id: str) -> tuple[str | None, int]:
 
 
 def probe(remote: Remote, folder: str, job: str | None) -> dict[str, Any]:
-    """The report of `cli.cluster_probe`, run on the cluster in a copy of `folder`.
-
-    Raises:
-        MesocosmError: The cluster does not report in time, or cannot run this code.
-    """
+    """The report of `cli.cluster_probe`, run on the cluster in a copy of `folder`."""
     id = f"probe-{uuid.uuid4().hex[:10]}"
     env = {"working_dir": folder, "env_vars": _full_size(remote.config)}
     remote.submit(id, f"{PROBE} {job or ''}".strip(), env, {"job": "probe"})
@@ -141,10 +135,8 @@ def probe(remote: Remote, folder: str, job: str | None) -> dict[str, Any]:
         ended = remote.wait(id, PROBE_S)
     if not ended:
         remote.stop(id)
-        raise MesocosmError(
-            f"cluster {remote.name!r} did not run a probe within {PROBE_S:.0f} s; see `ray job logs"
-            f" {id}` there"
-        )
+        problem = f"cluster {remote.name!r} did not run a probe within {PROBE_S:.0f} s"
+        raise MesocosmError(f"{problem}; see `ray job logs {id}` there")
     lines = remote.logs(id).strip().splitlines()
     details = remote.details(id)
     remote.delete(id)
@@ -162,21 +154,16 @@ def refuse(name: str, cluster: ClusterConfig, report: dict[str, Any]) -> None:
 
     local_python, remote_python = platform.python_version(), report["python"]
     if remote_python.rsplit(".", 1)[0] != local_python.rsplit(".", 1)[0]:
-        raise UsageError(
-            f"cluster {name!r} runs Python {remote_python}, and this machine {local_python}; use"
-            " the same minor version on both"
-        )
+        problem = f"cluster {name!r} runs Python {remote_python}, and this machine {local_python}"
+        raise UsageError(f"{problem}; use the same minor version on both")
     if report["ray"] != ray.__version__:
-        raise UsageError(
-            f"cluster {name!r} runs Ray {report['ray']}, and this machine {ray.__version__};"
-            f" install ray=={report['ray']} here, or {ray.__version__} there"
-        )
+        problem = f"cluster {name!r} runs Ray {report['ray']}, and this machine {ray.__version__}"
+        fix = f"install ray=={report['ray']} here, or {ray.__version__} there"
+        raise UsageError(f"{problem}; {fix}")
     for service in ("storage", "mlflow"):
-        result = report[service]
-        if not result["ok"]:
-            raise UsageError(
-                f"cluster {name!r} cannot reach {service}: {result['said']}; {result['fix']}"
-            )
+        if not (result := report[service])["ok"]:
+            problem = f"cluster {name!r} cannot reach {service}: {result['said']}"
+            raise UsageError(f"{problem}; {result['fix']}")
     if "refused" in report:
         kind = UsageError if report["refused"]["exit_code"] == 2 else MesocosmError
         raise kind(f"on cluster {name!r}: {report['refused']['said']}")
@@ -185,10 +172,9 @@ def refuse(name: str, cluster: ClusterConfig, report: dict[str, Any]) -> None:
         for key, resource in (("cpus", "CPU"), ("gpus", "GPU")):
             most = max(resources.get(resource, 0), cluster.full(key))
             if need[key] > most:
-                raise UsageError(
-                    f"{need['key']} asks for {need[key]:g} {resource}s and cluster {name!r} has"
-                    f" {most:g}; lower it, or use a larger cluster"
-                )
+                problem = f"{need['key']} asks for {need[key]:g} {resource}s"
+                fix = "lower it, or use a larger cluster"
+                raise UsageError(f"{problem} and cluster {name!r} has {most:g}; {fix}")
     # Nothing states the memory of nodes that an autoscaler adds, unless the cluster's file does.
     full = cluster.full("memory_gib")
     memory = max(resources.get("memory", 0) / 2**30, full)

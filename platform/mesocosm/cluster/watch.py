@@ -55,7 +55,8 @@ def list_jobs(cluster: str | None, *, insecure: bool) -> list[dict[str, Any]]:
             for id, job in jobs.items():
                 if (job.metadata or {}).get("job", "probe") != "probe":
                     known.setdefault(id, find_job(id, cluster))
-        rows += [_row(record, jobs.get(id), _status_file(record)) for id, record in known.items()]
+        for id, record in known.items():
+            rows.append(_row(record, jobs.get(id), _read_json(record, "status.json")))
     return sorted(rows, key=lambda row: row["age_s"] or 0.0)
 
 
@@ -63,7 +64,7 @@ def status(record: SubmittedJob, *, insecure: bool) -> dict[str, Any]:
     """A job's row of `jobs list`, its results, and where its run is recorded."""
     remote = connect(record.cluster, insecure=insecure)
     details = None if isinstance(remote, str) else remote.details(record.id)
-    report = _status_file(record)
+    report = _read_json(record, "status.json")
     facts = report.get("facts", {})
     mlflow = _read_json(record, "mlflow.json")
     return _row(record, details, report) | {
@@ -105,12 +106,8 @@ def _progress(progress: dict[str, Any]) -> str:
     return " ".join(filter(None, parts))
 
 
-def _status_file(record: SubmittedJob) -> dict[str, Any]:
-    """The job's own status.json, as it last sent it."""
-    return _read_json(record, "status.json")
-
-
 def _read_json(record: SubmittedJob, name: str) -> dict[str, Any]:
+    """A file of the job's run, as it last sent it; empty where there is none."""
     try:
         raw = Storage(record.root).read(f"runs/{record.job}/{record.id}/{name}")
         return {} if raw is None else dict(json.loads(raw))
@@ -131,20 +128,19 @@ def stop(record: SubmittedJob, remote: Remote) -> str:
     """Stop a running job and wait for its end; returns its state.
 
     The job is asked through its storage, and Ray ends it after its grace period. Without access to
-    the storage Ray's stop asks the driver in the same way, and waits as long (`submit.submit`).
+    the storage Ray's stop asks the driver, and waits as long.
     """
     grace = _ask_to_stop(record)
     if grace is None or not remote.wait(record.id, grace):
         remote.stop(record.id)
         remote.wait(record.id, KILL_S + (JobConfig().stop.grace_s if grace is None else 0))
     details = remote.details(record.id)
-    return str(_row(record, details, _status_file(record))["state"])
+    return str(_row(record, details, _read_json(record, "status.json"))["state"])
 
 
 def _ask_to_stop(record: SubmittedJob) -> float | None:
-    """Write the request to stop; returns the job's grace period in seconds.
-
-    None means that the storage cannot be written from here.
+    """Write the request to stop; returns the job's grace period in seconds, or None where the
+    storage cannot be written from here.
     """
     storage = Storage(record.root)
     folder = f"runs/{record.job}/{record.id}"

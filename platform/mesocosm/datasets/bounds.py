@@ -1,15 +1,12 @@
-"""Values outside their space, and `reality.bounds`: what `collect` and `import` do with them.
-
-    drop     the episode is dropped
-    clip     a number outside the bounds of a Box becomes the nearest bound
-    ignore   numbers outside the bounds of a Box are stored as they are
-
-A category or a text outside its space always drops its episode, because no column can hold it.
+"""Values outside their space, and `reality.bounds`, which says what happens to an episode with a
+number outside the bounds of a Box: `drop` it, `clip` the number, or `ignore` the bounds. A category
+or a text outside its space always drops its episode, because no column can hold it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import gymnasium
@@ -42,80 +39,69 @@ def outside(space: Space, array: Array, bounds: str = "drop") -> Array:
         return np.array([not (len(v) in lengths and set(v) <= allowed) for v in array], bool)
     flat = array.reshape(len(array), -1)
     inside = np.ones(len(array), bool)
-    if np.dtype(space.dtype).kind != "f" and flat.dtype.kind == "f":
+    floats = np.dtype(space.dtype).kind == "f"
+    if not floats and flat.dtype.kind == "f":
         inside = (flat == np.rint(flat)).all(1)
-    low: Array
-    high: Array
+    low, high = np.zeros(1, np.int64), np.ones(1, np.int64)
     if isinstance(space, spaces.Box):
         if bounds == "ignore":
             return ~inside
         with np.errstate(over="ignore"):  # a number that is too large becomes infinite
-            flat = flat.astype(space.dtype) if np.dtype(space.dtype).kind == "f" else flat
+            flat = flat.astype(space.dtype) if floats else flat
         low, high = space.low.reshape(-1), space.high.reshape(-1)
-    elif isinstance(space, spaces.Discrete):
-        low = np.array([int(space.start)])
-        high = low + int(space.n) - 1
-    elif isinstance(space, spaces.MultiDiscrete):
-        low = np.ravel(space.start)
-        high = low + np.ravel(space.nvec) - 1
-    else:
-        low, high = np.array([0]), np.array([1])
+    elif isinstance(space, spaces.Discrete | spaces.MultiDiscrete):
+        sizes = space.nvec if isinstance(space, spaces.MultiDiscrete) else space.n
+        low = np.ravel(space.start).astype(np.int64)
+        high = low + np.ravel(sizes) - 1
     return np.asarray(~(inside & ((flat >= low) & (flat <= high)).all(1)))
 
 
 def first_outside(space: Space, value: Any, name: str) -> str | None:
-    """Describe the first number of one value that is outside the bounds of its Box.
-
-    Returns:
-        "observation.pose=[7.0] is outside Box(...)", or None where every number is inside. Values
-        of another shape or kind are left to the codec, which names them.
+    """Describe the first number that is outside the bounds of its Box: "observation.pose=[7.0] is
+    outside Box(...)". Values of another shape or kind are left to the codec, which names them.
     """
-    for key, child, part in _parts(space, value):
-        description = first_outside(child, part, f"{name}.{key}")
-        if description is not None:
-            return description
-    array = _numbers(space, value)
-    if array is None or not outside(space, array[None])[0]:
-        return None
-    return f"{name}={array.tolist()} is outside {space}"
+    problems: list[str] = []
+
+    def check(box: spaces.Box, array: Array, name: str) -> Any:
+        if outside(box, array[None])[0]:
+            problems.append(f"{name}={array.tolist()} is outside {box}")
+        return array
+
+    _map_boxes(space, value, name, check)
+    return problems[0] if problems else None
 
 
 def clipped(space: Space, value: Any) -> Any:
-    """One value with every number of a Box clipped to its bounds; the rest is not changed.
-
-    An array with a number that is not finite, or beyond float32, is not changed either: such an
-    episode is dropped, here and in `import`.
+    """One value with every number of a Box clipped to its bounds. An array with a number that is
+    not finite, or beyond float32, is not changed: such an episode is dropped.
     """
-    parts = {key: clipped(child, part) for key, child, part in _parts(space, value)}
+
+    def clip(box: spaces.Box, array: Array, name: str) -> Any:
+        finite = (np.abs(array.astype(np.float64)) <= FLOAT32).all()
+        return np.clip(array, box.low, box.high) if finite else array
+
+    return _map_boxes(space, value, "", clip)
+
+
+def _map_boxes(
+    space: Space, value: Any, name: str, change: Callable[[spaces.Box, Array, str], Any]
+) -> Any:
+    """The value with `change(box, array, name)` in place of the array of each Box of numbers."""
     if isinstance(space, spaces.Dict) and isinstance(value, Mapping):
-        return {**value, **parts}
+        parts = [(key, child) for key, child in children(space) if key in value]
+        return {
+            **value,
+            **{key: _map_boxes(child, value[key], f"{name}.{key}", change) for key, child in parts},
+        }
     if isinstance(space, spaces.Tuple) and isinstance(value, Sequence):
-        return tuple(parts.values())
-    array = _numbers(space, value)
-    if array is None or not (np.abs(array.astype(np.float64)) <= FLOAT32).all():
-        return value
-    assert isinstance(space, spaces.Box)
-    return np.clip(array, space.low, space.high)
-
-
-def _parts(space: Space, value: Any) -> list[tuple[str, Space, Any]]:
-    """The (key, space, value) of each part of a Dict or Tuple that the value has."""
-    if isinstance(space, spaces.Dict) and isinstance(value, Mapping):
-        return [(key, child, value[key]) for key, child in children(space) if key in value]
-    if isinstance(space, spaces.Tuple) and isinstance(value, Sequence):
-        return [(str(i), child, value[i]) for i, child in children(space) if i < len(value)]
-    return []
-
-
-def _numbers(space: Space, value: Any) -> Array | None:
-    """The value of a Box of numbers as an array; None where it has another kind or shape."""
-    if not isinstance(space, spaces.Box) or space.dtype == np.bool_:
-        return None
-    try:
-        array = np.asarray(value)
-    except ValueError:
-        return None
-    return array if array.shape == space.shape and array.dtype.kind in "fiu" else None
+        items = zip(children(space), value, strict=False)
+        return tuple(_map_boxes(child, it, f"{name}.{i}", change) for (i, child), it in items)
+    if isinstance(space, spaces.Box) and space.dtype != np.bool_:
+        with suppress(ValueError):
+            array = np.asarray(value)
+            if array.shape == space.shape and array.dtype.kind in "fiu":
+                return change(space, array, name)
+    return value
 
 
 class Clipped(gymnasium.Wrapper[Any, Any, Any, Any]):

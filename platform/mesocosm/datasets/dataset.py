@@ -32,7 +32,7 @@ from mesocosm.datasets.space_json import space_from_json
 from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.datasets.writer import DatasetWriter, write_dataset
 from mesocosm.errors import ArtifactError, UsageError
-from mesocosm.store.cache import Files, Partial, Whole
+from mesocosm.store.cache import Files, Partial
 
 __all__ = ["Chunk", "Dataset", "DatasetWriter", "Environment", "Manifest", "Split", "write_dataset"]
 
@@ -73,9 +73,7 @@ class Dataset:
     def __init__(self, paths: Sequence[str | Path | Partial]):
         if not paths:
             raise UsageError("data.datasets must name at least one dataset, got none")
-        self._files: list[Files] = [
-            path if isinstance(path, Partial) else Whole(Path(path)) for path in paths
-        ]
+        self._files = [it if isinstance(it, Partial) else Files(Path(it)) for it in paths]
         self.paths = [files.path for files in self._files]
         for files in self._files:
             files.ahead([MANIFEST, LENGTHS_FILE])
@@ -94,10 +92,9 @@ class Dataset:
         """[S] names within their datasets; shards are numbered over all datasets"""
         self.shard_part: Array = np.repeat(np.arange(len(paths)), counts)
         """[S] which of `paths` a shard is of"""
-        lengths = []
-        for files, before in zip(self._files, np.cumsum(counts) - counts, strict=True):
-            lengths.append(_load(files.hold(LENGTHS_FILE)).astype(LENGTHS))
-            lengths[-1]["shard"] += before
+        lengths = [_load(files.hold(LENGTHS_FILE)).astype(LENGTHS) for files in self._files]
+        for some, before in zip(lengths, np.cumsum(counts) - counts, strict=True):
+            some["shard"] += before
         self.lengths: Array = np.concatenate(lengths)
         """[n] `manifest.LENGTHS`, sorted by shard"""
         self._ends: Array = np.cumsum([shard.episodes for shard in shards])
@@ -120,7 +117,7 @@ class Dataset:
 
     @property
     def most(self) -> int | None:
-        """The most bytes of shards that may be on this machine; None: any number."""
+        """Bytes of shards that may be on this machine; None: any number."""
         return min((files.most for files in self._files if files.most is not None), default=None)
 
     def turn(self, now: Iterable[int], ahead: Iterable[int] = ()) -> None:
@@ -161,12 +158,12 @@ class Dataset:
         return arrays[name]
 
     def gather(self, name: str, shards: Array, rows: Array) -> Array:
-        """Rows of one array: `shards` [K], `rows` [K, ...] within them -> [K, ..., columns]."""
+        """As `gathered`, of one array."""
         return self.gathered(shards, {name: rows})[name]
 
     def gathered(self, shards: Array, rows: Mapping[str, Array]) -> dict[str, Array]:
-        """Rows of several arrays, shard by shard, so that each shard is held once: `shards` [K],
-        and by array `rows` [K, ...] within them -> [K, ..., columns].
+        """Rows of several arrays, each shard held once: `shards` [K], and by array `rows` [K, ...]
+        within them -> [K, ..., columns].
         """
         groups = list(grouped(shards)) or [(0, slice(None))]
         if len(groups) == 1:
@@ -194,9 +191,7 @@ class Dataset:
         return _load(files.hold(f"tables/{self.shards[shard]}.npy"), mapped=True)
 
     def shard_options(self, shard: int) -> tuple[Array, Array]:
-        """The reset options of a shard's n episodes: [n, k] numbers, and [n, k] positions in
-        `ResetOption.values`.
-        """
+        """Reset options of n episodes: [n, k] numbers, [n, k] positions in `ResetOption.values`."""
         if not self.options:
             count = int(self._ends[shard] - self._starts[shard])
             return np.zeros((count, 0)), np.zeros((count, 0), np.int64)
@@ -279,10 +274,8 @@ class Dataset:
         """
         train = self.episodes("train")
         if not 1 <= transitions <= self.count("train"):
-            raise UsageError(
-                f"the unique transitions must be 1 to {self.count('train')}, as many as"
-                f" {', '.join(self.ids)} has to train on, got {transitions}"
-            )
+            limit = f"1 to {self.count('train')}, as many as {', '.join(self.ids)} has to train on"
+            raise UsageError(f"the unique transitions must be {limit}, got {transitions}")
         order = train[permute(np.arange(len(train)), len(train), key(seed, UNIQUE))]
         ends = np.cumsum(self.table["length"][order])
         last = int(np.searchsorted(ends, transitions))
@@ -336,13 +329,12 @@ class Dataset:
 
     def task(self, number: int) -> dict[str, bool | int | float | str]:
         """The reset options of episode `number`."""
-        task: dict[str, bool | int | float | str] = {}
-        for i, option in enumerate(self.options):
-            if option.values is None:
-                task[option.name] = float(self.option_numbers[number, i])
-            else:
-                task[option.name] = option.values[int(self.option_values[number, i])]
-        return task
+        return {
+            option.name: float(self.option_numbers[number, i])
+            if option.values is None
+            else option.values[int(self.option_values[number, i])]
+            for i, option in enumerate(self.options)
+        }
 
     def iter_episodes(self, split: Split | None = None) -> Iterator[Episode]:
         for number in self.episodes(split):
@@ -373,8 +365,6 @@ def _load(path: Path, mapped: bool = False) -> Array:
     try:
         array = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ArtifactError(
-            f"{str(path)!r} is missing or damaged ({error}); collect the data again, or restore it"
-            " from a copy"
-        ) from error
+        fix = "collect the data again, or restore it from a copy"
+        raise ArtifactError(f"{str(path)!r} is missing or damaged ({error}); {fix}") from error
     return np.asarray(array)

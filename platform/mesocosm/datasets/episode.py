@@ -9,9 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Outcome = Literal["terminated", "truncated", "unfinished"]
-"""terminated: the environment ended it; truncated: a time limit did; unfinished: the budget of
-steps was spent.
-"""
+"""Ended by the environment, by a time limit, or by the budget of steps."""
 
 
 @dataclass
@@ -23,12 +21,9 @@ class Episode:
     seed: int
     """The seed of `env.reset(seed=...)`"""
     behaviour: str
-    observations: list[Any]
-    """T+1 raw observations"""
-    actions: list[Any]
-    """T raw actions"""
-    rewards: NDArray[np.float64]
-    """[T]"""
+    observations: list[Any]  # T+1
+    actions: list[Any]  # T
+    rewards: NDArray[np.float64]  # [T]
     outcome: Outcome
     durations: NDArray[np.float64] | None = None
     """[T] seconds from `info["duration"]`, where the environment gives it at every step"""

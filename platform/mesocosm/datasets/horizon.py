@@ -1,6 +1,4 @@
-"""The time limit of environments that truncate their own episodes and register no limit: the
-truncated episodes of the logs show it.
-"""
+"""The time limit of environments that register none: truncated episodes of the logs show it."""
 
 from __future__ import annotations
 
@@ -44,7 +42,7 @@ def logged_horizon(storage: Storage, datasets: Iterable[str]) -> Horizon | None:
         for shard in range(len(data.shards)):
             table = data.records(shard)
             lengths.append(table["length"][table["outcome"] == OUTCOMES.index("truncated")])
-    truncated = np.concatenate(lengths) if lengths else np.zeros(0, np.int64)
+    truncated = np.concatenate([np.zeros(0, np.int64), *lengths])
     if not len(truncated):
         return None
     longest = int(truncated.max())
@@ -55,11 +53,8 @@ def logged_horizon(storage: Storage, datasets: Iterable[str]) -> Horizon | None:
 
 
 def horizon_of(storage: Storage, world: Artifact, limit: int | None, key: str) -> Horizon:
-    """The horizon of a world's episodes: `limit`, the time limit of the config or the environment,
-    or else that of the logs.
-
-    Raises:
-        UsageError: there is neither; `key` is the config key that sets it.
+    """The horizon of a world's episodes: `limit` (of the config or environment) or the logs'.
+    Raises UsageError where there is neither; `key` is the config key that sets it.
     """
     if limit is not None:
         return Horizon(limit, "time limit of the environment")

@@ -20,8 +20,7 @@ OUTCOMES = ("terminated", "truncated", "unfinished")
 SPLITS = ("train", "valid")
 
 ARRAYS = ("obs_num", "obs_cat", "act_num", "act_cat", "reward", "terminated", "duration", "step")
-"""A shard's memory-mapped arrays, one row an observation (T+1 rows an episode); an episode never
-spans two shards.
+"""A shard's memory-mapped arrays, one row an observation (T+1 rows an episode, all in one shard).
 
 obs_num [rows, n] float64 raw, obs_cat [rows, m] unsigned, act_num, act_cat alike (zeros in an
 episode's last row), reward [rows] float64, terminated [rows] bool, duration [rows] float64 seconds
@@ -54,9 +53,7 @@ LENGTHS = np.dtype(
         ("episodes", "<i8"),  # that agree in all of the above
     ]
 )
-"""`lengths.npy`: enough to count windows of any size, terminals and transitions. The shards bound
-its size (at most 4 sqrt(2 R) records for a shard of R rows), not the episodes.
-"""
+"""`lengths.npy`: counts windows of any size in at most 4 sqrt(2 R) records a shard of R rows."""
 
 
 def lengths_of(table: Array) -> Array:
@@ -71,7 +68,7 @@ def lengths_of(table: Array) -> Array:
 
 
 def sort_key(value: Any) -> tuple[str, Any]:
-    """The key that sorts the values of a reset option, which may be of several kinds."""
+    """Sorts the values of a reset option, which may be of several kinds."""
     return type(value).__name__, value
 
 
@@ -119,16 +116,11 @@ class BehaviourCounts(_Model):
 
 
 class EpisodeCounts(_Model):
-    episodes: dict[str, int]
-    """By split."""
-    transitions: dict[str, int]
-    """By split."""
-    outcomes: dict[str, int]
-    """Episodes by outcome."""
-    dropped: int = 0
-    """Episodes that are not stored: the environment crashed or hung."""
-    empty: int = 0
-    """Episodes that are not stored: they have no transition."""
+    episodes: dict[str, int]  # by split
+    transitions: dict[str, int]  # by split
+    outcomes: dict[str, int]  # episodes by outcome
+    dropped: int = 0  # not stored: the environment crashed or hung
+    empty: int = 0  # not stored: no transition
 
 
 class Shard(_Model):
@@ -163,16 +155,14 @@ class Manifest(_Model):
         try:
             return Manifest.model_validate_json(path.read_text())
         except OSError as error:
-            raise ArtifactError(
-                f"{str(folder)!r} is not a dataset: {MANIFEST} cannot be read ({error.strerror});"
-                " give a datasets/ID"
-            ) from error
+            problem = f"{MANIFEST} cannot be read ({error.strerror}); give a datasets/ID"
+            raise ArtifactError(f"{str(folder)!r} is not a dataset: {problem}") from error
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise ArtifactError(
-                f"{str(path)!r} is not a manifest of schema {SCHEMA}: {place}: {first['msg']}; make"
-                " it again by its job with --force"
+                f"{str(path)!r} is not a manifest of schema {SCHEMA}: {problem}; make it again by"
+                " its job with --force"
             ) from error
 
 
@@ -202,18 +192,16 @@ def check_alike(paths: Sequence[Path], manifests: Sequence[Manifest]) -> None:
 def joined_options(
     manifests: Sequence[Manifest],
 ) -> tuple[list[ResetOption], list[list[Array | None]]]:
-    """The reset options of the task, and for each dataset and option the position of its values
-    among the values of all datasets (None: a number).
+    """All reset options, and for each dataset and option the positions of its values among those of
+    all datasets (None: a number).
     """
     options = []
     positions: list[list[Array | None]] = [[] for _ in manifests]
     for column, option in enumerate(manifests[0].task_options):
         values = [manifest.task_options[column].values for manifest in manifests]
         if len({some is None for some in values}) > 1:
-            raise UsageError(
-                f"the reset option {option.name!r} is a number in one dataset and a choice in"
-                " another; collect both alike"
-            )
+            problem = f"the reset option {option.name!r} is a number in one dataset and a choice in"
+            raise UsageError(f"{problem} another; collect both alike")
         union = sorted({value for some in values for value in some or ()}, key=sort_key)
         position = {value: i for i, value in enumerate(union)}
         for joined, some in zip(positions, values, strict=True):

@@ -81,11 +81,8 @@ def arrow(space: gymnasium.Space[Any], batch: Any, null: Array | None = None) ->
     """A batch (vector layout) as a nested Arrow array; `null` [B] marks missing rows."""
     mask = None if null is None else pa.array(null)
     if isinstance(space, spaces.Dict | spaces.Tuple):
-        items = batch.values() if isinstance(space, spaces.Dict) else batch
         names = [str(name) for name, _ in children(space)]
-        parts = [
-            arrow(child, item) for (_, child), item in zip(children(space), items, strict=True)
-        ]
+        parts = [arrow(child, batch[key]) for key, child in children(space)]
         return pa.StructArray.from_arrays(parts, names, mask=mask)
     if isinstance(space, spaces.Text):
         return pa.array(np.array(batch, object), pa.string(), mask=null)

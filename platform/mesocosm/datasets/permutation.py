@@ -1,6 +1,4 @@
-"""Keyed permutations of 0..n-1 in O(1) memory, and the 64-bit mixer they are made of. Vectorised
-numpy, no state.
-"""
+"""Keyed permutations of 0..n-1 in O(1) memory, and the 64-bit mixer they are made of."""
 
 from __future__ import annotations
 

@@ -16,11 +16,7 @@ Array = NDArray[Any]
 
 
 def space_to_json(space: Space) -> dict[str, Any]:
-    """A space as plain JSON (finite numbers, strings, lists), without its random state.
-
-    Raises:
-        UsageError: the space is not supported.
-    """
+    """A space as plain JSON (finite numbers, strings, lists), without its random state."""
     dtype = np.dtype(space.dtype)
     if isinstance(space, spaces.Dict):
         parts = [[key, space_to_json(child)] for key, child in space.spaces.items()]

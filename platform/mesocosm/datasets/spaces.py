@@ -1,10 +1,9 @@
 """Gymnasium spaces <-> flat arrays: numbers [B, n] float64 and categories [B, m] int64.
 
-A space is flattened into leaves, in the space's own order. A Box becomes numbers (a Box of bool:
-categories of 2). Discrete, MultiDiscrete and MultiBinary become categories that count from 0. A
-Text of at most L characters becomes L categories: 0 after its end, c for the c-th character of its
-sorted charset. Integers are exact up to 2**53. Nothing is clipped to a space's bounds: values
-outside a Box pass both ways (`bounds` checks them).
+A space is flattened into leaves, in its own order. A Box becomes numbers (a Box of bool: categories
+of 2). Discrete, MultiDiscrete and MultiBinary become categories that count from 0. A Text of at
+most L characters becomes L categories: 0 after its end, c for the c-th character of its sorted
+charset. Values outside a Box pass both ways (`bounds` checks them).
 """
 
 from __future__ import annotations
@@ -70,11 +69,7 @@ class Leaf:
 
 
 class SpaceCodec:
-    """Encodes and decodes batches of values of one space.
-
-    Raises:
-        UsageError: a leaf is not supported (an image, Graph, Sequence, OneOf), or there is none.
-    """
+    """Encodes and decodes batches of one space. Raises UsageError where a leaf is not supported."""
 
     def __init__(self, space: Space, name: str = "observation"):
         self.space = space
@@ -85,10 +80,8 @@ class SpaceCodec:
         """of each of the m category columns"""
         self._append(space, (), name)
         if not self.leaves:
-            raise UsageError(
-                f"{name}: the space {space} has no parts; a world needs at least one number or"
-                " category"
-            )
+            fix = "a world needs at least one number or category"
+            raise UsageError(f"{name}: the space {space} has no parts; {fix}")
 
     @property
     def categories(self) -> int:
@@ -109,12 +102,8 @@ class SpaceCodec:
 
     def matching(self, name: str) -> list[Leaf]:
         """The leaves at or under the key path `name` ("goal", "camera.pose")."""
-        paths = [".".join(map(str, leaf.path)) for leaf in self.leaves]
-        return [
-            leaf
-            for leaf, path in zip(self.leaves, paths, strict=True)
-            if path == name or path.startswith(f"{name}.")
-        ]
+        paths = [".".join([*map(str, leaf.path), ""]) for leaf in self.leaves]
+        return [self.leaves[i] for i, path in enumerate(paths) if path.startswith(f"{name}.")]
 
     def _append(self, space: Space, path: Path, name: str) -> None:
         if isinstance(space, spaces.Dict | spaces.Tuple):
@@ -126,16 +115,13 @@ class SpaceCodec:
         m, numbers, start, characters = self.categories, 0, None, None
         size = int(np.prod(space.shape or ()))
         cardinalities: tuple[int, ...] = ()
-        if isinstance(space, spaces.MultiBinary) or (
-            isinstance(space, spaces.Box) and space.dtype == np.bool_
-        ):
+        box = isinstance(space, spaces.Box)
+        if isinstance(space, spaces.MultiBinary) or (box and space.dtype == np.bool_):
             cardinalities, start = (2,) * size, np.zeros(size, np.int64)
         elif isinstance(space, spaces.Box):
             if space.dtype == np.uint8 and len(space.shape) >= 3:
-                raise UsageError(
-                    f"{name}: images ({space}) are not supported yet; give features instead, or"
-                    " drop this key with a wrapper"
-                )
+                fix = "give features instead, or drop this key with a wrapper"
+                raise UsageError(f"{name}: images ({space}) are not supported yet; {fix}")
             dtype = np.dtype(space.dtype)
             if dtype.kind == "f" and dtype.itemsize > 8:
                 raise UsageError(f"{name}: dtype {dtype} is wider than float64; use float64")
@@ -157,17 +143,14 @@ class SpaceCodec:
 
     def encode(self, batch: Any) -> tuple[Array, Array]:
         """Encode B values in a vector environment's layout (leaves [B, ...]; Text: B strings).
-
-        Raises:
-            MesocosmError: a leaf's shape, kind or range is not its space's.
+        Raises MesocosmError where a leaf's shape, kind or range is not its space's.
         """
         columns = [_descend(batch, leaf) for leaf in self.leaves]
         try:
             size = len(columns[0])
         except TypeError as error:
-            raise MesocosmError(
-                f"{self.leaves[0].name} must have a leading batch dimension, got {columns[0]!r}"
-            ) from error
+            problem = f"{self.leaves[0].name} must have a leading batch dimension"
+            raise MesocosmError(f"{problem}, got {columns[0]!r}") from error
         return self.encode_leaves(columns, size)
 
     def encode_list(self, values: Sequence[Any]) -> tuple[Array, Array]:
@@ -186,13 +169,11 @@ class SpaceCodec:
             try:
                 array = np.asarray(values)
             except ValueError as error:
-                raise MesocosmError(
-                    f"{leaf.name}: every value must have shape {leaf.shape}, got several shapes"
-                ) from error
+                problem = f"every value must have shape {leaf.shape}, got several shapes"
+                raise MesocosmError(f"{leaf.name}: {problem}") from error
             if array.shape != (size, *leaf.shape):
-                raise MesocosmError(
-                    f"{leaf.name} must have shape {leaf.shape}, got {array.shape[1:]}; {AGREE}"
-                )
+                problem = f"must have shape {leaf.shape}, got {array.shape[1:]}"
+                raise MesocosmError(f"{leaf.name} {problem}; {AGREE}")
             flat = array.reshape(size, int(np.prod(leaf.shape)))
             if leaf.start is None:
                 _check_numbers(leaf, flat)
@@ -233,9 +214,8 @@ def first_beyond_float32(values: Array) -> tuple[int, int] | None:
         return None
     if max(values.max(), -values.min()) <= FLOAT32:  # false where a number is NaN
         return None
-    for row, column in np.argwhere(np.isfinite(values) & (np.abs(values) > FLOAT32)):
-        return int(row), int(column)
-    return None
+    places = np.argwhere(np.isfinite(values) & (np.abs(values) > FLOAT32)).tolist()
+    return (places[0][0], places[0][1]) if places else None
 
 
 def _build(space: Space, leaves: Iterator[Any]) -> Any:
@@ -261,28 +241,23 @@ def _check_numbers(leaf: Leaf, flat: Array) -> None:
     if flat.dtype.kind in "iu" and flat.dtype.itemsize == 8 and flat.size:
         for extreme in (flat.max(), flat.min()):
             if abs(int(extreme)) > EXACT:
-                raise MesocosmError(
-                    f"{leaf.name}: the integer {extreme} is beyond 2**53 and has no exact float64;"
-                    " rescale it, or split it with a wrapper"
-                )
+                problem = f"the integer {extreme} is beyond 2**53 and has no exact float64"
+                fix = "rescale it, or split it with a wrapper"
+                raise MesocosmError(f"{leaf.name}: {problem}; {fix}")
     if (place := first_beyond_float32(flat)) is not None:
-        raise MesocosmError(
-            f"{leaf.labels()[place[1]]} holds {flat[place]:g}, and a world computes in float32;"
-            " rescale it"
-        )
+        problem = f"holds {flat[place]:g}, and a world computes in float32"
+        raise MesocosmError(f"{leaf.labels()[place[1]]} {problem}; rescale it")
 
 
 def _checked_categories(leaf: Leaf, start: Array, flat: Array) -> Array:
     if flat.dtype.kind not in "iub":
-        raise MesocosmError(
-            f"{leaf.name} must hold integers of {leaf.space}, got dtype {flat.dtype}; {AGREE}"
-        )
+        problem = f"must hold integers of {leaf.space}, got dtype {flat.dtype}"
+        raise MesocosmError(f"{leaf.name} {problem}; {AGREE}")
     categories = flat.astype(np.int64) - start
     bad = (categories < 0) | (categories >= np.array(leaf.cardinalities, np.int64))
     if bad.any():
-        raise MesocosmError(
-            f"{leaf.name}: the value {flat[bad][0]} is outside the space {leaf.space}; {AGREE}"
-        )
+        problem = f"the value {flat[bad][0]} is outside the space {leaf.space}"
+        raise MesocosmError(f"{leaf.name}: {problem}; {AGREE}")
     return categories
 
 
@@ -295,19 +270,16 @@ def _encode_text(leaf: Leaf, characters: Array, values: Any, size: int) -> Array
     width = space.max_length
     for value in values:
         if not space.min_length <= len(value) <= width:
-            raise MesocosmError(
-                f"{leaf.name}: the text {value!r} must have {space.min_length} to {width}"
-                f" characters, got {len(value)}"
-            )
+            limits = f"{space.min_length} to {width} characters, got {len(value)}"
+            raise MesocosmError(f"{leaf.name}: the text {value!r} must have {limits}")
     padded = "".join(value.ljust(width, "\0") for value in values)
     codes = np.frombuffer(padded.encode("utf-32-le", "surrogatepass"), "<u4").reshape(size, width)
     inside = np.arange(width) < np.array([len(value) for value in values], np.int64)[:, None]
     unknown = inside & ~np.isin(codes, characters)
     if unknown.any():
-        raise MesocosmError(
-            f"{leaf.name}: the character {chr(int(codes[unknown][0]))!r} is not in the charset of"
-            f" {space}"
-        )
+        character = chr(int(codes[unknown][0]))
+        problem = f"the character {character!r} is not in the charset of {space}"
+        raise MesocosmError(f"{leaf.name}: {problem}")
     return np.where(inside, np.searchsorted(characters, codes) + 1, 0)
 
 
@@ -342,7 +314,5 @@ def _decode_text(leaf: Leaf, characters: Array, codes: Array) -> tuple[str, ...]
 
 def unsupported(space: Space, name: str) -> UsageError:
     """The error for a space that a world cannot hold."""
-    return UsageError(
-        f"{name}: the space {space} ({type(space).__name__}) is not supported; use Box, Discrete,"
-        " MultiDiscrete, MultiBinary, Text, Dict and Tuple"
-    )
+    fix = "use Box, Discrete, MultiDiscrete, MultiBinary, Text, Dict and Tuple"
+    return UsageError(f"{name}: the space {space} ({type(space).__name__}) is not supported; {fix}")

@@ -67,9 +67,8 @@ class DatasetWriter:
     """`add` episodes in a fixed order, then `close`. The same episodes give the same bytes.
 
     The split is by a hash of (seed, episode index, behaviour): each episode is held out with the
-    probability `valid_fraction`. At least one of ENOUGH episodes is held out (fewer may be the
-    whole of a short later round: one of two would be half of it), none where the fraction is 0, and
-    never the last one to train on. `add` may give each episode's split instead.
+    probability `valid_fraction`. At least one of ENOUGH episodes is held out unless the fraction is
+    0, and never the last one to train on. `add` may give each episode's split instead.
 
     Raises:
         UsageError: a space is not supported.
@@ -125,14 +124,12 @@ class DatasetWriter:
             self._empty += 1
             return
         if episode.index in self._indices:
-            raise MesocosmError(
-                f"{_where(episode)} comes twice; episode indices must be unique in a dataset"
-            )
+            fix = "episode indices must be unique in a dataset"
+            raise MesocosmError(f"{_where(episode)} comes twice; {fix}")
         if set(episode.task) != set(self._options):
-            raise MesocosmError(
-                f"{_where(episode)} must have the reset options {sorted(self._options)} of"
-                f" reality.task, got {sorted(episode.task)}"
-            )
+            expected = f"the reset options {sorted(self._options)} of reality.task"
+            got = sorted(episode.task)
+            raise MesocosmError(f"{_where(episode)} must have {expected}, got {got}")
         rows = encode_episode(episode, *self._codecs) if rows is None else rows
         self._durations = self._durations and episode.durations is not None
         self._indices.add(episode.index)
@@ -208,10 +205,8 @@ class DatasetWriter:
         Raises MesocosmError where no episode has a transition.
         """
         if not self._table:
-            raise MesocosmError(
-                f"no episode has a single transition ({dropped} dropped, {self._empty} empty);"
-                " nothing to write"
-            )
+            counts = f"{dropped} dropped, {self._empty} empty"
+            raise MesocosmError(f"no episode has a single transition ({counts}); nothing to write")
         self._flush()
         table = np.array(self._table, EPISODES)
         table["split"] = self._split(table)
@@ -271,10 +266,9 @@ class DatasetWriter:
                 options.append(ResetOption(name=name))
                 continue
             if float in kinds or len({type(value) for value in distinct}) > 1:
-                raise MesocosmError(
-                    f"the reset option {name!r} must have finite numbers, or values of one kind;"
-                    f" got {distinct[0]!r} and {distinct[-1]!r}"
-                )
+                got = f"got {distinct[0]!r} and {distinct[-1]!r}"
+                expected = "finite numbers, or values of one kind"
+                raise MesocosmError(f"the reset option {name!r} must have {expected}; {got}")
             position = {value: i for i, value in enumerate(distinct)}
             values[:, column] = [position[value] for value in raw]
             options.append(ResetOption(name=name, values=distinct))
@@ -301,10 +295,9 @@ def encode_episode(
     where, length = _where(episode), len(episode)
     counts = len(episode.observations), len(episode.actions)
     if counts != (length + 1, length):
-        raise MesocosmError(
-            f"{where} has {length} rewards, so it must have {length + 1} observations and {length}"
-            f" actions, got {counts[0]} and {counts[1]}"
-        )
+        expected = f"{length + 1} observations and {length} actions"
+        got = f"got {counts[0]} and {counts[1]}"
+        raise MesocosmError(f"{where} has {length} rewards, so it must have {expected}, {got}")
     rows: dict[str, Array] = {}
     for prefix, codec, values in (
         ("obs", observation, episode.observations),
@@ -340,14 +333,11 @@ def _word(text: str) -> int:
 
 
 def _plain(value: Any) -> bool | int | float | str:
-    plain = (
-        value.item() if isinstance(value, np.generic | np.ndarray) and value.size == 1 else value
-    )
+    scalar = isinstance(value, np.generic | np.ndarray) and value.size == 1
+    plain = value.item() if scalar else value
     if not isinstance(plain, bool | int | float | str):
-        raise MesocosmError(
-            "a reset option must be a number, a string or a boolean, got"
-            f" {value!r} ({type(value).__name__})"
-        )
+        got = f"{value!r} ({type(value).__name__})"
+        raise MesocosmError(f"a reset option must be a number, a string or a boolean, got {got}")
     return plain
 
 
@@ -355,7 +345,5 @@ def _check_finite(values: Array, names: list[str], where: str) -> None:
     if np.isfinite(values).all():
         return
     step, column = np.argwhere(~np.isfinite(values))[0]
-    raise MesocosmError(
-        f"{where}, step {step}: {names[column]} is {values[step, column]}; drop the episode, or fix"
-        " the environment"
-    )
+    problem = f"{where}, step {step}: {names[column]} is {values[step, column]}"
+    raise MesocosmError(f"{problem}; drop the episode, or fix the environment")

@@ -1,8 +1,6 @@
-"""MLflow as a mirror of run folders. The only module that imports mlflow.
-
-A thread replays a run's metrics.jsonl, facts and files into MLflow. mlflow.json records what was
-delivered, mlflow.pending what remains, so that delivery can be repeated, also by another process
-(`tracking.replay_pending`).
+"""MLflow as a mirror of run folders: a thread replays a run's metrics.jsonl, facts and files.
+mlflow.json records what was delivered and mlflow.pending what remains, so that any process can
+repeat the delivery. The only module that imports mlflow.
 """
 
 from __future__ import annotations
@@ -33,10 +31,7 @@ _lock = threading.RLock()
 
 
 def uri_of(config: JobConfig) -> str:
-    """The MLflow tracking URI: the configured one, or a sqlite file under the root.
-
-    It may contain a password: pass it through `redact` before it is printed or written.
-    """
+    """The tracking URI, or a sqlite file under the root. It may hold a password: `redact` it."""
     storage = Storage(config.storage.root)
     return config.tracking.uri or f"sqlite:///{storage.local_path('mlflow.db')}"
 
@@ -47,10 +42,7 @@ def redact(text: str) -> str:
 
 
 class Mirror:
-    """Replays a run's folder into MLflow from a thread.
-
-    mlflow.pending stays until everything is delivered.
-    """
+    """Replays a run's folder into MLflow from a thread."""
 
     def __init__(self, folder: Path, config: JobConfig, name: str, note: Callable[[str], None]):
         self._folder, self._config, self._note = folder, config, note
@@ -85,11 +77,9 @@ class Mirror:
                     continue
                 self._warned = True
                 reason = f"{type(error).__name__}: {faults.first_line(error)}"
+                problem = f"MLflow at {uri_of(self._config)} is away ({reason})"
                 with suppress(OSError, StorageError):  # log.txt may be what cannot be written
-                    self._note(
-                        f"MLflow at {uri_of(self._config)} is away ({reason}); metrics.jsonl is"
-                        " kept and replayed later"
-                    )
+                    self._note(f"{problem}; metrics.jsonl is kept and replayed later")
 
 
 def deliver(folder: Path, config: JobConfig) -> None:
@@ -199,12 +189,11 @@ def _replay_metrics(client: Any, run_id: str, path: Path, offset: int) -> int:
         file.seek(offset)
         data = file.read()
     data = data[: data.rfind(b"\n") + 1]
-    batch: list[Any] = []
+    batch = []
     for line in map(json.loads, data.splitlines()):
         stamp, step = int(line.pop("time") * 1000), line.pop("step") or 0
-        for key, value in line.items():
-            if isinstance(value, int | float):
-                batch.append(Metric(key, value, stamp, step))
+        numbers = {key: value for key, value in line.items() if isinstance(value, int | float)}
+        batch += [Metric(key, value, stamp, step) for key, value in numbers.items()]
     for first in range(0, len(batch), 500):
         client.log_batch(run_id, metrics=batch[first : first + 500])
     return offset + len(data)

@@ -5,10 +5,9 @@
                         /metrics.jsonl   the truth: lines of {"time", "step", metric: value, ...}
                         /log.txt         all messages, and the traceback of a failure
 
-MLflow is a mirror: a background thread replays metrics.jsonl into it, and the next run under the
-same root delivers what MLflow missed while it was away (`replay_pending`). No job waits for MLflow
-or fails with it. On a remote root the folder is in this machine's cache, and is uploaded every ten
-seconds and at the end (`upload`).
+MLflow is a mirror: the next run under the same root delivers what it missed while it was away, and
+no job waits for it or fails with it. On a remote root the folder is in this machine's cache, and is
+uploaded every ten seconds and at the end (`upload`).
 """
 
 from __future__ import annotations
@@ -58,10 +57,7 @@ SILENT_S = 600.0
 
 
 class Run:
-    """One job's run, made by `start`.
-
-    Several threads of the driver may log to it, Ray workers may not.
-    """
+    """One job's run, made by `start`. Threads of the driver may log to it, Ray workers may not."""
 
     def __init__(self, job: str, id: str, config: JobConfig, parent: Run | None, quiet: bool):
         self.job, self.id, self.config, self.parent, self.quiet = job, id, config, parent, quiet
@@ -79,15 +75,12 @@ class Run:
         self._state, self._error = "running", ""
         self._progress: dict[str, Any] | None = None
         (self.folder / "config.yaml").write_text(redact(to_yaml(config)))
-        self._status("running")
+        self._write_status()
         self._mirror = Mirror(self.folder, config, job, self._note)
         self._uploader = Uploader(self.storage, self.folder, f"runs/{job}/{id}", self._beat)
 
     def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append one line to metrics.jsonl.
-
-        Values that are not finite are written as strings and not sent to MLflow.
-        """
+        """Append one line to metrics.jsonl; numbers that are not finite are written as strings."""
         line: dict[str, Any] = {"time": round(time.time(), 3), "step": step}
         for name, value in metrics.items():
             number = float(value)
@@ -122,33 +115,23 @@ class Run:
     def progress(
         self, description: str, total: float | None = None
     ) -> Iterator[Callable[[float, str], None]]:
-        """Show a live line of progress, or plain lines where there is no terminal.
-
-        Yields:
-            A function to call with (completed, note).
-        """
+        """Show progress, live on a terminal. Yields a function to call with (completed, note)."""
         began = time.monotonic()
         note, printed = "", began
-        live: Progress | None = None
-        if not self.quiet and console.is_terminal:
-            live = Progress(
-                SpinnerColumn(),
-                TextColumn("{task.description:<28}"),
-                BarColumn(24),
-                TextColumn("{task.fields[note]}"),
-                TimeElapsedColumn(),
-                console=console,
-                transient=True,
-            )
+        texts = TextColumn("{task.description:<28}"), TextColumn("{task.fields[note]}")
+        columns = SpinnerColumn(), texts[0], BarColumn(24), texts[1], TimeElapsedColumn()
+        live = Progress(*columns, console=console, transient=True)
+        task = live.add_task(description, total=total, note="")
+        terminal = not self.quiet and console.is_terminal
+        if terminal:
             live.start()
-            task = live.add_task(description, total=total, note="")
 
         def update(completed: float, text: str = "") -> None:
             nonlocal note, printed
             note = text
             progress = {"what": description, "completed": completed, "total": total, "note": text}
             self._progress = progress
-            if live is not None:
+            if terminal:
                 live.update(task, completed=completed, note=text)
             elif not self.quiet and time.monotonic() - printed > 15:
                 printed = time.monotonic()
@@ -158,7 +141,7 @@ class Run:
         try:
             yield update
         finally:
-            if live is not None:
+            if terminal:
                 live.stop()
         self.say(f"  {description:<28} {note}  [{time.monotonic() - began:.1f} s]")
 
@@ -171,10 +154,7 @@ class Run:
     @contextmanager
     def making(self, kind: str, id: str, config: JobConfig) -> Iterator[Artifact | None]:
         """Yield the finished artifact, unless `config.force`; or None, while this process alone
-        may make it.
-
-        Raises:
-            Held: Another process makes it, and `config.wait` is False.
+        may make it. Raises Held where another makes it and `config.wait` is False.
         """
         force = config.force
         if not force and (artifact := self.storage.find(kind, id)) is not None:
@@ -183,11 +163,6 @@ class Run:
         with hold(self.storage, f"{kind}/{id}", self.job, self.say, wait=config.wait):
             # An earlier holder of the lease may have made it.
             yield None if force else self.storage.find(kind, id)
-
-    def _status(self, state: str, error: str = "") -> None:
-        with self._lock:
-            self._state, self._error = state, redact(error)
-            self._write_status()
 
     def _write_status(self) -> None:
         status = {
@@ -220,7 +195,9 @@ class Run:
         with ExitStack() as closing:
             closing.callback(self._uploader.close)
             closing.callback(self._mirror.close)
-            self._status(state, error)
+            with self._lock:
+                self._state, self._error = state, redact(error)
+                self._write_status()
 
     def _end_after(self, state: str, error: str, trace: str = "") -> None:
         """End the run after an error. A failure to record the end is reported and hides nothing."""
@@ -244,9 +221,7 @@ def start(
     parent: Run | None = None,
     quiet: bool = False,
 ) -> Iterator[Run]:
-    """Begin a run. Its status records how the block ends: done, failed with the error, or stopped
-    on Ctrl-C.
-    """
+    """Begin a run. Its status records how the block ends: done, failed, or stopped on Ctrl-C."""
     id = id or f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:6]}"
     run = Run(job, id, config, parent, quiet)
     try:
@@ -267,12 +242,8 @@ def register_world(run: Run, artifact: Artifact) -> None:
 
 
 def replay_pending(config: JobConfig) -> int:
-    """Deliver to MLflow what earlier runs under this root could not.
-
-    A run whose status is "running" and whose process is gone has crashed and is marked failed.
-
-    Returns:
-        How many runs were brought up to date.
+    """Deliver to MLflow what earlier runs under this root could not, and mark runs as failed whose
+    process is gone. Returns how many runs were brought up to date.
     """
     delivered = 0
     for mark in sorted(Storage(config.storage.root).local_path("runs").glob(f"*/*/{PENDING}")):

@@ -1,8 +1,5 @@
-"""Uploads a run's folder to a remote root while the run works: its record outlives its process, its
-node and its cluster.
-
-A job that was submitted to a cluster (`MESOCOSM_JOB` is its id) also uploads its driver's output,
-and stops when a file `stop` appears beside it.
+"""Uploads a run's folder to a remote root while the run works. A job submitted to a cluster
+(`MESOCOSM_JOB` is its id) also uploads its driver's output, and stops when a file `stop` appears.
 """
 
 from __future__ import annotations
@@ -22,9 +19,7 @@ from mesocosm.store.artifacts import Storage
 EVERY = 10.0
 """Seconds between uploads."""
 SMALL = 8 << 20
-"""Bytes. A file of n times this size is uploaded every n + 1st time, because S3 cannot append and
-all of it is sent.
-"""
+"""Bytes. S3 cannot append: a file of n times this size is uploaded every n + 1st time only."""
 STOP_POLL_S = 2.0
 STOP, DRIVER_LOG = "stop", "driver.log"
 JOB = "MESOCOSM_JOB"
@@ -33,9 +28,7 @@ JOB = "MESOCOSM_JOB"
 
 class Uploader:
     """Calls `beat` every `EVERY` seconds, and on a remote root uploads the changes of `folder` to
-    `prefix`.
-
-    If storage is away, the next upload tries again. A run waits for it only once, at its end.
+    `prefix`. If storage is away, the next upload tries again.
     """
 
     def __init__(self, storage: Storage, folder: Path, prefix: str, beat: Callable[[], None]):
@@ -56,11 +49,14 @@ class Uploader:
             self._send(path)
 
     def _work(self) -> None:
-        uploaded = time.monotonic()
+        uploaded, request = time.monotonic(), f"{self._prefix}/{STOP}"
         while not self._closing.wait(min(STOP_POLL_S, EVERY)):
             if self._submitted:
                 with suppress(Exception):
-                    self._stop_if_asked()
+                    if self._storage.read(request) is not None:
+                        self._storage.remove(request)
+                        # Ray's own handler of SIGTERM aborts its drivers.
+                        os.kill(os.getpid(), signal.SIGINT)
             if time.monotonic() - uploaded < EVERY:
                 continue
             uploaded = time.monotonic()
@@ -70,13 +66,6 @@ class Uploader:
             for path in self._files():
                 with suppress(Exception):
                     self._send_if_due(path)
-
-    def _stop_if_asked(self) -> None:
-        """Stop the job as Ctrl-C would."""
-        name = f"{self._prefix}/{STOP}"
-        if self._storage.read(name) is not None:
-            self._storage.remove(name)
-            os.kill(os.getpid(), signal.SIGINT)  # Ray's own handler of SIGTERM aborts its drivers
 
     def _copy_driver_log(self) -> None:
         """Copy the driver's output from the file that Ray made its standard output."""

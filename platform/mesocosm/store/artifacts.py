@@ -41,8 +41,6 @@ TRANSFERS = 4
 
 
 class FileEntry(TypedDict):
-    """One file of an artifact."""
-
     sha256: str
     bytes: int
 
@@ -86,12 +84,7 @@ def _print(text: str) -> None:
 
 
 class Storage(Root):
-    """The artifacts of one root. Safe to open in any process.
-
-    Args:
-        root: A folder, or `s3://bucket/prefix`.
-        say: Receives messages for the user.
-    """
+    """The artifacts of one root, for any process. `say` receives messages for the user."""
 
     def __init__(self, root: str, say: Callable[[str], None] = _print):
         super().__init__(root)
@@ -134,11 +127,7 @@ class Storage(Root):
         raise UsageError(f"no artifact {kind}/{id or repr(id)} in storage.root {self.root!r}{fix}")
 
     def commit_of(self, kind: str, id: str) -> Commit | None:
-        """The artifact's COMMIT.json; None where it does not exist.
-
-        Raises:
-            ArtifactError: COMMIT.json is damaged.
-        """
+        """The artifact's COMMIT.json, or None. Raises ArtifactError where it is damaged."""
         raw = self.read(f"{kind}/{id}/{COMMIT}")
         return None if raw is None else self._parse(kind, id, raw)
 
@@ -147,18 +136,15 @@ class Storage(Root):
         problem = None
         try:
             commit = _COMMIT.validate_json(raw, strict=True)
-        except ValidationError as error:
-            if not raw.strip():
-                problem = "it is empty"
-            elif error.errors()[0]["type"] == "json_invalid":
-                problem = "it is cut short"
-            else:
-                problem = "it does not describe an artifact"
-        else:
             if (commit["kind"], commit["id"]) != (kind, id):
                 problem = f"it is of {commit['kind']}/{commit['id']}"
             elif self.remote and "folder" not in commit:
                 problem = "it names no folder"
+        except ValidationError as error:
+            torn = error.errors()[0]["type"] == "json_invalid"
+            problem = "it is cut short" if torn else "it does not describe an artifact"
+            if not raw.strip():
+                problem = "it is empty"
         if problem is not None:
             raise ArtifactError(
                 f"{kind}/{id}: {COMMIT} is damaged ({problem}); restore"
@@ -168,10 +154,9 @@ class Storage(Root):
         # A name that leads out of the artifact would overwrite other files of this machine.
         for name in (*commit["files"], commit.get("folder", "")):
             if name.startswith("/") or ".." in name.split("/"):
-                raise ArtifactError(
-                    f"{kind}/{id}: {COMMIT} names {name!r}, which is outside of the artifact; it"
-                    " was not made by this project, do not use it"
-                )
+                problem = f"{COMMIT} names {name!r}, which is outside of the artifact"
+                fix = "it was not made by this project, do not use it"
+                raise ArtifactError(f"{kind}/{id}: {problem}; {fix}")
         return commit
 
     def is_damaged(self, kind: str, id: str) -> bool:
@@ -209,10 +194,7 @@ class Storage(Root):
         return Artifact(kind, id, local, self.url(kind, id), commit["meta"])
 
     def fetch(self, commit: Commit, name: str, path: Path) -> bool:
-        """Fetch a file of a remote root's artifact into `path`, whole or not at all.
-
-        Returns False where the root has no such file.
-        """
+        """Fetch a remote artifact's file into `path`, whole. False where there is no such file."""
         kind, id = commit["kind"], commit["id"]
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
         try:
@@ -261,24 +243,17 @@ class Storage(Root):
             return artifact
         with self.storage_errors(f"{kind}/{id}"), self.scratch() as folder:
             fill(folder)
-            commit = {
-                "schema": SCHEMA,
-                "kind": kind,
-                "id": id,
-                "code": __version__,
-                "created": datetime.now(UTC).isoformat(),
-                "meta": dict(meta),
-            }
+            created = datetime.now(UTC).isoformat()
+            commit = {"schema": SCHEMA, "kind": kind, "id": id, "code": __version__}
+            commit |= {"created": created, "meta": dict(meta)}
             commit_files = self._upload if self.remote else self._move
             won = commit_files(folder, commit, force)
             path = self.artifact_path(kind, id)
             if won and (not self.remote or self._keep(folder, path)):
                 return Artifact(kind, id, path, self.url(kind, id), json.loads(json.dumps(meta)))
         if not won:
-            self._say(
-                f"{kind}/{id} was finished by another process meanwhile: its files are kept and"
-                " used, those made here are dropped"
-            )
+            result = "its files are used, those made here are dropped"
+            self._say(f"{kind}/{id} was finished by another process meanwhile: {result}")
         artifact = self.find(kind, id)
         assert artifact is not None
         return artifact
@@ -308,10 +283,8 @@ class Storage(Root):
         return True
 
     def _upload(self, folder: Path, commit: dict[str, Any], force: bool) -> bool:
-        """Commit on a remote root. Returns False where another writer's artifact stays.
-
-        Each writer has its own folder, so that a slower one overwrites nothing that the winner's
-        COMMIT.json names.
+        """Commit on a remote root. Returns False where another writer's artifact stays. Each writer
+        has its own folder, so that a slower one overwrites nothing of the winner's.
         """
         kind, id, mine = commit["kind"], commit["id"], uuid.uuid4().hex[:12]
         marker = f"{kind}/{id}/{COMMIT}"
@@ -347,10 +320,8 @@ class Storage(Root):
 
     def discard(self, path: str) -> bool:
         """Remove an artifact `kind/id` that is unfinished or damaged, or on a remote root a folder
-        `kind/id/folder` that its COMMIT.json does not name.
-
-        Returns False, and removes nothing, where the artifact is whole, or the folder named, by
-        now.
+        `kind/id/folder` that its COMMIT.json does not name. Returns False, and removes nothing,
+        where the artifact is whole, or the folder named, by now.
         """
         kind, id, *folder = path.split("/")
         if not self.remote:
@@ -361,8 +332,8 @@ class Storage(Root):
         return True
 
     def _discard_local(self, kind: str, id: str) -> bool:
-        """The folder is moved to scratch first: no other process can complete it there."""
         target = self._path(kind, id)
+        # In scratch no other process can complete the folder.
         with self.storage_errors(f"{kind}/{id}"), self.scratch() as scratch:
             folder = scratch / id
             try:

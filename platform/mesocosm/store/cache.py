@@ -1,23 +1,15 @@
-"""Partial artifacts: a machine fetches and verifies only the units that are read. So a dataset may
-be larger than its disk, and opening one takes a time that does not depend on its size.
+"""Partial artifacts: a machine fetches and verifies only the units that are read, so a dataset may
+be larger than its disk.
 
-A unit is a file or a folder of files. It is verified once on a machine, whatever the number of its
-processes. Where the root is a folder, or `Storage.artifact` keeps a whole copy here, a stamp in the
-cache folder records which files (size, inode, time of change) were verified. What is fetched from a
-remote root is stored in
+A unit is a file or a folder of files, verified once on a machine. Where a whole copy is on this
+machine, a stamp in the cache folder records which files (size, inode, time of change) were
+verified. What is fetched from a remote root enters CACHE/parts/KIND/ID/WRITER/UNIT by one
+rename, after its checksums were verified and its bytes were on disk.
 
-    CACHE/parts/KIND/ID/WRITER/UNIT
-
-by one rename, after its checksums were verified and its bytes were on disk: a unit in there is
-whole.
-
-Locks, which the kernel frees with their holder:
-
-- A unit's lock is exclusive while the unit is fetched or removed, and shared while it is read. So a
-  unit is fetched once on a machine, different units are fetched at the same time, and a unit that
-  is read is never removed.
-- The lock `room` is held for moments: to remove the least recently used shards, and to reserve the
-  room of a fetch in CACHE/arriving/<unit's lock>/reserved.
+The kernel frees these locks with their holder. A unit's lock is exclusive while the unit is fetched
+or removed, and shared while it is read: it is fetched once, and never removed while it is read. The
+lock `room` is held for moments, to remove the least recently used shards and to reserve the room of
+a fetch in CACHE/arriving/<unit's lock>/reserved.
 """
 
 from __future__ import annotations
@@ -35,7 +27,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 from mesocosm.errors import ArtifactError
 from mesocosm.store.artifacts import TRANSFERS, Commit, Storage
@@ -45,18 +37,18 @@ PATIENCE_S = 60.0
 """Seconds to wait for other units to be released when the cache is full."""
 
 
-class Files(Protocol):
-    """A folder whose units are held while they are read."""
+class Files:
+    """A complete local folder. Its units are held while they are read."""
 
-    @property
-    def path(self) -> Path: ...
+    most: int | None = None
+    """Bytes of shards that may be stored here; None for no bound."""
 
-    @property
-    def most(self) -> int | None:
-        """Bytes of shards that may be stored here; None for no bound."""
+    def __init__(self, path: Path):
+        self.path = path
 
     def hold(self, unit: str) -> Path:
         """The path of the unit, valid until it is released as often as it was held."""
+        return self.path / unit
 
     def ahead(self, units: Iterable[str]) -> None:
         """Begin, in threads, to fetch and verify units that will be held."""
@@ -66,26 +58,6 @@ class Files(Protocol):
 
     def bytes(self, unit: str) -> int:
         """The size of all files of the unit."""
-
-
-class Whole:
-    """A local folder that is complete and needs no verification."""
-
-    most = None
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def hold(self, unit: str) -> Path:
-        return self.path / unit
-
-    def ahead(self, units: Iterable[str]) -> None:
-        pass
-
-    def release(self, units: Iterable[str]) -> None:
-        pass
-
-    def bytes(self, unit: str) -> int:
         return sum(file.stat().st_size for file in (self.path / unit).iterdir())
 
 
@@ -109,20 +81,15 @@ class _Unit:
 
 def open_partial(storage: Storage, kind: str, ref: str, most: int | None = None) -> Partial:
     """The artifact that `ref` names (see `Storage.find_commit`), fetched and verified when read.
-
-    Args:
-        most: Bytes of a remote root's shards that this machine keeps at most; None for all.
+    `most` bounds the bytes of a remote root's shards on this machine.
     """
     return Partial(storage, storage.find_commit(kind, ref), most)
 
 
-class Partial:
-    """Implements `Files` for an artifact of a root. Every unit is verified before it is returned.
+class Partial(Files):
+    """The files of an artifact of a root, verified before use. Threads may share it, forks may not.
 
-    For one process. Threads may share it, each releasing its own holds; forks may not.
-
-    `hold` raises ArtifactError, naming the file and how to repair it, where one is damaged or
-    missing, or the cache has no room for it.
+    `hold` raises ArtifactError where a file is damaged or missing, or the cache has no room for it.
     """
 
     def __init__(self, storage: Storage, commit: Commit, most: int | None):
@@ -132,9 +99,8 @@ class Partial:
         self._whole = storage.artifact_path(kind, id)
         self._cache = storage.local_path("cache")
         self._parts, self._arriving = self._cache / "parts", self._cache / "arriving"
-        self.path = self._whole
-        if storage.remote:
-            self.path = self._parts / kind / id / commit["folder"]
+        part = self._parts / kind / id / commit.get("folder", "")
+        super().__init__(part if storage.remote else self._whole)
         self._folders: dict[str, list[str]] = defaultdict(list)
         for name in commit["files"]:
             self._folders[os.path.dirname(name)].append(name)
@@ -157,11 +123,12 @@ class Partial:
                     return fetch.result().path
                 except _NoRoom as error:
                     if time.monotonic() > end:
-                        raise _NoRoom(
-                            f"{self.name}: {unit!r} cannot be fetched: other shards in use fill the"
-                            f" cache of {self.most} bytes in {self._cache}; give a larger"
-                            " data.cache_gib or a smaller data.block, or stop other jobs"
-                        ) from error
+                        problem = (
+                            f"{self.name}: {unit!r} cannot be fetched: other shards in use fill"
+                        )
+                        cache = f"the cache of {self.most} bytes in {self._cache}"
+                        fix = "give a larger data.cache_gib or a smaller data.block"
+                        raise _NoRoom(f"{problem} {cache}; {fix}, or stop other jobs") from error
                 time.sleep(0.1)
                 with self._mutex:
                     if held.fetch is fetch:
@@ -239,10 +206,7 @@ class Partial:
                         self._fetch(unit, names, self._arriving / key)
 
     def _first_wrong(self, unit: str, names: list[str]) -> str | None:
-        """The first file of a whole copy that differs from COMMIT.json.
-
-        Files that were verified once and have not changed since are not read again.
-        """
+        """The first file of a whole copy that differs from COMMIT.json, by its stamp or content."""
         files, stats = self._commit["files"], {}
         for name in names:
             try:
@@ -263,12 +227,7 @@ class Partial:
         return None
 
     def _fetch(self, unit: str, names: list[str], arriving: Path) -> None:
-        """Fetch a unit into the cache. The caller holds the unit's lock exclusively.
-
-        Raises:
-            _NoRoom: All shards that could be removed are in use.
-            ArtifactError: A file of the root is missing or differs from COMMIT.json.
-        """
+        """Fetch a unit into the cache. The caller holds the unit's lock exclusively."""
         part, size, files = self.path / unit, self.bytes(unit), arriving / "files"
 
         def fetch(name: str) -> None:
@@ -326,10 +285,7 @@ class Partial:
         return total
 
     def _lock(self, name: str, how: int) -> IO[str]:
-        """A lock among all processes of this machine; closing the file frees it.
-
-        Raises BlockingIOError with LOCK_NB where another process holds it.
-        """
+        """A lock among all processes of this machine; closing the file frees it."""
         folder = self._cache / "locks"
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / name, "a")  # noqa: SIM115, it is open as long as the lock is held

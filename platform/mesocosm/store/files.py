@@ -94,11 +94,7 @@ def use_cache(folder: str | None) -> None:
 
 
 def cache_folder() -> Path:
-    """The user's folder for copies of remote roots, created with mode 0700.
-
-    Raises:
-        UsageError: The folder cannot be created, or belongs to another user.
-    """
+    """The user's folder for copies of remote roots. Raises UsageError where it is another's."""
     parent = os.environ.get(CACHE_VARIABLE) or tempfile.gettempdir()
     folder = Path(parent) / f"mesocosm-{os.getuid()}"
     try:

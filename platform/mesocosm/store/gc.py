@@ -1,8 +1,6 @@
 """Garbage collection of a root: files left behind by interrupted or superseded writers, and this
-machine's copies of artifacts that the root no longer has.
-
-Never listed: a readable finished artifact, a run, a ledger, a cell, or the checkpoint of an
-unfinished artifact. In their folders only the temporary files of interrupted writes are.
+machine's copies of artifacts that the root no longer has. Finished artifacts, runs, ledgers, cells
+and the checkpoints of unfinished artifacts are never listed.
 """
 
 from __future__ import annotations
@@ -111,10 +109,8 @@ def _remote_artifacts(storage: Storage, remark: Callable[[str], None]) -> Iterat
         uploads = storage.uploads()
     except (StorageError, OSError, NotImplementedError) as error:
         text = faults.first_line(error.__cause__ or error)
-        remark(
-            f"unfinished uploads are not listed by {storage.root!r} ({text}); see the bucket's"
-            " lifecycle rules"
-        )
+        fix = "see the bucket's lifecycle rules"
+        remark(f"unfinished uploads are not listed by {storage.root!r} ({text}); {fix}")
     for kind in KINDS:
         artifacts: dict[str, dict[str, Entry]] = defaultdict(dict)
         for path, entry in storage.files(kind).items():
@@ -126,9 +122,8 @@ def _remote_artifacts(storage: Storage, remark: Callable[[str], None]) -> Iterat
                 folder = storage.folder_of(kind, id)
             except ArtifactError:
                 damaged.add(id)
-                path, why = f"{kind}/{id}", f"{COMMIT} is damaged"
-                remove = partial(storage.discard, path)
-                url = storage.url(path)
+                url, remove = storage.url(kind, id), partial(storage.discard, f"{kind}/{id}")
+                why = f"{COMMIT} is damaged"
                 yield Garbage.of("damaged artifact", url, files.values(), why, remove)
                 continue
             if folder is not None:
@@ -165,10 +160,9 @@ def _unnamed_folders(
         folder = path.removeprefix(f"{artifact}/").partition("/")[0]
         if path.startswith(f"{artifact}/") and folder in folders:
             folders[folder].append((0, modified))  # its parts are listed apart, but show its age
-    if named is None:
-        category, why = "unfinished artifact", f"there is no {COMMIT}: its maker was killed"
-    else:
-        category = "superseded files"
+    category = "unfinished artifact" if named is None else "superseded files"
+    why = f"there is no {COMMIT}: its maker was killed"
+    if named is not None:
         why = f"{COMMIT} does not name it: its maker was slower, or killed"
     for folder, entries in folders.items():
         if folder != named:
@@ -199,10 +193,8 @@ def _scratch(storage: Storage, remark: Callable[[str], None]) -> Iterator[Garbag
         if (only := _only_copy(storage, path)) is None:
             yield Garbage.on_disk("scratch", path, "its process was killed")
         else:
-            remark(
-                f"{only[0]} is the only copy of {only[1]}, kept while it was to be replaced: run"
-                f" its job again, or move the folder to {only[1]}"
-            )
+            fix = f"run its job again, or move the folder to {only[1]}"
+            remark(f"{only[0]} is the only copy of {only[1]}, which was to be replaced: {fix}")
 
 
 def _only_copy(storage: Storage, scratch: Path) -> tuple[Path, str] | None:
@@ -242,10 +234,7 @@ def _state_of_finished(storage: Storage) -> Iterator[Garbage]:
 
 
 def _leases(storage: Storage) -> Iterator[Garbage]:
-    """Leases of processes that are gone, or run on another host.
-
-    A live process on another host renews its file's age every BEAT_S seconds.
-    """
+    """Leases of processes that are gone, or on another host, where a live one renews its file."""
     for path, entry in storage.files(lease.FOLDER).items():
         record = lease.Claim.parse(storage.read(path) or b"")
         alive = False if record is None else record.owner.alive()

@@ -4,10 +4,9 @@
 
 A lease is claimed by creating the next number exclusively. Numbers are used again once their files
 are removed, so two processes that listed the folder at different times may claim two numbers: a
-claimant lists the folder again, and withdraws if it meets another claim. The holder counts up its
-heartbeat every BEAT_S seconds, and removes the file at the end. A lease is stale, and the next
-number may be claimed, when its process is gone (on the same host) or its heartbeat has stopped (on
-another host).
+claimant lists the folder again, and withdraws if it meets another claim. A lease is stale, and the
+next number may be claimed, when its process is gone (on the same host) or its heartbeat has stopped
+(on another host).
 """
 
 from __future__ import annotations
@@ -34,9 +33,7 @@ FOLDER = "leases"
 BEAT_S = 10.0
 """Seconds between two heartbeats."""
 STALE_S = 60.0
-"""A holder on another host whose last heartbeat is older is watched for SILENT_BEATS beats. If none
-comes, its lease is stale; the clocks of the hosts do not decide.
-"""
+"""A holder on another host whose last heartbeat is older is watched for SILENT_BEATS beats."""
 SILENT_BEATS = 3
 POLL_S = 1.0
 
@@ -157,7 +154,6 @@ class Lease:
         return None if raw is None else Claim.parse(raw)
 
     def _holds(self, number: int) -> bool:
-        """True if a number is this process's claim."""
         record = self._read(number)
         return record is not None and record.nonce == self._record.nonce
 
@@ -235,10 +231,8 @@ class Lease:
         return None
 
     def _beat(self) -> None:
-        """Count up the heartbeat until the lease is released.
-
-        If another process has taken the lease, end the job as Ctrl-C does: two makers of one
-        artifact would share its checkpoints.
+        """Count up the heartbeat until the release. If another process has taken the lease, end the
+        job as Ctrl-C does: two makers of one artifact would share its checkpoints.
         """
         while not self._ended.wait(BEAT_S):
             # If storage is away, the next beat tries again.
@@ -252,34 +246,24 @@ class Lease:
                 self._storage.write(self._path(self._number), self._record.to_json())
 
     def release(self) -> None:
-        """Let others take the lease.
-
-        Where storage is away the lease stays until this process is gone: the job's own result or
-        error counts.
-        """
+        """Let others take the lease. Where storage is away it stays until this process is gone."""
         self._ended.set()
         self._heart.join()  # a beat under way would write the file again
         try:
             if self._holds(self._number):
                 self._storage.remove(self._path(self._number))
         except (OSError, StorageError) as error:
+            problem = f"the lease of {self.name} stays until this process ends"
             with suppress(OSError, StorageError):
-                reason = faults.first_line(error)
-                self._say(
-                    f"warning: the lease of {self.name} stays until this process ends: {reason}"
-                )
+                self._say(f"warning: {problem}: {faults.first_line(error)}")
 
 
 @contextmanager
 def hold(
     storage: Storage, name: str, job: str, say: Callable[[str], None], *, wait: bool = False
 ) -> Iterator[None]:
-    """Hold the lease of `name` (kind/id) while the block runs.
-
-    Look for the artifact again inside the block: an earlier holder may have made it.
-
-    Raises:
-        Held: Another process holds it, and `wait` is False.
+    """Hold the lease of `name` (kind/id) while the block runs. Look for the artifact again inside:
+    an earlier holder may have made it. Raises Held where another holds it and `wait` is False.
     """
     lease = Lease(storage, name, job, say)
     lease.take(wait)

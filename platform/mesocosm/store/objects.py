@@ -42,10 +42,8 @@ _log = logging.getLogger(__name__)
 
 
 def options() -> dict[str, Any]:
-    """Arguments of `Client`.
-
-    The endpoint is passed explicitly because fsspec returns an existing client for equal arguments,
-    even after the environment has changed.
+    """Arguments of `Client`. The endpoint is among them because fsspec returns an existing client
+    for equal arguments, even after the environment has changed.
     """
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     config: dict[str, Any] = {
@@ -159,30 +157,25 @@ def _status(error: BaseException) -> int:
 
 
 def uploads(client: Client, path: str) -> Iterator[tuple[str, int, float]]:
-    """Unfinished multipart uploads under a bucket and prefix.
-
-    Yields:
-        `bucket/key?uploadId=ID`, the bytes of its parts, and when its last part came (or it began),
-        in seconds since the epoch.
+    """Unfinished multipart uploads: `bucket/key?uploadId=ID`, their bytes, and when the last part
+    came (or the upload began), in seconds since the epoch.
     """
     bucket, prefix, _ = client.split_path(f"{path.rstrip('/')}/")
     markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
-    listed = _pages(
-        client, "list_multipart_uploads", "Uploads", markers, Bucket=bucket, Prefix=prefix
-    )
-    for upload in listed:
+    place = {"Bucket": bucket, "Prefix": prefix}
+    for upload in _pages(client, "list_multipart_uploads", "Uploads", markers, place):
         one = {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
         marker = {"PartNumberMarker": "NextPartNumberMarker"}
         parts = []
         with suppress(FileNotFoundError):  # finished or aborted meanwhile
-            parts = list(_pages(client, "list_parts", "Parts", marker, **one))
+            parts = list(_pages(client, "list_parts", "Parts", marker, one))
         last = max((part["LastModified"] for part in parts), default=upload["Initiated"])
         size = sum(part["Size"] for part in parts)
         yield f"{bucket}/{upload['Key']}?uploadId={upload['UploadId']}", size, last.timestamp()
 
 
 def _pages(
-    client: Client, method: str, key: str, markers: dict[str, str], **request: Any
+    client: Client, method: str, key: str, markers: dict[str, str], request: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """The items of all pages. `markers`: by argument of a request, the key of a page."""
     while True:

@@ -1,7 +1,4 @@
-"""A storage root: addresses, small durable files and listings. `Storage` adds artifacts.
-
-With objects.py the only module that knows fsspec and pyarrow.fs.
-"""
+"""A storage root: addresses, small durable files and listings. `Storage` adds artifacts."""
 
 from __future__ import annotations
 
@@ -76,10 +73,7 @@ class Root:
 
     @contextmanager
     def storage_errors(self, path: str) -> Iterator[None]:
-        """Turn errors of the disk and of S3 into a StorageError that names `path`.
-
-        On a local root an error of a connection does not concern storage and passes unchanged.
-        """
+        """Turn errors of the disk, or of S3 on a remote root, into a StorageError naming `path`."""
         try:
             yield
         except (MesocosmError, FileNotFoundError, FileExistsError):
@@ -103,10 +97,7 @@ class Root:
                 write_whole(full, data)
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a small file whole unless it exists. Returns whether it was written.
-
-        Of all processes that create the same file, one succeeds.
-        """
+        """Write a small file whole unless it exists. One of several processes gets True."""
         full = self._path(path)
         with self.storage_errors(path):
             if self.remote:
@@ -136,10 +127,7 @@ class Root:
                 return None
 
     def list(self, path: str) -> list[str]:
-        """Sorted base names in a folder of the root, without temporary files.
-
-        The list is empty where the folder does not exist.
-        """
+        """Sorted base names in a folder of the root, if it exists, without temporary files."""
         with self.storage_errors(path):
             try:
                 entries = self.fs.ls(self._path(path), detail=False)
@@ -158,30 +146,20 @@ class Root:
             self.fs.rm(self._path(path), recursive=True)
 
     def files(self, path: str) -> dict[str, tuple[int, float]]:
-        """All files in a folder of the root and its subfolders.
-
-        Returns:
-            By path under the root: bytes, and the time of change in seconds since the epoch.
-        """
+        """Bytes and time of change (seconds since the epoch) of all files in a folder, by path."""
         with self.storage_errors(path):
             infos = self.fs.find(self._path(path), detail=True)
         skip = len(self._path(""))
-        return {
-            name[skip:]: (
-                info["size"],
-                info["LastModified"].timestamp() if self.remote else info["mtime"],
-            )
-            for name, info in infos.items()
-        }
+        files = {}
+        for name, info in infos.items():
+            changed = info["LastModified"].timestamp() if self.remote else info["mtime"]
+            files[name[skip:]] = info["size"], changed
+        return files
 
     # -- checks --------------------------------------------------------------------------------
 
     def check_writable(self) -> None:
-        """Check that files can be written under the root, and created exclusively.
-
-        Raises:
-            UsageError: The root cannot be written, or it creates the same file twice.
-        """
+        """Raise UsageError unless files can be written under the root, and created exclusively."""
         path = f"runs/{uuid.uuid4().hex}.tmp"
         data = b"\0" * 4096  # a full disk may still take an empty file
         try:
@@ -196,9 +174,8 @@ class Root:
             raise UsageError(f"storage.root {self.root!r} cannot be written {reason}") from error
         if created_twice:
             raise UsageError(
-                f"storage.root {self.root!r} creates a file twice: it ignores If-None-Match, "
-                "so two jobs could both believe that they made an artifact or took a step; "
-                "use a store with conditional writes (docs/storage.md)"
+                f"storage.root {self.root!r} creates a file twice: it ignores If-None-Match, which"
+                " artifacts and ledgers need; use a store with conditional writes (docs/storage.md)"
             )
         if not intact:
             problem = f"storage.root {self.root!r} does not read back what was written"
@@ -227,11 +204,7 @@ class Root:
     # -- uploads and scratch -------------------------------------------------------------------
 
     def uploads(self) -> dict[str, tuple[int, float]]:
-        """Unfinished multipart uploads to this root, as `files` returns files.
-
-        The keys are arguments of `abort_upload`. Raises StorageError where the endpoint does not
-        list them.
-        """
+        """Unfinished multipart uploads, as `files` returns files; `abort_upload` takes the keys."""
         if not self.remote:
             return {}
         from mesocosm.store import objects
