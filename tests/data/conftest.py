@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from gymnasium import spaces
 
 from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
 from mesocosm.datasets.episode import Episode, Outcome
+from mesocosm.jobs import curate as curate_job
 from mesocosm.jobs.import_logs import JOB, ImportConfig
 from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
+from . import walks
 from .logs import configured
 
 INTEGERS = spaces.Box(-(10**6), 10**6, (2,), np.int64)
@@ -71,6 +74,23 @@ def import_logs(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
         config.storage.root = to
         a_run.storage = Storage(to)
         return JOB.run(config, a_run)
+
+    return make
+
+
+@pytest.fixture
+def write_walks(root: str) -> Callable[..., str]:
+    """`write_walks(episodes, id, **facts)` writes a dataset into storage."""
+    return functools.partial(walks.write_walks, root)
+
+
+@pytest.fixture
+def curate(root: str, a_run: tracking.Run) -> Callable[..., Artifact]:
+    """`curate(operation, ..., datasets=[...])`, in this process unless `workers` is set."""
+
+    def make(*operations: dict[str, Any], **keys: Any) -> Artifact:
+        a_run.storage = Storage(root)
+        return curate_job.JOB.run(walks.configured(root, *operations, **keys), a_run)
 
     return make
 
