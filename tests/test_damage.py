@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sqlalchemy
+from factories import free_port
 
 from mesocosm import faults
 from mesocosm.cli.main import main
@@ -260,8 +261,7 @@ def test_each_error_of_the_system_has_its_fix(error: OSError, fix: str) -> None:
 
 def test_a_connection_that_fails_while_an_artifact_is_made_is_not_storage_s(tmp_path: Path) -> None:
     """Training may lose its server; the folder that it writes to is not to blame."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
 
     def fill(folder: Path) -> None:
         try:

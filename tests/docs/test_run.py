@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from factories import free_port
 
 import mesocosm
 from mesocosm.jobs.registry import JOBS
@@ -155,7 +155,7 @@ def test_the_commands_of_a_page_run(
     folder = tmp_path / "reader"
     shutil.copytree(made, folder)
     lay_out(page, folder)
-    heard = {"port": str(_free_port())}
+    heard = {"port": str(free_port())}
     shell: list[str] = []
     with _server() as serve:
         for command in _runnable(page):
@@ -266,8 +266,3 @@ def _server() -> Iterator[Callable[[str, Path, dict[str, str]], str]]:
         yield serve
     finally:
         end()
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as one:
-        return int(one.getsockname()[1])

@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
+from factories import free_port
 from gymnasium.spaces import Discrete
 from safetensors.torch import save_file
 
@@ -371,8 +372,7 @@ def test_a_malformed_ray_address_is_refused(
 def test_a_tracking_server_that_is_away_is_a_warning(
     root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     uri = f"http://127.0.0.1:{port}"
     assert main([*DRY, f"storage.root={root}", f"tracking.uri={uri}"]) == 0
     assert "does not answer" in capsys.readouterr().err
@@ -405,8 +405,7 @@ def test_too_many_workers_are_refused_in_a_dry_run(
 def test_a_ray_that_does_not_answer_is_refused_at_once(
     root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     assert main([*DRY, f"storage.root={root}", f"ray.address={address}"]) == 2
     assert f"ray.address '{address}' does not answer" in capsys.readouterr().err
 

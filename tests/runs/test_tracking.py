@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from factories import wait_until
 from mlflow.tracking import MlflowClient
 
 from mesocosm.config import JobConfig, StorageConfig, TrackingConfig
@@ -154,22 +153,18 @@ def test_a_run_is_uploaded_to_a_remote_root_while_it_works(
     def uploaded(name: str) -> bytes:
         return storage.read(f"runs/pretrain/k/{name}") or b""
 
-    def until(condition: Callable[[], bool]) -> None:
-        end = time.monotonic() + 30
-        while not condition():
-            assert time.monotonic() < end
-            time.sleep(0.02)
-
     monkeypatch.setattr(Storage, "write", write)
     with tracking.start("pretrain", _config(storage.root), id="k", quiet=True) as run:
         run.say("it begins")
         run.log({"loss": 1.0}, step=1)
         with run.progress("steps", total=10) as update:
             update(3, "a third")
-            until(lambda: b"a third" in uploaded("status.json"))
+            wait_until(lambda: b"a third" in uploaded("status.json"))
         assert not uploaded("log.txt")
         away = False
-        until(lambda: b"it begins" in uploaded("log.txt") and b"loss" in uploaded("metrics.jsonl"))
+        wait_until(
+            lambda: b"it begins" in uploaded("log.txt") and b"loss" in uploaded("metrics.jsonl")
+        )
         status = json.loads(uploaded("status.json"))
         progress = {"what": "steps", "completed": 3, "total": 10, "note": "a third"}
         assert status["state"] == "running" and status["progress"] == progress

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import requests
 import uvicorn
+from factories import wait_until
 from fastapi import FastAPI, Request
 
 from mesocosm.serve import http_connection, ingress
@@ -35,6 +36,7 @@ KNOWN = f"Host: x\r\nAuthorization: Bearer {TOKEN}\r\n"
 
 FEW_DESCRIPTORS = """
 import resource, sys, time
+sys.path.insert(0, "tests")
 from tests.serve.test_http_connection import Server
 
 server = Server()
@@ -118,13 +120,6 @@ def reply(line: socket.socket) -> tuple[int, str]:
     return int(head.split()[1]), json.loads(body)["detail"]
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
 def test_unfinished_heads(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than there are places: others are answered before any head is late."""
     monkeypatch.setattr(http_connection, "HEAD_S", 600.0)
@@ -189,7 +184,7 @@ def test_too_many_requests(server: Server, monkeypatch: pytest.MonkeyPatch) -> N
     for each in held:
         assert each.recv(4096).startswith(b"HTTP/1.1 200")
         each.close()
-    wait_for(lambda: server.post(b"abc").status_code == 200)
+    wait_until(lambda: server.post(b"abc").status_code == 200)
 
 
 def test_more_whole_requests_than_places(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

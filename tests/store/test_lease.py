@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from factories import wait_until
 
 from mesocosm.config import JobConfig, StorageConfig
 from mesocosm.errors import MesocosmError, StorageError
@@ -48,13 +49,6 @@ def holder(root: str, *before: str) -> Iterator[subprocess.Popen[str]]:
 
 def leases(root: str) -> list[str]:
     return Storage(root).list("leases")
-
-
-def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def take(
@@ -92,7 +86,7 @@ def test_a_lease_is_waited_for(root: str) -> None:
     thread = threading.Thread(target=wait)
     with holder(root):
         thread.start()
-        until(lambda: bool(messages))
+        wait_until(lambda: bool(messages))
         assert "waiting for it" in messages[0] and not taken.is_set()
     thread.join(60)
     assert taken.is_set() and len(messages) == 1
@@ -164,9 +158,9 @@ def test_a_heartbeat_counts_up_and_a_takeover_ends_the_job(
     messages = list[str]()
     path = Path(root) / "leases" / "worlds.abc.00000000.json"
     with pytest.raises(KeyboardInterrupt), take(root, messages.append):
-        until(lambda: json.loads(path.read_text())["beat"] > 2)
+        wait_until(lambda: json.loads(path.read_text())["beat"] > 2)
         path.unlink()
-        until(lambda: False)
+        wait_until(lambda: False)
     assert messages == ["another process has taken over worlds/abc; this one stops"]
 
 
