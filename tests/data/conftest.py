@@ -1,4 +1,4 @@
-"""Small made-up episodes whose every value says where it stands."""
+"""Fixtures of datasets and of the jobs that make them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from gymnasium import spaces
 
-from mesocosm.datasets.dataset import Dataset, Environment, write_dataset
+from mesocosm.datasets.dataset import Dataset
 from mesocosm.datasets.episode import Episode, Outcome
 from mesocosm.jobs import curate as curate_job
 from mesocosm.jobs.import_logs import JOB, ImportConfig
@@ -19,27 +17,8 @@ from mesocosm.runs import tracking
 from mesocosm.store.artifacts import Artifact, Storage
 
 from . import walks
+from .counted import counted_episode, write_counted
 from .logs import configured
-
-INTEGERS = spaces.Box(-(10**6), 10**6, (2,), np.int64)
-
-
-def counted_episode(
-    index: int, length: int, outcome: Outcome = "terminated", **rest: Any
-) -> Episode:
-    """Observation t of episode k is [k, t], its action t % 3, its reward t + 0.5: exact through any
-    codec.
-    """
-    return Episode(
-        index=index,
-        seed=1000 + index,
-        behaviour=rest.pop("behaviour", "random"),
-        observations=[np.array([index, t], np.int64) for t in range(length + 1)],
-        actions=[np.int64(t % 3) for t in range(length)],
-        rewards=np.arange(length) + 0.5,
-        outcome=outcome,
-        **rest,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -103,18 +82,7 @@ def counted() -> Callable[..., Episode]:
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., Path]:
     """Write episodes into a fresh folder: `write(episodes, id="d", observation_space=..., ...)`."""
-
-    def make(episodes: Sequence[Episode], id: str = "d", **facts: Any) -> Path:
-        defaults: dict[str, Any] = {
-            "environment": Environment(id="Counted-v0", task=facts.pop("task", [])),
-            "observation_space": INTEGERS,
-            "action_space": spaces.Discrete(3),
-            "seed": 0,
-        }
-        write_dataset(tmp_path / id, episodes, id=id, **(defaults | facts))
-        return tmp_path / id
-
-    return make
+    return functools.partial(write_counted, tmp_path)
 
 
 @pytest.fixture
@@ -122,13 +90,7 @@ def counted_dataset(write: Callable[..., Path]) -> Callable[..., Dataset]:
     """A dataset of counted episodes of the given lengths."""
 
     def make(lengths: Sequence[int], outcome: Outcome = "terminated", **facts: Any) -> Dataset:
-        return Dataset(
-            [
-                write(
-                    [counted_episode(k, length, outcome) for k, length in enumerate(lengths)],
-                    **facts,
-                )
-            ]
-        )
+        episodes = [counted_episode(k, length, outcome) for k, length in enumerate(lengths)]
+        return Dataset([write(episodes, **facts)])
 
     return make
