@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
@@ -18,18 +17,20 @@ from mesocosm.serve.app import build
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.store.artifacts import Artifact
 
+from .worlds import local, played, untrained
+
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
 def test_a_rayservice_of_the_shipped_file_serves_the_world(
-    store: Callable[[str, Any], Artifact], make_world: Callable[..., Any], root: str, tmp_path: Any
+    store: Callable[[str, Any], Artifact], root: str
 ) -> None:
     """Serve's controller builds the application of serveConfigV2, which steps as in process."""
     from ray import serve
     from ray.serve.context import _get_global_client
     from ray.serve.schema import ServeDeploySchema
 
-    store("w0", make_world())
+    store("w0", untrained())
     shipped = cluster_spec.read("kuberay")
     shipped.storage_root = root
     words = ["serve", "world=w0", "name=apps", "replicas=1"]
@@ -39,25 +40,14 @@ def test_a_rayservice_of_the_shipped_file_serves_the_world(
     serve.start(proxy_location="Disabled")
     _get_global_client().deploy_apps(config)
     try:
-        until = time.monotonic() + 120
-        while (state := serve.status().applications["apps"]).status not in (
-            "RUNNING",
-            "DEPLOY_FAILED",
-        ) and time.monotonic() < until:
+        until, ends = time.monotonic() + 120, ("RUNNING", "DEPLOY_FAILED")
+        while (state := serve.status().applications["apps"]).status not in ends:
+            assert time.monotonic() < until
             time.sleep(0.2)
         assert state.status == "RUNNING", state.message
-        served, here = (
-            WorldVectorEnv(4, app="apps", horizon=9),
-            WorldVectorEnv(4, "w0", root=root, backend="local", horizon=9),
-        )
-        assert served.world == "w0" and np.array_equal(
-            served.reset(seed=3)[0], here.reset(seed=3)[0]
-        )
-        for _ in range(12):
-            for a, b in zip(
-                served.step(np.ones(4, int))[:4], here.step(np.ones(4, int))[:4], strict=True
-            ):
-                assert np.array_equal(a, b)
+        served = WorldVectorEnv(4, app="apps", horizon=9)
+        assert served.world == "w0"
+        assert played(served, 12) == played(local("w0", root, 4, horizon=9), 12)
         served.close()
     finally:
         serve.delete("apps")

@@ -32,8 +32,7 @@ pytestmark = pytest.mark.integration
 TOKEN = "planted-token-4f1c9a0b7d"
 AUTHORIZED = {"Authorization": f"Bearer {TOKEN}"}
 KNOWN = f"Host: x\r\nAuthorization: Bearer {TOKEN}\r\n"
-
-
+WAIT = f"GET /wait HTTP/1.1\r\n{KNOWN}Connection: close\r\n\r\n"
 FEW_DESCRIPTORS = """
 import resource, sys, time
 sys.path.insert(0, "tests")
@@ -41,12 +40,23 @@ from tests.serve.test_http_connection import Server
 
 server = Server()
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-print(server.url, flush=True)
+print(server.port, flush=True)
 sys.stdin.read()
 server.stop()
 time.sleep(float(sys.argv[1]))
 server.close()
 """
+NO_DESCRIPTOR = ["the HTTP ingress has no free file descriptor; raise ulimit -n"]
+
+
+def connected(port: int, data: str = "") -> socket.socket:
+    line = socket.create_connection(("127.0.0.1", port), timeout=60)
+    line.sendall(data.encode())
+    return line
+
+
+def health(port: int, timeout: float = 60) -> int:
+    return requests.get(f"http://127.0.0.1:{port}/health", timeout=timeout).status_code
 
 
 class Server:
@@ -58,13 +68,13 @@ class Server:
         app = FastAPI()
 
         @app.get("/health")
-        async def health() -> dict[str, str]:
-            return {"status": "ok"}
+        async def health() -> str:
+            return "ok"
 
         @app.get("/wait")
-        def wait() -> dict[str, bool]:
+        def wait() -> bool:
             self.begun.release()
-            return {"waited": self.go.wait(120)}
+            return self.go.wait(120)
 
         @app.post("/body")
         async def body(request: Request) -> int:
@@ -73,22 +83,20 @@ class Server:
         ingress.handle_errors(app)
         self._socket = socket.create_server(("127.0.0.1", 0), backlog=128)
         self.port = self._socket.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
         guarded = ingress.Guard(app, TOKEN.encode())
-        quiet: dict[str, Any] = {"log_config": None, "log_level": "critical"}
-        config = uvicorn.Config(guarded, http=HttpConnection, ws="none", lifespan="off", **quiet)
+        options: dict[str, Any] = {"log_config": None, "log_level": "critical", "ws": "none"}
+        config = uvicorn.Config(guarded, http=HttpConnection, lifespan="off", **options)
         self._server = uvicorn.Server(config)
         run = partial(asyncio.run, http_connection.serve(self._server, self._socket))
         self._thread = threading.Thread(target=run)
         self._thread.start()
 
     def connect(self, data: str) -> socket.socket:
-        line = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        line.sendall(data.encode())
-        return line
+        return connected(self.port, data)
 
     def post(self, body: bytes) -> requests.Response:
-        return requests.post(f"{self.url}/body", data=body, headers=AUTHORIZED, timeout=60)
+        url = f"http://127.0.0.1:{self.port}/body"
+        return requests.post(url, data=body, headers=AUTHORIZED, timeout=60)
 
     def stop(self) -> None:
         """Accept no more. Requests in work keep the event loop alive until `close`."""
@@ -108,7 +116,7 @@ def server() -> Iterator[Server]:
 
 
 def reply(line: socket.socket) -> tuple[int, str]:
-    """(status, sentence) of the error that comes before the server closes; (0, "") for none."""
+    """(status, detail) of the error that comes before the server closes; (0, "") for none."""
     data = b""
     with contextlib.suppress(ConnectionError):
         while chunk := line.recv(4096):
@@ -124,12 +132,12 @@ def test_unfinished_heads(server: Server, monkeypatch: pytest.MonkeyPatch) -> No
     """More of them than there are places: others are answered before any head is late."""
     monkeypatch.setattr(http_connection, "HEAD_S", 600.0)
     held = [server.connect("GET /v1/world HTTP/1.1\r\nX-a: ") for _ in range(CONNECTIONS + 20)]
-    assert requests.get(f"{server.url}/health", timeout=60).status_code == 200
+    assert health(server.port) == 200
     assert server.post(b"abc").json() == 3
     status, detail = reply(held[0])
     assert status == 503 and detail.startswith("all 256 connections are taken"), "the oldest went"
-    for each in held:
-        each.close()
+    for line in held:
+        line.close()
 
 
 @pytest.mark.parametrize("head", ["GET /health HTTP/1.1\r\nX-a: ", ""], ids=["a part", "nothing"])
@@ -152,7 +160,7 @@ def test_more_bytes_win_no_time(server: Server, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_request_in_work_is_not_cut(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The time for a head is over when the head is there, however long the answer takes."""
+    """The time limit of a head ends with the head, however long the answer takes."""
     monkeypatch.setattr(http_connection, "HEAD_S", 0.5)
     with server.connect(f"GET /wait HTTP/1.1\r\n{KNOWN}\r\n") as line:
         time.sleep(1.5)
@@ -173,34 +181,30 @@ def test_too_many_requests(server: Server, monkeypatch: pytest.MonkeyPatch) -> N
     A place that is free again is given.
     """
     monkeypatch.setattr(ingress, "CONNECTIONS", 3)
-    head = f"GET /wait HTTP/1.1\r\n{KNOWN}Connection: close\r\n\r\n"
-    held = [server.connect(head) for _ in range(3)]
+    held = [server.connect(WAIT) for _ in range(3)]
     assert all(server.begun.acquire(timeout=60) for _ in held)
     refused = server.post(b"")
     assert refused.status_code == 503
     assert refused.json() == {"detail": "3 requests are in work; send this one again later"}
-    assert requests.get(f"{server.url}/health", timeout=60).status_code == 200
+    assert health(server.port) == 200
     server.go.set()
-    for each in held:
-        assert each.recv(4096).startswith(b"HTTP/1.1 200")
-        each.close()
+    for line in held:
+        assert line.recv(4096).startswith(b"HTTP/1.1 200")
+        line.close()
     wait_until(lambda: server.post(b"abc").status_code == 200)
 
 
 def test_more_whole_requests_than_places(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a burst each request is answered, with 503 in JSON beyond the limit: none is cut."""
-    monkeypatch.setattr(ingress, "CONNECTIONS", 3)
-    monkeypatch.setattr(http_connection, "CONNECTIONS", 3)
+    for module in (ingress, http_connection):
+        monkeypatch.setattr(module, "CONNECTIONS", 3)
     monkeypatch.setattr(http_connection, "GRACE_S", 2.0)
-    head = f"GET /wait HTTP/1.1\r\n{KNOWN}Connection: close\r\n\r\n"
-    held = [server.connect(head) for _ in range(30)]
+    held = [server.connect(WAIT) for _ in range(30)]
     assert all(server.begun.acquire(timeout=60) for _ in range(3))
     server.go.set()
-    statuses = []
-    for each in held:
-        statuses.append(int(each.recv(4096).split()[1]))
-        each.close()
-    assert set(statuses) == {200, 503}
+    assert {int(line.recv(4096).split()[1]) for line in held} == {200, 503}
+    for line in held:
+        line.close()
 
 
 def test_no_http_is_answered_in_json(server: Server) -> None:
@@ -215,45 +219,41 @@ def test_a_connection_is_used_again(server: Server) -> None:
     with requests.Session() as session:
         session.headers.update(AUTHORIZED)
         for size in (3, 5, 0):
-            assert session.post(f"{server.url}/body", data=b"x" * size, timeout=60).json() == size
+            reply = session.post(f"http://127.0.0.1:{server.port}/body", b"x" * size, timeout=60)
+            assert reply.json() == size
 
 
 @contextlib.contextmanager
-def few_descriptors(seconds: float) -> Iterator[tuple[subprocess.Popen[bytes], str, int]]:
-    """A server with 40 file descriptors, its port, and `seconds` between its stop and its end."""
+def few_descriptors(seconds: float) -> Iterator[tuple[int, list[socket.socket]]]:
+    """The port of a server with 40 file descriptors, and 60 connections to it, which it cannot
+    all accept. At the end the server stops, ends `seconds` later, and has logged one line.
+    """
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     command = [sys.executable, "-c", FEW_DESCRIPTORS, str(seconds)]
     with subprocess.Popen(command, cwd=Path(__file__).parents[2], **pipes) as process:
         assert process.stdout is not None
-        url = process.stdout.readline().decode().strip()
-        yield process, url, int(url.split(":")[-1])
-
-
-NO_DESCRIPTOR = ["the HTTP ingress has no free file descriptor; raise ulimit -n"]
+        port = int(process.stdout.readline())
+        held = [connected(port) for _ in range(60)]
+        yield port, held
+        _, errors = process.communicate(timeout=60)
+        for line in held:
+            line.close()
+    assert errors.decode().splitlines() == NO_DESCRIPTOR
 
 
 def test_survives_without_free_descriptors() -> None:
     """EMFILE: the server answers again as soon as a slow client has gone, and logs one line."""
-    with few_descriptors(0) as (process, url, port):
-        held = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(60)]
+    with few_descriptors(0) as (port, held):
         with pytest.raises(requests.Timeout):
-            requests.get(f"{url}/health", timeout=2)
-        for each in held:
-            each.close()
-        assert requests.get(f"{url}/health", timeout=60).status_code == 200
-        _, errors = process.communicate(timeout=60)
-    assert errors.decode().splitlines() == NO_DESCRIPTOR
+            health(port, timeout=2)
+        for line in held:
+            line.close()
+        assert health(port) == 200
 
 
 def test_stops_without_free_descriptors() -> None:
-    """asyncio's next attempt to accept finds the listener closed: nothing is logged about it."""
-    with few_descriptors(3) as (process, url, port):
-        head = f"GET /wait HTTP/1.1\r\n{KNOWN}\r\n"
-        held = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(60)]
-        held[0].sendall(head.encode())
+    """asyncio's next attempt to accept fails on the closed listener: nothing is logged about it."""
+    with few_descriptors(3) as (port, held):
+        held[0].sendall(f"GET /wait HTTP/1.1\r\n{KNOWN}\r\n".encode())
         with pytest.raises(requests.Timeout):
-            requests.get(f"{url}/health", timeout=2)
-        _, errors = process.communicate(timeout=60)
-        for each in held:
-            each.close()
-    assert errors.decode().splitlines() == NO_DESCRIPTOR
+            health(port, timeout=2)

@@ -4,33 +4,33 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from mesocosm.serve.http_sessions import Pool, PoolFull
 
 
-@dataclass
 class Value:
-    key: str
-    closed: list[str] = field(default_factory=list)
+    def __init__(self, key: str, closed: list[str]):
+        self.key, self.closed = key, closed
 
     def close(self) -> None:
         self.closed.append(self.key)
 
 
-def pool_of_two(idle_s: float, closed: list[str]) -> Pool[Value]:
-    pool: Pool[Value] = Pool(2, 10, idle_s)
+def pool_of_two(idle_s: float) -> tuple[Pool[Any], list[str]]:
+    """A pool with the slots a and b, and the keys of the values that it closes."""
+    pool: Pool[Any] = Pool(2, 10, idle_s)
+    closed: list[str] = []
     for key in ("a", "b"):
         pool.put(key).value = Value(key, closed)
-    return pool
+    return pool, closed
 
 
 def test_in_use_stays() -> None:
     """If all are in use, a new one is refused, by count and by weight, and nothing changes."""
-    closed: list[str] = []
-    pool = pool_of_two(300.0, closed)
+    pool, closed = pool_of_two(300.0)
     message = r"2 of 2 sessions with 2 of 10 environments are in use; .* or try again in 300 s"
     with pytest.raises(PoolFull, match=message):
         pool.put("c")
@@ -43,8 +43,7 @@ def test_in_use_stays() -> None:
 
 def test_unused_is_evicted() -> None:
     """The least recently used is evicted, and no more than the new one needs."""
-    closed: list[str] = []
-    pool = pool_of_two(0.05, closed)
+    pool, closed = pool_of_two(0.05)
     time.sleep(0.1)
     pool.get("a")
     pool.put("c")
@@ -52,8 +51,7 @@ def test_unused_is_evicted() -> None:
 
 
 def test_ended_makes_room() -> None:
-    closed: list[str] = []
-    pool = pool_of_two(300.0, closed)
+    pool, closed = pool_of_two(300.0)
     assert pool.pop("a") and not pool.pop("a")
     pool.put("c")
     assert closed == ["a"]
@@ -61,7 +59,7 @@ def test_ended_makes_room() -> None:
 
 def test_a_hundred_at_once() -> None:
     """Of 100 threads at once, as many as there is room for get a slot."""
-    pool: Pool[Value] = Pool(64, 1000, 300.0)
+    pool: Pool[Any] = Pool(64, 1000, 300.0)
     refused: list[int] = []
     start = threading.Barrier(100)
 
@@ -73,9 +71,9 @@ def test_a_hundred_at_once() -> None:
             refused.append(number)
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(100)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     assert len(refused) == 36
     assert [number for number in range(100) if pool.get(str(number)) is None] == sorted(refused)

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,24 +28,28 @@ sys.stdin.read()
 """
 
 
-@pytest.fixture
-def server() -> Iterator[LineServer]:
-    echo = LineServer("127.0.0.1", bytes)
-    yield echo
-    echo.close()
+@pytest.fixture(scope="module")
+def server() -> LineServer:
+    """A server that returns each request."""
+    return LineServer("127.0.0.1", bytes)
 
 
-def test_answers_who_has_the_token(server: LineServer) -> None:
-    line = open_line(*server.address, server.token, 60.0)
+def assert_echo(line: socket.socket | None, data: bytes) -> None:
     assert line is not None
-    with line:
-        for _ in range(3):
-            data = secrets.token_bytes(1000)
-            send_frame(line, data)
-            assert receive_frame(line) == data
+    send_frame(line, data)
+    assert receive_frame(line) == data
+
+
+def test_answers_clients_with_the_token(server: LineServer) -> None:
+    line = open_line(*server.address, server.token, 60.0)
+    for _ in range(3):
+        assert_echo(line, secrets.token_bytes(1000))
+    assert line is not None
+    line.close()
     assert open_line(*server.address, secrets.token_bytes(32), 60.0) is None
-    server.close()
-    assert open_line(*server.address, server.token, 60.0) is None
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        unused = free.getsockname()
+    assert open_line(*unused, server.token, 60.0) is None
 
 
 def test_a_slow_token_is_cut(server: LineServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,13 +77,12 @@ def test_survives_without_free_descriptors() -> None:
             held.append(line)
         assert held
         time.sleep(2 * lines.PAUSE_S)  # it meets the limit more than once
-        for each in held:
-            each.close()
-        line = open_line(*endpoint, 60.0)
-        assert line is not None
-        with line:
-            send_frame(line, b"still here")
-            assert receive_frame(line) == b"still here"
+        for line in held:
+            line.close()
+        last = open_line(*endpoint, 60.0)
+        assert_echo(last, b"still here")
+        assert last is not None
+        last.close()
         _, errors = process.communicate(timeout=60)
     assert b"Too many open files" in errors and b"ulimit -n" in errors
     assert b"Traceback" not in errors

@@ -14,47 +14,45 @@ from mesocosm.errors import UsageError
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.sb3 import WorldVecEnv
 
-DICT = spaces.Dict(
-    {"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)}
-)
+from .worlds import DICT, untrained
 
 
-def test_steps(make_world: Any) -> None:
+def test_steps() -> None:
     """Steps equal the vector environment's: done, terminal observation, truncation."""
-    world = make_world(DICT, spaces.Box(-1, 1, (2,), np.float32), terminal=0.1)
-    env = WorldVecEnv(WorldVectorEnv(4, world, horizon=5, autoreset_mode="SameStep"))
-    plain = WorldVectorEnv(4, world, horizon=5, autoreset_mode="SameStep")
+    world = untrained(DICT, spaces.Box(-1, 1, (2,), np.float32), terminal=0.1)
+    options: Any = {"horizon": 5, "autoreset_mode": "SameStep"}
+    env = WorldVecEnv(WorldVectorEnv(4, world, **options))
+    plain = WorldVectorEnv(4, world, **options)
+
+    def assert_equal(actual: Any, expected: Any) -> None:
+        assert all((actual[key] == expected[key]).all() for key in DICT)
+
     env.seed(7)
-    first = env.reset()
-    expected, _ = plain.reset(seed=7)
-    assert all((first[key] == expected[key]).all() for key in DICT)
+    assert_equal(env.reset(), plain.reset(seed=7)[0])
     plain.action_space.seed(0)
     ended = cut = 0
     for _ in range(25):
         action = plain.action_space.sample()
         observation, reward, terminated, truncated, infos = plain.step(action)
-        observations, rewards, done, each = env.step(action)
-        assert all((observations[key] == observation[key]).all() for key in DICT)
+        observations, rewards, done, env_infos = env.step(action)
+        assert_equal(observations, observation)
         np.testing.assert_array_equal(rewards, reward.astype(np.float32))
         np.testing.assert_array_equal(done, terminated | truncated)
-        for i in range(4):
-            assert ("terminal_observation" in each[i]) == done[i]
+        for i, info in enumerate(env_infos):
+            assert ("terminal_observation" in info) == done[i]
             source = infos["final_info"] if done[i] else infos
-            assert each[i]["disagreement"] == source["disagreement"][i]
+            assert info["disagreement"] == source["disagreement"][i]
             if done[i]:
-                assert all(
-                    (each[i]["terminal_observation"][key] == infos["final_obs"][i][key]).all()
-                    for key in DICT
-                )
-                assert each[i]["TimeLimit.truncated"] == truncated[i]
+                assert_equal(info["terminal_observation"], infos["final_obs"][i])
+                assert info["TimeLimit.truncated"] == truncated[i]
                 ended, cut = ended + 1, cut + int(truncated[i])
     assert ended > cut > 0
     env.close()
 
 
-def test_ppo_learns_in_it(make_world: Any) -> None:
+def test_ppo_learns_in_it() -> None:
     """A short version of the documented example: PPO through VecMonitor."""
-    world = make_world(spaces.Box(-np.inf, np.inf, (3,), np.float32), terminal=0.1)
+    world = untrained(terminal=0.1)
     env = VecMonitor(WorldVecEnv(WorldVectorEnv(8, world, horizon=20, autoreset_mode="SameStep")))
     agent = PPO("MlpPolicy", env, n_steps=32, batch_size=64, n_epochs=2, seed=0, device="cpu")
     before = [p.clone() for p in agent.policy.parameters()]
@@ -65,9 +63,6 @@ def test_ppo_learns_in_it(make_world: Any) -> None:
     assert action.shape == (2,)
 
 
-def test_wrong_use(make_world: Any) -> None:
-    with pytest.raises(
-        UsageError,
-        match=("autoreset_mode must be 'SameStep' for Stable-Baselines3, got 'NextStep'"),
-    ):
-        WorldVecEnv(WorldVectorEnv(2, make_world()))
+def test_wrong_mode() -> None:
+    with pytest.raises(UsageError, match=r"autoreset_mode must be 'SameStep' .* got 'NextStep'"):
+        WorldVecEnv(WorldVectorEnv(2, untrained()))

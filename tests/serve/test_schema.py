@@ -17,9 +17,10 @@ from mesocosm.datasets.spaces import SpaceCodec
 from mesocosm.serve.http_sessions import to_json
 from mesocosm.serve.schema import json_type
 
-FLOATS = spaces.Box(
-    np.array([[-1, -0.7], [0, -np.inf]], np.float32), np.array([[1, 0.7], [np.inf, 3]], np.float32)
-)
+INT64 = np.iinfo(np.int64)
+LOW = np.array([[-1, -0.7], [0, -np.inf]], np.float32)
+FLOATS = spaces.Box(LOW, np.array([[1, 0.7], [np.inf, 3]], np.float32))
+TEXTS = spaces.Tuple([spaces.Discrete(2), spaces.Text(2, charset="x")])
 SPACES: dict[str, spaces.Space[Any]] = {
     "box": spaces.Box(-1, 1, (2, 3), np.float32),
     "bounds": FLOATS,
@@ -28,16 +29,13 @@ SPACES: dict[str, spaces.Space[Any]] = {
     "scalar": spaces.Box(-0.3, 0.3, (), np.float32),
     "empty": spaces.Dict({"none": spaces.Box(0, 1, (0,), np.float32), "one": spaces.Discrete(2)}),
     "bytes": spaces.Box(0, 255, (3,), np.uint8),
-    "longs": spaces.Box(np.iinfo(np.int64).min, np.iinfo(np.int64).max, (2,), np.int64),
+    "longs": spaces.Box(INT64.min, INT64.max, (2,), np.int64),
     "flags": spaces.Box(0, 1, (2,), np.bool_),
     "binary": spaces.MultiBinary((2, 2)),
     "multi": spaces.MultiDiscrete([[2, 3], [4, 5]], start=[[0, 1], [-2, 0]]),
     "text": spaces.Text(4, min_length=1, charset='ab"\\]^-é'),
     "nested": spaces.Dict(
-        {
-            "class": spaces.Tuple([spaces.Discrete(2), spaces.Text(2, charset="x")]),
-            "_id": spaces.Dict({"a b": spaces.Discrete(3, start=-1)}),
-        }
+        {"class": TEXTS, "_id": spaces.Dict({"a b": spaces.Discrete(3, start=-1)})}
     ),
 }
 
@@ -56,8 +54,8 @@ def test_accepts_every_value(name: str) -> None:
         batch = concatenate(space, values, create_empty_array(space, len(values)))
         received = adapter.validate_python(json.loads(to_json(codec.unbatch(batch))))
         decoded = codec.decode(*codec.encode_list(received))
-        for one, other in zip(codec.encode(decoded), codec.encode(batch), strict=True):
-            np.testing.assert_array_equal(one, other)
+        for actual, expected in zip(codec.encode(decoded), codec.encode(batch), strict=True):
+            np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize("name", SPACES)
@@ -68,22 +66,15 @@ def test_json_schema_agrees(name: str) -> None:
     codec = SpaceCodec(space)
     body = adapter.json_schema(ref_template="#/components/schemas/{model}")
     components = {"schemas": body.pop("$defs", {})}
-    route = {
-        "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-        "responses": {"200": {"description": "ok"}},
-    }
-    document = {
-        "openapi": "3.1.0",
-        "info": {"title": "x", "version": "0"},
-        "paths": {"/x": {"post": route}},
-        "components": components,
-    }
+    request = {"required": True, "content": {"application/json": {"schema": body}}}
+    route = {"requestBody": request, "responses": {"200": {"description": "ok"}}}
+    document: dict[str, Any] = {"openapi": "3.1.0", "info": {"title": "x", "version": "0"}}
+    document |= {"paths": {"/x": {"post": route}}, "components": components}
     operation = schemathesis.openapi.from_dict(document)["/x"]["POST"]
+    checks = list(HealthCheck)
 
     @seed(0)
-    @settings(
-        max_examples=40, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-    )
+    @settings(max_examples=40, deadline=None, database=None, suppress_health_check=checks)
     @given(operation.as_strategy())
     def accepted(case: Any) -> None:
         numbers, _ = codec.encode_list([adapter.validate_python(case.body)])
@@ -93,14 +84,10 @@ def test_json_schema_agrees(name: str) -> None:
 
 
 def test_an_array_of_equal_rows_is_a_list() -> None:
-    row = {"items": {"type": "number", "minimum": -1, "maximum": 1}, "minItems": 3, "maxItems": 3}
+    item = {"type": "number", "minimum": -1, "maximum": 1}
+    row = {"type": "array", "items": item, "minItems": 3, "maxItems": 3}
     schema = TypeAdapter(json_type(SPACES["box"], "Value")).json_schema()
-    assert schema == {
-        "type": "array",
-        "items": {"type": "array", **row},
-        "minItems": 2,
-        "maxItems": 2,
-    }
+    assert schema == {"type": "array", "items": row, "minItems": 2, "maxItems": 2}
 
 
 def test_bounds() -> None:
@@ -109,14 +96,8 @@ def test_bounds() -> None:
     """
     adapter: TypeAdapter[Any] = TypeAdapter(json_type(FLOATS, "Value"))
     assert adapter.validate_python([[1, 0.7], [3.4e38, 3]])
-    for wrong in (
-        [[1, 0.7000001], [0, 0]],
-        [[1, 0], [-0.1, 0]],
-        [[1, 0], [3.5e38, 0]],
-        [[1, 0], [0, "nan"]],
-        [[1, 0]],
-        [1, 0, 0, 0],
-    ):
+    outside = [[[1, 0.7000001], [0, 0]], [[1, 0], [-0.1, 0]], [[1, 0], [3.5e38, 0]]]
+    for wrong in (*outside, [[1, 0], [0, "nan"]], [[1, 0]], [1, 0, 0, 0]):
         with pytest.raises(ValidationError):
             adapter.validate_python(wrong)
     assert TypeAdapter(json_type(FLOATS, "Value", reply=True)).validate_python([[5, None], [-1, 4]])

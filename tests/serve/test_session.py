@@ -6,23 +6,25 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from gymnasium import spaces
 
 from mesocosm.errors import MesocosmError
 from mesocosm.model import rng
+from mesocosm.serve import session as session_module
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.connection import InProcess
 from mesocosm.serve.protocol import Message, pack, unpack
-from mesocosm.serve.session import Sessions, StartBlocks, Worlds
+from mesocosm.serve.session import Session, Sessions, Worlds
 
-DICT = spaces.Dict(
-    {"place": spaces.Box(-np.inf, np.inf, (2,), np.float64), "room": spaces.Discrete(4)}
-)
+from .worlds import DICT, bits, local, played, untrained
+
+families = pytest.mark.parametrize("family", ["ensemble", "sequence"])
+modes = pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 
 
 class PackedConnection(InProcess):
@@ -31,108 +33,73 @@ class PackedConnection(InProcess):
     def __init__(self, *sessions: Sessions):
         self.replicas = list(sessions)
         self.operations: list[str] = []
-        self.before: Any = lambda request: None
+        self.before: Callable[[Message], Any] = lambda request: None
         super().__init__(sessions[0])
 
     def call(self, request: Message) -> Message:
         self.operations.append(request["op"])
         self.before(request)
+        return self.send(request)
+
+    def send(self, request: Message) -> Message:
         return unpack(pack(self.sessions.handle(unpack(pack(request)))))
 
 
 def client(
-    world: Any, *, sessions: int = 1, max_sessions: int = 8, **arguments: Any
-) -> tuple[WorldVectorEnv, PackedConnection]:
-    env = WorldVectorEnv(3, world, horizon=9, **arguments)
-    connection = PackedConnection(
-        *(Sessions(lambda _: ("in-memory", world), max_sessions) for _ in range(sessions))
-    )
-    env._connection = connection
-    return env, connection
-
-
-def bits(results: list[Any]) -> bytes:
-    """All bytes of a rollout."""
-    arrays: list[bytes] = []
-
-    def walk(value: Any) -> None:
-        if isinstance(value, dict):
-            for name in sorted(value):
-                walk(value[name])
-        elif isinstance(value, tuple | list) or (
-            isinstance(value, np.ndarray) and value.dtype == object
-        ):
-            for item in value:
-                walk(item)
-        else:
-            arrays.append(np.asarray(value).tobytes() if value is not None else b"-")
-
-    walk(results)
-    return b"|".join(arrays)
-
-
-def rollout(env: WorldVectorEnv, steps: int, seed: int = 3) -> bytes:
-    env.action_space.seed(0)
-    return bits(
-        [env.reset(seed=seed)] + [env.step(env.action_space.sample()) for _ in range(steps)]
-    )
+    world: Any, replicas: int = 1, **arguments: Any
+) -> tuple[WorldVectorEnv, PackedConnection, Callable[[int], bytes]]:
+    """A client, its connection, and a function for the bits of an undisturbed rollout."""
+    env, plain = (WorldVectorEnv(3, world, horizon=9, **arguments) for _ in range(2))
+    sessions = [Sessions(lambda _: ("in-memory", world), 8) for _ in range(replicas)]
+    env._connection = connection = PackedConnection(*sessions)
+    return env, connection, lambda steps: played(plain, steps)
 
 
 def test_messages() -> None:
     message = {"op": "step", "clock": 3, "text": "ä", "none": None, "codec": {"a": [1.5, None]}}
-    arrays = {
-        "f": np.arange(6, dtype=np.float32).reshape(2, 3),
-        "i": np.array([-(2**62)]),
-        "b": np.array([True, False, True]),
-        "empty": np.zeros((3, 0), np.float32),
-    }
-    arrays |= {"scalar": np.asarray(7, np.int64), "strided": np.arange(8, dtype=np.float32)[::2]}
+    floats = np.arange(8, dtype=np.float32)
+    arrays = {"f": floats[:6].reshape(2, 3), "i": np.array([-(2**62)]), "strided": floats[::2]}
+    arrays |= {"b": np.array([True, False, True]), "empty": np.zeros((3, 0), np.float32)}
+    arrays["scalar"] = np.asarray(7, np.int64)
     back = unpack(pack(message | arrays))
     assert {name: back[name] for name in message} == message
     for name, array in arrays.items():
         assert back[name].dtype == array.dtype and back[name].flags.writeable
         np.testing.assert_array_equal(back[name], array)
-    with pytest.raises(TypeError, match="'d' must be float32, int64 or bool, got dtype float64"):
+    with pytest.raises(TypeError, match="'d' must be float32, int64 or bool, got float64"):
         pack({"d": np.zeros(2)})
-    for damaged in (
-        b"",
-        b"GET / HTTP/1.1",
-        pack(message | arrays)[:-20],
-        b"MSC1\xff\xff\xff\xff",
-        pack(message)[:9],
-    ):
+    cut = pack(message | arrays)[:-20], pack(message)[:9]
+    for damaged in (b"", b"GET / HTTP/1.1", *cut, b"MSC1\xff\xff\xff\xff"):
         with pytest.raises(ValueError, match="message"):
             unpack(damaged)
 
 
-@pytest.mark.parametrize("family", ["ensemble", "sequence"])
-@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
-def test_history(make_world: Any, family: str, mode: str) -> None:
+@families
+@modes
+def test_history(family: str, mode: str) -> None:
     """The client's context is the world's own at every clock, through resets and rebuilds."""
-    env, connection = client(make_world(DICT, family=family, terminal=0.2), autoreset_mode=mode)
+    env, connection, _ = client(untrained(DICT, family=family, terminal=0.2), autoreset_mode=mode)
     env.action_space.seed(0)
     env.reset(seed=0)
-    for _ in range(40):
+    for step in range(40):
         env.step(env.action_space.sample())
-        carry = connection.sessions._sessions[env._session].carry
-        actual = env._history.context(rng.member_of(0, env._env, env._episode, 3)).to_numpy()
-        expected = carry.context.to_numpy()
+        assert env._episode is not None
+        expected = connection.sessions._sessions[env._session].carry.context.to_numpy()
+        member = rng.member_of(0, env._env, env._episode, 3)
+        actual = env._history.context(member).to_numpy()
         assert actual.keys() == expected.keys()
         for name, array in expected.items():
-            np.testing.assert_array_equal(
-                actual[name], array, err_msg=f"{name} at clock {env._history.clock}"
-            )
+            np.testing.assert_array_equal(actual[name], array, err_msg=f"{name} at clock {step}")
 
 
-@pytest.mark.parametrize("family", ["ensemble", "sequence"])
-@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
-def test_lost_session(make_world: Any, family: str, mode: str) -> None:
+@families
+@modes
+def test_lost_session(family: str, mode: str) -> None:
     """A lost session changes no bit, at any step (the window of 6 is rebuilt before 6, 9, ...)."""
-    world = make_world(DICT, family=family, terminal=0.1)
-    expected = rollout(WorldVectorEnv(3, world, horizon=9, autoreset_mode=mode), 20)
-    env, connection = client(world, autoreset_mode=mode)
-    assert rollout(env, 20) == expected, "through bytes"
-
+    world = untrained(DICT, family=family, terminal=0.1)
+    env, connection, undisturbed = client(world, autoreset_mode=mode)
+    expected = undisturbed(20)
+    assert played(env, 20) == expected, "through bytes"
     for lost in (0, 1, 5, 6, 7, 12, 19):
 
         def drop_session(request: Message, lost: int = lost) -> None:
@@ -141,92 +108,80 @@ def test_lost_session(make_world: Any, family: str, mode: str) -> None:
                 connection.before = lambda request: None
 
         connection.before, connection.operations = drop_session, []
-        assert rollout(env, 20) == expected, f"lost before step {lost}"
-        assert (
-            connection.operations.count("restore") == 1
-            and connection.operations.count("step") == 21
-        )
+        assert played(env, 20) == expected, f"lost before step {lost}"
+        counts = [connection.operations.count(op) for op in ("restore", "step")]
+        assert counts == [1, 21]
 
 
-def test_moved_session(make_world: Any) -> None:
+def test_moved_session() -> None:
     """Each call goes to a random one of two replicas, which refuse and restore stale sessions."""
-    world = make_world(DICT, family="sequence", terminal=0.1)
-    env, connection = client(world, sessions=2)
+    env, connection, undisturbed = client(untrained(DICT, family="sequence", terminal=0.1), 2)
     chance = np.random.default_rng(0)
 
     def move(request: Message) -> None:
         connection.sessions = connection.replicas[int(chance.integers(2))]
 
     connection.before = move
-    expected = rollout(WorldVectorEnv(3, world, horizon=9), 30)
     # "restore" and the step after it may part ways too: the client asks again until a replica has
     # both.
-    assert rollout(env, 30) == expected
+    assert played(env, 30) == undisturbed(30)
     assert connection.operations.count("restore") > 5
 
 
-def test_repeated_request(make_world: Any) -> None:
+def test_repeated_request() -> None:
     """A request sent twice is stepped once: the second gets the stored reply."""
-    world = make_world(DICT, family="sequence")
-    env, connection = client(world)
-    expected = rollout(WorldVectorEnv(3, world, horizon=9), 15)
-    connection.before = lambda request: connection.sessions.handle(unpack(pack(request)))
-    assert rollout(env, 15) == expected
+    env, connection, undisturbed = client(untrained(DICT, family="sequence"))
+    connection.before = connection.send
+    assert played(env, 15) == undisturbed(15)
     assert "restore" not in connection.operations
 
 
-@pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
-def test_another_request_at_the_same_clock(make_world: Any, mode: str) -> None:
+@modes
+def test_another_request_at_the_same_clock(mode: str) -> None:
     """A client that replaces an interrupted action gets the new action's reply."""
-    world = make_world(DICT, family="sequence", terminal=0.1)
-    expected = rollout(WorldVectorEnv(3, world, horizon=9, autoreset_mode=mode), 20)
-    env, connection = client(world, autoreset_mode=mode)
+    world = untrained(DICT, family="sequence", terminal=0.1)
+    env, connection, undisturbed = client(world, autoreset_mode=mode)
     clocks = [2, 7, 13]
 
     def give_up(request: Message) -> None:
         if request["op"] == "step" and request["clock"] in clocks:
             clocks.remove(request["clock"])
-            connection.sessions.handle(
-                unpack(pack(request | {"action.categories": 1 - request["action.categories"]}))
-            )
+            connection.send(request | {"action.categories": 1 - request["action.categories"]})
 
     connection.before = give_up
-    assert rollout(env, 20) == expected
+    assert played(env, 20) == undisturbed(20)
     assert connection.operations.count("restore") == 3
 
 
-def test_failed_step(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that raises leaves no half-changed session."""
-    world = make_world(DICT, family="sequence")
-    env, connection = client(world)
-    expected = rollout(WorldVectorEnv(3, world, horizon=9), 12)
-    draw = world.net.draw
+    world = untrained(DICT, family="sequence")
+    env, connection, undisturbed = client(world)
+    expected, draw = undisturbed(12), world.net.draw
 
     def fail(*arguments: Any) -> Any:
         monkeypatch.setattr(world.net, "draw", draw)
         raise MesocosmError("the device went away")
 
-    env.action_space.seed(0)
-    results = [env.reset(seed=3)]
-    for step in range(12):
-        action = env.action_space.sample()
+    def fail_first(step: int) -> None:
         if step == 8:
             monkeypatch.setattr(world.net, "draw", fail)
             with pytest.raises(MesocosmError, match="the device went away"):
-                env.step(action)
-        results.append(env.step(action))
-    assert bits(results) == expected
+                env.step(np.zeros(3, np.int64))
+
+    assert played(env, 12, before=fail_first) == expected
     assert connection.operations.count("restore") == 1
 
 
-def test_eviction(make_world: Any) -> None:
+def test_eviction() -> None:
     """The least recently used session is evicted, and its client continues with the same bits."""
-    world = make_world(DICT, family="sequence", terminal=0.1)
+    world = untrained(DICT, family="sequence", terminal=0.1)
     sessions = Sessions(lambda _: ("in-memory", world), 2)
     envs = [WorldVectorEnv(3, world, horizon=9, first_env=3 * i) for i in range(3)]
-    expected = [rollout(env, 12) for env in envs]
-    for env in envs:
-        env._connection = PackedConnection(sessions)
+    expected = [played(env, 12) for env in envs]
+    connections = [PackedConnection(sessions) for _ in envs]
+    for env, connection in zip(envs, connections, strict=True):
+        env._connection = connection
         env.action_space.seed(0)
     results = [[env.reset(seed=3)] for env in envs]
     for _ in range(12):
@@ -234,24 +189,23 @@ def test_eviction(make_world: Any) -> None:
             trajectory.append(env.step(env.action_space.sample()))
             assert len(sessions._sessions) <= 2
     assert [bits(trajectory) for trajectory in results] == expected
-    assert all(env._connection.operations.count("restore") == 12 for env in envs)
+    assert all(connection.operations.count("restore") == 12 for connection in connections)
     envs[0].close()
-    assert not any(name.startswith(envs[0]._routed) for name in sessions._sessions), (
-        "a closed client's session must be gone"
-    )
+    left = [name for name in sessions._sessions if name.startswith(envs[0]._routed)]
+    assert not left, "a closed client's session must be gone"
 
 
-def test_sessions_do_not_pile_up(make_world: Any) -> None:
-    env, connection = client(make_world())
+def test_sessions_do_not_pile_up() -> None:
+    env, connection, _ = client(untrained())
     for _ in range(5):
         env.reset()
     assert len(connection.sessions._sessions) == 1
 
 
-def test_worlds(make_world: Any, store: Any, root: str) -> None:
+def test_worlds(store: Any, root: str) -> None:
     """Versions load on request, and the least recently used is evicted."""
     for i in range(3):
-        store(f"world{i}", make_world(seed=i))
+        store(f"world{i}", untrained(seed=i))
     worlds = Worlds(root, default="world0", keep=2)
     assert worlds.get("")[0] == "world0"
     first = worlds.get("world0")[1]
@@ -264,16 +218,16 @@ def test_worlds(make_world: Any, store: Any, root: str) -> None:
     assert "op must be one of" in Sessions(worlds.get).handle({"op": "sing"})["error"]
 
 
-def test_a_cold_world(make_world: Any, store: Any, root: str, tmp_path: Path) -> None:
+def test_a_cold_world(store: Any, root: str, tmp_path: Path) -> None:
     """While a world loads from slow storage (one of its files is a pipe), others step."""
-    store("warm", make_world())
+    store("warm", untrained())
     cold = tmp_path / "cold"
-    make_world(seed=1).save(cold)
+    untrained(seed=1).save(cold)
     codec = (cold / "codec.json").read_text()
     (cold / "codec.json").unlink()
     os.mkfifo(cold / "codec.json")
     sessions = Sessions(Worlds(root, default="warm").get)
-    env = WorldVectorEnv(3, "warm", root=root, backend="local")
+    env = local("warm", root)
     env._connection = InProcess(sessions)
     env.reset(seed=0)
     replies: list[Message] = []
@@ -282,8 +236,8 @@ def test_a_cold_world(make_world: Any, store: Any, root: str, tmp_path: Path) ->
         replies.append(sessions.handle({"op": "describe", "world": str(cold)}))
 
     waiting = [threading.Thread(target=describe, daemon=True) for _ in range(2)]
-    for each in waiting:
-        each.start()
+    for thread in waiting:
+        thread.start()
     pipe = os.open(cold / "codec.json", os.O_WRONLY)  # waits until the world is being loaded
     env.reset(seed=0)
     for _ in range(20):
@@ -291,29 +245,26 @@ def test_a_cold_world(make_world: Any, store: Any, root: str, tmp_path: Path) ->
     assert not replies
     os.write(pipe, codec.encode())
     os.close(pipe)
-    for each in waiting:
-        each.join(60)
+    for thread in waiting:
+        thread.join(60)
     assert [reply["world"] for reply in replies] == [str(cold)] * 2, "it was read once"
 
 
-def test_starts_in_blocks(make_world: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starts_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A start has the same bits in any order of episodes, and after blocks are evicted."""
-    world = make_world(DICT, task=("room",))
-    env, all_of_them = np.arange(5, 8), np.ones(3, bool)
-    once = StartBlocks(world, 2, env)
-    count = 3 * once.episodes
-    expected = [once.of(np.full(3, episode), all_of_them) for episode in range(count)]
-    monkeypatch.setattr(StartBlocks, "KEEP", 1)
-    again = StartBlocks(world, 2, env)
-    chance = np.random.default_rng(0)
+    world, everywhere = untrained(DICT, task=("room",)), np.ones(3, bool)
+    once = Session(world, 2, 5, 3)
+    count = 3 * once.block_size
+    expected = [once.starts({}, np.full(3, episode), everywhere) for episode in range(count)]
+    monkeypatch.setattr(session_module, "BLOCKS", 1)
+    again, chance = Session(world, 2, 5, 3), np.random.default_rng(0)
     for _ in range(60):
         episode, mask = chance.integers(count, size=3), chance.random(3) < 0.6
-        for got, position in zip(again.of(episode, mask), (0, 1), strict=True):
+        for part, starts in enumerate(again.starts({}, episode, mask)):
             for i in range(3):
-                want = expected[episode[i]][position]
-                assert (got.numbers[i] == (want.numbers[i] if mask[i] else 0)).all() and (
-                    got.categories[i] == (want.categories[i] if mask[i] else 0)
-                ).all()
+                drawn = expected[episode[i]][part]
+                assert (starts.numbers[i] == drawn.numbers[i] * int(mask[i])).all()
+                assert (starts.categories[i] == drawn.categories[i] * int(mask[i])).all()
         assert len(again._blocks) <= 1
     places = np.concatenate([observation.numbers.numpy() for _, observation in expected])
     assert len(np.unique(places[:, 0])) > 0.99 * len(places)

@@ -1,3 +1,1 @@
-"""A world on Ray Serve: protocol.py, session.py (replica), client.py (WorldVectorEnv), ingress.py
-(HTTP).
-"""
+"""A world on Ray Serve; read protocol.py, session.py (replica), client.py and ingress.py (HTTP)."""

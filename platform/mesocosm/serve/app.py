@@ -1,6 +1,4 @@
-"""Entry point of a Serve config file (`import_path: mesocosm.serve.app:build`), as a RayService
-uses it.
-"""
+"""Entry point of a Serve config file, as of a RayService: `mesocosm.serve.app:build`."""
 
 from __future__ import annotations
 
@@ -14,7 +12,7 @@ from mesocosm.store.artifacts import Storage
 
 
 def build(args: dict[str, Any]) -> Any:
-    """The application of `mesocosm serve key=value ...`; `args` holds the keys and values.
+    """Build the application of `mesocosm serve key=value ...` from these keys and values.
 
     Raises:
         UsageError: A key, a value or the world is wrong. Serve shows it as the application's state.

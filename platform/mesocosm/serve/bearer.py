@@ -1,7 +1,6 @@
 """The bearer token of a world's HTTP ingress, from the environment or from a private file.
 
-The listening process reads it, and `ingress.Guard` checks it in every request. It is in no config,
-log, runtime environment or argument of Ray.
+It is in no config, log, runtime environment or argument of Ray.
 """
 
 from __future__ import annotations
@@ -33,35 +32,29 @@ def read_token() -> tuple[bytes, str]:
         token = os.environb[VARIABLE.encode()]
         return _checked(token, f"the environment variable {VARIABLE}"), f"${VARIABLE}"
     path = Path(FILE).expanduser()
+    source = f"the token file {path}"
     try:
         if not os.path.lexists(path):
             _make(path)
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid():
-                raise UsageError(
-                    f"the token file {path} must be a plain file of this user; remove it, and a new"
-                    " one is made"
-                )
+                fix = "remove it, and a new one is made"
+                raise UsageError(f"{source} must be a plain file of this user; {fix}")
             if status.st_mode & 0o077:
-                raise UsageError(
-                    f"the token file {path} must have mode 0600, got"
-                    f" {stat.S_IMODE(status.st_mode):04o}; run `chmod 600 {path}`"
-                )
-            return _checked(file.read(4096).strip(), f"the token file {path}"), str(path)
+                mode = f"{stat.S_IMODE(status.st_mode):04o}"
+                fix = f"run `chmod 600 {path}`"
+                raise UsageError(f"{source} must have mode 0600, got {mode}; {fix}")
+            return _checked(file.read(4096).strip(), source), str(path)
     except OSError as error:
-        raise UsageError(
-            f"the token file {path} cannot be read ({error.strerror}); make it a plain file of this"
-            f" user, or set {VARIABLE}"
-        ) from error
+        fix = f"make it a plain file of this user, or set {VARIABLE}"
+        raise UsageError(f"{source} cannot be read ({error.strerror}); {fix}") from error
 
 
 def _checked(token: bytes, source: str) -> bytes:
     if len(token) < SHORTEST or not all(33 <= byte <= 126 for byte in token):
-        raise UsageError(
-            f"{source} must hold at least {SHORTEST} visible ASCII characters without spaces;"
-            " try `openssl rand -hex 32`"
-        )
+        characters = f"{SHORTEST} visible ASCII characters without spaces"
+        raise UsageError(f"{source} must hold at least {characters}; try `openssl rand -hex 32`")
     return token
 
 

@@ -1,7 +1,8 @@
 """Validation of requests on a replica: fields, types, shapes and ranges.
 
 It checks everything that could raise or read beyond a table, so that a wrong request does not cost
-its session. Any float32 is valid: a world reports "diverged" where a number is not finite.
+its session. Any float32 is valid: a world reports "diverged" where a number is not finite. Every
+function raises UsageError.
 """
 
 from __future__ import annotations
@@ -30,10 +31,9 @@ LONGEST = 4096
 
 
 def check_fields(request: Message) -> None:
-    """Check the scalars of a request whose `op` is known. Raises UsageError."""
+    """Check the scalars of a request whose `op` is known."""
     for name in SCALARS[request["op"]]:
-        value = request.get(name)
-        limit = LIMITS.get(name)
+        value, limit = request.get(name), LIMITS.get(name)
         if limit is None:
             if not isinstance(value, str) or len(value) > LONGEST:
                 raise _invalid(request, name, f"a string of at most {LONGEST} characters")
@@ -44,12 +44,11 @@ def check_fields(request: Message) -> None:
 
 
 def check_begin(request: Message, spec: Spec) -> None:
-    """Check the arrays of a `begin`. Raises UsageError."""
     _check_starts(request, spec, _batch(request, "episode"))
 
 
 def check_step(request: Message, spec: Spec, batch: int) -> None:
-    """Check the arrays of a `step` of a session with `batch` environments. Raises UsageError."""
+    """Check the arrays of a `step` of a session with `batch` environments."""
     for name, dtype in (("episode", np.int64), ("step", np.int64), ("cut", np.bool_)):
         _array(request, name, dtype, (batch,))
     if request.get("mode") not in MODES:
@@ -57,22 +56,19 @@ def check_step(request: Message, spec: Spec, batch: int) -> None:
     limit = request.get("max_disagreement")
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit != limit:
         raise _invalid(request, "max_disagreement", "a number (Infinity for no limit)")
-    _check_parts(request, "action", spec.action, (batch,))
+    _parts(request, "action", spec.action, (batch,))
     _check_starts(request, spec, batch)
 
 
 def check_restore(request: Message, spec: Spec, members: int) -> None:
-    """Check a context's arrays; `World.restore` checks that its columns fit its clock.
-
-    Raises UsageError.
-    """
+    """Check a context's arrays; `World.restore` checks that its columns fit its clock."""
     batch = _batch(request, "context.member")
     past = request.get("context.past_observation.numbers")
     columns = past.shape[1] if isinstance(past, np.ndarray) and past.ndim == 3 else 0
-    _check_parts(request, "context.past_observation", spec.observation, (batch, columns))
-    _check_parts(request, "context.past_action", spec.action, (batch, columns))
-    _check_parts(request, "context.observation", spec.observation, (batch,))
-    _check_parts(request, "context.task", spec.task, (batch,))
+    _parts(request, "context.past_observation", spec.observation, (batch, columns))
+    _parts(request, "context.past_action", spec.action, (batch, columns))
+    _parts(request, "context.observation", spec.observation, (batch,))
+    _parts(request, "context.task", spec.task, (batch,))
     _array(request, "context.clock", np.int64, (), LIMITS["clock"])
     _array(request, "context.start_column", np.int64, (batch,), columns + 1)
     _array(request, "context.member", np.int64, (batch,), members)
@@ -80,23 +76,22 @@ def check_restore(request: Message, spec: Spec, members: int) -> None:
 
 def _check_starts(request: Message, spec: Spec, batch: int) -> None:
     if any(name.startswith("start") for name in request):
-        _check_parts(request, "start_task", spec.task, (batch,))
-        _check_parts(request, "start", spec.observation, (batch,))
+        _parts(request, "start_task", spec.task, (batch,))
+        _parts(request, "start", spec.observation, (batch,))
 
 
-def _check_parts(request: Message, name: str, spec: PartSpec, lead: tuple[int, ...]) -> None:
-    cards = spec.categories
+def _parts(request: Message, name: str, spec: PartSpec, lead: tuple[int, ...]) -> None:
+    cards = np.array(spec.categories, np.int64)
     _array(request, f"{name}.numbers", np.float32, (*lead, spec.numbers))
-    _array(request, f"{name}.categories", np.int64, (*lead, len(cards)), np.array(cards, np.int64))
+    _array(request, f"{name}.categories", np.int64, (*lead, len(cards)), cards)
 
 
 def _batch(request: Message, name: str) -> int:
     """The number of environments B of an int64 array [B]."""
     value = request.get(name)
-    if not isinstance(value, np.ndarray) or value.ndim != 1 or not len(value):
-        raise _invalid(request, name, "an int64 array [B], B >= 1")
-    _array(request, name, np.int64, value.shape)
-    return len(value)
+    batch = len(value) if isinstance(value, np.ndarray) and value.ndim else 1
+    _array(request, name, np.int64, (max(batch, 1),))
+    return batch
 
 
 def _array(
@@ -106,11 +101,8 @@ def _array(
     value = request.get(name)
     if not isinstance(value, np.ndarray) or value.dtype != dtype or value.shape != shape:
         raise _invalid(request, name, f"a {np.dtype(dtype)} array of shape {list(shape)}")
-    if limit is None:
-        return
-    bad = (value < 0) | (value >= limit)
-    if bad.any():
-        most = np.broadcast_to(limit, value.shape)[bad][0] - 1
+    if limit is not None and (bad := (value < 0) | (value >= limit)).any():
+        most = np.broadcast_to(limit, shape)[bad][0] - 1
         raise _invalid(request, name, f"in 0 to {most}", value[bad][0])
 
 

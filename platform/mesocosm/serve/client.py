@@ -102,77 +102,56 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         adversary: bool = False,
         deadline_s: float = 120.0,
     ):
-        if num_envs < 1:
-            raise UsageError(f"num_envs must be >= 1, got {num_envs}")
-        if horizon is not None and horizon < 1:
-            raise UsageError(f"horizon must be >= 1 or None, got {horizon}")
+        for key, value in (("num_envs", num_envs), ("horizon", horizon)):
+            if value is not None and value < 1:
+                raise UsageError(f"{key} must be >= 1, got {value}")
         if backend not in BACKENDS:
-            raise UsageError(
-                f"backend must be one of {', '.join(BACKENDS)}, got"
-                f" {backend!r}{nearest(backend, BACKENDS)}"
-            )
+            hint = f"got {backend!r}{nearest(backend, BACKENDS)}"
+            raise UsageError(f"backend must be one of {', '.join(BACKENDS)}, {hint}")
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         if self.autoreset_mode is AutoresetMode.DISABLED:
             raise UsageError("autoreset_mode must be 'NextStep' or 'SameStep', got 'Disabled'")
-        self.num_envs, self.horizon = num_envs, horizon
+        self._same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
+        self.metadata = {"autoreset_mode": self.autoreset_mode, "render_modes": []}
+        self.num_envs, self.horizon, self.deadline_s = num_envs, horizon, deadline_s
         self.penalty, self.adversary = penalty, adversary
         limit = np.inf if max_disagreement is None else max_disagreement
         self.max_disagreement = float(np.float32(limit))
-        self.deadline_s = deadline_s
-        self._seed, self._first_env = seed, first_env
+        self._seed, self._first_env, self._starts = seed, first_env, starts
         self._env = first_env + np.arange(num_envs)
-        name = "" if isinstance(world, World) else str(world)
+        self._routed, self._generation = uuid.uuid4().hex, 0
+        self._episode: NDArray[np.int64] | None = None
         if isinstance(world, World):
             self._connection = InProcess(Sessions(lambda _: ("in-memory", world)))
         elif backend == "local":
             self._connection = InProcess(Sessions(Worlds(root).get))
         else:
             self._connection = Served(app, address, deadline_s)
-        self._routed = uuid.uuid4().hex
-        self._generation = 0
-        self._starts = starts
-        self._describe(name)
-        self.metadata = {"autoreset_mode": self.autoreset_mode, "render_modes": []}
-        self._check_starts()
-        self._episode: NDArray[np.int64] | None = None
+        self._describe("" if isinstance(world, World) else str(world))
 
     def _describe(self, world: str) -> None:
         """Pin a world version. Raises UsageError where its spaces or codec do not fit."""
         reply = self._call({"op": "describe", "world": world})
-        codec = Codec.from_json(reply["codec"])
+        codec, fix = Codec.from_json(reply["codec"]), "make a new client for it"
         spaces = (codec.observation_space, codec.action_space)
         if not self._generation:
             self.single_observation_space, self.single_action_space = spaces
             self.observation_space = batch_space(codec.observation_space, self.num_envs)
             self.action_space = batch_space(codec.action_space, self.num_envs)
-        elif spaces != (self.single_observation_space, self.single_action_space):
+        elif spaces != (expected := (self.single_observation_space, self.single_action_space)):
             raise UsageError(
-                f"world {reply['world']!r} must have this client's spaces"
-                f" ({self.single_observation_space}, {self.single_action_space}), got {spaces};"
-                " make a new client for it"
+                f"world {reply['world']!r} must have this client's spaces {expected}, got"
+                f" {spaces}; {fix}"
             )
         elif self._starts is not None and codec.id != self._codec.id:
             raise UsageError(
                 f"starts: they are encoded for world {self.world!r}, and {reply['world']!r} has"
-                " another codec; make a new client for it"
+                f" another codec; {fix}"
             )
         self._begun = False
         self._codec: Codec = codec
         self.world, self._members = reply["world"], reply["members"]
         self._history = History(reply["memory"])
-
-    def _check_starts(self) -> None:
-        if self._starts is None:
-            return
-        specs = {"task": self._codec.spec.task, "observation": self._codec.spec.observation}
-        for (name, spec), parts in zip(specs.items(), self._starts, strict=True):
-            shape = (len(parts.numbers), parts.numbers.shape[1], parts.categories.shape[1])
-            expected = (len(self._starts[1].numbers), spec.numbers, len(spec.categories))
-            if shape != expected or not shape[0]:
-                raise UsageError(
-                    f"starts: the {name} parts must have (rows, numbers, categories) = {expected},"
-                    f" got {shape}; encode them with the world's codec"
-                )
 
     @property
     def task_options(self) -> list[dict[str, Any]]:
@@ -185,7 +164,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         """Begin new episodes everywhere.
 
         Args:
-            seed: Makes all that follows a function of it. Without one, episode numbers continue.
+            seed: All that follows is a function of it. Without one, episode numbers continue.
             options: {"world": id} pins another version of the world.
 
         Raises:
@@ -194,11 +173,9 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int | np.integer)):
             raise UsageError(f"seed must be one integer for all environments, got seed={seed!r}")
         options = dict(options or {})
-        if unknown := sorted(options.keys() - {"world"}):
-            raise UsageError(
-                f"reset option {unknown[0]!r} is unknown{nearest(unknown[0], ['world'])}; a world"
-                " takes 'world'"
-            )
+        for key in options.keys() - {"world"}:
+            hint = nearest(key, ["world"])
+            raise UsageError(f"reset option {key!r} is unknown{hint}; a world takes 'world'")
         super().reset(seed=None if seed is None else int(seed))
         if options.get("world", self.world) != self.world:
             self._describe(str(options["world"]))
@@ -229,11 +206,12 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         """
         if not self._begun or self._episode is None:
             raise ResetNeeded("call reset() before step()")
-        same_step = self.autoreset_mode is AutoresetMode.SAME_STEP
-        action = self._encode_action(actions, same_step)
+        same_step, cut = self._same_step, self._ended
+        action = self._encode_action(actions)
         after = self._steps + 1
         late = after >= (np.inf if self.horizon is None else self.horizon)
-        cut = late if same_step else self._ended
+        if same_step:
+            cut = late
         request: Message = {"op": "step", "session": self._session, "clock": self._history.clock}
         request |= {"mode": self.autoreset_mode.value, "max_disagreement": self.max_disagreement}
         request |= {"episode": self._episode, "step": self._steps, "cut": cut}
@@ -267,23 +245,20 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         decoded = self._codec.decode_observation(observation, self._task)
         return decoded, reward, terminated, truncated, infos
 
-    def _encode_action(self, actions: Any, same_step: bool) -> Parts:
+    def _encode_action(self, actions: Any) -> Parts:
         """Encode actions. Raises UsageError where one is missing or not finite."""
         action = self._codec.action(actions)
-        if len(action.numbers) != self.num_envs:
-            raise UsageError(
-                f"{len(action.numbers)} actions for num_envs={self.num_envs}; give one per"
-                " environment"
-            )
+        count = len(action.numbers)
+        if count != self.num_envs:
+            fix = "give one per environment"
+            raise UsageError(f"{count} actions for num_envs={self.num_envs}; {fix}")
         wrong = ~np.isfinite(action.numbers.numpy())
-        if not same_step:
+        if not self._same_step:
             wrong &= ~self._ended[:, None]  # an environment that resets ignores its action
         if wrong.any():
-            env, column = (int(i) for i in np.argwhere(wrong)[0])
-            raise UsageError(
-                f"{self._codec.action_labels()[column]} of environment {env} must be finite, got"
-                f" {action.numbers[env, column]}"
-            )
+            env, column = np.argwhere(wrong)[0].tolist()
+            label, value = self._codec.action_labels()[column], action.numbers[env, column]
+            raise UsageError(f"{label} of environment {env} must be finite, got {value}")
         return action
 
     def _reward(self, reply: Message) -> tuple[NDArray[np.float64], dict[str, Any]]:

@@ -38,20 +38,14 @@ class ServeConfig(JobConfig):
 
 def check(config: ServeConfig) -> None:
     """Raise UsageError on the first invalid value. Reads no storage and starts nothing."""
-    for key in ("replicas", "threads", "max_sessions", "max_worlds"):
-        if getattr(config, key) < 1:
-            raise UsageError(f"serve.{key} must be >= 1, got {getattr(config, key)}")
+    for key, least in dict(replicas=1, threads=1, max_sessions=1, max_worlds=1, cpus=0).items():
+        if not getattr(config, key) >= least:
+            raise UsageError(f"serve.{key} must be >= {least}, got {getattr(config, key)}")
     if config.http is not None and not 0 <= config.http <= 65535:
-        raise UsageError(
-            f"serve.http must be a port from 1024 to 65535, 0 for any free port or null for none,"
-            f" got {config.http}"
-        )
-    if not config.cpus >= 0:
-        raise UsageError(f"serve.cpus must be >= 0, got {config.cpus}")
+        ports = "a port from 1024 to 65535, 0 for any free port or null for none"
+        raise UsageError(f"serve.http must be {ports}, got {config.http}")
     if not config.name:
         raise UsageError("serve.name must not be empty, got ''; name the application")
     if config.device not in DEVICES:
-        raise UsageError(
-            f"serve.device must be one of {', '.join(DEVICES)}, got"
-            f" {config.device!r}{nearest(config.device, DEVICES)}"
-        )
+        hint = f"got {config.device!r}{nearest(config.device, DEVICES)}"
+        raise UsageError(f"serve.device must be one of {', '.join(DEVICES)}, {hint}")

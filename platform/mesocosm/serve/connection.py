@@ -4,9 +4,6 @@ Serve chooses the replica (by consistent hash of the client's id) and returns th
 of its *line*, a plain TCP socket. A call on the line takes 0.03 ms, through a Serve handle 4 to 8
 ms, which is several times what a small world needs for 256 environments. If the line breaks or
 cannot be opened, the client calls through Serve.
-
-A reply repeats the number of its request, so that an interrupted client never takes the reply to an
-earlier request.
 """
 
 from __future__ import annotations
@@ -26,10 +23,9 @@ from mesocosm.serve.protocol import Message, pack, unpack
 from mesocosm.serve.session import Sessions
 
 LOOPBACK = "127.0.0.1"
-DIAL_S = 5.0
-REDIAL_S = 60.0
-"""Seconds before a line that could not be opened is tried again: a firewall that drops packets
-makes each attempt take DIAL_S
+DIAL_S, REDIAL_S = 5.0, 60.0
+"""Seconds to open a line, and before one that could not be opened is tried again (a firewall that
+drops packets makes each attempt take DIAL_S)
 """
 
 
@@ -76,6 +72,13 @@ class InProcess:
 class Served:
     """The Serve application `app` on the Ray at `address`, or on this process's Ray."""
 
+    replica: dict[str, Any] | None = None
+    """Host, port, node and pid of the replica at the other end of the line"""
+    _line: socket.socket | None = None
+    _no_line_until = 0.0
+    _number = 0
+    """Of the last request; a reply repeats it, so that none is taken for another request's"""
+
     def __init__(self, app: str, address: str | None, deadline_s: float):
         import ray
         from ray import serve
@@ -85,10 +88,9 @@ class Served:
         if address is not None:
             ray_session.ensure(RayConfig(address=address))
         elif not ray.is_initialized():
-            raise UsageError(
-                f"world application {app!r}: this process is not connected to Ray; give the"
-                " address=... that `mesocosm serve` prints"
-            )
+            fix = "give the address=... that `mesocosm serve` prints"
+            message = "this process is not connected to Ray"
+            raise UsageError(f"world application {app!r}: {message}; {fix}")
         try:
             handle = serve.get_app_handle(app)
         except (RayServeException, ValueError) as error:
@@ -98,23 +100,16 @@ class Served:
                 " address=...), or set backend=local"
             ) from error
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        self.app = app
-        self.deadline_s = deadline_s
-        self.replica: dict[str, Any] | None = None
-        """Host, port and pid of the replica at the other end of the line"""
+        self.app, self.deadline_s = app, deadline_s
         self._handle = handle.options(session_id=uuid.uuid4().hex, _by_reference=False)
-        self._line: socket.socket | None = None
-        self._no_line_until = 0.0
         self._node = ray.get_runtime_context().get_node_id()
-        self._number = 0
         self._lost = (ray.exceptions.RayActorError, RayServeException, TimeoutError, OSError)
 
     def call(self, request: Message) -> Message:
         ray_session.refuse_fork()
         self._number += 1
         data = packed(request | {"number": self._number})
-        deadline = time.monotonic() + self.deadline_s
-        pause = 0.05
+        deadline, pause = time.monotonic() + self.deadline_s, 0.05
         while True:
             try:
                 reply = unpack(self._send(data, max(1.0, deadline - time.monotonic())))
@@ -127,10 +122,11 @@ class Served:
                 self._no_line_until = 0.0
                 if time.monotonic() > deadline:
                     lines = str(error).strip().splitlines() or ["no reason given"]
+                    reason = f"{type(error).__name__}: {lines[0]}"
                     raise MesocosmError(
                         f"world application {self.app!r}: no replica answered for"
-                        f" {self.deadline_s:g} s ({type(error).__name__}: {lines[0]}); see `serve"
-                        " status`, or raise deadline_s"
+                        f" {self.deadline_s:g} s ({reason}); see `serve status`, or raise"
+                        " deadline_s"
                     ) from error
                 time.sleep(pause)
                 pause = min(2 * pause, 1.0)
@@ -139,35 +135,35 @@ class Served:
                 raise
 
     def _send(self, data: bytes, timeout: float) -> bytes | bytearray:
-        if self._line is None and not self._dial(timeout):
+        line = self._line or self._dial(timeout)
+        if line is None:
             return self._handle.call.remote(data).result(timeout_s=timeout)
-        assert self._line is not None
-        self._line.settimeout(timeout)
-        send_frame(self._line, data)
-        reply = receive_frame(self._line)
+        line.settimeout(timeout)
+        send_frame(line, data)
+        reply = receive_frame(line)
         if reply is None:
             raise ConnectionError("the replica closed the line")
         return reply
 
-    def _dial(self, timeout: float) -> bool:
-        """Open the line of the replica that Serve chooses. Returns whether it could be opened.
+    def _dial(self, timeout: float) -> socket.socket | None:
+        """Open the line of the replica that Serve chooses, if it can be opened.
 
         A replica that began while the cluster was one machine listens on loopback, which from
         another node leads elsewhere. One without a free file descriptor accepts nobody: its port
         connects and does not acknowledge the token.
         """
         if time.monotonic() < self._no_line_until:
-            return False
+            return None
         replica = self._handle.connect.remote().result(timeout_s=timeout)
         token = replica.pop("token")
-        line: socket.socket | None = None
         if replica["host"] != LOOPBACK or replica["node"] == self._node:
-            line = open_line(replica["host"], replica["port"], token, min(timeout, DIAL_S))
-        if line is None:
+            seconds = min(timeout, DIAL_S)
+            self._line = open_line(replica["host"], replica["port"], token, seconds)
+        if self._line is None:
             self._no_line_until = time.monotonic() + REDIAL_S
-            return False
-        self._line, self.replica = line, replica
-        return True
+        else:
+            self.replica = replica
+        return self._line
 
     def _hang_up(self) -> None:
         if self._line is not None:
@@ -176,8 +172,8 @@ class Served:
             self._line = self.replica = None
 
     def close(self, last: Message | None = None) -> None:
-        forked = ray_session.forked()  # the line of a fork belongs to its parent
-        if last is not None and self._line is not None and not forked:
+        # The line of a fork belongs to its parent.
+        if last is not None and self._line is not None and not ray_session.forked():
             with contextlib.suppress(OSError):
                 self._line.settimeout(1.0)
                 send_frame(self._line, pack(last | {"number": 0}))

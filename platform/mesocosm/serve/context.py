@@ -1,6 +1,6 @@
 """The client's copy of its session's history: the bounded list of steps in the world's carry.
 
-A step costs the client one append. The arrays are built only when a replica needs them.
+A step costs one append. The arrays are built only when a replica needs them.
 """
 
 from __future__ import annotations
@@ -33,10 +33,7 @@ class History:
     def step(
         self, action: Parts, observation: Parts, task: Parts, restarted: NDArray[np.bool_]
     ) -> None:
-        """As `World.step`, then `World.reset` where `restarted` [B].
-
-        `observation` and `task` are those after both.
-        """
+        """As `World.step`, then `World.reset` where `restarted` [B]."""
         if self.memory:
             if len(self._steps) == self.memory:
                 dropped = self.memory - self.memory // 2
@@ -50,7 +47,7 @@ class History:
     def context(self, member: NDArray[np.int64]) -> Context:
         """The input of `World.restore`; `member` [B] imagines the current episodes."""
         return Context(
-            clock=self.clock,
+            self.clock,
             past_observation=_columns([step[0] for step in self._steps], self._observation),
             past_action=_columns([step[1] for step in self._steps], self._no_action),
             start_column=torch.from_numpy(self._start_column),
@@ -63,6 +60,6 @@ class History:
 def _columns(steps: list[Parts], like: Parts) -> Parts:
     """Stack C steps [B, ...] to [B, C, ...]; C may be 0."""
     if not steps:
-        return Parts(like.numbers[:, None][:, :0], like.categories[:, None][:, :0])
-    numbers, categories = ([getattr(p, name) for p in steps] for name in ("numbers", "categories"))
-    return Parts(torch.stack(numbers, 1), torch.stack(categories, 1))
+        return like.repeat(0)
+    numbers = torch.stack([step.numbers for step in steps], 1)
+    return Parts(numbers, torch.stack([step.categories for step in steps], 1))

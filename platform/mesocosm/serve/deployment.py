@@ -69,16 +69,12 @@ class Replica:
             return pack({"error": message, "kind": "bug", "number": number})
 
     def connect(self) -> dict[str, Any]:
-        """Host, port and token of this replica's line, its node and its pid.
-
-        Callers of this could also call the world, so that they may have the token.
-        """
+        """The address and token of this replica's line (who calls this may call the world too)."""
         import ray
 
         host, port = self._line.address
-        node = ray.get_runtime_context().get_node_id()
-        replica = {"host": host, "port": port, "token": self._line.token}
-        return replica | {"node": node, "pid": os.getpid()}
+        replica = {"host": host, "port": port, "token": self._line.token, "pid": os.getpid()}
+        return replica | {"node": ray.get_runtime_context().get_node_id()}
 
 
 def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: None) -> str:
@@ -111,8 +107,9 @@ def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: Non
 
             listener = Listener(config.http)
             undo.callback(listener.close)
+        _start_serve(config, report)
+        undo.callback(undeploy, config.name)  # also after Ctrl-C: on a shared Ray the name is free
         _run(config, report)
-        undo.callback(undeploy, config.name)
         if listener is not None:
             report(f"opening the HTTP ingress at {listener.url}")
             LISTENERS[config.name] = listener
@@ -121,7 +118,8 @@ def deploy(config: ServeConfig, report: Callable[[str], None] = lambda step: Non
     return config.name
 
 
-def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
+def _start_serve(config: ServeConfig, report: Callable[[str], None]) -> None:
+    """Connect to Ray and start Serve. Raises UsageError where the application does not fit."""
     import ray
 
     if not ray.is_initialized():
@@ -141,45 +139,37 @@ def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     running = serve.status().applications.get(config.name)
     if running is not None and running.status in TAKEN:
-        raise UsageError(
-            f"an application {config.name!r} runs on this Ray already; set serve.name to another"
-            " name, or end that one where it was started"
-        )
-    world = f"world {config.world}" if config.world else "the worlds that clients name"
-    report(f"starting {config.replicas} replica(s), each of which loads {world}")
-    try:
-        target = serve.RunTarget(application(config), name=config.name, route_prefix=None)
-        serve.run_many([target], wait_for_applications_running=False)
-        _await_running(config, report)
-    except BaseException:  # also Ctrl-C: on a shared Ray the name would stay in use
-        undeploy(config.name)
-        raise
+        fix = "set serve.name to another name, or end that one where it was started"
+        raise UsageError(f"an application {config.name!r} runs on this Ray already; {fix}")
 
 
-def _await_running(config: ServeConfig, report: Callable[[str], None]) -> None:
-    """Wait until all replicas answer, and report their number and Serve's messages.
+def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
+    """Start the replicas and wait for them, reporting their number and Serve's messages.
 
     Raises:
         MesocosmError: They cannot start.
     """
     from ray import serve
 
-    application = f"application {config.name!r}"
-    began, reported = time.monotonic(), ""
+    world = f"world {config.world}" if config.world else "the worlds that clients name"
+    report(f"starting {config.replicas} replica(s), each of which loads {world}")
+    target = serve.RunTarget(application(config), name=config.name, route_prefix=None)
+    serve.run_many([target], wait_for_applications_running=False)
+    name, began, reported = f"application {config.name!r}", time.monotonic(), ""
     while True:
         status = serve.status().applications.get(config.name)
         if status is None:
-            raise MesocosmError(f"{application} was deleted while it started; serve it again")
+            raise MesocosmError(f"{name} was deleted while it started; serve it again")
         reason, running = "", 0
         deployment = status.deployments.get("world")
         if deployment is not None:
             reason = _cause(deployment.message)
             running = deployment.replica_states.get("RUNNING", 0)  # type: ignore[call-overload]
         if status.status == "DEPLOY_FAILED":
-            raise MesocosmError(f"{application} did not start: {reason or _cause(status.message)}")
-        line = f"{running} of {config.replicas} replica(s) ready"
-        if reason:
-            line += f": {reason}"
+            raise MesocosmError(f"{name} did not start: {reason or _cause(status.message)}")
+        line = f"{running} of {config.replicas} replica(s) ready" + (
+            f": {reason}" if reason else ""
+        )
         if line != reported and (running or reason):
             report(f"{line} [{time.monotonic() - began:.1f} s]")
             reported = line
@@ -190,8 +180,8 @@ def _await_running(config: ServeConfig, report: Callable[[str], None]) -> None:
 
 def _cause(message: str) -> str:
     """The last line of a Serve message, which in a traceback is the error."""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return re.sub(r"^mesocosm\.errors\.\w+: ", "", lines[-1]) if lines else ""
+    lines = message.strip().splitlines()
+    return re.sub(r"^mesocosm\.errors\.\w+: ", "", lines[-1].strip()) if lines else ""
 
 
 def application(config: ServeConfig) -> Any:
@@ -199,15 +189,13 @@ def application(config: ServeConfig) -> Any:
     from ray import serve
     from ray.serve.config import RequestRouterConfig
 
+    gpus, threads = int(config.device == "cuda"), {"OMP_NUM_THREADS": str(config.threads)}
+    actor = {"num_cpus": config.cpus, "num_gpus": gpus, "runtime_env": {"env_vars": threads}}
     deployment = serve.deployment(Replica).options(  # type: ignore[attr-defined]
         name="world",
         num_replicas=config.replicas,
         max_ongoing_requests=256,
-        ray_actor_options={
-            "num_cpus": config.cpus,
-            "num_gpus": int(config.device == "cuda"),
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(config.threads)}},
-        },
+        ray_actor_options=actor,
         request_router_config=RequestRouterConfig(request_router_class=ROUTER),  # type: ignore[arg-type]
         logging_config=LOGGING,
     )

@@ -27,7 +27,9 @@ HEAD_S = 10.0
 REPORT_S = 60.0
 """Seconds between log lines about a lack of file descriptors"""
 GRACE_S = 0.1
-"""Seconds after which a connection beyond `CONNECTIONS` replaces the longest waiting one"""
+"""Seconds after which a connection beyond `CONNECTIONS` replaces the longest waiting one: by then a
+client that sent its whole head at once is not waiting
+"""
 
 
 def admit(scope: Scope) -> None:
@@ -74,7 +76,6 @@ class HttpConnection(H11Protocol):
         super().connection_made(transport)
         self._wait()
         if len(self.connections) > CONNECTIONS:
-            # By then a client that sent its whole head at once is not waiting.
             self.loop.call_later(GRACE_S, self._make_room)
 
     def _make_room(self) -> None:

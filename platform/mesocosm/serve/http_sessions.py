@@ -32,8 +32,7 @@ IDLE_S = 300.0
 """Seconds after which an unused session may be evicted for a new one"""
 DEADLINE_S, HEALTH_DEADLINE_S = 60.0, 2.0
 """Seconds that a replica may take, including its replacement"""
-
-
+STEP_INFOS = ("disagreement", "diverged", "duration")
 T = TypeVar("T", WorldVectorEnv, Served)
 
 
@@ -47,7 +46,7 @@ class Slot(Generic[T]):
     lock: threading.Lock = field(default_factory=threading.Lock)
     closed: bool = False
     used: float = field(default_factory=time.monotonic)
-    """Time of the last request, by `time.monotonic`"""
+    """Time of the last request"""
 
     def close(self) -> None:
         """Close the value, after the request that uses it."""
@@ -121,11 +120,8 @@ class Pool(Generic[T]):
         return slot is not None
 
     def clear(self) -> None:
-        with self._lock:
-            slots = list(self._slots.values())
-            self._slots.clear()
-        for slot in slots:
-            slot.close()
+        for key in list(self._slots):
+            self.pop(key)
 
 
 class UnknownSession(MesocosmError):
@@ -141,17 +137,16 @@ def to_json(value: Any) -> bytes:
 
 
 class HttpSessions:
-    """The operations of the routes. Safe to call from several threads.
+    """The operations of the routes, for world `world` of the application `app` on this process's
+    Ray. Safe to call from several threads.
 
     They raise UsageError for a wrong request, UnknownSession, and MesocosmError where no replica
     answers in DEADLINE_S.
     """
 
     def __init__(self, app: str, world: str):
-        """Serve `world` of the application `app` on this process's Ray."""
         self.app = app
         self._probe = Served(app, None, DEADLINE_S)
-        self._probing = threading.Lock()
         reply = reply_of(self._probe.call({"op": "describe", "world": world}))
         self._probe.deadline_s = HEALTH_DEADLINE_S
         self.id: str = reply["world"]
@@ -169,30 +164,26 @@ class HttpSessions:
         self._probe.close()
 
     def alive(self) -> bool:
-        """True if a replica answers."""
-        with self._probing:
-            try:
-                return "error" not in self._probe.call({"op": "end", "session": ""})
-            except MesocosmError:
-                return False
+        """True if a replica answers. For one thread at a time."""
+        try:
+            return "error" not in self._probe.call({"op": "end", "session": ""})
+        except MesocosmError:
+            return False
 
     def reset(self, session: str | None, seed: int | None, num_envs: int | None) -> bytes:
         """Begin episodes in a session, or in a new one. Returns the reply as JSON."""
         if session is not None:
             weight = self._slot(session).weight
             if num_envs not in (None, weight):
-                raise UsageError(
-                    f"num_envs must be {weight}, the session's, got {num_envs}; leave num_envs out,"
-                    " or leave session out for a new one"
-                )
+                fix = "leave num_envs out, or leave session out for a new one"
+                raise UsageError(f"num_envs must be {weight}, the session's, got {num_envs}; {fix}")
             return self._begin(session, seed)
         session = uuid.uuid4().hex
         slot = self.sessions.put(session, num_envs or 1)
         try:
             with slot.lock:
-                slot.value = WorldVectorEnv(
-                    slot.weight, self.id, app=self.app, deadline_s=DEADLINE_S
-                )
+                options: Any = {"app": self.app, "deadline_s": DEADLINE_S}
+                slot.value = WorldVectorEnv(slot.weight, self.id, **options)
             return self._begin(session, seed)
         except BaseException:
             self.sessions.pop(session)
@@ -206,11 +197,6 @@ class HttpSessions:
 
     def step(self, session: str, action: list[Any]) -> bytes:
         """Step a session's environments. Returns the reply as JSON."""
-        num_envs = self._slot(session).weight
-        if len(action) != num_envs:
-            raise UsageError(
-                f"action must have {num_envs} items, one per environment, got {len(action)}"
-            )
         try:
             batch = self._actions.decode(*self._actions.encode_list(action))
         except MesocosmError as error:
@@ -219,20 +205,12 @@ class HttpSessions:
             try:
                 observation, reward, terminated, truncated, infos = env.step(batch)
             except ResetNeeded as error:
-                raise UsageError(
-                    "the session's last reset failed; POST /v1/reset with it again"
-                ) from error
-            reply = {
-                "observation": self._observations.unbatch(observation),
-                "task": env.task_options,
-                "reward": reward,
-                "terminated": terminated,
-                "truncated": truncated,
-                "disagreement": infos["disagreement"],
-                "diverged": infos["diverged"],
-                "duration": infos.get("duration"),
-            }
-        return to_json(reply)
+                fix = "POST /v1/reset with it again"
+                raise UsageError(f"the session's last reset failed; {fix}") from error
+            reply = {name: infos.get(name) for name in STEP_INFOS}
+            reply |= {"reward": reward, "terminated": terminated, "truncated": truncated}
+            reply |= {"observation": self._observations.unbatch(observation)}
+            return to_json(reply | {"task": env.task_options})
 
     def end(self, session: str) -> None:
         if not self.sessions.pop(session):
@@ -270,10 +248,8 @@ class HttpSessions:
         for name, value in request.items():
             if isinstance(value, np.ndarray):
                 if value.ndim and len(value) > MAX_ENVS:
-                    raise UsageError(
-                        f"{name!a:.60} must have at most {MAX_ENVS} environments, got {len(value)};"
-                        " use more sessions"
-                    )
+                    limit = f"at most {MAX_ENVS} environments, got {len(value)}"
+                    raise UsageError(f"{name!a:.60} must have {limit}; use more sessions")
                 if value.dtype.kind == "f" and not np.isfinite(value).all():
                     raise UsageError(f"{name!a:.60} must hold finite numbers")
 

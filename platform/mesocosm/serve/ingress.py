@@ -1,13 +1,11 @@
 """A served world over HTTP: JSON for interactive clients, the binary protocol for programs.
 
 Every route but /health requires the bearer token, before a byte of the body is read. An error is
-{"detail": message}: 400 for a wrong request, 401, 404 for an unknown session, 408 for a slow
-request, 413, 503 where no replica answers or the server is full.
+{"detail": message}.
 
 The server is a thread of the process that deployed the world, rather than Ray Serve's proxy. That
 proxy (of 2.60) answers /-/routes without a token, fails with 500 on a header byte that is not
 UTF-8, shares a taken port silently (SO_REUSEPORT), and is one for all applications of a Ray.
-
 FastAPI's security dependencies cannot replace `Guard`: they run after the body has been read.
 """
 
@@ -21,6 +19,7 @@ import logging
 import socket
 import threading
 import time
+from functools import partial
 from typing import Annotated, Any
 
 import uvicorn
@@ -73,20 +72,7 @@ class Guard:
             await self.app(scope, receive, send)
             return
         limit = LARGEST_BINARY if scope["path"] == BINARY else LARGEST_JSON
-        refusal: Response | None = None
-        if not self._authorized(scope):
-            fix = "send the header 'Authorization: Bearer TOKEN'"
-            detail = f"this route requires the world's token; {fix}"
-            refusal = _problem(401, detail, {"WWW-Authenticate": "Bearer"})
-        elif self._running >= CONNECTIONS:
-            refusal = _problem(
-                503, f"{CONNECTIONS} requests are in work; send this one again later"
-            )
-        else:
-            admit(scope)
-            lengths = [int(value) for value in _headers(scope, b"content-length")]
-            if any(length > limit for length in lengths):
-                refusal = _problem(413, _too_large(limit))
+        refusal = self._refusal(scope, limit)
         if refusal is not None:
             await refusal(scope, receive, send)
             return
@@ -96,10 +82,21 @@ class Guard:
         finally:
             self._running -= 1
 
-    def _authorized(self, scope: Scope) -> bool:
-        headers = _headers(scope, b"authorization")
-        scheme, _, token = headers[0].partition(b" ") if len(headers) == 1 else (b"", b"", b"")
-        return hmac.compare_digest(token.strip(), self._token) and scheme.lower() == b"bearer"
+    def _refusal(self, scope: Scope, limit: int) -> Response | None:
+        """The reply to a request without the token, beyond the limits, or None."""
+        tokens = _headers(scope, b"authorization")
+        scheme, _, token = tokens[0].partition(b" ") if len(tokens) == 1 else (b"", b"", b"")
+        if not hmac.compare_digest(token.strip(), self._token) or scheme.lower() != b"bearer":
+            fix = "send the header 'Authorization: Bearer TOKEN'"
+            detail = f"this route requires the world's token; {fix}"
+            return _problem(401, detail, {"WWW-Authenticate": "Bearer"})
+        if self._running >= CONNECTIONS:
+            detail = f"{CONNECTIONS} requests are in work; send this one again later"
+            return _problem(503, detail)
+        admit(scope)
+        if any(int(length) > limit for length in _headers(scope, b"content-length")):
+            return _problem(413, _too_large(limit))
+        return None
 
 
 def _headers(scope: Scope, name: bytes) -> list[bytes]:
@@ -220,10 +217,9 @@ def routes(sessions: HttpSessions) -> FastAPI:
     problem = {"model": Problem}
     problems: dict[int | str, Any] = dict.fromkeys((400, 401, 408, 413, 503), problem)
     with_session = problems | {404: problem}
+    status = dict[str, str]
     probe: asyncio.Task[bool] | None = None
     probed = 0.0
-
-    status = dict[str, str]
 
     @app.get("/health", response_model=status, responses={503: {"model": status}})
     async def health() -> Response:
@@ -238,27 +234,27 @@ def routes(sessions: HttpSessions) -> FastAPI:
         return JSONResponse({"status": "no replica answers; see `serve status`"}, 503)
 
     @app.get("/v1/world", response_model=WorldInfo, responses=problems)
-    def world() -> dict[str, Any]:
+    def world() -> WorldInfo:
         """The served world and its spaces."""
         keys = codec.environment["task"]
-        return {
-            "world": sessions.id,
-            "observation_space": space_to_json(codec.observation_space),
-            "action_space": space_to_json(codec.action_space),
-            "members": sessions.members,
-            "memory": sessions.memory,
-            "durations": codec.spec.durations,
-            "task": [*keys, *(o.name for o in codec.options if o.name not in keys)],
-        }
+        return WorldInfo(
+            world=sessions.id,
+            observation_space=space_to_json(codec.observation_space),
+            action_space=space_to_json(codec.action_space),
+            members=sessions.members,
+            memory=sessions.memory,
+            durations=codec.spec.durations,
+            task=[*keys, *(o.name for o in codec.options if o.name not in keys)],
+        )
 
     def reset(request: ResetRequest) -> Response:
         """Begin episodes in a new session or in an existing one."""
         body = sessions.reset(request.session, request.seed, request.num_envs)
         return Response(body, media_type="application/json")
 
-    def step(request: StepRequest) -> Response:
+    def step(request: Any) -> Response:
         """Step every environment of a session."""
-        body = sessions.step(request.session, request.action)  # type: ignore[attr-defined]
+        body = sessions.step(request.session, request.action)
         return Response(body, media_type="application/json")
 
     step.__annotations__["request"] = step_request
@@ -298,24 +294,19 @@ def routes(sessions: HttpSessions) -> FastAPI:
 def handle_errors(app: FastAPI) -> None:
     """Answer every error with one sentence. A bug's traceback goes to the server's log."""
 
-    def add(kind: type[Exception], status: int) -> None:
-        def handler(request: Request, error: Exception) -> Response:
-            return _problem(status, str(error))
+    def refuse(status: int, request: Request, error: Exception) -> Response:
+        return _problem(status, str(error))
 
-        app.add_exception_handler(kind, handler)
-
-    def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
+    def invalid(request: Request, error: Any) -> Response:
         return _problem(400, validation_message(error))
 
     def bug(request: Request, error: Exception) -> Response:
         logger.error("%s %s failed", request.method, request.scope["path"], exc_info=error)
         return _problem(500, "the server failed on this request, which is a bug; see its log")
 
-    add(MesocosmError, 503)
-    add(UsageError, 400)
-    add(NotServed, 503)
-    add(UnknownSession, 404)
+    statuses = {MesocosmError: 503, UsageError: 400, NotServed: 503, UnknownSession: 404}
+    for kind, status in statuses.items():
+        app.add_exception_handler(kind, partial(refuse, status))
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(ReplicaFailed, bug)
     app.add_exception_handler(Exception, bug)
@@ -349,6 +340,10 @@ class Listener:
         UsageError: The port is not available, or the token is not secret.
     """
 
+    _server: uvicorn.Server | None = None
+    _thread: threading.Thread | None = None
+    sessions: HttpSessions | None = None
+
     def __init__(self, port: int):
         self._token, self.token_source = read_token()
         try:
@@ -356,14 +351,11 @@ class Listener:
         except OSError as error:
             taken = error.errno == errno.EADDRINUSE
             reason = "is taken" if taken else f"cannot be opened ({error.strerror})"
+            fix = "set serve.http to another one, or to 0 for any free one"
             raise UsageError(
-                f"serve.http={port}: the port {reason} on {LOOPBACK}; set serve.http to another"
-                " one, or to 0 for any free one"
+                f"serve.http={port}: the port {reason} on {LOOPBACK}; {fix}"
             ) from error
         self.url = f"http://{LOOPBACK}:{self._socket.getsockname()[1]}"
-        self._server: uvicorn.Server | None = None
-        self._thread: threading.Thread | None = None
-        self.sessions: HttpSessions | None = None
 
     @property
     def alive(self) -> bool:
@@ -372,17 +364,11 @@ class Listener:
     def serve(self, app: str, world: str) -> None:
         """Answer for `world` of the application `app`, from a thread of this process."""
         self.sessions = HttpSessions(app, world)
+        guarded = Guard(routes(self.sessions), self._token)
         # The log level: uvicorn would log bugs twice, and the broken requests of strangers.
-        quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
-        config = uvicorn.Config(
-            Guard(routes(self.sessions), self._token),
-            http=HttpConnection,
-            ws="none",
-            lifespan="off",
-            server_header=False,
-            timeout_graceful_shutdown=5,
-            **quiet,
-        )
+        options: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
+        options |= {"http": HttpConnection, "ws": "none", "lifespan": "off", "server_header": False}
+        config = uvicorn.Config(guarded, timeout_graceful_shutdown=5, **options)
         self._server = uvicorn.Server(config)
         running = serve(self._server, self._socket)
         self._thread = threading.Thread(target=asyncio.run, args=(running,), daemon=True)

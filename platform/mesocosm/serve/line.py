@@ -35,10 +35,8 @@ def packed(message: Message) -> bytes:
     """Encode a message. Raises UsageError where it is larger than a frame."""
     data = pack(message)
     if len(data) > LARGEST:
-        raise UsageError(
-            f"a message must be at most {LARGEST >> 20} MiB, got {len(data) / 2**20:.0f} MiB; lower"
-            " num_envs and use more clients"
-        )
+        size, fix = f"{len(data) / 2**20:.0f} MiB", "lower num_envs and use more clients"
+        raise UsageError(f"a message must be at most {LARGEST >> 20} MiB, got {size}; {fix}")
     return data
 
 
@@ -49,13 +47,10 @@ def send_frame(line: socket.socket, data: bytes) -> None:
 def receive_frame(
     line: socket.socket, limit: int = LARGEST, deadline: float | None = None
 ) -> bytearray | None:
-    """Receive a frame, or None where the other side has closed.
+    """Receive a frame of at most `limit` bytes, or None where the other side has closed.
 
-    Args:
-        line: The socket. With a `deadline`, its timeout is changed.
-        limit: The most bytes in the frame.
-        deadline: End of the whole frame, by `time.monotonic`. None: the socket's timeout applies
-            to each read.
+    The whole frame must arrive before the `deadline` by `time.monotonic`, which changes the
+    socket's timeout; without one that timeout applies to each read.
 
     Raises:
         OSError: The line is broken or late, or the frame has more than `limit` bytes.
@@ -95,29 +90,20 @@ def open_line(host: str, port: int, token: bytes, timeout: float) -> socket.sock
 
 
 class LineServer:
-    """Listens on a free port until `close`, with one thread per client."""
+    """Listens on a free port, with one thread per client. `answer` must not raise."""
 
     def __init__(self, host: str, answer: Callable[[bytearray], bytes]):
-        """`answer` maps a request to its reply and must not raise."""
         self.token = secrets.token_bytes(TOKEN)
         self._answer = answer
         self._socket = socket.create_server((host, 0), backlog=128)
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
-        self._closed = False
         threading.Thread(target=self._accept, name="line", daemon=True).start()
-
-    def close(self) -> None:
-        """Accept no more clients. Connected clients stay."""
-        self._closed = True
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
-        self._socket.close()
 
     def _accept(self) -> None:
         """Accept clients. Without a free file descriptor or thread, wait; clients then call through
         Serve.
         """
-        while not self._closed:
+        while True:
             line: socket.socket | None = None
             try:
                 line, _ = self._socket.accept()
@@ -125,9 +111,8 @@ class LineServer:
             except (OSError, RuntimeError) as error:
                 if line is not None:
                     line.close()
-                if not self._closed:
-                    logger.warning("a line cannot be accepted (%s); raise ulimit -n or -u", error)
-                    time.sleep(PAUSE_S)
+                logger.warning("a line cannot be accepted (%s); raise ulimit -n or -u", error)
+                time.sleep(PAUSE_S)
 
     def _serve(self, line: socket.socket) -> None:
         with line, contextlib.suppress(OSError):

@@ -61,9 +61,7 @@ def pack(message: Mapping[str, Any]) -> bytes:
             continue
         code = CODES.get(value.dtype)
         if code is None:
-            raise TypeError(
-                f"array {name!r} must be float32, int64 or bool, got dtype {value.dtype}"
-            )
+            raise TypeError(f"array {name!r} must be float32, int64 or bool, got {value.dtype}")
         arrays.append((name, code, value.shape))
         chunks += [value.tobytes(), bytes(-value.nbytes % 8)]
     header = json.dumps({"values": values, "arrays": arrays}, separators=(",", ":")).encode()
@@ -78,9 +76,7 @@ def unpack(data: bytes | bytearray) -> Message:
         ValueError: `data` is not a message, or is damaged.
     """
     if len(data) < 8 or data[:4] != MAGIC:
-        raise ValueError(
-            f"not a message of this protocol: it must begin with {MAGIC!r}, got {bytes(data[:4])!r}"
-        )
+        raise ValueError(f"a message must begin with {MAGIC!r}, got {bytes(data[:4])!r}")
     buffer = data if isinstance(data, bytearray) else bytearray(data)
     (length,) = struct.unpack_from("<I", buffer, 4)
     offset = 8 + length
@@ -93,9 +89,8 @@ def unpack(data: bytes | bytearray) -> Message:
             raise ValueError(f"its values must be an object, got {type(message).__name__}")
         for name, code, shape in header["arrays"]:
             dtype: np.dtype[Any] = DTYPES[code]
-            if not isinstance(name, str) or any(
-                type(size) is not int or size < 0 for size in shape
-            ):
+            whole = all(type(size) is int and size >= 0 for size in shape)
+            if not isinstance(name, str) or not whole:
                 raise ValueError(f"array {name!r} has the shape {shape!r}")
             count = math.prod(shape)
             message[name] = np.frombuffer(buffer, dtype, count, offset).reshape(shape)

@@ -35,10 +35,8 @@ class WorldVecEnv(VecEnv):
 
     def __init__(self, env: WorldVectorEnv):
         if env.autoreset_mode is not AutoresetMode.SAME_STEP:
-            raise UsageError(
-                "autoreset_mode must be 'SameStep' for Stable-Baselines3, got"
-                f" {env.autoreset_mode.value!r}"
-            )
+            mode = env.autoreset_mode.value
+            raise UsageError(f"autoreset_mode must be 'SameStep' in WorldVecEnv, got {mode!r}")
         self.env = env
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
 
@@ -74,9 +72,7 @@ class WorldVecEnv(VecEnv):
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
         raise UsageError(f"set_attr({attr_name!r}) is not supported; set it on WorldVectorEnv")
 
-    def env_method(
-        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
-    ) -> list[Any]:
+    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> Any:
         raise UsageError(f"env_method({method_name!r}) is not supported; call WorldVectorEnv")
 
     def env_is_wrapped(self, wrapper_class: Any, indices: Any = None) -> list[bool]:

@@ -22,12 +22,9 @@ class WorldEnv(gymnasium.Env[Any, Any]):
     """
 
     def __init__(self, world: str | Path | World = "", **arguments: Any):
-        for name in ("num_envs", "autoreset_mode"):
-            if name in arguments:
-                raise UsageError(
-                    f"{name} is not an argument of a single environment, got"
-                    f" {name}={arguments[name]!r}; use gymnasium.make_vec"
-                )
+        for name in {"num_envs", "autoreset_mode"} & arguments.keys():
+            fix = f"got {name}={arguments[name]!r}; use gymnasium.make_vec"
+            raise UsageError(f"{name} is not an argument of a single environment, {fix}")
         self._vector = WorldVectorEnv(1, world, **arguments)
         self.observation_space = self._vector.single_observation_space
         self.action_space = self._vector.single_action_space
@@ -46,14 +43,13 @@ class WorldEnv(gymnasium.Env[Any, Any]):
         if self._over:
             raise ResetNeeded("the episode is over: call reset() before step()")
         batch = concatenate(self.action_space, [action], create_empty_array(self.action_space, 1))
-        observation, rewards, terminated, truncated, infos = self._vector.step(batch)
+        observation, reward, terminated, truncated, infos = self._vector.step(batch)
         self._over = bool(terminated[0] or truncated[0])
-        info = {name: value[0] for name, value in infos.items() if not name.startswith("_")}
-        for name, value in info.items():
-            if isinstance(value, np.bool_):  # Gymnasium's vectors make objects of NumPy's bool
-                info[name] = bool(value)
+        info = {name: infos[name][0] for name in infos if not name.startswith("_")}
+        # Gymnasium's vectors make objects of NumPy's bool.
+        info |= {name: bool(flag) for name, flag in info.items() if isinstance(flag, np.bool_)}
         ends = bool(terminated[0]), bool(truncated[0])
-        return self._first(observation), float(rewards[0]), *ends, info
+        return self._first(observation), float(reward[0]), *ends, info
 
     def _first(self, batch: Any) -> Any:
         return next(iter(iterate(self._vector.observation_space, batch)))
