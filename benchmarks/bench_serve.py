@@ -12,7 +12,6 @@ do not change its speed. --save keeps the table in benchmarks/results/bench_serv
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import statistics
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -36,30 +36,12 @@ from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.deployment import deploy
 from mesocosm.store.artifacts import Storage
+from tests.serve.worlds import untrained
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "bench_serve.json"
-
-
-def untrained(family: str) -> Any:
-    spec = importlib.util.spec_from_file_location(
-        "worlds", HERE.parent / "tests" / "serve" / "conftest.py"
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = ModelConfig()
-    observation, action = (
-        spaces.Box(-np.inf, np.inf, (4,), np.float64),
-        spaces.Box(-3, 3, (1,), np.float32),
-    )
-    model = {
-        "size": config.size,
-        "members": config.members,
-        "base": config.base,
-        "context": config.context,
-    }
-    return module.untrained(observation, action, family, terminal=0.01, **model)
+SPACES = spaces.Box(-np.inf, np.inf, (4,), np.float64), spaces.Box(-3, 3, (1,), np.float32)
+MODEL = {name: getattr(ModelConfig(), name) for name in ("size", "members", "base", "context")}
 
 
 def seconds(env: WorldVectorEnv, actions: Any, at_least: float) -> float:
@@ -69,6 +51,24 @@ def seconds(env: WorldVectorEnv, actions: Any, at_least: float) -> float:
         env.step(actions)
         calls += 1
     return spent / calls
+
+
+def compare(root: str, family: str, count: int, rounds: int) -> dict[str, Any]:
+    """The row of one family and number of environments."""
+    local = WorldVectorEnv(count, family, root=root, backend="local", horizon=200)
+    served = WorldVectorEnv(count, family, app="bench", horizon=200)
+    actions = local.action_space.sample()
+    for env in (local, served):
+        env.reset(seed=0)
+        seconds(env, actions, 0.5)
+    pairs = [[seconds(env, actions, 0.5) for env in (local, served)] for _ in range(rounds)]
+    served.close()
+    ratios = [in_process / over_serve for in_process, over_serve in pairs]
+    speeds = [round(count / statistics.median(times)) for times in zip(*pairs, strict=True)]
+    row: dict[str, Any] = {"family": family, "envs": count}
+    row |= {"in_process_steps_per_s": speeds[0], "served_steps_per_s": speeds[1]}
+    spread = {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
+    return row | {name: round(value, 3) for name, value in spread.items()}
 
 
 def main() -> None:
@@ -81,61 +81,27 @@ def main() -> None:
     torch.set_num_threads(1)
     ray_session.ensure(RayConfig(cpus=4))
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as root:
         for family in options.family or FAMILIES:
-            Storage(folder).make("worlds", family, {}, untrained(family).save)
-        deploy(ServeConfig(name="bench", storage=StorageConfig(folder)))
-        print(
-            f"{'family':<10} {'envs':>5} {'in process':>12} {'served':>10}  ratio (median of"
-            f" {options.rounds} alternating rounds, range)"
-        )
+            world = untrained(*SPACES, family, terminal=0.01, **MODEL)
+            Storage(root).make("worlds", family, {}, world.save)
+        deploy(ServeConfig(name="bench", storage=StorageConfig(root)))
+        rounds = f"(median of {options.rounds} alternating rounds, range)"
+        print(f"{'family':<10} {'envs':>5} {'in process':>12} {'served':>10}  ratio {rounds}")
         for family in options.family or FAMILIES:
             for count in options.envs:
-                local = WorldVectorEnv(count, family, root=folder, backend="local", horizon=200)
-                served = WorldVectorEnv(count, family, app="bench", horizon=200)
-                actions = local.action_space.sample()
-                for env in (local, served):
-                    env.reset(seed=0)
-                    seconds(env, actions, 0.5)
-                pairs = [
-                    (seconds(local, actions, 0.5), seconds(served, actions, 0.5))
-                    for _ in range(options.rounds)
-                ]
-                ratios = [a / b for a, b in pairs]
-                here, served = (
-                    count / statistics.median(times) for times in zip(*pairs, strict=True)
-                )
-                row = {
-                    "family": family,
-                    "envs": count,
-                    "in_process_steps_per_s": round(here),
-                    "served_steps_per_s": round(served),
-                }
-                row |= {
-                    "ratio": round(statistics.median(ratios), 3),
-                    "lowest": round(min(ratios), 3),
-                    "highest": round(max(ratios), 3),
-                }
+                row = compare(root, family, count, options.rounds)
                 rows.append(row)
-                print(
-                    f"{family:<10} {count:>5} {here:>12,.0f} {served:>10,.0f}  {row['ratio']:.2f}"
-                    f" ({row['lowest']:.2f} to {row['highest']:.2f})",
-                    flush=True,
-                )
-                served.close()
+                speeds = f"{row['in_process_steps_per_s']:>12,} {row['served_steps_per_s']:>10,}"
+                ratio = f"{row['ratio']:.2f} ({row['lowest']:.2f} to {row['highest']:.2f})"
+                print(f"{family:<10} {count:>5} {speeds}  {ratio}", flush=True)
     ray_session.shutdown()
     if options.save:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
-        ).stdout.strip()
+        head = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(head, capture_output=True, text=True, cwd=HERE).stdout.strip()
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(
-            json.dumps(
-                {"commit": commit, "command": "python " + " ".join(sys.argv), "rows": rows},
-                indent=1,
-            )
-            + "\n"
-        )
+        result = {"commit": commit, "command": "python " + " ".join(sys.argv), "rows": rows}
+        RESULTS.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from mesocosm.serve.config import ServeConfig
 from mesocosm.serve.deployment import LISTENERS, deploy, undeploy
 from mesocosm.store.artifacts import Artifact, Storage
 
-from .worlds import TOKEN, untrained
+from .worlds import DICT, TOKEN, untrained
 
 OBSERVATION = spaces.Dict(
     {
@@ -87,3 +87,15 @@ def client(rich: str, ray_local: None) -> Iterator[Client]:
         deploy(ServeConfig(world="rich", name="web", replicas=2, cpus=0.5, http=0, storage=storage))
         yield Client(LISTENERS["web"].url)
     undeploy("web")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Iterator[str]:
+    """A storage root with a world of each family, which the application `two` serves."""
+    root = str(tmp_path_factory.mktemp("served"))
+    for family in ("ensemble", "sequence"):
+        world = untrained(DICT, family=family, terminal=0.1)
+        Storage(root).make("worlds", family, {}, world.save)
+    deploy(ServeConfig(world="ensemble", name="two", replicas=2, storage=StorageConfig(root)))
+    yield root
+    undeploy("two")

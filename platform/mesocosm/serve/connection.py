@@ -77,7 +77,7 @@ class Served:
     _line: socket.socket | None = None
     _no_line_until = 0.0
     _number = 0
-    """Of the last request; a reply repeats it, so that none is taken for another request's"""
+    """The last request's number, which its reply repeats: no reply is taken for another one's"""
 
     def __init__(self, app: str, address: str | None, deadline_s: float):
         import ray
