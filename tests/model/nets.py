@@ -10,7 +10,9 @@ from mesocosm.model.config import ModelConfig
 from mesocosm.model.families import build
 from mesocosm.model.mup import init_
 from mesocosm.model.net import WorldNet
-from mesocosm.model.spec import Parts, Spec
+from mesocosm.model.spec import Parts, Spec, Transition
+
+torch.set_num_threads(1)
 
 
 def numbers(values: Tensor) -> Parts:
@@ -18,9 +20,26 @@ def numbers(values: Tensor) -> Parts:
     return Parts(values.float(), torch.zeros(*values.shape[:-1], 0, dtype=torch.int64))
 
 
+def categories(values: Tensor) -> Parts:
+    """Parts [..., m] without numbers."""
+    return Parts(torch.zeros(*values.shape[:-1], 0), values.long())
+
+
 def nothing(*lead: int) -> Parts:
     """Parts without slots, of the leading shape `lead`."""
     return numbers(torch.zeros(*lead, 0))
+
+
+def noise_like(parts: Parts, generator: torch.Generator) -> Parts:
+    """`parts` with normal numbers."""
+    return Parts(torch.randn(parts.numbers.shape, generator=generator), parts.categories)
+
+
+def repeated(transition: Transition, rows: int) -> Transition:
+    """A transition [1, ...] as [rows, ...]."""
+    index = torch.zeros(rows, dtype=torch.int64)
+    parts = transition.observation, transition.action, transition.task
+    return Transition(*(part[index] for part in parts))
 
 
 def random_nets(spec: Spec, config: ModelConfig) -> tuple[WorldNet, Base]:

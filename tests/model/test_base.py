@@ -14,41 +14,38 @@ from torch import Tensor
 
 from mesocosm.model.base import MAX_TRANSITIONS, Base, Transitions
 from mesocosm.model.config import ModelConfig
-from mesocosm.model.spec import Parts, PartSpec, Spec
+from mesocosm.model.spec import PartSpec, Spec
 
-from .nets import nothing, numbers
+from .nets import categories, nothing, numbers
 
-torch.set_num_threads(1)
 CONFIG = ModelConfig(base_steps=300)
+Rollouts = list[tuple[np.ndarray, np.ndarray]]
 
 
-def rollouts(env_id: str, steps: int, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Random episodes, and every second one half under a controller that stays up longer."""
+def act(discrete: bool, controlled: bool, o: Any, rng: np.random.Generator) -> Any:
+    """A random action, or that of a controller that stays up longer."""
+    if discrete:
+        if controlled and rng.random() >= 0.5:
+            return int(o[2] + 0.5 * o[3] > 0)
+        return int(rng.integers(2))
+    mean = 6 * o[1] + o[3] + 0.3 * o[0] + 0.4 * o[2] if controlled else 0.0
+    return np.clip(rng.normal(mean, 1.0, 1), -3, 3).astype(np.float32)
+
+
+def rollouts(env_id: str, steps: int, seed: int) -> Rollouts:
+    """Random episodes, and every second one half under a controller."""
     env, rng = gymnasium.make(env_id), np.random.default_rng(seed)
-    discrete = isinstance(env.action_space, gymnasium.spaces.Discrete)
-    episodes: list[tuple[np.ndarray, np.ndarray]] = []
+    episodes: Rollouts = []
     while sum(len(a) for _, a in episodes) < steps:
-        o, _ = env.reset(seed=int(rng.integers(2**31)))
-        observations, actions, done = [o], [], False
+        observations, done = [env.reset(seed=int(rng.integers(2**31)))[0]], False
+        actions: list[Any] = []
         while not done and len(actions) < 100:
-            if discrete:
-                act: Any = (
-                    int(rng.integers(2))
-                    if len(episodes) % 2 == 0 or rng.random() < 0.5
-                    else int(o[2] + 0.5 * o[3] > 0)
-                )
-            else:
-                mean = 0.0 if len(episodes) % 2 == 0 else 6 * o[1] + o[3] + 0.3 * o[0] + 0.4 * o[2]
-                act = np.clip(rng.normal(mean, 1.0, 1), -3, 3).astype(np.float32)
-            o, _, done, _, _ = env.step(act)
-            observations.append(o)
-            actions.append(act)
-        episodes.append(
-            (
-                np.array(observations, dtype=np.float64),
-                np.array(actions, dtype=np.float64).reshape(len(actions), -1),
-            )
-        )
+            controlled = len(episodes) % 2 == 1
+            actions.append(act(env_id == "CartPole-v1", controlled, observations[-1], rng))
+            after, _, done, _, _ = env.step(actions[-1])
+            observations.append(after)
+        rows = np.array(actions, np.float64).reshape(len(actions), -1)
+        episodes.append((np.array(observations, np.float64), rows))
     return episodes
 
 
@@ -59,28 +56,19 @@ class Data:
         self.mean, self.std = states.mean(0), states.std(0)
         self.discrete = env_id == "CartPole-v1"
         action = PartSpec(categories=(2,)) if self.discrete else PartSpec(1, (1e-3,))
-        self.spec = Spec(PartSpec(4, tuple(1e-4 for _ in range(4))), action)
+        self.spec = Spec(PartSpec(4, (1e-4,) * 4), action)
 
-    def observations(self, values: np.ndarray) -> Parts:
-        return numbers(torch.from_numpy((values - self.mean) / self.std))
-
-    def actions(self, values: np.ndarray) -> Parts:
-        return (
-            Parts(torch.zeros(len(values), 0), torch.tensor(values, dtype=torch.int64))
-            if self.discrete
-            else numbers(torch.from_numpy(values))
-        )
-
-    def transitions(self, episodes: list[tuple[np.ndarray, np.ndarray]]) -> Transitions:
+    def transitions(self, episodes: Rollouts) -> Transitions:
         before, after = (
-            self.observations(np.concatenate([o[cut] for o, _ in episodes]))
+            np.concatenate([(o[cut] - self.mean) / self.std for o, _ in episodes])
             for cut in (slice(None, -1), slice(1, None))
         )
-        actions = self.actions(np.concatenate([a for _, a in episodes]))
-        hashes = torch.cat(
-            [torch.full((len(a),), i * 7919 + 13) for i, (_, a) in enumerate(episodes)]
-        )
-        return before, actions, nothing(len(hashes)), after, hashes
+        actions = torch.from_numpy(np.concatenate([a for _, a in episodes]))
+        lengths = torch.tensor([len(a) for _, a in episodes])
+        hashes = (torch.arange(len(episodes)) * 7919 + 13).repeat_interleave(lengths)
+        action = categories(actions) if self.discrete else numbers(actions)
+        observations = (numbers(torch.from_numpy(o)) for o in (before, after))
+        return next(observations), action, nothing(len(hashes)), next(observations), hashes
 
 
 def one_step_error(base: Base, transitions: Transitions) -> tuple[float, float]:
@@ -99,36 +87,25 @@ def test_real_dynamics(env_id: str, bound: float, measure: int) -> None:
     rail's end own the RMSE.
     """
     data = Data(env_id)
-    base = Base.fit(data.spec, CONFIG, data.transitions(data.train), seed=0)
-    ridge = Base.fit(data.spec, CONFIG, data.transitions(data.train), seed=0, steps=0)
-    held_out = data.transitions(data.test)
+    train, held_out = data.transitions(data.train), data.transitions(data.test)
+    base = Base.fit(data.spec, CONFIG, train, seed=0)
+    ridge = Base.fit(data.spec, ModelConfig(base_steps=0), train, seed=0)
     errors = one_step_error(base, held_out)
     assert errors[0] < bound
     assert errors[measure] < 0.7 * one_step_error(ridge, held_out)[measure]
 
 
-def linear(rows: int = 800, noise: float = 0.0, seed: int = 0) -> tuple[Spec, Transitions]:
-    g = torch.Generator().manual_seed(seed)
-    o, a, t = (
-        torch.randn(rows, 3, generator=g),
-        torch.randint(3, (rows, 1), generator=g),
-        torch.randn(rows, 1, generator=g),
-    )
-    change = (
-        0.1 * o @ torch.randn(3, 3, generator=g)
-        + torch.randn(3, 3, generator=g)[a[:, 0]]
-        + t
-        + noise * torch.randn(rows, 3, generator=g)
-    )
-    spec = Spec(PartSpec(3, (1e-4, 1e-4, 1e-4)), PartSpec(categories=(3,)), PartSpec(1, (1e-4,)))
-    empty = torch.zeros(rows, 0, dtype=torch.int64)
-    return spec, (
-        Parts(o, empty),
-        Parts(torch.zeros(rows, 0), a),
-        Parts(t, empty),
-        Parts(o + change, empty),
-        torch.arange(rows) // 20,
-    )
+def linear(rows: int = 800, noise: float = 0.0) -> tuple[Spec, Transitions]:
+    """Transitions of linear dynamics."""
+    g = torch.Generator().manual_seed(0)
+    o = torch.randn(rows, 3, generator=g)
+    a, t = torch.randint(3, (rows, 1), generator=g), torch.randn(rows, 1, generator=g)
+    change = 0.1 * o @ torch.randn(3, 3, generator=g)
+    change = change + torch.randn(3, 3, generator=g)[a[:, 0]] + t
+    change = change + noise * torch.randn(rows, 3, generator=g)
+    spec = Spec(PartSpec(3, (1e-4,) * 3), PartSpec(categories=(3,)), PartSpec(1, (1e-4,)))
+    parts = numbers(o), categories(a), numbers(t), numbers(o + change)
+    return spec, (*parts, torch.arange(rows) // 20)
 
 
 def test_linear_dynamics_are_exact_and_the_scale_is_the_noise() -> None:
@@ -144,18 +121,14 @@ def test_same_input_same_bits_and_members_differ(tmp_path: Path) -> None:
     config = ModelConfig(base_steps=20, members=3, base_hidden=32)
     a, b, other = (Base.fit(spec, config, data, seed) for seed in (0, 0, 1))
     out = a(*data[:3])
-    assert (
-        out.shape == (3, 800, 3)
-        and torch.equal(out, b(*data[:3]))
-        and not torch.equal(out, other(*data[:3]))
-    )
+    assert out.shape == (3, 800, 3) and torch.equal(out, b(*data[:3]))
+    assert not torch.equal(out, other(*data[:3]))
     assert not torch.allclose(out[0], out[1], atol=1e-4)
     save_file(a.state_dict(), tmp_path / "base.safetensors")
     loaded = Base(spec, config)
     loaded.load_state_dict(load_file(tmp_path / "base.safetensors"))
-    assert torch.equal(loaded(*data[:3]), out) and torch.equal(
-        loaded.residual_scale, a.residual_scale
-    )
+    assert torch.equal(loaded(*data[:3]), out)
+    assert torch.equal(loaded.residual_scale, a.residual_scale)
     assert not list(a.parameters())  # frozen: nothing for an optimiser
 
 
@@ -163,49 +136,38 @@ def test_any_leading_shape() -> None:
     spec, data = linear(64, noise=0.1)
     base = Base.fit(spec, ModelConfig(base_steps=5), data, 0)
     flat = base(*data[:3])
-
-    def folded(part: Parts) -> Parts:
-        return Parts(part.numbers.reshape(4, 16, -1), part.categories.reshape(4, 16, -1))
-
-    o, a, t, _, _ = data
-    assert torch.allclose(
-        base(folded(o), folded(a), folded(t)), flat.reshape(4, 4, 16, 3), atol=1e-6
-    )
-    assert torch.allclose(base(o[0], a[0], t[0]), flat[:, 0], atol=1e-6)
+    folded = base(*(part[torch.arange(64).reshape(4, 16)] for part in data[:3]))
+    assert torch.allclose(folded, flat.reshape(4, 4, 16, 3), atol=1e-6)
+    assert torch.allclose(base(*(part[0] for part in data[:3])), flat[:, 0], atol=1e-6)
 
 
 def test_the_mlp_is_bounded_far_outside_the_data() -> None:
     data = Data("InvertedPendulum-v5", 300)
     base = Base.fit(data.spec, ModelConfig(base_steps=100), data.transitions(data.train), 0)
     far = numbers(torch.randn(256, 4, generator=torch.Generator().manual_seed(0)) * 1e4)
-    act = numbers(torch.zeros(256, 1))
-    linear_part = torch.matmul(base.features(far, act, nothing(256)), base.ridge)
-    bound = base.weight2.abs().sum(1, keepdim=True) * base.scale + base.bias2.abs() * base.scale  # type: ignore[operator, union-attr]
-    assert isinstance(bound, Tensor)
-    assert torch.all(
-        (base(far, act, nothing(256)) - linear_part).abs() <= bound + 1e-3 * linear_part.abs()
-    )
+    inputs = far, numbers(torch.zeros(256, 1)), nothing(256)
+    linear_part = torch.matmul(base.features(*inputs), base.ridge)
+    weight, bias = (base.get_buffer(name) for name in ("weight2", "bias2"))
+    bound: Tensor = (weight.abs().sum(1, keepdim=True) + bias.abs()) * base.scale
+    assert torch.all((base(*inputs) - linear_part).abs() <= bound + 1e-3 * linear_part.abs())
 
 
-def test_without_a_base_the_scale_is_the_changes_own() -> None:
+def test_without_a_base_the_scale_is_that_of_the_change() -> None:
     spec, data = linear(noise=0.3)
     base = Base.fit(spec, ModelConfig(base=False), data, 0)
     assert torch.equal(base(*data[:3]), torch.zeros(4, 800, 3))
-    assert torch.allclose(
-        base.residual_scale, (data[3].numbers - data[0].numbers).std(0, correction=0)
-    )
+    spread = (data[3].numbers - data[0].numbers).std(0, correction=0)
+    assert torch.allclose(base.residual_scale, spread)
 
 
 def test_no_numbers_one_episode_and_many_rows() -> None:
     spec = Spec(PartSpec(categories=(5,)), PartSpec(categories=(2,)))
-    o = Parts(torch.zeros(10, 0), torch.randint(5, (10, 1)))
-    a = Parts(torch.zeros(10, 0), torch.randint(2, (10, 1)))
-    empty = Base.fit(
-        spec, ModelConfig(), (o, a, nothing(10), o, torch.zeros(10, dtype=torch.int64)), 0
-    )
+    o, a = (categories(torch.randint(high, (10, 1))) for high in (5, 2))
+    episode = torch.zeros(10, dtype=torch.int64)
+    empty = Base.fit(spec, ModelConfig(), (o, a, nothing(10), o, episode), 0)
     assert empty(o, a, nothing(10)).shape == (4, 10, 0) and empty.residual_scale.shape == (0,)
 
     spec, data = linear(MAX_TRANSITIONS + 1000, noise=0.1)
-    single = (*data[:4], torch.zeros(len(data[4]), dtype=torch.int64))
+    single: Transitions = (*data[:4], torch.zeros(len(data[4]), dtype=torch.int64))
     base = Base.fit(spec, ModelConfig(base_steps=10, base_hidden=8), single, 0)
     assert torch.isfinite(base(*data[:3])).all() and torch.all(base.residual_scale < 0.2)

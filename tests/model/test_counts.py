@@ -7,7 +7,6 @@ from __future__ import annotations
 import time
 
 import pytest
-import torch
 
 from mesocosm.model.base import Base
 from mesocosm.model.config import ModelConfig
@@ -17,7 +16,6 @@ from mesocosm.model.ladder import dims, ensemble_dims
 from mesocosm.model.mup import init_
 from mesocosm.model.spec import PartSpec, Spec, TextSpan
 
-torch.set_num_threads(1)
 PLAIN = Spec(PartSpec(4, (1e-3,) * 4), PartSpec(categories=(2,)), reward_values=(1.0,))
 RICH = Spec(
     PartSpec(3, (1e-3,) * 3, (3, 7, 7, 7), (TextSpan(1, 3, 1),)),
@@ -37,19 +35,13 @@ def test_parameters_are_exact(spec: Spec, family: str) -> None:
     net, base = build(spec, config), Base(spec, config)
     counts = params(spec, config)
     assert counts == count(net, base)
-    assert (
-        counts.total
-        == sum(p.numel() for p in net.parameters())
-        == counts.dynamics + counts.heads + counts.start
-    )
+    assert counts.total == sum(p.numel() for p in net.parameters())
+    assert counts.total == counts.dynamics + counts.heads + counts.start
     assert counts.base == sum(b.numel() for b in base.state_dict().values()) and counts.members == 3
     assert counts.n == (dims("30k") if family == "sequence" else ensemble_dims("30k")).params
     one = params(spec, ModelConfig(family=family, size="30k", members=1))
-    assert (
-        one.n == counts.n
-        and one.embeddings == counts.embeddings
-        and one.n + one.embeddings == one.dynamics
-    )
+    assert (one.n, one.embeddings) == (counts.n, counts.embeddings)
+    assert one.n + one.embeddings == one.dynamics
 
 
 @pytest.mark.parametrize("size", ["10k", "1m", "300m", "7b"])
@@ -82,8 +74,7 @@ def test_attention_counts_the_full_square() -> None:
     """The second difference over windows of W is the square of scores alone: 2 products of W x W x
     d_model a layer, and twice as many backward.
     """
-    config = ModelConfig(size="30k", members=1, context=64)
-    rung = dims("30k")
+    config, rung = ModelConfig(size="30k", members=1, context=64), dims("30k")
     a, b, c = (flops_per_batch(PLAIN, config, 1, w) for w in (16, 32, 48))
     assert (c - b) - (b - a) == rung.layers * 3 * 2 * 2 * rung.d_model * (48**2 - 2 * 32**2 + 16**2)
 
@@ -94,6 +85,5 @@ def test_a_planner_can_count_7b_quickly() -> None:
     counts, flops = params(PLAIN, config), flops_per_batch(PLAIN, config, 1, 16) / 16
     assert time.perf_counter() - began < 60
     assert counts.n == pytest.approx(7e9, rel=0.15)
-    assert flops > 6 * 0.97 * (
-        counts.n - 4 * counts.embeddings
-    )  # 6 N for the backbone, and the decoders' on every slot
+    # 6 N for the backbone, and the decoders' on every slot.
+    assert flops > 6 * 0.97 * (counts.n - 4 * counts.embeddings)

@@ -17,13 +17,13 @@ from mesocosm.model.counts import blank_windows
 from mesocosm.model.net import WorldNet, apply_base
 from mesocosm.model.spec import Parts, PartSpec, Spec, Windows
 
-from .nets import random_nets
+from .nets import noise_like, random_nets
 
-torch.set_num_threads(1)
 K = 3
 SPEC = Spec(PartSpec(4, (1e-3,) * 4), PartSpec(1, (1e-3,)), terminal_rate=0.1)
 EPISODE = next(i for i in range(1000) if rng.member_mask(torch.tensor([i]), K).sum() == 1)
 """A hash that leaves out all members but one."""
+families = pytest.mark.parametrize("family", ["sequence", "ensemble"])
 
 
 def make(family: str) -> tuple[WorldNet, Base]:
@@ -31,31 +31,23 @@ def make(family: str) -> tuple[WorldNet, Base]:
     return random_nets(SPEC, config)
 
 
-def windows(batch: int = 6) -> Windows:
-    blank = blank_windows(SPEC, batch, 5, events=4)
-    generator = torch.Generator().manual_seed(2)
-
-    def noise(parts: Parts) -> Parts:
-        return Parts(torch.randn(parts.numbers.shape, generator=generator), parts.categories)
-
+def windows(steps: int = 5) -> Windows:
+    """Six windows of noise, and four events, all of EPISODE."""
+    blank, generator = blank_windows(SPEC, 6, steps, events=4), torch.Generator().manual_seed(2)
     assert blank.events is not None
-    events = replace(
-        blank.events,
-        observation=noise(blank.events.observation),
-        weight=torch.ones(4),
-        episode=torch.full((4,), EPISODE),
-    )
-    return replace(
-        blank,
-        observation=noise(blank.observation),
-        action=noise(blank.action),
-        episode=torch.full((batch,), EPISODE),
-        events=events,
-    )
+    episode = torch.full((6,), EPISODE)
+    changes = {"weight": torch.ones(4), "episode": episode[:4]}
+    noise = noise_like(blank.events.observation, generator)
+    events = replace(blank.events, observation=noise, **changes)
+    parts = {
+        name: noise_like(getattr(blank, name), generator) for name in ("observation", "action")
+    }
+    return replace(blank, episode=episode, events=events, **parts)
 
 
 def members_that_learn(net: WorldNet, base: Base) -> dict[str, list[bool]]:
     """By parameter of the members: which of them have a gradient."""
+    net.zero_grad()
     net(windows(), apply_base(base, windows())).objective.backward()
     return {
         name: parameter.grad.flatten(1).any(1).tolist()
@@ -64,23 +56,21 @@ def members_that_learn(net: WorldNet, base: Base) -> dict[str, list[bool]]:
     }
 
 
-@pytest.mark.parametrize("family", ["sequence", "ensemble"])
-def test_a_member_without_an_episode_of_its_own_trains_on_all(family: str) -> None:
+@families
+def test_a_member_without_an_episode_trains_on_all(family: str) -> None:
     net, base = make(family)
     alone = members_that_learn(net, base)
-    assert {"reward", "termination"} < {name.split(".")[0] for name in alone} and all(
-        sum(learn) == 1 for learn in alone.values()
-    )
-    net.zero_grad()
+    assert {"reward", "termination"} < {name.split(".")[0] for name in alone}
+    assert all(sum(learn) == 1 for learn in alone.values())
     net.trains_on(torch.tensor([EPISODE, EPISODE]))
     assert all(all(learn) for learn in members_that_learn(net, base).values())
-    net.trains_on(torch.arange(100))
-    assert torch.equal(net.trained_by(torch.arange(100)), rng.member_mask(torch.arange(100), K)), (
-        "masks stay where every member has some"
-    )
+    many = torch.arange(100)
+    net.trains_on(many)
+    # Masks stay where every member has some.
+    assert torch.equal(net.trained_by(many), rng.member_mask(many, K))
 
 
-@pytest.mark.parametrize("family", ["sequence", "ensemble"])
+@families
 def test_noise_on_the_history_is_a_step_from_the_noisy_state_to_the_true_next_one(
     family: str,
 ) -> None:
@@ -88,35 +78,18 @@ def test_noise_on_the_history_is_a_step_from_the_noisy_state_to_the_true_next_on
     been the true one.
     """
     net, base = make(family)
-    clean = replace(windows(), start=torch.zeros(6, dtype=torch.bool))
-
-    def first(part: Parts, end: int) -> Parts:
-        return part[:, :end]
-
-    one = replace(
-        clean,
-        observation=first(clean.observation, 2),
-        action=first(clean.action, 1),
-        **{
-            name: getattr(clean, name)[:, :1]
-            for name in ("reward", "terminated", "duration", "mask")
-        },
-    )
-    noisy = Parts(one.observation.numbers[:, :1] + 0.3, one.observation.categories[:, :1])
-    moved = Parts(
-        torch.cat((noisy.numbers, one.observation.numbers[:, 1:]), 1), one.observation.categories
-    )
+    clean = replace(windows(1), start=torch.zeros(6, dtype=torch.bool))
+    true = clean.observation
+    noisy = Parts(true.numbers[:, :1] + 0.3, true.categories[:, :1])
+    moved = Parts(torch.cat((noisy.numbers, true.numbers[:, 1:]), 1), true.categories)
 
     def losses(of: Windows) -> dict[str, Tensor]:
         with torch.no_grad():
             result = net(of, apply_base(base, of))
         return {**result.nats, "objective": result.objective}
 
-    corrupted, other, plain = (
-        losses(replace(one, seen=noisy)),
-        losses(replace(one, observation=moved)),
-        losses(one),
-    )
+    changed = replace(clean, seen=noisy), replace(clean, observation=moved), clean
+    corrupted, other, plain = map(losses, changed)
     for name in corrupted:
         assert torch.equal(corrupted[name], other[name]), name
     for name in ("dynamics", "reward", "termination"):

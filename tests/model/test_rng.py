@@ -11,18 +11,17 @@ from mesocosm.model import rng
 
 def test_numpy_and_torch_give_the_same_bits():
     env, step = np.arange(50, dtype=np.int64), np.arange(40, dtype=np.int64)[:, None]
+    tensor = torch.from_numpy(env)
     for seed in (0, 1, 2**63 + 5, -7):
         a = rng.keys(seed, env, 3, step)
-        b = rng.keys(seed, torch.from_numpy(env), 3, torch.from_numpy(step))
+        b = rng.keys(seed, tensor, 3, torch.from_numpy(step))
         assert a.shape == tuple(b.shape) == (40, 50) and np.array_equal(a, b.numpy())
         for slot in (rng.REWARD, rng.OBSERVATION + 9):
             u, v = rng.uniform(a, slot), rng.uniform(b, slot)
-            assert (
-                u.dtype == np.float32 and v.dtype == torch.float32 and np.array_equal(u, v.numpy())
-            )
-        assert np.array_equal(
-            rng.member_of(seed, env, 2, 4), rng.member_of(seed, torch.from_numpy(env), 2, 4).numpy()
-        )
+            assert u.dtype == np.float32 and v.dtype == torch.float32
+            assert np.array_equal(u, v.numpy())
+        members = rng.member_of(seed, env, 2, 4)
+        assert np.array_equal(members, rng.member_of(seed, tensor, 2, 4).numpy())
 
 
 def test_bits_are_pinned():
@@ -50,7 +49,6 @@ def test_member_masks_keep_their_share_and_lose_no_episode():
         mask = rng.member_mask(episodes, members)
         assert mask.any(0).all()
         share = mask.float().mean(1)
-        expected = 0.8 + 0.2 / members
-        assert ((share - expected).abs() < 0.02).all(), share
+        assert ((share - (0.8 + 0.2 / members)).abs() < 0.02).all(), share
     counts = np.bincount(rng.member_of(0, np.arange(20_000), 0, 4), minlength=4)
     assert stats.chisquare(counts).pvalue > 1e-4

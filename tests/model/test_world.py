@@ -24,7 +24,6 @@ from mesocosm.model.world import Carry, Context, StepOut, World
 
 from .nets import random_nets
 
-torch.set_num_threads(1)
 B, W = 5, 8
 SPEC = Spec(
     PartSpec(3, (1e-3,) * 3, (4, 5, 5), (TextSpan(1, 2, 0),)),
@@ -43,10 +42,8 @@ def make_world(family: str = "sequence", spec: Spec = SPEC, context: int = W) ->
 def actions(step: int, spec: Spec = SPEC) -> Parts:
     key = rng.keys(9, torch.arange(B), 0, step).unsqueeze(1)
     numbers = rng.uniform(key, torch.arange(spec.action.numbers))
-    categories = [
-        (rng.uniform(key, 50 + i) * c).long() for i, c in enumerate(spec.action.categories)
-    ]
-    return Parts(numbers, torch.cat([*categories, key[:, :0]], 1))
+    cards = torch.tensor(spec.action.categories)
+    return Parts(numbers, (rng.uniform(key, 50 + torch.arange(len(cards))) * cards).long())
 
 
 def begin(world: World, seed: int = 3) -> Carry:
@@ -62,22 +59,24 @@ def advance(world: World, carry: Carry, step: int) -> tuple[Carry, StepOut]:
 def reset(world: World, carry: Carry, which: list[int], seed: int) -> Carry:
     mask = torch.zeros(B, dtype=torch.bool)
     mask[which] = True
-    task, observation = world.sample_start(rng.keys(seed, torch.arange(B), 1, 0))
-    return world.reset(
-        carry, mask, task, observation, torch.full((B,), seed % world.config.members)
-    )
+    start = world.sample_start(rng.keys(seed, torch.arange(B), 1, 0))
+    return world.reset(carry, mask, *start, torch.full((B,), seed % world.config.members))
 
 
 def flat(out: StepOut) -> list[Tensor]:
-    return [
-        out.observation.numbers,
-        out.observation.categories,
-        out.reward,
-        out.terminated,
-        out.p_terminated,
-        out.duration,
-        out.disagreement,
-    ]
+    names = ("reward", "terminated", "p_terminated", "duration", "disagreement")
+    values = [getattr(out, name) for name in names]
+    return [out.observation.numbers, out.observation.categories, *values]
+
+
+def assert_same(a: StepOut, b: StepOut, where: object = None) -> None:
+    """Both steps have the same bits."""
+    assert all(torch.equal(x, y) for x, y in zip(flat(a), flat(b), strict=True)), where
+
+
+def base_out(world: World, token: Transition) -> BaseOut:
+    change = world.base(token.observation, token.action, token.task)
+    return BaseOut(change, world.base.residual_scale)
 
 
 @pytest.mark.parametrize("steps", [3, W - 1, W, W + 1, 2 * W + 3])
@@ -92,24 +91,16 @@ def test_cached_stepping_equals_the_full_forward(steps: int) -> None:
     carry = begin(world)
     for step in range(steps):
         carry, out = advance(world, carry, step)
-    past = carry.past_observation[:, : carry.position]
-    spread = Parts(
-        carry.task.numbers.unsqueeze(1).expand(-1, carry.position, -1),
-        carry.task.categories.unsqueeze(1).expand(-1, carry.position, -1),
-    )
-    history = Transition(past, carry.past_action[:, : carry.position], spread)
-    full = net.context(history)[:, -1]
-    last = Transition(past[:, -1], carry.past_action[:, carry.position - 1], carry.task)
+    past, acted = (p[:, : carry.position] for p in (carry.past_observation, carry.past_action))
+    full = net.context(Transition(past, acted, carry.task.repeat(carry.position)))[:, -1]
+    last = Transition(past[:, -1], acted[:, -1], carry.task)
     # A repeat of the last step on a copy of the cache gives its features again.
     cached = net.advance(carry.cache, carry.position - 1, carry.start_column, last)
     assert torch.allclose(full, cached, atol=1e-4)
-    base = BaseOut(world.base(last.observation, last.action, last.task), world.base.residual_scale)
+    base = base_out(world, last)
     outcome = Outcome(out.observation, (out.duration - SPEC.duration_mean) / SPEC.duration_scale)
-    for a, b in zip(
-        net.log_prob(full, last, outcome, base),
-        net.log_prob(cached, last, outcome, base),
-        strict=True,
-    ):
+    pairs = (net.log_prob(features, last, outcome, base) for features in (full, cached))
+    for a, b in zip(*pairs, strict=True):
         assert torch.allclose(a, b, atol=1e-4)  # type: ignore[arg-type]
 
 
@@ -120,18 +111,14 @@ def test_a_drawn_step_disagrees_as_the_same_step_would_if_it_were_logged() -> No
     carry = begin(world)
     token = Transition(carry.observation, actions(0), carry.task)
     features = world.net.advance(world.net.new_cache(B), 0, carry.start_column, token)
-    base = BaseOut(
-        world.base(token.observation, token.action, token.task), world.base.residual_scale
-    )
+    base = base_out(world, token)
     draw = world.net.draw(features, token, base, carry.member, rng.keys(3, torch.arange(B), 0, 0))
-    log_prob, duration = world.net.log_prob(
-        features, token, Outcome(draw.observation, draw.duration), base
-    )
+    outcome = Outcome(draw.observation, draw.duration)
+    log_prob, duration = world.net.log_prob(features, token, outcome, base)
     assert (log_prob <= 0).all() and duration is not None and (duration <= 0).all()
-    apart = world.net.disagreement(features, token, Outcome(draw.observation, draw.duration), base)
-    assert (draw.disagreement > 0).all() and torch.allclose(
-        draw.disagreement, apart, rtol=1e-3, atol=1e-5
-    )
+    logged = world.net.disagreement(features, token, outcome, base)
+    assert (draw.disagreement > 0).all()
+    assert torch.allclose(draw.disagreement, logged, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["sequence", "ensemble"])
@@ -156,8 +143,7 @@ def test_a_restored_session_goes_on_with_the_same_bits(family: str) -> None:
         restored = other.restore(Context.from_numpy(arrays))
         for step in range(cut, min(total, cut + W // 2 + 2)):
             restored, out = advance(other, restored, step)
-            for a, b in zip(flat(out), flat(outs[step]), strict=True):
-                assert torch.equal(a, b), (cut, step)
+            assert_same(out, outs[step], (cut, step))
             if step in resets:
                 restored = reset(other, restored, resets[step], step)
 
@@ -176,8 +162,7 @@ def test_an_episode_does_not_see_what_was_before_it() -> None:
     for step in range(3, 2 * W):
         carry, a = advance(world, carry, step)
         other, b = advance(world, other, step)
-        for x, y in zip(flat(a), flat(b), strict=True):
-            assert torch.equal(x, y)
+        assert_same(a, b, step)
 
 
 def test_one_broken_episode_does_not_spoil_the_next() -> None:
@@ -193,14 +178,11 @@ def test_one_broken_episode_does_not_spoil_the_next() -> None:
     for step in range(2, W + 3):
         carry, a = advance(world, carry, step)
         clean, b = advance(world, clean, step)
-        for x, y in zip(flat(a), flat(b), strict=True):
-            assert torch.equal(x, y)
+        assert_same(a, b, step)
 
 
 def test_draws_depend_on_the_key_alone() -> None:
-    """The same keys give the same steps; another seed gives others; each environment's draw is its
-    own.
-    """
+    """The same keys give the same steps; another seed and each environment others."""
     world = make_world()
 
     def run(seed: int) -> Tensor:
@@ -224,41 +206,30 @@ def test_a_context_that_does_not_fit_is_refused() -> None:
 
 
 def test_integers_are_whole_inside_the_world_too(tmp_path: Path) -> None:
-    """What an agent sees, encoded again, is where the world goes on from."""
+    """An observation as an agent sees it, encoded again, is that from which the world continues."""
     generator = np.random.default_rng(0)
-    space = spaces.Dict(
-        {
-            "task": spaces.Box(0, 9, (1,), np.int64),
-            "count": spaces.Box(-99, 999, (2,), np.int64),
-            "x": spaces.Box(-1, 1, (1,), np.float32),
-        }
-    )
+    boxes = {
+        "task": spaces.Box(0, 9, (1,), np.int64),
+        "count": spaces.Box(-99, 999, (2,), np.int64),
+        "x": spaces.Box(-1, 1, (1,), np.float32),
+    }
     episodes = []
     for k in range(8):
         row = {"task": np.array([k]), "x": np.array([0.5], np.float32)}
         rows = [row | {"count": np.array([10 * k + t, -t])} for t in range(12)]
-        episodes.append(
-            Episode(
-                k, k, "random", rows, list(generator.integers(0, 2, 11)), np.ones(11), "truncated"
-            )
-        )
-    facts = {
-        "environment": Environment(id="Counts-v0", task=["task"]),
-        "observation_space": space,
-        "action_space": spaces.Discrete(2),
-    }
+        actions_taken = list(generator.integers(0, 2, 11))
+        episodes.append(Episode(k, k, "random", rows, actions_taken, np.ones(11), "truncated"))
+    facts = {"environment": Environment(id="Counts-v0", task=["task"])}
+    facts |= {"observation_space": spaces.Dict(boxes), "action_space": spaces.Discrete(2)}
     write_dataset(tmp_path, episodes, id="counts", seed=0, **facts)
     codec = Codec.fit(Dataset([tmp_path]))
     world = make_world(spec=Spec.from_json(codec.spec.to_json()))
     carry, seen = begin(world), []
     for step in range(3):
         seen.append(codec.decode_observation(carry.observation, carry.task))
-        torch.testing.assert_close(
-            codec.observation(seen[-1]).numbers, carry.observation.numbers, atol=1e-4, rtol=1e-4
-        )
-        torch.testing.assert_close(
-            codec.task(seen[-1]).numbers, carry.task.numbers, atol=1e-4, rtol=1e-4
-        )
+        encoded = codec.observation(seen[-1]), codec.task(seen[-1])
+        for actual, expected in zip(encoded, (carry.observation, carry.task), strict=True):
+            torch.testing.assert_close(actual.numbers, expected.numbers, atol=1e-4, rtol=1e-4)
         carry, _ = advance(world, carry, step)
     assert len({tuple(row) for now in seen for row in now["count"].tolist()}) > 5
 
@@ -269,14 +240,13 @@ def test_a_world_survives_its_files(family: str, tmp_path: Path) -> None:
     world.codec = {"some": ["codec"]}
     world.save(tmp_path / "w")
     loaded = World.load(tmp_path / "w")
-    assert (
-        loaded.spec == world.spec and loaded.config == world.config and loaded.codec == world.codec
-    )
+    for name in ("spec", "config", "codec"):
+        assert getattr(loaded, name) == getattr(world, name)
     a, b = begin(world), begin(loaded)
     for step in range(W + 2):
         a, x = advance(world, a, step)
         b, y = advance(loaded, b, step)
-        assert all(torch.equal(p, q) for p, q in zip(flat(x), flat(y), strict=True))
+        assert_same(x, y, step)
     (tmp_path / "w" / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(ArtifactError, match="cannot be read"):
         World.load(tmp_path / "w")
@@ -286,6 +256,5 @@ def test_regressed_rewards_and_durations_come_in_raw_units() -> None:
     spec = replace(SPEC, reward_mean=50.0, reward_scale=2.0, duration_mean=7.0, duration_scale=0.1)
     world, plain = make_world(spec=spec), make_world()
     (_, a), (_, b) = advance(world, begin(world), 0), advance(plain, begin(plain), 0)
-    assert torch.allclose(a.reward, b.reward * 2 + 50, atol=1e-4) and torch.allclose(
-        a.duration, b.duration * 0.1 + 7, atol=1e-4
-    )
+    assert torch.allclose(a.reward, b.reward * 2 + 50, atol=1e-4)
+    assert torch.allclose(a.duration, b.duration * 0.1 + 7, atol=1e-4)

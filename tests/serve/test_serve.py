@@ -207,7 +207,8 @@ def test_no_line(
 
 def test_line_wants_the_token(served: str) -> None:
     """Without the token a client gets no answer and allocates no memory."""
-    address = served_by(client()).replica
+    env = client()
+    address = served_by(env).replica
     assert address is not None and address["host"] == "127.0.0.1"
     endpoint = address["host"], address["port"]
     with socket.create_connection(endpoint, timeout=10) as line:

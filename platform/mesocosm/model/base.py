@@ -1,16 +1,16 @@
 """The base of the dynamics: a ridge regression plus a small MLP that predict the change of an
-observation's numbers, fitted and frozen before pretraining.
+observation's numbers, fitted and frozen before pretraining. The networks model its residual.
 
-The networks model the residual over it. Each of the K members is fitted on its own episodes
-(`rng.member_mask`), because members that share a base agree everywhere. Far outside the data the
-ridge continues linearly and the MLP, whose last hidden units are tanh, stays bounded: nothing is
-clipped, yet no extrapolating network throws an imagined state to infinity.
+Each of the K members is fitted on its own episodes (`rng.member_mask`), because members that share
+a base agree everywhere. Far outside the data the ridge continues linearly and the MLP, whose last
+hidden units are tanh, stays bounded.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,17 +29,14 @@ BETAS = (0.9, 0.99)
 WEIGHT_DECAY = 1e-4
 RIDGE = 1e-7
 """Ridge penalty a transition; features are normalised."""
-CHUNK = 8192
-"""Rows evaluated at once: the hidden layers of all rows would take a gigabyte."""
+CHUNK = 8192  # rows evaluated at once: the hidden layers of all rows would take a gigabyte
 
 Transitions = tuple[Parts, Parts, Parts, Parts, Tensor]
 """Observation, action, task, next observation ([N, ...] each) and the episode hash [N] int64."""
 
 
 class Base(nn.Module):
-    """All state is in float32 buffers: it is saved, moved and counted but not trained with the
-    network.
-    """
+    """All state is in float32 buffers: saved, moved and counted, but not trained."""
 
     residual_scale: Tensor
     """[n] robust spread of the residual, at least the number's bin; shared by the members."""
@@ -57,11 +54,10 @@ class Base(nn.Module):
             features = 1 + sum(_width(part) for part in (spec.observation, spec.action, spec.task))
             self.register_buffer("ridge", torch.zeros(k, features, n))
             self.register_buffer("scale", torch.ones(n))  # of the MLP's output
-            for i, (fan_in, fan_out) in enumerate(
-                [(features, hidden), (hidden, hidden), (hidden, n)]
-            ):
-                self.register_buffer(f"weight{i}", torch.zeros(k, fan_in, fan_out))
-                self.register_buffer(f"bias{i}", torch.zeros(k, 1, fan_out))
+            widths = (features, hidden, hidden, n)
+            for i in range(3):
+                self.register_buffer(f"weight{i}", torch.zeros(k, widths[i], widths[i + 1]))
+                self.register_buffer(f"bias{i}", torch.zeros(k, 1, widths[i + 1]))
 
     @property
     def mlp(self) -> list[Tensor]:
@@ -69,24 +65,18 @@ class Base(nn.Module):
         return [getattr(self, f"{kind}{i}") for i in range(3) for kind in ("weight", "bias")]
 
     def features(self, observation: Parts, action: Parts, task: Parts) -> Tensor:
-        """[..., F] float32: 1, the numbers and the small categories (one-hot) of observation,
-        action and task.
-        """
+        """[..., F] float32: 1, and the numbers and small categories (one-hot) of all three."""
         columns = [torch.ones_like(observation.numbers[..., :1])]
         specs = (self.spec.observation, self.spec.action, self.spec.task)
         for spec, part in zip(specs, (observation, action, task), strict=True):
             columns.append(part.numbers)
-            columns += [
-                F.one_hot(part.categories[..., i], cardinality).to(part.numbers.dtype)
-                for i, cardinality in enumerate(spec.categories)
-                if cardinality <= MAX_CARDINALITY
-            ]
+            for i, cardinality in enumerate(spec.categories):
+                if cardinality <= MAX_CARDINALITY:
+                    columns.append(F.one_hot(part.categories[..., i], cardinality).float())
         return torch.cat(columns, -1)
 
     def forward(self, observation: Parts, action: Parts, task: Parts) -> Tensor:
-        """[K, ..., n] float32: each member's predicted normalised change o' - o of the numbers, for
-        any leading shape [...].
-        """
+        """[K, ..., n] float32: each member's predicted normalised change o' - o of the numbers."""
         lead = observation.numbers.shape[:-1]
         if not self.enabled:
             return observation.numbers.new_zeros(self.members, *lead, self.spec.observation.numbers)
@@ -97,18 +87,10 @@ class Base(nn.Module):
 
     @staticmethod
     @torch.no_grad()
-    def fit(
-        spec: Spec,
-        config: ModelConfig,
-        transitions: Transitions,
-        seed: int,
-        steps: int | None = None,
-    ) -> Base:
-        """Fit on the CPU in float32; the same input gives the same bits.
+    def fit(spec: Spec, config: ModelConfig, transitions: Transitions, seed: int) -> Base:
+        """Fit on the CPU in float32, on at most MAX_TRANSITIONS of `transitions`, spread evenly.
 
-        Args:
-            transitions: At most MAX_TRANSITIONS of them are used, spread evenly.
-            steps: Training steps of the MLP; by default `config.base_steps`.
+        The same input gives the same bits.
         """
         observation, action, task, following = (part.to("cpu") for part in transitions[:4])
         episode = transitions[4].cpu()
@@ -134,8 +116,7 @@ class Base(nn.Module):
         _fit_ridge(base, x, change, keep)
         residual = change - torch.matmul(x, base.ridge)
         base.scale.copy_(torch.maximum(residual.pow(2).mean((0, 1)).sqrt(), bins))
-        steps = config.base_steps if steps is None else steps
-        _fit_mlp(base, x, residual / base.scale, keep, steps, generator)
+        _fit_mlp(base, x, residual / base.scale, keep, config.base_steps, generator)
         chunks = torch.arange(len(episode)).split(CHUNK)
         error = change - torch.cat([base(observation[c], action[c], task[c]) for c in chunks], 1)
         held_out = ~keep
@@ -167,8 +148,8 @@ def _fit_ridge(base: Base, x: Tensor, change: Tensor, keep: Tensor) -> None:
 def _fit_mlp(
     base: Base, x: Tensor, target: Tensor, keep: Tensor, steps: int, generator: torch.Generator
 ) -> None:
-    """AdamW with a cosine to zero on the Huber loss of `target` [K, N, n], so that rare impacts do
-    not dominate the fit; each member draws from its own rows.
+    """AdamW with a cosine to zero. The Huber loss of `target` [K, N, n] keeps rare impacts from
+    dominating; each member draws from its own rows.
     """
     weights = base.mlp
     for buffer in weights[:4:2]:
@@ -176,9 +157,8 @@ def _fit_mlp(
     if steps == 0:
         return
     trained = [buffer.clone().requires_grad_() for buffer in weights]
-    optimizer = torch.optim.AdamW(
-        trained, lr=LR, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    settings: Any = {"lr": LR, "betas": BETAS, "weight_decay": WEIGHT_DECAY, "fused": True}
+    optimizer = torch.optim.AdamW(trained, **settings)
     rows = [mask.nonzero().squeeze(1) for mask in keep]
     flat, first = target.flatten(0, 1), torch.arange(len(rows)).unsqueeze(1) * target.shape[1]
     for step in range(steps):

@@ -36,9 +36,8 @@ class ModelConfig:
     def validate(self) -> None:
         """Raise UsageError that names the key, its value and the fix."""
         if self.family not in FAMILIES:
-            families = ", ".join(FAMILIES)
-            hint = nearest(self.family, FAMILIES)
-            raise UsageError(f"model.family must be one of {families}, got {self.family!r}{hint}")
+            hint = f"got {self.family!r}{nearest(self.family, FAMILIES)}"
+            raise UsageError(f"model.family must be one of {', '.join(FAMILIES)}, {hint}")
         dims(self.size)
         least = dict(members=1, base_hidden=1, base_steps=0, context=1, components=1)
         for key, low in least.items():

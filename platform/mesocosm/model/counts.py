@@ -1,10 +1,9 @@
-"""The exact size and compute of a model, counted on torch's meta device without allocating it; 7B
-takes a second or two.
+"""The exact size and compute of a model, counted on torch's meta device without allocating it.
 
 Attention counts the full square of scores, the masked half too, as `torch.utils.flop_counter`
 counts it under `sdpa_kernel(SDPBackend.MATH)`; the fused CPU kernel would count as 0. A
-multiplication and its addition are 2 FLOPs; elementwise work, norms and look-ups are none.
-Activations that checkpointing recomputes are not counted again.
+multiplication and its addition are 2 FLOPs; elementwise work, norms, look-ups and activations that
+checkpointing recomputes are none.
 """
 
 from __future__ import annotations
@@ -96,28 +95,15 @@ def blank_windows(spec: Spec, batch: int, window: int, events: int = 0) -> Windo
     """Windows of zeros, all valid, on torch's default device."""
     zeros, single = torch.zeros(batch, window), torch.zeros(events)
 
-    def parts(*shape: int, of: PartSpec) -> Parts:
+    def parts(of: PartSpec, *shape: int) -> Parts:
         return Parts.empty(of, *shape, device=zeros.device)
 
     o, a, task = spec.observation, spec.action, spec.task
-    side = Events(
-        parts(events, of=o),
-        parts(events, of=a),
-        parts(events, of=o),
-        parts(events, of=task),
-        single,
-        single,
-        single.long(),
-    )
-    return Windows(
-        parts(batch, window + 1, of=o),
-        parts(batch, window, of=a),
-        parts(batch, of=task),
-        reward=zeros,
-        terminated=zeros,
-        duration=zeros,
-        mask=zeros == 0,
-        start=zeros[:, 0] == 0,
-        episode=zeros[:, 0].long(),
-        events=side if events else None,
-    )
+    side = None
+    if events:
+        before, after = parts(o, events), parts(o, events)
+        inputs = before, parts(a, events), after, parts(task, events)
+        side = Events(*inputs, single, single, single.long())
+    rows = parts(o, batch, window + 1), parts(a, batch, window), parts(task, batch)
+    mask, episode = zeros == 0, zeros[:, 0].long()
+    return Windows(*rows, zeros, zeros, zeros, mask, mask[:, 0], episode, events=side)

@@ -1,8 +1,8 @@
 """The decoder inside a step: an autoregressive transformer over slots of numbers and categories.
 
-Slot i's distribution depends on a context and on the values of slots 0 .. i-1, so that dimensions
-that move together are drawn together. K members are evaluated at once. Each has its own parameters
-and its own view of the numbers (their residual over its own base); all see one sample.
+Slot i's distribution depends on a context and on the values of slots 0 .. i-1. K members are
+evaluated at once. Each has its own parameters and its own view of the numbers (their residual over
+its own base); all see one sample.
 """
 
 from __future__ import annotations
@@ -28,9 +28,7 @@ Order = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True)
 class Scale:
-    """How a decoder sees numbers: member k sees r_k = (x - shift_k) / scale, with bins in the same
-    units.
-    """
+    """How a decoder sees numbers: member k sees r_k = (x - shift_k) / scale."""
 
     shift: Tensor  # [K, N, n] float32
     scale: Tensor  # [n] float32
@@ -55,9 +53,7 @@ class SlotBlock(TransformerBlock):
         return self.residual(x, attended.transpose(1, 2).reshape(k, rows, d))
 
     def step(self, x: Tensor, cache: Tensor, slot: int) -> Tensor:
-        """The same for x [K, N, d] at `slot`: `cache` [2, S, K, N, heads, head] holds the slots
-        before, and takes this one.
-        """
+        """The same for x [K, N, d] at `slot`; `cache` [2, S, K, N, heads, head] takes it."""
         k, rows, d = x.shape
         q, key, v = self.qkv(self.norm_1(x)).view(k, rows, 3, self.heads, self.head).unbind(2)
         attended = v
@@ -70,9 +66,7 @@ class SlotBlock(TransformerBlock):
 
 
 class Decoder(nn.Module):
-    """p(values of all slots | context) for K members. `inputs`: width of the context, 0 for none
-    (the start model's).
-    """
+    """p(values of all slots | context) for K members. `inputs`: width of the context, or 0."""
 
     def __init__(
         self, part: PartSpec, order: Order, config: ModelConfig, *, members: int, inputs: int
@@ -104,9 +98,8 @@ class Decoder(nn.Module):
             self.table = embedding(sum(cardinalities), members, fan_in=1)
         self.blocks = nn.ModuleList(SlotBlock(stack, members) for _ in range(stack.layers))
         self.norm = RMSNorm(stack, depth=1.0, members=members)
-        output = partial(
-            Linear, stack.d, kind="output", members=members, width=stack.width, gain=0.1
-        )
+        scaled = partial(Linear, members=members, width=stack.width)
+        output = partial(scaled, stack.d, kind="output", gain=0.1)
         if numbers:
             parameters = density.PARAMS * components
             self.density = output(parameters)
@@ -139,10 +132,8 @@ class Decoder(nn.Module):
     def forward(
         self, context: Tensor | None, r: Tensor, numbers: Tensor, categories: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Teacher-forced outputs: (density parameters [K, N, n, 3 M], logits [K, N, m, C]),
-        float32.
-
-        context [N, inputs]; r [K, N, n]; numbers [N, n]; categories [N, m].
+        """Teacher-forced (density parameters [K, N, n, 3 M], logits [K, N, m, C]), float32, of
+        context [N, inputs], r [K, N, n], numbers [N, n] and categories [N, m].
         """
         k, n, s = self.members, numbers.shape[0], self.slots
         x = self.slot.unsqueeze(1).expand(k, n, s, -1)
@@ -183,11 +174,9 @@ class Decoder(nn.Module):
         scale: Scale,
         absolute: Tensor | None = None,
     ) -> Tensor:
-        """[K, N, S] float32 <= 0, slots in their order.
+        """[K, N, S] float32 <= 0, of numbers [N, n] in the units of `scale` and categories [N, m].
 
-        Args:
-            numbers: [N, n] in the units of `scale`.
-            absolute: [N, n]: what later slots read beside r_k; by default `numbers`.
+        Later slots read r_k and `absolute` [N, n], by default `numbers`.
         """
         r, mixture, logits = self._distributions(context, numbers, categories, scale, absolute)
         log_prob = density.log_prob(mixture, r)
@@ -214,17 +203,15 @@ class Decoder(nn.Module):
     def expected(
         self, context: Tensor, numbers: Tensor, categories: Tensor, scale: Scale, absolute: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Each member's expectations, with the arguments of `log_prob`: of the numbers in units of
-        `scale` [K, N, n], and the categories' probabilities [K, N, m, C].
+        """Each member's expected numbers in units of `scale` [K, N, n], and the categories'
+        probabilities [K, N, m, C], with the arguments of `log_prob`.
         """
         _, mixture, logits = self._distributions(context, numbers, categories, scale, absolute)
         means = density.mean(mixture) + scale.shift / scale.scale
         return means, None if self.logits is None else F.softmax(logits, -1)
 
     def _allowed(self, categories: Tensor) -> Tensor:
-        """[N, m, C] bool: the values that each slot may take, given the slots before: after a
-        text's end only its padding.
-        """
+        """[N, m, C] bool: the values that each slot may take: after a text's end only padding."""
         allowed = self.allowed(categories).expand(len(categories), -1, -1)
         if self.part.texts:
             allowed = allowed.clone()
@@ -245,14 +232,12 @@ class Decoder(nn.Module):
         keys: Tensor,
         now: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Sample all slots; row i draws from `member[i]` with `keys[i]`.
-
-        Args:
-            now: [N, n]: later slots read `now` + numbers; by default the numbers alone.
+        """Sample all slots; row i draws from `member[i]` with `keys[i]`. Later slots read the
+        numbers, plus `now` [N, n].
 
         Returns:
-            numbers [N, n] in the units of `scale`, categories [N, m], and what every member
-            expected of each slot, given the sample before it, as `expected` returns it.
+            numbers [N, n] in the units of `scale`, categories [N, m], and every member's
+            expectations of each slot, given the sample before it, as `expected` returns them.
         """
         k, n, s = self.members, len(keys), self.slots
         u = rng.uniform(keys.unsqueeze(-1), self.uniforms(keys)).view(n, s, 2)
@@ -310,13 +295,11 @@ class Decoder(nn.Module):
 
 
 def text_ended(categories: Tensor, text: TextSpan) -> Tensor:
-    """[N, length - 1] bool: whether the text has ended before each of its slots but the first."""
+    """[N, length - 1] bool: True where the text has ended before each of its slots 1 and on."""
     before = categories[:, text.start : text.start + text.length - 1]
     return (before == 0).cumsum(1) > 0
 
 
 def value_features(r: Tensor, numbers: Tensor) -> Tensor:
-    """[K, ..., 2]: what later slots read of a number: asinh of its residual [K, ...] and of the
-    number itself [...].
-    """
+    """[K, ..., 2]: later slots read asinh of a number's residual [K, ...] and of itself [...]."""
     return torch.asinh(torch.stack((r, numbers.expand_as(r)), -1))

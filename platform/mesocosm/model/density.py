@@ -1,10 +1,9 @@
 """Densities of numbers: mixtures of logistics, integrated over one bin, as in PixelCNN++ (Salimans
-et al. 2017, arXiv 1701.05517).
+et al. 2017, arXiv 1701.05517), in float32.
 
 With a = (x - w/2 - mu) / s and b = (x + w/2 - mu) / s, the mass of a logistic (mu, s) in the bin of
 width w around x is sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(-w / s)), exactly: a
-product of factors below 1, so its log is a sum that never cancels and never exceeds 0, however far
-the tail. All in float32.
+product of factors below 1, so that its log never cancels and never exceeds 0, however far the tail.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
-"""The model families, by the name that `model.family` gives them.
-
-To add a family, write a subclass of `net.WorldNet` in a module of its own (`ensemble` is the
-shortest example), list it in NETWORKS, and list its sizes in `ladder.LADDERS`.
+"""The model families, by `model.family`. To add one, write a subclass of `net.WorldNet` (`ensemble`
+is the shortest), list it in NETWORKS, and list its sizes in `ladder.LADDERS`.
 """
 
 from __future__ import annotations
@@ -21,8 +19,6 @@ NETWORKS: dict[str, Callable[[Spec, ModelConfig], WorldNet]] = {
 
 
 def build(spec: Spec, config: ModelConfig) -> WorldNet:
-    """A new network of `config.family`, initialised from torch's global generator. Raises
-    UsageError for an unknown family or size.
-    """
+    """A new network, from torch's global generator. Raises UsageError on an invalid config."""
     config.validate()
     return NETWORKS[config.family](spec, config)

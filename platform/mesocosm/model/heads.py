@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from mesocosm.model.layers import Constant, Inputs, Linear, MemberMLP, member_ro
 from mesocosm.model.spec import Parts, PartSpec, Spec, TextSpan, Transition, Windows
 
 REWARD_COMPONENTS = 2
+TrainedBy = Callable[[Tensor], Tensor]
 
 
 class StartModel(nn.Module):
@@ -55,9 +57,9 @@ class StartModel(nn.Module):
 
 
 class Head(nn.Module):
-    """K MLPs on (o, a, task, o'), and a linear correction by the backbone's features, zero at
-    first. No gradient reaches the backbone: rare events and scalars were not learned on a shared
-    trunk.
+    """K MLPs on (o, a, task, o'), and a linear correction by the backbone's features, first zero.
+
+    No gradient reaches the backbone: rare events and scalars were not learned on a shared trunk.
     """
 
     def __init__(self, spec: Spec, members: int, hidden: int, features: int, outputs: int):
@@ -65,12 +67,9 @@ class Head(nn.Module):
         parts = (spec.observation, spec.action, spec.task, spec.observation)
         width = hidden / BASE_HIDDEN
         self.mlp = MemberMLP(*parts, members=members, hidden=hidden, outputs=outputs, width=width)
+        output: Any = {"kind": "output", "members": members, "gain": 0.0}
         width = features / BASE_WIDTH
-        self.correction = None
-        if features:
-            self.correction = Linear(
-                features, outputs, "output", members=members, width=width, gain=0.0
-            )
+        self.correction = Linear(features, outputs, width=width, **output) if features else None
 
     def correct(self, features: Tensor | None) -> Tensor | float:
         """[N, d] -> [K, N, out] float32, or 0 without history."""
@@ -86,9 +85,7 @@ class Head(nn.Module):
 
 
 class RewardHead(nn.Module):
-    """p(r | o, a, o', history) for K members: a category if the spec lists reward values, a
-    discretised mixture otherwise.
-    """
+    """p(r | o, a, o', history): a category if the spec lists values, otherwise a mixture."""
 
     def __init__(self, spec: Spec, members: int, hidden: int, features: int):
         super().__init__()
@@ -139,14 +136,10 @@ class TerminationHead(nn.Module):
         return outputs.squeeze(-1) + self.prior(outputs)
 
     def losses(
-        self,
-        windows: Windows,
-        inputs: Inputs,
-        features: Tensor | None,
-        trained_by: Callable[[Tensor], Tensor],
+        self, windows: Windows, inputs: Inputs, features: Tensor | None, trained_by: TrainedBy
     ) -> tuple[Tensor, Tensor]:
-        """Returns (log-likelihood [K, N] of the windows' transitions, the scalar objective: mean
-        over members, nats a transition). `trained_by` is that of `WorldNet`.
+        """(log-likelihood [K, N] of the windows' transitions, objective: mean over members, nats a
+        transition). `trained_by` is that of `WorldNet`.
         """
         events = windows.events
         with torch.set_grad_enabled(events is None and torch.is_grad_enabled()):

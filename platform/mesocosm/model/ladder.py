@@ -1,8 +1,7 @@
 """The ladder of model sizes, 10k to 7B, and the multipliers that let its rungs share settings.
 
 A rung is named after N: the hidden matrices and the vectors (norm gains, biases) of the backbone
-and of one decoder. Embeddings and output layers depend on the spaces; `counts` counts them
-separately.
+and of one decoder, without embeddings and output layers, which depend on the spaces.
 
 Width and depth follow CompleteP (Dey et al. 2025, arXiv 2505.01618: width muP, depth with
 alpha = 1). A network keeps to three rules, on which `mup.init_` and `mup.param_groups` rely:
@@ -135,12 +134,12 @@ LADDERS: dict[str, Mapping[str, Dims | EnsembleDims]] = {
 
 
 def dims(size: str) -> Dims:
-    """The rung `size` of the sequence family. Raises UsageError for an unknown size."""
+    """A rung of the sequence family. Raises UsageError for an unknown size."""
     return RUNGS[_checked(size)]
 
 
 def ensemble_dims(size: str) -> EnsembleDims:
-    """The rung `size` of the ensemble family. Raises UsageError for an unknown size."""
+    """A rung of the ensemble family. Raises UsageError for an unknown size."""
     return ENSEMBLE_RUNGS[_checked(size)]
 
 

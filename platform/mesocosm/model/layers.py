@@ -38,8 +38,7 @@ def read(*parts: Parts) -> Inputs:
 def squash(x: Tensor) -> Tensor:
     """[..., n] -> [..., 2 n] float32: x bent smoothly towards +-EDGE, and sign(x) log(1 + |x|).
 
-    The second half is monotone, so no information is lost. NaN and infinity become finite, so that
-    a broken episode spoils no other.
+    NaN and infinity become finite, so that a broken episode spoils no other.
     """
     x = torch.nan_to_num(x.float(), nan=0.0, posinf=1e30, neginf=-1e30)
     bent = x / torch.sqrt(1.0 + (x / EDGE).square())
@@ -121,8 +120,8 @@ class Linear(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """The layers of attention and SwiGLU, without the attention itself: a subclass computes it from
-    `qkv(norm_1(x))` and passes the result to `residual`.
+    """The layers of attention and SwiGLU. A subclass computes the attention from `qkv(norm_1(x))`
+    and passes the result to `residual`.
     """
 
     def __init__(self, stack: Stack, members: int | None = None):
@@ -145,8 +144,8 @@ class TransformerBlock(nn.Module):
 
 
 class PartsEmbedding(nn.Module):
-    """The summed linear embedding of several `Parts`: a matrix for squashed numbers, tables for
-    categories. Without `members` [...] -> [..., width]; with K members [N] -> [K, N, width].
+    """The summed linear embedding of several `Parts`: [...] -> [..., width], and with K members
+    [N] -> [K, N, width].
     """
 
     def __init__(self, *parts: PartSpec, width: int, members: int | None = None, gain: float = 1.0):
@@ -177,17 +176,14 @@ class PartsEmbedding(nn.Module):
 
 
 class MemberMLP(nn.Module):
-    """K MLPs with two hidden SiLU layers and a linear skip path: inputs of leading shape [N] ->
-    [K, N, out] float32.
-    """
+    """K MLPs with two hidden SiLU layers and a linear skip path: [N] -> [K, N, out] float32."""
 
     def __init__(self, *parts: PartSpec, members: int, hidden: int, outputs: int, width: float):
         super().__init__()
+        linear = partial(Linear, hidden, members=members, width=width, bias=True)
         self.first = PartsEmbedding(*parts, width=hidden, members=members)
-        self.second = Linear(hidden, hidden, "hidden", members=members, width=width, bias=True)
-        self.last = Linear(
-            hidden, outputs, "output", members=members, width=width, bias=True, gain=0.1
-        )
+        self.second = linear(hidden, "hidden")
+        self.last = linear(outputs, "output", gain=0.1)
         self.skip = PartsEmbedding(*parts, width=outputs, members=members, gain=0.0)
 
     def forward(self, x: Inputs) -> Tensor:

@@ -1,7 +1,7 @@
 """One set of hyperparameters for every rung: CompleteP's parametrisation (Dey et al. 2025, arXiv
 2505.01618, table 1, alpha = 1).
 
-With m_N = width / base width and m_L = layers / base layers, and AdamW:
+With m_N = width / base width, m_L = layers / base layers, and AdamW:
 
     kind        initial std          learning rate    weight decay    AdamW's eps
     hidden      fan_in^-1/2          lr / m_N         wd * m_N        eps / (m_N m_L)
@@ -57,10 +57,8 @@ def tag(
             because its result is multiplied by 1 / width.
     """
     inputs = parameter.shape[-1] if fan_in is None else fan_in
-    if kind == "vector":
-        std = 0.0
-    else:
-        std = gain * (inputs / width if kind == "output" else inputs) ** -0.5
+    std = gain * (inputs / width if kind == "output" else inputs) ** -0.5
+    std = 0.0 if kind == "vector" else std
     parameter.mup = Tag(kind, width, depth, std)  # type: ignore[attr-defined]
     return parameter
 
@@ -84,23 +82,20 @@ def init_(net: nn.Module, seed: int) -> None:
 def param_groups(
     net: nn.Module, lr: float, weight_decay: float, eps: float = 1e-8
 ) -> list[dict[str, Any]]:
-    """AdamW's parameter groups: one for each distinct (lr, weight decay, eps), in a stable order.
+    """AdamW's parameter groups, one for each distinct (lr, weight decay, eps), in a stable order.
 
-    `lr`, `weight_decay` and `eps` are those of the base width. Weight decay is torch's (multiplied
-    by the group's lr).
+    The arguments are those of the base width. Weight decay is torch's (times the group's lr).
     """
     groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in net.named_parameters():
         if not parameter.requires_grad:
             continue
         t = tag_of(name, parameter)
+        key = (lr, 0.0, eps / t.width)
         if t.kind == "hidden":
             key = (lr / t.width, weight_decay * t.width, eps / (t.width * t.depth))
         elif t.kind == "vector":
             key = (lr, 0.0, eps / (t.width * t.depth))
-        else:
-            key = (lr, 0.0, eps / t.width)
         groups.setdefault(key, []).append(parameter)
-    return [
-        {"params": ps, "lr": a, "weight_decay": w, "eps": e} for (a, w, e), ps in groups.items()
-    ]
+    names = ("lr", "weight_decay", "eps")
+    return [{"params": ps, **dict(zip(names, key, strict=True))} for key, ps in groups.items()]

@@ -1,8 +1,7 @@
 """The network interface that all families share: the losses of all parts of a trajectory.
 
-A family implements the dynamics: `context` (features of the history), `log_prob` of a next
-observation, and `draw`. The base class adds the start model p(task, o_0), the reward and
-termination networks, and the sums of nats. `families` lists the families.
+A family implements the dynamics. The base class adds the start model p(task, o_0), the reward and
+termination networks, and the sums of nats.
 """
 
 from __future__ import annotations
@@ -35,9 +34,7 @@ class BaseOut:
     scale: Tensor  # [n]: residual_scale; a density is over r_k = (change - base_k) / scale
 
     def flat(self, durations: bool) -> tuple[Tensor, Tensor]:
-        """(shift [K, N, n], scale [n]), float32; with `durations` one column more for the duration,
-        which keeps its unit.
-        """
+        """(shift [K, N, n], scale [n]), float32; with one more column for the duration, if any."""
         shift, scale = self.change.flatten(1, -2).float(), self.scale.float()
         if durations:
             shift, scale = F.pad(shift, (0, 1)), F.pad(scale, (0, 1), value=1.0)
@@ -57,14 +54,13 @@ class WindowLosses:
 
     objective: Tensor
     """The scalar to minimise, float32, with gradient: the sum over parts of the members' mean nats,
-    each member on the episodes that it keeps, divided by B * W. It is not divided by the number of
-    valid transitions, so that equal slices of a batch average to the batch's objective, whatever
-    the number of ranks.
+    each member on the episodes that it keeps, divided by B * W (not by the valid transitions: equal
+    slices of a batch average to the batch's objective, whatever the number of ranks)
     """
     by_window: dict[str, Tensor]
     """[B] of "dynamics", "reward", "termination" and "task", and "duration" if the spec has it: the
-    sum of -log of the members' mean likelihood, all members on all transitions; detached, never
-    negative. "task" is the nats of (task, o_0), 0 for windows that do not start an episode.
+    sum of -log of the members' mean likelihood, all members on all transitions; detached, >= 0.
+    "task" is the nats of (task, o_0), 0 for windows that do not start an episode.
     """
     transitions: Tensor  # valid transitions, float32 scalar
 
@@ -77,18 +73,14 @@ class WindowLosses:
 class WorldNet(nn.Module, ABC):
     """The trained part of a world. Parameters may be float32 or bfloat16; densities and losses are
     always float32.
-
-    `memory` is W for a family with history. It is 0 for one without, whose `context`, `new_cache`
-    and `advance` return None.
     """
 
     memory: int = 0
+    """W; 0 for a family without history, whose `context`, `new_cache`, `advance` return None"""
     checkpoint_activations: bool = False  # recompute the backbone's blocks in the backward pass
 
     def __init__(self, spec: Spec, config: ModelConfig, *, hidden: int, features: int):
-        """`hidden`: width of the reward and termination networks; `features`: width of `context`, 0
-        without history.
-        """
+        """`hidden`: width of the reward and termination networks; `features`: of `context`."""
         super().__init__()
         self.spec = spec
         self.config = config
@@ -102,17 +94,14 @@ class WorldNet(nn.Module, ABC):
 
     @abstractmethod
     def context(self, transition: Transition) -> Features:
-        """Windows [B, W] (the task too) -> causal features [B, W, d], in the network's dtype; None
-        without history.
-        """
+        """Windows [B, W] (the task too) -> causal features [B, W, d], in the network's dtype."""
 
     @abstractmethod
     def log_prob(
         self, features: Features, transition: Transition, outcome: Outcome, base: BaseOut
     ) -> tuple[Tensor, Tensor | None]:
-        """Each member's log-likelihood of outcomes of any leading shape [...]: ([K, ...] of
-        o_{t+1}, slots jointly; [K, ...] of the duration given o_{t+1}, None without durations).
-        float32, <= 0.
+        """Each member's log-likelihood: ([K, ...] of o_{t+1}, slots jointly; [K, ...] of the
+        duration given o_{t+1}, None without durations), float32, <= 0.
         """
 
     @abstractmethod
@@ -130,9 +119,7 @@ class WorldNet(nn.Module, ABC):
         member: Tensor,
         keys: Tensor,
     ) -> Draw:
-        """One step for B environments, [B] leading; environment i draws from `member[i]` with
-        `keys[i]` (int64).
-        """
+        """One step for B environments; environment i draws from `member[i]` with `keys[i]`."""
 
     def new_cache(self, batch: int) -> Tensor | None:
         """An empty cache for `batch` environments, in columns 0 .. W-1 that all of them share."""
@@ -147,9 +134,7 @@ class WorldNet(nn.Module, ABC):
         return None
 
     def rebuild(self, cache: Tensor | None, start_column: Tensor, tokens: Transition) -> None:
-        """Fill columns 0 .. C-1 of `cache` from `tokens` [B, C], in one pass over all of them: the
-        same bits for the same tokens.
-        """
+        """Fill columns 0 .. C-1 of `cache` from `tokens` [B, C] in one pass, for the same bits."""
 
     # All families share these.
 
@@ -227,10 +212,9 @@ def spread(numbers: Tensor, probabilities: Tensor | None) -> Tensor:
 
     The root of the mean over slots of the members' variance: of a number's expected change in units
     of the base's residual scale ([K, B, n]), of a category's probabilities summed over its values
-    ([K, B, m, C]; None: no categories). It has no ceiling, unlike the divergence of the members'
-    densities (log K nats), which sharp members reach everywhere: on a balanced pole this spread
-    picked out the tenth of transitions with the largest errors with an AUROC of .92 to 1.0, the
-    divergence with .68 to .82.
+    ([K, B, m, C]; None: no categories). Sharp members reach the ceiling of the divergence of their
+    densities (log K nats) everywhere: on a balanced pole it picked out the tenth of transitions
+    with the largest errors with an AUROC of .68 to .82, this spread with .92 to 1.0.
     """
     variance = (numbers - numbers.mean(0)).pow(2).mean(0).sum(-1)
     slots = numbers.shape[-1]

@@ -1,9 +1,8 @@
 """Randomness as a function: an integer hash of (seed, environment, episode, step, slot), the same
 bits in numpy, torch CPU and CUDA.
 
-The hash is splitmix64's finaliser (Steele, Lea, Flood 2014) on int64 with wraparound; arithmetic
-shifts are masked to logical ones. Every function takes torch tensors, or numpy arrays of int64, and
-returns the same kind.
+The hash is splitmix64's finaliser (Steele, Lea, Flood 2014) on int64 with wraparound. Functions
+take torch tensors, or numpy arrays of int64, and return the same kind.
 """
 
 from __future__ import annotations
@@ -29,22 +28,14 @@ def _signed(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-_GOLDEN, _MIX_1, _MIX_2, _SEED, *_FIELDS = (
-    _signed(c)
-    for c in (
-        0x9E3779B97F4A7C15,
-        0xBF58476D1CE4E5B9,
-        0x94D049BB133111EB,
-        0xD1342543DE82EF95,
-        0xA0761D6478BD642F,
-        0xE7037ED1A0B428DB,
-        0x8EBC6AF09C88C6E3,
-    )
-)
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX_1, _MIX_2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+_SEED = _signed(0xD1342543DE82EF95)
+_FIELDS = [_signed(c) for c in (0xA0761D6478BD642F, 0xE7037ED1A0B428DB, 0x8EBC6AF09C88C6E3)]
 
 
 def mix(x: Ints) -> Ints:
-    """A bijection of int64 that scatters every bit."""
+    """A bijection of int64 that scatters every bit; the masks make arithmetic shifts logical."""
     x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _MIX_1
     x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _MIX_2
     return x ^ ((x >> 31) & ((1 << 33) - 1))
@@ -54,15 +45,14 @@ def keys(seed: int, env: Any, episode: Any, step: Any) -> Any:
     """int64 keys of the broadcast shape of `env`, `episode` and `step`: torch if one of them is a
     tensor, numpy otherwise.
     """
-    fields = (env, episode, step)
+    fields: tuple[Any, ...] = (env, episode, step)
     device = next((field.device for field in fields if isinstance(field, Tensor)), None)
-    state: Any
+    state: Any = np.full(1, _signed(seed), np.int64)
     arrays: list[Any]
     if device is None:  # arrays of at least one dimension: numpy warns of a scalar's wraparound
-        state = np.full(1, _signed(seed), np.int64)
         arrays = [np.atleast_1d(np.asarray(field, dtype=np.int64)) for field in fields]
     else:
-        state = torch.full((1,), _signed(seed), dtype=torch.int64, device=device)
+        state = torch.from_numpy(state).to(device)
         arrays = [torch.as_tensor(field, dtype=torch.int64, device=device) for field in fields]
     state = mix(state * _SEED + _GOLDEN)
     for array, constant in zip(arrays, _FIELDS, strict=True):
@@ -95,8 +85,8 @@ def member_of(seed: int, env: Any, episode: Any, members: int) -> Any:
 
 
 def member_mask(episode: Tensor, members: int) -> Tensor:
-    """[B] int64 episode hashes -> bool [K, B]: the members that train on an episode, each with
-    probability KEEP. One member, chosen by the hash, always trains on it.
+    """[B] int64 episode hashes -> bool [K, B]: the members that train on an episode: each with
+    probability KEEP, and always one that the hash chooses.
     """
     member = torch.arange(members, device=episode.device).unsqueeze(1)
     key = mix(episode)
@@ -105,7 +95,7 @@ def member_mask(episode: Tensor, members: int) -> Tensor:
 
 
 def left_out(episode: Tensor, members: int) -> Tensor:
-    """bool [K]: the members to which `member_mask` gives none of these episodes, as happens with
-    one to three episodes. Such members train on all of them.
+    """bool [K]: the members to which `member_mask` gives none of these (few) episodes. They train
+    on all of them.
     """
     return ~member_mask(episode, members).any(1)

@@ -33,8 +33,8 @@ class PartSpec:
     categories: tuple[int, ...] = ()  # cardinality of each category slot
     texts: tuple[TextSpan, ...] = ()
     grid: tuple[float | None, ...] = ()
-    """The position of zero for each integer number, in normalised units: its values lie whole bins
-    from there. None for a number that is not an integer; empty if no number is.
+    """The normalised position of zero for each integer number, whose values lie whole bins from
+    there; None for another number; empty if no number is an integer.
     """
 
 
@@ -46,9 +46,7 @@ class Spec:
     action: PartSpec
     task: PartSpec = PartSpec()
     reward_values: tuple[float, ...] | None = None
-    """Raw reward values if at most 64 are distinct: rewards are then categories. None: rewards are
-    numbers.
-    """
+    """Raw reward values if at most 64 are distinct: rewards are then categories, else numbers."""
     reward_mean: float = 0.0
     reward_scale: float = 1.0  # numeric rewards enter as (reward - reward_mean) / reward_scale
     reward_bin: float = 1e-3  # precision of a numeric reward, in units of `reward_scale`
@@ -71,14 +69,12 @@ class Spec:
     def from_json(data: dict[str, Any]) -> Spec:
         """The inverse of `to_json`."""
 
-        def part(value: dict[str, Any]) -> PartSpec:
-            bins, categories = tuple(value["bins"]), tuple(value["categories"])
-            texts = tuple(TextSpan(**text) for text in value["texts"])
-            return PartSpec(value["numbers"], bins, categories, texts, tuple(value.get("grid", ())))
-
         values = {field.name: data[field.name] for field in fields(Spec)}
         for name in ("observation", "action", "task"):
-            values[name] = part(data[name])
+            part: dict[str, Any] = {"grid": (), **data[name]}
+            part["texts"] = [TextSpan(**text) for text in part["texts"]]
+            lists = {key: tuple(part[key]) for key in ("bins", "categories", "texts", "grid")}
+            values[name] = PartSpec(part["numbers"], **lists)
         if values["reward_values"] is not None:
             values["reward_values"] = tuple(values["reward_values"])
         return Spec(**values)
@@ -86,12 +82,10 @@ class Spec:
 
 @dataclass(frozen=True)
 class Parts:
-    """A batch of observations, actions or tasks: `numbers` [..., n] float32 normalised,
-    `categories` [..., m] int64.
-    """
+    """A batch of observations, actions or tasks."""
 
-    numbers: Tensor
-    categories: Tensor
+    numbers: Tensor  # [..., n] float32 normalised
+    categories: Tensor  # [..., m] int64
 
     def to(self, device: torch.device | str) -> Parts:
         return Parts(self.numbers.to(device), self.categories.to(device))
@@ -177,9 +171,7 @@ class Windows:
     """[B] int64: a hash of the episode, from which members draw their bootstrap masks"""
     events: Events | None = None
     seen: Parts | None = None
-    """[B, W, ...]: o_t with noise, which every reader of o_t sees instead; None: no noise. o_{t+1}
-    stays true, so the change to it starts from the noisy o_t.
-    """
+    """[B, W, ...]: o_t with noise, which every reader of o_t sees instead; o_{t+1} stays true"""
 
     def to(self, device: torch.device | str) -> Windows:
         return replace(self, **_moved(self, device))

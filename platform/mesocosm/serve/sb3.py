@@ -4,7 +4,7 @@ from stable_baselines3 import PPO
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.sb3 import WorldVecEnv
 
-env = WorldVecEnv(WorldVectorEnv(64, "<world id>", horizon=200, autoreset_mode="SameStep"))
+env = WorldVecEnv(WorldVectorEnv(64, "ID", horizon=200, autoreset_mode="SameStep"))
 PPO("MlpPolicy", env).learn(100_000)
 """
 

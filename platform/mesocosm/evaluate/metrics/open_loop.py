@@ -261,4 +261,5 @@ class _Measure:
 
 def linear_model(dataset: Dataset, codec: Codec) -> Base:
     """The base's ridge regression of the training split, without its network."""
-    return Base.fit(codec.spec, ModelConfig(members=1), transitions(dataset, codec), 0, steps=0)
+    config = ModelConfig(members=1, base_steps=0)
+    return Base.fit(codec.spec, config, transitions(dataset, codec), 0)
