@@ -44,7 +44,7 @@ def read_token() -> tuple[bytes, str]:
             if status.st_mode & 0o077:
                 mode = f"{stat.S_IMODE(status.st_mode):04o}"
                 fix = f"run `chmod 600 {path}`"
-                raise UsageError(f"{source} must have mode 0600, got {mode}; {fix}")
+                raise UsageError(f"the token file {path} must have mode 0600, got {mode}; {fix}")
             return _checked(file.read(4096).strip(), source), str(path)
     except OSError as error:
         fix = f"make it a plain file of this user, or set {VARIABLE}"

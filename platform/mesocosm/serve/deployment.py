@@ -139,8 +139,10 @@ def _start_serve(config: ServeConfig, report: Callable[[str], None]) -> None:
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     running = serve.status().applications.get(config.name)
     if running is not None and running.status in TAKEN:
-        fix = "set serve.name to another name, or end that one where it was started"
-        raise UsageError(f"an application {config.name!r} runs on this Ray already; {fix}")
+        raise UsageError(
+            f"an application {config.name!r} runs on this Ray already; set serve.name to another"
+            " name, or end that one where it was started"
+        )
 
 
 def _run(config: ServeConfig, report: Callable[[str], None]) -> None:
