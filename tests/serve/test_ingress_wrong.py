@@ -130,7 +130,7 @@ def valid_requests(rich: str) -> dict[str, Fields]:
     env.reset(seed=0)
     for step in range(4):
         if step == 3:
-            connection.sessions._sessions.clear()  # so that it is restored
+            connection._sessions.clear()  # so that it is restored
         env.step(env.action_space.sample())
     by_operation["end"] = {"op": "end", "session": env._session}
     assert list(by_operation) == ["describe", "begin", "step", "restore", "end"]

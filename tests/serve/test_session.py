@@ -17,7 +17,6 @@ from mesocosm.errors import MesocosmError
 from mesocosm.model import rng
 from mesocosm.serve import session as session_module
 from mesocosm.serve.client import WorldVectorEnv
-from mesocosm.serve.connection import InProcess
 from mesocosm.serve.protocol import Message, pack, unpack
 from mesocosm.serve.session import Session, Sessions, Worlds
 
@@ -27,14 +26,13 @@ families = pytest.mark.parametrize("family", ["ensemble", "sequence"])
 modes = pytest.mark.parametrize("mode", ["NextStep", "SameStep"])
 
 
-class PackedConnection(InProcess):
+class PackedConnection:
     """A connection through bytes that records operations and runs a hook before each call."""
 
-    def __init__(self, *sessions: Sessions):
-        self.replicas = list(sessions)
+    def __init__(self, *replicas: Sessions):
+        self.replicas, self.sessions = replicas, replicas[0]
         self.operations: list[str] = []
         self.before: Callable[[Message], Any] = lambda request: None
-        super().__init__(sessions[0])
 
     def call(self, request: Message) -> Message:
         self.operations.append(request["op"])
@@ -42,7 +40,10 @@ class PackedConnection(InProcess):
         return self.send(request)
 
     def send(self, request: Message) -> Message:
-        return unpack(pack(self.sessions.handle(unpack(pack(request)))))
+        return unpack(pack(self.sessions.call(unpack(pack(request)))))
+
+    def close(self, last: Message | None = None) -> None:
+        self.sessions.close(last)
 
 
 def client(
@@ -213,9 +214,9 @@ def test_worlds(store: Any, root: str) -> None:
     worlds.get("world2")
     assert list(worlds._loaded) == ["world0", "world2"]
     assert worlds.get("world0")[1] is first
-    reply = Sessions(worlds.get).handle({"op": "describe", "world": "world9"})
+    reply = Sessions(worlds.get).call({"op": "describe", "world": "world9"})
     assert reply["kind"] == "usage" and "no artifact worlds/world9" in reply["error"]
-    assert "op must be one of" in Sessions(worlds.get).handle({"op": "sing"})["error"]
+    assert "op must be one of" in Sessions(worlds.get).call({"op": "sing"})["error"]
 
 
 def test_a_cold_world(store: Any, root: str, tmp_path: Path) -> None:
@@ -228,12 +229,12 @@ def test_a_cold_world(store: Any, root: str, tmp_path: Path) -> None:
     os.mkfifo(cold / "codec.json")
     sessions = Sessions(Worlds(root, default="warm").get)
     env = local("warm", root)
-    env._connection = InProcess(sessions)
+    env._connection = sessions
     env.reset(seed=0)
     replies: list[Message] = []
 
     def describe() -> None:
-        replies.append(sessions.handle({"op": "describe", "world": str(cold)}))
+        replies.append(sessions.call({"op": "describe", "world": str(cold)}))
 
     waiting = [threading.Thread(target=describe, daemon=True) for _ in range(2)]
     for thread in waiting:

@@ -44,15 +44,9 @@ class Serve(Job[ServeConfig, ServePlan]):
 
     def summary(self, plan: ServePlan) -> dict[str, Any]:
         config = plan.config
-        return {
-            "world": plan.id,
-            "path": str(plan.folder),
-            "app": config.name,
-            "replicas": config.replicas,
-            "cpus": config.replicas * config.cpus,
-            "http": config.http,
-            "price": 0.0,
-        }
+        summary = {"world": plan.id, "path": str(plan.folder), "app": config.name}
+        summary |= {"replicas": config.replicas, "cpus": config.replicas * config.cpus}
+        return summary | {"http": config.http, "price": 0.0}
 
     def execute(self, plan: ServePlan, run: Run) -> None:  # type: ignore[override]
         """Deploy, print how to connect, and wait.
@@ -67,21 +61,13 @@ class Serve(Job[ServeConfig, ServePlan]):
         deploy(config, run.say)
         address = ray.get_runtime_context().gcs_address
         run.record(app=config.name, address=address, inputs={"world": world})
-        run.say(
-            f"world {world} is served as {config.name!r} by {config.replicas} replica(s); Ctrl-C"
-            " ends it."
-        )
+        served = f"world {world} is served as {config.name!r} by {config.replicas} replica(s)"
+        run.say(f"{served}; Ctrl-C ends it.")
         if not Path(world).is_absolute():
-            where = [
-                f"world={world}",
-                f"app={config.name}",
-                f"ray.address={address}",
-                f"storage.root={run.storage.root}",
-            ]
-            run.say(
-                "To train an agent in it, from another terminal:\n  mesocosm train-agent"
-                f" {shlex.join(where)}"
-            )
+            words = [f"world={world}", f"app={config.name}", f"ray.address={address}"]
+            command = shlex.join([*words, f"storage.root={run.storage.root}"])
+            command = f"mesocosm train-agent {command}"
+            run.say(f"To train an agent in it, from another terminal:\n  {command}")
         run.say(
             "To step in it, from Python:\n"
             "  import gymnasium, mesocosm.serve.client\n"
@@ -90,29 +76,21 @@ class Serve(Job[ServeConfig, ServePlan]):
         )
         listener = LISTENERS.get(config.name)
         if listener is not None:
-            token = (
-                listener.token_source
-                if listener.token_source.startswith("$")
-                else f"$(cat {shlex.quote(listener.token_source)})"
-            )
-            run.say(
-                f'Over HTTP, from this machine:\n  curl -H "Authorization: Bearer {token}"'
-                f" {listener.url}/v1/world"
-            )
+            token = listener.token_source
+            token = token if token.startswith("$") else f"$(cat {shlex.quote(token)})"
+            header = f'-H "Authorization: Bearer {token}"'
+            run.say(f"Over HTTP, from this machine:\n  curl {header} {listener.url}/v1/world")
         try:
             while True:
                 time.sleep(1.0)
                 state = serve.status().applications.get(config.name)
                 if state is None or state.status == "DEPLOY_FAILED":
-                    raise MesocosmError(
-                        f"application {config.name!r} is gone"
-                        f" ({state.message if state else 'deleted'}); see the replicas' logs, and"
-                        " serve it again"
-                    )
+                    reason = f"is gone ({state.message if state else 'deleted'})"
+                    fix = "see the replicas' logs, and serve it again"
+                    raise MesocosmError(f"application {config.name!r} {reason}; {fix}")
                 if listener is not None and not listener.alive:
-                    raise MesocosmError(
-                        f"the HTTP ingress at {listener.url} has ended; serve the world again"
-                    )
+                    ingress = f"the HTTP ingress at {listener.url}"
+                    raise MesocosmError(f"{ingress} has ended; serve the world again")
         except KeyboardInterrupt:
             run.say("ending")
             run.stopped = True

@@ -28,7 +28,7 @@ from mesocosm.errors import MesocosmError, UsageError, nearest
 from mesocosm.model import rng
 from mesocosm.model.spec import Parts
 from mesocosm.model.world import World
-from mesocosm.serve.connection import Connection, InProcess, Served, reply_of
+from mesocosm.serve.connection import Connection, Served, reply_of
 from mesocosm.serve.context import History
 from mesocosm.serve.protocol import CONTEXT, Message, get, put
 from mesocosm.serve.session import START, Sessions, Worlds
@@ -122,9 +122,9 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
         self._routed, self._generation = uuid.uuid4().hex, 0
         self._episode: NDArray[np.int64] | None = None
         if isinstance(world, World):
-            self._connection = InProcess(Sessions(lambda _: ("in-memory", world)))
+            self._connection = Sessions(lambda _: ("in-memory", world))
         elif backend == "local":
-            self._connection = InProcess(Sessions(Worlds(root).get))
+            self._connection = Sessions(Worlds(root).get)
         else:
             self._connection = Served(app, address, deadline_s)
         self._describe("" if isinstance(world, World) else str(world))
@@ -139,15 +139,11 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             self.observation_space = batch_space(codec.observation_space, self.num_envs)
             self.action_space = batch_space(codec.action_space, self.num_envs)
         elif spaces != (expected := (self.single_observation_space, self.single_action_space)):
-            raise UsageError(
-                f"world {reply['world']!r} must have this client's spaces {expected}, got"
-                f" {spaces}; {fix}"
-            )
+            message = f"world {reply['world']!r} must have this client's spaces {expected}"
+            raise UsageError(f"{message}, got {spaces}; {fix}")
         elif self._starts is not None and codec.id != self._codec.id:
-            raise UsageError(
-                f"starts: they are encoded for world {self.world!r}, and {reply['world']!r} has"
-                f" another codec; {fix}"
-            )
+            worlds = f"world {self.world!r}, and {reply['world']!r}"
+            raise UsageError(f"starts: they are encoded for {worlds} has another codec; {fix}")
         self._begun = False
         self._codec: Codec = codec
         self.world, self._members = reply["world"], reply["members"]
@@ -308,10 +304,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             UsageError: The state belongs to another world.
         """
         if state["world"] != self.world:
-            raise UsageError(
-                f"the state must be of world {self.world!r}, got {state['world']!r}; make a client"
-                " of that world"
-            )
+            message = f"the state must be of world {self.world!r}, got {state['world']!r}"
+            raise UsageError(f"{message}; make a client of that world")
         for name in STATE:
             setattr(self, f"_{name}", copy.deepcopy(state[name]))
         self._generation = max(self._generation, 1)
@@ -347,10 +341,8 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv[Any, Any, Any]):
             if not reply.get("missing"):
                 return reply
             if time.monotonic() > deadline:
-                raise MesocosmError(
-                    f"world {self.world!r}: no replica kept the session for {self.deadline_s:g} s;"
-                    " raise serve.max_sessions"
-                )
+                problem = f"no replica kept the session for {self.deadline_s:g} s"
+                raise MesocosmError(f"world {self.world!r}: {problem}; raise serve.max_sessions")
             member = rng.member_of(self._seed, self._env, self._episode, self._members)
             context = self._history.context(member).to_numpy()
             arrays = {f"{CONTEXT}{name}": value for name, value in context.items()}

@@ -20,7 +20,6 @@ from mesocosm.config import RayConfig
 from mesocosm.errors import MesocosmError, UsageError
 from mesocosm.serve.line import open_line, packed, receive_frame, send_frame
 from mesocosm.serve.protocol import Message, pack, unpack
-from mesocosm.serve.session import Sessions
 
 LOOPBACK = "127.0.0.1"
 DIAL_S, REDIAL_S = 5.0, 60.0
@@ -46,27 +45,13 @@ def reply_of(reply: Message) -> Message:
 
 
 class Connection(Protocol):
-    """One client's connection to its sessions."""
+    """One client's connection to its sessions: `Served`, or `Sessions` in its own process."""
 
     def call(self, request: Message) -> Message:
         """Return the reply to a request. Raises MesocosmError after the deadline."""
 
     def close(self, last: Message | None = None) -> None:
         """Release the connection, after a last request whose reply is optional."""
-
-
-class InProcess:
-    """The world in the client's own process: the same sessions without bytes and copies."""
-
-    def __init__(self, sessions: Sessions):
-        self.sessions = sessions
-
-    def call(self, request: Message) -> Message:
-        return self.sessions.handle(request)
-
-    def close(self, last: Message | None = None) -> None:
-        if last is not None:
-            self.sessions.handle(last)
 
 
 class Served:

@@ -60,7 +60,7 @@ class Replica:
         try:
             request = unpack(data)
             number = request.pop("number")
-            return packed(self.sessions.handle(request) | {"number": number})
+            return packed(self.sessions.call(request) | {"number": number})
         except MesocosmError as error:
             return pack({"error": str(error), "kind": "usage", "number": number})
         except Exception as error:

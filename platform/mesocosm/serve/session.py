@@ -1,6 +1,6 @@
 """A world's side of the protocol: sessions, each one client's environments in one world version.
 
-A replica and the in-process backend both answer requests with `Sessions.handle` (see `protocol`). A
+A replica and the in-process backend both answer requests with `Sessions.call` (see `protocol`). A
 session's carry is a cache: it follows from the context that the client has too. Another replica can
 therefore continue where one died, and eviction costs only time.
 """
@@ -187,8 +187,8 @@ class Session:
 class Sessions:
     """All sessions of one process. Safe to call from several threads.
 
-    Sessions advance one at a time. A request for a world that is not loaded loads it before taking
-    the lock, so that other sessions do not wait for the storage.
+    It is also the connection of a client in this process. Sessions advance one at a time. A world
+    is loaded before taking the lock, so that other sessions do not wait for the storage.
     """
 
     def __init__(self, world: Callable[[str], tuple[str, World]], max_sessions: int = 64):
@@ -198,7 +198,11 @@ class Sessions:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._lock = threading.Lock()
 
-    def handle(self, request: Message) -> Message:
+    def close(self, last: Message | None = None) -> None:
+        if last is not None:
+            self.call(last)
+
+    def call(self, request: Message) -> Message:
         """Answer one request. A MesocosmError becomes {"error", "kind"}; a bug raises."""
         try:
             op = request.get("op")
