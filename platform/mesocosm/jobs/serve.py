@@ -44,7 +44,7 @@ class Serve(Job[ServeConfig, ServePlan]):
 
     def summary(self, plan: ServePlan) -> dict[str, Any]:
         config = plan.config
-        summary = {"world": plan.id, "path": str(plan.folder), "app": config.name}
+        summary: dict[str, Any] = {"world": plan.id, "path": str(plan.folder), "app": config.name}
         summary |= {"replicas": config.replicas, "cpus": config.replicas * config.cpus}
         return summary | {"http": config.http, "price": 0.0}
 
