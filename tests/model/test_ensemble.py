@@ -5,7 +5,6 @@ disagree far from the data.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -199,11 +198,6 @@ def test_a_draw_is_a_function_of_its_row_and_key() -> None:
     assert not alone.draw(None, token, base_alone, member * 0, keys).disagreement.any()
 
 
-def test_it_is_saved_and_stays_finite_far_away(noisy: World, tmp_path: Path) -> None:
-    noisy.save(tmp_path)
-    loaded = World.load(tmp_path)
-    o = torch.tensor([[0.1], [1e4], [-1e6]])
-    (drawn, disagreement), again = (imagine(world, o, 0.0) for world in (noisy, loaded))
-    assert torch.equal(drawn.numbers, again[0].numbers) and torch.equal(disagreement, again[1])
+def test_it_stays_finite_far_away(noisy: World) -> None:
+    drawn, disagreement = imagine(noisy, torch.tensor([[0.1], [1e4], [-1e6]]), 0.0)
     assert torch.isfinite(drawn.numbers).all() and torch.isfinite(disagreement).all()
-    assert loaded.config == noisy.config and loaded.net.memory == 0

@@ -18,7 +18,6 @@ from mesocosm.serve import http_sessions, ingress
 from mesocosm.serve.client import WorldVectorEnv
 from mesocosm.serve.connection import Served
 from mesocosm.serve.deployment import LISTENERS
-from mesocosm.serve.http_connection import CONNECTIONS
 from mesocosm.serve.protocol import pack, unpack
 
 from .worlds import local
@@ -139,16 +138,6 @@ def test_strange_heads(client: Any) -> None:
     refused = raw(client, "\x16\x03\x01\n")
     assert refused.startswith(b"HTTP/1.1 400")
     assert b'{"detail": "the request is not valid HTTP/1.1' in refused
-
-
-def test_unfinished_heads(client: Any) -> None:
-    """With more of them than connections, health and requests with the token are answered."""
-    head = b"GET /v1/world HTTP/1.1\r\nX-a: "
-    held = [connect(client, head) for _ in range(CONNECTIONS + 4)]
-    assert requests.get(f"{client.url}/health", timeout=60).status_code == 200
-    assert client("GET", "/v1/world").status_code == 200
-    for line in held:
-        line.close()
 
 
 @pytest.mark.parametrize(("path", "limit"), [("/v1/call", 1 << 24), ("/v1/step", 1 << 20)])
