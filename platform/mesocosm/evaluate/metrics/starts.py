@@ -7,7 +7,7 @@ copies.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -62,47 +62,46 @@ class TaskDistribution:
     """The split of the real starts"""
     pairs: int
     """Starts of each side in `auc` and `nearest`"""
-    in_space: float | None
+    in_space: float | None = None
     """Share of generated starts with finite numbers within the Boxes (to one unit of precision),
     categories that exist, and whole texts
     """
-    in_range: float | None
-    """Share whose numbers lie in the range of all real starts, give or take `MARGIN` and `LEEWAY`
-    """
-    validity: float | None
+    in_range: float | None = None
+    """Share whose numbers lie in the range of all real starts, plus `MARGIN` and `LEEWAY`"""
+    validity: float | None = None
     """Share of starts in space and in range"""
-    validity_interval: Interval | None
-    validity_real: float | None
+    validity_interval: Interval | None = None
+    validity_real: float | None = None
     """The same share of validation's starts, by the range of the training starts: the best that a
     generator can reach
     """
-    coverage: float | None
+    coverage: float | None = None
     """Share of held-out starts with a generated one as near as the `NEIGHBOURS`-th nearest of as
     many training starts (Naeem et al. 2020, arXiv 2002.09797)
     """
-    coverage_interval: Interval | None
-    coverage_expected: float | None
+    coverage_interval: Interval | None = None
+    coverage_expected: float | None = None
     """Its expectation for equal continuous distributions at these numbers of starts"""
-    auc: float | None
+    auc: float | None = None
     """AUC of a gradient-boosted classifier of generated against real, on held-out folds: at .5 (or
     less) it cannot tell them apart, at 1 it always can
     """
-    auc_interval: Interval | None
+    auc_interval: Interval | None = None
     """Interval of these classifiers' scores, not of classifiers trained on other starts, so too
     narrow: with equal distributions of 4 numbers (20 to 200 pairs, 40 draws each) 7 in 10 held .5
     """
-    nearest: float | None
+    nearest: float | None = None
     """Median distance of a generated start to the nearest training start"""
-    nearest_real: float | None
+    nearest_real: float | None = None
     """The same of a held-out start"""
-    nearest_ratio: float | None
+    nearest_ratio: float | None = None
     """`nearest / nearest_real`: near 0 the starts are copies of training's, near 1 they are new"""
-    nearest_ratio_interval: Interval | None
-    copies: float | None
+    nearest_ratio_interval: Interval | None = None
+    copies: float | None = None
     """Share of generated starts that equal a training start"""
-    copies_real: float | None
+    copies_real: float | None = None
     """The same share of held-out starts"""
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def task_distribution(
@@ -141,8 +140,7 @@ def task_distribution(
     split: Split = "valid" if len(valid) >= LEAST else "train"
     real, every = valid if split == "valid" else train, train + valid
     notes: list[str] = []
-    facts: dict[str, Any] = dict.fromkeys(field.name for field in fields(TaskDistribution))
-    facts |= {"generated": len(made), "training": len(train), "split": split}
+    facts: dict[str, Any] = {"generated": len(made), "training": len(train), "split": split}
     facts |= _validity(notes, space, made, train, valid, seed)
     finite = np.isfinite(made.numbers).all(1)
     if not finite.all():
