@@ -134,3 +134,8 @@ class KnownWorld:
             self.fitted.observation(noisy), seen.float(), p > 0.5, p, zeros, zeros, p.isnan()
         )
         return State(self.fitted.observation(raw)), out
+
+
+def slow(observation: Any, rng: Any) -> Any:
+    """A scripted policy of `Walk`."""
+    return np.array([0.1, 0.0])
