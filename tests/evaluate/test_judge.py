@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,55 +29,35 @@ from mesocosm.evaluate.policy_set import Noisy
 from mesocosm.policies.policy import Layout, Policy, RandomPolicy
 from mesocosm.store.artifacts import Storage
 
+from . import judged_envs
+from .judged_envs import Balance
+
 CARTPOLE = RealityConfig(env="CartPole-v1", success="return >= 100")
 
 
-class Balance:
-    """A hand-made CartPole policy: push towards where the pole falls."""
-
-    observation_space = gym.make("CartPole-v1").observation_space
-    action_space = gym.spaces.Discrete(2)
-
-    def act(
-        self, observations: Any, explore: bool = False, rng: np.random.Generator | None = None
-    ) -> Any:
-        return (observations @ np.array([0.0, 0.0, 1.0, 0.5]) > 0).astype(np.int64)
-
-    def act_one(
-        self, observation: Any, explore: bool = False, rng: np.random.Generator | None = None
-    ) -> Any:
-        return self.act(np.asarray(observation)[None])[0]
-
-
-class Faulty(gym.Env[Any, Any]):
-    """Ends after five steps; every second episode crashes, hangs or gives NaN at its third."""
-
-    observation_space = gym.spaces.Box(-1, 1, (1,), np.float32)
-    action_space = gym.spaces.Discrete(2)
-    episodes = 0
-
-    def __init__(self, fault: str, every: int = 2):
-        self.fault, self.every = fault, every
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        self.t = 0
-        type(self).episodes += 1
-        return np.zeros(1, np.float32), {}
-
-    def step(self, action: Any) -> Any:
-        self.t += 1
-        value = 0.0
-        if self.t == 3 and type(self).episodes % self.every == 0:
-            if self.fault == "crash":
-                raise RuntimeError("the arm fell off")
-            if self.fault == "hang":
-                time.sleep(60)
-            value = np.nan
-        return np.array([value], np.float32), 1.0, self.t == 5, False, {}
+@pytest.fixture(autouse=True)
+def module() -> None:
+    """Gives the environments a module name, and counts their episodes anew."""
+    sys.modules["judged_module"] = judged_envs
+    judged_envs.Faulty.episodes = judged_envs.Outside.episodes = 0
 
 
 def ledger(root: str, **kwargs: Any) -> Ledger:
     return Ledger(Storage(root), "test", **kwargs)
+
+
+def confirmed(book: Ledger) -> int:
+    totals = book.totals().purposes["judge"]
+    return totals.steps - totals.unconfirmed_steps
+
+
+def faulty(fault: str, every: int = 2) -> RealityConfig:
+    kwargs = {"fault": fault, "every": every}
+    return RealityConfig(env="judged_module:Faulty", kwargs=kwargs, step_timeout_s=0.2)
+
+
+def random_policy(reality: RealityConfig) -> RandomPolicy:
+    return RandomPolicy(make_env(reality).action_space)
 
 
 def test_every_step_is_metered_and_the_same_seed_gives_the_same_episodes(root: str) -> None:
@@ -94,52 +73,35 @@ def test_every_step_is_metered_and_the_same_seed_gives_the_same_episodes(root: s
 
     again = judge(Balance(), CARTPOLE, ledger(root), episodes=6, seed=3)
     assert again.returns == result.returns
-    assert np.array_equal(
-        np.stack(again.episodes[2].observations), np.stack(result.episodes[2].observations)
-    )
+    assert np.array_equal(again.episodes[2].observations, result.episodes[2].observations)
     assert book.totals().purposes["judge"].steps == 2 * result.steps
 
     selected = judge(Balance(), CARTPOLE, ledger(root), episodes=6, seed=3, purpose="select")
     assert book.totals().purposes["select"].steps == selected.steps
-    seeds = [{e.seed for e in r.episodes} for r in (result, selected)] + [
-        {episode_seed(3, k) for k in range(100)}
-    ]
-    assert not (seeds[0] & seeds[1] | seeds[0] & seeds[2] | seeds[1] & seeds[2]), (
-        "judge, select and collect draw apart"
-    )
+    judge_seeds, select_seeds = ({e.seed for e in r.episodes} for r in (result, selected))
+    collect_seeds = {episode_seed(3, k) for k in range(100)}
+    assert judge_seeds.isdisjoint(select_seeds) and collect_seeds.isdisjoint(judge_seeds)
+    assert collect_seeds.isdisjoint(select_seeds), "judge, select and collect draw apart"
 
 
 def test_the_budget_binds_selection_and_a_bound_binds_judging(root: str) -> None:
     reality = RealityConfig(env="CartPole-v1")
     reality.budget.steps = 50
+    book = ledger(root, budget=reality.budget)
     with pytest.raises(BudgetSpent):
-        judge(
-            Balance(),
-            reality,
-            ledger(root, budget=reality.budget),
-            episodes=20,
-            seed=0,
-            purpose="select",
-        )
-    assert ledger(root).totals().purposes["select"].steps == 50, (
-        "the budget is used to its last step and never exceeded"
-    )
-    assert (
-        judge(Balance(), reality, ledger(root, budget=reality.budget), episodes=2, seed=0).steps > 0
-    ), "judging is not collection"
+        judge(Balance(), reality, book, episodes=20, seed=0, purpose="select")
+    spent = ledger(root).totals().purposes["select"].steps
+    assert spent == 50, "the budget is used to its last step and never exceeded"
+    book = ledger(root, budget=reality.budget)
+    assert judge(Balance(), reality, book, episodes=2, seed=0).steps > 0, "not a collection"
     with pytest.raises(BudgetSpent):
         judge(Balance(), reality, ledger(root, bounds={"judge": 10}), episodes=2, seed=0)
 
 
 def test_a_policy_of_other_spaces_costs_no_real_step(root: str) -> None:
+    policy, reality = RandomPolicy(gym.spaces.Discrete(2)), RealityConfig(env="InvertedPendulum-v5")
     with pytest.raises(UsageError, match=r"action_space .*InvertedPendulum-v5") as caught:
-        judge(
-            RandomPolicy(gym.spaces.Discrete(2)),
-            RealityConfig(env="InvertedPendulum-v5"),
-            ledger(root),
-            episodes=1,
-            seed=0,
-        )
+        judge(policy, reality, ledger(root), episodes=1, seed=0)
     assert "\n" not in str(caught.value)
     with pytest.raises(UsageError, match="observation_space"):
         judge(Balance(), RealityConfig(env="Acrobot-v1"), ledger(root), episodes=1, seed=0)
@@ -148,75 +110,22 @@ def test_a_policy_of_other_spaces_costs_no_real_step(root: str) -> None:
 
 @pytest.mark.parametrize("fault", ["crash", "hang", "nan"])
 def test_a_failing_episode_is_dropped_and_counted(root: str, fault: str) -> None:
-    sys.modules["faulty_module"] = sys.modules[__name__]
-    Faulty.episodes = 0
-    reality = RealityConfig(env="faulty_module:Faulty", kwargs={"fault": fault}, step_timeout_s=0.2)
-    result = judge(
-        RandomPolicy(make_env(reality).action_space), reality, ledger(root), episodes=4, seed=0
-    )
+    reality = faulty(fault)
+    result = judge(random_policy(reality), reality, ledger(root), episodes=4, seed=0)
     assert len(result.returns) == 2 and len(result.dropped) == 2
     assert ledger(root).totals().purposes["judge"].steps == result.steps == 5 + 3 + 5 + 3
-    assert result.to_json()["note"], "equal returns are said to be so"
+    assert result.to_json()["note"], "equal returns have a note"
     assert result.interval == (5.0, 5.0)
+    reality = faulty(fault, every=1)
     with pytest.raises(MesocosmError, match="all 2 judged episodes were dropped"):
-        judge(
-            RandomPolicy(make_env(reality).action_space),
-            RealityConfig(env=reality.env, kwargs={"fault": fault, "every": 1}, step_timeout_s=0.2),
-            ledger(root),
-            episodes=2,
-            seed=0,
-        )
+        judge(random_policy(reality), reality, ledger(root), episodes=2, seed=0)
 
 
 def test_an_environment_without_a_limit_is_cut(root: str) -> None:
-    sys.modules["faulty_module"] = sys.modules[__name__]
-    reality = RealityConfig(env="faulty_module:Faulty", kwargs={"fault": "", "every": 10**9})
-    result = judge(
-        RandomPolicy(gym.spaces.Discrete(2)),
-        reality,
-        ledger(root),
-        episodes=1,
-        seed=0,
-        max_episode_steps=4,
-    )
+    reality = faulty("", every=10**9)
+    options = {"episodes": 1, "seed": 0, "max_episode_steps": 4}
+    result = judge(random_policy(reality), reality, ledger(root), **options)
     assert result.lengths == (4,) and result.to_json()["cut"] == 1
-
-
-class Varied(gym.Env[Any, Any]):
-    """Six steps of every kind of value that a world can hold."""
-
-    observation_space = gym.spaces.Dict(
-        {
-            "wide": gym.spaces.Box(-np.inf, np.inf, (2,), np.float64),
-            "narrow": gym.spaces.Box(-np.inf, np.inf, (), np.float32),
-            "count": gym.spaces.Box(0, 2**50, (2, 2), np.int64),
-            "lit": gym.spaces.Box(0, 1, (3,), np.bool_),
-            "mode": gym.spaces.Discrete(3, start=1),
-            "many": gym.spaces.MultiDiscrete([2, 5]),
-            "bits": gym.spaces.MultiBinary(4),
-            "word": gym.spaces.Text(3, min_length=0, charset="ab"),
-        }
-    )
-    action_space = gym.spaces.Tuple(
-        [gym.spaces.Discrete(3), gym.spaces.Box(-1, 1, (2,), np.float32)]
-    )
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        super().reset(seed=seed)
-        self.observation_space.seed(seed)
-        self.t, self.slope = 0, options["slope"]
-        return self.observation_space.sample(), {}
-
-    def step(self, action: Any) -> Any:
-        self.t += 1
-        reward = self.slope * float(action[1].sum()) + float(action[0])
-        return (
-            self.observation_space.sample(),
-            reward,
-            False,
-            self.t == 6,
-            {"duration": 0.1 * self.t},
-        )
 
 
 class Interrupted:
@@ -225,8 +134,7 @@ class Interrupted:
     def __init__(self, space: gym.Space[Any], number: int, at_once: Callable[[], None]):
         self.policy, self.left, self.at_once = RandomPolicy(space), number, at_once
 
-    def act(self, observations: Any, explore: bool = False, rng: Any = None) -> Any:
-        raise NotImplementedError
+    def act(self, observations: Any, explore: bool = False, rng: Any = None) -> Any: ...
 
     def act_one(self, observation: Any, explore: bool = False, rng: Any = None) -> Any:
         self.left -= 1
@@ -239,15 +147,11 @@ def fail() -> None:
     raise ValueError("the cable is loose")
 
 
-def varied() -> RealityConfig:
-    sys.modules["judged_module"] = sys.modules[__name__]
+def varied(name: str = "Varied") -> RealityConfig:
     slope, colour = DrawnOption(low=-1.0, high=1.0), DrawnOption(choices=["red", "blue"])
-    task_options = {"slope": slope, "colour": colour}
+    options = {"slope": slope, "colour": colour}
     return RealityConfig(
-        env="judged_module:Varied",
-        task=["slope", "colour"],
-        task_options=task_options,
-        success="return >= 6",
+        env=f"judged_module:{name}", task=[*options], task_options=options, success="return >= 6"
     )
 
 
@@ -268,42 +172,40 @@ def assert_same(one: JudgeResult, other: JudgeResult) -> None:
 
 @pytest.fixture(params=["local", "s3"])
 def any_root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return (
-        str(tmp_path / "root")
-        if request.param == "local"
-        else f"{request.getfixturevalue('s3')}/{tmp_path.name}"
-    )
+    if request.param == "local":
+        return str(tmp_path / "root")
+    return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
 
 
-def test_judging_that_was_interrupted_goes_on_after_the_stored_episodes(any_root: str) -> None:
-    reality = varied()
+def test_interrupted_judging_continues_after_the_stored_episodes(any_root: str) -> None:
+    reality, storage = varied(), Storage(any_root)
     space = make_env(reality).action_space
     undisturbed = judge(RandomPolicy(space), reality, ledger(any_root), episodes=5, seed=1)
     assert undisturbed.steps == 30 and undisturbed.episodes[0].durations is not None
-    policy = Interrupted(space, 3 * 6 + 4, fail)
-    store = JudgeStore(Storage(any_root), "broken")
+    policy, store = Interrupted(space, 3 * 6 + 4, fail), JudgeStore(storage, "broken")
     segments = store.segments("random", policy, seed=1, limit=6)
-    book = Ledger(Storage(any_root), "broken", bounds={"judge": 100})
+    book = Ledger(storage, "broken", bounds={"judge": 100})
+
+    def continued() -> JudgeResult:
+        return judge(policy, reality, book, episodes=5, seed=1, segments=segments)
+
     with pytest.raises(MesocosmError, match="the cable is loose"):
-        judge(policy, reality, book, episodes=5, seed=1, segments=segments)
-    totals = book.totals().purposes["judge"]
-    assert totals.steps - totals.unconfirmed_steps == 3 * 6
-    assert store.confirm(book) == 3
-    continued = judge(policy, reality, book, episodes=5, seed=1, segments=segments)
-    assert_same(continued, undisturbed)
-    totals = book.totals().purposes["judge"]
-    assert totals.steps - totals.unconfirmed_steps == 30
-    assert totals.unconfirmed_steps == 3, "the steps of the interrupted episode"
+        continued()
+    assert confirmed(book) == 3 * 6 and store.confirm(book) == 3
+    assert_same(continued(), undisturbed)
+    assert confirmed(book) == 30
+    unconfirmed = book.totals().purposes["judge"].unconfirmed_steps
+    assert unconfirmed == 3, "the steps of the interrupted episode"
     assert policy.left == 22 - 30 - 4, "no other step is paid twice"
-    assert_same(judge(policy, reality, book, episodes=5, seed=1, segments=segments), undisturbed)
-    assert book.totals().purposes["judge"].steps == 33, "what is stored takes no step"
+    assert_same(continued(), undisturbed)
+    assert book.totals().purposes["judge"].steps == 33, "stored episodes take no step"
     assert store.confirm(book) == 5
     store.remove()
-    assert Storage(any_root).list("runs/episodes") == []
+    assert storage.list("runs/episodes") == []
 
 
 KILLED = """
-import os, signal, sys
+import os, signal
 import gymnasium
 
 class Killing(gymnasium.Wrapper):
@@ -341,13 +243,8 @@ def test_a_killed_process_pays_again_for_one_episode(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "killed_module.py").write_text(KILLED)
-    whole = judge(
-        RandomPolicy(gym.spaces.Discrete(2)),
-        CARTPOLE,
-        ledger(str(tmp_path / "other")),
-        episodes=8,
-        seed=0,
-    )
+    book = ledger(str(tmp_path / "other"))
+    whole = judge(random_policy(CARTPOLE), CARTPOLE, book, episodes=8, seed=0)
     before = sum(whole.lengths[:5])
     command = [sys.executable, "killed_module.py"]
     env = os.environ | {"KILL_AT": str(before + 4)}
@@ -359,32 +256,29 @@ def test_a_killed_process_pays_again_for_one_episode(
     monkeypatch.syspath_prepend(str(tmp_path))
     again = importlib.import_module("killed_module").main()
     assert again.returns == whole.returns
-    totals = book.totals().purposes["judge"]
-    assert totals.steps - totals.unconfirmed_steps == whole.steps
+    assert confirmed(book) == whole.steps
     assert (tmp_path / "steps").stat().st_size == whole.steps + 4
-    assert totals.steps >= whole.steps + 4, "what reality took is counted"
+    assert book.totals().purposes["judge"].steps >= whole.steps + 4, "all real steps are counted"
 
 
 def test_an_episode_that_another_process_has_stored_meanwhile_is_used(root: str) -> None:
-    reality = varied()
-    space = make_env(reality).action_space
-    mine, theirs = (
-        JudgeStore(Storage(root), "two").segments("random", RandomPolicy(space), seed=1, limit=6)
+    reality, options = varied(), {"seed": 1}
+    policy = random_policy(reality)
+    first, second = (
+        JudgeStore(Storage(root), "two").segments("random", policy, seed=1, limit=6)
         for _ in range(2)
     )
     other: list[JudgeResult] = []
 
     def overtake() -> None:
-        other.append(
-            judge(RandomPolicy(space), reality, ledger(root), episodes=3, seed=1, segments=theirs)
-        )
+        book = ledger(root)
+        other.append(judge(policy, reality, book, episodes=3, segments=second, **options))
 
-    result = judge(
-        Interrupted(space, 2, overtake), reality, ledger(root), episodes=4, seed=1, segments=mine
-    )
+    slow = Interrupted(policy.action_space, 2, overtake)
+    result = judge(slow, reality, ledger(root), episodes=4, segments=first, **options)
     assert result.returns[:3] == other[0].returns and len(result.returns) == 4
-    totals = ledger(root).totals().purposes["judge"]
-    assert totals.steps - totals.unconfirmed_steps == 4 * 6 and totals.unconfirmed_steps == 6
+    assert confirmed(ledger(root)) == 4 * 6
+    assert ledger(root).totals().purposes["judge"].unconfirmed_steps == 6
 
 
 def test_stored_episodes_of_different_policies_do_not_mix(root: str) -> None:
@@ -393,38 +287,25 @@ def test_stored_episodes_of_different_policies_do_not_mix(root: str) -> None:
     def key(name: str, policy: Any, seed: int = 0, limit: int = 9) -> str:
         return store.segments(name, policy, seed=seed, limit=limit).folder
 
-    network, other = network_policy(0), network_policy(1)
+    network = network_policy(0)
     noisy = [Noisy(network, network.action_space, noise) for noise in (0.5, 0.501)]
     same = key("agent", network)
     assert same == key("agent", network_policy(0)), "the weights count, not the object"
-    keys = [
-        same,
-        key("agent", other),
-        key("agent@2", network),
-        key("agent", network, seed=1),
-        key("agent", network, limit=8),
-        key("agent", noisy[0]),
-        key("agent", noisy[1]),
-        key("agent", RandomPolicy(network.action_space)),
-    ]
+    policies = [network_policy(1), *noisy, RandomPolicy(network.action_space)]
+    keys = [same, *(key("agent", policy) for policy in policies), key("agent@2", network)]
+    keys += [key("agent", network, seed=1), key("agent", network, limit=8)]
     assert len(set(keys)) == len(keys)
 
 
 def network_policy(seed: int) -> Policy:
     torch.manual_seed(seed)
     space = gym.spaces.Box(-1, 1, (2,), np.float32)
-    return Policy(
-        "PPO",
-        space,
-        gym.spaces.Discrete(2),
-        Layout("categorical", [{"kind": "linear", "in": 2, "out": 2}]),
-    )
+    layout = Layout("categorical", [{"kind": "linear", "in": 2, "out": 2}])
+    return Policy("PPO", space, gym.spaces.Discrete(2), layout)
 
 
 def test_dropped_episodes_are_stored_and_a_store_of_nothing_else_is_removed(root: str) -> None:
-    sys.modules["faulty_module"] = sys.modules[__name__]
-    Faulty.episodes = 0
-    reality = RealityConfig(env="faulty_module:Faulty", kwargs={"fault": "crash"})
+    reality = faulty("crash")
     store = JudgeStore(Storage(root), "faulty")
     policy = Interrupted(gym.spaces.Discrete(2), 5 + 3 + 5 + 1, fail)
     segments = store.segments("random", policy, seed=0, limit=5)
@@ -433,39 +314,18 @@ def test_dropped_episodes_are_stored_and_a_store_of_nothing_else_is_removed(root
     result = judge(policy, reality, ledger(root), episodes=4, seed=0, segments=segments)
     assert len(result.dropped) == 1 and len(result.episodes) == 3
     assert result.steps == 5 + 3 + 5 + 5 and result.resets == 4
-    broken = RealityConfig(env=reality.env, kwargs={"fault": "crash", "every": 1})
+    broken = faulty("crash", every=1)
     segments = store.segments("broken", policy, seed=0, limit=5)
     with pytest.raises(MesocosmError, match="all 2 judged episodes were dropped"):
         judge(policy, broken, ledger(root), episodes=2, seed=0, segments=segments)
     assert Storage(root).list(segments.folder) == [], "they are judged again"
 
 
-class Outside(Varied):
-    """Gives a mode outside its space in the second episode."""
-
-    episodes = 0
-
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        type(self).episodes += 1
-        return super().reset(seed=seed, options=options)
-
-    def step(self, action: Any) -> Any:
-        observation, *rest = super().step(action)
-        if type(self).episodes == 2:
-            observation["mode"] = np.int64(9)
-        return observation, *rest
-
-
 def test_an_episode_with_a_value_outside_its_space_is_dropped_from_the_store(root: str) -> None:
-    reality = varied()
-    reality.env = "judged_module:Outside"
-    space = make_env(reality).action_space
-    segments = JudgeStore(Storage(root), "outside").segments(
-        "random", RandomPolicy(space), seed=0, limit=6
-    )
-    result = judge(
-        RandomPolicy(space), reality, ledger(root), episodes=3, seed=0, segments=segments
-    )
+    reality = varied("Outside")
+    policy = random_policy(reality)
+    segments = JudgeStore(Storage(root), "outside").segments("random", policy, seed=0, limit=6)
+    result = judge(policy, reality, ledger(root), episodes=3, seed=0, segments=segments)
     assert len(result.episodes) == 2 and "observation.mode" in result.dropped[0]
     totals = ledger(root).totals().purposes["judge"]
     assert totals.steps == result.steps == 18 and totals.unconfirmed_steps == 0

@@ -20,7 +20,7 @@ from mesocosm.data.collecting.config import CollectConfig
 from mesocosm.data.loading.codec import Codec
 from mesocosm.datasets.dataset import Dataset
 from mesocosm.envs.config import DrawnOption, PriceConfig, RealityConfig
-from mesocosm.evaluate.buying import Imagined, buy, weights
+from mesocosm.evaluate.buying import Bought, Imagined, buy, weights
 from mesocosm.jobs import collect, propose
 from mesocosm.jobs.propose import ProposeConfig
 from mesocosm.model.config import ModelConfig
@@ -86,11 +86,8 @@ def test_the_budget_goes_where_data_lack_and_members_disagree(
     golden.check("propose", {name: float(count) for name, count in steps.items()})
     assert sum(steps.values()) == 203 == job.steps and steps["right"] > 100 and steps["stay"] < 70
     row = answer["candidates"][0]
-    assert (
-        row["behaviour"] == f"scripted {MODULE}:right"
-        and row["gap"] > 1
-        and row["episodes"] == pytest.approx(row["steps"] / 12)
-    )
+    assert row["behaviour"] == f"scripted {MODULE}:right" and row["gap"] > 1
+    assert row["episodes"] == pytest.approx(row["steps"] / 12)
     assert answer["price"] == pytest.approx(203 * 0.5 + 203 / 12)
     assert job.seed == 5, "the seed of the world's data, 4, would begin alike"
     assert "worth" in text and sum(b.weight for b in job.behaviours) == pytest.approx(1, abs=1e-3)
@@ -98,26 +95,14 @@ def test_the_budget_goes_where_data_lack_and_members_disagree(
     assert again == answer and same == text == (tmp_path / "next.yaml").read_text()
     forced, _, _ = proposal(root, world, force=True)
     assert forced == answer, "the same seed imagines the same"
-    assert (
-        main(
-            [
-                "collect",
-                "-c",
-                str(tmp_path / "next.yaml"),
-                f"storage.root={root}",
-                "--dry-run",
-                "--json",
-            ]
-        )
-        == 0
-    )
+    words = ["-c", str(tmp_path / "next.yaml"), f"storage.root={root}", "--dry-run", "--json"]
+    assert main(["collect", *words]) == 0
     assert json.loads(capsys.readouterr().out)["real steps"] == 203
     with tracking.start("collect", job, quiet=True) as run:
         job.storage.root, job.workers = root, 0
         data = Dataset([collect.JOB.run(job, run).path])
-    assert data.transitions == 203 and any(
-        float(o[0]) > 2 for e in data.iter_episodes() for o in e.observations
-    )
+    assert data.transitions == 203
+    assert any(float(o[0]) > 2 for e in data.iter_episodes() for o in e.observations)
 
 
 @pytest.mark.slow
@@ -129,40 +114,31 @@ def test_tasks_that_are_reset_options_are_candidates(root: str) -> None:
     world = make_world(root, **task)
     answer, job, _ = proposal(root, world, behaviours=[], reality=reality(**task))
     names = {row["behaviour"] for row in answer["candidates"]}
-    assert (
-        names == {"random", "random side=0.0", "random side=6.0"}
-        and sum(steps_of(answer).values()) == 203
-    )
+    assert names == {"random", "random side=0.0", "random side=6.0"}
+    assert sum(steps_of(answer).values()) == 203
     only = CollectConfig(
         storage=StorageConfig(root), reality=job.reality, steps=60, lanes=1, workers=0
     )
     only.behaviours = [BehaviourConfig(task_options={"side": DrawnOption(choices=[6])})]
     with tracking.start("collect", only, quiet=True) as run:
         data = Dataset([collect.JOB.run(only, run).path])
-    assert {e.task["side"] for e in data.iter_episodes()} == {6.0} and data.options[
-        0
-    ].values is None, "a number, as in the other data"
+    assert {e.task["side"] for e in data.iter_episodes()} == {6.0}
+    assert data.options[0].values is None, "a number, as in the other data"
 
 
 @pytest.mark.slow
-def test_it_says_when_there_is_little_to_tell(root: str) -> None:
+def test_notes_name_the_reasons_for_a_weak_proposal(root: str) -> None:
     world = make_world(root, members=1)
     answer, _, text = proposal(root, world, behaviours=[])
-    assert (
-        steps_of(answer) == {"random": 203}
-        and "1 member" in answer["notes"][0]
-        and "only candidate" in answer["notes"][1]
-    )
+    assert steps_of(answer) == {"random": 203} and "1 member" in answer["notes"][0]
+    assert "only candidate" in answer["notes"][1]
     assert "# note: random actions are the only candidate" in text
     answer, _, _ = proposal(root, world)
-    assert (
-        answer["candidates"][0]["behaviour"].endswith(":right") and steps_of(answer)["right"] > 85
-    ), "coverage alone chooses"
+    assert answer["candidates"][0]["behaviour"].endswith(":right")
+    assert steps_of(answer)["right"] > 85, "coverage alone chooses"
     answer, _, text = proposal(root, world, steps=24)
-    assert (
-        any("about 2 episodes, less than one of" in note for note in answer["notes"])
-        and "# note: the budget is about" in text
-    )
+    assert any("about 2 episodes, less than one of" in note for note in answer["notes"])
+    assert "# note: the budget is about" in text
     answer, _, _ = proposal(root, world, steps=6)
     assert any("less than one episode (some 12 steps)" in note for note in answer["notes"])
 
@@ -177,53 +153,31 @@ def candidate(centre: float, disagreement: float = 1.0, spread: float = 0.3) -> 
 LOGGED = np.random.default_rng(0).normal(0, 0.3, (500, 2)).astype(np.float32)
 
 
+def share(
+    *candidates: Imagined, steps: int = 40, disagrees: bool = True, even: float = 0.5
+) -> Bought:
+    return buy(candidates, LOGGED, 0.5, steps, disagrees=disagrees, seed=0, even=even)
+
+
 def test_steps_go_where_they_tell_the_most_of_all_candidates() -> None:
-    """Twins share what one would get; what lies on the logs gets little; disagreement counts, where
-    there is any.
+    """Twins share what one would get, and a candidate on the logs gets little. Disagreement counts,
+    where there is any.
     """
-    result = buy(
-        [candidate(0), candidate(5), candidate(5), candidate(-5)],
-        LOGGED,
-        0.5,
-        101,
-        disagrees=True,
-        seed=0,
-    )
+    result = share(candidate(0), candidate(5), candidate(5), candidate(-5), steps=101)
     home, a, b, other = result.steps
-    assert (
-        sum(result.steps) == 101 and home < 15 and min(a + b, other) > 25 and 0 < result.left < 0.5
-    )
-    two = buy(
-        [candidate(5), candidate(-5), candidate(-5.1), candidate(-4.9)],
-        LOGGED,
-        0.5,
-        10,
-        disagrees=True,
-        seed=0,
-    )
-    assert two.steps[0] < 5, "what is bought of three near each other tells of all three"
-    seen = buy([candidate(5, 0.1), candidate(-5, 3.0)], LOGGED, 0.5, 40, disagrees=True, seed=0)
-    blind = buy([candidate(5, 0.1), candidate(-5, 3.0)], LOGGED, 0.5, 40, disagrees=False, seed=0)
+    assert sum(result.steps) == 101 and home < 15 and min(a + b, other) > 25
+    assert 0 < result.left < 0.5
+    two = share(candidate(5), candidate(-5), candidate(-5.1), candidate(-4.9), steps=10)
+    assert two.steps[0] < 5, "steps of one of three near each other tell of all three"
+    pair = candidate(5, 0.1), candidate(-5, 3.0)
+    seen, blind = share(*pair), share(*pair, disagrees=False)
     assert seen.steps[1] > blind.steps[1] and seen.scores[1].worth > 5 * seen.scores[0].worth
-    lesser = buy(
-        [candidate(5, 3.0, 1.0), candidate(-5, 0.3, 1.0)], LOGGED, 0.5, 100, disagrees=True, seed=0
-    )
-    assert lesser.scores[0].worth > 4 * lesser.scores[1].worth and 25 <= lesser.steps[1] < 50, (
-        "half of the budget is even, the other goes to what is less known"
-    )
-    even, greedy = (
-        buy(
-            [candidate(0), candidate(5, spread=1.0)],
-            LOGGED,
-            0.5,
-            100,
-            disagrees=True,
-            seed=0,
-            even=share,
-        ).steps
-        for share in (1.0, 0.0)
-    )
-    assert even == [50, 50] and greedy[1] > 80
+    lesser = share(candidate(5, 3.0, 1.0), candidate(-5, 0.3, 1.0), steps=100)
+    assert lesser.scores[0].worth > 4 * lesser.scores[1].worth
+    assert 25 <= lesser.steps[1] < 50, "half is even, the other half goes to the less known"
+    pair = candidate(0), candidate(5, spread=1.0)
+    assert share(*pair, steps=100, even=1.0).steps == [50, 50]
+    assert share(*pair, steps=100, even=0.0).steps[1] > 80
     assert weights([100, 100], [10.0, 50.0]) == pytest.approx([5 / 6, 1 / 6], abs=1e-3)
 
 
@@ -247,14 +201,11 @@ def test_a_proposal_of_the_same_id_has_the_same_digits() -> None:
 def test_budgets_beyond_what_was_imagined_and_worlds_that_diverged() -> None:
     diverged = candidate(-5)
     diverged.disagreement[:] = np.inf
-    result = buy(
-        [candidate(0), candidate(5), diverged], LOGGED, 0.5, 100_000, disagrees=True, seed=0
-    )
-    assert sum(result.steps) == 100_000 and all(
-        np.isfinite([score.worth for score in result.scores])
-    )
+    result = share(candidate(0), candidate(5), diverged, steps=100_000)
+    assert sum(result.steps) == 100_000
+    assert all(np.isfinite([score.worth for score in result.scores]))
     assert result.steps[1] > 20_000 and result.steps[2] > 20_000
-    assert buy([candidate(5), candidate(0)], LOGGED, 0.5, 3, disagrees=True, seed=0).steps == [3, 0]
+    assert share(candidate(5), candidate(0), steps=3).steps == [3, 0]
 
 
 @pytest.mark.parametrize(
@@ -269,7 +220,7 @@ def test_budgets_beyond_what_was_imagined_and_worlds_that_diverged() -> None:
         (["world=w0"], "worlds/w0"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(
+def test_wrong_use_is_refused(
     words: list[str], message: str, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["propose", *words, f"storage.root={root}", "--dry-run"]) == 2
@@ -284,7 +235,7 @@ def test_what_cannot_be_meant_is_refused(
         ("{side: {low: 0, high: 1}}", "must be within"),
     ],
 )
-def test_a_behaviour_draws_a_part_of_what_reality_draws(
+def test_a_behaviour_draws_a_part_of_realitys_options(
     option: str, message: str, root: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [
@@ -292,16 +243,7 @@ def test_a_behaviour_draws_a_part_of_what_reality_draws(
         "reality.task=[side]",
         "reality.task_options={side: {choices: [0, 6]}}",
         f"storage.root={root}",
+        f"behaviours=[{{kind: random, task_options: {option}}}]",
     ]
-    assert (
-        main(
-            [
-                "collect",
-                *words,
-                f"behaviours=[{{kind: random, task_options: {option}}}]",
-                "--dry-run",
-            ]
-        )
-        == 2
-    )
+    assert main(["collect", *words, "--dry-run"]) == 2
     assert message in capsys.readouterr().err
